@@ -1,0 +1,203 @@
+"""Checkpoints: the only file that knows Orbax.
+
+A checkpoint is {state, info}: the state's arrays under flat names such as `params.blocks.qkv`, and
+a small JSON with the data position, the elapsed time, the evaluations so far and checksums. Saving
+is asynchronous and atomic: what a kill leaves half written is never taken for a checkpoint.
+"""
+
+import logging
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from gptv_jax.config import InputError
+
+LOG = logging.getLogger(__name__)
+
+BEST = "accuracy"  # the metric whose best checkpoint outlives retention, where a save gives it
+
+
+class Checkpoints:
+    """The checkpoints of one stage, one folder a step."""
+
+    def __init__(self, folder: pathlib.Path, keep: int = 1, *, read_only: bool = False):
+        """Opens the folder, making it where needed.
+
+        Args:
+          folder: `checkpoints/<stage>` of a run.
+          keep: newest checkpoints that retention leaves; the one with the best accuracy, where
+            saves name an accuracy, stays as well.
+          read_only: changes nothing on disk.
+        """
+        self.folder = folder.absolute()
+        policies = [
+            preservation_policy.LatestN(keep),
+            preservation_policy.BestN(
+                get_metric_fn=lambda metrics: metrics[BEST],
+                n=1,
+                keep_checkpoints_without_metrics=False,
+            ),
+        ]
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
+            cleanup_tmp_directories=not read_only,
+            create=not read_only,
+            read_only=read_only,
+        )
+        handlers = {"state": ocp.PyTreeCheckpointHandler(), "info": ocp.JsonCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._manager.close()  # waits for what is being written
+
+    def steps(self) -> list[int]:
+        """Steps on disk, in order."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, state, info: dict, metrics: dict | None = None) -> None:
+        """Starts to write a checkpoint; a step that is there already is left as it is."""
+        if step in self.steps():
+            return
+        arrays = _flatten(state)
+        info = {**info, "bit_sums": _bit_sums(arrays)}
+        items = ocp.args.Composite(state=ocp.args.PyTreeSave(arrays), info=ocp.args.JsonSave(info))
+        self._manager.save(step, args=items, metrics=metrics, force=True)
+
+    def wait(self) -> None:
+        """Returns when everything is on disk."""
+        self._manager.wait_until_finished()
+
+    def restore_latest(self, abstract):
+        """`(state, info)` of the newest checkpoint that can be read; None where there is none.
+
+        A damaged checkpoint is named, moved to `damaged/` beside the stage's folder, and the one
+        before it taken.
+
+        Args:
+          abstract: `jax.ShapeDtypeStruct`s with shardings; they decide the placement, so another
+            mesh than the one that saved is fine.
+
+        Raises:
+          InputError: names or shapes differ (all are listed), or every checkpoint is damaged.
+        """
+        damaged = {}
+        for step in reversed(self.steps()):
+            try:
+                found = self.restore(step, abstract)
+            except DamagedError as error:
+                damaged[step] = error
+                continue
+            for bad, error in damaged.items():
+                self._set_aside(bad, error, step)
+            return found
+        if damaged:
+            raise InputError(
+                f"no checkpoint in {self.folder} can be read: {damaged[max(damaged)]} Put a good "
+                "copy back, or delete the folder to start this stage from its beginning."
+            )
+        return None
+
+    def restore(self, step: int, abstract):
+        """`(state, info)` of one checkpoint; `abstract` may be a part of the state, `params` say.
+
+        Raises:
+          InputError: names or shapes differ from the saved ones; all that differ are listed.
+          DamagedError: it cannot be read.
+        """
+        wanted = _flatten(abstract)
+        try:
+            saved = self._manager.item_metadata(step)["state"]
+            saved = {name: tuple(leaf.shape) for name, leaf in dict(saved.tree).items()}
+        except Exception as error:  # whatever the storage raises
+            raise DamagedError(self.folder / str(step), error) from error
+        self._compare(step, {name: leaf.shape for name, leaf in wanted.items()}, saved)
+        arguments = ocp.args.Composite(
+            state=ocp.args.PyTreeRestore(
+                wanted,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+                partial_restore=True,
+            ),
+            info=ocp.args.JsonRestore(),
+        )
+        try:
+            restored = self._manager.restore(step, args=arguments)
+        except Exception as error:
+            raise DamagedError(self.folder / str(step), error) from error
+        arrays, info = {name: restored["state"][name] for name in wanted}, restored["info"]
+        found = _bit_sums(arrays)
+        wrong = [name for name in wanted if found[name] != info["bit_sums"].get(name)]
+        if wrong:
+            cause = ValueError(f"the values of {', '.join(wrong)} are not those saved")
+            raise DamagedError(self.folder / str(step), cause)
+        return jax.tree.unflatten(jax.tree.structure(abstract), list(arrays.values())), info
+
+    def _compare(self, step: int, wanted: dict, saved: dict) -> None:
+        tops = {name.split(".")[0] for name in wanted}  # a part of the state may be asked for
+        saved = {name: shape for name, shape in saved.items() if name.split(".")[0] in tops}
+        differing = [
+            f"{name} {shape} is not saved" for name, shape in wanted.items() if name not in saved
+        ]
+        differing += [
+            f"{name} {shape} is saved, not expected"
+            for name, shape in saved.items()
+            if name not in wanted
+        ]
+        differing += [
+            f"{name} is {saved[name]}, expected {shape}"
+            for name, shape in wanted.items()
+            if name in saved and tuple(shape) != saved[name]
+        ]
+        if differing:
+            raise InputError(
+                f"checkpoint {self.folder / str(step)} does not fit this network: "
+                + "; ".join(differing)
+                + "."
+            )
+
+    def _set_aside(self, step: int, error: Exception, good: int) -> None:
+        target = self.folder.parent / "damaged" / f"{self.folder.name}-{step}"
+        LOG.warning("%s Moved to %s; falling back to step %d.", error, target, good)
+        if jax.process_index() == 0:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(target, ignore_errors=True)
+            shutil.move(self.folder / str(step), target)
+        self._manager.reload()
+
+
+class DamagedError(Exception):
+    """A checkpoint that cannot be read."""
+
+    def __init__(self, path: pathlib.Path, cause: Exception):
+        first_line = (str(cause).splitlines() or [""])[0][:200]
+        super().__init__(f"checkpoint {path} is damaged ({type(cause).__name__}: {first_line}).")
+
+
+def _flatten(tree) -> dict:
+    """`{"params.blocks.qkv": leaf, ...}`."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(p, simple=True, separator="."): leaf for p, leaf in leaves}
+
+
+def _bit_sums(arrays: dict) -> dict[str, int]:
+    """Every array's bit patterns summed modulo 2^32: a checksum that no sharding changes.
+
+    The storage notices files that are cut or missing, but not a changed byte within an array.
+    """
+    return {name: int(total) for name, total in jax.device_get(_sum_bits(arrays)).items()}
+
+
+@jax.jit
+def _sum_bits(arrays: dict) -> dict:
+    def total(x):
+        unsigned = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
+        bits = jax.lax.bitcast_convert_type(x, unsigned)
+        return jnp.sum(bits.astype(jnp.uint32), dtype=jnp.uint32)
+
+    return jax.tree.map(total, arrays)

@@ -1,0 +1,1 @@
+"""Images in, batches of tokens out: the only folder that knows data sets and Grain."""

@@ -1,0 +1,1 @@
+"""The network. No I/O, and nothing here knows data, training or stages."""

@@ -1,0 +1,221 @@
+"""The network: a GPT over image tokens, iGPT (Chen et al. 2020) by default.
+
+Position t holds token t-1 (position 0 a learned start vector), and predicts token t. Letters: B
+batch, T tokens, D width, H heads, K head size, F MLP width, V vocabulary, L layers, C classes.
+
+`GPT` holds weights and is a pytree; training works on the plain nested dict of `Network.init` and
+binds it where it is used, so that everything outside this folder is plain JAX.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from gptv_jax import config as config_lib
+from gptv_jax import sharding
+from gptv_jax.model import heads, layers
+
+REMAT = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Output(NamedTuple):
+    """What one pass gives; inside jit, what is not used is not computed."""
+
+    logits: Float[Array, "B T V"]  # float32; position t predicts token t
+    pooled: Float[Array, "L+1 B D"]  # float32 means over positions of every layer's normed input
+    class_logits: Float[Array, "B C"] | None  # float32; None without a class head
+
+
+class Cache(NamedTuple):
+    """Keys and values of all positions so far, for every layer."""
+
+    keys: Float[Array, "L B T H K"]
+    values: Float[Array, "L B T H K"]
+
+
+class GPT(nnx.Module):
+    """The network of `Network`, with its weights."""
+
+    def __init__(self, network: "Network", *, rngs: nnx.Rngs):
+        config, V, D = network.config, network.vocabulary, network.config.width
+        rows, columns = network.grid
+        self.network = network
+        self.token_embedding = layers.normal(rngs, "token_embedding", (V, D), 0.02)
+        self.start = layers.normal(rngs, "start", (network.starts, D), 0.02)
+        self.position = layers.normal(rngs, "position", (rows * columns, D), 0.01)
+        if config.axial_positions:
+            self.row = layers.normal(rngs, "row", (rows, D), 0.01)
+            self.column = layers.normal(rngs, "column", (columns, D), 0.01)
+        self.blocks = layers.Block(config, rngs=rngs)
+        self.final_norm = layers.constant("final_norm", (D,), 1.0)
+        self.head = layers.constant("head", (V, D), 0.0)  # zero: the first loss is ln V
+        if network.classes:
+            self.classifier = heads.ClassHead(network.classes, D)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        variant: Int[Array, "B"] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Output:
+        """Logits, features and, with a class head, class logits of whole sequences.
+
+        Args:
+          tokens: 0 <= token < V; the last one of a row is only ever a target.
+          variant: which start vector each row begins with; None: 0.
+          key: of dropout; None switches it off.
+        """
+        T, config = tokens.shape[1], self.network.config
+        keys = None if key is None else jax.random.split(key, config.layers + 1)
+        x = self.embed(tokens[:, :-1], variant)
+        x = layers.dropout(x, config.dropout, None if keys is None else keys[-1])
+        causal = jnp.tri(T, dtype=bool)
+
+        def layer(x, inputs):
+            block, key = inputs
+            x, normed = block(x, functools.partial(layers.attention, mask=causal), key)
+            return x, _pool(normed)
+
+        keys = None if keys is None else keys[:-1]
+        x, pooled = self._walk(layer, x, (self.blocks, keys))
+        final = layers.rms_norm(x, self.final_norm[...])
+        pooled = jnp.concatenate([pooled, _pool(final)[None]])
+        class_logits = self.classifier(pooled[-1]) if self.network.classes else None
+        return Output(self._token_logits(final), pooled, class_logits)
+
+    def extend(
+        self, x: Float[Array, "B P D"], start: int | Int[Array, ""], cache: Cache
+    ) -> tuple[Float[Array, "B V"], Cache]:
+        """Reads P more positions after `start` cached ones.
+
+        Args:
+          x: embedded inputs of positions start .. start+P-1.
+          start: positions already in the cache.
+          cache: room for T positions; what lies beyond start+P is not looked at.
+
+        Returns:
+          Logits of the last position read, and the cache with the new keys and values.
+        """
+        P, T = x.shape[1], cache.keys.shape[2]
+        seen = jnp.arange(T)[None, :] <= start + jnp.arange(P)[:, None]
+
+        def layer(carry, inputs):
+            (x, cache), (block, index) = carry, inputs
+
+            def attend(q, k, v):
+                nonlocal cache
+                at = (index, 0, start, 0, 0)
+                cache = Cache(
+                    jax.lax.dynamic_update_slice(cache.keys, k[None], at),
+                    jax.lax.dynamic_update_slice(cache.values, v[None], at),
+                )
+                return layers.attention(q, cache.keys[index], cache.values[index], seen)
+
+            x, _ = block(x, attend)
+            return (x, cache), None
+
+        indices = jnp.arange(self.network.config.layers)
+        (x, cache), _ = self._walk(layer, (x, cache), (self.blocks, indices))
+        last = layers.rms_norm(x[:, -1:], self.final_norm[...])
+        return self._token_logits(last)[:, 0], cache
+
+    def embed(
+        self, tokens: Int[Array, "B P"], variant: Int[Array, "B"] | None = None
+    ) -> Float[Array, "B P+1 D"]:
+        """Inputs of positions 0 .. P: the start vector, then the first P tokens."""
+        if variant is None:
+            variant = jnp.zeros_like(tokens, shape=tokens.shape[:1])
+        start = self._lookup(self.start, variant)[:, None]
+        x = jnp.concatenate([start, self._lookup(self.token_embedding, tokens)], axis=1)
+        return x + self._positions()[None, : x.shape[1]]
+
+    def embed_one(self, token: Int[Array, "B"], position: Int[Array, ""]) -> Float[Array, "B 1 D"]:
+        """Input of `position` >= 1, which holds the token before it."""
+        x = self._lookup(self.token_embedding, token)[:, None]
+        return x + jax.lax.dynamic_slice_in_dim(self._positions(), position, 1)[None]
+
+    def _lookup(self, table: nnx.Param, ids: Int[Array, "*ids"]) -> Float[Array, "*ids D"]:
+        whole = sharding.gather(table[...], self.network.config.dtype)
+        return whole.at[ids].get(out_sharding=sharding.HIDDEN)
+
+    def _positions(self) -> Float[Array, "T D"]:
+        dtype = self.network.config.dtype
+        table = sharding.gather(self.position[...], dtype)
+        if self.network.config.axial_positions:
+            rows, columns = self.network.grid
+            row = sharding.gather(self.row[...], dtype)
+            column = sharding.gather(self.column[...], dtype)
+            table = table + jnp.repeat(row, columns, axis=0) + jnp.tile(column, (rows, 1))
+        return table
+
+    def _token_logits(self, final: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        head = sharding.gather(self.head[...], final.dtype)
+        return jnp.einsum("btd,vd->btv", final, head, preferred_element_type=jnp.float32)
+
+    def _walk(self, layer, carry, xs):
+        """`lax.scan` of `layer` over the stacked layers, or the same loop unrolled."""
+        config = self.network.config
+        if config.remat != "none":
+            # Inside scan the loop itself keeps XLA from merging the two computations.
+            barrier = not config.scan_layers
+            layer = jax.checkpoint(layer, prevent_cse=barrier, policy=REMAT[config.remat])
+        if config.scan_layers:
+            return jax.lax.scan(layer, carry, xs)
+        outs = []
+        for i in range(config.layers):
+            carry, out = layer(carry, jax.tree.map(lambda leaf, i=i: leaf[i], xs))
+            outs.append(out)
+        return carry, jax.tree.map(lambda *out: jnp.stack(out), *outs)
+
+
+def _pool(x: Float[Array, "B T D"]) -> Float[Array, "B D"]:
+    return jnp.mean(x.astype(jnp.float32), axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """All that fixes the network's shape; hashable, so that jit can take it as static."""
+
+    config: config_lib.Model
+    vocabulary: int  # V
+    grid: tuple[int, int]  # rows and columns of tokens; T is their product
+    starts: int = 1  # start vectors: 1, or one per augmentation variant
+    classes: int = 0  # C; 0: no class head
+
+    @property
+    def length(self) -> int:
+        """T, tokens an image."""
+        return self.grid[0] * self.grid[1]
+
+    def init(self, key: PRNGKeyArray) -> dict:
+        """Fresh weights as a nested dict of float32 arrays; call it under a mesh, inside jit."""
+        return nnx.to_pure_dict(nnx.state(GPT(self, rngs=nnx.Rngs(key)), nnx.Param))
+
+    def bind(self, params: dict) -> GPT:
+        """The module with these weights."""
+        return nnx.merge(_graphdef(self), params)
+
+    def empty_cache(self, batch: int) -> Cache:
+        """A cache for `batch` sequences of T positions, split as keys and values are."""
+        c = self.config
+        shape = (c.layers, batch, self.length, c.heads, c.width // c.heads)
+        spec = jax.sharding.PartitionSpec(None, sharding.BATCH, None, "tensor")
+        return Cache(*(jnp.zeros(shape, c.dtype, out_sharding=spec) for _ in range(2)))
+
+
+@functools.cache
+def _graphdef(network: Network):
+    return nnx.graphdef(nnx.eval_shape(lambda: GPT(network, rngs=nnx.Rngs(0))))
+
+
+def parameter_count(params: dict) -> int:
+    """Number of weights, of arrays or of their abstract shapes."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))

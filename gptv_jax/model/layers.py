@@ -1,0 +1,112 @@
+"""The parts of the network: parameters, norm, attention, MLP and the block that joins them."""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+from gptv_jax import config as config_lib
+from gptv_jax import sharding
+
+EPSILON = 1e-5  # of the norm, as in openai/image-gpt
+
+
+def normal(rngs: nnx.Rngs, name: str, shape: tuple[int, ...], std: float) -> nnx.Param:
+    """Float32 N(0, std) parameter, drawn in the sharding that the table has for `name`."""
+    draw = jax.random.normal(rngs.params(), shape, out_sharding=sharding.PARAMETERS[name])
+    return nnx.Param(std * draw)
+
+
+def constant(name: str, shape: tuple[int, ...], value: float) -> nnx.Param:
+    """Float32 parameter of one value, in the sharding that the table has for `name`."""
+    return nnx.Param(jnp.full(shape, value, jnp.float32, out_sharding=sharding.PARAMETERS[name]))
+
+
+def rms_norm(x: Float[Array, "B T D"], gain: Float[Array, "D"]) -> Float[Array, "B T D"]:
+    """X / sqrt(mean(x^2) + 1e-5) * gain: no centring, no bias (openai/image-gpt, `norm`)."""
+    mean_square = jnp.mean(jnp.square(x.astype(jnp.float32)), axis=-1, keepdims=True)
+    scale = jax.lax.rsqrt(mean_square + EPSILON).astype(x.dtype)
+    return x * scale * gain.astype(x.dtype)[None, None]
+
+
+def attention(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B S H K"],
+    v: Float[Array, "B S H K"],
+    mask: Bool[Array, "T S"],
+) -> Float[Array, "B T H K"]:
+    """Scaled dot-product attention; position t sees s where mask[t, s]. Softmax in float32."""
+    scores = jnp.einsum("bthk,bshk->bhts", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask[None, None], scores / math.sqrt(q.shape[-1]), -jnp.inf)
+    return jnp.einsum("bhts,bshk->bthk", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
+
+
+def quick_gelu(x: Float[Array, "*any"]) -> Float[Array, "*any"]:
+    """X * sigmoid(1.702 x) (openai/image-gpt, `gelu2`)."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+class Block(nnx.Module):
+    """The weights of all L layers, stacked on a leading axis; call it on one layer's slice."""
+
+    def __init__(self, config: config_lib.Model, *, rngs: nnx.Rngs):
+        L, D, H = config.layers, config.width, config.heads
+        K, F = D // H, D * config.mlp_ratio
+        self.dtype, self.dropout = config.dtype, config.dropout
+        # Standard deviations of the released code: only attention's output shrinks with depth.
+        self.norm_1 = constant("norm_1", (L, D), 1.0)
+        self.qkv = normal(rngs, "qkv", (L, D, 3, H, K), D**-0.5)
+        self.attention_out = normal(rngs, "attention_out", (L, H, K, D), (D * L) ** -0.5)
+        self.norm_2 = constant("norm_2", (L, D), 1.0)
+        self.mlp_in = normal(rngs, "mlp_in", (L, D, F), 0.02)
+        self.mlp_out = normal(rngs, "mlp_out", (L, F, D), 0.02)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        attend: Callable,
+        key: PRNGKeyArray | None = None,
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
+        """One pre-norm layer.
+
+        Args:
+          x: the residual stream.
+          attend: (q, k, v), each [B, T, H, K], to mixed values [B, T, H, K]; the caller decides
+            what is seen (a mask, a cache).
+          key: of dropout; None switches it off.
+
+        Returns:
+          The residual stream after the layer, and the normed input n^l that a probe reads.
+        """
+        keys = (None, None) if key is None else jax.random.split(key)
+        weight = {n: sharding.gather(p[...], self.dtype) for n, p in self._weights().items()}
+
+        n = rms_norm(x, self.norm_1[...])
+        q, k, v = jnp.einsum("btd,dchk->cbthk", n, weight["qkv"])
+        mixed = attend(q, k, v)
+        out = jnp.einsum(
+            "bthk,hkd->btd", mixed, weight["attention_out"], out_sharding=sharding.HIDDEN
+        )
+        x = x + dropout(out, self.dropout, keys[0])
+
+        up = jnp.einsum("btd,df->btf", rms_norm(x, self.norm_2[...]), weight["mlp_in"])
+        out = jnp.einsum(
+            "btf,fd->btd", quick_gelu(up), weight["mlp_out"], out_sharding=sharding.HIDDEN
+        )
+        return x + dropout(out, self.dropout, keys[1]), n
+
+    def _weights(self) -> dict[str, nnx.Param]:
+        names = ("qkv", "attention_out", "mlp_in", "mlp_out")
+        return {name: getattr(self, name) for name in names}
+
+
+def dropout(
+    x: Float[Array, "B T D"], rate: float, key: PRNGKeyArray | None
+) -> Float[Array, "B T D"]:
+    """Zeroes a share `rate` of `x` and scales the rest by 1 / (1 - rate); None: identity."""
+    if key is None or rate == 0:
+        return x
+    return nnx.Dropout(rate)(x, deterministic=False, rngs=nnx.Rngs(dropout=key))

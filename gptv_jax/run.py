@@ -1,0 +1,190 @@
+"""A run folder, and what every stage shares: config, mesh, codec, metrics, summary."""
+
+import importlib.metadata
+import json
+import pathlib
+import platform
+import shlex
+import sys
+
+import jax
+
+from gptv_jax import config as config_lib
+from gptv_jax import sharding, tokens
+from gptv_jax.checkpoint import Checkpoints
+from gptv_jax.config import InputError
+from gptv_jax.data import sources, transforms
+from gptv_jax.model.gpt import Network
+from gptv_jax.train.metrics import MetricWriter
+
+STAGES = ("pretrain", "probe", "finetune", "sample")
+VERSIONED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "gptv_jax")
+
+
+class Run:
+    """An open run folder."""
+
+    def __init__(self, config: config_lib.Config, workdir: str):
+        """Makes the folder, or checks that this configuration made it.
+
+        Raises:
+          InputError: the mesh, the network and the data do not fit each other, the folder cannot
+            be written, or another configuration made it (every field that differs is listed).
+        """
+        self.config = config
+        self.folder = pathlib.Path(workdir).absolute()
+        self.mesh = sharding.make_mesh(config.mesh)
+        sharding.check(config, self.mesh)
+        self.codec = tokens.make_codec(config.tokens, config.data.image_size)
+        self.variants = transforms.variants(config.data.augmentation)
+        self.classes = sources.open_source(config.data, "train").classes
+        self._adopt()
+        self.metrics = MetricWriter(self.folder)
+
+    def network(self, classes: int = 0) -> Network:
+        """The network of the config, with a class head where `classes` is not 0."""
+        starts = self.variants if self.config.model.start_per_variant else 1
+        return Network(self.config.model, self.codec.vocabulary, self.codec.grid, starts, classes)
+
+    def pretrained(self, network: Network) -> dict:
+        """The pretrained parameters, of this run or of the one `config.init_from` names.
+
+        Raises:
+          InputError: pretraining has not finished there, or the weights are of another shape.
+        """
+        folder = pathlib.Path(self.config.init_from or self.folder).absolute()
+        if "pretrain" not in finished_stages(read_json(folder / "summary.json", {})):
+            raise InputError(
+                f"{folder} holds no finished pretraining; run --stages=pretrain there first."
+            )
+        abstract = {"params": sharding.abstract(network.init)}
+        with Checkpoints(folder / "checkpoints" / "pretrain", read_only=True) as checkpoints:
+            return checkpoints.restore(checkpoints.steps()[-1], abstract)[0]["params"]
+
+    def checkpoints(self, training: str) -> pathlib.Path:
+        """The folder of a training's checkpoints."""
+        return self.folder / "checkpoints" / training
+
+    def summary(self) -> dict:
+        """The numbers of the finished stages."""
+        return read_json(self.folder / "summary.json", {})
+
+    def stages(self, wanted: list[str] | None) -> list[str]:
+        """The stages to run, in order.
+
+        Args:
+          wanted: names; None for all, which leaves out pretraining where `config.init_from` gives
+            the weights.
+
+        Raises:
+          InputError: an unknown stage, or pretraining together with `config.init_from`.
+        """
+        given = self.config.init_from
+        unknown = set(wanted or ()) - set(STAGES)
+        if unknown:
+            raise InputError(
+                f"--stages has {', '.join(sorted(unknown))}; it takes some of {', '.join(STAGES)}."
+            )
+        if given and wanted and "pretrain" in wanted:
+            raise InputError(
+                f"--stages has pretrain, but config.init_from={given} gives the pretrained weights;"
+                " leave one of them out."
+            )
+        chosen = wanted or [s for s in STAGES if not (given and s == "pretrain")]
+        return [s for s in STAGES if s in chosen]
+
+    def finished(self, stage: str) -> bool:
+        """Whether the stage has written its numbers, which it does once, at its end."""
+        return stage in finished_stages(self.summary())
+
+    def finish(self, stage: str, numbers: dict) -> None:
+        """Adds a stage's numbers, keyed without the stage's name, to the summary."""
+        summary = self.summary() | {f"{stage}/{name}": value for name, value in numbers.items()}
+        if stage == "pretrain":
+            summary["model/params"] = summary.pop("pretrain/params")
+        write_json(self.folder / "summary.json", summary)
+
+    def _adopt(self) -> None:
+        path = self.folder / "config.json"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            probe = self.folder / f".writable-{jax.process_index()}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise InputError(
+                f"--workdir={self.folder} cannot be written ({error.strerror}); name a folder "
+                "that you may write to."
+            ) from error
+        now = config_lib.flatten(self.config)
+        if not path.exists():
+            record = {"config": now, "command": command(), "versions": _versions()}
+            write_json(path, record)
+            return
+        then = config_lib.flatten(config_of(self.folder))
+        free = config_lib.free_fields()
+        differing = [
+            f"config.{name} is {now[name]!r}, there {then[name]!r}"
+            for name in now
+            if name not in free and now[name] != then[name]
+        ]
+        if differing:
+            raise InputError(
+                f"{self.folder} was made by another configuration: {'; '.join(differing)}. Take "
+                "another --workdir, or the settings of that run."
+            )
+
+
+def config_of(folder: pathlib.Path) -> config_lib.Config:
+    """The configuration that a run folder was made by.
+
+    Raises:
+      InputError: no run folder, or a record that this version cannot read.
+    """
+    record = read_json(folder / "config.json", None)
+    if record is None:
+        raise InputError(f"{folder} is not a run folder: it has no config.json.")
+    return config_lib.resolve(config_lib.unflatten(record["config"]))
+
+
+def finished_stages(summary: dict) -> list[str]:
+    """Names of the stages with numbers in the summary, in the order they ran."""
+    return [stage for stage in STAGES if any(k.startswith(f"{stage}/") for k in summary)]
+
+
+def command() -> str:
+    """The command line that started this process."""
+    return shlex.join(["python", "-m", "gptv_jax.main", *sys.argv[1:]])
+
+
+def read_json(path: pathlib.Path, absent):
+    """The content of a JSON file, or `absent` where there is no such file.
+
+    Raises:
+      InputError: the file is not JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return absent
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"{path} is damaged ({error}); restore it or take another folder."
+        ) from error
+
+
+def write_json(path: pathlib.Path, value) -> None:
+    """Writes a file that is either the old one or the whole new one; on process 0 alone."""
+    if jax.process_index() != 0:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for name in VERSIONED:
+        versions[name] = importlib.metadata.version(name)
+    return versions

@@ -1,0 +1,61 @@
+"""Pretraining: the network learns to predict the next image token."""
+
+import jax
+
+from gptv_jax import sharding
+from gptv_jax.checkpoint import Checkpoints
+from gptv_jax.data import pipeline
+from gptv_jax.model.gpt import parameter_count
+from gptv_jax.run import Run
+from gptv_jax.train import loop, metrics, optimizer, step
+
+
+def run_stage(run: Run) -> dict:
+    """Trains `config.train.steps` steps and measures the test split once; the summary's numbers."""
+    config = run.config
+    network = run.network()
+    update, rate = optimizer.make_optimizer(config.train.optimizer, config.train.steps)
+    init = step.make_init(network, update)
+    eval_step = step.make_eval_step(network)
+
+    def batches(position: int):
+        return pipeline.train_batches(
+            config.data, run.codec, config.train.batch_size, config.seed, position
+        )
+
+    def evaluate(params: dict, split: str = "validation") -> dict:
+        held_out = pipeline.evaluation_batches(
+            config.data, run.codec, split, config.train.batch_size
+        )
+        return loop.evaluate_all(eval_step, params, held_out)
+
+    with Checkpoints(run.checkpoints("pretrain"), config.train.keep_checkpoints) as checkpoints:
+        fitted = loop.fit(
+            "pretrain",
+            config.train,
+            network,
+            checkpoints=checkpoints,
+            log=run.metrics,
+            initial=lambda: jax.jit(init)(jax.random.key(config.seed)),
+            abstract=sharding.abstract(init),
+            train_step=step.make_train_step(
+                step.generative_loss(network),
+                update,
+                rate,
+                microbatches=config.train.microbatches,
+                seed=config.seed,
+            ),
+            batches=batches,
+            evaluate=evaluate,
+        )
+
+    nats = evaluate(fitted.params, "test")["nats_per_token"]
+    return {
+        "params": parameter_count(fitted.params),
+        "steps": fitted.step,
+        "validation_nats_per_token": fitted.evaluations[-1]["nats_per_token"],
+        "test_nats_per_token": nats,
+        "test_bits_per_token": metrics.bits(nats),
+        "train_tokens_per_second": fitted.tokens_per_second,
+        "mfu": metrics.mfu(network, fitted.tokens_per_second),
+    }

@@ -1,0 +1,1 @@
+"""Training by gradient steps, shared by every stage that takes them."""

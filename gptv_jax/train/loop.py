@@ -1,0 +1,211 @@
+"""The training loop: one fixed order of events, shared by every stage that takes gradients."""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+
+from gptv_jax import config as config_lib
+from gptv_jax import sharding
+from gptv_jax.checkpoint import BEST, Checkpoints
+from gptv_jax.model.gpt import Network
+from gptv_jax.train.metrics import MetricWriter, Progress, mfu
+
+
+class Fitted(NamedTuple):
+    """A finished training."""
+
+    params: dict  # of the best evaluation by accuracy, or else of the last step
+    step: int  # that they are of
+    evaluations: list[dict]  # {"step", and what `evaluate` gave}, in order
+    tokens_per_second: float | None  # of training steps alone, compilation left out
+
+
+def fit(
+    name: str,
+    config: config_lib.Train,
+    network: Network,
+    *,
+    checkpoints: Checkpoints,
+    log: MetricWriter,
+    initial: Callable[[], dict],
+    abstract: dict,
+    train_step: Callable,
+    batches: Callable[[int], Iterator[dict]],
+    evaluate: Callable[[dict], dict[str, float]],
+    patience: int = 0,
+) -> Fitted:
+    """Trains to the end, from the newest checkpoint where there is one.
+
+    Args:
+      name: of the training, in the log.
+      config: steps and intervals.
+      network: what is trained.
+      checkpoints: open, and left open.
+      log: takes the events.
+      initial: makes the train state {step, params, opt} where there is no checkpoint.
+      abstract: that state's shapes and shardings.
+      train_step: `(state, batch) -> (state, metrics)`; donates the state.
+      batches: `position -> iterator` over this process's share of the batches from there on.
+      evaluate: `params -> numbers`; with an "accuracy" among them, the best one's checkpoint is
+        kept, and returned.
+      patience: evaluations without a better accuracy after which it stops; 0: never.
+
+    Raises:
+      InputError: the loss, a gradient or a weight is no longer finite (names the step), or no
+        checkpoint can be read.
+    """
+    restored = checkpoints.restore_latest(abstract)
+    if restored:
+        state, info = restored
+    else:
+        state, info = initial(), {"position": 0, "seconds": 0.0, "timed": 0, "evaluations": []}
+    start = step = info["position"]
+    evaluations, clock = list(info["evaluations"]), Clock(info["seconds"], info["timed"])
+    log.rewind(name, step)
+    data, pending = batches(step), None
+    progress = Progress(name, config.steps, step)
+
+    def settle():
+        """Fetches the metrics of the newest step, checks them and logs them where due."""
+        nonlocal pending
+        if pending is None:
+            return
+        at, values = pending[0], {k: float(v) for k, v in jax.device_get(pending[1]).items()}
+        pending = None
+        wrong = {k: v for k, v in values.items() if not math.isfinite(v)}
+        if wrong:
+            found = ", ".join(f"{k} is {v}" for k, v in wrong.items())
+            checkpoints.wait()
+            good = max(checkpoints.steps(), default=None)
+            raise config_lib.InputError(
+                f"{name} stopped at step {at}: {found}. The last good checkpoint is step "
+                f"{good}, in {checkpoints.folder}. A lower optimizer.learning_rate or a "
+                "clip_norm is the usual remedy."
+            )
+        if at % config.log_every == 0 or at == config.steps:
+            speed = clock.lap(config.batch_size * network.length)
+            values |= {**speed, "mfu": mfu(network, speed["tokens_per_second"])}
+            log.write(name, at, values)
+            progress.report(at, values)
+
+    # The order is fixed: evaluate, save, next batch, step, log. What is saved includes the
+    # evaluation of the same step, and the position moves only after the save.
+    while True:
+        last = step == config.steps
+        fresh = step > start or not restored  # a restored step was evaluated before its save
+        best = None
+        if fresh and (last or (config.eval_every and step % config.eval_every == 0)):
+            with clock.span(steps=0):
+                settle()
+            numbers = evaluate(state["params"])
+            best = _best(evaluations, numbers)
+            evaluations.append({"step": step, **numbers})
+            log.write(name, step, {f"validation_{k}": v for k, v in numbers.items()})
+        last = last or _exhausted(evaluations, patience)
+
+        if fresh and (last or best is not None or step % config.checkpoint_every == 0):
+            with clock.span(steps=0):
+                settle()
+            info = {"position": step, "evaluations": evaluations, **clock.saved()}
+            checkpoints.save(step, state, info, None if best is None else {BEST: best})
+        if last:
+            break
+
+        # Nothing moves between host and device but what is named here. A process's first step
+        # compiles, and is not timed.
+        timed = clock.span(steps=1) if step > start else contextlib.nullcontext()
+        with jax.transfer_guard("disallow"), timed:
+            with clock.waiting():
+                local = next(data)
+            state, metrics = train_step(state, sharding.global_batch(local))
+            step += 1
+            settle()  # of the step before, while this one runs
+            pending = (step, metrics)
+        progress.advance()
+
+    progress.close()
+    checkpoints.wait()
+    chosen = _chosen(evaluations)
+    params = state["params"]
+    if chosen is not None and chosen != step:
+        params = checkpoints.restore(chosen, {"params": abstract["params"]})[0]["params"]
+    speed = clock.tokens_per_second(config.batch_size * network.length)
+    return Fitted(params, step if chosen is None else chosen, evaluations, speed)
+
+
+def evaluate_all(eval_step: Callable, params: dict, batches: Iterator[dict]) -> dict:
+    """Means over a whole split, every example once: nats_per_token and, with a head, accuracy."""
+    total = None
+    for batch in batches:
+        sums = eval_step(params, sharding.global_batch(batch))
+        total = sums if total is None else jax.tree.map(lambda a, b: a + b, total, sums)
+    total = {k: float(v) for k, v in jax.device_get(total).items()}
+    numbers = {"nats_per_token": total["nats"] / total["tokens"]}
+    if "correct" in total:
+        numbers["accuracy"] = total["correct"] / total["images"]
+    return numbers
+
+
+class Clock:
+    """Seconds of training steps and how many; compilation, saves and evaluations do not count."""
+
+    def __init__(self, seconds: float, steps: int):
+        self.total, self.lap_start = [seconds, steps, 0.0], [seconds, steps, 0.0]
+        self._wait = 0.0
+
+    @contextlib.contextmanager
+    def span(self, *, steps: int):
+        """Counts the time in the `with`, and the steps taken in it."""
+        begin = time.perf_counter()
+        yield
+        spent = (time.perf_counter() - begin, steps, self._wait)
+        self.total = [a + b for a, b in zip(self.total, spent, strict=True)]
+        self._wait = 0.0
+
+    @contextlib.contextmanager
+    def waiting(self):
+        """Within a span: the share of it that waits for data."""
+        begin = time.perf_counter()
+        yield
+        self._wait += time.perf_counter() - begin
+
+    def lap(self, tokens_per_step: int) -> dict[str, float | None]:
+        """Speed and data-wait share since the last lap."""
+        seconds, steps, wait = (a - b for a, b in zip(self.total, self.lap_start, strict=True))
+        self.lap_start = list(self.total)
+        if not steps:
+            return {"tokens_per_second": None, "data_wait_share": None}
+        speed = steps * tokens_per_step / seconds
+        return {"tokens_per_second": speed, "data_wait_share": wait / seconds}
+
+    def tokens_per_second(self, tokens_per_step: int) -> float | None:
+        """Over the whole training, whatever number of processes it took."""
+        seconds, steps, _ = self.total
+        return steps * tokens_per_step / seconds if steps else None
+
+    def saved(self) -> dict:
+        """What a checkpoint keeps."""
+        return {"seconds": self.total[0], "timed": self.total[1]}
+
+
+def _best(evaluations: list[dict], numbers: dict) -> float | None:
+    """The new accuracy where it is better than all before, so that the best one is unique."""
+    if BEST not in numbers or any(e[BEST] >= numbers[BEST] for e in evaluations):
+        return None
+    return numbers[BEST]
+
+
+def _chosen(evaluations: list[dict]) -> int | None:
+    """The step of the first highest accuracy; None where none was measured."""
+    scored = [e for e in evaluations if BEST in e]
+    return max(scored, key=lambda e: (e[BEST], -e["step"]))["step"] if scored else None
+
+
+def _exhausted(evaluations: list[dict], patience: int) -> bool:
+    chosen = _chosen(evaluations)
+    since = [e for e in evaluations if chosen is not None and e["step"] > chosen]
+    return patience > 0 and len(since) >= patience

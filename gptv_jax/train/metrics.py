@@ -1,0 +1,131 @@
+"""Where numbers go (JSON lines, TensorBoard, the terminal) and what throughput is worth."""
+
+import json
+import logging
+import math
+import pathlib
+import sys
+import time
+
+import jax
+import tensorboardX
+import tqdm
+
+from gptv_jax.model.gpt import Network
+
+LOG = logging.getLogger(__name__)
+
+# Dense bfloat16 peak, FLOP/s a device, by the start of `device_kind`; vendors' data sheets.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,  # v5p
+    "TPU v6 lite": 918e12,
+    "TPU7x": 2307e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+}
+
+
+def flops_per_token(network: Network) -> float:
+    """FLOPs that one token of training needs, forward and backward.
+
+    6 a weight that is multiplied, and 12 L T D for attention counted without the causal half
+    saved, as in PaLM (Chowdhery et al. 2022, appendix B), so that MFU compares across codebases.
+    """
+    c = network.config
+    weights = c.layers * (4 + 2 * c.mlp_ratio) * c.width**2 + network.vocabulary * c.width
+    return 6 * weights + 12 * c.layers * network.length * c.width
+
+
+def mfu(network: Network, tokens_per_second: float | None) -> float | None:
+    """Share of all devices' bfloat16 peak; None where the peak or the speed is not known."""
+    kind = jax.devices()[0].device_kind
+    peaks = [peak for name, peak in PEAK_FLOPS.items() if kind.startswith(name)]
+    if not peaks or tokens_per_second is None:
+        return None
+    return tokens_per_second * flops_per_token(network) / (peaks[0] * jax.device_count())
+
+
+def bits(nats: float) -> float:
+    """Nats in bits."""
+    return nats / math.log(2)
+
+
+class MetricWriter:
+    """Writes events as JSON lines and, the same ones, for TensorBoard; on process 0 alone."""
+
+    def __init__(self, folder: pathlib.Path):
+        self.path = folder / "metrics.jsonl"
+        self.board_folder = folder / "tensorboard"
+        self._boards: dict[str, tensorboardX.SummaryWriter] = {}
+
+    def write(self, stage: str, step: int, values: dict[str, float | None]) -> None:
+        """Appends one event."""
+        if jax.process_index() != 0:
+            return
+        event = {"stage": stage, "step": step, "time": round(time.time(), 3), **values}
+        with self.path.open("a") as file:
+            file.write(json.dumps(event) + "\n")
+        board = self._board(stage, step)
+        for name, value in values.items():
+            if value is not None:
+                board.add_scalar(f"{stage}/{name}", value, step)
+        board.flush()
+
+    def rewind(self, stage: str, step: int) -> None:
+        """Drops the stage's events after `step`, which a resumed training is about to repeat."""
+        if jax.process_index() != 0 or not self.path.exists():
+            return
+        kept = [e for e in self.read() if e["stage"] != stage or e["step"] <= step]
+        replacement = self.path.with_suffix(".tmp")
+        replacement.write_text("".join(json.dumps(event) + "\n" for event in kept))
+        replacement.replace(self.path)
+
+    def read(self) -> list[dict]:
+        """All whole events; a line that a kill cut short is left out."""
+        events = []
+        for line in self.path.read_text().splitlines() if self.path.exists() else []:
+            try:
+                events.append(json.loads(line))
+            except json.JSONDecodeError:
+                LOG.warning("%s: dropped a line that was cut short.", self.path)
+        return events
+
+    def _board(self, stage: str, step: int) -> tensorboardX.SummaryWriter:
+        if stage not in self._boards:
+            # TensorBoard hides an earlier writer's events from purge_step on.
+            self._boards[stage] = tensorboardX.SummaryWriter(
+                str(self.board_folder / stage), purge_step=step
+            )
+        return self._boards[stage]
+
+
+class Progress:
+    """A bar on a terminal; elsewhere one line each time `report` is called."""
+
+    def __init__(self, stage: str, steps: int, done: int = 0, unit: str = "step"):
+        self.stage, self.steps, self.bar = stage, steps, None
+        if sys.stderr.isatty() and jax.process_index() == 0:
+            self.bar = tqdm.tqdm(total=steps, initial=done, desc=stage, unit=unit)
+
+    def advance(self) -> None:
+        """One step is done."""
+        if self.bar:
+            self.bar.update()
+
+    def report(self, step: int, values: dict[str, float | None]) -> None:
+        """Shows the newest numbers."""
+        shown = {k: f"{v:.4g}" for k, v in values.items() if v is not None}
+        if self.bar:
+            self.bar.set_postfix(shown, refresh=False)
+        elif jax.process_index() == 0:
+            line = "  ".join(f"{name} {value}" for name, value in shown.items())
+            LOG.info("%s %d/%d  %s", self.stage, step, self.steps, line)
+
+    def close(self) -> None:
+        """Leaves the bar as it stands."""
+        if self.bar:
+            self.bar.close()

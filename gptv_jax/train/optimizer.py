@@ -1,0 +1,107 @@
+"""Optax optimizers by name, with the schedule, the clipping and the decay of the config."""
+
+from collections.abc import Callable
+
+import jax
+import optax
+from optax.contrib import MuonDimensionNumbers
+
+from gptv_jax import config as config_lib
+
+# The matrices of the blocks, which Muon orthogonalises, with the axes that make each a matrix
+# (inputs, outputs). The other axes, the layer and which of q, k, v, are batch: every one of their
+# slices is a matrix of its own.
+MATRICES = {
+    "qkv": MuonDimensionNumbers(reduction_axis=1, output_axis=(3, 4)),  # L [D] 3 [H K]
+    "attention_out": MuonDimensionNumbers(reduction_axis=(1, 2), output_axis=3),  # L [H K] [D]
+    "mlp_in": MuonDimensionNumbers(reduction_axis=1, output_axis=2),  # L [D] [F]
+    "mlp_out": MuonDimensionNumbers(reduction_axis=1, output_axis=2),  # L [F] [D]
+}
+# Weight decay acts on these; never on norms, start vectors, embeddings and positions. By name,
+# because a stacked norm gain has two dimensions as well.
+DECAYED = {*MATRICES, "head", "class_head"}
+
+RMS = 0.2  # of Muon's update, that of a typical Adam update (Liu et al. 2025, arXiv:2502.16982)
+
+
+def make_optimizer(
+    config: config_lib.Optimizer, steps: int
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """The optimizer, and the learning rate (Muon's, for muon) by step.
+
+    Args:
+      config: its settings.
+      steps: length of the training, for the schedule.
+    """
+    rate = _schedule(config, config.learning_rate, steps)
+    betas = {"b1": config.beta1, "b2": config.beta2}
+    decay = {"weight_decay": config.weight_decay, "mask": _named(DECAYED)}
+    match config.name:
+        case "adam":
+            optimizer = optax.adam(rate, **betas)
+        case "adamw":
+            optimizer = optax.adamw(rate, **betas, **decay)
+        case "nadamw":
+            optimizer = optax.nadamw(rate, **betas, **decay)
+        case "muon":
+            optimizer = optax.contrib.muon(
+                rate,
+                weight_decay=config.weight_decay,
+                consistent_rms=RMS,
+                adam_b1=config.beta1,
+                adam_b2=config.beta2,
+                adam_weight_decay=config.weight_decay,
+                adam_learning_rate=_schedule(
+                    config, config.rest_learning_rate or config.learning_rate, steps
+                ),
+                weight_decay_mask=_named(DECAYED),
+                muon_weight_dimension_numbers=_muon_dimensions,
+            )
+    if config.clip_norm is not None:
+        optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+    return optimizer, rate
+
+
+def apply_update(
+    optimizer: optax.GradientTransformation, grads: dict, state: optax.OptState, params: dict
+) -> tuple[dict, optax.OptState]:
+    """New parameters and optimizer state, sharded as the old ones.
+
+    Muon flattens heads into matrices, which explicit axes refuse; here the compiler may shard as it
+    likes, and only the results are pinned.
+    """
+
+    def update(grads, state, params):
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, (params, state))
+    return jax.sharding.auto_axes(update, out_sharding=specs)(grads, state, params)
+
+
+def _schedule(config: config_lib.Optimizer, peak: float, steps: int) -> optax.Schedule:
+    if config.schedule == "constant":
+        after = optax.constant_schedule(peak)
+    else:
+        length = max(steps - config.warmup_steps, 1)
+        after = optax.cosine_decay_schedule(peak, length, config.final_fraction)
+    if not config.warmup_steps:
+        return after
+    # From peak / warmup_steps, not 0: the first step is a step.
+    warmup = optax.linear_schedule(
+        peak / config.warmup_steps, peak, max(config.warmup_steps - 1, 1)
+    )
+    return optax.join_schedules([warmup, after], [config.warmup_steps])
+
+
+def _by_name(params: dict, value: Callable):
+    """A tree like `params` with `value(name)` at each leaf, name being its last key."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: value(path[-1].key), params)
+
+
+def _named(names: set[str]) -> Callable:
+    return lambda params: _by_name(params, lambda name: name in names)
+
+
+def _muon_dimensions(params: dict):
+    return _by_name(params, MATRICES.get)

@@ -1,0 +1,128 @@
+"""One step of training or evaluation, as pure functions for `jax.jit`."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from gptv_jax.model.gpt import Network
+from gptv_jax.train.optimizer import apply_update
+
+Metrics = dict[str, Array]
+
+
+def token_nats(logits: Float[Array, "B T V"], tokens: Int[Array, "B T"]) -> Float[Array, "B T"]:
+    """Negative log-likelihood of every token, in nats."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens)
+
+
+def generative_loss(network: Network) -> Callable:
+    """`(params, batch, key) -> (nats per token, metrics)`, the pretraining objective."""
+
+    def loss(params: dict, batch: dict, key: PRNGKeyArray) -> tuple[Array, Metrics]:
+        output = network.bind(params)(batch["tokens"], batch["variant"], key)
+        nats = token_nats(output.logits, batch["tokens"]).mean()
+        return nats, {"nats_per_token": nats}
+
+    return loss
+
+
+def joint_loss(network: Network, generative: float, classification: float) -> Callable:
+    """As `generative_loss`, plus cross-entropy of the class, weighted by the two coefficients."""
+
+    def loss(params: dict, batch: dict, key: PRNGKeyArray) -> tuple[Array, Metrics]:
+        output = network.bind(params)(batch["tokens"], batch["variant"], key)
+        nats = token_nats(output.logits, batch["tokens"]).mean()
+        class_nats = token_nats(output.class_logits, batch["label"]).mean()
+        correct = jnp.argmax(output.class_logits, axis=-1) == batch["label"]
+        metrics = {"nats_per_token": nats, "class_nats": class_nats, "accuracy": correct.mean()}
+        return generative * nats + classification * class_nats, metrics
+
+    return loss
+
+
+def make_init(network: Network, optimizer: optax.GradientTransformation) -> Callable:
+    """`key -> state`, the train state {step, params, opt}, every leaf born in its sharding."""
+    return lambda key: state_of(network.init(key), optimizer)
+
+
+def state_of(params: dict, optimizer: optax.GradientTransformation) -> dict:
+    """The train state {step, params, opt} before the first step."""
+    return {"step": jnp.zeros((), jnp.int32), "params": params, "opt": optimizer.init(params)}
+
+
+def make_train_step(
+    loss: Callable,
+    optimizer: optax.GradientTransformation,
+    rate: optax.Schedule,
+    *,
+    microbatches: int = 1,
+    seed: int = 0,
+) -> Callable:
+    """`(state, batch) -> (state, metrics)`, donating the state.
+
+    Args:
+      loss: of parameters, batch and key, such as `generative_loss` makes.
+      optimizer: takes the mean gradient of the batch.
+      rate: learning rate by step, for the metrics.
+      microbatches: parts the batch is worked through in, to need less memory; same result.
+      seed: of dropout; the key of a step is folded from the step, so that it needs no state.
+    """
+    gradient = jax.grad(loss, has_aux=True)
+
+    def accumulate(params, batch, key):
+        # Rows r, r + A, r + 2A ... make part r: a split that keeps every row on its device.
+        parts = jax.tree.map(
+            lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch
+        )
+        keys = jax.random.split(key, microbatches)
+        zeros = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype, out_sharding=jax.typeof(x).sharding.spec),
+            jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], parts), keys[0]),
+        )
+
+        def add(total, inputs):
+            return jax.tree.map(jnp.add, total, gradient(params, *inputs)), None
+
+        total, _ = jax.lax.scan(add, zeros, (parts, keys))
+        return jax.tree.map(lambda x: x / microbatches, total)
+
+    def train_step(state: dict, batch: dict) -> tuple[dict, Metrics]:
+        key = jax.random.fold_in(jax.random.key(seed), state["step"])
+        grads, metrics = (gradient if microbatches == 1 else accumulate)(
+            state["params"], batch, key
+        )
+        params, opt = apply_update(optimizer, grads, state["opt"], state["params"])
+        metrics |= {
+            "grad_norm": optax.global_norm(grads),
+            "param_norm": optax.global_norm(params),
+            "learning_rate": rate(state["step"]),
+        }
+        return {"step": state["step"] + 1, "params": params, "opt": opt}, metrics
+
+    return jax.jit(train_step, donate_argnums=0)
+
+
+def make_eval_step(network: Network) -> Callable:
+    """`(params, batch) -> sums` over the batch's real rows (mask 1).
+
+    The sums are nats, tokens, images and, with a class head, correctly classified images.
+    """
+
+    def eval_step(params: dict, batch: dict) -> Metrics:
+        output = network.bind(params)(batch["tokens"], batch["variant"])
+        images = batch["mask"].sum()
+        nats = token_nats(output.logits, batch["tokens"]).sum(axis=1)
+        sums = {
+            "nats": (nats * batch["mask"]).sum(),
+            "images": images,
+            "tokens": images * batch["tokens"].shape[1],
+        }
+        if output.class_logits is not None:
+            correct = jnp.argmax(output.class_logits, axis=-1) == batch["label"]
+            sums["correct"] = (correct * batch["mask"]).sum()
+        return sums
+
+    return jax.jit(eval_step)
