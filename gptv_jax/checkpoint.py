@@ -171,7 +171,7 @@ class Checkpoints:
         self._manager.reload()
 
 
-class DamagedError(Exception):
+class DamagedError(InputError):
     """A checkpoint that cannot be read."""
 
     def __init__(self, path: pathlib.Path, cause: Exception):

@@ -14,7 +14,7 @@ import ml_collections
 from ml_collections import config_dict
 
 
-class InputError(Exception):
+class InputError(ValueError):
     """Something the user can mend: one sentence that says what, where and what to do."""
 
 

@@ -1,2 +1,278 @@
-def write(run):
-    pass
+"""The run's plots and its one-page report, made of whatever stages have finished."""
+
+import base64
+import datetime
+import html
+import io
+import math
+import pathlib
+
+import jax
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from gptv_jax import config as config_lib
+from gptv_jax.run import Run, finished_stages, read_json
+
+# Plots are transparent, in tones that read on white and on black, so that one picture serves both.
+BLUE, ORANGE, QUIET, INK = "#3d85c6", "#d9822b", "#9a9a9a", "#767676"
+SIZE = (5.4, 3.3)  # inches, of a plot
+STYLE = """
+:root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif; }
+body { max-width: 1060px; margin: 2rem auto; padding: 0 1.2rem; }
+h1 { font-size: 1.6rem; margin: 0; } h2 { font-size: 1.1rem; margin: 2rem 0 .6rem; }
+small, figcaption, summary, th { opacity: .7; } small { display: block; }
+.box { display: block; margin: .8rem 0; padding: .7rem .9rem; background: #8882; border-radius: 8px;
+       overflow-wrap: anywhere; } .box b { font-size: 1.35rem; }
+.tiles, .row { display: grid; gap: .4rem 1.5rem; }
+.tiles { grid-template-columns: repeat(auto-fit, minmax(230px, 1fr)); column-gap: .8rem; }
+.row { grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); }
+figure { margin: 0; } img { width: 100%; } .pixels { image-rendering: pixelated; }
+.scroll { max-height: 24rem; overflow: auto; }
+table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
+td, th { padding: .15rem .6rem; border-bottom: 1px solid #8884; text-align: right; }
+td:first-child, th:first-child { text-align: left; } th { font-weight: 500; }
+.mark { background: #3d85c633; font-weight: 600; }
+"""
+
+
+def write(run: Run) -> None:
+    """Writes report.html and probe/layers.png; on process 0 alone."""
+    if jax.process_index() != 0:
+        return
+    summary, events = run.summary(), run.metrics.read()
+    title = _title(run, summary)
+    page = f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title} ({html.escape(run.folder.name)})</title><style>{STYLE}</style></head>
+<body><h1>{title}</h1>{_origin(run)}
+<div class="tiles">{_headlines(run, summary)}</div>
+{_section("Training", _curves(run, summary, events))}
+{_section("Linear probe by layer", _layers(run, summary))}
+{_section("Samples", _samples(run))}
+<div class="row"><div><h2>All numbers</h2>{_numbers(summary)}</div>
+<div><h2>Configuration</h2>{_configuration(run)}</div></div></body></html>
+"""
+    _replace(run.folder / "report.html", page.encode())
+
+
+def _title(run: Run, summary: dict) -> str:
+    parts = [run.config.data.name]
+    if "model/params" in summary:  # absent where another run did the pretraining
+        parts.append(f"{summary['model/params']:,} parameters")
+    parts += [f"{run.config.model.layers} layers", f"width {run.config.model.width}"]
+    return html.escape(", ".join(parts))
+
+
+def _origin(run: Run) -> str:
+    """Where the numbers come from: folder, date, devices, command and versions."""
+    record = read_json(run.folder / "config.json", {})
+    versions = " · ".join(f"{name} {version}" for name, version in record["versions"].items())
+    devices = f"{jax.device_count()} {jax.devices()[0].device_kind}"
+    now = datetime.datetime.now(datetime.UTC)
+    written = f"{run.folder.name} · written {now:%Y-%m-%d %H:%M} UTC on {devices}"
+    command = f'<code class="box">{html.escape(record["command"])}</code>'
+    return f"<small>{html.escape(written)}</small>{command}<small>{html.escape(versions)}</small>"
+
+
+def _headlines(run: Run, summary: dict) -> str:
+    """The main numbers, each with what it is to be held against."""
+    tiles, done = [], finished_stages(summary)
+    if "pretrain" in done:
+        v = run.codec.vocabulary
+        nats, bits = (summary[f"pretrain/test_{unit}_per_token"] for unit in ("nats", "bits"))
+        uniform = f"uniform: ln {v} = {math.log(v):.3f} nats, {math.log2(v):.3f} bits"
+        tiles.append(
+            _tile("Test loss", f"{nats:.3f} nats/token", f"{bits:.3f} bits/token", uniform)
+        )
+        speed, mfu = summary["pretrain/train_tokens_per_second"], summary["pretrain/mfu"]
+        shown = "not timed" if speed is None else f"{speed:,.0f} tokens/s"
+        share = "MFU: unknown peak" if mfu is None else f"MFU {_percent(mfu)}"
+        tiles.append(_tile("Pretraining speed", shown, share))
+    if "probe" in done:
+        raw = f"raw pixels {_percent(summary['probe/raw_pixels_test_accuracy'])}"
+        random = f"random init {_percent(summary['probe/random_init_test_accuracy'])}"
+        accuracy = _percent(summary["probe/test_accuracy"])
+        tiles.append(_tile("Linear probe, test accuracy", accuracy, raw, random))
+    if "finetune" in done:
+        scratch = f"from scratch {_percent(summary['finetune/scratch_test_accuracy'])}"
+        accuracy = _percent(summary["finetune/test_accuracy"])
+        tiles.append(_tile("Fine-tuning, test accuracy", accuracy, scratch))
+    return "".join(tiles)
+
+
+def _curves(run: Run, summary: dict, events: list[dict]) -> str:
+    figures = []
+    if _series(events, "pretrain", "validation_nats_per_token"):
+        png = _pretraining_plot(events, run.codec.vocabulary)
+        figures.append(_figure(png, "Pretraining. The training loss is that of single batches."))
+    if _series(events, "finetune", "validation_accuracy"):
+        png = _finetuning_plot(events, summary)
+        figures.append(_figure(png, "Fine-tuning. Ringed: the step whose weights were kept."))
+    return "".join(figures)
+
+
+def _pretraining_plot(events: list[dict], vocabulary: int) -> bytes:
+    figure = Figure(SIZE, layout="constrained")
+    loss, rate = figure.subplots(2, sharex=True, height_ratios=(4, 1))
+    _line(loss, _series(events, "pretrain", "nats_per_token"), ORANGE, "training")
+    _line(loss, _series(events, "pretrain", "validation_nats_per_token"), BLUE, "validation")
+    _floor(loss, math.log(vocabulary), f"uniform, ln {vocabulary}")
+    _line(rate, _series(events, "pretrain", "learning_rate"), QUIET)
+    rate.yaxis.set_major_locator(MaxNLocator(2))
+    rate.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    _finish(loss, "loss, nats per token")
+    _finish(rate, "learning rate", "step")
+    return _png(figure)
+
+
+def _finetuning_plot(events: list[dict], summary: dict) -> bytes:
+    figure = Figure(SIZE, layout="constrained")
+    axes = figure.subplots()
+    kept, kept_scratch = summary.get("finetune/steps"), summary.get("finetune/scratch_steps")
+    tuned = _series(events, "finetune", "validation_accuracy")
+    scratch = _series(events, "finetune_scratch", "validation_accuracy")
+    _line(axes, tuned, BLUE, "from pretrained weights", ring=kept)
+    _line(axes, scratch, ORANGE, "from scratch", ring=kept_scratch)
+    axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
+    _finish(axes, "validation accuracy", "step")
+    return _png(figure)
+
+
+def _layers(run: Run, summary: dict) -> str:
+    """Accuracy by layer, as a plot, which is saved too, and as a table."""
+    rows = read_json(run.folder / "probe" / "layers.json", [])
+    if not rows or "probe" not in finished_stages(summary):
+        return ""
+    best, raw = summary["probe/best_layer"], summary["probe/raw_pixels_test_accuracy"]
+    png = _layers_plot(rows, best, raw)
+    _replace(run.folder / "probe" / "layers.png", png)
+    caption = "Layer 0 is the embeddings. Ringed: the layer with the best validation accuracy."
+    head = ("layer", "best C", "validation", "test", "random init, test")
+    keys = ("validation_accuracy", "test_accuracy", "random_init_test_accuracy")
+    cells = [(r["layer"], f"{r['c']:g}", *(_percent(r[key]) for key in keys)) for r in rows]
+    cells.append(("raw pixels", "", "", _percent(raw), ""))
+    table = _table(cells, head, marked=[best])
+    return f'{_figure(png, caption)}<div class="scroll">{table}</div>'
+
+
+def _layers_plot(rows: list[dict], best: int, raw_pixels: float) -> bytes:
+    figure = Figure(SIZE, layout="constrained")
+    axes = figure.subplots()
+
+    def points(key: str) -> list[tuple]:
+        return [(row["layer"], row[key]) for row in rows]
+
+    _line(axes, points("validation_accuracy"), BLUE, "validation", style=":", ring=best)
+    _line(axes, points("test_accuracy"), BLUE, "test")
+    _line(axes, points("random_init_test_accuracy"), ORANGE, "random init, test")
+    _floor(axes, raw_pixels, "raw pixels, test")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
+    _finish(axes, "probe accuracy", "layer")
+    return _png(figure)
+
+
+def _samples(run: Run) -> str:
+    config, rows = run.config.sample, run.codec.grid[0]
+    captions = {
+        "unconditional": f"New images, drawn at temperature {config.temperature:g}.",
+        "completions": "Test images, each followed by its completion: the upper "
+        f"{round(config.keep * rows)} of {rows} rows are given, the rest is drawn.",
+    }
+    paths = {name: run.folder / "samples" / f"{name}.png" for name in captions}
+    there = [name for name, path in paths.items() if path.exists()]
+    return "".join(_figure(paths[n].read_bytes(), captions[n], "pixels") for n in there)
+
+
+def _numbers(summary: dict) -> str:
+    return _table([(name, _number(value)) for name, value in summary.items()])
+
+
+def _configuration(run: Run) -> str:
+    flat, default = config_lib.flatten(run.config), config_lib.flatten(config_lib.Config())
+    table = _table(
+        list(flat.items()), marked=[name for name in flat if flat[name] != default[name]]
+    )
+    return f"<details><summary>All fields; marked: not the default</summary>{table}</details>"
+
+
+def _series(events: list[dict], stage: str, key: str) -> list[tuple]:
+    """The (step, value) pairs that a stage logged under a key."""
+    return [(e["step"], e[key]) for e in events if e["stage"] == stage and key in e]
+
+
+def _line(axes: Axes, points: list[tuple], color: str, label="", style="-", ring=None) -> None:
+    """One curve; the point at x = `ring` is ringed."""
+    if not points:
+        return
+    marker = "." if len(points) < 50 else None  # more of them would hide the line
+    axes.plot(*zip(*points, strict=True), style, marker=marker, ms=4, lw=1.3, c=color, label=label)
+    ringed = [point for point in points if point[0] == ring]
+    if ringed:
+        axes.plot(*zip(*ringed, strict=True), "o", ms=10, mfc="none", mec=color)
+
+
+def _floor(axes: Axes, value: float, label: str) -> None:
+    axes.axhline(value, color=QUIET, ls="--", lw=1, label=label)
+
+
+def _finish(axes: Axes, title: str, x_label: str = "") -> None:
+    """Quiet frame; the title says what y is, so that nothing is written sideways."""
+    axes.set_title(title, loc="left", fontsize=9, color=INK)
+    axes.set_xlabel(x_label, fontsize=9, color=INK)
+    axes.tick_params(colors=INK, labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(INK)
+    axes.grid(axis="y", color=INK, alpha=0.2, lw=0.6)
+    if len(axes.get_lines()) > 1:
+        axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=200, facecolor="none")
+    return buffer.getvalue()
+
+
+def _section(title: str, content: str) -> str:
+    return f'<h2>{title}</h2><div class="row">{content}</div>' if content else ""
+
+
+def _figure(png: bytes, caption: str, kind: str = "plot") -> str:
+    source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+    image = f'<img class="{kind}" src="{source}" alt="{html.escape(caption)}">'
+    return f"<figure>{image}<figcaption>{html.escape(caption)}</figcaption></figure>"
+
+
+def _tile(title: str, value: str, *beside: str) -> str:
+    lines = "".join(f"<small>{html.escape(line)}</small>" for line in beside)
+    return f'<div class="box">{html.escape(title)}<br><b>{html.escape(value)}</b>{lines}</div>'
+
+
+def _table(rows: list[tuple], head: tuple = (), marked: list = ()) -> str:
+    """A table; the rows whose first cell is among `marked` stand out."""
+    lines = ["<tr>" + "".join(f"<th>{html.escape(name)}</th>" for name in head) + "</tr>"]
+    for row in rows:
+        cells = "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row)
+        lines.append(f"<tr{' class="mark"' if row[0] in marked else ''}>{cells}</tr>")
+    return f"<table>{''.join(lines)}</table>"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f}%"
+
+
+def _number(value) -> str:
+    if value is None:
+        return "unknown"
+    return f"{value:,.0f}" if isinstance(value, int) or value >= 1000 else f"{value:#.4g}"
+
+
+def _replace(path: pathlib.Path, content: bytes) -> None:
+    """Writes a file that is either the old one or the whole new one."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_bytes(content)
+    temporary.replace(path)

@@ -36,15 +36,14 @@ class Run:
         self.mesh = sharding.make_mesh(config.mesh)
         sharding.check(config, self.mesh)
         self.codec = tokens.make_codec(config.tokens, config.data.image_size)
-        self.variants = transforms.variants(config.data.augmentation)
+        transforms.variants(config.data.augmentation)  # before any work: they can be parsed
         self.classes = sources.open_source(config.data, "train").classes
         self._adopt()
         self.metrics = MetricWriter(self.folder)
 
     def network(self, classes: int = 0) -> Network:
         """The network of the config, with a class head where `classes` is not 0."""
-        starts = self.variants if self.config.model.start_per_variant else 1
-        return Network(self.config.model, self.codec.vocabulary, self.codec.grid, starts, classes)
+        return network_of(self.config, self.codec, classes)
 
     def pretrained(self, network: Network) -> dict:
         """The pretrained parameters, of this run or of the one `config.init_from` names.
@@ -53,13 +52,14 @@ class Run:
           InputError: pretraining has not finished there, or the weights are of another shape.
         """
         folder = pathlib.Path(self.config.init_from or self.folder).absolute()
-        if "pretrain" not in finished_stages(read_json(folder / "summary.json", {})):
+        summary = read_json(folder / "summary.json", {})
+        if "pretrain" not in finished_stages(summary):
             raise InputError(
                 f"{folder} holds no finished pretraining; run --stages=pretrain there first."
             )
         abstract = {"params": sharding.abstract(network.init)}
         with Checkpoints(folder / "checkpoints" / "pretrain", read_only=True) as checkpoints:
-            return checkpoints.restore(checkpoints.steps()[-1], abstract)[0]["params"]
+            return checkpoints.restore(summary["pretrain/steps"], abstract)[0]["params"]
 
     def checkpoints(self, training: str) -> pathlib.Path:
         """The folder of a training's checkpoints."""
@@ -145,6 +145,13 @@ def config_of(folder: pathlib.Path) -> config_lib.Config:
     if record is None:
         raise InputError(f"{folder} is not a run folder: it has no config.json.")
     return config_lib.resolve(config_lib.unflatten(record["config"]))
+
+
+def network_of(config: config_lib.Config, codec: tokens.Codec, classes: int) -> Network:
+    """The network of a configuration, with a class head where `classes` is not 0."""
+    variants = transforms.variants(config.data.augmentation)
+    starts = variants if config.model.start_per_variant else 1
+    return Network(config.model, codec.vocabulary, codec.grid, starts, classes)
 
 
 def finished_stages(summary: dict) -> list[str]:

@@ -21,7 +21,11 @@ def run_stage(run: Run) -> dict:
     tuned = _tune(run, "finetune", run.pretrained(network))
     fresh = jax.jit(network.init)(jax.random.key(run.config.seed))
     scratch = _tune(run, "finetune_scratch", fresh)
-    return tuned | {f"scratch_{name}": value for name, value in scratch.items()}
+    return (
+        {"classes": run.classes}
+        | tuned
+        | {f"scratch_{name}": value for name, value in scratch.items()}
+    )
 
 
 def _tune(run: Run, name: str, weights: dict) -> dict:

@@ -13,17 +13,17 @@ from gptv_jax.train.optimizer import apply_update
 Metrics = dict[str, Array]
 
 
-def token_nats(logits: Float[Array, "B T V"], tokens: Int[Array, "B T"]) -> Float[Array, "B T"]:
-    """Negative log-likelihood of every token, in nats."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens)
+def cross_entropy(logits: Float[Array, "*B V"], targets: Int[Array, "*B"]) -> Float[Array, "*B"]:
+    """Negative log-likelihood of every target, in nats."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
 
 
 def generative_loss(network: Network) -> Callable:
     """`(params, batch, key) -> (nats per token, metrics)`, the pretraining objective."""
 
-    def loss(params: dict, batch: dict, key: PRNGKeyArray) -> tuple[Array, Metrics]:
+    def loss(params: dict, batch: dict, key: PRNGKeyArray | None) -> tuple[Array, Metrics]:
         output = network.bind(params)(batch["tokens"], batch["variant"], key)
-        nats = token_nats(output.logits, batch["tokens"]).mean()
+        nats = cross_entropy(output.logits, batch["tokens"]).mean()
         return nats, {"nats_per_token": nats}
 
     return loss
@@ -32,10 +32,10 @@ def generative_loss(network: Network) -> Callable:
 def joint_loss(network: Network, generative: float, classification: float) -> Callable:
     """As `generative_loss`, plus cross-entropy of the class, weighted by the two coefficients."""
 
-    def loss(params: dict, batch: dict, key: PRNGKeyArray) -> tuple[Array, Metrics]:
+    def loss(params: dict, batch: dict, key: PRNGKeyArray | None) -> tuple[Array, Metrics]:
         output = network.bind(params)(batch["tokens"], batch["variant"], key)
-        nats = token_nats(output.logits, batch["tokens"]).mean()
-        class_nats = token_nats(output.class_logits, batch["label"]).mean()
+        nats = cross_entropy(output.logits, batch["tokens"]).mean()
+        class_nats = cross_entropy(output.class_logits, batch["label"]).mean()
         correct = jnp.argmax(output.class_logits, axis=-1) == batch["label"]
         metrics = {"nats_per_token": nats, "class_nats": class_nats, "accuracy": correct.mean()}
         return generative * nats + classification * class_nats, metrics
@@ -114,7 +114,7 @@ def make_eval_step(network: Network) -> Callable:
     def eval_step(params: dict, batch: dict) -> Metrics:
         output = network.bind(params)(batch["tokens"], batch["variant"])
         images = batch["mask"].sum()
-        nats = token_nats(output.logits, batch["tokens"]).sum(axis=1)
+        nats = cross_entropy(output.logits, batch["tokens"]).sum(axis=1)
         sums = {
             "nats": (nats * batch["mask"]).sum(),
             "images": images,

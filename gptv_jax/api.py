@@ -1,0 +1,200 @@
+"""What a Python user calls: a run folder as a model with NumPy in and NumPy out."""
+
+import functools
+import math
+import pathlib
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+
+from gptv_jax import config as config_lib
+from gptv_jax import decode, sharding, tokens
+from gptv_jax.checkpoint import Checkpoints
+from gptv_jax.model.gpt import Network
+from gptv_jax.run import config_of, finished_stages, network_of, read_json
+from gptv_jax.train.step import cross_entropy
+
+TRAININGS = ("pretrain", "finetune")  # the stages that leave weights
+
+
+class Model:
+    """A trained network with its tokens; made by `load`.
+
+    Images are uint8 [B, H, W, C] in the data set's own range. Work is split over all devices.
+    Whatever has the wrong shape, dtype or value raises ValueError.
+    """
+
+    def __init__(
+        self, network: Network, params: dict, codec: tokens.Codec, mesh, probed: int | None
+    ):
+        self.network = network
+        self.codec = codec
+        self._params, self._mesh, self._probed = params, mesh, probed
+
+    def tokenize(self, images: UInt8[np.ndarray, "B H W C"]) -> Int[np.ndarray, "B T"]:
+        """Int32 tokens, 0 <= token < V, in raster order."""
+        images, wanted = np.asarray(images), self.codec.image_shape
+        if images.dtype != np.uint8 or images.shape[1:] != wanted or images.ndim != 4:
+            shown = ", ".join(map(str, wanted))
+            raise ValueError(
+                f"images are {images.dtype} {list(images.shape)}; they must be uint8 [B, {shown}]."
+            )
+        return self.codec.encode(images)
+
+    def detokenize(self, tokens: Int[np.ndarray, "B T"]) -> UInt8[np.ndarray, "B H W C"]:
+        """The images that the tokens stand for; for a lossless codec the inverse of `tokenize`."""
+        return self.codec.decode(self._checked(tokens))
+
+    def logits(self, tokens: Int[np.ndarray, "B T"]) -> Float[np.ndarray, "B T V"]:
+        """Float32 logits; position t predicts tokens[:, t] from those before it."""
+        return self._forward(self._checked(tokens), "logits")
+
+    def log_likelihood(self, images: UInt8[np.ndarray, "B H W C"]) -> Float[np.ndarray, "B"]:
+        """Float32 log-probability of each image's tokens, in nats, summed over them."""
+        return self._forward(self.tokenize(images), "log_likelihood")
+
+    def features(
+        self, images: UInt8[np.ndarray, "B H W C"], layer: int | None = None
+    ) -> Float[np.ndarray, "B D"]:
+        """Float32 means over positions of one layer's normed input.
+
+        Args:
+          images: see the class.
+          layer: 0 .. L, L being the output of the final norm; None: the probe's best layer.
+        """
+        last = self.network.config.layers
+        if layer is None and self._probed is None:
+            raise ValueError(f"the probe has not run, so name a layer: 0 to {last}.")
+        layer = self._probed if layer is None else layer
+        if not 0 <= layer <= last:
+            raise ValueError(f"layer is {layer}; this network has the layers 0 to {last}.")
+        return self._forward(self.tokenize(images), "pooled")[:, layer]
+
+    def classify(self, images: UInt8[np.ndarray, "B H W C"]) -> Float[np.ndarray, "B C"]:
+        """Float32 class probabilities, of a fine-tuned model."""
+        if not self.network.classes:
+            raise ValueError(
+                "this model has no class head; load a run whose finetune has finished."
+            )
+        return self._forward(self.tokenize(images), "classes")
+
+    def sample(
+        self,
+        n: int,
+        seed: int = 0,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+    ) -> UInt8[np.ndarray, "n H W C"]:
+        """New images, drawn token by token.
+
+        Args:
+          n: how many.
+          seed: the same seed gives the same images.
+          temperature: divides the logits; 0 takes the most likely token.
+          top_k: draws among the k most likely tokens; None: all.
+          top_p: draws among the most likely tokens that together reach probability p; None: all.
+        """
+        if n < 1:
+            raise ValueError(f"n is {n}; it takes 1 or more.")
+        return self._generate(np.zeros((n, 0), np.int32), seed, temperature, top_k, top_p)
+
+    def complete(
+        self,
+        images: UInt8[np.ndarray, "B H W C"],
+        keep: float = 0.5,
+        seed: int = 0,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+    ) -> UInt8[np.ndarray, "B H W C"]:
+        """The first share `keep` of the rows, to the nearest row, and a drawn continuation."""
+        if not 0 <= keep <= 1:
+            raise ValueError(f"keep is {keep}; it takes a share of the rows, from 0 to 1.")
+        kept = self.tokenize(images)[:, : decode.kept_tokens(self.network, keep)]
+        return self._generate(kept, seed, temperature, top_k, top_p)
+
+    def _generate(self, prefix, seed, temperature, top_k, top_p):
+        if not temperature >= 0:
+            raise ValueError(f"temperature is {temperature}; it takes 0 or more.")
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k is {top_k}; it takes 1 or more, or None.")
+        if top_p is not None and not 0 < top_p <= 1:
+            raise ValueError(f"top_p is {top_p}; it takes more than 0 up to 1, or None.")
+        settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        with jax.set_mesh(self._mesh):
+            rows, key = self._rows(prefix), jax.random.key(seed)
+            drawn = decode.generate(self.network, self._params, rows, key, **settings)
+        return self.codec.decode(np.asarray(drawn)[: len(prefix)])
+
+    def _checked(self, tokens) -> np.ndarray:
+        tokens, length = np.asarray(tokens), self.network.length
+        if tokens.ndim != 2 or tokens.shape[1] != length or tokens.dtype.kind not in "iu":
+            raise ValueError(
+                f"tokens are {tokens.dtype} {list(tokens.shape)}; they must be whole numbers "
+                f"[B, {length}]."
+            )
+        vocabulary = self.network.vocabulary
+        if tokens.size and not (tokens.min() >= 0 and tokens.max() < vocabulary):
+            raise ValueError(
+                f"tokens range from {tokens.min()} to {tokens.max()}; they must lie in 0 to "
+                f"{vocabulary - 1}."
+            )
+        return tokens.astype(np.int32)
+
+    def _forward(self, tokens: np.ndarray, wanted: str) -> np.ndarray:
+        with jax.set_mesh(self._mesh):
+            result = _forward(self.network, self._params, self._rows(tokens), wanted)
+        return np.asarray(result)[: len(tokens)]
+
+    def _rows(self, rows: np.ndarray) -> jax.Array:
+        """Rows split over the devices; the last one is repeated where they do not divide."""
+        if not len(rows):
+            raise ValueError("the batch is empty; give one row or more.")
+        ways = math.prod(self._mesh.shape[axis] for axis in sharding.BATCH)
+        return sharding.from_everywhere(np.pad(rows, ((0, -len(rows) % ways), (0, 0)), mode="edge"))
+
+
+@functools.partial(jax.jit, static_argnames=("network", "wanted"))
+def _forward(network: Network, params: dict, tokens: jax.Array, wanted: str) -> jax.Array:
+    output = network.bind(params)(tokens)
+    match wanted:
+        case "logits":
+            return output.logits
+        case "pooled":
+            return output.pooled.swapaxes(0, 1)
+        case "classes":
+            return jax.nn.softmax(output.class_logits, axis=-1)
+        case "log_likelihood":
+            return -cross_entropy(output.logits, tokens).sum(axis=1)
+
+
+def load(folder: str | pathlib.Path, stage: str | None = None) -> Model:
+    """The model that a run folder holds.
+
+    Args:
+      folder: the `--workdir` of a run.
+      stage: "pretrain" or "finetune"; None: the latest of them that has finished.
+
+    Raises:
+      ValueError: no run folder, the stage has not finished, or its checkpoint is damaged.
+    """
+    folder = pathlib.Path(folder).absolute()
+    config, summary = config_of(folder), read_json(folder / "summary.json", {})
+    finished = [s for s in TRAININGS if s in finished_stages(summary)]
+    if stage is None and finished:
+        stage = finished[-1]
+    if stage not in finished:
+        shown = ", ".join(finished) or "none"
+        raise config_lib.InputError(
+            f"{folder} has no finished stage {stage or 'with weights'}; finished ones with weights: "
+            f"{shown}."
+        )
+    codec = tokens.make_codec(config.tokens, config.data.image_size)
+    network = network_of(config, codec, summary.get(f"{stage}/classes", 0))
+    mesh = sharding.make_mesh(config_lib.Mesh())
+    with jax.set_mesh(mesh), Checkpoints(folder / "checkpoints" / stage, read_only=True) as saved:
+        abstract = {"params": sharding.abstract(network.init)}
+        params = saved.restore(summary[f"{stage}/steps"], abstract)[0]["params"]
+    return Model(network, params, codec, mesh, summary.get("probe/best_layer"))
