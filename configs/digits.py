@@ -1,4 +1,19 @@
-"""placeholder"""
+"""Handwritten digits: the whole path in minutes on a laptop, with nothing to download.
+
+Data: scikit-learn's digits, 1,797 real 8x8 images with 17 grey levels (lossless tokens), split
+1,197 / 200 / 400 stratified with seed 0.
+
+Command:    python -m gptv_jax.main --config=configs/digits.py --workdir=runs/digits
+Hardware:   two CPU cores, 2 GiB of memory, about 5 minutes.
+Expect:     test loss about 1.22 nats per token (uniform: ln 17 = 2.833), probe about 0.955,
+            fine-tune about 0.975; docs/results.md has the numbers of three seeds.
+Reproduces: no published run. Logistic regression on the raw pixels reaches about 0.97 on this easy
+            set, so it shows that everything works, not that pretraining wins.
+
+What it changes from iGPT, because 1,197 images are few: distribution augmentation (one-pixel
+shifts, each with a start vector of its own; Jun et al. 2020), row and column tables beside the
+learned positions, dropout, and Muon, which here learns several times faster than Adam.
+"""
 
 from gptv_jax import config as config_lib
 
@@ -9,29 +24,37 @@ def get_config():
     c.data.image_size = 8
     c.data.augmentation = ("shift(pixels=1, keep=0.3)",)
     c.tokens.levels = 17
+
     c.model.layers = 4
     c.model.width = 96
     c.model.heads = 4
     c.model.axial_positions = True
     c.model.start_per_variant = True
-    c.model.scan_layers = False
-    for train, rate, rest in ((c.train, 1.5e-2, 1e-2), (c.finetune.train, 3e-3, 3e-3)):
+    c.model.dropout = 0.1
+    c.model.scan_layers = False  # four small layers run faster unrolled on a CPU
+
+    for train in (c.train, c.finetune.train):
         train.batch_size = 32
+        train.log_every = 20
         train.optimizer.name = "muon"
-        train.optimizer.learning_rate = rate
-        train.optimizer.rest_learning_rate = rest
         train.optimizer.weight_decay = 0.01
         train.optimizer.clip_norm = 1.0
         train.optimizer.final_fraction = 0.02
-        train.log_every = 20
-    c.train.steps = 500
-    c.train.optimizer.warmup_steps = 25
-    c.train.eval_every = 50
-    c.train.checkpoint_every = 50
+
+    c.train.steps = 1000
+    c.train.eval_every = 100
+    c.train.checkpoint_every = 100
+    c.train.optimizer.learning_rate = 1.5e-2
+    c.train.optimizer.rest_learning_rate = 1e-2
+    c.train.optimizer.warmup_steps = 50
+
     c.finetune.train.steps = 200
-    c.finetune.train.optimizer.warmup_steps = 20
     c.finetune.train.eval_every = 20
     c.finetune.train.checkpoint_every = 20
+    c.finetune.train.optimizer.learning_rate = 3e-3
+    c.finetune.train.optimizer.warmup_steps = 20
+    c.finetune.patience = 0  # so that from scratch has the whole of the same budget
     c.finetune.standardize = True
+
     c.probe.c = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
     return c

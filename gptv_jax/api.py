@@ -188,8 +188,8 @@ def load(folder: str | pathlib.Path, stage: str | None = None) -> Model:
     if stage not in finished:
         shown = ", ".join(finished) or "none"
         raise config_lib.InputError(
-            f"{folder} has no finished stage {stage or 'with weights'}; finished ones with weights: "
-            f"{shown}."
+            f"{folder} has no finished stage {stage or 'with weights'}; of those with weights, "
+            f"finished: {shown}."
         )
     codec = tokens.make_codec(config.tokens, config.data.image_size)
     network = network_of(config, codec, summary.get(f"{stage}/classes", 0))

@@ -7,6 +7,7 @@ frozen, checked `Config` that the rest of the program reads.
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 
@@ -18,18 +19,36 @@ class InputError(ValueError):
     """Something the user can mend: one sentence that says what, where and what to do."""
 
 
-def _free(default):
-    """A field that may change when a run is continued: it moves work about, not the numbers."""
-    return dataclasses.field(default=default, metadata={"free": True})
+# What a value must be, in words for the message and as a test.
+POSITIVE = ("1 or more", lambda v: v >= 1)
+NOT_NEGATIVE = ("0 or more", lambda v: 0 <= v < math.inf)
+ABOVE_ZERO = ("more than 0", lambda v: 0 < v < math.inf)
+BELOW_ONE = ("0 up to but not 1", lambda v: 0 <= v < 1)
+SHARE = ("0 to 1", lambda v: 0 <= v <= 1)
+AXIS = ("1 or more, or -1 to fill", lambda v: v >= 1 or v == -1)
+
+
+def _one_of(*names: str):
+    return "one of " + ", ".join(names), lambda v: v in names
+
+
+def _field(default, accepted=None, *, free: bool = False):
+    """A field of these values; a free one may change when a run is continued.
+
+    Free is what moves work about but not the numbers it comes to, rounding apart.
+    """
+    return dataclasses.field(default=default, metadata={"accepted": accepted, "free": free})
 
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
     """Sizes of the device mesh's axes; at most one of them is -1 and takes what is left."""
 
-    data: int = _free(-1)  # batch split, weights replicated
-    fsdp: int = _free(1)  # batch split, weights split too and gathered layer by layer
-    tensor: int = _free(1)  # heads and MLP width split
+    data: int = _field(-1, AXIS, free=True)  # batch split, weights replicated
+    fsdp: int = _field(
+        1, AXIS, free=True
+    )  # batch split, weights split too and gathered layer by layer
+    tensor: int = _field(1, AXIS, free=True)  # heads and MLP width split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +56,11 @@ class Data:
     """Where images come from and what happens to them before they become tokens."""
 
     name: str = "digits"  # one of data.sources.SOURCES
-    image_size: int = 8  # pixels, height and width
+    image_size: int = _field(8, POSITIVE)  # pixels, height and width
     augmentation: tuple[str, ...] = ()  # training only, in order: see data.transforms.TRANSFORMS
-    workers: int = _free(0)  # Grain worker processes; 0: threads in this process
+    workers: int = _field(
+        0, NOT_NEGATIVE, free=True
+    )  # Grain worker processes; 0: threads in this process
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,62 +68,76 @@ class Tokens:
     """How pixels become tokens."""
 
     name: str = "grey"  # one of tokens.CODECS
-    levels: int = 17  # grey: number of levels, which is the vocabulary; lossless where data fits
+    levels: int = _field(
+        17, ("2 to 256", lambda v: 2 <= v <= 256)
+    )  # grey: number of levels, which is the vocabulary; lossless where data fits
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
     """The network; the defaults are iGPT-S (Chen et al. 2020)."""
 
-    layers: int = 24
-    width: int = 512
-    heads: int = 8
-    mlp_ratio: int = 4  # MLP width over width
+    layers: int = _field(24, POSITIVE)
+    width: int = _field(512, POSITIVE)
+    heads: int = _field(8, POSITIVE)
+    mlp_ratio: int = _field(4, POSITIVE)  # MLP width over width
     axial_positions: bool = False  # adds row and column tables to the learned position table
     start_per_variant: bool = False  # a start vector per augmentation variant (Jun et al. 2020)
-    dropout: float = 0.0  # probability, on embeddings and on each residual branch
-    dtype: str = _free("float32")  # of compute: float32 or bfloat16; weights stay float32
-    scan_layers: bool = _free(True)  # walk layers by lax.scan (flat compile time) or unrolled
-    remat: str = _free("none")  # what backward recomputes: none, dots (all but products) or full
+    dropout: float = _field(
+        0.0, BELOW_ONE
+    )  # probability, on embeddings and on each residual branch
+    dtype: str = _field("float32", _one_of("float32", "bfloat16"))  # of compute; weights: float32
+    scan_layers: bool = _field(
+        True, free=True
+    )  # walk layers by lax.scan (flat compile time) or unrolled
+    # What the backward pass computes again: nothing, all but products with weights, or everything.
+    remat: str = _field("none", _one_of("none", "dots", "full"), free=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
     """Optax optimizer, learning-rate schedule, clipping and decay."""
 
-    name: str = "adam"  # adam, adamw, nadamw or muon (AdamW for all but the block matrices)
-    learning_rate: float = 3e-3  # peak, reached at the end of the warm-up
-    rest_learning_rate: float | None = None  # muon: peak of AdamW's share; None: learning_rate
-    beta1: float = 0.9
-    beta2: float = 0.95
-    weight_decay: float = 0.0  # decoupled, times the learning rate, on matrices only
-    clip_norm: float | None = None  # bound on the global gradient norm; None: no clipping
-    schedule: str = "cosine"  # after the warm-up: cosine or constant
-    warmup_steps: int = 0  # linear from 0
-    final_fraction: float = 0.0  # of the peak, at the last step of a cosine
+    # muon is for the matrices of the blocks; AdamW takes the rest.
+    name: str = _field("adam", _one_of("adam", "adamw", "nadamw", "muon"))
+    learning_rate: float = _field(3e-3, ABOVE_ZERO)  # peak, reached at the end of the warm-up
+    # muon: the peak of AdamW's share; None: the same as learning_rate.
+    rest_learning_rate: float | None = _field(None, ABOVE_ZERO)
+    beta1: float = _field(0.9, BELOW_ONE)
+    beta2: float = _field(0.95, BELOW_ONE)
+    weight_decay: float = _field(0.0, NOT_NEGATIVE)  # times the learning rate; matrices only
+    clip_norm: float | None = _field(None, ABOVE_ZERO)  # of all gradients together; None: no bound
+    schedule: str = _field("cosine", _one_of("cosine", "constant"))  # after the warm-up
+    warmup_steps: int = _field(0, NOT_NEGATIVE)  # linear, up to the peak
+    final_fraction: float = _field(0.0, SHARE)  # of the peak, at the last step of a cosine
 
 
 @dataclasses.dataclass(frozen=True)
 class Train:
     """One training by gradient steps."""
 
-    steps: int = 1000
-    batch_size: int = 128  # images a step, over all devices
-    microbatches: int = _free(1)  # gradient accumulation: parts a batch is worked through in
+    steps: int = _field(1000, POSITIVE)
+    batch_size: int = _field(128, POSITIVE)  # images a step, over all devices
+    # Gradient accumulation: the parts that a batch is worked through in.
+    microbatches: int = _field(1, POSITIVE)
     optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
-    eval_every: int = 250  # steps; 0: at the end only
-    checkpoint_every: int = _free(250)  # steps; the last step is always saved
-    keep_checkpoints: int = _free(2)  # newest ones that stay on disk
-    log_every: int = _free(50)  # steps
+    eval_every: int = _field(250, NOT_NEGATIVE)  # steps; 0: at the end only
+    checkpoint_every: int = _field(250, POSITIVE, free=True)  # steps; the last step is always saved
+    keep_checkpoints: int = _field(2, POSITIVE, free=True)  # newest ones that stay on disk
+    log_every: int = _field(50, POSITIVE, free=True)  # steps
 
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
     """Linear probe: L-BFGS logistic regression on frozen features."""
 
-    c: tuple[float, ...] = (0.01, 0.1, 1.0, 10.0)  # inverse regularisation strengths to try
-    max_iterations: int = 1000  # of L-BFGS
-    batch_size: int = 128  # images a forward pass
+    # Inverse regularisation strengths to try.
+    c: tuple[float, ...] = _field(
+        (0.01, 0.1, 1.0, 10.0),
+        ("positive numbers, one or more", lambda v: v and all(0 < c < math.inf for c in v)),
+    )
+    max_iterations: int = _field(1000, POSITIVE)  # of L-BFGS
+    batch_size: int = _field(128, POSITIVE, free=True)  # images a forward pass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,9 +145,10 @@ class Finetune:
     """Joint generative and classification training from the pretrained weights."""
 
     train: Train = dataclasses.field(default_factory=Train)
-    generative_coefficient: float = 1.0  # weight of the generative loss, nats per token
-    classification_coefficient: float = 1.0  # weight of the classification loss, nats per image
-    patience: int = 5  # evaluations without a better validation accuracy before it stops; 0: never
+    generative_coefficient: float = _field(1.0, NOT_NEGATIVE)  # weight of nats per token
+    classification_coefficient: float = _field(1.0, NOT_NEGATIVE)  # of nats per image
+    # Evaluations without a better validation accuracy after which it stops; 0: never.
+    patience: int = _field(5, NOT_NEGATIVE)
     standardize: bool = False  # centre and scale the head's input by its statistics at the start
 
 
@@ -120,19 +156,24 @@ class Finetune:
 class Sample:
     """Pictures made at the end of a run."""
 
-    count: int = 64  # unconditional samples
-    completions: int = 16  # test images whose upper part is kept and whose rest is drawn
-    keep: float = 0.5  # share of rows kept in a completion
-    temperature: float = 1.0  # 0: the most likely token
-    top_k: int | None = None  # draw among the k most likely tokens; None: all
-    top_p: float | None = None  # draw among the most likely tokens of this total probability
+    count: int = _field(64, POSITIVE)  # unconditional samples
+    completions: int = _field(
+        16, NOT_NEGATIVE
+    )  # test images whose upper part is kept and whose rest is drawn
+    keep: float = _field(0.5, SHARE)  # share of rows kept in a completion
+    temperature: float = _field(1.0, NOT_NEGATIVE)  # 0: the most likely token
+    top_k: int | None = _field(None, POSITIVE)  # draw among the k most likely tokens; None: all
+    # Draw among the fewest most likely tokens that reach this probability; None: all.
+    top_p: float | None = _field(None, ("above 0 up to 1", lambda v: 0 < v <= 1))
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """A whole run."""
 
-    seed: int = 0  # of initialisation, data order, augmentation, dropout and sampling
+    seed: int = _field(
+        0, NOT_NEGATIVE
+    )  # of initialisation, data order, augmentation, dropout and sampling
     init_from: str | None = None  # a run folder whose pretrained weights replace this run's own
     data: Data = dataclasses.field(default_factory=Data)
     tokens: Tokens = dataclasses.field(default_factory=Tokens)
@@ -157,7 +198,7 @@ def resolve(settings: ml_collections.ConfigDict | dict) -> Config:
         message names the field, its value and what would be accepted.
     """
     config = _from_dict(Config, dict(settings), "config")
-    _check(config)
+    _check_together(config)
     return config
 
 
@@ -230,88 +271,62 @@ def _from_dict(cls: type, settings: dict, where: str):
         if dataclasses.is_dataclass(field.type):
             values[name] = _from_dict(field.type, dict(value), f"{where}.{name}")
         else:
-            values[name] = _typed(value, field.type, f"{where}.{name}")
+            values[name] = _checked(value, field, f"{where}.{name}")
     return cls(**values)
 
 
-def _typed(value, kind, where: str):
-    """`value` as `kind`; whole numbers pass as floats, lists as tuples, nothing else is converted."""
-    kind, optional = _optional(kind)
+def _checked(value, field: dataclasses.Field, where: str):
+    """`value` of the field's type and among its values, or an InputError."""
+    kind, optional = _optional(field.type)
     if value is None and optional:
         return None
-    if typing.get_origin(kind) is tuple:
-        if isinstance(value, list | tuple):
-            item = typing.get_args(kind)[0]
-            return tuple(_typed(v, item, f"{where}[{i}]") for i, v in enumerate(value))
-    elif kind is float and isinstance(value, int) and not isinstance(value, bool):
+    value = _typed(value, kind, where, " or None" if optional else "")
+    words, holds = field.metadata.get("accepted") or (None, None)
+    if holds and not holds(value):
+        alternative = ", or None" if optional else ""
+        raise InputError(f"{where} is {value!r}; it takes {words}{alternative}.")
+    return value
+
+
+def _typed(value, kind, where: str, alternative: str = ""):
+    """`value` as `kind`; only whole numbers to floats and lists to tuples are converted."""
+    if typing.get_origin(kind) is tuple and isinstance(value, list | tuple):
+        item = typing.get_args(kind)[0]
+        return tuple(_typed(v, item, f"{where}[{i}]") for i, v in enumerate(value))
+    if kind is float and type(value) is int:
         return float(value)
-    elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+    if typing.get_origin(kind) is None and type(value) is kind:
         return value
-    name = getattr(kind, "__name__", str(kind)) if typing.get_origin(kind) is None else str(kind)
-    accepted = name + (" or None" if optional else "")
-    raise InputError(f"{where} is {value!r}, a {type(value).__name__}; it takes {accepted}.")
+    name = kind.__name__ if typing.get_origin(kind) is None else f"a {kind}"
+    raise InputError(
+        f"{where} is {value!r}, a {type(value).__name__}; it takes {name}{alternative}."
+    )
 
 
-def _check(config: Config) -> None:
-    """Values that can be judged without data or devices."""
-    flat = flatten(config)
-
-    def require(name: str, accepted: str, holds) -> None:
-        if not holds(flat[name]):
-            raise InputError(f"config.{name} is {flat[name]!r}; it takes {accepted}.")
-
-    def choice(name: str, *choices: str) -> None:
-        require(name, "one of " + ", ".join(choices), lambda v: v in choices)
-
-    trainings = ("train", "finetune.train")
-    at_least_one = ["data.image_size", "model.layers", "model.width", "model.heads"]
-    at_least_one += ["model.mlp_ratio", "probe.max_iterations", "probe.batch_size", "sample.count"]
-    not_negative = ["seed", "data.workers", "finetune.patience", "sample.temperature"]
-    not_negative += ["finetune.generative_coefficient", "finetune.classification_coefficient"]
-    not_negative += ["sample.completions"]
-    for t in trainings:
-        at_least_one += [f"{t}.{n}" for n in ("steps", "batch_size", "microbatches", "log_every")]
-        at_least_one += [f"{t}.checkpoint_every", f"{t}.keep_checkpoints"]
-        not_negative += [f"{t}.eval_every", f"{t}.optimizer.weight_decay"]
-        not_negative += [f"{t}.optimizer.warmup_steps"]
-    for name in at_least_one:
-        require(name, "1 or more", lambda v: v >= 1)
-    for name in not_negative:
-        require(name, "0 or more", lambda v: v >= 0)
-    for name in ("mesh.data", "mesh.fsdp", "mesh.tensor"):
-        require(name, "1 or more, or -1 to fill", lambda v: v >= 1 or v == -1)
-    if sum(flat[f"mesh.{a}"] == -1 for a in ("data", "fsdp", "tensor")) > 1:
+def _check_together(config: Config) -> None:
+    """What can be judged without data or devices, of fields that must fit each other."""
+    mesh, model = config.mesh, config.model
+    if (mesh.data, mesh.fsdp, mesh.tensor).count(-1) > 1:
         raise InputError("config.mesh has more than one -1; only one axis can fill what is left.")
-
-    choice("model.dtype", "float32", "bfloat16")
-    choice("model.remat", "none", "dots", "full")
-    require("model.dropout", "a probability from 0 up to but not 1", lambda v: 0 <= v < 1)
-    require("tokens.levels", "2 to 256", lambda v: 2 <= v <= 256)
-    width, heads = config.model.width, config.model.heads
-    require("model.heads", f"a divisor of config.model.width = {width}", lambda v: width % v == 0)
-    require("probe.c", "positive numbers, one or more", lambda v: v and min(v) > 0)
-    require("sample.keep", "a share from 0 to 1", lambda v: 0 <= v <= 1)
-    require("sample.top_k", "1 or more, or None", lambda v: v is None or v >= 1)
-    require("sample.top_p", "above 0 up to 1, or None", lambda v: v is None or 0 < v <= 1)
-    del heads
-    for t in trainings:
-        choice(f"{t}.optimizer.name", "adam", "adamw", "nadamw", "muon")
-        choice(f"{t}.optimizer.schedule", "cosine", "constant")
-        require(f"{t}.optimizer.learning_rate", "more than 0", lambda v: v > 0)
-        for name in ("rest_learning_rate", "clip_norm"):
-            require(f"{t}.optimizer.{name}", "more than 0, or None", lambda v: v is None or v > 0)
-        for name in ("beta1", "beta2"):
-            require(f"{t}.optimizer.{name}", "0 up to but not 1", lambda v: 0 <= v < 1)
-        require(f"{t}.optimizer.final_fraction", "0 to 1", lambda v: 0 <= v <= 1)
-        batch = flat[f"{t}.batch_size"]
-        require(f"{t}.microbatches", f"a divisor of {batch}", lambda v, b=batch: b % v == 0)
-        if flat[f"{t}.optimizer.name"] == "adam" and flat[f"{t}.optimizer.weight_decay"]:
+    if model.width % model.heads:
+        raise InputError(
+            f"config.model.heads is {model.heads}; it takes a divisor of config.model.width = "
+            f"{model.width}."
+        )
+    for where, train in (("train", config.train), ("finetune.train", config.finetune.train)):
+        optimizer, prefix = train.optimizer, f"config.{where}.optimizer"
+        if train.batch_size % train.microbatches:
             raise InputError(
-                f"config.{t}.optimizer.weight_decay is {flat[f'{t}.optimizer.weight_decay']} but "
-                f"adam has no decay; take config.{t}.optimizer.name=adamw or weight_decay=0."
+                f"config.{where}.microbatches is {train.microbatches}; it takes a divisor of "
+                f"config.{where}.batch_size = {train.batch_size}."
             )
-        if flat[f"{t}.optimizer.name"] != "muon" and flat[f"{t}.optimizer.rest_learning_rate"]:
+        if optimizer.name == "adam" and optimizer.weight_decay:
             raise InputError(
-                f"config.{t}.optimizer.rest_learning_rate is set but only muon splits the weights;"
-                f" take config.{t}.optimizer.name=muon or rest_learning_rate=None."
+                f"{prefix}.weight_decay is {optimizer.weight_decay}, but adam has no decay; take "
+                f"{prefix}.name=adamw or weight_decay=0."
+            )
+        if optimizer.name != "muon" and optimizer.rest_learning_rate is not None:
+            raise InputError(
+                f"{prefix}.rest_learning_rate is {optimizer.rest_learning_rate}, but only muon "
+                f"treats the rest apart; take {prefix}.name=muon or rest_learning_rate=None."
             )

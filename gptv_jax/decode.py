@@ -52,7 +52,7 @@ def _prefill(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _continue(network, params, prefix, logits, cache, key, temperature, top_k, top_p):
-    model, (batch, kept) = network.bind(params), prefix.shape
+    model, kept = network.bind(params), prefix.shape[1]
     tokens = jnp.pad(prefix, ((0, 0), (0, network.length - kept)))
 
     def draw(position, logits):

@@ -29,7 +29,14 @@ def main(_) -> None:
     if not flags.FLAGS["verbosity"].present:
         absl_logging.set_verbosity(absl_logging.ERROR)  # of libraries: Orbax tells its every move
     run = Run(config.resolve(CONFIG.value), WORKDIR.value)
-    LOG.info("%s\n%s", run.folder, json.dumps(config.flatten(run.config), indent=2))
+    settings = (f"{name} = {value}" for name, value in config.flatten(run.config).items())
+    LOG.info(
+        "%s on %d %s device(s)\n%s",
+        run.folder,
+        jax.device_count(),
+        jax.default_backend(),
+        "\n".join(settings),
+    )
     with jax.set_mesh(run.mesh):
         for stage in run.stages(WANTED.value):
             if not run.finished(stage):

@@ -16,7 +16,7 @@ from gptv_jax import config as config_lib
 from gptv_jax.run import Run, finished_stages, read_json
 
 # Plots are transparent, in tones that read on white and on black, so that one picture serves both.
-BLUE, ORANGE, QUIET, INK = "#3d85c6", "#d9822b", "#9a9a9a", "#767676"
+BLUE, ORANGE, QUIET, INK = "#3d85c6", "#d9822b", "#9a9a9a", "#808080"
 SIZE = (5.4, 3.3)  # inches, of a plot
 STYLE = """
 :root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif; }
@@ -25,6 +25,7 @@ h1 { font-size: 1.6rem; margin: 0; } h2 { font-size: 1.1rem; margin: 2rem 0 .6re
 small, figcaption, summary, th { opacity: .7; } small { display: block; }
 .box { display: block; margin: .8rem 0; padding: .7rem .9rem; background: #8882; border-radius: 8px;
        overflow-wrap: anywhere; } .box b { font-size: 1.35rem; }
+code { font-size: .82rem; }
 .tiles, .row { display: grid; gap: .4rem 1.5rem; }
 .tiles { grid-template-columns: repeat(auto-fit, minmax(230px, 1fr)); column-gap: .8rem; }
 .row { grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); }
@@ -79,39 +80,36 @@ def _origin(run: Run) -> str:
 
 def _headlines(run: Run, summary: dict) -> str:
     """The main numbers, each with what it is to be held against."""
-    tiles, done = [], finished_stages(summary)
+    tiles, done, v = "", finished_stages(summary), run.codec.vocabulary
     if "pretrain" in done:
-        v = run.codec.vocabulary
         nats, bits = (summary[f"pretrain/test_{unit}_per_token"] for unit in ("nats", "bits"))
-        uniform = f"uniform: ln {v} = {math.log(v):.3f} nats, {math.log2(v):.3f} bits"
-        tiles.append(
-            _tile("Test loss", f"{nats:.3f} nats/token", f"{bits:.3f} bits/token", uniform)
-        )
+        uniform = f"uniform (ln {v}): {math.log(v):.3f} nats/token"
+        in_bits = f"in bits: {bits:.3f}, uniform {math.log2(v):.3f}"
+        tiles += _tile("Test loss", f"{nats:.3f} nats/token", uniform, in_bits)
         speed, mfu = summary["pretrain/train_tokens_per_second"], summary["pretrain/mfu"]
         shown = "not timed" if speed is None else f"{speed:,.0f} tokens/s"
-        share = "MFU: unknown peak" if mfu is None else f"MFU {_percent(mfu)}"
-        tiles.append(_tile("Pretraining speed", shown, share))
+        share = "MFU: unknown peak" if mfu is None else f"MFU {mfu:.1%}"
+        tiles += _tile("Pretraining speed", shown, share)
     if "probe" in done:
-        raw = f"raw pixels {_percent(summary['probe/raw_pixels_test_accuracy'])}"
-        random = f"random init {_percent(summary['probe/random_init_test_accuracy'])}"
-        accuracy = _percent(summary["probe/test_accuracy"])
-        tiles.append(_tile("Linear probe, test accuracy", accuracy, raw, random))
+        raw = f"raw pixels {summary['probe/raw_pixels_test_accuracy']:.2%}"
+        random = f"random init {summary['probe/random_init_test_accuracy']:.2%}"
+        tiles += _tile("Probe, test accuracy", f"{summary['probe/test_accuracy']:.2%}", raw, random)
     if "finetune" in done:
-        scratch = f"from scratch {_percent(summary['finetune/scratch_test_accuracy'])}"
-        accuracy = _percent(summary["finetune/test_accuracy"])
-        tiles.append(_tile("Fine-tuning, test accuracy", accuracy, scratch))
-    return "".join(tiles)
+        tuned = f"{summary['finetune/test_accuracy']:.2%}"
+        scratch = f"from scratch {summary['finetune/scratch_test_accuracy']:.2%}"
+        tiles += _tile("Fine-tuning, test accuracy", tuned, scratch)
+    return tiles
 
 
 def _curves(run: Run, summary: dict, events: list[dict]) -> str:
-    figures = []
-    if _series(events, "pretrain", "validation_nats_per_token"):
+    figures, logged = "", {event["stage"] for event in events}
+    if "pretrain" in logged:
         png = _pretraining_plot(events, run.codec.vocabulary)
-        figures.append(_figure(png, "Pretraining. The training loss is that of single batches."))
-    if _series(events, "finetune", "validation_accuracy"):
+        figures += _figure(png, "Pretraining. The training loss is that of single batches.")
+    if "finetune" in logged:
         png = _finetuning_plot(events, summary)
-        figures.append(_figure(png, "Fine-tuning. Ringed: the step whose weights were kept."))
-    return "".join(figures)
+        figures += _figure(png, "Fine-tuning. Ringed: the step whose weights were kept.")
+    return figures
 
 
 def _pretraining_plot(events: list[dict], vocabulary: int) -> bytes:
@@ -119,7 +117,8 @@ def _pretraining_plot(events: list[dict], vocabulary: int) -> bytes:
     loss, rate = figure.subplots(2, sharex=True, height_ratios=(4, 1))
     _line(loss, _series(events, "pretrain", "nats_per_token"), ORANGE, "training")
     _line(loss, _series(events, "pretrain", "validation_nats_per_token"), BLUE, "validation")
-    _floor(loss, math.log(vocabulary), f"uniform, ln {vocabulary}")
+    floor = f"uniform, ln {vocabulary}"
+    loss.axhline(math.log(vocabulary), color=QUIET, ls="--", lw=1, label=floor)
     _line(rate, _series(events, "pretrain", "learning_rate"), QUIET)
     rate.yaxis.set_major_locator(MaxNLocator(2))
     rate.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -131,12 +130,12 @@ def _pretraining_plot(events: list[dict], vocabulary: int) -> bytes:
 def _finetuning_plot(events: list[dict], summary: dict) -> bytes:
     figure = Figure(SIZE, layout="constrained")
     axes = figure.subplots()
-    kept, kept_scratch = summary.get("finetune/steps"), summary.get("finetune/scratch_steps")
-    tuned = _series(events, "finetune", "validation_accuracy")
-    scratch = _series(events, "finetune_scratch", "validation_accuracy")
-    _line(axes, tuned, BLUE, "from pretrained weights", ring=kept)
-    _line(axes, scratch, ORANGE, "from scratch", ring=kept_scratch)
-    axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
+    tuned, scratch = (
+        _series(events, stage, "validation_accuracy") for stage in ("finetune", "finetune_scratch")
+    )
+    _line(axes, tuned, BLUE, "pretrained", ring=summary.get("finetune/steps"))
+    _line(axes, scratch, ORANGE, "from scratch", ring=summary.get("finetune/scratch_steps"))
+    axes.yaxis.set_major_formatter(_percent_tick)
     _finish(axes, "validation accuracy", "step")
     return _png(figure)
 
@@ -152,9 +151,9 @@ def _layers(run: Run, summary: dict) -> str:
     caption = "Layer 0 is the embeddings. Ringed: the layer with the best validation accuracy."
     head = ("layer", "best C", "validation", "test", "random init, test")
     keys = ("validation_accuracy", "test_accuracy", "random_init_test_accuracy")
-    cells = [(r["layer"], f"{r['c']:g}", *(_percent(r[key]) for key in keys)) for r in rows]
-    cells.append(("raw pixels", "", "", _percent(raw), ""))
-    table = _table(cells, head, marked=[best])
+    cells = [(r["layer"], f"{r['c']:g}", *(f"{r[key]:.2%}" for key in keys)) for r in rows]
+    cells.append(("raw pixels", "", "", f"{raw:.2%}", ""))
+    table = _table(head, cells, marked=[best])
     return f'{_figure(png, caption)}<div class="scroll">{table}</div>'
 
 
@@ -168,9 +167,9 @@ def _layers_plot(rows: list[dict], best: int, raw_pixels: float) -> bytes:
     _line(axes, points("validation_accuracy"), BLUE, "validation", style=":", ring=best)
     _line(axes, points("test_accuracy"), BLUE, "test")
     _line(axes, points("random_init_test_accuracy"), ORANGE, "random init, test")
-    _floor(axes, raw_pixels, "raw pixels, test")
+    axes.axhline(raw_pixels, color=QUIET, ls="--", lw=1, label="raw pixels, test")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
+    axes.yaxis.set_major_formatter(_percent_tick)
     _finish(axes, "probe accuracy", "layer")
     return _png(figure)
 
@@ -182,20 +181,19 @@ def _samples(run: Run) -> str:
         "completions": "Test images, each followed by its completion: the upper "
         f"{round(config.keep * rows)} of {rows} rows are given, the rest is drawn.",
     }
-    paths = {name: run.folder / "samples" / f"{name}.png" for name in captions}
-    there = [name for name, path in paths.items() if path.exists()]
-    return "".join(_figure(paths[n].read_bytes(), captions[n], "pixels") for n in there)
+    paths = {run.folder / "samples" / f"{name}.png": text for name, text in captions.items()}
+    return "".join(_figure(p.read_bytes(), text, "pixels") for p, text in paths.items() if p.exists())
 
 
 def _numbers(summary: dict) -> str:
-    return _table([(name, _number(value)) for name, value in summary.items()])
+    rows = [(name, _number(value)) for name, value in summary.items()]
+    return _table(("name", "value"), rows, marked=[])
 
 
 def _configuration(run: Run) -> str:
     flat, default = config_lib.flatten(run.config), config_lib.flatten(config_lib.Config())
-    table = _table(
-        list(flat.items()), marked=[name for name in flat if flat[name] != default[name]]
-    )
+    changed = [name for name in flat if flat[name] != default[name]]
+    table = _table(("field", "value"), list(flat.items()), marked=changed)
     return f"<details><summary>All fields; marked: not the default</summary>{table}</details>"
 
 
@@ -210,13 +208,9 @@ def _line(axes: Axes, points: list[tuple], color: str, label="", style="-", ring
         return
     marker = "." if len(points) < 50 else None  # more of them would hide the line
     axes.plot(*zip(*points, strict=True), style, marker=marker, ms=4, lw=1.3, c=color, label=label)
-    ringed = [point for point in points if point[0] == ring]
-    if ringed:
-        axes.plot(*zip(*ringed, strict=True), "o", ms=10, mfc="none", mec=color)
-
-
-def _floor(axes: Axes, value: float, label: str) -> None:
-    axes.axhline(value, color=QUIET, ls="--", lw=1, label=label)
+    for x, y in points:
+        if x == ring:
+            axes.plot(x, y, "o", ms=10, mfc="none", mec=color)
 
 
 def _finish(axes: Axes, title: str, x_label: str = "") -> None:
@@ -231,9 +225,13 @@ def _finish(axes: Axes, title: str, x_label: str = "") -> None:
         axes.legend(frameon=False, fontsize=8, labelcolor=INK)
 
 
+def _percent_tick(share: float, _) -> str:
+    return f"{100 * share:g}%"
+
+
 def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=200, facecolor="none")
+    figure.savefig(buffer, format="png", dpi=200, transparent=True)
     return buffer.getvalue()
 
 
@@ -252,17 +250,14 @@ def _tile(title: str, value: str, *beside: str) -> str:
     return f'<div class="box">{html.escape(title)}<br><b>{html.escape(value)}</b>{lines}</div>'
 
 
-def _table(rows: list[tuple], head: tuple = (), marked: list = ()) -> str:
+def _table(head: tuple, rows: list[tuple], marked: list) -> str:
     """A table; the rows whose first cell is among `marked` stand out."""
     lines = ["<tr>" + "".join(f"<th>{html.escape(name)}</th>" for name in head) + "</tr>"]
     for row in rows:
+        kind = "mark" if row[0] in marked else "plain"
         cells = "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row)
-        lines.append(f"<tr{' class="mark"' if row[0] in marked else ''}>{cells}</tr>")
+        lines.append(f'<tr class="{kind}">{cells}</tr>')
     return f"<table>{''.join(lines)}</table>"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.2f}%"
 
 
 def _number(value) -> str:

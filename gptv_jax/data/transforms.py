@@ -45,6 +45,7 @@ class Shift:
         return (2 * self.pixels + 1) ** 2
 
     def __call__(self, element: dict, rng: np.random.Generator) -> dict:
+        """The element with its image moved, uint8 [H, W, C], and the variant it has become."""
         side = 2 * self.pixels + 1
         # Variants count from the middle of the square of shifts, so that 0 is no shift.
         variant = 0 if rng.random() < self.keep else int(rng.integers(self.variants))

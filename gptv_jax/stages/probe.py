@@ -10,6 +10,7 @@ import sklearn.pipeline
 import sklearn.preprocessing
 import threadpoolctl
 from jax.experimental import multihost_utils
+from sklearn.metrics import log_loss
 
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
@@ -40,7 +41,9 @@ def run_stage(run: Run) -> dict:
             "random_init_test_accuracy": floor["test_accuracy"],
         })  # fmt: skip
     write_json(run.folder / "probe" / "layers.json", rows)
-    best, floor = best_layer(trained), best_layer(random)
+    layers = range(len(rows))
+    best = max(layers, key=lambda i: preference(trained[i]))
+    floor = max(layers, key=lambda i: preference(random[i]))
     return {
         "best_layer": best,
         "validation_accuracy": trained[best]["validation_accuracy"],
@@ -61,8 +64,9 @@ def fit_probe(config: config_lib.Probe, splits: dict[str, Split]) -> dict:
       splits: features and labels of train, validation and test.
 
     Returns:
-      {"c", "validation_accuracy", "test_accuracy"} of the best strength; among equals the smallest
-      C, the most regularised. Validation is scored by the fit to train alone, test by the final one.
+      {"c", "validation_accuracy", "validation_nats", "test_accuracy"} of the strength with the best
+      validation accuracy, among equals the lowest validation cross-entropy (nats per image). Both
+      are of the fit to train alone, test of the final one.
     """
 
     def fit(c: float, features: np.ndarray, labels: np.ndarray):
@@ -74,17 +78,23 @@ def fit_probe(config: config_lib.Probe, splits: dict[str, Split]) -> dict:
     # On small problems BLAS threads cost far more in waiting than they save.
     threads = 1 if train.size < SMALL else None
     with threadpoolctl.threadpool_limits(threads):
-        scored = [(fit(c, train, train_labels).score(*splits["validation"]), -c) for c in config.c]
-        accuracy, c = max(scored)
+        tried = []
+        for c in config.c:
+            model = fit(c, train, train_labels)
+            nats = log_loss(
+                validation_labels, model.predict_proba(validation), labels=model.classes_
+            )
+            row = {"c": c, "validation_accuracy": model.score(validation, validation_labels)}
+            tried.append(row | {"validation_nats": float(nats)})
+        best = max(tried, key=preference)
         both = np.concatenate([train, validation])
-        model = fit(-c, both, np.concatenate([train_labels, validation_labels]))
-        test = model.score(*splits["test"])
-    return {"c": -c, "validation_accuracy": float(accuracy), "test_accuracy": float(test)}
+        model = fit(best["c"], both, np.concatenate([train_labels, validation_labels]))
+        return best | {"test_accuracy": model.score(*splits["test"])}
 
 
-def best_layer(rows: list[dict]) -> int:
-    """The layer with the best validation accuracy; among equals the first."""
-    return max(range(len(rows)), key=lambda i: (rows[i]["validation_accuracy"], -i))
+def preference(row: dict) -> tuple[float, float]:
+    """What layers and strengths are chosen by: validation accuracy, then cross-entropy."""
+    return row["validation_accuracy"], -row["validation_nats"]
 
 
 def _probe_layers(run: Run, name: str, network: Network, params: dict) -> list[dict]:
