@@ -37,6 +37,7 @@ def main(_) -> None:
         jax.default_backend(),
         "\n".join(settings),
     )
+    report.write(run)  # a kill may have come between a stage's numbers and their page
     with jax.set_mesh(run.mesh):
         for stage in run.stages(WANTED.value):
             if not run.finished(stage):

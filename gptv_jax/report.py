@@ -5,7 +5,6 @@ import datetime
 import html
 import io
 import math
-import pathlib
 
 import jax
 from matplotlib.axes import Axes
@@ -13,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from gptv_jax import config as config_lib
-from gptv_jax.run import Run, finished_stages, read_json
+from gptv_jax.run import Run, finished_stages, read_json, replace_file
 
 # Plots are transparent, in tones that read on white and on black, so that one picture serves both.
 BLUE, ORANGE, QUIET, INK = "#3d85c6", "#d9822b", "#9a9a9a", "#808080"
@@ -28,7 +27,7 @@ small, figcaption, summary, th { opacity: .7; } small { display: block; }
 code { font-size: .82rem; }
 .tiles, .row { display: grid; gap: .4rem 1.5rem; }
 .tiles { grid-template-columns: repeat(auto-fit, minmax(230px, 1fr)); column-gap: .8rem; }
-.row { grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); }
+.row { grid-template-columns: repeat(auto-fill, minmax(min(100%, 440px), 1fr)); }
 figure { margin: 0; } img { width: 100%; } .pixels { image-rendering: pixelated; }
 .scroll { max-height: 24rem; overflow: auto; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
@@ -44,19 +43,20 @@ def write(run: Run) -> None:
         return
     summary, events = run.summary(), run.metrics.read()
     title = _title(run, summary)
+    numbers = [(name, _number(value)) for name, value in summary.items()]
     page = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title} ({html.escape(run.folder.name)})</title><style>{STYLE}</style></head>
 <body><h1>{title}</h1>{_origin(run)}
 <div class="tiles">{_headlines(run, summary)}</div>
-{_section("Training", _curves(run, summary, events))}
+{_section("Training", _pretraining(run, events) + _finetuning(summary, events))}
 {_section("Linear probe by layer", _layers(run, summary))}
 {_section("Samples", _samples(run))}
-<div class="row"><div><h2>All numbers</h2>{_numbers(summary)}</div>
+<div class="row"><div><h2>All numbers</h2>{_table(("name", "value"), numbers)}</div>
 <div><h2>Configuration</h2>{_configuration(run)}</div></div></body></html>
 """
-    _replace(run.folder / "report.html", page.encode())
+    replace_file(run.folder / "report.html", page.encode())
 
 
 def _title(run: Run, summary: dict) -> str:
@@ -71,9 +71,8 @@ def _origin(run: Run) -> str:
     """Where the numbers come from: folder, date, devices, command and versions."""
     record = read_json(run.folder / "config.json", {})
     versions = " · ".join(f"{name} {version}" for name, version in record["versions"].items())
-    devices = f"{jax.device_count()} {jax.devices()[0].device_kind}"
     now = datetime.datetime.now(datetime.UTC)
-    written = f"{run.folder.name} · written {now:%Y-%m-%d %H:%M} UTC on {devices}"
+    written = f"{run.folder.name} · written {now:%Y-%m-%d %H:%M} UTC on {record['devices']}"
     command = f'<code class="box">{html.escape(record["command"])}</code>'
     return f"<small>{html.escape(written)}</small>{command}<small>{html.escape(versions)}</small>"
 
@@ -101,43 +100,36 @@ def _headlines(run: Run, summary: dict) -> str:
     return tiles
 
 
-def _curves(run: Run, summary: dict, events: list[dict]) -> str:
-    figures, logged = "", {event["stage"] for event in events}
-    if "pretrain" in logged:
-        png = _pretraining_plot(events, run.codec.vocabulary)
-        figures += _figure(png, "Pretraining. The training loss is that of single batches.")
-    if "finetune" in logged:
-        png = _finetuning_plot(events, summary)
-        figures += _figure(png, "Fine-tuning. Ringed: the step whose weights were kept.")
-    return figures
-
-
-def _pretraining_plot(events: list[dict], vocabulary: int) -> bytes:
+def _pretraining(run: Run, events: list[dict]) -> str:
+    evaluations = _series(events, "pretrain", "validation_nats_per_token")
+    if not evaluations:
+        return ""
     figure = Figure(SIZE, layout="constrained")
     loss, rate = figure.subplots(2, sharex=True, height_ratios=(4, 1))
     _line(loss, _series(events, "pretrain", "nats_per_token"), ORANGE, "training")
-    _line(loss, _series(events, "pretrain", "validation_nats_per_token"), BLUE, "validation")
-    floor = f"uniform, ln {vocabulary}"
-    loss.axhline(math.log(vocabulary), color=QUIET, ls="--", lw=1, label=floor)
+    _line(loss, evaluations, BLUE, "validation")
+    v = run.codec.vocabulary
+    loss.axhline(math.log(v), color=QUIET, ls="--", lw=1, label=f"uniform, ln {v}")
     _line(rate, _series(events, "pretrain", "learning_rate"), QUIET)
     rate.yaxis.set_major_locator(MaxNLocator(2))
-    rate.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    rate.yaxis.set_major_formatter("{x:g}")
     _finish(loss, "loss, nats per token")
     _finish(rate, "learning rate", "step")
-    return _png(figure)
+    return _figure(_png(figure), "Pretraining. The training loss is that of single batches.")
 
 
-def _finetuning_plot(events: list[dict], summary: dict) -> bytes:
+def _finetuning(summary: dict, events: list[dict]) -> str:
+    tuned = _series(events, "finetune", "validation_accuracy")
+    scratch = _series(events, "finetune_scratch", "validation_accuracy")
+    if not tuned:
+        return ""
     figure = Figure(SIZE, layout="constrained")
     axes = figure.subplots()
-    tuned, scratch = (
-        _series(events, stage, "validation_accuracy") for stage in ("finetune", "finetune_scratch")
-    )
     _line(axes, tuned, BLUE, "pretrained", ring=summary.get("finetune/steps"))
     _line(axes, scratch, ORANGE, "from scratch", ring=summary.get("finetune/scratch_steps"))
     axes.yaxis.set_major_formatter(_percent_tick)
     _finish(axes, "validation accuracy", "step")
-    return _png(figure)
+    return _figure(_png(figure), "Fine-tuning. Ringed: the step whose weights were kept.")
 
 
 def _layers(run: Run, summary: dict) -> str:
@@ -147,8 +139,8 @@ def _layers(run: Run, summary: dict) -> str:
         return ""
     best, raw = summary["probe/best_layer"], summary["probe/raw_pixels_test_accuracy"]
     png = _layers_plot(rows, best, raw)
-    _replace(run.folder / "probe" / "layers.png", png)
-    caption = "Layer 0 is the embeddings. Ringed: the layer with the best validation accuracy."
+    replace_file(run.folder / "probe" / "layers.png", png)
+    caption = "Layer 0 is the embeddings. Ringed: the layer chosen on validation."
     head = ("layer", "best C", "validation", "test", "random init, test")
     keys = ("validation_accuracy", "test_accuracy", "random_init_test_accuracy")
     cells = [(r["layer"], f"{r['c']:g}", *(f"{r[key]:.2%}" for key in keys)) for r in rows]
@@ -168,7 +160,6 @@ def _layers_plot(rows: list[dict], best: int, raw_pixels: float) -> bytes:
     _line(axes, points("test_accuracy"), BLUE, "test")
     _line(axes, points("random_init_test_accuracy"), ORANGE, "random init, test")
     axes.axhline(raw_pixels, color=QUIET, ls="--", lw=1, label="raw pixels, test")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter(_percent_tick)
     _finish(axes, "probe accuracy", "layer")
     return _png(figure)
@@ -181,13 +172,12 @@ def _samples(run: Run) -> str:
         "completions": "Test images, each followed by its completion: the upper "
         f"{round(config.keep * rows)} of {rows} rows are given, the rest is drawn.",
     }
-    paths = {run.folder / "samples" / f"{name}.png": text for name, text in captions.items()}
-    return "".join(_figure(p.read_bytes(), text, "pixels") for p, text in paths.items() if p.exists())
-
-
-def _numbers(summary: dict) -> str:
-    rows = [(name, _number(value)) for name, value in summary.items()]
-    return _table(("name", "value"), rows, marked=[])
+    figures = ""
+    for name, caption in captions.items():
+        path = run.folder / "samples" / f"{name}.png"
+        if path.exists():
+            figures += _figure(path.read_bytes(), caption, "pixels")
+    return figures
 
 
 def _configuration(run: Run) -> str:
@@ -206,7 +196,7 @@ def _line(axes: Axes, points: list[tuple], color: str, label="", style="-", ring
     """One curve; the point at x = `ring` is ringed."""
     if not points:
         return
-    marker = "." if len(points) < 50 else None  # more of them would hide the line
+    marker = "." if len(points) < 30 else None  # more of them would hide the line
     axes.plot(*zip(*points, strict=True), style, marker=marker, ms=4, lw=1.3, c=color, label=label)
     for x, y in points:
         if x == ring:
@@ -214,8 +204,10 @@ def _line(axes: Axes, points: list[tuple], color: str, label="", style="-", ring
 
 
 def _finish(axes: Axes, title: str, x_label: str = "") -> None:
-    """Quiet frame; the title says what y is, so that nothing is written sideways."""
+    """Quiet frame, whole numbers on x; the title says what y is, so that no text is sideways."""
     axes.set_title(title, loc="left", fontsize=9, color=INK)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlabel(x_label, fontsize=9, color=INK)
     axes.tick_params(colors=INK, labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
@@ -250,7 +242,7 @@ def _tile(title: str, value: str, *beside: str) -> str:
     return f'<div class="box">{html.escape(title)}<br><b>{html.escape(value)}</b>{lines}</div>'
 
 
-def _table(head: tuple, rows: list[tuple], marked: list) -> str:
+def _table(head: tuple, rows: list[tuple], marked=()) -> str:
     """A table; the rows whose first cell is among `marked` stand out."""
     lines = ["<tr>" + "".join(f"<th>{html.escape(name)}</th>" for name in head) + "</tr>"]
     for row in rows:
@@ -264,10 +256,3 @@ def _number(value) -> str:
     if value is None:
         return "unknown"
     return f"{value:,.0f}" if isinstance(value, int) or value >= 1000 else f"{value:#.4g}"
-
-
-def _replace(path: pathlib.Path, content: bytes) -> None:
-    """Writes a file that is either the old one or the whole new one."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)

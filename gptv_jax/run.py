@@ -118,8 +118,9 @@ class Run:
             ) from error
         now = config_lib.flatten(self.config)
         if not path.exists():
-            record = {"config": now, "command": command(), "versions": _versions()}
-            write_json(path, record)
+            devices = f"{jax.device_count()} {jax.devices()[0].device_kind}"
+            record = {"command": command(), "devices": devices, "versions": _versions()}
+            write_json(path, record | {"config": now})
             return
         then = config_lib.flatten(config_of(self.folder))
         free = config_lib.free_fields()
@@ -181,12 +182,17 @@ def read_json(path: pathlib.Path, absent):
 
 
 def write_json(path: pathlib.Path, value) -> None:
-    """Writes a file that is either the old one or the whole new one; on process 0 alone."""
+    """Writes a JSON file as `replace_file` does."""
+    replace_file(path, json.dumps(value, indent=2).encode() + b"\n")
+
+
+def replace_file(path: pathlib.Path, content: bytes) -> None:
+    """Leaves either the old file or the whole new one; on process 0 alone."""
     if jax.process_index() != 0:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.write_bytes(content)
     temporary.replace(path)
 
 

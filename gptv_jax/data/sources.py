@@ -1,7 +1,7 @@
 """Where images come from: random access to `{"image": uint8 [H, W, C], "label": int}`."""
 
 import functools
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from sklearn import datasets, model_selection
@@ -11,6 +11,7 @@ from gptv_jax import config as config_lib
 SPLITS = ("train", "validation", "test")
 
 
+@runtime_checkable
 class Source(Protocol):
     """A split of a data set."""
 

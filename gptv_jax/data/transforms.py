@@ -7,13 +7,14 @@ on the seed and the element's position alone, not on workers or hosts.
 
 import ast
 import dataclasses
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from gptv_jax import config as config_lib
 
 
+@runtime_checkable
 class Transform(Protocol):
     """A step of the list."""
 

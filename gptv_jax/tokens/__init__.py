@@ -1,6 +1,6 @@
 """Images to sequences of tokens and back. Each kind of token is one small class, a `Codec`."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -9,6 +9,7 @@ from gptv_jax import config as config_lib
 from gptv_jax.tokens.grey import GreyLevels
 
 
+@runtime_checkable
 class Codec(Protocol):
     """What a kind of token must offer; `encode` and `decode` take NumPy arrays."""
 
