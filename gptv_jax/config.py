@@ -224,16 +224,29 @@ def unflatten(flat: dict[str, object]) -> dict:
     return nested
 
 
-def free_fields(cls: type = Config, prefix: str = "") -> set[str]:
-    """Names (as in `flatten`) of the fields that may change when a run is continued."""
-    free = set()
+def fields(cls: type = Config, prefix: str = "") -> dict[str, dataclasses.Field]:
+    """Every field by its name as in `flatten`."""
+    found = {}
     for field in dataclasses.fields(cls):
         name = f"{prefix}{field.name}"
-        if dataclasses.is_dataclass(field.type):
-            free |= free_fields(field.type, f"{name}.")
-        elif field.metadata.get("free"):
-            free.add(name)
-    return free
+        nested = dataclasses.is_dataclass(field.type)
+        found.update(fields(field.type, f"{name}.") if nested else {name: field})
+    return found
+
+
+def free_fields() -> set[str]:
+    """Names of the fields that may change when a run is continued."""
+    return {name for name, field in fields().items() if field.metadata.get("free")}
+
+
+def type_words(field: dataclasses.Field) -> str:
+    """What a field takes, in words: `int`, `float or None`, `tuple of str`."""
+    kind, optional = _optional(field.type)
+    if typing.get_origin(kind) is tuple:
+        words = f"a tuple of {typing.get_args(kind)[0].__name__}"
+    else:
+        words = f"{'an' if kind is int else 'a'} {kind.__name__}"
+    return words + (" or None" if optional else "")
 
 
 def _optional(kind) -> tuple[type, bool]:
@@ -280,7 +293,11 @@ def _checked(value, field: dataclasses.Field, where: str):
     kind, optional = _optional(field.type)
     if value is None and optional:
         return None
-    value = _typed(value, kind, where, " or None" if optional else "")
+    try:
+        value = _typed(value, kind)
+    except TypeError:
+        found = f"{where} is {value!r}, of type {type(value).__name__}"
+        raise InputError(f"{found}; it takes {type_words(field)}.") from None
     words, holds = field.metadata.get("accepted") or (None, None)
     if holds and not holds(value):
         alternative = ", or None" if optional else ""
@@ -288,19 +305,15 @@ def _checked(value, field: dataclasses.Field, where: str):
     return value
 
 
-def _typed(value, kind, where: str, alternative: str = ""):
+def _typed(value, kind):
     """`value` as `kind`; only whole numbers to floats and lists to tuples are converted."""
     if typing.get_origin(kind) is tuple and isinstance(value, list | tuple):
-        item = typing.get_args(kind)[0]
-        return tuple(_typed(v, item, f"{where}[{i}]") for i, v in enumerate(value))
+        return tuple(_typed(v, typing.get_args(kind)[0]) for v in value)
     if kind is float and type(value) is int:
         return float(value)
-    if typing.get_origin(kind) is None and type(value) is kind:
-        return value
-    name = kind.__name__ if typing.get_origin(kind) is None else f"a {kind}"
-    raise InputError(
-        f"{where} is {value!r}, a {type(value).__name__}; it takes {name}{alternative}."
-    )
+    if type(value) is not kind:
+        raise TypeError
+    return value
 
 
 def _check_together(config: Config) -> None:

@@ -1,6 +1,7 @@
 """The training loop: one fixed order of events, shared by every stage that takes gradients."""
 
 import contextlib
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +14,8 @@ from gptv_jax import sharding
 from gptv_jax.checkpoint import BEST, Checkpoints
 from gptv_jax.model.gpt import Network
 from gptv_jax.train.metrics import MetricWriter, Progress, mfu
+
+LOG = logging.getLogger(__name__)
 
 
 class Fitted(NamedTuple):
@@ -66,6 +69,8 @@ def fit(
     start = step = info["position"]
     evaluations, clock = list(info["evaluations"]), Clock(info["seconds"], info["timed"])
     log.rewind(name, step)
+    if restored:
+        LOG.info("%s continues from step %d of %d.", name, step, config.steps)
     data, pending = batches(step), None
     progress = Progress(name, config.steps, step)
 

@@ -96,8 +96,8 @@ def make_train_step(
         )
         params, opt = apply_update(optimizer, grads, state["opt"], state["params"])
         metrics |= {
-            "grad_norm": optax.global_norm(grads),
-            "param_norm": optax.global_norm(params),
+            "grad_norm": optax.tree.norm(grads),
+            "param_norm": optax.tree.norm(params),
             "learning_rate": rate(state["step"]),
         }
         return {"step": state["step"] + 1, "params": params, "opt": opt}, metrics

@@ -1,0 +1,84 @@
+"""What the commands share: the --config flag, and errors as one sentence instead of a traceback."""
+
+import difflib
+import logging
+import pathlib
+import re
+import sys
+from collections.abc import Callable
+
+from absl import app, flags
+from absl import logging as absl_logging
+from ml_collections import config_flags
+
+from gptv_jax import config as config_lib
+from gptv_jax.config import InputError
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Configuration file, FILE[:ARG]; its fields are --config.a.b=value."
+)
+
+
+def start(main: Callable[[config_lib.Config], None]) -> None:
+    """Parses the flags, calls `main(config)`, and ends with a sentence where the user can mend it.
+
+    Exit codes: 1 for what the user can mend, 130 where the user interrupted.
+    """
+
+    def configured(_) -> None:
+        logging.getLogger("gptv_jax").setLevel(logging.INFO)
+        if not flags.FLAGS["verbosity"].present:
+            absl_logging.set_verbosity(absl_logging.ERROR)  # libraries: Orbax tells its every move
+        main(config_lib.resolve(CONFIG.value))
+
+    flags.mark_flag_as_required("config")
+    try:
+        app.run(configured, flags_parser=parse)
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
+def parse(argv: list[str]) -> list[str]:
+    """Absl's flag parser, with what goes wrong in it or in the config file as `InputError`."""
+    kinds = {n: config_lib.type_words(f) for n, f in config_lib.fields().items()}
+    for argument in argv[1:]:
+        override = re.match(r"--?config\.([^=]+)", argument)
+        if override and override[1] not in kinds:
+            near = difflib.get_close_matches(override[1], kinds, n=1)
+            section = override[1].rpartition(".")[0]
+            fields = [n for n in kinds if n.rpartition(".")[0] == section] or list(kinds)
+            hint = f"did you mean --config.{near[0]}? " if near else ""
+            raise InputError(
+                f"--config.{override[1]} is not a field; {hint}There are: {', '.join(fields)}."
+            )
+    given = next((a for a in argv[1:] if re.match(r"--?config=", a)), "--config")
+    file = given.partition("=")[2].partition(":")[0]
+    if file and not pathlib.Path(file).exists():
+        raise InputError(f"{given}: there is no file {file}.")
+    try:
+        remaining = flags.FLAGS(argv)
+        CONFIG.value  # noqa: B018  raises here what went wrong in loading the file
+    except flags.IllegalFlagValueError as error:
+        override = re.match(r"flag --config\.([\w.]+)=(.*?): ", str(error), re.DOTALL)
+        if override and override[1] in kinds:
+            name, value = override.groups()
+            raise InputError(f"--config.{name} is {value!r}; it takes {kinds[name]}.") from error
+        missing = re.match(r"flag --(\w+)=None: ", str(error))
+        if missing:
+            raise InputError(f"--{missing[1]} must be given (see --help).") from error
+        raise InputError(f"{given} cannot be loaded: {_last_line(error)}") from error
+    except flags.Error as error:
+        raise InputError(f"{error} (see --help).") from error
+    except Exception as error:  # whatever the user's config file raises
+        reason = f"{type(error).__name__}: {_last_line(error)}"
+        raise InputError(f"{given} cannot be loaded: {reason}") from error
+    return remaining
+
+
+def _last_line(error: Exception) -> str:
+    """Where a traceback was put into the message, its last line says what went wrong."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else ""
