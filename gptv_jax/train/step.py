@@ -50,7 +50,12 @@ def make_init(network: Network, optimizer: optax.GradientTransformation) -> Call
 
 def state_of(params: dict, optimizer: optax.GradientTransformation) -> dict:
     """The train state {step, params, opt} before the first step."""
-    return {"step": jnp.zeros((), jnp.int32), "params": params, "opt": optimizer.init(params)}
+    # Constants among the optimizer's state come without a sharding of their own; given one, the
+    # state before the first step has the type of all later ones, and the step compiles once.
+    opt = jax.tree.map(
+        lambda x: jax.sharding.reshard(x, jax.typeof(x).sharding.spec), optimizer.init(params)
+    )
+    return {"step": jnp.zeros((), jnp.int32), "params": params, "opt": opt}
 
 
 def make_train_step(
