@@ -26,7 +26,7 @@ def get_config():
     c.tokens.levels = 17
 
     c.model.layers = 4
-    c.model.width = 96
+    c.model.width = 128
     c.model.heads = 4
     c.model.axial_positions = True
     c.model.start_per_variant = True
@@ -41,14 +41,14 @@ def get_config():
         train.optimizer.clip_norm = 1.0
         train.optimizer.final_fraction = 0.02
 
-    c.train.steps = 1000
+    c.train.steps = 800
     c.train.eval_every = 100
     c.train.checkpoint_every = 100
     c.train.optimizer.learning_rate = 1.5e-2
     c.train.optimizer.rest_learning_rate = 1e-2
-    c.train.optimizer.warmup_steps = 50
+    c.train.optimizer.warmup_steps = 40
 
-    c.finetune.train.steps = 200
+    c.finetune.train.steps = 160
     c.finetune.train.eval_every = 20
     c.finetune.train.checkpoint_every = 20
     c.finetune.train.optimizer.learning_rate = 3e-3

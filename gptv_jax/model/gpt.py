@@ -21,7 +21,7 @@ from gptv_jax import sharding
 from gptv_jax.model import heads, layers
 
 REMAT = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(layers.PRODUCT),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 

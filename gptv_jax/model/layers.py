@@ -1,16 +1,20 @@
 """The parts of the network: parameters, norm, attention, MLP and the block that joins them."""
 
+import functools
 import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
 
+PRODUCT = "product"  # of activations with a weight, the costly part of a forward pass
 EPSILON = 1e-5  # of the norm, as in openai/image-gpt
 
 
@@ -49,6 +53,48 @@ def quick_gelu(x: Float[Array, "*any"]) -> Float[Array, "*any"]:
     return x * jax.nn.sigmoid(1.702 * x)
 
 
+def project(
+    equation: str,
+    x: Float[Array, "B T *inputs"],
+    weight: Float[Array, "*weight"],
+    out_sharding: PartitionSpec | None = None,
+) -> Float[Array, "B T *outputs"]:
+    """`jnp.einsum(equation, x, weight)`, with a backward pass that is fast on a CPU.
+
+    Both gradients are written as einsums of their own. JAX's rule would make the weight's in the
+    transposed order, which XLA's CPU matrix product takes 2.5 times as long for; a train step of
+    the digits network takes 0.7 of the time with this. The result carries the name PRODUCT, by
+    which rematerialisation may keep it.
+    """
+    return checkpoint_name(_project(equation, x, weight, out_sharding), PRODUCT)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def _project(equation, x, weight, out_sharding):
+    return jnp.einsum(equation, x, weight, out_sharding=out_sharding)
+
+
+def _project_forward(equation, x, weight, out_sharding):
+    return _project(equation, x, weight, out_sharding), (x, weight)
+
+
+def _project_backward(equation, _, saved, gradient):
+    x, weight = saved
+    inputs, outputs = equation.split("->")
+    left, right = inputs.split(",")
+
+    def like(primal, equation, a, b):
+        return jnp.einsum(equation, a, b, out_sharding=jax.typeof(primal).sharding.spec)
+
+    return (
+        like(x, f"{outputs},{right}->{left}", gradient, weight),
+        like(weight, f"{left},{outputs}->{right}", x, gradient),
+    )
+
+
+_project.defvjp(_project_forward, _project_backward)
+
+
 class Block(nnx.Module):
     """The weights of all L layers, stacked on a leading axis; call it on one layer's slice."""
 
@@ -85,17 +131,13 @@ class Block(nnx.Module):
         weight = {n: sharding.gather(p[...], self.dtype) for n, p in self._weights().items()}
 
         n = rms_norm(x, self.norm_1[...])
-        q, k, v = jnp.einsum("btd,dchk->cbthk", n, weight["qkv"])
+        q, k, v = jnp.moveaxis(project("btd,dchk->btchk", n, weight["qkv"]), 2, 0)
         mixed = attend(q, k, v)
-        out = jnp.einsum(
-            "bthk,hkd->btd", mixed, weight["attention_out"], out_sharding=sharding.HIDDEN
-        )
+        out = project("bthk,hkd->btd", mixed, weight["attention_out"], sharding.HIDDEN)
         x = x + dropout(out, self.dropout, keys[0])
 
-        up = jnp.einsum("btd,df->btf", rms_norm(x, self.norm_2[...]), weight["mlp_in"])
-        out = jnp.einsum(
-            "btf,fd->btd", quick_gelu(up), weight["mlp_out"], out_sharding=sharding.HIDDEN
-        )
+        up = project("btd,df->btf", rms_norm(x, self.norm_2[...]), weight["mlp_in"])
+        out = project("btf,fd->btd", quick_gelu(up), weight["mlp_out"], sharding.HIDDEN)
         return x + dropout(out, self.dropout, keys[1]), n
 
     def _weights(self) -> dict[str, nnx.Param]:
