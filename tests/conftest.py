@@ -12,6 +12,10 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 
 import dataclasses
+import fcntl
+import json
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -73,3 +77,64 @@ def one_device():
     """The mesh (1, 1, 1), set."""
     with jax.set_mesh(make_mesh((1, 1, 1))) as mesh:
         yield mesh
+
+
+# The real command, every stage of it, in seconds: a tiny network that saves all the time.
+SMALL = {
+    "model.layers": 1,
+    "model.width": 16,
+    "model.heads": 2,
+    "train.steps": 120,
+    "train.batch_size": 16,
+    "train.eval_every": 40,
+    "train.checkpoint_every": 5,
+    "train.log_every": 10,
+    "finetune.train.steps": 12,
+    "finetune.train.eval_every": 4,
+    "finetune.train.checkpoint_every": 4,
+    "finetune.train.log_every": 4,
+    "finetune.train.optimizer.name": "adamw",
+    "finetune.train.optimizer.learning_rate": 0.05,
+    "finetune.train.optimizer.warmup_steps": 2,
+    "probe.c": (0.1, 1.0),
+    "sample.count": 6,
+    "sample.completions": 4,
+}
+
+
+def small_arguments(workdir: pathlib.Path, *more: str) -> list[str]:
+    """Flags of the small run; of two values for a field the later one counts."""
+    config = pathlib.Path(__file__).parent.parent / "configs" / "digits.py"
+    fields = [f"--config.{name}={value}" for name, value in SMALL.items()]
+    return [f"--config={config}", f"--workdir={workdir}", *fields, *more]
+
+
+@dataclasses.dataclass
+class FinishedRun:
+    """A run folder that the real command made, with all stages; to be read only."""
+
+    folder: pathlib.Path
+    output: str  # of the command, on stdout
+    errors: str  # on stderr: the log, and a line `import time: ...` for every import
+
+    @property
+    def summary(self) -> dict:
+        """What summary.json holds."""
+        return json.loads((self.folder / "summary.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory) -> FinishedRun:
+    """Made once, by the worker that comes first; the others wait."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder, done = base / "finished_run", base / "finished_run.json"
+    with open(base / "finished_run.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            module = [sys.executable, "-X", "importtime", "-m", "gptv_jax.main"]
+            command = [*module, *small_arguments(folder)]
+            ended = subprocess.run(command, capture_output=True, text=True)
+            assert ended.returncode == 0, ended.stderr[-3000:]
+            done.write_text(json.dumps([ended.stdout, ended.stderr]))
+    return FinishedRun(folder, *json.loads(done.read_text()))

@@ -1,0 +1,219 @@
+"""The Python interface on a run folder that the real command made on another number of devices."""
+
+import jax
+import jaxtyping
+import numpy as np
+import pytest
+
+import gptv_jax
+from gptv_jax.config import Data
+from gptv_jax.data import sources
+
+pytestmark = pytest.mark.process  # of the run that the tests share
+
+
+@pytest.fixture(scope="module")
+def pretrained(finished_run):
+    return gptv_jax.load(finished_run.folder, stage="pretrain")
+
+
+@pytest.fixture(scope="module")
+def finetuned(finished_run):
+    return gptv_jax.load(finished_run.folder)
+
+
+def split(name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels of a whole split."""
+    source = sources.open_source(Data(), name)
+    elements = [source[i] for i in range(len(source))]
+    return np.stack([e["image"] for e in elements]), np.stack([e["label"] for e in elements])
+
+
+@pytest.fixture(scope="module")
+def test_split():
+    return split("test")
+
+
+@pytest.fixture(scope="module")
+def images(test_split):
+    return test_split[0][:13]  # eight devices do not divide 13
+
+
+def test_load_takes_the_latest_stage_with_weights(finished_run, pretrained, finetuned):
+    assert pretrained.network.classes == 0
+    assert finetuned.network.classes == 10
+    latest, named = finetuned, gptv_jax.load(str(finished_run.folder), stage="finetune")
+    jax.tree.map(np.testing.assert_array_equal, latest._params, named._params)
+
+
+def test_tokenize_and_detokenize_are_inverse(pretrained, images):
+    tokens = pretrained.tokenize(images)
+    assert tokens.dtype == np.int32 and tokens.shape == (13, 64)
+    found = pretrained.detokenize(tokens)
+    assert found.dtype == np.uint8
+    np.testing.assert_array_equal(found, images)
+
+
+def test_jax_arrays_are_taken_too(pretrained, images):
+    on_device = jax.numpy.asarray(images)
+    tokens = pretrained.tokenize(on_device)
+    np.testing.assert_array_equal(tokens, pretrained.tokenize(images))
+    np.testing.assert_array_equal(pretrained.detokenize(jax.numpy.asarray(tokens)), images)
+    np.testing.assert_array_equal(
+        pretrained.log_likelihood(on_device), pretrained.log_likelihood(images)
+    )
+
+
+def test_log_likelihood_is_that_of_the_logits(pretrained, images):
+    tokens = pretrained.tokenize(images)
+    logits = pretrained.logits(tokens)
+    assert logits.dtype == np.float32 and logits.shape == (13, 64, 17)
+    logits = logits.astype(np.float64)
+    shifted = logits - logits.max(-1, keepdims=True)
+    log_probability = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    wanted = np.take_along_axis(log_probability, tokens[..., None], axis=-1)[..., 0].sum(axis=1)
+    found = pretrained.log_likelihood(images)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+
+
+def test_logits_of_a_position_depend_on_earlier_tokens_only(pretrained, images):
+    tokens = pretrained.tokenize(images)
+    changed = tokens.copy()
+    changed[:, 30:] = (changed[:, 30:] + 1) % 17
+    found, wanted = pretrained.logits(changed), pretrained.logits(tokens)
+    np.testing.assert_array_equal(found[:, :31], wanted[:, :31])
+    assert np.abs(found[:, 31] - wanted[:, 31]).max() > 1e-3
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_test_loss_is_that_of_the_summary(finished_run, test_split, stage, request):
+    model = request.getfixturevalue(f"{stage[:-1] if stage == 'finetune' else stage}ed")
+    nats = -model.log_likelihood(test_split[0]).mean() / 64
+    assert nats == pytest.approx(finished_run.summary[f"{stage}/test_nats_per_token"], rel=1e-5)
+
+
+def test_features_are_of_the_layer_or_of_the_best_one(finished_run, pretrained, images):
+    layers = [pretrained.features(images, layer) for layer in (0, 1)]
+    assert layers[0].dtype == np.float32 and layers[0].shape == (13, 16)
+    assert np.abs(layers[0] - layers[1]).max() > 1e-3
+    best = finished_run.summary["probe/best_layer"]
+    np.testing.assert_array_equal(pretrained.features(images), layers[best])
+
+
+def test_class_probabilities_sum_to_one_and_score_as_the_summary_says(
+    finished_run, finetuned, test_split
+):
+    test_images, labels = test_split
+    probabilities = finetuned.classify(test_images)
+    assert probabilities.dtype == np.float32 and probabilities.shape == (400, 10)
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1, rtol=1e-5)
+    accuracy = (probabilities.argmax(axis=1) == labels).mean()
+    assert accuracy == pytest.approx(finished_run.summary["finetune/test_accuracy"])
+
+
+@pytest.mark.parametrize("count", [1, 3, 8, 13])
+def test_an_image_is_read_the_same_in_any_batch(finetuned, images, count):
+    for read in (finetuned.log_likelihood, finetuned.classify, lambda x: finetuned.features(x, 1)):
+        found, wanted = read(images[:count]), read(images)[:count]
+        assert len(found) == count
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_samples_depend_on_the_seed_alone(pretrained):
+    first, again, other = (pretrained.sample(5, seed=seed) for seed in (0, 0, 1))
+    assert first.dtype == np.uint8 and first.shape == (5, 8, 8, 1) and first.max() <= 16
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+    assert len(np.unique(first, axis=0)) == 5
+
+
+@pytest.mark.parametrize(("keep", "rows"), [(0.5, 4), (0.0, 0), (1.0, 8)])
+def test_completions_keep_the_upper_rows(pretrained, images, keep, rows):
+    images = images[:5]
+    first, again, other = (pretrained.complete(images, keep, seed=seed) for seed in (0, 0, 1))
+    assert first.dtype == np.uint8 and first.shape == images.shape
+    np.testing.assert_array_equal(first[:, :rows], images[:, :rows])
+    np.testing.assert_array_equal(first, again)
+    if rows < 8:
+        assert (first[:, rows:] != images[:, rows:]).any(axis=(1, 2, 3)).all()
+        assert (first != other).any()
+
+
+def test_temperature_0_takes_the_most_likely_token(pretrained, images):
+    images = images[:5]
+    found = pretrained.tokenize(pretrained.complete(images, temperature=0.0))
+    np.testing.assert_array_equal(pretrained.logits(found).argmax(-1)[:, 32:], found[:, 32:])
+    for settings in ({"top_k": 1}, {"top_p": 1e-6}):
+        other = pretrained.tokenize(pretrained.complete(images, seed=1, **settings))
+        np.testing.assert_array_equal(other, found)
+
+
+IMAGES = np.zeros((2, 8, 8, 1), np.uint8)
+TOKENS = np.zeros((2, 64), np.int32)
+# what is wrong: (call, what the message must say that came, and that is taken)
+WRONG = {
+    "float images": (lambda m: m.tokenize(IMAGES / 16), ["float64", "uint8"]),
+    "one image": (lambda m: m.log_likelihood(IMAGES[0]), ["[8, 8, 1]", "[B, 8, 8, 1]"]),
+    "other size": (lambda m: m.features(IMAGES[:, :4], 0), ["[2, 4, 8, 1]", "[B, 8, 8, 1]"]),
+    "other channels": (
+        lambda m: m.complete(IMAGES.repeat(3, axis=3)),
+        ["[2, 8, 8, 3]", "[B, 8, 8, 1]"],
+    ),
+    "too bright": (lambda m: m.tokenize(IMAGES + np.uint8(17)), ["17", "0 to 16"]),
+    "no images": (lambda m: m.log_likelihood(IMAGES[:0]), ["empty", "one"]),
+    "float tokens": (lambda m: m.logits(TOKENS * 1.0), ["float64", "whole numbers"]),
+    "short tokens": (lambda m: m.logits(TOKENS[:, :63]), ["[2, 63]", "[B, 64]"]),
+    "tokens beyond the vocabulary": (lambda m: m.detokenize(TOKENS + 17), ["17", "0 to 16"]),
+    "negative tokens": (lambda m: m.logits(TOKENS - 1), ["-1", "0 to 16"]),
+    "layer beyond the last": (lambda m: m.features(IMAGES, 2), ["2", "0 to 1"]),
+    "negative layer": (lambda m: m.features(IMAGES, -1), ["-1", "0 to 1"]),
+    "no class head": (lambda m: m.classify(IMAGES), ["no class head", "finetune"]),
+    "no samples": (lambda m: m.sample(0), ["n is 0", "1 or more"]),
+    "negative temperature": (lambda m: m.sample(1, temperature=-1.0), ["-1", "0 or more"]),
+    "temperature of nan": (lambda m: m.sample(1, temperature=float("nan")), ["nan", "0 or more"]),
+    "top_k of 0": (lambda m: m.sample(1, top_k=0), ["top_k is 0", "1 or more"]),
+    "top_p of 0": (lambda m: m.sample(1, top_p=0.0), ["top_p is 0", "more than 0 up to 1"]),
+    "top_p above 1": (lambda m: m.complete(IMAGES, top_p=1.5), ["top_p is 1.5", "up to 1"]),
+    "keep above 1": (lambda m: m.complete(IMAGES, keep=4), ["keep is 4", "0 to 1"]),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_is_told_what_came_and_what_is_taken(pretrained, case, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as it is for users
+    call, parts = WRONG[case]
+    with pytest.raises(ValueError) as caught:
+        call(pretrained)
+    for part in parts:
+        assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("stage", "parts"),
+    [
+        ("probe", ["no finished stage probe", "pretrain, finetune"]),
+        ("dance", ["dance", "finetune"]),
+    ],
+)
+def test_a_stage_without_weights_is_named(finished_run, stage, parts):
+    with pytest.raises(ValueError) as caught:
+        gptv_jax.load(finished_run.folder, stage=stage)
+    for part in (str(finished_run.folder), *parts):
+        assert part in str(caught.value)
+
+
+def test_what_is_not_a_run_folder_is_named(tmp_path):
+    for folder in (tmp_path, tmp_path / "nothing"):
+        with pytest.raises(ValueError, match="is not a run folder"):
+            gptv_jax.load(folder)
+    assert not (tmp_path / "nothing").exists()  # asking makes nothing
+
+
+def test_features_without_a_layer_need_a_probe(pretrained):
+    model = gptv_jax.Model(
+        pretrained.network, pretrained._params, pretrained.codec, pretrained._mesh, probed=None
+    )
+    with pytest.raises(ValueError, match="0 to 1"):
+        model.features(IMAGES)

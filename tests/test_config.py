@@ -1,0 +1,298 @@
+import dataclasses
+import math
+import sys
+
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from gptv_jax import config as config_lib
+
+FREE = {
+    "mesh.data", "mesh.fsdp", "mesh.tensor",
+    "data.workers",
+    "model.scan_layers", "model.remat",
+    "train.checkpoint_every", "train.keep_checkpoints", "train.log_every",
+    "finetune.train.checkpoint_every", "finetune.train.keep_checkpoints",
+    "finetune.train.log_every",
+    "probe.batch_size",
+}  # fmt: skip
+
+TRAINING = {
+    "steps": 0,
+    "batch_size": 0,
+    "microbatches": 0,
+    "eval_every": -1,
+    "checkpoint_every": 0,
+    "keep_checkpoints": 0,
+    "log_every": 0,
+    "optimizer.name": "sgd",
+    "optimizer.learning_rate": 0.0,
+    "optimizer.rest_learning_rate": -0.1,
+    "optimizer.beta1": 1.0,
+    "optimizer.beta2": -0.1,
+    "optimizer.weight_decay": -0.1,
+    "optimizer.clip_norm": 0.0,
+    "optimizer.schedule": "linear",
+    "optimizer.warmup_steps": -1,
+    "optimizer.final_fraction": 1.1,
+}
+OUT_OF_RANGE = {
+    "seed": -1,
+    "data.image_size": 0,
+    "data.workers": -1,
+    "tokens.levels": 257,
+    "model.layers": 0,
+    "model.width": -512,
+    "model.heads": 0,
+    "model.mlp_ratio": 0,
+    "model.dropout": 1.0,
+    "model.dtype": "float16",
+    "model.remat": "some",
+    "mesh.data": 0,
+    "mesh.fsdp": -2,
+    "mesh.tensor": 0,
+    **{f"train.{name}": value for name, value in TRAINING.items()},
+    **{f"finetune.train.{name}": value for name, value in TRAINING.items()},
+    "finetune.generative_coefficient": -1.0,
+    "finetune.classification_coefficient": -1.0,
+    "finetune.patience": -1,
+    "probe.c": (),
+    "probe.max_iterations": 0,
+    "probe.batch_size": 0,
+    "sample.count": 0,
+    "sample.completions": -1,
+    "sample.keep": 1.5,
+    "sample.temperature": -0.5,
+    "sample.top_k": 0,
+    "sample.top_p": 0.0,
+}
+# What any value of the type is good for, or what is judged where data sets and codecs are known.
+UNBOUNDED = {
+    "init_from", "data.name", "data.augmentation", "tokens.name",
+    "model.axial_positions", "model.start_per_variant", "model.scan_layers",
+    "finetune.standardize",
+}  # fmt: skip
+
+
+def changed(**values):
+    """The defaults as nested dicts with other values; `a__b` is the field a.b."""
+    flat = config_lib.flatten(config_lib.Config())
+    flat.update({name.replace("__", "."): value for name, value in values.items()})
+    return config_lib.unflatten(flat)
+
+
+def change(name, value):
+    return changed(**{name: value})
+
+
+def error_of(settings):
+    with pytest.raises(config_lib.InputError) as error:
+        config_lib.resolve(settings)
+    return str(error.value)
+
+
+# What is accepted
+
+
+def test_the_defaults_resolve_to_themselves():
+    assert config_lib.resolve(config_lib.default()) == config_lib.Config()
+
+
+def test_flatten_and_unflatten_are_inverses_and_keep_every_value():
+    config = config_lib.resolve(changed(train__steps=7, sample__top_k=3, data__augmentation=("a",)))
+    flat = config_lib.flatten(config)
+    assert flat["train.steps"] == 7 and flat["finetune.train.steps"] == 1000
+    assert flat["sample.top_k"] == 3 and flat["data.augmentation"] == ("a",)
+    nested = config_lib.unflatten(flat)
+    assert nested["finetune"]["train"]["optimizer"]["beta2"] == 0.95
+    assert config_lib.resolve(nested) == config
+    assert config_lib.flatten(config_lib.resolve(nested)) == flat
+
+
+def test_flat_names_are_those_of_the_fields():
+    assert list(config_lib.flatten(config_lib.Config())) == list(config_lib.fields())
+
+
+def test_the_network_and_the_numbers_are_fixed_when_a_run_goes_on_and_the_rest_is_free():
+    assert config_lib.free_fields() == FREE
+
+
+def test_a_resolved_configuration_cannot_be_changed():
+    config = config_lib.resolve(config_lib.default())
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.train.steps = 3
+
+
+def test_a_misspelt_field_of_a_config_file_is_refused_where_it_is_set():
+    settings = config_lib.default()
+    with pytest.raises(AttributeError, match="setps"):
+        settings.train.setps = 3
+
+
+def test_fields_that_are_none_by_default_take_values_of_their_type_and_none():
+    settings = config_lib.default()
+    settings.init_from = "runs/a"
+    settings.train.optimizer.clip_norm = 1.0
+    settings.sample.top_k = 5
+    config = config_lib.resolve(settings)
+    assert (config.init_from, config.sample.top_k) == ("runs/a", 5)
+    assert config.train.optimizer.clip_norm == 1.0
+    assert config.finetune.train.optimizer.clip_norm is None
+    settings.sample.top_k = None
+    assert config_lib.resolve(settings).sample.top_k is None
+    with pytest.raises(TypeError):
+        settings.sample.top_k = "five"
+
+
+def test_the_command_line_overrides_fields_of_every_type(monkeypatch):
+    overrides = {
+        "train.steps": ("7", 7),
+        "seed": ("3", 3),
+        "init_from": ("runs/a", "runs/a"),
+        "data.augmentation": ("('shift(pixels=1)',)", ("shift(pixels=1)",)),
+        "model.scan_layers": ("False", False),
+        "train.optimizer.learning_rate": ("1", 1.0),
+        "train.optimizer.clip_norm": ("1.5", 1.5),
+        "finetune.train.optimizer.clip_norm": ("2", 2.0),
+        "probe.c": ("(0.5, 1.0)", (0.5, 1.0)),
+        "sample.top_k": ("5", 5),
+        "sample.top_p": ("0.9", 0.9),
+    }
+    line = ["program", *(f"--config.{name}={text}" for name, (text, _) in overrides.items())]
+    monkeypatch.setattr(sys, "argv", line)  # which config_flags reads itself
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_dict("config", config_lib.default(), flag_values=values)
+    values(line)
+    flat = config_lib.flatten(config_lib.resolve(values.config))
+    wanted = config_lib.flatten(config_lib.Config()) | {k: v for k, (_, v) in overrides.items()}
+    assert flat == wanted
+    assert {k: type(v) for k, v in flat.items()} == {k: type(v) for k, v in wanted.items()}
+
+
+def test_whole_numbers_pass_as_floats_and_lists_as_tuples():
+    settings = changed(train__optimizer__learning_rate=1, probe__c=[1, 0.5])
+    config = config_lib.resolve(settings)
+    assert config.train.optimizer.learning_rate == 1.0 and config.probe.c == (1.0, 0.5)
+    kinds = {type(v) for v in (config.train.optimizer.learning_rate, *config.probe.c)}
+    assert kinds == {float} and type(config.probe.c) is tuple
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("tokens.levels", (2, 256)),
+        ("model.dropout", (0.0, 0.99)),
+        ("sample.keep", (0.0, 1.0)),
+        ("sample.top_p", (0.01, 1.0, None)),
+        ("sample.top_k", (1, None)),
+        ("sample.temperature", (0.0,)),
+        ("train.eval_every", (0,)),
+        ("finetune.patience", (0,)),
+        ("mesh.fsdp", (1,)),
+    ],
+)
+def test_values_at_the_ends_of_a_range_are_accepted(name, values):
+    for value in values:
+        resolved = config_lib.resolve(change(name, value))
+        assert config_lib.flatten(resolved)[name] == value
+
+
+# What is not
+
+
+@pytest.mark.parametrize(("name", "value"), OUT_OF_RANGE.items())
+def test_a_value_out_of_range_is_an_error_that_names_field_and_value(name, value):
+    settings = change(name, value)
+    if name.endswith("rest_learning_rate"):
+        prefix = name.removesuffix("rest_learning_rate")
+        settings = changed(**{name: value, f"{prefix}name": "muon"})
+    message = error_of(settings)
+    assert message.startswith(f"config.{name} is {value!r}; it takes ")
+
+
+def test_every_field_has_its_range_tested_or_has_none():
+    assert set(config_lib.flatten(config_lib.Config())) == {*OUT_OF_RANGE, *UNBOUNDED}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("train.optimizer.learning_rate", math.nan),
+        ("train.optimizer.learning_rate", math.inf),
+        ("model.dropout", math.nan),
+        ("sample.temperature", math.nan),
+        ("probe.c", (1.0, math.nan)),
+        ("probe.c", (1.0, 0.0)),
+    ],
+)
+def test_numbers_that_are_not_finite_or_not_positive_are_errors(name, value):
+    assert error_of(change(name, value)).startswith(f"config.{name} is {value!r}; it takes ")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "accepted"),
+    [
+        ("train.steps", 1.5, "int"),
+        ("train.steps", "7", "int"),
+        ("train.steps", None, "int"),
+        ("train.steps", True, "int"),
+        ("model.dropout", "0.1", "float"),
+        ("model.dropout", False, "float"),
+        ("model.dtype", 32, "str"),
+        ("model.scan_layers", 1, "bool"),
+        ("data.augmentation", "shift()", "tuple of str"),
+        ("data.augmentation", (1,), "tuple of str"),
+        ("probe.c", ("1",), "tuple of float"),
+        ("sample.top_k", 2.0, "int or None"),
+        ("train.optimizer.clip_norm", "1", "float or None"),
+        ("init_from", 3, "str or None"),
+    ],
+)
+def test_a_wrong_type_is_an_error_that_names_field_value_and_type(name, value, accepted):
+    message = error_of(change(name, value))
+    assert message.startswith(f"config.{name} is {value!r}") and accepted in message
+
+
+@pytest.mark.parametrize("value", [5, None, "adam", [1, 2]])
+def test_a_value_in_the_place_of_a_section_is_an_error(value):
+    settings = changed()
+    settings["finetune"]["train"]["optimizer"] = value
+    assert f"config.finetune.train.optimizer is {value!r}" in error_of(settings)
+
+
+def test_an_unknown_field_is_an_error_that_names_a_near_one():
+    message = error_of(change("train.optimizer.learning_rat", 0.1))
+    assert "config.train.optimizer.learning_rat is not a field" in message
+    assert "did you mean config.train.optimizer.learning_rate?" in message
+    assert "config.colour is not a field; config takes: seed, " in error_of(change("colour", 1))
+
+
+def test_a_missing_field_is_an_error_that_names_it():
+    settings = changed()
+    del settings["finetune"]["train"]["optimizer"]["beta1"]
+    assert "config.finetune.train.optimizer.beta1 is missing" in error_of(settings)
+
+
+@pytest.mark.parametrize("train", ["train", "finetune.train"])
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"microbatches": 3}, ["microbatches is 3", "batch_size = 128"]),
+        ({"optimizer.weight_decay": 0.1}, ["optimizer.weight_decay is 0.1", "adamw"]),
+        ({"optimizer.rest_learning_rate": 0.1}, ["optimizer.rest_learning_rate is 0.1", "muon"]),
+    ],
+)
+def test_fields_of_a_training_that_do_not_fit_each_other_are_errors(train, values, named):
+    message = error_of(changed(**{f"{train}.{name}": value for name, value in values.items()}))
+    assert f"config.{train}.{named[0]}" in message and named[1] in message
+
+
+def test_heads_must_divide_the_width():
+    message = error_of(change("model.heads", 7))
+    assert "config.model.heads is 7" in message and "config.model.width = 512" in message
+
+
+def test_only_one_axis_of_the_mesh_can_fill_what_is_left():
+    assert config_lib.resolve(changed(mesh__data=1, mesh__fsdp=-1)).mesh.fsdp == -1
+    assert "config.mesh has more than one -1" in error_of(change("mesh.fsdp", -1))

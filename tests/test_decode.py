@@ -1,0 +1,224 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import make_mesh, random_batch, random_params, tiny_network
+
+from gptv_jax import decode, sharding
+
+pytestmark = pytest.mark.usefixtures("one_device")
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A network, its weights, random sequences and the logits of the full forward pass."""
+    network = tiny_network(scan_layers=False)
+    with jax.set_mesh(make_mesh((1, 1, 1))):
+        params, tokens = random_params(network), rows(random_batch(network, size=3)["tokens"])
+        return network, params, tokens, full_logits(network, params, tokens)
+
+
+def rows(tokens):
+    return sharding.from_everywhere(np.asarray(tokens, np.int32))
+
+
+@jax.jit(static_argnums=0)
+def full_logits(network, params, tokens):
+    return network.bind(params)(tokens).logits
+
+
+@jax.jit(static_argnums=0)
+def read_one(network, params, token, position, cache):
+    bound = network.bind(params)
+    return bound.extend(bound.embed_one(token, position), position, cache)
+
+
+def softmax(x):
+    e = np.exp(x - x.max(axis=-1, keepdims=True))
+    return e / e.sum(axis=-1, keepdims=True)
+
+
+# The cache
+
+
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("kept", [0, 1, 7, 15])
+def test_cached_decoding_gives_the_logits_of_the_full_forward_pass(kept, scan, model):
+    network, params, tokens, full = model
+    changed = dataclasses.replace(network.config, scan_layers=scan)
+    network = dataclasses.replace(network, config=changed)
+    logits, cache = decode._prefill(network, params, tokens[:, :kept])
+    found = [logits]
+    for position in range(kept + 1, network.length):
+        token = tokens[:, position - 1]
+        logits, cache = read_one(network, params, token, jnp.int32(position), cache)
+        found.append(logits)
+    np.testing.assert_allclose(np.stack(found, axis=1), full[:, kept:], atol=1e-5, rtol=1e-5)
+
+
+# Generation
+
+
+@pytest.mark.parametrize("kept", [0, 6, 15, 16])
+def test_generated_sequences_keep_the_prefix_and_depend_on_the_key_alone(kept, model):
+    network, params, tokens, _ = model
+
+    def draw(seed):
+        key = jax.random.key(seed)
+        return np.asarray(decode.generate(network, params, tokens[:, :kept], key))
+
+    drawn = draw(0)
+    assert drawn.shape == tokens.shape and drawn.dtype == np.int32
+    np.testing.assert_array_equal(drawn[:, :kept], tokens[:, :kept])
+    assert drawn.min() >= 0 and drawn.max() < network.vocabulary
+    np.testing.assert_array_equal(draw(0), drawn)
+    if kept < 15:
+        assert (draw(1)[:, kept:] != drawn[:, kept:]).any()
+
+
+def greedy(network, params, prefix):
+    key = jax.random.key(0)
+    return np.asarray(decode.generate(network, params, prefix, key, temperature=0.0))
+
+
+def test_temperature_0_takes_the_argmax_of_the_full_forward_pass_at_every_step(model):
+    network, params, tokens, _ = model
+    wanted = np.array(tokens)
+    wanted[:, 6:] = 0
+    for position in range(6, network.length):
+        logits = full_logits(network, params, rows(wanted))
+        wanted[:, position] = np.argmax(logits[:, position], axis=-1)
+    np.testing.assert_array_equal(greedy(network, params, tokens[:, :6]), wanted)
+
+
+def test_a_mesh_draws_the_greedy_tokens_of_one_device(model):
+    network, params, tokens, _ = model
+    wanted = greedy(network, params, tokens[:, :6])
+    prefix = np.asarray(tokens)[[0, 1, 2, 2], :6]  # 4 rows, which 2 ways divide
+    with jax.set_mesh(make_mesh((1, 2, 4))):
+        found = greedy(network, random_params(network), rows(prefix))
+    np.testing.assert_array_equal(found[:3], wanted)
+
+
+def test_drawn_tokens_follow_the_distribution_of_the_network(model):
+    network, params, tokens, _ = model
+    count, temperature, V = 4096, 0.7, network.vocabulary
+    prefix = rows(np.repeat(np.asarray(tokens[:1, :14]), count, axis=0))
+    drawn = decode.generate(network, params, prefix, jax.random.key(0), temperature=temperature)
+    found = np.zeros((V, V))
+    np.add.at(found, tuple(np.asarray(drawn[:, 14:]).T), 1)
+
+    continued = np.repeat(np.asarray(tokens[:1]), V, axis=0)
+    continued[:, 14] = np.arange(V)  # every value of the last token but one
+    probability = softmax(np.asarray(full_logits(network, params, rows(continued))) / temperature)
+    wanted = count * probability[0, 14][:, None] * probability[:, 15]
+    likely = wanted > 5  # the other pairs together are one more cell
+    found, wanted = (np.append(x[likely], x[~likely].sum()) for x in (found, wanted))
+    chi_square = ((found - wanted) ** 2 / wanted).sum()
+    assert len(found) > 50
+    assert chi_square < len(found) + 4 * np.sqrt(2 * len(found))
+
+
+def test_one_compiled_prefill_and_one_compiled_loop_serve_all_settings(model):
+    network, params, tokens, _ = model
+    prefix = tokens[:2, :3]  # shapes that no other test has
+
+    def compiled(**settings):
+        decode.generate(network, params, prefix, jax.random.key(0), **settings)
+        return np.array([decode._prefill._cache_size(), decode._continue._cache_size()])
+
+    before = np.array([decode._prefill._cache_size(), decode._continue._cache_size()])
+    first = compiled()
+    np.testing.assert_array_equal(first - before, [1, 1])
+    for settings in (
+        {"temperature": 0.0},
+        {"temperature": 2.0},
+        {"top_k": 3},
+        {"top_p": 0.5},
+        {"temperature": 0.9, "top_k": 5, "top_p": 0.9},
+    ):
+        np.testing.assert_array_equal(compiled(**settings), first)
+
+
+@pytest.mark.parametrize(
+    ("keep", "kept"), [(0.0, 0), (0.25, 4), (0.3, 4), (0.5, 8), (0.7, 12), (1.0, 16)]
+)
+def test_kept_tokens_are_whole_rows(keep, kept):
+    assert decode.kept_tokens(tiny_network(), keep) == kept
+
+
+# Restriction to the most likely tokens
+
+
+@jax.jit
+def restrict(*arguments):
+    return decode.restrict(*arguments)
+
+
+def kept_by(row, temperature=1.0, top_k=None, top_p=1.0):
+    """Indices of the tokens that stay; checks that they keep their logits."""
+    top_k = len(row) if top_k is None else top_k
+    settings = (jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p))
+    found = np.asarray(restrict(jnp.asarray(row, jnp.float32)[None], *settings))[0]
+    kept = np.flatnonzero(found > -np.inf)
+    if temperature:
+        scaled = np.asarray(row, np.float32) / np.float32(temperature)
+        np.testing.assert_allclose(found[kept], scaled[kept], rtol=1e-6)
+    return kept.tolist()
+
+
+def ranking(row):
+    """Indices, the most likely first, among equals the lower one."""
+    return sorted(range(len(row)), key=lambda i: (-row[i], i))
+
+
+def random_rows():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        yield rng.normal(scale=3, size=11).astype(np.float32)
+        yield rng.integers(4, size=11).astype(np.float32)  # many ties
+
+
+def test_top_k_keeps_exactly_the_k_most_likely():
+    for row in random_rows():
+        for k in (1, 2, 5, 10, 11):
+            assert kept_by(row, top_k=k) == sorted(ranking(row)[:k])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.4, 3.0])
+def test_top_p_keeps_the_fewest_most_likely_tokens_that_reach_p(temperature):
+    for row in random_rows():
+        order = ranking(row)
+        reached = np.cumsum(softmax(row.astype(np.float64) / temperature)[order])
+        for count in range(1, 11):
+            below = reached[count - 2] if count > 1 else 0.0
+            if reached[count - 1] - below > 1e-4:  # p well between two sums, for float32
+                p = (below + reached[count - 1]) / 2
+                assert kept_by(row, temperature, top_p=p) == sorted(order[:count])
+
+
+@pytest.mark.parametrize(("p", "count"), [(0.125, 1), (0.25, 2), (0.5, 4), (0.51, 5), (0.875, 7)])
+def test_top_p_takes_no_token_more_when_p_is_reached_exactly(p, count):
+    assert kept_by(np.zeros(8), top_p=p) == list(range(count))
+
+
+def test_top_p_1_keeps_all_and_a_tiny_one_the_most_likely():
+    peaked = np.array([0.0, 40.0, 0.0, 39.0, -60.0])  # float32 sums reach 1 after two tokens
+    for row in (peaked, *random_rows()):
+        assert kept_by(row, top_p=1.0) == list(range(len(row)))
+        assert kept_by(row, top_p=1e-9) == ranking(row)[:1]
+
+
+def test_top_k_and_top_p_restrict_together():
+    row = np.log([0.4, 0.3, 0.2, 0.1])
+    assert kept_by(row, top_k=3, top_p=0.65) == [0, 1]
+    assert kept_by(row, top_k=2, top_p=0.85) == [0, 1]
+    assert kept_by(row, top_k=1, top_p=0.85) == [0]
+
+
+def test_temperature_0_keeps_the_most_likely_alone():
+    for row in random_rows():
+        assert kept_by(row, temperature=0.0) == ranking(row)[:1]
+        assert kept_by(row, temperature=0.0, top_k=5, top_p=0.9) == ranking(row)[:1]

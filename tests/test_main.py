@@ -1,0 +1,483 @@
+"""The real command: what it leaves in a run folder, what survives a kill, what bad input gets."""
+
+import collections
+import hashlib
+import itertools
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from conftest import SMALL, small_arguments
+from PIL import Image
+
+import gptv_jax
+
+pytestmark = pytest.mark.process
+
+PROMISED = {
+    "model/params",
+    "pretrain/steps",
+    "pretrain/test_nats_per_token",
+    "pretrain/test_bits_per_token",
+    "pretrain/train_tokens_per_second",
+    "pretrain/mfu",
+    "probe/best_layer",
+    "probe/test_accuracy",
+    "probe/raw_pixels_test_accuracy",
+    "probe/random_init_test_accuracy",
+    "finetune/test_accuracy",
+    "finetune/scratch_test_accuracy",
+    "sample/tokens_per_second",
+}
+TIMES = {"time", "tokens_per_second", "data_wait_share", "mfu"}  # differ from run to run
+
+
+def read_events(folder: pathlib.Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(numbers: dict) -> dict:
+    return {k: v for k, v in numbers.items() if not any(k.endswith(t) for t in TIMES)}
+
+
+def checkpointed(folder: pathlib.Path, training: str) -> list[int]:
+    """Steps of a training's whole checkpoints."""
+    found = (folder / "checkpoints" / training).glob("*")
+    return sorted(int(path.name) for path in found if path.name.isdigit())
+
+
+def half_saved(folder: pathlib.Path) -> list[pathlib.Path]:
+    return list(folder.glob("checkpoints/*/*.orbax-checkpoint-tmp*"))
+
+
+def assert_same_weights(folder: pathlib.Path, wanted: pathlib.Path) -> None:
+    for stage in ("pretrain", "finetune"):
+        found = jax.device_get(gptv_jax.load(folder, stage)._params)
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            found,
+            jax.device_get(gptv_jax.load(wanted, stage)._params),
+        )
+
+
+# What a finished run leaves.
+
+
+def test_summary_holds_the_promised_numbers_and_is_printed(finished_run):
+    summary = finished_run.summary
+    assert set(summary) >= PROMISED
+    assert summary == json.loads(finished_run.output)
+    assert summary["pretrain/steps"] == SMALL["train.steps"]
+    assert 0 < summary["pretrain/test_nats_per_token"] < np.log(17)  # better than uniform
+    for name, value in summary.items():
+        assert value is None or np.isfinite(value), name
+        assert not name.endswith("accuracy") or 0 <= value <= 1, name
+
+
+def test_config_json_holds_every_field_and_the_versions(finished_run):
+    record = json.loads((finished_run.folder / "config.json").read_text())
+    assert {"python", "jax", "flax", "optax", "gptv_jax"} <= set(record["versions"])
+    assert record["config"]["model.width"] == 16
+    assert record["config"]["seed"] == 0
+
+
+def test_probe_lists_every_layer(finished_run):
+    rows = json.loads((finished_run.folder / "probe" / "layers.json").read_text())
+    assert [row["layer"] for row in rows] == [0, 1]
+    for row in rows:
+        assert 0 <= row["validation_accuracy"] <= 1
+        assert 0 <= row["test_accuracy"] <= 1
+    best = rows[finished_run.summary["probe/best_layer"]]
+    assert best["validation_accuracy"] == max(row["validation_accuracy"] for row in rows)
+    assert best["test_accuracy"] == finished_run.summary["probe/test_accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("name", "images"), [("unconditional", SMALL["sample.count"]), ("completions", 8)]
+)
+def test_samples_are_pictures_large_enough_to_see(finished_run, name, images):
+    with Image.open(finished_run.folder / "samples" / f"{name}.png") as picture:
+        picture.load()
+        assert picture.mode == "RGB"
+        assert picture.width * picture.height >= images * 64**2
+        assert len(np.unique(np.asarray(picture))) > 5  # grey levels, not a blank sheet
+
+
+def test_metrics_have_every_event_once_in_order(finished_run):
+    steps = collections.defaultdict(list)
+    for event in read_events(finished_run.folder):
+        assert {"stage", "step", "time"} < set(event)
+        kind = "validation" if "validation_nats_per_token" in event else "training"
+        steps[event["stage"], kind].append(event["step"])
+    assert steps["pretrain", "training"] == list(range(10, 121, 10))
+    assert steps["pretrain", "validation"] == list(range(0, 121, 40))
+    for stage in ("finetune", "finetune_scratch"):
+        assert steps[stage, "training"] == [4, 8, 12]
+        assert steps[stage, "validation"] == [0, 4, 8, 12]
+
+
+def test_tensorboard_holds_the_same_events(finished_run):
+    from tensorboard.backend.event_processing import event_accumulator
+
+    board = event_accumulator.EventAccumulator(str(finished_run.folder / "tensorboard/pretrain"))
+    board.Reload()
+    shown = {s.step: s.value for s in board.Scalars("pretrain/nats_per_token")}
+    logged = {
+        e["step"]: e["nats_per_token"]
+        for e in read_events(finished_run.folder)
+        if e["stage"] == "pretrain" and "nats_per_token" in e
+    }
+    assert shown == pytest.approx(logged)
+
+
+def test_report_is_one_page_that_needs_no_network(finished_run):
+    page = (finished_run.folder / "report.html").read_text()
+    assert re.findall(r"""(?:https?:)?//[\w.-]+""", re.sub(r"base64,[\w+/=]+", "", page)) == []
+    assert re.findall(r"""(?:src|href)=["'](?!data:)""", page) == []
+    accuracy = f"{100 * finished_run.summary['finetune/test_accuracy']:.2f}%"
+    assert accuracy in page
+    assert page.count("data:image/png;base64,") >= 4  # two curves or more, layers, samples
+
+
+def test_no_other_framework_is_imported(finished_run):
+    imported = set(re.findall(r"^import time:.*\| *([\w.]+)$", finished_run.errors, re.MULTILINE))
+    assert "jax" in imported
+    tops = {name.split(".")[0] for name in imported}  # failed attempts are listed too
+    assert not tops & {"tensorflow", "keras", "transformers"}
+    # tensorboardX tries torch when it is imported, where it is installed; nobody else may.
+    attempts = re.findall(r"^import time:.*\| *torch$", finished_run.errors, re.MULTILINE)
+    assert len(attempts) <= ("tensorboardX" in imported)
+
+
+# Kills.
+
+
+def test_a_run_killed_at_any_moment_ends_as_one_never_stopped(finished_run, tmp_path):
+    folder, rng = tmp_path / "run", np.random.default_rng(2)
+    command = [sys.executable, "-m", "gptv_jax.main", *small_arguments(folder)]
+    # Its compilations are not kept: a kill could leave half an entry to those that come after.
+    environment = {**os.environ, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1000"}
+
+    def stop_when(moment, delay: float = 0.0, by: int = signal.SIGKILL) -> int:
+        with open(tmp_path / "log", "w") as log:
+            process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+            while not moment() and process.poll() is None:
+                time.sleep(0.0005)
+            time.sleep(delay)
+            process.send_signal(by)
+            return process.wait()
+
+    def saved_to(training: str, step: int):
+        return lambda: max(checkpointed(folder, training), default=-1) >= step
+
+    # Killed twice at random moments of the training.
+    for first, last in ((5, 20), (30, 45)):
+        moment, delay = saved_to("pretrain", int(rng.integers(first, last))), rng.uniform(0, 0.05)
+        assert stop_when(moment, delay) == -signal.SIGKILL  # it was still running
+        assert first <= checkpointed(folder, "pretrain")[-1] < SMALL["train.steps"]
+        assert not (folder / "summary.json").exists()
+    # Killed while a checkpoint is being written.
+    beyond = saved_to("pretrain", int(rng.integers(60, 70)))
+    assert stop_when(lambda: beyond() and half_saved(folder)) == -signal.SIGKILL
+    assert half_saved(folder), "the save was over before the kill"
+    assert not (folder / "summary.json").exists()
+    # Interrupted by the user.
+    assert stop_when(saved_to("pretrain", 80), by=signal.SIGINT) == 130
+    assert "the same command continues" in (tmp_path / "log").read_text().splitlines()[-1]
+    assert not (folder / "summary.json").exists()
+    # Killed while it fine-tunes.
+    assert stop_when(saved_to("finetune", 4), rng.uniform(0, 0.02)) == -signal.SIGKILL
+    assert "finetune/steps" not in json.loads((folder / "summary.json").read_text())
+
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert without_times(summary) == without_times(finished_run.summary)
+    assert_same_weights(folder, finished_run.folder)
+    wanted = [without_times(event) for event in read_events(finished_run.folder)]
+    assert [without_times(event) for event in read_events(folder)] == wanted
+    assert not half_saved(folder)
+
+
+# The commands below start in one process that has imported everything but the command itself, and
+# forks for each of them. They are the same command, without 4 seconds of imports each.
+
+SERVER = """
+import json, os, runpy, sys
+import jax
+import gptv_jax.report, gptv_jax.stages.finetune, gptv_jax.stages.probe, gptv_jax.stages.sample
+from ml_collections import config_flags
+for line in sys.stdin:
+    arguments, devices, out, err = json.loads(line)
+    child = os.fork()
+    if not child:
+        for stream, path in ((1, out), (2, err)):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+        jax.config.update("jax_num_cpu_devices", devices)
+        sys.argv = ["main.py", *arguments]
+        runpy.run_module("gptv_jax.main", run_name="__main__", alter_sys=True)
+        sys.exit()
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+Ended = collections.namedtuple("Ended", "code output errors")
+
+
+@pytest.fixture(scope="module")
+def main(tmp_path_factory):
+    """`main(*arguments, devices=1)` runs the command; gives its exit code, stdout and stderr."""
+    folder, pipe = tmp_path_factory.mktemp("main"), subprocess.PIPE
+    server = subprocess.Popen([sys.executable, "-c", SERVER], stdin=pipe, stdout=pipe, text=True)
+    numbers = itertools.count()
+
+    def call(*arguments: str, devices: int = 1) -> Ended:
+        out, err = (folder / f"{next(numbers)}" for _ in range(2))
+        server.stdin.write(json.dumps([arguments, devices, str(out), str(err)]) + "\n")
+        server.stdin.flush()
+        return Ended(int(server.stdout.readline()), out.read_text(), err.read_text())
+
+    yield call
+    server.stdin.close()
+    server.stdout.close()
+    assert server.wait() == 0
+
+
+@pytest.fixture
+def copied_run(finished_run, tmp_path) -> pathlib.Path:
+    """A copy of the finished run, to do harm to."""
+    return shutil.copytree(finished_run.folder, tmp_path / "copy")
+
+
+def digest(folder: pathlib.Path) -> dict[str, str]:
+    """Hashes of all files."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+
+def assert_refused(ended: Ended, *parts: str) -> None:
+    """It failed with one sentence, at the end of stderr, that holds all of `parts`."""
+    assert ended.code not in (0, None), ended
+    assert "Traceback" not in ended.errors, ended.errors
+    assert ended.output == ""
+    *log, sentence = ended.errors.strip().splitlines()
+    assert sentence.startswith("error: ") and not any("error:" in line for line in log), log
+    for part in parts:
+        assert part in sentence, sentence
+
+
+def test_a_finished_run_prints_its_summary_again_and_changes_no_number(main, copied_run):
+    before = digest(copied_run)
+    begin = time.perf_counter()
+    ended = main(*small_arguments(copied_run))
+    assert ended.code == 0, ended.errors
+    assert time.perf_counter() - begin < 20  # seconds; it trains nothing
+    assert json.loads(ended.output) == json.loads((copied_run / "summary.json").read_text())
+    after = digest(copied_run)
+    for name in ("report.html", "probe/layers.png"):  # made anew, with the date
+        del before[name], after[name]
+    assert after == before
+
+
+# name: (arguments, number of devices, what the message must say)
+REFUSED = {
+    "unknown field": (["--config.model.depth=3"], 1, ["config.model.depth", "model.layers"]),
+    "misspelt field": (["--config.train.step=3"], 1, ["config.train.step ", "config.train.steps"]),
+    "unknown section": (["--config.training.steps=3"], 1, ["config.training.steps"]),
+    "word for a number": (
+        ["--config.train.steps=many"],
+        1,
+        ["config.train.steps", "many", "int"],
+    ),
+    "fraction for a whole number": (["--config.train.steps=1.5"], 1, ["config.train.steps", "1.5"]),
+    "word for a fraction": (
+        ["--config.train.optimizer.learning_rate=fast"],
+        1,
+        ["config.train.optimizer.learning_rate", "fast"],
+    ),
+    "word for a truth": (["--config.model.scan_layers=maybe"], 1, ["model.scan_layers", "maybe"]),
+    "list with a word": (["--config.probe.c=(1.0,'x')"], 1, ["config.probe.c", "x"]),
+    "value out of range": (["--config.model.dropout=1.5"], 1, ["config.model.dropout", "1.5"]),
+    "no steps": (["--config.train.steps=0"], 1, ["config.train.steps", "0", "1 or more"]),
+    "learning rate of nan": (
+        ["--config.train.optimizer.learning_rate=nan"],
+        1,
+        ["config.train.optimizer.learning_rate", "nan"],
+    ),
+    "heads that do not divide the width": (
+        ["--config.model.heads=3"],
+        1,
+        ["model.heads", "3", "16"],
+    ),
+    "unknown optimizer": (
+        ["--config.train.optimizer.name=lion"],
+        1,
+        ["config.train.optimizer.name", "lion", "muon"],
+    ),
+    "unknown data set": (["--config.data.name=mnist"], 1, ["config.data.name", "mnist", "digits"]),
+    "other image size": (["--config.data.image_size=16"], 1, ["config.data.image_size", "16", "8"]),
+    "unknown tokens": (["--config.tokens.name=rgb"], 1, ["config.tokens.name", "rgb", "grey"]),
+    "too few grey levels": (["--config.tokens.levels=16"], 1, ["config.tokens.levels", "16", "17"]),
+    "unknown augmentation": (
+        ["--config.data.augmentation=('flip()',)"],
+        1,
+        ["config.data.augmentation", "flip()", "shift("],
+    ),
+    "unknown argument of an augmentation": (
+        ["--config.data.augmentation=('shift(pixel=1)',)"],
+        1,
+        ["config.data.augmentation", "shift(pixel=1)", "pixels"],
+    ),
+    "mesh that does not divide the devices": (
+        ["--config.mesh.fsdp=3"],
+        2,
+        ["config.mesh.fsdp", "3", "devices", "2"],
+    ),
+    "mesh larger than the devices": (
+        ["--config.mesh.data=4"],
+        2,
+        ["config.mesh.data", "4", "devices", "2"],
+    ),
+    "two axes that fill": (["--config.mesh.fsdp=-1"], 2, ["config.mesh", "-1"]),
+    "batch that the mesh does not divide": (
+        ["--config.train.batch_size=15"],
+        2,
+        ["config.train.batch_size", "15", "2"],
+    ),
+    "fine-tuning batch that the mesh does not divide": (
+        ["--config.finetune.train.batch_size=15"],
+        2,
+        ["config.finetune.train.batch_size", "15", "2"],
+    ),
+    "microbatches that do not divide the batch": (
+        ["--config.train.microbatches=3"],
+        1,
+        ["config.train.microbatches", "3", "16"],
+    ),
+    "heads that the mesh does not divide": (
+        ["--config.mesh.tensor=3"],
+        3,
+        ["config.model.heads", "2", "mesh.tensor", "3"],
+    ),
+    "unknown stage": (["--stages=pretrain,prob"], 1, ["--stages", "prob", "probe"]),
+    "unknown flag": (["--stage=probe"], 1, ["stage", "stages"]),
+    "stray argument": (["train.steps=3"], 1, ["train.steps=3"]),
+    "weights from nowhere": (["--config.init_from=/nowhere"], 1, ["config.init_from", "/nowhere"]),
+    "weights given and pretraining asked for": (
+        ["--config.init_from=/nowhere", "--stages=pretrain"],
+        1,
+        ["config.init_from", "--stages", "pretrain"],
+    ),
+    "probe before pretraining": (["--stages=probe"], 1, ["pretrain"]),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_settings_are_refused_in_one_sentence(main, tmp_path, case):
+    arguments, devices, parts = REFUSED[case]
+    assert_refused(main(*small_arguments(tmp_path / "run"), *arguments, devices=devices), *parts)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("flag", ["config", "workdir"])
+def test_a_missing_flag_is_named(main, tmp_path, flag):
+    arguments = [a for a in small_arguments(tmp_path) if not a.startswith(f"--{flag}=")]
+    if flag == "config":
+        arguments = [f"--workdir={tmp_path}"]
+    assert_refused(main(*arguments), f"--{flag}")
+
+
+def test_a_config_file_that_cannot_be_read_is_named(main, tmp_path):
+    missing, broken, other = (tmp_path / f"{n}.py" for n in ("missing", "broken", "other"))
+    broken.write_text("def get_config(:\n")
+    other.write_text("import gptv_jax.nothing\n")
+    for path, reason in ((missing, "no file"), (broken, "syntax"), (other, "gptv_jax.nothing")):
+        assert_refused(main(f"--config={path}", f"--workdir={tmp_path}"), str(path), reason)
+
+
+def test_a_folder_that_cannot_be_written_is_named(main, tmp_path):
+    (tmp_path / "file").write_text("kept")
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        assert_refused(main(*small_arguments(folder)), "--workdir", str(folder))
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_another_configuration_is_refused_and_the_folder_left_alone(main, copied_run):
+    before = digest(copied_run)
+    changed = ["--config.model.width=32", "--config.train.steps=121", "--config.seed=1"]
+    free = ["--config.train.log_every=3"]
+    ended = main(*small_arguments(copied_run), *changed, *free)
+    differing = ["model.width", "32", "16", "train.steps", "121", "120", "config.seed"]
+    assert_refused(ended, str(copied_run), *differing)
+    assert "log_every" not in ended.errors.splitlines()[-1]
+    assert digest(copied_run) == before
+
+
+def test_where_and_how_often_it_works_may_change(main, copied_run):
+    free = ["mesh.fsdp=2", "data.workers=1", "train.log_every=7", "train.checkpoint_every=9"]
+    free += ["train.keep_checkpoints=3", "model.scan_layers=True"]
+    arguments = [f"--config.{setting}" for setting in free]
+    ended = main(*small_arguments(copied_run), *arguments, devices=2)
+    assert ended.code == 0, ended.errors
+    assert json.loads(ended.output) == json.loads((copied_run / "summary.json").read_text())
+
+
+@pytest.mark.parametrize("content", ['{"config": {"se', "", "{}", "[]", "null", '{"config": 3}'])
+@pytest.mark.parametrize("name", ["config.json", "summary.json"])
+def test_a_damaged_record_is_named_and_nothing_is_changed(main, copied_run, name, content):
+    if name == "summary.json" and content in ("{}", '{"config": 3}'):
+        pytest.skip("a summary of no stages")
+    (copied_run / name).write_text(content)
+    before = digest(copied_run)
+    assert_refused(main(*small_arguments(copied_run)), str(copied_run / name))
+    assert digest(copied_run) == before
+
+
+def test_weights_of_another_run_are_tuned_and_beside_them_fresh_ones(main, finished_run, tmp_path):
+    given = [f"--config.init_from={finished_run.folder}", "--config.probe.c=(0.1,)"]
+    still = ["steps=1", "eval_every=0", "optimizer.learning_rate=1e-30"]
+    folder, tuning = tmp_path / "run", [f"--config.finetune.train.{setting}" for setting in still]
+    ended = main(*small_arguments(folder), *given, *tuning)
+    assert ended.code == 0, ended.errors
+    assert not (folder / "checkpoints" / "pretrain").exists()
+    summary = json.loads(ended.output)
+    assert summary["probe/best_layer"] in (0, 1) and "pretrain/steps" not in summary
+    assert summary["finetune/scratch_test_nats_per_token"] == pytest.approx(np.log(17))  # fresh
+    found = gptv_jax.load(folder, "finetune")._params
+    wanted = gptv_jax.load(finished_run.folder, "pretrain")._params
+    without_head = {name: found[name] for name in wanted}
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-20), without_head, wanted)
+
+
+def test_a_training_that_diverges_ends_with_one_sentence(main, tmp_path):
+    rate = "--config.train.optimizer.rest_learning_rate=1e30"
+    ended = main(
+        *small_arguments(tmp_path / "run"), rate, "--config.train.optimizer.warmup_steps=0"
+    )
+    assert_refused(ended, "pretrain", "step 1:", "step 0", "learning_rate")
+    assert checkpointed(tmp_path / "run", "pretrain") == [0]
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(main, copied_run, finished_run):
+    (copied_run / "summary.json").unlink()
+    *_, before, newest = checkpointed(copied_run, "pretrain")
+    largest = max((copied_run / f"checkpoints/pretrain/{newest}").rglob("*"), key=os.path.getsize)
+    largest.write_bytes(largest.read_bytes()[: os.path.getsize(largest) // 2])
+    ended = main(*small_arguments(copied_run), "--stages=pretrain")
+    assert ended.code == 0, ended.errors
+    [warning] = [line for line in ended.errors.splitlines() if "is damaged" in line]
+    assert f"checkpoints/pretrain/{newest} is damaged" in warning
+    assert f"step {before}" in warning
+    pretrained = {k: v for k, v in finished_run.summary.items() if k.startswith(("pret", "model"))}
+    assert without_times(json.loads(ended.output)) == without_times(pretrained)
+    wanted = [e for e in read_events(finished_run.folder) if e["stage"] == "pretrain"]
+    found = [e for e in read_events(copied_run) if e["stage"] == "pretrain"]
+    assert [without_times(e) for e in found] == [without_times(e) for e in wanted]

@@ -1,0 +1,203 @@
+"""What the stages choose, what they start from, and what they leave."""
+
+import dataclasses
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import sklearn.linear_model
+import sklearn.pipeline
+import sklearn.preprocessing
+from conftest import SMALL, make_mesh, tiny_network
+from PIL import Image
+
+import gptv_jax
+from gptv_jax import config as config_lib
+from gptv_jax import sharding
+from gptv_jax.checkpoint import Checkpoints
+from gptv_jax.data import sources
+from gptv_jax.run import Run, config_of
+from gptv_jax.stages import probe
+from gptv_jax.train import loop
+from gptv_jax.train.metrics import MetricWriter
+
+
+def images_of(split: str) -> np.ndarray:
+    source = sources.open_source(config_lib.Data(), split)
+    return np.stack([source[i]["image"] for i in range(len(source))])
+
+
+# The probe.
+
+
+def noisy_split(size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Two classes; one feature tells them apart, more or less, and 60 others are noise."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(2, size=size)
+    features = rng.normal(size=(size, 61))
+    features[:, 0] += 2 * labels
+    return features, labels
+
+
+STRENGTHS = config_lib.Probe(c=(0.01, 100.0))
+
+
+def test_the_strength_is_chosen_on_validation_alone():
+    seen, new = noisy_split(50, seed=0), noisy_split(2000, seed=1)
+    # Who has seen the noise is best at remembering it, on everything else at not having done so.
+    remembers = probe.fit_probe(STRENGTHS, {"train": seen, "validation": seen, "test": new})
+    generalises = probe.fit_probe(STRENGTHS, {"train": seen, "validation": new, "test": seen})
+    assert remembers["c"] == 100.0 and remembers["validation_accuracy"] == 1.0
+    assert generalises["c"] == 0.01
+
+
+def test_validation_is_scored_without_itself_and_test_with_it():
+    splits = {name: noisy_split(100, seed) for seed, name in enumerate(("train", "validation"))}
+    splits["test"] = noisy_split(1000, seed=2)
+    found = probe.fit_probe(config_lib.Probe(c=(0.1,)), splits)
+
+    def reference(*names):
+        model = sklearn.linear_model.LogisticRegression(C=0.1, max_iter=1000)
+        scaled = sklearn.pipeline.make_pipeline(sklearn.preprocessing.StandardScaler(), model)
+        both = [np.concatenate(parts) for parts in zip(*(splits[n] for n in names), strict=True)]
+        return scaled.fit(*both)
+
+    train = reference("train")
+    assert found["validation_accuracy"] == train.score(*splits["validation"])
+    assert found["test_accuracy"] == reference("train", "validation").score(*splits["test"])
+    assert found["test_accuracy"] != train.score(*splits["test"])  # else nothing is shown
+
+
+@pytest.mark.process
+def test_the_layer_is_chosen_on_validation_alone(finished_run, tmp_path, monkeypatch):
+    # In the order of the fits: the trained layers 0 and 1, the random ones, the raw pixels.
+    scores = iter([(0.8, 0.3), (0.7, 0.9), (0.5, 0.6), (0.6, 0.4), (0.2, 0.1)])
+
+    def scripted(*_):
+        validation, test = next(scores)
+        names = ("c", "validation_accuracy", "validation_nats", "test_accuracy")
+        return dict(zip(names, (1.0, validation, 1.0, test), strict=True))
+
+    monkeypatch.setattr(probe, "fit_probe", scripted)
+    monkeypatch.setattr(probe, "_features", lambda *_: (np.zeros((2, 4, 16)), np.zeros(4)))
+    config = config_of(finished_run.folder)
+    run = Run(dataclasses.replace(config, init_from=str(finished_run.folder)), str(tmp_path))
+    with jax.set_mesh(run.mesh):
+        numbers = probe.run_stage(run)
+    assert numbers["best_layer"] == 0
+    assert numbers["test_accuracy"] == 0.3
+    assert numbers["random_init_test_accuracy"] == 0.4
+    assert numbers["raw_pixels_test_accuracy"] == 0.1
+    rows = json.loads((tmp_path / "probe" / "layers.json").read_text())
+    assert [row["test_accuracy"] for row in rows] == [0.3, 0.9]
+
+
+# Early stopping and the best checkpoint, on a training that only counts.
+
+NETWORK = tiny_network()
+
+
+def count_up(folder, accuracies: list[float], patience: int, steps: int = 20) -> loop.Fitted:
+    """Evaluates every other step; `params` is the number of steps taken."""
+
+    def init(_):
+        return {"step": jnp.int32(0), "params": {"taken": jnp.float32(0)}, "opt": ()}
+
+    @jax.jit
+    def train_step(state, batch):
+        state = {"step": state["step"] + 1, "params": {"taken": state["params"]["taken"] + 1}}
+        return state | {"opt": ()}, {"nats_per_token": jnp.float32(1)}
+
+    def evaluate(params):
+        return {"nats_per_token": 1.0, "accuracy": accuracies[int(params["taken"]) // 2]}
+
+    mesh = make_mesh((1, 1, 1))
+    with jax.set_mesh(mesh), Checkpoints(folder / "checkpoints", keep=1) as checkpoints:
+        return loop.fit(
+            "finetune",
+            config_lib.Train(steps=steps, eval_every=2, checkpoint_every=1),
+            NETWORK,
+            checkpoints=checkpoints,
+            log=MetricWriter(folder),
+            initial=lambda: jax.jit(init)(None),
+            abstract=sharding.abstract(init),
+            train_step=train_step,
+            batches=lambda position: itertools.repeat({"tokens": np.zeros((4, 16), np.int32)}),
+            evaluate=evaluate,
+            patience=patience,
+        )
+
+
+ACCURACIES = [0.1, 0.2, 0.5, 0.4, 0.5, 0.3, 0.9, 0.9, 0.2, 0.1, 0.1]  # of steps 0, 2, 4 ...
+
+
+@pytest.mark.parametrize(
+    ("patience", "last", "best"),
+    [(1, 6, 4), (3, 10, 4), (4, 20, 12), (0, 20, 12)],  # an equal accuracy is no better one
+)
+def test_training_stops_when_patience_ends_and_returns_the_best(tmp_path, patience, last, best):
+    fitted = count_up(tmp_path, ACCURACIES, patience)
+    assert fitted.evaluations[-1]["step"] == last
+    assert fitted.step == best
+    assert float(fitted.params["taken"]) == best
+    again = count_up(tmp_path, [], patience)  # nothing is left to evaluate
+    assert again.step == best and float(again.params["taken"]) == best
+    assert again.evaluations == fitted.evaluations
+
+
+# Fine-tuning.
+
+
+@pytest.mark.process
+def test_the_head_is_standardised_by_the_statistics_of_the_training_split(finished_run):
+    given = gptv_jax.load(finished_run.folder, "pretrain")
+    features = given.features(images_of("train"), layer=SMALL["model.layers"]).astype(np.float64)
+    head = gptv_jax.load(finished_run.folder, "finetune")._params["classifier"]
+    np.testing.assert_allclose(head["class_center"], features.mean(axis=0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(head["class_scale"], 1 / features.std(axis=0), rtol=1e-3)
+
+
+@pytest.mark.process
+def test_weights_of_another_network_are_refused(finished_run, tmp_path):
+    config = config_of(finished_run.folder)
+    wider = dataclasses.replace(config.model, width=32)
+    config = dataclasses.replace(config, init_from=str(finished_run.folder), model=wider)
+    run = Run(config, str(tmp_path))
+    with jax.set_mesh(run.mesh), pytest.raises(config_lib.InputError) as caught:
+        run.pretrained(run.network())
+    assert "blocks.qkv" in str(caught.value) and "head" in str(caught.value)  # all that differ
+    assert str(finished_run.folder) in str(caught.value)
+
+
+# Samples.
+
+
+def cells(picture: np.ndarray, columns: int) -> np.ndarray:
+    """The small images [N, 8, 8, 3] of a grid whose cells are 64 pixels and a border."""
+    side = picture.shape[1] // columns
+    rows = picture.shape[0] // side
+    found = picture.reshape(rows, side, columns, side, 3).swapaxes(1, 2)
+    return found.reshape(-1, side, side, 3)[:, 4:64:8, 4:64:8]
+
+
+@pytest.mark.process
+def test_completions_stand_beside_their_originals_and_keep_the_upper_rows(finished_run):
+    with Image.open(finished_run.folder / "samples" / "completions.png") as picture:
+        pairs = cells(np.asarray(picture), columns=8).reshape(-1, 2, 8, 8, 3)
+    assert len(pairs) == SMALL["sample.completions"]
+    codec = gptv_jax.load(finished_run.folder).codec
+    originals, completions = pairs[:, 0], pairs[:, 1]
+    np.testing.assert_array_equal(originals, codec.picture(images_of("test")[: len(pairs)]))
+    np.testing.assert_array_equal(completions[:, :4], originals[:, :4])
+    different = (completions[:, 4:] != originals[:, 4:]).any(axis=(1, 2, 3))
+    assert different.all()
+
+
+@pytest.mark.process
+def test_as_many_new_images_are_shown_as_asked_for(finished_run):
+    with Image.open(finished_run.folder / "samples" / "unconditional.png") as picture:
+        shown = cells(np.asarray(picture), columns=3)  # as square as six get
+    assert len(np.unique(shown, axis=0)) == len(shown) == SMALL["sample.count"]

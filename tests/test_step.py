@@ -1,0 +1,225 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import make_mesh, random_batch, random_params, tiny_network
+
+from gptv_jax import config as config_lib
+from gptv_jax import sharding
+from gptv_jax.train import optimizer, step
+
+pytestmark = pytest.mark.usefixtures("one_device")
+
+SGD = optax.sgd(1.0)  # new parameters are the old ones less the gradient
+
+
+def constant_rate(count):
+    return jnp.float32(1.0)
+
+
+def tiny(**changes):
+    return tiny_network(classes=5, scan_layers=False, **changes)
+
+
+def numbers(metrics):
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def host(tree):
+    """A NumPy copy, which a donated step cannot take away."""
+    return jax.tree.map(np.array, jax.device_get(tree))
+
+
+def one_step(network, microbatches=1, seed=0, mesh=(1, 1, 1)):
+    """Parameters and metrics after one SGD step, and the parameters before it."""
+    with jax.set_mesh(make_mesh(mesh)):
+        loss = step.joint_loss(network, 1.0, 0.5)
+        take = step.make_train_step(loss, SGD, constant_rate, microbatches=microbatches, seed=seed)
+        state = step.state_of(random_params(network), SGD)
+        before = host(state["params"])
+        state, metrics = take(state, sharding.global_batch(random_batch(network)))
+        return host(state["params"]), numbers(metrics), before
+
+
+def assert_same_step(found, wanted):
+    (found, found_metrics, before), (wanted, wanted_metrics, _) = found, wanted
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    for (path, f), w, b in zip(
+        jax.tree.leaves_with_path(found),
+        jax.tree.leaves(wanted),
+        jax.tree.leaves(before),
+        strict=True,
+    ):
+        scale = np.abs(w - b).max() + 1e-3  # of the gradient
+        np.testing.assert_allclose(f / scale, w / scale, atol=2e-5, rtol=0, err_msg=str(path))
+    assert found_metrics == pytest.approx(wanted_metrics, rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def whole_batch():
+    return one_step(tiny())
+
+
+# The training step
+
+
+@pytest.mark.parametrize(("microbatches", "mesh"), [(2, (1, 1, 1)), (4, (1, 1, 1)), (2, (2, 2, 2))])
+def test_microbatches_give_the_gradient_and_the_metrics_of_the_whole_batch(
+    microbatches, mesh, whole_batch
+):
+    assert_same_step(one_step(tiny(), microbatches, mesh=mesh), whole_batch)
+
+
+def test_a_step_takes_the_gradient_of_the_loss_at_the_old_parameters(whole_batch):
+    after, metrics, before = whole_batch
+    network = tiny()
+    batch = sharding.global_batch(random_batch(network))
+    loss = step.joint_loss(network, 1.0, 0.5)
+    gradient = jax.device_get(jax.jit(jax.grad(lambda p: loss(p, batch, None)[0]))(before))
+    difference = jax.tree.map(np.subtract, before, after)
+    for name, norm in (("grad_norm", gradient), ("param_norm", after)):
+        wanted = np.sqrt(
+            sum((leaf.astype(np.float64) ** 2).sum() for leaf in jax.tree.leaves(norm))
+        )
+        assert metrics[name] == pytest.approx(wanted, rel=1e-5)
+    jax.tree.map(lambda d, g: np.testing.assert_allclose(d, g, atol=1e-6), difference, gradient)
+
+
+def test_steps_are_counted_and_the_rate_is_that_of_the_step_taken():
+    network = tiny()
+    config = config_lib.Optimizer(learning_rate=0.8, warmup_steps=4)
+    update, rate = optimizer.make_optimizer(config, 10)
+    loss = step.generative_loss(network)
+    take = step.make_train_step(loss, update, rate)
+    state = jax.jit(step.make_init(network, update))(jax.random.key(0))
+    batch = sharding.global_batch(random_batch(network))
+    assert state["step"].dtype == jnp.int32
+    for count, wanted in enumerate([0.2, 0.4, 0.6]):
+        assert int(state["step"]) == count
+        old = state
+        state, metrics = take(state, batch)
+        assert float(metrics["learning_rate"]) == pytest.approx(wanted)
+        assert old["params"]["head"].is_deleted()  # the memory of the old state is used again
+    assert int(state["step"]) == 3
+
+
+def test_training_leaves_the_standardisation_of_the_class_head_alone(whole_batch):
+    after, _, before = whole_batch
+    for name in ("class_center", "class_scale"):
+        np.testing.assert_array_equal(after["classifier"][name], before["classifier"][name])
+    assert (after["classifier"]["class_head"] != before["classifier"]["class_head"]).all()
+
+
+def test_dropout_differs_by_step_and_seed_and_is_repeated_by_both():
+    network = tiny(dropout=0.3)
+    still = optax.sgd(0.0)
+    batch = sharding.global_batch(random_batch(network))
+
+    loss = step.generative_loss(network)
+
+    def losses(take):
+        state, found = step.state_of(random_params(network), still), []
+        for _ in range(2):
+            state, metrics = take(state, batch)
+            found.append(float(metrics["nats_per_token"]))
+        return found
+
+    one, other = (step.make_train_step(loss, still, constant_rate, seed=seed) for seed in (0, 1))
+    a, again, b = losses(one), losses(one), losses(other)
+    assert a == again
+    assert len({*a, *b}) == 4
+
+
+def test_microbatches_draw_dropout_each_their_own():
+    network, keys = tiny(), []
+
+    def loss(params, batch, key):
+        jax.debug.callback(lambda k: keys.append(k.tolist()), jax.random.key_data(key))
+        return jnp.sum(params["w"]), {}
+
+    take = step.make_train_step(loss, SGD, constant_rate, microbatches=4)
+    take(step.state_of({"w": jnp.zeros(3)}, SGD), sharding.global_batch(random_batch(network)))
+    jax.effects_barrier()
+    assert len({tuple(key) for key in keys}) == len(keys) == 4
+
+
+# Losses
+
+
+def softmax_nats(logits, targets):
+    logits = np.asarray(logits, np.float64)
+    log_sum = np.log(np.exp(logits).sum(axis=-1))
+    return log_sum - np.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+
+
+@pytest.fixture(scope="module")
+def evaluated():
+    """A network, its weights, a NumPy batch and the logits that the network gives for it."""
+    network = tiny()
+    with jax.set_mesh(make_mesh((1, 1, 1))):
+        params, batch = random_params(network), random_batch(network)
+        on_device = sharding.global_batch(batch)
+        output = jax.jit(lambda p, b: network.bind(p)(b["tokens"], b["variant"]))(params, on_device)
+        return network, params, batch, output
+
+
+def test_the_joint_loss_weighs_tokens_and_classes_by_the_coefficients(evaluated):
+    network, params, batch, output = evaluated
+    tokens = softmax_nats(output.logits, batch["tokens"]).mean()
+    classes = softmax_nats(output.class_logits, batch["label"]).mean()
+    predicted = np.argmax(np.asarray(output.class_logits), axis=-1)
+    wanted = {
+        "nats_per_token": tokens,
+        "class_nats": classes,
+        "accuracy": np.mean(predicted == batch["label"]),
+    }
+    coefficients = [(1.0, 1.0), (1.0, 0.0), (0.0, 1.0), (0.5, 3.0)]
+    losses = [step.joint_loss(network, *c) for c in coefficients]
+    all_of_them = jax.jit(lambda p, b: [loss(p, b, None) for loss in losses])
+    found = all_of_them(params, sharding.global_batch(batch))
+    for (a, b), (value, metrics) in zip(coefficients, found, strict=True):
+        np.testing.assert_allclose(value, a * tokens + b * classes, rtol=1e-5)
+        assert numbers(metrics) == pytest.approx(wanted, rel=1e-5)
+    assert tokens != pytest.approx(classes, rel=0.01)
+
+
+def test_the_generative_loss_is_the_mean_of_the_nats_of_all_tokens(evaluated):
+    network, params, batch, output = evaluated
+    loss = jax.jit(step.generative_loss(network))
+    value, metrics = loss(params, sharding.global_batch(batch), None)
+    np.testing.assert_allclose(
+        value, softmax_nats(output.logits, batch["tokens"]).mean(), rtol=1e-5
+    )
+    assert value == metrics["nats_per_token"]
+
+
+# Evaluation
+
+
+def test_evaluation_sums_over_the_rows_that_are_not_masked(evaluated):
+    network, params, batch, output = evaluated
+    evaluate = step.make_eval_step(network)
+    mask = np.array([1, 0, 1, 1, 0, 1, 1, 0], np.float32)
+    batch = {**batch, "mask": mask}
+    predicted = np.argmax(output.class_logits, axis=-1)
+    batch["label"] = np.where(np.arange(8) % 4 < 2, predicted, (predicted + 1) % 5)
+    batch["label"] = batch["label"].astype(np.int32)
+    sums = numbers(evaluate(params, sharding.global_batch(batch)))
+    nats = softmax_nats(output.logits, batch["tokens"]).sum(axis=1)
+    wanted = {"nats": nats @ mask, "images": 5, "tokens": 5 * 16, "correct": 2}
+    assert sums == pytest.approx(wanted, rel=1e-5)
+
+    other = random_batch(network, seed=1)
+    masked = mask == 0
+    for name in ("tokens", "label", "variant"):
+        shape = (8,) + (1,) * (batch[name].ndim - 1)
+        batch[name] = np.where(masked.reshape(shape), other[name], batch[name])
+    assert numbers(evaluate(params, sharding.global_batch(batch))) == sums
+
+
+def test_evaluation_without_a_class_head_counts_no_classes():
+    network = tiny_network(scan_layers=False)
+    evaluate = step.make_eval_step(network)
+    sums = evaluate(random_params(network), sharding.global_batch(random_batch(network)))
+    assert sums.keys() == {"nats", "images", "tokens"}
