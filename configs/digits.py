@@ -48,10 +48,10 @@ def get_config():
     c.train.optimizer.rest_learning_rate = 1e-2
     c.train.optimizer.warmup_steps = 40
 
-    c.finetune.train.steps = 160
+    c.finetune.train.steps = 240
     c.finetune.train.eval_every = 20
     c.finetune.train.checkpoint_every = 20
-    c.finetune.train.optimizer.learning_rate = 3e-3
+    c.finetune.train.optimizer.learning_rate = 6e-3
     c.finetune.train.optimizer.warmup_steps = 20
     c.finetune.patience = 0  # so that from scratch has the whole of the same budget
     c.finetune.standardize = True

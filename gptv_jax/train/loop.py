@@ -53,9 +53,9 @@ def fit(
       abstract: that state's shapes and shardings.
       train_step: `(state, batch) -> (state, metrics)`; donates the state.
       batches: `position -> iterator` over this process's share of the batches from there on.
-      evaluate: `params -> numbers`; with an "accuracy" among them, the best one's checkpoint is
-        kept, and returned.
-      patience: evaluations without a better accuracy after which it stops; 0: never.
+      evaluate: `params -> numbers`; with "accuracy" and "class_nats" among them, the checkpoint
+        with the best accuracy, among equals the lowest cross-entropy, is kept, and returned.
+      patience: evaluations without a better one after which it stops; 0: never.
 
     Raises:
       InputError: the loss, a gradient or a weight is no longer finite (names the step), or no
@@ -143,7 +143,10 @@ def fit(
 
 
 def evaluate_all(eval_step: Callable, params: dict, batches: Iterator[dict]) -> dict:
-    """Means over a whole split, every example once: nats_per_token and, with a head, accuracy."""
+    """Means over a whole split, every example once.
+
+    nats_per_token and, with a class head, accuracy and class_nats (per image).
+    """
     total = None
     for batch in batches:
         sums = eval_step(params, sharding.global_batch(batch))
@@ -152,6 +155,7 @@ def evaluate_all(eval_step: Callable, params: dict, batches: Iterator[dict]) -> 
     numbers = {"nats_per_token": total["nats"] / total["tokens"]}
     if "correct" in total:
         numbers["accuracy"] = total["correct"] / total["images"]
+        numbers["class_nats"] = total["class_nats"] / total["images"]
     return numbers
 
 
@@ -197,17 +201,22 @@ class Clock:
         return {"seconds": self.total[0], "timed": self.total[1]}
 
 
+def _preference(evaluation: dict) -> tuple[float, float]:
+    """What the best evaluation is chosen by: accuracy, then cross-entropy of the class."""
+    return evaluation[BEST], -evaluation["class_nats"]
+
+
 def _best(evaluations: list[dict], numbers: dict) -> float | None:
-    """The new accuracy where it is better than all before, so that the best one is unique."""
-    if BEST not in numbers or any(e[BEST] >= numbers[BEST] for e in evaluations):
+    """The new accuracy where it is preferred to all before, so that the best one is unique."""
+    if BEST not in numbers or any(_preference(e) >= _preference(numbers) for e in evaluations):
         return None
     return numbers[BEST]
 
 
 def _chosen(evaluations: list[dict]) -> int | None:
-    """The step of the first highest accuracy; None where none was measured."""
+    """The step of the best evaluation; None where no accuracy was measured."""
     scored = [e for e in evaluations if BEST in e]
-    return max(scored, key=lambda e: (e[BEST], -e["step"]))["step"] if scored else None
+    return max(scored, key=_preference)["step"] if scored else None
 
 
 def _exhausted(evaluations: list[dict], patience: int) -> bool:

@@ -113,7 +113,8 @@ def make_train_step(
 def make_eval_step(network: Network) -> Callable:
     """`(params, batch) -> sums` over the batch's real rows (mask 1).
 
-    The sums are nats, tokens, images and, with a class head, correctly classified images.
+    The sums are nats, tokens, images and, with a class head, correctly classified images and the
+    cross-entropy of the class in nats.
     """
 
     def eval_step(params: dict, batch: dict) -> Metrics:
@@ -128,6 +129,8 @@ def make_eval_step(network: Network) -> Callable:
         if output.class_logits is not None:
             correct = jnp.argmax(output.class_logits, axis=-1) == batch["label"]
             sums["correct"] = (correct * batch["mask"]).sum()
+            class_nats = cross_entropy(output.class_logits, batch["label"])
+            sums["class_nats"] = (class_nats * batch["mask"]).sum()
         return sums
 
     return jax.jit(eval_step)
