@@ -55,7 +55,7 @@ def random_params(network: Network, seed: int = 0) -> dict:
     rng = np.random.default_rng(seed)
 
     def draw(leaf):
-        value = rng.normal(0.5, 0.2, leaf.shape) if leaf.ndim < 2 else rng.normal(0, 0.2, leaf.shape)
+        value = rng.normal(0.5 if leaf.ndim < 2 else 0.0, 0.2, leaf.shape)
         return jax.device_put(value.astype(np.float32), leaf.sharding)
 
     return jax.tree.map(draw, sharding.abstract(network.init))

@@ -163,6 +163,11 @@ def test_a_better_accuracy_replaces_the_best(tmp_path):
     assert steps_in(tmp_path) == [3, 5, 6]
 
 
+def test_among_equal_accuracies_the_later_one_stays(tmp_path):
+    save_with(tmp_path, {1: 0.8, 2: 0.8, 3: None, 4: None})
+    assert steps_in(tmp_path) == [2, 3, 4]
+
+
 def test_the_best_is_remembered_when_the_run_goes_on_in_another_process(tmp_path):
     save_with(tmp_path, {1: 0.8, 2: None})
     save_with(tmp_path, {3: None, 4: None})

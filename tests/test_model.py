@@ -166,17 +166,59 @@ def oracle(network, params, tokens, variant):
     return np.stack(logits), np.stack(features, axis=1), np.stack(class_logits)
 
 
-@pytest.mark.parametrize("axial", [False, True])
-def test_forward_pass_is_that_of_the_numpy_oracle(axial):
+@pytest.fixture(params=[False, True], ids=["learned", "axial"])
+def oracle_case(request):
+    """A network, its weights and a batch; rows and columns, and heads and head size, differ."""
+    axial = request.param
     network = tiny_network(classes=5, axial_positions=axial, scan_layers=axial)
-    network = dataclasses.replace(network, grid=(2, 5))  # rows and columns cannot be confused
-    params, batch = random_params(network), random_batch(network, size=4)
+    network = dataclasses.replace(network, grid=(2, 5))
+    params = random_params(network)
+    for name in params.keys() & {"start", "token_embedding", "position", "row", "column"}:
+        params[name] *= 0.05  # so small that the norm's epsilon counts
+    return network, params, tiny_batch(network, 4)
+
+
+def test_forward_pass_is_that_of_the_numpy_oracle(oracle_case):
+    network, params, batch = oracle_case
     found = forward(network)(params, batch["tokens"], batch["variant"])
-    wanted = oracle(network, params, batch["tokens"], batch["variant"])
-    assert len(set(batch["variant"])) > 1
+    wanted = oracle(network, params, np.asarray(batch["tokens"]), np.asarray(batch["variant"]))
+    assert len(set(np.asarray(batch["variant"]))) > 1
     for f, w in zip(found, wanted, strict=True):
         assert f.shape == w.shape and f.dtype == jnp.float32
         np.testing.assert_allclose(f, w, rtol=2e-5, atol=2e-6 * np.abs(w).max())
+
+
+def test_gradients_are_the_slopes_of_the_numpy_oracle(oracle_case):
+    network, params, batch = oracle_case
+    rng = np.random.default_rng(0)
+    shapes = ((4, 10, 11), (3, 4, 32), (4, 5))
+    weights = [rng.normal(size=shape).astype(np.float32) for shape in shapes]
+
+    def weighted(params):
+        output = network.bind(params)(batch["tokens"], batch["variant"])
+        return sum((value * w).sum() for value, w in zip(output, weights, strict=True))
+
+    def oracle_weighted(params):
+        values = oracle(network, params, np.asarray(batch["tokens"]), np.asarray(batch["variant"]))
+        return sum((value * w).sum() for value, w in zip(values, weights, strict=True))
+
+    gradients = jax.device_get(jax.jit(jax.grad(weighted))(params))
+    exact = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(params))
+    leaves, tree = jax.tree.flatten(exact)
+    for i, (path, gradient) in enumerate(jax.tree.leaves_with_path(gradients)):
+        if path[-1].key in ("class_center", "class_scale"):
+            assert (gradient == 0).all()  # they are not trained
+            continue
+        # Along the gradient itself and along noise, which sees what is missing from it.
+        for direction in (gradient / np.linalg.norm(gradient), rng.normal(size=gradient.shape)):
+            step = 1e-6 * direction
+            ahead, behind = (
+                oracle_weighted(tree.unflatten([*leaves[:i], leaves[i] + s, *leaves[i + 1 :]]))
+                for s in (step, -step)
+            )
+            slope, found = (ahead - behind) / 2e-6, (gradient * direction).sum()
+            scale = np.linalg.norm(gradient) * np.linalg.norm(direction)
+            assert abs(found - slope) < 2e-5 * scale, path
 
 
 def test_fresh_network_predicts_the_uniform_distribution():

@@ -207,7 +207,9 @@ def test_evaluation_sums_over_the_rows_that_are_not_masked(evaluated):
     batch["label"] = batch["label"].astype(np.int32)
     sums = numbers(evaluate(params, sharding.global_batch(batch)))
     nats = softmax_nats(output.logits, batch["tokens"]).sum(axis=1)
-    wanted = {"nats": nats @ mask, "images": 5, "tokens": 5 * 16, "correct": 2}
+    class_nats = softmax_nats(output.class_logits, batch["label"])
+    wanted = {"nats": nats @ mask, "images": 5, "tokens": 5 * 16}
+    wanted |= {"correct": 2, "class_nats": class_nats @ mask}
     assert sums == pytest.approx(wanted, rel=1e-5)
 
     other = random_batch(network, seed=1)
