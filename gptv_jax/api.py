@@ -15,6 +15,7 @@ from gptv_jax.model.gpt import Network
 from gptv_jax.run import config_of, finished_stages, network_of, read_json
 from gptv_jax.train.step import cross_entropy
 
+Given = np.ndarray | jax.Array  # what a user may pass
 TRAININGS = ("pretrain", "finetune")  # the stages that leave weights
 
 
@@ -32,7 +33,7 @@ class Model:
         self.codec = codec
         self._params, self._mesh, self._probed = params, mesh, probed
 
-    def tokenize(self, images: UInt8[np.ndarray, "B H W C"]) -> Int[np.ndarray, "B T"]:
+    def tokenize(self, images: UInt8[Given, "B H W C"]) -> Int[np.ndarray, "B T"]:
         """Int32 tokens, 0 <= token < V, in raster order."""
         images, wanted = np.asarray(images), self.codec.image_shape
         if images.dtype != np.uint8 or images.shape[1:] != wanted or images.ndim != 4:
@@ -40,22 +41,24 @@ class Model:
             raise ValueError(
                 f"images are {images.dtype} {list(images.shape)}; they must be uint8 [B, {shown}]."
             )
+        if not len(images):
+            raise ValueError("the batch is empty; give one image or more.")
         return self.codec.encode(images)
 
-    def detokenize(self, tokens: Int[np.ndarray, "B T"]) -> UInt8[np.ndarray, "B H W C"]:
+    def detokenize(self, tokens: Int[Given, "B T"]) -> UInt8[np.ndarray, "B H W C"]:
         """The images that the tokens stand for; for a lossless codec the inverse of `tokenize`."""
         return self.codec.decode(self._checked(tokens))
 
-    def logits(self, tokens: Int[np.ndarray, "B T"]) -> Float[np.ndarray, "B T V"]:
+    def logits(self, tokens: Int[Given, "B T"]) -> Float[np.ndarray, "B T V"]:
         """Float32 logits; position t predicts tokens[:, t] from those before it."""
         return self._forward(self._checked(tokens), "logits")
 
-    def log_likelihood(self, images: UInt8[np.ndarray, "B H W C"]) -> Float[np.ndarray, "B"]:
+    def log_likelihood(self, images: UInt8[Given, "B H W C"]) -> Float[np.ndarray, "B"]:
         """Float32 log-probability of each image's tokens, in nats, summed over them."""
         return self._forward(self.tokenize(images), "log_likelihood")
 
     def features(
-        self, images: UInt8[np.ndarray, "B H W C"], layer: int | None = None
+        self, images: UInt8[Given, "B H W C"], layer: int | None = None
     ) -> Float[np.ndarray, "B D"]:
         """Float32 means over positions of one layer's normed input.
 
@@ -71,7 +74,7 @@ class Model:
             raise ValueError(f"layer is {layer}; this network has the layers 0 to {last}.")
         return self._forward(self.tokenize(images), "pooled")[:, layer]
 
-    def classify(self, images: UInt8[np.ndarray, "B H W C"]) -> Float[np.ndarray, "B C"]:
+    def classify(self, images: UInt8[Given, "B H W C"]) -> Float[np.ndarray, "B classes"]:
         """Float32 class probabilities, of a fine-tuned model."""
         if not self.network.classes:
             raise ValueError(
@@ -102,7 +105,7 @@ class Model:
 
     def complete(
         self,
-        images: UInt8[np.ndarray, "B H W C"],
+        images: UInt8[Given, "B H W C"],
         keep: float = 0.5,
         seed: int = 0,
         temperature: float = 1.0,

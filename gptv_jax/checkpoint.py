@@ -44,6 +44,7 @@ class Checkpoints:
         ]
         options = ocp.CheckpointManagerOptions(
             preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
+            best_fn=lambda metrics: metrics[BEST],  # without it metrics are not kept on disk
             cleanup_tmp_directories=not read_only,
             create=not read_only,
             read_only=read_only,

@@ -25,7 +25,9 @@ def start(main: Callable[[config_lib.Config], None]) -> None:
     Exit codes: 1 for what the user can mend, 130 where the user interrupted.
     """
 
-    def configured(_) -> None:
+    def configured(argv: list[str]) -> None:
+        if argv[1:]:
+            raise InputError(f"{argv[1]} is no flag; a field is set as --config.a.b=value.")
         logging.getLogger("gptv_jax").setLevel(logging.INFO)
         if not flags.FLAGS["verbosity"].present:
             absl_logging.set_verbosity(absl_logging.ERROR)  # libraries: Orbax tells its every move

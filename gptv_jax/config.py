@@ -249,7 +249,7 @@ def type_words(field: dataclasses.Field) -> str:
     return words + (" or None" if optional else "")
 
 
-def _optional(kind) -> tuple[type, bool]:
+def _optional(kind) -> tuple[object, bool]:
     """`(float, True)` for `float | None`, `(float, False)` for `float`."""
     if isinstance(kind, types.UnionType):
         return next(a for a in typing.get_args(kind) if a is not type(None)), True

@@ -8,6 +8,7 @@ import shlex
 import sys
 
 import jax
+import numpy as np
 
 from gptv_jax import config as config_lib
 from gptv_jax import sharding, tokens
@@ -17,6 +18,7 @@ from gptv_jax.data import sources, transforms
 from gptv_jax.model.gpt import Network
 from gptv_jax.train.metrics import MetricWriter
 
+TRIED = 100  # images that the codec is tried on
 STAGES = ("pretrain", "probe", "finetune", "sample")
 VERSIONED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "gptv_jax")
 
@@ -37,9 +39,22 @@ class Run:
         sharding.check(config, self.mesh)
         self.codec = tokens.make_codec(config.tokens, config.data.image_size)
         transforms.variants(config.data.augmentation)  # before any work: they can be parsed
-        self.classes = sources.open_source(config.data, "train").classes
+        source = sources.open_source(config.data, "train")
+        self.classes = source.classes
+        self._check_tokens(source)
         self._adopt()
         self.metrics = MetricWriter(self.folder)
+
+    def _check_tokens(self, source: sources.Source) -> None:
+        """The codec must take the data: tried on some images before any work."""
+        images = np.stack([source[i]["image"] for i in range(min(len(source), TRIED))])
+        try:
+            self.codec.encode(images)
+        except ValueError as error:
+            raise InputError(
+                f"config.tokens.{self.config.tokens.name} does not fit config.data.name="
+                f"{self.config.data.name}: {error}"
+            ) from error
 
     def network(self, classes: int = 0) -> Network:
         """The network of the config, with a class head where `classes` is not 0."""
@@ -55,7 +70,8 @@ class Run:
         summary = read_json(folder / "summary.json", {})
         if "pretrain" not in finished_stages(summary):
             raise InputError(
-                f"{folder} holds no finished pretraining; run --stages=pretrain there first."
+                f"{'config.init_from=' if self.config.init_from else ''}{folder} holds no finished "
+                "pretraining; run --stages=pretrain there first."
             )
         abstract = {"params": sharding.abstract(network.init)}
         with Checkpoints(folder / "checkpoints" / "pretrain", read_only=True) as checkpoints:
@@ -142,9 +158,12 @@ def config_of(folder: pathlib.Path) -> config_lib.Config:
     Raises:
       InputError: no run folder, or a record that this version cannot read.
     """
-    record = read_json(folder / "config.json", None)
-    if record is None:
+    path = folder / "config.json"
+    if not path.exists():
         raise InputError(f"{folder} is not a run folder: it has no config.json.")
+    record = read_json(path, {})
+    if "config" not in record:
+        raise InputError(f"{path} is damaged (it holds no configuration); restore it.")
     return config_lib.resolve(config_lib.unflatten(record["config"]))
 
 
@@ -166,13 +185,16 @@ def command() -> str:
 
 
 def read_json(path: pathlib.Path, absent):
-    """The content of a JSON file, or `absent` where there is no such file.
+    """The object or list of a JSON file, or `absent` where there is no such file.
 
     Raises:
-      InputError: the file is not JSON.
+      InputError: the file is not JSON, or neither an object nor a list.
     """
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict | list):
+            raise InputError(f"{path} is damaged (it holds {content!r}); restore it.")
+        return content
     except FileNotFoundError:
         return absent
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

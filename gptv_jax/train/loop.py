@@ -68,7 +68,7 @@ def fit(
         state, info = initial(), {"position": 0, "seconds": 0.0, "timed": 0, "evaluations": []}
     start = step = info["position"]
     evaluations, clock = list(info["evaluations"]), Clock(info["seconds"], info["timed"])
-    log.rewind(name, step)
+    log.rewind(name, step if restored else -1)
     if restored:
         LOG.info("%s continues from step %d of %d.", name, step, config.steps)
     data, pending = batches(step), None

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from gptv_jax import sharding
 from gptv_jax.model.gpt import Network
 from gptv_jax.train.optimizer import apply_update
 
@@ -80,7 +81,10 @@ def make_train_step(
     def accumulate(params, batch, key):
         # Rows r, r + A, r + 2A ... make part r: a split that keeps every row on its device.
         parts = jax.tree.map(
-            lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch
+            lambda x: x.reshape(
+                -1, microbatches, *x.shape[1:], out_sharding=sharding.HIDDEN
+            ).swapaxes(0, 1),
+            batch,
         )
         keys = jax.random.split(key, microbatches)
         zeros = jax.tree.map(
