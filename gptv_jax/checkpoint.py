@@ -5,9 +5,11 @@ a small JSON with the data position, the elapsed time, the evaluations so far an
 is asynchronous and atomic: what a kill leaves half written is never taken for a checkpoint.
 """
 
+import json
 import logging
 import pathlib
 import shutil
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +20,6 @@ from gptv_jax.config import InputError
 
 LOG = logging.getLogger(__name__)
 
-BEST = "accuracy"  # the metric whose best checkpoint outlives retention, where a save gives it
-
 
 class Checkpoints:
     """The checkpoints of one stage, one folder a step."""
@@ -29,22 +29,14 @@ class Checkpoints:
 
         Args:
           folder: `checkpoints/<stage>` of a run.
-          keep: newest checkpoints that retention leaves; the one with the best accuracy, where
-            saves name an accuracy, stays as well.
+          keep: newest checkpoints that retention leaves; `best` stays as well.
           read_only: changes nothing on disk.
         """
         self.folder = folder.absolute()
-        policies = [
-            preservation_policy.LatestN(keep),
-            preservation_policy.BestN(
-                get_metric_fn=lambda metrics: metrics[BEST],
-                n=1,
-                keep_checkpoints_without_metrics=False,
-            ),
-        ]
+        self._read_only = read_only
+        self.best: int | None = None  # a step that retention leaves as well
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
-            best_fn=lambda metrics: metrics[BEST],  # without it metrics are not kept on disk
+            preservation_policy=_NewestAndBest(keep, self),
             cleanup_tmp_directories=not read_only,
             create=not read_only,
             read_only=read_only,
@@ -62,14 +54,17 @@ class Checkpoints:
         """Steps on disk, in order."""
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, state, info: dict, metrics: dict | None = None) -> None:
+    def save(self, step: int, state, info: dict) -> None:
         """Starts to write a checkpoint; a step that is there already is left as it is."""
         if step in self.steps():
             return
         arrays = _flatten(state)
-        info = {**info, "bit_sums": _bit_sums(arrays)}
-        items = ocp.args.Composite(state=ocp.args.PyTreeSave(arrays), info=ocp.args.JsonSave(info))
-        self._manager.save(step, args=items, metrics=metrics, force=True)
+        content = {"info": info, "bit_sums": _bit_sums(arrays)}
+        items = ocp.args.Composite(
+            state=ocp.args.PyTreeSave(arrays),
+            info=ocp.args.JsonSave({**content, "checksum": _checksum(content)}),
+        )
+        self._manager.save(step, args=items, force=True)
 
     def wait(self) -> None:
         """Returns when everything is on disk."""
@@ -96,7 +91,9 @@ class Checkpoints:
                 damaged[step] = error
                 continue
             for bad, error in damaged.items():
-                self._set_aside(bad, error, step)
+                LOG.warning("%s Falling back to step %d.", error, step)
+                if not self._read_only:
+                    self._set_aside(bad)
             return found
         if damaged:
             raise InputError(
@@ -131,13 +128,18 @@ class Checkpoints:
             restored = self._manager.restore(step, args=arguments)
         except Exception as error:
             raise DamagedError(self.folder / str(step), error) from error
-        arrays, info = {name: restored["state"][name] for name in wanted}, restored["info"]
-        found = _bit_sums(arrays)
-        wrong = [name for name in wanted if found[name] != info["bit_sums"].get(name)]
+        arrays, record = {name: restored["state"][name] for name in wanted}, restored["info"]
+        content = {k: record[k] for k in ("info", "bit_sums") if k in record}
+        if len(content) < 2 or record.get("checksum") != _checksum(content):
+            raise DamagedError(self.folder / str(step), ValueError("its info has changed"))
+        found, saved = _bit_sums(arrays), record["bit_sums"]
+        wrong = [name for name in wanted if found[name] != saved.get(name)]
         if wrong:
             cause = ValueError(f"the values of {', '.join(wrong)} are not those saved")
             raise DamagedError(self.folder / str(step), cause)
-        return jax.tree.unflatten(jax.tree.structure(abstract), list(arrays.values())), info
+        return jax.tree.unflatten(jax.tree.structure(abstract), list(arrays.values())), record[
+            "info"
+        ]
 
     def _compare(self, step: int, wanted: dict, saved: dict) -> None:
         tops = {name.split(".")[0] for name in wanted}  # a part of the state may be asked for
@@ -162,14 +164,27 @@ class Checkpoints:
                 + "."
             )
 
-    def _set_aside(self, step: int, error: Exception, good: int) -> None:
+    def _set_aside(self, step: int) -> None:
         target = self.folder.parent / "damaged" / f"{self.folder.name}-{step}"
-        LOG.warning("%s Moved to %s; falling back to step %d.", error, target, good)
+        LOG.warning("The damaged checkpoint is now %s.", target)
         if jax.process_index() == 0:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(target, ignore_errors=True)
             shutil.move(self.folder / str(step), target)
         self._manager.reload()
+
+
+class _NewestAndBest(preservation_policy.PreservationPolicy):
+    """Orbax's question which checkpoints stay, answered from the newest steps and the best one."""
+
+    def __init__(self, newest: int, checkpoints: Checkpoints):
+        self.newest, self.checkpoints = newest, checkpoints
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        del context
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        newest = sorted(steps)[-self.newest :]
+        return [step in newest or step == self.checkpoints.best for step in steps]
 
 
 class DamagedError(InputError):
@@ -202,3 +217,7 @@ def _sum_bits(arrays: dict) -> dict:
         return jnp.sum(bits.astype(jnp.uint32), dtype=jnp.uint32)
 
     return jax.tree.map(total, arrays)
+
+
+def _checksum(content: dict) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())

@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable
 
+import jax
 from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
@@ -31,6 +32,7 @@ def start(main: Callable[[config_lib.Config], None]) -> None:
         logging.getLogger("gptv_jax").setLevel(logging.INFO)
         if not flags.FLAGS["verbosity"].present:
             absl_logging.set_verbosity(absl_logging.ERROR)  # libraries: Orbax tells its every move
+        jax.config.update("jax_numpy_rank_promotion", "raise")
         main(config_lib.resolve(CONFIG.value))
 
     flags.mark_flag_as_required("config")

@@ -5,6 +5,7 @@ be overridden on the command line as `--config.a.b=value`), and `resolve` turns 
 frozen, checked `Config` that the rest of the program reads.
 """
 
+import collections.abc
 import dataclasses
 import difflib
 import math
@@ -197,7 +198,7 @@ def resolve(settings: ml_collections.ConfigDict | dict) -> Config:
       InputError: an unknown or missing field, a wrong type, or a value that is not accepted; the
         message names the field, its value and what would be accepted.
     """
-    config = _from_dict(Config, dict(settings), "config")
+    config = _from_dict(Config, settings, "config")
     _check_together(config)
     return config
 
@@ -268,7 +269,9 @@ def _to_dict(config) -> ml_collections.ConfigDict:
     return settings.lock()
 
 
-def _from_dict(cls: type, settings: dict, where: str):
+def _from_dict(cls: type, settings, where: str):
+    if not isinstance(settings, collections.abc.Mapping | ml_collections.ConfigDict):
+        raise InputError(f"{where} is {settings!r}; it is a section with fields of its own.")
     known = {field.name: field for field in dataclasses.fields(cls)}
     for name in settings:
         if name not in known:
@@ -282,7 +285,7 @@ def _from_dict(cls: type, settings: dict, where: str):
             raise InputError(f"{where}.{name} is missing; start from gptv_jax.config.default().")
         value = settings[name]
         if dataclasses.is_dataclass(field.type):
-            values[name] = _from_dict(field.type, dict(value), f"{where}.{name}")
+            values[name] = _from_dict(field.type, value, f"{where}.{name}")
         else:
             values[name] = _checked(value, field, f"{where}.{name}")
     return cls(**values)

@@ -42,6 +42,8 @@ class Run:
         source = sources.open_source(config.data, "train")
         self.classes = source.classes
         self._check_tokens(source)
+        if config.init_from:
+            self.pretrained_folder()  # before this folder is claimed
         self._adopt()
         self.metrics = MetricWriter(self.folder)
 
@@ -60,22 +62,32 @@ class Run:
         """The network of the config, with a class head where `classes` is not 0."""
         return network_of(self.config, self.codec, classes)
 
-    def pretrained(self, network: Network) -> dict:
-        """The pretrained parameters, of this run or of the one `config.init_from` names.
+    def pretrained_folder(self) -> pathlib.Path:
+        """The run folder with the pretrained weights: this one, or `config.init_from`.
 
         Raises:
-          InputError: pretraining has not finished there, or the weights are of another shape.
+          InputError: pretraining has not finished there.
         """
-        folder = pathlib.Path(self.config.init_from or self.folder).absolute()
-        summary = read_json(folder / "summary.json", {})
-        if "pretrain" not in finished_stages(summary):
+        given = self.config.init_from
+        folder = pathlib.Path(given or self.folder).absolute()
+        if "pretrain" not in finished_stages(read_json(folder / "summary.json", {})):
             raise InputError(
-                f"{'config.init_from=' if self.config.init_from else ''}{folder} holds no finished "
-                "pretraining; run --stages=pretrain there first."
+                f"{'config.init_from=' if given else ''}{folder} holds no finished pretraining; "
+                + ("name a run folder that does." if given else "run --stages=pretrain first.")
             )
+        return folder
+
+    def pretrained(self, network: Network) -> dict:
+        """The pretrained parameters, from the newest checkpoint that can be read.
+
+        Raises:
+          InputError: pretraining has not finished, the weights are of another shape, or none of
+            the checkpoints can be read.
+        """
+        folder = self.pretrained_folder()
         abstract = {"params": sharding.abstract(network.init)}
         with Checkpoints(folder / "checkpoints" / "pretrain", read_only=True) as checkpoints:
-            return checkpoints.restore(summary["pretrain/steps"], abstract)[0]["params"]
+            return checkpoints.restore_latest(abstract)[0]["params"]
 
     def checkpoints(self, training: str) -> pathlib.Path:
         """The folder of a training's checkpoints."""

@@ -51,11 +51,10 @@ def assert_bit_for_bit(found, wanted):
 
 
 def save(folder, *steps, keep=10):
-    """Checkpoints of `small_state(step)`, each with a better accuracy than the one before."""
+    """Checkpoints of `small_state(step)`."""
     with Checkpoints(folder, keep) as checkpoints:
         for number in steps:
-            info, metrics = {**INFO, "position": number}, {"accuracy": number / 100}
-            checkpoints.save(number, small_state(number), info, metrics)
+            checkpoints.save(number, small_state(number), {**INFO, "position": number})
 
 
 def restore_latest(folder):
@@ -140,41 +139,23 @@ def test_opened_to_be_read_it_changes_nothing(tmp_path):
 # Retention
 
 
-def save_with(folder, steps, keep=2):
-    """`{step: accuracy or None}`, saved one after the other."""
+def save_with(folder, steps, best=None, keep=2):
     with Checkpoints(folder, keep) as checkpoints:
-        for number, accuracy in steps.items():
-            metrics = None if accuracy is None else {"accuracy": accuracy}
-            checkpoints.save(number, small_state(), INFO, metrics)
+        checkpoints.best = best
+        for number in steps:
+            checkpoints.save(number, small_state(), INFO)
 
 
 def test_the_newest_stay(tmp_path):
-    save_with(tmp_path, dict.fromkeys(range(1, 6)))
+    save_with(tmp_path, range(1, 6))
     assert steps_in(tmp_path) == [4, 5]
 
 
-def test_the_best_accuracy_stays_beside_the_newest(tmp_path):
-    save_with(tmp_path, {1: 0.5, 2: 0.8, 3: None, 4: None, 5: None})
+def test_the_best_stays_beside_the_newest_until_another_is_better(tmp_path):
+    save_with(tmp_path, range(1, 6), best=2)
     assert steps_in(tmp_path) == [2, 4, 5]
-
-
-def test_a_better_accuracy_replaces_the_best(tmp_path):
-    save_with(tmp_path, {1: 0.5, 2: None, 3: 0.8, 4: None, 5: None, 6: None})
-    assert steps_in(tmp_path) == [3, 5, 6]
-
-
-def test_among_equal_accuracies_the_later_one_stays(tmp_path):
-    save_with(tmp_path, {1: 0.8, 2: 0.8, 3: None, 4: None})
-    assert steps_in(tmp_path) == [2, 3, 4]
-
-
-def test_the_best_is_remembered_when_the_run_goes_on_in_another_process(tmp_path):
-    save_with(tmp_path, {1: 0.8, 2: None})
-    save_with(tmp_path, {3: None, 4: None})
-    assert steps_in(tmp_path) == [1, 3, 4]
-    save_with(tmp_path, {5: 0.9, 6: None})
-    save_with(tmp_path, {7: None, 8: None})
-    assert steps_in(tmp_path) == [5, 7, 8]
+    save_with(tmp_path, [6, 7], best=5)  # in another process
+    assert steps_in(tmp_path) == [5, 6, 7]
 
 
 # What does not fit
@@ -293,7 +274,7 @@ def test_damaged_data_falls_back_to_the_checkpoint_before_and_is_set_aside(
     assert_bit_for_bit(state, small_state(1))
     assert steps_in(folder) == [1]
     assert contents(tmp_path / "run" / "damaged" / "pretrain-2") == left
-    assert f"{folder / '2'} is damaged" in caplog.text and "falling back to step 1" in caplog.text
+    assert f"{folder / '2'} is damaged" in caplog.text and "Falling back to step 1" in caplog.text
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -356,5 +337,5 @@ def test_changed_information_is_noticed(two_saved, tmp_path, failed_reads):
     shutil.copytree(two_saved / "pretrain", folder)
     path = folder / "2" / "info" / "metadata"
     info = json.loads(path.read_text())
-    path.write_text(json.dumps({**info, "position": 3}))
+    path.write_text(json.dumps({**info, "info": {**info["info"], "position": 3}}))
     assert restore_latest(folder)[1]["position"] == 1

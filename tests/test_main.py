@@ -187,8 +187,11 @@ def test_a_run_killed_at_any_moment_ends_as_one_never_stopped(finished_run, tmp_
         assert not (folder / "summary.json").exists()
     # Killed while a checkpoint is being written.
     beyond = saved_to("pretrain", int(rng.integers(60, 70)))
-    assert stop_when(lambda: beyond() and half_saved(folder)) == -signal.SIGKILL
-    assert half_saved(folder), "the save was over before the kill"
+    for _ in range(3):  # a save that was over before the kill does not count
+        assert stop_when(lambda: beyond() and half_saved(folder)) == -signal.SIGKILL
+        if half_saved(folder):
+            break
+    assert half_saved(folder)
     assert not (folder / "summary.json").exists()
     # Interrupted by the user.
     assert stop_when(saved_to("pretrain", 80), by=signal.SIGINT) == 130
@@ -276,10 +279,8 @@ def assert_refused(ended: Ended, *parts: str) -> None:
 
 def test_a_finished_run_prints_its_summary_again_and_changes_no_number(main, copied_run):
     before = digest(copied_run)
-    begin = time.perf_counter()
     ended = main(*small_arguments(copied_run))
     assert ended.code == 0, ended.errors
-    assert time.perf_counter() - begin < 20  # seconds; it trains nothing
     assert json.loads(ended.output) == json.loads((copied_run / "summary.json").read_text())
     after = digest(copied_run)
     for name in ("report.html", "probe/layers.png"):  # made anew, with the date

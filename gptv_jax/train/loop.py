@@ -11,7 +11,7 @@ import jax
 
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
-from gptv_jax.checkpoint import BEST, Checkpoints
+from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.model.gpt import Network
 from gptv_jax.train.metrics import MetricWriter, Progress, mfu
 
@@ -68,6 +68,7 @@ def fit(
         state, info = initial(), {"position": 0, "seconds": 0.0, "timed": 0, "evaluations": []}
     start = step = info["position"]
     evaluations, clock = list(info["evaluations"]), Clock(info["seconds"], info["timed"])
+    checkpoints.best = _chosen(evaluations)
     log.rewind(name, step if restored else -1)
     if restored:
         LOG.info("%s continues from step %d of %d.", name, step, config.steps)
@@ -102,21 +103,22 @@ def fit(
     while True:
         last = step == config.steps
         fresh = step > start or not restored  # a restored step was evaluated before its save
-        best = None
+        better = False
         if fresh and (last or (config.eval_every and step % config.eval_every == 0)):
             with clock.span(steps=0):
                 settle()
             numbers = evaluate(state["params"])
-            best = _best(evaluations, numbers)
+            better = _is_better(evaluations, numbers)
             evaluations.append({"step": step, **numbers})
+            checkpoints.best = _chosen(evaluations)
             log.write(name, step, {f"validation_{k}": v for k, v in numbers.items()})
         last = last or _exhausted(evaluations, patience)
 
-        if fresh and (last or best is not None or step % config.checkpoint_every == 0):
+        if fresh and (last or better or step % config.checkpoint_every == 0):
             with clock.span(steps=0):
                 settle()
             info = {"position": step, "evaluations": evaluations, **clock.saved()}
-            checkpoints.save(step, state, info, None if best is None else {BEST: best})
+            checkpoints.save(step, state, info)
         if last:
             break
 
@@ -203,19 +205,18 @@ class Clock:
 
 def _preference(evaluation: dict) -> tuple[float, float]:
     """What the best evaluation is chosen by: accuracy, then cross-entropy of the class."""
-    return evaluation[BEST], -evaluation["class_nats"]
+    return evaluation["accuracy"], -evaluation["class_nats"]
 
 
-def _best(evaluations: list[dict], numbers: dict) -> float | None:
-    """The new accuracy where it is preferred to all before, so that the best one is unique."""
-    if BEST not in numbers or any(_preference(e) >= _preference(numbers) for e in evaluations):
-        return None
-    return numbers[BEST]
+def _is_better(evaluations: list[dict], numbers: dict) -> bool:
+    """Whether an accuracy was measured that is preferred to all before."""
+    scored = "accuracy" in numbers
+    return scored and all(_preference(numbers) > _preference(e) for e in evaluations)
 
 
 def _chosen(evaluations: list[dict]) -> int | None:
     """The step of the best evaluation; None where no accuracy was measured."""
-    scored = [e for e in evaluations if BEST in e]
+    scored = [e for e in evaluations if "accuracy" in e]
     return max(scored, key=_preference)["step"] if scored else None
 
 

@@ -73,7 +73,8 @@ def make_train_step(
       loss: of parameters, batch and key, such as `generative_loss` makes.
       optimizer: takes the mean gradient of the batch.
       rate: learning rate by step, for the metrics.
-      microbatches: parts the batch is worked through in, to need less memory; same result.
+      microbatches: parts the batch is worked through in, to need less memory; the same result but
+        for dropout, whose masks are drawn part by part.
       seed: of dropout; the key of a step is folded from the step, so that it needs no state.
     """
     gradient = jax.grad(loss, has_aux=True)
