@@ -62,8 +62,8 @@ def project(
     """`jnp.einsum(equation, x, weight)`, with a backward pass that is fast on a CPU.
 
     Both gradients are written as einsums of their own. JAX's rule would make the weight's in the
-    transposed order, which XLA's CPU matrix product takes 2.5 times as long for (docs/results.md). The result carries the name PRODUCT, by
-    which rematerialisation may keep it.
+    transposed order, which XLA's CPU matrix product takes 2.5 times as long for (measured in
+    docs/results.md). The result carries the name PRODUCT, by which rematerialisation may keep it.
     """
     return checkpoint_name(_project(equation, x, weight, out_sharding), PRODUCT)
 
