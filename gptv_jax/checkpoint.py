@@ -91,9 +91,8 @@ class Checkpoints:
                 damaged[step] = error
                 continue
             for bad, error in damaged.items():
-                LOG.warning("%s Falling back to step %d.", error, step)
-                if not self._read_only:
-                    self._set_aside(bad)
+                moved = "" if self._read_only else f" Moved to {self._set_aside(bad)}."
+                LOG.warning("%s%s Falling back to step %d.", error, moved, step)
             return found
         if damaged:
             raise InputError(
@@ -164,14 +163,14 @@ class Checkpoints:
                 + "."
             )
 
-    def _set_aside(self, step: int) -> None:
+    def _set_aside(self, step: int) -> pathlib.Path:
         target = self.folder.parent / "damaged" / f"{self.folder.name}-{step}"
-        LOG.warning("The damaged checkpoint is now %s.", target)
         if jax.process_index() == 0:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(target, ignore_errors=True)
             shutil.move(self.folder / str(step), target)
         self._manager.reload()
+        return target
 
 
 class _NewestAndBest(preservation_policy.PreservationPolicy):

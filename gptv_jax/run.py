@@ -54,8 +54,8 @@ class Run:
             self.codec.encode(images)
         except ValueError as error:
             raise InputError(
-                f"config.tokens.{self.config.tokens.name} does not fit config.data.name="
-                f"{self.config.data.name}: {error}"
+                f"config.tokens.levels is {self.config.tokens.levels}, but config.data.name="
+                f"{self.config.data.name} does not fit: {error}"
             ) from error
 
     def network(self, classes: int = 0) -> Network:
@@ -174,7 +174,7 @@ def config_of(folder: pathlib.Path) -> config_lib.Config:
     if not path.exists():
         raise InputError(f"{folder} is not a run folder: it has no config.json.")
     record = read_json(path, {})
-    if "config" not in record:
+    if not isinstance(record.get("config"), dict):
         raise InputError(f"{path} is damaged (it holds no configuration); restore it.")
     return config_lib.resolve(config_lib.unflatten(record["config"]))
 
@@ -197,14 +197,14 @@ def command() -> str:
 
 
 def read_json(path: pathlib.Path, absent):
-    """The object or list of a JSON file, or `absent` where there is no such file.
+    """The content of a JSON file, or `absent` where there is no such file.
 
     Raises:
-      InputError: the file is not JSON, or neither an object nor a list.
+      InputError: the file is not JSON, or not of the type of `absent`.
     """
     try:
         content = json.loads(path.read_text())
-        if not isinstance(content, dict | list):
+        if not isinstance(content, type(absent)):
             raise InputError(f"{path} is damaged (it holds {content!r}); restore it.")
         return content
     except FileNotFoundError:

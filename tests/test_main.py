@@ -326,7 +326,7 @@ REFUSED = {
     "unknown data set": (["--config.data.name=mnist"], 1, ["config.data.name", "mnist", "digits"]),
     "other image size": (["--config.data.image_size=16"], 1, ["config.data.image_size", "16", "8"]),
     "unknown tokens": (["--config.tokens.name=rgb"], 1, ["config.tokens.name", "rgb", "grey"]),
-    "too few grey levels": (["--config.tokens.levels=16"], 1, ["config.tokens.levels", "16"]),
+    "too few grey levels": (["--config.tokens.levels=16"], 1, ["config.tokens", "16", "0 to 15"]),
     "unknown augmentation": (
         ["--config.data.augmentation=('flip()',)"],
         1,
@@ -372,11 +372,6 @@ REFUSED = {
     "unknown flag": (["--stage=probe"], 1, ["stage", "stages"]),
     "stray argument": (["train.steps=3"], 1, ["train.steps=3"]),
     "weights from nowhere": (["--config.init_from=/nowhere"], 1, ["config.init_from", "/nowhere"]),
-    "weights given and pretraining asked for": (
-        ["--config.init_from=/nowhere", "--stages=pretrain"],
-        1,
-        ["config.init_from", "--stages", "pretrain"],
-    ),
     "probe before pretraining": (["--stages=probe"], 1, ["pretrain"]),
 }
 
@@ -445,6 +440,12 @@ def test_a_damaged_record_is_named_and_nothing_is_changed(main, copied_run, name
     before = digest(copied_run)
     assert_refused(main(*small_arguments(copied_run)), str(copied_run / name))
     assert digest(copied_run) == before
+
+
+def test_weights_given_and_pretraining_asked_for_do_not_go_together(main, finished_run, tmp_path):
+    given = f"--config.init_from={finished_run.folder}"
+    ended = main(*small_arguments(tmp_path / "run"), given, "--stages=pretrain,probe")
+    assert_refused(ended, "config.init_from", str(finished_run.folder), "--stages", "pretrain")
 
 
 def test_weights_of_another_run_are_tuned_and_beside_them_fresh_ones(main, finished_run, tmp_path):

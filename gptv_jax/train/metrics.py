@@ -29,7 +29,7 @@ PEAK_FLOPS = {
 }
 
 
-def flops_per_token(network: Network) -> float:
+def flops_per_token(network: Network) -> int:
     """FLOPs that one token of training needs, forward and backward.
 
     6 a weight that is multiplied, and 12 L T D for attention counted without the causal half
