@@ -473,6 +473,14 @@ def test_a_training_that_diverges_ends_with_one_sentence(main, tmp_path):
     assert checkpointed(tmp_path / "run", "pretrain") == [0]
 
 
+def test_pretrained_weights_that_are_gone_are_named(main, copied_run, finished_run):
+    kept = {k: v for k, v in finished_run.summary.items() if k.startswith(("pretrain", "model"))}
+    (copied_run / "summary.json").write_text(json.dumps(kept))
+    shutil.rmtree(copied_run / "checkpoints")
+    ended = main(*small_arguments(copied_run), "--stages=probe")
+    assert_refused(ended, str(copied_run / "checkpoints" / "pretrain"))
+
+
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(main, copied_run, finished_run):
     (copied_run / "summary.json").unlink()
     *_, before, newest = checkpointed(copied_run, "pretrain")

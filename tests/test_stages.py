@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import time
 
 import jax
 import jax.numpy as jnp
@@ -100,8 +101,11 @@ def test_the_layer_is_chosen_on_validation_alone(finished_run, tmp_path, monkeyp
 NETWORK = tiny_network()
 
 
-def count_up(folder, accuracies: list[float], patience: int) -> loop.Fitted:
-    """20 steps, evaluated every other one; `params` is the number of steps taken."""
+def count_up(folder, accuracies: list[float], patience: int, wait: float = 0) -> loop.Fitted:
+    """20 steps, evaluated every other one; `params` is the number of steps taken.
+
+    The first batch comes after `wait` seconds.
+    """
 
     def init(_):
         return {"step": jnp.int32(0), "params": {"taken": jnp.float32(0)}, "opt": ()}
@@ -110,6 +114,10 @@ def count_up(folder, accuracies: list[float], patience: int) -> loop.Fitted:
     def train_step(state, batch):
         state = {"step": state["step"] + 1, "params": {"taken": state["params"]["taken"] + 1}}
         return state | {"opt": ()}, {"nats_per_token": jnp.float32(1)}
+
+    def batches(position):
+        time.sleep(wait)
+        yield from itertools.repeat({"tokens": np.zeros((4, 16), np.int32)})
 
     def evaluate(params):
         step = int(params["taken"])
@@ -126,7 +134,7 @@ def count_up(folder, accuracies: list[float], patience: int) -> loop.Fitted:
             initial=lambda: jax.jit(init)(None),
             abstract=sharding.abstract(init),
             train_step=train_step,
-            batches=lambda position: itertools.repeat({"tokens": np.zeros((4, 16), np.int32)}),
+            batches=batches,
             evaluate=evaluate,
             patience=patience,
         )
@@ -157,6 +165,13 @@ def test_the_best_weights_outlive_a_stop(tmp_path, stop):
     fitted = count_up(tmp_path, ACCURACIES, patience=0)
     assert fitted.step == 14
     assert float(fitted.params["taken"]) == 14
+
+
+def test_the_wait_for_the_first_batch_is_no_part_of_the_speed(tmp_path):
+    count_up(tmp_path, ACCURACIES, patience=0, wait=3)
+    [speed] = [e for e in MetricWriter(tmp_path).read() if "tokens_per_second" in e]
+    assert 0 <= speed["data_wait_share"] <= 1
+    assert speed["tokens_per_second"] > 19 * 4 * 16 / 3
 
 
 # Fine-tuning.
