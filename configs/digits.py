@@ -53,7 +53,7 @@ def get_config():
     c.finetune.train.checkpoint_every = 20
     c.finetune.train.optimizer.learning_rate = 6e-3
     c.finetune.train.optimizer.warmup_steps = 20
-    c.finetune.patience = 0  # so that from scratch has the whole of the same budget
+    c.finetune.patience = 6  # of 12 evaluations; from scratch as well
     c.finetune.standardize = True
 
     c.probe.c = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)

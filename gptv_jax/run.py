@@ -87,7 +87,13 @@ class Run:
         folder = self.pretrained_folder()
         abstract = {"params": sharding.abstract(network.init)}
         with Checkpoints(folder / "checkpoints" / "pretrain", read_only=True) as checkpoints:
-            return checkpoints.restore_latest(abstract)[0]["params"]
+            restored = checkpoints.restore_latest(abstract)
+        if restored is None:
+            raise InputError(
+                f"{checkpoints.folder} holds no checkpoint, though pretraining has finished; "
+                "restore it, or pretrain anew in another --workdir."
+            )
+        return restored[0]["params"]
 
     def checkpoints(self, training: str) -> pathlib.Path:
         """The folder of a training's checkpoints."""

@@ -182,10 +182,7 @@ def test_steps_are_finite_keep_their_shardings_and_are_the_same_on_a_mesh(name):
 # Weight decay
 
 
-MUON_DECAYS_ALL = pytest.mark.xfail(strict=True, reason="optax decays all of AdamW's share of muon")
-
-
-@pytest.mark.parametrize("name", ["adamw", "nadamw", pytest.param("muon", marks=MUON_DECAYS_ALL)])
+@pytest.mark.parametrize("name", ["adamw", "nadamw", "muon"])
 def test_decay_acts_on_matrices_and_heads_alone(name, params):
     config = settings(name, weight_decay=0.1)
     zero = jax.tree.map(jnp.zeros_like, params)

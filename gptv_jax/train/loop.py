@@ -171,11 +171,10 @@ class Clock:
     @contextlib.contextmanager
     def span(self, *, steps: int):
         """Counts the time in the `with`, and the steps taken in it."""
-        begin = time.perf_counter()
+        begin, self._wait = time.perf_counter(), 0.0
         yield
         spent = (time.perf_counter() - begin, steps, self._wait)
         self.total = [a + b for a, b in zip(self.total, spent, strict=True)]
-        self._wait = 0.0
 
     @contextlib.contextmanager
     def waiting(self):

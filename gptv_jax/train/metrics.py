@@ -73,7 +73,6 @@ class MetricWriter:
         for name, value in values.items():
             if value is not None:
                 board.add_scalar(f"{stage}/{name}", value, step)
-        board.flush()
 
     def rewind(self, stage: str, step: int) -> None:
         """Drops the stage's events after `step`, which a resumed training is about to repeat."""
@@ -96,9 +95,10 @@ class MetricWriter:
 
     def _board(self, stage: str, step: int) -> tensorboardX.SummaryWriter:
         if stage not in self._boards:
-            # TensorBoard hides an earlier writer's events from purge_step on.
+            # TensorBoard hides an earlier writer's events from purge_step on. A thread of the
+            # writer's own writes the file, every two seconds and when the process ends.
             self._boards[stage] = tensorboardX.SummaryWriter(
-                str(self.board_folder / stage), purge_step=step
+                str(self.board_folder / stage), purge_step=step, flush_secs=2
             )
         return self._boards[stage]
 

@@ -44,18 +44,20 @@ def make_optimizer(
         case "nadamw":
             optimizer = optax.nadamw(rate, **betas, **decay)
         case "muon":
-            optimizer = optax.contrib.muon(
+            # Apart, because optax's muon has an AdamW of its own that decays all of its share.
+            matrices = optax.contrib.muon(
                 rate,
                 weight_decay=config.weight_decay,
                 consistent_rms=RMS,
-                adam_b1=config.beta1,
-                adam_b2=config.beta2,
-                adam_weight_decay=config.weight_decay,
-                adam_learning_rate=_schedule(
-                    config, config.rest_learning_rate or config.learning_rate, steps
+                muon_weight_dimension_numbers=lambda params: _by_name(params, MATRICES.get),
+            )
+            rest_rate = config.rest_learning_rate or config.learning_rate
+            rest = optax.adamw(_schedule(config, rest_rate, steps), **betas, **decay)
+            optimizer = optax.partition(
+                {"matrices": matrices, "rest": rest},
+                lambda params: _by_name(
+                    params, lambda name: "matrices" if name in MATRICES else "rest"
                 ),
-                weight_decay_mask=_named(DECAYED),
-                muon_weight_dimension_numbers=_muon_dimensions,
             )
     if config.clip_norm is not None:
         optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
@@ -101,7 +103,3 @@ def _by_name(params: dict, value: Callable):
 
 def _named(names: set[str]) -> Callable:
     return lambda params: _by_name(params, lambda name: name in names)
-
-
-def _muon_dimensions(params: dict):
-    return _by_name(params, MATRICES.get)
