@@ -22,7 +22,7 @@ def get_config():
     c = config_lib.default()
     c.data.name = "digits"
     c.data.image_size = 8
-    c.data.augmentation = ("shift(pixels=1, keep=0.3)",)
+    c.data.train_transforms = ("shift(pixels=1, keep=0.3)",)
     c.tokens.levels = 17
 
     c.model.layers = 4
@@ -52,6 +52,7 @@ def get_config():
     c.finetune.train.eval_every = 20
     c.finetune.train.checkpoint_every = 20
     c.finetune.train.optimizer.learning_rate = 6e-3
+    c.finetune.train.optimizer.rest_learning_rate = 2e-3
     c.finetune.train.optimizer.warmup_steps = 20
     c.finetune.patience = 6  # of 12 evaluations; from scratch as well
     c.finetune.standardize = True

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import numbers
 import pathlib
 
 import jax
@@ -64,13 +65,14 @@ class Model:
 
         Args:
           images: see the class.
-          layer: 0 .. L, L being the output of the final norm; None: the probe's best layer.
+          layer: 0 .. L, L being the output of the final norm; None: the layer that the probe chose,
+            on the pretrained weights.
         """
         last = self.network.config.layers
         if layer is None and self._probed is None:
             raise ValueError(f"the probe has not run, so name a layer: 0 to {last}.")
         layer = self._probed if layer is None else layer
-        if not 0 <= layer <= last:
+        if not _whole(layer) or not 0 <= layer <= last:
             raise ValueError(f"layer is {layer}; this network has the layers 0 to {last}.")
         return self._forward(self.tokenize(images), "pooled")[:, layer]
 
@@ -99,8 +101,8 @@ class Model:
           top_k: draws among the k most likely tokens; None: all.
           top_p: draws among the most likely tokens that together reach probability p; None: all.
         """
-        if n < 1:
-            raise ValueError(f"n is {n}; it takes 1 or more.")
+        if not _whole(n) or n < 1:
+            raise ValueError(f"n is {n!r}; it takes a whole number, 1 or more.")
         return self._generate(np.zeros((n, 0), np.int32), seed, temperature, top_k, top_p)
 
     def complete(
@@ -113,18 +115,20 @@ class Model:
         top_p: float | None = None,
     ) -> UInt8[np.ndarray, "B H W C"]:
         """The first share `keep` of the rows, to the nearest row, and a drawn continuation."""
-        if not 0 <= keep <= 1:
-            raise ValueError(f"keep is {keep}; it takes a share of the rows, from 0 to 1.")
+        if not _real(keep) or not 0 <= keep <= 1:
+            raise ValueError(f"keep is {keep!r}; it takes a share of the rows, from 0 to 1.")
         kept = self.tokenize(images)[:, : decode.kept_tokens(self.network, keep)]
         return self._generate(kept, seed, temperature, top_k, top_p)
 
     def _generate(self, prefix, seed, temperature, top_k, top_p):
-        if not temperature >= 0:
-            raise ValueError(f"temperature is {temperature}; it takes 0 or more.")
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k is {top_k}; it takes 1 or more, or None.")
-        if top_p is not None and not 0 < top_p <= 1:
-            raise ValueError(f"top_p is {top_p}; it takes more than 0 up to 1, or None.")
+        if not _whole(seed):
+            raise ValueError(f"seed is {seed!r}; it takes a whole number.")
+        if not _real(temperature) or not 0 <= temperature < math.inf:
+            raise ValueError(f"temperature is {temperature!r}; it takes 0 or more.")
+        if top_k is not None and (not _whole(top_k) or top_k < 1):
+            raise ValueError(f"top_k is {top_k!r}; it takes a whole number, 1 or more, or None.")
+        if top_p is not None and (not _real(top_p) or not 0 < top_p <= 1):
+            raise ValueError(f"top_p is {top_p!r}; it takes more than 0 up to 1, or None.")
         settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         with jax.set_mesh(self._mesh):
             rows, key = self._rows(prefix), jax.random.key(seed)
@@ -157,6 +161,14 @@ class Model:
             raise ValueError("the batch is empty; give one row or more.")
         ways = math.prod(self._mesh.shape[axis] for axis in sharding.BATCH)
         return sharding.from_everywhere(np.pad(rows, ((0, -len(rows) % ways), (0, 0)), mode="edge"))
+
+
+def _whole(value) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _real(value) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 @functools.partial(jax.jit, static_argnames=("network", "wanted"))
@@ -194,7 +206,8 @@ def load(folder: str | pathlib.Path, stage: str | None = None) -> Model:
             f"{folder} has no finished stage {stage or 'with weights'}; of those with weights, "
             f"finished: {shown}."
         )
-    codec = tokens.make_codec(config.tokens, config.data.image_size)
+    palette = tokens.load_palette(folder)
+    codec = tokens.make_codec(config.tokens, config.data.image_size, palette)
     network = network_of(config, codec, summary.get(f"{stage}/classes", 0))
     mesh = sharding.make_mesh(config_lib.Mesh())
     with jax.set_mesh(mesh), Checkpoints(folder / "checkpoints" / stage, read_only=True) as saved:

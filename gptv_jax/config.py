@@ -56,9 +56,23 @@ class Mesh:
 class Data:
     """Where images come from and what happens to them before they become tokens."""
 
-    name: str = "digits"  # one of data.sources.SOURCES
-    image_size: int = _field(8, POSITIVE)  # pixels, height and width
-    augmentation: tuple[str, ...] = ()  # training only, in order: see data.transforms.TRANSFORMS
+    name: str = "digits"  # one of data.sources.SETS, or the name of a TFDS set
+    # TFDS: the folder of all prepared sets (its data_dir), or that of this one; None: TFDS's own.
+    dir: str | None = _field(None, free=True)
+    # folder: the folder of images; arrays: an .npz file; tokens: a folder made by gptv_jax.prepare.
+    path: str | None = _field(None, free=True)
+    # Split expressions as in TFDS: "train[:96%]", "train[5000:]", "train+test".
+    train_split: str = "train"
+    validation_split: str = "validation"
+    test_split: str = "test"
+    labels: bool = True  # False: classes are left alone, and with them the probe and fine-tuning
+    image_size: int = _field(8, POSITIVE)  # pixels, height and width, after the transforms
+    # What happens to an image, in order, in training and elsewhere: see data.transforms.TRANSFORMS.
+    train_transforms: tuple[str, ...] = ()
+    eval_transforms: tuple[str, ...] = ()
+    # What an image that cannot be read leads to: another one in its place, or the end of the run.
+    damaged: str = _field("skip", _one_of("skip", "fail"))
+    max_damaged: float = _field(0.05, SHARE)  # share of such images above which the run stops
     workers: int = _field(
         0, NOT_NEGATIVE, free=True
     )  # Grain worker processes; 0: threads in this process
@@ -72,6 +86,12 @@ class Tokens:
     levels: int = _field(
         17, ("2 to 256", lambda v: 2 <= v <= 256)
     )  # grey: number of levels, which is the vocabulary; lossless where data fits
+    colors: int = _field(
+        512, ("2 to 65536", lambda v: 2 <= v <= 65536)
+    )  # palette: number of colours, which is the vocabulary
+    # palette: iGPT's kmeans_centers.npy or a file of gptv_jax.prepare; None: the token cache's or
+    # that of init_from, or else k-means over training pixels, kept in the run folder.
+    palette: str | None = _field(None, free=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +159,8 @@ class Probe:
     )
     max_iterations: int = _field(1000, POSITIVE)  # of L-BFGS
     batch_size: int = _field(128, POSITIVE, free=True)  # images a forward pass
+    # Training images that the regression is fitted to, the first ones; None: all of them.
+    train_images: int | None = _field(None, POSITIVE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +168,8 @@ class Finetune:
     """Joint generative and classification training from the pretrained weights."""
 
     train: Train = dataclasses.field(default_factory=Train)
+    # In place of data.train_transforms; (): the same ones.
+    train_transforms: tuple[str, ...] = ()
     generative_coefficient: float = _field(1.0, NOT_NEGATIVE)  # weight of nats per token
     classification_coefficient: float = _field(1.0, NOT_NEGATIVE)  # of nats per image
     # Evaluations without a better validation accuracy after which it stops; 0: never.
@@ -189,6 +213,17 @@ class Config:
 def default() -> ml_collections.ConfigDict:
     """The defaults as a locked ConfigDict, for a file in `configs/` to change."""
     return _to_dict(Config())
+
+
+def choose(argument: str, choices: dict):
+    """What a config file's own argument, as in `--config=FILE:ARGUMENT`, stands for.
+
+    Raises:
+      InputError: it is none of the choices.
+    """
+    if argument not in choices:
+        raise InputError(f"its argument is {argument!r}; it takes one of {', '.join(choices)}.")
+    return choices[argument]
 
 
 def resolve(settings: ml_collections.ConfigDict | dict) -> Config:

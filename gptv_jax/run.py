@@ -8,17 +8,19 @@ import shlex
 import sys
 
 import jax
-import numpy as np
 
 from gptv_jax import config as config_lib
 from gptv_jax import sharding, tokens
 from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.config import InputError
-from gptv_jax.data import sources, transforms
+from gptv_jax.data import codec as codecs
+from gptv_jax.data import pipeline, sources, transforms
+from gptv_jax.data.damage import Ledger
+from gptv_jax.data.pipeline import Pipeline
 from gptv_jax.model.gpt import Network
 from gptv_jax.train.metrics import MetricWriter
 
-TRIED = 100  # images that the codec is tried on
+TRIED = 32  # images that the transforms and the codec are tried on, before any work
 STAGES = ("pretrain", "probe", "finetune", "sample")
 VERSIONED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "gptv_jax")
 
@@ -37,26 +39,31 @@ class Run:
         self.folder = pathlib.Path(workdir).absolute()
         self.mesh = sharding.make_mesh(config.mesh)
         sharding.check(config, self.mesh)
-        self.codec = tokens.make_codec(config.tokens, config.data.image_size)
-        transforms.variants(config.data.augmentation)  # before any work: they can be parsed
-        source = sources.open_source(config.data, "train")
-        self.classes = source.classes
-        self._check_tokens(source)
+        self._compare()
+        train, *_ = (sources.open_source(config.data, split) for split in sources.SPLITS)
+        self.classes = train.classes
+        for entries in (config.data.train_transforms, config.finetune.train_transforms):
+            transforms.check(entries, config.data.eval_transforms)
+        found = codecs.find_codec(config, self.folder)
+        if found:
+            self._try(found)
         if config.init_from:
             self.pretrained_folder()  # before this folder is claimed
-        self._adopt()
+        self._claim()
         self.metrics = MetricWriter(self.folder)
+        self.codec = found or codecs.build_codec(config, Ledger(config.data, self.folder))
+        if not found:
+            self._try(self.codec)
+        if jax.process_index() == 0:
+            tokens.save_palette(self.codec, self.folder)
+        self.data = Pipeline(config.data, self.codec, config.seed, self.folder)
 
-    def _check_tokens(self, source: sources.Source) -> None:
-        """The codec must take the data: tried on some images before any work."""
-        images = np.stack([source[i]["image"] for i in range(min(len(source), TRIED))])
-        try:
-            self.codec.encode(images)
-        except ValueError as error:
-            raise InputError(
-                f"config.tokens.levels is {self.config.tokens.levels}, but config.data.name="
-                f"{self.config.data.name} does not fit: {error}"
-            ) from error
+    def _try(self, codec: tokens.Codec) -> None:
+        """The data, every list of transforms and the codec must fit each other."""
+        data = self.config.data
+        given = (data.train_transforms, data.eval_transforms, self.config.finetune.train_transforms)
+        for entries in given:
+            pipeline.try_out(data, codec, entries or data.train_transforms, TRIED)
 
     def network(self, classes: int = 0) -> Network:
         """The network of the config, with a class head where `classes` is not 0."""
@@ -108,10 +115,10 @@ class Run:
 
         Args:
           wanted: names; None for all, which leaves out pretraining where `config.init_from` gives
-            the weights.
+            the weights, and what needs labels where there are none.
 
         Raises:
-          InputError: an unknown stage, or pretraining together with `config.init_from`.
+          InputError: an unknown stage, or one that would be left out.
         """
         given = self.config.init_from
         unknown = set(wanted or ()) - set(STAGES)
@@ -124,7 +131,15 @@ class Run:
                 f"--stages has pretrain, but config.init_from={given} gives the pretrained weights;"
                 " leave one of them out."
             )
-        chosen = wanted or [s for s in STAGES if not (given and s == "pretrain")]
+        unlabelled = [s for s in ("probe", "finetune") if not self.classes]
+        if set(wanted or ()) & set(unlabelled):
+            raise InputError(
+                f"--stages has {', '.join(s for s in unlabelled if s in wanted)}, but the images "
+                f"of config.data.name={self.config.data.name} have no labels; take pretrain and "
+                "sample."
+            )
+        left_out = {*unlabelled, *(["pretrain"] if given else [])}
+        chosen = set(wanted or STAGES) - left_out
         return [s for s in STAGES if s in chosen]
 
     def finished(self, stage: str) -> bool:
@@ -136,26 +151,14 @@ class Run:
         summary = self.summary() | {f"{stage}/{name}": value for name, value in numbers.items()}
         if stage == "pretrain":
             summary["model/params"] = summary.pop("pretrain/params")
+        summary["data/skipped"] = self.data.ledger.count
         write_json(self.folder / "summary.json", summary)
 
-    def _adopt(self) -> None:
-        path = self.folder / "config.json"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            probe = self.folder / f".writable-{jax.process_index()}"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise InputError(
-                f"--workdir={self.folder} cannot be written ({error.strerror}); name a folder "
-                "that you may write to."
-            ) from error
-        now = config_lib.flatten(self.config)
-        if not path.exists():
-            devices = f"{jax.device_count()} {jax.devices()[0].device_kind}"
-            record = {"command": command(), "devices": devices, "versions": _versions()}
-            write_json(path, record | {"config": now})
+    def _compare(self) -> None:
+        """Raises where another configuration made the folder."""
+        if not (self.folder / "config.json").exists():
             return
+        now = config_lib.flatten(self.config)
         then = config_lib.flatten(config_of(self.folder))
         free = config_lib.free_fields()
         differing = [
@@ -168,6 +171,24 @@ class Run:
                 f"{self.folder} was made by another configuration: {'; '.join(differing)}. Take "
                 "another --workdir, or the settings of that run."
             )
+
+    def _claim(self) -> None:
+        """Makes the folder, and writes what it is of."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            probe = self.folder / f".writable-{jax.process_index()}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise InputError(
+                f"--workdir={self.folder} cannot be written ({error.strerror}); name a folder "
+                "that you may write to."
+            ) from error
+        path = self.folder / "config.json"
+        if not path.exists():
+            devices = f"{jax.device_count()} {jax.devices()[0].device_kind}"
+            record = {"command": command(), "devices": devices, "versions": _versions()}
+            write_json(path, record | {"config": config_lib.flatten(self.config)})
 
 
 def config_of(folder: pathlib.Path) -> config_lib.Config:
@@ -187,7 +208,7 @@ def config_of(folder: pathlib.Path) -> config_lib.Config:
 
 def network_of(config: config_lib.Config, codec: tokens.Codec, classes: int) -> Network:
     """The network of a configuration, with a class head where `classes` is not 0."""
-    variants = transforms.variants(config.data.augmentation)
+    variants = transforms.variants(config.data.train_transforms)
     starts = variants if config.model.start_per_variant else 1
     return Network(config.model, codec.vocabulary, codec.grid, starts, classes)
 

@@ -69,7 +69,7 @@ OUT_OF_RANGE = {
 }
 # What any value of the type is good for, or what is judged where data sets and codecs are known.
 UNBOUNDED = {
-    "init_from", "data.name", "data.augmentation", "tokens.name",
+    "init_from", "data.name", "data.train_transforms", "tokens.name",
     "model.axial_positions", "model.start_per_variant", "model.scan_layers",
     "finetune.standardize",
 }  # fmt: skip
@@ -100,10 +100,12 @@ def test_the_defaults_resolve_to_themselves():
 
 
 def test_flatten_and_unflatten_are_inverses_and_keep_every_value():
-    config = config_lib.resolve(changed(train__steps=7, sample__top_k=3, data__augmentation=("a",)))
+    config = config_lib.resolve(
+        changed(train__steps=7, sample__top_k=3, data__train_transforms=("a",))
+    )
     flat = config_lib.flatten(config)
     assert flat["train.steps"] == 7 and flat["finetune.train.steps"] == 1000
-    assert flat["sample.top_k"] == 3 and flat["data.augmentation"] == ("a",)
+    assert flat["sample.top_k"] == 3 and flat["data.train_transforms"] == ("a",)
     nested = config_lib.unflatten(flat)
     assert nested["finetune"]["train"]["optimizer"]["beta2"] == 0.95
     assert config_lib.resolve(nested) == config
@@ -150,7 +152,7 @@ def test_the_command_line_overrides_fields_of_every_type(monkeypatch):
         "train.steps": ("7", 7),
         "seed": ("3", 3),
         "init_from": ("runs/a", "runs/a"),
-        "data.augmentation": ("('shift(pixels=1)',)", ("shift(pixels=1)",)),
+        "data.train_transforms": ("('shift(pixels=1)',)", ("shift(pixels=1)",)),
         "model.scan_layers": ("False", False),
         "train.optimizer.learning_rate": ("1", 1.0),
         "train.optimizer.clip_norm": ("1.5", 1.5),
@@ -241,8 +243,8 @@ def test_numbers_that_are_not_finite_or_not_positive_are_errors(name, value):
         ("model.dropout", False, "float"),
         ("model.dtype", 32, "str"),
         ("model.scan_layers", 1, "bool"),
-        ("data.augmentation", "shift()", "tuple of str"),
-        ("data.augmentation", (1,), "tuple of str"),
+        ("data.train_transforms", "shift()", "tuple of str"),
+        ("data.train_transforms", (1,), "tuple of str"),
         ("probe.c", ("1",), "tuple of float"),
         ("sample.top_k", 2.0, "int or None"),
         ("train.optimizer.clip_norm", "1", "float or None"),

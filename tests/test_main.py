@@ -328,14 +328,14 @@ REFUSED = {
     "unknown tokens": (["--config.tokens.name=rgb"], 1, ["config.tokens.name", "rgb", "grey"]),
     "too few grey levels": (["--config.tokens.levels=16"], 1, ["config.tokens", "16", "0 to 15"]),
     "unknown augmentation": (
-        ["--config.data.augmentation=('flip()',)"],
+        ["--config.data.train_transforms=('flip()',)"],
         1,
-        ["config.data.augmentation", "flip()", "shift("],
+        ["config.data.train_transforms", "flip()", "shift("],
     ),
     "unknown argument of an augmentation": (
-        ["--config.data.augmentation=('shift(pixel=1)',)"],
+        ["--config.data.train_transforms=('shift(pixel=1)',)"],
         1,
-        ["config.data.augmentation", "shift(pixel=1)", "pixels"],
+        ["config.data.train_transforms", "shift(pixel=1)", "pixels"],
     ),
     "mesh that does not divide the devices": (
         ["--config.mesh.fsdp=3"],

@@ -24,7 +24,7 @@ STEPS, BATCH = 6, 16
 # Whatever has a state of its own is on: dropout, shuffled and shifted images, Muon's and Adam's
 # moments, a schedule.
 CONFIG = config_lib.Config(
-    data=config_lib.Data(augmentation=("shift(pixels=1, keep=0.3)",)),
+    data=config_lib.Data(train_transforms=("shift(pixels=1, keep=0.3)",)),
     model=config_lib.Model(
         layers=1, width=16, heads=4, dropout=0.2, start_per_variant=True, scan_layers=False
     ),
@@ -70,7 +70,7 @@ class Training:
         def batches(position: int):
             nonlocal taken
             taken = position
-            for batch in pipeline.train_batches(CONFIG.data, CODEC, BATCH, 5, position):
+            for batch in pipeline.Pipeline(CONFIG.data, CODEC, 5).train(BATCH, position):
                 reach("next batch", taken)
                 yield batch
 
@@ -83,7 +83,7 @@ class Training:
 
         def evaluate(params: dict) -> dict:
             reach("evaluation", taken)
-            held_out = pipeline.evaluation_batches(CONFIG.data, CODEC, "validation", BATCH)
+            held_out = pipeline.Pipeline(CONFIG.data, CODEC, 5).evaluation("validation", BATCH)
             return loop.evaluate_all(self.eval_step, params, itertools.islice(held_out, 2))
 
         config = config_lib.Train(

@@ -6,6 +6,8 @@ k*B .. (k+1)*B, and host i of n takes the i-th n-th of them.
 """
 
 import dataclasses
+import logging
+import pathlib
 from collections.abc import Iterator
 
 import grain
@@ -13,16 +15,168 @@ import jax
 import numpy as np
 
 from gptv_jax import config as config_lib
+from gptv_jax.config import InputError
 from gptv_jax.data import sources, transforms
+from gptv_jax.data.damage import SOUND, Decoded, Ledger
+from gptv_jax.data.decode import Decode
 from gptv_jax.tokens import Codec
+
+LOG = logging.getLogger(__name__)
+
+
+class Pipeline:
+    """The data of a run, as batches of NumPy arrays.
+
+    A batch holds `"tokens": int32 [b, T]`, `"variant": int32 [b]` and, of labelled data,
+    `"label": int32 [b]`; b is the batch size over the number of processes.
+    """
+
+    def __init__(
+        self, config: config_lib.Data, codec: Codec, seed: int, folder: pathlib.Path | None = None
+    ):
+        """Nothing is read yet.
+
+        Args:
+          config: source, transforms and workers.
+          codec: of the tokens.
+          seed: of order and augmentation.
+          folder: of the run, for the record of damaged images.
+        """
+        self.config, self.codec, self.seed = config, codec, seed
+        self.ledger = Ledger(config, folder)
+
+    def train(
+        self, batch_size: int, position: int = 0, entries: tuple[str, ...] = ()
+    ) -> Iterator[dict]:
+        """This process's share of every global batch from number `position` on, without end.
+
+        Args:
+          batch_size: of the global batch.
+          position: global batches already taken.
+          entries: transforms in place of the config's.
+        """
+        source, steps = _opened(self.config, "train", entries or self.config.train_transforms)
+        data = (
+            grain.MapDataset.source(source).seed(self.seed).shuffle().repeat().map(_WithVariant())
+        )
+        for step in steps:
+            data = data.random_map(_Random(step)) if step.random else data.map(_Fixed(step))
+        data = data.map(_Tokenize(self.codec)).batch(batch_size // jax.process_count())
+        read = _read(_share(data)[position:], self.config.workers)
+        return self._watched(read, source, batch_size, position)
+
+    def evaluation(self, split: str, batch_size: int, limit: int | None = None) -> Iterator[dict]:
+        """This process's share of a split, in order, every example once, without augmentation.
+
+        Every process gets the same number of batches; `"mask": float32 [b]` is 0 for what only
+        fills the last one, and for what stands in for a damaged image.
+
+        Args:
+          split: "train", "validation" or "test".
+          batch_size: of the global batch.
+          limit: examples, the first ones; None: all.
+        """
+        source, steps = _opened(self.config, split, self.config.eval_transforms)
+        padded = _Padded(source, batch_size, limit)
+        data = grain.MapDataset.source(padded).map(_WithVariant())
+        for step in steps:
+            data = data.map(_Fixed(step))
+        data = data.map(_Tokenize(self.codec)).batch(batch_size // jax.process_count())
+        return self._watched(_read(_share(data), self.config.workers), source, batch_size, 0)
+
+    def _watched(self, batches, source, batch_size: int, position: int) -> Iterator[dict]:
+        """The batches, with what they tell of damaged images entered in the ledger."""
+        for number, batch in enumerate(batches, start=position + 1):
+            damaged = batch.pop("damaged", None)
+            if damaged is not None and (damaged != SOUND).any():
+                self.ledger.enter(source, damaged, drawn=number * batch_size)
+            yield batch
+
+
+def try_out(config: config_lib.Data, codec: Codec, entries: tuple[str, ...], count: int) -> None:
+    """Makes tokens of the first training images, so that what does not fit is found before work.
+
+    Raises:
+      InputError: the transforms do not fit the data, or their result not the codec.
+    """
+    source, steps = _opened(config, "train", entries)
+    rng = np.random.default_rng(0)
+    for index in range(min(count, len(source))):
+        image = source[index]["image"]
+        for step in steps:
+            image = step(image, rng)
+        to_tokens(codec, image)
+
+
+def images(
+    config: config_lib.Data, split: str, ledger: Ledger, count: int | None = None, seed: int = 0
+) -> Iterator[dict]:
+    """Elements of a split as they are before they become tokens, damaged ones left out.
+
+    Args:
+      config: source, transforms (those of evaluation) and workers.
+      split: one of `sources.SPLITS`, or a split expression.
+      ledger: takes the damaged ones.
+      count: how many, drawn without replacement; None: all, in order.
+      seed: of the draw.
+
+    Yields:
+      `{"image": uint8 [H, W, C]}` or, from a cache, its grids of tokens; with "label" of labelled
+      data.
+    """
+    source, steps = _opened(config, split, config.eval_transforms)
+    data = grain.MapDataset.source(source)
+    if count is not None and count < len(source):
+        data = data.seed(seed).shuffle()[:count]
+    for step in steps:
+        data = data.map(_Fixed(step))
+    for number, element in enumerate(_read(data, config.workers), start=1):
+        damaged = element.pop("damaged", SOUND)
+        if damaged == SOUND:
+            yield element
+        else:
+            ledger.enter(source, np.array([damaged]), drawn=number)
+
+
+def _opened(config: config_lib.Data, split: str, entries: tuple[str, ...]):
+    """The split's source of pixels or of grids of tokens, and the transforms left to do.
+
+    Raises:
+      InputError: the transforms do not fit the source.
+    """
+    source = sources.open_source(config, split)
+    steps = [transforms.parse(entry) for entry in entries]
+    at = [isinstance(step, Decode) for step in steps]
+    if any(at[1:]) or (source.form == "encoded") > any(at):
+        raise InputError(
+            f"the transforms of config.data are {entries}; images of {config.name} come as files, "
+            'and the list begins with "decode()", once.'
+        )
+    if source.form == "encoded":
+        return Decoded(source, steps[0]), steps[1:]
+    if source.form == "tokens":  # pixels are gone; what needs them was done before
+        return source, [step for step in steps if not step.of_pixels]
+    return source, [step for step in steps if not isinstance(step, Decode)]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Augment(grain.transforms.RandomMap):
-    transform: transforms.Transform
+class _Random(grain.transforms.RandomMap):
+    step: transforms.Transform
 
     def random_map(self, element: dict, rng: np.random.Generator) -> dict:
-        return self.transform(element, rng)
+        if getattr(self.step, "variants", 1) == 1:
+            return {**element, "image": self.step(element["image"], rng)}
+        variant = self.step.draw(rng)
+        image = self.step.variant(element["image"], variant)
+        return {**element, "image": image, "variant": np.int32(variant)}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Fixed(grain.transforms.Map):
+    step: transforms.Transform
+
+    def map(self, element: dict) -> dict:
+        return {**element, "image": self.step(element["image"], None)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,9 +184,30 @@ class _Tokenize(grain.transforms.Map):
     codec: Codec
 
     def map(self, element: dict) -> dict:
-        tokens = self.codec.encode(element["image"][None])[0]
         rest = {k: v for k, v in element.items() if k != "image"}
-        return {"tokens": tokens, **rest}
+        return {"tokens": to_tokens(self.codec, element["image"]), **rest}
+
+
+def to_tokens(codec: Codec, image: np.ndarray) -> np.ndarray:
+    """Int32 [T] of an image, or of the grid of tokens that a cache holds of it.
+
+    Raises:
+      InputError: the image has another shape, or values that the codec has no token for.
+    """
+    cached = image.dtype == np.uint16
+    wanted = (*codec.grid, 1) if cached else codec.image_shape
+    if image.shape != wanted:
+        found, takes = (" x ".join(map(str, shape)) for shape in (image.shape, wanted))
+        raise InputError(
+            f"after the transforms of config.data an image is {found}, but tokens are made of "
+            f"{takes} (config.data.image_size and config.tokens.name say so); change one of these."
+        )
+    if cached:
+        return image.reshape(-1).astype(np.int32)
+    try:
+        return codec.encode(image[None])[0]
+    except ValueError as error:
+        raise InputError(f"config.tokens does not fit the images: {error}") from error
 
 
 class _WithVariant(grain.transforms.Map):
@@ -41,57 +216,21 @@ class _WithVariant(grain.transforms.Map):
 
 
 class _Padded:
-    """A source of a whole number of batches; what was added to fill the last has mask 0."""
+    """A source of a whole number of batches; what does not count has mask 0."""
 
-    def __init__(self, source: sources.Source, batch_size: int):
+    def __init__(self, source, batch_size: int, limit: int | None):
         self.source = source
-        self.length = -(-len(source) // batch_size) * batch_size
+        self.real = len(source) if limit is None else min(limit, len(source))
+        self.length = -(-self.real // batch_size) * batch_size
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int) -> dict:
-        real = index < len(self.source)
-        return {**self.source[index if real else 0], "mask": np.float32(real)}
-
-
-def train_batches(
-    config: config_lib.Data, codec: Codec, batch_size: int, seed: int, position: int = 0
-) -> Iterator[dict]:
-    """This process's share of every global batch from number `position` on, without end.
-
-    Args:
-      config: source, augmentation and workers.
-      codec: of the tokens.
-      batch_size: of the global batch.
-      seed: of order and augmentation.
-      position: global batches already taken.
-
-    Yields:
-      NumPy `{"tokens": int32 [b, T], "label": int32 [b], "variant": int32 [b]}`, b the batch size
-      over the number of processes.
-    """
-    source = sources.open_source(config, "train")
-    data = grain.MapDataset.source(source).seed(seed).shuffle().repeat().map(_WithVariant())
-    for entry in config.augmentation:
-        data = data.random_map(_Augment(transforms.parse(entry)))
-    data = data.map(_Tokenize(codec)).batch(batch_size // jax.process_count())
-    return iter(_read(_share(data)[position:], config.workers))
-
-
-def evaluation_batches(
-    config: config_lib.Data, codec: Codec, split: str, batch_size: int
-) -> Iterator[dict]:
-    """This process's share of a split, in order, every example once, without augmentation.
-
-    Yields:
-      As `train_batches`, with `"mask": float32 [b]`, 0 for what only fills the last batch. Every
-      process gets the same number of batches.
-    """
-    source = _Padded(sources.open_source(config, split), batch_size)
-    data = grain.MapDataset.source(source).map(_WithVariant()).map(_Tokenize(codec))
-    data = data.batch(batch_size // jax.process_count())
-    return iter(_read(_share(data), config.workers))
+        real = index < self.real
+        element = self.source[index if real else 0]
+        counts = real and element.get("damaged", SOUND) == SOUND
+        return {**element, "mask": np.float32(counts)}
 
 
 def _share(batched: grain.MapDataset) -> grain.MapDataset:

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
-from gptv_jax.model import heads, layers
+from gptv_jax.model import attention, heads, layers
 
 REMAT = {
     "dots": jax.checkpoint_policies.save_only_these_names(layers.PRODUCT),
@@ -73,15 +73,14 @@ class GPT(nnx.Module):
           variant: which start vector each row begins with; None: 0.
           key: of dropout; None switches it off.
         """
-        T, config = tokens.shape[1], self.network.config
+        config = self.network.config
         keys = None if key is None else jax.random.split(key, config.layers + 1)
         x = self.embed(tokens[:, :-1], variant)
         x = layers.dropout(x, config.dropout, None if keys is None else keys[-1])
-        causal = jnp.tri(T, dtype=bool)
 
         def layer(x, inputs):
             block, key = inputs
-            x, normed = block(x, functools.partial(layers.attention, mask=causal), key)
+            x, normed = block(x, attention.causal_attention, key)
             return x, _pool(normed)
 
         keys = None if keys is None else keys[:-1]
@@ -117,7 +116,7 @@ class GPT(nnx.Module):
                     jax.lax.dynamic_update_slice(cache.keys, k[None], at),
                     jax.lax.dynamic_update_slice(cache.values, v[None], at),
                 )
-                return layers.attention(q, cache.keys[index], cache.values[index], seen)
+                return attention.attention(q, cache.keys[index], cache.values[index], seen)
 
             x, _ = block(x, attend)
             return (x, cache), None

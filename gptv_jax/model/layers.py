@@ -1,7 +1,6 @@
-"""The parts of the network: parameters, norm, attention, MLP and the block that joins them."""
+"""The parts of the network: parameters, norm, MLP and the block that joins them."""
 
 import functools
-import math
 from collections.abc import Callable
 
 import jax
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
@@ -34,18 +33,6 @@ def rms_norm(x: Float[Array, "B T D"], gain: Float[Array, "D"]) -> Float[Array, 
     mean_square = jnp.mean(jnp.square(x.astype(jnp.float32)), axis=-1, keepdims=True)
     scale = jax.lax.rsqrt(mean_square + EPSILON).astype(x.dtype)
     return x * scale * gain.astype(x.dtype)[None, None]
-
-
-def attention(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B S H K"],
-    v: Float[Array, "B S H K"],
-    mask: Bool[Array, "T S"],
-) -> Float[Array, "B T H K"]:
-    """Scaled dot-product attention; position t sees s where mask[t, s]. Softmax in float32."""
-    scores = jnp.einsum("bthk,bshk->bhts", q, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask[None, None], scores / math.sqrt(q.shape[-1]), -jnp.inf)
-    return jnp.einsum("bhts,bshk->bthk", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
 
 
 def quick_gelu(x: Float[Array, "*any"]) -> Float[Array, "*any"]:

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 
 from gptv_jax import sharding
 from gptv_jax.checkpoint import Checkpoints
-from gptv_jax.data import pipeline
 from gptv_jax.model.gpt import Network
 from gptv_jax.run import Run
 from gptv_jax.train import loop, optimizer, step
 
+STATISTICS = 10_000  # training images at most that the head's input is measured on
 MIN_DEVIATION = 1e-6  # a feature that varies less is only centred
 
 
@@ -35,11 +35,10 @@ def run_stage(run: Run) -> dict:
     batch_size = settings.train.batch_size
 
     def batches(position: int):
-        return pipeline.train_batches(config.data, run.codec, batch_size, config.seed, position)
+        return run.data.train(batch_size, position, settings.train_transforms)
 
     def evaluate(params: dict, split: str = "validation") -> dict:
-        held_out = pipeline.evaluation_batches(config.data, run.codec, split, batch_size)
-        return loop.evaluate_all(eval_step, params, held_out)
+        return loop.evaluate_all(eval_step, params, run.data.evaluation(split, batch_size))
 
     def tune(name: str, weights: dict) -> dict:
         with Checkpoints(run.checkpoints(name), settings.train.keep_checkpoints) as checkpoints:
@@ -80,7 +79,7 @@ def _with_head(run: Run, network: Network, weights: dict) -> dict:
 
 
 def _statistics(run: Run, network: Network, params: dict) -> tuple[jax.Array, jax.Array]:
-    """Mean and inverse standard deviation of the head's input over the training split, each [D]."""
+    """Mean and inverse standard deviation of the head's input over training images, each [D]."""
 
     @jax.jit
     def sums(params, batch):
@@ -89,9 +88,7 @@ def _statistics(run: Run, network: Network, params: dict) -> tuple[jax.Array, ja
         return mask.sum(), (mask * pooled).sum(axis=0), (mask * pooled**2).sum(axis=0)
 
     total = None
-    for batch in pipeline.evaluation_batches(
-        run.config.data, run.codec, "train", run.config.finetune.train.batch_size
-    ):
+    for batch in run.data.evaluation("train", run.config.finetune.train.batch_size, STATISTICS):
         part = sums(params, sharding.global_batch(batch))
         total = part if total is None else jax.tree.map(jnp.add, total, part)
     count, first, second = total

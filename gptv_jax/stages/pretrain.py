@@ -1,10 +1,11 @@
 """Pretraining: the network learns to predict the next image token."""
 
+import functools
+
 import jax
 
 from gptv_jax import sharding
 from gptv_jax.checkpoint import Checkpoints
-from gptv_jax.data import pipeline
 from gptv_jax.model.gpt import parameter_count
 from gptv_jax.run import Run
 from gptv_jax.train import loop, metrics, optimizer, step
@@ -13,21 +14,13 @@ from gptv_jax.train import loop, metrics, optimizer, step
 def run_stage(run: Run) -> dict:
     """Trains `config.train.steps` steps and measures the test split once; the summary's numbers."""
     config = run.config
-    network = run.network()
+    network, batch_size = run.network(), config.train.batch_size
     update, rate = optimizer.make_optimizer(config.train.optimizer, config.train.steps)
     init = step.make_init(network, update)
     eval_step = step.make_eval_step(network)
 
-    def batches(position: int):
-        return pipeline.train_batches(
-            config.data, run.codec, config.train.batch_size, config.seed, position
-        )
-
     def evaluate(params: dict, split: str = "validation") -> dict:
-        held_out = pipeline.evaluation_batches(
-            config.data, run.codec, split, config.train.batch_size
-        )
-        return loop.evaluate_all(eval_step, params, held_out)
+        return loop.evaluate_all(eval_step, params, run.data.evaluation(split, batch_size))
 
     with Checkpoints(run.checkpoints("pretrain"), config.train.keep_checkpoints) as checkpoints:
         fitted = loop.fit(
@@ -45,7 +38,7 @@ def run_stage(run: Run) -> dict:
                 microbatches=config.train.microbatches,
                 seed=config.seed,
             ),
-            batches=batches,
+            batches=functools.partial(run.data.train, batch_size),
             evaluate=evaluate,
         )
 

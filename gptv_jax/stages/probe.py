@@ -14,7 +14,6 @@ from sklearn.metrics import log_loss
 
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
-from gptv_jax.data import pipeline
 from gptv_jax.model.gpt import Network
 from gptv_jax.run import Run, write_json
 from gptv_jax.train.metrics import Progress
@@ -81,9 +80,11 @@ def fit_probe(config: config_lib.Probe, splits: dict[str, Split]) -> dict:
         tried = []
         for c in config.c:
             model = fit(c, train, train_labels)
-            nats = log_loss(
-                validation_labels, model.predict_proba(validation), labels=model.classes_
-            )
+            # A class that is in none of the training images has probability 0.
+            known = model.classes_.astype(int)
+            likely = np.zeros((len(validation), max(known.max(), validation_labels.max()) + 1))
+            likely[:, known] = model.predict_proba(validation)
+            nats = log_loss(validation_labels, likely, labels=np.arange(likely.shape[1]))
             row = {"c": c, "validation_accuracy": model.score(validation, validation_labels)}
             tried.append(row | {"validation_nats": float(nats)})
         best = max(tried, key=preference)
@@ -133,6 +134,7 @@ def _pixels(run: Run, split: str) -> Split:
 
 
 def _batches(run: Run, split: str):
-    return pipeline.evaluation_batches(
-        run.config.data, run.codec, split, run.config.probe.batch_size
+    probe = run.config.probe
+    return run.data.evaluation(
+        split, probe.batch_size, limit=probe.train_images if split == "train" else None
     )

@@ -1,5 +1,6 @@
 """Sampling: new images, and test images whose upper part is kept and the rest drawn anew."""
 
+import itertools
 import math
 import time
 
@@ -8,7 +9,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from gptv_jax import decode, pictures, sharding
-from gptv_jax.data import sources
+from gptv_jax.data import pipeline
 from gptv_jax.run import Run
 
 
@@ -40,12 +41,13 @@ def run_stage(run: Run) -> dict:
         pictures.save(grid, folder / "unconditional.png")
 
     if config.completions:
-        test = sources.open_source(run.config.data, "test")
-        count = min(config.completions, len(test))
-        images = np.stack([test[i]["image"] for i in range(count)])
+        elements = pipeline.images(run.config.data, "test", run.data.ledger)
+        images = [e["image"] for e in itertools.islice(elements, config.completions)]
+        test = np.stack([pipeline.to_tokens(codec, image) for image in images])
         kept = decode.kept_tokens(network, config.keep)
-        completed = draw(codec.encode(images)[:, :kept], jax.random.fold_in(key, 1))
-        pairs = np.stack([codec.picture(images), codec.picture(codec.decode(completed))], axis=1)
+        completed = draw(test[:, :kept], jax.random.fold_in(key, 1))
+        pairs = [codec.picture(codec.decode(tokens)) for tokens in (test, completed)]
+        pairs = np.stack(pairs, axis=1)
         if jax.process_index() == 0:
             grid = pictures.grid(pairs.reshape(-1, *pairs.shape[2:]), columns=8)
             pictures.save(grid, folder / "completions.png")

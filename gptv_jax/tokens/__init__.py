@@ -1,12 +1,17 @@
 """Images to sequences of tokens and back. Each kind of token is one small class, a `Codec`."""
 
+import pathlib
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int, UInt8
 
 from gptv_jax import config as config_lib
+from gptv_jax.tokens import palette as palettes
 from gptv_jax.tokens.grey import GreyLevels
+from gptv_jax.tokens.palette import Palette, PaletteTokens
+
+PALETTE_FILE = "palette.npz"  # in a run folder and in a token cache
 
 
 @runtime_checkable
@@ -16,6 +21,7 @@ class Codec(Protocol):
     vocabulary: int  # V: tokens are 0 .. V-1
     grid: tuple[int, int]  # rows and columns of tokens, in raster order; T is their product
     image_shape: tuple[int, int, int]  # H, W, C of the images it takes
+    order: np.ndarray  # all tokens, those that look alike next to each other
 
     def encode(self, images: UInt8[np.ndarray, "B H W C"]) -> Int[np.ndarray, "B T"]:
         """Int32 tokens; raises ValueError where a pixel has no token."""
@@ -27,18 +33,43 @@ class Codec(Protocol):
         """The same images for people's eyes, RGB in 0..255."""
 
 
-CODECS = {"grey": lambda c, size: GreyLevels(c.levels, size)}
+CODECS = {
+    "grey": lambda config, size, palette: GreyLevels(config.levels, size),
+    "palette": lambda config, size, palette: PaletteTokens(palette, size),
+}
 
 
-def make_codec(config: config_lib.Tokens, image_size: int) -> Codec:
+def make_codec(config: config_lib.Tokens, image_size: int, palette: Palette | None = None) -> Codec:
     """The codec that the config names, for square images of `image_size` pixels.
 
+    Args:
+      config: name and settings.
+      image_size: height and width in pixels.
+      palette: the colours, where they are the tokens.
+
     Raises:
-      InputError: no codec has that name.
+      InputError: no codec has that name, or the palette is of another number of colours.
     """
     if config.name not in CODECS:
         accepted = ", ".join(CODECS)
         raise config_lib.InputError(
             f"config.tokens.name is {config.name!r}; it takes one of {accepted}."
         )
-    return CODECS[config.name](config, image_size)
+    if palette is not None and len(palette.centers) != config.colors:
+        raise config_lib.InputError(
+            f"config.tokens.colors is {config.colors}, but the palette has {len(palette.centers)} "
+            "colours; set it to that."
+        )
+    return CODECS[config.name](config, image_size, palette)
+
+
+def load_palette(folder: pathlib.Path) -> Palette | None:
+    """The palette that a run folder or a token cache keeps; None where it has none."""
+    path = folder / PALETTE_FILE
+    return palettes.load(path) if path.exists() else None
+
+
+def save_palette(codec: Codec, folder: pathlib.Path) -> None:
+    """Keeps a codec's palette, where it has one."""
+    if isinstance(codec, PaletteTokens):
+        codec.palette.save(folder / PALETTE_FILE)

@@ -28,6 +28,11 @@ class GreyLevels:
         """H, W, C."""
         return (self.size, self.size, 1)
 
+    @property
+    def order(self) -> Int[np.ndarray, "V"]:
+        """Darker to brighter, which is the order of the tokens themselves."""
+        return np.arange(self.levels)
+
     def encode(self, images: UInt8[np.ndarray, "B H W 1"]) -> Int[np.ndarray, "B T"]:
         """Int32 tokens in raster order.
 

@@ -1,0 +1,122 @@
+"""Images that cannot be read: another one in their place, each named once, too many stop the run.
+
+A damaged image is found where it is decoded, in whatever thread or process that happens. All that
+travels from there is its number, with the example that stands in for it; the process that reads
+the batches keeps the record.
+"""
+
+import json
+import logging
+import pathlib
+
+import numpy as np
+
+from gptv_jax import config as config_lib
+from gptv_jax.config import InputError
+from gptv_jax.data.decode import DamagedImageError, Decode
+
+LOG = logging.getLogger(__name__)
+SOUND = -1  # in place of a damaged image's number
+ENOUGH = 200  # images after which a share of damaged ones can be judged
+
+
+class Decoded:
+    """A source of pixels from one of encoded images.
+
+    For a damaged image it gives the next sound one, and in "damaged" the number of the first.
+    """
+
+    def __init__(self, source, decode: Decode):
+        self.source, self.decode = source, decode
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict:
+        for distance in range(len(self)):
+            try:
+                example = self._decoded((index + distance) % len(self))
+            except (DamagedImageError, OSError):
+                continue
+            return {**example, "damaged": np.int32(index if distance else SOUND)}
+        raise InputError(
+            f"none of {len(self)} images can be read; the first, {self.name(0)}: {self.reason(0)}."
+        )
+
+    def name(self, index: int) -> str:
+        """What to call example `index` in a message."""
+        return self.source.name(index)
+
+    def reason(self, index: int) -> str:
+        """Why example `index` cannot be read."""
+        try:
+            self._decoded(index)
+        except DamagedImageError as error:
+            return str(error)
+        except OSError as error:
+            return error.strerror or str(error)
+        return "it could not be read before, and now can"
+
+    def _decoded(self, index: int) -> dict:
+        example = self.source[index]
+        return {**example, "image": self.decode(example["image"])}
+
+
+class Ledger:
+    """The damaged images that a run has met, in its `skipped.jsonl`."""
+
+    def __init__(self, config: config_lib.Data, folder: pathlib.Path | None):
+        """Goes on from what the file holds already.
+
+        Args:
+          config: the policy and the limit.
+          folder: of the run; None: nothing is written.
+        """
+        self._policy, self._limit = config.damaged, config.max_damaged
+        self._path = folder / "skipped.jsonl" if folder else None
+        self._met = {line["name"] for line in self._lines()}
+
+    @property
+    def count(self) -> int:
+        """Different images met."""
+        return len(self._met)
+
+    def enter(self, source: Decoded, indices: np.ndarray, drawn: int) -> None:
+        """Names the damaged ones among `indices` that are new.
+
+        Args:
+          source: that they are of.
+          indices: numbers of images, `SOUND` for those that are not damaged.
+          drawn: images drawn from the source so far.
+
+        Raises:
+          InputError: there is one and the policy is "fail", or there are more than the limit.
+        """
+        for index in sorted(set(indices.tolist()) - {SOUND}):
+            name = source.name(index)
+            if name in self._met:
+                continue
+            reason = source.reason(index)
+            if self._policy == "fail":
+                raise InputError(
+                    f"{name} cannot be read: {reason}. Mend or remove it, or go on without it with "
+                    "config.data.damaged=skip."
+                )
+            self._met.add(name)
+            LOG.warning("%s is left out: %s.", name, reason)
+            if self._path:
+                with self._path.open("a") as file:
+                    file.write(json.dumps({"name": name, "reason": reason}) + "\n")
+        looked_at = min(max(drawn, ENOUGH), len(source))
+        if self.count > self._limit * looked_at:
+            raise InputError(
+                f"{self.count} of the first {looked_at} images cannot be read, more than the share "
+                f"config.data.max_damaged={self._limit}; they are named above"
+                + (f" and in {self._path}." if self._path else ".")
+            )
+
+    def _lines(self) -> list[dict]:
+        if not self._path or not self._path.exists():
+            return []
+        whole = [line for line in self._path.read_text().splitlines() if line.endswith("}")]
+        return [json.loads(line) for line in whole]

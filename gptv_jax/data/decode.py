@@ -1,0 +1,81 @@
+"""Encoded images to pixels, and what happens where that cannot be done."""
+
+import dataclasses
+import io
+import warnings
+from typing import ClassVar
+
+import numpy as np
+from PIL import Image, ImageOps
+
+
+class DamagedImageError(ValueError):
+    """An image that cannot be used; the message says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Decode:
+    """An encoded image (JPEG, PNG, GIF, WebP, ...: whatever Pillow reads) to pixels.
+
+    The orientation in the EXIF data is carried out; of an animation the first frame is taken; 16
+    bits become 8; CMYK and palettes become RGB, and what is transparent lies on `background`.
+    """
+
+    random: ClassVar = False
+    of_pixels: ClassVar = True
+    channels: int = 3  # 3: RGB, 1: grey
+    background: int = 255  # grey value, 0 to 255
+    max_pixels: int = 2**26  # height times width; a larger image is refused before it is unpacked
+    min_side: int = 2  # pixels; a smaller image shows nothing
+
+    def __post_init__(self):
+        if self.channels not in (1, 3):
+            raise ValueError("it takes channels 3 or 1")
+
+    def __call__(self, encoded: bytes) -> np.ndarray:
+        """Uint8 [H, W, channels].
+
+        Raises:
+          DamagedImageError: cut short, empty, not an image, too large or too small.
+        """
+        if not encoded:
+            raise DamagedImageError("the file is empty")
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata
+                with Image.open(io.BytesIO(encoded)) as image:
+                    self._check_size(*image.size)
+                    return self._pixels(image)
+        except DamagedImageError:
+            raise
+        except Exception as error:  # Pillow's plugins raise whatever their parsers do
+            raise DamagedImageError(_reason(error)) from error
+
+    def _check_size(self, width: int, height: int) -> None:
+        if width * height > self.max_pixels:
+            raise DamagedImageError(
+                f"{width} x {height} pixels are more than max_pixels={self.max_pixels}"
+            )
+        if min(width, height) < self.min_side:
+            raise DamagedImageError(
+                f"{width} x {height} pixels are less than min_side={self.min_side}"
+            )
+
+    def _pixels(self, image: Image.Image) -> np.ndarray:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I") or image.mode == "F":  # 16 bits, as Pillow holds them
+            image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
+        if image.has_transparency_data:
+            below = Image.new("RGBA", image.size, (self.background,) * 3 + (255,))
+            image = Image.alpha_composite(below, image.convert("RGBA"))
+        pixels = np.asarray(image.convert("RGB" if self.channels == 3 else "L"))
+        return pixels.reshape(*pixels.shape[:2], self.channels)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "not an image that Pillow can read"
+    if isinstance(error, Image.DecompressionBombError):
+        return str(error)
+    first_line = (str(error).splitlines() or [type(error).__name__])[0]
+    return first_line[:200]

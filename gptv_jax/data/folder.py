@@ -1,0 +1,126 @@
+"""A folder of images: a class per sub-folder, or unlabelled."""
+
+import os
+import pathlib
+
+import numpy as np
+
+from gptv_jax.config import InputError
+
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+# What a sub-folder may be called that holds a split.
+SPLIT_FOLDERS = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
+SEED = 0  # of the order of images; the same in every run
+
+
+class ImageFolder:
+    """Image files of a folder, and of those below it.
+
+    With a sub-folder `train`, the sub-folders train, validation (or val) and test are the splits;
+    else all is one split, train. Within a split, a class is a sub-folder; images that lie in no
+    sub-folder make the whole set unlabelled. The order is mixed, class by class alike, so that
+    `train[:90%]` holds nine tenths of every class.
+    """
+
+    form = "encoded"
+
+    def __init__(self, path: pathlib.Path, labels: bool = True):
+        """Lists the files; none is opened.
+
+        Args:
+          path: the folder.
+          labels: False: classes are left alone.
+
+        Raises:
+          InputError: no images, a class of one image, or one that is not in the training split.
+        """
+        if not path.is_dir():
+            raise InputError(f"config.data.path={path} is not a folder.")
+        folders = {"train": path}
+        if (path / "train").is_dir():
+            found = [f for f in sorted(SPLIT_FOLDERS) if (path / f).is_dir()]
+            folders = {SPLIT_FOLDERS[name]: path / name for name in found}
+        files = {split: _files(folder) for split, folder in folders.items()}
+        for split, found in files.items():
+            if not found:
+                shown = ", ".join(ENDINGS)
+                raise InputError(f"{folders[split]} holds no image (no file ending in {shown}).")
+        labelled = labels and all(os.sep in name for found in files.values() for name in found)
+        self.class_names = sorted({_class(name) for name in files["train"]}) if labelled else []
+        self.classes = len(self.class_names)
+        self._splits = {
+            split: _FolderSplit(folders[split], *self._ordered(folders[split], found))
+            for split, found in files.items()
+        }
+        self.lengths = {split: len(source) for split, source in self._splits.items()}
+        if labelled:
+            self._check_classes(folders["train"])
+
+    def open(self, split: str) -> "_FolderSplit":
+        """A split; see `sources.DataSet`."""
+        return self._splits[split]
+
+    def _ordered(self, folder, files: list[str]) -> tuple[list[str], np.ndarray | None]:
+        numbers = {name: i for i, name in enumerate(self.class_names)}
+        unknown = sorted({_class(f) for f in files} - set(numbers)) if numbers else []
+        if unknown:
+            raise InputError(
+                f"{folder} has classes that no training image has: {', '.join(unknown[:10])}."
+            )
+        labels = np.array([numbers[_class(f)] if numbers else 0 for f in files], np.int32)
+        order = _mixed(labels)
+        return [files[i] for i in order], labels[order] if numbers else None
+
+    def _check_classes(self, folder: pathlib.Path) -> None:
+        counts = np.bincount(self._splits["train"].labels, minlength=self.classes)
+        lone = [name for name, n in zip(self.class_names, counts, strict=True) if n == 1]
+        if lone:
+            more = f" and {len(lone) - 3} more" if len(lone) > 3 else ""
+            raise InputError(
+                f"{folder} has only one image of class {', '.join(lone[:3])}{more}, too few to "
+                "train on some and measure on others; add images, take the class away, or leave "
+                "classes alone with config.data.labels=False."
+            )
+
+
+class _FolderSplit:
+    def __init__(self, folder: pathlib.Path, files: list[str], labels: np.ndarray | None):
+        self.folder, self.files, self.labels = folder, files, labels
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> dict:
+        image = {"image": (self.folder / self.files[index]).read_bytes()}
+        return image if self.labels is None else {**image, "label": self.labels[index]}
+
+    def name(self, index: int) -> str:
+        return str(self.folder / self.files[index])
+
+
+def _files(folder: pathlib.Path) -> list[str]:
+    """Paths below `folder`, in order, of what is called like an image; hidden ones left out."""
+    found = []
+    for path, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [
+            os.path.relpath(os.path.join(path, name), folder)
+            for name in sorted(names)
+            if name.lower().endswith(ENDINGS) and not name.startswith(".")
+        ]
+    return found
+
+
+def _class(file: str) -> str:
+    return file.split(os.sep)[0]
+
+
+def _mixed(labels: np.ndarray) -> np.ndarray:
+    """An order of all rows that spreads each class evenly, and mixes the classes."""
+    rng = np.random.default_rng(SEED)
+    place = np.empty(len(labels))
+    rows = np.argsort(labels, kind="stable")
+    for members in np.split(rows, np.flatnonzero(np.diff(labels[rows])) + 1):
+        members = rng.permutation(members)
+        place[members] = (np.arange(len(members)) + rng.random()) / len(members)
+    return np.argsort(place, kind="stable")

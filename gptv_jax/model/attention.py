@@ -1,0 +1,169 @@
+"""Attention: the plain form, and one for long sequences on a CPU.
+
+The blocked form never looks at the upper triangle and never holds T x T of anything: it goes
+through one head of one row at a time, a block of queries against all keys up to the block's end.
+Its backward pass computes the probabilities again from the saved log of their sums (as in
+FlashAttention, Dao et al. 2022). docs/results.md has what it gains.
+
+Scores lie keys by queries, [S, b]: their maxima and sums then run along the vector units, and every
+product is a plain [m, k] x [k, n], the only one that XLA's CPU backend is fast at.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float
+
+BLOCK = 256  # queries a block
+LONG = 256  # T from which the blocked form is the faster one
+
+
+def attention(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B S H K"],
+    v: Float[Array, "B S H K"],
+    mask: Bool[Array, "T S"],
+) -> Float[Array, "B T H K"]:
+    """Scaled dot-product attention; position t sees s where mask[t, s]. Softmax in float32."""
+    scores = jnp.einsum("bthk,bshk->bhts", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask[None, None], scores / math.sqrt(q.shape[-1]), -jnp.inf)
+    return jnp.einsum("bhts,bshk->bthk", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
+
+
+def causal_attention(
+    q: Float[Array, "B T H K"], k: Float[Array, "B T H K"], v: Float[Array, "B T H K"]
+) -> Float[Array, "B T H K"]:
+    """`attention` of every position to itself and all earlier ones, in the form that is fastest."""
+    T = q.shape[1]
+    if T >= LONG and _on_cpu():
+        return blocked_attention(q, k, v)
+    return attention(q, k, v, jnp.tri(T, dtype=bool))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def blocked_attention(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H K"],
+    block: int = BLOCK,
+) -> Float[Array, "B T H K"]:
+    """Causal attention, `block` queries at a time; B and H may be split over the mesh.
+
+    All of it is computed in float32, whatever the inputs are: on a CPU that costs nothing.
+    """
+    return _forward(q, k, v, block)[0]
+
+
+def _forward(q, k, v, block):
+    rows, sums = _specs(q)
+    local = _on_every_device(functools.partial(_local_forward, block), 3 * [rows], (rows, sums))
+    out, log_sums = local(q, k, v)
+    return out, (q, k, v, out, log_sums)
+
+
+def _backward(block, saved, gradient):
+    rows, sums = _specs(gradient)
+    local = _on_every_device(
+        functools.partial(_local_backward, block), [*4 * [rows], sums, rows], 3 * (rows,)
+    )
+    return local(*saved, gradient)
+
+
+blocked_attention.defvjp(_forward, _backward)
+
+
+def _local_forward(block, q, k, v):
+    """Mixed values [B, T, H, K] and the log of each softmax's sum [B, H, T]."""
+    B, _, H, _ = q.shape
+    out, log_sums = jax.lax.map(
+        lambda inputs: _head_forward(block, *inputs), tuple(_by_head(x) for x in (q, k, v))
+    )
+    return _by_row(out, B).astype(q.dtype), log_sums.reshape(B, H, -1)
+
+
+def _local_backward(block, q, k, v, out, log_sums, gradient):
+    """Gradients of q, k and v."""
+    B, T, H, _ = q.shape
+    # What the softmax's own gradient subtracts: sum_s P dP = sum_k out dout (Dao et al., eq. 4).
+    shift = (out.astype(jnp.float32) * gradient.astype(jnp.float32)).sum(axis=-1)
+    per_query = (log_sums.reshape(B * H, T), shift.swapaxes(1, 2).reshape(B * H, T))
+    gradients = jax.lax.map(
+        lambda inputs: _head_backward(block, *inputs),
+        (*(_by_head(x) for x in (q, k, v, gradient)), *per_query),
+    )
+    return tuple(_by_row(x, B).astype(q.dtype) for x in gradients)
+
+
+def _head_forward(block, q, k, v):
+    """Of one head of one row, each [T, K]: mixed values [T, K], logs of sums [T]."""
+    T, K = q.shape
+    q = q / math.sqrt(K)
+    # A row of ones beside the values: their product with the weights is the softmax's sum.
+    q_t, v_t = q.T, jnp.concatenate([v.T, jnp.ones((1, T))])
+    outs, log_sums = [], []
+    for start, end in _blocks(T, block):
+        scores = _scores(k, q_t, start, end)
+        largest = scores.max(axis=0)
+        mixed = v_t[:, :end] @ jnp.exp(scores - largest[None])
+        outs.append(mixed[:K] / mixed[K:])
+        log_sums.append(largest + jnp.log(mixed[K]))
+    return jnp.concatenate(outs, axis=1).T, jnp.concatenate(log_sums)
+
+
+def _head_backward(block, q, k, v, gradient, log_sums, shift):
+    """Of one head of one row, [T, K] and [T]: gradients of q, k and v, each [T, K]."""
+    T, K = q.shape
+    q = q / math.sqrt(K)
+    q_t, k_t, gradient_t = q.T, k.T, gradient.T
+    dq, dk, dv = [], jnp.zeros_like(k), jnp.zeros_like(v)
+    for start, end in _blocks(T, block):
+        p = jnp.exp(_scores(k, q_t, start, end) - log_sums[None, start:end])
+        dp = v[:end] @ gradient_t[:, start:end]
+        ds = p * (dp - shift[None, start:end])
+        dq.append(k_t[:, :end] @ ds)
+        dk = dk.at[:end].add(ds @ q[start:end])
+        dv = dv.at[:end].add(p @ gradient[start:end])
+    return jnp.concatenate(dq, axis=1).T / math.sqrt(K), dk, dv
+
+
+def _scores(k, q_t, start, end):
+    """Keys 0 .. end-1 [S] by queries start .. end-1 [b], -inf where a key is later."""
+    seen = jnp.arange(end)[:, None] <= jnp.arange(start, end)[None]
+    return jnp.where(seen, k[:end] @ q_t[:, start:end], -jnp.inf)
+
+
+def _blocks(T, block):
+    return [(start, min(start + block, T)) for start in range(0, T, block)]
+
+
+def _by_head(x):
+    """[B, T, H, K] as float32 [B H, T, K]."""
+    B, T, H, K = x.shape
+    return x.swapaxes(1, 2).reshape(B * H, T, K).astype(jnp.float32)
+
+
+def _by_row(x, B):
+    """[B H, T, K] as [B, T, H, K]."""
+    return x.reshape(B, -1, *x.shape[1:]).swapaxes(1, 2)
+
+
+def _specs(x):
+    """How [B, T, H, K] is split, and what goes with it of [B, H, T]."""
+    B, _, H, _ = jax.typeof(x).sharding.spec
+    return P(B, None, H, None), P(B, H, None)
+
+
+def _on_every_device(function, in_specs, out_specs):
+    """`function` of each device's own rows and heads, which need nothing from another's."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return function
+    return jax.shard_map(function, in_specs=tuple(in_specs), out_specs=out_specs)
+
+
+def _on_cpu():
+    # Where the mesh is, not this process: a program may be compiled for devices it does not have.
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return (device.platform if device else jax.default_backend()) == "cpu"

@@ -1,0 +1,58 @@
+"""Writes a data set once as tokens, with its palette, for training without images or decoder.
+
+python -m gptv_jax.prepare --config=configs/cifar10.py --out=caches/cifar10
+"""
+
+import dataclasses
+import json
+import logging
+import pathlib
+
+from absl import flags
+
+from gptv_jax import command, config
+from gptv_jax.data import cache, codec, pipeline, sources, transforms
+from gptv_jax.data.damage import Ledger
+from gptv_jax.tokens.statistics import TokenStatistics
+from gptv_jax.train.metrics import Progress
+
+OUT = flags.DEFINE_string("out", None, "Folder for the token cache; a new one.")
+LOG = logging.getLogger("gptv_jax.prepare")
+
+
+def main(settings: config.Config) -> None:
+    """Tokenises every split of the data set and prints what the tokens are like."""
+    folder = pathlib.Path(OUT.value).absolute()
+    cache.claim(folder)
+    transforms.check((), settings.data.eval_transforms)
+    data_set = sources.open_data_set(settings.data)
+    ledger = Ledger(settings.data, folder)
+    chosen = codec.find_codec(settings) or codec.build_codec(settings, ledger)
+    statistics = {split: TokenStatistics(chosen) for split in data_set.lengths}
+
+    def examples(split: str):
+        progress = Progress(f"prepare {split}", data_set.lengths[split], unit="image")
+        for element in pipeline.images(settings.data, split, ledger):
+            tokens = pipeline.to_tokens(chosen, element["image"])
+            statistics[split].add(element["image"], tokens)
+            yield tokens, element.get("label")
+            progress.advance()
+        progress.close()
+
+    header = {
+        "source": {"name": settings.data.name, "path": settings.data.path},
+        "tokens": dataclasses.asdict(settings.tokens) | {"palette": None},
+        "image_size": settings.data.image_size,
+        "transforms": settings.data.eval_transforms,
+        "classes": data_set.classes if settings.data.labels else 0,
+    }
+    cache.write(folder, chosen, {split: examples(split) for split in data_set.lengths}, header)
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    report = {split: found.numbers() for split, found in statistics.items()}
+    summary = {"folder": str(folder), "bytes": size, "damaged": ledger.count, **report}
+    print(json.dumps(summary, indent=2))
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("out")
+    command.start(main)

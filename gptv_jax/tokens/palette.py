@@ -1,0 +1,169 @@
+"""Colours as tokens: one token a pixel, the nearest colour of a palette (Chen et al. 2020)."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import warnings
+
+import numpy as np
+import sklearn.cluster
+from jaxtyping import Float, Int, UInt8
+
+from gptv_jax.config import InputError
+
+CELL = 16  # colour values that a cell of the look-up table has along each channel
+WEIGHTS = np.array([0.299, 0.587, 0.114])  # of red, green and blue in luminance
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Palette:
+    """Colours, in the order of their tokens, and where they come from."""
+
+    centers: Float[np.ndarray, "V 3"]  # float32, RGB from -1 to 1, as in iGPT's kmeans_centers.npy
+    provenance: dict  # what made it, in words and numbers; JSON
+
+    @property
+    def colors(self) -> UInt8[np.ndarray, "V 3"]:
+        """What a token is shown as."""
+        return np.rint((self.centers + 1) * 127.5).clip(0, 255).astype(np.uint8)
+
+    def same_as(self, other: "Palette") -> bool:
+        """Whether tokens mean the same."""
+        return np.array_equal(self.centers, other.centers)
+
+    def save(self, path: pathlib.Path) -> None:
+        """Writes an `.npz` file that `load` reads."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        with temporary.open("wb") as file:
+            np.savez(file, centers=self.centers, provenance=json.dumps(self.provenance))
+        temporary.replace(path)
+
+
+def load(path: str | pathlib.Path) -> Palette:
+    """A palette from an `.npz` file of `Palette.save`, or from iGPT's `kmeans_centers.npy`.
+
+    Raises:
+      InputError: no such file, or no float array [V, 3] of values from -1 to 1 in it.
+    """
+    path = pathlib.Path(path).absolute()
+    try:
+        content = np.load(path)
+        if isinstance(content, np.ndarray):
+            centers, provenance = content, {"file": path.name}
+        else:
+            centers, provenance = content["centers"], json.loads(str(content["provenance"]))
+    except FileNotFoundError as error:
+        raise InputError(f"there is no palette {path}.") from error
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise InputError(f"{path} is not a palette ({error}).") from error
+    usable = centers.ndim == 2 and centers.shape[1] == 3 and 2 <= len(centers) <= 65536
+    if not usable or centers.dtype.kind != "f" or not np.abs(centers).max() <= 1:
+        raise InputError(
+            f"{path} holds {centers.dtype} {list(centers.shape)}; a palette is floating-point "
+            "numbers [colours, 3] from -1 to 1, 2 to 65536 colours."
+        )
+    return Palette(centers.astype(np.float32), provenance)
+
+
+def build(pixels: UInt8[np.ndarray, "N 3"], colors: int, seed: int, provenance: dict) -> Palette:
+    """K-means over pixels (scikit-learn's MiniBatchKMeans), in the order of luminance.
+
+    Args:
+      pixels: RGB.
+      colors: how many; each different colour among the pixels is one where there are no more.
+      seed: of k-means.
+      provenance: of the pixels; the method is added.
+
+    Raises:
+      InputError: fewer different pixels than colours.
+    """
+    distinct = len(np.unique(pixels, axis=0))
+    if distinct < colors:
+        raise InputError(
+            f"the images have only {distinct} different colours; set config.tokens.colors to that "
+            "or less."
+        )
+    means = sklearn.cluster.MiniBatchKMeans(colors, random_state=seed, batch_size=8192, n_init=1)
+    scaled = pixels.astype(np.float32) / 127.5 - 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # about memory on one kind of BLAS
+        centers = means.fit(scaled).cluster_centers_
+    centers = centers[np.argsort(centers @ WEIGHTS, kind="stable")].clip(-1, 1)
+    method = {"method": "scikit-learn MiniBatchKMeans", "seed": seed, "pixels": len(pixels)}
+    return Palette(centers.astype(np.float32), provenance | method)
+
+
+class PaletteTokens:
+    """Token = number of the colour that is nearest in squared distance of RGB."""
+
+    def __init__(self, palette: Palette, size: int):
+        """A codec for square images of `size` pixels."""
+        self.palette, self.size = palette, size
+        self.vocabulary = len(palette.centers)
+        self.grid = (size, size)
+        self.image_shape = (size, size, 3)
+
+    @property
+    def order(self) -> Int[np.ndarray, "V"]:
+        """Tokens by luminance, so that neighbours look alike: it makes caches smaller."""
+        return np.argsort(self.palette.centers @ WEIGHTS, kind="stable")
+
+    def encode(self, images: UInt8[np.ndarray, "B H W 3"]) -> Int[np.ndarray, "B T"]:
+        """Int32 tokens in raster order, by one look-up a pixel.
+
+        Raises:
+          ValueError: not RGB.
+        """
+        if images.shape[-1] != 3:
+            raise ValueError(f"images have {images.shape[-1]} channel(s); a palette takes RGB.")
+        r, g, b = (images[..., c].astype(np.uint32) for c in range(3))
+        return self._nearest[(r << 16) | (g << 8) | b].reshape(len(images), -1).astype(np.int32)
+
+    def decode(self, tokens: Int[np.ndarray, "B T"]) -> UInt8[np.ndarray, "B H W 3"]:
+        """The colours of the tokens; what encoding rounded away stays away."""
+        return self.palette.colors[tokens].reshape(len(tokens), *self.image_shape)
+
+    def picture(self, images: UInt8[np.ndarray, "B H W 3"]) -> UInt8[np.ndarray, "B H W 3"]:
+        """The images themselves."""
+        return images
+
+    @functools.cached_property
+    def _nearest(self) -> np.ndarray:
+        return _nearest(self.palette.centers.tobytes())
+
+    def __getstate__(self) -> dict:
+        """Without the table: a worker process makes its own."""
+        return {k: v for k, v in self.__dict__.items() if k != "_nearest"}
+
+
+@functools.lru_cache(maxsize=2)
+def _nearest(centers: bytes) -> np.ndarray:
+    """The nearest colour of every one of the 2^24 RGB values, exactly; 32 MiB.
+
+    Cell by cell of the colour cube: only colours that are no farther from a cell's nearest corner
+    than some colour is from its farthest one can be nearest to a value in it, a dozen of 512.
+    """
+    wanted = (np.frombuffer(centers, np.float32).reshape(-1, 3).astype(np.float64) + 1) * 127.5
+    lows = np.arange(0, 256, CELL)
+    below = lows[:, None] - wanted.T[:, None]  # channel, cell, colour
+    above = wanted.T[:, None] - (lows + CELL - 1)[:, None]
+    near = np.maximum(np.maximum(below, above), 0) ** 2
+    far = np.maximum(-below, -above) ** 2
+    offsets = np.arange(CELL)
+    table = np.empty((256, 256, 256), np.uint16)
+    for i, r in enumerate(lows):
+        for j, g in enumerate(lows):
+            for k, b in enumerate(lows):
+                least = near[0, i] + near[1, j] + near[2, k]
+                bound = (far[0, i] + far[1, j] + far[2, k]).min()
+                candidates = np.flatnonzero(least <= bound)
+                x, y, z = (
+                    (start + offsets[:, None] - wanted[candidates, c]) ** 2
+                    for c, start in enumerate((r, g, b))
+                )
+                distance = x[:, None, None] + y[None, :, None] + z[None, None]
+                cell = candidates[np.argmin(distance, axis=-1)]
+                table[r : r + CELL, g : g + CELL, b : b + CELL] = cell
+    return table.reshape(-1)

@@ -1,0 +1,46 @@
+"""What tokens lose of the images, and what can be known of them without a network."""
+
+import numpy as np
+from jaxtyping import Int, UInt8
+
+from gptv_jax.tokens import Codec
+
+
+class TokenStatistics:
+    """Gathers, image by image, the numbers that a loss in nats per token is to be read against."""
+
+    def __init__(self, codec: Codec):
+        """Nothing is seen yet."""
+        V, self.codec = codec.vocabulary, codec
+        self.counts = np.zeros(V, np.int64)
+        self.images, self.squared_error, self.values, self.same_left = 0, 0.0, 0, 0
+
+    def add(self, image: UInt8[np.ndarray, "H W C"], tokens: Int[np.ndarray, "T"]) -> None:
+        """One more image, and its tokens."""
+        self.images += 1
+        self.counts += np.bincount(tokens, minlength=len(self.counts))
+        restored = self.codec.decode(tokens[None])[0].astype(np.int32)
+        self.squared_error += float(np.square(restored - image).sum())
+        self.values += image.size
+        grid = tokens.reshape(self.codec.grid)
+        self.same_left += int((grid[:, 1:] == grid[:, :-1]).sum())
+
+    def numbers(self) -> dict[str, float | int | None]:
+        """The statistics of all images so far.
+
+        Returns:
+          "mean_squared_error" a channel value and "psnr" in dB (None: lossless), "tokens_used", of
+          the vocabulary, "unigram_nats", the entropy of single tokens, and "same_as_left", the
+          share of tokens that equal their left neighbour, of those that have one.
+        """
+        share = self.counts[self.counts > 0] / max(self.counts.sum(), 1)
+        error = self.squared_error / max(self.values, 1)
+        rows, columns = self.codec.grid
+        return {
+            "images": self.images,
+            "mean_squared_error": error,
+            "psnr": float(10 * np.log10(255**2 / error)) if error else None,
+            "tokens_used": len(share),
+            "unigram_nats": float(-(share * np.log(share)).sum()),
+            "same_as_left": self.same_left / max(self.images * rows * (columns - 1), 1),
+        }
