@@ -1,6 +1,7 @@
 """Your own images: a folder of JPEGs, PNGs or whatever Pillow reads.
 
-    python -m gptv_jax.main --config=configs/image_folder.py --workdir=runs/mine --config.data.path=FOLDER
+    python -m gptv_jax.main --config=configs/image_folder.py --workdir=runs/mine
+        --config.data.path=FOLDER
 
 FOLDER holds a sub-folder for each class, or images alone (then it is pretrained and sampled from,
 and there is no probe and no fine-tuning). With sub-folders train, validation and test those are the

@@ -5,11 +5,11 @@
 
 Data: TFDS's `imagenet2012`, whose tar files you get from image-net.org yourself; docs/data.md has
 the steps. Training needs the images, as the paper's random resizes and crops act on pixels; a token
-cache (`python -m gptv_jax.prepare`, 1.2 GB) holds their centre crops, as OpenAI's files do. Take the
+cache (`python -m gptv_jax.prepare`) holds their centre crops, as OpenAI's files do. Take the
 published colours, `--config.tokens.palette=kmeans_centers.npy`, for losses that compare.
 
-Command:    python -m gptv_jax.main --config=configs/imagenet.py:s --workdir=... --config.data.dir=...
-                --config.mesh.data=1 --config.mesh.fsdp=-1
+Command:    python -m gptv_jax.main --config=configs/imagenet.py:s --workdir=...
+                --config.data.dir=... --config.mesh.data=1 --config.mesh.fsdp=-1
 Hardware:   a TPU slice or GPU nodes. By arithmetic, at 40% of peak, a million steps of 128 images
             take s 55, m 290 and l 830 hours of one device of 989 TFLOP/s; not run.
 Expect:     test loss 2.0895 (s), 2.0614 (m), 2.0466 (l) nats per token (openai/image-gpt's README,

@@ -87,5 +87,3 @@ def test_what_is_no_entry_is_an_error_that_names_it_and_the_accepted_ones(entry)
 def test_two_entries_with_variants_are_an_error():
     with pytest.raises(config_lib.InputError, match="only one of them may have variants"):
         transforms.variants(("shift(pixels=1)", "shift(pixels=2)"))
-
-

@@ -13,7 +13,8 @@ import numpy as np
 
 from gptv_jax import config as config_lib
 from gptv_jax.config import InputError
-from gptv_jax.data.decode import DamagedImageError, Decode
+from gptv_jax.data import sources
+from gptv_jax.data.images import DamagedImageError, Decode
 
 LOG = logging.getLogger(__name__)
 SOUND = -1  # in place of a damaged image's number
@@ -72,46 +73,59 @@ class Ledger:
           config: the policy and the limit.
           folder: of the run; None: nothing is written.
         """
-        self._policy, self._limit = config.damaged, config.max_damaged
+        self._config = config
         self._path = folder / "skipped.jsonl" if folder else None
         self._met = {line["name"] for line in self._lines()}
+        self._drawn: dict[str, int] = {}  # images looked at, by split
 
     @property
     def count(self) -> int:
         """Different images met."""
         return len(self._met)
 
-    def enter(self, source: Decoded, indices: np.ndarray, drawn: int) -> None:
+    def enter(self, split: str, source: Decoded, indices: np.ndarray, drawn: int) -> None:
         """Names the damaged ones among `indices` that are new.
 
         Args:
-          source: that they are of.
+          split: that they are of.
+          source: the same.
           indices: numbers of images, `SOUND` for those that are not damaged.
           drawn: images drawn from the source so far.
 
         Raises:
           InputError: there is one and the policy is "fail", or there are more than the limit.
         """
-        for index in sorted(set(indices.tolist()) - {SOUND}):
-            name = source.name(index)
-            if name in self._met:
-                continue
-            reason = source.reason(index)
-            if self._policy == "fail":
-                raise InputError(
-                    f"{name} cannot be read: {reason}. Mend or remove it, or go on without it with "
-                    "config.data.damaged=skip."
-                )
-            self._met.add(name)
-            LOG.warning("%s is left out: %s.", name, reason)
-            if self._path:
-                with self._path.open("a") as file:
-                    file.write(json.dumps({"name": name, "reason": reason}) + "\n")
-        looked_at = min(max(drawn, ENOUGH), len(source))
-        if self.count > self._limit * looked_at:
+        self._drawn[split] = max(min(drawn, len(source)), self._drawn.get(split, 0))
+        damaged = sorted(set(indices.tolist()) - {SOUND})
+        new = [index for index in damaged if source.name(index) not in self._met]
+        for index in new:
+            self._name(source.name(index), source.reason(index))
+        if new:
+            self._judge()
+
+    def _name(self, name: str, reason: str) -> None:
+        if self._config.damaged == "fail":
             raise InputError(
-                f"{self.count} of the first {looked_at} images cannot be read, more than the share "
-                f"config.data.max_damaged={self._limit}; they are named above"
+                f"{name} cannot be read: {reason}. Mend or remove it, or go on without it with "
+                "config.data.damaged=skip."
+            )
+        self._met.add(name)
+        LOG.warning("%s is left out: %s.", name, reason)
+        if self._path:
+            with self._path.open("a") as file:
+                file.write(json.dumps({"name": name, "reason": reason}) + "\n")
+
+    def _judge(self) -> None:
+        """Raises where the share of damaged images is above the limit.
+
+        A few early ones say nothing yet, so the share is of ENOUGH images at least, or of all.
+        """
+        everything = sum(sources.open_data_set(self._config).lengths.values())
+        looked_at = min(max(sum(self._drawn.values()), ENOUGH), everything)
+        if self.count > self._config.max_damaged * looked_at:
+            raise InputError(
+                f"{self.count} of {looked_at} images cannot be read, more than the share "
+                f"config.data.max_damaged={self._config.max_damaged}; they are named above"
                 + (f" and in {self._path}." if self._path else ".")
             )
 

@@ -6,7 +6,6 @@ k*B .. (k+1)*B, and host i of n takes the i-th n-th of them.
 """
 
 import dataclasses
-import logging
 import pathlib
 from collections.abc import Iterator
 
@@ -18,10 +17,8 @@ from gptv_jax import config as config_lib
 from gptv_jax.config import InputError
 from gptv_jax.data import sources, transforms
 from gptv_jax.data.damage import SOUND, Decoded, Ledger
-from gptv_jax.data.decode import Decode
+from gptv_jax.data.images import Decode
 from gptv_jax.tokens import Codec
-
-LOG = logging.getLogger(__name__)
 
 
 class Pipeline:
@@ -63,7 +60,7 @@ class Pipeline:
             data = data.random_map(_Random(step)) if step.random else data.map(_Fixed(step))
         data = data.map(_Tokenize(self.codec)).batch(batch_size // jax.process_count())
         read = _read(_share(data)[position:], self.config.workers)
-        return self._watched(read, source, batch_size, position)
+        return self._watched(read, "train", source, batch_size, position)
 
     def evaluation(self, split: str, batch_size: int, limit: int | None = None) -> Iterator[dict]:
         """This process's share of a split, in order, every example once, without augmentation.
@@ -82,14 +79,14 @@ class Pipeline:
         for step in steps:
             data = data.map(_Fixed(step))
         data = data.map(_Tokenize(self.codec)).batch(batch_size // jax.process_count())
-        return self._watched(_read(_share(data), self.config.workers), source, batch_size, 0)
+        return self._watched(_read(_share(data), self.config.workers), split, source, batch_size)
 
-    def _watched(self, batches, source, batch_size: int, position: int) -> Iterator[dict]:
+    def _watched(self, batches, split, source, batch_size, position=0) -> Iterator[dict]:
         """The batches, with what they tell of damaged images entered in the ledger."""
         for number, batch in enumerate(batches, start=position + 1):
             damaged = batch.pop("damaged", None)
-            if damaged is not None and (damaged != SOUND).any():
-                self.ledger.enter(source, damaged, drawn=number * batch_size)
+            if damaged is not None:
+                self.ledger.enter(split, source, damaged, drawn=number * batch_size)
             yield batch
 
 
@@ -131,11 +128,11 @@ def images(
     for step in steps:
         data = data.map(_Fixed(step))
     for number, element in enumerate(_read(data, config.workers), start=1):
-        damaged = element.pop("damaged", SOUND)
-        if damaged == SOUND:
+        damaged = element.pop("damaged", None)
+        if damaged is not None:
+            ledger.enter(split, source, np.array([damaged]), drawn=number)
+        if damaged in (None, SOUND):
             yield element
-        else:
-            ledger.enter(source, np.array([damaged]), drawn=number)
 
 
 def _opened(config: config_lib.Data, split: str, entries: tuple[str, ...]):

@@ -154,8 +154,8 @@ class Tfds:
             shown = ", ".join(info.features)
             raise InputError(f"data set {name} has no feature called image; it has: {shown}.")
         self.name = info.name
-        label = info.features["label"] if "label" in info.features else None
-        self.classes = getattr(label, "num_classes", None) or 0
+        labelled = "label" in info.features
+        self.classes = getattr(info.features["label"], "num_classes", 0) if labelled else 0
         self.lengths = {split: found.num_examples for split, found in info.splits.items()}
 
     def open(self, split: str) -> Source:

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageEnhance
 
 from gptv_jax import config as config_lib
-from gptv_jax.data.decode import Decode
+from gptv_jax.data.images import Decode
 
 METHODS = {
     "nearest": Image.Resampling.NEAREST,

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
-BLOCK = 256  # queries a block
+BLOCK = 128  # queries a block
 LONG = 256  # T from which the blocked form is the faster one
 
 
@@ -100,16 +100,15 @@ def _local_backward(block, q, k, v, out, log_sums, gradient):
 def _head_forward(block, q, k, v):
     """Of one head of one row, each [T, K]: mixed values [T, K], logs of sums [T]."""
     T, K = q.shape
-    q = q / math.sqrt(K)
-    # A row of ones beside the values: their product with the weights is the softmax's sum.
-    q_t, v_t = q.T, jnp.concatenate([v.T, jnp.ones((1, T))])
+    q_t, v_t = (q / math.sqrt(K)).T, v.T
     outs, log_sums = [], []
     for start, end in _blocks(T, block):
         scores = _scores(k, q_t, start, end)
         largest = scores.max(axis=0)
-        mixed = v_t[:, :end] @ jnp.exp(scores - largest[None])
-        outs.append(mixed[:K] / mixed[K:])
-        log_sums.append(largest + jnp.log(mixed[K]))
+        p = jnp.exp(scores - largest[None])
+        total = p.sum(axis=0)
+        outs.append(v_t[:, :end] @ p / total[None])
+        log_sums.append(largest + jnp.log(total))
     return jnp.concatenate(outs, axis=1).T, jnp.concatenate(log_sums)
 
 
@@ -131,8 +130,11 @@ def _head_backward(block, q, k, v, gradient, log_sums, shift):
 
 def _scores(k, q_t, start, end):
     """Keys 0 .. end-1 [S] by queries start .. end-1 [b], -inf where a key is later."""
-    seen = jnp.arange(end)[:, None] <= jnp.arange(start, end)[None]
-    return jnp.where(seen, k[:end] @ q_t[:, start:end], -jnp.inf)
+    scores = k[:end] @ q_t[:, start:end]
+    # Only the last square has later keys; masking all of the block would be one more pass over it.
+    seen = jnp.tri(end - start, dtype=bool).T
+    square = jnp.where(seen, scores[start:], -jnp.inf)
+    return jax.lax.dynamic_update_slice(scores, square, (start, 0))
 
 
 def _blocks(T, block):

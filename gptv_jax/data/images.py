@@ -76,6 +76,6 @@ def _reason(error: Exception) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
         return "not an image that Pillow can read"
     if isinstance(error, Image.DecompressionBombError):
-        return str(error)
+        return str(error).partition(",")[0]
     first_line = (str(error).splitlines() or [type(error).__name__])[0]
     return first_line[:200]

@@ -1,0 +1,168 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import make_mesh, random_batch, random_params, tiny_network
+
+from gptv_jax import sharding
+from gptv_jax.model import attention
+from gptv_jax.train.step import generative_loss
+
+T, BLOCK = 11, 4  # two whole blocks and a part of one
+
+
+def draw(count, shape=(8, T, 4, 6), dtype=np.float32, seed=0):
+    """Arrays [B, T, H, K], split over the mesh as queries, keys and values are."""
+    rng = np.random.default_rng(seed)
+    spec = jax.sharding.PartitionSpec(sharding.BATCH, None, "tensor")
+    placed = jax.sharding.NamedSharding(jax.sharding.get_mesh(), spec)
+    return [jax.device_put(rng.normal(size=shape).astype(dtype), placed) for _ in range(count)]
+
+
+def plain(q, k, v):
+    return attention.attention(q, k, v, jnp.tri(q.shape[1], dtype=bool))
+
+
+def blocked(q, k, v, block=BLOCK):
+    return attention.blocked_attention(q, k, v, block)
+
+
+def output_and_gradients(attend, q, k, v, direction):
+    """The mixed values, and the gradients of q, k and v along a direction, as NumPy in float32."""
+
+    @jax.jit
+    def run(q, k, v, direction):
+        out, backward = jax.vjp(attend, q, k, v)
+        return out, *backward(direction)
+
+    return [np.asarray(x, np.float32) for x in run(q, k, v, direction)]
+
+
+@pytest.mark.usefixtures("one_device")
+@pytest.mark.parametrize("block", [4, 11, 16], ids=lambda block: f"block{block}")
+def test_blocked_form_and_its_gradients_are_those_of_the_plain_form(block):
+    inputs = draw(4)
+    wanted = output_and_gradients(plain, *inputs)
+    found = output_and_gradients(functools.partial(blocked, block=block), *inputs)
+    for f, w in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(f, w, rtol=0, atol=1e-5)
+
+
+@pytest.mark.usefixtures("one_device")
+def test_bfloat16_errs_no_more_than_the_plain_form():
+    inputs = draw(4)
+    half = [x.astype(jnp.bfloat16) for x in inputs]
+    exact = output_and_gradients(plain, *(x.astype(jnp.float32) for x in half))
+    found, rounded = output_and_gradients(blocked, *half), output_and_gradients(plain, *half)
+    for f, r, e in zip(found, rounded, exact, strict=True):
+        assert 0 < np.abs(f - e).mean() <= np.abs(r - e).mean()
+    assert blocked(*half[:3]).dtype == jnp.bfloat16
+
+
+@pytest.mark.usefixtures("one_device")
+def test_scores_far_from_zero_neither_overflow_nor_vanish():
+    q, k, v, direction = draw(4)
+    inputs = (100 * q, k, v, direction)  # plain exponentials of such scores are inf or 0
+    found, wanted = (output_and_gradients(f, *inputs) for f in (blocked, plain))
+    for f, w in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(f, w, rtol=0, atol=1e-5 * np.abs(w).max())
+
+
+@pytest.mark.usefixtures("one_device")
+def test_changing_a_position_changes_what_comes_after_it_and_nothing_before():
+    inputs = draw(4, shape=(1, T, 2, 6))[:3]
+    attend = jax.jit(blocked)
+    base = np.asarray(attend(*inputs))
+    for s in range(T):
+        _, k, v = (x.at[:, s].add(1.0) for x in inputs)
+        found = np.asarray(attend(inputs[0], k, v))
+        np.testing.assert_array_equal(found[:, :s], base[:, :s])
+        assert (np.abs(found - base)[:, s:].max(axis=-1) > 1e-6).all()
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)], ids=str)
+def test_meshes_change_no_number_and_no_sharding(shape):
+    with jax.set_mesh(make_mesh((1, 1, 1))):
+        wanted = output_and_gradients(blocked, *draw(4))
+    with jax.set_mesh(make_mesh(shape)):
+        inputs = draw(4)
+        found = output_and_gradients(blocked, *inputs)
+        out, backward = jax.vjp(blocked, *inputs[:3])
+        for x in (out, *backward(out)):
+            assert x.sharding == inputs[0].sharding
+    for f, w in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(f, w, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)], ids=str)
+def test_devices_tell_each_other_nothing(shape):
+    with jax.set_mesh(make_mesh(shape)):
+        program = jax.jit(lambda *x: jax.vjp(blocked, *x[:3])[1](x[3])).lower(*draw(4))
+        text = program.compile().as_text()
+    assert "while" in text
+    assert not any(name in text for name in ("all-gather", "all-reduce", "all-to-all", "permute("))
+
+
+def loss_and_gradients(shape=(1, 1, 1), **changes):
+    network = tiny_network(**changes)
+    with jax.set_mesh(make_mesh(shape)):
+        batch = sharding.global_batch(random_batch(network))
+        loss = generative_loss(network)
+        gradient = jax.jit(jax.value_and_grad(lambda p: loss(p, batch, None)[0]))
+        return jax.device_get(gradient(random_params(network)))
+
+
+@pytest.fixture(scope="module")
+def plain_network():
+    return loss_and_gradients()
+
+
+WALKS = [
+    ((1, 1, 1), False, "none"),
+    ((1, 1, 1), True, "dots"),
+    ((1, 1, 1), False, "full"),
+    ((2, 2, 2), True, "full"),
+]
+
+
+@pytest.mark.parametrize(("shape", "scan", "remat"), WALKS, ids=str)
+def test_network_does_not_notice_the_form(shape, scan, remat, plain_network, monkeypatch):
+    calls = []
+
+    def forced(q, k, v):
+        calls.append(q.shape)
+        return blocked(q, k, v, block=5)
+
+    monkeypatch.setattr(attention, "causal_attention", forced)
+    loss, grads = loss_and_gradients(shape, scan_layers=scan, remat=remat)
+    assert calls
+    np.testing.assert_allclose(loss, plain_network[0], rtol=1e-5)
+    for (path, f), w in zip(
+        jax.tree.leaves_with_path(grads), jax.tree.leaves(plain_network[1]), strict=True
+    ):
+        scale = np.abs(w).max() + 1e-30
+        np.testing.assert_allclose(f / scale, w / scale, atol=1e-5, rtol=0, err_msg=str(path))
+
+
+@pytest.mark.usefixtures("one_device")
+def test_long_sequences_on_a_cpu_take_the_blocked_form_and_others_the_plain_one(monkeypatch):
+    def holds_a_square(length):
+        x = jax.ShapeDtypeStruct((1, length, 1, 2), jnp.float32)
+        traced = jax.make_jaxpr(lambda *x: attention.causal_attention(*x))(x, x, x)
+        return f"{length},{length}]" in str(traced)
+
+    assert holds_a_square(attention.LONG - 1) and not holds_a_square(attention.LONG)
+    monkeypatch.setattr(attention, "_on_cpu", lambda: False)
+    assert holds_a_square(attention.LONG)
+
+
+def test_form_follows_the_devices_of_the_mesh_and_not_this_process():
+    assert attention._on_cpu()  # without a mesh: JAX's default
+    mesh = make_mesh((2, 2, 2))
+    with jax.set_mesh(mesh):
+        assert attention._on_cpu()
+    tpu = jax.sharding.AbstractDevice("TPU v5 lite", num_cores=1, platform="tpu")
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh.update(abstract_device=tpu)):
+        assert not attention._on_cpu()
