@@ -28,11 +28,13 @@ def main(settings: config.Config) -> None:
     data_set = sources.open_data_set(settings.data)
     ledger = Ledger(settings.data, folder)
     chosen = codec.find_codec(settings) or codec.build_codec(settings, ledger)
+    # Split expressions choose among what is cached, when it is read.
+    whole = dataclasses.replace(settings.data, **{f"{s}_split": s for s in sources.SPLITS})
     statistics = {split: TokenStatistics(chosen) for split in data_set.lengths}
 
     def examples(split: str):
         progress = Progress(f"prepare {split}", data_set.lengths[split], unit="image")
-        for element in pipeline.images(settings.data, split, ledger):
+        for element in pipeline.images(whole, split, ledger):
             tokens = pipeline.to_tokens(chosen, element["image"])
             statistics[split].add(element["image"], tokens)
             yield tokens, element.get("label")

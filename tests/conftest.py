@@ -13,6 +13,7 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_opti
 
 import dataclasses
 import fcntl
+import io
 import json
 import subprocess
 import sys
@@ -22,6 +23,7 @@ import numpy as np
 import pytest
 from absl import flags
 from jax.sharding import AxisType
+from PIL import Image
 
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
@@ -138,3 +140,35 @@ def finished_run(tmp_path_factory) -> FinishedRun:
             assert ended.returncode == 0, ended.stderr[-3000:]
             done.write_text(json.dumps([ended.stdout, ended.stderr]))
     return FinishedRun(folder, *json.loads(done.read_text()))
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> pathlib.Path:
+    """Real data sets, no part of the project: GPTV_JAX_DATA, or shared/data beside it."""
+    beside = pathlib.Path(__file__).parent.parent.parent / "shared" / "data"
+    folder = pathlib.Path(os.environ.get("GPTV_JAX_DATA", beside))
+    if not folder.is_dir():
+        pytest.skip(f"no real data: {folder} is no folder (GPTV_JAX_DATA names another one)")
+    return folder
+
+
+def random_image(*shape: int, seed: int = 0) -> np.ndarray:
+    """Uint8 noise."""
+    return np.random.default_rng(seed).integers(256, size=shape, dtype=np.uint8)
+
+
+def encoded(pixels: np.ndarray, form: str = "PNG", **options) -> bytes:
+    """An image file of pixels [H, W] or [H, W, C]; one channel is grey."""
+    file = io.BytesIO()
+    pixels = pixels[..., 0] if pixels.shape[2:] == (1,) else pixels
+    Image.fromarray(pixels).save(file, form, **options)
+    return file.getvalue()
+
+
+def make_folder(folder: pathlib.Path, files: dict[str, bytes]) -> pathlib.Path:
+    """Files by their paths in the folder."""
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return folder

@@ -1,5 +1,9 @@
 import collections
 import itertools
+import pathlib
+import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -128,6 +132,36 @@ def test_the_hosts_shares_make_up_the_batch_of_a_single_host(hosts, monkeypatch)
         shares.append(take(4, **arguments))
     assert all(len(share[0]["label"]) == 64 // hosts for share in shares)
     assert_same([joined(parts) for parts in zip(*shares, strict=True)], wanted)
+
+
+def written_by(hosts: int, folder: pathlib.Path) -> dict[str, np.ndarray]:
+    """What so many real processes write, one below the other."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    script, files = pathlib.Path(__file__).with_name("hosts.py"), []
+    started = []
+    for index in range(hosts):
+        files.append(folder / f"{index}-of-{hosts}.npz")
+        command = [sys.executable, script, port, str(index), str(hosts), files[-1]]
+        started.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+    for process in started:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors[-2000:]
+    shares = [np.load(file) for file in files]
+    return {name: np.concatenate([share[name] for share in shares]) for name in shares[0]}
+
+
+@pytest.mark.process
+def test_one_two_and_four_processes_read_the_same_global_batches(tmp_path):
+    wanted = written_by(1, tmp_path)
+    assert {len(array) for array in wanted.values()} == {64}
+    assert sum(mask.sum() for name, mask in wanted.items() if name.endswith("mask")) == 400
+    for hosts in (2, 4):
+        found = written_by(hosts, tmp_path)
+        assert found.keys() == wanted.keys()
+        for name, array in wanted.items():
+            np.testing.assert_array_equal(found[name], array, err_msg=f"{hosts} hosts, {name}")
 
 
 @pytest.mark.parametrize("hosts", [1, 2, 4])

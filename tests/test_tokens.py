@@ -1,8 +1,19 @@
+import gc
+import json
+import warnings
+
 import numpy as np
 import pytest
+from conftest import encoded, random_image
 
 from gptv_jax import config as config_lib
 from gptv_jax import tokens
+from gptv_jax.config import InputError
+from gptv_jax.data import pipeline, sources
+from gptv_jax.data.damage import Ledger
+from gptv_jax.tokens import Palette, PaletteTokens, palette
+from gptv_jax.tokens.palette import WEIGHTS
+from gptv_jax.tokens.statistics import TokenStatistics
 
 
 @pytest.fixture
@@ -51,5 +62,248 @@ def test_pictures_stretch_the_levels_over_0_to_255(levels):
 
 
 def test_an_unknown_codec_is_an_error_that_names_the_known_ones():
-    with pytest.raises(config_lib.InputError, match=r"config.tokens.name is 'gray'.*grey"):
+    with pytest.raises(InputError, match=r"config.tokens.name is 'gray'.*grey"):
         tokens.make_codec(config_lib.Tokens("gray"), 8)
+
+
+# Palettes.
+
+
+def random_palette(colors: int, seed: int = 0) -> Palette:
+    centers = np.random.default_rng(seed).uniform(-1, 1, (colors, 3)).astype(np.float32)
+    return Palette(centers, {"made": "by a test"})
+
+
+def apart(colors: int) -> Palette:
+    """Colours on a grid, 4 values apart, so that rounding one cannot make it another."""
+    places = np.random.default_rng(0).permutation(64**3)[:colors]
+    grid = np.stack(np.unravel_index(places, (64,) * 3), axis=-1) * 4 + 1.3
+    return Palette((grid / 127.5 - 1).astype(np.float32), {})
+
+
+def squared_distances(pixels, centers):
+    wanted = (centers.astype(np.float64) + 1) * 127.5
+    return np.square(pixels[:, None].astype(np.float64) - wanted).sum(axis=-1)
+
+
+@pytest.mark.parametrize("colors", [2, 16, 512])
+def test_a_token_is_the_nearest_colour(colors):
+    codec = PaletteTokens(random_palette(colors), 64)
+    corners = np.stack(np.meshgrid(*[[0, 15, 16, 127, 128, 255]] * 3), axis=-1).reshape(-1, 3)
+    near = codec.palette.colors  # where rounding matters most
+    pixels = np.concatenate([corners, near, random_image(64 * 64 - 216 - colors, 3)])
+    images = pixels.astype(np.uint8).reshape(1, 64, 64, 3)
+    found = codec.encode(images)
+    assert found.dtype == np.int32 and found.shape == (1, 4096)
+    distances = squared_distances(images.reshape(-1, 3), codec.palette.centers)
+    taken = np.take_along_axis(distances, found.T, axis=1)[:, 0]
+    np.testing.assert_allclose(taken, distances.min(axis=1), rtol=1e-12, atol=1e-9)
+    assert (found[0] == distances.argmin(axis=1)).mean() > 0.999  # but for ties
+
+
+@pytest.mark.parametrize("colors", [2, 16, 512, 5000])
+def test_the_colours_of_tokens_have_those_tokens(colors):
+    codec = PaletteTokens(apart(colors), 8)
+    given = np.random.default_rng(0).integers(colors, size=(90, 64), dtype=np.int32)
+    decoded = codec.decode(given)
+    assert decoded.dtype == np.uint8 and decoded.shape == (90, 8, 8, 3)
+    np.testing.assert_array_equal(codec.encode(decoded), given)
+    np.testing.assert_array_equal(codec.picture(decoded), decoded)
+
+
+def test_every_token_has_its_place_in_the_order_of_luminance():
+    codec = PaletteTokens(random_palette(300), 8)
+    assert sorted(codec.order) == list(range(300)) and codec.vocabulary == 300
+    assert (np.diff((codec.palette.centers @ WEIGHTS)[codec.order]) >= 0).all()
+
+
+def test_a_palette_takes_no_grey_images():
+    with pytest.raises(
+        InputError, match=r"an image is 8 x 8 x 1, but tokens are made of 8 x 8 x 3"
+    ):
+        pipeline.to_tokens(PaletteTokens(random_palette(4), 8), random_image(8, 8, 1))
+
+
+def test_a_palette_is_saved_and_loaded_bit_for_bit(tmp_path):
+    saved = random_palette(77)
+    codec = PaletteTokens(saved, 8)
+    assert tokens.load_palette(tmp_path) is None
+    tokens.save_palette(codec, tmp_path)
+    loaded = tokens.load_palette(tmp_path)
+    assert loaded.centers.dtype == np.float32 and loaded.provenance == saved.provenance
+    np.testing.assert_array_equal(loaded.centers, saved.centers)
+    assert loaded.same_as(saved) and not loaded.same_as(random_palette(77, seed=1))
+    assert [path.name for path in tmp_path.iterdir()] == ["palette.npz"]
+
+
+def test_a_palette_of_another_number_of_colours_is_an_error():
+    with pytest.raises(InputError, match=r"tokens.colors is 512, but the palette has 16 colours"):
+        tokens.make_codec(config_lib.Tokens("palette"), 8, random_palette(16))
+
+
+GOOD = random_palette(16).centers
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        GOOD.T,
+        GOOD[:1],
+        GOOD[None],
+        np.float32(0.5),
+        np.zeros((0, 3), np.float32),
+        (GOOD * 127).astype(np.int8),
+        np.where(GOOD[3, 1] == GOOD, np.nan, GOOD),
+        np.where(GOOD[3, 1] == GOOD, np.inf, GOOD),
+        (GOOD + 1) * 127.5,
+        GOOD.astype(complex),
+        np.array([["a", "b", "c"]] * 4),
+        np.array([[None] * 3] * 4),
+    ],
+    ids=lambda content: f"{content.dtype}{content.shape}",
+)
+@pytest.mark.parametrize("ending", ["npy", "npz"])
+def test_what_is_no_palette_is_an_error(tmp_path, content, ending):
+    path = tmp_path / f"colors.{ending}"
+    if ending == "npy":
+        np.save(path, content)
+    else:
+        np.savez(path, centers=content, provenance=json.dumps({}))
+    with pytest.raises(InputError, match=r"colors.np. (is not a palette|holds)") as error:
+        palette.load(path)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def no_palettes(folder) -> dict[str, bytes]:
+    random_palette(16).save(folder / "whole.npz")
+    whole = (folder / "whole.npz").read_bytes()
+    np.savez(folder / "other.npz", colors=GOOD)
+    flipped = whole[:250] + bytes([whole[250] ^ 1]) + whole[251:]
+    return {
+        "text": b"0.1 0.2 0.3\n",
+        "empty": b"",
+        "image": encoded(random_image(4, 4, 3)),
+        "cut": whole[: len(whole) // 2],
+        "flipped": flipped,
+        "zip": b"PK\x03\x04" + bytes(200),
+        "other": (folder / "other.npz").read_bytes(),
+    }
+
+
+@pytest.mark.parametrize("kind", ["text", "empty", "image", "cut", "flipped", "zip", "other"])
+def test_a_file_that_is_no_palette_is_an_error(tmp_path, kind):
+    (tmp_path / "colors").write_bytes(no_palettes(tmp_path)[kind])
+    with pytest.raises(InputError, match=r"colors is not a palette") as error:
+        palette.load(tmp_path / "colors")
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_loading_leaves_no_file_open(tmp_path):
+    random_palette(16).save(tmp_path / "colors.npz")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        palette.load(tmp_path / "colors.npz")
+        gc.collect()
+    assert not [w for w in caught if issubclass(w.category, ResourceWarning)]
+
+
+def test_a_palette_that_is_not_there_is_an_error(tmp_path):
+    with pytest.raises(InputError, match=r"there is no palette .*colors.npy"):
+        palette.load(tmp_path / "colors.npy")
+    with pytest.raises(InputError, match=r"is not a palette"):
+        palette.load(tmp_path)
+
+
+def test_k_means_is_a_function_of_pixels_and_seed():
+    pixels = random_image(3000, 3)
+    first, again, other = (palette.build(pixels, 16, seed, {"data": "x"}) for seed in (0, 0, 1))
+    assert first.same_as(again) and not first.same_as(other)
+    assert first.centers.shape == (16, 3) and first.centers.dtype == np.float32
+    assert np.abs(first.centers).max() <= 1
+    assert (np.diff(first.centers @ WEIGHTS) >= 0).all()
+    assert first.provenance["data"] == "x" and first.provenance["seed"] == 0
+    json.dumps(first.provenance)
+
+
+def test_k_means_is_better_than_random_colours():
+    pixels = random_image(4000, 3) // 4
+    found = palette.build(pixels, 16, 0, {})
+    drawn = Palette(pixels[:16].astype(np.float32) / 127.5 - 1, {})
+    errors = [squared_distances(pixels, p.centers).min(axis=1).mean() for p in (found, drawn)]
+    assert errors[0] < 0.8 * errors[1]
+
+
+@pytest.mark.parametrize("colors", [2, 16, 64])
+def test_where_there_are_no_more_colours_each_is_one(colors):
+    """However rare it is."""
+    distinct = apart(colors).colors
+    often = np.repeat(distinct, np.geomspace(1, 20_000, colors).astype(int), axis=0)
+    found = palette.build(often, colors, 0, {})
+    assert set(map(tuple, found.colors.tolist())) == set(map(tuple, distinct.tolist()))
+
+
+def test_fewer_colours_than_wanted_are_an_error():
+    with pytest.raises(InputError, match=r"only 7 different colours; set config.tokens.colors"):
+        palette.build(random_image(7, 3).repeat(50, axis=0), 8, 0, {})
+
+
+# Statistics.
+
+
+def test_statistics_of_known_images():
+    codec = tokens.make_codec(config_lib.Tokens("grey", 4), 2)
+    statistics = TokenStatistics(codec)
+    for image in ([[0, 0], [1, 2]], [[3, 3], [0, 0]]):
+        pixels = np.uint8(image)[..., None]
+        statistics.add(pixels, codec.encode(pixels[None])[0])
+    shares = np.array([4, 1, 1, 2]) / 8
+    assert statistics.numbers() == {
+        "images": 2,
+        "mean_squared_error": 0,
+        "psnr": None,
+        "tokens_used": 4,
+        "unigram_nats": pytest.approx(-(shares * np.log(shares)).sum()),
+        "same_as_left": 3 / 6,  # in raster order; of those that have one before them
+    }
+
+
+def test_statistics_measure_what_the_palette_loses():
+    codec, given = PaletteTokens(random_palette(8), 6), random_image(6, 6, 3)
+    statistics = TokenStatistics(codec)
+    encoded = codec.encode(given[None])
+    statistics.add(given, encoded[0])
+    wanted = np.square(codec.decode(encoded)[0].astype(float) - given).mean()
+    found = statistics.numbers()
+    assert found["mean_squared_error"] == pytest.approx(wanted)
+    assert found["psnr"] == pytest.approx(20 * np.log10(255 / np.sqrt(wanted)))
+
+
+@pytest.fixture
+def igpt(shared_data) -> PaletteTokens:
+    found = palette.load(shared_data / "igpt_palette" / "kmeans_centers.npy")
+    return tokens.make_codec(config_lib.Tokens("palette"), 32, found)
+
+
+def test_the_palette_of_igpt_is_read_as_it_is(igpt, shared_data):
+    centers = np.load(shared_data / "igpt_palette" / "kmeans_centers.npy")
+    np.testing.assert_array_equal(igpt.palette.centers, centers)
+    np.testing.assert_allclose(centers[0], [0.88664436, 0.66188294, 0.38917464])
+    given = np.arange(1024, dtype=np.int32)[None] % 512
+    np.testing.assert_array_equal(igpt.encode(igpt.decode(given)), given)
+
+
+def test_what_the_palette_of_igpt_makes_of_cifar10(igpt, shared_data):
+    """The whole test split, by the program's own source and decoder: known numbers."""
+    config = config_lib.Data(
+        name="cifar10", dir=str(shared_data / "tfds"), eval_transforms=("decode()",)
+    )
+    assert len(sources.open_source(config, "test")) == 10_000
+    statistics = TokenStatistics(igpt)
+    for element in pipeline.images(config, "test", Ledger(config, None)):
+        statistics.add(element["image"], pipeline.to_tokens(igpt, element["image"]))
+    found = statistics.numbers()
+    assert found["images"] == 10_000 and found["tokens_used"] == 512
+    assert found["mean_squared_error"] == pytest.approx(24.414, abs=0.01)
+    assert found["psnr"] == pytest.approx(34.25, abs=0.005)
+    assert found["unigram_nats"] == pytest.approx(6.009, abs=0.0005)
+    assert found["same_as_left"] == pytest.approx(0.307, abs=0.0005)

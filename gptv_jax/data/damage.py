@@ -28,7 +28,7 @@ class Decoded:
     """
 
     def __init__(self, source, decode: Decode):
-        self.source, self.decode = source, decode
+        self.source, self.decode, self.form = source, decode, source.form
 
     def __len__(self) -> int:
         return len(self.source)

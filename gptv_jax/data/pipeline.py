@@ -6,6 +6,7 @@ k*B .. (k+1)*B, and host i of n takes the i-th n-th of them.
 """
 
 import dataclasses
+import os
 import pathlib
 from collections.abc import Iterator
 
@@ -53,13 +54,9 @@ class Pipeline:
           entries: transforms in place of the config's.
         """
         source, steps = _opened(self.config, "train", entries or self.config.train_transforms)
-        data = (
-            grain.MapDataset.source(source).seed(self.seed).shuffle().repeat().map(_WithVariant())
-        )
-        for step in steps:
-            data = data.random_map(_Random(step)) if step.random else data.map(_Fixed(step))
-        data = data.map(_Tokenize(self.codec)).batch(batch_size // jax.process_count())
-        read = _read(_share(data)[position:], self.config.workers)
+        data = grain.MapDataset.range(len(source)).seed(self.seed).shuffle().repeat()
+        data = data.random_map(_Example(source, steps, self.codec))
+        read = _read(_share(data, batch_size)[position:], source, self.config.workers)
         return self._watched(read, "train", source, batch_size, position)
 
     def evaluation(self, split: str, batch_size: int, limit: int | None = None) -> Iterator[dict]:
@@ -75,11 +72,10 @@ class Pipeline:
         """
         source, steps = _opened(self.config, split, self.config.eval_transforms)
         padded = _Padded(source, batch_size, limit)
-        data = grain.MapDataset.source(padded).map(_WithVariant())
-        for step in steps:
-            data = data.map(_Fixed(step))
-        data = data.map(_Tokenize(self.codec)).batch(batch_size // jax.process_count())
-        return self._watched(_read(_share(data), self.config.workers), split, source, batch_size)
+        example = _Example(padded, steps, self.codec)
+        data = grain.MapDataset.range(len(padded)).map(example.map)
+        read = _read(_share(data, batch_size), source, self.config.workers)
+        return self._watched(read, split, source, batch_size)
 
     def _watched(self, batches, split, source, batch_size, position=0) -> Iterator[dict]:
         """The batches, with what they tell of damaged images entered in the ledger."""
@@ -118,16 +114,15 @@ def images(
       seed: of the draw.
 
     Yields:
-      `{"image": uint8 [H, W, C]}` or, from a cache, its grids of tokens; with "label" of labelled
-      data.
+      `{"image": uint8 [H, W, C], "variant"}` or, from a cache, its grids of tokens; with "label" of
+      labelled data.
     """
     source, steps = _opened(config, split, config.eval_transforms)
-    data = grain.MapDataset.source(source)
+    data = grain.MapDataset.range(len(source))
     if count is not None and count < len(source):
         data = data.seed(seed).shuffle()[:count]
-    for step in steps:
-        data = data.map(_Fixed(step))
-    for number, element in enumerate(_read(data, config.workers), start=1):
+    data = data.map(_Example(source, steps).image)
+    for number, element in enumerate(_read(data, source, config.workers), start=1):
         damaged = element.pop("damaged", None)
         if damaged is not None:
             ledger.enter(split, source, np.array([damaged]), drawn=number)
@@ -157,32 +152,32 @@ def _opened(config: config_lib.Data, split: str, entries: tuple[str, ...]):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Random(grain.transforms.RandomMap):
-    step: transforms.Transform
+class _Example(grain.transforms.RandomMap):
+    """From the number of an example to its tokens, in one step, as each of Grain's has a price."""
 
-    def random_map(self, element: dict, rng: np.random.Generator) -> dict:
-        if getattr(self.step, "variants", 1) == 1:
-            return {**element, "image": self.step(element["image"], rng)}
-        variant = self.step.draw(rng)
-        image = self.step.variant(element["image"], variant)
-        return {**element, "image": image, "variant": np.int32(variant)}
+    source: object
+    steps: list[transforms.Transform]
+    codec: Codec | None = None
 
+    def random_map(self, index: int, rng: np.random.Generator) -> dict:
+        """Of training; the generator is the example's own."""
+        element = self.image(index, rng)
+        return {"tokens": to_tokens(self.codec, element.pop("image")), **element}
 
-@dataclasses.dataclass(frozen=True)
-class _Fixed(grain.transforms.Map):
-    step: transforms.Transform
+    def map(self, index: int) -> dict:
+        """Of evaluation, where nothing is random."""
+        return self.random_map(index, None)
 
-    def map(self, element: dict) -> dict:
-        return {**element, "image": self.step(element["image"], None)}
-
-
-@dataclasses.dataclass(frozen=True)
-class _Tokenize(grain.transforms.Map):
-    codec: Codec
-
-    def map(self, element: dict) -> dict:
-        rest = {k: v for k, v in element.items() if k != "image"}
-        return {"tokens": to_tokens(self.codec, element["image"]), **rest}
+    def image(self, index: int, rng: np.random.Generator | None = None) -> dict:
+        """Before it becomes tokens."""
+        element = {**self.source[index], "variant": np.int32(0)}
+        for step in self.steps:
+            if getattr(step, "variants", 1) > 1:
+                element["variant"] = np.int32(step.draw(rng))
+                element["image"] = step.variant(element["image"], int(element["variant"]))
+            else:
+                element["image"] = step(element["image"], rng)
+        return element
 
 
 def to_tokens(codec: Codec, image: np.ndarray) -> np.ndarray:
@@ -207,11 +202,6 @@ def to_tokens(codec: Codec, image: np.ndarray) -> np.ndarray:
         raise InputError(f"config.tokens does not fit the images: {error}") from error
 
 
-class _WithVariant(grain.transforms.Map):
-    def map(self, element: dict) -> dict:
-        return {**element, "variant": np.int32(0)}
-
-
 class _Padded:
     """A source of a whole number of batches; what does not count has mask 0."""
 
@@ -230,12 +220,16 @@ class _Padded:
         return {**element, "mask": np.float32(counts)}
 
 
-def _share(batched: grain.MapDataset) -> grain.MapDataset:
-    return batched[jax.process_index() :: jax.process_count()]
+def _share(data: grain.MapDataset, batch_size: int) -> grain.MapDataset:
+    """This process's part of every global batch."""
+    count = jax.process_count()
+    return data.batch(batch_size // count)[jax.process_index() :: count]
 
 
-def _read(data: grain.MapDataset, workers: int) -> grain.IterDataset:
-    read = data.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=16))
+def _read(data: grain.MapDataset, source, workers: int) -> grain.IterDataset:
+    # Decoding gives Python's lock away, unpacking tokens does not.
+    threads = min(os.cpu_count(), 16) if source.form == "encoded" else 1
+    read = data.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=16))
     if workers:
         read = read.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
     return read

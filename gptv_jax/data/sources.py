@@ -1,6 +1,8 @@
 """Where images come from: data sets with named splits, each a source of random access."""
 
+import bisect
 import functools
+import itertools
 import pathlib
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
@@ -194,10 +196,10 @@ class Selected:
         self._parts = [
             (data_set.open(split), rows) for split, rows in _resolve(expression, data_set.lengths)
         ]
-        self._ends = np.cumsum([len(rows) for _, rows in self._parts])
+        self._ends = list(itertools.accumulate(len(rows) for _, rows in self._parts))
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return self._ends[-1]
 
     def __getitem__(self, index: int) -> dict:
         source, row = self._at(index)
@@ -212,9 +214,9 @@ class Selected:
     def _at(self, index: int) -> tuple[Source, int]:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        part = int(np.searchsorted(self._ends, index, side="right"))
+        part = bisect.bisect_right(self._ends, index)
         source, rows = self._parts[part]
-        return source, rows[index - int(self._ends[part]) + len(rows)]
+        return source, rows[index - self._ends[part]]  # from the end of the part
 
 
 def _resolve(expression: str, lengths: dict[str, int]) -> list[tuple[str, range]]:

@@ -22,8 +22,7 @@ class TokenStatistics:
         restored = self.codec.decode(tokens[None])[0].astype(np.int32)
         self.squared_error += float(np.square(restored - image).sum())
         self.values += image.size
-        grid = tokens.reshape(self.codec.grid)
-        self.same_left += int((grid[:, 1:] == grid[:, :-1]).sum())
+        self.same_left += int((tokens[1:] == tokens[:-1]).sum())
 
     def numbers(self) -> dict[str, float | int | None]:
         """The statistics of all images so far.
@@ -31,16 +30,15 @@ class TokenStatistics:
         Returns:
           "mean_squared_error" a channel value and "psnr" in dB (None: lossless), "tokens_used", of
           the vocabulary, "unigram_nats", the entropy of single tokens, and "same_as_left", the
-          share of tokens that equal their left neighbour, of those that have one.
+          share of tokens that equal the one before them in raster order.
         """
         share = self.counts[self.counts > 0] / max(self.counts.sum(), 1)
         error = self.squared_error / max(self.values, 1)
-        rows, columns = self.codec.grid
         return {
             "images": self.images,
             "mean_squared_error": error,
             "psnr": float(10 * np.log10(255**2 / error)) if error else None,
             "tokens_used": len(share),
             "unigram_nats": float(-(share * np.log(share)).sum()),
-            "same_as_left": self.same_left / max(self.images * rows * (columns - 1), 1),
+            "same_as_left": self.same_left / max(self.counts.sum() - self.images, 1),
         }

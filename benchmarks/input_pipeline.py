@@ -1,0 +1,169 @@
+"""Speed of the input pipeline: decode, augment and tokenise, or read from a token cache.
+
+    python benchmarks/input_pipeline.py --cifar10=DIR --jpegs=FOLDER --palette=kmeans_centers.npy
+
+DIR is the folder of prepared TFDS sets, FOLDER one of JPEGs. Beside each line, where torch is
+installed, a plain PyTorch DataLoader that does the same work: the same files, Pillow, a flip, and
+the nearest of 512 colours by `torch.cdist`. One after the other, three times round, medians; one
+table, one JSON line.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import pathlib
+import statistics
+import tempfile
+import time
+
+import numpy as np
+from absl import flags
+
+from gptv_jax import config as config_lib
+from gptv_jax import tokens
+from gptv_jax.data import cache, pipeline, sources
+from gptv_jax.data.damage import Ledger
+from gptv_jax.data.images import Decode
+from gptv_jax.tokens import palette
+
+try:
+    import torch
+except ImportError:
+    torch = None
+
+BATCH = 64
+CROP = ("decode()", "resize_short(40)", "random_crop(32)", "flip()")
+CENTER = ("decode()", "resize_short(32)", "center_crop(32)")
+ROUNDS = 3
+BUFFERED = 24  # batches that may wait in buffers
+
+
+def settings(arguments, folder: pathlib.Path) -> dict[str, config_lib.Data]:
+    """The three inputs."""
+    cifar10 = config_lib.Data(
+        name="cifar10",
+        dir=arguments.cifar10,
+        image_size=32,
+        train_transforms=("decode()", "flip()"),
+        eval_transforms=("decode()",),
+        validation_split="test",
+    )
+    jpegs = dataclasses.replace(
+        cifar10, name="folder", path=arguments.jpegs, train_transforms=CROP, eval_transforms=CENTER
+    )
+    cached = dataclasses.replace(cifar10, name="tokens", path=str(folder))
+    return {"CIFAR-10 (TFDS)": cifar10, "JPEGs": jpegs, "token cache": cached}
+
+
+def write_cache(config: config_lib.Data, codec, folder: pathlib.Path, count: int) -> None:
+    """A cache of the first training images."""
+    part = dataclasses.replace(config, train_split=f"train[:{count}]")
+
+    def examples():
+        for element in pipeline.images(part, "train", Ledger(part, None)):
+            yield pipeline.to_tokens(codec, element["image"]), element["label"]
+
+    header = {
+        "tokens": dataclasses.asdict(config_lib.Tokens(name="palette", colors=codec.vocabulary)),
+        "image_size": 32,
+        "transforms": config.eval_transforms,
+        "classes": 10,
+    }
+    cache.write(folder, codec, {"train": examples()}, header)
+
+
+class TorchImages:
+    """The same work as a map-style PyTorch data set."""
+
+    def __init__(self, config: config_lib.Data, codec):
+        self.source = sources.open_source(config, "train")
+        self.jpegs = config.name == "folder"
+        self.cached = config.name == "tokens"
+        self.centers = torch.from_numpy((codec.palette.centers + 1) * 127.5)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int):
+        image = self.source[index]["image"]
+        flip = torch.rand(()) < 0.5
+        if self.cached:
+            image = image[:, ::-1] if flip else image
+            return torch.from_numpy(image.astype(np.int32).reshape(-1))
+        pixels = Decode()(image)
+        if self.jpegs:
+            from gptv_jax.data.transforms import ResizeShort
+
+            pixels = ResizeShort(40)(pixels, None)
+            top, left = torch.randint(9, (2,)).tolist()
+            pixels = pixels[top : top + 32, left : left + 32]
+        pixels = torch.from_numpy((pixels[:, ::-1] if flip else pixels).astype(np.float32))
+        return torch.cdist(pixels.reshape(-1, 3), self.centers).argmin(1)
+
+
+def ours(config: config_lib.Data, codec, workers: int):
+    """An endless iterator over batches."""
+    return pipeline.Pipeline(dataclasses.replace(config, workers=workers), codec, 0).train(BATCH)
+
+
+def theirs(config: config_lib.Data, codec, workers: int):
+    """The same by torch."""
+    loader = torch.utils.data.DataLoader(
+        TorchImages(config, codec), BATCH, shuffle=True, num_workers=workers, drop_last=True
+    )
+    return itertools.chain.from_iterable(itertools.repeat(loader))
+
+
+def measured(batches, seconds: float) -> float:
+    """Images a second, once what was prefetched is used up."""
+    for _ in range(BUFFERED):
+        next(batches)
+    count, begin = 0, time.perf_counter()
+    while (spent := time.perf_counter() - begin) < seconds:
+        next(batches)
+        count += BATCH
+    return count / spent
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cifar10", required=True)
+    parser.add_argument("--jpegs", required=True)
+    parser.add_argument("--palette", required=True)
+    parser.add_argument("--seconds", type=float, default=3, help="of each measurement")
+    arguments = parser.parse_args()
+    flags.FLAGS.mark_as_parsed()  # Grain's workers ask absl's flags
+    if torch:
+        torch.set_num_threads(1)
+    codec = tokens.PaletteTokens(palette.load(arguments.palette), 32)
+    with tempfile.TemporaryDirectory() as folder:
+        inputs = settings(arguments, pathlib.Path(folder))
+        write_cache(inputs["CIFAR-10 (TFDS)"], codec, pathlib.Path(folder), 10_000)
+        makers = {"gptv_jax": ours} | ({"torch": theirs} if torch else {})
+        kinds = list(itertools.product(inputs, (0, 2), makers))
+        speeds = {kind: [] for kind in kinds}
+        for _, (name, workers, peer) in itertools.product(range(ROUNDS), kinds):
+            batches = makers[peer](inputs[name], codec, workers)
+            speeds[name, workers, peer].append(measured(batches, arguments.seconds))
+            del batches  # and with it what it prefetches while another one is measured
+        report(speeds)
+
+
+def report(speeds: dict) -> None:
+    """One table, one JSON line."""
+    print(f"{'input':16} {'workers':>7} {'by':>9} {'images/s':>9} {'tokens/s':>11} {'TFDS = 1':>9}")
+    rows = []
+    for (name, workers, peer), found in speeds.items():
+        speed = statistics.median(found)
+        base = statistics.median(speeds["CIFAR-10 (TFDS)", workers, peer])
+        print(
+            f"{name:16} {workers:7} {peer:>9} {speed:9,.0f} {speed * 1024:11,.0f} {speed / base:9.2f}"
+        )
+        rows.append({"input": name, "workers": workers, "by": peer, "images_per_second": speed})
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()

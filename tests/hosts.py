@@ -1,0 +1,35 @@
+"""One of several real processes, for test_data.py: writes its share of some batches.
+
+python hosts.py PORT INDEX COUNT FILE
+"""
+
+import itertools
+import sys
+
+import jax
+import numpy as np
+
+from gptv_jax import config as config_lib
+from gptv_jax.data import pipeline
+from gptv_jax.tokens.grey import GreyLevels
+
+
+def main(port: str, index: str, count: str, file: str) -> None:
+    jax.distributed.initialize(f"127.0.0.1:{port}", int(count), int(index))
+    config = config_lib.Data(train_transforms=("shift(pixels=1, keep=0.3)", "flip()"))
+    data = pipeline.Pipeline(config, GreyLevels(levels=17, size=8), seed=3)
+    batches = {
+        "train": itertools.islice(data.train(64, position=17), 4),  # and over an epoch's end
+        "test": data.evaluation("test", 64),
+    }
+    arrays = {
+        f"{split} {number} {name}": array
+        for split, found in batches.items()
+        for number, batch in enumerate(found)
+        for name, array in batch.items()
+    }
+    np.savez(file, **arrays)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

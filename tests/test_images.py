@@ -1,0 +1,198 @@
+"""Image files of every kind to pixels, and the refusal of what is none."""
+
+import io
+import struct
+import time
+import zlib
+
+import numpy as np
+import pytest
+from conftest import encoded, random_image
+from PIL import Image
+
+from gptv_jax.data.images import DamagedImageError, Decode
+
+DECODE = Decode()
+
+
+def saved(image: Image.Image, form: str = "PNG", **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
+
+
+def png(width: int, height: int, *, bits=8, color=0, rows=b"") -> bytes:
+    """A PNG written by hand, for what Pillow does not write; rows without their filter bytes."""
+
+    def chunk(kind, content):
+        sum_ = zlib.crc32(kind + content)
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", sum_)
+
+    stride = len(rows) // height
+    lines = b"".join(
+        b"\0" + rows[i * stride : (i + 1) * stride] for i in range(height if rows else 0)
+    )
+    header = struct.pack(">IIBBBBB", width, height, bits, color, 0, 0, 0)
+    content = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + content
+
+
+def smooth() -> np.ndarray:
+    """An image that looks different in all eight orientations, and that JPEG hardly changes."""
+    y, x = np.mgrid[:24, :40]
+    return np.stack([x * 6, y * 10, (x + 2 * y) * 2], axis=-1).astype(np.uint8)
+
+
+def assert_close(found, wanted, atol):
+    assert found.dtype == np.uint8 and found.shape == wanted.shape
+    np.testing.assert_allclose(found.astype(float), wanted, atol=atol)
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "TIFF"])
+@pytest.mark.parametrize(
+    ("orientation", "turned"),
+    [
+        (1, lambda u: u),
+        (2, lambda u: u[:, ::-1]),
+        (3, lambda u: u[::-1, ::-1]),
+        (4, lambda u: u[::-1]),
+        (5, lambda u: u.swapaxes(0, 1)),
+        (6, lambda u: np.rot90(u)),
+        (7, lambda u: np.rot90(u, 2).swapaxes(0, 1)),
+        (8, lambda u: np.rot90(u, -1)),
+    ],
+)
+def test_the_orientation_in_the_exif_data_is_carried_out(orientation, turned, form):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}
+    stored = np.ascontiguousarray(turned(smooth()))
+    found = DECODE(encoded(stored, form, exif=exif, **options.get(form, {})))
+    assert_close(found, smooth(), atol=12 if form == "JPEG" else 0)
+
+
+@pytest.mark.parametrize("background", [0, 100, 255])
+@pytest.mark.parametrize("mode", ["LA", "RGBA", "P", "L", "RGB"])
+def test_what_is_transparent_lies_on_the_background(mode, background):
+    pixels = random_image(6, 10, {"LA": 2, "RGBA": 4, "L": 1, "P": 1, "RGB": 3}[mode])
+    options = {}
+    if mode in ("LA", "RGBA"):
+        content, alpha = pixels[..., :-1], pixels[..., -1:] / 255
+        image = Image.fromarray(pixels)
+    elif mode == "P":
+        palette = random_image(256, 3, seed=1)
+        image = Image.fromarray(pixels[..., 0])
+        image.putpalette(palette.tobytes())
+        shares = random_image(256, seed=2)
+        content, alpha = palette[pixels[..., 0]], shares[pixels] / 255
+        options = {"transparency": shares.tobytes()}
+    else:
+        image = Image.fromarray(pixels.squeeze())
+        clear = pixels[2, 3]
+        content, alpha = pixels, (pixels != clear).any(axis=-1, keepdims=True)
+        options = {"transparency": tuple(map(int, clear)) if mode == "RGB" else int(clear[0])}
+    wanted = np.broadcast_to(content, (6, 10, 3)) * alpha + background * (1 - alpha)
+    assert_close(Decode(background=background)(saved(image, **options)), wanted, atol=1)
+
+
+def test_grey_and_black_and_white_become_rgb_and_stay_grey():
+    grey = random_image(6, 10, 1)
+    np.testing.assert_array_equal(DECODE(encoded(grey)), np.repeat(grey, 3, axis=-1))
+    np.testing.assert_array_equal(Decode(channels=1)(encoded(grey)), grey)
+    bits = Image.fromarray(grey[..., 0] > 100)
+    wanted = np.where(grey > 100, np.uint8(255), np.uint8(0))
+    np.testing.assert_array_equal(Decode(channels=1)(saved(bits)), wanted)
+
+
+def test_one_channel_is_luminance():
+    rgb = random_image(6, 10, 3)
+    wanted = (rgb @ [0.299, 0.587, 0.114])[..., None]
+    assert_close(Decode(channels=1)(encoded(rgb)), wanted, atol=1)
+
+
+def test_sixteen_bits_are_scaled_to_eight():
+    deep = np.random.default_rng(0).integers(2**16, size=(6, 10, 3), dtype=np.uint16)
+    deep[0, :2] = [[0], [65535]]
+    grey = deep[..., :1]
+    in_tiff, pgm = saved(Image.fromarray(grey[..., 0]), "TIFF"), b"P5 10 6 65535\n"
+    in_png = png(10, 6, bits=16, rows=grey.astype(">u2").tobytes())
+    for file in (in_tiff, in_png, pgm + grey.astype(">u2").tobytes()):
+        assert_close(DECODE(file), np.repeat(grey, 3, axis=-1) / 257, atol=1)
+    file = png(10, 6, bits=16, color=2, rows=deep.astype(">u2").tobytes())
+    assert_close(DECODE(file), deep / 257, atol=1)
+
+
+@pytest.mark.parametrize("form", ["GIF", "WEBP", "PNG"])
+def test_of_an_animation_the_first_frame_is_taken(form):
+    frames = [Image.new("RGB", (10, 6), color) for color in ("red", "lime", "blue")]
+    options = {"lossless": True} if form == "WEBP" else {}
+    file = saved(frames[0], form, save_all=True, append_images=frames[1:], **options)
+    np.testing.assert_array_equal(DECODE(file), np.broadcast_to(np.uint8([255, 0, 0]), (6, 10, 3)))
+
+
+@pytest.mark.parametrize("color", [(255, 0, 0), (0, 128, 255), (255, 255, 255), (0, 0, 0)])
+def test_cmyk_becomes_rgb(color):
+    file = saved(Image.new("RGB", (16, 16), color).convert("CMYK"), "JPEG", quality=95)
+    assert_close(DECODE(file), np.broadcast_to(color, (16, 16, 3)), atol=4)
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP"])
+def test_broken_metadata_does_no_harm_to_the_pixels(form):
+    broken = b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01\x07\0\xff\xff\xff\xff"
+    file = encoded(smooth(), form, exif=broken)
+    np.testing.assert_array_equal(DECODE(file), DECODE(encoded(smooth(), form)))
+
+
+JPEG, PNG = encoded(random_image(32, 32, 3), "JPEG"), encoded(random_image(32, 32, 3))
+
+
+@pytest.mark.parametrize(
+    ("file", "reason"),
+    [
+        (b"", "empty"),
+        (b"this is text, called .png\nand more of it\n", "not an image"),
+        (JPEG[: len(JPEG) // 2], "truncated"),
+        (PNG[: len(PNG) // 2], "truncated"),
+        (JPEG[:20], ""),
+        (PNG[:20], ""),
+        (PNG[:33], ""),
+        (encoded(random_image(32, 32, 3), "WEBP")[:500], ""),
+        (encoded(random_image(32, 32, 1), "GIF")[:500], ""),
+        (PNG[:60] + bytes(400) + PNG[460:], ""),
+        (bytes(1000), "not an image"),
+        (encoded(random_image(1, 1, 3)), "1 x 1 pixels"),
+        (encoded(random_image(1, 9, 3)), "9 x 1 pixels"),
+        (png(50_000, 50_000), "2500000000 pixels"),
+        (png(10_000, 10_000), "10000 x 10000 pixels"),
+        (png(2**13 + 1, 2**13), "8193 x 8192 pixels"),
+    ],
+)
+def test_what_cannot_be_used_is_an_error_with_a_reason_of_one_line(file, reason):
+    with pytest.raises(DamagedImageError) as error:
+        DECODE(file)
+    words = str(error.value)
+    assert reason in words and words and len(words.splitlines()) == 1 and len(words) <= 200
+
+
+@pytest.mark.parametrize("side", [10_000, 50_000])
+def test_a_bomb_is_refused_before_it_is_unpacked(side):
+    file = png(side, side, bits=1, rows=bytes(side // 8 * side if side < 20_000 else 0))
+    start = time.monotonic()
+    # Pillow's own memory is not in tracemalloc's books; it could not be had in this time either.
+    with pytest.raises(DamagedImageError, match="pixels"):
+        DECODE(file)
+    assert time.monotonic() - start < 0.1
+
+
+def test_the_limits_are_the_configs():
+    file = encoded(random_image(6, 10, 3))
+    assert Decode(max_pixels=60, min_side=6)(file).shape == (6, 10, 3)
+    for decode in (Decode(max_pixels=59), Decode(min_side=7)):
+        with pytest.raises(DamagedImageError, match="10 x 6 pixels"):
+            decode(file)
+
+
+def test_real_photographs_are_decoded(shared_data):
+    files = sorted((shared_data / "imagenet_sample_128").glob("*.jpg"))[::50]
+    images = np.stack([DECODE(file.read_bytes()) for file in files])
+    assert images.shape == (20, 128, 128, 3) and images.std() > 30

@@ -1,0 +1,125 @@
+"""The real command that writes a token cache."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import encoded, make_folder, random_image
+
+from gptv_jax import config as config_lib
+from gptv_jax.data import cache, sources
+from gptv_jax.tokens import PaletteTokens
+
+pytestmark = pytest.mark.process
+
+CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
+
+
+def prepare(config: str, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "gptv_jax.prepare", f"--config={CONFIGS / config}", *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two classes of 20, in files of several sizes; one of each cannot be read."""
+    files = {
+        f"{name}/{i}.png": encoded(random_image(20 + i, 40 - i, 3, seed=100 * k + i) // (k + 1))
+        for k, name in enumerate(("light", "dark"))
+        for i in range(20)
+    }
+    files |= {"light/text.jpg": b"this is text", "dark/empty.png": b""}
+    return make_folder(tmp_path_factory.mktemp("images"), files)
+
+
+def test_a_folder_of_images_becomes_a_cache_that_training_can_read(folder, tmp_path):
+    out = tmp_path / "caches" / "mine"
+    fields = ["image_size=16", 'eval_transforms=("decode()","resize(16)")']
+    ended = prepare(
+        "image_folder.py",
+        f"--out={out}",
+        f"--config.data.path={folder}",
+        *(f"--config.data.{field}" for field in fields),
+        "--config.tokens.colors=12",
+        "--config.data.max_damaged=0.1",
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    summary = json.loads(ended.stdout)
+    assert summary["folder"] == str(out) and summary["damaged"] == 2
+    # What the summary itself took is not in its books, nor is anything else left out.
+    assert summary["bytes"] == sum(path.stat().st_size for path in out.iterdir())
+    assert summary["train"]["images"] == 40 and summary["train"]["tokens_used"] == 12
+    assert summary["train"]["mean_squared_error"] > 0
+    skipped = [json.loads(line) for line in (out / "skipped.jsonl").read_text().splitlines()]
+    assert {pathlib.Path(s["name"]).name for s in skipped} == {"text.jpg", "empty.png"}
+    for line in skipped:
+        assert ended.stderr.count(line["name"]) == 1
+    found = cache.TokenCache(out)
+    assert found.lengths == {"train": 40} and found.classes == 2
+    assert found.transforms == ("decode()", "resize(16)")
+    codec, source = found.codec(), found.open("train")
+    assert isinstance(codec, PaletteTokens) and codec.palette.provenance["method"]
+    labels = [int(source[i]["label"]) for i in range(40)]
+    assert sorted(labels) == [0] * 20 + [1] * 20
+    tokens = np.stack([source[i]["image"].ravel() for i in range(40)]).astype(np.int32)
+    brightness = codec.decode(tokens).mean(axis=(1, 2, 3))
+    assert (brightness > 100).astype(int).tolist() == labels  # dark is 0, light is 1
+
+
+def test_digits_become_a_cache_of_the_very_images(tmp_path):
+    ended = prepare("digits.py", f"--out={tmp_path / 'cache'}")
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    summary = json.loads(ended.stdout)
+    assert summary["damaged"] == 0 and summary["bytes"] < 1797 * 64
+    found, images = cache.TokenCache(tmp_path / "cache"), sources.digits()
+    assert found.lengths == images.lengths and found.classes == 10
+    for split, count in found.lengths.items():
+        assert summary[split]["images"] == count and summary[split]["mean_squared_error"] == 0
+        assert summary[split]["psnr"] is None
+        source, wanted = found.open(split), images.open(split)
+        for i in range(count):
+            np.testing.assert_array_equal(source[i]["image"], wanted[i]["image"])
+            assert source[i]["label"] == wanted[i]["label"]
+    config = config_lib.Data(name="tokens", path=str(tmp_path / "cache"))
+    assert len(sources.open_source(config, "train[:50%]")) == 598
+
+
+def assert_refused(ended: subprocess.CompletedProcess, words: str) -> None:
+    assert ended.returncode == 1 and ended.stdout == ""
+    assert "Traceback" not in ended.stderr
+    (line,) = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+    assert words in line
+
+
+def test_an_out_folder_that_is_not_empty_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "mine.txt").write_text("precious")
+    assert_refused(prepare("digits.py", f"--out={tmp_path}"), "is not empty; name a new folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_an_out_folder_must_be_given():
+    assert_refused(prepare("digits.py"), "--out must be given")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--config.data.path=/nowhere"], "config.data.path=/nowhere does not exist"),
+        (["--config.tokens.colors=1"], "config.tokens.colors is 1"),
+        (['--config.data.eval_transforms=("decode()","flip()")'], "which is random"),
+        (["--config.data.eval_transforms=('decode()','resize(8.5)')"], "resize(8.5)"),
+        (["--config.tokens.palette=/nowhere.npz"], "there is no palette /nowhere.npz"),
+    ],
+)
+def test_what_cannot_be_prepared_is_refused_in_one_sentence(folder, tmp_path, arguments, words):
+    given = [f"--out={tmp_path / 'cache'}", f"--config.data.path={folder}", *arguments]
+    assert_refused(prepare("image_folder.py", *given), words)
+    assert prepare_left(tmp_path / "cache") == []
+
+
+def prepare_left(out: pathlib.Path) -> list[str]:
+    """A refusal leaves nothing that the mended command would stumble over."""
+    return sorted(path.name for path in out.iterdir()) if out.exists() else []
