@@ -158,9 +158,8 @@ def report(speeds: dict) -> None:
     for (name, workers, peer), found in speeds.items():
         speed = statistics.median(found)
         base = statistics.median(speeds["CIFAR-10 (TFDS)", workers, peer])
-        print(
-            f"{name:16} {workers:7} {peer:>9} {speed:9,.0f} {speed * 1024:11,.0f} {speed / base:9.2f}"
-        )
+        numbers = f"{speed:9,.0f} {speed * 1024:11,.0f} {speed / base:9.2f}"
+        print(f"{name:16} {workers:7} {peer:>9} {numbers}")
         rows.append({"input": name, "workers": workers, "by": peer, "images_per_second": speed})
     print(json.dumps(rows))
 

@@ -50,23 +50,25 @@ def _tiny(c):
     c.model.layers, c.model.width, c.model.heads = 4, 64, 2
     c.model.axial_positions = True
     c.model.scan_layers = False
-    c.train.steps = 800
+    c.train.steps = 700
     for train in (c.train, c.finetune.train):
-        train.batch_size = 16
+        train.batch_size = 8
         train.log_every = 20
         train.optimizer.name = "muon"
         train.optimizer.learning_rate = 1e-2
         train.optimizer.weight_decay = 0.01
         train.optimizer.clip_norm = 1.0
         train.optimizer.warmup_steps = 30
-    c.train.eval_every = 400
+    c.train.eval_every = 350
     c.train.checkpoint_every = 100
+    # Less to measure on, so that measuring does not take longer than training.
     c.data.validation_split = "train[90%:91%]"
-    c.probe.train_images = 5000
+    c.data.test_split = "test[:20%]"
+    c.probe.train_images = 4000
     c.probe.batch_size = 64
-    c.finetune.train.steps = 150
-    c.finetune.train.eval_every = 50
-    c.finetune.train.checkpoint_every = 50
+    c.finetune.train.steps = 240
+    c.finetune.train.eval_every = 80
+    c.finetune.train.checkpoint_every = 80
     c.finetune.train.optimizer.learning_rate = 3e-3
     c.finetune.standardize = True
     c.finetune.patience = 0

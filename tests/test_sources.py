@@ -323,9 +323,12 @@ def test_symbolic_links_are_followed(tmp_path):
     (folder / "a" / "link.png").symlink_to(tmp_path / "store" / "one.png")
     source = opened(folder)
     assert source.classes == 2 and len(source) == 6
-    (folder / "link").symlink_to(folder)  # round in a circle
-    again = opened(folder, labels=False)
-    assert len(again) < 20
+
+
+def test_symbolic_links_in_a_circle_are_followed_once(tmp_path):
+    folder = make_folder(tmp_path / "set", images(*classes(2, "a")))
+    (folder / "a" / "link").symlink_to(folder)
+    assert len(opened(folder, labels=False)) < 10
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ k*B .. (k+1)*B, and host i of n takes the i-th n-th of them.
 """
 
 import dataclasses
+import functools
+import logging
 import os
 import pathlib
 from collections.abc import Iterator
@@ -20,6 +22,8 @@ from gptv_jax.data import sources, transforms
 from gptv_jax.data.damage import SOUND, Decoded, Ledger
 from gptv_jax.data.images import Decode
 from gptv_jax.tokens import Codec
+
+LOG = logging.getLogger(__name__)
 
 
 class Pipeline:
@@ -146,9 +150,24 @@ def _opened(config: config_lib.Data, split: str, entries: tuple[str, ...]):
         )
     if source.form == "encoded":
         return Decoded(source, steps[0]), steps[1:]
-    if source.form == "tokens":  # pixels are gone; what needs them was done before
-        return source, [step for step in steps if not step.of_pixels]
+    if source.form == "tokens":
+        return source, _on_tokens(config, entries)
     return source, [step for step in steps if not isinstance(step, Decode)]
+
+
+@functools.cache
+def _on_tokens(config: config_lib.Data, entries: tuple[str, ...]) -> list[transforms.Transform]:
+    """The steps after the last one that needs pixels; what a cache lacks is said, once."""
+    steps = [transforms.parse(entry) for entry in entries]
+    first = max((i + 1 for i, step in enumerate(steps) if step.of_pixels), default=0)
+    missed = [entry for entry in entries[:first] if entry not in config.eval_transforms]
+    if missed:
+        LOG.warning(
+            "%s needs pixels, which a token cache has no more; it is made of %s.",
+            ", ".join(missed),
+            ", ".join(config.eval_transforms),
+        )
+    return steps[first:]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,12 +180,11 @@ class _Example(grain.transforms.RandomMap):
 
     def random_map(self, index: int, rng: np.random.Generator) -> dict:
         """Of training; the generator is the example's own."""
-        element = self.image(index, rng)
-        return {"tokens": to_tokens(self.codec, element.pop("image")), **element}
+        return self._with_tokens(self.image(index, rng))
 
     def map(self, index: int) -> dict:
         """Of evaluation, where nothing is random."""
-        return self.random_map(index, None)
+        return self._with_tokens(self.image(index))
 
     def image(self, index: int, rng: np.random.Generator | None = None) -> dict:
         """Before it becomes tokens."""
@@ -178,6 +196,9 @@ class _Example(grain.transforms.RandomMap):
             else:
                 element["image"] = step(element["image"], rng)
         return element
+
+    def _with_tokens(self, element: dict) -> dict:
+        return {"tokens": to_tokens(self.codec, element.pop("image")), **element}
 
 
 def to_tokens(codec: Codec, image: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ from gptv_jax.model.gpt import Network
 from gptv_jax.run import Run
 from gptv_jax.train import loop, optimizer, step
 
-STATISTICS = 10_000  # training images at most that the head's input is measured on
+STATISTICS = 2_000  # training images at most that the head's input is measured on
 MIN_DEVIATION = 1e-6  # a feature that varies less is only centred
 
 
