@@ -1,7 +1,9 @@
 """What the commands share: the --config flag, and errors as one sentence instead of a traceback."""
 
 import difflib
+import functools
 import logging
+import operator
 import pathlib
 import re
 import sys
@@ -18,6 +20,8 @@ from gptv_jax.config import InputError
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Configuration file, FILE[:ARG]; its fields are --config.a.b=value."
 )
+
+_NONE = re.compile(r"--?config\.([^=]+)=None$")
 
 
 def start(main: Callable[[config_lib.Config], None]) -> None:
@@ -58,13 +62,21 @@ def parse(argv: list[str]) -> list[str]:
             raise InputError(
                 f"--config.{override[1]} is not a field; {hint}There are: {', '.join(fields)}."
             )
+    # ml_collections has no word for None where a field holds a value; it is set here, at the end.
+    none = [a for a in argv[1:] if (m := _NONE.match(a)) and kinds[m[1]].endswith("or None")]
+    argv = [a for a in argv if a not in none]
     given = next((a for a in argv[1:] if re.match(r"--?config=", a)), "--config")
     file = given.partition("=")[2].partition(":")[0]
     if file and not pathlib.Path(file).exists():
         raise InputError(f"{given}: there is no file {file}.")
     try:
         remaining = flags.FLAGS(argv)
-        CONFIG.value  # noqa: B018  raises here what went wrong in loading the file
+        settings = CONFIG.value  # raises here what went wrong in loading the file
+        for argument in none:
+            *sections, field = _NONE.match(argument)[1].split(".")
+            section = functools.reduce(operator.getitem, sections, settings)
+            with section.ignore_type():
+                section[field] = None
     except flags.IllegalFlagValueError as error:
         override = re.match(r"flag --config\.([\w.]+)=(.*?): ", str(error), re.DOTALL)
         if override and override[1] in kinds:

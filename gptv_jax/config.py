@@ -332,7 +332,7 @@ def _checked(value, field: dataclasses.Field, where: str):
     if value is None and optional:
         return None
     try:
-        value = _typed(value, kind)
+        value = typed(value, kind)
     except TypeError:
         found = f"{where} is {value!r}, of type {type(value).__name__}"
         raise InputError(f"{found}; it takes {type_words(field)}.") from None
@@ -343,10 +343,14 @@ def _checked(value, field: dataclasses.Field, where: str):
     return value
 
 
-def _typed(value, kind):
-    """`value` as `kind`; only whole numbers to floats and lists to tuples are converted."""
+def typed(value, kind):
+    """`value` as `kind`; only whole numbers to floats and lists to tuples are converted.
+
+    Raises:
+      TypeError: it is of another type.
+    """
     if typing.get_origin(kind) is tuple and isinstance(value, list | tuple):
-        return tuple(_typed(v, typing.get_args(kind)[0]) for v in value)
+        return tuple(typed(v, typing.get_args(kind)[0]) for v in value)
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:

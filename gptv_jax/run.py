@@ -40,8 +40,9 @@ class Run:
         self.mesh = sharding.make_mesh(config.mesh)
         sharding.check(config, self.mesh)
         self._compare()
-        train, *_ = (sources.open_source(config.data, split) for split in sources.SPLITS)
-        self.classes = train.classes
+        opened = {split: sources.open_source(config.data, split) for split in sources.SPLITS}
+        self.classes = opened["train"].classes
+        self._lengths = {split: len(source) for split, source in opened.items()}
         for entries in (config.data.train_transforms, config.finetune.train_transforms):
             transforms.check(entries, config.data.eval_transforms)
         found = codecs.find_codec(config, self.folder)
@@ -185,9 +186,18 @@ class Run:
                 "that you may write to."
             ) from error
         path = self.folder / "config.json"
-        if not path.exists():
+        if path.exists():
+            # Where the data lie may change, but not what they are.
+            before = read_json(path, {}).get("images", self._lengths)
+            if before != self._lengths:
+                raise InputError(
+                    f"{self.folder} was made with {before} images, but there are {self._lengths} "
+                    "now; take the same data, or another --workdir."
+                )
+        else:
             devices = f"{jax.device_count()} {jax.devices()[0].device_kind}"
             record = {"command": command(), "devices": devices, "versions": _versions()}
+            record |= {"images": self._lengths}
             write_json(path, record | {"config": config_lib.flatten(self.config)})
 
 

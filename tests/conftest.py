@@ -97,6 +97,7 @@ SMALL = {
     "finetune.train.log_every": 4,
     "finetune.train.optimizer.name": "adamw",
     "finetune.train.optimizer.learning_rate": 0.05,
+    "finetune.train.optimizer.rest_learning_rate": None,
     "finetune.train.optimizer.warmup_steps": 2,
     "probe.c": (0.1, 1.0),
     "sample.count": 6,

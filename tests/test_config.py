@@ -10,7 +10,7 @@ from gptv_jax import config as config_lib
 
 FREE = {
     "mesh.data", "mesh.fsdp", "mesh.tensor",
-    "data.workers",
+    "data.workers", "data.dir", "data.path", "tokens.palette",
     "model.scan_layers", "model.remat",
     "train.checkpoint_every", "train.keep_checkpoints", "train.log_every",
     "finetune.train.checkpoint_every", "finetune.train.keep_checkpoints",
@@ -60,6 +60,10 @@ OUT_OF_RANGE = {
     "probe.c": (),
     "probe.max_iterations": 0,
     "probe.batch_size": 0,
+    "probe.train_images": 0,
+    "data.damaged": "ignore",
+    "data.max_damaged": 1.5,
+    "tokens.colors": 1,
     "sample.count": 0,
     "sample.completions": -1,
     "sample.keep": 1.5,
@@ -69,7 +73,10 @@ OUT_OF_RANGE = {
 }
 # What any value of the type is good for, or what is judged where data sets and codecs are known.
 UNBOUNDED = {
-    "init_from", "data.name", "data.train_transforms", "tokens.name",
+    "init_from", "data.name", "data.dir", "data.path", "data.labels",
+    "data.train_split", "data.validation_split", "data.test_split",
+    "data.train_transforms", "data.eval_transforms", "finetune.train_transforms",
+    "tokens.name", "tokens.palette",
     "model.axial_positions", "model.start_per_variant", "model.scan_layers",
     "finetune.standardize",
 }  # fmt: skip
@@ -100,9 +107,8 @@ def test_the_defaults_resolve_to_themselves():
 
 
 def test_flatten_and_unflatten_are_inverses_and_keep_every_value():
-    config = config_lib.resolve(
-        changed(train__steps=7, sample__top_k=3, data__train_transforms=("a",))
-    )
+    settings = changed(train__steps=7, sample__top_k=3, data__train_transforms=("a",))
+    config = config_lib.resolve(settings)
     flat = config_lib.flatten(config)
     assert flat["train.steps"] == 7 and flat["finetune.train.steps"] == 1000
     assert flat["sample.top_k"] == 3 and flat["data.train_transforms"] == ("a",)

@@ -5,7 +5,7 @@ A folder with
     header.json              what the tokens are, of which images, made how
     palette.npz              where the tokens are colours
     <split>-00000.npy, ...   examples end to end, each packed and deflated; mapped, not loaded
-    <split>.npz              where each example ends, and its label
+    <split>.npz              where each example ends, its checksum and its label
 
 An example's tokens are renumbered so that neighbours look alike, laid out as bit planes (the low
 byte, then one plane for each bit above it) and deflated (zlib).
@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Int
 
 from gptv_jax import config as config_lib
-from gptv_jax import tokens
+from gptv_jax import npz, tokens
 from gptv_jax.config import InputError
 
 FORMAT = 1  # of the folder; another one is not read
@@ -66,8 +66,8 @@ def write(
 
 
 def _write_split(folder: pathlib.Path, split: str, examples: Iterable, packer: "_Packer") -> int:
-    shard, ends, labels = bytearray(), [], []
-    number = 0
+    shard, number = bytearray(), 0
+    rows = []  # of each example: its shard, where it ends there, checksum, label
 
     def flush():
         np.save(_shard(folder, split, number), np.frombuffer(shard, np.uint8))
@@ -76,14 +76,15 @@ def _write_split(folder: pathlib.Path, split: str, examples: Iterable, packer: "
         if len(shard) > SHARD_BYTES:
             flush()
             shard, number = bytearray(), number + 1
-        shard += packer.pack(example)
-        ends.append((number, len(shard)))
-        labels.append(-1 if label is None else label)
+        packed = packer.pack(example)
+        shard += packed
+        rows.append((number, len(shard), zlib.crc32(packed), -1 if label is None else label))
     flush()
-    numbers, ends = np.array(ends, np.int64).reshape(-1, 2).T
-    labels = np.array(labels, np.int32)
-    np.savez_compressed(folder / f"{split}.npz", shard=numbers, end=ends, label=labels)
-    return len(ends)
+    columns = np.array(rows, np.int64).reshape(-1, 4).T
+    names = ("shard", "end", "checksum", "label")
+    index = dict(zip(names, columns, strict=True)) | {"label": columns[3].astype(np.int32)}
+    np.savez_compressed(folder / f"{split}.npz", **index)
+    return len(rows)
 
 
 def _shard(folder: pathlib.Path, split: str, number: int) -> pathlib.Path:
@@ -111,7 +112,7 @@ class TokenCache:
             self.tokens = config_lib.Tokens(**self.header["tokens"])
             self.image_size: int = self.header["image_size"]
             self.transforms: tuple[str, ...] = tuple(self.header["transforms"])
-        except FileNotFoundError as error:
+        except OSError as error:
             raise InputError(
                 f"{folder} is no token cache: it has no header.json, which gptv_jax.prepare writes "
                 "last."
@@ -123,7 +124,10 @@ class TokenCache:
 
     def codec(self) -> tokens.Codec:
         """What the tokens mean."""
-        return tokens.make_codec(self.tokens, self.image_size, tokens.load_palette(self.folder))
+        palette = tokens.load_palette(self.folder)
+        if self.tokens.name == "palette" and palette is None:
+            raise InputError(f"{self.folder} is damaged: it has lost its {tokens.PALETTE_FILE}.")
+        return tokens.make_codec(self.tokens, self.image_size, palette)
 
     def open(self, split: str) -> "_CachedSplit":
         """A split; see `sources.DataSet`."""
@@ -134,16 +138,17 @@ class _CachedSplit:
     def __init__(self, folder: pathlib.Path, split: str, packer: "_Packer", labelled: bool):
         self.folder, self.split, self.packer, self.labelled = folder, split, packer, labelled
         try:
-            with np.load(folder / f"{split}.npz") as index:
-                self.shards, self.ends, self.labels = index["shard"], index["end"], index["label"]
+            index = npz.read(folder / f"{split}.npz")
+            self.shards, self.ends = index["shard"], index["end"]
+            self.labels, self.checksums = index["label"], index["checksum"]
             self.starts = np.where(np.diff(self.shards, prepend=-1), 0, np.roll(self.ends, 1))
             self._files = self._mapped()
-        except (OSError, ValueError, KeyError, EOFError) as error:
+        except (ValueError, KeyError) as error:
             raise InputError(f"split {split} of {folder} is damaged ({error}).") from error
 
     def _mapped(self) -> list[np.ndarray]:
         paths = [_shard(self.folder, self.split, i) for i in range(int(self.shards[-1]) + 1)]
-        return [np.load(path, mmap_mode="r") for path in paths]
+        return [npz.memory_map(path) for path in paths]
 
     def __getstate__(self) -> dict:
         """Without the mapped files, which a worker process maps itself."""
@@ -158,10 +163,9 @@ class _CachedSplit:
 
     def __getitem__(self, index: int) -> dict:
         packed = self._files[self.shards[index]][self.starts[index] : self.ends[index]]
-        try:
-            example = {"image": self.packer.unpack(packed)}
-        except (zlib.error, ValueError) as error:
-            raise InputError(f"{self.name(index)} is damaged ({error}).") from error
+        if zlib.crc32(packed) != self.checksums[index]:
+            raise InputError(f"{self.name(index)} is damaged: its bytes are not those written.")
+        example = {"image": self.packer.unpack(packed)}
         return {**example, "label": self.labels[index]} if self.labelled else example
 
     def name(self, index: int) -> str:

@@ -75,7 +75,9 @@ class Ledger:
         """
         self._config = config
         self._path = folder / "skipped.jsonl" if folder else None
-        self._met = {line["name"] for line in self._lines()}
+        lines = self._lines()
+        self._met = {line["name"] for line in lines}
+        self._before = max((line["looked_at"] for line in lines), default=0)  # in earlier processes
         self._drawn: dict[str, int] = {}  # images looked at, by split
 
     @property
@@ -113,7 +115,12 @@ class Ledger:
         LOG.warning("%s is left out: %s.", name, reason)
         if self._path:
             with self._path.open("a") as file:
-                file.write(json.dumps({"name": name, "reason": reason}) + "\n")
+                line = {"name": name, "reason": reason, "looked_at": self._looked_at()}
+                file.write(json.dumps(line) + "\n")
+
+    def _looked_at(self) -> int:
+        """Different images, all splits together."""
+        return max(sum(self._drawn.values()), self._before)
 
     def _judge(self) -> None:
         """Raises where the share of damaged images is above the limit.
@@ -121,7 +128,7 @@ class Ledger:
         A few early ones say nothing yet, so the share is of ENOUGH images at least, or of all.
         """
         everything = sum(sources.open_data_set(self._config).lengths.values())
-        looked_at = min(max(sum(self._drawn.values()), ENOUGH), everything)
+        looked_at = min(max(self._looked_at(), ENOUGH), everything)
         if self.count > self._config.max_damaged * looked_at:
             raise InputError(
                 f"{self.count} of {looked_at} images cannot be read, more than the share "
@@ -130,7 +137,9 @@ class Ledger:
             )
 
     def _lines(self) -> list[dict]:
+        """What the file holds; a last line that a kill cut short is taken away."""
         if not self._path or not self._path.exists():
             return []
-        whole = [line for line in self._path.read_text().splitlines() if line.endswith("}")]
+        whole = [line for line in self._path.read_text().splitlines(True) if line.endswith("}\n")]
+        self._path.write_text("".join(whole))
         return [json.loads(line) for line in whole]

@@ -9,17 +9,17 @@ from gptv_jax.config import InputError
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 # What a sub-folder may be called that holds a split.
-SPLIT_FOLDERS = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
+SPLIT_FOLDERS = {n: n for n in ("train", "validation", "test")} | {"val": "validation"}
 SEED = 0  # of the order of images; the same in every run
 
 
 class ImageFolder:
     """Image files of a folder, and of those below it.
 
-    With a sub-folder `train`, the sub-folders train, validation (or val) and test are the splits;
-    else all is one split, train. Within a split, a class is a sub-folder; images that lie in no
-    sub-folder make the whole set unlabelled. The order is mixed, class by class alike, so that
-    `train[:90%]` holds nine tenths of every class.
+    Where the sub-folders are train, validation (or val) and test, or train and one of these, they
+    are the splits; else all is one split, train. Within a split, a class is a sub-folder; images
+    that lie in no sub-folder make the whole set unlabelled. The order is mixed, class by class
+    alike, so that `train[:90%]` holds nine tenths of every class.
     """
 
     form = "encoded"
@@ -37,9 +37,11 @@ class ImageFolder:
         if not path.is_dir():
             raise InputError(f"config.data.path={path} is not a folder.")
         folders = {"train": path}
-        if (path / "train").is_dir():
-            found = [f for f in sorted(SPLIT_FOLDERS) if (path / f).is_dir()]
-            folders = {SPLIT_FOLDERS[name]: path / name for name in found}
+        below = {f.name for f in path.iterdir() if f.is_dir() and not f.name.startswith(".")}
+        if "train" in below and below <= set(SPLIT_FOLDERS):
+            folders = {SPLIT_FOLDERS[name]: path / name for name in sorted(below)}
+            if len(folders) < len(below):
+                raise InputError(f"{path} has both val and validation; keep one of them.")
         files = {split: _files(folder) for split, folder in folders.items()}
         for split, found in files.items():
             if not found:
@@ -100,9 +102,14 @@ class _FolderSplit:
 
 def _files(folder: pathlib.Path) -> list[str]:
     """Paths below `folder`, in order, of what is called like an image; hidden ones left out."""
-    found = []
+    found, seen = [], set()
     for path, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(path)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if real in seen:  # links that go round in a circle
+            folders[:] = []
+            continue
+        seen.add(real)
         found += [
             os.path.relpath(os.path.join(path, name), folder)
             for name in sorted(names)

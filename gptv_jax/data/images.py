@@ -8,6 +8,9 @@ from typing import ClassVar
 import numpy as np
 from PIL import Image, ImageOps
 
+# Pillow's remarks on odd metadata; here, because a `with` would not be safe among threads.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
 
 class DamagedImageError(ValueError):
     """An image that cannot be used; the message says why."""
@@ -29,8 +32,8 @@ class Decode:
     min_side: int = 2  # pixels; a smaller image shows nothing
 
     def __post_init__(self):
-        if self.channels not in (1, 3):
-            raise ValueError("it takes channels 3 or 1")
+        if self.channels not in (1, 3) or not 0 <= self.background <= 255:
+            raise ValueError("it takes channels 3 or 1, background 0 to 255")
 
     def __call__(self, encoded: bytes) -> np.ndarray:
         """Uint8 [H, W, channels].
@@ -41,11 +44,9 @@ class Decode:
         if not encoded:
             raise DamagedImageError("the file is empty")
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata
-                with Image.open(io.BytesIO(encoded)) as image:
-                    self._check_size(*image.size)
-                    return self._pixels(image)
+            with Image.open(io.BytesIO(encoded)) as image:
+                self._check_size(*image.size)
+                return self._pixels(image)
         except DamagedImageError:
             raise
         except Exception as error:  # Pillow's plugins raise whatever their parsers do

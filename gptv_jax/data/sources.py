@@ -11,6 +11,7 @@ import numpy as np
 from sklearn import datasets, model_selection
 
 from gptv_jax import config as config_lib
+from gptv_jax import npz
 from gptv_jax.config import InputError
 from gptv_jax.data.cache import TokenCache
 from gptv_jax.data.folder import ImageFolder
@@ -59,15 +60,17 @@ class Arrays:
     form = "pixels"
 
     def __init__(self, splits: dict[str, tuple[np.ndarray, np.ndarray | None]]):
-        for name, (images, labels) in splits.items():
-            wanted = images.ndim == 4 and images.dtype == np.uint8 and len(images)
-            if not wanted or (labels is not None and labels.shape != images.shape[:1]):
-                raise InputError(
-                    f"split {name} holds images {images.dtype} {list(images.shape)}"
-                    + ("" if labels is None else f" and labels {list(labels.shape)}")
-                    + "; they must be uint8 [N, H, W, C] and int [N]."
-                )
         labelled = [labels for _, labels in splits.values() if labels is not None]
+        if len(labelled) not in (0, len(splits)):
+            raise InputError(f"some of the splits {', '.join(splits)} have labels and some none.")
+        for name, (images, labels) in splits.items():
+            if not _fits(images, labels):
+                of_labels = "" if labels is None else f" and labels {labels.dtype} "
+                raise InputError(
+                    f"split {name} holds images {images.dtype} {list(images.shape)}{of_labels}"
+                    f"{'' if labels is None else list(labels.shape)}; they must be uint8 "
+                    "[N, H, W, C] and whole numbers [N] from 0."
+                )
         self.classes = 1 + max(map(int, map(np.max, labelled))) if labelled else 0
         self.lengths = {name: len(images) for name, (images, _) in splits.items()}
         self._splits = splits
@@ -75,6 +78,15 @@ class Arrays:
     def open(self, split: str) -> Source:
         """A split; see `DataSet`."""
         return _ArraysSplit(split, *self._splits[split])
+
+
+def _fits(images: np.ndarray, labels: np.ndarray | None) -> bool:
+    if images.ndim != 4 or images.dtype != np.uint8 or not len(images):
+        return False
+    if labels is None:
+        return True
+    whole = labels.shape == images.shape[:1] and labels.dtype.kind in "iu"
+    return whole and bool(labels.min() >= 0)
 
 
 class _ArraysSplit:
@@ -96,13 +108,15 @@ def open_npz(config: config_lib.Data) -> Arrays:
     """`Arrays` of an `.npz` file with `train_images`, `train_labels`, `test_images`, ..."""
     path = _existing(config)
     try:
-        with np.load(path) as file:
-            names = [key.removesuffix("_images") for key in file if key.endswith("_images")]
-            splits = {n: (file[f"{n}_images"], file.get(f"{n}_labels")) for n in names}
-    except (OSError, ValueError, EOFError) as error:
+        arrays = npz.read(path)
+    except npz.UnreadableError as error:
         raise InputError(f"config.data.path={path} is no .npz file of arrays ({error}).") from error
+    names = [key.removesuffix("_images") for key in arrays if key.endswith("_images")]
+    splits = {n: (arrays[f"{n}_images"], arrays.get(f"{n}_labels")) for n in names}
     if not splits:
-        raise InputError(f"config.data.path={path} holds no array called train_images or the like.")
+        raise InputError(
+            f"config.data.path={path} is no .npz file that holds train_images or the like."
+        )
     return Arrays(splits)
 
 

@@ -182,6 +182,7 @@ class RandomResizedCrop:
 
     def __post_init__(self):
         Resize.__post_init__(self)
+        _require(len(self.area) == len(self.ratio) == 2, "area and ratio two numbers each")
         _require(0 < self.area[0] <= self.area[1] <= 1, "area two shares, the smaller first")
         _require(0 < self.ratio[0] <= self.ratio[1], "ratio two ratios, the smaller first")
 
@@ -303,12 +304,23 @@ def parse(entry: str) -> Transform | Decode:
         transform = TRANSFORMS[call.func.id]
         arguments = [ast.literal_eval(a) for a in call.args]
         named = {k.arg: ast.literal_eval(k.value) for k in call.keywords}
-        return transform(*arguments, **named)
+        made = transform(*arguments, **named)
+        for field in dataclasses.fields(made):
+            _check_type(getattr(made, field.name), field)
+        return made
     except (SyntaxError, AttributeError, KeyError, TypeError, ValueError) as error:
         accepted = "; ".join(f"{name}({_arguments(t)})" for name, t in TRANSFORMS.items())
         raise config_lib.InputError(
             f"a list of transforms has {entry!r} ({error}); an entry is one of: {accepted}."
         ) from error
+
+
+def _check_type(value, field: dataclasses.Field) -> None:
+    try:
+        config_lib.typed(value, field.type)
+    except TypeError:
+        words = config_lib.type_words(field)
+        raise TypeError(f"{field.name} is {value!r}; it takes {words}") from None
 
 
 def check(training: tuple[str, ...], evaluation: tuple[str, ...]) -> None:

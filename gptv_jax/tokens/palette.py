@@ -10,6 +10,7 @@ import numpy as np
 import sklearn.cluster
 from jaxtyping import Float, Int, UInt8
 
+from gptv_jax import npz
 from gptv_jax.config import InputError
 
 CELL = 16  # colour values that a cell of the look-up table has along each channel
@@ -48,15 +49,15 @@ def load(path: str | pathlib.Path) -> Palette:
       InputError: no such file, or no float array [V, 3] of values from -1 to 1 in it.
     """
     path = pathlib.Path(path).absolute()
+    if not path.exists():
+        raise InputError(f"there is no palette {path}.")
     try:
-        content = np.load(path)
-        if isinstance(content, np.ndarray):
-            centers, provenance = content, {"file": path.name}
+        content = npz.read(path)
+        if "" in content:
+            centers, provenance = content[""], {"file": path.name}
         else:
             centers, provenance = content["centers"], json.loads(str(content["provenance"]))
-    except FileNotFoundError as error:
-        raise InputError(f"there is no palette {path}.") from error
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (ValueError, KeyError) as error:
         raise InputError(f"{path} is not a palette ({error}).") from error
     usable = centers.ndim == 2 and centers.shape[1] == 3 and 2 <= len(centers) <= 65536
     if not usable or centers.dtype.kind != "f" or not np.abs(centers).max() <= 1:
@@ -79,17 +80,21 @@ def build(pixels: UInt8[np.ndarray, "N 3"], colors: int, seed: int, provenance: 
     Raises:
       InputError: fewer different pixels than colours.
     """
-    distinct = len(np.unique(pixels, axis=0))
-    if distinct < colors:
+    distinct = np.unique(pixels, axis=0)
+    if len(distinct) < colors:
         raise InputError(
-            f"the images have only {distinct} different colours; set config.tokens.colors to that "
-            "or less."
+            f"the images have only {len(distinct)} different colours; set config.tokens.colors to "
+            "that or less."
         )
-    means = sklearn.cluster.MiniBatchKMeans(colors, random_state=seed, batch_size=8192, n_init=1)
-    scaled = pixels.astype(np.float32) / 127.5 - 1
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # about memory on one kind of BLAS
-        centers = means.fit(scaled).cluster_centers_
+    if len(distinct) == colors:
+        centers = distinct / 127.5 - 1
+    else:
+        means = sklearn.cluster.MiniBatchKMeans(
+            colors, random_state=seed, batch_size=8192, n_init=1
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # about memory on one kind of BLAS
+            centers = means.fit(pixels.astype(np.float32) / 127.5 - 1).cluster_centers_
     centers = centers[np.argsort(centers @ WEIGHTS, kind="stable")].clip(-1, 1)
     method = {"method": "scikit-learn MiniBatchKMeans", "seed": seed, "pixels": len(pixels)}
     return Palette(centers.astype(np.float32), provenance | method)
