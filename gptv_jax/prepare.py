@@ -23,9 +23,11 @@ LOG = logging.getLogger("gptv_jax.prepare")
 def main(settings: config.Config) -> None:
     """Tokenises every split of the data set and prints what the tokens are like."""
     folder = pathlib.Path(OUT.value).absolute()
-    cache.claim(folder)
     transforms.check((), settings.data.eval_transforms)
     data_set = sources.open_data_set(settings.data)
+    if data_set.form == "tokens":
+        raise config.InputError(f"config.data.path={settings.data.path} holds tokens already.")
+    cache.claim(folder)
     ledger = Ledger(settings.data, folder)
     chosen = codec.find_codec(settings) or codec.build_codec(settings, ledger)
     # Split expressions choose among what is cached, when it is read.

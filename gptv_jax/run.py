@@ -61,10 +61,13 @@ class Run:
 
     def _try(self, codec: tokens.Codec) -> None:
         """The data, every list of transforms and the codec must fit each other."""
-        data = self.config.data
-        given = (data.train_transforms, data.eval_transforms, self.config.finetune.train_transforms)
-        for entries in given:
-            pipeline.try_out(data, codec, entries or data.train_transforms, TRIED)
+        data, finetune = self.config.data, self.config.finetune
+        for entries in (
+            data.train_transforms,
+            data.eval_transforms,
+            finetune.train_transforms or data.train_transforms,
+        ):
+            pipeline.try_out(data, codec, entries, TRIED)
 
     def network(self, classes: int = 0) -> Network:
         """The network of the config, with a class head where `classes` is not 0."""

@@ -9,6 +9,7 @@ import json
 import logging
 import pathlib
 
+import jax
 import numpy as np
 
 from gptv_jax import config as config_lib
@@ -74,7 +75,10 @@ class Ledger:
           folder: of the run; None: nothing is written.
         """
         self._config = config
-        self._path = folder / "skipped.jsonl" if folder else None
+        # Every process has its own, as each meets the images of its share.
+        index = jax.process_index()
+        name = f"skipped-{index}.jsonl" if index else "skipped.jsonl"
+        self._path = folder / name if folder else None
         lines = self._lines()
         self._met = {line["name"] for line in lines}
         self._before = max((line["looked_at"] for line in lines), default=0)  # in earlier processes
