@@ -10,7 +10,7 @@ Expect:     test loss about 1.23 nats per token (uniform: ln 17 = 2.833), probe 
 Reproduces: no published run. Logistic regression on the raw pixels reaches about 0.97 on this easy
             set, so it shows that everything works, not that pretraining wins.
 
-What it changes from iGPT, because 1,197 images are few: distribution augmentation (one-pixel
+Changes:    from iGPT, because 1,197 images are few: distribution augmentation (one-pixel
 shifts, each with a start vector of its own; Jun et al. 2020), row and column tables beside the
 learned positions, dropout, and Muon, which here learns several times faster than Adam.
 """

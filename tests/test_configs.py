@@ -1,0 +1,62 @@
+"""Every file of configs/, with each of its arguments."""
+
+import importlib.util
+import pathlib
+
+import pytest
+
+from gptv_jax import config as config_lib
+from gptv_jax import sharding
+from gptv_jax.data import transforms
+from gptv_jax.model.gpt import Network, parameter_count
+
+FOLDER = pathlib.Path(__file__).parent.parent / "configs"
+# File and argument: weights of the network, without a class head.
+WEIGHTS = {
+    ("digits", None): 803_328,
+    ("image_folder", None): 275_072,
+    ("cifar10", "tiny"): 332_416,
+    ("cifar10", "10m"): 9_968_128,
+    ("cifar10", "s"): 76_571_648,
+    ("imagenet", "s"): 76_571_648,
+    ("imagenet", "m"): 455_157_760,
+    ("imagenet", "l"): 1_362_250_752,
+    ("imagenet", "l48"): 1_364_216_832,
+}
+
+
+def load(name: str, *arguments: str):
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(*arguments)
+
+
+def test_every_file_is_listed():
+    assert {path.stem for path in FOLDER.glob("*.py")} == {name for name, _ in WEIGHTS}
+
+
+@pytest.mark.parametrize(("name", "argument"), WEIGHTS)
+def test_a_configuration_is_accepted_and_has_its_number_of_weights(name, argument, one_device):
+    config = config_lib.resolve(load(name, *([argument] if argument else [])))
+    size = config.data.image_size
+    vocabulary = config.tokens.levels if config.tokens.name == "grey" else config.tokens.colors
+    starts = transforms.variants(config.data.train_transforms)
+    starts = starts if config.model.start_per_variant else 1
+    network = Network(config.model, vocabulary, (size, size), starts)
+    assert parameter_count(sharding.abstract(network.init)) == WEIGHTS[name, argument]
+    for entries in (config.data.train_transforms, config.finetune.train_transforms):
+        transforms.check(entries, config.data.eval_transforms)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "imagenet"])
+def test_an_unknown_argument_is_an_error_that_names_the_known_ones(name):
+    with pytest.raises(config_lib.InputError, match=r"argument is 'xl'; it takes one of .*s"):
+        load(name, "xl")
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)
+def test_a_header_says_what_where_how_long_and_what_to_expect(path):
+    text = path.read_text().split('"""')[1]
+    assert all(word in text for word in ("Hardware:", "Expect:", "Reproduces:", "Changes:"))
+    assert f"--config=configs/{path.name}" in text
