@@ -64,11 +64,11 @@ def _tiny(c):
     # Less to measure on, so that measuring does not take longer than training.
     c.data.validation_split = "train[90%:91%]"
     c.data.test_split = "test[:20%]"
-    c.probe.train_images = 4000
+    c.probe.train_images = 3000
     c.probe.batch_size = 64
-    c.finetune.train.steps = 240
-    c.finetune.train.eval_every = 80
-    c.finetune.train.checkpoint_every = 80
+    c.finetune.train.steps = 200
+    c.finetune.train.eval_every = 100
+    c.finetune.train.checkpoint_every = 100
     c.finetune.train.optimizer.learning_rate = 3e-3
     c.finetune.standardize = True
     c.finetune.patience = 0

@@ -84,6 +84,7 @@ def fit_probe(config: config_lib.Probe, splits: dict[str, Split]) -> dict:
             known = model.classes_.astype(int)
             likely = np.zeros((len(validation), max(known.max(), validation_labels.max()) + 1))
             likely[:, known] = model.predict_proba(validation)
+            likely /= likely.sum(axis=1, keepdims=True)  # float32 sums are not quite 1
             nats = log_loss(validation_labels, likely, labels=np.arange(likely.shape[1]))
             row = {"c": c, "validation_accuracy": model.score(validation, validation_labels)}
             tried.append(row | {"validation_nats": float(nats)})
