@@ -65,6 +65,7 @@ def _tiny(c):
     c.data.validation_split = "train[90%:91%]"
     c.data.test_split = "test[:20%]"
     c.probe.train_images = 3000
+    c.probe.c = (0.001, 0.01, 0.1)
     c.probe.batch_size = 64
     c.finetune.train.steps = 200
     c.finetune.train.eval_every = 100

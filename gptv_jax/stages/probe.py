@@ -18,7 +18,7 @@ from gptv_jax.model.gpt import Network
 from gptv_jax.run import Run, write_json
 from gptv_jax.train.metrics import Progress
 
-SMALL = 10_000_000  # features times images
+SMALL = 50_000_000  # features times images
 Split = tuple[np.ndarray, np.ndarray]  # features [N, D] and labels [N]
 
 
