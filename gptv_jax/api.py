@@ -121,14 +121,15 @@ class Model:
         return self._generate(kept, seed, temperature, top_k, top_p)
 
     def _generate(self, prefix, seed, temperature, top_k, top_p):
-        if not _whole(seed):
-            raise ValueError(f"seed is {seed!r}; it takes a whole number.")
+        if not _whole(seed) or not 0 <= seed < 2**32:
+            raise ValueError(f"seed is {seed!r}; it takes a whole number from 0, below 2**32.")
         if not _real(temperature) or not 0 <= temperature < math.inf:
             raise ValueError(f"temperature is {temperature!r}; it takes 0 or more.")
         if top_k is not None and (not _whole(top_k) or top_k < 1):
             raise ValueError(f"top_k is {top_k!r}; it takes a whole number, 1 or more, or None.")
         if top_p is not None and (not _real(top_p) or not 0 < top_p <= 1):
             raise ValueError(f"top_p is {top_p!r}; it takes more than 0 up to 1, or None.")
+        top_k = None if top_k is None else min(top_k, self.network.vocabulary)
         settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         with jax.set_mesh(self._mesh):
             rows, key = self._rows(prefix), jax.random.key(seed)

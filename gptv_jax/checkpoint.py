@@ -40,6 +40,7 @@ class Checkpoints:
             cleanup_tmp_directories=not read_only,
             create=not read_only,
             read_only=read_only,
+            save_interval_steps=0 if read_only else 1,
         )
         handlers = {"state": ocp.PyTreeCheckpointHandler(), "info": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
@@ -91,7 +92,7 @@ class Checkpoints:
                 damaged[step] = error
                 continue
             for bad, error in damaged.items():
-                moved = "" if self._read_only else f" Moved to {self._set_aside(bad)}."
+                moved = "" if self._read_only else f" Moved to {self.set_aside(bad)}."
                 LOG.warning("%s%s Falling back to step %d.", error, moved, step)
             return found
         if damaged:
@@ -163,7 +164,8 @@ class Checkpoints:
                 + "."
             )
 
-    def _set_aside(self, step: int) -> pathlib.Path:
+    def set_aside(self, step: int) -> pathlib.Path:
+        """Moves a damaged checkpoint to `damaged/` beside the stage's folder; where it is then."""
         target = self.folder.parent / "damaged" / f"{self.folder.name}-{step}"
         if jax.process_index() == 0:
             target.parent.mkdir(parents=True, exist_ok=True)

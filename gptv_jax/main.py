@@ -21,14 +21,13 @@ LOG = logging.getLogger("gptv_jax.main")
 
 def main(settings: config.Config) -> None:
     """Runs the stages that are wanted and not finished, in order."""
-    run = Run(settings, WORKDIR.value)
-    stages = run.stages(WANTED.value)
+    run = Run(settings, WORKDIR.value, WANTED.value)
     shown = "\n".join(f"  {name} = {value}" for name, value in config.flatten(settings).items())
     devices = f"{jax.device_count()} {jax.devices()[0].device_kind} device(s)"
-    LOG.info("%s in %s, on %s, with\n%s", ", ".join(stages), run.folder, devices, shown)
+    LOG.info("%s in %s, on %s, with\n%s", ", ".join(run.stages), run.folder, devices, shown)
     report.write(run)  # a kill may have come between a stage's numbers and their page
     with jax.set_mesh(run.mesh):
-        for stage in stages:
+        for stage in run.stages:
             if not run.finished(stage):
                 run.finish(stage, MODULES[stage].run_stage(run))
                 report.write(run)

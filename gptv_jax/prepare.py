@@ -44,7 +44,8 @@ def main(settings: config.Config) -> None:
         progress.close()
 
     header = {
-        "source": {"name": settings.data.name, "path": settings.data.path},
+        "source": {k: getattr(settings.data, k) for k in ("name", "dir", "path")},
+        "palette": chosen.palette.provenance if hasattr(chosen, "palette") else None,
         "tokens": dataclasses.asdict(settings.tokens) | {"palette": None},
         "image_size": settings.data.image_size,
         "transforms": settings.data.eval_transforms,

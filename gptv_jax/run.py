@@ -28,12 +28,18 @@ VERSIONED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "num
 class Run:
     """An open run folder."""
 
-    def __init__(self, config: config_lib.Config, workdir: str):
+    def __init__(self, config: config_lib.Config, workdir: str, wanted: list[str] | None = None):
         """Makes the folder, or checks that this configuration made it.
 
+        Args:
+          config: of the run.
+          workdir: its folder.
+          wanted: stages; None for all that the configuration has.
+
         Raises:
-          InputError: the mesh, the network and the data do not fit each other, the folder cannot
-            be written, or another configuration made it (every field that differs is listed).
+          InputError: the mesh, the network, the data and the stages do not fit each other, the
+            folder cannot be written, or another configuration made it (every field that differs
+            is listed).
         """
         self.config = config
         self.folder = pathlib.Path(workdir).absolute()
@@ -42,13 +48,18 @@ class Run:
         self._compare()
         opened = {split: sources.open_source(config.data, split) for split in sources.SPLITS}
         self.classes = opened["train"].classes
-        self._lengths = {split: len(source) for split, source in opened.items()}
+        names = getattr(sources.open_data_set(config.data), "class_names", self.classes)
+        lengths = {split: len(source) for split, source in opened.items()}
+        self._known = {"images": lengths, "classes": names}  # of the data
         for entries in (config.data.train_transforms, config.finetune.train_transforms):
             transforms.check(entries, config.data.eval_transforms)
         found = codecs.find_codec(config, self.folder)
+        if not found and (self.folder / "checkpoints").exists():
+            raise InputError(f"{self.folder} has lost its {tokens.PALETTE_FILE}; restore it.")
         if found:
             self._try(found)
-        if config.init_from:
+        self.stages = self._stages(wanted)
+        if config.init_from or "pretrain" not in self.stages:
             self.pretrained_folder()  # before this folder is claimed
         self._claim()
         self.metrics = MetricWriter(self.folder)
@@ -104,6 +115,7 @@ class Run:
                 f"{checkpoints.folder} holds no checkpoint, though pretraining has finished; "
                 "restore it, or pretrain anew in another --workdir."
             )
+        self._pretrained_step = restored[1]["position"]
         return restored[0]["params"]
 
     def checkpoints(self, training: str) -> pathlib.Path:
@@ -114,15 +126,11 @@ class Run:
         """The numbers of the finished stages."""
         return read_json(self.folder / "summary.json", {})
 
-    def stages(self, wanted: list[str] | None) -> list[str]:
-        """The stages to run, in order.
-
-        Args:
-          wanted: names; None for all, which leaves out pretraining where `config.init_from` gives
-            the weights, and what needs labels where there are none.
+    def _stages(self, wanted: list[str] | None) -> list[str]:
+        """Those to run, in order; without what `init_from` gives and what lacks labels.
 
         Raises:
-          InputError: an unknown stage, or one that would be left out.
+          InputError: an unknown stage, or a wanted one that would be left out.
         """
         given = self.config.init_from
         unknown = set(wanted or ()) - set(STAGES)
@@ -155,6 +163,9 @@ class Run:
         summary = self.summary() | {f"{stage}/{name}": value for name, value in numbers.items()}
         if stage == "pretrain":
             summary["model/params"] = summary.pop("pretrain/params")
+        elif self._pretrained_step != summary.get("pretrain/steps") and not self.config.init_from:
+            # The newest checkpoint was damaged, and the numbers are of an earlier one.
+            summary[f"{stage}/pretrain_steps"] = self._pretrained_step
         summary["data/skipped"] = self.data.ledger.count
         write_json(self.folder / "summary.json", summary)
 
@@ -191,16 +202,17 @@ class Run:
         path = self.folder / "config.json"
         if path.exists():
             # Where the data lie may change, but not what they are.
-            before = read_json(path, {}).get("images", self._lengths)
-            if before != self._lengths:
-                raise InputError(
-                    f"{self.folder} was made with {before} images, but there are {self._lengths} "
-                    "now; take the same data, or another --workdir."
-                )
+            for name, now in self._known.items():
+                before = read_json(path, {}).get(name, now)
+                if before != now:
+                    raise InputError(
+                        f"{self.folder} was made of other data: its {name} were {before}, now they "
+                        f"are {now}. Take the same data, or another --workdir."
+                    )
         else:
             devices = f"{jax.device_count()} {jax.devices()[0].device_kind}"
             record = {"command": command(), "devices": devices, "versions": _versions()}
-            record |= {"images": self._lengths}
+            record |= self._known
             write_json(path, record | {"config": config_lib.flatten(self.config)})
 
 

@@ -357,3 +357,16 @@ def test_a_palette_of_grey_images_is_an_error(tmp_path):
     config, _ = configured(tmp_path, "palette", evaluation=("decode(channels=1)",))
     with pytest.raises(InputError, match=r"images have 1 channel"):
         codecs.build_codec(config, Ledger(config.data, None))
+
+
+def test_a_palette_is_built_of_random_pixels_of_random_images_and_always_the_same(tmp_path):
+    images = np.random.default_rng(0).integers(256, size=(300, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "set.npz", train_images=images)
+    data = config_lib.Data(name="arrays", path=str(tmp_path / "set.npz"), validation_split="train")
+    settings = config_lib.Config(data=data, tokens=config_lib.Tokens(name="palette", colors=8))
+    first, again = (codecs.build_codec(settings, Ledger(data, None)).palette for _ in range(2))
+    assert first.same_as(again)
+    other = codecs.build_codec(dataclasses.replace(settings, seed=1), Ledger(data, None)).palette
+    assert not first.same_as(other)
+    drawn = [e["image"].tobytes() for e in pipeline.images(data, "train", Ledger(data, None), 20)]
+    assert len(set(drawn)) == 20 and drawn != [image.tobytes() for image in images[:20]]

@@ -196,3 +196,10 @@ def test_real_photographs_are_decoded(shared_data):
     files = sorted((shared_data / "imagenet_sample_128").glob("*.jpg"))[::50]
     images = np.stack([DECODE(file.read_bytes()) for file in files])
     assert images.shape == (20, 128, 128, 3) and images.std() > 30
+
+
+def test_a_long_thin_image_is_damaged_before_a_resize_blows_it_up():
+    file = io.BytesIO()
+    Image.new("RGB", (2, 60_000)).save(file, "PNG")
+    with pytest.raises(DamagedImageError, match="max_ratio"):
+        Decode()(file.getvalue())

@@ -490,6 +490,12 @@ def test_a_training_that_diverges_ends_with_one_sentence(main, tmp_path):
     assert checkpointed(tmp_path / "run", "pretrain") == [0]
 
 
+def test_a_stage_that_cannot_run_claims_no_folder(main, tmp_path):
+    ended = main(*small_arguments(tmp_path / "run"), "--stages=probe")
+    assert_refused(ended, "holds no finished pretraining")
+    assert not (tmp_path / "run").exists()
+
+
 def test_pretrained_weights_that_are_gone_are_named(main, copied_run, finished_run):
     kept = {k: v for k, v in finished_run.summary.items() if k.startswith(("pretrain", "model"))}
     (copied_run / "summary.json").write_text(json.dumps(kept))

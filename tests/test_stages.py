@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import logging
 import time
 
 import jax
@@ -167,6 +168,19 @@ def test_the_best_weights_outlive_a_stop(tmp_path, stop):
     assert float(fitted.params["taken"]) == 14
 
 
+def test_a_damaged_best_checkpoint_is_named_and_another_one_taken(tmp_path, caplog):
+    count_up(tmp_path, ACCURACIES, patience=0)
+    for path in (tmp_path / "checkpoints" / "14" / "state").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    with caplog.at_level(logging.WARNING, "gptv_jax"):
+        fitted = count_up(tmp_path, [], patience=0)
+    assert fitted.step == float(fitted.params["taken"]) == 20
+    [message] = [r.getMessage() for r in caplog.records if r.name.startswith("gptv_jax")]
+    assert "14 is damaged" in message and "Falling back to step 20" in message
+    assert count_up(tmp_path, [], patience=0).step == 20
+
+
 def test_the_wait_for_the_first_batch_is_no_part_of_the_speed(tmp_path):
     count_up(tmp_path, ACCURACIES, patience=0, wait=3)
     [speed] = [e for e in MetricWriter(tmp_path).read() if "tokens_per_second" in e]
@@ -175,6 +189,19 @@ def test_the_wait_for_the_first_batch_is_no_part_of_the_speed(tmp_path):
 
 
 # Fine-tuning.
+
+
+@pytest.mark.process
+def test_fine_tuning_begins_with_the_pretrained_weights_and_its_floor_with_none(finished_run):
+    events = MetricWriter(finished_run.folder).read()
+    first = {
+        event["stage"]: event["validation_nats_per_token"]
+        for event in events
+        if event["step"] == 0 and "validation_nats_per_token" in event
+    }
+    trained = finished_run.summary["pretrain/validation_nats_per_token"]
+    assert first["finetune"] == pytest.approx(trained, rel=1e-5)
+    assert first["finetune_scratch"] == pytest.approx(np.log(17), rel=1e-5)
 
 
 @pytest.mark.process

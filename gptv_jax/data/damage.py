@@ -96,7 +96,7 @@ class Ledger:
           split: that they are of.
           source: the same.
           indices: numbers of images, `SOUND` for those that are not damaged.
-          drawn: images drawn from the source so far.
+          drawn: images that this process has drawn from the source so far.
 
         Raises:
           InputError: there is one and the policy is "fail", or there are more than the limit.

@@ -18,8 +18,8 @@ class ImageFolder:
 
     Where the sub-folders are train, validation (or val) and test, or train and one of these, they
     are the splits; else all is one split, train. Within a split, a class is a sub-folder; images
-    that lie in no sub-folder make the whole set unlabelled. The order is mixed, class by class
-    alike, so that `train[:90%]` holds nine tenths of every class.
+    that lie in no sub-folder, or all in one, make the whole set unlabelled. The order is mixed,
+    class by class alike, so that `train[:90%]` holds nine tenths of every class.
     """
 
     form = "encoded"
@@ -48,7 +48,9 @@ class ImageFolder:
                 shown = ", ".join(ENDINGS)
                 raise InputError(f"{folders[split]} holds no image (no file ending in {shown}).")
         labelled = labels and all(os.sep in name for found in files.values() for name in found)
-        self.class_names = sorted({_class(name) for name in files["train"]}) if labelled else []
+        names = sorted({_class(name) for name in files["train"]})
+        labelled = labelled and len(names) > 1  # one class tells nothing
+        self.class_names = names if labelled else []
         self.classes = len(self.class_names)
         self._splits = {
             split: _FolderSplit(folders[split], *self._ordered(folders[split], found))

@@ -86,7 +86,7 @@ class Pipeline:
         for number, batch in enumerate(batches, start=position + 1):
             damaged = batch.pop("damaged", None)
             if damaged is not None:
-                self.ledger.enter(split, source, damaged, drawn=number * batch_size)
+                self.ledger.enter(split, source, damaged, drawn=number * len(damaged))
             yield batch
 
 
@@ -145,14 +145,14 @@ def _opened(config: config_lib.Data, split: str, entries: tuple[str, ...]):
     at = [isinstance(step, Decode) for step in steps]
     if any(at[1:]) or (source.form == "encoded") > any(at):
         raise InputError(
-            f"the transforms of config.data are {entries}; images of {config.name} come as files, "
-            'and the list begins with "decode()", once.'
+            f"the transforms of config.data are {entries}; where images come as files, as those of "
+            f'{config.name} may, the list begins with "decode()", once.'
         )
     if source.form == "encoded":
         return Decoded(source, steps[0]), steps[1:]
     if source.form == "tokens":
         return source, _on_tokens(config, entries)
-    return source, [step for step in steps if not isinstance(step, Decode)]
+    return source, steps
 
 
 @functools.cache

@@ -155,6 +155,7 @@ class Tfds:
         """
         import tensorflow_datasets as tfds  # takes seconds; other data sets do without
 
+        self._folder = folder
         self._decoders = {"image": tfds.decode.SkipDecoding()}
         try:
             if folder and (pathlib.Path(folder) / "dataset_info.json").exists():
@@ -166,6 +167,10 @@ class Tfds:
                 raise FileNotFoundError("it is not prepared")
         except Exception as error:  # TFDS raises what its readers do
             raise InputError(_unprepared(name, folder, error)) from error
+        if info.name != name.partition("/")[0].partition(":")[0]:
+            raise InputError(
+                f"config.data.dir={folder} holds {info.name}, but config.data.name is {name}."
+            )
         if "image" not in info.features:
             shown = ", ".join(info.features)
             raise InputError(f"data set {name} has no feature called image; it has: {shown}.")
@@ -176,7 +181,14 @@ class Tfds:
 
     def open(self, split: str) -> Source:
         """A split; see `DataSet`."""
-        data = self._builder.as_data_source(split=split, decoders=self._decoders)
+        paths = [pathlib.Path(path) for path in self._builder.info.splits[split].filepaths]
+        missing = [str(path) for path in paths if not path.exists()]
+        if missing:
+            raise InputError(f"data set {self.name} is not whole: there is no {missing[0]}.")
+        try:
+            data = self._builder.as_data_source(split=split, decoders=self._decoders)
+        except NotImplementedError as error:  # in TFRecord form
+            raise InputError(_unprepared(self.name, self._folder, error)) from error
         return _TfdsSplit(f"{self.name}/{split}", data, bool(self.classes))
 
 

@@ -304,10 +304,11 @@ def parse(entry: str) -> Transform | Decode:
         transform = TRANSFORMS[call.func.id]
         arguments = [ast.literal_eval(a) for a in call.args]
         named = {k.arg: ast.literal_eval(k.value) for k in call.keywords}
-        made = transform(*arguments, **named)
-        for field in dataclasses.fields(made):
-            _check_type(getattr(made, field.name), field)
-        return made
+        fields = {field.name: field for field in dataclasses.fields(transform)}
+        for name, value in [*zip(fields, arguments, strict=False), *named.items()]:
+            if name in fields:  # what is no field, the class itself refuses
+                _check_type(value, fields[name])
+        return transform(*arguments, **named)
     except (SyntaxError, AttributeError, KeyError, TypeError, ValueError) as error:
         accepted = "; ".join(f"{name}({_arguments(t)})" for name, t in TRANSFORMS.items())
         raise config_lib.InputError(

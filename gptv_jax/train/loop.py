@@ -11,7 +11,7 @@ import jax
 
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
-from gptv_jax.checkpoint import Checkpoints
+from gptv_jax.checkpoint import Checkpoints, DamagedError
 from gptv_jax.model.gpt import Network
 from gptv_jax.train.metrics import MetricWriter, Progress, mfu
 
@@ -136,12 +136,20 @@ def fit(
 
     progress.close()
     checkpoints.wait()
-    chosen = _chosen(evaluations)
-    params = state["params"]
-    if chosen is not None and chosen != step:
-        params = checkpoints.restore(chosen, {"params": abstract["params"]})[0]["params"]
     speed = clock.tokens_per_second(config.batch_size * network.length)
-    return Fitted(params, step if chosen is None else chosen, evaluations, speed)
+
+    def best() -> int | None:
+        held = {*checkpoints.steps(), step}
+        return _chosen([e for e in evaluations if e["step"] in held])
+
+    while (chosen := best()) not in (None, step):
+        try:
+            restored = checkpoints.restore(chosen, {"params": abstract["params"]})
+            return Fitted(restored[0]["params"], chosen, evaluations, speed)
+        except DamagedError as error:
+            checkpoints.set_aside(chosen)
+            LOG.warning("%s Falling back to step %d.", error, best())
+    return Fitted(state["params"], step, evaluations, speed)
 
 
 def evaluate_all(eval_step: Callable, params: dict, batches: Iterator[dict]) -> dict:

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import pathlib
+import shutil
 import sys
 import time
 
@@ -69,19 +70,23 @@ class MetricWriter:
         event = {"stage": stage, "step": step, "time": round(time.time(), 3), **values}
         with self.path.open("a") as file:
             file.write(json.dumps(event) + "\n")
-        board = self._board(stage, step)
-        for name, value in values.items():
-            if value is not None:
-                board.add_scalar(f"{stage}/{name}", value, step)
+        self._show(event)
 
     def rewind(self, stage: str, step: int) -> None:
-        """Drops the stage's events after `step`, which a resumed training is about to repeat."""
+        """Drops the stage's events after `step`, which a resumed training is about to repeat.
+
+        TensorBoard's files, of which a kill may have cut the end, are written anew.
+        """
         if jax.process_index() != 0 or not self.path.exists():
             return
         kept = [e for e in self.read() if e["stage"] != stage or e["step"] <= step]
         replacement = self.path.with_suffix(".tmp")
         replacement.write_text("".join(json.dumps(event) + "\n" for event in kept))
         replacement.replace(self.path)
+        shutil.rmtree(self.board_folder / stage, ignore_errors=True)
+        for event in kept:
+            if event["stage"] == stage:
+                self._show(event)
 
     def read(self) -> list[dict]:
         """All whole events; a line that a kill cut short is left out."""
@@ -93,14 +98,19 @@ class MetricWriter:
                 LOG.warning("%s: dropped a line that was cut short.", self.path)
         return events
 
-    def _board(self, stage: str, step: int) -> tensorboardX.SummaryWriter:
+    def _show(self, event: dict) -> None:
+        """Gives TensorBoard an event of the log."""
+        stage, step = event["stage"], event["step"]
         if stage not in self._boards:
-            # TensorBoard hides an earlier writer's events from purge_step on. A thread of the
-            # writer's own writes the file, every two seconds and when the process ends.
+            # A thread of the writer's own writes the file, every two seconds and when the process
+            # ends.
             self._boards[stage] = tensorboardX.SummaryWriter(
-                str(self.board_folder / stage), purge_step=step, flush_secs=2
+                str(self.board_folder / stage), flush_secs=2
             )
-        return self._boards[stage]
+        for name in event.keys() - {"stage", "step", "time"}:
+            if event[name] is not None:
+                scalar = (f"{stage}/{name}", event[name], step)
+                self._boards[stage].add_scalar(*scalar, walltime=event["time"])
 
 
 class Progress:
