@@ -110,7 +110,12 @@ def ours(config: config_lib.Data, codec, workers: int):
 def theirs(config: config_lib.Data, codec, workers: int):
     """The same by torch."""
     loader = torch.utils.data.DataLoader(
-        TorchImages(config, codec), BATCH, shuffle=True, num_workers=workers, drop_last=True
+        TorchImages(config, codec),
+        BATCH,
+        shuffle=True,
+        num_workers=workers,
+        drop_last=True,
+        multiprocessing_context="spawn" if workers else None,  # JAX has threads
     )
     return itertools.chain.from_iterable(itertools.repeat(loader))
 

@@ -7,7 +7,8 @@ FOLDER holds a sub-folder for each class, or images alone (then it is pretrained
 and there is no probe and no fine-tuning). With sub-folders train, validation and test those are the
 splits; then set `--config.data.train_split=train` and so on. docs/data.md goes through it.
 
-Hardware:   as it stands a CPU will do for a try: 32x32 pixels, @folder@. Give a GPU or TPU more:
+Hardware:   as it stands a CPU will do for a try: 32x32 pixels, as much work
+            as `configs/cifar10.py:tiny`. Give a GPU or TPU more:
             `--config=configs/cifar10.py:10m` shows what.
 Expect:     a loss that falls from ln 64 = 4.16 nats per token; how far depends on the images.
 Reproduces: nothing published.

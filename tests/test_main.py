@@ -514,7 +514,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(main, copied_
     [warning] = [line for line in ended.errors.splitlines() if "is damaged" in line]
     assert f"checkpoints/pretrain/{newest} is damaged" in warning
     assert f"step {before}" in warning
-    pretrained = {k: v for k, v in finished_run.summary.items() if k.startswith(("pret", "model"))}
+    pretrained = {
+        k: v for k, v in finished_run.summary.items() if k.startswith(("pret", "model", "data"))
+    }
     assert without_times(json.loads(ended.output)) == without_times(pretrained)
     wanted = [e for e in read_events(finished_run.folder) if e["stage"] == "pretrain"]
     found = [e for e in read_events(copied_run) if e["stage"] == "pretrain"]
