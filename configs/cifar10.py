@@ -5,7 +5,7 @@
     s     iGPT-S, 24 layers, width 512.
 
 Data: `--config.data.dir` names the folder of prepared TFDS sets; without one, the error says how to
-prepare it. `python -m gptv_jax.prepare` writes it once as tokens (48 MB), for training with
+prepare it. `python -m gptv_jax.prepare` writes it once as tokens (49 MB), for training with
 `--config.data.name=tokens --config.data.path=...`. The colours are k-means over training pixels;
 with the published ones, `--config.tokens.palette=kmeans_centers.npy`, losses compare with iGPT's.
 

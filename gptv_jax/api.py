@@ -10,10 +10,11 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from gptv_jax import config as config_lib
-from gptv_jax import decode, sharding, tokens
+from gptv_jax import decode, files, sharding, tokens
 from gptv_jax.checkpoint import Checkpoints
+from gptv_jax.errors import InputError
 from gptv_jax.model.gpt import Network
-from gptv_jax.run import config_of, finished_stages, network_of, read_json
+from gptv_jax.run import config_of, finished_stages, network_of
 from gptv_jax.train.step import cross_entropy
 
 Given = np.ndarray | jax.Array  # what a user may pass
@@ -197,13 +198,13 @@ def load(folder: str | pathlib.Path, stage: str | None = None) -> Model:
       ValueError: no run folder, the stage has not finished, or its checkpoint is damaged.
     """
     folder = pathlib.Path(folder).absolute()
-    config, summary = config_of(folder), read_json(folder / "summary.json", {})
+    config, summary = config_of(folder), files.read_json(folder / "summary.json", {})
     finished = [s for s in TRAININGS if s in finished_stages(summary)]
     if stage is None and finished:
         stage = finished[-1]
     if stage not in finished:
         shown = ", ".join(finished) or "none"
-        raise config_lib.InputError(
+        raise InputError(
             f"{folder} has no finished stage {stage or 'with weights'}; of those with weights, "
             f"finished: {shown}."
         )

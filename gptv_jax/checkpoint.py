@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from gptv_jax.config import InputError
+from gptv_jax.errors import InputError, first_line
 
 LOG = logging.getLogger(__name__)
 
@@ -192,8 +192,8 @@ class DamagedError(InputError):
     """A checkpoint that cannot be read."""
 
     def __init__(self, path: pathlib.Path, cause: Exception):
-        first_line = (str(cause).splitlines() or [""])[0][:200]
-        super().__init__(f"checkpoint {path} is damaged ({type(cause).__name__}: {first_line}).")
+        told = f"{type(cause).__name__}: {first_line(cause)}"
+        super().__init__(f"checkpoint {path} is damaged ({told}).")
 
 
 def _flatten(tree) -> dict:

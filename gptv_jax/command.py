@@ -15,7 +15,8 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from gptv_jax import config as config_lib
-from gptv_jax.config import InputError
+from gptv_jax import fields
+from gptv_jax.errors import InputError
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Configuration file, FILE[:ARG]; its fields are --config.a.b=value."
@@ -51,16 +52,16 @@ def start(main: Callable[[config_lib.Config], None]) -> None:
 
 def parse(argv: list[str]) -> list[str]:
     """Absl's flag parser, with what goes wrong in it or in the config file as `InputError`."""
-    kinds = {n: config_lib.type_words(f) for n, f in config_lib.fields().items()}
+    kinds = {n: fields.type_words(f) for n, f in fields.by_name(config_lib.Config).items()}
     for argument in argv[1:]:
         override = re.match(r"--?config\.([^=]+)", argument)
         if override and override[1] not in kinds:
             near = difflib.get_close_matches(override[1], kinds, n=1)
             section = override[1].rpartition(".")[0]
-            fields = [n for n in kinds if n.rpartition(".")[0] == section] or list(kinds)
+            near_by = [n for n in kinds if n.rpartition(".")[0] == section] or list(kinds)
             hint = f"did you mean --config.{near[0]}? " if near else ""
             raise InputError(
-                f"--config.{override[1]} is not a field; {hint}There are: {', '.join(fields)}."
+                f"--config.{override[1]} is not a field; {hint}There are: {', '.join(near_by)}."
             )
     # ml_collections has no word for None where a field holds a value; it is set here, at the end.
     none = [a for a in argv[1:] if (m := _NONE.match(a)) and kinds[m[1]].endswith("or None")]

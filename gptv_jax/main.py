@@ -9,7 +9,7 @@ import logging
 import jax
 from absl import flags
 
-from gptv_jax import command, config, report
+from gptv_jax import command, config, fields, report
 from gptv_jax.run import STAGES, Run
 from gptv_jax.stages import finetune, pretrain, probe, sample
 
@@ -22,7 +22,7 @@ LOG = logging.getLogger("gptv_jax.main")
 def main(settings: config.Config) -> None:
     """Runs the stages that are wanted and not finished, in order."""
     run = Run(settings, WORKDIR.value, WANTED.value)
-    shown = "\n".join(f"  {name} = {value}" for name, value in config.flatten(settings).items())
+    shown = "\n".join(f"  {name} = {value}" for name, value in fields.flatten(settings).items())
     devices = f"{jax.device_count()} {jax.devices()[0].device_kind} device(s)"
     LOG.info("%s in %s, on %s, with\n%s", ", ".join(run.stages), run.folder, devices, shown)
     report.write(run)  # a kill may have come between a stage's numbers and their page

@@ -13,6 +13,7 @@ from absl import flags
 from gptv_jax import command, config
 from gptv_jax.data import cache, codec, pipeline, sources, transforms
 from gptv_jax.data.damage import Ledger
+from gptv_jax.errors import InputError
 from gptv_jax.tokens.statistics import TokenStatistics
 from gptv_jax.train.metrics import Progress
 
@@ -26,7 +27,7 @@ def main(settings: config.Config) -> None:
     transforms.check((), settings.data.eval_transforms)
     data_set = sources.open_data_set(settings.data)
     if data_set.form == "tokens":
-        raise config.InputError(f"config.data.path={settings.data.path} holds tokens already.")
+        raise InputError(f"config.data.path={settings.data.path} holds tokens already.")
     cache.claim(folder)
     ledger = Ledger(settings.data, folder)
     chosen = codec.find_codec(settings) or codec.build_codec(settings, ledger)

@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from gptv_jax import config as config_lib
-from gptv_jax.run import Run, finished_stages, read_json, replace_file
+from gptv_jax import fields, files
+from gptv_jax.run import Run, finished_stages
 
 # Plots are transparent, in tones that read on white and on black, so that one picture serves both.
 BLUE, ORANGE, QUIET, INK = "#3d85c6", "#d9822b", "#9a9a9a", "#808080"
@@ -56,7 +57,7 @@ def write(run: Run) -> None:
 <div class="row"><div><h2>All numbers</h2>{_table(("name", "value"), numbers)}</div>
 <div><h2>Configuration</h2>{_configuration(run)}</div></div></body></html>
 """
-    replace_file(run.folder / "report.html", page.encode())
+    files.replace(run.folder / "report.html", page.encode())
 
 
 def _title(run: Run, summary: dict) -> str:
@@ -69,7 +70,7 @@ def _title(run: Run, summary: dict) -> str:
 
 def _origin(run: Run) -> str:
     """Where the numbers come from: folder, date, devices, command and versions."""
-    record = read_json(run.folder / "config.json", {})
+    record = files.read_json(run.folder / "config.json", {})
     versions = " · ".join(f"{name} {version}" for name, version in record["versions"].items())
     now = datetime.datetime.now(datetime.UTC)
     written = f"{run.folder.name} · written {now:%Y-%m-%d %H:%M} UTC on {record['devices']}"
@@ -134,12 +135,12 @@ def _finetuning(summary: dict, events: list[dict]) -> str:
 
 def _layers(run: Run, summary: dict) -> str:
     """Accuracy by layer, as a plot, which is saved too, and as a table."""
-    rows = read_json(run.folder / "probe" / "layers.json", [])
+    rows = files.read_json(run.folder / "probe" / "layers.json", [])
     if not rows or "probe" not in finished_stages(summary):
         return ""
     best, raw = summary["probe/best_layer"], summary["probe/raw_pixels_test_accuracy"]
     png = _layers_plot(rows, best, raw)
-    replace_file(run.folder / "probe" / "layers.png", png)
+    files.replace(run.folder / "probe" / "layers.png", png)
     caption = "Layer 0 is the embeddings. Ringed: the layer chosen on validation."
     head = ("layer", "best C", "validation", "test", "random init, test")
     keys = ("validation_accuracy", "test_accuracy", "random_init_test_accuracy")
@@ -181,7 +182,7 @@ def _samples(run: Run) -> str:
 
 
 def _configuration(run: Run) -> str:
-    flat, default = config_lib.flatten(run.config), config_lib.flatten(config_lib.Config())
+    flat, default = fields.flatten(run.config), fields.flatten(config_lib.Config())
     changed = [name for name in flat if flat[name] != default[name]]
     table = _table(("field", "value"), list(flat.items()), marked=changed)
     return f"<details><summary>All fields; marked: not the default</summary>{table}</details>"

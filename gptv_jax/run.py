@@ -1,7 +1,6 @@
 """A run folder, and what every stage shares: config, mesh, codec, metrics, summary."""
 
 import importlib.metadata
-import json
 import pathlib
 import platform
 import shlex
@@ -10,13 +9,13 @@ import sys
 import jax
 
 from gptv_jax import config as config_lib
-from gptv_jax import sharding, tokens
+from gptv_jax import fields, files, sharding, tokens
 from gptv_jax.checkpoint import Checkpoints
-from gptv_jax.config import InputError
 from gptv_jax.data import codec as codecs
 from gptv_jax.data import pipeline, sources, transforms
 from gptv_jax.data.damage import Ledger
 from gptv_jax.data.pipeline import Pipeline
+from gptv_jax.errors import InputError
 from gptv_jax.model.gpt import Network
 from gptv_jax.train.metrics import MetricWriter
 
@@ -42,6 +41,7 @@ class Run:
             is listed).
         """
         self.config = config
+        self._pretrained_step: int | None = None  # whose weights a later stage went on from
         self.folder = pathlib.Path(workdir).absolute()
         self.mesh = sharding.make_mesh(config.mesh)
         sharding.check(config, self.mesh)
@@ -66,8 +66,7 @@ class Run:
         self.codec = found or codecs.build_codec(config, Ledger(config.data, self.folder))
         if not found:
             self._try(self.codec)
-        if jax.process_index() == 0:
-            tokens.save_palette(self.codec, self.folder)
+        tokens.save_palette(self.codec, self.folder)
         self.data = Pipeline(config.data, self.codec, config.seed, self.folder)
 
     def _try(self, codec: tokens.Codec) -> None:
@@ -92,7 +91,7 @@ class Run:
         """
         given = self.config.init_from
         folder = pathlib.Path(given or self.folder).absolute()
-        if "pretrain" not in finished_stages(read_json(folder / "summary.json", {})):
+        if "pretrain" not in finished_stages(files.read_json(folder / "summary.json", {})):
             raise InputError(
                 f"{'config.init_from=' if given else ''}{folder} holds no finished pretraining; "
                 + ("name a run folder that does." if given else "run --stages=pretrain first.")
@@ -124,7 +123,7 @@ class Run:
 
     def summary(self) -> dict:
         """The numbers of the finished stages."""
-        return read_json(self.folder / "summary.json", {})
+        return files.read_json(self.folder / "summary.json", {})
 
     def _stages(self, wanted: list[str] | None) -> list[str]:
         """Those to run, in order; without what `init_from` gives and what lacks labels.
@@ -167,15 +166,15 @@ class Run:
             # The newest checkpoint was damaged, and the numbers are of an earlier one.
             summary[f"{stage}/pretrain_steps"] = self._pretrained_step
         summary["data/skipped"] = self.data.ledger.count
-        write_json(self.folder / "summary.json", summary)
+        files.write_json(self.folder / "summary.json", summary)
 
     def _compare(self) -> None:
         """Raises where another configuration made the folder."""
         if not (self.folder / "config.json").exists():
             return
-        now = config_lib.flatten(self.config)
-        then = config_lib.flatten(config_of(self.folder))
-        free = config_lib.free_fields()
+        now = fields.flatten(self.config)
+        then = fields.flatten(config_of(self.folder))
+        free = fields.free(config_lib.Config)
         differing = [
             f"config.{name} is {now[name]!r}, there {then[name]!r}"
             for name in now
@@ -189,21 +188,12 @@ class Run:
 
     def _claim(self) -> None:
         """Makes the folder, and writes what it is of."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            probe = self.folder / f".writable-{jax.process_index()}"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise InputError(
-                f"--workdir={self.folder} cannot be written ({error.strerror}); name a folder "
-                "that you may write to."
-            ) from error
+        files.claim(self.folder, "workdir")
         path = self.folder / "config.json"
         if path.exists():
             # Where the data lie may change, but not what they are.
             for name, now in self._known.items():
-                before = read_json(path, {}).get(name, now)
+                before = files.read_json(path, {}).get(name, now)
                 if before != now:
                     raise InputError(
                         f"{self.folder} was made of other data: its {name} were {before}, now they "
@@ -213,7 +203,7 @@ class Run:
             devices = f"{jax.device_count()} {jax.devices()[0].device_kind}"
             record = {"command": command(), "devices": devices, "versions": _versions()}
             record |= self._known
-            write_json(path, record | {"config": config_lib.flatten(self.config)})
+            files.write_json(path, record | {"config": fields.flatten(self.config)})
 
 
 def config_of(folder: pathlib.Path) -> config_lib.Config:
@@ -225,10 +215,10 @@ def config_of(folder: pathlib.Path) -> config_lib.Config:
     path = folder / "config.json"
     if not path.exists():
         raise InputError(f"{folder} is not a run folder: it has no config.json.")
-    record = read_json(path, {})
+    record = files.read_json(path, {})
     if not isinstance(record.get("config"), dict):
         raise InputError(f"{path} is damaged (it holds no configuration); restore it.")
-    return config_lib.resolve(config_lib.unflatten(record["config"]))
+    return config_lib.resolve(fields.unflatten(record["config"]))
 
 
 def network_of(config: config_lib.Config, codec: tokens.Codec, classes: int) -> Network:
@@ -246,40 +236,6 @@ def finished_stages(summary: dict) -> list[str]:
 def command() -> str:
     """The command line that started this process."""
     return shlex.join(["python", "-m", "gptv_jax.main", *sys.argv[1:]])
-
-
-def read_json(path: pathlib.Path, absent):
-    """The content of a JSON file, or `absent` where there is no such file.
-
-    Raises:
-      InputError: the file is not JSON, or not of the type of `absent`.
-    """
-    try:
-        content = json.loads(path.read_text())
-        if not isinstance(content, type(absent)):
-            raise InputError(f"{path} is damaged (it holds {content!r}); restore it.")
-        return content
-    except FileNotFoundError:
-        return absent
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"{path} is damaged ({error}); restore it or take another folder."
-        ) from error
-
-
-def write_json(path: pathlib.Path, value) -> None:
-    """Writes a JSON file as `replace_file` does."""
-    replace_file(path, json.dumps(value, indent=2).encode() + b"\n")
-
-
-def replace_file(path: pathlib.Path, content: bytes) -> None:
-    """Leaves either the old file or the whole new one; on process 0 alone."""
-    if jax.process_index() != 0:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)
 
 
 def _versions() -> dict[str, str]:

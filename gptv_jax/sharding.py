@@ -15,6 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gptv_jax import config as config_lib
+from gptv_jax.errors import InputError
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # the mesh axes that split the batch
@@ -57,7 +58,7 @@ def make_mesh(config: config_lib.Mesh) -> jax.sharding.Mesh:
     if -1 in sizes and count % known == 0:
         sizes[sizes.index(-1)] = count // known
     elif known != count or -1 in sizes:
-        raise config_lib.InputError(
+        raise InputError(
             f"{shown} does not divide the devices: there are {count}, the named sizes multiply to "
             f"{known}; choose sizes whose product is {count}, or one -1 to fill."
         )
@@ -94,7 +95,7 @@ def check(config: config_lib.Config, mesh: jax.sharding.Mesh) -> None:
         )
     for field, value, divisor, source in rows:
         if value % divisor:
-            raise config_lib.InputError(
+            raise InputError(
                 f"config.{field} is {value}, which {divisor} (config.{source}) does not divide; "
                 f"take a multiple of {divisor} or another mesh."
             )

@@ -153,9 +153,14 @@ def shared_data() -> pathlib.Path:
     return folder
 
 
+def generator(seed: int = 0) -> np.random.Generator:
+    """Of random numbers."""
+    return np.random.default_rng(seed)
+
+
 def random_image(*shape: int, seed: int = 0) -> np.ndarray:
     """Uint8 noise."""
-    return np.random.default_rng(seed).integers(256, size=shape, dtype=np.uint8)
+    return generator(seed).integers(256, size=shape, dtype=np.uint8)
 
 
 def encoded(pixels: np.ndarray, form: str = "PNG", **options) -> bytes:

@@ -30,13 +30,13 @@ def split(name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def test_split():
+def held_out():
     return split("test")
 
 
 @pytest.fixture(scope="module")
-def images(test_split):
-    return test_split[0][:13]  # eight devices do not divide 13
+def images(held_out):
+    return held_out[0][:13]  # eight devices do not divide 13
 
 
 def test_load_takes_the_latest_stage_with_weights(finished_run, pretrained, finetuned):
@@ -87,9 +87,9 @@ def test_logits_of_a_position_depend_on_earlier_tokens_only(pretrained, images):
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
-def test_test_loss_is_that_of_the_summary(finished_run, test_split, stage, request):
+def test_test_loss_is_that_of_the_summary(finished_run, held_out, stage, request):
     model = request.getfixturevalue(f"{stage[:-1] if stage == 'finetune' else stage}ed")
-    nats = -model.log_likelihood(test_split[0]).mean() / 64
+    nats = -model.log_likelihood(held_out[0]).mean() / 64
     assert nats == pytest.approx(finished_run.summary[f"{stage}/test_nats_per_token"], rel=1e-5)
 
 
@@ -102,9 +102,9 @@ def test_features_are_of_the_layer_or_of_the_best_one(finished_run, pretrained, 
 
 
 def test_class_probabilities_sum_to_one_and_score_as_the_summary_says(
-    finished_run, finetuned, test_split
+    finished_run, finetuned, held_out
 ):
-    test_images, labels = test_split
+    test_images, labels = held_out
     probabilities = finetuned.classify(test_images)
     assert probabilities.dtype == np.float32 and probabilities.shape == (400, 10)
     np.testing.assert_allclose(probabilities.sum(axis=1), 1, rtol=1e-5)

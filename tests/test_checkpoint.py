@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.checkpoint import Checkpoints, DamagedError
+from gptv_jax.errors import InputError
 from gptv_jax.train import optimizer, step
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -168,7 +169,7 @@ def test_all_names_and_shapes_that_differ_are_listed(tmp_path):
     expected["params"]["extra"] = expected["params"].pop("special")
     with Checkpoints(tmp_path) as checkpoints:
         for restore in (lambda e: checkpoints.restore(1, e), checkpoints.restore_latest):
-            with pytest.raises(config_lib.InputError) as error:
+            with pytest.raises(InputError) as error:
                 restore(expected)
             message = str(error.value)
             assert "params.blocks.qkv is (64, 256), expected (64, 128)" in message
@@ -187,7 +188,7 @@ def test_a_part_of_the_state_can_be_restored_by_itself(tmp_path):
         assert_bit_for_bit(state, {"params": small_state(1)["params"]})
         assert info["position"] == 1
         del part["params"]["special"]
-        with pytest.raises(config_lib.InputError, match=r"params\.special"):
+        with pytest.raises(InputError, match=r"params\.special"):
             checkpoints.restore(1, part)
 
 
@@ -312,7 +313,7 @@ def test_when_all_are_damaged_it_is_an_error_and_nothing_moves(two_saved, tmp_pa
     truncate(biggest(folder / "1"))
     flip(biggest(folder / "2"))
     before = contents(tmp_path)
-    with pytest.raises(config_lib.InputError, match=r"no checkpoint in .* can be read") as error:
+    with pytest.raises(InputError, match=r"no checkpoint in .* can be read") as error:
         restore_latest(folder)
     assert str(folder) in str(error.value) and not isinstance(error.value, DamagedError)
     assert contents(tmp_path) == before

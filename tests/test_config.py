@@ -7,6 +7,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from gptv_jax import config as config_lib
+from gptv_jax import fields
+from gptv_jax.errors import InputError
 
 FREE = {
     "mesh.data", "mesh.fsdp", "mesh.tensor",
@@ -84,9 +86,9 @@ UNBOUNDED = {
 
 def changed(**values):
     """The defaults as nested dicts with other values; `a__b` is the field a.b."""
-    flat = config_lib.flatten(config_lib.Config())
+    flat = fields.flatten(config_lib.Config())
     flat.update({name.replace("__", "."): value for name, value in values.items()})
-    return config_lib.unflatten(flat)
+    return fields.unflatten(flat)
 
 
 def change(name, value):
@@ -94,7 +96,7 @@ def change(name, value):
 
 
 def error_of(settings):
-    with pytest.raises(config_lib.InputError) as error:
+    with pytest.raises(InputError) as error:
         config_lib.resolve(settings)
     return str(error.value)
 
@@ -109,21 +111,21 @@ def test_the_defaults_resolve_to_themselves():
 def test_flatten_and_unflatten_are_inverses_and_keep_every_value():
     settings = changed(train__steps=7, sample__top_k=3, data__train_transforms=("a",))
     config = config_lib.resolve(settings)
-    flat = config_lib.flatten(config)
+    flat = fields.flatten(config)
     assert flat["train.steps"] == 7 and flat["finetune.train.steps"] == 1000
     assert flat["sample.top_k"] == 3 and flat["data.train_transforms"] == ("a",)
-    nested = config_lib.unflatten(flat)
+    nested = fields.unflatten(flat)
     assert nested["finetune"]["train"]["optimizer"]["beta2"] == 0.95
     assert config_lib.resolve(nested) == config
-    assert config_lib.flatten(config_lib.resolve(nested)) == flat
+    assert fields.flatten(config_lib.resolve(nested)) == flat
 
 
 def test_flat_names_are_those_of_the_fields():
-    assert list(config_lib.flatten(config_lib.Config())) == list(config_lib.fields())
+    assert list(fields.flatten(config_lib.Config())) == list(fields.by_name(config_lib.Config))
 
 
 def test_the_network_and_the_numbers_are_fixed_when_a_run_goes_on_and_the_rest_is_free():
-    assert config_lib.free_fields() == FREE
+    assert fields.free(config_lib.Config) == FREE
 
 
 def test_a_resolved_configuration_cannot_be_changed():
@@ -172,8 +174,8 @@ def test_the_command_line_overrides_fields_of_every_type(monkeypatch):
     values = flags.FlagValues()
     config_flags.DEFINE_config_dict("config", config_lib.default(), flag_values=values)
     values(line)
-    flat = config_lib.flatten(config_lib.resolve(values.config))
-    wanted = config_lib.flatten(config_lib.Config()) | {k: v for k, (_, v) in overrides.items()}
+    flat = fields.flatten(config_lib.resolve(values.config))
+    wanted = fields.flatten(config_lib.Config()) | {k: v for k, (_, v) in overrides.items()}
     assert flat == wanted
     assert {k: type(v) for k, v in flat.items()} == {k: type(v) for k, v in wanted.items()}
 
@@ -203,7 +205,7 @@ def test_whole_numbers_pass_as_floats_and_lists_as_tuples():
 def test_values_at_the_ends_of_a_range_are_accepted(name, values):
     for value in values:
         resolved = config_lib.resolve(change(name, value))
-        assert config_lib.flatten(resolved)[name] == value
+        assert fields.flatten(resolved)[name] == value
 
 
 # What is not
@@ -220,7 +222,7 @@ def test_a_value_out_of_range_is_an_error_that_names_field_and_value(name, value
 
 
 def test_every_field_has_its_range_tested_or_has_none():
-    assert set(config_lib.flatten(config_lib.Config())) == {*OUT_OF_RANGE, *UNBOUNDED}
+    assert set(fields.flatten(config_lib.Config())) == {*OUT_OF_RANGE, *UNBOUNDED}
 
 
 @pytest.mark.parametrize(

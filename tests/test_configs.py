@@ -8,6 +8,7 @@ import pytest
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.data import transforms
+from gptv_jax.errors import InputError
 from gptv_jax.model.gpt import Network, parameter_count
 
 FOLDER = pathlib.Path(__file__).parent.parent / "configs"
@@ -51,7 +52,7 @@ def test_a_configuration_is_accepted_and_has_its_number_of_weights(name, argumen
 
 @pytest.mark.parametrize("name", ["cifar10", "imagenet"])
 def test_an_unknown_argument_is_an_error_that_names_the_known_ones(name):
-    with pytest.raises(config_lib.InputError, match=r"argument is 'xl'; it takes one of .*s"):
+    with pytest.raises(InputError, match=r"argument is 'xl'; it takes one of .*s"):
         load(name, "xl")
 
 

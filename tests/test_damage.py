@@ -10,9 +10,9 @@ import pytest
 from conftest import encoded, make_folder, random_image
 
 from gptv_jax import config as config_lib
-from gptv_jax.config import InputError
 from gptv_jax.data import pipeline
 from gptv_jax.data.damage import Ledger
+from gptv_jax.errors import InputError
 from gptv_jax.tokens.grey import GreyLevels
 
 CODEC = GreyLevels(levels=256, size=4)

@@ -16,6 +16,7 @@ from gptv_jax import config as config_lib
 from gptv_jax import sharding, tokens
 from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.data import pipeline
+from gptv_jax.errors import InputError
 from gptv_jax.run import network_of
 from gptv_jax.train import loop, optimizer, step
 from gptv_jax.train.metrics import MetricWriter
@@ -211,7 +212,7 @@ def test_a_training_that_diverges_names_the_step_and_keeps_what_was_good(
 ):
     rate = lambda taken: jax.numpy.where(taken == bad - 1, 1e30, 0.1)  # noqa: E731
     training = Training((1, 1, 1), optax.sgd(rate))
-    with pytest.raises(config_lib.InputError) as caught:
+    with pytest.raises(InputError) as caught:
         training.run(tmp_path, every)
     assert f"step {bad}:" in str(caught.value)
     assert f"step {good}" in str(caught.value) and str(tmp_path) in str(caught.value)
@@ -273,7 +274,7 @@ def test_nothing_is_started_anew_where_every_checkpoint_is_damaged(muon, tmp_pat
     muon.stopped(tmp_path, 2, ("next batch", 5))
     for step_folder in ("2", "4"):
         cut(tmp_path / "pretrain" / step_folder)
-    with pytest.raises(config_lib.InputError, match=r"no checkpoint in .*pretrain can be read"):
+    with pytest.raises(InputError, match=r"no checkpoint in .*pretrain can be read"):
         muon.run(tmp_path, 2)
     assert {"2", "4"} <= {path.name for path in (tmp_path / "pretrain").iterdir()}
 

@@ -7,6 +7,7 @@ from conftest import MESHES, make_mesh, random_batch, random_params, tiny_networ
 
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
+from gptv_jax.errors import InputError
 from gptv_jax.train import step
 from gptv_jax.train.optimizer import make_optimizer
 
@@ -105,7 +106,7 @@ def test_one_axis_fills_what_is_left(sizes, shape):
 
 @pytest.mark.parametrize("sizes", [(3, 1, 1), (-1, 3, 1), (2, 2, 1), (4, 4, 1)])
 def test_mesh_that_does_not_divide_the_devices_is_refused(sizes):
-    with pytest.raises(config_lib.InputError, match=r"config\.mesh\.data=.*there are 8"):
+    with pytest.raises(InputError, match=r"config\.mesh\.data=.*there are 8"):
         sharding.make_mesh(config_lib.Mesh(*sizes))
 
 
@@ -121,7 +122,7 @@ def test_mesh_that_does_not_divide_the_devices_is_refused(sizes):
 def test_what_the_mesh_does_not_divide_is_named(field, changes):
     config = dataclasses.replace(config_lib.Config(), **changes)
     mesh = make_mesh((1, 4, 2)) if field != "model.width" else make_mesh((1, 8, 1))
-    with pytest.raises(config_lib.InputError, match=rf"config\.{field} is "):
+    with pytest.raises(InputError, match=rf"config\.{field} is "):
         sharding.check(config, mesh)
 
 

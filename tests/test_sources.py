@@ -10,9 +10,9 @@ from conftest import encoded, make_folder, random_image
 from sklearn import datasets
 
 from gptv_jax import config as config_lib
-from gptv_jax.config import InputError
 from gptv_jax.data import sources
 from gptv_jax.data.folder import ENDINGS
+from gptv_jax.errors import InputError
 
 SIZES = {"train": 1197, "validation": 200, "test": 400}
 

@@ -21,6 +21,7 @@ from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.data import sources
+from gptv_jax.errors import InputError
 from gptv_jax.run import Run, config_of
 from gptv_jax.stages import probe
 from gptv_jax.train import loop
@@ -219,7 +220,7 @@ def test_weights_of_another_network_are_refused(finished_run, tmp_path):
     wider = dataclasses.replace(config.model, width=32)
     config = dataclasses.replace(config, init_from=str(finished_run.folder), model=wider)
     run = Run(config, str(tmp_path))
-    with jax.set_mesh(run.mesh), pytest.raises(config_lib.InputError) as caught:
+    with jax.set_mesh(run.mesh), pytest.raises(InputError) as caught:
         run.pretrained(run.network())
     assert "blocks.qkv" in str(caught.value) and "head" in str(caught.value)  # all that differ
     assert str(finished_run.folder) in str(caught.value)

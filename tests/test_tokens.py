@@ -8,9 +8,9 @@ from conftest import encoded, random_image
 
 from gptv_jax import config as config_lib
 from gptv_jax import tokens
-from gptv_jax.config import InputError
 from gptv_jax.data import pipeline, sources
 from gptv_jax.data.damage import Ledger
+from gptv_jax.errors import InputError
 from gptv_jax.tokens import Palette, PaletteTokens, palette
 from gptv_jax.tokens.palette import WEIGHTS
 from gptv_jax.tokens.statistics import TokenStatistics

@@ -20,8 +20,8 @@ import numpy as np
 from jaxtyping import Int
 
 from gptv_jax import config as config_lib
-from gptv_jax import npz, tokens
-from gptv_jax.config import InputError
+from gptv_jax import files, tokens
+from gptv_jax.errors import InputError
 
 FORMAT = 1  # of the folder; another one is not read
 SHARD_BYTES = 2**26  # after which a new file is begun
@@ -33,14 +33,9 @@ def claim(folder: pathlib.Path) -> None:
     Raises:
       InputError: it cannot be written, or holds something already.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
-        (folder / ".writable").unlink()
-        if any(folder.iterdir()):
-            raise InputError(f"--out={folder} is not empty; name a new folder.")
-    except OSError as error:
-        raise InputError(f"--out={folder} cannot be written ({error.strerror}).") from error
+    files.claim(folder, "out")
+    if any(folder.iterdir()):
+        raise InputError(f"--out={folder} is not empty; name a new folder.")
 
 
 def write(
@@ -62,7 +57,7 @@ def write(
     lengths = {name: _write_split(folder, name, found, packer) for name, found in splits.items()}
     tokens.save_palette(codec, folder)
     header = {"format": FORMAT, "lengths": lengths, **header}
-    (folder / "header.json").write_text(json.dumps(header, indent=2) + "\n")
+    files.write_json(folder / "header.json", header)
 
 
 def _write_split(folder: pathlib.Path, split: str, examples: Iterable, packer: "_Packer") -> int:
@@ -138,7 +133,7 @@ class _CachedSplit:
     def __init__(self, folder: pathlib.Path, split: str, packer: "_Packer", labelled: bool):
         self.folder, self.split, self.packer, self.labelled = folder, split, packer, labelled
         try:
-            index = npz.read(folder / f"{split}.npz")
+            index = files.read_arrays(folder / f"{split}.npz")
             self.shards, self.ends = index["shard"], index["end"]
             self.labels, self.checksums = index["label"], index["checksum"]
             self.starts = np.where(np.diff(self.shards, prepend=-1), 0, np.roll(self.ends, 1))
@@ -148,7 +143,7 @@ class _CachedSplit:
 
     def _mapped(self) -> list[np.ndarray]:
         paths = [_shard(self.folder, self.split, i) for i in range(int(self.shards[-1]) + 1)]
-        return [npz.memory_map(path) for path in paths]
+        return [files.map_array(path) for path in paths]
 
     def __getstate__(self) -> dict:
         """Without the mapped files, which a worker process maps itself."""

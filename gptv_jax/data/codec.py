@@ -7,10 +7,10 @@ import numpy as np
 
 from gptv_jax import config as config_lib
 from gptv_jax import tokens
-from gptv_jax.config import InputError
 from gptv_jax.data import pipeline, sources
 from gptv_jax.data.cache import TokenCache
 from gptv_jax.data.damage import Ledger
+from gptv_jax.errors import InputError
 from gptv_jax.tokens import Codec, Palette, palette
 
 LOG = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ def find_codec(config: config_lib.Config, folder: pathlib.Path | None = None) ->
     if folder:
         found[f"the run folder {folder}"] = tokens.load_palette(folder)
     if cache:
-        found[f"the token cache {cache.folder}"] = tokens.load_palette(cache.folder)
+        found[f"the token cache {cache.folder}"] = cache.codec().palette
     if config.init_from:
         path = pathlib.Path(config.init_from)
         found[f"config.init_from={path}"] = tokens.load_palette(path)

@@ -13,9 +13,9 @@ import jax
 import numpy as np
 
 from gptv_jax import config as config_lib
-from gptv_jax.config import InputError
 from gptv_jax.data import sources
 from gptv_jax.data.images import DamagedImageError, Decode
+from gptv_jax.errors import InputError
 
 LOG = logging.getLogger(__name__)
 SOUND = -1  # in place of a damaged image's number

@@ -5,7 +5,7 @@ import pathlib
 
 import numpy as np
 
-from gptv_jax.config import InputError
+from gptv_jax.errors import InputError
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 # What a sub-folder may be called that holds a split.

@@ -6,12 +6,14 @@ import warnings
 from typing import ClassVar
 
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image, ImageOps
+
+from gptv_jax.errors import first_line
+from gptv_jax.fields import POSITIVE, field
 
 # Pillow's remarks on odd metadata; here, because a `with` would not be safe among threads.
 warnings.filterwarnings("ignore", module=r"PIL\.")
-
-
 # Pillow's own limit would come before `Decode.max_pixels`, which is looked at before unpacking.
 Image.MAX_IMAGE_PIXELS = None
 
@@ -30,15 +32,13 @@ class Decode:
 
     random: ClassVar = False
     of_pixels: ClassVar = True
-    channels: int = 3  # 3: RGB, 1: grey
-    background: int = 255  # grey value, 0 to 255
-    max_pixels: int = 2**26  # height times width; a larger image is refused before it is unpacked
-    max_ratio: float = 32.0  # of the longer side over the shorter; a resize would blow it up
-    min_side: int = 2  # pixels; a smaller image shows nothing
-
-    def __post_init__(self):
-        if self.channels not in (1, 3) or not 0 <= self.background <= 255:
-            raise ValueError("it takes channels 3 or 1, background 0 to 255")
+    channels: int = field(3, ("3 (RGB) or 1 (grey)", lambda v: v in (1, 3)))
+    background: int = field(255, ("0 to 255, a grey value", lambda v: 0 <= v <= 255))
+    # Height times width; a larger image is refused before it is unpacked.
+    max_pixels: int = field(2**26, POSITIVE)
+    # Of the longer side over the shorter; a resize would blow it up.
+    max_ratio: float = field(32.0, ("1 or more", lambda v: v >= 1))
+    min_side: int = field(2, POSITIVE)  # pixels; a smaller image shows nothing
 
     def __call__(self, encoded: bytes | np.ndarray, rng=None) -> np.ndarray:
         """Uint8 [H, W, channels]; of an array, uint8 [H, W, C], only the channels change.
@@ -47,8 +47,7 @@ class Decode:
           DamagedImageError: cut short, empty, not an image, too large or too small.
         """
         if isinstance(encoded, np.ndarray):
-            grey = encoded.shape[-1] == 1
-            return self._pixels(Image.fromarray(encoded[..., 0] if grey else encoded))
+            return self._pixels(to_picture(encoded))
         if not encoded:
             raise DamagedImageError("the file is empty")
         try:
@@ -81,12 +80,20 @@ class Decode:
         if image.has_transparency_data:
             below = Image.new("RGBA", image.size, (self.background,) * 3 + (255,))
             image = Image.alpha_composite(below, image.convert("RGBA"))
-        pixels = np.asarray(image.convert("RGB" if self.channels == 3 else "L"))
-        return pixels.reshape(*pixels.shape[:2], self.channels)
+        return to_array(image.convert("RGB" if self.channels == 3 else "L"), self.channels)
+
+
+def to_picture(image: UInt8[np.ndarray, "H W C"]) -> Image.Image:
+    """An image of one or three channels as Pillow has it."""
+    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else np.ascontiguousarray(image))
+
+
+def to_array(picture: Image.Image, channels: int) -> UInt8[np.ndarray, "H W C"]:
+    """What `to_picture` was made of."""
+    return np.asarray(picture).reshape(picture.height, picture.width, channels)
 
 
 def _reason(error: Exception) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
         return "not an image that Pillow can read"
-    first_line = (str(error).splitlines() or [type(error).__name__])[0]
-    return first_line[:200]
+    return first_line(error)

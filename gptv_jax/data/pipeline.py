@@ -17,10 +17,10 @@ import jax
 import numpy as np
 
 from gptv_jax import config as config_lib
-from gptv_jax.config import InputError
 from gptv_jax.data import sources, transforms
 from gptv_jax.data.damage import SOUND, Decoded, Ledger
 from gptv_jax.data.images import Decode
+from gptv_jax.errors import InputError
 from gptv_jax.tokens import Codec
 
 LOG = logging.getLogger(__name__)

@@ -11,10 +11,10 @@ import numpy as np
 from sklearn import datasets, model_selection
 
 from gptv_jax import config as config_lib
-from gptv_jax import npz
-from gptv_jax.config import InputError
+from gptv_jax import files
 from gptv_jax.data.cache import TokenCache
 from gptv_jax.data.folder import ImageFolder
+from gptv_jax.errors import InputError, first_line
 
 SPLITS = ("train", "validation", "test")  # what a run asks for; the config says what they are
 
@@ -108,8 +108,8 @@ def open_npz(config: config_lib.Data) -> Arrays:
     """`Arrays` of an `.npz` file with `train_images`, `train_labels`, `test_images`, ..."""
     path = _existing(config)
     try:
-        arrays = npz.read(path)
-    except npz.UnreadableError as error:
+        arrays = files.read_arrays(path)
+    except files.UnreadableError as error:
         raise InputError(f"config.data.path={path} is no .npz file of arrays ({error}).") from error
     names = [key.removesuffix("_images") for key in arrays if key.endswith("_images")]
     splits = {n: (arrays[f"{n}_images"], arrays.get(f"{n}_labels")) for n in names}
@@ -271,10 +271,9 @@ def _resolve(expression: str, lengths: dict[str, int]) -> list[tuple[str, range]
 def _unprepared(name: str, folder: str | None, error: Exception) -> str:
     where = f" --data_dir={folder}" if folder else ""
     accepted = ", ".join(SETS)
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
     return (
         f"config.data.name={name} with config.data.dir={folder} is neither one of {accepted} nor a "
-        f"prepared TFDS set ({reason[:150]}); this downloads and prepares it: "
+        f"prepared TFDS set ({first_line(error)}); this downloads and prepares it: "
         f"pip install -e '.[prepare]' && tfds build {name} --file_format=array_record{where}"
     )
 

@@ -13,9 +13,9 @@ from jax.experimental import multihost_utils
 from sklearn.metrics import log_loss
 
 from gptv_jax import config as config_lib
-from gptv_jax import sharding
+from gptv_jax import files, sharding
 from gptv_jax.model.gpt import Network
-from gptv_jax.run import Run, write_json
+from gptv_jax.run import Run
 from gptv_jax.train.metrics import Progress
 
 SMALL = 50_000_000  # features times images
@@ -39,7 +39,7 @@ def run_stage(run: Run) -> dict:
             "random_init_validation_accuracy": floor["validation_accuracy"],
             "random_init_test_accuracy": floor["test_accuracy"],
         })  # fmt: skip
-    write_json(run.folder / "probe" / "layers.json", rows)
+    files.write_json(run.folder / "probe" / "layers.json", rows)
     layers = range(len(rows))
     best = max(layers, key=lambda i: preference(trained[i]))
     floor = max(layers, key=lambda i: preference(random[i]))

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from gptv_jax import config as config_lib
+from gptv_jax.errors import InputError
 from gptv_jax.tokens import palette as palettes
 from gptv_jax.tokens.grey import GreyLevels
 from gptv_jax.tokens.palette import Palette, PaletteTokens
@@ -52,11 +53,9 @@ def make_codec(config: config_lib.Tokens, image_size: int, palette: Palette | No
     """
     if config.name not in CODECS:
         accepted = ", ".join(CODECS)
-        raise config_lib.InputError(
-            f"config.tokens.name is {config.name!r}; it takes one of {accepted}."
-        )
+        raise InputError(f"config.tokens.name is {config.name!r}; it takes one of {accepted}.")
     if palette is not None and len(palette.centers) != config.colors:
-        raise config_lib.InputError(
+        raise InputError(
             f"config.tokens.colors is {config.colors}, but the palette has {len(palette.centers)} "
             "colours; set it to that."
         )

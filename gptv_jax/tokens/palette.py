@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import io
 import json
 import pathlib
 import warnings
@@ -10,8 +11,8 @@ import numpy as np
 import sklearn.cluster
 from jaxtyping import Float, Int, UInt8
 
-from gptv_jax import npz
-from gptv_jax.config import InputError
+from gptv_jax import files
+from gptv_jax.errors import InputError
 
 CELL = 16  # colour values that a cell of the look-up table has along each channel
 WEIGHTS = np.array([0.299, 0.587, 0.114])  # of red, green and blue in luminance
@@ -35,11 +36,9 @@ class Palette:
 
     def save(self, path: pathlib.Path) -> None:
         """Writes an `.npz` file that `load` reads."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        with temporary.open("wb") as file:
-            np.savez(file, centers=self.centers, provenance=json.dumps(self.provenance))
-        temporary.replace(path)
+        buffer = io.BytesIO()
+        np.savez(buffer, centers=self.centers, provenance=json.dumps(self.provenance))
+        files.replace(path, buffer.getvalue())
 
 
 def load(path: str | pathlib.Path) -> Palette:
@@ -52,7 +51,7 @@ def load(path: str | pathlib.Path) -> Palette:
     if not path.exists():
         raise InputError(f"there is no palette {path}.")
     try:
-        content = npz.read(path)
+        content = files.read_arrays(path)
         if "" in content:
             centers, provenance = content[""], {"file": path.name}
         else:

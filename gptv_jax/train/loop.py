@@ -12,6 +12,7 @@ import jax
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.checkpoint import Checkpoints, DamagedError
+from gptv_jax.errors import InputError
 from gptv_jax.model.gpt import Network
 from gptv_jax.train.metrics import MetricWriter, Progress, mfu
 
@@ -87,7 +88,7 @@ def fit(
             found = ", ".join(f"{k} is {v}" for k, v in wrong.items())
             checkpoints.wait()
             good = max(checkpoints.steps(), default=None)
-            raise config_lib.InputError(
+            raise InputError(
                 f"{name} stopped at step {at}: {found}. The last good checkpoint is step "
                 f"{good}, in {checkpoints.folder}. A lower optimizer.learning_rate or a "
                 "clip_norm is the usual remedy."

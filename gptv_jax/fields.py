@@ -1,0 +1,173 @@
+"""Typed, checked settings: frozen dataclasses from and to ml_collections, dicts and flat names.
+
+A dataclass declares its settings by `field`; one whose type is a dataclass is a section. Which
+settings there are says `config.py`; what it means to be one, this module.
+"""
+
+import collections.abc
+import dataclasses
+import difflib
+import math
+import types
+import typing
+
+import ml_collections
+from ml_collections import config_dict
+
+from gptv_jax.errors import InputError
+
+# What a value must be, in words for the message and as a test.
+POSITIVE = ("1 or more", lambda v: v >= 1)
+NOT_NEGATIVE = ("0 or more", lambda v: 0 <= v < math.inf)
+ABOVE_ZERO = ("more than 0", lambda v: 0 < v < math.inf)
+BELOW_ONE = ("0 up to but not 1", lambda v: 0 <= v < 1)
+SHARE = ("0 to 1", lambda v: 0 <= v <= 1)
+
+
+def one_of(*names: str):
+    """Accepts these names."""
+    return "one of " + ", ".join(names), lambda v: v in names
+
+
+def field(default=dataclasses.MISSING, accepted=None, *, free: bool = False):
+    """A field of these values; a free one may change when a run is continued.
+
+    Free is what moves work about but not the numbers it comes to, rounding apart.
+    """
+    return dataclasses.field(default=default, metadata={"accepted": accepted, "free": free})
+
+
+def by_name(cls: type, prefix: str = "") -> dict[str, dataclasses.Field]:
+    """`{"train.steps": its Field, ...}` for every field, in order of declaration."""
+    found = {}
+    for each in dataclasses.fields(cls):
+        name = f"{prefix}{each.name}"
+        nested = dataclasses.is_dataclass(each.type)
+        found.update(by_name(each.type, f"{name}.") if nested else {name: each})
+    return found
+
+
+def free(cls: type) -> set[str]:
+    """Names of the fields that may change when a run is continued."""
+    return {name for name, each in by_name(cls).items() if each.metadata.get("free")}
+
+
+def flatten(config, prefix: str = "") -> dict[str, object]:
+    """`{"train.steps": 500, ...}` for every field, in order of declaration."""
+    flat = {}
+    for each in dataclasses.fields(config):
+        value, name = getattr(config, each.name), f"{prefix}{each.name}"
+        nested = dataclasses.is_dataclass(value)
+        flat.update(flatten(value, f"{name}.") if nested else {name: value})
+    return flat
+
+
+def unflatten(flat: dict[str, object]) -> dict:
+    """The inverse of `flatten`, as nested dicts, for `from_dict`."""
+    nested: dict = {}
+    for name, value in flat.items():
+        *sections, last = name.split(".")
+        inner = nested
+        for section in sections:
+            inner = inner.setdefault(section, {})
+        inner[last] = value
+    return nested
+
+
+def to_dict(config) -> ml_collections.ConfigDict:
+    """A locked ConfigDict of the same fields and types."""
+    settings = ml_collections.ConfigDict()
+    for each in dataclasses.fields(config):
+        value, (kind, optional) = getattr(config, each.name), _optional(each.type)
+        if dataclasses.is_dataclass(value):
+            value = to_dict(value)
+        elif optional and value is None:
+            value = config_dict.placeholder(kind)
+        settings[each.name] = value
+    return settings.lock()
+
+
+def from_dict(cls: type, settings, where: str):
+    """A dataclass of what a ConfigDict or a dict says, every field of it.
+
+    Args:
+      cls: the dataclass.
+      settings: its fields by name.
+      where: what messages call it.
+
+    Raises:
+      InputError: an unknown or missing field, a wrong type, or a value that is not accepted; the
+        message names the field, its value and what would be accepted.
+    """
+    if not isinstance(settings, collections.abc.Mapping | ml_collections.ConfigDict):
+        raise InputError(f"{where} is {settings!r}; it is a section with fields of its own.")
+    known = {each.name: each for each in dataclasses.fields(cls)}
+    for name in settings:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {where}.{near[0]}? " if near else ""
+            accepted = ", ".join(known)
+            raise InputError(f"{where}.{name} is not a field; {hint}{where} takes: {accepted}.")
+    values = {}
+    for name, each in known.items():
+        if name not in settings:
+            raise InputError(f"{where}.{name} is missing; start from gptv_jax.config.default().")
+        value = settings[name]
+        if dataclasses.is_dataclass(each.type):
+            values[name] = from_dict(each.type, value, f"{where}.{name}")
+        else:
+            values[name] = checked(value, each, f"{where}.{name}")
+    return cls(**values)
+
+
+def checked(value, each: dataclasses.Field, where: str):
+    """`value`, of the field's type; `where` is what messages call it.
+
+    Raises:
+      InputError: it is of another type, or not accepted.
+    """
+    kind, optional = _optional(each.type)
+    if value is None and optional:
+        return None
+    try:
+        value = typed(value, kind)
+    except TypeError:
+        found = f"{where} is {value!r}, of type {type(value).__name__}"
+        raise InputError(f"{found}; it takes {type_words(each)}.") from None
+    words, holds = each.metadata.get("accepted") or (None, None)
+    if holds and not holds(value):
+        alternative = ", or None" if optional else ""
+        raise InputError(f"{where} is {value!r}; it takes {words}{alternative}.")
+    return value
+
+
+def typed(value, kind):
+    """`value` as `kind`; only whole numbers to floats and lists to tuples are converted.
+
+    Raises:
+      TypeError: it is of another type.
+    """
+    if typing.get_origin(kind) is tuple and isinstance(value, list | tuple):
+        return tuple(typed(v, typing.get_args(kind)[0]) for v in value)
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise TypeError
+    return value
+
+
+def type_words(each: dataclasses.Field) -> str:
+    """What a field takes, in words: `an int`, `a float or None`, `a tuple of str`."""
+    kind, optional = _optional(each.type)
+    if typing.get_origin(kind) is tuple:
+        words = f"a tuple of {typing.get_args(kind)[0].__name__}"
+    else:
+        words = f"{'an' if kind is int else 'a'} {kind.__name__}"
+    return words + (" or None" if optional else "")
+
+
+def _optional(kind) -> tuple[object, bool]:
+    """`(float, True)` for `float | None`, `(float, False)` for `float`."""
+    if isinstance(kind, types.UnionType):
+        return next(a for a in typing.get_args(kind) if a is not type(None)), True
+    return kind, False

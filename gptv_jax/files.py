@@ -1,0 +1,115 @@
+"""Files as a run writes and reads them: whole or not at all, and told of where they are damaged."""
+
+import json
+import pathlib
+import tokenize
+import zipfile
+import zlib
+
+import jax
+import numpy as np
+
+from gptv_jax.errors import InputError, first_line
+
+# What NumPy, zipfile and zlib raise at files that are none of theirs, or cut, or changed.
+_RAISED_BY_NUMPY = (
+    OSError,
+    ValueError,
+    KeyError,
+    EOFError,
+    NotImplementedError,
+    SyntaxError,
+    tokenize.TokenError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+
+
+class UnreadableError(ValueError):
+    """No file of NumPy's, or a damaged one; the message is the reason, in a few words."""
+
+    def __init__(self, error: Exception):
+        told = error.strerror if isinstance(error, OSError) else None
+        super().__init__((told or first_line(error)).rstrip("."))
+
+
+def claim(folder: pathlib.Path, flag: str) -> None:
+    """Makes a folder that can be written to.
+
+    Args:
+      folder: which.
+      flag: that named it, for the message.
+
+    Raises:
+      InputError: it cannot be made, or not written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".writable-{jax.process_index()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(
+            f"--{flag}={folder} cannot be written ({error.strerror}); name a folder that you may "
+            "write to."
+        ) from error
+
+
+def replace(path: pathlib.Path, content: bytes) -> None:
+    """Leaves either the old file or the whole new one; on process 0 alone."""
+    if jax.process_index() != 0:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_bytes(content)
+    temporary.replace(path)
+
+
+def write_json(path: pathlib.Path, value) -> None:
+    """Writes a JSON file as `replace` does."""
+    replace(path, json.dumps(value, indent=2).encode() + b"\n")
+
+
+def read_json(path: pathlib.Path, absent):
+    """The content of a JSON file, or `absent` where there is no such file.
+
+    Raises:
+      InputError: the file is not JSON, or not of the type of `absent`.
+    """
+    try:
+        content = json.loads(path.read_text())
+        if not isinstance(content, type(absent)):
+            raise InputError(f"{path} is damaged (it holds {content!r}); restore it.")
+        return content
+    except FileNotFoundError:
+        return absent
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"{path} is damaged ({error}); restore it or take another folder."
+        ) from error
+
+
+def read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """The arrays of an `.npz` file by name; of an `.npy` file the one, under "".
+
+    Raises:
+      UnreadableError: no such file, or none of NumPy's, or damaged.
+    """
+    try:
+        with path.open("rb") as file:
+            content = np.load(file)
+            return {"": content} if isinstance(content, np.ndarray) else dict(content)
+    except _RAISED_BY_NUMPY as error:
+        raise UnreadableError(error) from error
+
+
+def map_array(path: pathlib.Path) -> np.ndarray:
+    """The array of an `.npy` file, read where it lies.
+
+    Raises:
+      UnreadableError: as `read_arrays`.
+    """
+    try:
+        return np.load(path, mmap_mode="r")
+    except _RAISED_BY_NUMPY as error:
+        raise UnreadableError(error) from error
