@@ -1,5 +1,5 @@
-"""Generative pretraining on images in JAX: one GPT that learns by predicting image tokens."""
+"""Generative pretraining on images: one GPT that predicts image tokens."""
 
-from gptv_jax.api import Model, load
+from gptv_jax.api import Model, from_huggingface, from_openai, load, to_huggingface
 
-__all__ = ["Model", "load"]
+__all__ = ["Model", "from_huggingface", "from_openai", "load", "to_huggingface"]

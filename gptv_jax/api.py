@@ -1,5 +1,6 @@
 """What a Python user calls: a run folder as a model with NumPy in and NumPy out."""
 
+import dataclasses
 import functools
 import math
 import numbers
@@ -10,30 +11,32 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from gptv_jax import config as config_lib
-from gptv_jax import decode, files, sharding, tokens
+from gptv_jax import decode, files, interop, sharding, tokens
 from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.errors import InputError
+from gptv_jax.interop import huggingface, native
+from gptv_jax.interop.portable import Portable, flat
 from gptv_jax.model.gpt import Network
 from gptv_jax.run import config_of, finished_stages, network_of
-from gptv_jax.train.step import cross_entropy
+from gptv_jax.tokens import palette as palettes
+from gptv_jax.train.objective import cross_entropy
 
 Given = np.ndarray | jax.Array  # what a user may pass
 TRAININGS = ("pretrain", "finetune")  # the stages that leave weights
 
 
 class Model:
-    """A trained network with its tokens; made by `load`.
+    """A trained network with its tokens; made by `load` and its like.
 
     Images are uint8 [B, H, W, C] in the data set's own range. Work is split over all devices.
     Whatever has the wrong shape, dtype or value raises ValueError.
     """
 
-    def __init__(
-        self, network: Network, params: dict, codec: tokens.Codec, mesh, probed: int | None
-    ):
-        self.network = network
-        self.codec = codec
-        self._params, self._mesh, self._probed = params, mesh, probed
+    def __init__(self, described: Portable, params: dict, mesh: jax.sharding.Mesh):
+        """A network with parameters on a mesh; of `described` the arrays are not looked at."""
+        self.network, self.codec = described.network, described.codec
+        self._described, self._probed = described, described.best_layer
+        self._params, self._mesh = params, mesh
 
     def tokenize(self, images: UInt8[Given, "B H W C"]) -> Int[np.ndarray, "B T"]:
         """Int32 tokens, 0 <= token < V, in raster order."""
@@ -52,17 +55,18 @@ class Model:
         return self.codec.decode(self._checked(tokens))
 
     def logits(self, tokens: Int[Given, "B T"]) -> Float[np.ndarray, "B T V"]:
-        """Float32 logits; position t predicts tokens[:, t] from those before it."""
+        """Float32 logits; position t predicts tokens[:, t] from those before it; BERT: from all."""
         return self._forward(self._checked(tokens), "logits")
 
     def log_likelihood(self, images: UInt8[Given, "B H W C"]) -> Float[np.ndarray, "B"]:
         """Float32 log-probability of each image's tokens, in nats, summed over them."""
+        self._must_be_autoregressive("likelihoods")
         return self._forward(self.tokenize(images), "log_likelihood")
 
     def features(
         self, images: UInt8[Given, "B H W C"], layer: int | None = None
     ) -> Float[np.ndarray, "B D"]:
-        """Float32 means over positions of one layer's normed input.
+        """Float32 means over positions of one layer's normed input; BERT sees the whole image.
 
         Args:
           images: see the class.
@@ -78,7 +82,7 @@ class Model:
         return self._forward(self.tokenize(images), "pooled")[:, layer]
 
     def classify(self, images: UInt8[Given, "B H W C"]) -> Float[np.ndarray, "B classes"]:
-        """Float32 class probabilities, of a fine-tuned model."""
+        """Float32 class probabilities, of a fine-tuned model; BERT sees the whole image."""
         if not self.network.classes:
             raise ValueError(
                 "this model has no class head; load a run whose finetune has finished."
@@ -121,7 +125,25 @@ class Model:
         kept = self.tokenize(images)[:, : decode.kept_tokens(self.network, keep)]
         return self._generate(kept, seed, temperature, top_k, top_p)
 
+    def save(self, path: str | pathlib.Path) -> None:
+        """Writes all of it as one .safetensors file, which `load` takes.
+
+        Args:
+          path: of the file; it ends in .safetensors.
+        """
+        native.write(self.portable(), pathlib.Path(path).absolute())
+
+    def portable(self) -> Portable:
+        """The weights as NumPy arrays, with all that is needed to use them."""
+        arrays = {name: np.asarray(leaf) for name, leaf in flat(self._params).items()}
+        return dataclasses.replace(self._described, params=arrays)
+
+    def _must_be_autoregressive(self, what: str) -> None:
+        if self.network.config.objective != "autoregressive":
+            raise ValueError(f"a model with the objective bert has no {what}.")
+
     def _generate(self, prefix, seed, temperature, top_k, top_p):
+        self._must_be_autoregressive("way to draw images")
         if not _whole(seed) or not 0 <= seed < 2**32:
             raise ValueError(f"seed is {seed!r}; it takes a whole number from 0, below 2**32.")
         if not _real(temperature) or not 0 <= temperature < math.inf:
@@ -187,17 +209,80 @@ def _forward(network: Network, params: dict, tokens: jax.Array, wanted: str) -> 
             return -cross_entropy(output.logits, tokens).sum(axis=1)
 
 
-def load(folder: str | pathlib.Path, stage: str | None = None) -> Model:
-    """The model that a run folder holds.
+def load(
+    source: str | pathlib.Path,
+    stage: str | None = None,
+    palette: str | pathlib.Path | None = None,
+) -> Model:
+    """The model that a run folder holds, or a file or folder of weights.
 
     Args:
-      folder: the `--workdir` of a run.
-      stage: "pretrain" or "finetune"; None: the latest of them that has finished.
+      source: the `--workdir` of a run; a .safetensors file of `Model.save`; or what
+        `from_huggingface` and `from_openai` take.
+      stage: of a run, "pretrain" or "finetune"; None: the latest of them that has finished.
+      palette: file of the colours, for weights that come without them.
 
     Raises:
-      ValueError: no run folder, the stage has not finished, or its checkpoint is damaged.
+      ValueError: neither of these, the stage has not finished, or something there is damaged.
     """
-    folder = pathlib.Path(folder).absolute()
+    path = pathlib.Path(source).absolute()
+    if not interop.is_portable(path) and path.is_dir():
+        return _of_run(path, stage)
+    found = interop.read(path, palettes.load(palette) if palette else None)
+    mesh = sharding.make_mesh(config_lib.Mesh())
+    with jax.set_mesh(mesh):
+        return Model(dataclasses.replace(found, params={}), found.on_mesh(), mesh)
+
+
+def from_huggingface(
+    folder: str | pathlib.Path, palette: str | pathlib.Path | None = None
+) -> Model:
+    """An ImageGPT of `transformers`, from the folder that `save_pretrained` wrote.
+
+    Args:
+      folder: with `config.json`, safetensors (in one file or several) and, for the palette,
+        `preprocessor_config.json`.
+      palette: kmeans_centers.npy, where that is missing.
+
+    Raises:
+      ValueError: a tensor is missing, left over or misshapen (all are listed), a bias is not zero,
+        or the network is another one than Image GPT.
+    """
+    return load(folder, palette=palette)
+
+
+def to_huggingface(model: Model, folder: str | pathlib.Path, task: str = "generation") -> None:
+    """Writes a folder from which `transformers` loads the model, without code of ours or pickle.
+
+    Args:
+      model: the model.
+      folder: made where it is not there.
+      task: "generation" for `ImageGPTForCausalImageModeling`, "classification" for
+        `ImageGPTForImageClassification`.
+
+    Raises:
+      ValueError: the model has what that form cannot express (named).
+    """
+    if task not in huggingface.ARCHITECTURES:
+        shown = ", ".join(huggingface.ARCHITECTURES)
+        raise InputError(f"task is {task!r}; it takes one of {shown}.")
+    huggingface.write(model.portable(), pathlib.Path(folder).absolute(), task)
+
+
+def from_openai(prefix: str | pathlib.Path, palette: str | pathlib.Path) -> Model:
+    """OpenAI's Image GPT, from the TensorFlow checkpoint; needs the `prepare` extra.
+
+    Args:
+      prefix: path of the checkpoint without .index: ".../model.ckpt-1000000".
+      palette: its colours, kmeans_centers.npy.
+
+    Raises:
+      ValueError: as `from_huggingface`.
+    """
+    return load(prefix, palette=palette)
+
+
+def _of_run(folder: pathlib.Path, stage: str | None) -> Model:
     config, summary = config_of(folder), files.read_json(folder / "summary.json", {})
     finished = [s for s in TRAININGS if s in finished_stages(summary)]
     if stage is None and finished:
@@ -211,8 +296,19 @@ def load(folder: str | pathlib.Path, stage: str | None = None) -> Model:
     palette = tokens.load_palette(folder)
     codec = tokens.make_codec(config.tokens, config.data.image_size, palette)
     network = network_of(config, codec, summary.get(f"{stage}/classes", 0))
+    step = summary[f"{stage}/steps"]
+    described = Portable(
+        model=config.model,
+        tokens=config.tokens,
+        image_size=config.data.image_size,
+        params={},
+        palette=palette,
+        starts=network.starts,
+        classes=network.classes,
+        step=step,
+        best_layer=summary.get("probe/best_layer"),
+    )
     mesh = sharding.make_mesh(config_lib.Mesh())
     with jax.set_mesh(mesh), Checkpoints(folder / "checkpoints" / stage, read_only=True) as saved:
-        abstract = {"params": sharding.abstract(network.init)}
-        params = saved.restore(summary[f"{stage}/steps"], abstract)[0]["params"]
-    return Model(network, params, codec, mesh, summary.get("probe/best_layer"))
+        params = saved.restore(step, {"params": sharding.abstract(network.init)})[0]["params"]
+    return Model(described, params, mesh)

@@ -18,31 +18,35 @@ from gptv_jax import config as config_lib
 from gptv_jax import fields
 from gptv_jax.errors import InputError
 
-CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Configuration file, FILE[:ARG]; its fields are --config.a.b=value."
-)
-
 _NONE = re.compile(r"--?config\.([^=]+)=None$")
 
 
 def start(main: Callable[[config_lib.Config], None]) -> None:
-    """Parses the flags, calls `main(config)`, and ends with a sentence where the user can mend it.
+    """Runs `main(config)` as `run` does, with the configuration of the --config flag."""
+    holder = config_flags.DEFINE_config_file(
+        "config", None, "Configuration file, FILE[:ARG]; its fields are --config.a.b=value."
+    )
+    flags.mark_flag_as_required("config")
+    run(lambda: main(config_lib.resolve(holder.value)), functools.partial(parse, holder))
+
+
+def run(main: Callable[[], None], parser: Callable | None = None) -> None:
+    """Parses the flags, calls `main()`, and ends with a sentence where the user can mend it.
 
     Exit codes: 1 for what the user can mend, 130 where the user interrupted.
     """
 
     def configured(argv: list[str]) -> None:
         if argv[1:]:
-            raise InputError(f"{argv[1]} is no flag; a field is set as --config.a.b=value.")
+            raise InputError(f"{argv[1]} is no flag; a flag is --name=value (see --help).")
         logging.getLogger("gptv_jax").setLevel(logging.INFO)
         if not flags.FLAGS["verbosity"].present:
             absl_logging.set_verbosity(absl_logging.ERROR)  # libraries: Orbax tells its every move
         jax.config.update("jax_numpy_rank_promotion", "raise")
-        main(config_lib.resolve(CONFIG.value))
+        main()
 
-    flags.mark_flag_as_required("config")
     try:
-        app.run(configured, flags_parser=parse)
+        app.run(configured, flags_parser=parser or _parse_flags)
     except InputError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
@@ -50,8 +54,16 @@ def start(main: Callable[[config_lib.Config], None]) -> None:
         sys.exit(130)
 
 
-def parse(argv: list[str]) -> list[str]:
-    """Absl's flag parser, with what goes wrong in it or in the config file as `InputError`."""
+def _parse_flags(argv: list[str]) -> list[str]:
+    """Absl's flag parser, with what goes wrong in it as `InputError`."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        raise InputError(f"{error} (see --help).") from error
+
+
+def parse(holder: flags.FlagHolder, argv: list[str]) -> list[str]:
+    """As `_parse_flags`, with what goes wrong in the config file as well."""
     kinds = {n: fields.type_words(f) for n, f in fields.by_name(config_lib.Config).items()}
     for argument in argv[1:]:
         override = re.match(r"--?config\.([^=]+)", argument)
@@ -72,7 +84,7 @@ def parse(argv: list[str]) -> list[str]:
         raise InputError(f"{given}: there is no file {file}.")
     try:
         remaining = flags.FLAGS(argv)
-        settings = CONFIG.value  # raises here what went wrong in loading the file
+        settings = holder.value  # raises here what went wrong in loading the file
         for argument in none:
             *sections, field = _NONE.match(argument)[1].split(".")
             section = functools.reduce(operator.getitem, sections, settings)

@@ -78,6 +78,10 @@ class Model:
     dtype: str = field("float32", one_of("float32", "bfloat16"))  # of compute; weights: float32
     # Layers are walked by lax.scan, whose compile time does not grow with depth, or unrolled.
     scan_layers: bool = field(True, free=True)
+    # What is predicted: each token from those before it, or hidden ones from all others.
+    objective: str = field("autoregressive", one_of("autoregressive", "bert"))
+    masked_share: float = field(0.15, SHARE)  # bert: of the positions, whose content is hidden
+    votes: int = field(5, POSITIVE)  # bert: masks an image is evaluated under; the majority counts
     # What the backward pass computes again: nothing, all but products with weights, or everything.
     remat: str = field("none", one_of("none", "dots", "full"), free=True)
 
@@ -212,6 +216,11 @@ def _check_together(config: Config) -> None:
         raise InputError(
             f"config.model.heads is {model.heads}; it takes a divisor of config.model.width = "
             f"{model.width}."
+        )
+    if model.objective == "bert" and model.start_per_variant:
+        raise InputError(
+            "config.model.start_per_variant is True, but config.model.objective=bert has no start "
+            "vector; set one of them otherwise."
         )
     for where, train in (("train", config.train), ("finetune.train", config.finetune.train)):
         optimizer, prefix = train.optimizer, f"config.{where}.optimizer"

@@ -9,13 +9,14 @@ import sys
 import jax
 
 from gptv_jax import config as config_lib
-from gptv_jax import fields, files, sharding, tokens
+from gptv_jax import fields, files, interop, sharding, tokens
 from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.data import codec as codecs
 from gptv_jax.data import pipeline, sources, transforms
 from gptv_jax.data.damage import Ledger
 from gptv_jax.data.pipeline import Pipeline
 from gptv_jax.errors import InputError
+from gptv_jax.interop.portable import Portable
 from gptv_jax.model.gpt import Network
 from gptv_jax.train.metrics import MetricWriter
 
@@ -60,7 +61,7 @@ class Run:
             self._try(found)
         self.stages = self._stages(wanted)
         if config.init_from or "pretrain" not in self.stages:
-            self.pretrained_folder()  # before this folder is claimed
+            self._check_pretrained(found)  # before this folder is claimed
         self._claim()
         self.metrics = MetricWriter(self.folder)
         self.codec = found or codecs.build_codec(config, Ledger(config.data, self.folder))
@@ -83,7 +84,27 @@ class Run:
         """The network of the config, with a class head where `classes` is not 0."""
         return network_of(self.config, self.codec, classes)
 
-    def pretrained_folder(self) -> pathlib.Path:
+    def _check_pretrained(self, codec: tokens.Codec | None) -> None:
+        """Raises where there are no pretrained weights, or of another network."""
+        given = self.config.init_from
+        if given and interop.is_portable(given):
+            self._imported(codec)
+        else:
+            self._pretrained_folder()
+
+    def _imported(self, codec: tokens.Codec | None) -> Portable:
+        """The weights of `config.init_from`, where they come from elsewhere; without class head."""
+        given, palette = self.config.init_from, getattr(codec, "palette", None)
+        found = interop.read(given, palette).headless()
+        differing = found.differing(self.config)
+        if differing:
+            raise InputError(
+                f"config.init_from={given} holds another network: {'; '.join(differing)}. Set "
+                "these fields to its values."
+            )
+        return found
+
+    def _pretrained_folder(self) -> pathlib.Path:
         """The run folder with the pretrained weights: this one, or `config.init_from`.
 
         Raises:
@@ -105,7 +126,12 @@ class Run:
           InputError: pretraining has not finished, the weights are of another shape, or none of
             the checkpoints can be read.
         """
-        folder = self.pretrained_folder()
+        given = self.config.init_from
+        if given and interop.is_portable(given):
+            weights = self._imported(self.codec)
+            self._pretrained_step = weights.step
+            return weights.on_mesh()
+        folder = self._pretrained_folder()
         abstract = {"params": sharding.abstract(network.init)}
         with Checkpoints(folder / "checkpoints" / "pretrain", read_only=True) as checkpoints:
             restored = checkpoints.restore_latest(abstract)
@@ -126,7 +152,7 @@ class Run:
         return files.read_json(self.folder / "summary.json", {})
 
     def _stages(self, wanted: list[str] | None) -> list[str]:
-        """Those to run, in order; without what `init_from` gives and what lacks labels.
+        """Those to run, in order; without what `init_from` gives, lacks labels or cannot draw.
 
         Raises:
           InputError: an unknown stage, or a wanted one that would be left out.
@@ -142,6 +168,11 @@ class Run:
                 f"--stages has pretrain, but config.init_from={given} gives the pretrained weights;"
                 " leave one of them out."
             )
+        if self.config.model.objective == "bert" and "sample" in (wanted or ()):
+            raise InputError(
+                "--stages has sample, but config.model.objective=bert draws no images; it takes "
+                "pretrain, probe and finetune."
+            )
         unlabelled = [s for s in ("probe", "finetune") if not self.classes]
         if set(wanted or ()) & set(unlabelled):
             raise InputError(
@@ -150,6 +181,7 @@ class Run:
                 "sample."
             )
         left_out = {*unlabelled, *(["pretrain"] if given else [])}
+        left_out |= {"sample"} if self.config.model.objective == "bert" else set()
         chosen = set(wanted or STAGES) - left_out
         return [s for s in STAGES if s in chosen]
 

@@ -1,5 +1,7 @@
 """The Python interface on a run folder that the real command made on another number of devices."""
 
+import dataclasses
+
 import jax
 import jaxtyping
 import numpy as np
@@ -212,8 +214,7 @@ def test_what_is_not_a_run_folder_is_named(tmp_path):
 
 
 def test_features_without_a_layer_need_a_probe(pretrained):
-    model = gptv_jax.Model(
-        pretrained.network, pretrained._params, pretrained.codec, pretrained._mesh, probed=None
-    )
+    unprobed = dataclasses.replace(pretrained._described, best_layer=None)
+    model = gptv_jax.Model(unprobed, pretrained._params, pretrained._mesh)
     with pytest.raises(ValueError, match="0 to 1"):
         model.features(IMAGES)

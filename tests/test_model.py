@@ -11,7 +11,8 @@ from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.model import layers
 from gptv_jax.model.gpt import Network, parameter_count
-from gptv_jax.train.step import cross_entropy, generative_loss
+from gptv_jax.train.objective import cross_entropy
+from gptv_jax.train.step import generative_loss
 
 pytestmark = pytest.mark.usefixtures("one_device")
 

@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 
 from gptv_jax import config as config_lib
-from gptv_jax import tokens
+from gptv_jax import interop, tokens
 from gptv_jax.data import pipeline, sources
 from gptv_jax.data.cache import TokenCache
 from gptv_jax.data.damage import Ledger
@@ -41,7 +41,10 @@ def find_codec(config: config_lib.Config, folder: pathlib.Path | None = None) ->
         found[f"the token cache {cache.folder}"] = cache.codec().palette
     if config.init_from:
         path = pathlib.Path(config.init_from)
-        found[f"config.init_from={path}"] = tokens.load_palette(path)
+        portable = interop.is_portable(path)
+        found[f"config.init_from={path}"] = (
+            interop.read_palette(path) if portable else tokens.load_palette(path)
+        )
     if config.tokens.palette:
         given = config.tokens.palette
         found[f"config.tokens.palette={given}"] = palette.load(given)

@@ -67,7 +67,8 @@ class Pipeline:
         """This process's share of a split, in order, every example once, without augmentation.
 
         Every process gets the same number of batches; `"mask": float32 [b]` is 0 for what only
-        fills the last one, and for what stands in for a damaged image.
+        fills the last one, and for what stands in for a damaged image. `"index": int32 [b]` is the
+        example's number.
 
         Args:
           split: "train", "validation" or "test".
@@ -238,7 +239,7 @@ class _Padded:
         real = index < self.real
         element = self.source[index if real else 0]
         counts = real and element.get("damaged", SOUND) == SOUND
-        return {**element, "mask": np.float32(counts)}
+        return {**element, "mask": np.float32(counts), "index": np.int32(index)}
 
 
 def _share(data: grain.MapDataset, batch_size: int) -> grain.MapDataset:

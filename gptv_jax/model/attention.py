@@ -28,7 +28,8 @@ def attention(
     mask: Bool[Array, "T S"],
 ) -> Float[Array, "B T H K"]:
     """Scaled dot-product attention; position t sees s where mask[t, s]. Softmax in float32."""
-    scores = jnp.einsum("bthk,bshk->bhts", q, k, preferred_element_type=jnp.float32)
+    accumulator = jnp.promote_types(q.dtype, jnp.float32)
+    scores = jnp.einsum("bthk,bshk->bhts", q, k, preferred_element_type=accumulator)
     scores = jnp.where(mask[None, None], scores / math.sqrt(q.shape[-1]), -jnp.inf)
     return jnp.einsum("bhts,bshk->bthk", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
 
@@ -41,6 +42,13 @@ def causal_attention(
     if T >= LONG and _on_cpu():
         return blocked_attention(q, k, v)
     return attention(q, k, v, jnp.tri(T, dtype=bool))
+
+
+def bidirectional_attention(
+    q: Float[Array, "B T H K"], k: Float[Array, "B T H K"], v: Float[Array, "B T H K"]
+) -> Float[Array, "B T H K"]:
+    """`attention` of every position to all."""
+    return attention(q, k, v, jnp.ones((q.shape[1],) * 2, bool))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

@@ -1,6 +1,7 @@
 """The network: a GPT over image tokens, iGPT (Chen et al. 2020) by default.
 
-Position t holds token t-1 (position 0 a learned start vector), and predicts token t. Letters: B
+Position t holds token t-1 (position 0 a learned start vector), and predicts token t; with the BERT
+objective it holds token t itself, or nothing, and sees all others. Letters: B
 batch, T tokens, D width, H heads, K head size, F MLP width, V vocabulary, L layers, C classes.
 
 `GPT` holds weights and is a pytree; training works on the plain nested dict of `Network.init` and
@@ -14,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
@@ -49,7 +50,8 @@ class GPT(nnx.Module):
         rows, columns = network.grid
         self.network = network
         self.token_embedding = layers.normal(rngs, "token_embedding", (V, D), 0.02)
-        self.start = layers.normal(rngs, "start", (network.starts, D), 0.02)
+        if config.objective == "autoregressive":
+            self.start = layers.normal(rngs, "start", (network.starts, D), 0.02)
         self.position = layers.normal(rngs, "position", (rows * columns, D), 0.01)
         if config.axial_positions:
             self.row = layers.normal(rngs, "row", (rows, D), 0.01)
@@ -65,22 +67,27 @@ class GPT(nnx.Module):
         tokens: Int[Array, "B T"],
         variant: Int[Array, "B"] | None = None,
         key: PRNGKeyArray | None = None,
+        hidden: Bool[Array, "B T"] | None = None,
     ) -> Output:
         """Logits, features and, with a class head, class logits of whole sequences.
 
         Args:
-          tokens: 0 <= token < V; the last one of a row is only ever a target.
+          tokens: 0 <= token < V; but for BERT the last one of a row is only ever a target.
           variant: which start vector each row begins with; None: 0.
           key: of dropout; None switches it off.
+          hidden: BERT: where tokens are not shown; None: all are.
         """
         config = self.network.config
         keys = None if key is None else jax.random.split(key, config.layers + 1)
-        x = self.embed(tokens[:, :-1], variant)
+        if config.objective == "bert":
+            x, attend = self.embed_in_place(tokens, hidden), attention.bidirectional_attention
+        else:
+            x, attend = self.embed(tokens[:, :-1], variant), attention.causal_attention
         x = layers.dropout(x, config.dropout, None if keys is None else keys[-1])
 
         def layer(x, inputs):
             block, key = inputs
-            x, normed = block(x, attention.causal_attention, key)
+            x, normed = block(x, attend, key)
             return x, _pool(normed)
 
         keys = None if keys is None else keys[:-1]
@@ -136,6 +143,15 @@ class GPT(nnx.Module):
         x = jnp.concatenate([start, self._lookup(self.token_embedding, tokens)], axis=1)
         return x + self._positions()[None, : x.shape[1]]
 
+    def embed_in_place(
+        self, tokens: Int[Array, "B T"], hidden: Bool[Array, "B T"] | None
+    ) -> Float[Array, "B T D"]:
+        """BERT's inputs: every token at its own position, hidden ones as their position alone."""
+        x = self._lookup(self.token_embedding, tokens)
+        if hidden is not None:
+            x = jnp.where(hidden[..., None], jnp.zeros((), x.dtype), x)
+        return x + self._positions()[None]
+
     def embed_one(self, token: Int[Array, "B"], position: Int[Array, ""]) -> Float[Array, "B 1 D"]:
         """Input of `position` >= 1, which holds the token before it."""
         x = self._lookup(self.token_embedding, token)[:, None]
@@ -157,7 +173,9 @@ class GPT(nnx.Module):
 
     def _token_logits(self, final: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         head = sharding.gather(self.head[...], final.dtype)
-        return jnp.einsum("btd,vd->btv", final, head, preferred_element_type=jnp.float32)
+        return jnp.einsum(
+            "btd,vd->btv", final, head, preferred_element_type=layers.accumulator(final)
+        )
 
     def _walk(self, layer, carry, xs):
         """`lax.scan` of `layer` over the stacked layers, or the same loop unrolled."""
@@ -176,7 +194,7 @@ class GPT(nnx.Module):
 
 
 def _pool(x: Float[Array, "B T D"]) -> Float[Array, "B D"]:
-    return jnp.mean(x.astype(jnp.float32), axis=1)
+    return jnp.mean(x.astype(layers.accumulator(x)), axis=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,6 +206,11 @@ class Network:
     grid: tuple[int, int]  # rows and columns of tokens; T is their product
     starts: int = 1  # start vectors: 1, or one per augmentation variant
     classes: int = 0  # C; 0: no class head
+
+    @property
+    def votes(self) -> int:
+        """Evaluations of an image that its class is decided by."""
+        return self.config.votes if self.config.objective == "bert" else 1
 
     @property
     def length(self) -> int:

@@ -25,5 +25,5 @@ class ClassHead(nnx.Module):
         """Float32 class logits."""
         center, scale = jax.lax.stop_gradient((self.class_center[...], self.class_scale[...]))
         standardised = (pooled - center[None]) * scale[None]
-        weight = sharding.gather(self.class_head[...], jnp.float32)
+        weight = sharding.gather(self.class_head[...], pooled.dtype)
         return jnp.einsum("bd,cd->bc", standardised, weight)

@@ -28,9 +28,14 @@ def constant(name: str, shape: tuple[int, ...], value: float) -> nnx.Param:
     return nnx.Param(jnp.full(shape, value, jnp.float32, out_sharding=sharding.PARAMETERS[name]))
 
 
+def accumulator(x: Array) -> jnp.dtype:
+    """What sums over `x` are taken in: float32, or float64 where `x` is."""
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
 def rms_norm(x: Float[Array, "B T D"], gain: Float[Array, "D"]) -> Float[Array, "B T D"]:
     """X / sqrt(mean(x^2) + 1e-5) * gain: no centring, no bias (openai/image-gpt, `norm`)."""
-    mean_square = jnp.mean(jnp.square(x.astype(jnp.float32)), axis=-1, keepdims=True)
+    mean_square = jnp.mean(jnp.square(x.astype(accumulator(x))), axis=-1, keepdims=True)
     scale = jax.lax.rsqrt(mean_square + EPSILON).astype(x.dtype)
     return x * scale * gain.astype(x.dtype)[None, None]
 

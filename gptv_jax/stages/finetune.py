@@ -10,7 +10,7 @@ from gptv_jax import sharding
 from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.model.gpt import Network
 from gptv_jax.run import Run
-from gptv_jax.train import loop, optimizer, step
+from gptv_jax.train import loop, objective, optimizer, step
 
 STATISTICS = 2_000  # training images at most that the head's input is measured on
 MIN_DEVIATION = 1e-6  # a feature that varies less is only centred
@@ -83,7 +83,7 @@ def _statistics(run: Run, network: Network, params: dict) -> tuple[jax.Array, ja
 
     @jax.jit
     def sums(params, batch):
-        pooled = network.bind(params)(batch["tokens"], batch["variant"]).pooled[-1]
+        pooled = objective.evaluated(network, params, batch)[0].pooled[-1]
         mask = batch["mask"][:, None]
         return mask.sum(), (mask * pooled).sum(axis=0), (mask * pooled**2).sum(axis=0)
 

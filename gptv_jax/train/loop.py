@@ -163,7 +163,7 @@ def evaluate_all(eval_step: Callable, params: dict, batches: Iterator[dict]) -> 
         sums = eval_step(params, sharding.global_batch(batch))
         total = sums if total is None else jax.tree.map(lambda a, b: a + b, total, sums)
     total = {k: float(v) for k, v in jax.device_get(total).items()}
-    numbers = {"nats_per_token": total["nats"] / total["tokens"]}
+    numbers = {"nats_per_token": total["nats_per_token"] / total["images"]}
     if "correct" in total:
         numbers["accuracy"] = total["correct"] / total["images"]
         numbers["class_nats"] = total["class_nats"] / total["images"]

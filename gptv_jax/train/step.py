@@ -5,37 +5,42 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from gptv_jax import sharding
-from gptv_jax.model.gpt import Network
+from gptv_jax.model.gpt import Network, Output
+from gptv_jax.train import objective
+from gptv_jax.train.objective import cross_entropy
 from gptv_jax.train.optimizer import apply_update
 
 Metrics = dict[str, Array]
-
-
-def cross_entropy(logits: Float[Array, "*B V"], targets: Int[Array, "*B"]) -> Float[Array, "*B"]:
-    """Negative log-likelihood of every target, in nats."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
 
 
 def generative_loss(network: Network) -> Callable:
     """`(params, batch, key) -> (nats per token, metrics)`, the pretraining objective."""
 
     def loss(params: dict, batch: dict, key: PRNGKeyArray | None) -> tuple[Array, Metrics]:
-        output = network.bind(params)(batch["tokens"], batch["variant"], key)
-        nats = cross_entropy(output.logits, batch["tokens"]).mean()
+        _, nats = _forward(network, params, batch, key)
         return nats, {"nats_per_token": nats}
 
     return loss
+
+
+def _forward(network, params, batch, key) -> tuple[Output, Float[Array, ""]]:
+    """Output and nats per token of a training batch; the key is of dropout and of what is hidden.
+
+    None, where nothing is hidden, switches dropout off.
+    """
+    hidden = objective.hide(network, len(batch["tokens"]), key)
+    output = network.bind(params)(batch["tokens"], batch["variant"], key, hidden)
+    return output, objective.nats_per_token(output.logits, batch["tokens"], hidden).mean()
 
 
 def joint_loss(network: Network, generative: float, classification: float) -> Callable:
     """As `generative_loss`, plus cross-entropy of the class, weighted by the two coefficients."""
 
     def loss(params: dict, batch: dict, key: PRNGKeyArray | None) -> tuple[Array, Metrics]:
-        output = network.bind(params)(batch["tokens"], batch["variant"], key)
-        nats = cross_entropy(output.logits, batch["tokens"]).mean()
+        output, nats = _forward(network, params, batch, key)
         class_nats = cross_entropy(output.class_logits, batch["label"]).mean()
         correct = jnp.argmax(output.class_logits, axis=-1) == batch["label"]
         metrics = {"nats_per_token": nats, "class_nats": class_nats, "accuracy": correct.mean()}
@@ -118,23 +123,28 @@ def make_train_step(
 def make_eval_step(network: Network) -> Callable:
     """`(params, batch) -> sums` over the batch's real rows (mask 1).
 
-    The sums are nats, tokens, images and, with a class head, correctly classified images and the
-    cross-entropy of the class in nats.
+    The sums are nats per token, images and, with a class head, correctly classified images and the
+    cross-entropy of the class in nats. Where positions are hidden, nats are means over the votes,
+    and the class is that of most of them.
     """
 
     def eval_step(params: dict, batch: dict) -> Metrics:
-        output = network.bind(params)(batch["tokens"], batch["variant"])
-        images = batch["mask"].sum()
-        nats = cross_entropy(output.logits, batch["tokens"]).sum(axis=1)
+        nats, class_logits = 0.0, []
+        for vote in range(network.votes):
+            output, hidden = objective.evaluated(network, params, batch, vote)
+            nats += objective.nats_per_token(output.logits, batch["tokens"], hidden)
+            class_logits.append(output.class_logits)
         sums = {
-            "nats": (nats * batch["mask"]).sum(),
-            "images": images,
-            "tokens": images * batch["tokens"].shape[1],
+            "nats_per_token": (nats / network.votes * batch["mask"]).sum(),
+            "images": batch["mask"].sum(),
         }
-        if output.class_logits is not None:
-            correct = jnp.argmax(output.class_logits, axis=-1) == batch["label"]
+        if network.classes:
+            class_logits = jnp.stack(class_logits)
+            correct = objective.elect(class_logits) == batch["label"]
             sums["correct"] = (correct * batch["mask"]).sum()
-            class_nats = cross_entropy(output.class_logits, batch["label"])
+            class_nats = cross_entropy(
+                class_logits, jnp.broadcast_to(batch["label"], class_logits.shape[:-1])
+            ).mean(axis=0)
             sums["class_nats"] = (class_nats * batch["mask"]).sum()
         return sums
 

@@ -1,0 +1,39 @@
+"""Converts weights: from a run, Hugging Face's or OpenAI's form, to ours or Hugging Face's.
+
+python -m gptv_jax.convert --from=runs/digits --to=digits.safetensors
+python -m gptv_jax.convert --from=runs/digits --to=exports/digits            # Hugging Face's form
+python -m gptv_jax.convert --from=model.ckpt-1000000 --palette=kmeans_centers.npy --to=igpt-s
+"""
+
+import logging
+
+from absl import flags
+
+from gptv_jax import api, command
+
+FROM = flags.DEFINE_string(
+    "from", None, "Run folder, .safetensors file, Hugging Face's folder, or TensorFlow's prefix."
+)
+TO = flags.DEFINE_string("to", None, "A .safetensors file, or else a folder for Hugging Face.")
+STAGE = flags.DEFINE_enum("stage", None, api.TRAININGS, "Of a run; default: the latest finished.")
+PALETTE = flags.DEFINE_string("palette", None, "kmeans_centers.npy, for weights without colours.")
+TASK = flags.DEFINE_enum(
+    "task", None, ("generation", "classification"),
+    "Head to write for Hugging Face; default: that for classes where there is one.",
+)  # fmt: skip
+LOG = logging.getLogger("gptv_jax.convert")
+
+
+def main() -> None:
+    """Reads, checks and writes."""
+    model = api.load(FROM.value, stage=STAGE.value, palette=PALETTE.value)
+    if TO.value.endswith(".safetensors"):
+        model.save(TO.value)
+    else:
+        api.to_huggingface(model, TO.value, task=TASK.value)
+    LOG.info("%s is written to %s.", FROM.value, TO.value)
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["from", "to"])
+    command.run(main)

@@ -1,0 +1,325 @@
+"""Hugging Face's ImageGPT: a folder with config.json, safetensors and preprocessor_config.json.
+
+`transformers` keeps the start vector as row V of the token embedding, q, k and v side by side in
+one matrix, and a bias beside every matrix, which OpenAI's weights leave at zero. It does not
+prepend the start token by itself: to score tokens x, feed [V, x_0 .. x_(T-2)].
+"""
+
+import dataclasses
+import json
+import logging
+import math
+import pathlib
+import re
+
+import numpy as np
+
+from gptv_jax import config as config_lib
+from gptv_jax import fields, files
+from gptv_jax.errors import InputError
+from gptv_jax.interop import native, tensors
+from gptv_jax.interop.portable import Portable
+from gptv_jax.interop.tensors import Accounted
+from gptv_jax.tokens.palette import Palette
+
+LOG = logging.getLogger(__name__)
+CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+# What the network computes; a config that says otherwise is of another network.
+FIXED = {
+    "activation_function": "quick_gelu",
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+}
+# Buffers that old versions saved beside the weights: masks, which are not learned.
+BUFFERS = re.compile(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)")
+# Fields of the model that this form has a word for, or that are of no matter to it; whatever else
+# differs from the default is refused.
+EXPRESSED = {
+    "layers", "width", "heads", "mlp_ratio", "axial_positions", "start_per_variant", "dropout",
+    "dtype", "scan_layers", "remat",
+}  # fmt: skip
+ARCHITECTURES = {
+    "generation": "ImageGPTForCausalImageModeling",
+    "classification": "ImageGPTForImageClassification",
+}
+
+
+def found(path: pathlib.Path) -> bool:
+    """Whether `path` is meant to be such a folder."""
+    try:
+        return "model_type" in json.loads((path / CONFIG).read_text())
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def read_palette(folder: pathlib.Path) -> Palette | None:
+    """See `interop.read_palette`."""
+    path = folder / PREPROCESSOR
+    clusters = files.read_json(path, {}).get("clusters")
+    if clusters is None:
+        return None
+    try:
+        centers = np.asarray(clusters, np.float32)
+    except (ValueError, TypeError):
+        centers = np.zeros(())
+    if centers.ndim != 2 or centers.shape[1] != 3 or not np.abs(centers).max() <= 1:
+        raise InputError(f"clusters of {path} are no list of colours, RGB from -1 to 1.")
+    return Palette(centers, {"file": f"{folder.name}/{PREPROCESSOR}"})
+
+
+def read(folder: pathlib.Path, palette: Palette | None = None) -> Portable:
+    """See `interop.read`."""
+    config = _config(folder)
+    there, metadata = _open(folder)
+    if native.HEADER in metadata:  # our own export, which says what its tokens are
+        header = native.header(metadata, folder)
+        own = read_palette(folder) if header.get("palette") is not None else None
+        centers = own.centers if own else None
+        portable = native.described(header, {}, centers, folder)
+    else:
+        portable = _described(config, folder, palette or read_palette(folder))
+    params = _weights(config, folder, there)
+    classes = len(params.get("classifier.class_head", ()))
+    return dataclasses.replace(portable, params=params, classes=classes).checked(str(folder))
+
+
+def _config(folder: pathlib.Path) -> dict:
+    config = files.read_json(folder / CONFIG, {})
+    if config["model_type"] != "imagegpt":
+        raise InputError(
+            f"{folder / CONFIG} is of a model of type {config['model_type']!r}; it takes imagegpt."
+        )
+    for name, only in FIXED.items():
+        if config.get(name, only) != only:
+            raise InputError(
+                f"{folder / CONFIG} has {name}={config[name]!r}; this network has {only!r}."
+            )
+    for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
+        if type(config.get(name)) is not int or config[name] < 1:
+            raise InputError(f"{folder / CONFIG} has {name}={config.get(name)!r}, no whole number.")
+    return config
+
+
+def _described(config: dict, folder: pathlib.Path, palette: Palette | None) -> Portable:
+    """What `config.json` says, without weights."""
+    if palette is None:
+        raise InputError(
+            f"{folder} has no {PREPROCESSOR} with clusters, the colours of its tokens; name a "
+            "palette (kmeans_centers.npy) as well."
+        )
+    width, size = config["n_embd"], math.isqrt(config["n_positions"])
+    inner = config.get("n_inner") or 4 * width
+    if size**2 != config["n_positions"]:
+        raise InputError(
+            f"{folder / CONFIG} has n_positions={config['n_positions']}, which is no square of "
+            "pixels."
+        )
+    if inner % width or width % config["n_head"]:
+        raise InputError(
+            f"{folder / CONFIG} has n_inner={inner} and n_head={config['n_head']}, but "
+            f"n_embd={width} must divide the one and be a multiple of the other."
+        )
+    return Portable(
+        model=config_lib.Model(
+            layers=config["n_layer"],
+            width=width,
+            heads=config["n_head"],
+            mlp_ratio=inner // width,
+        ),
+        tokens=config_lib.Tokens(name="palette", colors=config["vocab_size"] - 1),
+        image_size=size,
+        params={},
+        palette=palette,
+    )
+
+
+def _parts(config: dict) -> dict[str, tuple]:
+    """Of each stacked parameter: the name in a layer, its shape there, and its shape here."""
+    D, H = config["n_embd"], config["n_head"]
+    F, K = config.get("n_inner") or 4 * D, D // H
+    return {
+        "blocks.norm_1": ("ln_1.weight", (D,), (D,)),
+        "blocks.qkv": ("attn.c_attn.weight", (D, 3 * D), (D, 3, H, K)),
+        "blocks.attention_out": ("attn.c_proj.weight", (D, D), (H, K, D)),
+        "blocks.norm_2": ("ln_2.weight", (D,), (D,)),
+        "blocks.mlp_in": ("mlp.c_fc.weight", (D, F), (D, F)),
+        "blocks.mlp_out": ("mlp.c_proj.weight", (F, D), (F, D)),
+    }
+
+
+def _weights(config: dict, folder: pathlib.Path, there: Accounted) -> dict[str, np.ndarray]:
+    """Our parameters, of every tensor there.
+
+    Raises:
+      InputError: one is missing, left over, misshapen or a bias that is not zero.
+    """
+    V, T, D = config["vocab_size"] - 1, config["n_positions"], config["n_embd"]
+    L, F = config["n_layer"], config.get("n_inner") or 4 * D
+    # A model that was saved without its head has no prefix.
+    prefix = "transformer." if "transformer.wte.weight" in there else ""
+    embedding = there.take(f"{prefix}wte.weight", (V + 1, D))
+    params = {
+        "token_embedding": embedding[:V],
+        "start": embedding[V:],
+        "position": there.take(f"{prefix}wpe.weight", (T, D)),
+        "final_norm": there.take(f"{prefix}ln_f.weight", (D,)),
+    }
+    for ours, (name, shape, layer) in _parts(config).items():
+        names = [f"{prefix}h.{i}.{name}" for i in range(L)]
+        params[ours] = there.stack(names, shape, layer)
+    widths = {"attn.c_attn": 3 * D, "attn.c_proj": D, "mlp.c_fc": F, "mlp.c_proj": D}
+    for i in range(L):
+        for name, width in widths.items():
+            there.zeros(f"{prefix}h.{i}.{name}.bias", (width,))
+    if "score.weight" in there:
+        classes = there.shapes["score.weight"][0]
+        params |= {
+            "classifier.class_head": there.take("score.weight", (classes, D)),
+            "classifier.class_center": np.zeros(D, np.float32),
+            "classifier.class_scale": np.ones(D, np.float32),
+        }
+    if "score.weight" in there and "lm_head.weight" not in there:
+        LOG.warning("%s classifies and has no token head; it is left at zero.", folder)
+        params["head"] = np.zeros((V, D), np.float32)
+    else:
+        params["head"] = there.take("lm_head.weight", (V, D))
+    there.close(folder)
+    return params
+
+
+def _open(folder: pathlib.Path) -> tuple[Accounted, dict[str, str]]:
+    """The tensors of a folder, whatever number of files they are spread over, and the metadata."""
+    paths = [folder / WEIGHTS]
+    if not paths[0].exists():
+        index = files.read_json(folder / INDEX, {})
+        paths = [folder / name for name in sorted(set(index.get("weight_map", {}).values()))]
+    if not paths:
+        raise InputError(
+            f"{folder} has no {WEIGHTS}; where it holds pytorch_model.bin, load it with "
+            "transformers and save_pretrained() it, which writes safetensors."
+        )
+    shapes, opened = {}, {}
+    for path in paths:
+        file = tensors.open_file(path)
+        for name in file.keys():  # noqa: SIM118 - the file is no mapping
+            if not BUFFERS.fullmatch(name):
+                shapes[name], opened[name] = tuple(file.get_slice(name).get_shape()), file
+    return Accounted(shapes, lambda name: opened[name].get_tensor(name)), file.metadata() or {}
+
+
+def write(portable: Portable, folder: pathlib.Path, task: str) -> None:
+    """Writes a folder that `transformers` loads, `ImageGPTForCausalImageModeling` or the like.
+
+    What that form has no word for is folded in: tables of rows and columns into that of positions,
+    the scale of a class head's input into its weights; of several start vectors the first stays,
+    which is that of images as they are.
+
+    Args:
+      portable: the weights.
+      folder: made where it is not there.
+      task: "generation", with the token head, or "classification", with the class head.
+
+    Raises:
+      InputError: the folder cannot be written, or the network has what that form cannot express.
+    """
+    portable = _folded(portable, task)
+    params, codec = portable.params, portable.codec
+    V, T, D = codec.vocabulary, codec.grid[0] * codec.grid[1], portable.model.width
+    config = {
+        "architectures": [ARCHITECTURES[task]],
+        "model_type": "imagegpt",
+        "vocab_size": V + 1,
+        "n_positions": T,
+        "n_embd": D,
+        "n_layer": portable.model.layers,
+        "n_head": portable.model.heads,
+        "n_inner": portable.model.mlp_ratio * D,
+        "resid_pdrop": portable.model.dropout,
+        "embd_pdrop": portable.model.dropout,
+        "attn_pdrop": 0.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+        **FIXED,
+    }
+    arrays = {
+        "transformer.wte.weight": np.concatenate([params["token_embedding"], params["start"]]),
+        "transformer.wpe.weight": params["position"],
+        "transformer.ln_f.weight": params["final_norm"],
+    }
+    for ours, (name, shape, _) in _parts(config).items():
+        for i, layer in enumerate(params[ours]):
+            arrays[f"transformer.h.{i}.{name}"] = layer.reshape(shape)
+            if name.startswith(("attn", "mlp")):
+                bias = name.replace("weight", "bias")
+                arrays[f"transformer.h.{i}.{bias}"] = np.zeros(shape[-1], np.float32)
+    if task == "generation":
+        arrays["lm_head.weight"] = params["head"]
+    else:
+        arrays["score.weight"] = params["classifier.class_head"]
+        labels = {str(i): f"LABEL_{i}" for i in range(portable.classes)}
+        config |= {"id2label": labels, "label2id": {v: int(k) for k, v in labels.items()}}
+    # Token by token a colour to show it as; for a palette, the palette.
+    every = np.arange(V)[:, None].repeat(T, axis=1)
+    shown = codec.picture(codec.decode(every))[:, 0, 0]
+    centers = portable.palette.centers if portable.palette else shown / 127.5 - 1
+    preprocessor = {
+        "image_processor_type": "ImageGPTImageProcessor",
+        "clusters": centers.tolist(),
+        "do_color_quantize": True,
+        "do_normalize": True,
+        "do_resize": True,
+        "resample": 2,
+        "size": {"height": codec.grid[0], "width": codec.grid[1]},
+    }
+    files.claim(folder, "to")
+    header = json.dumps(native.describe(portable))
+    tensors.write(arrays, folder / WEIGHTS, {"format": "pt", native.HEADER: header})
+    files.write_json(folder / PREPROCESSOR, preprocessor)
+    files.write_json(folder / CONFIG, config)  # last: by it the folder is known
+
+
+def _folded(portable: Portable, task: str) -> Portable:
+    """The same network within what Hugging Face's form can express.
+
+    Raises:
+      InputError: it has what that form cannot express; names it.
+    """
+    default = fields.flatten(config_lib.Model())
+    foreign = [
+        f"model.{name}={value}"
+        for name, value in fields.flatten(portable.model).items()
+        if name not in EXPRESSED and value != default[name]
+    ]
+    params = dict(portable.params)
+    head = {
+        n: params.pop(f"classifier.{n}", None)
+        for n in ("class_head", "class_center", "class_scale")
+    }
+    if task == "classification":
+        if head["class_head"] is None:
+            raise InputError("the model has no class head to export; take task=generation.")
+        if head["class_center"].any():
+            foreign.append("a class head whose input is centred (finetune.standardize)")
+        params["classifier.class_head"] = head["class_head"] * head["class_scale"]
+    if foreign:
+        raise InputError(f"Hugging Face's form has no word for {', '.join(foreign)}.")
+    if portable.model.axial_positions:
+        rows, columns = portable.codec.grid
+        row, column = params.pop("row"), params.pop("column")
+        params["position"] = (
+            params["position"] + row.repeat(columns, axis=0) + np.tile(column, (rows, 1))
+        )
+    if portable.starts > 1:
+        LOG.warning("of %d start vectors the first one is exported.", portable.starts)
+        params["start"] = params["start"][:1]
+    return dataclasses.replace(
+        portable,
+        model=dataclasses.replace(portable.model, axial_positions=False, start_per_variant=False),
+        params=params,
+        starts=1,
+        classes=portable.classes if task == "classification" else 0,
+    )

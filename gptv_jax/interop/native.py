@@ -1,0 +1,104 @@
+"""One .safetensors file whose header says what the weights are: the form to keep and share."""
+
+import json
+import pathlib
+
+import numpy as np
+
+from gptv_jax import config as config_lib
+from gptv_jax import fields
+from gptv_jax.errors import InputError, first_line
+from gptv_jax.interop import tensors
+from gptv_jax.interop.portable import Portable
+from gptv_jax.tokens.palette import Palette
+
+FORMAT = 1
+HEADER = "gptv_jax"  # the key of the file's metadata
+CENTERS = "palette.centers"  # the one tensor that is no weight
+
+
+def found(path: pathlib.Path) -> bool:
+    """Whether `path` is meant to be such a file."""
+    return path.suffix == ".safetensors" and path.is_file()
+
+
+def describe(portable: Portable) -> dict:
+    """All but the arrays, as JSON."""
+    return {
+        "format": FORMAT,
+        "model": fields.flatten(portable.model),
+        "tokens": fields.flatten(portable.tokens) | {"palette": None},
+        "palette": portable.palette.provenance if portable.palette else None,
+        **{name: getattr(portable, name) for name in DESCRIBED},
+    }
+
+
+DESCRIBED = ("image_size", "starts", "classes", "step", "best_layer")
+
+
+def described(
+    header: dict, params: dict[str, np.ndarray], centers: np.ndarray | None, where: pathlib.Path
+) -> Portable:
+    """The inverse of `describe`.
+
+    Raises:
+      InputError: the header is not one of ours, or of another version.
+    """
+    try:
+        if header["format"] != FORMAT:
+            raise InputError(
+                f"{where} is of format {header['format']}; this version reads {FORMAT}."
+            )
+        return Portable(
+            model=fields.from_dict(config_lib.Model, header["model"], "model"),
+            tokens=fields.from_dict(config_lib.Tokens, header["tokens"], "tokens"),
+            params=params,
+            palette=None if centers is None else Palette(centers, header["palette"]),
+            **{name: header[name] for name in DESCRIBED},
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"the header of {where} is damaged ({first_line(error)}).") from error
+
+
+def read(path: pathlib.Path, palette: Palette | None = None) -> Portable:
+    """See `interop.read`."""
+    arrays, metadata = tensors.read(path), tensors.read_metadata(path)
+    if HEADER not in metadata:
+        raise InputError(
+            f"{path} has no {HEADER} header; to read Hugging Face's weights name their folder, "
+            "with its config.json."
+        )
+    centers = arrays.pop(CENTERS, None)
+    return described(header(metadata, path), arrays, centers, path).checked(str(path))
+
+
+def read_palette(path: pathlib.Path) -> Palette | None:
+    """See `interop.read_palette`."""
+    with tensors.open_file(path) as file:
+        if CENTERS not in file.keys():  # noqa: SIM118 - the file is no mapping
+            return None
+        return Palette(file.get_tensor(CENTERS), header(file.metadata() or {}, path)["palette"])
+
+
+def write(portable: Portable, path: pathlib.Path) -> None:
+    """Writes the file, whole or not at all.
+
+    Raises:
+      InputError: it cannot be written.
+    """
+    arrays = {name: np.ascontiguousarray(array) for name, array in portable.params.items()}
+    if portable.palette:
+        arrays[CENTERS] = portable.palette.centers
+    tensors.write(arrays, path, {HEADER: json.dumps(describe(portable))})
+
+
+def header(metadata: dict[str, str], path: pathlib.Path) -> dict:
+    """What the metadata of a file of ours say.
+
+    Raises:
+      InputError: nothing, or it is damaged.
+    """
+    try:
+        return json.loads(metadata[HEADER])
+    except (KeyError, ValueError) as error:
+        raise InputError(f"the header of {path} is damaged ({first_line(error)}).") from error

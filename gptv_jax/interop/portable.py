@@ -1,0 +1,117 @@
+"""Weights with all that is needed to use them, as NumPy arrays under the network's own names."""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from gptv_jax import config as config_lib
+from gptv_jax import fields, sharding, tokens
+from gptv_jax.errors import InputError
+from gptv_jax.model.gpt import Network
+from gptv_jax.tokens.palette import Palette
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Portable:
+    """A network apart from any run."""
+
+    model: config_lib.Model
+    tokens: config_lib.Tokens
+    image_size: int  # pixels, height and width
+    params: dict[str, np.ndarray]  # float32, by flat name: "blocks.qkv"
+    palette: Palette | None = None
+    starts: int = 1  # start vectors
+    classes: int = 0  # of the class head; 0: none
+    step: int | None = None  # of the training that the weights are of, where known
+    best_layer: int | None = None  # that the probe chose, where it has run
+
+    @property
+    def codec(self) -> tokens.Codec:
+        """What the tokens mean."""
+        return tokens.make_codec(self.tokens, self.image_size, self.palette)
+
+    @property
+    def network(self) -> Network:
+        """The shape of it all."""
+        codec = self.codec
+        return Network(self.model, codec.vocabulary, codec.grid, self.starts, self.classes)
+
+    def checked(self, where: str) -> "Portable":
+        """Itself, where every weight of the network is there, of its shape, and nothing else.
+
+        Args:
+          where: the weights lie, for the message.
+
+        Raises:
+          InputError: lists every weight that is missing, left over or of another shape.
+        """
+        wanted = {name: leaf.shape for name, leaf in flat(_shapes(self.network)).items()}
+        given = {name: array.shape for name, array in self.params.items()}
+        differing = [f"{name} {shape} is missing" for name, shape in wanted.items()
+                     if name not in given]  # fmt: skip
+        differing += [f"{name} {shape} is left over" for name, shape in given.items()
+                      if name not in wanted]  # fmt: skip
+        differing += [
+            f"{name} is {given[name]}, the network has {shape}"
+            for name, shape in wanted.items()
+            if name in given and given[name] != shape
+        ]
+        differing += [
+            f"{name} holds values that are not finite"
+            for name, array in self.params.items()
+            if not np.isfinite(array).all()
+        ]
+        if differing:
+            raise InputError(f"the weights in {where} do not fit: {'; '.join(differing)}.")
+        return self
+
+    def headless(self) -> "Portable":
+        """Without a class head."""
+        params = {n: a for n, a in self.params.items() if not n.startswith("classifier.")}
+        return dataclasses.replace(self, params=params, classes=0)
+
+    def on_mesh(self) -> dict:
+        """The nested parameters as arrays on the current mesh, each in its sharding."""
+        abstract = sharding.abstract(self.network.init)
+        leaves, structure = jax.tree.flatten(abstract)
+        arrays = [
+            jax.make_array_from_callback(leaf.shape, leaf.sharding, self.params[name].__getitem__)
+            for name, leaf in zip(flat(abstract), leaves, strict=True)
+        ]
+        return jax.tree.unflatten(structure, arrays)
+
+    def differing(self, config: config_lib.Config) -> list[str]:
+        """What a configuration says otherwise than these weights, field by field, in words."""
+        pairs = [
+            (f"model.{name}", now, then)
+            for (name, now), then in zip(
+                fields.flatten(config.model).items(),
+                fields.flatten(self.model).values(),
+                strict=True,
+            )
+            if name in SHAPING
+        ]
+        size = "colors" if config.tokens.name == "palette" else "levels"
+        pairs += [
+            ("tokens.name", config.tokens.name, self.tokens.name),
+            (f"tokens.{size}", getattr(config.tokens, size), getattr(self.tokens, size)),
+            ("data.image_size", config.data.image_size, self.image_size),
+        ]
+        return [f"config.{n} is {now!r}, there {then!r}" for n, now, then in pairs if now != then]
+
+
+# Fields of the model that weights depend on; the others (dropout, dtype, how layers are walked)
+# are the user's to choose.
+SHAPING = ("layers", "width", "heads", "mlp_ratio", "axial_positions", "objective")
+
+
+def flat(params: dict) -> dict:
+    """`{"blocks.qkv": leaf, ...}` of nested parameters, in the order of their leaves."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {jax.tree_util.keystr(p, simple=True, separator="."): leaf for p, leaf in leaves}
+
+
+def _shapes(network: Network) -> dict:
+    with jax.set_mesh(sharding.make_mesh(config_lib.Mesh())):
+        return sharding.abstract(network.init)

@@ -1,0 +1,106 @@
+"""Files of .safetensors, which a user may hand over damaged; nothing in them is ever executed."""
+
+import pathlib
+from collections.abc import Callable
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from gptv_jax.errors import InputError, first_line
+
+
+def _open(path: pathlib.Path):
+    try:
+        return safetensors.safe_open(path, framework="numpy")
+    except (OSError, safetensors.SafetensorError) as error:
+        raise InputError(
+            f"{path} is no .safetensors file, or damaged ({first_line(error)})."
+        ) from error
+
+
+def read(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """The tensors of a .safetensors file, by name.
+
+    Raises:
+      InputError: it cannot be read.
+    """
+    with open_file(path) as file:
+        try:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (safetensors.SafetensorError, TypeError) as error:
+            raise InputError(f"{path} is damaged ({first_line(error)}).") from error
+
+
+def read_metadata(path: pathlib.Path) -> dict[str, str]:
+    """The metadata of a .safetensors file."""
+    with open_file(path) as file:
+        return file.metadata() or {}
+
+
+def write(arrays: dict[str, np.ndarray], path: pathlib.Path, metadata: dict) -> None:
+    """Writes a .safetensors file, whole or not at all.
+
+    Raises:
+      InputError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        safetensors.numpy.save_file(arrays, temporary, metadata=metadata)
+        temporary.replace(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise InputError(f"{path} cannot be written ({first_line(error)}).") from error
+
+
+class Accounted:
+    """Named tensors of which every one must be taken, once, in the shape that is expected."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], get: Callable[[str], np.ndarray]):
+        """Nothing is read yet.
+
+        Args:
+          shapes: of all tensors there are, by name.
+          get: reads one of them.
+        """
+        self.shapes, self._get = shapes, get
+        self._left, self._wrong = dict(shapes), []
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.shapes
+
+    def take(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        """The tensor in float32; zeros where `close` will refuse it."""
+        found = self._left.pop(name, None)
+        if found is None:
+            self._wrong.append(f"{name} {shape} is missing")
+        elif tuple(found) != shape:
+            self._wrong.append(f"{name} is {tuple(found)}, not {shape}")
+        else:
+            return np.asarray(self._get(name), np.float32)
+        return np.zeros(shape, np.float32)
+
+    def stack(self, names: list[str], shape: tuple[int, ...], layer: tuple[int, ...]) -> np.ndarray:
+        """Tensors of one shape along a new first axis, each reshaped to `layer`."""
+        stacked = np.empty((len(names), *layer), np.float32)
+        for i, name in enumerate(names):
+            stacked[i] = self.take(name, shape).reshape(layer)
+        return stacked
+
+    def zeros(self, name: str, shape: tuple[int, ...]) -> None:
+        """Takes a tensor that must be all zeros, and may be missing."""
+        if name in self and np.any(self.take(name, shape)):
+            self._wrong.append(f"{name} is not zero, and this network has no biases")
+
+    def close(self, where: pathlib.Path) -> None:
+        """Refuses what is missing, misshapen or left over.
+
+        Raises:
+          InputError: lists all of it.
+        """
+        left = [f"{name} {tuple(shape)} is left over" for name, shape in self._left.items()]
+        if self._wrong or left:
+            raise InputError(
+                f"the weights in {where} are not those of an Image GPT: "
+                f"{'; '.join([*self._wrong, *left])}."
+            )

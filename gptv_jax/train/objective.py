@@ -1,0 +1,71 @@
+"""What pretraining predicts: each token from those before it, or hidden ones from all others.
+
+The second is the BERT objective of Image GPT (Chen et al. 2020): `masked_share` of the positions
+lose their content, but not their place, and their tokens are to be told. Evaluation hides as well,
+since the network has never seen whole images; which positions then depends on the number of the
+image in its split, and of the vote, alone.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from gptv_jax import sharding
+from gptv_jax.model.gpt import Network, Output
+
+BEYOND_LAYERS = 2**31 - 1  # dropout folds the numbers of layers into the same key
+
+
+def cross_entropy(logits: Float[Array, "*B V"], targets: Int[Array, "*B"]) -> Float[Array, "*B"]:
+    """Negative log-likelihood of every target, in nats."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+
+
+def nats_per_token(
+    logits: Float[Array, "B T V"], tokens: Int[Array, "B T"], hidden: Bool[Array, "B T"] | None
+) -> Float[Array, "B"]:
+    """Of each image: the mean over all its tokens or, where some are hidden, over these."""
+    nats = cross_entropy(logits, tokens)
+    if hidden is None:
+        return nats.mean(axis=1)
+    return (nats * hidden).sum(axis=1) / jnp.maximum(hidden.sum(axis=1), 1)
+
+
+def hide(network: Network, rows: int, key: PRNGKeyArray | None) -> Bool[Array, "B T"] | None:
+    """Which positions of a training batch are hidden; None where the objective hides nothing."""
+    if network.config.objective == "autoregressive":
+        return None
+    key = jax.random.fold_in(key, BEYOND_LAYERS)
+    drawn = jax.random.bernoulli(key, network.config.masked_share, (rows, network.length))
+    return jax.sharding.reshard(drawn, sharding.HIDDEN)
+
+
+def evaluated(
+    network: Network, params: dict, batch: dict, vote: int = 0
+) -> tuple[Output, Bool[Array, "B T"] | None]:
+    """The network's output for a batch of `Pipeline.evaluation`, and what was hidden.
+
+    Args:
+      network: the network.
+      params: its weights.
+      batch: "tokens", "variant" and, for BERT, "index", the image's number in its split.
+      vote: 0 .. `network.votes`-1; which of BERT's masks.
+    """
+    hidden = None
+    if network.config.objective == "bert":
+        key = jax.random.fold_in(jax.random.key(0), vote)
+
+        def draw(index: Int[Array, ""]) -> Bool[Array, "T"]:
+            of_image = jax.random.fold_in(key, index)
+            return jax.random.bernoulli(of_image, network.config.masked_share, (network.length,))
+
+        hidden = jax.vmap(draw)(batch["index"])
+    return network.bind(params)(batch["tokens"], batch["variant"], hidden=hidden), hidden
+
+
+def elect(class_logits: Float[Array, "votes B C"]) -> Int[Array, "B"]:
+    """The class of most votes; among equals the one of higher mean probability."""
+    votes = jax.nn.one_hot(jnp.argmax(class_logits, axis=-1), class_logits.shape[-1]).sum(axis=0)
+    likely = jax.nn.softmax(class_logits, axis=-1).mean(axis=0)
+    return jnp.argmax(votes + likely, axis=-1)  # a probability is less than a vote

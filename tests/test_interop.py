@@ -1,0 +1,310 @@
+"""Weights in and out: against a NumPy oracle, through every form, and what bad input gets."""
+
+import dataclasses
+import json
+import pathlib
+import sys
+
+import jax
+import numpy as np
+import oracle
+import pytest
+import safetensors.numpy
+from conftest import generator, make_mesh, random_image
+
+import gptv_jax
+from gptv_jax import interop
+from gptv_jax.errors import InputError
+from gptv_jax.interop import huggingface, native, openai
+from gptv_jax.interop.portable import Portable
+from gptv_jax.interop.tensors import Accounted
+from gptv_jax.tokens.palette import Palette
+
+SHAPE = {"layers": 3, "width": 24, "heads": 3, "vocabulary": 13, "length": 16}
+COLORS = Palette(generator(5).uniform(-1, 1, (13, 3)).astype(np.float32), {"made": "at random"})
+TOKENS = generator(6).integers(13, size=(2, 16), dtype=np.int32)
+
+
+def of_openai(variables: dict) -> Portable:
+    there = Accounted({n: a.shape for n, a in variables.items()}, variables.__getitem__)
+    return openai.convert(there, pathlib.Path("model.ckpt-7"), COLORS)
+
+
+@pytest.fixture(scope="module")
+def variables():
+    return oracle.variables(generator(), **SHAPE, classes=5)
+
+
+@pytest.fixture(scope="module")
+def portable(variables):
+    return of_openai(variables)
+
+
+# The oracle.
+
+
+def test_the_network_is_the_released_one_in_float64(variables, portable):
+    """OpenAI's names to ours, and ours to numbers: openai/image-gpt in NumPy says the same."""
+    logits, _, normed, classes = oracle.forward(variables, TOKENS)
+    model = dataclasses.replace(portable.model, dtype="float64")
+    params = {name: array.astype(np.float64) for name, array in portable.params.items()}
+    exact = dataclasses.replace(portable, model=model, params=params)
+    with jax.enable_x64(True), jax.set_mesh(make_mesh((1, 1, 1))):
+        output = exact.network.bind(exact.on_mesh())(TOKENS)
+        assert output.logits.dtype == np.float64
+        np.testing.assert_allclose(output.logits, logits, rtol=0, atol=1e-10)
+        pooled = np.stack([n.mean(axis=1) for n in normed])
+        np.testing.assert_allclose(output.pooled, pooled, rtol=0, atol=1e-10)
+        np.testing.assert_allclose(output.class_logits, classes, rtol=0, atol=1e-10)
+
+
+def model_of(portable: Portable, folder: pathlib.Path) -> gptv_jax.Model:
+    native.write(portable, folder / "model.safetensors")
+    return gptv_jax.load(folder / "model.safetensors")
+
+
+def test_log_likelihood_is_the_oracles(variables, portable, tmp_path):
+    model = model_of(portable, tmp_path)
+    images = random_image(3, 4, 4, 3)
+    tokens = model.tokenize(images)
+    nats = -model.log_likelihood(images).sum() / tokens.size
+    assert nats == pytest.approx(oracle.loss(variables, tokens), rel=1e-5)
+
+
+# Every form gives back what was put in.
+
+
+def assert_same(found: Portable, wanted: Portable):
+    assert set(found.params) == set(wanted.params)
+    for name, array in wanted.params.items():
+        np.testing.assert_array_equal(found.params[name], array, err_msg=name)
+    assert (found.model, found.image_size) == (wanted.model, wanted.image_size)
+    assert (found.starts, found.classes) == (wanted.starts, wanted.classes)
+    assert (found.step, found.best_layer) == (wanted.step, wanted.best_layer)
+    assert found.tokens == wanted.tokens
+    np.testing.assert_array_equal(found.palette.centers, wanted.palette.centers)
+    assert found.palette.provenance == wanted.palette.provenance
+
+
+def test_our_form_gives_back_all_of_it(portable, tmp_path):
+    whole = dataclasses.replace(portable, best_layer=2)
+    native.write(whole, tmp_path / "deep" / "x.safetensors")
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["x.safetensors"]
+    assert_same(interop.read(tmp_path / "deep" / "x.safetensors"), whole)
+    with pytest.raises(InputError, match=r"cannot be written"):
+        native.write(whole, tmp_path / "deep" / "x.safetensors" / "below.safetensors")
+
+
+def test_hugging_faces_form_gives_back_all_of_it(portable, tmp_path):
+    huggingface.write(portable, tmp_path / "lm", "generation")
+    assert_same(interop.read(tmp_path / "lm"), portable.headless())
+    huggingface.write(portable, tmp_path / "classes", "classification")
+    found = interop.read(tmp_path / "classes")
+    assert not found.params["head"].any()  # which that task has no place for
+    assert_same(found, dataclasses.replace(portable, params=portable.params | {
+        "head": np.zeros_like(portable.params["head"])}))  # fmt: skip
+
+
+def test_what_hugging_faces_form_has_no_word_for_is_folded_in(portable, tmp_path):
+    rng = generator(9)
+    params = portable.params | {
+        "row": rng.standard_normal((4, 24)).astype(np.float32),
+        "column": rng.standard_normal((4, 24)).astype(np.float32),
+        "start": rng.standard_normal((3, 24)).astype(np.float32),
+        "classifier.class_scale": rng.uniform(1, 2, 24).astype(np.float32),
+    }
+    rich = dataclasses.replace(
+        portable,
+        params=params,
+        starts=3,
+        model=dataclasses.replace(portable.model, axial_positions=True, start_per_variant=True),
+    ).checked("memory")
+    tokens, ours = TOKENS, model_of(rich, tmp_path)
+    for task in huggingface.ARCHITECTURES:
+        gptv_jax.to_huggingface(ours, tmp_path / task, task)
+        theirs = gptv_jax.from_huggingface(tmp_path / task)
+        if task == "generation":
+            np.testing.assert_allclose(theirs.logits(tokens), ours.logits(tokens), atol=2e-5)
+        else:
+            images = random_image(2, 4, 4, 3)
+            np.testing.assert_allclose(theirs.classify(images), ours.classify(images), atol=2e-5)
+
+
+def test_what_cannot_be_folded_in_is_refused_by_name(portable, tmp_path, monkeypatch):
+    centred = portable.params | {"classifier.class_center": np.ones(24, np.float32)}
+    other = dataclasses.replace(portable, params=centred)
+    with pytest.raises(InputError, match=r"no word for a class head whose input is centred"):
+        huggingface.write(other, tmp_path / "x", "classification")
+    huggingface.write(other, tmp_path / "y", "generation")
+    with pytest.raises(InputError, match=r"no class head"):
+        huggingface.write(portable.headless(), tmp_path / "x", "classification")
+    monkeypatch.setattr(huggingface, "EXPRESSED", huggingface.EXPRESSED - {"width"})
+    with pytest.raises(InputError, match=r"no word for model.width=24"):
+        huggingface.write(portable, tmp_path / "x", "generation")
+    assert not (tmp_path / "x").exists()
+
+
+# A run's weights, and a run from weights.
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_the_export_of_a_run_agrees_with_it(finished_run, tmp_path, stage):
+    ours = gptv_jax.load(finished_run.folder, stage=stage)
+    images = generator().integers(17, size=(5, 8, 8, 1), dtype=np.uint8)
+    tokens = ours.tokenize(images)
+    ours.save(tmp_path / "x.safetensors")
+    same = gptv_jax.load(tmp_path / "x.safetensors")
+    np.testing.assert_array_equal(same.logits(tokens), ours.logits(tokens))
+    np.testing.assert_array_equal(same.features(images), ours.features(images))
+    if stage == "finetune":
+        np.testing.assert_array_equal(same.classify(images), ours.classify(images))
+    gptv_jax.to_huggingface(ours, tmp_path / "hf")
+    theirs = gptv_jax.from_huggingface(tmp_path / "hf")
+    np.testing.assert_array_equal(theirs.tokenize(images), tokens)  # grey levels, as they were
+    np.testing.assert_allclose(theirs.logits(tokens), ours.logits(tokens), atol=2e-5)
+
+
+# What bad input gets.
+
+
+def damaged(portable: Portable, folder: pathlib.Path, **changes) -> pathlib.Path:
+    """A folder of Hugging Face's with other tensors or fields of config.json; None takes away."""
+    huggingface.write(portable, folder, "generation")
+    config, path = json.loads((folder / "config.json").read_text()), folder / "model.safetensors"
+    arrays = safetensors.numpy.load_file(path)
+    for name, value in changes.items():
+        target = arrays if "." in name else config
+        target.pop(name, None)
+        if value is not None:
+            target[name] = value
+    (folder / "config.json").write_text(json.dumps(config))
+    safetensors.numpy.save_file(arrays, path, {"format": "pt"})
+    return folder
+
+
+ONES = np.ones(24, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"lm_head.weight": None}, r"lm_head.weight \(13, 24\) is missing"),
+        ({"lm_head.weight": np.ones((12, 24))}, r"lm_head.weight is \(12, 24\), not \(13, 24\)"),
+        ({"transformer.h.1.attn.c_attn.weight": None}, r"h.1.attn.c_attn.weight .* is missing"),
+        ({"transformer.h.1.attn.c_proj.bias": ONES}, r"h.1.attn.c_proj.bias is not zero"),
+        ({"transformer.h.3.ln_1.weight": ONES}, r"h.3.ln_1.weight \(24,\) is left over"),
+        ({"transformer.ln_f.bias": ONES}, r"ln_f.bias \(24,\) is left over"),
+        ({"transformer.ln_f.weight": ONES * np.nan}, r"final_norm holds values that are not fin"),
+        ({"n_layer": 2}, r"h.2.ln_1.weight \(24,\) is left over"),
+        ({"n_layer": 4}, r"h.3.ln_1.weight \(24,\) is missing"),
+        ({"vocab_size": 13}, r"wte.weight is \(14, 24\), not \(13, 24\)"),
+        ({"vocab_size": "13"}, r"vocab_size='13', no whole number"),
+        ({"n_positions": 15}, r"n_positions=15, which is no square"),
+        ({"n_positions": 9}, r"wpe.weight is \(16, 24\), not \(9, 24\)"),
+        ({"n_head": 5}, r"n_head=5"),
+        ({"n_inner": 50}, r"n_inner=50"),
+        ({"n_head": None}, r"n_head=None, no whole number"),
+        ({"activation_function": "relu"}, r"activation_function='relu'; this network has 'quick"),
+        ({"layer_norm_epsilon": 1e-6}, r"layer_norm_epsilon=1e-06"),
+        ({"scale_attn_by_inverse_layer_idx": True}, r"scale_attn_by_inverse_layer_idx=True"),
+        ({"model_type": "gpt2"}, r"of a model of type 'gpt2'; it takes imagegpt"),
+    ],
+)
+def test_weights_that_do_not_fit_are_an_error_that_names_them(portable, tmp_path, changes, words):
+    folder = damaged(portable, tmp_path / "hf", **changes)
+    with pytest.raises(InputError, match=words):
+        gptv_jax.from_huggingface(folder)
+
+
+def test_masks_that_old_versions_saved_are_ignored(portable, tmp_path):
+    masks = {"transformer.h.0.attn.bias": np.ones((1, 1, 16, 16), bool)}
+    masks |= {"transformer.h.0.attn.masked_bias": np.float32(-1e4).reshape(1)}
+    found = interop.read(damaged(portable, tmp_path / "hf", **masks))
+    np.testing.assert_array_equal(found.params["blocks.qkv"], portable.params["blocks.qkv"])
+
+
+def test_without_colours_the_error_says_where_they_may_come_from(portable, tmp_path):
+    folder = damaged(portable, tmp_path / "hf")
+    (folder / "preprocessor_config.json").unlink()
+    with pytest.raises(InputError, match=r"no preprocessor_config.json .* name a palette"):
+        gptv_jax.from_huggingface(folder)
+    COLORS.save(tmp_path / "colors.npz")
+    model = gptv_jax.from_huggingface(folder, palette=tmp_path / "colors.npz")
+    np.testing.assert_array_equal(model.codec.palette.centers, COLORS.centers)
+    (folder / "preprocessor_config.json").write_text('{"clusters": [[1, 2], [3, "x"]]}')
+    with pytest.raises(InputError, match=r"no list of colours"):
+        gptv_jax.from_huggingface(folder)
+
+
+@pytest.mark.parametrize("form", ["ours", "huggingface"])
+@pytest.mark.parametrize("harm", ["cut", "empty", "text", "header"])
+def test_a_damaged_file_is_an_error_that_names_it(portable, tmp_path, form, harm):
+    if form == "ours":
+        source = path = tmp_path / "model.safetensors"
+        native.write(portable, path)
+    else:
+        source, path = tmp_path / "hf", tmp_path / "hf" / "model.safetensors"
+        huggingface.write(portable, source, "generation")
+    whole = path.read_bytes()
+    harmed = {"cut": whole[: len(whole) // 2], "empty": b"", "text": b"hello" * 20}
+    path.write_bytes(harmed.get(harm, whole[:8] + b"{" * 50 + whole[58:]))
+    with pytest.raises(InputError, match=r"model.safetensors .*damaged"):
+        gptv_jax.load(source)
+
+
+def test_a_file_of_others_or_of_another_version_is_named(portable, tmp_path):
+    path = tmp_path / "x.safetensors"
+    safetensors.numpy.save_file({"a": ONES}, path)
+    with pytest.raises(InputError, match=r"has no gptv_jax header"):
+        gptv_jax.load(path)
+    header = native.describe(portable)
+    for change, words in (
+        ({"format": 99}, r"is of format 99"),
+        ({"model": {"layers": 3}}, r"model.width is missing"),
+        ({"classes": None}, r"is damaged"),
+    ):
+        metadata = {"gptv_jax": json.dumps(header | change)}
+        safetensors.numpy.save_file(dict(portable.params), path, metadata)
+        with pytest.raises(InputError, match=words):
+            gptv_jax.load(path)
+    with pytest.raises(InputError, match=r"is not a run folder, nor a .safetensors file"):
+        gptv_jax.load(tmp_path / "nothing.safetensors")
+
+
+def test_a_checkpoint_of_openai_must_be_whole(variables):
+    for changes, words in (
+        ({"wtet": None}, r"wtet \(13, 24\) is missing"),
+        ({"h1/attn/v_proj": None}, r"h1/attn/v_proj \(3, 8, 24\) is missing"),
+        ({"h1/attn/b": ONES}, r"h1/attn/b \(24,\) is left over"),
+        ({"wte": None}, r"holds no Image GPT"),
+        ({"sos": np.ones((1, 24))}, r"sos is \(1, 24\), not \(24,\)"),
+    ):
+        left = {n: a for n, a in (variables | changes).items() if a is not None}
+        with pytest.raises(InputError, match=words):
+            of_openai(left)
+
+
+def test_without_tensorflow_the_error_says_how_to_get_it(tmp_path, monkeypatch):
+    (tmp_path / "model.ckpt-7.index").touch()
+    COLORS.save(tmp_path / "colors.npz")
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    with pytest.raises(InputError, match=r"pip install -e '.\[prepare\]'"):
+        gptv_jax.from_openai(tmp_path / "model.ckpt-7", tmp_path / "colors.npz")
+    with pytest.raises(InputError, match=r"which has no colours; name the palette"):
+        gptv_jax.load(tmp_path / "model.ckpt-7")
+
+
+def test_a_checkpoint_is_read_by_tensorflow(variables, tmp_path):
+    tf = pytest.importorskip("tensorflow", reason="the prepare extra is not installed")
+    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+        for name, array in variables.items():
+            tf.compat.v1.get_variable(f"model/{name}", initializer=np.float32(array))
+        tf.compat.v1.get_variable("global_step", initializer=7)
+        session.run(tf.compat.v1.global_variables_initializer())
+        tf.compat.v1.train.Saver().save(session, str(tmp_path / "model.ckpt"), global_step=7)
+    COLORS.save(tmp_path / "colors.npz")
+    model = gptv_jax.from_openai(tmp_path / "model.ckpt-7", tmp_path / "colors.npz")
+    np.testing.assert_allclose(
+        model.logits(TOKENS), oracle.forward(variables, TOKENS)[0], atol=2e-5
+    )
+    assert model.portable().step == 7

@@ -1,0 +1,171 @@
+"""The network against ImageGPT of `transformers`, both directions, on random weights.
+
+Needs the `bench` extra; without it the tests are skipped. `.ci/run` installs it after the others.
+"""
+
+import jax
+import numpy as np
+import pytest
+from conftest import generator, make_mesh
+
+import gptv_jax
+from gptv_jax import interop
+from gptv_jax.train.objective import cross_entropy
+
+torch = pytest.importorskip("torch", reason="the bench extra (torch) is not installed")
+transformers = pytest.importorskip(
+    "transformers", reason="the bench extra (transformers) is not installed"
+)
+
+TINY = {"n_layer": 3, "n_embd": 32, "n_head": 4, "n_positions": 16, "vocab_size": 12}
+S_SHAPED = {"n_layer": 24, "n_embd": 512, "n_head": 8, "n_positions": 1024, "vocab_size": 513}
+SHAPES = {"tiny": TINY, "igpt-s": S_SHAPED}
+
+
+def theirs(shape: dict, kind: str = "ForCausalImageModeling", **more):
+    """Their model with random weights and norm gains, biases at zero, in evaluation mode."""
+    torch.manual_seed(0)
+    torch.set_num_threads(2)
+    config = transformers.ImageGPTConfig(**shape, **more)
+    model = getattr(transformers, f"ImageGPT{kind}")(config).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("bias"):
+                weight.zero_()
+            elif weight.ndim == 1:
+                weight.uniform_(0.5, 1.5)
+    return model
+
+
+def saved(model, folder, **more):
+    """The folder that their `save_pretrained` writes, with colours beside it."""
+    model.save_pretrained(folder, **more)
+    clusters = generator().uniform(-1, 1, (model.config.vocab_size - 1, 3)).tolist()
+    processor = transformers.ImageGPTImageProcessor
+    processor(clusters=clusters).save_pretrained(folder)
+    return folder
+
+
+def tokens_of(shape: dict, rows: int = 2) -> np.ndarray:
+    size = (rows, shape["n_positions"])
+    return generator(1).integers(shape["vocab_size"] - 1, size=size, dtype=np.int32)
+
+
+def shifted(tokens: np.ndarray, shape: dict):
+    """What they must be fed to predict `tokens`: the start token, then all but the last."""
+    start = np.full((len(tokens), 1), shape["vocab_size"] - 1)
+    return torch.tensor(np.concatenate([start, tokens[:, :-1]], axis=1), dtype=torch.long)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_logits_and_every_layer_agree(name, tmp_path):
+    shape = SHAPES[name]
+    model = theirs(shape)
+    ours = gptv_jax.from_huggingface(saved(model, tmp_path / "hf", max_shard_size="40MB"))
+    sharded = (tmp_path / "hf" / "model.safetensors.index.json").exists()
+    assert sharded == (name == "igpt-s")
+    tokens = tokens_of(shape)
+    with torch.no_grad():
+        output = model(shifted(tokens, shape), output_hidden_states=True)
+        # Theirs before each block is raw, but for the last entry; ours is normed as a probe has it.
+        *raw, final = output.hidden_states
+        normed = [block.ln_1(h) for block, h in zip(model.transformer.h, raw, strict=True)]
+    np.testing.assert_allclose(ours.logits(tokens), output.logits.numpy(), rtol=0, atol=1e-5)
+    found = ours._forward(tokens, "pooled")
+    wanted = np.stack([h.numpy().mean(axis=1) for h in [*normed, final]], axis=1)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_logits_of_the_raw_alignment_agree(name, tmp_path):
+    """Fed as their processor feeds them: token i at position i, and no start token."""
+    shape = SHAPES[name]
+    model = theirs(shape)
+    ours = gptv_jax.from_huggingface(saved(model, tmp_path / "hf"))
+    tokens = tokens_of(shape)
+    with torch.no_grad():
+        wanted = model(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
+    found = raw_logits(ours, tokens)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
+
+
+def raw_logits(model: gptv_jax.Model, tokens: np.ndarray) -> np.ndarray:
+    """The first token of a row in the start vector's place, row by row, since each has its own."""
+    params = dict(model._params)
+    rows = []
+    with jax.set_mesh(model._mesh):
+        for row in tokens:
+            start = {"start": params["token_embedding"][row[0]][None]}
+            read = np.append(row[1:], 0)[None]  # the last one is only ever a target
+            rows.append(np.asarray(model.network.bind(params | start)(read).logits[0]))
+    return np.stack(rows)
+
+
+def test_class_logits_agree(tmp_path):
+    model = theirs(TINY, "ForImageClassification", num_labels=5)
+    ours = gptv_jax.from_huggingface(saved(model, tmp_path / "hf"))
+    tokens = tokens_of(TINY)
+    with torch.no_grad():
+        wanted = model(shifted(tokens, TINY)).logits.softmax(dim=-1).numpy()
+    np.testing.assert_allclose(ours._forward(tokens, "classes"), wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_gradients_of_the_loss_agree_for_every_weight(name, tmp_path):
+    shape = SHAPES[name] | {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    model = theirs(shape)
+    portable = interop.read(saved(model, tmp_path / "hf"))
+    tokens = tokens_of(shape, rows=1 if name == "igpt-s" else 4)
+    logits = model(shifted(tokens, shape)).logits
+    targets = torch.tensor(tokens, dtype=torch.long)
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
+    with torch.no_grad():  # their gradients, in place of their weights, through the same conversion
+        for weight in model.parameters():
+            weight.copy_(weight.grad)
+        for weight_name, weight in model.named_parameters():
+            if weight_name.endswith("bias"):
+                weight.zero_()  # which we have not
+    wanted = interop.read(saved(model, tmp_path / "gradients")).params
+
+    def loss(params):
+        return cross_entropy(portable.network.bind(params)(tokens).logits, tokens).mean()
+
+    with jax.set_mesh(make_mesh((1, 1, 1))):
+        found = interop.portable.flat(jax.jit(jax.grad(loss))(portable.on_mesh()))
+    assert set(found) == set(wanted)
+    for weight_name, gradient in wanted.items():
+        error = np.linalg.norm(found[weight_name] - gradient)
+        assert error <= 1e-4 * np.linalg.norm(gradient), weight_name
+        assert np.linalg.norm(gradient) > 0, weight_name
+
+
+# And back.
+
+
+@pytest.mark.parametrize("task", ["generation", "classification"])
+def test_what_is_exported_loads_there_and_agrees(tmp_path, task):
+    kind = {"generation": "ForCausalImageModeling", "classification": "ForImageClassification"}
+    original = theirs(TINY, kind[task], **({"num_labels": 5} if task == "classification" else {}))
+    ours = gptv_jax.from_huggingface(saved(original, tmp_path / "hf"))
+    gptv_jax.to_huggingface(ours, tmp_path / "back", task)
+    automatic = getattr(transformers, f"ImageGPT{kind[task]}")
+    model, info = automatic.from_pretrained(tmp_path / "back", output_loading_info=True)
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        assert not info.get(problem), problem
+    for (name, weight), other in zip(original.named_parameters(), model.parameters(), strict=True):
+        np.testing.assert_array_equal(weight.detach(), other.detach(), err_msg=name)
+    processor = transformers.ImageGPTImageProcessor.from_pretrained(tmp_path / "back")
+    np.testing.assert_allclose(processor.clusters, ours.codec.palette.centers)
+
+
+def test_the_digits_run_loads_there_and_agrees(finished_run, tmp_path):
+    ours = gptv_jax.load(finished_run.folder, stage="pretrain")
+    gptv_jax.to_huggingface(ours, tmp_path / "hf")
+    model, info = transformers.ImageGPTForCausalImageModeling.from_pretrained(
+        tmp_path / "hf", output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    tokens = tokens_of({"n_positions": 64, "vocab_size": 18})
+    with torch.no_grad():
+        wanted = model.eval()(shifted(tokens, {"vocab_size": 18})).logits.numpy()
+    np.testing.assert_allclose(ours.logits(tokens), wanted, rtol=0, atol=1e-5)
