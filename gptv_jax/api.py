@@ -15,7 +15,7 @@ from gptv_jax import decode, files, interop, sharding, tokens
 from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.errors import InputError
 from gptv_jax.interop import huggingface, native
-from gptv_jax.interop.portable import Portable, flat
+from gptv_jax.interop.portable import Portable
 from gptv_jax.model.gpt import Network
 from gptv_jax.run import config_of, finished_stages, network_of
 from gptv_jax.tokens import palette as palettes
@@ -135,7 +135,7 @@ class Model:
 
     def portable(self) -> Portable:
         """The weights as NumPy arrays, with all that is needed to use them."""
-        arrays = {name: np.asarray(leaf) for name, leaf in flat(self._params).items()}
+        arrays = {name: np.asarray(leaf) for name, leaf in sharding.by_name(self._params).items()}
         return dataclasses.replace(self._described, params=arrays)
 
     def _must_be_autoregressive(self, what: str) -> None:

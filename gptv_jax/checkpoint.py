@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from gptv_jax import sharding
 from gptv_jax.errors import InputError, first_line
 
 LOG = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ class Checkpoints:
         """Starts to write a checkpoint; a step that is there already is left as it is."""
         if step in self.steps():
             return
-        arrays = _flatten(state)
+        arrays = sharding.by_name(state)
         content = {"info": info, "bit_sums": _bit_sums(arrays)}
         items = ocp.args.Composite(
             state=ocp.args.PyTreeSave(arrays),
@@ -109,7 +110,7 @@ class Checkpoints:
           InputError: names or shapes differ from the saved ones; all that differ are listed.
           DamagedError: it cannot be read.
         """
-        wanted = _flatten(abstract)
+        wanted = sharding.by_name(abstract)
         try:
             saved = self._manager.item_metadata(step)["state"]
             saved = {name: tuple(leaf.shape) for name, leaf in dict(saved.tree).items()}
@@ -194,12 +195,6 @@ class DamagedError(InputError):
     def __init__(self, path: pathlib.Path, cause: Exception):
         told = f"{type(cause).__name__}: {first_line(cause)}"
         super().__init__(f"checkpoint {path} is damaged ({told}).")
-
-
-def _flatten(tree) -> dict:
-    """`{"params.blocks.qkv": leaf, ...}`."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(p, simple=True, separator="."): leaf for p, leaf in leaves}
 
 
 def _bit_sums(arrays: dict) -> dict[str, int]:

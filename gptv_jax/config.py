@@ -143,6 +143,9 @@ class Finetune:
     train_transforms: tuple[str, ...] = ()
     generative_coefficient: float = field(1.0, NOT_NEGATIVE)  # weight of nats per token
     classification_coefficient: float = field(1.0, NOT_NEGATIVE)  # of nats per image
+    # Learning rate of a layer over that of the one above it; 1: the same. The pretrained network's
+    # alone: trained from scratch, it has nothing to keep.
+    layer_decay: float = field(1.0, ("above 0 up to 1", lambda v: 0 < v <= 1))
     # Evaluations without a better validation accuracy after which it stops; 0: never.
     patience: int = field(5, NOT_NEGATIVE)
     standardize: bool = False  # centre and scale the head's input by its statistics at the start

@@ -85,7 +85,8 @@ def _headlines(run: Run, summary: dict) -> str:
         nats, bits = (summary[f"pretrain/test_{unit}_per_token"] for unit in ("nats", "bits"))
         uniform = f"uniform (ln {v}): {math.log(v):.3f} nats/token"
         in_bits = f"in bits: {bits:.3f}, uniform {math.log2(v):.3f}"
-        tiles += _tile("Test loss", f"{nats:.3f} nats/token", uniform, in_bits)
+        of_pixels = _against_pixels(summary)
+        tiles += _tile("Test loss", f"{nats:.3f} nats/token", uniform, in_bits, *of_pixels)
         speed, mfu = summary["pretrain/train_tokens_per_second"], summary["pretrain/mfu"]
         shown = "not timed" if speed is None else f"{speed:,.0f} tokens/s"
         share = "MFU: unknown peak" if mfu is None else f"MFU {mfu:.1%}"
@@ -99,6 +100,17 @@ def _headlines(run: Run, summary: dict) -> str:
         scratch = f"from scratch {summary['finetune/scratch_test_accuracy']:.2%}"
         tiles += _tile("Fine-tuning, test accuracy", tuned, scratch)
     return tiles
+
+
+def _against_pixels(summary: dict) -> list[str]:
+    """What the loss says of the images themselves."""
+    exact = summary.get("pretrain/test_bits_per_dimension")
+    psnr = summary.get("pretrain/test_distortion_psnr_db")
+    if exact is not None:
+        return [f"lossless tokens: {exact:.3f} bits/dimension"]
+    if psnr is not None:
+        return [f"tokens lose detail ({psnr:.2f} dB): not comparable with bits/dimension"]
+    return []
 
 
 def _pretraining(run: Run, events: list[dict]) -> str:

@@ -96,7 +96,7 @@ class Run:
         """The weights of `config.init_from`, where they come from elsewhere; without class head."""
         given, palette = self.config.init_from, getattr(codec, "palette", None)
         found = interop.read(given, palette).headless()
-        differing = found.differing(self.config)
+        differing = found.differing(self.config, starts_of(self.config))
         if differing:
             raise InputError(
                 f"config.init_from={given} holds another network: {'; '.join(differing)}. Set "
@@ -255,9 +255,13 @@ def config_of(folder: pathlib.Path) -> config_lib.Config:
 
 def network_of(config: config_lib.Config, codec: tokens.Codec, classes: int) -> Network:
     """The network of a configuration, with a class head where `classes` is not 0."""
+    return Network(config.model, codec.vocabulary, codec.grid, starts_of(config), classes)
+
+
+def starts_of(config: config_lib.Config) -> int:
+    """Start vectors that a configuration asks for."""
     variants = transforms.variants(config.data.train_transforms)
-    starts = variants if config.model.start_per_variant else 1
-    return Network(config.model, codec.vocabulary, codec.grid, starts, classes)
+    return variants if config.model.start_per_variant else 1
 
 
 def finished_stages(summary: dict) -> list[str]:

@@ -124,6 +124,12 @@ def from_everywhere(rows) -> jax.Array:
     return jax.make_array_from_callback(rows.shape, sharding, lambda index: rows[index])
 
 
+def by_name(tree) -> dict:
+    """`{"params.blocks.qkv": leaf, ...}` of nested dicts and states, in the order of leaves."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(p, simple=True, separator="."): leaf for p, leaf in leaves}
+
+
 def abstract(init):
     """Shapes and shardings of what `init(key)` makes, without making it: a restore's skeleton."""
     mesh = jax.sharding.get_mesh()

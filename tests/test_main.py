@@ -59,8 +59,8 @@ def half_saved(folder: pathlib.Path) -> list[pathlib.Path]:
     return list(folder.glob("checkpoints/*/*.orbax-checkpoint-tmp*"))
 
 
-def assert_same_weights(folder: pathlib.Path, wanted: pathlib.Path) -> None:
-    for stage in ("pretrain", "finetune"):
+def assert_same_weights(folder: pathlib.Path, wanted: pathlib.Path, *stages: str) -> None:
+    for stage in stages or ("pretrain", "finetune"):
         found = jax.device_get(gptv_jax.load(folder, stage)._params)
         jax.tree.map(
             np.testing.assert_array_equal,
@@ -479,6 +479,54 @@ def test_weights_of_another_run_are_tuned_and_beside_them_fresh_ones(main, finis
     wanted = gptv_jax.load(finished_run.folder, "pretrain")._params
     without_head = {name: found[name] for name in wanted}
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-20), without_head, wanted)
+
+
+def test_a_run_goes_on_from_exported_weights_as_from_the_run(main, finished_run, tmp_path):
+    weights = tmp_path / "weights.safetensors"
+    gptv_jax.load(finished_run.folder, stage="pretrain").save(weights)
+    ended = main(*small_arguments(tmp_path / "run"), f"--config.init_from={weights}")
+    assert ended.code == 0, ended.errors
+    wanted = {k: v for k, v in finished_run.summary.items() if not k.startswith(("pret", "model"))}
+    assert without_times(json.loads(ended.output)) == without_times(wanted)
+    assert_same_weights(tmp_path / "run", finished_run.folder, "finetune")
+
+
+def test_a_run_goes_on_from_hugging_faces_weights(main, finished_run, tmp_path):
+    model = gptv_jax.load(finished_run.folder, stage="pretrain")
+    gptv_jax.to_huggingface(model, tmp_path / "hf")
+    given = [*small_arguments(tmp_path / "run"), f"--config.init_from={tmp_path / 'hf'}"]
+    # Which sums the tables of positions, and has one start vector.
+    fitting = ["--config.model.axial_positions=False", "--config.model.start_per_variant=False"]
+    ended = main(*given)
+    assert_refused(
+        ended, "model.axial_positions is True, there False", "(start vectors) is 9, there 1"
+    )
+    assert not (tmp_path / "run").exists()
+    ended = main(*given, *fitting)
+    assert ended.code == 0, ended.errors
+    summary = json.loads(ended.output)
+    for name in ("probe/test_accuracy", "probe/raw_pixels_test_accuracy"):
+        assert summary[name] == pytest.approx(finished_run.summary[name], abs=0.01)  # to rounding
+    assert summary["finetune/test_accuracy"] > summary["finetune/scratch_test_accuracy"] - 0.2
+    assert (tmp_path / "run" / "samples" / "completions.png").exists()
+
+
+def test_a_bert_run_hides_probes_and_tunes_but_draws_nothing(main, tmp_path):
+    bert = ["--config.model.objective=bert", "--config.model.start_per_variant=False"]
+    arguments = [*small_arguments(tmp_path / "run"), *bert]
+    assert_refused(main(*arguments, "--stages=sample"), "sample", "objective=bert")
+    ended = main(*arguments)
+    assert ended.code == 0, ended.errors
+    summary = json.loads(ended.output)
+    assert summary["pretrain/test_nats_per_token"] < 2.4  # ln 17 is 2.83
+    assert summary["probe/test_accuracy"] > 0.2 and "finetune/test_accuracy" in summary
+    assert not any(name.startswith("sample/") for name in summary)
+    model = gptv_jax.load(tmp_path / "run")
+    images = np.zeros((2, 8, 8, 1), np.uint8)
+    assert model.classify(images).shape == (2, 10)
+    for call in (model.log_likelihood, model.complete, lambda _: model.sample(1)):
+        with pytest.raises(ValueError, match="objective bert has no"):
+            call(images)
 
 
 def test_a_training_that_diverges_ends_with_one_sentence(main, tmp_path):

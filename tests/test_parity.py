@@ -9,7 +9,7 @@ import pytest
 from conftest import generator, make_mesh
 
 import gptv_jax
-from gptv_jax import interop
+from gptv_jax import interop, sharding
 from gptv_jax.train.objective import cross_entropy
 
 torch = pytest.importorskip("torch", reason="the bench extra (torch) is not installed")
@@ -131,7 +131,7 @@ def test_gradients_of_the_loss_agree_for_every_weight(name, tmp_path):
         return cross_entropy(portable.network.bind(params)(tokens).logits, tokens).mean()
 
     with jax.set_mesh(make_mesh((1, 1, 1))):
-        found = interop.portable.flat(jax.jit(jax.grad(loss))(portable.on_mesh()))
+        found = sharding.by_name(jax.jit(jax.grad(loss))(portable.on_mesh()))
     assert set(found) == set(wanted)
     for weight_name, gradient in wanted.items():
         error = np.linalg.norm(found[weight_name] - gradient)

@@ -82,6 +82,10 @@ class Pipeline:
         read = _read(_share(data, batch_size), source, self.config.workers)
         return self._watched(read, split, source, batch_size)
 
+    def has_pixels(self, split: str) -> bool:
+        """Whether the split's images are at hand, not their tokens alone."""
+        return sources.open_source(self.config, split).form != "tokens"
+
     def _watched(self, batches, split, source, batch_size, position=0) -> Iterator[dict]:
         """The batches, with what they tell of damaged images entered in the ledger."""
         for number, batch in enumerate(batches, start=position + 1):

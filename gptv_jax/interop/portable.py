@@ -6,10 +6,14 @@ import jax
 import numpy as np
 
 from gptv_jax import config as config_lib
-from gptv_jax import fields, sharding, tokens
+from gptv_jax import sharding, tokens
 from gptv_jax.errors import InputError
 from gptv_jax.model.gpt import Network
 from gptv_jax.tokens.palette import Palette
+
+# Fields of the model that weights depend on; the others (dropout, dtype, how layers are walked)
+# are the user's to choose.
+SHAPING = ("layers", "width", "heads", "mlp_ratio", "axial_positions", "objective")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -46,7 +50,9 @@ class Portable:
         Raises:
           InputError: lists every weight that is missing, left over or of another shape.
         """
-        wanted = {name: leaf.shape for name, leaf in flat(_shapes(self.network)).items()}
+        wanted = {
+            name: leaf.shape for name, leaf in sharding.by_name(_shapes(self.network)).items()
+        }
         given = {name: array.shape for name, array in self.params.items()}
         differing = [f"{name} {shape} is missing" for name, shape in wanted.items()
                      if name not in given]  # fmt: skip
@@ -77,39 +83,26 @@ class Portable:
         leaves, structure = jax.tree.flatten(abstract)
         arrays = [
             jax.make_array_from_callback(leaf.shape, leaf.sharding, self.params[name].__getitem__)
-            for name, leaf in zip(flat(abstract), leaves, strict=True)
+            for name, leaf in zip(sharding.by_name(abstract), leaves, strict=True)
         ]
         return jax.tree.unflatten(structure, arrays)
 
-    def differing(self, config: config_lib.Config) -> list[str]:
-        """What a configuration says otherwise than these weights, field by field, in words."""
-        pairs = [
-            (f"model.{name}", now, then)
-            for (name, now), then in zip(
-                fields.flatten(config.model).items(),
-                fields.flatten(self.model).values(),
-                strict=True,
-            )
-            if name in SHAPING
-        ]
+    def differing(self, config: config_lib.Config, starts: int) -> list[str]:
+        """What a configuration says otherwise than these weights, field by field, in words.
+
+        Args:
+          config: the configuration.
+          starts: start vectors that it asks for.
+        """
         size = "colors" if config.tokens.name == "palette" else "levels"
+        pairs = [(f"model.{n}", getattr(config.model, n), getattr(self.model, n)) for n in SHAPING]
         pairs += [
+            ("model.start_per_variant (start vectors)", starts, self.starts),
             ("tokens.name", config.tokens.name, self.tokens.name),
             (f"tokens.{size}", getattr(config.tokens, size), getattr(self.tokens, size)),
             ("data.image_size", config.data.image_size, self.image_size),
         ]
         return [f"config.{n} is {now!r}, there {then!r}" for n, now, then in pairs if now != then]
-
-
-# Fields of the model that weights depend on; the others (dropout, dtype, how layers are walked)
-# are the user's to choose.
-SHAPING = ("layers", "width", "heads", "mlp_ratio", "axial_positions", "objective")
-
-
-def flat(params: dict) -> dict:
-    """`{"blocks.qkv": leaf, ...}` of nested parameters, in the order of their leaves."""
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    return {jax.tree_util.keystr(p, simple=True, separator="."): leaf for p, leaf in leaves}
 
 
 def _shapes(network: Network) -> dict:

@@ -3,8 +3,12 @@
 Beside it the same network trained from scratch, with the same settings and budget.
 """
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+import optax
 
 from gptv_jax import sharding
 from gptv_jax.checkpoint import Checkpoints
@@ -20,18 +24,10 @@ def run_stage(run: Run) -> dict:
     """Fine-tunes twice, pretrained and from scratch; returns the summary's numbers."""
     config, settings = run.config, run.config.finetune
     headless, network = run.network(), run.network(run.classes)
-    update, rate = optimizer.make_optimizer(settings.train.optimizer, settings.train.steps)
     eval_step = step.make_eval_step(network)
-    train_step = step.make_train_step(
-        step.joint_loss(
-            network, settings.generative_coefficient, settings.classification_coefficient
-        ),
-        update,
-        rate,
-        microbatches=settings.train.microbatches,
-        seed=config.seed,
+    loss = step.joint_loss(
+        network, settings.generative_coefficient, settings.classification_coefficient
     )
-    start = jax.jit(lambda params: step.state_of(params, update))
     batch_size = settings.train.batch_size
 
     def batches(position: int):
@@ -40,7 +36,19 @@ def run_stage(run: Run) -> dict:
     def evaluate(params: dict, split: str = "validation") -> dict:
         return loop.evaluate_all(eval_step, params, run.data.evaluation(split, batch_size))
 
-    def tune(name: str, weights: dict) -> dict:
+    @functools.cache  # compiled once where both trainings are alike
+    def compiled(layer_decay: float) -> tuple[optax.GradientTransformation, Callable, Callable]:
+        update, rate = optimizer.make_optimizer(
+            settings.train.optimizer, settings.train.steps, layer_decay
+        )
+        start = jax.jit(lambda params: step.state_of(params, update))
+        train_step = step.make_train_step(
+            loss, update, rate, microbatches=settings.train.microbatches, seed=config.seed
+        )
+        return update, start, train_step
+
+    def tune(name: str, weights: dict, layer_decay: float) -> dict:
+        update, start, train_step = compiled(layer_decay)
         with Checkpoints(run.checkpoints(name), settings.train.keep_checkpoints) as checkpoints:
             fitted = loop.fit(
                 name,
@@ -64,8 +72,9 @@ def run_stage(run: Run) -> dict:
             "test_nats_per_token": test["nats_per_token"],
         }
 
-    tuned = tune("finetune", run.pretrained(headless))
-    scratch = tune("finetune_scratch", jax.jit(headless.init)(jax.random.key(config.seed)))
+    tuned = tune("finetune", run.pretrained(headless), settings.layer_decay)
+    initial = jax.jit(headless.init)(jax.random.key(config.seed))
+    scratch = tune("finetune_scratch", initial, layer_decay=1.0)
     return {"classes": run.classes} | tuned | {f"scratch_{k}": v for k, v in scratch.items()}
 
 

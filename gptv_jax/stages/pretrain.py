@@ -1,13 +1,16 @@
 """Pretraining: the network learns to predict the next image token."""
 
 import functools
+import math
 
 import jax
 
 from gptv_jax import sharding
 from gptv_jax.checkpoint import Checkpoints
+from gptv_jax.data import pipeline
 from gptv_jax.model.gpt import parameter_count
 from gptv_jax.run import Run
+from gptv_jax.tokens.statistics import TokenStatistics
 from gptv_jax.train import loop, metrics, optimizer, step
 
 
@@ -43,12 +46,34 @@ def run_stage(run: Run) -> dict:
         )
 
     nats = evaluate(fitted.params, "test")["nats_per_token"]
+    bits = metrics.bits(nats)
     return {
         "params": parameter_count(fitted.params),
         "steps": fitted.step,
         "validation_nats_per_token": fitted.evaluations[-1]["nats_per_token"],
         "test_nats_per_token": nats,
-        "test_bits_per_token": metrics.bits(nats),
+        "test_bits_per_token": bits,
+        **_against_pixels(run, bits),
         "train_tokens_per_second": fitted.tokens_per_second,
         "mfu": metrics.mfu(network, fitted.tokens_per_second),
+    }
+
+
+def _against_pixels(run: Run, bits: float) -> dict[str, float | None]:
+    """What bits per token are of the images themselves, which only lossless tokens can tell.
+
+    Of a palette, its distortion instead: fewer bits for a coarser image are no better model of it,
+    so they do not compare with bits per dimension.
+    """
+    codec, distortion = run.codec, {}
+    if not codec.lossless and run.data.has_pixels("test"):
+        statistics = TokenStatistics(codec)
+        for element in pipeline.images(run.config.data, "test", run.data.ledger):
+            statistics.add(element["image"], pipeline.to_tokens(codec, element["image"]))
+        distortion = statistics.numbers()
+    per_dimension = math.prod(codec.grid) / math.prod(codec.image_shape)
+    return {
+        "test_bits_per_dimension": bits * per_dimension if codec.lossless else None,
+        "test_distortion_mse": 0.0 if codec.lossless else distortion.get("mean_squared_error"),
+        "test_distortion_psnr_db": distortion.get("psnr"),
     }

@@ -22,6 +22,7 @@ class Codec(Protocol):
     vocabulary: int  # V: tokens are 0 .. V-1
     grid: tuple[int, int]  # rows and columns of tokens, in raster order; T is their product
     image_shape: tuple[int, int, int]  # H, W, C of the images it takes
+    lossless: bool  # whether `decode` gives back every image that `encode` takes
     order: np.ndarray  # all tokens, those that look alike next to each other
 
     def encode(self, images: UInt8[np.ndarray, "B H W C"]) -> Int[np.ndarray, "B T"]:

@@ -1,6 +1,7 @@
 """Grey levels as tokens: one token a pixel, lossless."""
 
 import dataclasses
+from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -10,6 +11,7 @@ from jaxtyping import Int, UInt8
 class GreyLevels:
     """Token = level of the pixel, 0 .. levels-1."""
 
+    lossless: ClassVar = True
     levels: int
     size: int  # pixels, height and width
 

@@ -102,6 +102,8 @@ def build(pixels: UInt8[np.ndarray, "N 3"], colors: int, seed: int, provenance: 
 class PaletteTokens:
     """Token = number of the colour that is nearest in squared distance of RGB."""
 
+    lossless = False
+
     def __init__(self, palette: Palette, size: int):
         """A codec for square images of `size` pixels."""
         self.palette, self.size = palette, size

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers
 
@@ -20,18 +21,22 @@ MATRICES = {
 # Weight decay acts on these; never on norms, start vectors, embeddings and positions. By name,
 # because a stacked norm gain has two dimensions as well.
 DECAYED = {*MATRICES, "head", "class_head"}
+ABOVE = {"final_norm", "head", "classifier"}  # all layers; what is neither this nor blocks is below
 
 RMS = 0.2  # of Muon's update, that of a typical Adam update (Liu et al. 2025, arXiv:2502.16982)
 
 
 def make_optimizer(
-    config: config_lib.Optimizer, steps: int
+    config: config_lib.Optimizer, steps: int, layer_decay: float = 1.0
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """The optimizer, and the learning rate (Muon's, for muon) by step.
+    """The optimizer, and the learning rate (Muon's, for muon; of the heads) by step.
 
     Args:
       config: its settings.
       steps: length of the training, for the schedule.
+      layer_decay: learning rate of a layer over that of the one above it (Clark et al. 2020,
+        arXiv:2003.10555); the embeddings are the lowest layer, the final norm and the heads the
+        highest.
     """
     rate = _schedule(config, config.learning_rate, steps)
     betas = {"b1": config.beta1, "b2": config.beta2}
@@ -61,7 +66,22 @@ def make_optimizer(
             )
     if config.clip_norm is not None:
         optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+    if layer_decay != 1:
+        decayed = optax.stateless(lambda updates, _: _decay_layers(updates, layer_decay))
+        optimizer = optax.chain(optimizer, decayed)
     return optimizer, rate
+
+
+def _decay_layers(updates: dict, decay: float) -> dict:
+    layers = len(updates["blocks"]["norm_1"])
+
+    def scaled(path, update):
+        if path[0].key == "blocks":  # layer l of L lies L - l below the heads
+            below = jnp.arange(layers, 0, -1).reshape(-1, *[1] * (update.ndim - 1))
+            return update * decay**below
+        return update if path[0].key in ABOVE else update * decay ** (layers + 1)
+
+    return jax.tree_util.tree_map_with_path(scaled, updates)
 
 
 def apply_update(

@@ -1,0 +1,179 @@
+"""The BERT objective: what is hidden, what is predicted, and how images are judged under it."""
+
+import dataclasses
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from conftest import MESHES, generator, make_mesh, random_batch, random_params, tiny_network
+
+from gptv_jax import config as config_lib
+from gptv_jax.errors import InputError
+from gptv_jax.interop import openai
+from gptv_jax.interop.tensors import Accounted
+from gptv_jax.tokens.palette import Palette
+from gptv_jax.train import objective, step
+
+
+def bert(classes: int = 0, **changes):
+    network = tiny_network(classes, objective="bert", **changes)
+    return dataclasses.replace(network, starts=1)
+
+
+@pytest.fixture
+def given(one_device):
+    network = bert(classes=3, masked_share=0.4)
+    batch = random_batch(network) | {"variant": np.zeros(8, np.int32)}
+    batch["index"] = np.arange(100, 108, dtype=np.int32)
+    return network, random_params(network), {k: jnp.asarray(v) for k, v in batch.items()}
+
+
+def logits_of(network, params, tokens, hidden):
+    return np.asarray(jax.jit(lambda h: network.bind(params)(tokens, hidden=h).logits)(hidden))
+
+
+def test_the_network_is_the_released_variant_in_float64():
+    variables = oracle.variables(generator(), 2, 24, 3, 13, 16)
+    tokens = generator(1).integers(13, size=(4, 16), dtype=np.int32)
+    hidden = generator(2).random((4, 16)) < 0.3
+    there = Accounted({n: a.shape for n, a in variables.items()}, variables.__getitem__)
+    colors = Palette(np.zeros((13, 3), np.float32), {})
+    portable = openai.convert(there, pathlib.Path("igpt-s-bert/model.ckpt-7"), colors)
+    assert portable.model.objective == "bert" and "start" not in portable.params
+    exact = dataclasses.replace(
+        portable,
+        model=dataclasses.replace(portable.model, dtype="float64"),
+        params={name: array.astype(np.float64) for name, array in portable.params.items()},
+    )
+    wanted = oracle.forward(variables, tokens, 1 - hidden)[0]
+    with jax.enable_x64(True), jax.set_mesh(make_mesh((1, 1, 1))):
+        network, params = exact.network, exact.on_mesh()
+        output = network.bind(params)(jnp.asarray(tokens), hidden=jnp.asarray(hidden))
+        np.testing.assert_allclose(output.logits, wanted, rtol=0, atol=1e-10)
+        nats = objective.nats_per_token(output.logits, jnp.asarray(tokens), jnp.asarray(hidden))
+    assert float(nats.mean()) == pytest.approx(oracle.loss(variables, tokens, 1 - hidden), 1e-12)
+
+
+def test_hidden_tokens_are_not_seen_and_all_others_are_by_every_position(given):
+    network, params, batch = given
+    tokens = batch["tokens"]
+    hidden = jnp.asarray(generator(3).random(tokens.shape) < 0.4)
+    before = logits_of(network, params, tokens, hidden)
+    unseen = jnp.where(hidden, (tokens + 1) % network.vocabulary, tokens)
+    np.testing.assert_array_equal(logits_of(network, params, unseen, hidden), before)
+    for position in (0, 15):  # the last token is seen by the first position, and the other way
+        changed = tokens.at[:, position].set((tokens[:, position] + 1) % network.vocabulary)
+        differ = np.abs(logits_of(network, params, changed, hidden) - before).max(axis=(1, 2))
+        np.testing.assert_array_equal(differ > 0, ~np.asarray(hidden[:, position]))
+        seen = np.abs(logits_of(network, params, changed, hidden) - before).max(axis=2) > 0
+        assert seen[~np.asarray(hidden[:, position])].all()
+
+
+def test_where_a_token_is_hidden_its_position_is_still_known(given):
+    network, params, batch = given
+    everything = jnp.ones(batch["tokens"].shape, bool)
+    logits = logits_of(network, params, batch["tokens"], everything)
+    assert np.abs(np.diff(logits, axis=1)).max(axis=2).min() > 1e-4
+    np.testing.assert_allclose(logits[1:], logits[:-1], atol=1e-6)  # and nothing else is
+
+
+def test_the_loss_is_the_mean_over_images_of_that_over_their_hidden_tokens():
+    logits = jnp.asarray(generator().normal(size=(2, 4, 5)), jnp.float32)
+    tokens = jnp.asarray([[0, 1, 2, 3], [4, 3, 2, 1]])
+    hidden = jnp.asarray([[True, False, False, False], [True, True, True, False]])
+    nats = -np.take_along_axis(
+        np.asarray(jax.nn.log_softmax(logits)), np.asarray(tokens)[..., None], axis=-1
+    )[..., 0]
+    found = objective.nats_per_token(logits, tokens, hidden)
+    np.testing.assert_allclose(found, [nats[0, 0], nats[1, :3].mean()], rtol=1e-6)
+    nothing = objective.nats_per_token(logits, tokens, jnp.zeros_like(hidden))
+    np.testing.assert_array_equal(nothing, 0)  # not a number would stop the run
+
+
+def test_positions_are_hidden_by_their_share_anew_at_every_step(one_device):
+    network = dataclasses.replace(bert(masked_share=0.15), grid=(16, 16))
+    drawn = [np.asarray(objective.hide(network, 64, jax.random.key(i))) for i in range(3)]
+    for hidden in drawn:
+        assert hidden.mean() == pytest.approx(0.15, abs=0.01)
+        assert len(np.unique(hidden, axis=0)) == 64
+    assert (drawn[0] != drawn[1]).mean() > 0.2 and (drawn[1] != drawn[2]).mean() > 0.2
+    assert objective.hide(tiny_network(), 64, None) is None
+
+
+def test_the_first_loss_is_ln_v(one_device):
+    network = bert()
+    params = jax.jit(network.init)(jax.random.key(0))
+    batch = {k: jnp.asarray(v) for k, v in random_batch(network).items()}
+    nats, _ = jax.jit(step.generative_loss(network))(params, batch, jax.random.key(1))
+    assert float(nats) == pytest.approx(np.log(network.vocabulary), rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", MESHES[1:])
+def test_every_mesh_hides_the_same_and_has_the_same_gradients(shape, given):
+    network, params, batch = given
+    wanted = value_and_gradients(network, params, batch)
+    with jax.set_mesh(make_mesh(shape)):
+        placed = {k: jax.device_put(np.asarray(v), jax.sharding.NamedSharding(
+            jax.sharding.get_mesh(), step.sharding.HIDDEN)) for k, v in batch.items()}  # fmt: skip
+        found = value_and_gradients(network, random_params(network), placed)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
+
+
+def value_and_gradients(network, params, batch):
+    loss = jax.jit(jax.value_and_grad(step.joint_loss(network, 1.0, 1.0), has_aux=True))
+    return jax.device_get(loss(params, batch, jax.random.key(4)))
+
+
+# Evaluation.
+
+
+def hidden_of(network, params, batch, vote=0):
+    return np.asarray(jax.jit(lambda b: objective.evaluated(network, params, b, vote)[1])(batch))
+
+
+def test_evaluation_hides_by_the_images_number_alone(given):
+    network, params, batch = given
+    hidden = hidden_of(network, params, batch)
+    assert 0.2 < hidden.mean() < 0.6 and len(np.unique(hidden, axis=0)) == 8
+    backwards = {k: v[::-1] for k, v in batch.items()}
+    np.testing.assert_array_equal(hidden_of(network, params, backwards)[::-1], hidden)
+    part = {k: v[2:4] for k, v in batch.items()}
+    np.testing.assert_array_equal(hidden_of(network, params, part), hidden[2:4])
+    assert (hidden_of(network, params, batch, vote=1) != hidden).any(axis=1).all()
+
+
+def test_the_class_is_that_of_most_votes_and_the_loss_the_mean_over_them(given):
+    network, params, batch = given
+    outputs = [objective.evaluated(network, params, batch, vote) for vote in range(network.votes)]
+    assert len(outputs) == 5
+    logits = np.stack([output.class_logits for output, _ in outputs])
+    votes = logits.argmax(axis=-1)
+    majority = np.array([np.bincount(column, minlength=3).argmax() for column in votes.T])
+    clear = np.sort([np.bincount(c, minlength=3) for c in votes.T], axis=1)
+    assert (clear[:, -1] > clear[:, -2]).all() and (votes != votes[0]).any()
+    np.testing.assert_array_equal(objective.elect(jnp.asarray(logits)), majority)
+
+    sums = step.make_eval_step(network)(params, batch)
+    mask = np.asarray(batch["mask"])
+    assert float(sums["correct"]) == ((majority == np.asarray(batch["label"])) * mask).sum()
+    nats = [objective.nats_per_token(o.logits, batch["tokens"], hidden) for o, hidden in outputs]
+    wanted = (np.mean(nats, axis=0) * mask).sum()
+    assert float(sums["nats_per_token"]) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_tie_goes_to_the_class_that_is_likelier():
+    sure, unsure = jnp.asarray([9.0, 0.0, 0.0]), jnp.asarray([0.0, 0.1, 0.0])
+    assert int(objective.elect(jnp.stack([sure, unsure])[:, None])[0]) == 0
+    assert int(objective.elect(jnp.stack([unsure, sure])[:, None])[0]) == 0
+    assert int(objective.elect(jnp.stack([unsure, sure, unsure])[:, None])[0]) == 1
+
+
+def test_start_vectors_of_variants_are_refused():
+    config = config_lib.default()
+    config.model.objective, config.model.start_per_variant = "bert", True
+    with pytest.raises(InputError, match=r"start_per_variant is True, but .*objective=bert"):
+        config_lib.resolve(config)
