@@ -244,3 +244,28 @@ def test_muon_takes_the_matrices_at_one_rate_and_the_rest_at_the_other(params):
         close = {"atol": 1e-6 + 1e-4 * np.abs(change).max(), "err_msg": key}
         np.testing.assert_allclose(rest[key], in_rest * change, **close)
         np.testing.assert_allclose(matrix[key], in_matrix * change, **close)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_layer_decay_scales_what_each_layer_moves_by(name, params):
+    """As a learning rate of its own would: the embeddings least, the heads in full."""
+    gradient, decay = random_gradient(params, 1), 0.5
+    moved = {}
+    for factor in (1.0, decay):
+        update, _ = optimizer.make_optimizer(settings(name), 10, factor)
+        step = jax.jit(lambda p, s, g, u=update: optimizer.apply_update(u, g, s, p)[0])
+        after, before = (
+            by_name(step(params, jax.jit(update.init)(params), gradient)),
+            by_name(params),
+        )
+        moved[factor] = {n: after[n].astype(np.float64) - before[n] for n in before}
+    layers = tiny_network().config.layers
+    for weight, wanted in moved[1.0].items():
+        if weight in by_name(params["blocks"]):
+            powers = decay ** np.arange(layers, 0, -1).reshape(-1, *[1] * (wanted.ndim - 1))
+        else:
+            powers = 1.0 if weight in HIGHEST else decay ** (layers + 1)
+        np.testing.assert_allclose(moved[decay][weight], wanted * powers, rtol=2e-3, atol=1e-7)
+
+
+HIGHEST = {"final_norm", "head", "class_head", "class_center", "class_scale"}
