@@ -23,6 +23,7 @@ WEIGHTS = {
     ("imagenet", "m"): 455_157_760,
     ("imagenet", "l"): 1_362_250_752,
     ("imagenet", "l48"): 1_364_216_832,
+    ("imagenet", "l_bert"): 1_362_250_752 - 1536,  # which has no start vector
 }
 
 
