@@ -24,6 +24,7 @@ from gptv_jax import config as config_lib
 from gptv_jax import tokens
 from gptv_jax.data import cache, pipeline, sources
 from gptv_jax.data.damage import Ledger
+from gptv_jax.data.geometry import ResizeShort
 from gptv_jax.data.images import Decode
 from gptv_jax.tokens import palette
 
@@ -93,8 +94,6 @@ class TorchImages:
             return torch.from_numpy(image.astype(np.int32).reshape(-1))
         pixels = Decode()(image)
         if self.jpegs:
-            from gptv_jax.data.transforms import ResizeShort
-
             pixels = ResizeShort(40)(pixels, None)
             top, left = torch.randint(9, (2,)).tolist()
             pixels = pixels[top : top + 32, left : left + 32]
