@@ -108,15 +108,17 @@ def ours(config: config_lib.Data, codec, workers: int):
 
 def theirs(config: config_lib.Data, codec, workers: int):
     """The same by torch."""
+    images = TorchImages(config, codec)
+    # Of one epoch without end, since each epoch would start its workers anew.
+    sampler = torch.utils.data.RandomSampler(images, replacement=True, num_samples=10**9)
     loader = torch.utils.data.DataLoader(
-        TorchImages(config, codec),
+        images,
         BATCH,
-        shuffle=True,
+        sampler=sampler,
         num_workers=workers,
-        drop_last=True,
         multiprocessing_context="spawn" if workers else None,  # JAX has threads
     )
-    return itertools.chain.from_iterable(itertools.repeat(loader))
+    return iter(loader)
 
 
 def measured(batches, seconds: float) -> float:
