@@ -24,6 +24,7 @@ from gptv_jax import config as config_lib
 from gptv_jax import tokens
 from gptv_jax.data import cache, pipeline, sources
 from gptv_jax.data.damage import Ledger
+from gptv_jax.data.geometry import ResizeShort
 from gptv_jax.data.images import Decode
 from gptv_jax.tokens import palette
 
@@ -93,8 +94,6 @@ class TorchImages:
             return torch.from_numpy(image.astype(np.int32).reshape(-1))
         pixels = Decode()(image)
         if self.jpegs:
-            from gptv_jax.data.transforms import ResizeShort
-
             pixels = ResizeShort(40)(pixels, None)
             top, left = torch.randint(9, (2,)).tolist()
             pixels = pixels[top : top + 32, left : left + 32]
@@ -109,15 +108,17 @@ def ours(config: config_lib.Data, codec, workers: int):
 
 def theirs(config: config_lib.Data, codec, workers: int):
     """The same by torch."""
+    images = TorchImages(config, codec)
+    # Of one epoch without end, since each epoch would start its workers anew.
+    sampler = torch.utils.data.RandomSampler(images, replacement=True, num_samples=10**9)
     loader = torch.utils.data.DataLoader(
-        TorchImages(config, codec),
+        images,
         BATCH,
-        shuffle=True,
+        sampler=sampler,
         num_workers=workers,
-        drop_last=True,
         multiprocessing_context="spawn" if workers else None,  # JAX has threads
     )
-    return itertools.chain.from_iterable(itertools.repeat(loader))
+    return iter(loader)
 
 
 def measured(batches, seconds: float) -> float:

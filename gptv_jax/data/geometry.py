@@ -21,7 +21,7 @@ METHOD = one_of(*METHODS)
 
 
 def _range(most: float):
-    words = "two numbers above 0" + (f" up to {most}" if most < math.inf else "")
+    words = "two numbers above 0" + (f" up to {most:g}" if most < math.inf else "")
     return f"{words}, the smaller first", lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= most
 
 
@@ -147,7 +147,7 @@ class RandomResizedCrop:
     of_pixels: ClassVar = True
     size: int = field(accepted=POSITIVE)
     # Share of the image, from .. to.
-    area: tuple[float, float] = field((0.08, 1.0), _range(1))
+    area: tuple[float, float] = field((0.08, 1.0), _range(1.0))
     # Width over height, from .. to.
     ratio: tuple[float, float] = field((3 / 4, 4 / 3), _range(math.inf))
     method: str = field("bilinear", METHOD)
