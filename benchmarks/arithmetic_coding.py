@@ -9,6 +9,7 @@ back token by token from those bits alone. `pip install constriction` beside the
 import argparse
 import json
 import math
+import pathlib
 import time
 
 import constriction
@@ -52,7 +53,7 @@ def code(model: gptv_jax.Model, tokens: np.ndarray) -> tuple[float, int]:
 
 def tokens_of(run: str, model: gptv_jax.Model, count: int) -> np.ndarray:
     """Tokens [N, T] of the first test images of a run."""
-    data = config_of(run).data
+    data = config_of(pathlib.Path(run)).data
     ledger = Ledger(data, None)
     count = min(count, len(sources.open_source(data, "test")))
     elements = zip(range(count), pipeline.images(data, "test", ledger), strict=False)

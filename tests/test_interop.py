@@ -6,6 +6,7 @@ import pathlib
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
@@ -50,7 +51,7 @@ def test_the_network_is_the_released_one_in_float64(variables, portable):
     params = {name: array.astype(np.float64) for name, array in portable.params.items()}
     exact = dataclasses.replace(portable, model=model, params=params)
     with jax.enable_x64(True), jax.set_mesh(make_mesh((1, 1, 1))):
-        output = exact.network.bind(exact.on_mesh())(TOKENS)
+        output = exact.network.bind(exact.on_mesh())(jnp.asarray(TOKENS))
         assert output.logits.dtype == np.float64
         np.testing.assert_allclose(output.logits, logits, rtol=0, atol=1e-10)
         pooled = np.stack([n.mean(axis=1) for n in normed])

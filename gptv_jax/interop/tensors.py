@@ -10,7 +10,12 @@ import safetensors.numpy
 from gptv_jax.errors import InputError, first_line
 
 
-def _open(path: pathlib.Path):
+def open_file(path: pathlib.Path):
+    """An open .safetensors file, whose tensors are read one by one.
+
+    Raises:
+      InputError: it is none, or damaged.
+    """
     try:
         return safetensors.safe_open(path, framework="numpy")
     except (OSError, safetensors.SafetensorError) as error:
