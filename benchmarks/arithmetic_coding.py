@@ -39,16 +39,21 @@ def code(model: gptv_jax.Model, tokens: np.ndarray) -> tuple[float, int]:
     kind = constriction.stream.model.Categorical(perfect=False)
     encoder = constriction.stream.queue.RangeEncoder()
     for position in range(tokens.shape[1]):
-        encoder.encode(tokens[:, position], kind, likely[:, position])
+        encoder.encode(column(tokens, position), kind, column(likely, position))
     written = encoder.get_compressed()
 
     # Only what has been read is known; the rest is zeros, which causality keeps from mattering.
     decoder, read = constriction.stream.queue.RangeDecoder(written), np.zeros_like(tokens)
     for position in range(tokens.shape[1]):
         likely = scipy.special.softmax(model.logits(read).astype(np.float64), axis=-1)
-        read[:, position] = decoder.decode(kind, likely[:, position])
+        read[:, position] = decoder.decode(kind, column(likely, position))
     np.testing.assert_array_equal(read, tokens)
     return float(claimed), 32 * len(written)
+
+
+def column(array: np.ndarray, position: int) -> np.ndarray:
+    """One position of all rows, as the coder takes it."""
+    return np.ascontiguousarray(array[:, position])
 
 
 def tokens_of(run: str, model: gptv_jax.Model, count: int) -> np.ndarray:

@@ -18,6 +18,7 @@ from gptv_jax import config as config_lib
 from gptv_jax import fields
 from gptv_jax.errors import InputError
 
+_MISSING = re.compile(r"flag --(\w+)=None: ")
 _NONE = re.compile(r"--?config\.([^=]+)=None$")
 
 
@@ -59,7 +60,13 @@ def _parse_flags(argv: list[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
     except flags.Error as error:
-        raise InputError(f"{error} (see --help).") from error
+        raise _of_flags(error) from error
+
+
+def _of_flags(error: flags.Error) -> InputError:
+    missing = _MISSING.match(str(error))
+    told = f"--{missing[1]} must be given" if missing else str(error)
+    return InputError(f"{told} (see --help).")
 
 
 def parse(holder: flags.FlagHolder, argv: list[str]) -> list[str]:
@@ -95,12 +102,11 @@ def parse(holder: flags.FlagHolder, argv: list[str]) -> list[str]:
         if override and override[1] in kinds:
             name, value = override.groups()
             raise InputError(f"--config.{name} is {value!r}; it takes {kinds[name]}.") from error
-        missing = re.match(r"flag --(\w+)=None: ", str(error))
-        if missing:
-            raise InputError(f"--{missing[1]} must be given (see --help).") from error
+        if _MISSING.match(str(error)):
+            raise _of_flags(error) from error
         raise InputError(f"{given} cannot be loaded: {_last_line(error)}") from error
     except flags.Error as error:
-        raise InputError(f"{error} (see --help).") from error
+        raise _of_flags(error) from error
     except Exception as error:  # whatever the user's config file raises
         reason = f"{type(error).__name__}: {_last_line(error)}"
         raise InputError(f"{given} cannot be loaded: {reason}") from error

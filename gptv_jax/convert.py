@@ -18,9 +18,8 @@ TO = flags.DEFINE_string("to", None, "A .safetensors file, or else a folder for 
 STAGE = flags.DEFINE_enum("stage", None, api.TRAININGS, "Of a run; default: the latest finished.")
 PALETTE = flags.DEFINE_string("palette", None, "kmeans_centers.npy, for weights without colours.")
 TASK = flags.DEFINE_enum(
-    "task", None, ("generation", "classification"),
-    "Head to write for Hugging Face; default: that for classes where there is one.",
-)  # fmt: skip
+    "task", "generation", ("generation", "classification"), "Head to write for Hugging Face."
+)
 LOG = logging.getLogger("gptv_jax.convert")
 
 

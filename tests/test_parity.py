@@ -4,12 +4,14 @@ Needs the `bench` extra; without it the tests are skipped. `.ci/run` installs it
 """
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import generator, make_mesh
 
 import gptv_jax
 from gptv_jax import interop, sharding
+from gptv_jax.interop.portable import Portable
 from gptv_jax.train.objective import cross_entropy
 
 torch = pytest.importorskip("torch", reason="the bench extra (torch) is not installed")
@@ -81,23 +83,24 @@ def test_logits_of_the_raw_alignment_agree(name, tmp_path):
     """Fed as their processor feeds them: token i at position i, and no start token."""
     shape = SHAPES[name]
     model = theirs(shape)
-    ours = gptv_jax.from_huggingface(saved(model, tmp_path / "hf"))
+    portable = interop.read(saved(model, tmp_path / "hf"))
     tokens = tokens_of(shape)
     with torch.no_grad():
         wanted = model(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
-    found = raw_logits(ours, tokens)
+    found = raw_logits(portable, tokens)
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
 
 
-def raw_logits(model: gptv_jax.Model, tokens: np.ndarray) -> np.ndarray:
+def raw_logits(portable: Portable, tokens: np.ndarray) -> np.ndarray:
     """The first token of a row in the start vector's place, row by row, since each has its own."""
-    params = dict(model._params)
-    rows = []
-    with jax.set_mesh(model._mesh):
+    rows, network = [], portable.network
+    with jax.set_mesh(make_mesh((1, 1, 1))):
+        params = portable.on_mesh()
+        forward = jax.jit(lambda params, read: network.bind(params)(read).logits[0])
         for row in tokens:
             start = {"start": params["token_embedding"][row[0]][None]}
-            read = np.append(row[1:], 0)[None]  # the last one is only ever a target
-            rows.append(np.asarray(model.network.bind(params | start)(read).logits[0]))
+            read = np.append(row[1:], row[:1])[None]  # the last one is only ever a target
+            rows.append(np.asarray(forward(params | start, jnp.asarray(read))))
     return np.stack(rows)
 
 
@@ -128,7 +131,8 @@ def test_gradients_of_the_loss_agree_for_every_weight(name, tmp_path):
     wanted = interop.read(saved(model, tmp_path / "gradients")).params
 
     def loss(params):
-        return cross_entropy(portable.network.bind(params)(tokens).logits, tokens).mean()
+        logits = portable.network.bind(params)(jnp.asarray(tokens)).logits
+        return cross_entropy(logits, jnp.asarray(tokens)).mean()
 
     with jax.set_mesh(make_mesh((1, 1, 1))):
         found = sharding.by_name(jax.jit(jax.grad(loss))(portable.on_mesh()))
