@@ -206,9 +206,9 @@ def test_evaluation_sums_over_the_rows_that_are_not_masked(evaluated):
     batch["label"] = np.where(np.arange(8) % 4 < 2, predicted, (predicted + 1) % 5)
     batch["label"] = batch["label"].astype(np.int32)
     sums = numbers(evaluate(params, sharding.global_batch(batch)))
-    nats = softmax_nats(output.logits, batch["tokens"]).sum(axis=1)
+    nats = softmax_nats(output.logits, batch["tokens"]).mean(axis=1)
     class_nats = softmax_nats(output.class_logits, batch["label"])
-    wanted = {"nats": nats @ mask, "images": 5, "tokens": 5 * 16}
+    wanted = {"nats_per_token": nats @ mask, "images": 5}
     wanted |= {"correct": 2, "class_nats": class_nats @ mask}
     assert sums == pytest.approx(wanted, rel=1e-5)
 
@@ -224,4 +224,4 @@ def test_evaluation_without_a_class_head_counts_no_classes():
     network = tiny_network(scan_layers=False)
     evaluate = step.make_eval_step(network)
     sums = evaluate(random_params(network), sharding.global_batch(random_batch(network)))
-    assert sums.keys() == {"nats", "images", "tokens"}
+    assert sums.keys() == {"nats_per_token", "images"}
