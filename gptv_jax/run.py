@@ -239,7 +239,7 @@ class Run:
 
 
 def config_of(folder: pathlib.Path) -> config_lib.Config:
-    """The configuration that a run folder was made by.
+    """The configuration that a run folder was made by; fields it is older than have defaults.
 
     Raises:
       InputError: no run folder, or a record that this version cannot read.
@@ -250,7 +250,8 @@ def config_of(folder: pathlib.Path) -> config_lib.Config:
     record = files.read_json(path, {})
     if not isinstance(record.get("config"), dict):
         raise InputError(f"{path} is damaged (it holds no configuration); restore it.")
-    return config_lib.resolve(fields.unflatten(record["config"]))
+    flat = fields.flatten(config_lib.Config()) | record["config"]
+    return config_lib.resolve(fields.unflatten(flat))
 
 
 def network_of(config: config_lib.Config, codec: tokens.Codec, classes: int) -> Network:

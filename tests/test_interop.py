@@ -19,6 +19,7 @@ from gptv_jax.errors import InputError
 from gptv_jax.interop import huggingface, native, openai
 from gptv_jax.interop.portable import Portable
 from gptv_jax.interop.tensors import Accounted
+from gptv_jax.run import config_of
 from gptv_jax.tokens.palette import Palette
 
 SHAPE = {"layers": 3, "width": 24, "heads": 3, "vocabulary": 13, "length": 16}
@@ -261,7 +262,8 @@ def test_a_file_of_others_or_of_another_version_is_named(portable, tmp_path):
     header = native.describe(portable)
     for change, words in (
         ({"format": 99}, r"is of format 99"),
-        ({"model": {"layers": 3}}, r"model.width is missing"),
+        ({"model": header["model"] | {"width": "wide"}}, r"model.width is 'wide'"),
+        ({"model": header["model"] | {"wide": 3}}, r"model.wide is not a field"),
         ({"classes": None}, r"is damaged"),
     ):
         metadata = {"gptv_jax": json.dumps(header | change)}
@@ -270,6 +272,18 @@ def test_a_file_of_others_or_of_another_version_is_named(portable, tmp_path):
             gptv_jax.load(path)
     with pytest.raises(InputError, match=r"is not a run folder, nor a .safetensors file"):
         gptv_jax.load(tmp_path / "nothing.safetensors")
+
+
+def test_what_is_older_than_a_field_has_its_default(portable, finished_run, tmp_path):
+    header, path = native.describe(portable), tmp_path / "x.safetensors"
+    del header["model"]["objective"], header["model"]["votes"]
+    arrays = portable.params | {"palette.centers": COLORS.centers}
+    safetensors.numpy.save_file(arrays, path, {"gptv_jax": json.dumps(header)})
+    assert_same(interop.read(path), portable)
+    record = json.loads((finished_run.folder / "config.json").read_text())
+    del record["config"]["model.objective"], record["config"]["finetune.layer_decay"]
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    assert config_of(tmp_path) == config_of(finished_run.folder)
 
 
 def test_a_checkpoint_of_openai_must_be_whole(variables):

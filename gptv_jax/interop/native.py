@@ -50,14 +50,19 @@ def described(
                 f"{where} is of format {header['format']}; this version reads {FORMAT}."
             )
         return Portable(
-            model=fields.from_dict(config_lib.Model, header["model"], "model"),
-            tokens=fields.from_dict(config_lib.Tokens, header["tokens"], "tokens"),
+            model=_settings(config_lib.Model, header["model"], "model"),
+            tokens=_settings(config_lib.Tokens, header["tokens"], "tokens"),
             params=params,
             palette=None if centers is None else Palette(centers, header["palette"]),
             **{name: header[name] for name in DESCRIBED},
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"the header of {where} is damaged ({first_line(error)}).") from error
+
+
+def _settings(cls: type, given: dict, where: str):
+    """A section of the configuration; fields that the file is older than have their defaults."""
+    return fields.from_dict(cls, fields.flatten(cls()) | given, where)
 
 
 def read(path: pathlib.Path, palette: Palette | None = None) -> Portable:
