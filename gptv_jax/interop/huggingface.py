@@ -18,7 +18,7 @@ from gptv_jax import config as config_lib
 from gptv_jax import fields, files
 from gptv_jax.errors import InputError
 from gptv_jax.interop import native, tensors
-from gptv_jax.interop.portable import Portable
+from gptv_jax.interop.portable import Portable, class_head
 from gptv_jax.interop.tensors import Accounted
 from gptv_jax.tokens.palette import Palette
 
@@ -177,11 +177,7 @@ def _weights(config: dict, folder: pathlib.Path, there: Accounted) -> dict[str, 
             there.zeros(f"{prefix}h.{i}.{name}.bias", (width,))
     if "score.weight" in there:
         classes = there.shapes["score.weight"][0]
-        params |= {
-            "classifier.class_head": there.take("score.weight", (classes, D)),
-            "classifier.class_center": np.zeros(D, np.float32),
-            "classifier.class_scale": np.ones(D, np.float32),
-        }
+        params |= class_head(there.take("score.weight", (classes, D)))
     if "score.weight" in there and "lm_head.weight" not in there:
         LOG.warning("%s classifies and has no token head; it is left at zero.", folder)
         params["head"] = np.zeros((V, D), np.float32)

@@ -11,7 +11,7 @@ import numpy as np
 
 from gptv_jax import config as config_lib
 from gptv_jax.errors import InputError, first_line
-from gptv_jax.interop.portable import Portable
+from gptv_jax.interop.portable import Portable, class_head
 from gptv_jax.interop.tensors import Accounted
 from gptv_jax.tokens.palette import Palette
 
@@ -86,11 +86,7 @@ def convert(there: Accounted, prefix: pathlib.Path, palette: Palette) -> Portabl
     classes = 0
     if "clf/wclf" in there:
         classes = there.shapes["clf/wclf"][0]
-        params |= {
-            "classifier.class_head": there.take("clf/wclf", (classes, D)),
-            "classifier.class_center": np.zeros(D, np.float32),
-            "classifier.class_scale": np.ones(D, np.float32),
-        }
+        params |= class_head(there.take("clf/wclf", (classes, D)))
     there.close(prefix)
     portable = Portable(
         model=config_lib.Model(layers=L, width=D, heads=H, mlp_ratio=F // D, objective=objective),

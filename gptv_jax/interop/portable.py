@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import numpy as np
+from jaxtyping import Float
 
 from gptv_jax import config as config_lib
 from gptv_jax import sharding, tokens
@@ -103,6 +104,16 @@ class Portable:
             ("data.image_size", config.data.image_size, self.image_size),
         ]
         return [f"config.{n} is {now!r}, there {then!r}" for n, now, then in pairs if now != then]
+
+
+def class_head(weight: Float[np.ndarray, "C D"]) -> dict[str, np.ndarray]:
+    """The parameters of a class head whose input is not standardised."""
+    width = weight.shape[1]
+    return {
+        "classifier.class_head": weight,
+        "classifier.class_center": np.zeros(width, np.float32),
+        "classifier.class_scale": np.ones(width, np.float32),
+    }
 
 
 def _shapes(network: Network) -> dict:
