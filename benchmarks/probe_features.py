@@ -53,7 +53,7 @@ def passes(network: Network, size: int) -> dict:
     })  # fmt: skip
     params = jax.jit(network.init)(jax.random.key(0))
     c = network.config
-    moments = jax.jit(ridge.empty, static_argnums=(0, 1, 2))(c.layers + 1, c.width, CLASSES)
+    moments = ridge.empty(c.layers + 1, c.width, CLASSES)
 
     @jax.jit
     def last(params, batch):

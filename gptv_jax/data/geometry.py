@@ -147,7 +147,7 @@ class RandomResizedCrop:
     of_pixels: ClassVar = True
     size: int = field(accepted=POSITIVE)
     # Share of the image, from .. to.
-    area: tuple[float, float] = field((0.08, 1.0), _range(1))
+    area: tuple[float, float] = field((0.08, 1.0), _range(1.0))
     # Width over height, from .. to.
     ratio: tuple[float, float] = field((3 / 4, 4 / 3), _range(math.inf))
     method: str = field("bilinear", METHOD)

@@ -209,7 +209,7 @@ class GPT(nnx.Module):
 
 def _places(
     keep: tuple[int, ...], count: int, x: Float[Array, "B T D"]
-) -> tuple[Float[Array, "N+1 B T D"], Int[Array, "L"]]:
+) -> tuple[Float[Array, "places B T D"], Int[Array, "L"]]:
     """Room for what is kept of some layers, and each layer's place in it.
 
     So a walk over all layers holds no more than is wanted: the others write to one last place.

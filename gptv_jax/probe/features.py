@@ -25,7 +25,7 @@ Split = tuple[np.ndarray, np.ndarray]  # features [votes * N, D], vote by vote, 
 @functools.partial(jax.jit, static_argnames=("network", "raw", "votes"))
 def read(
     network: Network, params: dict, batch: dict, *, raw: bool, votes: int
-) -> Float[Array, "votes L+1 B D"]:
+) -> Float[Array, "votes layers B D"]:
     """Means over positions of every layer's features, under each of the first `votes` masks."""
     outputs = (objective.evaluated(network, params, batch, v, raw=raw)[0] for v in range(votes))
     return jnp.stack([output.pooled for output in outputs])

@@ -52,9 +52,10 @@ class Solution(NamedTuple):
     shift: Float[np.ndarray | Array, "L D"]
 
 
+@functools.partial(jax.jit, static_argnames=("layers", "width", "classes"))
 def empty(layers: int, width: int, classes: int) -> Moments:
     """Moments of no image, the largest of them split over fsdp."""
-    way = "fsdp" if width % jax.sharding.get_mesh().shape["fsdp"] == 0 else None
+    way = "fsdp" if width % jax.sharding.get_abstract_mesh().shape["fsdp"] == 0 else None
 
     def sums() -> Sums:
         return Sums(
@@ -166,7 +167,7 @@ def tabulate(
     moments = None
     for x, batch in features("train"):
         if moments is None:
-            moments = jax.jit(empty, static_argnums=(0, 1, 2))(x.shape[1], x.shape[3], classes)
+            moments = empty(x.shape[1], x.shape[3], classes)
         moments = add(moments, x, batch)
 
     def accuracies(split: str, solution: Solution, fold: bool) -> Float[np.ndarray, "S L"]:

@@ -67,7 +67,7 @@ class MetricWriter:
         self.board_folder = folder / "tensorboard"
         self._boards: dict[str, tensorboardX.SummaryWriter] = {}
 
-    def write(self, stage: str, step: int, values: dict[str, float | None]) -> None:
+    def write(self, stage: str, step: int, values: dict[str, float | int | None]) -> None:
         """Appends one event."""
         if jax.process_index() != 0:
             return
