@@ -178,7 +178,7 @@ def tabulate(
             total = part if total is None else jax.tree.map(jnp.add, total, part)
             moments = add(moments, x, batch) if fold else moments
         right, images = jax.device_get(total)
-        return right / images
+        return right.astype(np.float64) / images
 
     L = moments.shift.shape[0]
     tried = solve(moments, np.tile(np.array(strengths)[:, None], L))
