@@ -1,6 +1,8 @@
 """The features that a probe reads: of every layer of a frozen network, or the pixels themselves."""
 
 import functools
+import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -15,6 +17,9 @@ from gptv_jax.data.pipeline import Pipeline
 from gptv_jax.model.gpt import Network
 from gptv_jax.tokens import Codec
 from gptv_jax.train import objective
+
+LOG = logging.getLogger(__name__)
+TOLD_EVERY = 60  # seconds between two lines of the log, in a pass that takes longer
 
 # A split's batches, global, each with its features [votes, L+1, B, D], float32.
 Features = Callable[[str], Iterator[tuple[Array, dict]]]
@@ -56,9 +61,14 @@ def of_network(network: Network, params: dict, batches: Batches, *, raw: bool) -
 
     def features(split: str) -> Iterator[tuple[Array, dict]]:
         votes = 1 if split == "train" else network.votes
+        told, images = time.monotonic(), 0
         for batch in batches(split):
             batch = sharding.global_batch(batch)
             yield read(network, params, batch, raw=raw, votes=votes), batch
+            images += len(batch["mask"])
+            if time.monotonic() - told > TOLD_EVERY and jax.process_index() == 0:
+                LOG.info("features of %s: %d images read.", split, images)
+                told = time.monotonic()
 
     return features
 
