@@ -132,6 +132,8 @@ class ProbeSgd:
     # Peaks to try, all in one training; each falls to 0 along a cosine.
     learning_rates: tuple[float, ...] = field((30.0, 10.0, 3.0, 1.0, 0.3), POSITIVES)
     momentum: float = field(0.9, BELOW_ONE)
+    # Centres and scales the features by the statistics of training images as they are.
+    standardize: bool = False
     # In place of data.train_transforms; (): the same ones.
     train_transforms: tuple[str, ...] = ()
     eval_every: int = field(1000, NOT_NEGATIVE)  # steps; 0: at the end only

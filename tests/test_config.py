@@ -97,7 +97,7 @@ UNBOUNDED = {
     "data.train_transforms", "data.eval_transforms", "finetune.train_transforms",
     "tokens.name", "tokens.palette",
     "model.axial_positions", "model.start_per_variant", "model.scan_layers",
-    "finetune.standardize", "probe.sgd.train_transforms",
+    "finetune.standardize", "probe.sgd.train_transforms", "probe.sgd.standardize",
 }  # fmt: skip
 
 

@@ -371,6 +371,49 @@ def test_heads_learn_the_same_on_every_mesh(pooling, objective_):
         np.testing.assert_allclose(f, w, rtol=1e-3, atol=1e-5, err_msg=str(path))
 
 
+@pytest.mark.parametrize("pooling", ["mean", "attentive"])
+def test_heads_may_standardise_what_they_read_and_do_not_train_that(pooling):
+    network = tiny_network()
+    config = settings(pooling=pooling, sgd=dataclasses.replace(SGD, standardize=True))
+    heads = sgd.Heads(network, config, CLASSES, ((2,), (1,), (0, 1, 2)))
+    update = sgd.make_optimizer(config.sgd)
+    with jax.set_mesh(make_mesh((2, 2, 2))):
+        frozen, batch = random_params(network), sharding.global_batch(labelled(0))
+        x = features.read(network, frozen, batch, raw=False, votes=1)
+        mask = batch["mask"]
+        weights = heads.standardised(jax.jit(heads.init)(), lambda _: iter([(x, batch)]))
+        state = jax.jit(lambda w: sgd.step.state_of(w, update))(weights)
+        take = sgd.make_train_step(heads, update, seed=0)
+        for _ in range(2):
+            state, _ = take(state, frozen, batch)
+        found = jax.device_get(state["params"])
+    x = np.asarray(x, np.float64)[0][:, np.asarray(mask) > 0]
+    for name, groups in heads.stacks().items():
+        for g, group in enumerate(groups):
+            for r in range(2):
+                center, scale = found[name]["center"][g, r], found[name]["scale"][g, r]
+                np.testing.assert_allclose(center, x.mean(axis=1)[list(group)], rtol=1e-5)
+                np.testing.assert_allclose(scale, 1 / x.std(axis=1)[list(group)], rtol=1e-5)
+
+
+def test_a_standardised_head_learns_from_standardised_features():
+    config = settings(sgd=dataclasses.replace(SGD, standardize=True, momentum=0.0))
+    heads = sgd.Heads(NETWORK, config, CLASSES, ((1,),))
+    update = sgd.make_optimizer(config.sgd)
+    with jax.set_mesh(make_mesh((1, 1, 1))):
+        frozen, batch = random_params(NETWORK), sharding.global_batch(labelled(0))
+        x = features.read(NETWORK, frozen, batch, raw=False, votes=1)
+        weights = heads.standardised(jax.jit(heads.init)(), lambda _: iter([(x, batch)]))
+        state = jax.jit(lambda w: sgd.step.state_of(w, update))(weights)
+        state, _ = sgd.make_train_step(heads, update, seed=0)(state, frozen, batch)
+        found, x = jax.device_get((state["params"]["layers_1"], x))
+    z = (x[0, 1] - x[0, 1, :-1].mean(axis=0)) / x[0, 1, :-1].std(axis=0)  # the last row is masked
+    wrong = (1 / CLASSES - np.eye(CLASSES)[labelled(0)["label"]]) / len(z)
+    for r, rate in enumerate(SGD.learning_rates):
+        wanted = -rate * wrong.T @ z
+        np.testing.assert_allclose(found["weight"][0, r, :, 0], wanted, rtol=1e-3, atol=1e-5)
+
+
 def test_the_frozen_weights_are_an_argument_not_a_constant(one_device):
     network = tiny_network(width=64)
     heads, update = sgd.Heads(network, settings(), CLASSES, ((1,),)), sgd.make_optimizer(SGD)
@@ -397,7 +440,7 @@ def fit(folder, config=None, stop=None, test_shift=0, network=NETWORK) -> dict:
             yield {k: v for k, v in labelled(i, network).items() if k not in ("index", "mask")}
 
     def evaluation(split):
-        batch = labelled({"validation": 100, "test": 101}[split], network)
+        batch = labelled({"train": 99, "validation": 100, "test": 101}[split], network)
         shift = test_shift if split == "test" else 0
         yield batch | {"label": (batch["label"] + np.int32(shift)) % np.int32(CLASSES)}
 
@@ -412,6 +455,7 @@ def fit(folder, config=None, stop=None, test_shift=0, network=NETWORK) -> dict:
             log=MetricWriter(folder),
             training=training,
             evaluation=evaluation,
+            features=features.of_network(network, random_params(network), evaluation, raw=False),
             seed=0,
         )
 
@@ -422,12 +466,13 @@ def events(folder) -> list[dict]:
 
 
 def test_a_killed_sgd_probe_ends_as_the_one_that_was_not(tmp_path):
-    wanted = fit(tmp_path / "whole")
+    config = settings(sgd=dataclasses.replace(SGD, standardize=True))
+    wanted = fit(tmp_path / "whole", config)
     with pytest.raises(StopError):
-        fit(tmp_path / "stopped", stop=5)
-    assert fit(tmp_path / "stopped") == wanted
+        fit(tmp_path / "stopped", config, stop=5)
+    assert fit(tmp_path / "stopped", config) == wanted
     assert events(tmp_path / "stopped") == events(tmp_path / "whole")
-    assert fit(tmp_path / "stopped", stop=0) == wanted  # nothing is left to do
+    assert fit(tmp_path / "stopped", config, stop=0) == wanted  # nothing is left to do
 
 
 def test_heads_are_chosen_on_validation_alone(tmp_path):

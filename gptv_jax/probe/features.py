@@ -19,6 +19,8 @@ from gptv_jax.tokens import Codec
 from gptv_jax.train import objective
 
 LOG = logging.getLogger(__name__)
+MEASURED = 2_000  # training images, or a batch more, that features are standardised by
+MIN_DEVIATION = 1e-6
 TOLD_EVERY = 60  # seconds between two lines of the log, in a pass that takes longer
 
 # A split's batches, global, each with its features [votes, L+1, B, D], float32.
@@ -126,6 +128,22 @@ def kept(features: Features, layers: Sequence[int]) -> Kept:
         for _ in keeper(split):
             pass
     return keeper
+
+
+def statistics(features: Features) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and deviation, each [L+1, D] in float64, of the first training images' features.
+
+    Where a feature hardly varies its deviation is given as 1: it is only centred.
+    """
+    seen: list[np.ndarray] = []
+    for x, batch in features("train"):
+        every, mask = multihost_utils.process_allgather((x, batch["mask"]), tiled=True)
+        seen.append(every[0][:, mask > 0])
+        if sum(each.shape[1] for each in seen) >= MEASURED:
+            break
+    joined = np.concatenate(seen, axis=1).astype(np.float64)
+    deviation = joined.std(axis=1)
+    return joined.mean(axis=1), np.where(deviation > MIN_DEVIATION, deviation, 1.0)
 
 
 def around(layer: int, count: int, layers: int) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, PRNGKeyArray
@@ -19,7 +20,7 @@ from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.model.gpt import Network, Output
-from gptv_jax.probe.features import Batches
+from gptv_jax.probe.features import Batches, Features, statistics
 from gptv_jax.probe.logistic import preference
 from gptv_jax.train import loop, objective, step
 from gptv_jax.train.metrics import MetricWriter
@@ -46,8 +47,9 @@ class Heads:
     def init(self, key: PRNGKeyArray | None = None) -> dict:
         """Float32 zeros, as the network's own heads begin; call it under a mesh, inside jit.
 
-        `{stack: {"weight" [G, R, C, N, D], "bias" [G, R, C]}}` and, for attentive pooling, "query"
-        [G, R, N, D], by which at first all positions count the same.
+        `{stack: {"weight" [G, R, C, N, D], "bias" [G, R, C]}}`; for attentive pooling "query"
+        [G, R, N, D], by which at first all positions count the same; to standardise "center" and
+        "scale" [G, R, N, D], alike for all rates, which are not trained.
         """
         del key
         R, C, D = len(self.config.sgd.learning_rates), self.classes, self.network.config.width
@@ -57,9 +59,24 @@ class Heads:
             shapes = {"weight": (G, R, C, N, D), "bias": (G, R, C)}
             if self.config.pooling == "attentive":
                 shapes["query"] = (G, R, N, D)
+            if self.config.sgd.standardize:
+                shapes["center"] = shapes["scale"] = (G, R, N, D)
             weights[name] = {
                 leaf: jnp.zeros(shape, out_sharding=SPECS[leaf]) for leaf, shape in shapes.items()
             }
+        return weights
+
+    def standardised(self, weights: dict, features: Features) -> dict:
+        """The weights with center and scale set by the first training images."""
+        mean, deviation = statistics(features)
+        for name, groups in self.stacks().items():
+            for leaf, value in (("center", mean), ("scale", 1 / deviation)):
+                of_groups = np.stack([value[list(group)] for group in groups])[:, None]
+                old = weights[name][leaf]
+                new = np.broadcast_to(of_groups, old.shape).astype(np.float32)
+                weights[name][leaf] = jax.make_array_from_callback(
+                    old.shape, old.sharding, lambda index, new=new: new[index]
+                )
         return weights
 
     def reading(self) -> dict:
@@ -80,6 +97,11 @@ class Heads:
             if keep:
                 scores = jnp.einsum("gnbtd,grnd->grnbt", x, w["query"]) / x.shape[-1] ** 0.5
                 x = jnp.einsum("grnbt,gnbtd->grnbd", jax.nn.softmax(scores, axis=-1), x)
+            if "center" in w:
+                center, scale = jax.lax.stop_gradient((w["center"], w["scale"]))
+                # One copy will do where the features are the same for all rates.
+                at = slice(None) if keep else 0
+                x = (x - center[:, at, :, None]) * scale[:, at, :, None]
             equation = "grnbd,grcnd->grbc" if keep else "gnbd,grcnd->grbc"
             logits[name] = jnp.einsum(equation, x, w["weight"]) + w["bias"][:, :, None]
         return logits
@@ -88,7 +110,7 @@ class Heads:
 SPECS = {  # the width is split over fsdp, as the network's own class head is
     "weight": P(None, None, None, None, "fsdp"),
     "bias": P(None, None, None),
-    "query": P(None, None, None, "fsdp"),
+    **dict.fromkeys(("query", "center", "scale"), P(None, None, None, "fsdp")),
 }
 
 
@@ -100,6 +122,7 @@ def fit(
     log: MetricWriter,
     training: Callable[[int], Iterator[dict]],
     evaluation: Batches,
+    features: Features,
     seed: int,
 ) -> dict[Group, dict]:
     """Trains all heads to the end of the schedule, from the newest checkpoint where there is one.
@@ -111,6 +134,7 @@ def fit(
       log: takes the events.
       training: `position -> iterator` over this process's share of augmented batches from there on.
       evaluation: a split's batches.
+      features: of the training split, by which heads are standardised.
       seed: see `make_train_step`.
 
     Returns:
@@ -134,7 +158,13 @@ def fit(
             total = sums if total is None else jax.tree.map(jnp.add, total, sums)
         total = jax.device_get(total)
         images = total.pop("images")
-        return jax.tree.map(lambda x: x / images, total)
+        return jax.tree.map(lambda x: x.astype(np.float64) / images, total)
+
+    def initial() -> dict:
+        state = jax.jit(init)(jax.random.key(seed))
+        if settings.standardize:
+            state["params"] = heads.standardised(state["params"], features)
+        return state
 
     def best(weights: dict) -> dict[str, float]:
         found = evaluate(weights)
@@ -155,7 +185,7 @@ def fit(
         heads.network,
         checkpoints=checkpoints,
         log=log,
-        initial=lambda: jax.jit(init)(jax.random.key(seed)),
+        initial=initial,
         abstract=sharding.abstract(init),
         train_step=lambda state, batch: train_step(state, frozen, batch),
         batches=training,

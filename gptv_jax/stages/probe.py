@@ -128,6 +128,7 @@ def _by_sgd(run: Run, network: Network, trained: dict, initial: dict) -> tuple:
                 config.sgd.batch_size, position, config.sgd.train_transforms
             ),
             evaluation=batches,
+            features=features.of_network(network, trained, batches, raw=config.features == "raw"),
             seed=run.config.seed,
         )
     for group in groups:
