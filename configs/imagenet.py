@@ -72,7 +72,7 @@ def get_config(size: str = "s"):
     c.train.optimizer.learning_rate = rate
     c.train.optimizer.warmup_steps = EPOCH
 
-    # L-BFGS holds all features in memory; the paper's SGD probe at this scale is not here yet.
+    # A quick look: L-BFGS holds all features in memory. The paper's is configs/probe_imagenet.py.
     c.probe.train_images = 50_000
     c.probe.c = (0.001, 0.01, 0.1)
 

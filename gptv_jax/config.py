@@ -14,6 +14,10 @@ from gptv_jax import fields
 from gptv_jax.errors import InputError
 from gptv_jax.fields import ABOVE_ZERO, BELOW_ONE, NOT_NEGATIVE, POSITIVE, SHARE, field, one_of
 
+POSITIVES = (
+    "positive numbers, one or more",
+    lambda v: v and all(0 < number < math.inf for number in v),
+)
 AXIS = ("1 or more, or -1 to fill", lambda v: v >= 1 or v == -1)
 
 
@@ -120,18 +124,53 @@ class Train:
 
 
 @dataclasses.dataclass(frozen=True)
-class Probe:
-    """Linear probe: L-BFGS logistic regression on frozen features."""
+class ProbeSgd:
+    """Training of the probe's heads by SGD, on augmented images; each head keeps its last step."""
 
-    # Inverse regularisation strengths to try.
-    c: tuple[float, ...] = field(
-        (0.01, 0.1, 1.0, 10.0),
-        ("positive numbers, one or more", lambda v: v and all(0 < c < math.inf for c in v)),
-    )
-    max_iterations: int = field(1000, POSITIVE)  # of L-BFGS
-    batch_size: int = field(128, POSITIVE, free=True)  # images a forward pass
-    # Training images that the regression is fitted to, the first ones; None: all of them.
+    steps: int = field(10_000, POSITIVE)
+    batch_size: int = field(128, POSITIVE)  # images a step, over all devices
+    # Peaks to try, all in one training; each falls to 0 along a cosine.
+    learning_rates: tuple[float, ...] = field((30.0, 10.0, 3.0, 1.0, 0.3), POSITIVES)
+    momentum: float = field(0.9, BELOW_ONE)
+    # Centres and scales the features by the statistics of training images as they are.
+    standardize: bool = False
+    # In place of data.train_transforms; (): the same ones.
+    train_transforms: tuple[str, ...] = ()
+    eval_every: int = field(1000, NOT_NEGATIVE)  # steps; 0: at the end only
+    checkpoint_every: int = field(1000, POSITIVE, free=True)  # steps
+    log_every: int = field(50, POSITIVE, free=True)  # steps
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """Linear probe: how well a linear classifier reads the class from frozen features."""
+
+    # lbfgs: logistic regression on features held in memory; sgd: heads trained on augmented images.
+    method: str = field("lbfgs", one_of("lbfgs", "sgd"))
+    # What is read of a layer: its normed input n^l, as in the paper, or that input itself, h^l.
+    features: str = field("normed", one_of("normed", "raw"))
+    # Over positions: their mean or, with sgd, a mean weighted by a learned query.
+    pooling: str = field("mean", one_of("mean", "attentive"))
+    # Neighbouring layers read side by side, beside single ones; the best of these is in the middle.
+    concatenate: int = field(1, ("an odd number, 1 or more", lambda v: v >= 1 and v % 2))
+    # Every layer is first probed by ridge regression. How many, the best on validation, are probed
+    # by `method` as well; None: all of them.
+    refine: int | None = field(None, POSITIVE)
+    # Strengths of the ridge to try, on standardised features; times the number of images.
+    ridge: tuple[float, ...] = field((1e-4, 1e-3, 1e-2, 1e-1), POSITIVES)
+    # Pretraining steps between ridge tables, each a pass over the images; 0: none.
+    every: int = field(0, NOT_NEGATIVE, free=True)
+    # Training images that regressions are fitted to, the first ones; None: all of them.
     train_images: int | None = field(None, POSITIVE)
+    batch_size: int = field(128, POSITIVE, free=True)  # images a forward pass
+    # lbfgs: inverse regularisation strengths to try.
+    c: tuple[float, ...] = field((0.01, 0.1, 1.0, 10.0), POSITIVES)
+    max_iterations: int = field(1000, POSITIVE)  # of L-BFGS
+    # lbfgs: training images of each class that the best layer is probed with as well, and how often
+    # such a subset is drawn.
+    labels_per_class: tuple[int, ...] = field((), ("1 or more", lambda v: all(k >= 1 for k in v)))
+    draws: int = field(5, POSITIVE)
+    sgd: ProbeSgd = dataclasses.field(default_factory=ProbeSgd)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,6 +264,7 @@ def _check_together(config: Config) -> None:
             "config.model.start_per_variant is True, but config.model.objective=bert has no start "
             "vector; set one of them otherwise."
         )
+    _check_probe(config.probe, model.layers + 1)
     for where, train in (("train", config.train), ("finetune.train", config.finetune.train)):
         optimizer, prefix = train.optimizer, f"config.{where}.optimizer"
         if train.batch_size % train.microbatches:
@@ -241,4 +281,20 @@ def _check_together(config: Config) -> None:
             raise InputError(
                 f"{prefix}.rest_learning_rate is {optimizer.rest_learning_rate}, but only muon "
                 f"treats the rest apart; take {prefix}.name=muon or rest_learning_rate=None."
+            )
+
+
+def _check_probe(probe: Probe, layers: int) -> None:
+    """Fields of the probe of a network with so many layers to read."""
+    for name in ("concatenate", "refine"):
+        if (count := getattr(probe, name)) and count > layers:
+            raise InputError(
+                f"config.probe.{name} is {count}; config.model.layers + 1 = {layers} can be read, "
+                f"so it takes at most that many."
+            )
+    for name, plain, method in (("pooling", "mean", "sgd"), ("labels_per_class", (), "lbfgs")):
+        if (value := getattr(probe, name)) != plain and probe.method != method:
+            raise InputError(
+                f"config.probe.{name} is {value!r}, which only config.probe.method={method} has; "
+                f"take that, or {name}={plain}."
             )

@@ -154,10 +154,19 @@ def _layers(run: Run, summary: dict) -> str:
     png = _layers_plot(rows, best, raw)
     files.replace(run.folder / "probe" / "layers.png", png)
     caption = "Layer 0 is the embeddings. Ringed: the layer chosen on validation."
-    head = ("layer", "best C", "validation", "test", "random init, test")
+    sgd = run.config.probe.method == "sgd"
+    setting, named = ("learning_rate", "learning rate") if sgd else ("c", "best C")
+    head = ("layer", named, "validation", "test", "random init, test", "ridge, test")
     keys = ("validation_accuracy", "test_accuracy", "random_init_test_accuracy")
-    cells = [(r["layer"], f"{r['c']:g}", *(f"{r[key]:.2%}" for key in keys)) for r in rows]
-    cells.append(("raw pixels", "", "", f"{raw:.2%}", ""))
+    cells = [
+        (
+            row["layer"],
+            f"{row[setting]:g}" if setting in row else "",
+            *(_percent(row.get(key)) for key in (*keys, "ridge_test_accuracy")),
+        )
+        for row in rows
+    ]
+    cells.append(("raw pixels", "", "", _percent(raw), "", ""))
     table = _table(head, cells, marked=[best])
     return f'{_figure(png, caption)}<div class="scroll">{table}</div>'
 
@@ -167,10 +176,11 @@ def _layers_plot(rows: list[dict], best: int, raw_pixels: float) -> bytes:
     axes = figure.subplots()
 
     def points(key: str) -> list[tuple]:
-        return [(row["layer"], row[key]) for row in rows]
+        return [(row["layer"], row[key]) for row in rows if row.get(key) is not None]
 
     _line(axes, points("validation_accuracy"), BLUE, "validation", style=":", ring=best)
     _line(axes, points("test_accuracy"), BLUE, "test")
+    _line(axes, points("ridge_test_accuracy"), QUIET, "ridge, test")
     _line(axes, points("random_init_test_accuracy"), ORANGE, "random init, test")
     axes.axhline(raw_pixels, color=QUIET, ls="--", lw=1, label="raw pixels, test")
     axes.yaxis.set_major_formatter(_percent_tick)
@@ -228,6 +238,10 @@ def _finish(axes: Axes, title: str, x_label: str = "") -> None:
     axes.grid(axis="y", color=INK, alpha=0.2, lw=0.6)
     if len(axes.get_lines()) > 1:
         axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.2%}"
 
 
 def _percent_tick(share: float, _) -> str:

@@ -52,7 +52,7 @@ class Run:
         names = getattr(sources.open_data_set(config.data), "class_names", self.classes)
         lengths = {split: len(source) for split, source in opened.items()}
         self._known = {"images": lengths, "classes": names}  # of the data
-        for entries in (config.data.train_transforms, config.finetune.train_transforms):
+        for entries in self._training_transforms():
             transforms.check(entries, config.data.eval_transforms)
         found = codecs.find_codec(config, self.folder)
         if not found and (self.folder / "checkpoints").exists():
@@ -72,13 +72,15 @@ class Run:
 
     def _try(self, codec: tokens.Codec) -> None:
         """The data, every list of transforms and the codec must fit each other."""
-        data, finetune = self.config.data, self.config.finetune
-        for entries in (
-            data.train_transforms,
-            data.eval_transforms,
-            finetune.train_transforms or data.train_transforms,
-        ):
+        data = self.config.data
+        for entries in dict.fromkeys([*self._training_transforms(), data.eval_transforms]):
             pipeline.try_out(data, codec, entries, TRIED)
+
+    def _training_transforms(self) -> list[tuple[str, ...]]:
+        """Of every training."""
+        config = self.config
+        own = [config.finetune.train_transforms, config.probe.sgd.train_transforms]
+        return [config.data.train_transforms, *(entries for entries in own if entries)]
 
     def network(self, classes: int = 0) -> Network:
         """The network of the config, with a class head where `classes` is not 0."""
@@ -179,6 +181,11 @@ class Run:
                 f"--stages has {', '.join(s for s in unlabelled if s in wanted)}, but the images "
                 f"of config.data.name={self.config.data.name} have no labels; take pretrain and "
                 "sample."
+            )
+        if self.config.probe.every and not self.classes:
+            raise InputError(
+                f"config.probe.every is {self.config.probe.every}, but the images of "
+                f"config.data.name={self.config.data.name} have no labels; take 0."
             )
         left_out = {*unlabelled, *(["pretrain"] if given else [])}
         left_out |= {"sample"} if self.config.model.objective == "bert" else set()

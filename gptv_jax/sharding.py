@@ -84,6 +84,9 @@ def check(config: config_lib.Config, mesh: jax.sharding.Mesh) -> None:
         ),
         ("probe.batch_size", config.probe.batch_size, ways, "mesh.data * mesh.fsdp"),
     ]
+    if config.probe.method == "sgd":
+        sgd = config.probe.sgd
+        rows.append(("probe.sgd.batch_size", sgd.batch_size, ways, "mesh.data * mesh.fsdp"))
     for name, train in (("train", config.train), ("finetune.train", config.finetune.train)):
         rows.append(
             (

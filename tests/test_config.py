@@ -17,7 +17,8 @@ FREE = {
     "train.checkpoint_every", "train.keep_checkpoints", "train.log_every",
     "finetune.train.checkpoint_every", "finetune.train.keep_checkpoints",
     "finetune.train.log_every",
-    "probe.batch_size",
+    "probe.batch_size", "probe.every",
+    "probe.sgd.checkpoint_every", "probe.sgd.log_every",
 }  # fmt: skip
 
 TRAINING = {
@@ -63,6 +64,22 @@ OUT_OF_RANGE = {
     "probe.max_iterations": 0,
     "probe.batch_size": 0,
     "probe.train_images": 0,
+    "probe.method": "adam",
+    "probe.features": "post-norm",
+    "probe.pooling": "max",
+    "probe.concatenate": 2,
+    "probe.refine": 0,
+    "probe.ridge": (0.0,),
+    "probe.every": -1,
+    "probe.labels_per_class": (4, 0),
+    "probe.draws": 0,
+    "probe.sgd.steps": 0,
+    "probe.sgd.batch_size": 0,
+    "probe.sgd.learning_rates": (),
+    "probe.sgd.momentum": 1.0,
+    "probe.sgd.eval_every": -1,
+    "probe.sgd.checkpoint_every": 0,
+    "probe.sgd.log_every": 0,
     "data.damaged": "ignore",
     "data.max_damaged": 1.5,
     "tokens.colors": 1,
@@ -80,7 +97,7 @@ UNBOUNDED = {
     "data.train_transforms", "data.eval_transforms", "finetune.train_transforms",
     "tokens.name", "tokens.palette",
     "model.axial_positions", "model.start_per_variant", "model.scan_layers",
-    "finetune.standardize",
+    "finetune.standardize", "probe.sgd.train_transforms", "probe.sgd.standardize",
 }  # fmt: skip
 
 

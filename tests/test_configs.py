@@ -24,6 +24,15 @@ WEIGHTS = {
     ("imagenet", "l"): 1_362_250_752,
     ("imagenet", "l48"): 1_364_216_832,
     ("imagenet", "l_bert"): 1_362_250_752 - 1536,  # which has no start vector
+    ("probe_cifar10", "tiny"): 332_416,
+    ("probe_cifar10", "10m"): 9_968_128,
+    ("probe_cifar10", "s"): 76_571_648,
+    ("probe_cifar10", "m"): 455_157_760,
+    ("probe_cifar10", "l"): 1_362_250_752,
+    ("probe_imagenet", "s"): 76_571_648,
+    ("probe_imagenet", "m"): 455_157_760,
+    ("probe_imagenet", "l"): 1_362_250_752,
+    ("probe_imagenet", "l48"): 1_364_216_832,
 }
 
 
@@ -47,11 +56,12 @@ def test_a_configuration_is_accepted_and_has_its_number_of_weights(name, argumen
     starts = starts if config.model.start_per_variant else 1
     network = Network(config.model, vocabulary, (size, size), starts)
     assert parameter_count(sharding.abstract(network.init)) == WEIGHTS[name, argument]
-    for entries in (config.data.train_transforms, config.finetune.train_transforms):
+    own = (config.finetune.train_transforms, config.probe.sgd.train_transforms)
+    for entries in (config.data.train_transforms, *own):
         transforms.check(entries, config.data.eval_transforms)
 
 
-@pytest.mark.parametrize("name", ["cifar10", "imagenet"])
+@pytest.mark.parametrize("name", ["cifar10", "imagenet", "probe_cifar10", "probe_imagenet"])
 def test_an_unknown_argument_is_an_error_that_names_the_known_ones(name):
     with pytest.raises(InputError, match=r"argument is 'xl'; it takes one of .*s"):
         load(name, "xl")

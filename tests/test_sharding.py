@@ -117,6 +117,10 @@ def test_mesh_that_does_not_divide_the_devices_is_refused(sizes):
         ("model.heads", {"model": config_lib.Model(width=32, heads=1)}),
         ("train.batch_size", {"train": config_lib.Train(batch_size=12, microbatches=4)}),
         ("probe.batch_size", {"probe": config_lib.Probe(batch_size=3)}),
+        (
+            "probe.sgd.batch_size",
+            {"probe": config_lib.Probe("sgd", sgd=config_lib.ProbeSgd(batch_size=6))},
+        ),
     ],
 )
 def test_what_the_mesh_does_not_divide_is_named(field, changes):

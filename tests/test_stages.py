@@ -85,7 +85,6 @@ def test_the_layer_is_chosen_on_validation_alone(finished_run, tmp_path, monkeyp
         return dict(zip(names, (1.0, validation, 1.0, test), strict=True))
 
     monkeypatch.setattr(probe, "fit_probe", scripted)
-    monkeypatch.setattr(probe, "_features", lambda *_: (np.zeros((2, 4, 16)), np.zeros(4)))
     config = config_of(finished_run.folder)
     run = Run(dataclasses.replace(config, init_from=str(finished_run.folder)), str(tmp_path))
     with jax.set_mesh(run.mesh):

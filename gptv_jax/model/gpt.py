@@ -33,6 +33,7 @@ class Output(NamedTuple):
     logits: Float[Array, "B T V"]  # float32; position t predicts token t
     pooled: Float[Array, "L+1 B D"]  # float32 means over positions of every layer's normed input
     class_logits: Float[Array, "B C"] | None  # float32; None without a class head
+    kept: Float[Array, "N B T D"] | None  # what `pooled` are means of, of the layers in `keep`
 
 
 class Cache(NamedTuple):
@@ -68,6 +69,9 @@ class GPT(nnx.Module):
         variant: Int[Array, "B"] | None = None,
         key: PRNGKeyArray | None = None,
         hidden: Bool[Array, "B T"] | None = None,
+        *,
+        raw: bool = False,
+        keep: tuple[int, ...] = (),
     ) -> Output:
         """Logits, features and, with a class head, class logits of whole sequences.
 
@@ -76,6 +80,8 @@ class GPT(nnx.Module):
           variant: which start vector each row begins with; None: 0.
           key: of dropout; None switches it off.
           hidden: BERT: where tokens are not shown; None: all are.
+          raw: features are of the layers' inputs h^l themselves, not of the normed n^l.
+          keep: layers, 0 .. L, whose features are wanted at every position as well.
         """
         config = self.network.config
         keys = None if key is None else jax.random.split(key, config.layers + 1)
@@ -85,17 +91,25 @@ class GPT(nnx.Module):
             x, attend = self.embed(tokens[:, :-1], variant), attention.causal_attention
         x = layers.dropout(x, config.dropout, None if keys is None else keys[-1])
 
-        def layer(x, inputs):
-            block, key = inputs
-            x, normed = block(x, attend, key)
-            return x, _pool(normed)
+        def layer(carry, inputs):
+            (x, kept), (block, key, slot) = carry, inputs
+            after, normed = block(x, attend, key)
+            read = x if raw else normed
+            if keep:
+                kept = jax.lax.dynamic_update_index_in_dim(kept, read, slot, 0)
+            return (after, kept), _pool(read)
 
         keys = None if keys is None else keys[:-1]
-        x, pooled = self._walk(layer, x, (self.blocks, keys))
+        kept, slots = _places(keep, config.layers, x) if keep else (None, None)
+        (x, kept), pooled = self._walk(layer, (x, kept), (self.blocks, keys, slots))
         final = layers.rms_norm(x, self.final_norm[...])
-        pooled = jnp.concatenate([pooled, _pool(final)[None]])
-        class_logits = self.classifier(pooled[-1]) if self.network.classes else None
-        return Output(self._token_logits(final), pooled, class_logits)
+        read, pooled_final = x if raw else final, _pool(final)
+        pooled = jnp.concatenate([pooled, (_pool(x) if raw else pooled_final)[None]])
+        if keep:
+            last = keep.index(config.layers) if config.layers in keep else len(keep)
+            kept = jax.lax.dynamic_update_index_in_dim(kept, read, last, 0)[: len(keep)]
+        class_logits = self.classifier(pooled_final) if self.network.classes else None
+        return Output(self._token_logits(final), pooled, class_logits, kept)
 
     def extend(
         self, x: Float[Array, "B P D"], start: int | Int[Array, ""], cache: Cache
@@ -191,6 +205,18 @@ class GPT(nnx.Module):
             carry, out = layer(carry, jax.tree.map(lambda leaf, i=i: leaf[i], xs))
             outs.append(out)
         return carry, jax.tree.map(lambda *out: jnp.stack(out), *outs)
+
+
+def _places(
+    keep: tuple[int, ...], count: int, x: Float[Array, "B T D"]
+) -> tuple[Float[Array, "places B T D"], Int[Array, "L"]]:
+    """Room for what is kept of some layers, and each layer's place in it.
+
+    So a walk over all layers holds no more than is wanted: the others write to one last place.
+    """
+    spec = jax.sharding.PartitionSpec(None, *sharding.HIDDEN)
+    room = jnp.zeros((len(keep) + 1, *x.shape), x.dtype, out_sharding=spec)
+    return room, jnp.array([keep.index(i) if i in keep else len(keep) for i in range(count)])
 
 
 def _pool(x: Float[Array, "B T D"]) -> Float[Array, "B D"]:

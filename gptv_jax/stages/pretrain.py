@@ -9,6 +9,7 @@ from gptv_jax import sharding
 from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.data import pipeline
 from gptv_jax.model.gpt import parameter_count
+from gptv_jax.probe import features, ridge
 from gptv_jax.run import Run
 from gptv_jax.tokens.statistics import TokenStatistics
 from gptv_jax.train import loop, metrics, optimizer, step
@@ -24,6 +25,11 @@ def run_stage(run: Run) -> dict:
 
     def evaluate(params: dict, split: str = "validation") -> dict:
         return loop.evaluate_all(eval_step, params, run.data.evaluation(split, batch_size))
+
+    def probe(params: dict) -> dict:
+        raw, images = config.probe.features == "raw", features.batches(run.data, config.probe)
+        read = features.of_network(network, params, images, raw=raw)
+        return ridge.quick_table(read, run.classes, config.probe.ridge)
 
     with Checkpoints(run.checkpoints("pretrain"), config.train.keep_checkpoints) as checkpoints:
         fitted = loop.fit(
@@ -43,6 +49,8 @@ def run_stage(run: Run) -> dict:
             ),
             batches=functools.partial(run.data.train, batch_size),
             evaluate=evaluate,
+            measure=probe,
+            measure_every=config.probe.every,
         )
 
     nats = evaluate(fitted.params, "test")["nats_per_token"]

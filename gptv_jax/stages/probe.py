@@ -1,48 +1,42 @@
-"""Linear probe: what a logistic regression reads from every layer's frozen features.
+"""Linear probe: what a linear classifier reads from every layer's frozen features.
 
-Beside it the same regression on raw pixels and on the network with its initial random weights.
+Ridge regression, in closed form from one pass over the images, is the quick table of all layers.
+Those it finds best (or all) are then probed by one of the paper's two protocols: L-BFGS logistic
+regression on the features of the images as they are, or SGD on augmented ones. Beside it stand the
+floors: raw pixels, and the network with its initial random weights.
 """
+
+import logging
 
 import jax
 import numpy as np
-import sklearn.linear_model
-import sklearn.pipeline
-import sklearn.preprocessing
-import threadpoolctl
-from jax.experimental import multihost_utils
-from sklearn.metrics import log_loss
 
-from gptv_jax import config as config_lib
-from gptv_jax import files, sharding
+from gptv_jax import files
+from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.model.gpt import Network
+from gptv_jax.probe import features, ridge, sgd
+from gptv_jax.probe.features import Features, Kept
+from gptv_jax.probe.logistic import draw, fit_probe, preference, with_few_labels
 from gptv_jax.run import Run
 from gptv_jax.train.metrics import Progress
 
-SMALL = 50_000_000  # features times images
-Split = tuple[np.ndarray, np.ndarray]  # features [N, D] and labels [N]
+LOG = logging.getLogger(__name__)
+RESULTS = ("validation_accuracy", "test_accuracy")
 
 
 def run_stage(run: Run) -> dict:
     """Probes every layer and the two floors; writes probe/layers.json, returns the numbers."""
-    config, network = run.config, run.network()
-    initial = jax.jit(network.init)(jax.random.key(config.seed))
-    trained = _probe_layers(run, "probe", network, run.pretrained(network))
-    random = _probe_layers(run, "probe of random weights", network, initial)
-    pixels = {split: _pixels(run, split) for split in ("train", "validation", "test")}
-    raw = fit_probe(config.probe, pixels)
+    network = run.network()
+    initial = jax.jit(network.init)(jax.random.key(run.config.seed))
+    protocol = {"lbfgs": _by_lbfgs, "sgd": _by_sgd}[run.config.probe.method]
+    trained, random, raw, more = protocol(run, network, run.pretrained(network), initial)
 
     rows = []
     for layer, (result, floor) in enumerate(zip(trained, random, strict=True)):
-        rows.append({
-            "layer": layer,
-            **result,
-            "random_init_validation_accuracy": floor["validation_accuracy"],
-            "random_init_test_accuracy": floor["test_accuracy"],
-        })  # fmt: skip
+        floors = {f"random_init_{name}": floor.get(name) for name in RESULTS}
+        rows.append({"layer": layer} | dict.fromkeys(RESULTS) | result | floors)
     files.write_json(run.folder / "probe" / "layers.json", rows)
-    layers = range(len(rows))
-    best = max(layers, key=lambda i: preference(trained[i]))
-    floor = max(layers, key=lambda i: preference(random[i]))
+    best, floor, quick = _best(trained), _best(random), ridge.best_layers(trained, 1)[0]
     return {
         "best_layer": best,
         "validation_accuracy": trained[best]["validation_accuracy"],
@@ -50,92 +44,120 @@ def run_stage(run: Run) -> dict:
         "raw_pixels_test_accuracy": raw["test_accuracy"],
         "random_init_best_layer": floor,
         "random_init_test_accuracy": random[floor]["test_accuracy"],
+        "ridge_best_layer": quick,
+        "ridge_validation_accuracy": trained[quick]["ridge_validation_accuracy"],
+        "ridge_test_accuracy": trained[quick]["ridge_test_accuracy"],
+        **more,
     }
 
 
-def fit_probe(config: config_lib.Probe, splits: dict[str, Split]) -> dict:
-    """Standardised L-BFGS logistic regression, its strength chosen on validation.
+def _by_lbfgs(run: Run, network: Network, trained: dict, initial: dict) -> tuple:
+    """Rows of the trained and of the random layers, the raw pixels' row, and further numbers."""
+    config, batches = run.config.probe, features.batches(run.data, run.config.probe)
+    read, floor = (
+        features.of_network(network, params, batches, raw=config.features == "raw")
+        for params in (trained, initial)
+    )
+    pixels = features.kept(features.of_pixels(run.codec, batches), [0]).taken([0])
+    for per_class in config.labels_per_class:  # too many are refused before any work
+        draw(pixels["train"][1], per_class, np.random.default_rng(run.config.seed))
+    rows, seen = _layers_by_lbfgs(run, "probe", network, read)
+    random, _ = _layers_by_lbfgs(run, "probe of random weights", network, floor)
+    raw = fit_probe(config, pixels)
 
-    As in the paper, the validation images are folded back in once the choice is made.
-
-    Args:
-      config: the strengths to try, and the bound on iterations.
-      splits: features and labels of train, validation and test.
-
-    Returns:
-      {"c", "validation_accuracy", "validation_nats", "test_accuracy"} of the strength with the best
-      validation accuracy, among equals the lowest validation cross-entropy (nats per image). Both
-      are of the fit to train alone, test of the final one.
-    """
-
-    def fit(c: float, features: np.ndarray, labels: np.ndarray):
-        model = sklearn.linear_model.LogisticRegression(C=c, max_iter=config.max_iterations)
-        scaled = sklearn.pipeline.make_pipeline(sklearn.preprocessing.StandardScaler(), model)
-        return scaled.fit(features, labels)
-
-    (train, train_labels), (validation, validation_labels) = splits["train"], splits["validation"]
-    # On small problems BLAS threads cost far more in waiting than they save.
-    threads = 1 if train.size < SMALL else None
-    with threadpoolctl.threadpool_limits(threads):
-        tried = []
-        for c in config.c:
-            model = fit(c, train, train_labels)
-            # A class that is in none of the training images has probability 0.
-            known = model.classes_.astype(int)
-            likely = np.zeros((len(validation), max(known.max(), validation_labels.max()) + 1))
-            likely[:, known] = model.predict_proba(validation)
-            likely /= likely.sum(axis=1, keepdims=True)  # float32 sums are not quite 1
-            nats = log_loss(validation_labels, likely, labels=np.arange(likely.shape[1]))
-            row = {"c": c, "validation_accuracy": model.score(validation, validation_labels)}
-            tried.append(row | {"validation_nats": float(nats)})
-        best = max(tried, key=preference)
-        both = np.concatenate([train, validation])
-        model = fit(best["c"], both, np.concatenate([train_labels, validation_labels]))
-        return best | {"test_accuracy": model.score(*splits["test"])}
+    best, more = _best(rows), {}
+    window = features.around(best, config.concatenate, len(rows))
+    if not set(window) <= set(seen.layers):
+        seen = features.kept(read, window)
+    if config.concatenate > 1:
+        more |= _concatenated(window, fit_probe(config, seen.taken(window)))
+    if config.labels_per_class:
+        draws = with_few_labels(config, seen.taken([best]), run.config.seed)
+        files.write_json(run.folder / "probe" / "labels.json", draws)
+        for per_class in config.labels_per_class:
+            found = [d["test_accuracy"] for d in draws if d["labels_per_class"] == per_class]
+            name = f"labels_{per_class}_test_accuracy"
+            more[name] = float(np.mean(found))
+            more[f"{name}_deviation"] = float(np.std(found, ddof=1)) if len(found) > 1 else None
+    return rows, random, raw, more
 
 
-def preference(row: dict) -> tuple[float, float]:
-    """What layers and strengths are chosen by: validation accuracy, then cross-entropy."""
-    return row["validation_accuracy"], -row["validation_nats"]
-
-
-def _probe_layers(run: Run, name: str, network: Network, params: dict) -> list[dict]:
-    extracted = {s: _features(run, network, params, s) for s in ("train", "validation", "test")}
-    rows, count = [], network.config.layers + 1
-    progress = Progress(name, count, unit="layer")
-    for layer in range(count):
-        splits = {name: (features[layer], labels) for name, (features, labels) in extracted.items()}
-        rows.append(fit_probe(run.config.probe, splits))
+def _layers_by_lbfgs(run: Run, name: str, network: Network, read: Features):
+    """A row for every layer, and what was kept of the refined ones."""
+    config, every = run.config.probe, range(network.config.layers + 1)
+    seen = Kept(read, every if config.refine is None else ())
+    rows = _table(name, seen, run)
+    layers = ridge.best_layers(rows, config.refine)
+    if config.refine is not None:
+        seen = features.kept(read, layers)
+    progress = Progress(name, len(layers), unit="layer")
+    for done, layer in enumerate(layers, start=1):
+        rows[layer] |= fit_probe(config, seen.taken([layer]))
         progress.advance()
-        progress.report(layer + 1, {"validation_accuracy": rows[-1]["validation_accuracy"]})
+        progress.report(done, {"validation_accuracy": rows[layer]["validation_accuracy"]})
     progress.close()
+    return rows, seen
+
+
+def _by_sgd(run: Run, network: Network, trained: dict, initial: dict) -> tuple:
+    """As `_by_lbfgs`; the floors are the ridge's, which needs no second training."""
+    config, batches = run.config.probe, features.batches(run.data, run.config.probe)
+    path = run.folder / "probe" / "ridge.json"
+    tables = files.read_json(path, {})  # a run that goes on trains the heads that it began
+    if not tables:
+        for name, params in (("probe", trained), ("probe of random weights", initial)):
+            read = features.of_network(network, params, batches, raw=config.features == "raw")
+            tables[name] = _table(name, read, run)
+        pixels = features.of_pixels(run.codec, batches)
+        tables["probe of raw pixels"] = _table("probe of raw pixels", pixels, run)
+        files.write_json(path, tables)
+    rows, *floors = tables.values()
+    random, [raw] = ([_as_result(row) for row in floor] for floor in floors)
+
+    groups = [(layer,) for layer in ridge.best_layers(rows, config.refine)]
+    best = ridge.best_layers(rows, 1)[0]
+    window = features.around(best, config.concatenate, len(rows))
+    heads = sgd.Heads(network, config, run.classes, tuple(dict.fromkeys([*groups, window])))
+    with Checkpoints(run.checkpoints("probe")) as checkpoints:
+        chosen = sgd.fit(
+            heads,
+            trained,
+            checkpoints=checkpoints,
+            log=run.metrics,
+            training=lambda position: run.data.train(
+                config.sgd.batch_size, position, config.sgd.train_transforms
+            ),
+            evaluation=batches,
+            features=features.of_network(network, trained, batches, raw=config.features == "raw"),
+            seed=run.config.seed,
+        )
+    for group in groups:
+        rows[group[0]] |= chosen[group]
+    more = _concatenated(window, chosen[window]) if config.concatenate > 1 else {}
+    return rows, random, raw, more
+
+
+def _table(name: str, read: Features, run: Run) -> list[dict]:
+    """The ridge's rows, its best layer told."""
+    rows = ridge.tabulate(read, run.classes, run.config.probe.ridge)
+    best = ridge.best_layers(rows, 1)[0]
+    accuracy = rows[best]["ridge_validation_accuracy"]
+    LOG.info("%s: ridge reads %.4f of validation from layer %d.", name, accuracy, best)
     return rows
 
 
-def _features(run: Run, network: Network, params: dict, split: str) -> Split:
-    """Mean-pooled features [L+1, N, D] of a whole split from one pass, and its labels [N]."""
-    forward = jax.jit(lambda p, b: network.bind(p)(b["tokens"], b["variant"]).pooled)
-    features, labels = [], []
-    for batch in _batches(run, split):
-        batch = sharding.global_batch(batch)
-        pooled = multihost_utils.process_allgather(forward(params, batch), tiled=True)
-        mask, label = multihost_utils.process_allgather((batch["mask"], batch["label"]), tiled=True)
-        features.append(pooled[:, mask > 0])
-        labels.append(label[mask > 0])
-    return np.concatenate(features, axis=1), np.concatenate(labels)
+def _concatenated(window: tuple[int, ...], row: dict) -> dict:
+    """The summary's numbers of neighbouring layers side by side."""
+    named = {"first_layer": window[0], "last_layer": window[-1]} | {k: row[k] for k in RESULTS}
+    return {f"concatenated_{name}": value for name, value in named.items()}
 
 
-def _pixels(run: Run, split: str) -> Split:
-    images, labels = [], []
-    for batch in _batches(run, split):
-        real = batch["mask"] > 0
-        images.append(run.codec.decode(batch["tokens"][real]).reshape(real.sum(), -1))
-        labels.append(batch["label"][real])
-    return np.concatenate(images).astype(np.float32), np.concatenate(labels)
+def _as_result(row: dict) -> dict:
+    """The ridge's accuracies, where it is all there is."""
+    return row | {name: row[f"ridge_{name}"] for name in RESULTS} | {"validation_nats": 0.0}
 
 
-def _batches(run: Run, split: str):
-    probe = run.config.probe
-    return run.data.evaluation(
-        split, probe.batch_size, limit=probe.train_images if split == "train" else None
-    )
+def _best(rows: list[dict]) -> int:
+    """The layer that is preferred, of those that were refined."""
+    refined = [i for i, row in enumerate(rows) if "validation_accuracy" in row]
+    return max(refined, key=lambda i: preference(rows[i]))

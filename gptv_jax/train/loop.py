@@ -41,6 +41,9 @@ def fit(
     batches: Callable[[int], Iterator[dict]],
     evaluate: Callable[[dict], dict[str, float]],
     patience: int = 0,
+    measure: Callable[[dict], dict[str, float]] | None = None,
+    measure_every: int = 0,
+    forward_only: bool = False,
 ) -> Fitted:
     """Trains to the end, from the newest checkpoint where there is one.
 
@@ -57,6 +60,9 @@ def fit(
       evaluate: `params -> numbers`; with "accuracy" and "class_nats" among them, the checkpoint
         with the best accuracy, among equals the lowest cross-entropy, is kept, and returned.
       patience: evaluations without a better one after which it stops; 0: never.
+      measure: `params -> numbers` that are only logged.
+      measure_every: steps between two of them; 0: none.
+      forward_only: gradients do not go through the network, which its MFU is to count.
 
     Raises:
       InputError: the loss, a gradient or a weight is no longer finite (names the step), or no
@@ -95,7 +101,8 @@ def fit(
             )
         if at % config.log_every == 0 or at == config.steps:
             speed = clock.lap(config.batch_size * network.length)
-            values |= {**speed, "mfu": mfu(network, speed["tokens_per_second"])}
+            share = mfu(network, speed["tokens_per_second"], forward_only=forward_only)
+            values |= {**speed, "mfu": share}
             log.write(name, at, values)
             progress.report(at, values)
 
@@ -113,6 +120,10 @@ def fit(
             evaluations.append({"step": step, **numbers})
             checkpoints.best = _chosen(evaluations)
             log.write(name, step, {f"validation_{k}": v for k, v in numbers.items()})
+        if fresh and measure_every and step % measure_every == 0:
+            with clock.span(steps=0):
+                settle()
+            log.write(name, step, measure(state["params"]))
         last = last or _exhausted(evaluations, patience)
 
         if fresh and (last or better or step % config.checkpoint_every == 0):

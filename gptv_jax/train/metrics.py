@@ -30,24 +30,28 @@ PEAK_FLOPS = {
 }
 
 
-def flops_per_token(network: Network) -> int:
+def flops_per_token(network: Network, *, forward_only: bool = False) -> int:
     """FLOPs that one token of training needs, forward and backward.
 
     6 a weight that is multiplied, and 12 L T D for attention counted without the causal half
-    saved, as in PaLM (Chowdhery et al. 2022, appendix B), so that MFU compares across codebases.
+    saved, as in PaLM (Chowdhery et al. 2022, appendix B), so that MFU compares across codebases. A
+    third of it is the forward pass.
     """
     c = network.config
     weights = c.layers * (4 + 2 * c.mlp_ratio) * c.width**2 + network.vocabulary * c.width
-    return 6 * weights + 12 * c.layers * network.length * c.width
+    return (2 if forward_only else 6) * (weights + 2 * c.layers * network.length * c.width)
 
 
-def mfu(network: Network, tokens_per_second: float | None) -> float | None:
+def mfu(
+    network: Network, tokens_per_second: float | None, *, forward_only: bool = False
+) -> float | None:
     """Share of all devices' bfloat16 peak; None where the peak or the speed is not known."""
     kind = jax.devices()[0].device_kind
     peaks = [peak for name, peak in PEAK_FLOPS.items() if kind.startswith(name)]
     if not peaks or tokens_per_second is None:
         return None
-    return tokens_per_second * flops_per_token(network) / (peaks[0] * jax.device_count())
+    flops = flops_per_token(network, forward_only=forward_only)
+    return tokens_per_second * flops / (peaks[0] * jax.device_count())
 
 
 def bits(nats: float) -> float:
@@ -63,7 +67,7 @@ class MetricWriter:
         self.board_folder = folder / "tensorboard"
         self._boards: dict[str, tensorboardX.SummaryWriter] = {}
 
-    def write(self, stage: str, step: int, values: dict[str, float | None]) -> None:
+    def write(self, stage: str, step: int, values: dict[str, float | int | None]) -> None:
         """Appends one event."""
         if jax.process_index() != 0:
             return

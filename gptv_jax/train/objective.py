@@ -42,7 +42,13 @@ def hide(network: Network, rows: int, key: PRNGKeyArray | None) -> Bool[Array, "
 
 
 def evaluated(
-    network: Network, params: dict, batch: dict, vote: int = 0
+    network: Network,
+    params: dict,
+    batch: dict,
+    vote: int = 0,
+    *,
+    raw: bool = False,
+    keep: tuple[int, ...] = (),
 ) -> tuple[Output, Bool[Array, "B T"] | None]:
     """The network's output for a batch of `Pipeline.evaluation`, and what was hidden.
 
@@ -51,6 +57,8 @@ def evaluated(
       params: its weights.
       batch: "tokens", "variant" and, for BERT, "index", the image's number in its split.
       vote: 0 .. `network.votes`-1; which of BERT's masks.
+      raw: see `GPT.__call__`.
+      keep: the same.
     """
     hidden = None
     if network.config.objective == "bert":
@@ -61,10 +69,11 @@ def evaluated(
             return jax.random.bernoulli(of_image, network.config.masked_share, (network.length,))
 
         hidden = jax.vmap(draw)(batch["index"])
-    return network.bind(params)(batch["tokens"], batch["variant"], hidden=hidden), hidden
+    model, inputs = network.bind(params), (batch["tokens"], batch["variant"])
+    return model(*inputs, hidden=hidden, raw=raw, keep=keep), hidden
 
 
-def elect(class_logits: Float[Array, "votes B C"]) -> Int[Array, "B"]:
+def elect(class_logits: Float[Array, "votes *B C"]) -> Int[Array, "*B"]:
     """The class of most votes; among equals the one of higher mean probability."""
     votes = jax.nn.one_hot(jnp.argmax(class_logits, axis=-1), class_logits.shape[-1]).sum(axis=0)
     likely = jax.nn.softmax(class_logits, axis=-1).mean(axis=0)

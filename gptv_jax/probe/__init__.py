@@ -1,0 +1,1 @@
+"""What can be read from frozen features by a linear classifier."""

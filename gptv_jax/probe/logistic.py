@@ -1,0 +1,124 @@
+"""The paper's probe for small sets: L-BFGS logistic regression on features held in memory."""
+
+import jax.numpy as jnp
+import numpy as np
+import sklearn.linear_model
+import sklearn.pipeline
+import sklearn.preprocessing
+import threadpoolctl
+from jaxtyping import Int
+from sklearn.metrics import log_loss
+
+from gptv_jax import config as config_lib
+from gptv_jax.errors import InputError
+from gptv_jax.probe.features import Split
+from gptv_jax.train import objective
+
+SMALL = 50_000_000  # features times images
+
+
+def fit_probe(config: config_lib.Probe, splits: dict[str, Split], *, fold: bool = True) -> dict:
+    """Standardised L-BFGS logistic regression, its strength chosen on validation.
+
+    As in the paper, the validation images are folded back in once the choice is made.
+
+    Args:
+      config: the strengths to try, and the bound on iterations.
+      splits: features and labels of train, validation and test; more features than labels are
+        those of several votes, whose majority decides, and whose first is fitted to.
+      fold: False: what is measured on test is fitted to train alone as well.
+
+    Returns:
+      {"c", "validation_accuracy", "validation_nats", "test_accuracy"} of the strength with the best
+      validation accuracy, among equals the lowest validation cross-entropy (nats per image). Both
+      are of the fit to train alone, test of the final one.
+    """
+
+    def fit(c: float, features: np.ndarray, labels: np.ndarray):
+        model = sklearn.linear_model.LogisticRegression(C=c, max_iter=config.max_iterations)
+        scaled = sklearn.pipeline.make_pipeline(sklearn.preprocessing.StandardScaler(), model)
+        return scaled.fit(features, labels)
+
+    (train, train_labels), (validation, validation_labels) = splits["train"], splits["validation"]
+    # On small problems BLAS threads cost far more in waiting than they save.
+    threads = 1 if train.size < SMALL else None
+    with threadpoolctl.threadpool_limits(threads):
+        tried = []
+        for c in config.c:
+            model = fit(c, train, train_labels)
+            row = {"c": c, "validation_accuracy": _accuracy(model, validation, validation_labels)}
+            tried.append(row | {"validation_nats": _nats(model, validation, validation_labels)})
+        best = max(tried, key=preference)
+        if fold:
+            both = np.concatenate([train, validation[: len(validation_labels)]])
+            model = fit(best["c"], both, np.concatenate([train_labels, validation_labels]))
+        else:
+            model = fit(best["c"], train, train_labels)
+        return best | {"test_accuracy": _accuracy(model, *splits["test"])}
+
+
+def preference(row: dict) -> tuple[float, float]:
+    """What layers and strengths are chosen by: validation accuracy, then cross-entropy."""
+    return row["validation_accuracy"], -row["validation_nats"]
+
+
+def with_few_labels(config: config_lib.Probe, splits: dict[str, Split], seed: int) -> list[dict]:
+    """The probe fitted to a few training images of each class, drawn several times.
+
+    Args:
+      config: of the probe; how many labels a class, and how many draws.
+      splits: see `fit_probe`; the strength is chosen on all of validation, which is not folded in.
+      seed: of the draws.
+
+    Returns:
+      A row for each number of labels and draw: these, and what `fit_probe` returns.
+
+    Raises:
+      InputError: see `draw`.
+    """
+    (features, labels), rows = splits["train"], []
+    for per_class in config.labels_per_class:
+        for number in range(config.draws):
+            rng = np.random.default_rng((seed, per_class, number))
+            chosen = draw(labels, per_class, rng)
+            few = splits | {"train": (features[chosen], labels[chosen])}
+            row = {"labels_per_class": per_class, "draw": number}
+            rows.append(row | fit_probe(config, few, fold=False))
+    return rows
+
+
+def draw(
+    labels: Int[np.ndarray, "N"], per_class: int, rng: np.random.Generator
+) -> Int[np.ndarray, "chosen"]:
+    """Numbers of `per_class` different images of every class, in order.
+
+    Raises:
+      InputError: a class has fewer.
+    """
+    classes, counts = np.unique(labels, return_counts=True)
+    if counts.min() < per_class:
+        raise InputError(
+            f"config.probe.labels_per_class has {per_class}, but class {classes[counts.argmin()]} "
+            f"has {counts.min()} training images; take at most that many."
+        )
+    chosen = [rng.choice(np.flatnonzero(labels == c), per_class, replace=False) for c in classes]
+    return np.sort(np.concatenate(chosen))
+
+
+def _accuracy(model, features: np.ndarray, labels: np.ndarray) -> float:
+    if len(features) == len(labels):
+        return model.score(features, labels)
+    logits = model.predict_log_proba(features).reshape(-1, len(labels), len(model.classes_))
+    elected = objective.elect(jnp.asarray(logits, jnp.float32))
+    return float((model.classes_[np.asarray(elected)] == labels).mean())
+
+
+def _nats(model, features: np.ndarray, labels: np.ndarray) -> float:
+    """Cross-entropy, the votes' mean."""
+    # A class that is in none of the training images has probability 0.
+    known = model.classes_.astype(int)
+    likely = np.zeros((len(features), max(known.max(), labels.max()) + 1))
+    likely[:, known] = model.predict_proba(features)
+    likely /= likely.sum(axis=1, keepdims=True)  # float32 sums are not quite 1
+    labels = np.tile(labels, len(features) // len(labels))
+    return float(log_loss(labels, likely, labels=np.arange(likely.shape[1])))

@@ -1,0 +1,220 @@
+"""Ridge regression of the class on the features of all layers at once, from streamed moments.
+
+The features of a split pass by once, batch by batch, and leave sums: of their products, and by
+class. These give the regression in closed form for any strength. With standardised features Z
+[N, D] and one-hot classes Y [N, C] it minimises |Y - Z W - b|^2 + strength * N * |W|^2, which is
+scikit-learn's `make_pipeline(StandardScaler(), Ridge(alpha=strength * N))`.
+
+Letters: S strengths, L layers (one more than the network has), D width, C classes, B batch.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+from gptv_jax.probe.features import Features
+from gptv_jax.train import objective
+
+EXACT = jax.lax.Precision.HIGHEST  # float32 products where a GPU or TPU would take fewer bits
+# A feature whose variance is less than this share of its mean square about the shift is constant:
+# what is left of it is rounding.
+CONSTANT = 1e-6
+
+
+class Sums(NamedTuple):
+    """Over images, of features less the shift."""
+
+    products: Float[Array, "L D D"]
+    by_class: Float[Array, "L C D"]
+    images: Float[Array, "C"]
+
+
+class Moments(NamedTuple):
+    """Float32 sums, as good as float64 ones: shifted, and with what rounding kept out of them."""
+
+    shift: Float[Array, "L D"]  # the first batch's mean: large means would drown small deviations
+    sums: Sums
+    lost: Sums  # to be taken off the sums
+
+
+class Solution(NamedTuple):
+    """Scores of class c are `weight[c] @ (x - shift) + bias[c]`."""
+
+    weight: Float[np.ndarray | Array, "S L C D"]
+    bias: Float[np.ndarray | Array, "S L C"]
+    shift: Float[np.ndarray | Array, "L D"]
+
+
+@functools.partial(jax.jit, static_argnames=("layers", "width", "classes"))
+def empty(layers: int, width: int, classes: int) -> Moments:
+    """Moments of no image, the largest of them split over fsdp."""
+    way = "fsdp" if width % jax.sharding.get_abstract_mesh().shape["fsdp"] == 0 else None
+
+    def sums() -> Sums:
+        return Sums(
+            jnp.zeros((layers, width, width), out_sharding=P(None, way, None)),
+            jnp.zeros((layers, classes, width), out_sharding=P(None, None, way)),
+            jnp.zeros((classes,), out_sharding=P(None)),
+        )
+
+    return Moments(jnp.zeros((layers, width), out_sharding=P(None, None)), sums(), sums())
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def add(moments: Moments, features: Float[Array, "votes L B D"], batch: dict) -> Moments:
+    """The moments with one more batch.
+
+    Args:
+      moments: so far; donated.
+      features: of which the first vote counts.
+      batch: "label" [B], and "mask" [B], which is 0 for rows that do not count.
+    """
+    features, mask = features[0].astype(jnp.float32), batch["mask"]
+    mean = jnp.einsum("lbd,b->ld", features, mask, precision=EXACT, out_sharding=P(None, None))
+    mean = mean / jnp.maximum(mask.sum(), 1)
+    shift = jnp.where(moments.sums.images.sum() == 0, mean, moments.shift)
+    x = (features - shift[:, None]) * mask[None, :, None]
+    one_hot = jax.nn.one_hot(batch["label"], moments.sums.images.size) * mask[:, None]
+
+    def over_images(equation: str, total: Array, *operands: Array) -> Array:
+        spec = jax.typeof(total).sharding.spec
+        return jnp.einsum(equation, *operands, precision=EXACT, out_sharding=spec)
+
+    part = Sums(
+        over_images("lbd,lbe->lde", moments.sums.products, x, x),
+        over_images("bc,lbd->lcd", moments.sums.by_class, one_hot, x),
+        over_images("bc->c", moments.sums.images, one_hot),
+    )
+    # Kahan's summation: rounding does not add up over the batches of a large set.
+    part = jax.tree.map(jnp.subtract, part, moments.lost)
+    sums = jax.tree.map(jnp.add, moments.sums, part)
+    lost = jax.tree.map(lambda new, old, p: (new - old) - p, sums, moments.sums, part)
+    return Moments(shift, sums, lost)
+
+
+def solve(moments: Moments, strengths: Float[np.ndarray, "S L"]) -> Solution:
+    """The regression for every strength, on the host, in float64.
+
+    Args:
+      moments: of a split, on the mesh or as NumPy arrays.
+      strengths: of each layer; times the number of images, what is added to Z'Z's diagonal.
+    """
+    shift, sums, lost = multihost_utils.process_allgather(moments, tiled=True)
+    S, (L, C, D) = len(strengths), sums.by_class.shape
+    images = sums.images.astype(np.float64) - lost.images
+    count = images.sum()
+    share = images / count
+    weight, bias = np.zeros((S, L, C, D)), np.zeros((S, L, C))
+    for layer in range(L):
+        products = (sums.products[layer].astype(np.float64) - lost.products[layer]) / count
+        by_class = (sums.by_class[layer].astype(np.float64) - lost.by_class[layer]) / count
+        mean = by_class.sum(axis=0)
+        covariance = products - np.outer(mean, mean)
+        variance, varies = np.diag(covariance), np.diag(products) * CONSTANT
+        scale = np.where(variance > varies, 1 / np.sqrt(np.maximum(variance, 1e-300)), 0.0)
+        correlation = covariance * np.outer(scale, scale)
+        with_class = (by_class - np.outer(share, mean)) * scale
+        for s in range(S):
+            ridge = correlation + strengths[s, layer] * np.eye(D)
+            weight[s, layer] = np.linalg.solve(ridge, with_class.T).T * scale
+            bias[s, layer] = share - weight[s, layer] @ mean
+    return Solution(weight, bias, shift.astype(np.float64))
+
+
+@jax.jit
+def correct(
+    solution: Solution, features: Float[Array, "votes L B D"], batch: dict
+) -> tuple[Float[Array, "S L"], Float[Array, ""]]:
+    """How many images each strength and layer classifies correctly, by majority vote, and of all.
+
+    Args:
+      solution: on the mesh.
+      features: of the batch.
+      batch: see `add`.
+    """
+    mask = batch["mask"]
+    x = features.astype(jnp.float32) - solution.shift[None, :, None]
+    scores = jnp.einsum("vlbd,slcd->vslbc", x, solution.weight, precision=EXACT)
+    chosen = objective.elect(scores + solution.bias[None, :, :, None])
+    right = (chosen == batch["label"][None, None]) * mask[None, None]
+    return right.sum(axis=-1), mask.sum()
+
+
+def tabulate(
+    features: Features, classes: int, strengths: Sequence[float], *, test: bool = True
+) -> list[dict]:
+    """What a ridge regression reads from every layer, from one pass over each split.
+
+    Args:
+      features: of the splits; training and, once it has judged, validation are fitted to by the
+        first vote alone.
+      classes: C.
+      strengths: to try; the one with the best validation accuracy is taken, of equals the largest.
+      test: whether to fit again with validation folded in, and measure that on test.
+
+    Returns:
+      For every layer {"ridge", its strength, "ridge_validation_accuracy", of the fit to train
+      alone and, with `test`, "ridge_test_accuracy", of the fit to both}.
+    """
+    strengths = sorted(strengths, reverse=True)
+    moments = None
+    for x, batch in features("train"):
+        if moments is None:
+            moments = empty(x.shape[1], x.shape[3], classes)
+        moments = add(moments, x, batch)
+
+    def accuracies(split: str, solution: Solution, fold: bool) -> Float[np.ndarray, "S L"]:
+        nonlocal moments
+        solution, total = _on_mesh(solution), None
+        for x, batch in features(split):
+            part = correct(solution, x, batch)
+            total = part if total is None else jax.tree.map(jnp.add, total, part)
+            moments = add(moments, x, batch) if fold else moments
+        right, images = jax.device_get(total)
+        return right.astype(np.float64) / images
+
+    L = moments.shift.shape[0]
+    tried = solve(moments, np.tile(np.array(strengths)[:, None], L))
+    validation = accuracies("validation", tried, fold=test)
+    best = validation.argmax(axis=0)  # the first of equals
+    rows = [
+        {"ridge": strengths[s], "ridge_validation_accuracy": float(validation[s, layer])}
+        for layer, s in enumerate(best)
+    ]
+    if test:
+        final = solve(moments, np.array(strengths)[best][None])
+        for row, accuracy in zip(rows, accuracies("test", final, fold=False)[0], strict=True):
+            row["ridge_test_accuracy"] = float(accuracy)
+    return rows
+
+
+def quick_table(features: Features, classes: int, strengths: Sequence[float]) -> dict:
+    """The best layer and its accuracy on validation, for a log; the test split is not read."""
+    rows = tabulate(features, classes, strengths, test=False)
+    best = best_layers(rows, 1)[0]
+    accuracy = rows[best]["ridge_validation_accuracy"]
+    return {"ridge_best_layer": best, "ridge_validation_accuracy": accuracy}
+
+
+def best_layers(rows: list[dict], count: int | None) -> list[int]:
+    """The layers with the best validation accuracy, in order of depth; None: all of them."""
+    ranked = sorted(range(len(rows)), key=lambda i: -rows[i]["ridge_validation_accuracy"])
+    return sorted(ranked[:count])
+
+
+def _on_mesh(solution: Solution) -> Solution:
+    """As float32 on every device; all processes have solved for the same."""
+    whole = jax.sharding.NamedSharding(jax.sharding.get_mesh(), P())
+
+    def put(x: np.ndarray) -> Array:
+        x = x.astype(np.float32)
+        return jax.make_array_from_callback(x.shape, whole, lambda index: x[index])
+
+    return Solution(*map(put, solution))
