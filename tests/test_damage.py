@@ -124,7 +124,7 @@ def test_worker_processes_change_no_batch(config):
 @pytest.mark.parametrize("batch_size", [10, 64, 200])
 def test_evaluation_counts_every_sound_image_exactly_once(config, batch_size, run):
     found = list(data(config, run).evaluation("test", batch_size))
-    assert all(b.keys() == {"tokens", "variant", "mask"} for b in found)
+    assert all(b.keys() == {"tokens", "variant", "mask", "index"} for b in found)
     assert all(len(b["mask"]) == batch_size for b in found)
     rows = [row[0] for b in found for row, mask in zip(b["tokens"], b["mask"], strict=True) if mask]
     assert sorted(rows) == list(range(SOUND)) and len(skipped(run)) == 5

@@ -152,7 +152,7 @@ class GPT(nnx.Module):
     ) -> Float[Array, "B P+1 D"]:
         """Inputs of positions 0 .. P: the start vector, then the first P tokens."""
         if variant is None:
-            variant = jnp.zeros_like(tokens, shape=tokens.shape[:1])
+            variant = jnp.zeros(len(tokens), jnp.int32, out_sharding=sharding.HIDDEN)
         start = self._lookup(self.start, variant)[:, None]
         x = jnp.concatenate([start, self._lookup(self.token_embedding, tokens)], axis=1)
         return x + self._positions()[None, : x.shape[1]]

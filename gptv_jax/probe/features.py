@@ -63,10 +63,14 @@ def of_network(network: Network, params: dict, batches: Batches, *, raw: bool) -
 
     def features(split: str) -> Iterator[tuple[Array, dict]]:
         votes = 1 if split == "train" else network.votes
-        told, images = time.monotonic(), 0
+        told, images, before = time.monotonic(), 0, None
         for batch in batches(split):
             batch = sharding.global_batch(batch)
-            yield read(network, params, batch, raw=raw, votes=votes), batch
+            x = read(network, params, batch, raw=raw, votes=votes)
+            # Two batches under way are enough; more would pile up where the host is the faster.
+            jax.block_until_ready(before)
+            before = x
+            yield x, batch
             images += len(batch["mask"])
             if time.monotonic() - told > TOLD_EVERY and jax.process_index() == 0:
                 LOG.info("features of %s: %d images read.", split, images)

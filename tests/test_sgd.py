@@ -1,0 +1,212 @@
+"""The probe by SGD: what its heads read, how they learn, and that a kill changes nothing."""
+
+import dataclasses
+import itertools
+
+import jax
+import numpy as np
+import pytest
+from conftest import make_mesh, random_batch, random_params, tiny_network
+
+from gptv_jax import config as config_lib
+from gptv_jax import sharding
+from gptv_jax.checkpoint import Checkpoints
+from gptv_jax.probe import features, sgd
+from gptv_jax.train.metrics import MetricWriter, flops_per_token
+
+CLASSES = 3
+NETWORK = tiny_network()
+SGD = config_lib.ProbeSgd(
+    steps=6, batch_size=8, learning_rates=(1.0, 0.1), eval_every=3, checkpoint_every=2, log_every=1
+)
+
+
+def settings(**changes) -> config_lib.Probe:
+    return config_lib.Probe(**{"method": "sgd", "sgd": SGD} | changes)
+
+
+def labelled(seed: int, network=NETWORK) -> dict:
+    """A batch with labels and, for BERT, the images' numbers."""
+    batch = random_batch(network, seed=seed)
+    batch["label"] = (batch["tokens"][:, 0] % CLASSES).astype(np.int32)
+    return batch | {"index": np.arange(8, dtype=np.int32) + 8 * seed}
+
+
+def trained(config, groups, network=NETWORK, steps=3, mesh=(1, 1, 1)) -> dict:
+    """Weights of the heads after some steps."""
+    heads = sgd.Heads(network, config, CLASSES, groups)
+    update = sgd.make_optimizer(config.sgd)
+    with jax.set_mesh(make_mesh(mesh)):
+        take = sgd.make_train_step(heads, update, seed=0)
+        start = jax.jit(lambda: sgd.step.state_of(heads.init(), update))
+        state, frozen = start(), random_params(network)
+        for i in range(steps):
+            state, metrics = take(state, frozen, sharding.global_batch(labelled(i, network)))
+        assert np.isfinite(metrics["best_class_nats"])
+        return jax.device_get(state["params"])
+
+
+@pytest.mark.parametrize("pooling", ["mean", "attentive"])
+def test_heads_of_other_rates_and_layers_change_nothing(pooling):
+    alone = dataclasses.replace(SGD, learning_rates=(0.1,))
+    groups = ((0,), (2,), (0, 1, 2))
+    together = trained(settings(pooling=pooling), groups)
+    apart = trained(settings(pooling=pooling, sgd=alone), ((2,),))
+    for name, leaf in apart["layers_1"].items():
+        assert np.abs(leaf).max() > 1e-4
+        np.testing.assert_allclose(together["layers_1"][name][1:, 1:], leaf, rtol=1e-4, atol=1e-7)
+        assert np.abs(together["layers_1"][name][1:, :1] - leaf).max() > 1e-4  # the other rate's
+
+
+def test_a_head_learns_as_sgd_with_momentum_and_a_cosine_has_it():
+    found = trained(settings(), ((1,),))["layers_1"]
+    with jax.set_mesh(make_mesh((1, 1, 1))):
+        frozen = random_params(NETWORK)
+        batches = [sharding.global_batch(labelled(i)) for i in range(3)]
+        x = [
+            np.asarray(features.read(NETWORK, frozen, b, raw=False, votes=1))[0, 1] for b in batches
+        ]
+    for r, rate in enumerate(SGD.learning_rates):
+        weight, bias, momentum = np.zeros((CLASSES, 32)), np.zeros(CLASSES), 0.0
+        for i, inputs in enumerate(x):
+            logits = inputs @ weight.T + bias
+            likely = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+            wrong = (likely - np.eye(CLASSES)[labelled(i)["label"]]) / len(inputs)
+            gradient = np.concatenate([wrong.T @ inputs, wrong.sum(axis=0)[:, None]], axis=1)
+            momentum = SGD.momentum * momentum + gradient
+            step = rate * (1 + np.cos(np.pi * i / SGD.steps)) / 2 * momentum
+            weight, bias = weight - step[:, :-1], bias - step[:, -1]
+        np.testing.assert_allclose(found["weight"][0, r, :, 0], weight, rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(found["bias"][0, r], bias, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "attentive"])
+@pytest.mark.parametrize("objective_", ["autoregressive", "bert"])
+def test_heads_learn_the_same_on_every_mesh(pooling, objective_):
+    network = tiny_network(objective=objective_)
+    groups = ((0,), (0, 1, 2))
+    wanted = trained(settings(pooling=pooling), groups, network)
+    found = trained(settings(pooling=pooling), groups, network, mesh=(2, 2, 2))
+    for (path, f), w in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(f, w, rtol=1e-3, atol=1e-5, err_msg=str(path))
+
+
+@pytest.mark.parametrize("pooling", ["mean", "attentive"])
+def test_heads_may_standardise_what_they_read_and_do_not_train_that(pooling):
+    network = tiny_network()
+    config = settings(pooling=pooling, sgd=dataclasses.replace(SGD, standardize=True))
+    heads = sgd.Heads(network, config, CLASSES, ((2,), (1,), (0, 1, 2)))
+    update = sgd.make_optimizer(config.sgd)
+    with jax.set_mesh(make_mesh((2, 2, 2))):
+        frozen, batch = random_params(network), sharding.global_batch(labelled(0))
+        x = features.read(network, frozen, batch, raw=False, votes=1)
+        mask = batch["mask"]
+        weights = heads.standardised(jax.jit(heads.init)(), lambda _: iter([(x, batch)]))
+        state = jax.jit(lambda w: sgd.step.state_of(w, update))(weights)
+        take = sgd.make_train_step(heads, update, seed=0)
+        for _ in range(2):
+            state, _ = take(state, frozen, batch)
+        found = jax.device_get(state["params"])
+    x = np.asarray(x, np.float64)[0][:, np.asarray(mask) > 0]
+    for name, groups in heads.stacks().items():
+        for g, group in enumerate(groups):
+            for r in range(2):
+                center, scale = found[name]["center"][g, r], found[name]["scale"][g, r]
+                np.testing.assert_allclose(center, x.mean(axis=1)[list(group)], rtol=1e-5)
+                np.testing.assert_allclose(scale, 1 / x.std(axis=1)[list(group)], rtol=1e-5)
+
+
+def test_a_standardised_head_learns_from_standardised_features():
+    config = settings(sgd=dataclasses.replace(SGD, standardize=True, momentum=0.0))
+    heads = sgd.Heads(NETWORK, config, CLASSES, ((1,),))
+    update = sgd.make_optimizer(config.sgd)
+    with jax.set_mesh(make_mesh((1, 1, 1))):
+        frozen, batch = random_params(NETWORK), sharding.global_batch(labelled(0))
+        x = features.read(NETWORK, frozen, batch, raw=False, votes=1)
+        weights = heads.standardised(jax.jit(heads.init)(), lambda _: iter([(x, batch)]))
+        state = jax.jit(lambda w: sgd.step.state_of(w, update))(weights)
+        state, _ = sgd.make_train_step(heads, update, seed=0)(state, frozen, batch)
+        found, x = jax.device_get((state["params"]["layers_1"], x))
+    z = (x[0, 1] - x[0, 1, :-1].mean(axis=0)) / x[0, 1, :-1].std(axis=0)  # the last row is masked
+    wrong = (1 / CLASSES - np.eye(CLASSES)[labelled(0)["label"]]) / len(z)
+    for r, rate in enumerate(SGD.learning_rates):
+        wanted = -rate * wrong.T @ z
+        np.testing.assert_allclose(found["weight"][0, r, :, 0], wanted, rtol=1e-3, atol=1e-5)
+
+
+def test_the_frozen_weights_are_an_argument_not_a_constant(one_device):
+    network = tiny_network(width=64)
+    heads, update = sgd.Heads(network, settings(), CLASSES, ((1,),)), sgd.make_optimizer(SGD)
+    state = jax.jit(lambda: sgd.step.state_of(heads.init(), update))()
+    arguments = (state, random_params(network), sharding.global_batch(labelled(0)))
+    lowered = sgd.make_train_step(heads, update, seed=0).lower(*arguments)
+    weights = network.config.layers * 12 * network.config.width**2
+    assert len(lowered.as_text()) < 4 * weights  # a constant is written with 8 letters a weight
+
+
+class StopError(Exception):
+    """The simulated end of the process."""
+
+
+def fit(folder, config=None, stop=None, test_shift=0, network=NETWORK) -> dict:
+    """The whole SGD probe, on random labels; its end comes before the batch of number `stop`."""
+    config = config or settings()
+    heads = sgd.Heads(network, config, CLASSES, ((0,), (1,), (0, 1, 2)))
+
+    def training(position):
+        for i in itertools.count(position):
+            if i == stop:
+                raise StopError
+            yield {k: v for k, v in labelled(i, network).items() if k not in ("index", "mask")}
+
+    def evaluation(split):
+        batch = labelled({"train": 99, "validation": 100, "test": 101}[split], network)
+        shift = test_shift if split == "test" else 0
+        yield batch | {"label": (batch["label"] + np.int32(shift)) % np.int32(CLASSES)}
+
+    with (
+        jax.set_mesh(make_mesh((1, 1, 1))),
+        Checkpoints(folder / "checkpoints") as checkpoints,
+    ):
+        return sgd.fit(
+            heads,
+            random_params(network),
+            checkpoints=checkpoints,
+            log=MetricWriter(folder),
+            training=training,
+            evaluation=evaluation,
+            features=features.of_network(network, random_params(network), evaluation, raw=False),
+            seed=0,
+        )
+
+
+def events(folder) -> list[dict]:
+    times = {"time", "tokens_per_second", "data_wait_share", "mfu"}
+    return [{k: v for k, v in e.items() if k not in times} for e in MetricWriter(folder).read()]
+
+
+def test_a_killed_sgd_probe_ends_as_the_one_that_was_not(tmp_path):
+    config = settings(sgd=dataclasses.replace(SGD, standardize=True))
+    wanted = fit(tmp_path / "whole", config)
+    with pytest.raises(StopError):
+        fit(tmp_path / "stopped", config, stop=5)
+    assert fit(tmp_path / "stopped", config) == wanted
+    assert events(tmp_path / "stopped") == events(tmp_path / "whole")
+    assert fit(tmp_path / "stopped", config, stop=0) == wanted  # nothing is left to do
+
+
+def test_heads_are_chosen_on_validation_alone(tmp_path):
+    found, other = fit(tmp_path / "a"), fit(tmp_path / "b", test_shift=1)
+    assert found.keys() == {(0,), (1,), (0, 1, 2)}
+    for group, row in found.items():
+        assert 0 <= row["validation_accuracy"] <= 1
+        test = {"test_accuracy"}
+        assert {k: v for k, v in row.items() if k not in test} == {
+            k: v for k, v in other[group].items() if k not in test
+        }
+    assert found != other
+
+
+def test_forward_passes_alone_are_a_third_of_the_work():
+    whole, forward = flops_per_token(NETWORK), flops_per_token(NETWORK, forward_only=True)
+    assert whole == 3 * forward
