@@ -7,6 +7,7 @@ import numbers
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
@@ -19,6 +20,7 @@ from gptv_jax.interop.portable import Portable
 from gptv_jax.model.gpt import Network
 from gptv_jax.run import config_of, finished_stages, network_of
 from gptv_jax.tokens import palette as palettes
+from gptv_jax.train import objective
 from gptv_jax.train.objective import cross_entropy
 
 Given = np.ndarray | jax.Array  # what a user may pass
@@ -66,7 +68,7 @@ class Model:
     def features(
         self, images: UInt8[Given, "B H W C"], layer: int | None = None
     ) -> Float[np.ndarray, "B D"]:
-        """Float32 means over positions of one layer's normed input; BERT sees the whole image.
+        """Float32 means over positions of one layer's normed input; BERT: over its masks, too.
 
         Args:
           images: see the class.
@@ -82,7 +84,7 @@ class Model:
         return self._forward(self.tokenize(images), "pooled")[:, layer]
 
     def classify(self, images: UInt8[Given, "B H W C"]) -> Float[np.ndarray, "B classes"]:
-        """Float32 class probabilities, of a fine-tuned model; BERT sees the whole image."""
+        """Float32 class probabilities, of a fine-tuned model; BERT: means over its masks."""
         if not self.network.classes:
             raise ValueError(
                 "this model has no class head; load a run whose finetune has finished."
@@ -197,6 +199,13 @@ def _real(value) -> bool:
 
 @functools.partial(jax.jit, static_argnames=("network", "wanted"))
 def _forward(network: Network, params: dict, tokens: jax.Array, wanted: str) -> jax.Array:
+    if network.config.objective == "bert" and wanted != "logits":
+        # As in training and in the tests: under masks, whose outputs are averaged.
+        batch = {"tokens": tokens, "variant": None, "index": jnp.arange(len(tokens))}
+        votes = [objective.evaluated(network, params, batch, v)[0] for v in range(network.votes)]
+        if wanted == "pooled":
+            return sum(vote.pooled for vote in votes).swapaxes(0, 1) / len(votes)
+        return sum(jax.nn.softmax(vote.class_logits, axis=-1) for vote in votes) / len(votes)
     output = network.bind(params)(tokens)
     match wanted:
         case "logits":
@@ -228,6 +237,8 @@ def load(
     path = pathlib.Path(source).absolute()
     if not interop.is_portable(path) and path.is_dir():
         return _of_run(path, stage)
+    if stage is not None:
+        raise InputError(f"stage={stage} is asked for, but {path} is no run folder, with stages.")
     found = interop.read(path, palettes.load(palette) if palette else None)
     mesh = sharding.make_mesh(config_lib.Mesh())
     with jax.set_mesh(mesh):

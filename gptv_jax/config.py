@@ -210,7 +210,8 @@ class Config:
 
     # Of initialisation, data order, augmentation, dropout and sampling.
     seed: int = field(0, NOT_NEGATIVE)
-    init_from: str | None = None  # a run folder whose pretrained weights replace this run's own
+    # Pretrained weights in place of this run's own: a run folder, or what docs/weights.md lists.
+    init_from: str | None = None
     data: Data = dataclasses.field(default_factory=Data)
     tokens: Tokens = dataclasses.field(default_factory=Tokens)
     model: Model = dataclasses.field(default_factory=Model)

@@ -10,6 +10,7 @@ import logging
 from absl import flags
 
 from gptv_jax import api, command
+from gptv_jax.errors import InputError
 
 FROM = flags.DEFINE_string(
     "from", None, "Run folder, .safetensors file, Hugging Face's folder, or TensorFlow's prefix."
@@ -27,6 +28,8 @@ def main() -> None:
     """Reads, checks and writes."""
     model = api.load(FROM.value, stage=STAGE.value, palette=PALETTE.value)
     if TO.value.endswith(".safetensors"):
+        if flags.FLAGS["task"].present:
+            raise InputError(f"--task is of Hugging Face's form; {TO.value} has every head.")
         model.save(TO.value)
     else:
         api.to_huggingface(model, TO.value, task=TASK.value)

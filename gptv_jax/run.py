@@ -91,20 +91,27 @@ class Run:
         given = self.config.init_from
         if given and interop.is_portable(given):
             self._imported(codec)
-        else:
-            self._pretrained_folder()
+            return
+        folder = self._pretrained_folder()
+        there = config_of(folder)
+        self._must_fit(
+            Portable(there.model, there.tokens, there.data.image_size, {}, starts=starts_of(there))
+        )
 
     def _imported(self, codec: tokens.Codec | None) -> Portable:
         """The weights of `config.init_from`, where they come from elsewhere; without class head."""
         given, palette = self.config.init_from, getattr(codec, "palette", None)
         found = interop.read(given, palette).headless()
-        differing = found.differing(self.config, starts_of(self.config))
+        self._must_fit(found)
+        return found
+
+    def _must_fit(self, weights: Portable) -> None:
+        differing = weights.differing(self.config, starts_of(self.config))
         if differing:
             raise InputError(
-                f"config.init_from={given} holds another network: {'; '.join(differing)}. Set "
-                "these fields to its values."
+                f"config.init_from={self.config.init_from} holds another network: "
+                f"{'; '.join(differing)}. Set these fields to its values."
             )
-        return found
 
     def _pretrained_folder(self) -> pathlib.Path:
         """The run folder with the pretrained weights: this one, or `config.init_from`.

@@ -14,6 +14,7 @@ import safetensors.numpy
 from conftest import generator, make_mesh, random_image
 
 import gptv_jax
+from gptv_jax import config as config_lib
 from gptv_jax import interop
 from gptv_jax.errors import InputError
 from gptv_jax.interop import huggingface, native, openai
@@ -146,6 +147,46 @@ def test_what_cannot_be_folded_in_is_refused_by_name(portable, tmp_path, monkeyp
     assert not (tmp_path / "x").exists()
 
 
+def test_an_export_writes_over_nothing_but_an_export(portable, tmp_path):
+    huggingface.write(portable, tmp_path / "hf", "generation")
+    huggingface.write(portable, tmp_path / "hf", "classification")
+    assert interop.read(tmp_path / "hf").classes == 5
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "config.json").write_text('{"config": {}}')
+    for folder in (tmp_path / "run", tmp_path):
+        with pytest.raises(InputError, match=r"holds something else; name a new folder"):
+            huggingface.write(portable, folder, "generation")
+    assert (tmp_path / "run" / "config.json").read_text() == '{"config": {}}'
+    with pytest.raises(InputError, match=r"does not end in .safetensors"):
+        native.write(portable, tmp_path / "nameless")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "run"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    {
+        "layers": 4,
+        "width": 48,
+        "heads": 2,
+        "mlp_ratio": 2,
+        "axial_positions": True,
+        "objective": "bert",
+    }.items(),
+)
+def test_a_configuration_of_another_network_is_told_by_the_field(portable, field, value):
+    config = config_lib.Config(
+        model=portable.model,
+        tokens=portable.tokens,
+        data=config_lib.Data(image_size=portable.image_size),
+    )
+    assert portable.differing(config, starts=1) == []
+    other = dataclasses.replace(config, model=dataclasses.replace(config.model, **{field: value}))
+    [told] = portable.differing(other, starts=1)
+    assert told.startswith(f"config.model.{field} is {value!r}, there ")
+    [told] = portable.differing(config, starts=9)
+    assert "start vectors" in told
+
+
 # A run's weights, and a run from weights.
 
 
@@ -205,6 +246,11 @@ ONES = np.ones(24, np.float32)
         ({"n_positions": 9}, r"wpe.weight is \(16, 24\), not \(9, 24\)"),
         ({"n_head": 5}, r"n_head=5"),
         ({"n_inner": 50}, r"n_inner=50"),
+        ({"n_inner": "96"}, r"n_inner='96', no whole number"),
+        ({"n_layer": 10**9}, r"h.3.ln_1.weight \(24,\) is missing"),
+        ({"n_positions": 10**12}, r"wpe.weight is \(16, 24\), not"),
+        ({"lm_head.weight": np.ones((13, 24), np.int32)}, r"lm_head.weight is of type int32"),
+        ({"score.weight": np.ones((), np.float32)}, r"score.weight is \(\), not \(0, 24\)"),
         ({"n_head": None}, r"n_head=None, no whole number"),
         ({"activation_function": "relu"}, r"activation_function='relu'; this network has 'quick"),
         ({"layer_norm_epsilon": 1e-6}, r"layer_norm_epsilon=1e-06"),
@@ -228,7 +274,7 @@ def test_masks_that_old_versions_saved_are_ignored(portable, tmp_path):
 def test_without_colours_the_error_says_where_they_may_come_from(portable, tmp_path):
     folder = damaged(portable, tmp_path / "hf")
     (folder / "preprocessor_config.json").unlink()
-    with pytest.raises(InputError, match=r"no preprocessor_config.json .* name a palette"):
+    with pytest.raises(InputError, match=r"no colours for its tokens; name the palette"):
         gptv_jax.from_huggingface(folder)
     COLORS.save(tmp_path / "colors.npz")
     model = gptv_jax.from_huggingface(folder, palette=tmp_path / "colors.npz")
@@ -236,6 +282,35 @@ def test_without_colours_the_error_says_where_they_may_come_from(portable, tmp_p
     (folder / "preprocessor_config.json").write_text('{"clusters": [[1, 2], [3, "x"]]}')
     with pytest.raises(InputError, match=r"no list of colours"):
         gptv_jax.from_huggingface(folder)
+    (folder / "preprocessor_config.json").write_text('{"clusters": [[1, 2, 3], [3, 2, 1]]}')
+    with pytest.raises(InputError, match=r"clusters of .* a palette is .* from -1 to 1"):
+        gptv_jax.from_huggingface(folder)
+
+
+@pytest.mark.parametrize("form", ["huggingface", "own export", "ours"])
+def test_colours_that_are_missing_are_taken_from_the_file_named(portable, tmp_path, form):
+    other = Palette(COLORS.centers[::-1], {})
+    for name, palette in (("colors.npz", COLORS), ("other.npz", other)):
+        palette.save(tmp_path / name)
+    if form == "ours":
+        source = tmp_path / "x.safetensors"
+        native.write(portable, source)
+    elif form == "own export":
+        source = tmp_path / "hf"
+        huggingface.write(portable, source, "generation")
+    else:
+        source = damaged(portable, tmp_path / "hf")
+    with pytest.raises(InputError, match=r"palette that is named is another one than that of"):
+        gptv_jax.load(source, palette=tmp_path / "other.npz")
+    if form == "ours":
+        header = {"gptv_jax": json.dumps(native.describe(portable))}
+        safetensors.numpy.save_file(dict(portable.params), source, header)
+    else:
+        (source / "preprocessor_config.json").unlink()
+    with pytest.raises(InputError, match=r"has no colours for its tokens; name the palette"):
+        gptv_jax.load(source)
+    found = gptv_jax.load(source, palette=tmp_path / "colors.npz")
+    np.testing.assert_array_equal(found.codec.palette.centers, COLORS.centers)
 
 
 @pytest.mark.parametrize("form", ["ours", "huggingface"])
@@ -260,16 +335,34 @@ def test_a_file_of_others_or_of_another_version_is_named(portable, tmp_path):
     with pytest.raises(InputError, match=r"has no gptv_jax header"):
         gptv_jax.load(path)
     header = native.describe(portable)
+    arrays = portable.params | {"palette.centers": COLORS.centers}
     for change, words in (
+        ({"image_size": "4"}, r"header.image_size is '4'"),
+        ({"image_size": -4}, r"header.image_size is -4"),
+        ({"starts": 0}, r"header.starts is 0"),
+        ({"best_layer": 99}, r"best_layer 99 is none of 3 layers"),
+        ({"palette": 3}, r"is damaged"),
         ({"format": 99}, r"is of format 99"),
         ({"model": header["model"] | {"width": "wide"}}, r"model.width is 'wide'"),
         ({"model": header["model"] | {"wide": 3}}, r"model.wide is not a field"),
-        ({"classes": None}, r"is damaged"),
+        ({"classes": None}, r"header.classes is None"),
     ):
         metadata = {"gptv_jax": json.dumps(header | change)}
-        safetensors.numpy.save_file(dict(portable.params), path, metadata)
+        safetensors.numpy.save_file(arrays, path, metadata)
         with pytest.raises(InputError, match=words):
             gptv_jax.load(path)
+    for change, words in (
+        ({"head": portable.params["head"].astype(np.int32)}, r"not floating-point: head int32"),
+        ({"palette.centers": COLORS.centers * 9}, r"palette.centers of .* from -1 to 1"),
+        ({"palette.centers": COLORS.centers[:, :2].copy()}, r"palette.centers of .*\[13, 2\]"),
+    ):
+        safetensors.numpy.save_file(arrays | change, path, {"gptv_jax": json.dumps(header)})
+        with pytest.raises(InputError, match=words):
+            gptv_jax.load(path)
+    half = {name: array.astype(np.float16) for name, array in portable.params.items()}
+    half |= {"palette.centers": COLORS.centers}
+    safetensors.numpy.save_file(half, path, {"gptv_jax": json.dumps(header)})
+    assert {a.dtype for a in interop.read(path).params.values()} == {np.dtype(np.float32)}
     with pytest.raises(InputError, match=r"is not a run folder, nor a .safetensors file"):
         gptv_jax.load(tmp_path / "nothing.safetensors")
 
@@ -297,6 +390,37 @@ def test_a_checkpoint_of_openai_must_be_whole(variables):
         left = {n: a for n, a in (variables | changes).items() if a is not None}
         with pytest.raises(InputError, match=words):
             of_openai(left)
+
+
+def test_the_bert_variant_is_known_by_its_own_folder_alone(variables):
+    there = Accounted({n: a.shape for n, a in variables.items()}, variables.__getitem__)
+    path = pathlib.Path("/home/robert/bert/igpt-s/131000/model.ckpt-131000")
+    assert openai.convert(there, path, COLORS).model.objective == "autoregressive"
+
+
+def test_a_variable_that_cannot_be_read_is_named(variables):
+    def read(name):
+        if name == "h1/attn/v_proj":
+            raise IndexError("Read less bytes than requested")
+        return variables[name]
+
+    there = Accounted({n: a.shape for n, a in variables.items()}, read)
+    with pytest.raises(InputError, match=r"h1/attn/v_proj cannot be read \(Read less bytes"):
+        openai.convert(there, pathlib.Path("model.ckpt-7"), COLORS)
+
+
+def test_a_tensor_in_two_files_is_an_error(portable, tmp_path):
+    folder = damaged(portable, tmp_path / "hf")
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    safetensors.numpy.save_file({"lm_head.weight": ONES}, folder / "b.safetensors")
+    index = {"weight_map": {"lm_head.weight": "a.safetensors", "x": "b.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match=r"has lm_head.weight in two of its files"):
+        gptv_jax.from_huggingface(folder)
+    for wrong in ([], {"a": 3}):
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": wrong}))
+        with pytest.raises(InputError, match=r"weight_map names no files|has no model.safetensors"):
+            gptv_jax.from_huggingface(folder)
 
 
 def test_without_tensorflow_the_error_says_how_to_get_it(tmp_path, monkeypatch):

@@ -465,6 +465,28 @@ def test_weights_given_and_pretraining_asked_for_do_not_go_together(main, finish
     assert_refused(ended, "config.init_from", str(finished_run.folder), "--stages", "pretrain")
 
 
+def test_weights_of_another_run_must_be_of_the_same_network(main, finished_run, tmp_path):
+    given = [f"--config.init_from={finished_run.folder}", "--config.model.width=32"]
+    ended = main(*small_arguments(tmp_path / "run"), *given, "--stages=finetune")
+    assert_refused(ended, "config.init_from", "config.model.width is 32, there 16")
+    assert not (tmp_path / "run").exists()
+
+
+def test_lower_layers_are_tuned_at_lower_rates(main, finished_run, tmp_path):
+    given = [f"--config.init_from={finished_run.folder}", "--config.finetune.layer_decay=1e-4"]
+    ended = main(*small_arguments(tmp_path / "run"), *given, "--stages=finetune")
+    assert ended.code == 0, ended.errors
+    tuned = gptv_jax.load(tmp_path / "run", "finetune").portable().params
+    before = gptv_jax.load(finished_run.folder, "pretrain").portable().params
+    moved = {name: np.abs(tuned[name] - before[name]).max() for name in before}
+    assert moved["token_embedding"] < 1e-6 < moved["blocks.mlp_in"] < 1e-3 < moved["head"]
+    scratch = gptv_jax.load(finished_run.folder, "finetune")  # tuned without decay
+    assert (
+        np.abs(scratch.portable().params["token_embedding"] - before["token_embedding"]).max()
+        > 0.01
+    )
+
+
 def test_weights_of_another_run_are_tuned_and_beside_them_fresh_ones(main, finished_run, tmp_path):
     given = [f"--config.init_from={finished_run.folder}", "--config.probe.c=(0.1,)"]
     still = ["steps=1", "eval_every=0", "optimizer.learning_rate=1e-30"]
@@ -520,6 +542,7 @@ def test_a_bert_run_hides_probes_and_tunes_but_draws_nothing(main, tmp_path):
     summary = json.loads(ended.output)
     assert summary["pretrain/test_nats_per_token"] < 2.4  # ln 17 is 2.83
     assert summary["probe/test_accuracy"] > 0.2 and "finetune/test_accuracy" in summary
+    assert summary["pretrain/test_bits_per_dimension"] is None  # which hidden tokens do not tell
     assert not any(name.startswith("sample/") for name in summary)
     model = gptv_jax.load(tmp_path / "run")
     images = np.zeros((2, 8, 8, 1), np.uint8)

@@ -18,8 +18,9 @@ from gptv_jax import config as config_lib
 from gptv_jax import fields, files
 from gptv_jax.errors import InputError
 from gptv_jax.interop import native, tensors
-from gptv_jax.interop.portable import Portable, class_head
+from gptv_jax.interop.portable import Portable, agreed, class_head
 from gptv_jax.interop.tensors import Accounted
+from gptv_jax.tokens import palette as palettes
 from gptv_jax.tokens.palette import Palette
 
 LOG = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ BUFFERS = re.compile(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)")
 # differs from the default is refused.
 EXPRESSED = {
     "layers", "width", "heads", "mlp_ratio", "axial_positions", "start_per_variant", "dropout",
-    "dtype", "scan_layers", "remat",
+    "dtype", "scan_layers", "remat", "masked_share", "votes",
 }  # fmt: skip
 ARCHITECTURES = {
     "generation": "ImageGPTForCausalImageModeling",
@@ -64,11 +65,10 @@ def read_palette(folder: pathlib.Path) -> Palette | None:
         return None
     try:
         centers = np.asarray(clusters, np.float32)
-    except (ValueError, TypeError):
-        centers = np.zeros(())
-    if centers.ndim != 2 or centers.shape[1] != 3 or not np.abs(centers).max() <= 1:
-        raise InputError(f"clusters of {path} are no list of colours, RGB from -1 to 1.")
-    return Palette(centers, {"file": f"{folder.name}/{PREPROCESSOR}"})
+    except (ValueError, TypeError) as error:
+        raise InputError(f"clusters of {path} are no list of colours.") from error
+    provenance = {"file": f"{folder.name}/{PREPROCESSOR}"}
+    return palettes.checked(centers, provenance, f"clusters of {path}")
 
 
 def read(folder: pathlib.Path, palette: Palette | None = None) -> Portable:
@@ -77,11 +77,12 @@ def read(folder: pathlib.Path, palette: Palette | None = None) -> Portable:
     there, metadata = _open(folder)
     if native.HEADER in metadata:  # our own export, which says what its tokens are
         header = native.header(metadata, folder)
-        own = read_palette(folder) if header.get("palette") is not None else None
-        centers = own.centers if own else None
-        portable = native.described(header, {}, centers, folder)
+        colours = native.uses_colours(header)
+        own = agreed(palette, read_palette(folder), str(folder)) if colours else None
+        portable = native.described(header, {}, own, folder)
     else:
-        portable = _described(config, folder, palette or read_palette(folder))
+        own = agreed(palette, read_palette(folder), str(folder))
+        portable = _described(config, folder, own)
     params = _weights(config, folder, there)
     classes = len(params.get("classifier.class_head", ()))
     return dataclasses.replace(portable, params=params, classes=classes).checked(str(folder))
@@ -98,21 +99,18 @@ def _config(folder: pathlib.Path) -> dict:
             raise InputError(
                 f"{folder / CONFIG} has {name}={config[name]!r}; this network has {only!r}."
             )
-    for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
+    if config.get("n_inner") is None:
+        config["n_inner"] = 4 * config["n_embd"] if type(config.get("n_embd")) is int else 1
+    for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner"):
         if type(config.get(name)) is not int or config[name] < 1:
             raise InputError(f"{folder / CONFIG} has {name}={config.get(name)!r}, no whole number.")
     return config
 
 
-def _described(config: dict, folder: pathlib.Path, palette: Palette | None) -> Portable:
+def _described(config: dict, folder: pathlib.Path, palette: Palette) -> Portable:
     """What `config.json` says, without weights."""
-    if palette is None:
-        raise InputError(
-            f"{folder} has no {PREPROCESSOR} with clusters, the colours of its tokens; name a "
-            "palette (kmeans_centers.npy) as well."
-        )
     width, size = config["n_embd"], math.isqrt(config["n_positions"])
-    inner = config.get("n_inner") or 4 * width
+    inner = config["n_inner"]
     if size**2 != config["n_positions"]:
         raise InputError(
             f"{folder / CONFIG} has n_positions={config['n_positions']}, which is no square of "
@@ -140,7 +138,7 @@ def _described(config: dict, folder: pathlib.Path, palette: Palette | None) -> P
 def _parts(config: dict) -> dict[str, tuple]:
     """Of each stacked parameter: the name in a layer, its shape there, and its shape here."""
     D, H = config["n_embd"], config["n_head"]
-    F, K = config.get("n_inner") or 4 * D, D // H
+    F, K = config["n_inner"], D // H
     return {
         "blocks.norm_1": ("ln_1.weight", (D,), (D,)),
         "blocks.qkv": ("attn.c_attn.weight", (D, 3 * D), (D, 3, H, K)),
@@ -158,9 +156,11 @@ def _weights(config: dict, folder: pathlib.Path, there: Accounted) -> dict[str, 
       InputError: one is missing, left over, misshapen or a bias that is not zero.
     """
     V, T, D = config["vocab_size"] - 1, config["n_positions"], config["n_embd"]
-    L, F = config["n_layer"], config.get("n_inner") or 4 * D
+    F = config["n_inner"]
     # A model that was saved without its head has no prefix.
-    prefix = "transformer." if "transformer.wte.weight" in there else ""
+    prefix = "" if "wte.weight" in there else "transformer."
+    present = sum(name.endswith(".ln_1.weight") for name in there.shapes)
+    L = min(config["n_layer"], present + 1)  # one too many is enough to be told of
     embedding = there.take(f"{prefix}wte.weight", (V + 1, D))
     params = {
         "token_embedding": embedding[:V],
@@ -176,10 +176,10 @@ def _weights(config: dict, folder: pathlib.Path, there: Accounted) -> dict[str, 
         for name, width in widths.items():
             there.zeros(f"{prefix}h.{i}.{name}.bias", (width,))
     if "score.weight" in there:
-        classes = there.shapes["score.weight"][0]
+        classes = there.shapes["score.weight"][0] if there.shapes["score.weight"] else 0
         params |= class_head(there.take("score.weight", (classes, D)))
-    if "score.weight" in there and "lm_head.weight" not in there:
-        LOG.warning("%s classifies and has no token head; it is left at zero.", folder)
+    if "lm_head.weight" not in there and ("score.weight" in there or not prefix):
+        LOG.warning("%s has no token head; it is left at zero.", folder)
         params["head"] = np.zeros((V, D), np.float32)
     else:
         params["head"] = there.take("lm_head.weight", (V, D))
@@ -191,8 +191,10 @@ def _open(folder: pathlib.Path) -> tuple[Accounted, dict[str, str]]:
     """The tensors of a folder, whatever number of files they are spread over, and the metadata."""
     paths = [folder / WEIGHTS]
     if not paths[0].exists():
-        index = files.read_json(folder / INDEX, {})
-        paths = [folder / name for name in sorted(set(index.get("weight_map", {}).values()))]
+        index = files.read_json(folder / INDEX, {}).get("weight_map", {})
+        if not isinstance(index, dict) or not all(isinstance(n, str) for n in index.values()):
+            raise InputError(f"{folder / INDEX} is damaged: its weight_map names no files.")
+        paths = [folder / name for name in sorted(set(index.values()))]
     if not paths:
         raise InputError(
             f"{folder} has no {WEIGHTS}; where it holds pytorch_model.bin, load it with "
@@ -202,6 +204,8 @@ def _open(folder: pathlib.Path) -> tuple[Accounted, dict[str, str]]:
     for path in paths:
         file = tensors.open_file(path)
         for name in file.keys():  # noqa: SIM118 - the file is no mapping
+            if name in shapes:
+                raise InputError(f"{folder} has {name} in two of its files.")
             if not BUFFERS.fullmatch(name):
                 shapes[name], opened[name] = tuple(file.get_slice(name).get_shape()), file
     return Accounted(shapes, lambda name: opened[name].get_tensor(name)), file.metadata() or {}
@@ -220,8 +224,13 @@ def write(portable: Portable, folder: pathlib.Path, task: str) -> None:
       task: "generation", with the token head, or "classification", with the class head.
 
     Raises:
-      InputError: the folder cannot be written, or the network has what that form cannot express.
+      InputError: the folder cannot be written or holds something else, or the network has what
+        that form cannot express.
     """
+    if folder.exists() and not found(folder) and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} cannot be written: it holds something else; name a new folder.")
+    if portable.classes and task == "generation":
+        LOG.warning("the class head is left out; task=classification writes it, without the other.")
     portable = _folded(portable, task)
     params, codec = portable.params, portable.codec
     V, T, D = codec.vocabulary, codec.grid[0] * codec.grid[1], portable.model.width
@@ -272,6 +281,7 @@ def write(portable: Portable, folder: pathlib.Path, task: str) -> None:
         "size": {"height": codec.grid[0], "width": codec.grid[1]},
     }
     files.claim(folder, "to")
+    (folder / CONFIG).unlink(missing_ok=True)  # of an earlier export
     header = json.dumps(native.describe(portable))
     tensors.write(arrays, folder / WEIGHTS, {"format": "pt", native.HEADER: header})
     files.write_json(folder / PREPROCESSOR, preprocessor)

@@ -1,5 +1,6 @@
 """One .safetensors file whose header says what the weights are: the form to keep and share."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -8,8 +9,10 @@ import numpy as np
 from gptv_jax import config as config_lib
 from gptv_jax import fields
 from gptv_jax.errors import InputError, first_line
+from gptv_jax.fields import NOT_NEGATIVE, POSITIVE, field
 from gptv_jax.interop import tensors
-from gptv_jax.interop.portable import Portable
+from gptv_jax.interop.portable import Portable, agreed
+from gptv_jax.tokens import palette as palettes
 from gptv_jax.tokens.palette import Palette
 
 FORMAT = 1
@@ -29,17 +32,28 @@ def describe(portable: Portable) -> dict:
         "model": fields.flatten(portable.model),
         "tokens": fields.flatten(portable.tokens) | {"palette": None},
         "palette": portable.palette.provenance if portable.palette else None,
-        **{name: getattr(portable, name) for name in DESCRIBED},
+        **{name: getattr(portable, name) for name in FACTS},
     }
 
 
-DESCRIBED = ("image_size", "starts", "classes", "step", "best_layer")
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What a header says beside the settings; the fields of `Portable` of these names."""
+
+    image_size: int = field(accepted=POSITIVE)
+    starts: int = field(accepted=POSITIVE)
+    classes: int = field(accepted=NOT_NEGATIVE)
+    step: int | None = field(accepted=NOT_NEGATIVE)
+    best_layer: int | None = field(accepted=NOT_NEGATIVE)
+
+
+FACTS = [each.name for each in dataclasses.fields(Facts)]
 
 
 def described(
-    header: dict, params: dict[str, np.ndarray], centers: np.ndarray | None, where: pathlib.Path
+    header: dict, params: dict[str, np.ndarray], palette: Palette | None, where: pathlib.Path
 ) -> Portable:
-    """The inverse of `describe`.
+    """The inverse of `describe`, the palette with the provenance that the header has.
 
     Raises:
       InputError: the header is not one of ours, or of another version.
@@ -49,12 +63,15 @@ def described(
             raise InputError(
                 f"{where} is of format {header['format']}; this version reads {FORMAT}."
             )
+        facts = fields.from_dict(Facts, {name: header[name] for name in FACTS}, "header")
+        if palette is not None:
+            palette = dataclasses.replace(palette, provenance=dict(header["palette"]))
         return Portable(
             model=_settings(config_lib.Model, header["model"], "model"),
             tokens=_settings(config_lib.Tokens, header["tokens"], "tokens"),
             params=params,
-            palette=None if centers is None else Palette(centers, header["palette"]),
-            **{name: header[name] for name in DESCRIBED},
+            palette=palette,
+            **fields.flatten(facts),
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"the header of {where} is damaged ({first_line(error)}).") from error
@@ -73,8 +90,20 @@ def read(path: pathlib.Path, palette: Palette | None = None) -> Portable:
             f"{path} has no {HEADER} header; to read Hugging Face's weights name their folder, "
             "with its config.json."
         )
-    centers = arrays.pop(CENTERS, None)
-    return described(header(metadata, path), arrays, centers, path).checked(str(path))
+    centers, said = arrays.pop(CENTERS, None), header(metadata, path)
+    odd = [f"{name} {array.dtype}" for name, array in arrays.items() if not tensors.floating(array)]
+    if odd:
+        raise InputError(f"{path} holds weights that are not floating-point: {', '.join(odd)}.")
+    params = {name: np.asarray(array, np.float32) for name, array in arrays.items()}
+    own = None if centers is None else palettes.checked(centers, {}, f"{CENTERS} of {path}")
+    if uses_colours(said):
+        own = agreed(palette, own, str(path))
+    return described(said, params, own, path).checked(str(path))
+
+
+def uses_colours(header: dict) -> bool:
+    """Whether the tokens that a header describes are colours of a palette."""
+    return header.get("palette") is not None
 
 
 def read_palette(path: pathlib.Path) -> Palette | None:
@@ -82,15 +111,19 @@ def read_palette(path: pathlib.Path) -> Palette | None:
     with tensors.open_file(path) as file:
         if CENTERS not in file.keys():  # noqa: SIM118 - the file is no mapping
             return None
-        return Palette(file.get_tensor(CENTERS), header(file.metadata() or {}, path)["palette"])
+        centers = file.get_tensor(CENTERS)
+    provenance = header(tensors.read_metadata(path), path).get("palette") or {}
+    return palettes.checked(centers, provenance, f"{CENTERS} of {path}")
 
 
 def write(portable: Portable, path: pathlib.Path) -> None:
     """Writes the file, whole or not at all.
 
     Raises:
-      InputError: it cannot be written.
+      InputError: it cannot be written, or would not be known as one by its name.
     """
+    if path.suffix != ".safetensors":
+        raise InputError(f"{path} does not end in .safetensors, by which such a file is known.")
     arrays = {name: np.ascontiguousarray(array) for name, array in portable.params.items()}
     if portable.palette:
         arrays[CENTERS] = portable.palette.centers

@@ -3,6 +3,7 @@
 TensorFlow is needed here and nowhere else; `pip install -e '.[prepare]'` brings it.
 """
 
+import logging
 import math
 import pathlib
 import re
@@ -15,8 +16,9 @@ from gptv_jax.interop.portable import Portable, class_head
 from gptv_jax.interop.tensors import Accounted
 from gptv_jax.tokens.palette import Palette
 
+LOG = logging.getLogger(__name__)
 SCOPE = "model/"
-BERT = "bert"  # in the path of a checkpoint of the BERT variant, as OpenAI named them
+BERT = re.compile(r"igpt-\w+-bert")  # the folders that OpenAI has the BERT variant in
 # The optimizer's, should a checkpoint have them.
 FOREIGN = re.compile(r".*(adam_m|adam_v|Adam(_\d+)?|global_step|beta[12]_power)$")
 
@@ -56,7 +58,7 @@ def convert(there: Accounted, prefix: pathlib.Path, palette: Palette) -> Portabl
         (V, D), (T, _) = there.shapes["wte"], there.shapes["wpe"]
         H, K, _ = there.shapes["h0/attn/q_proj"]
         F = there.shapes["h0/mlp/c_fc/w"][1]
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, IndexError) as error:
         raise InputError(f"{prefix} holds no Image GPT ({first_line(error)}).") from error
     L = len({name.partition("/")[0] for name in there.shapes if re.match(r"h\d+/", name)})
     names = [f"h{i}" for i in range(L)]
@@ -79,13 +81,16 @@ def convert(there: Accounted, prefix: pathlib.Path, palette: Palette) -> Portabl
         "final_norm": there.take("ln_f/g", (D,)),
         "head": there.take("wtet", (V, D)),
     }
-    objective = "bert" if BERT in str(prefix) else "autoregressive"
+    # No variable tells for sure which of the two it is.
+    bert = any(BERT.fullmatch(part) for part in prefix.parts)
+    objective = "bert" if bert else "autoregressive"
+    LOG.info("%s is read as %s, by the names of its folders.", prefix, objective)
     start = there.take("sos", (D,)) if objective == "autoregressive" or "sos" in there else None
     if objective == "autoregressive":  # BERT makes no use of one, even where it is there
         params["start"] = start[None]
     classes = 0
     if "clf/wclf" in there:
-        classes = there.shapes["clf/wclf"][0]
+        classes = there.shapes["clf/wclf"][0] if there.shapes["clf/wclf"] else 0
         params |= class_head(there.take("clf/wclf", (classes, D)))
     there.close(prefix)
     portable = Portable(
@@ -125,6 +130,8 @@ def _open(prefix: pathlib.Path) -> Accounted:
             for name, shape in every.items()
             if not FOREIGN.match(name)
         }
+        if len(shapes) < sum(not FOREIGN.match(name) for name in every):
+            raise ValueError(f"it has the same variable inside {SCOPE} and outside")
         scope = SCOPE if any(name.startswith(SCOPE) for name in every) else ""
         return Accounted(shapes, lambda name: reader.get_tensor(scope + name))
     except Exception as error:  # whatever TensorFlow's readers raise

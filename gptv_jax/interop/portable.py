@@ -69,6 +69,8 @@ class Portable:
             for name, array in self.params.items()
             if not np.isfinite(array).all()
         ]
+        if self.best_layer is not None and self.best_layer > self.model.layers:
+            differing.append(f"best_layer {self.best_layer} is none of {self.model.layers} layers")
         if differing:
             raise InputError(f"the weights in {where} do not fit: {'; '.join(differing)}.")
         return self
@@ -104,6 +106,21 @@ class Portable:
             ("data.image_size", config.data.image_size, self.image_size),
         ]
         return [f"config.{n} is {now!r}, there {then!r}" for n, now, then in pairs if now != then]
+
+
+def agreed(named: Palette | None, own: Palette | None, where: str) -> Palette:
+    """The palette that the user names, or that lies with the weights.
+
+    Raises:
+      InputError: neither is there, or they differ.
+    """
+    if named is None and own is None:
+        raise InputError(
+            f"{where} has no colours for its tokens; name the palette (kmeans_centers.npy) as well."
+        )
+    if named and own and not named.same_as(own):
+        raise InputError(f"the palette that is named is another one than that of {where}.")
+    return named or own
 
 
 def class_head(weight: Float[np.ndarray, "C D"]) -> dict[str, np.ndarray]:

@@ -33,7 +33,7 @@ def read(path: pathlib.Path) -> dict[str, np.ndarray]:
     with open_file(path) as file:
         try:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (safetensors.SafetensorError, TypeError) as error:
+        except Exception as error:  # of types that NumPy has not, too
             raise InputError(f"{path} is damaged ({first_line(error)}).") from error
 
 
@@ -49,13 +49,18 @@ def write(arrays: dict[str, np.ndarray], path: pathlib.Path, metadata: dict) -> 
     Raises:
       InputError: it cannot be written.
     """
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
         safetensors.numpy.save_file(arrays, temporary, metadata=metadata)
         temporary.replace(path)
     except (OSError, safetensors.SafetensorError) as error:
         raise InputError(f"{path} cannot be written ({first_line(error)}).") from error
+
+
+def floating(array: np.ndarray) -> bool:
+    """Whether an array is of floating-point numbers, bfloat16 among them."""
+    return array.dtype.kind == "f" or array.dtype.name == "bfloat16"
 
 
 class Accounted:
@@ -75,18 +80,33 @@ class Accounted:
         return name in self.shapes
 
     def take(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """The tensor in float32; zeros where `close` will refuse it."""
+        """The tensor in float32; zeros, which take no room, where `close` will refuse it."""
+        array = self._taken(name, shape)
+        return np.broadcast_to(np.float32(0), shape) if array is None else array
+
+    def _taken(self, name: str, shape: tuple[int, ...]) -> np.ndarray | None:
         found = self._left.pop(name, None)
         if found is None:
             self._wrong.append(f"{name} {shape} is missing")
         elif tuple(found) != shape:
             self._wrong.append(f"{name} is {tuple(found)}, not {shape}")
         else:
-            return np.asarray(self._get(name), np.float32)
-        return np.zeros(shape, np.float32)
+            try:
+                array = self._get(name)
+            except Exception as error:  # whatever the reader raises at a damaged file
+                self._wrong.append(f"{name} cannot be read ({first_line(error)})")
+                return None
+            if floating(array):
+                return np.asarray(array, np.float32)
+            self._wrong.append(f"{name} is of type {array.dtype}, which is not floating-point")
+        return None
 
     def stack(self, names: list[str], shape: tuple[int, ...], layer: tuple[int, ...]) -> np.ndarray:
         """Tensors of one shape along a new first axis, each reshaped to `layer`."""
+        if any(self.shapes.get(name) != shape for name in names):  # which `close` will tell of
+            for name in names:
+                self._taken(name, shape)
+            return np.broadcast_to(np.float32(0), (len(names), *layer))
         stacked = np.empty((len(names), *layer), np.float32)
         for i, name in enumerate(names):
             stacked[i] = self.take(name, shape).reshape(layer)

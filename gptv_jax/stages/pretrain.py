@@ -74,6 +74,7 @@ def _against_pixels(run: Run, bits: float) -> dict[str, float | None]:
     so they do not compare with bits per dimension.
     """
     codec, distortion = run.codec, {}
+    likely = run.config.model.objective == "autoregressive"  # bert tells of hidden tokens alone
     if not codec.lossless and run.data.has_pixels("test"):
         statistics = TokenStatistics(codec)
         for element in pipeline.images(run.config.data, "test", run.data.ledger):
@@ -81,7 +82,7 @@ def _against_pixels(run: Run, bits: float) -> dict[str, float | None]:
         distortion = statistics.numbers()
     per_dimension = math.prod(codec.grid) / math.prod(codec.image_shape)
     return {
-        "test_bits_per_dimension": bits * per_dimension if codec.lossless else None,
+        "test_bits_per_dimension": bits * per_dimension if codec.lossless and likely else None,
         "test_distortion_mse": 0.0 if codec.lossless else distortion.get("mean_squared_error"),
         "test_distortion_psnr_db": distortion.get("psnr"),
     }

@@ -58,10 +58,19 @@ def load(path: str | pathlib.Path) -> Palette:
             centers, provenance = content["centers"], json.loads(str(content["provenance"]))
     except (ValueError, KeyError) as error:
         raise InputError(f"{path} is not a palette ({error}).") from error
+    return checked(centers, provenance, str(path))
+
+
+def checked(centers: np.ndarray, provenance: dict, where: str) -> Palette:
+    """A palette of these colours, float [V, 3] from -1 to 1.
+
+    Raises:
+      InputError: they are something else; names `where`.
+    """
     usable = centers.ndim == 2 and centers.shape[1] == 3 and 2 <= len(centers) <= 65536
     if not usable or centers.dtype.kind != "f" or not np.abs(centers).max() <= 1:
         raise InputError(
-            f"{path} holds {centers.dtype} {list(centers.shape)}; a palette is floating-point "
+            f"{where} holds {centers.dtype} {list(centers.shape)}; a palette is floating-point "
             "numbers [colours, 3] from -1 to 1, 2 to 65536 colours."
         )
     return Palette(centers.astype(np.float32), provenance)
