@@ -3,6 +3,8 @@
 Needs the `bench` extra; without it the tests are skipped. `.ci/run` installs it after the others.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -63,19 +65,27 @@ def shifted(tokens: np.ndarray, shape: dict):
 def test_logits_and_every_layer_agree(name, tmp_path):
     shape = SHAPES[name]
     model = theirs(shape)
-    ours = gptv_jax.from_huggingface(saved(model, tmp_path / "hf", max_shard_size="40MB"))
+    portable = interop.read(saved(model, tmp_path / "hf", max_shard_size="40MB"))
     sharded = (tmp_path / "hf" / "model.safetensors.index.json").exists()
     assert sharded == (name == "igpt-s")
     tokens = tokens_of(shape)
     with torch.no_grad():
         output = model(shifted(tokens, shape), output_hidden_states=True)
-        # Theirs before each block is raw, but for the last entry; ours is normed as a probe has it.
-        *raw, final = output.hidden_states
-        normed = [block.ln_1(h) for block, h in zip(model.transformer.h, raw, strict=True)]
-    np.testing.assert_allclose(ours.logits(tokens), output.logits.numpy(), rtol=0, atol=1e-5)
-    found = ours._forward(tokens, "pooled")
-    wanted = np.stack([h.numpy().mean(axis=1) for h in [*normed, final]], axis=1)
-    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
+        *raw, final = output.hidden_states  # the last one normed, where the others are not
+    layers, network = tuple(range(len(raw) + 1)), portable.network
+
+    @functools.partial(jax.jit, static_argnames=("raw", "keep"))
+    def forward(params, **reading):
+        return network.bind(params)(jnp.asarray(tokens), **reading)
+
+    with jax.set_mesh(make_mesh((1, 1, 1))):
+        params = portable.on_mesh()
+        found = forward(params, raw=True, keep=layers[:-1])
+        last = forward(params, raw=False, keep=layers[-1:]).kept[0]
+    np.testing.assert_allclose(found.logits, output.logits.numpy(), rtol=0, atol=1e-5)
+    for layer, (ours, wanted) in enumerate(zip([*found.kept, last], [*raw, final], strict=True)):
+        scale = np.abs(wanted.numpy()).max()  # of a layer; its rounding is in proportion
+        np.testing.assert_allclose(ours / scale, wanted / scale, rtol=0, atol=1e-5, err_msg=layer)
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -138,9 +148,14 @@ def test_gradients_of_the_loss_agree_for_every_weight(name, tmp_path):
         found = sharding.by_name(jax.jit(jax.grad(loss))(portable.on_mesh()))
     assert set(found) == set(wanted)
     for weight_name, gradient in wanted.items():
-        error = np.linalg.norm(found[weight_name] - gradient)
-        assert error <= 1e-4 * np.linalg.norm(gradient), weight_name
-        assert np.linalg.norm(gradient) > 0, weight_name
+        layers = "blocks." in weight_name  # each by itself, so that none hides behind another
+        pairs = zip(found[weight_name], gradient, strict=True) if layers else [
+            (found[weight_name], gradient)
+        ]  # fmt: skip
+        for ours, theirs_ in pairs:
+            error = np.linalg.norm(ours - theirs_)
+            assert error <= 1e-4 * np.linalg.norm(theirs_), weight_name
+            assert np.linalg.norm(theirs_) > 0, weight_name
 
 
 # And back.
