@@ -1,8 +1,9 @@
-"""CIFAR-10 as 1,024 tokens of 512 colours: what Image GPT does, at three sizes.
+"""CIFAR-10 as 1,024 tokens of 512 colours: what Image GPT does, from a smoke test to its own sizes.
 
     tiny  330 thousand parameters, for a CPU: everything works, in minutes.
     10m   12 layers, width 256: minGPT's published CIFAR-10 run (Karpathy 2020, play_image.ipynb).
-    s     iGPT-S, 24 layers, width 512.
+    s     iGPT-S, 24 layers, width 512; m and l are iGPT-M and -L, to fine-tune imported weights
+          (`--stages=finetune --config.init_from=...`, docs/weights.md).
 
 Data: `--config.data.dir` names the folder of prepared TFDS sets; without one, the error says how to
 prepare it. `python -m gptv_jax.prepare` writes it once as tokens (49 MB), for training with
@@ -15,10 +16,12 @@ Hardware:   tiny: two CPU cores, all stages in 25 minutes. 10m: one H100-class G
             slice; some hours. s: the same, a day.
 Expect:     tiny: 2.47 nats per token on 2,000 test images after six minutes (docs/results.md).
             10m: about 2.04 (minGPT: 2.0378 after 16 of 20 epochs, with a palette of its own, so
-            +-0.02 says nothing); not run yet. s: no published number; not run.
+            +-0.02 says nothing); not run yet. s: no published number; not run. l, pretrained on
+            ImageNet and fine-tuned here: 0.990 (Chen et al. 2020); not run, for want of weights.
 Reproduces: 10m: minGPT's run, which has LayerNorm, biases and no token at the start: batch 128,
             Adam (0.9, 0.95) at 3e-3, one epoch of warm-up, cosine to a tenth, 20 epochs.
-            s: the recipe of Chen et al. 2020 on this set.
+            s: the recipe of Chen et al. 2020 on this set. Fine-tuning is the paper's: joint loss,
+            reflect-pad-4 crop and flip, constant rate of a tenth, early stop on validation.
 Changes:    tiny: row and column tables, and Muon, which learn several times faster in ten minutes
             than Adam does.
 """
@@ -42,7 +45,7 @@ def get_config(size: str = "10m"):
     c.tokens.name = "palette"
     c.tokens.colors = 512
     c.probe.c = (0.001, 0.01, 0.1, 1.0)
-    config_lib.choose(size, {"tiny": _tiny, "10m": _10m, "s": _s})(c)
+    config_lib.choose(size, SIZES)(c)
     return c
 
 
@@ -82,10 +85,13 @@ def _10m(c):
     c.train.optimizer.final_fraction = 0.1
 
 
-def _s(c):
-    c.model.layers, c.model.width, c.model.heads = 24, 512, 8
-    c.model.remat = "dots"
-    _paper(c, epochs=40, rate=1e-3)
+def _igpt(layers: int, width: int, heads: int, rate: float):
+    def change(c):
+        c.model.layers, c.model.width, c.model.heads = layers, width, heads
+        c.model.remat = "dots"
+        _paper(c, epochs=40, rate=rate)
+
+    return change
 
 
 def _paper(c, epochs: int, rate: float):
@@ -101,3 +107,12 @@ def _paper(c, epochs: int, rate: float):
     c.finetune.train.optimizer.learning_rate = rate / 10
     c.finetune.train.optimizer.schedule = "constant"
     c.finetune.patience = 5
+
+
+SIZES = {
+    "tiny": _tiny,
+    "10m": _10m,
+    "s": _igpt(24, 512, 8, rate=1e-3),
+    "m": _igpt(36, 1024, 8, rate=1e-3),
+    "l": _igpt(48, 1536, 16, rate=1e-3),
+}

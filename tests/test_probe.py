@@ -250,6 +250,46 @@ def test_the_stage_leaves_its_numbers(request, tmp_path, monkeypatch, network, c
     assert "ridge, test" in (run.folder / "report.html").read_text()
 
 
+def test_heads_are_trained_by_the_probes_own_transforms(autoregressive, tmp_path, monkeypatch):
+    own = dataclasses.replace(SGD, batch_size=16, train_transforms=("shift(pixels=1)",))
+    settings = dataclasses.replace(autoregressive.probe, method="sgd", refine=1, sgd=own)
+    run = Run(dataclasses.replace(autoregressive, probe=settings), str(tmp_path / "run"))
+    asked, train = [], run.data.train
+    monkeypatch.setattr(run.data, "train", lambda *given: asked.append(given) or train(*given))
+    with jax.set_mesh(run.mesh):
+        probe.run_stage(run)
+    assert asked == [(16, 0, ("shift(pixels=1)",))]
+
+
+def test_few_labels_are_those_of_the_best_layer(autoregressive, tmp_path, monkeypatch):
+    settings = dataclasses.replace(autoregressive.probe, labels_per_class=(2,))
+    run, given = Run(dataclasses.replace(autoregressive, probe=settings), str(tmp_path / "run")), {}
+
+    def recorded(_, splits, seed):
+        given.update(splits)
+        return [{"labels_per_class": 2, "test_accuracy": 0.5}]
+
+    monkeypatch.setattr(probe, "with_few_labels", recorded)
+    with jax.set_mesh(run.mesh):
+        best = probe.run_stage(run)["best_layer"]
+        network, images = run.network(), features.batches(run.data, settings)
+        read = features.of_network(network, run.pretrained(network), images, raw=False)
+        wanted = features.kept(read, [0, 1, 2])
+    np.testing.assert_array_equal(given["train"][0], wanted.taken([best])["train"][0])
+    others = [wanted.taken([layer])["train"][0] for layer in {0, 1, 2} - {best}]
+    assert not any(np.array_equal(given["train"][0], other) for other in others)
+
+
+def test_bert_is_read_under_every_vote_but_for_training(bert, tmp_path):
+    run = Run(bert, str(tmp_path / "run"))
+    with jax.set_mesh(run.mesh):
+        network, images = run.network(), features.batches(run.data, bert.probe)
+        read = features.of_network(network, run.pretrained(network), images, raw=False)
+        votes = {split: next(read(split))[0] for split in ("train", "validation", "test")}
+    assert [len(x) for x in votes.values()] == [1, 2, 2]
+    assert np.abs(votes["test"][0] - votes["test"][1]).max() > 1e-4
+
+
 # What is refused.
 
 

@@ -210,3 +210,12 @@ def test_heads_are_chosen_on_validation_alone(tmp_path):
 def test_forward_passes_alone_are_a_third_of_the_work():
     whole, forward = flops_per_token(NETWORK), flops_per_token(NETWORK, forward_only=True)
     assert whole == 3 * forward
+
+
+def test_heads_of_bert_learn_from_images_of_which_a_share_is_hidden():
+    groups, learned = ((1,),), []
+    for share in (0.0, 0.5):
+        network = tiny_network(objective="bert", masked_share=share)
+        network = dataclasses.replace(network, starts=1)
+        learned.append(trained(settings(), groups, network)["layers_1"]["weight"])
+    assert np.abs(learned[0] - learned[1]).max() > 1e-3

@@ -13,6 +13,7 @@ import numpy as np
 
 from gptv_jax import files
 from gptv_jax.checkpoint import Checkpoints
+from gptv_jax.errors import InputError, first_line
 from gptv_jax.model.gpt import Network
 from gptv_jax.probe import features, ridge, sgd
 from gptv_jax.probe.features import Features, Kept
@@ -111,8 +112,11 @@ def _by_sgd(run: Run, network: Network, trained: dict, initial: dict) -> tuple:
         pixels = features.of_pixels(run.codec, batches)
         tables["probe of raw pixels"] = _table("probe of raw pixels", pixels, run)
         files.write_json(path, tables)
-    rows, *floors = tables.values()
-    random, [raw] = ([_as_result(row) for row in floor] for floor in floors)
+    try:
+        rows, *floors = tables.values()
+        random, [raw] = ([_as_result(row) for row in floor] for floor in floors)
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is damaged ({first_line(error)}); delete it.") from error
 
     groups = [(layer,) for layer in ridge.best_layers(rows, config.refine)]
     best = ridge.best_layers(rows, 1)[0]
