@@ -4,6 +4,7 @@ import difflib
 import functools
 import logging
 import operator
+import os
 import pathlib
 import re
 import sys
@@ -49,10 +50,20 @@ def run(main: Callable[[], None], parser: Callable | None = None) -> None:
     try:
         app.run(configured, flags_parser=parser or _parse_flags)
     except InputError as error:
-        sys.exit(f"error: {error}")
+        _end(1, f"error: {error}")
     except KeyboardInterrupt:
-        print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+        _end(130, "interrupted; the same command continues from the last checkpoint")
+
+
+def _end(code: int, message: str) -> None:
+    """Ends the process at once, with a message.
+
+    An interpreter that ends in order may be aborted by threads of libraries that are still at work.
+    """
+    print(message, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
