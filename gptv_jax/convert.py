@@ -11,6 +11,7 @@ from absl import flags
 
 from gptv_jax import api, command
 from gptv_jax.errors import InputError
+from gptv_jax.interop import huggingface
 
 FROM = flags.DEFINE_string(
     "from", None, "Run folder, .safetensors file, Hugging Face's folder, or TensorFlow's prefix."
@@ -19,7 +20,7 @@ TO = flags.DEFINE_string("to", None, "A .safetensors file, or else a folder for 
 STAGE = flags.DEFINE_enum("stage", None, api.TRAININGS, "Of a run; default: the latest finished.")
 PALETTE = flags.DEFINE_string("palette", None, "kmeans_centers.npy, for weights without colours.")
 TASK = flags.DEFINE_enum(
-    "task", "generation", ("generation", "classification"), "Head to write for Hugging Face."
+    "task", "generation", list(huggingface.ARCHITECTURES), "Head to write for Hugging Face."
 )
 LOG = logging.getLogger("gptv_jax.convert")
 
