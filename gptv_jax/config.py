@@ -27,6 +27,7 @@ class Mesh:
 
     data: int = field(-1, AXIS, free=True)  # batch split, weights replicated
     fsdp: int = field(1, AXIS, free=True)  # batch and weights split, gathered layer by layer
+    sequence: int = field(1, AXIS, free=True)  # positions split, for long sequences
     tensor: int = field(1, AXIS, free=True)  # heads and MLP width split
 
 
@@ -253,7 +254,7 @@ def resolve(settings: ml_collections.ConfigDict | dict) -> Config:
 def _check_together(config: Config) -> None:
     """What can be judged without data or devices, of fields that must fit each other."""
     mesh, model = config.mesh, config.model
-    if (mesh.data, mesh.fsdp, mesh.tensor).count(-1) > 1:
+    if dataclasses.astuple(mesh).count(-1) > 1:
         raise InputError("config.mesh has more than one -1; only one axis can fill what is left.")
     if model.width % model.heads:
         raise InputError(

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from gptv_jax import sharding
 from gptv_jax.model.gpt import Cache, Network
 
 
@@ -47,7 +48,7 @@ def _prefill(
 ) -> tuple[Float[Array, "B V"], Cache]:
     model = network.bind(params)
     cache = network.empty_cache(prefix.shape[0])
-    return model.extend(model.embed(prefix), 0, cache)
+    return model.extend(model.embed(prefix, spec=sharding.BATCH_FIRST), 0, cache)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -68,7 +68,8 @@ class Run:
         if not found:
             self._try(self.codec)
         tokens.save_palette(self.codec, self.folder)
-        self.data = Pipeline(config.data, self.codec, config.seed, self.folder)
+        share = sharding.batch_share(self.mesh)
+        self.data = Pipeline(config.data, self.codec, config.seed, self.folder, share)
 
     def _try(self, codec: tokens.Codec) -> None:
         """The data, every list of transforms and the codec must fit each other."""

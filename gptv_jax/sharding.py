@@ -1,23 +1,30 @@
 """The mesh, its axis names, and the one table of partition specs.
 
-Three axes, always present so that specs never change:
-  data    the batch is split, weights are replicated;
-  fsdp    the batch is split, and so are weights and optimizer state (along D, the width); a layer
-          gathers its weights just before it uses them;
-  tensor  heads (H) and MLP width (F) are split; activations between layers are replicated.
+Four axes, always present so that specs never change, those that talk most the closest together:
+  data      the batch is split, weights are replicated; of several TPU slices or nodes, this is the
+            axis that crosses them, as it needs the least from the network between them;
+  fsdp      the batch is split, and so are weights and optimizer state (along D, the width); a layer
+            gathers its weights just before it uses them;
+  sequence  positions (T) are split, for sequences too long for one device; attention gathers keys
+            and values;
+  tensor    heads (H) and MLP width (F) are split; activations between layers are replicated.
 
 Axes are explicit: a sharding is part of an array's type, a wrong one fails when the step is traced,
 and moments made by `zeros_like(weight)` are sharded as the weight is.
 """
 
+import math
+from collections.abc import Sequence
+
 import jax
-from jax.sharding import AxisType, NamedSharding
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gptv_jax import config as config_lib
 from gptv_jax.errors import InputError
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "sequence", "tensor")
 BATCH = ("data", "fsdp")  # the mesh axes that split the batch
 
 # Letters: B batch, T tokens, D width, H heads, K head size, F mlp width, V vocabulary, L layers,
@@ -40,48 +47,63 @@ PARAMETERS: dict[str, P] = {
     "class_center": P(None),  # D
     "class_scale": P(None),  # D
 }
-HIDDEN = P(BATCH)  # activations [B, T, D], and everything else that leads with the batch
+BATCH_FIRST = P(BATCH)  # what leads with the batch
+HIDDEN = P(BATCH, "sequence")  # activations [B, T, D], and what else there is of every position
 
 
-def make_mesh(config: config_lib.Mesh) -> jax.sharding.Mesh:
-    """The mesh over all devices of all processes, -1 filled.
+def make_mesh(config: config_lib.Mesh, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh over devices, -1 filled.
+
+    Args:
+      config: the sizes of its axes.
+      devices: None for all of all processes.
 
     Raises:
-      InputError: the sizes do not multiply to the number of devices.
+      InputError: the sizes do not multiply to the number of devices, or several slices cannot be
+        laid along "data" and "fsdp".
     """
-    count = jax.device_count()
-    sizes = [config.data, config.fsdp, config.tensor]
-    known = 1
-    for size in sizes:
-        known *= size if size != -1 else 1
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = [getattr(config, axis) for axis in AXES]
+    known = math.prod(size for size in sizes if size != -1)
     shown = ", ".join(f"config.mesh.{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
-    if -1 in sizes and count % known == 0:
-        sizes[sizes.index(-1)] = count // known
-    elif known != count or -1 in sizes:
+    if -1 in sizes and len(devices) % known == 0:
+        sizes[sizes.index(-1)] = len(devices) // known
+    elif known != len(devices) or -1 in sizes:
         raise InputError(
-            f"{shown} does not divide the devices: there are {count}, the named sizes multiply to "
-            f"{known}; choose sizes whose product is {count}, or one -1 to fill."
+            f"{shown} does not divide the devices: there are {len(devices)}, the named sizes "
+            f"multiply to {known}; choose sizes whose product is {len(devices)}, or one -1 to fill."
         )
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    types = (AxisType.Explicit,) * len(AXES)
+    if slices == 1 or devices[0].platform != "tpu":
+        return jax.make_mesh(tuple(sizes), AXES, types, devices=devices)
+    # Slices lie along "data", and where it is too short, along "fsdp" as well.
+    across = [math.gcd(slices, sizes[0]), slices // math.gcd(slices, sizes[0]), 1, 1]
+    if sizes[1] % across[1]:
+        raise InputError(
+            f"{shown} cannot be laid over {slices} slices: config.mesh.data * config.mesh.fsdp "
+            f"takes a multiple of {slices}, data first."
+        )
+    within = [size // count for size, count in zip(sizes, across, strict=True)]
+    laid = mesh_utils.create_hybrid_device_mesh(
+        within, across, devices, allow_split_physical_axes=True
+    )
+    return Mesh(laid, AXES, axis_types=types)
 
 
-def check(config: config_lib.Config, mesh: jax.sharding.Mesh) -> None:
+def check(config: config_lib.Config, mesh: Mesh) -> None:
     """Fails before any work where the mesh does not divide the batch or the network.
 
     Raises:
       InputError: names the field, its value and the number that must divide it.
     """
-    fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
-    ways = mesh.shape["data"] * fsdp
+    fsdp, sequence, tensor = (mesh.shape[axis] for axis in AXES[1:])
+    ways, model = mesh.shape["data"] * fsdp, config.model
     rows = [
-        ("model.width", config.model.width, fsdp, "mesh.fsdp"),
-        ("model.heads", config.model.heads, tensor, "mesh.tensor"),
-        (
-            "model.width * model.mlp_ratio",
-            config.model.width * config.model.mlp_ratio,
-            tensor,
-            "mesh.tensor",
-        ),
+        ("model.width", model.width, fsdp, "mesh.fsdp"),
+        ("model.heads", model.heads, tensor, "mesh.tensor"),
+        ("model.width * model.mlp_ratio", model.width * model.mlp_ratio, tensor, "mesh.tensor"),
+        ("data.image_size ** 2", config.data.image_size**2, sequence, "mesh.sequence"),
         ("probe.batch_size", config.probe.batch_size, ways, "mesh.data * mesh.fsdp"),
     ]
     if config.probe.method == "sgd":
@@ -104,6 +126,30 @@ def check(config: config_lib.Config, mesh: jax.sharding.Mesh) -> None:
             )
 
 
+def batch_share(mesh: Mesh) -> tuple[int, int]:
+    """`(i, n)`: this process reads the i-th n-th of every global batch.
+
+    Processes whose devices hold the same rows, as where "tensor" or "sequence" crosses them, read
+    the same share.
+
+    Raises:
+      InputError: some processes have more rows than others, or hold them partly in common.
+    """
+    rows = mesh.devices.reshape(mesh.shape["data"] * mesh.shape["fsdp"], -1)
+    held: dict[int, set[int]] = {}
+    for row, devices in enumerate(rows):
+        for device in devices:
+            held.setdefault(device.process_index, set()).add(row)
+    shares = sorted({tuple(sorted(each)) for each in held.values()})
+    if len({len(share) for share in shares}) > 1 or sum(map(len, shares)) != len(rows):
+        raise InputError(
+            f"config.mesh splits the batch over {len(rows)} groups of devices, which "
+            f"{len(held)} processes cannot share evenly; take other sizes of mesh.tensor and "
+            "mesh.sequence."
+        )
+    return shares.index(tuple(sorted(held[jax.process_index()]))), len(shares)
+
+
 def gather(weight: jax.Array, dtype) -> jax.Array:
     """The weight in the compute dtype, whole along fsdp; its gradient is scattered back.
 
@@ -116,14 +162,14 @@ def gather(weight: jax.Array, dtype) -> jax.Array:
 
 
 def global_batch(batch: dict) -> dict:
-    """This process's rows of a batch (NumPy, B / processes) as global arrays split over BATCH."""
-    sharding = NamedSharding(jax.sharding.get_mesh(), HIDDEN)
+    """This process's rows of a batch (NumPy, `batch_share`) as global arrays split over BATCH."""
+    sharding = NamedSharding(jax.sharding.get_mesh(), BATCH_FIRST)
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
 
 
 def from_everywhere(rows) -> jax.Array:
     """Rows that every process holds whole (NumPy, [B, ...]) as one array split over BATCH."""
-    sharding = NamedSharding(jax.sharding.get_mesh(), HIDDEN)
+    sharding = NamedSharding(jax.sharding.get_mesh(), BATCH_FIRST)
     return jax.make_array_from_callback(rows.shape, sharding, lambda index: rows[index])
 
 

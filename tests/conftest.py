@@ -5,6 +5,7 @@ import pathlib
 
 CACHE = pathlib.Path(__file__).parent.parent / ".pytest_cache" / "jax"
 os.environ["JAX_PLATFORMS"] = "cpu"  # a GPU in the machine does not alter the tests
+os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # libtpu compiles for chips that are not here: no search
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
@@ -34,12 +35,14 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 flags.FLAGS.mark_as_parsed()  # Grain's workers read absl flags
 
 MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]  # data, fsdp, tensor
+MESHES += [(2, 1, 4, 1), (1, 2, 2, 2)]  # data, fsdp, sequence, tensor
 
 
-def make_mesh(shape: tuple[int, int, int]) -> jax.sharding.Mesh:
-    """A mesh over the first devices."""
+def make_mesh(shape: tuple[int, ...]) -> jax.sharding.Mesh:
+    """A mesh over the first devices: data, fsdp, tensor, or these with sequence before tensor."""
+    shape = (*shape[:2], 1, shape[2]) if len(shape) == 3 else shape
     devices = jax.devices()[: int(np.prod(shape))]
-    return jax.make_mesh(shape, sharding.AXES, (AxisType.Explicit,) * 3, devices=devices)
+    return jax.make_mesh(shape, sharding.AXES, (AxisType.Explicit,) * 4, devices=devices)
 
 
 def tiny_network(classes: int = 0, **changes) -> Network:

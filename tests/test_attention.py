@@ -5,19 +5,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import make_mesh, random_batch, random_params, tiny_network
+from jax.experimental import topologies
 
+from gptv_jax import config as config_lib
 from gptv_jax import sharding
-from gptv_jax.model import attention
+from gptv_jax.model import attention, splash_attention
+from gptv_jax.model.blocked_attention import blocked_attention
 from gptv_jax.train.step import generative_loss
 
 T, BLOCK = 11, 4  # two whole blocks and a part of one
+QUERIES = jax.sharding.PartitionSpec(sharding.BATCH, "sequence", "tensor", None)
 
 
 def draw(count, shape=(8, T, 4, 6), dtype=np.float32, seed=0):
     """Arrays [B, T, H, K], split over the mesh as queries, keys and values are."""
     rng = np.random.default_rng(seed)
-    spec = jax.sharding.PartitionSpec(sharding.BATCH, None, "tensor", None)
-    placed = jax.sharding.NamedSharding(jax.sharding.get_mesh(), spec)
+    placed = jax.sharding.NamedSharding(jax.sharding.get_mesh(), QUERIES)
     return [jax.device_put(rng.normal(size=shape).astype(dtype), placed) for _ in range(count)]
 
 
@@ -26,7 +29,10 @@ def plain(q, k, v):
 
 
 def blocked(q, k, v, block=BLOCK):
-    return attention.blocked_attention(q, k, v, block)
+    """The blocked form, which is of one device, on every device."""
+    spec = jax.typeof(q).sharding.spec
+    local = lambda *inputs: blocked_attention(*inputs, block)  # noqa: E731
+    return jax.shard_map(local, in_specs=3 * (spec,), out_specs=spec, check_vma=False)(q, k, v)
 
 
 def output_and_gradients(attend, q, k, v, direction):
@@ -153,15 +159,84 @@ def test_long_sequences_on_a_cpu_take_the_blocked_form_and_others_the_plain_one(
         return "scan" in str(jax.make_jaxpr(lambda *x: attention.causal_attention(*x))(x, x, x))
 
     assert walks_over_heads(attention.LONG) and not walks_over_heads(attention.LONG - 1)
-    monkeypatch.setattr(attention, "_on_cpu", lambda: False)
+    monkeypatch.setattr(attention, "_platform", lambda mesh: "gpu")
     assert not walks_over_heads(attention.LONG)
 
 
 def test_form_follows_the_devices_of_the_mesh_and_not_this_process():
-    assert attention._on_cpu()  # without a mesh: JAX's default
-    mesh = make_mesh((2, 2, 2))
-    with jax.set_mesh(mesh):
-        assert attention._on_cpu()
+    mesh = make_mesh((2, 2, 2)).abstract_mesh
+    assert attention._platform(mesh) == "cpu"
     tpu = jax.sharding.AbstractDevice("TPU v5 lite", num_cores=1, platform="tpu")
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh.update(abstract_device=tpu)):
-        assert not attention._on_cpu()
+    assert attention._platform(mesh.update(abstract_device=tpu)) == "tpu"
+
+
+# A sequence that is split.
+
+SPLIT = [(1, 2, 4, 1), (1, 2, 2, 2), (1, 1, 8, 1)]
+FORMS = {True: attention.causal_attention, False: attention.bidirectional_attention}
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("shape", SPLIT, ids=str)
+def test_splitting_the_sequence_changes_no_number_and_gathers_keys_and_values_alone(shape, causal):
+    whole = (8, 16, 4, 6)
+    with jax.set_mesh(make_mesh((1, 1, 1))):
+        wanted = output_and_gradients(FORMS[causal], *draw(4, whole))
+    with jax.set_mesh(make_mesh(shape)):
+        inputs = draw(4, whole)
+        found = output_and_gradients(FORMS[causal], *inputs)
+        out, backward = jax.vjp(FORMS[causal], *inputs[:3])
+        for x in (out, *backward(out)):
+            assert x.sharding == inputs[0].sharding
+        program = jax.jit(lambda *x: jax.vjp(FORMS[causal], *x[:3])[1](x[3])).lower(*inputs)
+        text = program.compile().as_text()
+    for f, w in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(f, w, rtol=0, atol=1e-6)
+    assert "all-gather" in text and "reduce-scatter" in text
+    assert not any(name in text for name in ("all-reduce(", "all-to-all", "permute("))
+
+
+# The kernels for a TPU: emulated here for their numbers, compiled for the real one in earnest.
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 1, 2, 2)], ids=str)
+def test_splash_attention_and_its_gradients_are_those_of_the_plain_form(
+    shape, causal, monkeypatch
+):
+    whole = (1, 256, 2, 64)
+    with jax.set_mesh(make_mesh(shape)):
+        inputs = draw(4, whole)
+        monkeypatch.setattr(attention, "LONG", np.inf)
+        wanted = output_and_gradients(FORMS[causal], *inputs)
+        emulated = functools.partial(splash_attention.make_kernel, interpret=True)
+        monkeypatch.setattr(attention, "make_kernel", emulated)
+        monkeypatch.setattr(attention, "_platform", lambda mesh: "tpu")
+        found = output_and_gradients(FORMS[causal], *inputs)
+    for f, w in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(f, w, rtol=0, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def tpu():
+    """A mesh of a TPU v5e with four chips, which this machine does not have."""
+    described = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
+    return sharding.make_mesh(config_lib.Mesh(1, 1, 2, 2), described.devices)
+
+
+@pytest.mark.parametrize("head_size", [64, 96, 128, 192])
+def test_splash_attention_compiles_for_a_tpu_without_t_by_t_scores(tpu, head_size):
+    batch, length = 2, 1024
+    with jax.set_mesh(tpu):
+        placed = jax.sharding.NamedSharding(tpu, QUERIES)
+        shape = (batch, length, 4, head_size)
+        x = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=placed)
+
+        def gradients(*inputs):
+            out, backward = jax.vjp(attention.causal_attention, *inputs)
+            return backward(out)
+
+        compiled = jax.jit(gradients).lower(x, x, x).compile()
+    assert compiled.as_text().count("tpu_custom_call") >= 3  # forward, dq, and dk with dv
+    scores = batch * 2 * (length // 2) * length * 4  # bytes on one device, of heads, queries, keys
+    assert compiled.memory_analysis().temp_size_in_bytes < scores

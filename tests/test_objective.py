@@ -81,6 +81,7 @@ def test_where_a_token_is_hidden_its_position_is_still_known(given):
     np.testing.assert_allclose(logits[1:], logits[:-1], atol=1e-6)  # and nothing else is
 
 
+@pytest.mark.usefixtures("one_device")
 def test_the_loss_is_the_mean_over_images_of_that_over_their_hidden_tokens():
     logits = jnp.asarray(generator().normal(size=(2, 4, 5)), jnp.float32)
     tokens = jnp.asarray([[0, 1, 2, 3], [4, 3, 2, 1]])
@@ -118,7 +119,7 @@ def test_every_mesh_hides_the_same_and_has_the_same_gradients(shape, given):
     wanted = value_and_gradients(network, params, batch)
     with jax.set_mesh(make_mesh(shape)):
         placed = {k: jax.device_put(np.asarray(v), jax.sharding.NamedSharding(
-            jax.sharding.get_mesh(), step.sharding.HIDDEN)) for k, v in batch.items()}  # fmt: skip
+            jax.sharding.get_mesh(), step.sharding.BATCH_FIRST)) for k, v in batch.items()}  # fmt: skip
         found = value_and_gradients(network, random_params(network), placed)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())

@@ -2,7 +2,7 @@
 
 The position in the training data is one number, the count of global batches taken, whatever the
 number of hosts and workers: batch k of the endless, per-epoch shuffled sequence is its elements
-k*B .. (k+1)*B, and host i of n takes the i-th n-th of them.
+k*B .. (k+1)*B, and share i of n takes the i-th n-th of them.
 """
 
 import dataclasses
@@ -13,7 +13,6 @@ import pathlib
 from collections.abc import Iterator
 
 import grain
-import jax
 import numpy as np
 
 from gptv_jax import config as config_lib
@@ -30,11 +29,16 @@ class Pipeline:
     """The data of a run, as batches of NumPy arrays.
 
     A batch holds `"tokens": int32 [b, T]`, `"variant": int32 [b]` and, of labelled data,
-    `"label": int32 [b]`; b is the batch size over the number of processes.
+    `"label": int32 [b]`; b is the batch size over the number of shares.
     """
 
     def __init__(
-        self, config: config_lib.Data, codec: Codec, seed: int, folder: pathlib.Path | None = None
+        self,
+        config: config_lib.Data,
+        codec: Codec,
+        seed: int,
+        folder: pathlib.Path | None = None,
+        share: tuple[int, int] = (0, 1),
     ):
         """Nothing is read yet.
 
@@ -43,8 +47,10 @@ class Pipeline:
           codec: of the tokens.
           seed: of order and augmentation.
           folder: of the run, for the record of damaged images.
+          share: `(i, n)`: of every global batch the i-th n-th is read, as `sharding.batch_share`
+            says.
         """
-        self.config, self.codec, self.seed = config, codec, seed
+        self.config, self.codec, self.seed, self.share = config, codec, seed, share
         self.ledger = Ledger(config, folder)
 
     def train(
@@ -60,7 +66,7 @@ class Pipeline:
         source, steps = _opened(self.config, "train", entries or self.config.train_transforms)
         data = grain.MapDataset.range(len(source)).seed(self.seed).shuffle().repeat()
         data = data.random_map(_Example(source, steps, self.codec))
-        read = _read(_share(data, batch_size)[position:], source, self.config.workers)
+        read = _read(self._share(data, batch_size)[position:], source, self.config.workers)
         return self._watched(read, "train", source, batch_size, position)
 
     def evaluation(self, split: str, batch_size: int, limit: int | None = None) -> Iterator[dict]:
@@ -79,12 +85,17 @@ class Pipeline:
         padded = _Padded(source, batch_size, limit)
         example = _Example(padded, steps, self.codec)
         data = grain.MapDataset.range(len(padded)).map(example.map)
-        read = _read(_share(data, batch_size), source, self.config.workers)
+        read = _read(self._share(data, batch_size), source, self.config.workers)
         return self._watched(read, split, source, batch_size)
 
     def has_pixels(self, split: str) -> bool:
         """Whether the split's images are at hand, not their tokens alone."""
         return sources.open_source(self.config, split).form != "tokens"
+
+    def _share(self, data: grain.MapDataset, batch_size: int) -> grain.MapDataset:
+        """This process's part of every global batch."""
+        index, count = self.share
+        return data.batch(batch_size // count)[index::count]
 
     def _watched(self, batches, split, source, batch_size, position=0) -> Iterator[dict]:
         """The batches, with what they tell of damaged images entered in the ledger."""
@@ -244,12 +255,6 @@ class _Padded:
         element = self.source[index if real else 0]
         counts = real and element.get("damaged", SOUND) == SOUND
         return {**element, "mask": np.float32(counts), "index": np.int32(index)}
-
-
-def _share(data: grain.MapDataset, batch_size: int) -> grain.MapDataset:
-    """This process's part of every global batch."""
-    count = jax.process_count()
-    return data.batch(batch_size // count)[jax.process_index() :: count]
 
 
 def _read(data: grain.MapDataset, source, workers: int) -> grain.IterDataset:

@@ -1,15 +1,12 @@
-"""Attention: the plain form, and one for long sequences on a CPU.
+"""Attention: the plain form, which says what is meant, and the choice of a fast one.
 
-The blocked form skips the upper triangle (but for the squares on the diagonal) and never holds
-T x T of anything: it goes through one head of one row at a time, a block of queries against all
-keys up to the block's end. Its backward pass computes the probabilities again from the saved log of
-their sums (as in FlashAttention, Dao et al. 2022). docs/results.md has what it gains.
-
-Scores lie keys by queries, [S, b]: their maxima and sums then run along the vector units, and every
-product is a plain [m, k] x [k, n], the only one that XLA's CPU backend is fast at.
+Over the mesh every device attends with its own rows, heads and, where the sequence is split, its
+own queries, for which it gathers the keys and values of the whole sequence. Gathered, not passed
+round in a ring: keys and values of one layer are small beside its other activations at the lengths
+of images (docs/scaling.md has the arithmetic), one collective is simpler for the compiler to hide
+than a loop of them, and the same kernels serve as without the split.
 """
 
-import functools
 import math
 
 import jax
@@ -17,8 +14,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
-BLOCK = 256  # queries a block; 128 is as fast within noise, and slower to compile
-LONG = 256  # T from which the blocked form is the faster one
+from gptv_jax.model.blocked_attention import blocked_attention
+from gptv_jax.model.splash_attention import LANES, make_kernel, splash_attention
+
+LONG = 256  # T from which, on a CPU, the blocked form is the faster one
 
 
 def attention(
@@ -38,142 +37,51 @@ def causal_attention(
     q: Float[Array, "B T H K"], k: Float[Array, "B T H K"], v: Float[Array, "B T H K"]
 ) -> Float[Array, "B T H K"]:
     """`attention` of every position to itself and all earlier ones, in the form that is fastest."""
-    T = q.shape[1]
-    if T >= LONG and _on_cpu():
-        return blocked_attention(q, k, v)
-    return attention(q, k, v, jnp.tri(T, dtype=bool))
+    return _over_the_mesh(q, k, v, causal=True)
 
 
 def bidirectional_attention(
     q: Float[Array, "B T H K"], k: Float[Array, "B T H K"], v: Float[Array, "B T H K"]
 ) -> Float[Array, "B T H K"]:
-    """`attention` of every position to all."""
-    return attention(q, k, v, jnp.ones((q.shape[1],) * 2, bool))
+    """`attention` of every position to all, in the form that is fastest."""
+    return _over_the_mesh(q, k, v, causal=False)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def blocked_attention(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T H K"],
-    v: Float[Array, "B T H K"],
-    block: int = BLOCK,
-) -> Float[Array, "B T H K"]:
-    """Causal attention, `block` queries at a time; B and H may be split over the mesh.
+def _over_the_mesh(q, k, v, *, causal: bool):
+    """Each device's share of the work; q, k and v are split alike."""
+    mesh, T = jax.sharding.get_abstract_mesh(), q.shape[1]
+    if mesh.empty:
+        return _plain(causal, 0, q, k, v)
+    split = mesh.shape["sequence"]
+    spec = P(*jax.typeof(q).sharding.spec[:3], None)  # the whole of K, with each head
 
-    All of it is computed in float32, whatever the inputs are: on a CPU that costs nothing.
-    """
-    return _forward(q, k, v, block)[0]
+    def local(kernel, q, k, v):
+        first = 0
+        if split > 1:
+            first = jax.lax.axis_index("sequence") * (T // split)
+            k, v = (jax.lax.all_gather(x, "sequence", axis=1, tiled=True) for x in (k, v))
+        if kernel is not None:
+            return splash_attention(kernel, q, k, v)
+        if causal and split == 1 and T >= LONG and _platform(mesh) == "cpu":
+            return blocked_attention(q, k, v)
+        return _plain(causal, first, q, k, v)
 
-
-def _forward(q, k, v, block):
-    rows, sums = _specs(q)
-    local = _on_every_device(functools.partial(_local_forward, block), 3 * [rows], (rows, sums))
-    out, log_sums = local(q, k, v)
-    return out, (q, k, v, out, log_sums)
-
-
-def _backward(block, saved, gradient):
-    rows, sums = _specs(gradient)
-    local = _on_every_device(
-        functools.partial(_local_backward, block), [*4 * [rows], sums, rows], 3 * (rows,)
-    )
-    return local(*saved, gradient)
+    kernel = kernel_specs = None
+    if _platform(mesh) == "tpu" and (T // split) % LANES == 0:
+        kernel, kernel_specs = make_kernel(mesh, q.shape[2], T, causal=causal)
+    # The kernels say nothing of which axes their results vary over; all of them are in the specs.
+    in_specs = (kernel_specs, spec, spec, spec)
+    return jax.shard_map(local, in_specs=in_specs, out_specs=spec, check_vma=False)(kernel, q, k, v)
 
 
-blocked_attention.defvjp(_forward, _backward)
+def _plain(causal, first, q, k, v):
+    """`attention` of the queries of positions `first` and following."""
+    T, S = q.shape[1], k.shape[1]
+    seen = first + jnp.arange(T)[:, None] >= jnp.arange(S)[None]
+    return attention(q, k, v, seen if causal else jnp.ones((T, S), bool))
 
 
-def _local_forward(block, q, k, v):
-    """Mixed values [B, T, H, K] and the log of each softmax's sum [B, H, T]."""
-    B, _, H, _ = q.shape
-    out, log_sums = jax.lax.map(
-        lambda inputs: _head_forward(block, *inputs), tuple(_by_head(x) for x in (q, k, v))
-    )
-    return _by_row(out, B).astype(q.dtype), log_sums.reshape(B, H, -1)
-
-
-def _local_backward(block, q, k, v, out, log_sums, gradient):
-    """Gradients of q, k and v."""
-    B, T, H, _ = q.shape
-    # What the softmax's own gradient subtracts: sum_s P dP = sum_k out dout.
-    shift = (out.astype(jnp.float32) * gradient.astype(jnp.float32)).sum(axis=-1)
-    per_query = (log_sums.reshape(B * H, T), shift.swapaxes(1, 2).reshape(B * H, T))
-    gradients = jax.lax.map(
-        lambda inputs: _head_backward(block, *inputs),
-        (*(_by_head(x) for x in (q, k, v, gradient)), *per_query),
-    )
-    return tuple(_by_row(x, B).astype(q.dtype) for x in gradients)
-
-
-def _head_forward(block, q, k, v):
-    """Of one head of one row, each [T, K]: mixed values [T, K], logs of sums [T]."""
-    T, K = q.shape
-    q_t, v_t = (q / math.sqrt(K)).T, v.T
-    outs, log_sums = [], []
-    for start, end in _blocks(T, block):
-        scores = _scores(k, q_t, start, end)
-        largest = scores.max(axis=0)
-        p = jnp.exp(scores - largest[None])
-        total = p.sum(axis=0)
-        outs.append(v_t[:, :end] @ p / total[None])
-        log_sums.append(largest + jnp.log(total))
-    return jnp.concatenate(outs, axis=1).T, jnp.concatenate(log_sums)
-
-
-def _head_backward(block, q, k, v, gradient, log_sums, shift):
-    """Of one head of one row, [T, K] and [T]: gradients of q, k and v, each [T, K]."""
-    T, K = q.shape
-    q = q / math.sqrt(K)
-    q_t, k_t, gradient_t = q.T, k.T, gradient.T
-    dq, dk, dv = [], jnp.zeros_like(k), jnp.zeros_like(v)
-    for start, end in _blocks(T, block):
-        p = jnp.exp(_scores(k, q_t, start, end) - log_sums[None, start:end])
-        dp = v[:end] @ gradient_t[:, start:end]
-        ds = p * (dp - shift[None, start:end])
-        dq.append(k_t[:, :end] @ ds)
-        dk = dk.at[:end].add(ds @ q[start:end])
-        dv = dv.at[:end].add(p @ gradient[start:end])
-    return jnp.concatenate(dq, axis=1).T / math.sqrt(K), dk, dv
-
-
-def _scores(k, q_t, start, end):
-    """Keys 0 .. end-1 [S] by queries start .. end-1 [b], -inf where a key is later."""
-    scores = k[:end] @ q_t[:, start:end]
-    # Only the last square has later keys; masking all of the block would be one more pass over it.
-    seen = jnp.tri(end - start, dtype=bool).T
-    square = jnp.where(seen, scores[start:], -jnp.inf)
-    return jax.lax.dynamic_update_slice(scores, square, (start, 0))
-
-
-def _blocks(T, block):
-    return [(start, min(start + block, T)) for start in range(0, T, block)]
-
-
-def _by_head(x):
-    """[B, T, H, K] as float32 [B H, T, K]."""
-    B, T, H, K = x.shape
-    return x.swapaxes(1, 2).reshape(B * H, T, K).astype(jnp.float32)
-
-
-def _by_row(x, B):
-    """[B H, T, K] as [B, T, H, K]."""
-    return x.reshape(B, -1, *x.shape[1:]).swapaxes(1, 2)
-
-
-def _specs(x):
-    """How [B, T, H, K] is split, and what goes with it of [B, H, T]."""
-    B, _, H, _ = jax.typeof(x).sharding.spec
-    return P(B, None, H, None), P(B, H, None)
-
-
-def _on_every_device(function, in_specs, out_specs):
-    """`function` of each device's own rows and heads, which need nothing from another's."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return function
-    return jax.shard_map(function, in_specs=tuple(in_specs), out_specs=out_specs)
-
-
-def _on_cpu():
+def _platform(mesh) -> str:
     # Where the mesh is, not this process: a program may be compiled for devices it does not have.
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return (device.platform if device else jax.default_backend()) == "cpu"
+    device = mesh.abstract_device
+    return device.platform if device else jax.default_backend()

@@ -15,16 +15,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
-from gptv_jax.model import attention, heads, layers
-
-REMAT = {
-    "dots": jax.checkpoint_policies.save_only_these_names(layers.PRODUCT),
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
+from gptv_jax.model import attention, heads, layers, remat
 
 
 class Output(NamedTuple):
@@ -148,32 +144,47 @@ class GPT(nnx.Module):
         return self._token_logits(last)[:, 0], cache
 
     def embed(
-        self, tokens: Int[Array, "B P"], variant: Int[Array, "B"] | None = None
+        self,
+        tokens: Int[Array, "B P"],
+        variant: Int[Array, "B"] | None = None,
+        spec: PartitionSpec = sharding.HIDDEN,
     ) -> Float[Array, "B P+1 D"]:
-        """Inputs of positions 0 .. P: the start vector, then the first P tokens."""
+        """Inputs of positions 0 .. P: the start vector, then the first P tokens.
+
+        Args:
+          tokens: that the positions after the first hold.
+          variant: see `__call__`.
+          spec: how the result is to be split.
+        """
         if variant is None:
-            variant = jnp.zeros(len(tokens), jnp.int32, out_sharding=sharding.HIDDEN)
-        start = self._lookup(self.start, variant)[:, None]
-        x = jnp.concatenate([start, self._lookup(self.token_embedding, tokens)], axis=1)
+            variant = jnp.zeros(len(tokens), jnp.int32)
+        # Start vectors are looked up behind the tokens: what is shifted then is numbers, not
+        # vectors, and no device needs a neighbour's where the sequence is split.
+        variant, tokens = jax.sharding.reshard((variant, tokens), sharding.BATCH_FIRST)
+        ids = jnp.concatenate([self.network.vocabulary + variant[:, None], tokens], axis=1)
+        x = self._lookup([self.token_embedding, self.start], ids, spec)
         return x + self._positions()[None, : x.shape[1]]
 
     def embed_in_place(
         self, tokens: Int[Array, "B T"], hidden: Bool[Array, "B T"] | None
     ) -> Float[Array, "B T D"]:
         """BERT's inputs: every token at its own position, hidden ones as their position alone."""
-        x = self._lookup(self.token_embedding, tokens)
+        x = self._lookup([self.token_embedding], tokens, sharding.HIDDEN)
         if hidden is not None:
             x = jnp.where(hidden[..., None], jnp.zeros((), x.dtype), x)
         return x + self._positions()[None]
 
     def embed_one(self, token: Int[Array, "B"], position: Int[Array, ""]) -> Float[Array, "B 1 D"]:
         """Input of `position` >= 1, which holds the token before it."""
-        x = self._lookup(self.token_embedding, token)[:, None]
+        x = self._lookup([self.token_embedding], token, sharding.BATCH_FIRST)[:, None]
         return x + jax.lax.dynamic_slice_in_dim(self._positions(), position, 1)[None]
 
-    def _lookup(self, table: nnx.Param, ids: Int[Array, "*ids"]) -> Float[Array, "*ids D"]:
-        whole = sharding.gather(table[...], self.network.config.dtype)
-        return whole.at[ids].get(out_sharding=sharding.HIDDEN)
+    def _lookup(
+        self, tables: list[nnx.Param], ids: Int[Array, "*ids"], spec: PartitionSpec
+    ) -> Float[Array, "*ids D"]:
+        """Rows of the tables, one below the other."""
+        whole = [sharding.gather(table[...], self.network.config.dtype) for table in tables]
+        return jnp.concatenate(whole).at[ids].get(out_sharding=spec)
 
     def _positions(self) -> Float[Array, "T D"]:
         dtype = self.network.config.dtype
@@ -197,7 +208,7 @@ class GPT(nnx.Module):
         if config.remat != "none":
             # Inside scan the loop itself keeps XLA from merging the two computations.
             barrier = not config.scan_layers
-            layer = jax.checkpoint(layer, prevent_cse=barrier, policy=REMAT[config.remat])
+            layer = jax.checkpoint(layer, prevent_cse=barrier, policy=remat.POLICIES[config.remat])
         if config.scan_layers:
             return jax.lax.scan(layer, carry, xs)
         outs = []
@@ -214,7 +225,7 @@ def _places(
 
     So a walk over all layers holds no more than is wanted: the others write to one last place.
     """
-    spec = jax.sharding.PartitionSpec(None, *sharding.HIDDEN)
+    spec = PartitionSpec(None, *sharding.HIDDEN)
     room = jnp.zeros((len(keep) + 1, *x.shape), x.dtype, out_sharding=spec)
     return room, jnp.array([keep.index(i) if i in keep else len(keep) for i in range(count)])
 
@@ -255,7 +266,7 @@ class Network:
         """A cache for `batch` sequences of T positions, split as keys and values are."""
         c = self.config
         shape = (c.layers, batch, self.length, c.heads, c.width // c.heads)
-        spec = jax.sharding.PartitionSpec(None, sharding.BATCH, None, "tensor")
+        spec = PartitionSpec(None, sharding.BATCH, None, "tensor")
         return Cache(*(jnp.zeros(shape, c.dtype, out_sharding=spec) for _ in range(2)))
 
 

@@ -12,8 +12,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
+from gptv_jax.model import remat
 
-PRODUCT = "product"  # of activations with a weight, the costly part of a forward pass
 EPSILON = 1e-5  # of the norm, as in openai/image-gpt
 
 
@@ -55,9 +55,9 @@ def project(
 
     Both gradients are written as einsums of their own. JAX's rule would make the weight's in the
     transposed order, which XLA's CPU matrix product takes 2.5 times as long for (measured in
-    docs/results.md). The result carries the name PRODUCT, by which rematerialisation may keep it.
+    docs/results.md). The result carries a name, by which rematerialisation may keep it.
     """
-    return checkpoint_name(_project(equation, x, weight, out_sharding), PRODUCT)
+    return checkpoint_name(_project(equation, x, weight, out_sharding), remat.PRODUCT)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
@@ -120,15 +120,16 @@ class Block(nnx.Module):
         """
         keys = (None, None) if key is None else jax.random.split(key)
         weight = {n: sharding.gather(p[...], self.dtype) for n, p in self._weights().items()}
+        spec = jax.typeof(x).sharding.spec  # what is split over "tensor" comes together as x lies
 
         n = rms_norm(x, self.norm_1[...])
         q, k, v = jnp.moveaxis(project("btd,dchk->btchk", n, weight["qkv"]), 2, 0)
         mixed = attend(q, k, v)
-        out = project("bthk,hkd->btd", mixed, weight["attention_out"], sharding.HIDDEN)
+        out = project("bthk,hkd->btd", mixed, weight["attention_out"], spec)
         x = x + dropout(out, self.dropout, keys[0])
 
         up = project("btd,df->btf", rms_norm(x, self.norm_2[...]), weight["mlp_in"])
-        out = project("btf,fd->btd", quick_gelu(up), weight["mlp_out"], sharding.HIDDEN)
+        out = project("btf,fd->btd", quick_gelu(up), weight["mlp_out"], spec)
         return x + dropout(out, self.dropout, keys[1]), n
 
     def _weights(self) -> dict[str, nnx.Param]:
@@ -142,4 +143,7 @@ def dropout(
     """Zeroes a share `rate` of `x` and scales the rest by 1 / (1 - rate); None: identity."""
     if key is None or rate == 0:
         return x
-    return nnx.Dropout(rate)(x, deterministic=False, rngs=nnx.Rngs(dropout=key))
+    # The draw of nnx.Dropout, but every device's own part of it alone, not the whole.
+    key, spec = nnx.Rngs(dropout=key).dropout(), jax.typeof(x).sharding.spec
+    kept = jax.random.bernoulli(key, 1 - rate, x.shape, out_sharding=spec)
+    return jnp.where(kept, x / (1 - rate), jnp.zeros((), x.dtype))

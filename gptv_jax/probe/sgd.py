@@ -96,7 +96,8 @@ class Heads:
             x = x.astype(jnp.float32)
             if keep:
                 scores = jnp.einsum("gnbtd,grnd->grnbt", x, w["query"]) / x.shape[-1] ** 0.5
-                x = jnp.einsum("grnbt,gnbtd->grnbd", jax.nn.softmax(scores, axis=-1), x)
+                shares, spec = jax.nn.softmax(scores, axis=-1), P(None, None, None, sharding.BATCH)
+                x = jnp.einsum("grnbt,gnbtd->grnbd", shares, x, out_sharding=spec)
             if "center" in w:
                 center, scale = jax.lax.stop_gradient((w["center"], w["scale"]))
                 # One copy will do where the features are the same for all rates.

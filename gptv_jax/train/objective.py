@@ -26,7 +26,7 @@ def nats_per_token(
     logits: Float[Array, "B T V"], tokens: Int[Array, "B T"], hidden: Bool[Array, "B T"] | None
 ) -> Float[Array, "B"]:
     """Of each image: the mean over all its tokens or, where some are hidden, over these."""
-    nats = cross_entropy(logits, tokens)
+    nats = cross_entropy(logits, jax.sharding.reshard(tokens, sharding.HIDDEN))
     if hidden is None:
         return nats.mean(axis=1)
     return (nats * hidden).sum(axis=1) / jnp.maximum(hidden.sum(axis=1), 1)
@@ -37,8 +37,8 @@ def hide(network: Network, rows: int, key: PRNGKeyArray | None) -> Bool[Array, "
     if network.config.objective == "autoregressive":
         return None
     key = jax.random.fold_in(key, BEYOND_LAYERS)
-    drawn = jax.random.bernoulli(key, network.config.masked_share, (rows, network.length))
-    return jax.sharding.reshard(drawn, sharding.HIDDEN)
+    shape, share = (rows, network.length), network.config.masked_share
+    return jax.random.bernoulli(key, share, shape, out_sharding=sharding.HIDDEN)
 
 
 def evaluated(
@@ -68,7 +68,7 @@ def evaluated(
             of_image = jax.random.fold_in(key, index)
             return jax.random.bernoulli(of_image, network.config.masked_share, (network.length,))
 
-        hidden = jax.vmap(draw)(batch["index"])
+        hidden = jax.sharding.reshard(jax.vmap(draw)(batch["index"]), sharding.HIDDEN)
     model, inputs = network.bind(params), (batch["tokens"], batch["variant"])
     return model(*inputs, hidden=hidden, raw=raw, keep=keep), hidden
 

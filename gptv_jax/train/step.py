@@ -88,7 +88,7 @@ def make_train_step(
         # Rows r, r + A, r + 2A ... make part r: a split that keeps every row on its device.
         parts = jax.tree.map(
             lambda x: x.reshape(
-                -1, microbatches, *x.shape[1:], out_sharding=sharding.HIDDEN
+                -1, microbatches, *x.shape[1:], out_sharding=sharding.BATCH_FIRST
             ).swapaxes(0, 1),
             batch,
         )
