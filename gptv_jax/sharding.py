@@ -187,4 +187,4 @@ def abstract(init):
         spec = getattr(leaf.sharding, "spec", P())  # scalars come without one: replicated
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
-    return jax.tree.map(fill, jax.eval_shape(init, jax.random.key(0)))
+    return jax.tree.map(fill, jax.eval_shape(lambda: init(jax.random.key(0))))

@@ -11,6 +11,7 @@ import pytest
 from conftest import MESHES, generator, make_mesh, random_batch, random_params, tiny_network
 
 from gptv_jax import config as config_lib
+from gptv_jax import sharding
 from gptv_jax.errors import InputError
 from gptv_jax.interop import openai
 from gptv_jax.interop.tensors import Accounted
@@ -118,8 +119,7 @@ def test_every_mesh_hides_the_same_and_has_the_same_gradients(shape, given):
     network, params, batch = given
     wanted = value_and_gradients(network, params, batch)
     with jax.set_mesh(make_mesh(shape)):
-        placed = {k: jax.device_put(np.asarray(v), jax.sharding.NamedSharding(
-            jax.sharding.get_mesh(), step.sharding.BATCH_FIRST)) for k, v in batch.items()}  # fmt: skip
+        placed = sharding.global_batch({k: np.asarray(v) for k, v in batch.items()})
         found = value_and_gradients(network, random_params(network), placed)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())

@@ -96,7 +96,8 @@ def test_arrays_on_the_devices_have_the_shards_that_the_types_promise():
 
 
 @pytest.mark.parametrize(
-    ("sizes", "shape"), [((-1, 1, 1, 1), (8, 1, 1, 1)), ((2, -1, 1, 2), (2, 2, 1, 2)), ((1, 2, 4, 1), (1, 2, 4, 1))]
+    ("sizes", "shape"),
+    [((-1, 1, 1, 1), (8, 1, 1, 1)), ((2, -1, 1, 2), (2, 2, 1, 2)), ((1, 2, 4, 1), (1, 2, 4, 1))],
 )
 def test_one_axis_fills_what_is_left(sizes, shape):
     mesh = sharding.make_mesh(config_lib.Mesh(*sizes))
@@ -104,7 +105,9 @@ def test_one_axis_fills_what_is_left(sizes, shape):
     assert mesh.axis_names == sharding.AXES
 
 
-@pytest.mark.parametrize("sizes", [(3, 1, 1, 1), (-1, 3, 1, 1), (2, 2, 1, 1), (4, 4, 1, 1), (1, 1, 3, 1)])
+@pytest.mark.parametrize(
+    "sizes", [(3, 1, 1, 1), (-1, 3, 1, 1), (2, 2, 1, 1), (4, 4, 1, 1), (1, 1, 3, 1)]
+)
 def test_mesh_that_does_not_divide_the_devices_is_refused(sizes):
     with pytest.raises(InputError, match=r"config\.mesh\.data=.*there are 8"):
         sharding.make_mesh(config_lib.Mesh(*sizes))
