@@ -51,18 +51,23 @@ def project(
     weight: Float[Array, "*weight"],
     out_sharding: PartitionSpec | None = None,
 ) -> Float[Array, "B T *outputs"]:
-    """`jnp.einsum(equation, x, weight)`, with a backward pass that is fast on a CPU.
+    """`jnp.einsum(equation, x, weight)` in the dtype of `x`, gathering the weight for it.
 
-    Both gradients are written as einsums of their own. JAX's rule would make the weight's in the
-    transposed order, which XLA's CPU matrix product takes 2.5 times as long for (measured in
-    docs/results.md). The result carries a name, by which rematerialisation may keep it.
+    Both gradients are written as einsums of their own. The backward pass gathers once more, so that
+    nobody keeps whole weights, and the weight's gradient is asked for as the weight lies: the sum
+    over the batch and its split over fsdp are then one reduce-scatter, not an all-reduce of twice
+    the bytes. And JAX's rule would make that gradient in the transposed order, which XLA's CPU
+    matrix product takes 2.5 times as long for (measured in docs/results.md).
+
+    The result carries a name, by which rematerialisation may keep it.
     """
     return checkpoint_name(_project(equation, x, weight, out_sharding), remat.PRODUCT)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
 def _project(equation, x, weight, out_sharding):
-    return jnp.einsum(equation, x, weight, out_sharding=out_sharding)
+    whole = sharding.gather(weight, x.dtype)
+    return jnp.einsum(equation, x, whole, out_sharding=out_sharding)
 
 
 def _project_forward(equation, x, weight, out_sharding):
@@ -77,9 +82,11 @@ def _project_backward(equation, _, saved, gradient):
     def like(primal, equation, a, b):
         return jnp.einsum(equation, a, b, out_sharding=jax.typeof(primal).sharding.spec)
 
+    whole = sharding.gather(weight, x.dtype)
+    of_weight = like(weight, f"{left},{outputs}->{right}", x, gradient)
     return (
-        like(x, f"{outputs},{right}->{left}", gradient, weight),
-        like(weight, f"{left},{outputs}->{right}", x, gradient),
+        like(x, f"{outputs},{right}->{left}", gradient, whole),
+        of_weight.astype(weight.dtype),
     )
 
 
@@ -92,7 +99,7 @@ class Block(nnx.Module):
     def __init__(self, config: config_lib.Model, *, rngs: nnx.Rngs):
         L, D, H = config.layers, config.width, config.heads
         K, F = D // H, D * config.mlp_ratio
-        self.dtype, self.dropout = config.dtype, config.dropout
+        self.dropout = config.dropout
         # Standard deviations of the released code: only attention's output shrinks with depth.
         self.norm_1 = constant("norm_1", (L, D), 1.0)
         self.qkv = normal(rngs, "qkv", (L, D, 3, H, K), D**-0.5)
@@ -119,22 +126,17 @@ class Block(nnx.Module):
           The residual stream after the layer, and the normed input n^l that a probe reads.
         """
         keys = (None, None) if key is None else jax.random.split(key)
-        weight = {n: sharding.gather(p[...], self.dtype) for n, p in self._weights().items()}
         spec = jax.typeof(x).sharding.spec  # what is split over "tensor" comes together as x lies
 
         n = rms_norm(x, self.norm_1[...])
-        q, k, v = jnp.moveaxis(project("btd,dchk->btchk", n, weight["qkv"]), 2, 0)
+        q, k, v = jnp.moveaxis(project("btd,dchk->btchk", n, self.qkv[...]), 2, 0)
         mixed = attend(q, k, v)
-        out = project("bthk,hkd->btd", mixed, weight["attention_out"], spec)
+        out = project("bthk,hkd->btd", mixed, self.attention_out[...], spec)
         x = x + dropout(out, self.dropout, keys[0])
 
-        up = project("btd,df->btf", rms_norm(x, self.norm_2[...]), weight["mlp_in"])
-        out = project("btf,fd->btd", quick_gelu(up), weight["mlp_out"], spec)
+        up = project("btd,df->btf", rms_norm(x, self.norm_2[...]), self.mlp_in[...])
+        out = project("btf,fd->btd", quick_gelu(up), self.mlp_out[...], spec)
         return x + dropout(out, self.dropout, keys[1]), n
-
-    def _weights(self) -> dict[str, nnx.Param]:
-        names = ("qkv", "attention_out", "mlp_in", "mlp_out")
-        return {name: getattr(self, name) for name in names}
 
 
 def dropout(
