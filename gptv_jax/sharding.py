@@ -10,6 +10,8 @@ Axes are explicit: a sharding is part of an array's type, a wrong one fails when
 and moments made by `zeros_like(weight)` are sharded as the weight is.
 """
 
+import math
+
 import jax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -43,17 +45,28 @@ PARAMETERS: dict[str, P] = {
 HIDDEN = P(BATCH)  # activations [B, T, D], and everything else that leads with the batch
 
 
-def make_mesh(config: config_lib.Mesh) -> jax.sharding.Mesh:
-    """The mesh over all devices of all processes, -1 filled.
+def make_mesh(config: config_lib.Mesh, devices=None) -> jax.sharding.Mesh:
+    """The mesh over the devices, -1 filled.
+
+    Args:
+      config: its sizes.
+      devices: those of a TPU topology, say; None: all of all processes.
 
     Raises:
       InputError: the sizes do not multiply to the number of devices.
     """
-    count = jax.device_count()
-    sizes = [config.data, config.fsdp, config.tensor]
-    known = 1
-    for size in sizes:
-        known *= size if size != -1 else 1
+    sizes = axis_sizes(config, jax.device_count() if devices is None else len(devices))
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices)
+
+
+def axis_sizes(config: config_lib.Mesh, count: int) -> tuple[int, ...]:
+    """Sizes of AXES over `count` devices, -1 filled.
+
+    Raises:
+      InputError: the sizes do not multiply to the number of devices.
+    """
+    sizes = [getattr(config, axis) for axis in AXES]
+    known = math.prod(size for size in sizes if size != -1)
     shown = ", ".join(f"config.mesh.{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
     if -1 in sizes and count % known == 0:
         sizes[sizes.index(-1)] = count // known
@@ -62,7 +75,7 @@ def make_mesh(config: config_lib.Mesh) -> jax.sharding.Mesh:
             f"{shown} does not divide the devices: there are {count}, the named sizes multiply to "
             f"{known}; choose sizes whose product is {count}, or one -1 to fill."
         )
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+    return tuple(sizes)
 
 
 def check(config: config_lib.Config, mesh: jax.sharding.Mesh) -> None:
@@ -141,4 +154,5 @@ def abstract(init):
         spec = getattr(leaf.sharding, "spec", P())  # scalars come without one: replicated
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
-    return jax.tree.map(fill, jax.eval_shape(init, jax.random.key(0)))
+    # The key is made as it is traced: the mesh may be of devices that this machine does not have.
+    return jax.tree.map(fill, jax.eval_shape(lambda: init(jax.random.key(0))))
