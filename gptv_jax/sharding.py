@@ -78,7 +78,7 @@ def axis_sizes(config: config_lib.Mesh, count: int) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def check(config: config_lib.Config, mesh: jax.sharding.Mesh) -> None:
+def check(config: config_lib.Config, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> None:
     """Fails before any work where the mesh does not divide the batch or the network.
 
     Raises:

@@ -27,10 +27,9 @@ def forward(network: Network) -> Flops:
     2 a weight that is multiplied, and 4 L T D for attention counted without the causal half saved,
     as in PaLM (Chowdhery et al. 2022, appendix B), so that MFU compares across codebases.
     """
-    return Flops(
-        _blocks(network).matmul + 2 * network.vocabulary * network.config.width,
-        _blocks(network).attention,
-    )
+    blocks = _blocks(network)
+    head = 2 * network.vocabulary * network.config.width
+    return Flops(blocks.matmul + head, blocks.attention)
 
 
 def training(network: Network) -> Flops:
@@ -46,7 +45,10 @@ def recomputed(network: Network) -> Flops:
             return Flops(0, 0)
         case "dots":
             return Flops(0, blocks.attention)
-    return blocks
+    # All but the last product of a layer, whose result no gradient needs.
+    c = network.config
+    last = 2 * c.layers * c.mlp_ratio * c.width**2
+    return Flops(blocks.matmul - last, blocks.attention)
 
 
 def _blocks(network: Network) -> Flops:

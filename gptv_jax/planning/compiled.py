@@ -14,7 +14,8 @@ from gptv_jax.planning import hlo
 from gptv_jax.train import optimizer, step
 
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}  # as XLA writes sizes
-_NEEDED = re.compile(r"(?:Used |temporaries \(|memory required[^(]*\()([\d.]+)([KMGT]?)")
+# All of the program's memory, though one form of the message calls it temporaries.
+_NEEDED = re.compile(r"(?:Used |memory required for HLO temporaries \()([\d.]+)([KMGT]?)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,14 +34,10 @@ class Compiled:
         return self.arguments + self.temporaries
 
 
-def abstract_state(config: config_lib.Config, network: Network) -> dict:
-    """Shapes and shardings of the train state {step, params, opt} under the mesh that is set."""
-    update, _ = optimizer.make_optimizer(config.train.optimizer, config.train.steps)
-    return sharding.abstract(step.make_init(network, update))
-
-
-def compile_step(config: config_lib.Config, network: Network, mesh: jax.sharding.Mesh) -> Compiled:
-    """Compiles one step of pretraining as the stage makes it.
+def program(
+    config: config_lib.Config, network: Network, mesh: jax.sharding.Mesh
+) -> jax.stages.Compiled:
+    """One step of pretraining as the stage makes it, compiled.
 
     Args:
       config: of the run.
@@ -58,22 +55,25 @@ def compile_step(config: config_lib.Config, network: Network, mesh: jax.sharding
     )
     rows = NamedSharding(mesh, sharding.HIDDEN)
     shapes = {"tokens": (train.batch_size, network.length), "variant": (train.batch_size,)}
-    if config.data.labels:
-        shapes["label"] = (train.batch_size,)
     batch = {
         name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
         for name, shape in shapes.items()
     }
     with jax.set_mesh(mesh):
-        lowered = train_step.lower(abstract_state(config, network), batch)
-        try:
-            program = lowered.compile()
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            return Compiled(0, _needed(str(error)), [], [], refused=True)
-    memory = program.memory_analysis()
-    found, unknown = hlo.collectives(program.as_text(), mesh.size)
+        state = sharding.abstract(step.make_init(network, update))
+        return train_step.lower(state, batch).compile()
+
+
+def compile_step(config: config_lib.Config, network: Network, mesh: jax.sharding.Mesh) -> Compiled:
+    """What the compiler says of `program`."""
+    try:
+        step_ = program(config, network, mesh)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return Compiled(0, _needed(str(error)), [], [], refused=True)
+    memory = step_.memory_analysis()
+    found, unknown = hlo.collectives(step_.as_text(), mesh.size)
     # The new state takes the place of the old one, which is donated.
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Compiled(

@@ -2,8 +2,8 @@
 
 What is in the body of a loop counts once for every turn of it, so that a collective of the layer
 scan counts once a layer. A collective that runs beside computation is spread over many instructions
-(`-start` and `-done`, or fusions that each carry a part of it): they share a channel, and count as
-one.
+(`-start` and `-done`, or on TPUs a chain of fusions that each carry a part of it), and still counts
+as one.
 """
 
 import dataclasses
@@ -71,7 +71,7 @@ def collectives(text: str, devices: int) -> tuple[list[Collective], list[str]]:
             kind = _kind(each)
             if kind:
                 any_found = True
-                key = (owner, _channel(each) or (name, each.name))
+                key = (owner, _chain(each) or (name, each.name))
                 if key not in found:
                     found[key] = _collective(each, kind, times, devices, fused)
             elif each.opcode == "while":
@@ -124,9 +124,10 @@ def _kind(each: Instruction) -> str | None:
     return kind if kind in KINDS else None
 
 
-def _channel(each: Instruction) -> str | None:
-    found = re.search(r"channel_id=(\d+)", each.rest)
-    return found and found[1]
+def _chain(each: Instruction) -> tuple[str, str] | None:
+    """What the parts of one collective that is spread over fusions have in common."""
+    chain = re.search(r'chain_id="(\d+)"', each.rest)
+    return chain and (chain[1], re.search(r"channel_id=(\d+)", each.rest)[1])
 
 
 def _attribute(each: Instruction, name: str) -> str:

@@ -91,13 +91,13 @@ def estimate(
     kept, layer = (
         [_times(array, rows) for array in arrays] for arrays in _kept(network, topology, within)
     )
-    largest = sorted(_bytes(layer, dict(within), topology))[-2:]
+    at_work = sorted(_bytes(layer, dict(within), topology))[-2:]
     return Memory(
         parameters,
         sum(_bytes(opt, sizes, topology)),
         train.batch_size // ways * (network.length + 1) * 4,  # tokens and variant
         parameters,  # gradients
-        sum(_bytes(kept, dict(within), topology)) + sum(largest),
+        sum(_bytes(kept, dict(within), topology)) + sum(at_work),
     )
 
 
@@ -123,7 +123,13 @@ def _kept(network: Network, topology: Topology, sizes: tuple[tuple[str, int], ..
     what lies between two products, and at the worst moment one's operand and its result are alive.
     """
     mesh = topology.abstract_mesh(tuple(size for _, size in sizes))
+    if topology.platform == "cpu":  # whose compiler widens bfloat16
+        network = dataclasses.replace(
+            network, config=dataclasses.replace(network.config, dtype="float32")
+        )
     kept = _residuals(network, mesh)
+    if network.config.remat == "none":
+        return kept, ()
     two = dataclasses.replace(network.config, remat="none", layers=2, scan_layers=True)
     stacked = _residuals(dataclasses.replace(network, config=two), mesh)
     layers = (array for array in stacked if array.shape[:1] == (2,))

@@ -14,16 +14,21 @@ from gptv_jax.planning.topology import Topology
 TENSOR = 16  # at most; beyond, every layer waits for its sums
 LONG = 2048  # tokens from which splitting a sequence is worth trying
 CONFIRMED = 3  # of the best choices, by the compiler
-SHOWN = 10  # choices in the table
 TRIED = 6  # at most, where it finds that some do not fit
+SHOWN = 10  # choices in the table
 
 
-def search(config: config_lib.Config, topology: Topology) -> list[Plan]:
+def search(config: config_lib.Config, topology: Topology, wanted: int = CONFIRMED) -> list[Plan]:
     """Plans for the choices of mesh, rematerialisation and microbatches, the best first.
 
     The best of them are compiled where there is a compiler; those that it finds not to fit are
     left out. The order is by the time of a step in which nothing overlaps, because that tells
     choices apart that the bound does not; where no speed is known, by memory.
+
+    Args:
+      config: of the run, whose own mesh, remat and microbatches do not matter.
+      topology: the devices.
+      wanted: plans that the compiler is to confirm.
 
     Raises:
       InputError: the batch or the network fits no mesh of these devices.
@@ -38,14 +43,10 @@ def search(config: config_lib.Config, topology: Topology) -> list[Plan]:
     plans = sorted((plan.make(c, topology, compiling=False) for c in found), key=_rank)
     if not topology.compiles:
         return plans
-    confirmed = []
-    for each in plans[:TRIED]:
-        compiled = plan.make(each.config, topology)
-        if compiled.fits or not (confirmed or each.fits):
-            confirmed.append(compiled)
-        if len(confirmed) == CONFIRMED or not each.fits:
-            break
-    return sorted(confirmed, key=_rank) or [plan.make(plans[0].config, topology)]
+    compiled: list[Plan] = []
+    while len(compiled) < min(TRIED, len(plans)) and sum(c.fits for c in compiled) < wanted:
+        compiled.append(plan.make(plans[len(compiled)].config, topology))
+    return sorted((c for c in compiled if c.fits), key=_rank) or [min(compiled, key=_rank)]
 
 
 def choices(config: config_lib.Config, topology: Topology) -> Iterator[config_lib.Config]:
@@ -109,7 +110,7 @@ def _accepted(config: config_lib.Config, topology: Topology) -> bool:
     return config.train.batch_size % config.train.microbatches == 0
 
 
-def _rank(found: Plan) -> tuple[bool, float]:
+def _rank(found: Plan) -> tuple[bool, float | int]:
     cost = found.roofline.serial if found.roofline else found.bytes_per_device
     return not found.fits, cost if found.fits else found.bytes_per_device
 

@@ -118,7 +118,7 @@ def _smallest(found: Plan | None) -> str:
     return f"{found.topology.count} devices, by arithmetic, with {' '.join(found.flags)}"
 
 
-def _size(count: float) -> str:
+def _size(count: float | int) -> str:
     """Bytes, in the binary units that device memory comes in."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
@@ -127,7 +127,7 @@ def _size(count: float) -> str:
     return f"{count:,.2f} GiB"
 
 
-def _si(count: float) -> str:
+def _si(count: float | int) -> str:
     for unit in ("", "k", "M", "G", "T", "P", "E"):
         if count < 1000:
             return f"{count:.4g} {unit}".rstrip()

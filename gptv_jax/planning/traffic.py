@@ -62,7 +62,7 @@ def by_arithmetic(
     ids = np.arange(len(slice_of)).reshape(tuple(sizes.values()))
     rows = []
 
-    def add(kind: str, axes: tuple[str, ...], count: int, size: float) -> None:
+    def add(kind: str, axes: tuple[str, ...], count: int, size: float | int) -> None:
         axes = tuple(axis for axis in axes if sizes.get(axis, 1) > 1)
         if axes and count:
             group = ids[tuple(slice(None) if axis in axes else 0 for axis in sizes)].ravel()
@@ -98,7 +98,7 @@ def _row(kind, axes, count, size, group, slice_of) -> Traffic:
     members = len(group) // slices
     passes = 2 if kind == "all-reduce" else 1
     if kind == "collective-permute":
-        inside, between = (size, 0) if slices == 1 else (0, size)
+        inside, between = (float(size), 0.0) if slices == 1 else (0.0, float(size))
     else:
         inside = passes * size * (members - 1) / members
         between = passes * size / members * (slices - 1) / slices
