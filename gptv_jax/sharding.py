@@ -56,33 +56,24 @@ def make_mesh(config: config_lib.Mesh, devices: Sequence[jax.Device] | None = No
 
     Args:
       config: the sizes of its axes.
-      devices: None for all of all processes.
+      devices: those of a TPU topology, say; None: all of all processes.
 
     Raises:
       InputError: the sizes do not multiply to the number of devices, or several slices cannot be
         laid along "data" and "fsdp".
     """
     devices = jax.devices() if devices is None else list(devices)
-    sizes = [getattr(config, axis) for axis in AXES]
-    known = math.prod(size for size in sizes if size != -1)
-    shown = ", ".join(f"config.mesh.{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
-    if -1 in sizes and len(devices) % known == 0:
-        sizes[sizes.index(-1)] = len(devices) // known
-    elif known != len(devices) or -1 in sizes:
-        raise InputError(
-            f"{shown} does not divide the devices: there are {len(devices)}, the named sizes "
-            f"multiply to {known}; choose sizes whose product is {len(devices)}, or one -1 to fill."
-        )
+    sizes = axis_sizes(config, len(devices))
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     types = (AxisType.Explicit,) * len(AXES)
     if slices == 1 or devices[0].platform != "tpu":
-        return jax.make_mesh(tuple(sizes), AXES, types, devices=devices)
+        return jax.make_mesh(sizes, AXES, types, devices=devices)
     # Slices lie along "data", and where it is too short, along "fsdp" as well.
     across = [math.gcd(slices, sizes[0]), slices // math.gcd(slices, sizes[0]), 1, 1]
     if sizes[1] % across[1]:
         raise InputError(
-            f"{shown} cannot be laid over {slices} slices: config.mesh.data * config.mesh.fsdp "
-            f"takes a multiple of {slices}, data first."
+            f"config.mesh.data={sizes[0]} and config.mesh.fsdp={sizes[1]} cannot be laid over "
+            f"{slices} slices; their product takes a multiple of {slices}, data first."
         )
     within = [size // count for size, count in zip(sizes, across, strict=True)]
     laid = mesh_utils.create_hybrid_device_mesh(
@@ -91,7 +82,26 @@ def make_mesh(config: config_lib.Mesh, devices: Sequence[jax.Device] | None = No
     return Mesh(laid, AXES, axis_types=types)
 
 
-def check(config: config_lib.Config, mesh: Mesh) -> None:
+def axis_sizes(config: config_lib.Mesh, count: int) -> tuple[int, ...]:
+    """Sizes of AXES over `count` devices, -1 filled.
+
+    Raises:
+      InputError: the sizes do not multiply to the number of devices.
+    """
+    sizes = [getattr(config, axis) for axis in AXES]
+    known = math.prod(size for size in sizes if size != -1)
+    shown = ", ".join(f"config.mesh.{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+    if -1 in sizes and count % known == 0:
+        sizes[sizes.index(-1)] = count // known
+    elif known != count or -1 in sizes:
+        raise InputError(
+            f"{shown} does not divide the devices: there are {count}, the named sizes multiply to "
+            f"{known}; choose sizes whose product is {count}, or one -1 to fill."
+        )
+    return tuple(sizes)
+
+
+def check(config: config_lib.Config, mesh: Mesh | jax.sharding.AbstractMesh) -> None:
     """Fails before any work where the mesh does not divide the batch or the network.
 
     Raises:
@@ -187,4 +197,5 @@ def abstract(init):
         spec = getattr(leaf.sharding, "spec", P())  # scalars come without one: replicated
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
+    # The key is made as it is traced: the mesh may be of devices that this machine does not have.
     return jax.tree.map(fill, jax.eval_shape(lambda: init(jax.random.key(0))))

@@ -25,6 +25,7 @@ WEIGHTS = {
     ("imagenet", "m"): 455_157_760,
     ("imagenet", "l"): 1_362_250_752,
     ("imagenet", "l48"): 1_364_216_832,
+    ("imagenet", "xl"): 6_810_875_904,
     ("imagenet", "l_bert"): 1_362_250_752 - 1536,  # which has no start vector
     ("probe_cifar10", "tiny"): 332_416,
     ("probe_cifar10", "10m"): 9_968_128,
@@ -65,8 +66,8 @@ def test_a_configuration_is_accepted_and_has_its_number_of_weights(name, argumen
 
 @pytest.mark.parametrize("name", ["cifar10", "imagenet", "probe_cifar10", "probe_imagenet"])
 def test_an_unknown_argument_is_an_error_that_names_the_known_ones(name):
-    with pytest.raises(InputError, match=r"argument is 'xl'; it takes one of .*s"):
-        load(name, "xl")
+    with pytest.raises(InputError, match=r"argument is 'xxl'; it takes one of .*s"):
+        load(name, "xxl")
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)

@@ -11,6 +11,7 @@ import pytest
 from conftest import make_mesh, tiny_network
 from tensorboardX.proto import event_pb2
 
+from gptv_jax import hardware
 from gptv_jax.train import metrics
 
 # Throughput
@@ -36,12 +37,12 @@ def test_flops_per_token_count_the_weights_that_are_multiplied():
 
 def test_mfu_is_unknown_without_a_known_peak_or_a_speed(monkeypatch):
     assert metrics.mfu(tiny_network(), 1e6) is None  # a CPU
-    monkeypatch.setattr(metrics, "PEAK_FLOPS", {"cpu": 1e12})
+    monkeypatch.setitem(hardware.KINDS, "cpu", hardware.Hardware(1e12, 1, 1.0, 1.0, 1.0))
     assert metrics.mfu(tiny_network(), None) is None
 
 
 def test_mfu_is_the_share_of_the_peak_of_all_devices(monkeypatch):
-    monkeypatch.setattr(metrics, "PEAK_FLOPS", {"cpu": 1e12})
+    monkeypatch.setitem(hardware.KINDS, "cpu", hardware.Hardware(1e12, 1, 1.0, 1.0, 1.0))
     assert jax.device_count() == 8
     assert metrics.mfu(tiny_network(), 1e6) == pytest.approx(1e6 * 161_856 / 8e12)
 
@@ -54,6 +55,7 @@ def test_mfu_is_the_share_of_the_peak_of_all_devices(monkeypatch):
         ("TPU v5", 459e12),
         ("TPU v5p", 459e12),
         ("TPU v6 lite", 918e12),
+        ("TPU7x", 2307e12 / 2),  # two devices a chip
         ("NVIDIA H100 80GB HBM3", 989e12),
         ("NVIDIA H200", 989e12),
         ("NVIDIA A100-SXM4-40GB", 312e12),

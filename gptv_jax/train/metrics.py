@@ -12,46 +12,27 @@ import jax
 import tensorboardX
 import tqdm
 
+from gptv_jax import hardware
+from gptv_jax.model import flops
 from gptv_jax.model.gpt import Network
 
 LOG = logging.getLogger(__name__)
 
-# Dense bfloat16 peak, FLOP/s a device, by the start of `device_kind`; vendors' data sheets.
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,  # v5p
-    "TPU v6 lite": 918e12,
-    "TPU7x": 2307e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2250e12,
-}
-
 
 def flops_per_token(network: Network, *, forward_only: bool = False) -> int:
-    """FLOPs that one token of training needs, forward and backward.
-
-    6 a weight that is multiplied, and 12 L T D for attention counted without the causal half
-    saved, as in PaLM (Chowdhery et al. 2022, appendix B), so that MFU compares across codebases. A
-    third of it is the forward pass.
-    """
-    c = network.config
-    weights = c.layers * (4 + 2 * c.mlp_ratio) * c.width**2 + network.vocabulary * c.width
-    return (2 if forward_only else 6) * (weights + 2 * c.layers * network.length * c.width)
+    """FLOPs that one token of training needs, forward and backward, as `model.flops` counts."""
+    return (flops.forward if forward_only else flops.training)(network).total
 
 
 def mfu(
     network: Network, tokens_per_second: float | None, *, forward_only: bool = False
 ) -> float | None:
     """Share of all devices' bfloat16 peak; None where the peak or the speed is not known."""
-    kind = jax.devices()[0].device_kind
-    peaks = [peak for name, peak in PEAK_FLOPS.items() if kind.startswith(name)]
-    if not peaks or tokens_per_second is None:
+    known = hardware.of(jax.devices()[0].device_kind)
+    if known is None or tokens_per_second is None:
         return None
-    flops = flops_per_token(network, forward_only=forward_only)
-    return tokens_per_second * flops / (peaks[0] * jax.device_count())
+    needed = tokens_per_second * flops_per_token(network, forward_only=forward_only)
+    return needed / (known.peak_flops * jax.device_count())
 
 
 def bits(nats: float) -> float:

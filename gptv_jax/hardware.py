@@ -1,0 +1,51 @@
+"""Facts of accelerators, by the kind of device as JAX names it; each from the page of its maker.
+
+A device is what `jax.devices()` counts: a chip, but half a chip of TPU7x. Rates are per second, of
+one device, in one direction, over all of its links together.
+
+TPUs: docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e and tpu7x; v4's share of the data centre's
+network from jax-ml.github.io/scaling-book. What a TPU program may take of the memory is the limit
+that its compiler refuses to go beyond (libtpu 0.0.52).
+GPUs: NVIDIA's data sheets of the A100 (80 GB), H100 and H200 (SXM), and those of the DGX systems
+for the B200 and for the network between nodes.
+"""
+
+import dataclasses
+
+GB, GIB = 10**9, 2**30
+GPU_SHARE = 0.75  # that JAX takes of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION is set
+
+
+@dataclasses.dataclass(frozen=True)
+class Hardware:
+    """One kind of device."""
+
+    peak_flops: float  # dense bfloat16, FLOP/s
+    memory_bytes: int  # that a program may take
+    memory_bandwidth: float  # bytes/s
+    interconnect: float  # bytes/s inside a slice (TPU) or node (GPU)
+    network: float  # bytes/s between slices or nodes
+    per_chip: int = 1  # devices
+
+
+def _gpu(peak: float, memory: int, bandwidth: float, nvlink: float, network: float) -> Hardware:
+    return Hardware(peak, int(GPU_SHARE * memory * GB), bandwidth, nvlink, network)
+
+
+# By the start of `device_kind`, the longer name before the shorter one that it begins with.
+KINDS = {
+    "TPU v4": Hardware(275e12, int(30.5 * GIB), 1200e9, 300e9, 6.25e9),
+    "TPU v5 lite": Hardware(197e12, int(15.75 * GIB), 819e9, 200e9, 3.125e9),  # v5e
+    "TPU v5": Hardware(459e12, int(95.73 * GIB), 2765e9, 600e9, 6.25e9),  # v5p
+    "TPU v6 lite": Hardware(918e12, int(31.24 * GIB), 1638e9, 400e9, 12.5e9),  # v6e
+    "TPU7x": Hardware(1153.5e12, int(94.74 * GIB), 3690e9, 300e9, 6.25e9, per_chip=2),
+    "NVIDIA A100": _gpu(312e12, 80, 2039e9, 300e9, 25e9),
+    "NVIDIA H100": _gpu(989e12, 80, 3350e9, 450e9, 50e9),
+    "NVIDIA H200": _gpu(989e12, 141, 4800e9, 450e9, 50e9),
+    "NVIDIA B200": _gpu(2250e12, 180, 8000e9, 900e9, 50e9),
+}
+
+
+def of(kind: str) -> Hardware | None:
+    """What is known of a device of this `device_kind`; None where nothing is."""
+    return next((facts for name, facts in KINDS.items() if kind.startswith(name)), None)

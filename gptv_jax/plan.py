@@ -1,0 +1,42 @@
+"""Plans a pretraining for hardware that need not be there: does it fit, and how long will it take?
+
+python -m gptv_jax.plan --config=configs/imagenet.py:l --topology=v5e:16x16 --config.mesh.fsdp=16
+"""
+
+import json
+
+import jax
+from absl import flags
+
+from gptv_jax import command, config
+from gptv_jax.planning import plan, search, table, topology
+
+TOPOLOGY = flags.DEFINE_string("topology", None, f"Devices: {topology.FORMS}.")
+SLICES = flags.DEFINE_integer("num_slices", 1, "TPU slices, or GPU nodes.", lower_bound=1)
+SEARCH = flags.DEFINE_bool("search", False, "Tries meshes, remat and microbatches, and ranks them.")
+JSON = flags.DEFINE_bool("json", False, "Prints the numbers as JSON, and nothing else.")
+
+
+def main(settings: config.Config) -> None:
+    """Prints the plan; exit code 1 where it does not fit."""
+    jax.config.update("jax_platforms", "cpu")  # an accelerator that is there is left alone
+    devices = topology.parse(TOPOLOGY.value, SLICES.value)
+    devices.prepare()
+    plans = search.search(settings, devices) if SEARCH.value else [plan.make(settings, devices)]
+    best, smallest = plans[0], search.smallest(settings, devices)
+    if JSON.value:
+        numbers = best.numbers() | {"smallest": smallest and smallest.numbers()}
+        if SEARCH.value:
+            numbers["search"] = [each.numbers() for each in plans]
+        print(json.dumps(numbers, indent=2))
+    else:
+        if SEARCH.value:
+            print(f"{table.ranking(plans[: search.SHOWN])}\n")
+        print(table.show(best, smallest))
+    if not best.fits:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("topology")
+    command.start(main)

@@ -1,0 +1,1 @@
+"""What a configuration costs on hardware that is not there: memory, traffic, time."""

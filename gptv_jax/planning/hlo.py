@@ -1,0 +1,228 @@
+"""The collectives of a compiled step, read from its HLO text.
+
+What is in the body of a loop counts once for every turn of it, so that a collective of the layer
+scan counts once a layer. A collective that runs beside computation is spread over many instructions
+(`-start` and `-done`, or on TPUs a chain of fusions that each carry a part of it), and still counts
+as one.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+import numpy as np
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+# TPUs reduce and scatter in a fusion of this name, which holds an all-reduce and a slice of it.
+FUSED_REDUCE_SCATTER = "all-reduce-scatter"
+BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64}  # s32, u8 and the like say theirs
+
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
+_ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
+_CALLED = re.compile(r"(?:calls|to_apply|body)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"(?:branch_computations=\{|(?:true|false)_computation=)([^}\s]+)")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}")
+_MESH = re.compile(
+    r"replica_groups=mesh\[([^\]]*)\]"
+    r"(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}"
+)
+_AXIS = re.compile(r"'([^']+)'(?::\((\d+)\)(\d+))?")
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of HLO."""
+
+    name: str
+    type: str
+    opcode: str
+    rest: str  # operands and attributes
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective of a step."""
+
+    kind: str  # one of KINDS
+    count: int  # times a step
+    bytes: int  # each time: of the whole array that is gathered, reduced or moved, on one device
+    group: tuple[int, ...]  # the devices, by their place in the mesh, that device 0 does it with
+
+
+def collectives(text: str, devices: int) -> tuple[list[Collective], list[str]]:
+    """The collectives of a compiled program, and its loops of unknown length that hold some.
+
+    Args:
+      text: of the compiled module.
+      devices: that it runs on.
+    """
+    computations, entry = parse(text)
+    found: dict[tuple, Collective] = {}
+    unknown: list[str] = []
+
+    def walk(name: str, times: int, owner: str, fused: str = "") -> bool:
+        """Goes through what `owner` executes; whether there was a collective."""
+        any_found = False
+        for each in computations.get(name, ()):
+            kind = _kind(each)
+            if kind:
+                any_found = True
+                key = (owner, _chain(each) or (name, each.name))
+                if key not in found:
+                    found[key] = _collective(each, kind, times, devices, fused)
+            elif each.opcode == "while":
+                body = _attribute(each, "body")
+                trips = _trips(each, computations)
+                if walk(body, times * (trips or 1), body) and trips is None:
+                    unknown.append(each.name)
+                    any_found = True
+            else:
+                for called in _executed(each):
+                    inside = called if each.opcode == "fusion" else fused
+                    any_found |= walk(called, times, owner, inside)
+        return any_found
+
+    walk(entry, 1, entry)
+    return list(found.values()), unknown
+
+
+def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
+    """Instructions by computation, and the name of the entry."""
+    computations: dict[str, list[Instruction]] = {}
+    current, entry = None, ""
+    for line in text.splitlines():
+        if header := _HEADER.match(line):
+            current = computations.setdefault(header[2], [])
+            entry = header[2] if header[1] else entry
+        elif current is not None and (found := _INSTRUCTION.match(line)):
+            current.append(_instruction(found[1], found[2]))
+    return computations, entry
+
+
+def _instruction(name: str, text: str) -> Instruction:
+    end = _closing(text, 0) + 1 if text.startswith("(") else text.index(" ")
+    opcode, _, rest = text[end:].strip().partition("(")
+    return Instruction(name, text[:end], opcode, rest)
+
+
+def _closing(text: str, at: int) -> int:
+    """Where the parenthesis that opens at `at` closes."""
+    depth = 0
+    for i in range(at, len(text)):
+        depth += (text[i] == "(") - (text[i] == ")")
+        if not depth:
+            return i
+    raise ValueError(f"a parenthesis is never closed: {text[:80]}")
+
+
+def _kind(each: Instruction) -> str | None:
+    kind = each.opcode.removesuffix("-start")
+    return kind if kind in KINDS else None
+
+
+def _chain(each: Instruction) -> tuple[str, str] | None:
+    """What the parts of one collective that is spread over fusions have in common."""
+    chain = re.search(r'chain_id="(\d+)"', each.rest)
+    return chain and (chain[1], re.search(r"channel_id=(\d+)", each.rest)[1])
+
+
+def _attribute(each: Instruction, name: str) -> str:
+    return re.search(rf"\b{name}=%?([\w.\-]+)", each.rest)[1]
+
+
+def _executed(each: Instruction) -> Iterator[str]:
+    """Computations that run once each time the instruction does."""
+    if each.opcode in ("fusion", "call", "async-start"):
+        yield from _CALLED.findall(each.rest)
+    elif each.opcode == "conditional":
+        for names in _BRANCHES.findall(each.rest):
+            yield from (name.strip("% ,") for name in names.split(","))
+
+
+def _trips(loop: Instruction, computations: dict[str, list[Instruction]]) -> int | None:
+    """Turns of a loop that counts up from 0 by 1; None where neither it nor its condition tells."""
+    if known := _TRIPS.search(loop.rest):
+        return int(known[1])
+    condition = computations.get(_attribute(loop, "condition"), [])
+    ends = {e.name: int(e.rest.partition(")")[0]) for e in condition if _is_whole_constant(e)}
+    compares = [e for e in condition if e.opcode == "compare" and "direction=LT" in e.rest]
+    if len(compares) == 1:
+        operands = re.findall(r"%([\w.\-]+)", compares[0].rest.partition(")")[0])
+        limits = [ends[name] for name in operands if name in ends]
+        return limits[0] if len(limits) == 1 else None
+    return next(iter(ends.values())) if len(ends) == 1 else None
+
+
+def _is_whole_constant(each: Instruction) -> bool:
+    return each.opcode == "constant" and each.type.startswith("s32[]")
+
+
+def _collective(each: Instruction, kind: str, times: int, devices: int, fused: str) -> Collective:
+    group = _group(each.rest, devices)
+    arrays = _ARRAY.findall(each.type)
+    if each.opcode.endswith("-start") and kind != "all-reduce":
+        # Operands, then results; a permute's two context numbers at the end are no part of either.
+        arrays = [(dtype, shape) for dtype, shape in arrays if shape]
+        arrays = arrays[len(arrays) // 2 :]
+    size = sum(_bytes(*array) for array in arrays) * (len(group) if kind == "reduce-scatter" else 1)
+    if kind == "all-reduce" and fused.startswith(FUSED_REDUCE_SCATTER):
+        kind = "reduce-scatter"
+    return Collective(kind, times, size, group)
+
+
+def _bytes(dtype: str, shape: str) -> int:
+    bits = BITS.get(dtype) or int(re.search(r"\d+", dtype)[0])
+    return math.prod(_numbers(shape)) * bits // 8
+
+
+def _numbers(text: str | None) -> list[int]:
+    return [int(n) for n in text.split(",")] if text else []
+
+
+def _group(rest: str, devices: int) -> tuple[int, ...]:
+    """The group that the first device is in, or of a permute the first two that talk.
+
+    Groups are written as a list, as a reshaped and transposed range, or as axes of a mesh.
+    """
+    if found := _IOTA.search(rest):
+        shape, dimensions, order = (_numbers(part) for part in found.groups())
+        return _row(_range(dimensions, order).reshape(shape)[0])
+    if found := _MESH.search(rest):
+        axes = [axis.split("'=") for axis in found[1].split(",")]
+        sizes = {name.strip("' "): int(size) for name, size in axes}
+        ids = np.arange(math.prod(sizes.values()))
+        if found[2]:
+            ids = _range(_numbers(found[2]), _numbers(found[3]))
+        ids = ids.reshape(tuple(sizes.values()))
+        # An axis, or the part of one that follows the first `before`: a single index elsewhere.
+        parts = {
+            name: (int(before or 1), int(size or sizes[name]))
+            for name, before, size in _AXIS.findall(found[4])
+        }
+        split = [part for name, size in sizes.items() for part in _split(size, parts.get(name))]
+        ids = ids.reshape([size for size, _ in split])
+        return _row(ids[tuple(slice(None) if taken else 0 for _, taken in split)].ravel())
+    if found := _LISTED.search(rest):
+        return _row(_numbers(found[1]))
+    return tuple(range(devices))
+
+
+def _split(size: int, part: tuple[int, int] | None) -> list[tuple[int, bool]]:
+    """An axis as before, taken and after."""
+    if part is None:
+        return [(size, False)]
+    before, taken = part
+    return [(before, False), (taken, True), (size // (before * taken), False)]
+
+
+def _range(dimensions: list[int], order: list[int]) -> np.ndarray:
+    ids = np.arange(math.prod(dimensions)).reshape(dimensions)
+    return (ids.transpose(order) if order else ids).ravel()
+
+
+def _row(ids) -> tuple[int, ...]:
+    return tuple(int(i) for i in ids)

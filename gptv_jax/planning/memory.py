@@ -1,0 +1,179 @@
+"""Bytes of one device by arithmetic: from the shapes of the real program, without compiling it.
+
+The program is traced, not run: JAX then says which arrays the backward pass keeps and how each is
+split, under the rematerialisation that the config asks for.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from gptv_jax import config as config_lib
+from gptv_jax import sharding
+from gptv_jax.model.gpt import Network
+from gptv_jax.planning.topology import Topology
+from gptv_jax.train import optimizer, step
+
+TILE = (8, 128)  # of a TPU's registers and memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of one device at the worst moment of a step."""
+
+    parameters: int
+    optimizer: int
+    batch: int
+    gradients: int
+    activations: int  # what the backward pass keeps, and the layer that it works on
+
+    @property
+    def total(self) -> int:
+        """Of all of it."""
+        return sum(dataclasses.astuple(self))
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """Shape of an array, and the mesh axes that split each of its dimensions."""
+
+    shape: tuple[int, ...]
+    itemsize: int
+    axes: tuple[tuple[str, ...], ...]
+
+    def bytes(self, sizes: dict[str, int], *, tiled: bool) -> int:
+        """On one device.
+
+        Args:
+          sizes: of the mesh, by axis.
+          tiled: as a TPU holds it, with one dimension filled up to a multiple of 128 and another
+            one of 8, those where that adds the least.
+        """
+        shard = [
+            size // math.prod(sizes[axis] for axis in axes)
+            for size, axes in zip(self.shape, self.axes, strict=True)
+        ]
+        if tiled and len(shard) > 1:
+            pairs = itertools.permutations(range(len(shard)), 2)
+            return self.itemsize * min(math.prod(_filled(shard, *pair)) for pair in pairs)
+        return self.itemsize * math.prod(shard)
+
+
+def _filled(shard: list[int], lanes: int, rows: int) -> list[int]:
+    multiple = {lanes: TILE[1], rows: TILE[0]}
+    return [-(-size // (m := multiple.get(i, 1))) * m for i, size in enumerate(shard)]
+
+
+def estimate(
+    config: config_lib.Config, network: Network, topology: Topology, sizes: dict[str, int]
+) -> Memory:
+    """Bytes on a mesh.
+
+    Args:
+      config: of the run.
+      network: its network.
+      topology: whose platform decides how the network attends.
+      sizes: of the mesh, by axis.
+    """
+    train = config.train
+    params, opt = _state(network, train, topology)
+    parameters = sum(_bytes(params, sizes, topology))
+    ways = math.prod(sizes[axis] for axis in sharding.BATCH)
+    # Rows of the batch that the devices which share them work on at a time.
+    rows = train.batch_size // (ways * train.microbatches)
+    within = tuple((axis, 1 if axis in sharding.BATCH else sizes[axis]) for axis in sharding.AXES)
+    kept, layer = (
+        [_times(array, rows) for array in arrays] for arrays in _kept(network, topology, within)
+    )
+    at_work = sorted(_bytes(layer, dict(within), topology))[-2:]
+    return Memory(
+        parameters,
+        sum(_bytes(opt, sizes, topology)),
+        train.batch_size // ways * (network.length + 1) * 4,  # tokens and variant
+        parameters,  # gradients
+        sum(_bytes(kept, dict(within), topology)) + sum(at_work),
+    )
+
+
+def parameter_count(config: config_lib.Config, network: Network, topology: Topology) -> int:
+    """Weights of the network."""
+    return sum(math.prod(array.shape) for array in _state(network, config.train, topology)[0])
+
+
+@functools.cache
+def _state(network: Network, train: config_lib.Train, topology: Topology):
+    """Parameters and optimizer state."""
+    update, _ = optimizer.make_optimizer(train.optimizer, train.steps)
+    with jax.sharding.use_abstract_mesh(topology.abstract_mesh((1,) * len(sharding.AXES))):
+        state = jax.eval_shape(lambda: step.make_init(network, update)(jax.random.key(0)))
+    return tuple(_arrays(jax.tree.leaves(state[part])) for part in ("params", "opt"))
+
+
+@functools.cache
+def _kept(network: Network, topology: Topology, sizes: tuple[tuple[str, int], ...]):
+    """For one row: what the backward pass keeps, and the arrays of one layer.
+
+    Of the layer that it is at, no more than the two largest are there at a time: a compiler fuses
+    what lies between two products, and at the worst moment one's operand and its result are alive.
+    """
+    mesh = topology.abstract_mesh(tuple(size for _, size in sizes))
+    if topology.platform == "cpu":  # whose compiler widens bfloat16
+        network = dataclasses.replace(
+            network, config=dataclasses.replace(network.config, dtype="float32")
+        )
+    kept = _residuals(network, mesh)
+    if network.config.remat == "none":
+        return kept, ()
+    two = dataclasses.replace(network.config, remat="none", layers=2, scan_layers=True)
+    stacked = _residuals(dataclasses.replace(network, config=two), mesh)
+    layers = (array for array in stacked if array.shape[:1] == (2,))
+    return kept, tuple(Array(a.shape[1:], a.itemsize, a.axes[1:]) for a in layers)
+
+
+def _residuals(network: Network, mesh) -> tuple[Array, ...]:
+    """Distinct arrays, the parameters themselves aside, that the forward pass of a row leaves."""
+    with jax.sharding.use_abstract_mesh(mesh):
+        params = jax.eval_shape(lambda: network.init(jax.random.key(0)))
+        split = NamedSharding(mesh, sharding.HIDDEN)
+        batch = {
+            "tokens": jax.ShapeDtypeStruct((1, network.length), jnp.int32, sharding=split),
+            "variant": jax.ShapeDtypeStruct((1,), jnp.int32, sharding=split),
+        }
+        loss = step.generative_loss(network)
+
+        def backward(params, batch):
+            key = jax.random.key(0)
+            return jax.vjp(lambda p: loss(p, batch, key), params, has_aux=True)[1]
+
+        jaxpr = jax.make_jaxpr(backward)(params, batch).jaxpr
+    given = {id(var) for var in jaxpr.invars}
+    outs = {id(v): v.aval for v in jaxpr.outvars if id(v) not in given}
+    return _arrays(outs.values())
+
+
+def _times(array: Array, rows: int) -> Array:
+    """An array of one row of the batch, as it is of many."""
+    split = [any(axis in sharding.BATCH for axis in axes) for axes in array.axes]
+    shape = (s * rows if batch else s for s, batch in zip(array.shape, split, strict=True))
+    return dataclasses.replace(array, shape=tuple(shape))
+
+
+def _arrays(avals: Iterable) -> tuple[Array, ...]:
+    return tuple(_array(aval) for aval in avals)
+
+
+def _array(aval) -> Array:
+    spec = getattr(getattr(aval, "sharding", None), "spec", None) or ()
+    axes = [(entry,) if isinstance(entry, str) else tuple(entry or ()) for entry in spec]
+    axes += [()] * (len(aval.shape) - len(axes))
+    return Array(tuple(aval.shape), getattr(aval.dtype, "itemsize", 1), tuple(axes))
+
+
+def _bytes(arrays: Iterable[Array], sizes: dict[str, int], topology: Topology) -> list[int]:
+    return [array.bytes(sizes, tiled=topology.platform == "tpu") for array in arrays]

@@ -1,0 +1,166 @@
+"""A plan: what one configuration costs on one topology."""
+
+import dataclasses
+
+from gptv_jax import config as config_lib
+from gptv_jax import sharding, tokens
+from gptv_jax.errors import InputError
+from gptv_jax.model import flops
+from gptv_jax.model.gpt import Network
+from gptv_jax.planning import compiled, memory, roofline, traffic
+from gptv_jax.planning.topology import Topology
+from gptv_jax.run import starts_of
+
+DAY = 86_400  # seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What one configuration costs on one topology; times are None where the peak is unknown."""
+
+    config: config_lib.Config
+    topology: Topology
+    network: Network
+    sizes: dict[str, int]  # of the mesh, by axis
+    params: int
+    memory: memory.Memory  # by arithmetic
+    compiled: compiled.Compiled | None  # None: by arithmetic alone
+    traffic: list[traffic.Traffic]
+    roofline: roofline.Roofline | None
+
+    @property
+    def bytes_per_device(self) -> int:
+        """At the worst moment of a step: by the compiler, or else by arithmetic."""
+        return self.compiled.total if self.compiled else self.memory.total
+
+    @property
+    def fits(self) -> bool:
+        """Whether that is no more than a program may take of a device's memory."""
+        refused = self.compiled is not None and self.compiled.refused
+        return not refused and self.bytes_per_device <= self.topology.memory_bytes
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Of the whole batch."""
+        return self.config.train.batch_size * self.network.length
+
+    @property
+    def step_seconds(self) -> float | None:
+        """The roofline's bound, everything overlapped."""
+        return self.roofline and self.roofline.bound
+
+    @property
+    def mfu(self) -> float | None:
+        """Model FLOPs over what all devices could do in that time."""
+        if not self.roofline:
+            return None
+        model = flops.training(self.network).total * self.tokens_per_step
+        return model / (self.roofline.bound * self.topology.count * self._peak)
+
+    @property
+    def _peak(self) -> float:
+        return self.topology.hardware.peak_flops
+
+    @property
+    def flags(self) -> list[str]:
+        """What the mesh, rematerialisation and microbatches of the plan are on a command line."""
+        mesh = [f"--config.mesh.{axis}={size}" for axis, size in self.sizes.items()]
+        return [
+            *mesh,
+            f"--config.model.remat={self.config.model.remat}",
+            f"--config.train.microbatches={self.config.train.microbatches}",
+        ]
+
+    def numbers(self) -> dict:
+        """For machines: bytes of one device, seconds, FLOPs of all devices together."""
+        model, again = flops.training(self.network), flops.recomputed(self.network)
+        days = self.roofline and self.roofline.bound * self.config.train.steps / DAY
+        return {
+            "topology": self.topology.name,
+            "num_slices": self.topology.slices,
+            "devices": self.topology.count,
+            "mesh": self.sizes,
+            "flags": self.flags,
+            "params": self.params,
+            "flops_per_token": model.total,
+            "flops_per_token_matmul": model.matmul,
+            "flops_per_token_attention": model.attention,
+            "flops_per_step": model.total * self.tokens_per_step,
+            "flops_per_step_executed": (model.total + again.total) * self.tokens_per_step,
+            "bytes_per_device": self.bytes_per_device,
+            "bytes_per_device_source": "compiler" if self.compiled else "arithmetic",
+            "bytes": self._bytes(),
+            "device_memory_bytes": self.topology.memory_bytes,
+            "fits": self.fits,
+            "collectives": [dataclasses.asdict(each) for each in self.traffic],
+            "collectives_source": "compiler" if self._saw_collectives else "arithmetic",
+            "loops_of_unknown_length": self.compiled.unknown_loops if self.compiled else [],
+            "step_seconds": self.roofline and dataclasses.asdict(self.roofline),
+            "step_seconds_estimate": self.step_seconds,
+            "step_seconds_without_overlap": self.roofline and self.roofline.serial,
+            "mfu_estimate": self.mfu,
+            "days": days,
+            "device_hours": days and 24 * days * self.topology.count,
+        }
+
+    @property
+    def _saw_collectives(self) -> bool:
+        return self.compiled is not None and not self.compiled.refused
+
+    def _bytes(self) -> dict[str, int]:
+        """Bytes of one device by what they hold; the compiler does not tell temporaries apart."""
+        parts = dataclasses.asdict(self.memory)
+        if self.compiled:
+            del parts["gradients"], parts["activations"]
+            parts["temporaries"] = self.compiled.total - sum(parts.values())
+        return parts
+
+
+def network_of(config: config_lib.Config) -> Network:
+    """The network that a configuration trains, which it tells without data."""
+    size = config.data.image_size
+    return Network(config.model, tokens.vocabulary(config.tokens), (size, size), starts_of(config))
+
+
+def make(config: config_lib.Config, topology: Topology, *, compiling: bool = True) -> Plan:
+    """Plans the pretraining of a configuration.
+
+    Args:
+      config: of the run; of its mesh, a -1 is filled.
+      topology: the devices.
+      compiling: False does without the compiler where there is one for the topology.
+
+    Raises:
+      InputError: the mesh does not fit the devices, the batch or the network.
+    """
+    network = network_of(config)
+    sizes = traffic.order(sharding.axis_sizes(config.mesh, topology.count))
+    sharding.check(config, topology.abstract_mesh(tuple(sizes.values())))
+    if sizes["data"] % topology.slices:
+        raise InputError(
+            f"config.mesh.data is {sizes['data']}, which {topology.slices} (--num_slices) does not "
+            f"divide: slices lie along it; take a multiple of {topology.slices}."
+        )
+    program, slice_of = None, traffic.slices_of(topology.count, topology.per_slice)
+    if topology.compiles and compiling:
+        mesh = topology.mesh(config.mesh)
+        program = compiled.compile_step(config, network, mesh)
+        slice_of = [getattr(device, "slice_index", None) or 0 for device in mesh.devices.flat]
+    bytes_ = memory.estimate(config, network, topology, sizes)
+    if program and not program.refused:
+        moved = traffic.of_program(program.collectives, sizes, slice_of)
+    else:
+        moved = traffic.by_arithmetic(config, network, sizes, slice_of)
+    line = None
+    if topology.hardware:
+        line = roofline.estimate(
+            network,
+            config.train.batch_size * network.length,
+            config.train.microbatches,
+            sizes,
+            bytes_,
+            moved,
+            topology.hardware,
+        )
+    params = memory.parameter_count(config, network, topology)
+    return Plan(config, topology, network, sizes, params, bytes_, program, moved, line)

@@ -1,0 +1,67 @@
+"""The least time that a step can take, by what each part of a device can do at its best."""
+
+import dataclasses
+import math
+
+from gptv_jax.hardware import Hardware
+from gptv_jax.model import flops
+from gptv_jax.model.gpt import Network
+from gptv_jax.planning.memory import Memory
+from gptv_jax.planning.traffic import WIDTHS, Traffic
+
+
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+    """Seconds of one step in each part of a device, as if it were alone."""
+
+    compute: float
+    memory: float
+    interconnect: float
+    network: float  # between slices or nodes
+
+    @property
+    def bound(self) -> float:
+        """Where everything else hides behind the slowest part."""
+        return max(dataclasses.astuple(self))
+
+    @property
+    def serial(self) -> float:
+        """Where nothing overlaps."""
+        return sum(dataclasses.astuple(self))
+
+
+def estimate(
+    network: Network,
+    tokens: int,
+    microbatches: int,
+    sizes: dict[str, int],
+    memory: Memory,
+    traffic: list[Traffic],
+    hardware: Hardware,
+) -> Roofline:
+    """The roofline of a step.
+
+    Args:
+      network: the network.
+      tokens: of a step, over all devices.
+      microbatches: parts of a step.
+      sizes: of the mesh, by axis.
+      memory: bytes of a device.
+      traffic: between devices.
+      hardware: a device.
+    """
+    executed = flops.training(network).total + flops.recomputed(network).total
+    # Each pass over the layers reads their weights: forward, backward, once more where the forward
+    # pass is repeated, and gradients are written. What is kept is written and read, and the
+    # optimizer reads and writes all of its state and the parameters, and reads the gradients.
+    c = network.config
+    weights = flops.forward(network).matmul // 2 * WIDTHS[c.dtype] / sizes["tensor"]
+    passes = 3 + (c.remat == "full")
+    moved = microbatches * (passes * weights + 2 * memory.activations)
+    moved += 2 * (memory.parameters + memory.optimizer) + memory.gradients
+    return Roofline(
+        executed * tokens / math.prod(sizes.values()) / hardware.peak_flops,
+        moved / hardware.memory_bandwidth,
+        sum(each.inside for each in traffic) / hardware.interconnect,
+        sum(each.between for each in traffic) / hardware.network,
+    )

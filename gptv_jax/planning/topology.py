@@ -1,0 +1,190 @@
+"""The devices to plan for: `v5e:16x16`, `v5p-128`, `gpu:8xh200`, `cpu:8`."""
+
+import contextlib
+import dataclasses
+import math
+import os
+import re
+import sys
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+from gptv_jax import config as config_lib
+from gptv_jax import hardware, sharding
+from gptv_jax.errors import InputError
+
+FORMS = (
+    "v4:4x4x4, v5e:16x16, v5p:8x8x8, v6e:16x16, tpu7x:4x4x4, an accelerator type such as v5e-256 "
+    "or v5p-128, gpu:8xh200 (also a100, h100, b200) or cpu:8"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tpu:
+    kind: str  # as JAX names the device
+    dimensions: int  # of the torus
+    cores: int  # TensorCores a chip, which accelerator types such as v5p-128 count
+    compiles: bool = True
+
+
+TPUS = {
+    # Offline, the compiler knows a v4 only as two devices a chip; at work it is one.
+    "v4": _Tpu("TPU v4", 3, 2, compiles=False),
+    "v5e": _Tpu("TPU v5 lite", 2, 1),
+    "v5p": _Tpu("TPU v5", 3, 2),
+    "v6e": _Tpu("TPU v6 lite", 2, 1),
+    "tpu7x": _Tpu("TPU7x", 3, 2),
+}
+GPUS = {name: f"NVIDIA {name.upper()}" for name in ("a100", "h100", "h200", "b200")}
+# What libtpu is told before it is loaded: not to look for a cloud host, to let several processes
+# plan at the same time (it would lock a TPU, of which there is none), and to keep its log.
+LIBTPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TPU_LOG_DIR": "disabled",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Devices, as many as a job would see."""
+
+    name: str  # such as v5e:16x16
+    platform: str  # tpu, gpu or cpu
+    kind: str  # as JAX names the device
+    per_slice: int  # devices that share the fast interconnect: a TPU slice, a GPU node
+    slices: int
+    compiles: bool  # whether this machine can compile for it
+
+    @property
+    def count(self) -> int:
+        """Of devices."""
+        return self.per_slice * self.slices
+
+    @property
+    def hardware(self) -> hardware.Hardware | None:
+        """What is known of a device; None for a CPU."""
+        return hardware.of(self.kind)
+
+    @property
+    def memory_bytes(self) -> int:
+        """What a program may take on a device; simulated ones share this machine's memory."""
+        if self.hardware:
+            return self.hardware.memory_bytes
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // self.count
+
+    def prepare(self) -> None:
+        """Has JAX simulate the devices of a CPU topology; to be called before JAX is used."""
+        if self.platform == "cpu":
+            jax.config.update("jax_num_cpu_devices", self.count)
+
+    def devices(self) -> list:
+        """The devices, for a compiler that has none of them.
+
+        Raises:
+          InputError: libtpu is not installed, or knows no such topology; or JAX has other devices
+            than these simulated ones already.
+        """
+        if self.platform == "cpu":
+            if len(jax.devices("cpu")) < self.count:
+                raise InputError(
+                    f"--topology={self.name} needs {self.count} simulated devices, and there are "
+                    f"{len(jax.devices('cpu'))}; set JAX_NUM_CPU_DEVICES={self.count}."
+                )
+            return jax.devices("cpu")[: self.count]
+        for name, value in LIBTPU.items():
+            os.environ.setdefault(name, value)
+        slices = {"num_slices": self.slices} if self.slices > 1 else {}
+        try:
+            with _silent():
+                found = topologies.get_topology_desc(self.name, platform="tpu", **slices).devices
+        except RuntimeError as error:
+            if "not installed" in str(error):
+                raise InputError(
+                    f"--topology={self.name} is compiled by libtpu, which is not installed; "
+                    "pip install libtpu, which needs no TPU."
+                ) from error
+            raise InputError(
+                f"--topology={self.name} is none that libtpu knows ({error}); it takes {FORMS}."
+            ) from error
+        return list(found)
+
+    def abstract_mesh(self, sizes: tuple[int, ...]) -> AbstractMesh:
+        """A mesh of these sizes of AXES, to trace programs for this platform under."""
+        return AbstractMesh(
+            sizes,
+            sharding.AXES,
+            axis_types=(AxisType.Explicit,) * len(sharding.AXES),
+            abstract_device=AbstractDevice(self.kind, None, self.platform),
+        )
+
+    def mesh(self, config: config_lib.Mesh) -> jax.sharding.Mesh:
+        """The config's mesh over the devices."""
+        return sharding.make_mesh(config, self.devices())
+
+
+def parse(name: str, num_slices: int = 1) -> Topology:
+    """The topology of that name.
+
+    Args:
+      name: one of FORMS.
+      num_slices: TPU slices of that shape, or GPU nodes.
+
+    Raises:
+      InputError: it is none of the forms.
+    """
+    unknown = InputError(f"--topology={name} is not known; it takes {FORMS}.")
+    kind, _, rest = name.partition(":")
+    if kind == "cpu" and rest.isdigit() and int(rest):
+        if num_slices != 1:
+            raise InputError(f"--num_slices={num_slices}, but --topology={name} is one machine.")
+        return Topology(name, "cpu", "cpu", int(rest), 1, True)
+    if kind == "gpu" and (found := re.fullmatch(r"([1-9]\d*)x(\w+)", rest)):
+        if found[2] not in GPUS:
+            raise unknown
+        return Topology(name, "gpu", GPUS[found[2]], int(found[1]), num_slices, False)
+    if found := re.fullmatch(r"(\w+)-([1-9]\d*)", name):
+        kind, cores = found[1], int(found[2])
+        tpu = TPUS.get(kind)
+        shape = _shape(cores // tpu.cores, tpu.dimensions) if tpu else None
+        if shape is None or cores % tpu.cores:
+            raise unknown
+        rest = "x".join(map(str, shape))
+    if kind not in TPUS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", rest):
+        raise unknown
+    tpu = TPUS[kind]
+    sides = [int(side) for side in rest.split("x")]
+    if len(sides) != tpu.dimensions:
+        raise unknown
+    devices = math.prod(sides) * hardware.of(tpu.kind).per_chip
+    return Topology(f"{kind}:{rest}", "tpu", tpu.kind, devices, num_slices, tpu.compiles)
+
+
+def _shape(chips: int, dimensions: int) -> tuple[int, ...] | None:
+    """The shape of a slice of so many chips, as Cloud TPU has it; None where it has none."""
+    if chips < 1 or chips & (chips - 1):
+        return None
+    powers = chips.bit_length() - 1
+    sides = sorted(
+        2 ** (powers // dimensions + (i < powers % dimensions)) for i in range(dimensions)
+    )
+    # A host has a square of chips: two along each of the first sides.
+    return tuple([s for s in sides if s > 1] + [s for s in sides if s == 1])
+
+
+@contextlib.contextmanager
+def _silent():
+    """Keeps libtpu from telling, past every setting of its log, that no TPU host is to be found."""
+    sys.stderr.flush()
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)

@@ -1,0 +1,130 @@
+"""What travels between devices in one step, and over which axis of the mesh."""
+
+import collections
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from gptv_jax import config as config_lib
+from gptv_jax import sharding
+from gptv_jax.model.gpt import Network
+from gptv_jax.planning import hlo
+
+WIDTHS = {"float32": 4, "bfloat16": 2}  # bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """Collectives of one kind over the same axes, in one step."""
+
+    kind: str
+    axes: tuple[str, ...]  # of the mesh, whose devices take part
+    count: int
+    bytes: int  # of all of them: of the arrays that are gathered, reduced or moved
+    inside: float  # bytes that a device sends to others of its slice or node
+    between: float  # bytes that it sends to other slices or nodes
+
+
+def of_program(
+    found: Iterable[hlo.Collective], sizes: dict[str, int], slice_of: Sequence[int]
+) -> list[Traffic]:
+    """The collectives of a compiled program, by kind and axes.
+
+    Args:
+      found: them.
+      sizes: of the mesh, by axis.
+      slice_of: the slice of each device, in the order of the mesh.
+    """
+    places = np.array(np.unravel_index(np.arange(len(slice_of)), tuple(sizes.values()))).T
+    rows = []
+    for each in found:
+        members = places[list(each.group)]
+        along = (members != members[0]).any(axis=0)
+        axes = tuple(axis for axis, varies in zip(sizes, along, strict=True) if varies)
+        rows.append(_row(each.kind, axes, each.count, each.bytes, each.group, slice_of))
+    return _merged(rows)
+
+
+def by_arithmetic(
+    config: config_lib.Config, network: Network, sizes: dict[str, int], slice_of: Sequence[int]
+) -> list[Traffic]:
+    """The collectives that the sharding of the network calls for.
+
+    Args:
+      config: of the run.
+      network: its network.
+      sizes: of the mesh, by axis.
+      slice_of: the slice of each device, in the order of the mesh.
+    """
+    c, parts = network.config, config.train.microbatches
+    width = WIDTHS[c.dtype]
+    ids = np.arange(len(slice_of)).reshape(tuple(sizes.values()))
+    rows = []
+
+    def add(kind: str, axes: tuple[str, ...], count: int, size: float | int) -> None:
+        axes = tuple(axis for axis in axes if sizes.get(axis, 1) > 1)
+        if axes and count:
+            group = ids[tuple(slice(None) if axis in axes else 0 for axis in sizes)].ravel()
+            rows.append(_row(kind, axes, count, round(size), group, slice_of))
+
+    again = c.remat != "none"  # gathered once more, for the backward pass
+    matrices = (("qkv", 3), ("attention_out", 1), ("mlp_in", c.mlp_ratio), ("mlp_out", c.mlp_ratio))
+    tensor, sequence = sizes["tensor"], sizes.get("sequence", 1)
+    for _, share in matrices:
+        weight = share * c.width**2 * width / tensor
+        add("all-gather", ("fsdp",), c.layers * parts * (1 + again), weight)
+        add("reduce-scatter", ("fsdp",), c.layers * parts, weight)
+        add("all-reduce", ("data", "sequence"), c.layers * parts, weight / sizes["fsdp"])
+    tables = (network.length + 2 * network.vocabulary) * c.width * width
+    add("all-gather", ("fsdp",), parts, tables)
+    add("all-reduce", ("data", "fsdp", "sequence"), parts, tables)
+
+    # Of each layer: two products whose results are partial sums, in each direction.
+    positions = config.train.batch_size * network.length
+    positions /= parts * sizes["data"] * sizes["fsdp"] * sequence
+    hidden = positions * c.width * width
+    sums = 4 + (c.remat == "full")
+    add("all-reduce", ("tensor",), c.layers * parts * sums, hidden)
+    # Keys and values of all positions, and their gradients.
+    add("all-gather", ("sequence",), c.layers * parts * (1 + again), 2 * hidden * sequence / tensor)
+    add("reduce-scatter", ("sequence",), c.layers * parts, 2 * hidden * sequence / tensor)
+    return _merged(rows)
+
+
+def _row(kind, axes, count, size, group, slice_of) -> Traffic:
+    """What each device sends, in rings: first inside every slice, then between the slices."""
+    slices = len({slice_of[i] for i in group})
+    members = len(group) // slices
+    passes = 2 if kind == "all-reduce" else 1
+    if kind == "collective-permute":
+        inside, between = (float(size), 0.0) if slices == 1 else (0.0, float(size))
+    else:
+        inside = passes * size * (members - 1) / members
+        between = passes * size / members * (slices - 1) / slices
+    return Traffic(kind, axes, count, count * size, count * inside, count * between)
+
+
+def _merged(rows: list[Traffic]) -> list[Traffic]:
+    """Rows of the same kind and axes added up, the one with most bytes first."""
+    groups = collections.defaultdict(list)
+    for row in rows:
+        groups[row.kind, row.axes].append(row)
+    added = [
+        Traffic(*key, *(sum(getattr(row, field) for row in same) for field in _SUMMED))
+        for key, same in groups.items()
+    ]
+    return sorted(added, key=lambda row: -row.bytes)
+
+
+_SUMMED = ("count", "bytes", "inside", "between")
+
+
+def slices_of(count: int, per_slice: int) -> list[int]:
+    """The slice of each device where slices follow one another along the first axes."""
+    return [i // per_slice for i in range(count)]
+
+
+def order(sizes: Sequence[int]) -> dict[str, int]:
+    """Sizes by axis."""
+    return dict(zip(sharding.AXES, sizes, strict=True))

@@ -1,0 +1,43 @@
+"""Analytic FLOPs against those that the compiler counts in the real train step."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from gptv_jax import config as config_lib
+from gptv_jax import sharding
+from gptv_jax.model import flops
+from gptv_jax.planning import compiled, plan
+
+# Attention in its plain form (T < 256), layers unrolled, because the compiler counts a loop's body
+# once. Wide and with few heads, so that what the formula leaves out is small: norms and activation
+# functions grow with the width, but products with its square; the softmax with the heads, but
+# attention's products with the width.
+CONFIG = config_lib.Config(
+    model=config_lib.Model(layers=3, width=512, heads=2, scan_layers=False),
+    train=config_lib.Train(batch_size=16),
+    data=config_lib.Data(image_size=12),
+    mesh=config_lib.Mesh(data=1),
+)
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_flops_of_a_step_are_those_of_the_compiler(remat):
+    model = dataclasses.replace(CONFIG.model, remat=remat)
+    config = dataclasses.replace(CONFIG, model=model)
+    network = plan.network_of(config)
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    counted = compiled.program(config, network, mesh).cost_analysis()["flops"]
+    needed = flops.training(network).total + flops.recomputed(network).total
+    assert needed * 16 * 144 == pytest.approx(counted, rel=0.03)
+    # The parts that are told apart are each larger than that.
+    assert flops.training(network).attention > 0.04 * flops.training(network).total
+    assert remat == "none" or flops.recomputed(network).total * 16 * 144 > 0.01 * counted
+
+
+def test_matrices_and_attention_are_counted_apart():
+    network = plan.network_of(CONFIG)
+    weights = 3 * 12 * 512**2 + 17 * 512
+    assert flops.training(network) == flops.Flops(6 * weights, 12 * 3 * 144 * 512)
+    assert flops.forward(network).total * 3 == flops.training(network).total

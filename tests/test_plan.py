@@ -1,0 +1,258 @@
+"""Plans: the real command, meshes of up to 256 devices, and the search."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from gptv_jax import config as config_lib
+from gptv_jax import hardware
+from gptv_jax.errors import InputError
+from gptv_jax.model import flops
+from gptv_jax.planning import plan, roofline, search, table, topology
+
+CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
+PROMISED = {
+    *("params", "flops_per_token", "flops_per_step", "bytes_per_device", "device_memory_bytes"),
+    *("fits", "collectives", "step_seconds_estimate", "mfu_estimate"),
+}
+
+
+def started(config: str, *arguments: str) -> subprocess.Popen:
+    """The real command; the cache of the tests holds no program of another kind of device."""
+    module = [sys.executable, "-m", "gptv_jax.plan", f"--config={CONFIGS / config}"]
+    environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*module, *arguments], env=environment, **pipes)
+
+
+def ended(process: subprocess.Popen) -> tuple[int, str, str]:
+    output, errors = process.communicate(timeout=600)
+    return process.returncode, output, errors
+
+
+TINY = ["model.layers=2", "model.width=32", "model.heads=2", "train.batch_size=8"]
+TINY = [f"--config.{field}" for field in TINY]
+
+
+@pytest.mark.process
+def test_two_processes_plan_for_tpus_at_the_same_time_and_print_json_alone():
+    """Compiled by libtpu on a machine without a TPU, neither waiting for the other's lock."""
+    fsdp = ["--config.mesh.data=1", "--config.mesh.fsdp=-1"]
+    both = [
+        started("digits.py", "--topology=v5e:2x2", "--json", *TINY, *fsdp),
+        started("digits.py", "--topology=v5e:2x2", "--num_slices=2", "--json", *TINY),
+    ]
+    plans = []
+    for process in both:
+        code, output, errors = ended(process)
+        assert code == 0 and errors == "", errors[-3000:]
+        plans.append(json.loads(output))
+    for found in plans:
+        assert set(found) >= PROMISED
+        assert found["fits"] is True and found["bytes_per_device_source"] == "compiler"
+        assert 0 < found["bytes_per_device"] < found["device_memory_bytes"] == int(15.75 * 2**30)
+        assert found["flops_per_step"] == found["flops_per_token"] * 8 * 64
+        assert found["step_seconds_estimate"] > 0 and 0 < found["mfu_estimate"] < 1
+        assert {each["count"] > 0 and each["bytes"] > 0 for each in found["collectives"]} == {True}
+    one, two = plans
+    assert one["params"] == two["params"]
+    gathers = [each for each in one["collectives"] if each["kind"] == "all-gather"]
+    assert [each["axes"] for each in gathers] == [["fsdp"]] and gathers[0]["count"] >= 2 * 4 * 2
+    assert all(each["between"] == 0 for each in one["collectives"])
+    sums = [each for each in two["collectives"] if each["kind"] == "all-reduce"]
+    assert [each["axes"] for each in sums] == [["data"]] and sums[0]["between"] > 0
+
+
+@pytest.mark.process
+def test_exit_codes_and_refusals():
+    """1 where the plan does not fit, and one sentence where there is none to be made."""
+    large = started("imagenet.py:xl", "--topology=gpu:8xa100", "--json")
+    unknown = started("digits.py", "--topology=v5e16")
+    uneven = started("imagenet.py:l", "--topology=v5e-256")
+    code, output, _ = ended(large)
+    found = json.loads(output)
+    assert code == 1 and found["fits"] is False
+    assert found["bytes_per_device"] > found["device_memory_bytes"] == 60 * 10**9
+    assert found["params"] == 6_810_875_904
+    code, output, errors = ended(unknown)
+    assert code == 1 and output == "" and len(errors.splitlines()) == 1
+    assert errors.startswith("error: --topology=v5e16 is not known; it takes v4:4x4x4, v5e:16x16")
+    code, output, errors = ended(uneven)
+    assert code == 1 and output == "" and len(errors.splitlines()) == 1
+    assert errors.startswith("error: config.probe.batch_size is 128, which 256 (config.mesh.data")
+
+
+# Many devices.
+
+SCALED = """
+import dataclasses, json, sys
+from conftest import random_batch
+import jax
+from gptv_jax import config as config_lib
+from gptv_jax.planning import plan, topology
+
+config = config_lib.Config(
+    model=config_lib.Model(width=256, heads=4, remat="dots"),
+    train=config_lib.Train(batch_size=256),
+    probe=config_lib.Probe(batch_size=256),
+    finetune=config_lib.Finetune(train=config_lib.Train(batch_size=256)),
+)
+rows = []
+for count, fsdp, tensor in [(8, 4, 2), (64, 16, 2), (64, 16, 4), (256, 64, 4)]:
+    for layers in (2, 4):
+        model = dataclasses.replace(config.model, layers=layers)
+        mesh = config_lib.Mesh(data=-1, fsdp=fsdp, tensor=tensor)
+        planned = dataclasses.replace(config, model=model, mesh=mesh)
+        found = plan.make(planned, topology.parse(f"cpu:{count}"))
+        whole = {"devices": count, "shards": fsdp * tensor, "layers": layers}
+        collectives = {f"{each.kind} {each.axes}": each.count for each in found.traffic}
+        rows.append(whole | {
+            "collectives": collectives,
+            "arguments": found.compiled.arguments,
+            "parameters": found.memory.parameters,
+        })
+print(json.dumps(rows))
+"""
+
+
+@pytest.mark.process
+def test_per_device_bytes_fall_with_shards_and_collectives_per_layer_stay():
+    """The real step on simulated meshes of 8, 64 and 256 devices, 2 and 4 layers deep."""
+    ended = subprocess.run(
+        [sys.executable, "-c", SCALED.replace("from conftest import random_batch\n", "")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "JAX_NUM_CPU_DEVICES": "256"},
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    rows = json.loads(ended.stdout)
+    assert {row["devices"] for row in rows} == {8, 64, 256}
+    by_layers = {n: [row for row in rows if row["layers"] == n] for n in (2, 4)}
+    for name in ("arguments", "parameters"):
+        # Of two more layers alone, whose matrices are split over all shards; the norms, which are
+        # not, are 2 x 2 x 256 floats of them, three times over with Adam's moments.
+        whole = {"arguments": 3, "parameters": 1}[name] * 4
+        for shallow, deep in zip(by_layers[2], by_layers[4], strict=True):
+            added = deep[name] - shallow[name]
+            assert added == whole * (2 * 12 * 256**2 // deep["shards"] + 2 * 2 * 256)
+    a_layer = [
+        {kind: (deep["collectives"][kind] - n) / 2 for kind, n in shallow["collectives"].items()}
+        for shallow, deep in zip(by_layers[2], by_layers[4], strict=True)
+    ]
+    assert all(each == a_layer[0] for each in a_layer), a_layer
+    assert a_layer[0]["all-gather ('fsdp',)"] == 8  # four matrices, forward and backward
+    assert sum(a_layer[0].values()) < 20
+
+
+# In this process, by arithmetic.
+
+V5E, H200 = topology.parse("v5e:4x4"), topology.parse("gpu:8xh200", 2)
+
+
+def large(**mesh: int) -> config_lib.Config:
+    """IGPT-L."""
+    return config_lib.Config(
+        model=config_lib.Model(48, 1536, 16, dtype="bfloat16", remat="dots"),
+        tokens=config_lib.Tokens("palette"),
+        data=config_lib.Data(image_size=32),
+        mesh=config_lib.Mesh(**mesh),
+    )
+
+
+def test_the_mesh_must_divide_devices_and_slices():
+    with pytest.raises(InputError, match=r"config\.mesh\.data=3.*there are 16"):
+        plan.make(large(data=3), H200)
+    with pytest.raises(InputError, match=r"config\.mesh\.data is 1, which 2 \(--num_slices\)"):
+        plan.make(large(data=1, fsdp=16), H200)
+
+
+def test_an_unknown_kind_of_token_is_refused():
+    config = dataclasses.replace(large(), tokens=config_lib.Tokens("clip"))
+    with pytest.raises(InputError, match=r"config\.tokens\.name is 'clip'"):
+        plan.make(config, H200)
+
+
+def test_the_roofline_is_of_the_slowest_part():
+    found = plan.make(large(data=2, fsdp=8), H200)
+    line, known = found.roofline, hardware.KINDS["NVIDIA H200"]
+    executed = flops.training(found.network).total + flops.recomputed(found.network).total
+    assert line.compute == pytest.approx(executed * 128 * 1024 / 16 / known.peak_flops)
+    sent = sum(each.between for each in found.traffic)
+    # Between two nodes each device sends the half of its eighth of the gradients, twice over.
+    assert sent == pytest.approx(2 * 2 * found.params / 8 / 2, rel=0.01)
+    assert line.network == pytest.approx(sent / known.network)
+    assert line.bound == max(dataclasses.astuple(line)) and line.serial > line.bound
+    assert found.mfu == pytest.approx(
+        flops.training(found.network).total / executed * line.compute / line.bound
+    )
+    assert roofline.Roofline(1.0, 2.0, 4.0, 3.0).bound == 4.0
+
+
+def test_days_and_device_hours_are_those_of_all_steps():
+    found = plan.make(large(data=2, fsdp=8), H200)
+    numbers = found.numbers()
+    assert numbers["days"] == pytest.approx(found.step_seconds * 1000 / 86_400)
+    assert numbers["device_hours"] == pytest.approx(numbers["days"] * 24 * 16)
+
+
+def test_the_search_ranks_what_fits_and_its_flags_make_the_same_plan():
+    plans = search.search(large(), H200)
+    assert len(plans) > 50
+    fitting = [each for each in plans if each.fits]
+    assert plans[: len(fitting)] == fitting and len(fitting) < len(plans)
+    times = [each.roofline.serial for each in fitting]
+    assert times == sorted(times)
+    assert {each.config.model.remat for each in plans} == {"none", "dots", "full"}
+    assert {each.sizes["tensor"] for each in plans} >= {1, 2, 4, 8}
+    values = dict(flag.removeprefix("--config.").split("=") for flag in plans[0].flags)
+    assert values["model.remat"] == plans[0].config.model.remat
+    again = large(**{axis: int(values[f"mesh.{axis}"]) for axis in plans[0].sizes})
+    again = search._with(
+        again, again.mesh, values["model.remat"], int(values["train.microbatches"])
+    )
+    assert plan.make(again, H200).bytes_per_device == plans[0].bytes_per_device
+
+
+def test_what_the_compiler_refuses_is_left_out_of_the_search(monkeypatch):
+    def compiled(config, devices, *, compiling=True):
+        found = made(config, devices, compiling=False)
+        if not compiling or config.model.remat != "none":
+            return found
+        program = plan.compiled.Compiled(0, 10**12, [], [], refused=True)
+        return dataclasses.replace(found, compiled=program)
+
+    made = plan.make
+    monkeypatch.setattr(search.plan, "make", compiled)
+    assert made(large(data=1, fsdp=16), V5E, compiling=False).fits
+    plans = search.search(large(), V5E)
+    assert plans and all(each.fits and each.config.model.remat != "none" for each in plans)
+
+
+def test_a_batch_that_no_mesh_divides_is_refused():
+    config = large()
+    odd = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=7))
+    with pytest.raises(InputError, match=r"no mesh of 16 devices divides .*batch_size=7"):
+        search.search(odd, H200)
+
+
+def test_the_smallest_mesh_that_fits_is_the_first_that_does():
+    one = search.smallest(large(), V5E)
+    assert one.fits and one.topology.count == 2  # 16 bytes a weight: 21.8 GB, of 16.9 GB a device
+    huge = dataclasses.replace(large(), model=dataclasses.replace(large().model, layers=4800))
+    assert search.smallest(huge, V5E) is None
+
+
+def test_the_table_says_everything():
+    found = plan.make(large(data=2, fsdp=8), H200)
+    shown = table.show(found, search.smallest(large(), H200))
+    for words in ("1,362,250,752", "8.158 G in products", "906 M in attention", "by arithmetic"):
+        assert words in shown
+    for words in ("fits", "over fsdp", "between slices", "a bound", "MFU at most", "device-hours"):
+        assert words in shown
+    assert "DOES NOT FIT" in table.show(plan.make(large(), H200), None)
+    assert table.ranking([found]).count(" ".join(found.flags)) == 1
