@@ -68,18 +68,28 @@ def make_mesh(config: config_lib.Mesh, devices: Sequence[jax.Device] | None = No
     types = (AxisType.Explicit,) * len(AXES)
     if slices == 1 or devices[0].platform != "tpu":
         return jax.make_mesh(sizes, AXES, types, devices=devices)
-    # Slices lie along "data", and where it is too short, along "fsdp" as well.
-    across = [math.gcd(slices, sizes[0]), slices // math.gcd(slices, sizes[0]), 1, 1]
-    if sizes[1] % across[1]:
-        raise InputError(
-            f"config.mesh.data={sizes[0]} and config.mesh.fsdp={sizes[1]} cannot be laid over "
-            f"{slices} slices; their product takes a multiple of {slices}, data first."
-        )
+    across = over_slices(sizes, slices)
     within = [size // count for size, count in zip(sizes, across, strict=True)]
     laid = mesh_utils.create_hybrid_device_mesh(
         within, across, devices, allow_split_physical_axes=True
     )
     return Mesh(laid, AXES, axis_types=types)
+
+
+def over_slices(sizes: tuple[int, ...], slices: int) -> tuple[int, ...]:
+    """How many slices lie along each of AXES: as many as go along "data", the rest along "fsdp".
+
+    Raises:
+      InputError: these two do not take all of them.
+    """
+    along_data = math.gcd(slices, sizes[0])
+    along_fsdp = slices // along_data
+    if sizes[1] % along_fsdp:
+        raise InputError(
+            f"config.mesh.data={sizes[0]} and config.mesh.fsdp={sizes[1]} cannot be laid over "
+            f"{slices} slices; take a multiple of {slices} for data, or for both together."
+        )
+    return along_data, along_fsdp, *(1 for _ in sizes[2:])
 
 
 def axis_sizes(config: config_lib.Mesh, count: int) -> tuple[int, ...]:

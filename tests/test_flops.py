@@ -29,11 +29,12 @@ def test_flops_of_a_step_are_those_of_the_compiler(remat):
     network = plan.network_of(config)
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     counted = compiled.program(config, network, mesh).cost_analysis()["flops"]
-    needed = flops.training(network).total + flops.recomputed(network).total
+    needed = flops.executed(network, "cpu").total
     assert needed * 16 * 144 == pytest.approx(counted, rel=0.03)
     # The parts that are told apart are each larger than that.
     assert flops.training(network).attention > 0.04 * flops.training(network).total
-    assert remat == "none" or flops.recomputed(network).total * 16 * 144 > 0.01 * counted
+    again = flops.executed(network, "cpu").total - flops.training(network).total
+    assert remat == "none" or again * 16 * 144 > 0.01 * counted
 
 
 def test_matrices_and_attention_are_counted_apart():
@@ -41,3 +42,13 @@ def test_matrices_and_attention_are_counted_apart():
     weights = 3 * 12 * 512**2 + 17 * 512
     assert flops.training(network) == flops.Flops(6 * weights, 12 * 3 * 144 * 512)
     assert flops.forward(network).total * 3 == flops.training(network).total
+
+
+def test_a_form_that_skips_what_is_masked_does_half_and_again_what_it_does_not_keep():
+    config = dataclasses.replace(CONFIG, data=config_lib.Data(image_size=32))
+    network = plan.network_of(config)
+    model = flops.training(network)
+    for platform, products in (("gpu", 6), ("cpu", 7 / 2), ("tpu", 9 / 2)):
+        done = flops.executed(network, platform)
+        assert done == flops.Flops(model.matmul, model.attention * products / 6), platform
+    assert flops.executed(network, "cpu", split=4) == flops.executed(network, "gpu")

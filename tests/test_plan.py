@@ -167,8 +167,8 @@ def large(**mesh: int) -> config_lib.Config:
 def test_the_mesh_must_divide_devices_and_slices():
     with pytest.raises(InputError, match=r"config\.mesh\.data=3.*there are 16"):
         plan.make(large(data=3), H200)
-    with pytest.raises(InputError, match=r"config\.mesh\.data is 1, which 2 \(--num_slices\)"):
-        plan.make(large(data=1, fsdp=16), H200)
+    with pytest.raises(InputError, match=r"cannot be laid over 2 slices"):
+        plan.make(large(data=1, fsdp=1, tensor=16), H200)
 
 
 def test_an_unknown_kind_of_token_is_refused():
@@ -180,7 +180,7 @@ def test_an_unknown_kind_of_token_is_refused():
 def test_the_roofline_is_of_the_slowest_part():
     found = plan.make(large(data=2, fsdp=8), H200)
     line, known = found.roofline, hardware.KINDS["NVIDIA H200"]
-    executed = flops.training(found.network).total + flops.recomputed(found.network).total
+    executed = flops.executed(found.network, "gpu").total
     assert line.compute == pytest.approx(executed * 128 * 1024 / 16 / known.peak_flops)
     sent = sum(each.between for each in found.traffic)
     # Between two nodes each device sends the half of its eighth of the gradients, twice over.

@@ -47,12 +47,29 @@ def bidirectional_attention(
     return _over_the_mesh(q, k, v, causal=False)
 
 
+def form(platform: str, length: int, split: int, *, causal: bool) -> str:
+    """Which form attention takes: "splash", "blocked" or "plain".
+
+    Args:
+      platform: tpu, gpu or cpu.
+      length: T.
+      split: parts of the sequence, on a device each.
+      causal: whether a position sees itself and earlier ones, or all.
+    """
+    if platform == "tpu" and (length // split) % LANES == 0:
+        return "splash"
+    if platform == "cpu" and causal and split == 1 and length >= LONG:
+        return "blocked"
+    return "plain"
+
+
 def _over_the_mesh(q, k, v, *, causal: bool):
     """Each device's share of the work; q, k and v are split alike."""
     mesh, T = jax.sharding.get_abstract_mesh(), q.shape[1]
     if mesh.empty:
         return _plain(causal, 0, q, k, v)
     split = mesh.shape["sequence"]
+    chosen = form(_platform(mesh), T, split, causal=causal)
     spec = P(*jax.typeof(q).sharding.spec[:3], None)  # the whole of K, with each head
 
     def local(kernel, q, k, v):
@@ -62,12 +79,12 @@ def _over_the_mesh(q, k, v, *, causal: bool):
             k, v = (jax.lax.all_gather(x, "sequence", axis=1, tiled=True) for x in (k, v))
         if kernel is not None:
             return splash_attention(kernel, q, k, v)
-        if causal and split == 1 and T >= LONG and _platform(mesh) == "cpu":
+        if chosen == "blocked":
             return blocked_attention(q, k, v)
         return _plain(causal, first, q, k, v)
 
     kernel = kernel_specs = None
-    if _platform(mesh) == "tpu" and (T // split) % LANES == 0:
+    if chosen == "splash":
         kernel, kernel_specs = make_kernel(mesh, q.shape[2], T, causal=causal)
     # The kernels say nothing of which axes their results vary over; all of them are in the specs.
     in_specs = (kernel_specs, spec, spec, spec)

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from gptv_jax.model import attention as attention_lib
 from gptv_jax.model.gpt import Network
 
 
@@ -37,18 +38,32 @@ def training(network: Network) -> Flops:
     return forward(network).times(3)
 
 
-def recomputed(network: Network) -> Flops:
-    """FLOPs that the backward pass of one token does a second time, by the config's remat."""
-    blocks = _blocks(network)
-    match network.config.remat:
-        case "none":
-            return Flops(0, 0)
-        case "dots":
-            return Flops(0, blocks.attention)
-    # All but the last product of a layer, whose result no gradient needs.
-    c = network.config
-    last = 2 * c.layers * c.mlp_ratio * c.width**2
-    return Flops(blocks.matmul - last, blocks.attention)
+# Products of T x T with K that a form of attention computes, forward and backward; the model's own
+# count is 2 and 4. Those that never keep the scores compute them again, splash in two kernels.
+PRODUCTS = {"plain": (2, 4), "blocked": (2, 5), "splash": (2, 7)}
+
+
+def executed(network: Network, platform: str, split: int = 1) -> Flops:
+    """FLOPs that one token of training does, what is computed again and skipped taken into account.
+
+    Args:
+      network: the network.
+      platform: tpu, gpu or cpu, which attend in different forms.
+      split: parts of the sequence, on a device each.
+    """
+    c, blocks, model = network.config, _blocks(network), training(network)
+    causal = c.objective == "autoregressive"
+    form = attention_lib.form(platform, network.length, split, causal=causal)
+    ahead, back = PRODUCTS[form]
+    # With "dots" a fused kernel's results are kept.
+    again = c.remat == "full" or (c.remat == "dots" and form != "splash")
+    attention = blocks.attention * (ahead * (1 + again) + back) // 2
+    if form != "plain" and causal:
+        attention //= 2  # what is masked is skipped
+    matmul = model.matmul
+    if c.remat == "full":  # all but the last product of a layer, whose result no gradient needs
+        matmul += blocks.matmul - 2 * c.layers * c.mlp_ratio * c.width**2
+    return Flops(matmul, attention)
 
 
 def _blocks(network: Network) -> Flops:

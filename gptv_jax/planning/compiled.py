@@ -53,7 +53,7 @@ def program(
         microbatches=train.microbatches,
         seed=config.seed,
     )
-    rows = NamedSharding(mesh, sharding.HIDDEN)
+    rows = NamedSharding(mesh, sharding.BATCH_FIRST)
     shapes = {"tokens": (train.batch_size, network.length), "variant": (train.batch_size,)}
     batch = {
         name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)

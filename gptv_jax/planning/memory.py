@@ -140,7 +140,7 @@ def _residuals(network: Network, mesh) -> tuple[Array, ...]:
     """Distinct arrays, the parameters themselves aside, that the forward pass of a row leaves."""
     with jax.sharding.use_abstract_mesh(mesh):
         params = jax.eval_shape(lambda: network.init(jax.random.key(0)))
-        split = NamedSharding(mesh, sharding.HIDDEN)
+        split = NamedSharding(mesh, sharding.BATCH_FIRST)
         batch = {
             "tokens": jax.ShapeDtypeStruct((1, network.length), jnp.int32, sharding=split),
             "variant": jax.ShapeDtypeStruct((1,), jnp.int32, sharding=split),

@@ -4,7 +4,6 @@ import dataclasses
 
 from gptv_jax import config as config_lib
 from gptv_jax import sharding, tokens
-from gptv_jax.errors import InputError
 from gptv_jax.model import flops
 from gptv_jax.model.gpt import Network
 from gptv_jax.planning import compiled, memory, roofline, traffic
@@ -58,6 +57,11 @@ class Plan:
         return model / (self.roofline.bound * self.topology.count * self._peak)
 
     @property
+    def executed(self) -> flops.Flops:
+        """What a token of the step costs the devices."""
+        return flops.executed(self.network, self.topology.platform, self.sizes["sequence"])
+
+    @property
     def _peak(self) -> float:
         return self.topology.hardware.peak_flops
 
@@ -73,7 +77,7 @@ class Plan:
 
     def numbers(self) -> dict:
         """For machines: bytes of one device, seconds, FLOPs of all devices together."""
-        model, again = flops.training(self.network), flops.recomputed(self.network)
+        model, done = flops.training(self.network), self.executed
         days = self.roofline and self.roofline.bound * self.config.train.steps / DAY
         return {
             "topology": self.topology.name,
@@ -86,7 +90,7 @@ class Plan:
             "flops_per_token_matmul": model.matmul,
             "flops_per_token_attention": model.attention,
             "flops_per_step": model.total * self.tokens_per_step,
-            "flops_per_step_executed": (model.total + again.total) * self.tokens_per_step,
+            "flops_per_step_executed": done.total * self.tokens_per_step,
             "bytes_per_device": self.bytes_per_device,
             "bytes_per_device_source": "compiler" if self.compiled else "arithmetic",
             "bytes": self._bytes(),
@@ -136,11 +140,7 @@ def make(config: config_lib.Config, topology: Topology, *, compiling: bool = Tru
     network = network_of(config)
     sizes = traffic.order(sharding.axis_sizes(config.mesh, topology.count))
     sharding.check(config, topology.abstract_mesh(tuple(sizes.values())))
-    if sizes["data"] % topology.slices:
-        raise InputError(
-            f"config.mesh.data is {sizes['data']}, which {topology.slices} (--num_slices) does not "
-            f"divide: slices lie along it; take a multiple of {topology.slices}."
-        )
+    sharding.over_slices(tuple(sizes.values()), topology.slices)
     program, slice_of = None, traffic.slices_of(topology.count, topology.per_slice)
     if topology.compiles and compiling:
         mesh = topology.mesh(config.mesh)
@@ -155,6 +155,7 @@ def make(config: config_lib.Config, topology: Topology, *, compiling: bool = Tru
     if topology.hardware:
         line = roofline.estimate(
             network,
+            topology.platform,
             config.train.batch_size * network.length,
             config.train.microbatches,
             sizes,

@@ -32,6 +32,7 @@ class Roofline:
 
 def estimate(
     network: Network,
+    platform: str,
     tokens: int,
     microbatches: int,
     sizes: dict[str, int],
@@ -43,6 +44,7 @@ def estimate(
 
     Args:
       network: the network.
+      platform: of the devices.
       tokens: of a step, over all devices.
       microbatches: parts of a step.
       sizes: of the mesh, by axis.
@@ -50,7 +52,7 @@ def estimate(
       traffic: between devices.
       hardware: a device.
     """
-    executed = flops.training(network).total + flops.recomputed(network).total
+    executed = flops.executed(network, platform, sizes["sequence"]).total
     # Each pass over the layers reads their weights: forward, backward, once more where the forward
     # pass is repeated, and gradients are written. What is kept is written and read, and the
     # optimizer reads and writes all of its state and the parameters, and reads the gradients.

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.errors import InputError
-from gptv_jax.model import gpt
+from gptv_jax.model import remat
 from gptv_jax.planning import plan
 from gptv_jax.planning.plan import Plan
 from gptv_jax.planning.topology import Topology
@@ -65,8 +65,8 @@ def choices(config: config_lib.Config, topology: Topology) -> Iterator[config_li
                 mesh = dataclasses.replace(config.mesh, **sizes)
                 rows = config.train.batch_size // (sizes["data"] * fsdp)
                 for microbatches in _powers(rows):
-                    for remat in ("none", *gpt.REMAT):
-                        choice = _with(config, mesh, remat, microbatches)
+                    for policy in ("none", *remat.POLICIES):
+                        choice = _with(config, mesh, policy, microbatches)
                         if _accepted(choice, topology):
                             yield choice
 
@@ -91,12 +91,12 @@ def smallest(config: config_lib.Config, topology: Topology) -> Plan | None:
 
 
 def _with(
-    config: config_lib.Config, mesh: config_lib.Mesh, remat: str, microbatches: int
+    config: config_lib.Config, mesh: config_lib.Mesh, policy: str, microbatches: int
 ) -> config_lib.Config:
     return dataclasses.replace(
         config,
         mesh=mesh,
-        model=dataclasses.replace(config.model, remat=remat),
+        model=dataclasses.replace(config.model, remat=policy),
         train=dataclasses.replace(config.train, microbatches=microbatches),
     )
 

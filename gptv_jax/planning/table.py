@@ -54,13 +54,12 @@ def _parts(found: Plan) -> str:
 
 
 def _flops(found: Plan) -> list[tuple[str, str]]:
-    model, again = flops.training(found.network), flops.recomputed(found.network)
+    model, done = flops.training(found.network), found.executed
     parts = f"{_si(model.matmul)} in products with weights, {_si(model.attention)} in attention"
-    executed = model.total + again.total
     return [
         ("FLOPs per token", f"{_si(model.total)}: {parts}"),
         ("FLOPs per step", _si(model.total * found.tokens_per_step)),
-        ("  with what remat does again", _si(executed * found.tokens_per_step)),
+        ("  done, with what is computed again or skipped", _si(done.total * found.tokens_per_step)),
     ]
 
 

@@ -68,12 +68,11 @@ def by_arithmetic(
             group = ids[tuple(slice(None) if axis in axes else 0 for axis in sizes)].ravel()
             rows.append(_row(kind, axes, count, round(size), group, slice_of))
 
-    again = c.remat != "none"  # gathered once more, for the backward pass
     matrices = (("qkv", 3), ("attention_out", 1), ("mlp_in", c.mlp_ratio), ("mlp_out", c.mlp_ratio))
     tensor, sequence = sizes["tensor"], sizes.get("sequence", 1)
     for _, share in matrices:
         weight = share * c.width**2 * width / tensor
-        add("all-gather", ("fsdp",), c.layers * parts * (1 + again), weight)
+        add("all-gather", ("fsdp",), c.layers * parts * 2, weight)  # forward and backward
         add("reduce-scatter", ("fsdp",), c.layers * parts, weight)
         add("all-reduce", ("data", "sequence"), c.layers * parts, weight / sizes["fsdp"])
     tables = (network.length + 2 * network.vocabulary) * c.width * width
@@ -87,6 +86,7 @@ def by_arithmetic(
     sums = 4 + (c.remat == "full")
     add("all-reduce", ("tensor",), c.layers * parts * sums, hidden)
     # Keys and values of all positions, and their gradients.
+    again = c.remat != "none"
     add("all-gather", ("sequence",), c.layers * parts * (1 + again), 2 * hidden * sequence / tensor)
     add("reduce-scatter", ("sequence",), c.layers * parts, 2 * hidden * sequence / tensor)
     return _merged(rows)
