@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import AbstractMesh, NamedSharding
 
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
@@ -20,6 +20,7 @@ from gptv_jax.model.gpt import Network
 from gptv_jax.planning.topology import Topology
 from gptv_jax.train import optimizer, step
 
+ONES = (1,) * len(sharding.AXES)  # the mesh of one device
 TILE = (8, 128)  # of a TPU's registers and memory
 
 
@@ -82,47 +83,49 @@ def estimate(
       sizes: of the mesh, by axis.
     """
     train = config.train
-    params, opt = _state(network, train, topology)
+    params, opt = _state(network, train.optimizer, topology.abstract_mesh(ONES))
     parameters = sum(_bytes(params, sizes, topology))
     ways = math.prod(sizes[axis] for axis in sharding.BATCH)
     # Rows of the batch that the devices which share them work on at a time.
     rows = train.batch_size // (ways * train.microbatches)
-    within = tuple((axis, 1 if axis in sharding.BATCH else sizes[axis]) for axis in sharding.AXES)
+    within = {axis: 1 if axis in sharding.BATCH else size for axis, size in sizes.items()}
     kept, layer = (
         [_times(array, rows) for array in arrays] for arrays in _kept(network, topology, within)
     )
-    at_work = sorted(_bytes(layer, dict(within), topology))[-2:]
+    at_work = sorted(_bytes(layer, within, topology))[-2:]
     return Memory(
         parameters,
         sum(_bytes(opt, sizes, topology)),
         train.batch_size // ways * (network.length + 1) * 4,  # tokens and variant
         parameters,  # gradients
-        sum(_bytes(kept, dict(within), topology)) + sum(at_work),
+        sum(_bytes(kept, within, topology)) + sum(at_work),
     )
 
 
 def parameter_count(config: config_lib.Config, network: Network, topology: Topology) -> int:
     """Weights of the network."""
-    return sum(math.prod(array.shape) for array in _state(network, config.train, topology)[0])
+    return sum(
+        math.prod(array.shape)
+        for array in _state(network, config.train.optimizer, topology.abstract_mesh(ONES))[0]
+    )
 
 
 @functools.cache
-def _state(network: Network, train: config_lib.Train, topology: Topology):
-    """Parameters and optimizer state."""
-    update, _ = optimizer.make_optimizer(train.optimizer, train.steps)
-    with jax.sharding.use_abstract_mesh(topology.abstract_mesh((1,) * len(sharding.AXES))):
+def _state(network: Network, config: config_lib.Optimizer, mesh: AbstractMesh):
+    """Parameters and optimizer state; the length of the training is of no consequence."""
+    update, _ = optimizer.make_optimizer(config, steps=1)
+    with jax.sharding.use_abstract_mesh(mesh):
         state = jax.eval_shape(lambda: step.make_init(network, update)(jax.random.key(0)))
     return tuple(_arrays(jax.tree.leaves(state[part])) for part in ("params", "opt"))
 
 
-@functools.cache
-def _kept(network: Network, topology: Topology, sizes: tuple[tuple[str, int], ...]):
+def _kept(network: Network, topology: Topology, sizes: dict[str, int]):
     """For one row: what the backward pass keeps, and the arrays of one layer.
 
     Of the layer that it is at, no more than the two largest are there at a time: a compiler fuses
     what lies between two products, and at the worst moment one's operand and its result are alive.
     """
-    mesh = topology.abstract_mesh(tuple(size for _, size in sizes))
+    mesh = topology.abstract_mesh(tuple(sizes.values()))
     if topology.platform == "cpu":  # whose compiler widens bfloat16
         network = dataclasses.replace(
             network, config=dataclasses.replace(network.config, dtype="float32")
@@ -136,7 +139,8 @@ def _kept(network: Network, topology: Topology, sizes: tuple[tuple[str, int], ..
     return kept, tuple(Array(a.shape[1:], a.itemsize, a.axes[1:]) for a in layers)
 
 
-def _residuals(network: Network, mesh) -> tuple[Array, ...]:
+@functools.cache
+def _residuals(network: Network, mesh: AbstractMesh) -> tuple[Array, ...]:
     """Distinct arrays, the parameters themselves aside, that the forward pass of a row leaves."""
     with jax.sharding.use_abstract_mesh(mesh):
         params = jax.eval_shape(lambda: network.init(jax.random.key(0)))
