@@ -34,6 +34,7 @@ def attention(
     return jnp.einsum("bhts,bshk->bthk", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
 
 
+@jax.named_scope("attention")
 def causal_attention(
     q: Float[Array, "B T H K"], k: Float[Array, "B T H K"], v: Float[Array, "B T H K"]
 ) -> Float[Array, "B T H K"]:
@@ -44,6 +45,7 @@ def causal_attention(
     return attention(q, k, v, jnp.tri(T, dtype=bool))
 
 
+@jax.named_scope("attention")
 def bidirectional_attention(
     q: Float[Array, "B T H K"], k: Float[Array, "B T H K"], v: Float[Array, "B T H K"]
 ) -> Float[Array, "B T H K"]:

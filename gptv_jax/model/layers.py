@@ -127,8 +127,9 @@ class Block(nnx.Module):
         out = project("bthk,hkd->btd", mixed, weight["attention_out"], sharding.HIDDEN)
         x = x + dropout(out, self.dropout, keys[0])
 
-        up = project("btd,df->btf", rms_norm(x, self.norm_2[...]), weight["mlp_in"])
-        out = project("btf,fd->btd", quick_gelu(up), weight["mlp_out"], sharding.HIDDEN)
+        with jax.named_scope("mlp"):
+            up = project("btd,df->btf", rms_norm(x, self.norm_2[...]), weight["mlp_in"])
+            out = project("btf,fd->btd", quick_gelu(up), weight["mlp_out"], sharding.HIDDEN)
         return x + dropout(out, self.dropout, keys[1]), n
 
     def _weights(self) -> dict[str, nnx.Param]:
