@@ -65,7 +65,9 @@ def test_the_steps_asked_for_are_traced_and_no_others(tmp_path):
     for steps, traced in (("14:17", ["steps_16_17", "steps_7_9"]), ("7:9", ["steps_7_9"])):
         shutil.rmtree(folder / "checkpoints" / "pretrain" / "20")
         (folder / "summary.json").unlink()
-        shutil.rmtree(folder / "profile" / "plugins" / "profile" / "steps_16_17", ignore_errors=True)
+        shutil.rmtree(
+            folder / "profile" / "plugins" / "profile" / "steps_16_17", ignore_errors=True
+        )
         log = run(folder, f"--config.profile.steps={steps}")
         assert sorted(path.name for path in traces.parent.iterdir()) == traced
         past = "No trace: steps 7 to 9 (config.profile.steps) are past."

@@ -52,7 +52,9 @@ class Profiler:
         self._began = number
         options = jax.profiler.ProfileOptions()
         options.python_tracer_level = 0  # an event for every Python call would slow the steps
-        jax.profiler.start_trace(self._scratch, create_perfetto_trace=True, profiler_options=options)
+        jax.profiler.start_trace(
+            self._scratch, create_perfetto_trace=True, profiler_options=options
+        )
 
     def _write(self, last: int) -> None:
         jax.profiler.stop_trace()
