@@ -31,8 +31,8 @@ pids=()
 stop() { ((${#pids[@]} == 0)) || kill -TERM "${pids[@]}" 2>/dev/null || true; }
 trap stop INT TERM # in a script, what runs in the background does not hear Ctrl-C itself
 for ((i = 0; i < processes; i++)); do
-  command=(env JAX_NUM_CPU_DEVICES="$devices" python -m gptv_jax.main --coordinator="127.0.0.1:$port"
-    --num_processes="$processes" --process_id="$i" "$@")
+  command=(env JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES="$devices" python -m gptv_jax.main
+    --coordinator="127.0.0.1:$port" --num_processes="$processes" --process_id="$i" "$@")
   if [[ $dry ]]; then
     (PS4=; set -x; : "${command[@]}") 2>&1 | sed 's/^: //; s/$/ \&/'
     continue
