@@ -197,35 +197,40 @@ def test_a_vm_is_made_where_there_is_none(state, before, ends, code, tmp_path):
     assert found == (code, ["list", *before, "scp", "ssh"])
 
 
-def host(tmp_path: pathlib.Path, body: str) -> subprocess.Popen:
-    """tpu_host.sh, where gptv_jax.main does what `body` says."""
-    stand_in(tmp_path / "stubs", "python3", "")
-    stand_in(tmp_path / "gptv_jax.venv" / "bin", "python", body)
+def host(tmp_path: pathlib.Path) -> subprocess.Popen:
+    """tpu_host.sh, for real but for what Python does."""
     return subprocess.Popen(
         ["bash", FOLDER / "tpu_host.sh", "--", *FLAGS], env=environment_of(tmp_path / "stubs")
     )
 
 
+def make_host(tmp_path: pathlib.Path, body: str) -> None:
+    """A home folder where gptv_jax.main does what `body` says."""
+    stand_in(tmp_path / "stubs", "python3", "")
+    (tmp_path / "gptv_jax.venv").mkdir()
+    stand_in(tmp_path / "gptv_jax.venv" / "bin", "python", body)
+
+
 @pytest.mark.parametrize(("ends", "code"), [(0, 0), (1, 78), (143, 143)])
 def test_a_host_tells_what_is_to_be_mended_from_what_gcloud_ends_with(ends, code, tmp_path):
-    (tmp_path / "gptv_jax.venv").mkdir()
-    assert host(tmp_path, f"exit {ends}").wait() == code
+    make_host(tmp_path, f"exit {ends}")
+    assert host(tmp_path).wait() == code
     main = calls(tmp_path / "gptv_jax.venv" / "bin")
     assert main == [["python", "-m", "gptv_jax.main", *FLAGS]]
 
 
 def test_a_host_runs_one_at_a_time_also_where_ssh_lost_the_one_before(tmp_path):
-    (tmp_path / "gptv_jax.venv").mkdir()
     log = tmp_path / "log"
-    body = f'echo begin >> "{log}"; sleep 1; echo end >> "{log}"'
-    first = host(tmp_path, body)
+    make_host(tmp_path, f'echo begin >> "{log}"; sleep 1; echo end >> "{log}"')
+    first = host(tmp_path)
     while not log.exists():
         time.sleep(0.05)
-    second = host(tmp_path, body)
+    second = host(tmp_path)
     first.send_signal(signal.SIGHUP)  # as systemd does beside SIGTERM
     time.sleep(0.3)
     assert first.poll() is None
     first.kill()  # the shell that ssh had started; what it had started goes on
+    assert first.wait() == -signal.SIGKILL
     assert second.wait() == 0
     assert log.read_text().split() == ["begin", "end"] * 2
 
