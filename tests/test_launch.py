@@ -62,7 +62,7 @@ def launch(script: str, arguments: list[str], stubs: pathlib.Path, **environment
         capture_output=True,
         text=True,
         env=environment_of(stubs, **environment),
-        timeout=120,
+        timeout=60,
     )
 
 
