@@ -147,6 +147,22 @@ def test_a_tpu_is_asked_for_and_runs_the_same_command_on_every_host(
     assert "--setup=mount a b && echo 'c d'" in on_host
 
 
+@pytest.mark.parametrize(
+    ("script", "distributed"),
+    [
+        ("tpu_host.sh", [[]]),
+        ("slurm.sbatch", [["--distributed=slurm"]]),
+        ("local.sh", [["--num_processes=2", f"--process_id={i}"] for i in range(2)]),
+    ],
+)
+def test_what_a_host_would_run_is_printed(script, distributed, tmp_path):
+    commands = [shlex.split(x.removesuffix(" &")) for x in printed(script, tmp_path)]
+    mains = [command for command in commands if "gptv_jax.main" in command]
+    assert len(mains) == len(distributed)
+    for main, own in zip(mains, distributed, strict=True):
+        assert main[-len(own + FLAGS) :] == own + FLAGS
+
+
 def one_slice(tmp_path: pathlib.Path, script: str, states: list[str], ends: list[int], *more: str):
     """A script for real, against a gcloud that finds these states, and whose ssh ends so."""
     for name, lines in (("states", states), ("ends", ends)):

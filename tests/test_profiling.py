@@ -1,5 +1,6 @@
 """A trace holds the steps that were asked for, and says what they are made of."""
 
+import collections
 import gzip
 import json
 import os
@@ -17,8 +18,10 @@ from gptv_jax.errors import InputError
 
 
 def run(folder: pathlib.Path, *more: str) -> str:
-    """The real command, pretraining 20 steps; its log."""
-    more = ("--stages=pretrain", "--config.train.steps=20", "--config.train.eval_every=0", *more)
+    """The real command, pretraining 20 steps, each long enough to be under way; its log."""
+    size = ("--config.model.width=128", "--config.train.batch_size=128")
+    steps = ("--stages=pretrain", "--config.train.steps=20", "--config.train.eval_every=0")
+    more = (*size, *steps, *more)
     ended = subprocess.run(
         [sys.executable, "-m", "gptv_jax.main", *small_arguments(folder, *more)],
         capture_output=True,
@@ -50,13 +53,13 @@ def test_the_steps_asked_for_are_traced_and_no_others(tmp_path):
     steps = [event for event in found if event["name"] == "step"]
     assert sorted(int(event["args"]["step_num"]) for event in steps) == [7, 8, 9]
     assert len([event for event in found if event["name"] == "next batch"]) == 3
-    # Of the step's own computations on the device: three executions, none cut off by either end.
-    executed = {
+    # On the device: the same operations three times, none cut off by either end.
+    executed = collections.Counter(
         event["args"]["run_id"]
         for event in found
         if event.get("args", {}).get("hlo_module") == "jit_train_step"
-    }
-    assert len(executed) == 3
+    )
+    assert len(executed) == 3 and len(set(executed.values())) == 1
     whole = (traces / "process_0.xplane.pb").read_bytes().decode(errors="ignore")
     for part in ("attention", "mlp", "loss", "optimizer"):
         assert re.search(rf"jit\(train_step\)/[^\0]*\b{part}\b", whole), part
