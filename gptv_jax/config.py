@@ -7,6 +7,7 @@ frozen, checked `Config` that the rest of the program reads.
 
 import dataclasses
 import math
+import re
 
 import ml_collections
 
@@ -18,7 +19,15 @@ POSITIVES = (
     "positive numbers, one or more",
     lambda v: v and all(0 < number < math.inf for number in v),
 )
+STEPS = ("the first and the last step as FIRST:LAST, such as 10:15", lambda v: _steps(v))
 AXIS = ("1 or more, or -1 to fill", lambda v: v >= 1 or v == -1)
+
+
+def _steps(text: str) -> tuple[int, int] | None:
+    """`(10, 15)` of "10:15"; None where the text is not of this form."""
+    numbers = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", text)
+    first, last = (int(n) for n in numbers.groups()) if numbers else (1, 0)
+    return (first, last) if first <= last else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,6 +215,18 @@ class Sample:
 
 
 @dataclasses.dataclass(frozen=True)
+class Profile:
+    """A trace of a few steps of pretraining, in the run folder's profile/."""
+
+    steps: str | None = field(None, STEPS, free=True)  # traced, both ends included; None: no trace
+
+    @property
+    def window(self) -> tuple[int, int] | None:
+        """The first and the last step."""
+        return _steps(self.steps) if self.steps else None
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """A whole run."""
 
@@ -221,6 +242,7 @@ class Config:
     probe: Probe = dataclasses.field(default_factory=Probe)
     finetune: Finetune = dataclasses.field(default_factory=Finetune)
     sample: Sample = dataclasses.field(default_factory=Sample)
+    profile: Profile = dataclasses.field(default_factory=Profile)
 
 
 def default() -> ml_collections.ConfigDict:
@@ -267,6 +289,11 @@ def _check_together(config: Config) -> None:
             "vector; set one of them otherwise."
         )
     _check_probe(config.probe, model.layers + 1)
+    if config.profile.window and config.profile.window[1] > config.train.steps:
+        raise InputError(
+            f"config.profile.steps is {config.profile.steps!r}, but pretraining ends at step "
+            f"config.train.steps = {config.train.steps}; take earlier steps."
+        )
     for where, train in (("train", config.train), ("finetune.train", config.finetune.train)):
         optimizer, prefix = train.optimizer, f"config.{where}.optimizer"
         if train.batch_size % train.microbatches:

@@ -33,6 +33,7 @@ def attention(
     return jnp.einsum("bhts,bshk->bthk", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
 
 
+@jax.named_scope("attention")
 def causal_attention(
     q: Float[Array, "B T H K"], k: Float[Array, "B T H K"], v: Float[Array, "B T H K"]
 ) -> Float[Array, "B T H K"]:
@@ -40,6 +41,7 @@ def causal_attention(
     return _over_the_mesh(q, k, v, causal=True)
 
 
+@jax.named_scope("attention")
 def bidirectional_attention(
     q: Float[Array, "B T H K"], k: Float[Array, "B T H K"], v: Float[Array, "B T H K"]
 ) -> Float[Array, "B T H K"]:

@@ -134,8 +134,9 @@ class Block(nnx.Module):
         out = project("bthk,hkd->btd", mixed, self.attention_out[...], spec)
         x = x + dropout(out, self.dropout, keys[0])
 
-        up = project("btd,df->btf", rms_norm(x, self.norm_2[...]), self.mlp_in[...])
-        out = project("btf,fd->btd", quick_gelu(up), self.mlp_out[...], spec)
+        with jax.named_scope("mlp"):
+            up = project("btd,df->btf", rms_norm(x, self.norm_2[...]), self.mlp_in[...])
+            out = project("btf,fd->btd", quick_gelu(up), self.mlp_out[...], spec)
         return x + dropout(out, self.dropout, keys[1]), n
 
 

@@ -12,7 +12,7 @@ from gptv_jax.model.gpt import parameter_count
 from gptv_jax.probe import features, ridge
 from gptv_jax.run import Run
 from gptv_jax.tokens.statistics import TokenStatistics
-from gptv_jax.train import loop, metrics, optimizer, step
+from gptv_jax.train import loop, metrics, optimizer, profiling, step
 
 
 def run_stage(run: Run) -> dict:
@@ -51,6 +51,7 @@ def run_stage(run: Run) -> dict:
             evaluate=evaluate,
             measure=probe,
             measure_every=config.probe.every,
+            profiler=profiling.Profiler(config.profile.window, run.folder / "profile"),
         )
 
     nats = evaluate(fitted.params, "test")["nats_per_token"]

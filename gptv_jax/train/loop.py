@@ -14,6 +14,7 @@ from gptv_jax import sharding
 from gptv_jax.checkpoint import Checkpoints, DamagedError
 from gptv_jax.errors import InputError
 from gptv_jax.model.gpt import Network
+from gptv_jax.train import profiling
 from gptv_jax.train.metrics import MetricWriter, Progress, mfu
 
 LOG = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ def fit(
     measure: Callable[[dict], dict[str, float]] | None = None,
     measure_every: int = 0,
     forward_only: bool = False,
+    profiler: profiling.Profiler = profiling.OFF,
 ) -> Fitted:
     """Trains to the end, from the newest checkpoint where there is one.
 
@@ -63,6 +65,7 @@ def fit(
       measure: `params -> numbers` that are only logged.
       measure_every: steps between two of them; 0: none.
       forward_only: gradients do not go through the network, which its MFU is to count.
+      profiler: surrounds every step.
 
     Raises:
       InputError: the loss, a gradient or a weight is no longer finite (names the step), or no
@@ -106,6 +109,11 @@ def fit(
             log.write(name, at, values)
             progress.report(at, values)
 
+    def drain():
+        """Waits for the newest step; the time is its own."""
+        with clock.span(steps=0):
+            settle()
+
     # The order is fixed: evaluate, save, next batch, step, log. What is saved includes the
     # evaluation of the same step, and the position moves only after the save.
     while True:
@@ -137,8 +145,8 @@ def fit(
         # Nothing moves between host and device but what is named here. A process's first step
         # compiles, and is not timed.
         timed = clock.span(steps=1) if step > start else contextlib.nullcontext()
-        with jax.transfer_guard("disallow"), timed:
-            with clock.waiting():
+        with profiler.step(step + 1, drain), jax.transfer_guard("disallow"), timed:
+            with clock.waiting(), jax.profiler.TraceAnnotation("next batch"):
                 local = next(data)
             state, metrics = train_step(state, sharding.global_batch(local))
             step += 1

@@ -22,6 +22,7 @@ def cross_entropy(logits: Float[Array, "*B V"], targets: Int[Array, "*B"]) -> Fl
     return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
 
 
+@jax.named_scope("loss")
 def nats_per_token(
     logits: Float[Array, "B T V"], tokens: Int[Array, "B T"], hidden: Bool[Array, "B T"] | None
 ) -> Float[Array, "B"]:

@@ -84,6 +84,7 @@ def _decay_layers(updates: dict, decay: float) -> dict:
     return jax.tree_util.tree_map_with_path(scaled, updates)
 
 
+@jax.named_scope("optimizer")
 def apply_update(
     optimizer: optax.GradientTransformation, grads: dict, state: optax.OptState, params: dict
 ) -> tuple[dict, optax.OptState]:
