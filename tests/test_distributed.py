@@ -133,7 +133,6 @@ class Line:
         with contextlib.suppress(OSError):
             self.sockets[index].shutdown(socket.SHUT_RDWR)
 
-
     def close(self) -> None:
         for index in self.sockets:
             self.die(index)

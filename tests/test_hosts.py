@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from conftest import small_arguments
+from conftest import encoded, make_folder, random_image, small_arguments
 
 from gptv_jax import watch
 
@@ -101,14 +101,38 @@ def events(workdir: pathlib.Path) -> dict[tuple, float]:
     return found
 
 
-def wait_for(found, hosts: Hosts) -> None:
-    """Waits until a file is there."""
+def assert_same(found: dict[tuple, float], wanted: dict[tuple, float]) -> None:
+    """Losses within 1e-6; norms, which are larger, within that share of them."""
+    losses = {key for key in wanted if "nats" in key[-1]}
+    assert losses and found.keys() == wanted.keys()
+    for keys, within in (
+        (losses, {"abs": 1e-6, "rel": 0}),
+        (wanted.keys() - losses, {"rel": 1e-6}),
+    ):
+        expected = pytest.approx({key: wanted[key] for key in keys}, **within)
+        assert {key: found[key] for key in keys} == expected
+
+
+def wait_for(path: pathlib.Path, hosts: Hosts) -> None:
     until = time.monotonic() + LIMIT
-    while not found():
-        assert time.monotonic() < until and not any(p.poll() for p in hosts.processes), hosts.told(
-            0
-        )
+    while not path.exists():
+        running = all(process.poll() is None for process in hosts.processes)
+        assert running and time.monotonic() < until, hosts.told(0)[-3000:]
         time.sleep(0.02)
+
+
+def killed(index: int, count: int, folder: pathlib.Path) -> None:
+    """A run whose process of this index is killed in the middle; what the others do then."""
+    with Hosts(count, folder, "--stages=pretrain") as hosts:
+        wait_for(folder / "checkpoints" / "pretrain" / "10", hosts)
+        hosts.processes[index].kill()
+        codes = hosts.wait(but=index, limit=BOUND)
+    assert codes == [1] * (count - 1)
+    for other in set(range(count)) - {index}:
+        last = hosts.told(other).splitlines()[-1]
+        assert last.startswith(f"error: process {index} of {count} (")
+        assert last.endswith(f") has stopped answering; {watch.CONTINUE}")
+    assert not (folder / "summary.json").exists()
 
 
 @pytest.fixture(scope="module")
@@ -121,57 +145,81 @@ def alone(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory) -> pathlib.Path:
-    """A run of four processes of which one was killed in the middle."""
+    """The run of four processes of which one was killed in the middle."""
     folder = tmp_path_factory.mktemp("hosts") / "broken"
-    with Hosts(4, folder, "--stages=pretrain") as hosts:
-        wait_for((folder / "checkpoints" / "pretrain" / "10").exists, hosts)
-        hosts.processes[2].kill()
-        begin = time.monotonic()
-        codes = hosts.wait(but=2)
-        assert time.monotonic() - begin < BOUND
-        assert codes == [1, 1, 1]
-        for index in (0, 1, 3):
-            last = hosts.told(index).splitlines()[-1]
-            assert last.startswith("error: process 2 of 4 (")
-            assert last.endswith(") has stopped answering; " + watch.CONTINUE)
-    assert not (folder / "summary.json").exists()
+    killed(2, 4, folder)
     return folder
 
 
 @pytest.mark.process
-def test_two_processes_do_all_stages_as_one_does(alone, tmp_path):
-    folder = tmp_path / "two"
-    logs = run(2, folder)
-    assert events(folder) == pytest.approx(events(alone), abs=1e-6)
-    ours, theirs = (json.loads((f / "summary.json").read_text()) for f in (folder, alone))
-    assert json.loads(logs[0][logs[0].index("{\n") :]) == ours and "{\n" not in logs[1]
-    speeds = {name for name in ours if "per_second" in name}
-    assert len(speeds) == 2
-    assert {k: v for k, v in ours.items() if k not in speeds} == pytest.approx(
-        {k: v for k, v in theirs.items() if k not in speeds}, abs=1e-6
-    )
-    files = [
-        sorted(
-            p.name
-            for p in f.rglob("*")
-            if p.is_file() and "checkpoints" not in p.parts and "tensorboard" not in p.parts
-        )
-        for f in (folder, alone)
-    ]
-    assert files[0] == files[1]
-    for name in ("unconditional", "completions"):
-        picture = pathlib.Path("samples") / f"{name}.png"
-        assert (folder / picture).read_bytes() == (alone / picture).read_bytes()
+def test_four_processes_have_the_losses_of_one_until_one_of_them_dies(alone, broken):
+    found = events(broken)
+    assert ("pretrain", 5, "nats_per_token") in found
+    assert_same(found, {key: value for key, value in events(alone).items() if key in found})
 
 
 @pytest.mark.process
-@pytest.mark.parametrize(
-    ("count", "mesh"), [(1, ()), (2, ("--config.mesh.data=1", "--config.mesh.fsdp=2"))]
-)
-def test_what_four_processes_saved_fewer_go_on_from(count, mesh, broken, alone, tmp_path):
-    folder = tmp_path / "fewer"
+def test_what_four_processes_saved_one_goes_on_from(broken, alone, tmp_path):
+    folder = tmp_path / "one"
     shutil.copytree(broken, folder)
-    logs = run(count, folder, "--stages=pretrain", *mesh)
-    assert "pretrain continues from step" in logs[0]
-    wanted = {k: v for k, v in events(alone).items() if k[0] == "pretrain"}
-    assert events(folder) == pytest.approx(wanted, abs=1e-6)
+    [log] = run(1, folder, "--stages=pretrain")
+    assert "pretrain continues from step" in log
+    assert_same(events(folder), {k: v for k, v in events(alone).items() if k[0] == "pretrain"})
+
+
+@pytest.mark.process
+def test_what_four_processes_saved_two_go_on_from_through_all_stages(broken, alone, tmp_path):
+    folder, other = tmp_path / "two", tmp_path / "other"
+    shutil.copytree(broken, folder)
+    other.mkdir()  # of the second process, which sees the same checkpoints and nothing else
+    (other / "checkpoints").symlink_to(folder / "checkpoints")
+    mesh = ("--config.mesh.data=1", "--config.mesh.fsdp=2")
+    logs = run(2, folder, *mesh, own={1: (f"--workdir={other}",)})
+    assert_same(events(folder), events(alone))
+    assert [path.name for path in other.iterdir()] == ["checkpoints"]
+
+    ours, theirs = (json.loads((f / "summary.json").read_text()) for f in (folder, alone))
+    assert json.loads(logs[0][logs[0].index("{\n") :]) == ours and "{\n" not in logs[1]
+    speeds = {name for name in ours if "per_second" in name}
+    assert len(speeds) == 2 and ours.keys() == theirs.keys()
+    for name in ours.keys() - speeds:
+        assert ours[name] == pytest.approx(theirs[name], abs=1e-6, rel=0), name
+    for name in ("unconditional", "completions"):
+        picture = pathlib.Path("samples") / f"{name}.png"
+        assert (folder / picture).read_bytes() == (alone / picture).read_bytes()
+    written = [{path.name for path in f.iterdir()} for f in (folder, alone)]
+    assert written[0] == written[1]
+
+
+@pytest.mark.process
+def test_the_others_end_when_process_0_dies(tmp_path):
+    killed(0, 2, tmp_path / "run")
+
+
+@pytest.mark.process
+def test_what_one_host_cannot_read_ends_the_others_and_is_told_there(tmp_path):
+    folders = []
+    for host in ("a", "b"):
+        files = {f"{i:03d}.png": encoded(random_image(8, 8, 1, seed=i)) for i in range(64)}
+        folders.append(make_folder(tmp_path / host, files))
+    (folders[1] / "037.png").write_bytes(b"cut")
+    data = {
+        "name": "folder",
+        "path": folders[0],
+        "train_split": "train[:75%]",
+        "validation_split": "train[75%:]",
+        "test_split": "train[75%:]",
+        "train_transforms": ("decode(channels=1)",),
+        "eval_transforms": ("decode(channels=1)",),
+        "damaged": "fail",
+    }
+    fields = [f"--config.data.{name}={value}" for name, value in data.items()]
+    fields += ["--config.tokens.levels=256", "--config.model.start_per_variant=False"]
+    own = {1: (f"--config.data.path={folders[1]}",)}
+    with Hosts(2, tmp_path / "run", *fields, own=own) as hosts:
+        assert hosts.wait() == [1, 1]
+    first, second = (hosts.told(index).splitlines()[-1] for index in (0, 1))
+    assert second.startswith(f"error: {folders[1] / '037.png'} cannot be read")
+    assert first.startswith("error: process 1 of 2 (") and first.endswith(
+        second.removeprefix("error: ")
+    )
