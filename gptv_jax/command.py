@@ -4,10 +4,9 @@ import difflib
 import functools
 import logging
 import operator
-import os
 import pathlib
 import re
-import sys
+import traceback
 from collections.abc import Callable
 
 import jax
@@ -16,8 +15,8 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from gptv_jax import config as config_lib
-from gptv_jax import fields
-from gptv_jax.errors import InputError
+from gptv_jax import distributed, errors, fields
+from gptv_jax.errors import InputError, first_line
 
 _MISSING = re.compile(r"flag --(\w+)=None: ")
 _NONE = re.compile(r"--?config\.([^=]+)=None$")
@@ -46,24 +45,26 @@ def run(main: Callable[[], None], parser: Callable | None = None) -> None:
             absl_logging.set_verbosity(absl_logging.ERROR)  # libraries: Orbax tells its every move
         jax.config.update("jax_numpy_rank_promotion", "raise")
         main()
+        distributed.stop()
 
     try:
         app.run(configured, flags_parser=parser or _parse_flags)
     except InputError as error:
-        _end(1, f"error: {error}")
+        _end(1, f"error: {error}", str(error))
     except KeyboardInterrupt:
-        _end(130, "interrupted; the same command continues from the last checkpoint")
+        told = "interrupted; the same command continues from the last checkpoint"
+        _end(130, told, "it was interrupted")
+    except Exception as error:
+        if distributed.alone():
+            raise
+        distributed.settle()
+        _end(1, traceback.format_exc(), f"{type(error).__name__}: {first_line(error)}")
 
 
-def _end(code: int, message: str) -> None:
-    """Ends the process at once, with a message.
-
-    An interpreter that ends in order may be aborted by threads of libraries that are still at work.
-    """
-    print(message, file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+def _end(code: int, message: str, reason: str) -> None:
+    """Ends this process with the message, and all others with the reason."""
+    distributed.tell(reason)
+    errors.end(code, message)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

@@ -124,8 +124,10 @@ class Train:
 
     steps: int = field(1000, POSITIVE)
     batch_size: int = field(128, POSITIVE)  # images a step, over all devices
-    # Gradient accumulation: the parts that a batch is worked through in.
-    microbatches: int = field(1, POSITIVE)
+    # Gradient accumulation: the parts that a batch is worked through in, so that fewer devices hold
+    # it. The same result, but that dropout and what bert hides are drawn part by part: others, and
+    # as good.
+    microbatches: int = field(1, POSITIVE, free=True)
     optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
     eval_every: int = field(250, NOT_NEGATIVE)  # steps; 0: at the end only
     checkpoint_every: int = field(250, POSITIVE, free=True)  # steps; the last step is always saved

@@ -9,18 +9,25 @@ import logging
 import jax
 from absl import flags
 
-from gptv_jax import command, config, fields, report
+from gptv_jax import command, config, distributed, fields, report
 from gptv_jax.run import STAGES, Run
 from gptv_jax.stages import finetune, pretrain, probe, sample
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Run folder; the same one continues a run.")
 WANTED = flags.DEFINE_list("stages", None, f"Some of {','.join(STAGES)}; default: all of them.")
+DISTRIBUTED = flags.DEFINE_enum(
+    "distributed", "auto", distributed.WAYS, "How several processes meet; see distributed.py."
+)
+COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT at which process 0 is met.")
+COUNT = flags.DEFINE_integer("num_processes", None, "How many processes there are.")
+INDEX = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0 on.")
 MODULES = {"pretrain": pretrain, "probe": probe, "finetune": finetune, "sample": sample}
 LOG = logging.getLogger("gptv_jax.main")
 
 
 def main(settings: config.Config) -> None:
     """Runs the stages that are wanted and not finished, in order."""
+    distributed.start(DISTRIBUTED.value, COORDINATOR.value, COUNT.value, INDEX.value)
     run = Run(settings, WORKDIR.value, WANTED.value)
     shown = "\n".join(f"  {name} = {value}" for name, value in fields.flatten(settings).items())
     devices = f"{jax.device_count()} {jax.devices()[0].device_kind} device(s)"
@@ -31,7 +38,8 @@ def main(settings: config.Config) -> None:
             if not run.finished(stage):
                 run.finish(stage, MODULES[stage].run_stage(run))
                 report.write(run)
-    print(json.dumps(run.summary(), indent=2))
+    if jax.process_index() == 0:
+        print(json.dumps(run.summary(), indent=2))
 
 
 if __name__ == "__main__":

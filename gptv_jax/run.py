@@ -1,4 +1,8 @@
-"""A run folder, and what every stage shares: config, mesh, codec, metrics, summary."""
+"""A run folder, and what every stage shares: config, mesh, codec, metrics, summary.
+
+Of several processes the first reads the folder and decides for all: whether or not the others see
+the same folder, all do the same.
+"""
 
 import importlib.metadata
 import pathlib
@@ -9,7 +13,7 @@ import sys
 import jax
 
 from gptv_jax import config as config_lib
-from gptv_jax import fields, files, interop, sharding, tokens
+from gptv_jax import distributed, fields, files, interop, sharding, tokens
 from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.data import codec as codecs
 from gptv_jax.data import pipeline, sources, transforms
@@ -46,7 +50,7 @@ class Run:
         self.folder = pathlib.Path(workdir).absolute()
         self.mesh = sharding.make_mesh(config.mesh)
         sharding.check(config, self.mesh)
-        self._compare()
+        distributed.from_first(self._compare)
         opened = {split: sources.open_source(config.data, split) for split in sources.SPLITS}
         self.classes = opened["train"].classes
         names = getattr(sources.open_data_set(config.data), "class_names", self.classes)
@@ -54,22 +58,31 @@ class Run:
         self._known = {"images": lengths, "classes": names}  # of the data
         for entries in self._training_transforms():
             transforms.check(entries, config.data.eval_transforms)
+        self.stages = self._stages(wanted)
+        colors = distributed.from_first(self._prepare)
+        files.claim(self.folder, "workdir")  # each process names the damaged images that it meets
+        palette = tokens.Palette.of_json(colors) if colors else None
+        self.codec = tokens.make_codec(config.tokens, config.data.image_size, palette)
+        self.metrics = MetricWriter(self.folder)
+        share = sharding.batch_share(self.mesh)
+        self.data = Pipeline(config.data, self.codec, config.seed, self.folder, share)
+
+    def _prepare(self) -> dict | None:
+        """Checks and claims the folder; the palette as JSON, where colours are the tokens."""
+        config = self.config
         found = codecs.find_codec(config, self.folder)
         if not found and (self.folder / "checkpoints").exists():
             raise InputError(f"{self.folder} has lost its {tokens.PALETTE_FILE}; restore it.")
         if found:
             self._try(found)
-        self.stages = self._stages(wanted)
         if config.init_from or "pretrain" not in self.stages:
             self._check_pretrained(found)  # before this folder is claimed
         self._claim()
-        self.metrics = MetricWriter(self.folder)
-        self.codec = found or codecs.build_codec(config, Ledger(config.data, self.folder))
+        codec = found or codecs.build_codec(config, Ledger(config.data, self.folder))
         if not found:
-            self._try(self.codec)
-        tokens.save_palette(self.codec, self.folder)
-        share = sharding.batch_share(self.mesh)
-        self.data = Pipeline(config.data, self.codec, config.seed, self.folder, share)
+            self._try(codec)
+        tokens.save_palette(codec, self.folder)
+        return codec.palette.as_json() if hasattr(codec, "palette") else None
 
     def _try(self, codec: tokens.Codec) -> None:
         """The data, every list of transforms and the codec must fit each other."""
@@ -93,8 +106,8 @@ class Run:
         if given and interop.is_portable(given):
             self._imported(codec)
             return
-        folder = self._pretrained_folder()
-        there = config_of(folder)
+        self._must_be_pretrained()
+        there = config_of(self._pretrained_folder())
         self._must_fit(
             Portable(there.model, there.tokens, there.data.image_size, {}, starts=starts_of(there))
         )
@@ -115,19 +128,16 @@ class Run:
             )
 
     def _pretrained_folder(self) -> pathlib.Path:
-        """The run folder with the pretrained weights: this one, or `config.init_from`.
+        """The run folder with the pretrained weights: this one, or `config.init_from`."""
+        return pathlib.Path(self.config.init_from or self.folder).absolute()
 
-        Raises:
-          InputError: pretraining has not finished there.
-        """
-        given = self.config.init_from
-        folder = pathlib.Path(given or self.folder).absolute()
+    def _must_be_pretrained(self) -> None:
+        given, folder = self.config.init_from, self._pretrained_folder()
         if "pretrain" not in finished_stages(files.read_json(folder / "summary.json", {})):
             raise InputError(
                 f"{'config.init_from=' if given else ''}{folder} holds no finished pretraining; "
                 + ("name a run folder that does." if given else "run --stages=pretrain first.")
             )
-        return folder
 
     def pretrained(self, network: Network) -> dict:
         """The pretrained parameters, from the newest checkpoint that can be read.
@@ -141,6 +151,7 @@ class Run:
             weights = self._imported(self.codec)
             self._pretrained_step = weights.step
             return weights.on_mesh()
+        distributed.from_first(self._must_be_pretrained)
         folder = self._pretrained_folder()
         abstract = {"params": sharding.abstract(network.init)}
         with Checkpoints(folder / "checkpoints" / "pretrain", read_only=True) as checkpoints:
@@ -158,7 +169,7 @@ class Run:
         return self.folder / "checkpoints" / training
 
     def summary(self) -> dict:
-        """The numbers of the finished stages."""
+        """The numbers of the finished stages, as process 0 keeps them."""
         return files.read_json(self.folder / "summary.json", {})
 
     def _stages(self, wanted: list[str] | None) -> list[str]:
@@ -202,17 +213,20 @@ class Run:
 
     def finished(self, stage: str) -> bool:
         """Whether the stage has written its numbers, which it does once, at its end."""
-        return stage in finished_stages(self.summary())
+        return distributed.from_first(lambda: stage in finished_stages(self.summary()))
 
     def finish(self, stage: str, numbers: dict) -> None:
         """Adds a stage's numbers, keyed without the stage's name, to the summary."""
+        skipped = set().union(*distributed.from_all(self.data.ledger.names))
+        if jax.process_index() != 0:
+            return
         summary = self.summary() | {f"{stage}/{name}": value for name, value in numbers.items()}
         if stage == "pretrain":
             summary["model/params"] = summary.pop("pretrain/params")
         elif self._pretrained_step != summary.get("pretrain/steps") and not self.config.init_from:
             # The newest checkpoint was damaged, and the numbers are of an earlier one.
             summary[f"{stage}/pretrain_steps"] = self._pretrained_step
-        summary["data/skipped"] = self.data.ledger.count
+        summary["data/skipped"] = len(skipped)
         files.write_json(self.folder / "summary.json", summary)
 
     def _compare(self) -> None:

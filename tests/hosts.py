@@ -1,5 +1,7 @@
 """One of several real processes, for test_data.py: writes its share of some batches.
 
+Before that all tell each other something, which is checked here.
+
 python hosts.py PORT INDEX COUNT FILE
 """
 
@@ -10,14 +12,18 @@ import jax
 import numpy as np
 
 from gptv_jax import config as config_lib
+from gptv_jax import distributed
 from gptv_jax.data import pipeline
+from gptv_jax.errors import InputError
 from gptv_jax.tokens.grey import GreyLevels
 
 
 def main(port: str, index: str, count: str, file: str) -> None:
     jax.distributed.initialize(f"127.0.0.1:{port}", int(count), int(index))
+    talk(int(index), int(count))
     config = config_lib.Data(train_transforms=("shift(pixels=1, keep=0.3)", "flip()"))
-    data = pipeline.Pipeline(config, GreyLevels(levels=17, size=8), seed=3)
+    share = (int(index), int(count))
+    data = pipeline.Pipeline(config, GreyLevels(levels=17, size=8), seed=3, share=share)
     batches = {
         "train": itertools.islice(data.train(64, position=17), 4),  # and over an epoch's end
         "test": data.evaluation("test", 64),
@@ -29,6 +35,24 @@ def main(port: str, index: str, count: str, file: str) -> None:
         for name, array in batch.items()
     }
     np.savez(file, **arrays)
+
+
+def talk(index: int, count: int) -> None:
+    def only_first():
+        assert index == 0
+        return {"value": [1.5, None, "é" * 5000]}
+
+    def refuse():
+        raise InputError(f"{index} says no.")
+
+    assert distributed.from_first(only_first) == {"value": [1.5, None, "é" * 5000]}
+    assert distributed.from_all("x" * index * 2000) == ["x" * i * 2000 for i in range(count)]
+    try:
+        distributed.from_first(refuse)
+    except InputError as error:
+        assert str(error) == "0 says no."
+    else:
+        raise AssertionError("it was not refused")
 
 
 if __name__ == "__main__":

@@ -130,6 +130,25 @@ def test_evaluation_counts_every_sound_image_exactly_once(config, batch_size, ru
     assert sorted(rows) == list(range(SOUND)) and len(skipped(run)) == 5
 
 
+def test_of_several_processes_each_has_a_file_and_all_are_counted(config, run, monkeypatch):
+    for host in (0, 1, 2):  # one after the other, so that the last knows all
+        monkeypatch.setattr(pipeline.jax, "process_index", lambda host=host: host)
+        monkeypatch.setattr(pipeline.jax, "process_count", lambda: 3)
+        shared = data(config, run)
+        for batch in shared.evaluation("test", 111):
+            assert len(batch["mask"]) == 37
+    files = [run / name for name in ("skipped.jsonl", "skipped-1.jsonl", "skipped-2.jsonl")]
+    met = [
+        {json.loads(line)["name"] for line in f.read_text().splitlines()}
+        for f in files
+        if f.exists()
+    ]
+    assert len(met) > 1 and sum(map(len, met)) == len(set().union(*met)) == 5
+    assert shared.ledger.count < 5
+    monkeypatch.setattr(pipeline.jax, "process_index", lambda: 0)
+    assert Ledger(config, run).names == sorted(set().union(*met))  # on fewer processes, later
+
+
 def test_images_are_given_without_the_damaged_ones(config, run):
     ledger = Ledger(config, run)
     found = [e["image"] for e in pipeline.images(config, "train", ledger)]

@@ -65,7 +65,7 @@ class Decoded:
 
 
 class Ledger:
-    """The damaged images that a run has met, in its `skipped.jsonl`."""
+    """The damaged images that a process has met, in the run's `skipped.jsonl`."""
 
     def __init__(self, config: config_lib.Data, folder: pathlib.Path | None):
         """Goes on from what the file holds already.
@@ -81,13 +81,22 @@ class Ledger:
         self._path = folder / name if folder else None
         lines = self._lines()
         self._met = {line["name"] for line in lines}
+        others = folder.glob("skipped*.jsonl") if folder else ()
+        self._elsewhere = {
+            line["name"] for path in others if path != self._path for line in _whole(path)
+        }
         self._before = max((line["looked_at"] for line in lines), default=0)  # in earlier processes
         self._drawn: dict[str, int] = {}  # images looked at, by split
 
     @property
     def count(self) -> int:
-        """Different images met."""
+        """Different images met by this process."""
         return len(self._met)
+
+    @property
+    def names(self) -> list[str]:
+        """Of all images met, those in the files of other processes among them, in order."""
+        return sorted(self._met | self._elsewhere)
 
     def enter(self, split: str, source: Decoded, indices: np.ndarray, drawn: int) -> None:
         """Names the damaged ones among `indices` that are new.
@@ -144,6 +153,12 @@ class Ledger:
         """What the file holds; a last line that a kill cut short is taken away."""
         if not self._path or not self._path.exists():
             return []
-        whole = [line for line in self._path.read_text().splitlines(True) if line.endswith("}\n")]
-        self._path.write_text("".join(whole))
-        return [json.loads(line) for line in whole]
+        lines = _whole(self._path)
+        self._path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return lines
+
+
+def _whole(path: pathlib.Path) -> list[dict]:
+    """The lines of a file that are whole."""
+    lines = path.read_text().splitlines(True)
+    return [json.loads(line) for line in lines if line.endswith("}\n")]

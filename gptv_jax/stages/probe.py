@@ -11,7 +11,7 @@ import logging
 import jax
 import numpy as np
 
-from gptv_jax import files
+from gptv_jax import distributed, files
 from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.errors import InputError, first_line
 from gptv_jax.model.gpt import Network
@@ -104,7 +104,8 @@ def _by_sgd(run: Run, network: Network, trained: dict, initial: dict) -> tuple:
     """As `_by_lbfgs`; the floors are the ridge's, which needs no second training."""
     config, batches = run.config.probe, features.batches(run.data, run.config.probe)
     path = run.folder / "probe" / "ridge.json"
-    tables = files.read_json(path, {})  # a run that goes on trains the heads that it began
+    # A run that goes on trains the heads that it began.
+    tables = distributed.from_first(lambda: files.read_json(path, {}))
     if not tables:
         for name, params in (("probe", trained), ("probe of random weights", initial)):
             read = features.of_network(network, params, batches, raw=config.features == "raw")

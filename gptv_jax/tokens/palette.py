@@ -34,6 +34,15 @@ class Palette:
         """Whether tokens mean the same."""
         return np.array_equal(self.centers, other.centers)
 
+    def as_json(self) -> dict:
+        """What `of_json` takes."""
+        return {"centers": self.centers.tolist(), "provenance": self.provenance}
+
+    @classmethod
+    def of_json(cls, content: dict) -> "Palette":
+        """The same palette, in another process."""
+        return cls(np.array(content["centers"], np.float32), content["provenance"])
+
     def save(self, path: pathlib.Path) -> None:
         """Writes an `.npz` file that `load` reads."""
         buffer = io.BytesIO()

@@ -1,0 +1,227 @@
+"""Several real processes on this machine: one run of them all, and what happens when one dies."""
+
+import json
+import os
+import pathlib
+import shutil
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import encoded, make_folder, random_image, small_arguments
+
+from gptv_jax import watch
+
+STEPS = 40
+# Little of everything; nothing in it makes more of a rounding error than it is.
+FIELDS = (
+    f"--config.train.steps={STEPS}",
+    "--config.train.eval_every=20",
+    "--config.train.log_every=5",
+    "--config.train.optimizer.name=adamw",
+    "--config.train.optimizer.rest_learning_rate=None",
+    "--config.train.optimizer.learning_rate=0.001",
+    "--config.finetune.train.steps=4",
+    "--config.finetune.train.log_every=2",
+    "--config.finetune.train.optimizer.learning_rate=0.001",
+    "--config.finetune.standardize=False",
+    "--config.probe.c=(0.1,)",
+)
+# Times; and the accuracy of 16 training images, which a rounding may tip.
+NOT_NUMBERS = {"time", "tokens_per_second", "data_wait_share", "mfu", "accuracy"}
+LIMIT = 240  # seconds after which a test has failed, on a busy machine as well
+BOUND = 10  # seconds in which the others have noticed that a process died
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Hosts:
+    """The real command in so many processes, which are gone when the `with` ends."""
+
+    def __init__(self, count: int, workdir, *more: str, own: dict[int, tuple[str, ...]] = {}):  # noqa: B006
+        coordinator = f"--coordinator=127.0.0.1:{free_port()}"
+        self.logs, self.processes = [], []
+        for index in range(count):
+            meeting = (coordinator, f"--num_processes={count}", f"--process_id={index}")
+            arguments = small_arguments(workdir, *FIELDS, *more, *own.get(index, ()))
+            arguments += meeting if count > 1 else ()
+            log = workdir.with_name(f"{workdir.name}-{count}-{index}.log")
+            self.logs.append(log)
+            with log.open("w") as file:
+                self.processes.append(
+                    subprocess.Popen(
+                        [sys.executable, "-m", "gptv_jax.main", *arguments],
+                        stdout=file,
+                        stderr=file,
+                        env={**os.environ, "JAX_NUM_CPU_DEVICES": "1"},
+                    )
+                )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+    def wait(self, but: int | None = None, limit: float = LIMIT) -> list[int]:
+        """Exit codes, in order."""
+        until = time.monotonic() + limit
+        watched = [p for i, p in enumerate(self.processes) if i != but]
+        return [process.wait(until - time.monotonic()) for process in watched]
+
+    def told(self, index: int) -> str:
+        return self.logs[index].read_text()
+
+
+def run(count: int, workdir: pathlib.Path, *more: str, **rest) -> list[str]:
+    """Runs the command to its end; what each process has printed."""
+    with Hosts(count, workdir, *more, **rest) as hosts:
+        codes = hosts.wait()
+        logs = [hosts.told(index) for index in range(count)]
+    assert codes == [0] * count, logs[codes.index(max(codes))][-3000:]
+    return logs
+
+
+def events(workdir: pathlib.Path) -> dict[tuple, float]:
+    """Every number that the run logged, times left out."""
+    found = {}
+    for line in (workdir / "metrics.jsonl").read_text().splitlines():
+        event = json.loads(line)
+        for name in event.keys() - NOT_NUMBERS - {"stage", "step"}:
+            assert (event["stage"], event["step"], name) not in found
+            found[event["stage"], event["step"], name] = event[name]
+    return found
+
+
+def assert_same(found: dict[tuple, float], wanted: dict[tuple, float]) -> None:
+    """Losses within 1e-6; norms, which are larger, within that share of them."""
+    losses = {key for key in wanted if "nats" in key[-1]}
+    assert losses and found.keys() == wanted.keys()
+    for keys, within in (
+        (losses, {"abs": 1e-6, "rel": 0}),
+        (wanted.keys() - losses, {"rel": 1e-6}),
+    ):
+        expected = pytest.approx({key: wanted[key] for key in keys}, **within)
+        assert {key: found[key] for key in keys} == expected
+
+
+def wait_for(path: pathlib.Path, hosts: Hosts) -> None:
+    until = time.monotonic() + LIMIT
+    while not path.exists():
+        running = all(process.poll() is None for process in hosts.processes)
+        assert running and time.monotonic() < until, hosts.told(0)[-3000:]
+        time.sleep(0.02)
+
+
+def killed(index: int, count: int, folder: pathlib.Path) -> None:
+    """A run whose process of this index is killed in the middle; what the others do then."""
+    with Hosts(count, folder, "--stages=pretrain") as hosts:
+        wait_for(folder / "checkpoints" / "pretrain" / "10", hosts)
+        hosts.processes[index].kill()
+        codes = hosts.wait(but=index, limit=BOUND)
+    assert codes == [1] * (count - 1)
+    for other in set(range(count)) - {index}:
+        last = hosts.told(other).splitlines()[-1]
+        assert last.startswith(f"error: process {index} of {count} (")
+        assert last.endswith(f") has stopped answering; {watch.CONTINUE}")
+    assert not (folder / "summary.json").exists()
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> pathlib.Path:
+    """The run of one process."""
+    folder = tmp_path_factory.mktemp("hosts") / "alone"
+    run(1, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory) -> pathlib.Path:
+    """The run of four processes of which one was killed in the middle."""
+    folder = tmp_path_factory.mktemp("hosts") / "broken"
+    killed(2, 4, folder)
+    return folder
+
+
+@pytest.mark.process
+def test_four_processes_have_the_losses_of_one_until_one_of_them_dies(alone, broken):
+    found = events(broken)
+    assert ("pretrain", 5, "nats_per_token") in found
+    assert_same(found, {key: value for key, value in events(alone).items() if key in found})
+
+
+@pytest.mark.process
+def test_what_four_processes_saved_one_goes_on_from(broken, alone, tmp_path):
+    folder = tmp_path / "one"
+    shutil.copytree(broken, folder)
+    [log] = run(1, folder, "--stages=pretrain")
+    assert "pretrain continues from step" in log
+    assert_same(events(folder), {k: v for k, v in events(alone).items() if k[0] == "pretrain"})
+
+
+@pytest.mark.process
+def test_what_four_processes_saved_two_go_on_from_through_all_stages(broken, alone, tmp_path):
+    folder, other = tmp_path / "two", tmp_path / "other"
+    shutil.copytree(broken, folder)
+    other.mkdir()  # of the second process, which sees the same checkpoints and nothing else
+    (other / "checkpoints").symlink_to(folder / "checkpoints")
+    mesh = ("--config.mesh.data=1", "--config.mesh.fsdp=2")
+    logs = run(2, folder, *mesh, own={1: (f"--workdir={other}",)})
+    assert_same(events(folder), events(alone))
+    assert [path.name for path in other.iterdir()] == ["checkpoints"]
+
+    ours, theirs = (json.loads((f / "summary.json").read_text()) for f in (folder, alone))
+    assert json.loads(logs[0][logs[0].index("{\n") :]) == ours and "{\n" not in logs[1]
+    speeds = {name for name in ours if "per_second" in name}
+    assert len(speeds) == 2 and ours.keys() == theirs.keys()
+    for name in ours.keys() - speeds:
+        wanted = theirs[name]
+        within = wanted if wanted is None else pytest.approx(wanted, abs=1e-6, rel=0)
+        assert ours[name] == within, name
+    for name in ("unconditional", "completions"):
+        picture = pathlib.Path("samples") / f"{name}.png"
+        assert (folder / picture).read_bytes() == (alone / picture).read_bytes()
+    written = [{path.name for path in f.iterdir()} for f in (folder, alone)]
+    assert written[0] == written[1]
+
+
+@pytest.mark.process
+def test_the_others_end_when_process_0_dies(tmp_path):
+    killed(0, 2, tmp_path / "run")
+
+
+@pytest.mark.process
+def test_what_one_host_cannot_read_ends_the_others_and_is_told_there(tmp_path):
+    folders = []
+    for host in ("a", "b"):
+        files = {f"{i:03d}.png": encoded(random_image(8, 8, 1, seed=i)) for i in range(64)}
+        folders.append(make_folder(tmp_path / host, files))
+    (folders[1] / "037.png").write_bytes(b"cut")
+    data = {
+        "name": "folder",
+        "path": folders[0],
+        "train_split": "train[:75%]",
+        "validation_split": "train[75%:]",
+        "test_split": "train[75%:]",
+        "train_transforms": ("decode(channels=1)",),
+        "eval_transforms": ("decode(channels=1)",),
+        "damaged": "fail",
+    }
+    fields = [f"--config.data.{name}={value}" for name, value in data.items()]
+    fields += ["--config.tokens.levels=256", "--config.model.start_per_variant=False"]
+    own = {1: (f"--config.data.path={folders[1]}",)}
+    with Hosts(2, tmp_path / "run", *fields, own=own) as hosts:
+        assert hosts.wait() == [1, 1]
+    first, second = (hosts.told(index).splitlines()[-1] for index in (0, 1))
+    assert second.startswith(f"error: {folders[1] / '037.png'} cannot be read")
+    assert first.startswith("error: process 1 of 2 (") and first.endswith(
+        second.removeprefix("error: ")
+    )
