@@ -4,10 +4,8 @@ import difflib
 import functools
 import logging
 import operator
-import os
 import pathlib
 import re
-import sys
 from collections.abc import Callable
 
 import jax
@@ -16,7 +14,7 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from gptv_jax import config as config_lib
-from gptv_jax import fields
+from gptv_jax import errors, fields, preemption
 from gptv_jax.errors import InputError
 
 _MISSING = re.compile(r"flag --(\w+)=None: ")
@@ -35,7 +33,7 @@ def start(main: Callable[[config_lib.Config], None]) -> None:
 def run(main: Callable[[], None], parser: Callable | None = None) -> None:
     """Parses the flags, calls `main()`, and ends with a sentence where the user can mend it.
 
-    Exit codes: 1 for what the user can mend, 130 where the user interrupted.
+    Exit codes: 1 for what the user can mend, 130 where the user interrupted, 143 after SIGTERM.
     """
 
     def configured(argv: list[str]) -> None:
@@ -47,23 +45,16 @@ def run(main: Callable[[], None], parser: Callable | None = None) -> None:
         jax.config.update("jax_numpy_rank_promotion", "raise")
         main()
 
+    preemption.install()
     try:
         app.run(configured, flags_parser=parser or _parse_flags)
     except InputError as error:
-        _end(1, f"error: {error}")
+        errors.end(1, f"error: {error}")
+    except preemption.StoppedError as stopped:
+        jax.distributed.shutdown()  # none of several processes leaves before the others have saved
+        errors.end(preemption.EXIT_CODE, str(stopped))
     except KeyboardInterrupt:
-        _end(130, "interrupted; the same command continues from the last checkpoint")
-
-
-def _end(code: int, message: str) -> None:
-    """Ends the process at once, with a message.
-
-    An interpreter that ends in order may be aborted by threads of libraries that are still at work.
-    """
-    print(message, file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+        errors.end(130, "interrupted; the same command continues from the last checkpoint")
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

@@ -1,5 +1,9 @@
 """Errors that end in one sentence."""
 
+import os
+import sys
+from typing import NoReturn
+
 
 class InputError(ValueError):
     """Something the user can mend: one sentence that says what, where and what to do."""
@@ -8,3 +12,14 @@ class InputError(ValueError):
 def first_line(error: Exception) -> str:
     """What a library's error says, short enough for a sentence; its type where it says nothing."""
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def end(code: int, message: str) -> NoReturn:
+    """Ends the process at once, with a message.
+
+    An interpreter that ends in order may be aborted by threads of libraries that are still at work.
+    """
+    print(message, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

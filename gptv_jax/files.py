@@ -1,10 +1,12 @@
 """Files as a run writes and reads them: whole or not at all, and told of where they are damaged."""
 
+import fcntl
 import json
 import pathlib
 import tokenize
 import zipfile
 import zlib
+from typing import IO
 
 import jax
 import numpy as np
@@ -53,6 +55,34 @@ def claim(folder: pathlib.Path, flag: str) -> None:
             f"--{flag}={folder} cannot be written ({error.strerror}); name a folder that you may "
             "write to."
         ) from error
+
+
+def lock(folder: pathlib.Path, flag: str) -> IO | None:
+    """Takes a folder for this process, until the file returned is closed or the process ends.
+
+    Of several processes process 0 alone does so; where the file system has no locks, nobody.
+
+    Args:
+      folder: which.
+      flag: that named it, for the message.
+
+    Raises:
+      InputError: another process has it.
+    """
+    if jax.process_index() != 0:
+        return None
+    file = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise InputError(
+            f"--{flag}={folder} is in use by another process; wait until it has ended, or name "
+            "another folder."
+        ) from error
+    except OSError:
+        pass
+    return file
 
 
 def replace(path: pathlib.Path, content: bytes) -> None:

@@ -3,13 +3,15 @@
 import importlib.metadata
 import pathlib
 import platform
+import secrets
 import shlex
 import sys
 
 import jax
+from etils import epath
 
+from gptv_jax import checkpoint, fields, files, interop, sharding, tokens
 from gptv_jax import config as config_lib
-from gptv_jax import fields, files, interop, sharding, tokens
 from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.data import codec as codecs
 from gptv_jax.data import pipeline, sources, transforms
@@ -55,7 +57,8 @@ class Run:
         for entries in self._training_transforms():
             transforms.check(entries, config.data.eval_transforms)
         found = codecs.find_codec(config, self.folder)
-        if not found and (self.folder / "checkpoints").exists():
+        made = (self.folder / "config.json").exists()
+        if not found and made and checkpoint.found(checkpoint_folder(config, self.folder)):
             raise InputError(f"{self.folder} has lost its {tokens.PALETTE_FILE}; restore it.")
         if found:
             self._try(found)
@@ -63,6 +66,7 @@ class Run:
         if config.init_from or "pretrain" not in self.stages:
             self._check_pretrained(found)  # before this folder is claimed
         self._claim()
+        self._claim_checkpoints()
         self.metrics = MetricWriter(self.folder)
         self.codec = found or codecs.build_codec(config, Ledger(config.data, self.folder))
         if not found:
@@ -142,7 +146,8 @@ class Run:
             return weights.on_mesh()
         folder = self._pretrained_folder()
         abstract = {"params": sharding.abstract(network.init)}
-        with Checkpoints(folder / "checkpoints" / "pretrain", read_only=True) as checkpoints:
+        place = checkpoint_folder(config_of(folder), folder)
+        with Checkpoints(place / "pretrain", read_only=True) as checkpoints:
             restored = checkpoints.restore_latest(abstract)
         if restored is None:
             raise InputError(
@@ -152,9 +157,9 @@ class Run:
         self._pretrained_step = restored[1]["position"]
         return restored[0]["params"]
 
-    def checkpoints(self, training: str) -> pathlib.Path:
+    def checkpoints(self, training: str) -> epath.Path:
         """The folder of a training's checkpoints."""
-        return self.folder / "checkpoints" / training
+        return checkpoint_folder(self.config, self.folder) / training
 
     def summary(self) -> dict:
         """The numbers of the finished stages."""
@@ -235,6 +240,7 @@ class Run:
     def _claim(self) -> None:
         """Makes the folder, and writes what it is of."""
         files.claim(self.folder, "workdir")
+        self._lock = files.lock(self.folder, "workdir")
         path = self.folder / "config.json"
         if path.exists():
             # Where the data lie may change, but not what they are.
@@ -248,8 +254,36 @@ class Run:
         else:
             devices = f"{jax.device_count()} {jax.devices()[0].device_kind}"
             record = {"command": command(), "devices": devices, "versions": _versions()}
-            record |= self._known
+            record |= self._known | {"id": secrets.token_hex(8)}
             files.write_json(path, record | {"config": fields.flatten(self.config)})
+
+    def _claim_checkpoints(self) -> None:
+        """The place of the checkpoints is this run's alone, and changes only with what is there.
+
+        Process 0 looks after that.
+        """
+        if jax.process_index() != 0:
+            return
+        path = self.folder / "config.json"
+        record, given = files.read_json(path, {}), self.config.checkpoint_dir
+        before = checkpoint_folder(config_of(self.folder), self.folder)
+        now = checkpoint_folder(self.config, self.folder)
+        if now != before and checkpoint.found(before):
+            raise InputError(
+                f"config.checkpoint_dir is {given}, but this run's checkpoints are in {before}; "
+                f"move what that holds to {now}, or leave the setting as it was."
+            )
+        if given:
+            record.setdefault("id", secrets.token_hex(8))  # older run folders have none
+            checkpoint.claim(now, record["id"], self.folder, moved=now != before)
+        if now != before:
+            record["config"]["checkpoint_dir"] = given
+            files.write_json(path, record)
+
+
+def checkpoint_folder(config: config_lib.Config, folder: pathlib.Path) -> epath.Path:
+    """Where the checkpoints of a run folder with this configuration are."""
+    return epath.Path(config.checkpoint_dir or folder / "checkpoints")
 
 
 def config_of(folder: pathlib.Path) -> config_lib.Config:
