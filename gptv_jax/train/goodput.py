@@ -2,7 +2,7 @@
 
 A session is the work of one process on one training, from its beginning (restoring and compiling
 included) to when it was last seen alive: its last entry in the log, evaluation, save or end. A kill
-leaves no time to write, so that what a session did after that is not known, and counts as down time.
+leaves no time to write: what a session did after that is not known, and counts as down time.
 """
 
 import pathlib
@@ -14,9 +14,7 @@ from gptv_jax import files
 class Sessions:
     """The sessions of one training, kept in sessions.json: `{training: [session, ...]}`."""
 
-    def __init__(
-        self, folder: pathlib.Path, training: str, began: float, step: int, saved: float
-    ):
+    def __init__(self, folder: pathlib.Path, training: str, began: float, step: int, saved: float):
         """Begins a session.
 
         Args:
@@ -79,4 +77,5 @@ class Sessions:
     @staticmethod
     def _lost(sessions: list[dict]) -> tuple[int, float]:
         """Steps and seconds, of all."""
-        return sum(s["lost_steps"] for s in sessions), sum(s["lost_seconds"] for s in sessions)
+        steps = sum(session["lost_steps"] for session in sessions)
+        return steps, sum((session["lost_seconds"] for session in sessions), 0.0)
