@@ -49,10 +49,10 @@ class Request:
         if jax.process_count() == 1:
             return self.since is not None
         mesh = jax.sharding.get_mesh()
-        asked = np.array([self.since is not None])
-        every = jax.make_array_from_callback(  # a value of each device's own
-            (mesh.size,), NamedSharding(mesh, P(mesh.axis_names)), lambda _: asked
-        )
+        shape, sharding = (mesh.size,), NamedSharding(mesh, P(mesh.axis_names))
+        asked = np.array([self.since is not None])  # the same for each of its devices
+        with jax.transfer_guard_host_to_device("allow"):
+            every = jax.make_array_from_callback(shape, sharding, lambda _: asked)
         told, self._told = self._told, _any(every)
         agreed = told is not None and bool(jax.device_get(told))
         if agreed and self.since is None:

@@ -240,7 +240,7 @@ class Run:
     def _claim(self) -> None:
         """Makes the folder, and writes what it is of."""
         files.claim(self.folder, "workdir")
-        self._lock = files.lock(self.folder, "workdir")
+        files.lock(self.folder, "workdir", holder=self)
         path = self.folder / "config.json"
         if path.exists():
             # Where the data lie may change, but not what they are.

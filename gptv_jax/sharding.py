@@ -118,7 +118,9 @@ def gather(weight: jax.Array, dtype) -> jax.Array:
 def global_batch(batch: dict) -> dict:
     """This process's rows of a batch (NumPy, B / processes) as global arrays split over BATCH."""
     sharding = NamedSharding(jax.sharding.get_mesh(), HIDDEN)
-    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+    # A transfer that is meant, which JAX does not see where there are several processes.
+    with jax.transfer_guard_host_to_device("allow"):
+        return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
 
 
 def from_everywhere(rows) -> jax.Array:

@@ -136,7 +136,7 @@ def free_port() -> int:
 @pytest.mark.process
 def test_of_two_processes_one_is_asked_and_both_stop_after_the_same_step(tmp_path):
     folder = tmp_path / "run"
-    settings = ["--stages=pretrain", "--config.train.steps=100000", "--config.train.eval_every=500"]
+    settings = ["--stages=pretrain", "--config.train.steps=100000", "--config.train.eval_every=200"]
     settings += ["--config.train.checkpoint_every=100000", "--config.data.validation_split=train"]
     begun = 0
     for asked, evaluating in ((1, False), (0, True)):
@@ -151,7 +151,7 @@ def test_of_two_processes_one_is_asked_and_both_stop_after_the_same_step(tmp_pat
         def reached(evaluating=evaluating, begun=begun) -> bool:
             found = [e for e in events(folder) if e["step"] > begun]
             found = [e for e in found if "nats_per_token" in e]
-            return bool(found) and (not evaluating or found[-1]["step"] % 500 == 0)
+            return bool(found) and (not evaluating or found[-1]["step"] % 200 == 0)
 
         while not reached() and all(p.poll() is None for p in processes):
             time.sleep(0.0005)
@@ -165,7 +165,7 @@ def test_of_two_processes_one_is_asked_and_both_stop_after_the_same_step(tmp_pat
         assert not begun or f"continues from step {begun} of 100000; 0 steps" in told[0]
         begun = steps[0]
         if evaluating:  # which it gave up
-            assert begun % 500 == 0 and "nats_per_token" in events(folder)[-1]
+            assert begun % 200 == 0 and "nats_per_token" in events(folder)[-1]
 
 
 READER = """
