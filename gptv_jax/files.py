@@ -6,8 +6,8 @@ import logging
 import os
 import pathlib
 import tokenize
-import zipfile
 import weakref
+import zipfile
 import zlib
 
 import jax
