@@ -120,6 +120,40 @@ def test_an_evaluation_is_given_up_between_two_batches(training, uninterrupted, 
 
 # Real processes.
 
+OUTSIDE = """
+import time
+from gptv_jax import preemption
+preemption.install()
+print("ready", flush=True)
+time.sleep(60)
+"""
+TOO_LATE = """
+import time
+from gptv_jax import preemption
+preemption.install()
+with preemption.deferred() as request:
+    print("ready", flush=True)
+    while request.since is None:
+        time.sleep(0.01)
+    print("saved", flush=True)
+print("on", flush=True)
+"""
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("script", "last"), [(OUTSIDE, ""), (TOO_LATE, "saved\n")], ids=["outside", "late"]
+)
+def test_where_nothing_is_left_to_save_it_ends_at_once(script, last):
+    command, pipe = [sys.executable, "-c", script], subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGTERM)
+        output, told = process.communicate(timeout=30)
+    assert (process.returncode, output) == (143, last)
+    sentence = "stopped by SIGTERM; the same command continues from the last checkpoint"
+    assert told.splitlines()[-1] == sentence
+
 
 def events(folder: pathlib.Path) -> list[dict]:
     path = folder / "metrics.jsonl"
