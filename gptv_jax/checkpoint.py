@@ -42,18 +42,20 @@ def claim(place: epath.Path, run: str, workdir: pathlib.Path, *, moved: bool) ->
     mark, told = place / "run.json", f"config.checkpoint_dir={place}"
     try:
         place.mkdir(parents=True, exist_ok=True)
-        owner = json.loads(mark.read_text()) if mark.exists() else None
-        if not owner and (moved or not found(place)):
-            owner = {"id": run, "workdir": str(workdir)}
-            mark.write_text(json.dumps(owner))
         probe = place / ".writable"
         probe.write_text("")
         probe.unlink()
+        owner = json.loads(mark.read_text()) if mark.exists() else None
+        # A start that was refused or killed may have left the mark, but no checkpoint.
+        begun = owner is not None and owner["workdir"] == str(workdir)
+        if (moved and owner is None) or ((owner is None or begun) and not found(place)):
+            owner = {"id": run, "workdir": str(workdir)}
+            mark.write_text(json.dumps(owner))
     except Exception as error:  # whatever the storage raises
         raise InputError(
             f"{told} cannot be written ({first_line(error)}); name a place that you may write to."
         ) from error
-    if not owner or owner["id"] != run:
+    if owner is None or owner["id"] != run:
         whose = f"the run in {owner['workdir']}" if owner else "another run"
         raise InputError(f"{told} holds the checkpoints of {whose}; name another place.")
 

@@ -1,5 +1,6 @@
 """A run folder, and what every stage shares: config, mesh, codec, metrics, summary."""
 
+import dataclasses
 import importlib.metadata
 import pathlib
 import platform
@@ -66,7 +67,6 @@ class Run:
         if config.init_from or "pretrain" not in self.stages:
             self._check_pretrained(found)  # before this folder is claimed
         self._claim()
-        self._claim_checkpoints()
         self.metrics = MetricWriter(self.folder)
         self.codec = found or codecs.build_codec(config, Ledger(config.data, self.folder))
         if not found:
@@ -241,11 +241,12 @@ class Run:
         """Makes the folder, and writes what it is of."""
         files.claim(self.folder, "workdir")
         files.lock(self.folder, "workdir", holder=self)
-        path = self.folder / "config.json"
-        if path.exists():
+        path, given = self.folder / "config.json", self.config.checkpoint_dir
+        record, made = files.read_json(path, {}), path.exists()
+        if made:
             # Where the data lie may change, but not what they are.
             for name, now in self._known.items():
-                before = files.read_json(path, {}).get(name, now)
+                before = record.get(name, now)
                 if before != now:
                     raise InputError(
                         f"{self.folder} was made of other data: its {name} were {before}, now they "
@@ -254,31 +255,26 @@ class Run:
         else:
             devices = f"{jax.device_count()} {jax.devices()[0].device_kind}"
             record = {"command": command(), "devices": devices, "versions": _versions()}
-            record |= self._known | {"id": secrets.token_hex(8)}
-            files.write_json(path, record | {"config": fields.flatten(self.config)})
+            record |= self._known | {"config": fields.flatten(self.config)}
+        record.setdefault("id", secrets.token_hex(8))
+        if jax.process_index() == 0:
+            self._claim_checkpoints(record["config"].get("checkpoint_dir"), record["id"])
+        if not made or record["config"].get("checkpoint_dir") != given:
+            record["config"]["checkpoint_dir"] = given
+            files.write_json(path, record)
 
-    def _claim_checkpoints(self) -> None:
-        """The place of the checkpoints is this run's alone, and changes only with what is there.
-
-        Process 0 looks after that.
-        """
-        if jax.process_index() != 0:
-            return
-        path = self.folder / "config.json"
-        record, given = files.read_json(path, {}), self.config.checkpoint_dir
-        before = checkpoint_folder(config_of(self.folder), self.folder)
-        now = checkpoint_folder(self.config, self.folder)
-        if now != before and checkpoint.found(before):
+    def _claim_checkpoints(self, before: str | None, run: str) -> None:
+        """The place of the checkpoints is this run's alone, and changes only with what is there."""
+        given, config = self.config.checkpoint_dir, self.config
+        now = checkpoint_folder(config, self.folder)
+        was = checkpoint_folder(dataclasses.replace(config, checkpoint_dir=before), self.folder)
+        if was != now and checkpoint.found(was):
             raise InputError(
-                f"config.checkpoint_dir is {given}, but this run's checkpoints are in {before}; "
+                f"config.checkpoint_dir is {given}, but this run's checkpoints are in {was}; "
                 f"move what that holds to {now}, or leave the setting as it was."
             )
         if given:
-            record.setdefault("id", secrets.token_hex(8))  # older run folders have none
-            checkpoint.claim(now, record["id"], self.folder, moved=now != before)
-        if now != before:
-            record["config"]["checkpoint_dir"] = given
-            files.write_json(path, record)
+            checkpoint.claim(now, run, self.folder, moved=was != now)
 
 
 def checkpoint_folder(config: config_lib.Config, folder: pathlib.Path) -> epath.Path:

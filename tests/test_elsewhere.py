@@ -88,6 +88,16 @@ def test_two_runs_do_not_share_a_place(elsewhere, tmp_path):
         Run(at(elsewhere), str(tmp_path / "two"))
 
 
+def test_a_run_whose_place_was_refused_takes_another(elsewhere, tmp_path):
+    Run(at(elsewhere), str(tmp_path / "one"))
+    for _ in range(2):
+        with pytest.raises(InputError, match="name another place"):
+            Run(at(elsewhere), str(tmp_path / "two"))
+    Run(at(elsewhere.parent / "two"), str(tmp_path / "two"))
+    (tmp_path / "two" / "config.json").unlink()  # as if killed before it was written
+    Run(at(elsewhere.parent / "two"), str(tmp_path / "two"))
+
+
 def test_the_checkpoints_in_a_run_folder_are_no_place_for_another(usual, tmp_path):
     with pytest.raises(InputError, match="holds the checkpoints of another run"):
         Run(at(usual[0] / "checkpoints"), str(tmp_path / "run"))

@@ -24,10 +24,10 @@ FIRST = {
     "position": 0,  # in the data, and the number of steps taken
     "evaluations": [],
     "measured": None,  # the newest step that `measure` was called at
-    "events": None,  # how many the log held
+    "events": None,  # that the log held of the training
     "time": 0.0,  # of the save, in seconds since 1970
-    "seconds": 0.0,  # of timed steps, and their number
-    "timed": 0,
+    "seconds": 0.0,  # that the timed steps took
+    "timed": 0,  # how many these are
 }
 
 
@@ -88,7 +88,7 @@ def fit(
     info = FIRST | info  # an older checkpoint lacks some of it
     start = step = info["position"]
     evaluations, clock = list(info["evaluations"]), Clock(info["seconds"], info["timed"])
-    measured = info["measured"]  # the newest step of which that is so
+    measured = info["measured"]
     checkpoints.best = _chosen(evaluations)
     log.rewind(name, step if restored else -1, info["events"])
     sessions = Sessions(log.folder, name, began, step, info["time"])
@@ -145,8 +145,8 @@ def fit(
         return better
 
     # The order is fixed: evaluate, save, next batch, step, log. What is saved includes the
-    # evaluation of the same step, but where it was given up to stop; then whoever continues makes
-    # it first. The position moves only after the save.
+    # evaluation of the same step, or else, where that was given up in order to stop, it is the
+    # first thing that whoever continues does. The position moves only after the save.
     with contextlib.ExitStack() as until_saved:
         while True:
             better = False
