@@ -18,7 +18,7 @@ from gptv_jax.errors import InputError
 from gptv_jax.interop import huggingface, native
 from gptv_jax.interop.portable import Portable
 from gptv_jax.model.gpt import Network
-from gptv_jax.run import config_of, finished_stages, network_of
+from gptv_jax.run import checkpoint_folder, config_of, finished_stages, network_of
 from gptv_jax.tokens import palette as palettes
 from gptv_jax.train import objective
 from gptv_jax.train.objective import cross_entropy
@@ -319,7 +319,7 @@ def _of_run(folder: pathlib.Path, stage: str | None) -> Model:
         step=step,
         best_layer=summary.get("probe/best_layer"),
     )
-    mesh = sharding.make_mesh(config_lib.Mesh())
-    with jax.set_mesh(mesh), Checkpoints(folder / "checkpoints" / stage, read_only=True) as saved:
+    mesh, place = sharding.make_mesh(config_lib.Mesh()), checkpoint_folder(config, folder) / stage
+    with jax.set_mesh(mesh), Checkpoints(place, read_only=True) as saved:
         params = saved.restore(step, {"params": sharding.abstract(network.init)})[0]["params"]
     return Model(described, params, mesh)

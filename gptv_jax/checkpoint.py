@@ -8,12 +8,12 @@ is asynchronous and atomic: what a kill leaves half written is never taken for a
 import json
 import logging
 import pathlib
-import shutil
 import zlib
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from gptv_jax import sharding
@@ -22,18 +22,56 @@ from gptv_jax.errors import InputError, first_line
 LOG = logging.getLogger(__name__)
 
 
+def found(place: epath.Path) -> bool:
+    """Whether there are checkpoints of any stage below `place`."""
+    return any(True for _ in place.glob("*/*/_CHECKPOINT_METADATA"))
+
+
+def claim(place: epath.Path, run: str, workdir: pathlib.Path, *, moved: bool) -> None:
+    """Makes a place for checkpoints outside the run folder, and marks it as the run's.
+
+    Args:
+      place: where.
+      run: the run's own identifier.
+      workdir: its folder, for messages.
+      moved: the run's checkpoints may have come from another place.
+
+    Raises:
+      InputError: it cannot be written, or holds the checkpoints of another run.
+    """
+    mark, told = place / "run.json", f"config.checkpoint_dir={place}"
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        probe = place / ".writable"
+        probe.write_text("")
+        probe.unlink()
+        owner = json.loads(mark.read_text()) if mark.exists() else None
+        # A start that was refused or killed may have left the mark, but no checkpoint.
+        begun = owner is not None and owner["workdir"] == str(workdir)
+        if (moved and owner is None) or ((owner is None or begun) and not found(place)):
+            owner = {"id": run, "workdir": str(workdir)}
+            mark.write_text(json.dumps(owner))
+    except Exception as error:  # whatever the storage raises
+        raise InputError(
+            f"{told} cannot be written ({first_line(error)}); name a place that you may write to."
+        ) from error
+    if owner is None or owner["id"] != run:
+        whose = f"the run in {owner['workdir']}" if owner else "another run"
+        raise InputError(f"{told} holds the checkpoints of {whose}; name another place.")
+
+
 class Checkpoints:
     """The checkpoints of one stage, one folder a step."""
 
-    def __init__(self, folder: pathlib.Path, keep: int = 1, *, read_only: bool = False):
+    def __init__(self, folder: epath.PathLike, keep: int = 1, *, read_only: bool = False):
         """Opens the folder, making it where needed.
 
         Args:
-          folder: `checkpoints/<stage>` of a run.
+          folder: `<checkpoints>/<stage>` of a run, a path or an address such as gs://bucket/path.
           keep: newest checkpoints that retention leaves; `best` stays as well.
           read_only: changes nothing on disk.
         """
-        self.folder = folder.absolute()
+        self.folder = epath.Path(folder).absolute()
         self._read_only = read_only
         self.best: int | None = None  # a step that retention leaves as well
         options = ocp.CheckpointManagerOptions(
@@ -165,13 +203,13 @@ class Checkpoints:
                 + "."
             )
 
-    def set_aside(self, step: int) -> pathlib.Path:
+    def set_aside(self, step: int) -> epath.Path:
         """Moves a damaged checkpoint to `damaged/` beside the stage's folder; where it is then."""
         target = self.folder.parent / "damaged" / f"{self.folder.name}-{step}"
         if jax.process_index() == 0:
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(target, ignore_errors=True)
-            shutil.move(self.folder / str(step), target)
+            target.rmtree(missing_ok=True)
+            (self.folder / str(step)).rename(target)
         self._manager.reload()
         return target
 
@@ -192,7 +230,7 @@ class _NewestAndBest(preservation_policy.PreservationPolicy):
 class DamagedError(InputError):
     """A checkpoint that cannot be read."""
 
-    def __init__(self, path: pathlib.Path, cause: Exception):
+    def __init__(self, path: epath.Path, cause: Exception):
         told = f"{type(cause).__name__}: {first_line(cause)}"
         super().__init__(f"checkpoint {path} is damaged ({told}).")
 

@@ -8,6 +8,7 @@ import pathlib
 import re
 import traceback
 from collections.abc import Callable
+from typing import NoReturn
 
 import jax
 from absl import app, flags
@@ -15,7 +16,7 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from gptv_jax import config as config_lib
-from gptv_jax import distributed, errors, fields
+from gptv_jax import distributed, errors, fields, preemption
 from gptv_jax.errors import InputError, first_line
 
 _MISSING = re.compile(r"flag --(\w+)=None: ")
@@ -34,7 +35,7 @@ def start(main: Callable[[config_lib.Config], None]) -> None:
 def run(main: Callable[[], None], parser: Callable | None = None) -> None:
     """Parses the flags, calls `main()`, and ends with a sentence where the user can mend it.
 
-    Exit codes: 1 for what the user can mend, 130 where the user interrupted.
+    Exit codes: 1 for what the user can mend, 130 where the user interrupted, 143 after SIGTERM.
     """
 
     def configured(argv: list[str]) -> None:
@@ -47,10 +48,14 @@ def run(main: Callable[[], None], parser: Callable | None = None) -> None:
         main()
         distributed.stop()
 
+    preemption.install()
     try:
         app.run(configured, flags_parser=parser or _parse_flags)
     except InputError as error:
         _end(1, f"error: {error}", str(error))
+    except preemption.StoppedError as stopped:
+        distributed.stop()  # none of several processes leaves before the others have saved
+        errors.end(preemption.EXIT_CODE, str(stopped))
     except KeyboardInterrupt:
         told = "interrupted; the same command continues from the last checkpoint"
         _end(130, told, "it was interrupted")
@@ -61,7 +66,7 @@ def run(main: Callable[[], None], parser: Callable | None = None) -> None:
         _end(1, traceback.format_exc(), f"{type(error).__name__}: {first_line(error)}")
 
 
-def _end(code: int, message: str, reason: str) -> None:
+def _end(code: int, message: str, reason: str) -> NoReturn:
     """Ends this process with the message, and all others with the reason."""
     distributed.tell(reason)
     errors.end(code, message)

@@ -20,6 +20,10 @@ POSITIVES = (
     lambda v: v and all(0 < number < math.inf for number in v),
 )
 STEPS = ("the first and the last step as FIRST:LAST, such as 10:15", lambda v: _steps(v))
+PLACE = (
+    "an absolute path or an address such as gs://bucket/path",
+    lambda v: v.startswith("/") or "://" in v,
+)
 AXIS = ("1 or more, or -1 to fill", lambda v: v >= 1 or v == -1)
 
 
@@ -236,6 +240,8 @@ class Config:
     seed: int = field(0, NOT_NEGATIVE)
     # Pretrained weights in place of this run's own: a run folder, or what docs/weights.md lists.
     init_from: str | None = None
+    # Where checkpoints are, of this run alone; None: checkpoints/ in the run folder.
+    checkpoint_dir: str | None = field(None, PLACE, free=True)
     data: Data = dataclasses.field(default_factory=Data)
     tokens: Tokens = dataclasses.field(default_factory=Tokens)
     model: Model = dataclasses.field(default_factory=Model)

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from typing import NoReturn
 
 
 class InputError(ValueError):
@@ -13,7 +14,7 @@ def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
-def end(code: int, message: str) -> None:
+def end(code: int, message: str) -> NoReturn:
     """Ends the process at once, with a message on stderr.
 
     An interpreter that ends in order may be aborted by threads of libraries that are still at work.

@@ -1,8 +1,12 @@
 """Files as a run writes and reads them: whole or not at all, and told of where they are damaged."""
 
+import fcntl
 import json
+import logging
+import os
 import pathlib
 import tokenize
+import weakref
 import zipfile
 import zlib
 
@@ -10,6 +14,8 @@ import jax
 import numpy as np
 
 from gptv_jax.errors import InputError, first_line
+
+LOG = logging.getLogger(__name__)
 
 # What NumPy, zipfile and zlib raise at files that are none of theirs, or cut, or changed.
 _RAISED_BY_NUMPY = (
@@ -53,6 +59,34 @@ def claim(folder: pathlib.Path, flag: str) -> None:
             f"--{flag}={folder} cannot be written ({error.strerror}); name a folder that you may "
             "write to."
         ) from error
+
+
+def lock(folder: pathlib.Path, flag: str, holder: object) -> None:
+    """Takes a folder for this process, until it ends, however it does.
+
+    Of several processes process 0 alone takes it; where the file system has no locks, nobody.
+
+    Args:
+      folder: which.
+      flag: that named it, for the message.
+      holder: with whose end the lock ends as well.
+
+    Raises:
+      InputError: another process has it.
+    """
+    if jax.process_index() != 0:
+        return
+    file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
+    weakref.finalize(holder, os.close, file)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise InputError(
+            f"--{flag}={folder} is in use by another process; wait until it has ended, or name "
+            "another folder."
+        ) from error
+    except OSError:
+        LOG.info("%s lies on a file system without locks: nothing keeps a second run out.", folder)
 
 
 def replace(path: pathlib.Path, content: bytes) -> None:

@@ -90,7 +90,7 @@ def _headlines(run: Run, summary: dict) -> str:
         speed, mfu = summary["pretrain/train_tokens_per_second"], summary["pretrain/mfu"]
         shown = "not timed" if speed is None else f"{speed:,.0f} tokens/s"
         share = "MFU: unknown peak" if mfu is None else f"MFU {mfu:.1%}"
-        tiles += _tile("Pretraining speed", shown, share)
+        tiles += _tile("Pretraining speed", shown, share, *_goodput(summary))
     if "probe" in done:
         raw = f"raw pixels {summary['probe/raw_pixels_test_accuracy']:.2%}"
         random = f"random init {summary['probe/random_init_test_accuracy']:.2%}"
@@ -111,6 +111,12 @@ def _against_pixels(summary: dict) -> list[str]:
     if psnr is not None:
         return [f"tokens lose detail ({psnr:.2f} dB): not comparable with bits/dimension"]
     return []
+
+
+def _goodput(summary: dict) -> list[str]:
+    """Of the time, how much was training."""
+    share, restarts = (summary.get(f"pretrain/{name}") for name in ("goodput", "restarts"))
+    return [] if share is None else [f"goodput {share:.1%}, {restarts} restarts"]
 
 
 def _pretraining(run: Run, events: list[dict]) -> str:

@@ -4,16 +4,19 @@ Of several processes the first reads the folder and decides for all: whether or 
 the same folder, all do the same.
 """
 
+import dataclasses
 import importlib.metadata
 import pathlib
 import platform
+import secrets
 import shlex
 import sys
 
 import jax
+from etils import epath
 
+from gptv_jax import checkpoint, distributed, fields, files, interop, sharding, tokens
 from gptv_jax import config as config_lib
-from gptv_jax import distributed, fields, files, interop, sharding, tokens
 from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.data import codec as codecs
 from gptv_jax.data import pipeline, sources, transforms
@@ -71,7 +74,8 @@ class Run:
         """Checks and claims the folder; the palette as JSON, where colours are the tokens."""
         config = self.config
         found = codecs.find_codec(config, self.folder)
-        if not found and (self.folder / "checkpoints").exists():
+        made = (self.folder / "config.json").exists()
+        if not found and made and checkpoint.found(checkpoint_folder(config, self.folder)):
             raise InputError(f"{self.folder} has lost its {tokens.PALETTE_FILE}; restore it.")
         if found:
             self._try(found)
@@ -154,7 +158,8 @@ class Run:
         distributed.from_first(self._must_be_pretrained)
         folder = self._pretrained_folder()
         abstract = {"params": sharding.abstract(network.init)}
-        with Checkpoints(folder / "checkpoints" / "pretrain", read_only=True) as checkpoints:
+        place = distributed.from_first(lambda: str(checkpoint_folder(config_of(folder), folder)))
+        with Checkpoints(epath.Path(place) / "pretrain", read_only=True) as checkpoints:
             restored = checkpoints.restore_latest(abstract)
         if restored is None:
             raise InputError(
@@ -164,9 +169,9 @@ class Run:
         self._pretrained_step = restored[1]["position"]
         return restored[0]["params"]
 
-    def checkpoints(self, training: str) -> pathlib.Path:
+    def checkpoints(self, training: str) -> epath.Path:
         """The folder of a training's checkpoints."""
-        return self.folder / "checkpoints" / training
+        return checkpoint_folder(self.config, self.folder) / training
 
     def summary(self) -> dict:
         """The numbers of the finished stages, as process 0 keeps them."""
@@ -250,11 +255,13 @@ class Run:
     def _claim(self) -> None:
         """Makes the folder, and writes what it is of."""
         files.claim(self.folder, "workdir")
-        path = self.folder / "config.json"
-        if path.exists():
+        files.lock(self.folder, "workdir", holder=self)
+        path, given = self.folder / "config.json", self.config.checkpoint_dir
+        record, made = files.read_json(path, {}), path.exists()
+        if made:
             # Where the data lie may change, but not what they are.
             for name, now in self._known.items():
-                before = files.read_json(path, {}).get(name, now)
+                before = record.get(name, now)
                 if before != now:
                     raise InputError(
                         f"{self.folder} was made of other data: its {name} were {before}, now they "
@@ -263,8 +270,30 @@ class Run:
         else:
             devices = f"{jax.device_count()} {jax.devices()[0].device_kind}"
             record = {"command": command(), "devices": devices, "versions": _versions()}
-            record |= self._known
-            files.write_json(path, record | {"config": fields.flatten(self.config)})
+            record |= self._known | {"config": fields.flatten(self.config)}
+        record.setdefault("id", secrets.token_hex(8))
+        self._claim_checkpoints(record["config"].get("checkpoint_dir"), record["id"])
+        if not made or record["config"].get("checkpoint_dir") != given:
+            record["config"]["checkpoint_dir"] = given
+            files.write_json(path, record)
+
+    def _claim_checkpoints(self, before: str | None, run: str) -> None:
+        """The place of the checkpoints is this run's alone, and changes only with what is there."""
+        given, config = self.config.checkpoint_dir, self.config
+        now = checkpoint_folder(config, self.folder)
+        was = checkpoint_folder(dataclasses.replace(config, checkpoint_dir=before), self.folder)
+        if was != now and checkpoint.found(was):
+            raise InputError(
+                f"config.checkpoint_dir is {given}, but this run's checkpoints are in {was}; "
+                f"move what that holds to {now}, or leave the setting as it was."
+            )
+        if given:
+            checkpoint.claim(now, run, self.folder, moved=was != now)
+
+
+def checkpoint_folder(config: config_lib.Config, folder: pathlib.Path) -> epath.Path:
+    """Where the checkpoints of a run folder with this configuration are."""
+    return epath.Path(config.checkpoint_dir or folder / "checkpoints")
 
 
 def config_of(folder: pathlib.Path) -> config_lib.Config:

@@ -11,7 +11,7 @@ from gptv_jax import fields
 from gptv_jax.errors import InputError
 
 FREE = {
-    "mesh.data", "mesh.fsdp", "mesh.tensor",
+    "checkpoint_dir", "mesh.data", "mesh.fsdp", "mesh.tensor",
     "data.workers", "data.dir", "data.path", "tokens.palette",
     "model.scan_layers", "model.remat",
     "train.checkpoint_every", "train.keep_checkpoints", "train.log_every",
@@ -42,6 +42,7 @@ TRAINING = {
 }
 OUT_OF_RANGE = {
     "seed": -1,
+    "checkpoint_dir": "checkpoints",
     "data.image_size": 0,
     "data.workers": -1,
     "tokens.levels": 257,

@@ -38,7 +38,9 @@ PROMISED = {
     "finetune/scratch_test_accuracy",
     "sample/tokens_per_second",
 }
-TIMES = {"time", "tokens_per_second", "data_wait_share", "mfu"}  # differ from run to run
+# These differ from run to run.
+TIMES = {"time", "tokens_per_second", "data_wait_share", "mfu", "goodput", "restarts"}
+TIMES |= {"steps_redone", "seconds_lost", "seconds_up", "seconds_down"}
 
 
 def read_events(folder: pathlib.Path) -> list[dict]:

@@ -4,6 +4,7 @@ import itertools
 import json
 import logging
 import pathlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -40,6 +41,10 @@ class StopError(Exception):
     """The simulated end of the process."""
 
 
+def die() -> None:
+    raise StopError
+
+
 class Result(NamedTuple):
     """All that a training leaves, times left out."""
 
@@ -60,20 +65,34 @@ class Training:
         self.train_step = step.make_train_step(loss, update, rate, microbatches=2, seed=3)
         self.eval_step = step.make_eval_step(NETWORK)
 
-    def run(self, folder: pathlib.Path, every: int = 2, stop: tuple[str, int] | None = None):
-        """Trains to the end, or raises StopError at an event of a step; saves `every` steps."""
+    def run(
+        self,
+        folder: pathlib.Path,
+        every: int = 2,
+        stop: tuple[str, int] | None = None,
+        by: Callable[[], None] = die,
+        unevaluated: int = 0,
+    ):
+        """Trains to the end, saves `every` steps.
+
+        At `stop`, an event of a step, `by` is called, which raises StopError. Of the evaluations,
+        the last `unevaluated` are not in the last checkpoint.
+        """
         taken = 0
 
         def reach(event: str, at: int) -> None:
             if stop == (event, at):
-                raise StopError
+                by()
+
+        def watched(batches):
+            for batch in batches:
+                reach("next batch", taken)
+                yield batch
 
         def batches(position: int):
             nonlocal taken
             taken = position
-            for batch in pipeline.Pipeline(CONFIG.data, CODEC, 5).train(BATCH, position):
-                reach("next batch", taken)
-                yield batch
+            return watched(pipeline.Pipeline(CONFIG.data, CODEC, 5).train(BATCH, position))
 
         def train_step(state, batch):
             nonlocal taken
@@ -108,7 +127,8 @@ class Training:
             )
             state, info = checkpoints.restore_latest(abstract)
             assert info["position"] == fitted.step == STEPS
-            assert info["evaluations"] == fitted.evaluations
+            in_time = len(fitted.evaluations) - unevaluated
+            assert info["evaluations"] == fitted.evaluations[:in_time]
         lines = (folder / "metrics.jsonl").read_text().splitlines()
         events = [{k: v for k, v in json.loads(e).items() if k not in TIMES} for e in lines]
         return Result(jax.device_get(state), fitted.evaluations, events)

@@ -8,8 +8,11 @@ k*B .. (k+1)*B, and share i of n takes the i-th n-th of them.
 import dataclasses
 import functools
 import logging
+import multiprocessing
 import os
 import pathlib
+import signal
+import threading
 from collections.abc import Iterator
 
 import grain
@@ -262,5 +265,21 @@ def _read(data: grain.MapDataset, source, workers: int) -> grain.IterDataset:
     threads = min(os.cpu_count(), 16) if source.form == "encoded" else 1
     read = data.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=16))
     if workers:
-        read = read.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+        read = read.mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=workers), worker_init_fn=_bind_to_parent
+        )
     return read
+
+
+def _bind_to_parent(*_) -> None:
+    """A worker ends with the process that it reads for, however that ends, and not before it.
+
+    A scheduler's SIGTERM may go to the workers too, while a training still takes a last step.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_end_after_parent, daemon=True).start()
+
+
+def _end_after_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from gptv_jax import config as config_lib
-from gptv_jax import sharding
+from gptv_jax import preemption, sharding
 from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.model.gpt import Network, Output
 from gptv_jax.probe.features import Batches, Features, statistics
@@ -154,7 +154,7 @@ def fit(
 
     def evaluate(weights: dict, split: str = "validation") -> dict[str, dict]:
         total = None
-        for batch in evaluation(split):
+        for batch in preemption.watched(evaluation(split)):
             sums = eval_step(weights, frozen, sharding.global_batch(batch))
             total = sums if total is None else jax.tree.map(jnp.add, total, sums)
         total = jax.device_get(total)

@@ -70,6 +70,7 @@ def run_stage(run: Run) -> dict:
             "validation_accuracy": chosen["accuracy"],
             "test_accuracy": test["accuracy"],
             "test_nats_per_token": test["nats_per_token"],
+            **fitted.sessions,
         }
 
     tuned = tune("finetune", run.pretrained(headless), settings.layer_decay)

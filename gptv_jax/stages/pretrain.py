@@ -65,6 +65,7 @@ def run_stage(run: Run) -> dict:
         **_against_pixels(run, bits),
         "train_tokens_per_second": fitted.tokens_per_second,
         "mfu": metrics.mfu(network, fitted.tokens_per_second),
+        **fitted.sessions,
     }
 
 

@@ -10,14 +10,26 @@ from typing import NamedTuple
 import jax
 
 from gptv_jax import config as config_lib
-from gptv_jax import sharding
+from gptv_jax import preemption, sharding
 from gptv_jax.checkpoint import Checkpoints, DamagedError
 from gptv_jax.errors import InputError
 from gptv_jax.model.gpt import Network
 from gptv_jax.train import profiling
+from gptv_jax.train.goodput import Sessions
 from gptv_jax.train.metrics import MetricWriter, Progress, mfu
 
 LOG = logging.getLogger(__name__)
+
+# What is saved beside the state, before the first step.
+FIRST = {
+    "position": 0,  # in the data, and the number of steps taken
+    "evaluations": [],
+    "measured": None,  # the newest step that `measure` was called at
+    "events": None,  # that the log held of the training
+    "time": 0.0,  # of the save, in seconds since 1970
+    "seconds": 0.0,  # that the timed steps took
+    "timed": 0,  # how many these are
+}
 
 
 class Fitted(NamedTuple):
@@ -27,6 +39,7 @@ class Fitted(NamedTuple):
     step: int  # that they are of
     evaluations: list[dict]  # {"step", and what `evaluate` gave}, in order
     tokens_per_second: float | None  # of training steps alone, compilation left out
+    sessions: dict[str, float | int | None]  # see `Sessions.numbers`
 
 
 def fit(
@@ -70,19 +83,22 @@ def fit(
     Raises:
       InputError: the loss, a gradient or a weight is no longer finite (names the step), or no
         checkpoint can be read.
+      StoppedError: SIGTERM came; the state is saved, without an evaluation that was under way.
     """
+    began = time.time()
     restored = checkpoints.restore_latest(abstract)
-    if restored:
-        state, info = restored
-    else:
-        state, info = initial(), {"position": 0, "seconds": 0.0, "timed": 0, "evaluations": []}
+    state, info = restored or (initial(), FIRST)
+    info = FIRST | info  # an older checkpoint lacks some of it
     start = step = info["position"]
     evaluations, clock = list(info["evaluations"]), Clock(info["seconds"], info["timed"])
+    measured = info["measured"]
     checkpoints.best = _chosen(evaluations)
-    log.rewind(name, step if restored else -1)
+    log.rewind(name, step if restored else -1, info["events"])
+    sessions = Sessions(log.folder, name, began, step, info["time"])
     if restored:
-        LOG.info("%s continues from step %d of %d.", name, step, config.steps)
-    data, pending = batches(step), None
+        told = (name, step, config.steps, *sessions.lost)
+        LOG.info("%s continues from step %d of %d; %d steps and %.1f s since were lost.", *told)
+    data, pending, stopping = batches(step), None, False
     progress = Progress(name, config.steps, step)
 
     def settle():
@@ -108,55 +124,80 @@ def fit(
             values |= {**speed, "mfu": share}
             log.write(name, at, values)
             progress.report(at, values)
+            sessions.seen(at)
 
     def drain():
         """Waits for the newest step; the time is its own."""
         with clock.span(steps=0):
             settle()
 
-    # The order is fixed: evaluate, save, next batch, step, log. What is saved includes the
-    # evaluation of the same step, and the position moves only after the save.
-    while True:
-        last = step == config.steps
-        fresh = step > start or not restored  # a restored step was evaluated before its save
+    def judge() -> bool:
+        """Evaluates and measures where it is due and not done; whether it is the best so far."""
+        nonlocal measured
         better = False
-        if fresh and (last or (config.eval_every and step % config.eval_every == 0)):
-            with clock.span(steps=0):
-                settle()
+        due = step == config.steps or (config.eval_every and step % config.eval_every == 0)
+        if due and all(e["step"] != step for e in evaluations):
+            drain()
             numbers = evaluate(state["params"])
             better = _is_better(evaluations, numbers)
             evaluations.append({"step": step, **numbers})
             checkpoints.best = _chosen(evaluations)
             log.write(name, step, {f"validation_{k}": v for k, v in numbers.items()})
-        if fresh and measure_every and step % measure_every == 0:
-            with clock.span(steps=0):
-                settle()
+            sessions.seen(step)
+        if measure_every and step % measure_every == 0 and measured != step:
+            drain()
             log.write(name, step, measure(state["params"]))
-        last = last or _exhausted(evaluations, patience)
+            measured = step
+        return better
 
-        if fresh and (last or better or step % config.checkpoint_every == 0):
-            with clock.span(steps=0):
-                settle()
-            info = {"position": step, "evaluations": evaluations, **clock.saved()}
-            checkpoints.save(step, state, info)
-        if last:
-            break
+    # The order is fixed: evaluate, save, next batch, step, log. What is saved includes the
+    # evaluation of the same step, or else, where that was given up in order to stop, it is the
+    # first thing that whoever continues does. The position moves only after the save.
+    with contextlib.ExitStack() as until_saved:
+        while True:
+            better = False
+            if not stopping:
+                try:
+                    better = judge()
+                except preemption.GivenUpError:
+                    stopping = True
+            last = step == config.steps or _exhausted(evaluations, patience)
 
-        # Nothing moves between host and device but what is named here. A process's first step
-        # compiles, and is not timed.
-        timed = clock.span(steps=1) if step > start else contextlib.nullcontext()
-        with profiler.step(step + 1, drain), jax.transfer_guard("disallow"), timed:
-            with clock.waiting(), jax.profiler.TraceAnnotation("next batch"):
-                local = next(data)
-            state, metrics = train_step(state, sharding.global_batch(local))
-            step += 1
-            settle()  # of the step before, while this one runs
-            pending = (step, metrics)
-        progress.advance()
+            if stopping or last or better or step % config.checkpoint_every == 0:
+                drain()
+                info = {"position": step, "evaluations": evaluations, "measured": measured}
+                info |= {"events": log.count(name), "time": time.time(), **clock.saved()}
+                checkpoints.save(step, state, info)
+                sessions.seen(step)
+            if stopping or last:
+                checkpoints.wait()
+                sessions.seen(step)
+            if stopping:
+                raise preemption.StoppedError(
+                    f"{name} stopped by SIGTERM at step {step}, saved in "
+                    f"{time.monotonic() - stop.since:.1f} s; the same command continues"
+                )
+            if last:
+                break
+
+            # Nothing moves between host and device but what is named here. A process's first step
+            # compiles, and is not timed.
+            timed = clock.span(steps=1) if step > start else contextlib.nullcontext()
+            with profiler.step(step + 1, drain), jax.transfer_guard("disallow"), timed:
+                with clock.waiting(), jax.profiler.TraceAnnotation("next batch"):
+                    local = next(data)
+                state, metrics = train_step(state, sharding.global_batch(local))
+                step += 1
+                settle()  # of the step before, while this one runs
+                pending = (step, metrics)
+                if step == start + 1:  # until now there was nothing to lose
+                    stop = until_saved.enter_context(preemption.deferred())
+                stopping = stop.agreed()
+            progress.advance()
 
     progress.close()
-    checkpoints.wait()
     speed = clock.tokens_per_second(config.batch_size * network.length)
+    spent = sessions.numbers(clock.of_steps(step))
 
     def best() -> int | None:
         held = {*checkpoints.steps(), step}
@@ -165,11 +206,11 @@ def fit(
     while (chosen := best()) not in (None, step):
         try:
             restored = checkpoints.restore(chosen, {"params": abstract["params"]})
-            return Fitted(restored[0]["params"], chosen, evaluations, speed)
+            return Fitted(restored[0]["params"], chosen, evaluations, speed, spent)
         except DamagedError as error:
             checkpoints.set_aside(chosen)
             LOG.warning("%s Falling back to step %d.", error, best())
-    return Fitted(state["params"], step, evaluations, speed)
+    return Fitted(state["params"], step, evaluations, speed, spent)
 
 
 def evaluate_all(eval_step: Callable, params: dict, batches: Iterator[dict]) -> dict:
@@ -178,7 +219,7 @@ def evaluate_all(eval_step: Callable, params: dict, batches: Iterator[dict]) -> 
     nats_per_token and, with a class head, accuracy and class_nats (per image).
     """
     total = None
-    for batch in batches:
+    for batch in preemption.watched(batches):
         sums = eval_step(params, sharding.global_batch(batch))
         total = sums if total is None else jax.tree.map(lambda a, b: a + b, total, sums)
     total = {k: float(v) for k, v in jax.device_get(total).items()}
@@ -224,6 +265,11 @@ class Clock:
         """Over the whole training, whatever number of processes it took."""
         seconds, steps, _ = self.total
         return steps * tokens_per_step / seconds if steps else None
+
+    def of_steps(self, steps: int) -> float | None:
+        """What so many steps take, those that were not timed as long as the others."""
+        seconds, timed, _ = self.total
+        return seconds / timed * steps if timed else None
 
     def saved(self) -> dict:
         """What a checkpoint keeps."""

@@ -1,5 +1,6 @@
 """Where numbers go (JSON lines, TensorBoard, the terminal) and what throughput is worth."""
 
+import collections
 import json
 import logging
 import math
@@ -44,12 +45,14 @@ class MetricWriter:
     """Writes events as JSON lines and, the same ones, for TensorBoard; on process 0 alone."""
 
     def __init__(self, folder: pathlib.Path):
-        self.path = folder / "metrics.jsonl"
+        self.folder, self.path = folder, folder / "metrics.jsonl"
         self.board_folder = folder / "tensorboard"
+        self._counts: collections.Counter[str] = collections.Counter()
         self._boards: dict[str, tensorboardX.SummaryWriter] = {}
 
     def write(self, stage: str, step: int, values: dict[str, float | int | None]) -> None:
         """Appends one event."""
+        self._counts[stage] += 1
         if jax.process_index() != 0:
             return
         event = {"stage": stage, "step": step, "time": round(time.time(), 3), **values}
@@ -57,14 +60,30 @@ class MetricWriter:
             file.write(json.dumps(event) + "\n")
         self._show(event)
 
-    def rewind(self, stage: str, step: int) -> None:
-        """Drops the stage's events after `step`, which a resumed training is about to repeat.
+    def count(self, stage: str) -> int:
+        """Events of a stage in the log, after a `rewind`."""
+        return self._counts[stage]
+
+    def rewind(self, stage: str, step: int, count: int | None = None) -> None:
+        """Drops the stage's events that a resumed training is about to repeat.
 
         TensorBoard's files, of which a kill may have cut the end, are written anew.
+
+        Args:
+          stage: whose.
+          step: after which it drops them.
+          count: of the others, how many it keeps, the first ones; None: all.
         """
         if jax.process_index() != 0 or not self.path.exists():
             return
-        kept = [e for e in self.read() if e["stage"] != stage or e["step"] <= step]
+        kept = []
+        self._counts[stage] = 0
+        for event in self.read():
+            if event["stage"] == stage:
+                if event["step"] > step or self._counts[stage] == count:
+                    continue
+                self._counts[stage] += 1
+            kept.append(event)
         replacement = self.path.with_suffix(".tmp")
         replacement.write_text("".join(json.dumps(event) + "\n" for event in kept))
         replacement.replace(self.path)

@@ -1,0 +1,58 @@
+"""A run killed again and again, in whatever it does, ends as the one that was left alone."""
+
+import importlib.util
+import json
+import pathlib
+import shutil
+import signal
+
+import pytest
+from conftest import small_arguments
+
+pytestmark = pytest.mark.process
+
+PATH = pathlib.Path(__file__).parent.parent / "benchmarks" / "kills.py"
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    spec = importlib.util.spec_from_file_location("kills", PATH)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_ten_random_kills_change_nothing(benchmark, finished_run, tmp_path):
+    arguments = [a for a in small_arguments(tmp_path) if not a.startswith("--workdir=")]
+    with benchmark.Command(arguments, tmp_path / "log") as command:
+        kills = benchmark.kill_again_and_again(
+            command, tmp_path / "run", finished_run.folder, count=10, seed=1
+        )
+    assert benchmark.differences(tmp_path / "run", finished_run.folder) == []
+    assert {kill.by for kill in kills} == {signal.SIGKILL, signal.SIGTERM}
+    assert {kill.under_way for kill in kills} >= {"save", "evaluation"}
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    redone = sum(kill.steps_redone for kill in kills)
+    assert redone == sum(v for k, v in summary.items() if k.endswith("steps_redone"))
+    assert 0 < summary["pretrain/goodput"] < 1
+    assert summary["pretrain/restarts"] > 0
+
+
+@pytest.mark.parametrize("harm", ["parameters", "log", "summary", "leftover"])
+def test_what_would_be_different_is_noticed(benchmark, finished_run, tmp_path, harm):
+    folder = shutil.copytree(finished_run.folder, tmp_path / "run")
+    assert benchmark.differences(folder, finished_run.folder) == []
+    if harm == "parameters":
+        older, newer = (folder / "checkpoints" / "pretrain" / str(step) for step in (115, 120))
+        shutil.rmtree(newer / "state")
+        shutil.copytree(older / "state", newer / "state")
+    elif harm == "log":
+        lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+        (folder / "metrics.jsonl").write_text("".join(lines + lines[-1:]))
+    elif harm == "summary":
+        summary = json.loads((folder / "summary.json").read_text())
+        summary["pretrain/test_nats_per_token"] += 1e-7
+        (folder / "summary.json").write_text(json.dumps(summary))
+    else:
+        (folder / "checkpoints" / "pretrain" / "7.orbax-checkpoint-tmp").mkdir()
+    assert len(benchmark.differences(folder, finished_run.folder)) >= 1
