@@ -18,9 +18,10 @@ SHIFTED = config_lib.Data(train_transforms=("shift(pixels=1, keep=0.3)",))
 SIZES = {"train": 1197, "validation": 200, "test": 400}
 
 
-def take(count, *, config=PLAIN, batch_size=63, seed=0, position=0):
+def take(count, *, config=PLAIN, batch_size=63, seed=0, position=0, share=(0, 1)):
     """`count` training batches."""
-    batches = pipeline.Pipeline(config, CODEC, seed).train(batch_size, position)
+    data = pipeline.Pipeline(config, CODEC, seed, share=share)
+    batches = data.train(batch_size, position)
     return list(itertools.islice(batches, count))
 
 
@@ -117,19 +118,13 @@ def test_augmentation_is_drawn_anew_for_every_example_in_every_epoch(monkeypatch
 # Hosts
 
 
-def as_host(monkeypatch, index, count):
-    monkeypatch.setattr(pipeline.jax, "process_index", lambda: index)
-    monkeypatch.setattr(pipeline.jax, "process_count", lambda: count)
-
-
 @pytest.mark.parametrize("hosts", [2, 4])
-def test_the_hosts_shares_make_up_the_batch_of_a_single_host(hosts, monkeypatch):
+def test_the_hosts_shares_make_up_the_batch_of_a_single_host(hosts):
     arguments = {"config": SHIFTED, "batch_size": 64, "position": 17}  # and over an epoch's end
     wanted = take(4, **arguments)
     shares = []
     for host in range(hosts):
-        as_host(monkeypatch, host, hosts)
-        shares.append(take(4, **arguments))
+        shares.append(take(4, **arguments, share=(host, hosts)))
     assert all(len(share[0]["label"]) == 64 // hosts for share in shares)
     assert_same([joined(parts) for parts in zip(*shares, strict=True)], wanted)
 
@@ -167,11 +162,11 @@ def test_one_two_and_four_processes_read_the_same_global_batches(tmp_path):
 @pytest.mark.parametrize("hosts", [1, 2, 4])
 @pytest.mark.parametrize("batch_size", [40, 64, 400, 1000])
 @pytest.mark.parametrize("split", ["validation", "test"])
-def test_evaluation_counts_every_example_once(split, batch_size, hosts, monkeypatch):
+def test_evaluation_counts_every_example_once(split, batch_size, hosts):
     shares = []
     for host in range(hosts):
-        as_host(monkeypatch, host, hosts)
-        shares.append(list(pipeline.Pipeline(SHIFTED, CODEC, 0).evaluation(split, batch_size)))
+        data = pipeline.Pipeline(SHIFTED, CODEC, 0, share=(host, hosts))
+        shares.append(list(data.evaluation(split, batch_size)))
     assert {len(share) for share in shares} == {-(-SIZES[split] // batch_size)}
     batches = [joined(parts) for parts in zip(*shares, strict=True)]
     assert all(len(v) == batch_size for batch in batches for v in batch.values())
