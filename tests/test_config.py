@@ -14,9 +14,9 @@ FREE = {
     "checkpoint_dir", "mesh.data", "mesh.fsdp", "mesh.tensor",
     "data.workers", "data.dir", "data.path", "tokens.palette",
     "model.scan_layers", "model.remat",
-    "train.checkpoint_every", "train.keep_checkpoints", "train.log_every",
-    "finetune.train.checkpoint_every", "finetune.train.keep_checkpoints",
-    "finetune.train.log_every",
+    "train.microbatches", "train.checkpoint_every", "train.keep_checkpoints", "train.log_every",
+    "finetune.train.microbatches", "finetune.train.checkpoint_every",
+    "finetune.train.keep_checkpoints", "finetune.train.log_every",
     "probe.batch_size", "probe.every",
     "probe.sgd.checkpoint_every", "probe.sgd.log_every",
 }  # fmt: skip

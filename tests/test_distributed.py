@@ -1,7 +1,9 @@
 """Who decides how many processes there are, and what they tell each other."""
 
 import contextlib
+import pathlib
 import queue
+import signal
 import socket
 import subprocess
 import sys
@@ -178,3 +180,17 @@ def test_a_process_that_is_through_may_go(line, monkeypatch):
         line.told[0].get(timeout=0.5)
     line.die(1)
     assert line.hear(3).startswith("process 1 has stopped")
+
+
+@pytest.mark.parametrize(("meanwhile", "code"), [("os._exit(1)", 1), ("None", -signal.SIGABRT)])
+def test_an_abort_waits_for_what_is_to_be_said_and_then_goes_on(meanwhile, code):
+    program = (
+        "import ctypes, os, threading, watch\n"
+        "watch._delay_aborts()\n"
+        f"threading.Timer(0.5, lambda: {meanwhile}).start()\n"
+        "ctypes.CDLL(None).abort()\n"
+    )
+    folder = pathlib.Path(watch.__file__).parent  # alone, without JAX
+    assert (
+        subprocess.run([sys.executable, "-c", program], cwd=folder, timeout=60).returncode == code
+    )

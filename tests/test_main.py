@@ -438,7 +438,7 @@ def test_another_configuration_is_refused_and_the_folder_left_alone(main, copied
 
 def test_where_and_how_often_it_works_may_change(main, copied_run):
     free = ["mesh.fsdp=2", "data.workers=1", "train.log_every=7", "train.checkpoint_every=9"]
-    free += ["train.keep_checkpoints=3", "model.scan_layers=True"]
+    free += ["train.keep_checkpoints=3", "model.scan_layers=True", "train.microbatches=2"]
     arguments = [f"--config.{setting}" for setting in free]
     ended = main(*small_arguments(copied_run), *arguments, devices=2)
     assert ended.code == 0, ended.errors
