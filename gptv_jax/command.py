@@ -35,7 +35,8 @@ def start(main: Callable[[config_lib.Config], None]) -> None:
 def run(main: Callable[[], None], parser: Callable | None = None) -> None:
     """Parses the flags, calls `main()`, and ends with a sentence where the user can mend it.
 
-    Exit codes: 1 for what the user can mend, 130 where the user interrupted, 143 after SIGTERM.
+    Exit codes: 1 for what the user can mend, 75 where another process died, 130 where the user
+    interrupted, 143 after SIGTERM.
     """
 
     def configured(argv: list[str]) -> None:
@@ -68,7 +69,7 @@ def run(main: Callable[[], None], parser: Callable | None = None) -> None:
 
 def _end(code: int, message: str, reason: str) -> NoReturn:
     """Ends this process with the message, and all others with the reason."""
-    distributed.tell(reason)
+    distributed.tell(reason, code)
     errors.end(code, message)
 
 

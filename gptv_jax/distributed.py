@@ -187,8 +187,8 @@ def _meet(meeting: Meeting) -> None:
         logging.getLogger("gptv_jax").setLevel(logging.WARNING)
 
 
-def _end_as_another(sentence: str) -> None:
-    errors.end(1, f"error: {sentence}")
+def _end_as_another(sentence: str, code: int) -> None:
+    errors.end(code, f"error: {sentence}")
 
 
 def alone() -> bool:
@@ -196,10 +196,10 @@ def alone() -> bool:
     return _watch is None
 
 
-def tell(reason: str) -> None:
-    """Tells the other processes why this one ends, so that they end too."""
+def tell(reason: str, code: int) -> None:
+    """Tells the other processes why this one ends, and with which code, so that they end too."""
     if _watch:
-        _watch.tell(reason)
+        _watch.tell(reason, code)
 
 
 def settle() -> None:

@@ -20,6 +20,7 @@ from collections.abc import Callable
 
 SILENCE = 100.0  # seconds without a sign of life after which a process counts as gone; as in JAX
 BEAT = 5.0  # seconds between two signs of life
+DIED = 75  # exit code after another's death; sysexits.h: temporary, to be tried again
 CONTINUE = "the same command continues from the last checkpoint."
 GREETING = 60.0  # seconds in which all processes, already found by JAX, must be on the line
 
@@ -32,7 +33,7 @@ class Watch:
         who: str,
         peers: dict[int, socket.socket],
         names: dict[int, str],
-        on_loss: Callable[[str], None],
+        on_loss: Callable[[str, int], None],
     ):
         """Starts to watch, in a thread.
 
@@ -40,7 +41,7 @@ class Watch:
           who: what to call this process.
           peers: connections by process: to all others from process 0, from them to it.
           names: what to call these processes.
-          on_loss: called once, with a sentence, when another process has stopped.
+          on_loss: called once, with a sentence and an exit code, when another process has stopped.
         """
         self._who, self._peers, self._names, self._on_loss = who, peers, names, on_loss
         self._lock, self._left, self._lost = threading.Lock(), set(), False
@@ -49,9 +50,9 @@ class Watch:
         _delay_aborts()
         threading.Thread(target=self._run, name="watch", daemon=True).start()
 
-    def tell(self, reason: str) -> None:
-        """Says to all why this process ends now, so that they end too."""
-        self._send({"lost": f"{self._who} has ended: {reason}"})
+    def tell(self, reason: str, code: int) -> None:
+        """Says to all why, and with which code, this process ends now, so that they end too."""
+        self._send({"lost": f"{self._who} has ended: {reason}", "code": code})
 
     def leave(self) -> None:
         """Says that this process is through: that it falls silent from here on is no failure."""
@@ -101,15 +102,15 @@ class Watch:
             if "left" in message:
                 self._left.add(peer)
             else:
-                self._lose(peer, message["lost"])
+                self._lose(peer, message["lost"], message["code"])
         return True
 
-    def _lose(self, peer: int, sentence: str) -> None:
+    def _lose(self, peer: int, sentence: str, code: int = DIED) -> None:
         """Passes on what a peer said, or is known of it; once."""
         if not self._lost:
             self._lost = True
-            self._send({"lost": sentence}, but=peer)
-            self._on_loss(sentence)
+            self._send({"lost": sentence, "code": code}, but=peer)
+            self._on_loss(sentence, code)
 
 
 def meet(index: int, count: int, host: str, share: Callable, on_loss: Callable) -> Watch:

@@ -125,9 +125,12 @@ class Line:
         self.opened = [each for pair in pairs.values() for each in pair]
         own = [{i: pair[0] for i, pair in pairs.items()}]
         own += [{0: self.sockets[i]} for i in (1, 2, 3)]
-        self.ends = [watch.Watch(names[i], own[i], names, self.told[i].put) for i in range(4)]
+        self.ends = [watch.Watch(names[i], own[i], names, self._put(i)) for i in range(4)]
 
-    def hear(self, index: int) -> str:
+    def _put(self, index: int):
+        return lambda sentence, code: self.told[index].put((sentence, code))
+
+    def hear(self, index: int) -> tuple[str, int]:
         return self.told[index].get(timeout=10)
 
     def die(self, index: int) -> None:
@@ -156,21 +159,22 @@ def line(monkeypatch):
 def test_all_hear_who_died(line):
     line.die(2)
     for index in (0, 1, 3):
-        assert line.hear(index) == f"process 2 has stopped answering; {watch.CONTINUE}"
+        told = f"process 2 has stopped answering; {watch.CONTINUE}"
+        assert line.hear(index) == (told, watch.DIED)
 
 
 @pytest.mark.parametrize("index", [0, 3])
 def test_all_hear_why_a_process_ends(line, index):
-    line.ends[index].tell("its data are damaged.")
+    line.ends[index].tell("its data are damaged.", 1)
     for other in {0, 1, 2, 3} - {index}:
-        assert line.hear(other) == f"process {index} has ended: its data are damaged."
+        assert line.hear(other) == (f"process {index} has ended: its data are damaged.", 1)
 
 
 def test_a_process_that_falls_silent_counts_as_gone(line, monkeypatch):
     monkeypatch.setattr(watch, "SILENCE", 0.5)
     monkeypatch.setattr(line.ends[2], "_send", lambda *_, **__: None)
     for index in (0, 1, 3):
-        assert line.hear(index).startswith("process 2 has been silent for 0.5 seconds")
+        assert line.hear(index)[0].startswith("process 2 has been silent for 0.5 seconds")
 
 
 def test_a_process_that_is_through_may_go(line, monkeypatch):
@@ -179,7 +183,7 @@ def test_a_process_that_is_through_may_go(line, monkeypatch):
     with pytest.raises(queue.Empty):
         line.told[0].get(timeout=0.5)
     line.die(1)
-    assert line.hear(3).startswith("process 1 has stopped")
+    assert line.hear(3)[0].startswith("process 1 has stopped")
 
 
 @pytest.mark.parametrize(("meanwhile", "code"), [("os._exit(1)", 1), ("None", -signal.SIGABRT)])

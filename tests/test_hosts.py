@@ -127,7 +127,7 @@ def killed(index: int, count: int, folder: pathlib.Path) -> None:
         wait_for(folder / "checkpoints" / "pretrain" / "10", hosts)
         hosts.processes[index].kill()
         codes = hosts.wait(but=index, limit=BOUND)
-    assert codes == [1] * (count - 1)
+    assert codes == [watch.DIED] * (count - 1)
     for other in set(range(count)) - {index}:
         last = hosts.told(other).splitlines()[-1]
         assert last.startswith(f"error: process {index} of {count} (")
