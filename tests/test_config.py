@@ -19,6 +19,7 @@ FREE = {
     "finetune.train.keep_checkpoints", "finetune.train.log_every",
     "probe.batch_size", "probe.every",
     "probe.sgd.checkpoint_every", "probe.sgd.log_every",
+    "profile.steps",
 }  # fmt: skip
 
 TRAINING = {
@@ -94,6 +95,7 @@ OUT_OF_RANGE = {
     "sample.temperature": -0.5,
     "sample.top_k": 0,
     "sample.top_p": 0.0,
+    "profile.steps": "15:10",
 }
 # What any value of the type is good for, or what is judged where data sets and codecs are known.
 UNBOUNDED = {

@@ -62,7 +62,7 @@ def launch(script: str, arguments: list[str], stubs: pathlib.Path, **environment
         capture_output=True,
         text=True,
         env=environment_of(stubs, **environment),
-        timeout=60,
+        timeout=300,  # a hang is to be told from a slow machine
     )
 
 
