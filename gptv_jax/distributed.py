@@ -168,6 +168,8 @@ def _meet(meeting: Meeting) -> None:
     alarm.daemon = True
     alarm.start()
     try:
+        if meeting.arguments.get("process_id") == 0:  # JAX may crash where the port is taken
+            watch.listen(int(address.rpartition(":")[2])).close()
         jax.distributed.initialize(
             **meeting.arguments,
             initialization_timeout=2 * int(MEETING),

@@ -126,7 +126,7 @@ def meet(index: int, count: int, host: str, share: Callable, on_loss: Callable) 
     Raises:
       OSError: the connection cannot be made.
     """
-    server = _listen(count) if index == 0 else None
+    server = listen(backlog=count) if index == 0 else None
     # The word keeps out whoever else knocks at open ports.
     port, word = share(lambda: [server.getsockname()[1], secrets.token_hex()])
     own, peers = socket.gethostname(), {}
@@ -150,11 +150,15 @@ def meet(index: int, count: int, host: str, share: Callable, on_loss: Callable) 
     return Watch(names[index], peers, names, on_loss)
 
 
-def _listen(backlog: int) -> socket.socket:
-    """A server on a free port, for IPv4 and, where there is it, IPv6."""
+def listen(port: int = 0, backlog: int = 1) -> socket.socket:
+    """A server on a port, 0 for a free one, for IPv4 and, where there is it, IPv6.
+
+    Raises:
+      OSError: the port is taken.
+    """
     both = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both else socket.AF_INET
-    return socket.create_server(("", 0), family=family, backlog=backlog, dualstack_ipv6=both)
+    return socket.create_server(("", port), family=family, backlog=backlog, dualstack_ipv6=both)
 
 
 def _greeting(connection: socket.socket) -> dict:

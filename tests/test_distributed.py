@@ -110,7 +110,7 @@ def test_a_port_that_is_taken_is_told():
         ended = started("", address, 0)
     assert ended.returncode == 1
     last = ended.stderr.splitlines()[-1]
-    assert last.startswith("error: ") and address in last and "RPC server" in last
+    assert last.startswith("error: ") and address in last and "in use" in last
 
 
 class Line:
