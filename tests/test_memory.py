@@ -129,12 +129,21 @@ def test_arithmetic_is_near_the_cpu_compiler(mesh, remat, microbatches, low):
 
 @pytest.mark.parametrize(
     ("mesh", "remat", "microbatches"),
-    [((1, 8, 1), "none", 1), ((1, 4, 2), "dots", 1), ((2, 4, 1), "full", 1)],
+    [((1, 8, 1), "none", 1), ((1, 4, 2), "dots", 1)],
     ids=str,
 )
 def test_arithmetic_is_near_the_tpu_compiler(mesh, remat, microbatches):
     config = small(mesh, remat, microbatches, dtype="bfloat16", layers=6)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=4096))
+    found = plan.make(config, TPU)
+    assert found.compiled.total > 3 * 128 * 2**20
+    assert 0.8 < found.memory.total / found.compiled.total < 1.2
+
+
+def test_arithmetic_is_near_the_tpu_compiler_where_a_layer_is_computed_again():
+    """Of the size of a real layer: arithmetic knows of small odd ones less than a compiler."""
+    config = small((1, 8, 1), "full", dtype="bfloat16", width=512, heads=8)
+    config = dataclasses.replace(config, data=config_lib.Data(image_size=32))
     found = plan.make(config, TPU)
     assert found.compiled.total > 3 * 128 * 2**20
     assert 0.8 < found.memory.total / found.compiled.total < 1.2
