@@ -45,7 +45,7 @@ def test_two_processes_plan_for_tpus_at_the_same_time_and_print_json_alone():
     fsdp = ["--config.mesh.data=1", "--config.mesh.fsdp=-1"]
     both = [
         started("digits.py", "--topology=v5e:2x2", "--json", *TINY, *fsdp),
-        started("digits.py", "--topology=v5e:2x2", "--num_slices=2", "--json", *TINY),
+        started("digits.py", "--topology=v5e:2x4", "--json", *TINY),
     ]
     plans = []
     for process in both:
@@ -59,13 +59,22 @@ def test_two_processes_plan_for_tpus_at_the_same_time_and_print_json_alone():
         assert found["flops_per_step"] == found["flops_per_token"] * 8 * 64
         assert found["step_seconds_estimate"] > 0 and 0 < found["mfu_estimate"] < 1
         assert {each["count"] > 0 and each["bytes"] > 0 for each in found["collectives"]} == {True}
+        assert all(each["between"] == 0 for each in found["collectives"])
     one, two = plans
     assert one["params"] == two["params"]
     gathers = [each for each in one["collectives"] if each["kind"] == "all-gather"]
     assert [each["axes"] for each in gathers] == [["fsdp"]] and gathers[0]["count"] >= 2 * 4 * 2
-    assert all(each["between"] == 0 for each in one["collectives"])
-    sums = [each for each in two["collectives"] if each["kind"] == "all-reduce"]
-    assert [each["axes"] for each in sums] == [["data"]] and sums[0]["between"] > 0
+    assert {(each["kind"], *each["axes"]) for each in two["collectives"]} == {
+        ("all-reduce", "data")
+    }
+
+
+def test_gradients_are_summed_between_slices():
+    config = config_lib.Config(model=config_lib.Model(layers=1, width=32, heads=2))
+    found = plan.make(config, topology.parse("v5e:2x2", 2))
+    assert found.compiled and found.fits
+    sums = [each for each in found.traffic if each.kind == "all-reduce" and "data" in each.axes]
+    assert sums and sum(each.between for each in sums) > 0
 
 
 @pytest.mark.process
@@ -90,9 +99,7 @@ def test_exit_codes_and_refusals():
 # Many devices.
 
 SCALED = """
-import dataclasses, json, sys
-from conftest import random_batch
-import jax
+import collections, dataclasses, json
 from gptv_jax import config as config_lib
 from gptv_jax.planning import plan, topology
 
@@ -110,7 +117,10 @@ for count, fsdp, tensor in [(8, 4, 2), (64, 16, 2), (64, 16, 4), (256, 64, 4)]:
         planned = dataclasses.replace(config, model=model, mesh=mesh)
         found = plan.make(planned, topology.parse(f"cpu:{count}"))
         whole = {"devices": count, "shards": fsdp * tensor, "layers": layers}
-        collectives = {f"{each.kind} {each.axes}": each.count for each in found.traffic}
+        collectives = collections.Counter()
+        for each in found.traffic:  # over data or not, as the mesh has it
+            over = "tensor" if "tensor" in each.axes else "fsdp"
+            collectives[f"{each.kind} over {over}"] += each.count
         rows.append(whole | {
             "collectives": collectives,
             "arguments": found.compiled.arguments,
@@ -124,7 +134,7 @@ print(json.dumps(rows))
 def test_per_device_bytes_fall_with_shards_and_collectives_per_layer_stay():
     """The real step on simulated meshes of 8, 64 and 256 devices, 2 and 4 layers deep."""
     ended = subprocess.run(
-        [sys.executable, "-c", SCALED.replace("from conftest import random_batch\n", "")],
+        [sys.executable, "-c", SCALED],
         capture_output=True,
         text=True,
         env={**os.environ, "JAX_NUM_CPU_DEVICES": "256"},
@@ -145,7 +155,7 @@ def test_per_device_bytes_fall_with_shards_and_collectives_per_layer_stay():
         for shallow, deep in zip(by_layers[2], by_layers[4], strict=True)
     ]
     assert all(each == a_layer[0] for each in a_layer), a_layer
-    assert a_layer[0]["all-gather ('fsdp',)"] == 8  # four matrices, forward and backward
+    assert a_layer[0]["all-gather over fsdp"] == 8  # four matrices, forward and backward
     assert sum(a_layer[0].values()) < 20
 
 
