@@ -34,7 +34,8 @@ ROWS = [
 ]
 BEGIN, END = "<!-- compiled plans -->", "<!-- end of compiled plans -->"
 HEAD = (
-    "| iGPT | devices | batch | flags `--config.` | memory of a device | step at least "
+    "| iGPT | devices | batch | flags `--config.` | memory of a device (by arithmetic) "
+    "| step at least "
     "| MFU at most | sent in a step: inside, between slices | days at least |"
 )
 
@@ -56,9 +57,11 @@ def row(size: str, name: str, found: Plan) -> str:
     numbers = found.numbers()
     slices = f"{found.topology.slices} x " if found.topology.slices > 1 else ""
     flags = " ".join(flag.removeprefix("--config.") for flag in found.flags)
-    memory = (
-        f"{found.bytes_per_device / 2**30:.1f} of {found.topology.memory_bytes / 2**30:.1f} GiB"
+    used, there, guessed = (
+        f"{size / 2**30:.1f}"
+        for size in (found.bytes_per_device, found.topology.memory_bytes, found.memory.total)
     )
+    memory = f"{used} of {there} GiB ({guessed})"
     sent = [sum(each[way] for each in numbers["collectives"]) for way in ("inside", "between")]
     cells = [
         size.upper(),

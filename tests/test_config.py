@@ -11,7 +11,7 @@ from gptv_jax import fields
 from gptv_jax.errors import InputError
 
 FREE = {
-    "checkpoint_dir", "mesh.data", "mesh.fsdp", "mesh.tensor",
+    "checkpoint_dir", "mesh.data", "mesh.fsdp", "mesh.sequence", "mesh.tensor",
     "data.workers", "data.dir", "data.path", "tokens.palette",
     "model.scan_layers", "model.remat",
     "train.microbatches", "train.checkpoint_every", "train.keep_checkpoints", "train.log_every",
@@ -59,6 +59,7 @@ OUT_OF_RANGE = {
     "model.votes": 0,
     "mesh.data": 0,
     "mesh.fsdp": -2,
+    "mesh.sequence": 0,
     "mesh.tensor": 0,
     **{f"train.{name}": value for name, value in TRAINING.items()},
     **{f"finetune.train.{name}": value for name, value in TRAINING.items()},

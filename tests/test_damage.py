@@ -5,6 +5,7 @@ import itertools
 import json
 import logging
 
+import jax
 import numpy as np
 import pytest
 from conftest import encoded, make_folder, random_image
@@ -58,8 +59,8 @@ def run(tmp_path):
     return tmp_path / "run"
 
 
-def data(config, run=None) -> pipeline.Pipeline:
-    return pipeline.Pipeline(config, CODEC, seed=0, folder=run)
+def data(config, run=None, share=(0, 1)) -> pipeline.Pipeline:
+    return pipeline.Pipeline(config, CODEC, seed=0, folder=run, share=share)
 
 
 def batches(config, count, *, position=0, run=None, batch_size=37):
@@ -132,9 +133,8 @@ def test_evaluation_counts_every_sound_image_exactly_once(config, batch_size, ru
 
 def test_of_several_processes_each_has_a_file_and_all_are_counted(config, run, monkeypatch):
     for host in (0, 1, 2):  # one after the other, so that the last knows all
-        monkeypatch.setattr(pipeline.jax, "process_index", lambda host=host: host)
-        monkeypatch.setattr(pipeline.jax, "process_count", lambda: 3)
-        shared = data(config, run)
+        monkeypatch.setattr(jax, "process_index", lambda host=host: host)
+        shared = data(config, run, share=(host, 3))
         for batch in shared.evaluation("test", 111):
             assert len(batch["mask"]) == 37
     files = [run / name for name in ("skipped.jsonl", "skipped-1.jsonl", "skipped-2.jsonl")]
@@ -145,7 +145,7 @@ def test_of_several_processes_each_has_a_file_and_all_are_counted(config, run, m
     ]
     assert len(met) > 1 and sum(map(len, met)) == len(set().union(*met)) == 5
     assert shared.ledger.count < 5
-    monkeypatch.setattr(pipeline.jax, "process_index", lambda: 0)
+    monkeypatch.setattr(jax, "process_index", lambda: 0)
     assert Ledger(config, run).names == sorted(set().union(*met))  # on fewer processes, later
 
 

@@ -109,44 +109,36 @@ def test_a_real_step_grows_the_process_by_what_was_planned(remat):
     assert measured["grown"] == pytest.approx(measured["planned"], rel=0.1)
 
 
-# Arithmetic, which the search and plans for GPUs rest on, against the compilers. A CPU's keeps
-# more of a layer than arithmetic counts; a v5e has 128 MiB of vector memory beside its HBM, so what
-# is compared there is large beside that.
-
-
-@pytest.mark.parametrize(
-    ("mesh", "remat", "microbatches", "low"),
-    [((1, 8, 1), "none", 1, 0.85), ((1, 4, 2), "dots", 1, 0.85), ((2, 2, 2), "full", 4, 0.6)],
-    ids=str,
-)
-def test_arithmetic_is_near_the_cpu_compiler(mesh, remat, microbatches, low):
-    config = small(mesh, remat, microbatches, dtype="bfloat16")
-    found = plan.make(config, CPU)
-    arguments = found.memory.parameters + found.memory.optimizer + found.memory.batch
-    assert found.compiled.arguments == pytest.approx(arguments, rel=0.001)
-    assert low < found.memory.total / found.compiled.total < 1.1
+# Arithmetic, which the search and plans for GPUs rest on, against the compilers. What these fuse, or
+# copy, within a layer it does not know. A v5e has 128 MiB of vector memory beside its HBM, so what is
+# compared there is large beside that, and of the size of a real layer.
 
 
 @pytest.mark.parametrize(
     ("mesh", "remat", "microbatches"),
-    [((1, 8, 1), "none", 1), ((1, 4, 2), "dots", 1)],
+    [((1, 8, 1), "none", 1), ((1, 4, 2), "dots", 1), ((2, 2, 2), "full", 4)],
     ids=str,
 )
-def test_arithmetic_is_near_the_tpu_compiler(mesh, remat, microbatches):
-    config = small(mesh, remat, microbatches, dtype="bfloat16", layers=6)
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=4096))
-    found = plan.make(config, TPU)
-    assert found.compiled.total > 3 * 128 * 2**20
-    assert 0.8 < found.memory.total / found.compiled.total < 1.2
+def test_arithmetic_is_near_the_cpu_compiler(mesh, remat, microbatches):
+    config = small(mesh, remat, microbatches, dtype="bfloat16")
+    found = plan.make(config, CPU)
+    arguments = found.memory.parameters + found.memory.optimizer + found.memory.batch
+    assert found.compiled.arguments == pytest.approx(arguments, rel=0.001)
+    assert 0.85 < found.memory.total / found.compiled.total < 1.2
 
 
-def test_arithmetic_is_near_the_tpu_compiler_where_a_layer_is_computed_again():
-    """Of the size of a real layer: arithmetic knows of small odd ones less than a compiler."""
-    config = small((1, 8, 1), "full", dtype="bfloat16", width=512, heads=8)
-    config = dataclasses.replace(config, data=config_lib.Data(image_size=32))
+@pytest.mark.parametrize(
+    ("mesh", "remat", "batch_size"),
+    [((1, 8, 1), "none", 64), ((1, 4, 2), "dots", 128), ((1, 8, 1), "full", 256)],
+    ids=str,
+)
+def test_arithmetic_is_near_the_tpu_compiler(mesh, remat, batch_size):
+    config = small(mesh, remat, dtype="bfloat16", width=512, heads=8)
+    train = dataclasses.replace(config.train, batch_size=batch_size)
+    config = dataclasses.replace(config, data=config_lib.Data(image_size=32), train=train)
     found = plan.make(config, TPU)
-    assert found.compiled.total > 3 * 128 * 2**20
-    assert 0.8 < found.memory.total / found.compiled.total < 1.2
+    assert found.compiled.total > 8 * 128 * 2**20
+    assert 0.75 < found.memory.total / found.compiled.total < 1.2
 
 
 def test_what_is_kept_falls_with_rematerialisation_and_with_microbatches():

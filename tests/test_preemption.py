@@ -16,8 +16,6 @@ from test_resume import STEPS, Training, assert_identical
 
 from gptv_jax import preemption
 
-JOINED = pathlib.Path(__file__).parent / "joined.py"
-
 
 @pytest.fixture(scope="module")
 def training() -> Training:
@@ -177,7 +175,8 @@ def test_of_two_processes_one_is_asked_and_both_stop_after_the_same_step(tmp_pat
         port, logs = free_port(), [tmp_path / f"log-{asked}-{index}" for index in (0, 1)]
         processes = []
         for index, log in enumerate(logs):
-            command = [sys.executable, JOINED, str(port), str(index), "2"]
+            command = [sys.executable, "-m", "gptv_jax.main", f"--coordinator=127.0.0.1:{port}"]
+            command += ["--num_processes=2", f"--process_id={index}"]
             with log.open("w") as file:
                 arguments = [*command, *small_arguments(folder, *settings)]
                 processes.append(subprocess.Popen(arguments, stdout=file, stderr=file))

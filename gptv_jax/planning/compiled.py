@@ -1,7 +1,9 @@
 """The real train step, compiled for devices that are not there."""
 
+import contextlib
 import dataclasses
 import re
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -59,9 +61,22 @@ def program(
         name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
         for name, shape in shapes.items()
     }
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), _uncached(mesh):
         state = sharding.abstract(step.make_init(network, update))
         return train_step.lower(state, batch).compile()
+
+
+@contextlib.contextmanager
+def _uncached(mesh: jax.sharding.Mesh) -> Iterator[None]:
+    """Keeps a program for devices that are not here out of the cache: it could not be read back."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = jax.config.values[name]
+    if mesh.devices.flat[0].platform != jax.default_backend():
+        jax.config.update(name, float("inf"))
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
 
 
 def compile_step(config: config_lib.Config, network: Network, mesh: jax.sharding.Mesh) -> Compiled:

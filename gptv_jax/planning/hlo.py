@@ -30,6 +30,8 @@ _MESH = re.compile(
     r"replica_groups=mesh\[([^\]]*)\]"
     r"(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}"
 )
+# Between TPU slices the hosts send, in one collective with those of the other slices.
+_BETWEEN = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 _AXIS = re.compile(r"'([^']+)'(?::\((\d+)\)(\d+))?")
 
 
@@ -50,7 +52,8 @@ class Collective:
     kind: str  # one of KINDS
     count: int  # times a step
     bytes: int  # each time: of the whole array that is gathered, reduced or moved, on one device
-    group: tuple[int, ...]  # the devices, by their place in the mesh, that device 0 does it with
+    # The devices, by their place in the mesh, that device 0 does it with; (): one of every slice.
+    group: tuple[int, ...]
 
 
 def collectives(text: str, devices: int) -> tuple[list[Collective], list[str]]:
@@ -62,6 +65,7 @@ def collectives(text: str, devices: int) -> tuple[list[Collective], list[str]]:
     """
     computations, entry = parse(text)
     found: dict[tuple, Collective] = {}
+    outer: dict[str, str] = {}  # by the body of a loop: whose loop it is
     unknown: list[str] = []
 
     def walk(name: str, times: int, owner: str, fused: str = "") -> bool:
@@ -77,6 +81,7 @@ def collectives(text: str, devices: int) -> tuple[list[Collective], list[str]]:
             elif each.opcode == "while":
                 body = _attribute(each, "body")
                 trips = _trips(each, computations)
+                outer[body] = owner
                 if walk(body, times * (trips or 1), body) and trips is None:
                     unknown.append(each.name)
                     any_found = True
@@ -87,7 +92,17 @@ def collectives(text: str, devices: int) -> tuple[list[Collective], list[str]]:
         return any_found
 
     walk(entry, 1, entry)
-    return list(found.values()), unknown
+    return [each for key, each in found.items() if not _continued(key, found, outer)], unknown
+
+
+def _continued(key: tuple, found: dict, outer: dict[str, str]) -> bool:
+    """Whether a collective only goes on in a loop, beside what that computes."""
+    owner, rest = key
+    while owner in outer:
+        owner = outer[owner]
+        if (owner, rest) in found:
+            return True
+    return False
 
 
 def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
@@ -120,6 +135,8 @@ def _closing(text: str, at: int) -> int:
 
 
 def _kind(each: Instruction) -> str | None:
+    if each.opcode == "send" and (between := _BETWEEN.search(each.rest)):
+        return between[1].lower().replace("_", "-")
     kind = each.opcode.removesuffix("-start")
     return kind if kind in KINDS else None
 
@@ -144,26 +161,50 @@ def _executed(each: Instruction) -> Iterator[str]:
 
 
 def _trips(loop: Instruction, computations: dict[str, list[Instruction]]) -> int | None:
-    """Turns of a loop that counts up from 0 by 1; None where neither it nor its condition tells."""
+    """Turns of a loop that counts up from 0; None where neither it nor its condition tells."""
     if known := _TRIPS.search(loop.rest):
         return int(known[1])
     condition = computations.get(_attribute(loop, "condition"), [])
-    ends = {e.name: int(e.rest.partition(")")[0]) for e in condition if _is_whole_constant(e)}
+    ends = _whole_constants(condition)
     compares = [e for e in condition if e.opcode == "compare" and "direction=LT" in e.rest]
     if len(compares) == 1:
-        operands = re.findall(r"%([\w.\-]+)", compares[0].rest.partition(")")[0])
+        counter, *_ = operands = _operands(compares[0])
         limits = [ends[name] for name in operands if name in ends]
-        return limits[0] if len(limits) == 1 else None
+        if len(limits) != 1:
+            return None
+        read = next((e for e in condition if e.name == counter), None)
+        index = read and re.search(r"\bindex=(\d+)", read.rest)
+        step = _step(computations.get(_attribute(loop, "body"), []), int(index[1])) if index else 1
+        return -(-limits[0] // step)
     return next(iter(ends.values())) if len(ends) == 1 else None
 
 
-def _is_whole_constant(each: Instruction) -> bool:
-    return each.opcode == "constant" and each.type.startswith("s32[]")
+def _step(body: list[Instruction], index: int) -> int:
+    """What one turn adds to the loop's variable of that index; 1 where it does not show."""
+    named = {each.name: each for each in body}
+    results = _operands(body[-1]) if body and body[-1].opcode == "tuple" else []
+    added = named.get(results[index]) if index < len(results) else None
+    if added is None or added.opcode != "add":
+        return 1
+    constants = _whole_constants(body)
+    return next((constants[name] for name in _operands(added) if name in constants), 1)
+
+
+def _operands(each: Instruction) -> list[str]:
+    end = _closing("(" + each.rest, 0)
+    return re.findall(r"%([\w.\-]+)", each.rest[:end])
+
+
+def _whole_constants(computation: list[Instruction]) -> dict[str, int]:
+    whole = (e for e in computation if e.opcode == "constant" and e.type[:5] in ("s32[]", "u32[]"))
+    return {each.name: int(each.rest.partition(")")[0]) for each in whole}
 
 
 def _collective(each: Instruction, kind: str, times: int, devices: int, fused: str) -> Collective:
-    group = _group(each.rest, devices)
     arrays = _ARRAY.findall(each.type)
+    if each.opcode == "send":  # what is sent, then a context number and a token
+        return Collective(kind, times, _bytes(*arrays[0]), ())
+    group = _group(each.rest, devices)
     if each.opcode.endswith("-start") and kind != "all-reduce":
         # Operands, then results; a permute's two context numbers at the end are no part of either.
         arrays = [(dtype, shape) for dtype, shape in arrays if shape]

@@ -47,6 +47,7 @@ class Array:
     shape: tuple[int, ...]
     itemsize: int
     axes: tuple[tuple[str, ...], ...]
+    by_head: bool = False  # its last dimension is K, which TPUs keep as the fastest one
 
     def bytes(self, sizes: dict[str, int], *, tiled: bool) -> int:
         """On one device.
@@ -62,6 +63,7 @@ class Array:
         ]
         if tiled and len(shard) > 1:
             pairs = itertools.permutations(range(len(shard)), 2)
+            pairs = [pair for pair in pairs if not self.by_head or pair[0] == len(shard) - 1]
             return self.itemsize * min(math.prod(_filled(shard, *pair)) for pair in pairs)
         return self.itemsize * math.prod(shard)
 
@@ -92,13 +94,17 @@ def estimate(
     kept, layer = (
         [_times(array, rows) for array in arrays] for arrays in _kept(network, topology, within)
     )
-    at_work = sorted(_bytes(layer, within, topology))[-2:]
+    held = sum(_bytes(kept, within, topology))
+    # What a layer leaves, less what of it is kept anyway, is there again while it is worked on.
+    stacked = [array for array in kept if array.shape[:1] == (network.config.layers,)]
+    of_a_layer = sum(_bytes(stacked, within, topology)) // network.config.layers
+    at_work = max(sum(_bytes(layer, within, topology)) - of_a_layer, 0)
     return Memory(
         parameters,
         sum(_bytes(opt, sizes, topology)),
         train.batch_size // ways * (network.length + 1) * 4,  # tokens and variant
         parameters,  # gradients
-        sum(_bytes(kept, within, topology)) + sum(at_work),
+        held + at_work,
     )
 
 
@@ -120,23 +126,17 @@ def _state(network: Network, config: config_lib.Optimizer, mesh: AbstractMesh):
 
 
 def _kept(network: Network, topology: Topology, sizes: dict[str, int]):
-    """For one row: what the backward pass keeps, and the arrays of one layer.
-
-    Of the layer that it is at, no more than the two largest are there at a time: a compiler fuses
-    what lies between two products, and at the worst moment one's operand and its result are alive.
-    """
+    """For one row: what the backward pass keeps, and what one layer leaves if nothing is dropped."""
     mesh = topology.abstract_mesh(tuple(sizes.values()))
     if topology.platform == "cpu":  # whose compiler widens bfloat16
         network = dataclasses.replace(
             network, config=dataclasses.replace(network.config, dtype="float32")
         )
     kept = _residuals(network, mesh)
-    if network.config.remat == "none":
-        return kept, ()
     two = dataclasses.replace(network.config, remat="none", layers=2, scan_layers=True)
     stacked = _residuals(dataclasses.replace(network, config=two), mesh)
     layers = (array for array in stacked if array.shape[:1] == (2,))
-    return kept, tuple(Array(a.shape[1:], a.itemsize, a.axes[1:]) for a in layers)
+    return kept, tuple(Array(a.shape[1:], a.itemsize, a.axes[1:], a.by_head) for a in layers)
 
 
 @functools.cache
@@ -158,7 +158,11 @@ def _residuals(network: Network, mesh: AbstractMesh) -> tuple[Array, ...]:
         jaxpr = jax.make_jaxpr(backward)(params, batch).jaxpr
     given = {id(var) for var in jaxpr.invars}
     outs = {id(v): v.aval for v in jaxpr.outvars if id(v) not in given}
-    return _arrays(outs.values())
+    head = network.config.width // network.config.heads
+    return tuple(
+        dataclasses.replace(array, by_head=len(array.shape) > 3 and array.shape[-1] == head)
+        for array in _arrays(outs.values())
+    )
 
 
 def _times(array: Array, rows: int) -> Array:

@@ -93,6 +93,7 @@ class Plan:
             "flops_per_step_executed": done.total * self.tokens_per_step,
             "bytes_per_device": self.bytes_per_device,
             "bytes_per_device_source": "compiler" if self.compiled else "arithmetic",
+            "bytes_per_device_by_arithmetic": self.memory.total,
             "bytes": self._bytes(),
             "device_memory_bytes": self.topology.memory_bytes,
             "fits": self.fits,

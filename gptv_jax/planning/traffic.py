@@ -38,11 +38,13 @@ def of_program(
     """
     places = np.array(np.unravel_index(np.arange(len(slice_of)), tuple(sizes.values()))).T
     rows = []
+    firsts = tuple(slice_of.index(i) for i in sorted(set(slice_of)))
     for each in found:
-        members = places[list(each.group)]
+        group = each.group or firsts
+        members = places[list(group)]
         along = (members != members[0]).any(axis=0)
         axes = tuple(axis for axis, varies in zip(sizes, along, strict=True) if varies)
-        rows.append(_row(each.kind, axes, each.count, each.bytes, each.group, slice_of))
+        rows.append(_row(each.kind, axes, each.count, each.bytes, group, slice_of))
     return _merged(rows)
 
 
