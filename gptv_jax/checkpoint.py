@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from gptv_jax import sharding
+from gptv_jax import distributed, sharding
 from gptv_jax.errors import InputError, first_line
 
 LOG = logging.getLogger(__name__)
@@ -146,8 +146,19 @@ class Checkpoints:
 
         Raises:
           InputError: names or shapes differ from the saved ones; all that differ are listed.
-          DamagedError: it cannot be read.
+          DamagedError: it cannot be read, by one of several processes say; then by none.
         """
+        found = damage = None
+        try:
+            found = self._read(step, abstract)
+        except DamagedError as error:
+            damage = error
+        if any(distributed.from_all(damage is not None)):
+            elsewhere = ValueError("another process cannot read it")
+            raise damage or DamagedError(self.folder / str(step), elsewhere)
+        return found
+
+    def _read(self, step: int, abstract):
         wanted = sharding.by_name(abstract)
         try:
             saved = self._manager.item_metadata(step)["state"]

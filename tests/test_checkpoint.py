@@ -12,7 +12,7 @@ from conftest import make_mesh, random_params, tiny_network
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gptv_jax import config as config_lib
-from gptv_jax import sharding
+from gptv_jax import distributed, sharding
 from gptv_jax.checkpoint import Checkpoints, DamagedError
 from gptv_jax.errors import InputError
 from gptv_jax.train import optimizer, step
@@ -340,3 +340,11 @@ def test_changed_information_is_noticed(two_saved, tmp_path, failed_reads):
     info = json.loads(path.read_text())
     path.write_text(json.dumps({**info, "info": {**info["info"], "position": 3}}))
     assert restore_latest(folder)[1]["position"] == 1
+
+
+def test_what_another_process_cannot_read_nobody_goes_on_from(tmp_path, monkeypatch):
+    save(tmp_path / "run", 1, 2)
+    answers = iter([[False, True], [False, False]])  # of this process and another, step by step
+    monkeypatch.setattr(distributed, "from_all", lambda value: next(answers))
+    assert restore_latest(tmp_path / "run")[1]["position"] == 1
+    assert (tmp_path / "damaged" / "run-2").exists()

@@ -109,9 +109,9 @@ def test_a_real_step_grows_the_process_by_what_was_planned(remat):
     assert measured["grown"] == pytest.approx(measured["planned"], rel=0.1)
 
 
-# Arithmetic, which the search and plans for GPUs rest on, against the compilers. What these fuse, or
-# copy, within a layer it does not know. A v5e has 128 MiB of vector memory beside its HBM, so what is
-# compared there is large beside that, and of the size of a real layer.
+# Arithmetic, which the search and plans for GPUs rest on, against the compilers. What these fuse,
+# or copy, within a layer it does not know. A v5e has 128 MiB of vector memory beside its HBM, so
+# what is compared there is large beside that, and of the size of a real layer.
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,7 @@ def _state(network: Network, config: config_lib.Optimizer, mesh: AbstractMesh):
 
 
 def _kept(network: Network, topology: Topology, sizes: dict[str, int]):
-    """For one row: what the backward pass keeps, and what one layer leaves if nothing is dropped."""
+    """For one row: what the backward pass keeps, and what one layer leaves with no remat."""
     mesh = topology.abstract_mesh(tuple(sizes.values()))
     if topology.platform == "cpu":  # whose compiler widens bfloat16
         network = dataclasses.replace(
