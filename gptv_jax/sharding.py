@@ -66,13 +66,17 @@ def make_mesh(config: config_lib.Mesh, devices: Sequence[jax.Device] | None = No
     sizes = axis_sizes(config, len(devices))
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     types = (AxisType.Explicit,) * len(AXES)
-    if slices == 1 or devices[0].platform != "tpu":
+    if devices[0].platform != "tpu":
         return jax.make_mesh(sizes, AXES, types, devices=devices)
-    across = over_slices(sizes, slices)
-    within = [size // count for size, count in zip(sizes, across, strict=True)]
-    laid = mesh_utils.create_hybrid_device_mesh(
-        within, across, devices, allow_split_physical_axes=True
-    )
+    # An axis of the mesh may take a part of one of the torus's: 16 devices of a 4x4x4, say.
+    if slices == 1:
+        laid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    else:
+        across = over_slices(sizes, slices)
+        within = [size // count for size, count in zip(sizes, across, strict=True)]
+        laid = mesh_utils.create_hybrid_device_mesh(
+            within, across, devices, allow_split_physical_axes=True
+        )
     return Mesh(laid, AXES, axis_types=types)
 
 

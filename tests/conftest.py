@@ -5,7 +5,6 @@ import pathlib
 
 CACHE = pathlib.Path(__file__).parent.parent / ".pytest_cache" / "jax"
 os.environ["JAX_PLATFORMS"] = "cpu"  # a GPU in the machine does not alter the tests
-os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # libtpu compiles for chips that are not here: no search
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 

@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import make_mesh, random_batch, random_params, tiny_network
-from jax.experimental import topologies
 
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.model import attention, splash_attention
 from gptv_jax.model.blocked_attention import blocked_attention
+from gptv_jax.planning import topology
 from gptv_jax.train.step import generative_loss
 
 T, BLOCK = 11, 4  # two whole blocks and a part of one
@@ -219,12 +219,11 @@ def test_splash_attention_and_its_gradients_are_those_of_the_plain_form(shape, c
 @pytest.fixture(scope="module")
 def tpu():
     """A mesh of a TPU v5e with four chips, which this machine does not have."""
-    described = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
     # Programs for devices that are not here can be written to the compilation cache, but not read.
     name = "jax_persistent_cache_min_compile_time_secs"
     before = jax.config.values[name]
     jax.config.update(name, float("inf"))
-    yield sharding.make_mesh(config_lib.Mesh(1, 1, 2, 2), described.devices)
+    yield topology.parse("v5e:2x2").mesh(config_lib.Mesh(1, 1, 2, 2))
     jax.config.update(name, before)
 
 

@@ -7,12 +7,12 @@ import jax
 import numpy as np
 import pytest
 from conftest import make_mesh
-from jax.experimental import topologies
 
 from gptv_jax import config as config_lib
 from gptv_jax import sharding, tokens
 from gptv_jax.data.pipeline import Pipeline
 from gptv_jax.errors import InputError
+from gptv_jax.planning import topology
 from gptv_jax.run import network_of
 from gptv_jax.train import optimizer, step
 
@@ -111,9 +111,7 @@ def fake_mesh(shape, of_process):
 @pytest.fixture(scope="module")
 def two_slices():
     """The chips of two TPU v5e slices of four each, which this machine does not have."""
-    return topologies.get_topology_desc(
-        platform="tpu", topology_name="v5e:2x2", num_slices=2
-    ).devices
+    return topology.parse("v5e:2x2", 2).devices()
 
 
 @pytest.mark.parametrize(
@@ -127,6 +125,11 @@ def test_slices_lie_along_the_outermost_axis_that_takes_them(two_slices, sizes, 
     axis = sharding.AXES.index(crossing)
     halves = np.split(slices, 2, axis=axis)
     assert [np.unique(half).tolist() for half in halves] == [[0], [1]]
+
+
+def test_an_axis_may_take_a_part_of_the_torus():
+    mesh = topology.parse("v5p:4x4x4").mesh(config_lib.Mesh(-1, 16, 1, 2))
+    assert tuple(mesh.shape.values()) == (2, 16, 1, 2)
 
 
 def test_slices_that_only_tensor_could_cross_are_refused(two_slices):
