@@ -18,7 +18,8 @@ from gptv_jax.errors import InputError
 from gptv_jax.interop import huggingface, native
 from gptv_jax.interop.portable import Portable
 from gptv_jax.model.gpt import Network
-from gptv_jax.run import checkpoint_folder, config_of, finished_stages, network_of
+from gptv_jax.record import checkpoint_folder, config_of, finished_stages
+from gptv_jax.run import network_of
 from gptv_jax.tokens import palette as palettes
 from gptv_jax.train import objective
 from gptv_jax.train.objective import cross_entropy

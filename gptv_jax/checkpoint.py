@@ -9,6 +9,7 @@ import json
 import logging
 import pathlib
 import zlib
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -91,8 +92,8 @@ class Checkpoints:
         self._manager.close()  # waits for what is being written
 
     def steps(self) -> list[int]:
-        """Steps on disk, in order."""
-        return sorted(self._manager.all_steps())
+        """Steps on disk, in order, as process 0 finds them."""
+        return distributed.from_first(lambda: sorted(self._manager.all_steps()))
 
     def save(self, step: int, state, info: dict) -> None:
         """Starts to write a checkpoint; a step that is there already is left as it is."""
@@ -148,24 +149,15 @@ class Checkpoints:
           InputError: names or shapes differ from the saved ones; all that differ are listed.
           DamagedError: it cannot be read, by one of several processes say; then by none.
         """
-        found = damage = None
-        try:
-            found = self._read(step, abstract)
-        except DamagedError as error:
-            damage = error
-        if any(distributed.from_all(damage is not None)):
-            elsewhere = ValueError("another process cannot read it")
-            raise damage or DamagedError(self.folder / str(step), elsewhere)
-        return found
-
-    def _read(self, step: int, abstract):
         wanted = sharding.by_name(abstract)
-        try:
+
+        def shapes() -> dict:
             saved = self._manager.item_metadata(step)["state"]
-            saved = {name: tuple(leaf.shape) for name, leaf in dict(saved.tree).items()}
-        except Exception as error:  # whatever the storage raises
-            raise DamagedError(self.folder / str(step), error) from error
-        self._compare(step, {name: leaf.shape for name, leaf in wanted.items()}, saved)
+            return {name: tuple(leaf.shape) for name, leaf in dict(saved.tree).items()}
+
+        self._compare(
+            step, {k: leaf.shape for k, leaf in wanted.items()}, self._together(step, shapes)
+        )
         arguments = ocp.args.Composite(
             state=ocp.args.PyTreeRestore(
                 wanted,
@@ -174,22 +166,28 @@ class Checkpoints:
             ),
             info=ocp.args.JsonRestore(),
         )
-        try:
-            restored = self._manager.restore(step, args=arguments)
-        except Exception as error:
-            raise DamagedError(self.folder / str(step), error) from error
+        restored = self._together(step, lambda: self._manager.restore(step, args=arguments))
         arrays, record = {name: restored["state"][name] for name in wanted}, restored["info"]
-        content = {k: record[k] for k in ("info", "bit_sums") if k in record}
-        if len(content) < 2 or record.get("checksum") != _checksum(content):
-            raise DamagedError(self.folder / str(step), ValueError("its info has changed"))
-        found, saved = _bit_sums(arrays), record["bit_sums"]
-        wrong = [name for name in wanted if found[name] != saved.get(name)]
-        if wrong:
-            cause = ValueError(f"the values of {', '.join(wrong)} are not those saved")
-            raise DamagedError(self.folder / str(step), cause)
-        return jax.tree.unflatten(jax.tree.structure(abstract), list(arrays.values())), record[
-            "info"
-        ]
+        sums = _bit_sums(arrays)
+        self._together(step, lambda: _check(record, sums))
+        state = jax.tree.unflatten(jax.tree.structure(abstract), list(arrays.values()))
+        return state, record["info"]
+
+    def _together(self, step: int, function: Callable):
+        """What `function()` gives, which holds no collective, where it succeeds on all processes.
+
+        Raises:
+          DamagedError: it fails on one of them; on all.
+        """
+        result = damage = None
+        try:
+            result = function()
+        except Exception as error:  # whatever the storage raises
+            damage = DamagedError(self.folder / str(step), error)
+        if any(distributed.from_all(damage is not None)):
+            elsewhere = ValueError("another process cannot read it")
+            raise damage or DamagedError(self.folder / str(step), elsewhere)
+        return result
 
     def _compare(self, step: int, wanted: dict, saved: dict) -> None:
         tops = {name.split(".")[0] for name in wanted}  # a part of the state may be asked for
@@ -217,10 +215,13 @@ class Checkpoints:
     def set_aside(self, step: int) -> epath.Path:
         """Moves a damaged checkpoint to `damaged/` beside the stage's folder; where it is then."""
         target = self.folder.parent / "damaged" / f"{self.folder.name}-{step}"
-        if jax.process_index() == 0:
+
+        def move() -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             target.rmtree(missing_ok=True)
             (self.folder / str(step)).rename(target)
+
+        distributed.from_first(move)
         self._manager.reload()
         return target
 
@@ -244,6 +245,16 @@ class DamagedError(InputError):
     def __init__(self, path: epath.Path, cause: Exception):
         told = f"{type(cause).__name__}: {first_line(cause)}"
         super().__init__(f"checkpoint {path} is damaged ({told}).")
+
+
+def _check(record: dict, sums: dict[str, int]) -> None:
+    """Raises ValueError where a checkpoint's record, or its arrays, are not those saved."""
+    content = {k: record[k] for k in ("info", "bit_sums") if k in record}
+    if len(content) < 2 or record.get("checksum") != _checksum(content):
+        raise ValueError("its info has changed")
+    wrong = [name for name, total in sums.items() if total != record["bit_sums"].get(name)]
+    if wrong:
+        raise ValueError(f"the values of {', '.join(wrong)} are not those saved")
 
 
 def _bit_sums(arrays: dict) -> dict[str, int]:

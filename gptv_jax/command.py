@@ -19,6 +19,7 @@ from gptv_jax import config as config_lib
 from gptv_jax import distributed, errors, fields, preemption
 from gptv_jax.errors import InputError, first_line
 
+UNEXPECTED = 70  # exit code; sysexits.h: internal error. A network's failure may be one
 _MISSING = re.compile(r"flag --(\w+)=None: ")
 _NONE = re.compile(r"--?config\.([^=]+)=None$")
 
@@ -35,8 +36,8 @@ def start(main: Callable[[config_lib.Config], None]) -> None:
 def run(main: Callable[[], None], parser: Callable | None = None) -> None:
     """Parses the flags, calls `main()`, and ends with a sentence where the user can mend it.
 
-    Exit codes: 1 for what the user can mend, 75 where another process died, 130 where the user
-    interrupted, 143 after SIGTERM.
+    Exit codes: 1 for what the user can mend, 70 for what nobody expected, 75 where another process
+    died, 130 where the user interrupted, 143 after SIGTERM.
     """
 
     def configured(argv: list[str]) -> None:
@@ -61,10 +62,9 @@ def run(main: Callable[[], None], parser: Callable | None = None) -> None:
         told = "interrupted; the same command continues from the last checkpoint"
         _end(130, told, "it was interrupted")
     except Exception as error:
-        if distributed.alone():
-            raise
         distributed.settle()
-        _end(1, traceback.format_exc(), f"{type(error).__name__}: {first_line(error)}")
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        _end(UNEXPECTED, traceback.format_exc(), reason)
 
 
 def _end(code: int, message: str, reason: str) -> NoReturn:

@@ -193,11 +193,6 @@ def _end_as_another(sentence: str, code: int) -> None:
     errors.end(code, f"error: {sentence}")
 
 
-def alone() -> bool:
-    """Whether this is the only process."""
-    return _watch is None
-
-
 def tell(reason: str, code: int) -> None:
     """Tells the other processes why this one ends, and with which code, so that they end too."""
     if _watch:

@@ -10,7 +10,8 @@ import jax
 from absl import flags
 
 from gptv_jax import command, config, distributed, fields, report
-from gptv_jax.run import STAGES, Run
+from gptv_jax.record import STAGES
+from gptv_jax.run import Run
 from gptv_jax.stages import finetune, pretrain, probe, sample
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Run folder; the same one continues a run.")

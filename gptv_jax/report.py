@@ -13,7 +13,8 @@ from matplotlib.ticker import MaxNLocator
 
 from gptv_jax import config as config_lib
 from gptv_jax import fields, files
-from gptv_jax.run import Run, finished_stages
+from gptv_jax.record import finished_stages
+from gptv_jax.run import Run
 
 # Plots are transparent, in tones that read on white and on black, so that one picture serves both.
 BLUE, ORANGE, QUIET, INK = "#3d85c6", "#d9822b", "#9a9a9a", "#808080"

@@ -25,10 +25,10 @@ from gptv_jax.data.pipeline import Pipeline
 from gptv_jax.errors import InputError
 from gptv_jax.interop.portable import Portable
 from gptv_jax.model.gpt import Network
+from gptv_jax.record import STAGES, checkpoint_folder, config_of, finished_stages
 from gptv_jax.train.metrics import MetricWriter
 
 TRIED = 32  # images that the transforms and the codec are tried on, before any work
-STAGES = ("pretrain", "probe", "finetune", "sample")
 VERSIONED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "gptv_jax")
 
 
@@ -50,7 +50,14 @@ class Run:
         """
         self.config = config
         self._pretrained_step: int | None = None  # whose weights a later stage went on from
+        for name, given in (("--workdir", workdir), ("config.init_from", config.init_from)):
+            if "://" in (given or ""):
+                raise InputError(
+                    f"{name}={given} is an address; it takes a folder. Checkpoints alone may lie "
+                    "elsewhere, by config.checkpoint_dir."
+                )
         self.folder = pathlib.Path(workdir).absolute()
+        _must_agree(config)
         self.mesh = sharding.make_mesh(config.mesh)
         sharding.check(config, self.mesh)
         distributed.from_first(self._compare)
@@ -291,25 +298,16 @@ class Run:
             checkpoint.claim(now, run, self.folder, moved=was != now)
 
 
-def checkpoint_folder(config: config_lib.Config, folder: pathlib.Path) -> epath.Path:
-    """Where the checkpoints of a run folder with this configuration are."""
-    return epath.Path(config.checkpoint_dir or folder / "checkpoints")
-
-
-def config_of(folder: pathlib.Path) -> config_lib.Config:
-    """The configuration that a run folder was made by; fields it is older than have defaults.
-
-    Raises:
-      InputError: no run folder, or a record that this version cannot read.
-    """
-    path = folder / "config.json"
-    if not path.exists():
-        raise InputError(f"{folder} is not a run folder: it has no config.json.")
-    record = files.read_json(path, {})
-    if not isinstance(record.get("config"), dict):
-        raise InputError(f"{path} is damaged (it holds no configuration); restore it.")
-    flat = fields.flatten(config_lib.Config()) | record["config"]
-    return config_lib.resolve(fields.unflatten(flat))
+def _must_agree(config: config_lib.Config) -> None:
+    """Raises where several processes were not given the same settings, but for where data lie."""
+    own = {k: v for k, v in fields.flatten(config).items() if k not in ("data.dir", "data.path")}
+    first, *others = distributed.from_all(own)
+    differing = sorted({name for other in others for name in own if other[name] != first[name]})
+    if differing:
+        raise InputError(
+            f"the processes were given different settings: config.{', config.'.join(differing)}; "
+            "start all of them by the same command."
+        )
 
 
 def network_of(config: config_lib.Config, codec: tokens.Codec, classes: int) -> Network:
@@ -321,11 +319,6 @@ def starts_of(config: config_lib.Config) -> int:
     """Start vectors that a configuration asks for."""
     variants = transforms.variants(config.data.train_transforms)
     return variants if config.model.start_per_variant else 1
-
-
-def finished_stages(summary: dict) -> list[str]:
-    """Names of the stages with numbers in the summary, in the order they ran."""
-    return [stage for stage in STAGES if any(k.startswith(f"{stage}/") for k in summary)]
 
 
 def command() -> str:

@@ -1,4 +1,5 @@
 import gc
+import itertools
 import json
 import logging
 import shutil
@@ -342,9 +343,10 @@ def test_changed_information_is_noticed(two_saved, tmp_path, failed_reads):
     assert restore_latest(folder)[1]["position"] == 1
 
 
-def test_what_another_process_cannot_read_nobody_goes_on_from(tmp_path, monkeypatch):
+@pytest.mark.parametrize("phase", range(3))  # its shapes, its arrays, its record
+def test_what_another_process_cannot_read_nobody_goes_on_from(tmp_path, monkeypatch, phase):
     save(tmp_path / "run", 1, 2)
-    answers = iter([[False, True], [False, False]])  # of this process and another, step by step
-    monkeypatch.setattr(distributed, "from_all", lambda value: next(answers))
+    there = itertools.chain([i == phase for i in range(phase + 1)], itertools.repeat(False))
+    monkeypatch.setattr(distributed, "from_all", lambda value: [value, next(there)])
     assert restore_latest(tmp_path / "run")[1]["position"] == 1
     assert (tmp_path / "damaged" / "run-2").exists()

@@ -20,7 +20,7 @@ from gptv_jax.errors import InputError
 from gptv_jax.interop import huggingface, native, openai
 from gptv_jax.interop.portable import Portable
 from gptv_jax.interop.tensors import Accounted
-from gptv_jax.run import config_of
+from gptv_jax.record import config_of
 from gptv_jax.tokens.palette import Palette
 
 SHAPE = {"layers": 3, "width": 24, "heads": 3, "vocabulary": 13, "length": 16}

@@ -22,7 +22,8 @@ from gptv_jax import sharding
 from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.data import sources
 from gptv_jax.errors import InputError
-from gptv_jax.run import Run, config_of
+from gptv_jax.record import config_of
+from gptv_jax.run import Run
 from gptv_jax.stages import probe
 from gptv_jax.train import loop
 from gptv_jax.train.metrics import MetricWriter

@@ -3,6 +3,8 @@
 from typing import NamedTuple
 
 from gptv_jax.model import attention as attention_lib
+from gptv_jax.model import splash_attention
+from gptv_jax.model.blocked_attention import BLOCK
 from gptv_jax.model.gpt import Network
 
 
@@ -38,6 +40,11 @@ def training(network: Network) -> Flops:
     return forward(network).times(3)
 
 
+def tile(form: str, length: int) -> int:
+    """Positions that a form of attention works on at a time: of none less than all is masked."""
+    return {"plain": length, "blocked": BLOCK, "splash": splash_attention.tile(length)}[form]
+
+
 # Products of T x T with K that a form of attention computes, forward and backward; the model's own
 # count is 2 and 4. Those that never keep the scores compute them again, splash in two kernels.
 PRODUCTS = {"plain": (2, 4), "blocked": (2, 5), "splash": (2, 7)}
@@ -58,8 +65,9 @@ def executed(network: Network, platform: str, split: int = 1) -> Flops:
     # With "dots" a fused kernel's results are kept.
     again = c.remat == "full" or (c.remat == "dots" and form != "splash")
     attention = blocks.attention * (ahead * (1 + again) + back) // 2
-    if form != "plain" and causal:
-        attention //= 2  # what is masked is skipped
+    if causal:  # whole tiles of what is masked are skipped
+        tiles = -(-network.length // tile(form, network.length))
+        attention = attention * (tiles + 1) // (2 * tiles)
     matmul = model.matmul
     if c.remat == "full":  # all but the last product of a layer, whose result no gradient needs
         matmul += blocks.matmul - 2 * c.layers * c.mlp_ratio * c.width**2

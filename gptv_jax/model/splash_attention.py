@@ -1,6 +1,7 @@
 """Attention on a TPU: JAX's splash kernels, which never hold T x T scores and skip what is masked.
 
-Causal attention costs half of what the whole square would, forward and backward.
+Of causal attention the tiles that are masked as a whole are skipped: with n tiles to a side
+(n + 1) / 2n of the square is computed.
 """
 
 import jax
@@ -36,7 +37,7 @@ def make_kernel(mesh, heads: int, length: int, *, causal: bool, interpret: bool 
         mask, shards, spec = masks.CausalMask((length, length)), split, P(None, "sequence")
     else:
         mask, shards, spec = masks.FullMask((length // split, length)), 1, P(None, None)
-    queries, keys = _tile(length // split), _tile(length)
+    queries, keys = tile(length // split), tile(length)
     kernel = splash.make_splash_mha(
         masks.MultiHeadMask([mask] * (heads // mesh.shape["tensor"])),
         block_sizes=splash.BlockSizes(
@@ -68,5 +69,6 @@ def splash_attention(
     return jax.vmap(kernel)(*by_head).swapaxes(1, 2)
 
 
-def _tile(length: int) -> int:
-    return next(size for size in (BLOCK, 256, LANES) if length % size == 0)
+def tile(length: int) -> int:
+    """Queries or keys of a tile, for so many of them on a device."""
+    return next(size for size in (BLOCK, 256, LANES, 1) if length % size == 0)

@@ -52,18 +52,15 @@ def search(config: config_lib.Config, topology: Topology, wanted: int = CONFIRME
 def choices(config: config_lib.Config, topology: Topology) -> Iterator[config_lib.Config]:
     """The configuration with every mesh, rematerialisation and number of parts worth a try."""
     within = topology.per_slice
-    long = "sequence" in sharding.AXES and config.data.image_size**2 >= LONG
+    long = config.data.image_size**2 >= LONG
     for tensor in _powers(min(TENSOR, config.model.heads, within)):
         for sequence in _powers(within // tensor) if long else (1,):
             for fsdp in _powers(within // (tensor * sequence)):
                 rest, left = divmod(within, tensor * sequence * fsdp)
-                sizes = {"data": rest * topology.slices, "fsdp": fsdp, "tensor": tensor}
                 if left:
                     continue
-                if long:
-                    sizes["sequence"] = sequence
-                mesh = dataclasses.replace(config.mesh, **sizes)
-                rows = config.train.batch_size // (sizes["data"] * fsdp)
+                mesh = config_lib.Mesh(rest * topology.slices, fsdp, sequence, tensor)
+                rows = config.train.batch_size // (mesh.data * fsdp)
                 for microbatches in _powers(rows):
                     for policy in ("none", *remat.POLICIES):
                         choice = _with(config, mesh, policy, microbatches)
@@ -81,7 +78,7 @@ def smallest(config: config_lib.Config, topology: Topology) -> Plan | None:
         one = dataclasses.replace(topology, per_slice=count, slices=1)
         for tensor in _powers(min(TENSOR, config.model.heads, count)):
             fsdp = count // tensor
-            mesh = dataclasses.replace(config.mesh, data=1, fsdp=fsdp, tensor=tensor)
+            mesh = config_lib.Mesh(1, fsdp, 1, tensor)
             choice = _with(config, mesh, "full", max(config.train.batch_size // fsdp, 1))
             if _accepted(choice, one):
                 found = plan.make(choice, one, compiling=False)

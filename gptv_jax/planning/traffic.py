@@ -71,7 +71,7 @@ def by_arithmetic(
             rows.append(_row(kind, axes, count, round(size), group, slice_of))
 
     matrices = (("qkv", 3), ("attention_out", 1), ("mlp_in", c.mlp_ratio), ("mlp_out", c.mlp_ratio))
-    tensor, sequence = sizes["tensor"], sizes.get("sequence", 1)
+    tensor, sequence = sizes["tensor"], sizes["sequence"]
     for _, share in matrices:
         weight = share * c.width**2 * width / tensor
         add("all-gather", ("fsdp",), c.layers * parts * 2, weight)  # forward and backward

@@ -58,20 +58,21 @@ class Sessions:
           productive: seconds that the steps took that were kept; None: not known.
 
         Returns:
-          goodput, the share of the sessions' time that was productive; restarts; steps_redone and
+          goodput, the share of the wall time that was productive; restarts; steps_redone and
           seconds_lost, from the checkpoint that was gone on from to when the session was last seen;
           seconds_up, of all sessions, and seconds_down, between them.
         """
         sessions = self._every[self.training]
         up = sum(each["seen"] - each["began"] for each in sessions)
+        wall = sessions[-1]["seen"] - sessions[0]["began"]
         steps, seconds = self._lost(sessions)
         return {
-            "goodput": productive / up if productive is not None and up else None,
+            "goodput": productive / wall if productive is not None and wall else None,
             "restarts": len(sessions) - 1,
             "steps_redone": steps,
             "seconds_lost": seconds,
             "seconds_up": up,
-            "seconds_down": sessions[-1]["seen"] - sessions[0]["began"] - up,
+            "seconds_down": wall - up,
         }
 
     @staticmethod
