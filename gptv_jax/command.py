@@ -120,7 +120,7 @@ def parse(holder: flags.FlagHolder, argv: list[str]) -> list[str]:
         if override and override[1] in kinds:
             name, value = override.groups()
             raise InputError(f"--config.{name} is {value!r}; it takes {kinds[name]}.") from error
-        if _MISSING.match(str(error)):
+        if _MISSING.match(str(error)) or not str(error).startswith("flag --config"):
             raise _of_flags(error) from error
         raise InputError(f"{given} cannot be loaded: {_last_line(error)}") from error
     except flags.Error as error:

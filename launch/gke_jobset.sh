@@ -20,6 +20,7 @@ name='' image='' accelerator='' topology='' claim='' slices=1 chips=4 restarts=5
 while (($#)); do
   case $1 in
     --name=?* | --image=?* | --accelerator=?* | --topology=*[0-9]x[0-9]* | --claim=?*) declare "${1#--}" ;;
+    --slices=*[!0-9]* | --chips=*[!0-9]* | --restarts=*[!0-9]*) usage ;;
     --slices=[1-9]* | --chips=[1-9]* | --restarts=[0-9]*) declare "${1#--}" ;;
     --dry-run) dry=1 ;;
     --) shift; break ;;

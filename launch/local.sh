@@ -15,6 +15,7 @@ usage() { sed -n '2,/^$/s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 processes='' devices=1 dry=''
 while (($#)); do
   case $1 in
+    --processes=*[!0-9]* | --devices=*[!0-9]*) usage ;;
     --processes=[1-9]*) processes=${1#*=} ;;
     --devices=[1-9]*) devices=${1#*=} ;;
     --dry-run) dry=1 ;;

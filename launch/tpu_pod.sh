@@ -15,9 +15,9 @@ name='' zone='' project='' type='' version='' slices=1 setup=true tries=20 dry='
 while (($#)); do
   case $1 in
     --name=?* | --zone=?* | --project=?* | --type=?* | --version=?* | --setup=?*) declare "${1#--}" ;;
+    --slices=*[!0-9]* | --tries=*[!0-9]*) usage ;;
     --slices=[1-9]* | --tries=[1-9]*) declare "${1#--}" ;;
-    --spot) spot=1 ;;
-    --dry-run) dry=1 ;;
+    --spot) spot=1 ;; --dry-run) dry=1 ;;
     --) shift; break ;;
     *) usage ;;
   esac

@@ -54,12 +54,13 @@ def estimate(
     """
     executed = flops.executed(network, platform, sizes["sequence"]).total
     # Each pass over the layers reads their weights: forward, backward, once more where the forward
-    # pass is repeated, and gradients are written. What is kept is written and read, and the
-    # optimizer reads and writes all of its state and the parameters, and reads the gradients.
+    # pass is repeated, and gradients are written. The optimizer reads and writes all of
+    # its state and the parameters, and reads the gradients. What layers pass on is left out: how
+    # much of it goes through memory is the compiler's choice, and recomputing passes it on again.
     c = network.config
     weights = flops.forward(network).matmul // 2 * WIDTHS[c.dtype] / sizes["tensor"]
     passes = 3 + (c.remat == "full")
-    moved = microbatches * (passes * weights + 2 * memory.activations)
+    moved = microbatches * passes * weights
     moved += 2 * (memory.parameters + memory.optimizer) + memory.gradients
     return Roofline(
         executed * tokens / math.prod(sizes.values()) / hardware.peak_flops,

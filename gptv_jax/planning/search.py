@@ -71,19 +71,21 @@ def choices(config: config_lib.Config, topology: Topology) -> Iterator[config_li
 def smallest(config: config_lib.Config, topology: Topology) -> Plan | None:
     """The plan on the fewest devices of the kind that fits, by arithmetic; None: none does.
 
-    With everything rematerialised, one row of the batch at a time and weights split as far as they
-    can be, what needs the least memory.
+    Weights are split as far as they can be; no more is rematerialised, and the batch is worked
+    through in no more parts, than it takes.
     """
     for count in _powers(topology.count):
         one = dataclasses.replace(topology, per_slice=count, slices=1)
         for tensor in _powers(min(TENSOR, config.model.heads, count)):
             fsdp = count // tensor
             mesh = config_lib.Mesh(1, fsdp, 1, tensor)
-            choice = _with(config, mesh, "full", max(config.train.batch_size // fsdp, 1))
-            if _accepted(choice, one):
-                found = plan.make(choice, one, compiling=False)
-                if found.fits:
-                    return found
+            for microbatches in _powers(config.train.batch_size // fsdp):
+                for policy in ("none", *remat.POLICIES):
+                    choice = _with(config, mesh, policy, microbatches)
+                    if _accepted(choice, one):
+                        found = plan.make(choice, one, compiling=False)
+                        if found.fits:
+                            return found
     return None
 
 

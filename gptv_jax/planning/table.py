@@ -34,7 +34,8 @@ def show(found: Plan, smallest: Plan | None) -> str:
 
 def ranking(plans: list[Plan]) -> str:
     """Choices, the best first, each with its flags."""
-    lines = [f"{'step at least':>15}{'no overlap':>12}{'memory':>12}  flags"]
+    lines = [] if plans[0].roofline else ["By memory, as no speed is known of these devices."]
+    lines += [f"{'step at least':>15}{'no overlap':>12}{'memory':>12}  flags"]
     for each in plans:
         times = [_seconds(each.step_seconds), _seconds(each.roofline and each.roofline.serial)]
         size = _size(each.bytes_per_device) + ("" if each.fits else " !")
@@ -59,7 +60,7 @@ def _flops(found: Plan) -> list[tuple[str, str]]:
     return [
         ("FLOPs per token", f"{_si(model.total)}: {parts}"),
         ("FLOPs per step", _si(model.total * found.tokens_per_step)),
-        ("  done, with what is computed again or skipped", _si(done.total * found.tokens_per_step)),
+        ("  executed", _si(done.total * found.tokens_per_step)),
     ]
 
 
@@ -103,7 +104,7 @@ def _time(found: Plan, numbers: dict) -> list[tuple[str, str]]:
         ("step time at least", f"{_seconds(line.bound)} (a bound: all of it overlapped)"),
         ("  its parts", told),
         ("  one after the other", _seconds(line.serial)),
-        ("MFU at most", f"{found.mfu:.0%}"),
+        ("MFU at most", f"{found.mfu:.0%}{_convention(found)}"),
         (
             f"{steps:,} steps at least",
             f"{numbers['days']:,.2f} days, {numbers['device_hours']:,.0f} device-hours",
@@ -111,10 +112,17 @@ def _time(found: Plan, numbers: dict) -> list[tuple[str, str]]:
     ]
 
 
+def _convention(found: Plan) -> str:
+    skipped = found.executed.total < flops.training(found.network).total
+    return " (which counts the masked half of attention, and that is skipped)" if skipped else ""
+
+
 def _smallest(found: Plan | None) -> str:
     if not found:
         return "none of up to as many devices, by arithmetic"
-    return f"{found.topology.count} devices, by arithmetic, with {' '.join(found.flags)}"
+    count = found.topology.count
+    devices = f"{count} device{'s' if count > 1 else ''}"
+    return f"{devices}, by arithmetic, with {' '.join(found.flags)}"
 
 
 def _size(count: float | int) -> str:
