@@ -12,6 +12,7 @@ XL on four slices of 256 could give each device but a sixteenth of an image: the
 """
 
 import argparse
+import datetime
 import importlib.metadata
 import importlib.util
 import json
@@ -104,7 +105,8 @@ def main():
         records.append({"size": size, **found.numbers(), "planning_seconds": round(spent, 1)})
         done = f"{i + 1}/{len(wanted)}  iGPT-{size.upper()} on {slices} x {name}"
         print(f"{done}  {spent:.0f} s", file=sys.stderr, flush=True)
-    lines += ["", f"jax {jax.__version__}, libtpu {importlib.metadata.version('libtpu')}."]
+    versions = f"jax {jax.__version__}, libtpu {importlib.metadata.version('libtpu')}"
+    lines += ["", f"Made by `benchmarks/compiled_plans.py` on {datetime.date.today()}, {versions}."]
     text = "\n".join(lines)
     print(text)
     print(json.dumps({"benchmark": "compiled_plans", "jax": jax.__version__, "rows": records}))

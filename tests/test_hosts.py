@@ -12,7 +12,10 @@ import time
 import pytest
 from conftest import encoded, make_folder, random_image, small_arguments
 
+from gptv_jax import config as config_lib
+from gptv_jax import run as run_lib
 from gptv_jax import watch
+from gptv_jax.errors import InputError
 
 STEPS = 40
 # Little of everything; nothing in it makes more of a rounding error than it is.
@@ -228,3 +231,14 @@ def test_what_one_host_cannot_read_ends_the_others_and_is_told_there(tmp_path):
     assert first.startswith("error: process 1 of 2 (") and first.endswith(
         second.removeprefix("error: ")
     )
+
+
+def test_processes_with_different_settings_are_refused(monkeypatch):
+    theirs = {"train.steps": 7, "model.width": 512}
+
+    def with_another(own: dict) -> list[dict]:
+        return [own, own | theirs]
+
+    monkeypatch.setattr(run_lib.distributed, "from_all", with_another)
+    with pytest.raises(InputError, match=r"different settings: config\.train\.steps;"):
+        run_lib._must_agree(config_lib.Config())

@@ -384,6 +384,13 @@ def test_a_folder_that_cannot_be_written_is_named(main, tmp_path):
     assert (tmp_path / "file").read_text() == "kept"
 
 
+@pytest.mark.parametrize("flag", ["--workdir", "--config.init_from"])
+def test_an_address_is_no_folder_of_a_run(main, tmp_path, flag):
+    given = "gs://bucket/run"
+    assert_refused(main(*small_arguments(tmp_path / "run"), f"{flag}={given}"), given)
+    assert not (tmp_path / "run").exists()
+
+
 def test_another_configuration_is_refused_and_the_folder_left_alone(main, copied_run):
     before = digest(copied_run)
     changed = ["--config.model.width=32", "--config.train.steps=121", "--config.seed=1"]
