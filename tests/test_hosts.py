@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import shutil
 import socket
 import subprocess
@@ -124,18 +125,24 @@ def wait_for(path: pathlib.Path, hosts: Hosts) -> None:
         time.sleep(0.02)
 
 
-def killed(index: int, count: int, folder: pathlib.Path) -> None:
-    """A run whose process of this index is killed in the middle; what the others do then."""
+def killed(index: int, count: int, folder: pathlib.Path) -> dict[int, tuple[int, str]]:
+    """A run whose process of this index is killed in the middle; how each other one then ended.
+
+    Its exit code, and the last line that it printed.
+    """
     with Hosts(count, folder, "--stages=pretrain") as hosts:
         wait_for(folder / "checkpoints" / "pretrain" / "10", hosts)
         hosts.processes[index].kill()
         codes = hosts.wait(but=index, limit=BOUND)
-    assert codes == [watch.DIED] * (count - 1)
-    for other in set(range(count)) - {index}:
-        last = hosts.told(other).splitlines()[-1]
-        assert last.startswith(f"error: process {index} of {count} (")
-        assert last.endswith(f") has stopped answering; {watch.CONTINUE}")
-    assert not (folder / "summary.json").exists()
+        others = [other for other in range(count) if other != index]
+        told = [hosts.told(other).splitlines()[-1] for other in others]
+    return dict(zip(others, zip(codes, told, strict=True), strict=True))
+
+
+def died(index: int, count: int) -> re.Pattern:
+    """What the others say of a process that has died."""
+    told = re.escape(f") has stopped answering; {watch.CONTINUE}")
+    return re.compile(rf"error: process {index} of {count} \(.+{told}")
 
 
 @pytest.fixture(scope="module")
@@ -147,11 +154,25 @@ def alone(tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.fixture(scope="module")
-def broken(tmp_path_factory) -> pathlib.Path:
-    """The run of four processes of which one was killed in the middle."""
+def ended(tmp_path_factory) -> tuple[pathlib.Path, dict[int, tuple[int, str]]]:
+    """The run of four processes of which one was killed in the middle, and how the others ended."""
     folder = tmp_path_factory.mktemp("hosts") / "broken"
-    killed(2, 4, folder)
-    return folder
+    return folder, killed(2, 4, folder)
+
+
+@pytest.fixture
+def broken(ended) -> pathlib.Path:
+    """That run's folder."""
+    return ended[0]
+
+
+@pytest.mark.process
+def test_the_others_end_when_one_of_four_dies(ended):
+    folder, others = ended
+    assert sorted(others) == [0, 1, 3]
+    for code, told in others.values():
+        assert code == watch.DIED and died(2, 4).fullmatch(told)
+    assert not (folder / "summary.json").exists()
 
 
 @pytest.mark.process
@@ -201,7 +222,9 @@ def test_what_four_processes_saved_two_go_on_from_through_all_stages(broken, alo
 
 @pytest.mark.process
 def test_the_others_end_when_process_0_dies(tmp_path):
-    killed(0, 2, tmp_path / "run")
+    code, told = killed(0, 2, tmp_path / "run")[1]
+    assert code == watch.DIED and died(0, 2).fullmatch(told)
+    assert not (tmp_path / "run" / "summary.json").exists()
 
 
 @pytest.mark.process
