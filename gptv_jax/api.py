@@ -121,12 +121,25 @@ class Model:
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
-    ) -> UInt8[np.ndarray, "B H W C"]:
-        """The first share `keep` of the rows, to the nearest row, and a drawn continuation."""
+        samples: int = 1,
+    ) -> UInt8[np.ndarray, "rows H W C"]:
+        """The first share `keep` of the rows, to the nearest row, and a drawn continuation.
+
+        Args:
+          images: see the class.
+          keep: from 0 to 1.
+          seed: see `sample`, as the next three.
+          temperature: divides the logits.
+          top_k: draws among the k most likely tokens.
+          top_p: draws among the most likely tokens that reach probability p.
+          samples: continuations of each image, next to each other; what they keep is read once.
+        """
         if not _real(keep) or not 0 <= keep <= 1:
             raise ValueError(f"keep is {keep!r}; it takes a share of the rows, from 0 to 1.")
+        if not _whole(samples) or samples < 1:
+            raise ValueError(f"samples is {samples!r}; it takes a whole number, 1 or more.")
         kept = self.tokenize(images)[:, : decode.kept_tokens(self.network, keep)]
-        return self._generate(kept, seed, temperature, top_k, top_p)
+        return self._generate(kept, seed, temperature, top_k, top_p, samples)
 
     def save(self, path: str | pathlib.Path) -> None:
         """Writes all of it as one .safetensors file, which `load` takes.
@@ -145,7 +158,7 @@ class Model:
         if self.network.config.objective != "autoregressive":
             raise ValueError(f"a model with the objective bert has no {what}.")
 
-    def _generate(self, prefix, seed, temperature, top_k, top_p):
+    def _generate(self, prefix, seed, temperature, top_k, top_p, samples=1):
         self._must_be_autoregressive("way to draw images")
         if not _whole(seed) or not 0 <= seed < 2**32:
             raise ValueError(f"seed is {seed!r}; it takes a whole number from 0, below 2**32.")
@@ -156,11 +169,11 @@ class Model:
         if top_p is not None and (not _real(top_p) or not 0 < top_p <= 1):
             raise ValueError(f"top_p is {top_p!r}; it takes more than 0 up to 1, or None.")
         top_k = None if top_k is None else min(top_k, self.network.vocabulary)
-        settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "samples": samples}
         with jax.set_mesh(self._mesh):
             rows, key = self._rows(prefix), jax.random.key(seed)
             drawn = decode.generate(self.network, self._params, rows, key, **settings)
-        return self.codec.decode(np.asarray(drawn)[: len(prefix)])
+        return self.codec.decode(np.asarray(drawn)[: samples * len(prefix)])
 
     def _checked(self, tokens) -> np.ndarray:
         tokens, length = np.asarray(tokens), self.network.length

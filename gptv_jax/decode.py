@@ -7,57 +7,67 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from gptv_jax import sharding
-from gptv_jax.model.gpt import Cache, Network
+from gptv_jax.model import cached
+from gptv_jax.model.gpt import Network
+
+FIRST_ROOM = 256  # positions that the cache has room for at first
 
 
 def generate(
     network: Network,
     params: dict,
-    prefix: Int[Array, "B P"],
+    prefix: Int[Array, "G P"],
     key: PRNGKeyArray,
     *,
+    samples: int = 1,
+    steps: int | None = None,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
-) -> Int[Array, "B T"]:
+) -> Int[Array, "B length"]:
     """Sequences that begin with `prefix` and are drawn from the network from there on.
 
     Args:
       network: gives T.
       params: its weights.
-      prefix: tokens to keep, P <= T of them; [B, 0] draws whole sequences.
+      prefix: tokens to keep, P <= T of them; [G, 0] draws whole sequences.
       key: of the draws.
+      samples: continuations of each prefix, next to each other; its keys and values are held once.
+      steps: tokens to draw after the prefix; None: up to T.
       temperature: divides the logits; 0 takes the most likely token.
       top_k: draws among the k most likely tokens; None among all.
       top_p: draws among the fewest most likely tokens whose probabilities reach p; None all.
+
+    Returns:
+      G * samples sequences of P + steps tokens.
     """
-    if prefix.shape[1] == network.length:
-        return prefix
-    logits, cache = _prefill(network, params, prefix)
+    steps = network.length - prefix.shape[1] if steps is None else steps
+    if not steps:
+        return _repeated(prefix, samples)
+    logits, prompts = _prefill(network, params, prefix)
     # Settings that change no shape are arguments of the compiled loop, not a reason to recompile.
     top_p = jnp.float32(1.0 if top_p is None else top_p)
     top_k = jnp.int32(network.vocabulary if top_k is None else top_k)
-    return _continue(
-        network, params, prefix, logits, cache, key, jnp.float32(temperature), top_k, top_p
-    )
+    settings = (jnp.float32(temperature), top_k, top_p)
+    return _continue(network, samples, steps, params, prefix, logits, prompts, key, settings)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _prefill(
-    network: Network, params: dict, prefix: Int[Array, "B P"]
-) -> tuple[Float[Array, "B V"], Cache]:
+    network: Network, params: dict, prefix: Int[Array, "G P"]
+) -> tuple[Float[Array, "G V"], tuple[cached.Pair, ...]]:
     model = network.bind(params)
-    cache = network.empty_cache(prefix.shape[0])
-    return model.extend(model.embed(prefix, spec=sharding.BATCH_FIRST), 0, cache)
+    return cached.read(model, model.embed(prefix, spec=sharding.BATCH_FIRST))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _continue(network, params, prefix, logits, cache, key, temperature, top_k, top_p):
-    model, kept = network.bind(params), prefix.shape[1]
-    tokens = jnp.pad(prefix, ((0, 0), (0, network.length - kept)))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _continue(network, samples, steps, params, prefix, logits, prompts, key, settings):
+    model, blocks = cached.weights(network.bind(params), params)
+    kept, last = prefix.shape[1], prefix.shape[1] + steps - 1
+    tokens = jnp.pad(_repeated(prefix, samples), ((0, 0), (0, steps)))
 
     def draw(position, logits):
-        allowed = restrict(logits, temperature, top_k, top_p)
+        allowed = restrict(logits, *settings)
         return jax.random.categorical(jax.random.fold_in(key, position), allowed).astype(jnp.int32)
 
     def step(position, carry):
@@ -65,12 +75,34 @@ def _continue(network, params, prefix, logits, cache, key, temperature, top_k, t
         token = draw(position, logits)
         tokens = jax.lax.dynamic_update_slice(tokens, token[:, None], (0, position))
         x = model.embed_one(token, position + 1)
-        logits, cache = model.extend(x, position + 1, cache)
+        logits, cache = cached.extend(model, blocks, x, cache, position - kept)
         return tokens, logits, cache
 
-    last = network.length - 1
-    tokens, logits, _ = jax.lax.fori_loop(kept, last, step, (tokens, logits, cache))
+    # Every position reads all the room there is, so the room grows with what is in it.
+    position, cache = kept, cached.Cache(prompts, cached.empty(model, len(tokens), 0))
+    carry = tokens, _repeated(logits, samples), cache
+    for room in _rooms(steps - 1):
+        tokens, logits, cache = carry
+        carry = tokens, logits, cached.Cache(prompts, cached.grown(cache.own, room))
+        carry = jax.lax.fori_loop(position, kept + room, step, carry)
+        position = kept + room
+    tokens, logits, _ = carry
     return tokens.at[:, last].set(draw(last, logits))
+
+
+def _rooms(positions: int) -> list[int]:
+    """Sizes that a cache grows through: doubled, so that a third at most is read in vain."""
+    sizes = [FIRST_ROOM * 2**i for i in range(positions.bit_length())]
+    return [size for size in sizes if size < positions] + [positions] * (positions > 0)
+
+
+def _repeated(x: Array, samples: int) -> Array:
+    """Each row so many times, next to each other."""
+    if samples == 1:
+        return x
+    rows = len(x) * samples
+    x = jnp.broadcast_to(x[:, None], (len(x), samples, *x.shape[1:]))
+    return x.reshape(rows, *x.shape[2:], out_sharding=sharding.BATCH_FIRST)
 
 
 def restrict(
@@ -85,12 +117,18 @@ def restrict(
     """
     scaled = logits / jnp.maximum(temperature, 1e-6)
     top_k = jnp.where(temperature == 0, 1, top_k)
-    order = jnp.argsort(-scaled, axis=-1, stable=True)
-    ranked = jnp.take_along_axis(jax.nn.softmax(scaled, axis=-1), order, axis=-1)
-    before = jnp.cumsum(ranked, axis=-1) - ranked  # probability of all that is more likely
-    keep = (jnp.arange(logits.shape[-1])[None] < top_k) & ((before < top_p) | (top_p >= 1))
-    rank = jnp.argsort(order, axis=-1)
-    return jnp.where(jnp.take_along_axis(keep, rank, axis=-1), scaled, -jnp.inf)
+
+    def restricted(scaled):
+        order = jnp.argsort(-scaled, axis=-1, stable=True)
+        ranked = jnp.take_along_axis(jax.nn.softmax(scaled, axis=-1), order, axis=-1)
+        before = jnp.cumsum(ranked, axis=-1) - ranked  # probability of all that is more likely
+        keep = (jnp.arange(logits.shape[-1])[None] < top_k) & ((before < top_p) | (top_p >= 1))
+        rank = jnp.argsort(order, axis=-1)
+        return jnp.where(jnp.take_along_axis(keep, rank, axis=-1), scaled, -jnp.inf)
+
+    # Sorting costs a small network more than the rest of a step.
+    everything = (top_k >= logits.shape[-1]) & (top_p >= 1)
+    return jax.lax.cond(everything, lambda scaled: scaled, restricted, scaled)
 
 
 def kept_tokens(network: Network, keep: float) -> int:

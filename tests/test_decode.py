@@ -7,6 +7,7 @@ import pytest
 from conftest import make_mesh, random_batch, random_params, tiny_network
 
 from gptv_jax import decode, sharding
+from gptv_jax.model import cached
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -30,9 +31,14 @@ def full_logits(network, params, tokens):
 
 
 @jax.jit(static_argnums=0)
-def read_one(network, params, token, position, cache):
-    bound = network.bind(params)
-    return bound.extend(bound.embed_one(token, position), position, cache)
+def read_one(network, params, token, position, cache, count):
+    model, blocks = cached.weights(network.bind(params), params)
+    return cached.extend(model, blocks, model.embed_one(token, position), cache, count)
+
+
+@jax.jit(static_argnums=(0, 2, 3))
+def room(network, params, samples, size):
+    return cached.empty(network.bind(params), samples, size)
 
 
 def softmax(x):
@@ -49,11 +55,11 @@ def test_cached_decoding_gives_the_logits_of_the_full_forward_pass(kept, scan, m
     network, params, tokens, full = model
     changed = dataclasses.replace(network.config, scan_layers=scan)
     network = dataclasses.replace(network, config=changed)
-    logits, cache = decode._prefill(network, params, tokens[:, :kept])
-    found = [logits]
+    logits, prompts = decode._prefill(network, params, tokens[:, :kept])
+    found, cache = [logits], cached.Cache(prompts, room(network, params, len(tokens), 17 - kept))
     for position in range(kept + 1, network.length):
-        token = tokens[:, position - 1]
-        logits, cache = read_one(network, params, token, jnp.int32(position), cache)
+        token, count = tokens[:, position - 1], jnp.int32(position - kept - 1)
+        logits, cache = read_one(network, params, token, jnp.int32(position), cache, count)
         found.append(logits)
     np.testing.assert_allclose(np.stack(found, axis=1), full[:, kept:], atol=1e-5, rtol=1e-5)
 
@@ -100,6 +106,45 @@ def test_a_mesh_draws_the_greedy_tokens_of_one_device(model):
     with jax.set_mesh(make_mesh((1, 2, 4))):
         found = greedy(network, random_params(network), rows(prefix))
     np.testing.assert_array_equal(found[:3], wanted)
+
+
+def test_room_that_grows_on_the_way_changes_nothing(model, monkeypatch):
+    network, params, tokens, _ = model
+    prefix = tokens[:, :3]
+    draw = lambda: np.asarray(decode.generate(network, params, prefix, jax.random.key(0)))  # noqa: E731
+    wanted = draw()
+    monkeypatch.setattr(decode, "FIRST_ROOM", 2)
+    assert decode._rooms(12) == [2, 4, 8, 12]
+    decode._continue.clear_cache()
+    np.testing.assert_array_equal(draw(), wanted)
+    decode._continue.clear_cache()
+
+
+@pytest.mark.parametrize("kept", [0, 6])
+def test_samples_of_one_prompt_are_those_of_as_many_equal_prompts(kept, model):
+    network, params, tokens, _ = model
+    prefix = np.asarray(tokens)[:2, :kept]
+    key = jax.random.key(0)
+    wanted = decode.generate(network, params, rows(np.repeat(prefix, 4, axis=0)), key)
+    found = decode.generate(network, params, rows(prefix), key, samples=4)
+    np.testing.assert_array_equal(found, wanted)
+    assert len(np.unique(found, axis=0)) > 2
+    _, prompts = decode._prefill(network, params, rows(prefix))
+    assert prompts[0].keys.shape[0] == 2  # held once for four
+    with jax.set_mesh(make_mesh((1, 2, 4))):
+        on_mesh = random_params(network)
+        key, settings = jax.random.key(0), {"samples": 4, "temperature": 0.0}
+        found = decode.generate(network, on_mesh, rows(prefix), key, **settings)
+    wanted = greedy(network, params, tokens[:2, :kept])
+    np.testing.assert_array_equal(found, np.repeat(wanted, 4, axis=0))
+
+
+def test_steps_are_the_first_ones_of_the_whole_sequence(model):
+    network, params, tokens, _ = model
+    key = jax.random.key(0)
+    wanted = decode.generate(network, params, tokens[:, :6], key)
+    found = decode.generate(network, params, tokens[:, :6], key, steps=5)
+    np.testing.assert_array_equal(found, wanted[:, :11])
 
 
 def test_drawn_tokens_follow_the_distribution_of_the_network(model):

@@ -70,9 +70,9 @@ def _over_the_mesh(q, k, v, *, causal: bool):
     mesh, T = jax.sharding.get_abstract_mesh(), q.shape[1]
     if mesh.empty:
         return _plain(causal, 0, q, k, v)
-    split = mesh.shape["sequence"]
-    chosen = form(_platform(mesh), T, split, causal=causal)
     spec = P(*jax.typeof(q).sharding.spec[:3], None)  # the whole of K, with each head
+    split = mesh.shape["sequence"] if spec[1] else 1  # decoding splits rows and heads alone
+    chosen = form(_platform(mesh), T, split, causal=causal)
 
     def local(kernel, q, k, v):
         first = 0
@@ -87,7 +87,7 @@ def _over_the_mesh(q, k, v, *, causal: bool):
 
     kernel = kernel_specs = None
     if chosen == "splash":
-        kernel, kernel_specs = make_kernel(mesh, q.shape[2], T, causal=causal)
+        kernel, kernel_specs = make_kernel(mesh, q.shape[2], T, split, causal=causal)
     # The kernels say nothing of which axes their results vary over; all of them are in the specs.
     in_specs = (kernel_specs, spec, spec, spec)
     return jax.shard_map(local, in_specs=in_specs, out_specs=spec, check_vma=False)(kernel, q, k, v)

@@ -10,6 +10,7 @@ binds it where it is used, so that everything outside this folder is plain JAX.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -30,13 +31,6 @@ class Output(NamedTuple):
     pooled: Float[Array, "L+1 B D"]  # float32 means over positions of every layer's normed input
     class_logits: Float[Array, "B C"] | None  # float32; None without a class head
     kept: Float[Array, "N B T D"] | None  # what `pooled` are means of, of the layers in `keep`
-
-
-class Cache(NamedTuple):
-    """Keys and values of all positions so far, for every layer."""
-
-    keys: Float[Array, "L B T H K"]
-    values: Float[Array, "L B T H K"]
 
 
 class GPT(nnx.Module):
@@ -97,7 +91,7 @@ class GPT(nnx.Module):
 
         keys = None if keys is None else keys[:-1]
         kept, slots = _places(keep, config.layers, x) if keep else (None, None)
-        (x, kept), pooled = self._walk(layer, (x, kept), (self.blocks, keys, slots))
+        (x, kept), pooled = self.walk(layer, (x, kept), (self.blocks, keys, slots))
         final = layers.rms_norm(x, self.final_norm[...])
         read, pooled_final = x if raw else final, _pool(final)
         pooled = jnp.concatenate([pooled, (_pool(x) if raw else pooled_final)[None]])
@@ -107,41 +101,9 @@ class GPT(nnx.Module):
         class_logits = self.classifier(pooled_final) if self.network.classes else None
         return Output(self._token_logits(final), pooled, class_logits, kept)
 
-    def extend(
-        self, x: Float[Array, "B P D"], start: int | Int[Array, ""], cache: Cache
-    ) -> tuple[Float[Array, "B V"], Cache]:
-        """Reads P more positions after `start` cached ones.
-
-        Args:
-          x: embedded inputs of positions start .. start+P-1.
-          start: positions already in the cache.
-          cache: room for T positions; what lies beyond start+P is not looked at.
-
-        Returns:
-          Logits of the last position read, and the cache with the new keys and values.
-        """
-        P, T = x.shape[1], cache.keys.shape[2]
-        seen = jnp.arange(T)[None, :] <= start + jnp.arange(P)[:, None]
-
-        def layer(carry, inputs):
-            (x, cache), (block, index) = carry, inputs
-
-            def attend(q, k, v):
-                nonlocal cache
-                at = (index, 0, start, 0, 0)
-                cache = Cache(
-                    jax.lax.dynamic_update_slice(cache.keys, k[None], at),
-                    jax.lax.dynamic_update_slice(cache.values, v[None], at),
-                )
-                return attention.attention(q, cache.keys[index], cache.values[index], seen)
-
-            x, _ = block(x, attend)
-            return (x, cache), None
-
-        indices = jnp.arange(self.network.config.layers)
-        (x, cache), _ = self._walk(layer, (x, cache), (self.blocks, indices))
-        last = layers.rms_norm(x[:, -1:], self.final_norm[...])
-        return self._token_logits(last)[:, 0], cache
+    def predict(self, x: Float[Array, "B 1 D"]) -> Float[Array, "B V"]:
+        """Logits of one position, of the residual stream behind all layers."""
+        return self._token_logits(layers.rms_norm(x, self.final_norm[...]))[:, 0]
 
     def embed(
         self,
@@ -202,7 +164,7 @@ class GPT(nnx.Module):
             "btd,vd->btv", final, head, preferred_element_type=layers.accumulator(final)
         )
 
-    def _walk(self, layer, carry, xs):
+    def walk(self, layer: Callable, carry, xs):
         """`lax.scan` of `layer` over the stacked layers, or the same loop unrolled."""
         config = self.network.config
         if config.remat != "none":
@@ -213,7 +175,9 @@ class GPT(nnx.Module):
             return jax.lax.scan(layer, carry, xs)
         outs = []
         for i in range(config.layers):
-            carry, out = layer(carry, jax.tree.map(lambda leaf, i=i: leaf[i], xs))
+            # Not leaf[i], whose gradient JAX cannot add to what `jax.vjp` is given to add it to.
+            of_layer = functools.partial(jax.lax.index_in_dim, index=i, keepdims=False)
+            carry, out = layer(carry, jax.tree.map(of_layer, xs))
             outs.append(out)
         return carry, jax.tree.map(lambda *out: jnp.stack(out), *outs)
 
@@ -261,13 +225,6 @@ class Network:
     def bind(self, params: dict) -> GPT:
         """The module with these weights."""
         return nnx.merge(_graphdef(self), params)
-
-    def empty_cache(self, batch: int) -> Cache:
-        """A cache for `batch` sequences of T positions, split as keys and values are."""
-        c = self.config
-        shape = (c.layers, batch, self.length, c.heads, c.width // c.heads)
-        spec = PartitionSpec(None, sharding.BATCH, None, "tensor")
-        return Cache(*(jnp.zeros(shape, c.dtype, out_sharding=spec) for _ in range(2)))
 
 
 @functools.cache

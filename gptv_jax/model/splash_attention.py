@@ -17,24 +17,27 @@ LANES = 128  # of a TPU's vector unit; a device's queries and keys come in multi
 BLOCK = 512  # queries and keys a tile, where they divide the length
 
 
-def make_kernel(mesh, heads: int, length: int, *, causal: bool, interpret: bool = False):
+def make_kernel(
+    mesh, heads: int, length: int, split: int, *, causal: bool, interpret: bool = False
+):
     """The kernel for the heads and positions of a mesh, and how its tables are split over it.
 
     Args:
-      mesh: with axes "tensor", which splits the heads, and "sequence", which splits the queries.
+      mesh: with axes "tensor", which splits the heads, and "sequence", which may split the queries.
       heads: H, of all devices.
       length: T, of all devices.
+      split: parts that the queries are split into, 1 or the size of "sequence".
       causal: whether a position sees itself and earlier ones, or all.
       interpret: emulates the TPU, to try it elsewhere.
 
     Returns:
       The kernel, an argument of `jax.shard_map`, and the partition specs that it is passed with.
     """
-    split = mesh.shape["sequence"]
+    axis = "sequence" if split > 1 else None
     # The heads are alike, and so are all queries that see everything; which queries a device has
     # matters to a causal mask alone.
     if causal:
-        mask, shards, spec = masks.CausalMask((length, length)), split, P(None, "sequence")
+        mask, shards, spec = masks.CausalMask((length, length)), split, P(None, axis)
     else:
         mask, shards, spec = masks.FullMask((length // split, length)), 1, P(None, None)
     queries, keys = tile(length // split), tile(length)
