@@ -177,7 +177,7 @@ WRONG = {
     "top_k of 0": (lambda m: m.sample(1, top_k=0), ["top_k is 0", "1 or more"]),
     "top_p of 0": (lambda m: m.sample(1, top_p=0.0), ["top_p is 0", "more than 0 up to 1"]),
     "top_p above 1": (lambda m: m.complete(IMAGES, top_p=1.5), ["top_p is 1.5", "up to 1"]),
-    "no samples": (lambda m: m.complete(IMAGES, samples=0), ["samples is 0", "1 or more"]),
+    "no continuations": (lambda m: m.complete(IMAGES, samples=0), ["samples is 0", "1 or more"]),
     "keep above 1": (lambda m: m.complete(IMAGES, keep=4), ["keep is 4", "0 to 1"]),
 }
 

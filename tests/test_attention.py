@@ -243,3 +243,44 @@ def test_splash_attention_compiles_for_a_tpu_without_t_by_t_scores(tpu, head_siz
     assert compiled.as_text().count("tpu_custom_call") >= 3  # forward, dq, and dk with dv
     scores = batch * 2 * (length // 2) * length * 4  # bytes on one device, of heads, queries, keys
     assert compiled.memory_analysis().temp_size_in_bytes < scores
+
+
+# A GPU
+
+
+@pytest.fixture
+def cudnn(monkeypatch):
+    """As if there were a GPU: programs can be lowered for it, but not run."""
+    fused = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91100)
+    monkeypatch.setattr(fused, "check_compute_capability", lambda least: True)
+    monkeypatch.setattr(fused, "is_cuda_compute_capability_equal", lambda which: False)
+    monkeypatch.setattr(attention, "_platform", lambda mesh: "gpu")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+def test_a_gpu_in_bfloat16_runs_cudnn_on_each_devices_own_rows_and_heads(cudnn, causal, shape):
+    with jax.set_mesh(make_mesh(shape)):
+        inputs = [x.astype(jnp.bfloat16) for x in draw(4, (8, 128, 4, 64))]
+
+        def run(*inputs):
+            out, backward = jax.vjp(FORMS[causal], *inputs[:3])
+            return out, *backward(inputs[3])
+
+        lowered = jax.jit(run).trace(*inputs).lower(lowering_platforms=("cuda",)).as_text()
+    local = f"tensor<{8 // shape[0] // shape[1]}x128x{4 // shape[2]}x64xbf16>"
+    for kernel in ("__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"):
+        (call,) = (line for line in lowered.splitlines() if f"@{kernel}(" in line)
+        assert local in call and ("CAUSAL" in call) == causal
+    assert "x128x128x" not in lowered  # no scores
+
+
+@pytest.mark.parametrize(
+    "changed", [{"dtype": "float32"}, {"head_size": 12}, {"split": 2}], ids=str
+)
+def test_what_cudnn_does_not_take_a_gpu_computes_in_the_plain_form(changed):
+    kind = {"length": 64, "split": 1, "causal": True, "dtype": "bfloat16", "head_size": 64}
+    assert attention.form("gpu", **kind) == "cudnn"
+    assert attention.form("gpu", **kind | changed) == "plain"

@@ -18,6 +18,7 @@ from gptv_jax.model.blocked_attention import blocked_attention
 from gptv_jax.model.splash_attention import LANES, make_kernel, splash_attention
 
 LONG = 256  # T from which, on a CPU, the blocked form is the faster one
+CUDNN_HEADS = range(8, 257, 8)  # K that cuDNN takes; before Hopper it refuses more than 128
 
 
 def attention(
@@ -49,17 +50,24 @@ def bidirectional_attention(
     return _over_the_mesh(q, k, v, causal=False)
 
 
-def form(platform: str, length: int, split: int, *, causal: bool) -> str:
-    """Which form attention takes: "splash", "blocked" or "plain".
+def form(
+    platform: str, length: int, split: int, *, causal: bool, dtype: str, head_size: int
+) -> str:
+    """Which form attention takes: "splash", "cudnn", "blocked" or "plain".
 
     Args:
       platform: tpu, gpu or cpu.
       length: T.
       split: parts of the sequence, on a device each.
       causal: whether a position sees itself and earlier ones, or all.
+      dtype: of compute.
+      head_size: K.
     """
     if platform == "tpu" and (length // split) % LANES == 0:
         return "splash"
+    # Of a causal mask cuDNN only knows the one that begins with the first query.
+    if platform == "gpu" and dtype == "bfloat16" and (split == 1 or not causal):
+        return "cudnn" if head_size in CUDNN_HEADS else "plain"
     if platform == "cpu" and causal and split == 1 and length >= LONG:
         return "blocked"
     return "plain"
@@ -72,7 +80,8 @@ def _over_the_mesh(q, k, v, *, causal: bool):
         return _plain(causal, 0, q, k, v)
     spec = P(*jax.typeof(q).sharding.spec[:3], None)  # the whole of K, with each head
     split = mesh.shape["sequence"] if spec[1] else 1  # decoding splits rows and heads alone
-    chosen = form(_platform(mesh), T, split, causal=causal)
+    kind = {"dtype": q.dtype.name, "head_size": q.shape[-1]}
+    chosen = form(_platform(mesh), T, split, causal=causal, **kind)
 
     def local(kernel, q, k, v):
         first = 0
@@ -81,7 +90,9 @@ def _over_the_mesh(q, k, v, *, causal: bool):
             k, v = (jax.lax.all_gather(x, "sequence", axis=1, tiled=True) for x in (k, v))
         if kernel is not None:
             return splash_attention(kernel, q, k, v)
-        if chosen == "blocked":
+        if chosen == "cudnn" and jax.default_backend() == "gpu":
+            return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
+        if chosen in ("cudnn", "blocked"):  # cuDNN is planned for elsewhere, by what it keeps: this
             return blocked_attention(q, k, v)
         return _plain(causal, first, q, k, v)
 

@@ -42,12 +42,14 @@ def training(network: Network) -> Flops:
 
 def tile(form: str, length: int) -> int:
     """Positions that a form of attention works on at a time: of none less than all is masked."""
-    return {"plain": length, "blocked": BLOCK, "splash": splash_attention.tile(length)}[form]
+    splash = splash_attention.tile(length)
+    return {"plain": length, "blocked": BLOCK, "cudnn": CUDNN_TILE, "splash": splash}[form]
 
 
 # Products of T x T with K that a form of attention computes, forward and backward; the model's own
 # count is 2 and 4. Those that never keep the scores compute them again, splash in two kernels.
-PRODUCTS = {"plain": (2, 4), "blocked": (2, 5), "splash": (2, 7)}
+PRODUCTS = {"plain": (2, 4), "blocked": (2, 5), "cudnn": (2, 5), "splash": (2, 7)}
+CUDNN_TILE = 128  # positions, of FlashAttention's kernels on Ampere and later
 
 
 def executed(network: Network, platform: str, split: int = 1) -> Flops:
@@ -60,7 +62,8 @@ def executed(network: Network, platform: str, split: int = 1) -> Flops:
     """
     c, blocks, model = network.config, _blocks(network), training(network)
     causal = c.objective == "autoregressive"
-    form = attention_lib.form(platform, network.length, split, causal=causal)
+    kind = {"dtype": c.dtype, "head_size": c.width // c.heads}
+    form = attention_lib.form(platform, network.length, split, causal=causal, **kind)
     ahead, back = PRODUCTS[form]
     # With "dots" a fused kernel's results are kept.
     again = c.remat == "full" or (c.remat == "dots" and form != "splash")
