@@ -89,8 +89,20 @@ class Model:
     layers: int = field(24, POSITIVE)
     width: int = field(512, POSITIVE)
     heads: int = field(8, POSITIVE)
-    mlp_ratio: int = field(4, POSITIVE)  # MLP width over width
-    axial_positions: bool = False  # adds row and column tables to the learned position table
+    mlp_ratio: int = field(4, POSITIVE)  # MLP width over width; of swiglu 2/3 of it, see mlp_width
+    # What an MLP does between its products: x * sigmoid(1.702 x), or silu(gate) * up, of two
+    # products (Shazeer 2020, arXiv:2002.05202), narrower by as much as keeps weights and FLOPs.
+    mlp: str = field("gelu", one_of("gelu", "swiglu"))
+    learned_positions: bool = True  # a table of positions, added to the embeddings
+    axial_positions: bool = False  # adds tables of rows and columns
+    rotary: bool = False  # turns queries and keys by their rows and columns: see model.rotary
+    qk_norm: bool = False  # RMS norm, with a gain, of every head's queries and keys
+    # Adds to each input an embedding, of another table, of the token above the one to predict.
+    above_embedding: bool = False
+    # muP (Yang et al. 2022, arXiv:2203.03466): the width that learning rates are tuned at; at
+    # another one, of heads of the same size, the blocks' matrices and the heads are initialised
+    # and trained so that they carry over. None: they are taken as they are.
+    base_width: int | None = field(None, POSITIVE)
     start_per_variant: bool = False  # a start vector per augmentation variant (Jun et al. 2020)
     dropout: float = field(0.0, BELOW_ONE)  # probability, on embeddings and each residual branch
     dtype: str = field("float32", one_of("float32", "bfloat16"))  # of compute; weights: float32
@@ -102,6 +114,20 @@ class Model:
     votes: int = field(5, POSITIVE)  # bert: masks an image is evaluated under; the majority counts
     # What the backward pass computes again: nothing, all but products with weights, or everything.
     remat: str = field("none", one_of("none", "dots", "full"), free=True)
+
+    @property
+    def mlp_width(self) -> int:
+        """F; of swiglu, to the nearest multiple of a power of two, within 1/128 of the exact."""
+        if self.mlp == "gelu":
+            return self.mlp_ratio * self.width
+        exact = 2 * self.mlp_ratio * self.width / 3
+        multiple = 2 ** max(math.floor(math.log2(exact / 64)), 0)
+        return max(round(exact / multiple) * multiple, 1)
+
+    @property
+    def relative_width(self) -> float:
+        """Width over the one that learning rates are tuned at."""
+        return self.width / (self.base_width or self.width)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,10 +317,12 @@ def _check_together(config: Config) -> None:
             f"config.model.heads is {model.heads}; it takes a divisor of config.model.width = "
             f"{model.width}."
         )
-    if model.objective == "bert" and model.start_per_variant:
+    _check_objective(model)
+    if model.rotary and model.width // model.heads % 4:
         raise InputError(
-            "config.model.start_per_variant is True, but config.model.objective=bert has no start "
-            "vector; set one of them otherwise."
+            f"config.model.rotary is True, but a head's size, config.model.width / "
+            f"config.model.heads = {model.width // model.heads}, is no multiple of 4, as rows and "
+            "columns each turn pairs of channels; take fewer heads or another width."
         )
     _check_probe(config.probe, model.layers + 1)
     if config.profile.window and config.profile.window[1] > config.train.steps:
@@ -319,6 +347,27 @@ def _check_together(config: Config) -> None:
                 f"{prefix}.rest_learning_rate is {optimizer.rest_learning_rate}, but only muon "
                 f"treats the rest apart; take {prefix}.name=muon or rest_learning_rate=None."
             )
+
+
+def _check_objective(model: Model) -> None:
+    """Fields that make no sense where tokens are hidden, not predicted one after the other."""
+    if model.objective != "bert":
+        return
+    if model.start_per_variant:
+        raise InputError(
+            "config.model.start_per_variant is True, but config.model.objective=bert has no start "
+            "vector; set one of them otherwise."
+        )
+    if model.above_embedding:
+        raise InputError(
+            "config.model.above_embedding is True, but config.model.objective=bert may hide the "
+            "token above, and sees the others anyway; set one of them otherwise."
+        )
+    if not (model.learned_positions or model.axial_positions):
+        raise InputError(
+            "config.model.learned_positions is False, but config.model.objective=bert knows a "
+            "hidden token by the position added in its place alone; set it, or axial_positions."
+        )
 
 
 def _check_probe(probe: Probe, layers: int) -> None:

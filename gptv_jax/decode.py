@@ -64,7 +64,7 @@ def _continue(network, params, prefix, logits, cache, key, temperature, top_k, t
         tokens, logits, cache = carry
         token = draw(position, logits)
         tokens = jax.lax.dynamic_update_slice(tokens, token[:, None], (0, position))
-        x = model.embed_one(token, position + 1)
+        x = model.embed_one(tokens, position + 1)
         logits, cache = model.extend(x, position + 1, cache)
         return tokens, logits, cache
 

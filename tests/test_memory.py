@@ -9,7 +9,7 @@ import sys
 
 import jax
 import pytest
-from conftest import random_batch
+from conftest import MODERN, random_batch
 
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
@@ -115,12 +115,17 @@ def test_a_real_step_grows_the_process_by_what_was_planned(remat):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "remat", "microbatches"),
-    [((1, 8, 1), "none", 1), ((1, 4, 2), "dots", 1), ((2, 2, 2), "full", 4)],
+    ("mesh", "remat", "microbatches", "recipe"),
+    [
+        ((1, 8, 1), "none", 1, {}),
+        ((1, 4, 2), "dots", 1, {}),
+        ((2, 2, 2), "full", 4, {}),
+        ((1, 8, 1), "dots", 1, MODERN),
+    ],
     ids=str,
 )
-def test_arithmetic_is_near_the_cpu_compiler(mesh, remat, microbatches):
-    config = small(mesh, remat, microbatches, dtype="bfloat16")
+def test_arithmetic_is_near_the_cpu_compiler(mesh, remat, microbatches, recipe):
+    config = small(mesh, remat, microbatches, dtype="bfloat16", **recipe)
     found = plan.make(config, CPU)
     arguments = found.memory.parameters + found.memory.optimizer + found.memory.batch
     assert found.compiled.arguments == pytest.approx(arguments, rel=0.001)

@@ -10,12 +10,13 @@ from optax.contrib import MuonDimensionNumbers
 from gptv_jax import config as config_lib
 
 # The matrices of the blocks, which Muon orthogonalises, with the axes that make each a matrix
-# (inputs, outputs). The other axes, the layer and which of q, k, v, are batch: every one of their
-# slices is a matrix of its own.
+# (inputs, outputs). The other axes, the layer and which of q, k, v or of gate and up, are batch:
+# every one of their slices is a matrix of its own.
 MATRICES = {
     "qkv": MuonDimensionNumbers(reduction_axis=1, output_axis=(3, 4)),  # L [D] 3 [H K]
     "attention_out": MuonDimensionNumbers(reduction_axis=(1, 2), output_axis=3),  # L [H K] [D]
     "mlp_in": MuonDimensionNumbers(reduction_axis=1, output_axis=2),  # L [D] [F]
+    "mlp_gate_up": MuonDimensionNumbers(reduction_axis=1, output_axis=3),  # L [D] 2 [F]
     "mlp_out": MuonDimensionNumbers(reduction_axis=1, output_axis=2),  # L [F] [D]
 }
 # Weight decay acts on these; never on norms, start vectors, embeddings and positions. By name,
