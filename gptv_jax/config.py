@@ -117,12 +117,12 @@ class Model:
 
     @property
     def mlp_width(self) -> int:
-        """F; of swiglu, to the nearest multiple of a power of two, within 1/128 of the exact."""
+        """F; of swiglu up to a multiple of the largest power of two that is 1/64 of it at most."""
+        width = self.mlp_ratio * self.width
         if self.mlp == "gelu":
-            return self.mlp_ratio * self.width
-        exact = 2 * self.mlp_ratio * self.width / 3
-        multiple = 2 ** max(math.floor(math.log2(exact / 64)), 0)
-        return max(round(exact / multiple) * multiple, 1)
+            return width
+        multiple = 2 ** max(math.floor(math.log2(2 * width / 3 / 64)), 0)
+        return math.ceil(2 * width / (3 * multiple)) * multiple
 
     @property
     def relative_width(self) -> float:
@@ -143,9 +143,12 @@ class Optimizer:
     beta2: float = field(0.95, BELOW_ONE)
     weight_decay: float = field(0.0, NOT_NEGATIVE)  # times the learning rate; matrices only
     clip_norm: float | None = field(None, ABOVE_ZERO)  # of all gradients together; None: no bound
-    schedule: str = field("cosine", one_of("cosine", "constant"))  # after the warm-up
+    # After the warm-up; wsd (Hu et al. 2024, arXiv:2404.06395) stays at the peak, then falls to the
+    # end in a line.
+    schedule: str = field("cosine", one_of("cosine", "constant", "wsd"))
     warmup_steps: int = field(0, NOT_NEGATIVE)  # linear, up to the peak
-    final_fraction: float = field(0.0, SHARE)  # of the peak, at the last step of a cosine
+    decay_share: float = field(0.2, SHARE)  # wsd: of all steps, those at the end on which it falls
+    final_fraction: float = field(0.0, SHARE)  # of the peak, at the last step; not of constant
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,10 +162,18 @@ class Train:
     # as good.
     microbatches: int = field(1, POSITIVE, free=True)
     optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
+    # Decay of a moving average of the weights, at step t (1 + t) / (10 + t) if that is less, which
+    # evaluations, later stages and users take in their place; None: no average.
+    ema: float | None = field(None, BELOW_ONE)
     eval_every: int = field(250, NOT_NEGATIVE)  # steps; 0: at the end only
     checkpoint_every: int = field(250, POSITIVE, free=True)  # steps; the last step is always saved
     keep_checkpoints: int = field(2, POSITIVE, free=True)  # newest ones that stay on disk
     log_every: int = field(50, POSITIVE, free=True)  # steps
+
+    @property
+    def weights(self) -> str:
+        """The part of a train state that all but the next step takes."""
+        return "params" if self.ema is None else "ema"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,6 +40,8 @@ TRAINING = {
     "optimizer.schedule": "linear",
     "optimizer.warmup_steps": -1,
     "optimizer.final_fraction": 1.1,
+    "optimizer.decay_share": -0.1,
+    "ema": 1.0,
 }
 OUT_OF_RANGE = {
     "seed": -1,
