@@ -34,15 +34,16 @@ def small(mesh: tuple[int, ...], remat: str, microbatches: int = 1, **changes) -
 @pytest.mark.parametrize("mesh", [(8, 1, 1), (1, 8, 1), (2, 2, 2)], ids=str)
 def test_state_and_batch_are_what_real_arrays_hold(mesh):
     config = small(mesh, "dots")
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, ema=0.9))
     found = plan.make(config, CPU, compiling=False)
     update, _ = optimizer.make_optimizer(config.train.optimizer, config.train.steps)
     with jax.set_mesh(sharding.make_mesh(config.mesh)):
-        state = jax.jit(step.make_init(found.network, update))(jax.random.key(0))
+        state = jax.jit(step.make_init(found.network, update, 0.9))(jax.random.key(0))
         batch = random_batch(found.network, size=64)
         arrays = sharding.global_batch({name: batch[name] for name in ("tokens", "variant")})
     planned = found.memory
     assert held(state["params"]) == {planned.parameters}
-    assert held(state["opt"]) == {planned.optimizer}
+    assert held([state["opt"], state["ema"]]) == {planned.optimizer}
     assert held(arrays) == {planned.batch}
     assert found.params == sum(leaf.size for leaf in jax.tree.leaves(state["params"]))
 
