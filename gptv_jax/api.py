@@ -334,6 +334,7 @@ def _of_run(folder: pathlib.Path, stage: str | None) -> Model:
         best_layer=summary.get("probe/best_layer"),
     )
     mesh, place = sharding.make_mesh(config_lib.Mesh()), checkpoint_folder(config, folder) / stage
+    weights = {"pretrain": config.train, "finetune": config.finetune.train}[stage].weights
     with jax.set_mesh(mesh), Checkpoints(place, read_only=True) as saved:
-        params = saved.restore(step, {"params": sharding.abstract(network.init)})[0]["params"]
-    return Model(described, params, mesh)
+        state, _ = saved.restore(step, {weights: sharding.abstract(network.init)})
+    return Model(described, state[weights], mesh)

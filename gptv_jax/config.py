@@ -11,7 +11,7 @@ import re
 
 import ml_collections
 
-from gptv_jax import fields
+from gptv_jax import consistency, fields
 from gptv_jax.errors import InputError
 from gptv_jax.fields import ABOVE_ZERO, BELOW_ONE, NOT_NEGATIVE, POSITIVE, SHARE, field, one_of
 
@@ -89,8 +89,20 @@ class Model:
     layers: int = field(24, POSITIVE)
     width: int = field(512, POSITIVE)
     heads: int = field(8, POSITIVE)
-    mlp_ratio: int = field(4, POSITIVE)  # MLP width over width
-    axial_positions: bool = False  # adds row and column tables to the learned position table
+    mlp_ratio: int = field(4, POSITIVE)  # MLP width over width; of swiglu 2/3 of it, see mlp_width
+    # What an MLP does between its products: x * sigmoid(1.702 x), or silu(gate) * up, of two
+    # products (Shazeer 2020, arXiv:2002.05202), narrower by as much as keeps weights and FLOPs.
+    mlp: str = field("gelu", one_of("gelu", "swiglu"))
+    learned_positions: bool = True  # a table of positions, added to the embeddings
+    axial_positions: bool = False  # adds tables of rows and columns
+    rotary: bool = False  # turns queries and keys by their rows and columns: see model.rotary
+    qk_norm: bool = False  # RMS norm, with a gain, of every head's queries and keys
+    # Adds to each input an embedding, of another table, of the token above the one to predict.
+    above_embedding: bool = False
+    # muP (Yang et al. 2022, arXiv:2203.03466): the width that learning rates are tuned at; at
+    # another one, of heads of the same size, the blocks' matrices and the heads are initialised
+    # and trained so that they carry over. None: they are taken as they are.
+    base_width: int | None = field(None, POSITIVE)
     start_per_variant: bool = False  # a start vector per augmentation variant (Jun et al. 2020)
     dropout: float = field(0.0, BELOW_ONE)  # probability, on embeddings and each residual branch
     dtype: str = field("float32", one_of("float32", "bfloat16"))  # of compute; weights: float32
@@ -102,6 +114,20 @@ class Model:
     votes: int = field(5, POSITIVE)  # bert: masks an image is evaluated under; the majority counts
     # What the backward pass computes again: nothing, all but products with weights, or everything.
     remat: str = field("none", one_of("none", "dots", "full"), free=True)
+
+    @property
+    def mlp_width(self) -> int:
+        """F; of swiglu up to a multiple of the largest power of two that is 1/64 of it at most."""
+        width = self.mlp_ratio * self.width
+        if self.mlp == "gelu":
+            return width
+        multiple = 2 ** max(math.floor(math.log2(2 * width / 3 / 64)), 0)
+        return math.ceil(2 * width / (3 * multiple)) * multiple
+
+    @property
+    def relative_width(self) -> float:
+        """Width over the one that learning rates are tuned at."""
+        return self.width / (self.base_width or self.width)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,9 +143,12 @@ class Optimizer:
     beta2: float = field(0.95, BELOW_ONE)
     weight_decay: float = field(0.0, NOT_NEGATIVE)  # times the learning rate; matrices only
     clip_norm: float | None = field(None, ABOVE_ZERO)  # of all gradients together; None: no bound
-    schedule: str = field("cosine", one_of("cosine", "constant"))  # after the warm-up
+    # After the warm-up; wsd (Hu et al. 2024, arXiv:2404.06395) stays at the peak, then falls to the
+    # end in a line.
+    schedule: str = field("cosine", one_of("cosine", "constant", "wsd"))
     warmup_steps: int = field(0, NOT_NEGATIVE)  # linear, up to the peak
-    final_fraction: float = field(0.0, SHARE)  # of the peak, at the last step of a cosine
+    decay_share: float = field(0.2, SHARE)  # wsd: of all steps, those at the end on which it falls
+    final_fraction: float = field(0.0, SHARE)  # of the peak, at the last step; not of constant
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,10 +162,18 @@ class Train:
     # as good.
     microbatches: int = field(1, POSITIVE, free=True)
     optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
+    # Decay of a moving average of the weights, at step t (1 + t) / (10 + t) if that is less, which
+    # evaluations, later stages and users take in their place; None: no average.
+    ema: float | None = field(None, BELOW_ONE)
     eval_every: int = field(250, NOT_NEGATIVE)  # steps; 0: at the end only
     checkpoint_every: int = field(250, POSITIVE, free=True)  # steps; the last step is always saved
     keep_checkpoints: int = field(2, POSITIVE, free=True)  # newest ones that stay on disk
     log_every: int = field(50, POSITIVE, free=True)  # steps
+
+    @property
+    def weights(self) -> str:
+        """The part of a train state that all but the next step takes."""
+        return "params" if self.ema is None else "ema"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,61 +314,5 @@ def resolve(settings: ml_collections.ConfigDict | dict) -> Config:
         message names the field, its value and what would be accepted.
     """
     config = fields.from_dict(Config, settings, "config")
-    _check_together(config)
+    consistency.check(config)
     return config
-
-
-def _check_together(config: Config) -> None:
-    """What can be judged without data or devices, of fields that must fit each other."""
-    mesh, model = config.mesh, config.model
-    if dataclasses.astuple(mesh).count(-1) > 1:
-        raise InputError("config.mesh has more than one -1; only one axis can fill what is left.")
-    if model.width % model.heads:
-        raise InputError(
-            f"config.model.heads is {model.heads}; it takes a divisor of config.model.width = "
-            f"{model.width}."
-        )
-    if model.objective == "bert" and model.start_per_variant:
-        raise InputError(
-            "config.model.start_per_variant is True, but config.model.objective=bert has no start "
-            "vector; set one of them otherwise."
-        )
-    _check_probe(config.probe, model.layers + 1)
-    if config.profile.window and config.profile.window[1] > config.train.steps:
-        raise InputError(
-            f"config.profile.steps is {config.profile.steps!r}, but pretraining ends at step "
-            f"config.train.steps = {config.train.steps}; take earlier steps."
-        )
-    for where, train in (("train", config.train), ("finetune.train", config.finetune.train)):
-        optimizer, prefix = train.optimizer, f"config.{where}.optimizer"
-        if train.batch_size % train.microbatches:
-            raise InputError(
-                f"config.{where}.microbatches is {train.microbatches}; it takes a divisor of "
-                f"config.{where}.batch_size = {train.batch_size}."
-            )
-        if optimizer.name == "adam" and optimizer.weight_decay:
-            raise InputError(
-                f"{prefix}.weight_decay is {optimizer.weight_decay}, but adam has no decay; take "
-                f"{prefix}.name=adamw or weight_decay=0."
-            )
-        if optimizer.name != "muon" and optimizer.rest_learning_rate is not None:
-            raise InputError(
-                f"{prefix}.rest_learning_rate is {optimizer.rest_learning_rate}, but only muon "
-                f"treats the rest apart; take {prefix}.name=muon or rest_learning_rate=None."
-            )
-
-
-def _check_probe(probe: Probe, layers: int) -> None:
-    """Fields of the probe of a network with so many layers to read."""
-    for name in ("concatenate", "refine"):
-        if (count := getattr(probe, name)) and count > layers:
-            raise InputError(
-                f"config.probe.{name} is {count}; config.model.layers + 1 = {layers} can be read, "
-                f"so it takes at most that many."
-            )
-    for name, plain, method in (("pooling", "mean", "sgd"), ("labels_per_class", (), "lbfgs")):
-        if (value := getattr(probe, name)) != plain and probe.method != method:
-            raise InputError(
-                f"config.probe.{name} is {value!r}, which only config.probe.method={method} has; "
-                f"take that, or {name}={plain}."
-            )

@@ -74,7 +74,7 @@ def _continue(network, samples, steps, params, prefix, logits, prompts, key, set
         tokens, logits, cache = carry
         token = draw(position, logits)
         tokens = jax.lax.dynamic_update_slice(tokens, token[:, None], (0, position))
-        x = model.embed_one(token, position + 1)
+        x = model.embed_one(tokens, position + 1)
         logits, cache = cached.extend(model, blocks, x, cache, position - kept)
         return tokens, logits, cache
 

@@ -164,8 +164,13 @@ class Run:
             return weights.on_mesh()
         distributed.from_first(self._must_be_pretrained)
         folder = self._pretrained_folder()
-        abstract = {"params": sharding.abstract(network.init)}
-        place = distributed.from_first(lambda: str(checkpoint_folder(config_of(folder), folder)))
+
+        def of_folder() -> tuple[str, str]:
+            config = config_of(folder)
+            return str(checkpoint_folder(config, folder)), config.train.weights
+
+        place, weights = distributed.from_first(of_folder)
+        abstract = {weights: sharding.abstract(network.init)}
         with Checkpoints(epath.Path(place) / "pretrain", read_only=True) as checkpoints:
             restored = checkpoints.restore_latest(abstract)
         if restored is None:
@@ -174,7 +179,7 @@ class Run:
                 "restore it, or pretrain anew in another --workdir."
             )
         self._pretrained_step = restored[1]["position"]
-        return restored[0]["params"]
+        return restored[0][weights]
 
     def checkpoints(self, training: str) -> epath.Path:
         """The folder of a training's checkpoints."""

@@ -32,14 +32,18 @@ BATCH = ("data", "fsdp")  # the mesh axes that split the batch
 PARAMETERS: dict[str, P] = {
     "token_embedding": P(None, "fsdp"),  # V D   small V stays whole: integer cross-entropy is local
     "start": P(None, "fsdp"),  # S D
+    "above_embedding": P(None, "fsdp"),  # V+1 D
     "position": P(None, "fsdp"),  # T D
     "row": P(None, "fsdp"),  # image height, D
     "column": P(None, "fsdp"),  # image width, D
     "norm_1": P(None, None),  # L D   norms are tiny: splitting them would only add collectives
     "qkv": P(None, "fsdp", None, "tensor", None),  # L D 3 H K
+    "q_norm": P(None, None),  # L K
+    "k_norm": P(None, None),  # L K
     "attention_out": P(None, "tensor", None, "fsdp"),  # L H K D
     "norm_2": P(None, None),  # L D
     "mlp_in": P(None, "fsdp", "tensor"),  # L D F
+    "mlp_gate_up": P(None, "fsdp", None, "tensor"),  # L D 2 F
     "mlp_out": P(None, "tensor", "fsdp"),  # L F D
     "final_norm": P(None),  # D
     "head": P(None, "fsdp"),  # V D
@@ -49,6 +53,11 @@ PARAMETERS: dict[str, P] = {
 }
 BATCH_FIRST = P(BATCH)  # what leads with the batch
 HIDDEN = P(BATCH, "sequence")  # activations [B, T, D], and what else there is of every position
+
+_MLP_WIDTH = {  # in words of the fields
+    "gelu": "model.width * model.mlp_ratio",
+    "swiglu": "model.width * model.mlp_ratio * 2/3, rounded,",
+}
 
 
 def make_mesh(config: config_lib.Mesh, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -126,7 +135,7 @@ def check(config: config_lib.Config, mesh: Mesh | jax.sharding.AbstractMesh) -> 
     rows = [
         ("model.width", model.width, fsdp, "mesh.fsdp"),
         ("model.heads", model.heads, tensor, "mesh.tensor"),
-        ("model.width * model.mlp_ratio", model.width * model.mlp_ratio, tensor, "mesh.tensor"),
+        (_MLP_WIDTH[model.mlp], model.mlp_width, tensor, "mesh.tensor"),
         ("data.image_size ** 2", config.data.image_size**2, sequence, "mesh.sequence"),
         ("probe.batch_size", config.probe.batch_size, ways, "mesh.data * mesh.fsdp"),
     ]

@@ -44,6 +44,12 @@ def make_mesh(shape: tuple[int, ...]) -> jax.sharding.Mesh:
     return jax.make_mesh(shape, sharding.AXES, (AxisType.Explicit,) * 4, devices=devices)
 
 
+# Whatever the network can have beside iGPT's parts, of sizes that every mesh divides.
+MODERN = {"rotary": True, "learned_positions": False, "qk_norm": True, "above_embedding": True}
+MODERN |= {"mlp": "swiglu", "mlp_ratio": 3, "base_width": 16}
+RECIPES = {"igpt": {}, "modern": MODERN}
+
+
 def tiny_network(classes: int = 0, **changes) -> Network:
     """2 layers, 16 tokens, 11 token values, three start vectors; divisible by every mesh."""
     config = config_lib.Model(layers=2, width=32, heads=4, axial_positions=True)

@@ -40,6 +40,8 @@ TRAINING = {
     "optimizer.schedule": "linear",
     "optimizer.warmup_steps": -1,
     "optimizer.final_fraction": 1.1,
+    "optimizer.decay_share": -0.1,
+    "ema": 1.0,
 }
 OUT_OF_RANGE = {
     "seed": -1,
@@ -53,6 +55,8 @@ OUT_OF_RANGE = {
     "model.mlp_ratio": 0,
     "model.dropout": 1.0,
     "model.dtype": "float16",
+    "model.mlp": "relu",
+    "model.base_width": 0,
     "model.remat": "some",
     "model.objective": "gpt",
     "model.masked_share": 1.5,
@@ -105,6 +109,7 @@ UNBOUNDED = {
     "data.train_transforms", "data.eval_transforms", "finetune.train_transforms",
     "tokens.name", "tokens.palette",
     "model.axial_positions", "model.start_per_variant", "model.scan_layers",
+    "model.learned_positions", "model.rotary", "model.qk_norm", "model.above_embedding",
     "finetune.standardize", "probe.sgd.train_transforms", "probe.sgd.standardize",
 }  # fmt: skip
 
@@ -326,6 +331,31 @@ def test_fields_of_a_training_that_do_not_fit_each_other_are_errors(train, value
 def test_heads_must_divide_the_width():
     message = error_of(change("model.heads", 7))
     assert "config.model.heads is 7" in message and "config.model.width = 512" in message
+
+
+def test_rows_and_columns_each_turn_pairs_of_channels():
+    assert config_lib.resolve(changed(model__rotary=True)).model.rotary
+    message = error_of(changed(model__rotary=True, model__width=48))
+    assert "config.model.rotary is True" in message and "config.model.heads = 6" in message
+
+
+@pytest.mark.parametrize("field", ["start_per_variant", "above_embedding", "learned_positions"])
+def test_what_makes_no_sense_of_hidden_tokens_is_refused(field):
+    value = field != "learned_positions"
+    settings = changed(**{"model.objective": "bert", f"model.{field}": value})
+    message = error_of(settings)
+    assert message.startswith(f"config.model.{field} is {value}, but config.model.objective=bert")
+    assert config_lib.resolve(changed(**{f"model.{field}": value}))
+    rotary = changed(model__objective="bert", model__rotary=True, model__axial_positions=True)
+    assert config_lib.resolve(rotary)
+
+
+@pytest.mark.parametrize("width", [64, 96, 128, 256, 512, 768, 1024, 1536, 3072])
+def test_a_gated_mlp_is_as_large_as_a_plain_one_and_divides_as_well(width):
+    plain, gated = (config_lib.Model(width=width, mlp=mlp) for mlp in ("gelu", "swiglu"))
+    assert plain.mlp_width == 4 * width
+    assert 3 * gated.mlp_width == pytest.approx(2 * plain.mlp_width, rel=0.01)
+    assert gated.mlp_width % 2 ** int(math.log2(width / 32)) == 0
 
 
 def test_only_one_axis_of_the_mesh_can_fill_what_is_left():

@@ -17,7 +17,9 @@ WEIGHTS = {
     ("digits", None): 803_328,
     ("image_folder", None): 275_072,
     ("cifar10", "tiny"): 332_416,
+    ("cifar10", "tiny_modern"): 296_896,
     ("cifar10", "10m"): 9_968_128,
+    ("cifar10", "10m_modern"): 9_887_232,
     ("cifar10", "s"): 76_571_648,
     ("cifar10", "m"): 455_157_760,
     ("cifar10", "l"): 1_362_250_752,
@@ -44,6 +46,15 @@ def load(name: str, *arguments: str):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.get_config(*arguments)
+
+
+def test_the_modern_recipe_is_of_the_same_size_and_sees_as_much():
+    plain, modern = (config_lib.resolve(load("cifar10", size)) for size in ("10m", "10m_modern"))
+    sizes = [WEIGHTS["cifar10", size] for size in ("10m", "10m_modern")]
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.01)
+    assert (modern.data, modern.tokens) == (plain.data, plain.tokens)
+    for name in ("steps", "batch_size"):
+        assert getattr(modern.train, name) == getattr(plain.train, name)
 
 
 def test_every_file_is_listed():

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import make_mesh, random_batch, random_params, tiny_network
+from conftest import RECIPES, make_mesh, random_batch, random_params, tiny_network
 
 from gptv_jax import decode, sharding
 from gptv_jax.model import cached
@@ -12,13 +12,23 @@ from gptv_jax.model import cached
 pytestmark = pytest.mark.usefixtures("one_device")
 
 
-@pytest.fixture(scope="module")
-def model():
-    """A network, its weights, random sequences and the logits of the full forward pass."""
-    network = tiny_network(scan_layers=False)
+def model_of(recipe):
+    network = tiny_network(scan_layers=False, **recipe)
     with jax.set_mesh(make_mesh((1, 1, 1))):
         params, tokens = random_params(network), rows(random_batch(network, size=3)["tokens"])
         return network, params, tokens, full_logits(network, params, tokens)
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A network, its weights, random sequences and the logits of the full forward pass."""
+    return model_of({})
+
+
+@pytest.fixture(scope="module", params=RECIPES.values(), ids=RECIPES)
+def any_model(request):
+    """As `model`, of every kind of network."""
+    return model_of(request.param)
 
 
 def rows(tokens):
@@ -31,9 +41,9 @@ def full_logits(network, params, tokens):
 
 
 @jax.jit(static_argnums=0)
-def read_one(network, params, token, position, cache, count):
+def read_one(network, params, tokens, position, cache, count):
     model, blocks = cached.weights(network.bind(params), params)
-    return cached.extend(model, blocks, model.embed_one(token, position), cache, count)
+    return cached.extend(model, blocks, model.embed_one(tokens, position), cache, count)
 
 
 @jax.jit(static_argnums=(0, 2, 3))
@@ -51,15 +61,15 @@ def softmax(x):
 
 @pytest.mark.parametrize("scan", [False, True])
 @pytest.mark.parametrize("kept", [0, 1, 7, 15])
-def test_cached_decoding_gives_the_logits_of_the_full_forward_pass(kept, scan, model):
-    network, params, tokens, full = model
+def test_cached_decoding_gives_the_logits_of_the_full_forward_pass(kept, scan, any_model):
+    network, params, tokens, full = any_model
     changed = dataclasses.replace(network.config, scan_layers=scan)
     network = dataclasses.replace(network, config=changed)
     logits, prompts = decode._prefill(network, params, tokens[:, :kept])
     found, cache = [logits], cached.Cache(prompts, room(network, params, len(tokens), 17 - kept))
     for position in range(kept + 1, network.length):
-        token, count = tokens[:, position - 1], jnp.int32(position - kept - 1)
-        logits, cache = read_one(network, params, token, jnp.int32(position), cache, count)
+        unknown, count = tokens.at[:, position:].set(0), jnp.int32(position - kept - 1)
+        logits, cache = read_one(network, params, unknown, jnp.int32(position), cache, count)
         found.append(logits)
     np.testing.assert_allclose(np.stack(found, axis=1), full[:, kept:], atol=1e-5, rtol=1e-5)
 
@@ -99,8 +109,8 @@ def test_temperature_0_takes_the_argmax_of_the_full_forward_pass_at_every_step(m
     np.testing.assert_array_equal(greedy(network, params, tokens[:, :6]), wanted)
 
 
-def test_a_mesh_draws_the_greedy_tokens_of_one_device(model):
-    network, params, tokens, _ = model
+def test_a_mesh_draws_the_greedy_tokens_of_one_device(any_model):
+    network, params, tokens, _ = any_model
     wanted = greedy(network, params, tokens[:, :6])
     prefix = np.asarray(tokens)[[0, 1, 2, 2], :6]  # 4 rows, which 2 ways divide
     with jax.set_mesh(make_mesh((1, 2, 4))):

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import pytest
+from conftest import MODERN
 
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
@@ -22,9 +23,13 @@ CONFIG = config_lib.Config(
 )
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
-def test_flops_of_a_step_are_those_of_the_compiler(remat):
-    model = dataclasses.replace(CONFIG.model, remat=remat)
+@pytest.mark.parametrize(
+    ("remat", "recipe"),
+    [("none", {}), ("dots", {}), ("full", {}), ("none", MODERN), ("full", MODERN)],
+    ids=["none", "dots", "full", "modern none", "modern full"],
+)
+def test_flops_of_a_step_are_those_of_the_compiler(remat, recipe):
+    model = dataclasses.replace(CONFIG.model, remat=remat, **recipe)
     config = dataclasses.replace(CONFIG, model=model)
     network = plan.network_of(config)
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])

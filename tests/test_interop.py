@@ -11,11 +11,11 @@ import numpy as np
 import oracle
 import pytest
 import safetensors.numpy
-from conftest import generator, make_mesh, random_image
+from conftest import MODERN, generator, make_mesh, random_image, random_params
 
 import gptv_jax
 from gptv_jax import config as config_lib
-from gptv_jax import interop
+from gptv_jax import interop, sharding
 from gptv_jax.errors import InputError
 from gptv_jax.interop import huggingface, native, openai
 from gptv_jax.interop.portable import Portable
@@ -98,6 +98,19 @@ def test_our_form_gives_back_all_of_it(portable, tmp_path):
         native.write(whole, tmp_path / "deep" / "x.safetensors" / "below.safetensors")
 
 
+def test_our_form_holds_whatever_a_network_can_have(portable, tmp_path):
+    model = config_lib.Model(layers=2, width=32, heads=4, **MODERN)
+    modern = dataclasses.replace(portable, model=model, params={}, classes=0)
+    with jax.set_mesh(make_mesh((1, 1, 1))):
+        params = random_params(modern.network)
+        logits = modern.network.bind(params)(jnp.asarray(TOKENS)).logits
+        arrays = {name: np.asarray(leaf) for name, leaf in sharding.by_name(params).items()}
+    modern = dataclasses.replace(modern, params=arrays)
+    loaded = model_of(modern, tmp_path)
+    assert_same(loaded.portable(), modern)
+    np.testing.assert_allclose(loaded.logits(TOKENS), logits, atol=1e-5)
+
+
 def test_hugging_faces_form_gives_back_all_of_it(portable, tmp_path):
     huggingface.write(portable, tmp_path / "lm", "generation")
     assert_same(interop.read(tmp_path / "lm"), portable.headless())
@@ -133,7 +146,11 @@ def test_what_hugging_faces_form_has_no_word_for_is_folded_in(portable, tmp_path
             np.testing.assert_allclose(theirs.classify(images), ours.classify(images), atol=2e-5)
 
 
-def test_what_cannot_be_folded_in_is_refused_by_name(portable, tmp_path, monkeypatch):
+FOREIGN = {"mlp": "swiglu", "learned_positions": False, "rotary": True, "qk_norm": True}
+FOREIGN |= {"above_embedding": True, "objective": "bert"}
+
+
+def test_what_cannot_be_folded_in_is_refused_by_name(portable, tmp_path):
     centred = portable.params | {"classifier.class_center": np.ones(24, np.float32)}
     other = dataclasses.replace(portable, params=centred)
     with pytest.raises(InputError, match=r"no word for a class head whose input is centred"):
@@ -141,9 +158,12 @@ def test_what_cannot_be_folded_in_is_refused_by_name(portable, tmp_path, monkeyp
     huggingface.write(other, tmp_path / "y", "generation")
     with pytest.raises(InputError, match=r"no class head"):
         huggingface.write(portable.headless(), tmp_path / "x", "classification")
-    monkeypatch.setattr(huggingface, "EXPRESSED", huggingface.EXPRESSED - {"width"})
-    with pytest.raises(InputError, match=r"no word for model.width=24"):
-        huggingface.write(portable, tmp_path / "x", "generation")
+    for field, value in FOREIGN.items():
+        model = dataclasses.replace(portable.model, **{field: value})
+        with pytest.raises(InputError, match=rf"no word for model.{field}={value}\."):
+            huggingface.write(
+                dataclasses.replace(portable, model=model), tmp_path / "x", "generation"
+            )
     assert not (tmp_path / "x").exists()
 
 
@@ -170,7 +190,7 @@ def test_an_export_writes_over_nothing_but_an_export(portable, tmp_path):
         "heads": 2,
         "mlp_ratio": 2,
         "axial_positions": True,
-        "objective": "bert",
+        **FOREIGN,
     }.items(),
 )
 def test_a_configuration_of_another_network_is_told_by_the_field(portable, field, value):

@@ -9,7 +9,7 @@ import sys
 
 import jax
 import pytest
-from conftest import random_batch
+from conftest import MODERN, random_batch
 
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
@@ -34,15 +34,16 @@ def small(mesh: tuple[int, ...], remat: str, microbatches: int = 1, **changes) -
 @pytest.mark.parametrize("mesh", [(8, 1, 1), (1, 8, 1), (2, 2, 2)], ids=str)
 def test_state_and_batch_are_what_real_arrays_hold(mesh):
     config = small(mesh, "dots")
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, ema=0.9))
     found = plan.make(config, CPU, compiling=False)
     update, _ = optimizer.make_optimizer(config.train.optimizer, config.train.steps)
     with jax.set_mesh(sharding.make_mesh(config.mesh)):
-        state = jax.jit(step.make_init(found.network, update))(jax.random.key(0))
+        state = jax.jit(step.make_init(found.network, update, 0.9))(jax.random.key(0))
         batch = random_batch(found.network, size=64)
         arrays = sharding.global_batch({name: batch[name] for name in ("tokens", "variant")})
     planned = found.memory
     assert held(state["params"]) == {planned.parameters}
-    assert held(state["opt"]) == {planned.optimizer}
+    assert held([state["opt"], state["ema"]]) == {planned.optimizer}
     assert held(arrays) == {planned.batch}
     assert found.params == sum(leaf.size for leaf in jax.tree.leaves(state["params"]))
 
@@ -115,12 +116,17 @@ def test_a_real_step_grows_the_process_by_what_was_planned(remat):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "remat", "microbatches"),
-    [((1, 8, 1), "none", 1), ((1, 4, 2), "dots", 1), ((2, 2, 2), "full", 4)],
+    ("mesh", "remat", "microbatches", "recipe"),
+    [
+        ((1, 8, 1), "none", 1, {}),
+        ((1, 4, 2), "dots", 1, {}),
+        ((2, 2, 2), "full", 4, {}),
+        ((1, 8, 1), "dots", 1, MODERN),
+    ],
     ids=str,
 )
-def test_arithmetic_is_near_the_cpu_compiler(mesh, remat, microbatches):
-    config = small(mesh, remat, microbatches, dtype="bfloat16")
+def test_arithmetic_is_near_the_cpu_compiler(mesh, remat, microbatches, recipe):
+    config = small(mesh, remat, microbatches, dtype="bfloat16", **recipe)
     found = plan.make(config, CPU)
     arguments = found.memory.parameters + found.memory.optimizer + found.memory.batch
     assert found.compiled.arguments == pytest.approx(arguments, rel=0.001)

@@ -8,7 +8,7 @@ import types
 
 import jax
 import pytest
-from conftest import make_mesh, tiny_network
+from conftest import RECIPES, make_mesh, tiny_network
 from tensorboardX.proto import event_pb2
 
 from gptv_jax import hardware
@@ -23,12 +23,15 @@ def test_flops_per_token_are_those_counted_by_hand():
     assert metrics.flops_per_token(network) == 6 * weights + 12 * 2 * 16 * 32 == 161_856
 
 
-def test_flops_per_token_count_the_weights_that_are_multiplied():
-    network = dataclasses.replace(tiny_network(mlp_ratio=3), grid=(2, 5), vocabulary=7)
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_flops_per_token_count_the_weights_that_are_multiplied(recipe):
+    network = tiny_network(**{"mlp_ratio": 3, **recipe})
+    network = dataclasses.replace(network, grid=(2, 5), vocabulary=7)
     with jax.set_mesh(make_mesh((1, 1, 1))):
         params = jax.eval_shape(network.init, jax.random.key(0))
-    multiplied = [params["head"]]
-    multiplied += [params["blocks"][n] for n in ("qkv", "attention_out", "mlp_in", "mlp_out")]
+    matrices = [leaf for leaf in jax.tree.leaves(params["blocks"]) if leaf.ndim > 2]
+    multiplied = [params["head"], *matrices]
+    assert len(multiplied) == 5
     attention = metrics.flops_per_token(network) - 6 * sum(leaf.size for leaf in multiplied)
     assert (
         attention == 2 * 3 * (2 * 10 * 32) * 2

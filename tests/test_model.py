@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import make_mesh, random_batch, random_params, tiny_network
+from conftest import MODERN, RECIPES, make_mesh, random_batch, random_params, tiny_network
 
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
@@ -17,10 +17,10 @@ from gptv_jax.train.step import generative_loss
 pytestmark = pytest.mark.usefixtures("one_device")
 
 
-@pytest.fixture(scope="module")
-def distinct():
+@pytest.fixture(scope="module", params=RECIPES.values(), ids=RECIPES)
+def distinct(request):
     """A network with as many token values as positions, its weights, and tokens that all differ."""
-    network = dataclasses.replace(tiny_network(), vocabulary=16)
+    network = dataclasses.replace(tiny_network(**request.param), vocabulary=16)
     with jax.set_mesh(make_mesh((1, 1, 1))):
         tokens = np.random.default_rng(1).permutation(16).astype(np.int32)
         return network, random_params(network), tokens[None]
@@ -45,26 +45,32 @@ def assert_trees_close(found, wanted, tolerance):
 # Causality
 
 
+READ = {"token_embedding": 1, "above_embedding": 4}  # so many positions on
+
+
 def test_logits_depend_on_all_earlier_tokens_and_no_others_by_gradient(distinct):
     network, params, tokens = distinct
     given = jnp.asarray(tokens)
     weights = np.random.default_rng(2).normal(size=network.vocabulary).astype(np.float32)
 
-    # All tokens differ, so row v of the embedding table is the input of one position alone.
+    # All tokens differ, so row v of an embedding table is the input of one position alone.
     @jax.jit
     @jax.grad
-    def gradient(table, weights):
-        return (network.bind(params | {"token_embedding": table})(given).logits * weights).sum()
+    def gradient(tables, weights):
+        return (network.bind(params | tables)(given).logits * weights).sum()
 
-    size = np.zeros((16, 16))  # of d logits[t] / d input of token s
+    # A token is read by the position after it and, as the one above, a row of 4 further on.
+    read = {name: after for name, after in READ.items() if name in params}
+    size = {name: np.zeros((16, 16)) for name in read}  # of d logits[t] / d input of token s
     for t in range(16):
         at_t = np.zeros((1, 16, 16), np.float32)
         at_t[0, t] = weights
-        by_row = gradient(params["token_embedding"], at_t)
-        size[t] = np.abs(by_row).max(axis=-1)[tokens[0]]
-    earlier = np.tri(16, k=-1, dtype=bool)
-    assert (size[~earlier] == 0).all()
-    assert (size[earlier] > 1e-6).all()
+        for name, by_row in gradient({name: params[name] for name in read}, at_t).items():
+            size[name][t] = np.abs(by_row).max(axis=-1)[tokens[0]]
+    for name, after in read.items():
+        earlier = np.tri(16, k=-after, dtype=bool)
+        assert (size[name][~earlier] == 0).all()
+        assert (size[name][earlier] > 1e-6).all()
 
 
 def test_changing_a_token_changes_the_logits_after_it_and_no_others(distinct):
@@ -85,8 +91,8 @@ def test_changing_a_token_changes_the_logits_after_it_and_no_others(distinct):
 WALKS = [(scan, remat) for scan in (False, True) for remat in ("none", "dots", "full")]
 
 
-def output_and_gradients(scan, remat):
-    network = tiny_network(classes=5, scan_layers=scan, remat=remat)
+def output_and_gradients(recipe, scan, remat):
+    network = tiny_network(classes=5, scan_layers=scan, remat=remat, **recipe)
     batch = tiny_batch(network, 3)
 
     def loss(params):
@@ -97,21 +103,24 @@ def output_and_gradients(scan, remat):
     return jax.device_get(jax.jit(jax.grad(loss, has_aux=True))(random_params(network)))
 
 
-@pytest.fixture(scope="module")
-def plain_walk():
+@pytest.fixture(scope="module", params=RECIPES.values(), ids=RECIPES)
+def plain_walk(request):
+    """Of which network, and its output and gradients."""
     with jax.set_mesh(make_mesh((1, 1, 1))):
-        return output_and_gradients(*WALKS[0])
+        return request.param, output_and_gradients(request.param, *WALKS[0])
 
 
 @pytest.mark.parametrize(("scan", "remat"), WALKS[1:])
 def test_scan_and_remat_change_no_output_and_no_gradient(scan, remat, plain_walk):
-    assert_trees_close(output_and_gradients(scan, remat), plain_walk, 2e-6)
+    recipe, wanted = plain_walk
+    assert_trees_close(output_and_gradients(recipe, scan, remat), wanted, 2e-6)
 
 
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 @pytest.mark.parametrize("scan", [False, True])
-def test_stronger_remat_keeps_less_for_the_backward_pass(scan):
+def test_stronger_remat_keeps_less_for_the_backward_pass(scan, recipe):
     def kept(remat):
-        network = tiny_network(scan_layers=scan, remat=remat)
+        network = tiny_network(scan_layers=scan, remat=remat, **recipe)
         batch = tiny_batch(network)
         loss = generative_loss(network)
         params = jax.eval_shape(network.init, jax.random.key(0))
@@ -127,9 +136,12 @@ def test_stronger_remat_keeps_less_for_the_backward_pass(scan):
 
 
 def oracle(network, params, tokens, variant):
-    """The forward pass of openai/image-gpt in NumPy and float64, one image and head at a time."""
+    """The forward pass of openai/image-gpt in NumPy and float64, one image and head at a time.
+
+    With what else the network may have.
+    """
     p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
-    blocks = p["blocks"]
+    blocks, config, columns = p["blocks"], network.config, network.grid[1]
 
     def norm(x, gain):
         return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + 1e-5) * gain
@@ -138,12 +150,28 @@ def oracle(network, params, tokens, variant):
         e = np.exp(x - x.max(axis=-1, keepdims=True))
         return e / e.sum(axis=-1, keepdims=True)
 
+    def turned(x, places):
+        """Channels as complex numbers, the first half of them by row, the other by column."""
+        half = x.shape[1] // 2
+        for t, place in enumerate(places):
+            numbers = x[t, :half] + 1j * x[t, half:]
+            for i in range(half):
+                axis, number = divmod(i, half // 2)
+                angle = divmod(place, columns)[axis] * 10_000 ** (-number / (half // 2))
+                numbers[i] *= np.exp(1j * angle)
+            x[t] = np.concatenate([numbers.real, numbers.imag])
+        return x
+
     logits, features, class_logits = [], [], []
     for row, kind in zip(tokens, variant, strict=True):
-        h = np.stack([p["start"][kind], *p["token_embedding"][row[:-1]]]) + p["position"]
-        if network.config.axial_positions:
-            width = network.grid[1]
-            h = h + [p["row"][t // width] + p["column"][t % width] for t in range(len(h))]
+        h = np.stack([p["start"][kind], *p["token_embedding"][row[:-1]]])
+        if config.learned_positions:
+            h = h + p["position"]
+        if config.axial_positions:
+            h = h + [p["row"][t // columns] + p["column"][t % columns] for t in range(len(h))]
+        if config.above_embedding:
+            above = [network.vocabulary] * columns + list(row[:-columns])
+            h = h + p["above_embedding"][above]
         pooled = []
         for i in range(network.config.layers):
             n = norm(h, blocks["norm_1"][i])
@@ -151,12 +179,22 @@ def oracle(network, params, tokens, variant):
             mixed = 0
             for head in range(network.config.heads):
                 q, k, v = (n @ blocks["qkv"][i, :, c, head] for c in range(3))
+                if config.qk_norm:
+                    q, k = norm(q, blocks["q_norm"][i]), norm(k, blocks["k_norm"][i])
+                if config.rotary:  # what is predicted at t, and what is held there
+                    q, k = turned(q, range(len(h))), turned(k, range(-1, len(h) - 1))
                 scores = q @ k.T / math.sqrt(k.shape[1])
                 scores = np.where(np.tri(len(h), dtype=bool), scores, -1e10)
                 mixed = mixed + softmax(scores) @ v @ blocks["attention_out"][i, head]
             h = h + mixed
-            up = norm(h, blocks["norm_2"][i]) @ blocks["mlp_in"][i]
-            h = h + (up / (1 + np.exp(-1.702 * up))) @ blocks["mlp_out"][i]
+            n = norm(h, blocks["norm_2"][i])
+            if config.mlp == "swiglu":
+                gate, up = (n @ blocks["mlp_gate_up"][i, :, c] for c in range(2))
+                active = gate / (1 + np.exp(-gate)) * up
+            else:
+                up = n @ blocks["mlp_in"][i]
+                active = up / (1 + np.exp(-1.702 * up))
+            h = h + active @ blocks["mlp_out"][i]
         final = norm(h, p["final_norm"])
         pooled.append(final.mean(axis=0))
         logits.append(final @ p["head"].T)
@@ -167,14 +205,17 @@ def oracle(network, params, tokens, variant):
     return np.stack(logits), np.stack(features, axis=1), np.stack(class_logits)
 
 
-@pytest.fixture(params=[False, True], ids=["learned", "axial"])
+CASES = {"learned": {"axial_positions": False, "scan_layers": False}, "axial": {}}
+CASES |= {"modern": MODERN}
+TABLES = {"start", "token_embedding", "above_embedding", "position", "row", "column"}
+
+
+@pytest.fixture(params=CASES.values(), ids=CASES)
 def oracle_case(request):
     """A network, its weights and a batch; rows and columns, and heads and head size, differ."""
-    axial = request.param
-    network = tiny_network(classes=5, axial_positions=axial, scan_layers=axial)
-    network = dataclasses.replace(network, grid=(2, 5))
+    network = dataclasses.replace(tiny_network(classes=5, **request.param), grid=(2, 5))
     params = random_params(network)
-    for name in params.keys() & {"start", "token_embedding", "position", "row", "column"}:
+    for name in params.keys() & TABLES:
         params[name] *= 0.05  # so small that the norm's epsilon counts
     return network, params, tiny_batch(network, 4)
 

@@ -89,6 +89,18 @@ def test_a_constant_schedule_stays_at_the_peak():
     np.testing.assert_allclose(rates([0, 7, 1000], learning_rate=0.8, schedule="constant"), 0.8)
 
 
+@pytest.mark.parametrize("warmup", [0, 4])
+def test_wsd_stays_at_the_peak_and_falls_in_a_line_to_the_end(warmup):
+    changes = {"schedule": "wsd", "learning_rate": 0.8, "warmup_steps": warmup}
+    found = rates(range(warmup, 21), **changes, decay_share=0.5, final_fraction=0.25)
+    wanted = [*[0.8] * (10 - warmup), *np.linspace(0.8, 0.2, 11)]
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
+    # A fall of no more than is left after the warm-up, and of one step at least.
+    whole = rates(range(warmup, 21), **changes, decay_share=1.0)
+    np.testing.assert_allclose(whole, np.linspace(0.8, 0, 21 - warmup), rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(rates([19, 20], **changes, decay_share=0.0), [0.8, 0], rtol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["adam", "adamw"])
 def test_every_step_is_taken_at_the_rate_of_the_schedule(name):
     config = config_lib.Optimizer(

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from conftest import make_mesh
+from conftest import MODERN, make_mesh
 
 from gptv_jax import config as config_lib
 from gptv_jax import sharding, tokens
@@ -24,16 +24,23 @@ from gptv_jax.train.metrics import MetricWriter
 
 STEPS, BATCH = 6, 16
 # Whatever has a state of its own is on: dropout, shuffled and shifted images, Muon's and Adam's
-# moments, a schedule.
+# moments, a schedule, an average of the weights; and whatever a network can have.
 CONFIG = config_lib.Config(
     data=config_lib.Data(train_transforms=("shift(pixels=1, keep=0.3)",)),
     model=config_lib.Model(
-        layers=1, width=16, heads=4, dropout=0.2, start_per_variant=True, scan_layers=False
+        layers=1,
+        width=16,
+        heads=4,
+        dropout=0.2,
+        start_per_variant=True,
+        scan_layers=False,
+        **MODERN,
     ),
 )
 CODEC = tokens.make_codec(CONFIG.tokens, CONFIG.data.image_size)
 NETWORK = network_of(CONFIG, CODEC, classes=0)
 MUON = config_lib.Optimizer(name="muon", weight_decay=0.01, clip_norm=1.0, warmup_steps=2)
+EMA = 0.8
 TIMES = {"time", "tokens_per_second", "data_wait_share", "mfu"}
 
 
@@ -60,9 +67,9 @@ class Training:
         rate = optax.constant_schedule(0.0)
         if update is None:
             update, rate = optimizer.make_optimizer(MUON, STEPS)
-        self.mesh, self.init = make_mesh(mesh), step.make_init(NETWORK, update)
+        self.mesh, self.init = make_mesh(mesh), step.make_init(NETWORK, update, EMA)
         loss = step.generative_loss(NETWORK)
-        self.train_step = step.make_train_step(loss, update, rate, microbatches=2, seed=3)
+        self.train_step = step.make_train_step(loss, update, rate, microbatches=2, seed=3, ema=EMA)
         self.eval_step = step.make_eval_step(NETWORK)
 
     def run(
@@ -107,7 +114,12 @@ class Training:
             return loop.evaluate_all(self.eval_step, params, itertools.islice(held_out, 2))
 
         config = config_lib.Train(
-            steps=STEPS, batch_size=BATCH, eval_every=2, checkpoint_every=every, log_every=1
+            steps=STEPS,
+            batch_size=BATCH,
+            ema=EMA,
+            eval_every=2,
+            checkpoint_every=every,
+            log_every=1,
         )
         with jax.set_mesh(self.mesh), Checkpoints(folder / "pretrain", 2) as checkpoints:
             save = checkpoints.save

@@ -1,9 +1,10 @@
 import dataclasses
+import functools
 
 import jax
 import numpy as np
 import pytest
-from conftest import MESHES, make_mesh, random_batch, random_params, tiny_network
+from conftest import MESHES, RECIPES, make_mesh, random_batch, random_params, tiny_network
 
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
@@ -11,14 +12,17 @@ from gptv_jax.errors import InputError
 from gptv_jax.train import step
 from gptv_jax.train.optimizer import make_optimizer
 
-
-@pytest.fixture(scope="module")
-def reference():
-    return loss_and_gradients((1, 1, 1))
+MODERN_MESHES = [(1, 2, 4), (1, 2, 2, 2)]  # which have every axis that splits weights or positions
+CASES = [("igpt", shape) for shape in MESHES[1:]] + [("modern", shape) for shape in MODERN_MESHES]
 
 
-def loss_and_gradients(shape):
-    network = tiny_network(classes=5)
+@functools.cache
+def reference(recipe):
+    return loss_and_gradients(recipe, (1, 1, 1))
+
+
+def loss_and_gradients(recipe, shape):
+    network = tiny_network(classes=5, **RECIPES[recipe])
     with jax.set_mesh(make_mesh(shape)):
         batch = sharding.global_batch(random_batch(network))
         loss = step.joint_loss(network, 1.0, 1.0)
@@ -27,11 +31,12 @@ def loss_and_gradients(shape):
         return float(value), jax.device_get(grads)
 
 
-@pytest.mark.parametrize("shape", MESHES[1:], ids=str)
-def test_loss_and_gradients_are_those_of_one_device(shape, reference):
-    value, grads = loss_and_gradients(shape)
-    np.testing.assert_allclose(value, reference[0], rtol=1e-5)
-    for path, wanted in jax.tree.leaves_with_path(reference[1]):
+@pytest.mark.parametrize(("recipe", "shape"), CASES, ids=str)
+def test_loss_and_gradients_are_those_of_one_device(recipe, shape):
+    wanted, wanted_grads = reference(recipe)
+    value, grads = loss_and_gradients(recipe, shape)
+    np.testing.assert_allclose(value, wanted, rtol=1e-5)
+    for path, wanted in jax.tree.leaves_with_path(wanted_grads):
         found = grads
         for key in path:
             found = found[key.key]
@@ -39,37 +44,42 @@ def test_loss_and_gradients_are_those_of_one_device(shape, reference):
         np.testing.assert_allclose(found / scale, wanted / scale, atol=1e-5, err_msg=str(path))
 
 
-@pytest.fixture(scope="module", params=["adam", "muon"])
-def state_on_eight(request):
-    """The abstract train state of a network with every kind of parameter, fsdp 2, tensor 4."""
-    network = tiny_network(classes=5)
-    optimizer, _ = make_optimizer(config_lib.Optimizer(name=request.param), steps=1)
+def state_on_eight(recipe, optimizer="adam"):
+    """The abstract train state, fsdp 2, tensor 4."""
+    optimizer, _ = make_optimizer(config_lib.Optimizer(name=optimizer), steps=1)
     with jax.set_mesh(make_mesh((1, 2, 4))):
-        return sharding.abstract(step.make_init(network, optimizer))
+        return sharding.abstract(step.make_init(tiny_network(classes=5, **recipe), optimizer))
 
 
-def test_every_parameter_has_a_row_in_the_table_and_lies_as_it_says(state_on_eight):
-    leaves = jax.tree.leaves_with_path(state_on_eight["params"])
+def test_every_parameter_has_a_row_in_the_table_and_lies_as_it_says():
+    leaves = []
+    for recipe in RECIPES.values():
+        leaves += jax.tree.leaves_with_path(state_on_eight(recipe)["params"])
     assert {path[-1].key for path, _ in leaves} == set(sharding.PARAMETERS)
     for path, leaf in leaves:
         assert leaf.sharding.spec == sharding.PARAMETERS[path[-1].key], path
 
 
-def test_large_parameters_are_split_over_fsdp_and_tensor(state_on_eight):
-    blocks = state_on_eight["params"]["blocks"]
-    for name in ("qkv", "attention_out", "mlp_in", "mlp_out"):
-        leaf = blocks[name]
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_large_parameters_are_split_over_fsdp_and_tensor(recipe):
+    params = state_on_eight(recipe)["params"]
+    blocks = {name: leaf for name, leaf in params["blocks"].items() if "norm" not in name}
+    assert len(blocks) == 4
+    for name, leaf in blocks.items():
         assert np.prod(leaf.sharding.shard_shape(leaf.shape)) * 8 == leaf.size, name
-    for name in ("token_embedding", "position", "head"):
-        leaf = state_on_eight["params"][name]
+    for name in {"token_embedding", "above_embedding", "position", "head"} & set(params):
+        leaf = params[name]
         assert np.prod(leaf.sharding.shard_shape(leaf.shape)) * 2 == leaf.size, name
 
 
-def test_moments_are_sharded_as_their_parameters(state_on_eight):
-    params = jax.tree.leaves_with_path(state_on_eight["params"])
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_moments_are_sharded_as_their_parameters(recipe, optimizer):
+    state = state_on_eight(recipe, optimizer)
+    params = jax.tree.leaves_with_path(state["params"])
     specs = {tuple(k.key for k in path): leaf.sharding.spec for path, leaf in params}
     found = set()
-    for path, leaf in jax.tree.leaves_with_path(state_on_eight["opt"]):
+    for path, leaf in jax.tree.leaves_with_path(state["opt"]):
         name = tuple(k.key for k in path if isinstance(k, jax.tree_util.DictKey))
         name = name[-2:] if name[-2:] in specs else name[-1:]
         if name in specs and leaf.ndim:
@@ -119,6 +129,10 @@ def test_mesh_that_does_not_divide_the_devices_is_refused(sizes):
         ("model.width", {"model": config_lib.Model(width=36, heads=6)}),
         ("model.heads", {"model": config_lib.Model(width=32, heads=1)}),
         ("train.batch_size", {"train": config_lib.Train(batch_size=12, microbatches=4)}),
+        (
+            r"model\.width \* model\.mlp_ratio \* 2/3, rounded,",
+            {"model": config_lib.Model(width=16, mlp_ratio=1, heads=2, mlp="swiglu")},  # 11
+        ),
         ("probe.batch_size", {"probe": config_lib.Probe(batch_size=3)}),
         (
             "probe.sgd.batch_size",

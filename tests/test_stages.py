@@ -103,19 +103,26 @@ def test_the_layer_is_chosen_on_validation_alone(finished_run, tmp_path, monkeyp
 NETWORK = tiny_network()
 
 
-def count_up(folder, accuracies: list[float], patience: int, wait: float = 0) -> loop.Fitted:
+def count_up(
+    folder, accuracies: list[float], patience: int, wait: float = 0, ema: float | None = None
+) -> loop.Fitted:
     """20 steps, evaluated every other one; `params` is the number of steps taken.
 
-    The first batch comes after `wait` seconds.
+    The first batch comes after `wait` seconds. With `ema`, that number is in the average, and the
+    weights' own is another.
     """
+    offset = {"params": 0 if ema is None else 100} | ({} if ema is None else {"ema": 0})
+
+    def state_after(taken):
+        weights = {name: {"taken": jnp.float32(more) + taken} for name, more in offset.items()}
+        return {"step": jnp.int32(taken), **weights, "opt": ()}
 
     def init(_):
-        return {"step": jnp.int32(0), "params": {"taken": jnp.float32(0)}, "opt": ()}
+        return state_after(0)
 
     @jax.jit
     def train_step(state, batch):
-        state = {"step": state["step"] + 1, "params": {"taken": state["params"]["taken"] + 1}}
-        return state | {"opt": ()}, {"nats_per_token": jnp.float32(1)}
+        return state_after(state["step"] + 1), {"nats_per_token": jnp.float32(1)}
 
     def batches(position):
         time.sleep(wait)
@@ -129,7 +136,7 @@ def count_up(folder, accuracies: list[float], patience: int, wait: float = 0) ->
     with jax.set_mesh(mesh), Checkpoints(folder / "checkpoints", keep=1) as checkpoints:
         return loop.fit(
             "finetune",
-            config_lib.Train(steps=20, eval_every=2, checkpoint_every=1),
+            config_lib.Train(steps=20, ema=ema, eval_every=2, checkpoint_every=1),
             NETWORK,
             checkpoints=checkpoints,
             log=MetricWriter(folder),
@@ -158,6 +165,14 @@ def test_training_stops_when_patience_ends_and_returns_the_best(tmp_path, patien
     again = count_up(tmp_path, [], patience)  # nothing is left to evaluate
     assert again.step == best and float(again.params["taken"]) == best
     assert again.evaluations == fitted.evaluations
+
+
+def test_an_average_is_what_is_evaluated_and_returned(tmp_path):
+    fitted = count_up(tmp_path, ACCURACIES, patience=0, ema=0.5)
+    assert fitted.step == float(fitted.params["taken"]) == 14
+    better = [step / 20 for step in range(11)]  # the best one is still at hand, not restored
+    last = count_up(tmp_path / "last", better, patience=0, ema=0.5)
+    assert last.step == float(last.params["taken"]) == 20
 
 
 @pytest.mark.parametrize("stop", [12, 16, 20])

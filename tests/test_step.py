@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import make_mesh, random_batch, random_params, tiny_network
+from conftest import MODERN, make_mesh, random_batch, random_params, tiny_network
 
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
@@ -70,6 +70,11 @@ def test_microbatches_give_the_gradient_and_the_metrics_of_the_whole_batch(
     microbatches, mesh, whole_batch
 ):
     assert_same_step(one_step(tiny(), microbatches, mesh=mesh), whole_batch)
+
+
+def test_microbatches_give_the_gradient_of_whatever_a_network_can_have():
+    network = tiny(**MODERN)
+    assert_same_step(one_step(network, 4), one_step(network))
 
 
 def test_microbatches_hold_their_gradients_once():

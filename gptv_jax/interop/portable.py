@@ -12,9 +12,12 @@ from gptv_jax.errors import InputError
 from gptv_jax.model.gpt import Network
 from gptv_jax.tokens.palette import Palette
 
-# Fields of the model that weights depend on; the others (dropout, dtype, how layers are walked)
-# are the user's to choose.
-SHAPING = ("layers", "width", "heads", "mlp_ratio", "axial_positions", "objective")
+# Fields of the model that weights depend on; the others (dropout, dtype, how layers are walked, the
+# width that rates are tuned at) are the user's to choose.
+SHAPING = (
+    *("layers", "width", "heads", "mlp_ratio", "mlp", "qk_norm", "objective"),
+    *("learned_positions", "axial_positions", "rotary", "above_embedding"),
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

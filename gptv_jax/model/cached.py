@@ -65,6 +65,8 @@ def read(model: GPT, x: Float[Array, "G P D"]) -> tuple[Float[Array, "G V"], tup
     if length > LANES:  # to what the fast forms of attention take; nothing sees what is later
         x = jnp.pad(x, ((0, 0), (0, -length % LANES), (0, 0)))
 
+    rotation = model.rotation(0, x.shape[1])
+
     def layer(x, block):
         kept = None
 
@@ -73,7 +75,7 @@ def read(model: GPT, x: Float[Array, "G P D"]) -> tuple[Float[Array, "G V"], tup
             kept = Pair(*(jnp.swapaxes(part[:, :length], 1, 2) for part in (k, v)))
             return attention.causal_attention(q, k, v)
 
-        x, _ = block(x, attend)
+        x, _ = block(x, attend, rotation=rotation)
         return x, kept
 
     x, stacked = model.walk(layer, x, model.blocks)
@@ -100,7 +102,7 @@ def extend(
     Returns:
       Logits of the position, and the cache with its keys and values.
     """
-    own = []
+    own, rotation = [], model.rotation(cache.prompts[0].keys.shape[2] + count, 1)
     for block, prompt, pair in zip(blocks, cache.prompts, cache.own, strict=True):
 
         def attend(q, k, v, prompt=prompt, pair=pair):
@@ -112,7 +114,7 @@ def extend(
             own.append(pair)
             return jnp.swapaxes(_attend(q, prompt, pair, count), 1, 2)
 
-        x, _ = block(x, attend)
+        x, _ = block(x, attend, rotation=rotation)
     return model.predict(x), Cache(cache.prompts, tuple(own))
 
 

@@ -73,12 +73,13 @@ def executed(network: Network, platform: str, split: int = 1) -> Flops:
         attention = attention * (tiles + 1) // (2 * tiles)
     matmul = model.matmul
     if c.remat == "full":  # all but the last product of a layer, whose result no gradient needs
-        matmul += blocks.matmul - 2 * c.layers * c.mlp_ratio * c.width**2
+        matmul += blocks.matmul - 2 * c.layers * c.mlp_width * c.width
     return Flops(matmul, attention)
 
 
 def _blocks(network: Network) -> Flops:
     """Of a forward pass through all layers, without the head."""
     c = network.config
-    weights = c.layers * (4 + 2 * c.mlp_ratio) * c.width**2
+    products = 3 if c.mlp == "swiglu" else 2
+    weights = c.layers * (4 * c.width + products * c.mlp_width) * c.width
     return Flops(2 * weights, 4 * c.layers * network.length * c.width)

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
-from gptv_jax.model import attention, heads, layers, remat
+from gptv_jax.model import attention, heads, layers, remat, rotary
 
 
 class Output(NamedTuple):
@@ -43,10 +43,13 @@ class GPT(nnx.Module):
         self.token_embedding = layers.normal(rngs, "token_embedding", (V, D), 0.02)
         if config.objective == "autoregressive":
             self.start = layers.normal(rngs, "start", (network.starts, D), 0.02)
-        self.position = layers.normal(rngs, "position", (rows * columns, D), 0.01)
+        if config.learned_positions:
+            self.position = layers.normal(rngs, "position", (rows * columns, D), 0.01)
         if config.axial_positions:
             self.row = layers.normal(rngs, "row", (rows, D), 0.01)
             self.column = layers.normal(rngs, "column", (columns, D), 0.01)
+        if config.above_embedding:  # its last row stands where nothing is above
+            self.above_embedding = layers.normal(rngs, "above_embedding", (V + 1, D), 0.02)
         self.blocks = layers.Block(config, rngs=rngs)
         self.final_norm = layers.constant("final_norm", (D,), 1.0)
         self.head = layers.constant("head", (V, D), 0.0)  # zero: the first loss is ln V
@@ -80,10 +83,11 @@ class GPT(nnx.Module):
         else:
             x, attend = self.embed(tokens[:, :-1], variant), attention.causal_attention
         x = layers.dropout(x, config.dropout, None if keys is None else keys[-1])
+        rotation = self.rotation(0, x.shape[1])
 
         def layer(carry, inputs):
             (x, kept), (block, key, slot) = carry, inputs
-            after, normed = block(x, attend, key)
+            after, normed = block(x, attend, key, rotation)
             read = x if raw else normed
             if keep:
                 kept = jax.lax.dynamic_update_index_in_dim(kept, read, slot, 0)
@@ -125,7 +129,11 @@ class GPT(nnx.Module):
         variant, tokens = jax.sharding.reshard((variant, tokens), sharding.BATCH_FIRST)
         ids = jnp.concatenate([self.network.vocabulary + variant[:, None], tokens], axis=1)
         x = self._lookup([self.token_embedding, self.start], ids, spec)
-        return x + self._positions()[None, : x.shape[1]]
+        if self.network.config.above_embedding:
+            nothing = ((0, 0), (self.network.grid[1], 0))
+            above = jnp.pad(tokens, nothing, constant_values=self.network.vocabulary)
+            x = x + self._lookup([self.above_embedding], above[:, : x.shape[1]], spec)
+        return self._place(x, 0)
 
     def embed_in_place(
         self, tokens: Int[Array, "B T"], hidden: Bool[Array, "B T"] | None
@@ -134,12 +142,23 @@ class GPT(nnx.Module):
         x = self._lookup([self.token_embedding], tokens, sharding.HIDDEN)
         if hidden is not None:
             x = jnp.where(hidden[..., None], jnp.zeros((), x.dtype), x)
-        return x + self._positions()[None]
+        return self._place(x, 0)
 
-    def embed_one(self, token: Int[Array, "B"], position: Int[Array, ""]) -> Float[Array, "B 1 D"]:
-        """Input of `position` >= 1, which holds the token before it."""
-        x = self._lookup([self.token_embedding], token, sharding.BATCH_FIRST)[:, None]
-        return x + jax.lax.dynamic_slice_in_dim(self._positions(), position, 1)[None]
+    def embed_one(
+        self, tokens: Int[Array, "B T"], position: Int[Array, ""]
+    ) -> Float[Array, "B 1 D"]:
+        """Input of `position` >= 1, which holds the token before it; later ones do not matter."""
+        spec, columns = sharding.BATCH_FIRST, self.network.grid[1]
+
+        def token(place):
+            return jax.lax.dynamic_slice_in_dim(tokens, place, 1, axis=1)
+
+        x = self._lookup([self.token_embedding], token(position - 1), spec)
+        if self.network.config.above_embedding:
+            first_row = position < columns
+            above = jnp.where(first_row, self.network.vocabulary, token(position - columns))
+            x = x + self._lookup([self.above_embedding], above, spec)
+        return self._place(x, position)
 
     def _lookup(
         self, tables: list[nnx.Param], ids: Int[Array, "*ids"], spec: PartitionSpec
@@ -148,15 +167,29 @@ class GPT(nnx.Module):
         whole = [sharding.gather(table[...], self.network.config.dtype) for table in tables]
         return jnp.concatenate(whole).at[ids].get(out_sharding=spec)
 
-    def _positions(self) -> Float[Array, "T D"]:
-        dtype = self.network.config.dtype
-        table = sharding.gather(self.position[...], dtype)
-        if self.network.config.axial_positions:
-            rows, columns = self.network.grid
-            row = sharding.gather(self.row[...], dtype)
-            column = sharding.gather(self.column[...], dtype)
-            table = table + jnp.repeat(row, columns, axis=0) + jnp.tile(column, (rows, 1))
-        return table
+    def _place(self, x: Float[Array, "B P D"], start: int | Int[Array, ""]):
+        """Adds their tables to the inputs of positions start .. start+P-1."""
+        config, (rows, columns), tables = self.network.config, self.network.grid, []
+        if config.learned_positions:
+            tables.append(sharding.gather(self.position[...], config.dtype))
+        if config.axial_positions:
+            row = sharding.gather(self.row[...], config.dtype)
+            column = sharding.gather(self.column[...], config.dtype)
+            tables += [jnp.repeat(row, columns, axis=0), jnp.tile(column, (rows, 1))]
+        if not tables:
+            return x
+        table = functools.reduce(jnp.add, tables)
+        return x + jax.lax.dynamic_slice_in_dim(table, start, x.shape[1])[None]
+
+    def rotation(self, start: int | Int[Array, ""], count: int) -> rotary.Rotation | None:
+        """Of the queries and keys of positions start .. start+count-1."""
+        config, columns = self.network.config, self.network.grid[1]
+        if not config.rotary:
+            return None
+        predicted = start + jnp.arange(count)
+        held = predicted if config.objective == "bert" else predicted - 1
+        size = config.width // config.heads
+        return rotary.Rotation(*(rotary.turns(p, columns, size) for p in (predicted, held)))
 
     def _token_logits(self, final: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         head = sharding.gather(self.head[...], final.dtype)

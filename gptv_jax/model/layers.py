@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
-from gptv_jax.model import remat
+from gptv_jax.model import remat, rotary
 
 EPSILON = 1e-5  # of the norm, as in openai/image-gpt
 
@@ -33,11 +33,11 @@ def accumulator(x: Array) -> jnp.dtype:
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
-def rms_norm(x: Float[Array, "B T D"], gain: Float[Array, "D"]) -> Float[Array, "B T D"]:
+def rms_norm(x: Float[Array, "*any D"], gain: Float[Array, "D"]) -> Float[Array, "*any D"]:
     """X / sqrt(mean(x^2) + 1e-5) * gain: no centring, no bias (openai/image-gpt, `norm`)."""
     mean_square = jnp.mean(jnp.square(x.astype(accumulator(x))), axis=-1, keepdims=True)
     scale = jax.lax.rsqrt(mean_square + EPSILON).astype(x.dtype)
-    return x * scale * gain.astype(x.dtype)[None, None]
+    return x * scale * jnp.expand_dims(gain.astype(x.dtype), range(x.ndim - 1))
 
 
 def quick_gelu(x: Float[Array, "*any"]) -> Float[Array, "*any"]:
@@ -98,21 +98,30 @@ class Block(nnx.Module):
 
     def __init__(self, config: config_lib.Model, *, rngs: nnx.Rngs):
         L, D, H = config.layers, config.width, config.heads
-        K, F = D // H, D * config.mlp_ratio
-        self.dropout = config.dropout
-        # Standard deviations of the released code: only attention's output shrinks with depth.
+        K, F = D // H, config.mlp_width
+        self.config = config
+        # Standard deviations of the released code: only attention's output shrinks with depth. The
+        # MLP's, which there are one for all widths, are those of muP at its base.
+        mlp = 0.02 * config.relative_width**-0.5
         self.norm_1 = constant("norm_1", (L, D), 1.0)
         self.qkv = normal(rngs, "qkv", (L, D, 3, H, K), D**-0.5)
         self.attention_out = normal(rngs, "attention_out", (L, H, K, D), (D * L) ** -0.5)
         self.norm_2 = constant("norm_2", (L, D), 1.0)
-        self.mlp_in = normal(rngs, "mlp_in", (L, D, F), 0.02)
-        self.mlp_out = normal(rngs, "mlp_out", (L, F, D), 0.02)
+        if config.mlp == "swiglu":
+            self.mlp_gate_up = normal(rngs, "mlp_gate_up", (L, D, 2, F), mlp)
+        else:
+            self.mlp_in = normal(rngs, "mlp_in", (L, D, F), mlp)
+        self.mlp_out = normal(rngs, "mlp_out", (L, F, D), mlp)
+        if config.qk_norm:
+            self.q_norm = constant("q_norm", (L, K), 1.0)
+            self.k_norm = constant("k_norm", (L, K), 1.0)
 
     def __call__(
         self,
         x: Float[Array, "B T D"],
         attend: Callable,
         key: PRNGKeyArray | None = None,
+        rotation: rotary.Rotation | None = None,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
         """One pre-norm layer.
 
@@ -121,6 +130,7 @@ class Block(nnx.Module):
           attend: (q, k, v), each [B, T, H, K], to mixed values [B, T, H, K]; the caller decides
             what is seen (a mask, a cache).
           key: of dropout; None switches it off.
+          rotation: of the positions of `x`; None: queries and keys are not turned.
 
         Returns:
           The residual stream after the layer, and the normed input n^l that a probe reads.
@@ -130,14 +140,24 @@ class Block(nnx.Module):
 
         n = rms_norm(x, self.norm_1[...])
         q, k, v = jnp.moveaxis(project("btd,dchk->btchk", n, self.qkv[...]), 2, 0)
+        if self.config.qk_norm:
+            q, k = rms_norm(q, self.q_norm[...]), rms_norm(k, self.k_norm[...])
+        if rotation is not None:
+            q, k = rotary.rotate(q, rotation.queries), rotary.rotate(k, rotation.keys)
         mixed = attend(q, k, v)
         out = project("bthk,hkd->btd", mixed, self.attention_out[...], spec)
-        x = x + dropout(out, self.dropout, keys[0])
+        x = x + dropout(out, self.config.dropout, keys[0])
 
         with jax.named_scope("mlp"):
-            up = project("btd,df->btf", rms_norm(x, self.norm_2[...]), self.mlp_in[...])
-            out = project("btf,fd->btd", quick_gelu(up), self.mlp_out[...], spec)
-        return x + dropout(out, self.dropout, keys[1]), n
+            active = self._activated(rms_norm(x, self.norm_2[...]))
+            out = project("btf,fd->btd", active, self.mlp_out[...], spec)
+        return x + dropout(out, self.config.dropout, keys[1]), n
+
+    def _activated(self, x: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
+        if self.config.mlp == "swiglu":
+            gate, up = jnp.moveaxis(project("btd,dgf->btgf", x, self.mlp_gate_up[...]), 2, 0)
+            return jax.nn.silu(gate) * up
+        return quick_gelu(project("btd,df->btf", x, self.mlp_in[...]))
 
 
 def dropout(

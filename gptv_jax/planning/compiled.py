@@ -47,13 +47,16 @@ def program(
       mesh: over the devices to compile for.
     """
     train = config.train
-    update, rate = optimizer.make_optimizer(train.optimizer, train.steps)
+    update, rate = optimizer.make_optimizer(
+        train.optimizer, train.steps, relative_width=config.model.relative_width
+    )
     train_step = step.make_train_step(
         step.generative_loss(network),
         update,
         rate,
         microbatches=train.microbatches,
         seed=config.seed,
+        ema=train.ema,
     )
     rows = NamedSharding(mesh, sharding.BATCH_FIRST)
     shapes = {"tokens": (train.batch_size, network.length), "variant": (train.batch_size,)}
@@ -62,7 +65,7 @@ def program(
         for name, shape in shapes.items()
     }
     with jax.set_mesh(mesh), _uncached(mesh):
-        state = sharding.abstract(step.make_init(network, update))
+        state = sharding.abstract(step.make_init(network, update, train.ema))
         return train_step.lower(state, batch).compile()
 
 

@@ -29,7 +29,7 @@ class Memory:
     """Bytes of one device at the worst moment of a step."""
 
     parameters: int
-    optimizer: int
+    optimizer: int  # its moments, and the average of the weights
     batch: int
     gradients: int
     activations: int  # what the backward pass keeps, and the layer that it works on
@@ -85,7 +85,7 @@ def estimate(
       sizes: of the mesh, by axis.
     """
     train = config.train
-    params, opt = _state(network, train.optimizer, topology.abstract_mesh(ONES))
+    params, opt = _state(network, train.optimizer, train.ema, topology.abstract_mesh(ONES))
     parameters = sum(_bytes(params, sizes, topology))
     ways = math.prod(sizes[axis] for axis in sharding.BATCH)
     # Rows of the batch that the devices which share them work on at a time.
@@ -110,19 +110,19 @@ def estimate(
 
 def parameter_count(config: config_lib.Config, network: Network, topology: Topology) -> int:
     """Weights of the network."""
-    return sum(
-        math.prod(array.shape)
-        for array in _state(network, config.train.optimizer, topology.abstract_mesh(ONES))[0]
-    )
+    train = config.train
+    params, _ = _state(network, train.optimizer, train.ema, topology.abstract_mesh(ONES))
+    return sum(math.prod(array.shape) for array in params)
 
 
 @functools.cache
-def _state(network: Network, config: config_lib.Optimizer, mesh: AbstractMesh):
-    """Parameters and optimizer state; the length of the training is of no consequence."""
+def _state(network: Network, config: config_lib.Optimizer, ema: float | None, mesh: AbstractMesh):
+    """Parameters, and the rest of the state; the length of the training is of no consequence."""
     update, _ = optimizer.make_optimizer(config, steps=1)
     with jax.sharding.use_abstract_mesh(mesh):
-        state = jax.eval_shape(lambda: step.make_init(network, update)(jax.random.key(0)))
-    return tuple(_arrays(jax.tree.leaves(state[part])) for part in ("params", "opt"))
+        state = jax.eval_shape(lambda: step.make_init(network, update, ema)(jax.random.key(0)))
+    del state["step"]
+    return tuple(_arrays(jax.tree.leaves(part)) for part in (state.pop("params"), state))
 
 
 def _kept(network: Network, topology: Topology, sizes: dict[str, int]):

@@ -70,14 +70,18 @@ def by_arithmetic(
             group = ids[tuple(slice(None) if axis in axes else 0 for axis in sizes)].ravel()
             rows.append(_row(kind, axes, count, round(size), group, slice_of))
 
-    matrices = (("qkv", 3), ("attention_out", 1), ("mlp_in", c.mlp_ratio), ("mlp_out", c.mlp_ratio))
+    # Columns of qkv, attention_out, and the MLP's first and second matrix.
+    first = 2 * c.mlp_width if c.mlp == "swiglu" else c.mlp_width
+    matrices = (3 * c.width, c.width, first, c.mlp_width)
     tensor, sequence = sizes["tensor"], sizes["sequence"]
-    for _, share in matrices:
-        weight = share * c.width**2 * width / tensor
+    for columns in matrices:
+        weight = columns * c.width * width / tensor
         add("all-gather", ("fsdp",), c.layers * parts * 2, weight)  # forward and backward
         add("reduce-scatter", ("fsdp",), c.layers * parts, weight)
         add("all-reduce", ("data", "sequence"), c.layers * parts, weight / sizes["fsdp"])
-    tables = (network.length + 2 * network.vocabulary) * c.width * width
+    vectors = 2 * network.vocabulary + c.learned_positions * network.length
+    vectors += c.above_embedding * (network.vocabulary + 1)
+    tables = vectors * c.width * width
     add("all-gather", ("fsdp",), parts, tables)
     add("all-reduce", ("data", "fsdp", "sequence"), parts, tables)
 

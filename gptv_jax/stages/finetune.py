@@ -39,11 +39,19 @@ def run_stage(run: Run) -> dict:
     @functools.cache  # compiled once where both trainings are alike
     def compiled(layer_decay: float) -> tuple[optax.GradientTransformation, Callable, Callable]:
         update, rate = optimizer.make_optimizer(
-            settings.train.optimizer, settings.train.steps, layer_decay
+            settings.train.optimizer,
+            settings.train.steps,
+            layer_decay,
+            config.model.relative_width,
         )
-        start = jax.jit(lambda params: step.state_of(params, update))
+        start = jax.jit(lambda params: step.state_of(params, update, settings.train.ema))
         train_step = step.make_train_step(
-            loss, update, rate, microbatches=settings.train.microbatches, seed=config.seed
+            loss,
+            update,
+            rate,
+            microbatches=settings.train.microbatches,
+            seed=config.seed,
+            ema=settings.train.ema,
         )
         return update, start, train_step
 
@@ -57,7 +65,7 @@ def run_stage(run: Run) -> dict:
                 checkpoints=checkpoints,
                 log=run.metrics,
                 initial=lambda: start(_with_head(run, network, weights)),
-                abstract=sharding.abstract(step.make_init(network, update)),
+                abstract=sharding.abstract(step.make_init(network, update, settings.train.ema)),
                 train_step=train_step,
                 batches=batches,
                 evaluate=evaluate,

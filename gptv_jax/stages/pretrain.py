@@ -19,8 +19,10 @@ def run_stage(run: Run) -> dict:
     """Trains `config.train.steps` steps and measures the test split once; the summary's numbers."""
     config = run.config
     network, batch_size = run.network(), config.train.batch_size
-    update, rate = optimizer.make_optimizer(config.train.optimizer, config.train.steps)
-    init = step.make_init(network, update)
+    update, rate = optimizer.make_optimizer(
+        config.train.optimizer, config.train.steps, relative_width=config.model.relative_width
+    )
+    init = step.make_init(network, update, config.train.ema)
     eval_step = step.make_eval_step(network)
 
     def evaluate(params: dict, split: str = "validation") -> dict:
@@ -46,6 +48,7 @@ def run_stage(run: Run) -> dict:
                 rate,
                 microbatches=config.train.microbatches,
                 seed=config.seed,
+                ema=config.train.ema,
             ),
             batches=functools.partial(run.data.train, batch_size),
             evaluate=evaluate,

@@ -35,7 +35,7 @@ FIRST = {
 class Fitted(NamedTuple):
     """A finished training."""
 
-    params: dict  # of the best evaluation by accuracy, or else of the last step
+    params: dict  # of the best evaluation by accuracy, or else of the last step; or their average
     step: int  # that they are of
     evaluations: list[dict]  # {"step", and what `evaluate` gave}, in order
     tokens_per_second: float | None  # of training steps alone, compilation left out
@@ -68,7 +68,7 @@ def fit(
       network: what is trained.
       checkpoints: open, and left open.
       log: takes the events.
-      initial: makes the train state {step, params, opt} where there is no checkpoint.
+      initial: makes the train state, see `step.state_of`, where there is no checkpoint.
       abstract: that state's shapes and shardings.
       train_step: `(state, batch) -> (state, metrics)`; donates the state.
       batches: `position -> iterator` over this process's share of the batches from there on.
@@ -138,7 +138,7 @@ def fit(
         due = step == config.steps or (config.eval_every and step % config.eval_every == 0)
         if due and all(e["step"] != step for e in evaluations):
             drain()
-            numbers = evaluate(state["params"])
+            numbers = evaluate(state[config.weights])
             better = _is_better(evaluations, numbers)
             evaluations.append({"step": step, **numbers})
             checkpoints.best = _chosen(evaluations)
@@ -146,7 +146,7 @@ def fit(
             sessions.seen(step)
         if measure_every and step % measure_every == 0 and measured != step:
             drain()
-            log.write(name, step, measure(state["params"]))
+            log.write(name, step, measure(state[config.weights]))
             measured = step
         return better
 
@@ -205,12 +205,12 @@ def fit(
 
     while (chosen := best()) not in (None, step):
         try:
-            restored = checkpoints.restore(chosen, {"params": abstract["params"]})
-            return Fitted(restored[0]["params"], chosen, evaluations, speed, spent)
+            restored = checkpoints.restore(chosen, {config.weights: abstract[config.weights]})
+            return Fitted(restored[0][config.weights], chosen, evaluations, speed, spent)
         except DamagedError as error:
             checkpoints.set_aside(chosen)
             LOG.warning("%s Falling back to step %d.", error, best())
-    return Fitted(state["params"], step, evaluations, speed, spent)
+    return Fitted(state[config.weights], step, evaluations, speed, spent)
 
 
 def evaluate_all(eval_step: Callable, params: dict, batches: Iterator[dict]) -> dict:

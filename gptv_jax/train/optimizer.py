@@ -5,29 +5,34 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Int
 from optax.contrib import MuonDimensionNumbers
 
 from gptv_jax import config as config_lib
 
 # The matrices of the blocks, which Muon orthogonalises, with the axes that make each a matrix
-# (inputs, outputs). The other axes, the layer and which of q, k, v, are batch: every one of their
-# slices is a matrix of its own.
+# (inputs, outputs). The other axes, the layer and which of q, k, v or of gate and up, are batch:
+# every one of their slices is a matrix of its own.
 MATRICES = {
     "qkv": MuonDimensionNumbers(reduction_axis=1, output_axis=(3, 4)),  # L [D] 3 [H K]
     "attention_out": MuonDimensionNumbers(reduction_axis=(1, 2), output_axis=3),  # L [H K] [D]
     "mlp_in": MuonDimensionNumbers(reduction_axis=1, output_axis=2),  # L [D] [F]
+    "mlp_gate_up": MuonDimensionNumbers(reduction_axis=1, output_axis=3),  # L [D] 2 [F]
     "mlp_out": MuonDimensionNumbers(reduction_axis=1, output_axis=2),  # L [F] [D]
 }
-# Weight decay acts on these; never on norms, start vectors, embeddings and positions. By name,
-# because a stacked norm gain has two dimensions as well.
-DECAYED = {*MATRICES, "head", "class_head"}
+# Weight decay acts on these, and their steps depend on the width; never on norms, start vectors,
+# embeddings and positions. By name, because a stacked norm gain has two dimensions as well.
+PRODUCTS = {*MATRICES, "head", "class_head"}
 ABOVE = {"final_norm", "head", "classifier"}  # all layers; what is neither this nor blocks is below
 
 RMS = 0.2  # of Muon's update, that of a typical Adam update (Liu et al. 2025, arXiv:2502.16982)
 
 
 def make_optimizer(
-    config: config_lib.Optimizer, steps: int, layer_decay: float = 1.0
+    config: config_lib.Optimizer,
+    steps: int,
+    layer_decay: float = 1.0,
+    relative_width: float = 1.0,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """The optimizer, and the learning rate (Muon's, for muon; of the heads) by step.
 
@@ -37,10 +42,11 @@ def make_optimizer(
       layer_decay: learning rate of a layer over that of the one above it (Clark et al. 2020,
         arXiv:2003.10555); the embeddings are the lowest layer, the final norm and the heads the
         highest.
+      relative_width: of the network, over that of the one that the rates are of.
     """
     rate = _schedule(config, config.learning_rate, steps)
     betas = {"b1": config.beta1, "b2": config.beta2}
-    decay = {"weight_decay": config.weight_decay, "mask": _named(DECAYED)}
+    decay = {"weight_decay": config.weight_decay, "mask": _named(PRODUCTS)}
     match config.name:
         case "adam":
             optimizer = optax.adam(rate, **betas)
@@ -69,7 +75,28 @@ def make_optimizer(
     if layer_decay != 1:
         decayed = optax.stateless(lambda updates, _: _decay_layers(updates, layer_decay))
         optimizer = optax.chain(optimizer, decayed)
+    if relative_width != 1:
+        muon = config.name == "muon"
+        carried = optax.stateless(lambda updates, _: _carry_over(updates, relative_width, muon))
+        optimizer = optax.chain(optimizer, carried)
     return optimizer, rate
+
+
+def _carry_over(updates: dict, relative_width: float, muon: bool) -> dict:
+    """Steps that move activations by as much as at the width that the rates are of.
+
+    What a step adds to a product's results sums up over its inputs. Each entry of Adam's steps is
+    of one size: the rate falls with the width (muP: Yang et al. 2022, arXiv:2203.03466, table 8).
+    Muon's have singular values of one size, but times the root of the width, for the RMS of their
+    entries to be Adam's; which is to be taken back (Yang et al. 2023, arXiv:2310.17813).
+    """
+
+    def scaled(path, update):
+        name = path[-1].key
+        power = 0 if name not in PRODUCTS else 0.5 if muon and name in MATRICES else 1
+        return update * relative_width**-power
+
+    return jax.tree_util.tree_map_with_path(scaled, updates)
 
 
 def _decay_layers(updates: dict, decay: float) -> dict:
@@ -82,6 +109,21 @@ def _decay_layers(updates: dict, decay: float) -> dict:
         return update if path[0].key in ABOVE else update * decay ** (layers + 1)
 
     return jax.tree_util.tree_map_with_path(scaled, updates)
+
+
+@jax.named_scope("average")
+def average(old: dict, params: dict, step: Int[Array, ""], decay: float) -> dict:
+    """The moving average of the weights, by one step on.
+
+    Args:
+      old: the average so far, which begins as the first weights.
+      params: after the step.
+      step: its number, the first one's being 0: early ones count for more, since what the average
+        begins with is soon worth nothing.
+      decay: of later steps.
+    """
+    share = 1 - jnp.minimum(decay, (1 + step) / (10 + step))
+    return jax.tree.map(lambda a, p: a + share * (p - a), old, params)
 
 
 @jax.named_scope("optimizer")
@@ -103,11 +145,16 @@ def apply_update(
 
 
 def _schedule(config: config_lib.Optimizer, peak: float, steps: int) -> optax.Schedule:
-    if config.schedule == "constant":
-        after = optax.constant_schedule(peak)
-    else:
-        length = max(steps - config.warmup_steps, 1)
-        after = optax.cosine_decay_schedule(peak, length, config.final_fraction)
+    constant, length = optax.constant_schedule(peak), max(steps - config.warmup_steps, 1)
+    match config.schedule:
+        case "constant":
+            after = constant
+        case "cosine":
+            after = optax.cosine_decay_schedule(peak, length, config.final_fraction)
+        case "wsd":
+            falling = max(min(round(config.decay_share * steps), length), 1)
+            fall = optax.linear_schedule(peak, config.final_fraction * peak, falling)
+            after = optax.join_schedules([constant, fall], [length - falling])
     if not config.warmup_steps:
         return after
     # From peak / warmup_steps, not 0: the first step is a step.

@@ -11,7 +11,7 @@ from gptv_jax import sharding
 from gptv_jax.model.gpt import Network, Output
 from gptv_jax.train import objective
 from gptv_jax.train.objective import cross_entropy
-from gptv_jax.train.optimizer import apply_update
+from gptv_jax.train.optimizer import apply_update, average
 
 Metrics = dict[str, Array]
 
@@ -49,19 +49,25 @@ def joint_loss(network: Network, generative: float, classification: float) -> Ca
     return loss
 
 
-def make_init(network: Network, optimizer: optax.GradientTransformation) -> Callable:
-    """`key -> state`, the train state {step, params, opt}, every leaf born in its sharding."""
-    return lambda key: state_of(network.init(key), optimizer)
+def make_init(
+    network: Network, optimizer: optax.GradientTransformation, ema: float | None = None
+) -> Callable:
+    """`key -> state`, the train state of `state_of`, every leaf born in its sharding."""
+    return lambda key: state_of(network.init(key), optimizer, ema)
 
 
-def state_of(params: dict, optimizer: optax.GradientTransformation) -> dict:
-    """The train state {step, params, opt} before the first step."""
+def state_of(
+    params: dict, optimizer: optax.GradientTransformation, ema: float | None = None
+) -> dict:
+    """The train state {step, params, opt} before the first step; with an average, "ema" as well."""
     # Constants among the optimizer's state come without a sharding of their own; given one, the
     # state before the first step has the type of all later ones, and the step compiles once.
     opt = jax.tree.map(
         lambda x: jax.sharding.reshard(x, jax.typeof(x).sharding.spec), optimizer.init(params)
     )
-    return {"step": jnp.zeros((), jnp.int32), "params": params, "opt": opt}
+    # A copy of its own, since the step is given both to write over.
+    averaged = {} if ema is None else {"ema": jax.tree.map(jnp.copy, params)}
+    return {"step": jnp.zeros((), jnp.int32), "params": params, "opt": opt, **averaged}
 
 
 def make_train_step(
@@ -71,6 +77,7 @@ def make_train_step(
     *,
     microbatches: int = 1,
     seed: int = 0,
+    ema: float | None = None,
 ) -> Callable:
     """`(state, batch) -> (state, metrics)`, donating the state.
 
@@ -81,6 +88,7 @@ def make_train_step(
       microbatches: parts the batch is worked through in, to need less memory; the same result but
         for dropout, whose masks are drawn part by part.
       seed: of dropout; the key of a step is folded from the step, so that it needs no state.
+      ema: decay of the average of the weights; None: the state has none.
     """
     gradient = jax.grad(loss, has_aux=True)
 
@@ -116,7 +124,10 @@ def make_train_step(
             "param_norm": optax.tree.norm(params),
             "learning_rate": rate(state["step"]),
         }
-        return {"step": state["step"] + 1, "params": params, "opt": opt}, metrics
+        averaged = {}
+        if ema is not None:
+            averaged["ema"] = average(state["ema"], params, state["step"], ema)
+        return {"step": state["step"] + 1, "params": params, "opt": opt, **averaged}, metrics
 
     return jax.jit(train_step, donate_argnums=0)
 

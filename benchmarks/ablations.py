@@ -1,0 +1,211 @@
+"""What each part of the recipe is worth: small runs on CIFAR-10 that cost the same.
+
+Command:   python -m benchmarks.ablations --data_dir=DIR [--seeds=0,1] [--only=base,rotary]
+               [--steps=200] [--cores=0,1] [--folder=runs/ablations]
+
+CIFAR-10 at 16x16 in 16 colours of its own (256 tokens an image), 6 layers of width 96, Muon. Every
+variant changes the base by a few fields, of which none changes what the products of a training cost
+by more than a percent; `together` has all that are better than the base with every seed. `width_*`
+tell whether a learning rate carries over from one width to another, four times as wide: with
+`base_width` the best of three is to be the same.
+
+Each is the real command, `python -m gptv_jax.main --stages=pretrain`, in a folder of its own and on
+a core of its own, two and a half minutes of it. What has finished is not run again, and what was
+stopped goes on, so the same command continues. DIR is TFDS's; its tokens are cached once. Prints a
+table, and last its numbers as one JSON object, which is in FOLDER/ablations.json as well.
+"""
+
+import argparse
+import concurrent.futures
+import json
+import pathlib
+import queue
+import shutil
+import statistics
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parent.parent
+CONFIG = f"--config={ROOT / 'configs' / 'cifar10.py'}:tiny"
+IMAGES = {
+    "data.image_size": 16,
+    "data.eval_transforms": ("decode()", "resize(16)"),
+    "data.train_transforms": ("decode()", "resize(16)", "flip()"),
+    "finetune.train_transforms": (),
+    "tokens.colors": 16,
+}
+BASE = IMAGES | {
+    "data.name": "tokens",
+    "data.validation_split": "train[90%:90.4%]",
+    "data.test_split": "test[:10%]",
+    "model.layers": 6,
+    "model.width": 96,
+    "model.heads": 4,
+    "model.axial_positions": False,
+    "train.batch_size": 16,
+    "train.eval_every": 0,
+    "train.optimizer.learning_rate": 1e-2,
+    "train.optimizer.warmup_steps": 20,
+}
+VARIANTS = {
+    "base": {},
+    "adamw": {"train.optimizer.name": "adamw", "train.optimizer.learning_rate": 3e-3},
+    "axial_positions": {"model.axial_positions": True},
+    "rotary": {"model.rotary": True},
+    "rotary_alone": {"model.rotary": True, "model.learned_positions": False},
+    "qk_norm": {"model.qk_norm": True},
+    "swiglu": {"model.mlp": "swiglu"},
+    "above_embedding": {"model.above_embedding": True},
+    "wsd": {"train.optimizer.schedule": "wsd", "train.optimizer.decay_share": 0.35},
+    "ema": {"train.ema": 0.99},
+}
+NARROW, WIDE = 32, 128  # whose heads are of one size
+RATES = (3e-3, 1e-2, 3e-2)
+for _rate in RATES:
+    _of = {"train.optimizer.learning_rate": _rate}
+    _wide = _of | {"model.width": WIDE, "model.heads": 8}
+    VARIANTS[f"width_{NARROW}_{_rate:g}"] = _of | {"model.width": NARROW, "model.heads": 2}
+    VARIANTS[f"width_{WIDE}_{_rate:g}"] = _wide
+    VARIANTS[f"width_{WIDE}_based_{_rate:g}"] = _wide | {"model.base_width": NARROW}
+NUMBERS = {
+    "nats_per_token": "pretrain/test_nats_per_token",
+    "tokens_per_second": "pretrain/train_tokens_per_second",
+    "parameters": "model/params",
+}
+
+
+def main() -> None:
+    """Runs what is wanted and not there yet, and prints all of it."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--data_dir", required=True)
+    parser.add_argument("--seeds", default="0,1")
+    parser.add_argument("--only", default=",".join([*VARIANTS, "together"]))
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--cores", default="0,1")
+    parser.add_argument("--folder", type=pathlib.Path, default=ROOT / "runs" / "ablations")
+    arguments = parser.parse_args()
+    wanted, seeds = arguments.only.split(","), arguments.seeds.split(",")
+    if unknown := set(wanted) - {*VARIANTS, "together"}:
+        parser.error(f"--only has {', '.join(unknown)}; it takes {', '.join(VARIANTS)}, together.")
+    folder = arguments.folder.absolute()
+    cache = cached_tokens(folder / "tokens", arguments.data_dir)
+    common = BASE | {"data.path": str(cache), "train.steps": arguments.steps}
+    cores = arguments.cores.split(",")
+
+    def measure(variants: dict[str, dict]) -> dict[str, list[dict]]:
+        """The numbers of every seed, by variant."""
+        settings = {
+            folder / name / f"seed_{seed}": common | changes | {"seed": seed}
+            for seed in seeds
+            for name, changes in variants.items()
+        }
+        run_all(settings, cores)
+        return {
+            name: [numbers_of(folder / name / f"seed_{seed}") for seed in seeds]
+            for name in variants
+        }
+
+    found = measure({name: VARIANTS[name] for name in VARIANTS if name in wanted})
+    if "together" in wanted and (better := winners(found)):
+        changes = {k: v for name in better for k, v in VARIANTS[name].items()}
+        found |= measure({"together_" + "_".join(better): changes})
+    print(table(found, seeds))
+    config = json.loads((next(folder.glob("*/seed_*")) / "config.json").read_text())
+    result = {"steps": arguments.steps, "seeds": seeds, "versions": config["versions"]} | found
+    (folder / "ablations.json").write_text(json.dumps(result, indent=2))
+    print(json.dumps(result))
+
+
+def cached_tokens(folder: pathlib.Path, data_dir: str) -> pathlib.Path:
+    """The folder of the token cache, made where it is not whole."""
+    if not (folder / "header.json").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        prepare = [sys.executable, "-m", "gptv_jax.prepare", CONFIG, f"--out={folder}"]
+        command = [*prepare, *flags(IMAGES | {"data.dir": data_dir})]
+        subprocess.run(command, cwd=ROOT, check=True, stdout=sys.stderr)
+    return folder
+
+
+def flags(settings: dict) -> list[str]:
+    """As the command line takes them."""
+    return [f"--config.{name}={value}" for name, value in settings.items()]
+
+
+def run_all(settings: dict[pathlib.Path, dict], cores: list[str]) -> None:
+    """Runs what has not finished, one on each core, in order.
+
+    Args:
+      settings: of each run, by its folder.
+      cores: their numbers.
+
+    Raises:
+      RuntimeError: a run has failed; with the end of its log. Those under way are ended first.
+    """
+    free = queue.SimpleQueue()
+    for core in cores:
+        free.put(core)
+
+    def run(folder: pathlib.Path) -> None:
+        core, log = free.get(), folder / "log.txt"
+        folder.mkdir(parents=True, exist_ok=True)
+        main = [sys.executable, "-m", "gptv_jax.main", CONFIG, "--stages=pretrain"]
+        command = ["taskset", "-c", core, *main, f"--workdir={folder}", *flags(settings[folder])]
+        with open(log, "a") as output:
+            ended = subprocess.run(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+        free.put(core)
+        if ended.returncode:
+            raise RuntimeError(f"{folder} failed: {log.read_text()[-3000:]}")
+
+    left = [folder for folder in settings if not (folder / "summary.json").exists()]
+    with concurrent.futures.ThreadPoolExecutor(len(cores)) as pool:
+        runs = {pool.submit(run, folder): folder for folder in left}
+        try:
+            for done, each in enumerate(concurrent.futures.as_completed(runs), start=1):
+                each.result()
+                told = "/".join(runs[each].parts[-2:])
+                print(f"{done} of {len(left)}: {told}", file=sys.stderr, flush=True)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def numbers_of(folder: pathlib.Path) -> dict:
+    """Of a finished run."""
+    summary = json.loads((folder / "summary.json").read_text())
+    return {name: summary[key] for name, key in NUMBERS.items()}
+
+
+def mean(runs: list[dict], name: str = "nats_per_token") -> float:
+    """Over the seeds."""
+    return statistics.mean(run[name] for run in runs)
+
+
+def winners(found: dict[str, list[dict]]) -> list[str]:
+    """Variants of the base's own width that are better than the base with every seed."""
+    pairs = {
+        name: zip(runs, found["base"], strict=True)
+        for name, runs in found.items()
+        if "base" in found and not name.startswith("width_")
+    }
+    return [
+        name
+        for name, both in pairs.items()
+        if all(a["nats_per_token"] < b["nats_per_token"] for a, b in both)
+    ]
+
+
+def table(found: dict[str, list[dict]], seeds: list[str]) -> str:
+    """In Markdown."""
+    heads = ["variant", "parameters", "nats per token"]
+    heads += [*(f"seed {seed}" for seed in seeds), "against base", "tokens/s"]
+    rows = [heads, ["---"] * len(heads)]
+    for name, runs in found.items():
+        against = f"{mean(runs) - mean(found['base']):+.4f}" if "base" in found else ""
+        row = [name, f"{runs[0]['parameters']:,}", f"{mean(runs):.4f}"]
+        row += [f"{run['nats_per_token']:.4f}" for run in runs]
+        rows.append([*row, against, f"{mean(runs, 'tokens_per_second'):,.0f}"])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""What settings must be for each other: the part of a check that no field can say by itself."""
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from gptv_jax.errors import InputError
+
+if TYPE_CHECKING:  # which imports this module
+    from gptv_jax import config as config_lib
+
+
+def check(config: "config_lib.Config") -> None:
+    """Whether fields fit each other, as far as can be judged without data or devices.
+
+    Raises:
+      InputError: names the fields, their values and what would do.
+    """
+    mesh, model = config.mesh, config.model
+    if dataclasses.astuple(mesh).count(-1) > 1:
+        raise InputError("config.mesh has more than one -1; only one axis can fill what is left.")
+    if model.width % model.heads:
+        raise InputError(
+            f"config.model.heads is {model.heads}; it takes a divisor of config.model.width = "
+            f"{model.width}."
+        )
+    _check_objective(model)
+    if model.rotary and model.width // model.heads % 4:
+        raise InputError(
+            f"config.model.rotary is True, but a head's size, config.model.width / "
+            f"config.model.heads = {model.width // model.heads}, is no multiple of 4, as rows and "
+            "columns each turn pairs of channels; take fewer heads or another width."
+        )
+    _check_probe(config.probe, model.layers + 1)
+    if config.profile.window and config.profile.window[1] > config.train.steps:
+        raise InputError(
+            f"config.profile.steps is {config.profile.steps!r}, but pretraining ends at step "
+            f"config.train.steps = {config.train.steps}; take earlier steps."
+        )
+    for where, train in (("train", config.train), ("finetune.train", config.finetune.train)):
+        optimizer, prefix = train.optimizer, f"config.{where}.optimizer"
+        if train.batch_size % train.microbatches:
+            raise InputError(
+                f"config.{where}.microbatches is {train.microbatches}; it takes a divisor of "
+                f"config.{where}.batch_size = {train.batch_size}."
+            )
+        if optimizer.name == "adam" and optimizer.weight_decay:
+            raise InputError(
+                f"{prefix}.weight_decay is {optimizer.weight_decay}, but adam has no decay; take "
+                f"{prefix}.name=adamw or weight_decay=0."
+            )
+        if optimizer.name != "muon" and optimizer.rest_learning_rate is not None:
+            raise InputError(
+                f"{prefix}.rest_learning_rate is {optimizer.rest_learning_rate}, but only muon "
+                f"treats the rest apart; take {prefix}.name=muon or rest_learning_rate=None."
+            )
+
+
+def _check_objective(model: "config_lib.Model") -> None:
+    """Fields that make no sense where tokens are hidden, not predicted one after the other."""
+    if model.objective != "bert":
+        return
+    if model.start_per_variant:
+        raise InputError(
+            "config.model.start_per_variant is True, but config.model.objective=bert has no start "
+            "vector; set one of them otherwise."
+        )
+    if model.above_embedding:
+        raise InputError(
+            "config.model.above_embedding is True, but config.model.objective=bert may hide the "
+            "token above, and sees the others anyway; set one of them otherwise."
+        )
+    if not (model.learned_positions or model.axial_positions):
+        raise InputError(
+            "config.model.learned_positions is False, but config.model.objective=bert knows a "
+            "hidden token by the position added in its place alone; set it, or axial_positions."
+        )
+
+
+def _check_probe(probe: "config_lib.Probe", layers: int) -> None:
+    """Fields of the probe of a network with so many layers to read."""
+    for name in ("concatenate", "refine"):
+        if (count := getattr(probe, name)) and count > layers:
+            raise InputError(
+                f"config.probe.{name} is {count}; config.model.layers + 1 = {layers} can be read, "
+                f"so it takes at most that many."
+            )
+    for name, plain, method in (("pooling", "mean", "sgd"), ("labels_per_class", (), "lbfgs")):
+        if (value := getattr(probe, name)) != plain and probe.method != method:
+            raise InputError(
+                f"config.probe.{name} is {value!r}, which only config.probe.method={method} has; "
+                f"take that, or {name}={plain}."
+            )
