@@ -22,12 +22,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 
 import numpy as np
 
 ROOT = pathlib.Path(__file__).parent.parent
 VERSIONED = ("jax", "jaxlib", "flax", "optax", "torch", "transformers")
 PAUSE = 0.1  # seconds between two turns, in which OpenMP's threads cease to spin
+ENDING = 10  # seconds that a process may take to end
+DISTURBED = 0.1  # cores used by others from which the numbers are not to be trusted
 TOLD = ("unit", "median", "quartiles")  # of a row, in one cell of the table
 
 
@@ -39,6 +42,7 @@ class Contender:
     factory: str  # "module:function", which makes a `worker.Task`
     arguments: dict = dataclasses.field(default_factory=dict)  # of the factory; JSON
     environment: dict[str, str] = dataclasses.field(default_factory=dict)  # beside this process's
+    limit: bool = False  # of the others: measured whichever of them are wanted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,18 +64,23 @@ class Measured:
         return float(np.median(np.array(base.seconds) / np.array(self.seconds)))
 
 
-def compare(contenders: list[Contender], rounds: int, seconds: float) -> dict[str, Measured]:
+def compare(contenders: list[Contender], arguments: argparse.Namespace) -> dict[str, Measured]:
     """Measures contenders against each other.
 
     Args:
       contenders: with different names.
-      rounds: in each of which every contender has one turn.
-      seconds: that a turn takes at least; it is one iteration where that takes longer.
+      arguments: `rounds`, in each of which every contender has one turn; `seconds` that a turn
+        takes at least, which is one iteration where that takes longer; and `only`, names of those
+        that are wanted, by commas, or "".
 
     Returns:
       What came of each, by name; those that cannot run here are noted, and the others go on.
     """
+    if arguments.only:
+        wanted = arguments.only.split(",")
+        contenders = [c for c in contenders if c.limit or c.name in wanted]
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_others_told())
         workers = [stack.enter_context(_Worker(contender)) for contender in contenders]
         for worker in workers:
             worker.receive("ready")
@@ -79,13 +88,40 @@ def compare(contenders: list[Contender], rounds: int, seconds: float) -> dict[st
             worker.turn(1)
         for worker in workers:
             spent = worker.turn(1)
-            worker.iterations = max(1, math.ceil(seconds / spent)) if spent else 1
+            worker.iterations = max(1, math.ceil(arguments.seconds / spent)) if spent else 1
         for worker in workers:
             worker.begin()
-        for _ in range(rounds):
+        for _ in range(arguments.rounds):
             for worker in workers:
                 worker.turn(worker.iterations)
         return {worker.contender.name: worker.measured() for worker in workers}
+
+
+@contextlib.contextmanager
+def _others_told():
+    """Says so where other processes used the machine within the `with`: ratios suffer too.
+
+    Threads that wait for each other, as PyTorch's do, are slowed down out of proportion.
+    """
+    begin, busy, own = time.perf_counter(), _busy(), _own()
+    yield
+    spent = time.perf_counter() - begin
+    others = (_busy() - busy - (_own() - own)) / spent
+    if others > DISTURBED:
+        told = f"Other processes used {others:.2f} cores meanwhile; measure again when they rest."
+        print(told, file=sys.stderr, flush=True)
+
+
+def _busy() -> float:
+    """Seconds that all cores have worked since the machine was started."""
+    user, nice, system = pathlib.Path("/proc/stat").read_text().split()[1:4]
+    return (int(user) + int(nice) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
+def _own() -> float:
+    """Seconds that this process, and those it has waited for, have worked."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 class _Worker:
@@ -114,9 +150,12 @@ class _Worker:
         return self
 
     def __exit__(self, *_):
-        self._connection.close()  # by which it ends, after the turn that it is at
-        self._process.kill()
-        self._process.wait()
+        self._connection.close()  # by which it ends
+        try:
+            self._process.wait(timeout=ENDING)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
         self._log.close()
 
     def begin(self) -> None:
@@ -164,7 +203,9 @@ class _Worker:
         return Measured(tuple(self.seconds), self.facts, waiting)
 
 
-def rows(case: str, found: dict[str, Measured], work: float, unit: str, base: str) -> list[dict]:
+def rows(
+    case: str, found: dict[str, Measured], work: float, unit: str, base: str = ""
+) -> list[dict]:
     """A row of the table for each contender.
 
     Args:
@@ -172,7 +213,7 @@ def rows(case: str, found: dict[str, Measured], work: float, unit: str, base: st
       found: of `compare`.
       work: that an iteration does, in units.
       unit: tokens, images, ...; the rows have as many of them a second.
-      base: the contender whose ratio is 1.
+      base: the contender whose ratio is 1; without one there are no ratios.
     """
     made = []
     for name, each in found.items():
@@ -259,24 +300,45 @@ def hardware() -> dict[str, str | int]:
     return {"platform": kind, "device": device, "cpu": cpu or platform.processor(), "cores": cores}
 
 
-def parser(description: str) -> argparse.ArgumentParser:
-    """With the flags that all benchmarks have."""
-    made = argparse.ArgumentParser(description=description.splitlines()[0])
-    made.add_argument("--rounds", type=int, default=5, help="turns that each contender has")
-    made.add_argument("--seconds", type=float, default=1.0, help="that a turn takes at least")
-    made.add_argument("--cases", default="", help="those with one of these words, by commas")
-    made.add_argument("--quick", action="store_true", help="tiny sizes: to see that it works")
-    return made
+def main(
+    benchmark: str,
+    description: str,
+    cases: Callable,
+    measure: Callable,
+    *,
+    quick: list,
+    rounds: int = 5,
+    flags: dict[str, dict] | None = None,
+) -> None:
+    """What a benchmark does as a command.
 
-
-def chosen(cases: dict, wanted: str) -> dict:
-    """The cases in whose names one of the words appears; all, where no word is given.
+    Args:
+      benchmark: its name.
+      description: its docstring.
+      cases: `platform -> cases` that fit the machine; a case's name is its `str`.
+      measure: `(case, arguments) -> rows`.
+      quick: the cases of --quick.
+      rounds: the default of --rounds.
+      flags: further ones, and what they are.
 
     Raises:
-      SystemExit: there are none.
+      SystemExit: no case is left, or a contender failed.
     """
-    words = [word for word in wanted.split(",") if word]
-    found = {n: case for n, case in cases.items() if not words or any(w in n for w in words)}
-    if not found:
-        sys.exit(f"--cases={wanted} names none of: {'; '.join(cases)}")
-    return found
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=rounds, help="turns that each contender has")
+    parser.add_argument("--seconds", type=float, default=1.0, help="that a turn takes at least")
+    parser.add_argument("--cases", default="", help="those with one of these words, by commas")
+    parser.add_argument("--only", default="", help="these contenders, by commas")
+    parser.add_argument("--batch", type=int, help="in place of the cases' own")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: to see that it works")
+    for name, options in (flags or {}).items():
+        parser.add_argument(name, **options)
+    arguments = parser.parse_args()
+    every = quick if arguments.quick else cases(hardware()["platform"])
+    words = [word for word in arguments.cases.split(",") if word]
+    chosen = [c for c in every if not words or any(word in str(c) for word in words)]
+    if not chosen:
+        sys.exit(f"--cases={arguments.cases} names none of: {'; '.join(map(str, every))}.")
+    if arguments.batch:
+        chosen = [dataclasses.replace(case, batch=arguments.batch) for case in chosen]
+    report(benchmark, [row for case in chosen for row in measure(case, arguments)])

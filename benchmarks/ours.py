@@ -10,6 +10,7 @@ from benchmarks.sizes import Size
 from benchmarks.worker import Task
 from gptv_jax import config as config_lib
 from gptv_jax import decode, sharding
+from gptv_jax.model import attention
 from gptv_jax.model.gpt import Network
 from gptv_jax.probe import features, ridge
 from gptv_jax.train import step
@@ -59,10 +60,12 @@ def generate(size: dict, batch: int, dtype: str, count: int) -> Task:
     _set_mesh()
     network = network_of(Size(**size), dtype)
     params = jax.jit(network.init)(jax.random.key(0))
-    prefix, key = jnp.zeros((batch, 0), jnp.int32), jax.random.key(1)
-    return Task(
-        lambda: decode.generate(network, params, prefix, key, steps=count), jax.block_until_ready
-    )
+    prefix, key = sharding.from_everywhere(np.zeros((batch, 0), np.int32)), jax.random.key(1)
+
+    def draw():
+        return decode.generate(network, params, prefix, key, steps=count)
+
+    return Task(draw, jax.block_until_ready)
 
 
 def read(size: dict, batch: int, dtype: str, what: str) -> Task:
@@ -94,6 +97,30 @@ def read(size: dict, batch: int, dtype: str, what: str) -> Task:
 
     steps = {"last": lambda: last(params, data), "all": every, "ridge": summed}
     return Task(steps[what], jax.block_until_ready)
+
+
+def attend(
+    batch: int,
+    tokens: int,
+    heads: int,
+    head_size: int,
+    backward: bool,
+    dtype: str,
+    plain: bool = False,
+) -> Task:
+    """Causal attention, in the form that is chosen here or in the plain one."""
+    _set_mesh()
+    shape, spec = (batch, tokens, heads, head_size), sharding.BATCH_FIRST
+    keys = jax.random.split(jax.random.key(0), 4)
+    *qkv, gradient = (jax.random.normal(key, shape, dtype, out_sharding=spec) for key in keys)
+
+    def forward(q, k, v):
+        if plain:
+            return attention.attention(q, k, v, jnp.tri(tokens, dtype=bool))
+        return attention.causal_attention(q, k, v)
+
+    function = jax.jit((lambda *qkv: jax.vjp(forward, *qkv)[1](gradient)) if backward else forward)
+    return Task(lambda: function(*qkv), jax.block_until_ready)
 
 
 def matmul(side: int, dtype: str) -> Task:

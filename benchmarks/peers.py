@@ -133,28 +133,21 @@ def train(size: dict, batch: int, dtype: str, model: str, compiled: bool = False
 def generate(size: dict, batch: int, dtype: str, count: int) -> Task:
     """Draws the first `count` tokens of `batch` sequences, with the cache of `transformers`."""
     size = Size(**size)
-    network = ImageGPT(size).to(DEVICE).eval()
+    network = ImageGPT(size).to(DEVICE, getattr(torch, dtype)).eval()
     start = torch.full((batch, 1), size.vocabulary, device=DEVICE)
-    sampling = {"do_sample": True, "top_k": 0, "use_cache": True}
-
-    @torch.inference_mode()
-    def step():
-        with autocast(dtype):
-            return network.model.generate(
-                start, min_new_tokens=count, max_new_tokens=count, **sampling
-            )
-
-    return Task(step, wait)
+    lengths = {"min_new_tokens": count, "max_new_tokens": count}
+    draw = torch.inference_mode()(network.model.generate)
+    return Task(lambda: draw(start, do_sample=True, top_k=0, use_cache=True, **lengths), wait)
 
 
 def read(size: dict, batch: int, dtype: str, compiled: bool = False) -> Task:
     """Features of all layers."""
     size = Size(**size)
-    network, tokens = GPT(size).to(DEVICE).eval(), tokens_of(size, batch)
-    return Task(pooling(network, tokens, dtype, compiled=compiled), wait)
+    network = GPT(size).to(DEVICE, getattr(torch, dtype)).eval()
+    return Task(pooling(network, tokens_of(size, batch), compiled=compiled), wait)
 
 
-def pooling(network: GPT, tokens: torch.Tensor, dtype: str = "float32", *, compiled: bool = False):
+def pooling(network: GPT, tokens: torch.Tensor, *, compiled: bool = False):
     """A call that gives means over positions of every layer's normed input, by forward hooks."""
     means: list[torch.Tensor] = []
     for norm in (*(block.norm_1 for block in network.blocks), network.final_norm):
@@ -164,11 +157,27 @@ def pooling(network: GPT, tokens: torch.Tensor, dtype: str = "float32", *, compi
     @torch.inference_mode()
     def read():
         means.clear()
-        with autocast(dtype):
-            trunk(tokens)
+        trunk(tokens)
         return torch.stack(means)
 
     return read
+
+
+def attend(batch: int, tokens: int, heads: int, head_size: int, backward: bool, dtype: str) -> Task:
+    """Causal attention in PyTorch's own form."""
+    shape, kind = (batch, heads, tokens, head_size), getattr(torch, dtype)
+    *qkv, gradient = (torch.randn(shape, device=DEVICE, dtype=kind) for _ in range(4))
+    if not backward:
+        forward = torch.inference_mode()(F.scaled_dot_product_attention)
+        return Task(lambda: forward(*qkv, is_causal=True), wait)
+    for array in qkv:
+        array.requires_grad_()
+
+    def step():
+        mixed = F.scaled_dot_product_attention(*qkv, is_causal=True)
+        return torch.autograd.grad(mixed, qkv, gradient)
+
+    return Task(step, wait)
 
 
 def matmul(side: int, dtype: str) -> Task:

@@ -1,5 +1,6 @@
 """The benchmarks' harness, with real processes, and that both sides of a comparison do one work."""
 
+import argparse
 import itertools
 import json
 import pathlib
@@ -21,6 +22,10 @@ ROOT = pathlib.Path(__file__).parent.parent
 CONTENDERS = pathlib.Path(__file__).parent / "contenders.py"
 
 
+def turns_of(rounds: int, seconds: float) -> argparse.Namespace:
+    return argparse.Namespace(rounds=rounds, seconds=seconds, only="")
+
+
 def contender(name: str, function: str, **arguments) -> Contender:
     path = {"PYTHONPATH": f"{ROOT}:{CONTENDERS.parent}"}
     return Contender(name, f"{CONTENDERS.stem}:{function}", arguments, path)
@@ -30,7 +35,7 @@ def test_contenders_take_turns_and_the_faster_one_has_the_higher_ratio(tmp_path)
     log = tmp_path / "log"
     both = [contender("slow", "sleeper", seconds=0.04, log=str(log)),
             contender("fast", "sleeper", seconds=0.01, log=str(log))]  # fmt: skip
-    found = harness.compare(both, rounds=3, seconds=0.2)
+    found = harness.compare(both, turns_of(3, 0.2))
     turns = [(key, len(list(each))) for key, each in itertools.groupby(log.read_text().split())]
     assert [key for key, _ in turns] == ["0.04", "0.01"] * 5
     counts = [count for _, count in turns]
@@ -45,14 +50,14 @@ def test_contenders_take_turns_and_the_faster_one_has_the_higher_ratio(tmp_path)
 
 def test_one_that_is_not_idle_while_it_waits_is_noticed():
     both = [contender("idle", "sleeper", seconds=0.1), contender("busy", "spinner")]
-    found = harness.compare(both, rounds=2, seconds=0.1)
+    found = harness.compare(both, turns_of(2, 0.1))
     assert found["idle"].waiting < 0.1 < 0.3 < found["busy"].waiting
 
 
 def test_those_that_cannot_run_are_noted_and_mistakes_fail(capsys):
     all_of_them = [contender("lacking", "lacking"), contender("mistaken", "mistaken"),
                    contender("well", "sleeper", seconds=0.01)]  # fmt: skip
-    found = harness.compare(all_of_them, rounds=1, seconds=0.01)
+    found = harness.compare(all_of_them, turns_of(1, 0.01))
     assert found["lacking"].note == "there is no such machine" and not found["lacking"].failed
     assert found["mistaken"].note == "ZeroDivisionError: division by zero"
     assert len(found["well"].seconds) == 1
