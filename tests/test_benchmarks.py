@@ -6,6 +6,7 @@ import json
 import pathlib
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,8 @@ import numpy as np
 import pytest
 from conftest import random_batch, random_params, tiny_network
 
-from benchmarks import harness
+from benchmarks import all as everything
+from benchmarks import harness, reference_runs
 from benchmarks.harness import Contender
 from benchmarks.sizes import Size
 from gptv_jax import sharding
@@ -87,6 +89,50 @@ def test_the_pytorch_gpt_is_our_network(one_device):
     # Every layer's features, by the hooks that features.py uses.
     task = peers.pooling(peer, tokens)
     np.testing.assert_allclose(ours.pooled, task(), rtol=0, atol=1e-5)
+
+
+def test_a_table_is_put_between_its_lines_and_nothing_else_changes(tmp_path, capsys):
+    document = tmp_path / "results.md"
+    document.write_text("before\n<!-- speed:a-cpu -->\nold\n<!-- /speed:a-cpu -->\nafter\n")
+    assert everything.write(document, "a-cpu", "new")
+    text = "before\n<!-- speed:a-cpu -->\nnew\n<!-- /speed:a-cpu -->\nafter\n"
+    assert document.read_text() == text
+    assert not everything.write(document, "a-gpu", "new")
+    assert document.read_text() == text and "add these two" in capsys.readouterr().err
+
+
+# What a run does, as far as its keeper can see: saves, and ends when it is asked to.
+CHILD = """
+import pathlib, signal, sys, time
+folder = pathlib.Path(sys.argv[1])
+def step(*_):
+    found = len(list(folder.glob("checkpoints/pretrain/*")))
+    (folder / "checkpoints" / "pretrain" / str(found)).mkdir(parents=True)
+    sys.exit(143 if found < 1 else 0)
+if "saves" in sys.argv:
+    signal.signal(signal.SIGTERM, step)
+if "fails" in sys.argv:
+    sys.exit(3)
+if list(folder.glob("checkpoints/pretrain/*")):
+    step()
+time.sleep(60)
+"""
+
+
+def test_a_reference_run_is_stopped_in_time_and_continued(tmp_path):
+    def advance(*how: str) -> bool:
+        child = [sys.executable, "-c", CHILD, str(tmp_path), *how]
+        return reference_runs.advance(child, tmp_path, time.monotonic() + 4, reserve=2)
+
+    begin = time.monotonic()
+    with pytest.raises(SystemExit, match="came no further"):
+        advance()
+    assert not advance("saves")
+    assert time.monotonic() - begin < 8
+    assert advance("saves")
+    with pytest.raises(SystemExit) as failure:
+        advance("fails")
+    assert failure.value.code == 3
 
 
 @pytest.mark.process
