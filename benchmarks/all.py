@@ -17,6 +17,7 @@ import sys
 import time
 
 from benchmarks import harness
+from benchmarks.turns import ROOT
 
 NAMES = ("train_step", "decode", "features", "attention", "startup", "input_pipeline")
 DATA = ("cifar10", "jpegs", "palette")  # flags of the input pipeline
@@ -25,7 +26,7 @@ DATA = ("cifar10", "jpegs", "palette")  # flags of the input pipeline
 def run(command: list[str]) -> tuple[dict | None, bool]:
     """What a benchmark told as its last line, or None, and whether all of it went well."""
     ended = subprocess.run(
-        [sys.executable, *command[1:]], cwd=harness.ROOT, stdout=subprocess.PIPE, text=True
+        [sys.executable, *command[1:]], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
     print(ended.stdout, flush=True)
     try:
@@ -65,7 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="tiny sizes: to see that it works")
     parser.add_argument("--benchmarks", default=",".join(NAMES), help="these, by commas")
-    parser.add_argument("--write", type=pathlib.Path, default=harness.ROOT / "docs/results.md")
+    parser.add_argument("--write", type=pathlib.Path, default=ROOT / "docs/results.md")
     for name in DATA:
         parser.add_argument(f"--{name}", help="see benchmarks/input_pipeline.py")
     arguments, well = parser.parse_args(), True

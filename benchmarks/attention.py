@@ -9,7 +9,7 @@ The plain form, which says what is meant, the form that this platform takes, and
 import dataclasses
 
 from benchmarks import harness
-from benchmarks.harness import Contender
+from benchmarks.turns import Contender, compare
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ def measure(case: Case, arguments) -> list[dict]:
         Contender("gptv_jax, plain", "benchmarks.ours:attend", shared | {"plain": True}),
         Contender("PyTorch", "benchmarks.peers:attend", shared),
     ]
-    found = harness.compare(contenders, arguments)
+    found = compare(contenders, arguments)
     return harness.rows(str(case), found, case.batch * case.tokens, "tokens", "PyTorch")
 
 

@@ -12,9 +12,9 @@ import dataclasses
 import math
 
 from benchmarks import harness
-from benchmarks.harness import Contender
 from benchmarks.ours import network_of
 from benchmarks.sizes import IGPT_S, LONG, QUICK, Case, Size
+from benchmarks.turns import Contender, compare
 from gptv_jax.model import flops
 
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -38,7 +38,7 @@ def measure(case: Case, arguments) -> list[dict]:
         Contender("transformers, 1 thread", "benchmarks.peers:generate", drawn, ONE_THREAD),
         Contender("copy", "benchmarks.ours:copy", {"size": COPIED}, limit=True),
     ]
-    found = harness.compare(contenders, arguments)
+    found = compare(contenders, arguments)
     copy = {"copy": found.pop("copy")}
     rows = harness.rows(name, found, case.batch * count, "tokens", "transformers")
     (bandwidth,) = harness.rows(name, copy, 2 * COPIED / 1e9, "GB")
@@ -72,7 +72,7 @@ def growth(case: Case, arguments) -> list[dict]:
         longer = dataclasses.replace(case, size=dataclasses.replace(case.size, tokens=tokens))
         drawn = longer.asdict() | {"count": count}
         contenders.append(Contender(f"room for {tokens}", "benchmarks.ours:generate", drawn))
-    found = harness.compare(contenders, arguments)
+    found = compare(contenders, arguments)
     base = contenders[0].name
     rows = harness.rows(f"first {count} tokens, {case}", found, case.batch * count, "tokens", base)
     for row in rows:

@@ -8,8 +8,8 @@ to the last layer alone.
 """
 
 from benchmarks import harness
-from benchmarks.harness import Contender
 from benchmarks.sizes import IGPT_S, LONG, QUICK, SMALL, Case
+from benchmarks.turns import Contender, compare
 
 OURS = {"gptv_jax": "all", "gptv_jax, ridge": "ridge", "gptv_jax, last layer": "last"}
 THEIRS = {"PyTorch": {}, "PyTorch compiled": {"compiled": True}}
@@ -29,7 +29,7 @@ def measure(case: Case, arguments) -> list[dict]:
         *(Contender(n, "benchmarks.ours:read", shared | {"what": w}) for n, w in OURS.items()),
         *(Contender(n, "benchmarks.peers:read", shared | more) for n, more in THEIRS.items()),
     ]
-    found = harness.compare(contenders, arguments)
+    found = compare(contenders, arguments)
     rows = harness.rows(str(case), found, case.batch, "images", "PyTorch")
     last = found.get("gptv_jax, last layer")
     for row in rows:

@@ -20,7 +20,7 @@ import numpy as np
 from absl import flags
 
 from benchmarks import harness
-from benchmarks.harness import Measured
+from benchmarks.turns import Measured
 from gptv_jax import config as config_lib
 from gptv_jax import tokens
 from gptv_jax.data import cache, pipeline, sources

@@ -21,7 +21,7 @@ import sys
 import time
 
 from benchmarks import harness
-from benchmarks.harness import ROOT
+from benchmarks.turns import ROOT
 
 STOPPED = 128 + signal.SIGTERM
 STAGES = ("pretrain", "probe", "finetune")

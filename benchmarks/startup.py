@@ -21,6 +21,7 @@ import time
 import numpy as np
 
 from benchmarks import harness
+from benchmarks.turns import ROOT
 
 LIMIT = 300  # seconds after which a start is given up
 EMPTY, WARM = "empty cache", "warm cache"
@@ -85,9 +86,9 @@ def start(case: Case, folder: pathlib.Path, name: str) -> dict[str, float]:
     workdir, marks, log = (folder / f"{name}{kind}" for kind in ("", ".marks", ".log"))
     cache = {
         "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
-        "PYTHONPATH": str(harness.ROOT),
+        "PYTHONPATH": str(ROOT),
     }
-    flags = [f"--config={harness.ROOT / 'configs' / case.config}", f"--workdir={workdir}"]
+    flags = [f"--config={ROOT / 'configs' / case.config}", f"--workdir={workdir}"]
     settings = {"batch_size": case.batch, "log_every": 1, "eval_every": 0}
     flags += [f"--config.train.{key}={value}" for key, value in settings.items()]
     if case.config.startswith("cifar10"):

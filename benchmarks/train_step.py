@@ -9,9 +9,9 @@ PaLM does (`model/flops.py`), beside that limit and beside the data sheet.
 """
 
 from benchmarks import harness
-from benchmarks.harness import Contender
 from benchmarks.ours import network_of
 from benchmarks.sizes import IGPT_L, IGPT_M, IGPT_S, LONG, QUICK, SMALL, Case
+from benchmarks.turns import Contender, compare
 from gptv_jax import hardware
 from gptv_jax.model import flops
 
@@ -26,23 +26,26 @@ SIDES = {"cpu": 2048, "gpu": 8192}  # of the matrices whose product is the limit
 
 
 def cases(platform: str) -> list[Case]:
-    """Those that fit the machine; on a GPU in batches of which three contenders find room."""
+    """Those that fit the machine."""
     if platform == "cpu":
         return [Case(s, b, d) for s, b in ((LONG, 4), (SMALL, 64)) for d in ("float32", "bfloat16")]
-    return [Case(s, b, "bfloat16") for s, b in ((IGPT_S, 32), (IGPT_M, 16), (IGPT_L, 4))]
+    return [Case(s, b, "bfloat16") for s, b in ((IGPT_S, 16), (IGPT_M, 8), (IGPT_L, 4))]
 
 
 def measure(case: Case, arguments) -> list[dict]:
     """The rows of a case."""
     machine, shared = harness.hardware(), case.asdict()
     side = SIDES[machine["platform"]]
+    # On a GPU they share its memory: the others of ours are measured where they are asked for.
+    alone = machine["platform"] != "cpu" and not arguments.only
+    ours = {"gptv_jax": {}} if alone else OURS
     product = {"side": side, "dtype": case.dtype}
     contenders = [
-        *(Contender(n, "benchmarks.ours:train", shared | more) for n, more in OURS.items()),
+        *(Contender(n, "benchmarks.ours:train", shared | more) for n, more in ours.items()),
         *(Contender(n, "benchmarks.peers:train", shared | more) for n, more in THEIRS.items()),
         *(Contender(n, factory, product, limit=True) for n, factory in PRODUCTS.items()),
     ]
-    found = harness.compare(contenders, arguments)
+    found = compare(contenders, arguments)
     products = {name: found.pop(name) for name in PRODUCTS}
     rows = harness.rows(str(case), found, case.batch * case.size.tokens, "tokens", "PyTorch")
     limits = harness.rows(str(case), products, 2 * side**3 / 1e9, "GFLOP")

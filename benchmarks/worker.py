@@ -1,6 +1,6 @@
 """The process of one contender: makes it, and runs it whenever the harness says so.
 
-Command: python -m benchmarks.worker CONNECTION FACTORY ARGUMENTS, which `harness.compare` starts.
+Command: python -m benchmarks.worker CONNECTION FACTORY ARGUMENTS, which `turns.compare` starts.
 """
 
 import contextlib
@@ -13,6 +13,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import NamedTuple
 
+OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "out of memory")  # as JAX and PyTorch say it
 OPTIONAL = ("torch", "transformers")  # the bench extra
 
 
@@ -58,8 +59,9 @@ def main() -> None:
             raise
         except Exception as error:
             lacking = isinstance(error, ModuleNotFoundError) and error.name in OPTIONAL
-            if lacking or isinstance(error, UnavailableError):
-                connection.send(("unavailable", str(error)))
+            full = any(word in str(error) for word in OUT_OF_MEMORY)
+            if lacking or full or isinstance(error, UnavailableError):
+                connection.send(("unavailable", str(error).splitlines()[0]))
                 return
             traceback.print_exc()
             connection.send(("failed", f"{type(error).__name__}: {error}".splitlines()[0]))

@@ -15,9 +15,9 @@ import pytest
 from conftest import random_batch, random_params, tiny_network
 
 from benchmarks import all as everything
-from benchmarks import harness, reference_runs
-from benchmarks.harness import Contender
+from benchmarks import harness, reference_runs, turns
 from benchmarks.sizes import Size
+from benchmarks.turns import Contender
 from gptv_jax import sharding
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -37,12 +37,14 @@ def test_contenders_take_turns_and_the_faster_one_has_the_higher_ratio(tmp_path)
     log = tmp_path / "log"
     both = [contender("slow", "sleeper", seconds=0.04, log=str(log)),
             contender("fast", "sleeper", seconds=0.01, log=str(log))]  # fmt: skip
-    found = harness.compare(both, turns_of(3, 0.2))
-    turns = [(key, len(list(each))) for key, each in itertools.groupby(log.read_text().split())]
-    assert [key for key, _ in turns] == ["0.04", "0.01"] * 5
-    counts = [count for _, count in turns]
+    found = turns.compare(both, turns_of(3, 0.2))
+    found_turns = [
+        (key, len(list(each))) for key, each in itertools.groupby(log.read_text().split())
+    ]
+    assert [key for key, _ in found_turns] == ["0.04", "0.01"] * 5
+    counts = [count for _, count in found_turns]
     slow, fast = counts[-2:]
-    assert counts == [1, 1] * 2 + [slow, fast] * 3 and 2 <= slow < fast  # two rounds to warm up
+    assert counts == (1, 1) * 2 + (slow, fast) * 3 and 2 <= slow < fast  # two rounds to warm up
     slow, fast = rows = harness.rows("sleep", found, work=10, unit="naps", base="slow")
     assert slow["ratio"] == 1 < fast["ratio"]
     assert slow["quartiles"][0] <= slow["median"] <= slow["quartiles"][1] <= 10 / 0.04
@@ -52,14 +54,22 @@ def test_contenders_take_turns_and_the_faster_one_has_the_higher_ratio(tmp_path)
 
 def test_one_that_is_not_idle_while_it_waits_is_noticed():
     both = [contender("idle", "sleeper", seconds=0.1), contender("busy", "spinner")]
-    found = harness.compare(both, turns_of(2, 0.1))
+    found = turns.compare(both, turns_of(2, 0.1))
     assert found["idle"].waiting < 0.1 < 0.3 < found["busy"].waiting
+
+
+def test_other_processes_that_work_meanwhile_are_noticed(capsys):
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
+        found = turns.compare([contender("idle", "sleeper", seconds=0.5)], turns_of(2, 0.5))
+        other.kill()
+    assert found["idle"].others > 0.3
+    assert "Other processes used" in capsys.readouterr().err
 
 
 def test_those_that_cannot_run_are_noted_and_mistakes_fail(capsys):
     all_of_them = [contender("lacking", "lacking"), contender("mistaken", "mistaken"),
                    contender("well", "sleeper", seconds=0.01)]  # fmt: skip
-    found = harness.compare(all_of_them, turns_of(1, 0.01))
+    found = turns.compare(all_of_them, turns_of(1, 0.01))
     assert found["lacking"].note == "there is no such machine" and not found["lacking"].failed
     assert found["mistaken"].note == "ZeroDivisionError: division by zero"
     assert len(found["well"].seconds) == 1
