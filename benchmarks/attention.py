@@ -40,7 +40,7 @@ def measure(case: Case, arguments) -> list[dict]:
     shared = dataclasses.asdict(case)
     contenders = [
         Contender("gptv_jax", "benchmarks.ours:attend", shared),
-        Contender("gptv_jax, plain", "benchmarks.ours:attend", shared | {"plain": True}),
+        Contender("gptv_jax plain", "benchmarks.ours:attend", shared | {"plain": True}),
         Contender("PyTorch", "benchmarks.peers:attend", shared),
     ]
     found = compare(contenders, arguments)

@@ -35,7 +35,7 @@ def measure(case: Case, arguments) -> list[dict]:
     contenders = [
         Contender("gptv_jax", "benchmarks.ours:generate", drawn),
         Contender("transformers", "benchmarks.peers:generate", drawn),
-        Contender("transformers, 1 thread", "benchmarks.peers:generate", drawn, ONE_THREAD),
+        Contender("transformers 1 thread", "benchmarks.peers:generate", drawn, ONE_THREAD),
         Contender("copy", "benchmarks.ours:copy", {"size": COPIED}, limit=True),
     ]
     found = compare(contenders, arguments)
@@ -47,7 +47,7 @@ def measure(case: Case, arguments) -> list[dict]:
         for row in rows:
             if "median" in row:
                 row["of_limit"] = row["median"] * step / (1e9 * bandwidth["median"] * case.batch)
-    return [*rows, bandwidth, *growth(case, arguments)]
+    return [*rows, bandwidth, *([] if arguments.only else growth(case, arguments))]
 
 
 def bytes_read(size: Size, batch: int, width: int, count: int) -> float:

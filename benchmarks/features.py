@@ -11,7 +11,7 @@ from benchmarks import harness
 from benchmarks.sizes import IGPT_S, LONG, QUICK, SMALL, Case
 from benchmarks.turns import Contender, compare
 
-OURS = {"gptv_jax": "all", "gptv_jax, ridge": "ridge", "gptv_jax, last layer": "last"}
+OURS = {"gptv_jax": "all", "gptv_jax ridge": "ridge", "gptv_jax last layer": "last"}
 THEIRS = {"PyTorch": {}, "PyTorch compiled": {"compiled": True}}
 
 
@@ -31,7 +31,7 @@ def measure(case: Case, arguments) -> list[dict]:
     ]
     found = compare(contenders, arguments)
     rows = harness.rows(str(case), found, case.batch, "images", "PyTorch")
-    last = found.get("gptv_jax, last layer")
+    last = found.get("gptv_jax last layer")
     for row in rows:
         if last and last.seconds and row["contender"] in OURS:
             row["cost_over_last_layer"] = 1 / found[row["contender"]].times_as_fast_as(last)

@@ -37,8 +37,8 @@ def measure(case: Case, arguments) -> list[dict]:
     machine, shared = harness.hardware(), case.asdict()
     side = SIDES[machine["platform"]]
     # On a GPU they share its memory: the others of ours are measured where they are asked for.
-    alone = machine["platform"] != "cpu" and not arguments.only
-    ours = {"gptv_jax": {}} if alone else OURS
+    every = machine["platform"] == "cpu" or arguments.only
+    ours = OURS if every else {"gptv_jax": {}}
     product = {"side": side, "dtype": case.dtype}
     contenders = [
         *(Contender(n, "benchmarks.ours:train", shared | more) for n, more in ours.items()),
