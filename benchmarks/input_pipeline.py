@@ -1,25 +1,26 @@
 """Speed of the input pipeline: decode, augment and tokenise, or read from a token cache.
 
-    python benchmarks/input_pipeline.py --cifar10=DIR --jpegs=FOLDER --palette=kmeans_centers.npy
+Command: python -m benchmarks.input_pipeline --cifar10=DIR --jpegs=FOLDER
+             --palette=kmeans_centers.npy [--rounds=3]
 
 DIR is the folder of prepared TFDS sets, FOLDER one of JPEGs. Beside each line, where torch is
 installed, a plain PyTorch DataLoader that does the same work: the same files, Pillow, a flip, and
-the nearest of 512 colours by `torch.cdist`. One after the other, three times round, medians; one
-table, one JSON line.
+the nearest of 512 colours by `torch.cdist`. They take turns, but not in processes that wait: a
+pipeline that waits goes on filling its buffers, so each turn begins one anew.
 """
 
 import argparse
 import dataclasses
 import itertools
-import json
 import pathlib
-import statistics
 import tempfile
 import time
 
 import numpy as np
 from absl import flags
 
+from benchmarks import harness
+from benchmarks.turns import Measured
 from gptv_jax import config as config_lib
 from gptv_jax import tokens
 from gptv_jax.data import cache, pipeline, sources
@@ -36,7 +37,6 @@ except ImportError:
 BATCH = 64
 CROP = ("decode()", "resize_short(40)", "random_crop(32)", "flip()")
 CENTER = ("decode()", "resize_short(32)", "center_crop(32)")
-ROUNDS = 3
 BUFFERED = 24  # batches that may wait in buffers
 
 
@@ -122,22 +122,23 @@ def theirs(config: config_lib.Data, codec, workers: int):
 
 
 def measured(batches, seconds: float) -> float:
-    """Images a second, once what was prefetched is used up."""
+    """Seconds a batch, once what was prefetched is used up."""
     for _ in range(BUFFERED):
         next(batches)
     count, begin = 0, time.perf_counter()
     while (spent := time.perf_counter() - begin) < seconds:
         next(batches)
-        count += BATCH
-    return count / spent
+        count += 1
+    return spent / count
 
 
 def main() -> None:
     """Measures and prints."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cifar10", required=True)
     parser.add_argument("--jpegs", required=True)
     parser.add_argument("--palette", required=True)
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of each")
     parser.add_argument("--seconds", type=float, default=3, help="of each measurement")
     arguments = parser.parse_args()
     flags.FLAGS.mark_as_parsed()  # Grain's workers ask absl's flags
@@ -147,27 +148,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         inputs = settings(arguments, pathlib.Path(folder))
         write_cache(inputs["CIFAR-10 (TFDS)"], codec, pathlib.Path(folder), 10_000)
-        makers = {"gptv_jax": ours} | ({"torch": theirs} if torch else {})
+        makers = {"gptv_jax": ours} | ({"PyTorch": theirs} if torch else {})
         kinds = list(itertools.product(inputs, (0, 2), makers))
-        speeds = {kind: [] for kind in kinds}
-        for _, (name, workers, peer) in itertools.product(range(ROUNDS), kinds):
+        seconds = {kind: [] for kind in kinds}
+        for _, (name, workers, peer) in itertools.product(range(arguments.rounds), kinds):
             batches = makers[peer](inputs[name], codec, workers)
-            speeds[name, workers, peer].append(measured(batches, arguments.seconds))
+            seconds[name, workers, peer].append(measured(batches, arguments.seconds))
             del batches  # and with it what it prefetches while another one is measured
-        report(speeds)
-
-
-def report(speeds: dict) -> None:
-    """One table, one JSON line."""
-    print(f"{'input':16} {'workers':>7} {'by':>9} {'images/s':>9} {'tokens/s':>11} {'TFDS = 1':>9}")
     rows = []
-    for (name, workers, peer), found in speeds.items():
-        speed = statistics.median(found)
-        base = statistics.median(speeds["CIFAR-10 (TFDS)", workers, peer])
-        numbers = f"{speed:9,.0f} {speed * 1024:11,.0f} {speed / base:9.2f}"
-        print(f"{name:16} {workers:7} {peer:>9} {numbers}")
-        rows.append({"input": name, "workers": workers, "by": peer, "images_per_second": speed})
-    print(json.dumps(rows))
+    for name, workers in itertools.product(inputs, (0, 2)):
+        found = {peer: Measured(tuple(seconds[name, workers, peer])) for peer in makers}
+        rows += harness.rows(f"{name}, {workers} workers", found, BATCH, "images", "PyTorch")
+    harness.report("input_pipeline", rows)
 
 
 if __name__ == "__main__":

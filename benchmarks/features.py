@@ -1,0 +1,42 @@
+"""Speed of reading features of all layers, beside a PyTorch model with forward hooks.
+
+Command: python -m benchmarks.features [--cases=D256] [--batch=16]
+
+Features are means over positions of every layer's normed input. Beside them what the probe makes of
+them (`ridge`: added to the moments of a ridge regression), and what they cost over a forward pass
+to the last layer alone.
+"""
+
+from benchmarks import harness
+from benchmarks.sizes import IGPT_S, LONG, QUICK, SMALL, Case
+from benchmarks.turns import Contender, compare
+
+OURS = {"gptv_jax": "all", "gptv_jax ridge": "ridge", "gptv_jax last layer": "last"}
+THEIRS = {"PyTorch": {}, "PyTorch compiled": {"compiled": True}}
+
+
+def cases(platform: str) -> list[Case]:
+    """Those that fit the machine."""
+    if platform == "cpu":
+        return [Case(LONG, 16, "float32"), Case(SMALL, 16, "float32")]
+    return [Case(IGPT_S, 64, "bfloat16")]
+
+
+def measure(case: Case, arguments) -> list[dict]:
+    """The rows of a case."""
+    shared = case.asdict()
+    contenders = [
+        *(Contender(n, "benchmarks.ours:read", shared | {"what": w}) for n, w in OURS.items()),
+        *(Contender(n, "benchmarks.peers:read", shared | more) for n, more in THEIRS.items()),
+    ]
+    found = compare(contenders, arguments)
+    rows = harness.rows(str(case), found, case.batch, "images", "PyTorch")
+    last = found.get("gptv_jax last layer")
+    for row in rows:
+        if last and last.seconds and row["contender"] in OURS:
+            row["cost_over_last_layer"] = 1 / found[row["contender"]].times_as_fast_as(last)
+    return rows
+
+
+if __name__ == "__main__":
+    harness.main("features", __doc__, cases, measure, quick=[QUICK])

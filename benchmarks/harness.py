@@ -1,0 +1,163 @@
+"""What all benchmarks share as commands: their flags, one table, and one JSON line at the end.
+
+How contenders are measured is in `turns.py`.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import functools
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+
+from benchmarks.turns import Measured
+
+VERSIONED = ("jax", "jaxlib", "flax", "optax", "torch", "transformers")
+TOLD = ("unit", "median", "quartiles")  # of a row, in one cell of the table
+
+
+def rows(
+    case: str, found: dict[str, Measured], work: float, unit: str, base: str = ""
+) -> list[dict]:
+    """A row of the table for each contender.
+
+    Args:
+      case: what was measured.
+      found: of `turns.compare`.
+      work: that an iteration does, in units.
+      unit: tokens, images, ...; the rows have as many of them a second.
+      base: the contender whose ratio is 1; without one there are no ratios.
+    """
+    made = []
+    for name, each in found.items():
+        row = {"case": case, "contender": name, "unit": f"{unit}/s"}
+        if each.note:
+            made.append(row | {"note": each.note} | ({"failed": True} if each.failed else {}))
+            continue
+        low, median, high = each.quartiles(work)
+        row |= {"median": median, "quartiles": [low, high]}
+        if base in found and found[base].seconds:
+            row["ratio"] = each.times_as_fast_as(found[base])
+        made.append(row | {"waiting_cores": each.waiting, "other_cores": each.others})
+    return made
+
+
+def table(made: list[dict]) -> str:
+    """Rows as a table in Markdown: case, contender, speed with its quartiles, and what else is."""
+    hidden = {"case", "contender", "note", "failed", "waiting_cores", "other_cores", *TOLD}
+    more = list(dict.fromkeys(key for row in made for key in row if key not in hidden))
+    lines = [["case", "contender", "median (quartiles)", *(key.replace("_", " ") for key in more)]]
+    for row in made:
+        speed = row.get("note", "")
+        if "median" in row:
+            low, high = (_number(v) for v in row["quartiles"])
+            speed = f"{_number(row['median'])} {row['unit']} ({low} to {high})"
+        lines.append([row["case"], row["contender"], speed, *(_cell(row.get(k)) for k in more)])
+    wide = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in wide])
+    padded = ([c.ljust(w) for c, w in zip(line, wide, strict=True)] for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
+
+
+def _cell(value) -> str:
+    return "" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def report(benchmark: str, made: list[dict], **more) -> None:
+    """Prints the table and, as the last line, all of it as one JSON object.
+
+    Args:
+      benchmark: its name.
+      made: its rows.
+      more: for the JSON object.
+
+    Raises:
+      SystemExit: a contender failed.
+    """
+    print(table(made))
+    ratios: dict[str, dict[str, float]] = {}
+    for row in made:
+        if "ratio" in row:
+            ratios.setdefault(row["case"], {})[row["contender"]] = round(row["ratio"], 3)
+    facts = {"versions": versions(), "hardware": hardware(), "date": str(datetime.date.today())}
+    found = {"benchmark": benchmark, "rows": made, "ratios": ratios} | more | facts
+    print(json.dumps(found), flush=True)
+    if any("failed" in row for row in made):
+        sys.exit(1)
+
+
+def versions() -> dict[str, str | None]:
+    """Of what takes part; None for what is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in VERSIONED:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+@functools.cache
+def hardware() -> dict[str, str | int]:
+    """The device as JAX names it, and the CPU; asked in a process of its own, which then ends."""
+    asked = "import jax, json; d = jax.devices()[0]; print(json.dumps([d.platform, d.device_kind]))"
+    told = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
+    kind, device = json.loads(told.stdout.splitlines()[-1])
+    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), "")
+    cores = len(os.sched_getaffinity(0))
+    return {"platform": kind, "device": device, "cpu": cpu or platform.processor(), "cores": cores}
+
+
+def main(
+    benchmark: str,
+    description: str,
+    cases: Callable,
+    measure: Callable,
+    *,
+    quick: list,
+    rounds: int = 5,
+    flags: dict[str, dict] | None = None,
+) -> None:
+    """What a benchmark does as a command.
+
+    Args:
+      benchmark: its name.
+      description: its docstring.
+      cases: `platform -> cases` that fit the machine; a case's name is its `str`.
+      measure: `(case, arguments) -> rows`.
+      quick: the cases of --quick.
+      rounds: the default of --rounds.
+      flags: further ones, and what they are.
+
+    Raises:
+      SystemExit: no case is left, or a contender failed.
+    """
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=rounds, help="turns that each contender has")
+    parser.add_argument("--seconds", type=float, default=1.0, help="that a turn takes at least")
+    parser.add_argument("--cases", default="", help="those with one of these words, by commas")
+    parser.add_argument("--only", default="", help="these contenders, by commas")
+    parser.add_argument("--batch", type=int, help="in place of the cases' own")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: to see that it works")
+    for name, options in (flags or {}).items():
+        parser.add_argument(name, **options)
+    arguments = parser.parse_args()
+    every = quick if arguments.quick else cases(hardware()["platform"])
+    words = [word for word in arguments.cases.split(",") if word]
+    chosen = [c for c in every if not words or any(word in str(c) for word in words)]
+    if not chosen:
+        sys.exit(f"--cases={arguments.cases} names none of: {'; '.join(map(str, every))}.")
+    if arguments.batch:
+        chosen = [dataclasses.replace(case, batch=arguments.batch) for case in chosen]
+    report(benchmark, [row for case in chosen for row in measure(case, arguments)])

@@ -1,0 +1,142 @@
+"""Contenders of this project: each factory makes a task of what the real command runs."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.sizes import Size
+from benchmarks.worker import Task
+from gptv_jax import config as config_lib
+from gptv_jax import decode, sharding
+from gptv_jax.model import attention
+from gptv_jax.model.gpt import Network
+from gptv_jax.probe import features, ridge
+from gptv_jax.train import step
+from gptv_jax.train.optimizer import make_optimizer
+
+OPTIMIZER = config_lib.Optimizer(name="adamw", learning_rate=1e-3, schedule="constant")
+CLASSES = 10  # of the probe
+
+
+def network_of(size: Size, dtype: str = "float32", **model) -> Network:
+    """The network of a size; `model` are further fields of `config.Model`."""
+    config = config_lib.Model(size.layers, size.width, size.heads, dtype=dtype, **model)
+    side = math.isqrt(size.tokens)
+    return Network(config, size.vocabulary, (side, side))
+
+
+def batch_of(network: Network, size: int) -> dict:
+    """A batch on the device, of random tokens."""
+    rng, shape = np.random.default_rng(0), (size, network.length)
+    return sharding.global_batch({
+        "tokens": rng.integers(network.vocabulary, size=shape, dtype=np.int32),
+        "variant": np.zeros(size, np.int32),
+        "label": rng.integers(CLASSES, size=size, dtype=np.int32),
+        "mask": np.ones(size, np.float32),
+    })  # fmt: skip
+
+
+def train(size: dict, batch: int, dtype: str, **model) -> Task:
+    """A train step of pretraining; the state is donated from step to step."""
+    _set_mesh()
+    network = network_of(Size(**size), dtype, **model)
+    optimizer, rate = make_optimizer(OPTIMIZER, 1)
+    train_step = step.make_train_step(step.generative_loss(network), optimizer, rate)
+    state = jax.jit(step.make_init(network, optimizer))(jax.random.key(0))
+    data = batch_of(network, batch)
+
+    def advance():
+        nonlocal state
+        state, metrics = train_step(state, data)
+        return metrics
+
+    return Task(advance, jax.block_until_ready)
+
+
+def generate(size: dict, batch: int, dtype: str, count: int) -> Task:
+    """Draws the first `count` tokens of `batch` sequences."""
+    _set_mesh()
+    network = network_of(Size(**size), dtype)
+    params = jax.jit(network.init)(jax.random.key(0))
+    prefix, key = sharding.from_everywhere(np.zeros((batch, 0), np.int32)), jax.random.key(1)
+
+    def draw():
+        return decode.generate(network, params, prefix, key, steps=count)
+
+    return Task(draw, jax.block_until_ready)
+
+
+def read(size: dict, batch: int, dtype: str, what: str) -> Task:
+    """Features of images.
+
+    Args:
+      size: of the network.
+      batch: images.
+      dtype: of compute.
+      what: "last" for those of the last layer, "all" for those of all, "ridge" for all of them
+        and what a ridge regression keeps of them.
+    """
+    _set_mesh()
+    network = network_of(Size(**size), dtype)
+    params, data = jax.jit(network.init)(jax.random.key(0)), batch_of(network, batch)
+    moments = ridge.empty(network.config.layers + 1, network.config.width, CLASSES)
+
+    @jax.jit
+    def last(params, data):
+        return network.bind(params)(data["tokens"], data["variant"]).pooled[-1]
+
+    def every():
+        return features.read(network, params, data, raw=False, votes=1)
+
+    def summed():
+        nonlocal moments
+        moments = ridge.add(moments, every(), data)
+        return moments
+
+    steps = {"last": lambda: last(params, data), "all": every, "ridge": summed}
+    return Task(steps[what], jax.block_until_ready)
+
+
+def attend(
+    batch: int,
+    tokens: int,
+    heads: int,
+    head_size: int,
+    backward: bool,
+    dtype: str,
+    plain: bool = False,
+) -> Task:
+    """Causal attention, in the form that is chosen here or in the plain one."""
+    _set_mesh()
+    shape, spec = (batch, tokens, heads, head_size), sharding.BATCH_FIRST
+    keys = jax.random.split(jax.random.key(0), 4)
+    *qkv, gradient = (jax.random.normal(key, shape, dtype, out_sharding=spec) for key in keys)
+
+    def forward(q, k, v):
+        if plain:
+            return attention.attention(q, k, v, jnp.tri(tokens, dtype=bool))
+        return attention.causal_attention(q, k, v)
+
+    function = jax.jit((lambda *qkv: jax.vjp(forward, *qkv)[1](gradient)) if backward else forward)
+    return Task(lambda: function(*qkv), jax.block_until_ready)
+
+
+def matmul(side: int, dtype: str) -> Task:
+    """A product of two square matrices."""
+    a, b = (jax.random.normal(jax.random.key(i), (side, side), dtype) for i in range(2))
+    product = jax.jit(jnp.matmul)
+    return Task(lambda: product(a, b), jax.block_until_ready)
+
+
+def copy(size: int) -> Task:
+    """A copy of so many bytes, each of which is read and written."""
+    array = jnp.ones(size // 4, jnp.float32)
+    copied = jax.jit(lambda x: -x)  # what changes nothing would not be done
+    return Task(lambda: copied(array), jax.block_until_ready)
+
+
+def _set_mesh() -> None:
+    """That of the default configuration, for all of this process."""
+    jax.set_mesh(sharding.make_mesh(config_lib.Mesh()))

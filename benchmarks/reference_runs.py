@@ -1,0 +1,187 @@
+"""The reference runs on CIFAR-10 for a machine with a GPU that is lent for minutes at a time.
+
+Command: python -m benchmarks.reference_runs --cache=caches/cifar10 [--runs=10m,10m_modern]
+             [--limit=570] [--out=runs/reference] [--config.a.b=value ...]
+
+Each is the real command, `python -m gptv_jax.main --config=configs/cifar10.py:RUN` with the stages
+pretrain, probe and finetune, on a token cache of `python -m gptv_jax.prepare`. When the time is
+nearly over it is stopped by SIGTERM, by which it saves; the exit code is then 143, and the same
+command continues. When all are done their numbers are printed beside the published ones and their
+floors, and written to OUT/reference.json and OUT/reference.md. --miniature does all of it in about
+a minute on a CPU: a tiny network on scikit-learn's digits, whose numbers mean nothing.
+"""
+
+import argparse
+import json
+import math
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+from benchmarks import harness
+from benchmarks.turns import ROOT
+
+STOPPED = 128 + signal.SIGTERM
+STAGES = ("pretrain", "probe", "finetune")
+# Published: minGPT's play_image.ipynb (Karpathy 2020), with a palette of its own; Chen et al. 2020
+# pretrained on CIFAR-10 alone, 24 layers of width 512, 50 epochs.
+PUBLISHED = {
+    "pretrain/test_nats_per_token": "2.0378 (minGPT, 16 of 20 epochs)",
+    "probe/test_accuracy": "0.669 (24 layers, width 512, 50 epochs)",
+    "probe/raw_pixels_test_accuracy": "about 0.40",
+}
+KEYS = (
+    "model/params",
+    "pretrain/steps",
+    "pretrain/test_nats_per_token",
+    "pretrain/train_tokens_per_second",
+    "pretrain/mfu",
+    "probe/best_layer",
+    "probe/test_accuracy",
+    "probe/raw_pixels_test_accuracy",
+    "probe/random_init_test_accuracy",
+    "finetune/test_accuracy",
+    "finetune/scratch_test_accuracy",
+)
+MINIATURE = {
+    "data.image_size": 8,
+    "data.train_split": "train",
+    "data.validation_split": "validation",
+    "data.train_transforms": (),
+    "data.eval_transforms": (),
+    "finetune.train_transforms": (),
+    "tokens.name": "grey",
+    "tokens.levels": 17,
+    "model.layers": 2,
+    "model.width": 32,
+    "model.heads": 2,
+    "model.dtype": "float32",
+    "train.steps": 60,
+    "train.batch_size": 16,
+    "train.eval_every": 30,
+    "train.checkpoint_every": 10,
+    "train.optimizer.warmup_steps": 5,
+    "finetune.train.steps": 20,
+    "finetune.train.batch_size": 16,
+    "finetune.train.eval_every": 10,
+    "finetune.train.checkpoint_every": 10,
+    "finetune.train.optimizer.warmup_steps": 5,
+}
+
+
+def command(name: str, folder: pathlib.Path, cache: pathlib.Path, settings: list[str]) -> list[str]:
+    """That of a run."""
+    data = ["--config.data.name=tokens", f"--config.data.path={cache}"]
+    config = [f"--config={ROOT / 'configs' / 'cifar10.py'}:{name}", f"--workdir={folder}"]
+    module = [sys.executable, "-m", "gptv_jax.main"]
+    return [*module, *config, f"--stages={','.join(STAGES)}", *data, *settings]
+
+
+def advance(command: list[str], folder: pathlib.Path, deadline: float, reserve: float) -> bool:
+    """Runs a command until it is done or its time is nearly over; whether it is done.
+
+    Args:
+      command: which.
+      folder: of its run.
+      deadline: when it has to have ended, in seconds of `time.monotonic`.
+      reserve: seconds before that, at which it is asked to save and end.
+
+    Raises:
+      SystemExit: it failed, or the time was over before it came any further.
+    """
+    before = progress(folder)
+    process = subprocess.Popen(command, cwd=ROOT)
+    try:
+        process.wait(max(deadline - reserve - time.monotonic(), 0))
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGTERM)
+    try:
+        code = process.wait(max(deadline - time.monotonic(), 0))
+    except subprocess.TimeoutExpired:
+        process.kill()  # what was saved before stays
+        code = process.wait()
+    stopped = code in (STOPPED, -signal.SIGTERM, -signal.SIGKILL)
+    if code and not stopped:
+        sys.exit(code)
+    if stopped and progress(folder) == before:
+        sys.exit(f"{folder} came no further in its time; give a longer --limit.")
+    return not code
+
+
+def progress(folder: pathlib.Path) -> list[str]:
+    """What a run has to show: its checkpoints and its finished stages."""
+    steps = sorted(str(path.relative_to(folder)) for path in folder.glob("checkpoints/*/[0-9]*"))
+    return [*steps, *summary(folder)]
+
+
+def summary(folder: pathlib.Path) -> dict:
+    """The numbers of a run's finished stages."""
+    path = folder / "summary.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def result(folder: pathlib.Path) -> dict[str, float | int | None]:
+    """The numbers that count, and the loss of a uniform guess."""
+    config = json.loads((folder / "config.json").read_text())["config"]
+    palette = config["tokens.name"] == "palette"
+    uniform = math.log(config["tokens.colors" if palette else "tokens.levels"])
+    found = summary(folder)
+    return {key: found.get(key) for key in KEYS} | {"uniform_nats_per_token": uniform}
+
+
+def table(runs: dict[str, dict], published: dict[str, str]) -> str:
+    """Runs side by side, beside what is published."""
+    lines = [f"| | {' | '.join(runs)} | published |", "|---" * (len(runs) + 2) + "|"]
+    for key in next(iter(runs.values())):
+        cells = [
+            f"{v:.4f}" if isinstance(v := run[key], float) else str(v) for run in runs.values()
+        ]
+        lines.append(f"| `{key}` | {' | '.join(cells)} | {published.get(key, '')} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Runs, as far as the time allows.
+
+    Raises:
+      SystemExit: with code 143 where the same command has to be given again.
+    """
+    begin = time.monotonic()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cache", type=pathlib.Path, help="folder with CIFAR-10's tokens")
+    parser.add_argument("--runs", default="10m,10m_modern", help="sizes of cifar10.py, by commas")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/reference"))
+    parser.add_argument("--limit", type=float, default=570, help="seconds that this command has")
+    parser.add_argument("--reserve", type=float, default=30, help="seconds of them to save in")
+    parser.add_argument("--miniature", action="store_true", help="a tiny network, on digits")
+    arguments, settings = parser.parse_known_args()
+    out, cache, deadline = arguments.out.absolute(), arguments.cache, begin + arguments.limit
+    foreign = [setting for setting in settings if not setting.startswith("--config.")]
+    if foreign or not (cache or arguments.miniature):
+        parser.error(f"unknown: {' '.join(foreign)}" if foreign else "--cache must be given")
+    if arguments.miniature:
+        cache = cache or out / "cache"
+        settings = [*(f"--config.{k}={v}" for k, v in MINIATURE.items()), *settings]
+        if not (cache / "header.json").exists():
+            prepare = [sys.executable, "-m", "gptv_jax.prepare", f"--out={cache}"]
+            subprocess.run([*prepare, f"--config={ROOT / 'configs' / 'digits.py'}"], check=True)
+    names = arguments.runs.split(",")
+    for name in names:
+        told = command(name, out / name, cache.absolute(), settings)
+        if not advance(told, out / name, deadline, arguments.reserve):
+            print(f"{name} is not done; the same command continues.", file=sys.stderr)
+            sys.exit(STOPPED)
+    runs = {name: result(out / name) for name in names}
+    facts = {"hardware": harness.hardware(), "versions": harness.versions()}
+    published = {} if arguments.miniature else PUBLISHED
+    found = {"benchmark": "reference_runs", "runs": runs, "published": published, **facts}
+    (out / "reference.json").write_text(json.dumps(found, indent=2))
+    (out / "reference.md").write_text(table(runs, published) + "\n")
+    print(table(runs, published))
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

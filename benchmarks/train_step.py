@@ -1,0 +1,63 @@
+"""Speed of a train step, beside PyTorch and `transformers`.
+
+Command: python -m benchmarks.train_step [--cases=D256,iGPT-S] [--only=gptv_jax,PyTorch] [--batch=4]
+
+The contenders train the same network on the same batch, which lies on the device: forward,
+backward, AdamW. `gptv_jax` is the step of `python -m gptv_jax.main`. The limit is what a large
+matrix product reaches in the same run, of either framework the faster one; MFU counts FLOPs as
+PaLM does (`model/flops.py`), beside that limit and beside the data sheet.
+"""
+
+from benchmarks import harness
+from benchmarks.ours import network_of
+from benchmarks.sizes import IGPT_L, IGPT_M, IGPT_S, LONG, QUICK, SMALL, Case
+from benchmarks.turns import Contender, compare
+from gptv_jax import hardware
+from gptv_jax.model import flops
+
+OURS = {"gptv_jax": {}, "scanned": {"scan_layers": True}, "unrolled": {"scan_layers": False}}
+THEIRS = {
+    "PyTorch": {"model": "gpt"},
+    "PyTorch compiled": {"model": "gpt", "compiled": True},
+    "transformers": {"model": "imagegpt"},
+}
+PRODUCTS = {"JAX matmul": "benchmarks.ours:matmul", "PyTorch matmul": "benchmarks.peers:matmul"}
+SIDES = {"cpu": 2048, "gpu": 8192}  # of the matrices whose product is the limit
+
+
+def cases(platform: str) -> list[Case]:
+    """Those that fit the machine."""
+    if platform == "cpu":
+        return [Case(s, b, d) for s, b in ((LONG, 4), (SMALL, 64)) for d in ("float32", "bfloat16")]
+    return [Case(s, b, "bfloat16") for s, b in ((IGPT_S, 16), (IGPT_M, 8), (IGPT_L, 4))]
+
+
+def measure(case: Case, arguments) -> list[dict]:
+    """The rows of a case."""
+    machine, shared = harness.hardware(), case.asdict()
+    side = SIDES[machine["platform"]]
+    # On a GPU they share its memory: the others of ours are measured where they are asked for.
+    every = machine["platform"] == "cpu" or arguments.only
+    ours = OURS if every else {"gptv_jax": {}}
+    product = {"side": side, "dtype": case.dtype}
+    contenders = [
+        *(Contender(n, "benchmarks.ours:train", shared | more) for n, more in ours.items()),
+        *(Contender(n, "benchmarks.peers:train", shared | more) for n, more in THEIRS.items()),
+        *(Contender(n, factory, product, limit=True) for n, factory in PRODUCTS.items()),
+    ]
+    found = compare(contenders, arguments)
+    products = {name: found.pop(name) for name in PRODUCTS}
+    rows = harness.rows(str(case), found, case.batch * case.size.tokens, "tokens", "PyTorch")
+    limits = harness.rows(str(case), products, 2 * side**3 / 1e9, "GFLOP")
+    reached = max((1e9 * row["median"] for row in limits if "median" in row), default=None)
+    known, needed = hardware.of(machine["device"]), flops.training(network_of(case.size)).total
+    for row in rows:
+        if reached and "median" in row:
+            row["mfu"] = row["median"] * needed / reached
+        if known and "median" in row:
+            row["mfu_of_data_sheet"] = row["median"] * needed / known.peak_flops
+    return rows + limits
+
+
+if __name__ == "__main__":
+    harness.main("train_step", __doc__, cases, measure, quick=[QUICK])

@@ -1,0 +1,160 @@
+"""The benchmarks' harness, with real processes, and that both sides of a comparison do one work."""
+
+import argparse
+import itertools
+import json
+import pathlib
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import random_batch, random_params, tiny_network
+
+from benchmarks import all as everything
+from benchmarks import harness, reference_runs, turns
+from benchmarks.sizes import Size
+from benchmarks.turns import Contender
+from gptv_jax import sharding
+
+ROOT = pathlib.Path(__file__).parent.parent
+CONTENDERS = pathlib.Path(__file__).parent / "contenders.py"
+
+
+def turns_of(rounds: int, seconds: float) -> argparse.Namespace:
+    return argparse.Namespace(rounds=rounds, seconds=seconds, only="")
+
+
+def contender(name: str, function: str, **arguments) -> Contender:
+    path = {"PYTHONPATH": f"{ROOT}:{CONTENDERS.parent}"}
+    return Contender(name, f"{CONTENDERS.stem}:{function}", arguments, path)
+
+
+def test_contenders_take_turns_and_the_faster_one_has_the_higher_ratio(tmp_path):
+    log = tmp_path / "log"
+    both = [contender("slow", "sleeper", seconds=0.04, log=str(log)),
+            contender("fast", "sleeper", seconds=0.01, log=str(log))]  # fmt: skip
+    found = turns.compare(both, turns_of(3, 0.2))
+    logged = itertools.groupby(log.read_text().split())
+    names, counts = zip(*((name, len(list(each))) for name, each in logged), strict=True)
+    slow, fast = counts[-2:]
+    assert names == ("0.04", "0.01") * 5
+    assert counts == (1, 1) * 2 + (slow, fast) * 3 and fast > 1  # after two rounds to warm up
+    slow, fast = rows = harness.rows("sleep", found, work=10, unit="naps", base="slow")
+    assert slow["ratio"] == 1 < fast["ratio"]
+    assert slow["quartiles"][0] <= slow["median"] <= slow["quartiles"][1] <= 10 / 0.04
+    assert found["fast"].facts == {"sleeps": 0.01}
+    assert harness.table(rows).splitlines()[-1].split("|")[-2].strip() == f"{fast['ratio']:.2f}"
+
+
+def test_one_that_is_not_idle_while_it_waits_is_noticed():
+    both = [contender("idle", "sleeper", seconds=0.1), contender("busy", "spinner")]
+    found = turns.compare(both, turns_of(2, 0.1))
+    assert found["idle"].waiting < 0.1 < 0.3 < found["busy"].waiting
+
+
+def test_other_processes_that_work_meanwhile_are_noticed(capsys):
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
+        found = turns.compare([contender("idle", "sleeper", seconds=0.5)], turns_of(2, 0.5))
+        other.kill()
+    assert found["idle"].others > 0.3
+    assert "Other processes used" in capsys.readouterr().err
+
+
+def test_those_that_cannot_run_are_noted_and_mistakes_fail(capsys):
+    all_of_them = [contender("lacking", "lacking"), contender("mistaken", "mistaken"),
+                   contender("well", "sleeper", seconds=0.01)]  # fmt: skip
+    found = turns.compare(all_of_them, turns_of(1, 0.01))
+    assert found["lacking"].note == "there is no such machine" and not found["lacking"].failed
+    assert found["mistaken"].note == "ZeroDivisionError: division by zero"
+    assert len(found["well"].seconds) == 1
+    rows = harness.rows("case", found, 1, "naps", base="lacking")
+    assert "there is no such machine" in harness.table(rows)
+    with pytest.raises(SystemExit):
+        harness.report("notes", rows)
+    printed = capsys.readouterr()
+    assert "1 / 0" in printed.err
+    assert json.loads(printed.out.splitlines()[-1])["benchmark"] == "notes"
+
+
+def test_the_pytorch_gpt_is_our_network(one_device):
+    torch = pytest.importorskip("torch", reason="the bench extra (torch) is not installed")
+    from benchmarks import peers
+
+    network = tiny_network(axial_positions=False, start_per_variant=False)
+    network = type(network)(network.config, network.vocabulary, network.grid)
+    params, batch = random_params(network), random_batch(network)
+    model = network.config
+    size = Size(model.width, model.layers, model.heads, network.length, network.vocabulary)
+    peer, tokens = peers.GPT(size), torch.tensor(batch["tokens"], dtype=torch.long)
+    peer.copy_weights({k: np.asarray(v) for k, v in sharding.by_name(params).items()})
+    ours = network.bind(params)(jnp.asarray(batch["tokens"]))
+    np.testing.assert_allclose(ours.logits, peer(tokens).detach(), rtol=0, atol=1e-5)
+
+    # Every layer's features, by the hooks that features.py uses.
+    task = peers.pooling(peer, tokens)
+    np.testing.assert_allclose(ours.pooled, task(), rtol=0, atol=1e-5)
+
+
+def test_a_table_is_put_between_its_lines_and_nothing_else_changes(tmp_path, capsys):
+    document = tmp_path / "results.md"
+    document.write_text("before\n<!-- speed:a-cpu -->\nold\n<!-- /speed:a-cpu -->\nafter\n")
+    assert everything.write(document, "a-cpu", "new")
+    text = "before\n<!-- speed:a-cpu -->\nnew\n<!-- /speed:a-cpu -->\nafter\n"
+    assert document.read_text() == text
+    assert not everything.write(document, "a-gpu", "new")
+    assert document.read_text() == text and "add these two" in capsys.readouterr().err
+
+
+# What a run does, as far as its keeper can see: saves, and ends when it is asked to.
+CHILD = """
+import pathlib, signal, sys, time
+folder = pathlib.Path(sys.argv[1])
+def step(*_):
+    found = len(list(folder.glob("checkpoints/pretrain/*")))
+    (folder / "checkpoints" / "pretrain" / str(found)).mkdir(parents=True)
+    sys.exit(143 if found < 1 else 0)
+if "saves" in sys.argv:
+    signal.signal(signal.SIGTERM, step)
+if "fails" in sys.argv:
+    sys.exit(3)
+if list(folder.glob("checkpoints/pretrain/*")):
+    step()
+time.sleep(60)
+"""
+
+
+def test_a_reference_run_is_stopped_in_time_and_continued(tmp_path):
+    def advance(*how: str) -> bool:
+        child = [sys.executable, "-c", CHILD, str(tmp_path), *how]
+        return reference_runs.advance(child, tmp_path, time.monotonic() + 4, reserve=2)
+
+    begin = time.monotonic()
+    with pytest.raises(SystemExit, match="came no further"):
+        advance()
+    assert not advance("saves")
+    assert time.monotonic() - begin < 8
+    assert advance("saves")
+    with pytest.raises(SystemExit) as failure:
+        advance("fails")
+    assert failure.value.code == 3
+
+
+@pytest.mark.process
+def test_a_benchmark_prints_a_table_and_one_json_line():
+    pytest.importorskip("torch", reason="the bench extra (torch) is not installed")
+    module = [sys.executable, "-m", "benchmarks.train_step", "--quick", "--only=gptv_jax,PyTorch"]
+    ended = subprocess.run(
+        [*module, "--rounds=2", "--seconds=0.05"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    *table, last = ended.stdout.splitlines()
+    found = json.loads(last)
+    assert len(table) == 2 + len(found["rows"])
+    (ratios,) = found["ratios"].values()
+    assert ratios["PyTorch"] == 1 and ratios["gptv_jax"] > 0
+    assert all(row["mfu"] > 0 for row in found["rows"] if row["unit"] == "tokens/s")
+    assert found["versions"]["jax"] == jax.__version__
