@@ -9,7 +9,7 @@ import numpy as np
 from benchmarks.sizes import Size
 from benchmarks.worker import Task
 from gptv_jax import config as config_lib
-from gptv_jax import decode, sharding
+from gptv_jax import decode, runtime, sharding
 from gptv_jax.model import attention
 from gptv_jax.model.gpt import Network
 from gptv_jax.probe import features, ridge
@@ -40,7 +40,7 @@ def batch_of(network: Network, size: int) -> dict:
 
 def train(size: dict, batch: int, dtype: str, **model) -> Task:
     """A train step of pretraining; the state is donated from step to step."""
-    _set_mesh()
+    _prepare()
     network = network_of(Size(**size), dtype, **model)
     optimizer, rate = make_optimizer(OPTIMIZER, 1)
     train_step = step.make_train_step(step.generative_loss(network), optimizer, rate)
@@ -57,7 +57,7 @@ def train(size: dict, batch: int, dtype: str, **model) -> Task:
 
 def generate(size: dict, batch: int, dtype: str, count: int) -> Task:
     """Draws the first `count` tokens of `batch` sequences."""
-    _set_mesh()
+    _prepare()
     network = network_of(Size(**size), dtype)
     params = jax.jit(network.init)(jax.random.key(0))
     prefix, key = sharding.from_everywhere(np.zeros((batch, 0), np.int32)), jax.random.key(1)
@@ -78,7 +78,7 @@ def read(size: dict, batch: int, dtype: str, what: str) -> Task:
       what: "last" for those of the last layer, "all" for those of all, "ridge" for all of them
         and what a ridge regression keeps of them.
     """
-    _set_mesh()
+    _prepare()
     network = network_of(Size(**size), dtype)
     params, data = jax.jit(network.init)(jax.random.key(0)), batch_of(network, batch)
     moments = ridge.empty(network.config.layers + 1, network.config.width, CLASSES)
@@ -109,7 +109,7 @@ def attend(
     plain: bool = False,
 ) -> Task:
     """Causal attention, in the form that is chosen here or in the plain one."""
-    _set_mesh()
+    _prepare()
     shape, spec = (batch, tokens, heads, head_size), sharding.BATCH_FIRST
     keys = jax.random.split(jax.random.key(0), 4)
     *qkv, gradient = (jax.random.normal(key, shape, dtype, out_sharding=spec) for key in keys)
@@ -137,6 +137,7 @@ def copy(size: int) -> Task:
     return Task(lambda: copied(array), jax.block_until_ready)
 
 
-def _set_mesh() -> None:
-    """That of the default configuration, for all of this process."""
+def _prepare() -> None:
+    """Sets the process up as the command does, with the mesh of the default configuration."""
+    runtime.keep_memory()
     jax.set_mesh(sharding.make_mesh(config_lib.Mesh()))

@@ -58,7 +58,6 @@ def get_config(size: str = "10m"):
 def _tiny(c):
     c.model.layers, c.model.width, c.model.heads = 4, 64, 2
     c.model.axial_positions = True
-    c.model.scan_layers = False
     c.train.steps = 700
     for train in (c.train, c.finetune.train):
         train.batch_size = 8

@@ -31,7 +31,6 @@ def get_config():
     c.model.axial_positions = True
     c.model.start_per_variant = True
     c.model.dropout = 0.1
-    c.model.scan_layers = False  # four small layers run faster unrolled on a CPU
 
     for train in (c.train, c.finetune.train):
         train.batch_size = 32

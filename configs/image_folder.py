@@ -38,7 +38,6 @@ def get_config():
 
     c.model.layers, c.model.width, c.model.heads = 4, 64, 2
     c.model.axial_positions = True
-    c.model.scan_layers = False
     for train in (c.train, c.finetune.train):
         train.batch_size = 16
         train.log_every = 20

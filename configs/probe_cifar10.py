@@ -51,7 +51,6 @@ def get_config(size: str = "s"):
 
     c.model.layers, c.model.width, c.model.heads = layers, width, heads
     c.model.axial_positions = size == "tiny"
-    c.model.scan_layers = size != "tiny"
     c.model.dtype = "float32" if size == "tiny" else "bfloat16"
 
     c.probe.method = "lbfgs"

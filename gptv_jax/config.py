@@ -106,8 +106,9 @@ class Model:
     start_per_variant: bool = False  # a start vector per augmentation variant (Jun et al. 2020)
     dropout: float = field(0.0, BELOW_ONE)  # probability, on embeddings and each residual branch
     dtype: str = field("float32", one_of("float32", "bfloat16"))  # of compute; weights: float32
-    # Layers are walked by lax.scan, whose compile time does not grow with depth, or unrolled.
-    scan_layers: bool = field(True, free=True)
+    # Layers are walked by lax.scan, whose compile time does not grow with depth, or unrolled, which
+    # runs faster on a CPU; None: as the platform likes it, unrolled on a CPU, else scanned.
+    scan_layers: bool | None = field(None, free=True)
     # What is predicted: each token from those before it, or hidden ones from all others.
     objective: str = field("autoregressive", one_of("autoregressive", "bert"))
     masked_share: float = field(0.15, SHARE)  # bert: of the positions, whose content is hidden

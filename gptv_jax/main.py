@@ -9,7 +9,7 @@ import logging
 import jax
 from absl import flags
 
-from gptv_jax import command, config, distributed, fields, report
+from gptv_jax import command, config, distributed, fields, report, runtime
 from gptv_jax.record import STAGES
 from gptv_jax.run import Run
 from gptv_jax.stages import finetune, pretrain, probe, sample
@@ -29,6 +29,7 @@ LOG = logging.getLogger("gptv_jax.main")
 def main(settings: config.Config) -> None:
     """Runs the stages that are wanted and not finished, in order."""
     distributed.start(DISTRIBUTED.value, COORDINATOR.value, COUNT.value, INDEX.value)
+    runtime.prepare()
     run = Run(settings, WORKDIR.value, WANTED.value)
     shown = "\n".join(f"  {name} = {value}" for name, value in fields.flatten(settings).items())
     devices = f"{jax.device_count()} {jax.devices()[0].device_kind} device(s)"

@@ -52,9 +52,10 @@ def test_the_network_is_the_released_variant_in_float64():
     wanted = oracle.forward(variables, tokens, 1 - hidden)[0]
     with jax.enable_x64(True), jax.set_mesh(make_mesh((1, 1, 1))):
         network, params = exact.network, exact.on_mesh()
-        output = network.bind(params)(jnp.asarray(tokens), hidden=jnp.asarray(hidden))
+        model, tokens_on = network.bind(params), jnp.asarray(tokens)
+        output = model(tokens_on, hidden=jnp.asarray(hidden))
         np.testing.assert_allclose(output.logits, wanted, rtol=0, atol=1e-10)
-        nats = objective.nats_per_token(output.logits, jnp.asarray(tokens), jnp.asarray(hidden))
+        nats = objective.nats_per_token(model, output, tokens_on, jnp.asarray(hidden))
         nats = float(nats.mean())
     assert nats == pytest.approx(oracle.loss(variables, tokens, 1 - hidden), 1e-12)
 
@@ -90,9 +91,9 @@ def test_the_loss_is_the_mean_over_images_of_that_over_their_hidden_tokens():
     nats = -np.take_along_axis(
         np.asarray(jax.nn.log_softmax(logits)), np.asarray(tokens)[..., None], axis=-1
     )[..., 0]
-    found = objective.nats_per_token(logits, tokens, hidden)
+    found = objective.mean_where(hidden, objective.cross_entropy(logits, tokens))
     np.testing.assert_allclose(found, [nats[0, 0], nats[1, :3].mean()], rtol=1e-6)
-    nothing = objective.nats_per_token(logits, tokens, jnp.zeros_like(hidden))
+    nothing = objective.mean_where(jnp.zeros_like(hidden), jnp.ones((2, 4)))
     np.testing.assert_array_equal(nothing, 0)  # not a number would stop the run
 
 
@@ -166,7 +167,8 @@ def test_the_class_is_that_of_most_votes_and_the_loss_the_mean_over_them(given):
     sums = step.make_eval_step(network)(params, batch)
     mask = np.asarray(batch["mask"])
     assert float(sums["correct"]) == ((elected == np.asarray(batch["label"])) * mask).sum()
-    nats = [objective.nats_per_token(o.logits, batch["tokens"], hidden) for o, hidden in outputs]
+    model, tokens = network.bind(params), batch["tokens"]
+    nats = [objective.nats_per_token(model, *pair[:1], tokens, *pair[1:]) for pair in outputs]
     wanted = (np.mean(nats, axis=0) * mask).sum()
     assert float(sums["nats_per_token"]) == pytest.approx(wanted, rel=1e-5)
 
@@ -183,3 +185,30 @@ def test_start_vectors_of_variants_are_refused():
     config.model.objective, config.model.start_per_variant = "bert", True
     with pytest.raises(InputError, match=r"start_per_variant is True, but .*objective=bert"):
         config_lib.resolve(config)
+
+
+# Logits in parts
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2), (1, 2, 2, 2)])
+def test_logits_in_parts_change_neither_the_loss_nor_its_gradient(shape, monkeypatch):
+    network = tiny_network()
+
+    def loss_and_gradient(mesh):
+        with jax.set_mesh(make_mesh(mesh)):
+            params, batch = random_params(network), sharding.global_batch(random_batch(network))
+            loss = step.generative_loss(network)
+            run = jax.jit(jax.value_and_grad(lambda p: loss(p, batch, None)[0]))
+            lowered = run.lower(params).compile().as_text()
+            return jax.device_get(run(params)), lowered
+
+    (wanted, of_wanted), whole = loss_and_gradient((1, 1, 1))
+    monkeypatch.setattr(objective, "LOGITS_BYTES", 4 * 11 * 8 * 4)  # 4 positions of 8 images
+    with jax.set_mesh(make_mesh((1, 1, 1))) as mesh:
+        assert objective.loss_parts(network, 8, mesh.abstract_mesh) == 4
+        assert objective.loss_parts(network, 2, mesh.abstract_mesh) == 1
+    monkeypatch.setattr(objective, "LOGITS_BYTES", 4 * 11)  # one position of one image
+    (found, of_found), parts = loss_and_gradient(shape)
+    assert found == pytest.approx(wanted, rel=1e-6)
+    jax.tree.map(lambda f, w: np.testing.assert_allclose(f, w, atol=2e-6), of_found, of_wanted)
+    assert "f32[8,16,11]" in whole and "16,11]" not in parts

@@ -81,7 +81,7 @@ def _over_the_mesh(q, k, v, *, causal: bool):
     spec = P(*jax.typeof(q).sharding.spec[:3], None)  # the whole of K, with each head
     split = mesh.shape["sequence"] if spec[1] else 1  # decoding splits rows and heads alone
     kind = {"dtype": q.dtype.name, "head_size": q.shape[-1]}
-    chosen = form(_platform(mesh), T, split, causal=causal, **kind)
+    chosen = form(platform(mesh), T, split, causal=causal, **kind)
 
     def local(kernel, q, k, v):
         first = 0
@@ -111,7 +111,7 @@ def _plain(causal, first, q, k, v):
     return attention(q, k, v, seen if causal else jnp.ones((T, S), bool))
 
 
-def _platform(mesh) -> str:
-    # Where the mesh is, not this process: a program may be compiled for devices it does not have.
+def platform(mesh: jax.sharding.AbstractMesh) -> str:
+    """Of the mesh, not of this process: programs are compiled for devices that are not here, too."""
     device = mesh.abstract_device
     return device.platform if device else jax.default_backend()

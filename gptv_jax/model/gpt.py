@@ -28,6 +28,7 @@ class Output(NamedTuple):
     """What one pass gives; inside jit, what is not used is not computed."""
 
     logits: Float[Array, "B T V"]  # float32; position t predicts token t
+    final: Float[Array, "B T D"]  # what `GPT.token_logits` makes them of
     pooled: Float[Array, "L+1 B D"]  # float32 means over positions of every layer's normed input
     class_logits: Float[Array, "B C"] | None  # float32; None without a class head
     kept: Float[Array, "N B T D"] | None  # what `pooled` are means of, of the layers in `keep`
@@ -103,11 +104,11 @@ class GPT(nnx.Module):
             last = keep.index(config.layers) if config.layers in keep else len(keep)
             kept = jax.lax.dynamic_update_index_in_dim(kept, read, last, 0)[: len(keep)]
         class_logits = self.classifier(pooled_final) if self.network.classes else None
-        return Output(self._token_logits(final), pooled, class_logits, kept)
+        return Output(self.token_logits(final), final, pooled, class_logits, kept)
 
     def predict(self, x: Float[Array, "B 1 D"]) -> Float[Array, "B V"]:
         """Logits of one position, of the residual stream behind all layers."""
-        return self._token_logits(layers.rms_norm(x, self.final_norm[...]))[:, 0]
+        return self.token_logits(layers.rms_norm(x, self.final_norm[...]))[:, 0]
 
     def embed(
         self,
@@ -191,7 +192,8 @@ class GPT(nnx.Module):
         size = config.width // config.heads
         return rotary.Rotation(*(rotary.turns(p, columns, size) for p in (predicted, held)))
 
-    def _token_logits(self, final: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+    def token_logits(self, final: Float[Array, "B N D"]) -> Float[Array, "B N V"]:
+        """Float32 logits of some positions, of the final norm's output."""
         head = sharding.gather(self.head[...], final.dtype)
         return jnp.einsum(
             "btd,vd->btv", final, head, preferred_element_type=layers.accumulator(final)
@@ -199,12 +201,14 @@ class GPT(nnx.Module):
 
     def walk(self, layer: Callable, carry, xs):
         """`lax.scan` of `layer` over the stacked layers, or the same loop unrolled."""
-        config = self.network.config
+        config, scan = self.network.config, self.network.config.scan_layers
+        if scan is None:
+            scan = attention.platform(jax.sharding.get_abstract_mesh()) != "cpu"
         if config.remat != "none":
             # Inside scan the loop itself keeps XLA from merging the two computations.
-            barrier = not config.scan_layers
+            barrier = not scan
             layer = jax.checkpoint(layer, prevent_cse=barrier, policy=remat.POLICIES[config.remat])
-        if config.scan_layers:
+        if scan:
             return jax.lax.scan(layer, carry, xs)
         outs = []
         for i in range(config.layers):

@@ -9,11 +9,13 @@ image in its split, and of the vote, alone.
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import AbstractMesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from gptv_jax import sharding
-from gptv_jax.model.gpt import Network, Output
+from gptv_jax.model.gpt import GPT, Network, Output
 
+LOGITS_BYTES = 2**27  # of float32 logits, that a device holds at a time
 BEYOND_LAYERS = 2**31 - 1  # dropout folds the numbers of layers into the same key
 
 
@@ -24,13 +26,49 @@ def cross_entropy(logits: Float[Array, "*B V"], targets: Int[Array, "*B"]) -> Fl
 
 @jax.named_scope("loss")
 def nats_per_token(
-    logits: Float[Array, "B T V"], tokens: Int[Array, "B T"], hidden: Bool[Array, "B T"] | None
+    model: GPT, output: Output, tokens: Int[Array, "B T"], hidden: Bool[Array, "B T"] | None
 ) -> Float[Array, "B"]:
     """Of each image: the mean over all its tokens or, where some are hidden, over these."""
-    nats = cross_entropy(logits, jax.sharding.reshard(tokens, sharding.HIDDEN))
-    if hidden is None:
-        return nats.mean(axis=1)
+    nats = token_nats(model, output, jax.sharding.reshard(tokens, sharding.HIDDEN))
+    return nats.mean(axis=1) if hidden is None else mean_where(hidden, nats)
+
+
+def mean_where(hidden: Bool[Array, "B T"], nats: Float[Array, "B T"]) -> Float[Array, "B"]:
+    """Of each image: the mean over what is hidden; 0 where nothing is."""
     return (nats * hidden).sum(axis=1) / jnp.maximum(hidden.sum(axis=1), 1)
+
+
+def token_nats(model: GPT, output: Output, tokens: Int[Array, "B T"]) -> Float[Array, "B T"]:
+    """Cross-entropy of every token.
+
+    Where all logits are too many for a device they are computed for a part of the positions at a
+    time and, as only their gradient's sums are kept, once more in the backward pass.
+    """
+    parts = loss_parts(model.network, len(tokens), jax.sharding.get_abstract_mesh())
+    if parts == 1:
+        return cross_entropy(output.logits, tokens)
+    spec = PartitionSpec(*sharding.HIDDEN, None)
+
+    def split(x):  # part r has the positions r, r + parts ...: so all devices work on every part
+        shape = (x.shape[0], -1, parts, *x.shape[2:])
+        return jnp.moveaxis(x.reshape(shape, out_sharding=spec), 2, 0)
+
+    @jax.checkpoint
+    def nats(part):
+        final, tokens = part
+        return cross_entropy(model.token_logits(final), tokens)
+
+    found = jax.lax.map(nats, (split(output.final), split(tokens)))
+    return jnp.moveaxis(found, 0, 2).reshape(tokens.shape, out_sharding=sharding.HIDDEN)
+
+
+def loss_parts(network: Network, rows: int, mesh: AbstractMesh) -> int:
+    """The parts that the positions' logits are computed in, for a batch of so many rows."""
+    sizes = {axis: mesh.shape.get(axis, 1) for axis in sharding.AXES}
+    length = network.length // sizes["sequence"]
+    of_position = 4 * network.vocabulary * max(rows // (sizes["data"] * sizes["fsdp"]), 1)
+    most = max(LOGITS_BYTES // of_position, 1)  # positions
+    return next(n for n in range(-(-length // most), length + 1) if length % n == 0)
 
 
 def hide(network: Network, rows: int, key: PRNGKeyArray | None) -> Bool[Array, "B T"] | None:

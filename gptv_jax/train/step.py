@@ -32,8 +32,9 @@ def _forward(network, params, batch, key) -> tuple[Output, Float[Array, ""]]:
     None, where nothing is hidden, switches dropout off.
     """
     hidden = objective.hide(network, len(batch["tokens"]), key)
-    output = network.bind(params)(batch["tokens"], batch["variant"], key, hidden)
-    return output, objective.nats_per_token(output.logits, batch["tokens"], hidden).mean()
+    model = network.bind(params)
+    output = model(batch["tokens"], batch["variant"], key, hidden)
+    return output, objective.nats_per_token(model, output, batch["tokens"], hidden).mean()
 
 
 def joint_loss(network: Network, generative: float, classification: float) -> Callable:
@@ -141,10 +142,10 @@ def make_eval_step(network: Network) -> Callable:
     """
 
     def eval_step(params: dict, batch: dict) -> Metrics:
-        nats, class_logits = 0.0, []
+        nats, class_logits, model = 0.0, [], network.bind(params)
         for vote in range(network.votes):
             output, hidden = objective.evaluated(network, params, batch, vote)
-            nats += objective.nats_per_token(output.logits, batch["tokens"], hidden)
+            nats += objective.nats_per_token(model, output, batch["tokens"], hidden)
             class_logits.append(output.class_logits)
         sums = {
             "nats_per_token": (nats / network.votes * batch["mask"]).sum(),
