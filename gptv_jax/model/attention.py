@@ -112,6 +112,6 @@ def _plain(causal, first, q, k, v):
 
 
 def platform(mesh: jax.sharding.AbstractMesh) -> str:
-    """Of the mesh, not of this process: programs are compiled for devices that are not here, too."""
+    """Of the mesh, not of this process: programs are compiled for absent devices, too."""
     device = mesh.abstract_device
     return device.platform if device else jax.default_backend()

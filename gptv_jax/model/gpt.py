@@ -28,10 +28,10 @@ class Output(NamedTuple):
     """What one pass gives; inside jit, what is not used is not computed."""
 
     logits: Float[Array, "B T V"]  # float32; position t predicts token t
-    final: Float[Array, "B T D"]  # what `GPT.token_logits` makes them of
     pooled: Float[Array, "L+1 B D"]  # float32 means over positions of every layer's normed input
     class_logits: Float[Array, "B C"] | None  # float32; None without a class head
     kept: Float[Array, "N B T D"] | None  # what `pooled` are means of, of the layers in `keep`
+    final: Float[Array, "B T D"]  # what `GPT.token_logits` makes the logits of
 
 
 class GPT(nnx.Module):
@@ -104,7 +104,7 @@ class GPT(nnx.Module):
             last = keep.index(config.layers) if config.layers in keep else len(keep)
             kept = jax.lax.dynamic_update_index_in_dim(kept, read, last, 0)[: len(keep)]
         class_logits = self.classifier(pooled_final) if self.network.classes else None
-        return Output(self.token_logits(final), final, pooled, class_logits, kept)
+        return Output(self.token_logits(final), pooled, class_logits, kept, final)
 
     def predict(self, x: Float[Array, "B 1 D"]) -> Float[Array, "B V"]:
         """Logits of one position, of the residual stream behind all layers."""

@@ -67,7 +67,7 @@ def loss_parts(network: Network, rows: int, mesh: AbstractMesh) -> int:
     sizes = {axis: mesh.shape.get(axis, 1) for axis in sharding.AXES}
     length = network.length // sizes["sequence"]
     of_position = 4 * network.vocabulary * max(rows // (sizes["data"] * sizes["fsdp"]), 1)
-    most = max(LOGITS_BYTES // of_position, 1)  # positions
+    most = max(LOGITS_BYTES // of_position, 2)  # positions; one alone has no axis of its own
     return next(n for n in range(-(-length // most), length + 1) if length % n == 0)
 
 
