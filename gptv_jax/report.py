@@ -7,14 +7,16 @@ import io
 import math
 
 import jax
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from etils import epy
 
 from gptv_jax import config as config_lib
 from gptv_jax import fields, files
 from gptv_jax.record import finished_stages
 from gptv_jax.run import Run
+
+with epy.lazy_imports():  # heavy, and not needed before there is something to plot
+    from matplotlib import figure as figures
+    from matplotlib import ticker
 
 # Plots are transparent, in tones that read on white and on black, so that one picture serves both.
 BLUE, ORANGE, QUIET, INK = "#3d85c6", "#d9822b", "#9a9a9a", "#808080"
@@ -124,14 +126,14 @@ def _pretraining(run: Run, events: list[dict]) -> str:
     evaluations = _series(events, "pretrain", "validation_nats_per_token")
     if not evaluations:
         return ""
-    figure = Figure(SIZE, layout="constrained")
+    figure = figures.Figure(SIZE, layout="constrained")
     loss, rate = figure.subplots(2, sharex=True, height_ratios=(4, 1))
     _line(loss, _series(events, "pretrain", "nats_per_token"), ORANGE, "training")
     _line(loss, evaluations, BLUE, "validation")
     v = run.codec.vocabulary
     loss.axhline(math.log(v), color=QUIET, ls="--", lw=1, label=f"uniform, ln {v}")
     _line(rate, _series(events, "pretrain", "learning_rate"), QUIET)
-    rate.yaxis.set_major_locator(MaxNLocator(2))
+    rate.yaxis.set_major_locator(ticker.MaxNLocator(2))
     rate.yaxis.set_major_formatter("{x:g}")
     _finish(loss, "loss, nats per token")
     _finish(rate, "learning rate", "step")
@@ -143,7 +145,7 @@ def _finetuning(summary: dict, events: list[dict]) -> str:
     scratch = _series(events, "finetune_scratch", "validation_accuracy")
     if not tuned:
         return ""
-    figure = Figure(SIZE, layout="constrained")
+    figure = figures.Figure(SIZE, layout="constrained")
     axes = figure.subplots()
     _line(axes, tuned, BLUE, "pretrained", ring=summary.get("finetune/steps"))
     _line(axes, scratch, ORANGE, "from scratch", ring=summary.get("finetune/scratch_steps"))
@@ -179,7 +181,7 @@ def _layers(run: Run, summary: dict) -> str:
 
 
 def _layers_plot(rows: list[dict], best: int, raw_pixels: float) -> bytes:
-    figure = Figure(SIZE, layout="constrained")
+    figure = figures.Figure(SIZE, layout="constrained")
     axes = figure.subplots()
 
     def points(key: str) -> list[tuple]:
@@ -222,7 +224,9 @@ def _series(events: list[dict], stage: str, key: str) -> list[tuple]:
     return [(e["step"], e[key]) for e in events if e["stage"] == stage and key in e]
 
 
-def _line(axes: Axes, points: list[tuple], color: str, label="", style="-", ring=None) -> None:
+def _line(
+    axes: "matplotlib.axes.Axes", points: list[tuple], color: str, label="", style="-", ring=None
+) -> None:
     """One curve; the point at x = `ring` is ringed."""
     if not points:
         return
@@ -233,7 +237,7 @@ def _line(axes: Axes, points: list[tuple], color: str, label="", style="-", ring
             axes.plot(x, y, "o", ms=10, mfc="none", mec=color)
 
 
-def _finish(axes: Axes, title: str, x_label: str = "") -> None:
+def _finish(axes: "matplotlib.axes.Axes", title: str, x_label: str = "") -> None:
     """Quiet frame, whole numbers on x; the title says what y is, so that no text is sideways."""
     axes.set_title(title, loc="left", fontsize=9, color=INK)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -255,7 +259,7 @@ def _percent_tick(share: float, _) -> str:
     return f"{100 * share:g}%"
 
 
-def _png(figure: Figure) -> bytes:
+def _png(figure: "matplotlib.figure.Figure") -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=200, transparent=True)
     return buffer.getvalue()

@@ -8,13 +8,16 @@ from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from sklearn import datasets, model_selection
+from etils import epy
 
 from gptv_jax import config as config_lib
 from gptv_jax import files
 from gptv_jax.data.cache import TokenCache
 from gptv_jax.data.folder import ImageFolder
 from gptv_jax.errors import InputError, first_line
+
+with epy.lazy_imports():  # heavy, and needed for digits alone
+    from sklearn import datasets, model_selection
 
 SPLITS = ("train", "validation", "test")  # what a run asks for; the config says what they are
 

@@ -2,17 +2,17 @@
 
 import jax.numpy as jnp
 import numpy as np
-import sklearn.linear_model
-import sklearn.pipeline
-import sklearn.preprocessing
 import threadpoolctl
+from etils import epy
 from jaxtyping import Int
-from sklearn.metrics import log_loss
 
 from gptv_jax import config as config_lib
 from gptv_jax.errors import InputError
 from gptv_jax.probe.features import Split
 from gptv_jax.train import objective
+
+with epy.lazy_imports():  # heavy, and not needed before pretraining
+    from sklearn import linear_model, metrics, pipeline, preprocessing
 
 SMALL = 50_000_000  # features times images
 
@@ -35,8 +35,8 @@ def fit_probe(config: config_lib.Probe, splits: dict[str, Split], *, fold: bool 
     """
 
     def fit(c: float, features: np.ndarray, labels: np.ndarray):
-        model = sklearn.linear_model.LogisticRegression(C=c, max_iter=config.max_iterations)
-        scaled = sklearn.pipeline.make_pipeline(sklearn.preprocessing.StandardScaler(), model)
+        model = linear_model.LogisticRegression(C=c, max_iter=config.max_iterations)
+        scaled = pipeline.make_pipeline(preprocessing.StandardScaler(), model)
         return scaled.fit(features, labels)
 
     (train, train_labels), (validation, validation_labels) = splits["train"], splits["validation"]
@@ -121,4 +121,4 @@ def _nats(model, features: np.ndarray, labels: np.ndarray) -> float:
     likely[:, known] = model.predict_proba(features)
     likely /= likely.sum(axis=1, keepdims=True)  # float32 sums are not quite 1
     labels = np.tile(labels, len(features) // len(labels))
-    return float(log_loss(labels, likely, labels=np.arange(likely.shape[1])))
+    return float(metrics.log_loss(labels, likely, labels=np.arange(likely.shape[1])))

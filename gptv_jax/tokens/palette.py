@@ -8,11 +8,14 @@ import pathlib
 import warnings
 
 import numpy as np
-import sklearn.cluster
+from etils import epy
 from jaxtyping import Float, Int, UInt8
 
 from gptv_jax import files
 from gptv_jax.errors import InputError
+
+with epy.lazy_imports():  # heavy, and not needed for a palette that is there
+    from sklearn import cluster
 
 CELL = 16  # colour values that a cell of the look-up table has along each channel
 WEIGHTS = np.array([0.299, 0.587, 0.114])  # of red, green and blue in luminance
@@ -106,9 +109,7 @@ def build(pixels: UInt8[np.ndarray, "N 3"], colors: int, seed: int, provenance: 
     if len(distinct) == colors:
         centers = distinct / 127.5 - 1
     else:
-        means = sklearn.cluster.MiniBatchKMeans(
-            colors, random_state=seed, batch_size=8192, n_init=1
-        )
+        means = cluster.MiniBatchKMeans(colors, random_state=seed, batch_size=8192, n_init=1)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # about memory on one kind of BLAS
             centers = means.fit(pixels.astype(np.float32) / 127.5 - 1).cluster_centers_

@@ -10,12 +10,15 @@ import sys
 import time
 
 import jax
-import tensorboardX
 import tqdm
+from etils import epy
 
 from gptv_jax import hardware
 from gptv_jax.model import flops
 from gptv_jax.model.gpt import Network
+
+with epy.lazy_imports():  # it tries to load torch, which takes seconds where it is there
+    import tensorboardX
 
 LOG = logging.getLogger(__name__)
 
