@@ -240,7 +240,7 @@ def _line(
 def _finish(axes: "matplotlib.axes.Axes", title: str, x_label: str = "") -> None:
     """Quiet frame, whole numbers on x; the title says what y is, so that no text is sideways."""
     axes.set_title(title, loc="left", fontsize=9, color=INK)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=True))
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlabel(x_label, fontsize=9, color=INK)
     axes.tick_params(colors=INK, labelsize=8)
