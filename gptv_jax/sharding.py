@@ -159,6 +159,12 @@ def check(config: config_lib.Config, mesh: Mesh | jax.sharding.AbstractMesh) -> 
             )
 
 
+def platform() -> str:
+    """Of the mesh in force, not of this process: programs are compiled for absent devices, too."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
+
+
 def batch_share(mesh: Mesh) -> tuple[int, int]:
     """`(i, n)`: this process reads the i-th n-th of every global batch.
 

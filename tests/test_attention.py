@@ -160,15 +160,16 @@ def test_long_sequences_on_a_cpu_take_the_blocked_form_and_others_the_plain_one(
         return "scan" in str(jax.make_jaxpr(lambda *x: attention.causal_attention(*x))(x, x, x))
 
     assert walks_over_heads(attention.LONG) and not walks_over_heads(attention.LONG - 1)
-    monkeypatch.setattr(attention, "platform", lambda mesh: "gpu")
+    monkeypatch.setattr(sharding, "platform", lambda: "gpu")
     assert not walks_over_heads(attention.LONG)
 
 
 def test_form_follows_the_devices_of_the_mesh_and_not_this_process():
     mesh = make_mesh((2, 2, 2)).abstract_mesh
-    assert attention.platform(mesh) == "cpu"
     tpu = jax.sharding.AbstractDevice("TPU v5 lite", num_cores=1, platform="tpu")
-    assert attention.platform(mesh.update(abstract_device=tpu)) == "tpu"
+    for other, platform in ((mesh, "cpu"), (mesh.update(abstract_device=tpu), "tpu")):
+        with jax.sharding.use_abstract_mesh(other):
+            assert sharding.platform() == platform
 
 
 # A sequence that is split.
@@ -210,7 +211,7 @@ def test_splash_attention_and_its_gradients_are_those_of_the_plain_form(shape, c
         wanted = output_and_gradients(FORMS[causal], *inputs)
         emulated = functools.partial(splash_attention.make_kernel, interpret=True)
         monkeypatch.setattr(attention, "make_kernel", emulated)
-        monkeypatch.setattr(attention, "platform", lambda mesh: "tpu")
+        monkeypatch.setattr(sharding, "platform", lambda: "tpu")
         found = output_and_gradients(FORMS[causal], *inputs)
     for f, w in zip(found, wanted, strict=True):
         np.testing.assert_allclose(f, w, rtol=0, atol=1e-5)
@@ -255,7 +256,7 @@ def cudnn(monkeypatch):
     monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91100)
     monkeypatch.setattr(fused, "check_compute_capability", lambda least: True)
     monkeypatch.setattr(fused, "is_cuda_compute_capability_equal", lambda which: False)
-    monkeypatch.setattr(attention, "platform", lambda mesh: "gpu")
+    monkeypatch.setattr(sharding, "platform", lambda: "gpu")
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
 
 

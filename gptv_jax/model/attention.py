@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
+from gptv_jax import sharding
 from gptv_jax.model.blocked_attention import blocked_attention
 from gptv_jax.model.splash_attention import LANES, make_kernel, splash_attention
 
@@ -81,7 +82,7 @@ def _over_the_mesh(q, k, v, *, causal: bool):
     spec = P(*jax.typeof(q).sharding.spec[:3], None)  # the whole of K, with each head
     split = mesh.shape["sequence"] if spec[1] else 1  # decoding splits rows and heads alone
     kind = {"dtype": q.dtype.name, "head_size": q.shape[-1]}
-    chosen = form(platform(mesh), T, split, causal=causal, **kind)
+    chosen = form(sharding.platform(), T, split, causal=causal, **kind)
 
     def local(kernel, q, k, v):
         first = 0
@@ -109,9 +110,3 @@ def _plain(causal, first, q, k, v):
     T, S = q.shape[1], k.shape[1]
     seen = first + jnp.arange(T)[:, None] >= jnp.arange(S)[None]
     return attention(q, k, v, seen if causal else jnp.ones((T, S), bool))
-
-
-def platform(mesh: jax.sharding.AbstractMesh) -> str:
-    """Of the mesh, not of this process: programs are compiled for absent devices, too."""
-    device = mesh.abstract_device
-    return device.platform if device else jax.default_backend()

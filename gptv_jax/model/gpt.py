@@ -203,7 +203,7 @@ class GPT(nnx.Module):
         """`lax.scan` of `layer` over the stacked layers, or the same loop unrolled."""
         config, scan = self.network.config, self.network.config.scan_layers
         if scan is None:
-            scan = attention.platform(jax.sharding.get_abstract_mesh()) != "cpu"
+            scan = sharding.platform() != "cpu"
         if config.remat != "none":
             # Inside scan the loop itself keeps XLA from merging the two computations.
             barrier = not scan
