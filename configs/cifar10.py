@@ -59,7 +59,7 @@ def _tiny(c):
     c.model.layers, c.model.width, c.model.heads = 4, 64, 2
     c.model.axial_positions = True
     c.data.train_transforms = ("decode()",)  # a quarter of an epoch needs no augmentation
-    c.train.steps = 1320
+    c.train.steps = 1400
     for train in (c.train, c.finetune.train):
         train.batch_size = 8
         train.log_every = 20
@@ -70,8 +70,8 @@ def _tiny(c):
         train.optimizer.warmup_steps = 30
     c.train.optimizer.schedule = "wsd"
     c.train.optimizer.decay_share = 0.35
-    c.train.eval_every = 660
-    c.train.checkpoint_every = 220
+    c.train.eval_every = 700
+    c.train.checkpoint_every = 350
     # Less to measure on, so that measuring does not take longer than training.
     c.data.validation_split = "train[90%:91%]"
     c.data.test_split = "test[:20%]"

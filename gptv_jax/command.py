@@ -16,7 +16,7 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from gptv_jax import config as config_lib
-from gptv_jax import distributed, errors, fields, preemption
+from gptv_jax import distributed, errors, fields, preemption, runtime
 from gptv_jax.errors import InputError, first_line
 
 UNEXPECTED = 70  # exit code; sysexits.h: internal error. A network's failure may be one
@@ -51,6 +51,7 @@ def run(main: Callable[[], None], parser: Callable | None = None) -> None:
         distributed.stop()
 
     preemption.install()
+    runtime.keep_memory()
     try:
         app.run(configured, flags_parser=parser or _parse_flags)
     except InputError as error:

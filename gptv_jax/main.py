@@ -29,7 +29,7 @@ LOG = logging.getLogger("gptv_jax.main")
 def main(settings: config.Config) -> None:
     """Runs the stages that are wanted and not finished, in order."""
     distributed.start(DISTRIBUTED.value, COORDINATOR.value, COUNT.value, INDEX.value)
-    runtime.prepare()
+    runtime.keep_programs()
     run = Run(settings, WORKDIR.value, WANTED.value)
     shown = "\n".join(f"  {name} = {value}" for name, value in fields.flatten(settings).items())
     devices = f"{jax.device_count()} {jax.devices()[0].device_kind} device(s)"

@@ -12,14 +12,8 @@ import jax
 # heaps there are.
 TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8
 NEVER = 2**31 - 1
+ACCELERATORS = ("nvidia[0-9]*", "kfd", "accel*", "vfio/[0-9]*")  # in /dev: NVIDIA, AMD, TPU, TPU
 COMPILE_SECONDS = 0.1  # programs that compile faster are not kept
-
-
-def prepare() -> None:
-    """Sets this process up; after the start of several processes, before arrays are made."""
-    keep_programs()
-    if jax.default_backend() == "cpu":
-        keep_memory()
 
 
 def keep_programs() -> None:
@@ -45,9 +39,11 @@ def keep_memory() -> None:
 
     XLA takes the memory of a step from malloc and frees it at the end. glibc gives large blocks
     back to the system, so that every step is given fresh pages, which the kernel must clear one by
-    one as they are touched: a seventh of a step (docs/results.md).
+    one as they are touched: up to a fifth of a step (docs/results.md). It works only before JAX has
+    started its threads, so it goes by the devices that the machine has, not by what JAX says.
     """
-    if platform.libc_ver()[0] != "glibc":
+    accelerators = [path for name in ACCELERATORS for path in pathlib.Path("/dev").glob(name)]
+    if platform.libc_ver()[0] != "glibc" or accelerators:
         return
     mallopt = ctypes.CDLL(None).mallopt
     for setting, value in ((MMAP_MAX, 0), (TRIM_THRESHOLD, NEVER), (ARENA_MAX, 1)):
