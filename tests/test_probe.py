@@ -60,7 +60,7 @@ def test_the_normed_features_are_the_raw_ones_normed_and_the_raw_ones_the_residu
 
 
 def test_features_that_nobody_asks_for_take_no_room(one_device):
-    network = tiny_network(width=32)
+    network = tiny_network(width=32, scan_layers=True)
     params, batch = random_params(network), sharding.global_batch(random_batch(network))
 
     def compiled(what):

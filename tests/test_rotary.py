@@ -42,13 +42,13 @@ def test_a_key_turns_with_the_place_of_the_token_that_its_position_holds(objecti
     recipe = {"objective": objective, "rotary": True}
     model = jax.eval_shape(tiny_network(**recipe).init, jax.random.key(0))
     network = tiny_network(**recipe)
-    found = network.bind(model)._rotation(3, 6)
+    found = network.bind(model).rotation(3, 6)
     for turned, first in ((found.queries, 3), (found.keys, 3 - before)):
         wanted = rotary.turns(jnp.arange(first, first + 6), 4, 8)
         np.testing.assert_array_equal(turned, wanted)
     off = tiny_network(**MODERN | {"rotary": False})
     params = jax.eval_shape(off.init, jax.random.key(0))
-    assert off.bind(params)._rotation(0, 16) is None
+    assert off.bind(params).rotation(0, 16) is None
 
 
 def test_angles_are_those_of_llama_gen():
