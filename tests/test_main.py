@@ -153,7 +153,7 @@ def test_no_other_framework_is_imported(finished_run):
     assert not tops & {"tensorflow", "keras", "transformers"}
     # tensorboardX tries torch when it is imported, where it is installed; nobody else may.
     attempts = re.findall(r"^import time:.*\| *torch$", finished_run.errors, re.MULTILINE)
-    assert len(attempts) <= ("tensorboardX" in imported)
+    assert len(attempts) <= ("tensorboardX" in tops)
 
 
 # Kills.
