@@ -14,8 +14,8 @@ with the published ones, `--config.tokens.palette=kmeans_centers.npy`, losses co
 
 Command:    python -m gptv_jax.main --config=configs/cifar10.py:tiny --workdir=runs/cifar10-tiny
                 --config.data.dir=...
-Hardware:   tiny: two CPU cores, ten minutes of pretraining, half an hour for all stages. 10m: one H100-class GPU, or a TPU
-            slice; some hours. s: the same, a day.
+Hardware:   tiny: two CPU cores, ten minutes of pretraining, half an hour for all stages. 10m: one
+            H100-class GPU, or a TPU slice; some hours. s: the same, a day.
 Expect:     tiny: 2.35 nats per token on all test images after ten minutes (docs/results.md).
             10m: about 2.04 (minGPT: 2.0378 after 16 of 20 epochs, with a palette of its own, so
             +-0.02 says nothing); not run yet. s: no published number; not run. l, pretrained on

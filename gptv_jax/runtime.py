@@ -12,7 +12,8 @@ import jax
 # heaps there are.
 TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8
 NEVER = 2**31 - 1
-ACCELERATORS = ("nvidia[0-9]*", "kfd", "accel*", "vfio/[0-9]*")  # in /dev: NVIDIA, AMD, TPU, TPU
+DEVICES = pathlib.Path("/dev")
+ACCELERATORS = ("nvidia[0-9]*", "kfd", "accel*", "vfio/[0-9]*")  # NVIDIA's, AMD's, TPUs old and new
 COMPILE_SECONDS = 0.1  # programs that compile faster are not kept
 
 
@@ -42,7 +43,7 @@ def keep_memory() -> None:
     one as they are touched: up to a fifth of a step (docs/results.md). It works only before JAX has
     started its threads, so it goes by the devices that the machine has, not by what JAX says.
     """
-    accelerators = [path for name in ACCELERATORS for path in pathlib.Path("/dev").glob(name)]
+    accelerators = [path for name in ACCELERATORS for path in DEVICES.glob(name)]
     if platform.libc_ver()[0] != "glibc" or accelerators:
         return
     mallopt = ctypes.CDLL(None).mallopt

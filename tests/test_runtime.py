@@ -1,0 +1,87 @@
+"""What a process is set to, seen from inside processes of their own."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+from gptv_jax import runtime
+
+pytestmark = pytest.mark.process
+
+FAULTS = """
+import json, resource, sys
+from gptv_jax import runtime
+if sys.argv[1] == "kept":
+    runtime.keep_memory()
+faults = []
+for _ in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    bytes([1]) * 2**26  # written and freed; as large as a step's memory, which is one block
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(json.dumps(faults))
+"""
+COMPILES = """
+import json
+import jax
+from gptv_jax import runtime
+runtime.COMPILE_SECONDS = 0.0
+events = []
+jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
+runtime.keep_programs()
+jax.jit(lambda x: jax.numpy.sin(x) @ x)(jax.numpy.ones((8, 8))).block_until_ready()
+found = sum(event == "/jax/compilation_cache/cache_hits" for event in events)
+print(json.dumps([jax.config.jax_compilation_cache_dir, found]))
+"""
+
+
+def told(program: str, *arguments: str, **environment: str):
+    """What a Python process printed last, as JSON."""
+    set_by_tests = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
+    kept = {k: v for k, v in os.environ.items() if k not in set_by_tests}
+    command = [sys.executable, "-c", program, *arguments]
+    ended = subprocess.run(command, capture_output=True, text=True, env=kept | environment)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    return json.loads(ended.stdout.splitlines()[-1])
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left alone")
+def test_memory_that_was_freed_is_used_again_without_a_page_fault():
+    pages = 2**26 // os.sysconf("SC_PAGE_SIZE")
+    given_back, kept = told(FAULTS, "given back"), told(FAULTS, "kept")
+    assert min(given_back) > pages / 2
+    assert kept[0] > pages / 2 > 100 * max(kept[1:])
+
+
+def test_a_second_process_finds_what_the_first_one_compiled(tmp_path):
+    first, found_first = told(COMPILES, XDG_CACHE_HOME=str(tmp_path))
+    second, found_second = told(COMPILES, XDG_CACHE_HOME=str(tmp_path))
+    assert first == second and first.startswith(str(tmp_path / "gptv_jax" / "programs"))
+    assert found_first == 0 and found_second > 0
+
+
+def test_a_place_that_is_named_is_taken(tmp_path):
+    named = str(tmp_path / "named")
+    assert told(COMPILES, JAX_COMPILATION_CACHE_DIR=named)[0] == named
+
+
+def test_without_a_place_every_start_compiles(tmp_path):
+    (tmp_path / "file").touch()
+    assert told(COMPILES, XDG_CACHE_HOME=str(tmp_path / "file")) == [None, 0]
+
+
+def test_machines_with_accelerators_keep_the_memory_of_their_c_library(monkeypatch, tmp_path):
+    (tmp_path / "nvidia0").touch()
+    monkeypatch.setattr(runtime, "DEVICES", tmp_path)
+
+    def refuse(*_):
+        raise AssertionError("the C library was asked")
+
+    monkeypatch.setattr(runtime.ctypes, "CDLL", refuse)
+    runtime.keep_memory()
+    (tmp_path / "nvidia0").unlink()
+    with pytest.raises(AssertionError):
+        runtime.keep_memory()
