@@ -40,7 +40,11 @@ def measure(case: Case, arguments) -> list[dict]:
     every = machine["platform"] == "cpu" or arguments.only
     ours = OURS if every else {"gptv_jax": {}}
     product = {"side": side, "dtype": case.dtype}
-    contenders = [
+    contenders = []
+    if machine["platform"] == "cpu":  # the batch split over the cores, each a device of its own
+        split = {"JAX_NUM_CPU_DEVICES": str(machine["cores"])}
+        contenders.append(Contender("a device a core", "benchmarks.ours:train", shared, split))
+    contenders += [
         *(Contender(n, "benchmarks.ours:train", shared | more) for n, more in ours.items()),
         *(Contender(n, "benchmarks.peers:train", shared | more) for n, more in THEIRS.items()),
         *(Contender(n, factory, product, limit=True) for n, factory in PRODUCTS.items()),
