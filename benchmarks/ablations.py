@@ -10,7 +10,7 @@ tell whether a learning rate carries over from one width to another, four times 
 `base_width` the best of three is to be the same.
 
 Each is the real command, `python -m gptv_jax.main --stages=pretrain`, in a folder of its own and on
-a core of its own, two and a half minutes of it. What has finished is not run again, and what was
+a core of its own, some two minutes of it. What has finished is not run again, and what was
 stopped goes on, so the same command continues. DIR is TFDS's; its tokens are cached once. Prints a
 table, and last its numbers as one JSON object, which is in FOLDER/ablations.json as well.
 """

@@ -14,8 +14,9 @@ with the published ones, `--config.tokens.palette=kmeans_centers.npy`, losses co
 
 Command:    python -m gptv_jax.main --config=configs/cifar10.py:tiny --workdir=runs/cifar10-tiny
                 --config.data.dir=...
-Hardware:   tiny: two CPU cores, ten minutes of pretraining, half an hour for all stages. 10m: one
-            H100-class GPU, or a TPU slice; some hours. s: the same, a day.
+Hardware:   tiny: two CPU cores, ten minutes of pretraining; the other stages have taken thirteen.
+            tiny_modern: eleven and a half of pretraining. 10m: one H100-class GPU, or a TPU slice;
+            some hours. s: the same, a day.
 Expect:     tiny: 2.35 nats per token on all test images after ten minutes (docs/results.md).
             10m: about 2.04 (minGPT: 2.0378 after 16 of 20 epochs, with a palette of its own, so
             +-0.02 says nothing); not run yet. s: no published number; not run. l, pretrained on
@@ -27,8 +28,8 @@ Reproduces: 10m: minGPT's run, which has LayerNorm, biases and no token at the s
 Changes:    tiny: row and column tables, and Muon, which learn several times faster in ten minutes
             than Adam does. The modern ones: 2D rotary positions in place of all tables, QK norm,
             SwiGLU, the token above as a second input, Muon, and a rate that stays at its peak and
-            falls in a line at the end; what each of them does is in docs/results.md. 10m_modern has
-            9,887,232 parameters (10m: 9,968,128), tiny_modern 296,896 (tiny: 332,416, of which the
+            falls in a line at the end; a first choice, not yet ablated. 10m_modern has 9,887,232
+            parameters (10m: 9,968,128), tiny_modern 296,896 (tiny: 332,416, of which the
             positions are a fifth).
 """
 

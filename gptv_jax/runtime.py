@@ -40,7 +40,7 @@ def keep_memory() -> None:
 
     XLA takes the memory of a step from malloc and frees it at the end. glibc gives large blocks
     back to the system, so that every step is given fresh pages, which the kernel must clear one by
-    one as they are touched: up to a fifth of a step (docs/results.md). It works only before JAX has
+    one as they are touched: an eighth of a step (docs/results.md). It works only before JAX has
     started its threads, so it goes by the devices that the machine has, not by what JAX says.
     """
     accelerators = [path for name in ACCELERATORS for path in DEVICES.glob(name)]
