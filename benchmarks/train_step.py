@@ -15,7 +15,11 @@ from benchmarks.turns import Contender, compare
 from gptv_jax import hardware
 from gptv_jax.model import flops
 
-OURS = {"gptv_jax": {}, "scanned": {"scan_layers": True}, "unrolled": {"scan_layers": False}}
+# How the layers are walked where that is not the default: see `config.Model.scan_layers`.
+OTHER_WALK = {
+    "cpu": ("scanned", {"scan_layers": True}),
+    "gpu": ("unrolled", {"scan_layers": False}),
+}
 THEIRS = {
     "PyTorch": {"model": "gpt"},
     "PyTorch compiled": {"model": "gpt", "compiled": True},
@@ -38,7 +42,7 @@ def measure(case: Case, arguments) -> list[dict]:
     side = SIDES[machine["platform"]]
     # On a GPU they share its memory: the others of ours are measured where they are asked for.
     every = machine["platform"] == "cpu" or arguments.only
-    ours = OURS if every else {"gptv_jax": {}}
+    ours = {"gptv_jax": {}} | dict([OTHER_WALK[machine["platform"]]] if every else [])
     product = {"side": side, "dtype": case.dtype}
     contenders = []
     if machine["platform"] == "cpu":  # the batch split over the cores, each a device of its own
