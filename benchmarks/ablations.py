@@ -3,11 +3,12 @@
 Command:   python -m benchmarks.ablations --data_dir=DIR [--seeds=0,1] [--only=base,rotary]
                [--steps=200] [--cores=0,1] [--folder=runs/ablations]
 
-CIFAR-10 at 16x16 in 16 colours of its own (256 tokens an image), 6 layers of width 96, Muon. Every
-variant changes the base by a few fields, of which none changes what the products of a training cost
-by more than a percent; `together` has all that are better than the base with every seed. `width_*`
-tell whether a learning rate carries over from one width to another, four times as wide: with
-`base_width` the best of three is to be the same.
+CIFAR-10 at 16x16 in 16 colours of its own (256 tokens an image), 6 layers of width 96, Muon, a rate
+that is constant and falls at the end. Every variant changes the base by a few fields, of which none
+changes what the products of a training cost by more than a percent; names joined by a plus change
+it by all of theirs, `rotary+...` because what helps alone need not help what is best alone.
+`width_*` tell whether a learning rate carries over from one width to another, four times as wide:
+with `base_width` the best of three is to be the same.
 
 Each is the real command, `python -m gptv_jax.main --stages=pretrain`, in a folder of its own and on
 a core of its own, some two minutes of it. What has finished is not run again, and what was
@@ -56,7 +57,8 @@ VARIANTS = {
     "qk_norm": {"model.qk_norm": True},
     "swiglu": {"model.mlp": "swiglu"},
     "above_embedding": {"model.above_embedding": True},
-    "wsd": {"train.optimizer.schedule": "wsd", "train.optimizer.decay_share": 0.35},
+    "cosine": {"train.optimizer.schedule": "cosine"},
+    "final_tenth": {"train.optimizer.final_fraction": 0.1},
     "ema": {"train.ema": 0.99},
 }
 NARROW, WIDE = 32, 128  # whose heads are of one size
@@ -67,6 +69,9 @@ for _rate in RATES:
     VARIANTS[f"width_{NARROW}_{_rate:g}"] = _of | {"model.width": NARROW, "model.heads": 2}
     VARIANTS[f"width_{WIDE}_{_rate:g}"] = _wide
     VARIANTS[f"width_{WIDE}_based_{_rate:g}"] = _wide | {"model.base_width": NARROW}
+UPON = "rotary"  # the best of them, alone
+JOINED = ["axial_positions", "qk_norm", "swiglu", "above_embedding", "qk_norm+above_embedding"]
+NAMES = [*VARIANTS, *(f"{UPON}+{name}" for name in JOINED)]
 NUMBERS = {
     "nats_per_token": "pretrain/test_nats_per_token",
     "tokens_per_second": "pretrain/train_tokens_per_second",
@@ -79,41 +84,34 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--data_dir", required=True)
     parser.add_argument("--seeds", default="0,1")
-    parser.add_argument("--only", default=",".join([*VARIANTS, "together"]))
+    parser.add_argument("--only", default=",".join(NAMES))
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--cores", default="0,1")
     parser.add_argument("--folder", type=pathlib.Path, default=ROOT / "runs" / "ablations")
     arguments = parser.parse_args()
-    wanted, seeds = arguments.only.split(","), arguments.seeds.split(",")
-    if unknown := set(wanted) - {*VARIANTS, "together"}:
-        parser.error(f"--only has {', '.join(unknown)}; it takes {', '.join(VARIANTS)}, together.")
+    names, seeds = arguments.only.split(","), arguments.seeds.split(",")
+    if unknown := {part for name in names for part in name.split("+")} - set(VARIANTS):
+        parser.error(f"--only has {', '.join(unknown)}; it takes {', '.join(VARIANTS)}.")
     folder = arguments.folder.absolute()
     cache = cached_tokens(folder / "tokens", arguments.data_dir)
     common = BASE | {"data.path": str(cache), "train.steps": arguments.steps}
-    cores = arguments.cores.split(",")
-
-    def measure(variants: dict[str, dict]) -> dict[str, list[dict]]:
-        """The numbers of every seed, by variant."""
-        settings = {
-            folder / name / f"seed_{seed}": common | changes | {"seed": seed}
-            for seed in seeds
-            for name, changes in variants.items()
-        }
-        run_all(settings, cores)
-        return {
-            name: [numbers_of(folder / name / f"seed_{seed}") for seed in seeds]
-            for name in variants
-        }
-
-    found = measure({name: VARIANTS[name] for name in VARIANTS if name in wanted})
-    if "together" in wanted and (better := winners(found)):
-        changes = {k: v for name in better for k, v in VARIANTS[name].items()}
-        found |= measure({"together_" + "_".join(better): changes})
+    settings = {
+        folder / name / f"seed_{seed}": common | changes(name) | {"seed": seed}
+        for seed in seeds
+        for name in names
+    }
+    run_all(settings, arguments.cores.split(","))
+    found = {n: [numbers_of(folder / n / f"seed_{seed}") for seed in seeds] for n in names}
     print(table(found, seeds))
     config = json.loads((next(folder.glob("*/seed_*")) / "config.json").read_text())
     result = {"steps": arguments.steps, "seeds": seeds, "versions": config["versions"]} | found
     (folder / "ablations.json").write_text(json.dumps(result, indent=2))
     print(json.dumps(result))
+
+
+def changes(name: str) -> dict:
+    """Fields of a variant, or of several."""
+    return {k: v for part in name.split("+") for k, v in VARIANTS[part].items()}
 
 
 def cached_tokens(folder: pathlib.Path, data_dir: str) -> pathlib.Path:
@@ -178,20 +176,6 @@ def numbers_of(folder: pathlib.Path) -> dict:
 def mean(runs: list[dict], name: str = "nats_per_token") -> float:
     """Over the seeds."""
     return statistics.mean(run[name] for run in runs)
-
-
-def winners(found: dict[str, list[dict]]) -> list[str]:
-    """Variants of the base's own width that are better than the base with every seed."""
-    pairs = {
-        name: zip(runs, found["base"], strict=True)
-        for name, runs in found.items()
-        if "base" in found and not name.startswith("width_")
-    }
-    return [
-        name
-        for name, both in pairs.items()
-        if all(a["nats_per_token"] < b["nats_per_token"] for a, b in both)
-    ]
 
 
 def table(found: dict[str, list[dict]], seeds: list[str]) -> str:

@@ -98,9 +98,7 @@ def _modern(of):
     def change(c):
         of(c)
         c.model.rotary, c.model.learned_positions, c.model.axial_positions = True, False, False
-        c.model.qk_norm = True
-        c.model.mlp = "swiglu"
-        c.model.above_embedding = True
+        c.model.qk_norm = c.model.above_embedding = True
         c.train.optimizer.name = "muon"
         c.train.optimizer.weight_decay = 0.01
         c.train.optimizer.clip_norm = 1.0

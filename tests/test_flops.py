@@ -9,7 +9,7 @@ from conftest import MODERN
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.model import flops
-from gptv_jax.planning import compiled, plan
+from gptv_jax.planning import compiled, plan, topology
 
 # Attention in its plain form (T < 256), layers unrolled, because the compiler counts a loop's body
 # once. Wide and with few heads, so that what the formula leaves out is small: norms and activation
@@ -47,6 +47,16 @@ def test_matrices_and_attention_are_counted_apart():
     weights = 3 * 12 * 512**2 + 17 * 512
     assert flops.training(network) == flops.Flops(6 * weights, 12 * 3 * 144 * 512)
     assert flops.forward(network).total * 3 == flops.training(network).total
+
+
+def test_logits_in_parts_are_computed_twice():
+    def executed(batch_size):
+        train = dataclasses.replace(CONFIG.train, batch_size=batch_size)
+        config = dataclasses.replace(CONFIG, train=train)
+        return plan.make(config, topology.parse("gpu:1xh200"), compiling=False).executed
+
+    whole, parts = executed(2**13), executed(2**14)  # of 144 tokens, 17 float32 logits each
+    assert parts == flops.Flops(whole.matmul + 2 * 17 * 512, whole.attention)
 
 
 def test_a_form_that_skips_masked_tiles_does_less_and_again_what_it_does_not_keep():

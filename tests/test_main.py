@@ -161,7 +161,8 @@ def test_no_other_framework_is_imported(finished_run):
 
 def test_an_interrupt_ends_with_a_sentence(tmp_path):
     folder, log = tmp_path / "run", tmp_path / "log"
-    command = [sys.executable, "-m", "gptv_jax.main", *small_arguments(folder)]
+    endless = "--config.train.steps=1000000"
+    command = [sys.executable, "-m", "gptv_jax.main", *small_arguments(folder, endless)]
     with log.open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file)
         while not checkpointed(folder, "pretrain") and process.poll() is None:

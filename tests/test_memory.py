@@ -14,7 +14,7 @@ from conftest import MODERN, random_batch
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.planning import memory, plan, topology
-from gptv_jax.train import optimizer, step
+from gptv_jax.train import objective, optimizer, step
 
 CPU, TPU = topology.parse("cpu:8"), topology.parse("v5e:2x4")
 
@@ -131,6 +131,16 @@ def test_arithmetic_is_near_the_cpu_compiler(mesh, remat, microbatches, recipe):
     found = plan.make(config, CPU)
     arguments = found.memory.parameters + found.memory.optimizer + found.memory.batch
     assert found.compiled.arguments == pytest.approx(arguments, rel=0.001)
+    assert 0.85 < found.memory.total / found.compiled.total < 1.2
+
+
+def test_of_logits_in_parts_one_part_is_counted(monkeypatch):
+    config = small((1, 8, 1), "full")
+    config = dataclasses.replace(config, tokens=config_lib.Tokens(name="palette", colors=2048))
+    logits = 4 * 8 * 144 * 2048  # bytes on one device
+    monkeypatch.setattr(objective, "LOGITS_BYTES", logits // 4)
+    found = plan.make(config, CPU)
+    assert logits > 0.3 * found.compiled.total
     assert 0.85 < found.memory.total / found.compiled.total < 1.2
 
 

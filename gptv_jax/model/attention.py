@@ -19,7 +19,7 @@ from gptv_jax.model.blocked_attention import blocked_attention
 from gptv_jax.model.splash_attention import LANES, make_kernel, splash_attention
 
 LONG = 256  # T from which, on a CPU, the blocked form is the faster one
-CUDNN_HEADS = range(8, 257, 8)  # K that cuDNN takes; before Hopper it refuses more than 128
+CUDNN_HEADS = range(8, 129, 8)  # K that cuDNN takes on every GPU; on Hopper, up to 256
 
 
 def attention(

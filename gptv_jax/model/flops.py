@@ -31,8 +31,7 @@ def forward(network: Network) -> Flops:
     as in PaLM (Chowdhery et al. 2022, appendix B), so that MFU compares across codebases.
     """
     blocks = _blocks(network)
-    head = 2 * network.vocabulary * network.config.width
-    return Flops(blocks.matmul + head, blocks.attention)
+    return Flops(blocks.matmul + _head(network), blocks.attention)
 
 
 def training(network: Network) -> Flops:
@@ -52,13 +51,14 @@ PRODUCTS = {"plain": (2, 4), "blocked": (2, 5), "cudnn": (2, 5), "splash": (2, 7
 CUDNN_TILE = 128  # positions, of FlashAttention's kernels on Ampere and later
 
 
-def executed(network: Network, platform: str, split: int = 1) -> Flops:
+def executed(network: Network, platform: str, split: int = 1, loss_parts: int = 1) -> Flops:
     """FLOPs that one token of training does, what is computed again and skipped taken into account.
 
     Args:
       network: the network.
       platform: tpu, gpu or cpu, which attend in different forms.
       split: parts of the sequence, on a device each.
+      loss_parts: that logits are computed in, once more in the backward pass where they are many.
     """
     c, blocks, model = network.config, _blocks(network), training(network)
     causal = c.objective == "autoregressive"
@@ -71,10 +71,14 @@ def executed(network: Network, platform: str, split: int = 1) -> Flops:
     if causal:  # whole tiles of what is masked are skipped
         tiles = -(-network.length // tile(form, network.length))
         attention = attention * (tiles + 1) // (2 * tiles)
-    matmul = model.matmul
+    matmul = model.matmul + (loss_parts > 1) * _head(network)
     if c.remat == "full":  # all but the last product of a layer, whose result no gradient needs
         matmul += blocks.matmul - 2 * c.layers * c.mlp_width * c.width
     return Flops(matmul, attention)
+
+
+def _head(network: Network) -> int:
+    return 2 * network.vocabulary * network.config.width
 
 
 def _blocks(network: Network) -> Flops:

@@ -18,7 +18,7 @@ from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.model.gpt import Network
 from gptv_jax.planning.topology import Topology
-from gptv_jax.train import optimizer, step
+from gptv_jax.train import objective, optimizer, step
 
 ONES = (1,) * len(sharding.AXES)  # the mesh of one device
 TILE = (8, 128)  # of a TPU's registers and memory
@@ -91,14 +91,16 @@ def estimate(
     # Rows of the batch that the devices which share them work on at a time.
     rows = train.batch_size // (ways * train.microbatches)
     within = {axis: 1 if axis in sharding.BATCH else size for axis, size in sizes.items()}
-    kept, layer = (
-        [_times(array, rows) for array in arrays] for arrays in _kept(network, topology, within)
-    )
+    kept, layer = _kept(network, topology, within, rows)
     held = sum(_bytes(kept, within, topology))
     # What a layer leaves, less what of it is kept anyway, is there again while it is worked on.
     stacked = [array for array in kept if array.shape[:1] == (network.config.layers,)]
     of_a_layer = sum(_bytes(stacked, within, topology)) // network.config.layers
-    at_work = max(sum(_bytes(layer, within, topology)) - of_a_layer, 0)
+    of_layer = sum(_bytes(layer, within, topology)) - of_a_layer
+    # Logits of one part, where there are several, and their gradient; all of them are among `kept`.
+    parts = objective.loss_parts(network, rows, within)
+    logits = 4 * network.vocabulary * rows * network.length // (within["sequence"] * parts)
+    at_work = max(of_layer, 2 * logits * (parts > 1))
     return Memory(
         parameters,
         sum(_bytes(opt, sizes, topology)),
@@ -125,29 +127,29 @@ def _state(network: Network, config: config_lib.Optimizer, ema: float | None, me
     return tuple(_arrays(jax.tree.leaves(part)) for part in (state.pop("params"), state))
 
 
-def _kept(network: Network, topology: Topology, sizes: dict[str, int]):
-    """For one row: what the backward pass keeps, and what one layer leaves with no remat."""
+def _kept(network: Network, topology: Topology, sizes: dict[str, int], rows: int):
+    """For so many rows: what the backward pass keeps, and what one layer leaves with no remat."""
     mesh = topology.abstract_mesh(tuple(sizes.values()))
     if topology.platform == "cpu":  # whose compiler widens bfloat16
         network = dataclasses.replace(
             network, config=dataclasses.replace(network.config, dtype="float32")
         )
-    kept = _residuals(network, mesh)
+    kept = _residuals(network, mesh, rows)
     two = dataclasses.replace(network.config, remat="none", layers=2, scan_layers=True)
-    stacked = _residuals(dataclasses.replace(network, config=two), mesh)
+    stacked = _residuals(dataclasses.replace(network, config=two), mesh, rows)
     layers = (array for array in stacked if array.shape[:1] == (2,))
     return kept, tuple(Array(a.shape[1:], a.itemsize, a.axes[1:], a.by_head) for a in layers)
 
 
 @functools.cache
-def _residuals(network: Network, mesh: AbstractMesh) -> tuple[Array, ...]:
-    """Distinct arrays, the parameters themselves aside, that the forward pass of a row leaves."""
+def _residuals(network: Network, mesh: AbstractMesh, rows: int) -> tuple[Array, ...]:
+    """Distinct arrays, but for the parameters, that a forward pass of so many rows leaves."""
     with jax.sharding.use_abstract_mesh(mesh):
         params = jax.eval_shape(lambda: network.init(jax.random.key(0)))
         split = NamedSharding(mesh, sharding.BATCH_FIRST)
         batch = {
-            "tokens": jax.ShapeDtypeStruct((1, network.length), jnp.int32, sharding=split),
-            "variant": jax.ShapeDtypeStruct((1,), jnp.int32, sharding=split),
+            "tokens": jax.ShapeDtypeStruct((rows, network.length), jnp.int32, sharding=split),
+            "variant": jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=split),
         }
         loss = step.generative_loss(network)
 
@@ -163,13 +165,6 @@ def _residuals(network: Network, mesh: AbstractMesh) -> tuple[Array, ...]:
         dataclasses.replace(array, by_head=len(array.shape) > 3 and array.shape[-1] == head)
         for array in _arrays(outs.values())
     )
-
-
-def _times(array: Array, rows: int) -> Array:
-    """An array of one row of the batch, as it is of many."""
-    split = [any(axis in sharding.BATCH for axis in axes) for axes in array.axes]
-    shape = (s * rows if batch else s for s, batch in zip(array.shape, split, strict=True))
-    return dataclasses.replace(array, shape=tuple(shape))
 
 
 def _arrays(avals: Iterable) -> tuple[Array, ...]:

@@ -9,6 +9,7 @@ from gptv_jax.model.gpt import Network
 from gptv_jax.planning import compiled, memory, roofline, traffic
 from gptv_jax.planning.topology import Topology
 from gptv_jax.run import starts_of
+from gptv_jax.train import objective
 
 DAY = 86_400  # seconds
 
@@ -22,6 +23,7 @@ class Plan:
     network: Network
     sizes: dict[str, int]  # of the mesh, by axis
     params: int
+    executed: flops.Flops  # what a token of the step costs the devices
     memory: memory.Memory  # by arithmetic
     compiled: compiled.Compiled | None  # None: by arithmetic alone
     traffic: list[traffic.Traffic]
@@ -55,11 +57,6 @@ class Plan:
             return None
         model = flops.training(self.network).total * self.tokens_per_step
         return model / (self.roofline.bound * self.topology.count * self._peak)
-
-    @property
-    def executed(self) -> flops.Flops:
-        """What a token of the step costs the devices."""
-        return flops.executed(self.network, self.topology.platform, self.sizes["sequence"])
 
     @property
     def _peak(self) -> float:
@@ -152,12 +149,13 @@ def make(config: config_lib.Config, topology: Topology, *, compiling: bool = Tru
         moved = traffic.of_program(program.collectives, sizes, slice_of)
     else:
         moved = traffic.by_arithmetic(config, network, sizes, slice_of)
-    line = None
+    rows = config.train.batch_size // config.train.microbatches
+    parts = objective.loss_parts(network, rows, sizes)
+    executed, line = flops.executed(network, topology.platform, sizes["sequence"], parts), None
     if topology.hardware:
         line = roofline.estimate(
             network,
-            topology.platform,
-            config.train.batch_size * network.length,
+            executed.total * config.train.batch_size * network.length,
             config.train.microbatches,
             sizes,
             bytes_,
@@ -165,4 +163,4 @@ def make(config: config_lib.Config, topology: Topology, *, compiling: bool = Tru
             topology.hardware,
         )
     params = memory.parameter_count(config, network, topology)
-    return Plan(config, topology, network, sizes, params, bytes_, program, moved, line)
+    return Plan(config, topology, network, sizes, params, executed, bytes_, program, moved, line)

@@ -32,8 +32,7 @@ class Roofline:
 
 def estimate(
     network: Network,
-    platform: str,
-    tokens: int,
+    executed: int,
     microbatches: int,
     sizes: dict[str, int],
     memory: Memory,
@@ -44,15 +43,13 @@ def estimate(
 
     Args:
       network: the network.
-      platform: of the devices.
-      tokens: of a step, over all devices.
+      executed: FLOPs of a step, over all devices.
       microbatches: parts of a step.
       sizes: of the mesh, by axis.
       memory: bytes of a device.
       traffic: between devices.
       hardware: a device.
     """
-    executed = flops.executed(network, platform, sizes["sequence"]).total
     # Each pass over the layers reads their weights: forward, backward, once more where the forward
     # pass is repeated, and gradients are written. The optimizer reads and writes all of
     # its state and the parameters, and reads the gradients. What layers pass on is left out: how
@@ -63,7 +60,7 @@ def estimate(
     moved = microbatches * passes * weights
     moved += 2 * (memory.parameters + memory.optimizer) + memory.gradients
     return Roofline(
-        executed * tokens / math.prod(sizes.values()) / hardware.peak_flops,
+        executed / math.prod(sizes.values()) / hardware.peak_flops,
         moved / hardware.memory_bandwidth,
         sum(each.inside for each in traffic) / hardware.interconnect,
         sum(each.between for each in traffic) / hardware.network,

@@ -6,10 +6,12 @@ since the network has never seen whole images; which positions then depends on t
 image in its split, and of the vote, alone.
 """
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import AbstractMesh, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from gptv_jax import sharding
@@ -44,7 +46,7 @@ def token_nats(model: GPT, output: Output, tokens: Int[Array, "B T"]) -> Float[A
     Where all logits are too many for a device they are computed for a part of the positions at a
     time and, as only their gradient's sums are kept, once more in the backward pass.
     """
-    parts = loss_parts(model.network, len(tokens), jax.sharding.get_abstract_mesh())
+    parts = loss_parts(model.network, len(tokens), jax.sharding.get_abstract_mesh().shape)
     if parts == 1:
         return cross_entropy(output.logits, tokens)
     spec = PartitionSpec(*sharding.HIDDEN, None)
@@ -62,9 +64,15 @@ def token_nats(model: GPT, output: Output, tokens: Int[Array, "B T"]) -> Float[A
     return jnp.moveaxis(found, 0, 2).reshape(tokens.shape, out_sharding=sharding.HIDDEN)
 
 
-def loss_parts(network: Network, rows: int, mesh: AbstractMesh) -> int:
-    """The parts that the positions' logits are computed in, for a batch of so many rows."""
-    sizes = {axis: mesh.shape.get(axis, 1) for axis in sharding.AXES}
+def loss_parts(network: Network, rows: int, sizes: Mapping[str, int]) -> int:
+    """Parts that the positions' logits are computed in, one after the other.
+
+    Args:
+      network: gives T and V.
+      rows: of the batch, over all devices.
+      sizes: of the mesh, by axis; none is one device.
+    """
+    sizes = {axis: sizes.get(axis, 1) for axis in sharding.AXES}
     length = network.length // sizes["sequence"]
     of_position = 4 * network.vocabulary * max(rows // (sizes["data"] * sizes["fsdp"]), 1)
     most = max(LOGITS_BYTES // of_position, 2)  # positions; one alone has no axis of its own
