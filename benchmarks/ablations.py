@@ -70,7 +70,7 @@ for _rate in RATES:
     VARIANTS[f"width_{WIDE}_{_rate:g}"] = _wide
     VARIANTS[f"width_{WIDE}_based_{_rate:g}"] = _wide | {"model.base_width": NARROW}
 UPON = "rotary"  # the best of them, alone
-JOINED = ["axial_positions", "qk_norm", "swiglu", "above_embedding", "qk_norm+above_embedding"]
+JOINED = ["axial_positions", "qk_norm", "swiglu", "above_embedding", "qk_norm+swiglu"]
 NAMES = [*VARIANTS, *(f"{UPON}+{name}" for name in JOINED)]
 NUMBERS = {
     "nats_per_token": "pretrain/test_nats_per_token",
