@@ -160,4 +160,8 @@ def main(
         sys.exit(f"--cases={arguments.cases} names none of: {'; '.join(map(str, every))}.")
     if arguments.batch:
         chosen = [dataclasses.replace(case, batch=arguments.batch) for case in chosen]
-    report(benchmark, [row for case in chosen for row in measure(case, arguments)])
+    made = []
+    for case in chosen:
+        print(f"{benchmark}: {case}", file=sys.stderr, flush=True)
+        made += measure(case, arguments)
+    report(benchmark, made)

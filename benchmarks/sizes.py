@@ -24,7 +24,7 @@ class Case:
 
     size: Size
     batch: int
-    dtype: str  # of compute
+    dtype: str = "float32"  # of compute
 
     def __str__(self) -> str:
         return f"{self.size} B{self.batch} {self.dtype}"

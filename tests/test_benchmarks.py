@@ -4,6 +4,7 @@ import argparse
 import itertools
 import json
 import pathlib
+import runpy
 import subprocess
 import sys
 import time
@@ -14,10 +15,11 @@ import numpy as np
 import pytest
 from conftest import random_batch, random_params, tiny_network
 
+from benchmarks import ablations, harness, reference_runs, turns
 from benchmarks import all as everything
-from benchmarks import harness, reference_runs, turns
 from benchmarks.sizes import Size
 from benchmarks.turns import Contender
+from gptv_jax import config as config_lib
 from gptv_jax import sharding
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -158,3 +160,13 @@ def test_a_benchmark_prints_a_table_and_one_json_line():
     assert ratios["PyTorch"] == 1 and ratios["gptv_jax"] > 0
     assert all(row["mfu"] > 0 for row in found["rows"] if row["unit"] == "tokens/s")
     assert found["versions"]["jax"] == jax.__version__
+
+
+@pytest.mark.parametrize("name", [name for name in ablations.NAMES if name != "base"])
+def test_a_variant_of_the_recipe_is_accepted_and_is_not_the_base(name):
+    def resolved(changes):
+        settings = runpy.run_path(ROOT / "configs" / "cifar10.py")["get_config"]("tiny")
+        settings.update_from_flattened_dict(ablations.BASE | changes)
+        return config_lib.resolve(settings)
+
+    assert resolved(ablations.changes(name)) != resolved({})
