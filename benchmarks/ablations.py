@@ -4,16 +4,17 @@ Command:   python -m benchmarks.ablations --data_dir=DIR [--seeds=0,1] [--only=b
                [--steps=200] [--cores=0,1] [--folder=runs/ablations]
 
 CIFAR-10 at 16x16 in 16 colours of its own (256 tokens an image), 6 layers of width 96, Muon, a rate
-that is constant and falls at the end. Every variant changes the base by a few fields, of which none
-changes what the products of a training cost by more than a percent; names joined by a plus change
-it by all of theirs, `rotary+...` because what helps alone need not help what is best alone.
-`width_*` tell whether a learning rate carries over from one width to another, four times as wide:
-with `base_width` the best of three is to be the same.
+that is constant and falls at the end. Every variant changes the base by a few fields, which leave
+what the products of a training cost as it is to a percent; names joined by a plus change it by all
+of theirs, `rotary+...` because what helps alone need not help what is best alone. But for
+`width_*`, which tell whether a learning rate carries over from one width to another, four times as
+wide: with `base_width` the best of three is to be the same.
 
 Each is the real command, `python -m gptv_jax.main --stages=pretrain`, in a folder of its own and on
-a core of its own, some two minutes of it. What has finished is not run again, and what was
-stopped goes on, so the same command continues. DIR is TFDS's; its tokens are cached once. Prints a
-table, and last its numbers as one JSON object, which is in FOLDER/ablations.json as well.
+a core of its own, some three minutes of it. The same command continues what was stopped, does not
+repeat what has finished, and refuses a folder of other settings. DIR is TFDS's; its tokens are
+cached once. Prints a table, and last its numbers as one JSON object, which is in
+FOLDER/ablations.json as well.
 """
 
 import argparse
@@ -80,7 +81,7 @@ NUMBERS = {
 
 
 def main() -> None:
-    """Runs what is wanted and not there yet, and prints all of it."""
+    """Runs what is wanted, and prints all of it."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--data_dir", required=True)
     parser.add_argument("--seeds", default="0,1")
@@ -130,7 +131,7 @@ def flags(settings: dict) -> list[str]:
 
 
 def run_all(settings: dict[pathlib.Path, dict], cores: list[str]) -> None:
-    """Runs what has not finished, one on each core, in order.
+    """Runs them, one on each core, in order; of what has finished, main only tells the numbers.
 
     Args:
       settings: of each run, by its folder.
@@ -154,14 +155,13 @@ def run_all(settings: dict[pathlib.Path, dict], cores: list[str]) -> None:
         if ended.returncode:
             raise RuntimeError(f"{folder} failed: {log.read_text()[-3000:]}")
 
-    left = [folder for folder in settings if not (folder / "summary.json").exists()]
     with concurrent.futures.ThreadPoolExecutor(len(cores)) as pool:
-        runs = {pool.submit(run, folder): folder for folder in left}
+        runs = {pool.submit(run, folder): folder for folder in settings}
         try:
             for done, each in enumerate(concurrent.futures.as_completed(runs), start=1):
                 each.result()
                 told = "/".join(runs[each].parts[-2:])
-                print(f"{done} of {len(left)}: {told}", file=sys.stderr, flush=True)
+                print(f"{done} of {len(runs)}: {told}", file=sys.stderr, flush=True)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

@@ -212,3 +212,16 @@ def test_logits_in_parts_change_neither_the_loss_nor_its_gradient(shape, monkeyp
     assert found == pytest.approx(wanted, rel=1e-6)
     jax.tree.map(lambda f, w: np.testing.assert_allclose(f, w, atol=2e-6), of_found, of_wanted)
     assert "f32[8,16,11]" in whole and ",16,11]" not in parts
+
+
+def test_an_odd_number_of_positions_comes_in_parts_too(monkeypatch, one_device):
+    network = dataclasses.replace(tiny_network(), grid=(3, 3))
+    params, batch = random_params(network), sharding.global_batch(random_batch(network))
+
+    def loss():
+        return float(jax.jit(step.generative_loss(network))(params, batch, None)[0])
+
+    wanted = loss()
+    monkeypatch.setattr(objective, "LOGITS_BYTES", 1)
+    assert objective.loss_parts(network, 8, {}) == 3
+    assert loss() == pytest.approx(wanted, rel=1e-6)

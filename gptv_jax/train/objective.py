@@ -75,8 +75,10 @@ def loss_parts(network: Network, rows: int, sizes: Mapping[str, int]) -> int:
     sizes = {axis: sizes.get(axis, 1) for axis in sharding.AXES}
     length = network.length // sizes["sequence"]
     of_position = 4 * network.vocabulary * max(rows // (sizes["data"] * sizes["fsdp"]), 1)
-    most = max(LOGITS_BYTES // of_position, 2)  # positions; one alone has no axis of its own
-    return next(n for n in range(-(-length // most), length + 1) if length % n == 0)
+    wanted = -(-length * of_position // LOGITS_BYTES)
+    # Of two positions at least; one alone has no axis of its own.
+    possible = [n for n in range(1, max(length // 2, 1) + 1) if length % n == 0]
+    return next((n for n in possible if n >= wanted), possible[-1])
 
 
 def hide(network: Network, rows: int, key: PRNGKeyArray | None) -> Bool[Array, "B T"] | None:
