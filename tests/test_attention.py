@@ -279,7 +279,9 @@ def test_a_gpu_in_bfloat16_runs_cudnn_on_each_devices_own_rows_and_heads(cudnn, 
 
 
 @pytest.mark.parametrize(
-    "changed", [{"dtype": "float32"}, {"head_size": 12}, {"head_size": 136}, {"split": 2}], ids=str
+    "changed",
+    [{"dtype": "float32"}, {"head_size": 12}, {"head_size": 136}, {"split": 2}, {"length": 49}],
+    ids=str,
 )
 def test_what_cudnn_does_not_take_a_gpu_computes_in_the_plain_form(changed):
     kind = {"length": 64, "split": 1, "causal": True, "dtype": "bfloat16", "head_size": 64}

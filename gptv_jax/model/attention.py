@@ -68,7 +68,7 @@ def form(
         return "splash"
     # Of a causal mask cuDNN only knows the one that begins with the first query.
     if platform == "gpu" and dtype == "bfloat16" and (split == 1 or not causal):
-        return "cudnn" if head_size in CUDNN_HEADS else "plain"
+        return "cudnn" if head_size in CUDNN_HEADS and length % 2 == 0 else "plain"
     if platform == "cpu" and causal and split == 1 and length >= LONG:
         return "blocked"
     return "plain"

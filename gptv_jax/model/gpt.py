@@ -210,11 +210,12 @@ class GPT(nnx.Module):
             layer = jax.checkpoint(layer, prevent_cse=barrier, policy=remat.POLICIES[config.remat])
         if scan:
             return jax.lax.scan(layer, carry, xs)
-        outs = []
-        for i in range(config.layers):
-            # Not leaf[i], whose gradient JAX cannot add to what `jax.vjp` is given to add it to.
-            of_layer = functools.partial(jax.lax.index_in_dim, index=i, keepdims=False)
-            carry, out = layer(carry, jax.tree.map(of_layer, xs))
+        # A split's gradient is one concatenation; that of a slice a layer would be a sum of as many
+        # arrays, each as large as the stack.
+        leaves, tree = jax.tree.flatten(xs)
+        outs, parts = [], (jax.lax.split(leaf, (1,) * config.layers) for leaf in leaves)
+        for of_layer in zip(*parts, strict=True):
+            carry, out = layer(carry, tree.unflatten(jnp.squeeze(x, axis=0) for x in of_layer))
             outs.append(out)
         return carry, jax.tree.map(lambda *out: jnp.stack(out), *outs)
 
