@@ -22,8 +22,9 @@ Expect:     tiny: 2.35 nats per token on all test images after ten minutes, tiny
             10m: about 2.04 (minGPT: 2.0378 after 16 of 20 epochs, with a palette of its own, so
             +-0.02 says nothing); not run yet. s: no published number; not run. l, pretrained on
             ImageNet and fine-tuned here: 0.990 (Chen et al. 2020); not run, for want of weights.
-Reproduces: 10m: minGPT's run, which has LayerNorm, biases and no token at the start: batch 128,
-            Adam (0.9, 0.95) at 3e-3, one epoch of warm-up, cosine to a tenth, 20 epochs.
+Reproduces: 10m: minGPT's run, which has LayerNorm, biases, no token at the start, no flips and all
+            50,000 images for training, where an epoch here is 45,000: batch 128, Adam (0.9, 0.95)
+            at 3e-3, one epoch of warm-up, cosine to a tenth, 20 epochs.
             s: the recipe of Chen et al. 2020 on this set. Fine-tuning is the paper's: joint loss,
             reflect-pad-4 crop and flip, constant rate of a tenth, early stop on validation.
 Changes:    tiny: row and column tables, and Muon, which learn several times faster in ten minutes

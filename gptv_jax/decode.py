@@ -91,7 +91,7 @@ def _continue(network, samples, steps, params, prefix, logits, prompts, key, set
 
 
 def _rooms(positions: int) -> list[int]:
-    """Sizes that a cache grows through: doubled, so that a third at most is read in vain."""
+    """Sizes that a cache grows through: doubled, so that at most half of what is read is empty."""
     sizes = [FIRST_ROOM * 2**i for i in range(positions.bit_length())]
     return [size for size in sizes if size < positions] + [positions] * (positions > 0)
 

@@ -87,8 +87,8 @@ def test_a_step_holds_its_gradients_once(scan, microbatches, times):
     state = sharding.abstract(lambda key: step.state_of(network.init(key), adamw))
     compiled = take.lower(state, sharding.global_batch(random_batch(network))).compile()
     weights = 4 * parameter_count(state["params"])
-    # The sum, and what rows leave of all layers; with a copy for each part it is 2.5 times, with one
-    # for each unrolled layer 4.4 times.
+    # The sum, and what rows leave of all layers; a copy for each part makes it 2.5 times, one for
+    # each unrolled layer 4.4 times.
     assert compiled.memory_analysis().temp_size_in_bytes < times * weights
 
 
