@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from conftest import random_batch, random_params, tiny_network
 
-from benchmarks import ablations, harness, reference_runs, turns
+from benchmarks import ablations, harness, turns
 from benchmarks import all as everything
 from benchmarks.sizes import Size
 from benchmarks.turns import Contender
@@ -111,38 +111,69 @@ def test_a_table_is_put_between_its_lines_and_nothing_else_changes(tmp_path, cap
     assert document.read_text() == text and "add these two" in capsys.readouterr().err
 
 
-# What a run does, as far as its keeper can see: saves, and ends when it is asked to.
+# The command, whose runs save and end when they are asked to, or do what their name says.
+KEEPER = """
+import sys
+from benchmarks import reference_runs
+def command(name, folder, *_):
+    return [sys.executable, "-c", CHILD, name, str(folder)]
+reference_runs.command = command
+reference_runs.main()
+"""
 CHILD = """
 import pathlib, signal, sys, time
-folder = pathlib.Path(sys.argv[1])
-def step(*_):
-    found = len(list(folder.glob("checkpoints/pretrain/*")))
-    (folder / "checkpoints" / "pretrain" / str(found)).mkdir(parents=True)
-    sys.exit(143 if found < 1 else 0)
-if "saves" in sys.argv:
-    signal.signal(signal.SIGTERM, step)
-if "fails" in sys.argv:
+name, folder = sys.argv[1], pathlib.Path(sys.argv[2])
+saved = folder / "checkpoints" / "pretrain"
+def save(*_):
+    (saved / str(len(list(saved.glob("*"))))).mkdir(parents=True)
+    sys.exit(143 if name == "m" else 0)
+if name == "l":
     sys.exit(3)
-if list(folder.glob("checkpoints/pretrain/*")):
-    step()
+if name == "m":
+    signal.signal(signal.SIGTERM, save)
+if name == "s":
+    time.sleep(1)
+    save()
+folder.mkdir(parents=True)
+(folder / "ready").touch()
 time.sleep(60)
 """
 
 
-def test_a_reference_run_is_stopped_in_time_and_continued(tmp_path):
-    def advance(*how: str) -> bool:
-        child = [sys.executable, "-c", CHILD, str(tmp_path), *how]
-        return reference_runs.advance(child, tmp_path, time.monotonic() + 4, reserve=2)
+def keeper(out: pathlib.Path, runs: str, limit: float) -> subprocess.Popen:
+    flags = ["--cache=cache", f"--out={out}", f"--runs={runs}", f"--limit={limit}", "--reserve=2"]
+    script = f"CHILD = {CHILD!r}{KEEPER}"
+    return subprocess.Popen(
+        [sys.executable, "-c", script, *flags], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
 
-    begin = time.monotonic()
-    with pytest.raises(SystemExit, match="came no further"):
-        advance()
-    assert not advance("saves")
-    assert time.monotonic() - begin < 8
-    assert advance("saves")
-    with pytest.raises(SystemExit) as failure:
-        advance("fails")
-    assert failure.value.code == 3
+
+@pytest.mark.parametrize(
+    ("runs", "limit", "code", "told"),
+    [
+        ("tiny", 8, 1, "came no further"),  # is stopped and has saved nothing
+        ("m", 8, 143, "continues"),  # saves when it is stopped
+        ("s,tiny", 8, 143, "continues"),  # the first is done when the time is over
+        ("l", 60, 3, ""),  # fails
+        ("s,10x", 60, 2, "--runs has 10x; it takes some of tiny,"),
+        ("s", 2, 2, "--limit=2 must be more than --reserve=2"),
+    ],
+)
+def test_reference_runs_end_in_time_and_tell_how(tmp_path, runs, limit, code, told):
+    _, error = (process := keeper(tmp_path, runs, limit)).communicate()
+    assert (process.returncode, told in error) == (code, True), error
+
+
+def test_reference_runs_that_are_stopped_stop_the_run_under_way(tmp_path):
+    process = keeper(tmp_path, "m,tiny", limit=60)
+    while not (tmp_path / "m" / "ready").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    process.communicate()
+    assert process.returncode == 143
+    assert (tmp_path / "m" / "checkpoints" / "pretrain" / "0").exists()
+    assert not (tmp_path / "tiny").exists()
 
 
 @pytest.mark.process
