@@ -119,6 +119,17 @@ def hardware() -> dict[str, str | int]:
     return {"platform": kind, "device": device, "cpu": cpu or platform.processor(), "cores": cores}
 
 
+def positive(flag: str) -> int:
+    """A flag's positive integer.
+
+    Raises:
+      argparse.ArgumentTypeError: it is none.
+    """
+    if not flag.isdecimal() or not int(flag):
+        raise argparse.ArgumentTypeError(f"must be a positive integer, not {flag!r}")
+    return int(flag)
+
+
 def main(
     benchmark: str,
     description: str,
@@ -144,11 +155,13 @@ def main(
       SystemExit: no case is left, or a contender failed.
     """
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=rounds, help="turns that each contender has")
+    parser.add_argument(
+        "--rounds", type=positive, default=rounds, help="turns that each contender has"
+    )
     parser.add_argument("--seconds", type=float, default=1.0, help="that a turn takes at least")
     parser.add_argument("--cases", default="", help="those with one of these words, by commas")
     parser.add_argument("--only", default="", help="these contenders, by commas")
-    parser.add_argument("--batch", type=int, help="in place of the cases' own")
+    parser.add_argument("--batch", type=positive, help="in place of the cases' own")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: to see that it works")
     for name, options in (flags or {}).items():
         parser.add_argument(name, **options)

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from conftest import random_batch, random_params, tiny_network
 
-from benchmarks import ablations, harness, turns
+from benchmarks import ablations, decode, harness, turns
 from benchmarks import all as everything
-from benchmarks.sizes import Size
+from benchmarks.sizes import QUICK, Size
 from benchmarks.turns import Contender
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
@@ -99,6 +99,36 @@ def test_the_pytorch_gpt_is_our_network(one_device):
     # Every layer's features, by the hooks that features.py uses.
     task = peers.pooling(peer, tokens)
     np.testing.assert_allclose(ours.pooled, task(), rtol=0, atol=1e-5)
+
+    # Decoding with its cache, one position after the other.
+    with torch.inference_mode():
+        before, cache = [None, *tokens.T[:-1]], peer.empty_cache(*tokens.shape)
+        logits = [peer.extend(each, position, cache) for position, each in enumerate(before)]
+    np.testing.assert_allclose(ours.logits, torch.stack(logits, dim=1), rtol=0, atol=1e-5)
+    drawn = peer.draw(3, network.length - 1)
+    assert drawn.shape == (3, network.length - 1) and drawn.max() < network.vocabulary
+
+
+def test_growth_tells_the_cost_of_a_token():
+    arguments = argparse.Namespace(tokens=16, rounds=1, seconds=0, only="")
+    short, room, whole = rows = decode.growth(QUICK, arguments)
+    assert [row["contender"] for row in rows] == [
+        "first 16 of 16",
+        "first 16 of 256",
+        "first 64 of 64",
+    ]
+    for row in (room, whole):
+        assert row["cost"] == pytest.approx(short["median"] / row["median"])
+
+
+@pytest.mark.parametrize(
+    "flag", ["--rounds=0", "--batch=0", "--batch=-2", "--tokens=0", "--tokens=x"]
+)
+def test_numbers_that_must_be_positive_are(flag, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["decode", flag])
+    with pytest.raises(SystemExit):
+        runpy.run_path(decode.__file__, run_name="__main__")
+    assert "must be a positive integer" in capsys.readouterr().err
 
 
 def test_a_table_is_put_between_its_lines_and_nothing_else_changes(tmp_path, capsys):
