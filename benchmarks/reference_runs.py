@@ -17,6 +17,7 @@ import json
 import math
 import pathlib
 import runpy
+import shlex
 import signal
 import subprocess
 import sys
@@ -124,12 +125,13 @@ def summary(folder: pathlib.Path) -> dict:
 
 
 def result(folder: pathlib.Path) -> dict[str, float | int | None]:
-    """The numbers that count, and the loss of a uniform guess."""
+    """The numbers that count, the loss of a uniform guess, and the seed."""
     config = json.loads((folder / "config.json").read_text())["config"]
     palette = config["tokens.name"] == "palette"
     uniform = math.log(config["tokens.colors" if palette else "tokens.levels"])
     found = summary(folder)
-    return {key: found.get(key) for key in KEYS} | {"uniform_nats_per_token": uniform}
+    numbers = {key: found.get(key) for key in KEYS}
+    return numbers | {"uniform_nats_per_token": uniform, "seed": config["seed"]}
 
 
 def table(runs: dict[str, dict], published: dict[str, str]) -> str:
@@ -184,12 +186,14 @@ def main() -> None:
             print(f"{name} is not done; the same command continues.", file=sys.stderr)
             sys.exit(STOPPED)
     runs = {name: result(out / name) for name in names}
-    facts = {"hardware": harness.hardware(), "versions": harness.versions()}
     published = {} if arguments.miniature else PUBLISHED
-    found = {"benchmark": "reference_runs", "runs": runs, "published": published, **facts}
-    (out / "reference.json").write_text(json.dumps(found, indent=2))
-    (out / "reference.md").write_text(table(runs, published) + "\n")
-    print(table(runs, published))
+    given = ["python", "-m", "benchmarks.reference_runs", *sys.argv[1:]]
+    about = {"benchmark": "reference_runs", "command": shlex.join(given)} | harness.facts()
+    found = about | {"runs": runs, "published": published}
+    text = f"{harness.told(given, about)}\n\n{table(runs, published)}"
+    (out / "reference.json").write_text(json.dumps(found, indent=2) + "\n")
+    (out / "reference.md").write_text(text + "\n")
+    print(text)
     print(json.dumps(found))
 
 

@@ -141,6 +141,41 @@ def test_a_table_is_put_between_its_lines_and_nothing_else_changes(tmp_path, cap
     assert document.read_text() == text and "add these two" in capsys.readouterr().err
 
 
+def test_the_same_command_goes_on_with_the_cases_that_are_missing(tmp_path, monkeypatch):
+    document, log = tmp_path / "results.md", tmp_path / "log"
+    lines = "<!-- speed:decode-cpu -->\n<!-- /speed:decode-cpu -->\n"
+    document.write_text(lines)
+    assert harness.having("a, b", ["a, b", "a, b c"]) == ["a, b"]  # no other with its words
+    cases = {"a B1": 0.0, "b B2": 30.0}  # and how long they take
+    script = f"import json, sys, time; case = sys.argv[-1]; open({str(log)!r}, 'a').write(case)\n"
+
+    def run(*flags: str) -> tuple:
+        """The exit code, what was measured, and which cases the document has."""
+        rows = "[{'case': case[8:], 'contender': 'x'}]"
+        facts = json.dumps(harness.facts())
+        told = f"time.sleep({cases}[case[8:]]); print(json.dumps({{'rows': {rows}}} | {facts}))"
+        monkeypatch.setattr(everything, "MODULE", [sys.executable, "-c", script + told])
+        monkeypatch.setattr(decode, "cases", lambda platform: list(cases))
+        options = ["--benchmarks=decode", f"--write={document}", f"--pieces={tmp_path}", *flags]
+        monkeypatch.setattr(sys, "argv", ["all", *options])
+        with pytest.raises(SystemExit) as ended:
+            everything.main()
+        measured = log.read_text().split("--cases=")[1:]
+        log.write_text("")
+        return ended.value.code, measured, [case in document.read_text() for case in cases]
+
+    assert run("--limit=3") == (143, ["a B1", "b B2"], [True, False])
+    assert run("--limit=3") == (
+        "decode, b B2: takes longer than --limit=3.",
+        ["b B2"],
+        [True, False],
+    )
+    cases["b B2"] = 0.0
+    assert run("--limit=60") == (0, ["b B2"], [True, True])
+    assert run() == (0, ["a B1", "b B2"], [True, True])
+    assert run("--cases=b") == (0, ["b B2"], [True, True])
+
+
 # The command, whose runs save and end when they are asked to, or do what their name says.
 KEEPER = """
 import sys
@@ -151,8 +186,9 @@ reference_runs.command = command
 reference_runs.main()
 """
 CHILD = """
-import pathlib, signal, sys, time
+import json, pathlib, signal, sys, time
 name, folder = sys.argv[1], pathlib.Path(sys.argv[2])
+folder.mkdir(parents=True)
 saved = folder / "checkpoints" / "pretrain"
 def save(*_):
     (saved / str(len(list(saved.glob("*"))))).mkdir(parents=True)
@@ -163,8 +199,9 @@ if name == "m":
     signal.signal(signal.SIGTERM, save)
 if name == "s":
     time.sleep(1)
+    config = {"tokens.name": "grey", "tokens.levels": 17, "seed": 5}
+    (folder / "config.json").write_text(json.dumps({"config": config}))
     save()
-folder.mkdir(parents=True)
 (folder / "ready").touch()
 time.sleep(60)
 """
@@ -192,6 +229,18 @@ def keeper(out: pathlib.Path, runs: str, limit: float) -> subprocess.Popen:
 def test_reference_runs_end_in_time_and_tell_how(tmp_path, runs, limit, code, told):
     _, error = (process := keeper(tmp_path, runs, limit)).communicate()
     assert (process.returncode, told in error) == (code, True), error
+
+
+def test_reference_runs_tell_where_their_numbers_are_from(tmp_path):
+    process = keeper(tmp_path, "s", limit=60)
+    _, error = process.communicate()
+    assert not process.returncode, error
+    found = json.loads((tmp_path / "reference.json").read_text())
+    assert f"--out={tmp_path}" in found["command"] and found["runs"]["s"]["seed"] == 5
+    above, _, head, *_ = (tmp_path / "reference.md").read_text().splitlines()
+    assert head == "| | s | published |"
+    for fact in (found["command"], found["hardware"]["cpu"], found["date"], jax.__version__):
+        assert fact in above
 
 
 def test_reference_runs_that_are_stopped_stop_the_run_under_way(tmp_path):
