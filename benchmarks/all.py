@@ -1,14 +1,19 @@
 """Every benchmark of speed that fits this machine, one after the other, into docs/results.md.
 
-Command: python -m benchmarks.all [--quick] [--benchmarks=train_step,decode] [--write=FILE]
+Command: python -m benchmarks.all [--quick] [--benchmarks=train_step,decode] [--cases=iGPT-S,T64]
+             [--limit=570] [--write=FILE]
              [--cifar10=DIR --jpegs=FOLDER --palette=kmeans_centers.npy]
 
-The table of benchmark NAME is put between the document's lines `<!-- speed:NAME-cpu -->` and
-`<!-- /speed:NAME-cpu -->` (or -gpu), with its command, hardware and date. --quick writes nothing.
-The three last flags are what the input pipeline reads; without them it is left out.
+Each case is a command of its own, and what it told is kept in runs/speed/NAME-cpu.json (or -gpu).
+The table of benchmark NAME, of all its cases that are kept, is put between the document's lines
+`<!-- speed:NAME-cpu -->` and `<!-- /speed:NAME-cpu -->`, with its command, hardware and date. With
+--limit, where a machine is lent for minutes at a time, what is kept is not measured again, and when
+the time is over the exit code is 143: the same command continues. --quick writes nothing. The three
+last flags are what the input pipeline reads; without them it is left out.
 """
 
 import argparse
+import importlib
 import json
 import pathlib
 import shlex
@@ -17,32 +22,37 @@ import sys
 import time
 
 from benchmarks import harness
+from benchmarks.reference_runs import STOPPED
 from benchmarks.turns import ROOT
 
 NAMES = ("train_step", "decode", "features", "attention", "startup", "input_pipeline")
 DATA = ("cifar10", "jpegs", "palette")  # flags of the input pipeline
+MODULE = [sys.executable, "-m"]
 
 
-def run(command: list[str]) -> tuple[dict | None, bool]:
-    """What a benchmark told as its last line, or None, and whether all of it went well."""
+def run(command: list[str], timeout: float | None) -> tuple[dict | None, bool]:
+    """What a benchmark told as its last line, or None, and whether all of it went well.
+
+    Raises:
+      subprocess.TimeoutExpired: it takes longer than these seconds.
+    """
+    begin = time.perf_counter()
+    print(shlex.join(["python", "-m", *command]), flush=True)
     ended = subprocess.run(
-        [sys.executable, *command[1:]], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        [*MODULE, *command], cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=timeout
     )
-    print(ended.stdout, flush=True)
+    print(f"{ended.stdout}\n{time.perf_counter() - begin:.0f} s\n", flush=True)
     try:
         return json.loads(ended.stdout.splitlines()[-1]), ended.returncode == 0
     except (IndexError, json.JSONDecodeError):
         return None, False
 
 
-def section(command: list[str], found: dict) -> str:
-    """What the document says of a benchmark."""
-    hardware, versions = found["hardware"], found["versions"]
-    device = "" if hardware["platform"] == "cpu" else f"{hardware['device']}, "
-    packages = ", ".join(f"{n} {v}" for n, v in versions.items() if v)
-    machine = f"{device}{hardware['cpu']} ({hardware['cores']} cores)"
-    told = f"`{shlex.join(command)}`; {machine}; {packages}; {found['date']}."
-    return f"{told}\n\n{harness.table(found['rows'])}"
+def section(command: list[str], pieces: list[dict]) -> str:
+    """What the document says of a benchmark, that was measured in pieces."""
+    told = dict.fromkeys(harness.told(["python", "-m", *command], piece) for piece in pieces)
+    rows = [row for piece in pieces for row in piece["rows"]]
+    return "\n".join([*told, "", harness.table(rows)])
 
 
 def write(path: pathlib.Path, name: str, text: str) -> bool:
@@ -61,20 +71,26 @@ def main() -> None:
     """Runs and writes.
 
     Raises:
-      SystemExit: a benchmark failed, or the document has no place for one.
+      SystemExit: with code 143 where the same command has to be given again; else a benchmark
+        failed, or the document has no place for one.
     """
+    begin = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="tiny sizes: to see that it works")
     parser.add_argument("--benchmarks", default=",".join(NAMES), help="these, by commas")
+    parser.add_argument("--cases", default="", help="those with one of these words, by commas")
+    parser.add_argument("--limit", type=harness.positive, help="seconds that this command has")
+    parser.add_argument("--pieces", type=pathlib.Path, default=ROOT / "runs/speed")
     parser.add_argument("--write", type=pathlib.Path, default=ROOT / "docs/results.md")
     for name in DATA:
         parser.add_argument(f"--{name}", help="see benchmarks/input_pipeline.py")
-    arguments, well = parser.parse_args(), True
+    arguments, well, further = parser.parse_args(), True, False
     unknown = set(arguments.benchmarks.split(",")) - set(NAMES)
     if unknown:
         sys.exit(f"--benchmarks has {', '.join(unknown)}; it takes some of {', '.join(NAMES)}.")
+    platform = harness.hardware()["platform"]
     for name in arguments.benchmarks.split(","):
-        command = ["python", "-m", f"benchmarks.{name}"]
+        command, cases = [f"benchmarks.{name}"], [""]
         if name == "input_pipeline":
             given = {flag: getattr(arguments, flag) for flag in DATA}
             if arguments.quick or not all(given.values()):
@@ -83,14 +99,28 @@ def main() -> None:
             command += [f"--{flag}={value}" for flag, value in given.items()]
         elif arguments.quick:
             command += ["--quick"]
-        print(f"{shlex.join(command)}", flush=True)
-        begin = time.perf_counter()
-        found, went_well = run(command)
-        print(f"{name}: {time.perf_counter() - begin:.0f} s\n", flush=True)
-        well &= went_well
-        if found and not arguments.quick:
-            place = f"{name}-{found['hardware']['platform']}"
-            well &= write(arguments.write, place, section(command, found))
+        else:
+            cases = list(map(str, importlib.import_module(command[0]).cases(platform)))
+        path = arguments.pieces / f"{name}-{platform}.json"
+        kept = json.loads(path.read_text()) if path.exists() and not arguments.quick else {}
+        for case in cases if arguments.quick else harness.having(arguments.cases, cases):
+            if arguments.limit and case in kept:
+                continue
+            left = arguments.limit and max(begin + arguments.limit - time.monotonic(), 0)
+            try:
+                found, went_well = run([*command, *([f"--cases={case}"] if case else [])], left)
+            except subprocess.TimeoutExpired:
+                told = f"{name}, {case}: takes longer than --limit={arguments.limit}."
+                sys.exit(STOPPED if further else told)
+            well, further = well and went_well, True
+            if found and not arguments.quick:
+                kept[case] = found
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps(kept, indent=1))
+                pieces = [kept[each] for each in cases if each in kept]
+                well &= write(arguments.write, f"{name}-{platform}", section(command, pieces))
+        pieces = [kept[each] for each in cases if each in kept]
+        well &= not any("failed" in row for piece in pieces for row in piece["rows"])
     sys.exit(not well)
 
 

@@ -1,11 +1,14 @@
-"""Speed of cached decoding, beside `transformers`' `generate` with its cache.
+"""Speed of cached decoding, beside PyTorch and `transformers`' `generate`, each with a cache.
 
 Command: python -m benchmarks.decode [--tokens=256] [--batch=16]
 
-Both draw from nothing but the start token, among all of the vocabulary. The limit is the bytes
+All draw from nothing but the start token, among all of the vocabulary. The limit is the bytes
 that a token must read, every weight once a step and of the cache what has been written, over the
-bandwidth that a copy of a large array reaches in the same run. Then the growth of the cost: the
-first tokens of a short sequence, and as many of a long one, whose cache has room for all of it.
+bandwidth that a copy of a large array reaches in the same run.
+
+Then what a token costs as sequences grow, beside the first 256 of a sequence of 256: the first 256
+of a sequence of 4,096, where only its table of positions is longer, since the cache grows with what
+is drawn; and all of a sequence of 1,024, which reads and moves what its cache holds.
 """
 
 import dataclasses
@@ -13,41 +16,49 @@ import math
 
 from benchmarks import harness
 from benchmarks.ours import network_of
-from benchmarks.sizes import IGPT_S, LONG, QUICK, Case, Size
+from benchmarks.sizes import IGPT_L, IGPT_M, IGPT_S, LONG, QUICK, Case, Size
 from benchmarks.turns import Contender, compare
 from gptv_jax.model import flops
 
 BYTES = {"float32": 4, "bfloat16": 2}
 COPIED = 2**28  # bytes; far beyond any cache of a processor
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # small products may be faster so
-LONGER = 16  # times the short sequence
+THEIRS = {"PyTorch": {"model": "gpt"}, "transformers": {"model": "imagegpt"}}
+WHOLE, LONGER = 4, 16  # times the short sequence
+GROWN = (LONG, IGPT_S, QUICK.size)  # whose growth is measured; larger ones may lack the memory
 
 
 def cases(platform: str) -> list[Case]:
     """Those that fit the machine."""
-    return [Case(LONG, 16, "float32") if platform == "cpu" else Case(IGPT_S, 256, "bfloat16")]
+    if platform == "cpu":
+        return [Case(LONG, 16, "float32")]
+    return [Case(size, 256, "bfloat16") for size in (IGPT_S, IGPT_M, IGPT_L)]
 
 
 def measure(case: Case, arguments) -> list[dict]:
     """The rows of a case."""
     count = min(arguments.tokens, case.size.tokens)
-    name, drawn = f"{case}, {count} tokens", case.asdict() | {"count": count}
+    told, drawn = f"{case}, {count} tokens", case.asdict() | {"count": count}
     contenders = [
         Contender("gptv_jax", "benchmarks.ours:generate", drawn),
-        Contender("transformers", "benchmarks.peers:generate", drawn),
-        Contender("transformers 1 thread", "benchmarks.peers:generate", drawn, ONE_THREAD),
+        *(Contender(n, "benchmarks.peers:generate", drawn | more) for n, more in THEIRS.items()),
         Contender("copy", "benchmarks.ours:copy", {"size": COPIED}, limit=True),
     ]
+    if harness.hardware()["platform"] == "cpu":
+        for name, more in THEIRS.items():
+            alone = f"{name} 1 thread", "benchmarks.peers:generate", drawn | more, ONE_THREAD
+            contenders.append(Contender(*alone))
     found = compare(contenders, arguments)
     copy = {"copy": found.pop("copy")}
-    rows = harness.rows(name, found, case.batch * count, "tokens", "transformers")
-    (bandwidth,) = harness.rows(name, copy, 2 * COPIED / 1e9, "GB")
+    rows = harness.rows(told, found, case.batch * count, "tokens", "transformers")
+    (bandwidth,) = harness.rows(told, copy, 2 * COPIED / 1e9, "GB")
     if "median" in bandwidth:
         step = bytes_read(case.size, case.batch, BYTES[case.dtype], count)
         for row in rows:
             if "median" in row:
                 row["of_limit"] = row["median"] * step / (1e9 * bandwidth["median"] * case.batch)
-    return [*rows, bandwidth, *([] if arguments.only else growth(case, arguments))]
+    grown = case.size in GROWN and not arguments.only
+    return [*rows, bandwidth, *(growth(case, arguments) if grown else [])]
 
 
 def bytes_read(size: Size, batch: int, width: int, count: int) -> float:
@@ -65,23 +76,27 @@ def bytes_read(size: Size, batch: int, width: int, count: int) -> float:
 
 
 def growth(case: Case, arguments) -> list[dict]:
-    """What as many tokens cost where the sequence is to be longer."""
-    side = math.isqrt(min(arguments.tokens, case.size.tokens))
-    count, contenders = side**2, []
-    for tokens in (count, count * LONGER):
-        longer = dataclasses.replace(case, size=dataclasses.replace(case.size, tokens=tokens))
-        drawn = longer.asdict() | {"count": count}
-        contenders.append(Contender(f"room for {tokens}", "benchmarks.ours:generate", drawn))
+    """What a token costs in longer sequences; the speed and the cost are of a token everywhere."""
+    short = math.isqrt(min(arguments.tokens, case.size.tokens)) ** 2
+    drawn = {}
+    for count, tokens in ((short, 1), (short, LONGER), (short * WHOLE, WHOLE)):
+        size = dataclasses.replace(case.size, tokens=short * tokens)
+        longer = dataclasses.replace(case, size=size).asdict() | {"count": count}
+        drawn[f"first {count:,} of {size.tokens:,}"] = longer
+    contenders = [Contender(n, "benchmarks.ours:generate", each) for n, each in drawn.items()]
     found = compare(contenders, arguments)
+    for name, each in found.items():  # as if it had drawn as many as the short one
+        seconds = tuple(spent * short / drawn[name]["count"] for spent in each.seconds)
+        found[name] = dataclasses.replace(each, seconds=seconds)
     base = contenders[0].name
-    rows = harness.rows(f"first {count} tokens, {case}", found, case.batch * count, "tokens", base)
+    rows = harness.rows(f"{case}, growth", found, case.batch * short, "tokens", base)
     for row in rows:
         if "ratio" in row:
             row["cost"] = 1 / row["ratio"]
     return rows
 
 
-FLAGS = {"--tokens": {"type": int, "default": 256, "help": "that are drawn of each sequence"}}
+COUNT = {"type": harness.positive, "default": 256, "help": "that are drawn of each sequence"}
 
 if __name__ == "__main__":
-    harness.main("decode", __doc__, cases, measure, quick=[QUICK], flags=FLAGS)
+    harness.main("decode", __doc__, cases, measure, quick=[QUICK], flags={"--tokens": COUNT})

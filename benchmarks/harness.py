@@ -12,6 +12,7 @@ import json
 import os
 import pathlib
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -89,11 +90,24 @@ def report(benchmark: str, made: list[dict], **more) -> None:
     for row in made:
         if "ratio" in row:
             ratios.setdefault(row["case"], {})[row["contender"]] = round(row["ratio"], 3)
-    facts = {"versions": versions(), "hardware": hardware(), "date": str(datetime.date.today())}
-    found = {"benchmark": benchmark, "rows": made, "ratios": ratios} | more | facts
+    found = {"benchmark": benchmark, "rows": made, "ratios": ratios} | more | facts()
     print(json.dumps(found), flush=True)
     if any("failed" in row for row in made):
         sys.exit(1)
+
+
+def facts() -> dict:
+    """What every number is told with, beside its command."""
+    return {"versions": versions(), "hardware": hardware(), "date": str(datetime.date.today())}
+
+
+def told(command: list[str], facts: dict) -> str:
+    """A line above a table: where its numbers are from."""
+    machine, packages = facts["hardware"], facts["versions"].items()
+    device = "" if machine["platform"] == "cpu" else f"{machine['device']}, "
+    cpu = f"{machine['cpu']} ({machine['cores']} cores)"
+    versions = ", ".join(f"{name} {version}" for name, version in packages if version)
+    return f"`{shlex.join(command)}`; {device}{cpu}; {versions}; {facts['date']}."
 
 
 def versions() -> dict[str, str | None]:
@@ -117,6 +131,25 @@ def hardware() -> dict[str, str | int]:
     cpu = next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), "")
     cores = len(os.sched_getaffinity(0))
     return {"platform": kind, "device": device, "cpu": cpu or platform.processor(), "cores": cores}
+
+
+def having(words: str, cases: list) -> list:
+    """The case of this name, or those with one of these words, by commas; without words all."""
+    named = [case for case in cases if str(case) == words]
+    wanted = [word for word in words.split(",") if word]
+    found = [case for case in cases if not wanted or any(word in str(case) for word in wanted)]
+    return named or found
+
+
+def positive(flag: str) -> int:
+    """A flag's positive integer.
+
+    Raises:
+      argparse.ArgumentTypeError: it is none.
+    """
+    if not flag.isdecimal() or not int(flag):
+        raise argparse.ArgumentTypeError(f"must be a positive integer, not {flag!r}")
+    return int(flag)
 
 
 def main(
@@ -144,18 +177,19 @@ def main(
       SystemExit: no case is left, or a contender failed.
     """
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=rounds, help="turns that each contender has")
+    parser.add_argument(
+        "--rounds", type=positive, default=rounds, help="turns that each contender has"
+    )
     parser.add_argument("--seconds", type=float, default=1.0, help="that a turn takes at least")
     parser.add_argument("--cases", default="", help="those with one of these words, by commas")
     parser.add_argument("--only", default="", help="these contenders, by commas")
-    parser.add_argument("--batch", type=int, help="in place of the cases' own")
+    parser.add_argument("--batch", type=positive, help="in place of the cases' own")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: to see that it works")
     for name, options in (flags or {}).items():
         parser.add_argument(name, **options)
     arguments = parser.parse_args()
     every = quick if arguments.quick else cases(hardware()["platform"])
-    words = [word for word in arguments.cases.split(",") if word]
-    chosen = [c for c in every if not words or any(word in str(c) for word in words)]
+    chosen = having(arguments.cases, every)
     if not chosen:
         sys.exit(f"--cases={arguments.cases} names none of: {'; '.join(map(str, every))}.")
     if arguments.batch:

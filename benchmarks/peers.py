@@ -31,12 +31,26 @@ class Block(nn.Module):
         self.mlp_in = nn.Linear(width, 4 * width, bias=False)
         self.mlp_out = nn.Linear(4 * width, width, bias=False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Of the residual stream [B, T, D]."""
+    def forward(
+        self, x: torch.Tensor, cache: torch.Tensor | None = None, position: int = 0
+    ) -> torch.Tensor:
+        """Of the residual stream [B, T, D].
+
+        Args:
+          x: of a whole sequence, or with a cache of one position alone.
+          cache: keys and values [2, B, H, T, K], of which those before `position` are written.
+          position: whose keys and values are written into the cache.
+
+        Returns:
+          The next layer's.
+        """
         B, T, D = x.shape
         qkv = self.qkv(self.norm_1(x)).view(B, T, 3, self.heads, D // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        q, k, v = qkv = qkv.permute(2, 0, 3, 1, 4)
+        if cache is not None:
+            cache[:, :, :, position] = qkv[1:, :, :, 0]
+            k, v = cache[:, :, :, : position + 1]
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=cache is None)
         x = x + self.attention_out(mixed.transpose(1, 2).reshape(B, T, D))
         up = self.mlp_in(self.norm_2(x))
         return x + self.mlp_out(up * torch.sigmoid(1.702 * up))
@@ -65,6 +79,32 @@ class GPT(nn.Module):
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Logits [B, T, V]; position t predicts token t."""
         return self.head(self.trunk(tokens))
+
+    def empty_cache(self, batch: int, room: int) -> torch.Tensor:
+        """Of the keys and values of all layers [L, 2, B, H, room, K]."""
+        heads, width = self.blocks[0].heads, self.position.shape[1]
+        shape = (len(self.blocks), 2, batch, heads, room, width // heads)
+        return self.position.new_empty(shape)
+
+    def extend(self, before: torch.Tensor | None, position: int, cache: torch.Tensor):
+        """Logits [B, V] of the token at `position`, after `before` [B]; writes into the cache."""
+        if before is None:
+            x = self.start.expand(cache.shape[2], 1, -1)
+        else:
+            x = self.token_embedding(before[:, None])
+        x = x + self.position[position]
+        for block, layer in zip(self.blocks, cache, strict=True):
+            x = block(x, layer, position)
+        return self.head(self.final_norm(x))[:, 0]
+
+    @torch.inference_mode()
+    def draw(self, batch: int, count: int) -> torch.Tensor:
+        """The first tokens [B, count] of sequences."""
+        cache, tokens = self.empty_cache(batch, count), []
+        for position in range(count):
+            logits = self.extend(tokens[-1] if tokens else None, position, cache)
+            tokens.append(torch.multinomial(logits.float().softmax(-1), 1)[:, 0])
+        return torch.stack(tokens, dim=1)
 
     @torch.no_grad()
     def copy_weights(self, params: dict[str, np.ndarray]) -> None:
@@ -107,6 +147,13 @@ class ImageGPT(nn.Module):
         shifted = torch.cat([torch.full_like(tokens[:, :1], self.start), tokens[:, :-1]], dim=1)
         return self.model(shifted, use_cache=False).logits
 
+    @torch.inference_mode()
+    def draw(self, batch: int, count: int) -> torch.Tensor:
+        """The first tokens of sequences [B, 1 + count], after the start token."""
+        start = torch.full((batch, 1), self.start, device=DEVICE)
+        lengths = {"min_new_tokens": count, "max_new_tokens": count}
+        return self.model.generate(start, do_sample=True, top_k=0, use_cache=True, **lengths)
+
 
 MODELS = {"gpt": GPT, "imagegpt": ImageGPT}
 
@@ -130,14 +177,10 @@ def train(size: dict, batch: int, dtype: str, model: str, compiled: bool = False
     return Task(step, wait)
 
 
-def generate(size: dict, batch: int, dtype: str, count: int) -> Task:
-    """Draws the first `count` tokens of `batch` sequences, with the cache of `transformers`."""
-    size = Size(**size)
-    network = ImageGPT(size).to(DEVICE, getattr(torch, dtype)).eval()
-    start = torch.full((batch, 1), size.vocabulary, device=DEVICE)
-    lengths = {"min_new_tokens": count, "max_new_tokens": count}
-    draw = torch.inference_mode()(network.model.generate)
-    return Task(lambda: draw(start, do_sample=True, top_k=0, use_cache=True, **lengths), wait)
+def generate(size: dict, batch: int, dtype: str, count: int, model: str) -> Task:
+    """Draws the first `count` tokens of `batch` sequences, with a cache."""
+    network = MODELS[model](Size(**size)).to(DEVICE, getattr(torch, dtype)).eval()
+    return Task(lambda: network.draw(batch, count), wait)
 
 
 def read(size: dict, batch: int, dtype: str, compiled: bool = False) -> Task:

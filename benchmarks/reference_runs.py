@@ -5,16 +5,19 @@ Command: python -m benchmarks.reference_runs --cache=caches/cifar10 [--runs=10m,
 
 Each is the real command, `python -m gptv_jax.main --config=configs/cifar10.py:RUN` with the stages
 pretrain, probe and finetune, on a token cache of `python -m gptv_jax.prepare`. When the time is
-nearly over it is stopped by SIGTERM, by which it saves; the exit code is then 143, and the same
-command continues. When all are done their numbers are printed beside the published ones and their
-floors, and written to OUT/reference.json and OUT/reference.md. --miniature does all of it in about
-a minute on a CPU: a tiny network on scikit-learn's digits, whose numbers mean nothing.
+nearly over it is stopped by SIGTERM, by which it saves, and so it is where this command is; the
+exit code is then 143, and the same command continues. When all are done their numbers are printed
+beside the published ones and their floors, and written to OUT/reference.json and OUT/reference.md.
+--miniature does all of it in about a minute on a CPU: a tiny network on scikit-learn's digits,
+whose numbers mean nothing.
 """
 
 import argparse
 import json
 import math
 import pathlib
+import runpy
+import shlex
 import signal
 import subprocess
 import sys
@@ -24,6 +27,7 @@ from benchmarks import harness
 from benchmarks.turns import ROOT
 
 STOPPED = 128 + signal.SIGTERM
+POLL = 0.1  # seconds between two looks at a run
 STAGES = ("pretrain", "probe", "finetune")
 # Published: minGPT's play_image.ipynb (Karpathy 2020), with a palette of its own; Chen et al. 2020
 # pretrained on CIFAR-10 alone, 24 layers of width 512, 50 epochs.
@@ -79,35 +83,33 @@ def command(name: str, folder: pathlib.Path, cache: pathlib.Path, settings: list
     return [*module, *config, f"--stages={','.join(STAGES)}", *data, *settings]
 
 
-def advance(command: list[str], folder: pathlib.Path, deadline: float, reserve: float) -> bool:
-    """Runs a command until it is done or its time is nearly over; whether it is done.
+def advance(command: list[str], deadline: float, reserve: float, asked: list) -> bool:
+    """Runs a command until it is done or is to stop; whether it is done.
 
     Args:
       command: which.
-      folder: of its run.
-      deadline: when it has to have ended, in seconds of `time.monotonic`.
-      reserve: seconds before that, at which it is asked to save and end.
+      deadline: from when on it is asked to save and end, in seconds of `time.monotonic`.
+      reserve: seconds that it has for this.
+      asked: no longer empty where this process itself has been asked to end.
 
     Raises:
-      SystemExit: it failed, or the time was over before it came any further.
+      SystemExit: it failed.
     """
-    before = progress(folder)
+    if asked or time.monotonic() >= deadline:
+        return False
     process = subprocess.Popen(command, cwd=ROOT)
-    try:
-        process.wait(max(deadline - reserve - time.monotonic(), 0))
-    except subprocess.TimeoutExpired:
+    while process.poll() is None and not asked and time.monotonic() < deadline:
+        time.sleep(POLL)
+    if process.poll() is None:
         process.send_signal(signal.SIGTERM)
     try:
-        code = process.wait(max(deadline - time.monotonic(), 0))
+        code = process.wait(reserve)
     except subprocess.TimeoutExpired:
         process.kill()  # what was saved before stays
         code = process.wait()
-    stopped = code in (STOPPED, -signal.SIGTERM, -signal.SIGKILL)
-    if code and not stopped:
+    if code not in (0, STOPPED, -signal.SIGTERM, -signal.SIGKILL):
         sys.exit(code)
-    if stopped and progress(folder) == before:
-        sys.exit(f"{folder} came no further in its time; give a longer --limit.")
-    return not code
+    return code == 0
 
 
 def progress(folder: pathlib.Path) -> list[str]:
@@ -123,12 +125,13 @@ def summary(folder: pathlib.Path) -> dict:
 
 
 def result(folder: pathlib.Path) -> dict[str, float | int | None]:
-    """The numbers that count, and the loss of a uniform guess."""
+    """The numbers that count, the loss of a uniform guess, and the seed."""
     config = json.loads((folder / "config.json").read_text())["config"]
     palette = config["tokens.name"] == "palette"
     uniform = math.log(config["tokens.colors" if palette else "tokens.levels"])
     found = summary(folder)
-    return {key: found.get(key) for key in KEYS} | {"uniform_nats_per_token": uniform}
+    numbers = {key: found.get(key) for key in KEYS}
+    return numbers | {"uniform_nats_per_token": uniform, "seed": config["seed"]}
 
 
 def table(runs: dict[str, dict], published: dict[str, str]) -> str:
@@ -157,29 +160,40 @@ def main() -> None:
     parser.add_argument("--reserve", type=float, default=30, help="seconds of them to save in")
     parser.add_argument("--miniature", action="store_true", help="a tiny network, on digits")
     arguments, settings = parser.parse_known_args()
-    out, cache, deadline = arguments.out.absolute(), arguments.cache, begin + arguments.limit
+    out, cache, reserve = arguments.out.absolute(), arguments.cache, arguments.reserve
+    names, deadline = arguments.runs.split(","), begin + arguments.limit - reserve
     foreign = [setting for setting in settings if not setting.startswith("--config.")]
     if foreign or not (cache or arguments.miniature):
         parser.error(f"unknown: {' '.join(foreign)}" if foreign else "--cache must be given")
+    sizes = runpy.run_path(str(ROOT / "configs" / "cifar10.py"))["SIZES"]
+    if unknown := [name for name in names if name not in sizes]:
+        parser.error(f"--runs has {', '.join(unknown)}; it takes some of {', '.join(sizes)}")
+    if arguments.limit <= reserve:
+        parser.error(f"--limit={arguments.limit:g} must be more than --reserve={reserve:g}")
     if arguments.miniature:
         cache = cache or out / "cache"
         settings = [*(f"--config.{k}={v}" for k, v in MINIATURE.items()), *settings]
         if not (cache / "header.json").exists():
             prepare = [sys.executable, "-m", "gptv_jax.prepare", f"--out={cache}"]
             subprocess.run([*prepare, f"--config={ROOT / 'configs' / 'digits.py'}"], check=True)
-    names = arguments.runs.split(",")
+    before, asked = [progress(out / name) for name in names], []
+    signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
     for name in names:
         told = command(name, out / name, cache.absolute(), settings)
-        if not advance(told, out / name, deadline, arguments.reserve):
+        if not advance(told, deadline, reserve, asked):
+            if not asked and [progress(out / name) for name in names] == before:
+                sys.exit(f"{out / name} came no further in its time; give a longer --limit.")
             print(f"{name} is not done; the same command continues.", file=sys.stderr)
             sys.exit(STOPPED)
     runs = {name: result(out / name) for name in names}
-    facts = {"hardware": harness.hardware(), "versions": harness.versions()}
     published = {} if arguments.miniature else PUBLISHED
-    found = {"benchmark": "reference_runs", "runs": runs, "published": published, **facts}
-    (out / "reference.json").write_text(json.dumps(found, indent=2))
-    (out / "reference.md").write_text(table(runs, published) + "\n")
-    print(table(runs, published))
+    given = ["python", "-m", "benchmarks.reference_runs", *sys.argv[1:]]
+    about = {"benchmark": "reference_runs", "command": shlex.join(given)} | harness.facts()
+    found = about | {"runs": runs, "published": published}
+    text = f"{harness.told(given, about)}\n\n{table(runs, published)}"
+    (out / "reference.json").write_text(json.dumps(found, indent=2) + "\n")
+    (out / "reference.md").write_text(text + "\n")
+    print(text)
     print(json.dumps(found))
 
 

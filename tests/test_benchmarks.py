@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from conftest import random_batch, random_params, tiny_network
 
-from benchmarks import ablations, harness, reference_runs, turns
+from benchmarks import ablations, decode, harness, turns
 from benchmarks import all as everything
-from benchmarks.sizes import Size
+from benchmarks.sizes import QUICK, Size
 from benchmarks.turns import Contender
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
@@ -100,6 +100,36 @@ def test_the_pytorch_gpt_is_our_network(one_device):
     task = peers.pooling(peer, tokens)
     np.testing.assert_allclose(ours.pooled, task(), rtol=0, atol=1e-5)
 
+    # Decoding with its cache, one position after the other.
+    with torch.inference_mode():
+        before, cache = [None, *tokens.T[:-1]], peer.empty_cache(*tokens.shape)
+        logits = [peer.extend(each, position, cache) for position, each in enumerate(before)]
+    np.testing.assert_allclose(ours.logits, torch.stack(logits, dim=1), rtol=0, atol=1e-5)
+    drawn = peer.draw(3, network.length - 1)
+    assert drawn.shape == (3, network.length - 1) and drawn.max() < network.vocabulary
+
+
+def test_growth_tells_the_cost_of_a_token():
+    arguments = argparse.Namespace(tokens=16, rounds=1, seconds=0, only="")
+    short, room, whole = rows = decode.growth(QUICK, arguments)
+    assert [row["contender"] for row in rows] == [
+        "first 16 of 16",
+        "first 16 of 256",
+        "first 64 of 64",
+    ]
+    for row in (room, whole):
+        assert row["cost"] == pytest.approx(short["median"] / row["median"])
+
+
+@pytest.mark.parametrize(
+    "flag", ["--rounds=0", "--batch=0", "--batch=-2", "--tokens=0", "--tokens=x"]
+)
+def test_numbers_that_must_be_positive_are(flag, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["decode", flag])
+    with pytest.raises(SystemExit):
+        runpy.run_path(decode.__file__, run_name="__main__")
+    assert "must be a positive integer" in capsys.readouterr().err
+
 
 def test_a_table_is_put_between_its_lines_and_nothing_else_changes(tmp_path, capsys):
     document = tmp_path / "results.md"
@@ -111,38 +141,118 @@ def test_a_table_is_put_between_its_lines_and_nothing_else_changes(tmp_path, cap
     assert document.read_text() == text and "add these two" in capsys.readouterr().err
 
 
-# What a run does, as far as its keeper can see: saves, and ends when it is asked to.
+def test_the_same_command_goes_on_with_the_cases_that_are_missing(tmp_path, monkeypatch):
+    document, log = tmp_path / "results.md", tmp_path / "log"
+    lines = "<!-- speed:decode-cpu -->\n<!-- /speed:decode-cpu -->\n"
+    document.write_text(lines)
+    assert harness.having("a, b", ["a, b", "a, b c"]) == ["a, b"]  # no other with its words
+    cases = {"a B1": 0.0, "b B2": 30.0}  # and how long they take
+    script = f"import json, sys, time; case = sys.argv[-1]; open({str(log)!r}, 'a').write(case)\n"
+
+    def run(*flags: str) -> tuple:
+        """The exit code, what was measured, and which cases the document has."""
+        rows = "[{'case': case[8:], 'contender': 'x'}]"
+        facts = json.dumps(harness.facts())
+        told = f"time.sleep({cases}[case[8:]]); print(json.dumps({{'rows': {rows}}} | {facts}))"
+        monkeypatch.setattr(everything, "MODULE", [sys.executable, "-c", script + told])
+        monkeypatch.setattr(decode, "cases", lambda platform: list(cases))
+        options = ["--benchmarks=decode", f"--write={document}", f"--pieces={tmp_path}", *flags]
+        monkeypatch.setattr(sys, "argv", ["all", *options])
+        with pytest.raises(SystemExit) as ended:
+            everything.main()
+        measured = log.read_text().split("--cases=")[1:]
+        log.write_text("")
+        return ended.value.code, measured, [case in document.read_text() for case in cases]
+
+    assert run("--limit=3") == (143, ["a B1", "b B2"], [True, False])
+    assert run("--limit=3") == (
+        "decode, b B2: takes longer than --limit=3.",
+        ["b B2"],
+        [True, False],
+    )
+    cases["b B2"] = 0.0
+    assert run("--limit=60") == (0, ["b B2"], [True, True])
+    assert run() == (0, ["a B1", "b B2"], [True, True])
+    assert run("--cases=b") == (0, ["b B2"], [True, True])
+
+
+# The command, whose runs save and end when they are asked to, or do what their name says.
+KEEPER = """
+import sys
+from benchmarks import reference_runs
+def command(name, folder, *_):
+    return [sys.executable, "-c", CHILD, name, str(folder)]
+reference_runs.command = command
+reference_runs.main()
+"""
 CHILD = """
-import pathlib, signal, sys, time
-folder = pathlib.Path(sys.argv[1])
-def step(*_):
-    found = len(list(folder.glob("checkpoints/pretrain/*")))
-    (folder / "checkpoints" / "pretrain" / str(found)).mkdir(parents=True)
-    sys.exit(143 if found < 1 else 0)
-if "saves" in sys.argv:
-    signal.signal(signal.SIGTERM, step)
-if "fails" in sys.argv:
+import json, pathlib, signal, sys, time
+name, folder = sys.argv[1], pathlib.Path(sys.argv[2])
+folder.mkdir(parents=True)
+saved = folder / "checkpoints" / "pretrain"
+def save(*_):
+    (saved / str(len(list(saved.glob("*"))))).mkdir(parents=True)
+    sys.exit(143 if name == "m" else 0)
+if name == "l":
     sys.exit(3)
-if list(folder.glob("checkpoints/pretrain/*")):
-    step()
+if name == "m":
+    signal.signal(signal.SIGTERM, save)
+if name == "s":
+    time.sleep(1)
+    config = {"tokens.name": "grey", "tokens.levels": 17, "seed": 5}
+    (folder / "config.json").write_text(json.dumps({"config": config}))
+    save()
+(folder / "ready").touch()
 time.sleep(60)
 """
 
 
-def test_a_reference_run_is_stopped_in_time_and_continued(tmp_path):
-    def advance(*how: str) -> bool:
-        child = [sys.executable, "-c", CHILD, str(tmp_path), *how]
-        return reference_runs.advance(child, tmp_path, time.monotonic() + 4, reserve=2)
+def keeper(out: pathlib.Path, runs: str, limit: float) -> subprocess.Popen:
+    flags = ["--cache=cache", f"--out={out}", f"--runs={runs}", f"--limit={limit}", "--reserve=2"]
+    script = f"CHILD = {CHILD!r}{KEEPER}"
+    return subprocess.Popen(
+        [sys.executable, "-c", script, *flags], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
 
-    begin = time.monotonic()
-    with pytest.raises(SystemExit, match="came no further"):
-        advance()
-    assert not advance("saves")
-    assert time.monotonic() - begin < 8
-    assert advance("saves")
-    with pytest.raises(SystemExit) as failure:
-        advance("fails")
-    assert failure.value.code == 3
+
+@pytest.mark.parametrize(
+    ("runs", "limit", "code", "told"),
+    [
+        ("tiny", 8, 1, "came no further"),  # is stopped and has saved nothing
+        ("m", 8, 143, "continues"),  # saves when it is stopped
+        ("s,tiny", 8, 143, "continues"),  # the first is done when the time is over
+        ("l", 60, 3, ""),  # fails
+        ("s,10x", 60, 2, "--runs has 10x; it takes some of tiny,"),
+        ("s", 2, 2, "--limit=2 must be more than --reserve=2"),
+    ],
+)
+def test_reference_runs_end_in_time_and_tell_how(tmp_path, runs, limit, code, told):
+    _, error = (process := keeper(tmp_path, runs, limit)).communicate()
+    assert (process.returncode, told in error) == (code, True), error
+
+
+def test_reference_runs_tell_where_their_numbers_are_from(tmp_path):
+    process = keeper(tmp_path, "s", limit=60)
+    _, error = process.communicate()
+    assert not process.returncode, error
+    found = json.loads((tmp_path / "reference.json").read_text())
+    assert f"--out={tmp_path}" in found["command"] and found["runs"]["s"]["seed"] == 5
+    above, _, head, *_ = (tmp_path / "reference.md").read_text().splitlines()
+    assert head == "| | s | published |"
+    for fact in (found["command"], found["hardware"]["cpu"], found["date"], jax.__version__):
+        assert fact in above
+
+
+def test_reference_runs_that_are_stopped_stop_the_run_under_way(tmp_path):
+    process = keeper(tmp_path, "m,tiny", limit=60)
+    while not (tmp_path / "m" / "ready").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    process.communicate()
+    assert process.returncode == 143
+    assert (tmp_path / "m" / "checkpoints" / "pretrain" / "0").exists()
+    assert not (tmp_path / "tiny").exists()
 
 
 @pytest.mark.process
