@@ -83,10 +83,11 @@ def test_evaluations_later_stages_and_users_take_the_average(tmp_path):
         differ = np.abs(state["params"]["head"] - params["head"]).max()
         assert differ > 1e-3  # else nothing is shown
 
-    elements = list(pipeline.images(run.config.data, "test", run.data.ledger))
-    images = np.stack([element["image"] for element in elements])
-    nats = -models["pretrain"].log_likelihood(images).mean() / 64
-    assert summary["pretrain/test_nats_per_token"] == pytest.approx(nats, rel=1e-5)
+    for split in ("validation", "test"):
+        elements = list(pipeline.images(run.config.data, split, run.data.ledger))
+        images = np.stack([element["image"] for element in elements])
+        nats = -models["pretrain"].log_likelihood(images).mean() / 64
+        assert summary[f"pretrain/{split}_nats_per_token"] == pytest.approx(nats, rel=1e-5)
     chosen = models["finetune"].classify(images).argmax(axis=1)
     accuracy = np.mean(chosen == [element["label"] for element in elements])
     assert summary["finetune/test_accuracy"] == pytest.approx(accuracy)

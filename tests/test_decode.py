@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import RECIPES, make_mesh, random_batch, random_params, tiny_network
+from conftest import MODERN, RECIPES, make_mesh, random_batch, random_params, tiny_network
 
 from gptv_jax import decode, sharding
 from gptv_jax.model import cached
+from gptv_jax.model.splash_attention import LANES
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -74,7 +75,47 @@ def test_cached_decoding_gives_the_logits_of_the_full_forward_pass(kept, scan, a
     np.testing.assert_allclose(np.stack(found, axis=1), full[:, kept:], atol=1e-5, rtol=1e-5)
 
 
+def test_prompts_longer_than_the_fast_attention_takes_at_once_are_padded_unseen():
+    network = dataclasses.replace(tiny_network(axial_positions=False), grid=(12, 11))
+    with jax.set_mesh(make_mesh((1, 1, 1))):
+        params, tokens = random_params(network), rows(random_batch(network, size=2)["tokens"])
+        kept = network.length - 2
+        assert kept > LANES and kept % LANES
+        full = full_logits(network, params, tokens)
+        logits, prompts = decode._prefill(network, params, tokens[:, :kept])
+        np.testing.assert_allclose(logits, full[:, kept], atol=1e-5, rtol=1e-5)
+        cache = cached.Cache(prompts, room(network, params, 2, 1))
+        last = jnp.int32(kept + 1)
+        logits, _ = read_one(network, params, tokens, last, cache, jnp.int32(0))
+        np.testing.assert_allclose(logits, full[:, kept + 1], atol=1e-5, rtol=1e-5)
+
+
 # Generation
+
+
+def loops(network, mesh):
+    """Of the loops that draw a sequence: `(length, what all steps read, what they carry)`."""
+    with jax.set_mesh(make_mesh(mesh)):
+        params, prefix = sharding.abstract(network.init), rows(np.zeros((8, 0)))
+        draw = jax.make_jaxpr(lambda p: decode.generate(network, p, prefix, jax.random.key(0)))
+        called = next(e for e in draw(params).eqns if e.params.get("name") == "_continue")
+    for loop in called.params["jaxpr"].eqns:
+        if loop.primitive.name == "scan":
+            given, types = loop.params["num_consts"], [x.aval for x in loop.invars]
+            yield loop.params["length"], types[:given], types[given:]
+
+
+def test_no_step_casts_or_gathers_weights_and_a_third_of_the_room_at_most_is_read_in_vain():
+    network = dataclasses.replace(tiny_network(dtype="bfloat16", **MODERN), grid=(32, 32))
+    steps = read = 0
+    for length, given, carried in loops(network, (1, 2, 4)):
+        assert not any(x.dtype == jnp.float32 or "fsdp" in x.sharding.spec for x in given if x.ndim)
+        caches = [x for x in carried if x.ndim == 4]
+        assert len(caches) == 4 and {x.dtype for x in caches} == {jnp.dtype(jnp.bfloat16)}
+        (room,) = {x.shape[2] for x in caches}
+        steps, read = steps + length, read + length * room
+    assert steps == network.length - 1
+    assert read <= 1.5 * steps * (steps + 1) / 2
 
 
 @pytest.mark.parametrize("kept", [0, 6, 15, 16])

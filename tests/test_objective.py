@@ -214,12 +214,13 @@ def test_logits_in_parts_change_neither_the_loss_nor_its_gradient(shape, monkeyp
     assert "f32[8,16,11]" in whole and ",16,11]" not in parts
 
 
-def test_an_odd_number_of_positions_comes_in_parts_too(monkeypatch, one_device):
-    network = dataclasses.replace(tiny_network(), grid=(3, 3))
+@pytest.mark.parametrize("network", [tiny_network(), bert()], ids=["autoregressive", "bert"])
+def test_an_odd_number_of_positions_comes_in_parts_too(network, monkeypatch, one_device):
+    network = dataclasses.replace(network, grid=(3, 3))
     params, batch = random_params(network), sharding.global_batch(random_batch(network))
 
     def loss():
-        return float(jax.jit(step.generative_loss(network))(params, batch, None)[0])
+        return float(jax.jit(step.generative_loss(network))(params, batch, jax.random.key(0))[0])
 
     wanted = loss()
     monkeypatch.setattr(objective, "LOGITS_BYTES", 1)

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import make_mesh, random_params, tiny_network
+from conftest import MODERN, RECIPES, make_mesh, random_params, tiny_network
 from jax.sharding import NamedSharding
 
 from gptv_jax import config as config_lib
@@ -12,7 +12,7 @@ from gptv_jax.train import optimizer
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
-MATRICES = {"qkv", "attention_out", "mlp_in", "mlp_out"}
+MATRICES = {"qkv", "attention_out", "mlp_in", "mlp_gate_up", "mlp_out"}
 NAMES = ("adam", "adamw", "nadamw", "muon")
 
 
@@ -56,6 +56,13 @@ def by_name(tree):
 def params():
     with jax.set_mesh(make_mesh((1, 1, 1))):
         return random_params(tiny_network(classes=5))
+
+
+@pytest.fixture(scope="module", params=RECIPES.values(), ids=RECIPES)
+def any_params(request):
+    """As `params`, of every kind of network."""
+    with jax.set_mesh(make_mesh((1, 1, 1))):
+        return random_params(tiny_network(classes=5, **request.param))
 
 
 # Schedule
@@ -195,14 +202,31 @@ def test_steps_are_finite_keep_their_shardings_and_are_the_same_on_a_mesh(name):
 
 
 @pytest.mark.parametrize("name", ["adamw", "nadamw", "muon"])
-def test_decay_acts_on_matrices_and_heads_alone(name, params):
+def test_decay_acts_on_matrices_and_heads_alone(name, any_params):
     config = settings(name, weight_decay=0.1)
-    zero = jax.tree.map(jnp.zeros_like, params)
-    new, old = after(config, params, [zero]), by_name(params)
+    zero = jax.tree.map(jnp.zeros_like, any_params)
+    new, old = after(config, any_params, [zero]), by_name(any_params)
     decayed = {key for key in old if (new[key] != old[key]).any()}
-    assert decayed == {*MATRICES, "head", "class_head"}
+    assert decayed == {*MATRICES, "head", "class_head"} & old.keys()
     for key in decayed:
         np.testing.assert_allclose(new[key], old[key] * (1 - 0.01 * 0.1), rtol=1e-6)
+
+
+# Width
+
+
+def test_of_a_wider_network_products_take_smaller_steps_and_the_rest_the_same():
+    params = random_params(tiny_network(classes=5, **MODERN))
+    gradient, moved = random_gradient(params, 0), []
+    for width in (1.0, 4.0):
+        update, _ = optimizer.make_optimizer(settings("muon"), 10, relative_width=width)
+        step = jax.jit(lambda p, s, g, u=update: optimizer.apply_update(u, g, s, p)[0])
+        new = by_name(step(params, jax.jit(update.init)(params), gradient))
+        moved.append({key: new[key] - old for key, old in by_name(params).items()})
+    for key, change in moved[0].items():
+        # Muon's steps are larger by the root of the width, Adam's by the width.
+        factor = 1 / 2 if key in MATRICES else 1 / 4 if key in {"head", "class_head"} else 1
+        np.testing.assert_allclose(moved[1][key], factor * change, atol=1e-6, err_msg=key)
 
 
 # Muon
@@ -214,14 +238,18 @@ def matrices(tree):
     for layer in range(2):
         for c in range(3):
             found[f"qkv {layer} {c}"] = np.asarray(blocks["qkv"])[layer, :, c].reshape(32, 32)
-        for name in ("attention_out", "mlp_in", "mlp_out"):
-            weight = np.asarray(blocks[name])[layer]
-            inputs = 128 if name == "mlp_out" else 32
-            found[f"{name} {layer}"] = weight.reshape(inputs, -1)
+        if "mlp_gate_up" in blocks:
+            gate, up = np.moveaxis(np.asarray(blocks["mlp_gate_up"])[layer], 1, 0)
+            found |= {f"gate {layer}": gate, f"up {layer}": up}
+        else:
+            found[f"mlp_in {layer}"] = np.asarray(blocks["mlp_in"])[layer]
+        found[f"attention_out {layer}"] = np.asarray(blocks["attention_out"])[layer].reshape(32, 32)
+        found[f"mlp_out {layer}"] = np.asarray(blocks["mlp_out"])[layer]
     return found
 
 
-def test_muon_orthogonalises_each_matrix_of_each_layer_by_itself(params):
+def test_muon_orthogonalises_each_matrix_of_each_layer_by_itself(any_params):
+    params = any_params
     gradients = [random_gradient(params, seed) for seed in range(2)]
     step, init = step_of(settings("muon"))
     new, state = params, init(params)

@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from gptv_jax import runtime
@@ -41,6 +42,18 @@ runtime.keep_programs()
 jax.jit(lambda x: jax.numpy.sin(x) @ x)(jax.numpy.ones((8, 8))).block_until_ready()
 found = sum(event == "/jax/compilation_cache/cache_hits" for event in events)
 print(json.dumps([jax.config.jax_compilation_cache_dir, found]))
+"""
+
+COMMAND = """
+import json, pathlib, runpy, sys
+from gptv_jax import errors, runtime
+asked, runtime.DEVICES = [], pathlib.Path("/nowhere")
+runtime.ctypes.CDLL = lambda name, load=runtime.ctypes.CDLL: asked.append(name) or load(name)
+def end(code, message):
+    print(json.dumps([len(asked), message]))
+    sys.exit()
+errors.end, sys.argv = end, ["main.py", *sys.argv[1:]]
+runpy.run_module("gptv_jax.main", run_name="__main__", alter_sys=True)
 """
 
 
@@ -78,6 +91,27 @@ def test_a_place_that_is_named_is_taken(tmp_path):
 def test_without_a_place_every_start_compiles(tmp_path):
     (tmp_path / "file").touch()
     assert told(COMPILES, XDG_CACHE_HOME=str(tmp_path / "file")) == [None, 0]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left alone")
+def test_the_command_keeps_programs_and_memory(tmp_path):
+    (tmp_path / "file").touch()
+    digits = pathlib.Path(__file__).parent.parent / "configs" / "digits.py"
+    arguments = (f"--config={digits}", f"--workdir={tmp_path / 'file' / 'run'}")
+    asked, message = told(COMMAND, *arguments, XDG_CACHE_HOME=str(tmp_path))
+    assert asked == 1 and "workdir" in message
+    assert (tmp_path / "gptv_jax" / "programs").is_dir()
+
+
+def test_programs_are_kept_apart_by_what_the_processor_can_do(monkeypatch):
+    assert jax.default_backend() == "cpu"
+
+    def kind(flags, speed):
+        told = f"processor: 0\ncpu MHz: {speed}\nflags: {flags}\n"
+        monkeypatch.setattr(pathlib.Path, "read_text", lambda path: told)
+        return runtime._kind()
+
+    assert kind("sse avx2", 2000) == kind("sse avx2", 3000) != kind("sse avx2 avx512f", 2000)
 
 
 def test_machines_with_accelerators_keep_the_memory_of_their_c_library(monkeypatch, tmp_path):

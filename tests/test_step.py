@@ -109,7 +109,7 @@ def test_a_step_takes_the_gradient_of_the_loss_at_the_old_parameters(whole_batch
 
 def test_steps_are_counted_and_the_rate_is_that_of_the_step_taken():
     network = tiny()
-    config = config_lib.Optimizer(learning_rate=0.8, warmup_steps=4)
+    config = config_lib.Optimizer("muon", learning_rate=0.8, warmup_steps=4)
     update, rate = optimizer.make_optimizer(config, 10)
     loss = step.generative_loss(network)
     take = step.make_train_step(loss, update, rate)
@@ -123,6 +123,7 @@ def test_steps_are_counted_and_the_rate_is_that_of_the_step_taken():
         assert float(metrics["learning_rate"]) == pytest.approx(wanted)
         assert old["params"]["head"].is_deleted()  # the memory of the old state is used again
     assert int(state["step"]) == 3
+    assert take._cache_size() == 1  # the first state is of the type of all later ones
 
 
 def test_training_leaves_the_standardisation_of_the_class_head_alone(whole_batch):

@@ -6,11 +6,13 @@ The check of coordinates of Yang et al. 2022 (arXiv:2203.03466, appendix D.1).
 import jax
 import numpy as np
 import pytest
-from conftest import random_batch, random_params, tiny_network
+from conftest import SMALL, random_batch, random_params, tiny_network
 
 from gptv_jax import config as config_lib
-from gptv_jax import sharding
-from gptv_jax.train import optimizer, step
+from gptv_jax import fields, sharding
+from gptv_jax.run import Run
+from gptv_jax.stages import pretrain
+from gptv_jax.train import loop, optimizer, step
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -84,3 +86,24 @@ def test_wider_than_its_base_the_mlp_begins_smaller():
     for name, weight in plain.items():
         factor = 0.5 if name in ("mlp_in", "mlp_out") else 1.0  # others begin by their inputs
         np.testing.assert_allclose(blocks[name], factor * weight, rtol=1e-6, err_msg=name)
+
+
+class TakenError(Exception):
+    pass
+
+
+def test_pretraining_takes_the_rates_of_its_base_width(tmp_path, monkeypatch):
+    changes = {"model.width": 16, "model.base_width": 4, "train.optimizer.name": "adam"}
+    changes |= {"train.optimizer.learning_rate": 0.01, "train.optimizer.warmup_steps": 0}
+    flat = fields.flatten(config_lib.Config()) | SMALL | changes
+    run = Run(config_lib.resolve(fields.unflatten(flat)), str(tmp_path))
+
+    def one_step(*_, initial, train_step, batches, **__):
+        state, _ = train_step(initial(), sharding.global_batch(next(batches(0))))
+        raise TakenError(np.abs(state["params"]["head"]).max())
+
+    monkeypatch.setattr(loop, "fit", one_step)
+    with jax.set_mesh(run.mesh), pytest.raises(TakenError) as taken:
+        pretrain.run_stage(run)
+    # The head begins at zero, and Adam's first step is of the rate, whatever the gradient.
+    np.testing.assert_allclose(taken.value.args[0], 0.01 / 4, rtol=1e-3)
