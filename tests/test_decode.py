@@ -105,7 +105,7 @@ def loops(network, mesh):
             yield loop.params["length"], types[:given], types[given:]
 
 
-def test_no_step_casts_or_gathers_weights_and_a_third_of_the_room_at_most_is_read_in_vain():
+def test_no_step_casts_or_gathers_weights_and_at_most_half_of_what_is_read_is_empty():
     network = dataclasses.replace(tiny_network(dtype="bfloat16", **MODERN), grid=(32, 32))
     steps = read = 0
     for length, given, carried in loops(network, (1, 2, 4)):
