@@ -43,7 +43,7 @@ def keep_memory() -> None:
     back to the system and, as XLA wants them aligned, does not always use again what it keeps: most
     steps are given fresh pages, which the kernel must clear one by one as they are touched. It is
     told to keep everything, in a heap that has addresses for half of the machine's memory, and the
-    kernel to back that by pages of 2 MiB: a fifth of a step (docs/results.md). This works only
+    kernel to back that by pages of 2 MiB: an eighth of a step (docs/results.md). This works only
     before JAX has started its threads, so it goes by the devices that the machine has, not by what
     JAX says.
     """
