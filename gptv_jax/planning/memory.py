@@ -94,7 +94,7 @@ def estimate(
     kept, layer = _kept(network, topology, within, rows)
     held = sum(_bytes(kept, within, topology))
     # What a layer leaves, less what of it is kept anyway, is there again while it is worked on.
-    stacked = [array for array in kept if array.shape[:1] == (network.config.layers,)]
+    stacked = _of_layers(kept, network.config.layers)
     of_a_layer = sum(_bytes(stacked, within, topology)) // network.config.layers
     of_layer = sum(_bytes(layer, within, topology)) - of_a_layer
     # Logits of one part, where there are several, and their gradient; all of them are among `kept`.
@@ -137,8 +137,13 @@ def _kept(network: Network, topology: Topology, sizes: dict[str, int], rows: int
     kept = _residuals(network, mesh, rows)
     two = dataclasses.replace(network.config, remat="none", layers=2, scan_layers=True)
     stacked = _residuals(dataclasses.replace(network, config=two), mesh, rows)
-    layers = (array for array in stacked if array.shape[:1] == (2,))
+    layers = _of_layers(stacked, 2)
     return kept, tuple(Array(a.shape[1:], a.itemsize, a.axes[1:], a.by_head) for a in layers)
+
+
+def _of_layers(arrays: Iterable[Array], count: int) -> list[Array]:
+    """Those with so many layers on their first axis, which is not split, as that of rows is."""
+    return [array for array in arrays if array.shape[:1] == (count,) and not array.axes[0]]
 
 
 @functools.cache
