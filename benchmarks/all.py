@@ -22,8 +22,8 @@ import sys
 import time
 
 from benchmarks import harness
-from benchmarks.reference_runs import STOPPED
 from benchmarks.turns import ROOT
+from gptv_jax import preemption
 
 NAMES = ("train_step", "decode", "features", "attention", "startup", "input_pipeline")
 DATA = ("cifar10", "jpegs", "palette")  # flags of the input pipeline
@@ -111,7 +111,7 @@ def main() -> None:
                 found, went_well = run([*command, *([f"--cases={case}"] if case else [])], left)
             except subprocess.TimeoutExpired:
                 told = f"{name}, {case}: takes longer than --limit={arguments.limit}."
-                sys.exit(STOPPED if further else told)
+                sys.exit(preemption.EXIT_CODE if further else told)
             well, further = well and went_well, True
             if found and not arguments.quick:
                 kept[case] = found

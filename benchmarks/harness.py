@@ -101,13 +101,13 @@ def facts() -> dict:
     return {"versions": versions(), "hardware": hardware(), "date": str(datetime.date.today())}
 
 
-def told(command: list[str], facts: dict) -> str:
-    """A line above a table: where its numbers are from."""
-    machine, packages = facts["hardware"], facts["versions"].items()
+def told(command: list[str], about: dict) -> str:
+    """A line above a table: where its numbers are from, of which `facts` are a part."""
+    machine, packages = about["hardware"], about["versions"].items()
     device = "" if machine["platform"] == "cpu" else f"{machine['device']}, "
     cpu = f"{machine['cpu']} ({machine['cores']} cores)"
     versions = ", ".join(f"{name} {version}" for name, version in packages if version)
-    return f"`{shlex.join(command)}`; {device}{cpu}; {versions}; {facts['date']}."
+    return f"`{shlex.join(command)}`; {device}{cpu}; {versions}; {about['date']}."
 
 
 def versions() -> dict[str, str | None]:

@@ -15,8 +15,8 @@ with the published ones, `--config.tokens.palette=kmeans_centers.npy`, losses co
 Command:    python -m gptv_jax.main --config=configs/cifar10.py:tiny --workdir=runs/cifar10-tiny
                 --config.data.dir=...
 Hardware:   tiny: two CPU cores, ten minutes of pretraining; the other stages have taken thirteen.
-            tiny_modern: the same. 10m: one H100-class GPU, or a TPU slice; minutes, and s an hour
-            or so, by arithmetic (`gptv_jax.plan`): neither has been run.
+            tiny_modern: the same pretraining. 10m: one H100-class GPU, or a TPU slice; at half of
+            an H200's peak three minutes, s forty (`gptv_jax.plan`): neither has been run.
 Expect:     tiny: 2.35 nats per token on all test images after ten minutes, tiny_modern 2.18
             (docs/results.md).
             10m: about 2.04 (minGPT: 2.0378 after 16 of 20 epochs, with a palette of its own, so

@@ -40,12 +40,12 @@ def keep_memory() -> None:
     """Lets the C library keep what a step frees for the next one, in huge pages.
 
     XLA takes the memory of a step from malloc and frees it at the end. glibc gives large blocks
-    back to the system and, as XLA wants them aligned, does not always use again what it keeps: most
-    steps are given fresh pages, which the kernel must clear one by one as they are touched. It is
-    told to keep everything, in a heap that has addresses for half of the machine's memory, and the
-    kernel to back that by pages of 2 MiB: an eighth of a step (docs/results.md). This works only
-    before JAX has started its threads, so it goes by the devices that the machine has, not by what
-    JAX says.
+    back to the system, so that every step is given fresh pages, which the kernel must clear one by
+    one as they are touched: an eighth of a step (docs/results.md). It is told to keep everything.
+    As XLA wants its blocks aligned, what is kept is not always used again; so the heap has
+    addresses for half of the machine's memory from the start, which the kernel is to back by pages
+    of 2 MiB. All this works only before JAX has started its threads, so it goes by the devices that
+    the machine has, not by what JAX says.
     """
     accelerators = [path for name in ACCELERATORS for path in DEVICES.glob(name)]
     if platform.libc_ver()[0] != "glibc" or accelerators:
