@@ -267,7 +267,9 @@ def cut(checkpoint: pathlib.Path) -> None:
 
 def change_a_byte(checkpoint: pathlib.Path) -> None:
     """In the middle of the arrays."""
-    file = max(checkpoint.rglob("*"), key=lambda path: path.stat().st_size)
+    # Beside them lie files of names and shardings, which may be larger.
+    arrays = checkpoint.glob("state/ocdbt.process_0/d/*")
+    file = max(arrays, key=lambda path: path.stat().st_size)
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
