@@ -17,6 +17,7 @@ import importlib
 import json
 import pathlib
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -125,4 +126,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    # Whoever ends this ends the case that it waits for as well.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(preemption.EXIT_CODE))
     main()

@@ -17,7 +17,7 @@ import math
 from benchmarks import harness
 from benchmarks.ours import network_of
 from benchmarks.sizes import IGPT_L, IGPT_M, IGPT_S, LONG, QUICK, Case, Size
-from benchmarks.turns import Contender, compare
+from benchmarks.turns import Contender, compare, device_a_core
 from gptv_jax.model import flops
 
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -44,7 +44,9 @@ def measure(case: Case, arguments) -> list[dict]:
         *(Contender(n, "benchmarks.peers:generate", drawn | more) for n, more in THEIRS.items()),
         Contender("copy", "benchmarks.ours:copy", {"size": COPIED}, limit=True),
     ]
-    if harness.hardware()["platform"] == "cpu":
+    machine = harness.hardware()
+    if machine["platform"] == "cpu":
+        contenders += device_a_core(contenders[0], case.batch, machine["cores"])
         for name, more in THEIRS.items():
             alone = f"{name} 1 thread", "benchmarks.peers:generate", drawn | more, ONE_THREAD
             contenders.append(Contender(*alone))

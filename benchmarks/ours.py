@@ -1,6 +1,7 @@
 """Contenders of this project: each factory makes a task of what the real command runs."""
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +53,7 @@ def train(size: dict, batch: int, dtype: str, **model) -> Task:
         state, metrics = train_step(state, data)
         return metrics
 
-    return Task(advance, jax.block_until_ready)
+    return _task(advance)
 
 
 def generate(size: dict, batch: int, dtype: str, count: int) -> Task:
@@ -65,7 +66,7 @@ def generate(size: dict, batch: int, dtype: str, count: int) -> Task:
     def draw():
         return decode.generate(network, params, prefix, key, steps=count)
 
-    return Task(draw, jax.block_until_ready)
+    return _task(draw)
 
 
 def read(size: dict, batch: int, dtype: str, what: str) -> Task:
@@ -142,6 +143,23 @@ def copy(size: int) -> Task:
         return array
 
     return Task(advance, jax.block_until_ready)
+
+
+def _task(function: Callable) -> Task:
+    """Iterations of what all devices take part in; one ends when the next has begun, as in training.
+
+    With more of them under way a CPU's devices may wait for each other for ever.
+    """
+    before = None
+
+    def step():
+        nonlocal before
+        begun = function()
+        before, ended = begun, before
+        jax.block_until_ready(ended)
+        return begun
+
+    return Task(step, jax.block_until_ready)
 
 
 def _prepare() -> None:

@@ -11,7 +11,7 @@ PaLM does (`model/flops.py`), beside that limit and beside the data sheet.
 from benchmarks import harness
 from benchmarks.ours import network_of
 from benchmarks.sizes import IGPT_L, IGPT_M, IGPT_S, LONG, QUICK, SMALL, Case
-from benchmarks.turns import Contender, compare
+from benchmarks.turns import Contender, compare, device_a_core
 from gptv_jax import hardware
 from gptv_jax.model import flops
 
@@ -47,9 +47,8 @@ def measure(case: Case, arguments) -> list[dict]:
     product = {"side": side, "dtype": case.dtype}
     contenders = []
     if machine["platform"] == "cpu":
-        if case.batch % machine["cores"] == 0:  # split over the cores, each a device of its own
-            split = {"JAX_NUM_CPU_DEVICES": str(machine["cores"])}
-            contenders.append(Contender("a device a core", "benchmarks.ours:train", shared, split))
+        plain = Contender("gptv_jax", "benchmarks.ours:train", shared)
+        contenders += device_a_core(plain, case.batch, machine["cores"])
         if case.dtype != "float32":
             wide = shared | {"dtype": "float32"}
             contenders.append(Contender("gptv_jax float32", "benchmarks.ours:train", wide))

@@ -39,6 +39,13 @@ class Contender:
     limit: bool = False  # of the others: measured whichever of them are wanted
 
 
+def device_a_core(contender: Contender, batch: int, cores: int) -> list[Contender]:
+    """The same with every core of a CPU a device of its own, where these divide the batch."""
+    split = contender.environment | {"JAX_NUM_CPU_DEVICES": str(cores)}
+    other = dataclasses.replace(contender, name="a device a core", environment=split)
+    return [] if batch % cores else [other]
+
+
 @dataclasses.dataclass(frozen=True)
 class Measured:
     """What came of a contender."""

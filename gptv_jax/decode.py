@@ -10,7 +10,7 @@ from gptv_jax import sharding
 from gptv_jax.model import cached
 from gptv_jax.model.gpt import Network
 
-FIRST_ROOM = 256  # positions that the cache has room for at first
+FIRST_ROOM = 64  # positions that the cache has room for at first
 
 
 def generate(

@@ -105,8 +105,9 @@ def loops(network, mesh):
             yield loop.params["length"], types[:given], types[given:]
 
 
-def test_no_step_casts_or_gathers_weights_and_at_most_half_of_what_is_read_is_empty():
-    network = dataclasses.replace(tiny_network(dtype="bfloat16", **MODERN), grid=(32, 32))
+@pytest.mark.parametrize("rows", [16, 32])
+def test_no_step_casts_or_gathers_weights_and_little_of_what_is_read_is_empty(rows):
+    network = dataclasses.replace(tiny_network(dtype="bfloat16", **MODERN), grid=(rows, rows))
     steps = read = 0
     for length, given, carried in loops(network, (1, 2, 4)):
         assert not any(x.dtype == jnp.float32 or "fsdp" in x.sharding.spec for x in given if x.ndim)
@@ -115,7 +116,7 @@ def test_no_step_casts_or_gathers_weights_and_at_most_half_of_what_is_read_is_em
         (room,) = {x.shape[2] for x in caches}
         steps, read = steps + length, read + length * room
     assert steps == network.length - 1
-    assert read <= 1.5 * steps * (steps + 1) / 2
+    assert read <= 1.4 * steps * (steps + 1) / 2
 
 
 @pytest.mark.parametrize("kept", [0, 6, 15, 16])
