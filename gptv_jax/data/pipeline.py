@@ -98,7 +98,8 @@ class Pipeline:
     def _share(self, data: grain.MapDataset, batch_size: int) -> grain.MapDataset:
         """This process's part of every global batch."""
         index, count = self.share
-        return data.batch(batch_size // count)[index::count]
+        # Nothing remains; asked for what does, Grain counts an endless source's batches in floats.
+        return data.batch(batch_size // count, drop_remainder=True)[index::count]
 
     def _watched(self, batches, split, source, batch_size, position=0) -> Iterator[dict]:
         """The batches, with what they tell of damaged images entered in the ledger."""
