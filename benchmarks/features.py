@@ -9,7 +9,7 @@ to the last layer alone.
 
 from benchmarks import harness
 from benchmarks.sizes import IGPT_S, LONG, QUICK, SMALL, Case
-from benchmarks.turns import Contender, compare
+from benchmarks.turns import Contender, compare, device_a_core
 
 OURS = {"gptv_jax": "all", "gptv_jax ridge": "ridge", "gptv_jax last layer": "last"}
 THEIRS = {"PyTorch": {}, "PyTorch compiled": {"compiled": True}}
@@ -29,6 +29,9 @@ def measure(case: Case, arguments) -> list[dict]:
         *(Contender(n, "benchmarks.ours:read", shared | {"what": w}) for n, w in OURS.items()),
         *(Contender(n, "benchmarks.peers:read", shared | more) for n, more in THEIRS.items()),
     ]
+    machine = harness.hardware()
+    if machine["platform"] == "cpu":
+        contenders += device_a_core(contenders[0], case.batch, machine["cores"])
     found = compare(contenders, arguments)
     rows = harness.rows(str(case), found, case.batch, "images", "PyTorch")
     last = found.get("gptv_jax last layer")

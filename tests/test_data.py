@@ -76,6 +76,11 @@ def test_batches_have_the_promised_types():
     }
 
 
+def test_batches_of_one_are_the_examples_of_larger_ones():
+    singles, (batch,) = take(3, batch_size=1, position=2), take(1, batch_size=5)
+    assert_same([joined(singles)], [{k: v[2:] for k, v in batch.items()}])
+
+
 @pytest.mark.parametrize("position", [1, 3, 18, 19, 25])  # an epoch has 19 batches
 def test_starting_at_a_position_skips_the_batches_before_it(position):
     wanted = take(position + 3, config=SHIFTED)[position:]

@@ -501,7 +501,8 @@ def test_a_run_goes_on_from_hugging_faces_weights(main, finished_run, tmp_path):
 
 def test_a_bert_run_hides_probes_and_tunes_but_draws_nothing(main, tmp_path):
     bert = ["--config.model.objective=bert", "--config.model.start_per_variant=False"]
-    arguments = [*small_arguments(tmp_path / "run"), *bert]
+    seldom = ["--config.train.checkpoint_every=60", "--config.train.eval_every=60"]
+    arguments = [*small_arguments(tmp_path / "run"), *bert, *seldom]
     assert_refused(main(*arguments, "--stages=sample"), "sample", "objective=bert")
     ended = main(*arguments)
     assert ended.code == 0, ended.errors

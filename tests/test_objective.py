@@ -1,6 +1,7 @@
 """The BERT objective: what is hidden, what is predicted, and how images are judged under it."""
 
 import dataclasses
+import functools
 import pathlib
 
 import jax
@@ -151,11 +152,12 @@ def test_evaluation_hides_by_the_images_number_alone(given):
 
 def test_the_class_is_that_of_most_votes_and_the_loss_the_mean_over_them(given):
     network, params, batch = given
+    evaluated = jax.jit(functools.partial(objective.evaluated, network), static_argnums=2)
     # Centred on their mean, features tell the masks apart.
-    pooled = [objective.evaluated(network, params, batch, vote)[0].pooled[-1] for vote in range(5)]
+    pooled = [evaluated(params, batch, vote)[0].pooled[-1] for vote in range(5)]
     center = jnp.mean(jnp.stack(pooled), axis=(0, 1))
     params = params | {"classifier": params["classifier"] | {"class_center": center}}
-    outputs = [objective.evaluated(network, params, batch, vote) for vote in range(network.votes)]
+    outputs = [evaluated(params, batch, vote) for vote in range(network.votes)]
     assert len(outputs) == 5
     logits = np.stack([output.class_logits for output, _ in outputs])
     votes = logits.argmax(axis=-1)
