@@ -15,6 +15,7 @@ last flags are what the input pipeline reads; without them it is left out.
 import argparse
 import importlib
 import json
+import os
 import pathlib
 import shlex
 import signal
@@ -39,12 +40,17 @@ def run(command: list[str], timeout: float | None) -> tuple[dict | None, bool]:
     """
     begin = time.perf_counter()
     print(shlex.join(["python", "-m", *command]), flush=True)
-    ended = subprocess.run(
-        [*MODULE, *command], cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=timeout
-    )
-    print(f"{ended.stdout}\n{time.perf_counter() - begin:.0f} s\n", flush=True)
+    with subprocess.Popen(
+        [*MODULE, *command], cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        try:
+            output, _ = process.communicate(timeout=timeout)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)  # with the processes that it has started
+            raise
+    print(f"{output}\n{time.perf_counter() - begin:.0f} s\n", flush=True)
     try:
-        return json.loads(ended.stdout.splitlines()[-1]), ended.returncode == 0
+        return json.loads(output.splitlines()[-1]), process.returncode == 0
     except (IndexError, json.JSONDecodeError):
         return None, False
 
@@ -85,7 +91,7 @@ def main() -> None:
     parser.add_argument("--write", type=pathlib.Path, default=ROOT / "docs/results.md")
     for name in DATA:
         parser.add_argument(f"--{name}", help="see benchmarks/input_pipeline.py")
-    arguments, well, further = parser.parse_args(), True, False
+    arguments, well, further, named = parser.parse_args(), True, False, []
     unknown = set(arguments.benchmarks.split(",")) - set(NAMES)
     if unknown:
         sys.exit(f"--benchmarks has {', '.join(unknown)}; it takes some of {', '.join(NAMES)}.")
@@ -104,7 +110,8 @@ def main() -> None:
             cases = list(map(str, importlib.import_module(command[0]).cases(platform)))
         path = arguments.pieces / f"{name}-{platform}.json"
         kept = json.loads(path.read_text()) if path.exists() and not arguments.quick else {}
-        for case in cases if arguments.quick else harness.having(arguments.cases, cases):
+        named += (chosen := cases if arguments.quick else harness.having(arguments.cases, cases))
+        for case in chosen:
             if arguments.limit and case in kept:
                 continue
             left = arguments.limit and max(begin + arguments.limit - time.monotonic(), 0)
@@ -122,6 +129,8 @@ def main() -> None:
                 well &= write(arguments.write, f"{name}-{platform}", section(command, pieces))
         pieces = [kept[each] for each in cases if each in kept]
         well &= not any("failed" in row for piece in pieces for row in piece["rows"])
+    if not named:
+        sys.exit(f"--cases={arguments.cases} names no case of {arguments.benchmarks}.")
     sys.exit(not well)
 
 

@@ -4,20 +4,24 @@ How contenders are measured is in `turns.py`.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import functools
 import importlib.metadata
 import json
+import math
 import os
 import pathlib
 import platform
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 
-from benchmarks.turns import Measured
+from benchmarks.turns import DISTURBED, Measured
+from gptv_jax import preemption
 
 VERSIONED = ("jax", "jaxlib", "flax", "optax", "torch", "transformers")
 TOLD = ("unit", "median", "quartiles")  # of a row, in one cell of the table
@@ -45,7 +49,8 @@ def rows(
         row |= {"median": median, "quartiles": [low, high]}
         if base in found and found[base].seconds:
             row["ratio"] = each.times_as_fast_as(found[base])
-        made.append(row | {"waiting_cores": each.waiting, "other_cores": each.others})
+        idle = {"waiting_cores": each.waiting, "other_cores": each.others}
+        made.append(row | {name: cores for name, cores in idle.items() if cores is not None})
     return made
 
 
@@ -107,7 +112,9 @@ def told(command: list[str], about: dict) -> str:
     device = "" if machine["platform"] == "cpu" else f"{machine['device']}, "
     cpu = f"{machine['cpu']} ({machine['cores']} cores)"
     versions = ", ".join(f"{name} {version}" for name, version in packages if version)
-    return f"`{shlex.join(command)}`; {device}{cpu}; {versions}; {about['date']}."
+    others = max((row.get("other_cores", 0.0) for row in about.get("rows", ())), default=0.0)
+    also = f" Disturbed: other processes used {others:.2f} cores." if others > DISTURBED else ""
+    return f"`{shlex.join(command)}`; {device}{cpu}; {versions}; {about['date']}.{also}"
 
 
 def versions() -> dict[str, str | None]:
@@ -152,6 +159,18 @@ def positive(flag: str) -> int:
     return int(flag)
 
 
+def seconds(flag: str) -> float:
+    """A flag's number of seconds, 0 or more.
+
+    Raises:
+      argparse.ArgumentTypeError: it is none.
+    """
+    with contextlib.suppress(ValueError):
+        if 0 <= float(flag) < math.inf:
+            return float(flag)
+    raise argparse.ArgumentTypeError(f"must be a number of seconds, 0 or more, not {flag!r}")
+
+
 def main(
     benchmark: str,
     description: str,
@@ -180,13 +199,15 @@ def main(
     parser.add_argument(
         "--rounds", type=positive, default=rounds, help="turns that each contender has"
     )
-    parser.add_argument("--seconds", type=float, default=1.0, help="that a turn takes at least")
+    parser.add_argument("--seconds", type=seconds, default=1.0, help="that a turn takes at least")
     parser.add_argument("--cases", default="", help="those with one of these words, by commas")
     parser.add_argument("--only", default="", help="these contenders, by commas")
     parser.add_argument("--batch", type=positive, help="in place of the cases' own")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: to see that it works")
     for name, options in (flags or {}).items():
         parser.add_argument(name, **options)
+    # So that whoever ends this ends the processes that it has started as well.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(preemption.EXIT_CODE))
     arguments = parser.parse_args()
     every = quick if arguments.quick else cases(hardware()["platform"])
     chosen = having(arguments.cases, every)

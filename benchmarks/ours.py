@@ -146,9 +146,9 @@ def copy(size: int) -> Task:
 
 
 def _task(function: Callable) -> Task:
-    """Iterations of what all devices take part in; one ends when the next has begun, as in training.
+    """Iterations of what all devices take part in, of which one ends when the next has begun.
 
-    With more of them under way a CPU's devices may wait for each other for ever.
+    So it is in training; with more under way a CPU's devices may wait for each other for ever.
     """
     before = None
 

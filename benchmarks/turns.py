@@ -52,8 +52,8 @@ class Measured:
 
     seconds: tuple[float, ...] = ()  # of an iteration, round by round
     facts: dict = dataclasses.field(default_factory=dict)  # that its task tells
-    waiting: float = 0.0  # cores that its process used while others had their turns
-    others: float = 0.0  # cores that other processes used, which are no contenders
+    waiting: float | None = None  # cores that its process used in others' turns; None: not known
+    others: float | None = None  # cores that other processes used, which are no contenders
     note: str = ""  # why there is nothing
     failed: bool = False  # for a reason that is a mistake
 

@@ -170,10 +170,13 @@ class Model:
             raise ValueError(f"top_p is {top_p!r}; it takes more than 0 up to 1, or None.")
         top_k = None if top_k is None else min(top_k, self.network.vocabulary)
         settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "samples": samples}
+        wanted = samples * len(prefix)
+        if len(prefix) % self._ways:  # rather more prompts than more samples of each that only fill
+            prefix, settings["samples"] = np.repeat(prefix, samples, axis=0), 1
         with jax.set_mesh(self._mesh):
             rows, key = self._rows(prefix), jax.random.key(seed)
             drawn = decode.generate(self.network, self._params, rows, key, **settings)
-        return self.codec.decode(np.asarray(drawn)[: samples * len(prefix)])
+        return self.codec.decode(np.asarray(drawn)[:wanted])
 
     def _checked(self, tokens) -> np.ndarray:
         tokens, length = np.asarray(tokens), self.network.length
@@ -199,8 +202,13 @@ class Model:
         """Rows split over the devices; the last one is repeated where they do not divide."""
         if not len(rows):
             raise ValueError("the batch is empty; give one row or more.")
-        ways = math.prod(self._mesh.shape[axis] for axis in sharding.BATCH)
-        return sharding.from_everywhere(np.pad(rows, ((0, -len(rows) % ways), (0, 0)), mode="edge"))
+        fill = -len(rows) % self._ways
+        return sharding.from_everywhere(np.pad(rows, ((0, fill), (0, 0)), mode="edge"))
+
+    @property
+    def _ways(self) -> int:
+        """Parts that rows are split into."""
+        return math.prod(self._mesh.shape[axis] for axis in sharding.BATCH)
 
 
 def _whole(value) -> bool:

@@ -149,7 +149,7 @@ class Optimizer:
     schedule: str = field("cosine", one_of("cosine", "constant", "wsd"))
     warmup_steps: int = field(0, NOT_NEGATIVE)  # linear, up to the peak
     decay_share: float = field(0.2, SHARE)  # wsd: of all steps, those at the end on which it falls
-    final_fraction: float = field(0.0, SHARE)  # of the peak, at the last step; not of constant
+    final_fraction: float = field(0.0, SHARE)  # of the peak, after the last step; not of constant
 
 
 @dataclasses.dataclass(frozen=True)

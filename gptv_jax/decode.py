@@ -1,4 +1,4 @@
-"""Cached generation: one compiled prefill, one compiled loop, whatever the tokens stand for."""
+"""Cached generation: one compiled prefill, one compiled program that draws all that is wanted."""
 
 import functools
 
@@ -40,12 +40,18 @@ def generate(
 
     Returns:
       G * samples sequences of P + steps tokens.
+
+    Raises:
+      ValueError: `steps` are more than are left of T.
     """
-    steps = network.length - prefix.shape[1] if steps is None else steps
+    left = network.length - prefix.shape[1]
+    steps = left if steps is None else steps
+    if not 0 <= steps <= left:
+        raise ValueError(f"steps is {steps}; after the prefix there is room for {left} tokens.")
     if not steps:
         return _repeated(prefix, samples)
     logits, prompts = _prefill(network, params, prefix)
-    # Settings that change no shape are arguments of the compiled loop, not a reason to recompile.
+    # Settings that change no shape are arguments of the program, not a reason to recompile.
     top_p = jnp.float32(1.0 if top_p is None else top_p)
     top_k = jnp.int32(network.vocabulary if top_k is None else top_k)
     settings = (jnp.float32(temperature), top_k, top_p)
@@ -91,7 +97,7 @@ def _continue(network, samples, steps, params, prefix, logits, prompts, key, set
 
 
 def _rooms(positions: int) -> list[int]:
-    """Sizes that a cache grows through: doubled, so that at most half of what is read is empty."""
+    """Sizes that a cache grows through: doubled, so that of a later one at most half is empty."""
     sizes = [FIRST_ROOM * 2**i for i in range(positions.bit_length())]
     return [size for size in sizes if size < positions] + [positions] * (positions > 0)
 

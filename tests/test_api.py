@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import gptv_jax
+from gptv_jax import decode
 from gptv_jax.config import Data
 from gptv_jax.data import sources
 
@@ -149,6 +150,24 @@ def test_temperature_0_takes_the_most_likely_token(pretrained, images):
     for settings in ({"top_k": 1}, {"top_p": 1e-6}):
         other = pretrained.tokenize(pretrained.complete(images, seed=1, **settings))
         np.testing.assert_array_equal(other, found)
+
+
+def test_many_samples_of_few_images_draw_no_more_than_fills_the_devices(
+    pretrained, images, monkeypatch
+):
+    drawn, generate = [], decode.generate
+
+    def counted(*arguments, **settings):
+        drawn.append(generate(*arguments, **settings))
+        return drawn[-1]
+
+    monkeypatch.setattr(decode, "generate", counted)
+    for count, samples, rows in ((1, 4, 8), (3, 2, 8), (8, 2, 16)):
+        found = pretrained.complete(images[:count], samples=samples, temperature=0.0)
+        assert found.shape == (count * samples, 8, 8, 1) and len(drawn.pop()) == rows
+        alone = pretrained.complete(images[:count], temperature=0.0)
+        np.testing.assert_array_equal(found, alone.repeat(samples, axis=0))
+        drawn.clear()
 
 
 IMAGES = np.zeros((2, 8, 8, 1), np.uint8)

@@ -1,4 +1,6 @@
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -275,7 +277,15 @@ def test_a_gpu_in_bfloat16_runs_cudnn_on_each_devices_own_rows_and_heads(cudnn, 
     for kernel in ("__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"):
         (call,) = (line for line in lowered.splitlines() if f"@{kernel}(" in line)
         assert local in call and ("CAUSAL" in call) == causal
+        assert float(re.search(r"fmha_scale\\22: ?([\d.e-]+)", call)[1]) == 1 / math.sqrt(64)
     assert "x128x128x" not in lowered  # no scores
+
+
+@pytest.mark.parametrize("changed", [{"causal": False}, {"split": 2}, {"length": 128}], ids=str)
+def test_what_the_blocked_form_does_not_do_a_cpu_computes_in_the_plain_one(changed):
+    kind = {"length": 256, "split": 1, "causal": True, "dtype": "float32", "head_size": 64}
+    assert attention.form("cpu", **kind) == "blocked"
+    assert attention.form("cpu", **kind | changed) == "plain"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The benchmarks' harness, with real processes, and that both sides of a comparison do one work."""
 
 import argparse
+import collections
 import itertools
 import json
 import pathlib
@@ -15,10 +16,10 @@ import numpy as np
 import pytest
 from conftest import random_batch, random_params, tiny_network
 
-from benchmarks import ablations, decode, harness, turns
+from benchmarks import ablations, decode, features, harness, train_step, turns
 from benchmarks import all as everything
 from benchmarks.sizes import QUICK, Size
-from benchmarks.turns import Contender
+from benchmarks.turns import Contender, Measured
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
 
@@ -107,6 +108,69 @@ def test_the_pytorch_gpt_is_our_network(one_device):
     np.testing.assert_allclose(ours.logits, torch.stack(logits, dim=1), rtol=0, atol=1e-5)
     drawn = peer.draw(3, network.length - 1)
     assert drawn.shape == (3, network.length - 1) and drawn.max() < network.vocabulary
+
+
+def test_the_pytorch_tasks_do_their_work_once(monkeypatch):
+    pytest.importorskip("torch", reason="the bench extra (torch) is not installed")
+    from benchmarks import peers
+
+    passes = collections.Counter()
+
+    def count(name: str) -> None:
+        original = getattr(peers.GPT, name)
+
+        def counted(*arguments):
+            passes[name] += 1
+            return original(*arguments)
+
+        monkeypatch.setattr(peers.GPT, name, counted)
+
+    for name in ("forward", "extend"):
+        count(name)
+    shared = QUICK.asdict()
+    for task, name, count in (
+        (peers.train(**shared, model="gpt"), "forward", 1),
+        (peers.generate(**shared, count=5, model="gpt"), "extend", 5),
+    ):
+        before = passes[name]
+        task.wait(task.step())
+        assert passes[name] - before == count
+
+
+def faked(seconds: dict[str, float]):
+    """In place of `turns.compare`: what each contender would have taken."""
+    return lambda contenders, _: {c.name: Measured((seconds.get(c.name, 1.0),)) for c in contenders}
+
+
+def test_limits_are_what_they_are_called(monkeypatch):
+    arguments = argparse.Namespace(tokens=16, rounds=1, seconds=0, only="")
+    size, B = QUICK.size, QUICK.batch
+    D, L, T, V = size.width, size.layers, size.tokens, size.vocabulary
+    product = 2 * train_step.SIDES["cpu"] ** 3  # FLOPs
+    monkeypatch.setattr(train_step, "compare", faked({"gptv_jax": 0.5, "JAX matmul": 0.25}))
+    rows = {row["contender"]: row for row in train_step.measure(QUICK, arguments)}
+    needed = 6 * (12 * L * D**2 + V * D) + 12 * L * T * D  # of a token (PaLM)
+    assert rows["JAX matmul"]["median"] == pytest.approx(product / 0.25 / 1e9)
+    assert rows["gptv_jax"]["mfu"] == pytest.approx(B * T / 0.5 * needed / (product / 0.25))
+
+    monkeypatch.setattr(decode, "compare", faked({"gptv_jax": 0.5, "copy": 0.25}))
+    monkeypatch.setattr(decode, "GROWN", ())
+    rows = {row["contender"]: row for row in decode.measure(QUICK, arguments)}
+    read = 4 * (12 * L * D**2 + V * D) + 4 * 2 * L * D * B * (T + 1) / 2  # bytes, of a step
+    bandwidth = 2 * decode.COPIED / 0.25
+    assert rows["gptv_jax"]["of_limit"] == pytest.approx(T / 0.5 * read / bandwidth)
+
+    monkeypatch.setattr(features, "compare", faked({"gptv_jax": 3.0, "gptv_jax last layer": 2.0}))
+    rows = {row["contender"]: row for row in features.measure(QUICK, arguments)}
+    assert rows["gptv_jax"]["cost_over_last_layer"] == pytest.approx(1.5)
+
+
+def test_a_table_says_that_other_processes_disturbed_it():
+    found = {"a": Measured((1.0,), others=0.05), "b": Measured((1.0,), others=1.25)}
+    rows = harness.rows("case", found, 1, "naps")
+    about = harness.facts() | {"rows": rows}
+    assert "other processes used 1.25 cores" in harness.told(["x"], about)
+    assert "other processes" not in harness.told(["x"], about | {"rows": rows[:1]})
 
 
 def test_growth_tells_the_cost_of_a_token():

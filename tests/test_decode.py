@@ -278,6 +278,18 @@ def random_rows():
         yield rng.integers(4, size=11).astype(np.float32)  # many ties
 
 
+@pytest.mark.parametrize("temperature", [0.01, 0.3, 30.0])
+def test_the_temperature_divides_the_logits(temperature):
+    for row in random_rows():
+        assert kept_by(row, temperature) == list(range(len(row)))
+
+
+def test_no_more_is_drawn_than_there_is_room_for(model):
+    network, params, tokens, _ = model
+    with pytest.raises(ValueError, match="room for 10 tokens"):
+        decode.generate(network, params, tokens[:, :6], jax.random.key(0), steps=11)
+
+
 def test_top_k_keeps_exactly_the_k_most_likely():
     for row in random_rows():
         for k in (1, 2, 5, 10, 11):

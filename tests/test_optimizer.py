@@ -125,15 +125,17 @@ def test_every_step_is_taken_at_the_rate_of_the_schedule(name):
 # Optimizers
 
 
-def test_adam_has_the_betas_of_the_config():
+@pytest.mark.parametrize("name", ["adam", "adamw", "muon"])  # Muon's of what is no matrix
+def test_adam_has_the_betas_of_the_config(name):
     gradients = np.random.default_rng(0).normal(size=(4, 5)).astype(np.float32)
-    update, _ = optimizer.make_optimizer(settings(beta1=0.8, beta2=0.7), 10)
-    state, m, v = update.init({"w": jnp.zeros(5)}), 0, 0
+    update, _ = optimizer.make_optimizer(settings(name, beta1=0.8, beta2=0.7), 10)
+    params, m, v = {"final_norm": jnp.zeros(5)}, 0, 0
+    state = update.init(params)
     for t, g in enumerate(gradients, start=1):
-        updates, state = update.update({"w": jnp.asarray(g)}, state, {"w": jnp.zeros(5)})
+        updates, state = update.update({"final_norm": jnp.asarray(g)}, state, params)
         m, v = 0.8 * m + 0.2 * g, 0.7 * v + 0.3 * g**2
         wanted = -0.01 * (m / (1 - 0.8**t)) / (np.sqrt(v / (1 - 0.7**t)) + 1e-8)
-        np.testing.assert_allclose(updates["w"], wanted, rtol=1e-5)
+        np.testing.assert_allclose(updates["final_norm"], wanted, rtol=1e-5)
 
 
 def test_each_name_is_an_optimizer_of_its_own():

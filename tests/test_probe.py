@@ -203,6 +203,40 @@ LBFGS = {"refine": 1, "concatenate": 3, "labels_per_class": (2, 5), "draws": 2}
 ATTENTIVE = {"method": "sgd", "refine": 2, "concatenate": 3, "pooling": "attentive"}
 
 
+def test_a_probe_that_goes_on_fits_what_is_left(autoregressive, tmp_path, monkeypatch):
+    changes = LBFGS | {"refine": None, "labels_per_class": ()}
+    config = dataclasses.replace(
+        autoregressive, probe=dataclasses.replace(autoregressive.probe, **changes)
+    )
+    fits, fit_probe = [], probe.fit_probe
+
+    def stopped(_, splits):
+        fits.append(splits["train"][0].shape)
+        if len(fits) == stop:
+            raise KeyboardInterrupt
+        return fit_probe(config.probe, splits)
+
+    monkeypatch.setattr(probe, "fit_probe", stopped)
+    numbers, counts = [], []
+    for name, stops in (("whole", [0]), ("stopped", [2, 6, 0])):
+        run = Run(config, str(tmp_path / name))
+        for stop in stops:
+            fits.clear()
+            with jax.set_mesh(run.mesh):
+                if stop:
+                    with pytest.raises(KeyboardInterrupt):
+                        probe.run_stage(run)
+                else:
+                    numbers.append(probe.run_stage(run))
+            counts.append(len(fits))
+    assert numbers[0] == numbers[1]
+    assert counts == [8, 2, 6, 2]  # three layers of both networks, the pixels, layers together
+    folders = [
+        sorted(p.name for p in (tmp_path / n / "probe").iterdir()) for n in ("whole", "stopped")
+    ]
+    assert folders[0] == folders[1] and probe.FITS not in folders[0]
+
+
 @pytest.mark.parametrize(
     ("network", "changes"),
     [

@@ -1,9 +1,10 @@
-"""Causal attention for long sequences on a CPU, without T x T scores.
+"""Causal attention for long sequences on a CPU, without the T x T scores of every head.
 
-The blocked form skips the upper triangle (but for the squares on the diagonal) and never holds
-T x T of anything: it goes through one head of one row at a time, a block of queries against all
-keys up to the block's end. Its backward pass computes the probabilities again from the saved log of
-their sums (as in FlashAttention, Dao et al. 2022). docs/results.md has what it gains.
+The blocked form skips the upper triangle, but for the squares on the diagonal, and holds scores of
+one block of queries alone, T x block at most: it goes through one head of one row at a time, a
+block of queries against all keys up to the block's end. Its backward pass computes the
+probabilities again from the saved log of their sums (as in FlashAttention, Dao et al. 2022).
+docs/results.md has what it gains.
 
 Scores lie keys by queries, [S, b]: their maxima and sums then run along the vector units, and every
 product is a plain [m, k] x [k, n], the only one that XLA's CPU backend is fast at.

@@ -14,7 +14,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-BASE = 10_000.0  # the slowest channels turn by nearly 1 / BASE of a radian a place, as in LlamaGen
+BASE = (
+    10_000.0  # of the frequencies, whose logs lie evenly from 1 to nearly 1 / BASE; as in LlamaGen
+)
 
 
 class Rotation(NamedTuple):

@@ -6,7 +6,9 @@ regression on the features of the images as they are, or SGD on augmented ones. 
 floors: raw pixels, and the network with its initial random weights.
 """
 
+import functools
 import logging
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -23,6 +25,7 @@ from gptv_jax.train.metrics import Progress
 
 LOG = logging.getLogger(__name__)
 RESULTS = ("validation_accuracy", "test_accuracy")
+FITS = "fits.json"  # of a probe by L-BFGS that is not finished
 
 
 def run_stage(run: Run) -> dict:
@@ -64,14 +67,15 @@ def _by_lbfgs(run: Run, network: Network, trained: dict, initial: dict) -> tuple
         draw(pixels["train"][1], per_class, np.random.default_rng(run.config.seed))
     rows, seen = _layers_by_lbfgs(run, "probe", network, read)
     random, _ = _layers_by_lbfgs(run, "probe of random weights", network, floor)
-    raw = fit_probe(config, pixels)
+    raw = _once(run, "raw pixels", lambda: fit_probe(config, pixels))
 
     best, more = _best(rows), {}
     window = features.around(best, config.concatenate, len(rows))
     if not set(window) <= set(seen.layers):
         seen = features.kept(read, window)
     if config.concatenate > 1:
-        more |= _concatenated(window, fit_probe(config, seen.taken(window)))
+        joined = _once(run, "concatenated", lambda: fit_probe(config, seen.taken(window)))
+        more |= _concatenated(window, joined)
     if config.labels_per_class:
         draws = with_few_labels(config, seen.taken([best]), run.config.seed)
         files.write_json(run.folder / "probe" / "labels.json", draws)
@@ -80,7 +84,19 @@ def _by_lbfgs(run: Run, network: Network, trained: dict, initial: dict) -> tuple
             name = f"labels_{per_class}_test_accuracy"
             more[name] = float(np.mean(found))
             more[f"{name}_deviation"] = float(np.std(found, ddof=1)) if len(found) > 1 else None
+    if jax.process_index() == 0:
+        (run.folder / "probe" / FITS).unlink()
     return rows, random, raw, more
+
+
+def _once(run: Run, name: str, fit: Callable[[], dict]) -> dict:
+    """What `fit()` gives, kept beside the others: a probe that goes on does not fit it again."""
+    path = run.folder / "probe" / FITS
+    fits = distributed.from_first(lambda: files.read_json(path, {}))
+    if name not in fits:
+        fits[name] = fit()
+        files.write_json(path, fits)
+    return fits[name]
 
 
 def _layers_by_lbfgs(run: Run, name: str, network: Network, read: Features):
@@ -93,7 +109,8 @@ def _layers_by_lbfgs(run: Run, name: str, network: Network, read: Features):
         seen = features.kept(read, layers)
     progress = Progress(name, len(layers), unit="layer")
     for done, layer in enumerate(layers, start=1):
-        rows[layer] |= fit_probe(config, seen.taken([layer]))
+        fit = functools.partial(fit_probe, config, seen.taken([layer]))
+        rows[layer] |= _once(run, f"{name}, layer {layer}", fit)
         progress.advance()
         progress.report(done, {"validation_accuracy": rows[layer]["validation_accuracy"]})
     progress.close()

@@ -102,8 +102,8 @@ def make_train_step(
             batch,
         )
         keys = jax.random.split(key, microbatches)
-        # Every part adds its gradients to the one sum there is: no second copy. Scanned layers do
-        # so one by one.
+        # Every part adds its gradients to one sum. Scanned layers do so one by one, so that there
+        # is no second copy; of unrolled ones there is.
         total = jax.tree.map(lambda x: jax.new_ref(jnp.zeros_like(x)), params)
 
         def add(_, inputs):
