@@ -5,10 +5,10 @@ Command:   python -m benchmarks.ablations --data_dir=DIR [--seeds=0,1] [--only=b
 
 CIFAR-10 at 16x16 in 16 colours of its own (256 tokens an image), 6 layers of width 96, Muon, a rate
 that is constant and falls at the end. Every variant changes the base by a few fields, which leave
-what the products of a training cost as it is to a percent; names joined by a plus change it by all
-of theirs, `rotary+...` because what helps alone need not help what is best alone. But for
-`width_*`, which tell whether a learning rate carries over from one width to another, four times as
-wide: with `base_width` the best of three is to be the same.
+what the products of a training cost nearly as it is (`adamw` lacks Muon's own); names joined by a
+plus change it by all of theirs, `rotary+...` because what helps alone need not help what is best
+alone. But for `width_*`, which tell whether a learning rate carries over from one width to another,
+four times as wide: with `base_width` the best of three is to be the same.
 
 Each is the real command, `python -m gptv_jax.main --stages=pretrain`, in a folder of its own and on
 a core of its own, some three minutes of it. The same command continues what was stopped, does not

@@ -135,6 +135,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # Whoever ends this ends the case that it waits for as well.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(preemption.EXIT_CODE))
+    harness.end_by_sigterm()
     main()

@@ -171,6 +171,11 @@ def seconds(flag: str) -> float:
     raise argparse.ArgumentTypeError(f"must be a number of seconds, 0 or more, not {flag!r}")
 
 
+def end_by_sigterm() -> None:
+    """Makes SIGTERM an exit by 143, on whose way the processes that were started end as well."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(preemption.EXIT_CODE))
+
+
 def main(
     benchmark: str,
     description: str,
@@ -206,8 +211,7 @@ def main(
     parser.add_argument("--quick", action="store_true", help="tiny sizes: to see that it works")
     for name, options in (flags or {}).items():
         parser.add_argument(name, **options)
-    # So that whoever ends this ends the processes that it has started as well.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(preemption.EXIT_CODE))
+    end_by_sigterm()
     arguments = parser.parse_args()
     every = quick if arguments.quick else cases(hardware()["platform"])
     chosen = having(arguments.cases, every)

@@ -56,14 +56,14 @@ def test_contenders_take_turns_and_the_faster_one_has_the_higher_ratio(tmp_path)
 def test_one_that_is_not_idle_while_it_waits_is_noticed():
     both = [contender("idle", "sleeper", seconds=0.1), contender("busy", "spinner")]
     found = turns.compare(both, turns_of(2, 0.1))
-    assert found["idle"].waiting < 0.1 < 0.2 < found["busy"].waiting  # of a core; others work too
+    assert found["idle"].waiting < 0.1 < 0.3 < found["busy"].waiting
 
 
 def test_other_processes_that_work_meanwhile_are_noticed(capsys):
     with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
         found = turns.compare([contender("idle", "sleeper", seconds=0.5)], turns_of(2, 0.5))
         other.kill()
-    assert found["idle"].others > 0.2
+    assert found["idle"].others > 0.3
     assert "Other processes used" in capsys.readouterr().err
 
 

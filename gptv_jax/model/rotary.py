@@ -14,9 +14,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-BASE = (
-    10_000.0  # of the frequencies, whose logs lie evenly from 1 to nearly 1 / BASE; as in LlamaGen
-)
+BASE = 10_000.0  # frequencies fall from 1 towards 1 / BASE, their logs evenly; as in LlamaGen
 
 
 class Rotation(NamedTuple):

@@ -6,7 +6,6 @@ regression on the features of the images as they are, or SGD on augmented ones. 
 floors: raw pixels, and the network with its initial random weights.
 """
 
-import functools
 import logging
 from collections.abc import Callable
 
@@ -109,7 +108,7 @@ def _layers_by_lbfgs(run: Run, name: str, network: Network, read: Features):
         seen = features.kept(read, layers)
     progress = Progress(name, len(layers), unit="layer")
     for done, layer in enumerate(layers, start=1):
-        fit = functools.partial(fit_probe, config, seen.taken([layer]))
+        fit = lambda layer=layer: fit_probe(config, seen.taken([layer]))  # noqa: E731
         rows[layer] |= _once(run, f"{name}, layer {layer}", fit)
         progress.advance()
         progress.report(done, {"validation_accuracy": rows[layer]["validation_accuracy"]})
