@@ -66,7 +66,7 @@ def write_cache(config: config_lib.Data, codec, folder: pathlib.Path, count: int
             yield pipeline.to_tokens(codec, element["image"]), element["label"]
 
     header = {
-        "tokens": dataclasses.asdict(config_lib.Tokens(name="palette", colors=codec.vocabulary)),
+        "tokens": dataclasses.asdict(config_lib.Tokens(kind="palette", colors=codec.vocabulary)),
         "image_size": 32,
         "transforms": config.eval_transforms,
         "classes": 10,

@@ -56,7 +56,7 @@ MINIATURE = {
     "data.train_transforms": (),
     "data.eval_transforms": (),
     "finetune.train_transforms": (),
-    "tokens.name": "grey",
+    "tokens.kind": "grey",
     "tokens.levels": 17,
     "model.layers": 2,
     "model.width": 32,
@@ -127,7 +127,7 @@ def summary(folder: pathlib.Path) -> dict:
 def result(folder: pathlib.Path) -> dict[str, float | int | None]:
     """The numbers that count, the loss of a uniform guess, and the seed."""
     config = json.loads((folder / "config.json").read_text())["config"]
-    palette = config["tokens.name"] == "palette"
+    palette = config["tokens.kind"] == "palette"
     uniform = math.log(config["tokens.colors" if palette else "tokens.levels"])
     found = summary(folder)
     numbers = {key: found.get(key) for key in KEYS}

@@ -50,7 +50,7 @@ def get_config(size: str = "10m"):
     c.data.train_transforms = ("decode()", "flip()")
     c.data.eval_transforms = ("decode()",)
     c.finetune.train_transforms = ("decode()", "random_crop(32, padding=4)", "flip()")
-    c.tokens.name = "palette"
+    c.tokens.kind = "palette"
     c.tokens.colors = 512
     c.probe.c = (0.001, 0.01, 0.1, 1.0)
     config_lib.choose(size, SIZES)(c)

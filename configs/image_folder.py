@@ -33,7 +33,7 @@ def get_config():
         "flip()",
     )
     c.data.eval_transforms = ("decode()", "resize_short(32)", "center_crop(32)")
-    c.tokens.name = "palette"
+    c.tokens.kind = "palette"
     c.tokens.colors = 64
 
     c.model.layers, c.model.width, c.model.heads = 4, 64, 2

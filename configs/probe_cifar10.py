@@ -46,7 +46,7 @@ def get_config(size: str = "s"):
     c.data.validation_split = "train[90%:]"
     c.data.train_transforms = ("decode()",)
     c.data.eval_transforms = ("decode()",)
-    c.tokens.name = "palette"
+    c.tokens.kind = "palette"
     c.tokens.colors = 512
 
     c.model.layers, c.model.width, c.model.heads = layers, width, heads

@@ -57,7 +57,7 @@ def get_config(size: str = "s"):
         f"resize({pixels})",
     )
     c.data.workers = 16
-    c.tokens.name = "palette"
+    c.tokens.kind = "palette"
     c.tokens.colors = 512
 
     c.model.layers, c.model.width, c.model.heads = layers, width, heads

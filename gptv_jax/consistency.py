@@ -24,6 +24,12 @@ def check(config: "config_lib.Config") -> None:
             f"{model.width}."
         )
     _check_objective(model)
+    if model.class_tokens and (model.start_per_variant or model.objective == "bert"):
+        other = "start_per_variant" if model.start_per_variant else "objective=bert"
+        raise InputError(
+            f"config.model.class_tokens is {model.class_tokens}, whose tokens stand in the place "
+            f"of the start vector, which {other} has other plans for; set one of them otherwise."
+        )
     if model.rotary and model.width // model.heads % 4:
         raise InputError(
             f"config.model.rotary is True, but a head's size, config.model.width / "

@@ -1,7 +1,7 @@
 """Typed, checked settings: frozen dataclasses from and to ml_collections, dicts and flat names.
 
 A dataclass declares its settings by `field`; one whose type is a dataclass is a section. Which
-settings there are says `config.py`; what it means to be one, this module.
+settings there are says `config/`; what it means to be one, this module.
 """
 
 import collections.abc

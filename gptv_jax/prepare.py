@@ -10,7 +10,7 @@ import pathlib
 
 from absl import flags
 
-from gptv_jax import command, config
+from gptv_jax import command, config, fields
 from gptv_jax.data import cache, codec, pipeline, sources, transforms
 from gptv_jax.data.damage import Ledger
 from gptv_jax.errors import InputError
@@ -47,7 +47,7 @@ def main(settings: config.Config) -> None:
     header = {
         "source": {k: getattr(settings.data, k) for k in ("name", "dir", "path")},
         "palette": chosen.palette.provenance if hasattr(chosen, "palette") else None,
-        "tokens": dataclasses.asdict(settings.tokens) | {"palette": None},
+        "tokens": fields.flatten(settings.tokens) | {"palette": None},
         "image_size": settings.data.image_size,
         "transforms": settings.data.eval_transforms,
         "classes": data_set.classes if settings.data.labels else 0,

@@ -5,7 +5,7 @@ import pathlib
 from etils import epath
 
 from gptv_jax import config as config_lib
-from gptv_jax import fields, files
+from gptv_jax import files
 from gptv_jax.errors import InputError
 
 STAGES = ("pretrain", "probe", "finetune", "sample")
@@ -28,8 +28,7 @@ def config_of(folder: pathlib.Path) -> config_lib.Config:
     record = files.read_json(path, {})
     if not isinstance(record.get("config"), dict):
         raise InputError(f"{path} is damaged (it holds no configuration); restore it.")
-    flat = fields.flatten(config_lib.Config()) | record["config"]
-    return config_lib.resolve(fields.unflatten(flat))
+    return config_lib.resolve(config_lib.recorded(config_lib.Config, record["config"]))
 
 
 def finished_stages(summary: dict) -> list[str]:

@@ -322,6 +322,8 @@ def network_of(config: config_lib.Config, codec: tokens.Codec, classes: int) -> 
 
 def starts_of(config: config_lib.Config) -> int:
     """Start vectors that a configuration asks for."""
+    if config.model.class_tokens:
+        return config.model.class_tokens + 1
     variants = transforms.variants(config.data.train_transforms)
     return variants if config.model.start_per_variant else 1
 

@@ -263,7 +263,7 @@ if name == "m":
     signal.signal(signal.SIGTERM, save)
 if name == "s":
     time.sleep(1)
-    config = {"tokens.name": "grey", "tokens.levels": 17, "seed": 5}
+    config = {"tokens.kind": "grey", "tokens.levels": 17, "seed": 5}
     (folder / "config.json").write_text(json.dumps({"config": config}))
     save()
 (folder / "ready").touch()

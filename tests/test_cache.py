@@ -308,7 +308,7 @@ def test_worker_processes_read_the_cache_alike(tmp_path):
 @pytest.mark.parametrize(
     ("section", "changes", "named"),
     [
-        ("tokens", {"name": "grey"}, "tokens.name is 'grey', there 'palette'"),
+        ("tokens", {"kind": "grey"}, "tokens.kind is 'grey', there 'palette'"),
         ("tokens", {"colors": 41}, "tokens.colors is 41, there 40"),
         ("data", {"image_size": 16}, "data.image_size is 16, there 8"),
         ("data", {"eval_transforms": ("decode()", "resize(8)")}, "data.eval_transforms is "),
@@ -363,7 +363,7 @@ def test_a_palette_is_built_of_random_pixels_of_random_images_and_always_the_sam
     images = np.random.default_rng(0).integers(256, size=(300, 8, 8, 3), dtype=np.uint8)
     np.savez(tmp_path / "set.npz", train_images=images)
     data = config_lib.Data(name="arrays", path=str(tmp_path / "set.npz"), validation_split="train")
-    settings = config_lib.Config(data=data, tokens=config_lib.Tokens(name="palette", colors=8))
+    settings = config_lib.Config(data=data, tokens=config_lib.Tokens(kind="palette", colors=8))
     first, again = (codecs.build_codec(settings, Ledger(data, None)).palette for _ in range(2))
     assert first.same_as(again)
     other = codecs.build_codec(dataclasses.replace(settings, seed=1), Ledger(data, None)).palette

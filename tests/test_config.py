@@ -93,6 +93,9 @@ OUT_OF_RANGE = {
     "probe.sgd.log_every": 0,
     "data.damaged": "ignore",
     "data.max_damaged": 1.5,
+    "tokens.kind": "gray",
+    "model.class_tokens": -1,
+    "model.label_dropout": 1.5,
     "tokens.colors": 1,
     "sample.count": 0,
     "sample.completions": -1,
@@ -107,7 +110,7 @@ UNBOUNDED = {
     "init_from", "data.name", "data.dir", "data.path", "data.labels",
     "data.train_split", "data.validation_split", "data.test_split",
     "data.train_transforms", "data.eval_transforms", "finetune.train_transforms",
-    "tokens.name", "tokens.palette",
+    "tokens.palette",
     "model.axial_positions", "model.start_per_variant", "model.scan_layers",
     "model.learned_positions", "model.rotary", "model.qk_norm", "model.above_embedding",
     "finetune.standardize", "probe.sgd.train_transforms", "probe.sgd.standardize",
@@ -361,3 +364,13 @@ def test_a_gated_mlp_is_as_large_as_a_plain_one_and_divides_as_well(width):
 def test_only_one_axis_of_the_mesh_can_fill_what_is_left():
     assert config_lib.resolve(changed(mesh__data=1, mesh__fsdp=-1)).mesh.fsdp == -1
     assert "config.mesh has more than one -1" in error_of(change("mesh.fsdp", -1))
+
+
+def test_an_older_file_is_read_by_this_versions_names():
+    flat = fields.flatten(config_lib.Config())
+    older = {name: value for name, value in flat.items() if name not in ("tokens.kind", "seed")}
+    read = config_lib.recorded(config_lib.Config, older | {"tokens.name": "palette"})
+    assert config_lib.resolve(read) == config_lib.resolve(changed(tokens__kind="palette"))
+    section = config_lib.recorded(config_lib.Tokens, {"name": "palette", "colors": 7}, "tokens")
+    wanted = config_lib.Tokens("palette", colors=7)
+    assert fields.from_dict(config_lib.Tokens, section, "tokens") == wanted

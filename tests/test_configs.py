@@ -65,7 +65,7 @@ def test_every_file_is_listed():
 def test_a_configuration_is_accepted_and_has_its_number_of_weights(name, argument, one_device):
     config = config_lib.resolve(load(name, *([argument] if argument else [])))
     size = config.data.image_size
-    vocabulary = config.tokens.levels if config.tokens.name == "grey" else config.tokens.colors
+    vocabulary = config.tokens.levels if config.tokens.kind == "grey" else config.tokens.colors
     starts = transforms.variants(config.data.train_transforms)
     starts = starts if config.model.start_per_variant else 1
     network = Network(config.model, vocabulary, (size, size), starts)

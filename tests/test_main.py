@@ -301,10 +301,10 @@ REFUSED = {
         1,
         ["config.data.eval_transforms", "flip()", "random"],
     ),
-    "palette of grey images": (["--config.tokens.name=palette"], 1, ["palette", "RGB", "grey"]),
+    "palette of grey images": (["--config.tokens.kind=palette"], 1, ["palette", "RGB", "grey"]),
     "missing path": (["--config.data.name=folder"], 1, ["config.data.path"]),
     "other image size": (["--config.data.image_size=16"], 1, ["config.data.image_size", "16", "8"]),
-    "unknown tokens": (["--config.tokens.name=rgb"], 1, ["config.tokens.name", "rgb", "grey"]),
+    "unknown tokens": (["--config.tokens.kind=rgb"], 1, ["config.tokens.kind", "rgb", "grey"]),
     "too few grey levels": (["--config.tokens.levels=16"], 1, ["config.tokens", "16", "0 to 15"]),
     "unknown augmentation": (
         ["--config.data.train_transforms=('mirror()',)"],

@@ -136,7 +136,7 @@ def test_arithmetic_is_near_the_cpu_compiler(mesh, remat, microbatches, recipe):
 
 def test_of_logits_in_parts_one_part_is_counted(monkeypatch):
     config = small((1, 8, 1), "full")
-    config = dataclasses.replace(config, tokens=config_lib.Tokens(name="palette", colors=2048))
+    config = dataclasses.replace(config, tokens=config_lib.Tokens(kind="palette", colors=2048))
     logits = 4 * 8 * 144 * 2048  # bytes on one device
     monkeypatch.setattr(objective, "LOGITS_BYTES", logits // 4)
     found = plan.make(config, CPU)

@@ -61,11 +61,6 @@ def test_pictures_stretch_the_levels_over_0_to_255(levels):
     assert shown.min() == 0 and shown.max() == 255
 
 
-def test_an_unknown_codec_is_an_error_that_names_the_known_ones():
-    with pytest.raises(InputError, match=r"config.tokens.name is 'gray'.*grey"):
-        tokens.make_codec(config_lib.Tokens("gray"), 8)
-
-
 # Palettes.
 
 

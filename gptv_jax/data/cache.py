@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Int
 
 from gptv_jax import config as config_lib
-from gptv_jax import files, tokens
+from gptv_jax import fields, files, tokens
 from gptv_jax.errors import InputError
 
 FORMAT = 1  # of the folder; another one is not read
@@ -104,7 +104,8 @@ class TokenCache:
             self.format = self.header["format"]
             self.classes: int = self.header["classes"]
             self.lengths: dict[str, int] = self.header["lengths"]
-            self.tokens = config_lib.Tokens(**self.header["tokens"])
+            said = config_lib.recorded(config_lib.Tokens, self.header["tokens"], "tokens")
+            self.tokens = fields.from_dict(config_lib.Tokens, said, "tokens")
             self.image_size: int = self.header["image_size"]
             self.transforms: tuple[str, ...] = tuple(self.header["transforms"])
         except OSError as error:
@@ -120,7 +121,7 @@ class TokenCache:
     def codec(self) -> tokens.Codec:
         """What the tokens mean."""
         palette = tokens.load_palette(self.folder)
-        if self.tokens.name == "palette" and palette is None:
+        if self.tokens.kind == "palette" and palette is None:
             raise InputError(f"{self.folder} is damaged: it has lost its {tokens.PALETTE_FILE}.")
         return tokens.make_codec(self.tokens, self.image_size, palette)
 

@@ -32,7 +32,7 @@ def find_codec(config: config_lib.Config, folder: pathlib.Path | None = None) ->
     cache = data_set if isinstance(data_set, TokenCache) else None
     if cache:
         _check_cache(config, cache)
-    if config.tokens.name != "palette":
+    if config.tokens.kind != "palette":
         return tokens.make_codec(config.tokens, config.data.image_size)
     found: dict[str, Palette | None] = {}
     if folder:
@@ -69,8 +69,8 @@ def build_codec(config: config_lib.Config, ledger: Ledger) -> Codec:
         image = element["image"]
         if image.shape[-1] != 3:
             raise InputError(
-                f"images have {image.shape[-1]} channel(s), but config.tokens.name=palette takes "
-                'RGB; take "decode(channels=3)" or config.tokens.name=grey.'
+                f"images have {image.shape[-1]} channel(s), but config.tokens.kind=palette takes "
+                'RGB; take "decode(channels=3)" or config.tokens.kind=grey.'
             )
         flat = image.reshape(-1, 3)
         pixels.append(flat[rng.integers(len(flat), size=-(-PIXELS // IMAGES))])
@@ -83,11 +83,11 @@ def build_codec(config: config_lib.Config, ledger: Ledger) -> Codec:
 def _check_cache(config: config_lib.Config, cache: TokenCache) -> None:
     """Raises where the cache is not what this configuration would have made."""
     now, there = config.tokens, cache.tokens
-    size = "colors" if now.name == "palette" else "levels"
+    size = "colors" if now.kind == "palette" else "levels"
     differing = [
         f"config.{where} is {ours!r}, there {theirs!r}"
         for where, ours, theirs in (
-            ("tokens.name", now.name, there.name),
+            ("tokens.kind", now.kind, there.kind),
             (f"tokens.{size}", getattr(now, size), getattr(there, size)),
             ("data.image_size", config.data.image_size, cache.image_size),
             ("data.eval_transforms", config.data.eval_transforms, cache.transforms),

@@ -233,7 +233,7 @@ def to_tokens(codec: Codec, image: np.ndarray) -> np.ndarray:
         found, takes = (" x ".join(map(str, shape)) for shape in (image.shape, wanted))
         raise InputError(
             f"after the transforms of config.data an image is {found}, but tokens are made of "
-            f"{takes} (config.data.image_size and config.tokens.name say so); change one of these."
+            f"{takes} (config.data.image_size and config.tokens.kind say so); change one of these."
         )
     if cached:
         return image.reshape(-1).astype(np.int32)

@@ -128,7 +128,7 @@ def _described(config: dict, folder: pathlib.Path, palette: Palette) -> Portable
             heads=config["n_head"],
             mlp_ratio=inner // width,
         ),
-        tokens=config_lib.Tokens(name="palette", colors=config["vocab_size"] - 1),
+        tokens=config_lib.Tokens(kind="palette", colors=config["vocab_size"] - 1),
         image_size=size,
         params={},
         palette=palette,

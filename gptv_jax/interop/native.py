@@ -79,7 +79,7 @@ def described(
 
 def _settings(cls: type, given: dict, where: str):
     """A section of the configuration; fields that the file is older than have their defaults."""
-    return fields.from_dict(cls, fields.flatten(cls()) | given, where)
+    return fields.from_dict(cls, config_lib.recorded(cls, given, where), where)
 
 
 def read(path: pathlib.Path, palette: Palette | None = None) -> Portable:

@@ -95,7 +95,7 @@ def convert(there: Accounted, prefix: pathlib.Path, palette: Palette) -> Portabl
     there.close(prefix)
     portable = Portable(
         model=config_lib.Model(layers=L, width=D, heads=H, mlp_ratio=F // D, objective=objective),
-        tokens=config_lib.Tokens(name="palette", colors=V),
+        tokens=config_lib.Tokens(kind="palette", colors=V),
         image_size=math.isqrt(T),
         params=params,
         palette=palette,

@@ -100,11 +100,11 @@ class Portable:
           config: the configuration.
           starts: start vectors that it asks for.
         """
-        size = "colors" if config.tokens.name == "palette" else "levels"
+        size = "colors" if config.tokens.kind == "palette" else "levels"
         pairs = [(f"model.{n}", getattr(config.model, n), getattr(self.model, n)) for n in SHAPING]
         pairs += [
             ("model.start_per_variant (start vectors)", starts, self.starts),
-            ("tokens.name", config.tokens.name, self.tokens.name),
+            ("tokens.kind", config.tokens.kind, self.tokens.kind),
             (f"tokens.{size}", getattr(config.tokens, size), getattr(self.tokens, size)),
             ("data.image_size", config.data.image_size, self.image_size),
         ]

@@ -243,8 +243,13 @@ class Network:
     config: config_lib.Model
     vocabulary: int  # V
     grid: tuple[int, int]  # rows and columns of tokens; T is their product
-    starts: int = 1  # start vectors: 1, or one per augmentation variant
+    starts: int = 1  # start vectors: 1, one per augmentation variant, or one per class and one more
     classes: int = 0  # C; 0: no class head
+
+    @property
+    def unconditional(self) -> int:
+        """The start vector that tells no class: behind those of the classes, or the first."""
+        return self.config.class_tokens
 
     @property
     def votes(self) -> int:

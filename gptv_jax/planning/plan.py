@@ -3,7 +3,7 @@
 import dataclasses
 
 from gptv_jax import config as config_lib
-from gptv_jax import sharding, tokens
+from gptv_jax import sharding
 from gptv_jax.model import flops
 from gptv_jax.model.gpt import Network
 from gptv_jax.planning import compiled, memory, roofline, traffic
@@ -120,8 +120,9 @@ class Plan:
 
 def network_of(config: config_lib.Config) -> Network:
     """The network that a configuration trains, which it tells without data."""
-    size = config.data.image_size
-    return Network(config.model, tokens.vocabulary(config.tokens), (size, size), starts_of(config))
+    tokens = config.tokens
+    grid = tokens.grid(config.data.image_size)
+    return Network(config.model, tokens.vocabulary, grid, starts_of(config))
 
 
 def make(config: config_lib.Config, topology: Topology, *, compiling: bool = True) -> Plan:

@@ -45,32 +45,19 @@ def make_codec(config: config_lib.Tokens, image_size: int, palette: Palette | No
     """The codec that the config names, for square images of `image_size` pixels.
 
     Args:
-      config: name and settings.
+      config: kind and settings.
       image_size: height and width in pixels.
       palette: the colours, where they are the tokens.
 
     Raises:
-      InputError: no codec has that name, or the palette is of another number of colours.
+      InputError: the palette is of another number of colours.
     """
-    vocabulary(config)
     if palette is not None and len(palette.centers) != config.colors:
         raise InputError(
             f"config.tokens.colors is {config.colors}, but the palette has {len(palette.centers)} "
             "colours; set it to that."
         )
-    return CODECS[config.name](config, image_size, palette)
-
-
-def vocabulary(config: config_lib.Tokens) -> int:
-    """V of the codec that the config names, which it tells without data or palette.
-
-    Raises:
-      InputError: no codec has that name.
-    """
-    if config.name not in CODECS:
-        accepted = ", ".join(CODECS)
-        raise InputError(f"config.tokens.name is {config.name!r}; it takes one of {accepted}.")
-    return config.levels if config.name == "grey" else config.colors
+    return CODECS[config.kind](config, image_size, palette)
 
 
 def load_palette(folder: pathlib.Path) -> Palette | None:

@@ -1,0 +1,108 @@
+"""Every setting of a run, declared once: its name, type, unit and meaning.
+
+A file in `configs/` starts from `default()` (an `ml_collections.ConfigDict`, so that any field can
+be overridden on the command line as `--config.a.b=value`), and `resolve` turns the result into the
+frozen, checked `Config` that the rest of the program reads.
+"""
+
+import dataclasses
+
+import ml_collections
+
+from gptv_jax import consistency, fields
+from gptv_jax.config.data import Data, Tokens
+from gptv_jax.config.model import Model
+from gptv_jax.config.stages import Finetune, Probe, ProbeSgd, Sample
+from gptv_jax.config.train import Mesh, Optimizer, Profile, Train
+from gptv_jax.errors import InputError
+from gptv_jax.fields import NOT_NEGATIVE, field
+
+__all__ = [
+    "Config",
+    "Data",
+    "Finetune",
+    "Mesh",
+    "Model",
+    "Optimizer",
+    "Probe",
+    "ProbeSgd",
+    "Profile",
+    "Sample",
+    "Tokens",
+    "Train",
+    "choose",
+    "default",
+    "recorded",
+    "resolve",
+]
+
+RENAMED = {"tokens.name": "tokens.kind"}  # fields of files that are older
+
+PLACE = (
+    "an absolute path or an address such as gs://bucket/path",
+    lambda v: v.startswith("/") or "://" in v,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    # Of initialisation, data order, augmentation, dropout and sampling.
+    seed: int = field(0, NOT_NEGATIVE)
+    # Pretrained weights in place of this run's own: a run folder, or what docs/weights.md lists.
+    init_from: str | None = None
+    # Where checkpoints are, of this run alone; None: checkpoints/ in the run folder.
+    checkpoint_dir: str | None = field(None, PLACE, free=True)
+    data: Data = dataclasses.field(default_factory=Data)
+    tokens: Tokens = dataclasses.field(default_factory=Tokens)
+    model: Model = dataclasses.field(default_factory=Model)
+    mesh: Mesh = dataclasses.field(default_factory=Mesh)
+    train: Train = dataclasses.field(default_factory=Train)
+    probe: Probe = dataclasses.field(default_factory=Probe)
+    finetune: Finetune = dataclasses.field(default_factory=Finetune)
+    sample: Sample = dataclasses.field(default_factory=Sample)
+    profile: Profile = dataclasses.field(default_factory=Profile)
+
+
+def default() -> ml_collections.ConfigDict:
+    """The defaults as a locked ConfigDict, for a file in `configs/` to change."""
+    return fields.to_dict(Config())
+
+
+def choose(argument: str, choices: dict):
+    """What a config file's own argument, as in `--config=FILE:ARGUMENT`, stands for.
+
+    Raises:
+      InputError: it is none of the choices.
+    """
+    if argument not in choices:
+        raise InputError(f"its argument is {argument!r}; it takes one of {', '.join(choices)}.")
+    return choices[argument]
+
+
+def recorded(cls: type, flat: dict[str, object], section: str = "") -> dict:
+    """What a file says of a section, by this version's names, for `resolve` or `fields.from_dict`.
+
+    Args:
+      cls: the section's class.
+      flat: its fields by flat name; of a file that is older some have other names, or are missing
+        and have their defaults.
+      section: its own name; "": the whole configuration.
+    """
+    prefix = f"{section}." if section else ""
+    named = {RENAMED.get(prefix + name, prefix + name): value for name, value in flat.items()}
+    named = {name.removeprefix(prefix): value for name, value in named.items()}
+    return fields.unflatten(fields.flatten(cls()) | named)
+
+
+def resolve(settings: ml_collections.ConfigDict | dict) -> Config:
+    """Typed, frozen and checked `Config`.
+
+    Raises:
+      InputError: an unknown or missing field, a wrong type, or a value that is not accepted; the
+        message names the field, its value and what would be accepted.
+    """
+    config = fields.from_dict(Config, settings, "config")
+    consistency.check(config)
+    return config

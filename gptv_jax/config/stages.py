@@ -1,0 +1,93 @@
+"""What is done with a pretrained network: probe, fine-tune, sample."""
+
+import dataclasses
+import math
+
+from gptv_jax.config.train import Train
+from gptv_jax.fields import BELOW_ONE, NOT_NEGATIVE, POSITIVE, SHARE, field, one_of
+
+POSITIVES = (
+    "positive numbers, one or more",
+    lambda v: v and all(0 < number < math.inf for number in v),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ProbeSgd:
+    """Training of the probe's heads by SGD, on augmented images; each head keeps its last step."""
+
+    steps: int = field(10_000, POSITIVE)
+    batch_size: int = field(128, POSITIVE)  # images a step, over all devices
+    # Peaks to try, all in one training; each falls to 0 along a cosine.
+    learning_rates: tuple[float, ...] = field((30.0, 10.0, 3.0, 1.0, 0.3), POSITIVES)
+    momentum: float = field(0.9, BELOW_ONE)
+    # Centres and scales the features by the statistics of training images as they are.
+    standardize: bool = False
+    # In place of data.train_transforms; (): the same ones.
+    train_transforms: tuple[str, ...] = ()
+    eval_every: int = field(1000, NOT_NEGATIVE)  # steps; 0: at the end only
+    checkpoint_every: int = field(1000, POSITIVE, free=True)  # steps
+    log_every: int = field(50, POSITIVE, free=True)  # steps
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """Linear probe: how well a linear classifier reads the class from frozen features."""
+
+    # lbfgs: logistic regression on features held in memory; sgd: heads trained on augmented images.
+    method: str = field("lbfgs", one_of("lbfgs", "sgd"))
+    # What is read of a layer: its normed input n^l, as in the paper, or that input itself, h^l.
+    features: str = field("normed", one_of("normed", "raw"))
+    # Over positions: their mean or, with sgd, a mean weighted by a learned query.
+    pooling: str = field("mean", one_of("mean", "attentive"))
+    # Neighbouring layers read side by side, beside single ones; the best of these is in the middle.
+    concatenate: int = field(1, ("an odd number, 1 or more", lambda v: v >= 1 and v % 2))
+    # Every layer is first probed by ridge regression. How many, the best on validation, are probed
+    # by `method` as well; None: all of them.
+    refine: int | None = field(None, POSITIVE)
+    # Strengths of the ridge to try, on standardised features; times the number of images.
+    ridge: tuple[float, ...] = field((1e-4, 1e-3, 1e-2, 1e-1), POSITIVES)
+    # Pretraining steps between ridge tables, each a pass over the images; 0: none.
+    every: int = field(0, NOT_NEGATIVE, free=True)
+    # Training images that regressions are fitted to, the first ones; None: all of them.
+    train_images: int | None = field(None, POSITIVE)
+    batch_size: int = field(128, POSITIVE, free=True)  # images a forward pass
+    # lbfgs: inverse regularisation strengths to try.
+    c: tuple[float, ...] = field((0.01, 0.1, 1.0, 10.0), POSITIVES)
+    max_iterations: int = field(1000, POSITIVE)  # of L-BFGS
+    # lbfgs: training images of each class that the best layer is probed with as well, and how often
+    # such a subset is drawn.
+    labels_per_class: tuple[int, ...] = field((), ("1 or more", lambda v: all(k >= 1 for k in v)))
+    draws: int = field(5, POSITIVE)
+    sgd: ProbeSgd = dataclasses.field(default_factory=ProbeSgd)
+
+
+@dataclasses.dataclass(frozen=True)
+class Finetune:
+    """Joint generative and classification training from the pretrained weights."""
+
+    train: Train = dataclasses.field(default_factory=Train)
+    # In place of data.train_transforms; (): the same ones.
+    train_transforms: tuple[str, ...] = ()
+    generative_coefficient: float = field(1.0, NOT_NEGATIVE)  # weight of nats per token
+    classification_coefficient: float = field(1.0, NOT_NEGATIVE)  # of nats per image
+    # Learning rate of a layer over that of the one above it; 1: the same. The pretrained network's
+    # alone: trained from scratch, it has nothing to keep.
+    layer_decay: float = field(1.0, ("above 0 up to 1", lambda v: 0 < v <= 1))
+    # Evaluations without a better validation accuracy after which it stops; 0: never.
+    patience: int = field(5, NOT_NEGATIVE)
+    standardize: bool = False  # centre and scale the head's input by its statistics at the start
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """Pictures made at the end of a run."""
+
+    count: int = field(64, POSITIVE)  # unconditional samples
+    # Test images whose upper part is kept and whose rest is drawn.
+    completions: int = field(16, NOT_NEGATIVE)
+    keep: float = field(0.5, SHARE)  # share of rows kept in a completion
+    temperature: float = field(1.0, NOT_NEGATIVE)  # 0: the most likely token
+    top_k: int | None = field(None, POSITIVE)  # draw among the k most likely tokens; None: all
+    # Draw among the fewest most likely tokens that reach this probability; None: all.
+    top_p: float | None = field(None, ("above 0 up to 1", lambda v: 0 < v <= 1))
