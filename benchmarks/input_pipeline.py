@@ -81,7 +81,7 @@ class TorchImages:
         self.source = sources.open_source(config, "train")
         self.jpegs = config.name == "folder"
         self.cached = config.name == "tokens"
-        self.centers = torch.from_numpy((codec.palette.centers + 1) * 127.5)
+        self.centers = torch.from_numpy((codec.lexicon.centers + 1) * 127.5)
 
     def __len__(self) -> int:
         return len(self.source)

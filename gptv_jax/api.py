@@ -326,16 +326,14 @@ def _of_run(folder: pathlib.Path, stage: str | None) -> Model:
             f"{folder} has no finished stage {stage or 'with weights'}; of those with weights, "
             f"finished: {shown}."
         )
-    palette = tokens.load_palette(folder)
-    codec = tokens.make_codec(config.tokens, config.data.image_size, palette)
-    network = network_of(config, codec, summary.get(f"{stage}/classes", 0))
+    network = network_of(config, summary.get(f"{stage}/classes", 0))
     step = summary[f"{stage}/steps"]
     described = Portable(
         model=config.model,
         tokens=config.tokens,
         image_size=config.data.image_size,
         params={},
-        palette=palette,
+        lexicon=tokens.load_lexicon(config.tokens.kind, folder),
         starts=network.starts,
         classes=network.classes,
         step=step,

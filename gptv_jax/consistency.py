@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 
 from gptv_jax.errors import InputError
 
+MOST_CODES = 2**16  # token caches keep two bytes a token
+
 if TYPE_CHECKING:  # which imports this module
     from gptv_jax import config as config_lib
 
@@ -42,7 +44,14 @@ def check(config: "config_lib.Config") -> None:
             f"config.profile.steps is {config.profile.steps!r}, but pretraining ends at step "
             f"config.train.steps = {config.train.steps}; take earlier steps."
         )
-    for where, train in (("train", config.train), ("finetune.train", config.finetune.train)):
+    if config.tokens.kind == "learned":
+        _check_learned(config)
+    trainings = {
+        "tokenizer.train": config.tokenizer.train,
+        "train": config.train,
+        "finetune.train": config.finetune.train,
+    }
+    for where, train in trainings.items():
         optimizer, prefix = train.optimizer, f"config.{where}.optimizer"
         if train.batch_size % train.microbatches:
             raise InputError(
@@ -79,6 +88,46 @@ def _check_objective(model: "config_lib.Model") -> None:
         raise InputError(
             "config.model.learned_positions is False, but config.model.objective=bert knows a "
             "hidden token by the position added in its place alone; set it, or axial_positions."
+        )
+
+
+def _check_learned(config: "config_lib.Config") -> None:
+    """Fields of learned tokens and of their training."""
+    network, settings = config.tokens.autoencoder, config.tokenizer
+    size, down = config.data.image_size, network.downsample
+    if size % down:
+        raise InputError(
+            f"config.data.image_size is {size}, which config.tokens.autoencoder.downsample = {down} "
+            "does not divide: a token stands for a square of that many pixels a side; take a "
+            f"multiple of {down}."
+        )
+    if network.patch < 1:
+        raise InputError(
+            f"config.tokens.autoencoder.widths has {len(network.widths)} resolutions, each half the "
+            f"one before, but config.tokens.autoencoder.downsample = {down} leaves room for "
+            f"{down.bit_length()}; take fewer, or a larger downsample."
+        )
+    if network.vocabulary > MOST_CODES:
+        raise InputError(
+            f"config.tokens.autoencoder.levels is {network.levels}, which make {network.vocabulary} "
+            f"codes; take at most {MOST_CODES} (their product)."
+        )
+    if settings.train.microbatches > 1:
+        raise InputError(
+            f"config.tokenizer.train.microbatches is {settings.train.microbatches}; the tokenizer "
+            "is trained on whole batches, so it takes 1."
+        )
+    if settings.lpips and not settings.lpips_weights:
+        raise InputError(
+            f"config.tokenizer.lpips is {settings.lpips}, but config.tokenizer.lpips_weights names "
+            "no file of weights; name one, or take lpips=0."
+        )
+    parts = 2**settings.discriminator_layers
+    if settings.adversarial and size % parts:
+        raise InputError(
+            f"config.tokenizer.discriminator_layers is {settings.discriminator_layers}, each of "
+            f"which halves the image, but {parts} does not divide config.data.image_size = {size}; "
+            "take fewer."
         )
 
 

@@ -229,12 +229,18 @@ def from_first(function: Callable[[], object]):
             content = json.dumps({"value": function()}).encode()
         except InputError as error:
             content = json.dumps({"error": str(error)}).encode()
-    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
-    sent = multihost_utils.broadcast_one_to_all(_padded(content, length))
-    outcome = json.loads(sent.tobytes()[:length])
+    outcome = json.loads(bytes_of_first(content))
     if "error" in outcome:
         raise InputError(outcome["error"])
     return outcome["value"]
+
+
+def bytes_of_first(content: bytes) -> bytes:
+    """Process 0's content, on all processes."""
+    if jax.process_count() == 1:
+        return content
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
+    return multihost_utils.broadcast_one_to_all(_padded(content, length)).tobytes()[:length]
 
 
 def from_all(value) -> list:

@@ -24,9 +24,9 @@ BELOW_ONE = ("0 up to but not 1", lambda v: 0 <= v < 1)
 SHARE = ("0 to 1", lambda v: 0 <= v <= 1)
 
 
-def one_of(*names: str):
-    """Accepts these names."""
-    return "one of " + ", ".join(names), lambda v: v in names
+def one_of(*values):
+    """Accepts these names or numbers."""
+    return "one of " + ", ".join(map(str, values)), lambda v: v in values
 
 
 def field(default=dataclasses.MISSING, accepted=None, *, free: bool = False):

@@ -12,7 +12,7 @@ from absl import flags
 from gptv_jax import command, config, distributed, fields, report, runtime
 from gptv_jax.record import STAGES
 from gptv_jax.run import Run
-from gptv_jax.stages import finetune, pretrain, probe, sample
+from gptv_jax.stages import finetune, pretrain, probe, sample, tokenizer
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Run folder; the same one continues a run.")
 WANTED = flags.DEFINE_list("stages", None, f"Some of {','.join(STAGES)}; default: all of them.")
@@ -22,7 +22,13 @@ DISTRIBUTED = flags.DEFINE_enum(
 COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT at which process 0 is met.")
 COUNT = flags.DEFINE_integer("num_processes", None, "How many processes there are.")
 INDEX = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0 on.")
-MODULES = {"pretrain": pretrain, "probe": probe, "finetune": finetune, "sample": sample}
+MODULES = {
+    "tokenizer": tokenizer,
+    "pretrain": pretrain,
+    "probe": probe,
+    "finetune": finetune,
+    "sample": sample,
+}
 LOG = logging.getLogger("gptv_jax.main")
 
 

@@ -4,6 +4,7 @@ python -m gptv_jax.prepare --config=configs/cifar10.py --out=caches/cifar10
 """
 
 import dataclasses
+import itertools
 import json
 import logging
 import pathlib
@@ -37,17 +38,18 @@ def main(settings: config.Config) -> None:
 
     def examples(split: str):
         progress = Progress(f"prepare {split}", data_set.lengths[split], unit="image")
-        for element in pipeline.images(whole, split, ledger):
-            tokens = pipeline.to_tokens(chosen, element["image"])
-            statistics[split].add(element["image"], tokens)
-            yield tokens, element.get("label")
-            progress.advance()
+        for batch in pipeline.tokenized(chosen, pipeline.images(whole, split, ledger)):
+            statistics[split].add(batch["image"], batch["tokens"])
+            labels = batch.get("label", itertools.repeat(None))
+            for tokens, label in zip(batch["tokens"], labels, strict=False):
+                yield tokens, label
+                progress.advance()
         progress.close()
 
     header = {
         "source": {k: getattr(settings.data, k) for k in ("name", "dir", "path")},
-        "palette": chosen.palette.provenance if hasattr(chosen, "palette") else None,
-        "tokens": fields.flatten(settings.tokens) | {"palette": None},
+        "lexicon": chosen.lexicon and chosen.lexicon.provenance,
+        "tokens": fields.flatten(settings.tokens) | {"palette": None, "tokenizer": None},
         "image_size": settings.data.image_size,
         "transforms": settings.data.eval_transforms,
         "classes": data_set.classes if settings.data.labels else 0,

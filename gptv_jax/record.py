@@ -8,7 +8,7 @@ from gptv_jax import config as config_lib
 from gptv_jax import files
 from gptv_jax.errors import InputError
 
-STAGES = ("pretrain", "probe", "finetune", "sample")
+STAGES = ("tokenizer", "pretrain", "probe", "finetune", "sample")
 
 
 def checkpoint_folder(config: config_lib.Config, folder: pathlib.Path) -> epath.Path:

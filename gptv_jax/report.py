@@ -83,7 +83,7 @@ def _origin(run: Run) -> str:
 
 def _headlines(run: Run, summary: dict) -> str:
     """The main numbers, each with what it is to be held against."""
-    tiles, done, v = "", finished_stages(summary), run.codec.vocabulary
+    tiles, done, v = "", finished_stages(summary), run.config.tokens.vocabulary
     if "pretrain" in done:
         nats, bits = (summary[f"pretrain/test_{unit}_per_token"] for unit in ("nats", "bits"))
         uniform = f"uniform (ln {v}): {math.log(v):.3f} nats/token"
@@ -130,7 +130,7 @@ def _pretraining(run: Run, events: list[dict]) -> str:
     loss, rate = figure.subplots(2, sharex=True, height_ratios=(4, 1))
     _line(loss, _series(events, "pretrain", "nats_per_token"), ORANGE, "training")
     _line(loss, evaluations, BLUE, "validation")
-    v = run.codec.vocabulary
+    v = run.config.tokens.vocabulary
     loss.axhline(math.log(v), color=QUIET, ls="--", lw=1, label=f"uniform, ln {v}")
     _line(rate, _series(events, "pretrain", "learning_rate"), QUIET)
     rate.yaxis.set_major_locator(ticker.MaxNLocator(2))
@@ -198,7 +198,8 @@ def _layers_plot(rows: list[dict], best: int, raw_pixels: float) -> bytes:
 
 
 def _samples(run: Run) -> str:
-    config, rows = run.config.sample, run.codec.grid[0]
+    config = run.config.sample
+    rows = run.config.tokens.grid(run.config.data.image_size)[0]
     captions = {
         "unconditional": f"New images, drawn at temperature {config.temperature:g}.",
         "completions": "Test images, each followed by its completion: the upper "

@@ -11,6 +11,7 @@ import platform
 import secrets
 import shlex
 import sys
+import tempfile
 
 import jax
 from etils import epath
@@ -66,50 +67,85 @@ class Run:
         names = getattr(sources.open_data_set(config.data), "class_names", self.classes)
         lengths = {split: len(source) for split, source in opened.items()}
         self._known = {"images": lengths, "classes": names}  # of the data
+        self.stages = self._stages(wanted)
         for entries in self._training_transforms():
             transforms.check(entries, config.data.eval_transforms)
-        self.stages = self._stages(wanted)
-        colors = distributed.from_first(self._prepare)
+        distributed.from_first(self._prepare)
         files.claim(self.folder, "workdir")  # each process names the damaged images that it meets
-        palette = tokens.Palette.of_json(colors) if colors else None
-        self.codec = tokens.make_codec(config.tokens, config.data.image_size, palette)
         self.metrics = MetricWriter(self.folder)
         share = sharding.batch_share(self.mesh)
-        self.data = Pipeline(config.data, self.codec, config.seed, self.folder, share)
+        self.images = Pipeline(config.data, None, config.seed, self.folder, share)
+        self._take(self._lexicon())
 
-    def _prepare(self) -> dict | None:
-        """Checks and claims the folder; the palette as JSON, where colours are the tokens."""
-        config = self.config
+    def _take(self, lexicon: tokens.Lexicon | None) -> None:
+        """The codec, and the data by it; None both, while the tokenizer is still to be trained."""
+        config, kind = self.config, self.config.tokens.kind
+        self.codec = self.data = None
+        if lexicon is not None or kind not in tokens.LEXICONS:
+            self.codec = tokens.make_codec(config.tokens, config.data.image_size, lexicon)
+            self.data = self.images.with_codec(self.codec)
+
+    def adopt(self, tokenizer: tokens.Tokenizer) -> None:
+        """Keeps the tokenizer that the stage of this name has trained, for all later stages."""
+        if jax.process_index() == 0:
+            tokens.save_lexicon("learned", tokenizer, self.folder)
+        self._take(tokenizer)
+
+    def _lexicon(self) -> tokens.Lexicon | None:
+        """What process 0 keeps of the tokens, on all processes."""
+        kind = self.config.tokens.kind
+        if kind not in tokens.LEXICONS or jax.process_count() == 1:
+            return tokens.load_lexicon(kind, self.folder)
+        path = self.folder / tokens.LEXICONS[kind][0]
+        first = jax.process_index() == 0
+        content = distributed.bytes_of_first(path.read_bytes() if first and path.exists() else b"")
+        with tempfile.TemporaryDirectory() as folder:
+            (pathlib.Path(folder) / path.name).write_bytes(content)
+            return tokens.load_lexicon(kind, pathlib.Path(folder)) if content else None
+
+    def _prepare(self) -> None:
+        """Checks and claims the folder, and sees to it that it keeps what the tokens stand for."""
+        config, kind = self.config, self.config.tokens.kind
         found = codecs.find_codec(config, self.folder)
         made = (self.folder / "config.json").exists()
-        if not found and made and checkpoint.found(checkpoint_folder(config, self.folder)):
-            raise InputError(f"{self.folder} has lost its {tokens.PALETTE_FILE}; restore it.")
-        if found:
+        begun = made and checkpoint.found(checkpoint_folder(config, self.folder))
+        if not found and begun and (kind != "learned" or self._tokenizer_finished):
+            raise InputError(f"{self.folder} has lost its {tokens.LEXICONS[kind][0]}; restore it.")
+        if not found and kind == "learned" and "tokenizer" not in self.stages:
+            raise InputError(
+                "config.tokens.kind=learned needs a tokenizer; run --stages=tokenizer first, or "
+                "name one by config.tokens.tokenizer."
+            )
+        trained_here = not found and kind == "learned"
+        if found or trained_here:
             self._try(found)
-        if config.init_from or "pretrain" not in self.stages:
+        if config.init_from or not {"pretrain", "tokenizer"} & set(self.stages):
             self._check_pretrained(found)  # before this folder is claimed
         self._claim()
-        codec = found or codecs.build_codec(config, Ledger(config.data, self.folder))
-        if not found:
-            self._try(codec)
-        tokens.save_palette(codec, self.folder)
-        return codec.palette.as_json() if hasattr(codec, "palette") else None
+        if not found and not trained_here:
+            found = codecs.build_codec(config, Ledger(config.data, self.folder))
+            self._try(found)
+        if found:
+            tokens.save_lexicon(kind, found.lexicon, self.folder)
 
-    def _try(self, codec: tokens.Codec) -> None:
+    def _try(self, codec: tokens.Codec | None) -> None:
         """The data, every list of transforms and the codec must fit each other."""
         data = self.config.data
+        channels = self.config.tokens.autoencoder.channels
+        shape = codec.image_shape if codec else (data.image_size, data.image_size, channels)
         for entries in dict.fromkeys([*self._training_transforms(), data.eval_transforms]):
-            pipeline.try_out(data, codec, entries, TRIED)
+            pipeline.try_out(data, codec, shape, entries, TRIED)
 
     def _training_transforms(self) -> list[tuple[str, ...]]:
         """Of every training."""
         config = self.config
         own = [config.finetune.train_transforms, config.probe.sgd.train_transforms]
+        own += [config.tokenizer.train_transforms] if "tokenizer" in self.stages else []
         return [config.data.train_transforms, *(entries for entries in own if entries)]
 
     def network(self, classes: int = 0) -> Network:
         """The network of the config, with a class head where `classes` is not 0."""
-        return network_of(self.config, self.codec, classes)
+        return network_of(self.config, classes)
 
     def _check_pretrained(self, codec: tokens.Codec | None) -> None:
         """Raises where there are no pretrained weights, or of another network."""
@@ -125,7 +161,8 @@ class Run:
 
     def _imported(self, codec: tokens.Codec | None) -> Portable:
         """The weights of `config.init_from`, where they come from elsewhere; without class head."""
-        given, palette = self.config.init_from, getattr(codec, "palette", None)
+        given, lexicon = self.config.init_from, codec and codec.lexicon
+        palette = lexicon if isinstance(lexicon, tokens.Palette) else None
         found = interop.read(given, palette).headless()
         self._must_fit(found)
         return found
@@ -211,6 +248,16 @@ class Run:
                 "--stages has sample, but config.model.objective=bert draws no images; it takes "
                 "pretrain, probe and finetune."
             )
+        trains_tokens = self.config.tokens.kind == "learned" and not self._has_tokenizer
+        if "tokenizer" in (wanted or ()) and not trains_tokens:
+            raise InputError(
+                "--stages has tokenizer, but "
+                + (
+                    "the tokens come with their tokenizer; leave it out."
+                    if self.config.tokens.kind == "learned"
+                    else f"config.tokens.kind={self.config.tokens.kind} has nothing to train."
+                )
+            )
         unlabelled = [s for s in ("probe", "finetune") if not self.classes]
         if set(wanted or ()) & set(unlabelled):
             raise InputError(
@@ -224,9 +271,21 @@ class Run:
                 f"config.data.name={self.config.data.name} have no labels; take 0."
             )
         left_out = {*unlabelled, *(["pretrain"] if given else [])}
+        left_out |= set() if trains_tokens else {"tokenizer"}
         left_out |= {"sample"} if self.config.model.objective == "bert" else set()
         chosen = set(wanted or STAGES) - left_out
         return [s for s in STAGES if s in chosen]
+
+    @property
+    def _tokenizer_finished(self) -> bool:
+        return "tokenizer" in finished_stages(self.summary())
+
+    @property
+    def _has_tokenizer(self) -> bool:
+        """Whether learned tokens come with their tokenizer, from wherever."""
+        config = self.config
+        cached = sources.open_data_set(config.data).form == "tokens"
+        return bool(config.tokens.tokenizer or config.init_from or cached)
 
     def finished(self, stage: str) -> bool:
         """Whether the stage has written its numbers, which it does once, at its end."""
@@ -315,9 +374,10 @@ def _must_agree(config: config_lib.Config) -> None:
         )
 
 
-def network_of(config: config_lib.Config, codec: tokens.Codec, classes: int) -> Network:
+def network_of(config: config_lib.Config, classes: int = 0) -> Network:
     """The network of a configuration, with a class head where `classes` is not 0."""
-    return Network(config.model, codec.vocabulary, codec.grid, starts_of(config), classes)
+    tokens, grid = config.tokens, config.tokens.grid(config.data.image_size)
+    return Network(config.model, tokens.vocabulary, grid, starts_of(config), classes)
 
 
 def starts_of(config: config_lib.Config) -> int:

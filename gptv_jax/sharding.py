@@ -47,6 +47,14 @@ PARAMETERS: dict[str, P] = {
     "mlp_out": P(None, "tensor", "fsdp"),  # L F D
     "final_norm": P(None),  # D
     "head": P(None, "fsdp"),  # V D
+    "conv": P(None, None, None, "fsdp"),  # height, width, inputs, outputs; one of these is a width
+    "from_pixels": P(None, None, None, "fsdp"),
+    "to_pixels": P(None, None, "fsdp", None),
+    "from_code": P(None, None, None, "fsdp"),
+    "to_code": P(None, None, "fsdp", None),
+    "bias": P(None),  # outputs
+    "gain": P(None),  # channels
+    "codebook": P(None, None),  # codes, dimensions
     "class_head": P(None, "fsdp"),  # C D
     "class_center": P(None),  # D
     "class_scale": P(None),  # D

@@ -176,12 +176,12 @@ def test_a_file_is_no_token_cache(written):
 def test_a_damaged_byte_is_an_error_and_never_other_tokens(written, file):
     """Each of a few hundred places, one at a time; a name that is not read may be anything."""
     path, wanted = written / file, read_all(written)
-    colors = cache.TokenCache(written).codec().palette
+    colors = cache.TokenCache(written).codec().lexicon
     content, wrong = path.read_bytes(), set()
     for place in range(0, len(content), max(len(content) // 150, 1)):
         path.write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
         try:
-            same = cache.TokenCache(written).codec().palette.same_as(colors)
+            same = cache.TokenCache(written).codec().lexicon.same_as(colors)
             if read_all(written) != wanted or not same:
                 wrong.add("other tokens")
         except InputError as error:
@@ -330,11 +330,11 @@ def test_a_palette_is_built_where_there_is_none_and_is_the_same_every_time(tmp_p
     config, _ = configured(tmp_path, "palette")
     assert codecs.find_codec(config) is None
     first, again = (codecs.build_codec(config, Ledger(config.data, None)) for _ in range(2))
-    assert first.palette.same_as(again.palette) and first.vocabulary == 40
-    assert first.palette.provenance["images"] == 21  # training images only
+    assert first.lexicon.same_as(again.lexicon) and first.vocabulary == 40
+    assert first.lexicon.provenance["images"] == 21  # training images only
     run = tmp_path / "run"
-    tokens.save_palette(first, run)
-    assert codecs.find_codec(config, run).palette.same_as(first.palette)
+    tokens.save_lexicon("palette", first.lexicon, run)
+    assert codecs.find_codec(config, run).lexicon.same_as(first.lexicon)
 
 
 def test_palettes_that_differ_are_an_error_that_names_both(tmp_path):
@@ -347,7 +347,7 @@ def test_palettes_that_differ_are_an_error_that_names_both(tmp_path):
         return dataclasses.replace(config.tokens, palette=str(tmp_path / name))
 
     same = dataclasses.replace(from_cache, tokens=given("same.npz"))
-    assert codecs.find_codec(same).palette.same_as(codec.palette)
+    assert codecs.find_codec(same).palette.same_as(codec.lexicon)
     other = dataclasses.replace(from_cache, tokens=given("other.npz"))
     with pytest.raises(InputError, match=r"tokens.palette=.*other.npz is another one .*the token"):
         codecs.find_codec(other)
@@ -364,9 +364,9 @@ def test_a_palette_is_built_of_random_pixels_of_random_images_and_always_the_sam
     np.savez(tmp_path / "set.npz", train_images=images)
     data = config_lib.Data(name="arrays", path=str(tmp_path / "set.npz"), validation_split="train")
     settings = config_lib.Config(data=data, tokens=config_lib.Tokens(kind="palette", colors=8))
-    first, again = (codecs.build_codec(settings, Ledger(data, None)).palette for _ in range(2))
+    first, again = (codecs.build_codec(settings, Ledger(data, None)).lexicon for _ in range(2))
     assert first.same_as(again)
-    other = codecs.build_codec(dataclasses.replace(settings, seed=1), Ledger(data, None)).palette
+    other = codecs.build_codec(dataclasses.replace(settings, seed=1), Ledger(data, None)).lexicon
     assert not first.same_as(other)
     drawn = [e["image"].tobytes() for e in pipeline.images(data, "train", Ledger(data, None), 20)]
     assert len(set(drawn)) == 20 and drawn != [image.tobytes() for image in images[:20]]

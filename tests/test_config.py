@@ -17,6 +17,8 @@ FREE = {
     "train.microbatches", "train.checkpoint_every", "train.keep_checkpoints", "train.log_every",
     "finetune.train.microbatches", "finetune.train.checkpoint_every",
     "finetune.train.keep_checkpoints", "finetune.train.log_every",
+    "tokens.tokenizer", "tokenizer.train.microbatches", "tokenizer.train.checkpoint_every",
+    "tokenizer.train.keep_checkpoints", "tokenizer.train.log_every", "tokenizer.lpips_weights",
     "probe.batch_size", "probe.every",
     "probe.sgd.checkpoint_every", "probe.sgd.log_every",
     "profile.steps",
@@ -65,6 +67,7 @@ OUT_OF_RANGE = {
     "mesh.fsdp": -2,
     "mesh.sequence": 0,
     "mesh.tensor": 0,
+    **{f"tokenizer.train.{name}": value for name, value in TRAINING.items()},
     **{f"train.{name}": value for name, value in TRAINING.items()},
     **{f"finetune.train.{name}": value for name, value in TRAINING.items()},
     "finetune.generative_coefficient": -1.0,
@@ -104,13 +107,38 @@ OUT_OF_RANGE = {
     "sample.top_k": 0,
     "sample.top_p": 0.0,
     "profile.steps": "15:10",
+    "tokens.autoencoder.channels": 2,
+    "tokens.autoencoder.downsample": 5,
+    "tokens.autoencoder.widths": (),
+    "tokens.autoencoder.encoder_blocks": -1,
+    "tokens.autoencoder.decoder_blocks": -1,
+    "tokens.autoencoder.quantizer": "rvq",
+    "tokens.autoencoder.levels": (8, 1),
+    "tokens.autoencoder.codes": 1,
+    "tokens.autoencoder.code_size": 0,
+    "tokens.autoencoder.dtype": "float16",
+    "tokenizer.l1": -1.0,
+    "tokenizer.l2": -1.0,
+    "tokenizer.gradient": -1.0,
+    "tokenizer.ssim": -1.0,
+    "tokenizer.lpips": -1.0,
+    "tokenizer.commitment": -1.0,
+    "tokenizer.codebook_decay": 1.0,
+    "tokenizer.restart_below": 1.0,
+    "tokenizer.adversarial": -1.0,
+    "tokenizer.adversarial_from": 1.5,
+    "tokenizer.discriminator_width": 0,
+    "tokenizer.discriminator_layers": 0,
+    "tokenizer.discriminator_rate": -1.0,
+    "tokenizer.least_used": 1.5,
 }
 # What any value of the type is good for, or what is judged where data sets and codecs are known.
 UNBOUNDED = {
     "init_from", "data.name", "data.dir", "data.path", "data.labels",
     "data.train_split", "data.validation_split", "data.test_split",
     "data.train_transforms", "data.eval_transforms", "finetune.train_transforms",
-    "tokens.palette",
+    "tokens.palette", "tokens.tokenizer", "tokens.autoencoder.norm", "tokens.autoencoder.attention",
+    "tokenizer.train_transforms", "tokenizer.lpips_weights",
     "model.axial_positions", "model.start_per_variant", "model.scan_layers",
     "model.learned_positions", "model.rotary", "model.qk_norm", "model.above_embedding",
     "finetune.standardize", "probe.sgd.train_transforms", "probe.sgd.standardize",
@@ -317,7 +345,7 @@ def test_a_missing_field_is_an_error_that_names_it():
     assert "config.finetune.train.optimizer.beta1 is missing" in error_of(settings)
 
 
-@pytest.mark.parametrize("train", ["train", "finetune.train"])
+@pytest.mark.parametrize("train", ["tokenizer.train", "train", "finetune.train"])
 @pytest.mark.parametrize(
     ("values", "named"),
     [
@@ -329,6 +357,29 @@ def test_a_missing_field_is_an_error_that_names_it():
 def test_fields_of_a_training_that_do_not_fit_each_other_are_errors(train, values, named):
     message = error_of(changed(**{f"{train}.{name}": value for name, value in values.items()}))
     assert f"config.{train}.{named[0]}" in message and named[1] in message
+
+
+LEARNED = {"tokens.kind": "learned", "data.image_size": 32}
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"data.image_size": 34}, ["image_size is 34", "downsample = 4", "multiple of 4"]),
+        ({"tokens.autoencoder.widths": (8, 8, 8, 8)}, ["widths has 4", "downsample = 4", "for 3"]),
+        ({"tokens.autoencoder.levels": (8,) * 6}, ["levels is", "262144 codes", "65536"]),
+        ({"tokenizer.train.microbatches": 2}, ["microbatches is 2", "whole batches"]),
+        ({"tokenizer.lpips": 1.0}, ["tokenizer.lpips is 1.0", "lpips_weights"]),
+        (
+            {"tokenizer.adversarial": 1.0, "tokenizer.discriminator_layers": 6},
+            ["discriminator_layers is 6", "64 does not divide"],
+        ),
+    ],
+)
+def test_what_learned_tokens_cannot_be_is_refused(values, named):
+    message = error_of(changed(**(LEARNED | values)))
+    assert all(words in message for words in named)
+    assert config_lib.resolve(changed(**LEARNED))
 
 
 def test_heads_must_divide_the_width():

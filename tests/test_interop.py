@@ -19,8 +19,8 @@ from gptv_jax import interop, sharding
 from gptv_jax.errors import InputError
 from gptv_jax.interop import huggingface, native, openai
 from gptv_jax.interop.portable import Portable
-from gptv_jax.interop.tensors import Accounted
 from gptv_jax.record import config_of
+from gptv_jax.tensors import Accounted
 from gptv_jax.tokens.palette import Palette
 
 SHAPE = {"layers": 3, "width": 24, "heads": 3, "vocabulary": 13, "length": 16}
@@ -85,8 +85,8 @@ def assert_same(found: Portable, wanted: Portable):
     assert (found.starts, found.classes) == (wanted.starts, wanted.classes)
     assert (found.step, found.best_layer) == (wanted.step, wanted.best_layer)
     assert found.tokens == wanted.tokens
-    np.testing.assert_array_equal(found.palette.centers, wanted.palette.centers)
-    assert found.palette.provenance == wanted.palette.provenance
+    np.testing.assert_array_equal(found.lexicon.centers, wanted.lexicon.centers)
+    assert found.lexicon.provenance == wanted.lexicon.provenance
 
 
 def test_our_form_gives_back_all_of_it(portable, tmp_path):
@@ -298,7 +298,7 @@ def test_without_colours_the_error_says_where_they_may_come_from(portable, tmp_p
         gptv_jax.from_huggingface(folder)
     COLORS.save(tmp_path / "colors.npz")
     model = gptv_jax.from_huggingface(folder, palette=tmp_path / "colors.npz")
-    np.testing.assert_array_equal(model.codec.palette.centers, COLORS.centers)
+    np.testing.assert_array_equal(model.codec.lexicon.centers, COLORS.centers)
     (folder / "preprocessor_config.json").write_text('{"clusters": [[1, 2], [3, "x"]]}')
     with pytest.raises(InputError, match=r"no list of colours"):
         gptv_jax.from_huggingface(folder)
@@ -330,7 +330,7 @@ def test_colours_that_are_missing_are_taken_from_the_file_named(portable, tmp_pa
     with pytest.raises(InputError, match=r"has no colours for its tokens; name the palette"):
         gptv_jax.load(source)
     found = gptv_jax.load(source, palette=tmp_path / "colors.npz")
-    np.testing.assert_array_equal(found.codec.palette.centers, COLORS.centers)
+    np.testing.assert_array_equal(found.codec.lexicon.centers, COLORS.centers)
 
 
 @pytest.mark.parametrize("form", ["ours", "huggingface"])

@@ -37,7 +37,7 @@ MESHES = {  # data, fsdp, sequence, tensor
 
 def losses(mesh: tuple[int, ...]) -> list[float]:
     """Of every step of a training on real digits."""
-    network = network_of(CONFIG, CODEC, classes=0)
+    network = network_of(CONFIG)
     update, rate = optimizer.make_optimizer(CONFIG.train.optimizer, STEPS)
     with jax.set_mesh(make_mesh(mesh)):
         state = jax.jit(step.make_init(network, update))(jax.random.key(0))
@@ -63,7 +63,7 @@ def test_the_curve_of_losses_is_that_of_one_device(mesh, on_one_device):
 def test_no_device_ever_holds_the_whole_model_while_it_is_made():
     # Wide, so that what is split outweighs norms, and many layers, of which one may be whole.
     model = config_lib.Model(layers=8, width=128, heads=4)
-    network = network_of(dataclasses.replace(CONFIG, model=model), CODEC, classes=0)
+    network = network_of(dataclasses.replace(CONFIG, model=model))
     update, _ = optimizer.make_optimizer(CONFIG.train.optimizer, STEPS)
     with jax.set_mesh(make_mesh((1, 4, 1, 2))):
         init = step.make_init(network, update)

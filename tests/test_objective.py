@@ -15,7 +15,7 @@ from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.errors import InputError
 from gptv_jax.interop import openai
-from gptv_jax.interop.tensors import Accounted
+from gptv_jax.tensors import Accounted
 from gptv_jax.tokens.palette import Palette
 from gptv_jax.train import objective, step
 

@@ -38,7 +38,7 @@ CONFIG = config_lib.Config(
     ),
 )
 CODEC = tokens.make_codec(CONFIG.tokens, CONFIG.data.image_size)
-NETWORK = network_of(CONFIG, CODEC, classes=0)
+NETWORK = network_of(CONFIG)
 MUON = config_lib.Optimizer(name="muon", weight_decay=0.01, clip_norm=1.0, warmup_steps=2)
 EMA = 0.8
 TIMES = {"time", "tokens_per_second", "data_wait_share", "mfu"}
@@ -128,7 +128,8 @@ class Training:
             fitted = loop.fit(
                 "pretrain",
                 config,
-                NETWORK,
+                length=NETWORK.length,
+                flops=1,
                 checkpoints=checkpoints,
                 log=MetricWriter(folder),
                 initial=lambda: jax.jit(self.init)(jax.random.key(0)),

@@ -137,7 +137,8 @@ def count_up(
         return loop.fit(
             "finetune",
             config_lib.Train(steps=20, ema=ema, eval_every=2, checkpoint_every=1),
-            NETWORK,
+            length=NETWORK.length,
+            flops=1,
             checkpoints=checkpoints,
             log=MetricWriter(folder),
             initial=lambda: jax.jit(init)(None),

@@ -85,12 +85,12 @@ def squared_distances(pixels, centers):
 def test_a_token_is_the_nearest_colour(colors):
     codec = PaletteTokens(random_palette(colors), 64)
     corners = np.stack(np.meshgrid(*[[0, 15, 16, 127, 128, 255]] * 3), axis=-1).reshape(-1, 3)
-    near = codec.palette.colors  # where rounding matters most
+    near = codec.lexicon.colors  # where rounding matters most
     pixels = np.concatenate([corners, near, random_image(64 * 64 - 216 - colors, 3)])
     images = pixels.astype(np.uint8).reshape(1, 64, 64, 3)
     found = codec.encode(images)
     assert found.dtype == np.int32 and found.shape == (1, 4096)
-    distances = squared_distances(images.reshape(-1, 3), codec.palette.centers)
+    distances = squared_distances(images.reshape(-1, 3), codec.lexicon.centers)
     taken = np.take_along_axis(distances, found.T, axis=1)[:, 0]
     np.testing.assert_allclose(taken, distances.min(axis=1), rtol=1e-12, atol=1e-9)
     assert (found[0] == distances.argmin(axis=1)).mean() > 0.999  # but for ties
@@ -109,7 +109,7 @@ def test_the_colours_of_tokens_have_those_tokens(colors):
 def test_every_token_has_its_place_in_the_order_of_luminance():
     codec = PaletteTokens(random_palette(300), 8)
     assert sorted(codec.order) == list(range(300)) and codec.vocabulary == 300
-    assert (np.diff((codec.palette.centers @ WEIGHTS)[codec.order]) >= 0).all()
+    assert (np.diff((codec.lexicon.centers @ WEIGHTS)[codec.order]) >= 0).all()
 
 
 def test_a_palette_takes_no_grey_images():
@@ -122,9 +122,9 @@ def test_a_palette_takes_no_grey_images():
 def test_a_palette_is_saved_and_loaded_bit_for_bit(tmp_path):
     saved = random_palette(77)
     codec = PaletteTokens(saved, 8)
-    assert tokens.load_palette(tmp_path) is None
-    tokens.save_palette(codec, tmp_path)
-    loaded = tokens.load_palette(tmp_path)
+    assert tokens.load_lexicon("palette", tmp_path) is None
+    tokens.save_lexicon("palette", codec.lexicon, tmp_path)
+    loaded = tokens.load_lexicon("palette", tmp_path)
     assert loaded.centers.dtype == np.float32 and loaded.provenance == saved.provenance
     np.testing.assert_array_equal(loaded.centers, saved.centers)
     assert loaded.same_as(saved) and not loaded.same_as(random_palette(77, seed=1))
@@ -281,7 +281,7 @@ def igpt(shared_data) -> PaletteTokens:
 
 def test_the_palette_of_igpt_is_read_as_it_is(igpt, shared_data):
     centers = np.load(shared_data / "igpt_palette" / "kmeans_centers.npy")
-    np.testing.assert_array_equal(igpt.palette.centers, centers)
+    np.testing.assert_array_equal(igpt.lexicon.centers, centers)
     np.testing.assert_allclose(centers[0], [0.88664436, 0.66188294, 0.38917464])
     given = np.arange(1024, dtype=np.int32)[None] % 512
     np.testing.assert_array_equal(igpt.encode(igpt.decode(given)), given)

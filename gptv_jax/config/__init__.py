@@ -10,6 +10,7 @@ import dataclasses
 import ml_collections
 
 from gptv_jax import consistency, fields
+from gptv_jax.config.autoencoder import Autoencoder, Tokenizer
 from gptv_jax.config.data import Data, Tokens
 from gptv_jax.config.model import Model
 from gptv_jax.config.stages import Finetune, Probe, ProbeSgd, Sample
@@ -18,6 +19,7 @@ from gptv_jax.errors import InputError
 from gptv_jax.fields import NOT_NEGATIVE, field
 
 __all__ = [
+    "Autoencoder",
     "Config",
     "Data",
     "Finetune",
@@ -28,6 +30,7 @@ __all__ = [
     "ProbeSgd",
     "Profile",
     "Sample",
+    "Tokenizer",
     "Tokens",
     "Train",
     "choose",
@@ -58,6 +61,7 @@ class Config:
     tokens: Tokens = dataclasses.field(default_factory=Tokens)
     model: Model = dataclasses.field(default_factory=Model)
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
+    tokenizer: Tokenizer = dataclasses.field(default_factory=Tokenizer)
     train: Train = dataclasses.field(default_factory=Train)
     probe: Probe = dataclasses.field(default_factory=Probe)
     finetune: Finetune = dataclasses.field(default_factory=Finetune)

@@ -2,7 +2,8 @@
 
 import dataclasses
 
-from gptv_jax.fields import NOT_NEGATIVE, POSITIVE, SHARE, field, one_of
+from gptv_jax.config.autoencoder import Autoencoder
+from gptv_jax.fields import NOT_NEGATIVE, POSITIVE, SHARE, field, flatten, one_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Data:
 class Tokens:
     """How pixels become tokens."""
 
-    kind: str = field("grey", one_of("grey", "palette"))  # see tokens.CODECS
+    kind: str = field("grey", one_of("grey", "palette", "learned"))  # see tokens.CODECS
     # grey: number of levels, which is the vocabulary; lossless where the data fit.
     levels: int = field(17, ("2 to 256", lambda v: 2 <= v <= 256))
     # palette: number of colours, which is the vocabulary.
@@ -41,12 +42,30 @@ class Tokens:
     # palette: iGPT's kmeans_centers.npy or a file of gptv_jax.prepare; None: the token cache's or
     # that of init_from, or else k-means over training pixels, kept in the run folder.
     palette: str | None = field(None, free=True)
+    # learned: a run folder whose tokenizer has finished, or a file of Tokenizer.save; None: the
+    # token cache's or that of init_from, or else this run's own stage `tokenizer` trains it.
+    tokenizer: str | None = field(None, free=True)
+    autoencoder: Autoencoder = dataclasses.field(default_factory=Autoencoder)  # learned
 
     @property
     def vocabulary(self) -> int:
         """V."""
-        return self.levels if self.kind == "grey" else self.colors
+        match self.kind:
+            case "grey":
+                return self.levels
+            case "palette":
+                return self.colors
+            case "learned":
+                return self.autoencoder.vocabulary
+
+    def pairs(self, other: "Tokens") -> list[tuple[str, object, object]]:
+        """Names of the fields that tokens depend on, lexicons apart, with both values."""
+        own = {"grey": "tokens.levels", "palette": "tokens.colors"}.get(self.kind)
+        own = own or "tokens.autoencoder."
+        now, there = flatten(self, "tokens."), flatten(other, "tokens.")
+        return [(n, now[n], there[n]) for n in now if n == "tokens.kind" or n.startswith(own)]
 
     def grid(self, image_size: int) -> tuple[int, int]:
         """Rows and columns of the tokens of an image of so many pixels, height and width."""
-        return (image_size, image_size)
+        side = image_size // (self.autoencoder.downsample if self.kind == "learned" else 1)
+        return (side, side)

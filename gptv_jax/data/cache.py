@@ -4,6 +4,7 @@ A folder with
 
     header.json              what the tokens are, of which images, made how
     palette.npz              where the tokens are colours
+    tokenizer.safetensors    where they are codes of a learned encoder
     <split>-00000.npy, ...   examples end to end, each packed and deflated; mapped, not loaded
     <split>.npz              where each example ends, its checksum and its label
 
@@ -55,7 +56,7 @@ def write(
     """
     packer = _Packer(codec)
     lengths = {name: _write_split(folder, name, found, packer) for name, found in splits.items()}
-    tokens.save_palette(codec, folder)
+    tokens.save_lexicon(header["tokens"]["kind"], codec.lexicon, folder)
     header = {"format": FORMAT, "lengths": lengths, **header}
     files.write_json(folder / "header.json", header)
 
@@ -120,10 +121,12 @@ class TokenCache:
 
     def codec(self) -> tokens.Codec:
         """What the tokens mean."""
-        palette = tokens.load_palette(self.folder)
-        if self.tokens.kind == "palette" and palette is None:
-            raise InputError(f"{self.folder} is damaged: it has lost its {tokens.PALETTE_FILE}.")
-        return tokens.make_codec(self.tokens, self.image_size, palette)
+        kind = self.tokens.kind
+        lexicon = tokens.load_lexicon(kind, self.folder)
+        if kind in tokens.LEXICONS and lexicon is None:
+            lost = tokens.LEXICONS[kind][0]
+            raise InputError(f"{self.folder} is damaged: it has lost its {lost}.")
+        return tokens.make_codec(self.tokens, self.image_size, lexicon)
 
     def open(self, split: str) -> "_CachedSplit":
         """A split; see `sources.DataSet`."""

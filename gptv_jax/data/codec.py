@@ -1,4 +1,4 @@
-"""The codec that fits a run's data: whose palette it takes, or a palette of its own."""
+"""The codec that fits a run's data: whose palette or tokenizer it takes, or its own palette."""
 
 import logging
 import pathlib
@@ -11,50 +11,50 @@ from gptv_jax.data import pipeline, sources
 from gptv_jax.data.cache import TokenCache
 from gptv_jax.data.damage import Ledger
 from gptv_jax.errors import InputError
-from gptv_jax.tokens import Codec, Palette, palette
+from gptv_jax.tokens import Codec, palette
 
 LOG = logging.getLogger(__name__)
 IMAGES, PIXELS = 4096, 2**18  # a palette is built from this many training images and pixels of them
 
 
 def find_codec(config: config_lib.Config, folder: pathlib.Path | None = None) -> Codec | None:
-    """The codec of a configuration; None where its palette is still to be built.
+    """The codec of a configuration; None where its palette or tokenizer is still to be made.
 
     Args:
       config: of the run.
-      folder: of the run, which keeps its palette; None: there is none yet.
+      folder: of the run, which keeps its lexicon; None: there is none yet.
 
     Raises:
-      InputError: palettes of the run, the token cache, `init_from` and `tokens.palette` differ, or
-        the token cache holds other tokens or images than the configuration says.
+      InputError: lexicons of the run, the token cache, `init_from` and the settings differ, or the
+        token cache holds other tokens or images than the configuration says.
     """
-    data_set = sources.open_data_set(config.data)
+    data_set, kind = sources.open_data_set(config.data), config.tokens.kind
     cache = data_set if isinstance(data_set, TokenCache) else None
     if cache:
         _check_cache(config, cache)
-    if config.tokens.kind != "palette":
+    if kind not in tokens.LEXICONS:
         return tokens.make_codec(config.tokens, config.data.image_size)
-    found: dict[str, Palette | None] = {}
+    found: dict[str, tokens.Lexicon | None] = {}
     if folder:
-        found[f"the run folder {folder}"] = tokens.load_palette(folder)
+        found[f"the run folder {folder}"] = tokens.load_lexicon(kind, folder)
     if cache:
-        found[f"the token cache {cache.folder}"] = cache.codec().palette
+        found[f"the token cache {cache.folder}"] = cache.codec().lexicon
     if config.init_from:
         path = pathlib.Path(config.init_from)
         portable = interop.is_portable(path)
         found[f"config.init_from={path}"] = (
-            interop.read_palette(path) if portable else tokens.load_palette(path)
+            interop.read_lexicon(path) if portable else tokens.load_lexicon(kind, path)
         )
-    if config.tokens.palette:
-        given = config.tokens.palette
-        found[f"config.tokens.palette={given}"] = palette.load(given)
-    there = {where: colors for where, colors in found.items() if colors is not None}
+    field = {"palette": "palette", "learned": "tokenizer"}[kind]
+    if given := getattr(config.tokens, field):
+        found[f"config.tokens.{field}={given}"] = tokens.LEXICONS[kind][1](given)
+    there = {where: lexicon for where, lexicon in found.items() if lexicon is not None}
     if not there:
         return None
     (first, chosen), *rest = there.items()
     for where, other in rest:
         if not other.same_as(chosen):
-            raise InputError(f"the palette of {where} is another one than that of {first}.")
+            raise InputError(f"the {field} of {where} is another one than that of {first}.")
     return tokens.make_codec(config.tokens, config.data.image_size, chosen)
 
 
@@ -82,13 +82,10 @@ def build_codec(config: config_lib.Config, ledger: Ledger) -> Codec:
 
 def _check_cache(config: config_lib.Config, cache: TokenCache) -> None:
     """Raises where the cache is not what this configuration would have made."""
-    now, there = config.tokens, cache.tokens
-    size = "colors" if now.kind == "palette" else "levels"
     differing = [
         f"config.{where} is {ours!r}, there {theirs!r}"
         for where, ours, theirs in (
-            ("tokens.kind", now.kind, there.kind),
-            (f"tokens.{size}", getattr(now, size), getattr(there, size)),
+            *config.tokens.pairs(cache.tokens),
             ("data.image_size", config.data.image_size, cache.image_size),
             ("data.eval_transforms", config.data.eval_transforms, cache.transforms),
         )

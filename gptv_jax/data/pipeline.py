@@ -5,14 +5,12 @@ number of hosts and workers: batch k of the endless, per-epoch shuffled sequence
 k*B .. (k+1)*B, and share i of n takes the i-th n-th of them.
 """
 
+import copy
 import dataclasses
 import functools
+import itertools
 import logging
-import multiprocessing
-import os
 import pathlib
-import signal
-import threading
 from collections.abc import Iterator
 
 import grain
@@ -22,23 +20,26 @@ from gptv_jax import config as config_lib
 from gptv_jax.data import sources, transforms
 from gptv_jax.data.damage import SOUND, Decoded, Ledger
 from gptv_jax.data.images import Decode
+from gptv_jax.data.reading import Padded, read_by
 from gptv_jax.errors import InputError
 from gptv_jax.tokens import Codec
 
 LOG = logging.getLogger(__name__)
+ENCODED_AHEAD = 2  # batches
 
 
 class Pipeline:
     """The data of a run, as batches of NumPy arrays.
 
-    A batch holds `"tokens": int32 [b, T]`, `"variant": int32 [b]` and, of labelled data,
-    `"label": int32 [b]`; b is the batch size over the number of shares.
+    A batch holds `"tokens": int32 [b, T]` or, without a codec, `"image": uint8 [b, H, W, C]`,
+    `"variant": int32 [b]` and, of labelled data, `"label": int32 [b]`; b is the batch size over the
+    number of shares.
     """
 
     def __init__(
         self,
         config: config_lib.Data,
-        codec: Codec,
+        codec: Codec | None,
         seed: int,
         folder: pathlib.Path | None = None,
         share: tuple[int, int] = (0, 1),
@@ -47,7 +48,7 @@ class Pipeline:
 
         Args:
           config: source, transforms and workers.
-          codec: of the tokens.
+          codec: of the tokens; None: images stay what they are.
           seed: of order and augmentation.
           folder: of the run, for the record of damaged images.
           share: `(i, n)`: of every global batch the i-th n-th is read, as `sharding.batch_share`
@@ -55,6 +56,12 @@ class Pipeline:
         """
         self.config, self.codec, self.seed, self.share = config, codec, seed, share
         self.ledger = Ledger(config, folder)
+
+    def with_codec(self, codec: Codec) -> "Pipeline":
+        """The same data as tokens of another codec; damaged images are told of once."""
+        other = copy.copy(self)
+        other.codec = codec
+        return other
 
     def train(
         self, batch_size: int, position: int = 0, entries: tuple[str, ...] = ()
@@ -68,9 +75,9 @@ class Pipeline:
         """
         source, steps = _opened(self.config, "train", entries or self.config.train_transforms)
         data = grain.MapDataset.range(len(source)).seed(self.seed).shuffle().repeat()
-        data = data.random_map(_Example(source, steps, self.codec))
-        read = _read(self._share(data, batch_size)[position:], source, self.config.workers)
-        return self._watched(read, "train", source, batch_size, position)
+        data = data.random_map(_Example(source, steps, self._of_workers("train")))
+        read = read_by(self._share(data, batch_size)[position:], source, self.config.workers)
+        return self._watched(self._encoded(read), "train", source, batch_size, position)
 
     def evaluation(self, split: str, batch_size: int, limit: int | None = None) -> Iterator[dict]:
         """This process's share of a split, in order, every example once, without augmentation.
@@ -85,11 +92,16 @@ class Pipeline:
           limit: examples, the first ones; None: all.
         """
         source, steps = _opened(self.config, split, self.config.eval_transforms)
-        padded = _Padded(source, batch_size, limit)
-        example = _Example(padded, steps, self.codec)
+        padded = Padded(source, batch_size, limit)
+        example = _Example(padded, steps, self._of_workers(split))
         data = grain.MapDataset.range(len(padded)).map(example.map)
-        read = _read(self._share(data, batch_size), source, self.config.workers)
-        return self._watched(read, split, source, batch_size)
+        read = read_by(self._share(data, batch_size), source, self.config.workers)
+        return self._watched(self._encoded(read), split, source, batch_size)
+
+    def _of_workers(self, split: str) -> Codec | None:
+        """The codec, where each image becomes tokens by itself, not a batch of them here."""
+        here = self.codec is not None and self.codec.of_batches and self.has_pixels(split)
+        return None if here else self.codec
 
     def has_pixels(self, split: str) -> bool:
         """Whether the split's images are at hand, not their tokens alone."""
@@ -109,9 +121,40 @@ class Pipeline:
                 self.ledger.enter(split, source, damaged, drawn=number * len(damaged))
             yield batch
 
+    def _encoded(self, read: grain.IterDataset) -> grain.IterDataset:
+        """The batches with tokens, where a codec makes them of whole batches on devices.
 
-def try_out(config: config_lib.Data, codec: Codec, entries: tuple[str, ...], count: int) -> None:
+        In a thread of its own, a few batches ahead: what trains meanwhile does not wait for it.
+        """
+        if self.codec is None or not self.codec.of_batches:
+            return read
+
+        def encode(batch: dict) -> dict:
+            if "image" not in batch:  # of a token cache
+                return batch
+            images = batch.pop("image")
+            return {"tokens": self.codec.encode(images), **batch}
+
+        return grain.experimental.ThreadPrefetchIterDataset(
+            read.map(encode), prefetch_buffer_size=ENCODED_AHEAD
+        )
+
+
+def try_out(
+    config: config_lib.Data,
+    codec: Codec | None,
+    shape: tuple[int, int, int],
+    entries: tuple[str, ...],
+    count: int,
+) -> None:
     """Makes tokens of the first training images, so that what does not fit is found before work.
+
+    Args:
+      config: source.
+      codec: of the tokens; None, or one that takes batches: only the shape is looked at.
+      shape: H, W, C of the images that tokens are made of.
+      entries: transforms.
+      count: images to try.
 
     Raises:
       InputError: the transforms do not fit the data, or their result not the codec.
@@ -122,7 +165,10 @@ def try_out(config: config_lib.Data, codec: Codec, entries: tuple[str, ...], cou
         image = source[index]["image"]
         for step in steps:
             image = step(image, rng)
-        to_tokens(codec, image)
+        if codec is None or (codec.of_batches and image.dtype == np.uint8):
+            _check_shape(image, shape)
+        else:
+            to_tokens(codec, image)
 
 
 def images(
@@ -146,7 +192,7 @@ def images(
     if count is not None and count < len(source):
         data = data.seed(seed).shuffle()[:count]
     data = data.map(_Example(source, steps).image)
-    for number, element in enumerate(_read(data, source, config.workers), start=1):
+    for number, element in enumerate(read_by(data, source, config.workers), start=1):
         damaged = element.pop("damaged", None)
         if damaged is not None:
             ledger.enter(split, source, np.array([damaged]), drawn=number)
@@ -218,6 +264,8 @@ class _Example(grain.transforms.RandomMap):
         return element
 
     def _with_tokens(self, element: dict) -> dict:
+        if self.codec is None:
+            return element
         return {"tokens": to_tokens(self.codec, element.pop("image")), **element}
 
 
@@ -228,13 +276,7 @@ def to_tokens(codec: Codec, image: np.ndarray) -> np.ndarray:
       InputError: the image has another shape, or values that the codec has no token for.
     """
     cached = image.dtype == np.uint16
-    wanted = (*codec.grid, 1) if cached else codec.image_shape
-    if image.shape != wanted:
-        found, takes = (" x ".join(map(str, shape)) for shape in (image.shape, wanted))
-        raise InputError(
-            f"after the transforms of config.data an image is {found}, but tokens are made of "
-            f"{takes} (config.data.image_size and config.tokens.kind say so); change one of these."
-        )
+    _check_shape(image, (*codec.grid, 1) if cached else codec.image_shape)
     if cached:
         return image.reshape(-1).astype(np.int32)
     try:
@@ -243,44 +285,25 @@ def to_tokens(codec: Codec, image: np.ndarray) -> np.ndarray:
         raise InputError(f"config.tokens does not fit the images: {error}") from error
 
 
-class _Padded:
-    """A source of a whole number of batches; what does not count has mask 0."""
+def tokenized(codec: Codec, elements: Iterator[dict], count: int = 64) -> Iterator[dict]:
+    """Elements of `images` as batches of up to `count`, each with its "tokens", int32 [b, T].
 
-    def __init__(self, source, batch_size: int, limit: int | None):
-        self.source = source
-        self.real = len(source) if limit is None else min(limit, len(source))
-        self.length = -(-self.real // batch_size) * batch_size
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> dict:
-        real = index < self.real
-        element = self.source[index if real else 0]
-        counts = real and element.get("damaged", SOUND) == SOUND
-        return {**element, "mask": np.float32(counts), "index": np.int32(index)}
-
-
-def _read(data: grain.MapDataset, source, workers: int) -> grain.IterDataset:
-    # Decoding gives Python's lock away, unpacking tokens does not.
-    threads = min(os.cpu_count(), 16) if source.form == "encoded" else 1
-    read = data.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=16))
-    if workers:
-        read = read.mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=workers), worker_init_fn=_bind_to_parent
-        )
-    return read
-
-
-def _bind_to_parent(*_) -> None:
-    """A worker ends with the process that it reads for, however that ends, and not before it.
-
-    A scheduler's SIGTERM may go to the workers too, while a training still takes a last step.
+    Raises:
+      InputError: see `to_tokens`.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    threading.Thread(target=_end_after_parent, daemon=True).start()
+    while chunk := list(itertools.islice(elements, count)):
+        batch = {name: np.stack([element[name] for element in chunk]) for name in chunk[0]}
+        _check_shape(batch["image"][0], codec.image_shape)
+        try:
+            yield {**batch, "tokens": codec.encode(batch["image"])}
+        except ValueError as error:
+            raise InputError(f"config.tokens does not fit the images: {error}") from error
 
 
-def _end_after_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
+def _check_shape(image: np.ndarray, wanted: tuple[int, ...]) -> None:
+    if image.shape != wanted:
+        found, takes = (" x ".join(map(str, shape)) for shape in (image.shape, wanted))
+        raise InputError(
+            f"after the transforms of config.data an image is {found}, but tokens are made of "
+            f"{takes} (config.data.image_size and config.tokens say so); change one of these."
+        )

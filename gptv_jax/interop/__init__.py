@@ -5,9 +5,9 @@ import pathlib
 from gptv_jax.errors import InputError
 from gptv_jax.interop import huggingface, native, openai
 from gptv_jax.interop.portable import Portable
-from gptv_jax.tokens.palette import Palette
+from gptv_jax.tokens import Lexicon, Palette
 
-# Each form: whether a path is one, its weights, and its palette alone.
+# Each form: whether a path is one, its weights, and its lexicon alone.
 FORMS = (native, huggingface, openai)
 
 
@@ -37,7 +37,7 @@ def read(path: str | pathlib.Path, palette: Palette | None = None) -> Portable:
     )
 
 
-def read_palette(path: str | pathlib.Path) -> Palette | None:
-    """The colours that lie with the weights at `path`; None where there are none."""
+def read_lexicon(path: str | pathlib.Path) -> Lexicon | None:
+    """What tokens stand for, as it lies with the weights at `path`; None where nothing does."""
     path = pathlib.Path(path)
-    return next((form.read_palette(path) for form in FORMS if form.found(path)), None)
+    return next((form.read_lexicon(path) for form in FORMS if form.found(path)), None)

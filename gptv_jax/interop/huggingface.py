@@ -15,11 +15,11 @@ import re
 import numpy as np
 
 from gptv_jax import config as config_lib
-from gptv_jax import fields, files
+from gptv_jax import fields, files, tensors
 from gptv_jax.errors import InputError
-from gptv_jax.interop import native, tensors
+from gptv_jax.interop import native
 from gptv_jax.interop.portable import Portable, agreed, class_head
-from gptv_jax.interop.tensors import Accounted
+from gptv_jax.tensors import Accounted
 from gptv_jax.tokens import palette as palettes
 from gptv_jax.tokens.palette import Palette
 
@@ -57,8 +57,8 @@ def found(path: pathlib.Path) -> bool:
         return False
 
 
-def read_palette(folder: pathlib.Path) -> Palette | None:
-    """See `interop.read_palette`."""
+def read_lexicon(folder: pathlib.Path) -> Palette | None:
+    """See `interop.read_lexicon`."""
     path = folder / PREPROCESSOR
     clusters = files.read_json(path, {}).get("clusters")
     if clusters is None:
@@ -78,10 +78,10 @@ def read(folder: pathlib.Path, palette: Palette | None = None) -> Portable:
     if native.HEADER in metadata:  # our own export, which says what its tokens are
         header = native.header(metadata, folder)
         colours = native.uses_colours(header)
-        own = agreed(palette, read_palette(folder), str(folder)) if colours else None
+        own = agreed(palette, read_lexicon(folder), str(folder)) if colours else None
         portable = native.described(header, {}, own, folder)
     else:
-        own = agreed(palette, read_palette(folder), str(folder))
+        own = agreed(palette, read_lexicon(folder), str(folder))
         portable = _described(config, folder, own)
     params = _weights(config, folder, there)
     classes = len(params.get("classifier.class_head", ()))
@@ -131,7 +131,7 @@ def _described(config: dict, folder: pathlib.Path, palette: Palette) -> Portable
         tokens=config_lib.Tokens(kind="palette", colors=config["vocab_size"] - 1),
         image_size=size,
         params={},
-        palette=palette,
+        lexicon=palette,
     )
 
 
@@ -270,7 +270,7 @@ def write(portable: Portable, folder: pathlib.Path, task: str) -> None:
     # Token by token a colour to show it as; for a palette, the palette.
     every = np.arange(V)[:, None].repeat(T, axis=1)
     shown = codec.picture(codec.decode(every))[:, 0, 0]
-    centers = portable.palette.centers if portable.palette else shown / 127.5 - 1
+    centers = portable.lexicon.centers if portable.lexicon else shown / 127.5 - 1
     preprocessor = {
         "image_processor_type": "ImageGPTImageProcessor",
         "clusters": centers.tolist(),

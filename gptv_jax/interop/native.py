@@ -7,17 +7,17 @@ import pathlib
 import numpy as np
 
 from gptv_jax import config as config_lib
-from gptv_jax import fields
+from gptv_jax import fields, tensors
 from gptv_jax.errors import InputError, first_line
 from gptv_jax.fields import NOT_NEGATIVE, POSITIVE, field
-from gptv_jax.interop import tensors
 from gptv_jax.interop.portable import Portable, agreed
+from gptv_jax.tokens import Lexicon, Palette, Tokenizer, learned
 from gptv_jax.tokens import palette as palettes
-from gptv_jax.tokens.palette import Palette
 
 FORMAT = 1
 HEADER = "gptv_jax"  # the key of the file's metadata
-CENTERS = "palette.centers"  # the one tensor that is no weight
+# Tensors that are no weights of the network: a palette's colours, and those of a tokenizer.
+CENTERS, TOKENIZER = "palette.centers", "tokenizer."
 
 
 def found(path: pathlib.Path) -> bool:
@@ -27,11 +27,13 @@ def found(path: pathlib.Path) -> bool:
 
 def describe(portable: Portable) -> dict:
     """All but the arrays, as JSON."""
+    lexicon = portable.lexicon
     return {
         "format": FORMAT,
         "model": fields.flatten(portable.model),
-        "tokens": fields.flatten(portable.tokens) | {"palette": None},
-        "palette": portable.palette.provenance if portable.palette else None,
+        "tokens": fields.flatten(portable.tokens) | {"palette": None, "tokenizer": None},
+        "palette": lexicon.provenance if isinstance(lexicon, Palette) else None,
+        "tokenizer": lexicon.described() if isinstance(lexicon, Tokenizer) else None,
         **{name: getattr(portable, name) for name in FACTS},
     }
 
@@ -51,7 +53,7 @@ FACTS = [each.name for each in dataclasses.fields(Facts)]
 
 
 def described(
-    header: dict, params: dict[str, np.ndarray], palette: Palette | None, where: pathlib.Path
+    header: dict, params: dict[str, np.ndarray], lexicon: Lexicon | None, where: pathlib.Path
 ) -> Portable:
     """The inverse of `describe`, the palette with the provenance that the header has.
 
@@ -64,13 +66,13 @@ def described(
                 f"{where} is of format {header['format']}; this version reads {FORMAT}."
             )
         facts = fields.from_dict(Facts, {name: header[name] for name in FACTS}, "header")
-        if palette is not None:
-            palette = dataclasses.replace(palette, provenance=dict(header["palette"]))
+        if isinstance(lexicon, Palette):
+            lexicon = dataclasses.replace(lexicon, provenance=dict(header["palette"]))
         return Portable(
             model=_settings(config_lib.Model, header["model"], "model"),
             tokens=_settings(config_lib.Tokens, header["tokens"], "tokens"),
             params=params,
-            palette=palette,
+            lexicon=lexicon,
             **fields.flatten(facts),
         )
     except (KeyError, TypeError, AttributeError) as error:
@@ -96,8 +98,12 @@ def read(path: pathlib.Path, palette: Palette | None = None) -> Portable:
         raise InputError(f"{path} holds weights that are not floating-point: {', '.join(odd)}.")
     params = {name: np.asarray(array, np.float32) for name, array in arrays.items()}
     own = None if centers is None else palettes.checked(centers, {}, f"{CENTERS} of {path}")
+    of_tokenizer = {n: params.pop(n) for n in list(params) if n.startswith(TOKENIZER)}
     if uses_colours(said):
         own = agreed(palette, own, str(path))
+    if said.get("tokenizer") is not None:
+        weights = {n.removeprefix(TOKENIZER): array for n, array in of_tokenizer.items()}
+        own = learned.of_described(said["tokenizer"], weights, str(path))
     return described(said, params, own, path).checked(str(path))
 
 
@@ -106,14 +112,19 @@ def uses_colours(header: dict) -> bool:
     return header.get("palette") is not None
 
 
-def read_palette(path: pathlib.Path) -> Palette | None:
-    """See `interop.read_palette`."""
+def read_lexicon(path: pathlib.Path) -> Lexicon | None:
+    """See `interop.read_lexicon`."""
+    said = header(tensors.read_metadata(path), path)
     with tensors.open_file(path) as file:
-        if CENTERS not in file.keys():  # noqa: SIM118 - the file is no mapping
+        names = set(file.keys())
+        if said.get("tokenizer") is not None:
+            own = [n for n in names if n.startswith(TOKENIZER)]
+            weights = {n.removeprefix(TOKENIZER): file.get_tensor(n) for n in own}
+            return learned.of_described(said["tokenizer"], weights, str(path))
+        if CENTERS not in names:
             return None
         centers = file.get_tensor(CENTERS)
-    provenance = header(tensors.read_metadata(path), path).get("palette") or {}
-    return palettes.checked(centers, provenance, f"{CENTERS} of {path}")
+    return palettes.checked(centers, said.get("palette") or {}, f"{CENTERS} of {path}")
 
 
 def write(portable: Portable, path: pathlib.Path) -> None:
@@ -125,8 +136,10 @@ def write(portable: Portable, path: pathlib.Path) -> None:
     if path.suffix != ".safetensors":
         raise InputError(f"{path} does not end in .safetensors, by which such a file is known.")
     arrays = {name: np.ascontiguousarray(array) for name, array in portable.params.items()}
-    if portable.palette:
-        arrays[CENTERS] = portable.palette.centers
+    if isinstance(portable.lexicon, Palette):
+        arrays[CENTERS] = portable.lexicon.centers
+    if isinstance(portable.lexicon, Tokenizer):
+        arrays |= {f"{TOKENIZER}{n}": array for n, array in portable.lexicon.params.items()}
     tensors.write(arrays, path, {HEADER: json.dumps(describe(portable))})
 
 

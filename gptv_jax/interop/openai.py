@@ -13,7 +13,7 @@ import numpy as np
 from gptv_jax import config as config_lib
 from gptv_jax.errors import InputError, first_line
 from gptv_jax.interop.portable import Portable, class_head
-from gptv_jax.interop.tensors import Accounted
+from gptv_jax.tensors import Accounted
 from gptv_jax.tokens.palette import Palette
 
 LOG = logging.getLogger(__name__)
@@ -28,8 +28,8 @@ def found(prefix: pathlib.Path) -> bool:
     return prefix.with_name(f"{prefix.name}.index").is_file()
 
 
-def read_palette(prefix: pathlib.Path) -> Palette | None:
-    """See `interop.read_palette`: checkpoints have none."""
+def read_lexicon(prefix: pathlib.Path) -> Palette | None:
+    """See `interop.read_lexicon`: checkpoints have none."""
     return None
 
 
@@ -98,7 +98,7 @@ def convert(there: Accounted, prefix: pathlib.Path, palette: Palette) -> Portabl
         tokens=config_lib.Tokens(kind="palette", colors=V),
         image_size=math.isqrt(T),
         params=params,
-        palette=palette,
+        lexicon=palette,
         classes=classes,
         step=_step(prefix),
     )

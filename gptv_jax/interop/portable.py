@@ -10,7 +10,7 @@ from gptv_jax import config as config_lib
 from gptv_jax import sharding, tokens
 from gptv_jax.errors import InputError
 from gptv_jax.model.gpt import Network
-from gptv_jax.tokens.palette import Palette
+from gptv_jax.tokens import Lexicon, Palette
 
 # Fields of the model that weights depend on; the others (dropout, dtype, how layers are walked, the
 # width that rates are tuned at) are the user's to choose.
@@ -28,7 +28,7 @@ class Portable:
     tokens: config_lib.Tokens
     image_size: int  # pixels, height and width
     params: dict[str, np.ndarray]  # float32, by flat name: "blocks.qkv"
-    palette: Palette | None = None
+    lexicon: Lexicon | None = None  # what the tokens stand for
     starts: int = 1  # start vectors
     classes: int = 0  # of the class head; 0: none
     step: int | None = None  # of the training that the weights are of, where known
@@ -37,7 +37,7 @@ class Portable:
     @property
     def codec(self) -> tokens.Codec:
         """What the tokens mean."""
-        return tokens.make_codec(self.tokens, self.image_size, self.palette)
+        return tokens.make_codec(self.tokens, self.image_size, self.lexicon)
 
     @property
     def network(self) -> Network:
@@ -100,12 +100,10 @@ class Portable:
           config: the configuration.
           starts: start vectors that it asks for.
         """
-        size = "colors" if config.tokens.kind == "palette" else "levels"
         pairs = [(f"model.{n}", getattr(config.model, n), getattr(self.model, n)) for n in SHAPING]
         pairs += [
             ("model.start_per_variant (start vectors)", starts, self.starts),
-            ("tokens.kind", config.tokens.kind, self.tokens.kind),
-            (f"tokens.{size}", getattr(config.tokens, size), getattr(self.tokens, size)),
+            *config.tokens.pairs(self.tokens),
             ("data.image_size", config.data.image_size, self.image_size),
         ]
         return [f"config.{n} is {now!r}, there {then!r}" for n, now, then in pairs if now != then]

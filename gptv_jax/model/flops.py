@@ -1,6 +1,11 @@
 """What the network costs in FLOPs, by its shape alone."""
 
+import math
+from collections.abc import Callable
 from typing import NamedTuple
+
+import jax
+from jax.extend import core as jax_core
 
 from gptv_jax.model import attention as attention_lib
 from gptv_jax.model import splash_attention
@@ -75,6 +80,33 @@ def executed(network: Network, platform: str, split: int = 1, loss_parts: int = 
     if c.remat == "full":  # all but the last product of a layer, whose result no gradient needs
         matmul += blocks.matmul - 2 * c.layers * c.mlp_width * c.width
     return Flops(matmul, attention)
+
+
+def of_program(function: Callable, *arguments) -> int:
+    """FLOPs of the products and convolutions in what a function traces to.
+
+    Args:
+      function: of arrays; it is not run.
+      arguments: arrays or their shapes.
+    """
+    return _of_jaxpr(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def _of_jaxpr(jaxpr: jax_core.Jaxpr) -> int:
+    total = 0
+    for eqn in jaxpr.eqns:
+        results = math.prod(eqn.outvars[0].aval.shape) if eqn.outvars else 0
+        match eqn.primitive.name:
+            case "conv_general_dilated":
+                kernel = eqn.invars[1].aval.shape
+                numbers = eqn.params["dimension_numbers"]
+                total += 2 * results * math.prod(kernel) // kernel[numbers.rhs_spec[0]]
+            case "dot_general":
+                (summed, _), _ = eqn.params["dimension_numbers"]
+                total += 2 * results * math.prod(eqn.invars[0].aval.shape[i] for i in summed)
+            case _:
+                total += sum(_of_jaxpr(inner) for inner in jax_core.jaxprs_in_params(eqn.params))
+    return total
 
 
 def _head(network: Network) -> int:

@@ -8,7 +8,7 @@ from gptv_jax.model import flops
 from gptv_jax.model.gpt import Network
 from gptv_jax.planning import compiled, memory, roofline, traffic
 from gptv_jax.planning.topology import Topology
-from gptv_jax.run import starts_of
+from gptv_jax.run import network_of
 from gptv_jax.train import objective
 
 DAY = 86_400  # seconds
@@ -116,13 +116,6 @@ class Plan:
             del parts["gradients"], parts["activations"]
             parts["temporaries"] = self.compiled.total - sum(parts.values())
         return parts
-
-
-def network_of(config: config_lib.Config) -> Network:
-    """The network that a configuration trains, which it tells without data."""
-    tokens = config.tokens
-    grid = tokens.grid(config.data.image_size)
-    return Network(config.model, tokens.vocabulary, grid, starts_of(config))
 
 
 def make(config: config_lib.Config, topology: Topology, *, compiling: bool = True) -> Plan:

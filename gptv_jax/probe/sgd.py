@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from gptv_jax import config as config_lib
 from gptv_jax import preemption, sharding
 from gptv_jax.checkpoint import Checkpoints
+from gptv_jax.model import flops
 from gptv_jax.model.gpt import Network, Output
 from gptv_jax.probe.features import Batches, Features, statistics
 from gptv_jax.probe.logistic import preference
@@ -183,7 +184,9 @@ def fit(
             checkpoint_every=settings.checkpoint_every,
             log_every=settings.log_every,
         ),
-        heads.network,
+        length=heads.network.length,
+        # Gradients do not go through the network.
+        flops=flops.forward(heads.network).total,
         checkpoints=checkpoints,
         log=log,
         initial=initial,
@@ -191,7 +194,6 @@ def fit(
         train_step=lambda state, batch: train_step(state, frozen, batch),
         batches=training,
         evaluate=best,
-        forward_only=True,
     )
     validation, test = (evaluate(fitted.params, split) for split in ("validation", "test"))
     chosen = {}

@@ -12,6 +12,7 @@ import optax
 
 from gptv_jax import sharding
 from gptv_jax.checkpoint import Checkpoints
+from gptv_jax.model import flops
 from gptv_jax.model.gpt import Network
 from gptv_jax.run import Run
 from gptv_jax.train import loop, objective, optimizer, step
@@ -61,7 +62,8 @@ def run_stage(run: Run) -> dict:
             fitted = loop.fit(
                 name,
                 settings.train,
-                network,
+                length=network.length,
+                flops=flops.training(network).total,
                 checkpoints=checkpoints,
                 log=run.metrics,
                 initial=lambda: start(_with_head(run, network, weights)),

@@ -8,6 +8,7 @@ import jax
 from gptv_jax import sharding
 from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.data import pipeline
+from gptv_jax.model import flops
 from gptv_jax.model.gpt import parameter_count
 from gptv_jax.probe import features, ridge
 from gptv_jax.run import Run
@@ -19,6 +20,7 @@ def run_stage(run: Run) -> dict:
     """Trains `config.train.steps` steps and measures the test split once; the summary's numbers."""
     config = run.config
     network, batch_size = run.network(), config.train.batch_size
+    needed = flops.training(network).total
     update, rate = optimizer.make_optimizer(
         config.train.optimizer, config.train.steps, relative_width=config.model.relative_width
     )
@@ -37,7 +39,8 @@ def run_stage(run: Run) -> dict:
         fitted = loop.fit(
             "pretrain",
             config.train,
-            network,
+            length=network.length,
+            flops=needed,
             checkpoints=checkpoints,
             log=run.metrics,
             initial=lambda: jax.jit(init)(jax.random.key(config.seed)),
@@ -67,7 +70,7 @@ def run_stage(run: Run) -> dict:
         "test_bits_per_token": bits,
         **_against_pixels(run, bits),
         "train_tokens_per_second": fitted.tokens_per_second,
-        "mfu": metrics.mfu(network, fitted.tokens_per_second),
+        "mfu": metrics.mfu(needed, fitted.tokens_per_second),
         **fitted.sessions,
     }
 
@@ -82,8 +85,9 @@ def _against_pixels(run: Run, bits: float) -> dict[str, float | None]:
     likely = run.config.model.objective == "autoregressive"  # bert tells of hidden tokens alone
     if not codec.lossless and run.data.has_pixels("test"):
         statistics = TokenStatistics(codec)
-        for element in pipeline.images(run.config.data, "test", run.data.ledger):
-            statistics.add(element["image"], pipeline.to_tokens(codec, element["image"]))
+        images = pipeline.images(run.config.data, "test", run.data.ledger)
+        for batch in pipeline.tokenized(codec, images):
+            statistics.add(batch["image"], batch["tokens"])
         distortion = statistics.numbers()
     per_dimension = math.prod(codec.grid) / math.prod(codec.image_shape)
     return {

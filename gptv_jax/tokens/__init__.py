@@ -1,4 +1,8 @@
-"""Images to sequences of tokens and back. Each kind of token is one small class, a `Codec`."""
+"""Images to sequences of tokens and back. Each kind of token is one small class, a `Codec`.
+
+What tokens stand for, where the settings alone do not say it, is a `Lexicon`: the colours of a
+palette, or a learned encoder and decoder. A run folder and a token cache keep their own.
+"""
 
 import pathlib
 from typing import Protocol, runtime_checkable
@@ -8,11 +12,18 @@ from jaxtyping import Int, UInt8
 
 from gptv_jax import config as config_lib
 from gptv_jax.errors import InputError
+from gptv_jax.tokens import learned
 from gptv_jax.tokens import palette as palettes
 from gptv_jax.tokens.grey import GreyLevels
+from gptv_jax.tokens.learned import LearnedTokens, Tokenizer
 from gptv_jax.tokens.palette import Palette, PaletteTokens
 
-PALETTE_FILE = "palette.npz"  # in a run folder and in a token cache
+Lexicon = Palette | Tokenizer
+# Of a kind of token that has one: the file that a folder keeps it in, and what reads it.
+LEXICONS = {
+    "palette": (palettes.FILE, palettes.load),
+    "learned": (learned.FILE, learned.load),
+}
 
 
 @runtime_checkable
@@ -23,6 +34,8 @@ class Codec(Protocol):
     grid: tuple[int, int]  # rows and columns of tokens, in raster order; T is their product
     image_shape: tuple[int, int, int]  # H, W, C of the images it takes
     lossless: bool  # whether `decode` gives back every image that `encode` takes
+    of_batches: bool  # whether it encodes on devices, for which many images at once are better
+    lexicon: "Lexicon | None"  # what tokens stand for, where the settings do not say it
     order: np.ndarray  # all tokens, those that look alike next to each other
 
     def encode(self, images: UInt8[np.ndarray, "B H W C"]) -> Int[np.ndarray, "B T"]:
@@ -36,37 +49,45 @@ class Codec(Protocol):
 
 
 CODECS = {
-    "grey": lambda config, size, palette: GreyLevels(config.levels, size),
+    "grey": lambda config, size, _: GreyLevels(config.levels, size),
     "palette": lambda config, size, palette: PaletteTokens(palette, size),
+    "learned": lambda config, size, tokenizer: LearnedTokens(tokenizer, size),
 }
 
 
-def make_codec(config: config_lib.Tokens, image_size: int, palette: Palette | None = None) -> Codec:
+def make_codec(config: config_lib.Tokens, image_size: int, lexicon: Lexicon | None = None) -> Codec:
     """The codec that the config names, for square images of `image_size` pixels.
 
     Args:
       config: kind and settings.
       image_size: height and width in pixels.
-      palette: the colours, where they are the tokens.
+      lexicon: what the tokens stand for, where they have one.
 
     Raises:
-      InputError: the palette is of another number of colours.
+      InputError: it is not what the settings say.
     """
-    if palette is not None and len(palette.centers) != config.colors:
+    if isinstance(lexicon, Palette) and len(lexicon.centers) != config.colors:
         raise InputError(
-            f"config.tokens.colors is {config.colors}, but the palette has {len(palette.centers)} "
+            f"config.tokens.colors is {config.colors}, but the palette has {len(lexicon.centers)} "
             "colours; set it to that."
         )
-    return CODECS[config.kind](config, image_size, palette)
+    if isinstance(lexicon, Tokenizer) and (differing := lexicon.differing(config.autoencoder)):
+        raise InputError(
+            f"the tokenizer is another one than config.tokens.autoencoder says: "
+            f"{'; '.join(differing)}. Set these fields to its values."
+        )
+    return CODECS[config.kind](config, image_size, lexicon)
 
 
-def load_palette(folder: pathlib.Path) -> Palette | None:
-    """The palette that a run folder or a token cache keeps; None where it has none."""
-    path = folder / PALETTE_FILE
-    return palettes.load(path) if path.exists() else None
+def load_lexicon(kind: str, folder: pathlib.Path) -> Lexicon | None:
+    """What a run folder or a token cache keeps of a kind of token; None where it has none."""
+    if kind not in LEXICONS:
+        return None
+    name, load = LEXICONS[kind]
+    return load(folder / name) if (folder / name).exists() else None
 
 
-def save_palette(codec: Codec, folder: pathlib.Path) -> None:
-    """Keeps a codec's palette, where it has one."""
-    if isinstance(codec, PaletteTokens):
-        codec.palette.save(folder / PALETTE_FILE)
+def save_lexicon(kind: str, lexicon: Lexicon | None, folder: pathlib.Path) -> None:
+    """Keeps what tokens of this kind stand for, where they have a lexicon."""
+    if lexicon is not None:
+        lexicon.save(folder / LEXICONS[kind][0])

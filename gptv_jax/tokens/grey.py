@@ -12,6 +12,8 @@ class GreyLevels:
     """Token = level of the pixel, 0 .. levels-1."""
 
     lossless: ClassVar = True
+    of_batches: ClassVar = False
+    lexicon: ClassVar = None
     levels: int
     size: int  # pixels, height and width
 

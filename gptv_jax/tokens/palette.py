@@ -17,6 +17,7 @@ from gptv_jax.errors import InputError
 with epy.lazy_imports():  # heavy, and not needed for a palette that is there
     from sklearn import cluster
 
+FILE = "palette.npz"  # in a run folder and in a token cache
 CELL = 16  # colour values that a cell of the look-up table has along each channel
 WEIGHTS = np.array([0.299, 0.587, 0.114])  # of red, green and blue in luminance
 
@@ -36,15 +37,6 @@ class Palette:
     def same_as(self, other: "Palette") -> bool:
         """Whether tokens mean the same."""
         return np.array_equal(self.centers, other.centers)
-
-    def as_json(self) -> dict:
-        """What `of_json` takes."""
-        return {"centers": self.centers.tolist(), "provenance": self.provenance}
-
-    @classmethod
-    def of_json(cls, content: dict) -> "Palette":
-        """The same palette, in another process."""
-        return cls(np.array(content["centers"], np.float32), content["provenance"])
 
     def save(self, path: pathlib.Path) -> None:
         """Writes an `.npz` file that `load` reads."""
@@ -122,10 +114,11 @@ class PaletteTokens:
     """Token = number of the colour that is nearest in squared distance of RGB."""
 
     lossless = False
+    of_batches = False
 
     def __init__(self, palette: Palette, size: int):
         """A codec for square images of `size` pixels."""
-        self.palette, self.size = palette, size
+        self.lexicon, self.size = palette, size
         self.vocabulary = len(palette.centers)
         self.grid = (size, size)
         self.image_shape = (size, size, 3)
@@ -133,7 +126,7 @@ class PaletteTokens:
     @property
     def order(self) -> Int[np.ndarray, "V"]:
         """Tokens by luminance, so that neighbours look alike: it makes caches smaller."""
-        return np.argsort(self.palette.centers @ WEIGHTS, kind="stable")
+        return np.argsort(self.lexicon.centers @ WEIGHTS, kind="stable")
 
     def encode(self, images: UInt8[np.ndarray, "B H W 3"]) -> Int[np.ndarray, "B T"]:
         """Int32 tokens in raster order, by one look-up a pixel.
@@ -148,7 +141,7 @@ class PaletteTokens:
 
     def decode(self, tokens: Int[np.ndarray, "B T"]) -> UInt8[np.ndarray, "B H W 3"]:
         """The colours of the tokens; what encoding rounded away stays away."""
-        return self.palette.colors[tokens].reshape(len(tokens), *self.image_shape)
+        return self.lexicon.colors[tokens].reshape(len(tokens), *self.image_shape)
 
     def picture(self, images: UInt8[np.ndarray, "B H W 3"]) -> UInt8[np.ndarray, "B H W 3"]:
         """The images themselves."""
@@ -156,7 +149,7 @@ class PaletteTokens:
 
     @functools.cached_property
     def _nearest(self) -> np.ndarray:
-        return _nearest(self.palette.centers.tobytes())
+        return _nearest(self.lexicon.centers.tobytes())
 
     def __getstate__(self) -> dict:
         """Without the table: a worker process makes its own."""

@@ -15,14 +15,14 @@ class TokenStatistics:
         self.counts = np.zeros(V, np.int64)
         self.images, self.squared_error, self.values, self.same_left = 0, 0.0, 0, 0
 
-    def add(self, image: UInt8[np.ndarray, "H W C"], tokens: Int[np.ndarray, "T"]) -> None:
-        """One more image, and its tokens."""
-        self.images += 1
-        self.counts += np.bincount(tokens, minlength=len(self.counts))
-        restored = self.codec.decode(tokens[None])[0].astype(np.int32)
-        self.squared_error += float(np.square(restored - image).sum())
-        self.values += image.size
-        self.same_left += int((tokens[1:] == tokens[:-1]).sum())
+    def add(self, images: UInt8[np.ndarray, "B H W C"], tokens: Int[np.ndarray, "B T"]) -> None:
+        """More images, and their tokens."""
+        self.images += len(images)
+        self.counts += np.bincount(tokens.reshape(-1), minlength=len(self.counts))
+        restored = self.codec.decode(tokens).astype(np.int32)
+        self.squared_error += float(np.square(restored - images).sum())
+        self.values += images.size
+        self.same_left += int((tokens[:, 1:] == tokens[:, :-1]).sum())
 
     def numbers(self) -> dict[str, float | int | None]:
         """The statistics of all images so far.

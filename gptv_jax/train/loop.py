@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
+import numpy as np
 
 from gptv_jax import config as config_lib
 from gptv_jax import preemption, sharding
 from gptv_jax.checkpoint import Checkpoints, DamagedError
 from gptv_jax.errors import InputError
-from gptv_jax.model.gpt import Network
 from gptv_jax.train import profiling
 from gptv_jax.train.goodput import Sessions
 from gptv_jax.train.metrics import MetricWriter, Progress, mfu
@@ -45,8 +45,9 @@ class Fitted(NamedTuple):
 def fit(
     name: str,
     config: config_lib.Train,
-    network: Network,
     *,
+    length: int,
+    flops: int,
     checkpoints: Checkpoints,
     log: MetricWriter,
     initial: Callable[[], dict],
@@ -57,7 +58,6 @@ def fit(
     patience: int = 0,
     measure: Callable[[dict], dict[str, float]] | None = None,
     measure_every: int = 0,
-    forward_only: bool = False,
     profiler: profiling.Profiler = profiling.OFF,
 ) -> Fitted:
     """Trains to the end, from the newest checkpoint where there is one.
@@ -65,7 +65,8 @@ def fit(
     Args:
       name: of the training, in the log.
       config: steps and intervals.
-      network: what is trained.
+      length: tokens of an image.
+      flops: that training needs for one of them, forward and backward, for the MFU.
       checkpoints: open, and left open.
       log: takes the events.
       initial: makes the train state, see `step.state_of`, where there is no checkpoint.
@@ -77,7 +78,6 @@ def fit(
       patience: evaluations without a better one after which it stops; 0: never.
       measure: `params -> numbers` that are only logged.
       measure_every: steps between two of them; 0: none.
-      forward_only: gradients do not go through the network, which its MFU is to count.
       profiler: surrounds every step.
 
     Raises:
@@ -119,8 +119,8 @@ def fit(
                 "clip_norm is the usual remedy."
             )
         if at % config.log_every == 0 or at == config.steps:
-            speed = clock.lap(config.batch_size * network.length)
-            share = mfu(network, speed["tokens_per_second"], forward_only=forward_only)
+            speed = clock.lap(config.batch_size * length)
+            share = mfu(flops, speed["tokens_per_second"])
             values |= {**speed, "mfu": share}
             log.write(name, at, values)
             progress.report(at, values)
@@ -196,7 +196,7 @@ def fit(
             progress.advance()
 
     progress.close()
-    speed = clock.tokens_per_second(config.batch_size * network.length)
+    speed = clock.tokens_per_second(config.batch_size * length)
     spent = sessions.numbers(clock.of_steps(step))
 
     def best() -> int | None:
@@ -213,16 +213,21 @@ def fit(
     return Fitted(state[config.weights], step, evaluations, speed, spent)
 
 
+def totals(eval_step: Callable, params: dict, batches: Iterator[dict]) -> dict[str, np.ndarray]:
+    """An evaluation's sums over a whole split, every example once."""
+    total = None
+    for batch in preemption.watched(batches):
+        sums = eval_step(params, sharding.global_batch(batch))
+        total = sums if total is None else jax.tree.map(lambda a, b: a + b, total, sums)
+    return jax.device_get(total)
+
+
 def evaluate_all(eval_step: Callable, params: dict, batches: Iterator[dict]) -> dict:
     """Means over a whole split, every example once.
 
     nats_per_token and, with a class head, accuracy and class_nats (per image).
     """
-    total = None
-    for batch in preemption.watched(batches):
-        sums = eval_step(params, sharding.global_batch(batch))
-        total = sums if total is None else jax.tree.map(lambda a, b: a + b, total, sums)
-    total = {k: float(v) for k, v in jax.device_get(total).items()}
+    total = {k: float(v) for k, v in totals(eval_step, params, batches).items()}
     numbers = {"nats_per_token": total["nats_per_token"] / total["images"]}
     if "correct" in total:
         numbers["accuracy"] = total["correct"] / total["images"]

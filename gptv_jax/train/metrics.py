@@ -14,8 +14,6 @@ import tqdm
 from etils import epy
 
 from gptv_jax import hardware
-from gptv_jax.model import flops
-from gptv_jax.model.gpt import Network
 
 with epy.lazy_imports():  # it tries to load torch, which takes seconds where it is there
     import tensorboardX
@@ -23,20 +21,17 @@ with epy.lazy_imports():  # it tries to load torch, which takes seconds where it
 LOG = logging.getLogger(__name__)
 
 
-def flops_per_token(network: Network, *, forward_only: bool = False) -> int:
-    """FLOPs that one token of training needs, forward and backward, as `model.flops` counts."""
-    return (flops.forward if forward_only else flops.training)(network).total
+def mfu(flops: int, tokens_per_second: float | None) -> float | None:
+    """Share of all devices' bfloat16 peak; None where the peak or the speed is not known.
 
-
-def mfu(
-    network: Network, tokens_per_second: float | None, *, forward_only: bool = False
-) -> float | None:
-    """Share of all devices' bfloat16 peak; None where the peak or the speed is not known."""
+    Args:
+      flops: that a token needs, as `model.flops` counts.
+      tokens_per_second: over all devices.
+    """
     known = hardware.of(jax.devices()[0].device_kind)
     if known is None or tokens_per_second is None:
         return None
-    needed = tokens_per_second * flops_per_token(network, forward_only=forward_only)
-    return needed / (known.peak_flops * jax.device_count())
+    return tokens_per_second * flops / (known.peak_flops * jax.device_count())
 
 
 def bits(nats: float) -> float:

@@ -19,6 +19,11 @@ MATRICES = {
     "mlp_in": MuonDimensionNumbers(reduction_axis=1, output_axis=2),  # L [D] [F]
     "mlp_gate_up": MuonDimensionNumbers(reduction_axis=1, output_axis=3),  # L [D] 2 [F]
     "mlp_out": MuonDimensionNumbers(reduction_axis=1, output_axis=2),  # L [F] [D]
+    # height width inputs [outputs]
+    **dict.fromkeys(
+        ("conv", "from_pixels", "to_pixels", "from_code", "to_code"),
+        MuonDimensionNumbers(reduction_axis=(0, 1, 2), output_axis=3),
+    ),
 }
 # Weight decay acts on these, and their steps depend on the width; never on norms, start vectors,
 # embeddings and positions. By name, because a stacked norm gain has two dimensions as well.

@@ -1,0 +1,131 @@
+"""The tokenizer: an encoder and decoder learn to restore images from few codes.
+
+Every later stage then works on these codes; the trained network is kept in the run folder as
+tokenizer.safetensors, which other runs may name as config.tokens.tokenizer.
+"""
+
+import itertools
+import logging
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from gptv_jax import pictures, sharding
+from gptv_jax.checkpoint import Checkpoints
+from gptv_jax.data import pipeline
+from gptv_jax.model import autoencoder, flops
+from gptv_jax.model.gpt import parameter_count
+from gptv_jax.run import Run
+from gptv_jax.tokens import Tokenizer
+from gptv_jax.train import autoencoding, loop, metrics, optimizer
+
+LOG = logging.getLogger(__name__)
+SHOWN = 16  # test images in the picture of reconstructions
+
+
+def run_stage(run: Run) -> dict:
+    """Trains `config.tokenizer.train.steps` steps; the test split's numbers for the summary."""
+    config, settings = run.config, run.config.tokenizer
+    network, train = config.tokens.autoencoder, config.tokenizer.train
+    update, rate = optimizer.make_optimizer(train.optimizer, train.steps)
+    init = autoencoding.make_init(network, settings, update)
+    eval_step = autoencoding.make_eval_step(network)
+    length = math.prod(config.tokens.grid(config.data.image_size))
+    needed = flops_per_image(run) // length
+
+    def batches(position: int):
+        return run.images.train(train.batch_size, position, settings.train_transforms)
+
+    def evaluate(params: dict, split: str = "validation") -> dict:
+        images = run.images.evaluation(split, train.batch_size)
+        found = autoencoding.health(loop.totals(eval_step, params, images))
+        if found["codes_used"] < settings.least_used:
+            LOG.warning(
+                "the codebook collapses: %.1f%% of %d codes are in use on %s, less than the share "
+                "config.tokenizer.least_used=%s.",
+                *(100 * found["codes_used"], network.vocabulary, split, settings.least_used),
+            )
+        return found
+
+    with Checkpoints(run.checkpoints("tokenizer"), train.keep_checkpoints) as checkpoints:
+        fitted = loop.fit(
+            "tokenizer",
+            train,
+            length=length,
+            flops=needed,
+            checkpoints=checkpoints,
+            log=run.metrics,
+            initial=lambda: jax.jit(init)(jax.random.key(config.seed)),
+            abstract=sharding.abstract(init),
+            train_step=autoencoding.make_train_step(
+                network, settings, update, rate, seed=config.seed
+            ),
+            batches=batches,
+            evaluate=evaluate,
+        )
+    found, speed = evaluate(fitted.params, "test"), fitted.tokens_per_second
+    collapsed = found["codes_used"] < settings.least_used
+    run.adopt(Tokenizer(network, _on_host(fitted.params), _provenance(run, fitted.step)))
+    _picture(run)
+    return {
+        "params": parameter_count(fitted.params),
+        "steps": fitted.step,
+        "codes": network.vocabulary,
+        "tokens": length,
+        **{f"test_{name}": found[name] for name in ("psnr_db", "ssim", "mse", "idempotence")},
+        **{name: found[name] for name in ("codes_used", "dead_codes", "perplexity")},
+        "collapsed": collapsed,
+        "train_images_per_second": speed and speed / length,
+        "mfu": metrics.mfu(needed, speed),
+        **fitted.sessions,
+    }
+
+
+def flops_per_image(run: Run) -> int:
+    """FLOPs that training needs for an image: its forward pass, and twice as much backward."""
+    network, size = run.config.tokens.autoencoder, run.config.data.image_size
+
+    def forward(params: dict, images: jax.Array) -> jax.Array:
+        model = autoencoder.bind(network, params)
+        return model.decoder(model.encode(images).values)
+
+    ways = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
+    params = jax.eval_shape(lambda: autoencoder.init(network, jax.random.key(0)))
+    shape = (ways, size, size, network.channels)
+    images = jax.ShapeDtypeStruct(
+        shape, jnp.float32, sharding=jax.NamedSharding(run.mesh, sharding.BATCH_FIRST)
+    )
+    return 3 * flops.of_program(forward, params, images) // ways
+
+
+def _on_host(params: dict) -> dict[str, np.ndarray]:
+    """The weights by flat name, whole, on every process."""
+    whole = jax.jit(lambda tree: jax.tree.map(lambda x: jax.sharding.reshard(x, P()), tree))(params)
+    return {name: np.asarray(leaf) for name, leaf in sharding.by_name(whole).items()}
+
+
+def _provenance(run: Run, steps: int) -> dict:
+    data, settings = run.config.data, run.config.tokenizer
+    return {
+        "data": data.name,
+        "split": data.train_split,
+        "image_size": data.image_size,
+        "transforms": list(settings.train_transforms or data.train_transforms),
+        "steps": steps,
+        "batch_size": settings.train.batch_size,
+        "seed": run.config.seed,
+    }
+
+
+def _picture(run: Run) -> None:
+    """Writes samples/reconstructions.png: test images, each beside what its codes restore."""
+    elements = pipeline.images(run.config.data, "test", run.images.ledger)
+    images = np.stack([e["image"] for e in itertools.islice(elements, SHOWN)])
+    restored = run.codec.decode(run.codec.encode(images))
+    if jax.process_index() == 0:
+        pairs = np.stack([run.codec.picture(x) for x in (images, restored)], axis=1)
+        grid = pictures.grid(pairs.reshape(-1, *pairs.shape[2:]), columns=8)
+        pictures.save(grid, run.folder / "samples" / "reconstructions.png")

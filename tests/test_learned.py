@@ -1,0 +1,130 @@
+"""Learned tokens as a codec: encode, decode, files."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from conftest import generator, make_mesh, random_image
+
+from gptv_jax import config as config_lib
+from gptv_jax import sharding, tokens
+from gptv_jax.data import pipeline
+from gptv_jax.errors import InputError
+from gptv_jax.model import autoencoder
+from gptv_jax.tokens import LearnedTokens, Tokenizer, learned
+
+CONFIG = config_lib.Autoencoder(
+    widths=(16,), encoder_blocks=1, decoder_blocks=1, attention=True, levels=(8, 5, 5, 5)
+)
+SETTINGS = config_lib.Tokens("learned", autoencoder=CONFIG)
+
+
+def random_tokenizer(config=CONFIG, seed: int = 0) -> Tokenizer:
+    """Weights that spread codes and pixels over many of those there are."""
+    with jax.set_mesh(make_mesh((1, 1, 1))):
+        abstract = sharding.abstract(lambda key: autoencoder.init(config, key))
+    rng = generator(seed)
+    params = {
+        name: rng.normal(0, np.prod(leaf.shape[:-1]) ** -0.5, leaf.shape).astype(np.float32)
+        for name, leaf in sharding.by_name(abstract).items()
+    }
+    params["encoder.to_code.bias"] *= 0.3
+    params["decoder.to_pixels.to_pixels"] *= 3
+    return Tokenizer(config, params, {"data": "noise"})
+
+
+@pytest.fixture(scope="module")
+def codec() -> LearnedTokens:
+    return tokens.make_codec(SETTINGS, 16, random_tokenizer())
+
+
+def test_a_token_stands_for_a_square_of_pixels(codec):
+    images = random_image(5, 16, 16, 3)
+    found = codec.encode(images)
+    assert codec.grid == (4, 4) and codec.image_shape == (16, 16, 3) and codec.vocabulary == 1000
+    assert found.shape == (5, 16) and found.dtype == np.int32
+    assert found.min() >= 0 and found.max() < 1000 and len(np.unique(found)) > 9
+    restored = codec.decode(found)
+    assert restored.shape == images.shape and restored.dtype == np.uint8
+    assert restored.min() == 0 and restored.max() == 255  # such weights go beyond both ends
+    assert codec.decode(found[:, :6], grid=(2, 3)).shape == (5, 8, 12, 3)
+
+
+def test_tokens_are_the_same_in_batches_of_any_size_and_on_any_devices(codec, monkeypatch):
+    images = random_image(40, 16, 16, 3)
+    wanted = codec.encode(images)
+    assert len(jax.local_devices()) == 8
+    for size in (1, 7, 16, 33):
+        found = [codec.encode(images[i : i + size]) for i in range(0, 40, size)]
+        np.testing.assert_array_equal(np.concatenate(found), wanted)
+    one = jax.local_devices()[:1]
+    monkeypatch.setattr(learned.jax, "local_devices", lambda: one)
+    alone = LearnedTokens(codec.lexicon, 16)
+    assert alone._placed[0].size == 1
+    np.testing.assert_array_equal(alone.encode(images), wanted)
+    np.testing.assert_array_equal(alone.decode(wanted), codec.decode(wanted))
+
+
+def test_encoding_goes_on_within_a_training_step_s_guard(codec):
+    images = random_image(3, 16, 16, 3)
+    wanted = codec.encode(images)
+    with jax.set_mesh(make_mesh((2, 2, 2))), jax.transfer_guard("disallow"):
+        np.testing.assert_array_equal(codec.encode(images), wanted)
+
+
+def test_images_of_another_shape_are_named(codec):
+    with pytest.raises(ValueError, match=r"images are 16 x 16 x 1; .* takes 16 x 16 x 3"):
+        codec.encode(random_image(2, 16, 16, 1))
+    with pytest.raises(InputError, match=r"an image is 8 x 8 x 3, but tokens are made of 16 x 16"):
+        pipeline.to_tokens(codec, random_image(8, 8, 3))
+
+
+def test_grey_images_are_shown_in_three_channels():
+    config = dataclasses.replace(CONFIG, channels=1)
+    codec = LearnedTokens(random_tokenizer(config), 8)
+    images = random_image(2, 8, 8, 1)
+    assert codec.decode(codec.encode(images)).shape == (2, 8, 8, 1)
+    np.testing.assert_array_equal(codec.picture(images), images.repeat(3, axis=-1))
+
+
+def test_a_saved_tokenizer_is_read_as_it_was(codec, tmp_path):
+    tokens.save_lexicon("learned", codec.lexicon, tmp_path)
+    for path in (tmp_path, tmp_path / learned.FILE):
+        again = learned.load(path)
+        assert again.same_as(codec.lexicon) and again.provenance == {"data": "noise"}
+        assert again.config == CONFIG and again.hash == codec.lexicon.hash
+    assert tokens.load_lexicon("learned", tmp_path / "nowhere") is None
+    assert not random_tokenizer(seed=1).same_as(codec.lexicon)
+    images = random_image(4, 16, 16, 3)
+    same = tokens.make_codec(SETTINGS, 16, again)
+    np.testing.assert_array_equal(same.encode(images), codec.encode(images))
+
+
+def test_a_tokenizer_of_other_settings_is_refused_by_the_field(codec):
+    other = dataclasses.replace(SETTINGS, autoencoder=dataclasses.replace(CONFIG, levels=(8, 5)))
+    with pytest.raises(InputError, match=r"autoencoder\.levels is \(8, 5\), there \(8, 5, 5, 5\)"):
+        tokens.make_codec(other, 16, codec.lexicon)
+
+
+def test_what_is_no_tokenizer_is_named(codec, tmp_path):
+    with pytest.raises(InputError, match=r"there is no tokenizer .*stage tokenizer has finished"):
+        learned.load(tmp_path)
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(b"hello" * 20)
+    with pytest.raises(InputError, match=r"x.safetensors .*damaged"):
+        learned.load(path)
+    params = codec.lexicon.params
+    name = "encoder.stem.bias"
+    harmed = {
+        r"encoder.stem.bias is missing, not \(16,\)": {
+            n: a for n, a in params.items() if n != name
+        },
+        r"more is \(2,\), not expected": params | {"more": np.zeros(2, np.float32)},
+        r"encoder.stem.bias is \(3,\), not \(16,\)": params | {name: np.zeros(3, np.float32)},
+        r"encoder.stem.bias is not finite": params | {name: params[name] * np.nan},
+    }
+    for words, content in harmed.items():
+        Tokenizer(CONFIG, content, {}).save(path)
+        with pytest.raises(InputError, match=words):
+            learned.load(path)
