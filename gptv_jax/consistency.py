@@ -94,23 +94,22 @@ def _check_objective(model: "config_lib.Model") -> None:
 def _check_learned(config: "config_lib.Config") -> None:
     """Fields of learned tokens and of their training."""
     network, settings = config.tokens.autoencoder, config.tokenizer
-    size, down = config.data.image_size, network.downsample
+    size, down, prefix = config.data.image_size, network.downsample, "config.tokens.autoencoder"
     if size % down:
         raise InputError(
-            f"config.data.image_size is {size}, which config.tokens.autoencoder.downsample = {down} "
-            "does not divide: a token stands for a square of that many pixels a side; take a "
-            f"multiple of {down}."
+            f"config.data.image_size is {size}; {prefix}.downsample = {down} does not divide it: "
+            f"a token stands for a square of that many pixels a side; take a multiple of {down}."
         )
     if network.patch < 1:
         raise InputError(
-            f"config.tokens.autoencoder.widths has {len(network.widths)} resolutions, each half the "
-            f"one before, but config.tokens.autoencoder.downsample = {down} leaves room for "
-            f"{down.bit_length()}; take fewer, or a larger downsample."
+            f"{prefix}.widths has {len(network.widths)} resolutions, each half the one before, but "
+            f"{prefix}.downsample = {down} leaves room for {down.bit_length()}; take fewer, or a "
+            "larger downsample."
         )
     if network.vocabulary > MOST_CODES:
         raise InputError(
-            f"config.tokens.autoencoder.levels is {network.levels}, which make {network.vocabulary} "
-            f"codes; take at most {MOST_CODES} (their product)."
+            f"{prefix}.levels is {network.levels}, which make {network.vocabulary} codes; take at "
+            f"most {MOST_CODES} (their product)."
         )
     if settings.train.microbatches > 1:
         raise InputError(
@@ -121,6 +120,11 @@ def _check_learned(config: "config_lib.Config") -> None:
         raise InputError(
             f"config.tokenizer.lpips is {settings.lpips}, but config.tokenizer.lpips_weights names "
             "no file of weights; name one, or take lpips=0."
+        )
+    if settings.lpips and network.channels != 3:
+        raise InputError(
+            f"config.tokenizer.lpips is {settings.lpips}, but {prefix}.channels is "
+            f"{network.channels}, and VGG-16 takes RGB; take lpips=0."
         )
     parts = 2**settings.discriminator_layers
     if settings.adversarial and size % parts:

@@ -54,6 +54,7 @@ def write(run: Run) -> None:
 <title>{title} ({html.escape(run.folder.name)})</title><style>{STYLE}</style></head>
 <body><h1>{title}</h1>{_origin(run)}
 <div class="tiles">{_headlines(run, summary)}</div>
+{_section("Tokenizer", tokenizing(run, summary, events))}
 {_section("Training", _pretraining(run, events) + _finetuning(summary, events))}
 {_section("Linear probe by layer", _layers(run, summary))}
 {_section("Samples", _samples(run))}

@@ -117,8 +117,12 @@ class Accounted:
         if name in self and np.any(self.take(name, shape)):
             self._wrong.append(f"{name} is not zero, and this network has no biases")
 
-    def close(self, where: pathlib.Path) -> None:
+    def close(self, where: pathlib.Path, kind: str = "an Image GPT") -> None:
         """Refuses what is missing, misshapen or left over.
+
+        Args:
+          where: the tensors are, for the message.
+          kind: what they should be of.
 
         Raises:
           InputError: lists all of it.
@@ -126,6 +130,6 @@ class Accounted:
         left = [f"{name} {tuple(shape)} is left over" for name, shape in self._left.items()]
         if self._wrong or left:
             raise InputError(
-                f"the weights in {where} are not those of an Image GPT: "
+                f"the weights in {where} are not those of {kind}: "
                 f"{'; '.join([*self._wrong, *left])}."
             )

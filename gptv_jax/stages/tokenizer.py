@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from gptv_jax import pictures, sharding
 from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.data import pipeline
-from gptv_jax.model import autoencoder, flops
+from gptv_jax.model import autoencoder, flops, lpips
 from gptv_jax.model.gpt import parameter_count
 from gptv_jax.run import Run
 from gptv_jax.tokens import Tokenizer
@@ -35,6 +35,7 @@ def run_stage(run: Run) -> dict:
     eval_step = autoencoding.make_eval_step(network)
     length = math.prod(config.tokens.grid(config.data.image_size))
     needed = flops_per_image(run) // length
+    vgg = lpips.load(settings.lpips_weights) if settings.lpips else None
 
     def batches(position: int):
         return run.images.train(train.batch_size, position, settings.train_transforms)
@@ -61,7 +62,7 @@ def run_stage(run: Run) -> dict:
             initial=lambda: jax.jit(init)(jax.random.key(config.seed)),
             abstract=sharding.abstract(init),
             train_step=autoencoding.make_train_step(
-                network, settings, update, rate, seed=config.seed
+                network, settings, update, rate, seed=config.seed, vgg=vgg
             ),
             batches=batches,
             evaluate=evaluate,

@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from gptv_jax import config as config_lib
-from gptv_jax.model import autoencoder, discriminator
+from gptv_jax.model import autoencoder, discriminator, lpips
 from gptv_jax.model.quantizer import unit
 from gptv_jax.tokens.learned import from_pixels, to_pixels
 from gptv_jax.train import reconstruction
@@ -64,7 +65,7 @@ def make_train_step(
     rate: optax.Schedule,
     *,
     seed: int = 0,
-    perceptual: Callable | None = None,
+    vgg: lpips.Weights | None = None,
 ) -> Callable:
     """`(state, batch) -> (state, metrics)`, donating the state.
 
@@ -74,18 +75,18 @@ def make_train_step(
       optimizer: takes the gradient of the encoder and decoder.
       rate: learning rate by step, for the metrics.
       seed: of the encodings that dead codes begin anew as.
-      perceptual: `(restored, images) -> [B]`, of the weight `settings.lpips`.
+      vgg: what `settings.lpips` needs.
     """
     terms = {name: term for name, term in TERMS.items() if getattr(settings, name)}
-    if settings.lpips:
-        terms["lpips"] = perceptual
 
-    def loss(params: dict, images: Float[Array, "B H W C"], critic: dict | None, share):
+    def loss(params: dict, images: Float[Array, "B H W C"], critic: dict | None, share, frozen):
         model = autoencoder.bind(config, params)
         z = model.encoder(images)
         quantized = model.quantizer(z)
         restored = model.decoder(quantized.values)
         parts = {name: term(restored, images).mean() for name, term in terms.items()}
+        if settings.lpips:
+            parts["lpips"] = lpips.distance(frozen, restored, images).mean()
         total = sum(getattr(settings, name) * part for name, part in parts.items())
         total += settings.commitment * quantized.commitment
         if critic is not None:
@@ -95,12 +96,12 @@ def make_train_step(
         metrics = {"loss": total, "psnr_db": reconstruction.psnr(squared), **parts}
         return total, (metrics, z, quantized.codes, restored)
 
-    def train_step(state: dict, batch: dict) -> tuple[dict, Metrics]:
+    def train_step(state: dict, batch: dict, frozen: dict) -> tuple[dict, Metrics]:
         images, at = from_pixels(batch["image"]), state["step"]
         begun = at >= round(settings.adversarial_from * settings.train.steps)
         critic = state["critic"]["params"] if settings.adversarial else None
         gradients, (metrics, z, codes, restored) = jax.grad(loss, has_aux=True)(
-            state["params"], images, critic, begun.astype(jnp.float32)
+            state["params"], images, critic, begun.astype(jnp.float32), frozen
         )
         params, opt = apply_update(optimizer, gradients, state["opt"], state["params"])
         new = {"step": at + 1, "params": params, "opt": opt}
@@ -122,7 +123,10 @@ def make_train_step(
             )
         return new, metrics
 
-    return jax.jit(train_step, donate_argnums=0)
+    compiled = jax.jit(train_step, donate_argnums=0)
+    whole = NamedSharding(jax.sharding.get_mesh(), P())
+    frozen = jax.device_put(vgg or {}, whole)  # an argument: constants would be compiled in
+    return lambda state, batch: compiled(state, batch, frozen)
 
 
 def follow(

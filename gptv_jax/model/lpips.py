@@ -1,0 +1,84 @@
+"""LPIPS: how differently a network that recognises objects sees two images.
+
+The distance of VGG-16's features at five depths (Zhang et al. 2018, arXiv:1801.03924, version 0.1
+of their weights), which follows people's judgement where the mean squared difference does not.
+Its weights are the user's to bring: docs/tokenizer.md.
+"""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from gptv_jax import tensors
+from gptv_jax.model.autoencoder import LAYOUT
+
+# Convolutions of 3 x 3 by slice, each as its number in torchvision's VGG-16 and its outputs; a
+# slice but the first begins with max pooling, and its end is read.
+SLICES = (
+    ((0, 64), (2, 64)),
+    ((5, 128), (7, 128)),
+    ((10, 256), (12, 256), (14, 256)),
+    ((17, 512), (19, 512), (21, 512)),
+    ((24, 512), (26, 512), (28, 512)),
+)
+SHIFT = np.array([-0.030, -0.088, -0.188], np.float32)  # of images from -1 to 1, as in their code
+SCALE = np.array([0.458, 0.448, 0.450], np.float32)
+EPSILON = 1e-10
+
+Weights = dict[str, np.ndarray]  # by the name of their state dict
+
+
+def load(path: str | pathlib.Path) -> Weights:
+    """The weights of `lpips.LPIPS(net="vgg")`, from its state dict as a .safetensors file.
+
+    Raises:
+      InputError: a tensor is missing, left over or misshapen; all are listed.
+    """
+    path, inputs = pathlib.Path(path).absolute(), 3
+    arrays = tensors.read(path)
+    # Theirs hold the same linear layers a second time, and the shift and scale that stand above.
+    known = {n: a for n, a in arrays.items() if not n.startswith(("lins.", "scaling_layer."))}
+    account = tensors.Accounted({n: a.shape for n, a in known.items()}, known.__getitem__)
+    found = {}
+    for i, convolutions in enumerate(SLICES):
+        for number, outputs in convolutions:
+            name = f"net.slice{i + 1}.{number}"
+            found[f"{name}.weight"] = account.take(f"{name}.weight", (outputs, inputs, 3, 3))
+            found[f"{name}.bias"] = account.take(f"{name}.bias", (outputs,))
+            inputs = outputs
+        name = f"lin{i}.model.1.weight"
+        found[name] = account.take(name, (1, inputs, 1, 1))
+    account.close(path, "LPIPS with VGG-16")
+    return found
+
+
+def distance(
+    weights: Weights, one: Float[Array, "B H W 3"], other: Float[Array, "B H W 3"]
+) -> Float[Array, "B"]:
+    """LPIPS of pairs of images from -1 to 1, of 16 pixels a side or more; 0 for the same image."""
+    total = 0.0
+    for i, (a, b) in enumerate(zip(_read(weights, one), _read(weights, other), strict=True)):
+        linear = weights[f"lin{i}.model.1.weight"].reshape(1, 1, 1, -1)
+        total += (jnp.square(_unit(a) - _unit(b)) * linear).sum(axis=-1).mean(axis=(1, 2))
+    return total
+
+
+def _read(weights: Weights, images: Float[Array, "B H W 3"]) -> list[Float[Array, "B h w N"]]:
+    x, found = (images - SHIFT[None, None, None]) / SCALE[None, None, None], []
+    for i, convolutions in enumerate(SLICES):
+        if i:
+            x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+        for number, _ in convolutions:
+            name = f"net.slice{i + 1}.{number}"
+            kernel = jnp.transpose(weights[f"{name}.weight"], (2, 3, 1, 0))
+            x = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=LAYOUT)
+            x = jax.nn.relu(x + weights[f"{name}.bias"][None, None, None])
+        found.append(x)
+    return found
+
+
+def _unit(x: Float[Array, "B h w N"]) -> Float[Array, "B h w N"]:
+    return x / (jnp.sqrt(jnp.square(x).sum(axis=-1, keepdims=True)) + EPSILON)

@@ -1,0 +1,158 @@
+"""The real command that trains a tokenizer, then a GPT on its codes."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import generator
+from PIL import Image
+
+import gptv_jax
+from gptv_jax.tokens import learned
+
+pytestmark = pytest.mark.process
+
+CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
+SMALL = {
+    "data.name": "arrays",
+    "data.image_size": 16,
+    "data.train_split": "train",
+    "data.validation_split": "validation",
+    "data.train_transforms": '("flip()",)',
+    "data.eval_transforms": "()",
+    "tokens.autoencoder.widths": "(16,)",
+    "tokens.autoencoder.encoder_blocks": 1,
+    "tokens.autoencoder.decoder_blocks": 1,
+    "tokens.autoencoder.levels": "(5,5,5)",
+    "tokenizer.train.steps": 60,
+    "tokenizer.train.batch_size": 16,
+    "tokenizer.train.checkpoint_every": 20,
+    "tokenizer.train.log_every": 20,
+    "model.layers": 1,
+    "model.width": 16,
+    "model.heads": 2,
+    "train.steps": 6,
+    "train.batch_size": 16,
+    "train.log_every": 3,
+    "sample.count": 4,
+    "sample.completions": 2,
+}
+
+
+def command(workdir, data, *more: str, module: str = "main") -> list[str]:
+    fields = [f"--config.{name}={value}" for name, value in SMALL.items()]
+    place = f"--workdir={workdir}" if module == "main" else f"--out={workdir}"
+    config = f"--config={CONFIGS / 'tokenizer_cifar10.py'}"
+    return [
+        *(sys.executable, "-m", f"gptv_jax.{module}", config, place, *fields),
+        *(f"--config.data.path={data}", *more),
+    ]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([*arguments], capture_output=True, text=True)
+
+
+def summary_of(folder: pathlib.Path) -> dict:
+    return json.loads((folder / "summary.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> pathlib.Path:
+    """Discs of any colour on any ground: something that few codes can say."""
+    rng, arrays = generator(), {}
+    rows, columns = np.mgrid[:16, :16]
+    for split, count in (("train", 200), ("validation", 40), ("test", 40)):
+        y, x, radius = rng.uniform(3, 13, (3, count, 1, 1))
+        inside = ((rows - y) ** 2 + (columns - x) ** 2 < radius**2)[..., None]
+        colors, grounds = rng.integers(256, size=(2, count, 1, 1, 3))
+        images = np.where(inside, colors, grounds).astype(np.uint8)
+        arrays[f"{split}_images"] = images
+        arrays[f"{split}_labels"] = rng.integers(3, size=count)
+    path = tmp_path_factory.mktemp("data") / "discs.npz"
+    np.savez(path, **arrays)
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("run")
+    ended = run(*command(folder, data, "--stages=tokenizer,pretrain,sample"))
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return folder
+
+
+def test_a_tokenizer_is_trained_measured_and_shown(finished, data):
+    summary, images = summary_of(finished), np.load(data)["test_images"].astype(float)
+    plain = images.mean(axis=(1, 2), keepdims=True)  # the best that one colour could do
+    floor = (10 * np.log10(255**2 / np.square(images - plain).mean(axis=(1, 2, 3)))).mean()
+    assert summary["tokenizer/test_psnr_db"] > floor
+    assert 0 < summary["tokenizer/test_ssim"] < 1 and summary["tokenizer/codes"] == 125
+    assert 1 < summary["tokenizer/perplexity"] <= 125 * summary["tokenizer/codes_used"]
+    assert summary["tokenizer/dead_codes"] == 125 - round(125 * summary["tokenizer/codes_used"])
+    codec = learned.LearnedTokens(learned.load(finished), 16)
+    images = np.load(data)["test_images"]
+    made = codec.decode(codec.encode(images)).astype(float)
+    error = np.maximum(np.square(made - images).mean(axis=(1, 2, 3)), 0.25)
+    assert summary["tokenizer/test_psnr_db"] == pytest.approx(
+        (10 * np.log10(255**2 / error)).mean(), abs=1e-3
+    )
+    assert Image.open(finished / "samples" / "reconstructions.png").width > 16
+    page = (finished / "report.html").read_text()
+    assert "Tokenizer" in page and "perplexity" in page
+
+
+def test_the_gpt_on_its_codes_has_their_vocabulary_and_draws_images(finished, data):
+    summary = summary_of(finished)
+    assert summary["pretrain/test_nats_per_token"] < 1.1 * np.log(125)
+    assert summary["pretrain/test_distortion_psnr_db"] > 0
+    model = gptv_jax.load(finished)
+    images = np.load(data)["test_images"][:3]
+    tokens = model.tokenize(images)
+    assert tokens.shape == (3, 16) and model.logits(tokens).shape == (3, 16, 125)
+    assert model.sample(2).shape == (2, 16, 16, 3)
+    kept = model.tokenize(model.complete(images, keep=0.5))
+    assert kept.shape == tokens.shape
+    model.save(finished / "whole.safetensors")
+    again = gptv_jax.load(finished / "whole.safetensors")
+    np.testing.assert_array_equal(again.tokenize(images), tokens)
+    np.testing.assert_allclose(again.logits(tokens), model.logits(tokens), atol=1e-5)
+
+
+def test_another_run_and_a_cache_take_the_tokenizer_that_is_there(finished, data, tmp_path):
+    named = f"--config.tokens.tokenizer={finished}"
+    ended = run(*command(tmp_path / "cache", data, named, module="prepare"))
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert json.loads(ended.stdout)["test"]["psnr"] > 0
+    stages = "--stages=pretrain"
+    ended = run(*command(tmp_path / "images", data, named, stages))
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    cached = ["--config.data.name=tokens", "--config.data.train_transforms=()"]
+    ended = run(*command(tmp_path / "cached", tmp_path / "cache", *cached, stages))
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    plain = ["--config.data.train_transforms=()", stages, named]
+    ended = run(*command(tmp_path / "plain", data, *plain))
+    key = "pretrain/test_nats_per_token"
+    assert summary_of(tmp_path / "cached")[key] == summary_of(tmp_path / "plain")[key]
+    assert summary_of(tmp_path / "images")[key] != summary_of(tmp_path / "plain")[key]  # flips
+    for folder in ("images", "cached"):
+        assert learned.load(tmp_path / folder).hash == learned.load(finished).hash
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--stages=pretrain"], ["needs a tokenizer", "--stages=tokenizer", "tokens.tokenizer"]),
+        (["--config.data.image_size=18"], ["image_size is 18", "multiple of 4"]),
+        (["--config.tokens.kind=palette", "--stages=tokenizer"], ["kind=palette", "to train"]),
+        (["--config.tokens.tokenizer=nowhere"], ["there is no tokenizer", "nowhere"]),
+        (["--config.data.image_size=32"], ["an image is 16 x 16 x 3", "made of 32 x 32 x 3"]),
+    ],
+)
+def test_what_cannot_be_trained_is_one_sentence(data, tmp_path, more, words):
+    ended = run(*command(tmp_path / "run", data, *more))
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr
+    assert all(word in ended.stderr for word in words), ended.stderr
