@@ -32,6 +32,7 @@ def check(config: "config_lib.Config") -> None:
             f"config.model.class_tokens is {model.class_tokens}, whose tokens stand in the place "
             f"of the start vector, which {other} has other plans for; set one of them otherwise."
         )
+    _check_order(model)
     if model.rotary and model.width // model.heads % 4:
         raise InputError(
             f"config.model.rotary is True, but a head's size, config.model.width / "
@@ -68,6 +69,20 @@ def check(config: "config_lib.Config") -> None:
                 f"{prefix}.rest_learning_rate is {optimizer.rest_learning_rate}, but only muon "
                 f"treats the rest apart; take {prefix}.name=muon or rest_learning_rate=None."
             )
+
+
+def check_classes(config: "config_lib.Config", classes: int) -> None:
+    """Whether the network has tokens for the classes of the data, of which 0 are unlabelled.
+
+    Raises:
+      InputError: it has them for another number of classes.
+    """
+    wanted, found = config.model.class_tokens, f"{classes} classes" if classes else "no labels"
+    if wanted and wanted != classes:
+        raise InputError(
+            f"config.model.class_tokens is {wanted}, but the images of config.data.name="
+            f"{config.data.name} have {found}; take {classes}."
+        )
 
 
 def _check_objective(model: "config_lib.Model") -> None:
@@ -132,6 +147,34 @@ def _check_learned(config: "config_lib.Config") -> None:
             f"config.tokenizer.discriminator_layers is {settings.discriminator_layers}, each of "
             f"which halves the image, but {parts} does not divide config.data.image_size = {size}; "
             "take fewer."
+        )
+
+
+def _check_order(model: "config_lib.Model") -> None:
+    """Fields without which, or with which, tokens cannot come in another order than raster."""
+    if model.target_positions and model.objective == "bert":
+        raise InputError(
+            "config.model.target_positions is True, but with config.model.objective=bert a "
+            "position holds the very token that it predicts; set one of them otherwise."
+        )
+    if not model.random_order:
+        return
+    where = f"config.model.random_order is {model.random_order}"
+    if model.objective == "bert":
+        raise InputError(
+            f"{where}, but config.model.objective=bert has no order; set one of them otherwise."
+        )
+    if model.above_embedding:
+        raise InputError(
+            f"{where}, but config.model.above_embedding=True needs the token above, which in "
+            "another order may not be known yet; set one of them otherwise."
+        )
+    tables = model.learned_positions or model.axial_positions
+    if not (model.rotary or (model.target_positions and tables)):
+        raise InputError(
+            f"{where}, but the network would not know the places both of the tokens that it holds "
+            "and of the one to predict; set config.model.rotary, or target_positions beside "
+            "learned_positions or axial_positions."
         )
 
 

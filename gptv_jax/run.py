@@ -16,7 +16,7 @@ import tempfile
 import jax
 from etils import epath
 
-from gptv_jax import checkpoint, distributed, fields, files, interop, sharding, tokens
+from gptv_jax import checkpoint, consistency, distributed, fields, files, interop, sharding, tokens
 from gptv_jax import config as config_lib
 from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.data import codec as codecs
@@ -64,6 +64,7 @@ class Run:
         distributed.from_first(self._compare)
         opened = {split: sources.open_source(config.data, split) for split in sources.SPLITS}
         self.classes = opened["train"].classes
+        consistency.check_classes(config, self.classes)
         names = getattr(sources.open_data_set(config.data), "class_names", self.classes)
         lengths = {split: len(source) for split, source in opened.items()}
         self._known = {"images": lengths, "classes": names}  # of the data

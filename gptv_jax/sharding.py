@@ -33,7 +33,8 @@ PARAMETERS: dict[str, P] = {
     "token_embedding": P(None, "fsdp"),  # V D   small V stays whole: integer cross-entropy is local
     "start": P(None, "fsdp"),  # S D
     "above_embedding": P(None, "fsdp"),  # V+1 D
-    "position": P(None, "fsdp"),  # T D
+    "position": P(None, "fsdp"),  # T D; T+1 with target_position
+    "target_position": P(None, "fsdp"),  # T D
     "row": P(None, "fsdp"),  # image height, D
     "column": P(None, "fsdp"),  # image width, D
     "norm_1": P(None, None),  # L D   norms are tiny: splitting them would only add collectives

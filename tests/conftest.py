@@ -74,10 +74,11 @@ def random_params(network: Network, seed: int = 0) -> dict:
 def random_batch(network: Network, size: int = 8, seed: int = 0) -> dict:
     """NumPy tokens, variants, labels and masks."""
     rng = np.random.default_rng(seed)
+    classes = max(network.classes, network.config.class_tokens, 1)
     return {
         "tokens": rng.integers(network.vocabulary, size=(size, network.length), dtype=np.int32),
         "variant": rng.integers(network.starts, size=size, dtype=np.int32),
-        "label": rng.integers(max(network.classes, 1), size=size, dtype=np.int32),
+        "label": rng.integers(classes, size=size, dtype=np.int32),
         "mask": (np.arange(size) < size - 1).astype(np.float32),
     }
 

@@ -99,6 +99,7 @@ OUT_OF_RANGE = {
     "tokens.kind": "gray",
     "model.class_tokens": -1,
     "model.label_dropout": 1.5,
+    "model.random_order": (0.5,),
     "tokens.colors": 1,
     "sample.count": 0,
     "sample.completions": -1,
@@ -141,6 +142,7 @@ UNBOUNDED = {
     "tokenizer.train_transforms", "tokenizer.lpips_weights",
     "model.axial_positions", "model.start_per_variant", "model.scan_layers",
     "model.learned_positions", "model.rotary", "model.qk_norm", "model.above_embedding",
+    "model.target_positions",
     "finetune.standardize", "probe.sgd.train_transforms", "probe.sgd.standardize",
 }  # fmt: skip
 

@@ -147,7 +147,8 @@ def test_what_hugging_faces_form_has_no_word_for_is_folded_in(portable, tmp_path
 
 
 FOREIGN = {"mlp": "swiglu", "learned_positions": False, "rotary": True, "qk_norm": True}
-FOREIGN |= {"above_embedding": True, "objective": "bert"}
+FOREIGN |= {"above_embedding": True, "objective": "bert", "target_positions": True}
+FOREIGN |= {"class_tokens": 5}
 
 
 def test_what_cannot_be_folded_in_is_refused_by_name(portable, tmp_path):

@@ -156,7 +156,7 @@ def test_dropout_differs_by_step_and_seed_and_is_repeated_by_both():
 def test_microbatches_draw_dropout_each_their_own():
     network, keys = tiny(), []
 
-    def loss(params, batch, key):
+    def loss(params, batch, key, step):
         jax.debug.callback(lambda k: keys.append(k.tolist()), jax.random.key_data(key))
         return jnp.sum(params["w"]), {}
 

@@ -5,6 +5,11 @@ import math
 
 from gptv_jax.fields import BELOW_ONE, NOT_NEGATIVE, POSITIVE, SHARE, field, one_of
 
+TWO_SHARES = (
+    "two shares of the training, the first one no larger, or none",
+    lambda v: not v or (len(v) == 2 and 0 <= v[0] <= v[1] <= 1),
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Model:
@@ -23,6 +28,9 @@ class Model:
     qk_norm: bool = False  # RMS norm, with a gain, of every head's queries and keys
     # Adds to each input an embedding, of another table, of the token above the one to predict.
     above_embedding: bool = False
+    # Adds to each input an embedding, of another table, of the place of the token to predict; the
+    # other tables are then of the place of the token that the input holds.
+    target_positions: bool = False
     # muP (Yang et al. 2022, arXiv:2203.03466): the width that learning rates are tuned at; at
     # another one, of heads of the same size, the blocks' matrices and the heads are initialised
     # and trained so that they carry over. None: they are taken as they are.
@@ -41,6 +49,10 @@ class Model:
     objective: str = field("autoregressive", one_of("autoregressive", "bert"))
     masked_share: float = field(0.15, SHARE)  # bert: of the positions, whose content is hidden
     votes: int = field(5, POSITIVE)  # bert: masks an image is evaluated under; the majority counts
+    # Random orders in place of raster, which they become (RAR, Yu et al. 2024, arXiv:2411.00776):
+    # every training image has its own up to the first share of the training, then ever fewer of
+    # them, in a line down to none at the second. (): raster throughout.
+    random_order: tuple[float, ...] = field((), TWO_SHARES)
     # What the backward pass computes again: nothing, all but products with weights, or everything.
     remat: str = field("none", one_of("none", "dots", "full"), free=True)
 

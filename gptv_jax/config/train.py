@@ -54,8 +54,8 @@ class Train:
     steps: int = field(1000, POSITIVE)
     batch_size: int = field(128, POSITIVE)  # images a step, over all devices
     # Gradient accumulation: the parts that a batch is worked through in, so that fewer devices hold
-    # it. The same result, but that dropout and what bert hides are drawn part by part: others, and
-    # as good.
+    # it. The same result, but that dropout, what bert hides, whose class is not told and random
+    # orders are drawn part by part: others, and as good.
     microbatches: int = field(1, POSITIVE, free=True)
     optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
     # Decay of a moving average of the weights, at step t (1 + t) / (10 + t) if that is less, which

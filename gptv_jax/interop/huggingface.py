@@ -41,7 +41,8 @@ BUFFERS = re.compile(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)")
 # differs from the default is refused.
 EXPRESSED = {
     "layers", "width", "heads", "mlp_ratio", "axial_positions", "start_per_variant", "dropout",
-    "dtype", "scan_layers", "remat", "masked_share", "votes", "base_width",
+    "dtype", "scan_layers", "remat", "masked_share", "votes", "base_width", "label_dropout",
+    "random_order",
 }  # fmt: skip
 ARCHITECTURES = {
     "generation": "ImageGPTForCausalImageModeling",

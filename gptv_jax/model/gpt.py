@@ -1,7 +1,8 @@
 """The network: a GPT over image tokens, iGPT (Chen et al. 2020) by default.
 
 Position t holds token t-1 (position 0 a learned start vector), and predicts token t; with the BERT
-objective it holds token t itself, or nothing, and sees all others. Letters: B
+objective it holds token t itself, or nothing, and sees all others. In training an order may be
+given: position t then holds token order[t-1], and predicts token order[t]. Letters: B
 batch, T tokens, D width, H heads, K head size, F MLP width, V vocabulary, L layers, C classes.
 
 `GPT` holds weights and is a pytree; training works on the plain nested dict of `Network.init` and
@@ -44,13 +45,16 @@ class GPT(nnx.Module):
         self.token_embedding = layers.normal(rngs, "token_embedding", (V, D), 0.02)
         if config.objective == "autoregressive":
             self.start = layers.normal(rngs, "start", (network.starts, D), 0.02)
-        if config.learned_positions:
-            self.position = layers.normal(rngs, "position", (rows * columns, D), 0.01)
+        if config.learned_positions:  # with target_positions, of the start and of every place held
+            places = rows * columns + config.target_positions
+            self.position = layers.normal(rngs, "position", (places, D), 0.01)
         if config.axial_positions:
             self.row = layers.normal(rngs, "row", (rows, D), 0.01)
             self.column = layers.normal(rngs, "column", (columns, D), 0.01)
         if config.above_embedding:  # its last row stands where nothing is above
             self.above_embedding = layers.normal(rngs, "above_embedding", (V + 1, D), 0.02)
+        if config.target_positions:
+            self.target_position = layers.normal(rngs, "target_position", (rows * columns, D), 0.01)
         self.blocks = layers.Block(config, rngs=rngs)
         self.final_norm = layers.constant("final_norm", (D,), 1.0)
         self.head = layers.constant("head", (V, D), 0.0)  # zero: the first loss is ln V
@@ -63,6 +67,7 @@ class GPT(nnx.Module):
         variant: Int[Array, "B"] | None = None,
         key: PRNGKeyArray | None = None,
         hidden: Bool[Array, "B T"] | None = None,
+        order: Int[Array, "B T"] | None = None,
         *,
         raw: bool = False,
         keep: tuple[int, ...] = (),
@@ -70,10 +75,13 @@ class GPT(nnx.Module):
         """Logits, features and, with a class head, class logits of whole sequences.
 
         Args:
-          tokens: 0 <= token < V; but for BERT the last one of a row is only ever a target.
-          variant: which start vector each row begins with; None: 0.
+          tokens: 0 <= token < V, in raster order; but for BERT the last one of a row, or of its
+            order, is only ever a target.
+          variant: which start vector each row begins with; None: `Network.unconditional`.
           key: of dropout; None switches it off.
           hidden: BERT: where tokens are not shown; None: all are.
+          order: of each row, a permutation of its places: position t predicts token order[t] of it,
+            from those at order[:t]; None: raster order. The logits lie as the positions do.
           raw: features are of the layers' inputs h^l themselves, not of the normed n^l.
           keep: layers, 0 .. L, whose features are wanted at every position as well.
         """
@@ -82,9 +90,10 @@ class GPT(nnx.Module):
         if config.objective == "bert":
             x, attend = self.embed_in_place(tokens, hidden), attention.bidirectional_attention
         else:
-            x, attend = self.embed(tokens[:, :-1], variant), attention.causal_attention
+            known = (tokens if order is None else in_order(tokens, order))[:, :-1]
+            x, attend = self.embed(known, variant, order=order), attention.causal_attention
         x = layers.dropout(x, config.dropout, None if keys is None else keys[-1])
-        rotation = self.rotation(0, x.shape[1])
+        rotation = self.rotation(0, x.shape[1], order)
 
         def layer(carry, inputs):
             (x, kept), (block, key, slot) = carry, inputs
@@ -115,6 +124,7 @@ class GPT(nnx.Module):
         tokens: Int[Array, "B P"],
         variant: Int[Array, "B"] | None = None,
         spec: PartitionSpec = sharding.HIDDEN,
+        order: Int[Array, "B P+1"] | None = None,
     ) -> Float[Array, "B P+1 D"]:
         """Inputs of positions 0 .. P: the start vector, then the first P tokens.
 
@@ -122,9 +132,10 @@ class GPT(nnx.Module):
           tokens: that the positions after the first hold.
           variant: see `__call__`.
           spec: how the result is to be split.
+          order: places of the tokens that the positions predict; None: 0 .. P.
         """
         if variant is None:
-            variant = jnp.zeros(len(tokens), jnp.int32)
+            variant = jnp.full(len(tokens), self.network.unconditional, jnp.int32)
         # Start vectors are looked up behind the tokens: what is shifted then is numbers, not
         # vectors, and no device needs a neighbour's where the sequence is split.
         variant, tokens = jax.sharding.reshard((variant, tokens), sharding.BATCH_FIRST)
@@ -134,7 +145,7 @@ class GPT(nnx.Module):
             nothing = ((0, 0), (self.network.grid[1], 0))
             above = jnp.pad(tokens, nothing, constant_values=self.network.vocabulary)
             x = x + self._lookup([self.above_embedding], above[:, : x.shape[1]], spec)
-        return self._place(x, 0)
+        return self._place(x, 0, order)
 
     def embed_in_place(
         self, tokens: Int[Array, "B T"], hidden: Bool[Array, "B T"] | None
@@ -168,28 +179,63 @@ class GPT(nnx.Module):
         whole = [sharding.gather(table[...], self.network.config.dtype) for table in tables]
         return jnp.concatenate(whole).at[ids].get(out_sharding=spec)
 
-    def _place(self, x: Float[Array, "B P D"], start: int | Int[Array, ""]):
-        """Adds their tables to the inputs of positions start .. start+P-1."""
+    def _place(
+        self,
+        x: Float[Array, "B P D"],
+        start: int | Int[Array, ""],
+        order: Int[Array, "B P"] | None = None,
+    ) -> Float[Array, "B P D"]:
+        """Adds their tables to the inputs of positions start .. start+P-1, or of all in an order.
+
+        A table with a row for each place is read at that of the token which is predicted, one that
+        begins with a row for the start vector at that which is held: in raster order, both at the
+        position's own number.
+        """
+        config, held = self.network.config, None if order is None else held_places(order) + 1
+        tables = [(self._own_table(), held if config.target_positions else order)]
+        if config.target_positions:
+            tables.append((sharding.gather(self.target_position[...], config.dtype), order))
+        for table, places in tables:
+            if table is None:
+                continue
+            if places is None:
+                x = x + jax.lax.dynamic_slice_in_dim(table, start, x.shape[1])[None]
+            else:
+                x = x + table.at[places].get(out_sharding=sharding.HIDDEN)
+        return x
+
+    def _own_table(self) -> Float[Array, "places D"] | None:
+        """The sum of `position`, `row` and `column`, as far as they are there.
+
+        With target positions it begins with a row for the start vector, which is on no row or
+        column; then, as without, there is one for every place.
+        """
         config, (rows, columns), tables = self.network.config, self.network.grid, []
         if config.learned_positions:
             tables.append(sharding.gather(self.position[...], config.dtype))
         if config.axial_positions:
             row = sharding.gather(self.row[...], config.dtype)
             column = sharding.gather(self.column[...], config.dtype)
-            tables += [jnp.repeat(row, columns, axis=0), jnp.tile(column, (rows, 1))]
-        if not tables:
-            return x
-        table = functools.reduce(jnp.add, tables)
-        return x + jax.lax.dynamic_slice_in_dim(table, start, x.shape[1])[None]
+            of_start = ((int(config.target_positions), 0), (0, 0))
+            axial = jnp.repeat(row, columns, axis=0), jnp.tile(column, (rows, 1))
+            tables += [jnp.pad(table, of_start) for table in axial]
+        return functools.reduce(jnp.add, tables) if tables else None
 
-    def rotation(self, start: int | Int[Array, ""], count: int) -> rotary.Rotation | None:
-        """Of the queries and keys of positions start .. start+count-1."""
+    def rotation(
+        self, start: int | Int[Array, ""], count: int, order: Int[Array, "B T"] | None = None
+    ) -> rotary.Rotation | None:
+        """Of the queries and keys of positions start .. start+count-1, or of all in an order."""
         config, columns = self.network.config, self.network.grid[1]
         if not config.rotary:
             return None
+        size = config.width // config.heads
+        if order is not None:
+            every = rotary.turns(jnp.arange(-1, count), columns, size)
+            spec = PartitionSpec(None, *sharding.HIDDEN)
+            places = order, held_places(order)
+            return rotary.Rotation(*(every.at[:, p + 1].get(out_sharding=spec) for p in places))
         predicted = start + jnp.arange(count)
         held = predicted if config.objective == "bert" else predicted - 1
-        size = config.width // config.heads
         return rotary.Rotation(*(rotary.turns(p, columns, size) for p in (predicted, held)))
 
     def token_logits(self, final: Float[Array, "B N D"]) -> Float[Array, "B N V"]:
@@ -218,6 +264,16 @@ class GPT(nnx.Module):
             carry, out = layer(carry, tree.unflatten(jnp.squeeze(x, axis=0) for x in of_layer))
             outs.append(out)
         return carry, jax.tree.map(lambda *out: jnp.stack(out), *outs)
+
+
+def in_order(tokens: Int[Array, "B T"], order: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Tokens as they follow each other: the t-th of a row is that at the place order[t]."""
+    return jnp.take_along_axis(*jax.sharding.reshard((tokens, order), sharding.BATCH_FIRST), axis=1)
+
+
+def held_places(order: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Places of the tokens that the positions of an order hold; -1, of the start vector."""
+    return jnp.pad(order[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
 
 
 def _places(

@@ -20,8 +20,8 @@ BASE = 10_000.0  # frequencies fall from 1 towards 1 / BASE, their logs evenly; 
 class Rotation(NamedTuple):
     """Cosines and sines, float32, that the queries and the keys of P positions are turned by."""
 
-    queries: Float[Array, "2 P half"]
-    keys: Float[Array, "2 P half"]
+    queries: Float[Array, "2 *B P half"]  # of every row its own, or of all rows the same
+    keys: Float[Array, "2 *B P half"]
 
 
 def turns(places: Int[Array, "P"], columns: int, size: int) -> Float[Array, "2 P half"]:
@@ -38,9 +38,10 @@ def turns(places: Int[Array, "P"], columns: int, size: int) -> Float[Array, "2 P
     return jnp.stack([jnp.cos(angles), jnp.sin(angles)])
 
 
-def rotate(x: Float[Array, "B P H K"], by: Float[Array, "2 P half"]) -> Float[Array, "B P H K"]:
+def rotate(x: Float[Array, "B P H K"], by: Float[Array, "2 *B P half"]) -> Float[Array, "B P H K"]:
     """Every pair of channels i, i + K/2 turned by its angle; computed in float32."""
-    cosine, sine = by[:, None, :, None]
+    of_rows = by if by.ndim == x.ndim else by[:, None]
+    cosine, sine = of_rows[..., None, :]
     first, second = jnp.split(x.astype(jnp.promote_types(x.dtype, jnp.float32)), 2, axis=-1)
     turned = [first * cosine - second * sine, second * cosine + first * sine]
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)

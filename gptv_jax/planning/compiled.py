@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterator
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from gptv_jax import config as config_lib
@@ -51,7 +50,7 @@ def program(
         train.optimizer, train.steps, relative_width=config.model.relative_width
     )
     train_step = step.make_train_step(
-        step.generative_loss(network),
+        step.generative_loss(network, train.steps),
         update,
         rate,
         microbatches=train.microbatches,
@@ -59,11 +58,7 @@ def program(
         ema=train.ema,
     )
     rows = NamedSharding(mesh, sharding.BATCH_FIRST)
-    shapes = {"tokens": (train.batch_size, network.length), "variant": (train.batch_size,)}
-    batch = {
-        name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
-        for name, shape in shapes.items()
-    }
+    batch = step.abstract_batch(network, train.batch_size, rows)
     with jax.set_mesh(mesh), _uncached(mesh):
         state = sharding.abstract(step.make_init(network, update, train.ema))
         return train_step.lower(state, batch).compile()

@@ -91,6 +91,7 @@ def estimate(
     # Rows of the batch that the devices which share them work on at a time.
     rows = train.batch_size // (ways * train.microbatches)
     within = {axis: 1 if axis in sharding.BATCH else size for axis, size in sizes.items()}
+    batch = step.abstract_batch(network, train.batch_size // ways)
     kept, layer = _kept(network, topology, within, rows)
     held = sum(_bytes(kept, within, topology))
     # What a layer leaves, less what of it is kept anyway, is there again while it is worked on.
@@ -104,7 +105,7 @@ def estimate(
     return Memory(
         parameters,
         sum(_bytes(opt, sizes, topology)),
-        train.batch_size // ways * (network.length + 1) * 4,  # tokens and variant
+        sum(math.prod(array.shape) * array.dtype.itemsize for array in batch.values()),
         parameters,  # gradients
         held + at_work,
     )
@@ -152,15 +153,12 @@ def _residuals(network: Network, mesh: AbstractMesh, rows: int) -> tuple[Array, 
     with jax.sharding.use_abstract_mesh(mesh):
         params = jax.eval_shape(lambda: network.init(jax.random.key(0)))
         split = NamedSharding(mesh, sharding.BATCH_FIRST)
-        batch = {
-            "tokens": jax.ShapeDtypeStruct((rows, network.length), jnp.int32, sharding=split),
-            "variant": jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=split),
-        }
-        loss = step.generative_loss(network)
+        batch = step.abstract_batch(network, rows, split)
+        loss = step.generative_loss(network, steps=1)
 
         def backward(params, batch):
             key = jax.random.key(0)
-            return jax.vjp(lambda p: loss(p, batch, key), params, has_aux=True)[1]
+            return jax.vjp(lambda p: loss(p, batch, key, jnp.int32(0)), params, has_aux=True)[1]
 
         jaxpr = jax.make_jaxpr(backward)(params, batch).jaxpr
     given = {id(var) for var in jaxpr.invars}

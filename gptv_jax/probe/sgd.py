@@ -243,8 +243,9 @@ def make_train_step(heads: Heads, optimizer: optax.GradientTransformation, seed:
     def loss(weights: dict, frozen: dict, batch: dict, step: Array) -> tuple[Array, Array]:
         key = jax.random.fold_in(jax.random.key(seed), step)
         hidden = objective.hide(network, len(batch["tokens"]), key)
-        model, inputs = network.bind(frozen), (batch["tokens"], batch["variant"])
-        logits = heads.logits(weights, model(*inputs, hidden=hidden, **heads.reading()))
+        inputs = batch["tokens"], objective.starts(network, batch, told=False)
+        output = network.bind(frozen)(*inputs, hidden=hidden, **heads.reading())
+        logits = heads.logits(weights, output)
         nats = [_class_nats(each, batch["label"]).mean(axis=-1).ravel() for each in logits.values()]
         nats = jnp.concatenate(nats)
         return nats.sum(), nats.min()

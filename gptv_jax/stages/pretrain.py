@@ -1,4 +1,7 @@
-"""Pretraining: the network learns to predict the next image token."""
+"""Pretraining: the network learns to predict the next image token.
+
+Of a class-conditional network nats per token are those of an image whose class is told.
+"""
 
 import functools
 import math
@@ -46,7 +49,7 @@ def run_stage(run: Run) -> dict:
             initial=lambda: jax.jit(init)(jax.random.key(config.seed)),
             abstract=sharding.abstract(init),
             train_step=step.make_train_step(
-                step.generative_loss(network),
+                step.generative_loss(network, config.train.steps),
                 update,
                 rate,
                 microbatches=config.train.microbatches,

@@ -4,6 +4,9 @@ The second is the BERT objective of Image GPT (Chen et al. 2020): `masked_share`
 lose their content, but not their place, and their tokens are to be told. Evaluation hides as well,
 since the network has never seen whole images; which positions then depends on the number of the
 image in its split, and of the vote, alone.
+
+What the first means by "before" is drawn here, too, where training has random orders (RAR, Yu et
+al. 2024, arXiv:2411.00776), and whether a class-conditional network is told the class is decided.
 """
 
 from collections.abc import Mapping
@@ -18,7 +21,8 @@ from gptv_jax import sharding
 from gptv_jax.model.gpt import GPT, Network, Output
 
 LOGITS_BYTES = 2**27  # of float32 logits, that a device holds at a time
-BEYOND_LAYERS = 2**31 - 1  # dropout folds the numbers of layers into the same key
+# What is folded into a step's key, beyond the numbers of layers, which dropout takes.
+HIDE, UNTELL, REORDER = (2**31 - i for i in (1, 2, 3))
 
 
 def cross_entropy(logits: Float[Array, "*B V"], targets: Int[Array, "*B"]) -> Float[Array, "*B"]:
@@ -85,9 +89,67 @@ def hide(network: Network, rows: int, key: PRNGKeyArray | None) -> Bool[Array, "
     """Which positions of a training batch are hidden; None where the objective hides nothing."""
     if network.config.objective == "autoregressive":
         return None
-    key = jax.random.fold_in(key, BEYOND_LAYERS)
+    key = jax.random.fold_in(key, HIDE)
     shape, share = (rows, network.length), network.config.masked_share
     return jax.random.bernoulli(key, share, shape, out_sharding=sharding.HIDDEN)
+
+
+def starts(
+    network: Network, batch: dict, key: PRNGKeyArray | None = None, *, told: bool
+) -> Int[Array, "B"] | None:
+    """Which start vector each row of a batch begins with, for `GPT.__call__`.
+
+    Args:
+      network: the network.
+      batch: "variant" or, for a class-conditional network that is told the class, "label".
+      key: of a training step, which does not tell a share `label_dropout` of the rows; None tells
+        all of them.
+      told: whether such a network may know the class: not where it, or a probe, is to find it out.
+    """
+    if not network.config.class_tokens:
+        return batch["variant"]
+    if not told:
+        return None
+    if key is None:
+        return batch["label"]
+    key, share = jax.random.fold_in(key, UNTELL), network.config.label_dropout
+    shape, spec = batch["label"].shape, sharding.BATCH_FIRST
+    untold = jax.random.bernoulli(key, share, shape, out_sharding=spec)
+    return jnp.where(untold, network.unconditional, batch["label"])
+
+
+def reordered(random_order: tuple[float, float], done: Float[Array, ""]) -> Float[Array, ""]:
+    """Probability that a row has a random order, when a share `done` of the training is.
+
+    1 up to the first share of `random_order`, from there in a line to 0 at the second.
+    """
+    return jnp.interp(done, jnp.array(random_order), jnp.array([1.0, 0.0]))
+
+
+def draw_order(
+    network: Network,
+    rows: int,
+    key: PRNGKeyArray | None,
+    step: Int[Array, ""] | None,
+    steps: int | None,
+) -> Int[Array, "B T"] | None:
+    """Orders for a training batch, see `GPT.__call__`; None where all of them are raster.
+
+    Args:
+      network: the network.
+      rows: of the batch.
+      key: of the step; None: raster.
+      step: steps that were taken before.
+      steps: of the whole training.
+    """
+    if not network.config.random_order or key is None:
+        return None
+    which, bits = jax.random.split(jax.random.fold_in(key, REORDER))
+    shape, spec = (rows, network.length), sharding.BATCH_FIRST
+    shuffled = jnp.argsort(jax.random.bits(bits, shape, out_sharding=spec), axis=1)
+    share = reordered(network.config.random_order, step / steps)
+    random = jax.random.bernoulli(which, share, (rows, 1), out_sharding=spec)
+    return jnp.where(random, shuffled, jnp.arange(network.length)[None])
 
 
 def evaluated(
@@ -96,6 +158,7 @@ def evaluated(
     batch: dict,
     vote: int = 0,
     *,
+    told: bool = False,
     raw: bool = False,
     keep: tuple[int, ...] = (),
 ) -> tuple[Output, Bool[Array, "B T"] | None]:
@@ -104,8 +167,9 @@ def evaluated(
     Args:
       network: the network.
       params: its weights.
-      batch: "tokens", "variant" and, for BERT, "index", the image's number in its split.
+      batch: "tokens", what `starts` reads and, for BERT, "index", the image's number in its split.
       vote: 0 .. `network.votes`-1; which of BERT's masks.
+      told: see `starts`.
       raw: see `GPT.__call__`.
       keep: the same.
     """
@@ -118,7 +182,7 @@ def evaluated(
             return jax.random.bernoulli(of_image, network.config.masked_share, (network.length,))
 
         hidden = jax.sharding.reshard(jax.vmap(draw)(batch["index"]), sharding.HIDDEN)
-    model, inputs = network.bind(params), (batch["tokens"], batch["variant"])
+    model, inputs = network.bind(params), (batch["tokens"], starts(network, batch, told=told))
     return model(*inputs, hidden=hidden, raw=raw, keep=keep), hidden
 
 

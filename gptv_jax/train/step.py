@@ -5,10 +5,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, PRNGKeyArray
+from jax.sharding import NamedSharding
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from gptv_jax import sharding
-from gptv_jax.model.gpt import Network, Output
+from gptv_jax.model.gpt import Network, Output, in_order
 from gptv_jax.train import objective
 from gptv_jax.train.objective import cross_entropy
 from gptv_jax.train.optimizer import apply_update, average
@@ -16,38 +17,68 @@ from gptv_jax.train.optimizer import apply_update, average
 Metrics = dict[str, Array]
 
 
-def generative_loss(network: Network) -> Callable:
-    """`(params, batch, key) -> (nats per token, metrics)`, the pretraining objective."""
+def generative_loss(network: Network, steps: int | None = None) -> Callable:
+    """`(params, batch, key, step) -> (nats per token, metrics)`, the pretraining objective.
 
-    def loss(params: dict, batch: dict, key: PRNGKeyArray | None) -> tuple[Array, Metrics]:
-        _, nats = _forward(network, params, batch, key)
+    The key is of all that is drawn: dropout, what is hidden, whose class is not told, and orders.
+    None, where nothing is hidden, switches the rest off.
+
+    Args:
+      network: the network.
+      steps: of the whole training, in the course of which random orders become raster.
+
+    Raises:
+      ValueError: they do, but `steps` is not known.
+    """
+    if network.config.random_order and steps is None:
+        raise ValueError("orders become raster in the course of the training: say its steps.")
+
+    def loss(
+        params: dict, batch: dict, key: PRNGKeyArray | None, step: Int[Array, ""] | None = None
+    ) -> tuple[Array, Metrics]:
+        order = objective.draw_order(network, len(batch["tokens"]), key, step, steps)
+        _, nats = _forward(network, params, batch, key, order, told=True)
         return nats, {"nats_per_token": nats}
 
     return loss
 
 
-def _forward(network, params, batch, key) -> tuple[Output, Float[Array, ""]]:
-    """Output and nats per token of a training batch; the key is of dropout and of what is hidden.
-
-    None, where nothing is hidden, switches dropout off.
-    """
+def _forward(
+    network, params, batch, key, order=None, *, told: bool
+) -> tuple[Output, Float[Array, ""]]:
+    """Output and nats per token of a training batch."""
     hidden = objective.hide(network, len(batch["tokens"]), key)
-    model = network.bind(params)
-    output = model(batch["tokens"], batch["variant"], key, hidden)
-    return output, objective.nats_per_token(model, output, batch["tokens"], hidden).mean()
+    model, tokens = network.bind(params), batch["tokens"]
+    output = model(tokens, objective.starts(network, batch, key, told=told), key, hidden, order)
+    targets = tokens if order is None else in_order(tokens, order)
+    return output, objective.nats_per_token(model, output, targets, hidden).mean()
 
 
 def joint_loss(network: Network, generative: float, classification: float) -> Callable:
-    """As `generative_loss`, plus cross-entropy of the class, weighted by the two coefficients."""
+    """As `generative_loss`, plus cross-entropy of the class, weighted by the two coefficients.
 
-    def loss(params: dict, batch: dict, key: PRNGKeyArray | None) -> tuple[Array, Metrics]:
-        output, nats = _forward(network, params, batch, key)
+    What is to tell the class is not told it, and reads images in raster order.
+    """
+
+    def loss(
+        params: dict, batch: dict, key: PRNGKeyArray | None, step: Int[Array, ""] | None = None
+    ) -> tuple[Array, Metrics]:
+        del step
+        output, nats = _forward(network, params, batch, key, told=False)
         class_nats = cross_entropy(output.class_logits, batch["label"]).mean()
         correct = jnp.argmax(output.class_logits, axis=-1) == batch["label"]
         metrics = {"nats_per_token": nats, "class_nats": class_nats, "accuracy": correct.mean()}
         return generative * nats + classification * class_nats, metrics
 
     return loss
+
+
+def abstract_batch(network: Network, rows: int, split: NamedSharding | None = None) -> dict:
+    """Shapes of what the pretraining loss reads of a batch of so many rows, and how they lie."""
+    shapes = {"tokens": (rows, network.length), "variant": (rows,)}
+    if network.config.class_tokens:
+        shapes["label"] = (rows,)
+    return {k: jax.ShapeDtypeStruct(s, jnp.int32, sharding=split) for k, s in shapes.items()}
 
 
 def make_init(
@@ -83,17 +114,17 @@ def make_train_step(
     """`(state, batch) -> (state, metrics)`, donating the state.
 
     Args:
-      loss: of parameters, batch and key, such as `generative_loss` makes.
+      loss: of parameters, batch, key and step, such as `generative_loss` makes.
       optimizer: takes the mean gradient of the batch.
       rate: learning rate by step, for the metrics.
       microbatches: parts the batch is worked through in, to need less memory; the same result but
-        for dropout, whose masks are drawn part by part.
-      seed: of dropout; the key of a step is folded from the step, so that it needs no state.
+        for dropout and what else is drawn by the key, part by part.
+      seed: of the loss's key, which is folded from the step, so that it needs no state.
       ema: decay of the average of the weights; None: the state has none.
     """
     gradient = jax.grad(loss, has_aux=True)
 
-    def accumulate(params, batch, key):
+    def accumulate(params, batch, key, step):
         # Rows r, r + A, r + 2A ... make part r: a split that keeps every row on its device.
         parts = jax.tree.map(
             lambda x: x.reshape(
@@ -107,7 +138,8 @@ def make_train_step(
         total = jax.tree.map(lambda x: jax.new_ref(jnp.zeros_like(x)), params)
 
         def add(_, inputs):
-            nats, backward, metrics = jax.vjp(lambda p: loss(p, *inputs), params, has_aux=True)
+            of_part = lambda p: loss(p, *inputs, step)  # noqa: E731
+            nats, backward, metrics = jax.vjp(of_part, params, has_aux=True)
             backward.with_refs(total)(jnp.full_like(nats, 1 / microbatches))
             return None, metrics
 
@@ -118,7 +150,7 @@ def make_train_step(
     def train_step(state: dict, batch: dict) -> tuple[dict, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state["step"])
         grads, metrics = (gradient if microbatches == 1 else accumulate)(
-            state["params"], batch, key
+            state["params"], batch, key, state["step"]
         )
         params, opt = apply_update(optimizer, grads, state["opt"], state["params"])
         metrics |= {
@@ -139,13 +171,15 @@ def make_eval_step(network: Network) -> Callable:
 
     The sums are nats per token, images and, with a class head, correctly classified images and the
     cross-entropy of the class in nats. Where positions are hidden, nats are means over the votes,
-    and the class is that of most of them.
+    and the class is that of most of them. A class-conditional network is told the class, but where
+    it has a class head.
     """
+    told = not network.classes
 
     def eval_step(params: dict, batch: dict) -> Metrics:
         nats, class_logits, model = 0.0, [], network.bind(params)
         for vote in range(network.votes):
-            output, hidden = objective.evaluated(network, params, batch, vote)
+            output, hidden = objective.evaluated(network, params, batch, vote, told=told)
             nats += objective.nats_per_token(model, output, batch["tokens"], hidden)
             class_logits.append(output.class_logits)
         sums = {
