@@ -72,7 +72,7 @@ def generate(
     logits, prompts = _prefill(network, guided, params, given[:, :prefix], variant)
     # Settings that change no shape are arguments of the program, not a reason to recompile.
     top_p = jnp.float32(1.0 if top_p is None else top_p)
-    top_k = jnp.int32(network.vocabulary if top_k is None else top_k)
+    top_k = jnp.int32(min(network.vocabulary, network.vocabulary if top_k is None else top_k))
     settings = (jnp.float32(temperature), top_k, top_p)
     scales = jnp.asarray(guidance, jnp.float32) if guided else None
     sizes = prefix, steps, samples

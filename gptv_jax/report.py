@@ -13,6 +13,7 @@ from gptv_jax import config as config_lib
 from gptv_jax import fields, files
 from gptv_jax.record import finished_stages
 from gptv_jax.run import Run
+from gptv_jax.sampler import class_rows
 
 with epy.lazy_imports():  # heavy, and not needed before there is something to plot
     from matplotlib import figure as figures
@@ -56,7 +57,7 @@ def write(run: Run) -> None:
 <div class="tiles">{_headlines(run, summary)}</div>
 {_section("Training", _pretraining(run, events) + _finetuning(summary, events))}
 {_section("Linear probe by layer", _layers(run, summary))}
-{_section("Samples", _samples(run))}
+{_section("Samples", _samples(run, summary))}
 <div class="row"><div><h2>All numbers</h2>{_table(("name", "value"), numbers)}</div>
 <div><h2>Configuration</h2>{_configuration(run)}</div></div></body></html>
 """
@@ -197,12 +198,21 @@ def _layers_plot(rows: list[dict], best: int, raw_pixels: float) -> bytes:
     return _png(figure)
 
 
-def _samples(run: Run) -> str:
-    config, rows = run.config.sample, run.codec.grid[0]
+def _samples(run: Run, summary: dict) -> str:
+    config, rows, classes = run.config.sample, run.codec.grid[0], run.config.model.class_tokens
+    drawn = f"drawn at temperature {config.temperature:g}"
+    if config.guidance != 1:
+        drawn += f", {config.guidance_schedule} guidance {config.guidance:g}"
+    of_classes = class_rows(config.count, classes)[:, 0].tolist() if classes else ()
     captions = {
-        "unconditional": f"New images, drawn at temperature {config.temperature:g}.",
+        "unconditional": f"New images, {drawn}.",
+        "classes": f"New images, {drawn}; a row each of class {', '.join(map(str, of_classes))}.",
         "completions": "Test images, each followed by its completion: the upper "
-        f"{round(config.keep * rows)} of {rows} rows are given, the rest is drawn.",
+        f"{round(config.keep * rows)} of {rows} rows of tokens are given, the rest is drawn.",
+        "inpainted": "The same, each followed by itself with the middle drawn anew, of which only "
+        "what is above or to the left is known when a token is drawn.",
+        "surprise": "The same, each followed by the nats of its pixels, given those before: black "
+        f"0, brightest {summary.get('sample/surprise_brightest_nats', math.nan):.2f}.",
     }
     figures = ""
     for name, caption in captions.items():

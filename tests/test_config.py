@@ -103,6 +103,9 @@ OUT_OF_RANGE = {
     "sample.temperature": -0.5,
     "sample.top_k": 0,
     "sample.top_p": 0.0,
+    "sample.guidance": -1.0,
+    "sample.guidance_schedule": "linear",
+    "sample.guidance_power": 0.0,
     "profile.steps": "15:10",
 }
 # What any value of the type is good for, or what is judged where data sets and codecs are known.
