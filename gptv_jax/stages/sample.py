@@ -14,11 +14,11 @@ from gptv_jax.sampler import Sampler, class_rows
 
 
 def run_stage(run: Run) -> dict:
-    """Writes samples/*.png, and gives the summary's numbers.
+    """Writes pictures to samples/; the summary's numbers.
 
-    unconditional.png or, of a class-conditional network, classes.png has new images; completions.png
-    and inpainted.png test images beside what became of them, where the upper rows were kept or all
-    but the middle; surprise.png test images beside the nats of their pixels.
+    New images are in unconditional.png or, of a class-conditional network, in classes.png. Test
+    images stand beside what was made of them in completions.png, where the upper rows are kept, and
+    in inpainted.png, where all but the middle is; in surprise.png beside the nats of their pixels.
     """
     config, network = run.config.sample, run.network()
     sampler = Sampler.of(config, network, run.pretrained(network))
