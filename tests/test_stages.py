@@ -18,7 +18,7 @@ from PIL import Image
 
 import gptv_jax
 from gptv_jax import config as config_lib
-from gptv_jax import sharding
+from gptv_jax import pictures, sharding
 from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.data import sources
 from gptv_jax.errors import InputError
@@ -251,17 +251,33 @@ def cells(picture: np.ndarray, columns: int) -> np.ndarray:
     return found.reshape(-1, side, side, 3)[:, 4:64:8, 4:64:8]
 
 
+UPPER, AROUND = np.zeros((8, 8), bool), np.ones((8, 8), bool)
+UPPER[:4], AROUND[2:6, 2:6] = True, False
+
+
 @pytest.mark.process
-def test_completions_stand_beside_their_originals_and_keep_the_upper_rows(finished_run):
-    with Image.open(finished_run.folder / "samples" / "completions.png") as picture:
+@pytest.mark.parametrize(("name", "known"), [("completions", UPPER), ("inpainted", AROUND)])
+def test_completions_stand_beside_their_originals_and_keep_what_is_known(finished_run, name, known):
+    with Image.open(finished_run.folder / "samples" / f"{name}.png") as picture:
         pairs = cells(np.asarray(picture), columns=8).reshape(-1, 2, 8, 8, 3)
     assert len(pairs) == SMALL["sample.completions"]
     codec = gptv_jax.load(finished_run.folder).codec
     originals, completions = pairs[:, 0], pairs[:, 1]
     np.testing.assert_array_equal(originals, codec.picture(images_of("test")[: len(pairs)]))
-    np.testing.assert_array_equal(completions[:, :4], originals[:, :4])
-    different = (completions[:, 4:] != originals[:, 4:]).any(axis=(1, 2, 3))
+    np.testing.assert_array_equal(completions[:, known], originals[:, known])
+    different = (completions[:, ~known] != originals[:, ~known]).any(axis=(1, 2))
     assert different.all()
+
+
+@pytest.mark.process
+def test_surprise_stands_beside_test_images_on_one_scale_that_the_summary_tells(finished_run):
+    with Image.open(finished_run.folder / "samples" / "surprise.png") as picture:
+        pairs = cells(np.asarray(picture), columns=8).reshape(-1, 2, 8, 8, 3)
+    model, images = gptv_jax.load(finished_run.folder, "pretrain"), images_of("test")[: len(pairs)]
+    np.testing.assert_array_equal(pairs[:, 0], model.codec.picture(images))
+    maps, brightest = pictures.heat_map(model.surprise(images))
+    assert brightest == pytest.approx(finished_run.summary["sample/surprise_brightest_nats"])
+    assert np.abs(pairs[:, 1].astype(int) - maps).max() <= 2  # rounding
 
 
 @pytest.mark.process
