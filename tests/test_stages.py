@@ -13,7 +13,7 @@ import pytest
 import sklearn.linear_model
 import sklearn.pipeline
 import sklearn.preprocessing
-from conftest import SMALL, make_mesh, tiny_network
+from conftest import SMALL, make_mesh, random_params, tiny_network
 from PIL import Image
 
 import gptv_jax
@@ -22,9 +22,10 @@ from gptv_jax import pictures, sharding
 from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.data import sources
 from gptv_jax.errors import InputError
+from gptv_jax.interop.portable import Portable
 from gptv_jax.record import config_of
 from gptv_jax.run import Run
-from gptv_jax.stages import probe
+from gptv_jax.stages import probe, sample
 from gptv_jax.train import loop
 from gptv_jax.train.metrics import MetricWriter
 
@@ -285,3 +286,41 @@ def test_as_many_new_images_are_shown_as_asked_for(finished_run):
     with Image.open(finished_run.folder / "samples" / "unconditional.png") as picture:
         shown = cells(np.asarray(picture), columns=3)  # as square as six get
     assert len(np.unique(shown, axis=0)) == len(shown) == SMALL["sample.count"]
+
+
+@pytest.fixture(scope="module")
+def conditional(tmp_path_factory) -> config_lib.Config:
+    """Of a run that only samples a class-conditional network, of weights without training."""
+    model = tiny_network(layers=1, class_tokens=10).config
+    tokens = config_lib.Tokens(kind="grey", levels=17)
+    described = Portable(model, tokens, image_size=8, params={}, starts=11)
+    mesh = make_mesh((1, 1, 1))
+    with jax.set_mesh(mesh):
+        params = random_params(described.network)
+    path = tmp_path_factory.mktemp("conditional") / "weights.safetensors"
+    gptv_jax.Model(described, params, mesh).save(path)
+    drawn = config_lib.Sample(count=20, completions=0, guidance=3.0, guidance_schedule="cosine")
+    return config_lib.Config(init_from=str(path), model=model, tokens=tokens, sample=drawn)
+
+
+def test_a_class_conditional_network_shows_a_row_of_each_class(conditional, tmp_path):
+    run = Run(conditional, str(tmp_path), ["sample"])
+    with jax.set_mesh(run.mesh):
+        numbers = sample.run_stage(run)
+    assert numbers["count"] == 20 and numbers["tokens_per_second"] > 0
+    assert [path.name for path in (tmp_path / "samples").iterdir()] == ["classes.png"]
+    with Image.open(tmp_path / "samples" / "classes.png") as picture:
+        shown = cells(np.asarray(picture), columns=2)
+    model = gptv_jax.load(conditional.init_from)
+    settings = {"guidance": 3.0, "guidance_schedule": "cosine"}
+    wanted = model.sample(20, conditional.seed, label=np.arange(20) // 2, **settings)
+    np.testing.assert_array_equal(shown, model.codec.picture(wanted))
+
+
+def test_guidance_without_classes_is_refused_before_any_work(conditional, tmp_path):
+    model = dataclasses.replace(conditional.model, class_tokens=0)
+    with pytest.raises(InputError) as caught:
+        Run(dataclasses.replace(conditional, model=model), str(tmp_path / "run"))
+    assert "config.sample.guidance is 3" in str(caught.value)
+    assert "config.model.class_tokens is 0" in str(caught.value)
+    assert not (tmp_path / "run").exists()
