@@ -146,7 +146,7 @@ GIVEN = np.where(np.arange(16) % 5, decode.UNKNOWN, tokens_of(conditional(), 8))
 def drawn_on(mesh, given, samples=1):
     network, labels = conditional(), np.resize(LABELS, len(given))
     with jax.set_mesh(make_mesh(mesh)):
-        scales = {"guidance": 3.0, "guidance_schedule": "cosine"}
+        scales = {"guidance": 16.0, "guidance_schedule": "cosine"}
         sampler = Sampler(network, random_params(network), **scales)
         return sampler.draw(given, jax.random.key(7), labels, samples)
 
