@@ -42,8 +42,8 @@ def variants(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _nats(network: Network, params: dict, tokens: jax.Array, variant: jax.Array) -> jax.Array:
-    model, tokens = network.bind(params), jax.sharding.reshard(tokens, sharding.HIDDEN)
-    return objective.token_nats(model, model(tokens, variant), tokens)
+    model, targets = network.bind(params), jax.sharding.reshard(tokens, sharding.HIDDEN)
+    return objective.token_nats(model, model(tokens, variant), targets)
 
 
 def by_pixel(
