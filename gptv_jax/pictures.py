@@ -4,8 +4,12 @@ import math
 import pathlib
 
 import numpy as np
-from jaxtyping import UInt8
+from etils import epy
+from jaxtyping import Float, UInt8
 from PIL import Image
+
+with epy.lazy_imports():  # heavy, and for heat maps alone
+    import matplotlib
 
 SIDE = 64  # pixels that a small image is enlarged to, at least
 
@@ -29,6 +33,19 @@ def grid(
     height, width = framed.shape[1:3]
     rows = framed.reshape(-1, columns, height, width, 3)
     return rows.swapaxes(1, 2).reshape(-1, columns * width, 3)
+
+
+def heat_map(
+    nats: Float[np.ndarray, "B H W"],
+) -> tuple[UInt8[np.ndarray, "B H W 3"], float]:
+    """Nats of pixels as colours, black for none, on one scale for all images; and its upper end.
+
+    Args:
+      nats: 0 or more, as of `Model.surprise`.
+    """
+    brightest = float(nats.max())
+    share = nats / (brightest or 1.0)
+    return matplotlib.colormaps["inferno"](share, bytes=True)[..., :3], brightest
 
 
 def save(picture: UInt8[np.ndarray, "H W 3"], path: pathlib.Path) -> None:

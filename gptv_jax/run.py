@@ -27,6 +27,7 @@ from gptv_jax.errors import InputError
 from gptv_jax.interop.portable import Portable
 from gptv_jax.model.gpt import Network
 from gptv_jax.record import STAGES, checkpoint_folder, config_of, finished_stages
+from gptv_jax.sampler import check_guidable
 from gptv_jax.train.metrics import MetricWriter
 
 TRIED = 32  # images that the transforms and the codec are tried on, before any work
@@ -61,6 +62,8 @@ class Run:
         _must_agree(config)
         self.mesh = sharding.make_mesh(config.mesh)
         sharding.check(config, self.mesh)
+        if config.sample.guidance != 1:
+            check_guidable(config.model, f"config.sample.guidance is {config.sample.guidance:g}")
         distributed.from_first(self._compare)
         opened = {split: sources.open_source(config.data, split) for split in sources.SPLITS}
         self.classes = opened["train"].classes

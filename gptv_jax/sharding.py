@@ -17,6 +17,7 @@ import math
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -174,6 +175,11 @@ def platform() -> str:
     return device.platform if device else jax.default_backend()
 
 
+def batch_ways() -> int:
+    """Parts that the mesh in force splits the batch into."""
+    return math.prod(jax.sharding.get_mesh().shape[axis] for axis in BATCH)
+
+
 def batch_share(mesh: Mesh) -> tuple[int, int]:
     """`(i, n)`: this process reads the i-th n-th of every global batch.
 
@@ -221,6 +227,12 @@ def from_everywhere(rows) -> jax.Array:
     """Rows that every process holds whole (NumPy, [B, ...]) as one array split over BATCH."""
     sharding = NamedSharding(jax.sharding.get_mesh(), BATCH_FIRST)
     return jax.make_array_from_callback(rows.shape, sharding, lambda index: rows[index])
+
+
+def filled(rows) -> jax.Array:
+    """The same of any number of rows but none; the last is repeated where they do not divide."""
+    missing = -len(rows) % batch_ways()
+    return from_everywhere(np.concatenate([rows, np.repeat(rows[-1:], missing, axis=0)]))
 
 
 def by_name(tree) -> dict:

@@ -66,7 +66,7 @@ def test_cached_decoding_gives_the_logits_of_the_full_forward_pass(kept, scan, a
     network, params, tokens, full = any_model
     changed = dataclasses.replace(network.config, scan_layers=scan)
     network = dataclasses.replace(network, config=changed)
-    logits, prompts = decode._prefill(network, params, tokens[:, :kept])
+    logits, prompts = decode._prefill(network, False, params, tokens[:, :kept], None)
     found, cache = [logits], cached.Cache(prompts, room(network, params, len(tokens), 17 - kept))
     for position in range(kept + 1, network.length):
         unknown, count = tokens.at[:, position:].set(0), jnp.int32(position - kept - 1)
@@ -82,7 +82,7 @@ def test_prompts_longer_than_the_fast_attention_takes_at_once_are_padded_unseen(
         kept = network.length - 2
         assert kept > LANES and kept % LANES
         full = full_logits(network, params, tokens)
-        logits, prompts = decode._prefill(network, params, tokens[:, :kept])
+        logits, prompts = decode._prefill(network, False, params, tokens[:, :kept], None)
         np.testing.assert_allclose(logits, full[:, kept], atol=1e-5, rtol=1e-5)
         cache = cached.Cache(prompts, room(network, params, 2, 1))
         last = jnp.int32(kept + 1)
@@ -181,7 +181,7 @@ def test_samples_of_one_prompt_are_those_of_as_many_equal_prompts(kept, model):
     found = decode.generate(network, params, rows(prefix), key, samples=4)
     np.testing.assert_array_equal(found, wanted)
     assert len(np.unique(found, axis=0)) > 2
-    _, prompts = decode._prefill(network, params, rows(prefix))
+    _, prompts = decode._prefill(network, False, params, rows(prefix), None)
     assert prompts[0].keys.shape[0] == 2  # held once for four
     with jax.set_mesh(make_mesh((1, 2, 4))):
         on_mesh = random_params(network)

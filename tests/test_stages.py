@@ -13,18 +13,19 @@ import pytest
 import sklearn.linear_model
 import sklearn.pipeline
 import sklearn.preprocessing
-from conftest import SMALL, make_mesh, tiny_network
+from conftest import SMALL, make_mesh, random_params, tiny_network
 from PIL import Image
 
 import gptv_jax
 from gptv_jax import config as config_lib
-from gptv_jax import sharding
+from gptv_jax import pictures, sharding
 from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.data import sources
 from gptv_jax.errors import InputError
+from gptv_jax.interop.portable import Portable
 from gptv_jax.record import config_of
 from gptv_jax.run import Run
-from gptv_jax.stages import probe
+from gptv_jax.stages import probe, sample
 from gptv_jax.train import loop
 from gptv_jax.train.metrics import MetricWriter
 
@@ -252,17 +253,33 @@ def cells(picture: np.ndarray, columns: int) -> np.ndarray:
     return found.reshape(-1, side, side, 3)[:, 4:64:8, 4:64:8]
 
 
+UPPER, AROUND = np.zeros((8, 8), bool), np.ones((8, 8), bool)
+UPPER[:4], AROUND[2:6, 2:6] = True, False
+
+
 @pytest.mark.process
-def test_completions_stand_beside_their_originals_and_keep_the_upper_rows(finished_run):
-    with Image.open(finished_run.folder / "samples" / "completions.png") as picture:
+@pytest.mark.parametrize(("name", "known"), [("completions", UPPER), ("inpainted", AROUND)])
+def test_completions_stand_beside_their_originals_and_keep_what_is_known(finished_run, name, known):
+    with Image.open(finished_run.folder / "samples" / f"{name}.png") as picture:
         pairs = cells(np.asarray(picture), columns=8).reshape(-1, 2, 8, 8, 3)
     assert len(pairs) == SMALL["sample.completions"]
     codec = gptv_jax.load(finished_run.folder).codec
     originals, completions = pairs[:, 0], pairs[:, 1]
     np.testing.assert_array_equal(originals, codec.picture(images_of("test")[: len(pairs)]))
-    np.testing.assert_array_equal(completions[:, :4], originals[:, :4])
-    different = (completions[:, 4:] != originals[:, 4:]).any(axis=(1, 2, 3))
+    np.testing.assert_array_equal(completions[:, known], originals[:, known])
+    different = (completions[:, ~known] != originals[:, ~known]).any(axis=(1, 2))
     assert different.all()
+
+
+@pytest.mark.process
+def test_surprise_stands_beside_test_images_on_one_scale_that_the_summary_tells(finished_run):
+    with Image.open(finished_run.folder / "samples" / "surprise.png") as picture:
+        pairs = cells(np.asarray(picture), columns=8).reshape(-1, 2, 8, 8, 3)
+    model, images = gptv_jax.load(finished_run.folder, "pretrain"), images_of("test")[: len(pairs)]
+    np.testing.assert_array_equal(pairs[:, 0], model.codec.picture(images))
+    maps, brightest = pictures.heat_map(model.surprise(images))
+    assert brightest == pytest.approx(finished_run.summary["sample/surprise_brightest_nats"])
+    assert np.abs(pairs[:, 1].astype(int) - maps).max() <= 2  # rounding
 
 
 @pytest.mark.process
@@ -270,3 +287,41 @@ def test_as_many_new_images_are_shown_as_asked_for(finished_run):
     with Image.open(finished_run.folder / "samples" / "unconditional.png") as picture:
         shown = cells(np.asarray(picture), columns=3)  # as square as six get
     assert len(np.unique(shown, axis=0)) == len(shown) == SMALL["sample.count"]
+
+
+@pytest.fixture(scope="module")
+def conditional(tmp_path_factory) -> config_lib.Config:
+    """Of a run that only samples a class-conditional network, of weights without training."""
+    model = tiny_network(layers=1, class_tokens=10).config
+    tokens = config_lib.Tokens(kind="grey", levels=17)
+    described = Portable(model, tokens, image_size=8, params={}, starts=11)
+    mesh = make_mesh((1, 1, 1))
+    with jax.set_mesh(mesh):
+        params = random_params(described.network)
+    path = tmp_path_factory.mktemp("conditional") / "weights.safetensors"
+    gptv_jax.Model(described, params, mesh).save(path)
+    drawn = config_lib.Sample(count=20, completions=0, guidance=3.0, guidance_schedule="cosine")
+    return config_lib.Config(init_from=str(path), model=model, tokens=tokens, sample=drawn)
+
+
+def test_a_class_conditional_network_shows_a_row_of_each_class(conditional, tmp_path):
+    run = Run(conditional, str(tmp_path), ["sample"])
+    with jax.set_mesh(run.mesh):
+        numbers = sample.run_stage(run)
+    assert numbers["count"] == 20 and numbers["tokens_per_second"] > 0
+    assert [path.name for path in (tmp_path / "samples").iterdir()] == ["classes.png"]
+    with Image.open(tmp_path / "samples" / "classes.png") as picture:
+        shown = cells(np.asarray(picture), columns=2)
+    model = gptv_jax.load(conditional.init_from)
+    settings = {"guidance": 3.0, "guidance_schedule": "cosine"}
+    wanted = model.sample(20, conditional.seed, label=np.arange(20) // 2, **settings)
+    np.testing.assert_array_equal(shown, model.codec.picture(wanted))
+
+
+def test_guidance_without_classes_is_refused_before_any_work(conditional, tmp_path):
+    model = dataclasses.replace(conditional.model, class_tokens=0)
+    with pytest.raises(InputError) as caught:
+        Run(dataclasses.replace(conditional, model=model), str(tmp_path / "run"))
+    assert "config.sample.guidance is 3" in str(caught.value)
+    assert "config.model.class_tokens is 0" in str(caught.value)
+    assert not (tmp_path / "run").exists()

@@ -35,6 +35,9 @@ def test_grey_levels_are_lossless(levels):
     assert decoded.dtype == np.uint8
     np.testing.assert_array_equal(decoded, images(levels))
     np.testing.assert_array_equal(codec.encode(decoded), encoded)
+    wider = codec.decode(encoded[:, :15], grid=(3, 5))
+    assert wider.shape[1:] == (3, 5, 1)
+    np.testing.assert_array_equal(wider.reshape(len(wider), -1), encoded[:, :15])
 
 
 def test_tokens_are_in_raster_order(codec):
@@ -102,6 +105,8 @@ def test_the_colours_of_tokens_have_those_tokens(colors):
     given = np.random.default_rng(0).integers(colors, size=(90, 64), dtype=np.int32)
     decoded = codec.decode(given)
     assert decoded.dtype == np.uint8 and decoded.shape == (90, 8, 8, 3)
+    wider = codec.decode(given.reshape(45, -1), grid=(8, 16))
+    np.testing.assert_array_equal(wider.reshape(decoded.shape), decoded)
     np.testing.assert_array_equal(codec.encode(decoded), given)
     np.testing.assert_array_equal(codec.picture(decoded), decoded)
 

@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 from gptv_jax.config.train import Train
-from gptv_jax.fields import BELOW_ONE, NOT_NEGATIVE, POSITIVE, SHARE, field, one_of
+from gptv_jax.fields import ABOVE_ZERO, BELOW_ONE, NOT_NEGATIVE, POSITIVE, SHARE, field, one_of
 
 POSITIVES = (
     "positive numbers, one or more",
@@ -83,11 +83,18 @@ class Finetune:
 class Sample:
     """Pictures made at the end of a run."""
 
-    count: int = field(64, POSITIVE)  # unconditional samples
-    # Test images whose upper part is kept and whose rest is drawn.
+    # New images; of a class-conditional network a row for each class, or for some of them.
+    count: int = field(64, POSITIVE)
+    # Test images whose upper part is kept and whose rest is drawn, then those whose middle is; and
+    # whose surprise is shown.
     completions: int = field(16, NOT_NEGATIVE)
     keep: float = field(0.5, SHARE)  # share of rows kept in a completion
     temperature: float = field(1.0, NOT_NEGATIVE)  # 0: the most likely token
     top_k: int | None = field(None, POSITIVE)  # draw among the k most likely tokens; None: all
     # Draw among the fewest most likely tokens that reach this probability; None: all.
     top_p: float | None = field(None, ("above 0 up to 1", lambda v: 0 < v <= 1))
+    # Scale of classifier-free guidance, away from what the network draws of any class; 1: none.
+    guidance: float = field(1.0, NOT_NEGATIVE)
+    # How it goes with the position: as it is, or rising to it from 1 along a cosine (RAR).
+    guidance_schedule: str = field("constant", one_of("constant", "cosine"))
+    guidance_power: float = field(1.0, ABOVE_ZERO)  # of cosine: the higher, the later it rises

@@ -1,54 +1,79 @@
-"""Sampling: new images, and test images whose upper part is kept and the rest drawn anew."""
+"""Sampling: new images, test images of which a part is kept, and what surprises in them."""
 
 import itertools
-import math
 import time
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jaxtyping import Bool, UInt8
 
-from gptv_jax import decode, pictures, sharding
+from gptv_jax import decode, likelihood, pictures
 from gptv_jax.data import pipeline
 from gptv_jax.run import Run
+from gptv_jax.sampler import Sampler, class_rows
 
 
 def run_stage(run: Run) -> dict:
-    """Writes samples/unconditional.png and samples/completions.png; the summary's numbers."""
+    """Writes pictures to samples/; the summary's numbers.
+
+    New images are in unconditional.png or, of a class-conditional network, in classes.png. Test
+    images stand beside what was made of them in completions.png, where the upper rows are kept, and
+    in inpainted.png, where all but the middle is; in surprise.png beside the nats of their pixels.
+    """
     config, network = run.config.sample, run.network()
-    params = run.pretrained(network)
-    settings = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
-
-    def draw(prefix: np.ndarray, key: jax.Array) -> np.ndarray:
-        """Continues each row of the prefix [n, P] to int32 [n, T]."""
-        ways = math.prod(run.mesh.shape[axis] for axis in sharding.BATCH)
-        filled = np.pad(prefix, ((0, -len(prefix) % ways), (0, 0)), mode="edge")
-        rows = sharding.from_everywhere(filled)
-        tokens = decode.generate(network, params, rows, key, **settings)
-        return multihost_utils.process_allgather(tokens, tiled=True)[: len(prefix)]
-
-    key = jax.random.key(run.config.seed)
-    nothing = np.zeros((config.count, 0), np.int32)
-    draw(nothing, key)  # compiles
+    sampler = Sampler.of(config, network, run.pretrained(network))
+    key, classes = jax.random.key(run.config.seed), network.config.class_tokens
+    rows = class_rows(config.count, classes) if classes else None
+    labels = rows.reshape(-1) if classes else None
+    count = len(labels) if classes else config.count
+    nothing = np.full((count, network.length), decode.UNKNOWN, np.int32)
+    sampler.draw(nothing, key, labels)  # compiles
     begin = time.perf_counter()
-    tokens = draw(nothing, key)
+    tokens = sampler.draw(nothing, key, labels)
     seconds = time.perf_counter() - begin
-
-    folder = run.folder / "samples"
-    codec = run.codec
-    grid = pictures.grid(codec.picture(codec.decode(tokens)))
-    if jax.process_index() == 0:
-        pictures.save(grid, folder / "unconditional.png")
-
+    new, columns = _shown(run, tokens), rows.shape[1] if classes else None
+    _save(run, "classes" if classes else "unconditional", new, columns)
+    numbers = {"count": count, "tokens_per_second": tokens.size / seconds}
     if config.completions:
         elements = pipeline.images(run.config.data, "test", run.data.ledger)
-        images = [e["image"] for e in itertools.islice(elements, config.completions)]
-        test = np.stack([pipeline.to_tokens(codec, image) for image in images])
-        kept = decode.kept_tokens(network, config.keep)
-        completed = draw(test[:, :kept], jax.random.fold_in(key, 1))
-        pairs = [codec.picture(codec.decode(tokens)) for tokens in (test, completed)]
-        pairs = np.stack(pairs, axis=1)
-        if jax.process_index() == 0:
-            grid = pictures.grid(pairs.reshape(-1, *pairs.shape[2:]), columns=8)
-            pictures.save(grid, folder / "completions.png")
-    return {"count": config.count, "tokens_per_second": tokens.size / seconds}
+        elements = list(itertools.islice(elements, config.completions))
+        test = np.stack([pipeline.to_tokens(run.codec, e["image"]) for e in elements])
+        labels = None
+        if classes and classes == run.classes:  # the images may be of another set
+            labels = np.array([e["label"] for e in elements], np.int32)
+        upper = np.arange(network.length) < decode.kept_tokens(network, config.keep)
+        known = {"completions": upper, "inpainted": ~_middle(network.grid)}
+        for number, (name, mask) in enumerate(known.items(), start=1):
+            given = np.where(mask, test, decode.UNKNOWN)
+            drawn = sampler.draw(given, jax.random.fold_in(key, number), labels)
+            _save_pairs(run, name, _shown(run, test), _shown(run, drawn))
+        nats = likelihood.nats(network, sampler.params, test, labels)
+        of_pixels = likelihood.by_pixel(nats, network.grid, run.codec.image_shape[:2])
+        maps, brightest = pictures.heat_map(of_pixels)
+        _save_pairs(run, "surprise", _shown(run, test), maps)
+        numbers["surprise_brightest_nats"] = brightest
+    return numbers
+
+
+def _middle(grid: tuple[int, int]) -> Bool[np.ndarray, "T"]:
+    """Half of the rows and half of the columns, those in the middle."""
+    hidden = np.zeros(grid, bool)
+    rows, columns = (slice(size // 4, size - size // 4) for size in grid)
+    hidden[rows, columns] = True
+    return hidden.reshape(-1)
+
+
+def _shown(run: Run, tokens: np.ndarray) -> UInt8[np.ndarray, "N H W 3"]:
+    return run.codec.picture(run.codec.decode(tokens))
+
+
+def _save_pairs(run: Run, name: str, left: np.ndarray, right: np.ndarray) -> None:
+    """A grid of images, each with another one to its right."""
+    pairs = np.stack([left, right], axis=1)
+    _save(run, name, pairs.reshape(-1, *pairs.shape[2:]), columns=8)
+
+
+def _save(run: Run, name: str, images: np.ndarray, columns: int | None) -> None:
+    if jax.process_index() == 0:
+        grid = pictures.grid(images, columns)
+        pictures.save(grid, run.folder / "samples" / f"{name}.png")

@@ -41,8 +41,10 @@ class Codec(Protocol):
     def encode(self, images: UInt8[np.ndarray, "B H W C"]) -> Int[np.ndarray, "B T"]:
         """Int32 tokens; raises ValueError where a pixel has no token."""
 
-    def decode(self, tokens: Int[np.ndarray, "B T"]) -> UInt8[np.ndarray, "B H W C"]:
-        """Images in the data set's own range."""
+    def decode(
+        self, tokens: Int[np.ndarray, "B N"], grid: tuple[int, int] | None = None
+    ) -> UInt8[np.ndarray, "B height width C"]:
+        """Images in the data set's own range; of other rows and columns where `grid` says so."""
 
     def picture(self, images: UInt8[np.ndarray, "B H W C"]) -> UInt8[np.ndarray, "B H W 3"]:
         """The same images for people's eyes, RGB in 0..255."""

@@ -50,9 +50,11 @@ class GreyLevels:
             )
         return images.reshape(len(images), -1).astype(np.int32)
 
-    def decode(self, tokens: Int[np.ndarray, "B T"]) -> UInt8[np.ndarray, "B H W 1"]:
-        """The exact inverse of `encode`."""
-        return tokens.astype(np.uint8).reshape(len(tokens), *self.image_shape)
+    def decode(
+        self, tokens: Int[np.ndarray, "B N"], grid: tuple[int, int] | None = None
+    ) -> UInt8[np.ndarray, "B height width 1"]:
+        """The exact inverse of `encode`; of other rows and columns where `grid` says so."""
+        return tokens.astype(np.uint8).reshape(len(tokens), *(grid or self.grid), 1)
 
     def picture(self, images: UInt8[np.ndarray, "B H W 1"]) -> UInt8[np.ndarray, "B H W 3"]:
         """Levels stretched over 0..255, the same in each of three channels."""

@@ -139,9 +139,16 @@ class PaletteTokens:
         r, g, b = (images[..., c].astype(np.uint32) for c in range(3))
         return self._nearest[(r << 16) | (g << 8) | b].reshape(len(images), -1).astype(np.int32)
 
-    def decode(self, tokens: Int[np.ndarray, "B T"]) -> UInt8[np.ndarray, "B H W 3"]:
-        """The colours of the tokens; what encoding rounded away stays away."""
-        return self.lexicon.colors[tokens].reshape(len(tokens), *self.image_shape)
+    def decode(
+        self, tokens: Int[np.ndarray, "B N"], grid: tuple[int, int] | None = None
+    ) -> UInt8[np.ndarray, "B height width 3"]:
+        """The colours of the tokens; what encoding rounded away stays away.
+
+        Args:
+          tokens: in raster order.
+          grid: their rows and columns; None: those of the codec.
+        """
+        return self.lexicon.colors[tokens].reshape(len(tokens), *(grid or self.grid), 3)
 
     def picture(self, images: UInt8[np.ndarray, "B H W 3"]) -> UInt8[np.ndarray, "B H W 3"]:
         """The images themselves."""

@@ -1,0 +1,290 @@
+"""Completion from any mask and beyond the edges, and surprise; with classes and without."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+from conftest import make_mesh, random_image, random_params, tiny_network
+
+import gptv_jax
+from gptv_jax import config as config_lib
+from gptv_jax import decode, likelihood, sharding
+from gptv_jax.interop.portable import Portable
+from gptv_jax.sampler import Sampler, _outward, known_tokens
+from gptv_jax.tokens.grey import GreyLevels
+
+pytestmark = pytest.mark.usefixtures("one_device")
+
+NETWORK = tiny_network(layers=1, scan_layers=False, class_tokens=2)
+TOKENS = np.random.default_rng(0).integers(11, size=(3, 16), dtype=np.int32)
+KEY = jax.random.key(0)
+
+
+@pytest.fixture(scope="module")
+def params():
+    with jax.set_mesh(make_mesh((1, 1, 1))):
+        return random_params(NETWORK)
+
+
+def most_likely(params, tokens):
+    """By the full forward pass, of every position given those before it."""
+    variant = np.full(len(tokens), NETWORK.unconditional, np.int32)
+    return np.asarray(full_logits(params, *map(sharding.filled, (tokens, variant)))).argmax(-1)
+
+
+@jax.jit
+def full_logits(params, tokens, variant):
+    return NETWORK.bind(params)(tokens, variant).logits
+
+
+def masked(mask):
+    return np.where(mask, TOKENS, decode.UNKNOWN)
+
+
+# Masks of tokens
+
+
+def test_a_mask_that_is_a_prefix_draws_what_the_prefix_draws(params):
+    found = Sampler(NETWORK, params).draw(masked(np.arange(16) < 8), KEY)
+    wanted = decode.generate(NETWORK, params, sharding.filled(TOKENS[:, :8]), KEY)
+    np.testing.assert_array_equal(found, wanted)
+    # Not read at once, but one by one, the same tokens lead to the same draws.
+    given = sharding.filled(masked(np.arange(16) < 8))
+    found = decode.generate(NETWORK, params, given, KEY, prefix=4)
+    np.testing.assert_array_equal(found, wanted)
+
+
+def test_known_tokens_stay_and_unknown_ones_are_drawn_from_all_before_them(params):
+    mask = np.random.default_rng(1).random((3, 16)) < 0.5  # another one in each row
+    found = Sampler(NETWORK, params, temperature=0.0).draw(masked(mask), KEY)
+    np.testing.assert_array_equal(found[mask], TOKENS[mask])
+    np.testing.assert_array_equal(found[~mask], most_likely(params, found)[~mask])
+    assert (found != TOKENS).any()
+
+
+def test_masks_of_the_same_rows_share_their_programs_which_end_with_the_last_unknown_row(
+    params, monkeypatch
+):
+    calls, generate = [], decode.generate
+
+    def noted(network, params, given, *arguments, **settings):
+        calls.append((settings["prefix"], *given.shape))
+        return generate(network, params, given, *arguments, **settings)
+
+    monkeypatch.setattr(decode, "generate", noted)
+    sampler, cached = Sampler(NETWORK, params), []
+    for hidden in ([5, 10], [7, 8], [4, 11]):  # of the rows 4 to 7 and 8 to 11
+        found = sampler.draw(masked(~np.isin(np.arange(16), hidden)), KEY)
+        cached.append((decode._prefill._cache_size(), decode._continue._cache_size()))
+        np.testing.assert_array_equal(np.delete(found, hidden, 1), np.delete(TOKENS, hidden, 1))
+    assert calls == [(4, 3, 12)] * 3 and len(set(cached)) == 1
+    np.testing.assert_array_equal(sampler.draw(TOKENS, KEY, samples=2), TOKENS.repeat(2, axis=0))
+    assert len(calls) == 3  # nothing is unknown
+
+
+def test_a_token_is_known_where_all_its_pixels_are():
+    mask = np.ones((2, 4, 6), bool)
+    mask[0, 1, 5] = mask[1, 2, 0] = False
+    np.testing.assert_array_equal(
+        known_tokens(mask, (2, 3)), [[1, 1, 0, 1, 1, 1], [1, 1, 1, 0, 1, 1]]
+    )
+    np.testing.assert_array_equal(known_tokens(mask[1], (2, 3)), [1, 1, 1, 0, 1, 1])
+
+
+# Beyond the edges
+
+
+@pytest.mark.parametrize("side", [2, 4, 5, 16])
+@pytest.mark.parametrize(("before", "after"), [(0, 0), (0, 1), (3, 0), (7, 40), (16, 16)])
+def test_windows_move_outward_half_a_side_at_most_and_leave_no_gap(side, before, after):
+    starts = _outward(before, after, side)
+    assert starts[0] == before and set(starts) >= {0, before + after}
+    assert starts == list(dict.fromkeys(starts)) and min(starts) == 0
+    seen = {before}
+    for start in starts[1:]:
+        assert min(abs(start - other) for other in seen) <= side // 2
+        seen.add(start)
+    assert max(seen) == before + after
+
+
+def test_what_is_outpainted_is_drawn_window_by_window_around_untouched_tokens(params):
+    sampler = Sampler(NETWORK, params, temperature=0.0)
+    grid = sampler.outpaint(TOKENS, (1, 2, 3, 3), KEY)
+    assert grid.shape == (3, 7, 10) and grid.min() >= 0
+    np.testing.assert_array_equal(grid[:, 1:5, 3:7].reshape(3, -1), TOKENS)
+    # Nothing that windows to the right or below draw is changed later: all of it is most likely.
+    for row, column, new in (
+        (1, 5, np.s_[:, :, 2:]),
+        (1, 6, np.s_[:, :, 3:]),
+        (3, 3, np.s_[:, 2:]),
+    ):
+        window = grid[:, row : row + 4, column : column + 4]
+        likely = most_likely(params, window.reshape(3, -1)).reshape(window.shape)
+        np.testing.assert_array_equal(window[new], likely[new])
+
+
+def test_each_window_has_draws_of_its_own(params):
+    uniform = params | {"head": jnp.zeros_like(params["head"])}  # all that is drawn is the key's
+    grid = Sampler(NETWORK, uniform).outpaint(TOKENS, (0, 0, 0, 4), KEY)
+    assert (grid[:, :, 4:6] != grid[:, :, 6:]).mean() > 0.5
+
+
+# What a user calls
+
+
+@pytest.fixture(scope="module")
+def model(params):
+    tokens = config_lib.Tokens(kind="grey", levels=11)
+    described = Portable(NETWORK.config, tokens, image_size=4, params={}, starts=NETWORK.starts)
+    return gptv_jax.Model(described, params, make_mesh((1, 1, 1)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks(GreyLevels):
+    """A token for the upper left one of 2x2 pixels."""
+
+    image_shape = (8, 8, 1)
+
+    def encode(self, images):
+        return super().encode(images[:, ::2, ::2])
+
+    def decode(self, tokens, grid=None):
+        return super().decode(tokens, grid).repeat(2, axis=1).repeat(2, axis=2)
+
+
+@pytest.fixture(scope="module")
+def coarse(model):
+    """The same network, whose tokens are of 2x2 pixels."""
+    found = gptv_jax.Model(model._described, model._params, model._mesh)
+    found.codec = Blocks(11, 4)
+    return found
+
+
+IMAGES = TOKENS.astype(np.uint8).reshape(3, 4, 4, 1)
+LARGE = random_image(3, 8, 8, 1) % np.uint8(11)
+MIDDLE = np.ones((4, 4), bool)
+MIDDLE[1:3, 1:3] = False
+
+
+def test_known_pixels_are_identical_and_the_seed_draws_the_others(model):
+    each = np.stack([MIDDLE, ~MIDDLE, MIDDLE.T & (np.arange(4) < 3)])
+    for mask in (MIDDLE, each):
+        first, again, other = (model.complete(IMAGES, mask=mask, seed=s) for s in (0, 0, 1))
+        known = np.broadcast_to(mask, (3, 4, 4))
+        np.testing.assert_array_equal(first[known], IMAGES[known])
+        np.testing.assert_array_equal(first, again)
+        assert (first[~known] != IMAGES[~known]).any() and (first != other).any()
+    twice = model.complete(IMAGES, mask=MIDDLE, samples=2, temperature=0.0)
+    once = model.complete(IMAGES, mask=MIDDLE, temperature=0.0)
+    np.testing.assert_array_equal(twice, once.repeat(2, axis=0))
+
+
+def test_a_token_of_many_pixels_stays_where_all_of_them_are_known(coarse):
+    mask = MIDDLE.repeat(2, axis=0).repeat(2, axis=1)
+    mask[0, 0] = False  # the whole token is unknown with it
+    found = coarse.tokenize(coarse.complete(LARGE, mask=mask, temperature=0.0))
+    coarsely = MIDDLE.copy()
+    coarsely[0, 0] = False
+    np.testing.assert_array_equal(found, coarse.tokenize(
+        coarse.complete(LARGE, mask=coarsely, temperature=0.0)))  # fmt: skip
+    stays = coarsely.reshape(-1)
+    np.testing.assert_array_equal(found[:, stays], coarse.tokenize(LARGE)[:, stays])
+    assert (found[:, ~stays] == most_likely(coarse._params, found)[:, ~stays]).all()
+
+
+def test_labels_are_start_vectors_and_none_is_the_last_one(model):
+    labels = {None: 2, 0: 0, 1: 1, (1, 0, 1): (1, 0, 1), (2**0, 0, 0): (1, 0, 0)}
+    for given, variant in labels.items():
+        variant = np.broadcast_to(np.int32(variant), 3).copy()
+        wanted = full_logits(model._params, *map(sharding.filled, (TOKENS, variant)))
+        np.testing.assert_array_equal(model.logits(TOKENS, given), wanted)
+        nats = likelihood.nats(NETWORK, model._params, TOKENS, variant)
+        np.testing.assert_allclose(model.log_likelihood(IMAGES, given), -nats.sum(1), rtol=1e-6)
+    assert len({model.log_likelihood(IMAGES, label)[0].item() for label in (None, 0, 1)}) == 3
+
+
+def test_the_nats_of_a_mesh_are_those_of_one_device(params):
+    wanted = likelihood.nats(NETWORK, params, TOKENS)
+    with jax.set_mesh(make_mesh((1, 2, 2, 2))):  # which does not divide three rows
+        found = likelihood.nats(NETWORK, random_params(NETWORK), TOKENS)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+
+
+def test_labels_and_guidance_reach_what_is_drawn(model):
+    settings = {"temperature": 0.0, "guidance": 3.0, "guidance_schedule": "cosine"}
+    sampler = Sampler(NETWORK, model._params, **settings)
+    labels, nothing = np.array([0, 1, 1], np.int32), np.full((3, 16), decode.UNKNOWN)
+    wanted = sampler.draw(nothing, KEY, labels).reshape(IMAGES.shape)
+    np.testing.assert_array_equal(model.sample(3, label=[0, 1, 1], **settings), wanted)
+    assert (model.sample(3, label=1, **settings) != wanted)[0].any()
+    wanted = sampler.draw(masked(np.arange(16) < 8), KEY, labels).reshape(IMAGES.shape)
+    found = model.complete(IMAGES, labels=labels, **settings)
+    np.testing.assert_array_equal(found, wanted)
+    wanted = sampler.outpaint(TOKENS, (0, 0, 0, 2), KEY, labels)
+    found = model.outpaint(IMAGES, right=2, labels=labels, **settings)
+    np.testing.assert_array_equal(found[..., 0], wanted)
+
+
+@pytest.mark.parametrize("name", ["model", "coarse"])
+def test_surprise_is_that_of_each_token_spread_over_its_pixels(name, request):
+    model, images = request.getfixturevalue(name), {"model": IMAGES, "coarse": LARGE}[name]
+    found = model.surprise(images, labels=[0, 1, 0])
+    assert found.dtype == np.float32 and found.shape == images.shape[:3] and (found > 0).all()
+    likely = model.log_likelihood(images, labels=[0, 1, 0])
+    np.testing.assert_allclose(-found.sum(axis=(1, 2)), likely, rtol=1e-5)
+    tokens = model.tokenize(images)
+    logits = np.float64(model.logits(tokens, labels=[0, 1, 0]))
+    nats = (
+        np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, tokens[..., None], -1)[..., 0]
+    )
+    side = images.shape[1] // 4
+    wanted = nats.reshape(3, 4, 4).repeat(side, 1).repeat(side, 2) / side**2
+    np.testing.assert_allclose(found, wanted, rtol=1e-4)
+
+
+def test_images_grow_by_pixels_and_stay_in_their_place(coarse):
+    found = coarse.outpaint(LARGE, top=2, right=4, seed=3)
+    assert found.dtype == np.uint8 and found.shape == (3, 10, 12, 1)
+    kept = coarse.detokenize(coarse.tokenize(LARGE))
+    np.testing.assert_array_equal(found[:, 2:, :8], kept)
+    np.testing.assert_array_equal(found, coarse.outpaint(LARGE, top=2, right=4, seed=3))
+    assert (found != coarse.outpaint(LARGE, top=2, right=4, seed=4)).any()
+
+
+# what is wrong: (call, what the message must say that came, and that is taken)
+WRONG = {
+    "label beyond the last": (lambda m: m.sample(2, label=2), ["2", "0 to 1"]),
+    "negative label": (lambda m: m.logits(TOKENS, -1), ["-1", "0 to 1"]),
+    "too few labels": (lambda m: m.surprise(LARGE, [0, 1]), ["[2]", "3 of them"]),
+    "float label": (lambda m: m.sample(2, label=0.5), ["float64", "whole number"]),
+    "guidance to nothing": (lambda m: m.sample(2, guidance=2.0), ["guidance is 2", "no class"]),
+    "negative guidance": (lambda m: m.sample(2, guidance=-1.0, label=0), ["-1.0", "0 or more"]),
+    "no schedule": (lambda m: m.sample(2, guidance_schedule="up"), ["'up'", "constant, cosine"]),
+    "grey mask": (lambda m: m.complete(LARGE, mask=LARGE[..., 0]), ["uint8", "bool [8, 8]"]),
+    "other mask": (lambda m: m.complete(LARGE, mask=MIDDLE[:3]), ["[3, 4]", "[8, 8] or [4, 4]"]),
+    "too few masks": (lambda m: m.complete(LARGE, mask=MIDDLE[None]), ["[1, 4, 4]", "images, 3"]),
+    "half a token": (lambda m: m.outpaint(LARGE, left=3), ["left is 3", "multiple of 2"]),
+    "less than nothing": (lambda m: m.outpaint(LARGE, top=-2), ["top is -2", "0 or more"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_is_told_what_came_and_what_is_taken(coarse, case, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as it is for users
+    call, parts = WRONG[case]
+    with pytest.raises(ValueError) as caught:
+        call(coarse)
+    for part in parts:
+        assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_labels_take_a_network_that_has_classes(params):
+    network, tokens = tiny_network(), config_lib.Tokens(kind="grey", levels=11)
+    described = Portable(network.config, tokens, image_size=4, params={}, starts=3)
+    model = gptv_jax.Model(described, params, make_mesh((1, 1, 1)))
+    with pytest.raises(ValueError, match="labels are given, but this network"):
+        model.sample(2, label=0)

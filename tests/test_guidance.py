@@ -1,0 +1,195 @@
+"""Classes and classifier-free guidance: one doubled batch is two runs, on every mesh."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import MESHES, RECIPES, make_mesh, random_batch, random_params, tiny_network
+
+from gptv_jax import decode, sharding
+from gptv_jax.errors import InputError
+from gptv_jax.model import cached
+from gptv_jax.sampler import Sampler, class_rows
+
+pytestmark = pytest.mark.usefixtures("one_device")
+
+LABELS = np.array([0, 1, 1], np.int32)
+SCALES = np.linspace(0, 4, 16, dtype=np.float32)
+
+
+def conditional(**recipe):
+    """One layer, 16 tokens, two classes."""
+    return tiny_network(layers=1, scan_layers=False, class_tokens=2, **recipe)
+
+
+def tokens_of(network, size=3):
+    return random_batch(network, size)["tokens"]
+
+
+@jax.jit(static_argnums=0)
+def full_logits(network, params, tokens, variant):
+    return network.bind(params)(tokens, variant).logits
+
+
+def both(network, params, tokens, labels=LABELS):
+    """Logits of two full forward passes: with the classes, and without any."""
+    nothing = np.full_like(labels, network.unconditional)
+    rows = [sharding.filled(x) for x in (tokens, labels, nothing)]
+    return [np.asarray(full_logits(network, params, rows[0], x)) for x in rows[1:]]
+
+
+def guided(logits, scales=SCALES):
+    """Of `both`, as the paper writes it: (1 + w) conditional - w unconditional, w = scale - 1."""
+    w = (scales - 1)[:, None]
+    return (1 + w) * logits[0] - w * logits[1]
+
+
+@jax.jit(static_argnums=0)
+def read_one(network, params, tokens, position, cache, count):
+    model, blocks = cached.weights(network.bind(params), params)
+    x = jnp.repeat(model.embed_one(tokens, position), 2, axis=0, out_sharding=sharding.BATCH_FIRST)
+    return cached.extend(model, blocks, x, cache, count)
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_the_doubled_batch_is_two_runs_of_the_full_network(recipe):
+    network, kept = conditional(**recipe), 5
+    params, tokens = random_params(network), tokens_of(network)
+    prefix, labels = (sharding.from_everywhere(x) for x in (tokens[:, :kept], LABELS))
+    logits, prompts = decode._prefill(network, True, params, prefix, labels)
+    found = [logits]
+    cache = cached.Cache(prompts, jax.jit(cached.empty, static_argnums=(1, 2))(
+        network.bind(params), 6, 16 - kept))  # fmt: skip
+    for position in range(kept + 1, network.length):
+        at = jnp.int32(position), cache, jnp.int32(position - kept - 1)
+        logits, cache = read_one(network, params, sharding.from_everywhere(tokens), *at)
+        found.append(logits)
+    found, wanted = np.stack(found, axis=1), both(network, params, tokens)
+    assert np.abs(wanted[0] - wanted[1]).max() > 0.1
+    for logits, of_run in zip((found[0::2], found[1::2]), wanted, strict=True):
+        np.testing.assert_allclose(logits, of_run[:, kept:], atol=1e-5, rtol=1e-5)
+    by_position = jnp.asarray(found.swapaxes(0, 1))
+    found = [decode.guide(*x, 1) for x in zip(by_position, jnp.asarray(SCALES[kept:]), strict=True)]
+    wanted = guided(wanted)[:, kept:]
+    np.testing.assert_allclose(np.stack(found, axis=1), wanted, atol=1e-4, rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def model():
+    network = conditional()
+    with jax.set_mesh(make_mesh((1, 1, 1))):
+        return network, random_params(network)
+
+
+def draw(network, params, scales, labels=LABELS, **settings):
+    nothing, variant = (sharding.filled(x) for x in (np.zeros((len(labels), 0), np.int32), labels))
+    settings = {"guidance": scales, "variant": variant, "samples": 2} | settings
+    return np.asarray(decode.generate(network, params, nothing, jax.random.key(0), **settings))
+
+
+def test_greedy_tokens_are_those_that_the_guided_full_network_finds_most_likely(model):
+    network, params = model
+    found = draw(network, params, SCALES, temperature=0.0)
+    wanted = guided(both(network, params, found, np.repeat(LABELS, 2)))
+    np.testing.assert_array_equal(found, wanted.argmax(axis=-1))
+    plain = draw(network, params, None, temperature=0.0)
+    np.testing.assert_array_equal(
+        plain, both(network, params, plain, np.repeat(LABELS, 2))[0].argmax(axis=-1)
+    )
+    assert (found != plain).any()
+
+
+def test_scale_1_draws_what_is_drawn_without_guidance(model):
+    network, params = model
+    wanted = draw(network, params, None)
+    np.testing.assert_array_equal(draw(network, params, np.ones(16, np.float32)), wanted)
+    given = np.full((3, 16), decode.UNKNOWN)
+    for schedule in ("constant", "cosine"):  # and does not pay for the doubled batch
+        assert decode.guidance_scales(schedule, 1.0, 2.0, 16) is None
+        sampler = Sampler(network, params, guidance_schedule=schedule, guidance_power=2.0)
+        np.testing.assert_array_equal(sampler.draw(given, jax.random.key(0), LABELS, 2), wanted)
+
+
+def test_one_program_serves_all_scales_and_schedules(model):
+    network, params = model
+    draw(network, params, SCALES)
+    before = decode._prefill._cache_size(), decode._continue._cache_size()
+    for schedule, scale in (("constant", 2.0), ("cosine", 2.0), ("cosine", 16.0)):
+        draw(network, params, decode.guidance_scales(schedule, scale, 2.75, 16))
+    assert (decode._prefill._cache_size(), decode._continue._cache_size()) == before
+
+
+def test_guidance_draws_more_of_what_tells_the_class_as_often_as_the_scale_says(model):
+    network, params = model
+    label, count = np.zeros(1, np.int32), 4096
+    logits = [x[0, 0] for x in both(network, params, tokens_of(network, 1), label)]
+    telling = (logits[0] - logits[1]).argmax()
+
+    def share_and_probability(scale):
+        scales = np.full(16, scale, np.float32)
+        drawn = draw(network, params, scales, label, samples=count, steps=1)[:, 0]
+        wanted = np.exp(guided(logits, np.float64([scale]))[0])
+        wanted *= count / wanted.sum()
+        found = np.bincount(drawn, minlength=len(wanted))
+        assert ((found - wanted) ** 2 / wanted).sum() < 40  # 10 degrees: one of 50,000 is above
+        return found[telling] / count
+
+    shares = [share_and_probability(scale) for scale in (0.0, 1.0, 3.0)]
+    assert shares[0] + 0.02 < shares[1] < shares[2] - 0.02
+
+
+GIVEN = np.where(np.arange(16) % 5, decode.UNKNOWN, tokens_of(conditional(), 8))  # no prefix
+
+
+def drawn_on(mesh, given, samples=1):
+    network, labels = conditional(), np.resize(LABELS, len(given))
+    with jax.set_mesh(make_mesh(mesh)):
+        scales = {"guidance": 16.0, "guidance_schedule": "cosine"}
+        sampler = Sampler(network, random_params(network), **scales)
+        return sampler.draw(given, jax.random.key(7), labels, samples)
+
+
+@pytest.fixture(scope="module")
+def of_one_device():
+    return drawn_on((1, 1, 1), GIVEN)
+
+
+@pytest.mark.parametrize("mesh", MESHES[1:])
+def test_a_seed_gives_the_same_pictures_on_every_mesh_however_many_rows_come_after(
+    mesh, of_one_device
+):
+    np.testing.assert_array_equal(drawn_on(mesh, GIVEN), of_one_device)
+    np.testing.assert_array_equal(drawn_on(mesh, GIVEN[:5]), of_one_device[:5])
+    if mesh == (8, 1, 1):  # prompts that do not divide are repeated, not filled up with samples
+        wanted = drawn_on((1, 1, 1), GIVEN[:3], samples=2)
+        np.testing.assert_array_equal(drawn_on(mesh, GIVEN[:3], samples=2), wanted)
+
+
+def test_schedules_are_those_of_rar():
+    np.testing.assert_array_equal(decode.guidance_scales("constant", 2.5, 1.0, 4), [2.5] * 4)
+    found = decode.guidance_scales("cosine", 16.0, 2.75, 256)  # RAR-B's
+    wanted = [1 + 15 * (1 - math.cos(math.pi * (t / 256) ** 2.75)) / 2 for t in range(256)]
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
+    assert found[0] == 1 and (np.diff(found) >= 0).all() and 15.9 < found[-1] < 16
+
+
+@pytest.mark.parametrize(
+    "changes", [{"class_tokens": 0}, {"class_tokens": 2, "label_dropout": 0.0}]
+)
+def test_guidance_takes_a_network_that_knows_both(changes):
+    with pytest.raises(InputError, match="guidance takes a network") as caught:
+        Sampler(tiny_network(**changes), {}, guidance=2.0)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("count", "classes", "rows", "columns"), [(64, 10, 10, 6), (10, 10, 10, 1), (64, 1000, 8, 8)]
+)
+def test_new_images_stand_in_a_row_for_each_class_or_for_some_evenly_spread(
+    count, classes, rows, columns
+):
+    found = class_rows(count, classes)
+    assert found.shape == (rows, columns) and (found == found[:, :1]).all()
+    np.testing.assert_array_equal(found[:, 0], np.arange(rows) * (classes / rows))
