@@ -8,7 +8,8 @@ from gptv_jax import config as config_lib
 from gptv_jax import files
 from gptv_jax.errors import InputError
 
-STAGES = ("tokenizer", "pretrain", "probe", "finetune", "sample")
+STAGES = ("tokenizer", "pretrain", "probe", "finetune", "sample", "generate")
+ON_REQUEST = {"generate"}  # stages that run only where --stages names them
 
 
 def checkpoint_folder(config: config_lib.Config, folder: pathlib.Path) -> epath.Path:

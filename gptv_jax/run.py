@@ -26,9 +26,10 @@ from gptv_jax.data.pipeline import Pipeline
 from gptv_jax.errors import InputError
 from gptv_jax.interop.portable import Portable
 from gptv_jax.model.gpt import Network
-from gptv_jax.record import STAGES, checkpoint_folder, config_of, finished_stages
+from gptv_jax.record import checkpoint_folder, config_of, finished_stages
 from gptv_jax.sampler import check_guidable
 from gptv_jax.train.metrics import MetricWriter
+from gptv_jax.wanted import choose_stages
 
 TRIED = 32  # images that the transforms and the codec are tried on, before any work
 VERSIONED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "gptv_jax")
@@ -71,7 +72,7 @@ class Run:
         names = getattr(sources.open_data_set(config.data), "class_names", self.classes)
         lengths = {split: len(source) for split, source in opened.items()}
         self._known = {"images": lengths, "classes": names}  # of the data
-        self.stages = self._stages(wanted)
+        self.stages = choose_stages(config, self.classes, wanted)
         for entries in self._training_transforms():
             transforms.check(entries, config.data.eval_transforms)
         distributed.from_first(self._prepare)
@@ -92,7 +93,7 @@ class Run:
     def adopt(self, tokenizer: tokens.Tokenizer) -> None:
         """Keeps the tokenizer that the stage of this name has trained, for all later stages."""
         if jax.process_index() == 0:
-            tokens.save_lexicon("learned", tokenizer, self.folder)
+            tokens.save_lexicon(tokenizer, self.folder)
         self._take(tokenizer)
 
     def _lexicon(self) -> tokens.Lexicon | None:
@@ -130,7 +131,7 @@ class Run:
             found = codecs.build_codec(config, Ledger(config.data, self.folder))
             self._try(found)
         if found:
-            tokens.save_lexicon(kind, found.lexicon, self.folder)
+            tokens.save_lexicon(found.lexicon, self.folder)
 
     def _try(self, codec: tokens.Codec | None) -> None:
         """The data, every list of transforms and the codec must fit each other."""
@@ -230,66 +231,9 @@ class Run:
         """The numbers of the finished stages, as process 0 keeps them."""
         return files.read_json(self.folder / "summary.json", {})
 
-    def _stages(self, wanted: list[str] | None) -> list[str]:
-        """Those to run, in order; without what `init_from` gives, lacks labels or cannot draw.
-
-        Raises:
-          InputError: an unknown stage, or a wanted one that would be left out.
-        """
-        given = self.config.init_from
-        unknown = set(wanted or ()) - set(STAGES)
-        if unknown:
-            raise InputError(
-                f"--stages has {', '.join(sorted(unknown))}; it takes some of {', '.join(STAGES)}."
-            )
-        if given and wanted and "pretrain" in wanted:
-            raise InputError(
-                f"--stages has pretrain, but config.init_from={given} gives the pretrained weights;"
-                " leave one of them out."
-            )
-        if self.config.model.objective == "bert" and "sample" in (wanted or ()):
-            raise InputError(
-                "--stages has sample, but config.model.objective=bert draws no images; it takes "
-                "pretrain, probe and finetune."
-            )
-        trains_tokens = self.config.tokens.kind == "learned" and not self._has_tokenizer
-        if "tokenizer" in (wanted or ()) and not trains_tokens:
-            raise InputError(
-                "--stages has tokenizer, but "
-                + (
-                    "the tokens come with their tokenizer; leave it out."
-                    if self.config.tokens.kind == "learned"
-                    else f"config.tokens.kind={self.config.tokens.kind} has nothing to train."
-                )
-            )
-        unlabelled = [s for s in ("probe", "finetune") if not self.classes]
-        if set(wanted or ()) & set(unlabelled):
-            raise InputError(
-                f"--stages has {', '.join(s for s in unlabelled if s in wanted)}, but the images "
-                f"of config.data.name={self.config.data.name} have no labels; take pretrain and "
-                "sample."
-            )
-        if self.config.probe.every and not self.classes:
-            raise InputError(
-                f"config.probe.every is {self.config.probe.every}, but the images of "
-                f"config.data.name={self.config.data.name} have no labels; take 0."
-            )
-        left_out = {*unlabelled, *(["pretrain"] if given else [])}
-        left_out |= set() if trains_tokens else {"tokenizer"}
-        left_out |= {"sample"} if self.config.model.objective == "bert" else set()
-        chosen = set(wanted or STAGES) - left_out
-        return [s for s in STAGES if s in chosen]
-
     @property
     def _tokenizer_finished(self) -> bool:
         return "tokenizer" in finished_stages(self.summary())
-
-    @property
-    def _has_tokenizer(self) -> bool:
-        """Whether learned tokens come with their tokenizer, from wherever."""
-        config = self.config
-        cached = sources.open_data_set(config.data).form == "tokens"
-        return bool(config.tokens.tokenizer or config.init_from or cached)
 
     def finished(self, stage: str) -> bool:
         """Whether the stage has written its numbers, which it does once, at its end."""
@@ -297,7 +241,7 @@ class Run:
 
     def finish(self, stage: str, numbers: dict) -> None:
         """Adds a stage's numbers, keyed without the stage's name, to the summary."""
-        skipped = set().union(*distributed.from_all(self.data.ledger.names))
+        skipped = set().union(*distributed.from_all(self.images.ledger.names))
         if jax.process_index() != 0:
             return
         summary = self.summary() | {f"{stage}/{name}": value for name, value in numbers.items()}

@@ -32,7 +32,7 @@ def make_codec(name: str, vocabulary: int, size: int = SIZE) -> tokens.Codec:
 
 
 def settings_of(codec) -> config_lib.Tokens:
-    if hasattr(codec, "palette"):
+    if codec.lexicon:
         return config_lib.Tokens("palette", colors=codec.vocabulary)
     return config_lib.Tokens("grey", levels=codec.vocabulary)
 
@@ -333,7 +333,7 @@ def test_a_palette_is_built_where_there_is_none_and_is_the_same_every_time(tmp_p
     assert first.lexicon.same_as(again.lexicon) and first.vocabulary == 40
     assert first.lexicon.provenance["images"] == 21  # training images only
     run = tmp_path / "run"
-    tokens.save_lexicon("palette", first.lexicon, run)
+    tokens.save_lexicon(first.lexicon, run)
     assert codecs.find_codec(config, run).lexicon.same_as(first.lexicon)
 
 

@@ -89,7 +89,7 @@ def test_grey_images_are_shown_in_three_channels():
 
 
 def test_a_saved_tokenizer_is_read_as_it_was(codec, tmp_path):
-    tokens.save_lexicon("learned", codec.lexicon, tmp_path)
+    tokens.save_lexicon(codec.lexicon, tmp_path)
     for path in (tmp_path, tmp_path / learned.FILE):
         again = learned.load(path)
         assert again.same_as(codec.lexicon) and again.provenance == {"data": "noise"}

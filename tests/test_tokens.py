@@ -128,7 +128,7 @@ def test_a_palette_is_saved_and_loaded_bit_for_bit(tmp_path):
     saved = random_palette(77)
     codec = PaletteTokens(saved, 8)
     assert tokens.load_lexicon("palette", tmp_path) is None
-    tokens.save_lexicon("palette", codec.lexicon, tmp_path)
+    tokens.save_lexicon(codec.lexicon, tmp_path)
     loaded = tokens.load_lexicon("palette", tmp_path)
     assert loaded.centers.dtype == np.float32 and loaded.provenance == saved.provenance
     np.testing.assert_array_equal(loaded.centers, saved.centers)
@@ -255,7 +255,7 @@ def test_statistics_of_known_images():
     statistics = TokenStatistics(codec)
     for image in ([[0, 0], [1, 2]], [[3, 3], [0, 0]]):
         pixels = np.uint8(image)[..., None]
-        statistics.add(pixels, codec.encode(pixels[None])[0])
+        statistics.add(pixels[None], codec.encode(pixels[None]))
     shares = np.array([4, 1, 1, 2]) / 8
     assert statistics.numbers() == {
         "images": 2,
@@ -271,7 +271,7 @@ def test_statistics_measure_what_the_palette_loses():
     codec, given = PaletteTokens(random_palette(8), 6), random_image(6, 6, 3)
     statistics = TokenStatistics(codec)
     encoded = codec.encode(given[None])
-    statistics.add(given, encoded[0])
+    statistics.add(given[None], encoded)
     wanted = np.square(codec.decode(encoded)[0].astype(float) - given).mean()
     found = statistics.numbers()
     assert found["mean_squared_error"] == pytest.approx(wanted)
@@ -299,8 +299,8 @@ def test_what_the_palette_of_igpt_makes_of_cifar10(igpt, shared_data):
     )
     assert len(sources.open_source(config, "test")) == 10_000
     statistics = TokenStatistics(igpt)
-    for element in pipeline.images(config, "test", Ledger(config, None)):
-        statistics.add(element["image"], pipeline.to_tokens(igpt, element["image"]))
+    for batch in pipeline.tokenized(igpt, pipeline.images(config, "test", Ledger(config, None))):
+        statistics.add(batch["image"], batch["tokens"])
     found = statistics.numbers()
     assert found["images"] == 10_000 and found["tokens_used"] == 512
     assert found["mean_squared_error"] == pytest.approx(24.414, abs=0.01)

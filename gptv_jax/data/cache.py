@@ -56,7 +56,7 @@ def write(
     """
     packer = _Packer(codec)
     lengths = {name: _write_split(folder, name, found, packer) for name, found in splits.items()}
-    tokens.save_lexicon(header["tokens"]["kind"], codec.lexicon, folder)
+    tokens.save_lexicon(codec.lexicon, folder)
     header = {"format": FORMAT, "lengths": lengths, **header}
     files.write_json(folder / "header.json", header)
 

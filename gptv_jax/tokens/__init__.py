@@ -89,7 +89,8 @@ def load_lexicon(kind: str, folder: pathlib.Path) -> Lexicon | None:
     return load(folder / name) if (folder / name).exists() else None
 
 
-def save_lexicon(kind: str, lexicon: Lexicon | None, folder: pathlib.Path) -> None:
-    """Keeps what tokens of this kind stand for, where they have a lexicon."""
+def save_lexicon(lexicon: Lexicon | None, folder: pathlib.Path) -> None:
+    """Keeps what tokens stand for, where they have a lexicon."""
     if lexicon is not None:
+        kind = "palette" if isinstance(lexicon, Palette) else "learned"
         lexicon.save(folder / LEXICONS[kind][0])
