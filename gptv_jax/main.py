@@ -12,7 +12,7 @@ from absl import flags
 from gptv_jax import command, config, distributed, fields, report, runtime
 from gptv_jax.record import STAGES
 from gptv_jax.run import Run
-from gptv_jax.stages import finetune, pretrain, probe, sample, tokenizer
+from gptv_jax.stages import finetune, generate, pretrain, probe, sample, tokenizer
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Run folder; the same one continues a run.")
 WANTED = flags.DEFINE_list("stages", None, f"Some of {','.join(STAGES)}; default: all of them.")
@@ -28,6 +28,7 @@ MODULES = {
     "probe": probe,
     "finetune": finetune,
     "sample": sample,
+    "generate": generate,
 }
 LOG = logging.getLogger("gptv_jax.main")
 

@@ -8,7 +8,7 @@ import jax
 from etils import epy
 
 from gptv_jax import config as config_lib
-from gptv_jax import fields, files
+from gptv_jax import fields, files, page
 from gptv_jax.record import finished_stages
 from gptv_jax.run import Run
 from gptv_jax.sampler import class_rows

@@ -13,7 +13,7 @@ from gptv_jax import consistency, fields
 from gptv_jax.config.autoencoder import Autoencoder, Tokenizer
 from gptv_jax.config.data import Data, Tokens
 from gptv_jax.config.model import Model
-from gptv_jax.config.stages import Finetune, Probe, ProbeSgd, Sample
+from gptv_jax.config.stages import Finetune, Generate, Probe, ProbeSgd, Sample
 from gptv_jax.config.train import Mesh, Optimizer, Profile, Train
 from gptv_jax.errors import InputError
 from gptv_jax.fields import NOT_NEGATIVE, field
@@ -23,6 +23,7 @@ __all__ = [
     "Config",
     "Data",
     "Finetune",
+    "Generate",
     "Mesh",
     "Model",
     "Optimizer",
@@ -66,6 +67,7 @@ class Config:
     probe: Probe = dataclasses.field(default_factory=Probe)
     finetune: Finetune = dataclasses.field(default_factory=Finetune)
     sample: Sample = dataclasses.field(default_factory=Sample)
+    generate: Generate = dataclasses.field(default_factory=Generate)
     profile: Profile = dataclasses.field(default_factory=Profile)
 
 

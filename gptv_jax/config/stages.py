@@ -98,3 +98,17 @@ class Sample:
     # How it goes with the position: as it is, or rising to it from 1 along a cosine (RAR).
     guidance_schedule: str = field("constant", one_of("constant", "cosine"))
     guidance_power: float = field(1.0, ABOVE_ZERO)  # of cosine: the higher, the later it rises
+
+
+@dataclasses.dataclass(frozen=True)
+class Generate:
+    """Many new images, drawn as `sample` says, and how close they come to real ones."""
+
+    count: int = field(1000, POSITIVE)  # images; of a class-conditional network alike of each class
+    batch_size: int = field(100, POSITIVE)  # images drawn at a time
+    # What images are compared by (docs/generation_quality.md): a run folder, a file of weights, or
+    # "pixels", the same as None: averages over 8 x 8 areas, which see colour and layout alone.
+    features: str | None = None
+    # Real images to compare with: a split of the data, or statistics that were saved of them.
+    split: str = "train"
+    reference: str | None = None

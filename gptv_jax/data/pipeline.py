@@ -291,13 +291,18 @@ def tokenized(codec: Codec, elements: Iterator[dict], count: int = 64) -> Iterat
     Raises:
       InputError: see `to_tokens`.
     """
-    while chunk := list(itertools.islice(elements, count)):
-        batch = {name: np.stack([element[name] for element in chunk]) for name in chunk[0]}
+    for batch in batched(elements, count):
         _check_shape(batch["image"][0], codec.image_shape)
         try:
             yield {**batch, "tokens": codec.encode(batch["image"])}
         except ValueError as error:
             raise InputError(f"config.tokens does not fit the images: {error}") from error
+
+
+def batched(elements: Iterator[dict], count: int) -> Iterator[dict]:
+    """Elements of `images` as batches of up to `count`."""
+    while chunk := list(itertools.islice(elements, count)):
+        yield {name: np.stack([element[name] for element in chunk]) for name in chunk[0]}
 
 
 def _check_shape(image: np.ndarray, wanted: tuple[int, ...]) -> None:

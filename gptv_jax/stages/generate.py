@@ -1,0 +1,137 @@
+"""Generation: many new images as files, and how close they come to real ones.
+
+It runs only where --stages names it. What is drawn is kept batch by batch, so that a stopped run
+goes on with the batch that it was at; the same seed gives the same images.
+"""
+
+import logging
+import pathlib
+import zipfile
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from jaxtyping import Int, UInt8
+
+from gptv_jax import decode, distributed, files, pictures, preemption
+from gptv_jax.data import pipeline
+from gptv_jax.quality import reference as references
+from gptv_jax.quality.evaluate import evaluate
+from gptv_jax.quality.features import Features, make_features
+from gptv_jax.quality.reference import Reference
+from gptv_jax.run import Run
+from gptv_jax.sampler import Sampler
+from gptv_jax.train.metrics import Progress
+
+LOG = logging.getLogger(__name__)
+BEYOND_SAMPLES = 2**16  # the stage `sample` folds smaller numbers into the same key
+READ = 256  # real images that features are made of at a time
+
+
+def run_stage(run: Run) -> dict:
+    """Writes generated/ and quality.json; the summary's numbers."""
+    config, folder = run.config.generate, run.folder / "generated"
+    features = make_features(config.features, run.codec.image_shape)
+    reference = _reference(run, features)
+    reference.must_fit(features)
+    files.claim(folder, "workdir")
+    labels = _labels(run)
+    drawn = list(preemption.watched(_drawn(run, folder, labels)))
+    if jax.process_index() == 0:
+        _write(run, folder, drawn, labels)
+    found = evaluate((run.codec.decode(tokens) for tokens in drawn), reference, features)
+    if warning := found.pop("warning"):
+        LOG.warning("%s", warning)
+    told = {"features": features.name, "hash": features.hash, "warning": warning, **found}
+    files.write_json(folder / "quality.json", told | {"reference": reference.provenance})
+    return {**found, "biased": warning is not None}
+
+
+def _reference(run: Run, features: Features) -> Reference:
+    """That which the config names, or of this run's own images, which is kept."""
+    config, data = run.config.generate, run.config.data
+    if config.reference:
+        return references.load(config.reference)
+    path = run.folder / "generated" / "reference.npz"
+    if distributed.from_first(path.exists):
+        return references.load(path)
+    LOG.info("reading %s for the reference statistics", config.split)
+    elements = pipeline.images(data, config.split, run.images.ledger)
+    provenance = {
+        "data": data.name,
+        "split": getattr(data, f"{config.split}_split", config.split),
+        "transforms": list(data.eval_transforms),
+        "image_size": data.image_size,
+    }
+    made = references.compute(features, _stacked(elements), provenance)
+    made.save(path)
+    return made
+
+
+def _stacked(elements: Iterator[dict]) -> Iterator[UInt8[np.ndarray, "B H W C"]]:
+    for batch in pipeline.batched(elements, READ):
+        yield batch["image"]
+
+
+def _labels(run: Run) -> Int[np.ndarray, "N"] | None:
+    """All classes alike, in turn; None where the network knows of none."""
+    classes, count = run.config.model.class_tokens, run.config.generate.count
+    return np.arange(count, dtype=np.int32) % classes if classes else None
+
+
+def _drawn(
+    run: Run, folder: pathlib.Path, labels: Int[np.ndarray, "N"] | None
+) -> Iterator[Int[np.ndarray, "B T"]]:
+    """All samples batch by batch, those that are on disk from there."""
+    config, network = run.config.generate, run.network()
+    sampler = Sampler.of(run.config.sample, network, run.pretrained(network))
+    key = jax.random.fold_in(jax.random.key(run.config.seed), BEYOND_SAMPLES)
+    progress = Progress("generate", config.count, unit="image")
+    unknown = np.full((config.batch_size, network.length), decode.UNKNOWN, np.int32)
+    for number, first in enumerate(range(0, config.count, config.batch_size)):
+        wanted = min(config.batch_size, config.count - first)
+        path = folder / "tokens" / f"{number:05d}.npy"
+        if distributed.from_first(path.exists):
+            tokens = np.load(path)
+        else:
+            # Whole batches alone: one program for all of them.
+            of_batch = None
+            if labels is not None:
+                at = np.arange(first, first + config.batch_size) % len(labels)
+                of_batch = labels[at]
+            tokens = sampler.draw(unknown, jax.random.fold_in(key, number), of_batch)[:wanted]
+            if jax.process_index() == 0:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                temporary = path.with_suffix(".tmp.npy")
+                np.save(temporary, tokens)
+                temporary.replace(path)
+        for _ in range(wanted):
+            progress.advance()
+        progress.report(first + wanted, {})
+        yield tokens
+    progress.close()
+
+
+def _write(run: Run, folder: pathlib.Path, drawn: list, labels: np.ndarray | None) -> None:
+    """Every image as a PNG, and all of them as arr_0 of samples.npz, labels as arr_1.
+
+    Uint8 [N, H, W, 3], the form that ADM's evaluator reads; written piece by piece, as it may be
+    more than fits into memory.
+    """
+    height, width, _ = run.codec.image_shape
+    header = {"descr": "|u1", "fortran_order": False}
+    header["shape"] = (sum(map(len, drawn)), height, width, 3)
+    temporary, number = folder / "samples.tmp", 0
+    with zipfile.ZipFile(temporary, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+            np.lib.format.write_array_header_1_0(member, header)
+            for tokens in drawn:
+                images = run.codec.picture(run.codec.decode(tokens))
+                member.write(np.ascontiguousarray(images).tobytes())
+                for image in images:
+                    pictures.save(image, folder / f"{number:06d}.png")
+                    number += 1
+        if labels is not None:
+            with archive.open("arr_1.npy", "w") as member:
+                np.lib.format.write_array(member, labels)
+    temporary.replace(folder / "samples.npz")
