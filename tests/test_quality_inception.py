@@ -3,10 +3,11 @@
 The whole network is compiled once, for two images.
 """
 
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import generator, random_image
+from conftest import generator, make_mesh, random_image
 
 from gptv_jax.errors import InputError
 from gptv_jax.quality import inception
@@ -60,6 +61,9 @@ def test_a_file_of_weights_gives_features_and_probabilities(weights, tmp_path):
     of_grey = make_features(path, (24, 20, 1))(rgb[..., :1])
     for found, wanted in zip(of_grey, features(grey), strict=True):
         np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5 * wanted.max())
+    with jax.set_mesh(make_mesh((8, 1, 1))):  # which eight devices would not divide
+        again, _ = features(rgb)
+    np.testing.assert_allclose(again, values, rtol=1e-4, atol=1e-5 * values.max())
     changed = weights | {"fc.bias": weights["fc.bias"] + 1}
     assert inception.Inception(written(changed, tmp_path)).hash != features.hash
 
