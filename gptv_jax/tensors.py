@@ -1,5 +1,6 @@
 """Files of .safetensors, which a user may hand over damaged; nothing in them is ever executed."""
 
+import hashlib
 import pathlib
 from collections.abc import Callable
 
@@ -56,6 +57,15 @@ def write(arrays: dict[str, np.ndarray], path: pathlib.Path, metadata: dict) -> 
         temporary.replace(path)
     except (OSError, safetensors.SafetensorError) as error:
         raise InputError(f"{path} cannot be written ({first_line(error)}).") from error
+
+
+def digest(arrays: dict[str, np.ndarray]) -> str:
+    """What tells weights from others: 16 hexadecimal digits, of names, types, shapes and values."""
+    found = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        found.update(f"{name} {array.dtype} {array.shape}".encode())
+        found.update(np.ascontiguousarray(array).tobytes())
+    return found.hexdigest()[:16]
 
 
 def floating(array: np.ndarray) -> bool:
@@ -117,12 +127,12 @@ class Accounted:
         if name in self and np.any(self.take(name, shape)):
             self._wrong.append(f"{name} is not zero, and this network has no biases")
 
-    def close(self, where: pathlib.Path, kind: str = "an Image GPT") -> None:
+    def close(self, where: pathlib.Path, network: str = "an Image GPT") -> None:
         """Refuses what is missing, misshapen or left over.
 
         Args:
-          where: the tensors are, for the message.
-          kind: what they should be of.
+          where: the tensors lie, for the message.
+          network: that they are meant for.
 
         Raises:
           InputError: lists all of it.
@@ -130,6 +140,6 @@ class Accounted:
         left = [f"{name} {tuple(shape)} is left over" for name, shape in self._left.items()]
         if self._wrong or left:
             raise InputError(
-                f"the weights in {where} are not those of {kind}: "
+                f"the weights in {where} are not those of {network}: "
                 f"{'; '.join([*self._wrong, *left])}."
             )

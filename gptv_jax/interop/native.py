@@ -127,6 +127,16 @@ def read_lexicon(path: pathlib.Path) -> Lexicon | None:
     return palettes.checked(centers, said.get("palette") or {}, f"{CENTERS} of {path}")
 
 
+def arrays(portable: Portable) -> dict[str, np.ndarray]:
+    """The weights, and those of what the tokens stand for."""
+    found = {name: np.ascontiguousarray(array) for name, array in portable.params.items()}
+    if isinstance(portable.lexicon, Palette):
+        found[CENTERS] = portable.lexicon.centers
+    if isinstance(portable.lexicon, Tokenizer):
+        found |= {f"{TOKENIZER}{n}": array for n, array in portable.lexicon.params.items()}
+    return found
+
+
 def write(portable: Portable, path: pathlib.Path) -> None:
     """Writes the file, whole or not at all.
 
@@ -135,12 +145,7 @@ def write(portable: Portable, path: pathlib.Path) -> None:
     """
     if path.suffix != ".safetensors":
         raise InputError(f"{path} does not end in .safetensors, by which such a file is known.")
-    arrays = {name: np.ascontiguousarray(array) for name, array in portable.params.items()}
-    if isinstance(portable.lexicon, Palette):
-        arrays[CENTERS] = portable.lexicon.centers
-    if isinstance(portable.lexicon, Tokenizer):
-        arrays |= {f"{TOKENIZER}{n}": array for n, array in portable.lexicon.params.items()}
-    tensors.write(arrays, path, {HEADER: json.dumps(describe(portable))})
+    tensors.write(arrays(portable), path, {HEADER: json.dumps(describe(portable))})
 
 
 def header(metadata: dict[str, str], path: pathlib.Path) -> dict:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import hashlib
 import json
 import pathlib
 from collections.abc import Callable
@@ -38,12 +37,8 @@ class Tokenizer:
 
     @functools.cached_property
     def hash(self) -> str:
-        """Of the weights, as hexadecimal digits."""
-        digest = hashlib.sha256()
-        for name in sorted(self.params):
-            digest.update(name.encode())
-            digest.update(np.ascontiguousarray(self.params[name]).tobytes())
-        return digest.hexdigest()[:16]
+        """Of the weights."""
+        return tensors.digest(self.params)
 
     def same_as(self, other: "Tokenizer") -> bool:
         """Whether tokens mean the same."""

@@ -1,0 +1,201 @@
+"""The numbers of generation quality, against SciPy's and against plain NumPy."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.linalg
+import scipy.stats
+from conftest import generator, make_mesh
+
+from gptv_jax.errors import InputError
+from gptv_jax.quality import host, precision_recall
+from gptv_jax.quality.frechet import Moments, frechet_distance
+from gptv_jax.quality.inception_score import inception_score
+from gptv_jax.quality.precision_recall import overlap
+
+
+def features(count: int, width: int, seed: int = 0, shift: float = 0.0) -> np.ndarray:
+    """Float32, correlated, with deviations over three orders of magnitude."""
+    rng, same = generator(seed), generator(9)
+    mixed = rng.normal(size=(count, width)) @ same.normal(size=(width, width))
+    return (mixed * np.geomspace(1, 1e-3, width) + shift).astype(np.float32)
+
+
+def distance(x: np.ndarray, y: np.ndarray) -> float:
+    a, b = Moments.of(x), Moments.of(y)
+    return frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
+
+
+def without_roots(x: np.ndarray, y: np.ndarray) -> float:
+    """From the samples alone: tr (C C')^(1/2) is the sum of singular values of X Y', centred."""
+    x, y = x.astype(np.float64), y.astype(np.float64)
+    (m, x), (n, y) = ((z.mean(axis=0), (z - z.mean(axis=0)) / np.sqrt(len(z) - 1)) for z in (x, y))
+    overlap = np.linalg.svd(x @ y.T, compute_uv=False).sum()
+    return ((m - n) ** 2).sum() + (x**2).sum() + (y**2).sum() - 2 * overlap
+
+
+def scipys(x: np.ndarray, y: np.ndarray) -> float:
+    (m, c), (n, d) = ((z.mean(axis=0, dtype=float), np.cov(z.astype(float).T)) for z in (x, y))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the product is singular
+        root = scipy.linalg.sqrtm(c @ d).real
+    return ((m - n) ** 2).sum() + np.trace(c + d - 2 * root)
+
+
+def test_the_distance_is_scipys():
+    x, y = features(500, 48), features(400, 48, seed=1, shift=0.2)
+    assert distance(x, y) > 1
+    assert distance(x, y) == pytest.approx(scipys(x, y), rel=1e-9)
+
+
+@pytest.mark.parametrize("counts", [(20, 400), (20, 30), (2, 3)])
+def test_singular_covariances_lose_no_digits(counts):
+    x, y = features(counts[0], 64), features(counts[1], 64, seed=1)
+    assert distance(x, y) == pytest.approx(without_roots(x, y), rel=1e-12)
+    assert distance(x, y) == pytest.approx(scipys(x, y), rel=1e-6)  # which is off by 2e-8
+
+
+def test_equal_sets_are_at_no_distance_and_shifted_ones_at_that_of_their_means():
+    for seed in range(5):  # of which some come out below 0, but for rounding
+        x = features(30, 64, seed)
+        assert 0 <= distance(x, x) < 1e-12 * Moments.of(x).scatter.trace()
+    means = generator(3).normal(size=(2, 64))
+    covariance = Moments.of(x).covariance
+    found = frechet_distance(means[0], covariance, means[1], covariance)
+    assert found == pytest.approx(((means[0] - means[1]) ** 2).sum(), rel=1e-12)
+    assert distance(x, features(90, 64, seed=1)) == pytest.approx(
+        distance(features(90, 64, seed=1), x), rel=1e-12
+    )
+
+
+def test_moments_of_parts_are_those_of_the_whole():
+    x = features(999, 24, shift=1000.0)  # far from 0, where sums of squares lose their digits
+    parts = [Moments.of(part) for part in np.split(x, [1, 8, 500])]
+    merged = parts[0].merged(parts[1]).merged(parts[2].merged(parts[3]))
+    assert merged.count == 999
+    np.testing.assert_allclose(merged.mean, x.mean(axis=0, dtype=float), rtol=1e-14)
+    np.testing.assert_allclose(merged.covariance, np.cov(x.astype(float).T), rtol=0, atol=1e-11)
+    assert merged.covariance.dtype == np.float64
+
+
+def test_features_without_moments_are_refused():
+    with pytest.raises(ValueError, match="not finite"):
+        Moments.of(np.array([[1.0, np.nan]], np.float32))
+    with pytest.raises(ValueError, match="of no image"):
+        Moments.of(np.zeros((0, 4), np.float32))
+    with pytest.raises(InputError, match="one image has no covariance"):
+        _ = Moments.of(np.zeros((1, 4), np.float32)).covariance
+
+
+def test_float64_is_of_the_host_alone_whatever_mesh_is_set():
+    x, y = features(40, 16), features(50, 16, seed=1)
+    wanted = distance(x, y)
+    with jax.set_mesh(make_mesh((8, 1, 1))), jax.default_device(jax.devices()[3]):
+        assert distance(x, y) == wanted
+        with host.float64():
+            inside = jnp.zeros(4) + 1
+        assert inside.dtype == np.float64 and inside.devices() == {jax.devices("cpu")[0]}
+        assert (jnp.zeros(8) + 1).dtype == np.float32
+        assert len((jnp.zeros(8) + 1).devices()) == 8
+
+
+def test_a_process_without_cpu_is_told_before_any_work(monkeypatch):
+    def none(backend):
+        raise RuntimeError(f"Unknown backend {backend}")
+
+    monkeypatch.setattr(jax, "local_devices", none)
+    with pytest.raises(InputError, match=r"Unknown backend cpu\); add it to JAX_PLATFORMS"):
+        host.cpu()
+
+
+def test_the_inception_score_is_scipys():
+    p = generator().dirichlet(np.full(7, 0.3), size=103).astype(np.float32)
+    p[:4] = np.eye(7)[:4]  # 0 log 0 is 0
+    p[50] *= 1.0005  # rows of float32 add up to 1 nearly
+    parts = [p[i::10].astype(float) for i in range(10)]
+    wanted = [
+        np.exp(np.mean(scipy.stats.entropy(q, np.mean(q, axis=0)[None], axis=1))) for q in parts
+    ]
+    found = inception_score(p)
+    assert found.mean == pytest.approx(np.mean(wanted), rel=1e-6)  # rows add up to 1 in float32
+    assert found.deviation == pytest.approx(np.std(wanted), rel=1e-5)
+
+
+def test_the_inception_score_goes_from_one_to_the_number_of_classes():
+    certain = np.eye(5, dtype=np.float32)[np.arange(100) // 20]  # sorted by class
+    assert inception_score(certain) == (pytest.approx(5, rel=1e-12), pytest.approx(0, abs=1e-12))
+    alike = np.tile(generator().dirichlet(np.ones(5)), (100, 1))
+    assert inception_score(alike).mean == pytest.approx(1, rel=1e-12)
+
+
+def test_what_is_no_distribution_has_no_inception_score():
+    p = np.full((20, 4), 0.25, np.float32)
+    with pytest.raises(InputError, match="9 images cannot be split into 10"):
+        inception_score(p[:9])
+    for wrong in (p * 2, p * np.nan, p - np.array([0.5, 0, 0, -0.5], np.float32)):
+        with pytest.raises(ValueError, match="0 or more and add up to 1"):
+            inception_score(wrong)
+
+
+def plainly(real: np.ndarray, generated: np.ndarray, k: int, wide: int) -> tuple:
+    """The papers' definitions, all pairs at once."""
+
+    def far(x, y):
+        return np.sqrt(((x[:, None].astype(float) - y[None]) ** 2).sum(axis=-1))
+
+    def radius(x, k):
+        return np.sort(far(x, x) + np.diag(np.full(len(x), np.inf)), axis=1)[:, k - 1]
+
+    between = far(real, generated)
+    inside = between <= radius(real, k)[:, None]
+    recalled = between <= radius(generated, k)[None]
+    close = between <= radius(real, wide)[:, None]
+    return (
+        inside.any(axis=0).mean(),
+        recalled.any(axis=1).mean(),
+        close.sum() / (wide * len(generated)),
+        close.any(axis=1).mean(),
+    )
+
+
+@pytest.mark.parametrize("block", [8 * 40, 8 * 40 * 7, 2**27])  # bytes: a row, seven rows, all
+def test_precision_and_recall_are_their_definitions_in_any_blocks(block, monkeypatch):
+    monkeypatch.setattr(precision_recall, "BLOCK_BYTES", block)
+    real, generated = features(40, 6), features(33, 6, seed=1, shift=0.1)
+    real, generated = (1e7 + x.astype(np.float64) for x in (real, generated))
+    for k, wide in ((3, 5), (2, 10)):
+        found = overlap(real, generated, k, wide)
+        assert found == pytest.approx(plainly(real, generated, k, wide), rel=1e-12)
+        assert min(found) > 0 and max(found[:2]) < 1
+    swapped = overlap(generated, real)
+    assert swapped.precision == overlap(real, generated).recall
+
+
+def test_the_same_images_are_inside_also_where_they_repeat():
+    x = features(30, 2048, shift=1000.0)
+    assert overlap(x, x)[:2] == (1, 1)
+    for rows in (17, 18, 25):
+        repeated = x[np.sort(np.resize(np.arange(3), rows))]
+        # Balls of no size, where rounding would decide.
+        assert overlap(repeated, np.concatenate([x, repeated[:5]])).precision == 8 / 35
+    assert overlap(repeated, x) == (0.1, 1, pytest.approx(25 / 5 / 30), 1)
+
+
+def test_modes_that_are_left_out_cost_recall_and_noise_costs_precision():
+    near, far = features(100, 8), features(100, 8, seed=1, shift=100.0)
+    real = np.concatenate([near, far])
+    one_mode = overlap(real, features(100, 8, seed=2))
+    assert one_mode.precision > 0.7 and one_mode.recall < 0.5 and one_mode.coverage < 0.6
+    noise = np.concatenate([near, features(100, 8, seed=2, shift=-100.0)])
+    assert overlap(near, noise).precision == 0.5 and overlap(near, noise).recall == 1
+
+
+def test_too_few_images_have_no_neighbours():
+    x = features(10, 4)
+    with pytest.raises(InputError, match="only 5 generated ones; give 6 or more"):
+        overlap(x, x[:5])
+    with pytest.raises(InputError, match="only 5 real ones"):
+        overlap(x[:5], x)

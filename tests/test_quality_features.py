@@ -1,0 +1,104 @@
+"""What generated images are compared by."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from conftest import generator, random_image, random_params
+
+import gptv_jax
+from gptv_jax import config as config_lib
+from gptv_jax import sharding
+from gptv_jax.errors import InputError
+from gptv_jax.interop import native
+from gptv_jax.interop.portable import Portable
+from gptv_jax.quality.features import Features, FromFunction, Pixels, make_features
+
+
+def test_pixels_are_averaged_over_equal_areas():
+    images = random_image(3, 32, 16, 3)
+    features = make_features("pixels", (32, 16, 3))
+    values, probabilities = features(images)
+    wanted = images.reshape(3, 8, 4, 8, 2, 3).mean(axis=(2, 4), dtype=float)
+    np.testing.assert_allclose(values, wanted.reshape(3, -1), rtol=1e-6)
+    assert probabilities is None and values.dtype == np.float32
+    assert features.size == values.shape[1] and features.name == "pixels 8x8x3"
+
+
+def test_areas_may_end_within_a_pixel():
+    image = random_image(1, 12, 20, 1)
+    repeated = image.repeat(2, axis=1).repeat(2, axis=2)  # 24 x 40: 8 divides both
+    values, _ = make_features(None, (12, 20, 1))(image)
+    np.testing.assert_allclose(values, Pixels((24, 40, 1))(repeated)[0], rtol=1e-6)
+
+
+def test_small_images_are_their_own_features():
+    images = random_image(2, 5, 8, 1)
+    features = make_features(None, (5, 8, 1))
+    np.testing.assert_array_equal(features(images)[0], images.reshape(2, -1))
+    assert features.size == 40
+
+
+def test_a_function_gives_features_and_may_give_probabilities():
+    images = random_image(2, 4, 4, 3)
+
+    def function(images):
+        return images.mean(axis=(1, 2)), np.full((len(images), 4), 0.25)
+
+    features = FromFunction(function, "means", "v1", 3)
+    assert isinstance(features, Features)
+    values, probabilities = features(images)
+    assert values.shape == (2, 3) and probabilities.shape == (2, 4)
+    assert FromFunction(lambda i: function(i)[0], "means", "v1", 3)(images)[1] is None
+    with pytest.raises(ValueError, match=r"means gave \[2, 3\] for 2 images; .* give \[2, 5\]"):
+        FromFunction(function, "means", "v1", 5)(images)
+
+
+def test_a_network_that_was_not_probed_gives_its_middle_layer(tmp_path, one_device):
+    model = config_lib.Model(layers=4, width=16, heads=2)
+    portable = Portable(model, config_lib.Tokens(), image_size=4, params={})
+    params = sharding.by_name(random_params(portable.network))
+    arrays = {name: np.asarray(value) for name, value in params.items()}
+    path = tmp_path / "weights.safetensors"
+    images = generator().integers(17, size=(8, 4, 4, 1), dtype=np.uint8)
+    hashes = set()
+    for layer in (None, 1):
+        native.write(dataclasses.replace(portable, params=arrays, best_layer=layer), path)
+        features = make_features(str(path), (4, 4, 1))
+        assert features.name == f"gptv_jax, layer {layer or 2} of 4"
+        values, probabilities = features(images)
+        np.testing.assert_array_equal(values, gptv_jax.load(path).features(images, layer or 2))
+        assert probabilities is None and features.size == values.shape[1]
+        hashes.add(features.hash)
+    assert len(hashes) == 1  # the same weights
+    arrays["start"] = arrays["start"] + 1
+    native.write(dataclasses.replace(portable, params=arrays), path)
+    assert make_features(str(path), (4, 4, 1)).hash not in hashes
+
+
+@pytest.mark.process
+def test_a_run_gives_the_probed_layer_and_its_class_probabilities(finished_run, tmp_path):
+    images = generator().integers(17, size=(8, 8, 8, 1), dtype=np.uint8)  # levels
+    features = make_features(str(finished_run.folder), (8, 8, 1))
+    model, chosen = gptv_jax.load(finished_run.folder), finished_run.summary["probe/best_layer"]
+    values, probabilities = features(images)
+    np.testing.assert_array_equal(values, model.features(images))
+    np.testing.assert_array_equal(probabilities, model.classify(images))
+    assert features.size == values.shape[1] == 16
+    assert features.name == f"gptv_jax, layer {chosen} of 1"
+
+    model.save(tmp_path / "same.safetensors")  # the same weights, wherever they lie
+    same = make_features(str(tmp_path / "same.safetensors"), (8, 8, 1))
+    assert (same.name, same.hash) == (features.name, features.hash)
+    with pytest.raises(InputError, match="takes images of 8x8x1, but these are of 32x32x3"):
+        make_features(str(finished_run.folder), (32, 32, 3))
+
+
+def test_what_is_no_features_is_told(tmp_path):
+    with pytest.raises(InputError, match="features are 'inception', and there is nothing"):
+        make_features("inception", (32, 32, 3))
+    with pytest.raises(InputError, match="is not a run folder"):
+        make_features(str(tmp_path), (32, 32, 3))
+    (tmp_path / "cut.safetensors").write_bytes(b"0" * 20)
+    with pytest.raises(InputError, match=r"is no \.safetensors file, or damaged"):
+        make_features(str(tmp_path / "cut.safetensors"), (32, 32, 3))
