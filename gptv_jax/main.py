@@ -10,7 +10,7 @@ import jax
 from absl import flags
 
 from gptv_jax import command, config, distributed, fields, report, runtime
-from gptv_jax.record import STAGES
+from gptv_jax.record import ON_REQUEST, STAGES
 from gptv_jax.run import Run
 from gptv_jax.stages import finetune, generate, pretrain, probe, sample, tokenizer
 
@@ -44,7 +44,7 @@ def main(settings: config.Config) -> None:
     report.write(run)  # a kill may have come between a stage's numbers and their page
     with jax.set_mesh(run.mesh):
         for stage in run.stages:
-            if not run.finished(stage):
+            if stage in ON_REQUEST or not run.finished(stage):
                 run.finish(stage, MODULES[stage].run_stage(run))
                 report.write(run)
     if jax.process_index() == 0:

@@ -9,7 +9,9 @@ from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.data import transforms
 from gptv_jax.errors import InputError
-from gptv_jax.model.gpt import Network, parameter_count
+from gptv_jax.model import autoencoder
+from gptv_jax.model.gpt import parameter_count
+from gptv_jax.run import network_of
 
 FOLDER = pathlib.Path(__file__).parent.parent / "configs"
 # File and argument: weights of the network, without a class head.
@@ -64,13 +66,14 @@ def test_every_file_is_listed():
 @pytest.mark.parametrize(("name", "argument"), WEIGHTS)
 def test_a_configuration_is_accepted_and_has_its_number_of_weights(name, argument, one_device):
     config = config_lib.resolve(load(name, *([argument] if argument else [])))
-    size = config.data.image_size
-    vocabulary = config.tokens.levels if config.tokens.kind == "grey" else config.tokens.colors
-    starts = transforms.variants(config.data.train_transforms)
-    starts = starts if config.model.start_per_variant else 1
-    network = Network(config.model, vocabulary, (size, size), starts)
+    network = network_of(config)
     assert parameter_count(sharding.abstract(network.init)) == WEIGHTS[name, argument]
     own = (config.finetune.train_transforms, config.probe.sgd.train_transforms)
+    if config.tokens.kind == "learned":
+        wanted, own = TOKENIZERS[name], (*own, config.tokenizer.train_transforms)
+        coder = config.tokens.autoencoder
+        made = sharding.abstract(lambda key: autoencoder.init(coder, key))
+        assert (parameter_count(made), coder.vocabulary) == wanted[argument]
     for entries in (config.data.train_transforms, *own):
         transforms.check(entries, config.data.eval_transforms)
 

@@ -104,11 +104,12 @@ class Sample:
 class Generate:
     """Many new images, drawn as `sample` says, and how close they come to real ones."""
 
-    count: int = field(1000, POSITIVE)  # images; of a class-conditional network alike of each class
-    batch_size: int = field(100, POSITIVE)  # images drawn at a time
+    # Images; of a class-conditional network as many of each class.
+    count: int = field(1000, POSITIVE, free=True)
+    batch_size: int = field(100, POSITIVE, free=True)  # images drawn at a time
     # What images are compared by (docs/generation_quality.md): a run folder, a file of weights, or
     # "pixels", the same as None: averages over 8 x 8 areas, which see colour and layout alone.
-    features: str | None = None
+    features: str | None = field(None, free=True)
     # Real images to compare with: a split of the data, or statistics that were saved of them.
-    split: str = "train"
-    reference: str | None = None
+    split: str = field("train", free=True)
+    reference: str | None = field(None, free=True)

@@ -50,6 +50,11 @@ class Reference:
         except OSError as error:
             raise InputError(f"{path} cannot be written ({error.strerror}).") from error
 
+    def made_of(self, features: Features) -> bool:
+        """Whether it was made with these features."""
+        made = self.provenance["features"]
+        return (made["name"], made["hash"]) == (features.name, features.hash)
+
     def must_fit(self, features: Features) -> None:
         """Refuses features other than those that the reference was made with.
 
@@ -57,7 +62,7 @@ class Reference:
           InputError: names both.
         """
         made = self.provenance["features"]
-        if (made["name"], made["hash"]) != (features.name, features.hash):
+        if not self.made_of(features):
             raise InputError(
                 f"the reference was made with the features {made['name']} (hash {made['hash']}), "
                 f"but these are {features.name} (hash {features.hash}); take those, or make the "

@@ -1,9 +1,11 @@
 """Generation: many new images as files, and how close they come to real ones.
 
-It runs only where --stages names it. What is drawn is kept batch by batch, so that a stopped run
-goes on with the batch that it was at; the same seed gives the same images.
+It runs where --stages names it, and then each time. What is drawn is kept batch by batch, so that a
+stopped run goes on with the batch that it was at, and one that is to draw more draws the rest; the
+same seed gives the same images.
 """
 
+import io
 import logging
 import pathlib
 import zipfile
@@ -54,12 +56,15 @@ def _reference(run: Run, features: Features) -> Reference:
         return references.load(config.reference)
     path = run.folder / "generated" / "reference.npz"
     if distributed.from_first(path.exists):
-        return references.load(path)
+        found = references.load(path)
+        if found.made_of(features) and found.provenance["split"] == config.split:
+            return found
     LOG.info("reading %s for the reference statistics", config.split)
     elements = pipeline.images(data, config.split, run.images.ledger)
     provenance = {
         "data": data.name,
-        "split": getattr(data, f"{config.split}_split", config.split),
+        "split": config.split,
+        "images": getattr(data, f"{config.split}_split", config.split),
         "transforms": list(data.eval_transforms),
         "image_size": data.image_size,
     }
@@ -91,9 +96,8 @@ def _drawn(
     for number, first in enumerate(range(0, config.count, config.batch_size)):
         wanted = min(config.batch_size, config.count - first)
         path = folder / "tokens" / f"{number:05d}.npy"
-        if distributed.from_first(path.exists):
-            tokens = np.load(path)
-        else:
+        tokens = _kept(path, wanted)
+        if tokens is None:
             # Whole batches alone: one program for all of them.
             of_batch = None
             if labels is not None:
@@ -101,15 +105,25 @@ def _drawn(
                 of_batch = labels[at]
             tokens = sampler.draw(unknown, jax.random.fold_in(key, number), of_batch)[:wanted]
             if jax.process_index() == 0:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                temporary = path.with_suffix(".tmp.npy")
-                np.save(temporary, tokens)
-                temporary.replace(path)
+                content = io.BytesIO()
+                np.save(content, tokens)
+                files.replace(path, content.getvalue())
         for _ in range(wanted):
             progress.advance()
         progress.report(first + wanted, {})
         yield tokens
     progress.close()
+
+
+def _kept(path: pathlib.Path, wanted: int) -> Int[np.ndarray, "B T"] | None:
+    """A batch that process 0 has on disk, where it is of so many samples."""
+
+    def read() -> list | None:
+        tokens = np.load(path) if path.exists() else ()
+        return tokens.tolist() if len(tokens) == wanted else None
+
+    found = distributed.from_first(read)
+    return None if found is None else np.array(found, np.int32)
 
 
 def _write(run: Run, folder: pathlib.Path, drawn: list, labels: np.ndarray | None) -> None:
