@@ -40,6 +40,29 @@ WEIGHTS = {
     ("probe_imagenet", "m"): 455_157_760,
     ("probe_imagenet", "l"): 1_362_250_752,
     ("probe_imagenet", "l48"): 1_364_216_832,
+    ("tokenizer_cifar10", "tiny"): 1_841_920,
+    ("tokenizer_cifar10", "tiny_16k"): 4_987_648,
+    ("tokenizer_cifar10", "tiny_vq"): 1_841_920,
+    ("tokenizer_imagenet", "fsq"): 92_431_360,
+    ("tokenizer_imagenet", "fsq_64k"): 141_190_144,
+    ("tokenizer_imagenet", "vq"): 92_431_360,
+    ("imagenet_codes", "b"): 110_888_448,
+    ("imagenet_codes", "l"): 338_192_384,
+    ("imagenet_codes", "xl"): 752_581_120,
+    ("imagenet_codes", "b_rar"): 111_283_968,
+    ("imagenet_codes", "l_rar"): 338_720_768,
+    ("imagenet_codes", "xl_rar"): 753_242_368,
+}
+# Of the encoder and decoder, and codes.
+OF_IMAGENET = (35_072_657, 16_384)
+TOKENIZERS = {
+    ("tokenizer_cifar10", "tiny"): (263_476, 4_096),
+    ("tokenizer_cifar10", "tiny_16k"): (264_117, 16_384),
+    ("tokenizer_cifar10", "tiny_vq"): (298_808, 4_096),
+    ("tokenizer_imagenet", "fsq"): OF_IMAGENET,
+    ("tokenizer_imagenet", "fsq_64k"): (35_077_778, 64_000),
+    ("tokenizer_imagenet", "vq"): (35_219_092, 16_384),
+    **{key: OF_IMAGENET for key in WEIGHTS if key[0] == "imagenet_codes"},
 }
 
 
@@ -70,10 +93,10 @@ def test_a_configuration_is_accepted_and_has_its_number_of_weights(name, argumen
     assert parameter_count(sharding.abstract(network.init)) == WEIGHTS[name, argument]
     own = (config.finetune.train_transforms, config.probe.sgd.train_transforms)
     if config.tokens.kind == "learned":
-        wanted, own = TOKENIZERS[name], (*own, config.tokenizer.train_transforms)
+        own = (*own, config.tokenizer.train_transforms)
         coder = config.tokens.autoencoder
         made = sharding.abstract(lambda key: autoencoder.init(coder, key))
-        assert (parameter_count(made), coder.vocabulary) == wanted[argument]
+        assert (parameter_count(made), coder.vocabulary) == TOKENIZERS[name, argument]
     for entries in (config.data.train_transforms, *own):
         transforms.check(entries, config.data.eval_transforms)
 
