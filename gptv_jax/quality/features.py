@@ -30,6 +30,7 @@ class Features(Protocol):
     name: str  # what they are
     hash: str  # of the weights; where there are none, a word for that
     size: int  # D
+    of_pictures: bool  # whether it expects images as people see them, 0 .. 255
 
     def __call__(self, images: UInt8[np.ndarray, "B H W C"]) -> Values:
         """Features and probabilities, or None."""
@@ -37,6 +38,8 @@ class Features(Protocol):
 
 class FromFunction:
     """Whatever a function gives."""
+
+    of_pictures = False
 
     def __init__(self, function: Callable, name: str, hash: str, size: int):
         """Says what the function is.
@@ -71,6 +74,7 @@ class Pixels:
     """The pixels themselves, averaged over 8 x 8 equal areas: colour and layout, no detail."""
 
     hash = "no weights"
+    of_pictures = False
 
     def __init__(self, image_shape: Shape):
         """Of images of that shape; a side of fewer than 8 pixels stays as it is."""
@@ -91,6 +95,8 @@ class FromModel:
 
     The layer is the one that the probe chose or, where it has not run, the middle one.
     """
+
+    of_pictures = False
 
     def __init__(self, model: api.Model):
         """Of a loaded model."""

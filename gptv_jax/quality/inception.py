@@ -38,6 +38,7 @@ class Inception:
 
     name = "Inception-v3 2015-12-05, bilinear to 299 pixels"
     size = WIDTH
+    of_pictures = True
 
     def __init__(self, path: str | pathlib.Path):
         """Reads the weights.

@@ -9,14 +9,15 @@ import io
 import logging
 import pathlib
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Int
 
 from gptv_jax import decode, distributed, files, pictures, preemption
-from gptv_jax.data import pipeline
+from gptv_jax.data import pipeline, sources
+from gptv_jax.errors import InputError
 from gptv_jax.quality import reference as references
 from gptv_jax.quality.evaluate import evaluate
 from gptv_jax.quality.features import Features, make_features
@@ -41,7 +42,8 @@ def run_stage(run: Run) -> dict:
     drawn = list(preemption.watched(_drawn(run, folder, labels)))
     if jax.process_index() == 0:
         _write(run, folder, drawn, labels)
-    found = evaluate((run.codec.decode(tokens) for tokens in drawn), reference, features)
+    seen = _eyes(run, features)
+    found = evaluate((seen(run.codec.decode(tokens)) for tokens in drawn), reference, features)
     if warning := found.pop("warning"):
         LOG.warning("%s", warning)
     told = {"features": features.name, "hash": features.hash, "warning": warning, **found}
@@ -59,6 +61,12 @@ def _reference(run: Run, features: Features) -> Reference:
         found = references.load(path)
         if found.made_of(features) and found.provenance["split"] == config.split:
             return found
+    if sources.open_source(data, config.split).form == "tokens":
+        raise InputError(
+            f"config.data.name={data.name} holds tokens, and generated images are compared with real "
+            "ones; name statistics of these by config.generate.reference, or run --stages=generate "
+            "on the images, in another --workdir with config.init_from."
+        )
     LOG.info("reading %s for the reference statistics", config.split)
     elements = pipeline.images(data, config.split, run.images.ledger)
     provenance = {
@@ -68,14 +76,16 @@ def _reference(run: Run, features: Features) -> Reference:
         "transforms": list(data.eval_transforms),
         "image_size": data.image_size,
     }
-    made = references.compute(features, _stacked(elements), provenance)
+    seen = _eyes(run, features)
+    images = (seen(batch["image"]) for batch in pipeline.batched(elements, READ))
+    made = references.compute(features, images, provenance)
     made.save(path)
     return made
 
 
-def _stacked(elements: Iterator[dict]) -> Iterator[UInt8[np.ndarray, "B H W C"]]:
-    for batch in pipeline.batched(elements, READ):
-        yield batch["image"]
+def _eyes(run: Run, features: Features) -> Callable:
+    """Images as the features expect them: for people, or in the data set's own range."""
+    return run.codec.picture if features.of_pictures else lambda images: images
 
 
 def _labels(run: Run) -> Int[np.ndarray, "N"] | None:
