@@ -63,9 +63,9 @@ def _reference(run: Run, features: Features) -> Reference:
             return found
     if sources.open_source(data, config.split).form == "tokens":
         raise InputError(
-            f"config.data.name={data.name} holds tokens, and generated images are compared with real "
-            "ones; name statistics of these by config.generate.reference, or run --stages=generate "
-            "on the images, in another --workdir with config.init_from."
+            f"config.data.name={data.name} holds tokens, but generated images are compared with "
+            "real ones; name statistics of these by config.generate.reference, or run "
+            "--stages=generate on the images, in another --workdir with config.init_from."
         )
     LOG.info("reading %s for the reference statistics", config.split)
     elements = pipeline.images(data, config.split, run.images.ledger)
