@@ -2,8 +2,10 @@
 
 import json
 import pathlib
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -27,17 +29,20 @@ SMALL = {
     "tokens.autoencoder.encoder_blocks": 1,
     "tokens.autoencoder.decoder_blocks": 1,
     "tokens.autoencoder.levels": "(5,5,5)",
-    "tokenizer.train.steps": 60,
+    "tokenizer.train.steps": 120,
+    "tokenizer.train.optimizer.warmup_steps": 10,
+    "tokenizer.train.optimizer.learning_rate": 0.01,
     "tokenizer.train.batch_size": 16,
-    "tokenizer.train.checkpoint_every": 20,
+    "tokenizer.train.checkpoint_every": 40,
     "tokenizer.train.log_every": 20,
+    "model.class_tokens": 3,
     "model.layers": 1,
     "model.width": 16,
     "model.heads": 2,
     "train.steps": 6,
     "train.batch_size": 16,
     "train.log_every": 3,
-    "sample.count": 4,
+    "sample.count": 6,
     "sample.completions": 2,
 }
 
@@ -79,10 +84,31 @@ def data(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def finished(data, tmp_path_factory) -> pathlib.Path:
+    """A run that was killed while its tokenizer was trained, and then went on to its end."""
     folder = tmp_path_factory.mktemp("run")
-    ended = run(*command(folder, data, "--stages=tokenizer,pretrain,sample"))
+    arguments = command(folder, data, "--stages=tokenizer,pretrain,sample")
+    begun = subprocess.Popen(arguments, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    while not list(folder.glob("checkpoints/tokenizer/*/_CHECKPOINT_METADATA")):
+        assert begun.poll() is None
+        time.sleep(0.05)
+    begun.kill()
+    assert begun.wait() == -signal.SIGKILL
+    assert not (folder / learned.FILE).exists()
+    ended = run(*arguments)
     assert ended.returncode == 0, ended.stderr[-3000:]
+    assert "tokenizer continues from step" in ended.stderr
     return folder
+
+
+def test_a_killed_training_ends_as_the_one_that_was_not(finished, data, tmp_path):
+    # Every code is to be in use, which is too much to ask: the alarm is heard as well.
+    ended = run(*command(tmp_path, data, "--stages=tokenizer", "--config.tokenizer.least_used=1.0"))
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert learned.load(tmp_path).hash == learned.load(finished).hash
+    assert "the codebook collapses" in ended.stderr and "125 codes" in ended.stderr
+    assert summary_of(tmp_path)["tokenizer/collapsed"]
+    assert not summary_of(finished)["tokenizer/collapsed"]
+    assert "The codebook has collapsed" in (tmp_path / "report.html").read_text()
 
 
 def test_a_tokenizer_is_trained_measured_and_shown(finished, data):
