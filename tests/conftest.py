@@ -17,6 +17,7 @@ import io
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -135,21 +136,34 @@ class FinishedRun:
         return json.loads((self.folder / "summary.json").read_text())
 
 
-@pytest.fixture(scope="session")
-def finished_run(tmp_path_factory) -> FinishedRun:
-    """Made once, by the worker that comes first; the others wait."""
+def made_once(tmp_path_factory, name: str, make: Callable) -> tuple[pathlib.Path, object]:
+    """A folder that `make(folder)` fills, by the worker that comes first, and what it returned.
+
+    The others wait, and find it; what is returned is kept as JSON.
+    """
     base = tmp_path_factory.getbasetemp()
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    folder, done = base / "finished_run", base / "finished_run.json"
-    with open(base / "finished_run.lock", "w") as lock:
+    folder, done = base / name, base / f"{name}.json"
+    with open(base / f"{name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not done.exists():
-            module = [sys.executable, "-X", "importtime", "-m", "gptv_jax.main"]
-            command = [*module, *small_arguments(folder)]
-            ended = subprocess.run(command, capture_output=True, text=True)
-            assert ended.returncode == 0, ended.stderr[-3000:]
-            done.write_text(json.dumps([ended.stdout, ended.stderr]))
-    return FinishedRun(folder, *json.loads(done.read_text()))
+            done.write_text(json.dumps(make(folder)))
+    return folder, json.loads(done.read_text())
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory) -> FinishedRun:
+    """Made once for all workers."""
+
+    def make(folder: pathlib.Path) -> list[str]:
+        module = [sys.executable, "-X", "importtime", "-m", "gptv_jax.main"]
+        command = [*module, *small_arguments(folder)]
+        ended = subprocess.run(command, capture_output=True, text=True)
+        assert ended.returncode == 0, ended.stderr[-3000:]
+        return [ended.stdout, ended.stderr]
+
+    folder, written = made_once(tmp_path_factory, "finished_run", make)
+    return FinishedRun(folder, *written)
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import generator
+from conftest import generator, made_once
 from PIL import Image
 
 import gptv_jax
@@ -65,8 +65,7 @@ def summary_of(folder: pathlib.Path) -> dict:
     return json.loads((folder / "summary.json").read_text())
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> pathlib.Path:
+def write_discs(folder: pathlib.Path) -> None:
     """Discs of any colour on any ground: something that few codes can say."""
     rng, arrays = generator(), {}
     rows, columns = np.mgrid[:16, :16]
@@ -74,30 +73,36 @@ def data(tmp_path_factory) -> pathlib.Path:
         y, x, radius = rng.uniform(3, 13, (3, count, 1, 1))
         inside = ((rows - y) ** 2 + (columns - x) ** 2 < radius**2)[..., None]
         colors, grounds = rng.integers(256, size=(2, count, 1, 1, 3))
-        images = np.where(inside, colors, grounds).astype(np.uint8)
-        arrays[f"{split}_images"] = images
+        arrays[f"{split}_images"] = np.where(inside, colors, grounds).astype(np.uint8)
         arrays[f"{split}_labels"] = rng.integers(3, size=count)
-    path = tmp_path_factory.mktemp("data") / "discs.npz"
-    np.savez(path, **arrays)
-    return path
+    folder.mkdir()
+    np.savez(folder / "discs.npz", **arrays)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> pathlib.Path:
+    return made_once(tmp_path_factory, "discs", write_discs)[0] / "discs.npz"
+
+
+@pytest.fixture(scope="session")
 def finished(data, tmp_path_factory) -> pathlib.Path:
     """A run that was killed while its tokenizer was trained, and then went on to its end."""
-    folder = tmp_path_factory.mktemp("run")
-    arguments = command(folder, data, "--stages=tokenizer,pretrain,sample")
-    begun = subprocess.Popen(arguments, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    while not list(folder.glob("checkpoints/tokenizer/*/_CHECKPOINT_METADATA")):
-        assert begun.poll() is None
-        time.sleep(0.05)
-    begun.kill()
-    assert begun.wait() == -signal.SIGKILL
-    assert not (folder / learned.FILE).exists()
-    ended = run(*arguments)
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    assert "tokenizer continues from step" in ended.stderr
-    return folder
+
+    def make(folder: pathlib.Path) -> str:
+        arguments = command(folder, data, "--stages=tokenizer,pretrain,sample")
+        begun = subprocess.Popen(arguments, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        while not (folder / "checkpoints/tokenizer/40/_CHECKPOINT_METADATA").exists():
+            assert begun.poll() is None
+            time.sleep(0.05)
+        begun.kill()
+        assert begun.wait() == -signal.SIGKILL
+        assert not (folder / learned.FILE).exists()
+        ended = run(*arguments)
+        assert ended.returncode == 0, ended.stderr[-3000:]
+        assert "tokenizer continues from step" in ended.stderr
+        return ended.stderr
+
+    return made_once(tmp_path_factory, "tokenizer_run", make)[0]
 
 
 def test_a_killed_training_ends_as_the_one_that_was_not(finished, data, tmp_path):
