@@ -39,8 +39,8 @@ def test_state_and_batch_are_what_real_arrays_hold(mesh):
     found = plan.make(config, CPU, compiling=False)
     update, _ = optimizer.make_optimizer(config.train.optimizer, config.train.steps)
     with jax.set_mesh(sharding.make_mesh(config.mesh)):
-        state = jax.jit(step.make_init(found.network, update, 0.9))(jax.random.key(0))
-        batch = random_batch(found.network, size=64)
+        state = jax.jit(step.make_init(found.training.network, update, 0.9))(jax.random.key(0))
+        batch = random_batch(found.training.network, size=64)
         arrays = sharding.global_batch({name: batch[name] for name in ("tokens", "variant")})
     planned = found.memory
     assert held(state["params"]) == {planned.parameters}
@@ -77,9 +77,9 @@ mesh = sharding.make_mesh(config.mesh)
 update, _ = optimizer.make_optimizer(config.train.optimizer, config.train.steps)
 grown = []
 with jax.set_mesh(mesh):
-    state = jax.jit(step.make_init(found.network, update))(jax.random.key(0))
-    program = compiled.program(config, found.network, mesh)
-    shape = (64, found.network.length)
+    state = jax.jit(step.make_init(found.training.network, update))(jax.random.key(0))
+    program = compiled.program(found.training, mesh)
+    shape = (64, found.training.network.length)
     batch = {"tokens": np.zeros(shape, np.int32), "variant": np.zeros(64, np.int32)}
     batch = sharding.global_batch(batch)
     for _ in range(5):
