@@ -237,8 +237,8 @@ def test_what_the_compiler_refuses_is_left_out_of_the_search(monkeypatch):
         key=search._rank,
     )
 
-    def compiled(config, devices, *, compiling=True):
-        found = made(config, devices, compiling=False)
+    def compiled(config, devices, stage, *, compiling=True):
+        found = made(config, devices, stage, compiling=False)
         refused = compiling and found.flags == best.flags
         program = plan.compiled.Compiled(0, 10**12, [], [], refused=refused)
         return dataclasses.replace(found, compiled=program if refused else None)

@@ -1,6 +1,7 @@
 """Plans of the training of a tokenizer."""
 
 import dataclasses
+import math
 
 import jax
 import pytest
@@ -10,10 +11,10 @@ from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.errors import InputError
 from gptv_jax.model import flops
-from gptv_jax.planning import compiled, plan, search, table, topology
+from gptv_jax.planning import plan, search, table, topology
 from gptv_jax.train import autoencoding, optimizer
 
-GPU, CPU = topology.parse("gpu:4xh100"), topology.parse("cpu:4")
+GPU = topology.parse("gpu:4xh100")
 NETWORK = config_lib.Autoencoder(
     widths=(32, 64), encoder_blocks=1, decoder_blocks=1, norm=True, attention=True
 )
@@ -37,46 +38,29 @@ def with_settings(**changes) -> config_lib.Config:
     return dataclasses.replace(CONFIG, tokenizer=dataclasses.replace(SETTINGS, **changes))
 
 
-def held(tree) -> set[int]:
-    """Bytes on each of the four devices."""
-    totals = dict.fromkeys(jax.devices()[:4], 0)
-    for leaf in jax.tree.leaves(tree):
-        for shard in leaf.addressable_shards:
-            totals[shard.device] += shard.data.nbytes
-    return set(totals.values())
-
-
-def test_the_real_step_runs_with_the_state_and_the_batch_that_were_planned():
-    found = planned(devices=CPU)
-    memory, program = found.memory, found.compiled
-    assert found.fits and program.arguments == pytest.approx(
-        memory.parameters + memory.optimizer + memory.batch, abs=16
-    )
+def test_state_is_what_real_arrays_hold_and_collectives_those_of_the_sharding():
+    found = planned()
     update, _ = optimizer.make_optimizer(TRAIN.optimizer, TRAIN.steps)
     with jax.set_mesh(make_mesh((2, 2, 1))):
-        state = jax.jit(autoencoding.make_init(NETWORK, SETTINGS, update))(jax.random.key(0))
-    assert held(state["params"]) == {memory.parameters}
-    assert held([state[name] for name in ("opt", "ema", "critic")]) == {memory.optimizer}
+        state = sharding.abstract(autoencoding.make_init(NETWORK, SETTINGS, update))
+    beside = [state[name] for name in ("opt", "ema", "critic")]
+    assert of_device(state["params"]) == found.memory.parameters == found.memory.gradients
+    assert of_device(beside) == found.memory.optimizer
+    assert found.memory.batch == 16 // 4 * 32 * 32 * 3
     assert found.params == sum(leaf.size for leaf in jax.tree.leaves(state["params"]))
-    assert 0.6 < memory.total / program.total < 1.6
-    # What arithmetic says of the gathers is what the compiler made of the sharding.
-    both = found, planned(devices=CPU, compiling=False)
-    gathers = [
-        sum(e.bytes for e in p.traffic if e.kind == "all-gather") for p in (found, arithmetic)
-    ]
-    assert gathers[0] == pytest.approx(gathers[1], rel=0.05)
+    gathers, sums = found.traffic if found.traffic[0].kind == "all-gather" else found.traffic[::-1]
+    assert (gathers.axes, sums.axes) == (("fsdp",), ("data", "fsdp"))
+    # Whatever is not whole on a device is gathered, once.
+    whole = sum(4 * leaf.size for leaf in jax.tree.leaves(state["params"]))
+    assert gathers.bytes == 2 * (whole - found.memory.parameters) and sums.bytes == whole
 
 
-def test_flops_are_those_of_the_compiler():
-    """With a discriminator and without, on one device, where attention takes its plain form."""
-    wide = dataclasses.replace(NETWORK, widths=(64, 128), norm=False)
-    config = dataclasses.replace(CONFIG, tokens=config_lib.Tokens("learned", autoencoder=wide))
-    for weight in (0.0, 0.5):
-        settings = dataclasses.replace(SETTINGS, adversarial=weight, ssim=0.0)
-        training = planned(dataclasses.replace(config, tokenizer=settings)).training
-        mesh = sharding.make_mesh(config_lib.Mesh(data=1), jax.devices()[:1])
-        counted = compiled.program(training, mesh).cost_analysis()["flops"]
-        assert training.executed("cpu", {}) == pytest.approx(counted, rel=0.05)
+def of_device(tree) -> int:
+    """Bytes that a device holds."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
 
 
 def test_the_losses_networks_cost_what_they_do():
@@ -129,9 +113,17 @@ def test_tokens_that_are_not_learned_have_no_training():
         planned(config_lib.Config())
 
 
-def test_it_compiles_for_a_tpu():
-    found = planned(devices=topology.parse("v5e:2x2"))
-    assert found.compiled and found.fits
-    kinds = {(each.kind, each.axes) for each in found.traffic}
-    assert ("all-gather", ("fsdp",)) in kinds
-    assert any("data" in axes for _, axes in kinds)
+def test_the_real_step_compiles_for_a_tpu():
+    network = dataclasses.replace(NETWORK, widths=(64,), norm=False, attention=False)
+    settings = dataclasses.replace(SETTINGS, adversarial=0.0, ssim=0.0)
+    tokens = config_lib.Tokens("learned", autoencoder=network)
+    found = planned(
+        dataclasses.replace(CONFIG, tokens=tokens, tokenizer=settings),
+        topology.parse("v5e:2x2"),
+    )
+    state = found.memory.parameters + found.memory.optimizer
+    assert found.fits and found.compiled.arguments == pytest.approx(state, rel=0.1)
+    (gathers,) = (each for each in found.traffic if each.kind == "all-gather")
+    assert gathers.axes == ("fsdp",)
+    summed = {each.axes for each in found.traffic if each.kind == "all-reduce"}
+    assert any("data" in axes for axes in summed)

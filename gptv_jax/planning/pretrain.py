@@ -141,7 +141,7 @@ class Pretraining(Training):
         yield Call("all-gather", ("sequence",), c.layers * parts * (1 + again), both)
         yield Call("reduce-scatter", ("sequence",), c.layers * parts, both)
 
-    def weights_read(self, sizes: dict[str, int]) -> float:
+    def weights_read(self, sizes: dict[str, int]) -> float | int:
         """Forward, backward, once more where that is repeated; gradients are written."""
         c = self.network.config
         weights = flops.forward(self.network).matmul // 2 * WIDTHS[c.dtype] / sizes["tensor"]

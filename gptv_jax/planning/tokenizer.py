@@ -108,7 +108,7 @@ class TokenizerTraining(Training):
                 size = math.prod(each.shape) * WIDTHS["float32"]
             yield Call("all-reduce", ("data", "fsdp"), 1, size)
 
-    def weights_read(self, sizes: dict[str, int]) -> float:
+    def weights_read(self, sizes: dict[str, int]) -> float | int:
         """Forward and backward; gradients are written."""
         params, _ = self.state(sharding.one_device())
         return 3 * sum(math.prod(each.shape) for each in params) * WIDTHS[self.network.dtype]

@@ -21,7 +21,7 @@ class Call(NamedTuple):
     kind: str
     axes: tuple[str, ...]  # of the mesh; those of size 1 do not matter
     count: int  # a step
-    bytes: float  # each time: of the whole array, on one device
+    bytes: float | int  # each time: of the whole array, on one device
 
 
 class Training(abc.ABC):
@@ -96,5 +96,5 @@ class Training(abc.ABC):
         """What the sharding calls for in a step."""
 
     @abc.abstractmethod
-    def weights_read(self, sizes: dict[str, int]) -> float:
+    def weights_read(self, sizes: dict[str, int]) -> float | int:
         """Bytes of weights that a device reads and writes in a step, the optimizer aside."""
