@@ -119,7 +119,8 @@ def _time(found: Plan, numbers: dict) -> list[tuple[str, str]]:
 
 
 def _convention(found: Plan) -> str:
-    skipped = found.executed < found.flops_per_step
+    attends = "attention" in found.training.flops._asdict()
+    skipped = attends and found.executed < found.flops_per_step
     return " (which counts the masked half of attention, and that is skipped)" if skipped else ""
 
 
