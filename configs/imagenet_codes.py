@@ -15,7 +15,8 @@ Command:    python -m gptv_jax.prepare --config=configs/imagenet_codes.py --out=
                 --stages=pretrain,sample --config.data.name=tokens --config.data.path=caches/codes
             and then --stages=generate --config.generate.count=50000
                 --config.generate.features=inception.safetensors (docs/generation_quality.md)
-Hardware:   a TPU slice or a GPU node (docs/results.md, Plans). Not run.
+Hardware:   planned, not run (docs/results.md, Plans of learned tokens): every size fits v5e:4x4 and
+            gpu:8xh100 with --config.mesh.data=1 --config.mesh.fsdp=-1; xl takes 7 and 9 GiB a chip.
 Expect:     not known of this tokenizer. LlamaGen's at 256 pixels: FID-50k 5.46 (b), 3.80 (l), 2.62
             (xl), losses around 7.3 to 7.9 nats a token of its 16,384. RAR's: 1.95 (b), 1.70 (l),
             1.50 (xl), with another tokenizer (1,024 codes) and networks conditioned otherwise.

@@ -9,8 +9,8 @@ Data: TFDS's `imagenet2012`, as for configs/imagenet.py.
 Command:    python -m gptv_jax.main --config=configs/tokenizer_imagenet.py --workdir=...
                 --stages=tokenizer --config.data.dir=... --config.mesh.data=-1
                 --config.tokenizer.lpips=1.0 --config.tokenizer.lpips_weights=lpips_vgg.safetensors
-Hardware:   a TPU slice or a GPU node; `python -m gptv_jax.plan --stage=tokenizer` says what fits
-            where (docs/results.md, Plans). Not run: no ImageNet and no accelerator were at hand.
+Hardware:   planned, not run (docs/results.md, Plans of learned tokens): v5e:4x4 or gpu:8xh100 with
+            --config.mesh.data=-1; 2 GiB a chip. No ImageNet and no accelerator were at hand.
 Expect:     not known of this network. Of LlamaGen's, of 72 million parameters trained likewise for
             40 epochs: rFID 2.19, PSNR 20.79 dB, SSIM 0.675 at 256 codes of 16,384.
 Reproduces: LlamaGen's recipe (Sun et al. 2024, arXiv:2406.06525): AdamW (0.9, 0.95) at 1e-4,

@@ -1,4 +1,4 @@
-"""Plans a pretraining for hardware that need not be there: does it fit, and how long will it take?
+"""Plans a training for hardware that need not be there: does it fit, and how long will it take?
 
 python -m gptv_jax.plan --config=configs/imagenet.py:l --topology=v5e:16x16 --config.mesh.fsdp=16
 """
@@ -12,6 +12,7 @@ from gptv_jax import command, config
 from gptv_jax.planning import plan, search, table, topology
 
 TOPOLOGY = flags.DEFINE_string("topology", None, f"Devices: {topology.FORMS}.")
+STAGE = flags.DEFINE_enum("stage", "pretrain", list(plan.STAGES), "Whose training is planned.")
 SLICES = flags.DEFINE_integer("num_slices", 1, "TPU slices, or GPU nodes.", lower_bound=1)
 SEARCH = flags.DEFINE_bool("search", False, "Tries meshes, remat and microbatches, and ranks them.")
 JSON = flags.DEFINE_bool("json", False, "Prints the numbers as JSON, and nothing else.")
@@ -22,8 +23,9 @@ def main(settings: config.Config) -> None:
     jax.config.update("jax_platforms", "cpu")  # an accelerator that is there is left alone
     devices = topology.parse(TOPOLOGY.value, SLICES.value)
     devices.prepare()
-    plans = search.search(settings, devices) if SEARCH.value else [plan.make(settings, devices)]
-    best, smallest = plans[0], search.smallest(settings, devices)
+    planned = settings, devices, STAGE.value
+    plans = search.search(*planned) if SEARCH.value else [plan.make(*planned)]
+    best, smallest = plans[0], search.smallest(*planned)
     if JSON.value:
         numbers = best.numbers() | {"smallest": smallest and smallest.numbers()}
         if SEARCH.value:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gptv_jax import config as config_lib
@@ -134,7 +134,7 @@ def axis_sizes(config: config_lib.Mesh, count: int) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def check(config: config_lib.Config, mesh: Mesh | jax.sharding.AbstractMesh) -> None:
+def check(config: config_lib.Config, mesh: Mesh | AbstractMesh) -> None:
     """Fails before any work where the mesh does not divide the batch or the network.
 
     Raises:
@@ -161,6 +161,10 @@ def check(config: config_lib.Config, mesh: Mesh | jax.sharding.AbstractMesh) -> 
                 f"mesh.data * mesh.fsdp * {name}.microbatches",
             )
         )
+    _must_divide(rows)
+
+
+def _must_divide(rows: list[tuple[str, int, int, str]]) -> None:
     for field, value, divisor, source in rows:
         if value % divisor:
             raise InputError(
@@ -169,10 +173,43 @@ def check(config: config_lib.Config, mesh: Mesh | jax.sharding.AbstractMesh) -> 
             )
 
 
+def check_tokenizer(config: config_lib.Config, mesh: Mesh | AbstractMesh) -> None:
+    """The same of the training of a tokenizer.
+
+    Raises:
+      InputError: names the field, its value and the number that must divide it.
+    """
+    fsdp, ways = mesh.shape["fsdp"], mesh.shape["data"] * mesh.shape["fsdp"]
+    network, settings = config.tokens.autoencoder, config.tokenizer
+    rows = [("tokens.autoencoder.widths", width, fsdp, "mesh.fsdp") for width in network.widths]
+    rows.append(
+        ("tokenizer.train.batch_size", settings.train.batch_size, ways, "mesh.data * mesh.fsdp")
+    )
+    if settings.adversarial:
+        width = settings.discriminator_width
+        rows.append(("tokenizer.discriminator_width", width, fsdp, "mesh.fsdp"))
+    _must_divide(rows)
+
+
 def platform() -> str:
     """Of the mesh in force, not of this process: programs are compiled for absent devices, too."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.platform if device else jax.default_backend()
+
+
+def one_device() -> AbstractMesh:
+    """A mesh of one CPU, to trace a program under in its plain form."""
+    return abstract_mesh((1,) * len(AXES), "cpu", "cpu")
+
+
+def abstract_mesh(sizes: Sequence[int], kind: str, platform: str) -> AbstractMesh:
+    """A mesh of these sizes of AXES, to trace programs under as they are for a kind of device."""
+    return AbstractMesh(
+        tuple(sizes),
+        AXES,
+        axis_types=(AxisType.Explicit,) * len(AXES),
+        abstract_device=AbstractDevice(kind, None, platform),
+    )
 
 
 def batch_ways() -> int:

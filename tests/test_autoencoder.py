@@ -179,8 +179,7 @@ def test_flops_are_those_of_the_products_and_convolutions():
 
     shapes = (2, 6, 6, 3), (3, 3, 3, 5), (5, 7)
     arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    # The loop's body counts once: nothing here repeats a product in one.
-    assert flops.of_program(forward, *arguments) == 2 * (2 * 36 * 5 * 27) + 2 * 36 * 5 * 7
+    assert flops.of_program(forward, *arguments) == 2 * (2 * 36 * 5 * 27) + 2 * (2 * 36 * 5 * 7)
 
 
 def test_modules_hold_no_arrays_but_weights(one_device):

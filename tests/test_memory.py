@@ -13,7 +13,7 @@ from conftest import MODERN, random_batch
 
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
-from gptv_jax.planning import memory, plan, topology
+from gptv_jax.planning import arrays, plan, topology
 from gptv_jax.train import objective, optimizer, step
 
 CPU, TPU = topology.parse("cpu:8"), topology.parse("v5e:2x4")
@@ -39,8 +39,8 @@ def test_state_and_batch_are_what_real_arrays_hold(mesh):
     found = plan.make(config, CPU, compiling=False)
     update, _ = optimizer.make_optimizer(config.train.optimizer, config.train.steps)
     with jax.set_mesh(sharding.make_mesh(config.mesh)):
-        state = jax.jit(step.make_init(found.network, update, 0.9))(jax.random.key(0))
-        batch = random_batch(found.network, size=64)
+        state = jax.jit(step.make_init(found.training.network, update, 0.9))(jax.random.key(0))
+        batch = random_batch(found.training.network, size=64)
         arrays = sharding.global_batch({name: batch[name] for name in ("tokens", "variant")})
     planned = found.memory
     assert held(state["params"]) == {planned.parameters}
@@ -77,9 +77,9 @@ mesh = sharding.make_mesh(config.mesh)
 update, _ = optimizer.make_optimizer(config.train.optimizer, config.train.steps)
 grown = []
 with jax.set_mesh(mesh):
-    state = jax.jit(step.make_init(found.network, update))(jax.random.key(0))
-    program = compiled.program(config, found.network, mesh)
-    shape = (64, found.network.length)
+    state = jax.jit(step.make_init(found.training.network, update))(jax.random.key(0))
+    program = compiled.program(found.training, mesh)
+    shape = (64, found.training.network.length)
     batch = {"tokens": np.zeros(shape, np.int32), "variant": np.zeros(64, np.int32)}
     batch = sharding.global_batch(batch)
     for _ in range(5):
@@ -169,7 +169,7 @@ def test_what_is_kept_falls_with_rematerialisation_and_with_microbatches():
 
 def test_a_tpu_fills_an_array_up_to_whole_tiles():
     sizes = {"data": 1, "fsdp": 8, "tensor": 1}
-    array = memory.Array((4, 512, 3, 8, 64), 4, ((), ("fsdp",), (), (), ()))
+    array = arrays.Array((4, 512, 3, 8, 64), 4, ((), ("fsdp",), (), (), ()))
     assert array.bytes(sizes, tiled=False) == 4 * 64 * 3 * 8 * 64 * 4
     assert array.bytes(sizes, tiled=True) == 4 * 128 * 3 * 8 * 64 * 4  # 64 lanes as 128
-    assert memory.Array((5, 128), 2, ((), ())).bytes(sizes, tiled=True) == 8 * 128 * 2
+    assert arrays.Array((5, 128), 2, ((), ())).bytes(sizes, tiled=True) == 8 * 128 * 2

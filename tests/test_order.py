@@ -308,7 +308,7 @@ def test_a_plan_counts_what_classes_and_orders_need():
     found = plan.make(config, topology.parse("cpu:1"))
     assert found.params == sum(
         math.prod(leaf.shape)
-        for leaf in jax.tree.leaves(jax.eval_shape(found.network.init, jax.random.key(0)))
+        for leaf in jax.tree.leaves(jax.eval_shape(found.training.network.init, jax.random.key(0)))
     )
     assert found.memory.batch == 2 * 4 * (64 + 2)  # two rows: tokens, variant and label
     assert found.compiled.arguments > found.memory.parameters

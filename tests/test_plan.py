@@ -187,7 +187,7 @@ def test_the_mesh_must_divide_devices_and_slices():
 def test_the_roofline_is_of_the_slowest_part():
     found = plan.make(large(data=2, fsdp=8), H200)
     line, known = found.roofline, hardware.KINDS["NVIDIA H200"]
-    executed = flops.executed(found.network, "gpu").total
+    executed = flops.executed(found.training.network, "gpu").total
     assert line.compute == pytest.approx(executed * 128 * 1024 / 16 / known.peak_flops)
     sent = sum(each.between for each in found.traffic)
     # Between two nodes each device sends the half of its eighth of the gradients, twice over.
@@ -195,7 +195,7 @@ def test_the_roofline_is_of_the_slowest_part():
     assert line.network == pytest.approx(sent / known.network)
     assert line.bound == max(dataclasses.astuple(line)) and line.serial > line.bound
     assert found.mfu == pytest.approx(
-        flops.training(found.network).total / executed * line.compute / line.bound
+        flops.training(found.training.network).total / executed * line.compute / line.bound
     )
     assert roofline.Roofline(1.0, 2.0, 4.0, 3.0).bound == 4.0
 
@@ -237,8 +237,8 @@ def test_what_the_compiler_refuses_is_left_out_of_the_search(monkeypatch):
         key=search._rank,
     )
 
-    def compiled(config, devices, *, compiling=True):
-        found = made(config, devices, compiling=False)
+    def compiled(config, devices, stage, *, compiling=True):
+        found = made(config, devices, stage, compiling=False)
         refused = compiling and found.flags == best.flags
         program = plan.compiled.Compiled(0, 10**12, [], [], refused=refused)
         return dataclasses.replace(found, compiled=program if refused else None)

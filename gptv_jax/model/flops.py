@@ -5,10 +5,13 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core as jax_core
 
+from gptv_jax import config as config_lib
+from gptv_jax import sharding
 from gptv_jax.model import attention as attention_lib
-from gptv_jax.model import splash_attention
+from gptv_jax.model import autoencoder, splash_attention
 from gptv_jax.model.blocked_attention import BLOCK
 from gptv_jax.model.gpt import Network
 
@@ -27,6 +30,22 @@ class Flops(NamedTuple):
     def times(self, factor: int) -> "Flops":
         """So many times as much."""
         return Flops(self.matmul * factor, self.attention * factor)
+
+
+class OfImage(NamedTuple):
+    """FLOPs of one image in an encoder and a decoder."""
+
+    encoder: int
+    decoder: int
+
+    @property
+    def total(self) -> int:
+        """Of both."""
+        return self.encoder + self.decoder
+
+    def times(self, factor: int) -> "OfImage":
+        """So many times as much."""
+        return OfImage(self.encoder * factor, self.decoder * factor)
 
 
 def forward(network: Network) -> Flops:
@@ -82,8 +101,26 @@ def executed(network: Network, platform: str, split: int = 1, loss_parts: int = 
     return Flops(matmul, attention)
 
 
+def of_autoencoder(config: config_lib.Autoencoder, size: int) -> OfImage:
+    """FLOPs that encoding an image of `size` pixels a side, and decoding it, needs.
+
+    Training needs three times as much: the backward pass takes two of each product.
+    """
+    images = jax.ShapeDtypeStruct((1, size, size, config.channels), jnp.float32)
+    with jax.sharding.use_abstract_mesh(sharding.one_device()):
+        params = jax.eval_shape(lambda: autoencoder.init(config, jax.random.key(0)))
+        encode, decode = (
+            lambda params, x: autoencoder.bind(config, params).encode(x).values,
+            lambda params, x: autoencoder.bind(config, params).decoder(x),
+        )
+        values = jax.eval_shape(encode, params, images)
+        return OfImage(of_program(encode, params, images), of_program(decode, params, values))
+
+
 def of_program(function: Callable, *arguments) -> int:
     """FLOPs of the products and convolutions in what a function traces to.
+
+    Those in a `while` loop, whose turns are not known, count once.
 
     Args:
       function: of arrays; it is not run.
@@ -104,6 +141,8 @@ def _of_jaxpr(jaxpr: jax_core.Jaxpr) -> int:
             case "dot_general":
                 (summed, _), _ = eqn.params["dimension_numbers"]
                 total += 2 * results * math.prod(eqn.invars[0].aval.shape[i] for i in summed)
+            case "scan":
+                total += eqn.params["length"] * _of_jaxpr(eqn.params["jaxpr"].jaxpr)
             case _:
                 total += sum(_of_jaxpr(inner) for inner in jax_core.jaxprs_in_params(eqn.params))
     return total

@@ -28,7 +28,19 @@ SHIFT = np.array([-0.030, -0.088, -0.188], np.float32)  # of images from -1 to 1
 SCALE = np.array([0.458, 0.448, 0.450], np.float32)
 EPSILON = 1e-10
 
-Weights = dict[str, np.ndarray]  # by the name of their state dict
+Weights = dict[str, np.ndarray | jax.Array]  # by the name of their state dict
+
+
+def shapes() -> dict[str, tuple[int, ...]]:
+    """Of the weights, by their names."""
+    found, inputs = {}, 3
+    for i, convolutions in enumerate(SLICES):
+        for number, outputs in convolutions:
+            name = f"net.slice{i + 1}.{number}"
+            found |= {f"{name}.weight": (outputs, inputs, 3, 3), f"{name}.bias": (outputs,)}
+            inputs = outputs
+        found[f"lin{i}.model.1.weight"] = (1, inputs, 1, 1)
+    return found
 
 
 def load(path: str | pathlib.Path) -> Weights:
@@ -37,20 +49,12 @@ def load(path: str | pathlib.Path) -> Weights:
     Raises:
       InputError: a tensor is missing, left over or misshapen; all are listed.
     """
-    path, inputs = pathlib.Path(path).absolute(), 3
+    path = pathlib.Path(path).absolute()
     arrays = tensors.read(path)
     # Theirs hold the same linear layers a second time, and the shift and scale that stand above.
     known = {n: a for n, a in arrays.items() if not n.startswith(("lins.", "scaling_layer."))}
     account = tensors.Accounted({n: a.shape for n, a in known.items()}, known.__getitem__)
-    found = {}
-    for i, convolutions in enumerate(SLICES):
-        for number, outputs in convolutions:
-            name = f"net.slice{i + 1}.{number}"
-            found[f"{name}.weight"] = account.take(f"{name}.weight", (outputs, inputs, 3, 3))
-            found[f"{name}.bias"] = account.take(f"{name}.bias", (outputs,))
-            inputs = outputs
-        name = f"lin{i}.model.1.weight"
-        found[name] = account.take(name, (1, inputs, 1, 1))
+    found = {name: account.take(name, shape) for name, shape in shapes().items()}
     account.close(path, "LPIPS with VGG-16")
     return found
 

@@ -6,13 +6,9 @@ import re
 from collections.abc import Iterator
 
 import jax
-from jax.sharding import NamedSharding
 
-from gptv_jax import config as config_lib
-from gptv_jax import sharding
-from gptv_jax.model.gpt import Network
 from gptv_jax.planning import hlo
-from gptv_jax.train import optimizer, step
+from gptv_jax.planning.training import Training
 
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}  # as XLA writes sizes
 # All of the program's memory, though one form of the message calls it temporaries.
@@ -35,33 +31,15 @@ class Compiled:
         return self.arguments + self.temporaries
 
 
-def program(
-    config: config_lib.Config, network: Network, mesh: jax.sharding.Mesh
-) -> jax.stages.Compiled:
-    """One step of pretraining as the stage makes it, compiled.
+def program(training: Training, mesh: jax.sharding.Mesh) -> jax.stages.Compiled:
+    """One step of a training as its stage makes it, compiled.
 
     Args:
-      config: of the run.
-      network: its network.
+      training: to be planned.
       mesh: over the devices to compile for.
     """
-    train = config.train
-    update, rate = optimizer.make_optimizer(
-        train.optimizer, train.steps, relative_width=config.model.relative_width
-    )
-    train_step = step.make_train_step(
-        step.generative_loss(network, train.steps),
-        update,
-        rate,
-        microbatches=train.microbatches,
-        seed=config.seed,
-        ema=train.ema,
-    )
-    rows = NamedSharding(mesh, sharding.BATCH_FIRST)
-    batch = step.abstract_batch(network, train.batch_size, rows)
     with jax.set_mesh(mesh), _uncached(mesh):
-        state = sharding.abstract(step.make_init(network, update, train.ema))
-        return train_step.lower(state, batch).compile()
+        return training.lower(mesh).compile()
 
 
 @contextlib.contextmanager
@@ -77,10 +55,10 @@ def _uncached(mesh: jax.sharding.Mesh) -> Iterator[None]:
         jax.config.update(name, before)
 
 
-def compile_step(config: config_lib.Config, network: Network, mesh: jax.sharding.Mesh) -> Compiled:
+def compile_step(training: Training, mesh: jax.sharding.Mesh) -> Compiled:
     """What the compiler says of `program`."""
     try:
-        step_ = program(config, network, mesh)
+        step_ = program(training, mesh)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

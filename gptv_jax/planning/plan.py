@@ -4,13 +4,13 @@ import dataclasses
 
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
-from gptv_jax.model import flops
-from gptv_jax.model.gpt import Network
 from gptv_jax.planning import compiled, memory, roofline, traffic
+from gptv_jax.planning.pretrain import Pretraining
+from gptv_jax.planning.tokenizer import TokenizerTraining
 from gptv_jax.planning.topology import Topology
-from gptv_jax.run import network_of
-from gptv_jax.train import objective
+from gptv_jax.planning.training import Training
 
+STAGES = {"pretrain": Pretraining, "tokenizer": TokenizerTraining}
 DAY = 86_400  # seconds
 
 
@@ -20,10 +20,10 @@ class Plan:
 
     config: config_lib.Config
     topology: Topology
-    network: Network
+    training: Training
     sizes: dict[str, int]  # of the mesh, by axis
     params: int
-    executed: flops.Flops  # what a token of the step costs the devices
+    executed: int  # FLOPs that a step costs all devices together
     memory: memory.Memory  # by arithmetic
     compiled: compiled.Compiled | None  # None: by arithmetic alone
     traffic: list[traffic.Traffic]
@@ -41,9 +41,10 @@ class Plan:
         return not refused and self.bytes_per_device <= self.topology.memory_bytes
 
     @property
-    def tokens_per_step(self) -> int:
-        """Of the whole batch."""
-        return self.config.train.batch_size * self.network.length
+    def flops_per_step(self) -> int:
+        """That the training needs, on all devices together."""
+        training = self.training
+        return training.flops.total * training.units * training.train.batch_size
 
     @property
     def step_seconds(self) -> float | None:
@@ -55,8 +56,7 @@ class Plan:
         """Model FLOPs over what all devices could do in that time."""
         if not self.roofline:
             return None
-        model = flops.training(self.network).total * self.tokens_per_step
-        return model / (self.roofline.bound * self.topology.count * self._peak)
+        return self.flops_per_step / (self.roofline.bound * self.topology.count * self._peak)
 
     @property
     def _peak(self) -> float:
@@ -66,16 +66,16 @@ class Plan:
     def flags(self) -> list[str]:
         """What the mesh, rematerialisation and microbatches of the plan are on a command line."""
         mesh = [f"--config.mesh.{axis}={size}" for axis, size in self.sizes.items()]
-        return [
-            *mesh,
-            f"--config.model.remat={self.config.model.remat}",
-            f"--config.train.microbatches={self.config.train.microbatches}",
-        ]
+        if len(self.training.policies) > 1:
+            mesh.append(f"--config.model.remat={self.training.remat}")
+        if self.training.splits_batches:
+            mesh.append(f"--config.train.microbatches={self.training.train.microbatches}")
+        return mesh
 
     def numbers(self) -> dict:
         """For machines: bytes of one device, seconds, FLOPs of all devices together."""
-        model, done = flops.training(self.network), self.executed
-        days = self.roofline and self.roofline.bound * self.config.train.steps / DAY
+        needed, unit = self.training.flops, self.training.unit
+        days = self.roofline and self.roofline.bound * self.training.train.steps / DAY
         return {
             "topology": self.topology.name,
             "num_slices": self.topology.slices,
@@ -83,11 +83,10 @@ class Plan:
             "mesh": self.sizes,
             "flags": self.flags,
             "params": self.params,
-            "flops_per_token": model.total,
-            "flops_per_token_matmul": model.matmul,
-            "flops_per_token_attention": model.attention,
-            "flops_per_step": model.total * self.tokens_per_step,
-            "flops_per_step_executed": done.total * self.tokens_per_step,
+            f"flops_per_{unit}": needed.total,
+            **{f"flops_per_{unit}_{part}": count for part, count in needed._asdict().items()},
+            "flops_per_step": self.flops_per_step,
+            "flops_per_step_executed": self.executed,
             "bytes_per_device": self.bytes_per_device,
             "bytes_per_device_source": "compiler" if self.compiled else "arithmetic",
             "bytes_per_device_by_arithmetic": self.memory.total,
@@ -118,43 +117,42 @@ class Plan:
         return parts
 
 
-def make(config: config_lib.Config, topology: Topology, *, compiling: bool = True) -> Plan:
-    """Plans the pretraining of a configuration.
+def make(
+    config: config_lib.Config,
+    topology: Topology,
+    stage: str = "pretrain",
+    *,
+    compiling: bool = True,
+) -> Plan:
+    """Plans a training of a configuration.
 
     Args:
       config: of the run; of its mesh, a -1 is filled.
       topology: the devices.
+      stage: whose training, of STAGES.
       compiling: False does without the compiler where there is one for the topology.
 
     Raises:
       InputError: the mesh does not fit the devices, the batch or the network.
     """
-    network = network_of(config)
+    training = STAGES[stage].of(config)
     sizes = traffic.order(sharding.axis_sizes(config.mesh, topology.count))
-    sharding.check(config, topology.abstract_mesh(tuple(sizes.values())))
+    mesh = topology.abstract_mesh(tuple(sizes.values()))
+    sharding.check(config, mesh)
+    training.check(config, mesh)
     sharding.over_slices(tuple(sizes.values()), topology.slices)
     program, slice_of = None, traffic.slices_of(topology.count, topology.per_slice)
     if topology.compiles and compiling:
         mesh = topology.mesh(config.mesh)
-        program = compiled.compile_step(config, network, mesh)
+        program = compiled.compile_step(training, mesh)
         slice_of = [getattr(device, "slice_index", None) or 0 for device in mesh.devices.flat]
-    bytes_ = memory.estimate(config, network, topology, sizes)
+    bytes_ = memory.estimate(training, topology, sizes)
     if program and not program.refused:
         moved = traffic.of_program(program.collectives, sizes, slice_of)
     else:
-        moved = traffic.by_arithmetic(config, network, sizes, slice_of)
-    rows = config.train.batch_size // config.train.microbatches
-    parts = objective.loss_parts(network, rows, sizes)
-    executed, line = flops.executed(network, topology.platform, sizes["sequence"], parts), None
+        moved = traffic.by_arithmetic(training.collectives(sizes), sizes, slice_of)
+    executed, line = training.executed(topology.platform, sizes), None
     if topology.hardware:
-        line = roofline.estimate(
-            network,
-            executed.total * config.train.batch_size * network.length,
-            config.train.microbatches,
-            sizes,
-            bytes_,
-            moved,
-            topology.hardware,
-        )
-    params = memory.parameter_count(config, network, topology)
-    return Plan(config, topology, network, sizes, params, executed, bytes_, program, moved, line)
+        line = roofline.estimate(training, executed, sizes, bytes_, moved, topology.hardware)
+    params = memory.parameter_count(training, topology)
+    return Plan(config, topology, training, sizes, params, executed, bytes_, program, moved, line)

@@ -4,10 +4,9 @@ import dataclasses
 import math
 
 from gptv_jax.hardware import Hardware
-from gptv_jax.model import flops
-from gptv_jax.model.gpt import Network
 from gptv_jax.planning.memory import Memory
-from gptv_jax.planning.traffic import WIDTHS, Traffic
+from gptv_jax.planning.traffic import Traffic
+from gptv_jax.planning.training import Training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,9 +30,8 @@ class Roofline:
 
 
 def estimate(
-    network: Network,
+    training: Training,
     executed: int,
-    microbatches: int,
     sizes: dict[str, int],
     memory: Memory,
     traffic: list[Traffic],
@@ -42,22 +40,17 @@ def estimate(
     """The roofline of a step.
 
     Args:
-      network: the network.
+      training: to be planned.
       executed: FLOPs of a step, over all devices.
-      microbatches: parts of a step.
       sizes: of the mesh, by axis.
       memory: bytes of a device.
       traffic: between devices.
       hardware: a device.
     """
-    # Each pass over the layers reads their weights: forward, backward, once more where the forward
-    # pass is repeated, and gradients are written. The optimizer reads and writes all of
+    # Each pass over the layers reads their weights. The optimizer reads and writes all of
     # its state and the parameters, and reads the gradients. What layers pass on is left out: how
     # much of it goes through memory is the compiler's choice, and recomputing passes it on again.
-    c = network.config
-    weights = flops.forward(network).matmul // 2 * WIDTHS[c.dtype] / sizes["tensor"]
-    passes = 3 + (c.remat == "full")
-    moved = microbatches * passes * weights
+    moved = training.weights_read(sizes)
     moved += 2 * (memory.parameters + memory.optimizer) + memory.gradients
     return Roofline(
         executed / math.prod(sizes.values()) / hardware.peak_flops,

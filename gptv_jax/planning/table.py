@@ -1,9 +1,14 @@
 """A plan as a table for people."""
 
-from gptv_jax.model import flops
 from gptv_jax.planning.plan import Plan
 
 WIDTH = 34  # of the first column
+PARTS = {
+    "matmul": "products with weights",
+    "attention": "attention",
+    "encoder": "the encoder",
+    "decoder": "the decoder",
+}
 
 
 def show(found: Plan, smallest: Plan | None) -> str:
@@ -17,7 +22,7 @@ def show(found: Plan, smallest: Plan | None) -> str:
     rows = [
         ("topology", _topology(found)),
         ("mesh", ", ".join(f"{axis} {size}" for axis, size in found.sizes.items())),
-        ("rematerialisation, microbatches", f"{found.config.model.remat}, {_parts(found)}"),
+        ("rematerialisation, microbatches", f"{found.training.remat}, {_parts(found)}"),
         None,
         ("parameters", f"{found.params:,}"),
         *_flops(found),
@@ -50,17 +55,18 @@ def _topology(found: Plan) -> str:
 
 
 def _parts(found: Plan) -> str:
-    rows = found.config.train.batch_size
-    return f"{found.config.train.microbatches} of a batch of {rows} images"
+    train = found.training.train
+    rows = train.batch_size
+    return f"{train.microbatches} of a batch of {rows} images"
 
 
 def _flops(found: Plan) -> list[tuple[str, str]]:
-    model, done = flops.training(found.network), found.executed
-    parts = f"{_si(model.matmul)} in products with weights, {_si(model.attention)} in attention"
+    needed = found.training.flops
+    parts = ", ".join(f"{_si(n)} in {PARTS[part]}" for part, n in needed._asdict().items())
     return [
-        ("FLOPs per token", f"{_si(model.total)}: {parts}"),
-        ("FLOPs per step", _si(model.total * found.tokens_per_step)),
-        ("  executed", _si(done.total * found.tokens_per_step)),
+        (f"FLOPs per {found.training.unit}", f"{_si(needed.total)}: {parts}"),
+        ("FLOPs per step", _si(found.flops_per_step)),
+        ("  executed", _si(found.executed)),
     ]
 
 
@@ -99,7 +105,7 @@ def _time(found: Plan, numbers: dict) -> list[tuple[str, str]]:
         "network between slices": line.network,
     }
     told = ", ".join(f"{name} {_seconds(t)}" for name, t in parts.items() if t)
-    steps = found.config.train.steps
+    steps = found.training.train.steps
     return [
         ("step time at least", f"{_seconds(line.bound)} (a bound: all of it overlapped)"),
         ("  its parts", told),
@@ -113,7 +119,8 @@ def _time(found: Plan, numbers: dict) -> list[tuple[str, str]]:
 
 
 def _convention(found: Plan) -> str:
-    skipped = found.executed.total < flops.training(found.network).total
+    attends = "attention" in found.training.flops._asdict()
+    skipped = attends and found.executed < found.flops_per_step
     return " (which counts the masked half of attention, and that is skipped)" if skipped else ""
 
 

@@ -9,7 +9,7 @@ import sys
 
 import jax
 from jax.experimental import topologies
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from jax.sharding import AbstractMesh
 
 from gptv_jax import config as config_lib
 from gptv_jax import hardware, sharding
@@ -115,12 +115,7 @@ class Topology:
 
     def abstract_mesh(self, sizes: tuple[int, ...]) -> AbstractMesh:
         """A mesh of these sizes of AXES, to trace programs for this platform under."""
-        return AbstractMesh(
-            sizes,
-            sharding.AXES,
-            axis_types=(AxisType.Explicit,) * len(sharding.AXES),
-            abstract_device=AbstractDevice(self.kind, None, self.platform),
-        )
+        return sharding.abstract_mesh(sizes, self.kind, self.platform)
 
     def mesh(self, config: config_lib.Mesh) -> jax.sharding.Mesh:
         """The config's mesh over the devices."""

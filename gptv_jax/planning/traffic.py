@@ -6,12 +6,9 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from gptv_jax import config as config_lib
 from gptv_jax import sharding
-from gptv_jax.model.gpt import Network
 from gptv_jax.planning import hlo
-
-WIDTHS = {"float32": 4, "bfloat16": 2}  # bytes
+from gptv_jax.planning.training import Call
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,52 +46,21 @@ def of_program(
 
 
 def by_arithmetic(
-    config: config_lib.Config, network: Network, sizes: dict[str, int], slice_of: Sequence[int]
+    calls: Iterable[Call], sizes: dict[str, int], slice_of: Sequence[int]
 ) -> list[Traffic]:
-    """The collectives that the sharding of the network calls for.
+    """The collectives that the sharding of a network calls for.
 
     Args:
-      config: of the run.
-      network: its network.
+      calls: them.
       sizes: of the mesh, by axis.
       slice_of: the slice of each device, in the order of the mesh.
     """
-    c, parts = network.config, config.train.microbatches
-    width = WIDTHS[c.dtype]
-    ids = np.arange(len(slice_of)).reshape(tuple(sizes.values()))
-    rows = []
-
-    def add(kind: str, axes: tuple[str, ...], count: int, size: float | int) -> None:
-        axes = tuple(axis for axis in axes if sizes.get(axis, 1) > 1)
-        if axes and count:
+    ids, rows = np.arange(len(slice_of)).reshape(tuple(sizes.values())), []
+    for each in calls:
+        axes = tuple(axis for axis in each.axes if sizes.get(axis, 1) > 1)
+        if axes and each.count:
             group = ids[tuple(slice(None) if axis in axes else 0 for axis in sizes)].ravel()
-            rows.append(_row(kind, axes, count, round(size), group, slice_of))
-
-    # Columns of qkv, attention_out, and the MLP's first and second matrix.
-    first = 2 * c.mlp_width if c.mlp == "swiglu" else c.mlp_width
-    matrices = (3 * c.width, c.width, first, c.mlp_width)
-    tensor, sequence = sizes["tensor"], sizes["sequence"]
-    for columns in matrices:
-        weight = columns * c.width * width / tensor
-        add("all-gather", ("fsdp",), c.layers * parts * 2, weight)  # forward and backward
-        add("reduce-scatter", ("fsdp",), c.layers * parts, weight)
-        add("all-reduce", ("data", "sequence"), c.layers * parts, weight / sizes["fsdp"])
-    vectors = 2 * network.vocabulary + c.learned_positions * network.length
-    vectors += c.above_embedding * (network.vocabulary + 1)
-    tables = vectors * c.width * width
-    add("all-gather", ("fsdp",), parts, tables)
-    add("all-reduce", ("data", "fsdp", "sequence"), parts, tables)
-
-    # Of each layer: two products whose results are partial sums, in each direction.
-    positions = config.train.batch_size * network.length
-    positions /= parts * sizes["data"] * sizes["fsdp"] * sequence
-    hidden = positions * c.width * width
-    sums = 4 + (c.remat == "full")
-    add("all-reduce", ("tensor",), c.layers * parts * sums, hidden)
-    # Keys and values of all positions, and their gradients.
-    again = c.remat != "none"
-    add("all-gather", ("sequence",), c.layers * parts * (1 + again), 2 * hidden * sequence / tensor)
-    add("reduce-scatter", ("sequence",), c.layers * parts, 2 * hidden * sequence / tensor)
+            rows.append(_row(each.kind, axes, each.count, round(each.bytes), group, slice_of))
     return _merged(rows)
 
 

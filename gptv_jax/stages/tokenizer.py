@@ -4,19 +4,20 @@ Every later stage then works on these codes; the trained network is kept in the 
 tokenizer.safetensors, which other runs may name as config.tokens.tokenizer.
 """
 
+import functools
 import itertools
 import logging
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gptv_jax import pictures, sharding
 from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.data import pipeline
-from gptv_jax.model import autoencoder, flops, lpips
+from gptv_jax.model import flops, lpips
 from gptv_jax.model.gpt import parameter_count
 from gptv_jax.run import Run
 from gptv_jax.tokens import Tokenizer
@@ -29,13 +30,18 @@ SHOWN = 16  # test images in the picture of reconstructions
 def run_stage(run: Run) -> dict:
     """Trains `config.tokenizer.train.steps` steps; the test split's numbers for the summary."""
     config, settings = run.config, run.config.tokenizer
+    sharding.check_tokenizer(config, run.mesh)
     network, train = config.tokens.autoencoder, config.tokenizer.train
     update, rate = optimizer.make_optimizer(train.optimizer, train.steps)
     init = autoencoding.make_init(network, settings, update)
     eval_step = autoencoding.make_eval_step(network)
     length = math.prod(config.tokens.grid(config.data.image_size))
-    needed = flops_per_image(run) // length
-    vgg = lpips.load(settings.lpips_weights) if settings.lpips else None
+    needed = flops.of_autoencoder(network, config.data.image_size).times(3).total // length
+    train_step = autoencoding.make_train_step(network, settings, update, rate, seed=config.seed)
+    if settings.lpips:
+        vgg = lpips.load(settings.lpips_weights)
+        vgg = jax.device_put(vgg, NamedSharding(run.mesh, P()))
+        train_step = functools.partial(train_step, vgg=vgg)
 
     def batches(position: int):
         return run.images.train(train.batch_size, position, settings.train_transforms)
@@ -61,9 +67,7 @@ def run_stage(run: Run) -> dict:
             log=run.metrics,
             initial=lambda: jax.jit(init)(jax.random.key(config.seed)),
             abstract=sharding.abstract(init),
-            train_step=autoencoding.make_train_step(
-                network, settings, update, rate, seed=config.seed, vgg=vgg
-            ),
+            train_step=train_step,
             batches=batches,
             evaluate=evaluate,
         )
@@ -83,23 +87,6 @@ def run_stage(run: Run) -> dict:
         "mfu": metrics.mfu(needed, speed),
         **fitted.sessions,
     }
-
-
-def flops_per_image(run: Run) -> int:
-    """FLOPs that training needs for an image: its forward pass, and twice as much backward."""
-    network, size = run.config.tokens.autoencoder, run.config.data.image_size
-
-    def forward(params: dict, images: jax.Array) -> jax.Array:
-        model = autoencoder.bind(network, params)
-        return model.decoder(model.encode(images).values)
-
-    ways = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
-    params = jax.eval_shape(lambda: autoencoder.init(network, jax.random.key(0)))
-    shape = (ways, size, size, network.channels)
-    images = jax.ShapeDtypeStruct(
-        shape, jnp.float32, sharding=jax.NamedSharding(run.mesh, sharding.BATCH_FIRST)
-    )
-    return 3 * flops.of_program(forward, params, images) // ways
 
 
 def _on_host(params: dict) -> dict[str, np.ndarray]:

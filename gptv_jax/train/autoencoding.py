@@ -58,35 +58,30 @@ def critic_optimizer(settings: config_lib.Tokenizer) -> optax.GradientTransforma
     return optax.adam(settings.discriminator_rate, b1=0.5, b2=0.9)
 
 
-def make_train_step(
-    config: config_lib.Autoencoder,
-    settings: config_lib.Tokenizer,
-    optimizer: optax.GradientTransformation,
-    rate: optax.Schedule,
-    *,
-    seed: int = 0,
-    vgg: lpips.Weights | None = None,
-) -> Callable:
-    """`(state, batch) -> (state, metrics)`, donating the state.
+def abstract_batch(
+    config: config_lib.Autoencoder, rows: int, size: int, split: NamedSharding | None = None
+) -> dict:
+    """Shapes of what a step reads of a batch of so many images of `size` pixels a side."""
+    shape = (rows, size, size, config.channels)
+    return {"image": jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=split)}
 
-    Args:
-      config: of the network.
-      settings: weights of the losses, and what of the state there is.
-      optimizer: takes the gradient of the encoder and decoder.
-      rate: learning rate by step, for the metrics.
-      seed: of the encodings that dead codes begin anew as.
-      vgg: what `settings.lpips` needs.
+
+def make_loss(config: config_lib.Autoencoder, settings: config_lib.Tokenizer) -> Callable:
+    """`(params, images, critic, share, vgg) -> (loss, (metrics, z, codes, restored))`.
+
+    Images run from -1 to 1. The discriminator's weights, or None, are not to be trained by it, and
+    count by their share of `settings.adversarial`; `vgg` is what `settings.lpips` needs.
     """
     terms = {name: term for name, term in TERMS.items() if getattr(settings, name)}
 
-    def loss(params: dict, images: Float[Array, "B H W C"], critic: dict | None, share, frozen):
+    def loss(params: dict, images: Float[Array, "B H W C"], critic: dict | None, share, vgg):
         model = autoencoder.bind(config, params)
         z = model.encoder(images)
         quantized = model.quantizer(z)
         restored = model.decoder(quantized.values)
         parts = {name: term(restored, images).mean() for name, term in terms.items()}
         if settings.lpips:
-            parts["lpips"] = lpips.distance(frozen, restored, images).mean()
+            parts["lpips"] = lpips.distance(vgg, restored, images).mean()
         total = sum(getattr(settings, name) * part for name, part in parts.items())
         total += settings.commitment * quantized.commitment
         if critic is not None:
@@ -96,12 +91,38 @@ def make_train_step(
         metrics = {"loss": total, "psnr_db": reconstruction.psnr(squared), **parts}
         return total, (metrics, z, quantized.codes, restored)
 
-    def train_step(state: dict, batch: dict, frozen: dict) -> tuple[dict, Metrics]:
+    return loss
+
+
+def make_train_step(
+    config: config_lib.Autoencoder,
+    settings: config_lib.Tokenizer,
+    optimizer: optax.GradientTransformation,
+    rate: optax.Schedule,
+    *,
+    seed: int = 0,
+) -> Callable:
+    """`(state, batch, vgg=None) -> (state, metrics)`, donating the state.
+
+    `vgg`, what `settings.lpips` needs, is an argument: as constants it would be compiled in.
+
+    Args:
+      config: of the network.
+      settings: weights of the losses, and what of the state there is.
+      optimizer: takes the gradient of the encoder and decoder.
+      rate: learning rate by step, for the metrics.
+      seed: of the encodings that dead codes begin anew as.
+    """
+    gradient = jax.grad(make_loss(config, settings), has_aux=True)
+
+    def train_step(
+        state: dict, batch: dict, vgg: lpips.Weights | None = None
+    ) -> tuple[dict, Metrics]:
         images, at = from_pixels(batch["image"]), state["step"]
         begun = at >= round(settings.adversarial_from * settings.train.steps)
         critic = state["critic"]["params"] if settings.adversarial else None
-        gradients, (metrics, z, codes, restored) = jax.grad(loss, has_aux=True)(
-            state["params"], images, critic, begun.astype(jnp.float32), frozen
+        gradients, (metrics, z, codes, restored) = gradient(
+            state["params"], images, critic, begun.astype(jnp.float32), vgg
         )
         params, opt = apply_update(optimizer, gradients, state["opt"], state["params"])
         new = {"step": at + 1, "params": params, "opt": opt}
@@ -123,10 +144,7 @@ def make_train_step(
             )
         return new, metrics
 
-    compiled = jax.jit(train_step, donate_argnums=0)
-    whole = NamedSharding(jax.sharding.get_mesh(), P())
-    frozen = jax.device_put(vgg or {}, whole)  # an argument: constants would be compiled in
-    return lambda state, batch: compiled(state, batch, frozen)
+    return jax.jit(train_step, donate_argnums=0)
 
 
 def follow(

@@ -1,0 +1,86 @@
+"""Arrays of a traced program, and what a device holds of each."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterable
+
+import jax
+
+from gptv_jax.planning.topology import Topology
+
+TILE = (8, 128)  # of a TPU's registers and memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """Shape of an array, and the mesh axes that split each of its dimensions."""
+
+    shape: tuple[int, ...]
+    itemsize: int
+    axes: tuple[tuple[str, ...], ...]
+    by_head: bool = False  # its last dimension is K, which TPUs keep as the fastest one
+
+    def bytes(self, sizes: dict[str, int], *, tiled: bool) -> int:
+        """On one device.
+
+        Args:
+          sizes: of the mesh, by axis.
+          tiled: as a TPU holds it, with one dimension filled up to a multiple of 128 and another
+            one of 8, those where that adds the least.
+        """
+        shard = [
+            size // math.prod(sizes[axis] for axis in axes)
+            for size, axes in zip(self.shape, self.axes, strict=True)
+        ]
+        if tiled and len(shard) > 1:
+            pairs = itertools.permutations(range(len(shard)), 2)
+            pairs = [pair for pair in pairs if not self.by_head or pair[0] == len(shard) - 1]
+            return self.itemsize * min(math.prod(_filled(shard, *pair)) for pair in pairs)
+        return self.itemsize * math.prod(shard)
+
+
+def _filled(shard: list[int], lanes: int, rows: int) -> list[int]:
+    multiple = {lanes: TILE[1], rows: TILE[0]}
+    return [-(-size // (m := multiple.get(i, 1))) * m for i, size in enumerate(shard)]
+
+
+def of(avals: Iterable) -> tuple[Array, ...]:
+    """Those of what JAX says of arrays."""
+    return tuple(_array(aval) for aval in avals)
+
+
+def _array(aval) -> Array:
+    spec = getattr(getattr(aval, "sharding", None), "spec", None) or ()
+    axes = [(entry,) if isinstance(entry, str) else tuple(entry or ()) for entry in spec]
+    axes += [()] * (len(aval.shape) - len(axes))
+    return Array(tuple(aval.shape), getattr(aval.dtype, "itemsize", 1), tuple(axes))
+
+
+def of_state(init: Callable) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    """Parameters, and the rest of the train state that `init(key)` makes."""
+    state = jax.eval_shape(lambda: init(jax.random.key(0)))
+    del state["step"]
+    return tuple(of(jax.tree.leaves(part)) for part in (state.pop("params"), state))
+
+
+def kept(loss: Callable, params: dict, *arguments) -> tuple[Array, ...]:
+    """Distinct arrays, but for what is given, that a forward pass leaves for the backward pass.
+
+    Args:
+      loss: `(params, *arguments) -> (loss, anything else)`; it is traced, not run.
+      params: shapes of what gradients are taken of.
+      arguments: shapes of the rest.
+    """
+
+    def backward(params, *arguments):
+        return jax.vjp(lambda p: loss(p, *arguments), params, has_aux=True)[1]
+
+    jaxpr = jax.make_jaxpr(backward)(params, *arguments).jaxpr
+    given = {id(var) for var in jaxpr.invars}
+    return of({id(v): v.aval for v in jaxpr.outvars if id(v) not in given}.values())
+
+
+def held(arrays: Iterable[Array], sizes: dict[str, int], topology: Topology) -> int:
+    """Bytes of all of them on one device."""
+    return sum(array.bytes(sizes, tiled=topology.platform == "tpu") for array in arrays)

@@ -1,0 +1,158 @@
+"""The training of a tokenizer, to be planned."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gptv_jax import config as config_lib
+from gptv_jax import sharding
+from gptv_jax.errors import InputError
+from gptv_jax.model import flops, lpips
+from gptv_jax.planning import arrays
+from gptv_jax.planning.arrays import Array
+from gptv_jax.planning.topology import Topology
+from gptv_jax.planning.training import WIDTHS, Call, Training
+from gptv_jax.tokens.learned import from_pixels
+from gptv_jax.train import autoencoding, optimizer
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerTraining(Training):
+    """Weights are whole while they work, nothing is rematerialised: the choice is of the mesh."""
+
+    network: config_lib.Autoencoder
+    settings: config_lib.Tokenizer
+    size: int  # pixels a side
+    seed: int
+
+    section = "tokenizer.train"
+    unit = "image"
+    units = heads = positions = 1
+    remat = "none"
+    policies = (remat,)
+    splits_batches = False
+
+    @classmethod
+    def of(cls, config: config_lib.Config) -> "TokenizerTraining":
+        """That of a configuration.
+
+        Raises:
+          InputError: its tokens are not learned.
+        """
+        if config.tokens.kind != "learned":
+            raise InputError(
+                f"--stage=tokenizer, but config.tokens.kind is {config.tokens.kind}, which has "
+                "nothing to train; it takes learned."
+            )
+        network = config.tokens.autoencoder
+        return cls(network, config.tokenizer, config.data.image_size, config.seed)
+
+    @property
+    def train(self) -> config_lib.Train:
+        """How the encoder and decoder are trained."""
+        return self.settings.train
+
+    @property
+    def flops(self) -> flops.OfImage:
+        """Of one image; the losses' networks are not counted."""
+        return flops.of_autoencoder(self.network, self.size).times(3)
+
+    def executed(self, platform: str, sizes: dict[str, int]) -> int:
+        """Products and convolutions of the real step, the losses' networks and all."""
+        return _executed(self)
+
+    def check(self, config: config_lib.Config, mesh: Mesh | AbstractMesh) -> None:
+        """As the stage does."""
+        sharding.check_tokenizer(config, mesh)
+
+    def lower(self, mesh: Mesh) -> jax.stages.Lowered:
+        """The step as the stage makes it."""
+        rows = NamedSharding(mesh, sharding.BATCH_FIRST)
+        vgg = self._vgg(NamedSharding(mesh, P()))
+        state = sharding.abstract(self._init())
+        return self._step().lower(state, self.batch(self.train.batch_size, rows), vgg)
+
+    def batch(self, rows: int, split: NamedSharding | None = None) -> dict:
+        """Pixels."""
+        return autoencoding.abstract_batch(self.network, rows, self.size, split)
+
+    def state(self, mesh: AbstractMesh) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+        """Parameters; the rest of the state, a discriminator's too, and LPIPS's weights."""
+        with jax.sharding.use_abstract_mesh(mesh):
+            params, rest = arrays.of_state(self._init())
+        return params, (*rest, *arrays.of(jax.tree.leaves(self._vgg())))
+
+    def activations(self, topology: Topology, sizes: dict[str, int], rows: int) -> int:
+        """What the backward pass keeps."""
+        network = self.network
+        if topology.platform == "cpu":  # whose compiler widens bfloat16
+            network = dataclasses.replace(network, dtype="float32")
+        mesh = topology.abstract_mesh(tuple(sizes.values()))
+        widened = dataclasses.replace(self, network=network)
+        return arrays.held(_residuals(widened, mesh, rows), sizes, topology)
+
+    def collectives(self, sizes: dict[str, int]) -> Iterator[Call]:
+        """Split weights are gathered once, and all gradients summed whole."""
+        params, _ = self.state(sharding.one_device())
+        for each in params:
+            if any("fsdp" in axes for axes in each.axes):
+                size = math.prod(each.shape) * WIDTHS[self.network.dtype]
+                yield Call("all-gather", ("fsdp",), 1, size)
+            else:
+                size = math.prod(each.shape) * WIDTHS["float32"]
+            yield Call("all-reduce", ("data", "fsdp"), 1, size)
+
+    def weights_read(self, sizes: dict[str, int]) -> float | int:
+        """Forward and backward; gradients are written."""
+        params, _ = self.state(sharding.one_device())
+        return 3 * sum(math.prod(each.shape) for each in params) * WIDTHS[self.network.dtype]
+
+    def _update(self):
+        return optimizer.make_optimizer(self.train.optimizer, self.train.steps)
+
+    def _init(self):
+        return autoencoding.make_init(self.network, self.settings, self._update()[0])
+
+    def _step(self):
+        return autoencoding.make_train_step(
+            self.network, self.settings, *self._update(), seed=self.seed
+        )
+
+    def _vgg(self, whole: NamedSharding | None = None) -> dict | None:
+        """Shapes of what LPIPS needs, where it is a loss."""
+        if not self.settings.lpips:
+            return None
+        return {
+            name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=whole)
+            for name, shape in lpips.shapes().items()
+        }
+
+
+@functools.cache
+def _executed(training: TokenizerTraining) -> int:
+    """On one device, where attention is counted in its plain form."""
+    with jax.sharding.use_abstract_mesh(sharding.one_device()):
+        state = jax.eval_shape(lambda: training._init()(jax.random.key(0)))
+        batch = training.batch(training.train.batch_size)
+        return flops.of_program(training._step(), state, batch, training._vgg())
+
+
+@functools.cache
+def _residuals(training: TokenizerTraining, mesh: AbstractMesh, rows: int) -> tuple[Array, ...]:
+    """Of a forward pass of so many rows."""
+    loss = autoencoding.make_loss(training.network, training.settings)
+    with jax.sharding.use_abstract_mesh(mesh):
+        state = jax.eval_shape(lambda: training._init()(jax.random.key(0)))
+        batch = training.batch(rows, NamedSharding(mesh, sharding.BATCH_FIRST))
+
+        def of_batch(params, critic, vgg, batch):
+            return loss(params, from_pixels(batch["image"]), critic, jnp.float32(1), vgg)
+
+        critic = state["critic"]["params"] if "critic" in state else None
+        return arrays.kept(of_batch, state["params"], critic, training._vgg(), batch)
