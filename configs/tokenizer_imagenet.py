@@ -12,7 +12,7 @@ Command:    python -m gptv_jax.main --config=configs/tokenizer_imagenet.py --wor
 Hardware:   planned, not run (docs/results.md, Plans of learned tokens): v5e:4x4 or gpu:8xh100 with
             --config.mesh.data=-1; 2 GiB a chip. No ImageNet and no accelerator were at hand.
 Expect:     not known of this network. Of LlamaGen's, of 72 million parameters trained likewise for
-            40 epochs: rFID 2.19, PSNR 20.79 dB, SSIM 0.675 at 256 codes of 16,384.
+            40 epochs: rFID 2.19 at 256 codes of 16,384.
 Reproduces: LlamaGen's recipe (Sun et al. 2024, arXiv:2406.06525): AdamW (0.9, 0.95) at 1e-4,
             decay 0.05, clipped at 1, batch 128, 40 epochs; L2 1, LPIPS 1, a patch discriminator of
             weight 0.5 from step 20,000 on; random crops of 256 of a shorter side of 256 or more.
