@@ -138,7 +138,8 @@ def test_another_run_and_a_cache_take_the_tokenizer_that_is_there(finished, data
     plain = "--config.data.train_transforms=()"
     run(*command(tmp_path / "plain", data, named, stage, plain))
     # With flips, which codes of a cache cannot have: they would mirror the grid, not the squares.
-    ended = run(*command(tmp_path / "cached", tmp_path / "cache", "--config.data.name=tokens", stage))
+    cached = tmp_path / "cache", "--config.data.name=tokens"
+    ended = run(*command(tmp_path / "cached", *cached, stage))
     assert "flip() needs pixels" in ended.stderr
     key = "pretrain/test_nats_per_token"
     assert summary_of(tmp_path / "cached")[key] == summary_of(tmp_path / "plain")[key]

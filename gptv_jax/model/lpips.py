@@ -28,7 +28,7 @@ SHIFT = np.array([-0.030, -0.088, -0.188], np.float32)  # of images from -1 to 1
 SCALE = np.array([0.458, 0.448, 0.450], np.float32)
 EPSILON = 1e-10
 
-Weights = dict[str, np.ndarray]  # by the name of their state dict
+Weights = dict[str, np.ndarray | jax.Array]  # by the name of their state dict
 
 
 def load(path: str | pathlib.Path) -> Weights:
