@@ -5,7 +5,7 @@
 
 Data: train the tokenizer first (configs/tokenizer_imagenet.py), write the codes down once, and
 train on those; the tokenizer comes with the cache. A cache holds one view of each image, its
-centre crop; LlamaGen's ten crops are ten caches' worth, and training on images
+centre crop, never flipped; LlamaGen's ten crops are ten caches' worth, and training on images
 (`--config.data.name=imagenet2012 --config.tokens.tokenizer=...`) draws new ones and pays for the
 encoder in every step.
 

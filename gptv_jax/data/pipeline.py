@@ -223,9 +223,14 @@ def _opened(config: config_lib.Data, split: str, entries: tuple[str, ...]):
 
 @functools.cache
 def _on_tokens(config: config_lib.Data, entries: tuple[str, ...]) -> list[transforms.Transform]:
-    """The steps after the last one that needs pixels; what a cache lacks is said, once."""
+    """The steps after the last one that needs pixels; what a cache lacks is said, once.
+
+    Learned codes allow for none: moving a square about would leave as it is what lies within.
+    """
     steps = [transforms.parse(entry) for entry in entries]
-    first = max((i + 1 for i, step in enumerate(steps) if step.of_pixels), default=0)
+    learned = sources.open_data_set(config).tokens.kind == "learned"
+    needing = [i for i, step in enumerate(steps) if learned or step.of_pixels]
+    first = max(needing, default=-1) + 1
     missed = [entry for entry in entries[:first] if entry not in config.eval_transforms]
     if missed:
         LOG.warning(
