@@ -161,6 +161,28 @@ def check(config: config_lib.Config, mesh: Mesh | jax.sharding.AbstractMesh) -> 
                 f"mesh.data * mesh.fsdp * {name}.microbatches",
             )
         )
+    _must_divide(rows)
+
+
+def check_tokenizer(config: config_lib.Config, mesh: Mesh | jax.sharding.AbstractMesh) -> None:
+    """The same for the training of a tokenizer.
+
+    Raises:
+      InputError: see `check`.
+    """
+    fsdp, settings = mesh.shape["fsdp"], config.tokenizer
+    ways, source = mesh.shape["data"] * fsdp, "mesh.data * mesh.fsdp"
+    rows = [("tokenizer.train.batch_size", settings.train.batch_size, ways, source)]
+    for i, width in enumerate(config.tokens.autoencoder.widths):
+        rows.append((f"tokens.autoencoder.widths[{i}]", width, fsdp, "mesh.fsdp"))
+    if settings.adversarial:
+        width = settings.discriminator_width
+        rows.append(("tokenizer.discriminator_width", width, fsdp, "mesh.fsdp"))
+    _must_divide(rows)
+
+
+def _must_divide(rows: list[tuple[str, int, int, str]]) -> None:
+    """Of each row the field, its value, and what must divide it, from which setting."""
     for field, value, divisor, source in rows:
         if value % divisor:
             raise InputError(
