@@ -6,6 +6,13 @@ from typing import TYPE_CHECKING
 from gptv_jax.errors import InputError
 
 MOST_CODES = 2**16  # token caches keep two bytes a token
+RESTORING = (
+    "l1",
+    "l2",
+    "gradient",
+    "ssim",
+    "lpips",
+)  # losses that compare images with restored ones
 
 if TYPE_CHECKING:  # which imports this module
     from gptv_jax import config as config_lib
@@ -140,6 +147,16 @@ def _check_learned(config: "config_lib.Config") -> None:
         raise InputError(
             f"config.tokenizer.lpips is {settings.lpips}, but {prefix}.channels is "
             f"{network.channels}, and VGG-16 takes RGB; take lpips=0."
+        )
+    if settings.lpips and size < 16:
+        raise InputError(
+            f"config.tokenizer.lpips is {settings.lpips}, but config.data.image_size is {size}, "
+            "and VGG-16 halves it four times; take 16 pixels or more, or lpips=0."
+        )
+    if not any(getattr(settings, name) for name in RESTORING):
+        raise InputError(
+            f"config.tokenizer has {', '.join(f'{name}=0' for name in RESTORING)}, so that nothing "
+            "asks for images to be restored; take l2=1, say."
         )
     parts = 2**settings.discriminator_layers
     if settings.adversarial and size % parts:

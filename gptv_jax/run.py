@@ -73,6 +73,8 @@ class Run:
         lengths = {split: len(source) for split, source in opened.items()}
         self._known = {"images": lengths, "classes": names}  # of the data
         self.stages = choose_stages(config, self.classes, wanted)
+        if "tokenizer" in self.stages:
+            sharding.check_tokenizer(config, self.mesh)
         for entries in self._training_transforms():
             transforms.check(entries, config.data.eval_transforms)
         distributed.from_first(self._prepare)

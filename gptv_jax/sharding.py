@@ -64,6 +64,10 @@ PARAMETERS: dict[str, P] = {
 BATCH_FIRST = P(BATCH)  # what leads with the batch
 HIDDEN = P(BATCH, "sequence")  # activations [B, T, D], and what else there is of every position
 
+_LENGTH = {  # T, in words of the fields
+    False: "data.image_size ** 2",
+    True: "(data.image_size / tokens.autoencoder.downsample) ** 2",
+}
 _MLP_WIDTH = {  # in words of the fields
     "gelu": "model.width * model.mlp_ratio",
     "swiglu": "model.width * model.mlp_ratio * 2/3, rounded,",
@@ -142,11 +146,12 @@ def check(config: config_lib.Config, mesh: Mesh | AbstractMesh) -> None:
     """
     fsdp, sequence, tensor = (mesh.shape[axis] for axis in AXES[1:])
     ways, model = mesh.shape["data"] * fsdp, config.model
+    grid, learned = config.tokens.grid(config.data.image_size), config.tokens.kind == "learned"
     rows = [
         ("model.width", model.width, fsdp, "mesh.fsdp"),
         ("model.heads", model.heads, tensor, "mesh.tensor"),
         (_MLP_WIDTH[model.mlp], model.mlp_width, tensor, "mesh.tensor"),
-        ("data.image_size ** 2", config.data.image_size**2, sequence, "mesh.sequence"),
+        (_LENGTH[learned], math.prod(grid), sequence, "mesh.sequence"),
         ("probe.batch_size", config.probe.batch_size, ways, "mesh.data * mesh.fsdp"),
     ]
     if config.probe.method == "sgd":
@@ -164,31 +169,31 @@ def check(config: config_lib.Config, mesh: Mesh | AbstractMesh) -> None:
     _must_divide(rows)
 
 
+def check_tokenizer(config: config_lib.Config, mesh: Mesh | AbstractMesh) -> None:
+    """The same for the training of a tokenizer.
+
+    Raises:
+      InputError: see `check`.
+    """
+    fsdp, settings = mesh.shape["fsdp"], config.tokenizer
+    ways, source = mesh.shape["data"] * fsdp, "mesh.data * mesh.fsdp"
+    rows = [("tokenizer.train.batch_size", settings.train.batch_size, ways, source)]
+    for i, width in enumerate(config.tokens.autoencoder.widths):
+        rows.append((f"tokens.autoencoder.widths[{i}]", width, fsdp, "mesh.fsdp"))
+    if settings.adversarial:
+        width = settings.discriminator_width
+        rows.append(("tokenizer.discriminator_width", width, fsdp, "mesh.fsdp"))
+    _must_divide(rows)
+
+
 def _must_divide(rows: list[tuple[str, int, int, str]]) -> None:
+    """Of each row the field, its value, and what must divide it, from which setting."""
     for field, value, divisor, source in rows:
         if value % divisor:
             raise InputError(
                 f"config.{field} is {value}, which {divisor} (config.{source}) does not divide; "
                 f"take a multiple of {divisor} or another mesh."
             )
-
-
-def check_tokenizer(config: config_lib.Config, mesh: Mesh | AbstractMesh) -> None:
-    """The same of the training of a tokenizer.
-
-    Raises:
-      InputError: names the field, its value and the number that must divide it.
-    """
-    fsdp, ways = mesh.shape["fsdp"], mesh.shape["data"] * mesh.shape["fsdp"]
-    network, settings = config.tokens.autoencoder, config.tokenizer
-    rows = [("tokens.autoencoder.widths", width, fsdp, "mesh.fsdp") for width in network.widths]
-    rows.append(
-        ("tokenizer.train.batch_size", settings.train.batch_size, ways, "mesh.data * mesh.fsdp")
-    )
-    if settings.adversarial:
-        width = settings.discriminator_width
-        rows.append(("tokenizer.discriminator_width", width, fsdp, "mesh.fsdp"))
-    _must_divide(rows)
 
 
 def platform() -> str:

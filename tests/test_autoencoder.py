@@ -34,10 +34,10 @@ def some_images(count: int, size: int = 16, channels: int = 3) -> np.ndarray:
 @pytest.mark.parametrize("levels", LEVELS, ids=str)
 def test_there_are_as_many_codes_as_the_product_of_the_levels_each_for_values_of_its_own(levels):
     quantizer, count = ScalarQuantizer(levels), math.prod(levels)
-    assert quantizer.codes == config_lib.Autoencoder(levels=levels).vocabulary == count
+    assert quantizer.vocabulary == config_lib.Autoencoder(levels=levels).vocabulary == count
     values = quantizer.values(jnp.arange(count))
     assert values.shape == (count, len(levels))
-    np.testing.assert_array_equal(quantizer._codes(values), np.arange(count))  # a way and back
+    np.testing.assert_array_equal(quantizer.codes(values), np.arange(count))  # a way and back
     assert len(np.unique(np.asarray(values), axis=0)) == count
     # Whatever levels are taken together make one of the codes.
     each = [np.unique(np.asarray(values)[:, i]) for i in range(len(levels))]
@@ -53,7 +53,7 @@ def test_levels_lie_evenly_around_zero_whether_even_or_odd(count):
     assert (0.0 in values.round(7)) == bool(count % 2)
     # Parts of one size: numbers spread evenly over -1 .. 1 are spread evenly over the levels.
     spread = jnp.linspace(-1, 1, 1000 * count, endpoint=False)[:, None]
-    used = np.bincount(np.asarray(quantizer._codes(spread)), minlength=count)
+    used = np.bincount(np.asarray(quantizer.codes(spread)), minlength=count)
     assert abs(used - 1000).max() <= 1
     # A unit normal, which an encoder begins as, uses them nearly alike.
     drawn = jax.random.normal(jax.random.key(0), (1, 100, 400, 1))
@@ -102,6 +102,8 @@ def test_a_vector_becomes_the_nearest_code_by_direction(one_device):
     cosine = np.einsum("bhwz,vz->bhwv", z / np.linalg.norm(z, axis=-1, keepdims=True), book)
     np.testing.assert_array_equal(found.codes, cosine.argmax(axis=-1))
     np.testing.assert_allclose(found.commitment, (2 - 2 * cosine.max(axis=-1)).mean(), rtol=1e-5)
+    # Whatever precision products have by default, on a TPU that of bfloat16.
+    assert "Precision.HIGHEST" in str(jax.make_jaxpr(quantizer)(jnp.asarray(z)))
     # The codebook has no gradient; the encoder has that of its own direction.
     _, back = jax.vjp(lambda z: quantizer(z).values, jnp.asarray(z))
     _, wanted = jax.vjp(unit, jnp.asarray(z))

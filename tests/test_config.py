@@ -380,6 +380,11 @@ LEARNED = {"tokens.kind": "learned", "data.image_size": 32}
         ({"tokens.autoencoder.levels": (8,) * 6}, ["levels is", "262144 codes", "65536"]),
         ({"tokenizer.train.microbatches": 2}, ["microbatches is 2", "whole batches"]),
         ({"tokenizer.lpips": 1.0}, ["tokenizer.lpips is 1.0", "lpips_weights"]),
+        ({"tokenizer.l2": 0.0}, ["l1=0, l2=0", "asks for images to be restored"]),
+        (
+            {"tokenizer.lpips": 1.0, "tokenizer.lpips_weights": "x", "data.image_size": 8},
+            ["image_size is 8", "16 pixels or more"],
+        ),
         (
             {"tokenizer.adversarial": 1.0, "tokenizer.discriminator_layers": 6},
             ["discriminator_layers is 6", "64 does not divide"],

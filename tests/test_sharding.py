@@ -9,6 +9,7 @@ from conftest import MESHES, RECIPES, make_mesh, random_batch, random_params, ti
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.errors import InputError
+from gptv_jax.model import autoencoder
 from gptv_jax.train import step
 from gptv_jax.train.optimizer import make_optimizer
 
@@ -55,6 +56,10 @@ def test_every_parameter_has_a_row_in_the_table_and_lies_as_it_says():
     leaves = []
     for recipe in [*RECIPES.values(), {"target_positions": True}]:
         leaves += jax.tree.leaves_with_path(state_on_eight(recipe)["params"])
+    learned = config_lib.Autoencoder(quantizer="vq", norm=True, attention=True)
+    with jax.set_mesh(make_mesh((1, 2, 4))):
+        of_tokens = sharding.abstract(lambda key: autoencoder.init(learned, key))
+    leaves += jax.tree.leaves_with_path(of_tokens)
     assert {path[-1].key for path, _ in leaves} == set(sharding.PARAMETERS)
     for path, leaf in leaves:
         assert leaf.sharding.spec == sharding.PARAMETERS[path[-1].key], path
@@ -145,6 +150,24 @@ def test_what_the_mesh_does_not_divide_is_named(field, changes):
     mesh = make_mesh((1, 4, 2)) if field != "model.width" else make_mesh((1, 8, 1))
     with pytest.raises(InputError, match=rf"config\.{field} is "):
         sharding.check(config, mesh)
+
+
+def test_what_the_mesh_does_not_divide_of_a_tokenizer_is_named():
+    mesh, tokens = make_mesh((2, 4, 1)), config_lib.Tokens("learned")
+    config = dataclasses.replace(config_lib.Config(), tokens=tokens)
+    sharding.check_tokenizer(config, mesh)
+    odd = dataclasses.replace(tokens, autoencoder=config_lib.Autoencoder(widths=(8, 6)))
+    settings = config_lib.Tokenizer(adversarial=0.1, discriminator_width=10)
+    for changes, words in (
+        ({"tokens": odd}, r"tokens\.autoencoder\.widths\[1\] is 6, which 4 \(config\.mesh\.fsdp\)"),
+        ({"tokenizer": settings}, r"tokenizer\.discriminator_width is 10, which 4"),
+        (
+            {"tokenizer": config_lib.Tokenizer(train=config_lib.Train(batch_size=12))},
+            r"tokenizer\.train\.batch_size is 12, which 8",
+        ),
+    ):
+        with pytest.raises(InputError, match=rf"config\.{words}"):
+            sharding.check_tokenizer(dataclasses.replace(config, **changes), mesh)
 
 
 def test_rows_that_every_process_holds_are_split_over_the_batch_axes():

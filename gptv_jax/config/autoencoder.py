@@ -16,7 +16,7 @@ class Autoencoder:
 
     channels: int = field(3, one_of(1, 3))  # of the images: grey or RGB
     downsample: int = field(4, one_of(4, 8, 16))  # pixels a side that one token stands for
-    # Channels at each resolution, the finest first. Each is half the one before it, so the first
+    # Channels at each resolution, the finest first; it halves from one to the next, so the first
     # layer takes squares of downsample / 2^(resolutions - 1) pixels a side together.
     widths: tuple[int, ...] = field((96,), WIDTHS)
     encoder_blocks: int = field(2, NOT_NEGATIVE)  # residual blocks at each resolution

@@ -40,13 +40,13 @@ class ScalarQuantizer(nnx.Module):
     def __init__(self, levels: tuple[int, ...]):
         self.levels = levels
         self.size = len(levels)  # Z
-        self.codes = math.prod(levels)
+        self.vocabulary = math.prod(levels)
         self._strides = tuple(math.prod(levels[:i]) for i in range(len(levels)))
 
     def __call__(self, z: Float[Array, "B h w Z"]) -> Quantized:
         """Codes of the encoder's output, any real numbers; computed in float32 at least."""
         squashed = 2 * jax.nn.sigmoid(STEEPNESS * z.astype(layers.accumulator(z))) - 1
-        return Quantized(self.rounded(squashed), self._codes(squashed), jnp.zeros(()))
+        return Quantized(self.rounded(squashed), self.codes(squashed), jnp.zeros(()))
 
     def rounded(self, squashed: Float[Array, "*any Z"]) -> Float[Array, "*any Z"]:
         """The nearest levels of numbers from -1 to 1; the gradient is that of the identity."""
@@ -59,7 +59,8 @@ class ScalarQuantizer(nnx.Module):
         digits = jnp.stack(digits, axis=-1).astype(jnp.float32)
         return (2 * digits + 1) / self._counts(digits) - 1
 
-    def _codes(self, squashed: Float[Array, "*any Z"]) -> Int[Array, "*any"]:
+    def codes(self, squashed: Float[Array, "*any Z"]) -> Int[Array, "*any"]:
+        """Of the nearest levels of numbers from -1 to 1."""
         strides = np.array(self._strides, np.int32).reshape((1,) * (squashed.ndim - 1) + (-1,))
         return (self._digits(squashed).astype(jnp.int32) * strides).sum(axis=-1)
 
@@ -79,14 +80,16 @@ class VectorQuantizer(nnx.Module):
     """
 
     def __init__(self, config: config_lib.Autoencoder, *, rngs: nnx.Rngs):
-        self.size, self.codes = config.code_size, config.codes
-        self.codebook = layers.normal(rngs, "codebook", (self.codes, self.size), 1.0)
+        self.size, self.vocabulary = config.code_size, config.codes
+        self.codebook = layers.normal(rngs, "codebook", (self.vocabulary, self.size), 1.0)
 
     def __call__(self, z: Float[Array, "B h w Z"]) -> Quantized:
         """Codes of the encoder's output, any real numbers; computed in float32 at least."""
         z = unit(z.astype(layers.accumulator(z)))
         book = unit(jax.lax.stop_gradient(self.codebook[...]))
-        codes = jnp.argmax(jnp.einsum("bhwz,vz->bhwv", z, book), axis=-1)
+        # A TPU would else round both to bfloat16, and take another code where two are near.
+        cosine = jnp.einsum("bhwz,vz->bhwv", z, book, precision="highest")
+        codes = jnp.argmax(cosine, axis=-1)
         nearest = self.values(codes)
         distance = jnp.square(z - jax.lax.stop_gradient(nearest)).sum(axis=-1).mean()
         return Quantized(z + jax.lax.stop_gradient(nearest - z), codes, distance)

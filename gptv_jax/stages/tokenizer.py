@@ -30,7 +30,6 @@ SHOWN = 16  # test images in the picture of reconstructions
 def run_stage(run: Run) -> dict:
     """Trains `config.tokenizer.train.steps` steps; the test split's numbers for the summary."""
     config, settings = run.config, run.config.tokenizer
-    sharding.check_tokenizer(config, run.mesh)
     network, train = config.tokens.autoencoder, config.tokenizer.train
     update, rate = optimizer.make_optimizer(train.optimizer, train.steps)
     init = autoencoding.make_init(network, settings, update)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 from collections.abc import Callable
 
@@ -157,7 +158,7 @@ class LearnedTokens:
                 " x ".join(map(str, shape)) for shape in (images.shape[1:], self.image_shape)
             )
             raise ValueError(f"images are {found}; this tokenizer takes {wanted}.")
-        return self._in_parts(_encode, images).reshape(len(images), -1)
+        return self._in_parts(_encode, images).reshape(len(images), math.prod(self.grid))
 
     def decode(
         self, tokens: Int[np.ndarray, "B T"], grid: tuple[int, int] | None = None
@@ -180,7 +181,7 @@ class LearnedTokens:
         spec = NamedSharding(mesh, sharding.BATCH_FIRST)
         size, made, fetched = PART * mesh.size, [], []
         with jax.set_mesh(mesh):
-            for first in range(0, len(rows), size):
+            for first in range(0, max(len(rows), 1), size):
                 part = rows[first : first + size]
                 filled = np.pad(part, ((0, size - len(part)), *((0, 0),) * (rows.ndim - 1)))
                 made.append(function(self.lexicon.config, params, jax.device_put(filled, spec)))

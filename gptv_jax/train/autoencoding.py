@@ -82,8 +82,9 @@ def make_loss(config: config_lib.Autoencoder, settings: config_lib.Tokenizer) ->
         parts = {name: term(restored, images).mean() for name, term in terms.items()}
         if settings.lpips:
             parts["lpips"] = lpips.distance(vgg, restored, images).mean()
+        if config.quantizer == "vq":
+            parts["commitment"] = quantized.commitment
         total = sum(getattr(settings, name) * part for name, part in parts.items())
-        total += settings.commitment * quantized.commitment
         if critic is not None:
             parts["adversarial"] = -discriminator.scores(config, settings, critic, restored).mean()
             total += settings.adversarial * share * parts["adversarial"]
