@@ -39,6 +39,10 @@ def test_there_are_as_many_codes_as_the_product_of_the_levels_each_for_values_of
     assert values.shape == (count, len(levels))
     np.testing.assert_array_equal(quantizer.codes(values), np.arange(count))  # a way and back
     assert len(np.unique(np.asarray(values), axis=0)) == count
+    # The first dimension counts fastest: what codes of saved tokenizers and caches mean.
+    for i, steps in enumerate(np.cumprod((1, *levels[:-1]))):
+        moved = np.flatnonzero(np.asarray(values)[steps] != np.asarray(values)[0])
+        np.testing.assert_array_equal(moved, [i])
     # Whatever levels are taken together make one of the codes.
     each = [np.unique(np.asarray(values)[:, i]) for i in range(len(levels))]
     assert [len(found) for found in each] == list(levels)

@@ -13,7 +13,7 @@ from conftest import generator, make_mesh, random_image
 
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
-from gptv_jax.model import autoencoder, lpips
+from gptv_jax.model import autoencoder, discriminator, lpips
 from gptv_jax.tokens import LearnedTokens, Tokenizer
 from gptv_jax.tokens.learned import from_pixels
 from gptv_jax.train import autoencoding, optimizer, reconstruction
@@ -47,15 +47,15 @@ class Training:
     def __init__(self, config, settings, vgg=None, side: int = 8):
         update, rate = optimizer.make_optimizer(settings.train.optimizer, settings.train.steps)
         init = jax.jit(autoencoding.make_init(config, settings, update))
-        self.state, self.side = init(jax.random.key(0)), side
-        self.step = autoencoding.make_train_step(config, settings, update, rate, vgg=vgg)
+        self.state, self.vgg, self.side = init(jax.random.key(0)), vgg, side
+        self.step = autoencoding.make_train_step(config, settings, update, rate)
 
     def run(self, steps: int) -> list[dict]:
         """Takes so many steps; the metrics of each."""
         metrics = []
         for _ in range(steps):
             images = {"image": batch(8, int(self.state["step"]), self.side)["image"]}
-            self.state, numbers = self.step(self.state, sharding.global_batch(images))
+            self.state, numbers = self.step(self.state, sharding.global_batch(images), self.vgg)
             metrics.append(jax.device_get(numbers))
         return metrics
 
@@ -68,10 +68,19 @@ def test_training_is_the_same_on_every_mesh():
     for shape in ((1, 1, 1), (2, 2, 1)):
         with jax.set_mesh(make_mesh(shape)):
             training = Training(VQ, settings)
-            metrics = training.run(3)
+            first = sharding.by_name(jax.device_get(training.state["params"]))
+            metrics = training.run(1)
+            after_one = sharding.by_name(jax.device_get(training.state))
+            metrics += training.run(2)
             found.append((sharding.by_name(jax.device_get(training.state)), metrics))
     (state, metrics), (other_state, other_metrics) = found
-    assert "codebook.counts" in state and "ema.encoder.stem.bias" in state
+    for name, begun in first.items():  # of the first step the new weights are nine tenths
+        average = begun / 10 + after_one[f"params.{name}"] * 9 / 10
+        np.testing.assert_allclose(after_one[f"ema.{name}"], average, rtol=1e-4, atol=1e-6)
+    # The codebook is what its averages say.
+    directions = state["codebook.sums"] / np.linalg.norm(state["codebook.sums"], axis=1)[:, None]
+    np.testing.assert_allclose(state["params.quantizer.codebook"], directions, atol=1e-5)
+    assert abs(first["quantizer.codebook"] - directions).max() > 1e-3
     for one, other in zip(metrics, other_metrics, strict=True):
         assert {"l1", "l2", "adversarial", "commitment"} <= one.keys()
         for name, value in one.items():
@@ -109,17 +118,25 @@ def test_the_loss_is_the_weighted_sum_of_what_the_settings_name(monkeypatch):
     narrow = tuple(tuple((n, w // 32) for n, w in convs) for convs in lpips.SLICES)
     monkeypatch.setattr(lpips, "SLICES", narrow)
     vgg = test_lpips.random_weights()
-    settings = dataclasses.replace(PLAIN, l2=0.7, gradient=0.2, ssim=0.4, lpips=0.3)
+    settings = dataclasses.replace(
+        JUDGED, l2=0.7, gradient=0.2, ssim=0.4, lpips=0.3, adversarial_from=0.0
+    )
     with jax.set_mesh(make_mesh((2, 2, 1))):
         training = Training(FSQ, settings, vgg, side=16)
-        params = jax.device_get(training.state["params"])
+        first = jax.device_get(training.state)
         [metrics] = training.run(1)
     images = from_pixels(jnp.asarray(batch(side=16)["image"]))
     with jax.set_mesh(make_mesh((1, 1, 1))):
-        model = autoencoder.bind(FSQ, jax.tree.map(jnp.asarray, params))
+        params, critic = jax.tree.map(jnp.asarray, (first["params"], first["critic"]["params"]))
+        model = autoencoder.bind(FSQ, params)
         restored = jax.jit(lambda x: model.decoder(model.encode(x).values))(images)
         wanted = {
+            "l1": jnp.abs(restored - images),
             "l2": jnp.square(restored - images),
+            # It is to take them for images.
+            "adversarial": -jax.jit(discriminator.scores, static_argnums=(0, 1))(
+                FSQ, settings, critic, restored
+            ),
             "gradient": jax.jit(reconstruction.gradient)(restored, images),
             "ssim": 1 - ssim(restored, images, 2.0),
             "lpips": jax.jit(lpips.distance)(vgg, restored, images),
@@ -196,6 +213,15 @@ def test_an_evaluation_counts_every_real_image_once_and_whole_pixels(one_device)
     }
     for name, value in wanted.items():
         np.testing.assert_allclose(sums[name], value, rtol=1e-4, err_msg=name)
+
+
+def test_an_image_that_is_restored_exactly_counts_as_missed_by_half_a_level(one_device):
+    params = jax.jit(lambda key: autoencoder.init(FSQ, key))(jax.random.key(0))
+    nothing = jax.tree.map(jnp.zeros_like, params)  # which decodes to the middle of the range
+    exact = batch() | {"image": np.full((8, 8, 8, 3), 128, np.uint8)}
+    sums = autoencoding.make_eval_step(FSQ)(nothing, sharding.global_batch(exact))
+    assert sums["squared_error"] == 0
+    assert float(sums["psnr_db"]) == pytest.approx(7 * 10 * np.log10(255**2 / 0.5**2), rel=1e-6)
 
 
 def test_health_of_known_counts():

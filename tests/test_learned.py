@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import generator, make_mesh, random_image
@@ -51,6 +52,15 @@ def test_a_token_stands_for_a_square_of_pixels(codec):
     assert codec.decode(found[:, :6], grid=(2, 3)).shape == (5, 8, 12, 3)
     assert codec.encode(images[:0]).shape == (0, 16)
     assert codec.decode(found[:0]).shape == (0, 16, 16, 3)
+
+
+def test_every_pixel_comes_back_and_what_lies_beyond_is_cut():
+    pixels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
+    scaled = learned.from_pixels(jnp.asarray(pixels))
+    assert scaled.min() == -1 and scaled.max() == 1
+    np.testing.assert_array_equal(learned.to_pixels(scaled), pixels)
+    beyond = jnp.array([-40.0, -1.01, 1.01, 40.0]).reshape(1, 2, 2, 1)
+    np.testing.assert_array_equal(np.ravel(learned.to_pixels(beyond)), [0, 0, 255, 255])
 
 
 def test_tokens_are_the_same_in_batches_of_any_size_and_on_any_devices(codec, monkeypatch):
