@@ -41,7 +41,7 @@ def get_config(codes: str = "tiny"):
     c.tokens.kind = "learned"
     c.tokens.autoencoder.widths = (64,)
     c.tokens.autoencoder.update(config_lib.choose(codes, CODES))
-    _muon(c.tokenizer.train, steps=5000, rate=4e-3, warmup=100)
+    _muon(c.tokenizer.train, steps=4000, rate=4e-3, warmup=100)
     c.tokenizer.train.optimizer.final_fraction = 0.01
 
     m = c.model

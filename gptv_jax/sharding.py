@@ -177,9 +177,9 @@ def check_tokenizer(config: config_lib.Config, mesh: Mesh | AbstractMesh) -> Non
     """
     fsdp, settings = mesh.shape["fsdp"], config.tokenizer
     ways, source = mesh.shape["data"] * fsdp, "mesh.data * mesh.fsdp"
-    rows = [("tokenizer.train.batch_size", settings.train.batch_size, ways, source)]
-    for i, width in enumerate(config.tokens.autoencoder.widths):
-        rows.append((f"tokens.autoencoder.widths[{i}]", width, fsdp, "mesh.fsdp"))
+    widths = enumerate(config.tokens.autoencoder.widths)
+    rows = [(f"tokens.autoencoder.widths[{i}]", width, fsdp, "mesh.fsdp") for i, width in widths]
+    rows.append(("tokenizer.train.batch_size", settings.train.batch_size, ways, source))
     if settings.adversarial:
         width = settings.discriminator_width
         rows.append(("tokenizer.discriminator_width", width, fsdp, "mesh.fsdp"))

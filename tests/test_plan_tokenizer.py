@@ -101,7 +101,7 @@ def test_the_search_is_over_meshes_alone():
 @pytest.mark.parametrize(
     ("mesh", "words"),
     [
-        (dict(data=1, fsdp=64), r"config\.tokens\.autoencoder\.widths is 32, which 64 "),
+        (dict(data=1, fsdp=64), r"config\.tokens\.autoencoder\.widths\[0\] is 32, which 64 "),
         (dict(data=32, fsdp=2), r"config\.tokenizer\.train\.batch_size is 16, which 64 "),
     ],
     ids=["widths", "batch"],
