@@ -12,10 +12,11 @@ Command:    python -m gptv_jax.main --config=configs/tokenizer_cifar10.py:tiny
             The stage `tokenizer` alone: --stages=tokenizer. Another run takes what it trained by
             --config.tokens.kind=learned --config.tokens.tokenizer=runs/tokenizer and the same
             config.tokens.autoencoder.
-Hardware:   two CPU cores: see docs/results.md for what each stage takes.
-Expect:     see docs/results.md.
+Hardware:   two CPU cores: the tokenizer in four and a half minutes; the other stages not timed yet.
+Expect:     tiny: PSNR 25.90 dB, SSIM 0.858, 99.8% of the codes in use on the test images
+            (docs/results.md).
 Reproduces: nothing published. Floors on the same test images: 4,096 patches of 4x4 pixels by
-            k-means, 24.2 dB; the 512 colours of iGPT's palette, 34.3 dB at 16 times the tokens.
+            k-means, 24.3 dB; the 512 colours of iGPT's palette, 35.1 dB at 16 times the tokens.
 Changes:    the encoder and decoder work at the resolution of the codes, behind patches of 4x4
             pixels: at the same time convolutions of pixels came out worse. The mean squared error
             alone, and Muon, which is what PSNR asks for; no discriminator.
