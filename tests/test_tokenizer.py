@@ -152,6 +152,8 @@ def test_the_gpt_on_its_codes_has_their_vocabulary_and_draws_images(finished, da
     assert model.sample(2).shape == (2, 16, 16, 3)
     kept = model.tokenize(model.complete(images, keep=0.5))
     assert kept.shape == tokens.shape
+    with pytest.raises(ValueError, match=r"tokens\.kind=learned"):
+        gptv_jax.to_huggingface(model, tmp_path / "hf")
     model.save(tmp_path / "whole.safetensors")
     again = gptv_jax.load(tmp_path / "whole.safetensors")
     np.testing.assert_array_equal(again.tokenize(images), tokens)

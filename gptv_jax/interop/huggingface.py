@@ -301,6 +301,8 @@ def _folded(portable: Portable, task: str) -> Portable:
         for name, value in fields.flatten(portable.model).items()
         if name not in EXPRESSED and value != default[name]
     ]
+    if portable.tokens.kind == "learned":
+        foreign.append("tokens.kind=learned")  # its tokens are colours
     params = dict(portable.params)
     head = {
         n: params.pop(f"classifier.{n}", None)
