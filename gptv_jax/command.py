@@ -50,7 +50,7 @@ def run(main: Callable[[], None], parser: Callable | None = None) -> None:
         main()
         distributed.stop()
 
-    preemption.install()
+    preemption.install(_interrupted)
     runtime.keep_memory()
     try:
         app.run(configured, flags_parser=parser or _parse_flags)
@@ -59,13 +59,15 @@ def run(main: Callable[[], None], parser: Callable | None = None) -> None:
     except preemption.StoppedError as stopped:
         distributed.stop()  # none of several processes leaves before the others have saved
         errors.end(preemption.EXIT_CODE, str(stopped))
-    except KeyboardInterrupt:
-        told = "interrupted; the same command continues from the last checkpoint"
-        _end(130, told, "it was interrupted")
     except Exception as error:
         distributed.settle()
         reason = f"{type(error).__name__}: {first_line(error)}"
         _end(UNEXPECTED, traceback.format_exc(), reason)
+
+
+def _interrupted() -> NoReturn:
+    told = "interrupted; the same command continues from the last checkpoint"
+    _end(130, told, "it was interrupted")
 
 
 def _end(code: int, message: str, reason: str) -> NoReturn:

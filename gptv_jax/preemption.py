@@ -3,6 +3,9 @@
 A thread of its own hears the signal, so that nothing, a long compilation say, delays the answer.
 Outside a training there is nothing to save, and the process ends at once. Within one, the request
 is noted, and the loop acts on it between two steps, or between two batches of an evaluation.
+
+The same thread hears SIGINT, Ctrl-C: a KeyboardInterrupt, raised wherever the main thread happens
+to be, is lost in a library's callback, and what was to clean up may wait for what it left undone.
 """
 
 import contextlib
@@ -11,7 +14,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -65,15 +68,21 @@ _lock = threading.Lock()
 _current: Request | None = None  # of the training that is under way
 
 
-def install() -> None:
-    """Answers SIGTERM from now on; to be called on the main thread."""
+def install(interrupted: Callable[[], None]) -> None:
+    """Answers SIGTERM and SIGINT from now on; to be called on the main thread.
+
+    Args:
+      interrupted: ends the process after SIGINT; called on another thread.
+    """
     # JAX's own service would take the signal for itself when several processes connect.
     jax.config.update("jax_enable_preemption_service", False)
     heard, write_end = os.pipe()
     os.set_blocking(write_end, False)
     signal.set_wakeup_fd(write_end)  # every signal that Python handles is written there
     signal.signal(signal.SIGTERM, lambda *_: None)
-    threading.Thread(target=_listen, args=(heard,), daemon=True).start()
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as a shell has it in the background
+        signal.signal(signal.SIGINT, lambda *_: None)
+    threading.Thread(target=_listen, args=(heard, interrupted), daemon=True).start()
 
 
 @contextlib.contextmanager
@@ -102,9 +111,12 @@ def watched(batches: Iterator[dict]) -> Iterator[dict]:
         yield batch
 
 
-def _listen(heard: int) -> None:
+def _listen(heard: int, interrupted: Callable[[], None]) -> None:
     while True:
-        if signal.SIGTERM not in os.read(heard, 64):
+        signals = os.read(heard, 64)
+        if signal.SIGINT in signals:
+            interrupted()
+        if signal.SIGTERM not in signals:
             continue
         with _lock:
             if _current is None:

@@ -29,12 +29,13 @@ def uninterrupted(training, tmp_path_factory):
 
 @pytest.fixture(autouse=True, scope="module")
 def answered():
-    """SIGTERM is answered in this process, as in the command's."""
-    before = signal.getsignal(signal.SIGTERM)
-    preemption.install()
+    """Signals are answered in this process, as in the command's."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    preemption.install(lambda: os._exit(130))
     yield
     signal.set_wakeup_fd(-1)
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def terminate() -> None:
@@ -120,15 +121,19 @@ def test_an_evaluation_is_given_up_between_two_batches(training, uninterrupted, 
 
 OUTSIDE = """
 import time
-from gptv_jax import preemption
-preemption.install()
+from gptv_jax import errors, preemption
+preemption.install(lambda: errors.end(130, "interrupted"))
 print("ready", flush=True)
-time.sleep(60)
+while True:
+    try:
+        time.sleep(60)
+    except BaseException:  # as a library's callback may
+        pass
 """
 TOO_LATE = """
 import time
-from gptv_jax import preemption
-preemption.install()
+from gptv_jax import errors, preemption
+preemption.install(lambda: errors.end(130, "interrupted"))
 with preemption.deferred() as request:
     print("ready", flush=True)
     while request.since is None:
@@ -151,6 +156,21 @@ def test_where_nothing_is_left_to_save_it_ends_at_once(script, last):
     assert (process.returncode, output) == (143, last)
     sentence = "stopped by SIGTERM; the same command continues from the last checkpoint"
     assert told.splitlines()[-1] == sentence
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(("before", "code"), [("default_int_handler", 130), ("SIG_IGN", 143)])
+def test_an_interrupt_ends_it_wherever_it_is_but_in_a_shell_s_background(before, code):
+    script = f"import signal\nsignal.signal(signal.SIGINT, signal.{before})\n{OUTSIDE}"
+    command, pipe = [sys.executable, "-c", script], subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        if before == "SIG_IGN":
+            time.sleep(1)  # that is how long it would have to end in
+            process.send_signal(signal.SIGTERM)
+        _, told = process.communicate(timeout=30)
+    assert process.returncode == code, told
 
 
 def events(folder: pathlib.Path) -> list[dict]:
