@@ -42,7 +42,7 @@ def get_config(codes: str = "tiny"):
     c.tokens.kind = "learned"
     c.tokens.autoencoder.widths = (64,)
     c.tokens.autoencoder.update(config_lib.choose(codes, CODES))
-    _muon(c.tokenizer.train, steps=4000, rate=4e-3, warmup=100)
+    _muon(c.tokenizer.train, steps=3500, rate=4e-3, warmup=100)
     c.tokenizer.train.optimizer.final_fraction = 0.01
 
     m = c.model
@@ -51,8 +51,7 @@ def get_config(codes: str = "tiny"):
     m.qk_norm = True
     m.mlp = "swiglu"
     m.class_tokens = 10
-    m.dropout = 0.1
-    _muon(c.train, steps=3000, rate=1e-2, warmup=50)
+    _muon(c.train, steps=900, rate=1e-2, warmup=30)
     c.train.batch_size = 64
     c.train.optimizer.clip_norm = 1.0
     c.train.optimizer.schedule = "wsd"

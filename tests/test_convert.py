@@ -1,8 +1,5 @@
 """The real command that converts weights."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 from conftest import generator
@@ -12,22 +9,19 @@ import gptv_jax
 pytestmark = pytest.mark.process
 
 
-def convert(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "gptv_jax.convert", *arguments]
-    return subprocess.run(command, capture_output=True, text=True)
-
-
-def test_a_run_goes_to_hugging_faces_form_and_from_there_to_ours(finished_run, tmp_path):
+def test_a_run_goes_to_hugging_faces_form_and_from_there_to_ours(command, finished_run, tmp_path):
     there, back = tmp_path / "hf", tmp_path / "back.safetensors"
     for source, target in ((finished_run.folder, there), (there, back)):
-        ended = convert(f"--from={source}", f"--to={target}")
-        assert ended.returncode == 0, ended.stderr
-        assert f"{source} is written to {target}" in ended.stderr
+        ended = command("convert", f"--from={source}", f"--to={target}")
+        assert ended.code == 0, ended.errors
+        assert f"{source} is written to {target}" in ended.errors
     ours, theirs = gptv_jax.load(finished_run.folder), gptv_jax.load(back)
     tokens = generator().integers(17, size=(3, 64), dtype=np.int32)
     np.testing.assert_allclose(theirs.logits(tokens), ours.logits(tokens), atol=2e-5)
-    ended = convert(f"--from={finished_run.folder}", f"--to={tmp_path / 'x'}", "--stage=pretrain")
-    assert ended.returncode == 0, ended.stderr
+    ended = command(
+        "convert", f"--from={finished_run.folder}", f"--to={tmp_path / 'x'}", "--stage=pretrain"
+    )
+    assert ended.code == 0, ended.errors
     pretrained = gptv_jax.load(finished_run.folder, stage="pretrain")
     found = gptv_jax.from_huggingface(tmp_path / "x").logits(tokens)
     np.testing.assert_allclose(found, pretrained.logits(tokens), atol=2e-5)
@@ -45,10 +39,12 @@ def test_a_run_goes_to_hugging_faces_form_and_from_there_to_ours(finished_run, t
         (["--from={run}", "--to={empty}/x", "more"], "more is no flag"),
     ],
 )
-def test_bad_input_is_one_sentence_and_nothing_written(finished_run, tmp_path, arguments, words):
+def test_bad_input_is_one_sentence_and_nothing_written(
+    command, finished_run, tmp_path, arguments, words
+):
     (tmp_path / "file").touch()
     places = {"run": finished_run.folder, "empty": tmp_path}
-    ended = convert(*(argument.format(**places) for argument in arguments))
-    [line] = [line for line in ended.stderr.splitlines() if line.startswith("error:")]
-    assert ended.returncode == 1 and words in line and "Traceback" not in ended.stderr
+    ended = command("convert", *(argument.format(**places) for argument in arguments))
+    [line] = [line for line in ended.errors.splitlines() if line.startswith("error:")]
+    assert ended.code == 1 and words in line and "Traceback" not in ended.errors
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -17,14 +15,19 @@ from gptv_jax.quality.features import Pixels
 pytestmark = pytest.mark.process
 
 
-def generate(folder, *more: str) -> dict:
-    command = [sys.executable, "-m", "gptv_jax.main", *small_arguments(folder, *more)]
-    ended = subprocess.run([*command, "--stages=generate"], capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    return json.loads(ended.stdout)
+@pytest.fixture
+def generate(command):
+    """`generate(folder, *settings)` runs the stage; the summary that it prints."""
+
+    def call(folder, *settings: str) -> dict:
+        ended = command("main", *small_arguments(folder, *settings), "--stages=generate")
+        assert ended.code == 0, ended.errors[-3000:]
+        return json.loads(ended.output)
+
+    return call
 
 
-def test_samples_are_written_compared_and_go_on_where_they_were(finished_run, tmp_path):
+def test_samples_are_written_compared_and_go_on_where_they_were(generate, finished_run, tmp_path):
     folder, made = tmp_path / "run", tmp_path / "run" / "generated"
     shutil.copytree(finished_run.folder, folder)
     sizes = ["--config.generate.count=10", "--config.generate.batch_size=4"]
@@ -44,13 +47,12 @@ def test_samples_are_written_compared_and_go_on_where_they_were(finished_run, tm
     lost = made / "tokens" / "00001.npy"
     kept, before = lost.read_bytes(), (made / "tokens" / "00000.npy").stat().st_mtime_ns
     lost.unlink()
-    more = generate(folder, "--config.generate.count=14", *sizes[1:])
+    # And seen by a network, which gives class probabilities.
+    seen = f"--config.generate.features={finished_run.folder}"
+    more = generate(folder, "--config.generate.count=14", *sizes[1:], seen)
     assert more["generate/count"] == 14 and lost.read_bytes() == kept
     assert (made / "tokens" / "00000.npy").stat().st_mtime_ns == before
     np.testing.assert_array_equal(np.load(made / "samples.npz")["arr_0"][:10], samples)
-    # Features of a network, with its class probabilities.
-    named = f"--config.generate.features={finished_run.folder}"
-    by_network = generate(folder, "--config.generate.count=14", *sizes[1:], named)
-    assert by_network["generate/inception_score"] >= 1
+    assert more["generate/inception_score"] >= 1
     width = gptv_jax.load(finished_run.folder).network.config.width
     assert len(reference.load(made / "reference.npz").mean) == width

@@ -1,10 +1,8 @@
 """The real command: what it leaves in a run folder, what survives a kill, what bad input gets."""
 
-import collections
+import functools
 import hashlib
-import itertools
 import json
-import os
 import pathlib
 import re
 import shutil
@@ -16,7 +14,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import SMALL, small_arguments
+from conftest import SMALL, Ended, small_arguments
 from PIL import Image
 
 import gptv_jax
@@ -173,47 +171,10 @@ def test_an_interrupt_ends_with_a_sentence(tmp_path):
     assert not (folder / "summary.json").exists()
 
 
-# The commands below start in one process that has imported everything but the command itself, and
-# forks for each of them. They are the same command, without 4 seconds of imports each.
-
-SERVER = """
-import json, os, runpy, sys
-import jax
-import gptv_jax.report, gptv_jax.stages.finetune, gptv_jax.stages.probe, gptv_jax.stages.sample
-from ml_collections import config_flags
-for line in sys.stdin:
-    arguments, devices, out, err = json.loads(line)
-    child = os.fork()
-    if not child:
-        for stream, path in ((1, out), (2, err)):
-            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
-        jax.config.update("jax_num_cpu_devices", devices)
-        sys.argv = ["main.py", *arguments]
-        runpy.run_module("gptv_jax.main", run_name="__main__", alter_sys=True)
-        sys.exit()
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-Ended = collections.namedtuple("Ended", "code output errors")
-
-
-@pytest.fixture(scope="module")
-def main(tmp_path_factory):
-    """`main(*arguments, devices=1)` runs the command; gives its exit code, stdout and stderr."""
-    folder, pipe = tmp_path_factory.mktemp("main"), subprocess.PIPE
-    server = subprocess.Popen([sys.executable, "-c", SERVER], stdin=pipe, stdout=pipe, text=True)
-    numbers = itertools.count()
-
-    def call(*arguments: str, devices: int = 1) -> Ended:
-        out, err = (folder / f"{next(numbers)}" for _ in range(2))
-        server.stdin.write(json.dumps([arguments, devices, str(out), str(err)]) + "\n")
-        server.stdin.flush()
-        return Ended(int(server.stdout.readline()), out.read_text(), err.read_text())
-
-    yield call
-    server.stdin.close()
-    server.stdout.close()
-    assert server.wait() == 0
+@pytest.fixture
+def main(command):
+    """`main(*arguments, devices=1)` runs the command of that name."""
+    return functools.partial(command, "main")
 
 
 @pytest.fixture

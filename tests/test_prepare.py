@@ -2,12 +2,10 @@
 
 import json
 import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from conftest import encoded, make_folder, random_image
+from conftest import Ended, encoded, make_folder, random_image
 
 from gptv_jax import config as config_lib
 from gptv_jax.data import cache, sources
@@ -18,9 +16,14 @@ pytestmark = pytest.mark.process
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 
 
-def prepare(config: str, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "gptv_jax.prepare", f"--config={CONFIGS / config}", *arguments]
-    return subprocess.run(command, capture_output=True, text=True)
+@pytest.fixture
+def prepare(command):
+    """`prepare(config, *arguments)` is the command, and gives `Ended`."""
+
+    def call(config: str, *arguments: str) -> Ended:
+        return command("prepare", f"--config={CONFIGS / config}", *arguments)
+
+    return call
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +38,7 @@ def folder(tmp_path_factory):
     return make_folder(tmp_path_factory.mktemp("images"), files)
 
 
-def test_a_folder_of_images_becomes_a_cache_that_training_can_read(folder, tmp_path):
+def test_a_folder_of_images_becomes_a_cache_that_training_can_read(prepare, folder, tmp_path):
     out = tmp_path / "caches" / "mine"
     fields = ["image_size=16", 'eval_transforms=("decode()","resize(16)")']
     ended = prepare(
@@ -46,8 +49,8 @@ def test_a_folder_of_images_becomes_a_cache_that_training_can_read(folder, tmp_p
         "--config.tokens.colors=12",
         "--config.data.max_damaged=0.1",
     )
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    summary = json.loads(ended.stdout)
+    assert ended.code == 0, ended.errors[-3000:]
+    summary = json.loads(ended.output)
     assert summary["folder"] == str(out) and summary["damaged"] == 2
     assert summary["bytes"] == sum(path.stat().st_size for path in out.iterdir())
     assert summary["train"]["images"] == 40 and summary["train"]["tokens_used"] == 12
@@ -55,7 +58,7 @@ def test_a_folder_of_images_becomes_a_cache_that_training_can_read(folder, tmp_p
     skipped = [json.loads(line) for line in (out / "skipped.jsonl").read_text().splitlines()]
     assert {pathlib.Path(s["name"]).name for s in skipped} == {"text.jpg", "empty.png"}
     for line in skipped:
-        assert ended.stderr.count(line["name"]) == 1
+        assert ended.errors.count(line["name"]) == 1
     found = cache.TokenCache(out)
     assert found.lengths == {"train": 40} and found.classes == 2
     assert found.transforms == ("decode()", "resize(16)")
@@ -68,10 +71,10 @@ def test_a_folder_of_images_becomes_a_cache_that_training_can_read(folder, tmp_p
     assert (brightness > 100).astype(int).tolist() == labels  # dark is 0, light is 1
 
 
-def test_digits_become_a_cache_of_the_very_images(tmp_path):
+def test_digits_become_a_cache_of_the_very_images(prepare, tmp_path):
     ended = prepare("digits.py", f"--out={tmp_path / 'cache'}")
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    summary = json.loads(ended.stdout)
+    assert ended.code == 0, ended.errors[-3000:]
+    summary = json.loads(ended.output)
     assert summary["damaged"] == 0 and summary["bytes"] < 1797 * 64
     found, images = cache.TokenCache(tmp_path / "cache"), sources.digits()
     assert found.lengths == images.lengths and found.classes == 10
@@ -86,20 +89,20 @@ def test_digits_become_a_cache_of_the_very_images(tmp_path):
     assert len(sources.open_source(config, "train[:50%]")) == 598
 
 
-def assert_refused(ended: subprocess.CompletedProcess, words: str) -> None:
-    assert ended.returncode == 1 and ended.stdout == ""
-    assert "Traceback" not in ended.stderr
-    (line,) = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+def assert_refused(ended: Ended, words: str) -> None:
+    assert ended.code == 1 and ended.output == ""
+    assert "Traceback" not in ended.errors
+    (line,) = [line for line in ended.errors.splitlines() if line.startswith("error: ")]
     assert words in line
 
 
-def test_an_out_folder_that_is_not_empty_is_refused_and_left_alone(tmp_path):
+def test_an_out_folder_that_is_not_empty_is_refused_and_left_alone(prepare, tmp_path):
     (tmp_path / "mine.txt").write_text("precious")
     assert_refused(prepare("digits.py", f"--out={tmp_path}"), "is not empty; name a new folder")
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_an_out_folder_must_be_given():
+def test_an_out_folder_must_be_given(prepare):
     assert_refused(prepare("digits.py"), "--out must be given")
 
 
@@ -110,7 +113,9 @@ def test_an_out_folder_must_be_given():
         (["--config.data.eval_transforms=('decode()','resize(8.5)')"], "resize(8.5)"),
     ],
 )
-def test_what_cannot_be_prepared_is_refused_in_one_sentence(folder, tmp_path, arguments, words):
+def test_what_cannot_be_prepared_is_refused_in_one_sentence(
+    prepare, folder, tmp_path, arguments, words
+):
     given = [f"--out={tmp_path / 'cache'}", f"--config.data.path={folder}", *arguments]
     assert_refused(prepare("image_folder.py", *given), words)
     assert not list(tmp_path.glob("cache/*"))  # over which the mended command would stumble

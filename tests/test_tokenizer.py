@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import generator, made_once
+from conftest import Ended, generator, made_once
 from PIL import Image
 
 import gptv_jax
@@ -47,23 +47,26 @@ SMALL = {
 }
 
 
-def command(workdir, data, *more: str, module: str = "main") -> list[str]:
+def arguments(folder, data, *more: str, place: str = "--workdir") -> list[str]:
     # Tuples of flags given twice would be joined: what `more` has takes the place of the small one.
     own = {flag.partition("=")[0] for flag in more}
     small = {f"--config.{name}": value for name, value in SMALL.items()}
-    fields = [f"{flag}={value}" for flag, value in small.items() if flag not in own]
-    place = f"--workdir={workdir}" if module == "main" else f"--out={workdir}"
+    settings = [f"{flag}={value}" for flag, value in small.items() if flag not in own]
     config = f"--config={CONFIGS / 'tokenizer_cifar10.py'}"
-    return [
-        *(sys.executable, "-m", f"gptv_jax.{module}", config, place, *fields),
-        *(f"--config.data.path={data}", *more),
-    ]
+    return [config, f"{place}={folder}", *settings, f"--config.data.path={data}", *more]
 
 
-def run(*arguments: str, code: int = 0) -> subprocess.CompletedProcess:
-    ended = subprocess.run([*arguments], capture_output=True, text=True)
-    assert ended.returncode == code, ended.stderr[-3000:]
-    return ended
+@pytest.fixture(scope="session")
+def run(command):
+    """`run(folder, data, *more)` is the command, and gives `Ended`; prepare's where told."""
+
+    def call(folder, data, *more: str, module: str = "main", code: int = 0) -> Ended:
+        place = "--workdir" if module == "main" else "--out"
+        ended = command(module, *arguments(folder, data, *more, place=place))
+        assert ended.code == code, ended.errors[-3000:]
+        return ended
+
+    return call
 
 
 def summary_of(folder: pathlib.Path) -> dict:
@@ -91,30 +94,31 @@ def data(tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
-def finished(data, tmp_path_factory) -> pathlib.Path:
+def finished(run, data, tmp_path_factory) -> pathlib.Path:
     """A run that was killed while its tokenizer was trained, and then went on to its end."""
 
     def make(folder: pathlib.Path) -> str:
-        arguments = command(folder, data, "--stages=tokenizer,pretrain,sample")
-        begun = subprocess.Popen(arguments, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        stages, nowhere = "--stages=tokenizer,pretrain,sample", subprocess.DEVNULL
+        command = [sys.executable, "-m", "gptv_jax.main", *arguments(folder, data, stages)]
+        begun = subprocess.Popen(command, stderr=nowhere, stdout=nowhere)
         while not (folder / "checkpoints/tokenizer/40/_CHECKPOINT_METADATA").exists():
             assert begun.poll() is None
             time.sleep(0.05)
         begun.kill()
         assert begun.wait() == -signal.SIGKILL
         assert not (folder / learned.FILE).exists()
-        ended = run(*arguments)
-        assert "tokenizer continues from step" in ended.stderr
-        return ended.stderr
+        ended = run(folder, data, stages)
+        assert "tokenizer continues from step" in ended.errors
+        return ended.errors
 
     return made_once(tmp_path_factory, "tokenizer_run", make)[0]
 
 
-def test_a_killed_training_ends_as_the_one_that_was_not(finished, data, tmp_path):
+def test_a_killed_training_ends_as_the_one_that_was_not(run, finished, data, tmp_path):
     # Every code is to be in use, which is too much to ask: the alarm is heard as well.
-    ended = run(*command(tmp_path, data, "--stages=tokenizer", "--config.tokenizer.least_used=1.0"))
+    ended = run(tmp_path, data, "--stages=tokenizer", "--config.tokenizer.least_used=1.0")
     assert learned.load(tmp_path).hash == learned.load(finished).hash
-    assert "the codebook collapses" in ended.stderr and "125 codes" in ended.stderr
+    assert "the codebook collapses" in ended.errors and "125 codes" in ended.errors
     assert summary_of(tmp_path)["tokenizer/collapsed"]
     assert not summary_of(finished)["tokenizer/collapsed"]
     assert "The codebook has collapsed" in (tmp_path / "report.html").read_text()
@@ -160,17 +164,17 @@ def test_the_gpt_on_its_codes_has_their_vocabulary_and_draws_images(finished, da
     np.testing.assert_allclose(again.logits(tokens), model.logits(tokens), atol=1e-5)
 
 
-def test_another_run_and_a_cache_take_the_tokenizer_that_is_there(finished, data, tmp_path):
+def test_another_run_and_a_cache_take_the_tokenizer_that_is_there(run, finished, data, tmp_path):
     named, stage = f"--config.tokens.tokenizer={finished}", "--stages=pretrain"
-    ended = run(*command(tmp_path / "cache", data, named, module="prepare"))
-    assert json.loads(ended.stdout)["test"]["psnr"] > 0
-    run(*command(tmp_path / "images", data, named, stage))
+    ended = run(tmp_path / "cache", data, named, module="prepare")
+    assert json.loads(ended.output)["test"]["psnr"] > 0
+    run(tmp_path / "images", data, named, stage)
     plain = "--config.data.train_transforms=()"
-    run(*command(tmp_path / "plain", data, named, stage, plain))
+    run(tmp_path / "plain", data, named, stage, plain)
     # With flips, which codes of a cache cannot have: they would mirror the grid, not the squares.
     cached = tmp_path / "cache", "--config.data.name=tokens"
-    ended = run(*command(tmp_path / "cached", *cached, stage))
-    assert "flip() needs pixels" in ended.stderr
+    ended = run(tmp_path / "cached", *cached, stage)
+    assert "flip() needs pixels" in ended.errors
     key = "pretrain/test_nats_per_token"
     assert summary_of(tmp_path / "cached")[key] == summary_of(tmp_path / "plain")[key]
     assert summary_of(tmp_path / "images")[key] != summary_of(tmp_path / "plain")[key]
@@ -188,7 +192,7 @@ def test_another_run_and_a_cache_take_the_tokenizer_that_is_there(finished, data
         (["--config.data.image_size=32"], ["an image is 16 x 16 x 3", "made of 32 x 32 x 3"]),
     ],
 )
-def test_what_cannot_be_trained_is_one_sentence(data, tmp_path, more, words):
-    ended = run(*command(tmp_path / "run", data, *more), code=1)
-    assert "Traceback" not in ended.stderr
-    assert all(word in ended.stderr for word in words), ended.stderr
+def test_what_cannot_be_trained_is_one_sentence(run, data, tmp_path, more, words):
+    ended = run(tmp_path / "run", data, *more, code=1)
+    assert "Traceback" not in ended.errors
+    assert all(word in ended.errors for word in words), ended.errors

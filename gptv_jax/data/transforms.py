@@ -73,6 +73,13 @@ def parse(entry: str) -> Transform | Decode:
         ) from error
 
 
+def written_out(entry: str) -> str:
+    """The same entry with every argument, those that were left to their defaults too."""
+    values = vars(parse(entry)).items()
+    name = entry.partition("(")[0].strip()
+    return f"{name}({', '.join(f'{field}={value!r}' for field, value in values)})"
+
+
 def check(training: tuple[str, ...], evaluation: tuple[str, ...]) -> None:
     """Whether the lists can be read, and evaluation sees the same images every time.
 

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Int
 
 from gptv_jax import decode, distributed, files, pictures, preemption
-from gptv_jax.data import pipeline, sources
+from gptv_jax.data import pipeline, sources, transforms
 from gptv_jax.errors import InputError
 from gptv_jax.quality import reference as references
 from gptv_jax.quality.evaluate import evaluate
@@ -73,7 +73,7 @@ def _reference(run: Run, features: Features) -> Reference:
         "data": data.name,
         "split": config.split,
         "images": getattr(data, f"{config.split}_split", config.split),
-        "transforms": list(data.eval_transforms),
+        "transforms": [transforms.written_out(entry) for entry in data.eval_transforms],
         "image_size": data.image_size,
     }
     seen = _eyes(run, features)
