@@ -10,14 +10,15 @@ Command:    python -m gptv_jax.main --config=configs/tokenizer_imagenet.py --wor
                 --stages=tokenizer --config.data.dir=... --config.mesh.data=-1
                 --config.tokenizer.lpips=1.0 --config.tokenizer.lpips_weights=lpips_vgg.safetensors
 Hardware:   planned, not run (docs/results.md, Plans of learned tokens): v5e:4x4 or gpu:8xh100 with
-            --config.mesh.data=-1; 2 GiB a chip. No ImageNet and no accelerator were at hand.
+            --config.mesh.data=-1; 2 and 5 GiB a chip. No ImageNet and no accelerator were at hand.
 Expect:     not known of this network. Of LlamaGen's, of 72 million parameters trained likewise for
             40 epochs: rFID 2.19 at 256 codes of 16,384.
 Reproduces: LlamaGen's recipe (Sun et al. 2024, arXiv:2406.06525): AdamW (0.9, 0.95) at 1e-4,
             decay 0.05, clipped at 1, batch 128, 40 epochs; L2 1, LPIPS 1, a patch discriminator of
             weight 0.5 from step 20,000 on; random crops of 256 of a shorter side of 256 or more.
 Changes:    residual blocks of one 3x3 and one 1x1 convolution, RMS norm; FSQ by default; a
-            constant rate falls to nothing at the end. Without LPIPS's weights, which are yours to
+            constant rate falls to nothing at the end. The discriminator's
+            is Adam (0.5, 0.9), whose rate stays. Without LPIPS's weights, which are yours to
             bring (docs/tokenizer.md), differences between neighbours and SSIM stand in for them.
 """
 

@@ -246,6 +246,8 @@ class Model:
 
     def _sampler(self, labels: np.ndarray | None, **settings) -> Sampler:
         self._must_be_autoregressive("way to draw images")
+        if unknown := set(settings) - Sampler.settings():
+            raise TypeError(f"{', '.join(sorted(unknown))}: no setting of how tokens are drawn.")
         sampler = Sampler(self.network, self._params, **arguments.settings(**settings))
         if sampler.guidance != 1 and labels is None:
             raise InputError(

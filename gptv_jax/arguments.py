@@ -32,8 +32,6 @@ def key(seed) -> PRNGKeyArray:
 
 def settings(**given) -> dict:
     """Settings of drawing, which take what the fields of `config.Sample` take."""
-    if unknown := set(given) - set(SETTINGS):
-        raise TypeError(f"{', '.join(sorted(unknown))}: no setting of how tokens are drawn.")
     plain = {k: v.item() if isinstance(v, np.generic) else v for k, v in given.items()}
     return {name: fields.checked(value, SETTINGS[name], name) for name, value in plain.items()}
 

@@ -3,9 +3,9 @@
 import dataclasses
 from typing import TYPE_CHECKING
 
+from gptv_jax.config.autoencoder import MOST_CODES
 from gptv_jax.errors import InputError
 
-MOST_CODES = 2**16  # token caches keep two bytes a token
 RESTORING = (
     "l1",
     "l2",

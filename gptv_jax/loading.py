@@ -5,8 +5,8 @@ import pathlib
 
 import jax
 
+from gptv_jax import arguments, files, interop, sharding, tokens
 from gptv_jax import config as config_lib
-from gptv_jax import files, interop, sharding, tokens
 from gptv_jax.api import Model
 from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.errors import InputError
@@ -106,10 +106,11 @@ def load_tokenizer(source: str | pathlib.Path, image_size: int | None = None) ->
       ValueError: there is none, it is damaged, or its grid does not divide the size.
     """
     tokenizer = learned.load(source)
-    size, down = image_size or tokenizer.provenance["image_size"], tokenizer.config.downsample
-    if size % down:
+    size = tokenizer.provenance["image_size"] if image_size is None else image_size
+    down = tokenizer.config.downsample
+    if not arguments.is_whole(size) or size < 1 or size % down:
         raise InputError(
-            f"image_size is {size}; a token stands for {down} x {down} pixels, so it takes a "
+            f"image_size is {size!r}; a token stands for {down} x {down} pixels, so it takes a "
             f"multiple of {down}."
         )
     return LearnedTokens(tokenizer, size)

@@ -122,7 +122,7 @@ def _pretraining(run: Run, events: list[dict]) -> str:
 
 def _tokenizing(run: Run, summary: dict, events: list[dict]) -> str:
     """The tokenizer's curve, its health and its reconstructions."""
-    training = _series(events, "tokenizer", "psnr_db")
+    training = _series(events, "tokenizer", "batch_psnr_db")
     if not training:
         return ""
     figure = figures.Figure(page.SIZE, layout="constrained")

@@ -36,8 +36,12 @@ class Sampler:
     @classmethod
     def of(cls, config: config_lib.Sample, network: Network, params: dict) -> "Sampler":
         """As the config says."""
-        own = {each.name for each in dataclasses.fields(cls)} - {"network", "params"}
-        return cls(network, params, **{name: getattr(config, name) for name in own})
+        return cls(network, params, **{name: getattr(config, name) for name in cls.settings()})
+
+    @classmethod
+    def settings(cls) -> set[str]:
+        """Names of what says how tokens are drawn."""
+        return {each.name for each in dataclasses.fields(cls)} - {"network", "params"}
 
     def draw(
         self,

@@ -54,6 +54,7 @@ PARAMETERS: dict[str, P] = {
     "to_pixels": P(None, None, "fsdp", None),
     "from_code": P(None, None, None, "fsdp"),
     "to_code": P(None, None, "fsdp", None),
+    "score": P(None, None, "fsdp", None),
     "bias": P(None),  # outputs
     "gain": P(None),  # channels
     "codebook": P(None, None),  # codes, dimensions

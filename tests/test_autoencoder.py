@@ -130,6 +130,13 @@ def test_a_vector_becomes_the_nearest_code_by_direction(one_device):
     pull = jnp.asarray(generator(2).normal(size=z.shape), jnp.float32)
     np.testing.assert_allclose(back(pull)[0], wanted(pull)[0], rtol=1e-5, atol=1e-6)
 
+    # Commitment pulls what is encoded towards its code, by directions again.
+    _, back = jax.vjp(lambda z: quantizer(z).commitment, jnp.asarray(z))
+    nearest = jnp.asarray(book)[found.codes]
+    _, wanted = jax.vjp(lambda z: jnp.square(unit(z) - nearest).sum(-1).mean(), jnp.asarray(z))
+    np.testing.assert_allclose(back(jnp.ones(()))[0], wanted(jnp.ones(()))[0], atol=1e-6)
+    assert np.abs(back(jnp.ones(()))[0]).max() > 1e-3
+
     def loss(params):
         found = autoencoder.bind(config, params).quantizer(jnp.asarray(z))
         return found.values.sum() + found.commitment

@@ -113,7 +113,7 @@ OUT_OF_RANGE = {
     "sample.guidance_schedule": "linear",
     "sample.guidance_power": 0.0,
     "profile.steps": "15:10",
-    "generate.count": 0,
+    "generate.count": 9,
     "generate.batch_size": 0,
     "tokens.autoencoder.channels": 2,
     "tokens.autoencoder.downsample": 5,
@@ -138,6 +138,7 @@ OUT_OF_RANGE = {
     "tokenizer.discriminator_width": 0,
     "tokenizer.discriminator_layers": 0,
     "tokenizer.discriminator_rate": -1.0,
+    "tokenizer.discriminator_betas": (0.5, 1.0),
     "tokenizer.least_used": 1.5,
 }
 # What any value of the type is good for, or what is judged where data sets and codecs are known.

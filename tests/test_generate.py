@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -9,8 +10,11 @@ from conftest import small_arguments
 from PIL import Image
 
 import gptv_jax
+from gptv_jax import config as config_lib
 from gptv_jax.quality import reference
 from gptv_jax.quality.features import Pixels
+from gptv_jax.run import Run
+from gptv_jax.stages import generate as stage
 
 pytestmark = pytest.mark.process
 
@@ -25,6 +29,28 @@ def generate(command):
         return json.loads(ended.output)
 
     return call
+
+
+class TellsLabels:
+    """A sampler whose tokens are the class that they are to be of."""
+
+    def draw(self, given, key, labels):
+        return np.broadcast_to(labels[:, None], given.shape).astype(np.int32)
+
+
+def test_every_image_is_of_its_class_whatever_is_there_already(tmp_path, monkeypatch):
+    monkeypatch.setattr(stage.Sampler, "of", lambda *_: TellsLabels())
+    model, kept = config_lib.Model(class_tokens=10), tmp_path / "tokens"
+    for count, batch_size in ((18, 4), (14, 3), (22, 4)):
+        run = object.__new__(Run)
+        run.config = config_lib.Config(model=model, generate=config_lib.Generate(count, batch_size))
+        run.network = lambda: types.SimpleNamespace(length=3)
+        run.pretrained = lambda network: {}
+        labels = stage._labels(run)
+        np.testing.assert_array_equal(labels, np.arange(count) % 10)
+        drawn = np.concatenate(list(stage._drawn(run, tmp_path, labels)))
+        np.testing.assert_array_equal(drawn, np.repeat(labels[:, None], 3, axis=1))
+        next(kept.iterdir()).write_bytes(b"damaged")
 
 
 def test_samples_are_written_compared_and_go_on_where_they_were(generate, finished_run, tmp_path):
@@ -44,15 +70,17 @@ def test_samples_are_written_compared_and_go_on_where_they_were(generate, finish
     assert told["reference"]["data"] == "digits" and told["reference"]["split"] == "train"
     assert reference.load(made / "reference.npz").made_of(Pixels((8, 8, 1)))
     # One batch is lost, and more are wanted: those that are there stay as they are.
-    lost = made / "tokens" / "00001.npy"
-    kept, before = lost.read_bytes(), (made / "tokens" / "00000.npy").stat().st_mtime_ns
+    first, lost = (made / "tokens" / f"0000{i}_of_4.npy" for i in (0, 1))
+    kept, before = lost.read_bytes(), first.stat().st_mtime_ns
     lost.unlink()
+    (made / "000099.png").write_bytes(b"of a time when there were more")
     # And seen by a network, which gives class probabilities.
     seen = f"--config.generate.features={finished_run.folder}"
     more = generate(folder, "--config.generate.count=14", *sizes[1:], seen)
     assert more["generate/count"] == 14 and lost.read_bytes() == kept
-    assert (made / "tokens" / "00000.npy").stat().st_mtime_ns == before
+    assert first.stat().st_mtime_ns == before
     np.testing.assert_array_equal(np.load(made / "samples.npz")["arr_0"][:10], samples)
     assert more["generate/inception_score"] >= 1
+    assert sorted(p.name for p in made.glob("*.png")) == [f"{i:06d}.png" for i in range(14)]
     width = gptv_jax.load(finished_run.folder).network.config.width
     assert len(reference.load(made / "reference.npz").mean) == width

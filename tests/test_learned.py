@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from conftest import generator, make_mesh, random_image
 
+import gptv_jax
 from gptv_jax import config as config_lib
 from gptv_jax import sharding, tokens
 from gptv_jax.data import pipeline
@@ -63,7 +64,10 @@ def test_every_pixel_comes_back_and_what_lies_beyond_is_cut():
     np.testing.assert_array_equal(np.ravel(learned.to_pixels(beyond)), [0, 0, 255, 255])
 
 
-def test_tokens_are_the_same_in_batches_of_any_size_and_on_any_devices(codec, monkeypatch):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_tokens_are_the_same_in_batches_of_any_size_and_on_any_devices(dtype, monkeypatch):
+    config = dataclasses.replace(CONFIG, norm=True, dtype=dtype)
+    codec = LearnedTokens(random_tokenizer(config), 16)
     images = random_image(40, 16, 16, 3)
     wanted = codec.encode(images)
     assert len(jax.local_devices()) == 8
@@ -85,10 +89,35 @@ def test_encoding_goes_on_within_a_training_step_s_guard(codec):
 
 
 def test_images_of_another_shape_are_named(codec):
-    with pytest.raises(ValueError, match=r"images are 16 x 16 x 1; .* takes 16 x 16 x 3"):
+    takes = r"takes uint8 \[B, 16, 16, 3\]"
+    with pytest.raises(ValueError, match=rf"images are uint8 \[2, 16, 16, 1\]; .*{takes}"):
         codec.encode(random_image(2, 16, 16, 1))
+    with pytest.raises(ValueError, match=rf"images are float32 .*{takes}"):
+        codec.encode(random_image(2, 16, 16, 3).astype(np.float32) / 255)
     with pytest.raises(InputError, match=r"an image is 8 x 8 x 3, but tokens are made of 16 x 16"):
         pipeline.to_tokens(codec, random_image(8, 8, 3))
+
+
+def test_sizes_that_are_none_are_named(codec, tmp_path):
+    codec.lexicon.save(tmp_path / "x.safetensors")
+    for size in (0, -4, 18, 16.0, "16"):
+        with pytest.raises(ValueError, match=rf"image_size is {size!r}; .* a multiple of 4"):
+            gptv_jax.load_tokenizer(tmp_path / "x.safetensors", size)
+    assert gptv_jax.load_tokenizer(tmp_path / "x.safetensors", 32).grid == (8, 8)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (np.full((1, 16), 1000), "tokens range from 1000 to 1000; they must lie in 0 to 999"),
+        (np.full((1, 16), -1), "tokens range from -1 to -1"),
+        (np.zeros((1, 5), int), r"tokens are int64 \[1, 5\]; .* \[B, 16\]"),
+        (np.zeros((1, 16)), "tokens are float64"),
+    ],
+)
+def test_tokens_that_are_none_are_named(codec, given, words):
+    with pytest.raises(ValueError, match=words):
+        codec.decode(given)
 
 
 def test_grey_images_are_shown_in_three_channels():

@@ -8,6 +8,7 @@ import safetensors.numpy
 from conftest import generator
 
 from gptv_jax.errors import InputError
+from gptv_jax.interop.lpips import load
 from gptv_jax.model import lpips
 
 
@@ -114,7 +115,7 @@ def test_weights_are_read_as_they_were_written_and_what_is_theirs_twice_is_left(
     more = {"lins.0.model.1.weight": whole["lin0.model.1.weight"]}
     more |= {"scaling_layer.shift": lpips.SHIFT.reshape(1, 3, 1, 1)}
     safetensors.numpy.save_file(whole | more, path)
-    found = lpips.load(path)
+    found = load(path)
     assert found.keys() == whole.keys()
     for name, array in whole.items():
         np.testing.assert_array_equal(found[name], array)
@@ -129,7 +130,7 @@ def test_all_that_does_not_fit_is_named(whole, tmp_path):
     harmed["net.slice6.30.bias"] = np.zeros(7, np.float32)
     safetensors.numpy.save_file(harmed, path)
     with pytest.raises(InputError) as raised:
-        lpips.load(path)
+        load(path)
     told = str(raised.value)
     assert "other.safetensors are not those of LPIPS with VGG-16" in told
     for words in (
@@ -141,4 +142,4 @@ def test_all_that_does_not_fit_is_named(whole, tmp_path):
         assert words in told
     path.write_bytes(b"no weights")
     with pytest.raises(InputError, match=r"other.safetensors .*damaged"):
-        lpips.load(path)
+        load(path)

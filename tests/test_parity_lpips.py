@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from conftest import generator
 
+from gptv_jax.interop.lpips import load
 from gptv_jax.model import lpips as ours
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
@@ -46,7 +47,7 @@ def weights(theirs, tmp_path_factory):
         patch.chdir(tmp_path_factory.mktemp("weights"))
         patch.setattr(lpips, "LPIPS", lambda net: {"vgg": theirs}[net])  # without the download
         exec(code, {})
-        return ours.load("lpips_vgg.safetensors")
+        return load("lpips_vgg.safetensors")
 
 
 @pytest.mark.parametrize("height, width", [(16, 16), (64, 48), (37, 50)])

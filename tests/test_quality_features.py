@@ -22,7 +22,7 @@ def test_pixels_are_averaged_over_equal_areas():
     wanted = images.reshape(3, 8, 4, 8, 2, 3).mean(axis=(2, 4), dtype=float)
     np.testing.assert_allclose(values, wanted.reshape(3, -1), rtol=1e-6)
     assert probabilities is None and values.dtype == np.float32
-    assert features.size == values.shape[1] and features.name == "pixels 8x8x3"
+    assert features.size == values.shape[1] and features.name.startswith("pixels 8x8x3 of ")
 
 
 def test_areas_may_end_within_a_pixel():

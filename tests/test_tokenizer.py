@@ -1,6 +1,7 @@
 """The real command that trains a tokenizer, then a GPT on its codes."""
 
 import json
+import os
 import pathlib
 import signal
 import subprocess
@@ -162,6 +163,25 @@ def test_the_gpt_on_its_codes_has_their_vocabulary_and_draws_images(finished, da
     again = gptv_jax.load(tmp_path / "whole.safetensors")
     np.testing.assert_array_equal(again.tokenize(images), tokens)
     np.testing.assert_allclose(again.logits(tokens), model.logits(tokens), atol=1e-5)
+
+
+def test_two_processes_train_one_tokenizer_and_draw_from_it(finished, data, tmp_path):
+    launch = [CONFIGS.parent / "launch" / "local.sh", "--processes=2", "--"]
+    more = "--stages=tokenizer,pretrain,generate", "--config.generate.count=11"
+    ended = subprocess.run(
+        [*launch, *arguments(tmp_path / "run", data, *more, "--config.generate.batch_size=4")],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHON": sys.executable},
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    alone, both = summary_of(finished), summary_of(tmp_path / "run")
+    for name in ("tokenizer/test_psnr_db", "pretrain/test_nats_per_token"):
+        assert both[name] == pytest.approx(alone[name], rel=0.03)
+    made = tmp_path / "run" / "generated"
+    assert np.load(made / "samples.npz")["arr_1"].tolist() == [i % 3 for i in range(11)]
+    told = json.loads((made / "quality.json").read_text())["reference"]
+    assert (told["split"], told["count"], told["image_size"]) == ("train", 200, 16)
 
 
 def test_another_run_and_a_cache_take_the_tokenizer_that_is_there(run, finished, data, tmp_path):

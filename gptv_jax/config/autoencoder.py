@@ -7,6 +7,9 @@ from gptv_jax.config.train import Train
 from gptv_jax.fields import BELOW_ONE, NOT_NEGATIVE, POSITIVE, SHARE, field, one_of
 
 LEVELS = ("2 or more, once or more", lambda v: v and all(levels >= 2 for levels in v))
+MOST_CODES = 2**16  # token caches keep two bytes a token
+CODES = (f"2 to {MOST_CODES}", lambda v: 2 <= v <= MOST_CODES)
+BETAS = ("two numbers from 0, below 1", lambda v: len(v) == 2 and all(0 <= b < 1 for b in v))
 WIDTHS = ("1 or more, once or more", lambda v: v and all(width >= 1 for width in v))
 
 
@@ -29,7 +32,7 @@ class Autoencoder:
     # fsq: of each dimension of a code; as many codes as their product. 240 codes: (8, 6, 5); 1,000:
     # (8, 5, 5, 5); 4,096: (8, 8, 8, 8); 16,384: (8, 8, 8, 8, 4); 64,000: (8, 8, 8, 5, 5, 5).
     levels: tuple[int, ...] = field((8, 8, 8, 8), LEVELS)
-    codes: int = field(4096, ("2 to 65536", lambda v: 2 <= v <= 65536))  # vq: of the codebook
+    codes: int = field(4096, CODES)  # vq: of the codebook
     code_size: int = field(8, POSITIVE)  # vq: dimensions of a code, which is of length 1
     dtype: str = field("float32", one_of("float32", "bfloat16"))  # of compute; weights: float32
 
@@ -69,5 +72,7 @@ class Tokenizer:
     discriminator_width: int = field(64, POSITIVE)  # channels of its first layer
     discriminator_layers: int = field(3, POSITIVE)  # that halve the resolution
     discriminator_rate: float = field(1e-4, NOT_NEGATIVE)  # learning rate of Adam
-    # Share of the codes in use on an evaluation below which it is told that the codebook collapses.
+    discriminator_betas: tuple[float, ...] = field((0.5, 0.9), BETAS)  # the same
+    # Share of the codes in use on an evaluation, of those that its tokens could use, below which it
+    # is told that the codebook collapses.
     least_used: float = field(0.2, SHARE)

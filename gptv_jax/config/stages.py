@@ -104,9 +104,11 @@ class Sample:
 class Generate:
     """Many new images, drawn as `sample` says, and how close they come to real ones."""
 
-    # Images; of a class-conditional network as many of each class.
-    count: int = field(1000, POSITIVE, free=True)
-    batch_size: int = field(100, POSITIVE, free=True)  # images drawn at a time
+    # Images; of a class-conditional network the classes by turns. The Inception Score splits them
+    # into ten.
+    count: int = field(1000, ("10 or more", lambda v: v >= 10), free=True)
+    # Images drawn at a time; another size draws other ones.
+    batch_size: int = field(100, POSITIVE, free=True)
     # What images are compared by (docs/generation_quality.md): a run folder, a file of weights, or
     # "pixels", the same as None: averages over 8 x 8 areas, which see colour and layout alone.
     features: str | None = field(None, free=True)

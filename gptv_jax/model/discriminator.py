@@ -23,7 +23,7 @@ class Discriminator(nnx.Module):
             Conv("conv", 3, 4 * before, after, rngs=rngs)
             for before, after in zip(inputs, widths, strict=True)
         )
-        self.score = Conv("to_code", 3, widths[-1], 1, rngs=rngs)
+        self.score = Conv("score", 3, widths[-1], 1, rngs=rngs)
 
     def __call__(self, images: Float[Array, "B H W C"]) -> Float[Array, "B h w 1"]:
         """Scores, positive where a patch looks real."""

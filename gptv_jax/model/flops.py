@@ -107,7 +107,8 @@ def of_autoencoder(config: config_lib.Autoencoder, size: int) -> OfImage:
     Training needs three times as much: the backward pass takes two of each product.
     """
     images = jax.ShapeDtypeStruct((1, size, size, config.channels), jnp.float32)
-    with jax.sharding.use_abstract_mesh(sharding.one_device()):
+    # One image is no batch that a mesh which is set could split.
+    with jax.set_mesh(sharding.make_mesh(config_lib.Mesh(), jax.local_devices()[:1])):
         params = jax.eval_shape(lambda: autoencoder.init(config, jax.random.key(0)))
         encode, decode = (
             lambda params, x: autoencoder.bind(config, params).encode(x).values,

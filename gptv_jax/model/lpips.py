@@ -5,14 +5,11 @@ of their weights), which follows people's judgement where the mean squared diffe
 Its weights are the user's to bring: docs/tokenizer.md.
 """
 
-import pathlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from gptv_jax import tensors
 from gptv_jax.model.autoencoder import LAYOUT
 
 # Convolutions of 3 x 3 by slice, each as its number in torchvision's VGG-16 and its outputs; a
@@ -40,22 +37,6 @@ def shapes() -> dict[str, tuple[int, ...]]:
             found |= {f"{name}.weight": (outputs, inputs, 3, 3), f"{name}.bias": (outputs,)}
             inputs = outputs
         found[f"lin{i}.model.1.weight"] = (1, inputs, 1, 1)
-    return found
-
-
-def load(path: str | pathlib.Path) -> Weights:
-    """The weights of `lpips.LPIPS(net="vgg")`, from its state dict as a .safetensors file.
-
-    Raises:
-      InputError: a tensor is missing, left over or misshapen; all are listed.
-    """
-    path = pathlib.Path(path).absolute()
-    arrays = tensors.read(path)
-    # Theirs hold the same linear layers a second time, and the shift and scale that stand above.
-    known = {n: a for n, a in arrays.items() if not n.startswith(("lins.", "scaling_layer."))}
-    account = tensors.Accounted({n: a.shape for n, a in known.items()}, known.__getitem__)
-    found = {name: account.take(name, shape) for name, shape in shapes().items()}
-    account.close(path, "LPIPS with VGG-16")
     return found
 
 

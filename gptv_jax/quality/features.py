@@ -81,7 +81,8 @@ class Pixels:
         height, width, channels = image_shape
         self._rows, self._columns = _areas(height), _areas(width)
         cells = (len(self._rows), len(self._columns), channels)
-        self.size, self.name = int(np.prod(cells)), "pixels {}x{}x{}".format(*cells)
+        self.size = int(np.prod(cells))
+        self.name = "pixels {}x{}x{} of {}x{}".format(*cells, height, width)
 
     def __call__(self, images: UInt8[np.ndarray, "B H W C"]) -> Values:
         """See `Features`."""

@@ -28,7 +28,7 @@ def inception_score(
 
     Args:
       probabilities: p(y|x), a row an image.
-      splits: every so many-th image is of one split, so that images sorted by class do no harm.
+      splits: parts of equal size, drawn at random: images may come sorted by class, or by turns.
 
     Raises:
       InputError: fewer images than splits.
@@ -42,7 +42,8 @@ def inception_score(
     sums = probabilities.sum(axis=1, dtype=np.float64)
     if not (probabilities >= 0).all() or not np.abs(sums - 1).max() <= SUM_TOLERANCE:
         raise ValueError("rows of probabilities must be 0 or more and add up to 1.")
-    parts = [probabilities[i::splits].astype(np.float64) for i in range(splits)]
+    order = np.random.default_rng(0).permutation(len(probabilities))
+    parts = [probabilities[order[i::splits]].astype(np.float64) for i in range(splits)]
     with host.float64():
         scores = [float(_score(part / part.sum(axis=1, keepdims=True))) for part in parts]
     return InceptionScore(float(np.mean(scores)), float(np.std(scores)))

@@ -71,6 +71,7 @@ def _reference(run: Run, features: Features) -> Reference:
     elements = pipeline.images(data, config.split, run.images.ledger)
     provenance = {
         "data": data.name,
+        "path": data.path,
         "split": config.split,
         "images": getattr(data, f"{config.split}_split", config.split),
         "transforms": [transforms.written_out(entry) for entry in data.eval_transforms],
@@ -105,8 +106,9 @@ def _drawn(
     unknown = np.full((config.batch_size, network.length), decode.UNKNOWN, np.int32)
     for number, first in enumerate(range(0, config.count, config.batch_size)):
         wanted = min(config.batch_size, config.count - first)
-        path = folder / "tokens" / f"{number:05d}.npy"
-        tokens = _kept(path, wanted)
+        # Of batches of another size the same number has other classes, and another part of the key.
+        path = folder / "tokens" / f"{number:05d}_of_{config.batch_size}.npy"
+        tokens = _kept(path, (wanted, network.length))
         if tokens is None:
             # Whole batches alone: one program for all of them.
             of_batch = None
@@ -125,12 +127,15 @@ def _drawn(
     progress.close()
 
 
-def _kept(path: pathlib.Path, wanted: int) -> Int[np.ndarray, "B T"] | None:
-    """A batch that process 0 has on disk, where it is of so many samples."""
+def _kept(path: pathlib.Path, shape: tuple[int, int]) -> Int[np.ndarray, "B T"] | None:
+    """A batch that process 0 has on disk, where it is of this shape and not damaged."""
 
     def read() -> list | None:
-        tokens = np.load(path) if path.exists() else ()
-        return tokens.tolist() if len(tokens) == wanted else None
+        try:
+            tokens = np.load(path)
+        except (OSError, ValueError, EOFError):
+            return None
+        return tokens.tolist() if tokens.shape == shape else None
 
     found = distributed.from_first(read)
     return None if found is None else np.array(found, np.int32)
@@ -142,6 +147,8 @@ def _write(run: Run, folder: pathlib.Path, drawn: list, labels: np.ndarray | Non
     Uint8 [N, H, W, 3], the form that ADM's evaluator reads; written piece by piece, as it may be
     more than fits into memory.
     """
+    for before in folder.glob("[0-9]*.png"):  # there may have been more
+        before.unlink()
     height, width, _ = run.codec.image_shape
     header = {"descr": "|u1", "fortran_order": False}
     header["shape"] = (sum(map(len, drawn)), height, width, 3)

@@ -38,9 +38,7 @@ def run_stage(run: Run) -> dict:
         elements = pipeline.images(run.config.data, "test", run.data.ledger)
         elements = list(itertools.islice(elements, config.completions))
         test = np.stack([pipeline.to_tokens(run.codec, e["image"]) for e in elements])
-        labels = None
-        if classes and classes == run.classes:  # the images may be of another set
-            labels = np.array([e["label"] for e in elements], np.int32)
+        labels = np.array([e["label"] for e in elements], np.int32) if classes else None
         upper = np.arange(network.length) < decode.kept_tokens(network, config.keep)
         known = {"completions": upper, "inpainted": ~_middle(network.grid)}
         for number, (name, mask) in enumerate(known.items(), start=1):

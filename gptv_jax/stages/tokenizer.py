@@ -17,7 +17,8 @@ from jax.sharding import PartitionSpec as P
 from gptv_jax import pictures, sharding
 from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.data import pipeline
-from gptv_jax.model import flops, lpips
+from gptv_jax.interop import lpips
+from gptv_jax.model import flops
 from gptv_jax.model.gpt import parameter_count
 from gptv_jax.run import Run
 from gptv_jax.tokens import Tokenizer
@@ -48,10 +49,11 @@ def run_stage(run: Run) -> dict:
     def evaluate(params: dict, split: str = "validation") -> dict:
         images = run.images.evaluation(split, train.batch_size)
         found = autoencoding.health(loop.totals(eval_step, params, images))
-        if found["codes_used"] < settings.least_used:
+        found["collapsed"] = found["codes_used"] < settings.least_used * found.pop("most_used")
+        if found["collapsed"]:
             LOG.warning(
                 "the codebook collapses: %.1f%% of %d codes are in use on %s, less than the share "
-                "config.tokenizer.least_used=%s.",
+                "config.tokenizer.least_used=%s of those that could be.",
                 *(100 * found["codes_used"], network.vocabulary, split, settings.least_used),
             )
         return found
@@ -71,7 +73,6 @@ def run_stage(run: Run) -> dict:
             evaluate=evaluate,
         )
     found, speed = evaluate(fitted.params, "test"), fitted.tokens_per_second
-    collapsed = found["codes_used"] < settings.least_used
     run.adopt(Tokenizer(network, _on_host(fitted.params), _provenance(run, fitted.step)))
     _picture(run)
     return {
@@ -80,8 +81,7 @@ def run_stage(run: Run) -> dict:
         "codes": network.vocabulary,
         "tokens": length,
         **{f"test_{name}": found[name] for name in ("psnr_db", "ssim", "mse", "idempotence")},
-        **{name: found[name] for name in ("codes_used", "dead_codes", "perplexity")},
-        "collapsed": collapsed,
+        **{name: found[name] for name in ("codes_used", "dead_codes", "perplexity", "collapsed")},
         "train_images_per_second": speed and speed / length,
         "mfu": metrics.mfu(needed, speed),
         **fitted.sessions,

@@ -27,6 +27,8 @@ FORMAT = 1
 PART = 16
 UNDER_WAY = 4  # parts that a device is given ahead of what is fetched
 
+Given = np.ndarray | jax.Array  # what a user may pass
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tokenizer:
@@ -147,28 +149,47 @@ class LearnedTokens:
         """The codes as they are: of some dimensions neighbours look alike."""
         return np.arange(self.vocabulary)
 
-    def encode(self, images: UInt8[np.ndarray, "B H W C"]) -> Int[np.ndarray, "B T"]:
+    def encode(self, images: Given) -> Int[np.ndarray, "B T"]:
         """Int32 tokens, the same for an image whatever others it comes with, on any devices.
 
+        Args:
+          images: uint8 [B, H, W, C].
+
         Raises:
-          ValueError: images of another size, or of another number of channels.
+          InputError: images of another type or shape.
         """
-        if images.shape[1:] != self.image_shape:
-            found, wanted = (
-                " x ".join(map(str, shape)) for shape in (images.shape[1:], self.image_shape)
+        images = np.asarray(images)
+        if images.dtype != np.uint8 or images.shape[1:] != self.image_shape:
+            shown = ", ".join(map(str, self.image_shape))
+            raise InputError(
+                f"images are {images.dtype} {list(images.shape)}; this tokenizer takes uint8 "
+                f"[B, {shown}]."
             )
-            raise ValueError(f"images are {found}; this tokenizer takes {wanted}.")
         return self._in_parts(_encode, images).reshape(len(images), math.prod(self.grid))
 
     def decode(
-        self, tokens: Int[np.ndarray, "B T"], grid: tuple[int, int] | None = None
+        self, tokens: Given, grid: tuple[int, int] | None = None
     ) -> UInt8[np.ndarray, "B H W C"]:
         """Images of codes, 0 to 255.
 
         Args:
-          tokens: in raster order.
+          tokens: whole numbers [B, T], in raster order.
           grid: rows and columns, of a picture of another size; None: those of the codec.
+
+        Raises:
+          InputError: tokens of another type, number or range.
         """
+        tokens, length = np.asarray(tokens), math.prod(grid or self.grid)
+        if tokens.dtype.kind not in "iu" or tokens.ndim != 2 or tokens.shape[1] != length:
+            raise InputError(
+                f"tokens are {tokens.dtype} {list(tokens.shape)}; they must be whole numbers "
+                f"[B, {length}]."
+            )
+        if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.vocabulary:
+            raise InputError(
+                f"tokens range from {tokens.min()} to {tokens.max()}; they must lie in 0 to "
+                f"{self.vocabulary - 1}."
+            )
         return self._in_parts(_decode, tokens.reshape(-1, *(grid or self.grid)).astype(np.int32))
 
     def picture(self, images: UInt8[np.ndarray, "B H W C"]) -> UInt8[np.ndarray, "B H W 3"]:
@@ -201,14 +222,21 @@ class LearnedTokens:
         return mesh, jax.tree.unflatten(jax.tree.structure(tree), whole)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+# XLA may keep more digits than bfloat16 has from one operation to the next, and for several devices
+# it does so elsewhere than for one.
+_exactly = functools.partial(
+    jax.jit, static_argnums=0, compiler_options={"xla_allow_excess_precision": False}
+)
+
+
+@_exactly
 def _encode(
     config: config_lib.Autoencoder, params: dict, images: UInt8[Array, "B H W C"]
 ) -> Int[Array, "B h w"]:
     return autoencoder.bind(config, params).encode(from_pixels(images)).codes
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@_exactly
 def _decode(
     config: config_lib.Autoencoder, params: dict, codes: Int[Array, "B h w"]
 ) -> UInt8[Array, "B H W C"]:

@@ -55,7 +55,8 @@ def make_init(
 
 def critic_optimizer(settings: config_lib.Tokenizer) -> optax.GradientTransformation:
     """Of the discriminator."""
-    return optax.adam(settings.discriminator_rate, b1=0.5, b2=0.9)
+    b1, b2 = settings.discriminator_betas
+    return optax.adam(settings.discriminator_rate, b1=b1, b2=b2)
 
 
 def abstract_batch(
@@ -89,7 +90,7 @@ def make_loss(config: config_lib.Autoencoder, settings: config_lib.Tokenizer) ->
             parts["adversarial"] = -discriminator.scores(config, settings, critic, restored).mean()
             total += settings.adversarial * share * parts["adversarial"]
         squared = reconstruction.l2(restored, images).mean()
-        metrics = {"loss": total, "psnr_db": reconstruction.psnr(squared), **parts}
+        metrics = {"loss": total, "batch_psnr_db": reconstruction.psnr(squared), **parts}
         return total, (metrics, z, quantized.codes, restored)
 
     return loss
@@ -236,8 +237,8 @@ def health(totals: dict[str, np.ndarray]) -> dict[str, float]:
 
     Returns:
       Means over images "psnr_db", "ssim" and "idempotence"; "mse", that of all pixels; and of the
-      codes "codes_used" (share), "dead_codes" and "perplexity", how many would be in use if all of
-      these were equally frequent.
+      codes "codes_used" (share), "dead_codes", "perplexity", how many would be in use if all of
+      these were equally frequent, and "most_used", the share that the split's tokens could use.
     """
     images, counts = float(totals["images"]), np.asarray(totals["counts"], np.float64)
     share = counts[counts > 0] / counts.sum()
@@ -249,4 +250,5 @@ def health(totals: dict[str, np.ndarray]) -> dict[str, float]:
         "codes_used": len(share) / len(counts),
         "dead_codes": len(counts) - len(share),
         "perplexity": float(np.exp(-(share * np.log(share)).sum())),
+        "most_used": min(float(counts.sum()) / len(counts), 1.0),
     }
