@@ -178,12 +178,16 @@ def test_every_step_draws_anew_what_dead_codes_begin_as(one_device):
     settings = dataclasses.replace(PLAIN, codebook_decay=0.0, restart_below=0.9)
     still = dataclasses.replace(TRAIN.optimizer, learning_rate=0.0)
     settings = dataclasses.replace(settings, train=dataclasses.replace(TRAIN, optimizer=still))
-    training, books = Training(VQ, settings), []
+    training, books, dead = Training(VQ, settings), [], []
     images = sharding.global_batch({"image": batch()["image"]})
     for _ in range(2):
         training.state, _ = training.step(training.state, images, None)
         books.append(np.asarray(training.state["params"]["quantizer"]["codebook"]))
-    assert (np.abs(books[0] - books[1]).max(axis=1) > 1e-3).sum() > 6
+        # 8 x 4 encodings are no whole number for each of 24 codes.
+        dead.append(np.isclose(training.state["codebook"]["counts"], 32 / 24))
+    twice = dead[0] & dead[1]
+    assert twice.sum() > 6
+    assert (np.abs(books[0] - books[1])[twice].max(axis=1) > 1e-3).mean() > 0.5
 
 
 def test_a_codebook_is_used_more_where_dead_codes_begin_anew(one_device):

@@ -99,12 +99,12 @@ def test_greedy_tokens_are_those_that_the_guided_full_network_finds_most_likely(
         plain, both(network, params, plain, np.repeat(LABELS, 2))[0].argmax(axis=-1)
     )
     assert (found != plain).any()
-    given, prefix = np.array(found[::2]), 5  # what is known counts towards the position
+    given, prefix = np.array(found[::2]), 8  # what is known counts towards the position
     given[:, prefix:] = decode.UNKNOWN
-    given[:, 8] = (found[::2, 8] + 1) % network.vocabulary  # what follows is to differ
-    sampler = Sampler(network, params, 0.0, guidance=4.0, guidance_schedule="cosine")
+    given[:, 12] = (found[::2, 12] + 1) % network.vocabulary  # what follows is to differ
+    sampler = Sampler(network, params, 0.0, guidance=32.0, guidance_schedule="cosine")
     partly = sampler.draw(given, jax.random.key(0), LABELS)
-    scales = decode.guidance_scales("cosine", 4.0, 1.0, network.length)
+    scales = decode.guidance_scales("cosine", 32.0, 1.0, network.length)
     wanted = guided(both(network, params, partly), scales).argmax(axis=-1)
     np.testing.assert_array_equal(partly, np.where(given == decode.UNKNOWN, wanted, given))
 
