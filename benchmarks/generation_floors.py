@@ -1,0 +1,65 @@
+"""What generated images are to be held against: test images, the same restored, codes one by one.
+
+    python -m benchmarks.generation_floors --run=runs/codes --data=TFDS_FOLDER
+
+For a run of configs/tokenizer_cifar10.py: sets of images are compared with the training images, as
+--stages=generate compares what it draws. They are the best that could be hoped for, the best that
+the tokenizer allows, and images of codes that know nothing of each other.
+"""
+
+import json
+from collections.abc import Iterator
+
+import numpy as np
+import tensorflow_datasets as tfds
+from absl import app, flags
+
+import gptv_jax
+from gptv_jax.quality import reference
+from gptv_jax.quality.evaluate import evaluate
+from gptv_jax.quality.features import PIXELS, make_features
+
+RUN = flags.DEFINE_string("run", None, "A finished run folder.", required=True)
+DATA = flags.DEFINE_string("data", None, "TFDS's data_dir, with cifar10.", required=True)
+COUNT = flags.DEFINE_integer("count", 2000, "Images of each set.")
+CODED = 5000  # training images whose codes are counted
+BATCH = 256
+SHOWN = ("frechet_distance", "precision", "recall")
+
+
+def main(_):
+    """Prints a line for each set and features, then all of it as JSON."""
+    train, test = read("train[:98%]"), read("test")[: COUNT.value]
+    tokenizer = gptv_jax.load_tokenizer(RUN.value)
+    codes = tokenizer.encode(train[:CODED])
+    drawn = np.random.default_rng(0).choice(codes.reshape(-1), (len(test), codes.shape[1]))
+    sets = {
+        "test images": test,
+        "the same restored": tokenizer.decode(tokenizer.encode(test)),
+        "codes one by one": tokenizer.decode(drawn),
+    }
+    results = []
+    for spec in (PIXELS, RUN.value):
+        features = make_features(spec, train.shape[1:])
+        real = reference.compute(features, batches(train), {"data": "cifar10"})
+        for name, images in sets.items():
+            found = evaluate(batches(images), real, features)
+            results.append({"features": features.name, "set": name} | {k: found[k] for k in SHOWN})
+            print("  ".join(f"{value:.4g}" if k in SHOWN else value
+                            for k, value in results[-1].items()))  # fmt: skip
+    print(json.dumps(results))
+
+
+def read(split: str) -> np.ndarray:
+    """All images of a split, uint8 [N, 32, 32, 3]."""
+    source = tfds.data_source("cifar10", split=split, data_dir=DATA.value, try_gcs=False)
+    return np.stack([np.asarray(example["image"]) for example in source])
+
+
+def batches(images: np.ndarray) -> Iterator[np.ndarray]:
+    """In order; the last one may be smaller."""
+    return (images[first : first + BATCH] for first in range(0, len(images), BATCH))
+
+
+if __name__ == "__main__":
+    app.run(main)
