@@ -18,13 +18,14 @@ from PIL import Image
 
 import gptv_jax
 from gptv_jax import config as config_lib
-from gptv_jax import pictures, sharding
+from gptv_jax import likelihood, pictures, sharding
 from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.data import sources
 from gptv_jax.errors import InputError
 from gptv_jax.interop.portable import Portable
 from gptv_jax.record import config_of
 from gptv_jax.run import Run
+from gptv_jax.sampler import Sampler
 from gptv_jax.stages import probe, sample
 from gptv_jax.train import loop
 from gptv_jax.train.metrics import MetricWriter
@@ -316,6 +317,21 @@ def test_a_class_conditional_network_shows_a_row_of_each_class(conditional, tmp_
     settings = {"guidance": 3.0, "guidance_schedule": "cosine"}
     wanted = model.sample(20, conditional.seed, label=np.arange(20) // 2, **settings)
     np.testing.assert_array_equal(shown, model.codec.picture(wanted))
+
+
+def test_test_images_are_completed_and_judged_as_of_their_class(conditional, tmp_path, monkeypatch):
+    config = dataclasses.replace(conditional.sample, count=10, completions=3)
+    run = Run(dataclasses.replace(conditional, sample=config), str(tmp_path), ["sample"])
+    told, draw, nats = [], Sampler.draw, likelihood.nats
+    monkeypatch.setattr(Sampler, "draw", lambda *given: told.append(given[3]) or draw(*given))
+    monkeypatch.setattr(likelihood, "nats", lambda *given: told.append(given[3]) or nats(*given))
+    with jax.set_mesh(run.mesh):
+        sample.run_stage(run)
+    (batch,) = itertools.islice(run.data.evaluation("test", 3), 1)
+    *new, completed, inpainted, judged = told
+    assert [labels.tolist() for labels in new] == [list(range(10))] * 2  # to compile, then to time
+    for labels in (completed, inpainted, judged):
+        np.testing.assert_array_equal(labels, batch["label"])
 
 
 def test_guidance_without_classes_is_refused_before_any_work(conditional, tmp_path):
