@@ -1,8 +1,10 @@
 """The real command: what it leaves in a run folder, what survives a kill, what bad input gets."""
 
+import collections
 import functools
 import hashlib
 import json
+import os
 import pathlib
 import re
 import shutil

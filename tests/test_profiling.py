@@ -19,7 +19,7 @@ from gptv_jax.errors import InputError
 
 def run(folder: pathlib.Path, *more: str) -> str:
     """The real command, pretraining 20 steps, each long enough to be under way; its log."""
-    size = ("--config.model.width=128", "--config.train.batch_size=128")
+    size = ("--config.model.width=64", "--config.train.batch_size=64")
     steps = ("--stages=pretrain", "--config.train.steps=20", "--config.train.eval_every=0")
     more = (*size, *steps, *more)
     ended = subprocess.run(

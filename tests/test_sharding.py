@@ -9,7 +9,7 @@ from conftest import MESHES, RECIPES, make_mesh, random_batch, random_params, ti
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.errors import InputError
-from gptv_jax.model import autoencoder
+from gptv_jax.model import autoencoder, discriminator
 from gptv_jax.train import step
 from gptv_jax.train.optimizer import make_optimizer
 
@@ -59,7 +59,9 @@ def test_every_parameter_has_a_row_in_the_table_and_lies_as_it_says():
     learned = config_lib.Autoencoder(quantizer="vq", norm=True, attention=True)
     with jax.set_mesh(make_mesh((1, 2, 4))):
         of_tokens = sharding.abstract(lambda key: autoencoder.init(learned, key))
-    leaves += jax.tree.leaves_with_path(of_tokens)
+        settings = config_lib.Tokenizer(adversarial=0.5)
+        critic = sharding.abstract(lambda key: discriminator.init(learned, settings, key))
+    leaves += jax.tree.leaves_with_path(of_tokens) + jax.tree.leaves_with_path(critic)
     assert {path[-1].key for path, _ in leaves} == set(sharding.PARAMETERS)
     for path, leaf in leaves:
         assert leaf.sharding.spec == sharding.PARAMETERS[path[-1].key], path
