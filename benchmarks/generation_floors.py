@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import tensorflow_datasets as tfds
-from absl import app, flags
+from absl import app, flags, logging
 
 import gptv_jax
 from gptv_jax.quality import reference
@@ -29,6 +29,7 @@ SHOWN = ("frechet_distance", "precision", "recall")
 
 def main(_):
     """Prints a line for each set and features, then all of it as JSON."""
+    logging.set_verbosity(logging.ERROR)  # libraries tell their every move
     train, test = read("train[:98%]"), read("test")[: COUNT.value]
     tokenizer = gptv_jax.load_tokenizer(RUN.value)
     codes = tokenizer.encode(train[:CODED])
