@@ -50,7 +50,8 @@ def run_stage(run: Run) -> dict:
         images = run.images.evaluation(split, train.batch_size)
         found = autoencoding.health(loop.totals(eval_step, params, images))
         found["collapsed"] = found["codes_used"] < settings.least_used * found.pop("most_used")
-        if found["collapsed"]:
+        # Before the first step, when nothing is saved yet, few codes in use are no news.
+        if found["collapsed"] and checkpoints.steps():
             LOG.warning(
                 "the codebook collapses: %.1f%% of %d codes are in use on %s, less than the share "
                 "config.tokenizer.least_used=%s of those that could be.",
