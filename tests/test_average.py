@@ -26,6 +26,9 @@ def trained(mesh: tuple[int, ...], ema: float | None) -> list[dict]:
         take = step.make_train_step(loss, sgd, lambda _: 0.5, ema=ema)
         start = jax.jit(lambda params: step.state_of(params, sgd, ema))
         state = start(random_params(network))
+        # To the last bit two programs agree as users compile them, not as conftest has it.
+        as_users = {"xla_cpu_use_fusion_emitters": True}
+        take = take.lower(state, batch).compile(compiler_options=as_users)
         specs = {name: leaf.sharding.spec for name, leaf in sharding.by_name(state).items()}
         found = [jax.device_get(state)]
         for _ in range(5):
@@ -39,20 +42,13 @@ def trained(mesh: tuple[int, ...], ema: float | None) -> list[dict]:
 
 @pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2)], ids=str)
 def test_it_is_the_average_of_the_weights_after_each_step_and_leaves_them_alone(mesh):
-    # The same program with another average has the same weights to the last bit; one without any
-    # has them to rounding, which is XLA's choice.
-    states, slower, plain = (trained(mesh, ema) for ema in (DECAY, 0.9, None))
+    states, plain = trained(mesh, DECAY), trained(mesh, None)
     wanted = states[0]["params"]
-    for state, other, without, decay in zip(
-        states, slower, plain, (1.0, 1 / 10, 2 / 11, 3 / 12, DECAY, DECAY), strict=True
+    for state, without, decay in zip(
+        states, plain, (1.0, 1 / 10, 2 / 11, 3 / 12, DECAY, DECAY), strict=True
     ):
         assert "ema" not in without
-        jax.tree.map(np.testing.assert_array_equal, state["params"], other["params"])
-        jax.tree.map(
-            lambda a, w: np.testing.assert_allclose(a, w, rtol=1e-5, atol=1e-7),
-            state["params"],
-            without["params"],
-        )
+        jax.tree.map(np.testing.assert_array_equal, state["params"], without["params"])
         wanted = jax.tree.map(lambda a, p, d=decay: d * a + (1 - d) * p, wanted, state["params"])
         jax.tree.map(
             lambda a, w: np.testing.assert_allclose(a, w, rtol=1e-5, atol=1e-7),
