@@ -17,9 +17,9 @@ Reproduces: LlamaGen's recipe (Sun et al. 2024, arXiv:2406.06525): AdamW (0.9, 0
             decay 0.05, clipped at 1, batch 128, 40 epochs; L2 1, LPIPS 1, a patch discriminator of
             weight 0.5 from step 20,000 on; random crops of 256 of a shorter side of 256 or more.
 Changes:    residual blocks of one 3x3 and one 1x1 convolution, RMS norm; FSQ by default; a
-            constant rate falls to nothing at the end. The discriminator's
-            is Adam (0.5, 0.9), whose rate stays. Without LPIPS's weights, which are yours to
-            bring (docs/tokenizer.md), differences between neighbours and SSIM stand in for them.
+            constant rate falls to nothing at the end; the discriminator's optimizer is Adam (0.5,
+            0.9), whose rate stays. Without LPIPS's weights, which are yours to bring
+            (docs/tokenizer.md), differences between neighbours and SSIM stand in for them.
 """
 
 from gptv_jax import config as config_lib

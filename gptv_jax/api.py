@@ -10,12 +10,12 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
 from gptv_jax import arguments, decode, likelihood, sharding
-from gptv_jax.arguments import Given
 from gptv_jax.errors import InputError
 from gptv_jax.interop import native
 from gptv_jax.interop.portable import Portable
 from gptv_jax.model.gpt import Network
 from gptv_jax.sampler import Sampler
+from gptv_jax.tokens.learned import Given
 from gptv_jax.train import objective
 
 Labels = int | np.integer | list[int] | tuple[int, ...] | Given | None  # one for all, or one each

@@ -12,7 +12,6 @@ from gptv_jax.errors import InputError
 from gptv_jax.model.gpt import Network
 from gptv_jax.sampler import known_tokens
 
-Given = np.ndarray | jax.Array  # what a user may pass
 SETTINGS = fields.by_name(config_lib.Sample)
 
 

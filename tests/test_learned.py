@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from conftest import generator, make_mesh, random_image
@@ -88,7 +89,13 @@ def test_encoding_goes_on_within_a_training_step_s_guard(codec):
         np.testing.assert_array_equal(codec.encode(images), wanted)
 
 
-def test_images_of_another_shape_are_named(codec):
+@pytest.fixture
+def unchecked(monkeypatch):
+    """Annotations are not checked, as it is for users."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+def test_images_of_another_shape_are_named(codec, unchecked):
     takes = r"takes uint8 \[B, 16, 16, 3\]"
     with pytest.raises(ValueError, match=rf"images are uint8 \[2, 16, 16, 1\]; .*{takes}"):
         codec.encode(random_image(2, 16, 16, 1))
@@ -98,9 +105,9 @@ def test_images_of_another_shape_are_named(codec):
         pipeline.to_tokens(codec, random_image(8, 8, 3))
 
 
-def test_sizes_that_are_none_are_named(codec, tmp_path):
+def test_sizes_that_are_none_are_named(codec, tmp_path, unchecked):
     codec.lexicon.save(tmp_path / "x.safetensors")
-    for size in (0, -4, 18):
+    for size in (0, -4, 18, 16.0, "16"):
         with pytest.raises(ValueError, match=rf"image_size is {size!r}; .* a multiple of 4"):
             gptv_jax.load_tokenizer(tmp_path / "x.safetensors", size)
     assert gptv_jax.load_tokenizer(tmp_path / "x.safetensors", 32).grid == (8, 8)
@@ -115,7 +122,7 @@ def test_sizes_that_are_none_are_named(codec, tmp_path):
         (np.zeros((1, 16)), "tokens are float64"),
     ],
 )
-def test_tokens_that_are_none_are_named(codec, given, words):
+def test_tokens_that_are_none_are_named(codec, given, words, unchecked):
     with pytest.raises(ValueError, match=words):
         codec.decode(given)
 

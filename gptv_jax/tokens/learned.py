@@ -149,11 +149,8 @@ class LearnedTokens:
         """The codes as they are: of some dimensions neighbours look alike."""
         return np.arange(self.vocabulary)
 
-    def encode(self, images: Given) -> Int[np.ndarray, "B T"]:
+    def encode(self, images: UInt8[Given, "B H W C"]) -> Int[np.ndarray, "B T"]:
         """Int32 tokens, the same for an image whatever others it comes with, on any devices.
-
-        Args:
-          images: uint8 [B, H, W, C].
 
         Raises:
           InputError: images of another type or shape.
@@ -168,12 +165,12 @@ class LearnedTokens:
         return self._in_parts(_encode, images).reshape(len(images), math.prod(self.grid))
 
     def decode(
-        self, tokens: Given, grid: tuple[int, int] | None = None
+        self, tokens: Int[Given, "B T"], grid: tuple[int, int] | None = None
     ) -> UInt8[np.ndarray, "B H W C"]:
         """Images of codes, 0 to 255.
 
         Args:
-          tokens: whole numbers [B, T], in raster order.
+          tokens: in raster order.
           grid: rows and columns, of a picture of another size; None: those of the codec.
 
         Raises:
