@@ -25,7 +25,7 @@ import time
 
 from benchmarks import harness
 from benchmarks.turns import ROOT
-from gptv_jax import preemption
+from gptv_jax.hosts import preemption
 
 NAMES = ("train_step", "decode", "features", "attention", "startup", "input_pipeline")
 DATA = ("cifar10", "jpegs", "palette")  # flags of the input pipeline

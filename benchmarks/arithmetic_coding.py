@@ -19,7 +19,7 @@ import scipy.special
 import gptv_jax
 from gptv_jax.data import pipeline, sources
 from gptv_jax.data.damage import Ledger
-from gptv_jax.record import config_of
+from gptv_jax.runs.record import config_of
 
 BATCH = 64  # images that are coded side by side
 

@@ -21,7 +21,7 @@ import sys
 from collections.abc import Callable
 
 from benchmarks.turns import DISTURBED, Measured
-from gptv_jax import preemption
+from gptv_jax.hosts import preemption
 
 VERSIONED = ("jax", "jaxlib", "flax", "optax", "torch", "transformers")
 TOLD = ("unit", "median", "quartiles")  # of a row, in one cell of the table

@@ -10,7 +10,9 @@ import numpy as np
 from benchmarks.sizes import Size
 from benchmarks.worker import Task
 from gptv_jax import config as config_lib
-from gptv_jax import decode, runtime, sharding
+from gptv_jax import sharding
+from gptv_jax.decode import generation
+from gptv_jax.hosts import runtime
 from gptv_jax.model import attention
 from gptv_jax.model.gpt import Network
 from gptv_jax.probe import features, ridge
@@ -64,7 +66,7 @@ def generate(size: dict, batch: int, dtype: str, count: int) -> Task:
     prefix, key = sharding.from_everywhere(np.zeros((batch, 0), np.int32)), jax.random.key(1)
 
     def draw():
-        return decode.generate(network, params, prefix, key, steps=count)
+        return generation.generate(network, params, prefix, key, steps=count)
 
     return _task(draw)
 

@@ -25,7 +25,7 @@ import time
 
 from benchmarks import harness
 from benchmarks.turns import ROOT
-from gptv_jax import preemption
+from gptv_jax.hosts import preemption
 
 POLL = 0.1  # seconds between two looks at a run
 STAGES = ("pretrain", "probe", "finetune")

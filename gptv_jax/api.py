@@ -9,14 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
-from gptv_jax import arguments, decode, likelihood, sharding
+from gptv_jax import sharding, validation
+from gptv_jax.decode import generation, likelihood
+from gptv_jax.decode.sampler import Sampler
 from gptv_jax.errors import InputError
-from gptv_jax.interop import native
-from gptv_jax.interop.portable import Portable
 from gptv_jax.model.gpt import Network
-from gptv_jax.sampler import Sampler
 from gptv_jax.tokens.learned import Given
 from gptv_jax.train import objective
+from gptv_jax.weights import native
+from gptv_jax.weights.portable import Portable
 
 Labels = int | np.integer | list[int] | tuple[int, ...] | Given | None  # one for all, or one each
 
@@ -38,17 +39,17 @@ class Model:
 
     def tokenize(self, images: UInt8[Given, "B H W C"]) -> Int[np.ndarray, "B T"]:
         """Int32 tokens, 0 <= token < V, in raster order."""
-        return self.codec.encode(arguments.images(images, self.codec))
+        return self.codec.encode(validation.images(images, self.codec))
 
     def detokenize(self, tokens: Int[Given, "B T"]) -> UInt8[np.ndarray, "B H W C"]:
         """The images that the tokens stand for; for a lossless codec the inverse of `tokenize`."""
-        return self.codec.decode(arguments.sequences(tokens, self.network))
+        return self.codec.decode(validation.sequences(tokens, self.network))
 
     def logits(
         self, tokens: Int[Given, "B T"], labels: Labels = None
     ) -> Float[np.ndarray, "B T V"]:
         """Float32 logits; position t predicts tokens[:, t] from those before it; BERT: from all."""
-        return self._forward(arguments.sequences(tokens, self.network), "logits", labels)
+        return self._forward(validation.sequences(tokens, self.network), "logits", labels)
 
     def log_likelihood(
         self, images: UInt8[Given, "B H W C"], labels: Labels = None
@@ -81,7 +82,7 @@ class Model:
         if layer is None and self._probed is None:
             raise ValueError(f"the probe has not run, so name a layer: 0 to {last}.")
         layer = self._probed if layer is None else layer
-        if not arguments.is_whole(layer) or not 0 <= layer <= last:
+        if not validation.is_whole(layer) or not 0 <= layer <= last:
             raise ValueError(f"layer is {layer}; this network has the layers 0 to {last}.")
         return self._forward(self.tokenize(images), "pooled")[:, layer]
 
@@ -115,11 +116,11 @@ class Model:
           top_p: draws among the most likely tokens that together reach probability p; None: all.
           label: see the class.
           guidance: scale of classifier-free guidance, above 1 away from what has no class.
-          guidance_schedule: "constant", or "cosine", see `decode.guidance_scales`.
+          guidance_schedule: "constant", or "cosine", see `generation.guidance_scales`.
           guidance_power: of cosine.
         """
-        n = arguments.whole(n, "n", least=1)
-        labels = arguments.labels(label, n, self.network)
+        n = validation.whole(n, "n", least=1)
+        labels = validation.labels(label, n, self.network)
         sampler = self._sampler(
             labels,
             temperature=temperature,
@@ -129,9 +130,9 @@ class Model:
             guidance_schedule=guidance_schedule,
             guidance_power=guidance_power,
         )
-        nothing = np.full((n, self.network.length), decode.UNKNOWN, np.int32)
+        nothing = np.full((n, self.network.length), generation.UNKNOWN, np.int32)
         with jax.set_mesh(self._mesh):
-            return self.codec.decode(sampler.draw(nothing, arguments.key(seed), labels))
+            return self.codec.decode(sampler.draw(nothing, validation.key(seed), labels))
 
     def complete(
         self,
@@ -169,14 +170,14 @@ class Model:
           guidance_schedule: "constant" or "cosine".
           guidance_power: of cosine.
         """
-        keep = arguments.settings(keep=keep)["keep"]
-        samples = arguments.whole(samples, "samples", least=1)
+        keep = validation.settings(keep=keep)["keep"]
+        samples = validation.whole(samples, "samples", least=1)
         tokens = self.tokenize(images)
-        labels = arguments.labels(labels, len(tokens), self.network)
+        labels = validation.labels(labels, len(tokens), self.network)
         if mask is None:
-            known = np.arange(self.network.length) < decode.kept_tokens(self.network, keep)
+            known = np.arange(self.network.length) < generation.kept_tokens(self.network, keep)
         else:
-            known = arguments.mask(mask, len(tokens), self.codec)
+            known = validation.mask(mask, len(tokens), self.codec)
         sampler = self._sampler(
             labels,
             temperature=temperature,
@@ -186,9 +187,9 @@ class Model:
             guidance_schedule=guidance_schedule,
             guidance_power=guidance_power,
         )
-        given = np.where(known, tokens, decode.UNKNOWN)
+        given = np.where(known, tokens, generation.UNKNOWN)
         with jax.set_mesh(self._mesh):
-            return self.codec.decode(sampler.draw(given, arguments.key(seed), labels, samples))
+            return self.codec.decode(sampler.draw(given, validation.key(seed), labels, samples))
 
     def outpaint(
         self,
@@ -219,12 +220,12 @@ class Model:
           **settings: those of `sample` that say how tokens are drawn: temperature, top_k, top_p,
             guidance, guidance_schedule, guidance_power.
         """
-        margins = arguments.margins(self.codec, top=top, bottom=bottom, left=left, right=right)
+        margins = validation.margins(self.codec, top=top, bottom=bottom, left=left, right=right)
         tokens = self.tokenize(images)
-        labels = arguments.labels(labels, len(tokens), self.network)
+        labels = validation.labels(labels, len(tokens), self.network)
         sampler = self._sampler(labels, **settings)
         with jax.set_mesh(self._mesh):
-            grids = sampler.outpaint(tokens, margins, arguments.key(seed), labels)
+            grids = sampler.outpaint(tokens, margins, validation.key(seed), labels)
         return self.codec.decode(grids.reshape(len(grids), -1), grids.shape[1:])
 
     def save(self, path: str | pathlib.Path) -> None:
@@ -248,7 +249,7 @@ class Model:
         self._must_be_autoregressive("way to draw images")
         if unknown := set(settings) - Sampler.settings():
             raise TypeError(f"{', '.join(sorted(unknown))}: no setting of how tokens are drawn.")
-        sampler = Sampler(self.network, self._params, **arguments.settings(**settings))
+        sampler = Sampler(self.network, self._params, **validation.settings(**settings))
         if sampler.guidance != 1 and labels is None:
             raise InputError(
                 f"guidance is {sampler.guidance:g}, but no class is given to be guided to; give "
@@ -259,12 +260,12 @@ class Model:
     def _nats(self, images, labels: Labels) -> Float[np.ndarray, "B T"]:
         self._must_be_autoregressive("likelihoods")
         tokens = self.tokenize(images)
-        labels = arguments.labels(labels, len(tokens), self.network)
+        labels = validation.labels(labels, len(tokens), self.network)
         with jax.set_mesh(self._mesh):
             return likelihood.nats(self.network, self._params, tokens, labels)
 
     def _forward(self, tokens: np.ndarray, wanted: str, labels: Labels = None) -> np.ndarray:
-        labels = arguments.labels(labels, len(tokens), self.network)
+        labels = validation.labels(labels, len(tokens), self.network)
         variant = likelihood.variants(self.network, labels, len(tokens))
         with jax.set_mesh(self._mesh):
             inputs = sharding.filled(tokens), sharding.filled(variant)

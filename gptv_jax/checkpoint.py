@@ -17,8 +17,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from gptv_jax import distributed, sharding
+from gptv_jax import sharding
 from gptv_jax.errors import InputError, first_line
+from gptv_jax.hosts import distributed
 
 LOG = logging.getLogger(__name__)
 

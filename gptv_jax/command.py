@@ -16,8 +16,10 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from gptv_jax import config as config_lib
-from gptv_jax import distributed, errors, fields, preemption, runtime
+from gptv_jax import errors
+from gptv_jax.config import fields
 from gptv_jax.errors import InputError, first_line
+from gptv_jax.hosts import distributed, preemption, runtime
 
 UNEXPECTED = 70  # exit code; sysexits.h: internal error. A network's failure may be one
 _MISSING = re.compile(r"flag --(\w+)=None: ")

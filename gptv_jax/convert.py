@@ -9,9 +9,9 @@ import logging
 
 from absl import flags
 
-from gptv_jax import command, loading
+from gptv_jax import command
 from gptv_jax.errors import InputError
-from gptv_jax.interop import huggingface
+from gptv_jax.weights import huggingface, loading
 
 FROM = flags.DEFINE_string(
     "from", None, "Run folder, .safetensors file, Hugging Face's folder, or TensorFlow's prefix."

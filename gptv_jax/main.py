@@ -9,9 +9,12 @@ import logging
 import jax
 from absl import flags
 
-from gptv_jax import command, config, distributed, fields, report, runtime
-from gptv_jax.record import ON_REQUEST, STAGES
-from gptv_jax.run import Run
+from gptv_jax import command, config
+from gptv_jax.config import fields
+from gptv_jax.hosts import distributed, runtime
+from gptv_jax.runs import report
+from gptv_jax.runs.record import ON_REQUEST, STAGES
+from gptv_jax.runs.run import Run
 from gptv_jax.stages import finetune, generate, pretrain, probe, sample, tokenizer
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Run folder; the same one continues a run.")

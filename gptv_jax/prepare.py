@@ -11,7 +11,8 @@ import pathlib
 
 from absl import flags
 
-from gptv_jax import command, config, fields
+from gptv_jax import command, config
+from gptv_jax.config import fields
 from gptv_jax.data import cache, codec, pipeline, sources, transforms
 from gptv_jax.data.damage import Ledger
 from gptv_jax.errors import InputError

@@ -12,9 +12,9 @@ import jax
 import numpy as np
 
 from gptv_jax import config as config_lib
-from gptv_jax import distributed
 from gptv_jax.data import pipeline
 from gptv_jax.errors import InputError
+from gptv_jax.hosts import distributed
 from gptv_jax.tokens.grey import GreyLevels
 
 

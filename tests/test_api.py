@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import gptv_jax
-from gptv_jax import decode
 from gptv_jax.config import Data
 from gptv_jax.data import sources
+from gptv_jax.decode import generation
 
 pytestmark = pytest.mark.process  # of the run that the tests share
 
@@ -155,13 +155,13 @@ def test_temperature_0_takes_the_most_likely_token(pretrained, images):
 def test_many_samples_of_few_images_draw_no_more_than_fills_the_devices(
     pretrained, images, monkeypatch
 ):
-    drawn, generate = [], decode.generate
+    drawn, generate = [], generation.generate
 
     def counted(*arguments, **settings):
         drawn.append(generate(*arguments, **settings))
         return drawn[-1]
 
-    monkeypatch.setattr(decode, "generate", counted)
+    monkeypatch.setattr(generation, "generate", counted)
     for count, samples, rows in ((1, 4, 8), (3, 2, 8), (8, 2, 16)):
         found = pretrained.complete(images[:count], samples=samples, temperature=0.0)
         assert found.shape == (count * samples, 8, 8, 1) and len(drawn.pop()) == rows

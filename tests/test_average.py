@@ -8,10 +8,11 @@ from conftest import SMALL, make_mesh, random_batch, random_params, tiny_network
 
 import gptv_jax
 from gptv_jax import config as config_lib
-from gptv_jax import fields, sharding
+from gptv_jax import sharding
 from gptv_jax.checkpoint import Checkpoints
+from gptv_jax.config import fields
 from gptv_jax.data import pipeline
-from gptv_jax.run import Run
+from gptv_jax.runs.run import Run
 from gptv_jax.stages import finetune, pretrain
 from gptv_jax.train import step
 

@@ -12,11 +12,11 @@ from conftest import SMALL, make_mesh, random_batch, random_params, tiny_network
 
 import gptv_jax
 from gptv_jax import config as config_lib
-from gptv_jax import fields
+from gptv_jax.config import fields
 from gptv_jax.errors import InputError
 from gptv_jax.model import attention
 from gptv_jax.probe import features, sgd
-from gptv_jax.run import Run
+from gptv_jax.runs.run import Run
 from gptv_jax.stages import pretrain
 from gptv_jax.train import objective, step
 

@@ -11,10 +11,11 @@ from conftest import make_mesh, random_image, random_params, tiny_network
 
 import gptv_jax
 from gptv_jax import config as config_lib
-from gptv_jax import decode, likelihood, sharding
-from gptv_jax.interop.portable import Portable
-from gptv_jax.sampler import Sampler, _outward, known_tokens
+from gptv_jax import sharding
+from gptv_jax.decode import generation, likelihood
+from gptv_jax.decode.sampler import Sampler, _outward, known_tokens
 from gptv_jax.tokens.grey import GreyLevels
+from gptv_jax.weights.portable import Portable
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -41,7 +42,7 @@ def full_logits(params, tokens, variant):
 
 
 def masked(mask):
-    return np.where(mask, TOKENS, decode.UNKNOWN)
+    return np.where(mask, TOKENS, generation.UNKNOWN)
 
 
 # Masks of tokens
@@ -49,11 +50,11 @@ def masked(mask):
 
 def test_a_mask_that_is_a_prefix_draws_what_the_prefix_draws(params):
     found = Sampler(NETWORK, params).draw(masked(np.arange(16) < 8), KEY)
-    wanted = decode.generate(NETWORK, params, sharding.filled(TOKENS[:, :8]), KEY)
+    wanted = generation.generate(NETWORK, params, sharding.filled(TOKENS[:, :8]), KEY)
     np.testing.assert_array_equal(found, wanted)
     # Not read at once, but one by one, the same tokens lead to the same draws.
     given = sharding.filled(masked(np.arange(16) < 8))
-    found = decode.generate(NETWORK, params, given, KEY, prefix=4)
+    found = generation.generate(NETWORK, params, given, KEY, prefix=4)
     np.testing.assert_array_equal(found, wanted)
 
 
@@ -68,17 +69,17 @@ def test_known_tokens_stay_and_unknown_ones_are_drawn_from_all_before_them(param
 def test_masks_of_the_same_rows_share_their_programs_which_end_with_the_last_unknown_row(
     params, monkeypatch
 ):
-    calls, generate = [], decode.generate
+    calls, generate = [], generation.generate
 
     def noted(network, params, given, *arguments, **settings):
         calls.append((settings["prefix"], *given.shape))
         return generate(network, params, given, *arguments, **settings)
 
-    monkeypatch.setattr(decode, "generate", noted)
+    monkeypatch.setattr(generation, "generate", noted)
     sampler, cached = Sampler(NETWORK, params), []
     for hidden in ([5, 10], [7, 8], [4, 11]):  # of the rows 4 to 7 and 8 to 11
         found = sampler.draw(masked(~np.isin(np.arange(16), hidden)), KEY)
-        cached.append((decode._prefill._cache_size(), decode._continue._cache_size()))
+        cached.append((generation._prefill._cache_size(), generation._continue._cache_size()))
         np.testing.assert_array_equal(np.delete(found, hidden, 1), np.delete(TOKENS, hidden, 1))
     assert calls == [(4, 3, 12)] * 3 and len(set(cached)) == 1
     np.testing.assert_array_equal(sampler.draw(TOKENS, KEY, samples=2), TOKENS.repeat(2, axis=0))
@@ -216,7 +217,7 @@ def test_the_nats_of_a_mesh_are_those_of_one_device(params):
 def test_labels_and_guidance_reach_what_is_drawn(model):
     settings = {"temperature": 0.0, "guidance": 3.0, "guidance_schedule": "cosine"}
     sampler = Sampler(NETWORK, model._params, **settings)
-    labels, nothing = np.array([0, 1, 1], np.int32), np.full((3, 16), decode.UNKNOWN)
+    labels, nothing = np.array([0, 1, 1], np.int32), np.full((3, 16), generation.UNKNOWN)
     wanted = sampler.draw(nothing, KEY, labels).reshape(IMAGES.shape)
     np.testing.assert_array_equal(model.sample(3, label=[0, 1, 1], **settings), wanted)
     assert (model.sample(3, label=1, **settings) != wanted)[0].any()

@@ -7,7 +7,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from gptv_jax import config as config_lib
-from gptv_jax import fields
+from gptv_jax.config import fields
 from gptv_jax.errors import InputError
 
 FREE = {

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from conftest import MODERN, RECIPES, make_mesh, random_batch, random_params, tiny_network
 
-from gptv_jax import decode, sharding
-from gptv_jax.model import cached
+from gptv_jax import sharding
+from gptv_jax.decode import cached, generation
 from gptv_jax.model.splash_attention import LANES
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -66,7 +66,7 @@ def test_cached_decoding_gives_the_logits_of_the_full_forward_pass(kept, scan, a
     network, params, tokens, full = any_model
     changed = dataclasses.replace(network.config, scan_layers=scan)
     network = dataclasses.replace(network, config=changed)
-    logits, prompts = decode._prefill(network, False, params, tokens[:, :kept], None)
+    logits, prompts = generation._prefill(network, False, params, tokens[:, :kept], None)
     found, cache = [logits], cached.Cache(prompts, room(network, params, len(tokens), 17 - kept))
     for position in range(kept + 1, network.length):
         unknown, count = tokens.at[:, position:].set(0), jnp.int32(position - kept - 1)
@@ -82,7 +82,7 @@ def test_prompts_longer_than_the_fast_attention_takes_at_once_are_padded_unseen(
         kept = network.length - 2
         assert kept > LANES and kept % LANES
         full = full_logits(network, params, tokens)
-        logits, prompts = decode._prefill(network, False, params, tokens[:, :kept], None)
+        logits, prompts = generation._prefill(network, False, params, tokens[:, :kept], None)
         np.testing.assert_allclose(logits, full[:, kept], atol=1e-5, rtol=1e-5)
         cache = cached.Cache(prompts, room(network, params, 2, 1))
         last = jnp.int32(kept + 1)
@@ -97,7 +97,7 @@ def loops(network, mesh):
     """Of the loops that draw a sequence: `(length, what all steps read, what they carry)`."""
     with jax.set_mesh(make_mesh(mesh)):
         params, prefix = sharding.abstract(network.init), rows(np.zeros((8, 0)))
-        draw = jax.make_jaxpr(lambda p: decode.generate(network, p, prefix, jax.random.key(0)))
+        draw = jax.make_jaxpr(lambda p: generation.generate(network, p, prefix, jax.random.key(0)))
         called = next(e for e in draw(params).eqns if e.params.get("name") == "_continue")
     for loop in called.params["jaxpr"].eqns:
         if loop.primitive.name == "scan":
@@ -125,7 +125,7 @@ def test_generated_sequences_keep_the_prefix_and_depend_on_the_key_alone(kept, m
 
     def draw(seed):
         key = jax.random.key(seed)
-        return np.asarray(decode.generate(network, params, tokens[:, :kept], key))
+        return np.asarray(generation.generate(network, params, tokens[:, :kept], key))
 
     drawn = draw(0)
     assert drawn.shape == tokens.shape and drawn.dtype == np.int32
@@ -138,7 +138,7 @@ def test_generated_sequences_keep_the_prefix_and_depend_on_the_key_alone(kept, m
 
 def greedy(network, params, prefix):
     key = jax.random.key(0)
-    return np.asarray(decode.generate(network, params, prefix, key, temperature=0.0))
+    return np.asarray(generation.generate(network, params, prefix, key, temperature=0.0))
 
 
 def test_temperature_0_takes_the_argmax_of_the_full_forward_pass_at_every_step(model):
@@ -163,13 +163,13 @@ def test_a_mesh_draws_the_greedy_tokens_of_one_device(any_model):
 def test_room_that_grows_on_the_way_changes_nothing(model, monkeypatch):
     network, params, tokens, _ = model
     prefix = tokens[:, :3]
-    draw = lambda: np.asarray(decode.generate(network, params, prefix, jax.random.key(0)))  # noqa: E731
+    draw = lambda: np.asarray(generation.generate(network, params, prefix, jax.random.key(0)))  # noqa: E731
     wanted = draw()
-    monkeypatch.setattr(decode, "FIRST_ROOM", 2)
-    assert decode._rooms(12) == [2, 4, 8, 12]
-    decode._continue.clear_cache()
+    monkeypatch.setattr(generation, "FIRST_ROOM", 2)
+    assert generation._rooms(12) == [2, 4, 8, 12]
+    generation._continue.clear_cache()
     np.testing.assert_array_equal(draw(), wanted)
-    decode._continue.clear_cache()
+    generation._continue.clear_cache()
 
 
 @pytest.mark.parametrize("kept", [0, 6])
@@ -177,16 +177,16 @@ def test_samples_of_one_prompt_are_those_of_as_many_equal_prompts(kept, model):
     network, params, tokens, _ = model
     prefix = np.asarray(tokens)[:2, :kept]
     key = jax.random.key(0)
-    wanted = decode.generate(network, params, rows(np.repeat(prefix, 4, axis=0)), key)
-    found = decode.generate(network, params, rows(prefix), key, samples=4)
+    wanted = generation.generate(network, params, rows(np.repeat(prefix, 4, axis=0)), key)
+    found = generation.generate(network, params, rows(prefix), key, samples=4)
     np.testing.assert_array_equal(found, wanted)
     assert len(np.unique(found, axis=0)) > 2
-    _, prompts = decode._prefill(network, False, params, rows(prefix), None)
+    _, prompts = generation._prefill(network, False, params, rows(prefix), None)
     assert prompts[0].keys.shape[0] == 2  # held once for four
     with jax.set_mesh(make_mesh((1, 2, 4))):
         on_mesh = random_params(network)
         key, settings = jax.random.key(0), {"samples": 4, "temperature": 0.0}
-        found = decode.generate(network, on_mesh, rows(prefix), key, **settings)
+        found = generation.generate(network, on_mesh, rows(prefix), key, **settings)
     wanted = greedy(network, params, tokens[:2, :kept])
     np.testing.assert_array_equal(found, np.repeat(wanted, 4, axis=0))
 
@@ -194,8 +194,8 @@ def test_samples_of_one_prompt_are_those_of_as_many_equal_prompts(kept, model):
 def test_steps_are_the_first_ones_of_the_whole_sequence(model):
     network, params, tokens, _ = model
     key = jax.random.key(0)
-    wanted = decode.generate(network, params, tokens[:, :6], key)
-    found = decode.generate(network, params, tokens[:, :6], key, steps=5)
+    wanted = generation.generate(network, params, tokens[:, :6], key)
+    found = generation.generate(network, params, tokens[:, :6], key, steps=5)
     np.testing.assert_array_equal(found, wanted[:, :11])
 
 
@@ -203,7 +203,7 @@ def test_drawn_tokens_follow_the_distribution_of_the_network(model):
     network, params, tokens, _ = model
     count, temperature, V = 4096, 0.7, network.vocabulary
     prefix = rows(np.repeat(np.asarray(tokens[:1, :14]), count, axis=0))
-    drawn = decode.generate(network, params, prefix, jax.random.key(0), temperature=temperature)
+    drawn = generation.generate(network, params, prefix, jax.random.key(0), temperature=temperature)
     found = np.zeros((V, V))
     np.add.at(found, tuple(np.asarray(drawn[:, 14:]).T), 1)
 
@@ -223,10 +223,10 @@ def test_one_compiled_prefill_and_one_compiled_loop_serve_all_settings(model):
     prefix = tokens[:2, :3]  # shapes that no other test has
 
     def compiled(**settings):
-        decode.generate(network, params, prefix, jax.random.key(0), **settings)
-        return np.array([decode._prefill._cache_size(), decode._continue._cache_size()])
+        generation.generate(network, params, prefix, jax.random.key(0), **settings)
+        return np.array([generation._prefill._cache_size(), generation._continue._cache_size()])
 
-    before = np.array([decode._prefill._cache_size(), decode._continue._cache_size()])
+    before = np.array([generation._prefill._cache_size(), generation._continue._cache_size()])
     first = compiled()
     np.testing.assert_array_equal(first - before, [1, 1])
     for settings in (
@@ -243,7 +243,7 @@ def test_one_compiled_prefill_and_one_compiled_loop_serve_all_settings(model):
     ("keep", "kept"), [(0.0, 0), (0.25, 4), (0.3, 4), (0.5, 8), (0.7, 12), (1.0, 16)]
 )
 def test_kept_tokens_are_whole_rows(keep, kept):
-    assert decode.kept_tokens(tiny_network(), keep) == kept
+    assert generation.kept_tokens(tiny_network(), keep) == kept
 
 
 # Restriction to the most likely tokens
@@ -251,7 +251,7 @@ def test_kept_tokens_are_whole_rows(keep, kept):
 
 @jax.jit
 def restrict(*arguments):
-    return decode.restrict(*arguments)
+    return generation.restrict(*arguments)
 
 
 def kept_by(row, temperature=1.0, top_k=None, top_p=1.0):
@@ -287,7 +287,7 @@ def test_the_temperature_divides_the_logits(temperature):
 def test_no_more_is_drawn_than_there_is_room_for(model):
     network, params, tokens, _ = model
     with pytest.raises(ValueError, match="room for 10 tokens"):
-        decode.generate(network, params, tokens[:, :6], jax.random.key(0), steps=11)
+        generation.generate(network, params, tokens[:, :6], jax.random.key(0), steps=11)
 
 
 def test_top_k_keeps_exactly_the_k_most_likely():

@@ -11,8 +11,8 @@ import threading
 
 import pytest
 
-from gptv_jax import distributed, watch
 from gptv_jax.errors import InputError
+from gptv_jax.hosts import distributed, watch
 
 SLURM = dict.fromkeys(distributed.SLURM, "7") | {"SLURM_NTASKS": "8"}
 THREE = dict(zip(distributed.VARIABLES, ("10.0.0.1:8476", "4", "3"), strict=True))

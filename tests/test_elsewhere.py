@@ -16,7 +16,7 @@ import pytest
 import gptv_jax
 from gptv_jax import config as config_lib
 from gptv_jax.errors import InputError
-from gptv_jax.run import Run
+from gptv_jax.runs.run import Run
 from gptv_jax.stages import pretrain
 
 CONFIG = config_lib.Config(

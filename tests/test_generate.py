@@ -13,7 +13,7 @@ import gptv_jax
 from gptv_jax import config as config_lib
 from gptv_jax.quality import reference
 from gptv_jax.quality.features import Pixels
-from gptv_jax.run import Run
+from gptv_jax.runs.run import Run
 from gptv_jax.stages import generate as stage
 
 pytestmark = pytest.mark.process

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from conftest import MESHES, RECIPES, make_mesh, random_batch, random_params, tiny_network
 
-from gptv_jax import decode, sharding
+from gptv_jax import sharding
+from gptv_jax.decode import cached, generation
+from gptv_jax.decode.sampler import Sampler, class_rows
 from gptv_jax.errors import InputError
-from gptv_jax.model import cached
-from gptv_jax.sampler import Sampler, class_rows
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -58,7 +58,7 @@ def test_the_doubled_batch_is_two_runs_of_the_full_network(recipe):
     network, kept = conditional(**recipe), 5
     params, tokens = random_params(network), tokens_of(network)
     prefix, labels = (sharding.from_everywhere(x) for x in (tokens[:, :kept], LABELS))
-    logits, prompts = decode._prefill(network, True, params, prefix, labels)
+    logits, prompts = generation._prefill(network, True, params, prefix, labels)
     found = [logits]
     cache = cached.Cache(prompts, jax.jit(cached.empty, static_argnums=(1, 2))(
         network.bind(params), 6, 16 - kept))  # fmt: skip
@@ -71,7 +71,9 @@ def test_the_doubled_batch_is_two_runs_of_the_full_network(recipe):
     for logits, of_run in zip((found[0::2], found[1::2]), wanted, strict=True):
         np.testing.assert_allclose(logits, of_run[:, kept:], atol=1e-5, rtol=1e-5)
     by_position = jnp.asarray(found.swapaxes(0, 1))
-    found = [decode.guide(*x, 1) for x in zip(by_position, jnp.asarray(SCALES[kept:]), strict=True)]
+    found = [
+        generation.guide(*x, 1) for x in zip(by_position, jnp.asarray(SCALES[kept:]), strict=True)
+    ]
     wanted = guided(wanted)[:, kept:]
     np.testing.assert_allclose(np.stack(found, axis=1), wanted, atol=1e-4, rtol=1e-5)
 
@@ -86,7 +88,7 @@ def model():
 def draw(network, params, scales, labels=LABELS, **settings):
     nothing, variant = (sharding.filled(x) for x in (np.zeros((len(labels), 0), np.int32), labels))
     settings = {"guidance": scales, "variant": variant, "samples": 2} | settings
-    return np.asarray(decode.generate(network, params, nothing, jax.random.key(0), **settings))
+    return np.asarray(generation.generate(network, params, nothing, jax.random.key(0), **settings))
 
 
 def test_greedy_tokens_are_those_that_the_guided_full_network_finds_most_likely(model):
@@ -100,22 +102,22 @@ def test_greedy_tokens_are_those_that_the_guided_full_network_finds_most_likely(
     )
     assert (found != plain).any()
     given, prefix = np.array(found[::2]), 8  # what is known counts towards the position
-    given[:, prefix:] = decode.UNKNOWN
+    given[:, prefix:] = generation.UNKNOWN
     given[:, 12] = (found[::2, 12] + 1) % network.vocabulary  # what follows is to differ
     sampler = Sampler(network, params, 0.0, guidance=32.0, guidance_schedule="cosine")
     partly = sampler.draw(given, jax.random.key(0), LABELS)
-    scales = decode.guidance_scales("cosine", 32.0, 1.0, network.length)
+    scales = generation.guidance_scales("cosine", 32.0, 1.0, network.length)
     wanted = guided(both(network, params, partly), scales).argmax(axis=-1)
-    np.testing.assert_array_equal(partly, np.where(given == decode.UNKNOWN, wanted, given))
+    np.testing.assert_array_equal(partly, np.where(given == generation.UNKNOWN, wanted, given))
 
 
 def test_scale_1_draws_what_is_drawn_without_guidance(model):
     network, params = model
     wanted = draw(network, params, None)
     np.testing.assert_array_equal(draw(network, params, np.ones(16, np.float32)), wanted)
-    given = np.full((3, 16), decode.UNKNOWN)
+    given = np.full((3, 16), generation.UNKNOWN)
     for schedule in ("constant", "cosine"):  # and does not pay for the doubled batch
-        assert decode.guidance_scales(schedule, 1.0, 2.0, 16) is None
+        assert generation.guidance_scales(schedule, 1.0, 2.0, 16) is None
         sampler = Sampler(network, params, guidance_schedule=schedule, guidance_power=2.0)
         np.testing.assert_array_equal(sampler.draw(given, jax.random.key(0), LABELS, 2), wanted)
 
@@ -123,10 +125,10 @@ def test_scale_1_draws_what_is_drawn_without_guidance(model):
 def test_one_program_serves_all_scales_and_schedules(model):
     network, params = model
     draw(network, params, SCALES)
-    before = decode._prefill._cache_size(), decode._continue._cache_size()
+    before = generation._prefill._cache_size(), generation._continue._cache_size()
     for schedule, scale in (("constant", 2.0), ("cosine", 2.0), ("cosine", 16.0)):
-        draw(network, params, decode.guidance_scales(schedule, scale, 2.75, 16))
-    assert (decode._prefill._cache_size(), decode._continue._cache_size()) == before
+        draw(network, params, generation.guidance_scales(schedule, scale, 2.75, 16))
+    assert (generation._prefill._cache_size(), generation._continue._cache_size()) == before
 
 
 def test_guidance_draws_more_of_what_tells_the_class_as_often_as_the_scale_says(model):
@@ -148,7 +150,7 @@ def test_guidance_draws_more_of_what_tells_the_class_as_often_as_the_scale_says(
     assert shares[0] + 0.02 < shares[1] < shares[2] - 0.02
 
 
-GIVEN = np.where(np.arange(16) % 5, decode.UNKNOWN, tokens_of(conditional(), 8))  # no prefix
+GIVEN = np.where(np.arange(16) % 5, generation.UNKNOWN, tokens_of(conditional(), 8))  # no prefix
 
 
 def drawn_on(mesh, given, samples=1):
@@ -176,8 +178,8 @@ def test_a_seed_gives_the_same_pictures_on_every_mesh_however_many_rows_come_aft
 
 
 def test_schedules_are_those_of_rar():
-    np.testing.assert_array_equal(decode.guidance_scales("constant", 2.5, 1.0, 4), [2.5] * 4)
-    found = decode.guidance_scales("cosine", 16.0, 2.75, 256)  # RAR-B's
+    np.testing.assert_array_equal(generation.guidance_scales("constant", 2.5, 1.0, 4), [2.5] * 4)
+    found = generation.guidance_scales("cosine", 16.0, 2.75, 256)  # RAR-B's
     wanted = [1 + 15 * (1 - math.cos(math.pi * (t / 256) ** 2.75)) / 2 for t in range(256)]
     np.testing.assert_allclose(found, wanted, rtol=1e-6)
     assert found[0] == 1 and (np.diff(found) >= 0).all() and 15.9 < found[-1] < 16

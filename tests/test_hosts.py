@@ -14,9 +14,9 @@ import pytest
 from conftest import encoded, make_folder, random_image, small_arguments
 
 from gptv_jax import config as config_lib
-from gptv_jax import run as run_lib
-from gptv_jax import watch
 from gptv_jax.errors import InputError
+from gptv_jax.hosts import watch
+from gptv_jax.runs import run as run_lib
 
 STEPS = 40
 # Little of everything; nothing in it makes more of a rounding error than it is.

@@ -15,13 +15,13 @@ from conftest import MODERN, generator, make_mesh, random_image, random_params
 
 import gptv_jax
 from gptv_jax import config as config_lib
-from gptv_jax import interop, sharding
+from gptv_jax import sharding, weights
 from gptv_jax.errors import InputError
-from gptv_jax.interop import huggingface, native, openai
-from gptv_jax.interop.portable import Portable
-from gptv_jax.record import config_of
+from gptv_jax.runs.record import config_of
 from gptv_jax.tensors import Accounted
 from gptv_jax.tokens.palette import Palette
+from gptv_jax.weights import huggingface, native, openai
+from gptv_jax.weights.portable import Portable
 
 SHAPE = {"layers": 3, "width": 24, "heads": 3, "vocabulary": 13, "length": 16}
 COLORS = Palette(generator(5).uniform(-1, 1, (13, 3)).astype(np.float32), {"made": "at random"})
@@ -93,7 +93,7 @@ def test_our_form_gives_back_all_of_it(portable, tmp_path):
     whole = dataclasses.replace(portable, best_layer=2)
     native.write(whole, tmp_path / "deep" / "x.safetensors")
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["x.safetensors"]
-    assert_same(interop.read(tmp_path / "deep" / "x.safetensors"), whole)
+    assert_same(weights.read(tmp_path / "deep" / "x.safetensors"), whole)
     with pytest.raises(InputError, match=r"cannot be written"):
         native.write(whole, tmp_path / "deep" / "x.safetensors" / "below.safetensors")
 
@@ -113,9 +113,9 @@ def test_our_form_holds_whatever_a_network_can_have(portable, tmp_path):
 
 def test_hugging_faces_form_gives_back_all_of_it(portable, tmp_path):
     huggingface.write(portable, tmp_path / "lm", "generation")
-    assert_same(interop.read(tmp_path / "lm"), portable.headless())
+    assert_same(weights.read(tmp_path / "lm"), portable.headless())
     huggingface.write(portable, tmp_path / "classes", "classification")
-    found = interop.read(tmp_path / "classes")
+    found = weights.read(tmp_path / "classes")
     assert not found.params["head"].any()  # which that task has no place for
     assert_same(found, dataclasses.replace(portable, params=portable.params | {
         "head": np.zeros_like(portable.params["head"])}))  # fmt: skip
@@ -171,7 +171,7 @@ def test_what_cannot_be_folded_in_is_refused_by_name(portable, tmp_path):
 def test_an_export_writes_over_nothing_but_an_export(portable, tmp_path):
     huggingface.write(portable, tmp_path / "hf", "generation")
     huggingface.write(portable, tmp_path / "hf", "classification")
-    assert interop.read(tmp_path / "hf").classes == 5
+    assert weights.read(tmp_path / "hf").classes == 5
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "config.json").write_text('{"config": {}}')
     for folder in (tmp_path / "run", tmp_path):
@@ -288,7 +288,7 @@ def test_weights_that_do_not_fit_are_an_error_that_names_them(portable, tmp_path
 def test_masks_that_old_versions_saved_are_ignored(portable, tmp_path):
     masks = {"transformer.h.0.attn.bias": np.ones((1, 1, 16, 16), bool)}
     masks |= {"transformer.h.0.attn.masked_bias": np.float32(-1e4).reshape(1)}
-    found = interop.read(damaged(portable, tmp_path / "hf", **masks))
+    found = weights.read(damaged(portable, tmp_path / "hf", **masks))
     np.testing.assert_array_equal(found.params["blocks.qkv"], portable.params["blocks.qkv"])
 
 
@@ -383,7 +383,7 @@ def test_a_file_of_others_or_of_another_version_is_named(portable, tmp_path):
     half = {name: array.astype(np.float16) for name, array in portable.params.items()}
     half |= {"palette.centers": COLORS.centers}
     safetensors.numpy.save_file(half, path, {"gptv_jax": json.dumps(header)})
-    assert {a.dtype for a in interop.read(path).params.values()} == {np.dtype(np.float32)}
+    assert {a.dtype for a in weights.read(path).params.values()} == {np.dtype(np.float32)}
     with pytest.raises(InputError, match=r"is not a run folder, nor a .safetensors file"):
         gptv_jax.load(tmp_path / "nothing.safetensors")
 
@@ -393,7 +393,7 @@ def test_what_is_older_than_a_field_has_its_default(portable, finished_run, tmp_
     del header["model"]["objective"], header["model"]["votes"]
     arrays = portable.params | {"palette.centers": COLORS.centers}
     safetensors.numpy.save_file(arrays, path, {"gptv_jax": json.dumps(header)})
-    assert_same(interop.read(path), portable)
+    assert_same(weights.read(path), portable)
     record = json.loads((finished_run.folder / "config.json").read_text())
     del record["config"]["model.objective"], record["config"]["finetune.layer_decay"]
     (tmp_path / "config.json").write_text(json.dumps(record))

@@ -9,7 +9,7 @@ import pytest
 
 import gptv_jax
 from gptv_jax.data import sources
-from gptv_jax.record import config_of
+from gptv_jax.runs.record import config_of
 
 BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
 

@@ -8,8 +8,8 @@ import safetensors.numpy
 from conftest import generator
 
 from gptv_jax.errors import InputError
-from gptv_jax.interop.lpips import load
 from gptv_jax.model import lpips
+from gptv_jax.weights.lpips import load
 
 
 def random_weights(seed: int = 0) -> lpips.Weights:

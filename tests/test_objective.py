@@ -14,10 +14,10 @@ from conftest import MESHES, generator, make_mesh, random_batch, random_params, 
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.errors import InputError
-from gptv_jax.interop import openai
 from gptv_jax.tensors import Accounted
 from gptv_jax.tokens.palette import Palette
 from gptv_jax.train import objective, step
+from gptv_jax.weights import openai
 
 
 def bert(classes: int = 0, **changes):

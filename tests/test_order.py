@@ -11,9 +11,10 @@ import pytest
 from conftest import MESHES, generator, make_mesh, random_batch, random_params, tiny_network
 
 from gptv_jax import config as config_lib
-from gptv_jax import fields, sharding
+from gptv_jax import sharding
+from gptv_jax.config import fields
+from gptv_jax.decode import cached
 from gptv_jax.errors import InputError
-from gptv_jax.model import cached
 from gptv_jax.planning import plan, topology
 from gptv_jax.train import objective, step
 

@@ -12,9 +12,9 @@ import pytest
 from conftest import generator, make_mesh
 
 import gptv_jax
-from gptv_jax import interop, sharding
-from gptv_jax.interop.portable import Portable
+from gptv_jax import sharding, weights
 from gptv_jax.train.objective import cross_entropy
+from gptv_jax.weights.portable import Portable
 
 torch = pytest.importorskip("torch", reason="the bench extra (torch) is not installed")
 transformers = pytest.importorskip(
@@ -65,7 +65,7 @@ def shifted(tokens: np.ndarray, shape: dict):
 def test_logits_and_every_layer_agree(name, tmp_path):
     shape = SHAPES[name]
     model = theirs(shape)
-    portable = interop.read(saved(model, tmp_path / "hf", max_shard_size="40MB"))
+    portable = weights.read(saved(model, tmp_path / "hf", max_shard_size="40MB"))
     sharded = (tmp_path / "hf" / "model.safetensors.index.json").exists()
     assert sharded == (name == "igpt-s")
     tokens = tokens_of(shape)
@@ -93,7 +93,7 @@ def test_logits_of_the_raw_alignment_agree(name, tmp_path):
     """Fed as their processor feeds them: token i at position i, and no start token."""
     shape = SHAPES[name]
     model = theirs(shape)
-    portable = interop.read(saved(model, tmp_path / "hf"))
+    portable = weights.read(saved(model, tmp_path / "hf"))
     tokens = tokens_of(shape)
     with torch.no_grad():
         wanted = model(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
@@ -127,7 +127,7 @@ def test_class_logits_agree(tmp_path):
 def test_gradients_of_the_loss_agree_for_every_weight(name, tmp_path):
     shape = SHAPES[name] | {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     model = theirs(shape)
-    portable = interop.read(saved(model, tmp_path / "hf"))
+    portable = weights.read(saved(model, tmp_path / "hf"))
     tokens = tokens_of(shape, rows=1 if name == "igpt-s" else 4)
     logits = model(shifted(tokens, shape)).logits
     targets = torch.tensor(tokens, dtype=torch.long)
@@ -138,7 +138,7 @@ def test_gradients_of_the_loss_agree_for_every_weight(name, tmp_path):
         for weight_name, weight in model.named_parameters():
             if weight_name.endswith("bias"):
                 weight.zero_()  # which we have not
-    wanted = interop.read(saved(model, tmp_path / "gradients")).params
+    wanted = weights.read(saved(model, tmp_path / "gradients")).params
 
     def loss(params):
         logits = portable.network.bind(params)(jnp.asarray(tokens)).logits

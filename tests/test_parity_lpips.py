@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from conftest import generator
 
-from gptv_jax.interop.lpips import load
 from gptv_jax.model import lpips as ours
+from gptv_jax.weights.lpips import load
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 lpips = pytest.importorskip("lpips", reason="lpips is not installed")

@@ -1,6 +1,6 @@
 import numpy as np
 
-from gptv_jax import pictures
+from gptv_jax.runs import pictures
 
 
 def test_a_heat_map_is_the_brighter_the_more_on_one_scale_for_all_images():

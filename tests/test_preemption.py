@@ -14,7 +14,7 @@ import pytest
 from conftest import small_arguments
 from test_resume import STEPS, Training, assert_identical
 
-from gptv_jax import preemption
+from gptv_jax.hosts import preemption
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,8 @@ def test_an_evaluation_is_given_up_between_two_batches(training, uninterrupted, 
 
 OUTSIDE = """
 import time
-from gptv_jax import errors, preemption
+from gptv_jax import errors
+from gptv_jax.hosts import preemption
 preemption.install(lambda: errors.end(130, "interrupted"))
 print("ready", flush=True)
 while True:
@@ -132,7 +133,8 @@ while True:
 """
 TOO_LATE = """
 import time
-from gptv_jax import errors, preemption
+from gptv_jax import errors
+from gptv_jax.hosts import preemption
 preemption.install(lambda: errors.end(130, "interrupted"))
 with preemption.deferred() as request:
     print("ready", flush=True)

@@ -12,10 +12,11 @@ from test_ridge import badly_scaled
 from test_sgd import SGD, events
 
 from gptv_jax import config as config_lib
-from gptv_jax import report, sharding
+from gptv_jax import sharding
 from gptv_jax.errors import InputError
 from gptv_jax.probe import features, logistic, ridge
-from gptv_jax.run import Run
+from gptv_jax.runs import report
+from gptv_jax.runs.run import Run
 from gptv_jax.stages import pretrain, probe
 from gptv_jax.train import objective
 

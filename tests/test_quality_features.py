@@ -10,9 +10,9 @@ import gptv_jax
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.errors import InputError
-from gptv_jax.interop import native
-from gptv_jax.interop.portable import Portable
 from gptv_jax.quality.features import Features, FromFunction, Pixels, make_features
+from gptv_jax.weights import native
+from gptv_jax.weights.portable import Portable
 
 
 def test_pixels_are_averaged_over_equal_areas():

@@ -10,7 +10,7 @@ import sys
 import jax
 import pytest
 
-from gptv_jax import runtime
+from gptv_jax.hosts import runtime
 
 pytestmark = pytest.mark.process
 
@@ -19,7 +19,7 @@ HUGE_PAGES = SETTING.exists() and "[never]" not in SETTING.read_text()
 FAULTS = """
 import json, resource, sys
 import jax
-from gptv_jax import runtime
+from gptv_jax.hosts import runtime
 if sys.argv[1] == "kept":
     runtime.keep_memory()
 x, negative = jax.numpy.ones(2**24), jax.jit(lambda x: -x)
@@ -34,7 +34,7 @@ print(json.dumps(faults))
 COMPILES = """
 import json
 import jax
-from gptv_jax import runtime
+from gptv_jax.hosts import runtime
 runtime.COMPILE_SECONDS = 0.0
 events = []
 jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
@@ -46,7 +46,8 @@ print(json.dumps([jax.config.jax_compilation_cache_dir, found]))
 
 COMMAND = """
 import json, pathlib, runpy, sys
-from gptv_jax import errors, runtime
+from gptv_jax import errors
+from gptv_jax.hosts import runtime
 asked, runtime.DEVICES = [], pathlib.Path("/nowhere")
 runtime.ctypes.CDLL = lambda name, load=runtime.ctypes.CDLL: asked.append(name) or load(name)
 def end(code, message):

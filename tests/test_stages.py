@@ -18,17 +18,19 @@ from PIL import Image
 
 import gptv_jax
 from gptv_jax import config as config_lib
-from gptv_jax import likelihood, pictures, sharding
+from gptv_jax import sharding
 from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.data import sources
+from gptv_jax.decode import likelihood
+from gptv_jax.decode.sampler import Sampler
 from gptv_jax.errors import InputError
-from gptv_jax.interop.portable import Portable
-from gptv_jax.record import config_of
-from gptv_jax.run import Run
-from gptv_jax.sampler import Sampler
+from gptv_jax.runs import pictures
+from gptv_jax.runs.record import config_of
+from gptv_jax.runs.run import Run
 from gptv_jax.stages import probe, sample
 from gptv_jax.train import loop
 from gptv_jax.train.metrics import MetricWriter
+from gptv_jax.weights.portable import Portable
 
 
 def images_of(split: str) -> np.ndarray:

@@ -9,8 +9,9 @@ import pytest
 from conftest import SMALL, random_batch, random_params, tiny_network
 
 from gptv_jax import config as config_lib
-from gptv_jax import fields, sharding
-from gptv_jax.run import Run
+from gptv_jax import sharding
+from gptv_jax.config import fields
+from gptv_jax.runs.run import Run
 from gptv_jax.stages import pretrain
 from gptv_jax.train import loop, optimizer, step
 

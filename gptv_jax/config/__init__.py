@@ -9,14 +9,14 @@ import dataclasses
 
 import ml_collections
 
-from gptv_jax import consistency, fields
+from gptv_jax.config import fields, rules
 from gptv_jax.config.autoencoder import Autoencoder, Tokenizer
 from gptv_jax.config.data import Data, Tokens
+from gptv_jax.config.fields import NOT_NEGATIVE, field
 from gptv_jax.config.model import Model
 from gptv_jax.config.stages import Finetune, Generate, Probe, ProbeSgd, Sample
 from gptv_jax.config.train import Mesh, Optimizer, Profile, Train
 from gptv_jax.errors import InputError
-from gptv_jax.fields import NOT_NEGATIVE, field
 
 __all__ = [
     "Autoencoder",
@@ -110,5 +110,5 @@ def resolve(settings: ml_collections.ConfigDict | dict) -> Config:
         message names the field, its value and what would be accepted.
     """
     config = fields.from_dict(Config, settings, "config")
-    consistency.check(config)
+    rules.check(config)
     return config

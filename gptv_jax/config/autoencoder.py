@@ -3,8 +3,8 @@
 import dataclasses
 import math
 
+from gptv_jax.config.fields import BELOW_ONE, NOT_NEGATIVE, POSITIVE, SHARE, field, one_of
 from gptv_jax.config.train import Train
-from gptv_jax.fields import BELOW_ONE, NOT_NEGATIVE, POSITIVE, SHARE, field, one_of
 
 LEVELS = ("2 or more, once or more", lambda v: v and all(levels >= 2 for levels in v))
 MOST_CODES = 2**16  # token caches keep two bytes a token

@@ -3,7 +3,7 @@
 import dataclasses
 
 from gptv_jax.config.autoencoder import Autoencoder
-from gptv_jax.fields import NOT_NEGATIVE, POSITIVE, SHARE, field, flatten, one_of
+from gptv_jax.config.fields import NOT_NEGATIVE, POSITIVE, SHARE, field, flatten, one_of
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from gptv_jax.fields import BELOW_ONE, NOT_NEGATIVE, POSITIVE, SHARE, field, one_of
+from gptv_jax.config.fields import BELOW_ONE, NOT_NEGATIVE, POSITIVE, SHARE, field, one_of
 
 TWO_SHARES = (
     "two shares of the training, the first one no larger, or none",

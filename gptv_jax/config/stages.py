@@ -3,8 +3,16 @@
 import dataclasses
 import math
 
+from gptv_jax.config.fields import (
+    ABOVE_ZERO,
+    BELOW_ONE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SHARE,
+    field,
+    one_of,
+)
 from gptv_jax.config.train import Train
-from gptv_jax.fields import ABOVE_ZERO, BELOW_ONE, NOT_NEGATIVE, POSITIVE, SHARE, field, one_of
 
 POSITIVES = (
     "positive numbers, one or more",

@@ -3,7 +3,15 @@
 import dataclasses
 import re
 
-from gptv_jax.fields import ABOVE_ZERO, BELOW_ONE, NOT_NEGATIVE, POSITIVE, SHARE, field, one_of
+from gptv_jax.config.fields import (
+    ABOVE_ZERO,
+    BELOW_ONE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SHARE,
+    field,
+    one_of,
+)
 
 AXIS = ("1 or more, or -1 to fill", lambda v: v >= 1 or v == -1)
 STEPS = ("the first and the last step as FIRST:LAST, such as 10:15", lambda v: _steps(v))

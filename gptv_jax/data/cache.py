@@ -21,7 +21,8 @@ import numpy as np
 from jaxtyping import Int
 
 from gptv_jax import config as config_lib
-from gptv_jax import fields, files, tokens
+from gptv_jax import files, tokens
+from gptv_jax.config import fields
 from gptv_jax.errors import InputError
 
 FORMAT = 1  # of the folder; another one is not read

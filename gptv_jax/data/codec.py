@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 
 from gptv_jax import config as config_lib
-from gptv_jax import interop, tokens
+from gptv_jax import tokens, weights
 from gptv_jax.data import pipeline, sources
 from gptv_jax.data.cache import TokenCache
 from gptv_jax.data.damage import Ledger
@@ -41,9 +41,9 @@ def find_codec(config: config_lib.Config, folder: pathlib.Path | None = None) ->
         found[f"the token cache {cache.folder}"] = cache.codec().lexicon
     if config.init_from:
         path = pathlib.Path(config.init_from)
-        portable = interop.is_portable(path)
+        portable = weights.is_portable(path)
         found[f"config.init_from={path}"] = (
-            interop.read_lexicon(path) if portable else tokens.load_lexicon(kind, path)
+            weights.read_lexicon(path) if portable else tokens.load_lexicon(kind, path)
         )
     field = {"palette": "palette", "learned": "tokenizer"}[kind]
     if given := getattr(config.tokens, field):

@@ -6,8 +6,8 @@ from typing import ClassVar
 import numpy as np
 from PIL import ImageEnhance
 
+from gptv_jax.config.fields import SHARE, field
 from gptv_jax.data.images import to_array, to_picture
-from gptv_jax.fields import SHARE, field
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,9 +7,9 @@ from typing import ClassVar
 import numpy as np
 from PIL import Image
 
+from gptv_jax.config.fields import NOT_NEGATIVE, POSITIVE, SHARE, field, one_of
 from gptv_jax.data.images import to_array, to_picture
 from gptv_jax.errors import InputError
-from gptv_jax.fields import NOT_NEGATIVE, POSITIVE, SHARE, field, one_of
 
 METHODS = {
     "nearest": Image.Resampling.NEAREST,

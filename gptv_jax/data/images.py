@@ -9,8 +9,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
+from gptv_jax.config.fields import POSITIVE, field
 from gptv_jax.errors import first_line
-from gptv_jax.fields import POSITIVE, field
 
 # Pillow's remarks on odd metadata; here, because a `with` would not be safe among threads.
 warnings.filterwarnings("ignore", module=r"PIL\.")

@@ -13,7 +13,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from gptv_jax import fields
+from gptv_jax.config import fields
 from gptv_jax.data import color, geometry
 from gptv_jax.data.images import Decode
 from gptv_jax.errors import InputError, first_line

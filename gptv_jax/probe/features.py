@@ -12,8 +12,9 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array, Float
 
 from gptv_jax import config as config_lib
-from gptv_jax import preemption, sharding
+from gptv_jax import sharding
 from gptv_jax.data.pipeline import Pipeline
+from gptv_jax.hosts import preemption
 from gptv_jax.model.gpt import Network
 from gptv_jax.tokens import Codec
 from gptv_jax.train import objective

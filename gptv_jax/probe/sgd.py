@@ -17,8 +17,9 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from gptv_jax import config as config_lib
-from gptv_jax import preemption, sharding
+from gptv_jax import sharding
 from gptv_jax.checkpoint import Checkpoints
+from gptv_jax.hosts import preemption
 from gptv_jax.model import flops
 from gptv_jax.model.gpt import Network, Output
 from gptv_jax.probe.features import Batches, Features, statistics

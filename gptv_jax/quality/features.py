@@ -7,10 +7,10 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from gptv_jax import api, loading, tensors
+from gptv_jax import api, tensors
 from gptv_jax.errors import InputError
-from gptv_jax.interop import native
 from gptv_jax.quality.inception import MARK, Inception
+from gptv_jax.weights import loading, native
 
 PIXELS = "pixels"
 CELLS = 8  # that pixel features have along height and width, where the image has as many pixels

@@ -14,7 +14,7 @@ from gptv_jax import sharding
 from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.model import flops
 from gptv_jax.model.gpt import Network
-from gptv_jax.run import Run
+from gptv_jax.runs.run import Run
 from gptv_jax.train import loop, objective, optimizer, step
 
 STATISTICS = 2_000  # training images at most that the head's input is measured on

@@ -15,15 +15,18 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from gptv_jax import decode, distributed, files, pictures, preemption
+from gptv_jax import files
 from gptv_jax.data import pipeline, sources, transforms
+from gptv_jax.decode import generation
+from gptv_jax.decode.sampler import Sampler
 from gptv_jax.errors import InputError
+from gptv_jax.hosts import distributed, preemption
 from gptv_jax.quality import reference as references
 from gptv_jax.quality.evaluate import evaluate
 from gptv_jax.quality.features import Features, make_features
 from gptv_jax.quality.reference import Reference
-from gptv_jax.run import Run
-from gptv_jax.sampler import Sampler
+from gptv_jax.runs import pictures
+from gptv_jax.runs.run import Run
 from gptv_jax.train.metrics import Progress
 
 LOG = logging.getLogger(__name__)
@@ -103,7 +106,7 @@ def _drawn(
     sampler = Sampler.of(run.config.sample, network, run.pretrained(network))
     key = jax.random.fold_in(jax.random.key(run.config.seed), BEYOND_SAMPLES)
     progress = Progress("generate", config.count, unit="image")
-    unknown = np.full((config.batch_size, network.length), decode.UNKNOWN, np.int32)
+    unknown = np.full((config.batch_size, network.length), generation.UNKNOWN, np.int32)
     for number, first in enumerate(range(0, config.count, config.batch_size)):
         wanted = min(config.batch_size, config.count - first)
         # Of batches of another size the same number has other classes, and another part of the key.

@@ -12,14 +12,15 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from gptv_jax import distributed, files
+from gptv_jax import files
 from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.errors import InputError, first_line
+from gptv_jax.hosts import distributed
 from gptv_jax.model.gpt import Network
 from gptv_jax.probe import features, ridge, sgd
 from gptv_jax.probe.features import Features, Kept
 from gptv_jax.probe.logistic import draw, fit_probe, preference, with_few_labels
-from gptv_jax.run import Run
+from gptv_jax.runs.run import Run
 from gptv_jax.train.metrics import Progress
 
 LOG = logging.getLogger(__name__)

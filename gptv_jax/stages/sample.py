@@ -7,10 +7,11 @@ import jax
 import numpy as np
 from jaxtyping import Bool, UInt8
 
-from gptv_jax import decode, likelihood, pictures
 from gptv_jax.data import pipeline
-from gptv_jax.run import Run
-from gptv_jax.sampler import Sampler, class_rows
+from gptv_jax.decode import generation, likelihood
+from gptv_jax.decode.sampler import Sampler, class_rows
+from gptv_jax.runs import pictures
+from gptv_jax.runs.run import Run
 
 
 def run_stage(run: Run) -> dict:
@@ -26,7 +27,7 @@ def run_stage(run: Run) -> dict:
     rows = class_rows(config.count, classes) if classes else None
     labels = rows.reshape(-1) if classes else None
     count = len(labels) if classes else config.count
-    nothing = np.full((count, network.length), decode.UNKNOWN, np.int32)
+    nothing = np.full((count, network.length), generation.UNKNOWN, np.int32)
     sampler.draw(nothing, key, labels)  # compiles
     begin = time.perf_counter()
     tokens = sampler.draw(nothing, key, labels)
@@ -39,10 +40,10 @@ def run_stage(run: Run) -> dict:
         elements = list(itertools.islice(elements, config.completions))
         test = np.stack([pipeline.to_tokens(run.codec, e["image"]) for e in elements])
         labels = np.array([e["label"] for e in elements], np.int32) if classes else None
-        upper = np.arange(network.length) < decode.kept_tokens(network, config.keep)
+        upper = np.arange(network.length) < generation.kept_tokens(network, config.keep)
         known = {"completions": upper, "inpainted": ~_middle(network.grid)}
         for number, (name, mask) in enumerate(known.items(), start=1):
-            given = np.where(mask, test, decode.UNKNOWN)
+            given = np.where(mask, test, generation.UNKNOWN)
             drawn = sampler.draw(given, jax.random.fold_in(key, number), labels)
             _save_pairs(run, name, _shown(run, test), _shown(run, drawn))
         nats = likelihood.nats(network, sampler.params, test, labels)

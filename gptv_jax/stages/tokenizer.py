@@ -14,15 +14,16 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gptv_jax import pictures, sharding
+from gptv_jax import sharding
 from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.data import pipeline
-from gptv_jax.interop import lpips
 from gptv_jax.model import flops
 from gptv_jax.model.gpt import parameter_count
-from gptv_jax.run import Run
+from gptv_jax.runs import pictures
+from gptv_jax.runs.run import Run
 from gptv_jax.tokens import Tokenizer
 from gptv_jax.train import autoencoding, loop, metrics, optimizer
+from gptv_jax.weights import lpips
 
 LOG = logging.getLogger(__name__)
 SHOWN = 16  # test images in the picture of reconstructions

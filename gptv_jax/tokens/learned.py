@@ -15,7 +15,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, UInt8
 
 from gptv_jax import config as config_lib
-from gptv_jax import fields, sharding, tensors
+from gptv_jax import sharding, tensors
+from gptv_jax.config import fields
 from gptv_jax.errors import InputError, first_line
 from gptv_jax.model import autoencoder
 

@@ -11,9 +11,10 @@ import jax
 import numpy as np
 
 from gptv_jax import config as config_lib
-from gptv_jax import preemption, sharding
+from gptv_jax import sharding
 from gptv_jax.checkpoint import Checkpoints, DamagedError
 from gptv_jax.errors import InputError
+from gptv_jax.hosts import preemption
 from gptv_jax.train import profiling
 from gptv_jax.train.goodput import Sessions
 from gptv_jax.train.metrics import MetricWriter, Progress, mfu

@@ -3,7 +3,7 @@
 from gptv_jax import config as config_lib
 from gptv_jax.data import sources
 from gptv_jax.errors import InputError
-from gptv_jax.record import ON_REQUEST, STAGES
+from gptv_jax.runs.record import ON_REQUEST, STAGES
 
 
 def choose_stages(

@@ -7,12 +7,13 @@ import pathlib
 import numpy as np
 
 from gptv_jax import config as config_lib
-from gptv_jax import fields, tensors
+from gptv_jax import tensors
+from gptv_jax.config import fields
+from gptv_jax.config.fields import NOT_NEGATIVE, POSITIVE, field
 from gptv_jax.errors import InputError, first_line
-from gptv_jax.fields import NOT_NEGATIVE, POSITIVE, field
-from gptv_jax.interop.portable import Portable, agreed
 from gptv_jax.tokens import Lexicon, Palette, Tokenizer, learned
 from gptv_jax.tokens import palette as palettes
+from gptv_jax.weights.portable import Portable, agreed
 
 FORMAT = 1
 HEADER = "gptv_jax"  # the key of the file's metadata

@@ -15,13 +15,14 @@ import re
 import numpy as np
 
 from gptv_jax import config as config_lib
-from gptv_jax import fields, files, tensors
+from gptv_jax import files, tensors
+from gptv_jax.config import fields
 from gptv_jax.errors import InputError
-from gptv_jax.interop import native
-from gptv_jax.interop.portable import Portable, agreed, class_head
 from gptv_jax.tensors import Accounted
 from gptv_jax.tokens import palette as palettes
 from gptv_jax.tokens.palette import Palette
+from gptv_jax.weights import native
+from gptv_jax.weights.portable import Portable, agreed, class_head
 
 LOG = logging.getLogger(__name__)
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"

@@ -16,7 +16,11 @@ import tempfile
 import jax
 from etils import epath
 
-from gptv_jax import checkpoint, consistency, distributed, fields, files, interop, sharding, tokens
+from gptv_jax import checkpoint, files, sharding, tokens
+from gptv_jax.config import rules
+from gptv_jax.hosts import distributed
+from gptv_jax.config import fields
+from gptv_jax import weights
 from gptv_jax import config as config_lib
 from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.data import codec as codecs
@@ -24,12 +28,12 @@ from gptv_jax.data import pipeline, sources, transforms
 from gptv_jax.data.damage import Ledger
 from gptv_jax.data.pipeline import Pipeline
 from gptv_jax.errors import InputError
-from gptv_jax.interop.portable import Portable
+from gptv_jax.weights.portable import Portable
 from gptv_jax.model.gpt import Network
-from gptv_jax.record import checkpoint_folder, config_of, finished_stages
-from gptv_jax.sampler import check_guidable
+from gptv_jax.runs.record import checkpoint_folder, config_of, finished_stages
+from gptv_jax.decode.sampler import check_guidable
 from gptv_jax.train.metrics import MetricWriter
-from gptv_jax.wanted import choose_stages
+from gptv_jax.stages.select import choose_stages
 
 TRIED = 32  # images that the transforms and the codec are tried on, before any work
 VERSIONED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "gptv_jax")
@@ -68,7 +72,7 @@ class Run:
         distributed.from_first(self._compare)
         opened = {split: sources.open_source(config.data, split) for split in sources.SPLITS}
         self.classes = opened["train"].classes
-        consistency.check_classes(config, self.classes)
+        rules.check_classes(config, self.classes)
         names = getattr(sources.open_data_set(config.data), "class_names", self.classes)
         lengths = {split: len(source) for split, source in opened.items()}
         self._known = {"images": lengths, "classes": names}  # of the data
@@ -157,7 +161,7 @@ class Run:
     def _check_pretrained(self, codec: tokens.Codec | None) -> None:
         """Raises where there are no pretrained weights, or of another network."""
         given = self.config.init_from
-        if given and interop.is_portable(given):
+        if given and weights.is_portable(given):
             self._imported(codec)
             return
         self._must_be_pretrained()
@@ -170,7 +174,7 @@ class Run:
         """The weights of `config.init_from`, where they come from elsewhere; without class head."""
         given, lexicon = self.config.init_from, codec and codec.lexicon
         palette = lexicon if isinstance(lexicon, tokens.Palette) else None
-        found = interop.read(given, palette).headless()
+        found = weights.read(given, palette).headless()
         self._must_fit(found)
         return found
 
@@ -202,7 +206,7 @@ class Run:
             the checkpoints can be read.
         """
         given = self.config.init_from
-        if given and interop.is_portable(given):
+        if given and weights.is_portable(given):
             weights = self._imported(self.codec)
             self._pretrained_step = weights.step
             return weights.on_mesh()

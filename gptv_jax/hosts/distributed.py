@@ -30,8 +30,9 @@ import numpy as np
 from jax._src import distributed as jax_distributed  # tells where the processes have met
 from jax.experimental import multihost_utils
 
-from gptv_jax import errors, watch
+from gptv_jax import errors
 from gptv_jax.errors import InputError, first_line
+from gptv_jax.hosts import watch
 
 WAYS = ("auto", "off", "tpu", "slurm")
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -153,7 +154,7 @@ def start(
     elif jax.process_count() > 1:
         raise InputError(
             f"this is one of {jax.process_count()} processes on one accelerator, but nothing says "
-            "so; give --distributed=tpu (see gptv_jax/distributed.py)."
+            "so; give --distributed=tpu (see gptv_jax/hosts/distributed.py)."
         )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from gptv_jax import sharding
-from gptv_jax.model import cached
+from gptv_jax.decode import cached
 from gptv_jax.model.gpt import Network
 
 FIRST_ROOM = 64  # positions that the cache has room for at first

@@ -10,7 +10,8 @@ from jax.experimental import multihost_utils
 from jaxtyping import Bool, Int, PRNGKeyArray
 
 from gptv_jax import config as config_lib
-from gptv_jax import decode, sharding
+from gptv_jax import sharding
+from gptv_jax.decode import generation
 from gptv_jax.errors import InputError
 from gptv_jax.model.gpt import Network
 
@@ -53,12 +54,12 @@ class Sampler:
         """Whole sequences; every process gets all of them. Call it under the mesh of `params`.
 
         Args:
-          given: tokens, the same in every process, `decode.UNKNOWN` where one is to be drawn.
+          given: tokens, the same in every process, `generation.UNKNOWN` where one is to be drawn.
           key: of the draws, which depend on neither the mesh nor on how many rows come after.
           labels: class of each row; None: none is told, and there is nothing to guide.
           samples: sequences of each row, next to each other.
         """
-        unknown, columns = (given == decode.UNKNOWN).any(axis=0), self.network.grid[1]
+        unknown, columns = (given == generation.UNKNOWN).any(axis=0), self.network.grid[1]
         whole = np.repeat(given, samples, axis=0)
         if not unknown.any():
             return whole
@@ -70,14 +71,14 @@ class Sampler:
             labels = None if labels is None else np.repeat(labels, samples)
             given, samples = whole, 1
         shape = (self.guidance_schedule, self.guidance, self.guidance_power, self.network.length)
-        drawn = decode.generate(
+        drawn = generation.generate(
             self.network,
             self.params,
             sharding.filled(given[:, :end]),
             key,
             prefix=int(first),
             variant=None if labels is None else sharding.filled(labels),
-            guidance=None if labels is None else decode.guidance_scales(*shape),
+            guidance=None if labels is None else generation.guidance_scales(*shape),
             samples=samples,
             steps=0,
             temperature=self.temperature,
@@ -108,7 +109,7 @@ class Sampler:
         (rows, columns), (top, bottom, left, right) = self.network.grid, margins
         grid = tokens.reshape(-1, rows, columns)
         around = ((0, 0), (top, bottom), (left, right))
-        grid = np.pad(grid, around, constant_values=decode.UNKNOWN)
+        grid = np.pad(grid, around, constant_values=generation.UNKNOWN)
         windows = itertools.product(_outward(top, bottom, rows), _outward(left, right, columns))
         for number, (row, column) in enumerate(windows):
             window = grid[:, row : row + rows, column : column + columns]

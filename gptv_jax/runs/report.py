@@ -8,10 +8,12 @@ import jax
 from etils import epy
 
 from gptv_jax import config as config_lib
-from gptv_jax import fields, files, page
-from gptv_jax.record import finished_stages
-from gptv_jax.run import Run
-from gptv_jax.sampler import class_rows
+from gptv_jax import files
+from gptv_jax.config import fields
+from gptv_jax.runs import html
+from gptv_jax.runs.record import finished_stages
+from gptv_jax.runs.run import Run
+from gptv_jax.decode.sampler import class_rows
 
 with epy.lazy_imports():  # heavy, and not needed before there is something to plot
     from matplotlib import figure as figures
@@ -24,18 +26,18 @@ def write(run: Run) -> None:
         return
     summary, events = run.summary(), run.metrics.read()
     title = _title(run, summary)
-    numbers = [(name, page.number(value)) for name, value in summary.items()]
+    numbers = [(name, html.number(value)) for name, value in summary.items()]
     content = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title} ({html.escape(run.folder.name)})</title><style>{page.STYLE}</style></head>
+<title>{title} ({html.escape(run.folder.name)})</title><style>{html.STYLE}</style></head>
 <body><h1>{title}</h1>{_origin(run)}
 <div class="tiles">{_headlines(run, summary)}</div>
-{page.section("Tokenizer", _tokenizing(run, summary, events))}
-{page.section("Training", _pretraining(run, events) + _finetuning(summary, events))}
-{page.section("Linear probe by layer", _layers(run, summary))}
-{page.section("Samples", _samples(run, summary))}
-<div class="row"><div><h2>All numbers</h2>{page.table(("name", "value"), numbers)}</div>
+{html.section("Tokenizer", _tokenizing(run, summary, events))}
+{html.section("Training", _pretraining(run, events) + _finetuning(summary, events))}
+{html.section("Linear probe by layer", _layers(run, summary))}
+{html.section("Samples", _samples(run, summary))}
+<div class="row"><div><h2>All numbers</h2>{html.table(("name", "value"), numbers)}</div>
 <div><h2>Configuration</h2>{_configuration(run)}</div></div></body></html>
 """
     files.replace(run.folder / "report.html", content.encode())
@@ -67,20 +69,20 @@ def _headlines(run: Run, summary: dict) -> str:
         uniform = f"uniform (ln {v}): {math.log(v):.3f} nats/token"
         in_bits = f"in bits: {bits:.3f}, uniform {math.log2(v):.3f}"
         of_pixels = _against_pixels(summary)
-        tiles += page.tile("Test loss", f"{nats:.3f} nats/token", uniform, in_bits, *of_pixels)
+        tiles += html.tile("Test loss", f"{nats:.3f} nats/token", uniform, in_bits, *of_pixels)
         speed, mfu = summary["pretrain/train_tokens_per_second"], summary["pretrain/mfu"]
         shown = "not timed" if speed is None else f"{speed:,.0f} tokens/s"
         share = "MFU: unknown peak" if mfu is None else f"MFU {mfu:.1%}"
-        tiles += page.tile("Pretraining speed", shown, share, *_goodput(summary))
+        tiles += html.tile("Pretraining speed", shown, share, *_goodput(summary))
     if "probe" in done:
         raw = f"raw pixels {summary['probe/raw_pixels_test_accuracy']:.2%}"
         random = f"random init {summary['probe/random_init_test_accuracy']:.2%}"
         reached = f"{summary['probe/test_accuracy']:.2%}"
-        tiles += page.tile("Probe, test accuracy", reached, raw, random)
+        tiles += html.tile("Probe, test accuracy", reached, raw, random)
     if "finetune" in done:
         tuned = f"{summary['finetune/test_accuracy']:.2%}"
         scratch = f"from scratch {summary['finetune/scratch_test_accuracy']:.2%}"
-        tiles += page.tile("Fine-tuning, test accuracy", tuned, scratch)
+        tiles += html.tile("Fine-tuning, test accuracy", tuned, scratch)
     return tiles
 
 
@@ -105,19 +107,19 @@ def _pretraining(run: Run, events: list[dict]) -> str:
     evaluations = _series(events, "pretrain", "validation_nats_per_token")
     if not evaluations:
         return ""
-    figure = figures.Figure(page.SIZE, layout="constrained")
+    figure = figures.Figure(html.SIZE, layout="constrained")
     loss, rate = figure.subplots(2, sharex=True, height_ratios=(4, 1))
-    page.line(loss, _series(events, "pretrain", "nats_per_token"), page.ORANGE, "training")
-    page.line(loss, evaluations, page.BLUE, "validation")
+    html.line(loss, _series(events, "pretrain", "nats_per_token"), html.ORANGE, "training")
+    html.line(loss, evaluations, html.BLUE, "validation")
     v = run.config.tokens.vocabulary
-    loss.axhline(math.log(v), color=page.QUIET, ls="--", lw=1, label=f"uniform, ln {v}")
-    page.line(rate, _series(events, "pretrain", "learning_rate"), page.QUIET)
+    loss.axhline(math.log(v), color=html.QUIET, ls="--", lw=1, label=f"uniform, ln {v}")
+    html.line(rate, _series(events, "pretrain", "learning_rate"), html.QUIET)
     rate.yaxis.set_major_locator(ticker.MaxNLocator(2))
     rate.yaxis.set_major_formatter("{x:g}")
-    page.finish(loss, "loss, nats per token")
-    page.finish(rate, "learning rate", "step")
+    html.finish(loss, "loss, nats per token")
+    html.finish(rate, "learning rate", "step")
     caption = "Pretraining. The training loss is that of single batches."
-    return page.figure(page.png(figure), caption)
+    return html.figure(html.png(figure), caption)
 
 
 def _tokenizing(run: Run, summary: dict, events: list[dict]) -> str:
@@ -125,24 +127,24 @@ def _tokenizing(run: Run, summary: dict, events: list[dict]) -> str:
     training = _series(events, "tokenizer", "batch_psnr_db")
     if not training:
         return ""
-    figure = figures.Figure(page.SIZE, layout="constrained")
+    figure = figures.Figure(html.SIZE, layout="constrained")
     axes = figure.subplots()
-    page.line(axes, training, page.ORANGE, "training, of a batch's mean error")
+    html.line(axes, training, html.ORANGE, "training, of a batch's mean error")
     validation = _series(events, "tokenizer", "validation_psnr_db")
-    page.line(axes, validation, page.BLUE, "validation, mean over images")
-    page.finish(axes, "PSNR, dB", "step")
-    shown = page.figure(page.png(figure), "Training of the encoder and decoder.")
+    html.line(axes, validation, html.BLUE, "validation, mean over images")
+    html.finish(axes, "PSNR, dB", "step")
+    shown = html.figure(html.png(figure), "Training of the encoder and decoder.")
     path = run.folder / "samples" / "reconstructions.png"
     if path.exists():
         caption = "Test images, each followed by what its tokens restore."
-        shown += page.figure(path.read_bytes(), caption, "pixels")
+        shown += html.figure(path.read_bytes(), caption, "pixels")
     if "tokenizer" in finished_stages(summary):
         names = ("test_psnr_db", "test_ssim", "codes", "codes_used", "dead_codes", "perplexity")
-        rows = [(n, page.number(summary[f"tokenizer/{n}"])) for n in (*names, "test_idempotence")]
-        shown += page.table(("health on the test images", ""), rows)
+        rows = [(n, html.number(summary[f"tokenizer/{n}"])) for n in (*names, "test_idempotence")]
+        shown += html.table(("health on the test images", ""), rows)
     if summary.get("tokenizer/collapsed"):
         used = summary["tokenizer/codes_used"]
-        shown += page.tile("The codebook has collapsed", f"{used:.2%} of the codes are in use")
+        shown += html.tile("The codebook has collapsed", f"{used:.2%} of the codes are in use")
     return shown
 
 
@@ -151,14 +153,14 @@ def _finetuning(summary: dict, events: list[dict]) -> str:
     scratch = _series(events, "finetune_scratch", "validation_accuracy")
     if not tuned:
         return ""
-    figure = figures.Figure(page.SIZE, layout="constrained")
+    figure = figures.Figure(html.SIZE, layout="constrained")
     axes = figure.subplots()
-    page.line(axes, tuned, page.BLUE, "pretrained", ring=summary.get("finetune/steps"))
+    html.line(axes, tuned, html.BLUE, "pretrained", ring=summary.get("finetune/steps"))
     kept = summary.get("finetune/scratch_steps")
-    page.line(axes, scratch, page.ORANGE, "from scratch", ring=kept)
-    axes.yaxis.set_major_formatter(page.percent_tick)
-    page.finish(axes, "validation accuracy", "step")
-    return page.figure(page.png(figure), "Fine-tuning. Ringed: the step whose weights were kept.")
+    html.line(axes, scratch, html.ORANGE, "from scratch", ring=kept)
+    axes.yaxis.set_major_formatter(html.percent_tick)
+    html.finish(axes, "validation accuracy", "step")
+    return html.figure(html.png(figure), "Fine-tuning. Ringed: the step whose weights were kept.")
 
 
 def _layers(run: Run, summary: dict) -> str:
@@ -178,30 +180,30 @@ def _layers(run: Run, summary: dict) -> str:
         (
             row["layer"],
             f"{row[setting]:g}" if setting in row else "",
-            *(page.percent(row.get(key)) for key in (*keys, "ridge_test_accuracy")),
+            *(html.percent(row.get(key)) for key in (*keys, "ridge_test_accuracy")),
         )
         for row in rows
     ]
-    cells.append(("raw pixels", "", "", page.percent(raw), "", ""))
-    table = page.table(head, cells, marked=[best])
-    return f'{page.figure(png, caption)}<div class="scroll">{table}</div>'
+    cells.append(("raw pixels", "", "", html.percent(raw), "", ""))
+    table = html.table(head, cells, marked=[best])
+    return f'{html.figure(png, caption)}<div class="scroll">{table}</div>'
 
 
 def _layers_plot(rows: list[dict], best: int, raw_pixels: float) -> bytes:
-    figure = figures.Figure(page.SIZE, layout="constrained")
+    figure = figures.Figure(html.SIZE, layout="constrained")
     axes = figure.subplots()
 
     def points(key: str) -> list[tuple]:
         return [(row["layer"], row[key]) for row in rows if row.get(key) is not None]
 
-    page.line(axes, points("validation_accuracy"), page.BLUE, "validation", style=":", ring=best)
-    page.line(axes, points("test_accuracy"), page.BLUE, "test")
-    page.line(axes, points("ridge_test_accuracy"), page.QUIET, "ridge, test")
-    page.line(axes, points("random_init_test_accuracy"), page.ORANGE, "random init, test")
-    axes.axhline(raw_pixels, color=page.QUIET, ls="--", lw=1, label="raw pixels, test")
-    axes.yaxis.set_major_formatter(page.percent_tick)
-    page.finish(axes, "probe accuracy", "layer")
-    return page.png(figure)
+    html.line(axes, points("validation_accuracy"), html.BLUE, "validation", style=":", ring=best)
+    html.line(axes, points("test_accuracy"), html.BLUE, "test")
+    html.line(axes, points("ridge_test_accuracy"), html.QUIET, "ridge, test")
+    html.line(axes, points("random_init_test_accuracy"), html.ORANGE, "random init, test")
+    axes.axhline(raw_pixels, color=html.QUIET, ls="--", lw=1, label="raw pixels, test")
+    axes.yaxis.set_major_formatter(html.percent_tick)
+    html.finish(axes, "probe accuracy", "layer")
+    return html.png(figure)
 
 
 def _samples(run: Run, summary: dict) -> str:
@@ -225,14 +227,14 @@ def _samples(run: Run, summary: dict) -> str:
     for name, caption in captions.items():
         path = run.folder / "samples" / f"{name}.png"
         if path.exists():
-            figures += page.figure(path.read_bytes(), caption, "pixels")
+            figures += html.figure(path.read_bytes(), caption, "pixels")
     return figures
 
 
 def _configuration(run: Run) -> str:
     flat, default = fields.flatten(run.config), fields.flatten(config_lib.Config())
     changed = [name for name in flat if flat[name] != default[name]]
-    table = page.table(("field", "value"), list(flat.items()), marked=changed)
+    table = html.table(("field", "value"), list(flat.items()), marked=changed)
     return f"<details><summary>All fields; marked: not the default</summary>{table}</details>"
 
 

@@ -12,9 +12,9 @@ import numpy as np
 
 from gptv_jax import config as config_lib
 from gptv_jax.errors import InputError, first_line
-from gptv_jax.interop.portable import Portable, class_head
 from gptv_jax.tensors import Accounted
 from gptv_jax.tokens.palette import Palette
+from gptv_jax.weights.portable import Portable, class_head
 
 LOG = logging.getLogger(__name__)
 SCOPE = "model/"

@@ -3,9 +3,9 @@
 import pathlib
 
 from gptv_jax.errors import InputError
-from gptv_jax.interop import huggingface, native, openai
-from gptv_jax.interop.portable import Portable
 from gptv_jax.tokens import Lexicon, Palette
+from gptv_jax.weights import huggingface, native, openai
+from gptv_jax.weights.portable import Portable
 
 # Each form: whether a path is one, its weights, and its lexicon alone.
 FORMS = (native, huggingface, openai)

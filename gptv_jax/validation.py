@@ -7,10 +7,11 @@ import numpy as np
 from jaxtyping import Bool, Int, PRNGKeyArray, UInt8
 
 from gptv_jax import config as config_lib
-from gptv_jax import fields, tokens
+from gptv_jax import tokens
+from gptv_jax.config import fields
+from gptv_jax.decode.sampler import known_tokens
 from gptv_jax.errors import InputError
 from gptv_jax.model.gpt import Network
-from gptv_jax.sampler import known_tokens
 
 SETTINGS = fields.by_name(config_lib.Sample)
 

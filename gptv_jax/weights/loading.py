@@ -5,17 +5,17 @@ import pathlib
 
 import jax
 
-from gptv_jax import arguments, files, interop, sharding, tokens
 from gptv_jax import config as config_lib
+from gptv_jax import files, sharding, tokens, validation, weights
 from gptv_jax.api import Model
 from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.errors import InputError
-from gptv_jax.interop import huggingface
-from gptv_jax.interop.portable import Portable
-from gptv_jax.record import checkpoint_folder, config_of, finished_stages
-from gptv_jax.run import network_of
+from gptv_jax.runs.record import checkpoint_folder, config_of, finished_stages
+from gptv_jax.runs.run import network_of
 from gptv_jax.tokens import LearnedTokens, learned
 from gptv_jax.tokens import palette as palettes
+from gptv_jax.weights import huggingface
+from gptv_jax.weights.portable import Portable
 
 TRAININGS = ("pretrain", "finetune")  # the stages that leave weights
 
@@ -37,11 +37,11 @@ def load(
       ValueError: neither of these, the stage has not finished, or something there is damaged.
     """
     path = pathlib.Path(source).absolute()
-    if not interop.is_portable(path) and path.is_dir():
+    if not weights.is_portable(path) and path.is_dir():
         return _of_run(path, stage)
     if stage is not None:
         raise InputError(f"stage={stage} is asked for, but {path} is no run folder, with stages.")
-    found = interop.read(path, palettes.load(palette) if palette else None)
+    found = weights.read(path, palettes.load(palette) if palette else None)
     mesh = sharding.make_mesh(config_lib.Mesh())
     with jax.set_mesh(mesh):
         return Model(dataclasses.replace(found, params={}), found.on_mesh(), mesh)
@@ -108,7 +108,7 @@ def load_tokenizer(source: str | pathlib.Path, image_size: int | None = None) ->
     tokenizer = learned.load(source)
     size = tokenizer.provenance["image_size"] if image_size is None else image_size
     down = tokenizer.config.downsample
-    if not arguments.is_whole(size) or size < 1 or size % down:
+    if not validation.is_whole(size) or size < 1 or size % down:
         raise InputError(
             f"image_size is {size!r}; a token stands for {down} x {down} pixels, so it takes a "
             f"multiple of {down}."

@@ -1,0 +1,1 @@
+"""Cached generation, and everything that draws or scores sequences of tokens."""

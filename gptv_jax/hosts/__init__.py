@@ -1,0 +1,1 @@
+"""Several processes, usually one a host: how they meet, agree and stop."""
