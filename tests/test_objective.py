@@ -16,7 +16,7 @@ from gptv_jax import sharding
 from gptv_jax.errors import InputError
 from gptv_jax.tensors import Accounted
 from gptv_jax.tokens.palette import Palette
-from gptv_jax.train import objective, step
+from gptv_jax.train import evaluation, objective, step
 from gptv_jax.weights import openai
 
 
@@ -92,20 +92,20 @@ def test_the_loss_is_the_mean_over_images_of_that_over_their_hidden_tokens():
     nats = -np.take_along_axis(
         np.asarray(jax.nn.log_softmax(logits)), np.asarray(tokens)[..., None], axis=-1
     )[..., 0]
-    found = objective.mean_where(hidden, objective.cross_entropy(logits, tokens))
+    found = objective.masked_mean(objective.cross_entropy(logits, tokens), hidden)
     np.testing.assert_allclose(found, [nats[0, 0], nats[1, :3].mean()], rtol=1e-6)
-    nothing = objective.mean_where(jnp.zeros_like(hidden), jnp.ones((2, 4)))
-    np.testing.assert_array_equal(nothing, 0)  # not a number would stop the run
+    nothing = objective.masked_mean(jnp.ones((2, 4)), jnp.zeros_like(hidden))
+    np.testing.assert_array_equal(nothing, 0)  # NaN would stop the run
 
 
 def test_positions_are_hidden_by_their_share_anew_at_every_step(one_device):
     network = dataclasses.replace(bert(masked_share=0.15), grid=(16, 16))
-    drawn = [np.asarray(objective.hide(network, 64, jax.random.key(i))) for i in range(3)]
+    drawn = [np.asarray(objective.draw_mask(network, 64, jax.random.key(i))) for i in range(3)]
     for hidden in drawn:
         assert hidden.mean() == pytest.approx(0.15, abs=0.01)
         assert len(np.unique(hidden, axis=0)) == 64
     assert (drawn[0] != drawn[1]).mean() > 0.2 and (drawn[1] != drawn[2]).mean() > 0.2
-    assert objective.hide(tiny_network(), 64, None) is None
+    assert objective.draw_mask(tiny_network(), 64, None) is None
 
 
 def test_the_first_loss_is_ln_v(one_device):
@@ -136,7 +136,7 @@ def value_and_gradients(network, params, batch):
 
 
 def hidden_of(network, params, batch, vote=0):
-    return np.asarray(jax.jit(lambda b: objective.evaluated(network, params, b, vote)[1])(batch))
+    return np.asarray(jax.jit(lambda b: objective.evaluate_batch(network, params, b, vote)[1])(batch))
 
 
 def test_evaluation_hides_by_the_images_number_alone(given):
@@ -152,7 +152,7 @@ def test_evaluation_hides_by_the_images_number_alone(given):
 
 def test_the_class_is_that_of_most_votes_and_the_loss_the_mean_over_them(given):
     network, params, batch = given
-    evaluated = jax.jit(functools.partial(objective.evaluated, network), static_argnums=2)
+    evaluated = jax.jit(functools.partial(objective.evaluate_batch, network), static_argnums=2)
     # Centred on their mean, features tell the masks apart.
     pooled = [evaluated(params, batch, vote)[0].pooled[-1] for vote in range(5)]
     center = jnp.mean(jnp.stack(pooled), axis=(0, 1))
@@ -163,10 +163,10 @@ def test_the_class_is_that_of_most_votes_and_the_loss_the_mean_over_them(given):
     votes = logits.argmax(axis=-1)
     assert (votes != votes[0]).any()
     counts = np.array([np.bincount(column, minlength=3) for column in votes.T])
-    elected = np.asarray(objective.elect(jnp.asarray(logits)))
+    elected = np.asarray(objective.majority_class(jnp.asarray(logits)))
     np.testing.assert_array_equal(counts[np.arange(8), elected], counts.max(axis=1))
 
-    sums = step.make_eval_step(network)(params, batch)
+    sums = evaluation.make_eval_step(network)(params, batch)
     mask = np.asarray(batch["mask"])
     assert float(sums["correct"]) == ((elected == np.asarray(batch["label"])) * mask).sum()
     model, tokens = network.bind(params), batch["tokens"]
@@ -177,9 +177,9 @@ def test_the_class_is_that_of_most_votes_and_the_loss_the_mean_over_them(given):
 
 def test_a_tie_goes_to_the_class_that_is_likelier():
     sure, unsure = jnp.asarray([9.0, 0.0, 0.0]), jnp.asarray([0.0, 0.1, 0.0])
-    assert int(objective.elect(jnp.stack([sure, unsure])[:, None])[0]) == 0
-    assert int(objective.elect(jnp.stack([unsure, sure])[:, None])[0]) == 0
-    assert int(objective.elect(jnp.stack([unsure, sure, unsure])[:, None])[0]) == 1
+    assert int(objective.majority_class(jnp.stack([sure, unsure])[:, None])[0]) == 0
+    assert int(objective.majority_class(jnp.stack([unsure, sure])[:, None])[0]) == 0
+    assert int(objective.majority_class(jnp.stack([unsure, sure, unsure])[:, None])[0]) == 1
 
 
 def test_start_vectors_of_variants_are_refused():
@@ -200,7 +200,7 @@ def test_logits_in_parts_change_neither_the_loss_nor_its_gradient(shape, monkeyp
         with jax.set_mesh(make_mesh(mesh)):
             params, batch = random_params(network), sharding.global_batch(random_batch(network))
             loss = step.generative_loss(network)
-            run = jax.jit(jax.value_and_grad(lambda p: loss(p, batch, None)[0]))
+            run = jax.jit(jax.value_and_grad(lambda p: loss(p, None, batch, None)[0]))
             lowered = run.lower(params).compile().as_text()
             return jax.device_get(run(params)), lowered
 
