@@ -17,7 +17,7 @@ from gptv_jax.model.gpt import Network
 from gptv_jax.tokens.learned import Given
 from gptv_jax.train import objective
 from gptv_jax.weights import native
-from gptv_jax.weights.portable import Portable
+from gptv_jax.weights.file import WeightsFile
 
 Labels = int | np.integer | list[int] | tuple[int, ...] | Given | None  # one for all, or one each
 
@@ -31,7 +31,7 @@ class Model:
     Whatever has the wrong shape, dtype or value raises ValueError.
     """
 
-    def __init__(self, described: Portable, params: dict, mesh: jax.sharding.Mesh):
+    def __init__(self, described: WeightsFile, params: dict, mesh: jax.sharding.Mesh):
         """A network with parameters on a mesh; of `described` the arrays are not looked at."""
         self.network, self.codec = described.network, described.codec
         self._described, self._probed = described, described.best_layer
@@ -234,9 +234,9 @@ class Model:
         Args:
           path: of the file; it ends in .safetensors.
         """
-        native.write(self.portable(), pathlib.Path(path).absolute())
+        native.write(self.weights_file(), pathlib.Path(path).absolute())
 
-    def portable(self) -> Portable:
+    def weights_file(self) -> WeightsFile:
         """The weights as NumPy arrays, with all that is needed to use them."""
         arrays = {name: np.asarray(leaf) for name, leaf in sharding.by_name(self._params).items()}
         return dataclasses.replace(self._described, params=arrays)

@@ -1,6 +1,7 @@
 """Files as a run writes and reads them: whole or not at all, and told of where they are damaged."""
 
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -12,6 +13,8 @@ import zlib
 
 import jax
 import numpy as np
+import safetensors
+import safetensors.numpy
 
 from gptv_jax.errors import InputError, first_line
 
@@ -147,3 +150,60 @@ def map_array(path: pathlib.Path) -> np.ndarray:
         return np.load(path, mmap_mode="r")
     except _RAISED_BY_NUMPY as error:
         raise UnreadableError(error) from error
+
+
+def open_safetensors(path: pathlib.Path):
+    """An open .safetensors file, whose tensors are read one by one.
+
+    Raises:
+      InputError: the file is missing, damaged, or of another format.
+    """
+    try:
+        return safetensors.safe_open(path, framework="numpy")
+    except (OSError, safetensors.SafetensorError) as error:
+        raise InputError(
+            f"{path} is no .safetensors file, or damaged ({first_line(error)})."
+        ) from error
+
+
+def read_safetensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """All tensors of a .safetensors file by name, and the file's metadata.
+
+    Raises:
+      InputError: the file cannot be read, or holds a type that NumPy does not have.
+    """
+    with open_safetensors(path) as file:
+        try:
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except Exception as error:  # safetensors raises several types
+            raise InputError(f"{path} is damaged ({first_line(error)}).") from error
+        return arrays, file.metadata() or {}
+
+
+def write_safetensors(arrays: dict[str, np.ndarray], path: pathlib.Path, metadata: dict) -> None:
+    """Leaves either the old file or the whole new .safetensors file, on every process that calls.
+
+    Raises:
+      InputError: the file cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        safetensors.numpy.save_file(arrays, temporary, metadata=metadata)
+        temporary.replace(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise InputError(f"{path} cannot be written ({first_line(error)}).") from error
+
+
+def hash_arrays(arrays: dict[str, np.ndarray]) -> str:
+    """16 hexadecimal digits of the names, types, shapes and values of `arrays`."""
+    found = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        found.update(f"{name} {array.dtype} {array.shape}".encode())
+        found.update(np.ascontiguousarray(array).tobytes())
+    return found.hexdigest()[:16]
+
+
+def is_floating(array: np.ndarray) -> bool:
+    """Whether an array holds floating-point numbers, bfloat16 included."""
+    return array.dtype.kind == "f" or array.dtype.name == "bfloat16"

@@ -81,7 +81,7 @@ def test_evaluations_later_stages_and_users_take_the_average(tmp_path):
         jax.tree.map(np.testing.assert_array_equal, taken, found["pretrain"]["ema"])
     models = {stage: gptv_jax.load(tmp_path, stage) for stage in found}
     for stage, state in found.items():
-        params = models[stage].portable().params
+        params = models[stage].weights_file().params
         for name, leaf in sharding.by_name(state["ema"]).items():
             np.testing.assert_array_equal(params[name], leaf, err_msg=name)
         differ = np.abs(state["params"]["head"] - params["head"]).max()

@@ -15,7 +15,7 @@ from gptv_jax import sharding
 from gptv_jax.decode import generation, likelihood
 from gptv_jax.decode.sampler import Sampler, _outward, known_tokens
 from gptv_jax.tokens.grey import GreyLevels
-from gptv_jax.weights.portable import Portable
+from gptv_jax.weights.file import WeightsFile
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -139,7 +139,7 @@ def test_each_window_has_draws_of_its_own(params):
 @pytest.fixture(scope="module")
 def model(params):
     tokens = config_lib.Tokens(kind="grey", levels=11)
-    described = Portable(NETWORK.config, tokens, image_size=4, params={}, starts=NETWORK.starts)
+    described = WeightsFile(NETWORK.config, tokens, image_size=4, params={}, starts=NETWORK.starts)
     return gptv_jax.Model(described, params, make_mesh((1, 1, 1)))
 
 
@@ -285,7 +285,7 @@ def test_wrong_input_is_told_what_came_and_what_is_taken(coarse, case, monkeypat
 
 def test_labels_take_a_network_that_has_classes(params):
     network, tokens = tiny_network(), config_lib.Tokens(kind="grey", levels=11)
-    described = Portable(network.config, tokens, image_size=4, params={}, starts=3)
+    described = WeightsFile(network.config, tokens, image_size=4, params={}, starts=3)
     model = gptv_jax.Model(described, params, make_mesh((1, 1, 1)))
     with pytest.raises(ValueError, match="labels are given, but this network"):
         model.sample(2, label=0)

@@ -18,18 +18,18 @@ from gptv_jax import config as config_lib
 from gptv_jax import sharding, weights
 from gptv_jax.errors import InputError
 from gptv_jax.runs.record import config_of
-from gptv_jax.tensors import Accounted
 from gptv_jax.tokens.palette import Palette
 from gptv_jax.weights import huggingface, native, openai
-from gptv_jax.weights.portable import Portable
+from gptv_jax.weights.file import WeightsFile
+from gptv_jax.weights.strict_reader import StrictReader
 
 SHAPE = {"layers": 3, "width": 24, "heads": 3, "vocabulary": 13, "length": 16}
 COLORS = Palette(generator(5).uniform(-1, 1, (13, 3)).astype(np.float32), {"made": "at random"})
 TOKENS = generator(6).integers(13, size=(2, 16), dtype=np.int32)
 
 
-def of_openai(variables: dict) -> Portable:
-    there = Accounted({n: a.shape for n, a in variables.items()}, variables.__getitem__)
+def of_openai(variables: dict) -> WeightsFile:
+    there = StrictReader.of_arrays(variables)
     return openai.convert(there, pathlib.Path("model.ckpt-7"), COLORS)
 
 
@@ -39,19 +39,19 @@ def variables():
 
 
 @pytest.fixture(scope="module")
-def portable(variables):
+def weights_file(variables):
     return of_openai(variables)
 
 
 # The oracle.
 
 
-def test_the_network_is_the_released_one_in_float64(variables, portable):
+def test_the_network_is_the_released_one_in_float64(variables, weights_file):
     """OpenAI's names to ours, and ours to numbers: openai/image-gpt in NumPy says the same."""
     logits, _, normed, classes = oracle.forward(variables, TOKENS)
-    model = dataclasses.replace(portable.model, dtype="float64")
-    params = {name: array.astype(np.float64) for name, array in portable.params.items()}
-    exact = dataclasses.replace(portable, model=model, params=params)
+    model = dataclasses.replace(weights_file.model, dtype="float64")
+    params = {name: array.astype(np.float64) for name, array in weights_file.params.items()}
+    exact = dataclasses.replace(weights_file, model=model, params=params)
     with jax.enable_x64(True), jax.set_mesh(make_mesh((1, 1, 1))):
         output = exact.network.bind(exact.on_mesh())(jnp.asarray(TOKENS))
         assert output.logits.dtype == np.float64
@@ -61,13 +61,13 @@ def test_the_network_is_the_released_one_in_float64(variables, portable):
         np.testing.assert_allclose(output.class_logits, classes, rtol=0, atol=1e-10)
 
 
-def model_of(portable: Portable, folder: pathlib.Path) -> gptv_jax.Model:
-    native.write(portable, folder / "model.safetensors")
+def model_of(weights_file: WeightsFile, folder: pathlib.Path) -> gptv_jax.Model:
+    native.write(weights_file, folder / "model.safetensors")
     return gptv_jax.load(folder / "model.safetensors")
 
 
-def test_log_likelihood_is_the_oracles(variables, portable, tmp_path):
-    model = model_of(portable, tmp_path)
+def test_log_likelihood_is_the_oracles(variables, weights_file, tmp_path):
+    model = model_of(weights_file, tmp_path)
     images = random_image(3, 4, 4, 3)
     tokens = model.tokenize(images)
     nats = -model.log_likelihood(images).sum() / tokens.size
@@ -77,7 +77,7 @@ def test_log_likelihood_is_the_oracles(variables, portable, tmp_path):
 # Every form gives back what was put in.
 
 
-def assert_same(found: Portable, wanted: Portable):
+def assert_same(found: WeightsFile, wanted: WeightsFile):
     assert set(found.params) == set(wanted.params)
     for name, array in wanted.params.items():
         np.testing.assert_array_equal(found.params[name], array, err_msg=name)
@@ -89,8 +89,8 @@ def assert_same(found: Portable, wanted: Portable):
     assert found.lexicon.provenance == wanted.lexicon.provenance
 
 
-def test_our_form_gives_back_all_of_it(portable, tmp_path):
-    whole = dataclasses.replace(portable, best_layer=2)
+def test_our_form_gives_back_all_of_it(weights_file, tmp_path):
+    whole = dataclasses.replace(weights_file, best_layer=2)
     native.write(whole, tmp_path / "deep" / "x.safetensors")
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["x.safetensors"]
     assert_same(weights.read(tmp_path / "deep" / "x.safetensors"), whole)
@@ -98,42 +98,42 @@ def test_our_form_gives_back_all_of_it(portable, tmp_path):
         native.write(whole, tmp_path / "deep" / "x.safetensors" / "below.safetensors")
 
 
-def test_our_form_holds_whatever_a_network_can_have(portable, tmp_path):
+def test_our_form_holds_whatever_a_network_can_have(weights_file, tmp_path):
     model = config_lib.Model(layers=2, width=32, heads=4, **MODERN)
-    modern = dataclasses.replace(portable, model=model, params={}, classes=0)
+    modern = dataclasses.replace(weights_file, model=model, params={}, classes=0)
     with jax.set_mesh(make_mesh((1, 1, 1))):
         params = random_params(modern.network)
         logits = modern.network.bind(params)(jnp.asarray(TOKENS)).logits
         arrays = {name: np.asarray(leaf) for name, leaf in sharding.by_name(params).items()}
     modern = dataclasses.replace(modern, params=arrays)
     loaded = model_of(modern, tmp_path)
-    assert_same(loaded.portable(), modern)
+    assert_same(loaded.weights_file(), modern)
     np.testing.assert_allclose(loaded.logits(TOKENS), logits, atol=1e-5)
 
 
-def test_hugging_faces_form_gives_back_all_of_it(portable, tmp_path):
-    huggingface.write(portable, tmp_path / "lm", "generation")
-    assert_same(weights.read(tmp_path / "lm"), portable.headless())
-    huggingface.write(portable, tmp_path / "classes", "classification")
+def test_hugging_faces_form_gives_back_all_of_it(weights_file, tmp_path):
+    huggingface.write(weights_file, tmp_path / "lm", "generation")
+    assert_same(weights.read(tmp_path / "lm"), weights_file.headless())
+    huggingface.write(weights_file, tmp_path / "classes", "classification")
     found = weights.read(tmp_path / "classes")
     assert not found.params["head"].any()  # which that task has no place for
-    assert_same(found, dataclasses.replace(portable, params=portable.params | {
-        "head": np.zeros_like(portable.params["head"])}))  # fmt: skip
+    assert_same(found, dataclasses.replace(weights_file, params=weights_file.params | {
+        "head": np.zeros_like(weights_file.params["head"])}))  # fmt: skip
 
 
-def test_what_hugging_faces_form_has_no_word_for_is_folded_in(portable, tmp_path):
+def test_what_hugging_faces_form_has_no_word_for_is_folded_in(weights_file, tmp_path):
     rng = generator(9)
-    params = portable.params | {
+    params = weights_file.params | {
         "row": rng.standard_normal((4, 24)).astype(np.float32),
         "column": rng.standard_normal((4, 24)).astype(np.float32),
         "start": rng.standard_normal((3, 24)).astype(np.float32),
         "classifier.class_scale": rng.uniform(1, 2, 24).astype(np.float32),
     }
     rich = dataclasses.replace(
-        portable,
+        weights_file,
         params=params,
         starts=3,
-        model=dataclasses.replace(portable.model, axial_positions=True, start_per_variant=True),
+        model=dataclasses.replace(weights_file.model, axial_positions=True, start_per_variant=True),
     ).checked("memory")
     tokens, ours = TOKENS, model_of(rich, tmp_path)
     for task in huggingface.ARCHITECTURES:
@@ -151,35 +151,35 @@ FOREIGN |= {"above_embedding": True, "objective": "bert", "target_positions": Tr
 FOREIGN |= {"class_tokens": 5}
 
 
-def test_what_cannot_be_folded_in_is_refused_by_name(portable, tmp_path):
-    centred = portable.params | {"classifier.class_center": np.ones(24, np.float32)}
-    other = dataclasses.replace(portable, params=centred)
+def test_what_cannot_be_folded_in_is_refused_by_name(weights_file, tmp_path):
+    centred = weights_file.params | {"classifier.class_center": np.ones(24, np.float32)}
+    other = dataclasses.replace(weights_file, params=centred)
     with pytest.raises(InputError, match=r"no word for a class head whose input is centred"):
         huggingface.write(other, tmp_path / "x", "classification")
     huggingface.write(other, tmp_path / "y", "generation")
     with pytest.raises(InputError, match=r"no class head"):
-        huggingface.write(portable.headless(), tmp_path / "x", "classification")
+        huggingface.write(weights_file.headless(), tmp_path / "x", "classification")
     for field, value in FOREIGN.items():
-        model = dataclasses.replace(portable.model, **{field: value})
+        model = dataclasses.replace(weights_file.model, **{field: value})
         with pytest.raises(InputError, match=rf"no word for model.{field}={value}\."):
             huggingface.write(
-                dataclasses.replace(portable, model=model), tmp_path / "x", "generation"
+                dataclasses.replace(weights_file, model=model), tmp_path / "x", "generation"
             )
     assert not (tmp_path / "x").exists()
 
 
-def test_an_export_writes_over_nothing_but_an_export(portable, tmp_path):
-    huggingface.write(portable, tmp_path / "hf", "generation")
-    huggingface.write(portable, tmp_path / "hf", "classification")
+def test_an_export_writes_over_nothing_but_an_export(weights_file, tmp_path):
+    huggingface.write(weights_file, tmp_path / "hf", "generation")
+    huggingface.write(weights_file, tmp_path / "hf", "classification")
     assert weights.read(tmp_path / "hf").classes == 5
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "config.json").write_text('{"config": {}}')
     for folder in (tmp_path / "run", tmp_path):
         with pytest.raises(InputError, match=r"holds something else; name a new folder"):
-            huggingface.write(portable, folder, "generation")
+            huggingface.write(weights_file, folder, "generation")
     assert (tmp_path / "run" / "config.json").read_text() == '{"config": {}}'
     with pytest.raises(InputError, match=r"does not end in .safetensors"):
-        native.write(portable, tmp_path / "nameless")
+        native.write(weights_file, tmp_path / "nameless")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "run"]
 
 
@@ -194,17 +194,17 @@ def test_an_export_writes_over_nothing_but_an_export(portable, tmp_path):
         **FOREIGN,
     }.items(),
 )
-def test_a_configuration_of_another_network_is_told_by_the_field(portable, field, value):
+def test_a_configuration_of_another_network_is_told_by_the_field(weights_file, field, value):
     config = config_lib.Config(
-        model=portable.model,
-        tokens=portable.tokens,
-        data=config_lib.Data(image_size=portable.image_size),
+        model=weights_file.model,
+        tokens=weights_file.tokens,
+        data=config_lib.Data(image_size=weights_file.image_size),
     )
-    assert portable.differing(config, starts=1) == []
+    assert weights_file.differing(config, starts=1) == []
     other = dataclasses.replace(config, model=dataclasses.replace(config.model, **{field: value}))
-    [told] = portable.differing(other, starts=1)
+    [told] = weights_file.differing(other, starts=1)
     assert told.startswith(f"config.model.{field} is {value!r}, there ")
-    [told] = portable.differing(config, starts=9)
+    [told] = weights_file.differing(config, starts=9)
     assert "start vectors" in told
 
 
@@ -231,9 +231,9 @@ def test_the_export_of_a_run_agrees_with_it(finished_run, tmp_path, stage):
 # What bad input gets.
 
 
-def damaged(portable: Portable, folder: pathlib.Path, **changes) -> pathlib.Path:
+def damaged(weights_file: WeightsFile, folder: pathlib.Path, **changes) -> pathlib.Path:
     """A folder of Hugging Face's with other tensors or fields of config.json; None takes away."""
-    huggingface.write(portable, folder, "generation")
+    huggingface.write(weights_file, folder, "generation")
     config, path = json.loads((folder / "config.json").read_text()), folder / "model.safetensors"
     arrays = safetensors.numpy.load_file(path)
     for name, value in changes.items():
@@ -279,21 +279,21 @@ ONES = np.ones(24, np.float32)
         ({"model_type": "gpt2"}, r"of a model of type 'gpt2'; it takes imagegpt"),
     ],
 )
-def test_weights_that_do_not_fit_are_an_error_that_names_them(portable, tmp_path, changes, words):
-    folder = damaged(portable, tmp_path / "hf", **changes)
+def test_weights_that_do_not_fit_are_named(weights_file, tmp_path, changes, words):
+    folder = damaged(weights_file, tmp_path / "hf", **changes)
     with pytest.raises(InputError, match=words):
         gptv_jax.from_huggingface(folder)
 
 
-def test_masks_that_old_versions_saved_are_ignored(portable, tmp_path):
+def test_masks_that_old_versions_saved_are_ignored(weights_file, tmp_path):
     masks = {"transformer.h.0.attn.bias": np.ones((1, 1, 16, 16), bool)}
     masks |= {"transformer.h.0.attn.masked_bias": np.float32(-1e4).reshape(1)}
-    found = weights.read(damaged(portable, tmp_path / "hf", **masks))
-    np.testing.assert_array_equal(found.params["blocks.qkv"], portable.params["blocks.qkv"])
+    found = weights.read(damaged(weights_file, tmp_path / "hf", **masks))
+    np.testing.assert_array_equal(found.params["blocks.qkv"], weights_file.params["blocks.qkv"])
 
 
-def test_without_colours_the_error_says_where_they_may_come_from(portable, tmp_path):
-    folder = damaged(portable, tmp_path / "hf")
+def test_without_colours_the_error_says_where_they_may_come_from(weights_file, tmp_path):
+    folder = damaged(weights_file, tmp_path / "hf")
     (folder / "preprocessor_config.json").unlink()
     with pytest.raises(InputError, match=r"no colours for its tokens; name the palette"):
         gptv_jax.from_huggingface(folder)
@@ -309,23 +309,23 @@ def test_without_colours_the_error_says_where_they_may_come_from(portable, tmp_p
 
 
 @pytest.mark.parametrize("form", ["huggingface", "own export", "ours"])
-def test_colours_that_are_missing_are_taken_from_the_file_named(portable, tmp_path, form):
+def test_colours_that_are_missing_are_taken_from_the_file_named(weights_file, tmp_path, form):
     other = Palette(COLORS.centers[::-1], {})
     for name, palette in (("colors.npz", COLORS), ("other.npz", other)):
         palette.save(tmp_path / name)
     if form == "ours":
         source = tmp_path / "x.safetensors"
-        native.write(portable, source)
+        native.write(weights_file, source)
     elif form == "own export":
         source = tmp_path / "hf"
-        huggingface.write(portable, source, "generation")
+        huggingface.write(weights_file, source, "generation")
     else:
-        source = damaged(portable, tmp_path / "hf")
+        source = damaged(weights_file, tmp_path / "hf")
     with pytest.raises(InputError, match=r"palette that is named is another one than that of"):
         gptv_jax.load(source, palette=tmp_path / "other.npz")
     if form == "ours":
-        header = {"gptv_jax": json.dumps(native.describe(portable))}
-        safetensors.numpy.save_file(dict(portable.params), source, header)
+        header = {"gptv_jax": json.dumps(native.describe(weights_file))}
+        safetensors.numpy.save_file(dict(weights_file.params), source, header)
     else:
         (source / "preprocessor_config.json").unlink()
     with pytest.raises(InputError, match=r"has no colours for its tokens; name the palette"):
@@ -336,13 +336,13 @@ def test_colours_that_are_missing_are_taken_from_the_file_named(portable, tmp_pa
 
 @pytest.mark.parametrize("form", ["ours", "huggingface"])
 @pytest.mark.parametrize("harm", ["cut", "empty", "text", "header"])
-def test_a_damaged_file_is_an_error_that_names_it(portable, tmp_path, form, harm):
+def test_a_damaged_file_is_an_error_that_names_it(weights_file, tmp_path, form, harm):
     if form == "ours":
         source = path = tmp_path / "model.safetensors"
-        native.write(portable, path)
+        native.write(weights_file, path)
     else:
         source, path = tmp_path / "hf", tmp_path / "hf" / "model.safetensors"
-        huggingface.write(portable, source, "generation")
+        huggingface.write(weights_file, source, "generation")
     whole = path.read_bytes()
     harmed = {"cut": whole[: len(whole) // 2], "empty": b"", "text": b"hello" * 20}
     path.write_bytes(harmed.get(harm, whole[:8] + b"{" * 50 + whole[58:]))
@@ -350,13 +350,13 @@ def test_a_damaged_file_is_an_error_that_names_it(portable, tmp_path, form, harm
         gptv_jax.load(source)
 
 
-def test_a_file_of_others_or_of_another_version_is_named(portable, tmp_path):
+def test_a_file_of_others_or_of_another_version_is_named(weights_file, tmp_path):
     path = tmp_path / "x.safetensors"
     safetensors.numpy.save_file({"a": ONES}, path)
     with pytest.raises(InputError, match=r"has no gptv_jax header"):
         gptv_jax.load(path)
-    header = native.describe(portable)
-    arrays = portable.params | {"palette.centers": COLORS.centers}
+    header = native.describe(weights_file)
+    arrays = weights_file.params | {"palette.centers": COLORS.centers}
     for change, words in (
         ({"image_size": "4"}, r"header.image_size is '4'"),
         ({"image_size": -4}, r"header.image_size is -4"),
@@ -373,14 +373,14 @@ def test_a_file_of_others_or_of_another_version_is_named(portable, tmp_path):
         with pytest.raises(InputError, match=words):
             gptv_jax.load(path)
     for change, words in (
-        ({"head": portable.params["head"].astype(np.int32)}, r"not floating-point: head int32"),
+        ({"head": weights_file.params["head"].astype(np.int32)}, r"not floating-point: head int32"),
         ({"palette.centers": COLORS.centers * 9}, r"palette.centers of .* from -1 to 1"),
         ({"palette.centers": COLORS.centers[:, :2].copy()}, r"palette.centers of .*\[13, 2\]"),
     ):
         safetensors.numpy.save_file(arrays | change, path, {"gptv_jax": json.dumps(header)})
         with pytest.raises(InputError, match=words):
             gptv_jax.load(path)
-    half = {name: array.astype(np.float16) for name, array in portable.params.items()}
+    half = {name: array.astype(np.float16) for name, array in weights_file.params.items()}
     half |= {"palette.centers": COLORS.centers}
     safetensors.numpy.save_file(half, path, {"gptv_jax": json.dumps(header)})
     assert {a.dtype for a in weights.read(path).params.values()} == {np.dtype(np.float32)}
@@ -388,12 +388,12 @@ def test_a_file_of_others_or_of_another_version_is_named(portable, tmp_path):
         gptv_jax.load(tmp_path / "nothing.safetensors")
 
 
-def test_what_is_older_than_a_field_has_its_default(portable, finished_run, tmp_path):
-    header, path = native.describe(portable), tmp_path / "x.safetensors"
+def test_what_is_older_than_a_field_has_its_default(weights_file, finished_run, tmp_path):
+    header, path = native.describe(weights_file), tmp_path / "x.safetensors"
     del header["model"]["objective"], header["model"]["votes"]
-    arrays = portable.params | {"palette.centers": COLORS.centers}
+    arrays = weights_file.params | {"palette.centers": COLORS.centers}
     safetensors.numpy.save_file(arrays, path, {"gptv_jax": json.dumps(header)})
-    assert_same(weights.read(path), portable)
+    assert_same(weights.read(path), weights_file)
     record = json.loads((finished_run.folder / "config.json").read_text())
     del record["config"]["model.objective"], record["config"]["finetune.layer_decay"]
     (tmp_path / "config.json").write_text(json.dumps(record))
@@ -414,7 +414,7 @@ def test_a_checkpoint_of_openai_must_be_whole(variables):
 
 
 def test_the_bert_variant_is_known_by_its_own_folder_alone(variables):
-    there = Accounted({n: a.shape for n, a in variables.items()}, variables.__getitem__)
+    there = StrictReader.of_arrays(variables)
     path = pathlib.Path("/home/robert/bert/igpt-s/131000/model.ckpt-131000")
     assert openai.convert(there, path, COLORS).model.objective == "autoregressive"
 
@@ -425,13 +425,13 @@ def test_a_variable_that_cannot_be_read_is_named(variables):
             raise IndexError("Read less bytes than requested")
         return variables[name]
 
-    there = Accounted({n: a.shape for n, a in variables.items()}, read)
+    there = StrictReader({n: a.shape for n, a in variables.items()}, read)
     with pytest.raises(InputError, match=r"h1/attn/v_proj cannot be read \(Read less bytes"):
         openai.convert(there, pathlib.Path("model.ckpt-7"), COLORS)
 
 
-def test_a_tensor_in_two_files_is_an_error(portable, tmp_path):
-    folder = damaged(portable, tmp_path / "hf")
+def test_a_tensor_in_two_files_is_an_error(weights_file, tmp_path):
+    folder = damaged(weights_file, tmp_path / "hf")
     (folder / "model.safetensors").rename(folder / "a.safetensors")
     safetensors.numpy.save_file({"lm_head.weight": ONES}, folder / "b.safetensors")
     index = {"weight_map": {"lm_head.weight": "a.safetensors", "x": "b.safetensors"}}
@@ -467,4 +467,4 @@ def test_a_checkpoint_is_read_by_tensorflow(variables, tmp_path):
     np.testing.assert_allclose(
         model.logits(TOKENS), oracle.forward(variables, TOKENS)[0], atol=2e-5
     )
-    assert model.portable().step == 7
+    assert model.weights_file().step == 7

@@ -408,11 +408,11 @@ def test_lower_layers_are_tuned_at_lower_rates(main, finished_run, tmp_path):
     given = [f"--config.init_from={finished_run.folder}", "--config.finetune.layer_decay=1e-4"]
     ended = main(*small_arguments(tmp_path / "run"), *given, "--stages=finetune")
     assert ended.code == 0, ended.errors
-    tuned = gptv_jax.load(tmp_path / "run", "finetune").portable().params
-    before = gptv_jax.load(finished_run.folder, "pretrain").portable().params
+    tuned = gptv_jax.load(tmp_path / "run", "finetune").weights_file().params
+    before = gptv_jax.load(finished_run.folder, "pretrain").weights_file().params
     moved = {name: np.abs(tuned[name] - before[name]).max() for name in before}
     assert moved["token_embedding"] < 1e-6 < moved["blocks.mlp_in"] < 1e-3 < moved["head"]
-    freely = gptv_jax.load(finished_run.folder, "finetune").portable().params
+    freely = gptv_jax.load(finished_run.folder, "finetune").weights_file().params
     assert np.abs(freely["token_embedding"] - before["token_embedding"]).max() > 0.01
 
 

@@ -14,10 +14,10 @@ from conftest import MESHES, generator, make_mesh, random_batch, random_params, 
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.errors import InputError
-from gptv_jax.tensors import Accounted
 from gptv_jax.tokens.palette import Palette
 from gptv_jax.train import evaluation, objective, step
 from gptv_jax.weights import openai
+from gptv_jax.weights.strict_reader import StrictReader
 
 
 def bert(classes: int = 0, **changes):
@@ -41,14 +41,14 @@ def test_the_network_is_the_released_variant_in_float64():
     variables = oracle.variables(generator(), 2, 24, 3, 13, 16)
     tokens = generator(1).integers(13, size=(4, 16), dtype=np.int32)
     hidden = generator(2).random((4, 16)) < 0.3
-    there = Accounted({n: a.shape for n, a in variables.items()}, variables.__getitem__)
+    there = StrictReader.of_arrays(variables)
     colors = Palette(np.zeros((13, 3), np.float32), {})
-    portable = openai.convert(there, pathlib.Path("igpt-s-bert/model.ckpt-7"), colors)
-    assert portable.model.objective == "bert" and "start" not in portable.params
+    weights_file = openai.convert(there, pathlib.Path("igpt-s-bert/model.ckpt-7"), colors)
+    assert weights_file.model.objective == "bert" and "start" not in weights_file.params
     exact = dataclasses.replace(
-        portable,
-        model=dataclasses.replace(portable.model, dtype="float64"),
-        params={name: array.astype(np.float64) for name, array in portable.params.items()},
+        weights_file,
+        model=dataclasses.replace(weights_file.model, dtype="float64"),
+        params={name: array.astype(np.float64) for name, array in weights_file.params.items()},
     )
     wanted = oracle.forward(variables, tokens, 1 - hidden)[0]
     with jax.enable_x64(True), jax.set_mesh(make_mesh((1, 1, 1))):

@@ -14,7 +14,7 @@ from conftest import generator, make_mesh
 import gptv_jax
 from gptv_jax import sharding, weights
 from gptv_jax.train.objective import cross_entropy
-from gptv_jax.weights.portable import Portable
+from gptv_jax.weights.file import WeightsFile
 
 torch = pytest.importorskip("torch", reason="the bench extra (torch) is not installed")
 transformers = pytest.importorskip(
@@ -65,21 +65,21 @@ def shifted(tokens: np.ndarray, shape: dict):
 def test_logits_and_every_layer_agree(name, tmp_path):
     shape = SHAPES[name]
     model = theirs(shape)
-    portable = weights.read(saved(model, tmp_path / "hf", max_shard_size="40MB"))
+    weights_file = weights.read(saved(model, tmp_path / "hf", max_shard_size="40MB"))
     sharded = (tmp_path / "hf" / "model.safetensors.index.json").exists()
     assert sharded == (name == "igpt-s")
     tokens = tokens_of(shape)
     with torch.no_grad():
         output = model(shifted(tokens, shape), output_hidden_states=True)
         *raw, final = output.hidden_states  # the last one normed, where the others are not
-    layers, network = tuple(range(len(raw) + 1)), portable.network
+    layers, network = tuple(range(len(raw) + 1)), weights_file.network
 
     @functools.partial(jax.jit, static_argnames=("raw", "keep"))
     def forward(params, **reading):
         return network.bind(params)(jnp.asarray(tokens), **reading)
 
     with jax.set_mesh(make_mesh((1, 1, 1))):
-        params = portable.on_mesh()
+        params = weights_file.on_mesh()
         found = forward(params, raw=True, keep=layers[:-1])
         last = forward(params, raw=False, keep=layers[-1:]).kept[0]
     np.testing.assert_allclose(found.logits, output.logits.numpy(), rtol=0, atol=1e-5)
@@ -93,19 +93,19 @@ def test_logits_of_the_raw_alignment_agree(name, tmp_path):
     """Fed as their processor feeds them: token i at position i, and no start token."""
     shape = SHAPES[name]
     model = theirs(shape)
-    portable = weights.read(saved(model, tmp_path / "hf"))
+    weights_file = weights.read(saved(model, tmp_path / "hf"))
     tokens = tokens_of(shape)
     with torch.no_grad():
         wanted = model(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
-    found = raw_logits(portable, tokens)
+    found = raw_logits(weights_file, tokens)
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
 
 
-def raw_logits(portable: Portable, tokens: np.ndarray) -> np.ndarray:
+def raw_logits(weights_file: WeightsFile, tokens: np.ndarray) -> np.ndarray:
     """The first token of a row in the start vector's place, row by row, since each has its own."""
-    rows, network = [], portable.network
+    rows, network = [], weights_file.network
     with jax.set_mesh(make_mesh((1, 1, 1))):
-        params = portable.on_mesh()
+        params = weights_file.on_mesh()
         forward = jax.jit(lambda params, read: network.bind(params)(read).logits[0])
         for row in tokens:
             start = {"start": params["token_embedding"][row[0]][None]}
@@ -127,7 +127,7 @@ def test_class_logits_agree(tmp_path):
 def test_gradients_of_the_loss_agree_for_every_weight(name, tmp_path):
     shape = SHAPES[name] | {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     model = theirs(shape)
-    portable = weights.read(saved(model, tmp_path / "hf"))
+    weights_file = weights.read(saved(model, tmp_path / "hf"))
     tokens = tokens_of(shape, rows=1 if name == "igpt-s" else 4)
     logits = model(shifted(tokens, shape)).logits
     targets = torch.tensor(tokens, dtype=torch.long)
@@ -141,11 +141,11 @@ def test_gradients_of_the_loss_agree_for_every_weight(name, tmp_path):
     wanted = weights.read(saved(model, tmp_path / "gradients")).params
 
     def loss(params):
-        logits = portable.network.bind(params)(jnp.asarray(tokens)).logits
+        logits = weights_file.network.bind(params)(jnp.asarray(tokens)).logits
         return cross_entropy(logits, jnp.asarray(tokens)).mean()
 
     with jax.set_mesh(make_mesh((1, 1, 1))):
-        found = sharding.by_name(jax.jit(jax.grad(loss))(portable.on_mesh()))
+        found = sharding.by_name(jax.jit(jax.grad(loss))(weights_file.on_mesh()))
     assert set(found) == set(wanted)
     for weight_name, gradient in wanted.items():
         layers = "blocks." in weight_name  # each by itself, so that none hides behind another

@@ -12,7 +12,7 @@ from gptv_jax import sharding
 from gptv_jax.errors import InputError
 from gptv_jax.quality.features import Features, FromFunction, Pixels, make_features
 from gptv_jax.weights import native
-from gptv_jax.weights.portable import Portable
+from gptv_jax.weights.file import WeightsFile
 
 
 def test_pixels_are_averaged_over_equal_areas():
@@ -56,14 +56,14 @@ def test_a_function_gives_features_and_may_give_probabilities():
 
 def test_a_network_that_was_not_probed_gives_its_middle_layer(tmp_path, one_device):
     model = config_lib.Model(layers=4, width=16, heads=2)
-    portable = Portable(model, config_lib.Tokens(), image_size=4, params={})
-    params = sharding.by_name(random_params(portable.network))
+    weights_file = WeightsFile(model, config_lib.Tokens(), image_size=4, params={})
+    params = sharding.by_name(random_params(weights_file.network))
     arrays = {name: np.asarray(value) for name, value in params.items()}
     path = tmp_path / "weights.safetensors"
     images = generator().integers(17, size=(8, 4, 4, 1), dtype=np.uint8)
     hashes = set()
     for layer in (None, 1):
-        native.write(dataclasses.replace(portable, params=arrays, best_layer=layer), path)
+        native.write(dataclasses.replace(weights_file, params=arrays, best_layer=layer), path)
         features = make_features(str(path), (4, 4, 1))
         assert features.name == f"gptv_jax, layer {layer or 2} of 4"
         values, probabilities = features(images)
@@ -72,7 +72,7 @@ def test_a_network_that_was_not_probed_gives_its_middle_layer(tmp_path, one_devi
         hashes.add(features.hash)
     assert len(hashes) == 1  # the same weights
     arrays["start"] = arrays["start"] + 1
-    native.write(dataclasses.replace(portable, params=arrays), path)
+    native.write(dataclasses.replace(weights_file, params=arrays), path)
     assert make_features(str(path), (4, 4, 1)).hash not in hashes
 
 

@@ -30,7 +30,7 @@ from gptv_jax.runs.run import Run
 from gptv_jax.stages import probe, sample
 from gptv_jax.train import loop
 from gptv_jax.train.metrics import MetricWriter
-from gptv_jax.weights.portable import Portable
+from gptv_jax.weights.file import WeightsFile
 
 
 def images_of(split: str) -> np.ndarray:
@@ -297,7 +297,7 @@ def conditional(tmp_path_factory) -> config_lib.Config:
     """Of a run that only samples a class-conditional network, of weights without training."""
     model = tiny_network(layers=1, class_tokens=10).config
     tokens = config_lib.Tokens(kind="grey", levels=17)
-    described = Portable(model, tokens, image_size=8, params={}, starts=11)
+    described = WeightsFile(model, tokens, image_size=8, params={}, starts=11)
     mesh = make_mesh((1, 1, 1))
     with jax.set_mesh(mesh):
         params = random_params(described.network)

@@ -41,9 +41,9 @@ def find_codec(config: config_lib.Config, folder: pathlib.Path | None = None) ->
         found[f"the token cache {cache.folder}"] = cache.codec().lexicon
     if config.init_from:
         path = pathlib.Path(config.init_from)
-        portable = weights.is_portable(path)
+        weights_file = weights.is_weights_path(path)
         found[f"config.init_from={path}"] = (
-            weights.read_lexicon(path) if portable else tokens.load_lexicon(kind, path)
+            weights.read_lexicon(path) if weights_file else tokens.load_lexicon(kind, path)
         )
     field = {"palette": "palette", "learned": "tokenizer"}[kind]
     if given := getattr(config.tokens, field):

@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from gptv_jax import api, tensors
+from gptv_jax import api, files
 from gptv_jax.errors import InputError
 from gptv_jax.quality.inception import MARK, Inception
 from gptv_jax.weights import loading, native
@@ -101,12 +101,12 @@ class FromModel:
 
     def __init__(self, model: api.Model):
         """Of a loaded model."""
-        portable = model.portable()
-        layers, chosen = portable.model.layers, portable.best_layer
+        weights_file = model.weights_file()
+        layers, chosen = weights_file.model.layers, weights_file.best_layer
         self._model, self._layer = model, layers // 2 if chosen is None else chosen
-        self.size = portable.model.width
+        self.size = weights_file.model.width
         self.name = f"gptv_jax, layer {self._layer} of {layers}"
-        self.hash = tensors.digest(native.arrays(portable))
+        self.hash = files.hash_arrays(native.arrays(weights_file))
 
     def __call__(self, images: UInt8[np.ndarray, "B H W C"]) -> Values:
         """See `Features`."""
@@ -153,7 +153,7 @@ def make_features(spec: str | None, image_shape: Shape) -> Features:
 def _is_inception(path: pathlib.Path) -> bool:
     if path.suffix != ".safetensors" or not path.is_file():
         return False
-    with tensors.open_file(path) as file:
+    with files.open_safetensors(path) as file:
         return any(name.startswith(MARK) for name in file.keys())  # noqa: SIM118 - no mapping
 
 

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from gptv_jax import tensors
+from gptv_jax import files
 from gptv_jax.errors import InputError
+from gptv_jax.weights.strict_reader import StrictReader
 
 SIDE = 299  # pixels, height and width of what the network sees
 WIDTH, CLASSES = 2048, 1008  # features of the last pool; the classes of 2015
@@ -51,14 +52,13 @@ class Inception:
             listed.
         """
         path = pathlib.Path(path).absolute()
-        given = {n: a for n, a in tensors.read(path).items() if not n.endswith(UNUSED)}
-        shapes = {name: array.shape for name, array in given.items()}
-        accounted = tensors.Accounted(shapes, given.__getitem__)
+        given = {n: a for n, a in files.read_safetensors(path)[0].items() if not n.endswith(UNUSED)}
+        accounted = StrictReader.of_arrays(given)
         taken = {name: accounted.take(name, shape) for name, shape in weight_shapes().items()}
         accounted.close(path, "the FID's InceptionV3 (pt_inception-2015-12-05 of pytorch-fid)")
         if odd := [name for name, array in taken.items() if not np.isfinite(array).all()]:
             raise InputError(f"{path} holds values that are not finite, in {', '.join(odd)}.")
-        self.hash = tensors.digest(taken)
+        self.hash = files.hash_arrays(taken)
         self._weights = jax.device_put(_folded(taken), jax.local_devices()[0])
 
     def __call__(

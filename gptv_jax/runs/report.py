@@ -1,8 +1,8 @@
 """The run's plots and its one-page report, made of whatever stages have finished."""
 
 import datetime
-import html
 import math
+from html import escape
 
 import jax
 from etils import epy
@@ -10,10 +10,10 @@ from etils import epy
 from gptv_jax import config as config_lib
 from gptv_jax import files
 from gptv_jax.config import fields
+from gptv_jax.decode.sampler import class_rows
 from gptv_jax.runs import html
 from gptv_jax.runs.record import finished_stages
 from gptv_jax.runs.run import Run
-from gptv_jax.decode.sampler import class_rows
 
 with epy.lazy_imports():  # heavy, and not needed before there is something to plot
     from matplotlib import figure as figures
@@ -30,7 +30,7 @@ def write(run: Run) -> None:
     content = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title} ({html.escape(run.folder.name)})</title><style>{html.STYLE}</style></head>
+<title>{title} ({escape(run.folder.name)})</title><style>{html.STYLE}</style></head>
 <body><h1>{title}</h1>{_origin(run)}
 <div class="tiles">{_headlines(run, summary)}</div>
 {html.section("Tokenizer", _tokenizing(run, summary, events))}
@@ -48,7 +48,7 @@ def _title(run: Run, summary: dict) -> str:
     if "model/params" in summary:  # absent where another run did the pretraining
         parts.append(f"{summary['model/params']:,} parameters")
     parts += [f"{run.config.model.layers} layers", f"width {run.config.model.width}"]
-    return html.escape(", ".join(parts))
+    return escape(", ".join(parts))
 
 
 def _origin(run: Run) -> str:
@@ -57,8 +57,8 @@ def _origin(run: Run) -> str:
     versions = " · ".join(f"{name} {version}" for name, version in record["versions"].items())
     now = datetime.datetime.now(datetime.UTC)
     written = f"{run.folder.name} · written {now:%Y-%m-%d %H:%M} UTC on {record['devices']}"
-    command = f'<code class="box">{html.escape(record["command"])}</code>'
-    return f"<small>{html.escape(written)}</small>{command}<small>{html.escape(versions)}</small>"
+    command = f'<code class="box">{escape(record["command"])}</code>'
+    return f"<small>{escape(written)}</small>{command}<small>{escape(versions)}</small>"
 
 
 def _headlines(run: Run, summary: dict) -> str:

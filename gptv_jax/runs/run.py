@@ -17,23 +17,22 @@ import jax
 from etils import epath
 
 from gptv_jax import checkpoint, files, sharding, tokens
-from gptv_jax.config import rules
-from gptv_jax.hosts import distributed
-from gptv_jax.config import fields
-from gptv_jax import weights
 from gptv_jax import config as config_lib
+from gptv_jax import weights as weights_lib
 from gptv_jax.checkpoint import Checkpoints
+from gptv_jax.config import fields, rules
 from gptv_jax.data import codec as codecs
 from gptv_jax.data import pipeline, sources, transforms
 from gptv_jax.data.damage import Ledger
 from gptv_jax.data.pipeline import Pipeline
+from gptv_jax.decode.sampler import check_guidable
 from gptv_jax.errors import InputError
-from gptv_jax.weights.portable import Portable
+from gptv_jax.hosts import distributed
 from gptv_jax.model.gpt import Network
 from gptv_jax.runs.record import checkpoint_folder, config_of, finished_stages
-from gptv_jax.decode.sampler import check_guidable
-from gptv_jax.train.metrics import MetricWriter
 from gptv_jax.stages.select import choose_stages
+from gptv_jax.train.metrics import MetricWriter
+from gptv_jax.weights.file import WeightsFile
 
 TRIED = 32  # images that the transforms and the codec are tried on, before any work
 VERSIONED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "gptv_jax")
@@ -161,24 +160,26 @@ class Run:
     def _check_pretrained(self, codec: tokens.Codec | None) -> None:
         """Raises where there are no pretrained weights, or of another network."""
         given = self.config.init_from
-        if given and weights.is_portable(given):
+        if given and weights_lib.is_weights_path(given):
             self._imported(codec)
             return
         self._must_be_pretrained()
         there = config_of(self._pretrained_folder())
         self._must_fit(
-            Portable(there.model, there.tokens, there.data.image_size, {}, starts=starts_of(there))
+            WeightsFile(
+                there.model, there.tokens, there.data.image_size, {}, starts=starts_of(there)
+            )
         )
 
-    def _imported(self, codec: tokens.Codec | None) -> Portable:
+    def _imported(self, codec: tokens.Codec | None) -> WeightsFile:
         """The weights of `config.init_from`, where they come from elsewhere; without class head."""
         given, lexicon = self.config.init_from, codec and codec.lexicon
         palette = lexicon if isinstance(lexicon, tokens.Palette) else None
-        found = weights.read(given, palette).headless()
+        found = weights_lib.read(given, palette).headless()
         self._must_fit(found)
         return found
 
-    def _must_fit(self, weights: Portable) -> None:
+    def _must_fit(self, weights: WeightsFile) -> None:
         differing = weights.differing(self.config, starts_of(self.config))
         if differing:
             raise InputError(
@@ -206,7 +207,7 @@ class Run:
             the checkpoints can be read.
         """
         given = self.config.init_from
-        if given and weights.is_portable(given):
+        if given and weights_lib.is_weights_path(given):
             weights = self._imported(self.codec)
             self._pretrained_step = weights.step
             return weights.on_mesh()

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, UInt8
 
 from gptv_jax import config as config_lib
-from gptv_jax import sharding, tensors
+from gptv_jax import files, sharding
 from gptv_jax.config import fields
 from gptv_jax.errors import InputError, first_line
 from gptv_jax.model import autoencoder
@@ -42,7 +42,7 @@ class Tokenizer:
     @functools.cached_property
     def hash(self) -> str:
         """Of the weights."""
-        return tensors.digest(self.params)
+        return files.hash_arrays(self.params)
 
     def same_as(self, other: "Tokenizer") -> bool:
         """Whether tokens mean the same."""
@@ -86,7 +86,7 @@ class Tokenizer:
     def save(self, path: str | pathlib.Path) -> None:
         """Writes a .safetensors file that `load` reads, whole or not at all."""
         arrays = {name: np.ascontiguousarray(array) for name, array in self.params.items()}
-        tensors.write(arrays, pathlib.Path(path), {HEADER: json.dumps(self.described())})
+        files.write_safetensors(arrays, pathlib.Path(path), {HEADER: json.dumps(self.described())})
 
 
 def of_described(said: dict, params: dict[str, np.ndarray], where: str) -> Tokenizer:
@@ -119,12 +119,12 @@ def load(path: str | pathlib.Path) -> Tokenizer:
             f"there is no tokenizer {path}; it takes a run folder whose stage tokenizer has "
             "finished, or a file of Tokenizer.save."
         )
-    arrays, metadata = tensors.read(path), tensors.read_metadata(path)
+    arrays, metadata = files.read_safetensors(path)
     try:
         said = json.loads(metadata[HEADER])
     except (KeyError, ValueError) as error:
         raise InputError(f"{path} holds no tokenizer ({first_line(error)}).") from error
-    odd = [name for name, array in arrays.items() if not tensors.floating(array)]
+    odd = [name for name, array in arrays.items() if not files.is_floating(array)]
     if odd:
         raise InputError(f"{path} holds weights that are not floating-point: {', '.join(odd)}.")
     params = {name: np.asarray(array, np.float32) for name, array in arrays.items()}

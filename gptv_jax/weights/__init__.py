@@ -5,18 +5,18 @@ import pathlib
 from gptv_jax.errors import InputError
 from gptv_jax.tokens import Lexicon, Palette
 from gptv_jax.weights import huggingface, native, openai
-from gptv_jax.weights.portable import Portable
+from gptv_jax.weights.file import WeightsFile
 
 # Each form: whether a path is one, its weights, and its lexicon alone.
 FORMS = (native, huggingface, openai)
 
 
-def is_portable(path: str | pathlib.Path) -> bool:
+def is_weights_path(path: str | pathlib.Path) -> bool:
     """Whether weights in one of the forms lie there (a run folder is none of them)."""
     return any(form.found(pathlib.Path(path)) for form in FORMS)
 
 
-def read(path: str | pathlib.Path, palette: Palette | None = None) -> Portable:
+def read(path: str | pathlib.Path, palette: Palette | None = None) -> WeightsFile:
     """The weights at `path`: a .safetensors file of ours, or of Hugging Face or OpenAI.
 
     Args:

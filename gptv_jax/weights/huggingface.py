@@ -15,14 +15,14 @@ import re
 import numpy as np
 
 from gptv_jax import config as config_lib
-from gptv_jax import files, tensors
+from gptv_jax import files
 from gptv_jax.config import fields
 from gptv_jax.errors import InputError
-from gptv_jax.tensors import Accounted
 from gptv_jax.tokens import palette as palettes
 from gptv_jax.tokens.palette import Palette
 from gptv_jax.weights import native
-from gptv_jax.weights.portable import Portable, agreed, class_head
+from gptv_jax.weights.file import WeightsFile, agreed, class_head
+from gptv_jax.weights.strict_reader import StrictReader
 
 LOG = logging.getLogger(__name__)
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
@@ -73,7 +73,7 @@ def read_lexicon(folder: pathlib.Path) -> Palette | None:
     return palettes.checked(centers, provenance, f"clusters of {path}")
 
 
-def read(folder: pathlib.Path, palette: Palette | None = None) -> Portable:
+def read(folder: pathlib.Path, palette: Palette | None = None) -> WeightsFile:
     """See `interop.read`."""
     config = _config(folder)
     there, metadata = _open(folder)
@@ -81,13 +81,13 @@ def read(folder: pathlib.Path, palette: Palette | None = None) -> Portable:
         header = native.header(metadata, folder)
         colours = native.uses_colours(header)
         own = agreed(palette, read_lexicon(folder), str(folder)) if colours else None
-        portable = native.described(header, {}, own, folder)
+        weights_file = native.described(header, {}, own, folder)
     else:
         own = agreed(palette, read_lexicon(folder), str(folder))
-        portable = _described(config, folder, own)
+        weights_file = _described(config, folder, own)
     params = _weights(config, folder, there)
     classes = len(params.get("classifier.class_head", ()))
-    return dataclasses.replace(portable, params=params, classes=classes).checked(str(folder))
+    return dataclasses.replace(weights_file, params=params, classes=classes).checked(str(folder))
 
 
 def _config(folder: pathlib.Path) -> dict:
@@ -109,7 +109,7 @@ def _config(folder: pathlib.Path) -> dict:
     return config
 
 
-def _described(config: dict, folder: pathlib.Path, palette: Palette) -> Portable:
+def _described(config: dict, folder: pathlib.Path, palette: Palette) -> WeightsFile:
     """What `config.json` says, without weights."""
     width, size = config["n_embd"], math.isqrt(config["n_positions"])
     inner = config["n_inner"]
@@ -123,7 +123,7 @@ def _described(config: dict, folder: pathlib.Path, palette: Palette) -> Portable
             f"{folder / CONFIG} has n_inner={inner} and n_head={config['n_head']}, but "
             f"n_embd={width} must divide the one and be a multiple of the other."
         )
-    return Portable(
+    return WeightsFile(
         model=config_lib.Model(
             layers=config["n_layer"],
             width=width,
@@ -151,7 +151,7 @@ def _parts(config: dict) -> dict[str, tuple]:
     }
 
 
-def _weights(config: dict, folder: pathlib.Path, there: Accounted) -> dict[str, np.ndarray]:
+def _weights(config: dict, folder: pathlib.Path, there: StrictReader) -> dict[str, np.ndarray]:
     """Our parameters, of every tensor there.
 
     Raises:
@@ -189,7 +189,7 @@ def _weights(config: dict, folder: pathlib.Path, there: Accounted) -> dict[str, 
     return params
 
 
-def _open(folder: pathlib.Path) -> tuple[Accounted, dict[str, str]]:
+def _open(folder: pathlib.Path) -> tuple[StrictReader, dict[str, str]]:
     """The tensors of a folder, whatever number of files they are spread over, and the metadata."""
     paths = [folder / WEIGHTS]
     if not paths[0].exists():
@@ -204,16 +204,16 @@ def _open(folder: pathlib.Path) -> tuple[Accounted, dict[str, str]]:
         )
     shapes, opened = {}, {}
     for path in paths:
-        file = tensors.open_file(path)
+        file = files.open_safetensors(path)
         for name in file.keys():  # noqa: SIM118 - the file is no mapping
             if name in shapes:
                 raise InputError(f"{folder} has {name} in two of its files.")
             if not BUFFERS.fullmatch(name):
                 shapes[name], opened[name] = tuple(file.get_slice(name).get_shape()), file
-    return Accounted(shapes, lambda name: opened[name].get_tensor(name)), file.metadata() or {}
+    return StrictReader(shapes, lambda name: opened[name].get_tensor(name)), file.metadata() or {}
 
 
-def write(portable: Portable, folder: pathlib.Path, task: str) -> None:
+def write(weights_file: WeightsFile, folder: pathlib.Path, task: str) -> None:
     """Writes a folder that `transformers` loads, `ImageGPTForCausalImageModeling` or the like.
 
     What that form has no word for is folded in: tables of rows and columns into that of positions,
@@ -221,7 +221,7 @@ def write(portable: Portable, folder: pathlib.Path, task: str) -> None:
     which is that of images as they are.
 
     Args:
-      portable: the weights.
+      weights_file: the weights.
       folder: made where it is not there.
       task: "generation", with the token head, or "classification", with the class head.
 
@@ -231,22 +231,22 @@ def write(portable: Portable, folder: pathlib.Path, task: str) -> None:
     """
     if folder.exists() and not found(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} cannot be written: it holds something else; name a new folder.")
-    if portable.classes and task == "generation":
+    if weights_file.classes and task == "generation":
         LOG.warning("the class head is left out; task=classification writes it, without the other.")
-    portable = _folded(portable, task)
-    params, codec = portable.params, portable.codec
-    V, T, D = codec.vocabulary, codec.grid[0] * codec.grid[1], portable.model.width
+    weights_file = _folded(weights_file, task)
+    params, codec = weights_file.params, weights_file.codec
+    V, T, D = codec.vocabulary, codec.grid[0] * codec.grid[1], weights_file.model.width
     config = {
         "architectures": [ARCHITECTURES[task]],
         "model_type": "imagegpt",
         "vocab_size": V + 1,
         "n_positions": T,
         "n_embd": D,
-        "n_layer": portable.model.layers,
-        "n_head": portable.model.heads,
-        "n_inner": portable.model.mlp_ratio * D,
-        "resid_pdrop": portable.model.dropout,
-        "embd_pdrop": portable.model.dropout,
+        "n_layer": weights_file.model.layers,
+        "n_head": weights_file.model.heads,
+        "n_inner": weights_file.model.mlp_ratio * D,
+        "resid_pdrop": weights_file.model.dropout,
+        "embd_pdrop": weights_file.model.dropout,
         "attn_pdrop": 0.0,
         "tie_word_embeddings": False,
         "torch_dtype": "float32",
@@ -267,12 +267,12 @@ def write(portable: Portable, folder: pathlib.Path, task: str) -> None:
         arrays["lm_head.weight"] = params["head"]
     else:
         arrays["score.weight"] = params["classifier.class_head"]
-        labels = {str(i): f"LABEL_{i}" for i in range(portable.classes)}
+        labels = {str(i): f"LABEL_{i}" for i in range(weights_file.classes)}
         config |= {"id2label": labels, "label2id": {v: int(k) for k, v in labels.items()}}
     # Token by token a colour to show it as; for a palette, the palette.
     every = np.arange(V)[:, None].repeat(T, axis=1)
     shown = codec.picture(codec.decode(every))[:, 0, 0]
-    centers = portable.lexicon.centers if portable.lexicon else shown / 127.5 - 1
+    centers = weights_file.lexicon.centers if weights_file.lexicon else shown / 127.5 - 1
     preprocessor = {
         "image_processor_type": "ImageGPTImageProcessor",
         "clusters": centers.tolist(),
@@ -284,13 +284,13 @@ def write(portable: Portable, folder: pathlib.Path, task: str) -> None:
     }
     files.claim(folder, "to")
     (folder / CONFIG).unlink(missing_ok=True)  # of an earlier export
-    header = json.dumps(native.describe(portable))
-    tensors.write(arrays, folder / WEIGHTS, {"format": "pt", native.HEADER: header})
+    header = json.dumps(native.describe(weights_file))
+    files.write_safetensors(arrays, folder / WEIGHTS, {"format": "pt", native.HEADER: header})
     files.write_json(folder / PREPROCESSOR, preprocessor)
     files.write_json(folder / CONFIG, config)  # last: by it the folder is known
 
 
-def _folded(portable: Portable, task: str) -> Portable:
+def _folded(weights_file: WeightsFile, task: str) -> WeightsFile:
     """The same network within what Hugging Face's form can express.
 
     Raises:
@@ -299,12 +299,12 @@ def _folded(portable: Portable, task: str) -> Portable:
     default = fields.flatten(config_lib.Model())
     foreign = [
         f"model.{name}={value}"
-        for name, value in fields.flatten(portable.model).items()
+        for name, value in fields.flatten(weights_file.model).items()
         if name not in EXPRESSED and value != default[name]
     ]
-    if portable.tokens.kind == "learned":
+    if weights_file.tokens.kind == "learned":
         foreign.append("tokens.kind=learned")  # its tokens are colours
-    params = dict(portable.params)
+    params = dict(weights_file.params)
     head = {
         n: params.pop(f"classifier.{n}", None)
         for n in ("class_head", "class_center", "class_scale")
@@ -317,19 +317,21 @@ def _folded(portable: Portable, task: str) -> Portable:
         params["classifier.class_head"] = head["class_head"] * head["class_scale"]
     if foreign:
         raise InputError(f"Hugging Face's form has no word for {', '.join(foreign)}.")
-    if portable.model.axial_positions:
-        rows, columns = portable.codec.grid
+    if weights_file.model.axial_positions:
+        rows, columns = weights_file.codec.grid
         row, column = params.pop("row"), params.pop("column")
         params["position"] = (
             params["position"] + row.repeat(columns, axis=0) + np.tile(column, (rows, 1))
         )
-    if portable.starts > 1:
-        LOG.warning("of %d start vectors the first one is exported.", portable.starts)
+    if weights_file.starts > 1:
+        LOG.warning("of %d start vectors the first one is exported.", weights_file.starts)
         params["start"] = params["start"][:1]
     return dataclasses.replace(
-        portable,
-        model=dataclasses.replace(portable.model, axial_positions=False, start_per_variant=False),
+        weights_file,
+        model=dataclasses.replace(
+            weights_file.model, axial_positions=False, start_per_variant=False
+        ),
         params=params,
         starts=1,
-        classes=portable.classes if task == "classification" else 0,
+        classes=weights_file.classes if task == "classification" else 0,
     )

@@ -15,7 +15,7 @@ from gptv_jax.runs.run import network_of
 from gptv_jax.tokens import LearnedTokens, learned
 from gptv_jax.tokens import palette as palettes
 from gptv_jax.weights import huggingface
-from gptv_jax.weights.portable import Portable
+from gptv_jax.weights.file import WeightsFile
 
 TRAININGS = ("pretrain", "finetune")  # the stages that leave weights
 
@@ -37,7 +37,7 @@ def load(
       ValueError: neither of these, the stage has not finished, or something there is damaged.
     """
     path = pathlib.Path(source).absolute()
-    if not weights.is_portable(path) and path.is_dir():
+    if not weights.is_weights_path(path) and path.is_dir():
         return _of_run(path, stage)
     if stage is not None:
         raise InputError(f"stage={stage} is asked for, but {path} is no run folder, with stages.")
@@ -79,7 +79,7 @@ def to_huggingface(model: Model, folder: str | pathlib.Path, task: str = "genera
     if task not in huggingface.ARCHITECTURES:
         shown = ", ".join(huggingface.ARCHITECTURES)
         raise InputError(f"task is {task!r}; it takes one of {shown}.")
-    huggingface.write(model.portable(), pathlib.Path(folder).absolute(), task)
+    huggingface.write(model.weights_file(), pathlib.Path(folder).absolute(), task)
 
 
 def from_openai(prefix: str | pathlib.Path, palette: str | pathlib.Path) -> Model:
@@ -129,7 +129,7 @@ def _of_run(folder: pathlib.Path, stage: str | None) -> Model:
         )
     network = network_of(config, summary.get(f"{stage}/classes", 0))
     step = summary[f"{stage}/steps"]
-    described = Portable(
+    described = WeightsFile(
         model=config.model,
         tokens=config.tokens,
         image_size=config.data.image_size,

@@ -7,13 +7,13 @@ import pathlib
 import numpy as np
 
 from gptv_jax import config as config_lib
-from gptv_jax import tensors
+from gptv_jax import files
 from gptv_jax.config import fields
 from gptv_jax.config.fields import NOT_NEGATIVE, POSITIVE, field
 from gptv_jax.errors import InputError, first_line
 from gptv_jax.tokens import Lexicon, Palette, Tokenizer, learned
 from gptv_jax.tokens import palette as palettes
-from gptv_jax.weights.portable import Portable, agreed
+from gptv_jax.weights.file import WeightsFile, agreed
 
 FORMAT = 1
 HEADER = "gptv_jax"  # the key of the file's metadata
@@ -26,22 +26,22 @@ def found(path: pathlib.Path) -> bool:
     return path.suffix == ".safetensors" and path.is_file()
 
 
-def describe(portable: Portable) -> dict:
+def describe(weights_file: WeightsFile) -> dict:
     """All but the arrays, as JSON."""
-    lexicon = portable.lexicon
+    lexicon = weights_file.lexicon
     return {
         "format": FORMAT,
-        "model": fields.flatten(portable.model),
-        "tokens": fields.flatten(portable.tokens) | {"palette": None, "tokenizer": None},
+        "model": fields.flatten(weights_file.model),
+        "tokens": fields.flatten(weights_file.tokens) | {"palette": None, "tokenizer": None},
         "palette": lexicon.provenance if isinstance(lexicon, Palette) else None,
         "tokenizer": lexicon.described() if isinstance(lexicon, Tokenizer) else None,
-        **{name: getattr(portable, name) for name in FACTS},
+        **{name: getattr(weights_file, name) for name in FACTS},
     }
 
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What a header says beside the settings; the fields of `Portable` of these names."""
+    """What a header says beside the settings; the fields of `WeightsFile` of these names."""
 
     image_size: int = field(accepted=POSITIVE)
     starts: int = field(accepted=POSITIVE)
@@ -55,7 +55,7 @@ FACTS = [each.name for each in dataclasses.fields(Facts)]
 
 def described(
     header: dict, params: dict[str, np.ndarray], lexicon: Lexicon | None, where: pathlib.Path
-) -> Portable:
+) -> WeightsFile:
     """The inverse of `describe`, the palette with the provenance that the header has.
 
     Raises:
@@ -69,7 +69,7 @@ def described(
         facts = fields.from_dict(Facts, {name: header[name] for name in FACTS}, "header")
         if isinstance(lexicon, Palette):
             lexicon = dataclasses.replace(lexicon, provenance=dict(header["palette"]))
-        return Portable(
+        return WeightsFile(
             model=_settings(config_lib.Model, header["model"], "model"),
             tokens=_settings(config_lib.Tokens, header["tokens"], "tokens"),
             params=params,
@@ -85,16 +85,18 @@ def _settings(cls: type, given: dict, where: str):
     return fields.from_dict(cls, config_lib.recorded(cls, given, where), where)
 
 
-def read(path: pathlib.Path, palette: Palette | None = None) -> Portable:
+def read(path: pathlib.Path, palette: Palette | None = None) -> WeightsFile:
     """See `interop.read`."""
-    arrays, metadata = tensors.read(path), tensors.read_metadata(path)
+    arrays, metadata = files.read_safetensors(path)
     if HEADER not in metadata:
         raise InputError(
             f"{path} has no {HEADER} header; to read Hugging Face's weights name their folder, "
             "with its config.json."
         )
     centers, said = arrays.pop(CENTERS, None), header(metadata, path)
-    odd = [f"{name} {array.dtype}" for name, array in arrays.items() if not tensors.floating(array)]
+    odd = [
+        f"{name} {array.dtype}" for name, array in arrays.items() if not files.is_floating(array)
+    ]
     if odd:
         raise InputError(f"{path} holds weights that are not floating-point: {', '.join(odd)}.")
     params = {name: np.asarray(array, np.float32) for name, array in arrays.items()}
@@ -115,9 +117,8 @@ def uses_colours(header: dict) -> bool:
 
 def read_lexicon(path: pathlib.Path) -> Lexicon | None:
     """See `interop.read_lexicon`."""
-    said = header(tensors.read_metadata(path), path)
-    with tensors.open_file(path) as file:
-        names = set(file.keys())
+    with files.open_safetensors(path) as file:
+        said, names = header(file.metadata() or {}, path), set(file.keys())
         if said.get("tokenizer") is not None:
             own = [n for n in names if n.startswith(TOKENIZER)]
             weights = {n.removeprefix(TOKENIZER): file.get_tensor(n) for n in own}
@@ -128,17 +129,17 @@ def read_lexicon(path: pathlib.Path) -> Lexicon | None:
     return palettes.checked(centers, said.get("palette") or {}, f"{CENTERS} of {path}")
 
 
-def arrays(portable: Portable) -> dict[str, np.ndarray]:
+def arrays(weights_file: WeightsFile) -> dict[str, np.ndarray]:
     """The weights, and those of what the tokens stand for."""
-    found = {name: np.ascontiguousarray(array) for name, array in portable.params.items()}
-    if isinstance(portable.lexicon, Palette):
-        found[CENTERS] = portable.lexicon.centers
-    if isinstance(portable.lexicon, Tokenizer):
-        found |= {f"{TOKENIZER}{n}": array for n, array in portable.lexicon.params.items()}
+    found = {name: np.ascontiguousarray(array) for name, array in weights_file.params.items()}
+    if isinstance(weights_file.lexicon, Palette):
+        found[CENTERS] = weights_file.lexicon.centers
+    if isinstance(weights_file.lexicon, Tokenizer):
+        found |= {f"{TOKENIZER}{n}": array for n, array in weights_file.lexicon.params.items()}
     return found
 
 
-def write(portable: Portable, path: pathlib.Path) -> None:
+def write(weights_file: WeightsFile, path: pathlib.Path) -> None:
     """Writes the file, whole or not at all.
 
     Raises:
@@ -146,7 +147,9 @@ def write(portable: Portable, path: pathlib.Path) -> None:
     """
     if path.suffix != ".safetensors":
         raise InputError(f"{path} does not end in .safetensors, by which such a file is known.")
-    tensors.write(arrays(portable), path, {HEADER: json.dumps(describe(portable))})
+    files.write_safetensors(
+        arrays(weights_file), path, {HEADER: json.dumps(describe(weights_file))}
+    )
 
 
 def header(metadata: dict[str, str], path: pathlib.Path) -> dict:

@@ -12,9 +12,9 @@ import numpy as np
 
 from gptv_jax import config as config_lib
 from gptv_jax.errors import InputError, first_line
-from gptv_jax.tensors import Accounted
 from gptv_jax.tokens.palette import Palette
-from gptv_jax.weights.portable import Portable, class_head
+from gptv_jax.weights.file import WeightsFile, class_head
+from gptv_jax.weights.strict_reader import StrictReader
 
 LOG = logging.getLogger(__name__)
 SCOPE = "model/"
@@ -33,7 +33,7 @@ def read_lexicon(prefix: pathlib.Path) -> Palette | None:
     return None
 
 
-def read(prefix: pathlib.Path, palette: Palette | None = None) -> Portable:
+def read(prefix: pathlib.Path, palette: Palette | None = None) -> WeightsFile:
     """See `interop.read`."""
     if palette is None:
         raise InputError(
@@ -43,7 +43,7 @@ def read(prefix: pathlib.Path, palette: Palette | None = None) -> Portable:
     return convert(_open(prefix), prefix, palette)
 
 
-def convert(there: Accounted, prefix: pathlib.Path, palette: Palette) -> Portable:
+def convert(there: StrictReader, prefix: pathlib.Path, palette: Palette) -> WeightsFile:
     """Our weights from the checkpoint's variables.
 
     Args:
@@ -93,7 +93,7 @@ def convert(there: Accounted, prefix: pathlib.Path, palette: Palette) -> Portabl
         classes = there.shapes["clf/wclf"][0] if there.shapes["clf/wclf"] else 0
         params |= class_head(there.take("clf/wclf", (classes, D)))
     there.close(prefix)
-    portable = Portable(
+    weights_file = WeightsFile(
         model=config_lib.Model(layers=L, width=D, heads=H, mlp_ratio=F // D, objective=objective),
         tokens=config_lib.Tokens(kind="palette", colors=V),
         image_size=math.isqrt(T),
@@ -102,7 +102,7 @@ def convert(there: Accounted, prefix: pathlib.Path, palette: Palette) -> Portabl
         classes=classes,
         step=_step(prefix),
     )
-    return portable.checked(str(prefix))
+    return weights_file.checked(str(prefix))
 
 
 def _step(prefix: pathlib.Path) -> int | None:
@@ -110,7 +110,7 @@ def _step(prefix: pathlib.Path) -> int | None:
     return int(number[1]) if number else None
 
 
-def _open(prefix: pathlib.Path) -> Accounted:
+def _open(prefix: pathlib.Path) -> StrictReader:
     """The checkpoint's variables, by name within the scope.
 
     Raises:
@@ -133,6 +133,6 @@ def _open(prefix: pathlib.Path) -> Accounted:
         if len(shapes) < sum(not FOREIGN.match(name) for name in every):
             raise ValueError(f"it has the same variable inside {SCOPE} and outside")
         scope = SCOPE if any(name.startswith(SCOPE) for name in every) else ""
-        return Accounted(shapes, lambda name: reader.get_tensor(scope + name))
+        return StrictReader(shapes, lambda name: reader.get_tensor(scope + name))
     except Exception as error:  # whatever TensorFlow's readers raise
         raise InputError(f"{prefix} cannot be read ({first_line(error)}).") from error

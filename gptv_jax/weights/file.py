@@ -22,7 +22,7 @@ SHAPING = (
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Portable:
+class WeightsFile:
     """A network apart from any run."""
 
     model: config_lib.Model
@@ -46,7 +46,7 @@ class Portable:
         codec = self.codec
         return Network(self.model, codec.vocabulary, codec.grid, self.starts, self.classes)
 
-    def checked(self, where: str) -> "Portable":
+    def checked(self, where: str) -> "WeightsFile":
         """Itself, where every weight of the network is there, of its shape, and nothing else.
 
         Args:
@@ -79,7 +79,7 @@ class Portable:
             raise InputError(f"the weights in {where} do not fit: {'; '.join(differing)}.")
         return self
 
-    def headless(self) -> "Portable":
+    def headless(self) -> "WeightsFile":
         """Without a class head."""
         params = {n: a for n, a in self.params.items() if not n.startswith("classifier.")}
         return dataclasses.replace(self, params=params, classes=0)

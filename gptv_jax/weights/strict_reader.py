@@ -1,90 +1,35 @@
-"""Files of .safetensors, which a user may hand over damaged; nothing in them is ever executed."""
+"""Tensors of other programs, of which none may be missing, misshapen or ignored."""
 
-import hashlib
 import pathlib
 from collections.abc import Callable
 
 import numpy as np
-import safetensors
-import safetensors.numpy
 
+from gptv_jax import files
 from gptv_jax.errors import InputError, first_line
 
 
-def open_file(path: pathlib.Path):
-    """An open .safetensors file, whose tensors are read one by one.
+class StrictReader:
+    """Reads named tensors, and refuses any that is missing, misshapen or never asked for.
 
-    Raises:
-      InputError: it is none, or damaged.
+    Every tensor must be taken once. Faults are collected, and `close` lists all of them in one
+    error.
     """
-    try:
-        return safetensors.safe_open(path, framework="numpy")
-    except (OSError, safetensors.SafetensorError) as error:
-        raise InputError(
-            f"{path} is no .safetensors file, or damaged ({first_line(error)})."
-        ) from error
-
-
-def read(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """The tensors of a .safetensors file, by name.
-
-    Raises:
-      InputError: it cannot be read.
-    """
-    with open_file(path) as file:
-        try:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except Exception as error:  # of types that NumPy has not, too
-            raise InputError(f"{path} is damaged ({first_line(error)}).") from error
-
-
-def read_metadata(path: pathlib.Path) -> dict[str, str]:
-    """The metadata of a .safetensors file."""
-    with open_file(path) as file:
-        return file.metadata() or {}
-
-
-def write(arrays: dict[str, np.ndarray], path: pathlib.Path, metadata: dict) -> None:
-    """Writes a .safetensors file, whole or not at all.
-
-    Raises:
-      InputError: it cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        safetensors.numpy.save_file(arrays, temporary, metadata=metadata)
-        temporary.replace(path)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise InputError(f"{path} cannot be written ({first_line(error)}).") from error
-
-
-def digest(arrays: dict[str, np.ndarray]) -> str:
-    """What tells weights from others: 16 hexadecimal digits, of names, types, shapes and values."""
-    found = hashlib.sha256()
-    for name, array in sorted(arrays.items()):
-        found.update(f"{name} {array.dtype} {array.shape}".encode())
-        found.update(np.ascontiguousarray(array).tobytes())
-    return found.hexdigest()[:16]
-
-
-def floating(array: np.ndarray) -> bool:
-    """Whether an array is of floating-point numbers, bfloat16 among them."""
-    return array.dtype.kind == "f" or array.dtype.name == "bfloat16"
-
-
-class Accounted:
-    """Named tensors of which every one must be taken, once, in the shape that is expected."""
 
     def __init__(self, shapes: dict[str, tuple[int, ...]], get: Callable[[str], np.ndarray]):
-        """Nothing is read yet.
+        """Reads nothing yet.
 
         Args:
-          shapes: of all tensors there are, by name.
-          get: reads one of them.
+          shapes: shape of every tensor in the source, by name.
+          get: reads the tensor of a name.
         """
         self.shapes, self._get = shapes, get
         self._left, self._wrong = dict(shapes), []
+
+    @classmethod
+    def of_arrays(cls, arrays: dict[str, np.ndarray]) -> "StrictReader":
+        """A reader of arrays that are in memory already."""
+        return cls({name: array.shape for name, array in arrays.items()}, arrays.__getitem__)
 
     def __contains__(self, name: str) -> bool:
         return name in self.shapes
@@ -106,7 +51,7 @@ class Accounted:
             except Exception as error:  # whatever the reader raises at a damaged file
                 self._wrong.append(f"{name} cannot be read ({first_line(error)})")
                 return None
-            if floating(array):
+            if files.is_floating(array):
                 return np.asarray(array, np.float32)
             self._wrong.append(f"{name} is of type {array.dtype}, which is not floating-point")
         return None
