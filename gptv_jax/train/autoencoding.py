@@ -117,9 +117,7 @@ def make_loss(config: config_lib.Autoencoder, settings: config_lib.Tokenizer) ->
 def make_after(config: config_lib.Autoencoder, settings: config_lib.Tokenizer) -> Callable:
     """Updates the codebook and the discriminator, as the `after` of `step.make_train_step`."""
 
-    def after(
-        state: dict, passed: Passed, batch: dict, key: PRNGKeyArray
-    ) -> tuple[dict, Metrics]:
+    def after(state: dict, passed: Passed, batch: dict, key: PRNGKeyArray) -> tuple[dict, Metrics]:
         del batch
         new, metrics = {}, {}
         if config.quantizer == "vq":

@@ -93,7 +93,7 @@ def make_eval_step(network: Network) -> Callable:
 
 
 def make_metric(network: Network) -> Metric:
-    """"nats_per_token" and, with a class head, "accuracy" and "class_nats" per image."""
+    """ "nats_per_token" and, with a class head, "accuracy" and "class_nats" per image."""
 
     def result(sums: dict[str, np.ndarray]) -> dict[str, float]:
         sums = {name: float(value) for name, value in sums.items()}

@@ -92,7 +92,10 @@ def fit(
     state, info = restored or (initial(), FIRST)
     info = FIRST | info  # an older version saved fewer entries
     start = step = info["position"]
-    evaluations, clock = Ranking(info["evaluations"], primary), Clock(info["seconds"], info["timed"])
+    evaluations, clock = (
+        Ranking(info["evaluations"], primary),
+        Clock(info["seconds"], info["timed"]),
+    )
     measured = info["measured"]
     checkpoints.best = evaluations.best()
     log.rewind(name, step if restored else -1, info["events"])

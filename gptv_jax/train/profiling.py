@@ -64,9 +64,7 @@ class Profiler:
             (written,) = scratch.glob(f"plugins/profile/*/{pattern}")
             written.replace(folder / f"process_{jax.process_index()}.{kind}")
         shutil.rmtree(scratch)
-        LOG.info(
-            "The trace of steps %d to %d is in %s.", self._began, self._steps[1], folder
-        )
+        LOG.info("The trace of steps %d to %d is in %s.", self._began, self._steps[1], folder)
         self._steps = self._began = None
 
 

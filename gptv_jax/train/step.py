@@ -1,6 +1,6 @@
 """One step of any training, as a pure function for `jax.jit`, and the losses of the network.
 
-Every training has a loss of one form: `loss(params, frozen, batch, key, step) -> (number, metrics)`.
+Every training has a loss `loss(params, frozen, batch, key, step) -> (number, metrics)`, where
 `frozen` holds the arrays that the loss reads and does not train: a probe's network, a perceptual
 network. `key` is for everything random in the step; `step` counts the steps taken before.
 """
