@@ -150,6 +150,6 @@ def statistics(features: Features) -> tuple[np.ndarray, np.ndarray]:
 
 
 def around(layer: int, count: int, layers: int) -> tuple[int, ...]:
-    """`count` neighbouring layers out of 0 .. layers-1 with `layer` in the middle where possible."""
+    """`count` neighbouring layers of 0 .. layers-1, `layer` in the middle where possible."""
     first = min(max(layer - count // 2, 0), layers - count)
     return tuple(range(first, first + count))

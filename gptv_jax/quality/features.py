@@ -10,7 +10,7 @@ from jaxtyping import Float, UInt8
 from gptv_jax import api, files
 from gptv_jax.errors import InputError
 from gptv_jax.quality.inception import MARK, Inception
-from gptv_jax.weights import loading, native
+from gptv_jax.weights import native
 
 PIXELS = "pixels"
 CELLS = 8  # that pixel features have along height and width, where the image has as many pixels
@@ -140,7 +140,7 @@ def make_features(spec: str | None, image_shape: Shape) -> Features:
             f"features are {spec!r}, and there is nothing of that name; name pixels, a run folder, "
             "or a .safetensors file of this project's or Inception's weights."
         )
-    model = loading.load(spec)
+    model = api.load(spec)
     if model.codec.image_shape != tuple(image_shape):
         theirs, ours = ("x".join(map(str, s)) for s in (model.codec.image_shape, image_shape))
         raise InputError(

@@ -8,9 +8,8 @@ import math
 
 import jax
 
-from gptv_jax import sharding
+from gptv_jax import hosts, sharding
 from gptv_jax.checkpoint import Checkpoints
-from gptv_jax.hosts import distributed
 from gptv_jax.model import flops
 from gptv_jax.model.gpt import parameter_count
 from gptv_jax.probe import features, ridge
@@ -103,6 +102,6 @@ def _distortion(run: Run) -> dict[str, float | None]:
         if len(images):
             statistics.add(images, run.codec.encode(images))
     # Sums of whole numbers, exact in any order.
-    shares = distributed.from_all([statistics.squared_error, statistics.values])
+    shares = hosts.from_all([statistics.squared_error, statistics.values])
     statistics.squared_error, statistics.values = (sum(each) for each in zip(*shares, strict=True))
     return statistics.numbers()

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from gptv_jax import sharding
-from gptv_jax.hosts import preemption
+from gptv_jax import hosts, sharding
 from gptv_jax.model.gpt import Network
 from gptv_jax.train import objective
 from gptv_jax.train.objective import cross_entropy
@@ -46,9 +45,9 @@ def on_mesh(batches: Iterable[dict]) -> Iterator[dict]:
     """A split's batches (this process's rows, NumPy) as global arrays.
 
     Raises:
-      GivenUpError: the training around the evaluation was asked to stop.
+      hosts.EvaluationStoppedError: the training around the evaluation was asked to stop.
     """
-    return map(sharding.global_batch, preemption.watched(batches))
+    return map(sharding.global_batch, hosts.until_stop(batches))
 
 
 def total(parts: Iterable, add: Callable = Metric.add):
@@ -93,7 +92,7 @@ def make_eval_step(network: Network) -> Callable:
 
 
 def make_metric(network: Network) -> Metric:
-    """ "nats_per_token" and, with a class head, "accuracy" and "class_nats" per image."""
+    """Measures "nats_per_token" and, with a class head, "accuracy" and "class_nats" (per image)."""
 
     def result(sums: dict[str, np.ndarray]) -> dict[str, float]:
         sums = {name: float(value) for name, value in sums.items()}

@@ -10,10 +10,9 @@ from typing import NamedTuple
 import jax
 
 from gptv_jax import config as config_lib
-from gptv_jax import sharding
+from gptv_jax import hosts, sharding
 from gptv_jax.checkpoint import Checkpoints, DamagedError
 from gptv_jax.errors import InputError
-from gptv_jax.hosts import preemption
 from gptv_jax.train import profiling
 from gptv_jax.train.goodput import Clock, Sessions
 from gptv_jax.train.metrics import MetricWriter, Progress, mfu
@@ -163,7 +162,7 @@ def fit(
             if not stopping:
                 try:
                     better = judge()
-                except preemption.GivenUpError:
+                except hosts.EvaluationStoppedError:
                     stopping = True
             last = step == config.steps or evaluations.exhausted(patience)
 
@@ -177,7 +176,7 @@ def fit(
                 checkpoints.wait()
                 sessions.seen(step)
             if stopping:
-                raise preemption.StoppedError(
+                raise hosts.StoppedError(
                     f"{name} stopped by SIGTERM at step {step}, saved in "
                     f"{time.monotonic() - stop.since:.1f} s; the same command continues"
                 )
@@ -195,7 +194,7 @@ def fit(
                 settle()  # the metrics of the step before, while this step runs
                 pending = (step, metrics)
                 if step == start + 1:  # before the first step there is nothing to save
-                    stop = until_saved.enter_context(preemption.deferred())
+                    stop = until_saved.enter_context(hosts.deferred_stop())
                 stopping = stop.agreed()
             progress.advance()
 
