@@ -88,7 +88,7 @@ def _against_pixels(run: Run, bits: float) -> dict[str, float | None]:
     likely = run.config.model.objective == "autoregressive"  # bert tells of hidden tokens alone
     if not codec.lossless and run.data.has_pixels("test"):
         statistics = TokenStatistics(codec)
-        images = pipeline.images(run.config.data, "test", run.data.ledger)
+        images = pipeline.images(run.config.data, "test", run.data.damage_log)
         for batch in pipeline.tokenized(codec, images):
             statistics.add(batch["image"], batch["tokens"])
         distortion = statistics.numbers()
