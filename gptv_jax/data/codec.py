@@ -25,8 +25,8 @@ def find_codec(config: config_lib.Config, folder: pathlib.Path | None = None) ->
       folder: of the run, which keeps its definition; None: there is none yet.
 
     Raises:
-      InputError: definitions of the run, the token cache, `init_from` and the settings differ, or the
-        token cache holds other tokens or images than the configuration says.
+      InputError: the run folder, the token cache, `init_from` and the settings have different
+        definitions, or the token cache holds other tokens or images than the configuration says.
     """
     data_set, kind = sources.open_data_set(config.data), config.tokens.kind
     cache = data_set if isinstance(data_set, TokenCache) else None

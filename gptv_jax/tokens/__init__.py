@@ -1,7 +1,7 @@
 """Images to sequences of tokens and back. Each kind of token is one small class, a `Codec`.
 
-What tokens stand for, where the settings alone do not say it, is a `TokenDefinition`: the colours of a
-palette, or a learned encoder and decoder. A run folder and a token cache keep their own.
+Where the settings alone do not say what tokens stand for, a `TokenDefinition` does: the colours of
+a palette, or a trained tokenizer. A run folder and a token cache each keep a copy.
 """
 
 import pathlib
@@ -72,8 +72,8 @@ def make_codec(
     """
     if isinstance(definition, Palette) and len(definition.centers) != config.colors:
         raise InputError(
-            f"config.tokens.colors is {config.colors}, but the palette has {len(definition.centers)} "
-            "colours; set it to that."
+            f"config.tokens.colors is {config.colors}, but the palette has "
+            f"{len(definition.centers)} colours; set it to that."
         )
     if isinstance(definition, Tokenizer) and (
         differing := definition.differing(config.autoencoder)
