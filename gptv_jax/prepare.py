@@ -14,7 +14,7 @@ from absl import flags
 from gptv_jax import command, config
 from gptv_jax.config import fields
 from gptv_jax.data import cache, codec, pipeline, sources, transforms
-from gptv_jax.data.damage import Ledger
+from gptv_jax.data.damage import DamageLog
 from gptv_jax.errors import InputError
 from gptv_jax.tokens.statistics import TokenStatistics
 from gptv_jax.train.metrics import Progress
@@ -28,18 +28,18 @@ def main(settings: config.Config) -> None:
     folder = pathlib.Path(OUT.value).absolute()
     transforms.check((), settings.data.eval_transforms)
     data_set = sources.open_data_set(settings.data)
-    if data_set.form == "tokens":
+    if data_set.stored_as == "tokens":
         raise InputError(f"config.data.path={settings.data.path} holds tokens already.")
     cache.claim(folder)
-    ledger = Ledger(settings.data, folder)
-    chosen = codec.find_codec(settings) or codec.build_codec(settings, ledger)
+    damage_log = DamageLog(settings.data, folder)
+    chosen = codec.find_codec(settings) or codec.build_codec(settings, damage_log)
     # Split expressions choose among what is cached, when it is read.
     whole = dataclasses.replace(settings.data, **{f"{s}_split": s for s in sources.SPLITS})
     statistics = {split: TokenStatistics(chosen) for split in data_set.lengths}
 
     def examples(split: str):
         progress = Progress(f"prepare {split}", data_set.lengths[split], unit="image")
-        for batch in pipeline.tokenized(chosen, pipeline.images(whole, split, ledger)):
+        for batch in pipeline.tokenized(chosen, pipeline.images(whole, split, damage_log)):
             statistics[split].add(batch["image"], batch["tokens"])
             labels = batch.get("label", itertools.repeat(None))
             for tokens, label in zip(batch["tokens"], labels, strict=False):
@@ -49,7 +49,7 @@ def main(settings: config.Config) -> None:
 
     header = {
         "source": {k: getattr(settings.data, k) for k in ("name", "dir", "path")},
-        "lexicon": chosen.lexicon and chosen.lexicon.provenance,
+        "provenance": chosen.definition and chosen.definition.provenance,
         "tokens": fields.flatten(settings.tokens) | {"palette": None, "tokenizer": None},
         "image_size": settings.data.image_size,
         "transforms": settings.data.eval_transforms,
@@ -58,7 +58,7 @@ def main(settings: config.Config) -> None:
     cache.write(folder, chosen, {split: examples(split) for split in data_set.lengths}, header)
     size = sum(path.stat().st_size for path in folder.iterdir())
     report = {split: found.numbers() for split, found in statistics.items()}
-    summary = {"folder": str(folder), "bytes": size, "damaged": ledger.count, **report}
+    summary = {"folder": str(folder), "bytes": size, "damaged": damage_log.count, **report}
     print(json.dumps(summary, indent=2))
 
 

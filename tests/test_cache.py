@@ -12,7 +12,7 @@ from gptv_jax import config as config_lib
 from gptv_jax import tokens
 from gptv_jax.data import cache, pipeline, sources
 from gptv_jax.data import codec as codecs
-from gptv_jax.data.damage import Ledger
+from gptv_jax.data.damage import DamageLog
 from gptv_jax.errors import InputError
 from gptv_jax.tokens import Palette, palette
 
@@ -32,7 +32,7 @@ def make_codec(name: str, vocabulary: int, size: int = SIZE) -> tokens.Codec:
 
 
 def settings_of(codec) -> config_lib.Tokens:
-    if codec.lexicon:
+    if codec.definition:
         return config_lib.Tokens("palette", colors=codec.vocabulary)
     return config_lib.Tokens("grey", levels=codec.vocabulary)
 
@@ -114,7 +114,7 @@ def test_images_of_cifar10_take_less_than_900_bytes_each(tmp_path, shared_data):
     codec = tokens.make_codec(config_lib.Tokens("palette"), 32, colors)
     folder = str(shared_data / "tfds")
     config = config_lib.Data(name="cifar10", dir=folder, eval_transforms=("decode()",))
-    images = pipeline.images(config, "train[:200]", Ledger(config, None))
+    images = pipeline.images(config, "train[:200]", DamageLog(config, None))
     rows = codec.encode(np.stack([element["image"] for element in images]))
     written = write(tmp_path / "cache", codec, {"train": (rows, None)})
     sizes = [path.stat().st_size for path in written.iterdir() if path.name != "palette.npz"]
@@ -176,12 +176,12 @@ def test_a_file_is_no_token_cache(written):
 def test_a_damaged_byte_is_an_error_and_never_other_tokens(written, file):
     """Each of a few hundred places, one at a time; a name that is not read may be anything."""
     path, wanted = written / file, read_all(written)
-    colors = cache.TokenCache(written).codec().lexicon
+    colors = cache.TokenCache(written).codec().definition
     content, wrong = path.read_bytes(), set()
     for place in range(0, len(content), max(len(content) // 150, 1)):
         path.write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
         try:
-            same = cache.TokenCache(written).codec().lexicon.same_as(colors)
+            same = cache.TokenCache(written).codec().definition.equivalent(colors)
             if read_all(written) != wanted or not same:
                 wrong.add("other tokens")
         except InputError as error:
@@ -228,7 +228,7 @@ def cached(tmp_path, config: config_lib.Config, codec) -> config_lib.Config:
     splits = {}
     whole = dataclasses.replace(config.data, train_split="train")
     for split in sources.open_data_set(whole).lengths:
-        elements = list(pipeline.images(whole, split, Ledger(whole, None)))
+        elements = list(pipeline.images(whole, split, DamageLog(whole, None)))
         rows = np.stack([pipeline.to_tokens(codec, element["image"]) for element in elements])
         splits[split] = (rows, [element["label"] for element in elements])
     folder = write(tmp_path / "cache", codec, splits, config.data.eval_transforms, classes=2)
@@ -329,12 +329,12 @@ def test_another_configuration_is_refused_with_what_differs(tmp_path, section, c
 def test_a_palette_is_built_where_there_is_none_and_is_the_same_every_time(tmp_path):
     config, _ = configured(tmp_path, "palette")
     assert codecs.find_codec(config) is None
-    first, again = (codecs.build_codec(config, Ledger(config.data, None)) for _ in range(2))
-    assert first.lexicon.same_as(again.lexicon) and first.vocabulary == 40
-    assert first.lexicon.provenance["images"] == 21  # training images only
+    first, again = (codecs.build_codec(config, DamageLog(config.data, None)) for _ in range(2))
+    assert first.definition.equivalent(again.definition) and first.vocabulary == 40
+    assert first.definition.provenance["images"] == 21  # training images only
     run = tmp_path / "run"
-    tokens.save_lexicon(first.lexicon, run)
-    assert codecs.find_codec(config, run).lexicon.same_as(first.lexicon)
+    tokens.save_definition(first.definition, run)
+    assert codecs.find_codec(config, run).definition.equivalent(first.definition)
 
 
 def test_palettes_that_differ_are_an_error_that_names_both(tmp_path):
@@ -347,7 +347,7 @@ def test_palettes_that_differ_are_an_error_that_names_both(tmp_path):
         return dataclasses.replace(config.tokens, palette=str(tmp_path / name))
 
     same = dataclasses.replace(from_cache, tokens=given("same.npz"))
-    assert codecs.find_codec(same).lexicon.same_as(codec.lexicon)
+    assert codecs.find_codec(same).definition.equivalent(codec.definition)
     other = dataclasses.replace(from_cache, tokens=given("other.npz"))
     with pytest.raises(InputError, match=r"tokens.palette=.*other.npz is another one .*the token"):
         codecs.find_codec(other)
@@ -356,7 +356,7 @@ def test_palettes_that_differ_are_an_error_that_names_both(tmp_path):
 def test_a_palette_of_grey_images_is_an_error(tmp_path):
     config, _ = configured(tmp_path, "palette", evaluation=("decode(channels=1)",))
     with pytest.raises(InputError, match=r"images have 1 channel"):
-        codecs.build_codec(config, Ledger(config.data, None))
+        codecs.build_codec(config, DamageLog(config.data, None))
 
 
 def test_a_palette_is_built_of_random_pixels_of_random_images_and_always_the_same(tmp_path):
@@ -364,9 +364,15 @@ def test_a_palette_is_built_of_random_pixels_of_random_images_and_always_the_sam
     np.savez(tmp_path / "set.npz", train_images=images)
     data = config_lib.Data(name="arrays", path=str(tmp_path / "set.npz"), validation_split="train")
     settings = config_lib.Config(data=data, tokens=config_lib.Tokens(kind="palette", colors=8))
-    first, again = (codecs.build_codec(settings, Ledger(data, None)).lexicon for _ in range(2))
-    assert first.same_as(again)
-    other = codecs.build_codec(dataclasses.replace(settings, seed=1), Ledger(data, None)).lexicon
-    assert not first.same_as(other)
-    drawn = [e["image"].tobytes() for e in pipeline.images(data, "train", Ledger(data, None), 20)]
+    first, again = (
+        codecs.build_codec(settings, DamageLog(data, None)).definition for _ in range(2)
+    )
+    assert first.equivalent(again)
+    other = codecs.build_codec(
+        dataclasses.replace(settings, seed=1), DamageLog(data, None)
+    ).definition
+    assert not first.equivalent(other)
+    drawn = [
+        e["image"].tobytes() for e in pipeline.images(data, "train", DamageLog(data, None), 20)
+    ]
     assert len(set(drawn)) == 20 and drawn != [image.tobytes() for image in images[:20]]

@@ -57,7 +57,7 @@ def write(
     """
     packer = _Packer(codec)
     lengths = {name: _write_split(folder, name, found, packer) for name, found in splits.items()}
-    tokens.save_lexicon(codec.lexicon, folder)
+    tokens.save_definition(codec.definition, folder)
     header = {"format": FORMAT, "lengths": lengths, **header}
     files.write_json(folder / "header.json", header)
 
@@ -91,7 +91,7 @@ def _shard(folder: pathlib.Path, split: str, number: int) -> pathlib.Path:
 class TokenCache:
     """A folder that `write` made, as a data set."""
 
-    form = "tokens"
+    stored_as = "tokens"
 
     def __init__(self, folder: pathlib.Path):
         """Reads the header.
@@ -123,11 +123,11 @@ class TokenCache:
     def codec(self) -> tokens.Codec:
         """What the tokens mean."""
         kind = self.tokens.kind
-        lexicon = tokens.load_lexicon(kind, self.folder)
-        if kind in tokens.LEXICONS and lexicon is None:
-            lost = tokens.LEXICONS[kind][0]
+        definition = tokens.load_definition(kind, self.folder)
+        if kind in tokens.DEFINITIONS and definition is None:
+            lost = tokens.DEFINITIONS[kind][0]
             raise InputError(f"{self.folder} is damaged: it has lost its {lost}.")
-        return tokens.make_codec(self.tokens, self.image_size, lexicon)
+        return tokens.make_codec(self.tokens, self.image_size, definition)
 
     def open(self, split: str) -> "_CachedSplit":
         """A split; see `sources.DataSet`."""
@@ -178,7 +178,7 @@ class _Packer:
     def __init__(self, codec: tokens.Codec):
         self.grid = codec.grid
         self.high_bits = max((codec.vocabulary - 1).bit_length() - 8, 0)
-        self.token = codec.order.astype(np.uint16)  # by rank
+        self.token = codec.similarity_order.astype(np.uint16)  # by rank
         self.rank = np.argsort(self.token).astype(np.uint16)  # by token
 
     def pack(self, example: Int[np.ndarray, "T"]) -> bytes:

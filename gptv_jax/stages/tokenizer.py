@@ -117,7 +117,7 @@ def _provenance(run: Run, steps: int) -> dict:
 
 def _picture(run: Run) -> None:
     """Writes samples/reconstructions.png: test images, each beside its reconstruction."""
-    elements = pipeline.images(run.config.data, "test", run.images.ledger)
+    elements = pipeline.images(run.config.data, "test", run.images.damage_log)
     images = np.stack([e["image"] for e in itertools.islice(elements, SHOWN)])
     restored = run.codec.decode(run.codec.encode(images))
     if jax.process_index() == 0:
