@@ -283,10 +283,6 @@ def test_a_training_that_anneals_must_know_its_length():
     [
         ({"random_order": (0.5, 0.75)}, "set config.model.rotary, or target_positions"),
         ({"random_order": (0.5, 0.75), "target_positions": True, **BARE}, "set config.model"),
-        (
-            {"random_order": (0.5, 0.75), "rotary": True, "above_embedding": True},
-            "above_embedding=True needs the token above",
-        ),
         ({"random_order": (0.5, 0.75), "rotary": True, "objective": "bert"}, "bert has no order"),
         ({"target_positions": True, "objective": "bert"}, "holds the very token"),
     ],
