@@ -147,7 +147,7 @@ def test_what_hugging_faces_form_has_no_word_for_is_folded_in(weights_file, tmp_
 
 
 FOREIGN = {"mlp": "swiglu", "learned_positions": False, "rotary": True, "qk_norm": True}
-FOREIGN |= {"above_embedding": True, "objective": "bert", "target_positions": True}
+FOREIGN |= {"objective": "bert", "target_positions": True}
 FOREIGN |= {"class_tokens": 5}
 
 

@@ -283,10 +283,6 @@ def test_a_loss_with_random_orders_needs_the_length_of_the_training():
     [
         ({"random_order": (0.5, 0.75)}, "set config.model.rotary, or target_positions"),
         ({"random_order": (0.5, 0.75), "target_positions": True, **BARE}, "set config.model"),
-        (
-            {"random_order": (0.5, 0.75), "rotary": True, "above_embedding": True},
-            "above_embedding=True needs the token above",
-        ),
         ({"random_order": (0.5, 0.75), "rotary": True, "objective": "bert"}, "bert has no order"),
         ({"target_positions": True, "objective": "bert"}, "holds the very token"),
     ],

@@ -125,7 +125,6 @@ class Pretraining(Training):
             shard = weight / sizes["fsdp"]
             yield Call("all-reduce", ("data", "sequence"), c.layers * parts, shard)
         vectors = 2 * network.vocabulary + c.learned_positions * network.length
-        vectors += c.above_embedding * (network.vocabulary + 1)
         tables = vectors * c.width * width
         yield Call("all-gather", ("fsdp",), parts, tables)
         yield Call("all-reduce", ("data", "fsdp", "sequence"), parts, tables)

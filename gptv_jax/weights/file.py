@@ -16,7 +16,7 @@ from gptv_jax.tokens import Palette, TokenDefinition
 # width that rates are tuned at) are the user's to choose.
 SHAPING = (
     *("layers", "width", "heads", "mlp_ratio", "mlp", "qk_norm", "objective"),
-    *("learned_positions", "axial_positions", "rotary", "above_embedding", "target_positions"),
+    *("learned_positions", "axial_positions", "rotary", "target_positions"),
     "class_tokens",
 )
 
