@@ -144,11 +144,9 @@ def plainly(real: np.ndarray, generated: np.ndarray, k: int, wide: int) -> tuple
     )
 
 
-@pytest.mark.parametrize(
-    "block", [8 * 40, 8 * 40 * 7, 2**27]
-)  # bytes: one row, seven rows, all rows
-def test_precision_and_recall_are_their_definitions_in_any_blocks(block, monkeypatch):
-    monkeypatch.setattr(metrics, "BLOCK_MIB", block / 2**20)
+@pytest.mark.parametrize("rows", [1, 7, 40])
+def test_precision_and_recall_follow_their_definitions_for_any_size_of_block(rows, monkeypatch):
+    monkeypatch.setattr(metrics, "BLOCK_MIB", rows * 40 * 8 / 2**20)
     real, generated = features(40, 6), features(33, 6, seed=1, shift=0.1)
     real, generated = (1e7 + x.astype(np.float64) for x in (real, generated))
     for k, wide in ((3, 5), (2, 10)):

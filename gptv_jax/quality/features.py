@@ -10,7 +10,7 @@ from jaxtyping import Float, UInt8
 from gptv_jax import api, files
 from gptv_jax.errors import InputError
 from gptv_jax.quality.inception import PREFIX, Inception
-from gptv_jax.weights import loading, native
+from gptv_jax.weights import native
 
 PIXELS = "pixels"
 CELLS = 8  # number of areas that `Pixels` averages along height and along width
@@ -131,7 +131,7 @@ def make_features(spec: str | None, image_shape: Shape) -> FeatureExtractor:
             f"features are {spec!r}, but there is no such file or folder; name pixels, a run "
             "folder, or a .safetensors file of this project's or Inception's weights."
         )
-    model = loading.load(spec)
+    model = api.load(spec)
     if model.codec.image_shape != tuple(image_shape):
         theirs, ours = ("x".join(map(str, s)) for s in (model.codec.image_shape, image_shape))
         raise InputError(

@@ -16,18 +16,17 @@ import tempfile
 import jax
 from etils import epath
 
-from gptv_jax import checkpoint, files, sharding, tokens
+from gptv_jax import checkpoint, files, hosts, sharding, tokens
 from gptv_jax import config as config_lib
 from gptv_jax import weights as weights_lib
 from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.config import fields, rules
 from gptv_jax.data import codec as codecs
 from gptv_jax.data import pipeline, sources, transforms
-from gptv_jax.data.damage import Ledger
+from gptv_jax.data.damage import DamageLog
 from gptv_jax.data.pipeline import Pipeline
 from gptv_jax.decode.sampler import check_guidable
 from gptv_jax.errors import InputError
-from gptv_jax.hosts import distributed
 from gptv_jax.model.gpt import Network
 from gptv_jax.runs.record import checkpoint_folder, config_of, finished_stages
 from gptv_jax.stages.select import choose_stages
@@ -68,7 +67,7 @@ class Run:
         sharding.check(config, self.mesh)
         if config.sample.guidance != 1:
             check_guidable(config.model, f"config.sample.guidance is {config.sample.guidance:g}")
-        distributed.from_first(self._compare)
+        hosts.from_first(self._compare)
         opened = {split: sources.open_source(config.data, split) for split in sources.SPLITS}
         self.classes = opened["train"].classes
         rules.check_classes(config, self.classes)
@@ -80,38 +79,38 @@ class Run:
             sharding.check_tokenizer(config, self.mesh)
         for entries in self._training_transforms():
             transforms.check(entries, config.data.eval_transforms)
-        distributed.from_first(self._prepare)
+        hosts.from_first(self._prepare)
         files.claim(self.folder, "workdir")  # each process names the damaged images that it meets
         self.metrics = MetricWriter(self.folder)
         share = sharding.batch_share(self.mesh)
         self.images = Pipeline(config.data, None, config.seed, self.folder, share)
-        self._take(self._lexicon())
+        self._take(self._definition())
 
-    def _take(self, lexicon: tokens.Lexicon | None) -> None:
+    def _take(self, definition: tokens.TokenDefinition | None) -> None:
         """The codec, and the data by it; None both, while the tokenizer is still to be trained."""
         config, kind = self.config, self.config.tokens.kind
         self.codec = self.data = None
-        if lexicon is not None or kind not in tokens.LEXICONS:
-            self.codec = tokens.make_codec(config.tokens, config.data.image_size, lexicon)
+        if definition is not None or kind not in tokens.DEFINITIONS:
+            self.codec = tokens.make_codec(config.tokens, config.data.image_size, definition)
             self.data = self.images.with_codec(self.codec)
 
     def adopt(self, tokenizer: tokens.Tokenizer) -> None:
         """Keeps the tokenizer that the stage of this name has trained, for all later stages."""
         if jax.process_index() == 0:
-            tokens.save_lexicon(tokenizer, self.folder)
+            tokens.save_definition(tokenizer, self.folder)
         self._take(tokenizer)
 
-    def _lexicon(self) -> tokens.Lexicon | None:
+    def _definition(self) -> tokens.TokenDefinition | None:
         """What process 0 keeps of the tokens, on all processes."""
         kind = self.config.tokens.kind
-        if kind not in tokens.LEXICONS or jax.process_count() == 1:
-            return tokens.load_lexicon(kind, self.folder)
-        path = self.folder / tokens.LEXICONS[kind][0]
+        if kind not in tokens.DEFINITIONS or jax.process_count() == 1:
+            return tokens.load_definition(kind, self.folder)
+        path = self.folder / tokens.DEFINITIONS[kind][0]
         first = jax.process_index() == 0
-        content = distributed.bytes_of_first(path.read_bytes() if first and path.exists() else b"")
+        content = hosts.bytes_of_first(path.read_bytes() if first and path.exists() else b"")
         with tempfile.TemporaryDirectory() as folder:
             (pathlib.Path(folder) / path.name).write_bytes(content)
-            return tokens.load_lexicon(kind, pathlib.Path(folder)) if content else None
+            return tokens.load_definition(kind, pathlib.Path(folder)) if content else None
 
     def _prepare(self) -> None:
         """Checks and claims the folder, and sees to it that it keeps what the tokens stand for."""
@@ -120,7 +119,9 @@ class Run:
         made = (self.folder / "config.json").exists()
         begun = made and checkpoint.found(checkpoint_folder(config, self.folder))
         if not found and begun and (kind != "learned" or self._tokenizer_finished):
-            raise InputError(f"{self.folder} has lost its {tokens.LEXICONS[kind][0]}; restore it.")
+            raise InputError(
+                f"{self.folder} has lost its {tokens.DEFINITIONS[kind][0]}; restore it."
+            )
         if not found and kind == "learned" and "tokenizer" not in self.stages:
             raise InputError(
                 "config.tokens.kind=learned needs a tokenizer; run --stages=tokenizer first, or "
@@ -133,10 +134,10 @@ class Run:
             self._check_pretrained(found)  # before this folder is claimed
         self._claim()
         if not found and not trained_here:
-            found = codecs.build_codec(config, Ledger(config.data, self.folder))
+            found = codecs.build_codec(config, DamageLog(config.data, self.folder))
             self._try(found)
         if found:
-            tokens.save_lexicon(found.lexicon, self.folder)
+            tokens.save_definition(found.definition, self.folder)
 
     def _try(self, codec: tokens.Codec | None) -> None:
         """The data, every list of transforms and the codec must fit each other."""
@@ -173,8 +174,8 @@ class Run:
 
     def _imported(self, codec: tokens.Codec | None) -> WeightsFile:
         """The weights of `config.init_from`, where they come from elsewhere; without class head."""
-        given, lexicon = self.config.init_from, codec and codec.lexicon
-        palette = lexicon if isinstance(lexicon, tokens.Palette) else None
+        given, definition = self.config.init_from, codec and codec.definition
+        palette = definition if isinstance(definition, tokens.Palette) else None
         found = weights_lib.read(given, palette).headless()
         self._must_fit(found)
         return found
@@ -211,14 +212,14 @@ class Run:
             weights = self._imported(self.codec)
             self._pretrained_step = weights.step
             return weights.on_mesh()
-        distributed.from_first(self._must_be_pretrained)
+        hosts.from_first(self._must_be_pretrained)
         folder = self._pretrained_folder()
 
         def of_folder() -> tuple[str, str]:
             config = config_of(folder)
             return str(checkpoint_folder(config, folder)), config.train.weights
 
-        place, weights = distributed.from_first(of_folder)
+        place, weights = hosts.from_first(of_folder)
         abstract = {weights: sharding.abstract(network.init)}
         with Checkpoints(epath.Path(place) / "pretrain", read_only=True) as checkpoints:
             restored = checkpoints.restore_latest(abstract)
@@ -244,11 +245,11 @@ class Run:
 
     def finished(self, stage: str) -> bool:
         """Whether the stage has written its numbers, which it does once, at its end."""
-        return distributed.from_first(lambda: stage in finished_stages(self.summary()))
+        return hosts.from_first(lambda: stage in finished_stages(self.summary()))
 
     def finish(self, stage: str, numbers: dict) -> None:
         """Adds a stage's numbers, keyed without the stage's name, to the summary."""
-        skipped = set().union(*distributed.from_all(self.images.ledger.names))
+        skipped = set().union(*hosts.from_all(self.images.damage_log.names))
         if jax.process_index() != 0:
             return
         summary = self.summary() | {f"{stage}/{name}": value for name, value in numbers.items()}
@@ -320,7 +321,7 @@ class Run:
 def _must_agree(config: config_lib.Config) -> None:
     """Raises where several processes were not given the same settings, but for where data lie."""
     own = {k: v for k, v in fields.flatten(config).items() if k not in ("data.dir", "data.path")}
-    first, *others = distributed.from_all(own)
+    first, *others = hosts.from_all(own)
     differing = sorted({name for other in others for name in own if other[name] != first[name]})
     if differing:
         raise InputError(

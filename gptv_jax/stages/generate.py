@@ -15,12 +15,11 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from gptv_jax import files
+from gptv_jax import files, hosts
 from gptv_jax.data import pipeline, sources, transforms
 from gptv_jax.decode import generation
 from gptv_jax.decode.sampler import Sampler
 from gptv_jax.errors import InputError
-from gptv_jax.hosts import distributed, preemption
 from gptv_jax.quality import reference as references
 from gptv_jax.quality.evaluate import evaluate
 from gptv_jax.quality.features import FeatureExtractor, make_features
@@ -42,7 +41,7 @@ def run_stage(run: Run) -> dict:
     reference.must_fit(features)
     files.claim(folder, "workdir")
     labels = _labels(run)
-    drawn = list(preemption.watched(_drawn(run, folder, labels)))
+    drawn = list(hosts.until_stop(_drawn(run, folder, labels)))
     if jax.process_index() == 0:
         _write(run, folder, drawn, labels)
     seen = _eyes(run, features)
@@ -60,18 +59,18 @@ def _reference(run: Run, features: FeatureExtractor) -> Reference:
     if config.reference:
         return references.load(config.reference)
     path = run.folder / "generated" / "reference.npz"
-    if distributed.from_first(path.exists):
+    if hosts.from_first(path.exists):
         found = references.load(path)
         if found.fits(features) and found.provenance["split"] == config.split:
             return found
-    if sources.open_source(data, config.split).form == "tokens":
+    if sources.open_source(data, config.split).stored_as == "tokens":
         raise InputError(
             f"config.data.name={data.name} holds tokens, but generated images are compared with "
             "real ones; name statistics of these by config.generate.reference, or run "
             "--stages=generate on the images, in another --workdir with config.init_from."
         )
     LOG.info("reading %s for the reference statistics", config.split)
-    elements = pipeline.images(data, config.split, run.images.ledger)
+    elements = pipeline.images(data, config.split, run.images.damage_log)
     provenance = {
         "data": data.name,
         "path": data.path,
@@ -140,7 +139,7 @@ def _kept(path: pathlib.Path, shape: tuple[int, int]) -> Int[np.ndarray, "B T"] 
             return None
         return tokens.tolist() if tokens.shape == shape else None
 
-    found = distributed.from_first(read)
+    found = hosts.from_first(read)
     return None if found is None else np.array(found, np.int32)
 
 
