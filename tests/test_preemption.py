@@ -1,5 +1,6 @@
 """SIGTERM at any moment: the training saves its state, and continues as if it had not stopped."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -101,21 +102,19 @@ def test_a_training_killed_near_the_evaluation_that_it_gave_up_repeats_the_evalu
     assert_identical(training.run(tmp_path, 100), uninterrupted)
 
 
-def test_an_evaluation_stops_between_two_batches(training, uninterrupted, tmp_path):
-    read, taken = training.eval_step, []
+def test_an_evaluation_stops_between_two_batches(training, uninterrupted, tmp_path, monkeypatch):
+    metric, taken = training.metric, []
 
-    def eval_step(params, batch):
+    def step(params, batch):
         taken.append(len(taken))
         if len(taken) == 3:  # two at step 0, the first at step 2
             terminate()
-        return read(params, batch)
+        return metric.step(params, batch)
 
-    training.eval_step = eval_step
-    try:
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "metric", dataclasses.replace(metric, step=step))
         with pytest.raises(hosts.StoppedError, match="at step 2,"):
             training.run(tmp_path, 2)
-    finally:
-        training.eval_step = read
     assert len(taken) == 3
     assert_identical(training.run(tmp_path, 2), uninterrupted)
 
