@@ -90,8 +90,9 @@ def stored_dtype(dtype: str, platform: str) -> str:
 
 @functools.cache
 def _cpu_widens(dtype: str) -> bool:
-    """Whether XLA's CPU compiler keeps arrays of this dtype as float32, found by compiling two
-    matrix products: with jax 0.10 it keeps bfloat16 as float32, with jax 0.12 as bfloat16.
+    """Whether XLA's CPU compiler keeps arrays of this dtype as float32.
+
+    Found by compiling two products: jax 0.10 keeps bfloat16 as float32, jax 0.12 does not.
     """
     device = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
     x = jax.ShapeDtypeStruct((512, 512), jnp.dtype(dtype), sharding=device)
