@@ -63,7 +63,8 @@ def write_cache(config: config_lib.Data, codec, folder: pathlib.Path, count: int
 
     def examples():
         for element in pipeline.images(part, "train", DamageLog(part, None)):
-            yield pipeline.to_tokens(codec, element["image"]), element["label"]
+            tokens_of_image = pipeline.to_tokens(codec, element["image"])
+            yield {"tokens": tokens_of_image, "label": element["label"]}
 
     header = {
         "tokens": dataclasses.asdict(config_lib.Tokens(kind="palette", colors=codec.vocabulary)),

@@ -118,7 +118,7 @@ def test_stronger_remat_keeps_less_for_the_backward_pass(scan, recipe):
         loss = generative_loss(network)
         params = jax.eval_shape(network.init, jax.random.key(0))
         backward = jax.eval_shape(
-            lambda p: jax.vjp(lambda p: loss(p, batch, None)[0], p)[1], params
+            lambda p: jax.vjp(lambda p: loss(p, None, batch, None)[0], p)[1], params
         )
         return sum(leaf.size for leaf in jax.tree.leaves(backward))
 
@@ -261,7 +261,7 @@ def test_fresh_network_predicts_the_uniform_distribution():
     def first(params):
         output = network.bind(params)(batch["tokens"], batch["variant"])
         nats = cross_entropy(output.logits, batch["tokens"])
-        return output, nats, generative_loss(network)(params, batch, None)[0]
+        return output, nats, generative_loss(network)(params, None, batch, None)[0]
 
     output, nats, loss = first(params)
     assert (output.logits == 0).all() and (output.class_logits == 0).all()
@@ -372,6 +372,6 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_weights_and_logits_float32():
     embed = jax.eval_shape(lambda p: network.bind(p).embed(batch["tokens"][:, :-1]), params)
     assert embed.dtype == jnp.bfloat16
     gradient = jax.eval_shape(
-        jax.grad(lambda p: generative_loss(network)(p, batch, None)[0]), params
+        jax.grad(lambda p: generative_loss(network)(p, None, batch, None)[0]), params
     )
     assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype(jnp.float32)}

@@ -27,7 +27,7 @@ def loss_and_gradients(recipe, shape):
     with jax.set_mesh(make_mesh(shape)):
         batch = sharding.global_batch(random_batch(network))
         loss = step.joint_loss(network, 1.0, 1.0)
-        gradient = jax.jit(jax.value_and_grad(lambda p: loss(p, batch, None)[0]))
+        gradient = jax.jit(jax.value_and_grad(lambda p: loss(p, None, batch, None)[0]))
         value, grads = gradient(random_params(network))
         return float(value), jax.device_get(grads)
 

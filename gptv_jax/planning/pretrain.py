@@ -180,7 +180,7 @@ def _residuals(network: Network, mesh: AbstractMesh, rows: int) -> tuple[Array, 
         params = jax.eval_shape(lambda: network.init(jax.random.key(0)))
         batch = step.abstract_batch(network, rows, NamedSharding(mesh, sharding.BATCH_FIRST))
         found = arrays.kept(
-            lambda p, batch: loss(p, batch, jax.random.key(0), jnp.int32(0)), params, batch
+            lambda p, batch: loss(p, None, batch, jax.random.key(0), jnp.int32(0)), params, batch
         )
     head = network.config.width // network.config.heads
     return tuple(

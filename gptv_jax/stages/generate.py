@@ -22,7 +22,7 @@ from gptv_jax.decode.sampler import Sampler
 from gptv_jax.errors import InputError
 from gptv_jax.quality import reference as references
 from gptv_jax.quality.evaluate import evaluate
-from gptv_jax.quality.features import Features, make_features
+from gptv_jax.quality.features import FeatureExtractor, make_features
 from gptv_jax.quality.reference import Reference
 from gptv_jax.runs import pictures
 from gptv_jax.runs.run import Run
@@ -53,7 +53,7 @@ def run_stage(run: Run) -> dict:
     return {**found, "biased": warning is not None}
 
 
-def _reference(run: Run, features: Features) -> Reference:
+def _reference(run: Run, features: FeatureExtractor) -> Reference:
     """That which the config names, or of this run's own images, which is kept."""
     config, data = run.config.generate, run.config.data
     if config.reference:
@@ -61,7 +61,7 @@ def _reference(run: Run, features: Features) -> Reference:
     path = run.folder / "generated" / "reference.npz"
     if hosts.from_first(path.exists):
         found = references.load(path)
-        if found.made_of(features) and found.provenance["split"] == config.split:
+        if found.fits(features) and found.provenance["split"] == config.split:
             return found
     if sources.open_source(data, config.split).stored_as == "tokens":
         raise InputError(
@@ -86,7 +86,7 @@ def _reference(run: Run, features: Features) -> Reference:
     return made
 
 
-def _eyes(run: Run, features: Features) -> Callable:
+def _eyes(run: Run, features: FeatureExtractor) -> Callable:
     """Images as the features expect them: for people, or in the data set's own range."""
     return run.codec.picture if features.of_pictures else lambda images: images
 
