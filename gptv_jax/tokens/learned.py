@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from gptv_jax import config as config_lib
 from gptv_jax import files, sharding
 from gptv_jax.config import fields
-from gptv_jax.errors import InputError, first_line
+from gptv_jax.errors import InputError, first_line, list_differences
 from gptv_jax.model import autoencoder
 from gptv_jax.tokens.codec import AnyArray, Codec
 
@@ -48,12 +48,9 @@ class Tokenizer:
         return self.hash == other.hash and not self.differing(other.config)
 
     def differing(self, config: config_lib.Autoencoder) -> list[str]:
-        """One sentence for each field whose value differs from this tokenizer's."""
-        return [
-            f"config.tokens.autoencoder.{name} is {value!r}, the tokenizer's {own!r}"
-            for name, value in fields.flatten(config).items()
-            if value != (own := fields.flatten(self.config)[name])
-        ]
+        """One phrase for each field whose value differs from this tokenizer's."""
+        prefix = "config.tokens.autoencoder."
+        return list_differences(fields.flatten(self.config, prefix), fields.flatten(config, prefix))
 
     def checked(self, where: str) -> "Tokenizer":
         """Returns the tokenizer itself if its weights fit its configuration.
@@ -63,11 +60,7 @@ class Tokenizer:
         """
         expected = {name: leaf.shape for name, leaf in _abstract(self.config).items()}
         found = {name: array.shape for name, array in self.params.items()}
-        wrong = [
-            f"{name} is {found.get(name, 'missing')}, not {expected.get(name, 'expected')}"
-            for name in sorted(expected.keys() | found.keys())
-            if expected.get(name) != found.get(name)
-        ]
+        wrong = list_differences(expected, found)
         wrong += [f"{n} is not finite" for n, a in self.params.items() if not np.isfinite(a).all()]
         if wrong:
             raise InputError(f"the tokenizer in {where} does not fit: {'; '.join(wrong)}.")
@@ -114,15 +107,11 @@ def load(path: str | pathlib.Path) -> Tokenizer:
             f"there is no tokenizer {path}; it takes a run folder whose stage tokenizer has "
             "finished, or a file of Tokenizer.save."
         )
-    arrays, metadata = files.read_safetensors(path)
+    params, metadata = files.read_weights(path)
     try:
         header = json.loads(metadata[HEADER])
     except (KeyError, ValueError) as error:
         raise InputError(f"{path} holds no tokenizer ({first_line(error)}).") from error
-    odd = [name for name, array in arrays.items() if not files.is_floating(array)]
-    if odd:
-        raise InputError(f"{path} holds weights that are not floating-point: {', '.join(odd)}.")
-    params = {name: np.asarray(array, np.float32) for name, array in arrays.items()}
     return from_description(header, params, str(path))
 
 

@@ -106,9 +106,7 @@ def build(pixels: UInt8[np.ndarray, "N 3"], colors: int, seed: int, provenance: 
     else:
         means = cluster.MiniBatchKMeans(colors, random_state=seed, batch_size=8192, n_init=1)
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", UserWarning
-            )  # scikit-learn warns of memory on Windows with MKL
+            warnings.simplefilter("ignore", UserWarning)  # of memory, on Windows with MKL
             centers = means.fit(pixels.astype(np.float32) / 127.5 - 1).cluster_centers_
     centers = centers[np.argsort(centers @ LUMINANCE, kind="stable")].clip(-1, 1)
     method = {"method": "scikit-learn MiniBatchKMeans", "seed": seed, "pixels": len(pixels)}
