@@ -58,7 +58,7 @@ def held(tree) -> set[int]:
     return set(totals.values())
 
 
-# Steps of the real program in a process of its own, whose growth is that of eight devices. Where the
+# Steps of the real program in a separate process, whose growth is that of eight devices. Where the
 # machine is busy the devices' worst moments may not coincide, so the largest growth counts.
 MEASURED = """
 import json, pathlib
