@@ -14,17 +14,18 @@ from gptv_jax import sharding
 from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.model import flops
 from gptv_jax.model.gpt import Network
-from gptv_jax.runs.run import Run
+from gptv_jax.runs.context import Context
+from gptv_jax.stages import pretrained
 from gptv_jax.train import loop, objective, optimizer, step
 
 STATISTICS = 2_000  # training images at most that the head's input is measured on
 MIN_DEVIATION = 1e-6  # a feature that varies less is only centred
 
 
-def run_stage(run: Run) -> dict:
+def run_stage(context: Context) -> dict:
     """Fine-tunes twice, pretrained and from scratch; returns the summary's numbers."""
-    config, settings = run.config, run.config.finetune
-    headless, network = run.network(), run.network(run.classes)
+    config, settings = context.config, context.config.finetune
+    headless, network = context.network(), context.network(context.classes)
     eval_step = step.make_eval_step(network)
     loss = step.joint_loss(
         network, settings.generative_coefficient, settings.classification_coefficient
@@ -32,10 +33,10 @@ def run_stage(run: Run) -> dict:
     batch_size = settings.train.batch_size
 
     def batches(position: int):
-        return run.data.train(batch_size, position, settings.train_transforms)
+        return context.data.train(batch_size, position, settings.train_transforms)
 
     def evaluate(params: dict, split: str = "validation") -> dict:
-        return loop.evaluate_all(eval_step, params, run.data.evaluation(split, batch_size))
+        return loop.evaluate_all(eval_step, params, context.data.evaluation(split, batch_size))
 
     @functools.cache  # compiled once where both trainings are alike
     def compiled(layer_decay: float) -> tuple[optax.GradientTransformation, Callable, Callable]:
@@ -58,15 +59,17 @@ def run_stage(run: Run) -> dict:
 
     def tune(name: str, weights: dict, layer_decay: float) -> dict:
         update, start, train_step = compiled(layer_decay)
-        with Checkpoints(run.checkpoints(name), settings.train.keep_checkpoints) as checkpoints:
+        with Checkpoints(
+            context.folder.checkpoints(name), settings.train.keep_checkpoints
+        ) as checkpoints:
             fitted = loop.fit(
                 name,
                 settings.train,
                 length=network.length,
                 flops=flops.training(network).total,
                 checkpoints=checkpoints,
-                log=run.metrics,
-                initial=lambda: start(_with_head(run, network, weights)),
+                log=context.log,
+                initial=lambda: start(_with_head(context, network, weights)),
                 abstract=sharding.abstract(step.make_init(network, update, settings.train.ema)),
                 train_step=train_step,
                 batches=batches,
@@ -83,22 +86,24 @@ def run_stage(run: Run) -> dict:
             **fitted.sessions,
         }
 
-    tuned = tune("finetune", run.pretrained(headless), settings.layer_decay)
+    found = pretrained.load(context, headless)
+    tuned = tune("finetune", found.params, settings.layer_decay)
     initial = jax.jit(headless.init)(jax.random.key(config.seed))
     scratch = tune("finetune_scratch", initial, layer_decay=1.0)
-    return {"classes": run.classes} | tuned | {f"scratch_{k}": v for k, v in scratch.items()}
+    floor = {f"scratch_{name}": value for name, value in scratch.items()}
+    return {"classes": context.classes, **tuned, **floor, **found.numbers}
 
 
-def _with_head(run: Run, network: Network, weights: dict) -> dict:
+def _with_head(context: Context, network: Network, weights: dict) -> dict:
     """The weights, which nobody else may use any more, with a fresh class head."""
-    head = jax.jit(network.init)(jax.random.key(run.config.seed))["classifier"]
-    if run.config.finetune.standardize:
-        center, scale = _statistics(run, network, weights | {"classifier": head})
+    head = jax.jit(network.init)(jax.random.key(context.config.seed))["classifier"]
+    if context.config.finetune.standardize:
+        center, scale = _statistics(context, network, weights | {"classifier": head})
         head |= {"class_center": center, "class_scale": scale}
     return weights | {"classifier": head}
 
 
-def _statistics(run: Run, network: Network, params: dict) -> tuple[jax.Array, jax.Array]:
+def _statistics(context: Context, network: Network, params: dict) -> tuple[jax.Array, jax.Array]:
     """Mean and inverse standard deviation of the head's input over training images, each [D]."""
 
     @jax.jit
@@ -108,7 +113,9 @@ def _statistics(run: Run, network: Network, params: dict) -> tuple[jax.Array, ja
         return mask.sum(), (mask * pooled).sum(axis=0), (mask * pooled**2).sum(axis=0)
 
     total = None
-    for batch in run.data.evaluation("train", run.config.finetune.train.batch_size, STATISTICS):
+    for batch in context.data.evaluation(
+        "train", context.config.finetune.train.batch_size, STATISTICS
+    ):
         part = sums(params, sharding.global_batch(batch))
         total = part if total is None else jax.tree.map(jnp.add, total, part)
     count, first, second = total

@@ -26,7 +26,8 @@ from gptv_jax.quality.evaluate import evaluate
 from gptv_jax.quality.features import Features, make_features
 from gptv_jax.quality.reference import Reference
 from gptv_jax.runs import pictures
-from gptv_jax.runs.run import Run
+from gptv_jax.runs.context import Context
+from gptv_jax.stages import pretrained
 from gptv_jax.train.metrics import Progress
 
 LOG = logging.getLogger(__name__)
@@ -34,32 +35,34 @@ BEYOND_SAMPLES = 2**16  # the stage `sample` folds smaller numbers into the same
 READ = 256  # real images that features are made of at a time
 
 
-def run_stage(run: Run) -> dict:
+def run_stage(context: Context) -> dict:
     """Writes generated/ and quality.json; the summary's numbers."""
-    config, folder = run.config.generate, run.folder / "generated"
-    features = make_features(config.features, run.codec.image_shape)
-    reference = _reference(run, features)
+    config, folder = context.config.generate, context.folder.path / "generated"
+    features = make_features(config.features, context.codec.image_shape)
+    reference = _reference(context, features)
     reference.must_fit(features)
     files.claim(folder, "workdir")
-    labels = _labels(run)
-    drawn = list(preemption.watched(_drawn(run, folder, labels)))
+    labels = _labels(context)
+    found = pretrained.load(context, context.network())
+    drawn = list(preemption.watched(_drawn(context, folder, labels, found.params)))
     if jax.process_index() == 0:
-        _write(run, folder, drawn, labels)
-    seen = _eyes(run, features)
-    found = evaluate((seen(run.codec.decode(tokens)) for tokens in drawn), reference, features)
-    if warning := found.pop("warning"):
+        _write(context, folder, drawn, labels)
+    seen = _eyes(context, features)
+    images = (seen(context.codec.decode(tokens)) for tokens in drawn)
+    scores = evaluate(images, reference, features)
+    if warning := scores.pop("warning"):
         LOG.warning("%s", warning)
-    told = {"features": features.name, "hash": features.hash, "warning": warning, **found}
+    told = {"features": features.name, "hash": features.hash, "warning": warning, **scores}
     files.write_json(folder / "quality.json", told | {"reference": reference.provenance})
-    return {**found, "biased": warning is not None}
+    return {**scores, "biased": warning is not None, **found.numbers}
 
 
-def _reference(run: Run, features: Features) -> Reference:
+def _reference(context: Context, features: Features) -> Reference:
     """That which the config names, or of this run's own images, which is kept."""
-    config, data = run.config.generate, run.config.data
+    config, data = context.config.generate, context.config.data
     if config.reference:
         return references.load(config.reference)
-    path = run.folder / "generated" / "reference.npz"
+    path = context.folder.path / "generated" / "reference.npz"
     if distributed.from_first(path.exists):
         found = references.load(path)
         if found.made_of(features) and found.provenance["split"] == config.split:
@@ -71,7 +74,7 @@ def _reference(run: Run, features: Features) -> Reference:
             "--stages=generate on the images, in another --workdir with config.init_from."
         )
     LOG.info("reading %s for the reference statistics", config.split)
-    elements = pipeline.images(data, config.split, run.images.ledger)
+    elements = pipeline.images(data, config.split, context.images.ledger)
     provenance = {
         "data": data.name,
         "path": data.path,
@@ -80,31 +83,34 @@ def _reference(run: Run, features: Features) -> Reference:
         "transforms": [transforms.written_out(entry) for entry in data.eval_transforms],
         "image_size": data.image_size,
     }
-    seen = _eyes(run, features)
+    seen = _eyes(context, features)
     images = (seen(batch["image"]) for batch in pipeline.batched(elements, READ))
     made = references.compute(features, images, provenance)
     made.save(path)
     return made
 
 
-def _eyes(run: Run, features: Features) -> Callable:
+def _eyes(context: Context, features: Features) -> Callable:
     """Images as the features expect them: for people, or in the data set's own range."""
-    return run.codec.picture if features.of_pictures else lambda images: images
+    return context.codec.picture if features.of_pictures else lambda images: images
 
 
-def _labels(run: Run) -> Int[np.ndarray, "N"] | None:
+def _labels(context: Context) -> Int[np.ndarray, "N"] | None:
     """All classes alike, in turn; None where the network knows of none."""
-    classes, count = run.config.model.class_tokens, run.config.generate.count
+    classes, count = context.config.model.class_tokens, context.config.generate.count
     return np.arange(count, dtype=np.int32) % classes if classes else None
 
 
 def _drawn(
-    run: Run, folder: pathlib.Path, labels: Int[np.ndarray, "N"] | None
+    context: Context,
+    folder: pathlib.Path,
+    labels: Int[np.ndarray, "N"] | None,
+    params: dict,
 ) -> Iterator[Int[np.ndarray, "B T"]]:
     """All samples batch by batch, those that are on disk from there."""
-    config, network = run.config.generate, run.network()
-    sampler = Sampler.of(run.config.sample, network, run.pretrained(network))
-    key = jax.random.fold_in(jax.random.key(run.config.seed), BEYOND_SAMPLES)
+    config, network = context.config.generate, context.network()
+    sampler = Sampler.of(context.config.sample, network, params)
+    key = jax.random.fold_in(jax.random.key(context.config.seed), BEYOND_SAMPLES)
     progress = Progress("generate", config.count, unit="image")
     unknown = np.full((config.batch_size, network.length), generation.UNKNOWN, np.int32)
     for number, first in enumerate(range(0, config.count, config.batch_size)):
@@ -144,7 +150,7 @@ def _kept(path: pathlib.Path, shape: tuple[int, int]) -> Int[np.ndarray, "B T"] 
     return None if found is None else np.array(found, np.int32)
 
 
-def _write(run: Run, folder: pathlib.Path, drawn: list, labels: np.ndarray | None) -> None:
+def _write(context: Context, folder: pathlib.Path, drawn: list, labels: np.ndarray | None) -> None:
     """Every image as a PNG, and all of them as arr_0 of samples.npz, labels as arr_1.
 
     Uint8 [N, H, W, 3], the form that ADM's evaluator reads; written piece by piece, as it may be
@@ -152,7 +158,7 @@ def _write(run: Run, folder: pathlib.Path, drawn: list, labels: np.ndarray | Non
     """
     for before in folder.glob("[0-9]*.png"):  # there may have been more
         before.unlink()
-    height, width, _ = run.codec.image_shape
+    height, width, _ = context.codec.image_shape
     header = {"descr": "|u1", "fortran_order": False}
     header["shape"] = (sum(map(len, drawn)), height, width, 3)
     temporary, number = folder / "samples.tmp", 0
@@ -160,7 +166,7 @@ def _write(run: Run, folder: pathlib.Path, drawn: list, labels: np.ndarray | Non
         with archive.open("arr_0.npy", "w", force_zip64=True) as member:
             np.lib.format.write_array_header_1_0(member, header)
             for tokens in drawn:
-                images = run.codec.picture(run.codec.decode(tokens))
+                images = context.codec.picture(context.codec.decode(tokens))
                 member.write(np.ascontiguousarray(images).tobytes())
                 for image in images:
                     pictures.save(image, folder / f"{number:06d}.png")

@@ -14,13 +14,13 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gptv_jax import sharding
+from gptv_jax import sharding, tokens
 from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.data import pipeline
 from gptv_jax.model import flops
 from gptv_jax.model.gpt import parameter_count
 from gptv_jax.runs import pictures
-from gptv_jax.runs.run import Run
+from gptv_jax.runs.context import Context
 from gptv_jax.tokens import Tokenizer
 from gptv_jax.train import autoencoding, loop, metrics, optimizer
 from gptv_jax.weights import lpips
@@ -29,9 +29,9 @@ LOG = logging.getLogger(__name__)
 SHOWN = 16  # test images in the picture of reconstructions
 
 
-def run_stage(run: Run) -> dict:
+def run_stage(context: Context) -> dict:
     """Trains `config.tokenizer.train.steps` steps; the test split's numbers for the summary."""
-    config, settings = run.config, run.config.tokenizer
+    config, settings = context.config, context.config.tokenizer
     network, train = config.tokens.autoencoder, config.tokenizer.train
     update, rate = optimizer.make_optimizer(train.optimizer, train.steps)
     init = autoencoding.make_init(network, settings, update)
@@ -41,14 +41,14 @@ def run_stage(run: Run) -> dict:
     train_step = autoencoding.make_train_step(network, settings, update, rate, seed=config.seed)
     if settings.lpips:
         vgg = lpips.load(settings.lpips_weights)
-        vgg = jax.device_put(vgg, NamedSharding(run.mesh, P()))
+        vgg = jax.device_put(vgg, NamedSharding(context.mesh, P()))
         train_step = functools.partial(train_step, vgg=vgg)
 
     def batches(position: int):
-        return run.images.train(train.batch_size, position, settings.train_transforms)
+        return context.images.train(train.batch_size, position, settings.train_transforms)
 
     def evaluate(params: dict, split: str = "validation") -> dict:
-        images = run.images.evaluation(split, train.batch_size)
+        images = context.images.evaluation(split, train.batch_size)
         found = autoencoding.health(loop.totals(eval_step, params, images))
         found["collapsed"] = found["codes_used"] < settings.least_used * found.pop("most_used")
         # Before the first step, when nothing is saved yet, few codes in use are no news.
@@ -60,14 +60,16 @@ def run_stage(run: Run) -> dict:
             )
         return found
 
-    with Checkpoints(run.checkpoints("tokenizer"), train.keep_checkpoints) as checkpoints:
+    with Checkpoints(
+        context.folder.checkpoints("tokenizer"), train.keep_checkpoints
+    ) as checkpoints:
         fitted = loop.fit(
             "tokenizer",
             train,
             length=length,
             flops=needed,
             checkpoints=checkpoints,
-            log=run.metrics,
+            log=context.log,
             initial=lambda: jax.jit(init)(jax.random.key(config.seed)),
             abstract=sharding.abstract(init),
             train_step=train_step,
@@ -75,8 +77,10 @@ def run_stage(run: Run) -> dict:
             evaluate=evaluate,
         )
     found, speed = evaluate(fitted.params, "test"), fitted.tokens_per_second
-    run.adopt(Tokenizer(network, _on_host(fitted.params), _provenance(run, fitted.step)))
-    _picture(run)
+    tokenizer = Tokenizer(network, _on_host(fitted.params), _provenance(context, fitted.step))
+    if jax.process_index() == 0:
+        tokens.save_lexicon(tokenizer, context.folder.path)
+    _picture(context.with_lexicon(tokenizer))
     return {
         "params": parameter_count(fitted.params),
         "steps": fitted.step,
@@ -96,8 +100,8 @@ def _on_host(params: dict) -> dict[str, np.ndarray]:
     return {name: np.asarray(leaf) for name, leaf in sharding.by_name(whole).items()}
 
 
-def _provenance(run: Run, steps: int) -> dict:
-    data, settings = run.config.data, run.config.tokenizer
+def _provenance(context: Context, steps: int) -> dict:
+    data, settings = context.config.data, context.config.tokenizer
     return {
         "data": data.name,
         "split": data.train_split,
@@ -105,16 +109,16 @@ def _provenance(run: Run, steps: int) -> dict:
         "transforms": list(settings.train_transforms or data.train_transforms),
         "steps": steps,
         "batch_size": settings.train.batch_size,
-        "seed": run.config.seed,
+        "seed": context.config.seed,
     }
 
 
-def _picture(run: Run) -> None:
+def _picture(context: Context) -> None:
     """Writes samples/reconstructions.png: test images, each beside what its codes restore."""
-    elements = pipeline.images(run.config.data, "test", run.images.ledger)
+    elements = pipeline.images(context.config.data, "test", context.images.ledger)
     images = np.stack([e["image"] for e in itertools.islice(elements, SHOWN)])
-    restored = run.codec.decode(run.codec.encode(images))
+    restored = context.codec.decode(context.codec.encode(images))
     if jax.process_index() == 0:
-        pairs = np.stack([run.codec.picture(x) for x in (images, restored)], axis=1)
+        pairs = np.stack([context.codec.picture(x) for x in (images, restored)], axis=1)
         grid = pictures.grid(pairs.reshape(-1, *pairs.shape[2:]), columns=8)
-        pictures.save(grid, run.folder / "samples" / "reconstructions.png")
+        pictures.save(grid, context.folder.path / "samples" / "reconstructions.png")

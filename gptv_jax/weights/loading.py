@@ -10,14 +10,17 @@ from gptv_jax import files, sharding, tokens, validation, weights
 from gptv_jax.api import Model
 from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.errors import InputError
-from gptv_jax.runs.record import checkpoint_folder, config_of, finished_stages
-from gptv_jax.runs.run import network_of
+from gptv_jax.runs.record import (
+    checkpoint_folder,
+    config_of,
+    network_of,
+    stages_with_weights,
+    trained_part,
+)
 from gptv_jax.tokens import LearnedTokens, learned
 from gptv_jax.tokens import palette as palettes
 from gptv_jax.weights import huggingface
 from gptv_jax.weights.file import WeightsFile
-
-TRAININGS = ("pretrain", "finetune")  # the stages that leave weights
 
 
 def load(
@@ -118,7 +121,7 @@ def load_tokenizer(source: str | pathlib.Path, image_size: int | None = None) ->
 
 def _of_run(folder: pathlib.Path, stage: str | None) -> Model:
     config, summary = config_of(folder), files.read_json(folder / "summary.json", {})
-    finished = [s for s in TRAININGS if s in finished_stages(summary)]
+    finished = stages_with_weights(summary)
     if stage is None and finished:
         stage = finished[-1]
     if stage not in finished:
@@ -141,7 +144,7 @@ def _of_run(folder: pathlib.Path, stage: str | None) -> Model:
         best_layer=summary.get("probe/best_layer"),
     )
     mesh, place = sharding.make_mesh(config_lib.Mesh()), checkpoint_folder(config, folder) / stage
-    weights = {"pretrain": config.train, "finetune": config.finetune.train}[stage].weights
+    weights = trained_part(config, stage)
     with jax.set_mesh(mesh), Checkpoints(place, read_only=True) as saved:
         state, _ = saved.restore(step, {weights: sharding.abstract(network.init)})
     return Model(described, state[weights], mesh)
