@@ -1,7 +1,7 @@
 """Generative pretraining on images: one GPT that predicts image tokens."""
 
-from gptv_jax.api import Model
-from gptv_jax.weights.loading import (
+from gptv_jax.api import (
+    Model,
     from_huggingface,
     from_openai,
     load,

@@ -1,4 +1,4 @@
-"""What a Python user calls: a trained network, with NumPy in and NumPy out."""
+"""What a Python user calls: trained networks, with NumPy arrays in and NumPy arrays out."""
 
 import dataclasses
 import functools
@@ -9,14 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
-from gptv_jax import sharding, validation
+from gptv_jax import config as config_lib
+from gptv_jax import sharding, validation, weights
 from gptv_jax.decode import generation, likelihood
 from gptv_jax.decode.sampler import Sampler
 from gptv_jax.errors import InputError
 from gptv_jax.model.gpt import Network
+from gptv_jax.tokens import LearnedTokens, learned
+from gptv_jax.tokens import palette as palettes
 from gptv_jax.tokens.learned import Given
 from gptv_jax.train import objective
-from gptv_jax.weights import native
+from gptv_jax.weights import huggingface, native, run_folder
 from gptv_jax.weights.file import WeightsFile
 
 Labels = int | np.integer | list[int] | tuple[int, ...] | Given | None  # one for all, or one each
@@ -273,6 +276,95 @@ class Model:
         return np.asarray(result)[: len(tokens)]
 
 
+def load(
+    source: str | pathlib.Path,
+    stage: str | None = None,
+    palette: str | pathlib.Path | None = None,
+) -> Model:
+    """The model in a run folder, or in a file or folder of weights.
+
+    Args:
+      source: the `--workdir` of a run; a .safetensors file of `Model.save`; or what
+        `from_huggingface` and `from_openai` take.
+      stage: "pretrain" or "finetune" of a run; None: the latest of the two that has finished.
+      palette: kmeans_centers.npy, for weights that come without the colours of their tokens.
+
+    Raises:
+      ValueError: there is no such run or file, the stage has not finished, or a file is damaged.
+    """
+    path, mesh = pathlib.Path(source).absolute(), sharding.make_mesh(config_lib.Mesh())
+    with jax.set_mesh(mesh):
+        if path.is_dir() and not weights.is_weights_path(path):
+            return Model(*run_folder.read(path, stage), mesh)
+        if stage is not None:
+            raise InputError(f"stage={stage} is given, but {path} is no run folder.")
+        found = weights.read(path, palettes.load(palette) if palette else None)
+        return Model(dataclasses.replace(found, params={}), found.on_mesh(), mesh)
+
+
+def from_huggingface(
+    folder: str | pathlib.Path, palette: str | pathlib.Path | None = None
+) -> Model:
+    """An ImageGPT of `transformers`, from the folder that `save_pretrained` wrote.
+
+    Args:
+      folder: with `config.json`, safetensors (in one file or several) and, for the palette,
+        `preprocessor_config.json`.
+      palette: kmeans_centers.npy, where `preprocessor_config.json` is missing.
+
+    Raises:
+      ValueError: a tensor is missing, left over or of another shape (all are listed), a bias is not
+        zero, or the network is another one than Image GPT.
+    """
+    return load(folder, palette=palette)
+
+
+def to_huggingface(model: Model, folder: str | pathlib.Path, task: str = "generation") -> None:
+    """Writes a folder from which `transformers` loads the model, without this package or pickle.
+
+    Args:
+      model: the model to write.
+      folder: is made where it does not exist.
+      task: "generation" for `ImageGPTForCausalImageModeling`, "classification" for
+        `ImageGPTForImageClassification`.
+
+    Raises:
+      ValueError: the model has a part that ImageGPT does not have (the part is named).
+    """
+    if task not in huggingface.ARCHITECTURES:
+        shown = ", ".join(huggingface.ARCHITECTURES)
+        raise InputError(f"task is {task!r}; it takes one of {shown}.")
+    huggingface.write(model.weights_file(), pathlib.Path(folder).absolute(), task)
+
+
+def from_openai(prefix: str | pathlib.Path, palette: str | pathlib.Path) -> Model:
+    """OpenAI's Image GPT, from the TensorFlow checkpoint; needs the `prepare` extra.
+
+    Args:
+      prefix: path of the checkpoint without .index: ".../model.ckpt-1000000".
+      palette: the colours of the tokens, kmeans_centers.npy.
+
+    Raises:
+      ValueError: as `from_huggingface`.
+    """
+    return load(prefix, palette=palette)
+
+
+def load_tokenizer(source: str | pathlib.Path, image_size: int | None = None) -> LearnedTokens:
+    """A learned encoder and decoder of images, without a network that reads the codes.
+
+    Args:
+      source: a run folder whose stage `tokenizer` has finished, or a file of `Tokenizer.save`.
+      image_size: height and width in pixels; None: the size of the training images.
+
+    Raises:
+      ValueError: there is no tokenizer, it is damaged, or its grid does not divide the size.
+    """
+    tokenizer = learned.load(source)
+    size = tokenizer.provenance["image_size"] if image_size is None else image_size
+    return LearnedTokens(tokenizer, validation.tokenizer_size(size, tokenizer.config.downsample))
+
+
 @functools.partial(jax.jit, static_argnames=("network", "wanted"))
 def _forward(
     network: Network, params: dict, tokens: jax.Array, variant: jax.Array, wanted: str
@@ -280,7 +372,9 @@ def _forward(
     if network.config.objective == "bert" and wanted != "logits":
         # As in training and in the tests: under masks, whose outputs are averaged.
         batch = {"tokens": tokens, "variant": None, "index": jnp.arange(len(tokens))}
-        votes = [objective.evaluated(network, params, batch, v)[0] for v in range(network.votes)]
+        votes = [
+            objective.evaluate_batch(network, params, batch, v)[0] for v in range(network.votes)
+        ]
         if wanted == "pooled":
             return sum(vote.pooled for vote in votes).swapaxes(0, 1) / len(votes)
         return sum(jax.nn.softmax(vote.class_logits, axis=-1) for vote in votes) / len(votes)

@@ -9,10 +9,10 @@ import logging
 
 from absl import flags
 
-from gptv_jax import command
+from gptv_jax import api, command
 from gptv_jax.errors import InputError
 from gptv_jax.stages import STAGES
-from gptv_jax.weights import huggingface, loading
+from gptv_jax.weights import huggingface
 
 FROM = flags.DEFINE_string(
     "from", None, "Run folder, .safetensors file, Hugging Face's folder, or TensorFlow's prefix."
@@ -33,13 +33,13 @@ LOG = logging.getLogger("gptv_jax.convert")
 
 def main() -> None:
     """Reads, checks and writes."""
-    model = loading.load(FROM.value, stage=STAGE.value, palette=PALETTE.value)
+    model = api.load(FROM.value, stage=STAGE.value, palette=PALETTE.value)
     if TO.value.endswith(".safetensors"):
         if flags.FLAGS["task"].present:
             raise InputError(f"--task is of Hugging Face's form; {TO.value} has every head.")
         model.save(TO.value)
     else:
-        loading.to_huggingface(model, TO.value, task=TASK.value)
+        api.to_huggingface(model, TO.value, task=TASK.value)
     LOG.info("%s is written to %s.", FROM.value, TO.value)
 
 

@@ -118,6 +118,16 @@ def margins(codec: tokens.Codec, **given) -> tuple[int, int, int, int]:
     return tuple(given[name] // side for name, side in sides.items())
 
 
+def tokenizer_size(given, downsample: int) -> int:
+    """Height and width of images whose every token stands for `downsample` pixels a side."""
+    if not is_whole(given) or given < 1 or given % downsample:
+        raise InputError(
+            f"image_size is {given!r}; a token stands for {downsample} x {downsample} pixels, so "
+            f"it takes a multiple of {downsample}."
+        )
+    return int(given)
+
+
 def is_whole(value) -> bool:
     """Whether it is an integer, of Python or of NumPy."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)

@@ -5,13 +5,12 @@ import dataclasses
 from jax.sharding import Mesh
 
 from gptv_jax import config as config_lib
-from gptv_jax import tokens
+from gptv_jax import hosts, tokens
 from gptv_jax.data.pipeline import Pipeline
-from gptv_jax.hosts import distributed
 from gptv_jax.model.gpt import Network
 from gptv_jax.runs.folder import RunFolder
 from gptv_jax.runs.record import network_of
-from gptv_jax.tokens import Codec, Lexicon
+from gptv_jax.tokens import Codec, TokenDefinition
 from gptv_jax.train.metrics import MetricWriter
 
 
@@ -33,12 +32,12 @@ class Context:
         """The network of the config, with a class head where `classes` is not 0."""
         return network_of(self.config, classes)
 
-    def with_lexicon(self, lexicon: Lexicon | None) -> "Context":
+    def with_definition(self, definition: TokenDefinition | None) -> "Context":
         """This context with the codec of a palette or tokenizer (grey levels need neither)."""
-        codec = tokens.make_codec(self.config.tokens, self.config.data.image_size, lexicon)
+        codec = tokens.make_codec(self.config.tokens, self.config.data.image_size, definition)
         return dataclasses.replace(self, codec=codec, data=self.images.with_codec(codec))
 
     def finish(self, stage: str, numbers: dict) -> None:
         """Adds a stage's numbers, and those of damaged images, to the summary."""
-        damaged = set().union(*distributed.from_all(self.images.ledger.names))
+        damaged = set().union(*hosts.from_all(self.images.damage_log.names))
         self.folder.finish(stage, numbers, len(damaged))

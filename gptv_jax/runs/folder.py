@@ -15,11 +15,10 @@ import sys
 import jax
 from etils import epath
 
-from gptv_jax import checkpoint, files
+from gptv_jax import checkpoint, files, hosts
 from gptv_jax import config as config_lib
 from gptv_jax.config import fields
 from gptv_jax.errors import InputError
-from gptv_jax.hosts import distributed
 from gptv_jax.runs.record import checkpoint_folder, config_of, has_finished
 
 VERSIONED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "gptv_jax")
@@ -40,7 +39,7 @@ class RunFolder:
                 "elsewhere, by config.checkpoint_dir."
             )
         self.config, self.path = config, pathlib.Path(workdir).absolute()
-        distributed.from_first(self._compare)
+        hosts.from_first(self._compare)
 
     @property
     def has_checkpoints(self) -> bool:
@@ -58,7 +57,7 @@ class RunFolder:
 
     def finished(self, stage: str) -> bool:
         """Whether the stage has written its numbers, which it does once, at its end."""
-        return distributed.from_first(lambda: has_finished(self.summary(), stage))
+        return hosts.from_first(lambda: has_finished(self.summary(), stage))
 
     def finish(self, stage: str, numbers: dict, damaged: int) -> None:
         """Adds a stage's numbers to the summary; on process 0 alone.

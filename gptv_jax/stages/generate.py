@@ -15,15 +15,14 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from gptv_jax import files
+from gptv_jax import files, hosts
 from gptv_jax.data import pipeline, sources, transforms
 from gptv_jax.decode import generation
 from gptv_jax.decode.sampler import Sampler
 from gptv_jax.errors import InputError
-from gptv_jax.hosts import distributed, preemption
 from gptv_jax.quality import reference as references
 from gptv_jax.quality.evaluate import evaluate
-from gptv_jax.quality.features import Features, make_features
+from gptv_jax.quality.features import FeatureExtractor, make_features
 from gptv_jax.quality.reference import Reference
 from gptv_jax.runs import pictures
 from gptv_jax.runs.context import Context
@@ -44,7 +43,7 @@ def run_stage(context: Context) -> dict:
     files.claim(folder, "workdir")
     labels = _labels(context)
     found = pretrained.load(context, context.network())
-    drawn = list(preemption.watched(_drawn(context, folder, labels, found.params)))
+    drawn = list(hosts.until_stop(_drawn(context, folder, labels, found.params)))
     if jax.process_index() == 0:
         _write(context, folder, drawn, labels)
     seen = _eyes(context, features)
@@ -57,24 +56,24 @@ def run_stage(context: Context) -> dict:
     return {**scores, "biased": warning is not None, **found.numbers}
 
 
-def _reference(context: Context, features: Features) -> Reference:
+def _reference(context: Context, features: FeatureExtractor) -> Reference:
     """That which the config names, or of this run's own images, which is kept."""
     config, data = context.config.generate, context.config.data
     if config.reference:
         return references.load(config.reference)
     path = context.folder.path / "generated" / "reference.npz"
-    if distributed.from_first(path.exists):
+    if hosts.from_first(path.exists):
         found = references.load(path)
-        if found.made_of(features) and found.provenance["split"] == config.split:
+        if found.fits(features) and found.provenance["split"] == config.split:
             return found
-    if sources.open_source(data, config.split).form == "tokens":
+    if sources.open_source(data, config.split).stored_as == "tokens":
         raise InputError(
             f"config.data.name={data.name} holds tokens, but generated images are compared with "
             "real ones; name statistics of these by config.generate.reference, or run "
             "--stages=generate on the images, in another --workdir with config.init_from."
         )
     LOG.info("reading %s for the reference statistics", config.split)
-    elements = pipeline.images(data, config.split, context.images.ledger)
+    elements = pipeline.images(data, config.split, context.images.damage_log)
     provenance = {
         "data": data.name,
         "path": data.path,
@@ -90,7 +89,7 @@ def _reference(context: Context, features: Features) -> Reference:
     return made
 
 
-def _eyes(context: Context, features: Features) -> Callable:
+def _eyes(context: Context, features: FeatureExtractor) -> Callable:
     """Images as the features expect them: for people, or in the data set's own range."""
     return context.codec.picture if features.of_pictures else lambda images: images
 
@@ -146,7 +145,7 @@ def _kept(path: pathlib.Path, shape: tuple[int, int]) -> Int[np.ndarray, "B T"] 
             return None
         return tokens.tolist() if tokens.shape == shape else None
 
-    found = distributed.from_first(read)
+    found = hosts.from_first(read)
     return None if found is None else np.array(found, np.int32)
 
 

@@ -6,10 +6,9 @@ from typing import NamedTuple
 from etils import epath
 
 from gptv_jax import config as config_lib
-from gptv_jax import files, sharding, tokens, weights
+from gptv_jax import files, hosts, sharding, tokens, weights
 from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.errors import InputError
-from gptv_jax.hosts import distributed
 from gptv_jax.model.gpt import Network
 from gptv_jax.runs.context import Context
 from gptv_jax.runs.record import (
@@ -49,7 +48,7 @@ def load(context: Context, network: Network) -> Pretrained:
         place = str(checkpoint_folder(made_by, folder) / "pretrain")
         return place, trained_part(made_by, "pretrain"), summary.get("pretrain/steps")
 
-    place, part, last = distributed.from_first(in_folder)
+    place, part, last = hosts.from_first(in_folder)
     abstract = {part: sharding.abstract(network.init)}
     with Checkpoints(epath.Path(place), read_only=True) as checkpoints:
         restored = checkpoints.restore_latest(abstract)
@@ -99,8 +98,8 @@ def _finished_folder(config: config_lib.Config, folder: pathlib.Path) -> tuple[p
 
 def _imported(config: config_lib.Config, codec: Codec | None) -> WeightsFile:
     """The weights of `config.init_from` that are no run folder, without their class head."""
-    lexicon = codec and codec.lexicon
-    palette = lexicon if isinstance(lexicon, tokens.Palette) else None
+    definition = codec and codec.definition
+    palette = definition if isinstance(definition, tokens.Palette) else None
     found = weights.read(config.init_from, palette).headless()
     _must_fit(config, found)
     return found

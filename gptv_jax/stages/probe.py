@@ -1,9 +1,9 @@
 """Linear probe: what a linear classifier reads from every layer's frozen features.
 
-Ridge regression, in closed form from one pass over the images, is the quick table of all layers.
-Those it finds best (or all) are then probed by one of the paper's two protocols: L-BFGS logistic
-regression on the features of the images as they are, or SGD on augmented ones. Beside it stand the
-floors: raw pixels, and the network with its initial random weights.
+Ridge regression, in closed form from one pass over the images, ranks all layers quickly. The best
+of them (or all) are then probed by one of the paper's two protocols: L-BFGS logistic regression on
+features of unchanged images, or SGD on augmented ones. Two floors are probed in the same way: raw
+pixels, and the network with its random initial weights.
 """
 
 import logging
@@ -12,10 +12,9 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from gptv_jax import files
+from gptv_jax import files, hosts
 from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.errors import InputError, first_line
-from gptv_jax.hosts import distributed
 from gptv_jax.model.gpt import Network
 from gptv_jax.probe import features, ridge, sgd
 from gptv_jax.probe.features import Features, Kept
@@ -26,7 +25,7 @@ from gptv_jax.train.metrics import Progress
 
 LOG = logging.getLogger(__name__)
 RESULTS = ("validation_accuracy", "test_accuracy")
-FITS = "fits.json"  # of a probe by L-BFGS that is not finished
+FITS = "fits.json"  # results of an unfinished probe by L-BFGS
 
 
 def run_stage(context: Context) -> dict:
@@ -59,14 +58,14 @@ def run_stage(context: Context) -> dict:
 
 
 def _by_lbfgs(context: Context, network: Network, trained: dict, initial: dict) -> tuple:
-    """Rows of the trained and of the random layers, the raw pixels' row, and further numbers."""
+    """Rows of the trained and the random network's layers, the pixels' row, further numbers."""
     config, batches = context.config.probe, features.batches(context.data, context.config.probe)
     read, floor = (
         features.of_network(network, params, batches, raw=config.features == "raw")
         for params in (trained, initial)
     )
     pixels = features.kept(features.of_pixels(context.codec, batches), [0]).taken([0])
-    for per_class in config.labels_per_class:  # too many are refused before any work
+    for per_class in config.labels_per_class:  # refuses too many labels before any work
         draw(pixels["train"][1], per_class, np.random.default_rng(context.config.seed))
     rows, seen = _layers_by_lbfgs(context, "probe", network, read)
     random, _ = _layers_by_lbfgs(context, "probe of random weights", network, floor)
@@ -93,9 +92,9 @@ def _by_lbfgs(context: Context, network: Network, trained: dict, initial: dict) 
 
 
 def _once(context: Context, name: str, fit: Callable[[], dict]) -> dict:
-    """What `fit()` gives, kept beside the others: a probe that goes on does not fit it again."""
+    """The result of `fit()`, kept in a file, so that a probe that continues does not repeat it."""
     path = context.folder.path / "probe" / FITS
-    fits = distributed.from_first(lambda: files.read_json(path, {}))
+    fits = hosts.from_first(lambda: files.read_json(path, {}))
     if name not in fits:
         fits[name] = fit()
         files.write_json(path, fits)
@@ -103,7 +102,7 @@ def _once(context: Context, name: str, fit: Callable[[], dict]) -> dict:
 
 
 def _layers_by_lbfgs(context: Context, name: str, network: Network, read: Features):
-    """A row for every layer, and what was kept of the refined ones."""
+    """A row for every layer, and the kept features of the refined layers."""
     config, every = context.config.probe, range(network.config.layers + 1)
     seen = Kept(read, every if config.refine is None else ())
     rows = _table(name, seen, context)
@@ -121,11 +120,11 @@ def _layers_by_lbfgs(context: Context, name: str, network: Network, read: Featur
 
 
 def _by_sgd(context: Context, network: Network, trained: dict, initial: dict) -> tuple:
-    """As `_by_lbfgs`; the floors are the ridge's, which needs no second training."""
+    """As `_by_lbfgs`; the floors are probed by ridge regression, which needs no training."""
     config, batches = context.config.probe, features.batches(context.data, context.config.probe)
     path = context.folder.path / "probe" / "ridge.json"
-    # A run that goes on trains the heads that it began.
-    tables = distributed.from_first(lambda: files.read_json(path, {}))
+    # The tables choose the heads, so a run that continues must find the same tables.
+    tables = hosts.from_first(lambda: files.read_json(path, {}))
     if not tables:
         for name, params in (("probe", trained), ("probe of random weights", initial)):
             read = features.of_network(network, params, batches, raw=config.features == "raw")
@@ -163,7 +162,7 @@ def _by_sgd(context: Context, network: Network, trained: dict, initial: dict) ->
 
 
 def _table(name: str, read: Features, context: Context) -> list[dict]:
-    """The ridge's rows, its best layer told."""
+    """The ridge regression's rows; logs the best layer."""
     rows = ridge.tabulate(read, context.classes, context.config.probe.ridge)
     best = ridge.best_layers(rows, 1)[0]
     accuracy = rows[best]["ridge_validation_accuracy"]
@@ -172,17 +171,17 @@ def _table(name: str, read: Features, context: Context) -> list[dict]:
 
 
 def _concatenated(window: tuple[int, ...], row: dict) -> dict:
-    """The summary's numbers of neighbouring layers side by side."""
+    """The summary's numbers of the concatenated layers."""
     named = {"first_layer": window[0], "last_layer": window[-1]} | {k: row[k] for k in RESULTS}
     return {f"concatenated_{name}": value for name, value in named.items()}
 
 
 def _as_result(row: dict) -> dict:
-    """The ridge's accuracies, where it is all there is."""
+    """A row whose results are the ridge regression's, as there is no other probe."""
     return row | {name: row[f"ridge_{name}"] for name in RESULTS} | {"validation_nats": 0.0}
 
 
 def _best(rows: list[dict]) -> int:
-    """The layer that is preferred, of those that were refined."""
+    """The best of the refined layers."""
     refined = [i for i, row in enumerate(rows) if "validation_accuracy" in row]
     return max(refined, key=lambda i: preference(rows[i]))

@@ -38,7 +38,7 @@ def run_stage(context: Context) -> dict:
     _save(context, "classes" if classes else "unconditional", new, columns)
     numbers = {"count": count, "tokens_per_second": tokens.size / seconds}
     if config.completions:
-        elements = pipeline.images(context.config.data, "test", context.data.ledger)
+        elements = pipeline.images(context.config.data, "test", context.data.damage_log)
         elements = list(itertools.islice(elements, config.completions))
         test = np.stack([pipeline.to_tokens(context.codec, e["image"]) for e in elements])
         labels = np.array([e["label"] for e in elements], np.int32) if classes else None

@@ -6,21 +6,20 @@ import tempfile
 import jax
 
 from gptv_jax import config as config_lib
-from gptv_jax import files, sharding, tokens
+from gptv_jax import files, hosts, sharding, tokens
 from gptv_jax.config import fields, rules
 from gptv_jax.data import pipeline, sources, transforms
-from gptv_jax.data.damage import Ledger
+from gptv_jax.data.damage import DamageLog
 from gptv_jax.data.pipeline import Pipeline
 from gptv_jax.decode.sampler import check_guidable
 from gptv_jax.errors import InputError
-from gptv_jax.hosts import distributed
 from gptv_jax.runs.context import Context
 from gptv_jax.runs.folder import RunFolder
 from gptv_jax.runs.record import has_finished
 from gptv_jax.stages import codec as codecs
 from gptv_jax.stages import pretrained
 from gptv_jax.stages.select import choose_stages
-from gptv_jax.tokens import Codec, Lexicon
+from gptv_jax.tokens import Codec, TokenDefinition
 from gptv_jax.train.metrics import MetricWriter
 
 TRIED = 32  # images that the transforms and the codec are tried on
@@ -54,7 +53,7 @@ def open_run(config: config_lib.Config, workdir: str, wanted: list[str] | None =
         sharding.check_tokenizer(config, mesh)
     for entries in _training_transforms(config, stages):
         transforms.check(entries, config.data.eval_transforms)
-    distributed.from_first(
+    hosts.from_first(
         lambda: _prepare(
             config,
             folder,
@@ -73,14 +72,18 @@ def open_run(config: config_lib.Config, workdir: str, wanted: list[str] | None =
 
 def with_codec(context: Context) -> Context:
     """The context with the codec of the palette or tokenizer that the run folder keeps by now."""
-    lexicon, kind = _kept_lexicon(context), context.config.tokens.kind
-    return context if lexicon is None and kind in tokens.LEXICONS else context.with_lexicon(lexicon)
+    definition, kind = _kept_definition(context), context.config.tokens.kind
+    return (
+        context
+        if definition is None and kind in tokens.DEFINITIONS
+        else context.with_definition(definition)
+    )
 
 
 def _check_same_settings(config: config_lib.Config) -> None:
     """Raises InputError where processes have different settings, the place of the data apart."""
     own = {k: v for k, v in fields.flatten(config).items() if k not in ("data.dir", "data.path")}
-    first, *others = distributed.from_all(own)
+    first, *others = hosts.from_all(own)
     differing = sorted({name for other in others for name in own if other[name] != first[name]})
     if differing:
         raise InputError(
@@ -97,7 +100,7 @@ def _prepare(config: config_lib.Config, folder: RunFolder, stages: list[str], da
         and folder.has_checkpoints
         and (kind != "learned" or has_finished(folder.summary(), "tokenizer"))
     ):
-        raise InputError(f"{folder.path} has lost its {tokens.LEXICONS[kind][0]}; restore it.")
+        raise InputError(f"{folder.path} has lost its {tokens.DEFINITIONS[kind][0]}; restore it.")
     if not found and kind == "learned" and "tokenizer" not in stages:
         raise InputError(
             "config.tokens.kind=learned needs a tokenizer; run --stages=tokenizer first, or "
@@ -110,10 +113,10 @@ def _prepare(config: config_lib.Config, folder: RunFolder, stages: list[str], da
         pretrained.check(config, folder.path, found)
     folder.claim(data)
     if not found and not trained_here:
-        found = codecs.build_codec(config, Ledger(config.data, folder.path))
+        found = codecs.build_codec(config, DamageLog(config.data, folder.path))
         _try_out(config, stages, found)
     if found:
-        tokens.save_lexicon(found.lexicon, folder.path)
+        tokens.save_definition(found.definition, folder.path)
 
 
 def _try_out(config: config_lib.Config, stages: list[str], codec: Codec | None) -> None:
@@ -132,14 +135,14 @@ def _training_transforms(config: config_lib.Config, stages: list[str]) -> list[t
     return [config.data.train_transforms, *(entries for entries in own if entries)]
 
 
-def _kept_lexicon(context: Context) -> Lexicon | None:
+def _kept_definition(context: Context) -> TokenDefinition | None:
     """The palette or tokenizer in process 0's run folder, on all processes; None: there is none."""
     kind, folder = context.config.tokens.kind, context.folder.path
-    if kind not in tokens.LEXICONS or jax.process_count() == 1:
-        return tokens.load_lexicon(kind, folder)
-    path = folder / tokens.LEXICONS[kind][0]
+    if kind not in tokens.DEFINITIONS or jax.process_count() == 1:
+        return tokens.load_definition(kind, folder)
+    path = folder / tokens.DEFINITIONS[kind][0]
     first = jax.process_index() == 0
-    content = distributed.bytes_of_first(path.read_bytes() if first and path.exists() else b"")
+    content = hosts.bytes_of_first(path.read_bytes() if first and path.exists() else b"")
     with tempfile.TemporaryDirectory() as copies:
         (pathlib.Path(copies) / path.name).write_bytes(content)
-        return tokens.load_lexicon(kind, pathlib.Path(copies)) if content else None
+        return tokens.load_definition(kind, pathlib.Path(copies)) if content else None
