@@ -25,7 +25,7 @@ import time
 
 from benchmarks import harness
 from benchmarks.turns import ROOT
-from gptv_jax.hosts import preemption
+from gptv_jax.hosts import stopping
 
 NAMES = ("train_step", "decode", "features", "attention", "startup", "input_pipeline")
 DATA = ("cifar10", "jpegs", "palette")  # flags of the input pipeline
@@ -119,7 +119,7 @@ def main() -> None:
                 found, went_well = run([*command, *([f"--cases={case}"] if case else [])], left)
             except subprocess.TimeoutExpired:
                 told = f"{name}, {case}: takes longer than --limit={arguments.limit}."
-                sys.exit(preemption.EXIT_CODE if further else told)
+                sys.exit(stopping.EXIT_CODE if further else told)
             well, further = well and went_well, True
             if found and not arguments.quick:
                 kept[case] = found

@@ -21,7 +21,7 @@ import sys
 from collections.abc import Callable
 
 from benchmarks.turns import DISTURBED, Measured
-from gptv_jax.hosts import preemption
+from gptv_jax.hosts import stopping
 
 VERSIONED = ("jax", "jaxlib", "flax", "optax", "torch", "transformers")
 TOLD = ("unit", "median", "quartiles")  # of a row, in one cell of the table
@@ -173,7 +173,7 @@ def seconds(flag: str) -> float:
 
 def end_by_sigterm() -> None:
     """Makes SIGTERM an exit by 143, on whose way the processes that were started end as well."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(preemption.EXIT_CODE))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(stopping.EXIT_CODE))
 
 
 def main(

@@ -17,9 +17,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from gptv_jax import sharding
+from gptv_jax import hosts, sharding
 from gptv_jax.errors import InputError, first_line
-from gptv_jax.hosts import distributed
 
 LOG = logging.getLogger(__name__)
 
@@ -102,7 +101,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps on disk, in order, as process 0 finds them."""
-        return distributed.from_first(lambda: sorted(self._manager.all_steps()))
+        return hosts.from_first(lambda: sorted(self._manager.all_steps()))
 
     def save(self, step: int, state, info: dict) -> None:
         """Starts to write a checkpoint; a step that is there already is left as it is."""
@@ -193,7 +192,7 @@ class Checkpoints:
             result = function()
         except Exception as error:  # whatever the storage raises
             damage = DamagedError(self.folder / str(step), error)
-        if any(distributed.from_all(damage is not None)):
+        if any(hosts.from_all(damage is not None)):
             elsewhere = ValueError("another process cannot read it")
             raise damage or DamagedError(self.folder / str(step), elsewhere)
         return result
@@ -230,7 +229,7 @@ class Checkpoints:
             target.rmtree(missing_ok=True)
             (self.folder / str(step)).rename(target)
 
-        distributed.from_first(move)
+        hosts.from_first(move)
         self._manager.reload()
         return target
 

@@ -16,10 +16,10 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from gptv_jax import config as config_lib
-from gptv_jax import errors
+from gptv_jax import errors, hosts
 from gptv_jax.config import fields
 from gptv_jax.errors import InputError, first_line
-from gptv_jax.hosts import distributed, preemption, runtime
+from gptv_jax.hosts import distributed, runtime, stopping
 
 UNEXPECTED = 70  # exit code; sysexits.h: internal error. A network's failure may be one
 _MISSING = re.compile(r"flag --(\w+)=None: ")
@@ -52,15 +52,15 @@ def run(main: Callable[[], None], parser: Callable | None = None) -> None:
         main()
         distributed.stop()
 
-    preemption.install(_interrupted)
+    stopping.install(_interrupted)
     runtime.keep_memory()
     try:
         app.run(configured, flags_parser=parser or _parse_flags)
     except InputError as error:
         _end(1, f"error: {error}", str(error))
-    except preemption.StoppedError as stopped:
+    except hosts.StoppedError as stopped:
         distributed.stop()  # none of several processes leaves before the others have saved
-        errors.end(preemption.EXIT_CODE, str(stopped))
+        errors.end(stopping.EXIT_CODE, str(stopped))
     except Exception as error:
         distributed.settle()
         reason = f"{type(error).__name__}: {first_line(error)}"

@@ -12,9 +12,9 @@ import jax
 import numpy as np
 
 from gptv_jax import config as config_lib
+from gptv_jax import hosts
 from gptv_jax.data import pipeline
 from gptv_jax.errors import InputError
-from gptv_jax.hosts import distributed
 from gptv_jax.tokens.grey import GreyLevels
 
 
@@ -45,10 +45,10 @@ def talk(index: int, count: int) -> None:
     def refuse():
         raise InputError(f"{index} says no.")
 
-    assert distributed.from_first(only_first) == {"value": [1.5, None, "é" * 5000]}
-    assert distributed.from_all("x" * index * 2000) == ["x" * i * 2000 for i in range(count)]
+    assert hosts.from_first(only_first) == {"value": [1.5, None, "é" * 5000]}
+    assert hosts.from_all("x" * index * 2000) == ["x" * i * 2000 for i in range(count)]
     try:
-        distributed.from_first(refuse)
+        hosts.from_first(refuse)
     except InputError as error:
         assert str(error) == "0 says no."
     else:

@@ -16,7 +16,6 @@ from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.checkpoint import Checkpoints, DamagedError
 from gptv_jax.errors import InputError
-from gptv_jax.hosts import distributed
 from gptv_jax.train import optimizer, step
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -349,6 +348,6 @@ def test_changed_information_is_noticed(two_saved, tmp_path, failed_reads):
 def test_what_another_process_cannot_read_nobody_goes_on_from(tmp_path, monkeypatch, phase):
     save(tmp_path / "run", 1, 2)
     there = itertools.chain([i == phase for i in range(phase + 1)], itertools.repeat(False))
-    monkeypatch.setattr(distributed, "from_all", lambda value: [value, next(there)])
+    monkeypatch.setattr(hosts, "from_all", lambda value: [value, next(there)])
     assert restore_latest(tmp_path / "run")[1]["position"] == 1
     assert (tmp_path / "damaged" / "run-2").exists()

@@ -262,6 +262,6 @@ def test_processes_with_different_settings_are_refused(monkeypatch):
     def with_another(own: dict) -> list[dict]:
         return [own, own | theirs]
 
-    monkeypatch.setattr(run_lib.distributed, "from_all", with_another)
+    monkeypatch.setattr(run_lib.hosts, "from_all", with_another)
     with pytest.raises(InputError, match=r"different settings: config\.train\.steps;"):
         run_lib._must_agree(config_lib.Config())

@@ -14,7 +14,8 @@ import pytest
 from conftest import small_arguments
 from test_resume import STEPS, Training, assert_identical
 
-from gptv_jax.hosts import preemption
+from gptv_jax import hosts
+from gptv_jax.hosts import stopping
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def uninterrupted(training, tmp_path_factory):
 def answered():
     """Signals are answered in this process, as in the command's."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    preemption.install(lambda: os._exit(130))
+    stopping.install(lambda: os._exit(130))
     yield
     signal.set_wakeup_fd(-1)
     for number, handler in before.items():
@@ -40,7 +41,7 @@ def answered():
 
 def terminate() -> None:
     """A real SIGTERM to this process, while it trains; returns when it was heard."""
-    request = preemption._current
+    request = stopping._current
     assert request is not None  # else the process would end
     os.kill(os.getpid(), signal.SIGTERM)
     while request.since is None:
@@ -49,7 +50,7 @@ def terminate() -> None:
 
 def terminated(training: Training, folder: pathlib.Path, every: int, stop: tuple[str, int]) -> int:
     """The step at which a training stopped and saved, with SIGTERM at an event."""
-    with pytest.raises(preemption.StoppedError) as stopped:
+    with pytest.raises(hosts.StoppedError) as stopped:
         training.run(folder, every, stop, terminate)
     step = stopped_at(str(stopped.value))
     assert training.saved(folder)[1] == step
@@ -109,7 +110,7 @@ def test_an_evaluation_is_given_up_between_two_batches(training, uninterrupted, 
 
     training.eval_step = eval_step
     try:
-        with pytest.raises(preemption.StoppedError, match="at step 2,"):
+        with pytest.raises(hosts.StoppedError, match="at step 2,"):
             training.run(tmp_path, 2)
     finally:
         training.eval_step = read
@@ -121,9 +122,9 @@ def test_an_evaluation_is_given_up_between_two_batches(training, uninterrupted, 
 
 OUTSIDE = """
 import time
-from gptv_jax import errors
-from gptv_jax.hosts import preemption
-preemption.install(lambda: errors.end(130, "interrupted"))
+from gptv_jax import errors, hosts
+from gptv_jax.hosts import stopping
+stopping.install(lambda: errors.end(130, "interrupted"))
 print("ready", flush=True)
 while True:
     try:
@@ -133,10 +134,10 @@ while True:
 """
 TOO_LATE = """
 import time
-from gptv_jax import errors
-from gptv_jax.hosts import preemption
-preemption.install(lambda: errors.end(130, "interrupted"))
-with preemption.deferred() as request:
+from gptv_jax import errors, hosts
+from gptv_jax.hosts import stopping
+stopping.install(lambda: errors.end(130, "interrupted"))
+with hosts.deferred_stop() as request:
     print("ready", flush=True)
     while request.since is None:
         time.sleep(0.01)
@@ -218,7 +219,7 @@ def test_of_two_processes_one_is_asked_and_both_stop_after_the_same_step(tmp_pat
                 process.kill()
                 process.wait()
         told = [log.read_text() for log in logs]
-        assert codes == [preemption.EXIT_CODE] * 2, told
+        assert codes == [stopping.EXIT_CODE] * 2, told
         steps = [stopped_at(text.splitlines()[-1]) for text in told]
         assert steps[0] == steps[1] > begun
         assert (folder / "checkpoints" / "pretrain" / str(steps[0])).exists()

@@ -17,22 +17,20 @@ JAX_COORDINATOR_ADDRESS alone is where Slurm's or Cloud TPU's processes meet, as
 Nothing that was asked for and does not work is passed over: the command ends with one sentence.
 """
 
-import json
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
-import numpy as np
 from jax._src import distributed as jax_distributed  # tells where the processes have met
-from jax.experimental import multihost_utils
 
 from gptv_jax import errors
 from gptv_jax.errors import InputError, first_line
 from gptv_jax.hosts import watch
+from gptv_jax.hosts.exchange import from_first
 
 WAYS = ("auto", "off", "tpu", "slurm")
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -214,47 +212,3 @@ def stop() -> None:
     if _watch:
         _watch.leave()
         jax.distributed.shutdown()
-
-
-def from_first(function: Callable[[], object]):
-    """What `function()` gives on process 0, which alone calls it, as JSON keeps it.
-
-    Raises:
-      InputError: it raised one; on all processes.
-    """
-    if jax.process_count() == 1:
-        return function()
-    content = b""
-    if jax.process_index() == 0:
-        try:
-            content = json.dumps({"value": function()}).encode()
-        except InputError as error:
-            content = json.dumps({"error": str(error)}).encode()
-    outcome = json.loads(bytes_of_first(content))
-    if "error" in outcome:
-        raise InputError(outcome["error"])
-    return outcome["value"]
-
-
-def bytes_of_first(content: bytes) -> bytes:
-    """Process 0's content, on all processes."""
-    if jax.process_count() == 1:
-        return content
-    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
-    return multihost_utils.broadcast_one_to_all(_padded(content, length)).tobytes()[:length]
-
-
-def from_all(value) -> list:
-    """Every process's value, in order, as JSON keeps it."""
-    if jax.process_count() == 1:
-        return [value]
-    content = json.dumps(value).encode()
-    lengths = multihost_utils.process_allgather(np.int32(len(content)))
-    sent = multihost_utils.process_allgather(_padded(content, max(lengths)))
-    return [json.loads(row.tobytes()[:n]) for row, n in zip(sent, lengths, strict=True)]
-
-
-def _padded(content: bytes, length: int) -> np.ndarray:
-    """As uint8, of one of few sizes, for each of which JAX compiles once."""
-    size = max(1 << (int(length) - 1).bit_length(), 1024)
-    return np.frombuffer(content.ljust(size, b"\0"), np.uint8)

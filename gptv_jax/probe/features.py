@@ -12,9 +12,8 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array, Float
 
 from gptv_jax import config as config_lib
-from gptv_jax import sharding
+from gptv_jax import hosts, sharding
 from gptv_jax.data.pipeline import Pipeline
-from gptv_jax.hosts import preemption
 from gptv_jax.model.gpt import Network
 from gptv_jax.tokens import Codec
 from gptv_jax.train import objective
@@ -65,7 +64,7 @@ def of_network(network: Network, params: dict, batches: Batches, *, raw: bool) -
     def features(split: str) -> Iterator[tuple[Array, dict]]:
         votes = 1 if split == "train" else network.votes
         told, images, before = time.monotonic(), 0, None
-        for batch in preemption.watched(batches(split)):
+        for batch in hosts.until_stop(batches(split)):
             batch = sharding.global_batch(batch)
             x = read(network, params, batch, raw=raw, votes=votes)
             # Two batches under way are enough; more would pile up where the host is the faster.

@@ -17,9 +17,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from gptv_jax import config as config_lib
-from gptv_jax import sharding
+from gptv_jax import hosts, sharding
 from gptv_jax.checkpoint import Checkpoints
-from gptv_jax.hosts import preemption
 from gptv_jax.model import flops
 from gptv_jax.model.gpt import Network, Output
 from gptv_jax.probe.features import Batches, Features, statistics
@@ -156,7 +155,7 @@ def fit(
 
     def evaluate(weights: dict, split: str = "validation") -> dict[str, dict]:
         total = None
-        for batch in preemption.watched(evaluation(split)):
+        for batch in hosts.until_stop(evaluation(split)):
             sums = eval_step(weights, frozen, sharding.global_batch(batch))
             total = sums if total is None else jax.tree.map(jnp.add, total, sums)
         total = jax.device_get(total)

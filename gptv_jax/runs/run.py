@@ -16,7 +16,7 @@ import tempfile
 import jax
 from etils import epath
 
-from gptv_jax import checkpoint, files, sharding, tokens
+from gptv_jax import checkpoint, files, hosts, sharding, tokens
 from gptv_jax import config as config_lib
 from gptv_jax import weights as weights_lib
 from gptv_jax.checkpoint import Checkpoints
@@ -27,7 +27,6 @@ from gptv_jax.data.damage import Ledger
 from gptv_jax.data.pipeline import Pipeline
 from gptv_jax.decode.sampler import check_guidable
 from gptv_jax.errors import InputError
-from gptv_jax.hosts import distributed
 from gptv_jax.model.gpt import Network
 from gptv_jax.runs.record import checkpoint_folder, config_of, finished_stages
 from gptv_jax.stages.select import choose_stages
@@ -68,7 +67,7 @@ class Run:
         sharding.check(config, self.mesh)
         if config.sample.guidance != 1:
             check_guidable(config.model, f"config.sample.guidance is {config.sample.guidance:g}")
-        distributed.from_first(self._compare)
+        hosts.from_first(self._compare)
         opened = {split: sources.open_source(config.data, split) for split in sources.SPLITS}
         self.classes = opened["train"].classes
         rules.check_classes(config, self.classes)
@@ -80,7 +79,7 @@ class Run:
             sharding.check_tokenizer(config, self.mesh)
         for entries in self._training_transforms():
             transforms.check(entries, config.data.eval_transforms)
-        distributed.from_first(self._prepare)
+        hosts.from_first(self._prepare)
         files.claim(self.folder, "workdir")  # each process names the damaged images that it meets
         self.metrics = MetricWriter(self.folder)
         share = sharding.batch_share(self.mesh)
@@ -108,7 +107,7 @@ class Run:
             return tokens.load_lexicon(kind, self.folder)
         path = self.folder / tokens.LEXICONS[kind][0]
         first = jax.process_index() == 0
-        content = distributed.bytes_of_first(path.read_bytes() if first and path.exists() else b"")
+        content = hosts.bytes_of_first(path.read_bytes() if first and path.exists() else b"")
         with tempfile.TemporaryDirectory() as folder:
             (pathlib.Path(folder) / path.name).write_bytes(content)
             return tokens.load_lexicon(kind, pathlib.Path(folder)) if content else None
@@ -211,14 +210,14 @@ class Run:
             weights = self._imported(self.codec)
             self._pretrained_step = weights.step
             return weights.on_mesh()
-        distributed.from_first(self._must_be_pretrained)
+        hosts.from_first(self._must_be_pretrained)
         folder = self._pretrained_folder()
 
         def of_folder() -> tuple[str, str]:
             config = config_of(folder)
             return str(checkpoint_folder(config, folder)), config.train.weights
 
-        place, weights = distributed.from_first(of_folder)
+        place, weights = hosts.from_first(of_folder)
         abstract = {weights: sharding.abstract(network.init)}
         with Checkpoints(epath.Path(place) / "pretrain", read_only=True) as checkpoints:
             restored = checkpoints.restore_latest(abstract)
@@ -244,11 +243,11 @@ class Run:
 
     def finished(self, stage: str) -> bool:
         """Whether the stage has written its numbers, which it does once, at its end."""
-        return distributed.from_first(lambda: stage in finished_stages(self.summary()))
+        return hosts.from_first(lambda: stage in finished_stages(self.summary()))
 
     def finish(self, stage: str, numbers: dict) -> None:
         """Adds a stage's numbers, keyed without the stage's name, to the summary."""
-        skipped = set().union(*distributed.from_all(self.images.ledger.names))
+        skipped = set().union(*hosts.from_all(self.images.ledger.names))
         if jax.process_index() != 0:
             return
         summary = self.summary() | {f"{stage}/{name}": value for name, value in numbers.items()}
@@ -320,7 +319,7 @@ class Run:
 def _must_agree(config: config_lib.Config) -> None:
     """Raises where several processes were not given the same settings, but for where data lie."""
     own = {k: v for k, v in fields.flatten(config).items() if k not in ("data.dir", "data.path")}
-    first, *others = distributed.from_all(own)
+    first, *others = hosts.from_all(own)
     differing = sorted({name for other in others for name in own if other[name] != first[name]})
     if differing:
         raise InputError(

@@ -15,12 +15,11 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from gptv_jax import files
+from gptv_jax import files, hosts
 from gptv_jax.data import pipeline, sources, transforms
 from gptv_jax.decode import generation
 from gptv_jax.decode.sampler import Sampler
 from gptv_jax.errors import InputError
-from gptv_jax.hosts import distributed, preemption
 from gptv_jax.quality import reference as references
 from gptv_jax.quality.evaluate import evaluate
 from gptv_jax.quality.features import Features, make_features
@@ -42,7 +41,7 @@ def run_stage(run: Run) -> dict:
     reference.must_fit(features)
     files.claim(folder, "workdir")
     labels = _labels(run)
-    drawn = list(preemption.watched(_drawn(run, folder, labels)))
+    drawn = list(hosts.until_stop(_drawn(run, folder, labels)))
     if jax.process_index() == 0:
         _write(run, folder, drawn, labels)
     seen = _eyes(run, features)
@@ -60,7 +59,7 @@ def _reference(run: Run, features: Features) -> Reference:
     if config.reference:
         return references.load(config.reference)
     path = run.folder / "generated" / "reference.npz"
-    if distributed.from_first(path.exists):
+    if hosts.from_first(path.exists):
         found = references.load(path)
         if found.made_of(features) and found.provenance["split"] == config.split:
             return found
@@ -140,7 +139,7 @@ def _kept(path: pathlib.Path, shape: tuple[int, int]) -> Int[np.ndarray, "B T"] 
             return None
         return tokens.tolist() if tokens.shape == shape else None
 
-    found = distributed.from_first(read)
+    found = hosts.from_first(read)
     return None if found is None else np.array(found, np.int32)
 
 

@@ -12,10 +12,9 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from gptv_jax import files
+from gptv_jax import files, hosts
 from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.errors import InputError, first_line
-from gptv_jax.hosts import distributed
 from gptv_jax.model.gpt import Network
 from gptv_jax.probe import features, ridge, sgd
 from gptv_jax.probe.features import Features, Kept
@@ -92,7 +91,7 @@ def _by_lbfgs(run: Run, network: Network, trained: dict, initial: dict) -> tuple
 def _once(run: Run, name: str, fit: Callable[[], dict]) -> dict:
     """What `fit()` gives, kept beside the others: a probe that goes on does not fit it again."""
     path = run.folder / "probe" / FITS
-    fits = distributed.from_first(lambda: files.read_json(path, {}))
+    fits = hosts.from_first(lambda: files.read_json(path, {}))
     if name not in fits:
         fits[name] = fit()
         files.write_json(path, fits)
@@ -122,7 +121,7 @@ def _by_sgd(run: Run, network: Network, trained: dict, initial: dict) -> tuple:
     config, batches = run.config.probe, features.batches(run.data, run.config.probe)
     path = run.folder / "probe" / "ridge.json"
     # A run that goes on trains the heads that it began.
-    tables = distributed.from_first(lambda: files.read_json(path, {}))
+    tables = hosts.from_first(lambda: files.read_json(path, {}))
     if not tables:
         for name, params in (("probe", trained), ("probe of random weights", initial)):
             read = features.of_network(network, params, batches, raw=config.features == "raw")

@@ -11,10 +11,9 @@ import jax
 import numpy as np
 
 from gptv_jax import config as config_lib
-from gptv_jax import sharding
+from gptv_jax import hosts, sharding
 from gptv_jax.checkpoint import Checkpoints, DamagedError
 from gptv_jax.errors import InputError
-from gptv_jax.hosts import preemption
 from gptv_jax.train import profiling
 from gptv_jax.train.goodput import Sessions
 from gptv_jax.train.metrics import MetricWriter, Progress, mfu
@@ -160,7 +159,7 @@ def fit(
             if not stopping:
                 try:
                     better = judge()
-                except preemption.GivenUpError:
+                except hosts.EvaluationStoppedError:
                     stopping = True
             last = step == config.steps or _exhausted(evaluations, patience)
 
@@ -174,7 +173,7 @@ def fit(
                 checkpoints.wait()
                 sessions.seen(step)
             if stopping:
-                raise preemption.StoppedError(
+                raise hosts.StoppedError(
                     f"{name} stopped by SIGTERM at step {step}, saved in "
                     f"{time.monotonic() - stop.since:.1f} s; the same command continues"
                 )
@@ -192,7 +191,7 @@ def fit(
                 settle()  # of the step before, while this one runs
                 pending = (step, metrics)
                 if step == start + 1:  # until now there was nothing to lose
-                    stop = until_saved.enter_context(preemption.deferred())
+                    stop = until_saved.enter_context(hosts.deferred_stop())
                 stopping = stop.agreed()
             progress.advance()
 
@@ -217,7 +216,7 @@ def fit(
 def totals(eval_step: Callable, params: dict, batches: Iterator[dict]) -> dict[str, np.ndarray]:
     """An evaluation's sums over a whole split, every example once."""
     total = None
-    for batch in preemption.watched(batches):
+    for batch in hosts.until_stop(batches):
         sums = eval_step(params, sharding.global_batch(batch))
         total = sums if total is None else jax.tree.map(lambda a, b: a + b, total, sums)
     return jax.device_get(total)

@@ -32,7 +32,7 @@ class StoppedError(Exception):
     """A training ended before its end, because it was asked to, and has saved."""
 
 
-class GivenUpError(Exception):
+class EvaluationStoppedError(Exception):
     """An evaluation ended before its end, because the training is to stop."""
 
 
@@ -86,7 +86,7 @@ def install(interrupted: Callable[[], None]) -> None:
 
 
 @contextlib.contextmanager
-def deferred() -> Iterator[Request]:
+def deferred_stop() -> Iterator[Request]:
     """Within the `with`, SIGTERM is left to a training to act on; at its end, the process ends."""
     global _current
     _current = Request()
@@ -99,15 +99,15 @@ def deferred() -> Iterator[Request]:
         _end()
 
 
-def watched(batches: Iterator[dict]) -> Iterator[dict]:
+def until_stop(batches: Iterator[dict]) -> Iterator[dict]:
     """The batches of an evaluation, which is given up where the training around it is to stop.
 
     Raises:
-      GivenUpError: it is.
+      EvaluationStoppedError: it is.
     """
     for batch in batches:
         if _current is not None and _current.agreed():
-            raise GivenUpError
+            raise EvaluationStoppedError
         yield batch
 
 
