@@ -57,7 +57,6 @@ VARIANTS = {
     "rotary_alone": {"model.rotary": True, "model.learned_positions": False},
     "qk_norm": {"model.qk_norm": True},
     "swiglu": {"model.mlp": "swiglu"},
-    "above_embedding": {"model.above_embedding": True},
     "cosine": {"train.optimizer.schedule": "cosine"},
     "final_tenth": {"train.optimizer.final_fraction": 0.1},
     "ema": {"train.ema": 0.99},
@@ -71,7 +70,7 @@ for _rate in RATES:
     VARIANTS[f"width_{WIDE}_{_rate:g}"] = _wide
     VARIANTS[f"width_{WIDE}_based_{_rate:g}"] = _wide | {"model.base_width": NARROW}
 UPON = "rotary"  # the best of them, alone
-JOINED = ["axial_positions", "qk_norm", "swiglu", "above_embedding", "qk_norm+swiglu"]
+JOINED = ["axial_positions", "qk_norm", "swiglu", "qk_norm+swiglu"]
 NAMES = [*VARIANTS, *(f"{UPON}+{name}" for name in JOINED)]
 NUMBERS = {
     "nats_per_token": "pretrain/test_nats_per_token",

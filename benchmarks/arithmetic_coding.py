@@ -18,7 +18,7 @@ import scipy.special
 
 import gptv_jax
 from gptv_jax.data import pipeline, sources
-from gptv_jax.data.damage import Ledger
+from gptv_jax.data.damage import DamageLog
 from gptv_jax.runs.record import config_of
 
 BATCH = 64  # images that are coded side by side
@@ -59,9 +59,9 @@ def column(array: np.ndarray, position: int) -> np.ndarray:
 def tokens_of(run: str, model: gptv_jax.Model, count: int) -> np.ndarray:
     """Tokens [N, T] of the first test images of a run."""
     data = config_of(pathlib.Path(run)).data
-    ledger = Ledger(data, None)
+    damage_log = DamageLog(data, None)
     count = min(count, len(sources.open_source(data, "test")))
-    elements = zip(range(count), pipeline.images(data, "test", ledger), strict=False)
+    elements = zip(range(count), pipeline.images(data, "test", damage_log), strict=False)
     return np.stack([pipeline.to_tokens(model.codec, e["image"]) for _, e in elements])
 
 

@@ -24,7 +24,7 @@ from benchmarks.turns import Measured
 from gptv_jax import config as config_lib
 from gptv_jax import tokens
 from gptv_jax.data import cache, pipeline, sources
-from gptv_jax.data.damage import Ledger
+from gptv_jax.data.damage import DamageLog
 from gptv_jax.data.geometry import ResizeShort
 from gptv_jax.data.images import Decode
 from gptv_jax.tokens import palette
@@ -62,8 +62,9 @@ def write_cache(config: config_lib.Data, codec, folder: pathlib.Path, count: int
     part = dataclasses.replace(config, train_split=f"train[:{count}]")
 
     def examples():
-        for element in pipeline.images(part, "train", Ledger(part, None)):
-            yield pipeline.to_tokens(codec, element["image"]), element["label"]
+        for element in pipeline.images(part, "train", DamageLog(part, None)):
+            tokens_of_image = pipeline.to_tokens(codec, element["image"])
+            yield {"tokens": tokens_of_image, "label": element["label"]}
 
     header = {
         "tokens": dataclasses.asdict(config_lib.Tokens(kind="palette", colors=codec.vocabulary)),
@@ -81,7 +82,7 @@ class TorchImages:
         self.source = sources.open_source(config, "train")
         self.jpegs = config.name == "folder"
         self.cached = config.name == "tokens"
-        self.centers = torch.from_numpy((codec.lexicon.centers + 1) * 127.5)
+        self.centers = torch.from_numpy((codec.definition.centers + 1) * 127.5)
 
     def __len__(self) -> int:
         return len(self.source)

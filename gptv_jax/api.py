@@ -372,7 +372,9 @@ def _forward(
     if network.config.objective == "bert" and wanted != "logits":
         # As in training and in the tests: under masks, whose outputs are averaged.
         batch = {"tokens": tokens, "variant": None, "index": jnp.arange(len(tokens))}
-        votes = [objective.evaluated(network, params, batch, v)[0] for v in range(network.votes)]
+        votes = [
+            objective.evaluate_batch(network, params, batch, v)[0] for v in range(network.votes)
+        ]
         if wanted == "pooled":
             return sum(vote.pooled for vote in votes).swapaxes(0, 1) / len(votes)
         return sum(jax.nn.softmax(vote.class_logits, axis=-1) for vote in votes) / len(votes)

@@ -140,18 +140,6 @@ def read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
         raise UnreadableError(error) from error
 
 
-def map_array(path: pathlib.Path) -> np.ndarray:
-    """The array of an `.npy` file, read where it lies.
-
-    Raises:
-      UnreadableError: as `read_arrays`.
-    """
-    try:
-        return np.load(path, mmap_mode="r")
-    except _RAISED_BY_NUMPY as error:
-        raise UnreadableError(error) from error
-
-
 def open_safetensors(path: pathlib.Path):
     """An open .safetensors file, whose tensors are read one by one.
 

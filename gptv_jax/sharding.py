@@ -33,7 +33,6 @@ BATCH = ("data", "fsdp")  # the mesh axes that split the batch
 PARAMETERS: dict[str, P] = {
     "token_embedding": P(None, "fsdp"),  # V D   small V stays whole: integer cross-entropy is local
     "start": P(None, "fsdp"),  # S D
-    "above_embedding": P(None, "fsdp"),  # V+1 D
     "position": P(None, "fsdp"),  # T D; T+1 with target_position
     "target_position": P(None, "fsdp"),  # T D
     "row": P(None, "fsdp"),  # image height, D

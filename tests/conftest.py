@@ -50,7 +50,7 @@ def make_mesh(shape: tuple[int, ...]) -> jax.sharding.Mesh:
 
 
 # Whatever the network can have beside iGPT's parts, of sizes that every mesh divides.
-MODERN = {"rotary": True, "learned_positions": False, "qk_norm": True, "above_embedding": True}
+MODERN = {"rotary": True, "learned_positions": False, "qk_norm": True}
 MODERN |= {"mlp": "swiglu", "mlp_ratio": 3, "base_width": 16}
 RECIPES = {"igpt": {}, "modern": MODERN}
 

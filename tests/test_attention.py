@@ -119,7 +119,7 @@ def loss_and_gradients(shape=(1, 1, 1), **changes):
     with jax.set_mesh(make_mesh(shape)):
         batch = sharding.global_batch(random_batch(network))
         loss = generative_loss(network)
-        gradient = jax.jit(jax.value_and_grad(lambda p: loss(p, batch, None)[0]))
+        gradient = jax.jit(jax.value_and_grad(lambda p: loss(p, None, batch, None)[0]))
         return jax.device_get(gradient(random_params(network)))
 
 

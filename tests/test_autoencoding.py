@@ -16,7 +16,7 @@ from gptv_jax import sharding
 from gptv_jax.model import autoencoder, discriminator, lpips
 from gptv_jax.tokens import LearnedTokens, Tokenizer
 from gptv_jax.tokens.learned import from_pixels
-from gptv_jax.train import autoencoding, optimizer, reconstruction
+from gptv_jax.train import autoencoding, optimizer, reconstruction, step
 
 FSQ = config_lib.Autoencoder(widths=(16,), encoder_blocks=1, decoder_blocks=1, levels=(8, 6))
 VQ = dataclasses.replace(FSQ, quantizer="vq", codes=24, code_size=4)
@@ -42,20 +42,26 @@ def batch(size: int = 8, seed: int = 0, side: int = 8) -> dict:
 
 
 class Training:
-    """A state and the compiled step, on the mesh that is set."""
+    """A train state and the compiled step, on the current mesh."""
 
-    def __init__(self, config, settings, vgg=None, side: int = 8):
+    def __init__(self, config, settings, frozen=None, side: int = 8):
         update, rate = optimizer.make_optimizer(settings.train.optimizer, settings.train.steps)
         init = jax.jit(autoencoding.make_init(config, settings, update))
-        self.state, self.vgg, self.side = init(jax.random.key(0)), vgg, side
-        self.step = autoencoding.make_train_step(config, settings, update, rate)
+        self.state, self.frozen, self.side = init(jax.random.key(0)), frozen, side
+        self.step = step.make_train_step(
+            autoencoding.make_loss(config, settings),
+            update,
+            rate,
+            ema=settings.train.ema,
+            after=autoencoding.make_after(config, settings),
+        )
 
     def run(self, steps: int) -> list[dict]:
-        """Takes so many steps; the metrics of each."""
+        """Takes `steps` steps; returns the metrics of each."""
         metrics = []
         for _ in range(steps):
             images = {"image": batch(8, int(self.state["step"]), self.side)["image"]}
-            self.state, numbers = self.step(self.state, sharding.global_batch(images), self.vgg)
+            self.state, numbers = self.step(self.state, sharding.global_batch(images), self.frozen)
             metrics.append(jax.device_get(numbers))
         return metrics
 
@@ -77,10 +83,10 @@ def test_training_is_the_same_on_every_mesh():
     silent = dataclasses.replace(settings, adversarial=0.0)
     assert metrics[0]["commitment"] > 0.1
     assert metrics[0]["loss"] == pytest.approx(weighted(silent, metrics[0]), rel=1e-5)
-    for name, begun in first.items():  # of the first step the new weights are nine tenths
+    for name, begun in first.items():  # nine tenths of the first average are the new weights
         average = begun / 10 + after_one[f"params.{name}"] * 9 / 10
         np.testing.assert_allclose(after_one[f"ema.{name}"], average, rtol=1e-4, atol=1e-6)
-    # The codebook is what its averages say.
+    # The codebook follows its moving averages.
     directions = state["codebook.sums"] / np.linalg.norm(state["codebook.sums"], axis=1)[:, None]
     np.testing.assert_allclose(state["params.quantizer.codebook"], directions, atol=1e-5)
     assert abs(first["quantizer.codebook"] - directions).max() > 1e-3
@@ -94,7 +100,7 @@ def test_training_is_the_same_on_every_mesh():
 
 
 def weighted(settings, metrics: dict) -> float:
-    """The loss as the settings say it."""
+    """The loss computed from its terms by the settings' weights."""
     names = ("l1", "l2", "gradient", "ssim", "lpips", "commitment", "adversarial")
     return sum(getattr(settings, name) * metrics[name] for name in names if name in metrics)
 
@@ -103,7 +109,7 @@ def test_the_discriminator_begins_late_and_learns(one_device):
     training = Training(FSQ, JUDGED)  # after half of 8 steps: in the fifth
     first = jax.device_get(training.state["critic"])
     *early, last = training.run(4)
-    # The encoder and decoder hear nothing of it before, either.
+    # Before it begins, it has no influence on the encoder and decoder, either.
     for metrics in (*early, last):
         silent = dataclasses.replace(JUDGED, adversarial=0.0)
         assert metrics["loss"] == pytest.approx(weighted(silent, metrics), rel=1e-5)
@@ -112,9 +118,9 @@ def test_the_discriminator_begins_late_and_learns(one_device):
     [metrics] = training.run(1)
     assert metrics["loss"] == pytest.approx(weighted(JUDGED, metrics), rel=1e-5)
     assert metrics["loss"] != pytest.approx(weighted(silent, metrics), rel=1e-5)
-    # From here on it learns to tell images from restored ones; 1: it cannot.
-    told = [metrics["critic_loss"] for metrics in training.run(8)]
-    assert 0.9 < told[0] < 1.1 and told[-1] < 0.8 * told[0]
+    # From here on it learns to tell images from restored ones; a loss of 1 says that it cannot.
+    losses = [metrics["critic_loss"] for metrics in training.run(8)]
+    assert 0.9 < losses[0] < 1.1 and losses[-1] < 0.8 * losses[0]
 
 
 def test_the_loss_is_the_weighted_sum_of_what_the_settings_name(monkeypatch):
@@ -125,7 +131,7 @@ def test_the_loss_is_the_weighted_sum_of_what_the_settings_name(monkeypatch):
         JUDGED, l2=0.7, gradient=0.2, ssim=0.4, lpips=0.3, adversarial_from=0.0
     )
     with jax.set_mesh(make_mesh((2, 2, 1))):
-        training = Training(FSQ, settings, vgg, side=16)
+        training = Training(FSQ, settings, {"vgg": vgg}, side=16)
         first = jax.device_get(training.state)
         [metrics] = training.run(1)
     images = from_pixels(jnp.asarray(batch(side=16)["image"]))
@@ -136,7 +142,7 @@ def test_the_loss_is_the_weighted_sum_of_what_the_settings_name(monkeypatch):
         wanted = {
             "l1": jnp.abs(restored - images),
             "l2": jnp.square(restored - images),
-            # It is to take them for images.
+            # The discriminator should take restored images for real ones.
             "adversarial": -jax.jit(discriminator.scores, static_argnums=(0, 1))(
                 FSQ, settings, critic, restored
             ),
@@ -149,14 +155,14 @@ def test_the_loss_is_the_weighted_sum_of_what_the_settings_name(monkeypatch):
     assert metrics["loss"] == pytest.approx(weighted(settings, metrics), rel=1e-5)
 
 
-def test_codes_follow_their_encodings_and_dead_ones_begin_anew(one_device):
+def test_codes_follow_their_encodings_and_dead_codes_restart(one_device):
     settings = dataclasses.replace(PLAIN, codebook_decay=0.75, restart_below=0.3)
     rng, V, Z = generator(), 6, 3
     codebook = {"counts": rng.uniform(1, 3, V), "sums": rng.normal(size=(V, Z))}
     codebook["counts"][4] = 0.2  # hardly used any more
     z, codes = rng.normal(size=(2, 2, 2, Z)), rng.integers(4, size=(2, 2, 2))
     given = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), codebook)
-    found = autoencoding.follow(
+    found = autoencoding.update_codebook(
         given, jnp.asarray(z, jnp.float32), jnp.asarray(codes), settings, jax.random.key(0)
     )
     directions = (z / np.linalg.norm(z, axis=-1, keepdims=True)).reshape(-1, Z)
@@ -173,15 +179,15 @@ def test_codes_follow_their_encodings_and_dead_ones_begin_anew(one_device):
     assert np.isclose(abs(directions - reborn).max(axis=1).min(), 0, atol=1e-5)
 
 
-def test_every_step_draws_anew_what_dead_codes_begin_as(one_device):
-    # Whatever stands for nothing in a batch is dead, and nothing else moves.
+def test_dead_codes_restart_from_a_new_draw_at_every_step(one_device):
+    # Every code without an encoding in the batch is dead, and nothing else moves.
     settings = dataclasses.replace(PLAIN, codebook_decay=0.0, restart_below=0.9)
     still = dataclasses.replace(TRAIN.optimizer, learning_rate=0.0)
     settings = dataclasses.replace(settings, train=dataclasses.replace(TRAIN, optimizer=still))
     training, books, dead = Training(VQ, settings), [], []
     images = sharding.global_batch({"image": batch()["image"]})
     for _ in range(2):
-        training.state, _ = training.step(training.state, images, None)
+        training.state, _ = training.step(training.state, images)
         books.append(np.asarray(training.state["params"]["quantizer"]["codebook"]))
         # 8 x 4 encodings are no whole number for each of 24 codes.
         dead.append(np.isclose(training.state["codebook"]["counts"], 32 / 24))
@@ -190,31 +196,31 @@ def test_every_step_draws_anew_what_dead_codes_begin_as(one_device):
     assert (np.abs(books[0] - books[1])[twice].max(axis=1) > 1e-3).mean() > 0.5
 
 
-def test_a_codebook_is_used_more_where_dead_codes_begin_anew(one_device):
+def test_more_of_a_codebook_is_used_where_dead_codes_restart(one_device):
     config = dataclasses.replace(VQ, codes=64)
-    # All that is encoded points one way, as that of an encoder which has just begun.
+    # All encodings point in one direction, as those of an untrained encoder do.
     z = jnp.asarray(generator().normal((3, 0, 0, 0), 1, (8, 4, 4, 4)), jnp.float32)
     first = jnp.asarray(generator(1).normal(size=(64, 4)), jnp.float32)
 
     @functools.partial(jax.jit, static_argnums=0)
-    def step(settings, averages, key):
+    def advance(settings, averages, key):
         quantizer = autoencoder.bind(config, params | {"quantizer": {"codebook": averages["sums"]}})
         codes = quantizer.quantizer(z).codes
-        return autoencoding.follow(averages, z, codes, settings, key), codes
+        return autoencoding.update_codebook(averages, z, codes, settings, key), codes
 
     params, used = jax.jit(lambda key: autoencoder.init(config, key))(jax.random.key(0)), []
     for restart in (0.0, 0.5):
         settings = dataclasses.replace(PLAIN, codebook_decay=0.5, restart_below=restart)
         averages = {"counts": jnp.ones(64), "sums": first}
         for seed in range(8):
-            averages, codes = step(settings, averages, jax.random.key(seed))
+            averages, codes = advance(settings, averages, jax.random.key(seed))
         used.append(len(np.unique(codes)))
     assert used[1] > 2 * used[0]
 
 
 def test_an_evaluation_counts_every_real_image_once_and_whole_pixels(one_device):
     params = jax.jit(lambda key: autoencoder.init(FSQ, key))(jax.random.key(0))
-    params["decoder"]["to_pixels"]["to_pixels"] *= 100  # beyond what pixels there are, too
+    params["decoder"]["to_pixels"]["to_pixels"] *= 100  # some values lie beyond 0 .. 255
     given, eval_step = batch(), autoencoding.make_eval_step(FSQ)
     sums = jax.device_get(eval_step(params, sharding.global_batch(given)))
     assert sums["images"] == 7 and sums["counts"].sum() == 7 * 4
@@ -237,7 +243,7 @@ def test_an_evaluation_counts_every_real_image_once_and_whole_pixels(one_device)
 
 def test_an_image_that_is_restored_exactly_counts_as_missed_by_half_a_level(one_device):
     params = jax.jit(lambda key: autoencoder.init(FSQ, key))(jax.random.key(0))
-    nothing = jax.tree.map(jnp.zeros_like, params)  # which decodes to the middle of the range
+    nothing = jax.tree.map(jnp.zeros_like, params)  # decodes to the middle of the range
     exact = batch() | {"image": np.full((8, 8, 8, 3), 128, np.uint8)}
     sums = autoencoding.make_eval_step(FSQ)(nothing, sharding.global_batch(exact))
     assert sums["squared_error"] == 0
@@ -261,7 +267,7 @@ def test_health_of_known_counts():
         "perplexity": pytest.approx(np.exp(-(share * np.log(share)).sum())),
         "most_used": 1.0,
     }
-    # So few tokens can use no more codes than there are tokens.
+    # Four tokens can use four codes at most.
     few = np.array([3, 1, *np.zeros(14, int)])
     assert autoencoding.health(sums | {"counts": few})["most_used"] == 4 / 16
 
@@ -288,7 +294,7 @@ def test_a_gradient_loss_sees_edges_and_not_a_shift_of_brightness():
     x = jnp.asarray(generator().uniform(-1, 1, (2, 16, 16, 3)), jnp.float32)
     gradient = jax.jit(reconstruction.gradient)
     np.testing.assert_allclose(gradient(x, x + 0.25), 0, atol=1e-6)
-    step = jnp.zeros((1, 16, 16, 1)).at[:, :, 8:].set(1.0)
+    edge = jnp.zeros((1, 16, 16, 1)).at[:, :, 8:].set(1.0)
     # One of 15 neighbours along a row differs, then one of 7, then one of 3.
-    np.testing.assert_allclose(gradient(step, 0 * step), 1 / 15 + 1 / 7 + 1 / 3, rtol=1e-6)
+    np.testing.assert_allclose(gradient(edge, 0 * edge), 1 / 15 + 1 / 7 + 1 / 3, rtol=1e-6)
     assert reconstruction.psnr(jnp.float32(0.04)) == pytest.approx(20.0)

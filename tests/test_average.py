@@ -88,7 +88,7 @@ def test_evaluations_later_stages_and_users_take_the_average(tmp_path):
         assert differ > 1e-3  # else nothing is shown
 
     for split in ("validation", "test"):
-        elements = list(pipeline.images(run.config.data, split, run.data.ledger))
+        elements = list(pipeline.images(run.config.data, split, run.data.damage_log))
         images = np.stack([element["image"] for element in elements])
         nats = -models["pretrain"].log_likelihood(images).mean() / 64
         assert summary[f"pretrain/{split}_nats_per_token"] == pytest.approx(nats, rel=1e-5)

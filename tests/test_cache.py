@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import shlex
 
 import numpy as np
 import pytest
@@ -10,9 +11,10 @@ from conftest import encoded, make_folder, random_image
 
 from gptv_jax import config as config_lib
 from gptv_jax import tokens
+from gptv_jax.config import fields
 from gptv_jax.data import cache, pipeline, sources
 from gptv_jax.data import codec as codecs
-from gptv_jax.data.damage import Ledger
+from gptv_jax.data.damage import DamageLog
 from gptv_jax.errors import InputError
 from gptv_jax.tokens import Palette, palette
 
@@ -32,26 +34,26 @@ def make_codec(name: str, vocabulary: int, size: int = SIZE) -> tokens.Codec:
 
 
 def settings_of(codec) -> config_lib.Tokens:
-    if codec.lexicon:
+    if codec.definition:
         return config_lib.Tokens("palette", colors=codec.vocabulary)
     return config_lib.Tokens("grey", levels=codec.vocabulary)
 
 
 def write(folder, codec, splits, transforms=(), classes=3):
-    """A cache; `splits` holds tokens [N, T] and labels by name."""
+    """Writes a token cache; `splits` maps a name to tokens [N, T] and labels [N] or None."""
     cache.claim(folder)
     header = {
+        "source": {"name": "folder", "dir": None, "path": "/photos of mine"},
         "tokens": dataclasses.asdict(settings_of(codec)),
         "image_size": codec.size,
         "transforms": transforms,
         "classes": classes,
     }
-    examples = {
-        name: zip(
-            rows, itertools.repeat(None) if labels is None else labels, strict=labels is not None
-        )
-        for name, (rows, labels) in splits.items()
-    }
+    examples = {}
+    for name, (rows, labels) in splits.items():
+        examples[name] = [{"tokens": row} for row in rows]
+        for example, label in zip(examples[name], labels if classes else (), strict=bool(classes)):
+            example["label"] = label
     cache.write(folder, codec, examples, header)
     return folder
 
@@ -63,23 +65,19 @@ def some_tokens(vocabulary: int, count: int, size: int = SIZE) -> np.ndarray:
     return found
 
 
-@pytest.mark.parametrize("shard_bytes", [2**26, 60, 0])
 @pytest.mark.parametrize(
     ("name", "vocabulary"),
     [("grey", 2), ("grey", 17), ("grey", 256)]
     + [("palette", n) for n in (2, 256, 257, 512, 5000, 65536)],
 )
-def test_what_is_written_comes_back(tmp_path, monkeypatch, name, vocabulary, shard_bytes):
-    monkeypatch.setattr(cache, "SHARD_BYTES", shard_bytes)
-    codec, rows = make_codec(name, vocabulary), some_tokens(vocabulary, 9)
-    labels = np.arange(9, dtype=np.int32) % 3
+def test_tokens_and_labels_are_read_as_they_were_written(tmp_path, name, vocabulary):
+    codec, rows = make_codec(name, vocabulary), some_tokens(vocabulary, 21)
+    labels = np.arange(21, dtype=np.int32) % 3
     folder = write(
         tmp_path / "cache", codec, {"train": (rows, labels), "test": (rows[:1], labels[:1])}
     )
-    shards = len(list(folder.glob("train-*.npy")))
-    assert {2**26: shards == 1, 60: 1 < shards <= 9, 0: shards == 9}[shard_bytes]
     found = cache.TokenCache(folder)
-    assert found.lengths == {"train": 9, "test": 1} and found.classes == 3
+    assert found.lengths == {"train": 21, "test": 1} and found.classes == 3
     for split, count in found.lengths.items():
         source = found.open(split)
         assert len(source) == count
@@ -93,7 +91,7 @@ def test_what_is_written_comes_back(tmp_path, monkeypatch, name, vocabulary, sha
     np.testing.assert_array_equal(again.decode(rows), codec.decode(rows))
 
 
-def test_without_labels_none_come_back(tmp_path):
+def test_a_cache_of_unlabelled_images_has_no_labels(tmp_path):
     codec = make_codec("grey", 17)
     folder = write(tmp_path / "c", codec, {"train": (some_tokens(17, 4), None)}, classes=0)
     source = cache.TokenCache(folder).open("train")
@@ -102,9 +100,9 @@ def test_without_labels_none_come_back(tmp_path):
     assert sources.open_source(data, "train[:50%]").classes == 0
 
 
-def test_the_same_tokens_are_written_as_the_same_bytes(tmp_path):
-    codec, rows = make_codec("palette", 300), some_tokens(300, 5)
-    folders = [write(tmp_path / name, codec, {"train": (rows, None)}) for name in "ab"]
+def test_equal_tokens_are_written_as_equal_bytes(tmp_path):
+    codec, rows = make_codec("palette", 300), some_tokens(300, 20)
+    folders = [write(tmp_path / name, codec, {"train": (rows, None)}, classes=0) for name in "ab"]
     first, second = ({p.name: p.read_bytes() for p in f.iterdir()} for f in folders)
     assert first == second
 
@@ -114,16 +112,46 @@ def test_images_of_cifar10_take_less_than_900_bytes_each(tmp_path, shared_data):
     codec = tokens.make_codec(config_lib.Tokens("palette"), 32, colors)
     folder = str(shared_data / "tfds")
     config = config_lib.Data(name="cifar10", dir=folder, eval_transforms=("decode()",))
-    images = pipeline.images(config, "train[:200]", Ledger(config, None))
+    images = pipeline.images(config, "train[:1500]", DamageLog(config, None))
     rows = codec.encode(np.stack([element["image"] for element in images]))
-    written = write(tmp_path / "cache", codec, {"train": (rows, None)})
+    written = write(tmp_path / "cache", codec, {"train": (rows, None)}, classes=0)
     sizes = [path.stat().st_size for path in written.iterdir() if path.name != "palette.npz"]
-    assert sum(sizes) / 200 < 900
+    assert sum(sizes) / 1500 < 900
     source = cache.TokenCache(written).open("train")
-    np.testing.assert_array_equal(source[199]["image"].ravel(), rows[199])
+    np.testing.assert_array_equal(source[1499]["image"].ravel(), rows[1499])
 
 
-# Damage.
+# Other formats, and damage.
+
+
+@pytest.mark.parametrize("kind", ["grey", "palette", "learned"])
+def test_a_cache_of_another_format_is_refused_with_the_command_that_makes_it_anew(tmp_path, kind):
+    """A header as version 0.1.0 wrote it; test_prepare.py runs such a command."""
+    header = {
+        "format": 1,
+        "lengths": {"train": 3},
+        "source": {"name": "folder", "dir": None, "path": "/photos of mine"},
+        "lexicon": None,
+        "tokens": fields.flatten(config_lib.Tokens(kind, levels=9, colors=40)),
+        "image_size": 8,
+        "transforms": ["decode()", "resize(8)"],
+        "classes": 3,
+    }
+    (tmp_path / "header.json").write_text(json.dumps(header))
+    with pytest.raises(InputError, match=r"of format 1, but .* reads format 2") as error:
+        cache.TokenCache(tmp_path)
+    _, _, command = str(error.value).partition("python -m gptv_jax.prepare ")
+    arguments = shlex.split(command)
+    assert arguments[:2] == ["--config=FILE", f"--out={tmp_path}-new"]
+    wanted = ["data.name=folder", "data.path=/photos of mine", "data.image_size=8"]
+    wanted += ["data.eval_transforms=('decode()', 'resize(8)')", f"tokens.kind={kind}"]
+    wanted += ["tokens.autoencoder.levels=(8, 8, 8, 8)"] if kind == "learned" else []
+    wanted += {
+        "grey": ["tokens.levels=9"],
+        "palette": ["tokens.colors=40", f"tokens.palette={tmp_path}/palette.npz"],
+        "learned": [f"tokens.tokenizer={tmp_path}/tokenizer.safetensors"],
+    }[kind]
+    assert {f"--config.{field}" for field in wanted} <= set(arguments[2:])
 
 
 @pytest.fixture
@@ -135,7 +163,6 @@ def written(tmp_path):
 
 
 def read_all(folder) -> list:
-    cache.TokenCache(folder)  # not kept, as `sources.open_data_set` would
     source = cache.TokenCache(folder).open("train")
     return [(source[i]["image"].tobytes(), int(source[i]["label"])) for i in range(len(source))]
 
@@ -144,7 +171,7 @@ def read_all(folder) -> list:
 def test_a_damaged_header_is_an_error(written, change):
     path = written / "header.json"
     header = json.loads(path.read_text())
-    content = {
+    contents = {
         "cut": path.read_bytes()[:100],
         "empty": b"",
         "text": b"hello",
@@ -153,12 +180,12 @@ def test_a_damaged_header_is_an_error(written, change):
         "field": json.dumps({k: v for k, v in header.items() if k != "tokens"}).encode(),
         "format": json.dumps(header | {"format": 99}).encode(),
     }
-    path.write_bytes(content[change])
+    path.write_bytes(contents[change])
     with pytest.raises(InputError, match=r"of format 99" if change == "format" else r"is damaged"):
         read_all(written)
 
 
-@pytest.mark.parametrize("missing", ["header.json", "palette.npz", "train.npz", "train-00000.npy"])
+@pytest.mark.parametrize("missing", ["header.json", "palette.npz", "train.array_record"])
 def test_a_missing_file_is_an_error(written, missing):
     (written / missing).unlink()
     with pytest.raises(InputError) as error:
@@ -167,21 +194,22 @@ def test_a_missing_file_is_an_error(written, missing):
 
 
 def test_a_file_is_no_token_cache(written):
-    data = config_lib.Data(name="tokens", path=str(written / "train.npz"))
-    with pytest.raises(InputError, match=r"train.npz is no token cache"):
+    data = config_lib.Data(name="tokens", path=str(written / "train.array_record"))
+    with pytest.raises(InputError, match=r"train.array_record is no token cache"):
         sources.open_source(data, "train")
 
 
-@pytest.mark.parametrize("file", ["train.npz", "train-00000.npy", "palette.npz"])
+@pytest.mark.parametrize("file", ["train.array_record", "palette.npz"])
 def test_a_damaged_byte_is_an_error_and_never_other_tokens(written, file):
-    """Each of a few hundred places, one at a time; a name that is not read may be anything."""
+    """One byte at a time, of the bytes that are not padding; unread metadata may be anything."""
     path, wanted = written / file, read_all(written)
-    colors = cache.TokenCache(written).codec().lexicon
+    colors = cache.TokenCache(written).codec().definition
     content, wrong = path.read_bytes(), set()
-    for place in range(0, len(content), max(len(content) // 150, 1)):
+    places = np.flatnonzero(np.frombuffer(content, np.uint8))
+    for place in places[:: max(len(places) // 300, 1)]:
         path.write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
         try:
-            same = cache.TokenCache(written).codec().lexicon.same_as(colors)
+            same = cache.TokenCache(written).codec().definition.equivalent(colors)
             if read_all(written) != wanted or not same:
                 wrong.add("other tokens")
         except InputError as error:
@@ -191,7 +219,7 @@ def test_a_damaged_byte_is_an_error_and_never_other_tokens(written, file):
     assert not wrong
 
 
-@pytest.mark.parametrize("file", ["train.npz", "train-00000.npy", "palette.npz"])
+@pytest.mark.parametrize("file", ["train.array_record", "palette.npz"])
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.9])
 def test_a_cut_file_is_an_error(written, file, share):
     content = (written / file).read_bytes()
@@ -228,7 +256,7 @@ def cached(tmp_path, config: config_lib.Config, codec) -> config_lib.Config:
     splits = {}
     whole = dataclasses.replace(config.data, train_split="train")
     for split in sources.open_data_set(whole).lengths:
-        elements = list(pipeline.images(whole, split, Ledger(whole, None)))
+        elements = list(pipeline.images(whole, split, DamageLog(whole, None)))
         rows = np.stack([pipeline.to_tokens(codec, element["image"]) for element in elements])
         splits[split] = (rows, [element["label"] for element in elements])
     folder = write(tmp_path / "cache", codec, splits, config.data.eval_transforms, classes=2)
@@ -329,12 +357,12 @@ def test_another_configuration_is_refused_with_what_differs(tmp_path, section, c
 def test_a_palette_is_built_where_there_is_none_and_is_the_same_every_time(tmp_path):
     config, _ = configured(tmp_path, "palette")
     assert codecs.find_codec(config) is None
-    first, again = (codecs.build_codec(config, Ledger(config.data, None)) for _ in range(2))
-    assert first.lexicon.same_as(again.lexicon) and first.vocabulary == 40
-    assert first.lexicon.provenance["images"] == 21  # training images only
+    first, again = (codecs.build_codec(config, DamageLog(config.data, None)) for _ in range(2))
+    assert first.definition.equivalent(again.definition) and first.vocabulary == 40
+    assert first.definition.provenance["images"] == 21  # training images only
     run = tmp_path / "run"
-    tokens.save_lexicon(first.lexicon, run)
-    assert codecs.find_codec(config, run).lexicon.same_as(first.lexicon)
+    tokens.save_definition(first.definition, run)
+    assert codecs.find_codec(config, run).definition.equivalent(first.definition)
 
 
 def test_palettes_that_differ_are_an_error_that_names_both(tmp_path):
@@ -347,7 +375,7 @@ def test_palettes_that_differ_are_an_error_that_names_both(tmp_path):
         return dataclasses.replace(config.tokens, palette=str(tmp_path / name))
 
     same = dataclasses.replace(from_cache, tokens=given("same.npz"))
-    assert codecs.find_codec(same).lexicon.same_as(codec.lexicon)
+    assert codecs.find_codec(same).definition.equivalent(codec.definition)
     other = dataclasses.replace(from_cache, tokens=given("other.npz"))
     with pytest.raises(InputError, match=r"tokens.palette=.*other.npz is another one .*the token"):
         codecs.find_codec(other)
@@ -356,7 +384,7 @@ def test_palettes_that_differ_are_an_error_that_names_both(tmp_path):
 def test_a_palette_of_grey_images_is_an_error(tmp_path):
     config, _ = configured(tmp_path, "palette", evaluation=("decode(channels=1)",))
     with pytest.raises(InputError, match=r"images have 1 channel"):
-        codecs.build_codec(config, Ledger(config.data, None))
+        codecs.build_codec(config, DamageLog(config.data, None))
 
 
 def test_a_palette_is_built_of_random_pixels_of_random_images_and_always_the_same(tmp_path):
@@ -364,9 +392,15 @@ def test_a_palette_is_built_of_random_pixels_of_random_images_and_always_the_sam
     np.savez(tmp_path / "set.npz", train_images=images)
     data = config_lib.Data(name="arrays", path=str(tmp_path / "set.npz"), validation_split="train")
     settings = config_lib.Config(data=data, tokens=config_lib.Tokens(kind="palette", colors=8))
-    first, again = (codecs.build_codec(settings, Ledger(data, None)).lexicon for _ in range(2))
-    assert first.same_as(again)
-    other = codecs.build_codec(dataclasses.replace(settings, seed=1), Ledger(data, None)).lexicon
-    assert not first.same_as(other)
-    drawn = [e["image"].tobytes() for e in pipeline.images(data, "train", Ledger(data, None), 20)]
+    first, again = (
+        codecs.build_codec(settings, DamageLog(data, None)).definition for _ in range(2)
+    )
+    assert first.equivalent(again)
+    other = codecs.build_codec(
+        dataclasses.replace(settings, seed=1), DamageLog(data, None)
+    ).definition
+    assert not first.equivalent(other)
+    drawn = [
+        e["image"].tobytes() for e in pipeline.images(data, "train", DamageLog(data, None), 20)
+    ]
     assert len(set(drawn)) == 20 and drawn != [image.tobytes() for image in images[:20]]

@@ -1,4 +1,4 @@
-"""Class-conditional networks: who is told the class, who is not, and what the class token does."""
+"""Class-conditional networks: where the class is seen, and what the class token does."""
 
 import dataclasses
 import functools
@@ -18,7 +18,7 @@ from gptv_jax.model import attention
 from gptv_jax.probe import features, sgd
 from gptv_jax.runs.run import Run
 from gptv_jax.stages import pretrain
-from gptv_jax.train import objective, step
+from gptv_jax.train import evaluation, objective, step
 
 pytestmark = pytest.mark.usefixtures("one_device")
 CLASSES = 2  # and one start vector more, of `tiny_network`
@@ -53,40 +53,39 @@ def nats(network, params, batch, variant):
     return np.asarray(objective.cross_entropy(logits, jnp.asarray(batch["tokens"])).mean(axis=1))
 
 
-# Who is told
+# Where the class is seen
 
 
-def test_a_share_of_the_rows_is_not_told_in_training_and_all_are_otherwise():
+def test_training_drops_the_label_of_a_share_of_the_rows_and_nothing_else_does():
     rows, key = 4096, jax.random.key(3)
     batch = {"label": jnp.arange(rows) % CLASSES, "variant": jnp.zeros(rows, jnp.int32)}
-    found = np.asarray(objective.starts(NETWORK, batch, key, told=True))
-    untold = found == NETWORK.unconditional
+    found = np.asarray(objective.start_vectors(NETWORK, batch, key, condition_on_label=True))
+    dropped = found == NETWORK.unconditional
     assert NETWORK.unconditional == CLASSES
-    np.testing.assert_array_equal(found[~untold], np.asarray(batch["label"])[~untold])
-    assert untold.mean() == pytest.approx(0.25, abs=0.035)  # five deviations
-    assert np.mean(untold[:-1] & untold[1:]) == pytest.approx(1 / 16, abs=0.02)
-    other = objective.starts(NETWORK, batch, jax.random.key(4), told=True)
-    assert ((np.asarray(other) == CLASSES) != untold).mean() > 0.2
-    assert objective.starts(NETWORK, batch, told=True) is batch["label"]
-    assert objective.starts(NETWORK, batch, key, told=False) is None
-    assert objective.starts(tiny_network(), batch, key, told=True) is batch["variant"]
+    np.testing.assert_array_equal(found[~dropped], np.asarray(batch["label"])[~dropped])
+    assert dropped.mean() == pytest.approx(0.25, abs=0.035)  # five deviations
+    assert np.mean(dropped[:-1] & dropped[1:]) == pytest.approx(1 / 16, abs=0.02)
+    other = objective.start_vectors(NETWORK, batch, jax.random.key(4), condition_on_label=True)
+    assert ((np.asarray(other) == CLASSES) != dropped).mean() > 0.2
+    assert objective.start_vectors(NETWORK, batch, condition_on_label=True) is batch["label"]
+    assert objective.start_vectors(NETWORK, batch, key, condition_on_label=False) is None
 
 
-def test_pretraining_is_told_and_is_evaluated_told(given):
+def test_pretraining_and_its_evaluation_see_the_class(given):
     _, params, batch = given
     params, mask = headless(params), np.asarray(batch["mask"])
-    told = nats(NETWORK, params, batch, batch["label"])
-    sums = step.make_eval_step(NETWORK)(params, batch)
-    assert float(sums["nats_per_token"]) == pytest.approx(told @ mask, rel=1e-5)
+    conditional = nats(NETWORK, params, batch, batch["label"])
+    sums = evaluation.make_eval_step(NETWORK)(params, batch)
+    assert float(sums["nats_per_token"]) == pytest.approx(conditional @ mask, rel=1e-5)
     loss, key = jax.jit(step.generative_loss(NETWORK)), jax.random.key(1)
-    assert float(loss(params, batch, None)[0]) == pytest.approx(told.mean(), rel=1e-5)
-    starts = objective.starts(NETWORK, batch, key, told=True)
-    mixed = nats(NETWORK, params, batch, starts)
-    assert 0 < (mixed != told).sum() < len(told)
-    assert float(loss(params, batch, key)[0]) == pytest.approx(mixed.mean(), rel=1e-5)
+    assert float(loss(params, None, batch, None)[0]) == pytest.approx(conditional.mean(), rel=1e-5)
+    start = objective.start_vectors(NETWORK, batch, key, condition_on_label=True)
+    mixed = nats(NETWORK, params, batch, start)
+    assert 0 < (mixed != conditional).sum() < len(conditional)
+    assert float(loss(params, None, batch, key)[0]) == pytest.approx(mixed.mean(), rel=1e-5)
 
 
-def test_without_a_class_a_row_begins_with_the_vector_of_none(given):
+def test_without_a_label_a_row_begins_with_the_vector_for_no_class(given):
     _, params, batch = given
     params, none = headless(params), np.full(8, NETWORK.unconditional, np.int32)
     wanted = logits_of(NETWORK, params, batch["tokens"], none)
@@ -98,12 +97,17 @@ def test_features_and_class_logits_do_not_know_the_label(given):
     both = [labelled(batch, label) for label in range(CLASSES)]
     pooled = [features.read(headed, params, b, raw=False, votes=1) for b in both]
     np.testing.assert_array_equal(*pooled)
-    evaluated = jax.jit(lambda batch: objective.evaluated(headed, params, batch)[0].class_logits)
+    evaluated = jax.jit(
+        lambda batch: objective.evaluate_batch(headed, params, batch)[0].class_logits
+    )
     np.testing.assert_array_equal(*map(evaluated, both))
 
     joint, key = jax.jit(step.joint_loss(headed, 1.0, 1.0)), jax.random.key(0)
-    evaluate = step.make_eval_step(headed)
-    for found in ([joint(params, b, key)[1] for b in both], [evaluate(params, b) for b in both]):
+    evaluate = evaluation.make_eval_step(headed)
+    for found in (
+        [joint(params, None, b, key)[1] for b in both],
+        [evaluate(params, b) for b in both],
+    ):
         assert float(found[0]["nats_per_token"]) == float(found[1]["nats_per_token"])
         assert float(found[0]["class_nats"]) != float(found[1]["class_nats"])  # of other targets
     unknown, mask = nats(headed, params, batch, None), np.asarray(batch["mask"])
@@ -111,15 +115,15 @@ def test_features_and_class_logits_do_not_know_the_label(given):
 
 
 def test_heads_trained_by_sgd_do_not_know_the_label(given):
-    """What a step adds to a class whose images all are is the same for every class."""
+    """A step on images of one class adds the same to that class's weights, whichever it is."""
     _, params, batch = given
     config = config_lib.Probe("sgd", sgd=config_lib.ProbeSgd(learning_rates=(1.0,)))
     heads = sgd.Heads(NETWORK, config, CLASSES, ((1,), (2,)))
     update = optax.sgd(1.0)
-    take, added = sgd.make_train_step(heads, update, seed=0), []
+    take, added = step.make_train_step(sgd.make_loss(heads), update, lambda _: 1.0), []
     for label in range(CLASSES):
         state = step.state_of(jax.jit(heads.init)(), update)
-        state, _ = take(state, headless(params), labelled(batch, label))
+        state, _ = take(state, labelled(batch, label), headless(params))
         added.append(np.asarray(state["params"]["layers_1"]["weight"])[:, 0, label])
     np.testing.assert_array_equal(*added)
     assert np.abs(added[0]).max() > 1e-3
@@ -171,13 +175,13 @@ def resolved(**changes):
         ({"model.class_tokens": 10, "data.labels": False}, r"digits have no labels; take 0\."),
     ],
 )
-def test_tokens_of_other_classes_than_those_of_the_data_are_refused(changes, named, tmp_path):
+def test_class_tokens_must_be_as_many_as_the_classes_of_the_data(changes, named, tmp_path):
     with pytest.raises(InputError, match=named):
         Run(resolved(**changes), str(tmp_path))
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_is_told_its_labels_and_who_loads_it_need_not_tell_them(tmp_path):
+def test_a_run_pretrains_with_labels_and_a_loaded_model_works_without(tmp_path):
     changes = {"model.class_tokens": 10, "model.rotary": True, "train.steps": 60}
     changes |= {"model.random_order": (0.2, 0.6), "model.target_positions": True}
     changes |= {"train.checkpoint_every": 60, "train.optimizer.learning_rate": 0.02}
@@ -186,9 +190,9 @@ def test_a_run_is_told_its_labels_and_who_loads_it_need_not_tell_them(tmp_path):
         run.finish("pretrain", pretrain.run_stage(run))
         params = run.pretrained(run.network())
     model, (batch,) = gptv_jax.load(tmp_path), run.data.evaluation("test", 48)
-    told = nats(model.network, jax.device_get(params), batch, batch["label"]).mean()
+    conditional = nats(model.network, jax.device_get(params), batch, batch["label"]).mean()
     found = run.summary()["pretrain/test_nats_per_token"]
-    assert found == pytest.approx(told, rel=1e-5) and found < 2.2  # ln 17 is 2.83
+    assert found == pytest.approx(conditional, rel=1e-5) and found < 2.2  # ln 17 is 2.83
     of_image = model.log_likelihood(model.detokenize(batch["tokens"]))
     unknown = nats(model.network, jax.device_get(params), batch, None)
     np.testing.assert_allclose(of_image / 64, -unknown, rtol=1e-5)

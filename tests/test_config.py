@@ -150,7 +150,7 @@ UNBOUNDED = {
     "generate.features", "generate.split", "generate.reference",
     "tokenizer.train_transforms", "tokenizer.lpips_weights",
     "model.axial_positions", "model.start_per_variant", "model.scan_layers",
-    "model.learned_positions", "model.rotary", "model.qk_norm", "model.above_embedding",
+    "model.learned_positions", "model.rotary", "model.qk_norm",
     "model.target_positions",
     "finetune.standardize", "probe.sgd.train_transforms", "probe.sgd.standardize",
 }  # fmt: skip
@@ -409,7 +409,7 @@ def test_rows_and_columns_each_turn_pairs_of_channels():
     assert "config.model.rotary is True" in message and "config.model.heads = 6" in message
 
 
-@pytest.mark.parametrize("field", ["start_per_variant", "above_embedding", "learned_positions"])
+@pytest.mark.parametrize("field", ["start_per_variant", "learned_positions"])
 def test_what_makes_no_sense_of_hidden_tokens_is_refused(field):
     value = field != "learned_positions"
     settings = changed(**{"model.objective": "bert", f"model.{field}": value})
@@ -441,3 +441,15 @@ def test_an_older_file_is_read_by_this_versions_names():
     section = config_lib.recorded(config_lib.Tokens, {"name": "palette", "colors": 7}, "tokens")
     wanted = config_lib.Tokens("palette", colors=7)
     assert fields.from_dict(config_lib.Tokens, section, "tokens") == wanted
+
+
+def test_a_file_with_a_field_that_is_gone_is_read_unless_it_used_the_field():
+    flat = fields.flatten(config_lib.Config())
+    read = config_lib.recorded(config_lib.Config, flat | {"model.above_embedding": False})
+    assert config_lib.resolve(read) == config_lib.Config()
+    of_model = fields.flatten(config_lib.Model())
+    section = config_lib.recorded(config_lib.Model, of_model | {"above_embedding": False}, "model")
+    assert fields.from_dict(config_lib.Model, section, "model") == config_lib.Model()
+    words = r"config\.model\.above_embedding was True .* no longer supports; it reads only False"
+    with pytest.raises(InputError, match=words):
+        config_lib.recorded(config_lib.Config, flat | {"model.above_embedding": True})

@@ -12,7 +12,7 @@ from conftest import encoded, make_folder, random_image
 
 from gptv_jax import config as config_lib
 from gptv_jax.data import pipeline
-from gptv_jax.data.damage import Ledger
+from gptv_jax.data.damage import DamageLog
 from gptv_jax.errors import InputError
 from gptv_jax.tokens.grey import GreyLevels
 
@@ -144,18 +144,18 @@ def test_of_several_processes_each_has_a_file_and_all_are_counted(config, run, m
         if f.exists()
     ]
     assert len(met) > 1 and sum(map(len, met)) == len(set().union(*met)) == 5
-    assert shared.ledger.count < 5
+    assert shared.damage_log.count < 5
     monkeypatch.setattr(jax, "process_index", lambda: 0)
-    assert Ledger(config, run).names == sorted(set().union(*met))  # on fewer processes, later
+    assert DamageLog(config, run).names == sorted(set().union(*met))  # on fewer processes, later
 
 
 def test_images_are_given_without_the_damaged_ones(config, run):
-    ledger = Ledger(config, run)
-    found = [e["image"] for e in pipeline.images(config, "train", ledger)]
+    damage_log = DamageLog(config, run)
+    found = [e["image"] for e in pipeline.images(config, "train", damage_log)]
     assert sorted(image[0, 0, 0] for image in found) == list(range(SOUND))
-    assert ledger.count == 5
-    drawn = [e["image"][0, 0, 0] for e in pipeline.images(config, "train", ledger, count=50)]
-    again = [e["image"][0, 0, 0] for e in pipeline.images(config, "train", ledger, count=50)]
+    assert damage_log.count == 5
+    drawn = [e["image"][0, 0, 0] for e in pipeline.images(config, "train", damage_log, count=50)]
+    again = [e["image"][0, 0, 0] for e in pipeline.images(config, "train", damage_log, count=50)]
     assert drawn == again and len(set(drawn)) == len(drawn) and 45 <= len(drawn) <= 50
 
 
@@ -189,7 +189,7 @@ def consume(use, config, run=None):
     elif use == "evaluation":
         list(data(config, run).evaluation("test", 37))
     else:
-        list(pipeline.images(config, "train", Ledger(config, run)))
+        list(pipeline.images(config, "train", DamageLog(config, run)))
 
 
 @pytest.mark.parametrize("use", ["train", "evaluation", "images"])

@@ -85,8 +85,8 @@ def assert_same(found: WeightsFile, wanted: WeightsFile):
     assert (found.starts, found.classes) == (wanted.starts, wanted.classes)
     assert (found.step, found.best_layer) == (wanted.step, wanted.best_layer)
     assert found.tokens == wanted.tokens
-    np.testing.assert_array_equal(found.lexicon.centers, wanted.lexicon.centers)
-    assert found.lexicon.provenance == wanted.lexicon.provenance
+    np.testing.assert_array_equal(found.definition.centers, wanted.definition.centers)
+    assert found.definition.provenance == wanted.definition.provenance
 
 
 def test_our_form_gives_back_all_of_it(weights_file, tmp_path):
@@ -147,7 +147,7 @@ def test_what_hugging_faces_form_has_no_word_for_is_folded_in(weights_file, tmp_
 
 
 FOREIGN = {"mlp": "swiglu", "learned_positions": False, "rotary": True, "qk_norm": True}
-FOREIGN |= {"above_embedding": True, "objective": "bert", "target_positions": True}
+FOREIGN |= {"objective": "bert", "target_positions": True}
 FOREIGN |= {"class_tokens": 5}
 
 
@@ -299,7 +299,7 @@ def test_without_colours_the_error_says_where_they_may_come_from(weights_file, t
         gptv_jax.from_huggingface(folder)
     COLORS.save(tmp_path / "colors.npz")
     model = gptv_jax.from_huggingface(folder, palette=tmp_path / "colors.npz")
-    np.testing.assert_array_equal(model.codec.lexicon.centers, COLORS.centers)
+    np.testing.assert_array_equal(model.codec.definition.centers, COLORS.centers)
     (folder / "preprocessor_config.json").write_text('{"clusters": [[1, 2], [3, "x"]]}')
     with pytest.raises(InputError, match=r"no list of colours"):
         gptv_jax.from_huggingface(folder)
@@ -331,7 +331,7 @@ def test_colours_that_are_missing_are_taken_from_the_file_named(weights_file, tm
     with pytest.raises(InputError, match=r"has no colours for its tokens; name the palette"):
         gptv_jax.load(source)
     found = gptv_jax.load(source, palette=tmp_path / "colors.npz")
-    np.testing.assert_array_equal(found.codec.lexicon.centers, COLORS.centers)
+    np.testing.assert_array_equal(found.codec.definition.centers, COLORS.centers)
 
 
 @pytest.mark.parametrize("form", ["ours", "huggingface"])

@@ -77,7 +77,7 @@ def test_tokens_are_the_same_in_batches_of_any_size_and_on_any_devices(dtype, mo
         np.testing.assert_array_equal(np.concatenate(found), wanted)
     one = jax.local_devices()[:1]
     monkeypatch.setattr(learned.jax, "local_devices", lambda: one)
-    alone = LearnedTokens(codec.lexicon, 16)
+    alone = LearnedTokens(codec.definition, 16)
     np.testing.assert_array_equal(alone.encode(images), wanted)
     np.testing.assert_array_equal(alone.decode(wanted), codec.decode(wanted))
 
@@ -106,7 +106,7 @@ def test_images_of_another_shape_are_named(codec, unchecked):
 
 
 def test_sizes_that_are_none_are_named(codec, tmp_path, unchecked):
-    codec.lexicon.save(tmp_path / "x.safetensors")
+    codec.definition.save(tmp_path / "x.safetensors")
     for size in (0, -4, 18, 16.0, "16"):
         with pytest.raises(ValueError, match=rf"image_size is {size!r}; .* a multiple of 4"):
             gptv_jax.load_tokenizer(tmp_path / "x.safetensors", size)
@@ -136,13 +136,13 @@ def test_grey_images_are_shown_in_three_channels():
 
 
 def test_a_saved_tokenizer_is_read_as_it_was(codec, tmp_path):
-    tokens.save_lexicon(codec.lexicon, tmp_path)
+    tokens.save_definition(codec.definition, tmp_path)
     for path in (tmp_path, tmp_path / learned.FILE):
         again = learned.load(path)
-        assert again.same_as(codec.lexicon) and again.provenance == {"data": "noise"}
-        assert again.config == CONFIG and again.hash == codec.lexicon.hash
-    assert tokens.load_lexicon("learned", tmp_path / "nowhere") is None
-    assert not random_tokenizer(seed=1).same_as(codec.lexicon)
+        assert again.equivalent(codec.definition) and again.provenance == {"data": "noise"}
+        assert again.config == CONFIG and again.hash == codec.definition.hash
+    assert tokens.load_definition("learned", tmp_path / "nowhere") is None
+    assert not random_tokenizer(seed=1).equivalent(codec.definition)
     images = random_image(4, 16, 16, 3)
     same = tokens.make_codec(SETTINGS, 16, again)
     np.testing.assert_array_equal(same.encode(images), codec.encode(images))
@@ -151,7 +151,7 @@ def test_a_saved_tokenizer_is_read_as_it_was(codec, tmp_path):
 def test_a_tokenizer_of_other_settings_is_refused_by_the_field(codec):
     other = dataclasses.replace(SETTINGS, autoencoder=dataclasses.replace(CONFIG, levels=(8, 5)))
     with pytest.raises(InputError, match=r"autoencoder\.levels is \(8, 5\), there \(8, 5, 5, 5\)"):
-        tokens.make_codec(other, 16, codec.lexicon)
+        tokens.make_codec(other, 16, codec.definition)
 
 
 def test_what_is_no_tokenizer_is_named(codec, tmp_path):
@@ -161,7 +161,7 @@ def test_what_is_no_tokenizer_is_named(codec, tmp_path):
     path.write_bytes(b"hello" * 20)
     with pytest.raises(InputError, match=r"x.safetensors .*damaged"):
         learned.load(path)
-    params = codec.lexicon.params
+    params = codec.definition.params
     name = "encoder.stem.bias"
     harmed = {
         r"encoder.stem.bias is missing, not \(16,\)": {

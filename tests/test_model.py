@@ -45,9 +45,6 @@ def assert_trees_close(found, wanted, tolerance):
 # Causality
 
 
-READ = {"token_embedding": 1, "above_embedding": 4}  # so many positions on
-
-
 def test_logits_depend_on_all_earlier_tokens_and_no_others_by_gradient(distinct):
     network, params, tokens = distinct
     given = jnp.asarray(tokens)
@@ -56,21 +53,17 @@ def test_logits_depend_on_all_earlier_tokens_and_no_others_by_gradient(distinct)
     # All tokens differ, so row v of an embedding table is the input of one position alone.
     @jax.jit
     @jax.grad
-    def gradient(tables, weights):
-        return (network.bind(params | tables)(given).logits * weights).sum()
+    def gradient(table, weights):
+        return (network.bind(params | {"token_embedding": table})(given).logits * weights).sum()
 
-    # A token is read by the position after it and, as the one above, a row of 4 further on.
-    read = {name: after for name, after in READ.items() if name in params}
-    size = {name: np.zeros((16, 16)) for name in read}  # of d logits[t] / d input of token s
+    size = np.zeros((16, 16))  # [t, s]: the largest slope of logits[t] along the input of token s
     for t in range(16):
         at_t = np.zeros((1, 16, 16), np.float32)
         at_t[0, t] = weights
-        for name, by_row in gradient({name: params[name] for name in read}, at_t).items():
-            size[name][t] = np.abs(by_row).max(axis=-1)[tokens[0]]
-    for name, after in read.items():
-        earlier = np.tri(16, k=-after, dtype=bool)
-        assert (size[name][~earlier] == 0).all()
-        assert (size[name][earlier] > 1e-6).all()
+        size[t] = np.abs(gradient(params["token_embedding"], at_t)).max(axis=-1)[tokens[0]]
+    earlier = np.tri(16, k=-1, dtype=bool)
+    assert (size[~earlier] == 0).all()
+    assert (size[earlier] > 1e-6).all()
 
 
 def test_changing_a_token_changes_the_logits_after_it_and_no_others(distinct):
@@ -125,7 +118,7 @@ def test_stronger_remat_keeps_less_for_the_backward_pass(scan, recipe):
         loss = generative_loss(network)
         params = jax.eval_shape(network.init, jax.random.key(0))
         backward = jax.eval_shape(
-            lambda p: jax.vjp(lambda p: loss(p, batch, None)[0], p)[1], params
+            lambda p: jax.vjp(lambda p: loss(p, None, batch, None)[0], p)[1], params
         )
         return sum(leaf.size for leaf in jax.tree.leaves(backward))
 
@@ -169,9 +162,6 @@ def oracle(network, params, tokens, variant):
             h = h + p["position"]
         if config.axial_positions:
             h = h + [p["row"][t // columns] + p["column"][t % columns] for t in range(len(h))]
-        if config.above_embedding:
-            above = [network.vocabulary] * columns + list(row[:-columns])
-            h = h + p["above_embedding"][above]
         pooled = []
         for i in range(network.config.layers):
             n = norm(h, blocks["norm_1"][i])
@@ -207,7 +197,7 @@ def oracle(network, params, tokens, variant):
 
 CASES = {"learned": {"axial_positions": False, "scan_layers": False}, "axial": {}}
 CASES |= {"modern": MODERN}
-TABLES = {"start", "token_embedding", "above_embedding", "position", "row", "column"}
+TABLES = {"start", "token_embedding", "position", "row", "column"}
 
 
 @pytest.fixture(params=CASES.values(), ids=CASES)
@@ -271,7 +261,7 @@ def test_fresh_network_predicts_the_uniform_distribution():
     def first(params):
         output = network.bind(params)(batch["tokens"], batch["variant"])
         nats = cross_entropy(output.logits, batch["tokens"])
-        return output, nats, generative_loss(network)(params, batch, None)[0]
+        return output, nats, generative_loss(network)(params, None, batch, None)[0]
 
     output, nats, loss = first(params)
     assert (output.logits == 0).all() and (output.class_logits == 0).all()
@@ -382,6 +372,6 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_weights_and_logits_float32():
     embed = jax.eval_shape(lambda p: network.bind(p).embed(batch["tokens"][:, :-1]), params)
     assert embed.dtype == jnp.bfloat16
     gradient = jax.eval_shape(
-        jax.grad(lambda p: generative_loss(network)(p, batch, None)[0]), params
+        jax.grad(lambda p: generative_loss(network)(p, None, batch, None)[0]), params
     )
     assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype(jnp.float32)}

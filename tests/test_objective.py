@@ -1,7 +1,6 @@
-"""The BERT objective: what is hidden, what is predicted, and how images are judged under it."""
+"""The BERT objective: which tokens are masked, what is predicted, how images are evaluated."""
 
 import dataclasses
-import functools
 import pathlib
 
 import jax
@@ -9,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from conftest import MESHES, generator, make_mesh, random_batch, random_params, tiny_network
+from conftest import generator, make_mesh, random_batch, random_params, tiny_network
 
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.errors import InputError
 from gptv_jax.tokens.palette import Palette
-from gptv_jax.train import objective, step
+from gptv_jax.train import evaluation, objective, step
 from gptv_jax.weights import openai
 from gptv_jax.weights.strict_reader import StrictReader
 
@@ -33,8 +32,12 @@ def given(one_device):
     return network, random_params(network), {k: jnp.asarray(v) for k, v in batch.items()}
 
 
+@jax.jit(static_argnums=0)
 def logits_of(network, params, tokens, hidden):
-    return np.asarray(jax.jit(lambda h: network.bind(params)(tokens, hidden=h).logits)(hidden))
+    return network.bind(params)(tokens, hidden=hidden).logits
+
+
+evaluate_batch = jax.jit(objective.evaluate_batch, static_argnums=(0, 3))
 
 
 def test_the_network_is_the_released_variant_in_float64():
@@ -61,7 +64,7 @@ def test_the_network_is_the_released_variant_in_float64():
     assert nats == pytest.approx(oracle.loss(variables, tokens, 1 - hidden), 1e-12)
 
 
-def test_hidden_tokens_are_not_seen_and_all_others_are_by_every_position(given):
+def test_masked_tokens_are_not_seen_and_every_position_sees_all_the_others(given):
     network, params, batch = given
     tokens = batch["tokens"]
     hidden = jnp.asarray(generator(3).random(tokens.shape) < 0.4)
@@ -76,7 +79,7 @@ def test_hidden_tokens_are_not_seen_and_all_others_are_by_every_position(given):
         assert seen[~np.asarray(hidden[:, position])].all()
 
 
-def test_where_a_token_is_hidden_its_position_is_still_known(given):
+def test_the_position_of_a_masked_token_is_still_known(given):
     network, params, batch = given
     everything = jnp.ones(batch["tokens"].shape, bool)
     logits = logits_of(network, params, batch["tokens"], everything)
@@ -85,39 +88,39 @@ def test_where_a_token_is_hidden_its_position_is_still_known(given):
 
 
 @pytest.mark.usefixtures("one_device")
-def test_the_loss_is_the_mean_over_images_of_that_over_their_hidden_tokens():
+def test_the_loss_of_an_image_is_the_mean_over_its_masked_tokens():
     logits = jnp.asarray(generator().normal(size=(2, 4, 5)), jnp.float32)
     tokens = jnp.asarray([[0, 1, 2, 3], [4, 3, 2, 1]])
     hidden = jnp.asarray([[True, False, False, False], [True, True, True, False]])
     nats = -np.take_along_axis(
         np.asarray(jax.nn.log_softmax(logits)), np.asarray(tokens)[..., None], axis=-1
     )[..., 0]
-    found = objective.mean_where(hidden, objective.cross_entropy(logits, tokens))
+    found = objective.masked_mean(objective.cross_entropy(logits, tokens), hidden)
     np.testing.assert_allclose(found, [nats[0, 0], nats[1, :3].mean()], rtol=1e-6)
-    nothing = objective.mean_where(jnp.zeros_like(hidden), jnp.ones((2, 4)))
-    np.testing.assert_array_equal(nothing, 0)  # not a number would stop the run
+    nothing = objective.masked_mean(jnp.ones((2, 4)), jnp.zeros_like(hidden))
+    np.testing.assert_array_equal(nothing, 0)  # NaN would stop the run
 
 
-def test_positions_are_hidden_by_their_share_anew_at_every_step(one_device):
+def test_a_share_of_the_tokens_is_masked_by_a_new_draw_at_every_step(one_device):
     network = dataclasses.replace(bert(masked_share=0.15), grid=(16, 16))
-    drawn = [np.asarray(objective.hide(network, 64, jax.random.key(i))) for i in range(3)]
+    drawn = [np.asarray(objective.draw_mask(network, 64, jax.random.key(i))) for i in range(3)]
     for hidden in drawn:
         assert hidden.mean() == pytest.approx(0.15, abs=0.01)
         assert len(np.unique(hidden, axis=0)) == 64
     assert (drawn[0] != drawn[1]).mean() > 0.2 and (drawn[1] != drawn[2]).mean() > 0.2
-    assert objective.hide(tiny_network(), 64, None) is None
+    assert objective.draw_mask(tiny_network(), 64, None) is None
 
 
 def test_the_first_loss_is_ln_v(one_device):
     network = bert()
     params = jax.jit(network.init)(jax.random.key(0))
     batch = {k: jnp.asarray(v) for k, v in random_batch(network).items()}
-    nats, _ = jax.jit(step.generative_loss(network))(params, batch, jax.random.key(1))
+    nats, _ = jax.jit(step.generative_loss(network))(params, None, batch, jax.random.key(1))
     assert float(nats) == pytest.approx(np.log(network.vocabulary), rel=1e-5)
 
 
-@pytest.mark.parametrize("shape", MESHES[1:])
-def test_every_mesh_hides_the_same_and_has_the_same_gradients(shape, given):
+@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 2, 2, 2)])
+def test_masks_and_gradients_are_the_same_on_every_mesh(shape, given):
     network, params, batch = given
     wanted = value_and_gradients(network, params, batch)
     with jax.set_mesh(make_mesh(shape)):
@@ -129,17 +132,17 @@ def test_every_mesh_hides_the_same_and_has_the_same_gradients(shape, given):
 
 def value_and_gradients(network, params, batch):
     loss = jax.jit(jax.value_and_grad(step.joint_loss(network, 1.0, 1.0), has_aux=True))
-    return jax.device_get(loss(params, batch, jax.random.key(4)))
+    return jax.device_get(loss(params, None, batch, jax.random.key(4)))
 
 
 # Evaluation.
 
 
 def hidden_of(network, params, batch, vote=0):
-    return np.asarray(jax.jit(lambda b: objective.evaluated(network, params, b, vote)[1])(batch))
+    return np.asarray(evaluate_batch(network, params, batch, vote)[1])
 
 
-def test_evaluation_hides_by_the_images_number_alone(given):
+def test_evaluation_masks_depend_on_the_images_number_alone(given):
     network, params, batch = given
     hidden = hidden_of(network, params, batch)
     assert 0.2 < hidden.mean() < 0.6 and len(np.unique(hidden, axis=0)) == 8
@@ -150,23 +153,22 @@ def test_evaluation_hides_by_the_images_number_alone(given):
     assert (hidden_of(network, params, batch, vote=1) != hidden).any(axis=1).all()
 
 
-def test_the_class_is_that_of_most_votes_and_the_loss_the_mean_over_them(given):
+def test_the_class_has_most_votes_and_the_loss_is_the_mean_over_the_votes(given):
     network, params, batch = given
-    evaluated = jax.jit(functools.partial(objective.evaluated, network), static_argnums=2)
-    # Centred on their mean, features tell the masks apart.
-    pooled = [evaluated(params, batch, vote)[0].pooled[-1] for vote in range(5)]
+    # Centred on their mean, features differ between the masks.
+    pooled = [evaluate_batch(network, params, batch, vote)[0].pooled[-1] for vote in range(5)]
     center = jnp.mean(jnp.stack(pooled), axis=(0, 1))
     params = params | {"classifier": params["classifier"] | {"class_center": center}}
-    outputs = [evaluated(params, batch, vote) for vote in range(network.votes)]
+    outputs = [evaluate_batch(network, params, batch, vote) for vote in range(network.votes)]
     assert len(outputs) == 5
     logits = np.stack([output.class_logits for output, _ in outputs])
     votes = logits.argmax(axis=-1)
     assert (votes != votes[0]).any()
     counts = np.array([np.bincount(column, minlength=3) for column in votes.T])
-    elected = np.asarray(objective.elect(jnp.asarray(logits)))
+    elected = np.asarray(objective.majority_class(jnp.asarray(logits)))
     np.testing.assert_array_equal(counts[np.arange(8), elected], counts.max(axis=1))
 
-    sums = step.make_eval_step(network)(params, batch)
+    sums = evaluation.make_eval_step(network)(params, batch)
     mask = np.asarray(batch["mask"])
     assert float(sums["correct"]) == ((elected == np.asarray(batch["label"])) * mask).sum()
     model, tokens = network.bind(params), batch["tokens"]
@@ -175,14 +177,14 @@ def test_the_class_is_that_of_most_votes_and_the_loss_the_mean_over_them(given):
     assert float(sums["nats_per_token"]) == pytest.approx(wanted, rel=1e-5)
 
 
-def test_a_tie_goes_to_the_class_that_is_likelier():
+def test_a_tie_goes_to_the_likelier_class():
     sure, unsure = jnp.asarray([9.0, 0.0, 0.0]), jnp.asarray([0.0, 0.1, 0.0])
-    assert int(objective.elect(jnp.stack([sure, unsure])[:, None])[0]) == 0
-    assert int(objective.elect(jnp.stack([unsure, sure])[:, None])[0]) == 0
-    assert int(objective.elect(jnp.stack([unsure, sure, unsure])[:, None])[0]) == 1
+    assert int(objective.majority_class(jnp.stack([sure, unsure])[:, None])[0]) == 0
+    assert int(objective.majority_class(jnp.stack([unsure, sure])[:, None])[0]) == 0
+    assert int(objective.majority_class(jnp.stack([unsure, sure, unsure])[:, None])[0]) == 1
 
 
-def test_start_vectors_of_variants_are_refused():
+def test_bert_refuses_start_vectors_of_variants():
     config = config_lib.default()
     config.model.objective, config.model.start_per_variant = "bert", True
     with pytest.raises(InputError, match=r"start_per_variant is True, but .*objective=bert"):
@@ -192,7 +194,7 @@ def test_start_vectors_of_variants_are_refused():
 # Logits in parts
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2), (1, 2, 2, 2)])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 2, 2, 2)])
 def test_logits_in_parts_change_neither_the_loss_nor_its_gradient(shape, monkeypatch):
     network = tiny_network()
 
@@ -200,9 +202,9 @@ def test_logits_in_parts_change_neither_the_loss_nor_its_gradient(shape, monkeyp
         with jax.set_mesh(make_mesh(mesh)):
             params, batch = random_params(network), sharding.global_batch(random_batch(network))
             loss = step.generative_loss(network)
-            run = jax.jit(jax.value_and_grad(lambda p: loss(p, batch, None)[0]))
-            lowered = run.lower(params).compile().as_text()
-            return jax.device_get(run(params)), lowered
+            run = jax.jit(jax.value_and_grad(lambda p: loss(p, None, batch, None)[0]))
+            compiled = run.lower(params).compile()
+            return jax.device_get(compiled(params)), compiled.as_text()
 
     (wanted, of_wanted), whole = loss_and_gradient((1, 1, 1))
     monkeypatch.setattr(objective, "LOGITS_BYTES", 4 * 11 * 8 * 4)  # 4 positions of 8 images
@@ -222,7 +224,9 @@ def test_an_odd_number_of_positions_comes_in_parts_too(network, monkeypatch, one
     params, batch = random_params(network), sharding.global_batch(random_batch(network))
 
     def loss():
-        return float(jax.jit(step.generative_loss(network))(params, batch, jax.random.key(0))[0])
+        return float(
+            jax.jit(step.generative_loss(network))(params, None, batch, jax.random.key(0))[0]
+        )
 
     wanted = loss()
     monkeypatch.setattr(objective, "LOGITS_BYTES", 1)

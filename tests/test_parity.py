@@ -174,7 +174,7 @@ def test_what_is_exported_loads_there_and_agrees(tmp_path, task):
     for (name, weight), other in zip(original.named_parameters(), model.parameters(), strict=True):
         np.testing.assert_array_equal(weight.detach(), other.detach(), err_msg=name)
     processor = transformers.ImageGPTImageProcessor.from_pretrained(tmp_path / "back")
-    np.testing.assert_allclose(processor.clusters, ours.codec.lexicon.centers)
+    np.testing.assert_allclose(processor.clusters, ours.codec.definition.centers)
 
 
 def test_the_digits_run_loads_there_and_agrees(finished_run, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shlex
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from conftest import Ended, encoded, make_folder, random_image
 
 from gptv_jax import config as config_lib
 from gptv_jax.data import cache, sources
+from gptv_jax.errors import InputError
 from gptv_jax.tokens import PaletteTokens
 
 pytestmark = pytest.mark.process
@@ -63,7 +65,7 @@ def test_a_folder_of_images_becomes_a_cache_that_training_can_read(prepare, fold
     assert found.lengths == {"train": 40} and found.classes == 2
     assert found.transforms == ("decode()", "resize(16)")
     codec, source = found.codec(), found.open("train")
-    assert isinstance(codec, PaletteTokens) and codec.lexicon.provenance["method"]
+    assert isinstance(codec, PaletteTokens) and codec.definition.provenance["method"]
     labels = [int(source[i]["label"]) for i in range(40)]
     assert sorted(labels) == [0] * 20 + [1] * 20
     tokens = np.stack([source[i]["image"].ravel() for i in range(40)]).astype(np.int32)
@@ -71,12 +73,30 @@ def test_a_folder_of_images_becomes_a_cache_that_training_can_read(prepare, fold
     assert (brightness > 100).astype(int).tolist() == labels  # dark is 0, light is 1
 
 
-def test_digits_become_a_cache_of_the_very_images(prepare, tmp_path):
-    ended = prepare("digits.py", f"--out={tmp_path / 'cache'}")
+def test_the_command_of_a_refused_cache_makes_one_of_the_very_images(command, tmp_path):
+    """Digits, whose grey levels are lossless; the refused header is one of version 0.1.0."""
+    header = {
+        "format": 1,
+        "lengths": {},
+        "source": {"name": "digits", "dir": None, "path": None},
+        "tokens": {"kind": "grey", "levels": 17},
+        "image_size": 8,
+        "transforms": [],
+        "classes": 10,
+    }
+    old = tmp_path / "an old cache"
+    old.mkdir()
+    (old / "header.json").write_text(json.dumps(header))
+    with pytest.raises(InputError) as error:
+        cache.TokenCache(old)
+    _, _, arguments = str(error.value).partition("python -m gptv_jax.prepare ")
+    arguments = arguments.replace("=FILE ", f"={CONFIGS / 'digits.py'} ")
+    ended = command("prepare", *shlex.split(arguments))
     assert ended.code == 0, ended.errors[-3000:]
     summary = json.loads(ended.output)
-    assert summary["damaged"] == 0 and summary["bytes"] < 1797 * 64
-    found, images = cache.TokenCache(tmp_path / "cache"), sources.digits()
+    assert summary["damaged"] == 0
+    folder = pathlib.Path(summary["folder"])
+    found, images = cache.TokenCache(folder), sources.digits()
     assert found.lengths == images.lengths and found.classes == 10
     for split, count in found.lengths.items():
         assert summary[split]["images"] == count and summary[split]["mean_squared_error"] == 0
@@ -85,7 +105,7 @@ def test_digits_become_a_cache_of_the_very_images(prepare, tmp_path):
         for i in range(count):
             np.testing.assert_array_equal(source[i]["image"], wanted[i]["image"])
             assert source[i]["label"] == wanted[i]["label"]
-    config = config_lib.Data(name="tokens", path=str(tmp_path / "cache"))
+    config = config_lib.Data(name="tokens", path=str(folder))
     assert len(sources.open_source(config, "train[:50%]")) == 598
 
 

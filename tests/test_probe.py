@@ -31,7 +31,7 @@ def test_what_is_kept_of_a_layer_is_what_was_pooled(one_device, scan_layers, raw
 
     @jax.jit
     def forward(params):
-        return objective.evaluated(network, params, batch, raw=raw, keep=keep)[0]
+        return objective.evaluate_batch(network, params, batch, raw=raw, keep=keep)[0]
 
     output = forward(params)
     assert output.kept.shape == (2, 8, 16, 32)
@@ -47,7 +47,7 @@ def test_the_normed_features_are_the_raw_ones_normed_and_the_raw_ones_the_residu
         @jax.jit
         def forward(params):
             kept = [
-                objective.evaluated(network, params, batch, raw=raw, keep=(0, 1, 2))[0].kept
+                objective.evaluate_batch(network, params, batch, raw=raw, keep=(0, 1, 2))[0].kept
                 for raw in (True, False)
             ]
             return *kept, network.bind(params).embed(batch["tokens"][:, :-1], batch["variant"])

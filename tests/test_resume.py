@@ -19,7 +19,7 @@ from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.data import pipeline
 from gptv_jax.errors import InputError
 from gptv_jax.runs.run import network_of
-from gptv_jax.train import loop, optimizer, step
+from gptv_jax.train import evaluation, loop, optimizer, step
 from gptv_jax.train.metrics import MetricWriter
 
 STEPS, BATCH = 6, 16
@@ -70,7 +70,7 @@ class Training:
         self.mesh, self.init = make_mesh(mesh), step.make_init(NETWORK, update, EMA)
         loss = step.generative_loss(NETWORK)
         self.train_step = step.make_train_step(loss, update, rate, microbatches=2, seed=3, ema=EMA)
-        self.eval_step = step.make_eval_step(NETWORK)
+        self.metric = evaluation.make_metric(NETWORK)
 
     def run(
         self,
@@ -111,7 +111,7 @@ class Training:
         def evaluate(params: dict) -> dict:
             reach("evaluation", taken)
             held_out = pipeline.Pipeline(CONFIG.data, CODEC, 5).evaluation("validation", BATCH)
-            return loop.evaluate_all(self.eval_step, params, itertools.islice(held_out, 2))
+            return self.metric.measure(params, itertools.islice(held_out, 2))
 
         config = config_lib.Train(
             steps=STEPS,

@@ -9,7 +9,7 @@ import pytest
 import sklearn.linear_model
 import sklearn.pipeline
 import sklearn.preprocessing
-from conftest import MESHES, make_mesh
+from conftest import make_mesh
 
 from gptv_jax import sharding
 from gptv_jax.probe import features, ridge
@@ -28,7 +28,7 @@ def badly_scaled(images: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     x += 0.7 * same.normal(size=(LAYERS, CLASSES, WIDTH))[:, labels]
     mean, scale = same.uniform(-1000, 1000, (LAYERS, 1, WIDTH)), 10 ** same.uniform(-4, 4, WIDTH)
     x = (mean + x) * scale
-    x[..., 5] = 0.3  # of no use, and no reason to divide by 0
+    x[..., 5] = 0.3  # constant: must not be divided by its deviation
     return x.astype(np.float32), labels.astype(np.int32)
 
 
@@ -91,8 +91,7 @@ def test_the_ridge_is_scikit_learns(one_device):
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("size", [8, 104])
+@pytest.mark.parametrize(("mesh", "size"), [((2, 2, 2), 8), ((1, 8, 1), 104), ((1, 2, 2, 2), 104)])
 def test_batches_of_any_size_on_any_mesh_give_the_same_ridge(mesh, size):
     (x, labels), (new, _) = badly_scaled(2000), badly_scaled(300, seed=1)
     with jax.set_mesh(make_mesh(mesh)):

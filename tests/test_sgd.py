@@ -1,4 +1,4 @@
-"""The probe by SGD: what its heads read, how they learn, and that a kill changes nothing."""
+"""The probe by SGD: what its heads read, how they learn, and that a kill loses nothing."""
 
 import dataclasses
 import itertools
@@ -12,6 +12,7 @@ from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.probe import features, sgd
+from gptv_jax.train import step
 from gptv_jax.train.metrics import MetricWriter
 
 CLASSES = 3
@@ -32,16 +33,21 @@ def labelled(seed: int, network=NETWORK) -> dict:
     return batch | {"index": np.arange(8, dtype=np.int32) + 8 * seed}
 
 
+def step_of(heads):
+    """The heads' train step and optimizer."""
+    update, rate = sgd.make_optimizer(heads.config.sgd)
+    return step.make_train_step(sgd.make_loss(heads), update, rate), update
+
+
 def trained(config, groups, network=NETWORK, steps=3, mesh=(1, 1, 1)) -> dict:
     """Weights of the heads after some steps."""
     heads = sgd.Heads(network, config, CLASSES, groups)
-    update = sgd.make_optimizer(config.sgd)
+    take, update = step_of(heads)
     with jax.set_mesh(make_mesh(mesh)):
-        take = sgd.make_train_step(heads, update, seed=0)
-        start = jax.jit(lambda: sgd.step.state_of(heads.init(), update))
-        state, frozen = start(), random_params(network)
+        state = jax.jit(lambda: step.state_of(heads.init(), update))()
+        frozen = random_params(network)
         for i in range(steps):
-            state, metrics = take(state, frozen, sharding.global_batch(labelled(i, network)))
+            state, metrics = take(state, sharding.global_batch(labelled(i, network)), frozen)
         assert np.isfinite(metrics["best_class_nats"])
         return jax.device_get(state["params"])
 
@@ -58,7 +64,7 @@ def test_heads_of_other_rates_and_layers_change_nothing(pooling):
         assert np.abs(together["layers_1"][name][1:, :1] - leaf).max() > 1e-4  # the other rate's
 
 
-def test_a_head_learns_as_sgd_with_momentum_and_a_cosine_has_it():
+def test_a_head_learns_by_sgd_with_momentum_and_a_cosine_schedule():
     found = trained(settings(), ((1,),))["layers_1"]
     with jax.set_mesh(make_mesh((1, 1, 1))):
         frozen = random_params(NETWORK)
@@ -74,16 +80,17 @@ def test_a_head_learns_as_sgd_with_momentum_and_a_cosine_has_it():
             wrong = (likely - np.eye(CLASSES)[labelled(i)["label"]]) / len(inputs)
             gradient = np.concatenate([wrong.T @ inputs, wrong.sum(axis=0)[:, None]], axis=1)
             momentum = SGD.momentum * momentum + gradient
-            step = rate * (1 + np.cos(np.pi * i / SGD.steps)) / 2 * momentum
-            weight, bias = weight - step[:, :-1], bias - step[:, -1]
+            moved = rate * (1 + np.cos(np.pi * i / SGD.steps)) / 2 * momentum
+            weight, bias = weight - moved[:, :-1], bias - moved[:, -1]
         np.testing.assert_allclose(found["weight"][0, r, :, 0], weight, rtol=1e-3, atol=1e-5)
         np.testing.assert_allclose(found["bias"][0, r], bias, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("pooling", ["mean", "attentive"])
-@pytest.mark.parametrize("objective_", ["autoregressive", "bert"])
-def test_heads_learn_the_same_on_every_mesh(pooling, objective_):
-    network = tiny_network(objective=objective_)
+@pytest.mark.parametrize(
+    ("pooling", "objective"), [("mean", "autoregressive"), ("attentive", "bert")]
+)
+def test_heads_learn_the_same_on_every_mesh(pooling, objective):
+    network = tiny_network(objective=objective)
     groups = ((0,), (0, 1, 2))
     wanted = trained(settings(pooling=pooling), groups, network)
     found = trained(settings(pooling=pooling), groups, network, mesh=(2, 2, 2))
@@ -92,20 +99,19 @@ def test_heads_learn_the_same_on_every_mesh(pooling, objective_):
 
 
 @pytest.mark.parametrize("pooling", ["mean", "attentive"])
-def test_heads_may_standardise_what_they_read_and_do_not_train_that(pooling):
+def test_standardised_heads_get_the_statistics_of_their_features_and_keep_them(pooling):
     network = tiny_network()
     config = settings(pooling=pooling, sgd=dataclasses.replace(SGD, standardize=True))
     heads = sgd.Heads(network, config, CLASSES, ((2,), (1,), (0, 1, 2)))
-    update = sgd.make_optimizer(config.sgd)
+    take, update = step_of(heads)
     with jax.set_mesh(make_mesh((2, 2, 2))):
         frozen, batch = random_params(network), sharding.global_batch(labelled(0))
         x = features.read(network, frozen, batch, raw=False, votes=1)
         mask = batch["mask"]
         weights = heads.standardised(jax.jit(heads.init)(), lambda _: iter([(x, batch)]))
-        state = jax.jit(lambda w: sgd.step.state_of(w, update))(weights)
-        take = sgd.make_train_step(heads, update, seed=0)
+        state = jax.jit(lambda w: step.state_of(w, update))(weights)
         for _ in range(2):
-            state, _ = take(state, frozen, batch)
+            state, _ = take(state, batch, frozen)
         found = jax.device_get(state["params"])
     x = np.asarray(x, np.float64)[0][:, np.asarray(mask) > 0]
     for name, groups in heads.stacks().items():
@@ -119,13 +125,13 @@ def test_heads_may_standardise_what_they_read_and_do_not_train_that(pooling):
 def test_a_standardised_head_learns_from_standardised_features():
     config = settings(sgd=dataclasses.replace(SGD, standardize=True, momentum=0.0))
     heads = sgd.Heads(NETWORK, config, CLASSES, ((1,),))
-    update = sgd.make_optimizer(config.sgd)
+    take, update = step_of(heads)
     with jax.set_mesh(make_mesh((1, 1, 1))):
         frozen, batch = random_params(NETWORK), sharding.global_batch(labelled(0))
         x = features.read(NETWORK, frozen, batch, raw=False, votes=1)
         weights = heads.standardised(jax.jit(heads.init)(), lambda _: iter([(x, batch)]))
-        state = jax.jit(lambda w: sgd.step.state_of(w, update))(weights)
-        state, _ = sgd.make_train_step(heads, update, seed=0)(state, frozen, batch)
+        state = jax.jit(lambda w: step.state_of(w, update))(weights)
+        state, _ = take(state, batch, frozen)
         found, x = jax.device_get((state["params"]["layers_1"], x))
     z = (x[0, 1] - x[0, 1, :-1].mean(axis=0)) / x[0, 1, :-1].std(axis=0)  # the last row is masked
     wrong = (1 / CLASSES - np.eye(CLASSES)[labelled(0)["label"]]) / len(z)
@@ -136,10 +142,11 @@ def test_a_standardised_head_learns_from_standardised_features():
 
 def test_the_frozen_weights_are_an_argument_not_a_constant(one_device):
     network = tiny_network(width=64)
-    heads, update = sgd.Heads(network, settings(), CLASSES, ((1,),)), sgd.make_optimizer(SGD)
-    state = jax.jit(lambda: sgd.step.state_of(heads.init(), update))()
-    arguments = (state, random_params(network), sharding.global_batch(labelled(0)))
-    lowered = sgd.make_train_step(heads, update, seed=0).lower(*arguments)
+    heads = sgd.Heads(network, settings(), CLASSES, ((1,),))
+    take, update = step_of(heads)
+    state = sharding.abstract(lambda key: step.state_of(heads.init(key), update))
+    frozen = sharding.abstract(network.init)
+    lowered = take.lower(state, sharding.global_batch(labelled(0)), frozen)
     weights = network.config.layers * 12 * network.config.width**2
     assert len(lowered.as_text()) < 4 * weights  # a constant is written with 8 letters a weight
 
@@ -149,7 +156,7 @@ class StopError(Exception):
 
 
 def fit(folder, config=None, stop=None, test_shift=0, network=NETWORK) -> dict:
-    """The whole SGD probe, on random labels; its end comes before the batch of number `stop`."""
+    """The whole SGD probe, on random labels; it is stopped before it gets batch number `stop`."""
     config = config or settings()
     heads = sgd.Heads(network, config, CLASSES, ((0,), (1,), (0, 1, 2)))
 
@@ -207,7 +214,7 @@ def test_heads_are_chosen_on_validation_alone(tmp_path):
     assert found != other
 
 
-def test_heads_of_bert_learn_from_images_of_which_a_share_is_hidden():
+def test_heads_of_bert_learn_from_masked_images():
     groups, learned = ((1,),), []
     for share in (0.0, 0.5):
         network = tiny_network(objective="bert", masked_share=share)

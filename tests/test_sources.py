@@ -158,7 +158,7 @@ def test_arrays_are_read_from_a_file(tmp_path):
     config = npz(tmp_path, train_images=IMAGES, **both)
     for split, count in (("train", 6), ("test", 2)):
         source = sources.open_source(config, split)
-        assert (len(source), source.classes, source.form) == (count, 3, "pixels")
+        assert (len(source), source.classes, source.stored_as) == (count, 3, "pixels")
         for i in range(count):
             np.testing.assert_array_equal(source[i]["image"], IMAGES[i])
             assert source[i]["label"] == LABELS[i] and source[i]["label"].dtype == np.int32
@@ -380,7 +380,7 @@ def test_a_prepared_set_is_found_by_its_folder_or_by_that_of_all(prepared, below
     config = config_lib.Data(name="cifar10", dir=str(prepared / below))
     assert sources.open_data_set(config).lengths == {"train": 50_000, "test": 10_000}
     source = sources.open_source(config, "train[:45000]")
-    assert (len(source), source.classes, source.form) == (45_000, 10, "encoded")
+    assert (len(source), source.classes, source.stored_as) == (45_000, 10, "encoded")
     assert source.name(3) == "cifar10/train[3]"
     labels = [int(source[i]["label"]) for i in range(8)]
     assert labels == [7, 8, 4, 4, 6, 5, 2, 9]

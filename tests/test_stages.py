@@ -29,6 +29,7 @@ from gptv_jax.runs.record import config_of
 from gptv_jax.runs.run import Run
 from gptv_jax.stages import probe, sample
 from gptv_jax.train import loop
+from gptv_jax.train.evaluation import CLASSIFICATION
 from gptv_jax.train.metrics import MetricWriter
 from gptv_jax.weights.file import WeightsFile
 
@@ -108,12 +109,17 @@ NETWORK = tiny_network()
 
 
 def count_up(
-    folder, accuracies: list[float], patience: int, wait: float = 0, ema: float | None = None
+    folder,
+    accuracies: list[float],
+    patience: int,
+    wait: float = 0,
+    ema: float | None = None,
+    save_all: bool = True,
 ) -> loop.Fitted:
     """20 steps, evaluated every other one; `params` is the number of steps taken.
 
-    The first batch comes after `wait` seconds. With `ema`, that number is in the average, and the
-    weights' own is another.
+    The first batch comes after `wait` seconds. With `ema` the average is that number, and the
+    weights are 100 more. Without `save_all`, only what is better or last is saved, and kept.
     """
     offset = {"params": 0 if ema is None else 100} | ({} if ema is None else {"ema": 0})
 
@@ -137,10 +143,15 @@ def count_up(
         return {"accuracy": accuracies[step // 2], "class_nats": 0.5 if step == 14 else 1.0}
 
     mesh = make_mesh((1, 1, 1))
-    with jax.set_mesh(mesh), Checkpoints(folder / "checkpoints", keep=1) as checkpoints:
+    with (
+        jax.set_mesh(mesh),
+        Checkpoints(folder / "checkpoints", keep=1 if save_all else 20) as checkpoints,
+    ):
         return loop.fit(
             "finetune",
-            config_lib.Train(steps=20, ema=ema, eval_every=2, checkpoint_every=1),
+            config_lib.Train(
+                steps=20, ema=ema, eval_every=2, checkpoint_every=1 if save_all else 1000
+            ),
             length=NETWORK.length,
             flops=1,
             checkpoints=checkpoints,
@@ -150,6 +161,7 @@ def count_up(
             train_step=train_step,
             batches=batches,
             evaluate=evaluate,
+            primary=CLASSIFICATION,
             patience=patience,
         )
 
@@ -170,6 +182,13 @@ def test_training_stops_when_patience_ends_and_returns_the_best(tmp_path, patien
     again = count_up(tmp_path, [], patience)  # nothing is left to evaluate
     assert again.step == best and float(again.params["taken"]) == best
     assert again.evaluations == fitted.evaluations
+
+
+def test_an_evaluation_that_ties_with_the_best_saves_no_checkpoint(tmp_path):
+    count_up(tmp_path, ACCURACIES, patience=0, save_all=False)
+    saved = {int(path.name) for path in (tmp_path / "checkpoints").iterdir()}
+    # Step 8 ties with step 4; step 14 has the accuracy of step 12 and a lower cross-entropy.
+    assert saved == {0, 2, 4, 12, 14, 20}
 
 
 def test_an_average_is_what_is_evaluated_and_returned(tmp_path):

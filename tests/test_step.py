@@ -1,3 +1,5 @@
+"""One training step and one evaluation step: gradients, microbatches, randomness and sums."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ from conftest import MODERN, make_mesh, random_batch, random_params, tiny_networ
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.model.gpt import parameter_count
-from gptv_jax.train import optimizer, step
+from gptv_jax.train import evaluation, optimizer, step
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -19,8 +21,8 @@ def constant_rate(count):
     return jnp.float32(1.0)
 
 
-def tiny(**changes):
-    return tiny_network(classes=5, scan_layers=False, **changes)
+NETWORK = tiny_network(classes=5, scan_layers=False)
+MODERN_NETWORK = tiny_network(classes=5, scan_layers=False, **MODERN)
 
 
 def numbers(metrics):
@@ -28,15 +30,15 @@ def numbers(metrics):
 
 
 def host(tree):
-    """A NumPy copy, which a donated step cannot take away."""
+    """A NumPy copy; the arrays themselves are gone when a step has donated them."""
     return jax.tree.map(np.array, jax.device_get(tree))
 
 
-def one_step(network, microbatches=1, seed=0, mesh=(1, 1, 1)):
+def one_step(network, microbatches=1, mesh=(1, 1, 1)):
     """Parameters and metrics after one SGD step, and the parameters before it."""
     with jax.set_mesh(make_mesh(mesh)):
         loss = step.joint_loss(network, 1.0, 0.5)
-        take = step.make_train_step(loss, SGD, constant_rate, microbatches=microbatches, seed=seed)
+        take = step.make_train_step(loss, SGD, constant_rate, microbatches=microbatches)
         state = step.state_of(random_params(network), SGD)
         before = host(state["params"])
         state, metrics = take(state, sharding.global_batch(random_batch(network)))
@@ -59,22 +61,17 @@ def assert_same_step(found, wanted):
 
 @pytest.fixture(scope="module")
 def whole_batch():
-    return one_step(tiny())
+    return one_step(MODERN_NETWORK)
 
 
 # The training step
 
 
-@pytest.mark.parametrize(("microbatches", "mesh"), [(2, (1, 1, 1)), (4, (1, 1, 1)), (2, (2, 2, 2))])
+@pytest.mark.parametrize(("microbatches", "mesh"), [(4, (1, 1, 1)), (2, (2, 2, 2))])
 def test_microbatches_give_the_gradient_and_the_metrics_of_the_whole_batch(
     microbatches, mesh, whole_batch
 ):
-    assert_same_step(one_step(tiny(), microbatches, mesh=mesh), whole_batch)
-
-
-def test_microbatches_give_the_gradient_of_whatever_a_network_can_have():
-    network = tiny(**MODERN)
-    assert_same_step(one_step(network, 4), one_step(network))
+    assert_same_step(one_step(MODERN_NETWORK, microbatches, mesh), whole_batch)
 
 
 @pytest.mark.parametrize(
@@ -87,17 +84,16 @@ def test_a_step_holds_its_gradients_once(scan, microbatches, times):
     state = sharding.abstract(lambda key: step.state_of(network.init(key), adamw))
     compiled = take.lower(state, sharding.global_batch(random_batch(network))).compile()
     weights = 4 * parameter_count(state["params"])
-    # The sum, and what rows leave of all layers; a copy for each part makes it 2.5 times, one for
-    # each unrolled layer 4.4 times.
+    # The summed gradients and the activations. One more copy for each part would make it 2.5 times
+    # the weights, one for each unrolled layer 4.4 times.
     assert compiled.memory_analysis().temp_size_in_bytes < times * weights
 
 
 def test_a_step_takes_the_gradient_of_the_loss_at_the_old_parameters(whole_batch):
     after, metrics, before = whole_batch
-    network = tiny()
-    batch = sharding.global_batch(random_batch(network))
-    loss = step.joint_loss(network, 1.0, 0.5)
-    gradient = jax.device_get(jax.jit(jax.grad(lambda p: loss(p, batch, None)[0]))(before))
+    batch = sharding.global_batch(random_batch(MODERN_NETWORK))
+    loss = step.joint_loss(MODERN_NETWORK, 1.0, 0.5)
+    gradient = jax.device_get(jax.jit(jax.grad(lambda p: loss(p, None, batch, None)[0]))(before))
     difference = jax.tree.map(np.subtract, before, after)
     for name, norm in (("grad_norm", gradient), ("param_norm", after)):
         wanted = np.sqrt(
@@ -107,8 +103,8 @@ def test_a_step_takes_the_gradient_of_the_loss_at_the_old_parameters(whole_batch
     jax.tree.map(lambda d, g: np.testing.assert_allclose(d, g, atol=1e-6), difference, gradient)
 
 
-def test_steps_are_counted_and_the_rate_is_that_of_the_step_taken():
-    network = tiny()
+def test_steps_are_counted_and_the_logged_rate_is_that_of_the_step():
+    network = tiny_network(scan_layers=False)
     config = config_lib.Optimizer("muon", learning_rate=0.8, warmup_steps=4)
     update, rate = optimizer.make_optimizer(config, 10)
     loss = step.generative_loss(network)
@@ -121,23 +117,22 @@ def test_steps_are_counted_and_the_rate_is_that_of_the_step_taken():
         old = state
         state, metrics = take(state, batch)
         assert float(metrics["learning_rate"]) == pytest.approx(wanted)
-        assert old["params"]["head"].is_deleted()  # the memory of the old state is used again
+        assert old["params"]["head"].is_deleted()  # its memory is reused
     assert int(state["step"]) == 3
-    assert take._cache_size() == 1  # the first state is of the type of all later ones
+    assert take._cache_size() == 1  # the first state has the type of all later ones
 
 
-def test_training_leaves_the_standardisation_of_the_class_head_alone(whole_batch):
+def test_training_does_not_change_the_standardisation_of_the_class_head(whole_batch):
     after, _, before = whole_batch
     for name in ("class_center", "class_scale"):
         np.testing.assert_array_equal(after["classifier"][name], before["classifier"][name])
     assert (after["classifier"]["class_head"] != before["classifier"]["class_head"]).all()
 
 
-def test_dropout_differs_by_step_and_seed_and_is_repeated_by_both():
-    network = tiny(dropout=0.3)
+def test_dropout_depends_on_the_step_and_the_seed_alone():
+    network = tiny_network(layers=1, dropout=0.3)
     still = optax.sgd(0.0)
     batch = sharding.global_batch(random_batch(network))
-
     loss = step.generative_loss(network)
 
     def losses(take):
@@ -153,15 +148,15 @@ def test_dropout_differs_by_step_and_seed_and_is_repeated_by_both():
     assert len({*a, *b}) == 4
 
 
-def test_microbatches_draw_dropout_each_their_own():
-    network, keys = tiny(), []
+def test_every_microbatch_has_its_own_key():
+    keys = []
 
-    def loss(params, batch, key, step):
+    def loss(params, frozen, batch, key, step):
         jax.debug.callback(lambda k: keys.append(k.tolist()), jax.random.key_data(key))
         return jnp.sum(params["w"]), {}
 
     take = step.make_train_step(loss, SGD, constant_rate, microbatches=4)
-    take(step.state_of({"w": jnp.zeros(3)}, SGD), sharding.global_batch(random_batch(network)))
+    take(step.state_of({"w": jnp.zeros(3)}, SGD), sharding.global_batch(random_batch(NETWORK)))
     jax.effects_barrier()
     assert len({tuple(key) for key in keys}) == len(keys) == 4
 
@@ -177,8 +172,8 @@ def softmax_nats(logits, targets):
 
 @pytest.fixture(scope="module")
 def evaluated():
-    """A network, its weights, a NumPy batch and the logits that the network gives for it."""
-    network = tiny()
+    """A network, its weights, a NumPy batch and the network's output for it."""
+    network = NETWORK
     with jax.set_mesh(make_mesh((1, 1, 1))):
         params, batch = random_params(network), random_batch(network)
         on_device = sharding.global_batch(batch)
@@ -198,7 +193,7 @@ def test_the_joint_loss_weighs_tokens_and_classes_by_the_coefficients(evaluated)
     }
     coefficients = [(1.0, 1.0), (1.0, 0.0), (0.0, 1.0), (0.5, 3.0)]
     losses = [step.joint_loss(network, *c) for c in coefficients]
-    all_of_them = jax.jit(lambda p, b: [loss(p, b, None) for loss in losses])
+    all_of_them = jax.jit(lambda p, b: [loss(p, None, b, None) for loss in losses])
     found = all_of_them(params, sharding.global_batch(batch))
     for (a, b), (value, metrics) in zip(coefficients, found, strict=True):
         np.testing.assert_allclose(value, a * tokens + b * classes, rtol=1e-5)
@@ -209,7 +204,7 @@ def test_the_joint_loss_weighs_tokens_and_classes_by_the_coefficients(evaluated)
 def test_the_generative_loss_is_the_mean_of_the_nats_of_all_tokens(evaluated):
     network, params, batch, output = evaluated
     loss = jax.jit(step.generative_loss(network))
-    value, metrics = loss(params, sharding.global_batch(batch), None)
+    value, metrics = loss(params, None, sharding.global_batch(batch), None)
     np.testing.assert_allclose(
         value, softmax_nats(output.logits, batch["tokens"]).mean(), rtol=1e-5
     )
@@ -221,7 +216,7 @@ def test_the_generative_loss_is_the_mean_of_the_nats_of_all_tokens(evaluated):
 
 def test_evaluation_sums_over_the_rows_that_are_not_masked(evaluated):
     network, params, batch, output = evaluated
-    evaluate = step.make_eval_step(network)
+    evaluate = evaluation.make_eval_step(network)
     mask = np.array([1, 0, 1, 1, 0, 1, 1, 0], np.float32)
     batch = {**batch, "mask": mask}
     predicted = np.argmax(output.class_logits, axis=-1)
@@ -244,6 +239,21 @@ def test_evaluation_sums_over_the_rows_that_are_not_masked(evaluated):
 
 def test_evaluation_without_a_class_head_counts_no_classes():
     network = tiny_network(scan_layers=False)
-    evaluate = step.make_eval_step(network)
-    sums = evaluate(random_params(network), sharding.global_batch(random_batch(network)))
+    evaluate = evaluation.make_eval_step(network)
+    batch = sharding.global_batch(random_batch(network))
+    sums = jax.eval_shape(evaluate, random_params(network), batch)
     assert sums.keys() == {"nats_per_token", "images"}
+
+
+def test_a_metric_adds_up_a_split_and_names_the_numbers_that_rank_checkpoints(evaluated):
+    network, params, _, _ = evaluated
+    batches = [random_batch(network, seed=seed) for seed in range(3)]
+    metric = evaluation.make_metric(network)
+    found = metric.measure(params, iter(batches))
+    each = [numbers(metric.step(params, sharding.global_batch(batch))) for batch in batches]
+    sums = {name: sum(part[name] for part in each) for name in each[0]}
+    assert sums["images"] == 21  # of 24 rows three are masked
+    wanted = {"nats_per_token": sums["nats_per_token"] / 21, "accuracy": sums["correct"] / 21}
+    assert found == pytest.approx(wanted | {"class_nats": sums["class_nats"] / 21}, rel=1e-6)
+    assert metric.primary == {"accuracy": 1, "class_nats": -1}
+    assert not evaluation.make_metric(tiny_network()).primary

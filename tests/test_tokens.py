@@ -9,7 +9,7 @@ from conftest import encoded, random_image
 from gptv_jax import config as config_lib
 from gptv_jax import tokens
 from gptv_jax.data import pipeline, sources
-from gptv_jax.data.damage import Ledger
+from gptv_jax.data.damage import DamageLog
 from gptv_jax.errors import InputError
 from gptv_jax.tokens import Palette, PaletteTokens, palette
 from gptv_jax.tokens.palette import WEIGHTS
@@ -88,12 +88,12 @@ def squared_distances(pixels, centers):
 def test_a_token_is_the_nearest_colour(colors):
     codec = PaletteTokens(random_palette(colors), 64)
     corners = np.stack(np.meshgrid(*[[0, 15, 16, 127, 128, 255]] * 3), axis=-1).reshape(-1, 3)
-    near = codec.lexicon.colors  # where rounding matters most
+    near = codec.definition.colors  # where rounding matters most
     pixels = np.concatenate([corners, near, random_image(64 * 64 - 216 - colors, 3)])
     images = pixels.astype(np.uint8).reshape(1, 64, 64, 3)
     found = codec.encode(images)
     assert found.dtype == np.int32 and found.shape == (1, 4096)
-    distances = squared_distances(images.reshape(-1, 3), codec.lexicon.centers)
+    distances = squared_distances(images.reshape(-1, 3), codec.definition.centers)
     taken = np.take_along_axis(distances, found.T, axis=1)[:, 0]
     np.testing.assert_allclose(taken, distances.min(axis=1), rtol=1e-12, atol=1e-9)
     assert (found[0] == distances.argmin(axis=1)).mean() > 0.999  # but for ties
@@ -113,8 +113,8 @@ def test_the_colours_of_tokens_have_those_tokens(colors):
 
 def test_every_token_has_its_place_in_the_order_of_luminance():
     codec = PaletteTokens(random_palette(300), 8)
-    assert sorted(codec.order) == list(range(300)) and codec.vocabulary == 300
-    assert (np.diff((codec.lexicon.centers @ WEIGHTS)[codec.order]) >= 0).all()
+    assert sorted(codec.similarity_order) == list(range(300)) and codec.vocabulary == 300
+    assert (np.diff((codec.definition.centers @ WEIGHTS)[codec.similarity_order]) >= 0).all()
 
 
 def test_a_palette_takes_no_grey_images():
@@ -127,12 +127,12 @@ def test_a_palette_takes_no_grey_images():
 def test_a_palette_is_saved_and_loaded_bit_for_bit(tmp_path):
     saved = random_palette(77)
     codec = PaletteTokens(saved, 8)
-    assert tokens.load_lexicon("palette", tmp_path) is None
-    tokens.save_lexicon(codec.lexicon, tmp_path)
-    loaded = tokens.load_lexicon("palette", tmp_path)
+    assert tokens.load_definition("palette", tmp_path) is None
+    tokens.save_definition(codec.definition, tmp_path)
+    loaded = tokens.load_definition("palette", tmp_path)
     assert loaded.centers.dtype == np.float32 and loaded.provenance == saved.provenance
     np.testing.assert_array_equal(loaded.centers, saved.centers)
-    assert loaded.same_as(saved) and not loaded.same_as(random_palette(77, seed=1))
+    assert loaded.equivalent(saved) and not loaded.equivalent(random_palette(77, seed=1))
     assert [path.name for path in tmp_path.iterdir()] == ["palette.npz"]
 
 
@@ -217,7 +217,7 @@ def test_a_palette_that_is_not_there_is_an_error(tmp_path):
 def test_k_means_is_a_function_of_pixels_and_seed():
     pixels = random_image(3000, 3)
     first, again, other = (palette.build(pixels, 16, seed, {"data": "x"}) for seed in (0, 0, 1))
-    assert first.same_as(again) and not first.same_as(other)
+    assert first.equivalent(again) and not first.equivalent(other)
     assert first.centers.shape == (16, 3) and first.centers.dtype == np.float32
     assert np.abs(first.centers).max() <= 1
     assert (np.diff(first.centers @ WEIGHTS) >= 0).all()
@@ -286,7 +286,7 @@ def igpt(shared_data) -> PaletteTokens:
 
 def test_the_palette_of_igpt_is_read_as_it_is(igpt, shared_data):
     centers = np.load(shared_data / "igpt_palette" / "kmeans_centers.npy")
-    np.testing.assert_array_equal(igpt.lexicon.centers, centers)
+    np.testing.assert_array_equal(igpt.definition.centers, centers)
     np.testing.assert_allclose(centers[0], [0.88664436, 0.66188294, 0.38917464])
     given = np.arange(1024, dtype=np.int32)[None] % 512
     np.testing.assert_array_equal(igpt.encode(igpt.decode(given)), given)
@@ -299,7 +299,7 @@ def test_what_the_palette_of_igpt_makes_of_cifar10(igpt, shared_data):
     )
     assert len(sources.open_source(config, "test")) == 10_000
     statistics = TokenStatistics(igpt)
-    for batch in pipeline.tokenized(igpt, pipeline.images(config, "test", Ledger(config, None))):
+    for batch in pipeline.tokenized(igpt, pipeline.images(config, "test", DamageLog(config, None))):
         statistics.add(batch["image"], batch["tokens"])
     found = statistics.numbers()
     assert found["images"] == 10_000 and found["tokens_used"] == 512

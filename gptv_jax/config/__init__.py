@@ -40,7 +40,10 @@ __all__ = [
     "resolve",
 ]
 
-RENAMED = {"tokens.name": "tokens.kind"}  # fields of files that are older
+# Fields of older files: those with another name now, and those that are gone, each with the only
+# value that this version can still read.
+RENAMED = {"tokens.name": "tokens.kind"}
+REMOVED = {"model.above_embedding": False}
 
 PLACE = (
     "an absolute path or an address such as gs://bucket/path",
@@ -95,9 +98,18 @@ def recorded(cls: type, flat: dict[str, object], section: str = "") -> dict:
       flat: its fields by flat name; of a file that is older some have other names, or are missing
         and have their defaults.
       section: its own name; "": the whole configuration.
+
+    Raises:
+      InputError: the file asks for something that this version no longer has.
     """
     prefix = f"{section}." if section else ""
     named = {RENAMED.get(prefix + name, prefix + name): value for name, value in flat.items()}
+    for name in REMOVED.keys() & named.keys():
+        if (value := named.pop(name)) != REMOVED[name]:
+            raise InputError(
+                f"config.{name} was {value!r} where this was made, which this version of gptv_jax "
+                f"no longer supports; it reads only {REMOVED[name]!r}."
+            )
     named = {name.removeprefix(prefix): value for name, value in named.items()}
     return fields.unflatten(fields.flatten(cls()) | named)
 

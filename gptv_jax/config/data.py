@@ -59,7 +59,7 @@ class Tokens:
                 return self.autoencoder.vocabulary
 
     def pairs(self, other: "Tokens") -> list[tuple[str, object, object]]:
-        """Names of the fields that tokens depend on, lexicons apart, with both values."""
+        """Names of the fields that tokens depend on, definitions apart, with both values."""
         own = {"grey": "tokens.levels", "palette": "tokens.colors"}.get(self.kind)
         own = own or "tokens.autoencoder."
         now, there = flatten(self, "tokens."), flatten(other, "tokens.")

@@ -26,8 +26,6 @@ class Model:
     axial_positions: bool = False  # adds tables of rows and columns
     rotary: bool = False  # turns queries and keys by their rows and columns: see model.rotary
     qk_norm: bool = False  # RMS norm, with a gain, of every head's queries and keys
-    # Adds to each input an embedding, of another table, of the token above the one to predict.
-    above_embedding: bool = False
     # Adds to each input an embedding, of another table, of the place of the token to predict; the
     # other tables are then of the place of the token that the input holds.
     target_positions: bool = False

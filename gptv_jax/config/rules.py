@@ -101,11 +101,6 @@ def _check_objective(model: "config_lib.Model") -> None:
             "config.model.start_per_variant is True, but config.model.objective=bert has no start "
             "vector; set one of them otherwise."
         )
-    if model.above_embedding:
-        raise InputError(
-            "config.model.above_embedding is True, but config.model.objective=bert may hide the "
-            "token above, and sees the others anyway; set one of them otherwise."
-        )
     if not (model.learned_positions or model.axial_positions):
         raise InputError(
             "config.model.learned_positions is False, but config.model.objective=bert knows a "
@@ -180,11 +175,6 @@ def _check_order(model: "config_lib.Model") -> None:
     if model.objective == "bert":
         raise InputError(
             f"{where}, but config.model.objective=bert has no order; set one of them otherwise."
-        )
-    if model.above_embedding:
-        raise InputError(
-            f"{where}, but config.model.above_embedding=True needs the token above, which in "
-            "another order may not be known yet; set one of them otherwise."
         )
     tables = model.learned_positions or model.axial_positions
     if not (model.rotary or (model.target_positions and tables)):

@@ -9,7 +9,7 @@ from gptv_jax import config as config_lib
 from gptv_jax import tokens, weights
 from gptv_jax.data import pipeline, sources
 from gptv_jax.data.cache import TokenCache
-from gptv_jax.data.damage import Ledger
+from gptv_jax.data.damage import DamageLog
 from gptv_jax.errors import InputError
 from gptv_jax.tokens import Codec, palette
 
@@ -22,50 +22,50 @@ def find_codec(config: config_lib.Config, folder: pathlib.Path | None = None) ->
 
     Args:
       config: of the run.
-      folder: of the run, which keeps its lexicon; None: there is none yet.
+      folder: of the run, which keeps its definition; None: there is none yet.
 
     Raises:
-      InputError: lexicons of the run, the token cache, `init_from` and the settings differ, or the
-        token cache holds other tokens or images than the configuration says.
+      InputError: the run folder, the token cache, `init_from` and the settings have different
+        definitions, or the token cache holds other tokens or images than the configuration says.
     """
     data_set, kind = sources.open_data_set(config.data), config.tokens.kind
     cache = data_set if isinstance(data_set, TokenCache) else None
     if cache:
         _check_cache(config, cache)
-    if kind not in tokens.LEXICONS:
+    if kind not in tokens.DEFINITIONS:
         return tokens.make_codec(config.tokens, config.data.image_size)
-    found: dict[str, tokens.Lexicon | None] = {}
+    found: dict[str, tokens.TokenDefinition | None] = {}
     if folder:
-        found[f"the run folder {folder}"] = tokens.load_lexicon(kind, folder)
+        found[f"the run folder {folder}"] = tokens.load_definition(kind, folder)
     if cache:
-        found[f"the token cache {cache.folder}"] = cache.codec().lexicon
+        found[f"the token cache {cache.folder}"] = cache.codec().definition
     if config.init_from:
         path = pathlib.Path(config.init_from)
         weights_file = weights.is_weights_path(path)
         found[f"config.init_from={path}"] = (
-            weights.read_lexicon(path) if weights_file else tokens.load_lexicon(kind, path)
+            weights.read_definition(path) if weights_file else tokens.load_definition(kind, path)
         )
     field = {"palette": "palette", "learned": "tokenizer"}[kind]
     if given := getattr(config.tokens, field):
-        found[f"config.tokens.{field}={given}"] = tokens.LEXICONS[kind][1](given)
-    there = {where: lexicon for where, lexicon in found.items() if lexicon is not None}
+        found[f"config.tokens.{field}={given}"] = tokens.DEFINITIONS[kind][1](given)
+    there = {where: definition for where, definition in found.items() if definition is not None}
     if not there:
         return None
     (first, chosen), *rest = there.items()
     for where, other in rest:
-        if not other.same_as(chosen):
+        if not other.equivalent(chosen):
             raise InputError(f"the {field} of {where} is another one than that of {first}.")
     return tokens.make_codec(config.tokens, config.data.image_size, chosen)
 
 
-def build_codec(config: config_lib.Config, ledger: Ledger) -> Codec:
+def build_codec(config: config_lib.Config, damage_log: DamageLog) -> Codec:
     """A codec whose palette is k-means over random pixels of the training images.
 
     The same on every process of a run, so that each builds its own.
     """
     rng = np.random.default_rng(config.seed)
     pixels = []
-    for element in pipeline.images(config.data, "train", ledger, IMAGES, config.seed):
+    for element in pipeline.images(config.data, "train", damage_log, IMAGES, config.seed):
         image = element["image"]
         if image.shape[-1] != 3:
             raise InputError(

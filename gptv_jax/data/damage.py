@@ -29,7 +29,7 @@ class Decoded:
     """
 
     def __init__(self, source, decode: Decode):
-        self.source, self.decode, self.form = source, decode, source.form
+        self.source, self.decode, self.stored_as = source, decode, source.stored_as
 
     def __len__(self) -> int:
         return len(self.source)
@@ -64,7 +64,7 @@ class Decoded:
         return {**example, "image": self.decode(example["image"])}
 
 
-class Ledger:
+class DamageLog:
     """The damaged images that a process has met, in the run's `skipped.jsonl`."""
 
     def __init__(self, config: config_lib.Data, folder: pathlib.Path | None):

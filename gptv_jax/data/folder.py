@@ -22,7 +22,7 @@ class ImageFolder:
     class by class alike, so that `train[:90%]` holds nine tenths of every class.
     """
 
-    form = "encoded"
+    stored_as = "encoded"
 
     def __init__(self, path: pathlib.Path, labels: bool = True):
         """Lists the files; none is opened.

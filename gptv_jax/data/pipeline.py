@@ -18,7 +18,7 @@ import numpy as np
 
 from gptv_jax import config as config_lib
 from gptv_jax.data import sources, transforms
-from gptv_jax.data.damage import SOUND, Decoded, Ledger
+from gptv_jax.data.damage import SOUND, DamageLog, Decoded
 from gptv_jax.data.images import Decode
 from gptv_jax.data.reading import Padded, read_by
 from gptv_jax.errors import InputError
@@ -55,7 +55,7 @@ class Pipeline:
             says.
         """
         self.config, self.codec, self.seed, self.share = config, codec, seed, share
-        self.ledger = Ledger(config, folder)
+        self.damage_log = DamageLog(config, folder)
 
     def with_codec(self, codec: Codec) -> "Pipeline":
         """The same data as tokens of another codec; damaged images are told of once."""
@@ -100,12 +100,12 @@ class Pipeline:
 
     def _of_workers(self, split: str) -> Codec | None:
         """The codec, where each image becomes tokens by itself, not a batch of them here."""
-        here = self.codec is not None and self.codec.of_batches and self.has_pixels(split)
+        here = self.codec is not None and self.codec.on_devices and self.has_pixels(split)
         return None if here else self.codec
 
     def has_pixels(self, split: str) -> bool:
         """Whether the split's images are at hand, not their tokens alone."""
-        return sources.open_source(self.config, split).form != "tokens"
+        return sources.open_source(self.config, split).stored_as != "tokens"
 
     def _share(self, data: grain.MapDataset, batch_size: int) -> grain.MapDataset:
         """This process's part of every global batch."""
@@ -114,11 +114,11 @@ class Pipeline:
         return data.batch(batch_size // count, drop_remainder=True)[index::count]
 
     def _watched(self, batches, split, source, batch_size, position=0) -> Iterator[dict]:
-        """The batches, with what they tell of damaged images entered in the ledger."""
+        """The batches, with what they tell of damaged images entered in the damage_log."""
         for number, batch in enumerate(batches, start=position + 1):
             damaged = batch.pop("damaged", None)
             if damaged is not None:
-                self.ledger.enter(split, source, damaged, drawn=number * len(damaged))
+                self.damage_log.enter(split, source, damaged, drawn=number * len(damaged))
             yield batch
 
     def _encoded(self, read: grain.IterDataset) -> grain.IterDataset:
@@ -126,7 +126,7 @@ class Pipeline:
 
         In a thread of its own, a few batches ahead: what trains meanwhile does not wait for it.
         """
-        if self.codec is None or not self.codec.of_batches:
+        if self.codec is None or not self.codec.on_devices:
             return read
 
         def encode(batch: dict) -> dict:
@@ -165,21 +165,25 @@ def try_out(
         image = source[index]["image"]
         for step in steps:
             image = step(image, rng)
-        if codec is None or (codec.of_batches and image.dtype == np.uint8):
+        if codec is None or (codec.on_devices and image.dtype == np.uint8):
             _check_shape(image, shape)
         else:
             to_tokens(codec, image)
 
 
 def images(
-    config: config_lib.Data, split: str, ledger: Ledger, count: int | None = None, seed: int = 0
+    config: config_lib.Data,
+    split: str,
+    damage_log: DamageLog,
+    count: int | None = None,
+    seed: int = 0,
 ) -> Iterator[dict]:
     """Elements of a split as they are before they become tokens, damaged ones left out.
 
     Args:
       config: source, transforms (those of evaluation) and workers.
       split: one of `sources.SPLITS`, or a split expression.
-      ledger: takes the damaged ones.
+      damage_log: takes the damaged ones.
       count: how many, drawn without replacement; None: all, in order.
       seed: of the draw.
 
@@ -195,7 +199,7 @@ def images(
     for number, element in enumerate(read_by(data, source, config.workers), start=1):
         damaged = element.pop("damaged", None)
         if damaged is not None:
-            ledger.enter(split, source, np.array([damaged]), drawn=number)
+            damage_log.enter(split, source, np.array([damaged]), drawn=number)
         if damaged in (None, SOUND):
             yield element
 
@@ -209,14 +213,14 @@ def _opened(config: config_lib.Data, split: str, entries: tuple[str, ...]):
     source = sources.open_source(config, split)
     steps = [transforms.parse(entry) for entry in entries]
     at = [isinstance(step, Decode) for step in steps]
-    if any(at[1:]) or (source.form == "encoded") > any(at):
+    if any(at[1:]) or (source.stored_as == "encoded") > any(at):
         raise InputError(
             f"the transforms of config.data are {entries}; where images come as files, as those of "
             f'{config.name} may, the list begins with "decode()", once.'
         )
-    if source.form == "encoded":
+    if source.stored_as == "encoded":
         return Decoded(source, steps[0]), steps[1:]
-    if source.form == "tokens":
+    if source.stored_as == "tokens":
         return source, _on_tokens(config, entries)
     return source, steps
 

@@ -38,7 +38,7 @@ def read_by(data: grain.MapDataset, source, workers: int) -> grain.IterDataset:
       workers: processes; 0: threads of this one.
     """
     # Decoding gives Python's lock away, unpacking tokens does not.
-    threads = min(os.cpu_count(), 16) if source.form == "encoded" else 1
+    threads = min(os.cpu_count(), 16) if source.stored_as == "encoded" else 1
     read = data.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=16))
     if workers:
         read = read.mp_prefetch(

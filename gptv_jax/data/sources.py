@@ -33,7 +33,7 @@ class Source(Protocol):
         """`{"image", "label"}`, the same one every time; without classes no label.
 
         The image is uint8 [H, W, C], or an image file's bytes, or a grid of tokens, uint16
-        [rows, columns, 1]: the data set's `form` says which.
+        [rows, columns, 1]: `DataSet.stored_as` says which.
         """
 
     def name(self, index: int) -> str:
@@ -44,7 +44,7 @@ class Source(Protocol):
 class DataSet(Protocol):
     """All splits of a data set."""
 
-    form: str  # of the images: "pixels", "encoded" or "tokens"
+    stored_as: str  # of the images: "pixels", "encoded" or "tokens"
     classes: int  # number of classes; 0: unlabelled
     lengths: dict[str, int]  # examples by split
 
@@ -60,7 +60,7 @@ class Arrays:
         0, or None throughout.
     """
 
-    form = "pixels"
+    stored_as = "pixels"
 
     def __init__(self, splits: dict[str, tuple[np.ndarray, np.ndarray | None]]):
         labelled = [labels for _, labels in splits.values() if labels is not None]
@@ -144,7 +144,7 @@ def digits() -> Arrays:
 class Tfds:
     """A TensorFlow data set that was prepared as ArrayRecord, read without TensorFlow."""
 
-    form = "encoded"
+    stored_as = "encoded"
 
     def __init__(self, name: str, folder: str | None):
         """Finds the prepared set.
@@ -220,7 +220,7 @@ class Selected:
         Raises:
           InputError: the data set has no such split, the expression is none, or names nothing.
         """
-        self.form = data_set.form
+        self.stored_as = data_set.stored_as
         self.classes = data_set.classes if labels else 0
         self._parts = [
             (data_set.open(split), rows) for split, rows in _resolve(expression, data_set.lengths)

@@ -51,8 +51,6 @@ class GPT(nnx.Module):
         if config.axial_positions:
             self.row = layers.normal(rngs, "row", (rows, D), 0.01)
             self.column = layers.normal(rngs, "column", (columns, D), 0.01)
-        if config.above_embedding:  # its last row stands where nothing is above
-            self.above_embedding = layers.normal(rngs, "above_embedding", (V + 1, D), 0.02)
         if config.target_positions:
             self.target_position = layers.normal(rngs, "target_position", (rows * columns, D), 0.01)
         self.blocks = layers.Block(config, rngs=rngs)
@@ -141,10 +139,6 @@ class GPT(nnx.Module):
         variant, tokens = jax.sharding.reshard((variant, tokens), sharding.BATCH_FIRST)
         ids = jnp.concatenate([self.network.vocabulary + variant[:, None], tokens], axis=1)
         x = self._lookup([self.token_embedding, self.start], ids, spec)
-        if self.network.config.above_embedding:
-            nothing = ((0, 0), (self.network.grid[1], 0))
-            above = jnp.pad(tokens, nothing, constant_values=self.network.vocabulary)
-            x = x + self._lookup([self.above_embedding], above[:, : x.shape[1]], spec)
         return self._place(x, 0, order)
 
     def embed_in_place(
@@ -160,16 +154,8 @@ class GPT(nnx.Module):
         self, tokens: Int[Array, "B T"], position: Int[Array, ""]
     ) -> Float[Array, "B 1 D"]:
         """Input of `position` >= 1, which holds the token before it; later ones do not matter."""
-        spec, columns = sharding.BATCH_FIRST, self.network.grid[1]
-
-        def token(place):
-            return jax.lax.dynamic_slice_in_dim(tokens, place, 1, axis=1)
-
-        x = self._lookup([self.token_embedding], token(position - 1), spec)
-        if self.network.config.above_embedding:
-            first_row = position < columns
-            above = jnp.where(first_row, self.network.vocabulary, token(position - columns))
-            x = x + self._lookup([self.above_embedding], above, spec)
+        held = jax.lax.dynamic_slice_in_dim(tokens, position - 1, 1, axis=1)
+        x = self._lookup([self.token_embedding], held, sharding.BATCH_FIRST)
         return self._place(x, position)
 
     def _lookup(

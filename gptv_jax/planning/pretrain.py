@@ -125,7 +125,6 @@ class Pretraining(Training):
             shard = weight / sizes["fsdp"]
             yield Call("all-reduce", ("data", "sequence"), c.layers * parts, shard)
         vectors = 2 * network.vocabulary + c.learned_positions * network.length
-        vectors += c.above_embedding * (network.vocabulary + 1)
         tables = vectors * c.width * width
         yield Call("all-gather", ("fsdp",), parts, tables)
         yield Call("all-reduce", ("data", "fsdp", "sequence"), parts, tables)
@@ -183,7 +182,7 @@ def _residuals(network: Network, mesh: AbstractMesh, rows: int) -> tuple[Array, 
         params = jax.eval_shape(lambda: network.init(jax.random.key(0)))
         batch = step.abstract_batch(network, rows, NamedSharding(mesh, sharding.BATCH_FIRST))
         found = arrays.kept(
-            lambda p, batch: loss(p, batch, jax.random.key(0), jnp.int32(0)), params, batch
+            lambda p, batch: loss(p, None, batch, jax.random.key(0), jnp.int32(0)), params, batch
         )
     head = network.config.width // network.config.heads
     return tuple(

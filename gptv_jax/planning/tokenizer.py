@@ -18,8 +18,7 @@ from gptv_jax.planning import arrays
 from gptv_jax.planning.arrays import Array
 from gptv_jax.planning.topology import Topology
 from gptv_jax.planning.training import WIDTHS, Call, Training
-from gptv_jax.tokens.learned import from_pixels
-from gptv_jax.train import autoencoding, optimizer
+from gptv_jax.train import autoencoding, optimizer, step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,9 +73,9 @@ class TokenizerTraining(Training):
     def lower(self, mesh: Mesh) -> jax.stages.Lowered:
         """The step as the stage makes it."""
         rows = NamedSharding(mesh, sharding.BATCH_FIRST)
-        vgg = self._vgg(NamedSharding(mesh, P()))
+        frozen = self._frozen(NamedSharding(mesh, P()))
         state = sharding.abstract(self._init())
-        return self._step().lower(state, self.batch(self.train.batch_size, rows), vgg)
+        return self._step().lower(state, self.batch(self.train.batch_size, rows), frozen)
 
     def batch(self, rows: int, split: NamedSharding | None = None) -> dict:
         """Pixels."""
@@ -86,7 +85,7 @@ class TokenizerTraining(Training):
         """Parameters; the rest of the state, a discriminator's too, and LPIPS's weights."""
         with jax.sharding.use_abstract_mesh(mesh):
             params, rest = arrays.of_state(self._init())
-        return params, (*rest, *arrays.of(jax.tree.leaves(self._vgg())))
+        return params, (*rest, *arrays.of(jax.tree.leaves(self._frozen())))
 
     def activations(self, topology: Topology, sizes: dict[str, int], rows: int) -> int:
         """What the backward pass keeps."""
@@ -120,18 +119,21 @@ class TokenizerTraining(Training):
         return autoencoding.make_init(self.network, self.settings, self._update()[0])
 
     def _step(self):
-        return autoencoding.make_train_step(
-            self.network, self.settings, *self._update(), seed=self.seed
+        return step.make_train_step(
+            autoencoding.make_loss(self.network, self.settings),
+            *self._update(),
+            seed=self.seed,
+            ema=self.train.ema,
+            after=autoencoding.make_after(self.network, self.settings),
         )
 
-    def _vgg(self, whole: NamedSharding | None = None) -> dict | None:
-        """Shapes of what LPIPS needs, where it is a loss."""
+    def _frozen(self, whole: NamedSharding | None = None) -> dict | None:
+        """Shapes of LPIPS's weights, where it is part of the loss."""
         if not self.settings.lpips:
             return None
-        return {
-            name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=whole)
-            for name, shape in lpips.shapes().items()
-        }
+        shapes = lpips.shapes().items()
+        weights = {n: jax.ShapeDtypeStruct(s, jnp.float32, sharding=whole) for n, s in shapes}
+        return {"vgg": weights}
 
 
 @functools.cache
@@ -140,7 +142,7 @@ def _executed(training: TokenizerTraining) -> int:
     with jax.sharding.use_abstract_mesh(sharding.one_device()):
         state = jax.eval_shape(lambda: training._init()(jax.random.key(0)))
         batch = training.batch(training.train.batch_size)
-        return flops.of_program(training._step(), state, batch, training._vgg())
+        return flops.of_program(training._step(), state, batch, training._frozen())
 
 
 @functools.cache
@@ -150,9 +152,9 @@ def _residuals(training: TokenizerTraining, mesh: AbstractMesh, rows: int) -> tu
     with jax.sharding.use_abstract_mesh(mesh):
         state = jax.eval_shape(lambda: training._init()(jax.random.key(0)))
         batch = training.batch(rows, NamedSharding(mesh, sharding.BATCH_FIRST))
+        frozen = {**(training._frozen() or {}), "critic": state.get("critic")}
 
-        def of_batch(params, critic, vgg, batch):
-            return loss(params, from_pixels(batch["image"]), critic, jnp.float32(1), vgg)
+        def of_batch(params, frozen, batch):
+            return loss(params, frozen, batch, None, jnp.int32(training.train.steps))
 
-        critic = state["critic"]["params"] if "critic" in state else None
-        return arrays.kept(of_batch, state["params"], critic, training._vgg(), batch)
+        return arrays.kept(of_batch, state["params"], frozen, batch)

@@ -1,4 +1,4 @@
-"""The features that a probe reads: of every layer of a frozen network, or the pixels themselves."""
+"""The features that a probe reads: every layer of a frozen network, or the pixels themselves."""
 
 import functools
 import logging
@@ -12,20 +12,22 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array, Float
 
 from gptv_jax import config as config_lib
-from gptv_jax import hosts, sharding
+from gptv_jax import sharding
 from gptv_jax.data.pipeline import Pipeline
 from gptv_jax.model.gpt import Network
 from gptv_jax.tokens import Codec
 from gptv_jax.train import objective
+from gptv_jax.train.evaluation import on_mesh
 
 LOG = logging.getLogger(__name__)
-MEASURED = 2_000  # training images, or a batch more, that features are standardised by
-MIN_DEVIATION = 1e-6
-TOLD_EVERY = 60  # seconds between two lines of the log, in a pass that takes longer
+MEASURED = 2_000  # training images, rounded up to whole batches, that `statistics` reads
+MIN_DEVIATION = 1e-6  # a feature with a smaller standard deviation counts as constant
+REPORT_EVERY = 60  # seconds between log lines about a long pass over a split
 
-# A split's batches, global, each with its features [votes, L+1, B, D], float32.
+# `split -> (features, batch) ...`: for each batch of the split, as global arrays, the float32
+# features [votes, L+1, B, D].
 Features = Callable[[str], Iterator[tuple[Array, dict]]]
-Batches = Callable[[str], Iterator[dict]]  # a split's batches, this process's rows of them
+Batches = Callable[[str], Iterator[dict]]  # `split -> batches`, this process's rows as NumPy
 Split = tuple[np.ndarray, np.ndarray]  # features [votes * N, D], vote by vote, and labels [N]
 
 
@@ -33,13 +35,15 @@ Split = tuple[np.ndarray, np.ndarray]  # features [votes * N, D], vote by vote, 
 def read(
     network: Network, params: dict, batch: dict, *, raw: bool, votes: int
 ) -> Float[Array, "votes layers B D"]:
-    """Means over positions of every layer's features, under each of the first `votes` masks."""
-    outputs = (objective.evaluated(network, params, batch, v, raw=raw)[0] for v in range(votes))
+    """Every layer's features, averaged over positions, under each of the first `votes` masks."""
+    outputs = (
+        objective.evaluate_batch(network, params, batch, v, raw=raw)[0] for v in range(votes)
+    )
     return jnp.stack([output.pooled for output in outputs])
 
 
 def batches(data: Pipeline, config: config_lib.Probe) -> Batches:
-    """The images that are probed, as they are, split by split."""
+    """The images that are probed, without augmentation, split by split."""
 
     def of_split(split: str) -> Iterator[dict]:
         limit = config.train_images if split == "train" else None
@@ -49,38 +53,37 @@ def batches(data: Pipeline, config: config_lib.Probe) -> Batches:
 
 
 def of_network(network: Network, params: dict, batches: Batches, *, raw: bool) -> Features:
-    """Features of all layers, one pass each time a split is asked for.
+    """Features of all layers; every call for a split is a pass over its images.
 
     Args:
-      network: which.
+      network: the network.
       params: its weights, which are only read.
       batches: as `Pipeline.evaluation` gives them.
-      raw: of the layers' inputs h^l, not of the normed n^l.
+      raw: reads the layers' inputs h^l instead of the normed inputs n^l.
 
     Returns:
-      Features; where the network is judged by votes, training has the first alone.
+      Features; with several votes, training images have the first alone.
     """
 
     def features(split: str) -> Iterator[tuple[Array, dict]]:
         votes = 1 if split == "train" else network.votes
-        told, images, before = time.monotonic(), 0, None
-        for batch in hosts.until_stop(batches(split)):
-            batch = sharding.global_batch(batch)
+        reported, images, before = time.monotonic(), 0, None
+        for batch in on_mesh(batches(split)):
             x = read(network, params, batch, raw=raw, votes=votes)
-            # Two batches under way are enough; more would pile up where the host is the faster.
+            # At most two batches are under way: a faster host would pile up more.
             jax.block_until_ready(before)
             before = x
             yield x, batch
             images += len(batch["mask"])
-            if time.monotonic() - told > TOLD_EVERY and jax.process_index() == 0:
+            if time.monotonic() - reported > REPORT_EVERY and jax.process_index() == 0:
                 LOG.info("features of %s: %d images read.", split, images)
-                told = time.monotonic()
+                reported = time.monotonic()
 
     return features
 
 
 def of_pixels(codec: Codec, batches: Batches) -> Features:
-    """The pixels, 0 .. 255 or whatever the data have, as the one layer of a network of none."""
+    """The pixels, in the data's own range, as the only layer."""
 
     def features(split: str) -> Iterator[tuple[Array, dict]]:
         for batch in batches(split):
@@ -92,20 +95,14 @@ def of_pixels(codec: Codec, batches: Batches) -> Features:
 
 
 class Kept:
-    """Passes features on and keeps those of some layers, of real rows, in host memory."""
+    """Passes features on, and keeps some layers' features of the real rows in host memory."""
 
     def __init__(self, features: Features, layers: Sequence[int]):
-        """Nothing is read yet.
-
-        Args:
-          features: passed on.
-          layers: kept.
-        """
         self.features, self.layers = features, list(layers)
         self._kept: dict[str, tuple[list, list]] = {}
 
     def __call__(self, split: str) -> Iterator[tuple[Array, dict]]:
-        """The features of a split; when all have passed, they are there to be taken."""
+        """The features of a split; `taken` has them when the iterator has ended."""
         features, labels = self._kept[split] = [], []
         for x, batch in self.features(split):
             if self.layers:
@@ -116,7 +113,7 @@ class Kept:
             yield x, batch
 
     def taken(self, layers: Sequence[int]) -> dict[str, Split]:
-        """Of each split that has passed: the layers' features side by side, and the labels."""
+        """For each split that was read: the layers' features side by side, and the labels."""
         found, at = {}, [self.layers.index(layer) for layer in layers]
         for split, (features, labels) in self._kept.items():
             each = [np.concatenate([x[:, i] for x in features], axis=1) for i in at]
@@ -126,7 +123,7 @@ class Kept:
 
 
 def kept(features: Features, layers: Sequence[int]) -> Kept:
-    """Features of some layers, of all three splits."""
+    """Reads all three splits and keeps the features of `layers`."""
     keeper = Kept(features, layers)
     for split in ("train", "validation", "test"):
         for _ in keeper(split):
@@ -135,9 +132,9 @@ def kept(features: Features, layers: Sequence[int]) -> Kept:
 
 
 def statistics(features: Features) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and deviation, each [L+1, D] in float64, of the first training images' features.
+    """Mean and standard deviation, each [L+1, D] in float64, over the first training images.
 
-    Where a feature hardly varies its deviation is given as 1: it is only centred.
+    The deviation of a constant feature is given as 1, so that dividing by it changes nothing.
     """
     seen: list[np.ndarray] = []
     for x, batch in features("train"):
@@ -146,11 +143,13 @@ def statistics(features: Features) -> tuple[np.ndarray, np.ndarray]:
         if sum(each.shape[1] for each in seen) >= MEASURED:
             break
     joined = np.concatenate(seen, axis=1).astype(np.float64)
-    deviation = joined.std(axis=1)
-    return joined.mean(axis=1), np.where(deviation > MIN_DEVIATION, deviation, 1.0)
+    mean, deviation = joined.mean(axis=1), joined.std(axis=1)
+    # Relative to a large mean, because float32 rounds its values by a part in 10^7.
+    varies = deviation > MIN_DEVIATION * np.maximum(np.abs(mean), 1)
+    return mean, np.where(varies, deviation, 1.0)
 
 
 def around(layer: int, count: int, layers: int) -> tuple[int, ...]:
-    """`count` neighbouring layers of 0 .. layers-1, `layer` in their middle, but at the ends."""
+    """`count` neighbouring layers of 0 .. layers-1, `layer` in the middle where possible."""
     first = min(max(layer - count // 2, 0), layers - count)
     return tuple(range(first, first + count))

@@ -1,4 +1,4 @@
-"""The paper's probe for small sets: L-BFGS logistic regression on features held in memory."""
+"""The paper's probe for small data sets: L-BFGS logistic regression on features in memory."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,24 +14,24 @@ from gptv_jax.train import objective
 with epy.lazy_imports():  # heavy, and not needed before pretraining
     from sklearn import linear_model, metrics, pipeline, preprocessing
 
-SMALL = 50_000_000  # features times images
+SMALL = 50_000_000  # size of a feature matrix below which BLAS uses one thread
 
 
 def fit_probe(config: config_lib.Probe, splits: dict[str, Split], *, fold: bool = True) -> dict:
-    """Standardised L-BFGS logistic regression, its strength chosen on validation.
+    """Logistic regression on standardised features, its strength chosen on validation.
 
-    As in the paper, the validation images are folded back in once the choice is made.
+    As in the paper, the final fit is to train and validation together, with the chosen strength.
 
     Args:
-      config: the strengths to try, and the bound on iterations.
-      splits: features and labels of train, validation and test; more features than labels are
-        those of several votes, whose majority decides, and whose first is fitted to.
-      fold: False: what is measured on test is fitted to train alone as well.
+      config: strengths to try, and the bound on iterations.
+      splits: features and labels of train, validation and test. Several votes give several times
+        as many features as labels: the class is that of most votes, the fit is to the first vote.
+      fold: False: the final fit is to train alone, too.
 
     Returns:
       {"c", "validation_accuracy", "validation_nats", "test_accuracy"} of the strength with the best
-      validation accuracy, among equals the lowest validation cross-entropy (nats per image). Both
-      are of the fit to train alone, test of the final one.
+      validation accuracy, among equals the lowest cross-entropy (nats per image). The validation
+      numbers are of the fit to train, test accuracy is of the final fit.
     """
 
     def fit(c: float, features: np.ndarray, labels: np.ndarray):
@@ -40,7 +40,7 @@ def fit_probe(config: config_lib.Probe, splits: dict[str, Split], *, fold: bool 
         return scaled.fit(features, labels)
 
     (train, train_labels), (validation, validation_labels) = splits["train"], splits["validation"]
-    # On small problems BLAS threads cost far more in waiting than they save.
+    # On small problems BLAS threads wait for each other far longer than they compute.
     threads = 1 if train.size < SMALL else None
     with threadpoolctl.threadpool_limits(threads):
         tried = []
@@ -50,28 +50,24 @@ def fit_probe(config: config_lib.Probe, splits: dict[str, Split], *, fold: bool 
             tried.append(row | {"validation_nats": _nats(model, validation, validation_labels)})
         best = max(tried, key=preference)
         if fold:
-            both = np.concatenate([train, validation[: len(validation_labels)]])
-            model = fit(best["c"], both, np.concatenate([train_labels, validation_labels]))
-        else:
-            model = fit(best["c"], train, train_labels)
+            train = np.concatenate([train, validation[: len(validation_labels)]])
+            train_labels = np.concatenate([train_labels, validation_labels])
+        model = fit(best["c"], train, train_labels)
         return best | {"test_accuracy": _accuracy(model, *splits["test"])}
 
 
 def preference(row: dict) -> tuple[float, float]:
-    """What layers and strengths are chosen by: validation accuracy, then cross-entropy."""
+    """Key that ranks layers, strengths and rates: validation accuracy, then cross-entropy."""
     return row["validation_accuracy"], -row["validation_nats"]
 
 
 def with_few_labels(config: config_lib.Probe, splits: dict[str, Split], seed: int) -> list[dict]:
-    """The probe fitted to a few training images of each class, drawn several times.
+    """`fit_probe` on a few training images of each class, for several random subsets.
 
-    Args:
-      config: of the probe; how many labels a class, and how many draws.
-      splits: see `fit_probe`; the strength is chosen on all of validation, which is not folded in.
-      seed: of the draws.
+    The strength is chosen on all of validation, which is not part of the final fit.
 
     Returns:
-      A row for each number of labels and draw: these, and what `fit_probe` returns.
+      A row for each number of labels a class and each draw: the two, and what `fit_probe` returns.
 
     Raises:
       InputError: see `draw`.
@@ -90,10 +86,10 @@ def with_few_labels(config: config_lib.Probe, splits: dict[str, Split], seed: in
 def draw(
     labels: Int[np.ndarray, "N"], per_class: int, rng: np.random.Generator
 ) -> Int[np.ndarray, "chosen"]:
-    """Numbers of `per_class` different images of every class, in order.
+    """Indices of `per_class` different images of every class, sorted.
 
     Raises:
-      InputError: a class has fewer.
+      InputError: a class has fewer images.
     """
     classes, counts = np.unique(labels, return_counts=True)
     if counts.min() < per_class:
@@ -109,13 +105,13 @@ def _accuracy(model, features: np.ndarray, labels: np.ndarray) -> float:
     if len(features) == len(labels):
         return model.score(features, labels)
     logits = model.predict_log_proba(features).reshape(-1, len(labels), len(model.classes_))
-    elected = objective.elect(jnp.asarray(logits, jnp.float32))
-    return float((model.classes_[np.asarray(elected)] == labels).mean())
+    chosen = objective.majority_class(jnp.asarray(logits, jnp.float32))
+    return float((model.classes_[np.asarray(chosen)] == labels).mean())
 
 
 def _nats(model, features: np.ndarray, labels: np.ndarray) -> float:
-    """Cross-entropy, the votes' mean."""
-    # A class that is in none of the training images has probability 0.
+    """Cross-entropy in nats per image, averaged over the votes."""
+    # A class that no training image has gets probability 0.
     known = model.classes_.astype(int)
     likely = np.zeros((len(features), max(known.max(), labels.max()) + 1))
     likely[:, known] = model.predict_proba(features)

@@ -1,9 +1,10 @@
 """Ridge regression of the class on the features of all layers at once, from streamed moments.
 
-The features of a split pass by once, batch by batch, and leave sums: of their products, and by
-class. These give the regression in closed form for any strength. With standardised features Z
-[N, D] and one-hot classes Y [N, C] it minimises |Y - Z W - b|^2 + strength * N * |W|^2, which is
-scikit-learn's `make_pipeline(StandardScaler(), Ridge(alpha=strength * N))`.
+One pass over a split, batch by batch, sums up the products of its features and its features by
+class. From these sums the regression follows in closed form for any strength. With standardised
+features Z [N, D] and one-hot classes Y [N, C] it minimises
+|Y - Z W - b|^2 + strength * N * |W|^2, as scikit-learn's
+`make_pipeline(StandardScaler(), Ridge(alpha=strength * N))` does.
 
 Letters: S strengths, L layers (one more than the network has), D width, C classes, B batch.
 """
@@ -21,15 +22,16 @@ from jaxtyping import Array, Float
 
 from gptv_jax.probe.features import Features
 from gptv_jax.train import objective
+from gptv_jax.train.evaluation import total
 
-EXACT = jax.lax.Precision.HIGHEST  # float32 products where a GPU or TPU would take fewer bits
-# A feature whose variance is less than this share of its mean square about the shift is constant:
-# what is left of it is rounding.
+EXACT = jax.lax.Precision.HIGHEST  # float32 products, where a GPU or TPU would use fewer bits
+# A feature counts as constant if its variance is a smaller share of its mean square about the
+# shift: such a variance is rounding error.
 CONSTANT = 1e-6
 
 
 class Sums(NamedTuple):
-    """Over images, of features less the shift."""
+    """Sums over images of the features minus the shift."""
 
     products: Float[Array, "L D D"]
     by_class: Float[Array, "L C D"]
@@ -37,11 +39,11 @@ class Sums(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """Float32 sums, as good as float64 ones: shifted, and with what rounding kept out of them."""
+    """Float32 sums as exact as float64 ones: shifted, and with compensation for rounding."""
 
-    shift: Float[Array, "L D"]  # the first batch's mean: large means would drown small deviations
+    shift: Float[Array, "L D"]  # the first batch's mean, so that large means do not cost precision
     sums: Sums
-    lost: Sums  # to be taken off the sums
+    lost: Sums  # rounding errors; subtract them from the sums
 
 
 class Solution(NamedTuple):
@@ -54,13 +56,13 @@ class Solution(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=("layers", "width", "classes"))
 def empty(layers: int, width: int, classes: int) -> Moments:
-    """Moments of no image, the largest of them split over fsdp."""
-    way = "fsdp" if width % jax.sharding.get_abstract_mesh().shape["fsdp"] == 0 else None
+    """Moments of no image; the large ones are split over fsdp where the width allows it."""
+    axis = "fsdp" if width % jax.sharding.get_abstract_mesh().shape["fsdp"] == 0 else None
 
     def sums() -> Sums:
         return Sums(
-            jnp.zeros((layers, width, width), out_sharding=P(None, way, None)),
-            jnp.zeros((layers, classes, width), out_sharding=P(None, None, way)),
+            jnp.zeros((layers, width, width), out_sharding=P(None, axis, None)),
+            jnp.zeros((layers, classes, width), out_sharding=P(None, None, axis)),
             jnp.zeros((classes,), out_sharding=P(None)),
         )
 
@@ -69,12 +71,9 @@ def empty(layers: int, width: int, classes: int) -> Moments:
 
 @functools.partial(jax.jit, donate_argnums=0)
 def add(moments: Moments, features: Float[Array, "votes L B D"], batch: dict) -> Moments:
-    """The moments with one more batch.
+    """Adds a batch to the moments, which are donated.
 
-    Args:
-      moments: so far; donated.
-      features: of which the first vote counts.
-      batch: "label" [B], and "mask" [B], which is 0 for rows that do not count.
+    The first vote's features count, in rows whose batch["mask"] is 1.
     """
     features, mask = features[0].astype(jnp.float32), batch["mask"]
     mean = jnp.einsum("lbd,b->ld", features, mask, precision=EXACT, out_sharding=P(None, None))
@@ -92,7 +91,7 @@ def add(moments: Moments, features: Float[Array, "votes L B D"], batch: dict) ->
         over_images("bc,lbd->lcd", moments.sums.by_class, one_hot, x),
         over_images("bc->c", moments.sums.images, one_hot),
     )
-    # Kahan's summation: rounding does not add up over the batches of a large set.
+    # Kahan summation: rounding errors do not add up over the batches of a large data set.
     part = jax.tree.map(jnp.subtract, part, moments.lost)
     sums = jax.tree.map(jnp.add, moments.sums, part)
     lost = jax.tree.map(lambda new, old, p: (new - old) - p, sums, moments.sums, part)
@@ -100,12 +99,7 @@ def add(moments: Moments, features: Float[Array, "votes L B D"], batch: dict) ->
 
 
 def solve(moments: Moments, strengths: Float[np.ndarray, "S L"]) -> Solution:
-    """The regression for every strength, on the host, in float64.
-
-    Args:
-      moments: of a split, on the mesh or as NumPy arrays.
-      strengths: of each layer; times the number of images, what is added to Z'Z's diagonal.
-    """
+    """The regression for every strength and layer, on the host in float64."""
     shift, sums, lost = multihost_utils.process_allgather(moments, tiled=True)
     S, (L, C, D) = len(strengths), sums.by_class.shape
     images = sums.images.astype(np.float64) - lost.images
@@ -132,17 +126,11 @@ def solve(moments: Moments, strengths: Float[np.ndarray, "S L"]) -> Solution:
 def correct(
     solution: Solution, features: Float[Array, "votes L B D"], batch: dict
 ) -> tuple[Float[Array, "S L"], Float[Array, ""]]:
-    """How many images each strength and layer classifies correctly, by majority vote, and of all.
-
-    Args:
-      solution: on the mesh.
-      features: of the batch.
-      batch: see `add`.
-    """
+    """Images classified correctly, by majority vote, and number of images, where the mask is 1."""
     mask = batch["mask"]
     x = features.astype(jnp.float32) - solution.shift[None, :, None]
     scores = jnp.einsum("vlbd,slcd->vslbc", x, solution.weight, precision=EXACT)
-    chosen = objective.elect(scores + solution.bias[None, :, :, None])
+    chosen = objective.majority_class(scores + solution.bias[None, :, :, None])
     right = (chosen == batch["label"][None, None]) * mask[None, None]
     return right.sum(axis=-1), mask.sum()
 
@@ -150,18 +138,19 @@ def correct(
 def tabulate(
     features: Features, classes: int, strengths: Sequence[float], *, test: bool = True
 ) -> list[dict]:
-    """What a ridge regression reads from every layer, from one pass over each split.
+    """Fits a ridge regression to every layer, from one pass over each split.
+
+    Fits are to the first vote alone.
 
     Args:
-      features: of the splits; training and, once it has judged, validation are fitted to by the
-        first vote alone.
+      features: of the splits.
       classes: C.
-      strengths: to try; the one with the best validation accuracy is taken, of equals the largest.
-      test: whether to fit again with validation folded in, and measure that on test.
+      strengths: to try; the best on validation is taken, among equals the largest.
+      test: whether to fit again with validation folded in, and measure that fit on test.
 
     Returns:
-      For every layer {"ridge", its strength, "ridge_validation_accuracy", of the fit to train
-      alone and, with `test`, "ridge_test_accuracy", of the fit to both}.
+      For every layer {"ridge", the strength, "ridge_validation_accuracy", of the fit to train and,
+      with `test`, "ridge_test_accuracy", of the fit to train and validation}.
     """
     strengths = sorted(strengths, reverse=True)
     moments = None
@@ -170,14 +159,17 @@ def tabulate(
             moments = empty(x.shape[1], x.shape[3], classes)
         moments = add(moments, x, batch)
 
-    def accuracies(split: str, solution: Solution, fold: bool) -> Float[np.ndarray, "S L"]:
-        nonlocal moments
-        solution, total = _on_mesh(solution), None
-        for x, batch in features(split):
-            part = correct(solution, x, batch)
-            total = part if total is None else jax.tree.map(jnp.add, total, part)
-            moments = add(moments, x, batch) if fold else moments
-        right, images = jax.device_get(total)
+    def accuracies(split: str, solution: Solution, *, fold: bool) -> Float[np.ndarray, "S L"]:
+        solution = _on_mesh(solution)
+
+        def parts():
+            nonlocal moments
+            for x, batch in features(split):
+                yield correct(solution, x, batch)
+                if fold:
+                    moments = add(moments, x, batch)
+
+        right, images = total(parts())
         return right.astype(np.float64) / images
 
     L = moments.shift.shape[0]
@@ -196,7 +188,7 @@ def tabulate(
 
 
 def quick_table(features: Features, classes: int, strengths: Sequence[float]) -> dict:
-    """The best layer and its accuracy on validation, for a log; the test split is not read."""
+    """The best layer and its validation accuracy, for a log; the test split is not read."""
     rows = tabulate(features, classes, strengths, test=False)
     best = best_layers(rows, 1)[0]
     accuracy = rows[best]["ridge_validation_accuracy"]
@@ -210,7 +202,7 @@ def best_layers(rows: list[dict], count: int | None) -> list[int]:
 
 
 def _on_mesh(solution: Solution) -> Solution:
-    """As float32 on every device; all processes have solved for the same."""
+    """The solution as float32 on every device; all processes hold an equal one."""
     whole = jax.sharding.NamedSharding(jax.sharding.get_mesh(), P())
 
     def put(x: np.ndarray) -> Array:

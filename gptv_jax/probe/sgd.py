@@ -1,7 +1,7 @@
 """The probe for sets too large for L-BFGS: linear heads trained by SGD on augmented images.
 
-Heads for every learning rate and every group of layers are trained at once, on the same forward
-pass of the frozen network; each has a loss and a rate of its own, so none changes another.
+Heads for every learning rate and every group of layers are trained together, on the same forward
+pass of the frozen network. Each has its own loss and rate, so no head changes another.
 
 Letters: G groups of N layers each, R learning rates, B batch, T tokens, D width, C classes.
 """
@@ -17,23 +17,28 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from gptv_jax import config as config_lib
-from gptv_jax import hosts, sharding
+from gptv_jax import sharding
 from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.model import flops
 from gptv_jax.model.gpt import Network, Output
 from gptv_jax.probe.features import Batches, Features, statistics
 from gptv_jax.probe.logistic import preference
 from gptv_jax.train import loop, objective, step
+from gptv_jax.train.evaluation import on_mesh, total
 from gptv_jax.train.metrics import MetricWriter
-from gptv_jax.train.objective import cross_entropy
-from gptv_jax.train.optimizer import apply_update
 
 Group = tuple[int, ...]  # layers whose features a head reads side by side
+
+SPECS = {  # the width is split over fsdp, as in the network's own class head
+    "weight": P(None, None, None, None, "fsdp"),
+    "bias": P(None, None, None),
+    **dict.fromkeys(("query", "center", "scale"), P(None, None, None, "fsdp")),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Heads:
-    """All that fixes the heads' shapes and what they read; their weights are a nested dict."""
+    """The shapes of all heads and the features they read; their weights are a nested dict."""
 
     network: Network
     config: config_lib.Probe
@@ -41,16 +46,16 @@ class Heads:
     groups: tuple[Group, ...]
 
     def stacks(self) -> dict[str, list[Group]]:
-        """Groups by their number of layers, each lot trained as one array."""
+        """Groups by their number of layers; groups of one size are trained as one array."""
         sizes = sorted({len(group) for group in self.groups})
         return {f"layers_{n}": [g for g in self.groups if len(g) == n] for n in sizes}
 
     def init(self, key: PRNGKeyArray | None = None) -> dict:
         """Float32 zeros, as the network's own heads begin; call it under a mesh, inside jit.
 
-        `{stack: {"weight" [G, R, C, N, D], "bias" [G, R, C]}}`; for attentive pooling "query"
-        [G, R, N, D], by which at first all positions count the same; to standardise "center" and
-        "scale" [G, R, N, D], alike for all rates, which are not trained.
+        `{stack: {"weight" [G, R, C, N, D], "bias" [G, R, C]}}`. For attentive pooling also "query"
+        [G, R, N, D]; zeros weigh all positions alike. To standardise also "center" and "scale"
+        [G, R, N, D], which are the same for all rates and are not trained.
         """
         del key
         R, C, D = len(self.config.sgd.learning_rates), self.classes, self.network.config.width
@@ -72,16 +77,16 @@ class Heads:
         mean, deviation = statistics(features)
         for name, groups in self.stacks().items():
             for leaf, value in (("center", mean), ("scale", 1 / deviation)):
-                of_groups = np.stack([value[list(group)] for group in groups])[:, None]
+                by_group = np.stack([value[list(group)] for group in groups])[:, None]
                 old = weights[name][leaf]
-                new = np.broadcast_to(of_groups, old.shape).astype(np.float32)
+                new = np.broadcast_to(by_group, old.shape).astype(np.float32)
                 weights[name][leaf] = jax.make_array_from_callback(
                     old.shape, old.sharding, lambda index, new=new: new[index]
                 )
         return weights
 
     def reading(self) -> dict:
-        """What the network is to be called with, beside its inputs."""
+        """Arguments of the network's call that make it return the features the heads read."""
         layers = sorted({layer for group in self.groups for layer in group})
         keep = tuple(layers) if self.config.pooling == "attentive" else ()
         return {"raw": self.config.features == "raw", "keep": keep}
@@ -101,19 +106,12 @@ class Heads:
                 x = jnp.einsum("grnbt,gnbtd->grnbd", shares, x, out_sharding=spec)
             if "center" in w:
                 center, scale = jax.lax.stop_gradient((w["center"], w["scale"]))
-                # One copy will do where the features are the same for all rates.
+                # Without attention the features are the same for all rates, and one copy will do.
                 at = slice(None) if keep else 0
                 x = (x - center[:, at, :, None]) * scale[:, at, :, None]
             equation = "grnbd,grcnd->grbc" if keep else "gnbd,grcnd->grbc"
             logits[name] = jnp.einsum(equation, x, w["weight"]) + w["bias"][:, :, None]
         return logits
-
-
-SPECS = {  # the width is split over fsdp, as the network's own class head is
-    "weight": P(None, None, None, None, "fsdp"),
-    "bias": P(None, None, None),
-    **dict.fromkeys(("query", "center", "scale"), P(None, None, None, "fsdp")),
-}
 
 
 def fit(
@@ -130,43 +128,40 @@ def fit(
     """Trains all heads to the end of the schedule, from the newest checkpoint where there is one.
 
     Args:
-      heads: what is trained.
-      frozen: the network's weights, only read.
-      checkpoints: open, and left open.
+      heads: to train.
+      frozen: the network's weights, which are only read.
+      checkpoints: open; they stay open.
       log: takes the events.
       training: `position -> iterator` over this process's share of augmented batches from there on.
       evaluation: a split's batches.
-      features: of the training split, by which heads are standardised.
-      seed: see `make_train_step`.
+      features: of the training split, for standardising.
+      seed: see `step.make_train_step`.
 
     Returns:
-      For each group {"learning_rate", "validation_accuracy", "validation_nats", "test_accuracy"} of
-      the rate with the best validation accuracy, among equals the lowest cross-entropy, after the
-      last step.
+      For each group {"learning_rate", "validation_accuracy", "validation_nats", "test_accuracy"}
+      after the last step, for the rate with the best validation accuracy, among equals the lowest
+      cross-entropy.
 
     Raises:
       InputError: see `loop.fit`.
     """
-    settings, optimizer = heads.config.sgd, make_optimizer(heads.config.sgd)
-    train_step, eval_step = make_train_step(heads, optimizer, seed), make_eval_step(heads)
+    settings, (optimizer, rate) = heads.config.sgd, make_optimizer(heads.config.sgd)
+    train_step = step.make_train_step(make_loss(heads), optimizer, rate, seed=seed)
+    eval_step = make_eval_step(heads)
 
     def init(key: PRNGKeyArray) -> dict:
         return step.state_of(heads.init(key), optimizer)
-
-    def evaluate(weights: dict, split: str = "validation") -> dict[str, dict]:
-        total = None
-        for batch in hosts.until_stop(evaluation(split)):
-            sums = eval_step(weights, frozen, sharding.global_batch(batch))
-            total = sums if total is None else jax.tree.map(jnp.add, total, sums)
-        total = jax.device_get(total)
-        images = total.pop("images")
-        return jax.tree.map(lambda x: x.astype(np.float64) / images, total)
 
     def initial() -> dict:
         state = jax.jit(init)(jax.random.key(seed))
         if settings.standardize:
             state["params"] = heads.standardised(state["params"], features)
         return state
+
+    def evaluate(weights: dict, split: str = "validation") -> dict[str, dict]:
+        sums = total(eval_step(weights, frozen, batch) for batch in on_mesh(evaluation(split)))
+        images = sums.pop("images")
+        return jax.tree.map(lambda x: x.astype(np.float64) / images, sums)
 
     def best(weights: dict) -> dict[str, float]:
         found = evaluate(weights)
@@ -175,23 +170,17 @@ def fit(
             "best_class_nats": min(float(x.min()) for x in found["class_nats"].values()),
         }
 
+    shared = ("steps", "batch_size", "eval_every", "checkpoint_every", "log_every")
     fitted = loop.fit(
         "probe",
-        config_lib.Train(
-            steps=settings.steps,
-            batch_size=settings.batch_size,
-            eval_every=settings.eval_every,
-            checkpoint_every=settings.checkpoint_every,
-            log_every=settings.log_every,
-        ),
+        config_lib.Train(**{name: getattr(settings, name) for name in shared}),
         length=heads.network.length,
-        # Gradients do not go through the network.
-        flops=flops.forward(heads.network).total,
+        flops=flops.forward(heads.network).total,  # gradients do not go through the network
         checkpoints=checkpoints,
         log=log,
         initial=initial,
         abstract=sharding.abstract(init),
-        train_step=lambda state, batch: train_step(state, frozen, batch),
+        train_step=lambda state, batch: train_step(state, batch, frozen),
         batches=training,
         evaluate=best,
     )
@@ -212,75 +201,70 @@ def fit(
     return chosen
 
 
-def make_optimizer(config: config_lib.ProbeSgd) -> optax.GradientTransformation:
-    """SGD with momentum, every head at its own rate, all falling to 0 along a cosine."""
+def make_optimizer(
+    config: config_lib.ProbeSgd,
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """SGD with momentum, every head at its own rate, and the highest rate by step.
+
+    All rates fall to 0 along a cosine.
+    """
     shape = optax.cosine_decay_schedule(1.0, config.steps)
 
-    def at_own_rate(updates, _):
+    def scale_by_rate(updates, _):
         def scaled(leaf: Array) -> Array:
             rates = jnp.array(config.learning_rates, jnp.float32)
             return leaf * rates.reshape(1, -1, *(1,) * (leaf.ndim - 2))
 
         return jax.tree.map(scaled, updates)
 
-    return optax.chain(
+    optimizer = optax.chain(
         optax.trace(config.momentum),
-        optax.stateless(at_own_rate),
+        optax.stateless(scale_by_rate),
         optax.scale_by_schedule(lambda step: -shape(step)),
     )
+    return optimizer, lambda step: max(config.learning_rates) * shape(step)
 
 
-def make_train_step(heads: Heads, optimizer: optax.GradientTransformation, seed: int) -> Callable:
-    """`(state, frozen, batch) -> (state, metrics)`, donating the state.
+def make_loss(heads: Heads) -> Callable:
+    """The sum of all heads' losses, as `step.make_train_step` takes it.
 
-    Args:
-      heads: whose weights the state holds, as its "params".
-      optimizer: of the heads.
-      seed: of what BERT does not see; the key of a step is folded from the step.
+    `frozen` holds the network's weights; the key draws BERT's masks.
     """
-    network = heads.network
 
-    def loss(weights: dict, frozen: dict, batch: dict, step: Array) -> tuple[Array, Array]:
-        key = jax.random.fold_in(jax.random.key(seed), step)
-        hidden = objective.hide(network, len(batch["tokens"]), key)
-        inputs = batch["tokens"], objective.starts(network, batch, told=False)
-        output = network.bind(frozen)(*inputs, hidden=hidden, **heads.reading())
-        logits = heads.logits(weights, output)
-        nats = [_class_nats(each, batch["label"]).mean(axis=-1).ravel() for each in logits.values()]
+    def loss(
+        params: dict, frozen: dict, batch: dict, key: PRNGKeyArray, step: Int[Array, ""]
+    ) -> tuple[Array, dict]:
+        del step
+        network = heads.network
+        mask = objective.draw_mask(network, len(batch["tokens"]), key)
+        start = objective.start_vectors(network, batch, condition_on_label=False)
+        output = network.bind(frozen)(batch["tokens"], start, hidden=mask, **heads.reading())
+        logits = heads.logits(params, output).values()
+        nats = [_class_nats(each, batch["label"]).mean(axis=-1).ravel() for each in logits]
         nats = jnp.concatenate(nats)
-        return nats.sum(), nats.min()
+        return nats.sum(), {"best_class_nats": nats.min()}
 
-    def train_step(state: dict, frozen: dict, batch: dict) -> tuple[dict, dict]:
-        gradient = jax.grad(loss, has_aux=True)
-        grads, least = gradient(state["params"], frozen, batch, state["step"])
-        params, opt = apply_update(optimizer, grads, state["opt"], state["params"])
-        state = {"step": state["step"] + 1, "params": params, "opt": opt}
-        return state, {"best_class_nats": least}
-
-    return jax.jit(train_step, donate_argnums=0)
+    return loss
 
 
 def make_eval_step(heads: Heads) -> Callable:
-    """`(weights, frozen, batch) -> sums` over rows of mask 1.
+    """`(params, frozen, batch) -> sums` over the rows whose "mask" is 1, jitted.
 
-    {"images", "accuracy": {stack: [G, R]}, "class_nats": {stack: [G, R]}}: the number of images, of
-    those that a head classifies correctly, by majority where there are votes, and nats, the votes'
-    mean.
+    {"images", "accuracy": {stack: [G, R]}, "class_nats": {stack: [G, R]}}: number of images, of
+    images that a head classifies correctly (by majority vote), and nats, averaged over the votes.
     """
     network = heads.network
 
-    def eval_step(weights: dict, frozen: dict, batch: dict) -> dict:
+    def eval_step(params: dict, frozen: dict, batch: dict) -> dict:
         labels, mask = batch["label"], batch["mask"][None, None]
-        votes = [
-            heads.logits(
-                weights, objective.evaluated(network, frozen, batch, vote, **heads.reading())[0]
-            )
-            for vote in range(network.votes)
-        ]
+        votes = []
+        for vote in range(network.votes):
+            output, _ = objective.evaluate_batch(network, frozen, batch, vote, **heads.reading())
+            votes.append(heads.logits(params, output))
         sums = {"images": mask.sum(), "accuracy": {}, "class_nats": {}}
-        for name in weights:
+        for name in params:
             logits = jnp.stack([vote[name] for vote in votes])
-            right = objective.elect(logits) == labels[None, None]
+            right = objective.majority_class(logits) == labels[None, None]
             nats = _class_nats(logits, labels).mean(axis=0)
             sums["accuracy"][name] = (right * mask).sum(axis=-1)
             sums["class_nats"][name] = (nats * mask).sum(axis=-1)
@@ -292,4 +276,4 @@ def make_eval_step(heads: Heads) -> Callable:
 def _class_nats(
     logits: Float[Array, "*heads B C"], labels: Int[Array, "B"]
 ) -> Float[Array, "*heads B"]:
-    return cross_entropy(logits, jnp.broadcast_to(labels, logits.shape[:-1]))
+    return objective.cross_entropy(logits, jnp.broadcast_to(labels, logits.shape[:-1]))

@@ -23,7 +23,7 @@ from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.config import fields, rules
 from gptv_jax.data import codec as codecs
 from gptv_jax.data import pipeline, sources, transforms
-from gptv_jax.data.damage import Ledger
+from gptv_jax.data.damage import DamageLog
 from gptv_jax.data.pipeline import Pipeline
 from gptv_jax.decode.sampler import check_guidable
 from gptv_jax.errors import InputError
@@ -84,33 +84,33 @@ class Run:
         self.metrics = MetricWriter(self.folder)
         share = sharding.batch_share(self.mesh)
         self.images = Pipeline(config.data, None, config.seed, self.folder, share)
-        self._take(self._lexicon())
+        self._take(self._definition())
 
-    def _take(self, lexicon: tokens.Lexicon | None) -> None:
+    def _take(self, definition: tokens.TokenDefinition | None) -> None:
         """The codec, and the data by it; None both, while the tokenizer is still to be trained."""
         config, kind = self.config, self.config.tokens.kind
         self.codec = self.data = None
-        if lexicon is not None or kind not in tokens.LEXICONS:
-            self.codec = tokens.make_codec(config.tokens, config.data.image_size, lexicon)
+        if definition is not None or kind not in tokens.DEFINITIONS:
+            self.codec = tokens.make_codec(config.tokens, config.data.image_size, definition)
             self.data = self.images.with_codec(self.codec)
 
     def adopt(self, tokenizer: tokens.Tokenizer) -> None:
         """Keeps the tokenizer that the stage of this name has trained, for all later stages."""
         if jax.process_index() == 0:
-            tokens.save_lexicon(tokenizer, self.folder)
+            tokens.save_definition(tokenizer, self.folder)
         self._take(tokenizer)
 
-    def _lexicon(self) -> tokens.Lexicon | None:
+    def _definition(self) -> tokens.TokenDefinition | None:
         """What process 0 keeps of the tokens, on all processes."""
         kind = self.config.tokens.kind
-        if kind not in tokens.LEXICONS or jax.process_count() == 1:
-            return tokens.load_lexicon(kind, self.folder)
-        path = self.folder / tokens.LEXICONS[kind][0]
+        if kind not in tokens.DEFINITIONS or jax.process_count() == 1:
+            return tokens.load_definition(kind, self.folder)
+        path = self.folder / tokens.DEFINITIONS[kind][0]
         first = jax.process_index() == 0
         content = hosts.bytes_of_first(path.read_bytes() if first and path.exists() else b"")
         with tempfile.TemporaryDirectory() as folder:
             (pathlib.Path(folder) / path.name).write_bytes(content)
-            return tokens.load_lexicon(kind, pathlib.Path(folder)) if content else None
+            return tokens.load_definition(kind, pathlib.Path(folder)) if content else None
 
     def _prepare(self) -> None:
         """Checks and claims the folder, and sees to it that it keeps what the tokens stand for."""
@@ -119,7 +119,9 @@ class Run:
         made = (self.folder / "config.json").exists()
         begun = made and checkpoint.found(checkpoint_folder(config, self.folder))
         if not found and begun and (kind != "learned" or self._tokenizer_finished):
-            raise InputError(f"{self.folder} has lost its {tokens.LEXICONS[kind][0]}; restore it.")
+            raise InputError(
+                f"{self.folder} has lost its {tokens.DEFINITIONS[kind][0]}; restore it."
+            )
         if not found and kind == "learned" and "tokenizer" not in self.stages:
             raise InputError(
                 "config.tokens.kind=learned needs a tokenizer; run --stages=tokenizer first, or "
@@ -132,10 +134,10 @@ class Run:
             self._check_pretrained(found)  # before this folder is claimed
         self._claim()
         if not found and not trained_here:
-            found = codecs.build_codec(config, Ledger(config.data, self.folder))
+            found = codecs.build_codec(config, DamageLog(config.data, self.folder))
             self._try(found)
         if found:
-            tokens.save_lexicon(found.lexicon, self.folder)
+            tokens.save_definition(found.definition, self.folder)
 
     def _try(self, codec: tokens.Codec | None) -> None:
         """The data, every list of transforms and the codec must fit each other."""
@@ -172,8 +174,8 @@ class Run:
 
     def _imported(self, codec: tokens.Codec | None) -> WeightsFile:
         """The weights of `config.init_from`, where they come from elsewhere; without class head."""
-        given, lexicon = self.config.init_from, codec and codec.lexicon
-        palette = lexicon if isinstance(lexicon, tokens.Palette) else None
+        given, definition = self.config.init_from, codec and codec.definition
+        palette = definition if isinstance(definition, tokens.Palette) else None
         found = weights_lib.read(given, palette).headless()
         self._must_fit(found)
         return found
@@ -247,7 +249,7 @@ class Run:
 
     def finish(self, stage: str, numbers: dict) -> None:
         """Adds a stage's numbers, keyed without the stage's name, to the summary."""
-        skipped = set().union(*hosts.from_all(self.images.ledger.names))
+        skipped = set().union(*hosts.from_all(self.images.damage_log.names))
         if jax.process_index() != 0:
             return
         summary = self.summary() | {f"{stage}/{name}": value for name, value in numbers.items()}

@@ -63,14 +63,14 @@ def _reference(run: Run, features: Features) -> Reference:
         found = references.load(path)
         if found.made_of(features) and found.provenance["split"] == config.split:
             return found
-    if sources.open_source(data, config.split).form == "tokens":
+    if sources.open_source(data, config.split).stored_as == "tokens":
         raise InputError(
             f"config.data.name={data.name} holds tokens, but generated images are compared with "
             "real ones; name statistics of these by config.generate.reference, or run "
             "--stages=generate on the images, in another --workdir with config.init_from."
         )
     LOG.info("reading %s for the reference statistics", config.split)
-    elements = pipeline.images(data, config.split, run.images.ledger)
+    elements = pipeline.images(data, config.split, run.images.damage_log)
     provenance = {
         "data": data.name,
         "path": data.path,

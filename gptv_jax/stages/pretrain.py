@@ -1,6 +1,6 @@
 """Pretraining: the network learns to predict the next image token.
 
-Of a class-conditional network nats per token are those of an image whose class is told.
+A class-conditional network is evaluated with the images' classes.
 """
 
 import functools
@@ -8,55 +8,53 @@ import math
 
 import jax
 
-from gptv_jax import sharding
+from gptv_jax import hosts, sharding
 from gptv_jax.checkpoint import Checkpoints
-from gptv_jax.data import pipeline
 from gptv_jax.model import flops
 from gptv_jax.model.gpt import parameter_count
 from gptv_jax.probe import features, ridge
 from gptv_jax.runs.run import Run
 from gptv_jax.tokens.statistics import TokenStatistics
-from gptv_jax.train import loop, metrics, optimizer, profiling, step
+from gptv_jax.train import evaluation, loop, metrics, optimizer, profiling, step
 
 
 def run_stage(run: Run) -> dict:
     """Trains `config.train.steps` steps and measures the test split once; the summary's numbers."""
-    config = run.config
-    network, batch_size = run.network(), config.train.batch_size
-    needed = flops.training(network).total
+    config, train = run.config, run.config.train
+    network, metric = run.network(), evaluation.make_metric(run.network())
+    token_flops = flops.training(network).total
     update, rate = optimizer.make_optimizer(
-        config.train.optimizer, config.train.steps, relative_width=config.model.relative_width
+        train.optimizer, train.steps, relative_width=config.model.relative_width
     )
-    init = step.make_init(network, update, config.train.ema)
-    eval_step = step.make_eval_step(network)
+    init = step.make_init(network, update, train.ema)
 
     def evaluate(params: dict, split: str = "validation") -> dict:
-        return loop.evaluate_all(eval_step, params, run.data.evaluation(split, batch_size))
+        return metric.measure(params, run.data.evaluation(split, train.batch_size))
 
     def probe(params: dict) -> dict:
         raw, images = config.probe.features == "raw", features.batches(run.data, config.probe)
         read = features.of_network(network, params, images, raw=raw)
         return ridge.quick_table(read, run.classes, config.probe.ridge)
 
-    with Checkpoints(run.checkpoints("pretrain"), config.train.keep_checkpoints) as checkpoints:
+    with Checkpoints(run.checkpoints("pretrain"), train.keep_checkpoints) as checkpoints:
         fitted = loop.fit(
             "pretrain",
-            config.train,
+            train,
             length=network.length,
-            flops=needed,
+            flops=token_flops,
             checkpoints=checkpoints,
             log=run.metrics,
             initial=lambda: jax.jit(init)(jax.random.key(config.seed)),
             abstract=sharding.abstract(init),
             train_step=step.make_train_step(
-                step.generative_loss(network, config.train.steps),
+                step.generative_loss(network, train.steps),
                 update,
                 rate,
-                microbatches=config.train.microbatches,
+                microbatches=train.microbatches,
                 seed=config.seed,
-                ema=config.train.ema,
+                ema=train.ema,
             ),
-            batches=functools.partial(run.data.train, batch_size),
+            batches=functools.partial(run.data.train, train.batch_size),
             evaluate=evaluate,
             measure=probe,
             measure_every=config.probe.every,
@@ -71,30 +69,39 @@ def run_stage(run: Run) -> dict:
         "validation_nats_per_token": fitted.evaluations[-1]["nats_per_token"],
         "test_nats_per_token": nats,
         "test_bits_per_token": bits,
-        **_against_pixels(run, bits),
+        **_image_numbers(run, bits),
         "train_tokens_per_second": fitted.tokens_per_second,
-        "mfu": metrics.mfu(needed, fitted.tokens_per_second),
+        "mfu": metrics.mfu(token_flops, fitted.tokens_per_second),
         **fitted.sessions,
     }
 
 
-def _against_pixels(run: Run, bits: float) -> dict[str, float | None]:
-    """What bits per token are of the images themselves, which only lossless tokens can tell.
+def _image_numbers(run: Run, bits: float) -> dict[str, float | None]:
+    """Bits per dimension for lossless tokens; for other tokens the distortion of the test images.
 
-    Of a palette, its distortion instead: fewer bits for a coarser image are no better model of it,
-    so they do not compare with bits per dimension.
+    Lossy tokens have no bits per dimension: fewer bits for a coarser image are no better model.
     """
     codec, distortion = run.codec, {}
-    likely = run.config.model.objective == "autoregressive"  # bert tells of hidden tokens alone
+    autoregressive = run.config.model.objective == "autoregressive"  # BERT: masked tokens only
     if not codec.lossless and run.data.has_pixels("test"):
-        statistics = TokenStatistics(codec)
-        images = pipeline.images(run.config.data, "test", run.data.ledger)
-        for batch in pipeline.tokenized(codec, images):
-            statistics.add(batch["image"], batch["tokens"])
-        distortion = statistics.numbers()
+        distortion = _distortion(run)
     per_dimension = math.prod(codec.grid) / math.prod(codec.image_shape)
+    has_bits = codec.lossless and autoregressive
     return {
-        "test_bits_per_dimension": bits * per_dimension if codec.lossless and likely else None,
+        "test_bits_per_dimension": bits * per_dimension if has_bits else None,
         "test_distortion_mse": 0.0 if codec.lossless else distortion.get("mean_squared_error"),
         "test_distortion_psnr_db": distortion.get("psnr"),
     }
+
+
+def _distortion(run: Run) -> dict[str, float | None]:
+    """`TokenStatistics.numbers` of the test images, each read and decoded by one process."""
+    statistics = TokenStatistics(run.codec)
+    for batch in run.images.evaluation("test", run.config.train.batch_size):
+        images = batch["image"][batch["mask"] > 0]
+        if len(images):
+            statistics.add(images, run.codec.encode(images))
+    # Sums of whole numbers, exact in any order.
+    shares = hosts.from_all([statistics.squared_error, statistics.values])
+    statistics.squared_error, statistics.values = (sum(each) for each in zip(*shares, strict=True))
+    return statistics.numbers()

@@ -1,9 +1,9 @@
 """Linear probe: what a linear classifier reads from every layer's frozen features.
 
-Ridge regression, in closed form from one pass over the images, is the quick table of all layers.
-Those it finds best (or all) are then probed by one of the paper's two protocols: L-BFGS logistic
-regression on the features of the images as they are, or SGD on augmented ones. Beside it stand the
-floors: raw pixels, and the network with its initial random weights.
+Ridge regression, in closed form from one pass over the images, ranks all layers quickly. The best
+of them (or all) are then probed by one of the paper's two protocols: L-BFGS logistic regression on
+features of unchanged images, or SGD on augmented ones. Two floors are probed in the same way: raw
+pixels, and the network with its random initial weights.
 """
 
 import logging
@@ -24,7 +24,7 @@ from gptv_jax.train.metrics import Progress
 
 LOG = logging.getLogger(__name__)
 RESULTS = ("validation_accuracy", "test_accuracy")
-FITS = "fits.json"  # of a probe by L-BFGS that is not finished
+FITS = "fits.json"  # results of an unfinished probe by L-BFGS
 
 
 def run_stage(run: Run) -> dict:
@@ -55,14 +55,14 @@ def run_stage(run: Run) -> dict:
 
 
 def _by_lbfgs(run: Run, network: Network, trained: dict, initial: dict) -> tuple:
-    """Rows of the trained and of the random layers, the raw pixels' row, and further numbers."""
+    """Rows of the trained and the random network's layers, the pixels' row, further numbers."""
     config, batches = run.config.probe, features.batches(run.data, run.config.probe)
     read, floor = (
         features.of_network(network, params, batches, raw=config.features == "raw")
         for params in (trained, initial)
     )
     pixels = features.kept(features.of_pixels(run.codec, batches), [0]).taken([0])
-    for per_class in config.labels_per_class:  # too many are refused before any work
+    for per_class in config.labels_per_class:  # refuses too many labels before any work
         draw(pixels["train"][1], per_class, np.random.default_rng(run.config.seed))
     rows, seen = _layers_by_lbfgs(run, "probe", network, read)
     random, _ = _layers_by_lbfgs(run, "probe of random weights", network, floor)
@@ -89,7 +89,7 @@ def _by_lbfgs(run: Run, network: Network, trained: dict, initial: dict) -> tuple
 
 
 def _once(run: Run, name: str, fit: Callable[[], dict]) -> dict:
-    """What `fit()` gives, kept beside the others: a probe that goes on does not fit it again."""
+    """The result of `fit()`, kept in a file, so that a probe that continues does not repeat it."""
     path = run.folder / "probe" / FITS
     fits = hosts.from_first(lambda: files.read_json(path, {}))
     if name not in fits:
@@ -99,7 +99,7 @@ def _once(run: Run, name: str, fit: Callable[[], dict]) -> dict:
 
 
 def _layers_by_lbfgs(run: Run, name: str, network: Network, read: Features):
-    """A row for every layer, and what was kept of the refined ones."""
+    """A row for every layer, and the kept features of the refined layers."""
     config, every = run.config.probe, range(network.config.layers + 1)
     seen = Kept(read, every if config.refine is None else ())
     rows = _table(name, seen, run)
@@ -117,10 +117,10 @@ def _layers_by_lbfgs(run: Run, name: str, network: Network, read: Features):
 
 
 def _by_sgd(run: Run, network: Network, trained: dict, initial: dict) -> tuple:
-    """As `_by_lbfgs`; the floors are the ridge's, which needs no second training."""
+    """As `_by_lbfgs`; the floors are probed by ridge regression, which needs no training."""
     config, batches = run.config.probe, features.batches(run.data, run.config.probe)
     path = run.folder / "probe" / "ridge.json"
-    # A run that goes on trains the heads that it began.
+    # The tables choose the heads, so a run that continues must find the same tables.
     tables = hosts.from_first(lambda: files.read_json(path, {}))
     if not tables:
         for name, params in (("probe", trained), ("probe of random weights", initial)):
@@ -159,7 +159,7 @@ def _by_sgd(run: Run, network: Network, trained: dict, initial: dict) -> tuple:
 
 
 def _table(name: str, read: Features, run: Run) -> list[dict]:
-    """The ridge's rows, its best layer told."""
+    """The ridge regression's rows; logs the best layer."""
     rows = ridge.tabulate(read, run.classes, run.config.probe.ridge)
     best = ridge.best_layers(rows, 1)[0]
     accuracy = rows[best]["ridge_validation_accuracy"]
@@ -168,17 +168,17 @@ def _table(name: str, read: Features, run: Run) -> list[dict]:
 
 
 def _concatenated(window: tuple[int, ...], row: dict) -> dict:
-    """The summary's numbers of neighbouring layers side by side."""
+    """The summary's numbers of the concatenated layers."""
     named = {"first_layer": window[0], "last_layer": window[-1]} | {k: row[k] for k in RESULTS}
     return {f"concatenated_{name}": value for name, value in named.items()}
 
 
 def _as_result(row: dict) -> dict:
-    """The ridge's accuracies, where it is all there is."""
+    """A row whose results are the ridge regression's, as there is no other probe."""
     return row | {name: row[f"ridge_{name}"] for name in RESULTS} | {"validation_nats": 0.0}
 
 
 def _best(rows: list[dict]) -> int:
-    """The layer that is preferred, of those that were refined."""
+    """The best of the refined layers."""
     refined = [i for i, row in enumerate(rows) if "validation_accuracy" in row]
     return max(refined, key=lambda i: preference(rows[i]))

@@ -36,7 +36,7 @@ def run_stage(run: Run) -> dict:
     _save(run, "classes" if classes else "unconditional", new, columns)
     numbers = {"count": count, "tokens_per_second": tokens.size / seconds}
     if config.completions:
-        elements = pipeline.images(run.config.data, "test", run.data.ledger)
+        elements = pipeline.images(run.config.data, "test", run.data.damage_log)
         elements = list(itertools.islice(elements, config.completions))
         test = np.stack([pipeline.to_tokens(run.codec, e["image"]) for e in elements])
         labels = np.array([e["label"] for e in elements], np.int32) if classes else None

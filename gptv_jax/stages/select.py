@@ -63,5 +63,5 @@ def choose_stages(
 
 def _has_tokenizer(config: config_lib.Config) -> bool:
     """Whether learned tokens come with their tokenizer, from wherever."""
-    cached = sources.open_data_set(config.data).form == "tokens"
+    cached = sources.open_data_set(config.data).stored_as == "tokens"
     return bool(config.tokens.tokenizer or config.init_from or cached)

@@ -1,6 +1,6 @@
 """The tokenizer: an encoder and decoder learn to restore images from few codes.
 
-Every later stage then works on these codes; the trained network is kept in the run folder as
+Every later stage works on these codes. The run folder keeps the trained network as
 tokenizer.safetensors, which other runs may name as config.tokens.tokenizer.
 """
 
@@ -22,7 +22,7 @@ from gptv_jax.model.gpt import parameter_count
 from gptv_jax.runs import pictures
 from gptv_jax.runs.run import Run
 from gptv_jax.tokens import Tokenizer
-from gptv_jax.train import autoencoding, loop, metrics, optimizer
+from gptv_jax.train import autoencoding, evaluation, loop, metrics, optimizer, step
 from gptv_jax.weights import lpips
 
 LOG = logging.getLogger(__name__)
@@ -32,26 +32,32 @@ SHOWN = 16  # test images in the picture of reconstructions
 def run_stage(run: Run) -> dict:
     """Trains `config.tokenizer.train.steps` steps; the test split's numbers for the summary."""
     config, settings = run.config, run.config.tokenizer
-    network, train = config.tokens.autoencoder, config.tokenizer.train
+    network, train = config.tokens.autoencoder, settings.train
     update, rate = optimizer.make_optimizer(train.optimizer, train.steps)
     init = autoencoding.make_init(network, settings, update)
-    eval_step = autoencoding.make_eval_step(network)
     length = math.prod(config.tokens.grid(config.data.image_size))
-    needed = flops.of_autoencoder(network, config.data.image_size).times(3).total // length
-    train_step = autoencoding.make_train_step(network, settings, update, rate, seed=config.seed)
+    image_flops = flops.of_autoencoder(network, config.data.image_size).times(3).total
+    frozen = None
     if settings.lpips:
-        vgg = lpips.load(settings.lpips_weights)
-        vgg = jax.device_put(vgg, NamedSharding(run.mesh, P()))
-        train_step = functools.partial(train_step, vgg=vgg)
+        weights = lpips.load(settings.lpips_weights)
+        frozen = {"vgg": jax.device_put(weights, NamedSharding(run.mesh, P()))}
+    train_step = step.make_train_step(
+        autoencoding.make_loss(network, settings),
+        update,
+        rate,
+        seed=config.seed,
+        ema=train.ema,
+        after=autoencoding.make_after(network, settings),
+    )
+    metric = evaluation.Metric(autoencoding.make_eval_step(network), autoencoding.health)
 
     def batches(position: int):
         return run.images.train(train.batch_size, position, settings.train_transforms)
 
     def evaluate(params: dict, split: str = "validation") -> dict:
-        images = run.images.evaluation(split, train.batch_size)
-        found = autoencoding.health(loop.totals(eval_step, params, images))
+        found = metric.measure(params, run.images.evaluation(split, train.batch_size))
         found["collapsed"] = found["codes_used"] < settings.least_used * found.pop("most_used")
-        # Before the first step, when nothing is saved yet, few codes in use are no news.
+        # An untrained codebook, before anything is saved, may well use few codes.
         if found["collapsed"] and checkpoints.steps():
             LOG.warning(
                 "the codebook collapses: %.1f%% of %d codes are in use on %s, less than the share "
@@ -65,12 +71,12 @@ def run_stage(run: Run) -> dict:
             "tokenizer",
             train,
             length=length,
-            flops=needed,
+            flops=image_flops // length,
             checkpoints=checkpoints,
             log=run.metrics,
             initial=lambda: jax.jit(init)(jax.random.key(config.seed)),
             abstract=sharding.abstract(init),
-            train_step=train_step,
+            train_step=functools.partial(train_step, frozen=frozen),
             batches=batches,
             evaluate=evaluate,
         )
@@ -85,13 +91,13 @@ def run_stage(run: Run) -> dict:
         **{f"test_{name}": found[name] for name in ("psnr_db", "ssim", "mse", "idempotence")},
         **{name: found[name] for name in ("codes_used", "dead_codes", "perplexity", "collapsed")},
         "train_images_per_second": speed and speed / length,
-        "mfu": metrics.mfu(needed, speed),
+        "mfu": metrics.mfu(image_flops // length, speed),
         **fitted.sessions,
     }
 
 
 def _on_host(params: dict) -> dict[str, np.ndarray]:
-    """The weights by flat name, whole, on every process."""
+    """The weights by flat name, unsharded, on every process."""
     whole = jax.jit(lambda tree: jax.tree.map(lambda x: jax.sharding.reshard(x, P()), tree))(params)
     return {name: np.asarray(leaf) for name, leaf in sharding.by_name(whole).items()}
 
@@ -110,8 +116,8 @@ def _provenance(run: Run, steps: int) -> dict:
 
 
 def _picture(run: Run) -> None:
-    """Writes samples/reconstructions.png: test images, each beside what its codes restore."""
-    elements = pipeline.images(run.config.data, "test", run.images.ledger)
+    """Writes samples/reconstructions.png: test images, each beside its reconstruction."""
+    elements = pipeline.images(run.config.data, "test", run.images.damage_log)
     images = np.stack([e["image"] for e in itertools.islice(elements, SHOWN)])
     restored = run.codec.decode(run.codec.encode(images))
     if jax.process_index() == 0:

@@ -1,7 +1,7 @@
 """Images to sequences of tokens and back. Each kind of token is one small class, a `Codec`.
 
-What tokens stand for, where the settings alone do not say it, is a `Lexicon`: the colours of a
-palette, or a learned encoder and decoder. A run folder and a token cache keep their own.
+Where the settings alone do not say what tokens stand for, a `TokenDefinition` does: the colours of
+a palette, or a trained tokenizer. A run folder and a token cache each keep a copy.
 """
 
 import pathlib
@@ -18,9 +18,9 @@ from gptv_jax.tokens.grey import GreyLevels
 from gptv_jax.tokens.learned import LearnedTokens, Tokenizer
 from gptv_jax.tokens.palette import Palette, PaletteTokens
 
-Lexicon = Palette | Tokenizer
+TokenDefinition = Palette | Tokenizer
 # Of a kind of token that has one: the file that a folder keeps it in, and what reads it.
-LEXICONS = {
+DEFINITIONS = {
     "palette": (palettes.FILE, palettes.load),
     "learned": (learned.FILE, learned.load),
 }
@@ -34,9 +34,9 @@ class Codec(Protocol):
     grid: tuple[int, int]  # rows and columns of tokens, in raster order; T is their product
     image_shape: tuple[int, int, int]  # H, W, C of the images it takes
     lossless: bool  # whether `decode` gives back every image that `encode` takes
-    of_batches: bool  # whether it encodes on devices, for which many images at once are better
-    lexicon: "Lexicon | None"  # what tokens stand for, where the settings do not say it
-    order: np.ndarray  # all tokens, those that look alike next to each other
+    on_devices: bool  # whether it encodes on devices, for which many images at once are better
+    definition: "TokenDefinition | None"  # what tokens stand for, where the settings do not say it
+    similarity_order: np.ndarray  # all tokens, those that look alike next to each other
 
     def encode(self, images: UInt8[np.ndarray, "B H W C"]) -> Int[np.ndarray, "B T"]:
         """Int32 tokens; raises ValueError where a pixel has no token."""
@@ -57,40 +57,44 @@ CODECS = {
 }
 
 
-def make_codec(config: config_lib.Tokens, image_size: int, lexicon: Lexicon | None = None) -> Codec:
+def make_codec(
+    config: config_lib.Tokens, image_size: int, definition: TokenDefinition | None = None
+) -> Codec:
     """The codec that the config names, for square images of `image_size` pixels.
 
     Args:
       config: kind and settings.
       image_size: height and width in pixels.
-      lexicon: what the tokens stand for, where they have one.
+      definition: what the tokens stand for, where they have one.
 
     Raises:
       InputError: it is not what the settings say.
     """
-    if isinstance(lexicon, Palette) and len(lexicon.centers) != config.colors:
+    if isinstance(definition, Palette) and len(definition.centers) != config.colors:
         raise InputError(
-            f"config.tokens.colors is {config.colors}, but the palette has {len(lexicon.centers)} "
-            "colours; set it to that."
+            f"config.tokens.colors is {config.colors}, but the palette has "
+            f"{len(definition.centers)} colours; set it to that."
         )
-    if isinstance(lexicon, Tokenizer) and (differing := lexicon.differing(config.autoencoder)):
+    if isinstance(definition, Tokenizer) and (
+        differing := definition.differing(config.autoencoder)
+    ):
         raise InputError(
             f"the tokenizer is another one than config.tokens.autoencoder says: "
             f"{'; '.join(differing)}. Set these fields to its values."
         )
-    return CODECS[config.kind](config, image_size, lexicon)
+    return CODECS[config.kind](config, image_size, definition)
 
 
-def load_lexicon(kind: str, folder: pathlib.Path) -> Lexicon | None:
+def load_definition(kind: str, folder: pathlib.Path) -> TokenDefinition | None:
     """What a run folder or a token cache keeps of a kind of token; None where it has none."""
-    if kind not in LEXICONS:
+    if kind not in DEFINITIONS:
         return None
-    name, load = LEXICONS[kind]
+    name, load = DEFINITIONS[kind]
     return load(folder / name) if (folder / name).exists() else None
 
 
-def save_lexicon(lexicon: Lexicon | None, folder: pathlib.Path) -> None:
-    """Keeps what tokens stand for, where they have a lexicon."""
-    if lexicon is not None:
-        kind = "palette" if isinstance(lexicon, Palette) else "learned"
-        lexicon.save(folder / LEXICONS[kind][0])
+def save_definition(definition: TokenDefinition | None, folder: pathlib.Path) -> None:
+    """Keeps what tokens stand for, where they have a definition."""
+    if definition is not None:
+        kind = "palette" if isinstance(definition, Palette) else "learned"
+        definition.save(folder / DEFINITIONS[kind][0])

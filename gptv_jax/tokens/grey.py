@@ -12,8 +12,8 @@ class GreyLevels:
     """Token = level of the pixel, 0 .. levels-1."""
 
     lossless: ClassVar = True
-    of_batches: ClassVar = False
-    lexicon: ClassVar = None
+    on_devices: ClassVar = False
+    definition: ClassVar = None
     levels: int
     size: int  # pixels, height and width
 
@@ -33,7 +33,7 @@ class GreyLevels:
         return (self.size, self.size, 1)
 
     @property
-    def order(self) -> Int[np.ndarray, "V"]:
+    def similarity_order(self) -> Int[np.ndarray, "V"]:
         """Darker to brighter, which is the order of the tokens themselves."""
         return np.arange(self.levels)
 

@@ -44,7 +44,7 @@ class Tokenizer:
         """Of the weights."""
         return files.hash_arrays(self.params)
 
-    def same_as(self, other: "Tokenizer") -> bool:
+    def equivalent(self, other: "Tokenizer") -> bool:
         """Whether tokens mean the same."""
         return self.hash == other.hash and not self.differing(other.config)
 
@@ -75,7 +75,7 @@ class Tokenizer:
             raise InputError(f"the tokenizer in {where} does not fit: {'; '.join(differing)}.")
         return self
 
-    def described(self) -> dict:
+    def description(self) -> dict:
         """All but the weights, as JSON."""
         return {
             "format": FORMAT,
@@ -86,10 +86,12 @@ class Tokenizer:
     def save(self, path: str | pathlib.Path) -> None:
         """Writes a .safetensors file that `load` reads, whole or not at all."""
         arrays = {name: np.ascontiguousarray(array) for name, array in self.params.items()}
-        files.write_safetensors(arrays, pathlib.Path(path), {HEADER: json.dumps(self.described())})
+        files.write_safetensors(
+            arrays, pathlib.Path(path), {HEADER: json.dumps(self.description())}
+        )
 
 
-def of_described(said: dict, params: dict[str, np.ndarray], where: str) -> Tokenizer:
+def from_description(said: dict, params: dict[str, np.ndarray], where: str) -> Tokenizer:
     """The inverse of `Tokenizer.described`, with the weights.
 
     Raises:
@@ -128,25 +130,25 @@ def load(path: str | pathlib.Path) -> Tokenizer:
     if odd:
         raise InputError(f"{path} holds weights that are not floating-point: {', '.join(odd)}.")
     params = {name: np.asarray(array, np.float32) for name, array in arrays.items()}
-    return of_described(said, params, str(path))
+    return from_description(said, params, str(path))
 
 
 class LearnedTokens:
     """Token = code of a square of pixels, in raster order; work is split over local devices."""
 
     lossless = False
-    of_batches = True
+    on_devices = True
 
     def __init__(self, tokenizer: Tokenizer, size: int):
         """A codec for square images of `size` pixels, a multiple of the pixels a side of a code."""
-        self.lexicon, self.size = tokenizer, size
+        self.definition, self.size = tokenizer, size
         config = tokenizer.config
         self.vocabulary = config.vocabulary
         self.grid = (size // config.downsample,) * 2
         self.image_shape = (size, size, config.channels)
 
     @property
-    def order(self) -> Int[np.ndarray, "V"]:
+    def similarity_order(self) -> Int[np.ndarray, "V"]:
         """The codes as they are: of some dimensions neighbours look alike."""
         return np.arange(self.vocabulary)
 
@@ -203,7 +205,7 @@ class LearnedTokens:
             for first in range(0, max(len(rows), 1), size):
                 part = rows[first : first + size]
                 filled = np.pad(part, ((0, size - len(part)), *((0, 0),) * (rows.ndim - 1)))
-                made.append(function(self.lexicon.config, params, jax.device_put(filled, spec)))
+                made.append(function(self.definition.config, params, jax.device_put(filled, spec)))
                 if len(made) > UNDER_WAY:
                     fetched.append(jax.device_get(made.pop(0)))
             fetched += jax.device_get(made)
@@ -214,8 +216,10 @@ class LearnedTokens:
         """This process's devices, and the weights, whole on each of them."""
         mesh = sharding.make_mesh(config_lib.Mesh(), jax.local_devices())
         with jax.set_mesh(mesh):
-            tree = jax.eval_shape(lambda: autoencoder.init(self.lexicon.config, jax.random.key(0)))
-        leaves = [self.lexicon.params[name] for name in sharding.by_name(tree)]
+            tree = jax.eval_shape(
+                lambda: autoencoder.init(self.definition.config, jax.random.key(0))
+            )
+        leaves = [self.definition.params[name] for name in sharding.by_name(tree)]
         whole = jax.device_put(leaves, NamedSharding(mesh, P()))
         return mesh, jax.tree.unflatten(jax.tree.structure(tree), whole)
 

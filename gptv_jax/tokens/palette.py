@@ -34,7 +34,7 @@ class Palette:
         """What a token is shown as."""
         return np.rint((self.centers + 1) * 127.5).clip(0, 255).astype(np.uint8)
 
-    def same_as(self, other: "Palette") -> bool:
+    def equivalent(self, other: "Palette") -> bool:
         """Whether tokens mean the same."""
         return np.array_equal(self.centers, other.centers)
 
@@ -114,19 +114,19 @@ class PaletteTokens:
     """Token = number of the colour that is nearest in squared distance of RGB."""
 
     lossless = False
-    of_batches = False
+    on_devices = False
 
     def __init__(self, palette: Palette, size: int):
         """A codec for square images of `size` pixels."""
-        self.lexicon, self.size = palette, size
+        self.definition, self.size = palette, size
         self.vocabulary = len(palette.centers)
         self.grid = (size, size)
         self.image_shape = (size, size, 3)
 
     @property
-    def order(self) -> Int[np.ndarray, "V"]:
+    def similarity_order(self) -> Int[np.ndarray, "V"]:
         """Tokens by luminance, so that neighbours look alike: it makes caches smaller."""
-        return np.argsort(self.lexicon.centers @ WEIGHTS, kind="stable")
+        return np.argsort(self.definition.centers @ WEIGHTS, kind="stable")
 
     def encode(self, images: UInt8[np.ndarray, "B H W 3"]) -> Int[np.ndarray, "B T"]:
         """Int32 tokens in raster order, by one look-up a pixel.
@@ -148,7 +148,7 @@ class PaletteTokens:
           tokens: in raster order.
           grid: their rows and columns; None: those of the codec.
         """
-        return self.lexicon.colors[tokens].reshape(len(tokens), *(grid or self.grid), 3)
+        return self.definition.colors[tokens].reshape(len(tokens), *(grid or self.grid), 3)
 
     def picture(self, images: UInt8[np.ndarray, "B H W 3"]) -> UInt8[np.ndarray, "B H W 3"]:
         """The images themselves."""
@@ -156,7 +156,7 @@ class PaletteTokens:
 
     @functools.cached_property
     def _nearest(self) -> np.ndarray:
-        return _nearest(self.lexicon.centers.tobytes())
+        return _nearest(self.definition.centers.tobytes())
 
     def __getstate__(self) -> dict:
         """Without the table: a worker process makes its own."""

@@ -1,6 +1,7 @@
-"""One step of training or evaluating an encoder and decoder, as pure functions for `jax.jit`."""
+"""Training and evaluation of a tokenizer's encoder and decoder, as pure functions for `jax.jit`."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,14 +9,14 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from gptv_jax import config as config_lib
 from gptv_jax.model import autoencoder, discriminator, lpips
 from gptv_jax.model.quantizer import unit
 from gptv_jax.tokens.learned import from_pixels, to_pixels
 from gptv_jax.train import reconstruction
-from gptv_jax.train.optimizer import apply_update, average
+from gptv_jax.train.optimizer import apply_update
 from gptv_jax.train.step import Metrics, state_of
 
 TERMS = {
@@ -26,146 +27,131 @@ TERMS = {
 }
 
 
+class Passed(NamedTuple):
+    """What the loss computes that `make_after` needs."""
+
+    images: Float[Array, "B H W C"]  # -1 to 1
+    restored: Float[Array, "B H W C"]
+    z: Float[Array, "B h w Z"]  # encodings before quantization
+    codes: Int[Array, "B h w"]
+
+
 def make_init(
     config: config_lib.Autoencoder,
     settings: config_lib.Tokenizer,
     optimizer: optax.GradientTransformation,
 ) -> Callable:
-    """`key -> state`: as `step.state_of`, with what a codebook and a discriminator need beside it.
+    """`key -> state`, that of `step.state_of` with the state of a codebook and a discriminator.
 
-    "codebook" {"counts" [V], "sums" [V, Z]}: moving averages of the encodings that each code stands
-    for; "critic" {"params", "opt"}.
+    "codebook" {"counts" [V], "sums" [V, Z]}: moving averages over the encodings of each code;
+    "critic" {"params", "opt"}: the discriminator.
     """
 
     def init(key: PRNGKeyArray) -> dict:
         params = autoencoder.init(config, key)
         state = state_of(params, optimizer, settings.train.ema)
         if config.quantizer == "vq":
-            # As if each had stood for one encoding: it moves at once, and is not yet dead.
+            # As if each code had one encoding: codes move at once, and none is dead yet.
             codebook = unit(params["quantizer"]["codebook"])
             state["codebook"] = {"counts": jnp.ones(len(codebook)), "sums": codebook}
         if settings.adversarial:
             weights = discriminator.init(config, settings, jax.random.fold_in(key, 1))
-            critic = state_of(weights, critic_optimizer(settings))
+            critic = state_of(weights, _critic_optimizer(settings))
             state["critic"] = {"params": critic["params"], "opt": critic["opt"]}
         return state
 
     return init
 
 
-def critic_optimizer(settings: config_lib.Tokenizer) -> optax.GradientTransformation:
-    """Of the discriminator."""
+def _critic_optimizer(settings: config_lib.Tokenizer) -> optax.GradientTransformation:
     b1, b2 = settings.discriminator_betas
     return optax.adam(settings.discriminator_rate, b1=b1, b2=b2)
+
+
+def _critic_has_begun(settings: config_lib.Tokenizer, step: Int[Array, ""]) -> Bool[Array, ""]:
+    return step >= round(settings.adversarial_from * settings.train.steps)
 
 
 def abstract_batch(
     config: config_lib.Autoencoder, rows: int, size: int, split: NamedSharding | None = None
 ) -> dict:
-    """Shapes of what a step reads of a batch of so many images of `size` pixels a side."""
+    """Shapes and shardings of a batch of `rows` images of `size` x `size` pixels."""
     shape = (rows, size, size, config.channels)
     return {"image": jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=split)}
 
 
 def make_loss(config: config_lib.Autoencoder, settings: config_lib.Tokenizer) -> Callable:
-    """`(params, images, critic, share, vgg) -> (loss, (metrics, z, codes, restored))`.
+    """The weighted sum of the terms in `settings`, as `step.make_train_step` takes a loss.
 
-    Images run from -1 to 1. The discriminator's weights, or None, are not to be trained by it, and
-    count by their share of `settings.adversarial`; `vgg` is what `settings.lpips` needs.
+    `frozen` holds "vgg", LPIPS's weights, where `settings.lpips` is not 0, and "critic", the
+    discriminator's state, where `settings.adversarial` is not.
     """
     terms = {name: term for name, term in TERMS.items() if getattr(settings, name)}
 
-    def loss(params: dict, images: Float[Array, "B H W C"], critic: dict | None, share, vgg):
-        model = autoencoder.bind(config, params)
+    def loss(
+        params: dict, frozen: dict | None, batch: dict, key: PRNGKeyArray | None, step
+    ) -> tuple[Array, dict]:
+        del key
+        model, images = autoencoder.bind(config, params), from_pixels(batch["image"])
         z = model.encoder(images)
         quantized = model.quantizer(z)
         restored = model.decoder(quantized.values)
         parts = {name: term(restored, images).mean() for name, term in terms.items()}
         if settings.lpips:
-            parts["lpips"] = lpips.distance(vgg, restored, images).mean()
+            parts["lpips"] = lpips.distance(frozen["vgg"], restored, images).mean()
         if config.quantizer == "vq":
             parts["commitment"] = quantized.commitment
         total = sum(getattr(settings, name) * part for name, part in parts.items())
-        if critic is not None:
+        if settings.adversarial:
+            critic = frozen["critic"]["params"]
             parts["adversarial"] = -discriminator.scores(config, settings, critic, restored).mean()
-            total += settings.adversarial * share * parts["adversarial"]
+            begun = _critic_has_begun(settings, step).astype(jnp.float32)
+            total += settings.adversarial * begun * parts["adversarial"]
         squared = reconstruction.l2(restored, images).mean()
         metrics = {"loss": total, "batch_psnr_db": reconstruction.psnr(squared), **parts}
-        return total, (metrics, z, quantized.codes, restored)
+        return total, metrics | {"aux": Passed(images, restored, z, quantized.codes)}
 
     return loss
 
 
-def make_train_step(
-    config: config_lib.Autoencoder,
-    settings: config_lib.Tokenizer,
-    optimizer: optax.GradientTransformation,
-    rate: optax.Schedule,
-    *,
-    seed: int = 0,
-) -> Callable:
-    """`(state, batch, vgg=None) -> (state, metrics)`, donating the state.
+def make_after(config: config_lib.Autoencoder, settings: config_lib.Tokenizer) -> Callable:
+    """Updates the codebook and the discriminator, as the `after` of `step.make_train_step`."""
 
-    `vgg`, what `settings.lpips` needs, is an argument: as constants it would be compiled in.
-
-    Args:
-      config: of the network.
-      settings: weights of the losses, and what of the state there is.
-      optimizer: takes the gradient of the encoder and decoder.
-      rate: learning rate by step, for the metrics.
-      seed: of the encodings that dead codes begin anew as.
-    """
-    gradient = jax.grad(make_loss(config, settings), has_aux=True)
-
-    def train_step(
-        state: dict, batch: dict, vgg: lpips.Weights | None = None
-    ) -> tuple[dict, Metrics]:
-        images, at = from_pixels(batch["image"]), state["step"]
-        begun = at >= round(settings.adversarial_from * settings.train.steps)
-        critic = state["critic"]["params"] if settings.adversarial else None
-        gradients, (metrics, z, codes, restored) = gradient(
-            state["params"], images, critic, begun.astype(jnp.float32), vgg
-        )
-        params, opt = apply_update(optimizer, gradients, state["opt"], state["params"])
-        new = {"step": at + 1, "params": params, "opt": opt}
-        metrics |= {
-            "grad_norm": optax.tree.norm(gradients),
-            "param_norm": optax.tree.norm(params),
-            "learning_rate": rate(at),
-        }
+    def after(state: dict, passed: Passed, batch: dict, key: PRNGKeyArray) -> tuple[dict, Metrics]:
+        del batch
+        new, metrics = {}, {}
         if config.quantizer == "vq":
-            key = jax.random.fold_in(jax.random.key(seed), at)
-            followed = follow(state["codebook"], z, codes, settings, key)
-            params["quantizer"]["codebook"] = unit(followed["sums"])
-            new["codebook"] = followed
-        if settings.train.ema is not None:
-            new["ema"] = average(state["ema"], params, at, settings.train.ema)
-        if settings.adversarial:
-            new["critic"], metrics["critic_loss"] = _judge(
-                config, settings, state["critic"], images, restored, begun
+            new["codebook"] = update_codebook(
+                state["codebook"], passed.z, passed.codes, settings, key
             )
-        return new, metrics
+            book = {"codebook": unit(new["codebook"]["sums"])}
+            new["params"] = state["params"] | {"quantizer": book}
+        if settings.adversarial:
+            new["critic"], metrics["critic_loss"] = _train_critic(
+                config, settings, state["critic"], passed, state["step"]
+            )
+        return state | new, metrics
 
-    return jax.jit(train_step, donate_argnums=0)
+    return after
 
 
-def follow(
+def update_codebook(
     codebook: dict,
     z: Float[Array, "B h w Z"],
     codes: Int[Array, "B h w"],
     settings: config_lib.Tokenizer,
     key: PRNGKeyArray,
 ) -> dict:
-    """The averages of a codebook, by one batch on; dead codes begin anew.
+    """The moving averages "counts" and "sums" of a codebook after one more batch.
 
     Args:
-      codebook: "counts" and "sums".
-      z: what was quantized.
-      codes: by which codes.
-      settings: how fast codes follow, and when they are dead.
-      key: of the encodings that these begin anew as.
+      codebook: the averages before.
+      z: the batch's encodings.
+      codes: their codes.
+      settings: decay of the averages, and the share below which a code is dead.
+      key: draws the encodings that dead codes restart from.
     """
-    # Small beside the images, and every device does the same.
+    # Small beside the images; every device computes all of it.
     z, codes = jax.sharding.reshard((unit(z.astype(jnp.float32)), codes), P())
     z, codes = z.reshape(-1, z.shape[-1]), codes.reshape(-1)
     decay, V = settings.codebook_decay, len(codebook["counts"])
@@ -182,29 +168,29 @@ def follow(
     }
 
 
-def _judge(config, settings, critic, images, restored, begun) -> tuple[dict, Float[Array, ""]]:
-    """One step of the discriminator, where it has begun: the hinge loss (Lim and Ye 2017)."""
+def _train_critic(config, settings, critic, passed, step) -> tuple[dict, Float[Array, ""]]:
+    """One step of the discriminator on the hinge loss (Lim and Ye 2017), once it has begun."""
 
     def loss(params):
         real, made = (
             discriminator.scores(config, settings, params, x)
-            for x in (images, jax.lax.stop_gradient(restored))
+            for x in (passed.images, jax.lax.stop_gradient(passed.restored))
         )
         return (jax.nn.relu(1 - real).mean() + jax.nn.relu(1 + made).mean()) / 2
 
     value, gradients = jax.value_and_grad(loss)(critic["params"])
     params, opt = apply_update(
-        critic_optimizer(settings), gradients, critic["opt"], critic["params"]
+        _critic_optimizer(settings), gradients, critic["opt"], critic["params"]
     )
-    moved = {"params": params, "opt": opt}
+    begun, moved = _critic_has_begun(settings, step), {"params": params, "opt": opt}
     return jax.tree.map(lambda new, old: jnp.where(begun, new, old), moved, critic), value
 
 
 def make_eval_step(config: config_lib.Autoencoder) -> Callable:
-    """`(params, batch) -> sums` over the batch's real rows (mask 1), of whole pixels 0 .. 255.
+    """`(params, batch) -> sums` over the rows whose "mask" is 1, of whole pixels 0 .. 255; jitted.
 
     "images", "squared_error" (mean over an image), "psnr_db", "ssim", "same_codes" (share of an
-    image's codes that encoding what was restored gives again) and "counts" [V] of the codes.
+    image's codes that encoding the restored image gives again) and "counts" [V] of the codes.
     """
 
     def eval_step(params: dict, batch: dict) -> Metrics:
@@ -216,14 +202,14 @@ def make_eval_step(config: config_lib.Autoencoder) -> Callable:
         squared = reconstruction.l2(made, given)
         # An image that is restored exactly counts as one that misses by half a level.
         decibels = reconstruction.psnr(jnp.maximum(squared, 0.25), 255.0)
-        of_images = {
+        by_image = {
             "images": jnp.ones_like(mask),
             "squared_error": squared,
             "psnr_db": decibels,
             "ssim": reconstruction.ssim(made, given, 255.0),
             "same_codes": (codes == again).mean(axis=(1, 2)),
         }
-        sums = {name: (mask * values).sum() for name, values in of_images.items()}
+        sums = {name: (mask * values).sum() for name, values in by_image.items()}
         codes, real = jax.sharding.reshard((codes, mask.astype(jnp.int32)), P())
         real = jnp.broadcast_to(real[:, None, None], codes.shape)
         sums["counts"] = jnp.zeros(config.vocabulary, jnp.int32).at[codes].add(real)
@@ -232,21 +218,21 @@ def make_eval_step(config: config_lib.Autoencoder) -> Callable:
     return jax.jit(eval_step)
 
 
-def health(totals: dict[str, np.ndarray]) -> dict[str, float]:
-    """What the sums of `make_eval_step` over a split say.
+def health(sums: dict[str, np.ndarray]) -> dict[str, float]:
+    """Numbers of a split from the sums of `make_eval_step`.
 
     Returns:
-      Means over images "psnr_db", "ssim" and "idempotence"; "mse", that of all pixels; and of the
-      codes "codes_used" (share), "dead_codes", "perplexity", how many would be in use if all of
-      these were equally frequent, and "most_used", the share that the split's tokens could use.
+      Means over images "psnr_db", "ssim", "mse" and "idempotence", and of the codes "codes_used"
+      (share), "dead_codes", "perplexity", the number of codes in use if all of these were equally
+      frequent, and "most_used", the largest share that so many tokens could use.
     """
-    images, counts = float(totals["images"]), np.asarray(totals["counts"], np.float64)
+    images, counts = float(sums["images"]), np.asarray(sums["counts"], np.float64)
     share = counts[counts > 0] / counts.sum()
     return {
-        "psnr_db": float(totals["psnr_db"]) / images,
-        "ssim": float(totals["ssim"]) / images,
-        "mse": float(totals["squared_error"]) / images,
-        "idempotence": float(totals["same_codes"]) / images,
+        "psnr_db": float(sums["psnr_db"]) / images,
+        "ssim": float(sums["ssim"]) / images,
+        "mse": float(sums["squared_error"]) / images,
+        "idempotence": float(sums["same_codes"]) / images,
         "codes_used": len(share) / len(counts),
         "dead_codes": len(counts) - len(share),
         "perplexity": float(np.exp(-(share * np.log(share)).sum())),

@@ -1,4 +1,4 @@
-"""Where numbers go (JSON lines, TensorBoard, the terminal) and what throughput is worth."""
+"""Where a run's numbers go (JSON lines, TensorBoard, the terminal), and the units of speed."""
 
 import collections
 import json
@@ -13,19 +13,19 @@ import jax
 import tqdm
 from etils import epy
 
-from gptv_jax import hardware
+from gptv_jax import files, hardware
 
-with epy.lazy_imports():  # it tries to load torch, which takes seconds where it is there
+with epy.lazy_imports():  # it imports torch where that is installed, which takes seconds
     import tensorboardX
 
 LOG = logging.getLogger(__name__)
 
 
 def mfu(flops: int, tokens_per_second: float | None) -> float | None:
-    """Share of all devices' bfloat16 peak; None where the peak or the speed is not known.
+    """Model FLOPs utilisation: the share of all devices' bfloat16 peak; None where not known.
 
     Args:
-      flops: that a token needs, as `model.flops` counts.
+      flops: of one token, as `model.flops` counts.
       tokens_per_second: over all devices.
     """
     known = hardware.of(jax.devices()[0].device_kind)
@@ -40,7 +40,7 @@ def bits(nats: float) -> float:
 
 
 class MetricWriter:
-    """Writes events as JSON lines and, the same ones, for TensorBoard; on process 0 alone."""
+    """Writes events as JSON lines and to TensorBoard; on process 0 alone."""
 
     def __init__(self, folder: pathlib.Path):
         self.folder, self.path = folder, folder / "metrics.jsonl"
@@ -59,18 +59,18 @@ class MetricWriter:
         self._show(event)
 
     def count(self, stage: str) -> int:
-        """Events of a stage in the log, after a `rewind`."""
+        """Number of a stage's events in the log since its last `rewind`, those kept included."""
         return self._counts[stage]
 
     def rewind(self, stage: str, step: int, count: int | None = None) -> None:
         """Drops the stage's events that a resumed training is about to repeat.
 
-        TensorBoard's files, of which a kill may have cut the end, are written anew.
+        TensorBoard's files of the stage, whose end a kill may have cut off, are written anew.
 
         Args:
-          stage: whose.
-          step: after which it drops them.
-          count: of the others, how many it keeps, the first ones; None: all.
+          stage: whose events are dropped.
+          step: events of later steps are dropped.
+          count: most events that are kept, the first ones; None: all.
         """
         if jax.process_index() != 0 or not self.path.exists():
             return
@@ -82,16 +82,14 @@ class MetricWriter:
                     continue
                 self._counts[stage] += 1
             kept.append(event)
-        replacement = self.path.with_suffix(".tmp")
-        replacement.write_text("".join(json.dumps(event) + "\n" for event in kept))
-        replacement.replace(self.path)
+        files.replace(self.path, "".join(json.dumps(e) + "\n" for e in kept).encode())
         shutil.rmtree(self.board_folder / stage, ignore_errors=True)
         for event in kept:
             if event["stage"] == stage:
                 self._show(event)
 
     def read(self) -> list[dict]:
-        """All whole events; a line that a kill cut short is left out."""
+        """All complete events; a line that a kill cut short is left out."""
         events = []
         for line in self.path.read_text().splitlines() if self.path.exists() else []:
             try:
@@ -101,14 +99,12 @@ class MetricWriter:
         return events
 
     def _show(self, event: dict) -> None:
-        """Gives TensorBoard an event of the log."""
+        """Writes an event for TensorBoard."""
         stage, step = event["stage"], event["step"]
         if stage not in self._boards:
-            # A thread of the writer's own writes the file, every two seconds and when the process
-            # ends.
-            self._boards[stage] = tensorboardX.SummaryWriter(
-                str(self.board_folder / stage), flush_secs=2
-            )
+            # The SummaryWriter's thread writes the file every two seconds and at exit.
+            folder = str(self.board_folder / stage)
+            self._boards[stage] = tensorboardX.SummaryWriter(folder, flush_secs=2)
         for name in event.keys() - {"stage", "step", "time"}:
             if event[name] is not None:
                 scalar = (f"{stage}/{name}", event[name], step)
@@ -124,12 +120,10 @@ class Progress:
             self.bar = tqdm.tqdm(total=steps, initial=done, desc=stage, unit=unit)
 
     def advance(self) -> None:
-        """One step is done."""
         if self.bar:
             self.bar.update()
 
     def report(self, step: int, values: dict[str, float | None]) -> None:
-        """Shows the newest numbers."""
         shown = {k: f"{v:.4g}" for k, v in values.items() if v is not None}
         if self.bar:
             self.bar.set_postfix(shown, refresh=False)
@@ -138,6 +132,5 @@ class Progress:
             LOG.info("%s %d/%d  %s", self.stage, step, self.steps, line)
 
     def close(self) -> None:
-        """Leaves the bar as it stands."""
         if self.bar:
             self.bar.close()

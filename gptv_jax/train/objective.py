@@ -1,12 +1,13 @@
-"""What pretraining predicts: each token from those before it, or hidden ones from all others.
+"""What pretraining predicts: each token from those before it, or masked tokens from all the others.
 
-The second is the BERT objective of Image GPT (Chen et al. 2020): `masked_share` of the positions
-lose their content, but not their place, and their tokens are to be told. Evaluation hides as well,
-since the network has never seen whole images; which positions then depends on the number of the
-image in its split, and of the vote, alone.
+The second is the BERT objective of Image GPT (Chen et al. 2020): a share `masked_share` of the
+tokens is hidden from the network, which predicts them. Evaluation masks as well, since the network
+has never seen a whole image; the masks then depend only on the image's number in its split and on
+the number of the vote.
 
-What the first means by "before" is drawn here, too, where training has random orders (RAR, Yu et
-al. 2024, arXiv:2411.00776), and whether a class-conditional network is told the class is decided.
+Training in random orders (RAR, Yu et al. 2024, arXiv:2411.00776) changes which tokens come
+"before"; those orders are drawn here, and so are the rows that a class-conditional network sees
+without their class.
 """
 
 from collections.abc import Mapping
@@ -20,9 +21,9 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from gptv_jax import sharding
 from gptv_jax.model.gpt import GPT, Network, Output
 
-LOGITS_BYTES = 2**27  # of float32 logits, that a device holds at a time
-# What is folded into a step's key, beyond the numbers of layers, which dropout takes.
-HIDE, UNTELL, REORDER = (2**31 - i for i in (1, 2, 3))
+LOGITS_BYTES = 2**27  # most float32 logits that a device holds at a time
+# Folded into a step's key; dropout folds in the numbers of the layers, which are smaller.
+MASK_KEY, LABEL_DROPOUT_KEY, ORDER_KEY = (2**31 - i for i in (1, 2, 3))
 
 
 def cross_entropy(logits: Float[Array, "*B V"], targets: Int[Array, "*B"]) -> Float[Array, "*B"]:
@@ -32,23 +33,23 @@ def cross_entropy(logits: Float[Array, "*B V"], targets: Int[Array, "*B"]) -> Fl
 
 @jax.named_scope("loss")
 def nats_per_token(
-    model: GPT, output: Output, tokens: Int[Array, "B T"], hidden: Bool[Array, "B T"] | None
+    model: GPT, output: Output, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"] | None
 ) -> Float[Array, "B"]:
-    """Of each image: the mean over all its tokens or, where some are hidden, over these."""
+    """Mean negative log-likelihood of each image's tokens; of the masked tokens only for BERT."""
     nats = token_nats(model, output, jax.sharding.reshard(tokens, sharding.HIDDEN))
-    return nats.mean(axis=1) if hidden is None else mean_where(hidden, nats)
+    return nats.mean(axis=1) if mask is None else masked_mean(nats, mask)
 
 
-def mean_where(hidden: Bool[Array, "B T"], nats: Float[Array, "B T"]) -> Float[Array, "B"]:
-    """Of each image: the mean over what is hidden; 0 where nothing is."""
-    return (nats * hidden).sum(axis=1) / jnp.maximum(hidden.sum(axis=1), 1)
+def masked_mean(nats: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B"]:
+    """Mean of each row over the positions where `mask` is true; 0 for a row without any."""
+    return (nats * mask).sum(axis=1) / jnp.maximum(mask.sum(axis=1), 1)
 
 
 def token_nats(model: GPT, output: Output, tokens: Int[Array, "B T"]) -> Float[Array, "B T"]:
     """Cross-entropy of every token.
 
-    Where all logits are too many for a device they are computed for a part of the positions at a
-    time and, as only their gradient's sums are kept, once more in the backward pass.
+    Where the logits of all positions do not fit into LOGITS_BYTES, they are computed for a part of
+    the positions at a time, and once more in the backward pass.
     """
     parts = loss_parts(model.network, len(tokens), jax.sharding.get_abstract_mesh().shape)
     if parts == 1:
@@ -69,59 +70,66 @@ def token_nats(model: GPT, output: Output, tokens: Int[Array, "B T"]) -> Float[A
 
 
 def loss_parts(network: Network, rows: int, sizes: Mapping[str, int]) -> int:
-    """Parts that the positions' logits are computed in, one after the other.
+    """Number of parts in which `token_nats` computes the logits, one part after the other.
 
     Args:
       network: gives T and V.
       rows: of the batch, over all devices.
-      sizes: of the mesh, by axis; none is one device.
+      sizes: of the mesh, by axis; an axis that is not named has size 1.
     """
     sizes = {axis: sizes.get(axis, 1) for axis in sharding.AXES}
     length = network.length // sizes["sequence"]
-    of_position = 4 * network.vocabulary * max(rows // (sizes["data"] * sizes["fsdp"]), 1)
-    wanted = -(-length * of_position // LOGITS_BYTES)
-    # Of two positions at least; one alone has no axis of its own.
+    position_bytes = 4 * network.vocabulary * max(rows // (sizes["data"] * sizes["fsdp"]), 1)
+    needed = -(-length * position_bytes // LOGITS_BYTES)
+    # A part has two positions at least: one alone has no axis that could be split.
     possible = [n for n in range(1, max(length // 2, 1) + 1) if length % n == 0]
-    return next((n for n in possible if n >= wanted), possible[-1])
+    return next((n for n in possible if n >= needed), possible[-1])
 
 
-def hide(network: Network, rows: int, key: PRNGKeyArray | None) -> Bool[Array, "B T"] | None:
-    """Which positions of a training batch are hidden; None where the objective hides nothing."""
+def draw_mask(network: Network, rows: int, key: PRNGKeyArray | None) -> Bool[Array, "B T"] | None:
+    """Which tokens of a training batch are masked; None unless the objective is BERT."""
     if network.config.objective == "autoregressive":
         return None
-    key = jax.random.fold_in(key, HIDE)
+    key = jax.random.fold_in(key, MASK_KEY)
     shape, share = (rows, network.length), network.config.masked_share
     return jax.random.bernoulli(key, share, shape, out_sharding=sharding.HIDDEN)
 
 
-def starts(
-    network: Network, batch: dict, key: PRNGKeyArray | None = None, *, told: bool
+def start_vectors(
+    network: Network, batch: dict, key: PRNGKeyArray | None = None, *, condition_on_label: bool
 ) -> Int[Array, "B"] | None:
-    """Which start vector each row of a batch begins with, for `GPT.__call__`.
+    """Index of the start vector that each row begins with; None: `Network.unconditional` for all.
+
+    A class-conditional network has one for each class and one for "no class". Any other network has
+    one for each variant of the training's augmentation, or a single one: an image whose variant has
+    no start vector begins with the first, as one that is not augmented does.
 
     Args:
       network: the network.
-      batch: "variant" or, for a class-conditional network that is told the class, "label".
-      key: of a training step, which does not tell a share `label_dropout` of the rows; None tells
-        all of them.
-      told: whether such a network may know the class: not where it, or a probe, is to find it out.
+      batch: "label" or "variant", by the kind of network.
+      key: of a training step: a share `label_dropout` of the rows gets "no class"; None: no row.
+      condition_on_label: whether the network sees the class. False where the class is to be found
+        out, by the network's class head or by a probe.
     """
-    if not network.config.class_tokens:
-        return batch["variant"]
-    if not told:
-        return None
-    if key is None:
-        return batch["label"]
-    key, share = jax.random.fold_in(key, UNTELL), network.config.label_dropout
-    shape, spec = batch["label"].shape, sharding.BATCH_FIRST
-    untold = jax.random.bernoulli(key, share, shape, out_sharding=spec)
-    return jnp.where(untold, network.unconditional, batch["label"])
+    if network.config.class_tokens:
+        if not condition_on_label:
+            return None
+        if key is None:
+            return batch["label"]
+        key, share = jax.random.fold_in(key, LABEL_DROPOUT_KEY), network.config.label_dropout
+        shape, spec = batch["label"].shape, sharding.BATCH_FIRST
+        dropped = jax.random.bernoulli(key, share, shape, out_sharding=spec)
+        return jnp.where(dropped, network.unconditional, batch["label"])
+    variant = batch.get("variant")
+    return None if variant is None else jnp.where(variant < network.starts, variant, 0)
 
 
-def reordered(random_order: tuple[float, float], done: Float[Array, ""]) -> Float[Array, ""]:
-    """Probability that a row has a random order, when a share `done` of the training is.
+def random_order_share(
+    random_order: tuple[float, float], done: Float[Array, ""]
+) -> Float[Array, ""]:
+    """Probability of a random order when a share `done` of the training is over.
 
-    1 up to the first share of `random_order`, from there in a line to 0 at the second.
+    It is 1 up to the first number of `random_order`, then falls linearly to 0 at the second.
     """
     return jnp.interp(done, jnp.array(random_order), jnp.array([1.0, 0.0]))
 
@@ -133,61 +141,63 @@ def draw_order(
     step: Int[Array, ""] | None,
     steps: int | None,
 ) -> Int[Array, "B T"] | None:
-    """Orders for a training batch, see `GPT.__call__`; None where all of them are raster.
+    """Orders of a training batch's tokens, see `GPT.__call__`; None where all are raster.
 
     Args:
       network: the network.
       rows: of the batch.
-      key: of the step; None: raster.
-      step: steps that were taken before.
-      steps: of the whole training.
+      key: of the training step; None: raster order.
+      step: number of steps taken before.
+      steps: length of the whole training.
     """
     if not network.config.random_order or key is None:
         return None
-    which, bits = jax.random.split(jax.random.fold_in(key, REORDER))
+    which, bits = jax.random.split(jax.random.fold_in(key, ORDER_KEY))
     shape, spec = (rows, network.length), sharding.BATCH_FIRST
     shuffled = jnp.argsort(jax.random.bits(bits, shape, out_sharding=spec), axis=1)
-    share = reordered(network.config.random_order, step / steps)
+    share = random_order_share(network.config.random_order, step / steps)
     random = jax.random.bernoulli(which, share, (rows, 1), out_sharding=spec)
     return jnp.where(random, shuffled, jnp.arange(network.length)[None])
 
 
-def evaluated(
+def evaluate_batch(
     network: Network,
     params: dict,
     batch: dict,
     vote: int = 0,
     *,
-    told: bool = False,
+    condition_on_label: bool = False,
     raw: bool = False,
     keep: tuple[int, ...] = (),
 ) -> tuple[Output, Bool[Array, "B T"] | None]:
-    """The network's output for a batch of `Pipeline.evaluation`, and what was hidden.
+    """The network's output for a batch of `Pipeline.evaluation`, and the mask of its tokens.
 
     Args:
       network: the network.
       params: its weights.
-      batch: "tokens", what `starts` reads and, for BERT, "index", the image's number in its split.
-      vote: 0 .. `network.votes`-1; which of BERT's masks.
-      told: see `starts`.
+      batch: "tokens", what `start_vectors` reads and, for BERT, "index": each image's number in the
+        split.
+      vote: 0 .. `network.votes`-1, which of BERT's masks is drawn.
+      condition_on_label: see `start_vectors`.
       raw: see `GPT.__call__`.
-      keep: the same.
+      keep: see `GPT.__call__`.
     """
-    hidden = None
+    mask = None
     if network.config.objective == "bert":
         key = jax.random.fold_in(jax.random.key(0), vote)
 
         def draw(index: Int[Array, ""]) -> Bool[Array, "T"]:
-            of_image = jax.random.fold_in(key, index)
-            return jax.random.bernoulli(of_image, network.config.masked_share, (network.length,))
+            image_key = jax.random.fold_in(key, index)
+            return jax.random.bernoulli(image_key, network.config.masked_share, (network.length,))
 
-        hidden = jax.sharding.reshard(jax.vmap(draw)(batch["index"]), sharding.HIDDEN)
-    model, inputs = network.bind(params), (batch["tokens"], starts(network, batch, told=told))
-    return model(*inputs, hidden=hidden, raw=raw, keep=keep), hidden
+        mask = jax.sharding.reshard(jax.vmap(draw)(batch["index"]), sharding.HIDDEN)
+    start = start_vectors(network, batch, condition_on_label=condition_on_label)
+    model = network.bind(params)
+    return model(batch["tokens"], start, hidden=mask, raw=raw, keep=keep), mask
 
 
-def elect(class_logits: Float[Array, "votes *B C"]) -> Int[Array, "*B"]:
-    """The class of most votes; among equals the one of higher mean probability."""
+def majority_class(class_logits: Float[Array, "votes *B C"]) -> Int[Array, "*B"]:
+    """The class with the most votes; among equals the one of higher mean probability."""
     votes = jax.nn.one_hot(jnp.argmax(class_logits, axis=-1), class_logits.shape[-1]).sum(axis=0)
     likely = jax.nn.softmax(class_logits, axis=-1).mean(axis=0)
     return jnp.argmax(votes + likely, axis=-1)  # a probability is less than a vote

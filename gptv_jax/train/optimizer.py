@@ -10,9 +10,9 @@ from optax.contrib import MuonDimensionNumbers
 
 from gptv_jax import config as config_lib
 
-# The matrices of the blocks, which Muon orthogonalises, with the axes that make each a matrix
-# (inputs, outputs). The other axes, the layer and which of q, k, v or of gate and up, are batch:
-# every one of their slices is a matrix of its own.
+# The blocks' matrices, which Muon orthogonalises, with the axes that are a matrix's inputs and
+# outputs. All other axes (the layer; which of q, k, v; gate or up) are batch axes: every slice
+# along them is a matrix by itself.
 MATRICES = {
     "qkv": MuonDimensionNumbers(reduction_axis=1, output_axis=(3, 4)),  # L [D] 3 [H K]
     "attention_out": MuonDimensionNumbers(reduction_axis=(1, 2), output_axis=3),  # L [H K] [D]
@@ -25,10 +25,10 @@ MATRICES = {
         MuonDimensionNumbers(reduction_axis=(0, 1, 2), output_axis=3),
     ),
 }
-# Weight decay acts on these, and their steps depend on the width; never on norms, start vectors,
-# embeddings and positions. By name, because a stacked norm gain has two dimensions as well.
+# Weights that are decayed and whose steps depend on the width; not norms, start vectors, embeddings
+# and positions. By name, because a stacked norm gain has two dimensions as well.
 PRODUCTS = {*MATRICES, "head", "class_head"}
-ABOVE = {"final_norm", "head", "classifier"}  # all layers; what is neither this nor blocks is below
+ABOVE = {"final_norm", "head", "classifier"}  # lie above all layers; the rest lies below them
 
 RMS = 0.2  # of Muon's update, that of a typical Adam update (Liu et al. 2025, arXiv:2502.16982)
 
@@ -39,19 +39,22 @@ def make_optimizer(
     layer_decay: float = 1.0,
     relative_width: float = 1.0,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """The optimizer, and the learning rate (Muon's, for muon; of the heads) by step.
+    """The optimizer and its learning rate by step: for muon that of Muon, not of its AdamW share.
 
     Args:
-      config: its settings.
+      config: settings of the optimizer.
       steps: length of the training, for the schedule.
-      layer_decay: learning rate of a layer over that of the one above it (Clark et al. 2020,
+      layer_decay: learning rate of a layer over that of the layer above it (Clark et al. 2020,
         arXiv:2003.10555); the embeddings are the lowest layer, the final norm and the heads the
         highest.
-      relative_width: of the network, over that of the one that the rates are of.
+      relative_width: the network's width over the width that the learning rates were found at.
     """
     rate = _schedule(config, config.learning_rate, steps)
     betas = {"b1": config.beta1, "b2": config.beta2}
-    decay = {"weight_decay": config.weight_decay, "mask": _named(PRODUCTS)}
+    decay = {
+        "weight_decay": config.weight_decay,
+        "mask": lambda params: _by_name(params, PRODUCTS.__contains__),
+    }
     match config.name:
         case "adam":
             optimizer = optax.adam(rate, **betas)
@@ -60,7 +63,7 @@ def make_optimizer(
         case "nadamw":
             optimizer = optax.nadamw(rate, **betas, **decay)
         case "muon":
-            # Apart, because optax's muon has an AdamW of its own that decays all of its share.
+            # Two optimizers, because the AdamW inside optax's muon decays everything it trains.
             matrices = optax.contrib.muon(
                 rate,
                 weight_decay=config.weight_decay,
@@ -70,7 +73,7 @@ def make_optimizer(
             rest_rate = config.rest_learning_rate or config.learning_rate
             rest = optax.adamw(_schedule(config, rest_rate, steps), **betas, **decay)
             optimizer = optax.partition(
-                {"matrices": matrices, "rest": rest},
+                {"matrices": matrices, "rest": rest},  # the names are part of a checkpoint
                 lambda params: _by_name(
                     params, lambda name: "matrices" if name in MATRICES else "rest"
                 ),
@@ -82,50 +85,47 @@ def make_optimizer(
         optimizer = optax.chain(optimizer, decayed)
     if relative_width != 1:
         muon = config.name == "muon"
-        carried = optax.stateless(lambda updates, _: _carry_over(updates, relative_width, muon))
-        optimizer = optax.chain(optimizer, carried)
+        scaled = optax.stateless(lambda updates, _: _scale_to_width(updates, relative_width, muon))
+        optimizer = optax.chain(optimizer, scaled)
     return optimizer, rate
 
 
-def _carry_over(updates: dict, relative_width: float, muon: bool) -> dict:
-    """Steps that move activations by as much as at the width that the rates are of.
+def _scale_to_width(updates: dict, relative_width: float, muon: bool) -> dict:
+    """Scales updates so that they move activations as much as at the width of the learning rates.
 
-    What a step adds to a product's results sums up over its inputs. Each entry of Adam's steps is
-    of one size: the rate falls with the width (muP: Yang et al. 2022, arXiv:2203.03466, table 8).
-    Muon's have singular values of one size, but times the root of the width, for the RMS of their
-    entries to be Adam's; which is to be taken back (Yang et al. 2023, arXiv:2310.17813).
+    A product sums over its inputs, so what an update adds to its result grows with the width. The
+    entries of Adam's updates are all of one size: their rate falls with the width (muP: Yang et al.
+    2022, arXiv:2203.03466, table 8). Muon's updates have singular values of one size times the root
+    of the width, which makes the RMS of their entries Adam's; the root is divided out again (Yang
+    et al. 2023, arXiv:2310.17813).
     """
 
-    def scaled(path, update):
+    def scale(path, update):
         name = path[-1].key
         power = 0 if name not in PRODUCTS else 0.5 if muon and name in MATRICES else 1
         return update * relative_width**-power
 
-    return jax.tree_util.tree_map_with_path(scaled, updates)
+    return jax.tree_util.tree_map_with_path(scale, updates)
 
 
 def _decay_layers(updates: dict, decay: float) -> dict:
     layers = len(updates["blocks"]["norm_1"])
 
-    def scaled(path, update):
+    def scale(path, update):
         if path[0].key == "blocks":  # layer l of L lies L - l below the heads
             below = jnp.arange(layers, 0, -1).reshape(-1, *[1] * (update.ndim - 1))
             return update * decay**below
         return update if path[0].key in ABOVE else update * decay ** (layers + 1)
 
-    return jax.tree_util.tree_map_with_path(scaled, updates)
+    return jax.tree_util.tree_map_with_path(scale, updates)
 
 
 @jax.named_scope("average")
 def average(old: dict, params: dict, step: Int[Array, ""], decay: float) -> dict:
-    """The moving average of the weights, by one step on.
+    """The moving average of the weights after step number `step`, the first one being 0.
 
-    Args:
-      old: the average so far, which begins as the first weights.
-      params: after the step.
-      step: its number, the first one's being 0: early ones count for more, since what the average
-        begins with is soon worth nothing.
-      decay: of later steps.
+    The weights before the first step start the average. Early steps count for more than `decay`
+    says, so that those weights soon have no influence.
     """
     share = 1 - jnp.minimum(decay, (1 + step) / (10 + step))
     return jax.tree.map(lambda a, p: a + share * (p - a), old, params)
@@ -135,10 +135,10 @@ def average(old: dict, params: dict, step: Int[Array, ""], decay: float) -> dict
 def apply_update(
     optimizer: optax.GradientTransformation, grads: dict, state: optax.OptState, params: dict
 ) -> tuple[dict, optax.OptState]:
-    """New parameters and optimizer state, sharded as the old ones.
+    """New parameters and optimizer state, in the shardings of the old ones.
 
-    Muon flattens heads into matrices, which explicit axes refuse; here the compiler may shard as it
-    likes, and only the results are pinned.
+    Muon flattens heads into matrices, which explicit axes do not allow: within the update the
+    compiler chooses shardings, only the results are pinned.
     """
 
     def update(grads, state, params):
@@ -162,7 +162,7 @@ def _schedule(config: config_lib.Optimizer, peak: float, steps: int) -> optax.Sc
             after = optax.join_schedules([constant, fall], [length - falling])
     if not config.warmup_steps:
         return after
-    # From peak / warmup_steps, not 0: the first step is a step.
+    # From peak / warmup_steps, not 0, so that the first step already moves the weights.
     warmup = optax.linear_schedule(
         peak / config.warmup_steps, peak, max(config.warmup_steps - 1, 1)
     )
@@ -170,9 +170,5 @@ def _schedule(config: config_lib.Optimizer, peak: float, steps: int) -> optax.Sc
 
 
 def _by_name(params: dict, value: Callable):
-    """A tree like `params` with `value(name)` at each leaf, name being its last key."""
+    """A tree like `params` with `value(name)` at each leaf, where name is the leaf's last key."""
     return jax.tree_util.tree_map_with_path(lambda path, _: value(path[-1].key), params)
-
-
-def _named(names: set[str]) -> Callable:
-    return lambda params: _by_name(params, lambda name: name in names)

@@ -12,16 +12,16 @@ LOG = logging.getLogger(__name__)
 
 
 class Profiler:
-    """Traces some steps of a training, and leaves the others alone.
+    """Traces some steps of a training.
 
-    Every process writes two files into `FOLDER/plugins/profile/steps_FIRST_LAST/`, as TensorBoard
-    wants it: `process_I.xplane.pb` for TensorBoard and `process_I.perfetto.json.gz` for Perfetto.
+    Every process writes two files into `FOLDER/plugins/profile/steps_FIRST_LAST/`, the folder that
+    TensorBoard reads: `process_I.xplane.pb` and, for Perfetto, `process_I.perfetto.json.gz`.
     """
 
     def __init__(self, steps: tuple[int, int] | None = None, folder: pathlib.Path | None = None):
-        """Of the first to the last step, both traced; None: of none."""
+        """Traces the first to the last of `steps`, both included; None: nothing."""
         self._steps, self._folder = steps, folder
-        self._began: int | None = None  # the step that the open trace begins with
+        self._began: int | None = None  # first step of the trace that is being recorded
 
     @contextlib.contextmanager
     def step(self, number: int, drain: Callable[[], None]) -> Iterator[None]:
@@ -29,8 +29,8 @@ class Profiler:
 
         Args:
           number: of the step; the first one is 1.
-          drain: waits until no earlier step is under way, so that none is in the trace; called
-            again at the end, for the last step to be in it whole.
+          drain: waits until all earlier steps are done. It is called before the first traced step,
+            so that none of them is in the trace, and after the last, so that it is there whole.
         """
         first, last = self._steps or (0, 0)
         if first and number > last:
@@ -39,41 +39,33 @@ class Profiler:
         if not first <= number <= last:
             yield
             return
+        scratch = self._folder / f"process_{jax.process_index()}.tmp"
         if self._began is None:
             drain()
-            self._start(number)
+            self._began = number
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0  # an event for every Python call would slow the steps
+            jax.profiler.start_trace(scratch, create_perfetto_trace=True, profiler_options=options)
         with jax.profiler.StepTraceAnnotation("step", step_num=number):
             yield
         if number == last:
             drain()
-            self._write(last)
+            jax.profiler.stop_trace()
+            self._collect(scratch, self._folder / "plugins" / "profile")
 
-    def _start(self, number: int) -> None:
-        self._began = number
-        options = jax.profiler.ProfileOptions()
-        options.python_tracer_level = 0  # an event for every Python call would slow the steps
-        jax.profiler.start_trace(
-            self._scratch, create_perfetto_trace=True, profiler_options=options
-        )
-
-    def _write(self, last: int) -> None:
-        jax.profiler.stop_trace()
-        folder = self._folder / "plugins" / "profile" / f"steps_{self._began}_{last}"
+    def _collect(self, scratch: pathlib.Path, traces: pathlib.Path) -> None:
+        folder = traces / f"steps_{self._began}_{self._steps[1]}"
         folder.mkdir(parents=True, exist_ok=True)
-        # JAX names files by host, of which processes may share one, and folders by the second.
+        # JAX names its files by host, which processes may share, and its folders by the second.
         for kind, pattern in (
             ("xplane.pb", "*.xplane.pb"),
             ("perfetto.json.gz", "perfetto_trace.json.gz"),
         ):
-            (written,) = self._scratch.glob(f"plugins/profile/*/{pattern}")
+            (written,) = scratch.glob(f"plugins/profile/*/{pattern}")
             written.replace(folder / f"process_{jax.process_index()}.{kind}")
-        shutil.rmtree(self._scratch)
-        LOG.info("The trace of steps %d to %d is in %s.", self._began, last, folder)
+        shutil.rmtree(scratch)
+        LOG.info("The trace of steps %d to %d is in %s.", self._began, self._steps[1], folder)
         self._steps = self._began = None
-
-    @property
-    def _scratch(self) -> pathlib.Path:
-        return self._folder / f"process_{jax.process_index()}.tmp"
 
 
 OFF = Profiler()

@@ -1,6 +1,6 @@
-"""How well images are restored: PSNR and SSIM to tell, and losses to train by.
+"""How well images are restored: PSNR and SSIM to report, and losses to train by.
 
-All take images [B, H, W, C] of one range and give a number for each image.
+All functions take images [B, H, W, C] of the same range and return a number for each image.
 """
 
 import functools
@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 RANGE = 2.0  # of values from -1 to 1
 WINDOW, SIGMA = 11, 1.5  # pixels, of SSIM's Gaussian window (Wang et al. 2004)
-K1, K2 = 0.01, 0.03  # the same, of the range: they keep the ratios finite
+K1, K2 = 0.01, 0.03  # SSIM's constants, shares of the range: they keep the ratios finite
 SCALES = 3  # of the gradient loss, each half as large as the one before
 
 
@@ -29,10 +29,10 @@ def l2(restored: Float[Array, "B H W C"], images: Float[Array, "B H W C"]) -> Fl
 def gradient(
     restored: Float[Array, "B H W C"], images: Float[Array, "B H W C"]
 ) -> Float[Array, "B"]:
-    """Mean absolute difference of the differences between neighbours, at several scales.
+    """Mean absolute error of the differences between neighbouring pixels, at several scales.
 
-    It asks for edges as sharp as they were, where the mean squared difference is content with
-    blurred ones. A scale is the mean over squares of 2 x 2 pixels of the one before.
+    It asks for edges as sharp as the image's; the mean squared error accepts blurred ones. Each
+    scale is the one before, averaged over squares of 2 x 2 pixels.
     """
     difference, total = restored - images, 0.0
     for _ in range(SCALES):
@@ -52,7 +52,7 @@ def _halved(x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
 
 
 def psnr(mean_squared: Float[Array, "*any"], value_range: float = RANGE) -> Float[Array, "*any"]:
-    """Peak signal to noise, in dB, of mean squared differences; infinite where there is none."""
+    """Peak signal-to-noise ratio in dB of mean squared errors; infinite for an error of 0."""
     return 10 * jnp.log10(value_range**2 / mean_squared)
 
 
@@ -61,11 +61,12 @@ def ssim(
     images: Float[Array, "B H W C"],
     value_range: float = RANGE,
 ) -> Float[Array, "B"]:
-    """Structural similarity (Wang et al. 2004, doi:10.1109/TIP.2003.819861), 1 for the same image.
+    """Structural similarity (Wang et al. 2004, doi:10.1109/TIP.2003.819861); 1 for equal images.
 
-    With the paper's Gaussian window of 11 x 11 pixels wherever it fits into the image, channel by
-    channel, as skimage's `structural_similarity(gaussian_weights=True, use_sample_covariance=False,
-    sigma=1.5)` and TensorFlow's `image.ssim` have it; of smaller images one as large as they are.
+    Channel by channel under the paper's Gaussian window of 11 x 11 pixels, wherever it fits into
+    the image, as in skimage's `structural_similarity(gaussian_weights=True, sigma=1.5,
+    use_sample_covariance=False)` and TensorFlow's `image.ssim`. A smaller image has a window of its
+    own size.
     """
     c1, c2 = (K1 * value_range) ** 2, (K2 * value_range) ** 2
     x, y = _blurred(restored), _blurred(images)
@@ -77,7 +78,7 @@ def ssim(
 
 
 def _blurred(x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
-    """Means under the Gaussian window, where the whole of it lies within the image."""
+    """Means under the Gaussian window at every place where the whole window is in the image."""
     side = min(WINDOW, *x.shape[1:3])
     window = _window(side).astype(x.dtype)
     for axis in (1, 2):

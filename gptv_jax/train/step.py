@@ -1,4 +1,9 @@
-"""One step of training or evaluation, as pure functions for `jax.jit`."""
+"""One step of any training, as a pure function for `jax.jit`, and the losses of the network.
+
+Every training has a loss `loss(params, frozen, batch, key, step) -> (number, metrics)`, where
+`frozen` holds the arrays that the loss reads and does not train: a probe's network, a perceptual
+network. `key` is for everything random in the step; `step` counts the steps taken before.
+"""
 
 from collections.abc import Callable
 
@@ -18,53 +23,52 @@ Metrics = dict[str, Array]
 
 
 def generative_loss(network: Network, steps: int | None = None) -> Callable:
-    """`(params, batch, key, step) -> (nats per token, metrics)`, the pretraining objective.
+    """The pretraining loss, nats per token.
 
-    The key is of all that is drawn: dropout, what is hidden, whose class is not told, and orders.
-    None, where nothing is hidden, switches the rest off.
+    Without a key nothing is drawn: no dropout, no label dropout, raster order; BERT needs a key.
 
     Args:
       network: the network.
-      steps: of the whole training, in the course of which random orders become raster.
+      steps: length of the whole training, over which random orders give way to raster order.
 
     Raises:
-      ValueError: they do, but `steps` is not known.
+      ValueError: the network has random orders and `steps` is missing.
     """
     if network.config.random_order and steps is None:
-        raise ValueError("orders become raster in the course of the training: say its steps.")
+        raise ValueError(
+            "model.random_order needs the length of the training: pass `steps` to generative_loss."
+        )
 
     def loss(
-        params: dict, batch: dict, key: PRNGKeyArray | None, step: Int[Array, ""] | None = None
+        params: dict,
+        frozen: None,
+        batch: dict,
+        key: PRNGKeyArray | None,
+        step: Int[Array, ""] | None = None,
     ) -> tuple[Array, Metrics]:
+        del frozen
         order = objective.draw_order(network, len(batch["tokens"]), key, step, steps)
-        _, nats = _forward(network, params, batch, key, order, told=True)
+        _, nats = _forward(network, params, batch, key, order, condition_on_label=True)
         return nats, {"nats_per_token": nats}
 
     return loss
 
 
-def _forward(
-    network, params, batch, key, order=None, *, told: bool
-) -> tuple[Output, Float[Array, ""]]:
-    """Output and nats per token of a training batch."""
-    hidden = objective.hide(network, len(batch["tokens"]), key)
-    model, tokens = network.bind(params), batch["tokens"]
-    output = model(tokens, objective.starts(network, batch, key, told=told), key, hidden, order)
-    targets = tokens if order is None else in_order(tokens, order)
-    return output, objective.nats_per_token(model, output, targets, hidden).mean()
-
-
 def joint_loss(network: Network, generative: float, classification: float) -> Callable:
-    """As `generative_loss`, plus cross-entropy of the class, weighted by the two coefficients.
+    """Nats per token plus the cross-entropy of the class, weighted by the two coefficients.
 
-    What is to tell the class is not told it, and reads images in raster order.
+    The network does not see the class that it is to predict, and reads images in raster order.
     """
 
     def loss(
-        params: dict, batch: dict, key: PRNGKeyArray | None, step: Int[Array, ""] | None = None
+        params: dict,
+        frozen: None,
+        batch: dict,
+        key: PRNGKeyArray | None,
+        step: Int[Array, ""] | None = None,
     ) -> tuple[Array, Metrics]:
-        del step
-        output, nats = _forward(network, params, batch, key, told=False)
+        del frozen, step
+        output, nats = _forward(network, params, batch, key, condition_on_label=False)
         class_nats = cross_entropy(output.class_logits, batch["label"]).mean()
         correct = jnp.argmax(output.class_logits, axis=-1) == batch["label"]
         metrics = {"nats_per_token": nats, "class_nats": class_nats, "accuracy": correct.mean()}
@@ -73,8 +77,20 @@ def joint_loss(network: Network, generative: float, classification: float) -> Ca
     return loss
 
 
+def _forward(
+    network, params, batch, key, order=None, *, condition_on_label: bool
+) -> tuple[Output, Float[Array, ""]]:
+    """The network's output for a training batch, and its nats per token."""
+    mask = objective.draw_mask(network, len(batch["tokens"]), key)
+    start = objective.start_vectors(network, batch, key, condition_on_label=condition_on_label)
+    model, tokens = network.bind(params), batch["tokens"]
+    output = model(tokens, start, key, mask, order)
+    targets = tokens if order is None else in_order(tokens, order)
+    return output, objective.nats_per_token(model, output, targets, mask).mean()
+
+
 def abstract_batch(network: Network, rows: int, split: NamedSharding | None = None) -> dict:
-    """Shapes of what the pretraining loss reads of a batch of so many rows, and how they lie."""
+    """Shapes and shardings of what the pretraining loss reads of a batch of `rows` images."""
     shapes = {"tokens": (rows, network.length), "variant": (rows,)}
     if network.config.class_tokens:
         shapes["label"] = (rows,)
@@ -84,7 +100,7 @@ def abstract_batch(network: Network, rows: int, split: NamedSharding | None = No
 def make_init(
     network: Network, optimizer: optax.GradientTransformation, ema: float | None = None
 ) -> Callable:
-    """`key -> state`, the train state of `state_of`, every leaf born in its sharding."""
+    """`key -> state`, see `state_of`; every leaf is created in its sharding."""
     return lambda key: state_of(network.init(key), optimizer, ema)
 
 
@@ -92,12 +108,12 @@ def state_of(
     params: dict, optimizer: optax.GradientTransformation, ema: float | None = None
 ) -> dict:
     """The train state {step, params, opt} before the first step; with an average, "ema" as well."""
-    # Constants among the optimizer's state come without a sharding of their own; given one, the
-    # state before the first step has the type of all later ones, and the step compiles once.
+    # Constants in the optimizer's state have no sharding. Given one, the state before the first
+    # step has the type of all later ones, so the step compiles once.
     opt = jax.tree.map(
         lambda x: jax.sharding.reshard(x, jax.typeof(x).sharding.spec), optimizer.init(params)
     )
-    # A copy of its own, since the step is given both to write over.
+    # A copy, because the step may write over the buffers of both.
     averaged = {} if ema is None else {"ema": jax.tree.map(jnp.copy, params)}
     return {"step": jnp.zeros((), jnp.int32), "params": params, "opt": opt, **averaged}
 
@@ -110,21 +126,27 @@ def make_train_step(
     microbatches: int = 1,
     seed: int = 0,
     ema: float | None = None,
+    after: Callable | None = None,
 ) -> Callable:
-    """`(state, batch) -> (state, metrics)`, donating the state.
+    """`(state, batch, frozen=None) -> (state, metrics)`, jitted; it donates the state.
+
+    `frozen` is an argument of the compiled step, so its arrays are not compiled in as constants.
 
     Args:
-      loss: of parameters, batch, key and step, such as `generative_loss` makes.
+      loss: see the module. Parts of the state besides step, params, opt and ema, such as a
+        discriminator, are added to its `frozen` by their names.
       optimizer: takes the mean gradient of the batch.
       rate: learning rate by step, for the metrics.
-      microbatches: parts the batch is worked through in, to need less memory; the same result but
-        for dropout and what else is drawn by the key, part by part.
-      seed: of the loss's key, which is folded from the step, so that it needs no state.
-      ema: decay of the average of the weights; None: the state has none.
+      microbatches: number of parts that the batch is processed in, to need less memory. The result
+        is that of the whole batch, except that every part draws its own dropout, masks and orders.
+      seed: of the loss's key, to which the step's number is folded; the key needs no state.
+      ema: decay of the moving average of the weights; None: the state has none.
+      after: `(state, aux, batch, key) -> (state, metrics)`, called with the updated state to update
+        its further parts; `aux` is `metrics["aux"]` of the loss. Not with microbatches.
     """
     gradient = jax.grad(loss, has_aux=True)
 
-    def accumulate(params, batch, key, step):
+    def accumulate(params, frozen, batch, key, step):
         # Rows r, r + A, r + 2A ... make part r: a split that keeps every row on its device.
         parts = jax.tree.map(
             lambda x: x.reshape(
@@ -133,67 +155,41 @@ def make_train_step(
             batch,
         )
         keys = jax.random.split(key, microbatches)
-        # Every part adds its gradients to one sum. Scanned layers do so one by one, so that there
-        # is no second copy; of unrolled ones there is.
+        # Every part adds its gradients to one sum. Scanned layers add theirs one by one, so there
+        # is no second copy of the gradients; with unrolled layers there is.
         total = jax.tree.map(lambda x: jax.new_ref(jnp.zeros_like(x)), params)
 
         def add(_, inputs):
-            of_part = lambda p: loss(p, *inputs, step)  # noqa: E731
-            nats, backward, metrics = jax.vjp(of_part, params, has_aux=True)
-            backward.with_refs(total)(jnp.full_like(nats, 1 / microbatches))
+            part_loss = lambda p: loss(p, frozen, *inputs, step)  # noqa: E731
+            number, backward, metrics = jax.vjp(part_loss, params, has_aux=True)
+            backward.with_refs(total)(jnp.full_like(number, 1 / microbatches))
             return None, metrics
 
         _, metrics = jax.lax.scan(add, None, (parts, keys))
         metrics = jax.tree.map(lambda x: x.mean(axis=0), metrics)
         return jax.tree.map(lambda x: x[...], total), metrics
 
-    def train_step(state: dict, batch: dict) -> tuple[dict, Metrics]:
-        key = jax.random.fold_in(jax.random.key(seed), state["step"])
+    def train_step(state: dict, batch: dict, frozen: dict | None = None) -> tuple[dict, Metrics]:
+        step, params = state["step"], state["params"]
+        further = {name: state[name] for name in state.keys() - {"step", "params", "opt", "ema"}}
+        frozen = {**(frozen or {}), **further} if further else frozen
+        key = jax.random.fold_in(jax.random.key(seed), step)
         grads, metrics = (gradient if microbatches == 1 else accumulate)(
-            state["params"], batch, key, state["step"]
+            params, frozen, batch, key, step
         )
-        params, opt = apply_update(optimizer, grads, state["opt"], state["params"])
+        aux = metrics.pop("aux", None)
+        params, opt = apply_update(optimizer, grads, state["opt"], params)
         metrics |= {
             "grad_norm": optax.tree.norm(grads),
             "param_norm": optax.tree.norm(params),
-            "learning_rate": rate(state["step"]),
+            "learning_rate": rate(step),
         }
-        averaged = {}
+        state = state | {"params": params, "opt": opt}
+        if after is not None:
+            state, more = after(state, aux, batch, key)
+            metrics |= more
         if ema is not None:
-            averaged["ema"] = average(state["ema"], params, state["step"], ema)
-        return {"step": state["step"] + 1, "params": params, "opt": opt, **averaged}, metrics
+            state["ema"] = average(state["ema"], state["params"], step, ema)
+        return state | {"step": step + 1}, metrics
 
     return jax.jit(train_step, donate_argnums=0)
-
-
-def make_eval_step(network: Network) -> Callable:
-    """`(params, batch) -> sums` over the batch's real rows (mask 1).
-
-    The sums are nats per token, images and, with a class head, correctly classified images and the
-    cross-entropy of the class in nats. Where positions are hidden, nats are means over the votes,
-    and the class is that of most of them. A class-conditional network is told the class, but where
-    it has a class head.
-    """
-    told = not network.classes
-
-    def eval_step(params: dict, batch: dict) -> Metrics:
-        nats, class_logits, model = 0.0, [], network.bind(params)
-        for vote in range(network.votes):
-            output, hidden = objective.evaluated(network, params, batch, vote, told=told)
-            nats += objective.nats_per_token(model, output, batch["tokens"], hidden)
-            class_logits.append(output.class_logits)
-        sums = {
-            "nats_per_token": (nats / network.votes * batch["mask"]).sum(),
-            "images": batch["mask"].sum(),
-        }
-        if network.classes:
-            class_logits = jnp.stack(class_logits)
-            correct = objective.elect(class_logits) == batch["label"]
-            sums["correct"] = (correct * batch["mask"]).sum()
-            class_nats = cross_entropy(
-                class_logits, jnp.broadcast_to(batch["label"], class_logits.shape[:-1])
-            ).mean(axis=0)
-            sums["class_nats"] = (class_nats * batch["mask"]).sum()
-        return sums
-
-    return jax.jit(eval_step)

@@ -3,11 +3,11 @@
 import pathlib
 
 from gptv_jax.errors import InputError
-from gptv_jax.tokens import Lexicon, Palette
+from gptv_jax.tokens import Palette, TokenDefinition
 from gptv_jax.weights import huggingface, native, openai
 from gptv_jax.weights.file import WeightsFile
 
-# Each form: whether a path is one, its weights, and its lexicon alone.
+# Each form: whether a path is one, its weights, and its definition alone.
 FORMS = (native, huggingface, openai)
 
 
@@ -37,7 +37,7 @@ def read(path: str | pathlib.Path, palette: Palette | None = None) -> WeightsFil
     )
 
 
-def read_lexicon(path: str | pathlib.Path) -> Lexicon | None:
+def read_definition(path: str | pathlib.Path) -> TokenDefinition | None:
     """What tokens stand for, as it lies with the weights at `path`; None where nothing does."""
     path = pathlib.Path(path)
-    return next((form.read_lexicon(path) for form in FORMS if form.found(path)), None)
+    return next((form.read_definition(path) for form in FORMS if form.found(path)), None)

@@ -10,13 +10,13 @@ from gptv_jax import config as config_lib
 from gptv_jax import sharding, tokens
 from gptv_jax.errors import InputError
 from gptv_jax.model.gpt import Network
-from gptv_jax.tokens import Lexicon, Palette
+from gptv_jax.tokens import Palette, TokenDefinition
 
 # Fields of the model that weights depend on; the others (dropout, dtype, how layers are walked, the
 # width that rates are tuned at) are the user's to choose.
 SHAPING = (
     *("layers", "width", "heads", "mlp_ratio", "mlp", "qk_norm", "objective"),
-    *("learned_positions", "axial_positions", "rotary", "above_embedding", "target_positions"),
+    *("learned_positions", "axial_positions", "rotary", "target_positions"),
     "class_tokens",
 )
 
@@ -29,7 +29,7 @@ class WeightsFile:
     tokens: config_lib.Tokens
     image_size: int  # pixels, height and width
     params: dict[str, np.ndarray]  # float32, by flat name: "blocks.qkv"
-    lexicon: Lexicon | None = None  # what the tokens stand for
+    definition: TokenDefinition | None = None  # what the tokens stand for
     starts: int = 1  # start vectors
     classes: int = 0  # of the class head; 0: none
     step: int | None = None  # of the training that the weights are of, where known
@@ -38,7 +38,7 @@ class WeightsFile:
     @property
     def codec(self) -> tokens.Codec:
         """What the tokens mean."""
-        return tokens.make_codec(self.tokens, self.image_size, self.lexicon)
+        return tokens.make_codec(self.tokens, self.image_size, self.definition)
 
     @property
     def network(self) -> Network:
@@ -120,7 +120,7 @@ def agreed(named: Palette | None, own: Palette | None, where: str) -> Palette:
         raise InputError(
             f"{where} has no colours for its tokens; name the palette (kmeans_centers.npy) as well."
         )
-    if named and own and not named.same_as(own):
+    if named and own and not named.equivalent(own):
         raise InputError(f"the palette that is named is another one than that of {where}.")
     return named or own
 

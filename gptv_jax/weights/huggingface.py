@@ -59,8 +59,8 @@ def found(path: pathlib.Path) -> bool:
         return False
 
 
-def read_lexicon(folder: pathlib.Path) -> Palette | None:
-    """See `interop.read_lexicon`."""
+def read_definition(folder: pathlib.Path) -> Palette | None:
+    """See `interop.read_definition`."""
     path = folder / PREPROCESSOR
     clusters = files.read_json(path, {}).get("clusters")
     if clusters is None:
@@ -80,10 +80,10 @@ def read(folder: pathlib.Path, palette: Palette | None = None) -> WeightsFile:
     if native.HEADER in metadata:  # our own export, which says what its tokens are
         header = native.header(metadata, folder)
         colours = native.uses_colours(header)
-        own = agreed(palette, read_lexicon(folder), str(folder)) if colours else None
+        own = agreed(palette, read_definition(folder), str(folder)) if colours else None
         weights_file = native.described(header, {}, own, folder)
     else:
-        own = agreed(palette, read_lexicon(folder), str(folder))
+        own = agreed(palette, read_definition(folder), str(folder))
         weights_file = _described(config, folder, own)
     params = _weights(config, folder, there)
     classes = len(params.get("classifier.class_head", ()))
@@ -133,7 +133,7 @@ def _described(config: dict, folder: pathlib.Path, palette: Palette) -> WeightsF
         tokens=config_lib.Tokens(kind="palette", colors=config["vocab_size"] - 1),
         image_size=size,
         params={},
-        lexicon=palette,
+        definition=palette,
     )
 
 
@@ -272,7 +272,7 @@ def write(weights_file: WeightsFile, folder: pathlib.Path, task: str) -> None:
     # Token by token a colour to show it as; for a palette, the palette.
     every = np.arange(V)[:, None].repeat(T, axis=1)
     shown = codec.picture(codec.decode(every))[:, 0, 0]
-    centers = weights_file.lexicon.centers if weights_file.lexicon else shown / 127.5 - 1
+    centers = weights_file.definition.centers if weights_file.definition else shown / 127.5 - 1
     preprocessor = {
         "image_processor_type": "ImageGPTImageProcessor",
         "clusters": centers.tolist(),

@@ -11,7 +11,7 @@ from gptv_jax import files
 from gptv_jax.config import fields
 from gptv_jax.config.fields import NOT_NEGATIVE, POSITIVE, field
 from gptv_jax.errors import InputError, first_line
-from gptv_jax.tokens import Lexicon, Palette, Tokenizer, learned
+from gptv_jax.tokens import Palette, TokenDefinition, Tokenizer, learned
 from gptv_jax.tokens import palette as palettes
 from gptv_jax.weights.file import WeightsFile, agreed
 
@@ -28,13 +28,13 @@ def found(path: pathlib.Path) -> bool:
 
 def describe(weights_file: WeightsFile) -> dict:
     """All but the arrays, as JSON."""
-    lexicon = weights_file.lexicon
+    definition = weights_file.definition
     return {
         "format": FORMAT,
         "model": fields.flatten(weights_file.model),
         "tokens": fields.flatten(weights_file.tokens) | {"palette": None, "tokenizer": None},
-        "palette": lexicon.provenance if isinstance(lexicon, Palette) else None,
-        "tokenizer": lexicon.described() if isinstance(lexicon, Tokenizer) else None,
+        "palette": definition.provenance if isinstance(definition, Palette) else None,
+        "tokenizer": definition.description() if isinstance(definition, Tokenizer) else None,
         **{name: getattr(weights_file, name) for name in FACTS},
     }
 
@@ -54,7 +54,10 @@ FACTS = [each.name for each in dataclasses.fields(Facts)]
 
 
 def described(
-    header: dict, params: dict[str, np.ndarray], lexicon: Lexicon | None, where: pathlib.Path
+    header: dict,
+    params: dict[str, np.ndarray],
+    definition: TokenDefinition | None,
+    where: pathlib.Path,
 ) -> WeightsFile:
     """The inverse of `describe`, the palette with the provenance that the header has.
 
@@ -67,13 +70,13 @@ def described(
                 f"{where} is of format {header['format']}; this version reads {FORMAT}."
             )
         facts = fields.from_dict(Facts, {name: header[name] for name in FACTS}, "header")
-        if isinstance(lexicon, Palette):
-            lexicon = dataclasses.replace(lexicon, provenance=dict(header["palette"]))
+        if isinstance(definition, Palette):
+            definition = dataclasses.replace(definition, provenance=dict(header["palette"]))
         return WeightsFile(
             model=_settings(config_lib.Model, header["model"], "model"),
             tokens=_settings(config_lib.Tokens, header["tokens"], "tokens"),
             params=params,
-            lexicon=lexicon,
+            definition=definition,
             **fields.flatten(facts),
         )
     except (KeyError, TypeError, AttributeError) as error:
@@ -106,7 +109,7 @@ def read(path: pathlib.Path, palette: Palette | None = None) -> WeightsFile:
         own = agreed(palette, own, str(path))
     if said.get("tokenizer") is not None:
         weights = {n.removeprefix(TOKENIZER): array for n, array in of_tokenizer.items()}
-        own = learned.of_described(said["tokenizer"], weights, str(path))
+        own = learned.from_description(said["tokenizer"], weights, str(path))
     return described(said, params, own, path).checked(str(path))
 
 
@@ -115,14 +118,14 @@ def uses_colours(header: dict) -> bool:
     return header.get("palette") is not None
 
 
-def read_lexicon(path: pathlib.Path) -> Lexicon | None:
-    """See `interop.read_lexicon`."""
+def read_definition(path: pathlib.Path) -> TokenDefinition | None:
+    """See `interop.read_definition`."""
     with files.open_safetensors(path) as file:
         said, names = header(file.metadata() or {}, path), set(file.keys())
         if said.get("tokenizer") is not None:
             own = [n for n in names if n.startswith(TOKENIZER)]
             weights = {n.removeprefix(TOKENIZER): file.get_tensor(n) for n in own}
-            return learned.of_described(said["tokenizer"], weights, str(path))
+            return learned.from_description(said["tokenizer"], weights, str(path))
         if CENTERS not in names:
             return None
         centers = file.get_tensor(CENTERS)
@@ -132,10 +135,10 @@ def read_lexicon(path: pathlib.Path) -> Lexicon | None:
 def arrays(weights_file: WeightsFile) -> dict[str, np.ndarray]:
     """The weights, and those of what the tokens stand for."""
     found = {name: np.ascontiguousarray(array) for name, array in weights_file.params.items()}
-    if isinstance(weights_file.lexicon, Palette):
-        found[CENTERS] = weights_file.lexicon.centers
-    if isinstance(weights_file.lexicon, Tokenizer):
-        found |= {f"{TOKENIZER}{n}": array for n, array in weights_file.lexicon.params.items()}
+    if isinstance(weights_file.definition, Palette):
+        found[CENTERS] = weights_file.definition.centers
+    if isinstance(weights_file.definition, Tokenizer):
+        found |= {f"{TOKENIZER}{n}": array for n, array in weights_file.definition.params.items()}
     return found
 
 

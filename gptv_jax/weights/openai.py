@@ -28,8 +28,8 @@ def found(prefix: pathlib.Path) -> bool:
     return prefix.with_name(f"{prefix.name}.index").is_file()
 
 
-def read_lexicon(prefix: pathlib.Path) -> Palette | None:
-    """See `interop.read_lexicon`: checkpoints have none."""
+def read_definition(prefix: pathlib.Path) -> Palette | None:
+    """See `interop.read_definition`: checkpoints have none."""
     return None
 
 
@@ -98,7 +98,7 @@ def convert(there: StrictReader, prefix: pathlib.Path, palette: Palette) -> Weig
         tokens=config_lib.Tokens(kind="palette", colors=V),
         image_size=math.isqrt(T),
         params=params,
-        lexicon=palette,
+        definition=palette,
         classes=classes,
         step=_step(prefix),
     )

@@ -1,0 +1,107 @@
+"""How a network is measured on a split: every example once, on any number of processes."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from gptv_jax import hosts, sharding
+from gptv_jax.model.gpt import Network
+from gptv_jax.train import objective
+from gptv_jax.train.objective import cross_entropy
+
+# Accuracy first; among equals, the lower cross-entropy.
+CLASSIFICATION = {"accuracy": 1, "class_nats": -1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """What an evaluation computes, and which of its numbers ranks checkpoints.
+
+    Attributes:
+      step: `(params, batch) -> part`, jitted: sums over the rows whose "mask" is 1.
+      result: `total -> {name: number}`, on the host.
+      add: `(total, part) -> total`. Sums stay on the devices; a metric that needs every prediction,
+        such as average precision, fetches each part to the host here.
+      primary: numbers of the result that rank checkpoints, the most important first; 1: larger is
+        better, -1: smaller is. Empty: the last checkpoint counts.
+    """
+
+    step: Callable[[dict, dict], dict]
+    result: Callable[[dict], dict[str, float]]
+    add: Callable = lambda total, part: jax.tree.map(jnp.add, total, part)
+    primary: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def measure(self, params: dict, batches: Iterable[dict]) -> dict[str, float]:
+        """The numbers of a split, given by `Pipeline.evaluation`; raises as `on_mesh` does."""
+        parts = (self.step(params, batch) for batch in on_mesh(batches))
+        return self.result(total(parts, self.add))
+
+
+def on_mesh(batches: Iterable[dict]) -> Iterator[dict]:
+    """A split's batches (this process's rows, NumPy) as global arrays.
+
+    Raises:
+      hosts.EvaluationStoppedError: the training around the evaluation was asked to stop.
+    """
+    return map(sharding.global_batch, hosts.until_stop(batches))
+
+
+def total(parts: Iterable, add: Callable = Metric.add):
+    """The sum of trees of arrays, such as a split's batches give, fetched to the host."""
+    parts = iter(parts)
+    result = next(parts)
+    for part in parts:
+        result = add(result, part)
+    return jax.device_get(result)
+
+
+def make_eval_step(network: Network) -> Callable:
+    """`(params, batch) -> sums` over the rows whose "mask" is 1, jitted.
+
+    The sums are "nats_per_token", "images" and, with a class head, "correct" images and
+    "class_nats", the cross-entropy of the class. For BERT, nats are means over the votes, and the
+    class is that of most votes. A class-conditional network without a class head sees the class.
+    """
+
+    def eval_step(params: dict, batch: dict) -> dict[str, Array]:
+        nats, class_logits, model = 0.0, [], network.bind(params)
+        for vote in range(network.votes):
+            output, mask = objective.evaluate_batch(
+                network, params, batch, vote, condition_on_label=not network.classes
+            )
+            nats += objective.nats_per_token(model, output, batch["tokens"], mask)
+            class_logits.append(output.class_logits)
+        sums = {
+            "nats_per_token": (nats / network.votes * batch["mask"]).sum(),
+            "images": batch["mask"].sum(),
+        }
+        if network.classes:
+            class_logits = jnp.stack(class_logits)
+            correct = objective.majority_class(class_logits) == batch["label"]
+            sums["correct"] = (correct * batch["mask"]).sum()
+            labels = jnp.broadcast_to(batch["label"], class_logits.shape[:-1])
+            class_nats = cross_entropy(class_logits, labels).mean(axis=0)
+            sums["class_nats"] = (class_nats * batch["mask"]).sum()
+        return sums
+
+    return jax.jit(eval_step)
+
+
+def make_metric(network: Network) -> Metric:
+    """Measures "nats_per_token" and, with a class head, "accuracy" and "class_nats" (per image)."""
+
+    def result(sums: dict[str, np.ndarray]) -> dict[str, float]:
+        sums = {name: float(value) for name, value in sums.items()}
+        images = sums.pop("images")
+        numbers = {"nats_per_token": sums["nats_per_token"] / images}
+        if network.classes:
+            numbers["accuracy"] = sums["correct"] / images
+            numbers["class_nats"] = sums["class_nats"] / images
+        return numbers
+
+    primary = CLASSIFICATION if network.classes else {}
+    return Metric(make_eval_step(network), result, primary=primary)
