@@ -18,7 +18,7 @@ from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from gptv_jax import hosts, sharding
-from gptv_jax.errors import InputError, first_line
+from gptv_jax.errors import InputError, first_line, list_differences
 
 LOG = logging.getLogger(__name__)
 
@@ -200,19 +200,7 @@ class Checkpoints:
     def _compare(self, step: int, wanted: dict, saved: dict) -> None:
         tops = {name.split(".")[0] for name in wanted}  # a part of the state may be asked for
         saved = {name: shape for name, shape in saved.items() if name.split(".")[0] in tops}
-        differing = [
-            f"{name} {shape} is not saved" for name, shape in wanted.items() if name not in saved
-        ]
-        differing += [
-            f"{name} {shape} is saved, not expected"
-            for name, shape in saved.items()
-            if name not in wanted
-        ]
-        differing += [
-            f"{name} is {saved[name]}, expected {shape}"
-            for name, shape in wanted.items()
-            if name in saved and tuple(shape) != saved[name]
-        ]
+        differing = list_differences({n: tuple(shape) for n, shape in wanted.items()}, saved)
         if differing:
             raise InputError(
                 f"checkpoint {self.folder / str(step)} does not fit this network: "

@@ -14,6 +14,16 @@ def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
+def list_differences(expected: dict[str, object], found: dict[str, object]) -> list[str]:
+    """One phrase for every name that is missing in `found`, left over there, or differs."""
+    changed = [name for name in expected if name in found and found[name] != expected[name]]
+    return [
+        *(f"{n} {value!r} is missing" for n, value in expected.items() if n not in found),
+        *(f"{n} {value!r} is left over" for n, value in found.items() if n not in expected),
+        *(f"{n} is {found[n]!r}, expected {expected[n]!r}" for n in changed),
+    ]
+
+
 def end(code: int, message: str) -> NoReturn:
     """Ends the process at once, with a message on stderr.
 

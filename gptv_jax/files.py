@@ -10,6 +10,7 @@ import tokenize
 import weakref
 import zipfile
 import zlib
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -92,13 +93,18 @@ def lock(folder: pathlib.Path, flag: str, holder: object) -> None:
         LOG.info("%s lies on a file system without locks: nothing keeps a second run out.", folder)
 
 
-def replace(path: pathlib.Path, content: bytes) -> None:
-    """Leaves either the old file or the whole new one; on process 0 alone."""
+def replace(path: pathlib.Path, content: bytes | Callable[[pathlib.Path], object]) -> None:
+    """Writes a file atomically, on process 0 alone.
+
+    Args:
+      path: the file, which holds either the old content or the whole new content at any moment.
+      content: the new content, or a function that writes it to the path it is given.
+    """
     if jax.process_index() != 0:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(content)
+    temporary = path.with_name(f".{path.name}.tmp")
+    content(temporary) if callable(content) else temporary.write_bytes(content)
     temporary.replace(path)
 
 
@@ -168,17 +174,27 @@ def read_safetensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[st
         return arrays, file.metadata() or {}
 
 
+def read_weights(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """As `read_safetensors`, in float32.
+
+    Raises:
+      InputError: the file cannot be read, or holds arrays that are not floating-point.
+    """
+    arrays, metadata = read_safetensors(path)
+    wrong = [f"{name} {a.dtype}" for name, a in arrays.items() if not is_floating(a)]
+    if wrong:
+        raise InputError(f"{path} holds weights that are not floating-point: {', '.join(wrong)}.")
+    return {name: np.asarray(a, np.float32) for name, a in arrays.items()}, metadata
+
+
 def write_safetensors(arrays: dict[str, np.ndarray], path: pathlib.Path, metadata: dict) -> None:
-    """Leaves either the old file or the whole new .safetensors file, on every process that calls.
+    """Writes a .safetensors file as `replace` does.
 
     Raises:
       InputError: the file cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        safetensors.numpy.save_file(arrays, temporary, metadata=metadata)
-        temporary.replace(path)
+        replace(path, lambda target: safetensors.numpy.save_file(arrays, target, metadata))
     except (OSError, safetensors.SafetensorError) as error:
         raise InputError(f"{path} cannot be written ({first_line(error)}).") from error
 

@@ -33,7 +33,10 @@ def test_a_run_goes_to_hugging_faces_form_and_from_there_to_ours(command, finish
         (["--to=x"], "--from must be given"),
         (["--from={empty}", "--to=x"], "is not a run folder"),
         (["--from={run}", "--to={empty}/x", "--stage=probe"], "--stage"),
-        (["--from={run}", "--to={empty}/x", "--task=classification"], "no word for a class head"),
+        (
+            ["--from={run}", "--to={empty}/x", "--task=classification"],
+            "cannot express a class head",
+        ),
         (["--from={run}", "--to={empty}/file/x"], "cannot be written"),
         (["--from={run}", "--to={empty}/file/x.safetensors"], "cannot be written"),
         (["--from={run}", "--to={empty}/x", "more"], "more is no flag"),

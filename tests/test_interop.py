@@ -154,14 +154,14 @@ FOREIGN |= {"class_tokens": 5}
 def test_what_cannot_be_folded_in_is_refused_by_name(weights_file, tmp_path):
     centred = weights_file.params | {"classifier.class_center": np.ones(24, np.float32)}
     other = dataclasses.replace(weights_file, params=centred)
-    with pytest.raises(InputError, match=r"no word for a class head whose input is centred"):
+    with pytest.raises(InputError, match=r"cannot express a class head whose input is centred"):
         huggingface.write(other, tmp_path / "x", "classification")
     huggingface.write(other, tmp_path / "y", "generation")
     with pytest.raises(InputError, match=r"no class head"):
         huggingface.write(weights_file.headless(), tmp_path / "x", "classification")
     for field, value in FOREIGN.items():
         model = dataclasses.replace(weights_file.model, **{field: value})
-        with pytest.raises(InputError, match=rf"no word for model.{field}={value}\."):
+        with pytest.raises(InputError, match=rf"cannot express model.{field}={value}\."):
             huggingface.write(
                 dataclasses.replace(weights_file, model=model), tmp_path / "x", "generation"
             )
@@ -203,7 +203,7 @@ def test_a_configuration_of_another_network_is_told_by_the_field(weights_file, f
     assert weights_file.differing(config, starts=1) == []
     other = dataclasses.replace(config, model=dataclasses.replace(config.model, **{field: value}))
     [told] = weights_file.differing(other, starts=1)
-    assert told.startswith(f"config.model.{field} is {value!r}, there ")
+    assert told.startswith(f"config.model.{field} is {value!r}, expected ")
     [told] = weights_file.differing(config, starts=9)
     assert "start vectors" in told
 
@@ -253,7 +253,10 @@ ONES = np.ones(24, np.float32)
     ("changes", "words"),
     [
         ({"lm_head.weight": None}, r"lm_head.weight \(13, 24\) is missing"),
-        ({"lm_head.weight": np.ones((12, 24))}, r"lm_head.weight is \(12, 24\), not \(13, 24\)"),
+        (
+            {"lm_head.weight": np.ones((12, 24))},
+            r"lm_head.weight is \(12, 24\), expected \(13, 24\)",
+        ),
         ({"transformer.h.1.attn.c_attn.weight": None}, r"h.1.attn.c_attn.weight .* is missing"),
         ({"transformer.h.1.attn.c_proj.bias": ONES}, r"h.1.attn.c_proj.bias is not zero"),
         ({"transformer.h.3.ln_1.weight": ONES}, r"h.3.ln_1.weight \(24,\) is left over"),
@@ -261,22 +264,22 @@ ONES = np.ones(24, np.float32)
         ({"transformer.ln_f.weight": ONES * np.nan}, r"final_norm holds values that are not fin"),
         ({"n_layer": 2}, r"h.2.ln_1.weight \(24,\) is left over"),
         ({"n_layer": 4}, r"h.3.ln_1.weight \(24,\) is missing"),
-        ({"vocab_size": 13}, r"wte.weight is \(14, 24\), not \(13, 24\)"),
+        ({"vocab_size": 13}, r"wte.weight is \(14, 24\), expected \(13, 24\)"),
         ({"vocab_size": "13"}, r"vocab_size='13', no whole number"),
         ({"n_positions": 15}, r"n_positions=15, which is no square"),
-        ({"n_positions": 9}, r"wpe.weight is \(16, 24\), not \(9, 24\)"),
+        ({"n_positions": 9}, r"wpe.weight is \(16, 24\), expected \(9, 24\)"),
         ({"n_head": 5}, r"n_head=5"),
         ({"n_inner": 50}, r"n_inner=50"),
         ({"n_inner": "96"}, r"n_inner='96', no whole number"),
         ({"n_layer": 10**9}, r"h.3.ln_1.weight \(24,\) is missing"),
-        ({"n_positions": 10**12}, r"wpe.weight is \(16, 24\), not"),
+        ({"n_positions": 10**12}, r"wpe.weight is \(16, 24\), expected"),
         ({"lm_head.weight": np.ones((13, 24), np.int32)}, r"lm_head.weight is of type int32"),
-        ({"score.weight": np.ones((), np.float32)}, r"score.weight is \(\), not \(0, 24\)"),
+        ({"score.weight": np.ones((), np.float32)}, r"score.weight is \(\), expected \(0, 24\)"),
         ({"n_head": None}, r"n_head=None, no whole number"),
         ({"activation_function": "relu"}, r"activation_function='relu'; this network has 'quick"),
         ({"layer_norm_epsilon": 1e-6}, r"layer_norm_epsilon=1e-06"),
         ({"scale_attn_by_inverse_layer_idx": True}, r"scale_attn_by_inverse_layer_idx=True"),
-        ({"model_type": "gpt2"}, r"of a model of type 'gpt2'; it takes imagegpt"),
+        ({"model_type": "gpt2"}, r"model_type='gpt2'; it must be 'imagegpt'"),
     ],
 )
 def test_weights_that_do_not_fit_are_named(weights_file, tmp_path, changes, words):
@@ -321,10 +324,10 @@ def test_colours_that_are_missing_are_taken_from_the_file_named(weights_file, tm
         huggingface.write(weights_file, source, "generation")
     else:
         source = damaged(weights_file, tmp_path / "hf")
-    with pytest.raises(InputError, match=r"palette that is named is another one than that of"):
+    with pytest.raises(InputError, match=r"palette that you name differs from the palette in"):
         gptv_jax.load(source, palette=tmp_path / "other.npz")
     if form == "ours":
-        header = {"gptv_jax": json.dumps(native.describe(weights_file))}
+        header = {"gptv_jax": json.dumps(native.make_header(weights_file))}
         safetensors.numpy.save_file(dict(weights_file.params), source, header)
     else:
         (source / "preprocessor_config.json").unlink()
@@ -355,7 +358,7 @@ def test_a_file_of_others_or_of_another_version_is_named(weights_file, tmp_path)
     safetensors.numpy.save_file({"a": ONES}, path)
     with pytest.raises(InputError, match=r"has no gptv_jax header"):
         gptv_jax.load(path)
-    header = native.describe(weights_file)
+    header = native.make_header(weights_file)
     arrays = weights_file.params | {"palette.centers": COLORS.centers}
     for change, words in (
         ({"image_size": "4"}, r"header.image_size is '4'"),
@@ -363,7 +366,7 @@ def test_a_file_of_others_or_of_another_version_is_named(weights_file, tmp_path)
         ({"starts": 0}, r"header.starts is 0"),
         ({"best_layer": 99}, r"best_layer 99 is none of 3 layers"),
         ({"palette": 3}, r"is damaged"),
-        ({"format": 99}, r"is of format 99"),
+        ({"format": 99}, r"has format 99"),
         ({"model": header["model"] | {"width": "wide"}}, r"model.width is 'wide'"),
         ({"model": header["model"] | {"wide": 3}}, r"model.wide is not a field"),
         ({"classes": None}, r"header.classes is None"),
@@ -389,7 +392,7 @@ def test_a_file_of_others_or_of_another_version_is_named(weights_file, tmp_path)
 
 
 def test_what_is_older_than_a_field_has_its_default(weights_file, finished_run, tmp_path):
-    header, path = native.describe(weights_file), tmp_path / "x.safetensors"
+    header, path = native.make_header(weights_file), tmp_path / "x.safetensors"
     del header["model"]["objective"], header["model"]["votes"]
     arrays = weights_file.params | {"palette.centers": COLORS.centers}
     safetensors.numpy.save_file(arrays, path, {"gptv_jax": json.dumps(header)})
@@ -406,7 +409,7 @@ def test_a_checkpoint_of_openai_must_be_whole(variables):
         ({"h1/attn/v_proj": None}, r"h1/attn/v_proj \(3, 8, 24\) is missing"),
         ({"h1/attn/b": ONES}, r"h1/attn/b \(24,\) is left over"),
         ({"wte": None}, r"holds no Image GPT"),
-        ({"sos": np.ones((1, 24))}, r"sos is \(1, 24\), not \(24,\)"),
+        ({"sos": np.ones((1, 24))}, r"sos is \(1, 24\), expected \(24,\)"),
     ):
         left = {n: a for n, a in (variables | changes).items() if a is not None}
         with pytest.raises(InputError, match=words):

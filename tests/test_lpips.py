@@ -135,7 +135,7 @@ def test_all_that_does_not_fit_is_named(whole, tmp_path):
     assert "other.safetensors are not those of LPIPS with VGG-16" in told
     for words in (
         "net.slice1.0.weight (64, 3, 3, 3) is missing",
-        "net.slice3.12.bias is (128,), not (256,)",
+        "net.slice3.12.bias is (128,), expected (256,)",
         "lin4.model.1.weight is of type int32",
         "net.slice6.30.bias (7,) is left over",
     ):

@@ -1,31 +1,38 @@
-"""What the probe computes, chooses and leaves alone."""
+"""What the probe computes, what it chooses by, and that it changes nothing else."""
 
 import dataclasses
 import itertools
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from conftest import make_mesh, random_batch, random_params, tiny_network
 from test_ridge import badly_scaled
 from test_sgd import SGD, events
 
+import gptv_jax
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
+from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.errors import InputError
 from gptv_jax.probe import features, logistic, ridge
 from gptv_jax.runs import report
 from gptv_jax.runs.run import Run
-from gptv_jax.stages import pretrain, probe
+from gptv_jax.stages import finetune, pretrain, probe
 from gptv_jax.train import objective
 
 # Features.
 
 
-@pytest.mark.parametrize("scan_layers", [True, False])
-@pytest.mark.parametrize(("raw", "keep"), [(True, (0, 2)), (False, (2, 0))])
-def test_what_is_kept_of_a_layer_is_what_was_pooled(one_device, scan_layers, raw, keep):
+@pytest.mark.parametrize(
+    ("scan_layers", "raw", "keep"), [(True, True, (0, 2)), (False, False, (2, 0))]
+)
+def test_the_mean_of_a_layers_kept_features_is_its_pooled_feature(
+    one_device, scan_layers, raw, keep
+):
     network = tiny_network(scan_layers=scan_layers)
     params, batch = random_params(network), sharding.global_batch(random_batch(network))
 
@@ -60,7 +67,7 @@ def test_the_normed_features_are_the_raw_ones_normed_and_the_raw_ones_the_residu
         np.testing.assert_allclose(n, wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_features_that_nobody_asks_for_take_no_room(one_device):
+def test_features_that_are_not_used_are_not_computed(one_device):
     network = tiny_network(width=32, scan_layers=True)
     params, batch = random_params(network), sharding.global_batch(random_batch(network))
 
@@ -78,16 +85,32 @@ def test_features_that_nobody_asks_for_take_no_room(one_device):
 @pytest.mark.parametrize(
     ("layer", "window"), [(0, (0, 1, 2)), (1, (0, 1, 2)), (2, (1, 2, 3)), (4, (2, 3, 4))]
 )
-def test_neighbouring_layers_have_the_best_one_in_their_middle_but_at_the_ends(layer, window):
+def test_neighbouring_layers_have_the_best_layer_in_the_middle_except_at_the_ends(layer, window):
     assert features.around(layer, 3, layers=5) == window
     assert features.around(layer, 1, layers=5) == (layer,)
     assert features.around(layer, 5, layers=5) == (0, 1, 2, 3, 4)
 
 
+def test_the_statistics_scale_features_that_vary_and_only_centre_constant_ones(one_device):
+    rng, mask = np.random.default_rng(0), np.ones(512, np.float32)
+    x = np.repeat(rng.normal(size=(1, 2, 512, 1)), 4, axis=-1).astype(np.float32)
+    x[..., 1] = 3 + 1e-3 * x[..., 0]  # a small deviation about a large mean
+    x[..., 2] = 3e4  # constant, but for rounding
+    x[0, 1, :, 2] = np.nextafter(np.float32(3e4), np.float32(4e4 * rng.integers(2, size=512)))
+    x[..., 3] *= 1e-9
+    batch = sharding.global_batch({"x": np.moveaxis(x, 2, 0), "mask": mask})
+    given = jnp.moveaxis(batch.pop("x"), 0, 2), batch
+    mean, deviation = features.statistics(lambda split: iter([given]))
+    wanted = x[0].astype(np.float64)
+    np.testing.assert_allclose(mean, wanted.mean(axis=1), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(deviation[:, :2], wanted[..., :2].std(axis=1), rtol=1e-9)
+    np.testing.assert_array_equal(deviation[:, 2:], 1)
+
+
 # L-BFGS: votes and few labels.
 
 
-def test_of_several_votes_the_majority_counts(one_device):
+def test_the_majority_of_several_votes_decides(one_device):
     rng = np.random.default_rng(0)
     labels = np.arange(300) % 3
     certain = 10 * np.eye(3)[labels] + rng.normal(size=(300, 3))
@@ -102,12 +125,12 @@ def test_of_several_votes_the_majority_counts(one_device):
 
     assert accuracy(certain, wrong, certain)["test_accuracy"] == 1
     assert accuracy(certain, wrong, wrong)["validation_accuracy"] == 0
-    # What is folded in is the first vote.
+    # Only the first vote of validation joins the final fit.
     several = {"train": (certain, labels), "validation": (np.concatenate([certain, wrong]), labels)}
     assert logistic.fit_probe(config, several | {"test": (certain, labels)})["test_accuracy"] == 1
 
 
-def test_few_labels_are_as_many_of_each_class_all_different_and_seeded():
+def test_few_labels_are_a_seeded_draw_of_different_images_from_each_class():
     labels = np.random.default_rng(0).permutation(np.repeat(np.arange(5), (20, 30, 40, 50, 60)))
     for per_class in (1, 4, 20):
         chosen = logistic.draw(labels, per_class, np.random.default_rng(1))
@@ -119,7 +142,7 @@ def test_few_labels_are_as_many_of_each_class_all_different_and_seeded():
         logistic.draw(labels, 21, np.random.default_rng(1))
 
 
-def test_the_few_label_probe_is_fitted_to_a_new_draw_each_time_and_to_nothing_else():
+def test_the_few_label_probe_fits_every_draw_alone():
     x, labels = badly_scaled(300)
     splits = {"train": (x[0], labels), "validation": (x[0], labels), "test": (x[1], labels)}
     config = config_lib.Probe(c=(0.1,), labels_per_class=(4, 10), draws=3)
@@ -155,8 +178,8 @@ TINY = config_lib.Config(
 
 
 def at_work(*_, **__):
-    """In place of what must not be done, or not again."""
-    pytest.fail("it works")
+    """Replaces a function that must not be called."""
+    pytest.fail("called although nothing was to be done")
 
 
 def pretrained(folder, config) -> tuple[Run, dict]:
@@ -172,7 +195,7 @@ def probed_in_passing(tmp_path_factory) -> tuple[Run, dict]:
     return pretrained(tmp_path_factory.mktemp("probed") / "run", TINY)
 
 
-def test_tables_in_pretraining_are_logged_and_change_nothing(probed_in_passing, tmp_path):
+def test_ridge_tables_during_pretraining_are_logged_and_change_nothing(probed_in_passing, tmp_path):
     run, params = probed_in_passing
     quiet = dataclasses.replace(TINY, probe=dataclasses.replace(TINY.probe, every=0))
     other, wanted = pretrained(tmp_path / "quiet", quiet)
@@ -186,7 +209,7 @@ def test_tables_in_pretraining_are_logged_and_change_nothing(probed_in_passing, 
 
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory) -> config_lib.Config:
-    """What a probe of a pretrained BERT starts from."""
+    """The configuration of a probe of a pretrained BERT network."""
     model = dataclasses.replace(TINY.model, objective="bert", votes=2)
     quiet = dataclasses.replace(TINY.probe, every=0)
     config = dataclasses.replace(TINY, model=model, probe=quiet)
@@ -196,7 +219,7 @@ def bert(tmp_path_factory) -> config_lib.Config:
 
 @pytest.fixture
 def autoregressive(probed_in_passing) -> config_lib.Config:
-    """What a probe of the other one starts from."""
+    """The configuration of a probe of the pretrained autoregressive network."""
     return dataclasses.replace(TINY, init_from=str(probed_in_passing[0].folder))
 
 
@@ -204,7 +227,7 @@ LBFGS = {"refine": 1, "concatenate": 3, "labels_per_class": (2, 5), "draws": 2}
 ATTENTIVE = {"method": "sgd", "refine": 2, "concatenate": 3, "pooling": "attentive"}
 
 
-def test_a_probe_that_goes_on_fits_what_is_left(autoregressive, tmp_path, monkeypatch):
+def test_a_probe_that_continues_fits_only_what_is_left(autoregressive, tmp_path, monkeypatch):
     changes = LBFGS | {"refine": None, "labels_per_class": ()}
     config = dataclasses.replace(
         autoregressive, probe=dataclasses.replace(autoregressive.probe, **changes)
@@ -241,25 +264,27 @@ def test_a_probe_that_goes_on_fits_what_is_left(autoregressive, tmp_path, monkey
 @pytest.mark.parametrize(
     ("network", "changes"),
     [
-        ("autoregressive", LBFGS),
         ("autoregressive", {"method": "sgd", "features": "raw"}),
         ("bert", LBFGS),
         ("bert", ATTENTIVE),
     ],
 )
-def test_the_stage_leaves_its_numbers(request, tmp_path, monkeypatch, network, changes):
+def test_the_stage_writes_its_numbers_and_files(request, tmp_path, monkeypatch, network, changes):
     config = request.getfixturevalue(network)
-    small = dataclasses.replace(SGD, batch_size=16)
+    small = dataclasses.replace(SGD, batch_size=16, train_transforms=("shift(pixels=1)",))
     config = dataclasses.replace(
         config, probe=dataclasses.replace(config.probe, sgd=small, **changes)
     )
     run = Run(config, str(tmp_path / "run"))
+    asked, train = [], run.data.train
+    monkeypatch.setattr(run.data, "train", lambda *given: asked.append(given) or train(*given))
     with jax.set_mesh(run.mesh):
         numbers = probe.run_stage(run)
         run.finish("probe", numbers)
         report.write(run)
-        if config.probe.method == "sgd":  # goes on with the heads that it began, or ended, with
-            monkeypatch.setattr(ridge, "tabulate", at_work)
+        if config.probe.method == "sgd":
+            assert asked == [(16, 0, ("shift(pixels=1)",))]  # the probe's own transforms
+            monkeypatch.setattr(ridge, "tabulate", at_work)  # the heads are still there
             assert probe.run_stage(run) == numbers
     summary = run.summary()
     rows = json.loads((run.folder / "probe" / "layers.json").read_text())
@@ -283,17 +308,6 @@ def test_the_stage_leaves_its_numbers(request, tmp_path, monkeypatch, network, c
         assert 0 < summary[name] < 1 and summary[f"{name}_deviation"] >= 0
     assert (run.folder / "probe" / "layers.png").exists()
     assert "ridge, test" in (run.folder / "report.html").read_text()
-
-
-def test_heads_are_trained_by_the_probes_own_transforms(autoregressive, tmp_path, monkeypatch):
-    own = dataclasses.replace(SGD, batch_size=16, train_transforms=("shift(pixels=1)",))
-    settings = dataclasses.replace(autoregressive.probe, method="sgd", refine=1, sgd=own)
-    run = Run(dataclasses.replace(autoregressive, probe=settings), str(tmp_path / "run"))
-    asked, train = [], run.data.train
-    monkeypatch.setattr(run.data, "train", lambda *given: asked.append(given) or train(*given))
-    with jax.set_mesh(run.mesh):
-        probe.run_stage(run)
-    assert asked == [(16, 0, ("shift(pixels=1)",))]
 
 
 def test_few_labels_are_those_of_the_best_layer(autoregressive, tmp_path, monkeypatch):
@@ -325,6 +339,30 @@ def test_bert_is_read_under_every_vote_but_for_training(bert, tmp_path):
     assert np.abs(votes["test"][0] - votes["test"][1]).max() > 1e-4
 
 
+# Fine-tuning shares the statistics.
+
+
+def test_fine_tuning_only_centres_a_constant_feature(probed_in_passing, tmp_path):
+    path = tmp_path / "flat.safetensors"
+    gptv_jax.load(probed_in_passing[0].folder).save(path)
+    with safetensors.safe_open(path, "numpy") as file:
+        record = file.metadata()
+    weights = safetensors.numpy.load_file(path)
+    weights["final_norm"][3] = 1e-8
+    safetensors.numpy.save_file(weights, path, record)
+    train = dataclasses.replace(TINY.train, steps=1)
+    settings = config_lib.Finetune(train=train, standardize=True)
+    config = dataclasses.replace(TINY, init_from=str(path), finetune=settings)
+    run = Run(config, str(tmp_path / "run"))
+    with jax.set_mesh(run.mesh):
+        finetune.run_stage(run)
+        abstract = sharding.abstract(run.network(run.classes).init)
+        with Checkpoints(run.checkpoints("finetune"), read_only=True) as checkpoints:
+            state, _ = checkpoints.restore_latest({"params": abstract})
+    scale = np.asarray(state["params"]["classifier"]["class_scale"])
+    assert scale[3] == 1 and 1 < np.delete(scale, 3).min() < np.delete(scale, 3).max() < 1e4
+
+
 # What is refused.
 
 
@@ -337,7 +375,7 @@ def test_bert_is_read_under_every_vote_but_for_training(bert, tmp_path):
         ({"refine": 26}, ["probe.refine is 26", "25"]),
     ],
 )
-def test_what_does_not_fit_together_is_refused(changes, words):
+def test_settings_that_do_not_fit_together_are_refused(changes, words):
     config = dataclasses.asdict(config_lib.Config(probe=config_lib.Probe(**changes)))
     with pytest.raises(InputError) as error:
         config_lib.resolve(config)
@@ -351,9 +389,7 @@ def test_tables_of_images_without_labels_are_refused(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_more_labels_than_there_are_are_refused_before_any_work(
-    autoregressive, tmp_path, monkeypatch
-):
+def test_more_labels_than_images_are_refused_before_any_work(autoregressive, tmp_path, monkeypatch):
     monkeypatch.setattr(ridge, "tabulate", at_work)
     asked = dataclasses.replace(TINY.probe, labels_per_class=(4, 400))
     run = Run(dataclasses.replace(autoregressive, probe=asked), str(tmp_path / "run"))

@@ -10,7 +10,7 @@ import gptv_jax
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.errors import InputError
-from gptv_jax.quality.features import Features, FromFunction, Pixels, make_features
+from gptv_jax.quality.features import FeatureExtractor, FromFunction, Pixels, make_features
 from gptv_jax.weights import native
 from gptv_jax.weights.file import WeightsFile
 
@@ -46,11 +46,13 @@ def test_a_function_gives_features_and_may_give_probabilities():
         return images.mean(axis=(1, 2)), np.full((len(images), 4), 0.25)
 
     features = FromFunction(function, "means", "v1", 3)
-    assert isinstance(features, Features)
+    assert isinstance(features, FeatureExtractor)
     values, probabilities = features(images)
     assert values.shape == (2, 3) and probabilities.shape == (2, 4)
     assert FromFunction(lambda i: function(i)[0], "means", "v1", 3)(images)[1] is None
-    with pytest.raises(ValueError, match=r"means gave \[2, 3\] for 2 images; .* give \[2, 5\]"):
+    with pytest.raises(
+        ValueError, match=r"means returned features \[2, 3\] for 2 images; .* return \[2, 5\]"
+    ):
         FromFunction(function, "means", "v1", 5)(images)
 
 
@@ -95,7 +97,7 @@ def test_a_run_gives_the_probed_layer_and_its_class_probabilities(finished_run, 
 
 
 def test_what_is_no_features_is_told(tmp_path):
-    with pytest.raises(InputError, match="features are 'inception', and there is nothing"):
+    with pytest.raises(InputError, match="features are 'inception', but there is no such file"):
         make_features("inception", (32, 32, 3))
     with pytest.raises(InputError, match="is not a run folder"):
         make_features(str(tmp_path), (32, 32, 3))

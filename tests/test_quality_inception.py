@@ -81,7 +81,7 @@ def test_all_that_is_wrong_with_the_weights_is_listed(weights, tmp_path):
         "inception.safetensors",
         "Conv2d_1a_3x3.conv.weight (32, 3, 3, 3) is missing",
         "Mixed_5b.branch_pool.bn.running_mean (32,) is missing",
-        "fc.weight is (1000, 2048), not (1008, 2048)",
+        "fc.weight is (1000, 2048), expected (1008, 2048)",
         "fc.bias is of type int32",
         "AuxLogits.fc.bias (1000,) is left over",
         "pt_inception-2015-12-05",

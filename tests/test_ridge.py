@@ -40,7 +40,7 @@ def given(x: np.ndarray, labels: np.ndarray, size: int, fill: float = 0.0) -> fe
             real = min(size, len(labels) - start)
             rows = np.full((1, len(x), size, x.shape[-1]), fill, np.float32)
             rows[0, :, :real] = x[:, start : start + real]
-            label = (np.arange(size) % CLASSES).astype(np.int32)  # of the rest some are right
+            label = (np.arange(size) % CLASSES).astype(np.int32)  # some masked rows are right
             label[:real] = labels[start : start + real]
             mask = (np.arange(size) < real).astype(np.float32)
             batch = {"x": np.moveaxis(rows, 2, 0), "label": label, "mask": mask}
@@ -84,22 +84,22 @@ def sklearns(x: np.ndarray, labels: np.ndarray, new: np.ndarray) -> np.ndarray:
     return found
 
 
-def test_the_ridge_is_scikit_learns(one_device):
+def test_the_regression_matches_scikit_learn(one_device):
     (x, labels), (new, _) = badly_scaled(2000), badly_scaled(300, seed=1)
     found, wanted = scores_of(solved(given(x, labels, 64)), new), sklearns(x, labels, new)
-    assert np.abs(wanted).max() > 0.8  # it has something to tell
+    assert np.abs(wanted).max() > 0.8  # the scores separate the classes
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(("mesh", "size"), [((2, 2, 2), 8), ((1, 8, 1), 104), ((1, 2, 2, 2), 104)])
-def test_batches_of_any_size_on_any_mesh_give_the_same_ridge(mesh, size):
+def test_the_regression_is_the_same_for_any_batch_size_and_mesh(mesh, size):
     (x, labels), (new, _) = badly_scaled(2000), badly_scaled(300, seed=1)
     with jax.set_mesh(make_mesh(mesh)):
         found = scores_of(solved(given(x, labels, size)), new)
     np.testing.assert_allclose(found, sklearns(x, labels, new), rtol=0, atol=1e-4)
 
 
-def test_many_batches_lose_nothing_to_rounding(one_device):
+def test_rounding_errors_do_not_add_up_over_many_batches(one_device):
     x, labels = badly_scaled(2000)
     [(x, batch)] = given(x, labels, 2000)("train")
     moments, products = ridge.empty(LAYERS, WIDTH, CLASSES), {}
@@ -124,7 +124,7 @@ def test_masked_rows_do_not_count(one_device):
     assert ridge.tabulate(read, CLASSES, STRENGTHS) == ridge.tabulate(whole, CLASSES, STRENGTHS)
 
 
-def test_the_tables_accuracies_are_scikit_learns(one_device):
+def test_the_accuracies_of_the_table_match_scikit_learn(one_device):
     (x, labels), (new, truth) = badly_scaled(200), badly_scaled(300, seed=1)
 
     def read(split):
@@ -137,7 +137,7 @@ def test_the_tables_accuracies_are_scikit_learns(one_device):
         assert row["ridge"] == STRENGTHS[len(STRENGTHS) - 1 - of_strength[::-1].argmax()]
 
 
-def test_the_ridge_is_chosen_on_validation_alone_and_test_is_of_the_fit_to_both(one_device):
+def test_the_strength_is_chosen_on_validation_and_the_final_fit_includes_validation(one_device):
     parts = [badly_scaled(120, seed) for seed in range(3)]
     splits = dict(zip(("train", "validation", "test"), parts, strict=True))
 

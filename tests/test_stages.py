@@ -260,7 +260,7 @@ def test_weights_of_another_network_are_refused(finished_run, tmp_path):
     config = dataclasses.replace(config, init_from=str(finished_run.folder), model=wider)
     with pytest.raises(InputError) as caught:
         Run(config, str(tmp_path / "run"))
-    assert "config.model.width is 32, there 16" in str(caught.value)
+    assert "config.model.width is 32, expected 16" in str(caught.value)
     assert str(finished_run.folder) in str(caught.value) and not (tmp_path / "run").exists()
 
 

@@ -1,4 +1,4 @@
-"""How good generated images are, as a set beside real ones; docs/generation_quality.md.
+"""How well a set of generated images matches a set of real ones; see docs/generation_quality.md.
 
-It calls what a user calls (`api`) and nothing below knows it; stages may.
+This package calls `gptv_jax.api`, and only stages call this package.
 """

@@ -1,48 +1,46 @@
-"""All numbers of a set of generated images, beside a reference."""
+"""Every number of a set of generated images, compared with a reference."""
 
 from collections.abc import Iterable
 
 import numpy as np
 from jaxtyping import UInt8
 
-from gptv_jax.quality import host
-from gptv_jax.quality.features import Features
-from gptv_jax.quality.frechet import frechet_distance
-from gptv_jax.quality.inception_score import inception_score
+from gptv_jax.quality.features import FeatureExtractor
 from gptv_jax.quality.measure import measure
-from gptv_jax.quality.precision_recall import overlap
+from gptv_jax.quality.metrics import frechet_distance, inception_score, overlap
 from gptv_jax.quality.reference import Reference
 
 
 def evaluate(
-    batches: Iterable[UInt8[np.ndarray, "B H W C"]], reference: Reference, features: Features
+    batches: Iterable[UInt8[np.ndarray, "B H W C"]],
+    reference: Reference,
+    extractor: FeatureExtractor,
 ) -> dict:
-    """Compares generated images with real ones; docs/generation_quality.md says what numbers mean.
+    """Compares generated images with real ones; docs/generation_quality.md explains the numbers.
 
     Args:
-      batches: generated images, uint8, in the data set's own range; each is asked for when the one
-        before has been read, and is not kept.
-      reference: of the real ones.
-      features: the same that the reference was made with.
+      batches: generated images, uint8, in the data set's range. A batch is taken from the iterable
+        when the batch before has been read, and is not kept.
+      reference: statistics of the real images.
+      extractor: the one that the reference was made with.
 
     Returns:
-      `frechet_distance`; `precision`, `recall`, `density` and `coverage`, of as many images of
-      each set as `overlap_count` says (None where the reference kept no features);
-      `inception_score` and `inception_score_deviation` (None where features give no probabilities);
-      `count` and `reference_count`; `warning`, a text or None.
+      `frechet_distance`; `precision`, `recall`, `density` and `coverage`, computed from
+      `overlap_count` images of each set (None where the reference kept no features);
+      `inception_score` and `inception_score_deviation` (None where the extractor gives no
+      probabilities); `count` and `reference_count`; `warning`, a text or None.
 
     Raises:
-      InputError: the reference was made with other features (before any image is asked for), or
+      InputError: the reference was made with another extractor (raised before a batch is taken), or
         there are too few images.
     """
-    reference.must_fit(features)
-    host.cpu()  # where it is missing, that is said now and not after the last image
-    found = measure(features, batches, 0 if reference.kept is None else len(reference.kept))
+    reference.must_fit(extractor)
+    found = measure(extractor, batches, 0 if reference.kept is None else len(reference.kept))
     moments, score, shared = found.moments, None, None
     if found.probabilities is not None:
         score = inception_score(found.probabilities)
     if reference.kept is not None:
-        # Both numbers depend on how many images there are, so of both sets as many are taken.
+        # The numbers depend on the counts, so both sets are cut to the same count.
         shared = overlap(reference.kept[: len(found.kept)], found.kept)
     distance = frechet_distance(
         moments.mean, moments.covariance, reference.mean, reference.covariance
@@ -62,14 +60,13 @@ def evaluate(
     }
 
 
-def _warning(count: int, reference_count: int, size: int) -> str | None:
-    """What keeps the Frechet distance from being worth much."""
-    few = {"generated": count, "reference": reference_count}
-    few = [f"{number} {name} images" for name, number in few.items() if number <= size]
+def _warning(count: int, reference_count: int, width: int) -> str | None:
+    counts = {"generated": count, "reference": reference_count}
+    few = [f"{number} {name} images" for name, number in counts.items() if number <= width]
     if not few:
         return None
     return (
-        f"{' and '.join(few)} do not span the {size} features: the covariance is singular and the "
-        "Frechet distance biased; it falls as images are added. Compare it only with one of the "
-        "same counts."
+        f"{' and '.join(few)} do not span the {width} features: the covariance is singular and the "
+        "Frechet distance is biased; the distance falls as images are added. Compare it only with "
+        "a distance of the same counts."
     )

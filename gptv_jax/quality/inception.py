@@ -1,9 +1,9 @@
 """InceptionV3 as the published FID uses it: the network of TensorFlow's weights of 2015-12-05.
 
-It is the network that pytorch-fid calls `fid_inception_v3`, and takes its weights under the names
-of that state dict, from a .safetensors file (docs/generation_quality.md says how to make one). It
-differs from the usual InceptionV3: average pools do not count the padding, the last block has a
-maximum in the place of one, and there are 1,008 classes.
+pytorch-fid calls this network `fid_inception_v3`. The weights are that network's state dict as a
+.safetensors file (docs/generation_quality.md says how to make one). The network differs from the
+usual InceptionV3 in three ways: average pools do not count the padding, the last block takes a
+maximum in place of an average, and there are 1,008 classes.
 """
 
 import functools
@@ -19,22 +19,22 @@ from gptv_jax import files
 from gptv_jax.errors import InputError
 from gptv_jax.weights.strict_reader import StrictReader
 
-SIDE = 299  # pixels, height and width of what the network sees
-WIDTH, CLASSES = 2048, 1008  # features of the last pool; the classes of 2015
-MARK = "Mixed_"  # with which names of its tensors begin, and no others'
+SIDE = 299  # height and width in pixels to which images are resized
+WIDTH, CLASSES = 2048, 1008  # features of the last pool; classes of the weights of 2015
+PREFIX = "Mixed_"  # begins names of this network's tensors and of no other network's
 EPSILON = 1e-3  # of batch normalisation
-UNUSED = "num_batches_tracked"  # what PyTorch counts beside the statistics, where it does
+UNUSED = "num_batches_tracked"  # PyTorch's counters, which some versions save
 
-# Applies the convolution of that name, batch normalisation and ReLU: (x, name, channels, kernel,
-# stride, padding), the last three along height and width.
+# Applies a convolution, batch normalisation and ReLU. Arguments: x, name of the convolution,
+# channels, and kernel, stride and padding along height and width.
 Conv = Callable[..., Float[Array, "B H W C"]]
 
 
 class Inception:
-    """2,048 pool features and 1,008 class probabilities of images, float32, on one device.
+    """An extractor of 2,048 pool features and 1,008 class probabilities, in float32 on one device.
 
-    Probabilities are a softmax of the logits without their bias, as the published Inception Score
-    has them: the code of Salimans et al. 2016 and ADM's evaluator leave it out.
+    Probabilities are the softmax of the logits without bias: the code of Salimans et al. 2016 and
+    ADM's evaluator leave the bias out of the Inception Score.
     """
 
     name = "Inception-v3 2015-12-05, bilinear to 299 pixels"
@@ -42,39 +42,36 @@ class Inception:
     of_pictures = True
 
     def __init__(self, path: str | pathlib.Path):
-        """Reads the weights.
-
-        Args:
-          path: of the .safetensors file.
+        """Reads the weights from a .safetensors file.
 
         Raises:
-          InputError: no such file, or tensors that are missing, misshapen or left over; all are
-            listed.
+          InputError: the file is missing or damaged, or tensors are missing, misshapen, left over
+            or not finite; all of these are listed.
         """
         path = pathlib.Path(path).absolute()
-        given = {n: a for n, a in files.read_safetensors(path)[0].items() if not n.endswith(UNUSED)}
-        accounted = StrictReader.of_arrays(given)
-        taken = {name: accounted.take(name, shape) for name, shape in weight_shapes().items()}
-        accounted.close(path, "the FID's InceptionV3 (pt_inception-2015-12-05 of pytorch-fid)")
-        if odd := [name for name, array in taken.items() if not np.isfinite(array).all()]:
-            raise InputError(f"{path} holds values that are not finite, in {', '.join(odd)}.")
-        self.hash = files.hash_arrays(taken)
-        self._weights = jax.device_put(_folded(taken), jax.local_devices()[0])
+        arrays, _ = files.read_safetensors(path)
+        reader = StrictReader.of_arrays({n: a for n, a in arrays.items() if not n.endswith(UNUSED)})
+        weights = {name: reader.take(name, shape) for name, shape in weight_shapes().items()}
+        reader.close(path, "the FID's InceptionV3 (pt_inception-2015-12-05 of pytorch-fid)")
+        if bad := [name for name, array in weights.items() if not np.isfinite(array).all()]:
+            raise InputError(f"{path} holds values that are not finite, in {', '.join(bad)}.")
+        self.hash = files.hash_arrays(weights)
+        self._weights = jax.device_put(_fold_batch_norm(weights), jax.local_devices()[0])
 
     def __call__(
         self, images: UInt8[np.ndarray, "B H W C"]
     ) -> tuple[Float[np.ndarray, "B D"], Float[np.ndarray, "B classes"]]:
-        """Features and probabilities of pictures, 0 to 255, RGB or grey, of any size."""
+        """Takes RGB or grey images of any size, 0 to 255."""
         device = jax.local_devices()[0]
         with jax.set_mesh(jax.sharding.Mesh(np.array([device]), ("alone",))):
-            resized = _resized(jax.device_put(images, device))
-            pooled, probabilities = _read(self._weights, resized)
+            resized = _resize(jax.device_put(images, device))
+            pooled, probabilities = _forward(self._weights, resized)
         return np.asarray(pooled), np.asarray(probabilities)
 
 
 @functools.cache
 def weight_shapes() -> dict[str, tuple[int, ...]]:
-    """Shapes of all tensors by their names in PyTorch, which stores kernels [O, I, H, W]."""
+    """Shape of every tensor by name, as PyTorch stores them: kernels are [O, I, H, W]."""
     shapes = {"fc.weight": (CLASSES, WIDTH), "fc.bias": (CLASSES,)}
 
     def conv(x, name, channels, kernel, stride, padding):
@@ -82,15 +79,15 @@ def weight_shapes() -> dict[str, tuple[int, ...]]:
         for statistic in ("weight", "bias", "running_mean", "running_var"):
             shapes[f"{name}.bn.{statistic}"] = (channels,)
         zeros = jnp.zeros((*kernel, x.shape[-1], channels)), jnp.zeros(channels)
-        return _convolved(x, *zeros, stride, padding)
+        return _convolve(x, *zeros, stride, padding)
 
     image = jax.ShapeDtypeStruct((1, SIDE, SIDE, 3), jnp.float32)
-    jax.eval_shape(functools.partial(_pooled, conv), image)
+    jax.eval_shape(functools.partial(_pool_features, conv), image)
     return shapes
 
 
-def _folded(weights: dict[str, np.ndarray]) -> dict:
-    """Kernels [H, W, I, O] that normalise too, their biases, and the class weights [D, C]."""
+def _fold_batch_norm(weights: dict[str, np.ndarray]) -> dict:
+    """Kernel [H, W, I, O] and bias of every convolution with its batch normalisation, and `fc`."""
     folded = {"fc": weights["fc.weight"].T}
     for name in (n.removesuffix(".conv.weight") for n in weights if n.endswith(".conv.weight")):
         statistics = ("weight", "bias", "running_mean", "running_var")
@@ -104,24 +101,24 @@ def _folded(weights: dict[str, np.ndarray]) -> dict:
 
 
 @jax.jit
-def _read(weights: dict, images: Float[Array, "B 299 299 3"]) -> tuple[Array, Array]:
+def _forward(weights: dict, images: Float[Array, "B 299 299 3"]) -> tuple[Array, Array]:
     def conv(x, name, channels, kernel, stride, padding):
-        return _convolved(x, *weights[name], stride, padding)
+        return _convolve(x, *weights[name], stride, padding)
 
-    pooled = _pooled(conv, images)
+    pooled = _pool_features(conv, images)
     logits = jnp.matmul(pooled, weights["fc"], precision=jax.lax.Precision.HIGHEST)
     return pooled, jax.nn.softmax(logits, axis=-1)
 
 
 @jax.jit
-def _resized(images: UInt8[Array, "B H W C"]) -> Float[Array, "B 299 299 3"]:
-    """From -1 to 1; without antialiasing, as pytorch-fid resizes, also where that makes smaller."""
+def _resize(images: UInt8[Array, "B H W C"]) -> Float[Array, "B 299 299 3"]:
+    """Values from -1 to 1. Like pytorch-fid, without antialiasing even of larger images."""
     size = (len(images), SIDE, SIDE, images.shape[-1])
     x = jax.image.resize(images.astype(jnp.float32), size, "bilinear", antialias=False)
     return jnp.broadcast_to(x / 127.5 - 1, (*size[:3], 3))
 
 
-def _convolved(x, kernel, bias, stride, padding) -> Float[Array, "B H W C"]:
+def _convolve(x, kernel, bias, stride, padding) -> Float[Array, "B H W C"]:
     x = jax.lax.conv_general_dilated(
         x,
         kernel,
@@ -133,8 +130,8 @@ def _convolved(x, kernel, bias, stride, padding) -> Float[Array, "B H W C"]:
     return jax.nn.relu(x + bias[None, None, None])
 
 
-def _pooled(conv: Conv, x: Float[Array, "B 299 299 3"]) -> Float[Array, "B D"]:
-    """The whole network: the mean over positions of the last block's output."""
+def _pool_features(conv: Conv, x: Float[Array, "B 299 299 3"]) -> Float[Array, "B D"]:
+    """The mean over positions of the last block's output."""
 
     def stem(x, name, channels, side, stride=1, padding=0):
         return conv(x, name, channels, (side, side), stride, (padding, padding))
@@ -156,7 +153,7 @@ def _pooled(conv: Conv, x: Float[Array, "B 299 299 3"]) -> Float[Array, "B D"]:
 
 
 class _Block:
-    """The convolutions of one block; each keeps the size of the image unless it has a stride."""
+    """Convolutions of one block, padded to keep the image's size unless the stride is above 1."""
 
     def __init__(self, conv: Conv, name: str):
         self._conv, self._name = conv, name
@@ -190,7 +187,7 @@ def _block_b(conv: _Block, x):
 
 
 def _block_c(conv: _Block, x, channels):
-    """17 x 17 positions, with kernels that are rows or columns of seven."""
+    """17 x 17 positions, with kernels of 1 x 7 and 7 x 1."""
     row, column = (1, 7), (7, 1)
     once = conv(conv(x, "branch7x7_1", channels), "branch7x7_2", channels, row)
     twice = conv(x, "branch7x7dbl_1", channels)
@@ -218,7 +215,7 @@ def _block_d(conv: _Block, x):
 
 
 def _block_e(conv: _Block, x, pool):
-    """8 x 8 positions; `pool` is what the two blocks of this form differ in."""
+    """8 x 8 positions; the two blocks of this kind differ only in `pool`."""
     once = conv(x, "branch3x3_1", 384)
     double = conv(conv(x, "branch3x3dbl_1", 448), "branch3x3dbl_2", 384, (3, 3))
     parts = [
@@ -233,17 +230,17 @@ def _block_e(conv: _Block, x, pool):
 
 
 def _max_pool(x, stride, padding=0):
-    """Of 3 x 3 positions."""
-    return _windows(x, -jnp.inf, jax.lax.max, stride, padding)
+    return _reduce_windows(x, -jnp.inf, jax.lax.max, stride, padding)
 
 
 def _average_pool(x):
-    """Of those of 3 x 3 positions that are not padding."""
+    """The mean over those of 3 x 3 positions that are not padding."""
     ones = jnp.ones((1, *x.shape[1:3], 1))
-    total, count = (_windows(each, 0.0, jax.lax.add, 1, 1) for each in (x, ones))
+    total, count = (_reduce_windows(each, 0.0, jax.lax.add, 1, 1) for each in (x, ones))
     return total / count
 
 
-def _windows(x, initial, combine, stride, padding):
+def _reduce_windows(x, initial, combine, stride, padding):
+    """Combines every 3 x 3 positions with `combine`."""
     around = [(0, 0), (padding, padding), (padding, padding), (0, 0)]
     return jax.lax.reduce_window(x, initial, combine, (1, 3, 3, 1), (1, stride, stride, 1), around)

@@ -21,7 +21,7 @@ from gptv_jax.decode.sampler import Sampler, Section
 from gptv_jax.errors import InputError
 from gptv_jax.quality import reference as references
 from gptv_jax.quality.evaluate import evaluate
-from gptv_jax.quality.features import Features, make_features
+from gptv_jax.quality.features import FeatureExtractor, make_features
 from gptv_jax.quality.reference import Reference
 from gptv_jax.runs import pictures
 from gptv_jax.runs.run import Run
@@ -52,7 +52,7 @@ def run_stage(run: Run) -> dict:
     return {**found, "biased": warning is not None}
 
 
-def _reference(run: Run, features: Features) -> Reference:
+def _reference(run: Run, features: FeatureExtractor) -> Reference:
     """Statistics that the config names, or of this run's real images, computed once and kept."""
     config, data = run.config.generate, run.config.data
     if config.reference:
@@ -60,7 +60,7 @@ def _reference(run: Run, features: Features) -> Reference:
     path = run.folder / "generated" / "reference.npz"
     if hosts.from_first(path.exists):
         found = references.load(path)
-        if found.made_of(features) and found.provenance["split"] == config.split:
+        if found.fits(features) and found.provenance["split"] == config.split:
             return found
     if sources.open_source(data, config.split).stored_as == "tokens":
         raise InputError(
@@ -85,7 +85,7 @@ def _reference(run: Run, features: Features) -> Reference:
     return made
 
 
-def _converter(run: Run, features: Features) -> Callable:
+def _converter(run: Run, features: FeatureExtractor) -> Callable:
     """Makes pictures for people of images where the features expect pictures."""
     return run.codec.picture if features.of_pictures else lambda images: images
 
@@ -150,17 +150,20 @@ def _write(run: Run, folder: pathlib.Path, drawn: list, labels: np.ndarray | Non
     height, width, _ = run.codec.image_shape
     header = {"descr": "|u1", "fortran_order": False}
     header["shape"] = (sum(map(len, drawn)), height, width, 3)
-    temporary, number = folder / "samples.tmp", 0
-    with zipfile.ZipFile(temporary, "w") as archive:
-        with archive.open("arr_0.npy", "w", force_zip64=True) as member:
-            np.lib.format.write_array_header_1_0(member, header)
-            for tokens in drawn:
-                images = run.codec.picture(run.codec.decode(tokens))
-                member.write(np.ascontiguousarray(images).tobytes())
-                for image in images:
-                    pictures.save(image, folder / f"{number:06d}.png")
-                    number += 1
-        if labels is not None:
-            with archive.open("arr_1.npy", "w") as member:
-                np.lib.format.write_array(member, labels)
-    temporary.replace(folder / "samples.npz")
+
+    def write(target: pathlib.Path) -> None:
+        number = 0
+        with zipfile.ZipFile(target, "w") as archive:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array_header_1_0(member, header)
+                for tokens in drawn:
+                    images = run.codec.picture(run.codec.decode(tokens))
+                    member.write(np.ascontiguousarray(images).tobytes())
+                    for image in images:
+                        pictures.save(image, folder / f"{number:06d}.png")
+                        number += 1
+            if labels is not None:
+                with archive.open("arr_1.npy", "w") as member:
+                    np.lib.format.write_array(member, labels)
+
+    files.replace(folder / "samples.npz", write)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from gptv_jax import config as config_lib
 from gptv_jax import files, sharding
 from gptv_jax.config import fields
-from gptv_jax.errors import InputError, first_line
+from gptv_jax.errors import InputError, first_line, list_differences
 from gptv_jax.model import autoencoder
 
 FILE = "tokenizer.safetensors"  # in a run folder and in a token cache
@@ -50,12 +50,8 @@ class Tokenizer:
 
     def differing(self, config: config_lib.Autoencoder) -> list[str]:
         """What settings say otherwise than this network, field by field, in words."""
-        there, now = fields.flatten(self.config), fields.flatten(config)
-        return [
-            f"config.tokens.autoencoder.{name} is {now[name]!r}, there {value!r}"
-            for name, value in there.items()
-            if now[name] != value
-        ]
+        prefix = "config.tokens.autoencoder."
+        return list_differences(fields.flatten(self.config, prefix), fields.flatten(config, prefix))
 
     def checked(self, where: str) -> "Tokenizer":
         """Itself, where every weight is there, of its shape, and nothing else.
@@ -65,11 +61,7 @@ class Tokenizer:
         """
         wanted = {name: leaf.shape for name, leaf in _abstract(self.config).items()}
         given = {name: array.shape for name, array in self.params.items()}
-        differing = [
-            f"{name} is {given.get(name, 'missing')}, not {wanted.get(name, 'expected')}"
-            for name in sorted(wanted.keys() | given.keys())
-            if wanted.get(name) != given.get(name)
-        ]
+        differing = list_differences(wanted, given)
         differing += [f"{n} is not finite" for n, a in self.params.items() if not _finite(a)]
         if differing:
             raise InputError(f"the tokenizer in {where} does not fit: {'; '.join(differing)}.")
@@ -121,15 +113,11 @@ def load(path: str | pathlib.Path) -> Tokenizer:
             f"there is no tokenizer {path}; it takes a run folder whose stage tokenizer has "
             "finished, or a file of Tokenizer.save."
         )
-    arrays, metadata = files.read_safetensors(path)
+    params, metadata = files.read_weights(path)
     try:
         said = json.loads(metadata[HEADER])
     except (KeyError, ValueError) as error:
         raise InputError(f"{path} holds no tokenizer ({first_line(error)}).") from error
-    odd = [name for name, array in arrays.items() if not files.is_floating(array)]
-    if odd:
-        raise InputError(f"{path} holds weights that are not floating-point: {', '.join(odd)}.")
-    params = {name: np.asarray(array, np.float32) for name, array in arrays.items()}
     return from_description(said, params, str(path))
 
 

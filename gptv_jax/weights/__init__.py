@@ -1,4 +1,4 @@
-"""Trained weights apart from any run: read from and written to the forms that others know."""
+"""Trained weights outside of run folders, in this project's file format and in other programs'."""
 
 import pathlib
 
@@ -7,30 +7,32 @@ from gptv_jax.tokens import Palette, TokenDefinition
 from gptv_jax.weights import huggingface, native, openai
 from gptv_jax.weights.file import WeightsFile
 
-# Each form: whether a path is one, its weights, and its definition alone.
-FORMS = (native, huggingface, openai)
+# Modules that each read one format: `recognizes(path)`, `read(path, palette)` and
+# `read_definition(path)`, as the functions below describe them.
+FORMATS = (native, huggingface, openai)
 
 
 def is_weights_path(path: str | pathlib.Path) -> bool:
-    """Whether weights in one of the forms lie there (a run folder is none of them)."""
-    return any(form.found(pathlib.Path(path)) for form in FORMS)
+    """Whether `path` names weights in one of the formats; a run folder is none of them."""
+    return any(module.recognizes(pathlib.Path(path)) for module in FORMATS)
 
 
 def read(path: str | pathlib.Path, palette: Palette | None = None) -> WeightsFile:
-    """The weights at `path`: a .safetensors file of ours, or of Hugging Face or OpenAI.
+    """Reads weights in any of the formats.
 
     Args:
-      path: the file, the folder with Hugging Face's `config.json`, or the prefix of a TensorFlow
-        checkpoint (`model.ckpt-1000000`).
-      palette: the colours of the tokens, where the form has none; OpenAI's never has.
+      path: a .safetensors file of this project, the folder with Hugging Face's `config.json`, or
+        the prefix of an OpenAI TensorFlow checkpoint (`model.ckpt-1000000`).
+      palette: the colours of the tokens, where the format does not have them; OpenAI's never has.
 
     Raises:
-      InputError: none of these, damaged, contradictory or beyond this network; or no palette.
+      InputError: `path` has none of the formats, is damaged, or holds another kind of network; or
+        the palette is missing.
     """
     path = pathlib.Path(path)
-    for form in FORMS:
-        if form.found(path):
-            return form.read(path, palette)
+    for module in FORMATS:
+        if module.recognizes(path):
+            return module.read(path, palette)
     raise InputError(
         f"{path} is not a run folder, nor a .safetensors file, nor a folder with Hugging Face's "
         "config.json, nor the prefix of a TensorFlow checkpoint (PREFIX.index)."
@@ -38,6 +40,6 @@ def read(path: str | pathlib.Path, palette: Palette | None = None) -> WeightsFil
 
 
 def read_definition(path: str | pathlib.Path) -> TokenDefinition | None:
-    """What tokens stand for, as it lies with the weights at `path`; None where nothing does."""
+    """The palette or tokenizer that is stored with the weights at `path`; None without one."""
     path = pathlib.Path(path)
-    return next((form.read_definition(path) for form in FORMS if form.found(path)), None)
+    return next((m.read_definition(path) for m in FORMATS if m.recognizes(path)), None)

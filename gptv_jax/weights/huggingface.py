@@ -1,8 +1,8 @@
 """Hugging Face's ImageGPT: a folder with config.json, safetensors and preprocessor_config.json.
 
-`transformers` keeps the start vector as row V of the token embedding, q, k and v side by side in
-one matrix, and a bias beside every matrix, which OpenAI's weights leave at zero. It does not
-prepend the start token by itself: to score tokens x, feed [V, x_0 .. x_(T-2)].
+`transformers` stores the start vector as row V of the token embedding, q, k and v side by side in
+one matrix, and a bias beside every matrix, which OpenAI's weights leave at zero. `transformers`
+does not prepend the start token: to score tokens x, feed [V, x_0 .. x_(T-2)].
 """
 
 import dataclasses
@@ -21,14 +21,14 @@ from gptv_jax.errors import InputError
 from gptv_jax.tokens import palette as palettes
 from gptv_jax.tokens.palette import Palette
 from gptv_jax.weights import native
-from gptv_jax.weights.file import WeightsFile, agreed, class_head
+from gptv_jax.weights.file import WeightsFile, choose_palette, class_head
 from gptv_jax.weights.strict_reader import StrictReader
 
 LOG = logging.getLogger(__name__)
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
-# What the network computes; a config that says otherwise is of another network.
+# What this project's network computes. A config with another value describes another network.
 FIXED = {
     "activation_function": "quick_gelu",
     "layer_norm_epsilon": 1e-5,
@@ -36,10 +36,11 @@ FIXED = {
     "scale_attn_by_inverse_layer_idx": False,
     "add_cross_attention": False,
 }
-# Buffers that old versions saved beside the weights: masks, which are not learned.
-BUFFERS = re.compile(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)")
-# Fields of the model that this form has a word for, or that are of no matter to it; whatever else
-# differs from the default is refused.
+SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner")
+# Attention masks, which old versions of `transformers` saved beside the weights.
+MASKS = re.compile(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)")
+# Fields of config.model that the format can express, or that do not change what the network
+# computes. Any other field must have its default.
 EXPRESSED = {
     "layers", "width", "heads", "mlp_ratio", "axial_positions", "start_per_variant", "dropout",
     "dtype", "scan_layers", "remat", "masked_share", "votes", "base_width", "label_dropout",
@@ -51,8 +52,8 @@ ARCHITECTURES = {
 }
 
 
-def found(path: pathlib.Path) -> bool:
-    """Whether `path` is meant to be such a folder."""
+def recognizes(path: pathlib.Path) -> bool:
+    """See `weights.is_weights_path`."""
     try:
         return "model_type" in json.loads((path / CONFIG).read_text())
     except (OSError, ValueError, TypeError):
@@ -60,7 +61,7 @@ def found(path: pathlib.Path) -> bool:
 
 
 def read_definition(folder: pathlib.Path) -> Palette | None:
-    """See `interop.read_definition`."""
+    """See `weights.read_definition`."""
     path = folder / PREPROCESSOR
     clusters = files.read_json(path, {}).get("clusters")
     if clusters is None:
@@ -74,54 +75,51 @@ def read_definition(folder: pathlib.Path) -> Palette | None:
 
 
 def read(folder: pathlib.Path, palette: Palette | None = None) -> WeightsFile:
-    """See `interop.read`."""
-    config = _config(folder)
-    there, metadata = _open(folder)
-    if native.HEADER in metadata:  # our own export, which says what its tokens are
-        header = native.header(metadata, folder)
-        colours = native.uses_colours(header)
-        own = agreed(palette, read_definition(folder), str(folder)) if colours else None
-        weights_file = native.described(header, {}, own, folder)
+    """See `weights.read`."""
+    config = _read_config(folder)
+    reader, metadata = _open(folder)
+    if native.HEADER in metadata:  # this project exported the folder
+        header, definition = native.parse_header(metadata, folder), None
+        if native.uses_palette(header):
+            definition = choose_palette(palette, read_definition(folder), str(folder))
+        weights_file = native.from_header(header, {}, definition, folder)
     else:
-        own = agreed(palette, read_definition(folder), str(folder))
-        weights_file = _described(config, folder, own)
-    params = _weights(config, folder, there)
+        definition = choose_palette(palette, read_definition(folder), str(folder))
+        weights_file = _from_config(config, folder, definition)
+    params = _read_params(config, folder, reader)
     classes = len(params.get("classifier.class_head", ()))
     return dataclasses.replace(weights_file, params=params, classes=classes).checked(str(folder))
 
 
-def _config(folder: pathlib.Path) -> dict:
-    config = files.read_json(folder / CONFIG, {})
+def _read_config(folder: pathlib.Path) -> dict:
+    """The content of `config.json`, where it describes a network that this project computes."""
+    path = folder / CONFIG
+    config = files.read_json(path, {})
     if config["model_type"] != "imagegpt":
-        raise InputError(
-            f"{folder / CONFIG} is of a model of type {config['model_type']!r}; it takes imagegpt."
-        )
+        raise InputError(f"{path} has model_type={config['model_type']!r}; it must be 'imagegpt'.")
     for name, only in FIXED.items():
         if config.get(name, only) != only:
-            raise InputError(
-                f"{folder / CONFIG} has {name}={config[name]!r}; this network has {only!r}."
-            )
+            raise InputError(f"{path} has {name}={config[name]!r}; this network has {only!r}.")
     if config.get("n_inner") is None:
         config["n_inner"] = 4 * config["n_embd"] if type(config.get("n_embd")) is int else 1
-    for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner"):
+    for name in SIZES:
         if type(config.get(name)) is not int or config[name] < 1:
-            raise InputError(f"{folder / CONFIG} has {name}={config.get(name)!r}, no whole number.")
+            raise InputError(f"{path} has {name}={config.get(name)!r}, no whole number.")
     return config
 
 
-def _described(config: dict, folder: pathlib.Path, palette: Palette) -> WeightsFile:
-    """What `config.json` says, without weights."""
-    width, size = config["n_embd"], math.isqrt(config["n_positions"])
-    inner = config["n_inner"]
+def _from_config(config: dict, folder: pathlib.Path, palette: Palette) -> WeightsFile:
+    """The network that `config.json` describes, without weights."""
+    path, width, inner = folder / CONFIG, config["n_embd"], config["n_inner"]
+    size = math.isqrt(config["n_positions"])
     if size**2 != config["n_positions"]:
         raise InputError(
-            f"{folder / CONFIG} has n_positions={config['n_positions']}, which is no square of "
-            "pixels."
+            f"{path} has n_positions={config['n_positions']}, which is no square of pixels."
         )
     if inner % width or width % config["n_head"]:
         raise InputError(
-            f"{folder / CONFIG} has n_inner={inner} and n_head={config['n_head']}, but "
-            f"n_embd={width} must divide the one and be a multiple of the other."
+            f"{path} has n_inner={inner} and n_head={config['n_head']}; n_inner must be a multiple "
+            f"of n_embd={width}, and n_head must divide n_embd."
         )
     return WeightsFile(
         model=config_lib.Model(
@@ -137,8 +135,8 @@ def _described(config: dict, folder: pathlib.Path, palette: Palette) -> WeightsF
     )
 
 
-def _parts(config: dict) -> dict[str, tuple]:
-    """Of each stacked parameter: the name in a layer, its shape there, and its shape here."""
+def _layer_tensors(config: dict) -> dict[str, tuple]:
+    """For every stacked parameter: Hugging Face's name and shape in a layer, and our shape."""
     D, H = config["n_embd"], config["n_head"]
     F, K = config["n_inner"], D // H
     return {
@@ -151,46 +149,44 @@ def _parts(config: dict) -> dict[str, tuple]:
     }
 
 
-def _weights(config: dict, folder: pathlib.Path, there: StrictReader) -> dict[str, np.ndarray]:
-    """Our parameters, of every tensor there.
+def _read_params(config: dict, folder: pathlib.Path, reader: StrictReader) -> dict[str, np.ndarray]:
+    """The parameters under this project's names.
 
     Raises:
-      InputError: one is missing, left over, misshapen or a bias that is not zero.
+      InputError: a tensor is missing, left over or misshapen, or a bias is not zero.
     """
     V, T, D = config["vocab_size"] - 1, config["n_positions"], config["n_embd"]
-    F = config["n_inner"]
     # A model that was saved without its head has no prefix.
-    prefix = "" if "wte.weight" in there else "transformer."
-    present = sum(name.endswith(".ln_1.weight") for name in there.shapes)
-    L = min(config["n_layer"], present + 1)  # one too many is enough to be told of
-    embedding = there.take(f"{prefix}wte.weight", (V + 1, D))
+    prefix = "" if "wte.weight" in reader else "transformer."
+    stored = sum(name.endswith(".ln_1.weight") for name in reader.shapes)
+    L = min(config["n_layer"], stored + 1)  # however wrong n_layer is, one missing layer says it
+    embedding = reader.take(f"{prefix}wte.weight", (V + 1, D))
     params = {
         "token_embedding": embedding[:V],
         "start": embedding[V:],
-        "position": there.take(f"{prefix}wpe.weight", (T, D)),
-        "final_norm": there.take(f"{prefix}ln_f.weight", (D,)),
+        "position": reader.take(f"{prefix}wpe.weight", (T, D)),
+        "final_norm": reader.take(f"{prefix}ln_f.weight", (D,)),
     }
-    for ours, (name, shape, layer) in _parts(config).items():
+    for ours, (name, shape, layer) in _layer_tensors(config).items():
         names = [f"{prefix}h.{i}.{name}" for i in range(L)]
-        params[ours] = there.stack(names, shape, layer)
-    widths = {"attn.c_attn": 3 * D, "attn.c_proj": D, "mlp.c_fc": F, "mlp.c_proj": D}
-    for i in range(L):
-        for name, width in widths.items():
-            there.zeros(f"{prefix}h.{i}.{name}.bias", (width,))
-    if "score.weight" in there:
-        classes = there.shapes["score.weight"][0] if there.shapes["score.weight"] else 0
-        params |= class_head(there.take("score.weight", (classes, D)))
-    if "lm_head.weight" not in there and ("score.weight" in there or not prefix):
-        LOG.warning("%s has no token head; it is left at zero.", folder)
+        params[ours] = reader.stack(names, shape, layer)
+        if len(shape) == 2:
+            for matrix in names:
+                reader.require_zeros(matrix.replace(".weight", ".bias"), shape[-1:])
+    if "score.weight" in reader:
+        classes = reader.shapes["score.weight"][0] if reader.shapes["score.weight"] else 0
+        params |= class_head(reader.take("score.weight", (classes, D)))
+    if "lm_head.weight" not in reader and ("score.weight" in reader or not prefix):
+        LOG.warning("%s has no token head; the token head is left at zero.", folder)
         params["head"] = np.zeros((V, D), np.float32)
     else:
-        params["head"] = there.take("lm_head.weight", (V, D))
-    there.close(folder)
+        params["head"] = reader.take("lm_head.weight", (V, D))
+    reader.close(folder)
     return params
 
 
 def _open(folder: pathlib.Path) -> tuple[StrictReader, dict[str, str]]:
-    """The tensors of a folder, whatever number of files they are spread over, and the metadata."""
+    """The tensors of all of a folder's safetensors files, and the metadata."""
     paths = [folder / WEIGHTS]
     if not paths[0].exists():
         index = files.read_json(folder / INDEX, {}).get("weight_map", {})
@@ -202,51 +198,53 @@ def _open(folder: pathlib.Path) -> tuple[StrictReader, dict[str, str]]:
             f"{folder} has no {WEIGHTS}; where it holds pytorch_model.bin, load it with "
             "transformers and save_pretrained() it, which writes safetensors."
         )
-    shapes, opened = {}, {}
+    shapes, file_of = {}, {}
     for path in paths:
         file = files.open_safetensors(path)
         for name in file.keys():  # noqa: SIM118 - the file is no mapping
             if name in shapes:
                 raise InputError(f"{folder} has {name} in two of its files.")
-            if not BUFFERS.fullmatch(name):
-                shapes[name], opened[name] = tuple(file.get_slice(name).get_shape()), file
-    return StrictReader(shapes, lambda name: opened[name].get_tensor(name)), file.metadata() or {}
+            if not MASKS.fullmatch(name):
+                shapes[name], file_of[name] = tuple(file.get_slice(name).get_shape()), file
+    reader = StrictReader(shapes, lambda name: file_of[name].get_tensor(name))
+    return reader, file.metadata() or {}
 
 
 def write(weights_file: WeightsFile, folder: pathlib.Path, task: str) -> None:
-    """Writes a folder that `transformers` loads, `ImageGPTForCausalImageModeling` or the like.
+    """Writes a folder that `transformers` loads as one of `ARCHITECTURES`.
 
-    What that form has no word for is folded in: tables of rows and columns into that of positions,
-    the scale of a class head's input into its weights; of several start vectors the first stays,
-    which is that of images as they are.
+    The tables of rows and columns are added to the table of positions, and the class head's weights
+    are multiplied by the scale of the class head's input. Of several start vectors the first one is
+    written, which belongs to images that were not augmented.
 
     Args:
       weights_file: the weights.
-      folder: made where it is not there.
-      task: "generation", with the token head, or "classification", with the class head.
+      folder: a new folder, or one with an earlier export.
+      task: "generation" writes the token head, "classification" the class head.
 
     Raises:
-      InputError: the folder cannot be written or holds something else, or the network has what
-        that form cannot express.
+      InputError: the folder cannot be written or holds other files, or the network has what the
+        format cannot express.
     """
-    if folder.exists() and not found(folder) and (not folder.is_dir() or any(folder.iterdir())):
+    occupied = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    if occupied and not recognizes(folder):
         raise InputError(f"{folder} cannot be written: it holds something else; name a new folder.")
     if weights_file.classes and task == "generation":
-        LOG.warning("the class head is left out; task=classification writes it, without the other.")
-    weights_file = _folded(weights_file, task)
-    params, codec = weights_file.params, weights_file.codec
-    V, T, D = codec.vocabulary, codec.grid[0] * codec.grid[1], weights_file.model.width
+        LOG.warning("the class head is not exported; task=classification exports it alone.")
+    weights_file = _expressible(weights_file, task)
+    model, params, codec = weights_file.model, weights_file.params, weights_file.codec
+    V, T, D = codec.vocabulary, codec.grid[0] * codec.grid[1], model.width
     config = {
         "architectures": [ARCHITECTURES[task]],
         "model_type": "imagegpt",
         "vocab_size": V + 1,
         "n_positions": T,
         "n_embd": D,
-        "n_layer": weights_file.model.layers,
-        "n_head": weights_file.model.heads,
-        "n_inner": weights_file.model.mlp_ratio * D,
-        "resid_pdrop": weights_file.model.dropout,
-        "embd_pdrop": weights_file.model.dropout,
+        "n_layer": model.layers,
+        "n_head": model.heads,
+        "n_inner": model.mlp_ratio * D,
+        "resid_pdrop": model.dropout,
+        "embd_pdrop": model.dropout,
         "attn_pdrop": 0.0,
         "tie_word_embeddings": False,
         "torch_dtype": "float32",
@@ -257,10 +255,10 @@ def write(weights_file: WeightsFile, folder: pathlib.Path, task: str) -> None:
         "transformer.wpe.weight": params["position"],
         "transformer.ln_f.weight": params["final_norm"],
     }
-    for ours, (name, shape, _) in _parts(config).items():
+    for ours, (name, shape, _) in _layer_tensors(config).items():
         for i, layer in enumerate(params[ours]):
             arrays[f"transformer.h.{i}.{name}"] = layer.reshape(shape)
-            if name.startswith(("attn", "mlp")):
+            if len(shape) == 2:
                 bias = name.replace("weight", "bias")
                 arrays[f"transformer.h.{i}.{bias}"] = np.zeros(shape[-1], np.float32)
     if task == "generation":
@@ -269,10 +267,11 @@ def write(weights_file: WeightsFile, folder: pathlib.Path, task: str) -> None:
         arrays["score.weight"] = params["classifier.class_head"]
         labels = {str(i): f"LABEL_{i}" for i in range(weights_file.classes)}
         config |= {"id2label": labels, "label2id": {v: int(k) for k, v in labels.items()}}
-    # Token by token a colour to show it as; for a palette, the palette.
-    every = np.arange(V)[:, None].repeat(T, axis=1)
-    shown = codec.picture(codec.decode(every))[:, 0, 0]
-    centers = weights_file.definition.centers if weights_file.definition else shown / 127.5 - 1
+    if weights_file.definition:
+        centers = weights_file.definition.centers
+    else:  # the colour in which each token is shown
+        every_token = np.arange(V)[:, None].repeat(T, axis=1)
+        centers = codec.picture(codec.decode(every_token))[:, 0, 0] / 127.5 - 1
     preprocessor = {
         "image_processor_type": "ImageGPTImageProcessor",
         "clusters": centers.tolist(),
@@ -283,41 +282,41 @@ def write(weights_file: WeightsFile, folder: pathlib.Path, task: str) -> None:
         "size": {"height": codec.grid[0], "width": codec.grid[1]},
     }
     files.claim(folder, "to")
-    (folder / CONFIG).unlink(missing_ok=True)  # of an earlier export
-    header = json.dumps(native.describe(weights_file))
+    # config.json is removed first and written last: a folder with it is complete.
+    (folder / CONFIG).unlink(missing_ok=True)
+    header = json.dumps(native.make_header(weights_file))
     files.write_safetensors(arrays, folder / WEIGHTS, {"format": "pt", native.HEADER: header})
     files.write_json(folder / PREPROCESSOR, preprocessor)
-    files.write_json(folder / CONFIG, config)  # last: by it the folder is known
+    files.write_json(folder / CONFIG, config)
 
 
-def _folded(weights_file: WeightsFile, task: str) -> WeightsFile:
-    """The same network within what Hugging Face's form can express.
+def _expressible(weights_file: WeightsFile, task: str) -> WeightsFile:
+    """An equivalent network that the format can express.
 
     Raises:
-      InputError: it has what that form cannot express; names it.
+      InputError: names everything that the format cannot express.
     """
-    default = fields.flatten(config_lib.Model())
-    foreign = [
+    model, defaults = weights_file.model, fields.flatten(config_lib.Model())
+    unsupported = [
         f"model.{name}={value}"
-        for name, value in fields.flatten(weights_file.model).items()
-        if name not in EXPRESSED and value != default[name]
+        for name, value in fields.flatten(model).items()
+        if name not in EXPRESSED and value != defaults[name]
     ]
     if weights_file.tokens.kind == "learned":
-        foreign.append("tokens.kind=learned")  # its tokens are colours
-    params = dict(weights_file.params)
-    head = {
-        n: params.pop(f"classifier.{n}", None)
-        for n in ("class_head", "class_center", "class_scale")
-    }
+        unsupported.append("tokens.kind=learned")  # the format's tokens are colours
+    classes = weights_file.classes if task == "classification" else 0
+    params = weights_file.headless().params
     if task == "classification":
-        if head["class_head"] is None:
+        if not classes:
             raise InputError("the model has no class head to export; take task=generation.")
-        if head["class_center"].any():
-            foreign.append("a class head whose input is centred (finetune.standardize)")
-        params["classifier.class_head"] = head["class_head"] * head["class_scale"]
-    if foreign:
-        raise InputError(f"Hugging Face's form has no word for {', '.join(foreign)}.")
-    if weights_file.model.axial_positions:
+        names = (f"classifier.class_{part}" for part in ("head", "center", "scale"))
+        head, center, scale = (weights_file.params[name] for name in names)
+        if center.any():
+            unsupported.append("a class head whose input is centred (finetune.standardize)")
+        params["classifier.class_head"] = head * scale
+    if unsupported:
+        raise InputError(f"Hugging Face's format cannot express {', '.join(unsupported)}.")
+    if model.axial_positions:
         rows, columns = weights_file.codec.grid
         row, column = params.pop("row"), params.pop("column")
         params["position"] = (
@@ -326,12 +325,5 @@ def _folded(weights_file: WeightsFile, task: str) -> WeightsFile:
     if weights_file.starts > 1:
         LOG.warning("of %d start vectors the first one is exported.", weights_file.starts)
         params["start"] = params["start"][:1]
-    return dataclasses.replace(
-        weights_file,
-        model=dataclasses.replace(
-            weights_file.model, axial_positions=False, start_per_variant=False
-        ),
-        params=params,
-        starts=1,
-        classes=weights_file.classes if task == "classification" else 0,
-    )
+    model = dataclasses.replace(model, axial_positions=False, start_per_variant=False)
+    return dataclasses.replace(weights_file, model=model, params=params, starts=1, classes=classes)

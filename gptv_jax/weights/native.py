@@ -1,4 +1,8 @@
-"""One .safetensors file whose header says what the weights are: the form to keep and share."""
+"""This project's format: one .safetensors file whose header describes the network.
+
+The header is a JSON document in the file's metadata: the settings of model and tokens, and the
+fields of `Facts`.
+"""
 
 import dataclasses
 import json
@@ -13,35 +17,17 @@ from gptv_jax.config.fields import NOT_NEGATIVE, POSITIVE, field
 from gptv_jax.errors import InputError, first_line
 from gptv_jax.tokens import Palette, TokenDefinition, Tokenizer, learned
 from gptv_jax.tokens import palette as palettes
-from gptv_jax.weights.file import WeightsFile, agreed
+from gptv_jax.weights.file import WeightsFile, choose_palette
 
 FORMAT = 1
-HEADER = "gptv_jax"  # the key of the file's metadata
-# Tensors that are no weights of the network: a palette's colours, and those of a tokenizer.
+HEADER = "gptv_jax"  # key of the file's metadata
+# Names of the tensors of a token definition: the colours of a palette, the prefix of a tokenizer's.
 CENTERS, TOKENIZER = "palette.centers", "tokenizer."
-
-
-def found(path: pathlib.Path) -> bool:
-    """Whether `path` is meant to be such a file."""
-    return path.suffix == ".safetensors" and path.is_file()
-
-
-def describe(weights_file: WeightsFile) -> dict:
-    """All but the arrays, as JSON."""
-    definition = weights_file.definition
-    return {
-        "format": FORMAT,
-        "model": fields.flatten(weights_file.model),
-        "tokens": fields.flatten(weights_file.tokens) | {"palette": None, "tokenizer": None},
-        "palette": definition.provenance if isinstance(definition, Palette) else None,
-        "tokenizer": definition.description() if isinstance(definition, Tokenizer) else None,
-        **{name: getattr(weights_file, name) for name in FACTS},
-    }
 
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What a header says beside the settings; the fields of `WeightsFile` of these names."""
+    """Fields of `WeightsFile` that a header holds beside the settings."""
 
     image_size: int = field(accepted=POSITIVE)
     starts: int = field(accepted=POSITIVE)
@@ -53,21 +39,50 @@ class Facts:
 FACTS = [each.name for each in dataclasses.fields(Facts)]
 
 
-def described(
+def recognizes(path: pathlib.Path) -> bool:
+    """See `weights.is_weights_path`."""
+    return path.suffix == ".safetensors" and path.is_file()
+
+
+def make_header(weights_file: WeightsFile) -> dict:
+    """Everything but the arrays, as JSON."""
+    definition = weights_file.definition
+    return {
+        "format": FORMAT,
+        "model": fields.flatten(weights_file.model),
+        "tokens": fields.flatten(weights_file.tokens) | {"palette": None, "tokenizer": None},
+        "palette": definition.provenance if isinstance(definition, Palette) else None,
+        "tokenizer": definition.description() if isinstance(definition, Tokenizer) else None,
+        **{name: getattr(weights_file, name) for name in FACTS},
+    }
+
+
+def parse_header(metadata: dict[str, str], path: pathlib.Path) -> dict:
+    """The header in the metadata of the file at `path`; InputError where the header is damaged."""
+    try:
+        header = json.loads(metadata[HEADER])
+        if not isinstance(header.get("palette"), dict | None):
+            raise ValueError(f"palette is {header['palette']!r}")
+        return header
+    except (KeyError, ValueError, AttributeError) as error:
+        raise InputError(f"the header of {path} is damaged ({first_line(error)}).") from error
+
+
+def from_header(
     header: dict,
     params: dict[str, np.ndarray],
     definition: TokenDefinition | None,
     where: pathlib.Path,
 ) -> WeightsFile:
-    """The inverse of `describe`, the palette with the provenance that the header has.
+    """The weights that a header describes; a palette gets the provenance in the header.
 
     Raises:
-      InputError: the header is not one of ours, or of another version.
+      InputError: the header is damaged or of another version.
     """
     try:
         if header["format"] != FORMAT:
             raise InputError(
-                f"{where} is of format {header['format']}; this version reads {FORMAT}."
+                f"{where} has format {header['format']}; this version reads format {FORMAT}."
             )
         facts = fields.from_dict(Facts, {name: header[name] for name in FACTS}, "header")
         if isinstance(definition, Palette):
@@ -84,56 +99,57 @@ def described(
 
 
 def _settings(cls: type, given: dict, where: str):
-    """A section of the configuration; fields that the file is older than have their defaults."""
+    """A section of the configuration; fields that are newer than the file get their defaults."""
     return fields.from_dict(cls, config_lib.recorded(cls, given, where), where)
 
 
+def uses_palette(header: dict) -> bool:
+    """Whether the tokens that a header describes are colours of a palette."""
+    return header.get("palette") is not None
+
+
 def read(path: pathlib.Path, palette: Palette | None = None) -> WeightsFile:
-    """See `interop.read`."""
-    arrays, metadata = files.read_safetensors(path)
+    """See `weights.read`."""
+    arrays, metadata = files.read_weights(path)
     if HEADER not in metadata:
         raise InputError(
             f"{path} has no {HEADER} header; to read Hugging Face's weights name their folder, "
             "with its config.json."
         )
-    centers, said = arrays.pop(CENTERS, None), header(metadata, path)
-    odd = [
-        f"{name} {array.dtype}" for name, array in arrays.items() if not files.is_floating(array)
-    ]
-    if odd:
-        raise InputError(f"{path} holds weights that are not floating-point: {', '.join(odd)}.")
-    params = {name: np.asarray(array, np.float32) for name, array in arrays.items()}
-    own = None if centers is None else palettes.checked(centers, {}, f"{CENTERS} of {path}")
-    of_tokenizer = {n: params.pop(n) for n in list(params) if n.startswith(TOKENIZER)}
-    if uses_colours(said):
-        own = agreed(palette, own, str(path))
-    if said.get("tokenizer") is not None:
-        weights = {n.removeprefix(TOKENIZER): array for n, array in of_tokenizer.items()}
-        own = learned.from_description(said["tokenizer"], weights, str(path))
-    return described(said, params, own, path).checked(str(path))
-
-
-def uses_colours(header: dict) -> bool:
-    """Whether the tokens that a header describes are colours of a palette."""
-    return header.get("palette") is not None
+    header = parse_header(metadata, path)
+    definition = _definition(header, arrays, path)
+    if uses_palette(header):
+        definition = choose_palette(palette, definition, str(path))
+    params = {n: a for n, a in arrays.items() if not n.startswith((CENTERS, TOKENIZER))}
+    return from_header(header, params, definition, path).checked(str(path))
 
 
 def read_definition(path: pathlib.Path) -> TokenDefinition | None:
-    """See `interop.read_definition`."""
+    """See `weights.read_definition`."""
     with files.open_safetensors(path) as file:
-        said, names = header(file.metadata() or {}, path), set(file.keys())
-        if said.get("tokenizer") is not None:
-            own = [n for n in names if n.startswith(TOKENIZER)]
-            weights = {n.removeprefix(TOKENIZER): file.get_tensor(n) for n in own}
-            return learned.from_description(said["tokenizer"], weights, str(path))
-        if CENTERS not in names:
-            return None
-        centers = file.get_tensor(CENTERS)
-    return palettes.checked(centers, said.get("palette") or {}, f"{CENTERS} of {path}")
+        names = [name for name in file.keys() if name.startswith((CENTERS, TOKENIZER))]  # noqa: SIM118
+        header = parse_header(file.metadata() or {}, path)
+        return _definition(header, {name: file.get_tensor(name) for name in names}, path)
+
+
+def _definition(
+    header: dict, arrays: dict[str, np.ndarray], path: pathlib.Path
+) -> TokenDefinition | None:
+    if header.get("tokenizer") is not None:
+        params = {
+            name.removeprefix(TOKENIZER): np.asarray(array, np.float32)
+            for name, array in arrays.items()
+            if name.startswith(TOKENIZER)
+        }
+        return learned.from_description(header["tokenizer"], params, str(path))
+    if CENTERS in arrays:
+        provenance = header.get("palette") or {}
+        return palettes.checked(arrays[CENTERS], provenance, f"{CENTERS} of {path}")
+    return None
 
 
 def arrays(weights_file: WeightsFile) -> dict[str, np.ndarray]:
-    """The weights, and those of what the tokens stand for."""
+    """The arrays of a file: the parameters, and those of the token definition."""
     found = {name: np.ascontiguousarray(array) for name, array in weights_file.params.items()}
     if isinstance(weights_file.definition, Palette):
         found[CENTERS] = weights_file.definition.centers
@@ -143,25 +159,14 @@ def arrays(weights_file: WeightsFile) -> dict[str, np.ndarray]:
 
 
 def write(weights_file: WeightsFile, path: pathlib.Path) -> None:
-    """Writes the file, whole or not at all.
+    """Writes the file atomically.
 
     Raises:
-      InputError: it cannot be written, or would not be known as one by its name.
+      InputError: the file cannot be written, or the name does not end in .safetensors.
     """
     if path.suffix != ".safetensors":
-        raise InputError(f"{path} does not end in .safetensors, by which such a file is known.")
-    files.write_safetensors(
-        arrays(weights_file), path, {HEADER: json.dumps(describe(weights_file))}
-    )
-
-
-def header(metadata: dict[str, str], path: pathlib.Path) -> dict:
-    """What the metadata of a file of ours say.
-
-    Raises:
-      InputError: nothing, or it is damaged.
-    """
-    try:
-        return json.loads(metadata[HEADER])
-    except (KeyError, ValueError) as error:
-        raise InputError(f"the header of {path} is damaged ({first_line(error)}).") from error
+        raise InputError(
+            f"{path} does not end in .safetensors; weights are recognized by this ending."
+        )
+    header = {HEADER: json.dumps(make_header(weights_file))}
+    files.write_safetensors(arrays(weights_file), path, header)

@@ -1,6 +1,6 @@
 """OpenAI's Image GPT: the TensorFlow 1 checkpoints of openai/image-gpt, read by TensorFlow.
 
-TensorFlow is needed here and nowhere else; `pip install -e '.[prepare]'` brings it.
+Only this module needs TensorFlow; `pip install -e '.[prepare]'` installs it.
 """
 
 import logging
@@ -18,23 +18,22 @@ from gptv_jax.weights.strict_reader import StrictReader
 
 LOG = logging.getLogger(__name__)
 SCOPE = "model/"
-BERT = re.compile(r"igpt-\w+-bert")  # the folders that OpenAI has the BERT variant in
-# The optimizer's, should a checkpoint have them.
-FOREIGN = re.compile(r".*(adam_m|adam_v|Adam(_\d+)?|global_step|beta[12]_power)$")
+BERT = re.compile(r"igpt-\w+-bert")  # OpenAI's names of the folders with BERT checkpoints
+# Variables of an optimizer, which a checkpoint may hold.
+OPTIMIZER = re.compile(r".*(adam_m|adam_v|Adam(_\d+)?|global_step|beta[12]_power)$")
 
 
-def found(prefix: pathlib.Path) -> bool:
-    """Whether `prefix` is meant to be that of a checkpoint."""
+def recognizes(prefix: pathlib.Path) -> bool:
+    """See `weights.is_weights_path`."""
     return prefix.with_name(f"{prefix.name}.index").is_file()
 
 
-def read_definition(prefix: pathlib.Path) -> Palette | None:
-    """See `interop.read_definition`: checkpoints have none."""
-    return None
+def read_definition(prefix: pathlib.Path) -> None:
+    """A checkpoint stores no palette."""
 
 
 def read(prefix: pathlib.Path, palette: Palette | None = None) -> WeightsFile:
-    """See `interop.read`."""
+    """See `weights.read`."""
     if palette is None:
         raise InputError(
             f"{prefix} is a TensorFlow checkpoint, which has no colours; name the palette "
@@ -43,56 +42,57 @@ def read(prefix: pathlib.Path, palette: Palette | None = None) -> WeightsFile:
     return convert(_open(prefix), prefix, palette)
 
 
-def convert(there: StrictReader, prefix: pathlib.Path, palette: Palette) -> WeightsFile:
-    """Our weights from the checkpoint's variables.
+def convert(reader: StrictReader, prefix: pathlib.Path, palette: Palette) -> WeightsFile:
+    """The weights under this project's names.
 
     Args:
-      there: the variables, by name without scope.
-      prefix: of the checkpoint, for messages and the step.
-      palette: the colours.
+      reader: the checkpoint's variables, by name without the scope.
+      prefix: path of the checkpoint. The names of its folders tell BERT from autoregressive
+        weights, and the name ends in the training step.
+      palette: the colours of the tokens.
 
     Raises:
-      InputError: a variable is missing, left over or misshapen; all are listed.
+      InputError: a variable is missing, left over or misshapen; all faults are listed.
     """
     try:
-        (V, D), (T, _) = there.shapes["wte"], there.shapes["wpe"]
-        H, K, _ = there.shapes["h0/attn/q_proj"]
-        F = there.shapes["h0/mlp/c_fc/w"][1]
+        (V, D), (T, _) = reader.shapes["wte"], reader.shapes["wpe"]
+        H, K, _ = reader.shapes["h0/attn/q_proj"]
+        F = reader.shapes["h0/mlp/c_fc/w"][1]
     except (KeyError, ValueError, IndexError) as error:
         raise InputError(f"{prefix} holds no Image GPT ({first_line(error)}).") from error
-    L = len({name.partition("/")[0] for name in there.shapes if re.match(r"h\d+/", name)})
-    names = [f"h{i}" for i in range(L)]
+    L = len({name.partition("/")[0] for name in reader.shapes if re.match(r"h\d+/", name)})
 
     def stack(name: str, shape: tuple[int, ...]) -> np.ndarray:
-        return there.stack([f"{layer}/{name}" for layer in names], shape, shape)
+        return reader.stack([f"h{i}/{name}" for i in range(L)], shape, shape)
 
     qkv = np.empty((L, D, 3, H, K), np.float32)
-    for i, which in enumerate(("q_proj", "k_proj", "v_proj")):
-        qkv[:, :, i] = stack(f"attn/{which}", (H, K, D)).transpose(0, 3, 1, 2)
+    for i, name in enumerate(("q_proj", "k_proj", "v_proj")):
+        qkv[:, :, i] = stack(f"attn/{name}", (H, K, D)).transpose(0, 3, 1, 2)
     params = {
-        "token_embedding": there.take("wte", (V, D)),
-        "position": there.take("wpe", (T, D)),
+        "token_embedding": reader.take("wte", (V, D)),
+        "position": reader.take("wpe", (T, D)),
         "blocks.norm_1": stack("ln_1/g", (D,)),
         "blocks.qkv": qkv,
         "blocks.attention_out": stack("attn/c_proj", (H, K, D)),
         "blocks.norm_2": stack("ln_2/g", (D,)),
         "blocks.mlp_in": stack("mlp/c_fc/w", (D, F)),
         "blocks.mlp_out": stack("mlp/c_proj/w", (F, D)),
-        "final_norm": there.take("ln_f/g", (D,)),
-        "head": there.take("wtet", (V, D)),
+        "final_norm": reader.take("ln_f/g", (D,)),
+        "head": reader.take("wtet", (V, D)),
     }
-    # No variable tells for sure which of the two it is.
+    # No variable tells BERT from autoregressive weights.
     bert = any(BERT.fullmatch(part) for part in prefix.parts)
     objective = "bert" if bert else "autoregressive"
     LOG.info("%s is read as %s, by the names of its folders.", prefix, objective)
-    start = there.take("sos", (D,)) if objective == "autoregressive" or "sos" in there else None
-    if objective == "autoregressive":  # BERT makes no use of one, even where it is there
+    start = reader.take("sos", (D,)) if not bert or "sos" in reader else None
+    if not bert:  # BERT checkpoints may hold a start vector, but do not use it
         params["start"] = start[None]
     classes = 0
-    if "clf/wclf" in there:
-        classes = there.shapes["clf/wclf"][0] if there.shapes["clf/wclf"] else 0
-        params |= class_head(there.take("clf/wclf", (classes, D)))
-    there.close(prefix)
+    if "clf/wclf" in reader:
+        classes = reader.shapes["clf/wclf"][0] if reader.shapes["clf/wclf"] else 0
+        params |= class_head(reader.take("clf/wclf", (classes, D)))
+    reader.close(prefix)
+    step = re.search(r"ckpt-(\d+)$", prefix.name)
     weights_file = WeightsFile(
         model=config_lib.Model(layers=L, width=D, heads=H, mlp_ratio=F // D, objective=objective),
         tokens=config_lib.Tokens(kind="palette", colors=V),
@@ -100,18 +100,13 @@ def convert(there: StrictReader, prefix: pathlib.Path, palette: Palette) -> Weig
         params=params,
         definition=palette,
         classes=classes,
-        step=_step(prefix),
+        step=int(step[1]) if step else None,
     )
     return weights_file.checked(str(prefix))
 
 
-def _step(prefix: pathlib.Path) -> int | None:
-    number = re.search(r"ckpt-(\d+)$", prefix.name)
-    return int(number[1]) if number else None
-
-
 def _open(prefix: pathlib.Path) -> StrictReader:
-    """The checkpoint's variables, by name within the scope.
+    """The checkpoint's variables, by name without the scope.
 
     Raises:
       InputError: TensorFlow is not installed, or cannot read the checkpoint.
@@ -124,15 +119,15 @@ def _open(prefix: pathlib.Path) -> StrictReader:
         ) from error
     try:
         reader = tf.train.load_checkpoint(str(prefix))
-        every = reader.get_variable_to_shape_map()
-        shapes = {
-            name.removeprefix(SCOPE): tuple(shape)
-            for name, shape in every.items()
-            if not FOREIGN.match(name)
+        variables = {
+            name: tuple(shape)
+            for name, shape in reader.get_variable_to_shape_map().items()
+            if not OPTIMIZER.match(name)
         }
-        if len(shapes) < sum(not FOREIGN.match(name) for name in every):
+        shapes = {name.removeprefix(SCOPE): shape for name, shape in variables.items()}
+        if len(shapes) < len(variables):
             raise ValueError(f"it has the same variable inside {SCOPE} and outside")
-        scope = SCOPE if any(name.startswith(SCOPE) for name in every) else ""
+        scope = SCOPE if any(name.startswith(SCOPE) for name in variables) else ""
         return StrictReader(shapes, lambda name: reader.get_tensor(scope + name))
-    except Exception as error:  # whatever TensorFlow's readers raise
+    except Exception as error:  # TensorFlow's readers raise several types
         raise InputError(f"{prefix} cannot be read ({first_line(error)}).") from error
