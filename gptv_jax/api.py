@@ -15,9 +15,9 @@ from gptv_jax.decode import generation, likelihood
 from gptv_jax.decode.sampler import Sampler, Section, kept_tokens
 from gptv_jax.errors import InputError
 from gptv_jax.model.gpt import Network
-from gptv_jax.tokens import LearnedTokens, learned
+from gptv_jax.tokens import LearnedCodec, learned
 from gptv_jax.tokens import palette as palettes
-from gptv_jax.tokens.learned import Given
+from gptv_jax.tokens.codec import AnyArray
 from gptv_jax.train import objective
 from gptv_jax.validation import Labels, arguments_by_name
 from gptv_jax.weights import huggingface, native, run_folder
@@ -46,31 +46,31 @@ class Model:
         self.network, self.codec = described.network, described.codec
         self.params, self.mesh, self._described = params, mesh, described
 
-    def tokenize(self, images: UInt8[Given, "B H W C"]) -> Int[np.ndarray, "B T"]:
+    def tokenize(self, images: UInt8[AnyArray, "B H W C"]) -> Int[np.ndarray, "B T"]:
         """Int32 tokens, 0 <= token < V, in raster order."""
         return self.codec.encode(validation.images(images, self.codec))
 
-    def detokenize(self, tokens: Int[Given, "B T"]) -> UInt8[np.ndarray, "B H W C"]:
+    def detokenize(self, tokens: Int[AnyArray, "B T"]) -> UInt8[np.ndarray, "B H W C"]:
         """The images that the tokens stand for; for a lossless codec the inverse of `tokenize`."""
         return self.codec.decode(validation.sequences(tokens, self.network))
 
     @arguments_by_name
     def logits(
-        self, tokens: Int[Given, "B T"], labels: Labels = None
+        self, tokens: Int[AnyArray, "B T"], labels: Labels = None
     ) -> Float[np.ndarray, "B T V"]:
         """Float32 logits; position t predicts tokens[:, t], from earlier ones or (BERT) all."""
         return self._forward(validation.sequences(tokens, self.network), "logits", labels)
 
     @arguments_by_name
     def log_likelihood(
-        self, images: UInt8[Given, "B H W C"], labels: Labels = None
+        self, images: UInt8[AnyArray, "B H W C"], labels: Labels = None
     ) -> Float[np.ndarray, "B"]:
         """Float32 log-probability of each image, in nats: the sum over the image's tokens."""
         return -self._nats(images, labels).sum(axis=1)
 
     @arguments_by_name
     def surprise(
-        self, images: UInt8[Given, "B H W C"], labels: Labels = None
+        self, images: UInt8[AnyArray, "B H W C"], labels: Labels = None
     ) -> Float[np.ndarray, "B H W"]:
         """Float32 negative log-probability of each pixel given the pixels before it, in nats.
 
@@ -81,7 +81,7 @@ class Model:
         return likelihood.by_pixel(nats, self.codec.grid, size)
 
     def features(
-        self, images: UInt8[Given, "B H W C"], layer: int | None = None
+        self, images: UInt8[AnyArray, "B H W C"], layer: int | None = None
     ) -> Float[np.ndarray, "B D"]:
         """Float32 means over positions of one layer's normed input; BERT: over its masks, too.
 
@@ -98,7 +98,7 @@ class Model:
             raise InputError(f"layer is {layer}; this network has the layers 0 to {last}.")
         return self._forward(self.tokenize(images), "pooled")[:, layer]
 
-    def classify(self, images: UInt8[Given, "B H W C"]) -> Float[np.ndarray, "B classes"]:
+    def classify(self, images: UInt8[AnyArray, "B H W C"]) -> Float[np.ndarray, "B classes"]:
         """Float32 class probabilities of a fine-tuned model; BERT: means over its masks."""
         if not self.network.classes:
             raise InputError(
@@ -127,12 +127,12 @@ class Model:
     @arguments_by_name
     def complete(
         self,
-        images: UInt8[Given, "B H W C"],
+        images: UInt8[AnyArray, "B H W C"],
         keep: float = 0.5,
         seed: int = 0,
         *,
         samples: int = 1,
-        mask: Bool[Given, "*B height width"] | None = None,
+        mask: Bool[AnyArray, "*B height width"] | None = None,
         labels: Labels = None,
         **drawing: Setting,
     ) -> UInt8[np.ndarray, "rows H W C"]:
@@ -166,7 +166,7 @@ class Model:
     @arguments_by_name
     def outpaint(
         self,
-        images: UInt8[Given, "B H W C"],
+        images: UInt8[AnyArray, "B H W C"],
         top: int = 0,
         bottom: int = 0,
         left: int = 0,
@@ -306,7 +306,7 @@ def from_openai(prefix: str | pathlib.Path, palette: str | pathlib.Path) -> Mode
     return load(prefix, palette=palette)
 
 
-def load_tokenizer(source: str | pathlib.Path, image_size: int | None = None) -> LearnedTokens:
+def load_tokenizer(source: str | pathlib.Path, image_size: int | None = None) -> LearnedCodec:
     """A learned encoder and decoder of images, without a network that reads the codes.
 
     Args:
@@ -315,7 +315,7 @@ def load_tokenizer(source: str | pathlib.Path, image_size: int | None = None) ->
     """
     tokenizer = learned.load(source)
     size = tokenizer.provenance["image_size"] if image_size is None else image_size
-    return LearnedTokens(tokenizer, validation.tokenizer_size(size, tokenizer.config.downsample))
+    return LearnedCodec(tokenizer, validation.tokenizer_size(size, tokenizer.config.downsample))
 
 
 @functools.partial(jax.jit, static_argnames=("network", "output"))
@@ -327,7 +327,9 @@ def _forward(
         return network.bind(params)(tokens, variant).logits
     if network.config.objective == "bert":  # sees images under masks, as in training
         batch = {"tokens": tokens, "variant": None, "index": jnp.arange(len(tokens))}
-        votes = [objective.evaluated(network, params, batch, v)[0] for v in range(network.votes)]
+        votes = [
+            objective.evaluate_batch(network, params, batch, v)[0] for v in range(network.votes)
+        ]
     else:
         votes = [network.bind(params)(tokens, variant)]
     if output == "pooled":

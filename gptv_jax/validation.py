@@ -16,9 +16,9 @@ from gptv_jax.config import fields
 from gptv_jax.decode.sampler import known_tokens
 from gptv_jax.errors import InputError
 from gptv_jax.model.gpt import Network
-from gptv_jax.tokens.learned import Given
+from gptv_jax.tokens.codec import AnyArray
 
-Labels = int | np.integer | list[int] | tuple[int, ...] | Given | None  # one for all, or one each
+Labels = int | np.integer | list[int] | tuple[int, ...] | AnyArray | None  # one, or one each
 SETTINGS = fields.by_name(config_lib.Sample)
 DRAWING = dataclasses.fields(config_lib.Drawing)
 Method = TypeVar("Method", bound=Callable)

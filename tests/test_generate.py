@@ -69,7 +69,7 @@ def test_samples_are_written_compared_and_go_on_where_they_were(generate, finish
     assert found["generate/reference_count"] == 1197 and found["generate/biased"]
     assert 0 <= found["generate/precision"] <= 1 and found["generate/inception_score"] is None
     assert quality["reference"]["data"] == "digits" and quality["reference"]["split"] == "train"
-    assert reference.load(made / "reference.npz").made_of(Pixels((8, 8, 1)))
+    assert reference.load(made / "reference.npz").fits(Pixels((8, 8, 1)))
     # One batch is lost, and more are wanted: those that are there stay as they are.
     first, lost = (made / "tokens" / f"0000{i}_of_4.npy" for i in (0, 1))
     kept, before = lost.read_bytes(), first.stat().st_mtime_ns
