@@ -1,4 +1,4 @@
-"""Converts weights: from a run, Hugging Face's or OpenAI's form, to ours or Hugging Face's.
+"""Converts weights of a run, Hugging Face or OpenAI to a .safetensors file or to Hugging Face.
 
 python -m gptv_jax.convert --from=runs/digits --to=digits.safetensors
 python -m gptv_jax.convert --from=runs/digits --to=exports/digits            # Hugging Face's form

@@ -15,21 +15,25 @@ from gptv_jax.hosts import distributed, runtime
 from gptv_jax.runs import report
 from gptv_jax.stages import STAGES, setup
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Run folder; the same one continues a run.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Run folder; the same folder continues its run.")
 WANTED = flags.DEFINE_list("stages", None, f"Some of {','.join(STAGES)}; default: all of them.")
 DISTRIBUTED = flags.DEFINE_enum(
-    "distributed", "auto", distributed.WAYS, "How several processes meet; see distributed.py."
+    "distributed",
+    "auto",
+    distributed.WAYS,
+    "How several processes meet: auto takes the flags below, the environment, Slurm or Cloud TPU; "
+    "off is one process.",
 )
-COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT at which process 0 is met.")
-COUNT = flags.DEFINE_integer("num_processes", None, "How many processes there are.")
-INDEX = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0 on.")
+COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where all meet.")
+COUNT = flags.DEFINE_integer("num_processes", None, "Number of processes.")
+INDEX = flags.DEFINE_integer("process_id", None, "Index of this process, from 0.")
 LOG = logging.getLogger("gptv_jax.main")
 
 
 def main(settings: config.Config) -> None:
     """Runs the stages that are wanted and not finished, in order."""
     distributed.start(DISTRIBUTED.value, COORDINATOR.value, COUNT.value, INDEX.value)
-    runtime.keep_programs()
+    runtime.cache_programs()
     context = setup.open_run(settings, WORKDIR.value, WANTED.value)
     folder, shown = context.folder, ", ".join(context.stages)
     values = "\n".join(f"  {name} = {value}" for name, value in fields.flatten(settings).items())

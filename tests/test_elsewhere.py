@@ -64,7 +64,7 @@ def test_all_that_reads_checkpoints_finds_them(usual, elsewhere, tmp_path):
     assert not (tmp_path / "run" / "checkpoints").exists()
     assert {"2", "4"} <= {path.name for path in (elsewhere / "pretrain").iterdir()}
     same(weights, usual[1])
-    same(gptv_jax.load(tmp_path / "run")._params, usual[1])
+    same(gptv_jax.load(tmp_path / "run").params, usual[1])
     later = dataclasses.replace(CONFIG, init_from=str(tmp_path / "run"))
     run = setup.open_run(later, str(tmp_path / "later"), ["finetune"])
     with jax.set_mesh(run.mesh):
@@ -111,7 +111,7 @@ def test_the_place_changes_only_when_what_it_holds_was_moved(usual, elsewhere, t
     run = setup.open_run(at(elsewhere), str(folder))
     with jax.set_mesh(run.mesh):
         same(jax.device_get(pretrained_weights.load(run, run.network()).params), usual[1])
-    same(gptv_jax.load(folder)._params, usual[1])
+    same(gptv_jax.load(folder).params, usual[1])
     del run
     with pytest.raises(InputError, match=rf"checkpoints are in {elsewhere}"):
         setup.open_run(CONFIG, str(folder))

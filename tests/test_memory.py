@@ -58,8 +58,8 @@ def held(tree) -> set[int]:
     return set(totals.values())
 
 
-# Steps of the real program in a process of its own, whose growth is that of eight devices. Where
-# the machine is busy the devices' worst moments may not coincide, so the largest growth counts.
+# Steps of the real program in their own process, which grows by what eight devices need. On a busy
+# machine the devices' worst moments may not coincide, so the largest growth counts.
 MEASURED = """
 import json, pathlib
 import jax, numpy as np

@@ -21,7 +21,7 @@ from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.data import sources
-from gptv_jax.decode import likelihood
+from gptv_jax.decode import generation, likelihood
 from gptv_jax.decode.sampler import Sampler
 from gptv_jax.errors import InputError
 from gptv_jax.runs import pictures
@@ -249,7 +249,7 @@ def test_fine_tuning_begins_with_the_pretrained_weights_and_its_floor_with_none(
 def test_the_head_is_standardised_by_the_statistics_of_the_training_split(finished_run):
     given = gptv_jax.load(finished_run.folder, "pretrain")
     features = given.features(images_of("train"), layer=SMALL["model.layers"]).astype(np.float64)
-    head = gptv_jax.load(finished_run.folder, "finetune")._params["classifier"]
+    head = gptv_jax.load(finished_run.folder, "finetune").params["classifier"]
     np.testing.assert_allclose(head["class_center"], features.mean(axis=0), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(head["class_scale"], 1 / features.std(axis=0), rtol=1e-3)
 
@@ -337,21 +337,30 @@ def test_a_class_conditional_network_shows_a_row_of_each_class(conditional, tmp_
         shown = cells(np.asarray(picture), columns=2)
     model = gptv_jax.load(conditional.init_from)
     settings = {"guidance": 3.0, "guidance_schedule": "cosine"}
-    wanted = model.sample(20, conditional.seed, label=np.arange(20) // 2, **settings)
+    wanted = model.sample(20, conditional.seed, labels=np.arange(20) // 2, **settings)
     np.testing.assert_array_equal(shown, model.codec.picture(wanted))
 
 
 def test_test_images_are_completed_and_judged_as_of_their_class(conditional, tmp_path, monkeypatch):
     config = dataclasses.replace(conditional.sample, count=10, completions=3)
     run = setup.open_run(dataclasses.replace(conditional, sample=config), str(tmp_path), ["sample"])
-    told, draw, nats = [], Sampler.draw, likelihood.nats
-    monkeypatch.setattr(Sampler, "draw", lambda *given: told.append(given[3]) or draw(*given))
+    told, keys, draw, nats = [], [], Sampler.draw, likelihood.nats
+
+    def noted(self, given, key, labels, **options):
+        told.append(labels)
+        keys.append(tuple(jax.random.key_data(key).tolist()))
+        return draw(self, given, key, labels, **options)
+
+    monkeypatch.setattr(Sampler, "draw", noted)
     monkeypatch.setattr(likelihood, "nats", lambda *given: told.append(given[3]) or nats(*given))
     with jax.set_mesh(run.mesh):
         sample.run_stage(run)
     (batch,) = itertools.islice(run.data.evaluation("test", 3), 1)
-    *new, completed, inpainted, judged = told
-    assert [labels.tolist() for labels in new] == [list(range(10))] * 2  # to compile, then to time
+    new, completed, inpainted, judged = told  # each is drawn once
+    assert new.tolist() == list(range(10))
+    seed = jax.random.key(conditional.seed)
+    of_tokens = [jax.random.key_data(generation.token_key(seed, p)).tolist() for p in range(64)]
+    assert len({*keys, *map(tuple, of_tokens)}) == 3 + 64  # no section's key is a token's
     for labels in (completed, inpainted, judged):
         np.testing.assert_array_equal(labels, batch["label"])
 
