@@ -39,7 +39,7 @@ def open_run(config: config_lib.Config, workdir: str, wanted: list[str] | None =
     """
     if "://" in (config.init_from or ""):
         raise InputError(f"config.init_from={config.init_from} is an address; it takes a folder.")
-    _check_same_settings(config)
+    check_same_settings(config)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check(config, mesh)
     if config.sample.guidance != 1:
@@ -80,7 +80,7 @@ def with_codec(context: Context) -> Context:
     )
 
 
-def _check_same_settings(config: config_lib.Config) -> None:
+def check_same_settings(config: config_lib.Config) -> None:
     """Raises InputError where processes have different settings, the place of the data apart."""
     own = {k: v for k, v in fields.flatten(config).items() if k not in ("data.dir", "data.path")}
     first, *others = hosts.from_all(own)
