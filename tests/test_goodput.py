@@ -43,9 +43,7 @@ def session(clock, folder, began, restored, saved, seen, last):
     return found
 
 
-def test_work_after_the_checkpoint_is_lost_and_the_time_between_sessions_is_down_time(
-    clock, tmp_path
-):
+def test_work_after_the_checkpoint_is_lost_and_time_between_sessions_is_down(clock, tmp_path):
     session(clock, tmp_path, 100, restored=0, saved=0, seen=160, last=30)  # saved 20 at 140
     second = session(clock, tmp_path, 200, restored=20, saved=140, seen=230, last=25)
     assert second.lost == (10, 20.0)

@@ -116,7 +116,7 @@ def finished(run, data, tmp_path_factory) -> pathlib.Path:
     return made_once(tmp_path_factory, "tokenizer_run", make)[0]
 
 
-def test_a_killed_training_ends_with_the_same_tokenizer_as_an_unbroken_one(
+def test_a_killed_training_ends_with_the_tokenizer_of_an_unbroken_one(
     run, finished, data, tmp_path
 ):
     # Demanding that every code is in use raises the alarm as well.
@@ -178,6 +178,11 @@ def test_two_processes_train_one_tokenizer_and_generate_images(finished, data, t
     alone, both = summary_of(finished), summary_of(tmp_path / "run")
     for name in ("tokenizer/test_psnr_db", "pretrain/test_nats_per_token"):
         assert both[name] == pytest.approx(alone[name], rel=0.03)
+    # Each process restores a share of the test images; together they are all, once.
+    codec, images = learned.LearnedTokens(learned.load(tmp_path / "run"), 16), np.load(data)
+    images = images["test_images"]
+    error = np.square(codec.decode(codec.encode(images)).astype(float) - images).mean()
+    assert both["pretrain/test_distortion_mse"] == pytest.approx(error, rel=1e-9)
     made = tmp_path / "run" / "generated"
     assert np.load(made / "samples.npz")["arr_1"].tolist() == [i % 3 for i in range(11)]
     reference = json.loads((made / "quality.json").read_text())["reference"]
