@@ -15,14 +15,14 @@ from gptv_jax.decode import generation, likelihood
 from gptv_jax.decode.sampler import Sampler
 from gptv_jax.errors import InputError
 from gptv_jax.model.gpt import Network
-from gptv_jax.tokens import LearnedTokens, learned
+from gptv_jax.tokens import LearnedCodec, learned
 from gptv_jax.tokens import palette as palettes
-from gptv_jax.tokens.learned import Given
+from gptv_jax.tokens.codec import AnyArray
 from gptv_jax.train import objective
 from gptv_jax.weights import huggingface, native, run_folder
 from gptv_jax.weights.file import WeightsFile
 
-Labels = int | np.integer | list[int] | tuple[int, ...] | Given | None  # one for all, or one each
+Labels = int | np.integer | list[int] | tuple[int, ...] | AnyArray | None  # one, or one each
 
 
 class Model:
@@ -40,28 +40,28 @@ class Model:
         self._described, self._probed = described, described.best_layer
         self._params, self._mesh = params, mesh
 
-    def tokenize(self, images: UInt8[Given, "B H W C"]) -> Int[np.ndarray, "B T"]:
+    def tokenize(self, images: UInt8[AnyArray, "B H W C"]) -> Int[np.ndarray, "B T"]:
         """Int32 tokens, 0 <= token < V, in raster order."""
         return self.codec.encode(validation.images(images, self.codec))
 
-    def detokenize(self, tokens: Int[Given, "B T"]) -> UInt8[np.ndarray, "B H W C"]:
+    def detokenize(self, tokens: Int[AnyArray, "B T"]) -> UInt8[np.ndarray, "B H W C"]:
         """The images that the tokens stand for; for a lossless codec the inverse of `tokenize`."""
         return self.codec.decode(validation.sequences(tokens, self.network))
 
     def logits(
-        self, tokens: Int[Given, "B T"], labels: Labels = None
+        self, tokens: Int[AnyArray, "B T"], labels: Labels = None
     ) -> Float[np.ndarray, "B T V"]:
         """Float32 logits; position t predicts tokens[:, t] from those before it; BERT: from all."""
         return self._forward(validation.sequences(tokens, self.network), "logits", labels)
 
     def log_likelihood(
-        self, images: UInt8[Given, "B H W C"], labels: Labels = None
+        self, images: UInt8[AnyArray, "B H W C"], labels: Labels = None
     ) -> Float[np.ndarray, "B"]:
         """Float32 log-probability of each image's tokens, in nats, summed over them."""
         return -self._nats(images, labels).sum(axis=1)
 
     def surprise(
-        self, images: UInt8[Given, "B H W C"], labels: Labels = None
+        self, images: UInt8[AnyArray, "B H W C"], labels: Labels = None
     ) -> Float[np.ndarray, "B H W"]:
         """Float32 nats by which each pixel surprises the network, which has seen those before it.
 
@@ -72,7 +72,7 @@ class Model:
         return likelihood.by_pixel(nats, self.codec.grid, size)
 
     def features(
-        self, images: UInt8[Given, "B H W C"], layer: int | None = None
+        self, images: UInt8[AnyArray, "B H W C"], layer: int | None = None
     ) -> Float[np.ndarray, "B D"]:
         """Float32 means over positions of one layer's normed input; BERT: over its masks, too.
 
@@ -89,7 +89,7 @@ class Model:
             raise ValueError(f"layer is {layer}; this network has the layers 0 to {last}.")
         return self._forward(self.tokenize(images), "pooled")[:, layer]
 
-    def classify(self, images: UInt8[Given, "B H W C"]) -> Float[np.ndarray, "B classes"]:
+    def classify(self, images: UInt8[AnyArray, "B H W C"]) -> Float[np.ndarray, "B classes"]:
         """Float32 class probabilities, of a fine-tuned model; BERT: means over its masks."""
         if not self.network.classes:
             raise ValueError(
@@ -139,14 +139,14 @@ class Model:
 
     def complete(
         self,
-        images: UInt8[Given, "B H W C"],
+        images: UInt8[AnyArray, "B H W C"],
         keep: float = 0.5,
         seed: int = 0,
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
         samples: int = 1,
-        mask: Bool[Given, "*B height width"] | None = None,
+        mask: Bool[AnyArray, "*B height width"] | None = None,
         labels: Labels = None,
         guidance: float = 1.0,
         guidance_schedule: str = "constant",
@@ -196,7 +196,7 @@ class Model:
 
     def outpaint(
         self,
-        images: UInt8[Given, "B H W C"],
+        images: UInt8[AnyArray, "B H W C"],
         top: int = 0,
         bottom: int = 0,
         left: int = 0,
@@ -350,7 +350,7 @@ def from_openai(prefix: str | pathlib.Path, palette: str | pathlib.Path) -> Mode
     return load(prefix, palette=palette)
 
 
-def load_tokenizer(source: str | pathlib.Path, image_size: int | None = None) -> LearnedTokens:
+def load_tokenizer(source: str | pathlib.Path, image_size: int | None = None) -> LearnedCodec:
     """A learned encoder and decoder of images, without a network that reads the codes.
 
     Args:
@@ -362,7 +362,7 @@ def load_tokenizer(source: str | pathlib.Path, image_size: int | None = None) ->
     """
     tokenizer = learned.load(source)
     size = tokenizer.provenance["image_size"] if image_size is None else image_size
-    return LearnedTokens(tokenizer, validation.tokenizer_size(size, tokenizer.config.downsample))
+    return LearnedCodec(tokenizer, validation.tokenizer_size(size, tokenizer.config.downsample))
 
 
 @functools.partial(jax.jit, static_argnames=("network", "wanted"))

@@ -17,14 +17,18 @@ from gptv_jax.runs.record import ON_REQUEST, STAGES
 from gptv_jax.runs.run import Run
 from gptv_jax.stages import finetune, generate, pretrain, probe, sample, tokenizer
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Run folder; the same one continues a run.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Run folder; the same folder continues its run.")
 WANTED = flags.DEFINE_list("stages", None, f"Some of {','.join(STAGES)}; default: all of them.")
 DISTRIBUTED = flags.DEFINE_enum(
-    "distributed", "auto", distributed.WAYS, "How several processes meet; see distributed.py."
+    "distributed",
+    "auto",
+    distributed.WAYS,
+    "How several processes meet: auto takes the flags below, the environment, Slurm or Cloud TPU; "
+    "off is one process.",
 )
-COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT at which process 0 is met.")
-COUNT = flags.DEFINE_integer("num_processes", None, "How many processes there are.")
-INDEX = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0 on.")
+COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where all meet.")
+COUNT = flags.DEFINE_integer("num_processes", None, "Number of processes.")
+INDEX = flags.DEFINE_integer("process_id", None, "Index of this process, from 0.")
 MODULES = {
     "tokenizer": tokenizer,
     "pretrain": pretrain,
@@ -39,7 +43,7 @@ LOG = logging.getLogger("gptv_jax.main")
 def main(settings: config.Config) -> None:
     """Runs the stages that are wanted and not finished, in order."""
     distributed.start(DISTRIBUTED.value, COORDINATOR.value, COUNT.value, INDEX.value)
-    runtime.keep_programs()
+    runtime.cache_programs()
     run = Run(settings, WORKDIR.value, WANTED.value)
     shown = "\n".join(f"  {name} = {value}" for name, value in fields.flatten(settings).items())
     devices = f"{jax.device_count()} {jax.devices()[0].device_kind} device(s)"

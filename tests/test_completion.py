@@ -14,7 +14,7 @@ from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.decode import generation, likelihood
 from gptv_jax.decode.sampler import Sampler, _outward, known_tokens
-from gptv_jax.tokens.grey import GreyLevels
+from gptv_jax.tokens.grey import GreyCodec
 from gptv_jax.weights.file import WeightsFile
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -144,7 +144,7 @@ def model(params):
 
 
 @dataclasses.dataclass(frozen=True)
-class Blocks(GreyLevels):
+class Blocks(GreyCodec):
     """A token for the upper left one of 2x2 pixels."""
 
     image_shape = (8, 8, 1)

@@ -58,9 +58,10 @@ def held(tree) -> set[int]:
     return set(totals.values())
 
 
-# A step of the real program in a process of its own, whose growth is that of eight devices.
+# Steps of the real program in their own process, which grows by what eight devices need. On a busy
+# machine the devices' worst moments may not coincide, so the largest growth counts.
 MEASURED = """
-import json, pathlib, sys
+import json, pathlib
 import jax, numpy as np
 import test_memory as t
 from gptv_jax import sharding
@@ -71,34 +72,35 @@ def status(name):
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
 
-config = t.small((2, 2, 2), sys.argv[1])
-found = plan.make(config, t.CPU)
-mesh = sharding.make_mesh(config.mesh)
-update, _ = optimizer.make_optimizer(config.train.optimizer, config.train.steps)
-grown = []
-with jax.set_mesh(mesh):
-    state = jax.jit(step.make_init(found.training.network, update))(jax.random.key(0))
-    program = compiled.program(found.training, mesh)
-    shape = (64, found.training.network.length)
-    batch = {"tokens": np.zeros(shape, np.int32), "variant": np.zeros(64, np.int32)}
-    batch = sharding.global_batch(batch)
-    for _ in range(5):
-        jax.block_until_ready(state)
-        pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak is that from now on
-        before = status("VmRSS")
-        state, metrics = program(state, batch)
-        jax.block_until_ready((state, metrics))
-        grown.append(status("VmHWM") - before)
-planned = 8 * found.numbers()["bytes"]["temporaries"]
-print(json.dumps({"grown": sorted(grown)[2], "planned": planned}))
+rows = []
+for remat in ("none", "full"):
+    config = t.small((2, 2, 2), remat)
+    found = plan.make(config, t.CPU)
+    mesh = sharding.make_mesh(config.mesh)
+    update, _ = optimizer.make_optimizer(config.train.optimizer, config.train.steps)
+    grown = []
+    with jax.set_mesh(mesh):
+        state = jax.jit(step.make_init(found.training.network, update))(jax.random.key(0))
+        program = compiled.program(found.training, mesh)
+        shape = (64, found.training.network.length)
+        batch = {"tokens": np.zeros(shape, np.int32), "variant": np.zeros(64, np.int32)}
+        batch = sharding.global_batch(batch)
+        for _ in range(5):
+            jax.block_until_ready(state)
+            pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak is that from now on
+            before = status("VmRSS")
+            state, metrics = program(state, batch)
+            jax.block_until_ready((state, metrics))
+            grown.append(status("VmHWM") - before)
+    rows.append({"grown": max(grown), "planned": 8 * found.numbers()["bytes"]["temporaries"]})
+print(json.dumps(rows))
 """
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("remat", ["none", "full"])
-def test_a_real_step_grows_the_process_by_what_was_planned(remat):
+def test_a_real_step_grows_the_process_by_what_was_planned():
     ended = subprocess.run(
-        [sys.executable, "-c", MEASURED, remat],
+        [sys.executable, "-c", MEASURED],
         capture_output=True,
         text=True,
         cwd=pathlib.Path(__file__).parent,
@@ -106,9 +108,9 @@ def test_a_real_step_grows_the_process_by_what_was_planned(remat):
         env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
     )
     assert ended.returncode == 0, ended.stderr[-3000:]
-    measured = json.loads(ended.stdout)
-    assert measured["planned"] > 100e6  # large beside what else a process does
-    assert measured["grown"] == pytest.approx(measured["planned"], rel=0.1)
+    for measured in json.loads(ended.stdout):
+        assert measured["planned"] > 100e6  # large beside what else a process does
+        assert measured["grown"] == pytest.approx(measured["planned"], rel=0.1)
 
 
 # Arithmetic, which the search and plans for GPUs rest on, against the compilers. What these fuse,

@@ -1,11 +1,13 @@
 """Arrays of a traced program, and what a device holds of each."""
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable
 
 import jax
+import jax.numpy as jnp
 
 from gptv_jax.planning.topology import Topology
 
@@ -79,6 +81,23 @@ def kept(loss: Callable, params: dict, *arguments) -> tuple[Array, ...]:
     jaxpr = jax.make_jaxpr(backward)(params, *arguments).jaxpr
     given = {id(var) for var in jaxpr.invars}
     return of({id(v): v.aval for v in jaxpr.outvars if id(v) not in given}.values())
+
+
+def stored_dtype(dtype: str, platform: str) -> str:
+    """The dtype in which a platform's compiler keeps activations that are computed in `dtype`."""
+    return "float32" if platform == "cpu" and _cpu_widens(dtype) else dtype
+
+
+@functools.cache
+def _cpu_widens(dtype: str) -> bool:
+    """Whether XLA's CPU compiler keeps arrays of this dtype as float32.
+
+    Found by compiling two products: jax 0.10 keeps bfloat16 as float32, jax 0.12 does not.
+    """
+    device = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
+    x = jax.ShapeDtypeStruct((512, 512), jnp.dtype(dtype), sharding=device)
+    compiled = jax.jit(lambda x: x @ x @ x).lower(x).compile()
+    return compiled.memory_analysis().temp_size_in_bytes > 1.5 * x.size * x.dtype.itemsize
 
 
 def held(arrays: Iterable[Array], sizes: dict[str, int], topology: Topology) -> int:

@@ -158,10 +158,8 @@ def _state(network: Network, config: config_lib.Optimizer, ema: float | None, me
 def _kept(network: Network, topology: Topology, sizes: dict[str, int], rows: int):
     """For so many rows: what the backward pass keeps, and what one layer leaves with no remat."""
     mesh = topology.abstract_mesh(tuple(sizes.values()))
-    if topology.platform == "cpu":  # whose compiler widens bfloat16
-        network = dataclasses.replace(
-            network, config=dataclasses.replace(network.config, dtype="float32")
-        )
+    dtype = arrays.stored_dtype(network.config.dtype, topology.platform)
+    network = dataclasses.replace(network, config=dataclasses.replace(network.config, dtype=dtype))
     kept = _residuals(network, mesh, rows)
     two = dataclasses.replace(network.config, remat="none", layers=2, scan_layers=True)
     stacked = _residuals(dataclasses.replace(network, config=two), mesh, rows)

@@ -89,9 +89,8 @@ class TokenizerTraining(Training):
 
     def activations(self, topology: Topology, sizes: dict[str, int], rows: int) -> int:
         """What the backward pass keeps."""
-        network = self.network
-        if topology.platform == "cpu":  # whose compiler widens bfloat16
-            network = dataclasses.replace(network, dtype="float32")
+        dtype = arrays.stored_dtype(self.network.dtype, topology.platform)
+        network = dataclasses.replace(self.network, dtype=dtype)
         mesh = topology.abstract_mesh(tuple(sizes.values()))
         widened = dataclasses.replace(self, network=network)
         return arrays.held(_residuals(widened, mesh, rows), sizes, topology)
