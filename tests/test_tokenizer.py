@@ -179,7 +179,7 @@ def test_two_processes_train_one_tokenizer_and_generate_images(finished, data, t
     for name in ("tokenizer/test_psnr_db", "pretrain/test_nats_per_token"):
         assert both[name] == pytest.approx(alone[name], rel=0.03)
     # Each process restores a share of the test images; together they are all, once.
-    codec, images = learned.LearnedTokens(learned.load(tmp_path / "run"), 16), np.load(data)
+    codec, images = learned.LearnedCodec(learned.load(tmp_path / "run"), 16), np.load(data)
     images = images["test_images"]
     error = np.square(codec.decode(codec.encode(images)).astype(float) - images).mean()
     assert both["pretrain/test_distortion_mse"] == pytest.approx(error, rel=1e-9)
