@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from gptv_jax.runs.record import STAGES
+from gptv_jax.stages import STAGES
 
 PACKAGE = pathlib.Path(__file__).parent.parent / "gptv_jax"
 
