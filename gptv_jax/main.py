@@ -13,9 +13,7 @@ from gptv_jax import command, config
 from gptv_jax.config import fields
 from gptv_jax.hosts import distributed, runtime
 from gptv_jax.runs import report
-from gptv_jax.runs.record import ON_REQUEST, STAGES
-from gptv_jax.runs.run import Run
-from gptv_jax.stages import finetune, generate, pretrain, probe, sample, tokenizer
+from gptv_jax.stages import STAGES, setup
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Run folder; the same folder continues its run.")
 WANTED = flags.DEFINE_list("stages", None, f"Some of {','.join(STAGES)}; default: all of them.")
@@ -29,14 +27,6 @@ DISTRIBUTED = flags.DEFINE_enum(
 COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where all meet.")
 COUNT = flags.DEFINE_integer("num_processes", None, "Number of processes.")
 INDEX = flags.DEFINE_integer("process_id", None, "Index of this process, from 0.")
-MODULES = {
-    "tokenizer": tokenizer,
-    "pretrain": pretrain,
-    "probe": probe,
-    "finetune": finetune,
-    "sample": sample,
-    "generate": generate,
-}
 LOG = logging.getLogger("gptv_jax.main")
 
 
@@ -44,18 +34,21 @@ def main(settings: config.Config) -> None:
     """Runs the stages that are wanted and not finished, in order."""
     distributed.start(DISTRIBUTED.value, COORDINATOR.value, COUNT.value, INDEX.value)
     runtime.cache_programs()
-    run = Run(settings, WORKDIR.value, WANTED.value)
-    shown = "\n".join(f"  {name} = {value}" for name, value in fields.flatten(settings).items())
+    context = setup.open_run(settings, WORKDIR.value, WANTED.value)
+    folder, shown = context.folder, ", ".join(context.stages)
+    values = "\n".join(f"  {name} = {value}" for name, value in fields.flatten(settings).items())
     devices = f"{jax.device_count()} {jax.devices()[0].device_kind} device(s)"
-    LOG.info("%s in %s, on %s, with\n%s", ", ".join(run.stages), run.folder, devices, shown)
-    report.write(run)  # a kill may have come between a stage's numbers and their page
-    with jax.set_mesh(run.mesh):
-        for stage in run.stages:
-            if stage in ON_REQUEST or not run.finished(stage):
-                run.finish(stage, MODULES[stage].run_stage(run))
-                report.write(run)
+    LOG.info("%s in %s, on %s, with\n%s", shown, folder.path, devices, values)
+    report.write(context)  # a kill may have come between a stage's numbers and their page
+    with jax.set_mesh(context.mesh):
+        for name in context.stages:
+            if STAGES[name].on_request or not folder.finished(name):
+                context.finish(name, STAGES[name].module.run_stage(context))
+                report.write(context)
+            if context.codec is None:
+                context = setup.with_codec(context)  # of the tokenizer that was just trained
     if jax.process_index() == 0:
-        print(json.dumps(run.summary(), indent=2))
+        print(json.dumps(folder.summary(), indent=2))
 
 
 if __name__ == "__main__":

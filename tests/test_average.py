@@ -1,10 +1,10 @@
-"""The moving average of the weights: what it is, and that all but the next step takes it."""
+"""The moving average of the weights: its values, and that everything but training uses it."""
 
 import jax
 import numpy as np
 import optax
 import pytest
-from conftest import SMALL, make_mesh, random_batch, random_params, tiny_network
+from conftest import AS_USERS_COMPILE, SMALL, make_mesh, random_batch, random_params, tiny_network
 
 import gptv_jax
 from gptv_jax import config as config_lib
@@ -12,15 +12,15 @@ from gptv_jax import sharding
 from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.config import fields
 from gptv_jax.data import pipeline
-from gptv_jax.runs.run import Run
-from gptv_jax.stages import finetune, pretrain
+from gptv_jax.runs.context import Context
+from gptv_jax.stages import finetune, pretrain, pretrained, setup
 from gptv_jax.train import step
 
-DECAY = 0.28  # above that of the first three steps, 1/10, 2/11 and 3/12, and below 4/13
+DECAY = 0.28  # between 3/12 and 4/13: the first three steps use less, 1/10, 2/11 and 3/12
 
 
 def trained(mesh: tuple[int, ...], ema: float | None) -> list[dict]:
-    """The states before and after every step of SGD, as NumPy."""
+    """NumPy copies of the states before and after every step of SGD."""
     network, sgd = tiny_network(scan_layers=False), optax.sgd(0.5)
     with jax.set_mesh(make_mesh(mesh)):
         batch, loss = sharding.global_batch(random_batch(network)), step.generative_loss(network)
@@ -28,8 +28,7 @@ def trained(mesh: tuple[int, ...], ema: float | None) -> list[dict]:
         start = jax.jit(lambda params: step.state_of(params, sgd, ema))
         state = start(random_params(network))
         # To the last bit two programs agree as users compile them, not as conftest has it.
-        as_users = {"xla_cpu_use_fusion_emitters": True}
-        take = take.lower(state, batch).compile(compiler_options=as_users)
+        take = take.lower(state, batch).compile(compiler_options=AS_USERS_COMPILE)
         specs = {name: leaf.sharding.spec for name, leaf in sharding.by_name(state).items()}
         found = [jax.device_get(state)]
         for _ in range(5):
@@ -42,7 +41,7 @@ def trained(mesh: tuple[int, ...], ema: float | None) -> list[dict]:
 
 
 @pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2)], ids=str)
-def test_it_is_the_average_of_the_weights_after_each_step_and_leaves_them_alone(mesh):
+def test_the_average_follows_the_weights_and_does_not_change_them(mesh):
     states, plain = trained(mesh, DECAY), trained(mesh, None)
     wanted = states[0]["params"]
     for state, without, decay in zip(
@@ -59,25 +58,25 @@ def test_it_is_the_average_of_the_weights_after_each_step_and_leaves_them_alone(
     assert (states[-1]["ema"]["head"] != states[-1]["params"]["head"]).any()
 
 
-def saved(run: Run, training: str, at: int) -> dict:
-    """The weights and their average in a checkpoint."""
+def saved(run: Context, training: str, at: int) -> dict:
+    """The weights and their average from a checkpoint."""
     abstract = sharding.abstract(run.network(run.classes if training != "pretrain" else 0).init)
-    with Checkpoints(run.checkpoints(training), read_only=True) as checkpoints:
+    with Checkpoints(run.folder.checkpoints(training), read_only=True) as checkpoints:
         return checkpoints.restore(at, {"params": abstract, "ema": abstract})[0]
 
 
-def test_evaluations_later_stages_and_users_take_the_average(tmp_path):
+def test_evaluations_later_stages_and_users_read_the_average(tmp_path):
     changes = {"train.ema": 0.9, "train.steps": 10, "train.eval_every": 0}
     changes |= {"finetune.train.ema": 0.9, "finetune.train.eval_every": 0}
     changes |= {"train.optimizer.learning_rate": 0.03, "data.test_split": "test[:48]"}
     flat = fields.flatten(config_lib.Config()) | SMALL | changes
-    run = Run(config_lib.resolve(fields.unflatten(flat)), str(tmp_path))
+    run = setup.open_run(config_lib.resolve(fields.unflatten(flat)), str(tmp_path))
     with jax.set_mesh(run.mesh):
         run.finish("pretrain", pretrain.run_stage(run))
         run.finish("finetune", finetune.run_stage(run))
-        summary = run.summary()
+        summary = run.folder.summary()
         found = {s: saved(run, s, summary[f"{s}/steps"]) for s in ("pretrain", "finetune")}
-        taken = run.pretrained(run.network())
+        taken = pretrained.load(run, run.network()).params
         jax.tree.map(np.testing.assert_array_equal, taken, found["pretrain"]["ema"])
     models = {stage: gptv_jax.load(tmp_path, stage) for stage in found}
     for stage, state in found.items():
@@ -85,7 +84,7 @@ def test_evaluations_later_stages_and_users_take_the_average(tmp_path):
         for name, leaf in sharding.by_name(state["ema"]).items():
             np.testing.assert_array_equal(params[name], leaf, err_msg=name)
         differ = np.abs(state["params"]["head"] - params["head"]).max()
-        assert differ > 1e-3  # else nothing is shown
+        assert differ > 1e-3  # otherwise the test shows nothing
 
     for split in ("validation", "test"):
         elements = list(pipeline.images(run.config.data, split, run.data.damage_log))

@@ -172,11 +172,12 @@ def model(params):
     return gptv_jax.Model(described, params, make_mesh((1, 1, 1)))
 
 
-@dataclasses.dataclass(frozen=True)
 class Blocks(GreyCodec):
     """A token for the upper left one of 2x2 pixels."""
 
-    image_shape = (8, 8, 1)
+    def __init__(self, levels, size):
+        super().__init__(levels, size)
+        self.image_shape = (2 * size, 2 * size, 1)
 
     def encode(self, images):
         return super().encode(images[:, ::2, ::2])

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import types
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ import gptv_jax
 from gptv_jax import config as config_lib
 from gptv_jax.quality import reference
 from gptv_jax.quality.features import Pixels
-from gptv_jax.runs.run import Run
+from gptv_jax.runs.context import Context
 from gptv_jax.stages import generate as stage
 
 pytestmark = pytest.mark.process
@@ -36,21 +35,20 @@ class SamplerOfLabels:
 
     def new(self, count, key, labels, number):
         assert len(labels) == count
-        return np.repeat(labels[:, None], 3, axis=1).astype(np.int32)
+        return np.repeat(labels[:, None], 64, axis=1).astype(np.int32)
 
 
 def test_every_image_is_of_its_class_whatever_the_folder_holds(tmp_path, monkeypatch):
     monkeypatch.setattr(stage, "Sampler", lambda *_: SamplerOfLabels())
     model, kept = config_lib.Model(class_tokens=10), tmp_path / "tokens"
     for count, batch_size in ((18, 4), (14, 3), (22, 4), (3, 16)):
-        run = object.__new__(Run)
-        run.config = config_lib.Config(model=model, generate=config_lib.Generate(count, batch_size))
-        run.network = lambda: types.SimpleNamespace(length=3)
-        run.pretrained = lambda network: {}
+        config = config_lib.Config(model=model, generate=config_lib.Generate(count, batch_size))
+        run = object.__new__(Context)
+        object.__setattr__(run, "config", config)
         labels = stage.labels_in_turn(run)
         np.testing.assert_array_equal(labels, np.arange(count) % 10)
-        drawn = np.concatenate(list(stage.draw(run, tmp_path, labels)))
-        np.testing.assert_array_equal(drawn, np.repeat(labels[:, None], 3, axis=1))
+        drawn = np.concatenate(list(stage.draw(run, tmp_path, labels, {})))
+        np.testing.assert_array_equal(drawn, np.repeat(labels[:, None], 64, axis=1))
         next(kept.iterdir()).write_bytes(b"damaged")
 
 

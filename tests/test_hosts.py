@@ -17,7 +17,7 @@ from conftest import encoded, make_folder, random_image, small_arguments
 from gptv_jax import config as config_lib
 from gptv_jax.errors import InputError
 from gptv_jax.hosts import distributed
-from gptv_jax.runs import run as run_lib
+from gptv_jax.stages import setup
 
 STEPS = 40
 # Little of everything; nothing in it makes more of a rounding error than it is.
@@ -258,6 +258,6 @@ def test_processes_with_different_settings_are_refused(monkeypatch):
     def with_another(own: dict) -> list[dict]:
         return [own, own | theirs]
 
-    monkeypatch.setattr(run_lib.hosts, "from_all", with_another)
+    monkeypatch.setattr(setup.hosts, "from_all", with_another)
     with pytest.raises(InputError, match=r"different settings: config\.train\.steps;"):
-        run_lib._must_agree(config_lib.Config())
+        setup.check_same_settings(config_lib.Config())

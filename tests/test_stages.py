@@ -26,8 +26,7 @@ from gptv_jax.decode.sampler import Sampler
 from gptv_jax.errors import InputError
 from gptv_jax.runs import pictures
 from gptv_jax.runs.record import config_of
-from gptv_jax.runs.run import Run
-from gptv_jax.stages import probe, sample
+from gptv_jax.stages import probe, sample, setup
 from gptv_jax.train import loop
 from gptv_jax.train.evaluation import CLASSIFICATION
 from gptv_jax.train.metrics import MetricWriter
@@ -92,7 +91,9 @@ def test_the_layer_is_chosen_on_validation_alone(finished_run, tmp_path, monkeyp
 
     monkeypatch.setattr(probe, "fit_probe", scripted)
     config = config_of(finished_run.folder)
-    run = Run(dataclasses.replace(config, init_from=str(finished_run.folder)), str(tmp_path))
+    run = setup.open_run(
+        dataclasses.replace(config, init_from=str(finished_run.folder)), str(tmp_path)
+    )
     with jax.set_mesh(run.mesh):
         numbers = probe.run_stage(run)
     assert numbers["best_layer"] == 0
@@ -259,7 +260,7 @@ def test_weights_of_another_network_are_refused(finished_run, tmp_path):
     wider = dataclasses.replace(config.model, width=32)
     config = dataclasses.replace(config, init_from=str(finished_run.folder), model=wider)
     with pytest.raises(InputError) as caught:
-        Run(config, str(tmp_path / "run"))
+        setup.open_run(config, str(tmp_path / "run"))
     assert "config.model.width is 32, expected 16" in str(caught.value)
     assert str(finished_run.folder) in str(caught.value) and not (tmp_path / "run").exists()
 
@@ -327,7 +328,7 @@ def conditional(tmp_path_factory) -> config_lib.Config:
 
 
 def test_a_class_conditional_network_shows_a_row_of_each_class(conditional, tmp_path):
-    run = Run(conditional, str(tmp_path), ["sample"])
+    run = setup.open_run(conditional, str(tmp_path), ["sample"])
     with jax.set_mesh(run.mesh):
         numbers = sample.run_stage(run)
     assert numbers["count"] == 20 and numbers["tokens_per_second"] > 0
@@ -342,7 +343,7 @@ def test_a_class_conditional_network_shows_a_row_of_each_class(conditional, tmp_
 
 def test_test_images_are_completed_and_judged_as_of_their_class(conditional, tmp_path, monkeypatch):
     config = dataclasses.replace(conditional.sample, count=10, completions=3)
-    run = Run(dataclasses.replace(conditional, sample=config), str(tmp_path), ["sample"])
+    run = setup.open_run(dataclasses.replace(conditional, sample=config), str(tmp_path), ["sample"])
     told, keys, draw, nats = [], [], Sampler.draw, likelihood.nats
 
     def noted(self, given, key, labels, **options):
@@ -367,7 +368,7 @@ def test_test_images_are_completed_and_judged_as_of_their_class(conditional, tmp
 def test_guidance_without_classes_is_refused_before_any_work(conditional, tmp_path):
     model = dataclasses.replace(conditional.model, class_tokens=0)
     with pytest.raises(InputError) as caught:
-        Run(dataclasses.replace(conditional, model=model), str(tmp_path / "run"))
+        setup.open_run(dataclasses.replace(conditional, model=model), str(tmp_path / "run"))
     assert "config.sample.guidance is 3" in str(caught.value)
     assert "config.model.class_tokens is 0" in str(caught.value)
     assert not (tmp_path / "run").exists()

@@ -24,40 +24,42 @@ from gptv_jax.quality.evaluate import evaluate
 from gptv_jax.quality.features import FeatureExtractor, make_features
 from gptv_jax.quality.reference import Reference
 from gptv_jax.runs import pictures
-from gptv_jax.runs.run import Run
+from gptv_jax.runs.context import Context
+from gptv_jax.stages import pretrained
 from gptv_jax.train.metrics import Progress
 
 LOG = logging.getLogger(__name__)
 READ = 256  # real images whose features are computed at a time
 
 
-def run_stage(run: Run) -> dict:
+def run_stage(context: Context) -> dict:
     """Writes generated/ and quality.json, and returns the summary's numbers."""
-    config, folder = run.config.generate, run.folder / "generated"
-    features = make_features(config.features, run.codec.image_shape)
-    reference = _reference(run, features)
+    config, folder = context.config.generate, context.folder.path / "generated"
+    features = make_features(config.features, context.codec.image_shape)
+    reference = _reference(context, features)
     reference.must_fit(features)
     files.claim(folder, "workdir")
-    labels = labels_in_turn(run)
-    drawn = list(hosts.until_stop(draw(run, folder, labels)))
+    labels = labels_in_turn(context)
+    weights = pretrained.load(context, context.network())
+    drawn = list(hosts.until_stop(draw(context, folder, labels, weights.params)))
     if jax.process_index() == 0:
-        _write(run, folder, drawn, labels)
-    convert = _converter(run, features)
-    images = (convert(run.codec.decode(tokens)) for tokens in drawn)
+        _write(context, folder, drawn, labels)
+    convert = _converter(context, features)
+    images = (convert(context.codec.decode(tokens)) for tokens in drawn)
     found = evaluate(images, reference, features)
     if warning := found.pop("warning"):
         LOG.warning("%s", warning)
     quality = {"features": features.name, "hash": features.hash, "warning": warning, **found}
     files.write_json(folder / "quality.json", quality | {"reference": reference.provenance})
-    return {**found, "biased": warning is not None}
+    return {**found, "biased": warning is not None, **weights.numbers}
 
 
-def _reference(run: Run, features: FeatureExtractor) -> Reference:
+def _reference(context: Context, features: FeatureExtractor) -> Reference:
     """Statistics that the config names, or of this run's real images, computed once and kept."""
-    config, data = run.config.generate, run.config.data
+    config, data = context.config.generate, context.config.data
     if config.reference:
         return references.load(config.reference)
-    path = run.folder / "generated" / "reference.npz"
+    path = context.folder.path / "generated" / "reference.npz"
     if hosts.from_first(path.exists):
         found = references.load(path)
         if found.fits(features) and found.provenance["split"] == config.split:
@@ -69,7 +71,7 @@ def _reference(run: Run, features: FeatureExtractor) -> Reference:
             "--stages=generate on the images, in another --workdir with config.init_from."
         )
     LOG.info("reading %s for the reference statistics", config.split)
-    elements = pipeline.images(data, config.split, run.images.damage_log)
+    elements = pipeline.images(data, config.split, context.images.damage_log)
     provenance = {
         "data": data.name,
         "path": data.path,
@@ -78,31 +80,34 @@ def _reference(run: Run, features: FeatureExtractor) -> Reference:
         "transforms": [transforms.written_out(entry) for entry in data.eval_transforms],
         "image_size": data.image_size,
     }
-    convert = _converter(run, features)
+    convert = _converter(context, features)
     images = (convert(batch["image"]) for batch in pipeline.batched(elements, READ))
     made = references.compute(features, images, provenance)
     made.save(path)
     return made
 
 
-def _converter(run: Run, features: FeatureExtractor) -> Callable:
+def _converter(context: Context, features: FeatureExtractor) -> Callable:
     """Makes pictures for people of images where the features expect pictures."""
-    return run.codec.picture if features.of_pictures else lambda images: images
+    return context.codec.picture if features.of_pictures else lambda images: images
 
 
-def labels_in_turn(run: Run) -> Int[np.ndarray, "N"] | None:
+def labels_in_turn(context: Context) -> Int[np.ndarray, "N"] | None:
     """Every class in turn, or None for a network without classes."""
-    classes, count = run.config.model.class_tokens, run.config.generate.count
+    classes, count = context.config.model.class_tokens, context.config.generate.count
     return np.arange(count, dtype=np.int32) % classes if classes else None
 
 
 def draw(
-    run: Run, folder: pathlib.Path, labels: Int[np.ndarray, "N"] | None
+    context: Context,
+    folder: pathlib.Path,
+    labels: Int[np.ndarray, "N"] | None,
+    params: dict,
 ) -> Iterator[Int[np.ndarray, "B T"]]:
     """All tokens batch by batch; a batch that `folder` has is read, and a new one is kept there."""
-    config, network = run.config.generate, run.network()
-    sampler = Sampler(network, run.pretrained(network), run.config.sample)
-    key, size = Section.GENERATED.key(run.config.seed), config.batch_size
+    config, network = context.config.generate, context.network()
+    sampler = Sampler(network, params, context.config.sample)
+    key, size = Section.GENERATED.key(context.config.seed), config.batch_size
     progress = Progress("generate", config.count, unit="image")
     for number, first in enumerate(range(0, config.count, size)):
         wanted = min(size, config.count - first)
@@ -139,7 +144,7 @@ def _kept(path: pathlib.Path, shape: tuple[int, int]) -> Int[np.ndarray, "B T"] 
     return None if found is None else np.array(found, np.int32)
 
 
-def _write(run: Run, folder: pathlib.Path, drawn: list, labels: np.ndarray | None) -> None:
+def _write(context: Context, folder: pathlib.Path, drawn: list, labels: np.ndarray | None) -> None:
     """Writes every image as a PNG, and all images as arr_0 of samples.npz with labels as arr_1.
 
     arr_0 is uint8 [N, H, W, 3], as ADM's evaluator reads it, and is written batch by batch because
@@ -147,7 +152,7 @@ def _write(run: Run, folder: pathlib.Path, drawn: list, labels: np.ndarray | Non
     """
     for before in folder.glob("[0-9]*.png"):  # an earlier call may have written more images
         before.unlink()
-    height, width, _ = run.codec.image_shape
+    height, width, _ = context.codec.image_shape
     header = {"descr": "|u1", "fortran_order": False}
     header["shape"] = (sum(map(len, drawn)), height, width, 3)
 
@@ -157,7 +162,7 @@ def _write(run: Run, folder: pathlib.Path, drawn: list, labels: np.ndarray | Non
             with archive.open("arr_0.npy", "w", force_zip64=True) as member:
                 np.lib.format.write_array_header_1_0(member, header)
                 for tokens in drawn:
-                    images = run.codec.picture(run.codec.decode(tokens))
+                    images = context.codec.picture(context.codec.decode(tokens))
                     member.write(np.ascontiguousarray(images).tobytes())
                     for image in images:
                         pictures.save(image, folder / f"{number:06d}.png")
