@@ -69,19 +69,13 @@ def whole(value, name: str, least: int = 0) -> int:
 
 def seed(value) -> int:
     """A whole number that fits into 32 bits."""
-    if not is_whole(value) or not 0 <= value < 2**32:
-        raise InputError(f"seed is {value!r}; it takes a whole number from 0, below 2**32.")
+    if whole(value, "seed") >= 2**32:
+        raise InputError(f"seed is {value!r}; it takes a whole number below 2**32.")
     return int(value)
 
 
-def _setting(name: str, value):
-    """`value` as the field `name` of `config.Sample` takes it."""
-    value = value.item() if isinstance(value, np.generic) else value
-    return fields.checked(value, SETTINGS[name], name)
-
-
 def share(value) -> float:
-    """The share of rows that a completion keeps."""
+    """The share of the rows that a completion keeps."""
     return _setting("keep", value)
 
 
@@ -93,6 +87,12 @@ def drawing(given: dict) -> config_lib.Drawing:
             f"{', '.join(unknown)} is not a setting of drawing; these are {', '.join(names)}."
         )
     return config_lib.Drawing(**{name: _setting(name, value) for name, value in given.items()})
+
+
+def _setting(name: str, value):
+    """`value` as the field `name` of `config.Sample` takes it."""
+    value = value.item() if isinstance(value, np.generic) else value
+    return fields.checked(value, SETTINGS[name], name)
 
 
 def images(given, codec: tokens.Codec) -> UInt8[np.ndarray, "B H W C"]:
