@@ -184,6 +184,19 @@ def test_the_mesh_must_divide_devices_and_slices():
         plan.make(large(data=1, fsdp=1, tensor=16), H200)
 
 
+def test_only_the_planned_stage_must_fit_the_mesh():
+    config = dataclasses.replace(large(data=2, fsdp=8), probe=config_lib.Probe(batch_size=3))
+    assert plan.make(config, H200, compiling=False).fits
+
+
+def test_a_mesh_that_fits_is_named_where_the_given_one_does_not(command):
+    ended = command("plan", "--config=configs/imagenet.py:l", "--topology=v5e:16x16")
+    assert ended.code == 1 and "config.train.batch_size is 128, which 256" in ended.errors
+    mesh = {"data": 128, "fsdp": 1, "sequence": 1, "tensor": 2}
+    assert " ".join(f"--config.mesh.{axis}={n}" for axis, n in mesh.items()) in ended.errors
+    assert plan.make(large(**mesh), topology.parse("v5e:16x16"), compiling=False).fits
+
+
 def test_the_roofline_is_of_the_slowest_part():
     found = plan.make(large(data=2, fsdp=8), H200)
     line, known = found.roofline, hardware.KINDS["NVIDIA H200"]
