@@ -13,7 +13,7 @@ from gptv_jax.data import pipeline, sources, transforms
 from gptv_jax.data.damage import DamageLog
 from gptv_jax.data.pipeline import Pipeline
 from gptv_jax.decode.sampler import check_guidable
-from gptv_jax.errors import InputError
+from gptv_jax.errors import InputError, list_differences
 from gptv_jax.runs.context import Context
 from gptv_jax.runs.folder import RunFolder
 from gptv_jax.runs.record import has_finished
@@ -83,13 +83,14 @@ def with_codec(context: Context) -> Context:
 
 def check_same_settings(config: config_lib.Config) -> None:
     """Raises InputError where processes have different settings, the place of the data apart."""
-    own = {k: v for k, v in fields.flatten(config).items() if k not in ("data.dir", "data.path")}
+    place = ("config.data.dir", "config.data.path")
+    own = {k: v for k, v in fields.flatten(config, "config.").items() if k not in place}
     first, *others = hosts.from_all(own)
-    differing = sorted({name for other in others for name in own if other[name] != first[name]})
+    differing = [line for other in others for line in list_differences(first, other)]
     if differing:
         raise InputError(
-            f"the processes were given different settings: config.{', config.'.join(differing)}; "
-            "start all of them by the same command."
+            f"the processes were given different settings: {'; '.join(dict.fromkeys(differing))}. "
+            "Start all of them by the same command."
         )
 
 
