@@ -83,10 +83,10 @@ def test_gradients_are_summed_between_slices():
 @pytest.mark.process
 def test_exit_codes_and_refusals():
     """1 where the plan does not fit, and one sentence where there is none to be made."""
-    large = started("imagenet.py:xl", "--topology=gpu:8xa100", "--json")
+    too_large = started("imagenet.py:xl", "--topology=gpu:8xa100", "--json")
     unknown = started("digits.py", "--topology=v5e16")
     uneven = started("imagenet.py:l", "--topology=v5e-256")
-    code, output, _ = ended(large)
+    code, output, _ = ended(too_large)
     found = json.loads(output)
     assert code == 1 and found["fits"] is False
     assert found["bytes_per_device"] > found["device_memory_bytes"] == 60 * 10**9
@@ -99,7 +99,7 @@ def test_exit_codes_and_refusals():
     assert errors.startswith("error: config.train.batch_size is 128, which 256 (config.mesh.data")
     mesh = {"data": 128, "fsdp": 1, "sequence": 1, "tensor": 2}
     assert " ".join(f"--config.mesh.{axis}={n}" for axis, n in mesh.items()) + " fits" in errors
-    assert plan.make(large_network(**mesh), topology.parse("v5e-256"), compiling=False).fits
+    assert plan.make(large(**mesh), topology.parse("v5e-256"), compiling=False).fits
 
 
 # Many devices.
@@ -170,7 +170,7 @@ def test_per_device_bytes_fall_with_shards_and_collectives_per_layer_stay():
 V5E, H200 = topology.parse("v5e:4x4"), topology.parse("gpu:8xh200", 2)
 
 
-def large_network(**mesh: int) -> config_lib.Config:
+def large(**mesh: int) -> config_lib.Config:
     """IGPT-L."""
     return config_lib.Config(
         model=config_lib.Model(48, 1536, 16, dtype="bfloat16", remat="dots"),
@@ -182,18 +182,18 @@ def large_network(**mesh: int) -> config_lib.Config:
 
 def test_the_mesh_must_divide_devices_and_slices():
     with pytest.raises(InputError, match=r"config\.mesh\.data=3.*there are 16"):
-        plan.make(large_network(data=3), H200)
+        plan.make(large(data=3), H200)
     with pytest.raises(InputError, match=r"cannot be laid over 2 slices"):
-        plan.make(large_network(data=1, fsdp=1, tensor=16), H200)
+        plan.make(large(data=1, fsdp=1, tensor=16), H200)
 
 
 def test_only_the_planned_stage_must_fit_the_mesh():
-    config = dataclasses.replace(large_network(data=2, fsdp=8), probe=config_lib.Probe(batch_size=3))
+    config = dataclasses.replace(large(data=2, fsdp=8), probe=config_lib.Probe(batch_size=3))
     assert plan.make(config, H200, compiling=False).fits
 
 
 def test_the_roofline_is_of_the_slowest_part():
-    found = plan.make(large_network(data=2, fsdp=8), H200)
+    found = plan.make(large(data=2, fsdp=8), H200)
     line, known = found.roofline, hardware.KINDS["NVIDIA H200"]
     executed = flops.executed(found.training.network, "gpu").total
     assert line.compute == pytest.approx(executed * 128 * 1024 / 16 / known.peak_flops)
@@ -209,7 +209,7 @@ def test_the_roofline_is_of_the_slowest_part():
 
 
 def test_days_and_device_hours_are_those_of_all_steps():
-    found = plan.make(large_network(data=2, fsdp=8), H200)
+    found = plan.make(large(data=2, fsdp=8), H200)
     numbers = found.numbers()
     assert numbers["days"] == pytest.approx(found.step_seconds * 1000 / 86_400)
     assert numbers["device_hours"] == pytest.approx(numbers["days"] * 24 * 16)
@@ -217,8 +217,8 @@ def test_days_and_device_hours_are_those_of_all_steps():
 
 def two_heads(layers: int = 200) -> config_lib.Config:
     """With less to try than 16 heads give, and so deep that only some choices fit."""
-    model = dataclasses.replace(large_network().model, heads=2, layers=layers)
-    return dataclasses.replace(large_network(), model=model)
+    model = dataclasses.replace(large().model, heads=2, layers=layers)
+    return dataclasses.replace(large(), model=model)
 
 
 def test_the_search_ranks_what_fits_and_its_flags_make_the_same_plan():
@@ -260,22 +260,22 @@ def test_what_the_compiler_refuses_is_left_out_of_the_search(monkeypatch):
 
 
 def test_a_batch_that_no_mesh_divides_is_refused():
-    config = large_network()
+    config = large()
     odd = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=7))
     with pytest.raises(InputError, match=r"no mesh of 16 devices divides .*batch_size=7"):
         search.search(odd, H200)
 
 
 def test_the_smallest_mesh_that_fits_is_the_first_that_does():
-    one = search.smallest(large_network(), V5E)
+    one = search.smallest(large(), V5E)
     assert one.fits and one.topology.count == 2  # 16 bytes a weight: 21.8 GB, of 16.9 GB a device
-    huge = dataclasses.replace(large_network(), model=dataclasses.replace(large_network().model, layers=4800))
+    huge = dataclasses.replace(large(), model=dataclasses.replace(large().model, layers=4800))
     assert search.smallest(huge, topology.parse("v5e:2x2")) is None
 
 
 def test_the_table_says_everything():
-    found = plan.make(large_network(data=2, fsdp=8), H200)
-    shown = table.show(found, search.smallest(large_network(), H200))
+    found = plan.make(large(data=2, fsdp=8), H200)
+    shown = table.show(found, search.smallest(large(), H200))
     for words in ("1,362,250,752", "8.158 G in products", "906 M in attention", "by arithmetic"):
         assert words in shown
     for words in ("fits", "over fsdp", "between slices", "a bound", "MFU at most", "device-hours"):
