@@ -280,6 +280,17 @@ def test_help_shows_every_setting_of_drawing_with_its_default_and_meaning(name):
     assert not {"drawing", "label"} & set(parameters)
 
 
+def test_temperature_top_k_and_top_p_may_follow_the_seed(model):
+    wanted = model.sample(3, 5, temperature=0.5, top_k=3)
+    np.testing.assert_array_equal(model.sample(3, 5, 0.5, 3), wanted)
+    wanted = model.complete(IMAGES, 0.5, 5, temperature=0.5, top_k=3, top_p=0.9)
+    np.testing.assert_array_equal(model.complete(IMAGES, 0.5, 5, 0.5, 3, 0.9), wanted)
+    with pytest.raises(TypeError):
+        model.sample(3, 5, 0.5, 3, 0.9, 1)
+    with pytest.raises(TypeError):
+        model.sample(3, 5, 0.5, temperature=0.5)
+
+
 def test_an_unknown_setting_is_named_beside_the_known_settings(model):
     for call, argument in ((model.sample, 1), (model.complete, IMAGES), (model.outpaint, IMAGES)):
         with pytest.raises(TypeError, match=r"temperatur is not a setting.* temperature, top_k"):
