@@ -185,10 +185,10 @@ def test_every_weight_has_a_gradient_and_none_is_forgotten(one_device):
 
 def test_positions_become_channels_and_come_back(one_device):
     x = jnp.asarray(some_images(2, 8))
-    packed = autoencoder.gathered(x, 4)
+    packed = autoencoder.space_to_depth(x, 4)
     assert packed.shape == (2, 2, 2, 48)
     np.testing.assert_array_equal(packed[1, 0, 1], np.ravel(x[1, :4, 4:]))
-    np.testing.assert_array_equal(autoencoder.spread(packed, 4), x)
+    np.testing.assert_array_equal(autoencoder.depth_to_space(packed, 4), x)
 
 
 def test_attention_lets_far_positions_know_of_each_other(one_device):

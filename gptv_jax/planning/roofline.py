@@ -1,4 +1,4 @@
-"""The least time that a step can take, by what each part of a device can do at its best."""
+"""The least time that a step can take, given the peak rates of each part of a device."""
 
 import dataclasses
 import math
@@ -11,7 +11,7 @@ from gptv_jax.planning.training import Training
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """Seconds of one step in each part of a device, as if it were alone."""
+    """Seconds that one step takes in each part of a device, without waiting for other parts."""
 
     compute: float
     memory: float
@@ -20,12 +20,12 @@ class Roofline:
 
     @property
     def bound(self) -> float:
-        """Where everything else hides behind the slowest part."""
+        """Seconds of a step if the slowest part hides all other parts."""
         return max(dataclasses.astuple(self))
 
     @property
     def serial(self) -> float:
-        """Where nothing overlaps."""
+        """Seconds of a step if nothing overlaps."""
         return sum(dataclasses.astuple(self))
 
 
@@ -37,19 +37,10 @@ def estimate(
     traffic: list[Traffic],
     hardware: Hardware,
 ) -> Roofline:
-    """The roofline of a step.
-
-    Args:
-      training: to be planned.
-      executed: FLOPs of a step, over all devices.
-      sizes: of the mesh, by axis.
-      memory: bytes of a device.
-      traffic: between devices.
-      hardware: a device.
-    """
-    # Each pass over the layers reads their weights. The optimizer reads and writes all of
-    # its state and the parameters, and reads the gradients. What layers pass on is left out: how
-    # much of it goes through memory is the compiler's choice, and recomputing passes it on again.
+    """The roofline of a step that executes so many FLOPs, on all devices together."""
+    # Each pass over the layers reads their weights. The optimizer reads and writes its state and
+    # the parameters, and reads the gradients. Activations are left out: the compiler decides how
+    # many of them go through memory.
     moved = training.weights_read(sizes)
     moved += 2 * (memory.parameters + memory.optimizer) + memory.gradients
     return Roofline(

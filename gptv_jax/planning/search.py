@@ -1,4 +1,4 @@
-"""The choices that a configuration leaves open, by arithmetic first, then by the compiler."""
+"""Search over mesh, rematerialisation and microbatches: by arithmetic, then by the compiler."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -11,10 +11,10 @@ from gptv_jax.planning.plan import Plan
 from gptv_jax.planning.topology import Topology
 from gptv_jax.planning.training import Training
 
-TENSOR = 16  # at most; beyond, every layer waits for its sums
-LONG = 2048  # tokens from which splitting a sequence is worth trying
-CONFIRMED = 3  # of the best choices, by the compiler
-TRIED = 6  # at most, where it finds that some do not fit
+TENSOR = 16  # the largest axis "tensor"; beyond, every layer waits for its sums
+LONG = 2048  # tokens from which splitting a sequence is tried
+CONFIRMED = 3  # of the best choices are confirmed by the compiler
+TRIED = 6  # choices are compiled at most, where some do not fit
 SHOWN = 10  # choices in the table
 
 
@@ -26,12 +26,12 @@ def search(
 ) -> list[Plan]:
     """Plans for the choices of mesh, rematerialisation and microbatches, the best first.
 
-    The best of them are compiled where there is a compiler; those that it finds not to fit are
-    left out. The order is by the time of a step in which nothing overlaps, because that tells
-    choices apart that the bound does not; where no speed is known, by memory.
+    The best plans are compiled where there is a compiler; plans that it finds not to fit are left
+    out. Plans are ranked by the time of a step in which nothing overlaps, because many have the
+    same bound; where device speeds are unknown, by memory.
 
     Args:
-      config: of the run, whose own mesh, remat and microbatches do not matter.
+      config: of the run; its mesh, remat and microbatches are ignored.
       topology: the devices.
       stage: whose training, of `plan.STAGES`.
       wanted: plans that the compiler is to confirm.
@@ -59,7 +59,7 @@ def search(
 def choices(
     config: config_lib.Config, topology: Topology, stage: str = "pretrain"
 ) -> Iterator[config_lib.Config]:
-    """The configuration with every mesh, rematerialisation and number of parts worth a try."""
+    """The configuration with every mesh, rematerialisation and number of microbatches to try."""
     within, training = topology.per_slice, plan.STAGES[stage].of(config)
     long = training.positions >= LONG
     for tensor in _powers(min(TENSOR, training.heads, within)):
@@ -75,7 +75,7 @@ def choices(
 def _on(
     config: config_lib.Config, topology: Topology, training: Training, mesh: config_lib.Mesh
 ) -> Iterator[config_lib.Config]:
-    """Every rematerialisation and number of parts that a mesh leaves, the cheapest first."""
+    """Every accepted rematerialisation and number of microbatches on a mesh, cheapest first."""
     rows = training.train.batch_size // (mesh.data * mesh.fsdp)
     for microbatches in _powers(rows if training.splits_batches else 1):
         for policy in training.policies:
@@ -85,10 +85,10 @@ def _on(
 
 
 def smallest(config: config_lib.Config, topology: Topology, stage: str = "pretrain") -> Plan | None:
-    """The plan on the fewest devices of the kind that fits, by arithmetic; None: none does.
+    """The plan, by arithmetic, on the fewest devices of the topology's kind that fits; or None.
 
-    Weights are split as far as they can be; no more is rematerialised, and the batch is worked
-    through in no more parts, than it takes.
+    Weights are split over all devices; among the choices that fit, the plan has the fewest
+    microbatches and then the least rematerialisation.
     """
     training = plan.STAGES[stage].of(config)
     for count in _powers(topology.count):
