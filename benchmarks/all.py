@@ -119,7 +119,7 @@ def main() -> None:
                 found, went_well = run([*command, *([f"--cases={case}"] if case else [])], left)
             except subprocess.TimeoutExpired:
                 told = f"{name}, {case}: takes longer than --limit={arguments.limit}."
-                sys.exit(stopping.EXIT_CODE if further else told)
+                sys.exit(stopping.STOPPED if further else told)
             well, further = well and went_well, True
             if found and not arguments.quick:
                 kept[case] = found

@@ -173,7 +173,7 @@ def seconds(flag: str) -> float:
 
 def end_by_sigterm() -> None:
     """Makes SIGTERM an exit by 143, on whose way the processes that were started end as well."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(stopping.EXIT_CODE))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(stopping.STOPPED))
 
 
 def main(

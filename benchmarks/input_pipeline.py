@@ -145,7 +145,7 @@ def main() -> None:
     flags.FLAGS.mark_as_parsed()  # Grain's workers ask absl's flags
     if torch:
         torch.set_num_threads(1)
-    codec = tokens.PaletteTokens(palette.load(arguments.palette), 32)
+    codec = tokens.PaletteCodec(palette.load(arguments.palette), 32)
     with tempfile.TemporaryDirectory() as folder:
         inputs = settings(arguments, pathlib.Path(folder))
         write_cache(inputs["CIFAR-10 (TFDS)"], codec, pathlib.Path(folder), 10_000)

@@ -107,7 +107,7 @@ def advance(command: list[str], deadline: float, reserve: float, asked: list) ->
     except subprocess.TimeoutExpired:
         process.kill()  # what was saved before stays
         code = process.wait()
-    if code not in (0, stopping.EXIT_CODE, -signal.SIGTERM, -signal.SIGKILL):
+    if code not in (0, stopping.STOPPED, -signal.SIGTERM, -signal.SIGKILL):
         sys.exit(code)
     return code == 0
 
@@ -184,7 +184,7 @@ def main() -> None:
             if not asked and [progress(out / name) for name in names] == before:
                 sys.exit(f"{out / name} came no further in its time; give a longer --limit.")
             print(f"{name} is not done; the same command continues.", file=sys.stderr)
-            sys.exit(stopping.EXIT_CODE)
+            sys.exit(stopping.STOPPED)
     runs = {name: result(out / name) for name in names}
     published = {} if arguments.miniature else PUBLISHED
     given = ["python", "-m", "benchmarks.reference_runs", *sys.argv[1:]]

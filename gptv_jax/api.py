@@ -12,267 +12,233 @@ from jaxtyping import Bool, Float, Int, UInt8
 from gptv_jax import config as config_lib
 from gptv_jax import sharding, validation, weights
 from gptv_jax.decode import generation, likelihood
-from gptv_jax.decode.sampler import Sampler
+from gptv_jax.decode.sampler import Sampler, Section, kept_tokens
 from gptv_jax.errors import InputError
 from gptv_jax.model.gpt import Network
-from gptv_jax.tokens import LearnedTokens, learned
+from gptv_jax.tokens import LearnedCodec, learned
 from gptv_jax.tokens import palette as palettes
-from gptv_jax.tokens.learned import Given
+from gptv_jax.tokens.codec import AnyArray
 from gptv_jax.train import objective
+from gptv_jax.validation import Labels, arguments_by_name
 from gptv_jax.weights import huggingface, native, run_folder
 from gptv_jax.weights.file import WeightsFile
 
-Labels = int | np.integer | list[int] | tuple[int, ...] | Given | None  # one for all, or one each
+Setting = float | int | str | None  # of `config.Drawing`
 
 
 class Model:
-    """A trained network with its tokens; made by `load` and its like.
+    """A trained network with its weights and its tokens, as `load` makes it.
 
-    Images are uint8 [B, H, W, C] in the data set's own range. Work is split over all devices.
-    Labels are classes, 0 <= label < C, of a network with `model.class_tokens`: one for all images
-    or one for each; None: the network is told none.
-    Whatever has the wrong shape, dtype or value raises ValueError.
+    Images are uint8 [B, H, W, C] in the data set's own range, NumPy or JAX arrays. Work is split
+    over all devices. `labels` are classes, 0 <= label < C, for a network with
+    `model.class_tokens`: one class for all images or one for each; None: the network is told none.
+    An argument of the wrong shape, dtype or value raises ValueError.
+
+    Attributes:
+      network: the shape of the network, a `gptv_jax.model.gpt.Network`.
+      codec: turns images to tokens and back.
+      params: the weights, nested dicts of arrays on `mesh`.
+      mesh: the devices that hold the weights.
     """
 
     def __init__(self, described: WeightsFile, params: dict, mesh: jax.sharding.Mesh):
-        """A network with parameters on a mesh; of `described` the arrays are not looked at."""
+        """`described` says what `params` are; the arrays in `described` are not used."""
         self.network, self.codec = described.network, described.codec
-        self._described, self._probed = described, described.best_layer
-        self._params, self._mesh = params, mesh
+        self.params, self.mesh, self._described = params, mesh, described
 
-    def tokenize(self, images: UInt8[Given, "B H W C"]) -> Int[np.ndarray, "B T"]:
+    def tokenize(self, images: UInt8[AnyArray, "B H W C"]) -> Int[np.ndarray, "B T"]:
         """Int32 tokens, 0 <= token < V, in raster order."""
         return self.codec.encode(validation.images(images, self.codec))
 
-    def detokenize(self, tokens: Int[Given, "B T"]) -> UInt8[np.ndarray, "B H W C"]:
+    def detokenize(self, tokens: Int[AnyArray, "B T"]) -> UInt8[np.ndarray, "B H W C"]:
         """The images that the tokens stand for; for a lossless codec the inverse of `tokenize`."""
         return self.codec.decode(validation.sequences(tokens, self.network))
 
+    @arguments_by_name
     def logits(
-        self, tokens: Int[Given, "B T"], labels: Labels = None
+        self, tokens: Int[AnyArray, "B T"], labels: Labels = None
     ) -> Float[np.ndarray, "B T V"]:
-        """Float32 logits; position t predicts tokens[:, t] from those before it; BERT: from all."""
+        """Float32 logits; position t predicts tokens[:, t], from earlier ones or (BERT) all."""
         return self._forward(validation.sequences(tokens, self.network), "logits", labels)
 
+    @arguments_by_name
     def log_likelihood(
-        self, images: UInt8[Given, "B H W C"], labels: Labels = None
+        self, images: UInt8[AnyArray, "B H W C"], labels: Labels = None
     ) -> Float[np.ndarray, "B"]:
-        """Float32 log-probability of each image's tokens, in nats, summed over them."""
+        """Float32 log-probability of each image, in nats: the sum over the image's tokens."""
         return -self._nats(images, labels).sum(axis=1)
 
+    @arguments_by_name
     def surprise(
-        self, images: UInt8[Given, "B H W C"], labels: Labels = None
+        self, images: UInt8[AnyArray, "B H W C"], labels: Labels = None
     ) -> Float[np.ndarray, "B H W"]:
-        """Float32 nats by which each pixel surprises the network, which has seen those before it.
+        """Float32 negative log-probability of each pixel given the pixels before it, in nats.
 
-        The nats of a token are spread evenly over its pixels: an image's sum is minus its
-        `log_likelihood`. `pictures.heat_map` shows them.
+        The nats of a token are spread evenly over the token's pixels, so the sum over an image is
+        minus `log_likelihood`. `gptv_jax.runs.pictures.heat_map` shows them as a picture.
         """
         nats, size = self._nats(images, labels), self.codec.image_shape[:2]
         return likelihood.by_pixel(nats, self.codec.grid, size)
 
     def features(
-        self, images: UInt8[Given, "B H W C"], layer: int | None = None
+        self, images: UInt8[AnyArray, "B H W C"], layer: int | None = None
     ) -> Float[np.ndarray, "B D"]:
         """Float32 means over positions of one layer's normed input; BERT: over its masks, too.
 
         Args:
-          images: see the class.
-          layer: 0 .. L, L being the output of the final norm; None: the layer that the probe chose,
-            on the pretrained weights.
+          images: see `Model`.
+          layer: 0 .. L, where L is the output of the final norm; None: the layer that the probe
+            chose, on the pretrained weights.
         """
-        last = self.network.config.layers
-        if layer is None and self._probed is None:
-            raise ValueError(f"the probe has not run, so name a layer: 0 to {last}.")
-        layer = self._probed if layer is None else layer
+        last, chosen = self.network.config.layers, self._described.best_layer
+        if layer is None and chosen is None:
+            raise InputError(f"the probe has not run, so name a layer: 0 to {last}.")
+        layer = chosen if layer is None else layer
         if not validation.is_whole(layer) or not 0 <= layer <= last:
-            raise ValueError(f"layer is {layer}; this network has the layers 0 to {last}.")
+            raise InputError(f"layer is {layer}; this network has the layers 0 to {last}.")
         return self._forward(self.tokenize(images), "pooled")[:, layer]
 
-    def classify(self, images: UInt8[Given, "B H W C"]) -> Float[np.ndarray, "B classes"]:
-        """Float32 class probabilities, of a fine-tuned model; BERT: means over its masks."""
+    def classify(self, images: UInt8[AnyArray, "B H W C"]) -> Float[np.ndarray, "B classes"]:
+        """Float32 class probabilities of a fine-tuned model; BERT: means over its masks."""
         if not self.network.classes:
-            raise ValueError(
-                "this model has no class head; load a run whose finetune has finished."
+            raise InputError(
+                "this model has no class head; load a run whose stage finetune has finished."
             )
         return self._forward(self.tokenize(images), "classes")
 
+    @arguments_by_name
     def sample(
-        self,
-        n: int,
-        seed: int = 0,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        label: Labels = None,
-        guidance: float = 1.0,
-        guidance_schedule: str = "constant",
-        guidance_power: float = 1.0,
+        self, n: int, seed: int = 0, *, labels: Labels = None, **drawing: Setting
     ) -> UInt8[np.ndarray, "n H W C"]:
         """New images, drawn token by token.
 
         Args:
-          n: how many.
+          n: number of images.
           seed: the same seed gives the same images.
-          temperature: divides the logits; 0 takes the most likely token.
-          top_k: draws among the k most likely tokens; None: all.
-          top_p: draws among the most likely tokens that together reach probability p; None: all.
-          label: see the class.
-          guidance: scale of classifier-free guidance, above 1 away from what has no class.
-          guidance_schedule: "constant", or "cosine", see `generation.guidance_scales`.
-          guidance_power: of cosine.
+          labels: see `Model`.
+          **drawing: how tokens are drawn, see `gptv_jax.config.Drawing`.
         """
-        n = validation.whole(n, "n", least=1)
-        labels = validation.labels(label, n, self.network)
-        sampler = self._sampler(
-            labels,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            guidance=guidance,
-            guidance_schedule=guidance_schedule,
-            guidance_power=guidance_power,
-        )
-        nothing = np.full((n, self.network.length), generation.UNKNOWN, np.int32)
-        with jax.set_mesh(self._mesh):
-            return self.codec.decode(sampler.draw(nothing, validation.key(seed), labels))
+        n, key = validation.whole(n, "n", least=1), Section.NEW_IMAGES.key(validation.seed(seed))
+        labels = validation.labels(labels, n, self.network)
+        sampler = self._sampler(labels, drawing)
+        with jax.set_mesh(self.mesh):
+            return self.codec.decode(sampler.new(n, key, labels))
 
+    @arguments_by_name
     def complete(
         self,
-        images: UInt8[Given, "B H W C"],
+        images: UInt8[AnyArray, "B H W C"],
         keep: float = 0.5,
         seed: int = 0,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
+        *,
         samples: int = 1,
-        mask: Bool[Given, "*B height width"] | None = None,
+        mask: Bool[AnyArray, "*B height width"] | None = None,
         labels: Labels = None,
-        guidance: float = 1.0,
-        guidance_schedule: str = "constant",
-        guidance_power: float = 1.0,
+        **drawing: Setting,
     ) -> UInt8[np.ndarray, "rows H W C"]:
-        """What is known of images, unchanged but for what the tokens lose, and the rest drawn.
+        """Images whose known part is kept and whose other tokens are drawn.
 
-        Each token is drawn in raster order and sees those before it alone, known or drawn.
+        Tokens are drawn in raster order; each depends on the tokens before it alone, known or
+        drawn. Known pixels change only as far as the tokens lose detail.
 
         Args:
-          images: see the class.
-          keep: the first share of the rows, to the nearest row, is known; from 0 to 1.
-          seed: see `sample`, as the next three.
-          temperature: divides the logits.
-          top_k: draws among the k most likely tokens.
-          top_p: draws among the most likely tokens that reach probability p.
-          samples: completions of each image, next to each other; rows that all images know from the
-            top are read once for them.
-          mask: in place of `keep`, where images are known: True for known pixels, [H, W] or
-            [B, H, W], or for known tokens, [rows, columns] of them; a token is known where all its
-            pixels are.
-          labels: see the class.
-          guidance: see `sample`, as the last two.
-          guidance_schedule: "constant" or "cosine".
-          guidance_power: of cosine.
+          images: see `Model`.
+          keep: share of the rows, from the top and to the nearest row, that is known; 0 to 1.
+          seed: the same seed gives the same images.
+          samples: completions of each image, next to each other.
+          mask: replaces `keep`: True for known pixels, [H, W] or [B, H, W], or for known tokens,
+            [rows, columns] or [B, rows, columns]; a token is known where all its pixels are.
+          labels: see `Model`.
+          **drawing: how tokens are drawn, see `gptv_jax.config.Drawing`.
         """
-        keep = validation.settings(keep=keep)["keep"]
-        samples = validation.whole(samples, "samples", least=1)
-        tokens = self.tokenize(images)
+        keep, samples = validation.share(keep), validation.whole(samples, "samples", least=1)
+        key, tokens = Section.COMPLETIONS.key(validation.seed(seed)), self.tokenize(images)
         labels = validation.labels(labels, len(tokens), self.network)
         if mask is None:
-            known = np.arange(self.network.length) < generation.kept_tokens(self.network, keep)
+            known = np.arange(self.network.length) < kept_tokens(self.network, keep)
         else:
             known = validation.mask(mask, len(tokens), self.codec)
-        sampler = self._sampler(
-            labels,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            guidance=guidance,
-            guidance_schedule=guidance_schedule,
-            guidance_power=guidance_power,
-        )
+        sampler = self._sampler(labels, drawing)
         given = np.where(known, tokens, generation.UNKNOWN)
-        with jax.set_mesh(self._mesh):
-            return self.codec.decode(sampler.draw(given, validation.key(seed), labels, samples))
+        with jax.set_mesh(self.mesh):
+            return self.codec.decode(sampler.draw(given, key, labels, samples))
 
+    @arguments_by_name
     def outpaint(
         self,
-        images: UInt8[Given, "B H W C"],
+        images: UInt8[AnyArray, "B H W C"],
         top: int = 0,
         bottom: int = 0,
         left: int = 0,
         right: int = 0,
         seed: int = 0,
         labels: Labels = None,
-        **settings: float | str | None,
+        **drawing: Setting,
     ) -> UInt8[np.ndarray, "B height width C"]:
-        """Images beyond their edges, and beyond the size that the network was trained at.
+        """Images continued beyond their edges, and beyond the size that the network was trained at.
 
-        The network's window moves outward by half its side at most and draws what it finds unknown,
-        in raster order. So what is to the right and below is drawn knowing what is there; what is
-        to the left knows only the rows above its own, and what is above does not know what is
-        below it: there an edge may show. The tokens of the images stay as they are.
+        The network's window moves outward by half its side at most and draws the unknown tokens in
+        raster order. Tokens to the right of an image and below it depend on the image; tokens to
+        the left know only the rows above them, and tokens above do not know what is below, so an
+        edge may show there. The tokens of the image itself stay.
 
         Args:
-          images: see the class.
-          top: pixels to add above, a multiple of a token's; as the next three.
-          bottom: below.
-          left: to the left.
-          right: to the right.
-          seed: see `sample`.
-          labels: see the class.
-          **settings: those of `sample` that say how tokens are drawn: temperature, top_k, top_p,
-            guidance, guidance_schedule, guidance_power.
+          images: see `Model`.
+          top: pixels to add above, a multiple of a token's height.
+          bottom: pixels to add below.
+          left: pixels to add to the left, a multiple of a token's width.
+          right: pixels to add to the right.
+          seed: the same seed gives the same images.
+          labels: see `Model`.
+          **drawing: how tokens are drawn, see `gptv_jax.config.Drawing`.
         """
         margins = validation.margins(self.codec, top=top, bottom=bottom, left=left, right=right)
-        tokens = self.tokenize(images)
+        key, tokens = Section.OUTPAINTED.key(validation.seed(seed)), self.tokenize(images)
         labels = validation.labels(labels, len(tokens), self.network)
-        sampler = self._sampler(labels, **settings)
-        with jax.set_mesh(self._mesh):
-            grids = sampler.outpaint(tokens, margins, validation.key(seed), labels)
+        sampler = self._sampler(labels, drawing)
+        with jax.set_mesh(self.mesh):
+            grids = sampler.outpaint(tokens, margins, key, labels)
         return self.codec.decode(grids.reshape(len(grids), -1), grids.shape[1:])
 
     def save(self, path: str | pathlib.Path) -> None:
-        """Writes all of it as one .safetensors file, which `load` takes.
-
-        Args:
-          path: of the file; it ends in .safetensors.
-        """
+        """Writes a .safetensors file with everything that `load` needs."""
         native.write(self.weights_file(), pathlib.Path(path).absolute())
 
     def weights_file(self) -> WeightsFile:
-        """The weights as NumPy arrays, with all that is needed to use them."""
-        arrays = {name: np.asarray(leaf) for name, leaf in sharding.by_name(self._params).items()}
+        """The weights as NumPy arrays, with everything that is needed to use them."""
+        arrays = {name: np.asarray(leaf) for name, leaf in sharding.by_name(self.params).items()}
         return dataclasses.replace(self._described, params=arrays)
 
     def _must_be_autoregressive(self, what: str) -> None:
         if self.network.config.objective != "autoregressive":
-            raise ValueError(f"a model with the objective bert has no {what}.")
-
-    def _sampler(self, labels: np.ndarray | None, **settings) -> Sampler:
-        self._must_be_autoregressive("way to draw images")
-        if unknown := set(settings) - Sampler.settings():
-            raise TypeError(f"{', '.join(sorted(unknown))}: no setting of how tokens are drawn.")
-        sampler = Sampler(self.network, self._params, **validation.settings(**settings))
-        if sampler.guidance != 1 and labels is None:
             raise InputError(
-                f"guidance is {sampler.guidance:g}, but no class is given to be guided to; give "
-                "one, or take guidance 1."
+                f"a model with the objective {self.network.config.objective} cannot {what}; load "
+                "one with the objective autoregressive."
+            )
+
+    def _sampler(self, labels: np.ndarray | None, drawing: dict) -> Sampler:
+        self._must_be_autoregressive("draw images")
+        sampler = Sampler(self.network, self.params, validation.drawing(drawing))
+        if sampler.drawing.guidance != 1 and labels is None:
+            raise InputError(
+                f"guidance is {sampler.drawing.guidance:g}, but no class is given to guide to; "
+                "give labels, or leave guidance at 1."
             )
         return sampler
 
     def _nats(self, images, labels: Labels) -> Float[np.ndarray, "B T"]:
-        self._must_be_autoregressive("likelihoods")
+        self._must_be_autoregressive("give likelihoods")
         tokens = self.tokenize(images)
         labels = validation.labels(labels, len(tokens), self.network)
-        with jax.set_mesh(self._mesh):
-            return likelihood.nats(self.network, self._params, tokens, labels)
+        with jax.set_mesh(self.mesh):
+            return likelihood.nats(self.network, self.params, tokens, labels)
 
-    def _forward(self, tokens: np.ndarray, wanted: str, labels: Labels = None) -> np.ndarray:
+    def _forward(self, tokens: np.ndarray, output: str, labels: Labels = None) -> np.ndarray:
         labels = validation.labels(labels, len(tokens), self.network)
-        variant = likelihood.variants(self.network, labels, len(tokens))
-        with jax.set_mesh(self._mesh):
+        variant = likelihood.start_vectors(self.network, labels, len(tokens))
+        with jax.set_mesh(self.mesh):
             inputs = sharding.filled(tokens), sharding.filled(variant)
-            result = _forward(self.network, self._params, *inputs, wanted)
+            result = _forward(self.network, self.params, *inputs, output)
         return np.asarray(result)[: len(tokens)]
 
 
@@ -305,16 +271,10 @@ def load(
 def from_huggingface(
     folder: str | pathlib.Path, palette: str | pathlib.Path | None = None
 ) -> Model:
-    """An ImageGPT of `transformers`, from the folder that `save_pretrained` wrote.
+    """An ImageGPT of `transformers`, from a folder that `save_pretrained` wrote.
 
-    Args:
-      folder: with `config.json`, safetensors (in one file or several) and, for the palette,
-        `preprocessor_config.json`.
-      palette: kmeans_centers.npy, where `preprocessor_config.json` is missing.
-
-    Raises:
-      ValueError: a tensor is missing, left over or of another shape (all are listed), a bias is not
-        zero, or the network is another one than Image GPT.
+    The folder has `config.json`, safetensors and, unless `palette` names a kmeans_centers.npy,
+    `preprocessor_config.json`. ValueError lists the tensors that do not fit.
     """
     return load(folder, palette=palette)
 
@@ -340,49 +300,38 @@ def to_huggingface(model: Model, folder: str | pathlib.Path, task: str = "genera
 def from_openai(prefix: str | pathlib.Path, palette: str | pathlib.Path) -> Model:
     """OpenAI's Image GPT, from the TensorFlow checkpoint; needs the `prepare` extra.
 
-    Args:
-      prefix: path of the checkpoint without .index: ".../model.ckpt-1000000".
-      palette: the colours of the tokens, kmeans_centers.npy.
-
-    Raises:
-      ValueError: as `from_huggingface`.
+    `prefix` is the path without .index, ".../model.ckpt-1000000"; `palette` names
+    kmeans_centers.npy. ValueError lists the variables that do not fit.
     """
     return load(prefix, palette=palette)
 
 
-def load_tokenizer(source: str | pathlib.Path, image_size: int | None = None) -> LearnedTokens:
+def load_tokenizer(source: str | pathlib.Path, image_size: int | None = None) -> LearnedCodec:
     """A learned encoder and decoder of images, without a network that reads the codes.
 
     Args:
       source: a run folder whose stage `tokenizer` has finished, or a file of `Tokenizer.save`.
       image_size: height and width in pixels; None: the size of the training images.
-
-    Raises:
-      ValueError: there is no tokenizer, it is damaged, or its grid does not divide the size.
     """
     tokenizer = learned.load(source)
     size = tokenizer.provenance["image_size"] if image_size is None else image_size
-    return LearnedTokens(tokenizer, validation.tokenizer_size(size, tokenizer.config.downsample))
+    return LearnedCodec(tokenizer, validation.tokenizer_size(size, tokenizer.config.downsample))
 
 
-@functools.partial(jax.jit, static_argnames=("network", "wanted"))
+@functools.partial(jax.jit, static_argnames=("network", "output"))
 def _forward(
-    network: Network, params: dict, tokens: jax.Array, variant: jax.Array, wanted: str
+    network: Network, params: dict, tokens: jax.Array, variant: jax.Array, output: str
 ) -> jax.Array:
-    if network.config.objective == "bert" and wanted != "logits":
-        # As in training and in the tests: under masks, whose outputs are averaged.
+    """One output of the network: "logits", "pooled" features [B, L+1, D] or "classes"."""
+    if output == "logits":
+        return network.bind(params)(tokens, variant).logits
+    if network.config.objective == "bert":  # sees images under masks, as in training
         batch = {"tokens": tokens, "variant": None, "index": jnp.arange(len(tokens))}
         votes = [
             objective.evaluate_batch(network, params, batch, v)[0] for v in range(network.votes)
         ]
-        if wanted == "pooled":
-            return sum(vote.pooled for vote in votes).swapaxes(0, 1) / len(votes)
-        return sum(jax.nn.softmax(vote.class_logits, axis=-1) for vote in votes) / len(votes)
-    output = network.bind(params)(tokens, variant)
-    match wanted:
-        case "logits":
-            return output.logits
-        case "pooled":
-            return output.pooled.swapaxes(0, 1)
-        case "classes":
-            return jax.nn.softmax(output.class_logits, axis=-1)
+    else:
+        votes = [network.bind(params)(tokens, variant)]
+    if output == "pooled":
+        return sum(vote.pooled for vote in votes).swapaxes(0, 1) / len(votes)
+    return sum(jax.nn.softmax(vote.class_logits, axis=-1) for vote in votes) / len(votes)

@@ -83,7 +83,15 @@ class Checkpoints:
             save_interval_steps=0 if read_only else 1,
         )
         handlers = {"state": ocp.PyTreeCheckpointHandler(), "info": ocp.JsonCheckpointHandler()}
-        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+        # Orbax warns where a folder is opened to be read only, as was asked for.
+        absl_logger = logging.getLogger("absl")
+        absl_logger.addFilter(_is_no_read_only_warning)
+        try:
+            self._manager = ocp.CheckpointManager(
+                self.folder, options=options, item_handlers=handlers
+            )
+        finally:
+            absl_logger.removeFilter(_is_no_read_only_warning)
 
     def __enter__(self):
         return self
@@ -233,6 +241,10 @@ class DamagedError(InputError):
     def __init__(self, path: epath.Path, cause: Exception):
         told = f"{type(cause).__name__}: {first_line(cause)}"
         super().__init__(f"checkpoint {path} is damaged ({told}).")
+
+
+def _is_no_read_only_warning(record: logging.LogRecord) -> bool:
+    return "directory is read only" not in record.getMessage()
 
 
 def _check(record: dict, sums: dict[str, int]) -> None:

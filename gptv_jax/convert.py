@@ -1,4 +1,4 @@
-"""Converts weights: from a run, Hugging Face's or OpenAI's form, to ours or Hugging Face's.
+"""Converts weights of a run, Hugging Face or OpenAI to a .safetensors file or to Hugging Face.
 
 python -m gptv_jax.convert --from=runs/digits --to=digits.safetensors
 python -m gptv_jax.convert --from=runs/digits --to=exports/digits            # Hugging Face's form
@@ -11,14 +11,18 @@ from absl import flags
 
 from gptv_jax import api, command
 from gptv_jax.errors import InputError
-from gptv_jax.weights import huggingface, run_folder
+from gptv_jax.stages import STAGES
+from gptv_jax.weights import huggingface
 
 FROM = flags.DEFINE_string(
     "from", None, "Run folder, .safetensors file, Hugging Face's folder, or TensorFlow's prefix."
 )
 TO = flags.DEFINE_string("to", None, "A .safetensors file, or else a folder for Hugging Face.")
 STAGE = flags.DEFINE_enum(
-    "stage", None, run_folder.TRAININGS, "Of a run; default: the latest finished."
+    "stage",
+    None,
+    [stage.name for stage in STAGES.values() if stage.trains_network],
+    "Of a run; default: the latest finished.",
 )
 PALETTE = flags.DEFINE_string("palette", None, "kmeans_centers.npy, for weights without colours.")
 TASK = flags.DEFINE_enum(

@@ -13,45 +13,42 @@ from gptv_jax import command, config
 from gptv_jax.config import fields
 from gptv_jax.hosts import distributed, runtime
 from gptv_jax.runs import report
-from gptv_jax.runs.record import ON_REQUEST, STAGES
-from gptv_jax.runs.run import Run
-from gptv_jax.stages import finetune, generate, pretrain, probe, sample, tokenizer
+from gptv_jax.stages import STAGES, setup
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Run folder; the same one continues a run.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Run folder; the same folder continues its run.")
 WANTED = flags.DEFINE_list("stages", None, f"Some of {','.join(STAGES)}; default: all of them.")
 DISTRIBUTED = flags.DEFINE_enum(
-    "distributed", "auto", distributed.WAYS, "How several processes meet; see distributed.py."
+    "distributed",
+    "auto",
+    distributed.WAYS,
+    "How several processes meet: auto takes the flags below, the environment, Slurm or Cloud TPU; "
+    "off is one process.",
 )
-COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT at which process 0 is met.")
-COUNT = flags.DEFINE_integer("num_processes", None, "How many processes there are.")
-INDEX = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0 on.")
-MODULES = {
-    "tokenizer": tokenizer,
-    "pretrain": pretrain,
-    "probe": probe,
-    "finetune": finetune,
-    "sample": sample,
-    "generate": generate,
-}
+COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where all meet.")
+COUNT = flags.DEFINE_integer("num_processes", None, "Number of processes.")
+INDEX = flags.DEFINE_integer("process_id", None, "Index of this process, from 0.")
 LOG = logging.getLogger("gptv_jax.main")
 
 
 def main(settings: config.Config) -> None:
     """Runs the stages that are wanted and not finished, in order."""
     distributed.start(DISTRIBUTED.value, COORDINATOR.value, COUNT.value, INDEX.value)
-    runtime.keep_programs()
-    run = Run(settings, WORKDIR.value, WANTED.value)
-    shown = "\n".join(f"  {name} = {value}" for name, value in fields.flatten(settings).items())
+    runtime.cache_programs()
+    context = setup.open_run(settings, WORKDIR.value, WANTED.value)
+    folder, shown = context.folder, ", ".join(context.stages)
+    values = "\n".join(f"  {name} = {value}" for name, value in fields.flatten(settings).items())
     devices = f"{jax.device_count()} {jax.devices()[0].device_kind} device(s)"
-    LOG.info("%s in %s, on %s, with\n%s", ", ".join(run.stages), run.folder, devices, shown)
-    report.write(run)  # a kill may have come between a stage's numbers and their page
-    with jax.set_mesh(run.mesh):
-        for stage in run.stages:
-            if stage in ON_REQUEST or not run.finished(stage):
-                run.finish(stage, MODULES[stage].run_stage(run))
-                report.write(run)
+    LOG.info("%s in %s, on %s, with\n%s", shown, folder.path, devices, values)
+    report.write(context)  # a kill may have come between a stage's numbers and their page
+    with jax.set_mesh(context.mesh):
+        for name in context.stages:
+            if STAGES[name].on_request or not folder.finished(name):
+                context.finish(name, STAGES[name].module.run_stage(context))
+                report.write(context)
+            if context.codec is None:
+                context = setup.with_codec(context)  # of the tokenizer that was just trained
     if jax.process_index() == 0:
-        print(json.dumps(run.summary(), indent=2))
+        print(json.dumps(folder.summary(), indent=2))
 
 
 if __name__ == "__main__":

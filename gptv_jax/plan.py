@@ -10,9 +10,15 @@ from absl import flags
 
 from gptv_jax import command, config
 from gptv_jax.planning import plan, search, table, topology
+from gptv_jax.stages import STAGES
 
 TOPOLOGY = flags.DEFINE_string("topology", None, f"Devices: {topology.FORMS}.")
-STAGE = flags.DEFINE_enum("stage", "pretrain", list(plan.STAGES), "Whose training is planned.")
+STAGE = flags.DEFINE_enum(
+    "stage",
+    "pretrain",
+    [stage.name for stage in STAGES.values() if stage.planning],
+    "Whose training is planned.",
+)
 SLICES = flags.DEFINE_integer("num_slices", 1, "TPU slices, or GPU nodes.", lower_bound=1)
 SEARCH = flags.DEFINE_bool("search", False, "Tries meshes, remat and microbatches, and ranks them.")
 JSON = flags.DEFINE_bool("json", False, "Prints the numbers as JSON, and nothing else.")
@@ -23,7 +29,7 @@ def main(settings: config.Config) -> None:
     jax.config.update("jax_platforms", "cpu")  # an accelerator that is there is left alone
     devices = topology.parse(TOPOLOGY.value, SLICES.value)
     devices.prepare()
-    planned = settings, devices, STAGE.value
+    planned = settings, devices, STAGES[STAGE.value].plan
     plans = search.search(*planned) if SEARCH.value else [plan.make(*planned)]
     best, smallest = plans[0], search.smallest(*planned)
     if JSON.value:

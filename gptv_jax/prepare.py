@@ -12,9 +12,10 @@ from absl import flags
 
 from gptv_jax import command, config
 from gptv_jax.config import fields
-from gptv_jax.data import cache, codec, pipeline, sources, transforms
+from gptv_jax.data import cache, pipeline, sources, transforms
 from gptv_jax.data.damage import DamageLog
 from gptv_jax.errors import InputError
+from gptv_jax.stages import codec
 from gptv_jax.tokens.statistics import TokenStatistics
 from gptv_jax.train.metrics import Progress
 

@@ -15,7 +15,7 @@ from gptv_jax import config as config_lib
 from gptv_jax import hosts
 from gptv_jax.data import pipeline
 from gptv_jax.errors import InputError
-from gptv_jax.tokens.grey import GreyLevels
+from gptv_jax.tokens.grey import GreyCodec
 
 
 def main(port: str, index: str, count: str, file: str) -> None:
@@ -23,7 +23,7 @@ def main(port: str, index: str, count: str, file: str) -> None:
     talk(int(index), int(count))
     config = config_lib.Data(train_transforms=("shift(pixels=1, keep=0.3)", "flip()"))
     share = (int(index), int(count))
-    data = pipeline.Pipeline(config, GreyLevels(levels=17, size=8), seed=3, share=share)
+    data = pipeline.Pipeline(config, GreyCodec(levels=17, size=8), seed=3, share=share)
     batches = {
         "train": itertools.islice(data.train(64, position=17), 4),  # and over an epoch's end
         "test": data.evaluation("test", 64),

@@ -14,7 +14,7 @@ from conftest import generator, make_mesh, random_image
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.model import autoencoder, discriminator, lpips
-from gptv_jax.tokens import LearnedTokens, Tokenizer
+from gptv_jax.tokens import LearnedCodec, Tokenizer
 from gptv_jax.tokens.learned import from_pixels
 from gptv_jax.train import autoencoding, optimizer, reconstruction, step
 
@@ -224,7 +224,7 @@ def test_an_evaluation_counts_every_real_image_once_and_whole_pixels(one_device)
     given, eval_step = batch(), autoencoding.make_eval_step(FSQ)
     sums = jax.device_get(eval_step(params, sharding.global_batch(given)))
     assert sums["images"] == 7 and sums["counts"].sum() == 7 * 4
-    codec = LearnedTokens(Tokenizer(FSQ, sharding.by_name(jax.device_get(params)), {}), 8)
+    codec = LearnedCodec(Tokenizer(FSQ, sharding.by_name(jax.device_get(params)), {}), 8)
     images = given["image"][:7]
     codes = codec.encode(images)
     made = codec.decode(codes)

@@ -12,8 +12,8 @@ from gptv_jax import sharding
 from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.config import fields
 from gptv_jax.data import pipeline
-from gptv_jax.runs.run import Run
-from gptv_jax.stages import finetune, pretrain
+from gptv_jax.runs.context import Context
+from gptv_jax.stages import finetune, pretrain, pretrained, setup
 from gptv_jax.train import step
 
 DECAY = 0.28  # above that of the first three steps, 1/10, 2/11 and 3/12, and below 4/13
@@ -59,10 +59,10 @@ def test_it_is_the_average_of_the_weights_after_each_step_and_leaves_them_alone(
     assert (states[-1]["ema"]["head"] != states[-1]["params"]["head"]).any()
 
 
-def saved(run: Run, training: str, at: int) -> dict:
+def saved(run: Context, training: str, at: int) -> dict:
     """The weights and their average in a checkpoint."""
     abstract = sharding.abstract(run.network(run.classes if training != "pretrain" else 0).init)
-    with Checkpoints(run.checkpoints(training), read_only=True) as checkpoints:
+    with Checkpoints(run.folder.checkpoints(training), read_only=True) as checkpoints:
         return checkpoints.restore(at, {"params": abstract, "ema": abstract})[0]
 
 
@@ -71,13 +71,13 @@ def test_evaluations_later_stages_and_users_take_the_average(tmp_path):
     changes |= {"finetune.train.ema": 0.9, "finetune.train.eval_every": 0}
     changes |= {"train.optimizer.learning_rate": 0.03, "data.test_split": "test[:48]"}
     flat = fields.flatten(config_lib.Config()) | SMALL | changes
-    run = Run(config_lib.resolve(fields.unflatten(flat)), str(tmp_path))
+    run = setup.open_run(config_lib.resolve(fields.unflatten(flat)), str(tmp_path))
     with jax.set_mesh(run.mesh):
         run.finish("pretrain", pretrain.run_stage(run))
         run.finish("finetune", finetune.run_stage(run))
-        summary = run.summary()
+        summary = run.folder.summary()
         found = {s: saved(run, s, summary[f"{s}/steps"]) for s in ("pretrain", "finetune")}
-        taken = run.pretrained(run.network())
+        taken = pretrained.load(run, run.network()).params
         jax.tree.map(np.testing.assert_array_equal, taken, found["pretrain"]["ema"])
     models = {stage: gptv_jax.load(tmp_path, stage) for stage in found}
     for stage, state in found.items():

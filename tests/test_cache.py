@@ -13,9 +13,9 @@ from gptv_jax import config as config_lib
 from gptv_jax import tokens
 from gptv_jax.config import fields
 from gptv_jax.data import cache, pipeline, sources
-from gptv_jax.data import codec as codecs
 from gptv_jax.data.damage import DamageLog
 from gptv_jax.errors import InputError
+from gptv_jax.stages import codec as codecs
 from gptv_jax.tokens import Palette, palette
 
 SIZE = 5  # 25 tokens: no whole number of bytes in a bit plane

@@ -16,8 +16,7 @@ from gptv_jax.config import fields
 from gptv_jax.errors import InputError
 from gptv_jax.model import attention
 from gptv_jax.probe import features, sgd
-from gptv_jax.runs.run import Run
-from gptv_jax.stages import pretrain
+from gptv_jax.stages import pretrain, pretrained, setup
 from gptv_jax.train import evaluation, objective, step
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -177,7 +176,7 @@ def resolved(**changes):
 )
 def test_class_tokens_must_be_as_many_as_the_classes_of_the_data(changes, named, tmp_path):
     with pytest.raises(InputError, match=named):
-        Run(resolved(**changes), str(tmp_path))
+        setup.open_run(resolved(**changes), str(tmp_path))
     assert not list(tmp_path.iterdir())
 
 
@@ -185,13 +184,13 @@ def test_a_run_pretrains_with_labels_and_a_loaded_model_works_without(tmp_path):
     changes = {"model.class_tokens": 10, "model.rotary": True, "train.steps": 60}
     changes |= {"model.random_order": (0.2, 0.6), "model.target_positions": True}
     changes |= {"train.checkpoint_every": 60, "train.optimizer.learning_rate": 0.02}
-    run = Run(resolved(**changes), str(tmp_path))
+    run = setup.open_run(resolved(**changes), str(tmp_path))
     with jax.set_mesh(run.mesh):
         run.finish("pretrain", pretrain.run_stage(run))
-        params = run.pretrained(run.network())
+        params = pretrained.load(run, run.network()).params
     model, (batch,) = gptv_jax.load(tmp_path), run.data.evaluation("test", 48)
     conditional = nats(model.network, jax.device_get(params), batch, batch["label"]).mean()
-    found = run.summary()["pretrain/test_nats_per_token"]
+    found = run.folder.summary()["pretrain/test_nats_per_token"]
     assert found == pytest.approx(conditional, rel=1e-5) and found < 2.2  # ln 17 is 2.83
     of_image = model.log_likelihood(model.detokenize(batch["tokens"]))
     unknown = nats(model.network, jax.device_get(params), batch, None)

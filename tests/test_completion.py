@@ -1,6 +1,8 @@
 """Completion from any mask and beyond the edges, and surprise; with classes and without."""
 
 import dataclasses
+import inspect
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -12,16 +14,18 @@ from conftest import make_mesh, random_image, random_params, tiny_network
 import gptv_jax
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
-from gptv_jax.decode import generation, likelihood
-from gptv_jax.decode.sampler import Sampler, _outward, known_tokens
-from gptv_jax.tokens.grey import GreyLevels
+from gptv_jax.config import Drawing
+from gptv_jax.decode import cached, generation, likelihood
+from gptv_jax.decode.sampler import Sampler, Section, kept_tokens, known_tokens, window_starts
+from gptv_jax.tokens.grey import GreyCodec
 from gptv_jax.weights.file import WeightsFile
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
 NETWORK = tiny_network(layers=1, scan_layers=False, class_tokens=2)
 TOKENS = np.random.default_rng(0).integers(11, size=(3, 16), dtype=np.int32)
-KEY = jax.random.key(0)
+KEY = Section.NEW_IMAGES.key(0)
+GREEDY = Drawing(temperature=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -45,45 +49,76 @@ def masked(mask):
     return np.where(mask, TOKENS, generation.UNKNOWN)
 
 
+# Keys
+
+
+def test_no_two_draws_share_a_key_and_no_training_step_does():
+    seed, numbers, positions = 3, jnp.arange(6), jnp.arange(40)
+    fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+    keys = [jax.random.key(seed)[None], fold(jax.random.key(seed), jnp.arange(4096))]
+    for section in Section:
+        batches = fold(section.key(seed), numbers)
+        tokens = jax.vmap(generation.token_key, (None, 0))
+        keys += [section.key(seed)[None], batches]
+        keys += [tokens(batches[n], positions) for n in numbers]
+    data = np.concatenate([np.asarray(jax.random.key_data(key)) for key in keys])
+    assert len(np.unique(data, axis=0)) == len(data)
+
+
+def test_each_batch_and_each_window_has_draws_of_its_own(params):
+    uniform = params | {"head": jnp.zeros_like(params["head"])}  # all that is drawn is the key's
+    sampler, drawn = Sampler(NETWORK, uniform), []
+    for section in (Section.NEW_IMAGES, Section.GENERATED):
+        drawn += [sampler.new(3, section.key(0), number=n).reshape(-1) for n in (0, 1)]
+    drawn += [sampler.new(3, Section.NEW_IMAGES.key(1)).reshape(-1)]
+    for one, other in itertools.combinations(drawn, 2):
+        assert (one != other).mean() > 0.7
+    grid = sampler.outpaint(TOKENS, (0, 0, 0, 4), KEY)
+    assert (grid[:, :, 4:6] != grid[:, :, 6:]).mean() > 0.5
+
+
 # Masks of tokens
 
 
 def test_a_mask_that_is_a_prefix_draws_what_the_prefix_draws(params):
-    found = Sampler(NETWORK, params).draw(masked(np.arange(16) < 8), KEY)
-    wanted = generation.generate(NETWORK, params, sharding.filled(TOKENS[:, :8]), KEY)
-    np.testing.assert_array_equal(found, wanted)
-    # Not read at once, but one by one, the same tokens lead to the same draws.
-    given = sharding.filled(masked(np.arange(16) < 8))
-    found = generation.generate(NETWORK, params, given, KEY, prefix=4)
-    np.testing.assert_array_equal(found, wanted)
-
-
-def test_known_tokens_stay_and_unknown_ones_are_drawn_from_all_before_them(params):
-    mask = np.random.default_rng(1).random((3, 16)) < 0.5  # another one in each row
-    found = Sampler(NETWORK, params, temperature=0.0).draw(masked(mask), KEY)
-    np.testing.assert_array_equal(found[mask], TOKENS[mask])
-    np.testing.assert_array_equal(found[~mask], most_likely(params, found)[~mask])
-    assert (found != TOKENS).any()
+    given = masked(np.arange(16) < 8)
+    found, key = Sampler(NETWORK, params).draw(given, KEY), jax.random.fold_in(KEY, 0)
+    # Read at once or one by one, the same tokens lead to the same draws.
+    for tokens, prefix in ((TOKENS[:, :8], 8), (given, 4)):
+        tokens = sharding.filled(tokens)
+        wanted = generation.generate(NETWORK, params, tokens, key, prefix=prefix)
+        np.testing.assert_array_equal(found, wanted)
 
 
 def test_masks_of_the_same_rows_share_their_programs_which_end_with_the_last_unknown_row(
     params, monkeypatch
 ):
-    calls, generate = [], generation.generate
+    calls, traced, generate, extend = [], [], generation.generate, cached.extend
 
-    def noted(network, params, given, *arguments, **settings):
-        calls.append((settings["prefix"], *given.shape))
-        return generate(network, params, given, *arguments, **settings)
+    def noted(network, params, given, *arguments, **options):
+        calls.append((options["prefix"], *given.shape))
+        return generate(network, params, given, *arguments, **options)
 
     monkeypatch.setattr(generation, "generate", noted)
-    sampler, cached = Sampler(NETWORK, params), []
+    monkeypatch.setattr(
+        cached, "extend", lambda *given: traced.append(len(calls)) or extend(*given)
+    )
+    sampler = Sampler(NETWORK, params, GREEDY)
     for hidden in ([5, 10], [7, 8], [4, 11]):  # of the rows 4 to 7 and 8 to 11
-        found = sampler.draw(masked(~np.isin(np.arange(16), hidden)), KEY)
-        cached.append((generation._prefill._cache_size(), generation._continue._cache_size()))
-        np.testing.assert_array_equal(np.delete(found, hidden, 1), np.delete(TOKENS, hidden, 1))
-    assert calls == [(4, 3, 12)] * 3 and len(set(cached)) == 1
+        mask = ~np.isin(np.arange(16), hidden)
+        found = sampler.draw(masked(mask), KEY)
+        np.testing.assert_array_equal(found[:, mask], TOKENS[:, mask])
+        np.testing.assert_array_equal(found[:, ~mask], most_likely(params, found)[:, ~mask])
+    assert calls == [(4, 3, 12)] * 3 and set(traced) == {1}
     np.testing.assert_array_equal(sampler.draw(TOKENS, KEY, samples=2), TOKENS.repeat(2, axis=0))
     assert len(calls) == 3  # nothing is unknown
+
+
+@pytest.mark.parametrize(
+    ("keep", "kept"), [(0.0, 0), (0.25, 4), (0.3, 4), (0.5, 8), (0.7, 12), (1.0, 16)]
+)
+def test_kept_tokens_are_whole_rows(keep, kept):
+    assert kept_tokens(NETWORK, keep) == kept
 
 
 def test_a_token_is_known_where_all_its_pixels_are():
@@ -101,7 +136,7 @@ def test_a_token_is_known_where_all_its_pixels_are():
 @pytest.mark.parametrize("side", [2, 4, 5, 16])
 @pytest.mark.parametrize(("before", "after"), [(0, 0), (0, 1), (3, 0), (7, 40), (16, 16)])
 def test_windows_move_outward_half_a_side_at_most_and_leave_no_gap(side, before, after):
-    starts = _outward(before, after, side)
+    starts = window_starts(before, after, side)
     assert starts[0] == before and set(starts) >= {0, before + after}
     assert starts == list(dict.fromkeys(starts)) and min(starts) == 0
     seen = {before}
@@ -112,7 +147,7 @@ def test_windows_move_outward_half_a_side_at_most_and_leave_no_gap(side, before,
 
 
 def test_what_is_outpainted_is_drawn_window_by_window_around_untouched_tokens(params):
-    sampler = Sampler(NETWORK, params, temperature=0.0)
+    sampler = Sampler(NETWORK, params, GREEDY)
     grid = sampler.outpaint(TOKENS, (1, 2, 3, 3), KEY)
     assert grid.shape == (3, 7, 10) and grid.min() >= 0
     np.testing.assert_array_equal(grid[:, 1:5, 3:7].reshape(3, -1), TOKENS)
@@ -127,12 +162,6 @@ def test_what_is_outpainted_is_drawn_window_by_window_around_untouched_tokens(pa
         np.testing.assert_array_equal(window[new], likely[new])
 
 
-def test_each_window_has_draws_of_its_own(params):
-    uniform = params | {"head": jnp.zeros_like(params["head"])}  # all that is drawn is the key's
-    grid = Sampler(NETWORK, uniform).outpaint(TOKENS, (0, 0, 0, 4), KEY)
-    assert (grid[:, :, 4:6] != grid[:, :, 6:]).mean() > 0.5
-
-
 # What a user calls
 
 
@@ -143,11 +172,12 @@ def model(params):
     return gptv_jax.Model(described, params, make_mesh((1, 1, 1)))
 
 
-@dataclasses.dataclass(frozen=True)
-class Blocks(GreyLevels):
+class Blocks(GreyCodec):
     """A token for the upper left one of 2x2 pixels."""
 
-    image_shape = (8, 8, 1)
+    def __init__(self, levels, size):
+        super().__init__(levels, size)
+        self.image_shape = (2 * size, 2 * size, 1)
 
     def encode(self, images):
         return super().encode(images[:, ::2, ::2])
@@ -159,7 +189,7 @@ class Blocks(GreyLevels):
 @pytest.fixture(scope="module")
 def coarse(model):
     """The same network, whose tokens are of 2x2 pixels."""
-    found = gptv_jax.Model(model._described, model._params, model._mesh)
+    found = gptv_jax.Model(model.weights_file(), model.params, model.mesh)
     found.codec = Blocks(11, 4)
     return found
 
@@ -193,16 +223,16 @@ def test_a_token_of_many_pixels_stays_where_all_of_them_are_known(coarse):
         coarse.complete(LARGE, mask=coarsely, temperature=0.0)))  # fmt: skip
     stays = coarsely.reshape(-1)
     np.testing.assert_array_equal(found[:, stays], coarse.tokenize(LARGE)[:, stays])
-    assert (found[:, ~stays] == most_likely(coarse._params, found)[:, ~stays]).all()
+    assert (found[:, ~stays] == most_likely(coarse.params, found)[:, ~stays]).all()
 
 
 def test_labels_are_start_vectors_and_none_is_the_last_one(model):
     labels = {None: 2, 0: 0, 1: 1, (1, 0, 1): (1, 0, 1), (2**0, 0, 0): (1, 0, 0)}
     for given, variant in labels.items():
         variant = np.broadcast_to(np.int32(variant), 3).copy()
-        wanted = full_logits(model._params, *map(sharding.filled, (TOKENS, variant)))
+        wanted = full_logits(model.params, *map(sharding.filled, (TOKENS, variant)))
         np.testing.assert_array_equal(model.logits(TOKENS, given), wanted)
-        nats = likelihood.nats(NETWORK, model._params, TOKENS, variant)
+        nats = likelihood.nats(NETWORK, model.params, TOKENS, variant)
         np.testing.assert_allclose(model.log_likelihood(IMAGES, given), -nats.sum(1), rtol=1e-6)
     assert len({model.log_likelihood(IMAGES, label)[0].item() for label in (None, 0, 1)}) == 3
 
@@ -215,18 +245,45 @@ def test_the_nats_of_a_mesh_are_those_of_one_device(params):
 
 
 def test_labels_and_guidance_reach_what_is_drawn(model):
-    settings = {"temperature": 0.0, "guidance": 3.0, "guidance_schedule": "cosine"}
-    sampler = Sampler(NETWORK, model._params, **settings)
-    labels, nothing = np.array([0, 1, 1], np.int32), np.full((3, 16), generation.UNKNOWN)
-    wanted = sampler.draw(nothing, KEY, labels).reshape(IMAGES.shape)
-    np.testing.assert_array_equal(model.sample(3, label=[0, 1, 1], **settings), wanted)
-    assert (model.sample(3, label=1, **settings) != wanted)[0].any()
-    wanted = sampler.draw(masked(np.arange(16) < 8), KEY, labels).reshape(IMAGES.shape)
-    found = model.complete(IMAGES, labels=labels, **settings)
+    settings = {"top_k": 3, "guidance": 3.0, "guidance_schedule": "cosine"}
+    sampler = Sampler(NETWORK, model.params, Drawing(**settings))
+    labels = np.array([0, 1, 1], np.int32)
+    wanted = sampler.new(3, Section.NEW_IMAGES.key(5), labels).reshape(IMAGES.shape)
+    np.testing.assert_array_equal(model.sample(3, 5, labels=labels, **settings), wanted)
+    np.testing.assert_array_equal(model.sample(3, 5, label=[0, 1, 1], **settings), wanted)
+    assert (model.sample(3, 5, labels=1, **settings) != wanted)[0].any()
+    key, given = Section.COMPLETIONS.key(5), masked(np.arange(16) < 8)
+    wanted = sampler.draw(given, key, labels).reshape(IMAGES.shape)
+    found = model.complete(IMAGES, seed=5, labels=labels, **settings)
     np.testing.assert_array_equal(found, wanted)
-    wanted = sampler.outpaint(TOKENS, (0, 0, 0, 2), KEY, labels)
-    found = model.outpaint(IMAGES, right=2, labels=labels, **settings)
+    wanted = sampler.outpaint(TOKENS, (0, 0, 0, 2), Section.OUTPAINTED.key(5), labels)
+    found = model.outpaint(IMAGES, right=2, seed=5, labels=labels, **settings)
     np.testing.assert_array_equal(found[..., 0], wanted)
+
+
+@pytest.mark.parametrize("name", ["logits", "log_likelihood", "surprise", "complete", "outpaint"])
+def test_label_is_taken_in_place_of_labels_everywhere(model, name):
+    call, given = getattr(model, name), TOKENS if name == "logits" else IMAGES
+    np.testing.assert_array_equal(call(given, label=1), call(given, labels=1))
+    with pytest.raises(TypeError, match="label and labels"):
+        call(given, label=1, labels=1)
+
+
+@pytest.mark.parametrize("name", ["sample", "complete", "outpaint"])
+def test_help_shows_every_setting_of_drawing_with_its_default_and_meaning(name):
+    method = getattr(gptv_jax.Model, name)
+    parameters = inspect.signature(method).parameters
+    for setting in dataclasses.fields(Drawing):
+        assert parameters[setting.name].default == setting.default
+        assert parameters[setting.name].annotation == setting.type
+        assert f"\n{setting.name}: " in method.__doc__
+    assert not {"drawing", "label"} & set(parameters)
+
+
+def test_an_unknown_setting_is_named_with_those_there_are(model):
+    for call, argument in ((model.sample, 1), (model.complete, IMAGES), (model.outpaint, IMAGES)):
+        with pytest.raises(TypeError, match=r"temperatur is not a setting.* temperature, top_k"):
+            call(argument, temperatur=1.0)
 
 
 @pytest.mark.parametrize("name", ["model", "coarse"])
@@ -257,16 +314,16 @@ def test_images_grow_by_pixels_and_stay_in_their_place(coarse):
 
 # what is wrong: (call, what the message must say that came, and that is taken)
 WRONG = {
-    "label beyond the last": (lambda m: m.sample(2, label=2), ["2", "0 to 1"]),
+    "label beyond the last": (lambda m: m.sample(2, labels=2), ["2", "0 to 1"]),
     "negative label": (lambda m: m.logits(TOKENS, -1), ["-1", "0 to 1"]),
     "too few labels": (lambda m: m.surprise(LARGE, [0, 1]), ["[2]", "3 of them"]),
-    "float label": (lambda m: m.sample(2, label=0.5), ["float64", "whole number"]),
+    "float label": (lambda m: m.sample(2, labels=0.5), ["float64", "whole number"]),
     "guidance to nothing": (lambda m: m.sample(2, guidance=2.0), ["guidance is 2", "no class"]),
-    "negative guidance": (lambda m: m.sample(2, guidance=-1.0, label=0), ["-1.0", "0 or more"]),
+    "negative guidance": (lambda m: m.sample(2, guidance=-1.0, labels=0), ["-1.0", "0 or more"]),
     "no schedule": (lambda m: m.sample(2, guidance_schedule="up"), ["'up'", "constant, cosine"]),
     "grey mask": (lambda m: m.complete(LARGE, mask=LARGE[..., 0]), ["uint8", "bool [8, 8]"]),
     "other mask": (lambda m: m.complete(LARGE, mask=MIDDLE[:3]), ["[3, 4]", "[8, 8] or [4, 4]"]),
-    "too few masks": (lambda m: m.complete(LARGE, mask=MIDDLE[None]), ["[1, 4, 4]", "images, 3"]),
+    "too few masks": (lambda m: m.complete(LARGE, mask=MIDDLE[None]), ["[1, 4, 4]", "3 images"]),
     "half a token": (lambda m: m.outpaint(LARGE, left=3), ["left is 3", "multiple of 2"]),
     "less than nothing": (lambda m: m.outpaint(LARGE, top=-2), ["top is -2", "0 or more"]),
 }  # fmt: skip
@@ -288,4 +345,4 @@ def test_labels_take_a_network_that_has_classes(params):
     described = WeightsFile(network.config, tokens, image_size=4, params={}, starts=3)
     model = gptv_jax.Model(described, params, make_mesh((1, 1, 1)))
     with pytest.raises(ValueError, match="labels are given, but this network"):
-        model.sample(2, label=0)
+        model.sample(2, labels=0)

@@ -14,9 +14,9 @@ from gptv_jax import config as config_lib
 from gptv_jax.data import pipeline
 from gptv_jax.data.damage import DamageLog
 from gptv_jax.errors import InputError
-from gptv_jax.tokens.grey import GreyLevels
+from gptv_jax.tokens.grey import GreyCodec
 
-CODEC = GreyLevels(levels=256, size=4)
+CODEC = GreyCodec(levels=256, size=4)
 PHOTO = encoded(random_image(32, 32, 3), "JPEG")
 BAD = {
     "cut.jpg": PHOTO[: len(PHOTO) // 2],

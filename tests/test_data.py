@@ -10,9 +10,9 @@ import pytest
 
 from gptv_jax import config as config_lib
 from gptv_jax.data import pipeline, sources
-from gptv_jax.tokens.grey import GreyLevels
+from gptv_jax.tokens.grey import GreyCodec
 
-CODEC = GreyLevels(levels=17, size=8)
+CODEC = GreyCodec(levels=17, size=8)
 PLAIN = config_lib.Data()
 SHIFTED = config_lib.Data(train_transforms=("shift(pixels=1, keep=0.3)",))
 SIZES = {"train": 1197, "validation": 200, "test": 400}

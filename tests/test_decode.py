@@ -1,3 +1,5 @@
+"""Decoding with a key/value cache: the full network's logits, greedy and random draws."""
+
 import dataclasses
 
 import jax
@@ -7,29 +9,27 @@ import pytest
 from conftest import MODERN, RECIPES, make_mesh, random_batch, random_params, tiny_network
 
 from gptv_jax import sharding
+from gptv_jax.config import Drawing
 from gptv_jax.decode import cached, generation
 from gptv_jax.model.splash_attention import LANES
 
 pytestmark = pytest.mark.usefixtures("one_device")
+
+GREEDY = Drawing(temperature=0.0)
+KEY = jax.random.key(0)
 
 
 def model_of(recipe):
     network = tiny_network(scan_layers=False, **recipe)
     with jax.set_mesh(make_mesh((1, 1, 1))):
         params, tokens = random_params(network), rows(random_batch(network, size=3)["tokens"])
-        return network, params, tokens, full_logits(network, params, tokens)
+        return network, params, tokens
 
 
 @pytest.fixture(scope="module")
 def model():
-    """A network, its weights, random sequences and the logits of the full forward pass."""
+    """A network, its weights and random sequences."""
     return model_of({})
-
-
-@pytest.fixture(scope="module", params=RECIPES.values(), ids=RECIPES)
-def any_model(request):
-    """As `model`, of every kind of network."""
-    return model_of(request.param)
 
 
 def rows(tokens):
@@ -42,14 +42,18 @@ def full_logits(network, params, tokens):
 
 
 @jax.jit(static_argnums=0)
-def read_one(network, params, tokens, position, cache, count):
-    model, blocks = cached.weights(network.bind(params), params)
-    return cached.extend(model, blocks, model.embed_one(tokens, position), cache, count)
+def read_one(network, params, tokens, position, prompt, cache, count):
+    model, blocks = cached.decoding_weights(network, params)
+    return cached.extend(model, blocks, model.embed_one(tokens, position), prompt, cache, count)
 
 
-@jax.jit(static_argnums=(0, 2, 3))
-def room(network, params, samples, size):
-    return cached.empty(network.bind(params), samples, size)
+@jax.jit(static_argnums=(0, 1, 2))
+def empty_cache(network, samples, capacity):
+    return cached.empty_cache(network, samples, capacity)
+
+
+def draw(network, params, given, drawing=GREEDY, key=KEY, **options):
+    return np.asarray(generation.generate(network, params, given, key, drawing, **options))
 
 
 def softmax(x):
@@ -60,152 +64,137 @@ def softmax(x):
 # The cache
 
 
-@pytest.mark.parametrize("scan", [False, True])
-@pytest.mark.parametrize("kept", [0, 1, 7, 15])
-def test_cached_decoding_gives_the_logits_of_the_full_forward_pass(kept, scan, any_model):
-    network, params, tokens, full = any_model
+@pytest.mark.parametrize(
+    ("recipe", "scan", "kept"),
+    [("igpt", False, 0), ("igpt", True, 15), ("modern", False, 7), ("modern", True, 1)],
+)
+def test_cached_decoding_gives_the_logits_of_the_full_forward_pass(recipe, scan, kept):
+    network, params, tokens = model_of(RECIPES[recipe])
+    full = full_logits(network, params, tokens)
     changed = dataclasses.replace(network.config, scan_layers=scan)
     network = dataclasses.replace(network, config=changed)
-    logits, prompts = generation._prefill(network, False, params, tokens[:, :kept], None)
-    found, cache = [logits], cached.Cache(prompts, room(network, params, len(tokens), 17 - kept))
+    logits, prompt = generation.prefill(network, False, params, tokens[:, :kept], None)
+    found, cache = [logits], empty_cache(network, len(tokens), 17 - kept)
     for position in range(kept + 1, network.length):
         unknown, count = tokens.at[:, position:].set(0), jnp.int32(position - kept - 1)
-        logits, cache = read_one(network, params, unknown, jnp.int32(position), cache, count)
+        at = jnp.int32(position), prompt, cache, count
+        logits, cache = read_one(network, params, unknown, *at)
         found.append(logits)
     np.testing.assert_allclose(np.stack(found, axis=1), full[:, kept:], atol=1e-5, rtol=1e-5)
 
 
-def test_prompts_longer_than_the_fast_attention_takes_at_once_are_padded_unseen():
+def test_long_prompts_are_padded_unseen_and_a_growing_cache_changes_nothing():
     network = dataclasses.replace(tiny_network(axial_positions=False), grid=(12, 11))
-    with jax.set_mesh(make_mesh((1, 1, 1))):
-        params, tokens = random_params(network), rows(random_batch(network, size=2)["tokens"])
-        kept = network.length - 2
-        assert kept > LANES and kept % LANES
-        full = full_logits(network, params, tokens)
-        logits, prompts = generation._prefill(network, False, params, tokens[:, :kept], None)
-        np.testing.assert_allclose(logits, full[:, kept], atol=1e-5, rtol=1e-5)
-        cache = cached.Cache(prompts, room(network, params, 2, 1))
-        last = jnp.int32(kept + 1)
-        logits, _ = read_one(network, params, tokens, last, cache, jnp.int32(0))
-        np.testing.assert_allclose(logits, full[:, kept + 1], atol=1e-5, rtol=1e-5)
+    kept = network.length - 2
+    assert kept > LANES and kept % LANES  # a length that the fast attention does not take
+    assert len(cached.cache_capacities(network.length - 1)) == 3
+    params, none = random_params(network), rows(np.zeros((2, 0)))
+    tokens = draw(network, params, none)
+    full = full_logits(network, params, rows(tokens))
+    np.testing.assert_array_equal(tokens, np.argmax(full, axis=-1))
+    prefix = rows(tokens)[:, :kept]
+    logits, prompt = generation.prefill(network, False, params, prefix, None)
+    np.testing.assert_allclose(logits, full[:, kept], atol=1e-5, rtol=1e-5)
+    at = jnp.int32(kept + 1), prompt, empty_cache(network, 2, 1), jnp.int32(0)
+    logits, _ = read_one(network, params, rows(tokens), *at)
+    np.testing.assert_allclose(logits, full[:, kept + 1], atol=1e-5, rtol=1e-5)
+
+
+def test_capacities_double_so_that_at_most_half_of_the_cache_is_unused():
+    assert cached.cache_capacities(0) == []
+    assert cached.cache_capacities(64) == [64]
+    assert cached.cache_capacities(1023) == [64, 128, 256, 512, 1023]
 
 
 # Generation
 
 
 def loops(network, mesh):
-    """Of the loops that draw a sequence: `(length, what all steps read, what they carry)`."""
+    """For each loop that draws: `(steps, types that every step reads, types that are carried)`."""
     with jax.set_mesh(make_mesh(mesh)):
         params, prefix = sharding.abstract(network.init), rows(np.zeros((8, 0)))
-        draw = jax.make_jaxpr(lambda p: generation.generate(network, p, prefix, jax.random.key(0)))
-        called = next(e for e in draw(params).eqns if e.params.get("name") == "_continue")
-    for loop in called.params["jaxpr"].eqns:
-        if loop.primitive.name == "scan":
-            given, types = loop.params["num_consts"], [x.aval for x in loop.invars]
-            yield loop.params["length"], types[:given], types[given:]
+        traced = jax.make_jaxpr(lambda p: generation.generate(network, p, prefix, KEY))(params)
+    programs = [e.params["jaxpr"] for e in traced.eqns if e.primitive.name == "jit"]
+    for loop in (e for program in programs for e in program.eqns if e.primitive.name == "scan"):
+        types = [x.aval for x in loop.invars]
+        constants = len(loop.invars) - len(loop.outvars)  # a loop gives back all that it carries
+        yield loop.params["length"], types[:constants], types[constants:]
 
 
-@pytest.mark.parametrize("rows", [16, 32])
-def test_no_step_casts_or_gathers_weights_and_little_of_what_is_read_is_empty(rows):
-    network = dataclasses.replace(tiny_network(dtype="bfloat16", **MODERN), grid=(rows, rows))
+@pytest.mark.parametrize("side", [16, 32])
+def test_no_step_casts_or_gathers_weights_and_little_of_the_cache_is_unused(side):
+    network = dataclasses.replace(tiny_network(dtype="bfloat16", **MODERN), grid=(side, side))
     steps = read = 0
-    for length, given, carried in loops(network, (1, 2, 4)):
-        assert not any(x.dtype == jnp.float32 or "fsdp" in x.sharding.spec for x in given if x.ndim)
+    for length, constants, carried in loops(network, (1, 2, 4)):
+        arrays = [x for x in constants if x.ndim]
+        assert arrays  # the weights
+        assert not any(x.dtype == jnp.float32 or "fsdp" in x.sharding.spec for x in arrays)
         caches = [x for x in carried if x.ndim == 4]
         assert len(caches) == 4 and {x.dtype for x in caches} == {jnp.dtype(jnp.bfloat16)}
-        (room,) = {x.shape[2] for x in caches}
-        steps, read = steps + length, read + length * room
+        (capacity,) = {x.shape[2] for x in caches}
+        steps, read = steps + length, read + length * capacity
     assert steps == network.length - 1
     assert read <= 1.4 * steps * (steps + 1) / 2
 
 
-@pytest.mark.parametrize("kept", [0, 6, 15, 16])
-def test_generated_sequences_keep_the_prefix_and_depend_on_the_key_alone(kept, model):
-    network, params, tokens, _ = model
-
-    def draw(seed):
-        key = jax.random.key(seed)
-        return np.asarray(generation.generate(network, params, tokens[:, :kept], key))
-
-    drawn = draw(0)
-    assert drawn.shape == tokens.shape and drawn.dtype == np.int32
-    np.testing.assert_array_equal(drawn[:, :kept], tokens[:, :kept])
-    assert drawn.min() >= 0 and drawn.max() < network.vocabulary
-    np.testing.assert_array_equal(draw(0), drawn)
-    if kept < 15:
-        assert (draw(1)[:, kept:] != drawn[:, kept:]).any()
+def test_generated_sequences_keep_the_prefix_and_depend_on_the_key_alone(model):
+    network, params, tokens = model
+    for kept in (0, 6):
+        given = tokens[:, :kept]
+        drawn = draw(network, params, given, Drawing())
+        assert drawn.shape == tokens.shape and drawn.dtype == np.int32
+        np.testing.assert_array_equal(drawn[:, :kept], given)
+        assert drawn.min() >= 0 and drawn.max() < network.vocabulary
+        np.testing.assert_array_equal(draw(network, params, given, Drawing()), drawn)
+        other = draw(network, params, given, Drawing(), jax.random.key(1))
+        assert (other[:, kept:] != drawn[:, kept:]).any()
+    np.testing.assert_array_equal(draw(network, params, tokens), tokens)  # nothing is left to draw
 
 
-def greedy(network, params, prefix):
-    key = jax.random.key(0)
-    return np.asarray(generation.generate(network, params, prefix, key, temperature=0.0))
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_temperature_0_takes_the_argmax_of_the_full_forward_pass_at_every_step(recipe):
+    network, params, tokens = model_of(RECIPES[recipe])
+    found = draw(network, params, tokens[:, :6])
+    wanted = np.argmax(full_logits(network, params, rows(found)), axis=-1)
+    np.testing.assert_array_equal(found[:, 6:], wanted[:, 6:])
+    if recipe == "modern":  # on a mesh, from 4 rows, which 2 ways divide
+        prefix = np.asarray(tokens)[[0, 1, 2, 2], :6]
+        with jax.set_mesh(make_mesh((1, 2, 4))):
+            on_mesh = draw(network, random_params(network), rows(prefix))
+        np.testing.assert_array_equal(on_mesh[:3], found)
 
 
-def test_temperature_0_takes_the_argmax_of_the_full_forward_pass_at_every_step(model):
-    network, params, tokens, _ = model
-    wanted = np.array(tokens)
-    wanted[:, 6:] = 0
-    for position in range(6, network.length):
-        logits = full_logits(network, params, rows(wanted))
-        wanted[:, position] = np.argmax(logits[:, position], axis=-1)
-    np.testing.assert_array_equal(greedy(network, params, tokens[:, :6]), wanted)
-
-
-def test_a_mesh_draws_the_greedy_tokens_of_one_device(any_model):
-    network, params, tokens, _ = any_model
-    wanted = greedy(network, params, tokens[:, :6])
-    prefix = np.asarray(tokens)[[0, 1, 2, 2], :6]  # 4 rows, which 2 ways divide
-    with jax.set_mesh(make_mesh((1, 2, 4))):
-        found = greedy(network, random_params(network), rows(prefix))
-    np.testing.assert_array_equal(found[:3], wanted)
-
-
-def test_room_that_grows_on_the_way_changes_nothing(model, monkeypatch):
-    network, params, tokens, _ = model
-    prefix = tokens[:, :3]
-    draw = lambda: np.asarray(generation.generate(network, params, prefix, jax.random.key(0)))  # noqa: E731
-    wanted = draw()
-    monkeypatch.setattr(generation, "FIRST_ROOM", 2)
-    assert generation._rooms(12) == [2, 4, 8, 12]
-    generation._continue.clear_cache()
-    np.testing.assert_array_equal(draw(), wanted)
-    generation._continue.clear_cache()
-
-
-@pytest.mark.parametrize("kept", [0, 6])
-def test_samples_of_one_prompt_are_those_of_as_many_equal_prompts(kept, model):
-    network, params, tokens, _ = model
-    prefix = np.asarray(tokens)[:2, :kept]
-    key = jax.random.key(0)
-    wanted = generation.generate(network, params, rows(np.repeat(prefix, 4, axis=0)), key)
-    found = generation.generate(network, params, rows(prefix), key, samples=4)
+def test_samples_of_one_prompt_are_those_of_as_many_equal_prompts(model):
+    network, params, tokens = model
+    prefix = np.asarray(tokens)[:2, :6]
+    wanted = draw(network, params, rows(np.repeat(prefix, 4, axis=0)), Drawing())
+    found = draw(network, params, rows(prefix), Drawing(), samples=4)
     np.testing.assert_array_equal(found, wanted)
     assert len(np.unique(found, axis=0)) > 2
-    _, prompts = generation._prefill(network, False, params, rows(prefix), None)
-    assert prompts[0].keys.shape[0] == 2  # held once for four
+    _, prompt = generation.prefill(network, False, params, rows(prefix), None)
+    assert prompt[0].keys.shape[0] == 2  # held once for four
+    wanted = draw(network, params, rows(prefix), samples=4)
     with jax.set_mesh(make_mesh((1, 2, 4))):
-        on_mesh = random_params(network)
-        key, settings = jax.random.key(0), {"samples": 4, "temperature": 0.0}
-        found = generation.generate(network, on_mesh, rows(prefix), key, **settings)
-    wanted = greedy(network, params, tokens[:2, :kept])
-    np.testing.assert_array_equal(found, np.repeat(wanted, 4, axis=0))
+        found = draw(network, random_params(network), rows(prefix), samples=4)
+    np.testing.assert_array_equal(found, wanted)
 
 
 def test_steps_are_the_first_ones_of_the_whole_sequence(model):
-    network, params, tokens, _ = model
-    key = jax.random.key(0)
-    wanted = generation.generate(network, params, tokens[:, :6], key)
-    found = generation.generate(network, params, tokens[:, :6], key, steps=5)
+    network, params, tokens = model
+    wanted = draw(network, params, tokens[:, :6], Drawing())
+    found = draw(network, params, tokens[:, :6], Drawing(), steps=5)
     np.testing.assert_array_equal(found, wanted[:, :11])
+    with pytest.raises(ValueError, match="room for 10 tokens"):
+        draw(network, params, tokens[:, :6], steps=11)
 
 
 def test_drawn_tokens_follow_the_distribution_of_the_network(model):
-    network, params, tokens, _ = model
+    network, params, tokens = model
     count, temperature, V = 4096, 0.7, network.vocabulary
     prefix = rows(np.repeat(np.asarray(tokens[:1, :14]), count, axis=0))
-    drawn = generation.generate(network, params, prefix, jax.random.key(0), temperature=temperature)
+    drawn = draw(network, params, prefix, Drawing(temperature))
     found = np.zeros((V, V))
-    np.add.at(found, tuple(np.asarray(drawn[:, 14:]).T), 1)
+    np.add.at(found, tuple(drawn[:, 14:].T), 1)
 
     continued = np.repeat(np.asarray(tokens[:1]), V, axis=0)
     continued[:, 14] = np.arange(V)  # every value of the last token but one
@@ -218,17 +207,29 @@ def test_drawn_tokens_follow_the_distribution_of_the_network(model):
     assert chi_square < len(found) + 4 * np.sqrt(2 * len(found))
 
 
-def test_one_compiled_prefill_and_one_compiled_loop_serve_all_settings(model):
-    network, params, tokens, _ = model
-    prefix = tokens[:2, :3]  # shapes that no other test has
+def test_all_settings_share_one_compiled_program_whose_compilation_is_not_timed(model, monkeypatch):
+    network, params, tokens = model
+    given = tokens[:2, :3]  # a shape that no other test has
+    traced, now, extend = [], 0.0, cached.extend
 
-    def compiled(**settings):
-        generation.generate(network, params, prefix, jax.random.key(0), **settings)
-        return np.array([generation._prefill._cache_size(), generation._continue._cache_size()])
+    def slow_to_trace(*arguments):
+        nonlocal now
+        traced.append(1)
+        now += 1000
+        return extend(*arguments)
 
-    before = np.array([generation._prefill._cache_size(), generation._continue._cache_size()])
-    first = compiled()
-    np.testing.assert_array_equal(first - before, [1, 1])
+    def clock():
+        nonlocal now
+        now += 1
+        return now
+
+    monkeypatch.setattr(cached, "extend", slow_to_trace)
+    monkeypatch.setattr(generation.time, "perf_counter", clock)
+    stopwatch = generation.Stopwatch()
+    timed = draw(network, params, given, Drawing(), stopwatch=stopwatch)
+    assert traced and stopwatch.seconds == 2  # a tick of the clock for each of the two programs
+    np.testing.assert_array_equal(draw(network, params, given, Drawing()), timed)
+    traced.clear()
     for settings in (
         {"temperature": 0.0},
         {"temperature": 2.0},
@@ -236,14 +237,8 @@ def test_one_compiled_prefill_and_one_compiled_loop_serve_all_settings(model):
         {"top_p": 0.5},
         {"temperature": 0.9, "top_k": 5, "top_p": 0.9},
     ):
-        np.testing.assert_array_equal(compiled(**settings), first)
-
-
-@pytest.mark.parametrize(
-    ("keep", "kept"), [(0.0, 0), (0.25, 4), (0.3, 4), (0.5, 8), (0.7, 12), (1.0, 16)]
-)
-def test_kept_tokens_are_whole_rows(keep, kept):
-    assert generation.kept_tokens(tiny_network(), keep) == kept
+        draw(network, params, given, Drawing(**settings))
+    assert not traced
 
 
 # Restriction to the most likely tokens
@@ -282,12 +277,6 @@ def random_rows():
 def test_the_temperature_divides_the_logits(temperature):
     for row in random_rows():
         assert kept_by(row, temperature) == list(range(len(row)))
-
-
-def test_no_more_is_drawn_than_there_is_room_for(model):
-    network, params, tokens, _ = model
-    with pytest.raises(ValueError, match="room for 10 tokens"):
-        generation.generate(network, params, tokens[:, :6], jax.random.key(0), steps=11)
 
 
 def test_top_k_keeps_exactly_the_k_most_likely():

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import types
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ import gptv_jax
 from gptv_jax import config as config_lib
 from gptv_jax.quality import reference
 from gptv_jax.quality.features import Pixels
-from gptv_jax.runs.run import Run
+from gptv_jax.runs.context import Context
 from gptv_jax.stages import generate as stage
 
 pytestmark = pytest.mark.process
@@ -31,25 +30,25 @@ def generate(command):
     return call
 
 
-class TellsLabels:
+class SamplerOfLabels:
     """A sampler whose tokens are the class that they are to be of."""
 
-    def draw(self, given, key, labels):
-        return np.broadcast_to(labels[:, None], given.shape).astype(np.int32)
+    def new(self, count, key, labels, number):
+        assert len(labels) == count
+        return np.repeat(labels[:, None], 64, axis=1).astype(np.int32)
 
 
-def test_every_image_is_of_its_class_whatever_is_there_already(tmp_path, monkeypatch):
-    monkeypatch.setattr(stage.Sampler, "of", lambda *_: TellsLabels())
+def test_every_image_is_of_its_class_whatever_the_folder_holds(tmp_path, monkeypatch):
+    monkeypatch.setattr(stage, "Sampler", lambda *_: SamplerOfLabels())
     model, kept = config_lib.Model(class_tokens=10), tmp_path / "tokens"
-    for count, batch_size in ((18, 4), (14, 3), (22, 4)):
-        run = object.__new__(Run)
-        run.config = config_lib.Config(model=model, generate=config_lib.Generate(count, batch_size))
-        run.network = lambda: types.SimpleNamespace(length=3)
-        run.pretrained = lambda network: {}
-        labels = stage._labels(run)
+    for count, batch_size in ((18, 4), (14, 3), (22, 4), (3, 16)):
+        config = config_lib.Config(model=model, generate=config_lib.Generate(count, batch_size))
+        run = object.__new__(Context)
+        object.__setattr__(run, "config", config)
+        labels = stage.labels_in_turn(run)
         np.testing.assert_array_equal(labels, np.arange(count) % 10)
-        drawn = np.concatenate(list(stage._drawn(run, tmp_path, labels)))
-        np.testing.assert_array_equal(drawn, np.repeat(labels[:, None], 3, axis=1))
+        drawn = np.concatenate(list(stage.draw(run, tmp_path, labels, {})))
+        np.testing.assert_array_equal(drawn, np.repeat(labels[:, None], 64, axis=1))
         next(kept.iterdir()).write_bytes(b"damaged")
 
 
@@ -63,12 +62,12 @@ def test_samples_are_written_compared_and_go_on_where_they_were(generate, finish
     for i, wanted in enumerate(samples):
         np.testing.assert_array_equal(np.asarray(Image.open(made / f"{i:06d}.png")), wanted)
     assert len(np.unique(samples.reshape(10, -1), axis=0)) == 10
-    told = json.loads((made / "quality.json").read_text())
+    quality = json.loads((made / "quality.json").read_text())
     assert found["generate/count"] == 10 and found["generate/frechet_distance"] > 0
     assert found["generate/reference_count"] == 1197 and found["generate/biased"]
     assert 0 <= found["generate/precision"] <= 1 and found["generate/inception_score"] is None
-    assert told["reference"]["data"] == "digits" and told["reference"]["split"] == "train"
-    assert reference.load(made / "reference.npz").made_of(Pixels((8, 8, 1)))
+    assert quality["reference"]["data"] == "digits" and quality["reference"]["split"] == "train"
+    assert reference.load(made / "reference.npz").fits(Pixels((8, 8, 1)))
     # One batch is lost, and more are wanted: those that are there stay as they are.
     first, lost = (made / "tokens" / f"0000{i}_of_4.npy" for i in (0, 1))
     kept, before = lost.read_bytes(), first.stat().st_mtime_ns

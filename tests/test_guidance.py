@@ -1,14 +1,16 @@
 """Classes and classifier-free guidance: one doubled batch is two runs, on every mesh."""
 
+import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import MESHES, RECIPES, make_mesh, random_batch, random_params, tiny_network
+from conftest import RECIPES, make_mesh, random_batch, random_params, tiny_network
 
 from gptv_jax import sharding
+from gptv_jax.config import Drawing
 from gptv_jax.decode import cached, generation
 from gptv_jax.decode.sampler import Sampler, class_rows
 from gptv_jax.errors import InputError
@@ -16,7 +18,10 @@ from gptv_jax.errors import InputError
 pytestmark = pytest.mark.usefixtures("one_device")
 
 LABELS = np.array([0, 1, 1], np.int32)
-SCALES = np.linspace(0, 4, 16, dtype=np.float32)
+COSINE = Drawing(guidance=4.0, guidance_schedule="cosine")
+GREEDY = dataclasses.replace(COSINE, temperature=0.0)
+SCALES = generation.guidance_scales(COSINE, 16)
+KEY = jax.random.key(0)
 
 
 def conditional(**recipe):
@@ -47,23 +52,20 @@ def guided(logits, scales=SCALES):
 
 
 @jax.jit(static_argnums=0)
-def read_one(network, params, tokens, position, cache, count):
-    model, blocks = cached.weights(network.bind(params), params)
+def read_one(network, params, tokens, position, prompt, cache, count):
+    model, blocks = cached.decoding_weights(network, params)
     x = jnp.repeat(model.embed_one(tokens, position), 2, axis=0, out_sharding=sharding.BATCH_FIRST)
-    return cached.extend(model, blocks, x, cache, count)
+    return cached.extend(model, blocks, x, prompt, cache, count)
 
 
-@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
-def test_the_doubled_batch_is_two_runs_of_the_full_network(recipe):
-    network, kept = conditional(**recipe), 5
+def test_the_doubled_batch_is_two_runs_of_the_full_network():
+    network, kept = conditional(**RECIPES["modern"]), 5
     params, tokens = random_params(network), tokens_of(network)
     prefix, labels = (sharding.from_everywhere(x) for x in (tokens[:, :kept], LABELS))
-    logits, prompts = generation._prefill(network, True, params, prefix, labels)
-    found = [logits]
-    cache = cached.Cache(prompts, jax.jit(cached.empty, static_argnums=(1, 2))(
-        network.bind(params), 6, 16 - kept))  # fmt: skip
+    logits, prompt = generation.prefill(network, True, params, prefix, labels)
+    found, cache = [logits], cached.empty_cache(network, 6, 16 - kept)
     for position in range(kept + 1, network.length):
-        at = jnp.int32(position), cache, jnp.int32(position - kept - 1)
+        at = jnp.int32(position), prompt, cache, jnp.int32(position - kept - 1)
         logits, cache = read_one(network, params, sharding.from_everywhere(tokens), *at)
         found.append(logits)
     found, wanted = np.stack(found, axis=1), both(network, params, tokens)
@@ -85,18 +87,18 @@ def model():
         return network, random_params(network)
 
 
-def draw(network, params, scales, labels=LABELS, **settings):
-    nothing, variant = (sharding.filled(x) for x in (np.zeros((len(labels), 0), np.int32), labels))
-    settings = {"guidance": scales, "variant": variant, "samples": 2} | settings
-    return np.asarray(generation.generate(network, params, nothing, jax.random.key(0), **settings))
+def draw(network, params, drawing, labels=LABELS, samples=2, **options):
+    nothing, labels = (sharding.filled(x) for x in (np.zeros((len(labels), 0), np.int32), labels))
+    options = {"labels": labels, "samples": samples} | options
+    return np.asarray(generation.generate(network, params, nothing, KEY, drawing, **options))
 
 
 def test_greedy_tokens_are_those_that_the_guided_full_network_finds_most_likely(model):
     network, params = model
-    found = draw(network, params, SCALES, temperature=0.0)
+    found = draw(network, params, GREEDY)
     wanted = guided(both(network, params, found, np.repeat(LABELS, 2)))
     np.testing.assert_array_equal(found, wanted.argmax(axis=-1))
-    plain = draw(network, params, None, temperature=0.0)
+    plain = draw(network, params, Drawing(temperature=0.0))
     np.testing.assert_array_equal(
         plain, both(network, params, plain, np.repeat(LABELS, 2))[0].argmax(axis=-1)
     )
@@ -104,31 +106,35 @@ def test_greedy_tokens_are_those_that_the_guided_full_network_finds_most_likely(
     given, prefix = np.array(found[::2]), 8  # what is known counts towards the position
     given[:, prefix:] = generation.UNKNOWN
     given[:, 12] = (found[::2, 12] + 1) % network.vocabulary  # what follows is to differ
-    sampler = Sampler(network, params, 0.0, guidance=32.0, guidance_schedule="cosine")
-    partly = sampler.draw(given, jax.random.key(0), LABELS)
-    scales = generation.guidance_scales("cosine", 32.0, 1.0, network.length)
+    drawing = dataclasses.replace(GREEDY, guidance=32.0)
+    partly = Sampler(network, params, drawing).draw(given, KEY, LABELS)
+    scales = generation.guidance_scales(drawing, network.length)
     wanted = guided(both(network, params, partly), scales).argmax(axis=-1)
     np.testing.assert_array_equal(partly, np.where(given == generation.UNKNOWN, wanted, given))
 
 
 def test_scale_1_draws_what_is_drawn_without_guidance(model):
     network, params = model
-    wanted = draw(network, params, None)
-    np.testing.assert_array_equal(draw(network, params, np.ones(16, np.float32)), wanted)
-    given = np.full((3, 16), generation.UNKNOWN)
+    wanted = draw(network, params, Drawing())
+    almost = Drawing(guidance=1 + 1e-12)  # in float32 1, so the doubled batch has the scale 1
+    assert (generation.guidance_scales(almost, 16) == 1).all()
+    np.testing.assert_array_equal(draw(network, params, almost), wanted)
     for schedule in ("constant", "cosine"):  # and does not pay for the doubled batch
-        assert generation.guidance_scales(schedule, 1.0, 2.0, 16) is None
-        sampler = Sampler(network, params, guidance_schedule=schedule, guidance_power=2.0)
-        np.testing.assert_array_equal(sampler.draw(given, jax.random.key(0), LABELS, 2), wanted)
+        drawing = Drawing(guidance_schedule=schedule, guidance_power=2.0)
+        assert generation.guidance_scales(drawing, 16) is None
+        np.testing.assert_array_equal(draw(network, params, drawing), wanted)
 
 
-def test_one_program_serves_all_scales_and_schedules(model):
+def test_one_program_serves_all_scales_and_schedules(model, monkeypatch):
     network, params = model
-    draw(network, params, SCALES)
-    before = generation._prefill._cache_size(), generation._continue._cache_size()
+    draw(network, params, COSINE)
+    traced, extend = [], cached.extend
+    monkeypatch.setattr(cached, "extend", lambda *given: traced.append(1) or extend(*given))
     for schedule, scale in (("constant", 2.0), ("cosine", 2.0), ("cosine", 16.0)):
-        draw(network, params, generation.guidance_scales(schedule, scale, 2.75, 16))
-    assert (generation._prefill._cache_size(), generation._continue._cache_size()) == before
+        draw(network, params, Drawing(guidance=scale, guidance_schedule=schedule))
+    assert not traced
+    draw(network, params, COSINE, samples=3)  # another shape
+    assert traced
 
 
 def test_guidance_draws_more_of_what_tells_the_class_as_often_as_the_scale_says(model):
@@ -137,16 +143,16 @@ def test_guidance_draws_more_of_what_tells_the_class_as_often_as_the_scale_says(
     logits = [x[0, 0] for x in both(network, params, tokens_of(network, 1), label)]
     telling = (logits[0] - logits[1]).argmax()
 
-    def share_and_probability(scale):
-        scales = np.full(16, scale, np.float32)
-        drawn = draw(network, params, scales, label, samples=count, steps=1)[:, 0]
+    def share_of_the_telling_token(scale):
+        drawing = Drawing(guidance=scale)
+        drawn = draw(network, params, drawing, label, samples=count, steps=1)[:, 0]
         wanted = np.exp(guided(logits, np.float64([scale]))[0])
         wanted *= count / wanted.sum()
         found = np.bincount(drawn, minlength=len(wanted))
         assert ((found - wanted) ** 2 / wanted).sum() < 40  # 10 degrees: one of 50,000 is above
         return found[telling] / count
 
-    shares = [share_and_probability(scale) for scale in (0.0, 1.0, 3.0)]
+    shares = [share_of_the_telling_token(scale) for scale in (0.0, 1.0, 3.0)]
     assert shares[0] + 0.02 < shares[1] < shares[2] - 0.02
 
 
@@ -156,8 +162,8 @@ GIVEN = np.where(np.arange(16) % 5, generation.UNKNOWN, tokens_of(conditional(),
 def drawn_on(mesh, given, samples=1):
     network, labels = conditional(), np.resize(LABELS, len(given))
     with jax.set_mesh(make_mesh(mesh)):
-        scales = {"guidance": 16.0, "guidance_schedule": "cosine"}
-        sampler = Sampler(network, random_params(network), **scales)
+        drawing = dataclasses.replace(COSINE, guidance=16.0)
+        sampler = Sampler(network, random_params(network), drawing)
         return sampler.draw(given, jax.random.key(7), labels, samples)
 
 
@@ -166,7 +172,7 @@ def of_one_device():
     return drawn_on((1, 1, 1), GIVEN)
 
 
-@pytest.mark.parametrize("mesh", MESHES[1:])
+@pytest.mark.parametrize("mesh", [(8, 1, 1), (1, 2, 4), (1, 2, 2, 2)])  # all ways of splitting
 def test_a_seed_gives_the_same_pictures_on_every_mesh_however_many_rows_come_after(
     mesh, of_one_device
 ):
@@ -178,8 +184,9 @@ def test_a_seed_gives_the_same_pictures_on_every_mesh_however_many_rows_come_aft
 
 
 def test_schedules_are_those_of_rar():
-    np.testing.assert_array_equal(generation.guidance_scales("constant", 2.5, 1.0, 4), [2.5] * 4)
-    found = generation.guidance_scales("cosine", 16.0, 2.75, 256)  # RAR-B's
+    np.testing.assert_array_equal(generation.guidance_scales(Drawing(guidance=2.5), 4), [2.5] * 4)
+    of_rar_b = Drawing(guidance=16.0, guidance_schedule="cosine", guidance_power=2.75)
+    found = generation.guidance_scales(of_rar_b, 256)
     wanted = [1 + 15 * (1 - math.cos(math.pi * (t / 256) ** 2.75)) / 2 for t in range(256)]
     np.testing.assert_allclose(found, wanted, rtol=1e-6)
     assert found[0] == 1 and (np.diff(found) >= 0).all() and 15.9 < found[-1] < 16
@@ -189,8 +196,8 @@ def test_schedules_are_those_of_rar():
     "changes", [{"class_tokens": 0}, {"class_tokens": 2, "label_dropout": 0.0}]
 )
 def test_guidance_takes_a_network_that_knows_both(changes):
-    with pytest.raises(InputError, match="guidance takes a network") as caught:
-        Sampler(tiny_network(**changes), {}, guidance=2.0)
+    with pytest.raises(InputError, match="guidance needs a network") as caught:
+        Sampler(tiny_network(**changes), {}, Drawing(guidance=2.0))
     assert "\n" not in str(caught.value)
 
 

@@ -1,10 +1,11 @@
-"""Several real processes on this machine: one run of them all, and what happens when one dies."""
+"""Several real processes on this machine: one run of all of them, and the end when one fails."""
 
+import contextlib
 import json
 import os
 import pathlib
-import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -15,8 +16,8 @@ from conftest import encoded, make_folder, random_image, small_arguments
 
 from gptv_jax import config as config_lib
 from gptv_jax.errors import InputError
-from gptv_jax.hosts import watch
-from gptv_jax.runs import run as run_lib
+from gptv_jax.hosts import distributed
+from gptv_jax.stages import setup
 
 STEPS = 40
 # Little of everything; nothing in it makes more of a rounding error than it is.
@@ -36,7 +37,9 @@ FIELDS = (
 # Times; and the accuracy of 16 training images, which a rounding may tip.
 NOT_NUMBERS = {"time", "tokens_per_second", "data_wait_share", "mfu", "accuracy"}
 LIMIT = 240  # seconds after which a test has failed, on a busy machine as well
-BOUND = 10  # seconds in which the others have noticed that a process died
+BOUND = 60  # seconds in which the other processes end when one fails
+OTHER_DIED = "error: another process of this run has died or cannot be reached, "
+CONTINUES = "; the same command continues from the last checkpoint."
 
 
 def free_port() -> int:
@@ -64,6 +67,7 @@ class Hosts:
                         stdout=file,
                         stderr=file,
                         env={**os.environ, "JAX_NUM_CPU_DEVICES": "1"},
+                        start_new_session=True,
                     )
                 )
 
@@ -71,17 +75,22 @@ class Hosts:
         return self
 
     def __exit__(self, *_):
-        for process in self.processes:
-            process.kill()
+        for index, process in enumerate(self.processes):
+            self.send(index, signal.SIGKILL)
             process.wait()
 
-    def wait(self, but: int | None = None, limit: float = LIMIT) -> list[int]:
-        """Exit codes, in order."""
-        until = time.monotonic() + limit
-        watched = [p for i, p in enumerate(self.processes) if i != but]
-        return [process.wait(until - time.monotonic()) for process in watched]
+    def send(self, index: int, number: signal.Signals) -> None:
+        """Sends a signal to the command and its child process."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.processes[index].pid, number)
 
-    def told(self, index: int) -> str:
+    def wait(self, but: int | None = None, limit: float = LIMIT) -> list[int]:
+        """The exit codes of all processes but one, in order."""
+        until = time.monotonic() + limit
+        awaited = [p for i, p in enumerate(self.processes) if i != but]
+        return [process.wait(until - time.monotonic()) for process in awaited]
+
+    def log(self, index: int) -> str:
         return self.logs[index].read_text()
 
 
@@ -89,7 +98,7 @@ def run(count: int, workdir: pathlib.Path, *more: str, **rest) -> list[str]:
     """Runs the command to its end; what each process has printed."""
     with Hosts(count, workdir, *more, **rest) as hosts:
         codes = hosts.wait()
-        logs = [hosts.told(index) for index in range(count)]
+        logs = [hosts.log(index) for index in range(count)]
     assert codes == [0] * count, logs[codes.index(max(codes))][-3000:]
     return logs
 
@@ -121,28 +130,25 @@ def wait_for(path: pathlib.Path, hosts: Hosts) -> None:
     until = time.monotonic() + LIMIT
     while not path.exists():
         running = all(process.poll() is None for process in hosts.processes)
-        assert running and time.monotonic() < until, hosts.told(0)[-3000:]
+        assert running and time.monotonic() < until, hosts.log(0)[-3000:]
         time.sleep(0.02)
 
 
-def killed(index: int, count: int, folder: pathlib.Path) -> dict[int, tuple[int, str]]:
-    """A run whose process of this index is killed in the middle; how each other one then ended.
-
-    Its exit code, and the last line that it printed.
-    """
+def fail(index: int, by: signal.Signals, count: int, folder: pathlib.Path) -> None:
+    """Runs `count` processes, sends a signal to one, and checks how the others end."""
     with Hosts(count, folder, "--stages=pretrain") as hosts:
         wait_for(folder / "checkpoints" / "pretrain" / "10", hosts)
-        hosts.processes[index].kill()
+        hosts.send(index, by)
         codes = hosts.wait(but=index, limit=BOUND)
-        others = [other for other in range(count) if other != index]
-        told = [hosts.told(other).splitlines()[-1] for other in others]
-    return dict(zip(others, zip(codes, told, strict=True), strict=True))
+        logs = [hosts.log(other) for other in range(count) if other != index]
+    assert codes == [distributed.OTHER_DIED] * (count - 1), logs
+    assert all(ended_by_another(log) for log in logs), logs
+    assert not (folder / "summary.json").exists()
 
 
-def died(index: int, count: int) -> re.Pattern:
-    """What the others say of a process that has died."""
-    told = re.escape(f") has stopped answering; {watch.CONTINUE}")
-    return re.compile(rf"error: process {index} of {count} \(.+{told}")
+def ended_by_another(log: str) -> bool:
+    last = log.splitlines()[-1]
+    return last.startswith(OTHER_DIED) and last.endswith(CONTINUES)
 
 
 @pytest.fixture(scope="module")
@@ -154,36 +160,27 @@ def alone(tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.fixture(scope="module")
-def ended(tmp_path_factory) -> tuple[pathlib.Path, dict[int, tuple[int, str]]]:
-    """The run of four processes of which one was killed in the middle, and how the others ended."""
+def broken(tmp_path_factory) -> pathlib.Path:
+    """The folder of a run of four processes, of which one froze in the middle."""
     folder = tmp_path_factory.mktemp("hosts") / "broken"
-    return folder, killed(2, 4, folder)
-
-
-@pytest.fixture
-def broken(ended) -> pathlib.Path:
-    """That run's folder."""
-    return ended[0]
+    fail(2, signal.SIGSTOP, 4, folder)
+    return folder
 
 
 @pytest.mark.process
-def test_the_others_end_when_one_of_four_dies(ended):
-    folder, others = ended
-    assert sorted(others) == [0, 1, 3]
-    for code, told in others.values():
-        assert code == watch.DIED and died(2, 4).fullmatch(told)
-    assert not (folder / "summary.json").exists()
+def test_the_other_processes_end_when_process_0_dies(tmp_path):
+    fail(0, signal.SIGKILL, 2, tmp_path / "run")
 
 
 @pytest.mark.process
-def test_four_processes_have_the_losses_of_one_until_one_of_them_dies(alone, broken):
+def test_four_processes_have_the_losses_of_one_and_end_when_one_freezes(alone, broken):
     found = events(broken)
     assert ("pretrain", 5, "nats_per_token") in found
     assert_same(found, {key: value for key, value in events(alone).items() if key in found})
 
 
 @pytest.mark.process
-def test_what_four_processes_saved_one_goes_on_from(broken, alone, tmp_path):
+def test_one_process_continues_the_run_of_four(broken, alone, tmp_path):
     folder = tmp_path / "one"
     shutil.copytree(broken, folder)
     [log] = run(1, folder, "--stages=pretrain")
@@ -195,14 +192,21 @@ TIMES = ("per_second", "goodput", "restarts", "redone", "lost", "seconds_up", "s
 
 
 @pytest.mark.process
-def test_what_four_processes_saved_two_go_on_from_through_all_stages(broken, alone, tmp_path):
+def test_two_processes_continue_the_run_of_four_through_all_stages(broken, alone, tmp_path):
     folder, other = tmp_path / "two", tmp_path / "other"
     shutil.copytree(broken, folder)
     other.mkdir()  # of the second process, which sees the same checkpoints and nothing else
     (other / "checkpoints").symlink_to(folder / "checkpoints")
-    mesh = ("--config.mesh.data=1", "--config.mesh.fsdp=2")
-    logs = run(2, folder, *mesh, own={1: (f"--workdir={other}",)})
+    fields = ("--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.profile.steps=31:32")
+    logs = run(2, folder, *fields, own={1: (f"--workdir={other}",)})
     assert_same(events(folder), events(alone))
+    for index, workdir in enumerate((folder, other)):  # each process writes a trace of its own
+        traces = workdir / "profile" / "plugins" / "profile" / "steps_31_32"
+        kinds = ("perfetto.json.gz", "xplane.pb")
+        assert sorted(path.name for path in traces.iterdir()) == [
+            f"process_{index}.{kind}" for kind in kinds
+        ]
+        shutil.rmtree(workdir / "profile")
     assert [path.name for path in other.iterdir()] == ["checkpoints"]
 
     ours, theirs = (json.loads((f / "summary.json").read_text()) for f in (folder, alone))
@@ -221,14 +225,7 @@ def test_what_four_processes_saved_two_go_on_from_through_all_stages(broken, alo
 
 
 @pytest.mark.process
-def test_the_others_end_when_process_0_dies(tmp_path):
-    code, told = killed(0, 2, tmp_path / "run")[1]
-    assert code == watch.DIED and died(0, 2).fullmatch(told)
-    assert not (tmp_path / "run" / "summary.json").exists()
-
-
-@pytest.mark.process
-def test_what_one_host_cannot_read_ends_the_others_and_is_told_there(tmp_path):
+def test_a_process_that_cannot_read_its_data_says_so_and_the_others_end(tmp_path):
     folders = []
     for host in ("a", "b"):
         files = {f"{i:03d}.png": encoded(random_image(8, 8, 1, seed=i)) for i in range(64)}
@@ -248,12 +245,11 @@ def test_what_one_host_cannot_read_ends_the_others_and_is_told_there(tmp_path):
     fields += ["--config.tokens.levels=256", "--config.model.start_per_variant=False"]
     own = {1: (f"--config.data.path={folders[1]}",)}
     with Hosts(2, tmp_path / "run", *fields, own=own) as hosts:
-        assert hosts.wait() == [1, 1]
-    first, second = (hosts.told(index).splitlines()[-1] for index in (0, 1))
-    assert second.startswith(f"error: {folders[1] / '037.png'} cannot be read")
-    assert first.startswith("error: process 1 of 2 (") and first.endswith(
-        second.removeprefix("error: ")
-    )
+        codes = hosts.wait()
+    first, second = (hosts.log(index) for index in (0, 1))
+    assert codes == [distributed.OTHER_DIED, 1], (first, second)
+    assert second.splitlines()[-1].startswith(f"error: {folders[1] / '037.png'} cannot be read")
+    assert ended_by_another(first)
 
 
 def test_processes_with_different_settings_are_refused(monkeypatch):
@@ -262,6 +258,6 @@ def test_processes_with_different_settings_are_refused(monkeypatch):
     def with_another(own: dict) -> list[dict]:
         return [own, own | theirs]
 
-    monkeypatch.setattr(run_lib.hosts, "from_all", with_another)
+    monkeypatch.setattr(setup.hosts, "from_all", with_another)
     with pytest.raises(InputError, match=r"different settings: config\.train\.steps;"):
-        run_lib._must_agree(config_lib.Config())
+        setup.check_same_settings(config_lib.Config())

@@ -1,6 +1,5 @@
 """The launch scripts: what they print, and what they do where commands of a cloud are stand-ins."""
 
-import json
 import os
 import pathlib
 import shlex
@@ -11,7 +10,6 @@ import time
 
 import pytest
 import yaml
-from conftest import small_arguments
 
 FOLDER = pathlib.Path(__file__).parent.parent / "launch"
 # A shell would take the last ones apart, or put in something else.
@@ -362,18 +360,3 @@ def test_an_interrupt_stops_all_local_processes(tmp_path):
     output, _ = run.communicate(timeout=60)
     assert run.returncode == 143
     assert sorted(output.splitlines()) == [f"[{i}] stopped" for i in range(3)]
-
-
-@pytest.mark.process
-def test_two_local_processes_train_together_and_each_writes_its_trace(tmp_path):
-    folder, steps = tmp_path / "run", ("--config.train.steps=20", "--config.profile.steps=11:12")
-    arguments = small_arguments(folder, "--stages=pretrain", *steps)
-    ended = launch("local.sh", ["--processes=2", "--", *arguments], tmp_path)
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    assert json.loads((folder / "config.json").read_text())["devices"] == "2 cpu"
-    assert json.loads((folder / "summary.json").read_text())["pretrain/steps"] == 20
-    assert '[0]   "pretrain/steps": 20' in ended.stdout
-    traces = folder / "profile" / "plugins" / "profile" / "steps_11_12"
-    kinds = ("perfetto.json.gz", "xplane.pb")
-    names = [f"process_{i}.{kind}" for i in range(2) for kind in kinds]
-    assert sorted(path.name for path in traces.iterdir()) == names

@@ -15,7 +15,7 @@ from gptv_jax import sharding, tokens
 from gptv_jax.data import pipeline
 from gptv_jax.errors import InputError
 from gptv_jax.model import autoencoder
-from gptv_jax.tokens import LearnedTokens, Tokenizer, learned
+from gptv_jax.tokens import LearnedCodec, Tokenizer, learned
 
 CONFIG = config_lib.Autoencoder(
     widths=(16,), encoder_blocks=1, decoder_blocks=1, attention=True, levels=(8, 5, 5, 5)
@@ -38,7 +38,7 @@ def random_tokenizer(config=CONFIG, seed: int = 0) -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def codec() -> LearnedTokens:
+def codec() -> LearnedCodec:
     return tokens.make_codec(SETTINGS, 16, random_tokenizer())
 
 
@@ -68,7 +68,7 @@ def test_every_pixel_comes_back_and_what_lies_beyond_is_cut():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_tokens_are_the_same_in_batches_of_any_size_and_on_any_devices(dtype, monkeypatch):
     config = dataclasses.replace(CONFIG, norm=True, dtype=dtype)
-    codec = LearnedTokens(random_tokenizer(config), 16)
+    codec = LearnedCodec(random_tokenizer(config), 16)
     images = random_image(40, 16, 16, 3)
     wanted = codec.encode(images)
     assert len(jax.local_devices()) == 8
@@ -77,7 +77,7 @@ def test_tokens_are_the_same_in_batches_of_any_size_and_on_any_devices(dtype, mo
         np.testing.assert_array_equal(np.concatenate(found), wanted)
     one = jax.local_devices()[:1]
     monkeypatch.setattr(learned.jax, "local_devices", lambda: one)
-    alone = LearnedTokens(codec.definition, 16)
+    alone = LearnedCodec(codec.definition, 16)
     np.testing.assert_array_equal(alone.encode(images), wanted)
     np.testing.assert_array_equal(alone.decode(wanted), codec.decode(wanted))
 
@@ -129,7 +129,7 @@ def test_tokens_that_are_none_are_named(codec, given, words, unchecked):
 
 def test_grey_images_are_shown_in_three_channels():
     config = dataclasses.replace(CONFIG, channels=1)
-    codec = LearnedTokens(random_tokenizer(config), 8)
+    codec = LearnedCodec(random_tokenizer(config), 8)
     images = random_image(2, 8, 8, 1)
     assert codec.decode(codec.encode(images)).shape == (2, 8, 8, 1)
     np.testing.assert_array_equal(codec.picture(images), images.repeat(3, axis=-1))

@@ -59,11 +59,11 @@ def checkpointed(folder: pathlib.Path, training: str) -> list[int]:
 
 def assert_same_weights(folder: pathlib.Path, wanted: pathlib.Path, *stages: str) -> None:
     for stage in stages or ("pretrain", "finetune"):
-        found = jax.device_get(gptv_jax.load(folder, stage)._params)
+        found = jax.device_get(gptv_jax.load(folder, stage).params)
         jax.tree.map(
             np.testing.assert_array_equal,
             found,
-            jax.device_get(gptv_jax.load(wanted, stage)._params),
+            jax.device_get(gptv_jax.load(wanted, stage).params),
         )
 
 
@@ -426,8 +426,8 @@ def test_weights_of_another_run_are_tuned_and_beside_them_fresh_ones(main, finis
     summary = json.loads(ended.output)
     assert summary["probe/best_layer"] in (0, 1) and "pretrain/steps" not in summary
     assert summary["finetune/scratch_test_nats_per_token"] == pytest.approx(np.log(17))  # fresh
-    found = gptv_jax.load(folder, "finetune")._params
-    wanted = gptv_jax.load(finished_run.folder, "pretrain")._params
+    found = gptv_jax.load(folder, "finetune").params
+    wanted = gptv_jax.load(finished_run.folder, "pretrain").params
     without_head = {name: found[name] for name in wanted}
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-20), without_head, wanted)
 

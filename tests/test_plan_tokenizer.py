@@ -12,6 +12,7 @@ from gptv_jax import sharding
 from gptv_jax.errors import InputError
 from gptv_jax.model import flops
 from gptv_jax.planning import plan, search, table, topology
+from gptv_jax.planning.tokenizer import TokenizerTraining
 from gptv_jax.train import autoencoding, optimizer
 
 GPU = topology.parse("gpu:4xh100")
@@ -31,7 +32,7 @@ CONFIG = config_lib.Config(
 
 
 def planned(config=CONFIG, devices=GPU, **options) -> plan.Plan:
-    return plan.make(config, devices, "tokenizer", **options)
+    return plan.make(config, devices, TokenizerTraining, **options)
 
 
 def with_settings(**changes) -> config_lib.Config:
@@ -88,13 +89,13 @@ def test_an_image_costs_its_encoder_and_its_decoder():
     )
     assert numbers["flops_per_step"] == 16 * numbers["flops_per_image"]
     assert numbers["days"] == pytest.approx(100 * found.step_seconds / 86_400)
-    shown = table.show(found, search.smallest(CONFIG, GPU, "tokenizer"))
+    shown = table.show(found, search.smallest(CONFIG, GPU, TokenizerTraining))
     assert "in the encoder" in shown and "100 steps at least" in shown
     assert found.flags == [f"--config.mesh.{axis}={n}" for axis, n in found.sizes.items()]
 
 
 def test_the_search_is_over_meshes_alone():
-    plans = search.search(CONFIG, GPU, "tokenizer")
+    plans = search.search(CONFIG, GPU, TokenizerTraining)
     assert sorted((p.sizes["data"], p.sizes["fsdp"]) for p in plans) == [(1, 4), (2, 2), (4, 1)]
 
 

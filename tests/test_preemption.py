@@ -1,5 +1,7 @@
-"""SIGTERM, at any moment: what was done is saved, and the run goes on as if it had not been."""
+"""SIGTERM at any moment: the training saves its state, and continues as if it had not stopped."""
 
+import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -30,9 +32,9 @@ def uninterrupted(training, tmp_path_factory):
 
 @pytest.fixture(autouse=True, scope="module")
 def answered():
-    """Signals are answered in this process, as in the command's."""
+    """This process answers signals as the commands do."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    stopping.install(lambda: os._exit(130))
+    stopping.install()
     yield
     signal.set_wakeup_fd(-1)
     for number, handler in before.items():
@@ -40,12 +42,11 @@ def answered():
 
 
 def terminate() -> None:
-    """A real SIGTERM to this process, while it trains; returns when it was heard."""
-    request = stopping._current
-    assert request is not None  # else the process would end
+    """Sends SIGTERM to this process while a training runs; returns when the training sees it."""
     os.kill(os.getpid(), signal.SIGTERM)
-    while request.since is None:
-        time.sleep(0.001)
+    with pytest.raises(hosts.EvaluationStoppedError):
+        for _ in hosts.until_stop(itertools.repeat({})):
+            time.sleep(0.001)
 
 
 def terminated(training: Training, folder: pathlib.Path, every: int, stop: tuple[str, int]) -> int:
@@ -62,7 +63,7 @@ def stopped_at(told: str) -> int:
     return int(re.fullmatch(f"pretrain stopped by SIGTERM {saved}", told)[1])
 
 
-# The step that SIGTERM is to stop it at; the even ones are evaluated.
+# SIGTERM at an event, and the step at which it stops the training; even steps are evaluated.
 MOMENTS = {
     ("next batch", 1): 2,
     ("next batch", 4): 5,
@@ -76,7 +77,7 @@ MOMENTS = {
 
 
 @pytest.mark.parametrize("moment", MOMENTS, ids=lambda m: f"{m[0]} {m[1]}")
-def test_stopped_after_the_step_under_way_it_ends_as_if_it_had_not_been(
+def test_a_training_stopped_by_sigterm_ends_as_if_it_had_not_stopped(
     training, uninterrupted, tmp_path, moment
 ):
     assert terminated(training, tmp_path, 2, moment) == MOMENTS[moment]
@@ -84,14 +85,16 @@ def test_stopped_after_the_step_under_way_it_ends_as_if_it_had_not_been(
     assert_identical(training.run(tmp_path, 2, unevaluated=late), uninterrupted)
 
 
-def test_stopped_again_and_again_it_ends_as_if_it_had_not_been(training, uninterrupted, tmp_path):
+def test_a_training_stopped_repeatedly_ends_as_if_it_had_not_stopped(
+    training, uninterrupted, tmp_path
+):
     for taken in (1, 3, 5):  # a process that has not taken a step has nothing to save
         assert terminated(training, tmp_path, 100, ("next batch", taken)) == taken + 1
     assert_identical(training.run(tmp_path, 100, unevaluated=1), uninterrupted)
 
 
 @pytest.mark.parametrize("kill", [("evaluation", 4), ("next batch", 4), ("next batch", 5)])
-def test_killed_about_the_evaluation_that_was_given_up_it_makes_it_again(
+def test_a_training_killed_near_the_evaluation_that_it_gave_up_repeats_the_evaluation(
     training, uninterrupted, tmp_path, kill
 ):
     assert terminated(training, tmp_path, 100, ("evaluation", 4)) == 4
@@ -99,21 +102,19 @@ def test_killed_about_the_evaluation_that_was_given_up_it_makes_it_again(
     assert_identical(training.run(tmp_path, 100), uninterrupted)
 
 
-def test_an_evaluation_is_given_up_between_two_batches(training, uninterrupted, tmp_path):
-    read, taken = training.eval_step, []
+def test_an_evaluation_stops_between_two_batches(training, uninterrupted, tmp_path, monkeypatch):
+    metric, taken = training.metric, []
 
-    def eval_step(params, batch):
+    def step(params, batch):
         taken.append(len(taken))
         if len(taken) == 3:  # two at step 0, the first at step 2
             terminate()
-        return read(params, batch)
+        return metric.step(params, batch)
 
-    training.eval_step = eval_step
-    try:
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "metric", dataclasses.replace(metric, step=step))
         with pytest.raises(hosts.StoppedError, match="at step 2,"):
             training.run(tmp_path, 2)
-    finally:
-        training.eval_step = read
     assert len(taken) == 3
     assert_identical(training.run(tmp_path, 2), uninterrupted)
 
@@ -122,9 +123,8 @@ def test_an_evaluation_is_given_up_between_two_batches(training, uninterrupted, 
 
 OUTSIDE = """
 import time
-from gptv_jax import errors, hosts
 from gptv_jax.hosts import stopping
-stopping.install(lambda: errors.end(130, "interrupted"))
+stopping.install()
 print("ready", flush=True)
 while True:
     try:
@@ -132,14 +132,15 @@ while True:
     except BaseException:  # as a library's callback may
         pass
 """
+OUTSIDE_A_TRAINING = "stopped by SIGTERM; the same command continues from the last checkpoint"
 TOO_LATE = """
 import time
-from gptv_jax import errors, hosts
+from gptv_jax import hosts
 from gptv_jax.hosts import stopping
-stopping.install(lambda: errors.end(130, "interrupted"))
+stopping.install()
 with hosts.deferred_stop() as request:
     print("ready", flush=True)
-    while request.since is None:
+    while not request.agreed():
         time.sleep(0.01)
     print("saved", flush=True)
 print("on", flush=True)
@@ -150,20 +151,19 @@ print("on", flush=True)
 @pytest.mark.parametrize(
     ("script", "last"), [(OUTSIDE, ""), (TOO_LATE, "saved\n")], ids=["outside", "late"]
 )
-def test_where_nothing_is_left_to_save_it_ends_at_once(script, last):
+def test_sigterm_ends_a_process_at_once_where_nothing_is_to_save(script, last):
     command, pipe = [sys.executable, "-c", script], subprocess.PIPE
     with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as process:
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGTERM)
         output, told = process.communicate(timeout=30)
     assert (process.returncode, output) == (143, last)
-    sentence = "stopped by SIGTERM; the same command continues from the last checkpoint"
-    assert told.splitlines()[-1] == sentence
+    assert told.splitlines()[-1] == OUTSIDE_A_TRAINING
 
 
 @pytest.mark.process
 @pytest.mark.parametrize(("before", "code"), [("default_int_handler", 130), ("SIG_IGN", 143)])
-def test_an_interrupt_ends_it_wherever_it_is_but_in_a_shell_s_background(before, code):
+def test_sigint_ends_a_process_at_once_but_not_in_the_background_of_a_shell(before, code):
     script = f"import signal\nsignal.signal(signal.SIGINT, signal.{before})\n{OUTSIDE}"
     command, pipe = [sys.executable, "-c", script], subprocess.PIPE
     with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as process:
@@ -188,26 +188,31 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-@pytest.mark.process
-def test_of_two_processes_one_is_asked_and_both_stop_after_the_same_step(tmp_path):
-    folder = tmp_path / "run"
+def two_processes(folder: pathlib.Path, logs: list[pathlib.Path]) -> list[subprocess.Popen]:
     settings = ["--stages=pretrain", "--config.train.steps=100000", "--config.train.eval_every=50"]
     settings += ["--config.train.checkpoint_every=100000", "--config.data.validation_split=train"]
-    begun = 0
-    for asked, evaluating in ((1, False), (0, True)):
-        port, logs = free_port(), [tmp_path / f"log-{asked}-{index}" for index in (0, 1)]
-        processes = []
-        for index, log in enumerate(logs):
-            command = [sys.executable, "-m", "gptv_jax.main", f"--coordinator=127.0.0.1:{port}"]
-            command += ["--num_processes=2", f"--process_id={index}"]
-            with log.open("w") as file:
-                arguments = [*command, *small_arguments(folder, *settings)]
-                processes.append(subprocess.Popen(arguments, stdout=file, stderr=file))
+    meeting = [f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2"]
+    processes = []
+    for index, log in enumerate(logs):
+        command = [sys.executable, "-m", "gptv_jax.main", *meeting, f"--process_id={index}"]
+        with log.open("w") as file:
+            arguments = [*command, *small_arguments(folder, *settings)]
+            processes.append(subprocess.Popen(arguments, stdout=file, stderr=file))
+    return processes
 
-        def reached(evaluating=evaluating, begun=begun) -> bool:
-            found = [e for e in events(folder) if e["step"] > begun]
-            found = [e for e in found if "nats_per_token" in e]
-            return bool(found) and (not evaluating or found[-1]["step"] % 50 == 0)
+
+@pytest.mark.process
+def test_sigterm_to_one_of_two_processes_stops_both_after_the_same_step(tmp_path):
+    folder, begun = tmp_path / "run", 0
+    for asked, moment in ((1, "start"), (1, "step"), (0, "evaluation")):
+        logs = [tmp_path / f"log-{moment}-{index}" for index in (0, 1)]
+        processes = two_processes(folder, logs)
+
+        def reached(moment=moment, begun=begun, logs=logs) -> bool:
+            if moment == "start":  # both have met, and compile
+                return all("of 2 devices" in log.read_text() for log in logs)
+            found = [e for e in events(folder) if e["step"] > begun and "nats_per_token" in e]
+            return bool(found) and (moment == "step" or found[-1]["step"] % 50 == 0)
 
         while not reached() and all(p.poll() is None for p in processes):
             time.sleep(0.0005)
@@ -219,13 +224,17 @@ def test_of_two_processes_one_is_asked_and_both_stop_after_the_same_step(tmp_pat
                 process.kill()
                 process.wait()
         told = [log.read_text() for log in logs]
-        assert codes == [stopping.EXIT_CODE] * 2, told
-        steps = [stopped_at(text.splitlines()[-1]) for text in told]
+        assert codes == [stopping.STOPPED] * 2, told
+        last = [text.splitlines()[-1] for text in told]
+        if moment == "start":
+            assert last == [OUTSIDE_A_TRAINING] * 2
+            continue
+        steps = [stopped_at(line) for line in last]
         assert steps[0] == steps[1] > begun
         assert (folder / "checkpoints" / "pretrain" / str(steps[0])).exists()
         assert not begun or f"continues from step {begun} of 100000; 0 steps" in told[0]
         begun = steps[0]
-        if evaluating:  # which it gave up
+        if moment == "evaluation":  # the run gave it up
             assert begun % 50 == 0 and "nats_per_token" in events(folder)[-1]
 
 
@@ -254,7 +263,7 @@ def alive(pid: int) -> bool:
 
 @pytest.mark.process
 @pytest.mark.skipif(not pathlib.Path("/proc/self/stat").exists(), reason="no /proc")
-def test_a_worker_outlives_sigterm_but_not_the_process_it_reads_for(tmp_path):
+def test_a_reader_process_survives_sigterm_but_ends_with_the_process_it_reads_for(tmp_path):
     script, pipe = tmp_path / "reader.py", subprocess.PIPE
     script.write_text(READER)
     with subprocess.Popen([sys.executable, script], stdin=pipe, stdout=pipe, text=True) as reader:

@@ -11,7 +11,7 @@ from conftest import Ended, encoded, make_folder, random_image
 from gptv_jax import config as config_lib
 from gptv_jax.data import cache, sources
 from gptv_jax.errors import InputError
-from gptv_jax.tokens import PaletteTokens
+from gptv_jax.tokens import PaletteCodec
 
 pytestmark = pytest.mark.process
 
@@ -65,7 +65,7 @@ def test_a_folder_of_images_becomes_a_cache_that_training_can_read(prepare, fold
     assert found.lengths == {"train": 40} and found.classes == 2
     assert found.transforms == ("decode()", "resize(16)")
     codec, source = found.codec(), found.open("train")
-    assert isinstance(codec, PaletteTokens) and codec.definition.provenance["method"]
+    assert isinstance(codec, PaletteCodec) and codec.definition.provenance["method"]
     labels = [int(source[i]["label"]) for i in range(40)]
     assert sorted(labels) == [0] * 20 + [1] * 20
     tokens = np.stack([source[i]["image"].ravel() for i in range(40)]).astype(np.int32)

@@ -20,8 +20,9 @@ from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.errors import InputError
 from gptv_jax.probe import features, logistic, ridge
 from gptv_jax.runs import report
-from gptv_jax.runs.run import Run
-from gptv_jax.stages import finetune, pretrain, probe
+from gptv_jax.runs.context import Context
+from gptv_jax.stages import finetune, pretrain, probe, setup
+from gptv_jax.stages import pretrained as pretrained_weights
 from gptv_jax.train import objective
 
 # Features.
@@ -182,15 +183,15 @@ def at_work(*_, **__):
     pytest.fail("called although nothing was to be done")
 
 
-def pretrained(folder, config) -> tuple[Run, dict]:
-    run = Run(config, str(folder))
+def pretrained(folder, config) -> tuple[Context, dict]:
+    run = setup.open_run(config, str(folder))
     with jax.set_mesh(run.mesh):
         run.finish("pretrain", pretrain.run_stage(run))
-        return run, jax.device_get(run.pretrained(run.network()))
+        return run, jax.device_get(pretrained_weights.load(run, run.network()).params)
 
 
 @pytest.fixture(scope="module")
-def probed_in_passing(tmp_path_factory) -> tuple[Run, dict]:
+def probed_in_passing(tmp_path_factory) -> tuple[Context, dict]:
     """A pretraining with ridge tables on the way, and its weights."""
     return pretrained(tmp_path_factory.mktemp("probed") / "run", TINY)
 
@@ -200,10 +201,10 @@ def test_ridge_tables_during_pretraining_are_logged_and_change_nothing(probed_in
     quiet = dataclasses.replace(TINY, probe=dataclasses.replace(TINY.probe, every=0))
     other, wanted = pretrained(tmp_path / "quiet", quiet)
     jax.tree.map(np.testing.assert_array_equal, params, wanted)
-    tables = [e for e in events(run.folder) if "ridge_best_layer" in e]
+    tables = [e for e in events(run.folder.path) if "ridge_best_layer" in e]
     assert [table["step"] for table in tables] == [0, 2, 4]
     assert all(0.1 < table["ridge_validation_accuracy"] <= 1 for table in tables)
-    rest = [e for e in events(run.folder) if "ridge_best_layer" not in e]
+    rest = [e for e in events(run.folder.path) if "ridge_best_layer" not in e]
     assert rest == events(other.folder)
 
 
@@ -214,7 +215,7 @@ def bert(tmp_path_factory) -> config_lib.Config:
     quiet = dataclasses.replace(TINY.probe, every=0)
     config = dataclasses.replace(TINY, model=model, probe=quiet)
     run, _ = pretrained(tmp_path_factory.mktemp("bert") / "run", config)
-    return dataclasses.replace(config, init_from=str(run.folder))
+    return dataclasses.replace(config, init_from=str(run.folder.path))
 
 
 @pytest.fixture
@@ -243,7 +244,7 @@ def test_a_probe_that_continues_fits_only_what_is_left(autoregressive, tmp_path,
     monkeypatch.setattr(probe, "fit_probe", stopped)
     numbers, counts = [], []
     for name, stops in (("whole", [0]), ("stopped", [2, 6, 0])):
-        run = Run(config, str(tmp_path / name))
+        run = setup.open_run(config, str(tmp_path / name))
         for stop in stops:
             fits.clear()
             with jax.set_mesh(run.mesh):
@@ -275,7 +276,7 @@ def test_the_stage_writes_its_numbers_and_files(request, tmp_path, monkeypatch, 
     config = dataclasses.replace(
         config, probe=dataclasses.replace(config.probe, sgd=small, **changes)
     )
-    run = Run(config, str(tmp_path / "run"))
+    run = setup.open_run(config, str(tmp_path / "run"))
     asked, train = [], run.data.train
     monkeypatch.setattr(run.data, "train", lambda *given: asked.append(given) or train(*given))
     with jax.set_mesh(run.mesh):
@@ -286,8 +287,8 @@ def test_the_stage_writes_its_numbers_and_files(request, tmp_path, monkeypatch, 
             assert asked == [(16, 0, ("shift(pixels=1)",))]  # the probe's own transforms
             monkeypatch.setattr(ridge, "tabulate", at_work)  # the heads are still there
             assert probe.run_stage(run) == numbers
-    summary = run.summary()
-    rows = json.loads((run.folder / "probe" / "layers.json").read_text())
+    summary = run.folder.summary()
+    rows = json.loads((run.folder.path / "probe" / "layers.json").read_text())
     assert [row["layer"] for row in rows] == [0, 1, 2]
     refined = [r for r in rows if r["validation_accuracy"] is not None]
     assert len(refined) == (config.probe.refine or 3)
@@ -306,13 +307,16 @@ def test_the_stage_writes_its_numbers_and_files(request, tmp_path, monkeypatch, 
     for per_class in config.probe.labels_per_class:
         name = f"probe/labels_{per_class}_test_accuracy"
         assert 0 < summary[name] < 1 and summary[f"{name}_deviation"] >= 0
-    assert (run.folder / "probe" / "layers.png").exists()
-    assert "ridge, test" in (run.folder / "report.html").read_text()
+    assert (run.folder.path / "probe" / "layers.png").exists()
+    assert "ridge, test" in (run.folder.path / "report.html").read_text()
 
 
 def test_few_labels_are_those_of_the_best_layer(autoregressive, tmp_path, monkeypatch):
     settings = dataclasses.replace(autoregressive.probe, labels_per_class=(2,))
-    run, given = Run(dataclasses.replace(autoregressive, probe=settings), str(tmp_path / "run")), {}
+    run, given = (
+        setup.open_run(dataclasses.replace(autoregressive, probe=settings), str(tmp_path / "run")),
+        {},
+    )
 
     def recorded(_, splits, seed):
         given.update(splits)
@@ -322,7 +326,9 @@ def test_few_labels_are_those_of_the_best_layer(autoregressive, tmp_path, monkey
     with jax.set_mesh(run.mesh):
         best = probe.run_stage(run)["best_layer"]
         network, images = run.network(), features.batches(run.data, settings)
-        read = features.of_network(network, run.pretrained(network), images, raw=False)
+        read = features.of_network(
+            network, pretrained_weights.load(run, network).params, images, raw=False
+        )
         wanted = features.kept(read, [0, 1, 2])
     np.testing.assert_array_equal(given["train"][0], wanted.taken([best])["train"][0])
     others = [wanted.taken([layer])["train"][0] for layer in {0, 1, 2} - {best}]
@@ -330,10 +336,12 @@ def test_few_labels_are_those_of_the_best_layer(autoregressive, tmp_path, monkey
 
 
 def test_bert_is_read_under_every_vote_but_for_training(bert, tmp_path):
-    run = Run(bert, str(tmp_path / "run"))
+    run = setup.open_run(bert, str(tmp_path / "run"))
     with jax.set_mesh(run.mesh):
         network, images = run.network(), features.batches(run.data, bert.probe)
-        read = features.of_network(network, run.pretrained(network), images, raw=False)
+        read = features.of_network(
+            network, pretrained_weights.load(run, network).params, images, raw=False
+        )
         votes = {split: next(read(split))[0] for split in ("train", "validation", "test")}
     assert [len(x) for x in votes.values()] == [1, 2, 2]
     assert np.abs(votes["test"][0] - votes["test"][1]).max() > 1e-4
@@ -353,11 +361,11 @@ def test_fine_tuning_only_centres_a_constant_feature(probed_in_passing, tmp_path
     train = dataclasses.replace(TINY.train, steps=1)
     settings = config_lib.Finetune(train=train, standardize=True)
     config = dataclasses.replace(TINY, init_from=str(path), finetune=settings)
-    run = Run(config, str(tmp_path / "run"))
+    run = setup.open_run(config, str(tmp_path / "run"))
     with jax.set_mesh(run.mesh):
         finetune.run_stage(run)
         abstract = sharding.abstract(run.network(run.classes).init)
-        with Checkpoints(run.checkpoints("finetune"), read_only=True) as checkpoints:
+        with Checkpoints(run.folder.checkpoints("finetune"), read_only=True) as checkpoints:
             state, _ = checkpoints.restore_latest({"params": abstract})
     scale = np.asarray(state["params"]["classifier"]["class_scale"])
     assert scale[3] == 1 and 1 < np.delete(scale, 3).min() < np.delete(scale, 3).max() < 1e4
@@ -385,14 +393,14 @@ def test_settings_that_do_not_fit_together_are_refused(changes, words):
 def test_tables_of_images_without_labels_are_refused(tmp_path):
     config = dataclasses.replace(TINY, data=config_lib.Data(labels=False))
     with pytest.raises(InputError, match=r"config\.probe\.every is 2, .*no labels"):
-        Run(config, str(tmp_path / "run"))
+        setup.open_run(config, str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
 def test_more_labels_than_images_are_refused_before_any_work(autoregressive, tmp_path, monkeypatch):
     monkeypatch.setattr(ridge, "tabulate", at_work)
     asked = dataclasses.replace(TINY.probe, labels_per_class=(4, 400))
-    run = Run(dataclasses.replace(autoregressive, probe=asked), str(tmp_path / "run"))
+    run = setup.open_run(dataclasses.replace(autoregressive, probe=asked), str(tmp_path / "run"))
     with jax.set_mesh(run.mesh), pytest.raises(InputError, match="labels_per_class has 400, but"):
         probe.run_stage(run)
-    assert not (run.folder / "probe").exists()
+    assert not (run.folder.path / "probe").exists()

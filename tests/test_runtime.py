@@ -38,7 +38,7 @@ from gptv_jax.hosts import runtime
 runtime.COMPILE_SECONDS = 0.0
 events = []
 jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
-runtime.keep_programs()
+runtime.cache_programs()
 jax.jit(lambda x: jax.numpy.sin(x) @ x)(jax.numpy.ones((8, 8))).block_until_ready()
 found = sum(event == "/jax/compilation_cache/cache_hits" for event in events)
 print(json.dumps([jax.config.jax_compilation_cache_dir, found]))
@@ -110,7 +110,7 @@ def test_programs_are_kept_apart_by_what_the_processor_can_do(monkeypatch):
     def kind(flags, speed):
         told = f"processor: 0\ncpu MHz: {speed}\nflags: {flags}\n"
         monkeypatch.setattr(pathlib.Path, "read_text", lambda path: told)
-        return runtime._kind()
+        return runtime.machine_kind()
 
     assert kind("sse avx2", 2000) == kind("sse avx2", 3000) != kind("sse avx2 avx512f", 2000)
 

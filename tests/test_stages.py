@@ -21,13 +21,12 @@ from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.data import sources
-from gptv_jax.decode import likelihood
+from gptv_jax.decode import generation, likelihood
 from gptv_jax.decode.sampler import Sampler
 from gptv_jax.errors import InputError
 from gptv_jax.runs import pictures
 from gptv_jax.runs.record import config_of
-from gptv_jax.runs.run import Run
-from gptv_jax.stages import probe, sample
+from gptv_jax.stages import probe, sample, setup
 from gptv_jax.train import loop
 from gptv_jax.train.evaluation import CLASSIFICATION
 from gptv_jax.train.metrics import MetricWriter
@@ -92,7 +91,9 @@ def test_the_layer_is_chosen_on_validation_alone(finished_run, tmp_path, monkeyp
 
     monkeypatch.setattr(probe, "fit_probe", scripted)
     config = config_of(finished_run.folder)
-    run = Run(dataclasses.replace(config, init_from=str(finished_run.folder)), str(tmp_path))
+    run = setup.open_run(
+        dataclasses.replace(config, init_from=str(finished_run.folder)), str(tmp_path)
+    )
     with jax.set_mesh(run.mesh):
         numbers = probe.run_stage(run)
     assert numbers["best_layer"] == 0
@@ -248,7 +249,7 @@ def test_fine_tuning_begins_with_the_pretrained_weights_and_its_floor_with_none(
 def test_the_head_is_standardised_by_the_statistics_of_the_training_split(finished_run):
     given = gptv_jax.load(finished_run.folder, "pretrain")
     features = given.features(images_of("train"), layer=SMALL["model.layers"]).astype(np.float64)
-    head = gptv_jax.load(finished_run.folder, "finetune")._params["classifier"]
+    head = gptv_jax.load(finished_run.folder, "finetune").params["classifier"]
     np.testing.assert_allclose(head["class_center"], features.mean(axis=0), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(head["class_scale"], 1 / features.std(axis=0), rtol=1e-3)
 
@@ -259,7 +260,7 @@ def test_weights_of_another_network_are_refused(finished_run, tmp_path):
     wider = dataclasses.replace(config.model, width=32)
     config = dataclasses.replace(config, init_from=str(finished_run.folder), model=wider)
     with pytest.raises(InputError) as caught:
-        Run(config, str(tmp_path / "run"))
+        setup.open_run(config, str(tmp_path / "run"))
     assert "config.model.width is 32, expected 16" in str(caught.value)
     assert str(finished_run.folder) in str(caught.value) and not (tmp_path / "run").exists()
 
@@ -327,7 +328,7 @@ def conditional(tmp_path_factory) -> config_lib.Config:
 
 
 def test_a_class_conditional_network_shows_a_row_of_each_class(conditional, tmp_path):
-    run = Run(conditional, str(tmp_path), ["sample"])
+    run = setup.open_run(conditional, str(tmp_path), ["sample"])
     with jax.set_mesh(run.mesh):
         numbers = sample.run_stage(run)
     assert numbers["count"] == 20 and numbers["tokens_per_second"] > 0
@@ -336,21 +337,30 @@ def test_a_class_conditional_network_shows_a_row_of_each_class(conditional, tmp_
         shown = cells(np.asarray(picture), columns=2)
     model = gptv_jax.load(conditional.init_from)
     settings = {"guidance": 3.0, "guidance_schedule": "cosine"}
-    wanted = model.sample(20, conditional.seed, label=np.arange(20) // 2, **settings)
+    wanted = model.sample(20, conditional.seed, labels=np.arange(20) // 2, **settings)
     np.testing.assert_array_equal(shown, model.codec.picture(wanted))
 
 
 def test_test_images_are_completed_and_judged_as_of_their_class(conditional, tmp_path, monkeypatch):
     config = dataclasses.replace(conditional.sample, count=10, completions=3)
-    run = Run(dataclasses.replace(conditional, sample=config), str(tmp_path), ["sample"])
-    told, draw, nats = [], Sampler.draw, likelihood.nats
-    monkeypatch.setattr(Sampler, "draw", lambda *given: told.append(given[3]) or draw(*given))
+    run = setup.open_run(dataclasses.replace(conditional, sample=config), str(tmp_path), ["sample"])
+    told, keys, draw, nats = [], [], Sampler.draw, likelihood.nats
+
+    def noted(self, given, key, labels, **options):
+        told.append(labels)
+        keys.append(tuple(jax.random.key_data(key).tolist()))
+        return draw(self, given, key, labels, **options)
+
+    monkeypatch.setattr(Sampler, "draw", noted)
     monkeypatch.setattr(likelihood, "nats", lambda *given: told.append(given[3]) or nats(*given))
     with jax.set_mesh(run.mesh):
         sample.run_stage(run)
     (batch,) = itertools.islice(run.data.evaluation("test", 3), 1)
-    *new, completed, inpainted, judged = told
-    assert [labels.tolist() for labels in new] == [list(range(10))] * 2  # to compile, then to time
+    new, completed, inpainted, judged = told  # each is drawn once
+    assert new.tolist() == list(range(10))
+    seed = jax.random.key(conditional.seed)
+    of_tokens = [jax.random.key_data(generation.token_key(seed, p)).tolist() for p in range(64)]
+    assert len({*keys, *map(tuple, of_tokens)}) == 3 + 64  # no section's key is a token's
     for labels in (completed, inpainted, judged):
         np.testing.assert_array_equal(labels, batch["label"])
 
@@ -358,7 +368,7 @@ def test_test_images_are_completed_and_judged_as_of_their_class(conditional, tmp
 def test_guidance_without_classes_is_refused_before_any_work(conditional, tmp_path):
     model = dataclasses.replace(conditional.model, class_tokens=0)
     with pytest.raises(InputError) as caught:
-        Run(dataclasses.replace(conditional, model=model), str(tmp_path / "run"))
+        setup.open_run(dataclasses.replace(conditional, model=model), str(tmp_path / "run"))
     assert "config.sample.guidance is 3" in str(caught.value)
     assert "config.model.class_tokens is 0" in str(caught.value)
     assert not (tmp_path / "run").exists()

@@ -135,7 +135,7 @@ def test_a_tokenizer_is_trained_measured_and_shown(finished, data):
     assert 0 < summary["tokenizer/test_ssim"] < 1 and summary["tokenizer/codes"] == 125
     assert 1 < summary["tokenizer/perplexity"] <= 125 * summary["tokenizer/codes_used"]
     assert summary["tokenizer/dead_codes"] == 125 - round(125 * summary["tokenizer/codes_used"])
-    codec = learned.LearnedTokens(learned.load(finished), 16)
+    codec = learned.LearnedCodec(learned.load(finished), 16)
     images = np.load(data)["test_images"]
     made = codec.decode(codec.encode(images)).astype(float)
     error = np.maximum(np.square(made - images).mean(axis=(1, 2, 3)), 0.25)

@@ -118,7 +118,7 @@ ENTRIES = {
     "normalize(clip=0.01)": (20, 30),
 }
 RANDOM = [entry for entry in ENTRIES if transforms.parse(entry).random]
-MOVING = [entry for entry in ENTRIES if not transforms.parse(entry).of_pixels]
+MOVING = [entry for entry in ENTRIES if not transforms.parse(entry).needs_pixels]
 
 
 def test_the_lists_above_have_every_transform():

@@ -11,8 +11,7 @@ from conftest import SMALL, random_batch, random_params, tiny_network
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.config import fields
-from gptv_jax.runs.run import Run
-from gptv_jax.stages import pretrain
+from gptv_jax.stages import pretrain, setup
 from gptv_jax.train import loop, optimizer, step
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -97,7 +96,7 @@ def test_pretraining_takes_the_rates_of_its_base_width(tmp_path, monkeypatch):
     changes = {"model.width": 16, "model.base_width": 4, "train.optimizer.name": "adam"}
     changes |= {"train.optimizer.learning_rate": 0.01, "train.optimizer.warmup_steps": 0}
     flat = fields.flatten(config_lib.Config()) | SMALL | changes
-    run = Run(config_lib.resolve(fields.unflatten(flat)), str(tmp_path))
+    run = setup.open_run(config_lib.resolve(fields.unflatten(flat)), str(tmp_path))
 
     def one_step(*_, initial, train_step, batches, **__):
         state, _ = train_step(initial(), sharding.global_batch(next(batches(0))))

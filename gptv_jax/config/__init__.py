@@ -14,7 +14,7 @@ from gptv_jax.config.autoencoder import Autoencoder, Tokenizer
 from gptv_jax.config.data import Data, Tokens
 from gptv_jax.config.fields import NOT_NEGATIVE, field
 from gptv_jax.config.model import Model
-from gptv_jax.config.stages import Finetune, Generate, Probe, ProbeSgd, Sample
+from gptv_jax.config.stages import Drawing, Finetune, Generate, Probe, ProbeSgd, Sample
 from gptv_jax.config.train import Mesh, Optimizer, Profile, Train
 from gptv_jax.errors import InputError
 
@@ -22,6 +22,7 @@ __all__ = [
     "Autoencoder",
     "Config",
     "Data",
+    "Drawing",
     "Finetune",
     "Generate",
     "Mesh",

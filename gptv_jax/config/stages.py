@@ -88,24 +88,37 @@ class Finetune:
 
 
 @dataclasses.dataclass(frozen=True)
-class Sample:
-    """Pictures made at the end of a run."""
+class Drawing:
+    """How tokens are drawn from the network's logits.
 
-    # New images; of a class-conditional network a row for each class, or for some of them.
-    count: int = field(64, POSITIVE)
-    # Test images whose upper part is kept and whose rest is drawn, then those whose middle is; and
-    # whose surprise is shown.
-    completions: int = field(16, NOT_NEGATIVE)
-    keep: float = field(0.5, SHARE)  # share of rows kept in a completion
-    temperature: float = field(1.0, NOT_NEGATIVE)  # 0: the most likely token
-    top_k: int | None = field(None, POSITIVE)  # draw among the k most likely tokens; None: all
-    # Draw among the fewest most likely tokens that reach this probability; None: all.
+    temperature: divides the logits; 0 takes the most likely token.
+    top_k: draw among the k most likely tokens; None: among all tokens.
+    top_p: draw among the fewest most likely tokens whose probabilities reach p; None: among all.
+    guidance: scale of classifier-free guidance; 1 draws from the class's own distribution, more
+      moves further away from the distribution without a class. Needs labels.
+    guidance_schedule: "constant", or "cosine", which rises from 1 at the first token to `guidance`
+      at the last (RAR, Yu et al. 2024, arXiv:2411.00776).
+    guidance_power: of the schedule "cosine"; the higher, the later the scale rises.
+    """
+
+    temperature: float = field(1.0, NOT_NEGATIVE)
+    top_k: int | None = field(None, POSITIVE)
     top_p: float | None = field(None, ("above 0 up to 1", lambda v: 0 < v <= 1))
-    # Scale of classifier-free guidance, away from what the network draws of any class; 1: none.
     guidance: float = field(1.0, NOT_NEGATIVE)
-    # How it goes with the position: as it is, or rising to it from 1 along a cosine (RAR).
     guidance_schedule: str = field("constant", one_of("constant", "cosine"))
-    guidance_power: float = field(1.0, ABOVE_ZERO)  # of cosine: the higher, the later it rises
+    guidance_power: float = field(1.0, ABOVE_ZERO)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample(Drawing):
+    """Pictures made at the end of a run, drawn as the fields of `Drawing` say."""
+
+    # New images; of a class-conditional network a row for each class, or for some of the classes.
+    count: int = field(64, POSITIVE)
+    # Test images of which the upper part is kept and the rest drawn, then of which the middle is
+    # drawn; the surprise of their pixels is shown too.
+    completions: int = field(16, NOT_NEGATIVE)
+    keep: float = field(0.5, SHARE)  # share of the rows that a completion keeps
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Transforms of where pixels lie: crops, sizes, flips and shifts; `transforms.py` names them."""
+"""Transforms that move pixels: crops, resizes, flips and shifts."""
 
 import dataclasses
 import math
@@ -9,6 +9,7 @@ from PIL import Image
 
 from gptv_jax.config.fields import NOT_NEGATIVE, POSITIVE, SHARE, field, one_of
 from gptv_jax.data.images import to_array, to_picture
+from gptv_jax.data.transform import Transform
 from gptv_jax.errors import InputError
 
 METHODS = {
@@ -26,16 +27,16 @@ def _range(most: float):
 
 
 @dataclasses.dataclass(frozen=True)
-class Shift:
-    """Moves the image by up to `pixels` in each direction and fills with 0.
+class Shift(Transform):
+    """Moves the image by up to `pixels` in each direction and fills the border with 0.
 
-    With probability `keep` it stays where it is, else every shift (that one too) is equally
-    likely. The variant names the shift, 0 being none: distribution augmentation (Jun et al. 2020)
-    gives each a start vector of its own.
+    With probability `keep` the image stays where it is; otherwise every shift, no shift included,
+    is equally likely. Each shift is a variant with a number, 0 for no shift: in distribution
+    augmentation (Jun et al. 2020) each variant has a start vector.
     """
 
     random: ClassVar = True
-    of_pixels: ClassVar = False
+    needs_pixels: ClassVar = False
     pixels: int = field(1, POSITIVE)
     keep: float = field(0.0, SHARE)
 
@@ -45,53 +46,47 @@ class Shift:
         return (2 * self.pixels + 1) ** 2
 
     def draw(self, rng: np.random.Generator) -> int:
-        """The variant to make of the next image."""
+        """Draws the variant for the next image."""
         return 0 if rng.random() < self.keep else int(rng.integers(self.variants))
 
     def variant(self, image: np.ndarray, variant: int) -> np.ndarray:
-        """That variant of the image."""
+        """The image, shifted as the number `variant` says."""
         side = 2 * self.pixels + 1
         # Variants count from the middle of the square of shifts, so that 0 is no shift.
         down, right = divmod((variant + self.variants // 2) % self.variants, side)
         height, width = image.shape[:2]
-        padded = _padded(image, self.pixels, mode="constant")
+        padded = _pad(image, self.pixels, mode="constant")
         top, left = 2 * self.pixels - down, 2 * self.pixels - right
         return padded[top : top + height, left : left + width]
 
     def __call__(self, image, rng):
-        """The image moved; `draw` and `variant` also tell where to."""
         return self.variant(image, self.draw(rng))
 
 
 @dataclasses.dataclass(frozen=True)
-class Resize:
-    """To `size` x `size` pixels, whatever the shape was; antialiased."""
+class Resize(Transform):
+    """Resizes to `size` x `size` pixels, with antialiasing; the aspect ratio is not kept."""
 
-    random: ClassVar = False
-    of_pixels: ClassVar = True
     size: int = field(accepted=POSITIVE)
     method: str = field("bilinear", METHOD)
 
     def __call__(self, image, rng):
-        """Uint8 [size, size, C]."""
-        return _resized(image, self.size, self.size, self.method)
+        return _resize(image, self.size, self.size, self.method)
 
 
 @dataclasses.dataclass(frozen=True)
 class ResizeShort(Resize):
-    """The shorter side to `size` pixels, the other in proportion; antialiased."""
+    """Resizes the shorter side to `size` pixels, with antialiasing; the aspect ratio is kept."""
 
     def __call__(self, image, rng):
-        """Uint8 [H, W, C], min(H, W) being `size`."""
-        return _resized_short(image, self.size, self.method)
+        return _resize_short(image, self.size, self.method)
 
 
 @dataclasses.dataclass(frozen=True)
-class RandomResizeShort:
-    """The shorter side to a size from `low` to `high`, both included (Chen et al. 2020)."""
+class RandomResizeShort(Transform):
+    """Resizes the shorter side to `low` .. `high` pixels, both included (Chen et al. 2020)."""
 
     random: ClassVar = True
-    of_pixels: ClassVar = True
     low: int = field(256, POSITIVE)
     high: int = field(384, POSITIVE)
     method: str = field("bilinear", METHOD)
@@ -101,59 +96,53 @@ class RandomResizeShort:
             raise ValueError("low is more than high")
 
     def __call__(self, image, rng):
-        """Uint8 [H, W, C]."""
         size = int(rng.integers(self.low, self.high, endpoint=True))
-        return _resized_short(image, size, self.method)
+        return _resize_short(image, size, self.method)
 
 
 @dataclasses.dataclass(frozen=True)
-class CenterCrop:
-    """The middle `size` x `size` pixels."""
+class CenterCrop(Transform):
+    """Crops the middle `size` x `size` pixels."""
 
-    random: ClassVar = False
-    of_pixels: ClassVar = False
+    needs_pixels: ClassVar = False
     size: int = field(accepted=POSITIVE)
 
     def __call__(self, image, rng):
-        """Uint8 [size, size, C]."""
         height, width = image.shape[:2]
-        return _cropped(image, (height - self.size) // 2, (width - self.size) // 2, self.size)
+        return _crop(image, (height - self.size) // 2, (width - self.size) // 2, self.size)
 
 
 @dataclasses.dataclass(frozen=True)
-class RandomCrop:
-    """Any `size` x `size` pixels, after `padding` pixels were added on each side by reflection."""
+class RandomCrop(Transform):
+    """Pads each side with `padding` pixels by reflection, then crops any `size` x `size` pixels."""
 
     random: ClassVar = True
-    of_pixels: ClassVar = False
+    needs_pixels: ClassVar = False
     size: int = field(accepted=POSITIVE)
     padding: int = field(0, NOT_NEGATIVE)
 
     def __call__(self, image, rng):
-        """Uint8 [size, size, C]."""
-        image = _padded(image, self.padding, mode="reflect")
+        image = _pad(image, self.padding, mode="reflect")
         top, left = (int(rng.integers(max(n - self.size, 0) + 1)) for n in image.shape[:2])
-        return _cropped(image, top, left, self.size)
+        return _crop(image, top, left, self.size)
 
 
 @dataclasses.dataclass(frozen=True)
-class RandomResizedCrop:
-    """A random part of the image, `area` of it with sides in `ratio`, resized to `size` x `size`.
+class RandomResizedCrop(Transform):
+    """Crops a random part of the image and resizes it to `size` x `size` (Szegedy et al. 2015).
 
-    Szegedy et al. 2015; where ten draws do not fit into the image, its middle square is taken.
+    Where ten draws of area and ratio do not fit into the image, the middle square is cropped.
     """
 
     random: ClassVar = True
-    of_pixels: ClassVar = True
     size: int = field(accepted=POSITIVE)
-    # Share of the image, from .. to.
+    # Share of the image's area, from .. to.
     area: tuple[float, float] = field((0.08, 1.0), _range(1.0))
     # Width over height, from .. to.
     ratio: tuple[float, float] = field((3 / 4, 4 / 3), _range(math.inf))
     method: str = field("bilinear", METHOD)
 
     def __call__(self, image, rng):
-        """Uint8 [size, size, C]."""
         height, width = image.shape[:2]
         for _ in range(10):
             area = rng.uniform(*self.area) * height * width
@@ -165,45 +154,43 @@ class RandomResizedCrop:
         else:
             h = w = min(height, width)
             top, left = (height - h) // 2, (width - w) // 2
-        return _resized(image[top : top + h, left : left + w], self.size, self.size, self.method)
+        return _resize(image[top : top + h, left : left + w], self.size, self.size, self.method)
 
 
 @dataclasses.dataclass(frozen=True)
-class Flip:
-    """Mirrors left and right, with a probability."""
+class Flip(Transform):
+    """Mirrors left and right with a probability."""
 
     random: ClassVar = True
-    of_pixels: ClassVar = False
+    needs_pixels: ClassVar = False
     probability: float = field(0.5, SHARE)
 
     def __call__(self, image, rng):
-        """The image or its mirror image."""
         return image[:, ::-1] if rng.random() < self.probability else image
 
 
-def _padded(image: np.ndarray, margin: int, mode: str) -> np.ndarray:
+def _pad(image: np.ndarray, margin: int, mode: str) -> np.ndarray:
     return np.pad(image, [(margin, margin), (margin, margin), (0, 0)], mode=mode)
 
 
-def _cropped(image: np.ndarray, top: int, left: int, size: int) -> np.ndarray:
-    if min(image.shape[:2]) < size:
-        shape = " x ".join(map(str, image.shape[:2]))
+def _crop(image: np.ndarray, top: int, left: int, size: int) -> np.ndarray:
+    height, width = image.shape[:2]
+    if min(height, width) < size:
         raise InputError(
-            f"an image has {shape} pixels where a crop takes {size} x {size}; "
+            f"an image has {height} x {width} pixels where a crop takes {size} x {size}; "
             f'put "resize_short({size})" before the crop.'
         )
     return image[top : top + size, left : left + size]
 
 
-def _resized_short(image: np.ndarray, size: int, method: str) -> np.ndarray:
+def _resize_short(image: np.ndarray, size: int, method: str) -> np.ndarray:
     height, width = image.shape[:2]
     scale = size / min(height, width)
-    return _resized(
-        image, max(round(height * scale), size), max(round(width * scale), size), method
-    )
+    height, width = max(round(height * scale), size), max(round(width * scale), size)
+    return _resize(image, height, width, method)
 
 
-def _resized(image: np.ndarray, height: int, width: int, method: str) -> np.ndarray:
+def _resize(image: np.ndarray, height: int, width: int, method: str) -> np.ndarray:
     if image.shape[:2] == (height, width):
         return image
     resized = to_picture(image).resize((width, height), METHODS[method], reducing_gap=None)

@@ -233,7 +233,7 @@ def _on_tokens(config: config_lib.Data, entries: tuple[str, ...]) -> list[transf
     """
     steps = [transforms.parse(entry) for entry in entries]
     learned = sources.open_data_set(config).tokens.kind == "learned"
-    needing = [i for i, step in enumerate(steps) if learned or step.of_pixels]
+    needing = [i for i, step in enumerate(steps) if learned or step.needs_pixels]
     first = max(needing, default=-1) + 1
     missed = [entry for entry in entries[:first] if entry not in config.eval_transforms]
     if missed:

@@ -1,34 +1,18 @@
-"""What happens to an image before it becomes tokens, each step a named entry of the config.
+"""The transforms that a configuration can name, and the reading of its lists of transforms.
 
-An entry is written as a call with literal arguments, `"shift(pixels=1, keep=0.3)"`. A transform
-takes an image, uint8 [H, W, C], and a generator of its own, so the result depends on the seed and
-the element's position alone, not on workers or hosts. Those that move pixels about without mixing
-them (`of_pixels` False) act on grids of tokens as well, uint16 [rows, columns, 1].
+An entry of a list is a call with literal arguments, `"shift(pixels=1, keep=0.3)"`. To add a
+transform, write a subclass of `Transform` and name it in `TRANSFORMS`.
 """
 
 import ast
 import dataclasses
 import inspect
-from typing import Protocol, runtime_checkable
-
-import numpy as np
 
 from gptv_jax.config import fields
 from gptv_jax.data import color, geometry
 from gptv_jax.data.images import Decode
+from gptv_jax.data.transform import Transform
 from gptv_jax.errors import InputError, first_line
-
-
-@runtime_checkable
-class Transform(Protocol):
-    """A step of the list."""
-
-    random: bool  # whether the generator is used; elsewhere than in training it must not be
-    of_pixels: bool  # whether it needs pixels, where grids of tokens will not do
-
-    def __call__(self, image: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
-        """A new image."""
-
 
 TRANSFORMS = {
     "decode": Decode,
@@ -47,11 +31,11 @@ TRANSFORMS = {
 }
 
 
-def parse(entry: str) -> Transform | Decode:
-    """The transform that an entry of a list describes.
+def parse(entry: str) -> Transform:
+    """The transform that an entry names.
 
     Raises:
-      InputError: not a call of a known transform with literal arguments that it takes.
+      InputError: the entry is no call of a known transform with accepted literal arguments.
     """
     try:
         call = ast.parse(entry, mode="eval").body
@@ -74,32 +58,32 @@ def parse(entry: str) -> Transform | Decode:
 
 
 def written_out(entry: str) -> str:
-    """The same entry with every argument, those that were left to their defaults too."""
+    """The entry with the values of all its arguments, defaults included."""
     values = vars(parse(entry)).items()
     name = entry.partition("(")[0].strip()
     return f"{name}({', '.join(f'{field}={value!r}' for field, value in values)})"
 
 
 def check(training: tuple[str, ...], evaluation: tuple[str, ...]) -> None:
-    """Whether the lists can be read, and evaluation sees the same images every time.
+    """Checks that both lists can be read and that the list for evaluation is not random.
 
     Raises:
-      InputError: they cannot, or it does not.
+      InputError: an entry cannot be read, or is random in evaluation.
     """
     variants(training)
     random = [entry for entry in evaluation if parse(entry).random]
     if random:
         raise InputError(
-            f"config.data.eval_transforms has {', '.join(random)}, which is random; it takes what "
-            "gives the same image every time."
+            f"config.data.eval_transforms has {', '.join(random)}, which is random; evaluation "
+            "takes transforms that give the same image every time."
         )
 
 
 def variants(entries: tuple[str, ...]) -> int:
-    """Start vectors that a list of entries can tell apart.
+    """Number of variants of an image that the transforms make: 1, or those of one `shift`.
 
     Raises:
-      InputError: more than one entry has variants.
+      InputError: more than one of the transforms has variants.
     """
     counts = [getattr(parse(entry), "variants", 1) for entry in entries]
     if sum(count > 1 for count in counts) > 1:
@@ -110,8 +94,7 @@ def variants(entries: tuple[str, ...]) -> int:
 
 
 def _arguments(transform: type) -> str:
-    shown = []
-    for field in dataclasses.fields(transform):
-        needed = field.default is dataclasses.MISSING
-        shown.append(field.name if needed else f"{field.name}={field.default!r}")
-    return ", ".join(shown)
+    return ", ".join(
+        f.name if f.default is dataclasses.MISSING else f"{f.name}={f.default!r}"
+        for f in dataclasses.fields(transform)
+    )

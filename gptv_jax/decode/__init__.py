@@ -1,1 +1,1 @@
-"""Cached generation, and everything that draws or scores sequences of tokens."""
+"""Drawing sequences of tokens with a key/value cache, and scoring them."""

@@ -1,4 +1,4 @@
-"""How likely a network finds an image, token by token or spread over its pixels."""
+"""How likely a network finds an image, token by token or spread over the pixels."""
 
 import functools
 
@@ -18,25 +18,25 @@ def nats(
     tokens: Int[np.ndarray, "B T"],
     labels: Int[np.ndarray, "B"] | None = None,
 ) -> Float[np.ndarray, "B T"]:
-    """Float32 negative log-probability of every token given those before it, in nats.
+    """Float32 negative log-probability of every token given the tokens before it, in nats.
 
-    Call it under the mesh of `params`; every process gets all.
+    Call it under the mesh of `params`; every process gives and gets the whole batch.
 
     Args:
-      network: predicts one token after the other.
-      params: its weights.
-      tokens: the same in every process.
-      labels: class of each sequence; None: none is told.
+      network: with the objective "autoregressive".
+      params: weights of the network.
+      tokens: whole sequences.
+      labels: class of each sequence; None: the network is told no class.
     """
-    variant = variants(network, labels, len(tokens))
-    found = _nats(network, params, sharding.filled(tokens), sharding.filled(variant))
+    variant = sharding.filled(start_vectors(network, labels, len(tokens)))
+    found = _nats(network, params, sharding.filled(tokens), variant)
     return multihost_utils.process_allgather(found, tiled=True)[: len(tokens)]
 
 
-def variants(
+def start_vectors(
     network: Network, labels: Int[np.ndarray, "B"] | None, rows: int
 ) -> Int[np.ndarray, "B"]:
-    """Start vectors of these classes, or of none."""
+    """Number of the start vector of each row: the class, or the vector that tells no class."""
     return np.full(rows, network.unconditional, np.int32) if labels is None else labels
 
 
@@ -49,11 +49,11 @@ def _nats(network: Network, params: dict, tokens: jax.Array, variant: jax.Array)
 def by_pixel(
     nats: Float[np.ndarray, "B T"], grid: tuple[int, int], size: tuple[int, int]
 ) -> Float[np.ndarray, "B H W"]:
-    """The nats of each token spread evenly over its pixels, so that sums stay as they are.
+    """The nats of each token spread evenly over the token's pixels; sums over an image stay.
 
     Args:
       nats: of tokens in raster order.
-      grid: their rows and columns.
+      grid: rows and columns of tokens.
       size: height and width of the image in pixels.
     """
     height, width = (pixels // tokens for pixels, tokens in zip(size, grid, strict=True))

@@ -1,6 +1,11 @@
-"""Drawing as stages and users ask for it: NumPy in and out, any number of rows, on any mesh."""
+"""Drawing as stages and users call it: NumPy in and out, any number of rows, any mesh.
+
+No two draws share a random key. A token's key is folded from the seed in three steps: `Section`
+(what is drawn), number (of the batch, or of the window in outpainting), and position.
+"""
 
 import dataclasses
+import enum
 import itertools
 import math
 
@@ -16,33 +21,48 @@ from gptv_jax.errors import InputError
 from gptv_jax.model.gpt import Network
 
 
+class Section(enum.IntEnum):
+    """What is drawn from a seed; the numbers lie above all training steps, which are folded too."""
+
+    NEW_IMAGES = 2**31
+    COMPLETIONS = 2**31 + 1
+    INPAINTED = 2**31 + 2
+    OUTPAINTED = 2**31 + 3
+    GENERATED = 2**31 + 4
+
+    def key(self, seed: int) -> PRNGKeyArray:
+        return jax.random.fold_in(jax.random.key(seed), int(self))
+
+
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """A network and how it is drawn from; settings as in `config.Sample`."""
+    """A network and how tokens are drawn from it; call its methods under the mesh of `params`.
+
+    Every process gives and gets whole arrays. The tokens of a row depend on neither the mesh nor
+    how many rows follow.
+
+    Raises:
+      InputError: there is guidance, but the network was not trained for guidance.
+    """
 
     network: Network
     params: dict
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    guidance: float = 1.0
-    guidance_schedule: str = "constant"
-    guidance_power: float = 1.0
+    drawing: config_lib.Drawing = generation.DEFAULTS
 
     def __post_init__(self):
-        """Raises InputError where there is guidance, but not the network for it."""
-        if self.guidance != 1:
-            check_guidable(self.network.config, f"guidance is {self.guidance}")
+        if self.drawing.guidance != 1:
+            check_guidable(self.network.config, f"guidance is {self.drawing.guidance:g}")
 
-    @classmethod
-    def of(cls, config: config_lib.Sample, network: Network, params: dict) -> "Sampler":
-        """As the config says."""
-        return cls(network, params, **{name: getattr(config, name) for name in cls.settings()})
-
-    @classmethod
-    def settings(cls) -> set[str]:
-        """Names of what says how tokens are drawn."""
-        return {each.name for each in dataclasses.fields(cls)} - {"network", "params"}
+    def new(
+        self,
+        count: int,
+        key: PRNGKeyArray,
+        labels: Int[np.ndarray, "count"] | None = None,
+        **options,
+    ) -> Int[np.ndarray, "count T"]:
+        """Sequences of which nothing is given; see `draw`."""
+        unknown = np.full((count, self.network.length), generation.UNKNOWN, np.int32)
+        return self.draw(unknown, key, labels, **options)
 
     def draw(
         self,
@@ -50,40 +70,42 @@ class Sampler:
         key: PRNGKeyArray,
         labels: Int[np.ndarray, "G"] | None = None,
         samples: int = 1,
+        *,
+        number: int = 0,
+        stopwatch: generation.Stopwatch | None = None,
     ) -> Int[np.ndarray, "rows T"]:
-        """Whole sequences; every process gets all of them. Call it under the mesh of `params`.
+        """Whole sequences.
 
         Args:
-          given: tokens, the same in every process, `generation.UNKNOWN` where one is to be drawn.
-          key: of the draws, which depend on neither the mesh nor on how many rows come after.
-          labels: class of each row; None: none is told, and there is nothing to guide.
+          given: tokens, `generation.UNKNOWN` where one is to be drawn.
+          key: of a `Section`.
+          labels: class of each row; None: the network is told no class, and there is no guidance.
           samples: sequences of each row, next to each other.
+          number: of the batch within the section.
+          stopwatch: see `generation.generate`.
         """
         unknown, columns = (given == generation.UNKNOWN).any(axis=0), self.network.grid[1]
         whole = np.repeat(given, samples, axis=0)
         if not unknown.any():
             return whole
-        # In whole rows of the grid, so that few programs serve all masks.
+        # Programs begin and end with whole rows of the grid, so that few programs serve all masks.
         rows = np.flatnonzero(unknown.reshape(-1, columns).any(axis=1))
         first, end = rows[0] * columns, (rows[-1] + 1) * columns
         if len(given) % sharding.batch_ways():
-            # Rather more prompts than more samples of each that only fill.
+            # A row for each sample: to fill the batch up then takes fewer rows.
             labels = None if labels is None else np.repeat(labels, samples)
             given, samples = whole, 1
-        shape = (self.guidance_schedule, self.guidance, self.guidance_power, self.network.length)
         drawn = generation.generate(
             self.network,
             self.params,
             sharding.filled(given[:, :end]),
-            key,
+            jax.random.fold_in(key, number),
+            self.drawing,
             prefix=int(first),
-            variant=None if labels is None else sharding.filled(labels),
-            guidance=None if labels is None else generation.guidance_scales(*shape),
+            labels=None if labels is None else sharding.filled(labels),
             samples=samples,
             steps=0,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
+            stopwatch=stopwatch,
         )
         drawn = multihost_utils.process_allgather(drawn, tiled=True)[: len(whole)]
         return np.concatenate([drawn, whole[:, end:]], axis=1)
@@ -95,31 +117,35 @@ class Sampler:
         key: PRNGKeyArray,
         labels: Int[np.ndarray, "B"] | None = None,
     ) -> Int[np.ndarray, "B rows columns"]:
-        """Sequences as grids, with more drawn around them; they themselves stay as they are.
+        """Grids of tokens with more tokens drawn around them; the given tokens stay as they are.
 
         The network's window moves over the larger grid, outward from the image, row by row of
-        windows, by half its side at most; what it finds unknown it draws in raster order.
+        windows, by half the window's side at most, and draws the unknown tokens in raster order.
 
         Args:
           tokens: of the images in the middle.
-          margins: rows above and below, columns to the left and to the right.
-          key: see `draw`.
-          labels: the same.
+          margins: rows to draw above and below, columns to the left and to the right.
+          key: of a `Section`.
+          labels: see `draw`.
         """
         (rows, columns), (top, bottom, left, right) = self.network.grid, margins
         grid = tokens.reshape(-1, rows, columns)
         around = ((0, 0), (top, bottom), (left, right))
         grid = np.pad(grid, around, constant_values=generation.UNKNOWN)
-        windows = itertools.product(_outward(top, bottom, rows), _outward(left, right, columns))
-        for number, (row, column) in enumerate(windows):
+        starts = window_starts(top, bottom, rows), window_starts(left, right, columns)
+        for number, (row, column) in enumerate(itertools.product(*starts)):
             window = grid[:, row : row + rows, column : column + columns]
-            given, of_window = window.reshape(len(grid), -1), jax.random.fold_in(key, number)
-            window[:] = self.draw(given, of_window, labels).reshape(window.shape)
+            given = window.reshape(len(grid), -1)
+            window[:] = self.draw(given, key, labels, number=number).reshape(window.shape)
         return grid
 
 
-def _outward(before: int, after: int, side: int) -> list[int]:
-    """Where windows begin: the middle one, those after it, those before it, half a side apart."""
+def window_starts(before: int, after: int, side: int) -> list[int]:
+    """First position of each window of `side` positions, along one axis, in order of drawing.
+
+    The window over the image comes first, then windows after it, then windows before it, each half
+    a side further out, until `before` positions before and `after` positions behind are covered.
+    """
     step, end = max(side // 2, 1), before + after
     later = [min(start, end) for start in range(before + step, end + step, step)]
     earlier = [max(start, 0) for start in range(before - step, -step, -step)]
@@ -127,26 +153,32 @@ def _outward(before: int, after: int, side: int) -> list[int]:
 
 
 def check_guidable(config: config_lib.Model, what: str) -> None:
-    """Raises InputError, which begins with `what`, where no network was trained for guidance."""
+    """Raises InputError, beginning with `what`, where the network was not trained for guidance."""
     if not (config.class_tokens and config.label_dropout):
         raise InputError(
-            f"{what}, but guidance takes a network that knows images with and without their class: "
+            f"{what}, but guidance needs a network trained with and without classes: "
             f"config.model.class_tokens is {config.class_tokens} and config.model.label_dropout "
-            f"{config.label_dropout:g}; train one with both above 0, or take guidance 1."
+            f"{config.label_dropout:g}; train one with both above 0, or set guidance to 1."
         )
+
+
+def kept_tokens(network: Network, keep: float) -> int:
+    """Number of tokens in the first share `keep` of the rows, rounded to whole rows."""
+    rows, columns = network.grid
+    return round(keep * rows) * columns
 
 
 def known_tokens(
     mask: Bool[np.ndarray, "*B height width"], grid: tuple[int, int]
 ) -> Bool[np.ndarray, "*B T"]:
-    """Which tokens of a grid are known, where these pixels are: those with all of theirs."""
+    """Which tokens are known where a mask says which pixels are: tokens with all pixels known."""
     (rows, columns), (*batch, height, width) = grid, mask.shape
     patches = mask.reshape(*batch, rows, height // rows, columns, width // columns)
     return patches.all(axis=(-3, -1)).reshape(*batch, rows * columns)
 
 
 def class_rows(count: int, classes: int) -> Int[np.ndarray, "rows columns"]:
-    """Labels of about `count` images: a row for each class, or for some where they are too many."""
+    """Labels of about `count` images, one row for each class, or for about sqrt(count) classes."""
     rows = classes if classes <= count else math.isqrt(count)
     labels = np.arange(rows, dtype=np.int32) * classes // rows
     return np.repeat(labels[:, None], count // rows, axis=1)

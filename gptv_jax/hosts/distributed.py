@@ -1,36 +1,39 @@
-"""Several processes, usually one a host: how they find each other, agree, and end together.
+"""How several processes, usually one a host, find each other and end together.
 
-Who decides how many processes there are, with --distributed=auto the first that applies:
+--distributed=auto takes the first of these that applies:
 
-  --coordinator, --num_processes, --process_id     they do; all three of them, or it is refused
-  JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES,      these variables, in place of the flags
+  --coordinator, --num_processes, --process_id     the three flags; two of the three are refused
+  JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES,      the three variables in place of the flags
   JAX_PROCESS_ID
   a Slurm step (srun) of several tasks             Slurm; on GPUs one task a device, as in JAX
   TPU_WORKER_HOSTNAMES naming several hosts, or    Cloud TPU
   MEGASCALE_COORDINATOR_ADDRESS
-  nothing of it                                    it is one process
+  otherwise                                        one process
 
---distributed=slurm and =tpu ask for these alone, and are refused where they are not there; a pod of
-TPU virtual machines, which has nothing in its environment, needs the second. =off is one process.
-JAX_COORDINATOR_ADDRESS alone is where Slurm's or Cloud TPU's processes meet, as in JAX.
+--distributed=slurm and =tpu ask for that cluster alone, and are refused where its variables are
+missing; a pod of TPU virtual machines, which sets no variables, needs =tpu. =off is one process.
+JAX_COORDINATOR_ADDRESS alone is the meeting point of Slurm's or Cloud TPU's processes, as in JAX.
 
-Nothing that was asked for and does not work is passed over: the command ends with one sentence.
+JAX's coordination service notices a process that died, froze or lost its network, and then ends
+the others by abort(), from C++: no Python runs any more. So each process works in a child, and the
+parent says in a sentence what an aborted child could not say.
 """
 
 import logging
 import os
+import signal
+import socket
+import sys
 import threading
 import time
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
-from jax._src import distributed as jax_distributed  # tells where the processes have met
 
 from gptv_jax import errors
 from gptv_jax.errors import InputError, first_line
-from gptv_jax.hosts import watch
-from gptv_jax.hosts.exchange import from_first
+from gptv_jax.hosts import stopping
 
 WAYS = ("auto", "off", "tpu", "slurm")
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -42,18 +45,26 @@ SLURM = (
     "SLURM_LOCALID",
 )
 TPU_HOSTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")  # comma-separated; GKE sets them
-MEETING = 300.0  # seconds in which all processes must have come
-SETTLING = 10.0  # seconds that a process whose collective failed waits to be told why
+MEETING = 300  # seconds in which all processes must have started
+HEARTBEAT = 40  # seconds without a heartbeat after which JAX counts a process as dead
+OTHER_DIED = 75  # exit code; sysexits.h: a temporary failure, to be tried again
 
 LOG = logging.getLogger(__name__)
-_watch: watch.Watch | None = None
 
 
 class Meeting(NamedTuple):
     """How the processes find each other."""
 
-    told: str  # by whom, in words
+    source: str  # of the arguments, in words
     arguments: dict  # of jax.distributed.initialize
+
+    @property
+    def failure(self) -> str:
+        address = self.arguments.get("coordinator_address", "the address that it gives")
+        return f"the processes named by {self.source} cannot meet at {address}"
+
+
+ADVICE = "check that all of them started, process 0 there, and that its port is free and open"
 
 
 def decide(
@@ -63,11 +74,11 @@ def decide(
     process_id: int | None,
     environment: Mapping[str, str],
 ) -> Meeting | None:
-    """How the processes find each other, by the table above; None where there is only this one.
+    """How the processes find each other, by the table above; None for one process.
 
     Raises:
-      InputError: the flags or the variables are incomplete or impossible, or what --distributed
-        asks for is not there.
+      InputError: the flags or variables are incomplete or impossible, or the cluster that
+        --distributed asks for is missing.
     """
     flags = {
         "--coordinator": coordinator,
@@ -77,8 +88,8 @@ def decide(
     given = [name for name, value in flags.items() if value is not None]
     if given and how != "auto":
         raise InputError(
-            f"--distributed={how} and {', '.join(given)} are two answers to one question; leave "
-            "one of them out."
+            f"--distributed={how} and {', '.join(given)} contradict each other; leave one of them "
+            "out."
         )
     if given:
         return _explicit("the flags", flags)
@@ -86,7 +97,7 @@ def decide(
         return None
     variables = {name: environment.get(name) for name in VARIABLES}
     lacking = [name for name in SLURM if name not in environment]
-    hosts = next((environment[name] for name in TPU_HOSTS if name in environment), "")
+    tpu_hosts = next((environment[name] for name in TPU_HOSTS if name in environment), "")
     if how == "slurm" and lacking:
         raise InputError(
             f"--distributed=slurm, but {', '.join(lacking)} is not set; start the processes by "
@@ -96,13 +107,14 @@ def decide(
         return _explicit("the environment", variables)
     if how == "slurm" or (how == "auto" and not lacking and environment["SLURM_NTASKS"] != "1"):
         return Meeting("Slurm", {"cluster_detection_method": "slurm"})
-    if how == "tpu" or "," in hosts or "MEGASCALE_COORDINATOR_ADDRESS" in environment:
-        return Meeting("Cloud TPU", {"cluster_detection_method": "gketpu" if hosts else "gcetpu"})
+    if how == "tpu" or "," in tpu_hosts or "MEGASCALE_COORDINATOR_ADDRESS" in environment:
+        method = "gketpu" if tpu_hosts else "gcetpu"
+        return Meeting("Cloud TPU", {"cluster_detection_method": method})
     return _explicit("the environment", variables) if variables[VARIABLES[0]] else None
 
 
-def _explicit(told: str, named: dict[str, str | int | None]) -> Meeting:
-    """Coordinator, number of processes and number of this one, by what they are called."""
+def _explicit(source: str, named: dict[str, str | int | None]) -> Meeting:
+    """The meeting by address of process 0, number of processes and index of this process."""
     missing = [name for name, value in named.items() if value is None]
     if missing:
         raise InputError(
@@ -118,15 +130,15 @@ def _explicit(told: str, named: dict[str, str | int | None]) -> Meeting:
     if not str(processes).isdecimal() or not str(index).isdecimal() or int(index) >= int(processes):
         raise InputError(
             f"{number} is {index} and {count} is {processes}; processes are numbered from 0 to one "
-            "less than there are."
+            f"less than {count}."
         )
-    meeting = {
+    arguments = {
         "coordinator_address": coordinator,
         "num_processes": int(processes),
         "process_id": int(index),
         "cluster_detection_method": "deactivate",
     }
-    return Meeting(told, meeting)
+    return Meeting(source, arguments)
 
 
 def start(
@@ -135,80 +147,94 @@ def start(
     num_processes: int | None = None,
     process_id: int | None = None,
 ) -> None:
-    """Meets the other processes, where there are any; before JAX is asked for a device.
+    """Meets the other processes, if any; to be called before JAX is asked for a device.
 
     Args:
       how: one of `WAYS`.
-      coordinator: HOST:PORT at which process 0 is met by all.
-      num_processes: how many there are.
-      process_id: which of them this one is.
+      coordinator: HOST:PORT of process 0.
+      num_processes: number of processes.
+      process_id: index of this process.
 
     Raises:
-      InputError: as `decide`, or they do not meet.
+      InputError: as `decide`, or the processes do not meet.
     """
     meeting = decide(how, coordinator, num_processes, process_id, os.environ)
     if meeting:
-        _meet(meeting)
+        _meet(meeting, _continue_in_child(meeting))
     elif jax.process_count() > 1:
         raise InputError(
-            f"this is one of {jax.process_count()} processes on one accelerator, but nothing says "
-            "so; give --distributed=tpu (see gptv_jax/hosts/distributed.py)."
+            f"this is one of {jax.process_count()} processes on one accelerator, which nothing "
+            "names; give --distributed=tpu (see gptv_jax/hosts/distributed.py)."
         )
 
 
-def _meet(meeting: Meeting) -> None:
-    global _watch
-    address = meeting.arguments.get("coordinator_address", "the address that it gives")
-    failed = f"the processes named by {meeting.told} cannot meet at {address}"
-    advice = "check that all of them started, process 0 there, and that its port is free and open"
-    # JAX would abort; this comes first.
-    late = f"error: {failed} within {MEETING:g} seconds; {advice}."
-    alarm = threading.Timer(MEETING, errors.end, (1, late))
-    alarm.daemon = True
-    alarm.start()
+def _meet(meeting: Meeting, met: int) -> None:
+    """Meets, and says so to the parent by a byte in the pipe `met`."""
     try:
         if meeting.arguments.get("process_id") == 0:  # JAX may crash where the port is taken
-            watch.listen(int(address.rpartition(":")[2])).close()
+            _, _, port = meeting.arguments["coordinator_address"].rpartition(":")
+            dual = socket.has_dualstack_ipv6()
+            family = socket.AF_INET6 if dual else socket.AF_INET
+            socket.create_server(("", int(port)), family=family, dualstack_ipv6=dual).close()
+        jax.config.update("jax_enable_preemption_service", True)
         jax.distributed.initialize(
             **meeting.arguments,
-            initialization_timeout=2 * int(MEETING),
-            heartbeat_timeout_seconds=2 * int(watch.SILENCE),
+            initialization_timeout=MEETING,
+            heartbeat_timeout_seconds=HEARTBEAT,
         )
-        count, index = jax.process_count(), jax.process_index()
-        if count > 1:
-            host = jax_distributed.global_state.coordinator_address.rpartition(":")[0].strip("[]")
-            _watch = watch.meet(index, count, host, from_first, _end_as_another)
-    except Exception as error:  # whatever JAX and the network raise
-        raise InputError(f"{failed} ({first_line(error)}); {advice}.") from error
-    finally:
-        alarm.cancel()
-    here = f"{jax.local_device_count()} of {jax.device_count()} devices"
-    LOG.info("process %d of %d (%s), with %s", index, count, meeting.told, here)
-    if index != 0:  # from here on all would say the same
+    except Exception as error:  # any error of JAX or of the network
+        raise InputError(f"{meeting.failure} ({first_line(error)}); {ADVICE}.") from error
+    stopping.synchronize()
+    os.write(met, b"1")
+    count, index = jax.process_count(), jax.process_index()
+    devices = f"{jax.local_device_count()} of {jax.device_count()} devices"
+    LOG.info("process %d of %d (%s), with %s", index, count, meeting.source, devices)
+    if index != 0:  # process 0 alone logs, as all would log the same
         logging.getLogger("gptv_jax").setLevel(logging.WARNING)
 
 
-def _end_as_another(sentence: str, code: int) -> None:
-    errors.end(code, f"error: {sentence}")
+def _continue_in_child(meeting: Meeting) -> int:
+    """Returns in a child process only, with the pipe that takes a byte when the processes have met.
 
-
-def tell(reason: str, code: int) -> None:
-    """Tells the other processes why this one ends, and with which code, so that they end too."""
-    if _watch:
-        _watch.tell(reason, code)
-
-
-def settle() -> None:
-    """Waits a while after an error, which may be what another process's end looks like from here.
-
-    Where it is, this process ends meanwhile with a sentence that says so.
+    The parent passes signals on, waits, and ends with the child's exit code or, where JAX aborted
+    the child, with a sentence. The child ends when the parent does.
     """
-    if _watch:
-        time.sleep(SETTLING)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    (met, has_met), (parent_lives, lives) = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(lives)
+        threading.Thread(target=_end_after_parent, args=(parent_lives,), daemon=True).start()
+        stopping.install()
+        return has_met
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda received, _: os.kill(child, received))
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    os.close(has_met)
+    if code != -signal.SIGABRT:
+        os._exit(code if code >= 0 else 128 - code)
+    if not os.read(met, 1):
+        errors.end(1, f"error: {meeting.failure} within {MEETING} seconds; {ADVICE}.")
+    errors.end(
+        OTHER_DIED,
+        "error: another process of this run has died or cannot be reached, so JAX has ended this "
+        "one (the lines above say more); the same command continues from the last checkpoint.",
+    )
 
 
-def stop() -> None:
-    """Waits until all processes are through."""
-    if _watch:
-        _watch.leave()
-        jax.distributed.shutdown()
+def _end_after_parent(parent_lives: int) -> None:
+    os.read(parent_lives, 1)  # returns when the parent's end of the pipe is closed
+    os._exit(OTHER_DIED)
+
+
+def wait_for_abort() -> None:
+    """Waits, after an error, until JAX would have ended this process if another one died.
+
+    A process that dies makes the collectives of the others fail long before its heartbeat is
+    missed; the error then is not worth telling.
+    """
+    if jax.distributed.is_initialized():
+        time.sleep(HEARTBEAT)

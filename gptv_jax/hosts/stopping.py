@@ -1,131 +1,159 @@
-"""SIGTERM, by which a scheduler asks for the machine: a training saves its state before it ends.
+"""The request to stop: SIGTERM, by which a scheduler takes the machine back, and SIGINT (Ctrl-C).
 
-A thread of its own hears the signal, so that nothing, a long compilation say, delays the answer.
-Outside a training there is nothing to save, and the process ends at once. Within one, the request
-is noted, and the loop acts on it between two steps, or between two batches of an evaluation.
+A training answers SIGTERM between two steps, or between two batches of an evaluation: it saves
+its state and ends. Anywhere else there is nothing to save, and the process ends at once. SIGINT
+ends the process at once anywhere.
 
-The same thread hears SIGINT, Ctrl-C: a KeyboardInterrupt, raised wherever the main thread happens
-to be, is lost in a library's callback, and what was to clean up may wait for what it left undone.
+A thread waits for the signals, so that a long compilation does not delay the answer, and because
+a KeyboardInterrupt in the main thread can be lost in a library's callback. Where several processes
+run together, JAX's preemption service takes SIGTERM from this thread: it tells all processes, and
+lets them stop at the same sync point.
 """
 
 import contextlib
 import logging
 import os
+import select
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.experimental import multihost_utils
 
 from gptv_jax import errors
+from gptv_jax.hosts.exchange import from_all
 
 LOG = logging.getLogger(__name__)
-EXIT_CODE = 128 + signal.SIGTERM  # by which schedulers see that the job is not complete
+STOPPED = 128 + signal.SIGTERM  # exit codes as of a shell; a scheduler sees that work is left
+INTERRUPTED = 128 + signal.SIGINT
+POLL = 0.2  # seconds between two sync points outside a training
 
 
 class StoppedError(Exception):
-    """A training ended before its end, because it was asked to, and has saved."""
+    """A training was asked to stop, has saved its state, and ends."""
 
 
 class EvaluationStoppedError(Exception):
-    """An evaluation ended before its end, because the training is to stop."""
+    """An evaluation ends between two batches, because its training was asked to stop."""
 
 
-class Request:
-    """What a training knows of being asked to stop."""
+class StopRequest:
+    """Whether a training is asked to stop, and since when."""
 
     def __init__(self):
-        self.since: float | None = None  # time.monotonic()
-        self._told: jax.Array | None = None  # by the call before
+        self.since: float | None = None  # time.monotonic() of the request
 
     def agreed(self) -> bool:
-        """Whether any process was asked, the same answer on all of them.
+        """Whether any process was asked to stop, with the same answer on every process.
 
-        To be called equally often on each. Several processes learn of it one call late: what they
-        tell each other is computed in its turn among the steps, and fetched when that is done.
+        Every process must call this equally often.
         """
-        if jax.process_count() == 1:
-            return self.since is not None
-        mesh = jax.sharding.get_mesh()
-        shape, sharding = (mesh.size,), NamedSharding(mesh, P(mesh.axis_names))
-        asked = np.array([self.since is not None])  # the same for each of its devices
-        with jax.transfer_guard_host_to_device("allow"):
-            every = jax.make_array_from_callback(shape, sharding, lambda _: asked)
-        told, self._told = self._told, _any(every)
-        agreed = told is not None and bool(jax.device_get(told))
-        if agreed and self.since is None:
+        if _synchronized and self.since is None and _sync_point_reached():
             self.since = time.monotonic()
-        return agreed
+        return self.since is not None
 
 
-_any = jax.jit(jnp.any)
 _lock = threading.Lock()
-_current: Request | None = None  # of the training that is under way
+_training: StopRequest | None = None  # None outside a training
+_synchronized = False  # JAX's preemption service hears SIGTERM
+_sync_points = 0  # that this process has passed
 
 
-def install(interrupted: Callable[[], None]) -> None:
-    """Answers SIGTERM and SIGINT from now on; to be called on the main thread.
-
-    Args:
-      interrupted: ends the process after SIGINT; called on another thread.
-    """
-    # JAX's own service would take the signal for itself when several processes connect.
-    jax.config.update("jax_enable_preemption_service", False)
+def install() -> None:
+    """Answers SIGTERM and SIGINT from now on; to be called on the main thread."""
     heard, write_end = os.pipe()
     os.set_blocking(write_end, False)
-    signal.set_wakeup_fd(write_end)  # every signal that Python handles is written there
+    signal.set_wakeup_fd(write_end)  # Python writes the number of every signal there
     signal.signal(signal.SIGTERM, lambda *_: None)
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as a shell has it in the background
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # a shell ignores it in the background
         signal.signal(signal.SIGINT, lambda *_: None)
-    threading.Thread(target=_listen, args=(heard, interrupted), daemon=True).start()
+    threading.Thread(target=_listen, args=(heard,), daemon=True).start()
+
+
+def synchronize() -> None:
+    """Leaves SIGTERM to JAX's preemption service, which `jax.distributed` has started."""
+    global _synchronized
+    _synchronized = True
+
+
+def leave() -> None:
+    """Waits until every process calls this, and parts from the others."""
+    global _synchronized
+    if _synchronized:
+        with _lock:
+            _synchronized = False
+        jax.distributed.shutdown()
 
 
 @contextlib.contextmanager
-def deferred_stop() -> Iterator[Request]:
-    """Within the `with`, SIGTERM is left to a training to act on; at its end, the process ends."""
-    global _current
-    _current = Request()
+def deferred_stop() -> Iterator[StopRequest]:
+    """Within the `with`, a training answers SIGTERM; afterwards the process ends by it again."""
+    global _training
+    with _lock:
+        _training = request = StopRequest()
     try:
-        yield _current
+        if _synchronized:
+            _align_sync_points()
+        yield request
     finally:
         with _lock:
-            request, _current = _current, None
-    if request.since is not None:  # asked too late, the training is complete
+            _training = None
+    if request.since is not None:  # the request came after the last save: the training is complete
         _end()
 
 
 def until_stop(batches: Iterator[dict]) -> Iterator[dict]:
-    """The batches of an evaluation, which is given up where the training around it is to stop.
+    """The batches of an evaluation, up to a request to stop the training around it.
 
     Raises:
-      EvaluationStoppedError: it is.
+      EvaluationStoppedError: the training was asked to stop.
     """
     for batch in batches:
-        if _current is not None and _current.agreed():
+        if _training is not None and _training.agreed():
             raise EvaluationStoppedError
         yield batch
 
 
-def _listen(heard: int, interrupted: Callable[[], None]) -> None:
+def _sync_point_reached() -> bool:
+    """Passes the next sync point; True at the one at which all processes stop.
+
+    JAX chooses the sync point after the newest that any process has passed when SIGTERM comes. So
+    none may be left out, and in a training every process passes the same one at the same step.
+    """
+    global _sync_points
+    _sync_points += 1
+    return multihost_utils.reached_preemption_sync_point(_sync_points)
+
+
+def _align_sync_points() -> None:
+    """Brings every process to the newest sync point that any of them has passed."""
+    with jax.transfer_guard("allow"):
+        newest = max(from_all(_sync_points))
+    while _sync_points < newest:
+        if _sync_point_reached():
+            _end()
+
+
+def _listen(heard: int) -> None:
     while True:
-        signals = os.read(heard, 64)
+        ready, _, _ = select.select([heard], [], [], POLL)
+        signals = os.read(heard, 64) if ready else b""
         if signal.SIGINT in signals:
-            interrupted()
-        if signal.SIGTERM not in signals:
-            continue
+            told = "interrupted; the same command continues from the last checkpoint"
+            errors.end(INTERRUPTED, told)
         with _lock:
-            if _current is None:
-                _end()
-            if _current.since is None:
-                _current.since = time.monotonic()
-        LOG.info("SIGTERM: saves after the step under way, and ends.")
+            if _training is None:
+                if signal.SIGTERM in signals or (_synchronized and _sync_point_reached()):
+                    _end()
+            elif signal.SIGTERM in signals and not _synchronized:
+                _training.since = _training.since or time.monotonic()
+                LOG.info("SIGTERM: saves after the current step, and ends.")
 
 
 def _end() -> None:
+    if _synchronized:  # a process that left alone would count as dead; the others end as well
+        jax.distributed.shutdown()
     told = "stopped by SIGTERM; the same command continues from the last checkpoint"
-    errors.end(EXIT_CODE, told)
+    errors.end(STOPPED, told)

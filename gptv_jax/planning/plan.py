@@ -6,11 +6,9 @@ from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.planning import compiled, memory, roofline, traffic
 from gptv_jax.planning.pretrain import Pretraining
-from gptv_jax.planning.tokenizer import TokenizerTraining
 from gptv_jax.planning.topology import Topology
 from gptv_jax.planning.training import Training
 
-STAGES = {"pretrain": Pretraining, "tokenizer": TokenizerTraining}
 DAY = 86_400  # seconds
 
 
@@ -117,7 +115,7 @@ class Plan:
 def make(
     config: config_lib.Config,
     topology: Topology,
-    stage: str = "pretrain",
+    kind: type[Training] = Pretraining,
     *,
     compiling: bool = True,
 ) -> Plan:
@@ -126,13 +124,13 @@ def make(
     Args:
       config: of the run; of its mesh, a -1 is filled.
       topology: the devices.
-      stage: whose training, of STAGES.
+      kind: class of the training to plan.
       compiling: False does without the compiler where there is one for the topology.
 
     Raises:
       InputError: the mesh does not fit the devices, the batch or the network.
     """
-    training = STAGES[stage].of(config)
+    training = kind.of(config)
     sizes = dict(zip(sharding.AXES, sharding.axis_sizes(config.mesh, topology.count), strict=True))
     mesh = topology.abstract_mesh(tuple(sizes.values()))
     sharding.check(config, mesh)

@@ -16,7 +16,7 @@ from gptv_jax.planning import arrays
 from gptv_jax.planning.arrays import Array
 from gptv_jax.planning.topology import Topology
 from gptv_jax.planning.training import WIDTHS, Call, Training
-from gptv_jax.runs.run import network_of
+from gptv_jax.runs.record import network_of
 from gptv_jax.train import objective, optimizer, step
 
 

@@ -8,6 +8,7 @@ from gptv_jax import sharding
 from gptv_jax.errors import InputError
 from gptv_jax.planning import plan
 from gptv_jax.planning.plan import Plan
+from gptv_jax.planning.pretrain import Pretraining
 from gptv_jax.planning.topology import Topology
 from gptv_jax.planning.training import Training
 
@@ -21,7 +22,7 @@ SHOWN = 10  # choices in the table
 def search(
     config: config_lib.Config,
     topology: Topology,
-    stage: str = "pretrain",
+    kind: type[Training] = Pretraining,
     wanted: int = CONFIRMED,
 ) -> list[Plan]:
     """Plans for the choices of mesh, rematerialisation and microbatches, the best first.
@@ -33,34 +34,34 @@ def search(
     Args:
       config: of the run; its mesh, remat and microbatches are ignored.
       topology: the devices.
-      stage: whose training, of `plan.STAGES`.
+      kind: class of the training to plan.
       wanted: plans that the compiler is to confirm.
 
     Raises:
       InputError: the batch or the network fits no mesh of these devices.
     """
-    found = list(choices(config, topology, stage))
+    found = list(choices(config, topology, kind))
     if not found:
-        training = plan.STAGES[stage].of(config)
+        training = kind.of(config)
         raise InputError(
             f"no mesh of {topology.count} devices divides config.{training.section}.batch_size="
             f"{training.train.batch_size} (and those of the probe and of fine-tuning) and the "
             "network; take another batch size."
         )
-    plans = sorted((plan.make(c, topology, stage, compiling=False) for c in found), key=_rank)
+    plans = sorted((plan.make(c, topology, kind, compiling=False) for c in found), key=_rank)
     if not topology.compiles:
         return plans
     compiled: list[Plan] = []
     while len(compiled) < min(TRIED, len(plans)) and sum(c.fits for c in compiled) < wanted:
-        compiled.append(plan.make(plans[len(compiled)].config, topology, stage))
+        compiled.append(plan.make(plans[len(compiled)].config, topology, kind))
     return sorted((c for c in compiled if c.fits), key=_rank) or [min(compiled, key=_rank)]
 
 
 def choices(
-    config: config_lib.Config, topology: Topology, stage: str = "pretrain"
+    config: config_lib.Config, topology: Topology, kind: type[Training] = Pretraining
 ) -> Iterator[config_lib.Config]:
     """The configuration with every mesh, rematerialisation and number of microbatches to try."""
-    within, training = topology.per_slice, plan.STAGES[stage].of(config)
+    within, training = topology.per_slice, kind.of(config)
     long = training.positions >= LONG
     for tensor in _powers(min(TENSOR, training.heads, within)):
         for sequence in _powers(within // tensor) if long else (1,):
@@ -84,19 +85,21 @@ def _on(
                 yield choice
 
 
-def smallest(config: config_lib.Config, topology: Topology, stage: str = "pretrain") -> Plan | None:
+def smallest(
+    config: config_lib.Config, topology: Topology, kind: type[Training] = Pretraining
+) -> Plan | None:
     """The plan, by arithmetic, on the fewest devices of the topology's kind that fits; or None.
 
     Weights are split over all devices; among the choices that fit, the plan has the fewest
     microbatches and then the least rematerialisation.
     """
-    training = plan.STAGES[stage].of(config)
+    training = kind.of(config)
     for count in _powers(topology.count):
         one = dataclasses.replace(topology, per_slice=count, slices=1)
         for tensor in _powers(min(TENSOR, training.heads, count)):
             mesh = config_lib.Mesh(1, count // tensor, 1, tensor)
             for choice in _on(config, one, training, mesh):
-                found = plan.make(choice, one, stage, compiling=False)
+                found = plan.make(choice, one, kind, compiling=False)
                 if found.fits:
                     return found
     return None

@@ -12,59 +12,61 @@ from gptv_jax import files
 from gptv_jax.config import fields
 from gptv_jax.decode.sampler import class_rows
 from gptv_jax.runs import html
-from gptv_jax.runs.record import finished_stages
-from gptv_jax.runs.run import Run
+from gptv_jax.runs.context import Context
+from gptv_jax.runs.record import has_finished
 
 with epy.lazy_imports():  # heavy, and not needed before there is something to plot
     from matplotlib import figure as figures
     from matplotlib import ticker
 
 
-def write(run: Run) -> None:
+def write(context: Context) -> None:
     """Writes report.html and probe/layers.png; on process 0 alone."""
     if jax.process_index() != 0:
         return
-    summary, events = run.summary(), run.metrics.read()
-    title = _title(run, summary)
+    summary, events = context.folder.summary(), context.log.read()
+    title = _title(context, summary)
     numbers = [(name, html.number(value)) for name, value in summary.items()]
     content = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title} ({escape(run.folder.name)})</title><style>{html.STYLE}</style></head>
-<body><h1>{title}</h1>{_origin(run)}
-<div class="tiles">{_headlines(run, summary)}</div>
-{html.section("Tokenizer", _tokenizing(run, summary, events))}
-{html.section("Training", _pretraining(run, events) + _finetuning(summary, events))}
-{html.section("Linear probe by layer", _layers(run, summary))}
-{html.section("Samples", _samples(run, summary))}
+<title>{title} ({escape(context.folder.path.name)})</title><style>{html.STYLE}</style></head>
+<body><h1>{title}</h1>{_origin(context)}
+<div class="tiles">{_headlines(context, summary)}</div>
+{html.section("Tokenizer", _tokenizing(context, summary, events))}
+{html.section("Training", _pretraining(context, events) + _finetuning(summary, events))}
+{html.section("Linear probe by layer", _layers(context, summary))}
+{html.section("Samples", _samples(context, summary))}
 <div class="row"><div><h2>All numbers</h2>{html.table(("name", "value"), numbers)}</div>
-<div><h2>Configuration</h2>{_configuration(run)}</div></div></body></html>
+<div><h2>Configuration</h2>{_configuration(context)}</div></div></body></html>
 """
-    files.replace(run.folder / "report.html", content.encode())
+    files.replace(context.folder.path / "report.html", content.encode())
 
 
-def _title(run: Run, summary: dict) -> str:
-    parts = [run.config.data.name]
+def _title(context: Context, summary: dict) -> str:
+    parts = [context.config.data.name]
     if "model/params" in summary:  # absent where another run did the pretraining
         parts.append(f"{summary['model/params']:,} parameters")
-    parts += [f"{run.config.model.layers} layers", f"width {run.config.model.width}"]
+    parts += [f"{context.config.model.layers} layers", f"width {context.config.model.width}"]
     return escape(", ".join(parts))
 
 
-def _origin(run: Run) -> str:
+def _origin(context: Context) -> str:
     """Where the numbers come from: folder, date, devices, command and versions."""
-    record = files.read_json(run.folder / "config.json", {})
+    record = files.read_json(context.folder.path / "config.json", {})
     versions = " · ".join(f"{name} {version}" for name, version in record["versions"].items())
     now = datetime.datetime.now(datetime.UTC)
-    written = f"{run.folder.name} · written {now:%Y-%m-%d %H:%M} UTC on {record['devices']}"
+    written = (
+        f"{context.folder.path.name} · written {now:%Y-%m-%d %H:%M} UTC on {record['devices']}"
+    )
     command = f'<code class="box">{escape(record["command"])}</code>'
     return f"<small>{escape(written)}</small>{command}<small>{escape(versions)}</small>"
 
 
-def _headlines(run: Run, summary: dict) -> str:
+def _headlines(context: Context, summary: dict) -> str:
     """The main numbers, each with what it is to be held against."""
-    tiles, done, v = "", finished_stages(summary), run.config.tokens.vocabulary
-    if "pretrain" in done:
+    tiles, v = "", context.config.tokens.vocabulary
+    if has_finished(summary, "pretrain"):
         nats, bits = (summary[f"pretrain/test_{unit}_per_token"] for unit in ("nats", "bits"))
         uniform = f"uniform (ln {v}): {math.log(v):.3f} nats/token"
         in_bits = f"in bits: {bits:.3f}, uniform {math.log2(v):.3f}"
@@ -74,12 +76,12 @@ def _headlines(run: Run, summary: dict) -> str:
         shown = "not timed" if speed is None else f"{speed:,.0f} tokens/s"
         share = "MFU: unknown peak" if mfu is None else f"MFU {mfu:.1%}"
         tiles += html.tile("Pretraining speed", shown, share, *_goodput(summary))
-    if "probe" in done:
+    if has_finished(summary, "probe"):
         raw = f"raw pixels {summary['probe/raw_pixels_test_accuracy']:.2%}"
         random = f"random init {summary['probe/random_init_test_accuracy']:.2%}"
         reached = f"{summary['probe/test_accuracy']:.2%}"
         tiles += html.tile("Probe, test accuracy", reached, raw, random)
-    if "finetune" in done:
+    if has_finished(summary, "finetune"):
         tuned = f"{summary['finetune/test_accuracy']:.2%}"
         scratch = f"from scratch {summary['finetune/scratch_test_accuracy']:.2%}"
         tiles += html.tile("Fine-tuning, test accuracy", tuned, scratch)
@@ -103,7 +105,7 @@ def _goodput(summary: dict) -> list[str]:
     return [] if share is None else [f"goodput {share:.1%}, {restarts} restarts"]
 
 
-def _pretraining(run: Run, events: list[dict]) -> str:
+def _pretraining(context: Context, events: list[dict]) -> str:
     evaluations = _series(events, "pretrain", "validation_nats_per_token")
     if not evaluations:
         return ""
@@ -111,7 +113,7 @@ def _pretraining(run: Run, events: list[dict]) -> str:
     loss, rate = figure.subplots(2, sharex=True, height_ratios=(4, 1))
     html.line(loss, _series(events, "pretrain", "nats_per_token"), html.ORANGE, "training")
     html.line(loss, evaluations, html.BLUE, "validation")
-    v = run.config.tokens.vocabulary
+    v = context.config.tokens.vocabulary
     loss.axhline(math.log(v), color=html.QUIET, ls="--", lw=1, label=f"uniform, ln {v}")
     html.line(rate, _series(events, "pretrain", "learning_rate"), html.QUIET)
     rate.yaxis.set_major_locator(ticker.MaxNLocator(2))
@@ -122,7 +124,7 @@ def _pretraining(run: Run, events: list[dict]) -> str:
     return html.figure(html.png(figure), caption)
 
 
-def _tokenizing(run: Run, summary: dict, events: list[dict]) -> str:
+def _tokenizing(context: Context, summary: dict, events: list[dict]) -> str:
     """The tokenizer's curve, its health and its reconstructions."""
     training = _series(events, "tokenizer", "batch_psnr_db")
     if not training:
@@ -134,11 +136,11 @@ def _tokenizing(run: Run, summary: dict, events: list[dict]) -> str:
     html.line(axes, validation, html.BLUE, "validation, mean over images")
     html.finish(axes, "PSNR, dB", "step")
     shown = html.figure(html.png(figure), "Training of the encoder and decoder.")
-    path = run.folder / "samples" / "reconstructions.png"
+    path = context.folder.path / "samples" / "reconstructions.png"
     if path.exists():
         caption = "Test images, each followed by what its tokens restore."
         shown += html.figure(path.read_bytes(), caption, "pixels")
-    if "tokenizer" in finished_stages(summary):
+    if has_finished(summary, "tokenizer"):
         names = ("test_psnr_db", "test_ssim", "codes", "codes_used", "dead_codes", "perplexity")
         rows = [(n, html.number(summary[f"tokenizer/{n}"])) for n in (*names, "test_idempotence")]
         shown += html.table(("health on the test images", ""), rows)
@@ -163,16 +165,16 @@ def _finetuning(summary: dict, events: list[dict]) -> str:
     return html.figure(html.png(figure), "Fine-tuning. Ringed: the step whose weights were kept.")
 
 
-def _layers(run: Run, summary: dict) -> str:
+def _layers(context: Context, summary: dict) -> str:
     """Accuracy by layer, as a plot, which is saved too, and as a table."""
-    rows = files.read_json(run.folder / "probe" / "layers.json", [])
-    if not rows or "probe" not in finished_stages(summary):
+    rows = files.read_json(context.folder.path / "probe" / "layers.json", [])
+    if not rows or not has_finished(summary, "probe"):
         return ""
     best, raw = summary["probe/best_layer"], summary["probe/raw_pixels_test_accuracy"]
     png = _layers_plot(rows, best, raw)
-    files.replace(run.folder / "probe" / "layers.png", png)
+    files.replace(context.folder.path / "probe" / "layers.png", png)
     caption = "Layer 0 is the embeddings. Ringed: the layer chosen on validation."
-    sgd = run.config.probe.method == "sgd"
+    sgd = context.config.probe.method == "sgd"
     setting, named = ("learning_rate", "learning rate") if sgd else ("c", "best C")
     head = ("layer", named, "validation", "test", "random init, test", "ridge, test")
     keys = ("validation_accuracy", "test_accuracy", "random_init_test_accuracy")
@@ -206,9 +208,9 @@ def _layers_plot(rows: list[dict], best: int, raw_pixels: float) -> bytes:
     return html.png(figure)
 
 
-def _samples(run: Run, summary: dict) -> str:
-    config, classes = run.config.sample, run.config.model.class_tokens
-    rows = run.config.tokens.grid(run.config.data.image_size)[0]
+def _samples(context: Context, summary: dict) -> str:
+    config, classes = context.config.sample, context.config.model.class_tokens
+    rows = context.config.tokens.grid(context.config.data.image_size)[0]
     drawn = f"drawn at temperature {config.temperature:g}"
     if config.guidance != 1:
         drawn += f", {config.guidance_schedule} guidance {config.guidance:g}"
@@ -225,14 +227,14 @@ def _samples(run: Run, summary: dict) -> str:
     }
     figures = ""
     for name, caption in captions.items():
-        path = run.folder / "samples" / f"{name}.png"
+        path = context.folder.path / "samples" / f"{name}.png"
         if path.exists():
             figures += html.figure(path.read_bytes(), caption, "pixels")
     return figures
 
 
-def _configuration(run: Run) -> str:
-    flat, default = fields.flatten(run.config), fields.flatten(config_lib.Config())
+def _configuration(context: Context) -> str:
+    flat, default = fields.flatten(context.config), fields.flatten(config_lib.Config())
     changed = [name for name in flat if flat[name] != default[name]]
     table = html.table(("field", "value"), list(flat.items()), marked=changed)
     return f"<details><summary>All fields; marked: not the default</summary>{table}</details>"

@@ -17,25 +17,26 @@ from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.model import flops
 from gptv_jax.model.gpt import Network
 from gptv_jax.probe import features
-from gptv_jax.runs.run import Run
+from gptv_jax.runs.context import Context
+from gptv_jax.stages import pretrained
 from gptv_jax.train import evaluation, loop, optimizer, step
 
 
-def run_stage(run: Run) -> dict:
+def run_stage(context: Context) -> dict:
     """Fine-tunes twice, pretrained and from scratch; returns the summary's numbers."""
-    config, settings = run.config, run.config.finetune
+    config, settings = context.config, context.config.finetune
     train, batch_size = settings.train, settings.train.batch_size
-    headless, network = run.network(), run.network(run.classes)
+    headless, network = context.network(), context.network(context.classes)
     metric = evaluation.make_metric(network)
     loss = step.joint_loss(
         network, settings.generative_coefficient, settings.classification_coefficient
     )
 
     def batches(position: int):
-        return run.data.train(batch_size, position, settings.train_transforms)
+        return context.data.train(batch_size, position, settings.train_transforms)
 
     def evaluate(params: dict, split: str = "validation") -> dict:
-        return metric.measure(params, run.data.evaluation(split, batch_size))
+        return metric.measure(params, context.data.evaluation(split, batch_size))
 
     @functools.cache  # both trainings share the compiled step where their layer decay is the same
     def compiled(layer_decay: float) -> tuple[optax.GradientTransformation, Callable, Callable]:
@@ -55,15 +56,15 @@ def run_stage(run: Run) -> dict:
 
     def tune(name: str, weights: dict, layer_decay: float) -> dict:
         update, start, train_step = compiled(layer_decay)
-        with Checkpoints(run.checkpoints(name), train.keep_checkpoints) as checkpoints:
+        with Checkpoints(context.folder.checkpoints(name), train.keep_checkpoints) as checkpoints:
             fitted = loop.fit(
                 name,
                 train,
                 length=network.length,
                 flops=flops.training(network).total,
                 checkpoints=checkpoints,
-                log=run.metrics,
-                initial=lambda: start(_with_head(run, headless, network, weights)),
+                log=context.log,
+                initial=lambda: start(_with_head(context, headless, network, weights)),
                 abstract=sharding.abstract(step.make_init(network, update, train.ema)),
                 train_step=train_step,
                 batches=batches,
@@ -81,27 +82,29 @@ def run_stage(run: Run) -> dict:
             **fitted.sessions,
         }
 
-    tuned = tune("finetune", run.pretrained(headless), settings.layer_decay)
+    found = pretrained.load(context, headless)
+    tuned = tune("finetune", found.params, settings.layer_decay)
     initial = jax.jit(headless.init)(jax.random.key(config.seed))
     scratch = tune("finetune_scratch", initial, layer_decay=1.0)
-    return {"classes": run.classes} | tuned | {f"scratch_{k}": v for k, v in scratch.items()}
+    floor = {f"scratch_{name}": value for name, value in scratch.items()}
+    return {"classes": context.classes, **tuned, **floor, **found.numbers}
 
 
-def _with_head(run: Run, headless: Network, network: Network, weights: dict) -> dict:
+def _with_head(context: Context, headless: Network, network: Network, weights: dict) -> dict:
     """The weights with a new class head, whose input is standardised where the config says so."""
-    settings = run.config.finetune
-    head = jax.jit(network.init)(jax.random.key(run.config.seed))["classifier"]
+    settings = context.config.finetune
+    head = jax.jit(network.init)(jax.random.key(context.config.seed))["classifier"]
     if settings.standardize:
 
         def batches(split: str):
-            return run.data.evaluation(split, settings.train.batch_size, features.MEASURED)
+            return context.data.evaluation(split, settings.train.batch_size, features.MEASURED)
 
         def last_layer(split: str):
             every = features.of_network(headless, weights, batches, raw=False)(split)
             return ((x[:, -1:], batch) for x, batch in every)
 
         mean, deviation = features.statistics(last_layer)
-        whole = NamedSharding(run.mesh, P())
+        whole = NamedSharding(context.mesh, P())
         for name, value in (("class_center", mean[0]), ("class_scale", 1 / deviation[0])):
             head[name] = jax.device_put(value.astype(np.float32), whole)
     return weights | {"classifier": head}

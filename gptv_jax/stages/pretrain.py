@@ -13,15 +13,15 @@ from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.model import flops
 from gptv_jax.model.gpt import parameter_count
 from gptv_jax.probe import features, ridge
-from gptv_jax.runs.run import Run
+from gptv_jax.runs.context import Context
 from gptv_jax.tokens.statistics import TokenStatistics
 from gptv_jax.train import evaluation, loop, metrics, optimizer, profiling, step
 
 
-def run_stage(run: Run) -> dict:
+def run_stage(context: Context) -> dict:
     """Trains `config.train.steps` steps and measures the test split once; the summary's numbers."""
-    config, train = run.config, run.config.train
-    network, metric = run.network(), evaluation.make_metric(run.network())
+    config, train = context.config, context.config.train
+    network, metric = context.network(), evaluation.make_metric(context.network())
     token_flops = flops.training(network).total
     update, rate = optimizer.make_optimizer(
         train.optimizer, train.steps, relative_width=config.model.relative_width
@@ -29,21 +29,21 @@ def run_stage(run: Run) -> dict:
     init = step.make_init(network, update, train.ema)
 
     def evaluate(params: dict, split: str = "validation") -> dict:
-        return metric.measure(params, run.data.evaluation(split, train.batch_size))
+        return metric.measure(params, context.data.evaluation(split, train.batch_size))
 
     def probe(params: dict) -> dict:
-        raw, images = config.probe.features == "raw", features.batches(run.data, config.probe)
+        raw, images = config.probe.features == "raw", features.batches(context.data, config.probe)
         read = features.of_network(network, params, images, raw=raw)
-        return ridge.quick_table(read, run.classes, config.probe.ridge)
+        return ridge.quick_table(read, context.classes, config.probe.ridge)
 
-    with Checkpoints(run.checkpoints("pretrain"), train.keep_checkpoints) as checkpoints:
+    with Checkpoints(context.folder.checkpoints("pretrain"), train.keep_checkpoints) as checkpoints:
         fitted = loop.fit(
             "pretrain",
             train,
             length=network.length,
             flops=token_flops,
             checkpoints=checkpoints,
-            log=run.metrics,
+            log=context.log,
             initial=lambda: jax.jit(init)(jax.random.key(config.seed)),
             abstract=sharding.abstract(init),
             train_step=step.make_train_step(
@@ -54,11 +54,11 @@ def run_stage(run: Run) -> dict:
                 seed=config.seed,
                 ema=train.ema,
             ),
-            batches=functools.partial(run.data.train, train.batch_size),
+            batches=functools.partial(context.data.train, train.batch_size),
             evaluate=evaluate,
             measure=probe,
             measure_every=config.probe.every,
-            profiler=profiling.Profiler(config.profile.window, run.folder / "profile"),
+            profiler=profiling.Profiler(config.profile.window, context.folder.path / "profile"),
         )
 
     nats = evaluate(fitted.params, "test")["nats_per_token"]
@@ -69,22 +69,22 @@ def run_stage(run: Run) -> dict:
         "validation_nats_per_token": fitted.evaluations[-1]["nats_per_token"],
         "test_nats_per_token": nats,
         "test_bits_per_token": bits,
-        **_image_numbers(run, bits),
+        **_image_numbers(context, bits),
         "train_tokens_per_second": fitted.tokens_per_second,
         "mfu": metrics.mfu(token_flops, fitted.tokens_per_second),
         **fitted.sessions,
     }
 
 
-def _image_numbers(run: Run, bits: float) -> dict[str, float | None]:
+def _image_numbers(context: Context, bits: float) -> dict[str, float | None]:
     """Bits per dimension for lossless tokens; for other tokens the distortion of the test images.
 
     Lossy tokens have no bits per dimension: fewer bits for a coarser image are no better model.
     """
-    codec, distortion = run.codec, {}
-    autoregressive = run.config.model.objective == "autoregressive"  # BERT: masked tokens only
-    if not codec.lossless and run.data.has_pixels("test"):
-        distortion = _distortion(run)
+    codec, distortion = context.codec, {}
+    autoregressive = context.config.model.objective == "autoregressive"  # BERT: masked tokens only
+    if not codec.lossless and context.data.has_pixels("test"):
+        distortion = _distortion(context)
     per_dimension = math.prod(codec.grid) / math.prod(codec.image_shape)
     has_bits = codec.lossless and autoregressive
     return {
@@ -94,13 +94,13 @@ def _image_numbers(run: Run, bits: float) -> dict[str, float | None]:
     }
 
 
-def _distortion(run: Run) -> dict[str, float | None]:
+def _distortion(context: Context) -> dict[str, float | None]:
     """`TokenStatistics.numbers` of the test images, each read and decoded by one process."""
-    statistics = TokenStatistics(run.codec)
-    for batch in run.images.evaluation("test", run.config.train.batch_size):
+    statistics = TokenStatistics(context.codec)
+    for batch in context.images.evaluation("test", context.config.train.batch_size):
         images = batch["image"][batch["mask"] > 0]
         if len(images):
-            statistics.add(images, run.codec.encode(images))
+            statistics.add(images, context.codec.encode(images))
     # Sums of whole numbers, exact in any order.
     shares = hosts.from_all([statistics.squared_error, statistics.values])
     statistics.squared_error, statistics.values = (sum(each) for each in zip(*shares, strict=True))

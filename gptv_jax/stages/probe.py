@@ -19,7 +19,8 @@ from gptv_jax.model.gpt import Network
 from gptv_jax.probe import features, ridge, sgd
 from gptv_jax.probe.features import Features, Kept
 from gptv_jax.probe.logistic import draw, fit_probe, preference, with_few_labels
-from gptv_jax.runs.run import Run
+from gptv_jax.runs.context import Context
+from gptv_jax.stages import pretrained
 from gptv_jax.train.metrics import Progress
 
 LOG = logging.getLogger(__name__)
@@ -27,18 +28,19 @@ RESULTS = ("validation_accuracy", "test_accuracy")
 FITS = "fits.json"  # results of an unfinished probe by L-BFGS
 
 
-def run_stage(run: Run) -> dict:
+def run_stage(context: Context) -> dict:
     """Probes every layer and the two floors; writes probe/layers.json, returns the numbers."""
-    network = run.network()
-    initial = jax.jit(network.init)(jax.random.key(run.config.seed))
-    protocol = {"lbfgs": _by_lbfgs, "sgd": _by_sgd}[run.config.probe.method]
-    trained, random, raw, more = protocol(run, network, run.pretrained(network), initial)
+    network = context.network()
+    initial = jax.jit(network.init)(jax.random.key(context.config.seed))
+    protocol = {"lbfgs": _by_lbfgs, "sgd": _by_sgd}[context.config.probe.method]
+    found = pretrained.load(context, network)
+    trained, random, raw, more = protocol(context, network, found.params, initial)
 
     rows = []
     for layer, (result, floor) in enumerate(zip(trained, random, strict=True)):
         floors = {f"random_init_{name}": floor.get(name) for name in RESULTS}
         rows.append({"layer": layer} | dict.fromkeys(RESULTS) | result | floors)
-    files.write_json(run.folder / "probe" / "layers.json", rows)
+    files.write_json(context.folder.path / "probe" / "layers.json", rows)
     best, floor, quick = _best(trained), _best(random), ridge.best_layers(trained, 1)[0]
     return {
         "best_layer": best,
@@ -51,46 +53,47 @@ def run_stage(run: Run) -> dict:
         "ridge_validation_accuracy": trained[quick]["ridge_validation_accuracy"],
         "ridge_test_accuracy": trained[quick]["ridge_test_accuracy"],
         **more,
+        **found.numbers,
     }
 
 
-def _by_lbfgs(run: Run, network: Network, trained: dict, initial: dict) -> tuple:
+def _by_lbfgs(context: Context, network: Network, trained: dict, initial: dict) -> tuple:
     """Rows of the trained and the random network's layers, the pixels' row, further numbers."""
-    config, batches = run.config.probe, features.batches(run.data, run.config.probe)
+    config, batches = context.config.probe, features.batches(context.data, context.config.probe)
     read, floor = (
         features.of_network(network, params, batches, raw=config.features == "raw")
         for params in (trained, initial)
     )
-    pixels = features.kept(features.of_pixels(run.codec, batches), [0]).taken([0])
+    pixels = features.kept(features.of_pixels(context.codec, batches), [0]).taken([0])
     for per_class in config.labels_per_class:  # refuses too many labels before any work
-        draw(pixels["train"][1], per_class, np.random.default_rng(run.config.seed))
-    rows, seen = _layers_by_lbfgs(run, "probe", network, read)
-    random, _ = _layers_by_lbfgs(run, "probe of random weights", network, floor)
-    raw = _once(run, "raw pixels", lambda: fit_probe(config, pixels))
+        draw(pixels["train"][1], per_class, np.random.default_rng(context.config.seed))
+    rows, seen = _layers_by_lbfgs(context, "probe", network, read)
+    random, _ = _layers_by_lbfgs(context, "probe of random weights", network, floor)
+    raw = _once(context, "raw pixels", lambda: fit_probe(config, pixels))
 
     best, more = _best(rows), {}
     window = features.around(best, config.concatenate, len(rows))
     if not set(window) <= set(seen.layers):
         seen = features.kept(read, window)
     if config.concatenate > 1:
-        joined = _once(run, "concatenated", lambda: fit_probe(config, seen.taken(window)))
+        joined = _once(context, "concatenated", lambda: fit_probe(config, seen.taken(window)))
         more |= _concatenated(window, joined)
     if config.labels_per_class:
-        draws = with_few_labels(config, seen.taken([best]), run.config.seed)
-        files.write_json(run.folder / "probe" / "labels.json", draws)
+        draws = with_few_labels(config, seen.taken([best]), context.config.seed)
+        files.write_json(context.folder.path / "probe" / "labels.json", draws)
         for per_class in config.labels_per_class:
             found = [d["test_accuracy"] for d in draws if d["labels_per_class"] == per_class]
             name = f"labels_{per_class}_test_accuracy"
             more[name] = float(np.mean(found))
             more[f"{name}_deviation"] = float(np.std(found, ddof=1)) if len(found) > 1 else None
     if jax.process_index() == 0:
-        (run.folder / "probe" / FITS).unlink()
+        (context.folder.path / "probe" / FITS).unlink()
     return rows, random, raw, more
 
 
-def _once(run: Run, name: str, fit: Callable[[], dict]) -> dict:
+def _once(context: Context, name: str, fit: Callable[[], dict]) -> dict:
     """The result of `fit()`, kept in a file, so that a probe that continues does not repeat it."""
-    path = run.folder / "probe" / FITS
+    path = context.folder.path / "probe" / FITS
     fits = hosts.from_first(lambda: files.read_json(path, {}))
     if name not in fits:
         fits[name] = fit()
@@ -98,36 +101,36 @@ def _once(run: Run, name: str, fit: Callable[[], dict]) -> dict:
     return fits[name]
 
 
-def _layers_by_lbfgs(run: Run, name: str, network: Network, read: Features):
+def _layers_by_lbfgs(context: Context, name: str, network: Network, read: Features):
     """A row for every layer, and the kept features of the refined layers."""
-    config, every = run.config.probe, range(network.config.layers + 1)
+    config, every = context.config.probe, range(network.config.layers + 1)
     seen = Kept(read, every if config.refine is None else ())
-    rows = _table(name, seen, run)
+    rows = _table(name, seen, context)
     layers = ridge.best_layers(rows, config.refine)
     if config.refine is not None:
         seen = features.kept(read, layers)
     progress = Progress(name, len(layers), unit="layer")
     for done, layer in enumerate(layers, start=1):
         fit = lambda layer=layer: fit_probe(config, seen.taken([layer]))  # noqa: E731
-        rows[layer] |= _once(run, f"{name}, layer {layer}", fit)
+        rows[layer] |= _once(context, f"{name}, layer {layer}", fit)
         progress.advance()
         progress.report(done, {"validation_accuracy": rows[layer]["validation_accuracy"]})
     progress.close()
     return rows, seen
 
 
-def _by_sgd(run: Run, network: Network, trained: dict, initial: dict) -> tuple:
+def _by_sgd(context: Context, network: Network, trained: dict, initial: dict) -> tuple:
     """As `_by_lbfgs`; the floors are probed by ridge regression, which needs no training."""
-    config, batches = run.config.probe, features.batches(run.data, run.config.probe)
-    path = run.folder / "probe" / "ridge.json"
+    config, batches = context.config.probe, features.batches(context.data, context.config.probe)
+    path = context.folder.path / "probe" / "ridge.json"
     # The tables choose the heads, so a run that continues must find the same tables.
     tables = hosts.from_first(lambda: files.read_json(path, {}))
     if not tables:
         for name, params in (("probe", trained), ("probe of random weights", initial)):
             read = features.of_network(network, params, batches, raw=config.features == "raw")
-            tables[name] = _table(name, read, run)
-        pixels = features.of_pixels(run.codec, batches)
-        tables["probe of raw pixels"] = _table("probe of raw pixels", pixels, run)
+            tables[name] = _table(name, read, context)
+        pixels = features.of_pixels(context.codec, batches)
+        tables["probe of raw pixels"] = _table("probe of raw pixels", pixels, context)
         files.write_json(path, tables)
     try:
         rows, *floors = tables.values()
@@ -138,19 +141,19 @@ def _by_sgd(run: Run, network: Network, trained: dict, initial: dict) -> tuple:
     groups = [(layer,) for layer in ridge.best_layers(rows, config.refine)]
     best = ridge.best_layers(rows, 1)[0]
     window = features.around(best, config.concatenate, len(rows))
-    heads = sgd.Heads(network, config, run.classes, tuple(dict.fromkeys([*groups, window])))
-    with Checkpoints(run.checkpoints("probe")) as checkpoints:
+    heads = sgd.Heads(network, config, context.classes, tuple(dict.fromkeys([*groups, window])))
+    with Checkpoints(context.folder.checkpoints("probe")) as checkpoints:
         chosen = sgd.fit(
             heads,
             trained,
             checkpoints=checkpoints,
-            log=run.metrics,
-            training=lambda position: run.data.train(
+            log=context.log,
+            training=lambda position: context.data.train(
                 config.sgd.batch_size, position, config.sgd.train_transforms
             ),
             evaluation=batches,
             features=features.of_network(network, trained, batches, raw=config.features == "raw"),
-            seed=run.config.seed,
+            seed=context.config.seed,
         )
     for group in groups:
         rows[group[0]] |= chosen[group]
@@ -158,9 +161,9 @@ def _by_sgd(run: Run, network: Network, trained: dict, initial: dict) -> tuple:
     return rows, random, raw, more
 
 
-def _table(name: str, read: Features, run: Run) -> list[dict]:
+def _table(name: str, read: Features, context: Context) -> list[dict]:
     """The ridge regression's rows; logs the best layer."""
-    rows = ridge.tabulate(read, run.classes, run.config.probe.ridge)
+    rows = ridge.tabulate(read, context.classes, context.config.probe.ridge)
     best = ridge.best_layers(rows, 1)[0]
     accuracy = rows[best]["ridge_validation_accuracy"]
     LOG.info("%s: ridge reads %.4f of validation from layer %d.", name, accuracy, best)

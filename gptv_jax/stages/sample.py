@@ -1,7 +1,6 @@
-"""Sampling: new images, test images of which a part is kept, and what surprises in them."""
+"""Pictures at the end of a run: new images, completed test images, and surprise by pixel."""
 
 import itertools
-import time
 
 import jax
 import numpy as np
@@ -9,70 +8,71 @@ from jaxtyping import Bool, UInt8
 
 from gptv_jax.data import pipeline
 from gptv_jax.decode import generation, likelihood
-from gptv_jax.decode.sampler import Sampler, class_rows
+from gptv_jax.decode.sampler import Sampler, Section, class_rows, kept_tokens
 from gptv_jax.runs import pictures
-from gptv_jax.runs.run import Run
+from gptv_jax.runs.context import Context
+from gptv_jax.stages import pretrained
 
 
-def run_stage(run: Run) -> dict:
-    """Writes pictures to samples/; the summary's numbers.
+def run_stage(context: Context) -> dict:
+    """Writes pictures to samples/ and returns the summary's numbers.
 
     New images are in unconditional.png or, of a class-conditional network, in classes.png. Test
-    images stand beside what was made of them in completions.png, where the upper rows are kept, and
-    in inpainted.png, where all but the middle is; in surprise.png beside the nats of their pixels.
+    images stand beside their versions with the lower part drawn anew (completions.png), with the
+    middle drawn anew (inpainted.png), and beside the nats of their pixels (surprise.png).
     """
-    config, network = run.config.sample, run.network()
-    sampler = Sampler.of(config, network, run.pretrained(network))
-    key, classes = jax.random.key(run.config.seed), network.config.class_tokens
-    rows = class_rows(config.count, classes) if classes else None
-    labels = rows.reshape(-1) if classes else None
-    count = len(labels) if classes else config.count
-    nothing = np.full((count, network.length), generation.UNKNOWN, np.int32)
-    sampler.draw(nothing, key, labels)  # compiles
-    begin = time.perf_counter()
-    tokens = sampler.draw(nothing, key, labels)
-    seconds = time.perf_counter() - begin
-    new, columns = _shown(run, tokens), rows.shape[1] if classes else None
-    _save(run, "classes" if classes else "unconditional", new, columns)
-    numbers = {"count": count, "tokens_per_second": tokens.size / seconds}
+    config, seed, network = context.config.sample, context.config.seed, context.network()
+    found = pretrained.load(context, network)
+    sampler = Sampler(network, found.params, config)
+    classes, count, labels, columns = network.config.class_tokens, config.count, None, None
+    if classes:
+        rows = class_rows(count, classes)
+        count, labels, columns = rows.size, rows.reshape(-1), rows.shape[1]
+    key, stopwatch = Section.NEW_IMAGES.key(seed), generation.Stopwatch()
+    tokens = sampler.new(count, key, labels, stopwatch=stopwatch)
+    _save(context, "classes" if classes else "unconditional", _shown(context, tokens), columns)
+    numbers = {"count": count, "tokens_per_second": tokens.size / stopwatch.seconds}
     if config.completions:
-        elements = pipeline.images(run.config.data, "test", run.data.damage_log)
+        elements = pipeline.images(context.config.data, "test", context.data.damage_log)
         elements = list(itertools.islice(elements, config.completions))
-        test = np.stack([pipeline.to_tokens(run.codec, e["image"]) for e in elements])
+        test = np.stack([pipeline.to_tokens(context.codec, e["image"]) for e in elements])
         labels = np.array([e["label"] for e in elements], np.int32) if classes else None
-        upper = np.arange(network.length) < generation.kept_tokens(network, config.keep)
-        known = {"completions": upper, "inpainted": ~_middle(network.grid)}
-        for number, (name, mask) in enumerate(known.items(), start=1):
-            given = np.where(mask, test, generation.UNKNOWN)
-            drawn = sampler.draw(given, jax.random.fold_in(key, number), labels)
-            _save_pairs(run, name, _shown(run, test), _shown(run, drawn))
+        upper = np.arange(network.length) < kept_tokens(network, config.keep)
+        parts = {
+            "completions": (Section.COMPLETIONS, upper),
+            "inpainted": (Section.INPAINTED, ~_middle(network.grid)),
+        }
+        for name, (section, known) in parts.items():
+            given = np.where(known, test, generation.UNKNOWN)
+            drawn = sampler.draw(given, section.key(seed), labels)
+            _save_pairs(context, name, _shown(context, test), _shown(context, drawn))
         nats = likelihood.nats(network, sampler.params, test, labels)
-        of_pixels = likelihood.by_pixel(nats, network.grid, run.codec.image_shape[:2])
-        maps, brightest = pictures.heat_map(of_pixels)
-        _save_pairs(run, "surprise", _shown(run, test), maps)
+        by_pixel = likelihood.by_pixel(nats, network.grid, context.codec.image_shape[:2])
+        maps, brightest = pictures.heat_map(by_pixel)
+        _save_pairs(context, "surprise", _shown(context, test), maps)
         numbers["surprise_brightest_nats"] = brightest
-    return numbers
+    return numbers | found.numbers
 
 
 def _middle(grid: tuple[int, int]) -> Bool[np.ndarray, "T"]:
-    """Half of the rows and half of the columns, those in the middle."""
+    """Tokens in the middle half of the rows and the middle half of the columns."""
     hidden = np.zeros(grid, bool)
     rows, columns = (slice(size // 4, size - size // 4) for size in grid)
     hidden[rows, columns] = True
     return hidden.reshape(-1)
 
 
-def _shown(run: Run, tokens: np.ndarray) -> UInt8[np.ndarray, "N H W 3"]:
-    return run.codec.picture(run.codec.decode(tokens))
+def _shown(context: Context, tokens: np.ndarray) -> UInt8[np.ndarray, "N H W 3"]:
+    return context.codec.picture(context.codec.decode(tokens))
 
 
-def _save_pairs(run: Run, name: str, left: np.ndarray, right: np.ndarray) -> None:
-    """A grid of images, each with another one to its right."""
+def _save_pairs(context: Context, name: str, left: np.ndarray, right: np.ndarray) -> None:
+    """A grid of pictures, each with its partner to the right."""
     pairs = np.stack([left, right], axis=1)
-    _save(run, name, pairs.reshape(-1, *pairs.shape[2:]), columns=8)
+    _save(context, name, pairs.reshape(-1, *pairs.shape[2:]), columns=8)
 
 
-def _save(run: Run, name: str, images: np.ndarray, columns: int | None) -> None:
+def _save(context: Context, name: str, images: np.ndarray, columns: int | None) -> None:
     if jax.process_index() == 0:
         grid = pictures.grid(images, columns)
-        pictures.save(grid, run.folder / "samples" / f"{name}.png")
+        pictures.save(grid, context.folder.path / "samples" / f"{name}.png")

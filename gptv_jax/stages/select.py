@@ -3,7 +3,7 @@
 from gptv_jax import config as config_lib
 from gptv_jax.data import sources
 from gptv_jax.errors import InputError
-from gptv_jax.runs.record import ON_REQUEST, STAGES
+from gptv_jax.stages import STAGES
 
 
 def choose_stages(
@@ -57,7 +57,7 @@ def choose_stages(
         )
     left_out = unlabelled | ({"pretrain"} if given else set()) | (draws if bert else set())
     left_out |= set() if trains_tokens else {"tokenizer"}
-    chosen = (named or set(STAGES) - ON_REQUEST) - left_out
+    chosen = (named or {stage.name for stage in STAGES.values() if not stage.on_request}) - left_out
     return [stage for stage in STAGES if stage in chosen]
 
 

@@ -14,13 +14,13 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gptv_jax import sharding
+from gptv_jax import sharding, tokens
 from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.data import pipeline
 from gptv_jax.model import flops
 from gptv_jax.model.gpt import parameter_count
 from gptv_jax.runs import pictures
-from gptv_jax.runs.run import Run
+from gptv_jax.runs.context import Context
 from gptv_jax.tokens import Tokenizer
 from gptv_jax.train import autoencoding, evaluation, loop, metrics, optimizer, step
 from gptv_jax.weights import lpips
@@ -29,9 +29,9 @@ LOG = logging.getLogger(__name__)
 SHOWN = 16  # test images in the picture of reconstructions
 
 
-def run_stage(run: Run) -> dict:
+def run_stage(context: Context) -> dict:
     """Trains `config.tokenizer.train.steps` steps; the test split's numbers for the summary."""
-    config, settings = run.config, run.config.tokenizer
+    config, settings = context.config, context.config.tokenizer
     network, train = config.tokens.autoencoder, settings.train
     update, rate = optimizer.make_optimizer(train.optimizer, train.steps)
     init = autoencoding.make_init(network, settings, update)
@@ -40,7 +40,7 @@ def run_stage(run: Run) -> dict:
     frozen = None
     if settings.lpips:
         weights = lpips.load(settings.lpips_weights)
-        frozen = {"vgg": jax.device_put(weights, NamedSharding(run.mesh, P()))}
+        frozen = {"vgg": jax.device_put(weights, NamedSharding(context.mesh, P()))}
     train_step = step.make_train_step(
         autoencoding.make_loss(network, settings),
         update,
@@ -52,10 +52,10 @@ def run_stage(run: Run) -> dict:
     metric = evaluation.Metric(autoencoding.make_eval_step(network), autoencoding.health)
 
     def batches(position: int):
-        return run.images.train(train.batch_size, position, settings.train_transforms)
+        return context.images.train(train.batch_size, position, settings.train_transforms)
 
     def evaluate(params: dict, split: str = "validation") -> dict:
-        found = metric.measure(params, run.images.evaluation(split, train.batch_size))
+        found = metric.measure(params, context.images.evaluation(split, train.batch_size))
         found["collapsed"] = found["codes_used"] < settings.least_used * found.pop("most_used")
         # An untrained codebook, before anything is saved, may well use few codes.
         if found["collapsed"] and checkpoints.steps():
@@ -66,14 +66,16 @@ def run_stage(run: Run) -> dict:
             )
         return found
 
-    with Checkpoints(run.checkpoints("tokenizer"), train.keep_checkpoints) as checkpoints:
+    with Checkpoints(
+        context.folder.checkpoints("tokenizer"), train.keep_checkpoints
+    ) as checkpoints:
         fitted = loop.fit(
             "tokenizer",
             train,
             length=length,
             flops=image_flops // length,
             checkpoints=checkpoints,
-            log=run.metrics,
+            log=context.log,
             initial=lambda: jax.jit(init)(jax.random.key(config.seed)),
             abstract=sharding.abstract(init),
             train_step=functools.partial(train_step, frozen=frozen),
@@ -81,8 +83,10 @@ def run_stage(run: Run) -> dict:
             evaluate=evaluate,
         )
     found, speed = evaluate(fitted.params, "test"), fitted.tokens_per_second
-    run.adopt(Tokenizer(network, _on_host(fitted.params), _provenance(run, fitted.step)))
-    _picture(run)
+    tokenizer = Tokenizer(network, _on_host(fitted.params), _provenance(context, fitted.step))
+    if jax.process_index() == 0:
+        tokens.save_definition(tokenizer, context.folder.path)
+    _picture(context.with_definition(tokenizer))
     return {
         "params": parameter_count(fitted.params),
         "steps": fitted.step,
@@ -102,8 +106,8 @@ def _on_host(params: dict) -> dict[str, np.ndarray]:
     return {name: np.asarray(leaf) for name, leaf in sharding.by_name(whole).items()}
 
 
-def _provenance(run: Run, steps: int) -> dict:
-    data, settings = run.config.data, run.config.tokenizer
+def _provenance(context: Context, steps: int) -> dict:
+    data, settings = context.config.data, context.config.tokenizer
     return {
         "data": data.name,
         "split": data.train_split,
@@ -111,16 +115,16 @@ def _provenance(run: Run, steps: int) -> dict:
         "transforms": list(settings.train_transforms or data.train_transforms),
         "steps": steps,
         "batch_size": settings.train.batch_size,
-        "seed": run.config.seed,
+        "seed": context.config.seed,
     }
 
 
-def _picture(run: Run) -> None:
+def _picture(context: Context) -> None:
     """Writes samples/reconstructions.png: test images, each beside its reconstruction."""
-    elements = pipeline.images(run.config.data, "test", run.images.damage_log)
+    elements = pipeline.images(context.config.data, "test", context.images.damage_log)
     images = np.stack([e["image"] for e in itertools.islice(elements, SHOWN)])
-    restored = run.codec.decode(run.codec.encode(images))
+    restored = context.codec.decode(context.codec.encode(images))
     if jax.process_index() == 0:
-        pairs = np.stack([run.codec.picture(x) for x in (images, restored)], axis=1)
+        pairs = np.stack([context.codec.picture(x) for x in (images, restored)], axis=1)
         grid = pictures.grid(pairs.reshape(-1, *pairs.shape[2:]), columns=8)
-        pictures.save(grid, run.folder / "samples" / "reconstructions.png")
+        pictures.save(grid, context.folder.path / "samples" / "reconstructions.png")

@@ -1,4 +1,4 @@
-"""Colours as tokens: one token a pixel, the nearest colour of a palette (Chen et al. 2020)."""
+"""Colours as tokens: each pixel becomes the nearest colour of a palette (Chen et al. 2020)."""
 
 import dataclasses
 import functools
@@ -13,43 +13,43 @@ from jaxtyping import Float, Int, UInt8
 
 from gptv_jax import files
 from gptv_jax.errors import InputError
+from gptv_jax.tokens.codec import Codec
 
-with epy.lazy_imports():  # heavy, and not needed for a palette that is there
+with epy.lazy_imports():  # slow to import, and only building a palette needs it
     from sklearn import cluster
 
 FILE = "palette.npz"  # in a run folder and in a token cache
-CELL = 16  # colour values that a cell of the look-up table has along each channel
-WEIGHTS = np.array([0.299, 0.587, 0.114])  # of red, green and blue in luminance
+CELL = 16  # the lookup table is built in cells of 16 x 16 x 16 colours
+LUMINANCE = np.array([0.299, 0.587, 0.114])  # of red, green and blue (Rec. 601)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Palette:
-    """Colours, in the order of their tokens, and where they come from."""
+    """The colours that the tokens of a `PaletteCodec` refer to: token i is `centers[i]`."""
 
     centers: Float[np.ndarray, "V 3"]  # float32, RGB from -1 to 1, as in iGPT's kmeans_centers.npy
-    provenance: dict  # what made it, in words and numbers; JSON
+    provenance: dict  # JSON that says how the colours were made
 
     @property
     def colors(self) -> UInt8[np.ndarray, "V 3"]:
-        """What a token is shown as."""
+        """RGB of each token, 0 to 255."""
         return np.rint((self.centers + 1) * 127.5).clip(0, 255).astype(np.uint8)
 
     def equivalent(self, other: "Palette") -> bool:
-        """Whether tokens mean the same."""
+        """Whether both palettes give every token the same colour."""
         return np.array_equal(self.centers, other.centers)
 
     def save(self, path: pathlib.Path) -> None:
-        """Writes an `.npz` file that `load` reads."""
         buffer = io.BytesIO()
         np.savez(buffer, centers=self.centers, provenance=json.dumps(self.provenance))
         files.replace(path, buffer.getvalue())
 
 
 def load(path: str | pathlib.Path) -> Palette:
-    """A palette from an `.npz` file of `Palette.save`, or from iGPT's `kmeans_centers.npy`.
+    """Reads a palette: an `.npz` file of `Palette.save`, or iGPT's `kmeans_centers.npy`.
 
     Raises:
-      InputError: no such file, or no float array [V, 3] of values from -1 to 1 in it.
+      InputError: there is no such file, or the file holds no palette.
     """
     path = pathlib.Path(path).absolute()
     if not path.exists():
@@ -66,10 +66,10 @@ def load(path: str | pathlib.Path) -> Palette:
 
 
 def checked(centers: np.ndarray, provenance: dict, where: str) -> Palette:
-    """A palette of these colours, float [V, 3] from -1 to 1.
+    """A palette of the colours `centers`, float [V, 3] from -1 to 1.
 
     Raises:
-      InputError: they are something else; names `where`.
+      InputError: `centers` is something else; the message calls it `where`.
     """
     usable = centers.ndim == 2 and centers.shape[1] == 3 and 2 <= len(centers) <= 65536
     if not usable or centers.dtype.kind != "f" or not np.abs(centers).max() <= 1:
@@ -81,59 +81,52 @@ def checked(centers: np.ndarray, provenance: dict, where: str) -> Palette:
 
 
 def build(pixels: UInt8[np.ndarray, "N 3"], colors: int, seed: int, provenance: dict) -> Palette:
-    """K-means over pixels (scikit-learn's MiniBatchKMeans), in the order of luminance.
+    """Builds a palette by k-means over RGB pixels (scikit-learn's MiniBatchKMeans).
+
+    The colours are in the order of luminance. Where the pixels have exactly `colors` different
+    values, the palette is these values.
 
     Args:
       pixels: RGB.
-      colors: how many; each different colour among the pixels is one where there are no more.
+      colors: size of the palette.
       seed: of k-means.
-      provenance: of the pixels; the method is added.
+      provenance: describes the pixels; the method is added.
 
     Raises:
-      InputError: fewer different pixels than colours.
+      InputError: the pixels have fewer different values than `colors`.
     """
     distinct = np.unique(pixels, axis=0)
     if len(distinct) < colors:
         raise InputError(
             f"the images have only {len(distinct)} different colours; set config.tokens.colors to "
-            "that or less."
+            "this number or less."
         )
     if len(distinct) == colors:
         centers = distinct / 127.5 - 1
     else:
         means = cluster.MiniBatchKMeans(colors, random_state=seed, batch_size=8192, n_init=1)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # about memory on one kind of BLAS
+            warnings.simplefilter("ignore", UserWarning)  # of memory, on Windows with MKL
             centers = means.fit(pixels.astype(np.float32) / 127.5 - 1).cluster_centers_
-    centers = centers[np.argsort(centers @ WEIGHTS, kind="stable")].clip(-1, 1)
+    centers = centers[np.argsort(centers @ LUMINANCE, kind="stable")].clip(-1, 1)
     method = {"method": "scikit-learn MiniBatchKMeans", "seed": seed, "pixels": len(pixels)}
     return Palette(centers.astype(np.float32), provenance | method)
 
 
-class PaletteTokens:
-    """Token = number of the colour that is nearest in squared distance of RGB."""
-
-    lossless = False
-    on_devices = False
+class PaletteCodec(Codec):
+    """The token of a pixel is the number of the nearest colour, by squared distance of RGB."""
 
     def __init__(self, palette: Palette, size: int):
-        """A codec for square images of `size` pixels."""
         self.definition, self.size = palette, size
         self.vocabulary = len(palette.centers)
-        self.grid = (size, size)
-        self.image_shape = (size, size, 3)
+        self.grid, self.image_shape = (size, size), (size, size, 3)
 
     @property
     def similarity_order(self) -> Int[np.ndarray, "V"]:
-        """Tokens by luminance, so that neighbours look alike: it makes caches smaller."""
-        return np.argsort(self.definition.centers @ WEIGHTS, kind="stable")
+        """The tokens by luminance."""
+        return np.argsort(self.definition.centers @ LUMINANCE, kind="stable")
 
     def encode(self, images: UInt8[np.ndarray, "B H W 3"]) -> Int[np.ndarray, "B T"]:
-        """Int32 tokens in raster order, by one look-up a pixel.
-
-        Raises:
-          ValueError: not RGB.
-        """
         if images.shape[-1] != 3:
             raise ValueError(f"images have {images.shape[-1]} channel(s); a palette takes RGB.")
         r, g, b = (images[..., c].astype(np.uint32) for c in range(3))
@@ -142,33 +135,24 @@ class PaletteTokens:
     def decode(
         self, tokens: Int[np.ndarray, "B N"], grid: tuple[int, int] | None = None
     ) -> UInt8[np.ndarray, "B height width 3"]:
-        """The colours of the tokens; what encoding rounded away stays away.
-
-        Args:
-          tokens: in raster order.
-          grid: their rows and columns; None: those of the codec.
-        """
         return self.definition.colors[tokens].reshape(len(tokens), *(grid or self.grid), 3)
-
-    def picture(self, images: UInt8[np.ndarray, "B H W 3"]) -> UInt8[np.ndarray, "B H W 3"]:
-        """The images themselves."""
-        return images
 
     @functools.cached_property
     def _nearest(self) -> np.ndarray:
         return _nearest(self.definition.centers.tobytes())
 
     def __getstate__(self) -> dict:
-        """Without the table: a worker process makes its own."""
+        """Leaves out the lookup table, which a worker process builds by itself."""
         return {k: v for k, v in self.__dict__.items() if k != "_nearest"}
 
 
 @functools.lru_cache(maxsize=2)
 def _nearest(centers: bytes) -> np.ndarray:
-    """The nearest colour of every one of the 2^24 RGB values, exactly; 32 MiB.
+    """The nearest colour of each of the 2^24 RGB values, exactly; 32 MiB.
 
-    Cell by cell of the colour cube: only colours that are no farther from a cell's nearest corner
-    than some colour is from its farthest one can be nearest to a value in it, a dozen of 512.
+    The table is filled cell by cell. Of each cell, the colours are kept whose least distance to a
+    value in the cell is not above the smallest of the colours' greatest distances, a dozen of 512:
+    no other colour can be the nearest one of any value in the cell.
     """
     wanted = (np.frombuffer(centers, np.float32).reshape(-1, 3).astype(np.float64) + 1) * 127.5
     lows = np.arange(0, 256, CELL)

@@ -1,4 +1,4 @@
-"""What tokens lose of the images, and what can be known of them without a network."""
+"""Statistics of tokens: how much encoding loses, and how predictable tokens are by counting."""
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -7,16 +7,14 @@ from gptv_jax.tokens import Codec
 
 
 class TokenStatistics:
-    """Gathers, image by image, the numbers that a loss in nats per token is to be read against."""
+    """Accumulates the floors that a network's loss in nats per token is compared with."""
 
     def __init__(self, codec: Codec):
-        """Nothing is seen yet."""
         V, self.codec = codec.vocabulary, codec
         self.counts = np.zeros(V, np.int64)
         self.images, self.squared_error, self.values, self.same_left = 0, 0.0, 0, 0
 
     def add(self, images: UInt8[np.ndarray, "B H W C"], tokens: Int[np.ndarray, "B T"]) -> None:
-        """More images, and their tokens."""
         self.images += len(images)
         self.counts += np.bincount(tokens.reshape(-1), minlength=len(self.counts))
         restored = self.codec.decode(tokens).astype(np.int32)
@@ -25,12 +23,11 @@ class TokenStatistics:
         self.same_left += int((tokens[:, 1:] == tokens[:, :-1]).sum())
 
     def numbers(self) -> dict[str, float | int | None]:
-        """The statistics of all images so far.
+        """Statistics of all images so far.
 
-        Returns:
-          "mean_squared_error" a channel value and "psnr" in dB (None: lossless), "tokens_used", of
-          the vocabulary, "unigram_nats", the entropy of single tokens, and "same_as_left", the
-          share of tokens that equal the one before them in raster order.
+        "mean_squared_error" is per channel value and "psnr" in dB (None: lossless); "tokens_used"
+        counts the different tokens; "unigram_nats" is the entropy of single tokens; "same_as_left"
+        is the share of tokens that equal the token before them in raster order.
         """
         share = self.counts[self.counts > 0] / max(self.counts.sum(), 1)
         error = self.squared_error / max(self.values, 1)

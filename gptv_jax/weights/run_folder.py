@@ -5,11 +5,14 @@ import pathlib
 from gptv_jax import files, sharding, tokens
 from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.errors import InputError
-from gptv_jax.runs.record import checkpoint_folder, config_of, finished_stages
-from gptv_jax.runs.run import network_of
+from gptv_jax.runs.record import (
+    checkpoint_folder,
+    config_of,
+    network_of,
+    stages_with_weights,
+    trained_part,
+)
 from gptv_jax.weights.file import WeightsFile
-
-TRAININGS = ("pretrain", "finetune")  # the stages that leave weights of the network
 
 
 def read(folder: pathlib.Path, stage: str | None = None) -> tuple[WeightsFile, dict]:
@@ -23,7 +26,7 @@ def read(folder: pathlib.Path, stage: str | None = None) -> tuple[WeightsFile, d
       InputError: no run folder, the stage has not finished, or the checkpoint is damaged.
     """
     config, summary = config_of(folder), files.read_json(folder / "summary.json", {})
-    finished = [each for each in TRAININGS if each in finished_stages(summary)]
+    finished = stages_with_weights(summary)
     if stage is None and finished:
         stage = finished[-1]
     if stage not in finished:
@@ -43,8 +46,7 @@ def read(folder: pathlib.Path, stage: str | None = None) -> tuple[WeightsFile, d
         step=summary[f"{stage}/steps"],
         best_layer=summary.get("probe/best_layer"),
     )
-    training = {"pretrain": config.train, "finetune": config.finetune.train}[stage]
-    place, name = checkpoint_folder(config, folder) / stage, training.weights
+    place, name = checkpoint_folder(config, folder) / stage, trained_part(config, stage)
     with Checkpoints(place, read_only=True) as saved:
         state, _ = saved.restore(described.step, {name: sharding.abstract(network.init)})
     return described, state[name]

@@ -1,0 +1,43 @@
+"""What a stage reads: the configuration, the data, the devices and the run folder."""
+
+import dataclasses
+
+from jax.sharding import Mesh
+
+from gptv_jax import config as config_lib
+from gptv_jax import hosts, tokens
+from gptv_jax.data.pipeline import Pipeline
+from gptv_jax.model.gpt import Network
+from gptv_jax.runs.folder import RunFolder
+from gptv_jax.runs.record import network_of
+from gptv_jax.tokens import Codec, TokenDefinition
+from gptv_jax.train.metrics import MetricWriter
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """A run with everything open and checked; `stages.setup.open_run` makes one."""
+
+    config: config_lib.Config
+    mesh: Mesh
+    folder: RunFolder
+    log: MetricWriter
+    images: Pipeline  # the data as images, before they become tokens
+    classes: int  # of the data; 0: unlabelled
+    stages: tuple[str, ...]  # names of the stages to run, in order
+    codec: Codec | None = None  # None while the tokenizer is still to be trained
+    data: Pipeline | None = None  # the data as tokens; None while there is no codec
+
+    def network(self, classes: int = 0) -> Network:
+        """The network of the config, with a class head where `classes` is not 0."""
+        return network_of(self.config, classes)
+
+    def with_definition(self, definition: TokenDefinition | None) -> "Context":
+        """This context with the codec of a palette or tokenizer (grey levels need neither)."""
+        codec = tokens.make_codec(self.config.tokens, self.config.data.image_size, definition)
+        return dataclasses.replace(self, codec=codec, data=self.images.with_codec(codec))
+
+    def finish(self, stage: str, numbers: dict) -> None:
+        """Adds a stage's numbers, and those of damaged images, to the summary."""
+        damaged = set().union(*hosts.from_all(self.images.damage_log.names))
+        self.folder.finish(stage, numbers, len(damaged))
