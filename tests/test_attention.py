@@ -176,7 +176,7 @@ def test_form_follows_the_devices_of_the_mesh_and_not_this_process():
 
 # A sequence that is split.
 
-SPLIT = [(1, 2, 4, 1), (1, 2, 2, 2), (1, 1, 8, 1)]
+SPLIT = [(1, 2, 2, 2), (1, 1, 8, 1)]
 FORMS = {True: attention.causal_attention, False: attention.bidirectional_attention}
 
 

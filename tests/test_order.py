@@ -139,7 +139,7 @@ def test_logits_match_attention_masked_by_rank_in_float64(kind):
 def test_cached_decoding_matches_the_full_pass_with_target_positions_and_class_tokens():
     network = tiny_network(scan_layers=False, class_tokens=2, **KINDS["both"])
     params, batch = random_params(network), random_batch(network, 3)
-    tokens, variant = (sharding.from_everywhere(batch["tokens"]), np.array([0, 1, 2], np.int32))
+    tokens, variant = (sharding.shard_rows(batch["tokens"]), np.array([0, 1, 2], np.int32))
     full = logits_of(network, params, tokens, None, variant)
 
     @jax.jit

@@ -113,7 +113,7 @@ config = config_lib.Config(
     finetune=config_lib.Finetune(train=config_lib.Train(batch_size=256)),
 )
 rows = []
-for count, fsdp, tensor in [(8, 2, 2), (64, 16, 2), (256, 64, 2)]:
+for count, fsdp, tensor in [(8, 2, 2), (256, 64, 2)]:
     for layers in (2, 4):
         model = dataclasses.replace(config.model, layers=layers)
         mesh = config_lib.Mesh(data=-1, fsdp=fsdp, tensor=tensor)
@@ -135,7 +135,7 @@ print(json.dumps(rows))
 
 @pytest.mark.process
 def test_per_device_bytes_fall_with_shards_and_collectives_per_layer_stay():
-    """The real step on simulated meshes of 8, 64 and 256 devices, 2 and 4 layers deep."""
+    """The real step on simulated meshes of 8 and 256 devices, 2 and 4 layers deep."""
     ended = subprocess.run(
         [sys.executable, "-c", SCALED],
         capture_output=True,
@@ -144,7 +144,7 @@ def test_per_device_bytes_fall_with_shards_and_collectives_per_layer_stay():
     )
     assert ended.returncode == 0, ended.stderr[-3000:]
     rows = json.loads(ended.stdout)
-    assert {row["devices"] for row in rows} == {8, 64, 256}
+    assert {row["devices"] for row in rows} == {8, 256}
     by_layers = {n: [row for row in rows if row["layers"] == n] for n in (2, 4)}
     for name in ("arguments", "parameters"):
         # Of two more layers alone, whose matrices are split over all shards; the norms, which are
@@ -261,8 +261,9 @@ def test_a_batch_that_no_mesh_divides_is_refused():
 def test_the_smallest_mesh_that_fits_is_the_first_that_does():
     one = search.smallest(large(), V5E)
     assert one.fits and one.topology.count == 2  # 16 bytes a weight: 21.8 GB, of 16.9 GB a device
-    huge = dataclasses.replace(large(), model=dataclasses.replace(large().model, layers=4800))
-    assert search.smallest(huge, topology.parse("v5e:2x2")) is None
+    deep = dataclasses.replace(large().model, layers=4800)
+    huge = dataclasses.replace(large(), model=deep, train=config_lib.Train(batch_size=2))
+    assert search.smallest(huge, topology.parse("v5e:2x1")) is None
 
 
 def test_the_table_says_everything():

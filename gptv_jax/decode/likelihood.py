@@ -28,8 +28,8 @@ def nats(
       tokens: whole sequences.
       labels: class of each sequence; None: the network is told no class.
     """
-    variant = sharding.filled(start_vectors(network, labels, len(tokens)))
-    found = _nats(network, params, sharding.filled(tokens), variant)
+    variant = sharding.shard_padded(start_vectors(network, labels, len(tokens)))
+    found = _nats(network, params, sharding.shard_padded(tokens), variant)
     return multihost_utils.process_allgather(found, tiled=True)[: len(tokens)]
 
 

@@ -18,7 +18,7 @@ FUSED_REDUCE_SCATTER = "all-reduce-scatter"
 BITS = {"pred": 8}  # other types have their bits in their names: bf16, f32, s32, u8
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:calls|to_apply|body)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"(?:branch_computations=\{|(?:true|false)_computation=)([^}\s]+)")
@@ -111,24 +111,8 @@ def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
             current = computations.setdefault(header[2], [])
             entry = header[2] if header[1] else entry
         elif current is not None and (found := _INSTRUCTION.match(line)):
-            current.append(_instruction(found[1], found[2]))
+            current.append(Instruction(*found.groups()))
     return computations, entry
-
-
-def _instruction(name: str, text: str) -> Instruction:
-    end = _closing(text, 0) + 1 if text.startswith("(") else text.index(" ")
-    opcode, _, rest = text[end:].strip().partition("(")
-    return Instruction(name, text[:end], opcode, rest)
-
-
-def _closing(text: str, at: int) -> int:
-    """Index where the parenthesis that opens at `at` closes."""
-    depth = 0
-    for i in range(at, len(text)):
-        depth += (text[i] == "(") - (text[i] == ")")
-        if not depth:
-            return i
-    raise ValueError(f"a parenthesis is never closed: {text[:80]}")
 
 
 def _kind(each: Instruction) -> str | None:
@@ -188,8 +172,7 @@ def _step(body: list[Instruction], index: int) -> int:
 
 
 def _operands(each: Instruction) -> list[str]:
-    end = _closing("(" + each.rest, 0)
-    return re.findall(r"%([\w.\-]+)", each.rest[:end])
+    return re.findall(r"%([\w.\-]+)", each.rest)
 
 
 def _whole_constants(computation: list[Instruction]) -> dict[str, int]:

@@ -125,7 +125,6 @@ def _smallest(found: Plan | None) -> str:
 
 
 def _size(count: float | int) -> str:
-    """Bytes, in the binary units that device memory comes in."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.3g} {unit}"
