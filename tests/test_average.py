@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from conftest import SMALL, make_mesh, random_batch, random_params, tiny_network
+from conftest import AS_USERS_COMPILE, SMALL, make_mesh, random_batch, random_params, tiny_network
 
 import gptv_jax
 from gptv_jax import config as config_lib
@@ -28,8 +28,7 @@ def trained(mesh: tuple[int, ...], ema: float | None) -> list[dict]:
         start = jax.jit(lambda params: step.state_of(params, sgd, ema))
         state = start(random_params(network))
         # To the last bit two programs agree as users compile them, not as conftest has it.
-        as_users = {"xla_cpu_use_fusion_emitters": True}
-        take = take.lower(state, batch).compile(compiler_options=as_users)
+        take = take.lower(state, batch).compile(compiler_options=AS_USERS_COMPILE)
         specs = {name: leaf.sharding.spec for name, leaf in sharding.by_name(state).items()}
         found = [jax.device_get(state)]
         for _ in range(5):
