@@ -13,7 +13,7 @@ from gptv_jax.model import autoencoder, discriminator
 from gptv_jax.train import step
 from gptv_jax.train.optimizer import make_optimizer
 
-# Data, fsdp, (sequence,) tensor: igpt is split along every axis, modern along every axis that splits
+# Data, fsdp, (sequence,) tensor: igpt is split along every axis, modern along axes that split
 # weights or positions; test_meshes splits along "data" and "fsdp" alone.
 CASES = [
     ("igpt", (2, 2, 2)),
