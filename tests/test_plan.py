@@ -13,7 +13,7 @@ from gptv_jax import config as config_lib
 from gptv_jax import hardware
 from gptv_jax.errors import InputError
 from gptv_jax.model import flops
-from gptv_jax.planning import plan, roofline, search, table, topology
+from gptv_jax.planning import plan, search, table, topology
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 PROMISED = {
@@ -197,7 +197,7 @@ def test_the_roofline_is_of_the_slowest_part():
     assert found.mfu == pytest.approx(
         flops.training(found.training.network).total / executed * line.compute / line.bound
     )
-    assert roofline.Roofline(1.0, 2.0, 4.0, 3.0).bound == 4.0
+    assert plan.Roofline(1.0, 2.0, 4.0, 3.0).bound == 4.0
 
 
 def test_days_and_device_hours_are_those_of_all_steps():
@@ -225,8 +225,13 @@ def test_the_search_ranks_what_fits_and_its_flags_make_the_same_plan():
     values = dict(flag.removeprefix("--config.").split("=") for flag in plans[0].flags)
     assert values["model.remat"] == plans[0].config.model.remat
     mesh = config_lib.Mesh(**{axis: int(values[f"mesh.{axis}"]) for axis in plans[0].sizes})
-    parts = int(values["train.microbatches"])
-    again = search._with(two_heads(), mesh, values["model.remat"], parts)
+    config = two_heads()
+    again = dataclasses.replace(
+        config,
+        mesh=mesh,
+        model=dataclasses.replace(config.model, remat=values["model.remat"]),
+        train=config_lib.Train(microbatches=int(values["train.microbatches"])),
+    )
     assert plan.make(again, H200).bytes_per_device == plans[0].bytes_per_device
 
 
@@ -234,7 +239,7 @@ def test_what_the_compiler_refuses_is_left_out_of_the_search(monkeypatch):
     made, config = plan.make, two_heads(layers=8)
     best = min(
         (made(each, V5E, compiling=False) for each in search.choices(config, V5E)),
-        key=search._rank,
+        key=search.rank,
     )
 
     def compiled(config, devices, stage, *, compiling=True):

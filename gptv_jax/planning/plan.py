@@ -4,12 +4,32 @@ import dataclasses
 
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
-from gptv_jax.planning import compiled, memory, roofline, traffic
+from gptv_jax.planning import compiled, memory, traffic
 from gptv_jax.planning.pretrain import Pretraining
 from gptv_jax.planning.topology import Topology
 from gptv_jax.planning.training import Training
 
 DAY = 86_400  # seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+    """Seconds that one step takes in each part of a device at its peak rate, if it never waits."""
+
+    compute: float
+    memory: float
+    interconnect: float
+    network: float  # between slices or nodes
+
+    @property
+    def bound(self) -> float:
+        """Seconds of a step if the slowest part hides all other parts."""
+        return max(dataclasses.astuple(self))
+
+    @property
+    def serial(self) -> float:
+        """Seconds of a step if nothing overlaps."""
+        return sum(dataclasses.astuple(self))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +45,7 @@ class Plan:
     memory: memory.Memory  # by arithmetic
     compiled: compiled.Compiled | None  # None: by arithmetic alone
     traffic: list[traffic.Traffic]
-    roofline: roofline.Roofline | None
+    roofline: Roofline | None
 
     @property
     def bytes_per_device(self) -> int:
@@ -149,7 +169,17 @@ def make(
     else:
         moved = traffic.by_arithmetic(training.collectives(sizes), sizes, slice_of)
     executed, line = training.executed(topology.platform, sizes), None
-    if topology.hardware:
-        line = roofline.estimate(training, executed, sizes, bytes_, moved, topology.hardware)
+    if rates := topology.hardware:
+        # Each pass over the layers reads their weights. The optimizer reads and writes its state
+        # and the parameters, and reads the gradients. Activations are left out: the compiler
+        # decides how many of them go through memory.
+        read = training.weights_read(sizes)
+        read += 2 * (bytes_.parameters + bytes_.optimizer) + bytes_.gradients
+        line = Roofline(
+            executed / topology.count / rates.peak_flops,
+            read / rates.memory_bandwidth,
+            sum(each.inside for each in moved) / rates.interconnect,
+            sum(each.between for each in moved) / rates.network,
+        )
     params = memory.parameter_count(training, topology)
     return Plan(config, topology, training, sizes, params, executed, bytes_, program, moved, line)
