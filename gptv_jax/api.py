@@ -27,18 +27,12 @@ Setting = float | int | str | None  # of `config.Drawing`
 
 
 class Model:
-    """A trained network with its weights and its tokens, as `load` makes it.
+    """A trained network with its weights (`params`, on `mesh`) and its tokens, made by `load`.
 
     Images are uint8 [B, H, W, C] in the data set's own range, NumPy or JAX arrays. Work is split
     over all devices. `labels` are classes, 0 <= label < C, for a network with
     `model.class_tokens`: one class for all images or one for each; None: the network is told none.
     An argument of the wrong shape, dtype or value raises ValueError.
-
-    Attributes:
-      network: the shape of the network, a `gptv_jax.model.gpt.Network`.
-      codec: turns images to tokens and back.
-      params: the weights, nested dicts of arrays on `mesh`.
-      mesh: the devices that hold the weights.
     """
 
     def __init__(self, described: WeightsFile, params: dict, mesh: jax.sharding.Mesh):
@@ -85,17 +79,13 @@ class Model:
     ) -> Float[np.ndarray, "B D"]:
         """Float32 means over positions of one layer's normed input; BERT: over its masks, too.
 
-        Args:
-          images: see `Model`.
-          layer: 0 .. L, where L is the output of the final norm; None: the layer that the probe
-            chose, on the pretrained weights.
+        `layer` is 0 .. L, where L is the output of the final norm; None: the layer that the probe
+        chose, on the pretrained weights.
         """
         last, chosen = self.network.config.layers, self._described.best_layer
         if layer is None and chosen is None:
             raise InputError(f"the probe has not run, so name a layer: 0 to {last}.")
-        layer = chosen if layer is None else layer
-        if not validation.is_whole(layer) or not 0 <= layer <= last:
-            raise InputError(f"layer is {layer}; this network has the layers 0 to {last}.")
+        layer = validation.whole(chosen if layer is None else layer, "layer", most=last)
         return self._forward(self.tokenize(images), "pooled")[:, layer]
 
     def classify(self, images: UInt8[AnyArray, "B H W C"]) -> Float[np.ndarray, "B classes"]:
@@ -110,17 +100,9 @@ class Model:
     def sample(
         self, n: int, seed: int = 0, *, labels: Labels = None, **drawing: Setting
     ) -> UInt8[np.ndarray, "n H W C"]:
-        """New images, drawn token by token.
-
-        Args:
-          n: number of images.
-          seed: the same seed gives the same images.
-          labels: see `Model`.
-          **drawing: how tokens are drawn, see `gptv_jax.config.Drawing`.
-        """
+        """`n` new images, drawn token by token; the same seed gives the same images."""
         n, key = validation.whole(n, "n", least=1), Section.NEW_IMAGES.key(validation.seed(seed))
-        labels = validation.labels(labels, n, self.network)
-        sampler = self._sampler(labels, drawing)
+        sampler, labels = self._sampler(n, labels, drawing)
         with jax.set_mesh(self.mesh):
             return self.codec.decode(sampler.new(n, key, labels))
 
@@ -136,29 +118,26 @@ class Model:
         labels: Labels = None,
         **drawing: Setting,
     ) -> UInt8[np.ndarray, "rows H W C"]:
-        """Images whose known part is kept and whose other tokens are drawn.
+        """Images whose known part is kept and whose other tokens are drawn, `samples` times each.
+
+        Known is the share `keep` of the rows, from the top and to the nearest row; or what `mask`
+        says, True for known pixels, [H, W] or [B, H, W], or for known tokens, [rows, columns] or
+        [B, rows, columns]. A token is known where all its pixels are.
 
         Tokens are drawn in raster order; each depends on the tokens before it alone, known or
-        drawn. Known pixels change only as far as the tokens lose detail.
-
-        Args:
-          images: see `Model`.
-          keep: share of the rows, from the top and to the nearest row, that is known; 0 to 1.
-          seed: the same seed gives the same images.
-          samples: completions of each image, next to each other.
-          mask: replaces `keep`: True for known pixels, [H, W] or [B, H, W], or for known tokens,
-            [rows, columns] or [B, rows, columns]; a token is known where all its pixels are.
-          labels: see `Model`.
-          **drawing: how tokens are drawn, see `gptv_jax.config.Drawing`.
+        drawn. Known pixels change only as far as the tokens lose detail. Completions of one image
+        are next to each other.
         """
-        keep, samples = validation.share(keep), validation.whole(samples, "samples", least=1)
+        keep, samples = (
+            validation.setting("keep", keep),
+            validation.whole(samples, "samples", least=1),
+        )
         key, tokens = Section.COMPLETIONS.key(validation.seed(seed)), self.tokenize(images)
-        labels = validation.labels(labels, len(tokens), self.network)
+        sampler, labels = self._sampler(len(tokens), labels, drawing)
         if mask is None:
             known = np.arange(self.network.length) < kept_tokens(self.network, keep)
         else:
             known = validation.mask(mask, len(tokens), self.codec)
-        sampler = self._sampler(labels, drawing)
         given = np.where(known, tokens, generation.UNKNOWN)
         with jax.set_mesh(self.mesh):
             return self.codec.decode(sampler.draw(given, key, labels, samples))
@@ -177,25 +156,15 @@ class Model:
     ) -> UInt8[np.ndarray, "B height width C"]:
         """Images continued beyond their edges, and beyond the size that the network was trained at.
 
-        The network's window moves outward by half its side at most and draws the unknown tokens in
+        `top`, `bottom`, `left` and `right` are pixels to add, multiples of the side of a token. The
+        network's window moves outward by half its side at most and draws the unknown tokens in
         raster order. Tokens to the right of an image and below it depend on the image; tokens to
         the left know only the rows above them, and tokens above do not know what is below, so an
         edge may show there. The tokens of the image itself stay.
-
-        Args:
-          images: see `Model`.
-          top: pixels to add above, a multiple of a token's height.
-          bottom: pixels to add below.
-          left: pixels to add to the left, a multiple of a token's width.
-          right: pixels to add to the right.
-          seed: the same seed gives the same images.
-          labels: see `Model`.
-          **drawing: how tokens are drawn, see `gptv_jax.config.Drawing`.
         """
         margins = validation.margins(self.codec, top=top, bottom=bottom, left=left, right=right)
         key, tokens = Section.OUTPAINTED.key(validation.seed(seed)), self.tokenize(images)
-        labels = validation.labels(labels, len(tokens), self.network)
-        sampler = self._sampler(labels, drawing)
+        sampler, labels = self._sampler(len(tokens), labels, drawing)
         with jax.set_mesh(self.mesh):
             grids = sampler.outpaint(tokens, margins, key, labels)
         return self.codec.decode(grids.reshape(len(grids), -1), grids.shape[1:])
@@ -216,15 +185,17 @@ class Model:
                 "one with the objective autoregressive."
             )
 
-    def _sampler(self, labels: np.ndarray | None, drawing: dict) -> Sampler:
+    def _sampler(self, rows: int, labels: Labels, drawing: dict):
+        """The sampler, and the label of each row."""
         self._must_be_autoregressive("draw images")
+        labels = validation.labels(labels, rows, self.network)
         sampler = Sampler(self.network, self.params, validation.drawing(drawing))
         if sampler.drawing.guidance != 1 and labels is None:
             raise InputError(
                 f"guidance is {sampler.drawing.guidance:g}, but no class is given to guide to; "
                 "give labels, or leave guidance at 1."
             )
-        return sampler
+        return sampler, labels
 
     def _nats(self, images, labels: Labels) -> Float[np.ndarray, "B T"]:
         self._must_be_autoregressive("give likelihoods")
@@ -282,14 +253,8 @@ def from_huggingface(
 def to_huggingface(model: Model, folder: str | pathlib.Path, task: str = "generation") -> None:
     """Writes a folder from which `transformers` loads the model, without this package or pickle.
 
-    Args:
-      model: the model to write.
-      folder: is made where it does not exist.
-      task: "generation" for `ImageGPTForCausalImageModeling`, "classification" for
-        `ImageGPTForImageClassification`.
-
-    Raises:
-      ValueError: the model has a part that ImageGPT does not have (the part is named).
+    The task "generation" is for `ImageGPTForCausalImageModeling`, "classification" for
+    `ImageGPTForImageClassification`. ValueError names parts of the model that ImageGPT lacks.
     """
     if task not in huggingface.ARCHITECTURES:
         shown = ", ".join(huggingface.ARCHITECTURES)

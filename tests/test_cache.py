@@ -336,9 +336,9 @@ def test_worker_processes_read_the_cache_alike(tmp_path):
 @pytest.mark.parametrize(
     ("section", "changes", "named"),
     [
-        ("tokens", {"kind": "grey"}, "tokens.kind is 'grey', there 'palette'"),
-        ("tokens", {"colors": 41}, "tokens.colors is 41, there 40"),
-        ("data", {"image_size": 16}, "data.image_size is 16, there 8"),
+        ("tokens", {"kind": "grey"}, "tokens.kind is 'grey', expected 'palette'"),
+        ("tokens", {"colors": 41}, "tokens.colors is 41, expected 40"),
+        ("data", {"image_size": 16}, "data.image_size is 16, expected 8"),
         ("data", {"eval_transforms": ("decode()", "resize(8)")}, "data.eval_transforms is "),
     ],
 )

@@ -1,4 +1,4 @@
-"""What a process is set to, seen from inside processes of their own."""
+"""Settings of a process, seen from inside processes that fork from one that has imported JAX."""
 
 import json
 import os
@@ -12,16 +12,22 @@ import pytest
 
 from gptv_jax.hosts import runtime
 
-pytestmark = pytest.mark.process
-
 SETTING = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 HUGE_PAGES = SETTING.exists() and "[never]" not in SETTING.read_text()
-FAULTS = """
-import json, resource, sys
+GLIBC = platform.libc_ver()[0] == "glibc"
+FORKS = """
+import json, os, pathlib, resource, runpy, sys
 import jax
+from gptv_jax import errors
 from gptv_jax.hosts import runtime
-if sys.argv[1] == "kept":
-    runtime.keep_memory()
+for program in json.loads(sys.argv[1]):
+    child = os.fork()
+    if not child:
+        exec(program)
+        sys.exit()
+    assert os.waitpid(child, 0)[1] == 0
+"""
+FAULTS = """
 x, negative = jax.numpy.ones(2**24), jax.jit(lambda x: -x)
 negative(x).block_until_ready()
 faults = []
@@ -32,10 +38,8 @@ for _ in range(6):
 print(json.dumps(faults))
 """
 COMPILES = """
-import json
-import jax
-from gptv_jax.hosts import runtime
 runtime.COMPILE_SECONDS = 0.0
+os.environ["XDG_CACHE_HOME"] = {cache!r}
 events = []
 jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
 runtime.cache_programs()
@@ -43,79 +47,79 @@ jax.jit(lambda x: jax.numpy.sin(x) @ x)(jax.numpy.ones((8, 8))).block_until_read
 found = sum(event == "/jax/compilation_cache/cache_hits" for event in events)
 print(json.dumps([jax.config.jax_compilation_cache_dir, found]))
 """
-
 COMMAND = """
-import json, pathlib, runpy, sys
-from gptv_jax import errors
-from gptv_jax.hosts import runtime
+os.environ["XDG_CACHE_HOME"] = {cache!r}
 asked, runtime.DEVICES = [], pathlib.Path("/nowhere")
 runtime.ctypes.CDLL = lambda name, load=runtime.ctypes.CDLL: asked.append(name) or load(name)
 def end(code, message):
     print(json.dumps([len(asked), message]))
     sys.exit()
-errors.end, sys.argv = end, ["main.py", *sys.argv[1:]]
+errors.end, sys.argv = end, ["main.py", *{arguments!r}]
 runpy.run_module("gptv_jax.main", run_name="__main__", alter_sys=True)
 """
 
 
-def told(program: str, *arguments: str, **environment: str):
-    """What a Python process printed last, as JSON."""
+def run(*programs: str) -> list:
+    """Runs each program in a forked process; the JSON that each printed last."""
     set_by_tests = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
-    kept = {k: v for k, v in os.environ.items() if k not in set_by_tests}
-    command = [sys.executable, "-c", program, *arguments]
-    ended = subprocess.run(command, capture_output=True, text=True, env=kept | environment)
+    environment = {k: v for k, v in os.environ.items() if k not in set_by_tests}
+    command = [sys.executable, "-c", FORKS, json.dumps(programs)]
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert ended.returncode == 0, ended.stderr[-2000:]
-    return json.loads(ended.stdout.splitlines()[-1])
+    return [json.loads(line) for line in ended.stdout.splitlines() if line.startswith("[")]
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left alone")
+@pytest.mark.process
+@pytest.mark.skipif(not GLIBC, reason="other C libraries are left alone")
 @pytest.mark.skipif(not HUGE_PAGES, reason="the kernel has no huge pages")
 def test_results_are_written_without_page_faults():
     pages = 2**26 // os.sysconf("SC_PAGE_SIZE")
-    given_back, kept = told(FAULTS, "given back"), told(FAULTS, "kept")
+    given_back, kept = run(FAULTS, f"runtime.keep_memory()\n{FAULTS}")
     assert min(given_back) > pages / 2
     assert max(kept) < pages / 100
 
 
-def test_a_second_process_finds_what_the_first_one_compiled(tmp_path):
-    first, found_first = told(COMPILES, XDG_CACHE_HOME=str(tmp_path))
-    second, found_second = told(COMPILES, XDG_CACHE_HOME=str(tmp_path))
-    assert first == second and first.startswith(str(tmp_path / "gptv_jax" / "programs"))
-    assert found_first == 0 and found_second > 0
-
-
-def test_a_place_that_is_named_is_taken(tmp_path):
-    named = str(tmp_path / "named")
-    assert told(COMPILES, JAX_COMPILATION_CACHE_DIR=named)[0] == named
-
-
-def test_without_a_place_every_start_compiles(tmp_path):
+@pytest.mark.process
+def test_compiled_programs_are_cached_where_a_folder_can_be_made(tmp_path):
     (tmp_path / "file").touch()
-    assert told(COMPILES, XDG_CACHE_HOME=str(tmp_path / "file")) == [None, 0]
+    cached = COMPILES.format(cache=str(tmp_path))
+    uncached, first, second = run(COMPILES.format(cache=str(tmp_path / "file")), cached, cached)
+    assert uncached == [None, 0]  # every start compiles
+    assert first[0] == second[0] and first[0].startswith(str(tmp_path / "gptv_jax" / "programs"))
+    assert first[1] == 0 and second[1] > 0
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left alone")
-def test_the_command_keeps_programs_and_memory(tmp_path):
+def test_a_cache_folder_that_the_user_names_is_kept(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    named = jax.config.jax_compilation_cache_dir
+    assert named is not None  # by conftest.py
+    runtime.cache_programs()
+    assert jax.config.jax_compilation_cache_dir == named and not list(tmp_path.iterdir())
+
+
+@pytest.mark.process
+@pytest.mark.skipif(not GLIBC, reason="other C libraries are left alone")
+def test_the_command_caches_programs_and_keeps_memory(tmp_path):
     (tmp_path / "file").touch()
     digits = pathlib.Path(__file__).parent.parent / "configs" / "digits.py"
-    arguments = (f"--config={digits}", f"--workdir={tmp_path / 'file' / 'run'}")
-    asked, message = told(COMMAND, *arguments, XDG_CACHE_HOME=str(tmp_path))
+    arguments = [f"--config={digits}", f"--workdir={tmp_path / 'file' / 'run'}"]
+    [[asked, message]] = run(COMMAND.format(cache=str(tmp_path), arguments=arguments))
     assert asked == 1 and "workdir" in message
     assert (tmp_path / "gptv_jax" / "programs").is_dir()
 
 
-def test_programs_are_kept_apart_by_what_the_processor_can_do(monkeypatch):
+def test_programs_are_cached_apart_by_the_instructions_of_the_processor(monkeypatch):
     assert jax.default_backend() == "cpu"
 
     def kind(flags, speed):
-        told = f"processor: 0\ncpu MHz: {speed}\nflags: {flags}\n"
-        monkeypatch.setattr(pathlib.Path, "read_text", lambda path: told)
+        lines = f"processor: 0\ncpu MHz: {speed}\nflags: {flags}\n"
+        monkeypatch.setattr(pathlib.Path, "read_text", lambda path: lines)
         return runtime.machine_kind()
 
     assert kind("sse avx2", 2000) == kind("sse avx2", 3000) != kind("sse avx2 avx512f", 2000)
 
 
-def test_machines_with_accelerators_keep_the_memory_of_their_c_library(monkeypatch, tmp_path):
+def test_glibc_is_left_alone_on_machines_with_accelerators(monkeypatch, tmp_path):
     (tmp_path / "nvidia0").touch()
     monkeypatch.setattr(runtime, "DEVICES", tmp_path)
 

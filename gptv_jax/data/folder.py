@@ -1,4 +1,4 @@
-"""A folder of images: a class per sub-folder, or unlabelled."""
+"""Folders of image files as data sets."""
 
 import os
 import pathlib
@@ -8,31 +8,27 @@ import numpy as np
 from gptv_jax.errors import InputError
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
-# What a sub-folder may be called that holds a split.
+# Names of sub-folders that are splits.
 SPLIT_FOLDERS = {n: n for n in ("train", "validation", "test")} | {"val": "validation"}
-SEED = 0  # of the order of images; the same in every run
+ORDER_SEED = 0  # fixed, so that a split expression selects the same images in every run
 
 
 class ImageFolder:
-    """Image files of a folder, and of those below it.
+    """All image files below a folder.
 
-    Where the sub-folders are train, validation (or val) and test, or train and one of these, they
-    are the splits; else all is one split, train. Within a split, a class is a sub-folder; images
-    that lie in no sub-folder, or all in one, make the whole set unlabelled. The order is mixed,
-    class by class alike, so that `train[:90%]` holds nine tenths of every class.
+    Sub-folders called train, validation (or val) and test, train among them and no others, are the
+    splits; otherwise all images are one split, train. Within a split, each sub-folder is a class.
+    The data set is unlabelled where an image lies in no sub-folder, or all lie in the same one. The
+    images are shuffled class by class, so that `train[:90%]` holds nine tenths of every class.
     """
 
     stored_as = "encoded"
 
     def __init__(self, path: pathlib.Path, labels: bool = True):
-        """Lists the files; none is opened.
-
-        Args:
-          path: the folder.
-          labels: False: classes are left alone.
+        """Lists the files without opening them; `labels=False` makes the data set unlabelled.
 
         Raises:
-          InputError: no images, a class of one image, or one that is not in the training split.
+          InputError: there are no images, a class has one image, or no training image.
         """
         if not path.is_dir():
             raise InputError(f"config.data.path={path} is not a folder.")
@@ -49,7 +45,7 @@ class ImageFolder:
                 raise InputError(f"{folders[split]} holds no image (no file ending in {shown}).")
         labelled = labels and all(os.sep in name for found in files.values() for name in found)
         names = sorted({_class(name) for name in files["train"]})
-        labelled = labelled and len(names) > 1  # one class tells nothing
+        labelled = labelled and len(names) > 1
         self.class_names = names if labelled else []
         self.classes = len(self.class_names)
         self._splits = {
@@ -61,7 +57,6 @@ class ImageFolder:
             self._check_classes(folders["train"])
 
     def open(self, split: str) -> "_FolderSplit":
-        """A split; see `sources.DataSet`."""
         return self._splits[split]
 
     def _ordered(self, folder, files: list[str]) -> tuple[list[str], np.ndarray | None]:
@@ -72,7 +67,7 @@ class ImageFolder:
                 f"{folder} has classes that no training image has: {', '.join(unknown[:10])}."
             )
         labels = np.array([numbers[_class(f)] if numbers else 0 for f in files], np.int32)
-        order = _mixed(labels)
+        order = _shuffle(labels)
         return [files[i] for i in order], labels[order] if numbers else None
 
     def _check_classes(self, folder: pathlib.Path) -> None:
@@ -82,8 +77,8 @@ class ImageFolder:
             more = f" and {len(lone) - 3} more" if len(lone) > 3 else ""
             raise InputError(
                 f"{folder} has only one image of class {', '.join(lone[:3])}{more}, too few to "
-                "train on some and measure on others; add images, take the class away, or leave "
-                "classes alone with config.data.labels=False."
+                "train on some and evaluate on others; add images, remove the class, or ignore all "
+                "classes by config.data.labels=False."
             )
 
 
@@ -103,15 +98,15 @@ class _FolderSplit:
 
 
 def _files(folder: pathlib.Path) -> list[str]:
-    """Paths below `folder`, in order, of what is called like an image; hidden ones left out."""
-    found, seen = [], set()
+    """Sorted paths, relative to `folder`, of the image files below it that are not hidden."""
+    found, visited = [], set()
     for path, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(path)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        if real in seen:  # links that go round in a circle
+        if real in visited:  # symbolic links form a circle
             folders[:] = []
             continue
-        seen.add(real)
+        visited.add(real)
         found += [
             os.path.relpath(os.path.join(path, name), folder)
             for name in sorted(names)
@@ -124,9 +119,9 @@ def _class(file: str) -> str:
     return file.split(os.sep)[0]
 
 
-def _mixed(labels: np.ndarray) -> np.ndarray:
-    """An order of all rows that spreads each class evenly, and mixes the classes."""
-    rng = np.random.default_rng(SEED)
+def _shuffle(labels: np.ndarray) -> np.ndarray:
+    """A shuffled order of all rows in which each class is spread evenly."""
+    rng = np.random.default_rng(ORDER_SEED)
     place = np.empty(len(labels))
     rows = np.argsort(labels, kind="stable")
     for members in np.split(rows, np.flatnonzero(np.diff(labels[rows])) + 1):

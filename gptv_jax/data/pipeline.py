@@ -1,8 +1,9 @@
-"""Batches of tokens from a source, by Grain.
+"""Batches of tokens, read by Grain.
 
-The position in the training data is one number, the count of global batches taken, whatever the
-number of hosts and workers: batch k of the endless, per-epoch shuffled sequence is its elements
-k*B .. (k+1)*B, and share i of n takes the i-th n-th of them.
+The training data is one endless sequence of examples, shuffled anew in every epoch. Global batch k
+is its elements k*B .. (k+1)*B, of which share i of n reads the i-th of n equal parts. So a position
+in the training data is one number, the count of global batches read, which depends neither on the
+number of hosts nor on workers.
 """
 
 import copy
@@ -18,22 +19,21 @@ import numpy as np
 
 from gptv_jax import config as config_lib
 from gptv_jax.data import sources, transforms
-from gptv_jax.data.damage import SOUND, DamageLog, Decoded
+from gptv_jax.data.damage import NOT_DAMAGED, DamageLog, DecodedSource
 from gptv_jax.data.images import Decode
-from gptv_jax.data.reading import Padded, read_by
+from gptv_jax.data.reading import PaddedSource, read_ahead
 from gptv_jax.errors import InputError
 from gptv_jax.tokens import Codec
 
 LOG = logging.getLogger(__name__)
-ENCODED_AHEAD = 2  # batches
+ENCODE_AHEAD = 2  # batches that a codec on devices encodes ahead of their use
 
 
 class Pipeline:
     """The data of a run, as batches of NumPy arrays.
 
-    A batch holds `"tokens": int32 [b, T]` or, without a codec, `"image": uint8 [b, H, W, C]`,
-    `"variant": int32 [b]` and, of labelled data, `"label": int32 [b]`; b is the batch size over the
-    number of shares.
+    A batch holds "tokens", int32 [b, T], or "image", uint8 [b, H, W, C], if there is no codec; the
+    "variant" that a shift drew, int32 [b]; and the "label", int32 [b], of labelled data.
     """
 
     def __init__(
@@ -44,21 +44,21 @@ class Pipeline:
         folder: pathlib.Path | None = None,
         share: tuple[int, int] = (0, 1),
     ):
-        """Nothing is read yet.
+        """Opens nothing yet.
 
         Args:
-          config: source, transforms and workers.
-          codec: of the tokens; None: images stay what they are.
+          config: data set, transforms and workers.
+          codec: makes the tokens; None: batches hold images.
           seed: of order and augmentation.
-          folder: of the run, for the record of damaged images.
-          share: `(i, n)`: of every global batch the i-th n-th is read, as `sharding.batch_share`
-            says.
+          folder: the run folder, for the log of damaged images.
+          share: `(i, n)`: this process reads the i-th of n equal parts of every global batch (see
+            `sharding.batch_share`).
         """
         self.config, self.codec, self.seed, self.share = config, codec, seed, share
         self.damage_log = DamageLog(config, folder)
 
     def with_codec(self, codec: Codec) -> "Pipeline":
-        """The same data as tokens of another codec; damaged images are told of once."""
+        """A copy with another codec; the log of damaged images is shared."""
         other = copy.copy(self)
         other.codec = codec
         return other
@@ -68,75 +68,69 @@ class Pipeline:
     ) -> Iterator[dict]:
         """This process's share of every global batch from number `position` on, without end.
 
-        Args:
-          batch_size: of the global batch.
-          position: global batches already taken.
-          entries: transforms in place of the config's.
+        `entries` are transforms in place of the config's.
         """
         source, steps = _opened(self.config, "train", entries or self.config.train_transforms)
         data = grain.MapDataset.range(len(source)).seed(self.seed).shuffle().repeat()
-        data = data.random_map(_Example(source, steps, self._of_workers("train")))
-        read = read_by(self._share(data, batch_size)[position:], source, self.config.workers)
+        data = data.random_map(_Example(source, steps, self._worker_codec("train")))
+        read = read_ahead(self._share(data, batch_size)[position:], source, self.config.workers)
         return self._watched(self._encoded(read), "train", source, batch_size, position)
 
     def evaluation(self, split: str, batch_size: int, limit: int | None = None) -> Iterator[dict]:
-        """This process's share of a split, in order, every example once, without augmentation.
+        """This process's share of a split, in order, without augmentation.
 
-        Every process gets the same number of batches; `"mask": float32 [b]` is 0 for what only
-        fills the last one, and for what stands in for a damaged image. `"index": int32 [b]` is the
-        example's number.
+        Every process gets equally many batches. "mask", float32 [b], is 1 once for every example,
+        and 0 for padding and for examples that replace a damaged image; "index", int32 [b], is the
+        number of the example.
 
         Args:
           split: "train", "validation" or "test".
           batch_size: of the global batch.
-          limit: examples, the first ones; None: all.
+          limit: number of examples, the first ones; None: all.
         """
         source, steps = _opened(self.config, split, self.config.eval_transforms)
-        padded = Padded(source, batch_size, limit)
-        example = _Example(padded, steps, self._of_workers(split))
+        padded = PaddedSource(source, batch_size, limit)
+        example = _Example(padded, steps, self._worker_codec(split))
         data = grain.MapDataset.range(len(padded)).map(example.map)
-        read = read_by(self._share(data, batch_size), source, self.config.workers)
+        read = read_ahead(self._share(data, batch_size), source, self.config.workers)
         return self._watched(self._encoded(read), split, source, batch_size)
 
-    def _of_workers(self, split: str) -> Codec | None:
-        """The codec, where each image becomes tokens by itself, not a batch of them here."""
-        here = self.codec is not None and self.codec.on_devices and self.has_pixels(split)
-        return None if here else self.codec
+    def _worker_codec(self, split: str) -> Codec | None:
+        """The codec that Grain's workers apply: none if the codec encodes batches on devices."""
+        on_devices = self.codec is not None and self.codec.on_devices and self.has_pixels(split)
+        return None if on_devices else self.codec
 
     def has_pixels(self, split: str) -> bool:
-        """Whether the split's images are at hand, not their tokens alone."""
+        """Whether the split's images can be read; a token cache has only tokens."""
         return sources.open_source(self.config, split).stored_as != "tokens"
 
     def _share(self, data: grain.MapDataset, batch_size: int) -> grain.MapDataset:
-        """This process's part of every global batch."""
         index, count = self.share
-        # Nothing remains; asked for what does, Grain counts an endless source's batches in floats.
+        # No remainder is dropped. With drop_remainder=False Grain counts the batches of an endless
+        # source in floating point.
         return data.batch(batch_size // count, drop_remainder=True)[index::count]
 
     def _watched(self, batches, split, source, batch_size, position=0) -> Iterator[dict]:
-        """The batches, with what they tell of damaged images entered in the damage_log."""
+        """Takes the numbers of damaged images out of the batches and into the log."""
         for number, batch in enumerate(batches, start=position + 1):
             damaged = batch.pop("damaged", None)
             if damaged is not None:
-                self.damage_log.enter(split, source, damaged, drawn=number * len(damaged))
+                self.damage_log.record(split, source, damaged, read=number * len(damaged))
             yield batch
 
     def _encoded(self, read: grain.IterDataset) -> grain.IterDataset:
-        """The batches with tokens, where a codec makes them of whole batches on devices.
-
-        In a thread of its own, a few batches ahead: what trains meanwhile does not wait for it.
-        """
+        """Applies a codec that encodes on devices, in a thread, ahead of the training step."""
         if self.codec is None or not self.codec.on_devices:
             return read
 
         def encode(batch: dict) -> dict:
-            if "image" not in batch:  # of a token cache
+            if "image" not in batch:  # the source is a token cache
                 return batch
             images = batch.pop("image")
             return {"tokens": self.codec.encode(images), **batch}
 
         return grain.experimental.ThreadPrefetchIterDataset(
-            read.map(encode), prefetch_buffer_size=ENCODED_AHEAD
+            read.map(encode), prefetch_buffer_size=ENCODE_AHEAD
         )
 
 
@@ -147,17 +141,17 @@ def try_out(
     entries: tuple[str, ...],
     count: int,
 ) -> None:
-    """Makes tokens of the first training images, so that what does not fit is found before work.
+    """Makes tokens of the first training images, so that misfits are found before any work.
 
     Args:
-      config: source.
-      codec: of the tokens; None, or one that takes batches: only the shape is looked at.
-      shape: H, W, C of the images that tokens are made of.
+      config: the data set.
+      codec: makes the tokens; None, or a codec on devices: only shapes are checked.
+      shape: H, W, C of the images that the codec takes.
       entries: transforms.
-      count: images to try.
+      count: number of images.
 
     Raises:
-      InputError: the transforms do not fit the data, or their result not the codec.
+      InputError: the transforms do not fit the data, or their result does not fit the codec.
     """
     source, steps = _opened(config, "train", entries)
     rng = np.random.default_rng(0)
@@ -178,68 +172,65 @@ def images(
     count: int | None = None,
     seed: int = 0,
 ) -> Iterator[dict]:
-    """Elements of a split as they are before they become tokens, damaged ones left out.
+    """The examples of a split after the transforms of evaluation, damaged images left out.
 
     Args:
-      config: source, transforms (those of evaluation) and workers.
+      config: data set, transforms and workers.
       split: one of `sources.SPLITS`, or a split expression.
-      damage_log: takes the damaged ones.
-      count: how many, drawn without replacement; None: all, in order.
+      damage_log: records damaged images.
+      count: draws so many examples without replacement; None: all, in order.
       seed: of the draw.
 
     Yields:
-      `{"image": uint8 [H, W, C], "variant"}` or, from a cache, its grids of tokens; with "label" of
-      labelled data.
+      `{"image", "variant"}`, with "label" of labelled data. The image is uint8 [H, W, C], or from a
+      token cache the grid of tokens, uint16 [rows, columns, 1].
     """
     source, steps = _opened(config, split, config.eval_transforms)
     data = grain.MapDataset.range(len(source))
     if count is not None and count < len(source):
         data = data.seed(seed).shuffle()[:count]
     data = data.map(_Example(source, steps).image)
-    for number, element in enumerate(read_by(data, source, config.workers), start=1):
+    for number, element in enumerate(read_ahead(data, source, config.workers), start=1):
         damaged = element.pop("damaged", None)
         if damaged is not None:
-            damage_log.enter(split, source, np.array([damaged]), drawn=number)
-        if damaged in (None, SOUND):
+            damage_log.record(split, source, np.array([damaged]), read=number)
+        if damaged in (None, NOT_DAMAGED):
             yield element
 
 
 def _opened(config: config_lib.Data, split: str, entries: tuple[str, ...]):
-    """The split's source of pixels or of grids of tokens, and the transforms left to do.
-
-    Raises:
-      InputError: the transforms do not fit the source.
-    """
+    """The split's source, and the transforms to apply to its pixels or grids of tokens."""
     source = sources.open_source(config, split)
     steps = [transforms.parse(entry) for entry in entries]
-    at = [isinstance(step, Decode) for step in steps]
-    if any(at[1:]) or (source.stored_as == "encoded") > any(at):
+    decodes = [isinstance(step, Decode) for step in steps]
+    if any(decodes[1:]) or (source.stored_as == "encoded" and not any(decodes)):
         raise InputError(
-            f"the transforms of config.data are {entries}; where images come as files, as those of "
-            f'{config.name} may, the list begins with "decode()", once.'
+            f"a list of transforms of config.data is {entries}; lists for image files, such as "
+            f'those of {config.name}, begin with "decode()", and have it once.'
         )
     if source.stored_as == "encoded":
-        return Decoded(source, steps[0]), steps[1:]
+        return DecodedSource(source, steps[0]), steps[1:]
     if source.stored_as == "tokens":
-        return source, _on_tokens(config, entries)
+        return source, _token_steps(config, entries)
     return source, steps
 
 
 @functools.cache
-def _on_tokens(config: config_lib.Data, entries: tuple[str, ...]) -> list[transforms.Transform]:
-    """The steps after the last one that needs pixels; what a cache lacks is said, once.
+def _token_steps(config: config_lib.Data, entries: tuple[str, ...]) -> list[transforms.Transform]:
+    """The transforms after the last one that needs pixels; warns of those that are left out.
 
-    Learned codes allow for none: moving a square about would leave as it is what lies within.
+    Learned tokens cannot be transformed: moving a code does not mirror the pixels it stands for.
     """
     steps = [transforms.parse(entry) for entry in entries]
     learned = sources.open_data_set(config).tokens.kind == "learned"
-    needing = [i for i, step in enumerate(steps) if learned or step.needs_pixels]
-    first = max(needing, default=-1) + 1
-    missed = [entry for entry in entries[:first] if entry not in config.eval_transforms]
-    if missed:
+    on_pixels = [i for i, step in enumerate(steps) if learned or step.needs_pixels]
+    first = max(on_pixels, default=-1) + 1
+    left_out = [entry for entry in entries[:first] if entry not in config.eval_transforms]
+    if left_out:
         LOG.warning(
-            "%s needs pixels, which a token cache has no more; it is made of %s.",
-            ", ".join(missed),
+            "left out: %s, which needs pixels, and a token cache has none; the cache was made "
+            "with %s.",
+            ", ".join(left_out),
             ", ".join(config.eval_transforms),
         )
     return steps[first:]
@@ -247,22 +238,19 @@ def _on_tokens(config: config_lib.Data, entries: tuple[str, ...]) -> list[transf
 
 @dataclasses.dataclass(frozen=True)
 class _Example(grain.transforms.RandomMap):
-    """From the number of an example to its tokens, in one step, as each of Grain's has a price."""
+    """Reads, transforms and tokenises an example, in one Grain operation, as each takes time."""
 
     source: object
     steps: list[transforms.Transform]
     codec: Codec | None = None
 
     def random_map(self, index: int, rng: np.random.Generator) -> dict:
-        """Of training; the generator is the example's own."""
         return self._with_tokens(self.image(index, rng))
 
     def map(self, index: int) -> dict:
-        """Of evaluation, where nothing is random."""
         return self._with_tokens(self.image(index))
 
     def image(self, index: int, rng: np.random.Generator | None = None) -> dict:
-        """Before it becomes tokens."""
         element = {**self.source[index], "variant": np.int32(0)}
         for step in self.steps:
             if getattr(step, "variants", 1) > 1:
@@ -279,44 +267,45 @@ class _Example(grain.transforms.RandomMap):
 
 
 def to_tokens(codec: Codec, image: np.ndarray) -> np.ndarray:
-    """Int32 [T] of an image, or of the grid of tokens that a cache holds of it.
+    """Tokens, int32 [T], of an image or of a grid of tokens from a cache.
 
     Raises:
-      InputError: the image has another shape, or values that the codec has no token for.
+      InputError: the image has another shape, or a value without a token.
     """
     cached = image.dtype == np.uint16
     _check_shape(image, (*codec.grid, 1) if cached else codec.image_shape)
     if cached:
         return image.reshape(-1).astype(np.int32)
-    try:
-        return codec.encode(image[None])[0]
-    except ValueError as error:
-        raise InputError(f"config.tokens does not fit the images: {error}") from error
+    return _encode(codec, image[None])[0]
 
 
 def tokenized(codec: Codec, elements: Iterator[dict], count: int = 64) -> Iterator[dict]:
-    """Elements of `images` as batches of up to `count`, each with its "tokens", int32 [b, T].
+    """Examples of `images` as batches of up to `count`, with their "tokens", int32 [b, T].
 
     Raises:
       InputError: see `to_tokens`.
     """
     for batch in batched(elements, count):
         _check_shape(batch["image"][0], codec.image_shape)
-        try:
-            yield {**batch, "tokens": codec.encode(batch["image"])}
-        except ValueError as error:
-            raise InputError(f"config.tokens does not fit the images: {error}") from error
+        yield {**batch, "tokens": _encode(codec, batch["image"])}
+
+
+def _encode(codec: Codec, images: np.ndarray) -> np.ndarray:
+    try:
+        return codec.encode(images)
+    except ValueError as error:
+        raise InputError(f"config.tokens does not fit the images: {error}") from error
 
 
 def batched(elements: Iterator[dict], count: int) -> Iterator[dict]:
-    """Elements of `images` as batches of up to `count`."""
+    """Examples of `images` as batches of up to `count`."""
     while chunk := list(itertools.islice(elements, count)):
         yield {name: np.stack([element[name] for element in chunk]) for name in chunk[0]}
 
 
-def _check_shape(image: np.ndarray, wanted: tuple[int, ...]) -> None:
-    if image.shape != wanted:
-        found, takes = (" x ".join(map(str, shape)) for shape in (image.shape, wanted))
+def _check_shape(image: np.ndarray, expected: tuple[int, ...]) -> None:
+    if image.shape != expected:
+        found, takes = (" x ".join(map(str, shape)) for shape in (image.shape, expected))
         raise InputError(
             f"after the transforms of config.data an image is {found}, but tokens are made of "
             f"{takes} (config.data.image_size and config.tokens say so); change one of these."

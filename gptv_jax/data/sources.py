@@ -1,4 +1,8 @@
-"""Where images come from: data sets with named splits, each a source of random access."""
+"""Data sets: where images come from.
+
+`SETS` has the data sets that `config.data.name` can name; any other name is a TFDS set. A data set
+has named splits, and each split gives its examples by number.
+"""
 
 import bisect
 import functools
@@ -16,74 +20,72 @@ from gptv_jax.data.cache import TokenCache
 from gptv_jax.data.folder import ImageFolder
 from gptv_jax.errors import InputError, first_line
 
-with epy.lazy_imports():  # heavy, and needed for digits alone
+with epy.lazy_imports():  # slow to import, and only the digits need it
     from sklearn import datasets, model_selection
 
-SPLITS = ("train", "validation", "test")  # what a run asks for; the config says what they are
+SPLITS = ("train", "validation", "test")  # of a run; `config.data` gives an expression for each
 
 
 @runtime_checkable
 class Source(Protocol):
-    """Examples by number."""
+    """The examples of a split, or of a split expression, by number."""
 
-    def __len__(self) -> int:
-        """Number of examples."""
+    def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> dict:
-        """`{"image", "label"}`, the same one every time; without classes no label.
+        """`{"image", "label"}`, always the same for an index; without "label" where unlabelled.
 
-        The image is uint8 [H, W, C], or an image file's bytes, or a grid of tokens, uint16
-        [rows, columns, 1]: `DataSet.stored_as` says which.
+        The image is uint8 [H, W, C], the bytes of an image file, or a grid of tokens, uint16
+        [rows, columns, 1], depending on `DataSet.stored_as`.
         """
 
     def name(self, index: int) -> str:
-        """What to call example `index` in a message."""
+        """The example's name in messages."""
 
 
 @runtime_checkable
 class DataSet(Protocol):
-    """All splits of a data set."""
+    """A data set with all its splits."""
 
-    stored_as: str  # of the images: "pixels", "encoded" or "tokens"
+    stored_as: str  # how images are stored: "pixels", "encoded" or "tokens"
     classes: int  # number of classes; 0: unlabelled
-    lengths: dict[str, int]  # examples by split
+    lengths: dict[str, int]  # number of examples by split
 
-    def open(self, split: str) -> Source:
-        """One of the splits, whole."""
+    def open(self, split: str) -> Source: ...
 
 
 class Arrays:
-    """Images in memory.
+    """A data set in memory.
 
     Args:
       splits: `{"train": (images, labels), ...}`, images uint8 [N, H, W, C] and labels int [N] from
-        0, or None throughout.
+        0; the labels of all splits are None where the data set is unlabelled.
     """
 
     stored_as = "pixels"
 
     def __init__(self, splits: dict[str, tuple[np.ndarray, np.ndarray | None]]):
-        labelled = [labels for _, labels in splits.values() if labels is not None]
-        if len(labelled) not in (0, len(splits)):
-            raise InputError(f"some of the splits {', '.join(splits)} have labels and some none.")
-        for name, (images, labels) in splits.items():
-            if not _fits(images, labels):
-                of_labels = "" if labels is None else f" and labels {labels.dtype} "
-                raise InputError(
-                    f"split {name} holds images {images.dtype} {list(images.shape)}{of_labels}"
-                    f"{'' if labels is None else list(labels.shape)}; they must be uint8 "
-                    "[N, H, W, C] and whole numbers [N] from 0."
+        labels = [labels for _, labels in splits.values() if labels is not None]
+        if len(labels) not in (0, len(splits)):
+            raise InputError(f"of the splits {', '.join(splits)} some have labels and some do not.")
+        for name, arrays in splits.items():
+            if not _accepted(*arrays):
+                shown = " and labels ".join(
+                    f"{a.dtype} {list(a.shape)}" for a in arrays if a is not None
                 )
-        self.classes = 1 + max(map(int, map(np.max, labelled))) if labelled else 0
+                raise InputError(
+                    f"split {name} holds images {shown}; images must be uint8 [N, H, W, C] and "
+                    "labels whole numbers [N] from 0."
+                )
+        self.classes = 1 + max(int(array.max()) for array in labels) if labels else 0
         self.lengths = {name: len(images) for name, (images, _) in splits.items()}
         self._splits = splits
 
     def open(self, split: str) -> Source:
-        """A split; see `DataSet`."""
         return _ArraysSplit(split, *self._splits[split])
 
 
-def _fits(images: np.ndarray, labels: np.ndarray | None) -> bool:
+def _accepted(images: np.ndarray, labels: np.ndarray | None) -> bool:
     if images.ndim != 4 or images.dtype != np.uint8 or not len(images):
         return False
     if labels is None:
@@ -109,25 +111,26 @@ class _ArraysSplit:
 
 def open_npz(config: config_lib.Data) -> Arrays:
     """`Arrays` of an `.npz` file with `train_images`, `train_labels`, `test_images`, ..."""
-    path = _existing(config)
+    path = _path(config)
     try:
         arrays = files.read_arrays(path)
     except files.UnreadableError as error:
         raise InputError(f"config.data.path={path} is no .npz file of arrays ({error}).") from error
     names = [key.removesuffix("_images") for key in arrays if key.endswith("_images")]
-    splits = {n: (arrays[f"{n}_images"], arrays.get(f"{n}_labels")) for n in names}
-    if not splits:
+    if not names:
+        found = ", ".join(key or "a single unnamed array" for key in arrays) or "no array"
         raise InputError(
-            f"config.data.path={path} is no .npz file that holds train_images or the like."
+            f"config.data.path={path} is no .npz file with an array called train_images; it holds "
+            f"{found}."
         )
-    return Arrays(splits)
+    return Arrays({n: (arrays[f"{n}_images"], arrays.get(f"{n}_labels")) for n in names})
 
 
 def digits() -> Arrays:
     """scikit-learn's handwritten digits: 1,797 real 8x8 images with the grey levels 0 to 16.
 
-    Alpaydin and Kaynak (1998), UCI; shipped with scikit-learn, so nothing is downloaded. Split
-    once and for all, stratified by class with seed 0, into 1,197 / 200 / 400.
+    Alpaydin and Kaynak (1998), UCI; part of scikit-learn, so nothing is downloaded. The split into
+    1,197 / 200 / 400 is fixed: stratified by class, with seed 0.
     """
     data = datasets.load_digits()
     images, labels = data.images.astype(np.uint8)[..., None], data.target.astype(np.int32)
@@ -142,21 +145,21 @@ def digits() -> Arrays:
 
 
 class Tfds:
-    """A TensorFlow data set that was prepared as ArrayRecord, read without TensorFlow."""
+    """A TFDS data set that was prepared as ArrayRecord, read without TensorFlow."""
 
     stored_as = "encoded"
 
     def __init__(self, name: str, folder: str | None):
-        """Finds the prepared set.
+        """Finds the prepared data set.
 
         Args:
-          name: as TFDS has it, with a configuration where it has several: `cifar10`, `a/b:1.0.0`.
-          folder: the folder of all prepared sets, or that of this one; None: TFDS's own.
+          name: its name in TFDS, with a configuration where it has several: `a/b:1.0.0`.
+          folder: the folder of all prepared sets, or of this one; None: TFDS's default.
 
         Raises:
-          InputError: there is none; the message has the command that makes it.
+          InputError: the data set is not prepared; the message has the command that prepares it.
         """
-        import tensorflow_datasets as tfds  # takes seconds; other data sets do without
+        import tensorflow_datasets as tfds  # takes seconds
 
         self._folder = folder
         self._decoders = {"image": tfds.decode.SkipDecoding()}
@@ -183,14 +186,13 @@ class Tfds:
         self.lengths = {split: found.num_examples for split, found in info.splits.items()}
 
     def open(self, split: str) -> Source:
-        """A split; see `DataSet`."""
         paths = [pathlib.Path(path) for path in self._builder.info.splits[split].filepaths]
         missing = [str(path) for path in paths if not path.exists()]
         if missing:
-            raise InputError(f"data set {self.name} is not whole: there is no {missing[0]}.")
+            raise InputError(f"data set {self.name} is incomplete: {missing[0]} does not exist.")
         try:
             data = self._builder.as_data_source(split=split, decoders=self._decoders)
-        except NotImplementedError as error:  # in TFRecord form
+        except NotImplementedError as error:  # prepared as TFRecord
             raise InputError(_unprepared(self.name, self._folder, error)) from error
         return _TfdsSplit(f"{self.name}/{split}", data, bool(self.classes))
 
@@ -211,15 +213,24 @@ class _TfdsSplit:
         return f"{self.split}[{index}]"
 
 
+def _unprepared(name: str, folder: str | None, error: Exception) -> str:
+    where = f" --data_dir={folder}" if folder else ""
+    accepted = ", ".join(SETS)
+    return (
+        f"config.data.name={name} with config.data.dir={folder} is neither one of {accepted} nor a "
+        f"prepared TFDS set ({first_line(error)}); this downloads and prepares it: "
+        f"pip install -e '.[prepare]' && tfds build {name} --file_format=array_record{where}"
+    )
+
+
 class Selected:
-    """The examples that a split expression names, in order."""
+    """The examples that a split expression such as `train[:96%]` or `train+test` selects.
+
+    Raises:
+      InputError: the expression cannot be read, names an unknown split, or selects no example.
+    """
 
     def __init__(self, data_set: DataSet, expression: str, labels: bool = True):
-        """Resolves the expression (`train[:96%]`, `train+test`), as TFDS does.
-
-        Raises:
-          InputError: the data set has no such split, the expression is none, or names nothing.
-        """
         self.stored_as = data_set.stored_as
         self.classes = data_set.classes if labels else 0
         self._parts = [
@@ -231,25 +242,25 @@ class Selected:
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> dict:
-        source, row = self._at(index)
+        source, row = self._locate(index)
         example = source[row]
         return example if self.classes else {"image": example["image"]}
 
     def name(self, index: int) -> str:
-        """What to call example `index` in a message."""
-        source, row = self._at(index)
+        source, row = self._locate(index)
         return source.name(row)
 
-    def _at(self, index: int) -> tuple[Source, int]:
+    def _locate(self, index: int) -> tuple[Source, int]:
         if not 0 <= index < len(self):
             raise IndexError(index)
         part = bisect.bisect_right(self._ends, index)
         source, rows = self._parts[part]
-        return source, rows[index - self._ends[part]]  # from the end of the part
+        return source, rows[index - self._ends[part]]  # negative: counted from the part's end
 
 
 def _resolve(expression: str, lengths: dict[str, int]) -> list[tuple[str, range]]:
-    if expression in lengths:  # the usual case does not wait for TFDS
+    """Names of splits and their selected rows, read as TFDS reads the expression."""
+    if expression in lengths:  # without importing TFDS, which takes seconds
         return [(expression, range(lengths[expression]))]
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core.splits import SplitInfo
@@ -271,17 +282,7 @@ def _resolve(expression: str, lengths: dict[str, int]) -> list[tuple[str, range]
     return parts
 
 
-def _unprepared(name: str, folder: str | None, error: Exception) -> str:
-    where = f" --data_dir={folder}" if folder else ""
-    accepted = ", ".join(SETS)
-    return (
-        f"config.data.name={name} with config.data.dir={folder} is neither one of {accepted} nor a "
-        f"prepared TFDS set ({first_line(error)}); this downloads and prepares it: "
-        f"pip install -e '.[prepare]' && tfds build {name} --file_format=array_record{where}"
-    )
-
-
-def _existing(config: config_lib.Data) -> pathlib.Path:
+def _path(config: config_lib.Data) -> pathlib.Path:
     if config.path is None:
         raise InputError(f"config.data.name={config.name} needs config.data.path.")
     path = pathlib.Path(config.path).absolute()
@@ -293,32 +294,26 @@ def _existing(config: config_lib.Data) -> pathlib.Path:
 SETS: dict[str, Callable[[config_lib.Data], DataSet]] = {
     "digits": lambda config: digits(),
     "arrays": open_npz,
-    "folder": lambda config: ImageFolder(_existing(config), labels=config.labels),
-    "tokens": lambda config: TokenCache(_existing(config)),
+    "folder": lambda config: ImageFolder(_path(config), labels=config.labels),
+    "tokens": lambda config: TokenCache(_path(config)),
 }
 
 
 @functools.lru_cache(maxsize=8)
 def open_data_set(config: config_lib.Data) -> DataSet:
-    """The data set that the config names; opened once a process.
+    """The data set that the config names; a process opens each data set once.
 
     Raises:
-      InputError: there is none, or it cannot be read.
+      InputError: the data set does not exist or cannot be read.
     """
-    if config.name in SETS:
-        return SETS[config.name](config)
-    return Tfds(config.name, config.dir)
+    return SETS[config.name](config) if config.name in SETS else Tfds(config.name, config.dir)
 
 
 def open_source(config: config_lib.Data, split: str) -> Selected:
-    """A split of the config's data set.
+    """The examples of "train", "validation" or "test" as the config defines them.
 
-    Args:
-      config: names the data set and its splits.
-      split: "train", "validation" or "test" as the config has them, or a split expression.
-
-    Raises:
-      InputError: no such data set or split.
+    Any other `split` is read as a split expression. Raises `InputError` as `open_data_set` and
+    `Selected` do.
     """
     expression = getattr(config, f"{split}_split") if split in SPLITS else split
     return Selected(open_data_set(config), expression, config.labels)

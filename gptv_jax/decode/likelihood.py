@@ -20,13 +20,8 @@ def nats(
 ) -> Float[np.ndarray, "B T"]:
     """Float32 negative log-probability of every token given the tokens before it, in nats.
 
-    Call it under the mesh of `params`; every process gives and gets the whole batch.
-
-    Args:
-      network: with the objective "autoregressive".
-      params: weights of the network.
-      tokens: whole sequences.
-      labels: class of each sequence; None: the network is told no class.
+    For networks with the objective "autoregressive", under the mesh of `params`; every process
+    gives and gets the whole batch. Without `labels` the network is told no class.
     """
     variant = sharding.shard_padded(start_vectors(network, labels, len(tokens)))
     found = _nats(network, params, sharding.shard_padded(tokens), variant)
@@ -51,10 +46,7 @@ def by_pixel(
 ) -> Float[np.ndarray, "B H W"]:
     """The nats of each token spread evenly over the token's pixels; sums over an image stay.
 
-    Args:
-      nats: of tokens in raster order.
-      grid: rows and columns of tokens.
-      size: height and width of the image in pixels.
+    `grid` is rows and columns of tokens, `size` height and width of the image in pixels.
     """
     height, width = (pixels // tokens for pixels, tokens in zip(size, grid, strict=True))
     spread = (nats / (height * width)).reshape(-1, *grid)

@@ -39,10 +39,7 @@ class Sampler:
     """A network and how tokens are drawn from it; call its methods under the mesh of `params`.
 
     Every process gives and gets whole arrays. The tokens of a row depend on neither the mesh nor
-    how many rows follow.
-
-    Raises:
-      InputError: there is guidance, but the network was not trained for guidance.
+    how many rows follow. InputError where there is guidance that the network was not trained for.
     """
 
     network: Network
@@ -53,16 +50,10 @@ class Sampler:
         if self.drawing.guidance != 1:
             check_guidable(self.network.config, f"guidance is {self.drawing.guidance:g}")
 
-    def new(
-        self,
-        count: int,
-        key: PRNGKeyArray,
-        labels: Int[np.ndarray, "count"] | None = None,
-        **options,
-    ) -> Int[np.ndarray, "count T"]:
-        """Sequences of which nothing is given; see `draw`."""
+    def new(self, count: int, *arguments, **options) -> Int[np.ndarray, "count T"]:
+        """As `draw`, where no token is given."""
         unknown = np.full((count, self.network.length), generation.UNKNOWN, np.int32)
-        return self.draw(unknown, key, labels, **options)
+        return self.draw(unknown, *arguments, **options)
 
     def draw(
         self,

@@ -153,8 +153,7 @@ def make(
     training = kind.of(config)
     sizes = dict(zip(sharding.AXES, sharding.axis_sizes(config.mesh, topology.count), strict=True))
     mesh = topology.abstract_mesh(tuple(sizes.values()))
-    sharding.check(config, mesh)
-    training.check(config, mesh)
+    sharding.check(config, mesh, training.sections)
     sharding.over_slices(tuple(sizes.values()), topology.slices)
     program = None
     # By arithmetic, slices follow one another along the first axes.

@@ -31,6 +31,7 @@ class Training(abc.ABC):
     """
 
     section: str  # path of the section `train` in the configuration
+    sections: tuple[str, ...]  # of the configuration, which the mesh must divide
     unit: str  # FLOPs are shown per "token" or "image"
     units: int  # of an image
     remat: str  # rematerialisation of the layers
@@ -44,10 +45,6 @@ class Training(abc.ABC):
     @abc.abstractmethod
     def executed(self, platform: str, sizes: dict[str, int]) -> int:
         """FLOPs that a step executes, on all devices together."""
-
-    @abc.abstractmethod
-    def check(self, config: config_lib.Config, mesh: Mesh | AbstractMesh) -> None:
-        """Raises InputError where the mesh does not divide the training."""
 
     @abc.abstractmethod
     def lower(self, mesh: Mesh) -> jax.stages.Lowered:

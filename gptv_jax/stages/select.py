@@ -50,7 +50,7 @@ def choose_stages(
             f"--stages has {shown}, but the images of config.data.name={name} have no labels; take "
             "pretrain and sample."
         )
-    if config.probe.every and not classes:
+    if config.probe.every and not classes and (not named or "pretrain" in named) and not given:
         raise InputError(
             f"config.probe.every is {config.probe.every}, but the images of "
             f"config.data.name={name} have no labels; take 0."
