@@ -352,7 +352,7 @@ def test_bert_is_read_under_every_vote_but_for_training(bert, tmp_path):
 
 def test_fine_tuning_only_centres_a_constant_feature(probed_in_passing, tmp_path):
     path = tmp_path / "flat.safetensors"
-    gptv_jax.load(probed_in_passing[0].folder).save(path)
+    gptv_jax.load(probed_in_passing[0].folder.path).save(path)
     with safetensors.safe_open(path, "numpy") as file:
         record = file.metadata()
     weights = safetensors.numpy.load_file(path)
