@@ -138,52 +138,49 @@ def axis_sizes(config: config_lib.Mesh, count: int) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def check(config: config_lib.Config, mesh: Mesh | AbstractMesh) -> None:
-    """Fails before any work where the mesh does not divide the batch or the network.
+def check(config: config_lib.Config, mesh: Mesh | AbstractMesh, sections: Sequence[str]) -> None:
+    """Checks that the mesh divides what these sections of the config are about.
+
+    Args:
+      config: of the run.
+      mesh: of the run.
+      sections: "model", "tokenizer", "train", "probe", "finetune"; others have nothing to divide.
 
     Raises:
       InputError: names the field, its value and the number that must divide it.
     """
     fsdp, sequence, tensor = (mesh.shape[axis] for axis in AXES[1:])
-    ways, model = mesh.shape["data"] * fsdp, config.model
+    ways, split = mesh.shape["data"] * fsdp, "mesh.data * mesh.fsdp"
+    model, probe, tokenizer = config.model, config.probe, config.tokenizer
     grid, learned = config.tokens.grid(config.data.image_size), config.tokens.kind == "learned"
-    rows = [
-        ("model.width", model.width, fsdp, "mesh.fsdp"),
-        ("model.heads", model.heads, tensor, "mesh.tensor"),
-        (_MLP_WIDTH[model.mlp], model.mlp_width, tensor, "mesh.tensor"),
-        (_LENGTH[learned], math.prod(grid), sequence, "mesh.sequence"),
-        ("probe.batch_size", config.probe.batch_size, ways, "mesh.data * mesh.fsdp"),
-    ]
-    if config.probe.method == "sgd":
-        sgd = config.probe.sgd
-        rows.append(("probe.sgd.batch_size", sgd.batch_size, ways, "mesh.data * mesh.fsdp"))
-    for name, train in (("train", config.train), ("finetune.train", config.finetune.train)):
-        rows.append(
-            (
-                f"{name}.batch_size",
-                train.batch_size,
-                ways * train.microbatches,
-                f"mesh.data * mesh.fsdp * {name}.microbatches",
-            )
-        )
-    _must_divide(rows)
 
+    def batches(name: str, train: config_lib.Train) -> tuple[str, int, int, str]:
+        parts, source = ways * train.microbatches, f"{split} * {name}.microbatches"
+        return f"{name}.batch_size", train.batch_size, parts, source
 
-def check_tokenizer(config: config_lib.Config, mesh: Mesh | AbstractMesh) -> None:
-    """The same for the training of a tokenizer.
-
-    Raises:
-      InputError: see `check`.
-    """
-    fsdp, settings = mesh.shape["fsdp"], config.tokenizer
-    ways, source = mesh.shape["data"] * fsdp, "mesh.data * mesh.fsdp"
     widths = enumerate(config.tokens.autoencoder.widths)
-    rows = [(f"tokens.autoencoder.widths[{i}]", width, fsdp, "mesh.fsdp") for i, width in widths]
-    rows.append(("tokenizer.train.batch_size", settings.train.batch_size, ways, source))
-    if settings.adversarial:
-        width = settings.discriminator_width
-        rows.append(("tokenizer.discriminator_width", width, fsdp, "mesh.fsdp"))
-    _must_divide(rows)
+    probed = ("probe.batch_size", probe.batch_size, ways, split)
+    rows = {
+        "model": [
+            ("model.width", model.width, fsdp, "mesh.fsdp"),
+            ("model.heads", model.heads, tensor, "mesh.tensor"),
+            (_MLP_WIDTH[model.mlp], model.mlp_width, tensor, "mesh.tensor"),
+            (_LENGTH[learned], math.prod(grid), sequence, "mesh.sequence"),
+        ],
+        "tokenizer": [
+            *((f"tokens.autoencoder.widths[{i}]", w, fsdp, "mesh.fsdp") for i, w in widths),
+            ("tokenizer.train.batch_size", tokenizer.train.batch_size, ways, split),
+        ],
+        "train": [batches("train", config.train), *([probed] if probe.every else [])],
+        "probe": [probed],
+        "finetune": [batches("finetune.train", config.finetune.train)],
+    }
+    if tokenizer.adversarial:
+        width = tokenizer.discriminator_width
+        rows["tokenizer"].append(("tokenizer.discriminator_width", width, fsdp, "mesh.fsdp"))
+    if probe.method == "sgd":
+        rows["probe"].append(("probe.sgd.batch_size", probe.sgd.batch_size, ways, split))
+    _must_divide([row for section in sections for row in rows.get(section, ())])
 
 
 def _must_divide(rows: list[tuple[str, int, int, str]]) -> None:

@@ -83,10 +83,10 @@ def test_gradients_are_summed_between_slices():
 @pytest.mark.process
 def test_exit_codes_and_refusals():
     """1 where the plan does not fit, and one sentence where there is none to be made."""
-    large = started("imagenet.py:xl", "--topology=gpu:8xa100", "--json")
+    too_large = started("imagenet.py:xl", "--topology=gpu:8xa100", "--json")
     unknown = started("digits.py", "--topology=v5e16")
     uneven = started("imagenet.py:l", "--topology=v5e-256")
-    code, output, _ = ended(large)
+    code, output, _ = ended(too_large)
     found = json.loads(output)
     assert code == 1 and found["fits"] is False
     assert found["bytes_per_device"] > found["device_memory_bytes"] == 60 * 10**9
@@ -96,7 +96,10 @@ def test_exit_codes_and_refusals():
     assert errors.startswith("error: --topology=v5e16 is not known; it takes v4:4x4x4, v5e:16x16")
     code, output, errors = ended(uneven)
     assert code == 1 and output == "" and len(errors.splitlines()) == 1
-    assert errors.startswith("error: config.probe.batch_size is 128, which 256 (config.mesh.data")
+    assert errors.startswith("error: config.train.batch_size is 128, which 256 (config.mesh.data")
+    mesh = {"data": 128, "fsdp": 1, "sequence": 1, "tensor": 2}
+    assert " ".join(f"--config.mesh.{axis}={n}" for axis, n in mesh.items()) + " fits" in errors
+    assert plan.make(large(**mesh), topology.parse("v5e-256"), compiling=False).fits
 
 
 # Many devices.
@@ -182,6 +185,11 @@ def test_the_mesh_must_divide_devices_and_slices():
         plan.make(large(data=3), H200)
     with pytest.raises(InputError, match=r"cannot be laid over 2 slices"):
         plan.make(large(data=1, fsdp=1, tensor=16), H200)
+
+
+def test_only_the_planned_stage_must_fit_the_mesh():
+    config = dataclasses.replace(large(data=2, fsdp=8), probe=config_lib.Probe(batch_size=3))
+    assert plan.make(config, H200, compiling=False).fits
 
 
 def test_the_roofline_is_of_the_slowest_part():

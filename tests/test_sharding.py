@@ -248,13 +248,13 @@ def test_what_the_mesh_does_not_divide_is_named(field, changes):
     config = dataclasses.replace(config_lib.Config(), **changes)
     mesh = make_mesh((1, 4, 2)) if field != "model.width" else make_mesh((1, 8, 1))
     with pytest.raises(InputError, match=rf"config\.{field} is "):
-        sharding.check(config, mesh)
+        sharding.check(config, mesh, ("model", "train", "probe", "finetune"))
 
 
 def test_what_the_mesh_does_not_divide_of_a_tokenizer_is_named():
     mesh, tokens = make_mesh((2, 4, 1)), config_lib.Tokens("learned")
     config = dataclasses.replace(config_lib.Config(), tokens=tokens)
-    sharding.check_tokenizer(config, mesh)
+    sharding.check(config, mesh, ["tokenizer"])
     odd = dataclasses.replace(tokens, autoencoder=config_lib.Autoencoder(widths=(8, 6)))
     settings = config_lib.Tokenizer(adversarial=0.1, discriminator_width=10)
     for changes, words in (
@@ -266,7 +266,7 @@ def test_what_the_mesh_does_not_divide_of_a_tokenizer_is_named():
         ),
     ):
         with pytest.raises(InputError, match=rf"config\.{words}"):
-            sharding.check_tokenizer(dataclasses.replace(config, **changes), mesh)
+            sharding.check(dataclasses.replace(config, **changes), mesh, ["tokenizer"])
 
 
 def test_rows_that_every_process_holds_are_split_over_the_batch_axes():

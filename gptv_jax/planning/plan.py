@@ -136,8 +136,7 @@ def make(
     training = kind.of(config)
     sizes = traffic.order(sharding.axis_sizes(config.mesh, topology.count))
     mesh = topology.abstract_mesh(tuple(sizes.values()))
-    sharding.check(config, mesh)
-    training.check(config, mesh)
+    sharding.check(config, mesh, training.sections)
     sharding.over_slices(tuple(sizes.values()), topology.slices)
     program, slice_of = None, traffic.slices_of(topology.count, topology.per_slice)
     if topology.compiles and compiling:

@@ -29,6 +29,7 @@ class Pretraining(Training):
     seed: int
 
     section = "train"
+    sections = ("model", "train")
     unit = "token"
     policies = ("none", *remat.POLICIES)
     splits_batches = True
@@ -69,9 +70,6 @@ class Pretraining(Training):
         parts = objective.loss_parts(self.network, rows, sizes)
         of_token = flops.executed(self.network, platform, sizes["sequence"], parts)
         return of_token.total * self.units * self.train.batch_size
-
-    def check(self, config: config_lib.Config, mesh: Mesh | AbstractMesh) -> None:
-        """Those of every run are all there are."""
 
     def lower(self, mesh: Mesh) -> jax.stages.Lowered:
         """The step as the stage makes it."""

@@ -45,7 +45,7 @@ def search(
         training = kind.of(config)
         raise InputError(
             f"no mesh of {topology.count} devices divides config.{training.section}.batch_size="
-            f"{training.train.batch_size} (and those of the probe and of fine-tuning) and the "
+            f"{training.train.batch_size} and the "
             "network; take another batch size."
         )
     plans = sorted((plan.make(c, topology, kind, compiling=False) for c in found), key=_rank)
@@ -119,8 +119,7 @@ def _with(
 def _accepted(config: config_lib.Config, topology: Topology, training: Training) -> bool:
     try:
         mesh = topology.abstract_mesh(sharding.axis_sizes(config.mesh, topology.count))
-        sharding.check(config, mesh)
-        training.check(config, mesh)
+        sharding.check(config, mesh, training.sections)
     except InputError:
         return False
     return config.train.batch_size % config.train.microbatches == 0

@@ -31,6 +31,7 @@ class TokenizerTraining(Training):
     seed: int
 
     section = "tokenizer.train"
+    sections = ("tokenizer",)
     unit = "image"
     units = heads = positions = 1
     remat = "none"
@@ -65,10 +66,6 @@ class TokenizerTraining(Training):
     def executed(self, platform: str, sizes: dict[str, int]) -> int:
         """Products and convolutions of the real step, the losses' networks and all."""
         return _executed(self)
-
-    def check(self, config: config_lib.Config, mesh: Mesh | AbstractMesh) -> None:
-        """As the stage does."""
-        sharding.check_tokenizer(config, mesh)
 
     def lower(self, mesh: Mesh) -> jax.stages.Lowered:
         """The step as the stage makes it."""

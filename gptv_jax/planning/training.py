@@ -31,6 +31,7 @@ class Training(abc.ABC):
     """
 
     section: str  # of the configuration, that `train` is
+    sections: tuple[str, ...]  # of the configuration that the mesh must divide
     unit: str  # what FLOPs are told of: token or image
     policies: tuple[str, ...]  # of rematerialisation, that there is a choice of
     splits_batches: bool  # whether there can be microbatches
@@ -64,10 +65,6 @@ class Training(abc.ABC):
     @abc.abstractmethod
     def executed(self, platform: str, sizes: dict[str, int]) -> int:
         """FLOPs that a step does, on all devices together."""
-
-    @abc.abstractmethod
-    def check(self, config: config_lib.Config, mesh: Mesh | AbstractMesh) -> None:
-        """Raises InputError where a mesh does not divide it."""
 
     @abc.abstractmethod
     def lower(self, mesh: Mesh) -> jax.stages.Lowered:
