@@ -144,15 +144,17 @@ def test_cached_decoding_matches_the_full_pass_with_target_positions_and_class_t
 
     @jax.jit
     def by_one(params, tokens):
-        model, blocks = cached.weights(network.bind(params), params)
-        logits, prompts = cached.read(model, model.embed(tokens[:, :5], jnp.asarray(variant)))
-        cache = cached.Cache(prompts, cached.empty(model, 3, LENGTH))
+        whole = network.bind(params)
+        x = whole.embed(tokens[:, :5], jnp.asarray(variant))
+        logits, prompt = cached.read_prompt(whole, x)
+        model, blocks = cached.decoding_weights(network, params)
 
         def one(cache, position):
             x = model.embed_one(tokens, position)
-            logits, cache = cached.extend(model, blocks, x, cache, position - 6)
+            logits, cache = cached.extend(model, blocks, x, prompt, cache, position - 6)
             return cache, logits
 
+        cache = cached.empty_cache(network, 3, LENGTH)
         return logits, jax.lax.scan(one, cache, jnp.arange(6, LENGTH))[1]
 
     first, rest = by_one(params, tokens)
