@@ -85,13 +85,7 @@ class Command:
     """The real command, run in one session after the other, each in a new process."""
 
     def __init__(self, arguments: list[str], log: pathlib.Path, cache: pathlib.Path | None = None):
-        """Imports everything.
-
-        Args:
-          arguments: of the command.
-          log: file for the output of the command.
-          cache: folder for compiled programs; None: as the environment says.
-        """
+        """Imports everything. `log` takes the output, `cache` the compiled programs, if given."""
         self.arguments, self.log = arguments, log
         environment = os.environ | ({"JAX_COMPILATION_CACHE_DIR": str(cache)} if cache else {})
         environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
