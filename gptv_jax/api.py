@@ -85,9 +85,7 @@ class Model:
         last, chosen = self.network.config.layers, self._described.best_layer
         if layer is None and chosen is None:
             raise InputError(f"the probe has not run, so name a layer: 0 to {last}.")
-        layer = chosen if layer is None else layer
-        if not validation.is_whole(layer) or not 0 <= layer <= last:
-            raise InputError(f"layer is {layer}; this network has the layers 0 to {last}.")
+        layer = validation.whole(chosen if layer is None else layer, "layer", most=last)
         return self._forward(self.tokenize(images), "pooled")[:, layer]
 
     def classify(self, images: UInt8[AnyArray, "B H W C"]) -> Float[np.ndarray, "B classes"]:
@@ -130,7 +128,10 @@ class Model:
         drawn. Known pixels change only as far as the tokens lose detail. Completions of one image
         are next to each other.
         """
-        keep, samples = validation.share(keep), validation.whole(samples, "samples", least=1)
+        keep, samples = (
+            validation.setting("keep", keep),
+            validation.whole(samples, "samples", least=1),
+        )
         key, tokens = Section.COMPLETIONS.key(validation.seed(seed)), self.tokenize(images)
         sampler, labels = self._sampler(len(tokens), labels, drawing)
         if mask is None:
@@ -207,7 +208,7 @@ class Model:
         labels = validation.labels(labels, len(tokens), self.network)
         variant = likelihood.start_vectors(self.network, labels, len(tokens))
         with jax.set_mesh(self.mesh):
-            inputs = sharding.filled(tokens), sharding.filled(variant)
+            inputs = sharding.shard_padded(tokens), sharding.shard_padded(variant)
             result = _forward(self.network, self.params, *inputs, output)
         return np.asarray(result)[: len(tokens)]
 

@@ -2,7 +2,7 @@
 
 A checkpoint is {state, info}: the state's arrays under flat names such as `params.blocks.qkv`, and
 a small JSON with the data position, the elapsed time, the evaluations so far and checksums. Saving
-is asynchronous and atomic: what a kill leaves half written is never taken for a checkpoint.
+is asynchronous and atomic: a half-written folder is never taken for a checkpoint.
 """
 
 import json
@@ -24,23 +24,23 @@ LOG = logging.getLogger(__name__)
 
 
 def found(place: epath.Path) -> bool:
-    """Whether there are checkpoints of any stage below `place`."""
+    """Whether `place` holds a checkpoint of any stage."""
     return any(True for _ in place.glob("*/*/_CHECKPOINT_METADATA"))
 
 
 def claim(place: epath.Path, run: str, workdir: pathlib.Path, *, moved: bool) -> None:
-    """Makes a place for checkpoints outside the run folder, and marks it as the run's.
+    """Makes a folder for checkpoints outside the run folder, and marks it as this run's.
 
     Args:
-      place: where.
-      run: the run's own identifier.
-      workdir: its folder, for messages.
-      moved: the run's checkpoints may have come from another place.
+      place: the folder.
+      run: the run's identifier.
+      workdir: the run folder, for messages.
+      moved: the user may have moved the run's checkpoints to `place`.
 
     Raises:
-      InputError: it cannot be written, or holds the checkpoints of another run.
+      InputError: `place` cannot be written, or holds the checkpoints of another run.
     """
-    mark, told = place / "run.json", f"config.checkpoint_dir={place}"
+    mark, setting = place / "run.json", f"config.checkpoint_dir={place}"
     try:
         place.mkdir(parents=True, exist_ok=True)
         probe = place / ".writable"
@@ -54,11 +54,12 @@ def claim(place: epath.Path, run: str, workdir: pathlib.Path, *, moved: bool) ->
             mark.write_text(json.dumps(owner))
     except Exception as error:  # whatever the storage raises
         raise InputError(
-            f"{told} cannot be written ({first_line(error)}); name a place that you may write to."
+            f"{setting} cannot be written ({first_line(error)}); name a place that you may "
+            "write to."
         ) from error
     if owner is None or owner["id"] != run:
         whose = f"the run in {owner['workdir']}" if owner else "another run"
-        raise InputError(f"{told} holds the checkpoints of {whose}; name another place.")
+        raise InputError(f"{setting} holds the checkpoints of {whose}; name another place.")
 
 
 class Checkpoints:
@@ -69,12 +70,12 @@ class Checkpoints:
 
         Args:
           folder: `<checkpoints>/<stage>` of a run, a path or an address such as gs://bucket/path.
-          keep: newest checkpoints that retention leaves; `best` stays as well.
+          keep: number of newest checkpoints that stay; the checkpoint `best` stays as well.
           read_only: changes nothing on disk.
         """
         self.folder = epath.Path(folder).absolute()
         self._read_only = read_only
-        self.best: int | None = None  # a step that retention leaves as well
+        self.best: int | None = None  # the step whose checkpoint always stays
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_NewestAndBest(keep, self),
             cleanup_tmp_directories=not read_only,
@@ -97,14 +98,14 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_):
-        self._manager.close()  # waits for what is being written
+        self._manager.close()  # waits for the checkpoint that is being written
 
     def steps(self) -> list[int]:
-        """Steps on disk, in order, as process 0 finds them."""
+        """Steps with a checkpoint on disk, in order, as process 0 sees the folder."""
         return hosts.from_first(lambda: sorted(self._manager.all_steps()))
 
     def save(self, step: int, state, info: dict) -> None:
-        """Starts to write a checkpoint; a step that is there already is left as it is."""
+        """Starts to write a checkpoint, unless the step has one."""
         if step in self.steps():
             return
         arrays = sharding.by_name(state)
@@ -116,18 +117,18 @@ class Checkpoints:
         self._manager.save(step, args=items, force=True)
 
     def wait(self) -> None:
-        """Returns when everything is on disk."""
+        """Waits until every checkpoint is on disk."""
         self._manager.wait_until_finished()
 
     def restore_latest(self, abstract):
-        """`(state, info)` of the newest checkpoint that can be read; None where there is none.
+        """`(state, info)` of the newest readable checkpoint; None where there are no checkpoints.
 
-        A damaged checkpoint is named, moved to `damaged/` beside the stage's folder, and the one
-        before it taken.
+        A damaged checkpoint is logged and moved to `damaged/` beside the stage's folder, and the
+        previous checkpoint is restored.
 
         Args:
-          abstract: `jax.ShapeDtypeStruct`s with shardings; they decide the placement, so another
-            mesh than the one that saved is fine.
+          abstract: `jax.ShapeDtypeStruct`s whose shardings decide the placement, so the mesh may
+            differ from the mesh that saved.
 
         Raises:
           InputError: names or shapes differ (all are listed), or every checkpoint is damaged.
@@ -155,7 +156,7 @@ class Checkpoints:
 
         Raises:
           InputError: names or shapes differ from the saved ones; all that differ are listed.
-          DamagedError: it cannot be read, by one of several processes say; then by none.
+          DamagedError: a process cannot read the checkpoint; raised on all processes.
         """
         wanted = sharding.by_name(abstract)
 
@@ -182,10 +183,10 @@ class Checkpoints:
         return state, record["info"]
 
     def _together(self, step: int, function: Callable):
-        """What `function()` gives, which holds no collective, where it succeeds on all processes.
+        """The result of `function()`, which must contain no collective operation.
 
         Raises:
-          DamagedError: it fails on one of them; on all.
+          DamagedError: `function()` fails on any process; raised on all processes.
         """
         result = damage = None
         try:
@@ -209,7 +210,7 @@ class Checkpoints:
             )
 
     def set_aside(self, step: int) -> epath.Path:
-        """Moves a damaged checkpoint to `damaged/` beside the stage's folder; where it is then."""
+        """Moves a damaged checkpoint to `damaged/` beside the stage's folder; returns the path."""
         target = self.folder.parent / "damaged" / f"{self.folder.name}-{step}"
 
         def move() -> None:
@@ -223,7 +224,7 @@ class Checkpoints:
 
 
 class _NewestAndBest(preservation_policy.PreservationPolicy):
-    """Orbax's question which checkpoints stay, answered from the newest steps and the best one."""
+    """Tells Orbax to keep the newest checkpoints and the best checkpoint."""
 
     def __init__(self, newest: int, checkpoints: Checkpoints):
         self.newest, self.checkpoints = newest, checkpoints
@@ -239,8 +240,8 @@ class DamagedError(InputError):
     """A checkpoint that cannot be read."""
 
     def __init__(self, path: epath.Path, cause: Exception):
-        told = f"{type(cause).__name__}: {first_line(cause)}"
-        super().__init__(f"checkpoint {path} is damaged ({told}).")
+        reason = f"{type(cause).__name__}: {first_line(cause)}"
+        super().__init__(f"checkpoint {path} is damaged ({reason}).")
 
 
 def _is_no_read_only_warning(record: logging.LogRecord) -> bool:
@@ -248,7 +249,7 @@ def _is_no_read_only_warning(record: logging.LogRecord) -> bool:
 
 
 def _check(record: dict, sums: dict[str, int]) -> None:
-    """Raises ValueError where a checkpoint's record, or its arrays, are not those saved."""
+    """Raises ValueError where the info or the arrays differ from what was saved."""
     content = {k: record[k] for k in ("info", "bit_sums") if k in record}
     if len(content) < 2 or record.get("checksum") != _checksum(content):
         raise ValueError("its info has changed")
@@ -260,7 +261,7 @@ def _check(record: dict, sums: dict[str, int]) -> None:
 def _bit_sums(arrays: dict) -> dict[str, int]:
     """Every array's bit patterns summed modulo 2^32: a checksum that no sharding changes.
 
-    The storage notices files that are cut or missing, but not a changed byte within an array.
+    The storage notices cut or missing files, but not a changed byte within an array.
     """
     return {name: int(total) for name, total in jax.device_get(_sum_bits(arrays)).items()}
 

@@ -6,11 +6,11 @@ from typing import NoReturn
 
 
 class InputError(ValueError):
-    """Something the user can mend: one sentence that says what, where and what to do."""
+    """An error that the user can mend; the message says what is wrong, where, and what to do."""
 
 
 def first_line(error: Exception) -> str:
-    """What a library's error says, short enough for a sentence; its type where it says nothing."""
+    """The first line of an error's message, at most 200 characters; its type if it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
@@ -27,7 +27,7 @@ def list_differences(expected: dict[str, object], found: dict[str, object]) -> l
 def end(code: int, message: str) -> NoReturn:
     """Ends the process at once, with a message on stderr.
 
-    An interpreter that ends in order may be aborted by threads of libraries that are still at work.
+    An ordinary exit may be aborted by library threads that are still running.
     """
     print(message, file=sys.stderr)
     sys.stdout.flush()

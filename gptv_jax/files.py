@@ -1,4 +1,4 @@
-"""Files as a run writes and reads them: whole or not at all, and told of where they are damaged."""
+"""Reading and writing files: writes are atomic, and damaged files are named in the error."""
 
 import fcntl
 import hashlib
@@ -21,7 +21,7 @@ from gptv_jax.errors import InputError, first_line
 
 LOG = logging.getLogger(__name__)
 
-# What NumPy, zipfile and zlib raise at files that are none of theirs, or cut, or changed.
+# What NumPy, zipfile and zlib raise for files of another format, and for damaged files.
 _RAISED_BY_NUMPY = (
     OSError,
     ValueError,
@@ -36,22 +36,22 @@ _RAISED_BY_NUMPY = (
 
 
 class UnreadableError(ValueError):
-    """No file of NumPy's, or a damaged one; the message is the reason, in a few words."""
+    """A damaged file, or one of another format; the message is the reason, in a few words."""
 
     def __init__(self, error: Exception):
-        told = error.strerror if isinstance(error, OSError) else None
-        super().__init__((told or first_line(error)).rstrip("."))
+        reason = error.strerror if isinstance(error, OSError) else None
+        super().__init__((reason or first_line(error)).rstrip("."))
 
 
 def claim(folder: pathlib.Path, flag: str) -> None:
-    """Makes a folder that can be written to.
+    """Makes a folder and checks that it can be written to.
 
     Args:
-      folder: which.
-      flag: that named it, for the message.
+      folder: its path.
+      flag: the command-line flag that named the folder, for the message.
 
     Raises:
-      InputError: it cannot be made, or not written to.
+      InputError: the folder cannot be made, or cannot be written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -66,17 +66,17 @@ def claim(folder: pathlib.Path, flag: str) -> None:
 
 
 def lock(folder: pathlib.Path, flag: str, holder: object) -> None:
-    """Takes a folder for this process, until it ends, however it does.
+    """Locks a folder for this process until the process ends.
 
-    Of several processes process 0 alone takes it; where the file system has no locks, nobody.
+    Of several processes process 0 alone takes the lock; a file system without locks has none.
 
     Args:
-      folder: which.
-      flag: that named it, for the message.
-      holder: with whose end the lock ends as well.
+      folder: its path.
+      flag: the command-line flag that named the folder, for the message.
+      holder: the lock is released when this object is deleted.
 
     Raises:
-      InputError: another process has it.
+      InputError: another process holds the lock.
     """
     if jax.process_index() != 0:
         return

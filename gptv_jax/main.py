@@ -39,14 +39,15 @@ def main(settings: config.Config) -> None:
     values = "\n".join(f"  {name} = {value}" for name, value in fields.flatten(settings).items())
     devices = f"{jax.device_count()} {jax.devices()[0].device_kind} device(s)"
     LOG.info("%s in %s, on %s, with\n%s", shown, folder.path, devices, values)
-    report.write(context)  # a kill may have come between a stage's numbers and their page
+    reports = [stage.report for stage in STAGES.values() if stage.report]
+    report.write(context, reports)  # a kill may have come before a finished stage was reported
     with jax.set_mesh(context.mesh):
         for name in context.stages:
             if STAGES[name].on_request or not folder.finished(name):
                 context.finish(name, STAGES[name].module.run_stage(context))
-                report.write(context)
-            if context.codec is None:
-                context = setup.with_codec(context)  # of the tokenizer that was just trained
+                report.write(context, reports)
+            if context.codec is None:  # the stage has trained the tokenizer
+                context = setup.with_codec(context)
     if jax.process_index() == 0:
         print(json.dumps(folder.summary(), indent=2))
 

@@ -9,7 +9,10 @@ import jax
 from absl import flags
 
 from gptv_jax import command, config
+from gptv_jax.config import fields
+from gptv_jax.errors import InputError
 from gptv_jax.planning import plan, search, table, topology
+from gptv_jax.planning.training import Training
 from gptv_jax.stages import STAGES
 
 TOPOLOGY = flags.DEFINE_string("topology", None, f"Devices: {topology.FORMS}.")
@@ -29,8 +32,10 @@ def main(settings: config.Config) -> None:
     jax.config.update("jax_platforms", "cpu")  # an accelerator that is there is left alone
     devices = topology.parse(TOPOLOGY.value, SLICES.value)
     devices.prepare()
-    planned = settings, devices, STAGES[STAGE.value].plan
-    plans = search.search(*planned) if SEARCH.value else [plan.make(*planned)]
+    stage = STAGES[STAGE.value]
+    stage.check(settings)
+    planned = settings, devices, stage.plan
+    plans = search.search(*planned) if SEARCH.value else [_make(*planned)]
     best, smallest = plans[0], search.smallest(*planned)
     if JSON.value:
         numbers = best.numbers() | {"smallest": smallest and smallest.numbers()}
@@ -43,6 +48,24 @@ def main(settings: config.Config) -> None:
         print(table.show(best, smallest))
     if not best.fits:
         raise SystemExit(1)
+
+
+def _make(settings: config.Config, devices: topology.Topology, kind: type[Training]) -> plan.Plan:
+    """The plan on the mesh of the config.
+
+    Raises:
+      InputError: the mesh does not divide the batch or the network; the message names a mesh that
+        does, if there is one.
+    """
+    try:
+        return plan.make(settings, devices, kind)
+    except InputError as error:
+        fitting = next(search.choices(settings, devices, kind), None)
+        if fitting is None:
+            raise
+        flags_of = fields.flatten(fitting.mesh, "--config.mesh.").items()
+        shown = " ".join(f"{name}={size}" for name, size in flags_of)
+        raise InputError(f"{error} {shown} fits; --search ranks all that do.") from error
 
 
 if __name__ == "__main__":

@@ -27,56 +27,49 @@ Method = TypeVar("Method", bound=Callable)
 def arguments_by_name(method: Method) -> Method:
     """Takes `label=` as well as `labels=`, and shows the fields of `Drawing` for `**drawing`.
 
-    help() and notebooks then list every setting with its type, default and meaning.
+    help() and notebooks then list every setting with its type, default and meaning. The first
+    three settings may follow the positional arguments, as in earlier versions.
     """
     signature, document = inspect.signature(method), inspect.cleandoc(method.__doc__)
     shown = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    count, early = sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in shown), []
     if len(shown) < len(signature.parameters):
-        shown += [
-            inspect.Parameter(
-                each.name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=each.default,
-                annotation=each.type,
-            )
-            for each in DRAWING
-        ]
+        keyword = functools.partial(inspect.Parameter, kind=inspect.Parameter.KEYWORD_ONLY)
+        shown += [keyword(f.name, default=f.default, annotation=f.type) for f in DRAWING]
         document += f"\n\n{inspect.cleandoc(config_lib.Drawing.__doc__)}"
+        early = [each.name for each in DRAWING[:3]]
 
     @functools.wraps(method)
     def call(*positional, **named):
         if "label" in named:
             if "labels" in named:
-                raise TypeError("label and labels are given; they are the same, so give labels.")
+                raise TypeError("label and labels are both given; give labels alone.")
             named["labels"] = named.pop("label")
-        return method(*positional, **named)
+        settings = dict(zip(early, positional[count:], strict=False))
+        return method(
+            *positional[:count], *positional[count + len(settings) :], **settings, **named
+        )
 
     call.__signature__, call.__doc__ = signature.replace(parameters=shown), document
     return call
 
 
-def is_whole(value) -> bool:
+def _is_whole(value) -> bool:
     """Whether `value` is an integer of Python or NumPy, and no bool."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def whole(value, name: str, least: int = 0) -> int:
-    """A whole number from `least`."""
-    if not is_whole(value) or value < least:
-        raise InputError(f"{name} is {value!r}; it takes a whole number, {least} or more.")
+def whole(value, name: str, least: int = 0, most: int | None = None) -> int:
+    """A whole number from `least` to `most`."""
+    if not _is_whole(value) or value < least or (most is not None and value > most):
+        accepted = f"{least} or more" if most is None else f"{least} to {most}"
+        raise InputError(f"{name} is {value!r}; it takes a whole number, {accepted}.")
     return int(value)
 
 
 def seed(value) -> int:
-    """A whole number that fits into 32 bits."""
-    if whole(value, "seed") >= 2**32:
-        raise InputError(f"seed is {value!r}; it takes a whole number below 2**32.")
-    return int(value)
-
-
-def share(value) -> float:
-    """The share of the rows that a completion keeps."""
-    return _setting("keep", value)
+    """A seed of 32 bits."""
+    return whole(value, "seed", most=2**32 - 1)
 
 
 def drawing(given: dict) -> config_lib.Drawing:
@@ -86,10 +79,10 @@ def drawing(given: dict) -> config_lib.Drawing:
         raise TypeError(
             f"{', '.join(unknown)} is not a setting of drawing; these are {', '.join(names)}."
         )
-    return config_lib.Drawing(**{name: _setting(name, value) for name, value in given.items()})
+    return config_lib.Drawing(**{name: setting(name, value) for name, value in given.items()})
 
 
-def _setting(name: str, value):
+def setting(name: str, value):
     """`value` as the field `name` of `config.Sample` takes it."""
     value = value.item() if isinstance(value, np.generic) else value
     return fields.checked(value, SETTINGS[name], name)
@@ -178,11 +171,11 @@ def margins(codec: tokens.Codec, **pixels) -> tuple[int, int, int, int]:
     return tuple(pixels[name] // side for name, side in sides.items())
 
 
-def tokenizer_size(given, downsample: int) -> int:
+def tokenizer_size(size, downsample: int) -> int:
     """Height and width of images, where a token stands for `downsample` x `downsample` pixels."""
-    if not is_whole(given) or given < 1 or given % downsample:
+    if not _is_whole(size) or size < 1 or size % downsample:
         raise InputError(
-            f"image_size is {given!r}; a token stands for {downsample} x {downsample} pixels, so "
-            f"it takes a multiple of {downsample}."
+            f"image_size is {size!r}; a token stands for {downsample} x {downsample} pixels, so it "
+            f"takes a multiple of {downsample}."
         )
-    return int(given)
+    return int(size)

@@ -25,8 +25,8 @@ def main(port: str, index: str, count: str, file: str) -> None:
     share = (int(index), int(count))
     data = pipeline.Pipeline(config, GreyCodec(levels=17, size=8), seed=3, share=share)
     batches = {
-        "train": itertools.islice(data.train(64, position=17), 4),  # and over an epoch's end
-        "test": data.evaluation("test", 64),
+        "train": itertools.islice(data.train(60, position=18), 4),  # and over an epoch's end
+        "test": data.evaluation("test", 60),
     }
     arrays = {
         f"{split} {number} {name}": array

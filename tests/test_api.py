@@ -92,7 +92,7 @@ def test_jax_arrays_are_taken_too(pretrained, images):
     )
 
 
-def test_log_likelihood_is_that_of_the_logits(pretrained, images):
+def test_log_likelihood_is_the_sum_of_the_log_softmax_of_the_logits(pretrained, images):
     tokens = pretrained.tokenize(images)
     logits = pretrained.logits(tokens)
     assert logits.dtype == np.float32 and logits.shape == (13, 64, 17)
@@ -115,13 +115,17 @@ def test_logits_of_a_position_depend_on_earlier_tokens_only(pretrained, images):
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
-def test_test_loss_is_that_of_the_summary(finished_run, held_out, stage, request):
+def test_log_likelihood_of_the_test_split_is_the_test_loss_of_the_summary(
+    finished_run, held_out, stage, request
+):
     model = request.getfixturevalue(f"{stage[:-1] if stage == 'finetune' else stage}ed")
     nats = -model.log_likelihood(held_out[0]).mean() / 64
     assert nats == pytest.approx(finished_run.summary[f"{stage}/test_nats_per_token"], rel=1e-5)
 
 
-def test_features_are_of_the_layer_or_of_the_best_one(finished_run, pretrained, images):
+def test_features_are_of_the_named_layer_or_of_the_layer_that_the_probe_chose(
+    finished_run, pretrained, images
+):
     layers = [pretrained.features(images, layer) for layer in (0, 1)]
     assert layers[0].dtype == np.float32 and layers[0].shape == (13, 16)
     assert np.abs(layers[0] - layers[1]).max() > 1e-3
@@ -196,7 +200,7 @@ def test_many_samples_of_few_images_draw_no_more_than_fills_the_devices(
 
 IMAGES = np.zeros((2, 8, 8, 1), np.uint8)
 TOKENS = np.zeros((2, 64), np.int32)
-# what is wrong: (call, what the message must say that came, and that is taken)
+# case: (call, parts of the message: what was given, and what is accepted)
 WRONG = {
     "float images": (lambda m: m.tokenize(IMAGES / 16), ["float64", "uint8"]),
     "one image": (lambda m: m.log_likelihood(IMAGES[0]), ["[8, 8, 1]", "[B, 8, 8, 1]"]),
@@ -226,7 +230,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_wrong_input_is_told_what_came_and_what_is_taken(pretrained, case, monkeypatch):
+def test_messages_say_what_was_given_and_what_is_accepted(pretrained, case, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as it is for users
     call, parts = WRONG[case]
     with pytest.raises(ValueError) as caught:
@@ -250,11 +254,11 @@ def test_a_stage_without_weights_is_named(finished_run, stage, parts):
         assert part in str(caught.value)
 
 
-def test_what_is_not_a_run_folder_is_named(tmp_path):
+def test_a_path_that_is_no_run_folder_is_named(tmp_path):
     for folder in (tmp_path, tmp_path / "nothing"):
         with pytest.raises(ValueError, match="is not a run folder"):
             gptv_jax.load(folder)
-    assert not (tmp_path / "nothing").exists()  # asking makes nothing
+    assert not (tmp_path / "nothing").exists()  # loading creates no folder
 
 
 def test_features_without_a_layer_need_a_probe(pretrained):

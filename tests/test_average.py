@@ -1,4 +1,4 @@
-"""The moving average of the weights: what it is, and that all but the next step takes it."""
+"""The moving average of the weights: its values, and that everything but training uses it."""
 
 import jax
 import numpy as np
@@ -16,11 +16,11 @@ from gptv_jax.runs.context import Context
 from gptv_jax.stages import finetune, pretrain, pretrained, setup
 from gptv_jax.train import step
 
-DECAY = 0.28  # above that of the first three steps, 1/10, 2/11 and 3/12, and below 4/13
+DECAY = 0.28  # between 3/12 and 4/13: the first three steps use less, 1/10, 2/11 and 3/12
 
 
 def trained(mesh: tuple[int, ...], ema: float | None) -> list[dict]:
-    """The states before and after every step of SGD, as NumPy."""
+    """NumPy copies of the states before and after every step of SGD."""
     network, sgd = tiny_network(scan_layers=False), optax.sgd(0.5)
     with jax.set_mesh(make_mesh(mesh)):
         batch, loss = sharding.global_batch(random_batch(network)), step.generative_loss(network)
@@ -41,7 +41,7 @@ def trained(mesh: tuple[int, ...], ema: float | None) -> list[dict]:
 
 
 @pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2)], ids=str)
-def test_it_is_the_average_of_the_weights_after_each_step_and_leaves_them_alone(mesh):
+def test_the_average_follows_the_weights_and_does_not_change_them(mesh):
     states, plain = trained(mesh, DECAY), trained(mesh, None)
     wanted = states[0]["params"]
     for state, without, decay in zip(
@@ -59,13 +59,13 @@ def test_it_is_the_average_of_the_weights_after_each_step_and_leaves_them_alone(
 
 
 def saved(run: Context, training: str, at: int) -> dict:
-    """The weights and their average in a checkpoint."""
+    """The weights and their average from a checkpoint."""
     abstract = sharding.abstract(run.network(run.classes if training != "pretrain" else 0).init)
     with Checkpoints(run.folder.checkpoints(training), read_only=True) as checkpoints:
         return checkpoints.restore(at, {"params": abstract, "ema": abstract})[0]
 
 
-def test_evaluations_later_stages_and_users_take_the_average(tmp_path):
+def test_evaluations_later_stages_and_users_read_the_average(tmp_path):
     changes = {"train.ema": 0.9, "train.steps": 10, "train.eval_every": 0}
     changes |= {"finetune.train.ema": 0.9, "finetune.train.eval_every": 0}
     changes |= {"train.optimizer.learning_rate": 0.03, "data.test_split": "test[:48]"}
@@ -84,7 +84,7 @@ def test_evaluations_later_stages_and_users_take_the_average(tmp_path):
         for name, leaf in sharding.by_name(state["ema"]).items():
             np.testing.assert_array_equal(params[name], leaf, err_msg=name)
         differ = np.abs(state["params"]["head"] - params["head"]).max()
-        assert differ > 1e-3  # else nothing is shown
+        assert differ > 1e-3  # otherwise the test shows nothing
 
     for split in ("validation", "test"):
         elements = list(pipeline.images(run.config.data, split, run.data.damage_log))

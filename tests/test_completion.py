@@ -35,9 +35,11 @@ def params():
 
 
 def most_likely(params, tokens):
-    """By the full forward pass, of every position given those before it."""
+    """The most likely token at every position, by the full forward pass."""
     variant = np.full(len(tokens), NETWORK.unconditional, np.int32)
-    return np.asarray(full_logits(params, *map(sharding.filled, (tokens, variant)))).argmax(-1)
+    return np.asarray(full_logits(params, *map(sharding.shard_padded, (tokens, variant)))).argmax(
+        -1
+    )
 
 
 @jax.jit
@@ -85,7 +87,7 @@ def test_a_mask_that_is_a_prefix_draws_what_the_prefix_draws(params):
     found, key = Sampler(NETWORK, params).draw(given, KEY), jax.random.fold_in(KEY, 0)
     # Read at once or one by one, the same tokens lead to the same draws.
     for tokens, prefix in ((TOKENS[:, :8], 8), (given, 4)):
-        tokens = sharding.filled(tokens)
+        tokens = sharding.shard_padded(tokens)
         wanted = generation.generate(NETWORK, params, tokens, key, prefix=prefix)
         np.testing.assert_array_equal(found, wanted)
 
@@ -146,12 +148,12 @@ def test_windows_move_outward_half_a_side_at_most_and_leave_no_gap(side, before,
     assert max(seen) == before + after
 
 
-def test_what_is_outpainted_is_drawn_window_by_window_around_untouched_tokens(params):
+def test_outpainting_draws_window_by_window_around_tokens_that_stay(params):
     sampler = Sampler(NETWORK, params, GREEDY)
     grid = sampler.outpaint(TOKENS, (1, 2, 3, 3), KEY)
     assert grid.shape == (3, 7, 10) and grid.min() >= 0
     np.testing.assert_array_equal(grid[:, 1:5, 3:7].reshape(3, -1), TOKENS)
-    # Nothing that windows to the right or below draw is changed later: all of it is most likely.
+    # Later windows leave tokens to the right of the image and below it as they were drawn.
     for row, column, new in (
         (1, 5, np.s_[:, :, 2:]),
         (1, 6, np.s_[:, :, 3:]),
@@ -200,7 +202,7 @@ MIDDLE = np.ones((4, 4), bool)
 MIDDLE[1:3, 1:3] = False
 
 
-def test_known_pixels_are_identical_and_the_seed_draws_the_others(model):
+def test_known_pixels_stay_and_the_seed_decides_the_unknown_pixels(model):
     each = np.stack([MIDDLE, ~MIDDLE, MIDDLE.T & (np.arange(4) < 3)])
     for mask in (MIDDLE, each):
         first, again, other = (model.complete(IMAGES, mask=mask, seed=s) for s in (0, 0, 1))
@@ -215,7 +217,7 @@ def test_known_pixels_are_identical_and_the_seed_draws_the_others(model):
 
 def test_a_token_of_many_pixels_stays_where_all_of_them_are_known(coarse):
     mask = MIDDLE.repeat(2, axis=0).repeat(2, axis=1)
-    mask[0, 0] = False  # the whole token is unknown with it
+    mask[0, 0] = False  # so the whole token is unknown
     found = coarse.tokenize(coarse.complete(LARGE, mask=mask, temperature=0.0))
     coarsely = MIDDLE.copy()
     coarsely[0, 0] = False
@@ -230,7 +232,7 @@ def test_labels_are_start_vectors_and_none_is_the_last_one(model):
     labels = {None: 2, 0: 0, 1: 1, (1, 0, 1): (1, 0, 1), (2**0, 0, 0): (1, 0, 0)}
     for given, variant in labels.items():
         variant = np.broadcast_to(np.int32(variant), 3).copy()
-        wanted = full_logits(model.params, *map(sharding.filled, (TOKENS, variant)))
+        wanted = full_logits(model.params, *map(sharding.shard_padded, (TOKENS, variant)))
         np.testing.assert_array_equal(model.logits(TOKENS, given), wanted)
         nats = likelihood.nats(NETWORK, model.params, TOKENS, variant)
         np.testing.assert_allclose(model.log_likelihood(IMAGES, given), -nats.sum(1), rtol=1e-6)
@@ -265,7 +267,7 @@ def test_labels_and_guidance_reach_what_is_drawn(model):
 def test_label_is_taken_in_place_of_labels_everywhere(model, name):
     call, given = getattr(model, name), TOKENS if name == "logits" else IMAGES
     np.testing.assert_array_equal(call(given, label=1), call(given, labels=1))
-    with pytest.raises(TypeError, match="label and labels"):
+    with pytest.raises(TypeError, match="label and labels are both given"):
         call(given, label=1, labels=1)
 
 
@@ -280,14 +282,25 @@ def test_help_shows_every_setting_of_drawing_with_its_default_and_meaning(name):
     assert not {"drawing", "label"} & set(parameters)
 
 
-def test_an_unknown_setting_is_named_with_those_there_are(model):
+def test_temperature_top_k_and_top_p_may_follow_the_seed(model):
+    wanted = model.sample(3, 5, temperature=0.5, top_k=3)
+    np.testing.assert_array_equal(model.sample(3, 5, 0.5, 3), wanted)
+    wanted = model.complete(IMAGES, 0.5, 5, temperature=0.5, top_k=3, top_p=0.9)
+    np.testing.assert_array_equal(model.complete(IMAGES, 0.5, 5, 0.5, 3, 0.9), wanted)
+    with pytest.raises(TypeError):
+        model.sample(3, 5, 0.5, 3, 0.9, 1)
+    with pytest.raises(TypeError):
+        model.sample(3, 5, 0.5, temperature=0.5)
+
+
+def test_an_unknown_setting_is_named_beside_the_known_settings(model):
     for call, argument in ((model.sample, 1), (model.complete, IMAGES), (model.outpaint, IMAGES)):
         with pytest.raises(TypeError, match=r"temperatur is not a setting.* temperature, top_k"):
             call(argument, temperatur=1.0)
 
 
 @pytest.mark.parametrize("name", ["model", "coarse"])
-def test_surprise_is_that_of_each_token_spread_over_its_pixels(name, request):
+def test_surprise_is_the_nats_of_each_token_spread_over_the_tokens_pixels(name, request):
     model, images = request.getfixturevalue(name), {"model": IMAGES, "coarse": LARGE}[name]
     found = model.surprise(images, labels=[0, 1, 0])
     assert found.dtype == np.float32 and found.shape == images.shape[:3] and (found > 0).all()
@@ -303,7 +316,7 @@ def test_surprise_is_that_of_each_token_spread_over_its_pixels(name, request):
     np.testing.assert_allclose(found, wanted, rtol=1e-4)
 
 
-def test_images_grow_by_pixels_and_stay_in_their_place(coarse):
+def test_outpainted_images_have_the_asked_size_and_the_image_in_its_place(coarse):
     found = coarse.outpaint(LARGE, top=2, right=4, seed=3)
     assert found.dtype == np.uint8 and found.shape == (3, 10, 12, 1)
     kept = coarse.detokenize(coarse.tokenize(LARGE))
@@ -312,7 +325,7 @@ def test_images_grow_by_pixels_and_stay_in_their_place(coarse):
     assert (found != coarse.outpaint(LARGE, top=2, right=4, seed=4)).any()
 
 
-# what is wrong: (call, what the message must say that came, and that is taken)
+# case: (call, parts of the message: what was given, and what is accepted)
 WRONG = {
     "label beyond the last": (lambda m: m.sample(2, labels=2), ["2", "0 to 1"]),
     "negative label": (lambda m: m.logits(TOKENS, -1), ["-1", "0 to 1"]),
@@ -330,7 +343,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_wrong_input_is_told_what_came_and_what_is_taken(coarse, case, monkeypatch):
+def test_messages_say_what_was_given_and_what_is_accepted(coarse, case, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as it is for users
     call, parts = WRONG[case]
     with pytest.raises(ValueError) as caught:
@@ -340,7 +353,7 @@ def test_wrong_input_is_told_what_came_and_what_is_taken(coarse, case, monkeypat
     assert "\n" not in str(caught.value)
 
 
-def test_labels_take_a_network_that_has_classes(params):
+def test_labels_are_refused_for_a_network_without_classes(params):
     network, tokens = tiny_network(), config_lib.Tokens(kind="grey", levels=11)
     described = WeightsFile(network.config, tokens, image_size=4, params={}, starts=3)
     model = gptv_jax.Model(described, params, make_mesh((1, 1, 1)))

@@ -9,6 +9,7 @@ from ml_collections import config_flags
 from gptv_jax import config as config_lib
 from gptv_jax.config import fields
 from gptv_jax.errors import InputError
+from gptv_jax.stages import STAGES
 
 FREE = {
     "checkpoint_dir", "mesh.data", "mesh.fsdp", "mesh.sequence", "mesh.tensor",
@@ -168,8 +169,11 @@ def change(name, value):
 
 
 def error_of(settings):
+    """What `resolve`, or else the check of a stage, says of settings that do not fit."""
     with pytest.raises(InputError) as error:
-        config_lib.resolve(settings)
+        config = config_lib.resolve(settings)
+        for stage in STAGES.values():
+            stage.check(config)
     return str(error.value)
 
 
@@ -381,7 +385,7 @@ LEARNED = {"tokens.kind": "learned", "data.image_size": 32}
         ({"tokens.autoencoder.levels": (8,) * 6}, ["levels is", "262144 codes", "65536"]),
         ({"tokenizer.train.microbatches": 2}, ["microbatches is 2", "whole batches"]),
         ({"tokenizer.lpips": 1.0}, ["tokenizer.lpips is 1.0", "lpips_weights"]),
-        ({"tokenizer.l2": 0.0}, ["l1=0, l2=0", "asks for images to be restored"]),
+        ({"tokenizer.l2": 0.0}, ["l1=0, l2=0", "compares images with restored images"]),
         (
             {"tokenizer.lpips": 1.0, "tokenizer.lpips_weights": "x", "data.image_size": 8},
             ["image_size is 8", "16 pixels or more"],

@@ -9,7 +9,9 @@ import gptv_jax
 pytestmark = pytest.mark.process
 
 
-def test_a_run_goes_to_hugging_faces_form_and_from_there_to_ours(command, finished_run, tmp_path):
+def test_a_run_is_converted_to_hugging_face_and_from_there_to_a_safetensors_file(
+    command, finished_run, tmp_path
+):
     there, back = tmp_path / "hf", tmp_path / "back.safetensors"
     for source, target in ((finished_run.folder, there), (there, back)):
         ended = command("convert", f"--from={source}", f"--to={target}")

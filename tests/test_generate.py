@@ -31,7 +31,7 @@ def generate(command):
 
 
 class SamplerOfLabels:
-    """A sampler whose tokens are the class that they are to be of."""
+    """A sampler whose every token is the label of its row."""
 
     def new(self, count, key, labels, number):
         assert len(labels) == count
@@ -52,7 +52,9 @@ def test_every_image_is_of_its_class_whatever_the_folder_holds(tmp_path, monkeyp
         next(kept.iterdir()).write_bytes(b"damaged")
 
 
-def test_samples_are_written_compared_and_go_on_where_they_were(generate, finished_run, tmp_path):
+def test_images_are_written_and_compared_and_a_later_call_draws_the_missing_batches(
+    generate, finished_run, tmp_path
+):
     folder, made = tmp_path / "run", tmp_path / "run" / "generated"
     shutil.copytree(finished_run.folder, folder)
     sizes = ["--config.generate.count=10", "--config.generate.batch_size=4"]
@@ -68,12 +70,12 @@ def test_samples_are_written_compared_and_go_on_where_they_were(generate, finish
     assert 0 <= found["generate/precision"] <= 1 and found["generate/inception_score"] is None
     assert quality["reference"]["data"] == "digits" and quality["reference"]["split"] == "train"
     assert reference.load(made / "reference.npz").fits(Pixels((8, 8, 1)))
-    # One batch is lost, and more are wanted: those that are there stay as they are.
+    # One batch is deleted and more images are asked for: all other batches stay as they are.
     first, lost = (made / "tokens" / f"0000{i}_of_4.npy" for i in (0, 1))
     kept, before = lost.read_bytes(), first.stat().st_mtime_ns
     lost.unlink()
-    (made / "000099.png").write_bytes(b"of a time when there were more")
-    # And seen by a network, which gives class probabilities.
+    (made / "000099.png").write_bytes(b"of an earlier call with more images")
+    # The features are now those of a network, which gives class probabilities.
     seen = f"--config.generate.features={finished_run.folder}"
     more = generate(folder, "--config.generate.count=14", *sizes[1:], seen)
     assert more["generate/count"] == 14 and lost.read_bytes() == kept

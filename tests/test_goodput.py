@@ -1,4 +1,4 @@
-"""Sessions: what was training of the time, and what was lost, also where a kill left no word."""
+"""Sessions: the share of the time that was training, and what kills lost."""
 
 import types
 
@@ -12,7 +12,7 @@ from gptv_jax.train.goodput import Sessions
 def clock(monkeypatch):
     """`clock(seconds)` sets the time."""
     now = [0.0]
-    # The module's own view of it alone: threads of other tests may still be waiting by the clock.
+    # Only in this module: threads of other tests may still be using the clock.
     monkeypatch.setattr(goodput, "time", types.SimpleNamespace(time=lambda: now[0]))
     return lambda seconds: now.__setitem__(0, float(seconds))
 
@@ -35,7 +35,7 @@ def test_one_session_loses_nothing(clock, tmp_path):
 
 
 def session(clock, folder, began, restored, saved, seen, last):
-    """A session that was last seen at a moment, at a step."""
+    """A session from `began` to `seen` that continued from step `restored`, saved at `saved`."""
     clock(began)
     found = Sessions(folder, "pretrain", float(began), restored, float(saved))
     clock(seen)
@@ -43,16 +43,16 @@ def session(clock, folder, began, restored, saved, seen, last):
     return found
 
 
-def test_what_follows_the_checkpoint_is_lost_and_the_time_between_is_apart(clock, tmp_path):
+def test_work_after_the_checkpoint_is_lost_and_time_between_sessions_is_down(clock, tmp_path):
     session(clock, tmp_path, 100, restored=0, saved=0, seen=160, last=30)  # saved 20 at 140
     second = session(clock, tmp_path, 200, restored=20, saved=140, seen=230, last=25)
     assert second.lost == (10, 20.0)
-    # Killed before it saved anything: all of its time and its steps are lost.
+    # The second session was killed before it saved: all of its time and steps are lost.
     third = session(clock, tmp_path, 300, restored=20, saved=140, seen=340, last=60)
     assert third.lost == (5, 30.0)
     numbers = third.numbers(productive=65.0)
     assert numbers == {
-        "goodput": pytest.approx(65 / 240),  # of 60 + 30 + 40, and of the time between
+        "goodput": pytest.approx(65 / 240),  # 60 + 30 + 40 up, and the time between
         "restarts": 2,
         "steps_redone": 15,
         "seconds_lost": 50.0,
@@ -61,11 +61,11 @@ def test_what_follows_the_checkpoint_is_lost_and_the_time_between_is_apart(clock
     }
 
 
-def test_falling_back_behind_a_damaged_checkpoint_loses_more_but_nothing_twice(clock, tmp_path):
+def test_passing_over_a_damaged_checkpoint_loses_more_and_counts_nothing_twice(clock, tmp_path):
     session(clock, tmp_path, 100, restored=0, saved=0, seen=160, last=30)  # saved 10 at 120
     session(clock, tmp_path, 200, restored=20, saved=140, seen=230, last=40)
     third = session(clock, tmp_path, 300, restored=10, saved=120, seen=301, last=10)
-    assert third.lost == (10 + 20, 20.0 + 30.0)  # of the first session 10 steps were lost before
+    assert third.lost == (10 + 20, 20.0 + 30.0)  # 10 steps of the first were lost before
     assert third.numbers(1.0)["steps_redone"] == 20 + 20
 
 

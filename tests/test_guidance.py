@@ -41,12 +41,12 @@ def full_logits(network, params, tokens, variant):
 def both(network, params, tokens, labels=LABELS):
     """Logits of two full forward passes: with the classes, and without any."""
     nothing = np.full_like(labels, network.unconditional)
-    rows = [sharding.filled(x) for x in (tokens, labels, nothing)]
+    rows = [sharding.shard_padded(x) for x in (tokens, labels, nothing)]
     return [np.asarray(full_logits(network, params, rows[0], x)) for x in rows[1:]]
 
 
 def guided(logits, scales=SCALES):
-    """Of `both`, as the paper writes it: (1 + w) conditional - w unconditional, w = scale - 1."""
+    """Guided logits of the paper: (1 + w) conditional - w unconditional, w = scale - 1."""
     w = (scales - 1)[:, None]
     return (1 + w) * logits[0] - w * logits[1]
 
@@ -61,12 +61,12 @@ def read_one(network, params, tokens, position, prompt, cache, count):
 def test_the_doubled_batch_is_two_runs_of_the_full_network():
     network, kept = conditional(**RECIPES["modern"]), 5
     params, tokens = random_params(network), tokens_of(network)
-    prefix, labels = (sharding.from_everywhere(x) for x in (tokens[:, :kept], LABELS))
+    prefix, labels = (sharding.shard_rows(x) for x in (tokens[:, :kept], LABELS))
     logits, prompt = generation.prefill(network, True, params, prefix, labels)
     found, cache = [logits], cached.empty_cache(network, 6, 16 - kept)
     for position in range(kept + 1, network.length):
         at = jnp.int32(position), prompt, cache, jnp.int32(position - kept - 1)
-        logits, cache = read_one(network, params, sharding.from_everywhere(tokens), *at)
+        logits, cache = read_one(network, params, sharding.shard_rows(tokens), *at)
         found.append(logits)
     found, wanted = np.stack(found, axis=1), both(network, params, tokens)
     assert np.abs(wanted[0] - wanted[1]).max() > 0.1
@@ -88,7 +88,9 @@ def model():
 
 
 def draw(network, params, drawing, labels=LABELS, samples=2, **options):
-    nothing, labels = (sharding.filled(x) for x in (np.zeros((len(labels), 0), np.int32), labels))
+    nothing, labels = (
+        sharding.shard_padded(x) for x in (np.zeros((len(labels), 0), np.int32), labels)
+    )
     options = {"labels": labels, "samples": samples} | options
     return np.asarray(generation.generate(network, params, nothing, KEY, drawing, **options))
 
@@ -137,7 +139,7 @@ def test_one_program_serves_all_scales_and_schedules(model, monkeypatch):
     assert traced
 
 
-def test_guidance_draws_more_of_what_tells_the_class_as_often_as_the_scale_says(model):
+def test_tokens_are_drawn_as_often_as_the_guided_distribution_says(model):
     network, params = model
     label, count = np.zeros(1, np.int32), 4096
     logits = [x[0, 0] for x in both(network, params, tokens_of(network, 1), label)]
@@ -183,7 +185,7 @@ def test_a_seed_gives_the_same_pictures_on_every_mesh_however_many_rows_come_aft
         np.testing.assert_array_equal(drawn_on(mesh, GIVEN[:3], samples=2), wanted)
 
 
-def test_schedules_are_those_of_rar():
+def test_guidance_scales_follow_the_schedules_of_rar():
     np.testing.assert_array_equal(generation.guidance_scales(Drawing(guidance=2.5), 4), [2.5] * 4)
     of_rar_b = Drawing(guidance=16.0, guidance_schedule="cosine", guidance_power=2.75)
     found = generation.guidance_scales(of_rar_b, 256)
@@ -195,7 +197,7 @@ def test_schedules_are_those_of_rar():
 @pytest.mark.parametrize(
     "changes", [{"class_tokens": 0}, {"class_tokens": 2, "label_dropout": 0.0}]
 )
-def test_guidance_takes_a_network_that_knows_both(changes):
+def test_guidance_needs_a_network_trained_with_and_without_classes(changes):
     with pytest.raises(InputError, match="guidance needs a network") as caught:
         Sampler(tiny_network(**changes), {}, Drawing(guidance=2.0))
     assert "\n" not in str(caught.value)
@@ -204,9 +206,7 @@ def test_guidance_takes_a_network_that_knows_both(changes):
 @pytest.mark.parametrize(
     ("count", "classes", "rows", "columns"), [(64, 10, 10, 6), (10, 10, 10, 1), (64, 1000, 8, 8)]
 )
-def test_new_images_stand_in_a_row_for_each_class_or_for_some_evenly_spread(
-    count, classes, rows, columns
-):
+def test_class_rows_hold_every_class_or_evenly_spread_classes(count, classes, rows, columns):
     found = class_rows(count, classes)
     assert found.shape == (rows, columns) and (found == found[:, :1]).all()
     np.testing.assert_array_equal(found[:, 0], np.arange(rows) * (classes / rows))

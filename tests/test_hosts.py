@@ -256,11 +256,13 @@ def test_a_process_that_cannot_read_its_data_says_so_and_the_others_end(tmp_path
 
 
 def test_processes_with_different_settings_are_refused(monkeypatch):
-    theirs = {"train.steps": 7, "model.width": 512}
+    theirs = {"config.train.steps": 7}
 
     def with_another(own: dict) -> list[dict]:
         return [own, own | theirs]
 
     monkeypatch.setattr(setup.hosts, "from_all", with_another)
-    with pytest.raises(InputError, match=r"different settings: config\.train\.steps;"):
+    with pytest.raises(
+        InputError, match=r"different settings: config\.train\.steps is 7, expected 1000"
+    ):
         setup.check_same_settings(config_lib.Config())

@@ -1,4 +1,4 @@
-"""What a loss says of images: in the summary, from Python, and in bits that a coder writes."""
+"""The loss as a code length: in the summary, from Python, and by an arithmetic coder."""
 
 import importlib.util
 import math

@@ -1,4 +1,4 @@
-"""LPIPS: what its weights must be, and what its distance is."""
+"""LPIPS: the weights that are accepted, and the distance."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from gptv_jax.weights.lpips import load
 
 
 def random_weights(seed: int = 0) -> lpips.Weights:
-    """Under the names and in the shapes of their state dict; features stay of one size."""
+    """Tensors of the authors' state dict, scaled so that features keep their size."""
     rng, weights, inputs = generator(seed), {}, 3
     for i, convolutions in enumerate(lpips.SLICES):
         for number, outputs in convolutions:
@@ -22,14 +22,14 @@ def random_weights(seed: int = 0) -> lpips.Weights:
             weights[f"{name}.weight"] = kernel * np.float32((2 / (9 * inputs)) ** 0.5)
             weights[f"{name}.bias"] = rng.normal(0, 0.1, outputs).astype(np.float32)
             inputs = outputs
-        # Theirs are not negative, which makes a distance of the sum.
+        # The trained weights are not negative either, so that the sum is a distance.
         weights[f"lin{i}.model.1.weight"] = rng.random((1, inputs, 1, 1), np.float32)
     return weights
 
 
 @pytest.fixture
 def weights(monkeypatch) -> lpips.Weights:
-    """Of a network with a sixteenth of VGG's channels: what is computed does not depend on them."""
+    """Weights of a network with a sixteenth of VGG's channels, which computes faster."""
     narrow = tuple(
         tuple((number, outputs // 16) for number, outputs in convolutions)
         for convolutions in lpips.SLICES
@@ -39,8 +39,8 @@ def weights(monkeypatch) -> lpips.Weights:
 
 
 @pytest.fixture(scope="module")
-def whole() -> lpips.Weights:
-    """Of VGG-16's shapes, which are written down a second time here, as torchvision's layers."""
+def vgg_weights() -> lpips.Weights:
+    """Weights of VGG-16's shapes, written down here independently, by torchvision's layers."""
     layers = {0: (3, 64), 2: (64, 64), 5: (64, 128), 7: (128, 128), 10: (128, 256), 12: (256, 256)}
     layers |= {14: (256, 256), 17: (256, 512)} | dict.fromkeys((19, 21, 24, 26, 28), (512, 512))
     weights, first = {}, (0, 5, 10, 17, 24)
@@ -53,7 +53,7 @@ def whole() -> lpips.Weights:
     return weights
 
 
-def some_images(seed: int, size: int = 16) -> np.ndarray:
+def random_images(seed: int, size: int = 16) -> np.ndarray:
     return generator(seed).uniform(-1, 1, (2, size, size, 3)).astype(np.float32)
 
 
@@ -61,7 +61,7 @@ distance = jax.jit(lpips.distance)
 slope = jax.jit(jax.grad(lambda w, one, other: lpips.distance(w, one, other).sum(), argnums=1))
 
 
-def test_the_distance_is_that_of_plain_numpy(weights):
+def test_the_distance_agrees_with_plain_numpy(weights):
     def features(image):  # [H, W, 3], one image, in float64
         x = (image - [-0.030, -0.088, -0.188]) / [0.458, 0.448, 0.450]
         x = np.moveaxis(x, -1, 0)
@@ -76,7 +76,7 @@ def test_the_distance_is_that_of_plain_numpy(weights):
                 x = np.maximum(x + weights[f"{name}.bias"][:, None, None], 0)
             yield x / (np.sqrt(np.square(x).sum(axis=0)) + 1e-10)
 
-    one, other = some_images(0), some_images(1)
+    one, other = random_images(0), random_images(1)
     other[1] = 0.7 * one[1] + 0.3 * other[1]
     wanted = [
         sum(
@@ -89,8 +89,8 @@ def test_the_distance_is_that_of_plain_numpy(weights):
     np.testing.assert_allclose(distance(weights, one, other), wanted, rtol=1e-4)
 
 
-def test_it_is_0_for_the_same_image_positive_and_symmetric_for_others(weights):
-    one, other = some_images(0), some_images(1)
+def test_the_distance_is_symmetric_and_0_only_for_equal_images(weights):
+    one, other = random_images(0), random_images(1)
     np.testing.assert_array_equal(distance(weights, one, one), 0)
     there, back = distance(weights, one, other), distance(weights, other, one)
     assert (np.asarray(there) > 0).all()
@@ -99,31 +99,31 @@ def test_it_is_0_for_the_same_image_positive_and_symmetric_for_others(weights):
     assert (np.asarray(distance(weights, one, nearer)) < there).all()
 
 
-def test_its_gradient_is_finite_and_leads_towards_the_image(weights):
-    image, other = (jnp.asarray(some_images(seed)) for seed in (0, 1))
+def test_the_gradient_is_finite_and_points_towards_the_image(weights):
+    image, other = (jnp.asarray(random_images(seed)) for seed in (0, 1))
     found = slope(weights, other, image)
     assert np.isfinite(found).all() and np.any(found)
     step = other - 0.02 * found / jnp.abs(found).max()
     assert (distance(weights, step, image) < distance(weights, other, image)).all()
-    # Where nothing of an image is seen there is no direction, but a number.
+    # A network without any active feature has a gradient of zero, not of nan.
     blind = {n: -jnp.abs(w) if n.endswith(".bias") else 0 * w for n, w in weights.items()}
     np.testing.assert_array_equal(slope(blind, other, image), 0)
 
 
-def test_weights_are_read_as_they_were_written_and_what_is_theirs_twice_is_left(whole, tmp_path):
+def test_weights_are_read_and_duplicates_are_ignored(vgg_weights, tmp_path):
     path = tmp_path / "lpips_vgg.safetensors"
-    more = {"lins.0.model.1.weight": whole["lin0.model.1.weight"]}
+    more = {"lins.0.model.1.weight": vgg_weights["lin0.model.1.weight"]}
     more |= {"scaling_layer.shift": lpips.SHIFT.reshape(1, 3, 1, 1)}
-    safetensors.numpy.save_file(whole | more, path)
+    safetensors.numpy.save_file(vgg_weights | more, path)
     found = load(path)
-    assert found.keys() == whole.keys()
-    for name, array in whole.items():
+    assert found.keys() == vgg_weights.keys()
+    for name, array in vgg_weights.items():
         np.testing.assert_array_equal(found[name], array)
 
 
-def test_all_that_does_not_fit_is_named(whole, tmp_path):
+def test_every_tensor_that_does_not_fit_is_named(vgg_weights, tmp_path):
     path = tmp_path / "other.safetensors"
-    harmed = dict(whole)
+    harmed = dict(vgg_weights)
     del harmed["net.slice1.0.weight"]
     harmed["net.slice3.12.bias"] = np.zeros(128, np.float32)
     harmed["lin4.model.1.weight"] = np.zeros((1, 512, 1, 1), np.int32)
@@ -131,15 +131,15 @@ def test_all_that_does_not_fit_is_named(whole, tmp_path):
     safetensors.numpy.save_file(harmed, path)
     with pytest.raises(InputError) as raised:
         load(path)
-    told = str(raised.value)
-    assert "other.safetensors are not those of LPIPS with VGG-16" in told
+    message = str(raised.value)
+    assert "other.safetensors are not those of LPIPS with VGG-16" in message
     for words in (
         "net.slice1.0.weight (64, 3, 3, 3) is missing",
         "net.slice3.12.bias is (128,), expected (256,)",
         "lin4.model.1.weight is of type int32",
         "net.slice6.30.bias (7,) is left over",
     ):
-        assert words in told
+        assert words in message
     path.write_bytes(b"no weights")
     with pytest.raises(InputError, match=r"other.safetensors .*damaged"):
         load(path)

@@ -400,7 +400,7 @@ def test_weights_given_and_pretraining_asked_for_do_not_go_together(main, finish
 def test_weights_of_another_run_must_be_of_the_same_network(main, finished_run, tmp_path):
     given = [f"--config.init_from={finished_run.folder}", "--config.model.width=32"]
     ended = main(*small_arguments(tmp_path / "run"), *given, "--stages=finetune")
-    assert_refused(ended, "config.init_from", "config.model.width is 32, there 16")
+    assert_refused(ended, "config.init_from", "config.model.width is 32, expected 16")
     assert not (tmp_path / "run").exists()
 
 
@@ -450,7 +450,7 @@ def test_a_run_goes_on_from_hugging_faces_weights(main, finished_run, tmp_path):
     fitting = ["--config.model.axial_positions=False", "--config.model.start_per_variant=False"]
     ended = main(*given)
     assert_refused(
-        ended, "model.axial_positions is True, there False", "(start vectors) is 9, there 1"
+        ended, "model.axial_positions is True, expected False", "(start vectors) is 9, expected 1"
     )
     assert not (tmp_path / "run").exists()
     ended = main(*given, *fitting)

@@ -1,4 +1,4 @@
-"""The network against ImageGPT of `transformers`, both directions, on random weights.
+"""The network compared with ImageGPT of `transformers`, on random weights that go both ways.
 
 Needs the `bench` extra; without it the tests are skipped. `.ci/run` installs it after the others.
 """
@@ -27,7 +27,7 @@ SHAPES = {"tiny": TINY, "igpt-s": S_SHAPED}
 
 
 def theirs(shape: dict, kind: str = "ForCausalImageModeling", **more):
-    """Their model with random weights and norm gains, biases at zero, in evaluation mode."""
+    """A model of `transformers`: random weights and norm gains, biases of zero, no dropout."""
     torch.manual_seed(0)
     torch.set_num_threads(2)
     config = transformers.ImageGPTConfig(**shape, **more)
@@ -42,7 +42,7 @@ def theirs(shape: dict, kind: str = "ForCausalImageModeling", **more):
 
 
 def saved(model, folder, **more):
-    """The folder that their `save_pretrained` writes, with colours beside it."""
+    """The folder that `save_pretrained` of `transformers` writes, and an image processor."""
     model.save_pretrained(folder, **more)
     clusters = generator().uniform(-1, 1, (model.config.vocab_size - 1, 3)).tolist()
     processor = transformers.ImageGPTImageProcessor
@@ -56,7 +56,7 @@ def tokens_of(shape: dict, rows: int = 2) -> np.ndarray:
 
 
 def shifted(tokens: np.ndarray, shape: dict):
-    """What they must be fed to predict `tokens`: the start token, then all but the last."""
+    """The input from which ImageGPT predicts `tokens`: the start token, then all but the last."""
     start = np.full((len(tokens), 1), shape["vocab_size"] - 1)
     return torch.tensor(np.concatenate([start, tokens[:, :-1]], axis=1), dtype=torch.long)
 
@@ -71,7 +71,7 @@ def test_logits_and_every_layer_agree(name, tmp_path):
     tokens = tokens_of(shape)
     with torch.no_grad():
         output = model(shifted(tokens, shape), output_hidden_states=True)
-        *raw, final = output.hidden_states  # the last one normed, where the others are not
+        *raw, final = output.hidden_states  # only the last one is normed
     layers, network = tuple(range(len(raw) + 1)), weights_file.network
 
     @functools.partial(jax.jit, static_argnames=("raw", "keep"))
@@ -84,13 +84,15 @@ def test_logits_and_every_layer_agree(name, tmp_path):
         last = forward(params, raw=False, keep=layers[-1:]).kept[0]
     np.testing.assert_allclose(found.logits, output.logits.numpy(), rtol=0, atol=1e-5)
     for layer, (ours, wanted) in enumerate(zip([*found.kept, last], [*raw, final], strict=True)):
-        scale = np.abs(wanted.numpy()).max()  # of a layer; its rounding is in proportion
+        scale = np.abs(
+            wanted.numpy()
+        ).max()  # rounding errors of a layer are in proportion to the layer
         np.testing.assert_allclose(ours / scale, wanted / scale, rtol=0, atol=1e-5, err_msg=layer)
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_logits_of_the_raw_alignment_agree(name, tmp_path):
-    """Fed as their processor feeds them: token i at position i, and no start token."""
+    """Fed as the image processor feeds them: token i at position i, and no start token."""
     shape = SHAPES[name]
     model = theirs(shape)
     weights_file = weights.read(saved(model, tmp_path / "hf"))
@@ -102,14 +104,14 @@ def test_logits_of_the_raw_alignment_agree(name, tmp_path):
 
 
 def raw_logits(weights_file: WeightsFile, tokens: np.ndarray) -> np.ndarray:
-    """The first token of a row in the start vector's place, row by row, since each has its own."""
+    """Logits with the first token of each row in place of the start vector, row by row."""
     rows, network = [], weights_file.network
     with jax.set_mesh(make_mesh((1, 1, 1))):
         params = weights_file.on_mesh()
         forward = jax.jit(lambda params, read: network.bind(params)(read).logits[0])
         for row in tokens:
             start = {"start": params["token_embedding"][row[0]][None]}
-            read = np.append(row[1:], row[:1])[None]  # the last one is only ever a target
+            read = np.append(row[1:], row[:1])[None]  # the last token is only a target
             rows.append(np.asarray(forward(params | start, jnp.asarray(read))))
     return np.stack(rows)
 
@@ -120,7 +122,9 @@ def test_class_logits_agree(tmp_path):
     tokens = tokens_of(TINY)
     with torch.no_grad():
         wanted = model(shifted(tokens, TINY)).logits.softmax(dim=-1).numpy()
-    np.testing.assert_allclose(ours._forward(tokens, "classes"), wanted, rtol=0, atol=1e-5)
+    images = ours.detokenize(tokens)
+    np.testing.assert_array_equal(ours.tokenize(images), tokens)
+    np.testing.assert_allclose(ours.classify(images), wanted, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -132,12 +136,12 @@ def test_gradients_of_the_loss_agree_for_every_weight(name, tmp_path):
     logits = model(shifted(tokens, shape)).logits
     targets = torch.tensor(tokens, dtype=torch.long)
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
-    with torch.no_grad():  # their gradients, in place of their weights, through the same conversion
+    with torch.no_grad():  # the gradients in place of the weights, converted in the same way
         for weight in model.parameters():
             weight.copy_(weight.grad)
         for weight_name, weight in model.named_parameters():
             if weight_name.endswith("bias"):
-                weight.zero_()  # which we have not
+                weight.zero_()  # this project's network has no biases
     wanted = weights.read(saved(model, tmp_path / "gradients")).params
 
     def loss(params):
@@ -148,7 +152,7 @@ def test_gradients_of_the_loss_agree_for_every_weight(name, tmp_path):
         found = sharding.by_name(jax.jit(jax.grad(loss))(weights_file.on_mesh()))
     assert set(found) == set(wanted)
     for weight_name, gradient in wanted.items():
-        layers = "blocks." in weight_name  # each by itself, so that none hides behind another
+        layers = "blocks." in weight_name  # compared layer by layer
         pairs = zip(found[weight_name], gradient, strict=True) if layers else [
             (found[weight_name], gradient)
         ]  # fmt: skip
@@ -158,11 +162,11 @@ def test_gradients_of_the_loss_agree_for_every_weight(name, tmp_path):
             assert np.linalg.norm(theirs_) > 0, weight_name
 
 
-# And back.
+# From this project to `transformers`.
 
 
 @pytest.mark.parametrize("task", ["generation", "classification"])
-def test_what_is_exported_loads_there_and_agrees(tmp_path, task):
+def test_transformers_loads_what_is_exported(tmp_path, task):
     kind = {"generation": "ForCausalImageModeling", "classification": "ForImageClassification"}
     original = theirs(TINY, kind[task], **({"num_labels": 5} if task == "classification" else {}))
     ours = gptv_jax.from_huggingface(saved(original, tmp_path / "hf"))
@@ -177,7 +181,7 @@ def test_what_is_exported_loads_there_and_agrees(tmp_path, task):
     np.testing.assert_allclose(processor.clusters, ours.codec.definition.centers)
 
 
-def test_the_digits_run_loads_there_and_agrees(finished_run, tmp_path):
+def test_transformers_computes_the_logits_of_a_run(finished_run, tmp_path):
     ours = gptv_jax.load(finished_run.folder, stage="pretrain")
     gptv_jax.to_huggingface(ours, tmp_path / "hf")
     model, info = transformers.ImageGPTForCausalImageModeling.from_pretrained(

@@ -1,6 +1,6 @@
-"""Inception against pytorch-fid's network, of which the published FID is made, on random weights.
+"""Inception on random weights, compared with the network of pytorch-fid, which computes the FID.
 
-Needs pytorch-fid, which no extra has; without it the test is skipped. In an environment of its own:
+The test needs pytorch-fid, which no extra installs; it is skipped without. In a new environment:
 
     pip install -e '.[test]' torch==2.13.0 torchvision==0.28.0 pytorch-fid
     pytest tests/test_parity_inception.py
@@ -28,7 +28,7 @@ def theirs(weights):
     state = {name: torch.from_numpy(array) for name, array in weights.items()}
     torch.set_num_threads(2)
     with pytest.MonkeyPatch.context() as patch:
-        # Their network takes it strictly: all names and shapes are theirs, none is missing.
+        # pytorch-fid loads the state dict strictly, which checks every name and shape.
         patch.setattr(fid, "load_state_dict_from_url", lambda *_, **__: state)
         return fid.InceptionV3().eval()
 
@@ -48,8 +48,10 @@ def test_features_and_probabilities_agree(height, width, theirs, ours, weights):
     with torch.no_grad():
         [wanted] = theirs(torch.from_numpy(images).permute(0, 3, 1, 2) / 255)
     wanted = wanted[:, :, 0, 0].numpy()
-    assert np.abs(wanted[0] - wanted[1]).max() > 0.1 * np.abs(wanted).max()  # it sees something
+    assert (
+        np.abs(wanted[0] - wanted[1]).max() > 0.1 * np.abs(wanted).max()
+    )  # the features depend on the image
     np.testing.assert_allclose(features, wanted, rtol=1e-4, atol=1e-6 * np.abs(wanted).max())
     unbiased = torch.softmax(torch.from_numpy(wanted @ weights["fc.weight"].T), dim=1).numpy()
-    assert unbiased.max() > 0.002  # of 1,008
+    assert unbiased.max() > 0.002  # there are 1,008 classes
     np.testing.assert_allclose(probabilities, unbiased, rtol=1e-4)

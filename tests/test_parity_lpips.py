@@ -1,7 +1,7 @@
-"""LPIPS against the package of its authors, with its own linear layers on a random VGG-16.
+"""LPIPS compared with the authors' package: trained linear layers on a random VGG-16.
 
-Needs lpips and torchvision, which no extra has; without them the test is skipped. In an environment
-of its own:
+The test needs lpips and torchvision, which no extra installs, and is skipped without them. In a new
+environment:
 
     pip install -e '.[test]' torch==2.13.0 torchvision==0.28.0 lpips
     pytest tests/test_parity_lpips.py
@@ -27,10 +27,10 @@ DOCS = pathlib.Path(__file__).parent.parent / "docs" / "tokenizer.md"
 
 @pytest.fixture(scope="module")
 def theirs():
-    """Of random convolutions, whose biases and features are of the size of trained ones."""
+    """The authors' network; biases and features of the random VGG are as large as trained ones."""
     torch.manual_seed(0)
     torch.set_num_threads(2)
-    with warnings.catch_warnings(action="ignore"):  # torchvision's, of how lpips calls it
+    with warnings.catch_warnings(action="ignore"):  # torchvision warns of how lpips calls it
         network = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False).eval()
     with torch.no_grad():
         for weight in network.net.parameters():
@@ -41,11 +41,11 @@ def theirs():
 
 @pytest.fixture(scope="module")
 def weights(theirs, tmp_path_factory):
-    """Converted by the code in the docs, word for word."""
+    """Weights that are converted by the code in the docs, word for word."""
     [code] = re.findall(r"```python\n(import lpips.*?)```", DOCS.read_text(), re.DOTALL)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("weights"))
-        patch.setattr(lpips, "LPIPS", lambda net: {"vgg": theirs}[net])  # without the download
+        patch.setattr(lpips, "LPIPS", lambda net: {"vgg": theirs}[net])  # avoids the download
         exec(code, {})
         return load("lpips_vgg.safetensors")
 

@@ -1,4 +1,4 @@
-"""The numbers of generation quality, against SciPy's and against plain NumPy."""
+"""Metrics of generation quality, compared with SciPy and plain NumPy."""
 
 import warnings
 
@@ -15,7 +15,7 @@ from gptv_jax.quality.metrics import frechet_distance, inception_score, overlap
 
 
 def features(count: int, width: int, seed: int = 0, shift: float = 0.0) -> np.ndarray:
-    """Float32, correlated, with deviations over three orders of magnitude."""
+    """Correlated float32 vectors with deviations over three orders of magnitude."""
     rng, same = generator(seed), generator(9)
     mixed = rng.normal(size=(count, width)) @ same.normal(size=(width, width))
     return (mixed * np.geomspace(1, 1e-3, width) + shift).astype(np.float32)
@@ -26,37 +26,37 @@ def distance(x: np.ndarray, y: np.ndarray) -> float:
     return frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
 
 
-def without_roots(x: np.ndarray, y: np.ndarray) -> float:
-    """From the samples alone: tr (C C')^(1/2) is the sum of singular values of X Y', centred."""
+def from_samples(x: np.ndarray, y: np.ndarray) -> float:
+    """tr (C C')^(1/2) is the sum of the singular values of X Y', the centred samples."""
     x, y = x.astype(np.float64), y.astype(np.float64)
     (m, x), (n, y) = ((z.mean(axis=0), (z - z.mean(axis=0)) / np.sqrt(len(z) - 1)) for z in (x, y))
     overlap = np.linalg.svd(x @ y.T, compute_uv=False).sum()
     return ((m - n) ** 2).sum() + (x**2).sum() + (y**2).sum() - 2 * overlap
 
 
-def scipys(x: np.ndarray, y: np.ndarray) -> float:
+def by_scipy(x: np.ndarray, y: np.ndarray) -> float:
     (m, c), (n, d) = ((z.mean(axis=0, dtype=float), np.cov(z.astype(float).T)) for z in (x, y))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the product is singular
+        warnings.simplefilter("ignore")  # of a singular product
         root = scipy.linalg.sqrtm(c @ d).real
     return ((m - n) ** 2).sum() + np.trace(c + d - 2 * root)
 
 
-def test_the_distance_is_scipys():
+def test_the_distance_agrees_with_scipy():
     x, y = features(500, 48), features(400, 48, seed=1, shift=0.2)
     assert distance(x, y) > 1
-    assert distance(x, y) == pytest.approx(scipys(x, y), rel=1e-9)
+    assert distance(x, y) == pytest.approx(by_scipy(x, y), rel=1e-9)
 
 
 @pytest.mark.parametrize("counts", [(20, 400), (20, 30), (2, 3)])
-def test_singular_covariances_lose_no_digits(counts):
+def test_singular_covariances_cost_no_digits(counts):
     x, y = features(counts[0], 64), features(counts[1], 64, seed=1)
-    assert distance(x, y) == pytest.approx(without_roots(x, y), rel=1e-12)
-    assert distance(x, y) == pytest.approx(scipys(x, y), rel=1e-6)  # which is off by 2e-8
+    assert distance(x, y) == pytest.approx(from_samples(x, y), rel=1e-12)
+    assert distance(x, y) == pytest.approx(by_scipy(x, y), rel=1e-6)  # SciPy is off by 2e-8
 
 
-def test_equal_sets_are_at_no_distance_and_shifted_ones_at_that_of_their_means():
-    for seed in range(5):  # of which some come out below 0, but for rounding
+def test_the_distance_is_0_for_equal_sets_and_that_of_the_means_for_shifted_sets():
+    for seed in range(5):  # rounding takes some of the distances below 0
         x = features(30, 64, seed)
         assert 0 <= distance(x, x) < 1e-12 * Moments.of(x).scatter.trace()
     means = generator(3).normal(size=(2, 64))
@@ -68,8 +68,8 @@ def test_equal_sets_are_at_no_distance_and_shifted_ones_at_that_of_their_means()
     )
 
 
-def test_moments_of_parts_are_those_of_the_whole():
-    x = features(999, 24, shift=1000.0)  # far from 0, where sums of squares lose their digits
+def test_merged_moments_are_exact():
+    x = features(999, 24, shift=1000.0)  # sums of squares far from 0 lose digits
     parts = [Moments.of(part) for part in np.split(x, [1, 8, 500])]
     merged = parts[0].merged(parts[1]).merged(parts[2].merged(parts[3]))
     assert merged.count == 999
@@ -78,7 +78,7 @@ def test_moments_of_parts_are_those_of_the_whole():
     assert merged.covariance.dtype == np.float64
 
 
-def test_features_without_moments_are_refused():
+def test_features_that_have_no_moments_are_refused():
     with pytest.raises(ValueError, match="not finite"):
         Moments.of(np.array([[1.0, np.nan]], np.float32))
     with pytest.raises(ValueError, match="of no image"):
@@ -87,7 +87,7 @@ def test_features_without_moments_are_refused():
         _ = Moments.of(np.zeros((1, 4), np.float32)).covariance
 
 
-def test_the_inception_score_is_scipys():
+def test_the_inception_score_agrees_with_scipy():
     p = generator().dirichlet(np.full(7, 0.3), size=103).astype(np.float32)
     p[:4] = np.eye(7)[:4]  # 0 log 0 is 0
     p[50] *= 1.0005  # rows of float32 add up to 1 nearly
@@ -108,13 +108,13 @@ def test_the_inception_score_goes_from_one_to_the_number_of_classes():
     assert inception_score(alike).mean == pytest.approx(1, rel=1e-12)
 
 
-def test_the_order_of_the_images_does_no_harm_to_the_inception_score():
+def test_the_inception_score_does_not_depend_on_images_sorted_by_class():
     classes = np.arange(1000) % 10
-    for labels in (classes, np.sort(classes)):  # by turns, as the stage generate has them
+    for labels in (classes, np.sort(classes)):  # the stage generate draws classes in turn
         assert inception_score(np.eye(10)[labels]).mean > 9
 
 
-def test_what_is_no_distribution_has_no_inception_score():
+def test_rows_that_are_no_probabilities_are_refused():
     p = np.full((20, 4), 0.25, np.float32)
     with pytest.raises(InputError, match="9 images cannot be split into 10"):
         inception_score(p[:9])
@@ -123,7 +123,7 @@ def test_what_is_no_distribution_has_no_inception_score():
             inception_score(wrong)
 
 
-def plainly(real: np.ndarray, generated: np.ndarray, k: int, wide: int) -> tuple:
+def by_definition(real: np.ndarray, generated: np.ndarray, k: int, wide: int) -> tuple:
     """The papers' definitions, all pairs at once."""
 
     def far(x, y):
@@ -151,23 +151,23 @@ def test_precision_and_recall_follow_their_definitions_for_any_size_of_block(row
     real, generated = (1e7 + x.astype(np.float64) for x in (real, generated))
     for k, wide in ((3, 5), (2, 10)):
         found = overlap(real, generated, k, wide)
-        assert found == pytest.approx(plainly(real, generated, k, wide), rel=1e-12)
+        assert found == pytest.approx(by_definition(real, generated, k, wide), rel=1e-12)
         assert min(found) > 0 and max(found[:2]) < 1
     swapped = overlap(generated, real)
     assert swapped.precision == overlap(real, generated).recall
 
 
-def test_the_same_images_are_inside_also_where_they_repeat():
+def test_repeated_images_are_inside_each_others_balls():
     x = features(30, 2048, shift=1000.0)
     assert overlap(x, x)[:2] == (1, 1)
     for rows in (17, 18, 25):
         repeated = x[np.sort(np.resize(np.arange(3), rows))]
-        # Balls of no size, where rounding would decide.
+        # The balls have radius 0, so rounding errors would decide.
         assert overlap(repeated, np.concatenate([x, repeated[:5]])).precision == 8 / 35
     assert overlap(repeated, x) == (0.1, 1, pytest.approx(25 / 5 / 30), 1)
 
 
-def test_modes_that_are_left_out_cost_recall_and_noise_costs_precision():
+def test_missing_modes_lower_recall_and_noise_lowers_precision():
     near, far = features(100, 8), features(100, 8, seed=1, shift=100.0)
     real = np.concatenate([near, far])
     one_mode = overlap(real, features(100, 8, seed=2))

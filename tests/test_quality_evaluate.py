@@ -1,4 +1,4 @@
-"""References on disk, and all the numbers of a set of images beside one."""
+"""References on disk, and the numbers of a set of images compared with a reference."""
 
 import dataclasses
 
@@ -18,13 +18,13 @@ SHAPE = (4, 4, 1)
 ABOUT = {"data": "noise", "split": "train", "transforms": ["resize 4, method=lanczos"]}
 
 
-def seen(images):
-    """Two features, and three classes by the first pixel."""
+def corner_features(images):
+    """Two pixels as features, and probabilities of three classes from the first pixel."""
     pixels = images.reshape(len(images), -1).astype(np.float64)
     return pixels[:, :2], np.eye(3)[images[:, 0, 0, 0] % 3] * 0.7 + 0.1
 
 
-CORNER = FromFunction(seen, "corner", "v1", 2)
+CORNER = FromFunction(corner_features, "corner", "v1", 2)
 
 
 def batches(images: np.ndarray, size: int):
@@ -46,7 +46,7 @@ def made(real):
     return reference.compute(CORNER, batches(real, 32), ABOUT)
 
 
-def test_a_reference_has_the_moments_and_says_what_it_was_made_of(real, made):
+def test_a_reference_has_moments_and_provenance(real, made):
     x = real.reshape(90, -1)[:, :2].astype(float)
     assert made.count == 90
     np.testing.assert_allclose(made.mean, x.mean(axis=0), rtol=1e-14)
@@ -57,19 +57,21 @@ def test_a_reference_has_the_moments_and_says_what_it_was_made_of(real, made):
     assert made.provenance["versions"]["jax"] == jax.__version__
 
 
-def test_the_size_of_batches_changes_nothing(real, made):
+def test_the_batch_size_does_not_matter(real, made):
     sizes = []
 
     def counted(images):
         sizes.append(len(images))
-        return seen(images)
+        return corner_features(images)
 
     features = FromFunction(counted, "corner", "v1", 2)
     for size in (7, 90):
         other = reference.compute(features, batches(real, size), ABOUT)
         np.testing.assert_allclose(other.covariance, made.covariance, rtol=1e-12)
         np.testing.assert_array_equal(other.kept, made.kept)
-        assert set(sizes) == {size}  # the last one was filled up: one compilation
+        assert set(sizes) == {
+            size
+        }  # the last batch was padded, so that the extractor compiles once
         sizes.clear()
 
 
@@ -79,12 +81,12 @@ def test_kept_features_are_a_random_sample(real):
     kept = measure(order, batches(ramp, 9), 50).kept[:, 0]
     assert len(kept) == len(set(kept)) == 50 and set(kept) <= set(range(200))
     assert 70 < kept.mean() < 130 and kept.min() < 20 and kept.max() > 180
-    assert 60 < kept[:25].mean() < 140  # any first ones are a sample as well
+    assert 60 < kept[:25].mean() < 140  # the first rows are a random sample too
     assert list(kept) != sorted(kept)
     assert len(measure(order, batches(ramp, 9), 500).kept) == 200
 
 
-def test_a_reference_is_read_as_it_was_written(made, tmp_path):
+def test_a_saved_reference_is_read_back(made, tmp_path):
     path = tmp_path / "folder" / "reference.npz"
     for written in (made, dataclasses.replace(made, kept=None)):
         written.save(path)
@@ -95,7 +97,7 @@ def test_a_reference_is_read_as_it_was_written(made, tmp_path):
         made.save(tmp_path / "reference.npy")
 
 
-def test_damaged_and_foreign_files_are_told_in_a_sentence(made, tmp_path):
+def test_damaged_files_and_files_of_other_programs_are_refused(made, tmp_path):
     path = tmp_path / "reference.npz"
     with pytest.raises(InputError, match="there is no reference"):
         reference.load(path)
@@ -107,7 +109,7 @@ def test_damaged_and_foreign_files_are_told_in_a_sentence(made, tmp_path):
         path.write_bytes(content)
         with pytest.raises(InputError, match=r"reference\.npz is no reference of .*damaged"):
             reference.load(path)
-    np.savez(path, mu=np.zeros(3), sigma=np.eye(3))  # pytorch-fid's
+    np.savez(path, mu=np.zeros(3), sigma=np.eye(3))  # the form of pytorch-fid
     with pytest.raises(InputError, match="is no reference of generation quality"):
         reference.load(path)
     path.write_bytes(whole)
@@ -127,7 +129,7 @@ def test_damaged_and_foreign_files_are_told_in_a_sentence(made, tmp_path):
             reference.load(path)
 
 
-def test_a_later_format_is_told(made, tmp_path, monkeypatch):
+def test_a_newer_format_is_refused(made, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(reference, "FORMAT", 2)
         made.save(tmp_path / "later.npz")
@@ -135,9 +137,9 @@ def test_a_later_format_is_told(made, tmp_path, monkeypatch):
         reference.load(tmp_path / "later.npz")
 
 
-def test_the_numbers_are_those_of_their_parts(made, real, generated):
+def test_evaluate_returns_the_numbers_of_the_metrics(made, real, generated):
     found = evaluate(batches(generated, 32), made, CORNER)
-    y, p = seen(generated)
+    y, p = corner_features(generated)
     assert found["frechet_distance"] > 1000
     itself = evaluate(batches(real, 32), made, CORNER)
     assert itself["frechet_distance"] < 1e-9
@@ -146,14 +148,14 @@ def test_the_numbers_are_those_of_their_parts(made, real, generated):
     score = inception_score(p.astype(np.float32))
     assert found["inception_score"] == score.mean > 1
     assert found["inception_score_deviation"] == score.deviation
-    # Of the reference as many as there are generated images, whose order does not matter.
+    # The reference is cut to the count of the generated images, whose order does not matter.
     shared = overlap(made.kept[:70], y.astype(np.float32))
     assert found["recall"] == shared.recall and found["precision"] == shared.precision
     assert found["density"] == pytest.approx(shared.density) and found["coverage"] > 0
     assert found["warning"] is None
 
 
-def test_what_cannot_be_known_is_none(real, generated):
+def test_numbers_that_cannot_be_computed_are_none(real, generated):
     features = Pixels(SHAPE)
     made = reference.compute(features, batches(real, 32), ABOUT, keep=0)
     assert made.kept is None
@@ -165,20 +167,20 @@ def test_what_cannot_be_known_is_none(real, generated):
     assert "reference images" not in found["warning"]
 
 
-def test_other_features_are_refused_before_an_image_is_drawn(made):
+def test_another_extractor_is_refused_before_an_image_is_drawn(made):
     def never():
         raise AssertionError("an image was drawn")
         yield
 
     for name, hash in (("other", "v1"), ("corner", "v2")):
-        other = FromFunction(seen, name, hash, 2)
+        other = FromFunction(corner_features, name, hash, 2)
         with pytest.raises(InputError) as refused:
             evaluate(never(), made, other)
         assert "corner (hash v1)" in str(refused.value)
         assert f"{name} (hash {hash})" in str(refused.value)
 
 
-def test_images_that_are_none_are_refused(made):
+def test_batches_that_are_no_images_are_refused(made):
     with pytest.raises(InputError, match="there are no images"):
         evaluate(iter([]), made, CORNER)
     for wrong in (np.zeros((2, 4, 4, 1)), random_image(4, 4, 1), random_image(0, *SHAPE)):

@@ -1,4 +1,4 @@
-"""What generated images are compared by."""
+"""Feature extractors."""
 
 import dataclasses
 
@@ -25,21 +25,21 @@ def test_pixels_are_averaged_over_equal_areas():
     assert features.size == values.shape[1] and features.name.startswith("pixels 8x8x3 of ")
 
 
-def test_areas_may_end_within_a_pixel():
+def test_averaged_areas_may_end_within_a_pixel():
     image = random_image(1, 12, 20, 1)
-    repeated = image.repeat(2, axis=1).repeat(2, axis=2)  # 24 x 40: 8 divides both
+    repeated = image.repeat(2, axis=1).repeat(2, axis=2)  # 24 x 40 pixels, which 8 divides
     values, _ = make_features(None, (12, 20, 1))(image)
     np.testing.assert_allclose(values, Pixels((24, 40, 1))(repeated)[0], rtol=1e-6)
 
 
-def test_small_images_are_their_own_features():
+def test_pixels_of_small_images_are_not_averaged():
     images = random_image(2, 5, 8, 1)
     features = make_features(None, (5, 8, 1))
     np.testing.assert_array_equal(features(images)[0], images.reshape(2, -1))
     assert features.size == 40
 
 
-def test_a_function_gives_features_and_may_give_probabilities():
+def test_a_function_returns_features_and_may_return_probabilities():
     images = random_image(2, 4, 4, 3)
 
     def function(images):
@@ -56,7 +56,7 @@ def test_a_function_gives_features_and_may_give_probabilities():
         FromFunction(function, "means", "v1", 5)(images)
 
 
-def test_a_network_that_was_not_probed_gives_its_middle_layer(tmp_path, one_device):
+def test_a_network_without_a_probe_gives_the_middle_layer(tmp_path, one_device):
     model = config_lib.Model(layers=4, width=16, heads=2)
     weights_file = WeightsFile(model, config_lib.Tokens(), image_size=4, params={})
     params = sharding.by_name(random_params(weights_file.network))
@@ -79,7 +79,7 @@ def test_a_network_that_was_not_probed_gives_its_middle_layer(tmp_path, one_devi
 
 
 @pytest.mark.process
-def test_a_run_gives_the_probed_layer_and_its_class_probabilities(finished_run, tmp_path):
+def test_a_run_gives_the_best_layer_and_class_probabilities(finished_run, tmp_path):
     images = generator().integers(17, size=(8, 8, 8, 1), dtype=np.uint8)  # levels
     features = make_features(str(finished_run.folder), (8, 8, 1))
     model, chosen = gptv_jax.load(finished_run.folder), finished_run.summary["probe/best_layer"]
@@ -89,14 +89,14 @@ def test_a_run_gives_the_probed_layer_and_its_class_probabilities(finished_run, 
     assert features.size == values.shape[1] == 16
     assert features.name == f"gptv_jax, layer {chosen} of 1"
 
-    model.save(tmp_path / "same.safetensors")  # the same weights, wherever they lie
+    model.save(tmp_path / "same.safetensors")  # equal weights in another place
     same = make_features(str(tmp_path / "same.safetensors"), (8, 8, 1))
     assert (same.name, same.hash) == (features.name, features.hash)
     with pytest.raises(InputError, match="takes images of 8x8x1, but these are of 32x32x3"):
         make_features(str(finished_run.folder), (32, 32, 3))
 
 
-def test_what_is_no_features_is_told(tmp_path):
+def test_names_of_nothing_are_refused(tmp_path):
     with pytest.raises(InputError, match="features are 'inception', but there is no such file"):
         make_features("inception", (32, 32, 3))
     with pytest.raises(InputError, match="is not a run folder"):

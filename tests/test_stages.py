@@ -280,6 +280,17 @@ UPPER, AROUND = np.zeros((8, 8), bool), np.ones((8, 8), bool)
 UPPER[:4], AROUND[2:6, 2:6] = True, False
 
 
+def test_only_stages_that_run_are_checked(tmp_path):
+    for section, words in (
+        ({"probe": config_lib.Probe(batch_size=3)}, r"config\.probe\.batch_size is 3, which 8"),
+        ({"probe": config_lib.Probe(concatenate=99)}, r"config\.probe\.concatenate is 99"),
+    ):
+        config = dataclasses.replace(config_lib.Config(), **section)
+        with pytest.raises(InputError, match=words):
+            setup.open_run(config, str(tmp_path / "all"))
+        assert setup.open_run(config, str(tmp_path / words), ["pretrain"]).classes == 10
+
+
 @pytest.mark.process
 @pytest.mark.parametrize(("name", "known"), [("completions", UPPER), ("inpainted", AROUND)])
 def test_completions_stand_beside_their_originals_and_keep_what_is_known(finished_run, name, known):

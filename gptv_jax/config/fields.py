@@ -1,7 +1,6 @@
 """Typed, checked settings: frozen dataclasses from and to ml_collections, dicts and flat names.
 
-A dataclass declares its settings by `field`; one whose type is a dataclass is a section. Which
-settings there are says `config/`; what it means to be one, this module.
+A dataclass declares its settings by `field`; a field whose type is a dataclass is a section.
 """
 
 import collections.abc
@@ -16,7 +15,7 @@ from ml_collections import config_dict
 
 from gptv_jax.errors import InputError
 
-# What a value must be, in words for the message and as a test.
+# Accepted values: words for the message, and a test.
 POSITIVE = ("1 or more", lambda v: v >= 1)
 NOT_NEGATIVE = ("0 or more", lambda v: 0 <= v < math.inf)
 ABOVE_ZERO = ("more than 0", lambda v: 0 < v < math.inf)
@@ -25,14 +24,14 @@ SHARE = ("0 to 1", lambda v: 0 <= v <= 1)
 
 
 def one_of(*values):
-    """Accepts these names or numbers."""
+    """The condition that a field has one of these values."""
     return "one of " + ", ".join(map(str, values)), lambda v: v in values
 
 
 def field(default=dataclasses.MISSING, accepted=None, *, free: bool = False):
-    """A field of these values; a free one may change when a run is continued.
+    """A field that takes the accepted values; `free`: it may change when a run is continued.
 
-    Free is what moves work about but not the numbers it comes to, rounding apart.
+    Free fields change where and when work is done, but results only by rounding.
     """
     return dataclasses.field(default=default, metadata={"accepted": accepted, "free": free})
 
@@ -75,7 +74,7 @@ def unflatten(flat: dict[str, object]) -> dict:
 
 
 def to_dict(config) -> ml_collections.ConfigDict:
-    """A locked ConfigDict of the same fields and types."""
+    """A locked ConfigDict with the fields and types of a dataclass."""
     settings = ml_collections.ConfigDict()
     for each in dataclasses.fields(config):
         value, (kind, optional) = getattr(config, each.name), _optional(each.type)
@@ -88,12 +87,12 @@ def to_dict(config) -> ml_collections.ConfigDict:
 
 
 def from_dict(cls: type, settings, where: str):
-    """A dataclass of what a ConfigDict or a dict says, every field of it.
+    """Makes a dataclass from a ConfigDict or a dict that has all of its fields.
 
     Args:
       cls: the dataclass.
       settings: its fields by name.
-      where: what messages call it.
+      where: the name of the dataclass in messages.
 
     Raises:
       InputError: an unknown or missing field, a wrong type, or a value that is not accepted; the
@@ -121,10 +120,10 @@ def from_dict(cls: type, settings, where: str):
 
 
 def checked(value, each: dataclasses.Field, where: str):
-    """`value`, of the field's type; `where` is what messages call it.
+    """`value` as the field's type; `where` is the name of the field in messages.
 
     Raises:
-      InputError: it is of another type, or not accepted.
+      InputError: the value has another type, or is not accepted.
     """
     kind, optional = _optional(each.type)
     if value is None and optional:
@@ -145,7 +144,7 @@ def typed(value, kind):
     """`value` as `kind`; only whole numbers to floats and lists to tuples are converted.
 
     Raises:
-      TypeError: it is of another type.
+      TypeError: `value` has another type.
     """
     if typing.get_origin(kind) is tuple and isinstance(value, list | tuple):
         return tuple(typed(v, typing.get_args(kind)[0]) for v in value)

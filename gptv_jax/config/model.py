@@ -19,44 +19,44 @@ class Model:
     width: int = field(512, POSITIVE)
     heads: int = field(8, POSITIVE)
     mlp_ratio: int = field(4, POSITIVE)  # MLP width over width; of swiglu 2/3 of it, see mlp_width
-    # What an MLP does between its products: x * sigmoid(1.702 x), or silu(gate) * up, of two
-    # products (Shazeer 2020, arXiv:2002.05202), narrower by as much as keeps weights and FLOPs.
+    # gelu: x * sigmoid(1.702 x) between two products. swiglu: silu(gate) * up (Shazeer 2020,
+    # arXiv:2002.05202), with a width that keeps the number of weights and FLOPs.
     mlp: str = field("gelu", one_of("gelu", "swiglu"))
     learned_positions: bool = True  # a table of positions, added to the embeddings
     axial_positions: bool = False  # adds tables of rows and columns
-    rotary: bool = False  # turns queries and keys by their rows and columns: see model.rotary
+    rotary: bool = False  # rotates queries and keys by rows and columns; see model/rotary.py
     qk_norm: bool = False  # RMS norm, with a gain, of every head's queries and keys
-    # Adds to each input an embedding, of another table, of the place of the token to predict; the
-    # other tables are then of the place of the token that the input holds.
+    # Adds an embedding of the position of the token to predict, from a table of its own; the other
+    # position tables then embed the position of the input token.
     target_positions: bool = False
-    # muP (Yang et al. 2022, arXiv:2203.03466): the width that learning rates are tuned at; at
-    # another one, of heads of the same size, the blocks' matrices and the heads are initialised
-    # and trained so that they carry over. None: they are taken as they are.
+    # muP (Yang et al. 2022, arXiv:2203.03466): the width at which learning rates were tuned. At
+    # another width with heads of the same size, initialisation and learning rates of the blocks'
+    # matrices and the output heads are scaled. None: nothing is scaled.
     base_width: int | None = field(None, POSITIVE)
     start_per_variant: bool = False  # a start vector per augmentation variant (Jun et al. 2020)
-    # Class-conditional: how many classes there are, each of which begins its images with a token of
-    # its own in place of the start vector; one more says that the class is not told. 0: none is.
+    # Class-conditional: the number of classes. Each class has a start vector, and one more start
+    # vector stands for no class. 0: the network is not conditioned on classes.
     class_tokens: int = field(0, NOT_NEGATIVE)
-    label_dropout: float = field(0.1, SHARE)  # of training images, whose class is not told
+    label_dropout: float = field(0.1, SHARE)  # share of the training images that are given no class
     dropout: float = field(0.0, BELOW_ONE)  # probability, on embeddings and each residual branch
     dtype: str = field("float32", one_of("float32", "bfloat16"))  # of compute; weights: float32
-    # Layers are walked by lax.scan, whose compile time does not grow with depth, or unrolled, which
-    # runs faster on a CPU; None: as the platform likes it, unrolled on a CPU, else scanned.
+    # True: lax.scan over the layers, whose compile time does not grow with depth. False: an
+    # unrolled loop, which runs faster on a CPU. None: unrolled on a CPU, else scanned.
     scan_layers: bool | None = field(None, free=True)
-    # What is predicted: each token from those before it, or hidden ones from all others.
+    # Predicted are: each token from the tokens before it, or masked tokens from all other tokens.
     objective: str = field("autoregressive", one_of("autoregressive", "bert"))
-    masked_share: float = field(0.15, SHARE)  # bert: of the positions, whose content is hidden
-    votes: int = field(5, POSITIVE)  # bert: masks an image is evaluated under; the majority counts
-    # Random orders in place of raster, which they become (RAR, Yu et al. 2024, arXiv:2411.00776):
-    # every training image has its own up to the first share of the training, then ever fewer of
-    # them, in a line down to none at the second. (): raster throughout.
+    masked_share: float = field(0.15, SHARE)  # bert: share of the positions that are masked
+    votes: int = field(5, POSITIVE)  # bert: number of masks that vote on an image's class
+    # Random orders of the tokens in place of raster order (RAR, Yu et al. 2024, arXiv:2411.00776):
+    # every training image has a random order up to the first share of the training; the fraction
+    # of such images then falls linearly to none at the second share. (): always raster order.
     random_order: tuple[float, ...] = field((), TWO_SHARES)
-    # What the backward pass computes again: nothing, all but products with weights, or everything.
+    # The backward pass recomputes nothing, all but products with weights, or everything.
     remat: str = field("none", one_of("none", "dots", "full"), free=True)
 
     @property
     def mlp_width(self) -> int:
-        """F; of swiglu up to a multiple of the largest power of two that is 1/64 of it at most."""
+        """F; for swiglu a multiple of the largest power of two that is at most 1/64 of F."""
         width = self.mlp_ratio * self.width
         if self.mlp == "gelu":
             return width
@@ -65,5 +65,5 @@ class Model:
 
     @property
     def relative_width(self) -> float:
-        """Width over the one that learning rates are tuned at."""
+        """Width divided by `base_width`."""
         return self.width / (self.base_width or self.width)

@@ -28,7 +28,7 @@ def _steps(text: str) -> tuple[int, int] | None:
 class Mesh:
     """Sizes of the device mesh's axes; at most one of them is -1 and takes what is left."""
 
-    data: int = field(-1, AXIS, free=True)  # batch split, weights replicated
+    data: int = field(-1, AXIS, free=True)  # batch is split, weights are replicated
     fsdp: int = field(1, AXIS, free=True)  # batch and weights split, gathered layer by layer
     sequence: int = field(1, AXIS, free=True)  # positions split, for long sequences
     tensor: int = field(1, AXIS, free=True)  # heads and MLP width split
@@ -38,21 +38,21 @@ class Mesh:
 class Optimizer:
     """Optax optimizer, learning-rate schedule, clipping and decay."""
 
-    # muon is for the matrices of the blocks; AdamW takes the rest.
+    # muon updates the matrices of the blocks; AdamW updates all other parameters.
     name: str = field("adam", one_of("adam", "adamw", "nadamw", "muon"))
     learning_rate: float = field(3e-3, ABOVE_ZERO)  # peak, reached at the end of the warm-up
-    # muon: the peak of AdamW's share; None: the same as learning_rate.
+    # muon: the peak for the parameters that AdamW updates; None: learning_rate.
     rest_learning_rate: float | None = field(None, ABOVE_ZERO)
     beta1: float = field(0.9, BELOW_ONE)
     beta2: float = field(0.95, BELOW_ONE)
-    weight_decay: float = field(0.0, NOT_NEGATIVE)  # times the learning rate; matrices only
-    clip_norm: float | None = field(None, ABOVE_ZERO)  # of all gradients together; None: no bound
-    # After the warm-up; wsd (Hu et al. 2024, arXiv:2404.06395) stays at the peak, then falls to the
-    # end in a line.
+    weight_decay: float = field(0.0, NOT_NEGATIVE)  # multiplied by the learning rate; matrices only
+    clip_norm: float | None = field(None, ABOVE_ZERO)  # of the global gradient norm; None: no bound
+    # After the warm-up; wsd (Hu et al. 2024, arXiv:2404.06395) stays at the peak, then falls
+    # linearly.
     schedule: str = field("cosine", one_of("cosine", "constant", "wsd"))
     warmup_steps: int = field(0, NOT_NEGATIVE)  # linear, up to the peak
-    decay_share: float = field(0.2, SHARE)  # wsd: of all steps, those at the end on which it falls
-    final_fraction: float = field(0.0, SHARE)  # of the peak, after the last step; not of constant
+    decay_share: float = field(0.2, SHARE)  # wsd: share of the steps, at the end, on which it falls
+    final_fraction: float = field(0.0, SHARE)  # of the peak, at the end; not for constant
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,13 +61,13 @@ class Train:
 
     steps: int = field(1000, POSITIVE)
     batch_size: int = field(128, POSITIVE)  # images a step, over all devices
-    # Gradient accumulation: the parts that a batch is worked through in, so that fewer devices hold
-    # it. The same result, but that dropout, what bert hides, whose class is not told and random
-    # orders are drawn part by part: others, and as good.
+    # Gradient accumulation: the number of parts into which a batch is split, to use less memory.
+    # The result is the same, except that dropout, BERT's masks, label dropout and random orders are
+    # drawn for each part and so have other values.
     microbatches: int = field(1, POSITIVE, free=True)
     optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
-    # Decay of a moving average of the weights, at step t (1 + t) / (10 + t) if that is less, which
-    # evaluations, later stages and users take in their place; None: no average.
+    # Decay of a moving average of the weights (at step t at most (1 + t) / (10 + t)), which
+    # evaluations, later stages and users take in place of the weights; None: no average.
     ema: float | None = field(None, BELOW_ONE)
     eval_every: int = field(250, NOT_NEGATIVE)  # steps; 0: at the end only
     checkpoint_every: int = field(250, POSITIVE, free=True)  # steps; the last step is always saved
@@ -76,7 +76,7 @@ class Train:
 
     @property
     def weights(self) -> str:
-        """The part of a train state that all but the next step takes."""
+        """The part of the train state that evaluations and later stages take."""
         return "params" if self.ema is None else "ema"
 
 

@@ -12,12 +12,7 @@ from gptv_jax.data.images import to_array, to_picture
 from gptv_jax.data.transform import Transform
 from gptv_jax.errors import InputError
 
-METHODS = {
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-}
+METHODS = ("nearest", "bilinear", "bicubic", "lanczos")
 METHOD = one_of(*METHODS)
 
 
@@ -193,5 +188,6 @@ def _resize_short(image: np.ndarray, size: int, method: str) -> np.ndarray:
 def _resize(image: np.ndarray, height: int, width: int, method: str) -> np.ndarray:
     if image.shape[:2] == (height, width):
         return image
-    resized = to_picture(image).resize((width, height), METHODS[method], reducing_gap=None)
+    resampling = Image.Resampling[method.upper()]
+    resized = to_picture(image).resize((width, height), resampling, reducing_gap=None)
     return to_array(resized, image.shape[-1])

@@ -33,7 +33,9 @@ class Pipeline:
     """The data of a run, as batches of NumPy arrays.
 
     A batch holds "tokens", int32 [b, T], or "image", uint8 [b, H, W, C], if there is no codec; the
-    "variant" that a shift drew, int32 [b]; and the "label", int32 [b], of labelled data.
+    "variant" that a shift drew, int32 [b]; and the "label", int32 [b], of labelled data. Of every
+    global batch, `share=(i, n)` reads the i-th of n equal parts. The log of damaged images is kept
+    in the run folder, if one is given.
     """
 
     def __init__(
@@ -44,16 +46,6 @@ class Pipeline:
         folder: pathlib.Path | None = None,
         share: tuple[int, int] = (0, 1),
     ):
-        """Opens nothing yet.
-
-        Args:
-          config: data set, transforms and workers.
-          codec: makes the tokens; None: batches hold images.
-          seed: of order and augmentation.
-          folder: the run folder, for the log of damaged images.
-          share: `(i, n)`: this process reads the i-th of n equal parts of every global batch (see
-            `sharding.batch_share`).
-        """
         self.config, self.codec, self.seed, self.share = config, codec, seed, share
         self.damage_log = DamageLog(config, folder)
 
@@ -77,16 +69,11 @@ class Pipeline:
         return self._watched(self._encoded(read), "train", source, batch_size, position)
 
     def evaluation(self, split: str, batch_size: int, limit: int | None = None) -> Iterator[dict]:
-        """This process's share of a split, in order, without augmentation.
+        """This process's share of the first `limit` examples of a split, without augmentation.
 
         Every process gets equally many batches. "mask", float32 [b], is 1 once for every example,
         and 0 for padding and for examples that replace a damaged image; "index", int32 [b], is the
         number of the example.
-
-        Args:
-          split: "train", "validation" or "test".
-          batch_size: of the global batch.
-          limit: number of examples, the first ones; None: all.
         """
         source, steps = _opened(self.config, split, self.config.eval_transforms)
         padded = PaddedSource(source, batch_size, limit)
@@ -141,14 +128,9 @@ def try_out(
     entries: tuple[str, ...],
     count: int,
 ) -> None:
-    """Makes tokens of the first training images, so that misfits are found before any work.
+    """Makes tokens of the first `count` training images, so that misfits are found before any work.
 
-    Args:
-      config: the data set.
-      codec: makes the tokens; None, or a codec on devices: only shapes are checked.
-      shape: H, W, C of the images that the codec takes.
-      entries: transforms.
-      count: number of images.
+    Without a codec, or if the codec encodes on devices, only `shape`, [H, W, C], is checked.
 
     Raises:
       InputError: the transforms do not fit the data, or their result does not fit the codec.
@@ -174,12 +156,7 @@ def images(
 ) -> Iterator[dict]:
     """The examples of a split after the transforms of evaluation, damaged images left out.
 
-    Args:
-      config: data set, transforms and workers.
-      split: one of `sources.SPLITS`, or a split expression.
-      damage_log: records damaged images.
-      count: draws so many examples without replacement; None: all, in order.
-      seed: of the draw.
+    With `count`, so many examples are drawn without replacement; otherwise all come in order.
 
     Yields:
       `{"image", "variant"}`, with "label" of labelled data. The image is uint8 [H, W, C], or from a

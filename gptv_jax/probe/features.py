@@ -55,14 +55,8 @@ def batches(data: Pipeline, config: config_lib.Probe) -> Batches:
 def of_network(network: Network, params: dict, batches: Batches, *, raw: bool) -> Features:
     """Features of all layers; every call for a split is a pass over its images.
 
-    Args:
-      network: the network.
-      params: its weights, which are only read.
-      batches: as `Pipeline.evaluation` gives them.
-      raw: reads the layers' inputs h^l instead of the normed inputs n^l.
-
-    Returns:
-      Features; with several votes, training images have the first alone.
+    `raw` reads the layers' inputs h^l instead of the normed inputs n^l. With several votes,
+    training images have the first alone.
     """
 
     def features(split: str) -> Iterator[tuple[Array, dict]]:

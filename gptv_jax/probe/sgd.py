@@ -127,23 +127,13 @@ def fit(
 ) -> dict[Group, dict]:
     """Trains all heads to the end of the schedule, from the newest checkpoint where there is one.
 
-    Args:
-      heads: to train.
-      frozen: the network's weights, which are only read.
-      checkpoints: open; they stay open.
-      log: takes the events.
-      training: `position -> iterator` over this process's share of augmented batches from there on.
-      evaluation: a split's batches.
-      features: of the training split, for standardising.
-      seed: see `step.make_train_step`.
+    `frozen` is the network's weights, `training(position)` yields augmented batches as `loop.fit`
+    takes them, `features` standardise the heads. Raises as `loop.fit` does.
 
     Returns:
       For each group {"learning_rate", "validation_accuracy", "validation_nats", "test_accuracy"}
       after the last step, for the rate with the best validation accuracy, among equals the lowest
       cross-entropy.
-
-    Raises:
-      InputError: see `loop.fit`.
     """
     settings, (optimizer, rate) = heads.config.sgd, make_optimizer(heads.config.sgd)
     train_step = step.make_train_step(make_loss(heads), optimizer, rate, seed=seed)
@@ -231,9 +221,7 @@ def make_loss(heads: Heads) -> Callable:
     `frozen` holds the network's weights; the key draws BERT's masks.
     """
 
-    def loss(
-        params: dict, frozen: dict, batch: dict, key: PRNGKeyArray, step: Int[Array, ""]
-    ) -> tuple[Array, dict]:
+    def loss(params, frozen, batch, key, step) -> tuple[Array, dict]:
         del step
         network = heads.network
         mask = objective.draw_mask(network, len(batch["tokens"]), key)

@@ -18,7 +18,7 @@ from etils import epath
 from gptv_jax import checkpoint, files, hosts
 from gptv_jax import config as config_lib
 from gptv_jax.config import fields
-from gptv_jax.errors import InputError
+from gptv_jax.errors import InputError, list_differences
 from gptv_jax.runs.record import checkpoint_folder, config_of, has_finished
 
 VERSIONED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "gptv_jax")
@@ -79,14 +79,12 @@ class RunFolder:
         """Raises InputError where another configuration made the folder."""
         if not (self.path / "config.json").exists():
             return
-        now = fields.flatten(self.config)
-        then = fields.flatten(config_of(self.path))
-        free = fields.free(config_lib.Config)
-        differing = [
-            f"config.{name} is {now[name]!r}, there {then[name]!r}"
-            for name in now
-            if name not in free and now[name] != then[name]
-        ]
+        free = {f"config.{name}" for name in fields.free(config_lib.Config)}
+        recorded, given = (
+            {k: v for k, v in fields.flatten(config, "config.").items() if k not in free}
+            for config in (config_of(self.path), self.config)
+        )
+        differing = list_differences(recorded, given)
         if differing:
             raise InputError(
                 f"{self.path} was made by another configuration: {'; '.join(differing)}. Take "

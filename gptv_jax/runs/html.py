@@ -1,4 +1,4 @@
-"""What a report is built of: plots, tables, tiles, and the look of the page."""
+"""Building blocks of the report: plots, tables, tiles, and the style of the page."""
 
 import base64
 import html
@@ -9,7 +9,7 @@ from etils import epy
 with epy.lazy_imports():  # heavy, and not needed before there is something to plot
     from matplotlib import ticker
 
-# Plots are transparent, in tones that read on white and on black, so that one picture serves both.
+# Plots are transparent, in tones that are readable on white and on black.
 BLUE, ORANGE, QUIET, INK = "#3d85c6", "#d9822b", "#9a9a9a", "#808080"
 SIZE = (5.4, 3.3)  # inches, of a plot
 STYLE = """
@@ -35,7 +35,7 @@ td:first-child, th:first-child { text-align: left; } th { font-weight: 500; }
 def line(
     axes: "matplotlib.axes.Axes", points: list[tuple], color: str, label="", style="-", ring=None
 ) -> None:
-    """One curve; the point at x = `ring` is ringed."""
+    """Draws one curve, with a ring around the point at x = `ring`."""
     if not points:
         return
     marker = "." if len(points) < 30 else None  # more of them would hide the line
@@ -46,7 +46,7 @@ def line(
 
 
 def finish(axes: "matplotlib.axes.Axes", title: str, x_label: str = "") -> None:
-    """Quiet frame, whole numbers on x; the title says what y is, so that no text is sideways."""
+    """Finishes a plot: light frame, whole numbers on x, and y's meaning in the title."""
     axes.set_title(title, loc="left", fontsize=9, color=INK)
     axes.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=True))
     axes.xaxis.set_major_formatter("{x:,.0f}")
@@ -60,7 +60,7 @@ def finish(axes: "matplotlib.axes.Axes", title: str, x_label: str = "") -> None:
 
 
 def percent(share: float | None) -> str:
-    """A share for a table; nothing where there is none."""
+    """A share as a percentage for a table; "" for None."""
     return "" if share is None else f"{share:.2%}"
 
 
@@ -77,25 +77,25 @@ def png(figure: "matplotlib.figure.Figure") -> bytes:
 
 
 def section(title: str, content: str) -> str:
-    """A part of the page under a heading; nothing where there is no content."""
+    """A section of the page under a heading; "" without content."""
     return f'<h2>{title}</h2><div class="row">{content}</div>' if content else ""
 
 
 def figure(png: bytes, caption: str, kind: str = "plot") -> str:
-    """A PNG file with a caption; of the kind "pixels" it is shown without smoothing."""
+    """A PNG file with a caption; the kind "pixels" is enlarged without smoothing."""
     source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
     image = f'<img class="{kind}" src="{source}" alt="{html.escape(caption)}">'
     return f"<figure>{image}<figcaption>{html.escape(caption)}</figcaption></figure>"
 
 
 def tile(title: str, value: str, *beside: str) -> str:
-    """A main number, with what it is to be held against."""
+    """A main number above lines with numbers to compare it with."""
     lines = "".join(f"<small>{html.escape(line)}</small>" for line in beside)
     return f'<div class="box">{html.escape(title)}<br><b>{html.escape(value)}</b>{lines}</div>'
 
 
 def table(head: tuple, rows: list[tuple], marked=()) -> str:
-    """A table; the rows whose first cell is among `marked` stand out."""
+    """A table; rows whose first cell is in `marked` are highlighted."""
     lines = ["<tr>" + "".join(f"<th>{html.escape(name)}</th>" for name in head) + "</tr>"]
     for row in rows:
         kind = "mark" if row[0] in marked else "plain"
@@ -105,7 +105,7 @@ def table(head: tuple, rows: list[tuple], marked=()) -> str:
 
 
 def number(value) -> str:
-    """A number of the summary."""
+    """A number of the summary as text."""
     if value is None:
         return "unknown"
     return f"{value:,.0f}" if isinstance(value, int) or value >= 1000 else f"{value:#.4g}"

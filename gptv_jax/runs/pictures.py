@@ -11,7 +11,7 @@ from PIL import Image
 with epy.lazy_imports():  # heavy, and for heat maps alone
     import matplotlib
 
-SIDE = 64  # pixels that a small image is enlarged to, at least
+SIDE = 64  # pixels; smaller images are enlarged to at least this side
 
 
 def grid(
@@ -21,7 +21,7 @@ def grid(
 
     Args:
       images: RGB.
-      columns: images a row; None: as square as it gets.
+      columns: images in a row; None: as square as possible.
     """
     columns = columns or math.ceil(math.sqrt(len(images)))
     scale = max(1, SIDE // images.shape[1])
@@ -38,10 +38,10 @@ def grid(
 def heat_map(
     nats: Float[np.ndarray, "B H W"],
 ) -> tuple[UInt8[np.ndarray, "B H W 3"], float]:
-    """Nats of pixels as colours, black for none, on one scale for all images; and its upper end.
+    """Nats of pixels as colours on one scale, black for 0, and the value of the brightest colour.
 
     Args:
-      nats: 0 or more, as of `Model.surprise`.
+      nats: 0 or more for each pixel, from `Model.surprise`.
     """
     brightest = float(nats.max())
     share = nats / (brightest or 1.0)
@@ -49,6 +49,6 @@ def heat_map(
 
 
 def save(picture: UInt8[np.ndarray, "H W 3"], path: pathlib.Path) -> None:
-    """Writes a PNG, and its folder where there is none."""
+    """Writes a PNG file, and makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(picture).save(path)

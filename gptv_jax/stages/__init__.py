@@ -2,16 +2,25 @@
 
 import dataclasses
 import importlib
+from collections.abc import Callable
 from types import ModuleType
+
+from jax.sharding import Mesh
+
+from gptv_jax import config as config_lib
+from gptv_jax import sharding
+from gptv_jax.config import rules
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
     """A stage; its module is imported when it is needed, as some take seconds."""
 
-    name: str  # of the module too, which has `run_stage(context)` and, for the report, `report`
-    trains_network: bool = False  # its checkpoints hold the network's weights, as models load them
+    name: str  # of the module too, which has `run_stage(context)`
+    sections: tuple[str, ...]  # of the config that the stage needs, and that are checked for it
+    trains_network: bool = False  # its checkpoints hold weights of the network, for `gptv_jax.load`
     on_request: bool = False  # runs only where --stages names it, and then each time
+    own_transforms: str | None = None  # section with `train_transforms` in place of config.data's
     planning: str | None = None  # module and class of `planning` that plan its training
 
     @property
@@ -25,15 +34,41 @@ class Stage:
         module, name = self.planning.split(":")
         return getattr(importlib.import_module(f"gptv_jax.planning.{module}"), name)
 
+    @property
+    def report(self) -> Callable | None:
+        """`report(run)`, the stage's part of the page, a `runs.report.Part`; None: it has none."""
+        reports = importlib.import_module(f"{__name__}.reports")
+        return getattr(reports, self.name, None)
+
+    def check(self, config: config_lib.Config, mesh: Mesh | None = None) -> None:
+        """Checks the sections that the stage needs, and that the mesh, if given, divides them.
+
+        Raises:
+          InputError: names the fields, their values and what would be accepted.
+        """
+        rules.check_sections(config, self.sections)
+        if mesh is not None:
+            sharding.check(config, mesh, self.sections)
+
 
 STAGES = {
     stage.name: stage
     for stage in (  # in the order in which they run
-        Stage("tokenizer", planning="tokenizer:TokenizerTraining"),
-        Stage("pretrain", trains_network=True, planning="pretrain:Pretraining"),
-        Stage("probe"),
-        Stage("finetune", trains_network=True),
-        Stage("sample"),
-        Stage("generate", on_request=True),
+        Stage(
+            "tokenizer",
+            ("tokenizer",),
+            own_transforms="tokenizer",
+            planning="tokenizer:TokenizerTraining",
+        ),
+        Stage(
+            "pretrain",
+            ("model", "train", "profile"),
+            trains_network=True,
+            planning="pretrain:Pretraining",
+        ),
+        Stage("probe", ("model", "probe"), own_transforms="probe.sgd"),
+        Stage("finetune", ("model", "finetune"), trains_network=True, own_transforms="finetune"),
+        Stage("sample", ("model", "sample")),
+        Stage("generate", ("model", "sample", "generate"), on_request=True),
     )
 }

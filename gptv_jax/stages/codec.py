@@ -10,7 +10,7 @@ from gptv_jax import tokens, weights
 from gptv_jax.data import pipeline, sources
 from gptv_jax.data.cache import TokenCache
 from gptv_jax.data.damage import DamageLog
-from gptv_jax.errors import InputError
+from gptv_jax.errors import InputError, list_differences
 from gptv_jax.tokens import Codec, palette
 
 LOG = logging.getLogger(__name__)
@@ -81,18 +81,16 @@ def build_codec(config: config_lib.Config, damage_log: DamageLog) -> Codec:
 
 
 def _check_cache(config: config_lib.Config, cache: TokenCache) -> None:
-    """Raises where the cache is not what this configuration would have made."""
-    differing = [
-        f"config.{where} is {ours!r}, there {theirs!r}"
-        for where, ours, theirs in (
-            *config.tokens.pairs(cache.tokens),
-            ("data.image_size", config.data.image_size, cache.image_size),
-            ("data.eval_transforms", config.data.eval_transforms, cache.transforms),
-        )
-        if ours != theirs
-    ]
+    """Raises InputError where this configuration would make other tokens than the cache has."""
+    pairs = (
+        *config.tokens.pairs(cache.tokens),
+        ("data.image_size", config.data.image_size, cache.image_size),
+        ("data.eval_transforms", config.data.eval_transforms, cache.transforms),
+    )
+    cached = {f"config.{name}": theirs for name, _, theirs in pairs}
+    differing = list_differences(cached, {f"config.{name}": ours for name, ours, _ in pairs})
     if differing:
         raise InputError(
             f"the token cache {cache.folder} was made by another configuration: "
-            f"{'; '.join(differing)}. Take that of the cache, or make another one."
+            f"{'; '.join(differing)}. Take the settings of the cache, or make another cache."
         )

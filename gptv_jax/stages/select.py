@@ -1,4 +1,4 @@
-"""Which stages a run has: all that its configuration and data allow, or those that are wanted."""
+"""Chooses the stages of a run: all that its configuration and data allow, or some of them."""
 
 from gptv_jax import config as config_lib
 from gptv_jax.data import sources
@@ -9,59 +9,52 @@ from gptv_jax.stages import STAGES
 def choose_stages(
     config: config_lib.Config, classes: int, wanted: list[str] | None = None
 ) -> list[str]:
-    """Stages to run, in order.
+    """Names of the stages to run, in order.
 
     Args:
       config: of the run.
       classes: of the data; 0: unlabelled.
-      wanted: some of STAGES; None: all but those that only run when they are asked for.
+      wanted: names of stages; None: all possible stages except those on request.
 
     Raises:
-      InputError: an unknown stage, or a wanted one that this run cannot have.
+      InputError: a name that is no stage, or a stage that is impossible for this run.
     """
-    named = set(wanted or ())
-    if unknown := named - set(STAGES):
+    if unknown := set(wanted or ()) - set(STAGES):
         raise InputError(
             f"--stages has {', '.join(sorted(unknown))}; it takes some of {', '.join(STAGES)}."
         )
-    given, name = config.init_from, config.data.name
-    trains_tokens = config.tokens.kind == "learned" and not _has_tokenizer(config)
-    if "tokenizer" in named and not trains_tokens:
-        why = f"config.tokens.kind={config.tokens.kind} has nothing to train"
-        if config.tokens.kind == "learned":
-            why = "the tokens come with their tokenizer; leave it out"
-        raise InputError(f"--stages has tokenizer, but {why}.")
-    if given and "pretrain" in named:
-        raise InputError(
-            f"--stages has pretrain, but config.init_from={given} gives the pretrained weights;"
-            " leave one of them out."
-        )
-    draws = {"sample", "generate"}
-    bert = config.model.objective == "bert"
-    if bert and named & draws:
-        raise InputError(
-            f"--stages has {', '.join(sorted(named & draws))}, but config.model.objective=bert "
-            "draws no images; it takes pretrain, probe and finetune."
-        )
-    unlabelled = {"probe", "finetune"} if not classes else set()
-    if named & unlabelled:
-        shown = ", ".join(s for s in STAGES if s in named & unlabelled)
-        raise InputError(
-            f"--stages has {shown}, but the images of config.data.name={name} have no labels; take "
-            "pretrain and sample."
-        )
-    if config.probe.every and not classes:
+    refused = _impossible(config, classes)
+    for name in wanted or ():
+        if name in refused:
+            raise InputError(f"--stages has {name}, but {refused[name]}.")
+    usual = [name for name, stage in STAGES.items() if not stage.on_request]
+    chosen = [name for name in STAGES if name in (wanted or usual) and name not in refused]
+    if config.probe.every and not classes and "pretrain" in chosen:
         raise InputError(
             f"config.probe.every is {config.probe.every}, but the images of "
-            f"config.data.name={name} have no labels; take 0."
+            f"config.data.name={config.data.name} have no labels; take 0."
         )
-    left_out = unlabelled | ({"pretrain"} if given else set()) | (draws if bert else set())
-    left_out |= set() if trains_tokens else {"tokenizer"}
-    chosen = (named or {stage.name for stage in STAGES.values() if not stage.on_request}) - left_out
-    return [stage for stage in STAGES if stage in chosen]
+    return chosen
 
 
-def _has_tokenizer(config: config_lib.Config) -> bool:
-    """Whether learned tokens come with their tokenizer, from wherever."""
+def _impossible(config: config_lib.Config, classes: int) -> dict[str, str]:
+    """Stages that this run cannot have, each with the reason and what to do."""
+    given, kind, refused = config.init_from, config.tokens.kind, {}
     cached = sources.open_data_set(config.data).stored_as == "tokens"
-    return bool(config.tokens.tokenizer or config.init_from or cached)
+    if kind != "learned":
+        refused["tokenizer"] = f"config.tokens.kind={kind} has nothing to train"
+    elif config.tokens.tokenizer or given or cached:
+        refused["tokenizer"] = "the tokens come with their tokenizer; leave it out"
+    if given:
+        refused["pretrain"] = (
+            f"config.init_from={given} gives the pretrained weights; leave one of them out"
+        )
+    if not classes:
+        reason = f"the images of config.data.name={config.data.name} have no labels"
+        refused |= dict.fromkeys(("probe", "finetune"), f"{reason}; take pretrain and sample")
+    if config.model.objective == "bert":
+        reason = (
+            "config.model.objective=bert draws no images; it takes pretrain, probe and finetune"
+        )
+        refused |= dict.fromkeys(("sample", "generate"), reason)
+    return refused

@@ -1,5 +1,6 @@
 """Opens a run: all that can be refused is refused here, before any work and before files change."""
 
+import operator
 import pathlib
 import tempfile
 
@@ -12,12 +13,12 @@ from gptv_jax.data import pipeline, sources, transforms
 from gptv_jax.data.damage import DamageLog
 from gptv_jax.data.pipeline import Pipeline
 from gptv_jax.decode.sampler import check_guidable
-from gptv_jax.errors import InputError
+from gptv_jax.errors import InputError, list_differences
 from gptv_jax.runs.context import Context
 from gptv_jax.runs.folder import RunFolder
 from gptv_jax.runs.record import has_finished
+from gptv_jax.stages import STAGES, pretrained
 from gptv_jax.stages import codec as codecs
-from gptv_jax.stages import pretrained
 from gptv_jax.stages.select import choose_stages
 from gptv_jax.tokens import Codec, TokenDefinition
 from gptv_jax.train.metrics import MetricWriter
@@ -41,16 +42,16 @@ def open_run(config: config_lib.Config, workdir: str, wanted: list[str] | None =
         raise InputError(f"config.init_from={config.init_from} is an address; it takes a folder.")
     check_same_settings(config)
     mesh = sharding.make_mesh(config.mesh)
-    sharding.check(config, mesh)
-    if config.sample.guidance != 1:
-        check_guidable(config.model, f"config.sample.guidance is {config.sample.guidance:g}")
     folder = RunFolder(config, workdir)
     opened = {split: sources.open_source(config.data, split) for split in sources.SPLITS}
     classes = opened["train"].classes
     rules.check_classes(config, classes)
     stages = choose_stages(config, classes, wanted)
-    if "tokenizer" in stages:
-        sharding.check_tokenizer(config, mesh)
+    for name in stages:
+        if STAGES[name].on_request or not folder.finished(name):
+            STAGES[name].check(config, mesh)
+    if {"sample", "generate"} & set(stages) and config.sample.guidance != 1:
+        check_guidable(config.model, f"config.sample.guidance is {config.sample.guidance:g}")
     for entries in _training_transforms(config, stages):
         transforms.check(entries, config.data.eval_transforms)
     hosts.from_first(
@@ -82,13 +83,14 @@ def with_codec(context: Context) -> Context:
 
 def check_same_settings(config: config_lib.Config) -> None:
     """Raises InputError where processes have different settings, the place of the data apart."""
-    own = {k: v for k, v in fields.flatten(config).items() if k not in ("data.dir", "data.path")}
+    place = ("config.data.dir", "config.data.path")
+    own = {k: v for k, v in fields.flatten(config, "config.").items() if k not in place}
     first, *others = hosts.from_all(own)
-    differing = sorted({name for other in others for name in own if other[name] != first[name]})
+    differing = [line for other in others for line in list_differences(first, other)]
     if differing:
         raise InputError(
-            f"the processes were given different settings: config.{', config.'.join(differing)}; "
-            "start all of them by the same command."
+            f"the processes were given different settings: {'; '.join(dict.fromkeys(differing))}. "
+            "Start all of them by the same command."
         )
 
 
@@ -129,9 +131,9 @@ def _try_out(config: config_lib.Config, stages: list[str], codec: Codec | None) 
 
 
 def _training_transforms(config: config_lib.Config, stages: list[str]) -> list[tuple[str, ...]]:
-    """The lists of transforms that trainings use."""
-    own = [config.finetune.train_transforms, config.probe.sgd.train_transforms]
-    own += [config.tokenizer.train_transforms] if "tokenizer" in stages else []
+    """The lists of transforms that the stages train with."""
+    sections = [STAGES[name].own_transforms for name in stages if STAGES[name].own_transforms]
+    own = [operator.attrgetter(f"{each}.train_transforms")(config) for each in sections]
     return [config.data.train_transforms, *(entries for entries in own if entries)]
 
 

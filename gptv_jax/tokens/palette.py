@@ -81,16 +81,10 @@ def checked(centers: np.ndarray, provenance: dict, where: str) -> Palette:
 
 
 def build(pixels: UInt8[np.ndarray, "N 3"], colors: int, seed: int, provenance: dict) -> Palette:
-    """Builds a palette by k-means over RGB pixels (scikit-learn's MiniBatchKMeans).
+    """Builds a palette of so many `colors` by k-means (scikit-learn's MiniBatchKMeans).
 
     The colours are in the order of luminance. Where the pixels have exactly `colors` different
-    values, the palette is these values.
-
-    Args:
-      pixels: RGB.
-      colors: size of the palette.
-      seed: of k-means.
-      provenance: describes the pixels; the method is added.
+    values, the palette is these values. `provenance` describes the pixels; the method is added.
 
     Raises:
       InputError: the pixels have fewer different values than `colors`.

@@ -88,9 +88,7 @@ def make_loss(config: config_lib.Autoencoder, settings: config_lib.Tokenizer) ->
     """
     terms = {name: term for name, term in TERMS.items() if getattr(settings, name)}
 
-    def loss(
-        params: dict, frozen: dict | None, batch: dict, key: PRNGKeyArray | None, step
-    ) -> tuple[Array, dict]:
+    def loss(params, frozen, batch, key, step) -> tuple[Array, dict]:
         del key
         model, images = autoencoder.bind(config, params), from_pixels(batch["image"])
         z = model.encoder(images)
@@ -142,14 +140,9 @@ def update_codebook(
     settings: config_lib.Tokenizer,
     key: PRNGKeyArray,
 ) -> dict:
-    """The moving averages "counts" and "sums" of a codebook after one more batch.
+    """The moving averages "counts" and "sums" of a codebook after a batch's encodings and codes.
 
-    Args:
-      codebook: the averages before.
-      z: the batch's encodings.
-      codes: their codes.
-      settings: decay of the averages, and the share below which a code is dead.
-      key: draws the encodings that dead codes restart from.
+    The key draws the encodings that dead codes restart from.
     """
     # Small beside the images; every device computes all of it.
     z, codes = jax.sharding.reshard((unit(z.astype(jnp.float32)), codes), P())

@@ -67,15 +67,15 @@ def fit(
       config: steps and intervals.
       length: tokens of an image.
       flops: of training on one token, forward and backward, for the MFU.
-      checkpoints: open; they stay open.
+      checkpoints: stay open.
       log: takes the events.
       initial: makes the train state, see `step.state_of`, where there is no checkpoint.
       abstract: shapes and shardings of the train state.
       train_step: `(state, batch) -> (state, metrics)`; donates the state.
       batches: `position -> iterator` over this process's share of the batches from there on.
       evaluate: `params -> numbers`.
-      primary: which of these numbers rank checkpoints, see `evaluation.Metric`: the best checkpoint
-        is kept, and its weights are returned.
+      primary: the numbers that rank checkpoints, see `evaluation.Metric`; the best one is kept, and
+        its weights are returned.
       patience: evaluations without a better one after which the training stops; 0: never.
       measure: `params -> numbers` that are only logged.
       measure_every: steps between two measurements; 0: none.

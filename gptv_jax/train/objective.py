@@ -72,10 +72,7 @@ def token_nats(model: GPT, output: Output, tokens: Int[Array, "B T"]) -> Float[A
 def loss_parts(network: Network, rows: int, sizes: Mapping[str, int]) -> int:
     """Number of parts in which `token_nats` computes the logits, one part after the other.
 
-    Args:
-      network: gives T and V.
-      rows: of the batch, over all devices.
-      sizes: of the mesh, by axis; an axis that is not named has size 1.
+    `rows` is the batch size over all devices, `sizes` are the mesh's by axis (1 where missing).
     """
     sizes = {axis: sizes.get(axis, 1) for axis in sharding.AXES}
     length = network.length // sizes["sequence"]
@@ -124,14 +121,12 @@ def start_vectors(
     return None if variant is None else jnp.where(variant < network.starts, variant, 0)
 
 
-def random_order_share(
-    random_order: tuple[float, float], done: Float[Array, ""]
-) -> Float[Array, ""]:
+def random_order_share(bounds: tuple[float, float], done: Float[Array, ""]) -> Float[Array, ""]:
     """Probability of a random order when a share `done` of the training is over.
 
-    It is 1 up to the first number of `random_order`, then falls linearly to 0 at the second.
+    It is 1 up to the first of the bounds, then falls linearly to 0 at the second.
     """
-    return jnp.interp(done, jnp.array(random_order), jnp.array([1.0, 0.0]))
+    return jnp.interp(done, jnp.array(bounds), jnp.array([1.0, 0.0]))
 
 
 def draw_order(
@@ -143,12 +138,7 @@ def draw_order(
 ) -> Int[Array, "B T"] | None:
     """Orders of a training batch's tokens, see `GPT.__call__`; None where all are raster.
 
-    Args:
-      network: the network.
-      rows: of the batch.
-      key: of the training step; None: raster order.
-      step: number of steps taken before.
-      steps: length of the whole training.
+    Without a key all are; `step` of `steps` steps have been taken.
     """
     if not network.config.random_order or key is None:
         return None
@@ -172,15 +162,8 @@ def evaluate_batch(
 ) -> tuple[Output, Bool[Array, "B T"] | None]:
     """The network's output for a batch of `Pipeline.evaluation`, and the mask of its tokens.
 
-    Args:
-      network: the network.
-      params: its weights.
-      batch: "tokens", what `start_vectors` reads and, for BERT, "index": each image's number in the
-        split.
-      vote: 0 .. `network.votes`-1, which of BERT's masks is drawn.
-      condition_on_label: see `start_vectors`.
-      raw: see `GPT.__call__`.
-      keep: see `GPT.__call__`.
+    For BERT, `vote` (0 .. `network.votes`-1) says which mask each image, named by batch["index"],
+    gets. `condition_on_label` is explained at `start_vectors`, `raw` and `keep` at `GPT.__call__`.
     """
     mask = None
     if network.config.objective == "bert":

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float
 
 from gptv_jax import sharding
-from gptv_jax.model.gpt import Network, Output, in_order
+from gptv_jax.model.gpt import Network, Output, reorder
 from gptv_jax.train import objective
 from gptv_jax.train.objective import cross_entropy
 from gptv_jax.train.optimizer import apply_update, average
@@ -26,26 +26,14 @@ def generative_loss(network: Network, steps: int | None = None) -> Callable:
     """The pretraining loss, nats per token.
 
     Without a key nothing is drawn: no dropout, no label dropout, raster order; BERT needs a key.
-
-    Args:
-      network: the network.
-      steps: length of the whole training, over which random orders give way to raster order.
-
-    Raises:
-      ValueError: the network has random orders and `steps` is missing.
+    A network with random orders needs `steps`, the length of the training.
     """
     if network.config.random_order and steps is None:
         raise ValueError(
             "model.random_order needs the length of the training: pass `steps` to generative_loss."
         )
 
-    def loss(
-        params: dict,
-        frozen: None,
-        batch: dict,
-        key: PRNGKeyArray | None,
-        step: Int[Array, ""] | None = None,
-    ) -> tuple[Array, Metrics]:
+    def loss(params, frozen, batch, key, step=None) -> tuple[Array, Metrics]:
         del frozen
         order = objective.draw_order(network, len(batch["tokens"]), key, step, steps)
         _, nats = _forward(network, params, batch, key, order, condition_on_label=True)
@@ -60,13 +48,7 @@ def joint_loss(network: Network, generative: float, classification: float) -> Ca
     The network does not see the class that it is to predict, and reads images in raster order.
     """
 
-    def loss(
-        params: dict,
-        frozen: None,
-        batch: dict,
-        key: PRNGKeyArray | None,
-        step: Int[Array, ""] | None = None,
-    ) -> tuple[Array, Metrics]:
+    def loss(params, frozen, batch, key, step=None) -> tuple[Array, Metrics]:
         del frozen, step
         output, nats = _forward(network, params, batch, key, condition_on_label=False)
         class_nats = cross_entropy(output.class_logits, batch["label"]).mean()
@@ -85,7 +67,7 @@ def _forward(
     start = objective.start_vectors(network, batch, key, condition_on_label=condition_on_label)
     model, tokens = network.bind(params), batch["tokens"]
     output = model(tokens, start, key, mask, order)
-    targets = tokens if order is None else in_order(tokens, order)
+    targets = tokens if order is None else reorder(tokens, order)
     return output, objective.nats_per_token(model, output, targets, mask).mean()
 
 
