@@ -1,11 +1,11 @@
-"""Facts of accelerators, by the kind of device as JAX names it; each from the page of its maker.
+"""Speeds and memory of accelerators, by JAX's name of the device, from their makers' pages.
 
-A device is what `jax.devices()` counts: a chip, but half a chip of TPU7x. Rates are per second, of
-one device, in one direction, over all of its links together.
+A device is an entry of `jax.devices()`: a chip, but half a chip of TPU7x. Rates are per second, of
+one device, in one direction, over all its links together.
 
 TPUs: docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e and tpu7x; v4's share of the data centre's
-network from jax-ml.github.io/scaling-book. What a TPU program may take of the memory is the limit
-that its compiler refuses to go beyond (libtpu 0.0.52).
+network from jax-ml.github.io/scaling-book. The memory that a TPU program may take is the limit at
+which its compiler refuses a program (libtpu 0.0.52).
 GPUs: NVIDIA's data sheets of the A100 (80 GB), H100 and H200 (SXM), and those of the DGX systems
 for the B200 and for the network between nodes.
 """
@@ -32,7 +32,7 @@ def _gpu(peak: float, memory: int, bandwidth: float, nvlink: float, network: flo
     return Hardware(peak, int(GPU_SHARE * memory * GB), bandwidth, nvlink, network)
 
 
-# By the start of `device_kind`, the longer name before the shorter one that it begins with.
+# By the beginning of `device_kind`; a name comes before the shorter name that it begins with.
 KINDS = {
     "TPU v4": Hardware(275e12, int(30.5 * GIB), 1200e9, 300e9, 6.25e9),
     "TPU v5 lite": Hardware(197e12, int(15.75 * GIB), 819e9, 200e9, 3.125e9),  # v5e
@@ -47,5 +47,5 @@ KINDS = {
 
 
 def of(kind: str) -> Hardware | None:
-    """What is known of a device of this `device_kind`; None where nothing is."""
+    """The hardware of a device of this `device_kind`; None if it is not in the table."""
     return next((facts for name, facts in KINDS.items() if kind.startswith(name)), None)

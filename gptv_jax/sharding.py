@@ -1,16 +1,16 @@
-"""The mesh, its axis names, and the one table of partition specs.
+"""The mesh, its axis names, and the only table of partition specs.
 
-Four axes, always present so that specs never change, those that talk most the closest together:
-  data      the batch is split, weights are replicated; of several TPU slices or nodes, this is the
-            axis that crosses them, as it needs the least from the network between them;
-  fsdp      the batch is split, and so are weights and optimizer state (along D, the width); a layer
-            gathers its weights just before it uses them;
-  sequence  positions (T) are split, for sequences too long for one device; attention gathers keys
-            and values;
-  tensor    heads (H) and MLP width (F) are split; activations between layers are replicated.
+The mesh always has four axes, so that specs never change; the last axes communicate the most:
+  data      splits the batch, weights are replicated; TPU slices and nodes lie along this axis,
+            because it needs the least from the network between them;
+  fsdp      splits the batch, and weights and optimizer state along the width D; a layer gathers its
+            weights just before it uses them;
+  sequence  splits positions (T), for sequences too long for one device; attention gathers keys and
+            values;
+  tensor    splits heads (H) and MLP width (F); activations between layers are replicated.
 
-Axes are explicit: a sharding is part of an array's type, a wrong one fails when the step is traced,
-and moments made by `zeros_like(weight)` are sharded as the weight is.
+Axes are explicit: a sharding is part of an array's type, so a wrong sharding fails when the step is
+traced, and moments made by `zeros_like(weight)` have the weight's sharding.
 """
 
 import math
@@ -31,13 +31,13 @@ BATCH = ("data", "fsdp")  # the mesh axes that split the batch
 # Letters: B batch, T tokens, D width, H heads, K head size, F mlp width, V vocabulary, L layers,
 # C classes, S start vectors. A parameter without a row here cannot be created.
 PARAMETERS: dict[str, P] = {
-    "token_embedding": P(None, "fsdp"),  # V D   small V stays whole: integer cross-entropy is local
+    "token_embedding": P(None, "fsdp"),  # V D; V is small and whole, so cross-entropy is local
     "start": P(None, "fsdp"),  # S D
     "position": P(None, "fsdp"),  # T D; T+1 with target_position
     "target_position": P(None, "fsdp"),  # T D
     "row": P(None, "fsdp"),  # image height, D
     "column": P(None, "fsdp"),  # image width, D
-    "norm_1": P(None, None),  # L D   norms are tiny: splitting them would only add collectives
+    "norm_1": P(None, None),  # L D; norms are tiny: splitting them would only add collectives
     "qkv": P(None, "fsdp", None, "tensor", None),  # L D 3 H K
     "q_norm": P(None, None),  # L K
     "k_norm": P(None, None),  # L K
@@ -48,7 +48,7 @@ PARAMETERS: dict[str, P] = {
     "mlp_out": P(None, "tensor", "fsdp"),  # L F D
     "final_norm": P(None),  # D
     "head": P(None, "fsdp"),  # V D
-    "conv": P(None, None, None, "fsdp"),  # height, width, inputs, outputs; one of these is a width
+    "conv": P(None, None, None, "fsdp"),  # height, width, inputs, outputs
     "from_pixels": P(None, None, None, "fsdp"),
     "to_pixels": P(None, None, "fsdp", None),
     "from_code": P(None, None, None, "fsdp"),
@@ -61,29 +61,25 @@ PARAMETERS: dict[str, P] = {
     "class_center": P(None),  # D
     "class_scale": P(None),  # D
 }
-BATCH_FIRST = P(BATCH)  # what leads with the batch
-HIDDEN = P(BATCH, "sequence")  # activations [B, T, D], and what else there is of every position
+BATCH_FIRST = P(BATCH)  # arrays [B, ...]
+HIDDEN = P(BATCH, "sequence")  # activations [B, T, D] and other arrays [B, T, ...]
 
-_LENGTH = {  # T, in words of the fields
+_LENGTH = {  # T in terms of config fields, by whether tokens are learned
     False: "data.image_size ** 2",
     True: "(data.image_size / tokens.autoencoder.downsample) ** 2",
 }
-_MLP_WIDTH = {  # in words of the fields
+_MLP_WIDTH = {  # in terms of config fields
     "gelu": "model.width * model.mlp_ratio",
     "swiglu": "model.width * model.mlp_ratio * 2/3, rounded,",
 }
 
 
 def make_mesh(config: config_lib.Mesh, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh over devices, -1 filled.
-
-    Args:
-      config: the sizes of its axes.
-      devices: those of a TPU topology, say; None: all of all processes.
+    """The mesh over `devices`, by default all devices of all processes.
 
     Raises:
-      InputError: the sizes do not multiply to the number of devices, or several slices cannot be
-        laid along "data" and "fsdp".
+      InputError: the sizes of the axes do not multiply to the number of devices, or several slices
+        cannot be laid along "data" and "fsdp".
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = axis_sizes(config, len(devices))
@@ -91,7 +87,7 @@ def make_mesh(config: config_lib.Mesh, devices: Sequence[jax.Device] | None = No
     types = (AxisType.Explicit,) * len(AXES)
     if devices[0].platform != "tpu":
         return jax.make_mesh(sizes, AXES, types, devices=devices)
-    # An axis of the mesh may take a part of one of the torus's: 16 devices of a 4x4x4, say.
+    # An axis of the mesh may take a part of an axis of the torus, such as 16 devices of a 4x4x4.
     if slices == 1:
         laid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     else:
@@ -104,10 +100,10 @@ def make_mesh(config: config_lib.Mesh, devices: Sequence[jax.Device] | None = No
 
 
 def over_slices(sizes: tuple[int, ...], slices: int) -> tuple[int, ...]:
-    """How many slices lie along each of AXES: as many as go along "data", the rest along "fsdp".
+    """How many slices lie along each of AXES: as many as possible along "data", then "fsdp".
 
     Raises:
-      InputError: these two do not take all of them.
+      InputError: "data" and "fsdp" together cannot take all slices.
     """
     along_data = math.gcd(slices, sizes[0])
     along_fsdp = slices // along_data
@@ -120,7 +116,7 @@ def over_slices(sizes: tuple[int, ...], slices: int) -> tuple[int, ...]:
 
 
 def axis_sizes(config: config_lib.Mesh, count: int) -> tuple[int, ...]:
-    """Sizes of AXES over `count` devices, -1 filled.
+    """Sizes of AXES over `count` devices, with -1 replaced by what the other sizes leave.
 
     Raises:
       InputError: the sizes do not multiply to the number of devices.
@@ -194,18 +190,18 @@ def _must_divide(rows: list[tuple[str, int, int, str]]) -> None:
 
 
 def platform() -> str:
-    """Of the mesh in force, not of this process: programs are compiled for absent devices, too."""
+    """The platform of the mesh in force, whose devices this process need not have."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.platform if device else jax.default_backend()
 
 
 def one_device() -> AbstractMesh:
-    """A mesh of one CPU, to trace a program under in its plain form."""
+    """A mesh of one CPU, for tracing programs in their plain form."""
     return abstract_mesh((1,) * len(AXES), "cpu", "cpu")
 
 
 def abstract_mesh(sizes: Sequence[int], kind: str, platform: str) -> AbstractMesh:
-    """A mesh of these sizes of AXES, to trace programs under as they are for a kind of device."""
+    """A mesh of these sizes of AXES, for tracing programs as they are for a kind of device."""
     return AbstractMesh(
         tuple(sizes),
         AXES,
@@ -215,18 +211,18 @@ def abstract_mesh(sizes: Sequence[int], kind: str, platform: str) -> AbstractMes
 
 
 def batch_ways() -> int:
-    """Parts that the mesh in force splits the batch into."""
+    """Number of parts into which the mesh in force splits the batch."""
     return math.prod(jax.sharding.get_mesh().shape[axis] for axis in BATCH)
 
 
 def batch_share(mesh: Mesh) -> tuple[int, int]:
-    """`(i, n)`: this process reads the i-th n-th of every global batch.
+    """`(i, n)`: this process reads part i of n equal parts of every global batch.
 
-    Processes whose devices hold the same rows, as where "tensor" or "sequence" crosses them, read
-    the same share.
+    Processes whose devices hold the same rows read the same part, which happens where "tensor" or
+    "sequence" crosses processes.
 
     Raises:
-      InputError: some processes have more rows than others, or hold them partly in common.
+      InputError: processes have different numbers of rows, or share a part of their rows.
     """
     rows = mesh.devices.reshape(mesh.shape["data"] * mesh.shape["fsdp"], -1)
     held: dict[int, set[int]] = {}
@@ -244,9 +240,9 @@ def batch_share(mesh: Mesh) -> tuple[int, int]:
 
 
 def gather(weight: jax.Array, dtype) -> jax.Array:
-    """The weight in the compute dtype, whole along fsdp; its gradient is scattered back.
+    """The weight in the compute dtype, gathered over fsdp; its gradient is scattered back.
 
-    Cast first: in bfloat16 half the bytes travel.
+    The weight is cast before it is gathered: in bfloat16 half the bytes travel.
     """
     spec = jax.typeof(weight).sharding.spec
     return jax.sharding.reshard(
@@ -257,36 +253,36 @@ def gather(weight: jax.Array, dtype) -> jax.Array:
 def global_batch(batch: dict) -> dict:
     """This process's rows of a batch (NumPy, `batch_share`) as global arrays split over BATCH."""
     sharding = NamedSharding(jax.sharding.get_mesh(), BATCH_FIRST)
-    # A transfer that is meant, which JAX does not see where there are several processes.
+    # An explicit transfer, which JAX takes for an implicit one with several processes.
     with jax.transfer_guard_host_to_device("allow"):
         return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
 
 
-def from_everywhere(rows) -> jax.Array:
-    """Rows that every process holds whole (NumPy, [B, ...]) as one array split over BATCH."""
+def shard_rows(rows) -> jax.Array:
+    """NumPy rows [B, ...], of which every process has all, as one array split over BATCH."""
     sharding = NamedSharding(jax.sharding.get_mesh(), BATCH_FIRST)
     return jax.make_array_from_callback(rows.shape, sharding, lambda index: rows[index])
 
 
-def filled(rows) -> jax.Array:
-    """The same of any number of rows but none; the last is repeated where they do not divide."""
+def shard_padded(rows) -> jax.Array:
+    """`shard_rows`, with the last row repeated until the mesh divides the number of rows."""
     missing = -len(rows) % batch_ways()
-    return from_everywhere(np.concatenate([rows, np.repeat(rows[-1:], missing, axis=0)]))
+    return shard_rows(np.concatenate([rows, np.repeat(rows[-1:], missing, axis=0)]))
 
 
 def by_name(tree) -> dict:
-    """`{"params.blocks.qkv": leaf, ...}` of nested dicts and states, in the order of leaves."""
+    """Leaves of nested dicts and states by flat name, such as "params.blocks.qkv", in order."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(p, simple=True, separator="."): leaf for p, leaf in leaves}
 
 
 def abstract(init):
-    """Shapes and shardings of what `init(key)` makes, without making it: a restore's skeleton."""
+    """Abstract arrays, with shardings, of the tree that `init(key)` makes."""
     mesh = jax.sharding.get_mesh()
 
     def fill(leaf):
-        spec = getattr(leaf.sharding, "spec", P())  # scalars come without one: replicated
+        spec = getattr(leaf.sharding, "spec", P())  # scalars have no spec and are replicated
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
-    # The key is made as it is traced: the mesh may be of devices that this machine does not have.
+    # The key is made inside the traced function: this machine may not have the mesh's devices.
     return jax.tree.map(fill, jax.eval_shape(lambda: init(jax.random.key(0))))

@@ -27,21 +27,17 @@ Method = TypeVar("Method", bound=Callable)
 def arguments_by_name(method: Method) -> Method:
     """Takes `label=` as well as `labels=`, and shows the fields of `Drawing` for `**drawing`.
 
-    help() and notebooks then list every setting with its type, default and meaning.
+    help() and notebooks then list every setting with its type, default and meaning. The first
+    three settings may follow the positional arguments, as in earlier versions.
     """
     signature, document = inspect.signature(method), inspect.cleandoc(method.__doc__)
     shown = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    count, early = sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in shown), []
     if len(shown) < len(signature.parameters):
-        shown += [
-            inspect.Parameter(
-                each.name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=each.default,
-                annotation=each.type,
-            )
-            for each in DRAWING
-        ]
+        keyword = functools.partial(inspect.Parameter, kind=inspect.Parameter.KEYWORD_ONLY)
+        shown += [keyword(f.name, default=f.default, annotation=f.type) for f in DRAWING]
         document += f"\n\n{inspect.cleandoc(config_lib.Drawing.__doc__)}"
+        early = [each.name for each in DRAWING[:3]]
 
     @functools.wraps(method)
     def call(*positional, **named):
@@ -49,7 +45,10 @@ def arguments_by_name(method: Method) -> Method:
             if "labels" in named:
                 raise TypeError("label and labels are both given; give labels alone.")
             named["labels"] = named.pop("label")
-        return method(*positional, **named)
+        settings = dict(zip(early, positional[count:], strict=False))
+        return method(
+            *positional[:count], *positional[count + len(settings) :], **settings, **named
+        )
 
     call.__signature__, call.__doc__ = signature.replace(parameters=shown), document
     return call

@@ -44,9 +44,6 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 flags.FLAGS.mark_as_parsed()  # Grain's workers read absl flags
 
-MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]  # data, fsdp, tensor
-MESHES += [(2, 1, 4, 1), (1, 2, 2, 2)]  # data, fsdp, sequence, tensor
-
 
 def make_mesh(shape: tuple[int, ...]) -> jax.sharding.Mesh:
     """A mesh over the first devices: data, fsdp, tensor, or these with sequence before tensor."""

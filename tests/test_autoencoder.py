@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import MESHES, generator, make_mesh
+from conftest import generator, make_mesh
 from flax import nnx
 
 from gptv_jax import config as config_lib
@@ -20,7 +20,7 @@ SMALL = config_lib.Autoencoder(widths=(16,), encoder_blocks=1, decoder_blocks=1,
 DEEP = dataclasses.replace(SMALL, downsample=8, widths=(8, 16), norm=True, attention=True)
 VECTORS = dataclasses.replace(SMALL, quantizer="vq", codes=24, code_size=4)
 ALL = {"small": SMALL, "deep": DEEP, "vectors": VECTORS}
-LEVELS = [(8, 6, 5), (8, 5, 5, 5), (8, 8, 8, 8), (8, 8, 8, 8, 4), (8, 8, 8, 5, 5, 5), (2,), (3, 2)]
+LEVELS = [(8, 6, 5), (8, 8, 8, 5, 5, 5), (2,), (3, 2)]
 
 
 def weights(config) -> dict:
@@ -59,7 +59,7 @@ def test_there_are_as_many_codes_as_the_product_of_the_levels_each_for_values_of
     assert [len(found) for found in each] == list(levels)
 
 
-@pytest.mark.parametrize("count", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize("count", [2, 5, 8])
 def test_levels_lie_evenly_around_zero_whether_even_or_odd(count):
     quantizer = ScalarQuantizer((count,))
     values = np.asarray(quantizer.values(jnp.arange(count)))[:, 0]
@@ -154,11 +154,11 @@ def test_losses_gradients_and_codes_are_the_same_on_every_mesh(name):
         return jnp.square(model.decoder(found.values) - images).mean(), found.codes
 
     found = []
-    # A convolution's tensor axis holds copies: the deep one sees each of the others alone, too.
-    meshes = MESHES[1:4] if name == "deep" else [(2, 2, 2)]
+    # Along "tensor" convolutions are replicated, so fsdp alone splits weights the most.
+    meshes = [(1, 8, 1), (2, 2, 2)] if name == "deep" else [(2, 2, 2)]
     for shape in [(1, 1, 1), *meshes]:
         with jax.set_mesh(make_mesh(shape)):
-            rows = sharding.from_everywhere(images)
+            rows = sharding.shard_rows(images)
             (value, codes), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(
                 weights(config), rows
             )
@@ -185,10 +185,10 @@ def test_every_weight_has_a_gradient_and_none_is_forgotten(one_device):
 
 def test_positions_become_channels_and_come_back(one_device):
     x = jnp.asarray(some_images(2, 8))
-    packed = autoencoder.gathered(x, 4)
+    packed = autoencoder.space_to_depth(x, 4)
     assert packed.shape == (2, 2, 2, 48)
     np.testing.assert_array_equal(packed[1, 0, 1], np.ravel(x[1, :4, 4:]))
-    np.testing.assert_array_equal(autoencoder.spread(packed, 4), x)
+    np.testing.assert_array_equal(autoencoder.depth_to_space(packed, 4), x)
 
 
 def test_attention_lets_far_positions_know_of_each_other(one_device):

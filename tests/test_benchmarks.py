@@ -56,7 +56,8 @@ def test_contenders_take_turns_and_the_faster_one_has_the_higher_ratio(tmp_path)
 def test_one_that_is_not_idle_while_it_waits_is_noticed():
     both = [contender("idle", "sleeper", seconds=0.1), contender("busy", "spinner")]
     found = turns.compare(both, turns_of(2, 0.1))
-    assert found["idle"].waiting < 0.1 < 0.3 < found["busy"].waiting
+    # Cores: a busy machine leaves a thread that never rests well under one.
+    assert found["idle"].waiting < 0.02 < 0.1 < found["busy"].waiting
 
 
 def test_other_processes_that_work_meanwhile_are_noticed(capsys):
@@ -229,8 +230,8 @@ def test_the_same_command_goes_on_with_the_cases_that_are_missing(tmp_path, monk
         return ended.value.code, measured, [case in document.read_text() for case in cases]
 
     assert run("--limit=3") == (143, ["a B1", "b B2"], [True, False])
-    assert run("--limit=3") == (
-        "decode, b B2: takes longer than --limit=3.",
+    assert run("--limit=1") == (
+        "decode, b B2: takes longer than --limit=1.",
         ["b B2"],
         [True, False],
     )
@@ -279,20 +280,26 @@ def keeper(out: pathlib.Path, runs: str, limit: float) -> subprocess.Popen:
     )
 
 
-@pytest.mark.parametrize(
-    ("runs", "limit", "code", "told"),
-    [
-        ("tiny", 8, 1, "came no further"),  # is stopped and has saved nothing
-        ("m", 8, 143, "continues"),  # saves when it is stopped
-        ("s,tiny", 8, 143, "continues"),  # the first is done when the time is over
-        ("l", 60, 3, ""),  # fails
-        ("s,10x", 60, 2, "--runs has 10x; it takes some of tiny,"),
-        ("s", 2, 2, "--limit=2 must be more than --reserve=2"),
-    ],
-)
-def test_reference_runs_end_in_time_and_tell_how(tmp_path, runs, limit, code, told):
-    _, error = (process := keeper(tmp_path, runs, limit)).communicate()
-    assert (process.returncode, told in error) == (code, True), error
+# The runs asked for, the limit in seconds, the exit code, and a part of the message.
+ENDINGS = {
+    "stopped with nothing saved": ("tiny", 8, 1, "came no further"),
+    "saved when stopped": ("m", 8, 143, "continues"),
+    "first run done, time over": ("s,tiny", 8, 143, "continues"),
+    "failed": ("l", 60, 3, ""),
+    "unknown run": ("s,10x", 60, 2, "--runs has 10x; it takes some of tiny,"),
+    "limit below reserve": ("s", 2, 2, "--limit=2 must be more than --reserve=2"),
+}
+
+
+def test_reference_runs_end_in_time_and_tell_how(tmp_path):
+    """All at once, because most of their time is waiting."""
+    processes = {
+        name: keeper(tmp_path / name, runs, limit) for name, (runs, limit, *_) in ENDINGS.items()
+    }
+    errors = {name: process.communicate()[1] for name, process in processes.items()}
+    for name, (_, _, code, message) in ENDINGS.items():
+        assert processes[name].returncode == code, (name, errors[name])
+        assert message in errors[name], name
 
 
 def test_reference_runs_tell_where_their_numbers_are_from(tmp_path):

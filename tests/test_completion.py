@@ -37,7 +37,9 @@ def params():
 def most_likely(params, tokens):
     """The most likely token at every position, by the full forward pass."""
     variant = np.full(len(tokens), NETWORK.unconditional, np.int32)
-    return np.asarray(full_logits(params, *map(sharding.filled, (tokens, variant)))).argmax(-1)
+    return np.asarray(full_logits(params, *map(sharding.shard_padded, (tokens, variant)))).argmax(
+        -1
+    )
 
 
 @jax.jit
@@ -85,7 +87,7 @@ def test_a_mask_that_is_a_prefix_draws_what_the_prefix_draws(params):
     found, key = Sampler(NETWORK, params).draw(given, KEY), jax.random.fold_in(KEY, 0)
     # Read at once or one by one, the same tokens lead to the same draws.
     for tokens, prefix in ((TOKENS[:, :8], 8), (given, 4)):
-        tokens = sharding.filled(tokens)
+        tokens = sharding.shard_padded(tokens)
         wanted = generation.generate(NETWORK, params, tokens, key, prefix=prefix)
         np.testing.assert_array_equal(found, wanted)
 
@@ -230,7 +232,7 @@ def test_labels_are_start_vectors_and_none_is_the_last_one(model):
     labels = {None: 2, 0: 0, 1: 1, (1, 0, 1): (1, 0, 1), (2**0, 0, 0): (1, 0, 0)}
     for given, variant in labels.items():
         variant = np.broadcast_to(np.int32(variant), 3).copy()
-        wanted = full_logits(model.params, *map(sharding.filled, (TOKENS, variant)))
+        wanted = full_logits(model.params, *map(sharding.shard_padded, (TOKENS, variant)))
         np.testing.assert_array_equal(model.logits(TOKENS, given), wanted)
         nats = likelihood.nats(NETWORK, model.params, TOKENS, variant)
         np.testing.assert_allclose(model.log_likelihood(IMAGES, given), -nats.sum(1), rtol=1e-6)
@@ -278,6 +280,17 @@ def test_help_shows_every_setting_of_drawing_with_its_default_and_meaning(name):
         assert parameters[setting.name].annotation == setting.type
         assert f"\n{setting.name}: " in method.__doc__
     assert not {"drawing", "label"} & set(parameters)
+
+
+def test_temperature_top_k_and_top_p_may_follow_the_seed(model):
+    wanted = model.sample(3, 5, temperature=0.5, top_k=3)
+    np.testing.assert_array_equal(model.sample(3, 5, 0.5, 3), wanted)
+    wanted = model.complete(IMAGES, 0.5, 5, temperature=0.5, top_k=3, top_p=0.9)
+    np.testing.assert_array_equal(model.complete(IMAGES, 0.5, 5, 0.5, 3, 0.9), wanted)
+    with pytest.raises(TypeError):
+        model.sample(3, 5, 0.5, 3, 0.9, 1)
+    with pytest.raises(TypeError):
+        model.sample(3, 5, 0.5, temperature=0.5)
 
 
 def test_an_unknown_setting_is_named_beside_the_known_settings(model):

@@ -27,8 +27,8 @@ CONFIG = config_lib.Config(
 
 @pytest.mark.parametrize(
     ("remat", "recipe"),
-    [("none", {}), ("dots", {}), ("full", {}), ("none", MODERN), ("full", MODERN)],
-    ids=["none", "dots", "full", "modern none", "modern full"],
+    [("none", {}), ("dots", {}), ("full", {}), ("full", MODERN)],
+    ids=["none", "dots", "full", "modern full"],
 )
 def test_flops_of_a_step_are_those_of_the_compiler(remat, recipe):
     model = dataclasses.replace(CONFIG.model, remat=remat, **recipe)
@@ -67,5 +67,5 @@ def test_a_form_that_skips_masked_tiles_does_less_and_again_what_it_does_not_kee
     model = flops.training(network)
     for platform, products in (("gpu", 6), ("cpu", 7 * 5 / 8), ("tpu", 9 * 3 / 4)):
         done = flops.executed(network, platform)
-        assert done == flops.Flops(model.matmul, model.attention * products / 6), platform
+        assert done == flops.Flops(model.matmul, int(model.attention * products / 6)), platform
     assert flops.executed(network, "cpu", split=4) == flops.executed(network, "gpu")

@@ -41,7 +41,7 @@ def full_logits(network, params, tokens, variant):
 def both(network, params, tokens, labels=LABELS):
     """Logits of two full forward passes: with the classes, and without any."""
     nothing = np.full_like(labels, network.unconditional)
-    rows = [sharding.filled(x) for x in (tokens, labels, nothing)]
+    rows = [sharding.shard_padded(x) for x in (tokens, labels, nothing)]
     return [np.asarray(full_logits(network, params, rows[0], x)) for x in rows[1:]]
 
 
@@ -61,12 +61,12 @@ def read_one(network, params, tokens, position, prompt, cache, count):
 def test_the_doubled_batch_is_two_runs_of_the_full_network():
     network, kept = conditional(**RECIPES["modern"]), 5
     params, tokens = random_params(network), tokens_of(network)
-    prefix, labels = (sharding.from_everywhere(x) for x in (tokens[:, :kept], LABELS))
+    prefix, labels = (sharding.shard_rows(x) for x in (tokens[:, :kept], LABELS))
     logits, prompt = generation.prefill(network, True, params, prefix, labels)
     found, cache = [logits], cached.empty_cache(network, 6, 16 - kept)
     for position in range(kept + 1, network.length):
         at = jnp.int32(position), prompt, cache, jnp.int32(position - kept - 1)
-        logits, cache = read_one(network, params, sharding.from_everywhere(tokens), *at)
+        logits, cache = read_one(network, params, sharding.shard_rows(tokens), *at)
         found.append(logits)
     found, wanted = np.stack(found, axis=1), both(network, params, tokens)
     assert np.abs(wanted[0] - wanted[1]).max() > 0.1
@@ -88,7 +88,9 @@ def model():
 
 
 def draw(network, params, drawing, labels=LABELS, samples=2, **options):
-    nothing, labels = (sharding.filled(x) for x in (np.zeros((len(labels), 0), np.int32), labels))
+    nothing, labels = (
+        sharding.shard_padded(x) for x in (np.zeros((len(labels), 0), np.int32), labels)
+    )
     options = {"labels": labels, "samples": samples} | options
     return np.asarray(generation.generate(network, params, nothing, KEY, drawing, **options))
 

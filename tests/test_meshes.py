@@ -1,4 +1,4 @@
-"""Properties of whole trainings, and of the mesh itself, that hold however the work is split."""
+"""Properties of whole trainings, and of the mesh, that do not depend on how the work is split."""
 
 import dataclasses
 import itertools
@@ -28,15 +28,13 @@ CODEC = tokens.make_codec(CONFIG.tokens, CONFIG.data.image_size)
 MESHES = {  # data, fsdp, sequence, tensor
     "data 8": (8, 1, 1, 1),
     "fsdp 8": (1, 8, 1, 1),
-    "fsdp 4, tensor 2": (1, 4, 1, 2),
     "data 2, fsdp 2, tensor 2": (2, 2, 1, 2),
-    "data 2, sequence 4": (2, 1, 4, 1),
     "fsdp 2, sequence 2, tensor 2": (1, 2, 2, 2),
 }
 
 
 def losses(mesh: tuple[int, ...]) -> list[float]:
-    """Of every step of a training on real digits."""
+    """The loss of every step of a training on real digits."""
     network = network_of(CONFIG)
     update, rate = optimizer.make_optimizer(CONFIG.train.optimizer, STEPS)
     with jax.set_mesh(make_mesh(mesh)):
@@ -45,7 +43,7 @@ def losses(mesh: tuple[int, ...]) -> list[float]:
         found = []
         for batch in itertools.islice(Pipeline(CONFIG.data, CODEC, 0).train(BATCH), STEPS):
             state, metrics = train_step(state, sharding.global_batch(batch))
-            found.append(metrics["nats_per_token"].item())  # waited for: many devices, few cores
+            found.append(metrics["nats_per_token"].item())  # waits for the step
     return found
 
 
@@ -61,7 +59,7 @@ def test_the_curve_of_losses_is_that_of_one_device(mesh, on_one_device):
 
 
 def test_no_device_ever_holds_the_whole_model_while_it_is_made():
-    # Wide, so that what is split outweighs norms, and many layers, of which one may be whole.
+    # Wide, so that split weights outweigh norms, and deep, as one whole layer is allowed.
     model = config_lib.Model(layers=8, width=128, heads=4)
     network = network_of(dataclasses.replace(CONFIG, model=model))
     update, _ = optimizer.make_optimizer(CONFIG.train.optimizer, STEPS)
@@ -75,7 +73,7 @@ def test_no_device_ever_holds_the_whole_model_while_it_is_made():
 
 
 class Device:
-    """What a mesh tells of a device."""
+    """A device as `sharding.batch_share` reads it."""
 
     def __init__(self, process_index: int):
         self.process_index = process_index

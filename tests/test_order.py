@@ -139,20 +139,22 @@ def test_logits_match_attention_masked_by_rank_in_float64(kind):
 def test_cached_decoding_matches_the_full_pass_with_target_positions_and_class_tokens():
     network = tiny_network(scan_layers=False, class_tokens=2, **KINDS["both"])
     params, batch = random_params(network), random_batch(network, 3)
-    tokens, variant = (sharding.from_everywhere(batch["tokens"]), np.array([0, 1, 2], np.int32))
+    tokens, variant = (sharding.shard_rows(batch["tokens"]), np.array([0, 1, 2], np.int32))
     full = logits_of(network, params, tokens, None, variant)
 
     @jax.jit
     def by_one(params, tokens):
-        model, blocks = cached.weights(network.bind(params), params)
-        logits, prompts = cached.read(model, model.embed(tokens[:, :5], jnp.asarray(variant)))
-        cache = cached.Cache(prompts, cached.empty(model, 3, LENGTH))
+        whole = network.bind(params)
+        x = whole.embed(tokens[:, :5], jnp.asarray(variant))
+        logits, prompt = cached.read_prompt(whole, x)
+        model, blocks = cached.decoding_weights(network, params)
 
         def one(cache, position):
             x = model.embed_one(tokens, position)
-            logits, cache = cached.extend(model, blocks, x, cache, position - 6)
+            logits, cache = cached.extend(model, blocks, x, prompt, cache, position - 6)
             return cache, logits
 
+        cache = cached.empty_cache(network, 3, LENGTH)
         return logits, jax.lax.scan(one, cache, jnp.arange(6, LENGTH))[1]
 
     first, rest = by_one(params, tokens)

@@ -205,7 +205,7 @@ def test_ridge_tables_during_pretraining_are_logged_and_change_nothing(probed_in
     assert [table["step"] for table in tables] == [0, 2, 4]
     assert all(0.1 < table["ridge_validation_accuracy"] <= 1 for table in tables)
     rest = [e for e in events(run.folder.path) if "ridge_best_layer" not in e]
-    assert rest == events(other.folder)
+    assert rest == events(other.folder.path)
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +221,7 @@ def bert(tmp_path_factory) -> config_lib.Config:
 @pytest.fixture
 def autoregressive(probed_in_passing) -> config_lib.Config:
     """The configuration of a probe of the pretrained autoregressive network."""
-    return dataclasses.replace(TINY, init_from=str(probed_in_passing[0].folder))
+    return dataclasses.replace(TINY, init_from=str(probed_in_passing[0].folder.path))
 
 
 LBFGS = {"refine": 1, "concatenate": 3, "labels_per_class": (2, 5), "draws": 2}
@@ -352,7 +352,7 @@ def test_bert_is_read_under_every_vote_but_for_training(bert, tmp_path):
 
 def test_fine_tuning_only_centres_a_constant_feature(probed_in_passing, tmp_path):
     path = tmp_path / "flat.safetensors"
-    gptv_jax.load(probed_in_passing[0].folder).save(path)
+    gptv_jax.load(probed_in_passing[0].folder.path).save(path)
     with safetensors.safe_open(path, "numpy") as file:
         record = file.metadata()
     weights = safetensors.numpy.load_file(path)

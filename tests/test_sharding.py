@@ -4,7 +4,7 @@ import functools
 import jax
 import numpy as np
 import pytest
-from conftest import MESHES, RECIPES, make_mesh, random_batch, random_params, tiny_network
+from conftest import RECIPES, make_mesh, random_batch, random_params, tiny_network
 
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
@@ -13,8 +13,14 @@ from gptv_jax.model import autoencoder, discriminator
 from gptv_jax.train import step
 from gptv_jax.train.optimizer import make_optimizer
 
-MODERN_MESHES = [(1, 2, 4), (1, 2, 2, 2)]  # which have every axis that splits weights or positions
-CASES = [("igpt", shape) for shape in MESHES[1:]] + [("modern", shape) for shape in MODERN_MESHES]
+# Data, fsdp, (sequence,) tensor: igpt is split along every axis, modern along axes that split
+# weights or positions; test_meshes splits along "data" and "fsdp" alone.
+CASES = [
+    ("igpt", (2, 2, 2)),
+    ("igpt", (2, 1, 4, 1)),
+    ("modern", (1, 2, 4)),
+    ("modern", (1, 2, 2, 2)),
+]
 
 
 @functools.cache
@@ -272,6 +278,6 @@ def test_what_the_mesh_does_not_divide_of_a_tokenizer_is_named():
 def test_rows_that_every_process_holds_are_split_over_the_batch_axes():
     rows = np.arange(16).reshape(8, 2)
     with jax.set_mesh(make_mesh((2, 2, 2))):
-        array = sharding.from_everywhere(rows)
+        array = sharding.shard_rows(rows)
     assert array.addressable_shards[0].data.shape == (2, 2)
     np.testing.assert_array_equal(np.asarray(array), rows)

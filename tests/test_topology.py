@@ -47,12 +47,12 @@ def test_an_unknown_topology_is_refused_with_the_forms_taken(name):
 
 
 def test_simulated_devices_are_of_one_machine():
-    with pytest.raises(InputError, match="--num_slices=2, but --topology=cpu:8 is one machine"):
+    with pytest.raises(InputError, match="--num_slices is 2, but --topology=cpu:8 is one machine"):
         topology.parse("cpu:8", 2)
 
 
 def test_a_topology_that_the_compiler_does_not_know_is_refused_in_a_sentence():
-    with pytest.raises(InputError, match=r"--topology=v5p:3x3x3 is none that libtpu knows"):
+    with pytest.raises(InputError, match=r"--topology=v5p:3x3x3 is not known to libtpu"):
         topology.parse("v5p:3x3x3").devices()
 
 

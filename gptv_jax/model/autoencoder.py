@@ -1,11 +1,10 @@
 """Learned tokens: a convolutional encoder and decoder with a quantizer between them.
 
 Letters: B batch, H and W pixels, C channels of the image, h and w the grid of codes, Z dimensions
-of a code, N channels inside. Images run from -1 to 1. Like the GPT, an `Autoencoder` holds weights
-and is a pytree; training works on the plain nested dict of `init` and binds it where it is used.
+of a code, N and M channels of activations. Images run from -1 to 1. Like the GPT, an `Autoencoder`
+holds weights and is a pytree; training works on the plain nested dict of `init` and binds it where
+it is used.
 """
-
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,7 @@ from gptv_jax import sharding
 from gptv_jax.model import attention, layers
 from gptv_jax.model.quantizer import Quantized, make_quantizer
 
-BRANCH = 0.1  # size that a residual branch begins with, over that of what it is added to
+BRANCH = 0.1  # initial size of a residual branch relative to the activations it is added to
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 
@@ -28,15 +27,9 @@ class Conv(nnx.Module):
     def __init__(
         self, name: str, side: int, inputs: int, outputs: int, *, rngs: nnx.Rngs, gain=1.0
     ):
-        """Weights of variance gain^2 / (inputs that are summed).
+        """A kernel of `side` x `side` positions and variance gain^2 / (number of summed inputs).
 
-        Args:
-          name: of the kernel, in the table of shardings.
-          side: of the kernel, in positions.
-          inputs: channels.
-          outputs: channels.
-          rngs: of the weights.
-          gain: see above.
+        `name` is the kernel's name in `sharding.PARAMETERS`; inputs and outputs are channels.
         """
         self.name = name
         std = gain * (side * side * inputs) ** -0.5
@@ -44,7 +37,7 @@ class Conv(nnx.Module):
         self.bias = layers.constant("bias", (outputs,), 0.0)
 
     def __call__(self, x: Float[Array, "B h w N"]) -> Float[Array, "B h w M"]:
-        """In the dtype of `x`; what lies beyond the border is 0."""
+        """Computes in the dtype of `x`, with zeros beyond the border."""
         kernel = sharding.gather(getattr(self, self.name)[...], x.dtype)
         out = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=LAYOUT)
         return out + self.bias[...].astype(x.dtype)[None, None, None]
@@ -59,13 +52,12 @@ class ResidualBlock(nnx.Module):
         self.out = Conv("conv", 1, width, width, rngs=rngs, gain=BRANCH)
 
     def __call__(self, x: Float[Array, "B h w N"]) -> Float[Array, "B h w N"]:
-        """As many channels and positions as before."""
         normed = x if self.gain is None else layers.rms_norm(x, self.gain[...])
         return x + self.out(jax.nn.relu(self.wide(normed)))
 
 
 class Attention(nnx.Module):
-    """All positions attend to all, by one head, in a residual branch."""
+    """A residual branch in which all positions attend to all positions, with one head."""
 
     def __init__(self, width: int, *, rngs: nnx.Rngs):
         self.gain = layers.constant("gain", (width,), 1.0)
@@ -73,7 +65,6 @@ class Attention(nnx.Module):
         self.out = Conv("conv", 1, width, width, rngs=rngs, gain=BRANCH)
 
     def __call__(self, x: Float[Array, "B h w N"]) -> Float[Array, "B h w N"]:
-        """As many channels and positions as before."""
         B, h, w, N = x.shape
         qkv = self.qkv(layers.rms_norm(x, self.gain[...]))
         qkv = qkv.reshape(B, h * w, 3, 1, N, out_sharding=P(sharding.BATCH))
@@ -82,7 +73,7 @@ class Attention(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """Images to what is quantized."""
+    """Images to the vectors that are quantized."""
 
     def __init__(self, config: config_lib.Autoencoder, size: int, *, rngs: nnx.Rngs):
         self.config = config
@@ -103,17 +94,16 @@ class Encoder(nnx.Module):
         self.to_code = Conv("to_code", 1, config.widths[-1], size, rngs=rngs)
 
     def __call__(self, images: Float[Array, "B H W C"]) -> Float[Array, "B h w Z"]:
-        """In the dtype of compute."""
-        x = self.stem(gathered(images.astype(self.config.dtype), self.config.patch))
+        x = self.stem(space_to_depth(images.astype(self.config.dtype), self.config.patch))
         for i, stage in enumerate(self.stages):
-            x = gathered(x, 2) if i else x
+            x = space_to_depth(x, 2) if i else x
             for part in stage:
                 x = part(x)
         return self.to_code(jax.nn.relu(x))
 
 
 class Decoder(nnx.Module):
-    """Values of codes to images: the encoder's way back."""
+    """Values of codes to images: the encoder's layers in reverse order."""
 
     def __init__(self, config: config_lib.Autoencoder, size: int, *, rngs: nnx.Rngs):
         self.config = config
@@ -134,13 +124,14 @@ class Decoder(nnx.Module):
         self.to_pixels = Conv("to_pixels", 3, widths[-1], last, rngs=rngs, gain=BRANCH)
 
     def __call__(self, values: Float[Array, "B h w Z"]) -> Float[Array, "B H W C"]:
-        """Float32; about -1 to 1, nothing is cut."""
+        """Float32 images of about -1 to 1, not clipped."""
         x = self.from_code(values.astype(self.config.dtype))
         for i, stage in enumerate(self.stages):
-            x = spread(x, 2) if i else x
+            x = depth_to_space(x, 2) if i else x
             for part in stage:
                 x = part(x)
-        return spread(self.to_pixels(jax.nn.relu(x)), self.config.patch).astype(jnp.float32)
+        pixels = self.to_pixels(jax.nn.relu(x))
+        return depth_to_space(pixels, self.config.patch).astype(jnp.float32)
 
 
 class Autoencoder(nnx.Module):
@@ -152,39 +143,33 @@ class Autoencoder(nnx.Module):
         self.decoder = Decoder(config, self.quantizer.size, rngs=rngs)
 
     def encode(self, images: Float[Array, "B H W C"]) -> Quantized:
-        """Codes of images, and what training needs beside them."""
         return self.quantizer(self.encoder(images))
 
     def decode(self, codes: Int[Array, "B h w"]) -> Float[Array, "B H W C"]:
-        """Float32 images of codes; any grid will do."""
+        """Float32 images of codes, of a grid of any size."""
         return self.decoder(self.quantizer.values(codes))
 
 
 def init(config: config_lib.Autoencoder, key: PRNGKeyArray) -> dict:
     """Fresh weights as a nested dict of float32 arrays; call it under a mesh, inside jit."""
-    return nnx.to_pure_dict(nnx.state(Autoencoder(config, rngs=nnx.Rngs(key)), nnx.Param))
+    return layers.init(Autoencoder, config, key=key)
 
 
 def bind(config: config_lib.Autoencoder, params: dict) -> Autoencoder:
     """The module with these weights."""
-    return nnx.merge(_graphdef(config), params)
+    return layers.bind(Autoencoder, config, params=params)
 
 
-@functools.cache
-def _graphdef(config: config_lib.Autoencoder):
-    return nnx.graphdef(nnx.eval_shape(lambda: Autoencoder(config, rngs=nnx.Rngs(0))))
-
-
-def gathered(x: Float[Array, "B H W N"], side: int) -> Float[Array, "B h w M"]:
-    """Squares of side * side positions as channels (space to depth)."""
+def space_to_depth(x: Float[Array, "B H W N"], side: int) -> Float[Array, "B h w M"]:
+    """Squares of side * side positions become channels: M = side * side * N."""
     B, H, W, N = x.shape
     split = (B, H // side, side, W // side, side, N)
     x = x.reshape(split, out_sharding=P(sharding.BATCH)).swapaxes(2, 3)
     return x.reshape(B, H // side, W // side, -1, out_sharding=P(sharding.BATCH))
 
 
-def spread(x: Float[Array, "B h w M"], side: int) -> Float[Array, "B H W N"]:
-    """The inverse of `gathered`."""
+def depth_to_space(x: Float[Array, "B h w M"], side: int) -> Float[Array, "B H W N"]:
+    """The inverse of `space_to_depth`."""
     B, h, w, M = x.shape
     split = (B, h, w, side, side, M // side**2)
     x = x.reshape(split, out_sharding=P(sharding.BATCH)).swapaxes(2, 3)

@@ -1,13 +1,13 @@
 """Causal attention for long sequences on a CPU, without the T x T scores of every head.
 
-The blocked form skips the upper triangle, but for the squares on the diagonal, and holds scores of
-one block of queries alone, T x block at most: it goes through one head of one row at a time, a
-block of queries against all keys up to the block's end. Its backward pass computes the
-probabilities again from the saved log of their sums (as in FlashAttention, Dao et al. 2022).
-docs/results.md has what it gains.
+The blocked form loops over the heads of all rows, and within a head over blocks of queries, each
+against all keys up to the block's end. So it holds the scores of one block at a time, at most
+T x block, and skips the masked triangle except for squares on the diagonal. The backward pass
+computes the probabilities again from the saved logs of the softmax sums (as in FlashAttention, Dao
+et al. 2022). docs/results.md has the gain.
 
-Scores lie keys by queries, [S, b]: their maxima and sums then run along the vector units, and every
-product is a plain [m, k] x [k, n], the only one that XLA's CPU backend is fast at.
+Scores are stored keys by queries, [S, b]: their maxima and sums then run along the vector units,
+and every product is a plain [m, k] x [k, n], the only form that XLA's CPU backend computes fast.
 """
 
 import functools
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-BLOCK = 256  # queries a block; 128 is as fast within noise, and slower to compile
+BLOCK = 256  # queries of a block; 128 is as fast within noise, and slower to compile
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -27,16 +27,16 @@ def blocked_attention(
     v: Float[Array, "B T H K"],
     block: int = BLOCK,
 ) -> Float[Array, "B T H K"]:
-    """Causal attention of one device's own rows and heads, `block` queries at a time.
+    """Causal attention of one device's rows and heads, `block` queries at a time.
 
-    All of it is computed in float32, whatever the inputs are: on a CPU that costs nothing.
+    It computes in float32 whatever the dtype of the inputs, which costs nothing on a CPU.
     """
     return _forward(q, k, v, block)[0]
 
 
 def _forward(q, k, v, block):
     B, _, H, _ = q.shape
-    out, log_sums = jax.lax.map(  # log_sums [B, H, T]: the log of each softmax's sum
+    out, log_sums = jax.lax.map(  # log_sums: the log of the sum of each query's softmax
         lambda inputs: _head_forward(block, *inputs), tuple(_by_head(x) for x in (q, k, v))
     )
     out, log_sums = _by_row(out, B).astype(q.dtype), log_sums.reshape(B, H, -1)
@@ -46,7 +46,7 @@ def _forward(q, k, v, block):
 def _backward(block, saved, gradient):
     q, k, v, out, log_sums = saved
     B, T, H, _ = q.shape
-    # What the softmax's own gradient subtracts: sum_s P dP = sum_k out dout.
+    # The gradient of a softmax subtracts sum_s P dP, which equals sum_k out dout.
     shift = (out.astype(jnp.float32) * gradient.astype(jnp.float32)).sum(axis=-1)
     per_query = (log_sums.reshape(B * H, T), shift.swapaxes(1, 2).reshape(B * H, T))
     gradients = jax.lax.map(
@@ -60,7 +60,7 @@ blocked_attention.defvjp(_forward, _backward)
 
 
 def _head_forward(block, q, k, v):
-    """Of one head of one row, each [T, K]: mixed values [T, K], logs of sums [T]."""
+    """Mixed values [T, K] and logs of softmax sums [T] of one head of one row."""
     T, K = q.shape
     q_t, v_t = (q / math.sqrt(K)).T, v.T
     outs, log_sums = [], []
@@ -75,7 +75,7 @@ def _head_forward(block, q, k, v):
 
 
 def _head_backward(block, q, k, v, gradient, log_sums, shift):
-    """Of one head of one row, [T, K] and [T]: gradients of q, k and v, each [T, K]."""
+    """Gradients of q, k and v, each [T, K], of one head of one row."""
     T, K = q.shape
     q = q / math.sqrt(K)
     q_t, k_t, gradient_t = q.T, k.T, gradient.T
@@ -91,9 +91,9 @@ def _head_backward(block, q, k, v, gradient, log_sums, shift):
 
 
 def _scores(k, q_t, start, end):
-    """Keys 0 .. end-1 [S] by queries start .. end-1 [b], -inf where a key is later."""
+    """Scores [S, b] of keys 0 .. end-1 by queries start .. end-1, -inf where a key is later."""
     scores = k[:end] @ q_t[:, start:end]
-    # Only the last square has later keys; masking all of the block would be one more pass over it.
+    # Only the last square has later keys; masking the whole block would be another pass over it.
     seen = jnp.tri(end - start, dtype=bool).T
     square = jnp.where(seen, scores[start:], -jnp.inf)
     return jax.lax.dynamic_update_slice(scores, square, (start, 0))

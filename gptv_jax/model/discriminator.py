@@ -1,17 +1,18 @@
-"""Tells patches of images from patches of restored ones (Isola et al. 2017, arXiv:1611.07004)."""
+"""Tells patches of images from patches of restored images (Isola et al. 2017, arXiv:1611.07004)."""
 
 import jax
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from gptv_jax import config as config_lib
-from gptv_jax.model.autoencoder import Conv, gathered
+from gptv_jax.model import layers
+from gptv_jax.model.autoencoder import Conv, space_to_depth
 
 SLOPE = 0.2  # of the leaky ReLU below 0
 
 
 class Discriminator(nnx.Module):
-    """Convolutions that halve the resolution, then one score for each position that is left."""
+    """Convolutions that each halve the resolution, then one score for each remaining position."""
 
     def __init__(
         self, config: config_lib.Autoencoder, settings: config_lib.Tokenizer, *, rngs: nnx.Rngs
@@ -29,14 +30,13 @@ class Discriminator(nnx.Module):
         """Scores, positive where a patch looks real."""
         x = images
         for layer in self.layers:
-            x = jax.nn.leaky_relu(layer(gathered(x, 2)), SLOPE)
+            x = jax.nn.leaky_relu(layer(space_to_depth(x, 2)), SLOPE)
         return self.score(x)
 
 
 def init(config: config_lib.Autoencoder, settings: config_lib.Tokenizer, key: PRNGKeyArray) -> dict:
     """Fresh weights as a nested dict of float32 arrays; call it under a mesh, inside jit."""
-    made = Discriminator(config, settings, rngs=nnx.Rngs(key))
-    return nnx.to_pure_dict(nnx.state(made, nnx.Param))
+    return layers.init(Discriminator, config, settings, key=key)
 
 
 def scores(
@@ -46,5 +46,4 @@ def scores(
     images: Float[Array, "B H W C"],
 ) -> Float[Array, "B h w 1"]:
     """Scores of the patches of images from -1 to 1."""
-    graph = nnx.graphdef(nnx.eval_shape(lambda: Discriminator(config, settings, rngs=nnx.Rngs(0))))
-    return nnx.merge(graph, params)(images)
+    return layers.bind(Discriminator, config, settings, params=params)(images)

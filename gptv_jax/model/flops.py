@@ -1,8 +1,8 @@
-"""What the network costs in FLOPs, by its shape alone."""
+"""FLOPs of the networks, computed from their shapes."""
 
+import dataclasses
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,98 +16,94 @@ from gptv_jax.model.blocked_attention import BLOCK
 from gptv_jax.model.gpt import Network
 
 
-class Flops(NamedTuple):
-    """FLOPs of one token, products with weights and attention apart."""
+@dataclasses.dataclass(frozen=True)
+class Flops:
+    """FLOPs of one token, in products with weights and in attention."""
 
     matmul: int
     attention: int
 
     @property
-    def total(self) -> int:
-        """Of both."""
-        return self.matmul + self.attention
-
-    def times(self, factor: int) -> "Flops":
-        """So many times as much."""
-        return Flops(self.matmul * factor, self.attention * factor)
-
-
-class OfImage(NamedTuple):
-    """FLOPs of one image in an encoder and a decoder."""
-
-    encoder: int
-    decoder: int
+    def parts(self) -> dict[str, int]:
+        return dataclasses.asdict(self)
 
     @property
     def total(self) -> int:
-        """Of both."""
-        return self.encoder + self.decoder
+        return sum(self.parts.values())
 
-    def times(self, factor: int) -> "OfImage":
-        """So many times as much."""
-        return OfImage(self.encoder * factor, self.decoder * factor)
+    def times(self, factor: int):
+        return type(self)(*(factor * part for part in self.parts.values()))
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageFlops:
+    """FLOPs of one image, in an encoder and in a decoder."""
+
+    encoder: int
+    decoder: int
+    parts, total, times = Flops.parts, Flops.total, Flops.times
 
 
 def forward(network: Network) -> Flops:
-    """FLOPs that one token needs in a forward pass.
+    """FLOPs that one token needs in a forward pass, by the convention of PaLM.
 
-    2 a weight that is multiplied, and 4 L T D for attention counted without the causal half saved,
-    as in PaLM (Chowdhery et al. 2022, appendix B), so that MFU compares across codebases.
+    Each weight of a product counts 2, and attention 4 L T D with the masked half of a causal mask
+    counted (Chowdhery et al. 2022, appendix B), so that MFU compares across codebases.
     """
     blocks = _blocks(network)
     return Flops(blocks.matmul + _head(network), blocks.attention)
 
 
 def training(network: Network) -> Flops:
-    """FLOPs that one token of training needs: the backward pass takes two of each product."""
+    """FLOPs that one token of training needs: the backward pass does each product twice."""
     return forward(network).times(3)
 
 
 def tile(form: str, length: int) -> int:
-    """Positions that a form of attention works on at a time: of none less than all is masked."""
+    """Side of the tiles of scores that a form of attention computes or skips as a whole."""
     splash = splash_attention.tile(length)
     return {"plain": length, "blocked": BLOCK, "cudnn": CUDNN_TILE, "splash": splash}[form]
 
 
-# Products of T x T with K that a form of attention computes, forward and backward; the model's own
-# count is 2 and 4. Those that never keep the scores compute them again, splash in two kernels.
+# Products of size T x T x K that a form of attention computes, forward and backward; the
+# convention counts 2 and 4. Forms that never store the scores compute them again, splash in two
+# kernels.
 PRODUCTS = {"plain": (2, 4), "blocked": (2, 5), "cudnn": (2, 5), "splash": (2, 7)}
-CUDNN_TILE = 128  # positions, of FlashAttention's kernels on Ampere and later
+CUDNN_TILE = 128  # positions; of FlashAttention's kernels on Ampere and later
 
 
 def executed(network: Network, platform: str, split: int = 1, loss_parts: int = 1) -> Flops:
-    """FLOPs that one token of training does, what is computed again and skipped taken into account.
+    """FLOPs that the program executes for one token of training.
+
+    Unlike `training`, this counts computations that are repeated and leaves out skipped tiles.
 
     Args:
       network: the network.
-      platform: tpu, gpu or cpu, which attend in different forms.
-      split: parts of the sequence, on a device each.
-      loss_parts: that logits are computed in, once more in the backward pass where they are many.
+      platform: tpu, gpu or cpu, which determines the form of attention.
+      split: number of devices that a sequence is split over.
+      loss_parts: parts in which logits are computed; if several, the backward pass repeats them.
     """
     c, blocks, model = network.config, _blocks(network), training(network)
     causal = c.objective == "autoregressive"
     kind = {"dtype": c.dtype, "head_size": c.width // c.heads}
     form = attention_lib.form(platform, network.length, split, causal=causal, **kind)
     ahead, back = PRODUCTS[form]
-    # With "dots" a fused kernel's results are kept.
+    # With "dots" the results of the splash kernel are kept.
     again = c.remat == "full" or (c.remat == "dots" and form != "splash")
     attention = blocks.attention * (ahead * (1 + again) + back) // 2
-    if causal:  # whole tiles of what is masked are skipped
+    if causal:  # masked tiles are skipped
         tiles = -(-network.length // tile(form, network.length))
         attention = attention * (tiles + 1) // (2 * tiles)
     matmul = model.matmul + (loss_parts > 1) * _head(network)
-    if c.remat == "full":  # all but the last product of a layer, whose result no gradient needs
+    if c.remat == "full":  # repeats all products of a layer but the last, which no gradient reads
         matmul += blocks.matmul - 2 * c.layers * c.mlp_width * c.width
     return Flops(matmul, attention)
 
 
-def of_autoencoder(config: config_lib.Autoencoder, size: int) -> OfImage:
-    """FLOPs that encoding an image of `size` pixels a side, and decoding it, needs.
-
-    Training needs three times as much: the backward pass takes two of each product.
-    """
+def of_autoencoder(config: config_lib.Autoencoder, size: int) -> ImageFlops:
+    """FLOPs of encoding and decoding an image of `size` pixels a side; training needs 3 times."""
     images = jax.ShapeDtypeStruct((1, size, size, config.channels), jnp.float32)
-    # One image is no batch that a mesh which is set could split.
+    # The mesh in force may split the batch, which one image does not allow.
     with jax.set_mesh(sharding.make_mesh(config_lib.Mesh(), jax.local_devices()[:1])):
         params = jax.eval_shape(lambda: autoencoder.init(config, jax.random.key(0)))
         encode, decode = (
@@ -115,17 +111,13 @@ def of_autoencoder(config: config_lib.Autoencoder, size: int) -> OfImage:
             lambda params, x: autoencoder.bind(config, params).decoder(x),
         )
         values = jax.eval_shape(encode, params, images)
-        return OfImage(of_program(encode, params, images), of_program(decode, params, values))
+        return ImageFlops(of_program(encode, params, images), of_program(decode, params, values))
 
 
 def of_program(function: Callable, *arguments) -> int:
-    """FLOPs of the products and convolutions in what a function traces to.
+    """FLOPs of the products and convolutions in `function`, which is traced and not run.
 
-    Those in a `while` loop, whose turns are not known, count once.
-
-    Args:
-      function: of arrays; it is not run.
-      arguments: arrays or their shapes.
+    Arguments are arrays or abstract shapes. The body of a `while` loop counts once.
     """
     return _of_jaxpr(jax.make_jaxpr(function)(*arguments).jaxpr)
 
@@ -154,7 +146,7 @@ def _head(network: Network) -> int:
 
 
 def _blocks(network: Network) -> Flops:
-    """Of a forward pass through all layers, without the head."""
+    """FLOPs of one token in a forward pass through all layers, without the head."""
     c = network.config
     products = 3 if c.mlp == "swiglu" else 2
     weights = c.layers * (4 * c.width + products * c.mlp_width) * c.width

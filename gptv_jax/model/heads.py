@@ -1,4 +1,4 @@
-"""What reads the final features besides the token head."""
+"""Heads besides the token head, which is part of `GPT`."""
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,8 @@ from gptv_jax.model import layers
 class ClassHead(nnx.Module):
     """Bias-free, zero-initialised linear classifier of mean-pooled final features.
 
-    `center` and `scale` standardise its input. They are 0 and 1 (which is iGPT's head exactly)
-    until fine-tuning sets them, and are not trained.
+    `class_center` and `class_scale` standardise the features. They are 0 and 1 (which is iGPT's
+    head exactly) until fine-tuning sets them, and are not trained.
     """
 
     def __init__(self, classes: int, width: int):
@@ -22,7 +22,6 @@ class ClassHead(nnx.Module):
         self.class_scale = layers.constant("class_scale", (width,), 1.0)
 
     def __call__(self, pooled: Float[Array, "B D"]) -> Float[Array, "B C"]:
-        """Float32 class logits."""
         center, scale = jax.lax.stop_gradient((self.class_center[...], self.class_scale[...]))
         standardised = (pooled - center[None]) * scale[None]
         weight = sharding.gather(self.class_head[...], pooled.dtype)

@@ -17,19 +17,34 @@ from gptv_jax.model import remat, rotary
 EPSILON = 1e-5  # of the norm, as in openai/image-gpt
 
 
+def init(module: type[nnx.Module], *arguments, key: PRNGKeyArray) -> dict:
+    """Fresh weights of `module(*arguments)` as a nested dict; call it under a mesh, inside jit."""
+    return nnx.to_pure_dict(nnx.state(module(*arguments, rngs=nnx.Rngs(key)), nnx.Param))
+
+
+def bind(module: type[nnx.Module], *arguments, params: dict) -> nnx.Module:
+    """The module that `module(*arguments)` makes, with these weights; arguments are hashable."""
+    return nnx.merge(_graphdef(module, *arguments), params)
+
+
+@functools.cache
+def _graphdef(module, *arguments):
+    return nnx.graphdef(nnx.eval_shape(lambda: module(*arguments, rngs=nnx.Rngs(0))))
+
+
 def normal(rngs: nnx.Rngs, name: str, shape: tuple[int, ...], std: float) -> nnx.Param:
-    """Float32 N(0, std) parameter, drawn in the sharding that the table has for `name`."""
+    """Float32 N(0, std) parameter, drawn in the sharding that `sharding.PARAMETERS` has."""
     draw = jax.random.normal(rngs.params(), shape, out_sharding=sharding.PARAMETERS[name])
     return nnx.Param(std * draw)
 
 
 def constant(name: str, shape: tuple[int, ...], value: float) -> nnx.Param:
-    """Float32 parameter of one value, in the sharding that the table has for `name`."""
+    """Float32 parameter of one value, in the sharding that `sharding.PARAMETERS` has."""
     return nnx.Param(jnp.full(shape, value, jnp.float32, out_sharding=sharding.PARAMETERS[name]))
 
 
 def accumulator(x: Array) -> jnp.dtype:
-    """What sums over `x` are taken in: float32, or float64 where `x` is."""
+    """Dtype for sums over `x`: float32, or float64 if `x` is float64."""
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
@@ -51,15 +66,15 @@ def project(
     weight: Float[Array, "*weight"],
     out_sharding: PartitionSpec | None = None,
 ) -> Float[Array, "B T *outputs"]:
-    """`jnp.einsum(equation, x, weight)` in the dtype of `x`, gathering the weight for it.
+    """`jnp.einsum(equation, x, weight)` in the dtype of `x`, with the weight gathered over fsdp.
 
-    Both gradients are written as einsums of their own. The backward pass gathers once more, so that
-    nobody keeps whole weights, and the weight's gradient is asked for as the weight lies: the sum
-    over the batch and its split over fsdp are then one reduce-scatter, not an all-reduce of twice
-    the bytes. And JAX's rule would make that gradient in the transposed order, which XLA's CPU
-    matrix product takes 2.5 times as long for (measured in docs/results.md).
+    Both gradients are einsums of their own, for three reasons. The backward pass gathers the weight
+    again, so that no device keeps whole weights. The weight's gradient is requested in the weight's
+    sharding: the sum over the batch and the split over fsdp are then one reduce-scatter, not an
+    all-reduce of twice the bytes. And JAX's rule would compute that gradient transposed, for which
+    XLA's CPU matrix product takes 2.5 times as long (docs/results.md).
 
-    The result carries a name, by which rematerialisation may keep it.
+    The result is named `remat.PRODUCT`, so that rematerialisation can keep it.
     """
     return checkpoint_name(_project(equation, x, weight, out_sharding), remat.PRODUCT)
 
@@ -94,14 +109,14 @@ _project.defvjp(_project_forward, _project_backward)
 
 
 class Block(nnx.Module):
-    """The weights of all L layers, stacked on a leading axis; call it on one layer's slice."""
+    """Weights of all L layers, stacked on a leading axis; a call takes one layer's slice."""
 
     def __init__(self, config: config_lib.Model, *, rngs: nnx.Rngs):
         L, D, H = config.layers, config.width, config.heads
         K, F = D // H, config.mlp_width
         self.config = config
         # Standard deviations of the released code: only attention's output shrinks with depth. The
-        # MLP's, which there are one for all widths, are those of muP at its base.
+        # released 0.02 of the MLP, the same for all widths, holds at muP's base width.
         mlp = 0.02 * config.relative_width**-0.5
         self.norm_1 = constant("norm_1", (L, D), 1.0)
         self.qkv = normal(rngs, "qkv", (L, D, 3, H, K), D**-0.5)
@@ -127,16 +142,16 @@ class Block(nnx.Module):
 
         Args:
           x: the residual stream.
-          attend: (q, k, v), each [B, T, H, K], to mixed values [B, T, H, K]; the caller decides
-            what is seen (a mask, a cache).
-          key: of dropout; None switches it off.
-          rotation: of the positions of `x`; None: queries and keys are not turned.
+          attend: maps (q, k, v), each [B, T, H, K], to mixed values [B, T, H, K]; the caller
+            decides which keys a query sees (by a mask or a cache).
+          key: of dropout; None switches dropout off.
+          rotation: rotary phases of the positions of `x`; None: no rotary positions.
 
         Returns:
           The residual stream after the layer, and the normed input n^l that a probe reads.
         """
         keys = (None, None) if key is None else jax.random.split(key)
-        spec = jax.typeof(x).sharding.spec  # what is split over "tensor" comes together as x lies
+        spec = jax.typeof(x).sharding.spec  # products summed over "tensor" are sharded as x is
 
         n = rms_norm(x, self.norm_1[...])
         q, k, v = jnp.moveaxis(project("btd,dchk->btchk", n, self.qkv[...]), 2, 0)
@@ -163,10 +178,10 @@ class Block(nnx.Module):
 def dropout(
     x: Float[Array, "B T D"], rate: float, key: PRNGKeyArray | None
 ) -> Float[Array, "B T D"]:
-    """Zeroes a share `rate` of `x` and scales the rest by 1 / (1 - rate); None: identity."""
+    """Zeroes a share `rate` of `x` and scales the rest by 1 / (1 - rate); no key: identity."""
     if key is None or rate == 0:
         return x
-    # The draw of nnx.Dropout, but every device's own part of it alone, not the whole.
+    # The same random numbers as nnx.Dropout, but each device draws its part of the mask only.
     key, spec = nnx.Rngs(dropout=key).dropout(), jax.typeof(x).sharding.spec
     kept = jax.random.bernoulli(key, 1 - rate, x.shape, out_sharding=spec)
     return jnp.where(kept, x / (1 - rate), jnp.zeros((), x.dtype))

@@ -1,8 +1,8 @@
-"""LPIPS: how differently a network that recognises objects sees two images.
+"""LPIPS: the distance of two images in the features of a network that recognises objects.
 
-The distance of VGG-16's features at five depths (Zhang et al. 2018, arXiv:1801.03924, version 0.1
-of their weights), which follows people's judgement where the mean squared difference does not.
-Its weights are the user's to bring: docs/tokenizer.md.
+VGG-16's features at five depths are compared (Zhang et al. 2018, arXiv:1801.03924, version 0.1 of
+the weights). The distance agrees with people's judgement better than the mean squared difference.
+The user provides the weights: docs/tokenizer.md.
 """
 
 import jax
@@ -12,8 +12,8 @@ from jaxtyping import Array, Float
 
 from gptv_jax.model.autoencoder import LAYOUT
 
-# Convolutions of 3 x 3 by slice, each as its number in torchvision's VGG-16 and its outputs; a
-# slice but the first begins with max pooling, and its end is read.
+# 3 x 3 convolutions by slice: the layer's number in torchvision's VGG-16 and its output channels.
+# Each slice but the first begins with max pooling; features are taken at the end of each slice.
 SLICES = (
     ((0, 64), (2, 64)),
     ((5, 128), (7, 128)),
@@ -21,15 +21,15 @@ SLICES = (
     ((17, 512), (19, 512), (21, 512)),
     ((24, 512), (26, 512), (28, 512)),
 )
-SHIFT = np.array([-0.030, -0.088, -0.188], np.float32)  # of images from -1 to 1, as in their code
+SHIFT = np.array([-0.030, -0.088, -0.188], np.float32)  # as in the authors' code
 SCALE = np.array([0.458, 0.448, 0.450], np.float32)
 EPSILON = 1e-10
 
-Weights = dict[str, np.ndarray | jax.Array]  # by the name of their state dict
+Weights = dict[str, np.ndarray | jax.Array]  # by the names of the authors' state dict
 
 
 def shapes() -> dict[str, tuple[int, ...]]:
-    """Of the weights, by their names."""
+    """Shapes of the weights by name."""
     found, inputs = {}, 3
     for i, convolutions in enumerate(SLICES):
         for number, outputs in convolutions:
@@ -43,15 +43,17 @@ def shapes() -> dict[str, tuple[int, ...]]:
 def distance(
     weights: Weights, one: Float[Array, "B H W 3"], other: Float[Array, "B H W 3"]
 ) -> Float[Array, "B"]:
-    """LPIPS of pairs of images from -1 to 1, of 16 pixels a side or more; 0 for the same image."""
+    """LPIPS of pairs of images from -1 to 1, at least 16 pixels a side; 0 for equal images."""
     total = 0.0
-    for i, (a, b) in enumerate(zip(_read(weights, one), _read(weights, other), strict=True)):
+    for i, (a, b) in enumerate(
+        zip(_features(weights, one), _features(weights, other), strict=True)
+    ):
         linear = weights[f"lin{i}.model.1.weight"].reshape(1, 1, 1, -1)
         total += (jnp.square(_unit(a) - _unit(b)) * linear).sum(axis=-1).mean(axis=(1, 2))
     return total
 
 
-def _read(weights: Weights, images: Float[Array, "B H W 3"]) -> list[Float[Array, "B h w N"]]:
+def _features(weights: Weights, images: Float[Array, "B H W 3"]) -> list[Float[Array, "B h w N"]]:
     x, found = (images - SHIFT[None, None, None]) / SCALE[None, None, None], []
     for i, convolutions in enumerate(SLICES):
         if i:

@@ -1,7 +1,7 @@
 """Vectors to codes and back: finite scalar quantization, or a learned codebook.
 
-Both take the encoder's output and give what the decoder is to read, from which gradients go
-straight through to the encoder, the codes, and a loss of their own. A code is one whole number.
+Both map the encoder's output to the decoder's input, with gradients that pass straight through to
+the encoder, to codes, each a whole number, and to a commitment loss.
 """
 
 import math
@@ -16,25 +16,25 @@ from jaxtyping import Array, Float, Int
 from gptv_jax import config as config_lib
 from gptv_jax.model import layers
 
-# 2 sigmoid(1.6 z) - 1 is close to the cumulative distribution of a unit normal, from -1 to 1: such
-# an encoder output uses all levels alike, where tanh would favour the outer ones.
+# 2 sigmoid(1.6 z) - 1 is close to the cumulative distribution of a unit normal, scaled to -1 .. 1:
+# a normal encoder output then uses all levels equally often; tanh would favour the outer levels.
 STEEPNESS = 1.6
 
 
 class Quantized(NamedTuple):
-    """What becomes of an encoder's output."""
+    """The quantized output of an encoder."""
 
-    values: Float[Array, "B h w Z"]  # of the codes; gradients pass as if nothing were rounded
+    values: Float[Array, "B h w Z"]  # of the codes; gradients are those of no rounding
     codes: Int[Array, "B h w"]
-    commitment: Float[Array, ""]  # mean squared distance to the codes, where those are learned
+    commitment: Float[Array, ""]  # mean squared distance to learned codes; else 0
 
 
 class ScalarQuantizer(nnx.Module):
-    """Every dimension rounded to levels of its own (Mentzer et al. 2023, arXiv:2309.15505).
+    """Rounds each dimension to a number of levels (Mentzer et al. 2023, arXiv:2309.15505).
 
-    A dimension of L levels is squashed to -1 .. 1, cut into L parts of the same size, and given
-    the middle of its part: (2 i + 1) / L - 1 for i = 0 .. L-1. These lie evenly around 0, whether L
-    is even or odd, where 0 itself is one of them. Nothing of it is learned.
+    A dimension of n levels is squashed to -1 .. 1, cut into n intervals of equal size, and replaced
+    by the middle of its interval: (2 i + 1) / n - 1 for i = 0 .. n-1. The levels are symmetric
+    around 0; 0 is a level where n is odd. Nothing is learned.
     """
 
     def __init__(self, levels: tuple[int, ...]):
@@ -44,23 +44,22 @@ class ScalarQuantizer(nnx.Module):
         self._strides = tuple(math.prod(levels[:i]) for i in range(len(levels)))
 
     def __call__(self, z: Float[Array, "B h w Z"]) -> Quantized:
-        """Codes of the encoder's output, any real numbers; computed in float32 at least."""
+        """Quantizes any real numbers; computes in float32 at least."""
         squashed = 2 * jax.nn.sigmoid(STEEPNESS * z.astype(layers.accumulator(z))) - 1
         return Quantized(self.rounded(squashed), self.codes(squashed), jnp.zeros(()))
 
     def rounded(self, squashed: Float[Array, "*any Z"]) -> Float[Array, "*any Z"]:
-        """The nearest levels of numbers from -1 to 1; the gradient is that of the identity."""
+        """The nearest levels of numbers from -1 to 1, with the gradient of the identity."""
         nearest = (2 * self._digits(squashed) + 1) / self._counts(squashed) - 1
         return squashed + jax.lax.stop_gradient(nearest - squashed)
 
     def values(self, codes: Int[Array, "*any"]) -> Float[Array, "*any Z"]:
-        """What the decoder reads of codes."""
         digits = [codes // s % count for s, count in zip(self._strides, self.levels, strict=True)]
         digits = jnp.stack(digits, axis=-1).astype(jnp.float32)
         return (2 * digits + 1) / self._counts(digits) - 1
 
     def codes(self, squashed: Float[Array, "*any Z"]) -> Int[Array, "*any"]:
-        """Of the nearest levels of numbers from -1 to 1."""
+        """Codes of the nearest levels of numbers from -1 to 1."""
         strides = np.array(self._strides, np.int32).reshape((1,) * (squashed.ndim - 1) + (-1,))
         return (self._digits(squashed).astype(jnp.int32) * strides).sum(axis=-1)
 
@@ -73,10 +72,10 @@ class ScalarQuantizer(nnx.Module):
 
 
 class VectorQuantizer(nnx.Module):
-    """The nearest of learned vectors, all of length 1 (van den Oord et al. 2017, arXiv:1711.00937).
+    """Takes the nearest of learned unit vectors (van den Oord et al. 2017, arXiv:1711.00937).
 
-    Directions alone count, which keeps more of a large codebook in use (Yu et al. 2021,
-    arXiv:2110.04627). The codebook gets no gradient: `followed` moves it after each step.
+    Only directions are compared, which keeps more of a large codebook in use (Yu et al. 2021,
+    arXiv:2110.04627). The codebook gets no gradient: train/autoencoding.py moves it after a step.
     """
 
     def __init__(self, config: config_lib.Autoencoder, *, rngs: nnx.Rngs):
@@ -84,10 +83,10 @@ class VectorQuantizer(nnx.Module):
         self.codebook = layers.normal(rngs, "codebook", (self.vocabulary, self.size), 1.0)
 
     def __call__(self, z: Float[Array, "B h w Z"]) -> Quantized:
-        """Codes of the encoder's output, any real numbers; computed in float32 at least."""
+        """Quantizes any real numbers; computes in float32 at least."""
         z = unit(z.astype(layers.accumulator(z)))
         book = unit(jax.lax.stop_gradient(self.codebook[...]))
-        # A TPU would else round both to bfloat16, and take another code where two are near.
+        # By default a TPU rounds both to bfloat16, and takes the wrong one of two near codes.
         cosine = jnp.einsum("bhwz,vz->bhwv", z, book, precision="highest")
         codes = jnp.argmax(cosine, axis=-1)
         nearest = self.values(codes)
@@ -95,18 +94,17 @@ class VectorQuantizer(nnx.Module):
         return Quantized(z + jax.lax.stop_gradient(nearest - z), codes, distance)
 
     def values(self, codes: Int[Array, "*any"]) -> Float[Array, "*any Z"]:
-        """What the decoder reads of codes."""
         book = unit(self.codebook[...])
         return book.at[codes].get(out_sharding=jax.typeof(codes).sharding.spec)
 
 
 def unit(x: Float[Array, "*any Z"]) -> Float[Array, "*any Z"]:
-    """Vectors of the same direction and length 1."""
+    """The vectors scaled to length 1."""
     return x * jax.lax.rsqrt(jnp.square(x).sum(axis=-1, keepdims=True) + 1e-12)
 
 
 def make_quantizer(config: config_lib.Autoencoder, *, rngs: nnx.Rngs):
-    """The quantizer that the config names."""
+    """The quantizer of `config.quantizer`: "fsq" or "vq"."""
     if config.quantizer == "fsq":
         return ScalarQuantizer(config.levels)
     return VectorQuantizer(config, rngs=rngs)

@@ -1,9 +1,9 @@
-"""Rematerialisation: what the forward pass keeps, and the backward pass computes again."""
+"""Rematerialisation: which activations the forward pass keeps for the backward pass."""
 
 import jax
 
-# The name of what is costly to compute: products of activations with a weight, and what a fused
-# attention kernel keeps for its own gradient.
+# The name of activations that are costly to compute again: products with a weight, and the arrays
+# that a fused attention kernel keeps for its gradient.
 PRODUCT = "product"
 POLICIES = {
     "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),

@@ -1,12 +1,12 @@
-"""2D rotary positions: what two positions are to each other, by rows and columns apart.
+"""2D rotary positions: attention scores depend on the distance in rows and columns.
 
-Half of each head's channels turn with the row of a place on the grid, half with the column, so that
-attention's scores know of the difference alone (Su et al. 2021, arXiv:2104.09864; along two axes as
-in LlamaGen, Sun et al. 2024, arXiv:2406.06525).
+Half of each head's channels are rotated by the row of a place on the grid and half by the column,
+so that scores depend on differences of rows and columns alone (Su et al. 2021, arXiv:2104.09864;
+along two axes as in LlamaGen, Sun et al. 2024, arXiv:2406.06525).
 
-A query turns with the place of the token that its position predicts, a key with that of the token
-that it holds: their difference is the way from a known pixel to the one in question, also from the
-end of one row to the beginning of the next. The start vector's place is the one before the first.
+A query is rotated by the place of the token that its position predicts, a key by the place of its
+position's input token: their difference is the way from a known token to the token in question,
+also from the end of one row to the beginning of the next. The start vector's place is -1.
 """
 
 from typing import NamedTuple
@@ -14,23 +14,20 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-BASE = 10_000.0  # frequencies fall from 1 towards 1 / BASE, their logs evenly; as in LlamaGen
+BASE = 10_000.0  # frequencies fall geometrically from 1 towards 1 / BASE, as in LlamaGen
 
 
 class Rotation(NamedTuple):
-    """Cosines and sines, float32, that the queries and the keys of P positions are turned by."""
+    """Float32 cosines and sines (leading axis) that rotate queries and keys of P positions."""
 
-    queries: Float[Array, "2 *B P half"]  # of every row its own, or of all rows the same
+    queries: Float[Array, "2 *B P half"]  # with axis B where rows have orders of their own
     keys: Float[Array, "2 *B P half"]
 
 
-def turns(places: Int[Array, "P"], columns: int, size: int) -> Float[Array, "2 P half"]:
-    """Cosines and sines of the angles of places.
+def phases(places: Int[Array, "P"], columns: int, size: int) -> Float[Array, "2 P half"]:
+    """Cosines and sines of the angles of places, numbered in raster order, in a grid's `columns`.
 
-    Args:
-      places: on the grid, in raster order; -1 lies before the first one.
-      columns: of the grid.
-      size: K, a multiple of 4.
+    `size` is K, a multiple of 4; half is K / 2. Place -1 is one before the first.
     """
     frequencies = BASE ** -jnp.linspace(0, 1, size // 4, endpoint=False, dtype=jnp.float32)
     axes = jnp.stack(jnp.divmod(places, columns), axis=-1).astype(jnp.float32)
@@ -39,9 +36,8 @@ def turns(places: Int[Array, "P"], columns: int, size: int) -> Float[Array, "2 P
 
 
 def rotate(x: Float[Array, "B P H K"], by: Float[Array, "2 *B P half"]) -> Float[Array, "B P H K"]:
-    """Every pair of channels i, i + K/2 turned by its angle; computed in float32."""
-    of_rows = by if by.ndim == x.ndim else by[:, None]
-    cosine, sine = of_rows[..., None, :]
+    """Rotates every pair of channels i, i + K/2 by an angle; computed in float32."""
+    cosine, sine = (by if by.ndim == x.ndim else by[:, None])[..., None, :]
     first, second = jnp.split(x.astype(jnp.promote_types(x.dtype, jnp.float32)), 2, axis=-1)
-    turned = [first * cosine - second * sine, second * cosine + first * sine]
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+    rotated = [first * cosine - second * sine, second * cosine + first * sine]
+    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)

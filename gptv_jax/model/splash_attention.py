@@ -1,7 +1,6 @@
-"""Attention on a TPU: JAX's splash kernels, which never hold T x T scores and skip what is masked.
+"""Attention on a TPU: JAX's splash kernels, which never hold T x T scores and skip masked tiles.
 
-Of causal attention the tiles that are masked as a whole are skipped: with n tiles to a side
-(n + 1) / 2n of the square is computed.
+For a causal mask with n tiles a side, (n + 1) / 2n of the square of scores is computed.
 """
 
 import jax
@@ -13,29 +12,26 @@ from jaxtyping import Array, Float
 
 from gptv_jax.model import remat
 
-LANES = 128  # of a TPU's vector unit; a device's queries and keys come in multiples of it
-BLOCK = 512  # queries and keys a tile, where they divide the length
+LANES = 128  # of a TPU's vector unit; the kernels take multiples of 128 queries and keys a device
+BLOCK = 512  # queries and keys of a tile, where 512 divides the length
 
 
 def make_kernel(
     mesh, heads: int, length: int, split: int, *, causal: bool, interpret: bool = False
 ):
-    """The kernel for the heads and positions of a mesh, and how its tables are split over it.
+    """The kernel, to be an argument of `jax.shard_map`, and its partition specs there.
 
     Args:
-      mesh: with axes "tensor", which splits the heads, and "sequence", which may split the queries.
+      mesh: its axis "tensor" splits the heads.
       heads: H, of all devices.
       length: T, of all devices.
-      split: parts that the queries are split into, 1 or the size of "sequence".
-      causal: whether a position sees itself and earlier ones, or all.
-      interpret: emulates the TPU, to try it elsewhere.
-
-    Returns:
-      The kernel, an argument of `jax.shard_map`, and the partition specs that it is passed with.
+      split: into how many parts the axis "sequence" splits the queries; 1: not.
+      causal: whether a position sees itself and earlier positions, or all.
+      interpret: emulates the TPU, for tests on other platforms.
     """
     axis = "sequence" if split > 1 else None
-    # The heads are alike, and so are all queries that see everything; which queries a device has
-    # matters to a causal mask alone.
+    # All heads have the same mask. Only with a causal mask does it matter which queries a device
+    # has.
     if causal:
         mask, shards, spec = masks.CausalMask((length, length)), split, P(None, axis)
     else:
@@ -66,12 +62,12 @@ def splash_attention(
     k: Float[Array, "B S H K"],
     v: Float[Array, "B S H K"],
 ) -> Float[Array, "B T H K"]:
-    """Attention of one device's own rows, heads and queries, inside `jax.shard_map`."""
+    """Attention of one device's rows, heads and queries, inside `jax.shard_map`."""
     q = q * q.shape[-1] ** -0.5
     by_head = (x.swapaxes(1, 2) for x in (q, k, v))
     return jax.vmap(kernel)(*by_head).swapaxes(1, 2)
 
 
 def tile(length: int) -> int:
-    """Queries or keys of a tile, for so many of them on a device."""
+    """Queries or keys of a tile where a device has `length` of them."""
     return next(size for size in (BLOCK, 256, LANES, 1) if length % size == 0)

@@ -1,4 +1,4 @@
-"""Arrays of a traced program, and what a device holds of each."""
+"""Arrays of a traced program, and the bytes of each that a device holds."""
 
 import dataclasses
 import functools
@@ -21,15 +21,13 @@ class Array:
     shape: tuple[int, ...]
     itemsize: int
     axes: tuple[tuple[str, ...], ...]
-    by_head: bool = False  # its last dimension is K, which TPUs keep as the fastest one
+    by_head: bool = False  # the last dimension is K, which TPUs store along the lanes
 
     def bytes(self, sizes: dict[str, int], *, tiled: bool) -> int:
-        """On one device.
+        """Bytes on one device of a mesh whose axes have these sizes.
 
-        Args:
-          sizes: of the mesh, by axis.
-          tiled: as a TPU holds it, with one dimension filled up to a multiple of 128 and another
-            one of 8, those where that adds the least.
+        `tiled` is how a TPU stores an array: one dimension padded to a multiple of 128 and another
+        to a multiple of 8, the two for which that adds the least.
         """
         shard = [
             size // math.prod(sizes[axis] for axis in axes)
@@ -38,41 +36,37 @@ class Array:
         if tiled and len(shard) > 1:
             pairs = itertools.permutations(range(len(shard)), 2)
             pairs = [pair for pair in pairs if not self.by_head or pair[0] == len(shard) - 1]
-            return self.itemsize * min(math.prod(_filled(shard, *pair)) for pair in pairs)
+            return self.itemsize * min(math.prod(_padded(shard, *pair)) for pair in pairs)
         return self.itemsize * math.prod(shard)
 
 
-def _filled(shard: list[int], lanes: int, rows: int) -> list[int]:
+def _padded(shard: list[int], lanes: int, rows: int) -> list[int]:
     multiple = {lanes: TILE[1], rows: TILE[0]}
     return [-(-size // (m := multiple.get(i, 1))) * m for i, size in enumerate(shard)]
 
 
-def of(avals: Iterable) -> tuple[Array, ...]:
-    """Those of what JAX says of arrays."""
-    return tuple(_array(aval) for aval in avals)
-
-
-def _array(aval) -> Array:
-    spec = getattr(getattr(aval, "sharding", None), "spec", None) or ()
-    axes = [(entry,) if isinstance(entry, str) else tuple(entry or ()) for entry in spec]
-    axes += [()] * (len(aval.shape) - len(axes))
-    return Array(tuple(aval.shape), getattr(aval.dtype, "itemsize", 1), tuple(axes))
+def of_avals(avals: Iterable) -> tuple[Array, ...]:
+    """The `Array` of each abstract value of JAX."""
+    found = []
+    for aval in avals:
+        spec = getattr(getattr(aval, "sharding", None), "spec", None) or ()
+        axes = [(entry,) if isinstance(entry, str) else tuple(entry or ()) for entry in spec]
+        axes += [()] * (len(aval.shape) - len(axes))
+        found.append(Array(tuple(aval.shape), getattr(aval.dtype, "itemsize", 1), tuple(axes)))
+    return tuple(found)
 
 
 def of_state(init: Callable) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
     """Parameters, and the rest of the train state that `init(key)` makes."""
     state = jax.eval_shape(lambda: init(jax.random.key(0)))
     del state["step"]
-    return tuple(of(jax.tree.leaves(part)) for part in (state.pop("params"), state))
+    return tuple(of_avals(jax.tree.leaves(part)) for part in (state.pop("params"), state))
 
 
-def kept(loss: Callable, params: dict, *arguments) -> tuple[Array, ...]:
-    """Distinct arrays, but for what is given, that a forward pass leaves for the backward pass.
+def residuals(loss: Callable, params: dict, *arguments) -> tuple[Array, ...]:
+    """Arrays, besides the arguments, that a forward pass keeps for the backward pass.
 
-    Args:
-      loss: `(params, *arguments) -> (loss, anything else)`; it is traced, not run.
-      params: shapes of what gradients are taken of.
-      arguments: shapes of the rest.
+    `loss(params, *arguments) -> (loss, anything)` is traced with abstract arguments, not run.
     """
 
     def backward(params, *arguments):
@@ -80,7 +74,7 @@ def kept(loss: Callable, params: dict, *arguments) -> tuple[Array, ...]:
 
     jaxpr = jax.make_jaxpr(backward)(params, *arguments).jaxpr
     given = {id(var) for var in jaxpr.invars}
-    return of({id(v): v.aval for v in jaxpr.outvars if id(v) not in given}.values())
+    return of_avals({id(v): v.aval for v in jaxpr.outvars if id(v) not in given}.values())
 
 
 def stored_dtype(dtype: str, platform: str) -> str:
@@ -100,6 +94,6 @@ def _cpu_widens(dtype: str) -> bool:
     return compiled.memory_analysis().temp_size_in_bytes > 1.5 * x.size * x.dtype.itemsize
 
 
-def held(arrays: Iterable[Array], sizes: dict[str, int], topology: Topology) -> int:
-    """Bytes of all of them on one device."""
+def total_bytes(arrays: Iterable[Array], sizes: dict[str, int], topology: Topology) -> int:
+    """Bytes of the arrays on one device."""
     return sum(array.bytes(sizes, tiled=topology.platform == "tpu") for array in arrays)

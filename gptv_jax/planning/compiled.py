@@ -1,4 +1,4 @@
-"""The real train step, compiled for devices that are not there."""
+"""The stage's train step, compiled for devices that this machine does not have."""
 
 import contextlib
 import dataclasses
@@ -11,19 +11,19 @@ from gptv_jax.planning import hlo
 from gptv_jax.planning.training import Training
 
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}  # as XLA writes sizes
-# All of the program's memory, though one form of the message calls it temporaries.
+# The memory of the whole program, though one form of the message calls it temporaries.
 _NEEDED = re.compile(r"(?:Used |memory required for HLO temporaries \()([\d.]+)([KMGT]?)")
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What the compiler says of a step; bytes are of one device."""
+    """The compiler's facts about a step; bytes are of one device."""
 
     arguments: int  # the train state and the batch
-    temporaries: int  # everything else that is alive at the worst moment
+    temporaries: int  # all other arrays alive at the worst moment
     collectives: list[hlo.Collective]
-    unknown_loops: list[str]  # with collectives in them that count once
-    refused: bool = False  # by the compiler, as more than the memory
+    unknown_loops: list[str]  # loops of unknown length, whose collectives count once
+    refused: bool = False  # whether the compiler refused it, as needing more than the memory
 
     @property
     def total(self) -> int:
@@ -32,19 +32,14 @@ class Compiled:
 
 
 def program(training: Training, mesh: jax.sharding.Mesh) -> jax.stages.Compiled:
-    """One step of a training as its stage makes it, compiled.
-
-    Args:
-      training: to be planned.
-      mesh: over the devices to compile for.
-    """
+    """The train step of the training's stage, compiled for the devices of the mesh."""
     with jax.set_mesh(mesh), _uncached(mesh):
         return training.lower(mesh).compile()
 
 
 @contextlib.contextmanager
 def _uncached(mesh: jax.sharding.Mesh) -> Iterator[None]:
-    """Keeps a program for devices that are not here out of the cache: it could not be read back."""
+    """Keeps programs for absent devices out of the cache, from which they could not be read."""
     name = "jax_persistent_cache_min_compile_time_secs"
     before = jax.config.values[name]
     if mesh.devices.flat[0].platform != jax.default_backend():
@@ -56,7 +51,7 @@ def _uncached(mesh: jax.sharding.Mesh) -> Iterator[None]:
 
 
 def compile_step(training: Training, mesh: jax.sharding.Mesh) -> Compiled:
-    """What the compiler says of `program`."""
+    """The compiler's facts about `program(training, mesh)`, which is compiled for them."""
     try:
         step_ = program(training, mesh)
     except jax.errors.JaxRuntimeError as error:
@@ -65,7 +60,7 @@ def compile_step(training: Training, mesh: jax.sharding.Mesh) -> Compiled:
         return Compiled(0, _needed(str(error)), [], [], refused=True)
     memory = step_.memory_analysis()
     found, unknown = hlo.collectives(step_.as_text(), mesh.size)
-    # The new state takes the place of the old one, which is donated.
+    # The old state is donated: the new state takes its memory.
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Compiled(
         memory.argument_size_in_bytes,
@@ -76,6 +71,6 @@ def compile_step(training: Training, mesh: jax.sharding.Mesh) -> Compiled:
 
 
 def _needed(message: str) -> int:
-    """Bytes that a refused program needs, as the message tells them."""
+    """Bytes that a refused program needs, read from the compiler's message."""
     found = _NEEDED.search(message)
     return round(float(found[1]) * UNITS[found[2]]) if found else 0

@@ -1,9 +1,8 @@
 """The collectives of a compiled step, read from its HLO text.
 
-What is in the body of a loop counts once for every turn of it, so that a collective of the layer
-scan counts once a layer. A collective that runs beside computation is spread over many instructions
-(`-start` and `-done`, or on TPUs a chain of fusions that each carry a part of it), and still counts
-as one.
+A collective in the body of a loop counts once for each iteration, so one in the scan over layers
+counts once a layer. A collective that runs beside computation is spread over several instructions
+(`-start` and `-done`, or on TPUs a chain of fusions that each carry a part) and counts as one.
 """
 
 import dataclasses
@@ -14,12 +13,12 @@ from collections.abc import Iterator
 import numpy as np
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-# TPUs reduce and scatter in a fusion of this name, which holds an all-reduce and a slice of it.
+# TPUs compute a reduce-scatter in a fusion of this name, with an all-reduce and a slice inside.
 FUSED_REDUCE_SCATTER = "all-reduce-scatter"
-BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64}  # s32, u8 and the like say theirs
+BITS = {"pred": 8}  # other types have their bits in their names: bf16, f32, s32, u8
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:calls|to_apply|body)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"(?:branch_computations=\{|(?:true|false)_computation=)([^}\s]+)")
@@ -30,7 +29,7 @@ _MESH = re.compile(
     r"replica_groups=mesh\[([^\]]*)\]"
     r"(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}"
 )
-# Between TPU slices the hosts send, in one collective with those of the other slices.
+# Between TPU slices the hosts send; each `send` belongs to one collective of all slices.
 _BETWEEN = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 _AXIS = re.compile(r"'([^']+)'(?::\((\d+)\)(\d+))?")
 
@@ -50,26 +49,24 @@ class Collective:
     """One collective of a step."""
 
     kind: str  # one of KINDS
-    count: int  # times a step
-    bytes: int  # each time: of the whole array that is gathered, reduced or moved, on one device
-    # The devices, by their place in the mesh, that device 0 does it with; (): one of every slice.
+    count: int  # in a step
+    bytes: int  # of one execution: of the whole array gathered, reduced or moved, on one device
+    # The group of devices that device 0 is in, by place in the mesh; (): one device of every slice.
     group: tuple[int, ...]
 
 
 def collectives(text: str, devices: int) -> tuple[list[Collective], list[str]]:
-    """The collectives of a compiled program, and its loops of unknown length that hold some.
+    """The collectives of a compiled program, and its loops of unknown length with collectives.
 
-    Args:
-      text: of the compiled module.
-      devices: that it runs on.
+    `text` is that of the compiled module, `devices` the number of devices that it runs on.
     """
     computations, entry = parse(text)
     found: dict[tuple, Collective] = {}
-    outer: dict[str, str] = {}  # by the body of a loop: whose loop it is
+    outer: dict[str, str] = {}  # by the body of a loop: the computation that the loop is in
     unknown: list[str] = []
 
     def walk(name: str, times: int, owner: str, fused: str = "") -> bool:
-        """Goes through what `owner` executes; whether there was a collective."""
+        """Collects the collectives that `owner` executes; returns whether there are any."""
         any_found = False
         for each in computations.get(name, ()):
             kind = _kind(each)
@@ -80,9 +77,9 @@ def collectives(text: str, devices: int) -> tuple[list[Collective], list[str]]:
                     found[key] = _collective(each, kind, times, devices, fused)
             elif each.opcode == "while":
                 body = _attribute(each, "body")
-                trips = _trips(each, computations)
+                iterations = _iterations(each, computations)
                 outer[body] = owner
-                if walk(body, times * (trips or 1), body) and trips is None:
+                if walk(body, times * (iterations or 1), body) and iterations is None:
                     unknown.append(each.name)
                     any_found = True
             else:
@@ -96,7 +93,7 @@ def collectives(text: str, devices: int) -> tuple[list[Collective], list[str]]:
 
 
 def _continued(key: tuple, found: dict, outer: dict[str, str]) -> bool:
-    """Whether a collective only goes on in a loop, beside what that computes."""
+    """Whether a collective in a loop is a part of a collective that began before the loop."""
     owner, rest = key
     while owner in outer:
         owner = outer[owner]
@@ -106,7 +103,7 @@ def _continued(key: tuple, found: dict, outer: dict[str, str]) -> bool:
 
 
 def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
-    """Instructions by computation, and the name of the entry."""
+    """Instructions by computation, and the name of the entry computation."""
     computations: dict[str, list[Instruction]] = {}
     current, entry = None, ""
     for line in text.splitlines():
@@ -114,24 +111,8 @@ def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
             current = computations.setdefault(header[2], [])
             entry = header[2] if header[1] else entry
         elif current is not None and (found := _INSTRUCTION.match(line)):
-            current.append(_instruction(found[1], found[2]))
+            current.append(Instruction(*found.groups()))
     return computations, entry
-
-
-def _instruction(name: str, text: str) -> Instruction:
-    end = _closing(text, 0) + 1 if text.startswith("(") else text.index(" ")
-    opcode, _, rest = text[end:].strip().partition("(")
-    return Instruction(name, text[:end], opcode, rest)
-
-
-def _closing(text: str, at: int) -> int:
-    """Where the parenthesis that opens at `at` closes."""
-    depth = 0
-    for i in range(at, len(text)):
-        depth += (text[i] == "(") - (text[i] == ")")
-        if not depth:
-            return i
-    raise ValueError(f"a parenthesis is never closed: {text[:80]}")
 
 
 def _kind(each: Instruction) -> str | None:
@@ -142,7 +123,7 @@ def _kind(each: Instruction) -> str | None:
 
 
 def _chain(each: Instruction) -> tuple[str, str] | None:
-    """What the parts of one collective that is spread over fusions have in common."""
+    """Chain and channel, equal for the parts of one collective that is spread over fusions."""
     chain = re.search(r'chain_id="(\d+)"', each.rest)
     return chain and (chain[1], re.search(r"channel_id=(\d+)", each.rest)[1])
 
@@ -152,7 +133,7 @@ def _attribute(each: Instruction, name: str) -> str:
 
 
 def _executed(each: Instruction) -> Iterator[str]:
-    """Computations that run once each time the instruction does."""
+    """Computations that run once each time the instruction runs."""
     if each.opcode in ("fusion", "call", "async-start"):
         yield from _CALLED.findall(each.rest)
     elif each.opcode == "conditional":
@@ -160,8 +141,8 @@ def _executed(each: Instruction) -> Iterator[str]:
             yield from (name.strip("% ,") for name in names.split(","))
 
 
-def _trips(loop: Instruction, computations: dict[str, list[Instruction]]) -> int | None:
-    """Turns of a loop that counts up from 0; None where neither it nor its condition tells."""
+def _iterations(loop: Instruction, computations: dict[str, list[Instruction]]) -> int | None:
+    """Iterations of a loop that counts up from 0; None if the text does not say."""
     if known := _TRIPS.search(loop.rest):
         return int(known[1])
     condition = computations.get(_attribute(loop, "condition"), [])
@@ -180,7 +161,7 @@ def _trips(loop: Instruction, computations: dict[str, list[Instruction]]) -> int
 
 
 def _step(body: list[Instruction], index: int) -> int:
-    """What one turn adds to the loop's variable of that index; 1 where it does not show."""
+    """Increment of the loop's variable of that index; 1 if the text does not say."""
     named = {each.name: each for each in body}
     results = _operands(body[-1]) if body and body[-1].opcode == "tuple" else []
     added = named.get(results[index]) if index < len(results) else None
@@ -191,8 +172,7 @@ def _step(body: list[Instruction], index: int) -> int:
 
 
 def _operands(each: Instruction) -> list[str]:
-    end = _closing("(" + each.rest, 0)
-    return re.findall(r"%([\w.\-]+)", each.rest[:end])
+    return re.findall(r"%([\w.\-]+)", each.rest)
 
 
 def _whole_constants(computation: list[Instruction]) -> dict[str, int]:
@@ -202,11 +182,11 @@ def _whole_constants(computation: list[Instruction]) -> dict[str, int]:
 
 def _collective(each: Instruction, kind: str, times: int, devices: int, fused: str) -> Collective:
     arrays = _ARRAY.findall(each.type)
-    if each.opcode == "send":  # what is sent, then a context number and a token
+    if each.opcode == "send":  # the array that is sent, then a context number and a token
         return Collective(kind, times, _bytes(*arrays[0]), ())
     group = _group(each.rest, devices)
     if each.opcode.endswith("-start") and kind != "all-reduce":
-        # Operands, then results; a permute's two context numbers at the end are no part of either.
+        # Operands, then results; a permute has two context numbers (scalars) at the end.
         arrays = [(dtype, shape) for dtype, shape in arrays if shape]
         arrays = arrays[len(arrays) // 2 :]
     size = sum(_bytes(*array) for array in arrays) * (len(group) if kind == "reduce-scatter" else 1)
@@ -216,7 +196,7 @@ def _collective(each: Instruction, kind: str, times: int, devices: int, fused: s
 
 
 def _bytes(dtype: str, shape: str) -> int:
-    bits = BITS.get(dtype) or int(re.search(r"\d+", dtype)[0])
+    bits = BITS.get(dtype) or int(re.search(r"\d+", dtype)[0])  # of f8e4m3fn the first number
     return math.prod(_numbers(shape)) * bits // 8
 
 
@@ -225,7 +205,7 @@ def _numbers(text: str | None) -> list[int]:
 
 
 def _group(rest: str, devices: int) -> tuple[int, ...]:
-    """The group that the first device is in, or of a permute the first two that talk.
+    """The first group of devices; of a permute the first source and target.
 
     Groups are written as a list, as a reshaped and transposed range, or as axes of a mesh.
     """
@@ -239,25 +219,21 @@ def _group(rest: str, devices: int) -> tuple[int, ...]:
         if found[2]:
             ids = _range(_numbers(found[2]), _numbers(found[3]))
         ids = ids.reshape(tuple(sizes.values()))
-        # An axis, or the part of one that follows the first `before`: a single index elsewhere.
+        # The group varies along a whole axis 'x', or along a part 'x':(2)4 of an axis: its 4
+        # indices after a part of size 2. Each axis becomes [before, varying, after].
         parts = {
             name: (int(before or 1), int(size or sizes[name]))
             for name, before, size in _AXIS.findall(found[4])
         }
-        split = [part for name, size in sizes.items() for part in _split(size, parts.get(name))]
-        ids = ids.reshape([size for size, _ in split])
-        return _row(ids[tuple(slice(None) if taken else 0 for _, taken in split)].ravel())
+        shape, index = [], []
+        for name, size in sizes.items():
+            before, varying = parts.get(name, (size, 1))
+            shape += [before, varying, size // (before * varying)]
+            index += [0, slice(None), 0]
+        return _row(ids.reshape(shape)[tuple(index)].ravel())
     if found := _LISTED.search(rest):
         return _row(_numbers(found[1]))
     return tuple(range(devices))
-
-
-def _split(size: int, part: tuple[int, int] | None) -> list[tuple[int, bool]]:
-    """An axis as before, taken and after."""
-    if part is None:
-        return [(size, False)]
-    before, taken = part
-    return [(before, False), (taken, True), (size // (before * taken), False)]
 
 
 def _range(dimensions: list[int], order: list[int]) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Bytes of one device by arithmetic: from the shapes of the real program, without compiling it.
 
 The program is traced, not run: JAX then says which arrays the backward pass keeps and how each is
-split, under the rematerialisation that the config asks for.
+split, under the rematerialisation of the config.
 """
 
 import dataclasses
@@ -20,28 +20,21 @@ class Memory:
     """Bytes of one device at the worst moment of a step."""
 
     parameters: int
-    optimizer: int  # its moments, the average of the weights, and what else a tokenizer's step has
+    optimizer: int  # moments, the average of the weights, and the rest of a tokenizer's state
     batch: int
     gradients: int
-    activations: int  # what the backward pass keeps, and the layer that it works on
+    activations: int  # those kept for the backward pass, and those of the layer being computed
 
     @property
     def total(self) -> int:
-        """Of all of it."""
         return sum(dataclasses.astuple(self))
 
 
 def estimate(training: Training, topology: Topology, sizes: dict[str, int]) -> Memory:
-    """Bytes on a mesh.
-
-    Args:
-      training: to be planned.
-      topology: whose platform decides how the network attends.
-      sizes: of the mesh, by axis.
-    """
+    """Bytes on a mesh whose axes have these sizes."""
     train = training.train
     params, rest = training.state(topology.abstract_mesh(ONES))
-    parameters = arrays.held(params, sizes, topology)
+    parameters = arrays.total_bytes(params, sizes, topology)
     ways = math.prod(sizes[axis] for axis in sharding.BATCH)
     # Rows of the batch that the devices which share them work on at a time.
     rows = train.batch_size // (ways * train.microbatches)
@@ -49,7 +42,7 @@ def estimate(training: Training, topology: Topology, sizes: dict[str, int]) -> M
     batch = training.batch(train.batch_size // ways)
     return Memory(
         parameters,
-        arrays.held(rest, sizes, topology),
+        arrays.total_bytes(rest, sizes, topology),
         sum(math.prod(array.shape) * array.dtype.itemsize for array in batch.values()),
         parameters,  # gradients
         training.activations(topology, within, rows),
@@ -57,6 +50,6 @@ def estimate(training: Training, topology: Topology, sizes: dict[str, int]) -> M
 
 
 def parameter_count(training: Training, topology: Topology) -> int:
-    """Weights of the network."""
+    """Number of weights of the network."""
     params, _ = training.state(topology.abstract_mesh(ONES))
     return sum(math.prod(array.shape) for array in params)

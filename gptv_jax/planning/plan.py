@@ -1,10 +1,10 @@
-"""A plan: what one configuration costs on one topology."""
+"""A plan: memory, FLOPs, traffic and time of a training step on given devices."""
 
 import dataclasses
 
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
-from gptv_jax.planning import compiled, memory, roofline, traffic
+from gptv_jax.planning import compiled, memory, traffic
 from gptv_jax.planning.pretrain import Pretraining
 from gptv_jax.planning.topology import Topology
 from gptv_jax.planning.training import Training
@@ -13,56 +13,73 @@ DAY = 86_400  # seconds
 
 
 @dataclasses.dataclass(frozen=True)
+class Roofline:
+    """Seconds that one step takes in each part of a device at its peak rate, if it never waits."""
+
+    compute: float
+    memory: float
+    interconnect: float
+    network: float  # between slices or nodes
+
+    @property
+    def bound(self) -> float:
+        """Seconds of a step if the slowest part hides all other parts."""
+        return max(dataclasses.astuple(self))
+
+    @property
+    def serial(self) -> float:
+        """Seconds of a step if nothing overlaps."""
+        return sum(dataclasses.astuple(self))
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
-    """What one configuration costs on one topology; times are None where the peak is unknown."""
+    """A configuration's costs on a topology; times are None where device speeds are unknown."""
 
     config: config_lib.Config
     topology: Topology
     training: Training
     sizes: dict[str, int]  # of the mesh, by axis
     params: int
-    executed: int  # FLOPs that a step costs all devices together
+    executed: int  # FLOPs that a step executes, on all devices together
     memory: memory.Memory  # by arithmetic
     compiled: compiled.Compiled | None  # None: by arithmetic alone
     traffic: list[traffic.Traffic]
-    roofline: roofline.Roofline | None
+    roofline: Roofline | None
 
     @property
     def bytes_per_device(self) -> int:
-        """At the worst moment of a step: by the compiler, or else by arithmetic."""
+        """Bytes at the worst moment of a step: the compiler's, or else those of arithmetic."""
         return self.compiled.total if self.compiled else self.memory.total
 
     @property
     def fits(self) -> bool:
-        """Whether that is no more than a program may take of a device's memory."""
+        """Whether `bytes_per_device` is within what a program may take of a device's memory."""
         refused = self.compiled is not None and self.compiled.refused
         return not refused and self.bytes_per_device <= self.topology.memory_bytes
 
     @property
     def flops_per_step(self) -> int:
-        """That the training needs, on all devices together."""
+        """FLOPs that a step of the training needs, on all devices together."""
         training = self.training
         return training.flops.total * training.units * training.train.batch_size
 
     @property
     def step_seconds(self) -> float | None:
-        """The roofline's bound, everything overlapped."""
+        """The roofline's bound: all parts of a device overlapped."""
         return self.roofline and self.roofline.bound
 
     @property
     def mfu(self) -> float | None:
-        """Model FLOPs over what all devices could do in that time."""
+        """Needed FLOPs over those that all devices could do in `step_seconds`."""
         if not self.roofline:
             return None
-        return self.flops_per_step / (self.roofline.bound * self.topology.count * self._peak)
-
-    @property
-    def _peak(self) -> float:
-        return self.topology.hardware.peak_flops
+        peak = self.topology.count * self.topology.hardware.peak_flops
+        return self.flops_per_step / (self.roofline.bound * peak)
 
     @property
     def flags(self) -> list[str]:
-        """What the mesh, rematerialisation and microbatches of the plan are on a command line."""
+        """Flags that give a run this plan's mesh, rematerialisation and microbatches."""
         mesh = [f"--config.mesh.{axis}={size}" for axis, size in self.sizes.items()]
         if len(self.training.policies) > 1:
             mesh.append(f"--config.model.remat={self.training.remat}")
@@ -71,7 +88,7 @@ class Plan:
         return mesh
 
     def numbers(self) -> dict:
-        """For machines: bytes of one device, seconds, FLOPs of all devices together."""
+        """The plan as JSON: bytes of one device, seconds, FLOPs of all devices together."""
         needed, unit = self.training.flops, self.training.unit
         days = self.roofline and self.roofline.bound * self.training.train.steps / DAY
         return {
@@ -82,7 +99,7 @@ class Plan:
             "flags": self.flags,
             "params": self.params,
             f"flops_per_{unit}": needed.total,
-            **{f"flops_per_{unit}_{part}": count for part, count in needed._asdict().items()},
+            **{f"flops_per_{unit}_{part}": count for part, count in needed.parts.items()},
             "flops_per_step": self.flops_per_step,
             "flops_per_step_executed": self.executed,
             "bytes_per_device": self.bytes_per_device,
@@ -107,7 +124,7 @@ class Plan:
         return self.compiled is not None and not self.compiled.refused
 
     def _bytes(self) -> dict[str, int]:
-        """Bytes of one device by what they hold; the compiler does not tell temporaries apart."""
+        """Bytes of one device by purpose; the compiler gives only one sum of temporaries."""
         parts = dataclasses.asdict(self.memory)
         if self.compiled:
             del parts["gradients"], parts["activations"]
@@ -127,18 +144,20 @@ def make(
     Args:
       config: of the run; of its mesh, a -1 is filled.
       topology: the devices.
-      kind: of training.
+      kind: class of the training to plan.
       compiling: False does without the compiler where there is one for the topology.
 
     Raises:
       InputError: the mesh does not fit the devices, the batch or the network.
     """
     training = kind.of(config)
-    sizes = traffic.order(sharding.axis_sizes(config.mesh, topology.count))
+    sizes = dict(zip(sharding.AXES, sharding.axis_sizes(config.mesh, topology.count), strict=True))
     mesh = topology.abstract_mesh(tuple(sizes.values()))
     sharding.check(config, mesh, training.sections)
     sharding.over_slices(tuple(sizes.values()), topology.slices)
-    program, slice_of = None, traffic.slices_of(topology.count, topology.per_slice)
+    program = None
+    # By arithmetic, slices follow one another along the first axes.
+    slice_of = [i // topology.per_slice for i in range(topology.count)]
     if topology.compiles and compiling:
         mesh = topology.mesh(config.mesh)
         program = compiled.compile_step(training, mesh)
@@ -149,7 +168,17 @@ def make(
     else:
         moved = traffic.by_arithmetic(training.collectives(sizes), sizes, slice_of)
     executed, line = training.executed(topology.platform, sizes), None
-    if topology.hardware:
-        line = roofline.estimate(training, executed, sizes, bytes_, moved, topology.hardware)
+    if rates := topology.hardware:
+        # Each pass over the layers reads their weights. The optimizer reads and writes its state
+        # and the parameters, and reads the gradients. Activations are left out: the compiler
+        # decides how many of them go through memory.
+        read = training.weights_read(sizes)
+        read += 2 * (bytes_.parameters + bytes_.optimizer) + bytes_.gradients
+        line = Roofline(
+            executed / topology.count / rates.peak_flops,
+            read / rates.memory_bandwidth,
+            sum(each.inside for each in moved) / rates.interconnect,
+            sum(each.between for each in moved) / rates.network,
+        )
     params = memory.parameter_count(training, topology)
     return Plan(config, topology, training, sizes, params, executed, bytes_, program, moved, line)

@@ -1,4 +1,4 @@
-"""The pretraining of a GPT, to be planned."""
+"""The pretraining of a GPT, as the planner sees it."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ from gptv_jax.train import objective, optimizer, step
 
 @dataclasses.dataclass(frozen=True)
 class Pretraining(Training):
-    """All positions of every image; the choice is of mesh, rematerialisation and microbatches."""
+    """Pretraining, for which mesh, rematerialisation and microbatches can be chosen."""
 
     network: Network
     train: config_lib.Train
@@ -36,43 +36,33 @@ class Pretraining(Training):
 
     @classmethod
     def of(cls, config: config_lib.Config) -> "Pretraining":
-        """That of a configuration."""
         return cls(network_of(config), config.train, config.seed)
 
     @property
     def units(self) -> int:
-        """Tokens of an image."""
         return self.network.length
+
+    positions = units
 
     @property
     def remat(self) -> str:
-        """Of its layers."""
         return self.network.config.remat
 
     @property
     def heads(self) -> int:
-        """Of its attention."""
         return self.network.config.heads
 
     @property
-    def positions(self) -> int:
-        """Tokens of an image."""
-        return self.network.length
-
-    @property
     def flops(self) -> flops.Flops:
-        """Of one token."""
         return flops.training(self.network)
 
     def executed(self, platform: str, sizes: dict[str, int]) -> int:
-        """See `flops.executed`."""
         rows = self.train.batch_size // self.train.microbatches
         parts = objective.loss_parts(self.network, rows, sizes)
         of_token = flops.executed(self.network, platform, sizes["sequence"], parts)
         return of_token.total * self.units * self.train.batch_size
 
     def lower(self, mesh: Mesh) -> jax.stages.Lowered:
-        """The step as the stage makes it."""
         train = self.train
         update, rate = optimizer.make_optimizer(
             train.optimizer, train.steps, relative_width=self.network.config.relative_width
@@ -90,28 +80,26 @@ class Pretraining(Training):
         return train_step.lower(state, self.batch(train.batch_size, rows))
 
     def batch(self, rows: int, split: NamedSharding | None = None) -> dict:
-        """Tokens, and what the start vector is chosen by."""
         return step.abstract_batch(self.network, rows, split)
 
     def state(self, mesh: AbstractMesh) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
-        """Parameters; moments and the average of the weights."""
         return _state(self.network, self.train.optimizer, self.train.ema, mesh)
 
     def activations(self, topology: Topology, sizes: dict[str, int], rows: int) -> int:
-        """What the backward pass keeps, and the layer, or part of the logits, it works on."""
+        """Arrays kept for the backward pass, and those of the layer, or part of logits, at work."""
         layers = self.network.config.layers
         kept, layer = _kept(self.network, topology, sizes, rows)
-        # What a layer leaves, less what of it is kept anyway, is there again while it is worked on.
-        of_a_layer = arrays.held(_of_layers(kept, layers), sizes, topology) // layers
-        of_layer = arrays.held(layer, sizes, topology) - of_a_layer
-        # Logits of one part, where there are several, and their gradient; all of them are kept.
+        # While the backward pass works on a layer, all activations of the layer exist, and so also
+        # those that rematerialisation does not keep.
+        kept_of_layer = arrays.total_bytes(_of_layers(kept, layers), sizes, topology) // layers
+        repeated = arrays.total_bytes(layer, sizes, topology) - kept_of_layer
+        # Logits of one part and their gradient, if there are several parts; else logits are kept.
         parts = objective.loss_parts(self.network, rows, sizes)
         positions = rows * self.network.length // (sizes["sequence"] * parts)
         logits = 4 * self.network.vocabulary * positions
-        return arrays.held(kept, sizes, topology) + max(of_layer, 2 * logits * (parts > 1))
+        return arrays.total_bytes(kept, sizes, topology) + max(repeated, 2 * logits * (parts > 1))
 
     def collectives(self, sizes: dict[str, int]) -> Iterator[Call]:
-        """Weights and their gradients, layer by layer; sums over tensor; keys and values."""
         c, network, parts = self.network.config, self.network, self.train.microbatches
         width, tensor, sequence = WIDTHS[c.dtype], sizes["tensor"], sizes["sequence"]
         # Columns of qkv, attention_out, and the MLP's first and second matrix.
@@ -127,7 +115,7 @@ class Pretraining(Training):
         yield Call("all-gather", ("fsdp",), parts, tables)
         yield Call("all-reduce", ("data", "fsdp", "sequence"), parts, tables)
 
-        # Of each layer: two products whose results are partial sums, in each direction.
+        # Each layer has two products whose results are partial sums, in each direction.
         positions = self.train.batch_size * network.length
         positions /= parts * sizes["data"] * sizes["fsdp"] * sequence
         hidden = positions * c.width * width
@@ -139,7 +127,7 @@ class Pretraining(Training):
         yield Call("reduce-scatter", ("sequence",), c.layers * parts, both)
 
     def weights_read(self, sizes: dict[str, int]) -> float | int:
-        """Forward, backward, once more where that is repeated; gradients are written."""
+        """Read by the forward and the backward pass and by repetition; gradients are written."""
         c = self.network.config
         weights = flops.forward(self.network).matmul // 2 * WIDTHS[c.dtype] / sizes["tensor"]
         return self.train.microbatches * (3 + (c.remat == "full")) * weights
@@ -147,14 +135,13 @@ class Pretraining(Training):
 
 @functools.cache
 def _state(network: Network, config: config_lib.Optimizer, ema: float | None, mesh: AbstractMesh):
-    """The length of the training is of no consequence."""
-    update, _ = optimizer.make_optimizer(config, steps=1)
+    update, _ = optimizer.make_optimizer(config, steps=1)  # the state is the same for all lengths
     with jax.sharding.use_abstract_mesh(mesh):
         return arrays.of_state(step.make_init(network, update, ema))
 
 
 def _kept(network: Network, topology: Topology, sizes: dict[str, int], rows: int):
-    """For so many rows: what the backward pass keeps, and what one layer leaves with no remat."""
+    """Arrays kept for the backward pass, and the activations of one layer without remat."""
     mesh = topology.abstract_mesh(tuple(sizes.values()))
     dtype = arrays.stored_dtype(network.config.dtype, topology.platform)
     network = dataclasses.replace(network, config=dataclasses.replace(network.config, dtype=dtype))
@@ -166,18 +153,17 @@ def _kept(network: Network, topology: Topology, sizes: dict[str, int], rows: int
 
 
 def _of_layers(found: Iterable[Array], count: int) -> list[Array]:
-    """Those with so many layers on their first axis, which is not split, as that of rows is."""
+    """Arrays stacked over `count` layers; unlike an axis of rows, that of layers is not split."""
     return [array for array in found if array.shape[:1] == (count,) and not array.axes[0]]
 
 
 @functools.cache
 def _residuals(network: Network, mesh: AbstractMesh, rows: int) -> tuple[Array, ...]:
-    """Of a forward pass of so many rows."""
     loss = step.generative_loss(network, steps=1)
     with jax.sharding.use_abstract_mesh(mesh):
         params = jax.eval_shape(lambda: network.init(jax.random.key(0)))
         batch = step.abstract_batch(network, rows, NamedSharding(mesh, sharding.BATCH_FIRST))
-        found = arrays.kept(
+        found = arrays.residuals(
             lambda p, batch: loss(p, None, batch, jax.random.key(0), jnp.int32(0)), params, batch
         )
     head = network.config.width // network.config.heads

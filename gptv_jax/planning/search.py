@@ -1,6 +1,7 @@
-"""The choices that a configuration leaves open, by arithmetic first, then by the compiler."""
+"""Search over mesh, rematerialisation and microbatches: by arithmetic, then by the compiler."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 
 from gptv_jax import config as config_lib
@@ -12,10 +13,10 @@ from gptv_jax.planning.pretrain import Pretraining
 from gptv_jax.planning.topology import Topology
 from gptv_jax.planning.training import Training
 
-TENSOR = 16  # at most; beyond, every layer waits for its sums
-LONG = 2048  # tokens from which splitting a sequence is worth trying
-CONFIRMED = 3  # of the best choices, by the compiler
-TRIED = 6  # at most, where it finds that some do not fit
+TENSOR = 16  # the largest axis "tensor"; beyond, every layer waits for its sums
+LONG = 2048  # tokens from which splitting a sequence is tried
+CONFIRMED = 3  # of the best choices are confirmed by the compiler
+TRIED = 6  # choices are compiled at most, where some do not fit
 SHOWN = 10  # choices in the table
 
 
@@ -27,14 +28,14 @@ def search(
 ) -> list[Plan]:
     """Plans for the choices of mesh, rematerialisation and microbatches, the best first.
 
-    The best of them are compiled where there is a compiler; those that it finds not to fit are
-    left out. The order is by the time of a step in which nothing overlaps, because that tells
-    choices apart that the bound does not; where no speed is known, by memory.
+    The best plans are compiled where there is a compiler; plans that it finds not to fit are left
+    out. Plans are ranked by the time of a step in which nothing overlaps, because many have the
+    same bound; where device speeds are unknown, by memory.
 
     Args:
-      config: of the run, whose own mesh, remat and microbatches do not matter.
+      config: of the run; its mesh, remat and microbatches are ignored.
       topology: the devices.
-      kind: of training.
+      kind: class of the training to plan.
       wanted: plans that the compiler is to confirm.
 
     Raises:
@@ -48,39 +49,42 @@ def search(
             f"{training.train.batch_size} and the "
             "network; take another batch size."
         )
-    plans = sorted((plan.make(c, topology, kind, compiling=False) for c in found), key=_rank)
+    plans = sorted((plan.make(c, topology, kind, compiling=False) for c in found), key=rank)
     if not topology.compiles:
         return plans
     compiled: list[Plan] = []
     while len(compiled) < min(TRIED, len(plans)) and sum(c.fits for c in compiled) < wanted:
         compiled.append(plan.make(plans[len(compiled)].config, topology, kind))
-    return sorted((c for c in compiled if c.fits), key=_rank) or [min(compiled, key=_rank)]
+    return sorted((c for c in compiled if c.fits), key=rank) or [min(compiled, key=rank)]
 
 
 def choices(
     config: config_lib.Config, topology: Topology, kind: type[Training] = Pretraining
 ) -> Iterator[config_lib.Config]:
-    """The configuration with every mesh, rematerialisation and number of parts worth a try."""
+    """The configuration with every mesh, rematerialisation and number of microbatches to try."""
     within, training = topology.per_slice, kind.of(config)
-    long = training.positions >= LONG
-    for tensor in _powers(min(TENSOR, training.heads, within)):
-        for sequence in _powers(within // tensor) if long else (1,):
-            for fsdp in _powers(within // (tensor * sequence)):
-                rest, left = divmod(within, tensor * sequence * fsdp)
-                if left:
-                    continue
-                mesh = config_lib.Mesh(rest * topology.slices, fsdp, sequence, tensor)
-                yield from _on(config, topology, training, mesh)
+    tensors = _powers(min(TENSOR, training.heads, within))
+    sequences = _powers(within if training.positions >= LONG else 1)
+    for tensor, sequence, fsdp in itertools.product(tensors, sequences, _powers(within)):
+        data, left = divmod(within, tensor * sequence * fsdp)
+        if not left:
+            mesh = config_lib.Mesh(data * topology.slices, fsdp, sequence, tensor)
+            yield from _on_mesh(config, topology, training, mesh)
 
 
-def _on(
+def _on_mesh(
     config: config_lib.Config, topology: Topology, training: Training, mesh: config_lib.Mesh
 ) -> Iterator[config_lib.Config]:
-    """Every rematerialisation and number of parts that a mesh leaves, the cheapest first."""
+    """Every accepted rematerialisation and number of microbatches on a mesh, cheapest first."""
     rows = training.train.batch_size // (mesh.data * mesh.fsdp)
     for microbatches in _powers(rows if training.splits_batches else 1):
         for policy in training.policies:
-            choice = _with(config, mesh, policy, microbatches)
+            choice = dataclasses.replace(
+                config,
+                mesh=mesh,
+                model=dataclasses.replace(config.model, remat=policy),
+                train=dataclasses.replace(config.train, microbatches=microbatches),
+            )
             if _accepted(choice, topology, training):
                 yield choice
 
@@ -88,32 +92,21 @@ def _on(
 def smallest(
     config: config_lib.Config, topology: Topology, kind: type[Training] = Pretraining
 ) -> Plan | None:
-    """The plan on the fewest devices of the kind that fits, by arithmetic; None: none does.
+    """The plan, by arithmetic, on the fewest devices of the topology's kind that fits; or None.
 
-    Weights are split as far as they can be; no more is rematerialised, and the batch is worked
-    through in no more parts, than it takes.
+    Weights are split over all devices; among the choices that fit, the plan has the fewest
+    microbatches and then the least rematerialisation.
     """
     training = kind.of(config)
     for count in _powers(topology.count):
         one = dataclasses.replace(topology, per_slice=count, slices=1)
         for tensor in _powers(min(TENSOR, training.heads, count)):
             mesh = config_lib.Mesh(1, count // tensor, 1, tensor)
-            for choice in _on(config, one, training, mesh):
+            for choice in _on_mesh(config, one, training, mesh):
                 found = plan.make(choice, one, kind, compiling=False)
                 if found.fits:
                     return found
     return None
-
-
-def _with(
-    config: config_lib.Config, mesh: config_lib.Mesh, policy: str, microbatches: int
-) -> config_lib.Config:
-    return dataclasses.replace(
-        config,
-        mesh=mesh,
-        model=dataclasses.replace(config.model, remat=policy),
-        train=dataclasses.replace(config.train, microbatches=microbatches),
-    )
 
 
 def _accepted(config: config_lib.Config, topology: Topology, training: Training) -> bool:
@@ -125,14 +118,12 @@ def _accepted(config: config_lib.Config, topology: Topology, training: Training)
     return config.train.batch_size % config.train.microbatches == 0
 
 
-def _rank(found: Plan) -> tuple[bool, float | int]:
+def rank(found: Plan) -> tuple[bool, float | int]:
+    """Key by which plans are sorted, the best first: whether it fits, then time or memory."""
     cost = found.roofline.serial if found.roofline else found.bytes_per_device
     return not found.fits, cost if found.fits else found.bytes_per_device
 
 
 def _powers(most: int) -> Iterator[int]:
     """Powers of two up to `most`."""
-    power = 1
-    while power <= most:
-        yield power
-        power *= 2
+    return (2**i for i in range(most.bit_length()))

@@ -12,17 +12,15 @@ PARTS = {
 
 
 def show(found: Plan, smallest: Plan | None) -> str:
-    """The whole table.
-
-    Args:
-      found: the plan.
-      smallest: that on the fewest devices that fits; None: none does.
-    """
-    numbers = found.numbers()
+    """The whole table of a plan, and of the plan on the fewest devices that fits, if any."""
+    numbers, train = found.numbers(), found.training.train
     rows = [
         ("topology", _topology(found)),
         ("mesh", ", ".join(f"{axis} {size}" for axis, size in found.sizes.items())),
-        ("rematerialisation, microbatches", f"{found.training.remat}, {_parts(found)}"),
+        (
+            "rematerialisation, microbatches",
+            f"{found.training.remat}, {train.microbatches} of a batch of {train.batch_size} images",
+        ),
         None,
         ("parameters", f"{found.params:,}"),
         *_flops(found),
@@ -38,8 +36,8 @@ def show(found: Plan, smallest: Plan | None) -> str:
 
 
 def ranking(plans: list[Plan]) -> str:
-    """Choices, the best first, each with its flags."""
-    lines = [] if plans[0].roofline else ["By memory, as no speed is known of these devices."]
+    """A table of plans in the given order, each with the flags to take."""
+    lines = [] if plans[0].roofline else ["Ranked by memory: device speeds are unknown."]
     lines += [f"{'step at least':>15}{'no overlap':>12}{'memory':>12}  flags"]
     for each in plans:
         times = [_seconds(each.step_seconds), _seconds(each.roofline and each.roofline.serial)]
@@ -54,15 +52,9 @@ def _topology(found: Plan) -> str:
     return f"{slices}{topology.name}, {topology.count} devices ({topology.kind})"
 
 
-def _parts(found: Plan) -> str:
-    train = found.training.train
-    rows = train.batch_size
-    return f"{train.microbatches} of a batch of {rows} images"
-
-
 def _flops(found: Plan) -> list[tuple[str, str]]:
     needed = found.training.flops
-    parts = ", ".join(f"{_si(n)} in {PARTS[part]}" for part, n in needed._asdict().items())
+    parts = ", ".join(f"{_si(n)} in {PARTS[part]}" for part, n in needed.parts.items())
     return [
         (f"FLOPs per {found.training.unit}", f"{_si(needed.total)}: {parts}"),
         ("FLOPs per step", _si(found.flops_per_step)),
@@ -97,7 +89,7 @@ def _collectives(found: Plan) -> list[tuple[str, str]]:
 def _time(found: Plan, numbers: dict) -> list[tuple[str, str]]:
     line = found.roofline
     if not line:
-        return [("step time", f"not estimated: no speed is known of {found.topology.kind}")]
+        return [("step time", f"not estimated: the speed of {found.topology.kind} is unknown")]
     parts = {
         "compute": line.compute,
         "memory": line.memory,
@@ -107,9 +99,9 @@ def _time(found: Plan, numbers: dict) -> list[tuple[str, str]]:
     told = ", ".join(f"{name} {_seconds(t)}" for name, t in parts.items() if t)
     steps = found.training.train.steps
     return [
-        ("step time at least", f"{_seconds(line.bound)} (a bound: all of it overlapped)"),
-        ("  its parts", told),
-        ("  one after the other", _seconds(line.serial)),
+        ("step time at least", f"{_seconds(line.bound)} (a bound: all parts overlapped)"),
+        ("  parts", told),
+        ("  without overlap", _seconds(line.serial)),
         ("MFU at most", f"{found.mfu:.0%}{_convention(found)}"),
         (
             f"{steps:,} steps at least",
@@ -119,21 +111,20 @@ def _time(found: Plan, numbers: dict) -> list[tuple[str, str]]:
 
 
 def _convention(found: Plan) -> str:
-    attends = "attention" in found.training.flops._asdict()
+    attends = "attention" in found.training.flops.parts
     skipped = attends and found.executed < found.flops_per_step
-    return " (which counts the masked half of attention, and that is skipped)" if skipped else ""
+    return " (MFU counts the masked half of attention, which is skipped)" if skipped else ""
 
 
 def _smallest(found: Plan | None) -> str:
     if not found:
-        return "none of up to as many devices, by arithmetic"
+        return "no mesh of at most as many devices, by arithmetic"
     count = found.topology.count
     devices = f"{count} device{'s' if count > 1 else ''}"
     return f"{devices}, by arithmetic, with {' '.join(found.flags)}"
 
 
 def _size(count: float | int) -> str:
-    """Bytes, in the binary units that device memory comes in."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.3g} {unit}"

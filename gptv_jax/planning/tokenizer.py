@@ -1,4 +1,4 @@
-"""The training of a tokenizer, to be planned."""
+"""The training of a tokenizer, as the planner sees it."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ from gptv_jax.train import autoencoding, optimizer, step
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerTraining(Training):
-    """Weights are whole while they work, nothing is rematerialised: the choice is of the mesh."""
+    """A tokenizer's training, for which only the mesh can be chosen: it has no remat."""
 
     network: config_lib.Autoencoder
     settings: config_lib.Tokenizer
@@ -40,11 +40,6 @@ class TokenizerTraining(Training):
 
     @classmethod
     def of(cls, config: config_lib.Config) -> "TokenizerTraining":
-        """That of a configuration.
-
-        Raises:
-          InputError: its tokens are not learned.
-        """
         if config.tokens.kind != "learned":
             raise InputError(
                 f"--stage=tokenizer, but config.tokens.kind is {config.tokens.kind}, which has "
@@ -55,45 +50,41 @@ class TokenizerTraining(Training):
 
     @property
     def train(self) -> config_lib.Train:
-        """How the encoder and decoder are trained."""
         return self.settings.train
 
     @property
-    def flops(self) -> flops.OfImage:
-        """Of one image; the losses' networks are not counted."""
+    def flops(self) -> flops.ImageFlops:
+        """The networks of the losses are not counted."""
         return flops.of_autoencoder(self.network, self.size).times(3)
 
     def executed(self, platform: str, sizes: dict[str, int]) -> int:
-        """Products and convolutions of the real step, the losses' networks and all."""
+        """Products and convolutions of the real step, including the networks of the losses."""
         return _executed(self)
 
     def lower(self, mesh: Mesh) -> jax.stages.Lowered:
-        """The step as the stage makes it."""
         rows = NamedSharding(mesh, sharding.BATCH_FIRST)
         frozen = self._frozen(NamedSharding(mesh, P()))
         state = sharding.abstract(self._init())
         return self._step().lower(state, self.batch(self.train.batch_size, rows), frozen)
 
     def batch(self, rows: int, split: NamedSharding | None = None) -> dict:
-        """Pixels."""
         return autoencoding.abstract_batch(self.network, rows, self.size, split)
 
     def state(self, mesh: AbstractMesh) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
-        """Parameters; the rest of the state, a discriminator's too, and LPIPS's weights."""
+        """LPIPS's weights, which are not trained, count as state."""
         with jax.sharding.use_abstract_mesh(mesh):
             params, rest = arrays.of_state(self._init())
-        return params, (*rest, *arrays.of(jax.tree.leaves(self._frozen())))
+        return params, (*rest, *arrays.of_avals(jax.tree.leaves(self._frozen())))
 
     def activations(self, topology: Topology, sizes: dict[str, int], rows: int) -> int:
-        """What the backward pass keeps."""
         dtype = arrays.stored_dtype(self.network.dtype, topology.platform)
         network = dataclasses.replace(self.network, dtype=dtype)
         mesh = topology.abstract_mesh(tuple(sizes.values()))
         widened = dataclasses.replace(self, network=network)
-        return arrays.held(_residuals(widened, mesh, rows), sizes, topology)
+        return arrays.total_bytes(_residuals(widened, mesh, rows), sizes, topology)
 
     def collectives(self, sizes: dict[str, int]) -> Iterator[Call]:
-        """Split weights are gathered once, and all gradients summed whole."""
+        """Split weights are gathered once, and all gradients are summed whole."""
         params, _ = self.state(sharding.one_device())
         for each in params:
             if any("fsdp" in axes for axes in each.axes):
@@ -104,7 +95,7 @@ class TokenizerTraining(Training):
             yield Call("all-reduce", ("data", "fsdp"), 1, size)
 
     def weights_read(self, sizes: dict[str, int]) -> float | int:
-        """Forward and backward; gradients are written."""
+        """Read by the forward and the backward pass; gradients are written."""
         params, _ = self.state(sharding.one_device())
         return 3 * sum(math.prod(each.shape) for each in params) * WIDTHS[self.network.dtype]
 
@@ -134,7 +125,7 @@ class TokenizerTraining(Training):
 
 @functools.cache
 def _executed(training: TokenizerTraining) -> int:
-    """On one device, where attention is counted in its plain form."""
+    """FLOPs of the traced step, on one device, with attention in its plain form."""
     with jax.sharding.use_abstract_mesh(sharding.one_device()):
         state = jax.eval_shape(lambda: training._init()(jax.random.key(0)))
         batch = training.batch(training.train.batch_size)
@@ -143,7 +134,6 @@ def _executed(training: TokenizerTraining) -> int:
 
 @functools.cache
 def _residuals(training: TokenizerTraining, mesh: AbstractMesh, rows: int) -> tuple[Array, ...]:
-    """Of a forward pass of so many rows."""
     loss = autoencoding.make_loss(training.network, training.settings)
     with jax.sharding.use_abstract_mesh(mesh):
         state = jax.eval_shape(lambda: training._init()(jax.random.key(0)))
@@ -153,4 +143,4 @@ def _residuals(training: TokenizerTraining, mesh: AbstractMesh, rows: int) -> tu
         def of_batch(params, frozen, batch):
             return loss(params, frozen, batch, None, jnp.int32(training.train.steps))
 
-        return arrays.kept(of_batch, state["params"], frozen, batch)
+        return arrays.residuals(of_batch, state["params"], frozen, batch)

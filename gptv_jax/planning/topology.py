@@ -1,4 +1,4 @@
-"""The devices to plan for: `v5e:16x16`, `v5p-128`, `gpu:8xh200`, `cpu:8`."""
+"""Devices to plan for, by name: `v5e:16x16`, `v5p-128`, `gpu:8xh200`, `cpu:8`."""
 
 import contextlib
 import dataclasses
@@ -30,7 +30,7 @@ class _Tpu:
 
 
 TPUS = {
-    # Offline, the compiler knows a v4 only as two devices a chip; at work it is one.
+    # Offline the compiler knows a v4 only as two devices a chip; in use a chip is one device.
     "v4": _Tpu("TPU v4", 3, 2, compiles=False),
     "v5e": _Tpu("TPU v5 lite", 2, 1),
     "v5p": _Tpu("TPU v5", 3, 2),
@@ -38,8 +38,8 @@ TPUS = {
     "tpu7x": _Tpu("TPU7x", 3, 2),
 }
 GPUS = {name: f"NVIDIA {name.upper()}" for name in ("a100", "h100", "h200", "b200")}
-# What libtpu is told before it is loaded: not to look for a cloud host, to let several processes
-# plan at the same time (it would lock a TPU, of which there is none), and to keep its log.
+# Settings of libtpu, to be made before it is loaded: not to look for a cloud host, not to lock a
+# TPU (so that several processes can plan at the same time), and not to write a log.
 LIBTPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -51,7 +51,7 @@ LIBTPU = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Devices, as many as a job would see."""
+    """All devices of a job."""
 
     name: str  # such as v5e:16x16
     platform: str  # tpu, gpu or cpu
@@ -62,37 +62,36 @@ class Topology:
 
     @property
     def count(self) -> int:
-        """Of devices."""
         return self.per_slice * self.slices
 
     @property
     def hardware(self) -> hardware.Hardware | None:
-        """What is known of a device; None for a CPU."""
+        """Speeds and memory of a device; None for a CPU."""
         return hardware.of(self.kind)
 
     @property
     def memory_bytes(self) -> int:
-        """What a program may take on a device; simulated ones share this machine's memory."""
+        """Bytes that a program may take of a device; CPU devices share this machine's memory."""
         if self.hardware:
             return self.hardware.memory_bytes
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // self.count
 
     def prepare(self) -> None:
-        """Has JAX simulate the devices of a CPU topology; to be called before JAX is used."""
+        """Makes JAX simulate the devices of a CPU topology; call it before JAX is used."""
         if self.platform == "cpu":
             jax.config.update("jax_num_cpu_devices", self.count)
 
     def devices(self) -> list:
-        """The devices, for a compiler that has none of them.
+        """The devices to compile for, which this machine need not have.
 
         Raises:
-          InputError: libtpu is not installed, or knows no such topology; or JAX has other devices
-            than these simulated ones already.
+          InputError: libtpu is not installed or does not know the topology, or JAX has fewer
+            simulated devices.
         """
         if self.platform == "cpu":
             if len(jax.devices("cpu")) < self.count:
                 raise InputError(
-                    f"--topology={self.name} needs {self.count} simulated devices, and there are "
+                    f"--topology={self.name} needs {self.count} simulated devices, and JAX has "
                     f"{len(jax.devices('cpu'))}; set JAX_NUM_CPU_DEVICES={self.count}."
                 )
             return jax.devices("cpu")[: self.count]
@@ -109,34 +108,31 @@ class Topology:
                     "pip install libtpu, which needs no TPU."
                 ) from error
             raise InputError(
-                f"--topology={self.name} is none that libtpu knows ({error}); it takes {FORMS}."
+                f"--topology={self.name} is not known to libtpu ({error}); it takes {FORMS}."
             ) from error
         return list(found)
 
     def abstract_mesh(self, sizes: tuple[int, ...]) -> AbstractMesh:
-        """A mesh of these sizes of AXES, to trace programs for this platform under."""
+        """A mesh of these sizes of `sharding.AXES`, to trace programs for this platform."""
         return sharding.abstract_mesh(sizes, self.kind, self.platform)
 
     def mesh(self, config: config_lib.Mesh) -> jax.sharding.Mesh:
-        """The config's mesh over the devices."""
         return sharding.make_mesh(config, self.devices())
 
 
 def parse(name: str, num_slices: int = 1) -> Topology:
-    """The topology of that name.
-
-    Args:
-      name: one of FORMS.
-      num_slices: TPU slices of that shape, or GPU nodes.
+    """The topology of a name in one of FORMS; `num_slices` is of TPU slices or GPU nodes.
 
     Raises:
-      InputError: it is none of the forms.
+      InputError: the name has none of these forms.
     """
     unknown = InputError(f"--topology={name} is not known; it takes {FORMS}.")
     kind, _, rest = name.partition(":")
     if kind == "cpu" and rest.isdigit() and int(rest):
         if num_slices != 1:
-            raise InputError(f"--num_slices={num_slices}, but --topology={name} is one machine.")
+            raise InputError(
+                f"--num_slices is {num_slices}, but --topology={name} is one machine; take 1."
+            )
         return Topology(name, "cpu", "cpu", int(rest), 1, True)
     if kind == "gpu" and (found := re.fullmatch(r"([1-9]\d*)x(\w+)", rest)):
         if found[2] not in GPUS:
@@ -160,20 +156,20 @@ def parse(name: str, num_slices: int = 1) -> Topology:
 
 
 def _shape(chips: int, dimensions: int) -> tuple[int, ...] | None:
-    """The shape of a slice of so many chips, as Cloud TPU has it; None where it has none."""
+    """The shape of Cloud TPU's slice of so many chips; None if Cloud TPU has no such slice."""
     if chips < 1 or chips & (chips - 1):
         return None
     powers = chips.bit_length() - 1
     sides = sorted(
         2 ** (powers // dimensions + (i < powers % dimensions)) for i in range(dimensions)
     )
-    # A host has a square of chips: two along each of the first sides.
+    # A host has 2 x 2 chips, so sides of length 1 come last.
     return tuple([s for s in sides if s > 1] + [s for s in sides if s == 1])
 
 
 @contextlib.contextmanager
 def _silent():
-    """Keeps libtpu from telling, past every setting of its log, that no TPU host is to be found."""
+    """Silences libtpu's message that no TPU host was found, which ignores the log settings."""
     sys.stderr.flush()
     kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 2)

@@ -1,4 +1,4 @@
-"""What a plan asks of the training that it is for."""
+"""What the planner needs to know of a training: its real step, and facts for arithmetic."""
 
 import abc
 from collections.abc import Iterator
@@ -16,82 +16,59 @@ WIDTHS = {"float32": 4, "bfloat16": 2}  # bytes
 
 
 class Call(NamedTuple):
-    """Collectives that the sharding calls for."""
+    """A collective that the sharding of a training requires, `count` times a step."""
 
     kind: str
-    axes: tuple[str, ...]  # of the mesh; those of size 1 do not matter
-    count: int  # a step
-    bytes: float | int  # each time: of the whole array, on one device
+    axes: tuple[str, ...]  # mesh axes; axes of size 1 are ignored
+    count: int
+    bytes: float | int  # of one call: of the whole array, on one device
 
 
 class Training(abc.ABC):
-    """A training: its real step, and what arithmetic knows of it.
+    """A training to be planned; it holds no mesh, so that traced programs serve all meshes.
 
-    It is made of a configuration but holds no mesh, so that what is traced once serves all meshes.
+    In its methods `sizes` are those of the mesh, by axis.
     """
 
-    section: str  # of the configuration, that `train` is
-    sections: tuple[str, ...]  # of the configuration that the mesh must divide
-    unit: str  # what FLOPs are told of: token or image
-    policies: tuple[str, ...]  # of rematerialisation, that there is a choice of
-    splits_batches: bool  # whether there can be microbatches
+    section: str  # path of the section `train` in the configuration
+    sections: tuple[str, ...]  # of the configuration, which the mesh must divide
+    unit: str  # FLOPs are shown per "token" or "image"
+    units: int  # of an image
+    remat: str  # rematerialisation of the layers
+    policies: tuple[str, ...]  # rematerialisations to choose from
+    splits_batches: bool  # whether it takes microbatches
     train: config_lib.Train
-
-    @property
-    @abc.abstractmethod
-    def units(self) -> int:
-        """How many there are in an image."""
-
-    @property
-    @abc.abstractmethod
-    def remat(self) -> str:
-        """Its rematerialisation."""
-
-    @property
-    @abc.abstractmethod
-    def heads(self) -> int:
-        """Parts that "tensor" can split weights into, at most."""
-
-    @property
-    @abc.abstractmethod
-    def positions(self) -> int:
-        """Of an image, that "sequence" can split."""
-
-    @property
-    @abc.abstractmethod
-    def flops(self) -> flops.Flops | flops.OfImage:
-        """That one unit of training needs, the backward pass counted in."""
+    heads: int  # the most parts that the axis "tensor" can split weights into
+    positions: int  # of an image, which the axis "sequence" can split
+    flops: flops.Flops | flops.ImageFlops  # of training on one unit, forward and backward
 
     @abc.abstractmethod
     def executed(self, platform: str, sizes: dict[str, int]) -> int:
-        """FLOPs that a step does, on all devices together."""
+        """FLOPs that a step executes, on all devices together."""
 
     @abc.abstractmethod
     def lower(self, mesh: Mesh) -> jax.stages.Lowered:
-        """The real step for the mesh, which is in force, on abstract arguments."""
+        """The stage's train step for the mesh, which is in force, on abstract arguments."""
 
     @abc.abstractmethod
     def batch(self, rows: int, split: NamedSharding | None = None) -> dict:
-        """Shapes of a batch of so many images."""
+        """Abstract arrays of a batch of `rows` images."""
 
     @abc.abstractmethod
     def state(self, mesh: AbstractMesh) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
-        """Parameters, and what else lasts from step to step."""
+        """Parameters, and all other arrays that live from step to step."""
 
     @abc.abstractmethod
     def activations(self, topology: Topology, sizes: dict[str, int], rows: int) -> int:
-        """Bytes of a device beside state, batch and gradients.
+        """Bytes that a device holds besides state, batch and gradients.
 
-        Args:
-          topology: the devices.
-          sizes: of the mesh, by axis, among those that work on the same rows.
-          rows: images that these work on at a time.
+        `rows` images at a time are worked on by the devices of `sizes`, whose batch axes are 1.
         """
 
     @abc.abstractmethod
     def collectives(self, sizes: dict[str, int]) -> Iterator[Call]:
-        """What the sharding calls for in a step."""
+        """The collectives that the sharding requires in a step."""
 
     @abc.abstractmethod
     def weights_read(self, sizes: dict[str, int]) -> float | int:
-        """Bytes of weights that a device reads and writes in a step, the optimizer aside."""
+        """Bytes of weights that a device reads and writes in a step, without the optimizer."""

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 
 from gptv_jax import sharding
-from gptv_jax.model.gpt import Network, Output, in_order
+from gptv_jax.model.gpt import Network, Output, reorder
 from gptv_jax.train import objective
 from gptv_jax.train.objective import cross_entropy
 from gptv_jax.train.optimizer import apply_update, average
@@ -67,7 +67,7 @@ def _forward(
     start = objective.start_vectors(network, batch, key, condition_on_label=condition_on_label)
     model, tokens = network.bind(params), batch["tokens"]
     output = model(tokens, start, key, mask, order)
-    targets = tokens if order is None else in_order(tokens, order)
+    targets = tokens if order is None else reorder(tokens, order)
     return output, objective.nats_per_token(model, output, targets, mask).mean()
 
 
