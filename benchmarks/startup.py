@@ -131,7 +131,8 @@ def listen(path: str) -> None:
     """Imports what the command imports, then writes down when parts of the train step compile."""
     from jax import monitoring
 
-    from gptv_jax import command, report  # noqa: F401
+    from gptv_jax import command  # noqa: F401
+    from gptv_jax.runs import report  # noqa: F401
     from gptv_jax.stages import finetune, pretrain, probe, sample  # noqa: F401
 
     def write(part: str, seconds: float) -> None:
