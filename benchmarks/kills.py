@@ -1,15 +1,15 @@
-"""Random kills of one short run of the real command, and whether it still ends as it should.
+"""Random kills of one short run of the real command, which must end as an uninterrupted run.
 
     python benchmarks/kills.py [--kills=100] [--seed=0] [--folder=DIR]
 
 All stages run twice, on digits: once uninterrupted, and once killed again and again, by SIGKILL or
-SIGTERM, in training steps, in saves, in evaluations and at any other moment, the same command
-following each time. At the end every array of the last checkpoints must be the same bit for bit,
-and so must the log and the summary, times left out. Prints a table of the kills by what was under
-way, and what they cost; the last line is one JSON object. Exit code 1 where anything differs.
+SIGTERM, in training steps, in saves, in evaluations and at any other moment; the same command
+starts again after each kill. At the end the arrays of the last checkpoints must be equal bit for
+bit, and so must the log and the summary, times left out. Prints a table of the kills by activity,
+with their costs; the last line is one JSON object. The exit code is 1 if anything differs.
 
-The commands start as forks of a process that has imported everything, and with compilations of the
-uninterrupted run, so that a session takes a second or two and not half a minute.
+The commands fork from a process that has imported everything, and find the programs that the
+uninterrupted run compiled, so that a session takes a second or two and not half a minute.
 """
 
 import argparse
@@ -48,12 +48,12 @@ SETTINGS = {
     "sample.count": 4,
     "sample.completions": 4,
 }
-TRAININGS = {  # and where their settings are
+TRAININGS = {  # and the sections of their settings
     "pretrain": "train",
     "finetune": "finetune.train",
     "finetune_scratch": "finetune.train",
 }
-UNDER_WAY = ("training", "save", "evaluation", "elsewhere")  # the last: starting, other stages
+UNDER_WAY = ("training", "save", "evaluation", "elsewhere")  # elsewhere: starts, other stages
 AIMS = {"training": 0.3, "save": 0.3, "evaluation": 0.3, "elsewhere": 0.1}  # share of the kills
 # What differs from run to run.
 TIMES = ("time", "tokens_per_second", "data_wait_share", "mfu", "goodput", "restarts")
@@ -70,7 +70,7 @@ for line in sys.stdin:
     if not child:
         for stream in (1, 2):
             os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
-        # A kill could leave half a compilation: only a run that is left alone writes them down.
+        # A kill could leave half a program in the cache: only an uninterrupted run writes there.
         least = 0.1 if kept else 1e9
         jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
         sys.argv = ["main.py", *arguments]
@@ -82,16 +82,10 @@ for line in sys.stdin:
 
 
 class Command:
-    """The real command, one session after the other, each a process of its own."""
+    """The real command, run in one session after the other, each in a new process."""
 
     def __init__(self, arguments: list[str], log: pathlib.Path, cache: pathlib.Path | None = None):
-        """Imports everything.
-
-        Args:
-          arguments: of the command.
-          log: takes what it prints.
-          cache: of compilations; None: what the environment says.
-        """
+        """Imports everything. `log` takes the output, `cache` the compiled programs, if given."""
         self.arguments, self.log = arguments, log
         environment = os.environ | ({"JAX_COMPILATION_CACHE_DIR": str(cache)} if cache else {})
         environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
@@ -109,18 +103,18 @@ class Command:
         self._server.stdout.close()
 
     def start(self, workdir: pathlib.Path, *, kept: bool = False) -> int:
-        """Starts a session; its process id. `kept`: its compilations are kept."""
+        """Starts a session and returns its process id; `kept`: compiled programs are cached."""
         call = [[*self.arguments, f"--workdir={workdir}"], str(self.log), kept]
         self._server.stdin.write(json.dumps(call) + "\n")
         self._server.stdin.flush()
         return int(self._server.stdout.readline())
 
     def wait(self) -> int:
-        """The exit code of the session; that of a signal is negative."""
+        """The exit code of the session; -N after signal N."""
         return int(self._server.stdout.readline())
 
     def finish(self, workdir: pathlib.Path, *, kept: bool = False) -> None:
-        """A session that is left to end, which it must in good order."""
+        """Runs a session to its end; raises RuntimeError if the exit code is not 0."""
         self.start(workdir, kept=kept)
         if code := self.wait():
             raise RuntimeError(f"exit code {code}: {self.log.read_text()[-3000:]}")
@@ -128,27 +122,27 @@ class Command:
 
 @dataclasses.dataclass
 class Kill:
-    """One session and its end."""
+    """A session that was killed."""
 
     started: float  # seconds since 1970
     by: signal.Signals
     under_way: str  # one of UNDER_WAY
-    code: int  # that it ended with
+    code: int  # exit code
     seconds: float  # from the signal to the end
     steps_redone: int = 0
     seconds_lost: float = 0.0
 
 
 class Observer:
-    """What a run is at, told from outside, by its folder."""
+    """The activity of a run, judged by the files in its folder."""
 
     def __init__(self, folder: pathlib.Path, config: dict):
-        """Of a folder and a configuration by its fields' names."""
+        """Observes a run folder; `config` maps names of fields to values."""
         self.folder = folder
         self.every = {name: config[f"{of}.eval_every"] for name, of in TRAININGS.items()}
 
     def progress(self) -> int:
-        """Steps that have been saved, of all trainings."""
+        """The number of saved steps, over all trainings."""
         saved = {}
         for path in self.folder.glob("checkpoints/*/*"):
             if path.name.isdigit() and path.parent.name in TRAININGS:
@@ -156,14 +150,14 @@ class Observer:
         return sum(saved.values())
 
     def under_way(self, started: float) -> str:
-        """What the session does that was started then; "elsewhere" until it has made a step."""
+        """Activity of the session started at `started`; "elsewhere" until its first step."""
         newest = max(self._sessions(), key=lambda s: s["began"], default=None)
         if not newest or newest["began"] < started or newest["last_step"] == newest["first_step"]:
             return "elsewhere"
         training, last = newest["training"], self._last_event()
         trained = last["stage"] == training and "learning_rate" in last
         if trained and last["step"] % self.every[training] == 0:
-            return "evaluation"  # of which no numbers have come yet
+            return "evaluation"  # its numbers are not logged yet
         if any(self.folder.glob(f"checkpoints/{training}/*.orbax-checkpoint-tmp*")):
             return "save"
         finished = json.loads(read(self.folder / "summary.json", "{}"))
@@ -171,7 +165,7 @@ class Observer:
         return "elsewhere" if ended else "training"
 
     def lost(self, kills: list[Kill]) -> None:
-        """Enters into the kills what they cost, as the run has noted it."""
+        """Adds to each kill the steps and seconds that the run has recorded as lost."""
         for session in self._sessions():
             kill = max((k for k in kills if k.started <= session["began"]), key=lambda k: k.started)
             kill.steps_redone += session["lost_steps"]
@@ -197,14 +191,14 @@ def read(path: pathlib.Path, absent: str = "") -> str:
 def kill_again_and_again(
     command: Command, folder: pathlib.Path, wanted: pathlib.Path, count: int, seed: int
 ) -> list[Kill]:
-    """Runs the command in a folder to its end, over so many kills.
+    """Runs the command in a folder to its end, through `count` kills.
 
     Args:
-      command: which.
-      folder: of the run.
-      wanted: folder of the same run, uninterrupted.
-      count: of the kills.
-      seed: of when and how.
+      command: the command.
+      folder: run folder.
+      wanted: folder of the uninterrupted run.
+      count: number of kills.
+      seed: for the moments and signals.
     """
     rng, kills = random.Random(seed), []
     config = json.loads((wanted / "config.json").read_text())["config"]
@@ -247,13 +241,13 @@ def kill_again_and_again(
 
 
 def running(process: int) -> bool:
-    """Whether it has not ended yet."""
+    """Whether a process has not ended yet."""
     state = read(pathlib.Path(f"/proc/{process}/stat")).rpartition(")")[2].split()
     return bool(state) and state[0] != "Z"
 
 
 def differences(folder: pathlib.Path, wanted: pathlib.Path) -> list[str]:
-    """In what a run folder differs from that of the uninterrupted run, times left out."""
+    """The differences between a run folder and the uninterrupted run's, times left out."""
     found = []
     for training in TRAININGS:
         step, last = (newest(each / "checkpoints" / training) for each in (folder, wanted))
@@ -272,7 +266,7 @@ def differences(folder: pathlib.Path, wanted: pathlib.Path) -> list[str]:
         lines = [text.splitlines() if name.endswith("l") else [text] for text in texts]
         if without_times(lines[0]) != without_times(lines[1]):
             found.append(name)
-    found += [str(path) for path in folder.rglob("*tmp*")]  # left by a kill, and not cleared
+    found += [str(path) for path in folder.rglob("*tmp*")]  # left by a kill and not removed
     return found
 
 
@@ -282,7 +276,7 @@ def newest(folder: pathlib.Path) -> pathlib.Path:
 
 
 def arrays_of(folder: pathlib.Path) -> dict[str, np.ndarray]:
-    """Everything that was saved of a state, by name."""
+    """Every saved array of a state, by name."""
     with ocp.PyTreeCheckpointer() as checkpointer:
         tree = checkpointer.metadata(folder).item_metadata.tree
         as_numpy = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in tree}
@@ -290,12 +284,12 @@ def arrays_of(folder: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def without_times(lines: list[str]) -> list[dict]:
-    """JSON objects without what differs from run to run."""
+    """JSON objects without the values that differ from run to run."""
     return [{k: v for k, v in json.loads(line).items() if not k.endswith(TIMES)} for line in lines]
 
 
 def table(kills: list[Kill]) -> list[dict]:
-    """A row for each signal and each thing that was under way, and one of all."""
+    """A row for each signal and activity, and one for all kills."""
     rows = []
     for by in (signal.SIGKILL, signal.SIGTERM, None):
         for under_way in (*UNDER_WAY, None) if by else (None,):
@@ -313,7 +307,7 @@ def table(kills: list[Kill]) -> list[dict]:
 
 def main() -> None:
     """Runs, kills and compares."""
-    logging.set_verbosity(logging.ERROR)  # Orbax tells what a file does not have
+    logging.set_verbosity(logging.ERROR)  # Orbax warns about files without metadata
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,4 +1,4 @@
-"""The launch scripts: what they print, and what they do where commands of a cloud are stand-ins."""
+"""The launch scripts: the commands they print, and their behaviour with stand-ins for a cloud."""
 
 import os
 import pathlib
@@ -39,7 +39,7 @@ COMMANDS = ["gcloud", "kubectl", "docker", "sbatch", "srun", "scontrol", "git", 
 
 
 def stand_in(folder: pathlib.Path, command: str, body: str) -> None:
-    """A command of that name, found before the real one, that notes its arguments in calls.txt."""
+    """A command found before the real one of the name; it appends its arguments to calls.txt."""
     folder.mkdir(exist_ok=True)
     file = folder / command
     note = f'printf "%s\\n" "$(printf "%q " {command} "$@")" >> "{folder}/calls.txt"'
@@ -54,7 +54,7 @@ def calls(folder: pathlib.Path) -> list[list[str]]:
 
 
 def launch(script: str, arguments: list[str], stubs: pathlib.Path, **environment: str):
-    """The script, ended."""
+    """Runs a script to its end."""
     return subprocess.run(
         ["bash", FOLDER / script, *arguments],
         capture_output=True,
@@ -70,7 +70,7 @@ def environment_of(stubs: pathlib.Path, **more: str) -> dict[str, str]:
 
 
 def printed(script: str, tmp_path: pathlib.Path) -> list[str]:
-    """What a dry run prints, after a check that it did nothing."""
+    """The lines that a dry run prints; checks that the dry run does nothing else."""
     for command in COMMANDS:
         stand_in(tmp_path / "stubs", command, "exit 99")
     before = sorted(tmp_path.rglob("*"))
@@ -87,7 +87,7 @@ def after_dashes(command: list[str]) -> list[str]:
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_script_is_short_says_how_to_use_it_and_takes_no_other_arguments(script, tmp_path):
+def test_a_script_is_short_prints_its_usage_and_refuses_unknown_arguments(script, tmp_path):
     lines = (FOLDER / script).read_text().splitlines()
     assert len(lines) < 60
     assert any(line.startswith("# Usage: ") for line in lines[:10])
@@ -153,7 +153,7 @@ def test_a_tpu_is_asked_for_and_runs_the_same_command_on_every_host(
         ("local.sh", [["--num_processes=2", f"--process_id={i}"] for i in range(2)]),
     ],
 )
-def test_what_a_host_would_run_is_printed(script, distributed, tmp_path):
+def test_a_dry_run_prints_the_commands_of_a_host(script, distributed, tmp_path):
     commands = [shlex.split(x.removesuffix(" &")) for x in printed(script, tmp_path)]
     mains = [command for command in commands if "gptv_jax.main" in command]
     assert len(mains) == len(distributed)
@@ -162,7 +162,7 @@ def test_what_a_host_would_run_is_printed(script, distributed, tmp_path):
 
 
 def one_slice(tmp_path: pathlib.Path, script: str, states: list[str], ends: list[int], *more: str):
-    """A script for real, against a gcloud that finds these states, and whose ssh ends so."""
+    """Runs a script with a gcloud that reports `states` in turn and whose ssh exits with `ends`."""
     for name, lines in (("states", states), ("ends", ends)):
         (tmp_path / name).write_text("".join(f"{line}\n" for line in lines))
     gcloud = f"""next() {{ head -n 1 "{tmp_path}/$1" && sed -i 1d "{tmp_path}/$1"; }}
@@ -197,7 +197,7 @@ def test_a_preempted_pod_is_made_anew_and_runs_again_until_the_run_is_finished(t
         (["FAILED"], [], 1, 0),  # the resource will not come
     ],
 )
-def test_a_pod_gives_up_where_going_on_is_of_no_use(states, ends, code, tried, tmp_path):
+def test_a_pod_gives_up_where_another_start_would_not_help(states, ends, code, tried, tmp_path):
     found, verbs = one_slice(tmp_path, "tpu_pod.sh", states, ends, "--tries=3")
     assert (found, verbs.count("ssh")) == (code, tried)
 
@@ -212,28 +212,28 @@ def test_a_vm_is_made_where_there_is_none(state, before, ends, code, tmp_path):
 
 
 def host(tmp_path: pathlib.Path) -> subprocess.Popen:
-    """tpu_host.sh, for real but for what Python does."""
+    """Starts tpu_host.sh with stand-ins for Python."""
     return subprocess.Popen(
         ["bash", FOLDER / "tpu_host.sh", "--", *FLAGS], env=environment_of(tmp_path / "stubs")
     )
 
 
 def make_host(tmp_path: pathlib.Path, body: str) -> None:
-    """A home folder where gptv_jax.main does what `body` says."""
+    """Makes a home folder whose gptv_jax.main is the shell script `body`."""
     stand_in(tmp_path / "stubs", "python3", "")
     (tmp_path / "gptv_jax.venv").mkdir()
     stand_in(tmp_path / "gptv_jax.venv" / "bin", "python", body)
 
 
 @pytest.mark.parametrize(("ends", "code"), [(0, 0), (1, 78), (143, 143)])
-def test_a_host_tells_what_is_to_be_mended_from_what_gcloud_ends_with(ends, code, tmp_path):
+def test_a_host_ends_with_78_for_an_error_that_the_user_can_mend(ends, code, tmp_path):
     make_host(tmp_path, f"exit {ends}")
     assert host(tmp_path).wait() == code
     main = calls(tmp_path / "gptv_jax.venv" / "bin")
     assert main == [["python", "-m", "gptv_jax.main", *FLAGS]]
 
 
-def test_a_host_runs_one_at_a_time_also_where_ssh_lost_the_one_before(tmp_path):
+def test_a_host_runs_one_command_at_a_time_also_after_ssh_broke_off(tmp_path):
     log = tmp_path / "log"
     make_host(tmp_path, f'echo begin >> "{log}"; sleep 1; echo end >> "{log}"')
     first = host(tmp_path)
@@ -249,7 +249,7 @@ def test_a_host_runs_one_at_a_time_also_where_ssh_lost_the_one_before(tmp_path):
     assert log.read_text().split() == ["begin", "end"] * 2
 
 
-def test_the_jobset_has_what_its_controller_needs(tmp_path):
+def test_the_jobset_has_the_fields_that_its_controller_needs(tmp_path):
     first, *lines, last = printed("gke_jobset.sh", tmp_path)
     assert first == "kubectl apply --filename=- <<'END'" and last == "END"
     manifest = yaml.safe_load("\n".join(lines))
@@ -296,7 +296,7 @@ def test_the_jobset_is_applied_as_it_is_printed(tmp_path):
     ("ends", "starts", "again"),
     [(0, "", 0), (1, "", 0), (143, "", 1), (143, "50", 1), (134, "", 1), (134, "20", 0)],
 )
-def test_a_slurm_job_is_queued_again_where_that_is_of_use(ends, starts, again, tmp_path):
+def test_a_slurm_job_is_queued_again_where_another_start_may_help(ends, starts, again, tmp_path):
     stand_in(tmp_path, "srun", f"exit {ends}")
     stand_in(tmp_path, "scontrol", "")
     more = {"SLURM_JOB_ID": "7"} | ({"SLURM_RESTART_COUNT": starts} if starts else {})
@@ -316,7 +316,7 @@ def test_a_slurm_job_asks_for_notice_and_to_be_queued_again():
 
 
 def local(tmp_path: pathlib.Path, body: str) -> subprocess.Popen:
-    """local.sh with three processes, where gptv_jax.main does what `body` says."""
+    """Starts local.sh with three processes, whose gptv_jax.main is the shell script `body`."""
     real = f'[[ $1 != -c ]] || exec {sys.executable} "$@"'  # finds a free port
     number = "[[ $* =~ --process_id=([0-9]) ]] && id=${BASH_REMATCH[1]}"
     stand_in(tmp_path / "stubs", "python", f"{real}\n{number}\n{body}")
@@ -346,7 +346,7 @@ def test_local_processes_find_each_other(tmp_path):
         assert "--num_processes=3" in command and command[-len(FLAGS) :] == FLAGS
 
 
-def test_local_processes_are_stopped_where_one_ends_badly(tmp_path):
+def test_local_processes_are_stopped_when_one_fails(tmp_path):
     run = local(tmp_path, f"if ((id == 1)); then sleep 0.5; exit 3; fi; {WAIT}")
     output, _ = run.communicate(timeout=60)
     assert (run.returncode, sorted(output.split("\n"))) == (3, ["", "[0] stopped", "[2] stopped"])

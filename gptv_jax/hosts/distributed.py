@@ -37,13 +37,7 @@ from gptv_jax.hosts import stopping
 
 WAYS = ("auto", "off", "tpu", "slurm")
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-SLURM = (
-    "SLURM_JOB_ID",
-    "SLURM_STEP_NODELIST",
-    "SLURM_NTASKS",
-    "SLURM_PROCID",
-    "SLURM_LOCALID",
-)
+SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 TPU_HOSTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")  # comma-separated; GKE sets them
 MEETING = 300  # seconds in which all processes must have started
 HEARTBEAT = 40  # seconds without a heartbeat after which JAX counts a process as dead
@@ -149,11 +143,7 @@ def start(
 ) -> None:
     """Meets the other processes, if any; to be called before JAX is asked for a device.
 
-    Args:
-      how: one of `WAYS`.
-      coordinator: HOST:PORT of process 0.
-      num_processes: number of processes.
-      process_id: index of this process.
+    The arguments are the values of the flags. Of several processes each returns in a child process.
 
     Raises:
       InputError: as `decide`, or the processes do not meet.

@@ -1,4 +1,4 @@
-"""Values that the processes of a run send each other."""
+"""Values that the processes of a run send each other, as JSON or bytes."""
 
 import json
 from collections.abc import Callable
@@ -11,10 +11,10 @@ from gptv_jax.errors import InputError
 
 
 def from_first(function: Callable[[], object]):
-    """What `function()` gives on process 0, which alone calls it, as JSON keeps it.
+    """The value of `function()` on process 0, which alone calls it; sent to the others as JSON.
 
     Raises:
-      InputError: it raised one; on all processes.
+      InputError: `function` raised it on process 0; every process raises it.
     """
     if jax.process_count() == 1:
         return function()
@@ -31,7 +31,7 @@ def from_first(function: Callable[[], object]):
 
 
 def bytes_of_first(content: bytes) -> bytes:
-    """Process 0's content, on all processes."""
+    """The content that process 0 gives, on every process."""
     if jax.process_count() == 1:
         return content
     length = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
@@ -39,7 +39,7 @@ def bytes_of_first(content: bytes) -> bytes:
 
 
 def from_all(value) -> list:
-    """Every process's value, in order, as JSON keeps it."""
+    """The values that all processes give, in the order of the processes; sent as JSON."""
     if jax.process_count() == 1:
         return [value]
     content = json.dumps(value).encode()
@@ -49,6 +49,6 @@ def from_all(value) -> list:
 
 
 def _padded(content: bytes, length: int) -> np.ndarray:
-    """As uint8, of one of few sizes, for each of which JAX compiles once."""
+    """The content as uint8, padded to a power of two, so that JAX compiles for few sizes."""
     size = max(1 << (int(length) - 1).bit_length(), 1024)
     return np.frombuffer(content.ljust(size, b"\0"), np.uint8)

@@ -54,17 +54,11 @@ def open_run(config: config_lib.Config, workdir: str, wanted: list[str] | None =
         check_guidable(config.model, f"config.sample.guidance is {config.sample.guidance:g}")
     for entries in _training_transforms(config, stages):
         transforms.check(entries, config.data.eval_transforms)
-    hosts.from_first(
-        lambda: _prepare(
-            config,
-            folder,
-            stages,
-            {
-                "images": {split: len(source) for split, source in opened.items()},
-                "classes": getattr(sources.open_data_set(config.data), "class_names", classes),
-            },
-        )
-    )
+    data = {
+        "images": {split: len(source) for split, source in opened.items()},
+        "classes": getattr(sources.open_data_set(config.data), "class_names", classes),
+    }
+    hosts.from_first(lambda: _prepare(config, folder, stages, data))
     files.claim(folder.path, "workdir")  # every process names the damaged images that it meets
     images = Pipeline(config.data, None, config.seed, folder.path, sharding.batch_share(mesh))
     log = MetricWriter(folder.path)
@@ -72,13 +66,10 @@ def open_run(config: config_lib.Config, workdir: str, wanted: list[str] | None =
 
 
 def with_codec(context: Context) -> Context:
-    """The context with the codec of the palette or tokenizer that the run folder keeps by now."""
-    definition, kind = _kept_definition(context), context.config.tokens.kind
-    return (
-        context
-        if definition is None and kind in tokens.DEFINITIONS
-        else context.with_definition(definition)
-    )
+    """The context with its codec, unless the tokenizer is still to be trained."""
+    definition = _kept_definition(context)
+    untrained = definition is None and context.config.tokens.kind in tokens.DEFINITIONS
+    return context if untrained else context.with_definition(definition)
 
 
 def check_same_settings(config: config_lib.Config) -> None:
