@@ -171,10 +171,7 @@ def fit(folder, config=None, stop=None, test_shift=0, network=NETWORK) -> dict:
         shift = test_shift if split == "test" else 0
         yield batch | {"label": (batch["label"] + np.int32(shift)) % np.int32(CLASSES)}
 
-    with (
-        jax.set_mesh(make_mesh((1, 1, 1))),
-        Checkpoints(folder / "checkpoints") as checkpoints,
-    ):
+    with jax.set_mesh(make_mesh((1, 1, 1))), Checkpoints(folder / "checkpoints") as checkpoints:
         return sgd.fit(
             heads,
             random_params(network),
@@ -182,7 +179,6 @@ def fit(folder, config=None, stop=None, test_shift=0, network=NETWORK) -> dict:
             log=MetricWriter(folder),
             training=training,
             evaluation=evaluation,
-            features=features.of_network(network, random_params(network), evaluation, raw=False),
             seed=0,
         )
 

@@ -36,20 +36,14 @@ def read(
     network: Network, params: dict, batch: dict, *, raw: bool, votes: int
 ) -> Float[Array, "votes layers B D"]:
     """Every layer's features, averaged over positions, under each of the first `votes` masks."""
-    outputs = (
-        objective.evaluate_batch(network, params, batch, v, raw=raw)[0] for v in range(votes)
-    )
-    return jnp.stack([output.pooled for output in outputs])
+    outputs = [objective.evaluate_batch(network, params, batch, v, raw=raw) for v in range(votes)]
+    return jnp.stack([output.pooled for output, _ in outputs])
 
 
 def batches(data: Pipeline, config: config_lib.Probe) -> Batches:
     """The images that are probed, without augmentation, split by split."""
-
-    def of_split(split: str) -> Iterator[dict]:
-        limit = config.train_images if split == "train" else None
-        return data.evaluation(split, config.batch_size, limit)
-
-    return of_split
+    limits = {"train": config.train_images}
+    return lambda split: data.evaluation(split, config.batch_size, limits.get(split))
 
 
 def of_network(network: Network, params: dict, batches: Batches, *, raw: bool) -> Features:
@@ -96,7 +90,6 @@ class Kept:
         self._kept: dict[str, tuple[list, list]] = {}
 
     def __call__(self, split: str) -> Iterator[tuple[Array, dict]]:
-        """The features of a split; `taken` has them when the iterator has ended."""
         features, labels = self._kept[split] = [], []
         for x, batch in self.features(split):
             if self.layers:

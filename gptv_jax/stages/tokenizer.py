@@ -66,9 +66,8 @@ def run_stage(context: Context) -> dict:
             )
         return found
 
-    with Checkpoints(
-        context.folder.checkpoints("tokenizer"), train.keep_checkpoints
-    ) as checkpoints:
+    folder = context.folder.checkpoints("tokenizer")
+    with Checkpoints(folder, train.keep_checkpoints) as checkpoints:
         fitted = loop.fit(
             "tokenizer",
             train,
@@ -108,15 +107,10 @@ def _on_host(params: dict) -> dict[str, np.ndarray]:
 
 def _provenance(context: Context, steps: int) -> dict:
     data, settings = context.config.data, context.config.tokenizer
-    return {
-        "data": data.name,
-        "split": data.train_split,
-        "image_size": data.image_size,
-        "transforms": list(settings.train_transforms or data.train_transforms),
-        "steps": steps,
-        "batch_size": settings.train.batch_size,
-        "seed": context.config.seed,
-    }
+    found = {"data": data.name, "split": data.train_split, "image_size": data.image_size}
+    found["transforms"] = list(settings.train_transforms or data.train_transforms)
+    size, seed = settings.train.batch_size, context.config.seed
+    return found | {"steps": steps, "batch_size": size, "seed": seed}
 
 
 def _picture(context: Context) -> None:
