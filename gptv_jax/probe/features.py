@@ -1,5 +1,6 @@
 """The features that a probe reads: every layer of a frozen network, or the pixels themselves."""
 
+import collections
 import functools
 import logging
 import time
@@ -86,8 +87,7 @@ class Kept:
     """Passes features on, and keeps some layers' features of the real rows in host memory."""
 
     def __init__(self, features: Features, layers: Sequence[int]):
-        self.features, self.layers = features, list(layers)
-        self._kept: dict[str, tuple[list, list]] = {}
+        self.features, self.layers, self._kept = features, list(layers), {}
 
     def __call__(self, split: str) -> Iterator[tuple[Array, dict]]:
         features, labels = self._kept[split] = [], []
@@ -113,16 +113,12 @@ def kept(features: Features, layers: Sequence[int]) -> Kept:
     """Reads all three splits and keeps the features of `layers`."""
     keeper = Kept(features, layers)
     for split in ("train", "validation", "test"):
-        for _ in keeper(split):
-            pass
+        collections.deque(keeper(split), maxlen=0)
     return keeper
 
 
 def statistics(features: Features) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation, each [L+1, D] in float64, over the first training images.
-
-    The deviation of a constant feature is given as 1, so that dividing by it changes nothing.
-    """
+    """Mean and standard deviation (1 for a constant), [L+1, D], over the first training images."""
     seen: list[np.ndarray] = []
     for x, batch in features("train"):
         every, mask = multihost_utils.process_allgather((x, batch["mask"]), tiled=True)

@@ -76,11 +76,7 @@ def with_few_labels(config: config_lib.Probe, splits: dict[str, Split], seed: in
 def draw(
     labels: Int[np.ndarray, "N"], per_class: int, rng: np.random.Generator
 ) -> Int[np.ndarray, "chosen"]:
-    """Indices of `per_class` different images of every class, sorted.
-
-    Raises:
-      InputError: a class has fewer images.
-    """
+    """Indices of `per_class` images of every class, sorted; InputError where there are fewer."""
     classes, counts = np.unique(labels, return_counts=True)
     if counts.min() < per_class:
         raise InputError(
@@ -100,7 +96,6 @@ def _accuracy(model, features: np.ndarray, labels: np.ndarray) -> float:
 
 
 def _nats(model, features: np.ndarray, labels: np.ndarray) -> float:
-    """Cross-entropy in nats per image, averaged over the votes."""
     # A class that no training image has gets probability 0.
     known = model.classes_.astype(int)
     likely = np.zeros((len(features), max(known.max(), labels.max()) + 1))

@@ -1,9 +1,8 @@
 """Ridge regression of the class on the features of all layers at once, from streamed moments.
 
-One pass over a split, batch by batch, sums up the products of its features and its features by
-class. From these sums the regression follows in closed form for any strength. With standardised
-features Z [N, D] and one-hot classes Y [N, C] it minimises
-|Y - Z W - b|^2 + strength * N * |W|^2, as scikit-learn's
+One pass over a split sums up the products of its features and its features by class; from these
+sums the regression follows in closed form for any strength. With standardised features Z [N, D] and
+one-hot classes Y [N, C] it minimises |Y - Z W - b|^2 + strength * N * |W|^2, as scikit-learn's
 `make_pipeline(StandardScaler(), Ridge(alpha=strength * N))` does.
 
 Letters: S strengths, L layers (one more than the network has), D width, C classes, B batch.
@@ -175,9 +174,8 @@ def tabulate(
     best = strengths[validation.argmax(axis=0)]  # the first of equals
     columns = {"ridge": best, "ridge_validation_accuracy": validation.max(axis=0)}
     if test:
-        columns["ridge_test_accuracy"] = accuracies("test", solve(moments, best[None]), fold=False)[
-            0
-        ]
+        final = solve(moments, best[None])
+        columns["ridge_test_accuracy"] = accuracies("test", final, fold=False)[0]
     return [{k: float(v[layer]) for k, v in columns.items()} for layer in range(len(best))]
 
 

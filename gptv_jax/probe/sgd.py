@@ -94,9 +94,8 @@ class Heads:
         source = output.kept if keep else output.pooled
         for name, groups in self.stacks().items():
             w = {leaf: sharding.gather(each, jnp.float32) for leaf, each in weights[name].items()}
-            at = [[keep.index(layer) if keep else layer for layer in group] for group in groups]
-            x = jnp.stack([jnp.stack([source[i] for i in group]) for group in at])
-            x = x.astype(jnp.float32)
+            read = (lambda i: source[keep.index(i)]) if keep else source.__getitem__
+            x = jnp.stack([jnp.stack([*map(read, group)]) for group in groups]).astype(jnp.float32)
             if keep:
                 scores = jnp.einsum("gnbtd,grnd->grnbt", x, w["query"]) / x.shape[-1] ** 0.5
                 shares, spec = jax.nn.softmax(scores, axis=-1), P(None, None, None, sharding.BATCH)
@@ -188,10 +187,7 @@ def fit(
 def make_optimizer(
     config: config_lib.ProbeSgd,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """SGD with momentum, every head at its own rate, and the highest rate by step.
-
-    All rates fall to 0 along a cosine.
-    """
+    """SGD with momentum, every head at its own rate (all fall along a cosine), and the highest."""
     shape = optax.cosine_decay_schedule(1.0, config.steps)
 
     def scaled(leaf: Array, _) -> Array:

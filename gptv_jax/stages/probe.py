@@ -157,7 +157,6 @@ def _by_sgd(context: Context, network: Network, trained: dict, initial: dict) ->
 
 
 def _table(name: str, read: Features, context: Context) -> list[dict]:
-    """The ridge regression's rows; logs the best layer."""
     rows = ridge.tabulate(read, context.classes, context.config.probe.ridge)
     layer, accuracy, _ = ridge.summarise(rows).values()
     LOG.info("%s: ridge reads %.4f of validation from layer %d.", name, accuracy, layer)
@@ -165,7 +164,6 @@ def _table(name: str, read: Features, context: Context) -> list[dict]:
 
 
 def _concatenated(window: tuple[int, ...], row: dict) -> dict:
-    """The summary's numbers of the concatenated layers."""
     named = {"first_layer": window[0], "last_layer": window[-1]} | {k: row[k] for k in RESULTS}
     return {f"concatenated_{name}": value for name, value in named.items()}
 

@@ -41,13 +41,10 @@ def run_stage(context: Context) -> dict:
     if settings.lpips:
         weights = lpips.load(settings.lpips_weights)
         frozen = {"vgg": jax.device_put(weights, NamedSharding(context.mesh, P()))}
+    loss = autoencoding.make_loss(network, settings)
+    after = autoencoding.make_after(network, settings)
     train_step = step.make_train_step(
-        autoencoding.make_loss(network, settings),
-        update,
-        rate,
-        seed=config.seed,
-        ema=train.ema,
-        after=autoencoding.make_after(network, settings),
+        loss, update, rate, seed=config.seed, ema=train.ema, after=after
     )
     metric = evaluation.Metric(autoencoding.make_eval_step(network), autoencoding.health)
 
@@ -100,7 +97,6 @@ def run_stage(context: Context) -> dict:
 
 
 def _on_host(params: dict) -> dict[str, np.ndarray]:
-    """The weights by flat name, unsharded, on every process."""
     whole = jax.jit(lambda tree: jax.tree.map(lambda x: jax.sharding.reshard(x, P()), tree))(params)
     return {name: np.asarray(leaf) for name, leaf in sharding.by_name(whole).items()}
 

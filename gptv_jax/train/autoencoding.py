@@ -1,4 +1,8 @@
-"""Training and evaluation of a tokenizer's encoder and decoder, as pure functions for `jax.jit`."""
+"""Training and evaluation of a tokenizer's encoder and decoder, as pure functions for `jax.jit`.
+
+PSNR and SSIM, to report and to train by, take images [B, H, W, C] of one range and return a number
+for each image.
+"""
 
 import functools
 from collections.abc import Callable
@@ -162,7 +166,6 @@ def make_loss(config: config_lib.Autoencoder, settings: config_lib.Tokenizer) ->
     `frozen` holds "vgg", LPIPS's weights, where `settings.lpips` is not 0, and "critic", the
     discriminator's state, where `settings.adversarial` is not.
     """
-    terms = {name: term for name, term in TERMS.items() if getattr(settings, name)}
 
     def loss(params, frozen, batch, key, step) -> tuple[Array, dict]:
         del key
@@ -170,7 +173,7 @@ def make_loss(config: config_lib.Autoencoder, settings: config_lib.Tokenizer) ->
         z = model.encoder(images)
         quantized = model.quantizer(z)
         restored = model.decoder(quantized.values)
-        parts = {name: term(restored, images).mean() for name, term in terms.items()}
+        parts = {k: f(restored, images).mean() for k, f in TERMS.items() if getattr(settings, k)}
         if settings.lpips:
             parts["lpips"] = lpips.distance(frozen["vgg"], restored, images).mean()
         if config.quantizer == "vq":

@@ -51,7 +51,6 @@ class Clock:
         return {"tokens_per_second": speed, "data_wait_share": wait / seconds}
 
     def tokens_per_second(self, tokens_per_step: int) -> float | None:
-        """Over the whole training, in all its sessions."""
         seconds, steps, _ = self.total
         return steps * tokens_per_step / seconds if steps else None
 

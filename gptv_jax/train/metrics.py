@@ -50,7 +50,6 @@ class MetricWriter:
         self._show(event)
 
     def count(self, stage: str) -> int:
-        """Number of a stage's events in the log since its last `rewind`, those kept included."""
         return self._counts[stage]
 
     def rewind(self, stage: str, step: int, count: int | None = None) -> None:
