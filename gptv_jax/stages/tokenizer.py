@@ -79,7 +79,14 @@ def run_stage(context: Context) -> dict:
             evaluate=evaluate,
         )
     found, speed = evaluate(fitted.params, "test"), fitted.tokens_per_second
-    tokenizer = Tokenizer(network, _on_host(fitted.params), _provenance(context, fitted.step))
+    # The weights by flat name, unsharded, on every process.
+    whole = jax.jit(functools.partial(jax.tree.map, lambda x: jax.sharding.reshard(x, P())))
+    weights = {k: np.asarray(v) for k, v in sharding.by_name(whole(fitted.params)).items()}
+    data, transforms = config.data, settings.train_transforms or config.data.train_transforms
+    made_by = {"data": data.name, "split": data.train_split, "image_size": data.image_size}
+    made_by |= {"transforms": list(transforms), "steps": fitted.step}
+    made_by |= {"batch_size": train.batch_size, "seed": config.seed}
+    tokenizer = Tokenizer(network, weights, made_by)
     if jax.process_index() == 0:
         tokens.save_definition(tokenizer, context.folder.path)
     _picture(context.with_definition(tokenizer))
@@ -94,19 +101,6 @@ def run_stage(context: Context) -> dict:
         "mfu": metrics.mfu(image_flops // length, speed),
         **fitted.sessions,
     }
-
-
-def _on_host(params: dict) -> dict[str, np.ndarray]:
-    whole = jax.jit(lambda tree: jax.tree.map(lambda x: jax.sharding.reshard(x, P()), tree))(params)
-    return {name: np.asarray(leaf) for name, leaf in sharding.by_name(whole).items()}
-
-
-def _provenance(context: Context, steps: int) -> dict:
-    data, settings = context.config.data, context.config.tokenizer
-    found = {"data": data.name, "split": data.train_split, "image_size": data.image_size}
-    found["transforms"] = list(settings.train_transforms or data.train_transforms)
-    size, seed = settings.train.batch_size, context.config.seed
-    return found | {"steps": steps, "batch_size": size, "seed": seed}
 
 
 def _picture(context: Context) -> None:

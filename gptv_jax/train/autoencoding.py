@@ -4,7 +4,6 @@ PSNR and SSIM, to report and to train by, take images [B, H, W, C] of one range 
 for each image.
 """
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -90,18 +89,13 @@ def ssim(
 def _blurred(x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
     """Means under the Gaussian window at every place where the whole window is in the image."""
     side = min(WINDOW, *x.shape[1:3])
-    window = _window(side).astype(x.dtype)
+    weights = np.exp(-0.5 * ((np.arange(side) - (side - 1) / 2) / SIGMA) ** 2)
+    window = (weights / weights.sum()).astype(x.dtype)
     for axis in (1, 2):
         count = x.shape[axis] - side + 1
         parts = [jax.lax.slice_in_dim(x, i, i + count, axis=axis) for i in range(side)]
         x = sum(weight * part for weight, part in zip(window, parts, strict=True))
     return x
-
-
-@functools.cache
-def _window(side: int) -> np.ndarray:
-    weights = np.exp(-0.5 * ((np.arange(side) - (side - 1) / 2) / SIGMA) ** 2)
-    return weights / weights.sum()
 
 
 TERMS = {"l1": l1, "l2": l2, "gradient": gradient, "ssim": lambda *pair: 1 - ssim(*pair)}
