@@ -144,7 +144,7 @@ def test_the_frozen_weights_are_an_argument_not_a_constant(one_device):
     network = tiny_network(width=64)
     heads = sgd.Heads(network, settings(), CLASSES, ((1,),))
     take, update = step_of(heads)
-    state = sharding.abstract(lambda key: step.state_of(heads.init(key), update))
+    state = sharding.abstract(lambda _: step.state_of(heads.init(), update))
     frozen = sharding.abstract(network.init)
     lowered = take.lower(state, sharding.global_batch(labelled(0)), frozen)
     weights = network.config.layers * 12 * network.config.width**2

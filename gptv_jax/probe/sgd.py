@@ -51,13 +51,12 @@ class Heads:
         sizes = sorted({len(group) for group in self.groups})
         return {f"layers_{n}": [g for g in self.groups if len(g) == n] for n in sizes}
 
-    def init(self, key: PRNGKeyArray | None = None) -> dict:
+    def init(self) -> dict:
         """Float32 zeros, as the network's own heads begin; call it under a mesh, inside jit.
 
         "query" is for attentive pooling, where zeros weigh all positions alike. "center" and
         "scale" standardise; they are the same for all rates and are not trained.
         """
-        del key
         R, C, D = len(self.config.sgd.learning_rates), self.classes, self.network.config.width
         weights = {}
         for name, groups in self.stacks().items():
@@ -131,8 +130,8 @@ def fit(
     train_step = step.make_train_step(make_loss(heads), optimizer, rate, seed=seed)
     eval_step = make_eval_step(heads)
 
-    def init(key: PRNGKeyArray) -> dict:
-        return step.state_of(heads.init(key), optimizer)
+    def init(_: PRNGKeyArray) -> dict:
+        return step.state_of(heads.init(), optimizer)
 
     def initial() -> dict:
         state = jax.jit(init)(jax.random.key(seed))
@@ -222,8 +221,8 @@ def make_loss(heads: Heads) -> Callable:
 def make_eval_step(heads: Heads) -> Callable:
     """`(params, frozen, batch) -> sums` over the rows whose "mask" is 1, jitted.
 
-    {"images", "accuracy": {stack: [G, R]}, "class_nats": {stack: [G, R]}}: number of images, of
-    images that a head classifies correctly (by majority vote), and nats, averaged over the votes.
+    {"images", "accuracy": {stack: [G, R]}, "class_nats": {stack: [G, R]}}: images that a head
+    classifies correctly by majority vote, and nats, averaged over the votes.
     """
     network = heads.network
 

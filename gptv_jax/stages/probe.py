@@ -169,6 +169,5 @@ def _concatenated(window: tuple[int, ...], row: dict) -> dict:
 
 
 def _best(rows: list[dict]) -> int:
-    """The best of the refined layers."""
     refined = [i for i, row in enumerate(rows) if "validation_accuracy" in row]
     return max(refined, key=lambda i: preference(rows[i]))
