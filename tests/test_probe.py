@@ -17,12 +17,11 @@ import gptv_jax
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.checkpoint import Checkpoints
-from gptv_jax.config import rules
 from gptv_jax.errors import InputError
 from gptv_jax.probe import features, logistic, ridge
 from gptv_jax.runs import report
 from gptv_jax.runs.context import Context
-from gptv_jax.stages import finetune, pretrain, probe, reports, setup
+from gptv_jax.stages import STAGES, finetune, pretrain, probe, reports, setup
 from gptv_jax.stages import pretrained as pretrained_weights
 from gptv_jax.train import objective
 
@@ -387,7 +386,7 @@ def test_fine_tuning_only_centres_a_constant_feature(probed_in_passing, tmp_path
 def test_settings_that_do_not_fit_together_are_refused(changes, words):
     config = config_lib.Config(probe=config_lib.Probe(**changes))
     with pytest.raises(InputError) as error:
-        rules.check_sections(config, ["probe"])
+        STAGES["probe"].check(config)
     assert all(word in str(error.value) for word in words)
 
 
