@@ -16,7 +16,7 @@ from gptv_jax.data import cache, pipeline, sources, transforms
 from gptv_jax.data.damage import DamageLog
 from gptv_jax.errors import InputError
 from gptv_jax.stages import codec
-from gptv_jax.tokens.statistics import TokenStatistics
+from gptv_jax.tokens.codec import TokenStatistics
 from gptv_jax.train.metrics import Progress
 
 OUT = flags.DEFINE_string("out", None, "New folder for the token cache.")

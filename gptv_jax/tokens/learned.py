@@ -40,7 +40,6 @@ class Tokenizer:
 
     @functools.cached_property
     def hash(self) -> str:
-        """Hash of the weights."""
         return files.hash_arrays(self.params)
 
     def equivalent(self, other: "Tokenizer") -> bool:
@@ -53,11 +52,7 @@ class Tokenizer:
         return list_differences(fields.flatten(self.config, prefix), fields.flatten(config, prefix))
 
     def checked(self, where: str) -> "Tokenizer":
-        """Returns the tokenizer itself if its weights fit its configuration.
-
-        Raises:
-          InputError: lists every weight that is missing, unexpected, misshapen or not finite.
-        """
+        """The tokenizer; InputError lists weights missing, unexpected, misshapen or not finite."""
         expected = {name: leaf.shape for name, leaf in _abstract(self.config).items()}
         found = {name: array.shape for name, array in self.params.items()}
         wrong = list_differences(expected, found)
@@ -78,11 +73,7 @@ class Tokenizer:
 
 
 def from_description(header: dict, params: dict[str, np.ndarray], where: str) -> Tokenizer:
-    """The tokenizer with these weights whose `description()` is `header`.
-
-    Raises:
-      InputError: the header is damaged or of another format, or the weights do not fit.
-    """
+    """The tokenizer with these weights whose `description()` is `header`."""
     try:
         if (found := header["format"]) != FORMAT:
             raise InputError(f"{where} is of format {found}; this version reads {FORMAT}.")
@@ -94,11 +85,7 @@ def from_description(header: dict, params: dict[str, np.ndarray], where: str) ->
 
 
 def load(path: str | pathlib.Path) -> Tokenizer:
-    """Reads a tokenizer: a file of `Tokenizer.save`, or the run folder that trained it.
-
-    Raises:
-      InputError: the file does not exist or is damaged.
-    """
+    """Reads a tokenizer: a file of `Tokenizer.save`, or the run folder that trained it."""
     path = pathlib.Path(path).absolute()
     if path.is_dir():
         path = path / FILE
@@ -128,11 +115,7 @@ class LearnedCodec(Codec):
         self.image_shape = (size, size, config.channels)
 
     def encode(self, images: UInt8[AnyArray, "B H W C"]) -> Int[np.ndarray, "B T"]:
-        """Int32 tokens, which depend neither on the other images of the batch nor on the devices.
-
-        Raises:
-          InputError: images of another type or shape.
-        """
+        """Int32 tokens, which depend neither on the other images of the batch nor on the devices."""
         images = np.asarray(images)
         if images.dtype != np.uint8 or images.shape[1:] != self.image_shape:
             shown = ", ".join(map(str, self.image_shape))
@@ -145,11 +128,6 @@ class LearnedCodec(Codec):
     def decode(
         self, tokens: Int[AnyArray, "B N"], grid: tuple[int, int] | None = None
     ) -> UInt8[np.ndarray, "B H W C"]:
-        """Images, 0 to 255.
-
-        Raises:
-          InputError: tokens of another type, number or range.
-        """
         tokens, length = np.asarray(tokens), math.prod(grid or self.grid)
         if tokens.dtype.kind not in "iu" or tokens.ndim != 2 or tokens.shape[1] != length:
             raise InputError(
