@@ -81,7 +81,7 @@ class Pipeline:
         source, steps = _opened(self.config, split, self.config.eval_transforms)
         padded = _PaddedSource(source, batch_size, limit)
         example = _Example(padded, steps, self._worker_codec(split))
-        data = grain.MapDataset.range(len(padded)).map(example.map)
+        data = grain.MapDataset.range(len(padded)).map(example.random_map)
         read = _read_ahead(self._share(data, batch_size), source, self.config.workers)
         return self._watched(self._encoded(read), split, source, batch_size)
 
@@ -163,7 +163,7 @@ def images(
     data = grain.MapDataset.range(len(source))
     if count is not None and count < len(source):
         data = data.seed(seed).shuffle()[:count]
-    data = data.map(_Example(source, steps).image)
+    data = data.map(_Example(source, steps).random_map)
     for number, element in enumerate(_read_ahead(data, source, config.workers), start=1):
         damaged = element.pop("damaged", None)
         if damaged is not None:
@@ -218,13 +218,7 @@ class _Example(grain.transforms.RandomMap):
     steps: list[transforms.Transform]
     codec: Codec | None = None
 
-    def random_map(self, index: int, rng: np.random.Generator) -> dict:
-        return self._with_tokens(self.image(index, rng))
-
-    def map(self, index: int) -> dict:
-        return self._with_tokens(self.image(index))
-
-    def image(self, index: int, rng: np.random.Generator | None = None) -> dict:
+    def random_map(self, index: int, rng: np.random.Generator | None = None) -> dict:
         element = {**self.source[index], "variant": np.int32(0)}
         for step in self.steps:
             if getattr(step, "variants", 1) > 1:
@@ -232,9 +226,6 @@ class _Example(grain.transforms.RandomMap):
                 element["image"] = step.variant(element["image"], int(element["variant"]))
             else:
                 element["image"] = step(element["image"], rng)
-        return element
-
-    def _with_tokens(self, element: dict) -> dict:
         if self.codec is None:
             return element
         return {"tokens": to_tokens(self.codec, element.pop("image")), **element}

@@ -85,19 +85,20 @@ def _accepted(images: np.ndarray, labels: np.ndarray | None) -> bool:
     pixels = images.ndim == 4 and images.dtype == np.uint8 and len(images) > 0
     if not pixels or labels is None:
         return pixels
-    whole = labels.shape == images.shape[:1] and labels.dtype.kind in "iu"
-    return whole and bool(labels.min() >= 0)
+    return (
+        labels.shape == images.shape[:1] and labels.dtype.kind in "iu" and bool(labels.min() >= 0)
+    )
 
 
 class _ArraysSplit:
-    def __init__(self, split: str, images: np.ndarray, labels: np.ndarray | None):
-        self.split, self.images, self.labels = split, images, labels
+    def __init__(self, split: str, images, labels):
+        self.split, self.data, self.labels = split, images, labels
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.data)
 
     def __getitem__(self, index: int) -> dict:
-        image = {"image": self.images[index]}
+        image = {"image": self.data[index]}
         return image if self.labels is None else {**image, "label": np.int32(self.labels[index])}
 
     def name(self, index: int) -> str:
@@ -188,28 +189,21 @@ class Tfds:
         return _TfdsSplit(f"{self.name}/{split}", data, bool(self.classes))
 
 
-class _TfdsSplit:
-    def __init__(self, split: str, data, labelled: bool):
-        self.split, self.data, self.labelled = split, data, labelled
-
-    def __len__(self) -> int:
-        return len(self.data)
+class _TfdsSplit(_ArraysSplit):
+    """TFDS reads an image and its label together, as one example of `data`."""
 
     def __getitem__(self, index: int) -> dict:
         example = self.data[index]
         image = {"image": example["image"]}
-        return {**image, "label": np.int32(example["label"])} if self.labelled else image
-
-    def name(self, index: int) -> str:
-        return f"{self.split}[{index}]"
+        return {**image, "label": np.int32(example["label"])} if self.labels else image
 
 
 def _unprepared(name: str, folder: str | None, error: Exception) -> str:
     where = f" --data_dir={folder}" if folder else ""
     return (
         f"config.data.name={name} with config.data.dir={folder} is neither one of "
-        f"{', '.join(SETS)} nor a prepared TFDS set ({first_line(error)}); this downloads and prepares it: "
-        f"pip install -e '.[prepare]' && tfds build {name} --file_format=array_record{where}"
+        f"{', '.join(SETS)} nor a prepared TFDS set ({first_line(error)}); this downloads and "
+        f"prepares it: pip install -e '.[prepare]' && tfds build {name} --file_format=array_record{where}"
     )
 
 

@@ -115,7 +115,7 @@ class LearnedCodec(Codec):
         self.image_shape = (size, size, config.channels)
 
     def encode(self, images: UInt8[AnyArray, "B H W C"]) -> Int[np.ndarray, "B T"]:
-        """Int32 tokens, which depend neither on the other images of the batch nor on the devices."""
+        """Int32 tokens, whatever the other images of the batch and the devices are."""
         images = np.asarray(images)
         if images.dtype != np.uint8 or images.shape[1:] != self.image_shape:
             shown = ", ".join(map(str, self.image_shape))
