@@ -76,7 +76,7 @@ def write(
 
 
 class TokenCache:
-    """A folder of `write`, as a `sources.DataSet`; InputError where it is none or damaged."""
+    """A folder of `write`, as a `sources.DataSet`; any other folder raises InputError."""
 
     stored_as = "tokens"
 

@@ -68,8 +68,7 @@ class Pipeline:
         source, steps = _opened(self.config, "train", entries or self.config.train_transforms)
         data = grain.MapDataset.range(len(source)).seed(self.seed).shuffle().repeat()
         data = data.random_map(_Example(source, steps, self._worker_codec("train")))
-        read = _read_ahead(self._share(data, batch_size)[position:], source, self.config.workers)
-        return self._watched(self._encoded(read), "train", source, batch_size, position)
+        return self._batches(data, "train", source, batch_size, position)
 
     def evaluation(self, split: str, batch_size: int, limit: int | None = None) -> Iterator[dict]:
         """This process's share of the first `limit` examples of a split, without augmentation.
@@ -82,8 +81,7 @@ class Pipeline:
         padded = _PaddedSource(source, batch_size, limit)
         example = _Example(padded, steps, self._worker_codec(split))
         data = grain.MapDataset.range(len(padded)).map(example.random_map)
-        read = _read_ahead(self._share(data, batch_size), source, self.config.workers)
-        return self._watched(self._encoded(read), split, source, batch_size)
+        return self._batches(data, split, source, batch_size)
 
     def _worker_codec(self, split: str) -> Codec | None:
         """The codec that Grain's workers apply: none if the codec encodes batches on devices."""
@@ -94,33 +92,27 @@ class Pipeline:
         """Whether the split's images can be read; a token cache has only tokens."""
         return sources.open_source(self.config, split).stored_as != "tokens"
 
-    def _share(self, data: grain.MapDataset, batch_size: int) -> grain.MapDataset:
+    def _batches(self, data, split, source, batch_size, position=0) -> Iterator[dict]:
+        """This process's share of the batches; numbers of damaged images move into the log."""
         index, count = self.share
         # No remainder is dropped. With drop_remainder=False Grain counts the batches of an endless
         # source in floating point.
-        return data.batch(batch_size // count, drop_remainder=True)[index::count]
-
-    def _watched(self, batches, split, source, batch_size, position=0) -> Iterator[dict]:
-        """Takes the numbers of damaged images out of the batches and into the log."""
-        for number, batch in enumerate(batches, start=position + 1):
+        data = data.batch(batch_size // count, drop_remainder=True)[index::count][position:]
+        read = _read_ahead(data, source, self.config.workers)
+        if self.codec is not None and self.codec.on_devices:
+            read = grain.experimental.ThreadPrefetchIterDataset(
+                read.map(self._encode), prefetch_buffer_size=ENCODE_AHEAD
+            )
+        for number, batch in enumerate(read, start=position + 1):
             damaged = batch.pop("damaged", None)
             if damaged is not None:
                 self.damage_log.record(split, source, damaged, read=number * len(damaged))
             yield batch
 
-    def _encoded(self, read: grain.IterDataset) -> grain.IterDataset:
-        """Applies a codec that encodes on devices, in a thread, ahead of the training step."""
-        if self.codec is None or not self.codec.on_devices:
-            return read
-
-        def encode(batch: dict) -> dict:
-            if "image" not in batch:  # the source is a token cache
-                return batch
-            return {"tokens": self.codec.encode(batch.pop("image")), **batch}
-
-        return grain.experimental.ThreadPrefetchIterDataset(
-            read.map(encode), prefetch_buffer_size=ENCODE_AHEAD
-        )
+    def _encode(self, batch: dict) -> dict:
+        if "image" not in batch:  # the source is a token cache
+            return batch
+        return {"tokens": self.codec.encode(batch.pop("image")), **batch}
 
 
 def try_out(

@@ -203,7 +203,8 @@ def _unprepared(name: str, folder: str | None, error: Exception) -> str:
     return (
         f"config.data.name={name} with config.data.dir={folder} is neither one of "
         f"{', '.join(SETS)} nor a prepared TFDS set ({first_line(error)}); this downloads and "
-        f"prepares it: pip install -e '.[prepare]' && tfds build {name} --file_format=array_record{where}"
+        f"prepares it: pip install -e '.[prepare]' && tfds build {name} "
+        f"--file_format=array_record{where}"
     )
 
 

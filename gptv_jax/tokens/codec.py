@@ -30,11 +30,7 @@ class Codec(abc.ABC):
 
     @abc.abstractmethod
     def encode(self, images: UInt8[AnyArray, "B H W C"]) -> Int[np.ndarray, "B T"]:
-        """Int32 tokens.
-
-        Raises:
-          ValueError: a pixel has no token, or the images have another shape.
-        """
+        """Int32 tokens; ValueError where a pixel has no token or the shape is another one."""
 
     @abc.abstractmethod
     def decode(
@@ -77,8 +73,7 @@ class TokenStatistics:
     """Accumulates the floors that a network's loss in nats per token is compared with."""
 
     def __init__(self, codec: Codec):
-        V, self.codec = codec.vocabulary, codec
-        self.counts = np.zeros(V, np.int64)
+        self.codec, self.counts = codec, np.zeros(codec.vocabulary, np.int64)
         self.images, self.squared_error, self.values, self.same_left = 0, 0.0, 0, 0
 
     def add(self, images: UInt8[np.ndarray, "B H W C"], tokens: Int[np.ndarray, "B T"]) -> None:

@@ -111,19 +111,13 @@ class PaletteCodec(Codec):
         if images.shape[-1] != 3:
             raise ValueError(f"images have {images.shape[-1]} channel(s); a palette takes RGB.")
         r, g, b = (images[..., c].astype(np.uint32) for c in range(3))
-        return self._nearest[(r << 16) | (g << 8) | b].reshape(len(images), -1).astype(np.int32)
+        table = _nearest(self.definition.centers.tobytes())
+        return table[(r << 16) | (g << 8) | b].reshape(len(images), -1).astype(np.int32)
 
     def decode(
         self, tokens: Int[np.ndarray, "B N"], grid: tuple[int, int] | None = None
     ) -> UInt8[np.ndarray, "B height width 3"]:
         return self.definition.colors[tokens].reshape(len(tokens), *(grid or self.grid), 3)
-
-    @functools.cached_property
-    def _nearest(self) -> np.ndarray:
-        return _nearest(self.definition.centers.tobytes())
-
-    def __getstate__(self) -> dict:  # without the table, which a worker process builds by itself
-        return {k: v for k, v in self.__dict__.items() if k != "_nearest"}
 
 
 @functools.lru_cache(maxsize=2)
