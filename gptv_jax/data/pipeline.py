@@ -78,9 +78,10 @@ class Pipeline:
         number of the example.
         """
         source, steps = _opened(self.config, split, self.config.eval_transforms)
-        padded = _PaddedSource(source, batch_size, limit)
-        example = _Example(padded, steps, self._worker_codec(split))
-        data = grain.MapDataset.range(len(padded)).map(example.random_map)
+        examples = len(source) if limit is None else min(limit, len(source))
+        padded = -(-examples // batch_size) * batch_size
+        example = _Example(source, steps, self._worker_codec(split))
+        data = grain.MapDataset.range(padded).map(functools.partial(example.masked, examples))
         return self._batches(data, split, source, batch_size)
 
     def _worker_codec(self, split: str) -> Codec | None:
@@ -222,6 +223,13 @@ class _Example(grain.transforms.RandomMap):
             return element
         return {"tokens": to_tokens(self.codec, element.pop("image")), **element}
 
+    def masked(self, examples: int, index: int) -> dict:
+        """The example, or padding where `index` is not below the number of examples."""
+        padding = index >= examples
+        element = self.random_map(0 if padding else index)
+        counts = not padding and element.get("damaged", NOT_DAMAGED) == NOT_DAMAGED
+        return {**element, "mask": np.float32(counts), "index": np.int32(index)}
+
 
 def to_tokens(codec: Codec, image: np.ndarray) -> np.ndarray:
     """Tokens, int32 [T], of an image or of a grid of tokens from a cache."""
@@ -259,24 +267,6 @@ def _check_shape(image: np.ndarray, expected: tuple[int, ...]) -> None:
             f"after the transforms of config.data an image is {found}, but tokens are made of "
             f"{takes} (config.data.image_size and config.tokens say so); change one of these."
         )
-
-
-class _PaddedSource:
-    """The first `limit` examples of a source, padded to a whole number of batches."""
-
-    def __init__(self, source, batch_size: int, limit: int | None):
-        self.source = source
-        self.examples = len(source) if limit is None else min(limit, len(source))
-        self.length = -(-self.examples // batch_size) * batch_size
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> dict:
-        padding = index >= self.examples
-        element = self.source[0 if padding else index]
-        counts = not padding and element.get("damaged", NOT_DAMAGED) == NOT_DAMAGED
-        return {**element, "mask": np.float32(counts), "index": np.int32(index)}
 
 
 def _read_ahead(data: grain.MapDataset, source, workers: int) -> grain.IterDataset:

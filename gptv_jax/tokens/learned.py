@@ -51,16 +51,6 @@ class Tokenizer:
         prefix = "config.tokens.autoencoder."
         return list_differences(fields.flatten(self.config, prefix), fields.flatten(config, prefix))
 
-    def checked(self, where: str) -> "Tokenizer":
-        """The tokenizer; InputError lists weights missing, unexpected, misshapen or not finite."""
-        expected = {name: leaf.shape for name, leaf in _abstract(self.config).items()}
-        found = {name: array.shape for name, array in self.params.items()}
-        wrong = list_differences(expected, found)
-        wrong += [f"{n} is not finite" for n, a in self.params.items() if not np.isfinite(a).all()]
-        if wrong:
-            raise InputError(f"the tokenizer in {where} does not fit: {'; '.join(wrong)}.")
-        return self
-
     def description(self) -> dict:
         """Everything but the weights, as JSON."""
         settings = fields.flatten(self.config)
@@ -79,9 +69,16 @@ def from_description(header: dict, params: dict[str, np.ndarray], where: str) ->
             raise InputError(f"{where} is of format {found}; this version reads {FORMAT}.")
         settings = config_lib.recorded(config_lib.Autoencoder, header["autoencoder"], "autoencoder")
         config = fields.from_dict(config_lib.Autoencoder, settings, "autoencoder")
-        return Tokenizer(config, params, dict(header["provenance"])).checked(where)
+        provenance = dict(header["provenance"])
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"the header of {where} is damaged ({first_line(error)}).") from error
+    _, tree = _abstract(config, jax.local_devices()[:1])
+    expected = {name: leaf.shape for name, leaf in sharding.by_name(tree).items()}
+    wrong = list_differences(expected, {name: array.shape for name, array in params.items()})
+    wrong += [f"{name} is not finite" for name, a in params.items() if not np.isfinite(a).all()]
+    if wrong:
+        raise InputError(f"the tokenizer in {where} does not fit: {'; '.join(wrong)}.")
+    return Tokenizer(config, params, provenance)
 
 
 def load(path: str | pathlib.Path) -> Tokenizer:
@@ -160,10 +157,7 @@ class LearnedCodec(Codec):
     @functools.cached_property
     def _placed(self) -> tuple[jax.sharding.Mesh, dict]:
         """A mesh of this process's devices, and the weights, replicated on the mesh."""
-        config = self.definition.config
-        mesh = sharding.make_mesh(config_lib.Mesh(), jax.local_devices())
-        with jax.set_mesh(mesh):
-            tree = jax.eval_shape(lambda: autoencoder.init(config, jax.random.key(0)))
+        mesh, tree = _abstract(self.definition.config, jax.local_devices())
         leaves = [self.definition.params[name] for name in sharding.by_name(tree)]
         replicated = jax.device_put(leaves, NamedSharding(mesh, P()))
         return mesh, jax.tree.unflatten(jax.tree.structure(tree), replicated)
@@ -200,6 +194,8 @@ def to_pixels(images: Float[Array, "B H W C"]) -> UInt8[Array, "B H W C"]:
     return jnp.clip(jnp.rint((images + 1) * 127.5), 0, 255).astype(jnp.uint8)
 
 
-def _abstract(config: config_lib.Autoencoder) -> dict:
-    with jax.set_mesh(sharding.make_mesh(config_lib.Mesh(), jax.local_devices()[:1])):
-        return sharding.by_name(sharding.abstract(lambda key: autoencoder.init(config, key)))
+def _abstract(config: config_lib.Autoencoder, devices: list) -> tuple[jax.sharding.Mesh, dict]:
+    """A mesh of the devices, and the tree of weights as shapes without values."""
+    mesh = sharding.make_mesh(config_lib.Mesh(), devices)
+    with jax.set_mesh(mesh):
+        return mesh, jax.eval_shape(lambda: autoencoder.init(config, jax.random.key(0)))
