@@ -51,10 +51,8 @@ class DecodedSource:
     def reason(self, index: int) -> str:
         try:
             self._decode(index)
-        except DamagedImageError as error:
-            return str(error)
-        except OSError as error:
-            return error.strerror or str(error)
+        except (DamagedImageError, OSError) as error:
+            return getattr(error, "strerror", None) or str(error)
         return "it could not be read before, and now can"
 
     def _decode(self, index: int) -> dict:
@@ -120,8 +118,7 @@ class DamageLog:
                 line = {"name": name, "reason": reason, "looked_at": self._images_read()}
                 file.write(json.dumps(line) + "\n")
 
-    def _images_read(self) -> int:
-        """Number of different images read, over all splits and earlier processes of the run."""
+    def _images_read(self) -> int:  # over all splits and earlier processes of the run
         return max(sum(self._images_by_split.values()), self._images_before)
 
     def _check_share(self) -> None:

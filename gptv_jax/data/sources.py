@@ -39,8 +39,7 @@ class Source(Protocol):
         [rows, columns, 1], depending on `DataSet.stored_as`.
         """
 
-    def name(self, index: int) -> str:
-        """The example's name in messages."""
+    def name(self, index: int) -> str: ...  # the example's name in messages
 
 
 @runtime_checkable
@@ -153,8 +152,7 @@ class Tfds:
     def __init__(self, name: str, folder: str | None):
         import tensorflow_datasets as tfds  # takes seconds
 
-        self._folder = folder
-        self._decoders = {"image": tfds.decode.SkipDecoding()}
+        self._folder, self._decoders = folder, {"image": tfds.decode.SkipDecoding()}
         try:
             if folder and (pathlib.Path(folder) / "dataset_info.json").exists():
                 self._builder = tfds.builder_from_directory(folder)

@@ -245,17 +245,14 @@ def parse(entry: str) -> Transform:
         return transform(**{n: fields.checked(v, known[n], n) for n, v in given.items()})
     except (SyntaxError, AttributeError, TypeError, ValueError) as error:
         accepted = "; ".join(f"{name}({_arguments(t)})" for name, t in TRANSFORMS.items())
-        reason = first_line(error).rstrip(".")
-        raise InputError(
-            f"a list of transforms has {entry!r} ({reason}); an entry is one of: {accepted}."
-        ) from error
+        reason = f"({first_line(error).rstrip('.')}); an entry is one of: {accepted}."
+        raise InputError(f"a list of transforms has {entry!r} {reason}") from error
 
 
 def written_out(entry: str) -> str:
     """The entry with the values of all its arguments, defaults included."""
-    values = vars(parse(entry)).items()
-    name = entry.partition("(")[0].strip()
-    return f"{name}({', '.join(f'{field}={value!r}' for field, value in values)})"
+    values = ", ".join(f"{name}={value!r}" for name, value in vars(parse(entry)).items())
+    return f"{entry.partition('(')[0].strip()}({values})"
 
 
 def check(training: tuple[str, ...], evaluation: tuple[str, ...]) -> None:
@@ -310,6 +307,5 @@ def _resize_short(image: np.ndarray, size: int, method: str) -> np.ndarray:
 def _resize(image: np.ndarray, height: int, width: int, method: str) -> np.ndarray:
     if image.shape[:2] == (height, width):
         return image
-    resampling = Image.Resampling[method.upper()]
-    resized = to_picture(image).resize((width, height), resampling, reducing_gap=None)
+    resized = to_picture(image).resize((width, height), Image.Resampling[method.upper()])
     return to_array(resized, image.shape[-1])

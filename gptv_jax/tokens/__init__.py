@@ -19,10 +19,7 @@ __all__ = ["Codec", "GreyCodec", "LearnedCodec", "Palette", "PaletteCodec", "Tok
 
 TokenDefinition = Palette | Tokenizer
 # For each kind of token that has a definition: the name of its file, and what reads the file.
-DEFINITIONS = {
-    "palette": (palettes.FILE, palettes.load),
-    "learned": (learned.FILE, learned.load),
-}
+DEFINITIONS = {"palette": (palettes.FILE, palettes.load), "learned": (learned.FILE, learned.load)}
 CODECS = {
     "grey": lambda config, size, _: GreyCodec(config.levels, size),
     "palette": lambda config, size, palette: PaletteCodec(palette, size),
