@@ -91,13 +91,13 @@ def _accepted(images: np.ndarray, labels: np.ndarray | None) -> bool:
 
 class _ArraysSplit:
     def __init__(self, split: str, images, labels):
-        self.split, self.data, self.labels = split, images, labels
+        self.split, self.images, self.labels = split, images, labels
 
     def __len__(self) -> int:
-        return len(self.data)
+        return len(self.images)
 
     def __getitem__(self, index: int) -> dict:
-        image = {"image": self.data[index]}
+        image = {"image": self.images[index]}
         return image if self.labels is None else {**image, "label": np.int32(self.labels[index])}
 
     def name(self, index: int) -> str:
@@ -188,10 +188,10 @@ class Tfds:
 
 
 class _TfdsSplit(_ArraysSplit):
-    """TFDS reads an image and its label together, as one example of `data`."""
+    """TFDS reads an image and its label together, as one element of `images`."""
 
     def __getitem__(self, index: int) -> dict:
-        example = self.data[index]
+        example = self.images[index]
         image = {"image": example["image"]}
         return {**image, "label": np.int32(example["label"])} if self.labels else image
 
