@@ -16,11 +16,11 @@ from gptv_jax import sharding
 from gptv_jax.model import autoencoder, discriminator, lpips
 from gptv_jax.tokens import LearnedCodec, Tokenizer
 from gptv_jax.tokens.learned import from_pixels
-from gptv_jax.train import autoencoding, optimizer, reconstruction, step
+from gptv_jax.train import autoencoding, optimizer, step
 
 FSQ = config_lib.Autoencoder(widths=(16,), encoder_blocks=1, decoder_blocks=1, levels=(8, 6))
 VQ = dataclasses.replace(FSQ, quantizer="vq", codes=24, code_size=4)
-ssim = jax.jit(reconstruction.ssim, static_argnums=2)
+ssim = jax.jit(autoencoding.ssim, static_argnums=2)
 TRAIN = config_lib.Train(
     steps=8, batch_size=8, optimizer=config_lib.Optimizer("adamw", learning_rate=3e-3)
 )
@@ -146,7 +146,7 @@ def test_the_loss_is_the_weighted_sum_of_what_the_settings_name(monkeypatch):
             "adversarial": -jax.jit(discriminator.scores, static_argnums=(0, 1))(
                 FSQ, settings, critic, restored
             ),
-            "gradient": jax.jit(reconstruction.gradient)(restored, images),
+            "gradient": jax.jit(autoencoding.gradient)(restored, images),
             "ssim": 1 - ssim(restored, images, 2.0),
             "lpips": jax.jit(lpips.distance)(vgg, restored, images),
         }
@@ -292,9 +292,9 @@ def test_ssim_is_that_of_gaussian_windows_computed_by_scipy():
 
 def test_a_gradient_loss_sees_edges_and_not_a_shift_of_brightness():
     x = jnp.asarray(generator().uniform(-1, 1, (2, 16, 16, 3)), jnp.float32)
-    gradient = jax.jit(reconstruction.gradient)
+    gradient = jax.jit(autoencoding.gradient)
     np.testing.assert_allclose(gradient(x, x + 0.25), 0, atol=1e-6)
     edge = jnp.zeros((1, 16, 16, 1)).at[:, :, 8:].set(1.0)
     # One of 15 neighbours along a row differs, then one of 7, then one of 3.
     np.testing.assert_allclose(gradient(edge, 0 * edge), 1 / 15 + 1 / 7 + 1 / 3, rtol=1e-6)
-    assert reconstruction.psnr(jnp.float32(0.04)) == pytest.approx(20.0)
+    assert autoencoding.psnr(jnp.float32(0.04)) == pytest.approx(20.0)

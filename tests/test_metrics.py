@@ -1,7 +1,6 @@
 import dataclasses
 import json
 import logging
-import math
 import struct
 import time
 import types
@@ -70,10 +69,6 @@ def test_the_peak_is_that_of_the_kind_of_device(kind, peak, monkeypatch):
     monkeypatch.setattr(metrics.jax, "devices", lambda: [device])
     monkeypatch.setattr(metrics.jax, "device_count", lambda: 1)
     assert metrics.mfu(161_856, peak / 161_856) == pytest.approx(1.0)
-
-
-def test_bits_are_nats_over_ln_2():
-    assert metrics.bits(math.log(8)) == pytest.approx(3)
 
 
 # The log

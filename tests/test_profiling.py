@@ -16,7 +16,7 @@ from conftest import small_arguments
 
 from gptv_jax import config as config_lib
 from gptv_jax.errors import InputError
-from gptv_jax.train import profiling
+from gptv_jax.train import goodput
 
 
 def run(folder: pathlib.Path, *more: str) -> str:
@@ -74,7 +74,7 @@ def test_the_configured_steps_are_traced_and_no_others(tmp_path):
 
 
 def test_steps_that_are_past_are_not_traced_and_said_once(tmp_path, caplog):
-    profiler = profiling.Profiler((7, 9), tmp_path)
+    profiler = goodput.Profiler((7, 9), tmp_path)
     with caplog.at_level(logging.INFO, "gptv_jax"):
         for number in (16, 17):
             with profiler.step(number, lambda: pytest.fail("waited for a step")):

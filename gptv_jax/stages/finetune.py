@@ -45,12 +45,7 @@ def run_stage(context: Context) -> dict:
         )
         start = jax.jit(lambda params: step.state_of(params, update, train.ema))
         train_step = step.make_train_step(
-            loss,
-            update,
-            rate,
-            microbatches=train.microbatches,
-            seed=config.seed,
-            ema=train.ema,
+            loss, update, rate, microbatches=train.microbatches, seed=config.seed, ema=train.ema
         )
         return update, start, train_step
 

@@ -15,7 +15,7 @@ from gptv_jax.model.gpt import parameter_count
 from gptv_jax.probe import features, ridge
 from gptv_jax.runs.context import Context
 from gptv_jax.tokens.codec import TokenStatistics
-from gptv_jax.train import evaluation, loop, metrics, optimizer, profiling, step
+from gptv_jax.train import evaluation, goodput, loop, metrics, optimizer, step
 
 
 def run_stage(context: Context) -> dict:
@@ -58,11 +58,11 @@ def run_stage(context: Context) -> dict:
             evaluate=evaluate,
             measure=probe,
             measure_every=config.probe.every,
-            profiler=profiling.Profiler(config.profile.window, context.folder.path / "profile"),
+            profiler=goodput.Profiler(config.profile.window, context.folder.path / "profile"),
         )
 
     nats = evaluate(fitted.params, "test")["nats_per_token"]
-    bits = metrics.bits(nats)
+    bits = nats / math.log(2)
     return {
         "params": parameter_count(fitted.params),
         "steps": fitted.step,

@@ -1,5 +1,6 @@
 """Training and evaluation of a tokenizer's encoder and decoder, as pure functions for `jax.jit`."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,16 +16,91 @@ from gptv_jax import config as config_lib
 from gptv_jax.model import autoencoder, discriminator, lpips
 from gptv_jax.model.quantizer import unit
 from gptv_jax.tokens.learned import from_pixels, to_pixels
-from gptv_jax.train import reconstruction
 from gptv_jax.train.optimizer import apply_update
 from gptv_jax.train.step import Metrics, state_of
 
-TERMS = {
-    "l1": reconstruction.l1,
-    "l2": reconstruction.l2,
-    "gradient": reconstruction.gradient,
-    "ssim": lambda restored, images: 1 - reconstruction.ssim(restored, images),
-}
+RANGE = 2.0  # of values from -1 to 1
+WINDOW, SIGMA = 11, 1.5  # pixels, of SSIM's Gaussian window (Wang et al. 2004)
+K1, K2 = 0.01, 0.03  # SSIM's constants, shares of the range: they keep the ratios finite
+SCALES = 3  # of the gradient loss, each half as large as the one before
+
+
+def l1(restored: Float[Array, "B H W C"], images: Float[Array, "B H W C"]) -> Float[Array, "B"]:
+    """Mean absolute difference."""
+    return jnp.abs(restored - images).mean(axis=(1, 2, 3))
+
+
+def l2(restored: Float[Array, "B H W C"], images: Float[Array, "B H W C"]) -> Float[Array, "B"]:
+    """Mean squared difference."""
+    return jnp.square(restored - images).mean(axis=(1, 2, 3))
+
+
+def gradient(
+    restored: Float[Array, "B H W C"], images: Float[Array, "B H W C"]
+) -> Float[Array, "B"]:
+    """Mean absolute error of the differences between neighbouring pixels, at several scales.
+
+    It asks for edges as sharp as the image's; the mean squared error accepts blurred ones.
+    """
+    difference, total = restored - images, 0.0
+    for _ in range(SCALES):
+        down, right = jnp.diff(difference, axis=1), jnp.diff(difference, axis=2)
+        total += jnp.abs(down).mean(axis=(1, 2, 3)) + jnp.abs(right).mean(axis=(1, 2, 3))
+        if min(difference.shape[1:3]) < 4:
+            break
+        difference = _halved(difference)
+    return total
+
+
+def _halved(x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
+    """Means over squares of 2 x 2 pixels; an odd last row or column is left out."""
+    height, width = (size - size % 2 for size in x.shape[1:3])
+    rows = (x[:, 0:height:2] + x[:, 1:height:2]) / 2
+    return (rows[:, :, 0:width:2] + rows[:, :, 1:width:2]) / 2
+
+
+def psnr(mean_squared: Float[Array, "*any"], value_range: float = RANGE) -> Float[Array, "*any"]:
+    """Peak signal-to-noise ratio in dB of mean squared errors; infinite for an error of 0."""
+    return 10 * jnp.log10(value_range**2 / mean_squared)
+
+
+def ssim(
+    restored: Float[Array, "B H W C"], images: Float[Array, "B H W C"], value_range: float = RANGE
+) -> Float[Array, "B"]:
+    """Structural similarity (Wang et al. 2004, doi:10.1109/TIP.2003.819861); 1 for equal images.
+
+    Channel by channel under the paper's Gaussian window of 11 x 11 pixels, wherever it fits into
+    the image, as in skimage's `structural_similarity(gaussian_weights=True, sigma=1.5,
+    use_sample_covariance=False)` and TensorFlow's `image.ssim`. A smaller image has a window of its
+    own size.
+    """
+    c1, c2 = (K1 * value_range) ** 2, (K2 * value_range) ** 2
+    x, y = _blurred(restored), _blurred(images)
+    xx, yy = _blurred(restored**2) - x**2, _blurred(images**2) - y**2
+    xy = _blurred(restored * images) - x * y
+    luminance = (2 * x * y + c1) / (x**2 + y**2 + c1)
+    structure = (2 * xy + c2) / (xx + yy + c2)
+    return (luminance * structure).mean(axis=(1, 2, 3))
+
+
+def _blurred(x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
+    """Means under the Gaussian window at every place where the whole window is in the image."""
+    side = min(WINDOW, *x.shape[1:3])
+    window = _window(side).astype(x.dtype)
+    for axis in (1, 2):
+        count = x.shape[axis] - side + 1
+        parts = [jax.lax.slice_in_dim(x, i, i + count, axis=axis) for i in range(side)]
+        x = sum(weight * part for weight, part in zip(window, parts, strict=True))
+    return x
+
+
+@functools.cache
+def _window(side: int) -> np.ndarray:
+    weights = np.exp(-0.5 * ((np.arange(side) - (side - 1) / 2) / SIGMA) ** 2)
+    return weights / weights.sum()
+
+
+TERMS = {"l1": l1, "l2": l2, "gradient": gradient, "ssim": lambda *pair: 1 - ssim(*pair)}
 
 
 class Passed(NamedTuple):
@@ -105,8 +181,8 @@ def make_loss(config: config_lib.Autoencoder, settings: config_lib.Tokenizer) ->
             parts["adversarial"] = -discriminator.scores(config, settings, critic, restored).mean()
             begun = _critic_has_begun(settings, step).astype(jnp.float32)
             total += settings.adversarial * begun * parts["adversarial"]
-        squared = reconstruction.l2(restored, images).mean()
-        metrics = {"loss": total, "batch_psnr_db": reconstruction.psnr(squared), **parts}
+        squared = l2(restored, images).mean()
+        metrics = {"loss": total, "batch_psnr_db": psnr(squared), **parts}
         return total, metrics | {"aux": Passed(images, restored, z, quantized.codes)}
 
     return loss
@@ -119,11 +195,9 @@ def make_after(config: config_lib.Autoencoder, settings: config_lib.Tokenizer) -
         del batch
         new, metrics = {}, {}
         if config.quantizer == "vq":
-            new["codebook"] = update_codebook(
-                state["codebook"], passed.z, passed.codes, settings, key
-            )
-            book = {"codebook": unit(new["codebook"]["sums"])}
-            new["params"] = state["params"] | {"quantizer": book}
+            book = update_codebook(state["codebook"], passed.z, passed.codes, settings, key)
+            new = {"codebook": book}
+            new["params"] = state["params"] | {"quantizer": {"codebook": unit(book["sums"])}}
         if settings.adversarial:
             new["critic"], metrics["critic_loss"] = _train_critic(
                 config, settings, state["critic"], passed, state["step"]
@@ -154,11 +228,9 @@ def update_codebook(
     sums = decay * codebook["sums"] + (1 - decay) * summed
     even = counts.sum() / V
     dead = counts < settings.restart_below * even
-    drawn = z[jax.random.randint(key, (V,), 0, len(z))]
-    return {
-        "counts": jnp.where(dead, even, counts),
-        "sums": jnp.where(dead[:, None], even * drawn, sums),
-    }
+    drawn = even * z[jax.random.randint(key, (V,), 0, len(z))]
+    counts, sums = jnp.where(dead, even, counts), jnp.where(dead[:, None], drawn, sums)
+    return {"counts": counts, "sums": sums}
 
 
 def _train_critic(config, settings, critic, passed, step) -> tuple[dict, Float[Array, ""]]:
@@ -171,10 +243,9 @@ def _train_critic(config, settings, critic, passed, step) -> tuple[dict, Float[A
         )
         return (jax.nn.relu(1 - real).mean() + jax.nn.relu(1 + made).mean()) / 2
 
-    value, gradients = jax.value_and_grad(loss)(critic["params"])
-    params, opt = apply_update(
-        _critic_optimizer(settings), gradients, critic["opt"], critic["params"]
-    )
+    params, optimizer = critic["params"], _critic_optimizer(settings)
+    value, gradients = jax.value_and_grad(loss)(params)
+    params, opt = apply_update(optimizer, gradients, critic["opt"], params)
     begun, moved = _critic_has_begun(settings, step), {"params": params, "opt": opt}
     return jax.tree.map(lambda new, old: jnp.where(begun, new, old), moved, critic), value
 
@@ -192,14 +263,13 @@ def make_eval_step(config: config_lib.Autoencoder) -> Callable:
         restored = to_pixels(model.decode(codes))
         again = model.encode(from_pixels(restored)).codes
         given, made = images.astype(jnp.float32), restored.astype(jnp.float32)
-        squared = reconstruction.l2(made, given)
-        # An image that is restored exactly counts as one that misses by half a level.
-        decibels = reconstruction.psnr(jnp.maximum(squared, 0.25), 255.0)
+        squared = l2(made, given)
         by_image = {
             "images": jnp.ones_like(mask),
             "squared_error": squared,
-            "psnr_db": decibels,
-            "ssim": reconstruction.ssim(made, given, 255.0),
+            # An image that is restored exactly counts as one that misses by half a level.
+            "psnr_db": psnr(jnp.maximum(squared, 0.25), 255.0),
+            "ssim": ssim(made, given, 255.0),
             "same_codes": (codes == again).mean(axis=(1, 2)),
         }
         sums = {name: (mask * values).sum() for name, values in by_image.items()}
@@ -212,20 +282,17 @@ def make_eval_step(config: config_lib.Autoencoder) -> Callable:
 
 
 def health(sums: dict[str, np.ndarray]) -> dict[str, float]:
-    """Numbers of a split from the sums of `make_eval_step`.
+    """Numbers of a split from the sums of `make_eval_step`: means over images, and of the codes.
 
-    Returns:
-      Means over images "psnr_db", "ssim", "mse" and "idempotence", and of the codes "codes_used"
-      (share), "dead_codes", "perplexity", the number of codes in use if all of these were equally
-      frequent, and "most_used", the largest share that so many tokens could use.
+    "perplexity" is the number of codes in use if all of these were equally frequent, "codes_used" a
+    share, and "most_used" the largest share that so many tokens could use.
     """
     images, counts = float(sums["images"]), np.asarray(sums["counts"], np.float64)
     share = counts[counts > 0] / counts.sum()
+    means = {"psnr_db": "psnr_db", "ssim": "ssim", "mse": "squared_error"}
+    means["idempotence"] = "same_codes"
     return {
-        "psnr_db": float(sums["psnr_db"]) / images,
-        "ssim": float(sums["ssim"]) / images,
-        "mse": float(sums["squared_error"]) / images,
-        "idempotence": float(sums["same_codes"]) / images,
+        **{name: float(sums[key]) / images for name, key in means.items()},
         "codes_used": len(share) / len(counts),
         "dead_codes": len(counts) - len(share),
         "perplexity": float(np.exp(-(share * np.log(share)).sum())),

@@ -1,6 +1,7 @@
 """How a network is measured on a split: every example once, on any number of processes."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator
 
 import jax
@@ -19,20 +20,13 @@ CLASSIFICATION = {"accuracy": 1, "class_nats": -1}
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """What an evaluation computes, and which of its numbers ranks checkpoints.
+    """What an evaluation computes, and which of its numbers ranks checkpoints."""
 
-    Attributes:
-      step: `(params, batch) -> part`, jitted: sums over the rows whose "mask" is 1.
-      result: `total -> {name: number}`, on the host.
-      add: `(total, part) -> total`. Sums stay on the devices; a metric that needs every prediction,
-        such as average precision, fetches each part to the host here.
-      primary: numbers of the result that rank checkpoints, the most important first; 1: larger is
-        better, -1: smaller is. Empty: the last checkpoint counts.
-    """
-
-    step: Callable[[dict, dict], dict]
-    result: Callable[[dict], dict[str, float]]
+    step: Callable[[dict, dict], dict]  # `(params, batch) -> sums`, jitted, where "mask" is 1
+    result: Callable[[dict], dict[str, float]]  # `total -> {name: number}`, on the host
+    # Sums stay on the devices; a metric that needs every prediction fetches each part here.
     add: Callable = lambda total, part: jax.tree.map(jnp.add, total, part)
+    # The most important first; 1: larger is better, -1: smaller is. Empty: the last one counts.
     primary: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def measure(self, params: dict, batches: Iterable[dict]) -> dict[str, float]:
@@ -52,11 +46,7 @@ def on_mesh(batches: Iterable[dict]) -> Iterator[dict]:
 
 def total(parts: Iterable, add: Callable = Metric.add):
     """The sum of trees of arrays, such as a split's batches give, fetched to the host."""
-    parts = iter(parts)
-    result = next(parts)
-    for part in parts:
-        result = add(result, part)
-    return jax.device_get(result)
+    return jax.device_get(functools.reduce(add, parts))
 
 
 def make_eval_step(network: Network) -> Callable:
@@ -95,13 +85,11 @@ def make_metric(network: Network) -> Metric:
     """Measures "nats_per_token" and, with a class head, "accuracy" and "class_nats" (per image)."""
 
     def result(sums: dict[str, np.ndarray]) -> dict[str, float]:
-        sums = {name: float(value) for name, value in sums.items()}
-        images = sums.pop("images")
-        numbers = {"nats_per_token": sums["nats_per_token"] / images}
+        images = float(sums["images"])
+        names = {"nats_per_token": "nats_per_token"}
         if network.classes:
-            numbers["accuracy"] = sums["correct"] / images
-            numbers["class_nats"] = sums["class_nats"] / images
-        return numbers
+            names |= {"accuracy": "correct", "class_nats": "class_nats"}
+        return {name: float(sums[key]) / images for name, key in names.items()}
 
     primary = CLASSIFICATION if network.classes else {}
     return Metric(make_eval_step(network), result, primary=primary)

@@ -1,4 +1,4 @@
-"""How much of a run's time was training: the time of its steps, and its sessions.
+"""Where a run's time goes: the time of its steps, its sessions, and a trace of a few steps.
 
 A session is the work of one process on one training, from its beginning (restoring and compiling
 included) to the last sign of life: its newest entry in the log, evaluation, save or end. A kill
@@ -6,10 +6,17 @@ leaves no time to write, so whatever a session did after that sign counts as dow
 """
 
 import contextlib
+import logging
 import pathlib
+import shutil
 import time
+from collections.abc import Callable, Iterator
+
+import jax
 
 from gptv_jax import files
+
+LOG = logging.getLogger(__name__)
 
 
 class Clock:
@@ -62,14 +69,10 @@ class Sessions:
     """The sessions of one training, kept in sessions.json: `{training: [session, ...]}`."""
 
     def __init__(self, folder: pathlib.Path, training: str, began: float, step: int, saved: float):
-        """Starts a session.
+        """Starts a session that began at `began`, in seconds since 1970 like all times here.
 
-        Args:
-          folder: of the run.
-          training: its name.
-          began: start of the session, in seconds since 1970 like all times here.
-          step: of the checkpoint that the session continues from.
-          saved: when that checkpoint was saved; 0 for a training that starts anew.
+        It continues from the checkpoint of `step`, which was saved at `saved`; 0 where there is
+        none.
         """
         self.path = folder / "sessions.json"
         self._all = files.read_json(self.path, {})
@@ -94,13 +97,10 @@ class Sessions:
     def numbers(self, productive: float | None) -> dict[str, float | int | None]:
         """The training's numbers for the summary.
 
-        Args:
-          productive: seconds of the steps that led to the final weights; None: not known.
-
-        Returns:
-          goodput, the productive share of the wall time; restarts; steps_redone and seconds_lost,
-          between a checkpoint that was continued from and the last sign of life of the session
-          before; seconds_up, of all sessions, and seconds_down, between them.
+        `productive` are the seconds of the steps that led to the final weights, where known, and
+        goodput is their share of the wall time. steps_redone and seconds_lost lie between a
+        checkpoint that was continued from and the last sign of life of the session before,
+        seconds_up are those of all sessions, seconds_down those between them.
         """
         up = sum(each["seen"] - each["began"] for each in self._sessions)
         wall = self._sessions[-1]["seen"] - self._sessions[0]["began"]
@@ -115,6 +115,57 @@ class Sessions:
         }
 
     def _lost(self) -> tuple[int, float]:
-        """Steps and seconds that all sessions lost."""
         steps = sum(each["lost_steps"] for each in self._sessions)
         return steps, sum((each["lost_seconds"] for each in self._sessions), 0.0)
+
+
+class Profiler:
+    """Traces the first to the last of `steps`, both included, for TensorBoard (xprof) and Perfetto.
+
+    Every process writes two files into `FOLDER/plugins/profile/steps_FIRST_LAST/`, the folder that
+    TensorBoard reads: `process_I.xplane.pb` and, for Perfetto, `process_I.perfetto.json.gz`.
+    """
+
+    def __init__(self, steps: tuple[int, int] | None = None, folder: pathlib.Path | None = None):
+        self._steps, self._folder = steps, folder
+        self._began: int | None = None  # first step of the trace that is being recorded
+
+    @contextlib.contextmanager
+    def step(self, number: int, drain: Callable[[], None]) -> Iterator[None]:
+        """Surrounds step `number`, the first one being 1.
+
+        `drain` waits until all earlier steps are done. It is called before the first traced step,
+        so that none of them is in the trace, and after the last, so that it is there whole.
+        """
+        first, last = self._steps or (0, 0)
+        if first and number > last:
+            LOG.info("No trace: steps %d to %d (config.profile.steps) are past.", first, last)
+            self._steps = None
+        if not first <= number <= last:
+            yield
+            return
+        scratch = self._folder / f"process_{jax.process_index()}.tmp"
+        if self._began is None:
+            drain()
+            self._began = number
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0  # an event for every Python call would slow the steps
+            jax.profiler.start_trace(scratch, create_perfetto_trace=True, profiler_options=options)
+        with jax.profiler.StepTraceAnnotation("step", step_num=number):
+            yield
+        if number == last:
+            drain()
+            jax.profiler.stop_trace()
+            self._collect(scratch, self._folder / "plugins" / "profile")
+
+    def _collect(self, scratch: pathlib.Path, traces: pathlib.Path) -> None:
+        folder = traces / f"steps_{self._began}_{self._steps[1]}"
+        folder.mkdir(parents=True, exist_ok=True)
+        # JAX names its files by host, which processes may share, and its folders by the second.
+        for kind in ("xplane.pb", "perfetto.json.gz"):
+            name = "perfetto_trace.json.gz" if kind.startswith("perfetto") else f"*.{kind}"
+            (written,) = scratch.glob(f"plugins/profile/*/{name}")
+            written.replace(folder / f"process_{jax.process_index()}.{kind}")
+        shutil.rmtree(scratch)
+        LOG.info("The trace of steps %d to %d is in %s.", self._began, self._steps[1], folder)
+        self._steps = self._began = None

@@ -13,8 +13,7 @@ from gptv_jax import config as config_lib
 from gptv_jax import hosts, sharding
 from gptv_jax.checkpoint import Checkpoints, DamagedError
 from gptv_jax.errors import InputError
-from gptv_jax.train import profiling
-from gptv_jax.train.goodput import Clock, Sessions
+from gptv_jax.train.goodput import Clock, Profiler, Sessions
 from gptv_jax.train.metrics import MetricWriter, Progress, mfu
 
 LOG = logging.getLogger(__name__)
@@ -42,44 +41,27 @@ class Fitted(NamedTuple):
 
 
 def fit(
-    name: str,
+    name: str,  # of the training, in the log
     config: config_lib.Train,
     *,
-    length: int,
-    flops: int,
-    checkpoints: Checkpoints,
+    length: int,  # tokens of an image
+    flops: int,  # of training on one token, forward and backward, for the MFU
+    checkpoints: Checkpoints,  # they stay open
     log: MetricWriter,
-    initial: Callable[[], dict],
-    abstract: dict,
-    train_step: Callable,
-    batches: Callable[[int], Iterator[dict]],
-    evaluate: Callable[[dict], dict[str, float]],
-    primary: dict[str, int] | None = None,
-    patience: int = 0,
-    measure: Callable[[dict], dict[str, float]] | None = None,
-    measure_every: int = 0,
-    profiler: profiling.Profiler = profiling.OFF,
+    initial: Callable[[], dict],  # makes the state, see `step.state_of`, without a checkpoint
+    abstract: dict,  # shapes and shardings of the train state
+    train_step: Callable,  # `(state, batch) -> (state, metrics)`; donates the state
+    batches: Callable[[int], Iterator[dict]],  # this process's rows from a position in the data on
+    evaluate: Callable[[dict], dict[str, float]],  # `params -> numbers`
+    primary: dict[str, int] | None = None,  # the numbers that rank checkpoints, see `Metric`
+    patience: int = 0,  # evaluations without a better one until the training stops; 0: never
+    measure: Callable[[dict], dict[str, float]] | None = None,  # numbers that are only logged
+    measure_every: int = 0,  # steps; 0: never
+    profiler: Profiler | None = None,
 ) -> Fitted:
     """Trains to the end, from the newest checkpoint where there is one.
 
-    Args:
-      name: of the training, in the log.
-      config: steps and intervals.
-      length: tokens of an image.
-      flops: of training on one token, forward and backward, for the MFU.
-      checkpoints: stay open.
-      log: takes the events.
-      initial: makes the train state, see `step.state_of`, where there is no checkpoint.
-      abstract: shapes and shardings of the train state.
-      train_step: `(state, batch) -> (state, metrics)`; donates the state.
-      batches: `position -> iterator` over this process's share of the batches from there on.
-      evaluate: `params -> numbers`.
-      primary: the numbers that rank checkpoints, see `evaluation.Metric`; the best one is kept, and
-        its weights are returned.
-      patience: evaluations without a better one after which the training stops; 0: never.
-      measure: `params -> numbers` that are only logged.
-      measure_every: steps between two measurements; 0: none.
-      profiler: surrounds every step.
+    With `primary`, the best checkpoint is kept and its weights are returned.
 
     Raises:
       InputError: the loss, a gradient or a weight is no longer finite (names the step), or no
@@ -91,17 +73,14 @@ def fit(
     state, info = restored or (initial(), FIRST)
     info = FIRST | info  # an older version saved fewer entries
     start = step = info["position"]
-    evaluations, clock = (
-        Ranking(info["evaluations"], primary),
-        Clock(info["seconds"], info["timed"]),
-    )
-    measured = info["measured"]
+    evaluations, measured = Ranking(info["evaluations"], primary), info["measured"]
+    clock, profiler = Clock(info["seconds"], info["timed"]), profiler or Profiler()
     checkpoints.best = evaluations.best()
     log.rewind(name, step if restored else -1, info["events"])
     sessions = Sessions(log.folder, name, began, step, info["time"])
     if restored:
-        found = (name, step, config.steps, *sessions.lost)
-        LOG.info("%s continues from step %d of %d; %d steps and %.1f s since were lost.", *found)
+        line = "%s continues from step %d of %d; %d steps and %.1f s since were lost."
+        LOG.info(line, name, step, config.steps, *sessions.lost)
     data, pending, stopping = batches(step), None, False
     progress = Progress(name, config.steps, step)
 
@@ -112,15 +91,14 @@ def fit(
             return
         at, values = pending[0], {k: float(v) for k, v in jax.device_get(pending[1]).items()}
         pending = None
-        wrong = {k: v for k, v in values.items() if not math.isfinite(v)}
+        wrong = ", ".join(f"{k} is {v}" for k, v in values.items() if not math.isfinite(v))
         if wrong:
-            found = ", ".join(f"{k} is {v}" for k, v in wrong.items())
             checkpoints.wait()
             good = max(checkpoints.steps(), default=None)
             raise InputError(
-                f"{name} stopped at step {at}: {found}. The last good checkpoint is step "
-                f"{good}, in {checkpoints.folder}. A lower optimizer.learning_rate or a "
-                "clip_norm is the usual remedy."
+                f"{name} stopped at step {at}: {wrong}. The last good checkpoint is step {good}, "
+                f"in {checkpoints.folder}. A lower optimizer.learning_rate or a clip_norm is the "
+                "usual remedy."
             )
         if at % config.log_every == 0 or at == config.steps:
             speed = clock.lap(config.batch_size * length)
@@ -143,8 +121,8 @@ def fit(
             drain()
             numbers = evaluate(state[config.weights])
             evaluations.append({"step": step, **numbers})
-            better = evaluations.best() == step
             checkpoints.best = evaluations.best()
+            better = checkpoints.best == step
             log.write(name, step, {f"validation_{k}": v for k, v in numbers.items()})
             sessions.seen(step)
         if measure_every and step % measure_every == 0 and measured != step:
@@ -175,13 +153,12 @@ def fit(
             if stopping or last:
                 checkpoints.wait()
                 sessions.seen(step)
-            if stopping:
+                if not stopping:
+                    break
                 raise hosts.StoppedError(
                     f"{name} stopped by SIGTERM at step {step}, saved in "
                     f"{time.monotonic() - stop.since:.1f} s; the same command continues"
                 )
-            if last:
-                break
 
             # Within the guard only what is named moves between host and device. A process's first
             # step compiles, so it is not timed.

@@ -3,7 +3,6 @@
 import collections
 import json
 import logging
-import math
 import pathlib
 import shutil
 import sys
@@ -24,19 +23,12 @@ LOG = logging.getLogger(__name__)
 def mfu(flops: int, tokens_per_second: float | None) -> float | None:
     """Model FLOPs utilisation: the share of all devices' bfloat16 peak; None where not known.
 
-    Args:
-      flops: of one token, as `model.flops` counts.
-      tokens_per_second: over all devices.
+    `flops` are those of one token, as `model.flops` counts; the speed is that of all devices.
     """
     known = hardware.of(jax.devices()[0].device_kind)
     if known is None or tokens_per_second is None:
         return None
     return tokens_per_second * flops / (known.peak_flops * jax.device_count())
-
-
-def bits(nats: float) -> float:
-    """Nats in bits."""
-    return nats / math.log(2)
 
 
 class MetricWriter:
@@ -49,7 +41,6 @@ class MetricWriter:
         self._boards: dict[str, tensorboardX.SummaryWriter] = {}
 
     def write(self, stage: str, step: int, values: dict[str, float | int | None]) -> None:
-        """Appends one event."""
         self._counts[stage] += 1
         if jax.process_index() != 0:
             return
@@ -65,15 +56,12 @@ class MetricWriter:
     def rewind(self, stage: str, step: int, count: int | None = None) -> None:
         """Drops the stage's events that a resumed training is about to repeat.
 
+        These are the events of steps later than `step`, and those after the first `count`.
         TensorBoard's files of the stage, whose end a kill may have cut off, are written anew.
-
-        Args:
-          stage: whose events are dropped.
-          step: events of later steps are dropped.
-          count: most events that are kept, the first ones; None: all.
         """
         if jax.process_index() != 0 or not self.path.exists():
             return
+        shutil.rmtree(self.board_folder / stage, ignore_errors=True)
         kept = []
         self._counts[stage] = 0
         for event in self.read():
@@ -81,12 +69,9 @@ class MetricWriter:
                 if event["step"] > step or self._counts[stage] == count:
                     continue
                 self._counts[stage] += 1
+                self._show(event)
             kept.append(event)
         files.replace(self.path, "".join(json.dumps(e) + "\n" for e in kept).encode())
-        shutil.rmtree(self.board_folder / stage, ignore_errors=True)
-        for event in kept:
-            if event["stage"] == stage:
-                self._show(event)
 
     def read(self) -> list[dict]:
         """All complete events; a line that a kill cut short is left out."""
@@ -99,16 +84,14 @@ class MetricWriter:
         return events
 
     def _show(self, event: dict) -> None:
-        """Writes an event for TensorBoard."""
         stage, step = event["stage"], event["step"]
         if stage not in self._boards:
             # The SummaryWriter's thread writes the file every two seconds and at exit.
             folder = str(self.board_folder / stage)
             self._boards[stage] = tensorboardX.SummaryWriter(folder, flush_secs=2)
-        for name in event.keys() - {"stage", "step", "time"}:
-            if event[name] is not None:
-                scalar = (f"{stage}/{name}", event[name], step)
-                self._boards[stage].add_scalar(*scalar, walltime=event["time"])
+        for name, value in event.items():
+            if name not in ("stage", "step", "time") and value is not None:
+                self._boards[stage].add_scalar(f"{stage}/{name}", value, step, event["time"])
 
 
 class Progress:

@@ -97,16 +97,11 @@ def start_vectors(
 ) -> Int[Array, "B"] | None:
     """Index of the start vector that each row begins with; None: `Network.unconditional` for all.
 
-    A class-conditional network has one for each class and one for "no class". Any other network has
-    one for each variant of the training's augmentation, or a single one: an image whose variant has
-    no start vector begins with the first, as one that is not augmented does.
-
-    Args:
-      network: the network.
-      batch: "label" or "variant", by the kind of network.
-      key: of a training step: a share `label_dropout` of the rows gets "no class"; None: no row.
-      condition_on_label: whether the network sees the class. False where the class is to be found
-        out, by the network's class head or by a probe.
+    A class-conditional network has one for each class and one for "no class", which a share
+    `label_dropout` of the rows gets where a training step gives its key. `condition_on_label` is
+    false where the class is to be found out, by the network's class head or by a probe. Any other
+    network has one for each variant of the training's augmentation, or a single one: an image whose
+    variant has no start vector begins with the first, as one that is not augmented does.
     """
     if network.config.class_tokens:
         if not condition_on_label:

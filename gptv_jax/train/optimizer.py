@@ -1,5 +1,6 @@
 """Optax optimizers by name, with the schedule, the clipping and the decay of the config."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -19,12 +20,10 @@ MATRICES = {
     "mlp_in": MuonDimensionNumbers(reduction_axis=1, output_axis=2),  # L [D] [F]
     "mlp_gate_up": MuonDimensionNumbers(reduction_axis=1, output_axis=3),  # L [D] 2 [F]
     "mlp_out": MuonDimensionNumbers(reduction_axis=1, output_axis=2),  # L [F] [D]
-    # height width inputs [outputs]
-    **dict.fromkeys(
-        ("conv", "from_pixels", "to_pixels", "from_code", "to_code"),
-        MuonDimensionNumbers(reduction_axis=(0, 1, 2), output_axis=3),
-    ),
 }
+CONVOLUTIONS = ("conv", "from_pixels", "to_pixels", "from_code", "to_code")
+CONVOLUTION = MuonDimensionNumbers((0, 1, 2), 3)  # [height width inputs] [outputs]
+MATRICES |= dict.fromkeys(CONVOLUTIONS, CONVOLUTION)
 # Weights that are decayed and whose steps depend on the width; not norms, start vectors, embeddings
 # and positions. By name, because a stacked norm gain has two dimensions as well.
 PRODUCTS = {*MATRICES, "head", "class_head"}
@@ -34,27 +33,17 @@ RMS = 0.2  # of Muon's update, that of a typical Adam update (Liu et al. 2025, a
 
 
 def make_optimizer(
-    config: config_lib.Optimizer,
-    steps: int,
-    layer_decay: float = 1.0,
-    relative_width: float = 1.0,
+    config: config_lib.Optimizer, steps: int, layer_decay: float = 1.0, relative_width: float = 1.0
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """The optimizer and its learning rate by step: for muon that of Muon, not of its AdamW share.
 
-    Args:
-      config: settings of the optimizer.
-      steps: length of the training, for the schedule.
-      layer_decay: learning rate of a layer over that of the layer above it (Clark et al. 2020,
-        arXiv:2003.10555); the embeddings are the lowest layer, the final norm and the heads the
-        highest.
-      relative_width: the network's width over the width that the learning rates were found at.
+    `layer_decay` is the learning rate of a layer over that of the layer above it (Clark et al.
+    2020, arXiv:2003.10555); the embeddings are the lowest layer, the final norm and the heads the
+    highest. `relative_width` is the network's width over the one the learning rates were found at.
     """
     rate = _schedule(config, config.learning_rate, steps)
     betas = {"b1": config.beta1, "b2": config.beta2}
-    decay = {
-        "weight_decay": config.weight_decay,
-        "mask": lambda params: _by_name(params, PRODUCTS.__contains__),
-    }
+    decay = {"weight_decay": config.weight_decay, "mask": _by_name(PRODUCTS.__contains__)}
     match config.name:
         case "adam":
             optimizer = optax.adam(rate, **betas)
@@ -68,29 +57,24 @@ def make_optimizer(
                 rate,
                 weight_decay=config.weight_decay,
                 consistent_rms=RMS,
-                muon_weight_dimension_numbers=lambda params: _by_name(params, MATRICES.get),
+                muon_weight_dimension_numbers=_by_name(MATRICES.get),
             )
             rest_rate = config.rest_learning_rate or config.learning_rate
             rest = optax.adamw(_schedule(config, rest_rate, steps), **betas, **decay)
             optimizer = optax.partition(
                 {"matrices": matrices, "rest": rest},  # the names are part of a checkpoint
-                lambda params: _by_name(
-                    params, lambda name: "matrices" if name in MATRICES else "rest"
-                ),
+                _by_name(lambda name: "matrices" if name in MATRICES else "rest"),
             )
     if config.clip_norm is not None:
         optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
     if layer_decay != 1:
-        decayed = optax.stateless(lambda updates, _: _decay_layers(updates, layer_decay))
-        optimizer = optax.chain(optimizer, decayed)
+        optimizer = optax.chain(optimizer, _decay_layers(layer_decay))
     if relative_width != 1:
-        muon = config.name == "muon"
-        scaled = optax.stateless(lambda updates, _: _scale_to_width(updates, relative_width, muon))
-        optimizer = optax.chain(optimizer, scaled)
+        optimizer = optax.chain(optimizer, _scale_to_width(relative_width, config.name == "muon"))
     return optimizer, rate
 
 
-def _scale_to_width(updates: dict, relative_width: float, muon: bool) -> dict:
+def _scale_to_width(relative_width: float, muon: bool) -> optax.GradientTransformation:
     """Scales updates so that they move activations as much as at the width of the learning rates.
 
     A product sums over its inputs, so what an update adds to its result grows with the width. The
@@ -105,19 +89,22 @@ def _scale_to_width(updates: dict, relative_width: float, muon: bool) -> dict:
         power = 0 if name not in PRODUCTS else 0.5 if muon and name in MATRICES else 1
         return update * relative_width**-power
 
-    return jax.tree_util.tree_map_with_path(scale, updates)
+    return optax.stateless(lambda updates, _: jax.tree.map_with_path(scale, updates))
 
 
-def _decay_layers(updates: dict, decay: float) -> dict:
-    layers = len(updates["blocks"]["norm_1"])
+def _decay_layers(decay: float) -> optax.GradientTransformation:
+    def decayed(updates: dict, _) -> dict:
+        layers = len(updates["blocks"]["norm_1"])
 
-    def scale(path, update):
-        if path[0].key == "blocks":  # layer l of L lies L - l below the heads
-            below = jnp.arange(layers, 0, -1).reshape(-1, *[1] * (update.ndim - 1))
-            return update * decay**below
-        return update if path[0].key in ABOVE else update * decay ** (layers + 1)
+        def scale(path, update):
+            if path[0].key == "blocks":  # layer l of L lies L - l below the heads
+                below = jnp.arange(layers, 0, -1).reshape(-1, *[1] * (update.ndim - 1))
+                return update * decay**below
+            return update if path[0].key in ABOVE else update * decay ** (layers + 1)
 
-    return jax.tree_util.tree_map_with_path(scale, updates)
+        return jax.tree.map_with_path(scale, updates)
+
+    return optax.stateless(decayed)
 
 
 @jax.named_scope("average")
@@ -163,12 +150,11 @@ def _schedule(config: config_lib.Optimizer, peak: float, steps: int) -> optax.Sc
     if not config.warmup_steps:
         return after
     # From peak / warmup_steps, not 0, so that the first step already moves the weights.
-    warmup = optax.linear_schedule(
-        peak / config.warmup_steps, peak, max(config.warmup_steps - 1, 1)
-    )
-    return optax.join_schedules([warmup, after], [config.warmup_steps])
+    warmup_steps = config.warmup_steps
+    warmup = optax.linear_schedule(peak / warmup_steps, peak, max(warmup_steps - 1, 1))
+    return optax.join_schedules([warmup, after], [warmup_steps])
 
 
-def _by_name(params: dict, value: Callable):
-    """A tree like `params` with `value(name)` at each leaf, where name is the leaf's last key."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: value(path[-1].key), params)
+def _by_name(value: Callable) -> Callable:
+    """`params -> tree` with `value(name)` at each leaf, where name is the leaf's last key."""
+    return functools.partial(jax.tree.map_with_path, lambda path, _: value(path[-1].key))

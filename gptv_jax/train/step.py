@@ -62,7 +62,6 @@ def joint_loss(network: Network, generative: float, classification: float) -> Ca
 def _forward(
     network, params, batch, key, order=None, *, condition_on_label: bool
 ) -> tuple[Output, Float[Array, ""]]:
-    """The network's output for a training batch, and its nats per token."""
     mask = objective.draw_mask(network, len(batch["tokens"]), key)
     start = objective.start_vectors(network, batch, key, condition_on_label=condition_on_label)
     model, tokens = network.bind(params), batch["tokens"]
@@ -79,22 +78,20 @@ def abstract_batch(network: Network, rows: int, split: NamedSharding | None = No
     return {k: jax.ShapeDtypeStruct(s, jnp.int32, sharding=split) for k, s in shapes.items()}
 
 
-def make_init(
-    network: Network, optimizer: optax.GradientTransformation, ema: float | None = None
-) -> Callable:
+def make_init(network: Network, optimizer: optax.GradientTransformation, ema=None) -> Callable:
     """`key -> state`, see `state_of`; every leaf is created in its sharding."""
     return lambda key: state_of(network.init(key), optimizer, ema)
 
 
-def state_of(
-    params: dict, optimizer: optax.GradientTransformation, ema: float | None = None
-) -> dict:
+def state_of(params: dict, optimizer: optax.GradientTransformation, ema=None) -> dict:
     """The train state {step, params, opt} before the first step; with an average, "ema" as well."""
+
     # Constants in the optimizer's state have no sharding. Given one, the state before the first
     # step has the type of all later ones, so the step compiles once.
-    opt = jax.tree.map(
-        lambda x: jax.sharding.reshard(x, jax.typeof(x).sharding.spec), optimizer.init(params)
-    )
+    def sharded(x):
+        return jax.sharding.reshard(x, jax.typeof(x).sharding.spec)
+
+    opt = jax.tree.map(sharded, optimizer.init(params))
     # A copy, because the step may write over the buffers of both.
     averaged = {} if ema is None else {"ema": jax.tree.map(jnp.copy, params)}
     return {"step": jnp.zeros((), jnp.int32), "params": params, "opt": opt, **averaged}
@@ -103,40 +100,32 @@ def state_of(
 def make_train_step(
     loss: Callable,
     optimizer: optax.GradientTransformation,
-    rate: optax.Schedule,
+    rate: optax.Schedule,  # by step, for the metrics
     *,
     microbatches: int = 1,
-    seed: int = 0,
-    ema: float | None = None,
+    seed: int = 0,  # of the loss's key, into which the step's number is folded
+    ema: float | None = None,  # decay of the moving average of the weights; None: there is none
     after: Callable | None = None,
 ) -> Callable:
     """`(state, batch, frozen=None) -> (state, metrics)`, jitted; it donates the state.
 
     `frozen` is an argument of the compiled step, so its arrays are not compiled in as constants.
+    Parts of the state besides step, params, opt and ema, such as a discriminator, are added to it
+    by their names. `after(state, aux, batch, key) -> (state, metrics)` updates these parts once the
+    other state is updated; `aux` is `metrics["aux"]` of the loss. It does not go with microbatches.
 
-    Args:
-      loss: see the module. Parts of the state besides step, params, opt and ema, such as a
-        discriminator, are added to its `frozen` by their names.
-      optimizer: takes the mean gradient of the batch.
-      rate: learning rate by step, for the metrics.
-      microbatches: number of parts that the batch is processed in, to need less memory. The result
-        is that of the whole batch, except that every part draws its own dropout, masks and orders.
-      seed: of the loss's key, to which the step's number is folded; the key needs no state.
-      ema: decay of the moving average of the weights; None: the state has none.
-      after: `(state, aux, batch, key) -> (state, metrics)`, called with the updated state to update
-        its further parts; `aux` is `metrics["aux"]` of the loss. Not with microbatches.
+    Microbatches need less memory. The result is that of the whole batch, except that every part
+    draws its own dropout, masks and orders.
     """
     gradient = jax.grad(loss, has_aux=True)
 
     def accumulate(params, frozen, batch, key, step):
         # Rows r, r + A, r + 2A ... make part r: a split that keeps every row on its device.
-        parts = jax.tree.map(
-            lambda x: x.reshape(
-                -1, microbatches, *x.shape[1:], out_sharding=sharding.BATCH_FIRST
-            ).swapaxes(0, 1),
-            batch,
-        )
-        keys = jax.random.split(key, microbatches)
+        def split(x):
+            shape = (-1, microbatches, *x.shape[1:])
+            return x.reshape(shape, out_sharding=sharding.BATCH_FIRST).swapaxes(0, 1)
+
+        parts, keys = jax.tree.map(split, batch), jax.random.split(key, microbatches)
         # Every part adds its gradients to one sum. Scanned layers add theirs one by one, so there
         # is no second copy of the gradients; with unrolled layers there is.
         total = jax.tree.map(lambda x: jax.new_ref(jnp.zeros_like(x)), params)
@@ -156,16 +145,12 @@ def make_train_step(
         further = {name: state[name] for name in state.keys() - {"step", "params", "opt", "ema"}}
         frozen = {**(frozen or {}), **further} if further else frozen
         key = jax.random.fold_in(jax.random.key(seed), step)
-        grads, metrics = (gradient if microbatches == 1 else accumulate)(
-            params, frozen, batch, key, step
-        )
+        differentiate = gradient if microbatches == 1 else accumulate
+        grads, metrics = differentiate(params, frozen, batch, key, step)
         aux = metrics.pop("aux", None)
         params, opt = apply_update(optimizer, grads, state["opt"], params)
-        metrics |= {
-            "grad_norm": optax.tree.norm(grads),
-            "param_norm": optax.tree.norm(params),
-            "learning_rate": rate(step),
-        }
+        metrics |= {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)}
+        metrics["learning_rate"] = rate(step)
         state = state | {"params": params, "opt": opt}
         if after is not None:
             state, more = after(state, aux, batch, key)
