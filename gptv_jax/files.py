@@ -124,7 +124,7 @@ def read_json(path: pathlib.Path, absent):
         if not isinstance(content, type(absent)):
             raise InputError(f"{path} is damaged (it holds {content!r}); restore it.")
         return content
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return absent
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(

@@ -13,7 +13,7 @@ from conftest import make_mesh, random_params, tiny_network
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gptv_jax import config as config_lib
-from gptv_jax import sharding
+from gptv_jax import hosts, sharding
 from gptv_jax.checkpoint import Checkpoints, DamagedError
 from gptv_jax.errors import InputError
 from gptv_jax.train import optimizer, step

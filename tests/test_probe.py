@@ -21,7 +21,7 @@ from gptv_jax.errors import InputError
 from gptv_jax.probe import features, logistic, ridge
 from gptv_jax.runs import report
 from gptv_jax.runs.context import Context
-from gptv_jax.stages import finetune, pretrain, probe, reports, setup
+from gptv_jax.stages import STAGES, finetune, pretrain, probe, reports, setup
 from gptv_jax.stages import pretrained as pretrained_weights
 from gptv_jax.train import objective
 
@@ -384,9 +384,9 @@ def test_fine_tuning_only_centres_a_constant_feature(probed_in_passing, tmp_path
     ],
 )
 def test_settings_that_do_not_fit_together_are_refused(changes, words):
-    config = dataclasses.asdict(config_lib.Config(probe=config_lib.Probe(**changes)))
+    config = config_lib.Config(probe=config_lib.Probe(**changes))
     with pytest.raises(InputError) as error:
-        config_lib.resolve(config)
+        STAGES["probe"].check(config)
     assert all(word in str(error.value) for word in words)
 
 
