@@ -14,7 +14,7 @@ from gptv_jax.model import flops
 from gptv_jax.model.gpt import parameter_count
 from gptv_jax.probe import features, ridge
 from gptv_jax.runs.context import Context
-from gptv_jax.tokens.statistics import TokenStatistics
+from gptv_jax.tokens.codec import TokenStatistics
 from gptv_jax.train import evaluation, goodput, loop, metrics, optimizer, step
 
 
