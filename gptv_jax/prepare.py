@@ -16,7 +16,7 @@ from gptv_jax.data import cache, pipeline, sources, transforms
 from gptv_jax.data.damage import DamageLog
 from gptv_jax.errors import InputError
 from gptv_jax.stages import codec
-from gptv_jax.tokens.statistics import TokenStatistics
+from gptv_jax.tokens.codec import TokenStatistics
 from gptv_jax.train.metrics import Progress
 
 OUT = flags.DEFINE_string("out", None, "New folder for the token cache.")
@@ -57,12 +57,9 @@ def main(settings: config.Config) -> None:
         "classes": data_set.classes if settings.data.labels else 0,
     }
     cache.write(folder, chosen, {split: examples(split) for split in data_set.lengths}, header)
-    summary = {
-        "folder": str(folder),
-        "bytes": sum(path.stat().st_size for path in folder.iterdir()),
-        "damaged": damage_log.count,
-        **{split: found.numbers() for split, found in statistics.items()},
-    }
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    summary = {"folder": str(folder), "bytes": size, "damaged": damage_log.count}
+    summary |= {split: found.numbers() for split, found in statistics.items()}
     print(json.dumps(summary, indent=2))
 
 

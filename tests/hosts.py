@@ -15,7 +15,7 @@ from gptv_jax import config as config_lib
 from gptv_jax import hosts
 from gptv_jax.data import pipeline
 from gptv_jax.errors import InputError
-from gptv_jax.tokens.grey import GreyCodec
+from gptv_jax.tokens import GreyCodec
 
 
 def main(port: str, index: str, count: str, file: str) -> None:

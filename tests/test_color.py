@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from conftest import generator, random_image
 
-from gptv_jax.data import color, transforms
+from gptv_jax.data import transforms
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -30,18 +30,20 @@ def test_jitter_weakens_and_strengthens_what_it_is_called_after():
 
 def test_colour_balance_leaves_grey_alone():
     grey = np.repeat(random_image(6, 7, 1), 3, axis=-1)
-    np.testing.assert_allclose(color.ColorBalance(1.0)(grey, generator()).astype(int), grey, atol=1)
+    np.testing.assert_allclose(
+        transforms.ColorBalance(1.0)(grey, generator()).astype(int), grey, atol=1
+    )
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_normalize_stretches_to_the_whole_range(channels):
     given = random_image(40, 40, channels) // 3 + 50
-    found = color.Normalize()(given, None)
+    found = transforms.Normalize()(given, None)
     assert (found.min(), found.max()) == (0, 255)
     scaled = (given.astype(float) - given.min()) * (255 / np.ptp(given))
     np.testing.assert_allclose(found, scaled, atol=0.51)
-    np.testing.assert_array_equal(color.Normalize()(found, None), found)
-    clipped = color.Normalize(clip=0.1)(given, None)
+    np.testing.assert_array_equal(transforms.Normalize()(found, None), found)
+    clipped = transforms.Normalize(clip=0.1)(given, None)
     assert 0.09 < (clipped == 0).mean() < 0.13 and 0.09 < (clipped == 255).mean() < 0.13
     flat = np.full((4, 4, channels), 7, np.uint8)
-    np.testing.assert_array_equal(color.Normalize()(flat, None), flat)
+    np.testing.assert_array_equal(transforms.Normalize()(flat, None), flat)

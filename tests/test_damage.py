@@ -14,7 +14,7 @@ from gptv_jax import config as config_lib
 from gptv_jax.data import pipeline
 from gptv_jax.data.damage import DamageLog
 from gptv_jax.errors import InputError
-from gptv_jax.tokens.grey import GreyCodec
+from gptv_jax.tokens import GreyCodec
 
 CODEC = GreyCodec(levels=256, size=4)
 PHOTO = encoded(random_image(32, 32, 3), "JPEG")

@@ -10,7 +10,7 @@ import pytest
 
 from gptv_jax import config as config_lib
 from gptv_jax.data import pipeline, sources
-from gptv_jax.tokens.grey import GreyCodec
+from gptv_jax.tokens import GreyCodec
 
 CODEC = GreyCodec(levels=17, size=8)
 PLAIN = config_lib.Data()

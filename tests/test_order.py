@@ -286,7 +286,7 @@ def test_a_loss_with_random_orders_needs_the_length_of_the_training():
         ({"random_order": (0.5, 0.75)}, "set config.model.rotary, or target_positions"),
         ({"random_order": (0.5, 0.75), "target_positions": True, **BARE}, "set config.model"),
         ({"random_order": (0.5, 0.75), "rotary": True, "objective": "bert"}, "bert has no order"),
-        ({"target_positions": True, "objective": "bert"}, "holds the very token"),
+        ({"target_positions": True, "objective": "bert"}, "same position"),
     ],
 )
 def test_settings_that_do_not_work_with_random_orders_are_refused(changes, named):

@@ -144,7 +144,7 @@ def test_the_frozen_weights_are_an_argument_not_a_constant(one_device):
     network = tiny_network(width=64)
     heads = sgd.Heads(network, settings(), CLASSES, ((1,),))
     take, update = step_of(heads)
-    state = sharding.abstract(lambda key: step.state_of(heads.init(key), update))
+    state = sharding.abstract(lambda _: step.state_of(heads.init(), update))
     frozen = sharding.abstract(network.init)
     lowered = take.lower(state, sharding.global_batch(labelled(0)), frozen)
     weights = network.config.layers * 12 * network.config.width**2
@@ -171,10 +171,7 @@ def fit(folder, config=None, stop=None, test_shift=0, network=NETWORK) -> dict:
         shift = test_shift if split == "test" else 0
         yield batch | {"label": (batch["label"] + np.int32(shift)) % np.int32(CLASSES)}
 
-    with (
-        jax.set_mesh(make_mesh((1, 1, 1))),
-        Checkpoints(folder / "checkpoints") as checkpoints,
-    ):
+    with jax.set_mesh(make_mesh((1, 1, 1))), Checkpoints(folder / "checkpoints") as checkpoints:
         return sgd.fit(
             heads,
             random_params(network),
@@ -182,7 +179,6 @@ def fit(folder, config=None, stop=None, test_shift=0, network=NETWORK) -> dict:
             log=MetricWriter(folder),
             training=training,
             evaluation=evaluation,
-            features=features.of_network(network, random_params(network), evaluation, raw=False),
             seed=0,
         )
 

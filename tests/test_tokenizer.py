@@ -199,7 +199,7 @@ def test_another_run_and_a_cache_use_an_existing_tokenizer(run, finished, data, 
     # A cache has no flips: mirroring the grid of codes would not mirror the squares of pixels.
     cached = tmp_path / "cache", "--config.data.name=tokens"
     ended = run(tmp_path / "cached", *cached, stage)
-    assert "flip() needs pixels" in ended.errors
+    assert "flip(), which needs pixels" in ended.errors
     key = "pretrain/test_nats_per_token"
     assert summary_of(tmp_path / "cached")[key] == summary_of(tmp_path / "plain")[key]
     assert summary_of(tmp_path / "images")[key] != summary_of(tmp_path / "plain")[key]

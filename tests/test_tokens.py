@@ -13,7 +13,7 @@ from gptv_jax.data import pipeline, sources
 from gptv_jax.data.damage import DamageLog
 from gptv_jax.errors import InputError
 from gptv_jax.tokens import Palette, PaletteCodec, palette
-from gptv_jax.tokens.statistics import TokenStatistics
+from gptv_jax.tokens.codec import TokenStatistics
 
 
 @pytest.fixture

@@ -3,14 +3,14 @@ import numpy as np
 import pytest
 from conftest import generator, random_image
 
-from gptv_jax.data import geometry, transforms
+from gptv_jax.data import transforms
 from gptv_jax.errors import InputError
 
 
 def test_entries_are_calls_with_literal_arguments():
-    assert transforms.parse("shift(pixels=2, keep=0.3)") == geometry.Shift(2, 0.3)
-    assert transforms.parse("shift(2)") == geometry.Shift(2)
-    assert transforms.parse("shift()") == transforms.parse("shift") == geometry.Shift()
+    assert transforms.parse("shift(pixels=2, keep=0.3)") == transforms.Shift(2, 0.3)
+    assert transforms.parse("shift(2)") == transforms.Shift(2)
+    assert transforms.parse("shift()") == transforms.parse("shift") == transforms.Shift()
     full = "resize_short(size=256, method='bilinear')"
     assert transforms.written_out("resize_short(256)") == transforms.written_out(full) == full
     assert transforms.written_out("flip") == "flip(probability=0.5)"

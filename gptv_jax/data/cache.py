@@ -38,11 +38,7 @@ READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # as ArrayRecord a
 
 
 def claim(folder: pathlib.Path) -> None:
-    """Makes the folder.
-
-    Raises:
-      InputError: the folder cannot be written to, or is not empty.
-    """
+    """Makes the folder; raises InputError where it cannot be written to or is not empty."""
     files.claim(folder, "out")
     if any(folder.iterdir()):
         raise InputError(f"--out={folder} is not empty; name a new folder.")
@@ -56,9 +52,8 @@ def write(
     Args:
       folder: an empty folder, see `claim`.
       codec: made the tokens.
-      splits: the examples of each split, in order, as `{"tokens": int32 [T]}`, with a "label" where
-        the data set has classes.
-      header: "source", "tokens" (the fields of `config.Tokens`), "image_size", "transforms" and
+      splits: the examples of each split, in order: "tokens", int32 [T], and "label" if labelled.
+      header: "source", "tokens" (the fields of `config.Tokens`), "image_size", "transforms",
         "classes", and whatever else should be recorded.
     """
     planes = _TokenPlanes(codec)
@@ -71,30 +66,21 @@ def write(
             for example in examples:
                 values = example | planes.split(example["tokens"])
                 packed = np.array(tuple(values[name] for name in record.names), record)
-                writer.write(_deflate(packed.tobytes()))
+                # Raw deflate, without zlib's own header and checksum.
+                writer.write(zlib.compress(packed.tobytes(), 9, -zlib.MAX_WBITS))
                 lengths[split] += 1
     tokens.save_definition(codec.definition, folder)
     stored = [[name, record[name].base.str, record[name].shape] for name in record.names]
-    header = {"format": FORMAT, "lengths": lengths, "fields": stored, **header}
-    files.write_json(folder / "header.json", header)
-
-
-def _deflate(content: bytes) -> bytes:
-    compressor = zlib.compressobj(9, zlib.DEFLATED, -15)  # without zlib's own header and checksum
-    return compressor.compress(content) + compressor.flush()
+    made = {"format": FORMAT, "lengths": lengths, "fields": stored}
+    files.write_json(folder / "header.json", made | header)
 
 
 class TokenCache:
-    """A folder of `write`, as a `sources.DataSet`."""
+    """A folder of `write`, as a `sources.DataSet`; any other folder raises InputError."""
 
     stored_as = "tokens"
 
     def __init__(self, folder: pathlib.Path):
-        """Reads the header.
-
-        Raises:
-          InputError: the folder is no token cache, or one of another format.
-        """
         self.folder = folder
         path = folder / "header.json"
         try:
@@ -131,15 +117,11 @@ class TokenCache:
             field = {"palette": "tokens.palette", "learned": "tokens.tokenizer"}[self.tokens.kind]
             settings[field] = str(self.folder / tokens.DEFINITIONS[self.tokens.kind][0])
         flags = [f"--config.{name}={value}" for name, value in settings.items()]
-        flags = ["--config=FILE", f"--out={self.folder}-new", *flags]
-        return shlex.join(["python", "-m", "gptv_jax.prepare", *flags])
+        command = ["python", "-m", "gptv_jax.prepare", "--config=FILE", f"--out={self.folder}-new"]
+        return shlex.join(command + flags)
 
     def codec(self) -> tokens.Codec:
-        """The codec that made the tokens.
-
-        Raises:
-          InputError: the file with the palette or the tokenizer is missing or damaged.
-        """
+        """The codec that made the tokens; InputError where its definition is lost or damaged."""
         kind = self.tokens.kind
         definition = tokens.load_definition(kind, self.folder)
         if kind in tokens.DEFINITIONS and definition is None:
@@ -152,8 +134,6 @@ class TokenCache:
 
 
 class _CachedSplit:
-    """A split of a token cache, as a `sources.Source`."""
-
     def __init__(self, path: pathlib.Path, length: int, record: np.dtype, planes: "_TokenPlanes"):
         self.path, self.length, self.record, self.planes = path, length, record, planes
         self._open()
@@ -170,8 +150,7 @@ class _CachedSplit:
                 f"{self.length}."
             )
 
-    def __getstate__(self) -> dict:
-        """Without the reader: a worker process opens the file itself."""
+    def __getstate__(self) -> dict:  # without the reader: a worker process opens the file itself
         return {name: value for name, value in self.__dict__.items() if name != "_reader"}
 
     def __setstate__(self, state: dict) -> None:
@@ -184,7 +163,7 @@ class _CachedSplit:
     def __getitem__(self, index: int) -> dict:
         try:
             (packed,) = self._reader.read(index, index + 1)
-            values = np.frombuffer(zlib.decompress(packed, -15), self.record)
+            values = np.frombuffer(zlib.decompress(packed, -zlib.MAX_WBITS), self.record)
         except Exception as error:
             raise InputError(f"{self.name(index)} is damaged ({first_line(error)}).") from error
         example = {name: values[name][0] for name in self.record.names}
@@ -202,8 +181,8 @@ class _TokenPlanes:
         self.token_of = codec.similarity_order.astype(np.uint16)  # by new number
         self.number_of = np.argsort(self.token_of).astype(np.uint16)  # by token
         self.high_bits = max((codec.vocabulary - 1).bit_length() - 8, 0)
-        shapes = {"low": (self.length,), "high": (self.high_bits, -(-self.length // 8))}
-        self.fields = [(name, "|u1", shape) for name, shape in shapes.items()]
+        high = (self.high_bits, -(-self.length // 8))
+        self.fields = [("low", "|u1", (self.length,)), ("high", "|u1", high)]
 
     def split(self, image: Int[np.ndarray, "T"]) -> dict[str, np.ndarray]:
         numbers = self.number_of[image]

@@ -25,8 +25,7 @@ MIN_IMAGES = 200  # the share of damaged images is taken of at least so many, or
 class DecodedSource:
     """A source of pixels on top of a source of image files.
 
-    In place of a damaged image comes the next good one, and "damaged" holds the number of the
-    damaged image.
+    The next good image replaces a damaged one, whose number "damaged" holds.
     """
 
     def __init__(self, source, decode: Decode):
@@ -50,13 +49,10 @@ class DecodedSource:
         return self.source.name(index)
 
     def reason(self, index: int) -> str:
-        """Why the example cannot be read."""
         try:
             self._decode(index)
-        except DamagedImageError as error:
-            return str(error)
-        except OSError as error:
-            return error.strerror or str(error)
+        except (DamagedImageError, OSError) as error:
+            return getattr(error, "strerror", None) or str(error)
         return "it could not be read before, and now can"
 
     def _decode(self, index: int) -> dict:
@@ -71,15 +67,13 @@ class DamageLog:
     """
 
     def __init__(self, config: config_lib.Data, folder: pathlib.Path | None):
-        """Continues the file in the run folder; without a folder, nothing is written."""
-        self._config, self._path = config, None
+        self._config, self._path = config, None  # without a folder, nothing is written
         lines, self._of_others = [], set()
         if folder:
             index = jax.process_index()
             self._path = folder / (f"skipped-{index}.jsonl" if index else "skipped.jsonl")
             if self._path.exists():
                 lines = _read_lines(self._path)
-                # Without the last line, if a kill cut it short.
                 self._path.write_text("".join(json.dumps(line) + "\n" for line in lines))
             others = set(folder.glob("skipped*.jsonl")) - {self._path}
             self._of_others = {line["name"] for path in others for line in _read_lines(path)}
@@ -89,7 +83,6 @@ class DamageLog:
 
     @property
     def count(self) -> int:
-        """Number of different damaged images that this process has met."""
         return len(self._names)
 
     @property
@@ -98,24 +91,18 @@ class DamageLog:
         return sorted(self._names | self._of_others)
 
     def record(self, split: str, source: DecodedSource, damaged: np.ndarray, read: int) -> None:
-        """Logs the damaged images that are new.
+        """Logs the images of `damaged` that are new, where each element may be `NOT_DAMAGED`.
 
-        Args:
-          split: name of the split.
-          source: the split's source.
-          damaged: numbers of damaged images, or `NOT_DAMAGED`.
-          read: images that this process has read from the source so far.
-
-        Raises:
-          InputError: the policy is "fail", or the share of damaged images is above the limit.
+        `read` is the number of images that this process has read from the source so far. Raises
+        InputError where the policy is "fail", or the share of damaged images is above the limit.
         """
         read = min(read, len(source))
         self._images_by_split[split] = max(read, self._images_by_split.get(split, 0))
-        numbers = sorted(set(damaged.tolist()) - {NOT_DAMAGED})
-        new = [number for number in numbers if source.name(number) not in self._names]
-        for number in new:
-            self._add(source.name(number), source.reason(number))
-        if new:
+        before = self.count
+        for number in sorted(set(damaged.tolist()) - {NOT_DAMAGED}):
+            if source.name(number) not in self._names:
+                self._add(source.name(number), source.reason(number))
+        if self.count > before:
             self._check_share()
 
     def _add(self, name: str, reason: str) -> None:
@@ -131,8 +118,7 @@ class DamageLog:
                 line = {"name": name, "reason": reason, "looked_at": self._images_read()}
                 file.write(json.dumps(line) + "\n")
 
-    def _images_read(self) -> int:
-        """Number of different images read, over all splits and earlier processes of the run."""
+    def _images_read(self) -> int:  # over all splits and earlier processes of the run
         return max(sum(self._images_by_split.values()), self._images_before)
 
     def _check_share(self) -> None:
@@ -147,6 +133,5 @@ class DamageLog:
 
 
 def _read_lines(path: pathlib.Path) -> list[dict]:
-    """The complete lines of a file."""
-    lines = path.read_text().splitlines(True)
+    lines = path.read_text().splitlines(True)  # a kill may have cut the last one short
     return [json.loads(line) for line in lines if line.endswith("}\n")]

@@ -25,11 +25,7 @@ class ImageFolder:
     stored_as = "encoded"
 
     def __init__(self, path: pathlib.Path, labels: bool = True):
-        """Lists the files without opening them; `labels=False` makes the data set unlabelled.
-
-        Raises:
-          InputError: there are no images, a class has one image, or no training image.
-        """
+        """Lists the files without opening them; `labels=False` makes the data set unlabelled."""
         if not path.is_dir():
             raise InputError(f"config.data.path={path} is not a folder.")
         folders = {"train": path}
@@ -45,15 +41,14 @@ class ImageFolder:
                 raise InputError(f"{folders[split]} holds no image (no file ending in {shown}).")
         labelled = labels and all(os.sep in name for found in files.values() for name in found)
         names = sorted({_class(name) for name in files["train"]})
-        labelled = labelled and len(names) > 1
-        self.class_names = names if labelled else []
+        self.class_names = names if labelled and len(names) > 1 else []
         self.classes = len(self.class_names)
         self._splits = {
             split: _FolderSplit(folders[split], *self._ordered(folders[split], found))
             for split, found in files.items()
         }
         self.lengths = {split: len(source) for split, source in self._splits.items()}
-        if labelled:
+        if self.classes:
             self._check_classes(folders["train"])
 
     def open(self, split: str) -> "_FolderSplit":

@@ -1,15 +1,16 @@
-"""Decoding of image files to pixels."""
+"""The base class of transforms, and the decoding of image files to pixels."""
 
+import abc
 import dataclasses
 import io
 import warnings
+from typing import ClassVar
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
 from gptv_jax.config.fields import POSITIVE, field
-from gptv_jax.data.transform import Transform
 from gptv_jax.errors import first_line
 
 # Pillow warns of unusual metadata. The filter is global, since a context is not thread-safe.
@@ -20,6 +21,21 @@ Image.MAX_IMAGE_PIXELS = None
 
 class DamagedImageError(ValueError):
     """An image file cannot be decoded; the message says why."""
+
+
+class Transform(abc.ABC):
+    """A step that turns an image, uint8 [H, W, C], into a new one; see `transforms.TRANSFORMS`.
+
+    Subclasses are dataclasses; their fields are the arguments of the entry in the configuration.
+    """
+
+    random: ClassVar[bool] = False  # whether the generator is used; not allowed in evaluation
+    # False: the transform only moves pixels, so that it may move tokens, uint16 [rows, columns, 1].
+    needs_pixels: ClassVar[bool] = True
+
+    @abc.abstractmethod
+    def __call__(self, image: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
+        """Transforms one image; `rng` is the generator of this example, None in evaluation."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +57,7 @@ class Decode(Transform):
     def __call__(self, encoded: bytes | np.ndarray, rng=None) -> np.ndarray:
         """Pixels, uint8 [H, W, channels]; of an array only the channels are converted.
 
-        Raises:
-          DamagedImageError: the file is truncated, empty, no image, or the image has a wrong size.
+        Raises DamagedImageError where the file is truncated, empty, no image, or of a wrong size.
         """
         if isinstance(encoded, np.ndarray):
             return self._pixels(to_picture(encoded))

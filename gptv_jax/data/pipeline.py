@@ -11,7 +11,11 @@ import dataclasses
 import functools
 import itertools
 import logging
+import multiprocessing
+import os
 import pathlib
+import signal
+import threading
 from collections.abc import Iterator
 
 import grain
@@ -21,7 +25,6 @@ from gptv_jax import config as config_lib
 from gptv_jax.data import sources, transforms
 from gptv_jax.data.damage import NOT_DAMAGED, DamageLog, DecodedSource
 from gptv_jax.data.images import Decode
-from gptv_jax.data.reading import PaddedSource, read_ahead
 from gptv_jax.errors import InputError
 from gptv_jax.tokens import Codec
 
@@ -65,8 +68,7 @@ class Pipeline:
         source, steps = _opened(self.config, "train", entries or self.config.train_transforms)
         data = grain.MapDataset.range(len(source)).seed(self.seed).shuffle().repeat()
         data = data.random_map(_Example(source, steps, self._worker_codec("train")))
-        read = read_ahead(self._share(data, batch_size)[position:], source, self.config.workers)
-        return self._watched(self._encoded(read), "train", source, batch_size, position)
+        return self._batches(data, "train", source, batch_size, position)
 
     def evaluation(self, split: str, batch_size: int, limit: int | None = None) -> Iterator[dict]:
         """This process's share of the first `limit` examples of a split, without augmentation.
@@ -76,11 +78,11 @@ class Pipeline:
         number of the example.
         """
         source, steps = _opened(self.config, split, self.config.eval_transforms)
-        padded = PaddedSource(source, batch_size, limit)
-        example = _Example(padded, steps, self._worker_codec(split))
-        data = grain.MapDataset.range(len(padded)).map(example.map)
-        read = read_ahead(self._share(data, batch_size), source, self.config.workers)
-        return self._watched(self._encoded(read), split, source, batch_size)
+        examples = len(source) if limit is None else min(limit, len(source))
+        padded = -(-examples // batch_size) * batch_size
+        example = _Example(source, steps, self._worker_codec(split))
+        data = grain.MapDataset.range(padded).map(functools.partial(example.masked, examples))
+        return self._batches(data, split, source, batch_size)
 
     def _worker_codec(self, split: str) -> Codec | None:
         """The codec that Grain's workers apply: none if the codec encodes batches on devices."""
@@ -91,34 +93,27 @@ class Pipeline:
         """Whether the split's images can be read; a token cache has only tokens."""
         return sources.open_source(self.config, split).stored_as != "tokens"
 
-    def _share(self, data: grain.MapDataset, batch_size: int) -> grain.MapDataset:
+    def _batches(self, data, split, source, batch_size, position=0) -> Iterator[dict]:
+        """This process's share of the batches; numbers of damaged images move into the log."""
         index, count = self.share
         # No remainder is dropped. With drop_remainder=False Grain counts the batches of an endless
         # source in floating point.
-        return data.batch(batch_size // count, drop_remainder=True)[index::count]
-
-    def _watched(self, batches, split, source, batch_size, position=0) -> Iterator[dict]:
-        """Takes the numbers of damaged images out of the batches and into the log."""
-        for number, batch in enumerate(batches, start=position + 1):
+        data = data.batch(batch_size // count, drop_remainder=True)[index::count][position:]
+        read = _read_ahead(data, source, self.config.workers)
+        if self.codec is not None and self.codec.on_devices:
+            read = grain.experimental.ThreadPrefetchIterDataset(
+                read.map(self._encode), prefetch_buffer_size=ENCODE_AHEAD
+            )
+        for number, batch in enumerate(read, start=position + 1):
             damaged = batch.pop("damaged", None)
             if damaged is not None:
                 self.damage_log.record(split, source, damaged, read=number * len(damaged))
             yield batch
 
-    def _encoded(self, read: grain.IterDataset) -> grain.IterDataset:
-        """Applies a codec that encodes on devices, in a thread, ahead of the training step."""
-        if self.codec is None or not self.codec.on_devices:
-            return read
-
-        def encode(batch: dict) -> dict:
-            if "image" not in batch:  # the source is a token cache
-                return batch
-            images = batch.pop("image")
-            return {"tokens": self.codec.encode(images), **batch}
-
-        return grain.experimental.ThreadPrefetchIterDataset(
-            read.map(encode), prefetch_buffer_size=ENCODE_AHEAD
-        )
+    def _encode(self, batch: dict) -> dict:
+        if "image" not in batch:  # the source is a token cache
+            return batch
+        return {"tokens": self.codec.encode(batch.pop("image")), **batch}
 
 
 def try_out(
@@ -131,9 +126,6 @@ def try_out(
     """Makes tokens of the first `count` training images, so that misfits are found before any work.
 
     Without a codec, or if the codec encodes on devices, only `shape`, [H, W, C], is checked.
-
-    Raises:
-      InputError: the transforms do not fit the data, or their result does not fit the codec.
     """
     source, steps = _opened(config, "train", entries)
     rng = np.random.default_rng(0)
@@ -156,18 +148,16 @@ def images(
 ) -> Iterator[dict]:
     """The examples of a split after the transforms of evaluation, damaged images left out.
 
-    With `count`, so many examples are drawn without replacement; otherwise all come in order.
-
-    Yields:
-      `{"image", "variant"}`, with "label" of labelled data. The image is uint8 [H, W, C], or from a
-      token cache the grid of tokens, uint16 [rows, columns, 1].
+    With `count`, so many examples are drawn without replacement; otherwise all come in order. An
+    example has "image", uint8 [H, W, C] or from a token cache the grid of tokens, uint16 [rows,
+    columns, 1]; "variant"; and "label" of labelled data.
     """
     source, steps = _opened(config, split, config.eval_transforms)
     data = grain.MapDataset.range(len(source))
     if count is not None and count < len(source):
         data = data.seed(seed).shuffle()[:count]
-    data = data.map(_Example(source, steps).image)
-    for number, element in enumerate(read_ahead(data, source, config.workers), start=1):
+    data = data.map(_Example(source, steps).random_map)
+    for number, element in enumerate(_read_ahead(data, source, config.workers), start=1):
         damaged = element.pop("damaged", None)
         if damaged is not None:
             damage_log.record(split, source, np.array([damaged]), read=number)
@@ -221,13 +211,7 @@ class _Example(grain.transforms.RandomMap):
     steps: list[transforms.Transform]
     codec: Codec | None = None
 
-    def random_map(self, index: int, rng: np.random.Generator) -> dict:
-        return self._with_tokens(self.image(index, rng))
-
-    def map(self, index: int) -> dict:
-        return self._with_tokens(self.image(index))
-
-    def image(self, index: int, rng: np.random.Generator | None = None) -> dict:
+    def random_map(self, index: int, rng: np.random.Generator | None = None) -> dict:
         element = {**self.source[index], "variant": np.int32(0)}
         for step in self.steps:
             if getattr(step, "variants", 1) > 1:
@@ -235,20 +219,20 @@ class _Example(grain.transforms.RandomMap):
                 element["image"] = step.variant(element["image"], int(element["variant"]))
             else:
                 element["image"] = step(element["image"], rng)
-        return element
-
-    def _with_tokens(self, element: dict) -> dict:
         if self.codec is None:
             return element
         return {"tokens": to_tokens(self.codec, element.pop("image")), **element}
 
+    def masked(self, examples: int, index: int) -> dict:
+        """The example, or padding where `index` is not below the number of examples."""
+        padding = index >= examples
+        element = self.random_map(0 if padding else index)
+        counts = not padding and element.get("damaged", NOT_DAMAGED) == NOT_DAMAGED
+        return {**element, "mask": np.float32(counts), "index": np.int32(index)}
+
 
 def to_tokens(codec: Codec, image: np.ndarray) -> np.ndarray:
-    """Tokens, int32 [T], of an image or of a grid of tokens from a cache.
-
-    Raises:
-      InputError: the image has another shape, or a value without a token.
-    """
+    """Tokens, int32 [T], of an image or of a grid of tokens from a cache."""
     cached = image.dtype == np.uint16
     _check_shape(image, (*codec.grid, 1) if cached else codec.image_shape)
     if cached:
@@ -257,11 +241,7 @@ def to_tokens(codec: Codec, image: np.ndarray) -> np.ndarray:
 
 
 def tokenized(codec: Codec, elements: Iterator[dict], count: int = 64) -> Iterator[dict]:
-    """Examples of `images` as batches of up to `count`, with their "tokens", int32 [b, T].
-
-    Raises:
-      InputError: see `to_tokens`.
-    """
+    """Examples of `images` as batches of up to `count`, with their "tokens", int32 [b, T]."""
     for batch in batched(elements, count):
         _check_shape(batch["image"][0], codec.image_shape)
         yield {**batch, "tokens": _encode(codec, batch["image"])}
@@ -287,3 +267,28 @@ def _check_shape(image: np.ndarray, expected: tuple[int, ...]) -> None:
             f"after the transforms of config.data an image is {found}, but tokens are made of "
             f"{takes} (config.data.image_size and config.tokens say so); change one of these."
         )
+
+
+def _read_ahead(data: grain.MapDataset, source, workers: int) -> grain.IterDataset:
+    """Reads elements of `data` ahead, by `workers` processes; 0: by threads of this process."""
+    # Image files are decoded without Python's global lock; tokens are unpacked with it.
+    threads = min(os.cpu_count(), 16) if source.stored_as == "encoded" else 1
+    read = data.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=16))
+    if workers:
+        options = grain.MultiprocessingOptions(num_workers=workers)
+        read = read.mp_prefetch(options, worker_init_fn=_end_with_parent)
+    return read
+
+
+def _end_with_parent(*_) -> None:
+    """Makes a worker end when its parent process ends, and not before.
+
+    A scheduler's SIGTERM may reach the workers while the parent still takes a last training step.
+    """
+
+    def wait_for_parent() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=wait_for_parent, daemon=True).start()

@@ -39,8 +39,7 @@ class Source(Protocol):
         [rows, columns, 1], depending on `DataSet.stored_as`.
         """
 
-    def name(self, index: int) -> str:
-        """The example's name in messages."""
+    def name(self, index: int) -> str: ...  # the example's name in messages
 
 
 @runtime_checkable
@@ -55,11 +54,9 @@ class DataSet(Protocol):
 
 
 class Arrays:
-    """A data set in memory.
+    """A data set in memory: `{"train": (images, labels), ...}`.
 
-    Args:
-      splits: `{"train": (images, labels), ...}`, images uint8 [N, H, W, C] and labels int [N] from
-        0; the labels of all splits are None where the data set is unlabelled.
+    Images are uint8 [N, H, W, C], labels int [N] from 0, all None where the set is unlabelled.
     """
 
     stored_as = "pixels"
@@ -70,12 +67,10 @@ class Arrays:
             raise InputError(f"of the splits {', '.join(splits)} some have labels and some do not.")
         for name, arrays in splits.items():
             if not _accepted(*arrays):
-                shown = " and labels ".join(
-                    f"{a.dtype} {list(a.shape)}" for a in arrays if a is not None
-                )
+                shown = [f"{a.dtype} {list(a.shape)}" for a in arrays if a is not None]
                 raise InputError(
-                    f"split {name} holds images {shown}; images must be uint8 [N, H, W, C] and "
-                    "labels whole numbers [N] from 0."
+                    f"split {name} holds images {' and labels '.join(shown)}; images must be uint8 "
+                    "[N, H, W, C] and labels whole numbers [N] from 0."
                 )
         self.classes = 1 + max(int(array.max()) for array in labels) if labels else 0
         self.lengths = {name: len(images) for name, (images, _) in splits.items()}
@@ -86,16 +81,16 @@ class Arrays:
 
 
 def _accepted(images: np.ndarray, labels: np.ndarray | None) -> bool:
-    if images.ndim != 4 or images.dtype != np.uint8 or not len(images):
-        return False
-    if labels is None:
-        return True
-    whole = labels.shape == images.shape[:1] and labels.dtype.kind in "iu"
-    return whole and bool(labels.min() >= 0)
+    pixels = images.ndim == 4 and images.dtype == np.uint8 and len(images) > 0
+    if not pixels or labels is None:
+        return pixels
+    return (
+        labels.shape == images.shape[:1] and labels.dtype.kind in "iu" and bool(labels.min() >= 0)
+    )
 
 
 class _ArraysSplit:
-    def __init__(self, split: str, images: np.ndarray, labels: np.ndarray | None):
+    def __init__(self, split: str, images, labels):
         self.split, self.images, self.labels = split, images, labels
 
     def __len__(self) -> int:
@@ -145,24 +140,19 @@ def digits() -> Arrays:
 
 
 class Tfds:
-    """A TFDS data set that was prepared as ArrayRecord, read without TensorFlow."""
+    """A TFDS data set that was prepared as ArrayRecord, read without TensorFlow.
+
+    Args:
+      name: its name in TFDS, with a configuration where it has several: `a/b:1.0.0`.
+      folder: the folder of all prepared sets, or of this one; None: TFDS's default.
+    """
 
     stored_as = "encoded"
 
     def __init__(self, name: str, folder: str | None):
-        """Finds the prepared data set.
-
-        Args:
-          name: its name in TFDS, with a configuration where it has several: `a/b:1.0.0`.
-          folder: the folder of all prepared sets, or of this one; None: TFDS's default.
-
-        Raises:
-          InputError: the data set is not prepared; the message has the command that prepares it.
-        """
         import tensorflow_datasets as tfds  # takes seconds
 
-        self._folder = folder
-        self._decoders = {"image": tfds.decode.SkipDecoding()}
+        self._folder, self._decoders = folder, {"image": tfds.decode.SkipDecoding()}
         try:
             if folder and (pathlib.Path(folder) / "dataset_info.json").exists():
                 self._builder = tfds.builder_from_directory(folder)
@@ -197,45 +187,33 @@ class Tfds:
         return _TfdsSplit(f"{self.name}/{split}", data, bool(self.classes))
 
 
-class _TfdsSplit:
-    def __init__(self, split: str, data, labelled: bool):
-        self.split, self.data, self.labelled = split, data, labelled
-
-    def __len__(self) -> int:
-        return len(self.data)
+class _TfdsSplit(_ArraysSplit):
+    """TFDS reads an image and its label together, as one element of `images`."""
 
     def __getitem__(self, index: int) -> dict:
-        example = self.data[index]
+        example = self.images[index]
         image = {"image": example["image"]}
-        return {**image, "label": np.int32(example["label"])} if self.labelled else image
-
-    def name(self, index: int) -> str:
-        return f"{self.split}[{index}]"
+        return {**image, "label": np.int32(example["label"])} if self.labels else image
 
 
 def _unprepared(name: str, folder: str | None, error: Exception) -> str:
     where = f" --data_dir={folder}" if folder else ""
-    accepted = ", ".join(SETS)
     return (
-        f"config.data.name={name} with config.data.dir={folder} is neither one of {accepted} nor a "
-        f"prepared TFDS set ({first_line(error)}); this downloads and prepares it: "
-        f"pip install -e '.[prepare]' && tfds build {name} --file_format=array_record{where}"
+        f"config.data.name={name} with config.data.dir={folder} is neither one of "
+        f"{', '.join(SETS)} nor a prepared TFDS set ({first_line(error)}); this downloads and "
+        f"prepares it: pip install -e '.[prepare]' && tfds build {name} "
+        f"--file_format=array_record{where}"
     )
 
 
 class Selected:
-    """The examples that a split expression such as `train[:96%]` or `train+test` selects.
-
-    Raises:
-      InputError: the expression cannot be read, names an unknown split, or selects no example.
-    """
+    """The examples that a split expression such as `train[:96%]` or `train+test` selects."""
 
     def __init__(self, data_set: DataSet, expression: str, labels: bool = True):
         self.stored_as = data_set.stored_as
         self.classes = data_set.classes if labels else 0
-        self._parts = [
-            (data_set.open(split), rows) for split, rows in _resolve(expression, data_set.lengths)
-        ]
+        parts = _resolve(expression, data_set.lengths)
+        self._parts = [(data_set.open(split), rows) for split, rows in parts]
         self._ends = list(itertools.accumulate(len(rows) for _, rows in self._parts))
 
     def __len__(self) -> int:
@@ -274,9 +252,7 @@ def _resolve(expression: str, lengths: dict[str, int]) -> list[tuple[str, range]
             f"split {expression!r} cannot be read; it takes an expression such as "
             f'"train[:90%]" over the splits of this data set: {shown}.'
         ) from error
-    parts = [
-        (part.splitname, range(lengths[part.splitname])[part.from_ : part.to]) for part in found
-    ]
+    parts = [(p.splitname, range(lengths[p.splitname])[p.from_ : p.to]) for p in found]
     if not sum(len(rows) for _, rows in parts):
         raise InputError(f"split {expression!r} names no image of: {shown}.")
     return parts
@@ -301,19 +277,11 @@ SETS: dict[str, Callable[[config_lib.Data], DataSet]] = {
 
 @functools.lru_cache(maxsize=8)
 def open_data_set(config: config_lib.Data) -> DataSet:
-    """The data set that the config names; a process opens each data set once.
-
-    Raises:
-      InputError: the data set does not exist or cannot be read.
-    """
+    """The data set that the config names; a process opens each data set once."""
     return SETS[config.name](config) if config.name in SETS else Tfds(config.name, config.dir)
 
 
 def open_source(config: config_lib.Data, split: str) -> Selected:
-    """The examples of "train", "validation" or "test" as the config defines them.
-
-    Any other `split` is read as a split expression. Raises `InputError` as `open_data_set` and
-    `Selected` do.
-    """
+    """The examples of a split of `SPLITS` as the config defines it, or of a split expression."""
     expression = getattr(config, f"{split}_split") if split in SPLITS else split
     return Selected(open_data_set(config), expression, config.labels)

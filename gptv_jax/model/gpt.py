@@ -307,7 +307,7 @@ def input_places(order: Int[Array, "B T"]) -> Int[Array, "B T"]:
 
 def _feature_buffer(
     keep: tuple[int, ...], count: int, x: Float[Array, "B T D"]
-) -> tuple[Float[Array, "buffers B T D"], Int[Array, "L"]]:
+) -> tuple[Float[Array, "slots B T D"], Int[Array, "L"]]:
     """Buffer for the per-position features of the layers in `keep`, and each layer's index in it.
 
     Layers that are not in `keep` all write to the last index, which is thrown away.

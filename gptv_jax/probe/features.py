@@ -1,5 +1,6 @@
 """The features that a probe reads: every layer of a frozen network, or the pixels themselves."""
 
+import collections
 import functools
 import logging
 import time
@@ -36,20 +37,14 @@ def read(
     network: Network, params: dict, batch: dict, *, raw: bool, votes: int
 ) -> Float[Array, "votes layers B D"]:
     """Every layer's features, averaged over positions, under each of the first `votes` masks."""
-    outputs = (
-        objective.evaluate_batch(network, params, batch, v, raw=raw)[0] for v in range(votes)
-    )
-    return jnp.stack([output.pooled for output in outputs])
+    outputs = [objective.evaluate_batch(network, params, batch, v, raw=raw) for v in range(votes)]
+    return jnp.stack([output.pooled for output, _ in outputs])
 
 
 def batches(data: Pipeline, config: config_lib.Probe) -> Batches:
     """The images that are probed, without augmentation, split by split."""
-
-    def of_split(split: str) -> Iterator[dict]:
-        limit = config.train_images if split == "train" else None
-        return data.evaluation(split, config.batch_size, limit)
-
-    return of_split
+    limits = {"train": config.train_images}
+    return lambda split: data.evaluation(split, config.batch_size, limits.get(split))
 
 
 def of_network(network: Network, params: dict, batches: Batches, *, raw: bool) -> Features:
@@ -92,11 +87,9 @@ class Kept:
     """Passes features on, and keeps some layers' features of the real rows in host memory."""
 
     def __init__(self, features: Features, layers: Sequence[int]):
-        self.features, self.layers = features, list(layers)
-        self._kept: dict[str, tuple[list, list]] = {}
+        self.features, self.layers, self._kept = features, list(layers), {}
 
     def __call__(self, split: str) -> Iterator[tuple[Array, dict]]:
-        """The features of a split; `taken` has them when the iterator has ended."""
         features, labels = self._kept[split] = [], []
         for x, batch in self.features(split):
             if self.layers:
@@ -120,16 +113,12 @@ def kept(features: Features, layers: Sequence[int]) -> Kept:
     """Reads all three splits and keeps the features of `layers`."""
     keeper = Kept(features, layers)
     for split in ("train", "validation", "test"):
-        for _ in keeper(split):
-            pass
+        collections.deque(keeper(split), maxlen=0)
     return keeper
 
 
 def statistics(features: Features) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation, each [L+1, D] in float64, over the first training images.
-
-    The deviation of a constant feature is given as 1, so that dividing by it changes nothing.
-    """
+    """Mean and standard deviation (1 for a constant), [L+1, D], over the first training images."""
     seen: list[np.ndarray] = []
     for x, batch in features("train"):
         every, mask = multihost_utils.process_allgather((x, batch["mask"]), tiled=True)

@@ -20,13 +20,9 @@ SMALL = 50_000_000  # size of a feature matrix below which BLAS uses one thread
 def fit_probe(config: config_lib.Probe, splits: dict[str, Split], *, fold: bool = True) -> dict:
     """Logistic regression on standardised features, its strength chosen on validation.
 
-    As in the paper, the final fit is to train and validation together, with the chosen strength.
-
-    Args:
-      config: strengths to try, and the bound on iterations.
-      splits: features and labels of train, validation and test. Several votes give several times
-        as many features as labels: the class is that of most votes, the fit is to the first vote.
-      fold: False: the final fit is to train alone, too.
+    As in the paper, the final fit is to train and, with `fold`, validation together, with the
+    chosen strength. Several votes give several times as many features as labels: the class is that
+    of most votes, the fit is to the first vote.
 
     Returns:
       {"c", "validation_accuracy", "validation_nats", "test_accuracy"} of the strength with the best
@@ -62,21 +58,15 @@ def preference(row: dict) -> tuple[float, float]:
 
 
 def with_few_labels(config: config_lib.Probe, splits: dict[str, Split], seed: int) -> list[dict]:
-    """`fit_probe` on a few training images of each class, for several random subsets.
+    """`fit_probe` on a few training images of each class, a row for each random subset.
 
-    The strength is chosen on all of validation, which is not part of the final fit.
-
-    Returns:
-      A row for each number of labels a class and each draw: the two, and what `fit_probe` returns.
-
-    Raises:
-      InputError: see `draw`.
+    The strength is chosen on all of validation, which is not part of the final fit. Raises as
+    `draw` does.
     """
     (features, labels), rows = splits["train"], []
     for per_class in config.labels_per_class:
         for number in range(config.draws):
-            rng = np.random.default_rng((seed, per_class, number))
-            chosen = draw(labels, per_class, rng)
+            chosen = draw(labels, per_class, np.random.default_rng((seed, per_class, number)))
             few = splits | {"train": (features[chosen], labels[chosen])}
             row = {"labels_per_class": per_class, "draw": number}
             rows.append(row | fit_probe(config, few, fold=False))
@@ -86,11 +76,7 @@ def with_few_labels(config: config_lib.Probe, splits: dict[str, Split], seed: in
 def draw(
     labels: Int[np.ndarray, "N"], per_class: int, rng: np.random.Generator
 ) -> Int[np.ndarray, "chosen"]:
-    """Indices of `per_class` different images of every class, sorted.
-
-    Raises:
-      InputError: a class has fewer images.
-    """
+    """Indices of `per_class` images of every class, sorted; InputError where there are fewer."""
     classes, counts = np.unique(labels, return_counts=True)
     if counts.min() < per_class:
         raise InputError(
@@ -110,7 +96,6 @@ def _accuracy(model, features: np.ndarray, labels: np.ndarray) -> float:
 
 
 def _nats(model, features: np.ndarray, labels: np.ndarray) -> float:
-    """Cross-entropy in nats per image, averaged over the votes."""
     # A class that no training image has gets probability 0.
     known = model.classes_.astype(int)
     likely = np.zeros((len(features), max(known.max(), labels.max()) + 1))

@@ -1,9 +1,8 @@
 """Ridge regression of the class on the features of all layers at once, from streamed moments.
 
-One pass over a split, batch by batch, sums up the products of its features and its features by
-class. From these sums the regression follows in closed form for any strength. With standardised
-features Z [N, D] and one-hot classes Y [N, C] it minimises
-|Y - Z W - b|^2 + strength * N * |W|^2, as scikit-learn's
+One pass over a split sums up the products of its features and its features by class; from these
+sums the regression follows in closed form for any strength. With standardised features Z [N, D] and
+one-hot classes Y [N, C] it minimises |Y - Z W - b|^2 + strength * N * |W|^2, as scikit-learn's
 `make_pipeline(StandardScaler(), Ridge(alpha=strength * N))` does.
 
 Letters: S strengths, L layers (one more than the network has), D width, C classes, B batch.
@@ -17,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
@@ -71,10 +71,7 @@ def empty(layers: int, width: int, classes: int) -> Moments:
 
 @functools.partial(jax.jit, donate_argnums=0)
 def add(moments: Moments, features: Float[Array, "votes L B D"], batch: dict) -> Moments:
-    """Adds a batch to the moments, which are donated.
-
-    The first vote's features count, in rows whose batch["mask"] is 1.
-    """
+    """Adds a batch's first vote, where its "mask" is 1, to the moments, which are donated."""
     features, mask = features[0].astype(jnp.float32), batch["mask"]
     mean = jnp.einsum("lbd,b->ld", features, mask, precision=EXACT, out_sharding=P(None, None))
     mean = mean / jnp.maximum(mask.sum(), 1)
@@ -140,27 +137,27 @@ def tabulate(
 ) -> list[dict]:
     """Fits a ridge regression to every layer, from one pass over each split.
 
-    Fits are to the first vote alone.
-
-    Args:
-      features: of the splits.
-      classes: C.
-      strengths: to try; the best on validation is taken, among equals the largest.
-      test: whether to fit again with validation folded in, and measure that fit on test.
+    Fits are to the first vote alone. Of the strengths the best on validation is taken, among equals
+    the largest. With `test`, that one is fitted again with validation folded in, and measured on
+    the test split.
 
     Returns:
       For every layer {"ridge", the strength, "ridge_validation_accuracy", of the fit to train and,
       with `test`, "ridge_test_accuracy", of the fit to train and validation}.
     """
-    strengths = sorted(strengths, reverse=True)
+    strengths = np.array(sorted(strengths, reverse=True))
     moments = None
     for x, batch in features("train"):
         if moments is None:
             moments = empty(x.shape[1], x.shape[3], classes)
         moments = add(moments, x, batch)
+    everywhere = NamedSharding(jax.sharding.get_mesh(), P())
+
+    def put(x: np.ndarray) -> Array:  # all processes hold an equal one
+        return jax.make_array_from_process_local_data(everywhere, x.astype(np.float32))
 
     def accuracies(split: str, solution: Solution, *, fold: bool) -> Float[np.ndarray, "S L"]:
-        solution = _on_mesh(solution)
+        solution = jax.tree.map(put, solution)
 
         def parts():
             nonlocal moments
@@ -172,41 +169,24 @@ def tabulate(
         right, images = total(parts())
         return right.astype(np.float64) / images
 
-    L = moments.shift.shape[0]
-    tried = solve(moments, np.tile(np.array(strengths)[:, None], L))
+    tried = solve(moments, np.tile(strengths[:, None], len(moments.shift)))
     validation = accuracies("validation", tried, fold=test)
-    best = validation.argmax(axis=0)  # the first of equals
-    rows = [
-        {"ridge": strengths[s], "ridge_validation_accuracy": float(validation[s, layer])}
-        for layer, s in enumerate(best)
-    ]
+    best = strengths[validation.argmax(axis=0)]  # the first of equals
+    columns = {"ridge": best, "ridge_validation_accuracy": validation.max(axis=0)}
     if test:
-        final = solve(moments, np.array(strengths)[best][None])
-        for row, accuracy in zip(rows, accuracies("test", final, fold=False)[0], strict=True):
-            row["ridge_test_accuracy"] = float(accuracy)
-    return rows
+        final = solve(moments, best[None])
+        columns["ridge_test_accuracy"] = accuracies("test", final, fold=False)[0]
+    return [{k: float(v[layer]) for k, v in columns.items()} for layer in range(len(best))]
 
 
-def quick_table(features: Features, classes: int, strengths: Sequence[float]) -> dict:
-    """The best layer and its validation accuracy, for a log; the test split is not read."""
-    rows = tabulate(features, classes, strengths, test=False)
+def summarise(rows: list[dict]) -> dict:
+    """The best layer and its accuracies, by the keys of a summary."""
     best = best_layers(rows, 1)[0]
-    accuracy = rows[best]["ridge_validation_accuracy"]
-    return {"ridge_best_layer": best, "ridge_validation_accuracy": accuracy}
+    results = {name: value for name, value in rows[best].items() if name.startswith("ridge_")}
+    return {"ridge_best_layer": best, **results}
 
 
 def best_layers(rows: list[dict], count: int | None) -> list[int]:
     """The layers with the best validation accuracy, in order of depth; None: all of them."""
     ranked = sorted(range(len(rows)), key=lambda i: -rows[i]["ridge_validation_accuracy"])
     return sorted(ranked[:count])
-
-
-def _on_mesh(solution: Solution) -> Solution:
-    """The solution as float32 on every device; all processes hold an equal one."""
-    whole = jax.sharding.NamedSharding(jax.sharding.get_mesh(), P())
-
-    def put(x: np.ndarray) -> Array:
-        x = x.astype(np.float32)
-        return jax.make_array_from_callback(x.shape, whole, lambda index: x[index])
-
-    return Solution(*map(put, solution))

@@ -21,7 +21,8 @@ from gptv_jax import sharding
 from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.model import flops
 from gptv_jax.model.gpt import Network, Output
-from gptv_jax.probe.features import Batches, Features, statistics
+from gptv_jax.probe import features
+from gptv_jax.probe.features import Batches, Features
 from gptv_jax.probe.logistic import preference
 from gptv_jax.train import loop, objective, step
 from gptv_jax.train.evaluation import on_mesh, total
@@ -50,14 +51,12 @@ class Heads:
         sizes = sorted({len(group) for group in self.groups})
         return {f"layers_{n}": [g for g in self.groups if len(g) == n] for n in sizes}
 
-    def init(self, key: PRNGKeyArray | None = None) -> dict:
+    def init(self) -> dict:
         """Float32 zeros, as the network's own heads begin; call it under a mesh, inside jit.
 
-        `{stack: {"weight" [G, R, C, N, D], "bias" [G, R, C]}}`. For attentive pooling also "query"
-        [G, R, N, D]; zeros weigh all positions alike. To standardise also "center" and "scale"
-        [G, R, N, D], which are the same for all rates and are not trained.
+        "query" is for attentive pooling, where zeros weigh all positions alike. "center" and
+        "scale" standardise; they are the same for all rates and are not trained.
         """
-        del key
         R, C, D = len(self.config.sgd.learning_rates), self.classes, self.network.config.width
         weights = {}
         for name, groups in self.stacks().items():
@@ -67,18 +66,15 @@ class Heads:
                 shapes["query"] = (G, R, N, D)
             if self.config.sgd.standardize:
                 shapes["center"] = shapes["scale"] = (G, R, N, D)
-            weights[name] = {
-                leaf: jnp.zeros(shape, out_sharding=SPECS[leaf]) for leaf, shape in shapes.items()
-            }
+            weights[name] = {k: jnp.zeros(s, out_sharding=SPECS[k]) for k, s in shapes.items()}
         return weights
 
-    def standardised(self, weights: dict, features: Features) -> dict:
+    def standardised(self, weights: dict, read: Features) -> dict:
         """The weights with center and scale set by the first training images."""
-        mean, deviation = statistics(features)
+        mean, deviation = features.statistics(read)
         for name, groups in self.stacks().items():
             for leaf, value in (("center", mean), ("scale", 1 / deviation)):
-                by_group = np.stack([value[list(group)] for group in groups])[:, None]
-                old = weights[name][leaf]
+                old, by_group = weights[name][leaf], value[np.array(groups)][:, None]
                 new = np.broadcast_to(by_group, old.shape).astype(np.float32)
                 weights[name][leaf] = jax.make_array_from_callback(
                     old.shape, old.sharding, lambda index, new=new: new[index]
@@ -97,9 +93,8 @@ class Heads:
         source = output.kept if keep else output.pooled
         for name, groups in self.stacks().items():
             w = {leaf: sharding.gather(each, jnp.float32) for leaf, each in weights[name].items()}
-            at = [[keep.index(layer) if keep else layer for layer in group] for group in groups]
-            x = jnp.stack([jnp.stack([source[i] for i in group]) for group in at])
-            x = x.astype(jnp.float32)
+            read = (lambda i: source[keep.index(i)]) if keep else source.__getitem__
+            x = jnp.stack([jnp.stack([*map(read, group)]) for group in groups]).astype(jnp.float32)
             if keep:
                 scores = jnp.einsum("gnbtd,grnd->grnbt", x, w["query"]) / x.shape[-1] ** 0.5
                 shares, spec = jax.nn.softmax(scores, axis=-1), P(None, None, None, sharding.BATCH)
@@ -116,19 +111,15 @@ class Heads:
 
 def fit(
     heads: Heads,
-    frozen: dict,
+    frozen: dict,  # the network's weights
     *,
     checkpoints: Checkpoints,
     log: MetricWriter,
-    training: Callable[[int], Iterator[dict]],
+    training: Callable[[int], Iterator[dict]],  # augmented batches, as `loop.fit` takes them
     evaluation: Batches,
-    features: Features,
     seed: int,
 ) -> dict[Group, dict]:
-    """Trains all heads to the end of the schedule, from the newest checkpoint where there is one.
-
-    `frozen` is the network's weights, `training(position)` yields augmented batches as `loop.fit`
-    takes them, `features` standardise the heads. Raises as `loop.fit` does.
+    """Trains all heads to the end of the schedule; continues and raises as `loop.fit` does.
 
     Returns:
       For each group {"learning_rate", "validation_accuracy", "validation_nats", "test_accuracy"}
@@ -139,13 +130,15 @@ def fit(
     train_step = step.make_train_step(make_loss(heads), optimizer, rate, seed=seed)
     eval_step = make_eval_step(heads)
 
-    def init(key: PRNGKeyArray) -> dict:
-        return step.state_of(heads.init(key), optimizer)
+    def init(_: PRNGKeyArray) -> dict:
+        return step.state_of(heads.init(), optimizer)
 
     def initial() -> dict:
         state = jax.jit(init)(jax.random.key(seed))
         if settings.standardize:
-            state["params"] = heads.standardised(state["params"], features)
+            raw = heads.reading()["raw"]
+            images = features.of_network(heads.network, frozen, evaluation, raw=raw)
+            state["params"] = heads.standardised(state["params"], images)
         return state
 
     def evaluate(weights: dict, split: str = "validation") -> dict[str, dict]:
@@ -155,10 +148,9 @@ def fit(
 
     def best(weights: dict) -> dict[str, float]:
         found = evaluate(weights)
-        return {
-            "best_accuracy": max(float(x.max()) for x in found["accuracy"].values()),
-            "best_class_nats": min(float(x.min()) for x in found["class_nats"].values()),
-        }
+        accuracy = max(float(x.max()) for x in found["accuracy"].values())
+        nats = min(float(x.min()) for x in found["class_nats"].values())
+        return {"best_accuracy": accuracy, "best_class_nats": nats}
 
     shared = ("steps", "batch_size", "eval_every", "checkpoint_every", "log_every")
     fitted = loop.fit(
@@ -175,16 +167,16 @@ def fit(
         evaluate=best,
     )
     validation, test = (evaluate(fitted.params, split) for split in ("validation", "test"))
+    columns = {
+        "validation_accuracy": validation["accuracy"],
+        "validation_nats": validation["class_nats"],
+        "test_accuracy": test["accuracy"],
+    }
     chosen = {}
     for name, groups in heads.stacks().items():
         for g, group in enumerate(groups):
             rows = [
-                {
-                    "learning_rate": rate,
-                    "validation_accuracy": float(validation["accuracy"][name][g, r]),
-                    "validation_nats": float(validation["class_nats"][name][g, r]),
-                    "test_accuracy": float(test["accuracy"][name][g, r]),
-                }
+                {"learning_rate": rate} | {k: float(v[name][g, r]) for k, v in columns.items()}
                 for r, rate in enumerate(settings.learning_rates)
             ]
             chosen[group] = max(rows, key=preference)
@@ -194,32 +186,23 @@ def fit(
 def make_optimizer(
     config: config_lib.ProbeSgd,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """SGD with momentum, every head at its own rate, and the highest rate by step.
-
-    All rates fall to 0 along a cosine.
-    """
+    """SGD with momentum, every head at its own rate (all fall along a cosine), and the highest."""
     shape = optax.cosine_decay_schedule(1.0, config.steps)
 
-    def scale_by_rate(updates, _):
-        def scaled(leaf: Array) -> Array:
-            rates = jnp.array(config.learning_rates, jnp.float32)
-            return leaf * rates.reshape(1, -1, *(1,) * (leaf.ndim - 2))
-
-        return jax.tree.map(scaled, updates)
+    def scaled(leaf: Array, _) -> Array:
+        rates = jnp.array(config.learning_rates, jnp.float32)
+        return leaf * rates.reshape(1, -1, *(1,) * (leaf.ndim - 2))
 
     optimizer = optax.chain(
         optax.trace(config.momentum),
-        optax.stateless(scale_by_rate),
+        optax.stateless_with_tree_map(scaled),
         optax.scale_by_schedule(lambda step: -shape(step)),
     )
     return optimizer, lambda step: max(config.learning_rates) * shape(step)
 
 
 def make_loss(heads: Heads) -> Callable:
-    """The sum of all heads' losses, as `step.make_train_step` takes it.
-
-    `frozen` holds the network's weights; the key draws BERT's masks.
-    """
+    """The sum of all heads' losses; `frozen` holds the network's weights, the key draws masks."""
 
     def loss(params, frozen, batch, key, step) -> tuple[Array, dict]:
         del step
@@ -238,8 +221,8 @@ def make_loss(heads: Heads) -> Callable:
 def make_eval_step(heads: Heads) -> Callable:
     """`(params, frozen, batch) -> sums` over the rows whose "mask" is 1, jitted.
 
-    {"images", "accuracy": {stack: [G, R]}, "class_nats": {stack: [G, R]}}: number of images, of
-    images that a head classifies correctly (by majority vote), and nats, averaged over the votes.
+    {"images", "accuracy": {stack: [G, R]}, "class_nats": {stack: [G, R]}}: images that a head
+    classifies correctly by majority vote, and nats, averaged over the votes.
     """
     network = heads.network
 

@@ -20,10 +20,6 @@ IMAGES, PIXELS = 4096, 2**18  # a palette is built from this many training image
 def find_codec(config: config_lib.Config, folder: pathlib.Path | None = None) -> Codec | None:
     """The codec of a configuration; None where its palette or tokenizer is still to be made.
 
-    Args:
-      config: of the run.
-      folder: of the run, which keeps its definition; None: there is none yet.
-
     Raises:
       InputError: the run folder, the token cache, `init_from` and the settings have different
         definitions, or the token cache holds other tokens or images than the configuration says.
@@ -48,10 +44,10 @@ def find_codec(config: config_lib.Config, folder: pathlib.Path | None = None) ->
     field = {"palette": "palette", "learned": "tokenizer"}[kind]
     if given := getattr(config.tokens, field):
         found[f"config.tokens.{field}={given}"] = tokens.DEFINITIONS[kind][1](given)
-    there = {where: definition for where, definition in found.items() if definition is not None}
-    if not there:
+    present = [(where, definition) for where, definition in found.items() if definition is not None]
+    if not present:
         return None
-    (first, chosen), *rest = there.items()
+    (first, chosen), *rest = present
     for where, other in rest:
         if not other.equivalent(chosen):
             raise InputError(f"the {field} of {where} is another one than that of {first}.")
@@ -59,10 +55,7 @@ def find_codec(config: config_lib.Config, folder: pathlib.Path | None = None) ->
 
 
 def build_codec(config: config_lib.Config, damage_log: DamageLog) -> Codec:
-    """A codec whose palette is k-means over random pixels of the training images.
-
-    The same on every process of a run, so that each builds its own.
-    """
+    """A codec whose palette is k-means over random training pixels, the same on every process."""
     rng = np.random.default_rng(config.seed)
     pixels = []
     for element in pipeline.images(config.data, "train", damage_log, IMAGES, config.seed):

@@ -14,7 +14,7 @@ from gptv_jax.model import flops
 from gptv_jax.model.gpt import parameter_count
 from gptv_jax.probe import features, ridge
 from gptv_jax.runs.context import Context
-from gptv_jax.tokens.statistics import TokenStatistics
+from gptv_jax.tokens.codec import TokenStatistics
 from gptv_jax.train import evaluation, goodput, loop, metrics, optimizer, step
 
 
@@ -34,8 +34,13 @@ def run_stage(context: Context) -> dict:
     def probe(params: dict) -> dict:
         raw, images = config.probe.features == "raw", features.batches(context.data, config.probe)
         read = features.of_network(network, params, images, raw=raw)
-        return ridge.quick_table(read, context.classes, config.probe.ridge)
+        rows = ridge.tabulate(read, context.classes, config.probe.ridge, test=False)
+        return ridge.summarise(rows)
 
+    loss, seed = step.generative_loss(network, train.steps), config.seed
+    train_step = step.make_train_step(
+        loss, update, rate, microbatches=train.microbatches, seed=seed, ema=train.ema
+    )
     with Checkpoints(context.folder.checkpoints("pretrain"), train.keep_checkpoints) as checkpoints:
         fitted = loop.fit(
             "pretrain",
@@ -44,16 +49,9 @@ def run_stage(context: Context) -> dict:
             flops=token_flops,
             checkpoints=checkpoints,
             log=context.log,
-            initial=lambda: jax.jit(init)(jax.random.key(config.seed)),
+            initial=lambda: jax.jit(init)(jax.random.key(seed)),
             abstract=sharding.abstract(init),
-            train_step=step.make_train_step(
-                step.generative_loss(network, train.steps),
-                update,
-                rate,
-                microbatches=train.microbatches,
-                seed=config.seed,
-                ema=train.ema,
-            ),
+            train_step=train_step,
             batches=functools.partial(context.data.train, train.batch_size),
             evaluate=evaluate,
             measure=probe,
@@ -81,27 +79,25 @@ def _image_numbers(context: Context, bits: float) -> dict[str, float | None]:
 
     Lossy tokens have no bits per dimension: fewer bits for a coarser image are no better model.
     """
-    codec, distortion = context.codec, {}
-    autoregressive = context.config.model.objective == "autoregressive"  # BERT: masked tokens only
-    if not codec.lossless and context.data.has_pixels("test"):
-        distortion = _distortion(context)
-    per_dimension = math.prod(codec.grid) / math.prod(codec.image_shape)
-    has_bits = codec.lossless and autoregressive
-    return {
-        "test_bits_per_dimension": bits * per_dimension if has_bits else None,
-        "test_distortion_mse": 0.0 if codec.lossless else distortion.get("mean_squared_error"),
-        "test_distortion_psnr_db": distortion.get("psnr"),
-    }
-
-
-def _distortion(context: Context) -> dict[str, float | None]:
-    """`TokenStatistics.numbers` of the test images, each read and decoded by one process."""
-    statistics = TokenStatistics(context.codec)
-    for batch in context.images.evaluation("test", context.config.train.batch_size):
-        images = batch["image"][batch["mask"] > 0]
-        if len(images):
-            statistics.add(images, context.codec.encode(images))
-    # Sums of whole numbers, exact in any order.
-    shares = hosts.from_all([statistics.squared_error, statistics.values])
-    statistics.squared_error, statistics.values = (sum(each) for each in zip(*shares, strict=True))
-    return statistics.numbers()
+    codec = context.codec
+    numbers = dict.fromkeys(
+        ("test_bits_per_dimension", "test_distortion_mse", "test_distortion_psnr_db")
+    )
+    if codec.lossless:
+        numbers["test_distortion_mse"] = 0.0
+        if context.config.model.objective == "autoregressive":  # BERT's are of masked tokens only
+            per_dimension = math.prod(codec.grid) / math.prod(codec.image_shape)
+            numbers["test_bits_per_dimension"] = bits * per_dimension
+    elif context.data.has_pixels("test"):
+        statistics = TokenStatistics(codec)  # each image is read and decoded by one process
+        for batch in context.images.evaluation("test", context.config.train.batch_size):
+            images = batch["image"][batch["mask"] > 0]
+            if len(images):
+                statistics.add(images, codec.encode(images))
+        # Sums of whole numbers, exact in any order.
+        shares = hosts.from_all([statistics.squared_error, statistics.values])
+        statistics.squared_error, statistics.values = map(sum, zip(*shares, strict=True))
+        found = statistics.numbers()
+        numbers["test_distortion_mse"] = found["mean_squared_error"]
+        numbers["test_distortion_psnr_db"] = found["psnr"]
+    return numbers

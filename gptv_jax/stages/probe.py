@@ -41,17 +41,14 @@ def run_stage(context: Context) -> dict:
         floors = {f"random_init_{name}": floor.get(name) for name in RESULTS}
         rows.append({"layer": layer} | dict.fromkeys(RESULTS) | result | floors)
     files.write_json(context.folder.path / "probe" / "layers.json", rows)
-    best, floor, quick = _best(trained), _best(random), ridge.best_layers(trained, 1)[0]
+    best, floor = _best(trained), _best(random)
     return {
         "best_layer": best,
-        "validation_accuracy": trained[best]["validation_accuracy"],
-        "test_accuracy": trained[best]["test_accuracy"],
+        **{name: trained[best][name] for name in RESULTS},
         "raw_pixels_test_accuracy": raw["test_accuracy"],
         "random_init_best_layer": floor,
         "random_init_test_accuracy": random[floor]["test_accuracy"],
-        "ridge_best_layer": quick,
-        "ridge_validation_accuracy": trained[quick]["ridge_validation_accuracy"],
-        "ridge_test_accuracy": trained[quick]["ridge_test_accuracy"],
+        **ridge.summarise(trained),
         **more,
         **found.numbers,
     }
@@ -60,14 +57,12 @@ def run_stage(context: Context) -> dict:
 def _by_lbfgs(context: Context, network: Network, trained: dict, initial: dict) -> tuple:
     """Rows of the trained and the random network's layers, the pixels' row, further numbers."""
     config, batches = context.config.probe, features.batches(context.data, context.config.probe)
-    read, floor = (
-        features.of_network(network, params, batches, raw=config.features == "raw")
-        for params in (trained, initial)
-    )
     pixels = features.kept(features.of_pixels(context.codec, batches), [0]).taken([0])
     for per_class in config.labels_per_class:  # refuses too many labels before any work
         draw(pixels["train"][1], per_class, np.random.default_rng(context.config.seed))
+    read = features.of_network(network, trained, batches, raw=config.features == "raw")
     rows, seen = _layers_by_lbfgs(context, "probe", network, read)
+    floor = features.of_network(network, initial, batches, raw=config.features == "raw")
     random, _ = _layers_by_lbfgs(context, "probe of random weights", network, floor)
     raw = _once(context, "raw pixels", lambda: fit_probe(config, pixels))
 
@@ -133,8 +128,9 @@ def _by_sgd(context: Context, network: Network, trained: dict, initial: dict) ->
         tables["probe of raw pixels"] = _table("probe of raw pixels", pixels, context)
         files.write_json(path, tables)
     try:
-        rows, *floors = tables.values()
-        random, [raw] = ([_as_result(row) for row in floor] for floor in floors)
+        rows, random, [raw] = tables.values()
+        for row in (*random, raw):  # the ridge regression's results, as there is no other probe
+            row |= {name: row[f"ridge_{name}"] for name in RESULTS} | {"validation_nats": 0.0}
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged ({first_line(error)}); delete it.") from error
 
@@ -152,7 +148,6 @@ def _by_sgd(context: Context, network: Network, trained: dict, initial: dict) ->
                 config.sgd.batch_size, position, config.sgd.train_transforms
             ),
             evaluation=batches,
-            features=features.of_network(network, trained, batches, raw=config.features == "raw"),
             seed=context.config.seed,
         )
     for group in groups:
@@ -162,26 +157,17 @@ def _by_sgd(context: Context, network: Network, trained: dict, initial: dict) ->
 
 
 def _table(name: str, read: Features, context: Context) -> list[dict]:
-    """The ridge regression's rows; logs the best layer."""
     rows = ridge.tabulate(read, context.classes, context.config.probe.ridge)
-    best = ridge.best_layers(rows, 1)[0]
-    accuracy = rows[best]["ridge_validation_accuracy"]
-    LOG.info("%s: ridge reads %.4f of validation from layer %d.", name, accuracy, best)
+    layer, accuracy, _ = ridge.summarise(rows).values()
+    LOG.info("%s: ridge reads %.4f of validation from layer %d.", name, accuracy, layer)
     return rows
 
 
 def _concatenated(window: tuple[int, ...], row: dict) -> dict:
-    """The summary's numbers of the concatenated layers."""
     named = {"first_layer": window[0], "last_layer": window[-1]} | {k: row[k] for k in RESULTS}
     return {f"concatenated_{name}": value for name, value in named.items()}
 
 
-def _as_result(row: dict) -> dict:
-    """A row whose results are the ridge regression's, as there is no other probe."""
-    return row | {name: row[f"ridge_{name}"] for name in RESULTS} | {"validation_nats": 0.0}
-
-
 def _best(rows: list[dict]) -> int:
-    """The best of the refined layers."""
     refined = [i for i, row in enumerate(rows) if "validation_accuracy" in row]
     return max(refined, key=lambda i: preference(rows[i]))

@@ -41,13 +41,10 @@ def run_stage(context: Context) -> dict:
     if settings.lpips:
         weights = lpips.load(settings.lpips_weights)
         frozen = {"vgg": jax.device_put(weights, NamedSharding(context.mesh, P()))}
+    loss = autoencoding.make_loss(network, settings)
+    after = autoencoding.make_after(network, settings)
     train_step = step.make_train_step(
-        autoencoding.make_loss(network, settings),
-        update,
-        rate,
-        seed=config.seed,
-        ema=train.ema,
-        after=autoencoding.make_after(network, settings),
+        loss, update, rate, seed=config.seed, ema=train.ema, after=after
     )
     metric = evaluation.Metric(autoencoding.make_eval_step(network), autoencoding.health)
 
@@ -66,9 +63,8 @@ def run_stage(context: Context) -> dict:
             )
         return found
 
-    with Checkpoints(
-        context.folder.checkpoints("tokenizer"), train.keep_checkpoints
-    ) as checkpoints:
+    folder = context.folder.checkpoints("tokenizer")
+    with Checkpoints(folder, train.keep_checkpoints) as checkpoints:
         fitted = loop.fit(
             "tokenizer",
             train,
@@ -83,7 +79,14 @@ def run_stage(context: Context) -> dict:
             evaluate=evaluate,
         )
     found, speed = evaluate(fitted.params, "test"), fitted.tokens_per_second
-    tokenizer = Tokenizer(network, _on_host(fitted.params), _provenance(context, fitted.step))
+    # The weights by flat name, unsharded, on every process.
+    whole = jax.jit(functools.partial(jax.tree.map, lambda x: jax.sharding.reshard(x, P())))
+    weights = {k: np.asarray(v) for k, v in sharding.by_name(whole(fitted.params)).items()}
+    data, transforms = config.data, settings.train_transforms or config.data.train_transforms
+    made_by = {"data": data.name, "split": data.train_split, "image_size": data.image_size}
+    made_by |= {"transforms": list(transforms), "steps": fitted.step}
+    made_by |= {"batch_size": train.batch_size, "seed": config.seed}
+    tokenizer = Tokenizer(network, weights, made_by)
     if jax.process_index() == 0:
         tokens.save_definition(tokenizer, context.folder.path)
     _picture(context.with_definition(tokenizer))
@@ -97,25 +100,6 @@ def run_stage(context: Context) -> dict:
         "train_images_per_second": speed and speed / length,
         "mfu": metrics.mfu(image_flops // length, speed),
         **fitted.sessions,
-    }
-
-
-def _on_host(params: dict) -> dict[str, np.ndarray]:
-    """The weights by flat name, unsharded, on every process."""
-    whole = jax.jit(lambda tree: jax.tree.map(lambda x: jax.sharding.reshard(x, P()), tree))(params)
-    return {name: np.asarray(leaf) for name, leaf in sharding.by_name(whole).items()}
-
-
-def _provenance(context: Context, steps: int) -> dict:
-    data, settings = context.config.data, context.config.tokenizer
-    return {
-        "data": data.name,
-        "split": data.train_split,
-        "image_size": data.image_size,
-        "transforms": list(settings.train_transforms or data.train_transforms),
-        "steps": steps,
-        "batch_size": settings.train.batch_size,
-        "seed": context.config.seed,
     }
 
 

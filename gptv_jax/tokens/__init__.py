@@ -11,8 +11,7 @@ from gptv_jax import config as config_lib
 from gptv_jax.errors import InputError
 from gptv_jax.tokens import learned
 from gptv_jax.tokens import palette as palettes
-from gptv_jax.tokens.codec import Codec
-from gptv_jax.tokens.grey import GreyCodec
+from gptv_jax.tokens.codec import Codec, GreyCodec
 from gptv_jax.tokens.learned import LearnedCodec, Tokenizer
 from gptv_jax.tokens.palette import Palette, PaletteCodec
 
@@ -20,10 +19,7 @@ __all__ = ["Codec", "GreyCodec", "LearnedCodec", "Palette", "PaletteCodec", "Tok
 
 TokenDefinition = Palette | Tokenizer
 # For each kind of token that has a definition: the name of its file, and what reads the file.
-DEFINITIONS = {
-    "palette": (palettes.FILE, palettes.load),
-    "learned": (learned.FILE, learned.load),
-}
+DEFINITIONS = {"palette": (palettes.FILE, palettes.load), "learned": (learned.FILE, learned.load)}
 CODECS = {
     "grey": lambda config, size, _: GreyCodec(config.levels, size),
     "palette": lambda config, size, palette: PaletteCodec(palette, size),
@@ -34,11 +30,7 @@ CODECS = {
 def make_codec(
     config: config_lib.Tokens, image_size: int, definition: TokenDefinition | None = None
 ) -> Codec:
-    """The codec that the config names, for square images of `image_size` pixels.
-
-    Raises:
-      InputError: the definition does not fit the settings.
-    """
+    """The codec that the config names, for square images of `image_size` pixels."""
     if isinstance(definition, Palette) and len(definition.centers) != config.colors:
         raise InputError(
             f"config.tokens.colors is {config.colors}, but the palette has "

@@ -1,4 +1,4 @@
-"""The interface that every kind of token implements."""
+"""What every kind of token implements, grey levels as tokens, and statistics of tokens."""
 
 import abc
 
@@ -30,11 +30,7 @@ class Codec(abc.ABC):
 
     @abc.abstractmethod
     def encode(self, images: UInt8[AnyArray, "B H W C"]) -> Int[np.ndarray, "B T"]:
-        """Int32 tokens.
-
-        Raises:
-          ValueError: a pixel has no token, or the images have another shape.
-        """
+        """Int32 tokens; ValueError where a pixel has no token or the shape is another one."""
 
     @abc.abstractmethod
     def decode(
@@ -45,3 +41,63 @@ class Codec(abc.ABC):
     def picture(self, images: UInt8[np.ndarray, "B H W C"]) -> UInt8[np.ndarray, "B H W 3"]:
         """The images as RGB in 0..255, for display."""
         return np.broadcast_to(images, (*images.shape[:3], 3))
+
+
+class GreyCodec(Codec):
+    """The token of a pixel is its grey level, 0 .. levels-1."""
+
+    lossless = True
+
+    def __init__(self, levels: int, size: int):
+        self.vocabulary, self.size = levels, size
+        self.grid, self.image_shape = (size, size), (size, size, 1)
+
+    def encode(self, images: UInt8[np.ndarray, "B H W 1"]) -> Int[np.ndarray, "B T"]:
+        if images.size and images.max() >= self.vocabulary:
+            levels = f"{self.vocabulary} grey levels take 0 to {self.vocabulary - 1}."
+            raise ValueError(f"images hold the value {images.max()}; {levels}")
+        return images.reshape(len(images), -1).astype(np.int32)
+
+    def decode(
+        self, tokens: Int[np.ndarray, "B N"], grid: tuple[int, int] | None = None
+    ) -> UInt8[np.ndarray, "B height width 1"]:
+        return tokens.astype(np.uint8).reshape(len(tokens), *(grid or self.grid), 1)
+
+    def picture(self, images: UInt8[np.ndarray, "B H W 1"]) -> UInt8[np.ndarray, "B H W 3"]:
+        """The levels, stretched over 0..255, in each of three channels."""
+        stretched = np.rint(images * (255 / (self.vocabulary - 1))).astype(np.uint8)
+        return np.repeat(stretched, 3, axis=-1)
+
+
+class TokenStatistics:
+    """Accumulates the floors that a network's loss in nats per token is compared with."""
+
+    def __init__(self, codec: Codec):
+        self.codec, self.counts = codec, np.zeros(codec.vocabulary, np.int64)
+        self.images, self.squared_error, self.values, self.same_left = 0, 0.0, 0, 0
+
+    def add(self, images: UInt8[np.ndarray, "B H W C"], tokens: Int[np.ndarray, "B T"]) -> None:
+        self.images += len(images)
+        self.counts += np.bincount(tokens.reshape(-1), minlength=len(self.counts))
+        restored = self.codec.decode(tokens).astype(np.int32)
+        self.squared_error += float(np.square(restored - images).sum())
+        self.values += images.size
+        self.same_left += int((tokens[:, 1:] == tokens[:, :-1]).sum())
+
+    def numbers(self) -> dict[str, float | int | None]:
+        """Statistics of all images so far.
+
+        "mean_squared_error" is per channel value and "psnr" in dB (None: lossless); "tokens_used"
+        counts the different tokens; "unigram_nats" is the entropy of single tokens; "same_as_left"
+        is the share of tokens that equal the token before them in raster order.
+        """
+        share = self.counts[self.counts > 0] / max(self.counts.sum(), 1)
+        error = self.squared_error / max(self.values, 1)
+        return {
+            "images": self.images,
+            "mean_squared_error": error,
+            "psnr": float(10 * np.log10(255**2 / error)) if error else None,
+            "tokens_used": len(share),
+            "unigram_nats": float(-(share * np.log(share)).sum()),
+            "same_as_left": self.same_left / max(self.counts.sum() - self.images, 1),
+        }

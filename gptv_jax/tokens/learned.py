@@ -40,7 +40,6 @@ class Tokenizer:
 
     @functools.cached_property
     def hash(self) -> str:
-        """Hash of the weights."""
         return files.hash_arrays(self.params)
 
     def equivalent(self, other: "Tokenizer") -> bool:
@@ -51,20 +50,6 @@ class Tokenizer:
         """One phrase for each field whose value differs from this tokenizer's."""
         prefix = "config.tokens.autoencoder."
         return list_differences(fields.flatten(self.config, prefix), fields.flatten(config, prefix))
-
-    def checked(self, where: str) -> "Tokenizer":
-        """Returns the tokenizer itself if its weights fit its configuration.
-
-        Raises:
-          InputError: lists every weight that is missing, unexpected, misshapen or not finite.
-        """
-        expected = {name: leaf.shape for name, leaf in _abstract(self.config).items()}
-        found = {name: array.shape for name, array in self.params.items()}
-        wrong = list_differences(expected, found)
-        wrong += [f"{n} is not finite" for n, a in self.params.items() if not np.isfinite(a).all()]
-        if wrong:
-            raise InputError(f"the tokenizer in {where} does not fit: {'; '.join(wrong)}.")
-        return self
 
     def description(self) -> dict:
         """Everything but the weights, as JSON."""
@@ -78,27 +63,26 @@ class Tokenizer:
 
 
 def from_description(header: dict, params: dict[str, np.ndarray], where: str) -> Tokenizer:
-    """The tokenizer with these weights whose `description()` is `header`.
-
-    Raises:
-      InputError: the header is damaged or of another format, or the weights do not fit.
-    """
+    """The tokenizer with these weights whose `description()` is `header`."""
     try:
         if (found := header["format"]) != FORMAT:
             raise InputError(f"{where} is of format {found}; this version reads {FORMAT}.")
         settings = config_lib.recorded(config_lib.Autoencoder, header["autoencoder"], "autoencoder")
         config = fields.from_dict(config_lib.Autoencoder, settings, "autoencoder")
-        return Tokenizer(config, params, dict(header["provenance"])).checked(where)
+        provenance = dict(header["provenance"])
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"the header of {where} is damaged ({first_line(error)}).") from error
+    _, tree = _abstract(config, jax.local_devices()[:1])
+    expected = {name: leaf.shape for name, leaf in sharding.by_name(tree).items()}
+    wrong = list_differences(expected, {name: array.shape for name, array in params.items()})
+    wrong += [f"{name} is not finite" for name, a in params.items() if not np.isfinite(a).all()]
+    if wrong:
+        raise InputError(f"the tokenizer in {where} does not fit: {'; '.join(wrong)}.")
+    return Tokenizer(config, params, provenance)
 
 
 def load(path: str | pathlib.Path) -> Tokenizer:
-    """Reads a tokenizer: a file of `Tokenizer.save`, or the run folder that trained it.
-
-    Raises:
-      InputError: the file does not exist or is damaged.
-    """
+    """Reads a tokenizer: a file of `Tokenizer.save`, or the run folder that trained it."""
     path = pathlib.Path(path).absolute()
     if path.is_dir():
         path = path / FILE
@@ -128,11 +112,7 @@ class LearnedCodec(Codec):
         self.image_shape = (size, size, config.channels)
 
     def encode(self, images: UInt8[AnyArray, "B H W C"]) -> Int[np.ndarray, "B T"]:
-        """Int32 tokens, which depend neither on the other images of the batch nor on the devices.
-
-        Raises:
-          InputError: images of another type or shape.
-        """
+        """Int32 tokens, whatever the other images of the batch and the devices are."""
         images = np.asarray(images)
         if images.dtype != np.uint8 or images.shape[1:] != self.image_shape:
             shown = ", ".join(map(str, self.image_shape))
@@ -145,11 +125,6 @@ class LearnedCodec(Codec):
     def decode(
         self, tokens: Int[AnyArray, "B N"], grid: tuple[int, int] | None = None
     ) -> UInt8[np.ndarray, "B H W C"]:
-        """Images, 0 to 255.
-
-        Raises:
-          InputError: tokens of another type, number or range.
-        """
         tokens, length = np.asarray(tokens), math.prod(grid or self.grid)
         if tokens.dtype.kind not in "iu" or tokens.ndim != 2 or tokens.shape[1] != length:
             raise InputError(
@@ -182,10 +157,7 @@ class LearnedCodec(Codec):
     @functools.cached_property
     def _placed(self) -> tuple[jax.sharding.Mesh, dict]:
         """A mesh of this process's devices, and the weights, replicated on the mesh."""
-        config = self.definition.config
-        mesh = sharding.make_mesh(config_lib.Mesh(), jax.local_devices())
-        with jax.set_mesh(mesh):
-            tree = jax.eval_shape(lambda: autoencoder.init(config, jax.random.key(0)))
+        mesh, tree = _abstract(self.definition.config, jax.local_devices())
         leaves = [self.definition.params[name] for name in sharding.by_name(tree)]
         replicated = jax.device_put(leaves, NamedSharding(mesh, P()))
         return mesh, jax.tree.unflatten(jax.tree.structure(tree), replicated)
@@ -222,6 +194,8 @@ def to_pixels(images: Float[Array, "B H W C"]) -> UInt8[Array, "B H W C"]:
     return jnp.clip(jnp.rint((images + 1) * 127.5), 0, 255).astype(jnp.uint8)
 
 
-def _abstract(config: config_lib.Autoencoder) -> dict:
-    with jax.set_mesh(sharding.make_mesh(config_lib.Mesh(), jax.local_devices()[:1])):
-        return sharding.by_name(sharding.abstract(lambda key: autoencoder.init(config, key)))
+def _abstract(config: config_lib.Autoencoder, devices: list) -> tuple[jax.sharding.Mesh, dict]:
+    """A mesh of the devices, and the tree of weights as shapes without values."""
+    mesh = sharding.make_mesh(config_lib.Mesh(), devices)
+    with jax.set_mesh(mesh):
+        return mesh, jax.eval_shape(lambda: autoencoder.init(config, jax.random.key(0)))

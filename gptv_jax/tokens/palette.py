@@ -32,11 +32,9 @@ class Palette:
 
     @property
     def colors(self) -> UInt8[np.ndarray, "V 3"]:
-        """RGB of each token, 0 to 255."""
         return np.rint((self.centers + 1) * 127.5).clip(0, 255).astype(np.uint8)
 
     def equivalent(self, other: "Palette") -> bool:
-        """Whether both palettes give every token the same colour."""
         return np.array_equal(self.centers, other.centers)
 
     def save(self, path: pathlib.Path) -> None:
@@ -46,11 +44,7 @@ class Palette:
 
 
 def load(path: str | pathlib.Path) -> Palette:
-    """Reads a palette: an `.npz` file of `Palette.save`, or iGPT's `kmeans_centers.npy`.
-
-    Raises:
-      InputError: there is no such file, or the file holds no palette.
-    """
+    """Reads a palette: an `.npz` file of `Palette.save`, or iGPT's `kmeans_centers.npy`."""
     path = pathlib.Path(path).absolute()
     if not path.exists():
         raise InputError(f"there is no palette {path}.")
@@ -66,11 +60,7 @@ def load(path: str | pathlib.Path) -> Palette:
 
 
 def checked(centers: np.ndarray, provenance: dict, where: str) -> Palette:
-    """A palette of the colours `centers`, float [V, 3] from -1 to 1.
-
-    Raises:
-      InputError: `centers` is something else; the message calls it `where`.
-    """
+    """A palette of `centers`, float [V, 3] from -1 to 1; an error calls the array `where`."""
     usable = centers.ndim == 2 and centers.shape[1] == 3 and 2 <= len(centers) <= 65536
     if not usable or centers.dtype.kind != "f" or not np.abs(centers).max() <= 1:
         raise InputError(
@@ -84,10 +74,8 @@ def build(pixels: UInt8[np.ndarray, "N 3"], colors: int, seed: int, provenance: 
     """Builds a palette of so many `colors` by k-means (scikit-learn's MiniBatchKMeans).
 
     The colours are in the order of luminance. Where the pixels have exactly `colors` different
-    values, the palette is these values. `provenance` describes the pixels; the method is added.
-
-    Raises:
-      InputError: the pixels have fewer different values than `colors`.
+    values, the palette is these values; fewer raise InputError. `provenance` describes the pixels;
+    the method is added.
     """
     distinct = np.unique(pixels, axis=0)
     if len(distinct) < colors:
@@ -117,27 +105,19 @@ class PaletteCodec(Codec):
 
     @property
     def similarity_order(self) -> Int[np.ndarray, "V"]:
-        """The tokens by luminance."""
         return np.argsort(self.definition.centers @ LUMINANCE, kind="stable")
 
     def encode(self, images: UInt8[np.ndarray, "B H W 3"]) -> Int[np.ndarray, "B T"]:
         if images.shape[-1] != 3:
             raise ValueError(f"images have {images.shape[-1]} channel(s); a palette takes RGB.")
         r, g, b = (images[..., c].astype(np.uint32) for c in range(3))
-        return self._nearest[(r << 16) | (g << 8) | b].reshape(len(images), -1).astype(np.int32)
+        table = _nearest(self.definition.centers.tobytes())
+        return table[(r << 16) | (g << 8) | b].reshape(len(images), -1).astype(np.int32)
 
     def decode(
         self, tokens: Int[np.ndarray, "B N"], grid: tuple[int, int] | None = None
     ) -> UInt8[np.ndarray, "B height width 3"]:
         return self.definition.colors[tokens].reshape(len(tokens), *(grid or self.grid), 3)
-
-    @functools.cached_property
-    def _nearest(self) -> np.ndarray:
-        return _nearest(self.definition.centers.tobytes())
-
-    def __getstate__(self) -> dict:
-        """Leaves out the lookup table, which a worker process builds by itself."""
-        return {k: v for k, v in self.__dict__.items() if k != "_nearest"}
 
 
 @functools.lru_cache(maxsize=2)

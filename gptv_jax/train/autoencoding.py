@@ -1,6 +1,9 @@
-"""Training and evaluation of a tokenizer's encoder and decoder, as pure functions for `jax.jit`."""
+"""Training and evaluation of a tokenizer's encoder and decoder, as pure functions for `jax.jit`.
 
-import functools
+PSNR and SSIM, to report and to train by, take images [B, H, W, C] of one range and return a number
+for each image.
+"""
+
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -86,18 +89,13 @@ def ssim(
 def _blurred(x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
     """Means under the Gaussian window at every place where the whole window is in the image."""
     side = min(WINDOW, *x.shape[1:3])
-    window = _window(side).astype(x.dtype)
+    weights = np.exp(-0.5 * ((np.arange(side) - (side - 1) / 2) / SIGMA) ** 2)
+    window = (weights / weights.sum()).astype(x.dtype)
     for axis in (1, 2):
         count = x.shape[axis] - side + 1
         parts = [jax.lax.slice_in_dim(x, i, i + count, axis=axis) for i in range(side)]
         x = sum(weight * part for weight, part in zip(window, parts, strict=True))
     return x
-
-
-@functools.cache
-def _window(side: int) -> np.ndarray:
-    weights = np.exp(-0.5 * ((np.arange(side) - (side - 1) / 2) / SIGMA) ** 2)
-    return weights / weights.sum()
 
 
 TERMS = {"l1": l1, "l2": l2, "gradient": gradient, "ssim": lambda *pair: 1 - ssim(*pair)}
@@ -162,7 +160,6 @@ def make_loss(config: config_lib.Autoencoder, settings: config_lib.Tokenizer) ->
     `frozen` holds "vgg", LPIPS's weights, where `settings.lpips` is not 0, and "critic", the
     discriminator's state, where `settings.adversarial` is not.
     """
-    terms = {name: term for name, term in TERMS.items() if getattr(settings, name)}
 
     def loss(params, frozen, batch, key, step) -> tuple[Array, dict]:
         del key
@@ -170,7 +167,7 @@ def make_loss(config: config_lib.Autoencoder, settings: config_lib.Tokenizer) ->
         z = model.encoder(images)
         quantized = model.quantizer(z)
         restored = model.decoder(quantized.values)
-        parts = {name: term(restored, images).mean() for name, term in terms.items()}
+        parts = {k: f(restored, images).mean() for k, f in TERMS.items() if getattr(settings, k)}
         if settings.lpips:
             parts["lpips"] = lpips.distance(frozen["vgg"], restored, images).mean()
         if config.quantizer == "vq":

@@ -36,11 +36,7 @@ class Metric:
 
 
 def on_mesh(batches: Iterable[dict]) -> Iterator[dict]:
-    """A split's batches (this process's rows, NumPy) as global arrays.
-
-    Raises:
-      hosts.EvaluationStoppedError: the training around the evaluation was asked to stop.
-    """
+    """A split's batches (this process's rows, NumPy) as global arrays; raises as `until_stop`."""
     return map(sharding.global_batch, hosts.until_stop(batches))
 
 
@@ -58,25 +54,20 @@ def make_eval_step(network: Network) -> Callable:
     """
 
     def eval_step(params: dict, batch: dict) -> dict[str, Array]:
-        nats, class_logits, model = 0.0, [], network.bind(params)
+        nats, logits, model = 0.0, [], network.bind(params)
         for vote in range(network.votes):
             output, mask = objective.evaluate_batch(
                 network, params, batch, vote, condition_on_label=not network.classes
             )
             nats += objective.nats_per_token(model, output, batch["tokens"], mask)
-            class_logits.append(output.class_logits)
-        sums = {
-            "nats_per_token": (nats / network.votes * batch["mask"]).sum(),
-            "images": batch["mask"].sum(),
-        }
+            logits.append(output.class_logits)
+        rows = {"nats_per_token": nats / network.votes, "images": jnp.ones_like(batch["mask"])}
         if network.classes:
-            class_logits = jnp.stack(class_logits)
-            correct = objective.majority_class(class_logits) == batch["label"]
-            sums["correct"] = (correct * batch["mask"]).sum()
-            labels = jnp.broadcast_to(batch["label"], class_logits.shape[:-1])
-            class_nats = cross_entropy(class_logits, labels).mean(axis=0)
-            sums["class_nats"] = (class_nats * batch["mask"]).sum()
-        return sums
+            logits = jnp.stack(logits)
+            rows["correct"] = objective.majority_class(logits) == batch["label"]
+            labels = jnp.broadcast_to(batch["label"], logits.shape[:-1])
+            rows["class_nats"] = cross_entropy(logits, labels).mean(axis=0)
+        return {name: (values * batch["mask"]).sum() for name, values in rows.items()}
 
     return jax.jit(eval_step)
 

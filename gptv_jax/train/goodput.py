@@ -51,7 +51,6 @@ class Clock:
         return {"tokens_per_second": speed, "data_wait_share": wait / seconds}
 
     def tokens_per_second(self, tokens_per_step: int) -> float | None:
-        """Over the whole training, in all its sessions."""
         seconds, steps, _ = self.total
         return steps * tokens_per_step / seconds if steps else None
 
@@ -156,10 +155,10 @@ class Profiler:
         if number == last:
             drain()
             jax.profiler.stop_trace()
-            self._collect(scratch, self._folder / "plugins" / "profile")
+            self._collect(scratch)
 
-    def _collect(self, scratch: pathlib.Path, traces: pathlib.Path) -> None:
-        folder = traces / f"steps_{self._began}_{self._steps[1]}"
+    def _collect(self, scratch: pathlib.Path) -> None:
+        folder = self._folder / "plugins/profile" / f"steps_{self._began}_{self._steps[1]}"
         folder.mkdir(parents=True, exist_ok=True)
         # JAX names its files by host, which processes may share, and its folders by the second.
         for kind in ("xplane.pb", "perfetto.json.gz"):

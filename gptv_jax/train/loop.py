@@ -202,13 +202,11 @@ class Ranking(list):
     def best(self, steps: set[int] | None = None) -> int | None:
         """The step of the best evaluation, among equals the first, or of the best at `steps`."""
         ranked = [e for e in self if steps is None or e["step"] in steps] if self._primary else []
-        return max(ranked, key=self._preference)["step"] if ranked else None
+        preference = lambda e: [sign * e[k] for k, sign in self._primary.items()]  # noqa: E731
+        return max(ranked, key=preference)["step"] if ranked else None
 
     def exhausted(self, patience: int) -> bool:
         """Whether `patience` evaluations have passed without a better one; 0: never."""
         best = self.best()
         since = [e for e in self if best is not None and e["step"] > best]
         return patience > 0 and len(since) >= patience
-
-    def _preference(self, evaluation: dict) -> tuple[float, ...]:
-        return tuple(sign * evaluation[name] for name, sign in self._primary.items())

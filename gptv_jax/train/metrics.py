@@ -50,7 +50,6 @@ class MetricWriter:
         self._show(event)
 
     def count(self, stage: str) -> int:
-        """Number of a stage's events in the log since its last `rewind`, those kept included."""
         return self._counts[stage]
 
     def rewind(self, stage: str, step: int, count: int | None = None) -> None:
@@ -98,22 +97,14 @@ class Progress:
     """A bar on a terminal; elsewhere one line each time `report` is called."""
 
     def __init__(self, stage: str, steps: int, done: int = 0, unit: str = "step"):
-        self.stage, self.steps, self.bar = stage, steps, None
-        if sys.stderr.isatty() and jax.process_index() == 0:
-            self.bar = tqdm.tqdm(total=steps, initial=done, desc=stage, unit=unit)
-
-    def advance(self) -> None:
-        if self.bar:
-            self.bar.update()
+        self.stage, self.steps = stage, steps
+        hidden = not sys.stderr.isatty() or jax.process_index() != 0
+        self.bar = tqdm.tqdm(total=steps, initial=done, desc=stage, unit=unit, disable=hidden)
+        self.advance, self.close = self.bar.update, self.bar.close
 
     def report(self, step: int, values: dict[str, float | None]) -> None:
         shown = {k: f"{v:.4g}" for k, v in values.items() if v is not None}
-        if self.bar:
-            self.bar.set_postfix(shown, refresh=False)
-        elif jax.process_index() == 0:
+        self.bar.set_postfix(shown, refresh=False)
+        if self.bar.disable and jax.process_index() == 0:
             line = "  ".join(f"{name} {value}" for name, value in shown.items())
             LOG.info("%s %d/%d  %s", self.stage, step, self.steps, line)
-
-    def close(self) -> None:
-        if self.bar:
-            self.bar.close()

@@ -1,13 +1,10 @@
 """What pretraining predicts: each token from those before it, or masked tokens from all the others.
 
-The second is the BERT objective of Image GPT (Chen et al. 2020): a share `masked_share` of the
-tokens is hidden from the network, which predicts them. Evaluation masks as well, since the network
-has never seen a whole image; the masks then depend only on the image's number in its split and on
-the number of the vote.
+The second is the BERT objective of Image GPT (Chen et al. 2020), which hides a share `masked_share`
+of the tokens. Evaluation masks as well, since the network has never seen a whole image; the masks
+then depend only on the image's number in its split and on the number of the vote.
 
-Training in random orders (RAR, Yu et al. 2024, arXiv:2411.00776) changes which tokens come
-"before"; those orders are drawn here, and so are the rows that a class-conditional network sees
-without their class.
+Random orders (RAR, Yu et al. 2024, arXiv:2411.00776) change which tokens come "before".
 """
 
 from collections.abc import Mapping
@@ -117,24 +114,18 @@ def start_vectors(
 
 
 def random_order_share(bounds: tuple[float, float], done: Float[Array, ""]) -> Float[Array, ""]:
-    """Probability of a random order when a share `done` of the training is over.
-
-    It is 1 up to the first of the bounds, then falls linearly to 0 at the second.
-    """
+    """Probability of a random order: 1 up to the first bound, then linearly to 0 at the second."""
     return jnp.interp(done, jnp.array(bounds), jnp.array([1.0, 0.0]))
 
 
 def draw_order(
     network: Network,
     rows: int,
-    key: PRNGKeyArray | None,
-    step: Int[Array, ""] | None,
+    key: PRNGKeyArray | None,  # without it all orders are raster
+    step: Int[Array, ""] | None,  # steps taken of `steps`
     steps: int | None,
 ) -> Int[Array, "B T"] | None:
-    """Orders of a training batch's tokens, see `GPT.__call__`; None where all are raster.
-
-    Without a key all are; `step` of `steps` steps have been taken.
-    """
+    """Orders of a training batch's tokens, see `GPT.__call__`; None where all are raster."""
     if not network.config.random_order or key is None:
         return None
     which, bits = jax.random.split(jax.random.fold_in(key, ORDER_KEY))
