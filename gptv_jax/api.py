@@ -31,7 +31,7 @@ class Model:
 
     Images are uint8 [B, H, W, C] in the data set's own range, NumPy or JAX arrays. Work is split
     over all devices. `labels` are classes, 0 <= label < C, for a network with
-    `model.class_tokens`: one class for all images or one for each; None: the network is told none.
+    `model.class_tokens`: one class for all images or one for each; None: no class.
     An argument of the wrong shape, dtype or value raises ValueError.
     """
 

@@ -25,7 +25,7 @@ UNEXPECTED = 70  # exit code; sysexits.h: internal error. A network's failure ma
 CONFIG_HELP = (
     "Configuration file, FILE[:ARG]; ARG is an argument of the file, such as a size. "
     "--config.a.b=value overrides the field b of the section a, as in --config.train.steps=500; "
-    "an unknown field is answered by the names of the fields."
+    "a wrong field name is refused with the names of the fields beside it."
 )
 _MISSING = re.compile(r"flag --(\w+)=None: ")
 _NONE = re.compile(r"--?config\.([^=]+)=None$")
@@ -66,8 +66,8 @@ def run(main: Callable[[], None], parser: Callable | None = None) -> None:
     except hosts.StoppedError as stopped:
         stopping.leave()  # no process leaves before the others have saved
         errors.end(stopping.STOPPED, str(stopped))
-    except Exception:
-        distributed.wait_for_abort()
+    except Exception as error:
+        distributed.wait_for_abort(error)
         errors.end(UNEXPECTED, traceback.format_exc())
 
 

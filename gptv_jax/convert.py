@@ -22,7 +22,7 @@ STAGE = flags.DEFINE_enum(
     "stage",
     None,
     [stage.name for stage in STAGES.values() if stage.trains_network],
-    "Of a run; default: the latest finished.",
+    "Stage of a run folder; default: the latest that has finished.",
 )
 PALETTE = flags.DEFINE_string("palette", None, "kmeans_centers.npy, for weights without colours.")
 TASK = flags.DEFINE_enum(

@@ -15,8 +15,9 @@ from gptv_jax.hosts import distributed, runtime
 from gptv_jax.runs import report
 from gptv_jax.stages import STAGES, setup
 
+DEFAULT = "all that the configuration and the data allow, but those that run on request (generate)"
 WORKDIR = flags.DEFINE_string("workdir", None, "Run folder; the same folder continues its run.")
-WANTED = flags.DEFINE_list("stages", None, f"Some of {','.join(STAGES)}; default: all of them.")
+WANTED = flags.DEFINE_list("stages", None, f"Some of {','.join(STAGES)}; default: {DEFAULT}.")
 DISTRIBUTED = flags.DEFINE_enum(
     "distributed",
     "auto",

@@ -20,7 +20,7 @@ STAGE = flags.DEFINE_enum(
     "stage",
     "pretrain",
     [stage.name for stage in STAGES.values() if stage.planning],
-    "Whose training is planned.",
+    "The stage whose training is planned.",
 )
 SLICES = flags.DEFINE_integer("num_slices", 1, "TPU slices, or GPU nodes.", lower_bound=1)
 SEARCH = flags.DEFINE_bool("search", False, "Tries meshes, remat and microbatches, and ranks them.")
@@ -60,12 +60,17 @@ def _make(settings: config.Config, devices: topology.Topology, kind: type[Traini
     try:
         return plan.make(settings, devices, kind)
     except InputError as error:
-        fitting = next(search.choices(settings, devices, kind), None)
-        if fitting is None:
+        same = (
+            choice
+            for choice in search.choices(settings, devices, kind)
+            if choice.train.microbatches == settings.train.microbatches
+        )
+        dividing = next(same, None)
+        if dividing is None:
             raise
-        flags_of = fields.flatten(fitting.mesh, "--config.mesh.").items()
+        flags_of = fields.flatten(dividing.mesh, "--config.mesh.").items()
         shown = " ".join(f"{name}={size}" for name, size in flags_of)
-        raise InputError(f"{error} {shown} fits; --search ranks all that do.") from error
+        raise InputError(f"{error} For example, take {shown}; --search ranks all.") from error
 
 
 if __name__ == "__main__":

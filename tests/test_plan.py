@@ -98,7 +98,9 @@ def test_exit_codes_and_refusals():
     assert code == 1 and output == "" and len(errors.splitlines()) == 1
     assert errors.startswith("error: config.train.batch_size is 128, which 256 (config.mesh.data")
     mesh = {"data": 128, "fsdp": 1, "sequence": 1, "tensor": 2}
-    assert " ".join(f"--config.mesh.{axis}={n}" for axis, n in mesh.items()) + " fits" in errors
+    assert (
+        " ".join(f"--config.mesh.{axis}={n}" for axis, n in mesh.items()) + "; --search" in errors
+    )
     assert plan.make(large(**mesh), topology.parse("v5e-256"), compiling=False).fits
 
 

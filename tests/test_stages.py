@@ -18,15 +18,16 @@ from PIL import Image
 
 import gptv_jax
 from gptv_jax import config as config_lib
-from gptv_jax import sharding
+from gptv_jax import sharding, tokens
 from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.data import sources
+from gptv_jax.data.pipeline import Pipeline
 from gptv_jax.decode import generation, likelihood
 from gptv_jax.decode.sampler import Sampler
 from gptv_jax.errors import InputError
 from gptv_jax.runs import pictures
 from gptv_jax.runs.record import config_of
-from gptv_jax.stages import probe, sample, setup
+from gptv_jax.stages import pretrain, probe, sample, setup
 from gptv_jax.train import loop
 from gptv_jax.train.evaluation import CLASSIFICATION
 from gptv_jax.train.metrics import MetricWriter
@@ -383,3 +384,15 @@ def test_guidance_without_classes_is_refused_before_any_work(conditional, tmp_pa
     assert "config.sample.guidance is 3" in str(caught.value)
     assert "config.model.class_tokens is 0" in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_each_process_decodes_its_share_of_the_test_images_alone():
+    codec = tokens.make_codec(config_lib.Tokens(), 8)
+
+    def statistics(index: int, count: int):
+        images = Pipeline(config_lib.Data(), None, 0, share=(index, count))
+        return pretrain.token_statistics(images, codec, batch_size=64)
+
+    whole, shares = statistics(0, 1), [statistics(i, 2) for i in range(2)]
+    assert whole.images == sum(share.images for share in shares) == 400
+    np.testing.assert_array_equal(whole.counts, sum(share.counts for share in shares))

@@ -178,7 +178,7 @@ def test_two_processes_train_one_tokenizer_and_generate_images(finished, data, t
     alone, both = summary_of(finished), summary_of(tmp_path / "run")
     for name in ("tokenizer/test_psnr_db", "pretrain/test_nats_per_token"):
         assert both[name] == pytest.approx(alone[name], rel=0.03)
-    # Each process restores a share of the test images; together they are all, once.
+    # Each process restores a share of the test images.
     codec, images = learned.LearnedCodec(learned.load(tmp_path / "run"), 16), np.load(data)
     images = images["test_images"]
     error = np.square(codec.decode(codec.encode(images)).astype(float) - images).mean()

@@ -62,13 +62,13 @@ def choose(argument: str, choices: dict):
 
 
 def recorded(cls: type, flat: dict[str, object], section: str = "") -> dict:
-    """What a file says of a section, by this version's names, for `resolve` or `fields.from_dict`.
+    """A section as nested dicts, from a file that an older version may have written.
 
     Args:
       cls: the section's class.
-      flat: its fields by flat name; of a file that is older some have other names, or are missing
-        and have their defaults.
-      section: its own name; "": the whole configuration.
+      flat: the section's fields by flat name. Renamed fields get their new names, and fields that
+        the file lacks get their defaults.
+      section: the section's name; "": the whole configuration.
 
     Raises:
       InputError: the file asks for something that this version no longer has.

@@ -31,7 +31,7 @@ class ProbeSgd:
     momentum: float = field(0.9, BELOW_ONE)
     # Centres and scales the features by the statistics of training images as they are.
     standardize: bool = False
-    # In place of data.train_transforms; (): the same ones.
+    # Transforms of this training; (): those of data.train_transforms.
     train_transforms: tuple[str, ...] = ()
     eval_every: int = field(1000, NOT_NEGATIVE)  # steps; 0: at the end only
     checkpoint_every: int = field(1000, POSITIVE, free=True)  # steps
@@ -75,7 +75,7 @@ class Finetune:
     """Joint generative and classification training from the pretrained weights."""
 
     train: Train = dataclasses.field(default_factory=Train)
-    # In place of data.train_transforms; (): the same ones.
+    # Transforms of this training; (): those of data.train_transforms.
     train_transforms: tuple[str, ...] = ()
     generative_coefficient: float = field(1.0, NOT_NEGATIVE)  # weight of nats per token
     classification_coefficient: float = field(1.0, NOT_NEGATIVE)  # of nats per image

@@ -22,7 +22,7 @@ from gptv_jax.model.gpt import Network
 
 
 class Section(enum.IntEnum):
-    """What is drawn from a seed; the numbers lie above all training steps, which are folded too."""
+    """What is drawn: numbers folded into the key of the seed. Training folds steps, below 2**31."""
 
     NEW_IMAGES = 2**31
     COMPLETIONS = 2**31 + 1

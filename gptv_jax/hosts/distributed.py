@@ -41,6 +41,7 @@ SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", 
 TPU_HOSTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")  # comma-separated; GKE sets them
 MEETING = 300  # seconds in which all processes must have started
 HEARTBEAT = 40  # seconds without a heartbeat after which JAX counts a process as dead
+MARGIN = 15  # seconds in which JAX ends the others after it has noticed a dead process
 OTHER_DIED = 75  # exit code; sysexits.h: a temporary failure, to be tried again
 
 LOG = logging.getLogger(__name__)
@@ -220,11 +221,13 @@ def _end_after_parent(parent_lives: int) -> None:
     os._exit(OTHER_DIED)
 
 
-def wait_for_abort() -> None:
-    """Waits, after an error, until JAX would have ended this process if another one died.
+def wait_for_abort(error: Exception) -> None:
+    """Waits, after the error of a collective, until JAX would have ended this process by abort().
 
     A process that dies makes the collectives of the others fail long before its heartbeat is
-    missed; the error then is not worth telling.
+    missed. The wait outlasts the heartbeat, so the abort, and the parent's sentence with it, comes
+    first. After any other error this process ends at once, so that the others notice in time.
     """
-    if jax.distributed.is_initialized():
-        time.sleep(HEARTBEAT)
+    own = not isinstance(error, jax.errors.JaxRuntimeError) or "RESOURCE_EXHAUSTED" in str(error)
+    if jax.distributed.is_initialized() and not own:
+        time.sleep(HEARTBEAT + MARGIN)

@@ -79,7 +79,7 @@ def synchronize() -> None:
 
 
 def leave() -> None:
-    """Waits until every process calls this, and parts from the others."""
+    """Waits until every process calls this, and disconnects this process from the others."""
     global _synchronized
     if _synchronized:
         with _lock:

@@ -52,7 +52,7 @@ class Network:
 
     @property
     def unconditional(self) -> int:
-        """Index of the start vector that tells no class: the last of several, or the only one."""
+        """Index of the start vector without a class: the last of several, or the only one."""
         return self.config.class_tokens
 
     @property

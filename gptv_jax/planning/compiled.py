@@ -11,7 +11,7 @@ from gptv_jax.planning import hlo
 from gptv_jax.planning.training import Training
 
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}  # as XLA writes sizes
-# The memory of the whole program, though one form of the message calls it temporaries.
+# XLA's two messages about too little memory; both give the memory of the whole program.
 _NEEDED = re.compile(r"(?:Used |memory required for HLO temporaries \()([\d.]+)([KMGT]?)")
 
 
@@ -51,7 +51,7 @@ def _uncached(mesh: jax.sharding.Mesh) -> Iterator[None]:
 
 
 def compile_step(training: Training, mesh: jax.sharding.Mesh) -> Compiled:
-    """The compiler's facts about `program(training, mesh)`, which is compiled for them."""
+    """Compiles `program(training, mesh)`, and reads memory and collectives from the result."""
     try:
         step_ = program(training, mesh)
     except jax.errors.JaxRuntimeError as error:

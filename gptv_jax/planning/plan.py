@@ -49,7 +49,7 @@ class Plan:
 
     @property
     def bytes_per_device(self) -> int:
-        """Bytes at the worst moment of a step: the compiler's, or else those of arithmetic."""
+        """Bytes at the worst moment of a step: by the compiler or, without one, by arithmetic."""
         return self.compiled.total if self.compiled else self.memory.total
 
     @property
@@ -71,7 +71,7 @@ class Plan:
 
     @property
     def mfu(self) -> float | None:
-        """Needed FLOPs over those that all devices could do in `step_seconds`."""
+        """FLOPs that a step needs, over the peak FLOPs of all devices in `step_seconds`."""
         if not self.roofline:
             return None
         peak = self.topology.count * self.topology.hardware.peak_flops

@@ -86,7 +86,7 @@ class Pretraining(Training):
         return _state(self.network, self.train.optimizer, self.train.ema, mesh)
 
     def activations(self, topology: Topology, sizes: dict[str, int], rows: int) -> int:
-        """Arrays kept for the backward pass, and those of the layer, or part of logits, at work."""
+        """Arrays kept for the backward pass, and of the layer or logits being computed."""
         layers = self.network.config.layers
         kept, layer = _kept(self.network, topology, sizes, rows)
         # While the backward pass works on a layer, all activations of the layer exist, and so also
@@ -153,7 +153,7 @@ def _kept(network: Network, topology: Topology, sizes: dict[str, int], rows: int
 
 
 def _of_layers(found: Iterable[Array], count: int) -> list[Array]:
-    """Arrays stacked over `count` layers; unlike an axis of rows, that of layers is not split."""
+    """Arrays stacked over `count` layers: the axis of layers is never split, an axis of rows is."""
     return [array for array in found if array.shape[:1] == (count,) and not array.axes[0]]
 
 

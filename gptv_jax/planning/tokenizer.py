@@ -54,7 +54,7 @@ class TokenizerTraining(Training):
 
     @property
     def flops(self) -> flops.ImageFlops:
-        """The networks of the losses are not counted."""
+        """Of the encoder and decoder; the networks of the losses are not counted."""
         return flops.of_autoencoder(self.network, self.size).times(3)
 
     def executed(self, platform: str, sizes: dict[str, int]) -> int:
@@ -95,7 +95,7 @@ class TokenizerTraining(Training):
             yield Call("all-reduce", ("data", "fsdp"), 1, size)
 
     def weights_read(self, sizes: dict[str, int]) -> float | int:
-        """Read by the forward and the backward pass; gradients are written."""
+        """The weights are read by the forward and the backward pass; gradients are written."""
         params, _ = self.state(sharding.one_device())
         return 3 * sum(math.prod(each.shape) for each in params) * WIDTHS[self.network.dtype]
 

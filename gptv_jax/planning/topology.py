@@ -121,7 +121,7 @@ class Topology:
 
 
 def parse(name: str, num_slices: int = 1) -> Topology:
-    """The topology of a name in one of FORMS; `num_slices` is of TPU slices or GPU nodes.
+    """The topology of a name in one of FORMS, with so many TPU slices or GPU nodes.
 
     Raises:
       InputError: the name has none of these forms.

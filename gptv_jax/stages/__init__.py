@@ -22,6 +22,7 @@ class Stage:
     on_request: bool = False  # runs only where --stages names it, and then each time
     own_transforms: str | None = None  # section with `train_transforms` in place of config.data's
     planning: str | None = None  # module and class of `planning` that plan its training
+    in_report: bool = True  # `stages.reports` has a function of the stage's name
 
     @property
     def module(self) -> ModuleType:
@@ -37,8 +38,9 @@ class Stage:
     @property
     def report(self) -> Callable | None:
         """`report(run)`, the stage's part of the page, a `runs.report.Part`; None: it has none."""
-        reports = importlib.import_module(f"{__name__}.reports")
-        return getattr(reports, self.name, None)
+        if not self.in_report:
+            return None
+        return getattr(importlib.import_module(f"{__name__}.reports"), self.name)
 
     def check(self, config: config_lib.Config, mesh: Mesh | None = None) -> None:
         """Checks the sections that the stage needs, and that the mesh, if given, divides them.
@@ -69,6 +71,6 @@ STAGES = {
         Stage("probe", ("model", "probe"), own_transforms="probe.sgd"),
         Stage("finetune", ("model", "finetune"), trains_network=True, own_transforms="finetune"),
         Stage("sample", ("model", "sample")),
-        Stage("generate", ("model", "sample", "generate"), on_request=True),
+        Stage("generate", ("model", "sample", "generate"), on_request=True, in_report=False),
     )
 }

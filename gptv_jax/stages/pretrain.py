@@ -10,11 +10,12 @@ import jax
 
 from gptv_jax import hosts, sharding
 from gptv_jax.checkpoint import Checkpoints
+from gptv_jax.data.pipeline import Pipeline
 from gptv_jax.model import flops
 from gptv_jax.model.gpt import parameter_count
 from gptv_jax.probe import features, ridge
 from gptv_jax.runs.context import Context
-from gptv_jax.tokens.codec import TokenStatistics
+from gptv_jax.tokens.codec import Codec, TokenStatistics
 from gptv_jax.train import evaluation, goodput, loop, metrics, optimizer, step
 
 
@@ -89,15 +90,21 @@ def _image_numbers(context: Context, bits: float) -> dict[str, float | None]:
             per_dimension = math.prod(codec.grid) / math.prod(codec.image_shape)
             numbers["test_bits_per_dimension"] = bits * per_dimension
     elif context.data.has_pixels("test"):
-        statistics = TokenStatistics(codec)  # each image is read and decoded by one process
-        for batch in context.images.evaluation("test", context.config.train.batch_size):
-            images = batch["image"][batch["mask"] > 0]
-            if len(images):
-                statistics.add(images, codec.encode(images))
+        own = token_statistics(context.images, codec, context.config.train.batch_size)
         # Sums of whole numbers, exact in any order.
-        shares = hosts.from_all([statistics.squared_error, statistics.values])
-        statistics.squared_error, statistics.values = map(sum, zip(*shares, strict=True))
-        found = statistics.numbers()
+        shares = hosts.from_all([own.squared_error, own.values])
+        own.squared_error, own.values = map(sum, zip(*shares, strict=True))
+        found = own.numbers()
         numbers["test_distortion_mse"] = found["mean_squared_error"]
         numbers["test_distortion_psnr_db"] = found["psnr"]
     return numbers
+
+
+def token_statistics(images: Pipeline, codec: Codec, batch_size: int) -> TokenStatistics:
+    """Statistics of this process's share of the test images."""
+    statistics = TokenStatistics(codec)
+    for batch in images.evaluation("test", batch_size):
+        real = batch["image"][batch["mask"] > 0]
+        if len(real):
+            statistics.add(real, codec.encode(real))
+    return statistics

@@ -26,7 +26,7 @@ class Metric:
     result: Callable[[dict], dict[str, float]]  # `total -> {name: number}`, on the host
     # Sums stay on the devices; a metric that needs every prediction fetches each part here.
     add: Callable = lambda total, part: jax.tree.map(jnp.add, total, part)
-    # The most important first; 1: larger is better, -1: smaller is. Empty: the last one counts.
+    # Names by importance; 1: larger is better, -1: smaller. Empty: the last checkpoint is kept.
     primary: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def measure(self, params: dict, batches: Iterable[dict]) -> dict[str, float]:

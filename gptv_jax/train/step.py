@@ -110,9 +110,9 @@ def make_train_step(
     """`(state, batch, frozen=None) -> (state, metrics)`, jitted; it donates the state.
 
     `frozen` is an argument of the compiled step, so its arrays are not compiled in as constants.
-    Parts of the state besides step, params, opt and ema, such as a discriminator, are added to it
-    by their names. `after(state, aux, batch, key) -> (state, metrics)` updates these parts once the
-    other state is updated; `aux` is `metrics["aux"]` of the loss. It does not go with microbatches.
+    The state may have more parts than step, params, opt and ema, such as a discriminator. After
+    params and opt, `after(state, aux, batch, key) -> (state, metrics)` updates these parts, from
+    `metrics["aux"]` of the loss. `after` cannot be combined with microbatches.
 
     Microbatches need less memory. The result is that of the whole batch, except that every part
     draws its own dropout, masks and orders.
