@@ -16,6 +16,7 @@ from conftest import small_arguments
 
 from gptv_jax import config as config_lib
 from gptv_jax.errors import InputError
+from gptv_jax.stages import STAGES
 from gptv_jax.train import goodput
 
 
@@ -96,6 +97,7 @@ def test_steps_beyond_the_training_are_refused():
     settings = config_lib.default()
     settings.train.steps, settings.profile.steps = 14, "10:15"
     with pytest.raises(InputError, match=r"'10:15'.*config\.train\.steps = 14"):
-        config_lib.resolve(settings)
+        STAGES["pretrain"].check(config_lib.resolve(settings))
     settings.profile.steps = "10:14"
+    STAGES["pretrain"].check(config_lib.resolve(settings))
     assert config_lib.resolve(settings).profile.window == (10, 14)
