@@ -58,7 +58,7 @@ class Collective:
 def collectives(text: str, devices: int) -> tuple[list[Collective], list[str]]:
     """The collectives of a compiled program, and its loops of unknown length with collectives.
 
-    `text` is that of the compiled module, `devices` the number of devices that it runs on.
+    `text` is the HLO text of the compiled module, which runs on so many `devices`.
     """
     computations, entry = parse(text)
     found: dict[tuple, Collective] = {}

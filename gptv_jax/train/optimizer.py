@@ -35,7 +35,7 @@ RMS = 0.2  # of Muon's update, that of a typical Adam update (Liu et al. 2025, a
 def make_optimizer(
     config: config_lib.Optimizer, steps: int, layer_decay: float = 1.0, relative_width: float = 1.0
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """The optimizer and its learning rate by step: for muon that of Muon, not of its AdamW share.
+    """The optimizer and its learning rate by step; name="muon" gives the rate of Muon's matrices.
 
     `layer_decay` is the learning rate of a layer over that of the layer above it (Clark et al.
     2020, arXiv:2003.10555); the embeddings are the lowest layer, the final norm and the heads the
