@@ -85,7 +85,7 @@ def _input_error(error: flags.Error) -> InputError:
 
 
 def parse(holder: flags.FlagHolder, argv: list[str]) -> list[str]:
-    """Parses the flags with those of the configuration; what remains of `argv`.
+    """Parses flags and configuration fields; returns the arguments that are neither.
 
     Raises:
       InputError: a flag or a field is unknown or has a wrong value, or the config file fails.

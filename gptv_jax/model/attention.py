@@ -60,7 +60,7 @@ def form(
     """Which form attention takes: "splash", "cudnn", "blocked" or "plain".
 
     The platform is tpu, gpu or cpu, `length` is T, `split` the number of devices that a sequence is
-    split over, `dtype` that of compute and `head_size` is K.
+    split over, `dtype` the dtype of compute, and `head_size` is K.
     """
     if platform == "tpu" and (length // split) % LANES == 0:
         return "splash"

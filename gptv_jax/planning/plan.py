@@ -171,7 +171,7 @@ def make(
     if rates := topology.hardware:
         # Each pass over the layers reads their weights. The optimizer reads and writes its state
         # and the parameters, and reads the gradients. Activations are left out: the compiler
-        # decides how many of them go through memory.
+        # decides how many activations go through memory.
         read = training.weights_read(sizes)
         read += 2 * (bytes_.parameters + bytes_.optimizer) + bytes_.gradients
         line = Roofline(

@@ -27,7 +27,7 @@ class FeatureExtractor(Protocol):
     """
 
     name: str
-    hash: str  # of the weights, or a text that says there are none
+    hash: str  # of the weights; a fixed text for an extractor without weights
     size: int  # D
     of_pictures: bool  # expects images as people see them (0 to 255), not in the data set's range
 

@@ -45,7 +45,7 @@ def make_codec(
 
 
 def load_definition(kind: str, folder: pathlib.Path) -> TokenDefinition | None:
-    """The palette or tokenizer in a run folder or token cache; None where there is none."""
+    """The palette or tokenizer in a run folder or token cache; None if the folder has neither."""
     if kind not in DEFINITIONS:
         return None
     name, load = DEFINITIONS[kind]

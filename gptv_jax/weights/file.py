@@ -13,7 +13,7 @@ from gptv_jax.model.gpt import Network
 from gptv_jax.tokens import Palette, TokenDefinition
 
 # Fields of config.model that decide what the weights mean. Users may choose the other fields
-# (dropout, dtype, scan_layers, base_width, ...) anew for the same weights.
+# (dropout, dtype, scan_layers, base_width, ...) each time they use the weights.
 DEFINING_FIELDS = (
     *("layers", "width", "heads", "mlp_ratio", "mlp", "qk_norm", "objective"),
     *("learned_positions", "axial_positions", "rotary", "target_positions", "class_tokens"),
