@@ -21,11 +21,13 @@ parent says in a sentence what an aborted child could not say.
 
 import logging
 import os
+import re
 import signal
 import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -228,6 +230,8 @@ def wait_for_abort(error: Exception) -> None:
     missed. The wait outlasts the heartbeat, so the abort, and the parent's sentence with it, comes
     first. After any other error this process ends at once, so that the others notice in time.
     """
-    own = not isinstance(error, jax.errors.JaxRuntimeError) or "RESOURCE_EXHAUSTED" in str(error)
-    if jax.distributed.is_initialized() and not own:
+    # JAX may raise the failure of a collective as a ValueError too, or a library may wrap it.
+    told = "".join(traceback.format_exception(error))
+    collective = re.search("JaxRuntimeError|gloo|nccl", told, re.IGNORECASE)
+    if jax.distributed.is_initialized() and collective and "RESOURCE_EXHAUSTED" not in told:
         time.sleep(HEARTBEAT + MARGIN)
