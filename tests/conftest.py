@@ -19,13 +19,16 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
     AS_USERS_COMPILE = {"xla_cpu_use_fusion_emitters": True}
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
 
+import contextlib
 import dataclasses
 import fcntl
 import io
 import itertools
 import json
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -43,6 +46,11 @@ from gptv_jax.model.gpt import Network
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 flags.FLAGS.mark_as_parsed()  # Grain's workers read absl flags
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The tests that read the finished run come first, so one worker alone waits for the run."""
+    items.sort(key=lambda item: "finished_run" not in item.fixturenames)
 
 
 def make_mesh(shape: tuple[int, ...]) -> jax.sharding.Mesh:
@@ -130,24 +138,34 @@ def small_arguments(workdir: pathlib.Path, *more: str) -> list[str]:
 
 
 # Commands start in one process that has imported everything but the command itself, and forks for
-# each of them. They are the same commands, without 4 seconds of imports each.
+# each of them. They are the same commands, without 4 seconds of imports each. A process between
+# the server and a command waits for the command and writes its exit code; the server never waits.
 SERVER = """
-import json, os, runpy, sys
+import json, os, pathlib, runpy, signal, sys
 import jax
 import gptv_jax.runs.report
 from gptv_jax.stages import finetune, generate, pretrain, probe, sample, tokenizer
 from ml_collections import config_flags
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 for line in sys.stdin:
-    module, arguments, devices, out, err = json.loads(line)
+    module, arguments, devices, out, err, code = json.loads(line)
+    if os.fork():
+        continue
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     child = os.fork()
-    if not child:
-        for stream, path in ((1, out), (2, err)):
-            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
-        jax.config.update("jax_num_cpu_devices", devices)
-        sys.argv = [f"{module}.py", *arguments]
-        runpy.run_module(f"gptv_jax.{module}", run_name="__main__", alter_sys=True)
-        sys.exit()
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    if child:
+        print(child, flush=True)
+        ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        pathlib.Path(f"{code}.tmp").write_text(str(ended))
+        os.replace(f"{code}.tmp", code)
+        os._exit(0)
+    os.setsid()
+    for stream, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    jax.config.update("jax_num_cpu_devices", devices)
+    sys.argv = [f"{module}.py", *arguments]
+    runpy.run_module(f"gptv_jax.{module}", run_name="__main__", alter_sys=True)
+    sys.exit()
 """
 
 
@@ -159,23 +177,75 @@ class Ended(NamedTuple):
     errors: str  # on stderr
 
 
+@dataclasses.dataclass
+class Command:
+    """A command that runs in a process and a session of its own; methods as of a `Popen`."""
+
+    pid: int
+    place: pathlib.Path  # start of the paths of its files
+
+    @property
+    def output(self) -> str:
+        """What the command has written on stdout."""
+        return self.place.with_suffix(".out").read_text()
+
+    @property
+    def errors(self) -> str:
+        """What the command has written on stderr."""
+        return self.place.with_suffix(".err").read_text()
+
+    def poll(self) -> int | None:
+        code = self.place.with_suffix(".code")
+        return int(code.read_text()) if code.exists() else None
+
+    def wait(self, timeout: float = 600) -> int:
+        until = time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if time.monotonic() > until:
+                raise subprocess.TimeoutExpired(str(self.place), timeout)
+            time.sleep(0.005)
+        return code
+
+    def send_signal(self, number: signal.Signals) -> None:
+        """To the command alone; commands of several processes pass signals on to their child."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def send_to_all(self, number: signal.Signals) -> None:
+        """To the command and its child processes."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, number)
+
+
 @pytest.fixture(scope="session")
-def command(tmp_path_factory):
-    """`command(module, *arguments, devices=1)` runs `gptv_jax.<module>`, and gives `Ended`."""
+def start(tmp_path_factory):
+    """`start(module, *arguments, devices=1)` starts `gptv_jax.<module>`, and gives a `Command`."""
     folder, pipe = tmp_path_factory.mktemp("commands"), subprocess.PIPE
     server = subprocess.Popen([sys.executable, "-c", SERVER], stdin=pipe, stdout=pipe, text=True)
     numbers = itertools.count()
 
-    def call(module: str, *arguments: str, devices: int = 1) -> Ended:
-        out, err = (folder / f"{next(numbers)}" for _ in range(2))
-        server.stdin.write(json.dumps([module, arguments, devices, str(out), str(err)]) + "\n")
+    def call(module: str, *arguments: str, devices: int = 1) -> Command:
+        place = folder / str(next(numbers))
+        files = [str(place.with_suffix(ending)) for ending in (".out", ".err", ".code")]
+        server.stdin.write(json.dumps([module, arguments, devices, *files]) + "\n")
         server.stdin.flush()
-        return Ended(int(server.stdout.readline()), out.read_text(), err.read_text())
+        return Command(int(server.stdout.readline()), place)
 
     yield call
     server.stdin.close()
     server.stdout.close()
     assert server.wait() == 0
+
+
+@pytest.fixture(scope="session")
+def command(start):
+    """`command(module, *arguments, devices=1)` runs `gptv_jax.<module>`, and gives `Ended`."""
+
+    def call(module: str, *arguments: str, devices: int = 1) -> Ended:
+        started = start(module, *arguments, devices=devices)
+        return Ended(started.wait(), started.output, started.errors)
+
+    return call
 
 
 @dataclasses.dataclass

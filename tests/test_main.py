@@ -9,8 +9,6 @@ import pathlib
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import jax
@@ -159,17 +157,14 @@ def test_no_other_framework_is_imported(finished_run):
 # Kills.
 
 
-def test_an_interrupt_ends_with_a_sentence(tmp_path):
-    folder, log = tmp_path / "run", tmp_path / "log"
-    endless = "--config.train.steps=1000000"
-    command = [sys.executable, "-m", "gptv_jax.main", *small_arguments(folder, endless)]
-    with log.open("w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file)
-        while not checkpointed(folder, "pretrain") and process.poll() is None:
-            time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 130
-    assert "the same command continues" in log.read_text().splitlines()[-1]
+def test_an_interrupt_ends_with_a_sentence(start, tmp_path):
+    folder = tmp_path / "run"
+    process = start("main", *small_arguments(folder, "--config.train.steps=1000000"))
+    while not checkpointed(folder, "pretrain") and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    assert "the same command continues" in process.errors.splitlines()[-1]
     assert not (folder / "summary.json").exists()
 
 

@@ -13,7 +13,7 @@ import sys
 import time
 
 import pytest
-from conftest import small_arguments
+from conftest import Command, small_arguments
 from test_resume import STEPS, Training, assert_identical
 
 from gptv_jax import hosts
@@ -188,29 +188,23 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def two_processes(folder: pathlib.Path, logs: list[pathlib.Path]) -> list[subprocess.Popen]:
+def two_processes(start, folder: pathlib.Path) -> list[Command]:
     settings = ["--stages=pretrain", "--config.train.steps=100000", "--config.train.eval_every=50"]
     settings += ["--config.train.checkpoint_every=100000", "--config.data.validation_split=train"]
     meeting = [f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2"]
-    processes = []
-    for index, log in enumerate(logs):
-        command = [sys.executable, "-m", "gptv_jax.main", *meeting, f"--process_id={index}"]
-        with log.open("w") as file:
-            arguments = [*command, *small_arguments(folder, *settings)]
-            processes.append(subprocess.Popen(arguments, stdout=file, stderr=file))
-    return processes
+    arguments = [*meeting, *small_arguments(folder, *settings)]
+    return [start("main", f"--process_id={index}", *arguments) for index in (0, 1)]
 
 
 @pytest.mark.process
-def test_sigterm_to_one_of_two_processes_stops_both_after_the_same_step(tmp_path):
+def test_sigterm_to_one_of_two_processes_stops_both_after_the_same_step(start, tmp_path):
     folder, begun = tmp_path / "run", 0
     for asked, moment in ((1, "start"), (1, "step"), (0, "evaluation")):
-        logs = [tmp_path / f"log-{moment}-{index}" for index in (0, 1)]
-        processes = two_processes(folder, logs)
+        processes = two_processes(start, folder)
 
-        def reached(moment=moment, begun=begun, logs=logs) -> bool:
+        def reached(moment=moment, begun=begun, processes=processes) -> bool:
             if moment == "start":  # both have met, and compile
-                return all("of 2 devices" in log.read_text() for log in logs)
+                return all("of 2 devices" in process.errors for process in processes)
             found = [e for e in events(folder) if e["step"] > begun and "nats_per_token" in e]
             return bool(found) and (moment == "step" or found[-1]["step"] % 50 == 0)
 
@@ -221,9 +215,8 @@ def test_sigterm_to_one_of_two_processes_stops_both_after_the_same_step(tmp_path
             codes = [process.wait(timeout=90) for process in processes]
         finally:  # where they do not stop together, they wait for each other
             for process in processes:
-                process.kill()
-                process.wait()
-        told = [log.read_text() for log in logs]
+                process.send_to_all(signal.SIGKILL)
+        told = [process.errors for process in processes]
         assert codes == [stopping.STOPPED] * 2, told
         last = [text.splitlines()[-1] for text in told]
         if moment == "start":

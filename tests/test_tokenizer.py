@@ -4,8 +4,6 @@ import json
 import pathlib
 import re
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -96,17 +94,16 @@ def data(tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
-def finished(run, data, tmp_path_factory) -> pathlib.Path:
+def finished(run, start, data, tmp_path_factory) -> pathlib.Path:
     """A run that was killed during the training of its tokenizer, and then finished."""
 
     def make(folder: pathlib.Path) -> str:
-        stages, nowhere = "--stages=tokenizer,pretrain,sample", subprocess.DEVNULL
-        command = [sys.executable, "-m", "gptv_jax.main", *arguments(folder, data, stages)]
-        begun = subprocess.Popen(command, stderr=nowhere, stdout=nowhere)
+        stages = "--stages=tokenizer,pretrain,sample"
+        begun = start("main", *arguments(folder, data, stages))
         while not (folder / "checkpoints/tokenizer/40/_CHECKPOINT_METADATA").exists():
             assert begun.poll() is None
             time.sleep(0.05)
-        begun.kill()
+        begun.send_signal(signal.SIGKILL)
         assert begun.wait() == -signal.SIGKILL
         assert not (folder / learned.FILE).exists()
         ended = run(folder, data, stages)
