@@ -13,7 +13,7 @@ import numpy as np
 from gptv_jax import config as config_lib
 from gptv_jax import files
 from gptv_jax.config import fields
-from gptv_jax.config.fields import NOT_NEGATIVE, POSITIVE, field
+from gptv_jax.config.fields import FROM_ZERO, POSITIVE, field
 from gptv_jax.errors import InputError, first_line
 from gptv_jax.tokens import Palette, TokenDefinition, Tokenizer, learned
 from gptv_jax.tokens import palette as palettes
@@ -31,9 +31,9 @@ class Facts:
 
     image_size: int = field(accepted=POSITIVE)
     starts: int = field(accepted=POSITIVE)
-    classes: int = field(accepted=NOT_NEGATIVE)
-    step: int | None = field(accepted=NOT_NEGATIVE)
-    best_layer: int | None = field(accepted=NOT_NEGATIVE)
+    classes: int = field(accepted=FROM_ZERO)
+    step: int | None = field(accepted=FROM_ZERO)
+    best_layer: int | None = field(accepted=FROM_ZERO)
 
 
 FACTS = [each.name for each in dataclasses.fields(Facts)]
