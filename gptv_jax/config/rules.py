@@ -7,7 +7,6 @@ what would be accepted.
 
 import dataclasses
 import operator
-from collections.abc import Iterable
 from typing import NoReturn
 
 from gptv_jax.config.data import MOST_CODES
@@ -49,13 +48,6 @@ def check(config: Config) -> None:
         refuse(config, "model.random_order", f"{reason}; set {advice}")
     if config.tokens.kind == "learned":
         _check_autoencoder(config)
-
-
-def check_sections(config: Config, sections: Iterable[str]) -> None:
-    """Checks the rules of these sections."""
-    for section in sections:
-        if section in SECTIONS:
-            SECTIONS[section](config)
 
 
 def check_classes(config: Config, classes: int) -> None:

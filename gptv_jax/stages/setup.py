@@ -15,8 +15,7 @@ from gptv_jax.data.pipeline import Pipeline
 from gptv_jax.decode.sampler import check_guidable
 from gptv_jax.errors import InputError, list_differences
 from gptv_jax.runs.context import Context
-from gptv_jax.runs.folder import RunFolder
-from gptv_jax.runs.record import has_finished
+from gptv_jax.runs.record import RunFolder, has_finished
 from gptv_jax.stages import STAGES, pretrained
 from gptv_jax.stages import codec as codecs
 from gptv_jax.stages.select import choose_stages
