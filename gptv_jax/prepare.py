@@ -28,10 +28,8 @@ def main(settings: config.Config) -> None:
     transforms.check((), settings.data.eval_transforms)
     data_set = sources.open_data_set(settings.data)
     if data_set.stored_as == "tokens":
-        raise InputError(
-            f"config.data.path={settings.data.path} is a token cache already; name a data set of "
-            "images."
-        )
+        given = f"config.data.path={settings.data.path}"
+        raise InputError(f"{given} is a token cache already; name a data set of images.")
     cache.claim(folder)
     damage_log = DamageLog(settings.data, folder)
     chosen = codec.find_codec(settings) or codec.build_codec(settings, damage_log)

@@ -37,10 +37,11 @@ def find_codec(config: config_lib.Config, folder: pathlib.Path | None = None) ->
         found[f"the token cache {cache.folder}"] = cache.codec().definition
     if config.init_from:
         path = pathlib.Path(config.init_from)
-        weights_file = weights.is_weights_path(path)
-        found[f"config.init_from={path}"] = (
-            weights.read_definition(path) if weights_file else tokens.load_definition(kind, path)
+        imported = weights.is_weights_path(path)
+        definition = (
+            weights.read_definition(path) if imported else tokens.load_definition(kind, path)
         )
+        found[f"config.init_from={path}"] = definition
     field = {"palette": "palette", "learned": "tokenizer"}[kind]
     if given := getattr(config.tokens, field):
         found[f"config.tokens.{field}={given}"] = tokens.DEFINITIONS[kind][1](given)
@@ -81,8 +82,7 @@ def _check_cache(config: config_lib.Config, cache: TokenCache) -> None:
         ("data.eval_transforms", config.data.eval_transforms, cache.transforms),
     )
     cached = {f"config.{name}": theirs for name, _, theirs in pairs}
-    differing = list_differences(cached, {f"config.{name}": ours for name, ours, _ in pairs})
-    if differing:
+    if differing := list_differences(cached, {f"config.{n}": ours for n, ours, _ in pairs}):
         raise InputError(
             f"the token cache {cache.folder} was made by another configuration: "
             f"{'; '.join(differing)}. Take the settings of the cache, or make another cache."

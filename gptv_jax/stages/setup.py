@@ -18,7 +18,6 @@ from gptv_jax.runs.context import Context
 from gptv_jax.runs.record import RunFolder, has_finished
 from gptv_jax.stages import STAGES, pretrained
 from gptv_jax.stages import codec as codecs
-from gptv_jax.stages.select import choose_stages
 from gptv_jax.tokens import Codec, TokenDefinition
 from gptv_jax.train.metrics import MetricWriter
 
@@ -28,10 +27,7 @@ TRIED = 32  # images that the transforms and the codec are tried on
 def open_run(config: config_lib.Config, workdir: str, wanted: list[str] | None = None) -> Context:
     """Makes the run folder, or goes on in it, and prepares what the stages read.
 
-    Args:
-      config: of the run.
-      workdir: its folder.
-      wanted: names of stages; None for all that the configuration has.
+    `wanted` names stages; None: all stages that the configuration and the data allow.
 
     Raises:
       InputError: the mesh, the network, the data and the stages do not fit each other, the folder
@@ -71,13 +67,54 @@ def with_codec(context: Context) -> Context:
     return context if untrained else context.with_definition(definition)
 
 
+def choose_stages(
+    config: config_lib.Config, classes: int, wanted: list[str] | None = None
+) -> list[str]:
+    """Names of the stages to run, in order; None: all possible stages except those on request."""
+    if unknown := set(wanted or ()) - set(STAGES):
+        raise InputError(
+            f"--stages has {', '.join(sorted(unknown))}; it takes some of {', '.join(STAGES)}."
+        )
+    refused = _impossible(config, classes)
+    for name in wanted or ():
+        if name in refused:
+            raise InputError(f"--stages has {name}, but {refused[name]}.")
+    usual = [name for name, stage in STAGES.items() if not stage.on_request]
+    chosen = [name for name in STAGES if name in (wanted or usual) and name not in refused]
+    if config.probe.every and not classes and "pretrain" in chosen:
+        reason = f"the images of config.data.name={config.data.name} have no labels; take 0"
+        rules.refuse(config, "probe.every", reason)
+    return chosen
+
+
+def _impossible(config: config_lib.Config, classes: int) -> dict[str, str]:
+    """Stages that this run cannot have, each with the reason and what to do."""
+    given, kind, refused = config.init_from, config.tokens.kind, {}
+    cached = sources.open_data_set(config.data).stored_as == "tokens"
+    if kind != "learned":
+        refused["tokenizer"] = f"config.tokens.kind={kind} has nothing to train"
+    elif config.tokens.tokenizer or given or cached:
+        refused["tokenizer"] = "the tokens come with their tokenizer; leave it out"
+    if given:
+        reason = f"config.init_from={given} gives the pretrained weights; leave one of them out"
+        refused["pretrain"] = reason
+    if not classes:
+        reason = f"the images of config.data.name={config.data.name} have no labels"
+        refused |= dict.fromkeys(("probe", "finetune"), f"{reason}; take pretrain and sample")
+    if config.model.objective == "bert":
+        reason = (
+            "config.model.objective=bert draws no images; it takes pretrain, probe and finetune"
+        )
+        refused |= dict.fromkeys(("sample", "generate"), reason)
+    return refused
+
+
 def check_same_settings(config: config_lib.Config) -> None:
     """Raises InputError where processes have different settings, the place of the data apart."""
     place = ("config.data.dir", "config.data.path")
     own = {k: v for k, v in fields.flatten(config, "config.").items() if k not in place}
     first, *others = hosts.from_all(own)
-    differing = [line for other in others for line in list_differences(first, other)]
-    if differing:
+    if differing := [line for other in others for line in list_differences(first, other)]:
         raise InputError(
             f"the processes were given different settings: {'; '.join(dict.fromkeys(differing))}. "
             "Start all of them by the same command."
@@ -87,18 +124,15 @@ def check_same_settings(config: config_lib.Config) -> None:
 def _prepare(config: config_lib.Config, folder: RunFolder, stages: list[str], data: dict) -> None:
     """Finds or makes the codec, checks it and the pretrained weights, and claims the folder."""
     kind, found = config.tokens.kind, codecs.find_codec(config, folder.path)
-    if (
-        not found
-        and folder.has_checkpoints
-        and (kind != "learned" or has_finished(folder.summary(), "tokenizer"))
-    ):
+    trained_here = not found and kind == "learned"
+    made = not trained_here or has_finished(folder.summary(), "tokenizer")
+    if not found and made and folder.has_checkpoints:
         raise InputError(f"{folder.path} has lost its {tokens.DEFINITIONS[kind][0]}; restore it.")
-    if not found and kind == "learned" and "tokenizer" not in stages:
+    if trained_here and "tokenizer" not in stages:
         raise InputError(
             "config.tokens.kind=learned needs a tokenizer; run --stages=tokenizer first, or "
             "name one by config.tokens.tokenizer."
         )
-    trained_here = not found and kind == "learned"
     if found or trained_here:
         _try_out(config, stages, found)
     if config.init_from or not {"pretrain", "tokenizer"} & set(stages):
@@ -113,8 +147,7 @@ def _prepare(config: config_lib.Config, folder: RunFolder, stages: list[str], da
 
 def _try_out(config: config_lib.Config, stages: list[str], codec: Codec | None) -> None:
     """Checks that the images, every list of transforms and the codec fit each other."""
-    data = config.data
-    channels = config.tokens.autoencoder.channels
+    data, channels = config.data, config.tokens.autoencoder.channels
     shape = codec.image_shape if codec else (data.image_size, data.image_size, channels)
     for entries in dict.fromkeys([*_training_transforms(config, stages), data.eval_transforms]):
         pipeline.try_out(data, codec, shape, entries, TRIED)
