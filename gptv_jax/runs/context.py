@@ -38,7 +38,7 @@ class Context:
         return dataclasses.replace(self, codec=codec, data=self.images.with_codec(codec))
 
     def finish(self, stage: str, numbers: dict) -> None:
-        """Adds a stage's numbers and the damaged images to the summary; "/" is in whole keys."""
+        """Adds to the summary the damaged images and a stage's numbers, by name or "section/name"."""
         damaged = set().union(*hosts.from_all(self.images.damage_log.names))
         if jax.process_index() == 0:
             named = {n if "/" in n else f"{stage}/{n}": value for n, value in numbers.items()}
