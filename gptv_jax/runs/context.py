@@ -38,7 +38,7 @@ class Context:
         return dataclasses.replace(self, codec=codec, data=self.images.with_codec(codec))
 
     def finish(self, stage: str, numbers: dict) -> None:
-        """Adds to the summary the damaged images and a stage's numbers, by name or "section/name"."""
+        """Adds a stage's numbers (a name with "/" is a whole key) and damaged images to the summary."""
         damaged = set().union(*hosts.from_all(self.images.damage_log.names))
         if jax.process_index() == 0:
             named = {n if "/" in n else f"{stage}/{n}": value for n, value in numbers.items()}
