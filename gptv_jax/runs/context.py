@@ -38,7 +38,7 @@ class Context:
         return dataclasses.replace(self, codec=codec, data=self.images.with_codec(codec))
 
     def finish(self, stage: str, numbers: dict) -> None:
-        """Adds a stage's numbers (a name with "/" is a whole key) and damaged images to the summary."""
+        """Adds damaged images and a stage's numbers (with "/": whole keys) to the summary."""
         damaged = set().union(*hosts.from_all(self.images.damage_log.names))
         if jax.process_index() == 0:
             named = {n if "/" in n else f"{stage}/{n}": value for n, value in numbers.items()}
