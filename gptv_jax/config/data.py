@@ -90,20 +90,15 @@ class Tokens:
     @property
     def vocabulary(self) -> int:
         """Number of different tokens, V."""
-        match self.kind:
-            case "grey":
-                return self.levels
-            case "palette":
-                return self.colors
-            case "learned":
-                return self.autoencoder.vocabulary
+        learned = self.autoencoder.vocabulary
+        return {"grey": self.levels, "palette": self.colors, "learned": learned}[self.kind]
 
     def pairs(self, other: "Tokens") -> list[tuple[str, object, object]]:
         """Names of the fields that tokens depend on, definitions apart, with both values."""
-        own = {"grey": "tokens.levels", "palette": "tokens.colors"}.get(self.kind)
-        own = own or "tokens.autoencoder."
-        now, there = flatten(self, "tokens."), flatten(other, "tokens.")
-        return [(n, now[n], there[n]) for n in now if n == "tokens.kind" or n.startswith(own)]
+        own = {"grey": "levels", "palette": "colors", "learned": "autoencoder."}[self.kind]
+        now, there = flatten(self), flatten(other)
+        names = [name for name in now if name.startswith(("kind", own))]
+        return [(f"tokens.{name}", now[name], there[name]) for name in names]
 
     def grid(self, image_size: int) -> tuple[int, int]:
         """Rows and columns of the tokens of an image of `image_size` x `image_size` pixels."""

@@ -7,6 +7,7 @@ import collections.abc
 import dataclasses
 import difflib
 import math
+import operator
 import types
 import typing
 
@@ -53,12 +54,7 @@ def free(cls: type) -> set[str]:
 
 def flatten(config, prefix: str = "") -> dict[str, object]:
     """`{"train.steps": 500, ...}` for every field, in order of declaration."""
-    flat = {}
-    for each in dataclasses.fields(config):
-        value, name = getattr(config, each.name), f"{prefix}{each.name}"
-        nested = dataclasses.is_dataclass(value)
-        flat.update(flatten(value, f"{name}.") if nested else {name: value})
-    return flat
+    return {prefix + name: operator.attrgetter(name)(config) for name in by_name(type(config))}
 
 
 def unflatten(flat: dict[str, object]) -> dict:

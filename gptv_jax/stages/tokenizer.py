@@ -47,9 +47,8 @@ def run_stage(context: Context) -> dict:
         loss, update, rate, seed=config.seed, ema=train.ema, after=after
     )
     metric = evaluation.Metric(autoencoding.make_eval_step(network), autoencoding.health)
-
-    def batches(position: int):
-        return context.images.train(train.batch_size, position, settings.train_transforms)
+    entries = settings.train_transforms
+    batches = functools.partial(context.images.train, train.batch_size, entries=entries)
 
     def evaluate(params: dict, split: str = "validation") -> dict:
         found = metric.measure(params, context.images.evaluation(split, train.batch_size))
