@@ -13,7 +13,7 @@ from gptv_jax.model.gpt import Network
 from gptv_jax.runs import record
 from gptv_jax.runs.context import Context
 from gptv_jax.tokens import Codec
-from gptv_jax.weights.file import WeightsFile
+from gptv_jax.weights.native import WeightsFile
 
 
 class Pretrained(NamedTuple):

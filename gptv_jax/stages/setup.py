@@ -25,7 +25,6 @@ from gptv_jax.train.metrics import MetricWriter
 
 LOG = logging.getLogger(__name__)
 IMAGES, PIXELS = 4096, 2**18  # a palette is built from this many training images and pixels of them
-TRIED = 32  # images that the transforms and the codec are tried on
 
 
 def open_run(config: config_lib.Config, workdir: str, wanted: list[str] | None = None) -> Context:
@@ -226,7 +225,7 @@ def _try_out(config: config_lib.Config, stages: list[str], codec: Codec | None) 
     data, channels = config.data, config.tokens.autoencoder.channels
     shape = codec.image_shape if codec else (data.image_size, data.image_size, channels)
     for entries in dict.fromkeys([*_training_transforms(config, stages), data.eval_transforms]):
-        pipeline.try_out(data, codec, shape, entries, TRIED)
+        pipeline.try_out(data, codec, shape, entries)
 
 
 def _training_transforms(config: config_lib.Config, stages: list[str]) -> list[tuple[str, ...]]:
