@@ -21,7 +21,7 @@ class Stage:
     trains_network: bool = False  # its checkpoints hold weights of the network, for `gptv_jax.load`
     on_request: bool = False  # runs only where --stages names it, and then each time
     own_transforms: str | None = None  # section with `train_transforms` in place of config.data's
-    planning: str | None = None  # module and class of `planning` that plan its training
+    planning: str | None = None  # the class of `planning.training` for the stage's training
     in_report: bool = True  # `stages.reports` has a function of the stage's name
 
     @property
@@ -32,8 +32,7 @@ class Stage:
     @property
     def plan(self) -> type:
         """The class that plans the training of this stage, a `planning.training.Training`."""
-        module, name = self.planning.split(":")
-        return getattr(importlib.import_module(f"gptv_jax.planning.{module}"), name)
+        return getattr(importlib.import_module("gptv_jax.planning.training"), self.planning)
 
     @property
     def report(self) -> Callable | None:
@@ -57,16 +56,10 @@ STAGES = {
     stage.name: stage
     for stage in (  # in the order in which they run
         Stage(
-            "tokenizer",
-            ("tokenizer",),
-            own_transforms="tokenizer",
-            planning="tokenizer:TokenizerTraining",
+            "tokenizer", ("tokenizer",), own_transforms="tokenizer", planning="TokenizerTraining"
         ),
         Stage(
-            "pretrain",
-            ("model", "train", "profile"),
-            trains_network=True,
-            planning="pretrain:Pretraining",
+            "pretrain", ("model", "train", "profile"), trains_network=True, planning="Pretraining"
         ),
         Stage("probe", ("model", "probe"), own_transforms="probe.sgd"),
         Stage("finetune", ("model", "finetune"), trains_network=True, own_transforms="finetune"),
