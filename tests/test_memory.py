@@ -90,7 +90,7 @@ for remat in ("none", "full"):
             jax.block_until_ready(state)
             pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak is that from now on
             before = status("VmRSS")
-            state, metrics = program(state, batch)
+            state, metrics = program(state, batch, None)
             jax.block_until_ready((state, metrics))
             grown.append(status("VmHWM") - before)
     rows.append({"grown": max(grown), "planned": 8 * found.numbers()["bytes"]["temporaries"]})
