@@ -41,8 +41,8 @@ class Call(NamedTuple):
 class Training:
     """A training to be planned: what `Pretraining` and `TokenizerTraining` share.
 
-    Each of these also has `network`, `loss`, `init` (of the train state), abstract batches, the
-    `flops` of training on one unit, and the numbers of `executed` and the methods after it.
+    Each subclass adds its network, loss, first state and batch, the FLOPs of training on one unit,
+    and from `executed` on the costs of a step on a mesh.
     """
 
     config: config_lib.Config
@@ -140,6 +140,7 @@ def residuals(training: Training, mesh: AbstractMesh, rows: int) -> list:
     return list({id(v): v.aval for v in jaxpr.outvars if id(v) not in given}.values())
 
 
+@dataclasses.dataclass(frozen=True)
 class Pretraining(Training):
     """The pretraining of a GPT."""
 
@@ -257,6 +258,7 @@ class Pretraining(Training):
         return self.train.microbatches * (3 + (c.remat == "full")) * weights
 
 
+@dataclasses.dataclass(frozen=True)
 class TokenizerTraining(Training):
     """A tokenizer's training, for which only the mesh can be chosen: it has no remat."""
 
