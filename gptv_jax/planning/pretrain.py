@@ -10,8 +10,9 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
-from gptv_jax.model import flops, remat
+from gptv_jax.model import flops
 from gptv_jax.model.gpt import Network
+from gptv_jax.model.layers import REMAT
 from gptv_jax.planning import arrays
 from gptv_jax.planning.arrays import Array
 from gptv_jax.planning.topology import Topology
@@ -31,7 +32,7 @@ class Pretraining(Training):
     section = "train"
     sections = ("model", "train")
     unit = "token"
-    policies = ("none", *remat.POLICIES)
+    policies = ("none", *REMAT)
     splits_batches = True
 
     @classmethod
@@ -129,7 +130,7 @@ class Pretraining(Training):
     def weights_read(self, sizes: dict[str, int]) -> float | int:
         """Read by the forward and the backward pass and by repetition; gradients are written."""
         c = self.network.config
-        weights = flops.forward(self.network).matmul // 2 * WIDTHS[c.dtype] / sizes["tensor"]
+        weights = flops.forward(self.network)["matmul"] // 2 * WIDTHS[c.dtype] / sizes["tensor"]
         return self.train.microbatches * (3 + (c.remat == "full")) * weights
 
 

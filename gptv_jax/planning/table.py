@@ -54,7 +54,7 @@ def _topology(found: Plan) -> str:
 
 def _flops(found: Plan) -> list[tuple[str, str]]:
     needed = found.training.flops
-    parts = ", ".join(f"{_si(n)} in {PARTS[part]}" for part, n in needed.parts.items())
+    parts = ", ".join(f"{_si(n)} in {PARTS[part]}" for part, n in needed.items())
     return [
         (f"FLOPs per {found.training.unit}", f"{_si(needed.total)}: {parts}"),
         ("FLOPs per step", _si(found.flops_per_step)),
@@ -111,7 +111,7 @@ def _time(found: Plan, numbers: dict) -> list[tuple[str, str]]:
 
 
 def _convention(found: Plan) -> str:
-    attends = "attention" in found.training.flops.parts
+    attends = "attention" in found.training.flops
     skipped = attends and found.executed < found.flops_per_step
     return " (MFU counts the masked half of attention, which is skipped)" if skipped else ""
 

@@ -53,7 +53,7 @@ class TokenizerTraining(Training):
         return self.settings.train
 
     @property
-    def flops(self) -> flops.ImageFlops:
+    def flops(self) -> flops.Flops:
         """Of the encoder and decoder; the networks of the losses are not counted."""
         return flops.of_autoencoder(self.network, self.size).times(3)
 

@@ -40,7 +40,7 @@ class Training(abc.ABC):
     train: config_lib.Train
     heads: int  # the most parts that the axis "tensor" can split weights into
     positions: int  # of an image, which the axis "sequence" can split
-    flops: flops.Flops | flops.ImageFlops  # of training on one unit, forward and backward
+    flops: flops.Flops  # of training on one unit, forward and backward
 
     @abc.abstractmethod
     def executed(self, platform: str, sizes: dict[str, int]) -> int:
