@@ -115,8 +115,7 @@ def _splash_kernel(mesh, heads: int, length: int, split: int, causal: bool):
     it computes (n + 1) / 2n of the square of scores. The mesh's axis "tensor" splits the heads, and
     its axis "sequence" the queries into `split` parts.
     """
-    # All heads have the same mask. Only with a causal mask does it matter which queries a device
-    # has.
+    # All heads have the same mask. Only a causal one depends on which queries a device has.
     if causal:
         mask, shards = masks.CausalMask((length, length)), split
     else:
