@@ -160,7 +160,7 @@ class Plan:
             "flags": self.flags,
             "params": self.params,
             f"flops_per_{unit}": needed.total,
-            **{f"flops_per_{unit}_{part}": count for part, count in needed.parts.items()},
+            **{f"flops_per_{unit}_{part}": count for part, count in needed.items()},
             "flops_per_step": self.flops_per_step,
             "flops_per_step_executed": self.executed,
             "bytes_per_device": self.bytes_per_device,

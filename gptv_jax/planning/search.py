@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from gptv_jax import config as config_lib
 from gptv_jax.errors import InputError
-from gptv_jax.model import remat
+from gptv_jax.model.layers import REMAT
 from gptv_jax.planning import plan
 from gptv_jax.planning.plan import Plan
 from gptv_jax.planning.topology import Topology
@@ -71,7 +71,7 @@ def _on_mesh(training: Training, topology: Topology, mesh: config_lib.Mesh) -> I
     config, rows, policies = training.config, 1, [training.config.model.remat]
     if training.tunable:
         rows = training.train.batch_size // (mesh.data * mesh.fsdp)
-        policies = ["none", *remat.POLICIES]
+        policies = ["none", *REMAT]
     for microbatches, policy in itertools.product(_powers(rows), policies):
         model = dataclasses.replace(config.model, remat=policy)
         train = dataclasses.replace(config.train, microbatches=microbatches)

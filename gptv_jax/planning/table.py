@@ -18,7 +18,7 @@ def show(found: Plan, smallest: Plan | None) -> str:
     slices = f"{topology.slices} x " if topology.slices > 1 else ""
     remat, train = training.config.model.remat if training.tunable else "none", training.train
     needed = training.flops
-    parts = ", ".join(f"{_si(n)} in {PARTS[part]}" for part, n in needed.parts.items())
+    parts = ", ".join(f"{_si(n)} in {PARTS[part]}" for part, n in needed.items())
     least = "no mesh of at most as many devices, by arithmetic"
     if smallest:
         count, flags = smallest.topology.count, " ".join(smallest.flags)
@@ -87,7 +87,7 @@ def _time(found: Plan, numbers: dict) -> list[tuple[str, str]]:
         return [("step time", f"not estimated: the speed of {found.topology.kind} is unknown")]
     parts = numbers["step_seconds"].items()
     told = ", ".join(f"{PARTS.get(name, name)} {_seconds(t)}" for name, t in parts if t)
-    skips = "attention" in found.training.flops.parts and found.executed < found.flops_per_step
+    skips = "attention" in found.training.flops and found.executed < found.flops_per_step
     why = " (MFU counts the masked half of attention, which is skipped)" if skips else ""
     steps = f"{found.training.train.steps:,} steps at least"
     return [

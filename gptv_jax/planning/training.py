@@ -254,7 +254,7 @@ class Pretraining(Training):
         The forward and the backward pass and repetition read weights; gradients are written.
         """
         c = self.config.model
-        weights = flops.forward(self.network).matmul // 2 * WIDTHS[c.dtype] / sizes["tensor"]
+        weights = flops.forward(self.network)["matmul"] // 2 * WIDTHS[c.dtype] / sizes["tensor"]
         return self.train.microbatches * (3 + (c.remat == "full")) * weights
 
 
@@ -279,7 +279,7 @@ class TokenizerTraining(Training):
         return self.config.tokens.autoencoder
 
     @functools.cached_property
-    def flops(self) -> flops.ImageFlops:
+    def flops(self) -> flops.Flops:
         """Of the encoder and decoder; the networks of the losses are not counted."""
         return flops.of_autoencoder(self.network, self.config.data.image_size).times(3)
 
