@@ -78,7 +78,7 @@ def plot(
     if level:
         axes.axhline(level[0], color=QUIET, ls="--", lw=1, label=level[1])
     if percent:
-        axes.yaxis.set_major_formatter(ticker.PercentFormatter(1))
+        axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
     if below:
         _line(last, below[1], QUIET)
         last.yaxis.set_major_locator(ticker.MaxNLocator(2))

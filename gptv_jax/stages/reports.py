@@ -223,7 +223,7 @@ def write(context: Context) -> None:
     if "model/params" in results.summary:  # absent where another run did the pretraining
         parts.append(f"{results.summary['model/params']:,} parameters")
     parts += [f"{config.model.layers} layers", f"width {config.model.width}"]
-    title, newline = escape(", ".join(parts)), "\n"
+    title = escape(", ".join(parts))
     numbers = [(name, _number(value)) for name, value in results.summary.items()]
     content = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
@@ -231,7 +231,7 @@ def write(context: Context) -> None:
 <title>{title} ({escape(folder.name)})</title><style>{STYLE}</style></head>
 <body><h1>{title}</h1>{_origin(folder)}
 <div class="tiles">{tiles}</div>
-{newline.join(_section(*section) for section in sections.items())}
+{"".join(f'<h2>{t}</h2><div class="row">{part}</div>' for t, part in sections.items() if part)}
 <div class="row"><div><h2>All numbers</h2>{_table(("name", "value"), numbers)}</div>
 <div><h2>Configuration</h2>{_configuration(config)}</div></div></body></html>
 """
@@ -254,11 +254,6 @@ def _configuration(config: config_lib.Config) -> str:
     table = _table(("field", "value"), list(flat.items()), marked=changed)
     summary = "All fields; marked fields differ from their defaults"
     return f"<details><summary>{summary}</summary>{table}</details>"
-
-
-def _section(title: str, content: str) -> str:
-    """A section of the page under a heading; "" without content."""
-    return f'<h2>{title}</h2><div class="row">{content}</div>' if content else ""
 
 
 def _figure(png: bytes, caption: str, kind: str = "plot") -> str:
