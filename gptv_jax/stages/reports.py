@@ -224,6 +224,7 @@ def write(context: Context) -> None:
         parts.append(f"{results.summary['model/params']:,} parameters")
     parts += [f"{config.model.layers} layers", f"width {config.model.width}"]
     title = escape(", ".join(parts))
+    shown = (f'<h2>{t}</h2><div class="row">{part}</div>' for t, part in sections.items() if part)
     numbers = [(name, _number(value)) for name, value in results.summary.items()]
     content = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
@@ -231,7 +232,7 @@ def write(context: Context) -> None:
 <title>{title} ({escape(folder.name)})</title><style>{STYLE}</style></head>
 <body><h1>{title}</h1>{_origin(folder)}
 <div class="tiles">{tiles}</div>
-{"".join(f'<h2>{t}</h2><div class="row">{part}</div>' for t, part in sections.items() if part)}
+{"".join(shown)}
 <div class="row"><div><h2>All numbers</h2>{_table(("name", "value"), numbers)}</div>
 <div><h2>Configuration</h2>{_configuration(config)}</div></div></body></html>
 """
