@@ -17,8 +17,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from gptv_jax import hosts, sharding
-from gptv_jax.errors import InputError, first_line, list_differences
+from gptv_jax import files, hosts, sharding
+from gptv_jax.errors import InputError, as_input_error, first_line, list_differences
 
 LOG = logging.getLogger(__name__)
 
@@ -29,37 +29,25 @@ def found(place: epath.Path) -> bool:
 
 
 def claim(place: epath.Path, run: str, workdir: pathlib.Path, *, moved: bool) -> None:
-    """Makes a folder for checkpoints outside the run folder, and marks it as this run's.
+    """Makes a folder for checkpoints outside the run folder, and marks it as the run `run`'s.
 
-    Args:
-      place: the folder.
-      run: the run's identifier.
-      workdir: the run folder, for messages.
-      moved: the user may have moved the run's checkpoints to `place`.
+    `workdir` is the run folder; `moved` says that the run's checkpoints may have been moved here.
 
     Raises:
       InputError: `place` cannot be written, or holds the checkpoints of another run.
     """
-    mark, setting = place / "run.json", f"config.checkpoint_dir={place}"
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-        probe = place / ".writable"
-        probe.write_text("")
-        probe.unlink()
-        owner = json.loads(mark.read_text()) if mark.exists() else None
+    mark, setting = place / "run.json", "config.checkpoint_dir"
+    files.claim(place, setting)
+    with as_input_error(f"{setting}={place} cannot be used", advice="; name another place"):
+        owner = json.loads(mark.read_text()) if mark.exists() else {}
         # A start that was refused or killed may have left the mark, but no checkpoint.
-        begun = owner is not None and owner["workdir"] == str(workdir)
-        if (moved and owner is None) or ((owner is None or begun) and not found(place)):
+        begun = owner.get("workdir") == str(workdir)
+        if (moved and not owner) or ((begun or not owner) and not found(place)):
             owner = {"id": run, "workdir": str(workdir)}
             mark.write_text(json.dumps(owner))
-    except Exception as error:  # whatever the storage raises
-        raise InputError(
-            f"{setting} cannot be written ({first_line(error)}); name a place that you may "
-            "write to."
-        ) from error
-    if owner is None or owner["id"] != run:
+    if owner.get("id") != run:
         whose = f"the run in {owner['workdir']}" if owner else "another run"
-        raise InputError(f"{setting} holds the checkpoints of {whose}; name another place.")
+        raise InputError(f"{setting}={place} holds the checkpoints of {whose}; name another place.")
 
 
 class Checkpoints:

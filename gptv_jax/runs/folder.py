@@ -101,8 +101,8 @@ class RunFolder:
           InputError: the folder cannot be written, another process has it, or it was made of other
             data.
         """
-        files.claim(self.path, "workdir")
-        files.lock(self.path, "workdir", holder=self)
+        files.claim(self.path, "--workdir")
+        files.lock(self.path, "--workdir", holder=self)
         path, given = self.path / "config.json", self.config.checkpoint_dir
         record, made = files.read_json(path, {}), path.exists()
         if made:

@@ -38,7 +38,7 @@ def run_stage(context: Context) -> dict:
     features = make_features(config.features, context.codec.image_shape)
     reference = _reference(context, features)
     reference.must_fit(features)
-    files.claim(folder, "workdir")
+    files.claim(folder, "--workdir")
     labels = labels_in_turn(context)
     weights = pretrained.load(context, context.network())
     drawn = list(hosts.until_stop(draw(context, folder, labels, weights.params)))
