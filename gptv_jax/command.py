@@ -112,8 +112,6 @@ def _parse(argv: list[str], holder: flags.FlagHolder) -> list[str]:
             raise InputError(f"--config.{name} is {value!r}; it takes {kinds[name]}.") from error
         if of_flags and (_MISSING.match(told) or not told.startswith("flag --config")):
             raise
-        # Where a message has a traceback, its last line says what went wrong.
-        reason = ("" if of_flags else f"{type(error).__name__}: ") + told.rpartition("\n")[
-            2
-        ].strip()
-        raise InputError(f"{given} cannot be loaded: {reason}") from error
+        reason = told.rpartition("\n")[2].strip()  # the last line, where it has a traceback
+        kind = "" if of_flags else f"{type(error).__name__}: "
+        raise InputError(f"{given} cannot be loaded: {kind}{reason}") from error
