@@ -12,16 +12,14 @@ from gptv_jax import command, config
 from gptv_jax.config import fields
 from gptv_jax.errors import InputError
 from gptv_jax.planning import plan, search, table, topology
+from gptv_jax.planning.pretrain import Pretraining
+from gptv_jax.planning.tokenizer import TokenizerTraining
 from gptv_jax.planning.training import Training
 from gptv_jax.stages import STAGES
 
+TRAININGS = {"tokenizer": TokenizerTraining, "pretrain": Pretraining}  # by stage
 TOPOLOGY = flags.DEFINE_string("topology", None, f"Devices: {topology.FORMS}.")
-STAGE = flags.DEFINE_enum(
-    "stage",
-    "pretrain",
-    [stage.name for stage in STAGES.values() if stage.planning],
-    "The stage whose training is planned.",
-)
+STAGE = flags.DEFINE_enum("stage", "pretrain", list(TRAININGS), "The stage that is planned.")
 SLICES = flags.DEFINE_integer("num_slices", 1, "TPU slices, or GPU nodes.", lower_bound=1)
 SEARCH = flags.DEFINE_bool("search", False, "Tries meshes, remat and microbatches, and ranks them.")
 JSON = flags.DEFINE_bool("json", False, "Prints the numbers as JSON, and nothing else.")
@@ -32,9 +30,8 @@ def main(settings: config.Config) -> None:
     jax.config.update("jax_platforms", "cpu")  # an accelerator that is there is left alone
     devices = topology.parse(TOPOLOGY.value, SLICES.value)
     devices.prepare()
-    stage = STAGES[STAGE.value]
-    stage.check(settings)
-    planned = settings, devices, stage.plan
+    STAGES[STAGE.value].check(settings)
+    planned = settings, devices, TRAININGS[STAGE.value]
     plans = search.search(*planned) if SEARCH.value else [_make(*planned)]
     best, smallest = plans[0], search.smallest(*planned)
     if JSON.value:
