@@ -265,7 +265,7 @@ def test_processes_that_fail_say_why_at_once_and_the_others_end(tmp_path):
     assert ended_by_another(logs[0])
     assert re.match(r"error: \d of 64 images cannot be read, ", logs[1].splitlines()[-1])
     assert "Traceback (most recent call last)" in logs[2]
-    assert logs[2].splitlines()[-1].startswith("FileNotFoundError: ")
+    assert logs[2].rstrip().splitlines()[-1].startswith("FileNotFoundError: ")
 
 
 def test_processes_with_different_settings_are_refused(monkeypatch):
