@@ -208,7 +208,7 @@ class Model:
         labels = validation.labels(labels, len(tokens), self.network)
         variant = likelihood.start_vectors(self.network, labels, len(tokens))
         with jax.set_mesh(self.mesh):
-            inputs = sharding.shard_padded(tokens), sharding.shard_padded(variant)
+            inputs = sharding.shard_rows(tokens), sharding.shard_rows(variant)
             result = _forward(self.network, self.params, *inputs, output)
         return np.asarray(result)[: len(tokens)]
 

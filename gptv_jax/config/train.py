@@ -35,7 +35,7 @@ class Model:
     mlp: str = field("gelu", one_of("gelu", "swiglu"))
     learned_positions: bool = True  # a table of positions, added to the embeddings
     axial_positions: bool = False  # adds tables of rows and columns
-    rotary: bool = False  # rotates queries and keys by rows and columns; see model/rotary.py
+    rotary: bool = False  # rotates queries and keys by rows and columns; see model/layers.py
     qk_norm: bool = False  # RMS norm, with a gain, of every head's queries and keys
     # Adds an embedding of the position of the token to predict, from a table of its own; the other
     # position tables then embed the position of the input token.
