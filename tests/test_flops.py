@@ -10,7 +10,7 @@ from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.model import flops
 from gptv_jax.planning import compiled, plan, topology
-from gptv_jax.planning.pretrain import Pretraining
+from gptv_jax.planning.training import Pretraining
 from gptv_jax.runs.record import network_of
 
 # Attention in its plain form (T < 256), layers unrolled, because the compiler counts a loop's body
@@ -35,7 +35,7 @@ def test_flops_of_a_step_are_those_of_the_compiler(remat, recipe):
     config = dataclasses.replace(CONFIG, model=model)
     network = network_of(config)
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-    counted = compiled.program(Pretraining.of(config), mesh).cost_analysis()["flops"]
+    counted = compiled.program(Pretraining(config), mesh).cost_analysis()["flops"]
     needed = flops.executed(network, "cpu").total
     assert needed * 16 * 144 == pytest.approx(counted, rel=0.03)
     # The parts that are told apart are each larger than that.
