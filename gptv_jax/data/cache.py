@@ -29,7 +29,7 @@ from jaxtyping import Int, UInt8, UInt16
 from gptv_jax import config as config_lib
 from gptv_jax import files, tokens
 from gptv_jax.config import fields
-from gptv_jax.errors import InputError, first_line
+from gptv_jax.errors import InputError, as_input_error, first_line
 
 FORMAT = 2  # of the folder; other formats are refused
 # Eight records share one checksum and header: 46 bytes a record less than alone, read as quickly.
@@ -39,7 +39,7 @@ READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # as ArrayRecord a
 
 def claim(folder: pathlib.Path) -> None:
     """Makes the folder; raises InputError where it cannot be written to or is not empty."""
-    files.claim(folder, "out")
+    files.claim(folder, "--out")
     if any(folder.iterdir()):
         raise InputError(f"--out={folder} is not empty; name a new folder.")
 
@@ -47,14 +47,11 @@ def claim(folder: pathlib.Path) -> None:
 def write(
     folder: pathlib.Path, codec: tokens.Codec, splits: dict[str, Iterable[dict]], header: dict
 ) -> None:
-    """Writes every split, then the header.
+    """Writes every split into an empty folder (see `claim`), then the header.
 
-    Args:
-      folder: an empty folder, see `claim`.
-      codec: made the tokens.
-      splits: the examples of each split, in order: "tokens", int32 [T], and "label" if labelled.
-      header: "source", "tokens" (the fields of `config.Tokens`), "image_size", "transforms",
-        "classes", and whatever else should be recorded.
+    Examples have the codec's "tokens", int32 [T], and "label" if labelled. The header has "source",
+    "tokens" (the fields of `config.Tokens`), "image_size", "transforms", "classes", and whatever
+    else should be recorded.
     """
     planes = _TokenPlanes(codec)
     record = np.dtype(planes.fields + [("label", "<i4", ())] * bool(header["classes"]))
@@ -136,26 +133,16 @@ class TokenCache:
 class _CachedSplit:
     def __init__(self, path: pathlib.Path, length: int, record: np.dtype, planes: "_TokenPlanes"):
         self.path, self.length, self.record, self.planes = path, length, record, planes
-        self._open()
-
-    def _open(self) -> None:
-        try:
-            self._reader = ArrayRecordReader(str(self.path), READER_OPTIONS)
+        with as_input_error(f"{path} is damaged"):
+            self._reader = ArrayRecordReader(str(path), READER_OPTIONS)
             found = self._reader.num_records()
-        except Exception as error:  # ArrayRecord raises whatever its C++ part reports
-            raise InputError(f"{self.path} is damaged ({first_line(error)}).") from error
-        if found != self.length:
+        if found != length:
             raise InputError(
-                f"{self.path} is damaged: it has {found} records, but header.json says "
-                f"{self.length}."
+                f"{path} is damaged: it has {found} records, but header.json says {length}."
             )
 
-    def __getstate__(self) -> dict:  # without the reader: a worker process opens the file itself
-        return {name: value for name, value in self.__dict__.items() if name != "_reader"}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__ |= state
-        self._open()
+    def __reduce__(self) -> tuple:  # a worker process opens the file itself
+        return _CachedSplit, (self.path, self.length, self.record, self.planes)
 
     def __len__(self) -> int:
         return self.length
@@ -164,7 +151,7 @@ class _CachedSplit:
         try:
             (packed,) = self._reader.read(index, index + 1)
             values = np.frombuffer(zlib.decompress(packed, -zlib.MAX_WBITS), self.record)
-        except Exception as error:
+        except Exception as error:  # ArrayRecord raises whatever its C++ part reports
             raise InputError(f"{self.name(index)} is damaged ({first_line(error)}).") from error
         example = {name: values[name][0] for name in self.record.names}
         return {"image": self.planes.join(example.pop("low"), example.pop("high")), **example}

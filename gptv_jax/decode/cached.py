@@ -16,9 +16,9 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from gptv_jax import sharding
-from gptv_jax.model import attention, layers
+from gptv_jax.model import layers
+from gptv_jax.model.attention import LANES, self_attention
 from gptv_jax.model.gpt import GPT, Network
-from gptv_jax.model.splash_attention import LANES
 
 SPEC = P(sharding.BATCH, "tensor")  # of keys and values
 FIRST_CAPACITY = 64  # positions
@@ -60,7 +60,7 @@ def read_prompt(
         def attend(q, k, v):
             nonlocal kept
             kept = KeyValue(*(jnp.swapaxes(part[:, :length], 1, 2) for part in (k, v)))
-            return attention.causal_attention(q, k, v)
+            return self_attention(q, k, v, causal=True)
 
         x, _ = block(x, attend, rotation=rotation)
         return x, kept

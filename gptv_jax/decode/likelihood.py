@@ -23,8 +23,8 @@ def nats(
     For networks with the objective "autoregressive", under the mesh of `params`; every process
     gives and gets the whole batch. Without `labels` the network is told no class.
     """
-    variant = sharding.shard_padded(start_vectors(network, labels, len(tokens)))
-    found = _nats(network, params, sharding.shard_padded(tokens), variant)
+    variant = sharding.shard_rows(start_vectors(network, labels, len(tokens)))
+    found = _nats(network, params, sharding.shard_rows(tokens), variant)
     return multihost_utils.process_allgather(found, tiled=True)[: len(tokens)]
 
 

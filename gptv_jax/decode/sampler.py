@@ -89,11 +89,11 @@ class Sampler:
         drawn = generation.generate(
             self.network,
             self.params,
-            sharding.shard_padded(given[:, :end]),
+            sharding.shard_rows(given[:, :end]),
             jax.random.fold_in(key, number),
             self.drawing,
             prefix=int(first),
-            labels=None if labels is None else sharding.shard_padded(labels),
+            labels=None if labels is None else sharding.shard_rows(labels),
             samples=samples,
             steps=0,
             stopwatch=stopwatch,

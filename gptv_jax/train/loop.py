@@ -140,7 +140,7 @@ def fit(
             if not stopping:
                 try:
                     better = judge()
-                except hosts.EvaluationStoppedError:
+                except hosts.StoppedError:
                     stopping = True
             last = step == config.steps or evaluations.exhausted(patience)
 
