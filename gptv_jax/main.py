@@ -3,7 +3,6 @@
 python -m gptv_jax.main --config=configs/digits.py --workdir=runs/digits
 """
 
-import importlib
 import json
 import logging
 
@@ -44,9 +43,7 @@ def main(settings: config.Config) -> None:
     with jax.set_mesh(context.mesh):
         for name in context.stages:
             if STAGES[name].on_request or not folder.finished(name):
-                # Stages are imported when they run, as some imports take seconds.
-                stage = importlib.import_module(f"gptv_jax.stages.{name}")
-                context.finish(name, stage.run_stage(context))
+                context.finish(name, STAGES[name].run(context))
                 reports.write(context)
             if context.codec is None:  # the stage has trained the tokenizer
                 context = setup.with_codec(context)

@@ -11,12 +11,12 @@ from absl import flags
 from gptv_jax import command, config
 from gptv_jax.errors import InputError
 from gptv_jax.planning import plan, search, table, topology
-from gptv_jax.planning.training import Pretraining, TokenizerTraining, Training
+from gptv_jax.planning.training import Training
 from gptv_jax.stages import STAGES
 
-TRAININGS = {"tokenizer": TokenizerTraining, "pretrain": Pretraining}  # by stage
+PLANNED = [name for name, stage in STAGES.items() if stage.planning]
 TOPOLOGY = flags.DEFINE_string("topology", None, f"Devices: {topology.FORMS}.")
-STAGE = flags.DEFINE_enum("stage", "pretrain", list(TRAININGS), "The stage that is planned.")
+STAGE = flags.DEFINE_enum("stage", "pretrain", PLANNED, "The stage that is planned.")
 SLICES = flags.DEFINE_integer("num_slices", 1, "TPU slices, or GPU nodes.", lower_bound=1)
 SEARCH = flags.DEFINE_bool("search", False, "Tries meshes, remat and microbatches, and ranks them.")
 JSON = flags.DEFINE_bool("json", False, "Prints the numbers as JSON, and nothing else.")
@@ -29,7 +29,7 @@ def main(settings: config.Config) -> None:
     if devices.platform == "cpu":  # simulated; JAX has not been used before
         jax.config.update("jax_num_cpu_devices", devices.count)
     STAGES[STAGE.value].check(settings)
-    planned = settings, devices, TRAININGS[STAGE.value]
+    planned = settings, devices, STAGES[STAGE.value].plan
     plans = search.search(*planned) if SEARCH.value else [_make(*planned)]
     best, smallest = plans[0], search.smallest(*planned)
     if JSON.value:

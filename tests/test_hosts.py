@@ -1,19 +1,16 @@
 """Several real processes on this machine: one run of all of them, and the end when one fails."""
 
-import contextlib
 import json
-import os
 import pathlib
 import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
+from collections.abc import Callable, Iterator
 
 import pytest
-from conftest import encoded, make_folder, random_image, small_arguments
+from conftest import Command, encoded, make_folder, random_image, small_arguments
 
 from gptv_jax import command
 from gptv_jax import config as config_lib
@@ -53,38 +50,28 @@ def free_port() -> int:
 class Hosts:
     """The real command in so many processes, which are gone when the `with` ends."""
 
-    def __init__(self, count: int, workdir, *more: str, own: dict[int, tuple[str, ...]] = {}):  # noqa: B006
-        coordinator = f"--coordinator=127.0.0.1:{free_port()}"
-        self.logs, self.processes = [], []
+    def __init__(
+        self,
+        start: Callable,
+        count: int,
+        workdir: pathlib.Path,
+        *more: str,
+        own: dict[int, tuple[str, ...]] | None = None,
+    ):
+        meeting = [f"--coordinator=127.0.0.1:{free_port()}", f"--num_processes={count}"]
+        self.processes: list[Command] = []
         for index in range(count):
-            meeting = (coordinator, f"--num_processes={count}", f"--process_id={index}")
-            arguments = small_arguments(workdir, *FIELDS, *more, *own.get(index, ()))
-            arguments += meeting if count > 1 else ()
-            log = workdir.with_name(f"{workdir.name}-{count}-{index}.log")
-            self.logs.append(log)
-            with log.open("w") as file:
-                self.processes.append(
-                    subprocess.Popen(
-                        [sys.executable, "-m", "gptv_jax.main", *arguments],
-                        stdout=file,
-                        stderr=file,
-                        env={**os.environ, "JAX_NUM_CPU_DEVICES": "1"},
-                        start_new_session=True,
-                    )
-                )
+            arguments = small_arguments(workdir, *FIELDS, *more, *(own or {}).get(index, ()))
+            arguments += [*meeting, f"--process_id={index}"] if count > 1 else []
+            self.processes.append(start("main", *arguments))
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        for index, process in enumerate(self.processes):
-            self.send(index, signal.SIGKILL)
+        for process in self.processes:
+            process.send_to_all(signal.SIGKILL)
             process.wait()
-
-    def send(self, index: int, number: signal.Signals) -> None:
-        """Sends a signal to the command and its child process."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.processes[index].pid, number)
 
     def wait(self, but: int | None = None, limit: float = LIMIT) -> list[int]:
         """The exit codes of all processes but one, in order."""
@@ -92,17 +79,13 @@ class Hosts:
         awaited = [p for i, p in enumerate(self.processes) if i != but]
         return [process.wait(until - time.monotonic()) for process in awaited]
 
-    def log(self, index: int) -> str:
-        return self.logs[index].read_text()
 
-
-def run(count: int, workdir: pathlib.Path, *more: str, **rest) -> list[str]:
-    """Runs the command to its end; what each process has printed."""
-    with Hosts(count, workdir, *more, **rest) as hosts:
+def run(start: Callable, count: int, workdir: pathlib.Path, *more: str, **rest) -> list[Command]:
+    """Runs the command to its end."""
+    with Hosts(start, count, workdir, *more, **rest) as hosts:
         codes = hosts.wait()
-        logs = [hosts.log(index) for index in range(count)]
-    assert codes == [0] * count, logs[codes.index(max(codes))][-3000:]
-    return logs
+    assert codes == [0] * count, hosts.processes[codes.index(max(codes))].errors[-3000:]
+    return hosts.processes
 
 
 def events(workdir: pathlib.Path) -> dict[tuple, float]:
@@ -132,20 +115,22 @@ def wait_for(path: pathlib.Path, hosts: Hosts) -> None:
     until = time.monotonic() + LIMIT
     while not path.exists():
         running = all(process.poll() is None for process in hosts.processes)
-        assert running and time.monotonic() < until, hosts.log(0)[-3000:]
+        assert running and time.monotonic() < until, hosts.processes[0].errors[-3000:]
         time.sleep(0.02)
 
 
-def fail(index: int, by: signal.Signals, count: int, folder: pathlib.Path) -> list[int]:
+def fail(
+    start: Callable, index: int, by: signal.Signals, count: int, folder: pathlib.Path
+) -> list[int]:
     """Runs `count` processes, sends a signal to one, and returns the others' exit codes."""
-    with Hosts(count, folder, "--stages=pretrain") as hosts:
+    with Hosts(start, count, folder, "--stages=pretrain") as hosts:
         wait_for(folder / "checkpoints" / "pretrain" / "10", hosts)
         if by == signal.SIGKILL:  # to the command alone, whose child process must end with it
-            hosts.processes[index].kill()
+            hosts.processes[index].send_signal(by)
         else:
-            hosts.send(index, by)
+            hosts.processes[index].send_to_all(by)
         codes = hosts.wait(but=index, limit=BOUND)
-        logs = [hosts.log(other) for other in range(count) if other != index]
+        logs = [process.errors for i, process in enumerate(hosts.processes) if i != index]
     assert all(ended_by_another(log) for log in logs), logs
     assert not (folder / "summary.json").exists()
     return codes
@@ -157,24 +142,63 @@ def ended_by_another(log: str) -> bool:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory) -> pathlib.Path:
+def alone(start, tmp_path_factory) -> pathlib.Path:
     """The run of one process."""
     folder = tmp_path_factory.mktemp("hosts") / "alone"
-    run(1, folder)
+    run(start, 1, folder)
     return folder
 
 
 @pytest.fixture(scope="module")
-def broken(tmp_path_factory) -> pathlib.Path:
-    """The folder of a run of four processes, of which one froze in the middle."""
+def failing(start, tmp_path_factory) -> Iterator[tuple[Hosts, list[int]]]:
+    """Three processes of which two have failed, and their exit codes; process 0 still waits.
+
+    Process 1 cannot read its data, and process 2 meets an error that nobody has expected.
+    """
+    folder, own = tmp_path_factory.mktemp("failing"), {}
+    for index in range(3):
+        files = {f"{i:03d}.png": encoded(random_image(8, 8, 1, seed=i)) for i in range(64)}
+        if index:  # so that the first batch of the first evaluation has damaged images
+            files |= {f"{i:03d}.png": b"cut" for i in range(64) if i % 8}
+        make_folder(folder / str(index), files)
+        own[index] = (f"--config.data.path={folder / str(index)}",)
+    work = folder / "of-process-2"
+    work.mkdir()
+    (work / "skipped-2.jsonl").symlink_to(folder / "nowhere" / "file")
+    own[2] += (f"--workdir={work}",)
+    data = {
+        "name": "folder",
+        "train_split": "train[:75%]",
+        "validation_split": "train[75%:]",
+        "test_split": "train[75%:]",
+        "train_transforms": ("decode(channels=1)",),
+        "eval_transforms": ("decode(channels=1)",),
+        "max_damaged": 0.0,
+    }
+    fields = [f"--config.data.{name}={value}" for name, value in data.items()]
+    fields += ["--config.tokens.levels=256", "--config.model.start_per_variant=False"]
+    fields += ["--config.train.batch_size=12", "--stages=pretrain"]
+    with Hosts(start, 3, folder / "run", *fields, own=own) as hosts:
+        codes = hosts.wait(but=0)
+        assert hosts.processes[0].poll() is None
+        yield hosts, codes
+
+
+@pytest.fixture(scope="module")
+def broken(start, failing, tmp_path_factory) -> pathlib.Path:
+    """The folder of a run of four processes, of which one froze in the middle.
+
+    The run starts after `failing`, whose process 0 waits meanwhile: JAX needs 40 seconds to miss
+    a process.
+    """
     folder = tmp_path_factory.mktemp("hosts") / "broken"
-    assert fail(2, signal.SIGSTOP, 4, folder) == [distributed.OTHER_DIED] * 3
+    assert fail(start, 2, signal.SIGSTOP, 4, folder) == [distributed.OTHER_DIED] * 3
     return folder
 
 
 @pytest.mark.process
-def test_the_other_processes_end_when_process_0_dies(tmp_path):
-    assert fail(0, signal.SIGKILL, 2, tmp_path / "run") == [distributed.OTHER_DIED]
+def test_the_other_processes_end_when_process_0_dies(start, tmp_path):
+    assert fail(start, 0, signal.SIGKILL, 2, tmp_path / "run") == [distributed.OTHER_DIED]
 
 
 @pytest.mark.process
@@ -185,11 +209,11 @@ def test_four_processes_have_the_losses_of_one_and_end_when_one_freezes(alone, b
 
 
 @pytest.mark.process
-def test_one_process_continues_the_run_of_four(broken, alone, tmp_path):
+def test_one_process_continues_the_run_of_four(start, broken, alone, tmp_path):
     folder = tmp_path / "one"
     shutil.copytree(broken, folder)
-    [log] = run(1, folder, "--stages=pretrain")
-    assert "pretrain continues from step" in log
+    [process] = run(start, 1, folder, "--stages=pretrain")
+    assert "pretrain continues from step" in process.errors
     assert_same(events(folder), {k: v for k, v in events(alone).items() if k[0] == "pretrain"})
 
 
@@ -197,13 +221,13 @@ TIMES = ("per_second", "goodput", "restarts", "redone", "lost", "seconds_up", "s
 
 
 @pytest.mark.process
-def test_two_processes_continue_the_run_of_four_through_all_stages(broken, alone, tmp_path):
+def test_two_processes_continue_the_run_of_four_through_all_stages(start, broken, alone, tmp_path):
     folder, other = tmp_path / "two", tmp_path / "other"
     shutil.copytree(broken, folder)
     other.mkdir()  # of the second process, which sees the same checkpoints and nothing else
     (other / "checkpoints").symlink_to(folder / "checkpoints")
     fields = ("--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.profile.steps=31:32")
-    logs = run(2, folder, *fields, own={1: (f"--workdir={other}",)})
+    first, second = run(start, 2, folder, *fields, own={1: (f"--workdir={other}",)})
     assert_same(events(folder), events(alone))
     for index, workdir in enumerate((folder, other)):  # each process writes a trace of its own
         traces = workdir / "profile" / "plugins" / "profile" / "steps_31_32"
@@ -215,7 +239,8 @@ def test_two_processes_continue_the_run_of_four_through_all_stages(broken, alone
     assert [path.name for path in other.iterdir()] == ["checkpoints"]
 
     ours, theirs = (json.loads((f / "summary.json").read_text()) for f in (folder, alone))
-    assert json.loads(logs[0][logs[0].index("{\n") :]) == ours and "{\n" not in logs[1]
+    printed = first.output[first.output.index("{\n") :]
+    assert json.loads(printed) == ours and "{\n" not in second.output
     times = {name for name in ours if name.endswith(TIMES)}
     assert ours.keys() == theirs.keys()
     for name in ours.keys() - times:
@@ -230,38 +255,10 @@ def test_two_processes_continue_the_run_of_four_through_all_stages(broken, alone
 
 
 @pytest.mark.process
-def test_processes_that_fail_say_why_at_once_and_the_others_end(tmp_path):
-    """Process 1 cannot read its data, and process 2 meets an error that nobody has expected."""
-    own = {}
-    for index in range(3):
-        files = {f"{i:03d}.png": encoded(random_image(8, 8, 1, seed=i)) for i in range(64)}
-        if index:  # so that the first batch of the first evaluation has damaged images
-            files |= {f"{i:03d}.png": b"cut" for i in range(64) if i % 8}
-        make_folder(tmp_path / str(index), files)
-        own[index] = (f"--config.data.path={tmp_path / str(index)}",)
-    work = tmp_path / "of-process-2"
-    work.mkdir()
-    (work / "skipped-2.jsonl").symlink_to(tmp_path / "nowhere" / "file")
-    own[2] += (f"--workdir={work}",)
-    data = {
-        "name": "folder",
-        "train_split": "train[:75%]",
-        "validation_split": "train[75%:]",
-        "test_split": "train[75%:]",
-        "train_transforms": ("decode(channels=1)",),
-        "eval_transforms": ("decode(channels=1)",),
-        "max_damaged": 0.0,
-    }
-    fields = [f"--config.data.{name}={value}" for name, value in data.items()]
-    fields += ["--config.tokens.levels=256", "--config.model.start_per_variant=False"]
-    fields += ["--config.train.batch_size=12", "--stages=pretrain"]
-    with Hosts(3, tmp_path / "run", *fields, own=own) as hosts:
-        failed = hosts.wait(but=0)
-        waits = hosts.processes[0].poll() is None  # until JAX ends it
-        codes = hosts.wait(limit=BOUND)
-        logs = [hosts.log(index) for index in range(3)]
-    assert waits and failed == codes[1:]
-    assert codes == [distributed.OTHER_DIED, 1, command.UNEXPECTED], logs
+def test_processes_that_fail_say_why_at_once_and_the_others_end(failing):
+    hosts, failed = failing
+    codes, logs = hosts.wait(limit=BOUND), [process.errors for process in hosts.processes]
+    assert codes == [distributed.OTHER_DIED, 1, command.UNEXPECTED] and failed == codes[1:], logs
     assert ended_by_another(logs[0])
     assert re.match(r"error: \d of 64 images cannot be read, ", logs[1].splitlines()[-1])
     assert "Traceback (most recent call last)" in logs[2]

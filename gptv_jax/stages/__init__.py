@@ -1,6 +1,8 @@
 """The stages of a run, one file each, and the only list of them."""
 
 import dataclasses
+import importlib
+from collections.abc import Callable
 
 from jax.sharding import Mesh
 
@@ -11,13 +13,30 @@ from gptv_jax.config import rules
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A stage, whose module has `run_stage(context)`, which returns the summary's numbers."""
+    """A stage; its modules are imported when they are needed, as some imports take seconds."""
 
     name: str  # of the module too
     sections: tuple[str, ...]  # of the config that the stage needs, and that are checked for it
     trains_network: bool = False  # its checkpoints hold weights of the network, for `gptv_jax.load`
     on_request: bool = False  # runs only where --stages names it, and then each time
     own_transforms: str | None = None  # section with `train_transforms` in place of config.data's
+    planning: str | None = None  # class in `planning.training` that plans its training
+    heading: str | None = None  # of the section of report.html that has its part
+
+    @property
+    def run(self) -> Callable:
+        """`run(context)`, which returns the summary's numbers: `run_stage` of the module."""
+        return importlib.import_module(f"{__name__}.{self.name}").run_stage
+
+    @property
+    def report(self) -> Callable:
+        """`report(results)`, the stage's part of the page: its function in `stages.reports`."""
+        return getattr(importlib.import_module(f"{__name__}.reports"), self.name)
+
+    @property
+    def plan(self) -> type:
+        """The `Training` that plans the stage."""
+        return getattr(importlib.import_module("gptv_jax.planning.training"), self.planning)
 
     def check(self, config: config_lib.Config, mesh: Mesh | None = None) -> None:
         """Checks the sections that the stage needs, and that the mesh, if given, divides them."""
@@ -31,11 +50,34 @@ class Stage:
 STAGES = {
     stage.name: stage
     for stage in (  # in the order in which they run
-        Stage("tokenizer", ("tokenizer",), own_transforms="tokenizer"),
-        Stage("pretrain", ("model", "train", "profile"), trains_network=True),
-        Stage("probe", ("model", "probe"), own_transforms="probe.sgd"),
-        Stage("finetune", ("model", "finetune"), trains_network=True, own_transforms="finetune"),
-        Stage("sample", ("model", "sample")),
+        Stage(
+            "tokenizer",
+            ("tokenizer",),
+            own_transforms="tokenizer",
+            planning="TokenizerTraining",
+            heading="Tokenizer",
+        ),
+        Stage(
+            "pretrain",
+            ("model", "train", "profile"),
+            trains_network=True,
+            planning="Pretraining",
+            heading="Training",
+        ),
+        Stage(
+            "probe",
+            ("model", "probe"),
+            own_transforms="probe.sgd",
+            heading="Linear probe by layer",
+        ),
+        Stage(
+            "finetune",
+            ("model", "finetune"),
+            trains_network=True,
+            own_transforms="finetune",
+            heading="Training",
+        ),
+        Stage("sample", ("model", "sample"), heading="Samples"),
         Stage("generate", ("model", "sample", "generate"), on_request=True),
     )
 }

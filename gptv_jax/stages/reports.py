@@ -5,6 +5,7 @@ and the tiles with its main numbers; both are HTML, and "" while there is nothin
 """
 
 import base64
+import collections
 import dataclasses
 import datetime
 import math
@@ -19,6 +20,7 @@ from gptv_jax.config import fields
 from gptv_jax.decode.sampler import class_rows
 from gptv_jax.runs import pictures
 from gptv_jax.runs.context import Context
+from gptv_jax.stages import STAGES
 
 Part = tuple[str, str]  # content and tiles
 STYLE = """
@@ -198,27 +200,18 @@ def sample(results: Results) -> Part:
     return "".join(results.picture(*named) for named in captions.items()), ""
 
 
-# The sections of the page by the stages whose content they have.
-SECTIONS = {
-    tokenizer: "Tokenizer",
-    pretrain: "Training",
-    probe: "Linear probe by layer",
-    finetune: "Training",
-    sample: "Samples",
-}
-
-
 def write(context: Context) -> None:
     """Writes report.html, on process 0 alone."""
     if jax.process_index() != 0:
         return
     config, folder = context.config, context.folder.path
     results = Results(config, folder, context.folder.summary(), context.log.read())
-    sections, tiles = dict.fromkeys(SECTIONS.values(), ""), ""
-    for report, title in SECTIONS.items():
-        content, more = report(results)
-        sections[title] += content
-        tiles += more
+    sections, tiles = collections.defaultdict(str), ""
+    for stage in STAGES.values():
+        if stage.heading:
+            content, more = stage.report(results)
+            sections[stage.heading] += content
+            tiles += more
     parts = [config.data.name]
     if "model/params" in results.summary:  # absent where another run did the pretraining
         parts.append(f"{results.summary['model/params']:,} parameters")
