@@ -63,10 +63,11 @@ def generate(size: dict, batch: int, dtype: str, count: int) -> Task:
     _prepare()
     network = network_of(Size(**size), dtype)
     params = jax.jit(network.init)(jax.random.key(0))
-    prefix, key = sharding.shard_rows(np.zeros((batch, 0), np.int32)), jax.random.key(1)
+    unknown = np.full((batch, count), generation.UNKNOWN, np.int32)
+    given, key = sharding.shard_rows(unknown), jax.random.key(1)
 
     def draw():
-        return generation.generate(network, params, prefix, key, steps=count)
+        return generation.generate(network, params, given, key)
 
     return _task(draw)
 

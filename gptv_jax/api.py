@@ -11,8 +11,8 @@ from jaxtyping import Bool, Float, Int, UInt8
 
 from gptv_jax import config as config_lib
 from gptv_jax import sharding, validation, weights
-from gptv_jax.decode import generation, likelihood
-from gptv_jax.decode.sampler import Sampler, Section, kept_tokens
+from gptv_jax.decode import generation
+from gptv_jax.decode.sampler import Sampler, Section, by_pixel, kept_tokens
 from gptv_jax.errors import InputError
 from gptv_jax.model.gpt import Network
 from gptv_jax.tokens import LearnedCodec, learned
@@ -23,6 +23,7 @@ from gptv_jax.validation import Labels, arguments_by_name
 from gptv_jax.weights import huggingface, native, run_folder
 from gptv_jax.weights.file import WeightsFile
 
+AnyPath = str | pathlib.Path
 Setting = float | int | str | None  # of `config.Drawing`
 
 
@@ -72,7 +73,7 @@ class Model:
         minus `log_likelihood`. `gptv_jax.runs.pictures.heat_map` shows them as a picture.
         """
         nats, size = self._nats(images, labels), self.codec.image_shape[:2]
-        return likelihood.by_pixel(nats, self.codec.grid, size)
+        return by_pixel(nats, self.codec.grid, size)
 
     def features(
         self, images: UInt8[AnyArray, "B H W C"], layer: int | None = None
@@ -128,10 +129,8 @@ class Model:
         drawn. Known pixels change only as far as the tokens lose detail. Completions of one image
         are next to each other.
         """
-        keep, samples = (
-            validation.setting("keep", keep),
-            validation.whole(samples, "samples", least=1),
-        )
+        keep = validation.setting("keep", keep)
+        samples = validation.whole(samples, "samples", least=1)
         key, tokens = Section.COMPLETIONS.key(validation.seed(seed)), self.tokenize(images)
         sampler, labels = self._sampler(len(tokens), labels, drawing)
         if mask is None:
@@ -169,7 +168,7 @@ class Model:
             grids = sampler.outpaint(tokens, margins, key, labels)
         return self.codec.decode(grids.reshape(len(grids), -1), grids.shape[1:])
 
-    def save(self, path: str | pathlib.Path) -> None:
+    def save(self, path: AnyPath) -> None:
         """Writes a .safetensors file with everything that `load` needs."""
         native.write(self.weights_file(), pathlib.Path(path).absolute())
 
@@ -178,16 +177,13 @@ class Model:
         arrays = {name: np.asarray(leaf) for name, leaf in sharding.by_name(self.params).items()}
         return dataclasses.replace(self._described, params=arrays)
 
-    def _must_be_autoregressive(self, what: str) -> None:
+    def _sampler(self, rows: int, labels: Labels, drawing: dict, what: str = "draw images"):
+        """The sampler that does `what`, and the label of each row."""
         if self.network.config.objective != "autoregressive":
             raise InputError(
                 f"a model with the objective {self.network.config.objective} cannot {what}; load "
                 "one with the objective autoregressive."
             )
-
-    def _sampler(self, rows: int, labels: Labels, drawing: dict):
-        """The sampler, and the label of each row."""
-        self._must_be_autoregressive("draw images")
         labels = validation.labels(labels, rows, self.network)
         sampler = Sampler(self.network, self.params, validation.drawing(drawing))
         if sampler.drawing.guidance != 1 and labels is None:
@@ -198,26 +194,20 @@ class Model:
         return sampler, labels
 
     def _nats(self, images, labels: Labels) -> Float[np.ndarray, "B T"]:
-        self._must_be_autoregressive("give likelihoods")
         tokens = self.tokenize(images)
-        labels = validation.labels(labels, len(tokens), self.network)
+        sampler, labels = self._sampler(len(tokens), labels, {}, "give likelihoods")
         with jax.set_mesh(self.mesh):
-            return likelihood.nats(self.network, self.params, tokens, labels)
+            return sampler.nats(tokens, labels)
 
     def _forward(self, tokens: np.ndarray, output: str, labels: Labels = None) -> np.ndarray:
         labels = validation.labels(labels, len(tokens), self.network)
-        variant = likelihood.start_vectors(self.network, labels, len(tokens))
         with jax.set_mesh(self.mesh):
-            inputs = sharding.shard_padded(tokens), sharding.shard_padded(variant)
+            inputs = jax.tree.map(sharding.shard_padded, (tokens, labels))
             result = _forward(self.network, self.params, *inputs, output)
         return np.asarray(result)[: len(tokens)]
 
 
-def load(
-    source: str | pathlib.Path,
-    stage: str | None = None,
-    palette: str | pathlib.Path | None = None,
-) -> Model:
+def load(source: AnyPath, stage: str | None = None, palette: AnyPath | None = None) -> Model:
     """The model in a run folder, or in a file or folder of weights.
 
     Args:
@@ -239,9 +229,7 @@ def load(
         return Model(dataclasses.replace(found, params={}), found.on_mesh(), mesh)
 
 
-def from_huggingface(
-    folder: str | pathlib.Path, palette: str | pathlib.Path | None = None
-) -> Model:
+def from_huggingface(folder: AnyPath, palette: AnyPath | None = None) -> Model:
     """An ImageGPT of `transformers`, from a folder that `save_pretrained` wrote.
 
     The folder has `config.json`, safetensors and, unless `palette` names a kmeans_centers.npy,
@@ -250,7 +238,7 @@ def from_huggingface(
     return load(folder, palette=palette)
 
 
-def to_huggingface(model: Model, folder: str | pathlib.Path, task: str = "generation") -> None:
+def to_huggingface(model: Model, folder: AnyPath, task: str = "generation") -> None:
     """Writes a folder from which `transformers` loads the model, without this package or pickle.
 
     The task "generation" is for `ImageGPTForCausalImageModeling`, "classification" for
@@ -262,7 +250,7 @@ def to_huggingface(model: Model, folder: str | pathlib.Path, task: str = "genera
     huggingface.write(model.weights_file(), pathlib.Path(folder).absolute(), task)
 
 
-def from_openai(prefix: str | pathlib.Path, palette: str | pathlib.Path) -> Model:
+def from_openai(prefix: AnyPath, palette: AnyPath) -> Model:
     """OpenAI's Image GPT, from the TensorFlow checkpoint; needs the `prepare` extra.
 
     `prefix` is the path without .index, ".../model.ckpt-1000000"; `palette` names
@@ -271,7 +259,7 @@ def from_openai(prefix: str | pathlib.Path, palette: str | pathlib.Path) -> Mode
     return load(prefix, palette=palette)
 
 
-def load_tokenizer(source: str | pathlib.Path, image_size: int | None = None) -> LearnedCodec:
+def load_tokenizer(source: AnyPath, image_size: int | None = None) -> LearnedCodec:
     """A learned encoder and decoder of images, without a network that reads the codes.
 
     Args:
@@ -280,23 +268,23 @@ def load_tokenizer(source: str | pathlib.Path, image_size: int | None = None) ->
     """
     tokenizer = learned.load(source)
     size = tokenizer.provenance["image_size"] if image_size is None else image_size
-    return LearnedCodec(tokenizer, validation.tokenizer_size(size, tokenizer.config.downsample))
+    side = tokenizer.config.downsample
+    return LearnedCodec(tokenizer, validation.whole(size, "image_size", least=1, side=side))
 
 
 @functools.partial(jax.jit, static_argnames=("network", "output"))
 def _forward(
-    network: Network, params: dict, tokens: jax.Array, variant: jax.Array, output: str
+    network: Network, params: dict, tokens: jax.Array, labels: jax.Array | None, output: str
 ) -> jax.Array:
     """One output of the network: "logits", "pooled" features [B, L+1, D] or "classes"."""
     if output == "logits":
-        return network.bind(params)(tokens, variant).logits
+        return network.bind(params)(tokens, labels).logits
     if network.config.objective == "bert":  # sees images under masks, as in training
         batch = {"tokens": tokens, "variant": None, "index": jnp.arange(len(tokens))}
-        votes = [
-            objective.evaluate_batch(network, params, batch, v)[0] for v in range(network.votes)
-        ]
+        each = (objective.evaluate_batch(network, params, batch, v) for v in range(network.votes))
+        votes = [found for found, _ in each]
     else:
-        votes = [network.bind(params)(tokens, variant)]
+        votes = [network.bind(params)(tokens, labels)]
     if output == "pooled":
         return sum(vote.pooled for vote in votes).swapaxes(0, 1) / len(votes)
     return sum(jax.nn.softmax(vote.class_logits, axis=-1) for vote in votes) / len(votes)

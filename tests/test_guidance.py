@@ -87,12 +87,11 @@ def model():
         return network, random_params(network)
 
 
-def draw(network, params, drawing, labels=LABELS, samples=2, **options):
-    nothing, labels = (
-        sharding.shard_padded(x) for x in (np.zeros((len(labels), 0), np.int32), labels)
-    )
-    options = {"labels": labels, "samples": samples} | options
-    return np.asarray(generation.generate(network, params, nothing, KEY, drawing, **options))
+def draw(network, params, drawing, labels=LABELS, samples=2, length=16):
+    unknown = np.full((len(labels), length), generation.UNKNOWN, np.int32)
+    unknown, labels = (sharding.shard_padded(x) for x in (unknown, labels))
+    options = {"labels": labels, "samples": samples}
+    return np.asarray(generation.generate(network, params, unknown, KEY, drawing, **options))
 
 
 def test_greedy_tokens_are_those_that_the_guided_full_network_finds_most_likely(model):
@@ -147,7 +146,7 @@ def test_tokens_are_drawn_as_often_as_the_guided_distribution_says(model):
 
     def share_of_the_telling_token(scale):
         drawing = Drawing(guidance=scale)
-        drawn = draw(network, params, drawing, label, samples=count, steps=1)[:, 0]
+        drawn = draw(network, params, drawing, label, samples=count, length=1)[:, 0]
         wanted = np.exp(guided(logits, np.float64([scale]))[0])
         wanted *= count / wanted.sum()
         found = np.bincount(drawn, minlength=len(wanted))

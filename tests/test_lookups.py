@@ -13,7 +13,7 @@ from gptv_jax.data.pipeline import Pipeline
 from gptv_jax.model import autoencoder
 from gptv_jax.model.gpt import Network
 from gptv_jax.probe import sgd
-from gptv_jax.train import autoencoding, evaluation, step
+from gptv_jax.train import autoencoding, step
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -118,7 +118,7 @@ def test_a_batch_of_the_pipeline_is_in_range_of_every_table(kind):
     assert check_lookups(loss, params, train_batch()) >= 2
     check_lookups(loss, params, train_batch("shift(pixels=2)"))  # fine-tuning may have other shifts
     split = next(Pipeline(SHIFTED, CODEC, seed=0).evaluation("test", 32))
-    check_lookups(evaluation.make_eval_step(given), params, sharding.global_batch(split))
+    check_lookups(step.make_eval_step(given), params, sharding.global_batch(split))
 
 
 def test_the_probe_by_sgd_is_in_range_of_every_table():
@@ -147,9 +147,10 @@ def test_codes_are_in_range_of_the_codebook():
     passed = jax.jit(lambda p, b: loss(p, None, b, key, jnp.int32(0))[1]["aux"])(params, batch)
     book = {"counts": jnp.ones(24), "sums": jnp.ones((24, 4))}
     update = lambda z, codes: autoencoding.update_codebook(book, z, codes, settings, key)  # noqa: E731
-    assert check_lookups(update, passed.z, passed.codes) == 3
+    _, _, z, codes = passed
+    assert check_lookups(update, z, codes) == 3
     with pytest.raises(OutOfRangeError):
-        check_lookups(update, passed.z, passed.codes + 24)
+        check_lookups(update, z, codes + 24)
 
 
 @pytest.mark.parametrize(

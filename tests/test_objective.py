@@ -14,7 +14,7 @@ from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.errors import InputError
 from gptv_jax.tokens.palette import Palette
-from gptv_jax.train import evaluation, objective, step
+from gptv_jax.train import objective, step
 from gptv_jax.weights import openai
 from gptv_jax.weights.strict_reader import StrictReader
 
@@ -168,9 +168,9 @@ def test_the_class_has_most_votes_and_the_loss_is_the_mean_over_the_votes(given)
     elected = np.asarray(objective.majority_class(jnp.asarray(logits)))
     np.testing.assert_array_equal(counts[np.arange(8), elected], counts.max(axis=1))
 
-    sums = evaluation.make_eval_step(network)(params, batch)
+    sums = step.make_eval_step(network)(params, batch)
     mask = np.asarray(batch["mask"])
-    assert float(sums["correct"]) == ((elected == np.asarray(batch["label"])) * mask).sum()
+    assert float(sums["accuracy"]) == ((elected == np.asarray(batch["label"])) * mask).sum()
     model, tokens = network.bind(params), batch["tokens"]
     nats = [objective.nats_per_token(model, *pair[:1], tokens, *pair[1:]) for pair in outputs]
     wanted = (np.mean(nats, axis=0) * mask).sum()

@@ -64,14 +64,15 @@ def moments_of(read: features.Features) -> ridge.Moments:
     return moments
 
 
-def solved(read: features.Features) -> ridge.Solution:
+def solved(read: features.Features) -> tuple:
     return ridge.solve(moments_of(read), np.tile(np.array(STRENGTHS)[:, None], LAYERS))
 
 
-def scores_of(solution: ridge.Solution, x: np.ndarray) -> np.ndarray:
+def scores_of(solution: tuple, x: np.ndarray) -> np.ndarray:
     """[S, L, N, C], in float64."""
-    x = x.astype(np.float64) - solution.shift[:, None]
-    return np.einsum("lnd,slcd->slnc", x, solution.weight) + solution.bias[:, :, None]
+    weight, bias, shift = solution
+    x = x.astype(np.float64) - shift[:, None]
+    return np.einsum("lnd,slcd->slnc", x, weight) + bias[:, :, None]
 
 
 def sklearns(x: np.ndarray, labels: np.ndarray, new: np.ndarray) -> np.ndarray:

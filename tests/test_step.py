@@ -10,7 +10,7 @@ from conftest import MODERN, make_mesh, random_batch, random_params, tiny_networ
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.model.gpt import parameter_count
-from gptv_jax.train import evaluation, optimizer, step
+from gptv_jax.train import optimizer, step
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -221,7 +221,7 @@ def test_the_generative_loss_is_the_mean_of_the_nats_of_all_tokens(evaluated):
 
 def test_evaluation_sums_over_the_rows_that_are_not_masked(evaluated):
     network, params, batch, output = evaluated
-    evaluate = evaluation.make_eval_step(network)
+    evaluate = step.make_eval_step(network)
     mask = np.array([1, 0, 1, 1, 0, 1, 1, 0], np.float32)
     batch = {**batch, "mask": mask}
     predicted = np.argmax(output.class_logits, axis=-1)
@@ -231,7 +231,7 @@ def test_evaluation_sums_over_the_rows_that_are_not_masked(evaluated):
     nats = softmax_nats(output.logits, batch["tokens"]).mean(axis=1)
     class_nats = softmax_nats(output.class_logits, batch["label"])
     wanted = {"nats_per_token": nats @ mask, "images": 5}
-    wanted |= {"correct": 2, "class_nats": class_nats @ mask}
+    wanted |= {"accuracy": 2, "class_nats": class_nats @ mask}
     assert sums == pytest.approx(wanted, rel=1e-5)
 
     other = random_batch(network, seed=1)
@@ -244,7 +244,7 @@ def test_evaluation_sums_over_the_rows_that_are_not_masked(evaluated):
 
 def test_evaluation_without_a_class_head_counts_no_classes():
     network = tiny_network(scan_layers=False)
-    evaluate = evaluation.make_eval_step(network)
+    evaluate = step.make_eval_step(network)
     batch = sharding.global_batch(random_batch(network))
     sums = jax.eval_shape(evaluate, random_params(network), batch)
     assert sums.keys() == {"nats_per_token", "images"}
@@ -253,12 +253,12 @@ def test_evaluation_without_a_class_head_counts_no_classes():
 def test_a_metric_adds_up_a_split_and_names_the_numbers_that_rank_checkpoints(evaluated):
     network, params, _, _ = evaluated
     batches = [random_batch(network, seed=seed) for seed in range(3)]
-    metric = evaluation.make_metric(network)
+    metric = step.make_metric(network)
     found = metric.measure(params, iter(batches))
     each = [numbers(metric.step(params, sharding.global_batch(batch))) for batch in batches]
     sums = {name: sum(part[name] for part in each) for name in each[0]}
     assert sums["images"] == 21  # of 24 rows three are masked
-    wanted = {"nats_per_token": sums["nats_per_token"] / 21, "accuracy": sums["correct"] / 21}
+    wanted = {"nats_per_token": sums["nats_per_token"] / 21, "accuracy": sums["accuracy"] / 21}
     assert found == pytest.approx(wanted | {"class_nats": sums["class_nats"] / 21}, rel=1e-6)
     assert metric.primary == {"accuracy": 1, "class_nats": -1}
-    assert not evaluation.make_metric(tiny_network()).primary
+    assert not step.make_metric(tiny_network()).primary

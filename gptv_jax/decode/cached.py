@@ -42,16 +42,10 @@ def decoding_weights(network: Network, params: dict) -> tuple[GPT, list[layers.B
 def read_prompt(
     model: GPT, x: Float[Array, "G P D"]
 ) -> tuple[Float[Array, "G V"], tuple[KeyValue, ...]]:
-    """Logits of the last position of every prompt, and the prompts' cache.
-
-    Args:
-      model: with weights as `Network.init` makes them.
-      x: embedded inputs of the positions 0 .. P-1.
-    """
+    """Logits of the last position of every prompt, and the cache, from the embedded inputs."""
     length = x.shape[1]
     if length > LANES:  # the fast forms of attention take multiples of LANES; padding is not seen
         x = jnp.pad(x, ((0, 0), (0, -length % LANES), (0, 0)))
-
     rotation = model.rotation(0, x.shape[1])
 
     def layer(x, block):
@@ -78,18 +72,11 @@ def extend(
     generated: tuple[KeyValue, ...],
     count: Int[Array, ""],
 ) -> tuple[Float[Array, "B V"], tuple[KeyValue, ...]]:
-    """Reads one more position of every sample.
+    """Logits of one more position of every sample, and `generated` with the new keys and values.
 
-    Args:
-      model: of `decoding_weights`, as `blocks` is.
-      blocks: the layers.
-      x: embedded inputs of the position.
-      prompt: cache of G prompts; each is continued by B / G samples, which lie next to each other.
-      generated: cache of the samples' positions after the prompt; its capacity exceeds `count`.
-      count: positions that `generated` holds.
-
-    Returns:
-      Logits of the position, and `generated` with the position's keys and values.
+    `model` and `blocks` are those of `decoding_weights`, `x` is the embedded input of the position.
+    Each of the G prompts in the cache `prompt` is continued by B / G samples, which lie next to
+    each other. `generated` caches the samples' positions after the prompt, `count` of them so far.
     """
     extended, rotation = [], model.rotation(prompt[0].keys.shape[2] + count, 1)
     for block, of_prompt, before in zip(blocks, prompt, generated, strict=True):
@@ -143,11 +130,8 @@ def empty_cache(network: Network, rows: int, capacity: int) -> tuple[KeyValue, .
 
 def pad_cache(cache: tuple[KeyValue, ...], capacity: int) -> tuple[KeyValue, ...]:
     """Pads every layer's keys and values to `capacity` positions."""
-
-    def pad(x):
-        return jnp.pad(x, ((0, 0), (0, 0), (0, capacity - x.shape[2]), (0, 0)))
-
-    return jax.tree.map(pad, cache)
+    new = capacity - cache[0].keys.shape[2]
+    return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, new), (0, 0))), cache)
 
 
 def cache_capacities(positions: int) -> list[int]:

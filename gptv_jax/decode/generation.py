@@ -42,42 +42,22 @@ class Stopwatch:
 def generate(
     network: Network,
     params: dict,
-    given: Int[Array, "G N"],
+    given: Int[Array, "G N"],  # N <= T
     key: PRNGKeyArray,
     drawing: config_lib.Drawing = DEFAULTS,
-    *,
-    prefix: int | None = None,
+    prefix: int = 0,
     labels: Int[Array, "G"] | None = None,
     samples: int = 1,
-    steps: int | None = None,
     stopwatch: Stopwatch | None = None,
-) -> Int[Array, "B length"]:
-    """Sequences that keep the `given` tokens, with all other tokens drawn from the network.
+) -> Int[Array, "B N"]:
+    """The first N tokens of B = G * samples sequences, with the UNKNOWN ones of `given` drawn.
 
-    Args:
-      network: gives T.
-      params: weights of the network.
-      given: first N <= T tokens, UNKNOWN where one is to be drawn; [G, 0] draws whole sequences.
-      key: of this batch; `token_key` makes the key of each position from it.
-      drawing: how tokens are drawn; guidance needs `labels`.
-      prefix: how many of the first tokens, none of them unknown, are read at once; None: N.
-      labels: class of each row; None: the network is told no class.
-      samples: sequences of each row, next to each other, which share the cache of the prefix.
-      steps: tokens to draw after the given ones; None: up to T.
-      stopwatch: measures the programs, which are then compiled anew; None: nothing is measured.
-
-    Returns:
-      B = G * samples sequences of N + steps tokens.
-
-    Raises:
-      ValueError: `steps` would make sequences longer than T.
+    The first `prefix` tokens, none of them unknown, are read at once, and the `samples` of a row,
+    which lie next to each other, share the cache of them. `labels` are the class of each row; None:
+    the network is told no class, and there is no guidance. A `stopwatch` measures the programs,
+    which are then compiled anew. `token_key` makes the key of each position from `key`.
     """
-    left = network.length - given.shape[1]
-    steps = left if steps is None else steps
-    if not 0 <= steps <= left:
-        raise ValueError(f"steps is {steps}; a sequence has room for {left} tokens more.")
-    prefix = given.shape[1] if prefix is None else prefix
-    if prefix == given.shape[1] + steps:
+    if prefix == given.shape[1]:
         return _repeat_rows(given, samples)
     scales = None if labels is None else guidance_scales(drawing, network.length)
     run = stopwatch.run if stopwatch else lambda program, static, *rest: program(*static, *rest)
@@ -88,8 +68,8 @@ def generate(
     top_k = jnp.int32(min(network.vocabulary, drawing.top_k or network.vocabulary))
     restriction = (jnp.float32(drawing.temperature), top_k, top_p)
     scales = None if scales is None else jnp.asarray(scales)
-    static = network, prefix, steps, samples
-    return run(_draw, static, params, given, logits, prompt, key, scales, restriction)
+    static, arguments = (network, prefix, samples), (params, given, logits, prompt, key)
+    return run(_draw, static, *arguments, scales, restriction)
 
 
 def token_key(key: PRNGKeyArray, position: int | Int[Array, ""]) -> PRNGKeyArray:
@@ -120,13 +100,12 @@ def prefill(
     return cached.read_prompt(model, model.embed(prefix, variant, spec=sharding.BATCH_FIRST))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _draw(
-    network, prefix, steps, samples, params, given, logits, prompt, key, scales, restriction
-) -> Int[Array, "B length"]:
+    network, prefix, samples, params, given, logits, prompt, key, scales, restriction
+) -> Int[Array, "B N"]:
     model, blocks = cached.decoding_weights(network, params)
-    tokens = jnp.pad(given, ((0, 0), (0, steps)), constant_values=UNKNOWN)
-    tokens, last = _repeat_rows(tokens, samples), given.shape[1] + steps - 1
+    tokens, last = _repeat_rows(given, samples), given.shape[1] - 1
 
     def draw(position, tokens, logits):
         if scales is not None:
@@ -183,10 +162,8 @@ def guide(
 ) -> Float[Array, "B V"]:
     """Logits of the class, moved away from the logits without a class (Ho & Salimans 2022).
 
-    Args:
-      logits: of `samples` rows with their class, of these rows without it, and so on; N = 2 B.
-      scale: 1 leaves the logits of the class as they are; w + 1 in arXiv:2207.12598.
-      samples: how many rows of each kind lie next to each other.
+    N = 2 B rows: `samples` rows with their class, these rows without it, and so on. The scale 1
+    leaves the logits of the class as they are; it is w + 1 in arXiv:2207.12598.
     """
     shape, spec = (-1, 2, samples, logits.shape[-1]), sharding.BATCH_FIRST
     pairs = logits.reshape(shape, out_sharding=spec)

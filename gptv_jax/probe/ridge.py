@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 
 from gptv_jax.probe.features import Features
 from gptv_jax.train import objective
-from gptv_jax.train.evaluation import total
+from gptv_jax.train.step import total
 
 EXACT = jax.lax.Precision.HIGHEST  # float32 products, where a GPU or TPU would use fewer bits
 # A feature counts as constant if its variance is a smaller share of its mean square about the
@@ -44,14 +44,6 @@ class Moments(NamedTuple):
     shift: Float[Array, "L D"]  # the first batch's mean, so that large means do not cost precision
     sums: Sums
     lost: Sums  # rounding errors; subtract them from the sums
-
-
-class Solution(NamedTuple):
-    """Scores of class c are `weight[c] @ (x - shift) + bias[c]`."""
-
-    weight: Float[np.ndarray | Array, "S L C D"]
-    bias: Float[np.ndarray | Array, "S L C"]
-    shift: Float[np.ndarray | Array, "L D"]
 
 
 @functools.partial(jax.jit, static_argnames=("layers", "width", "classes"))
@@ -95,8 +87,11 @@ def add(moments: Moments, features: Float[Array, "votes L B D"], batch: dict) ->
     return Moments(shift, sums, lost)
 
 
-def solve(moments: Moments, strengths: Float[np.ndarray, "S L"]) -> Solution:
-    """The regression for every strength and layer, on the host in float64."""
+def solve(moments: Moments, strengths: Float[np.ndarray, "S L"]) -> tuple[np.ndarray, ...]:
+    """Weights [S, L, C, D], biases [S, L, C] and shifts [L, D], on the host in float64.
+
+    The scores of class c are `weight[c] @ (x - shift) + bias[c]`.
+    """
     shift, sums, lost = multihost_utils.process_allgather(moments, tiled=True)
     S, (L, C, D) = len(strengths), sums.by_class.shape
     images = sums.images.astype(np.float64) - lost.images
@@ -116,18 +111,18 @@ def solve(moments: Moments, strengths: Float[np.ndarray, "S L"]) -> Solution:
             ridge = correlation + strengths[s, layer] * np.eye(D)
             weight[s, layer] = np.linalg.solve(ridge, with_class.T).T * scale
             bias[s, layer] = share - weight[s, layer] @ mean
-    return Solution(weight, bias, shift.astype(np.float64))
+    return weight, bias, shift.astype(np.float64)
 
 
 @jax.jit
 def correct(
-    solution: Solution, features: Float[Array, "votes L B D"], batch: dict
+    solution: tuple, features: Float[Array, "votes L B D"], batch: dict
 ) -> tuple[Float[Array, "S L"], Float[Array, ""]]:
     """Images classified correctly, by majority vote, and number of images, where the mask is 1."""
-    mask = batch["mask"]
-    x = features.astype(jnp.float32) - solution.shift[None, :, None]
-    scores = jnp.einsum("vlbd,slcd->vslbc", x, solution.weight, precision=EXACT)
-    chosen = objective.majority_class(scores + solution.bias[None, :, :, None])
+    (weight, bias, shift), mask = solution, batch["mask"]
+    x = features.astype(jnp.float32) - shift[None, :, None]
+    scores = jnp.einsum("vlbd,slcd->vslbc", x, weight, precision=EXACT)
+    chosen = objective.majority_class(scores + bias[None, :, :, None])
     right = (chosen == batch["label"][None, None]) * mask[None, None]
     return right.sum(axis=-1), mask.sum()
 
@@ -156,7 +151,7 @@ def tabulate(
     def put(x: np.ndarray) -> Array:  # all processes hold an equal one
         return jax.make_array_from_process_local_data(everywhere, x.astype(np.float32))
 
-    def accuracies(split: str, solution: Solution, *, fold: bool) -> Float[np.ndarray, "S L"]:
+    def accuracies(split: str, solution: tuple, *, fold: bool) -> Float[np.ndarray, "S L"]:
         solution = jax.tree.map(put, solution)
 
         def parts():

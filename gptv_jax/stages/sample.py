@@ -7,8 +7,8 @@ import numpy as np
 from jaxtyping import Bool, UInt8
 
 from gptv_jax.data import pipeline
-from gptv_jax.decode import generation, likelihood
-from gptv_jax.decode.sampler import Sampler, Section, class_rows, kept_tokens
+from gptv_jax.decode import generation
+from gptv_jax.decode.sampler import Sampler, Section, by_pixel, class_rows, kept_tokens
 from gptv_jax.runs import pictures
 from gptv_jax.runs.context import Context
 from gptv_jax.stages import pretrained
@@ -46,9 +46,9 @@ def run_stage(context: Context) -> dict:
             given = np.where(known, test, generation.UNKNOWN)
             drawn = sampler.draw(given, section.key(seed), labels)
             _save_pairs(context, name, _shown(context, test), _shown(context, drawn))
-        nats = likelihood.nats(network, sampler.params, test, labels)
-        by_pixel = likelihood.by_pixel(nats, network.grid, context.codec.image_shape[:2])
-        maps, brightest = pictures.heat_map(by_pixel)
+        nats = sampler.nats(test, labels)
+        spread = by_pixel(nats, network.grid, context.codec.image_shape[:2])
+        maps, brightest = pictures.heat_map(spread)
         _save_pairs(context, "surprise", _shown(context, test), maps)
         numbers["surprise_brightest_nats"] = brightest
     return numbers | found.numbers

@@ -5,7 +5,6 @@ for each image.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,11 +25,6 @@ RANGE = 2.0  # of values from -1 to 1
 WINDOW, SIGMA = 11, 1.5  # pixels, of SSIM's Gaussian window (Wang et al. 2004)
 K1, K2 = 0.01, 0.03  # SSIM's constants, shares of the range: they keep the ratios finite
 SCALES = 3  # of the gradient loss, each half as large as the one before
-
-
-def l1(restored: Float[Array, "B H W C"], images: Float[Array, "B H W C"]) -> Float[Array, "B"]:
-    """Mean absolute difference."""
-    return jnp.abs(restored - images).mean(axis=(1, 2, 3))
 
 
 def l2(restored: Float[Array, "B H W C"], images: Float[Array, "B H W C"]) -> Float[Array, "B"]:
@@ -98,16 +92,12 @@ def _blurred(x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
     return x
 
 
-TERMS = {"l1": l1, "l2": l2, "gradient": gradient, "ssim": lambda *pair: 1 - ssim(*pair)}
-
-
-class Passed(NamedTuple):
-    """What the loss computes that `make_after` needs."""
-
-    images: Float[Array, "B H W C"]  # -1 to 1
-    restored: Float[Array, "B H W C"]
-    z: Float[Array, "B h w Z"]  # encodings before quantization
-    codes: Int[Array, "B h w"]
+TERMS = {  # of the loss: `(restored, images) -> number for each image`
+    "l1": lambda restored, images: jnp.abs(restored - images).mean(axis=(1, 2, 3)),
+    "l2": l2,
+    "gradient": gradient,
+    "ssim": lambda restored, images: 1 - ssim(restored, images),
+}
 
 
 def make_init(
@@ -180,7 +170,7 @@ def make_loss(config: config_lib.Autoencoder, settings: config_lib.Tokenizer) ->
             total += settings.adversarial * begun * parts["adversarial"]
         squared = l2(restored, images).mean()
         metrics = {"loss": total, "batch_psnr_db": psnr(squared), **parts}
-        return total, metrics | {"aux": Passed(images, restored, z, quantized.codes)}
+        return total, metrics | {"aux": (images, restored, z, quantized.codes)}
 
     return loss
 
@@ -188,16 +178,16 @@ def make_loss(config: config_lib.Autoencoder, settings: config_lib.Tokenizer) ->
 def make_after(config: config_lib.Autoencoder, settings: config_lib.Tokenizer) -> Callable:
     """Updates the codebook and the discriminator, as the `after` of `step.make_train_step`."""
 
-    def after(state: dict, passed: Passed, batch: dict, key: PRNGKeyArray) -> tuple[dict, Metrics]:
+    def after(state: dict, passed: tuple, batch: dict, key: PRNGKeyArray) -> tuple[dict, Metrics]:
         del batch
-        new, metrics = {}, {}
+        (images, restored, z, codes), new, metrics = passed, {}, {}
         if config.quantizer == "vq":
-            book = update_codebook(state["codebook"], passed.z, passed.codes, settings, key)
+            book = update_codebook(state["codebook"], z, codes, settings, key)
             new = {"codebook": book}
             new["params"] = state["params"] | {"quantizer": {"codebook": unit(book["sums"])}}
         if settings.adversarial:
             new["critic"], metrics["critic_loss"] = _train_critic(
-                config, settings, state["critic"], passed, state["step"]
+                config, settings, state["critic"], images, restored, state["step"]
             )
         return state | new, metrics
 
@@ -230,14 +220,12 @@ def update_codebook(
     return {"counts": counts, "sums": sums}
 
 
-def _train_critic(config, settings, critic, passed, step) -> tuple[dict, Float[Array, ""]]:
+def _train_critic(config, settings, critic, images, restored, step) -> tuple[dict, Array]:
     """One step of the discriminator on the hinge loss (Lim and Ye 2017), once it has begun."""
 
     def loss(params):
-        real, made = (
-            discriminator.scores(config, settings, params, x)
-            for x in (passed.images, jax.lax.stop_gradient(passed.restored))
-        )
+        pair = (images, jax.lax.stop_gradient(restored))
+        real, made = (discriminator.scores(config, settings, params, x) for x in pair)
         return (jax.nn.relu(1 - real).mean() + jax.nn.relu(1 + made).mean()) / 2
 
     params, optimizer = critic["params"], _critic_optimizer(settings)
@@ -250,8 +238,8 @@ def _train_critic(config, settings, critic, passed, step) -> tuple[dict, Float[A
 def make_eval_step(config: config_lib.Autoencoder) -> Callable:
     """`(params, batch) -> sums` over the rows whose "mask" is 1, of whole pixels 0 .. 255; jitted.
 
-    "images", "squared_error" (mean over an image), "psnr_db", "ssim", "same_codes" (share of an
-    image's codes that encoding the restored image gives again) and "counts" [V] of the codes.
+    "images", "mse" (over an image), "psnr_db", "ssim", "idempotence" (share of an image's codes
+    that encoding the restored image gives again) and "counts" [V] of the codes.
     """
 
     def eval_step(params: dict, batch: dict) -> Metrics:
@@ -263,11 +251,11 @@ def make_eval_step(config: config_lib.Autoencoder) -> Callable:
         squared = l2(made, given)
         by_image = {
             "images": jnp.ones_like(mask),
-            "squared_error": squared,
+            "mse": squared,
             # An image that is restored exactly counts as one that misses by half a level.
             "psnr_db": psnr(jnp.maximum(squared, 0.25), 255.0),
             "ssim": ssim(made, given, 255.0),
-            "same_codes": (codes == again).mean(axis=(1, 2)),
+            "idempotence": (codes == again).mean(axis=(1, 2)),
         }
         sums = {name: (mask * values).sum() for name, values in by_image.items()}
         codes, real = jax.sharding.reshard((codes, mask.astype(jnp.int32)), P())
@@ -286,10 +274,8 @@ def health(sums: dict[str, np.ndarray]) -> dict[str, float]:
     """
     images, counts = float(sums["images"]), np.asarray(sums["counts"], np.float64)
     share = counts[counts > 0] / counts.sum()
-    means = {"psnr_db": "psnr_db", "ssim": "ssim", "mse": "squared_error"}
-    means["idempotence"] = "same_codes"
     return {
-        **{name: float(sums[key]) / images for name, key in means.items()},
+        **{k: float(sums[k]) / images for k in ("psnr_db", "ssim", "mse", "idempotence")},
         "codes_used": len(share) / len(counts),
         "dead_codes": len(counts) - len(share),
         "perplexity": float(np.exp(-(share * np.log(share)).sum())),
