@@ -46,7 +46,7 @@ def train(size: dict, batch: int, dtype: str, **model) -> Task:
     _prepare()
     network = network_of(Size(**size), dtype, **model)
     optimizer, rate = make_optimizer(OPTIMIZER, 1)
-    train_step = step.make_train_step(step.generative_loss(network), optimizer, rate)
+    train_step = step.make_train_step(step.make_loss(network), optimizer, rate)
     state = jax.jit(step.make_init(network, optimizer))(jax.random.key(0))
     data = batch_of(network, batch)
 

@@ -76,7 +76,7 @@ def test_pretraining_and_its_evaluation_see_the_class(given):
     conditional = nats(NETWORK, params, batch, batch["label"])
     sums = step.make_eval_step(NETWORK)(params, batch)
     assert float(sums["nats_per_token"]) == pytest.approx(conditional @ mask, rel=1e-5)
-    loss, key = jax.jit(step.generative_loss(NETWORK)), jax.random.key(1)
+    loss, key = jax.jit(step.make_loss(NETWORK)), jax.random.key(1)
     assert float(loss(params, None, batch, None)[0]) == pytest.approx(conditional.mean(), rel=1e-5)
     start = objective.start_vectors(NETWORK, batch, key, condition_on_label=True)
     mixed = nats(NETWORK, params, batch, start)
@@ -101,7 +101,7 @@ def test_features_and_class_logits_do_not_know_the_label(given):
     )
     np.testing.assert_array_equal(*map(evaluated, both))
 
-    joint, key = jax.jit(step.joint_loss(headed, 1.0, 1.0)), jax.random.key(0)
+    joint, key = jax.jit(step.make_loss(headed, 1.0, 1.0)), jax.random.key(0)
     evaluate = step.make_eval_step(headed)
     for found in (
         [joint(params, None, b, key)[1] for b in both],

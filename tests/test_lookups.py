@@ -95,8 +95,7 @@ def train_batch(*transforms: str) -> dict:
 
 def loss_of(network: Network):
     """`(params, batch) -> loss` of a training step."""
-    joint = step.joint_loss(network, 1.0, 1.0)
-    loss = joint if network.classes else step.generative_loss(network, steps=4)
+    loss = step.make_loss(network, steps=4)
     return lambda params, batch: loss(params, None, batch, jax.random.key(0), jnp.int32(1))[0]
 
 
@@ -185,7 +184,7 @@ def test_orders_and_start_vectors_that_are_out_of_range_are_noticed():
 
 def test_the_start_vector_learns_from_shifted_images():
     given, batch = NETWORKS["one start vector"], train_batch()
-    loss, params = step.generative_loss(given), random_params(given)
+    loss, params = step.make_loss(given), random_params(given)
     gradient = jax.jit(jax.grad(lambda p, b: loss(p, None, b, None)[0]))
     found = gradient(params, batch)["start"]
     wanted = gradient(params, batch | {"variant": jnp.zeros_like(batch["variant"])})["start"]

@@ -115,7 +115,7 @@ def test_the_first_loss_is_ln_v(one_device):
     network = bert()
     params = jax.jit(network.init)(jax.random.key(0))
     batch = {k: jnp.asarray(v) for k, v in random_batch(network).items()}
-    nats, _ = jax.jit(step.generative_loss(network))(params, None, batch, jax.random.key(1))
+    nats, _ = jax.jit(step.make_loss(network))(params, None, batch, jax.random.key(1))
     assert float(nats) == pytest.approx(np.log(network.vocabulary), rel=1e-5)
 
 
@@ -131,7 +131,7 @@ def test_masks_and_gradients_are_the_same_on_every_mesh(shape, given):
 
 
 def value_and_gradients(network, params, batch):
-    loss = jax.jit(jax.value_and_grad(step.joint_loss(network, 1.0, 1.0), has_aux=True))
+    loss = jax.jit(jax.value_and_grad(step.make_loss(network, 1.0, 1.0), has_aux=True))
     return jax.device_get(loss(params, None, batch, jax.random.key(4)))
 
 
@@ -201,7 +201,7 @@ def test_logits_in_parts_change_neither_the_loss_nor_its_gradient(shape, monkeyp
     def loss_and_gradient(mesh):
         with jax.set_mesh(make_mesh(mesh)):
             params, batch = random_params(network), sharding.global_batch(random_batch(network))
-            loss = step.generative_loss(network)
+            loss = step.make_loss(network)
             run = jax.jit(jax.value_and_grad(lambda p: loss(p, None, batch, None)[0]))
             compiled = run.lower(params).compile()
             return jax.device_get(compiled(params)), compiled.as_text()
@@ -224,9 +224,7 @@ def test_an_odd_number_of_positions_comes_in_parts_too(network, monkeypatch, one
     params, batch = random_params(network), sharding.global_batch(random_batch(network))
 
     def loss():
-        return float(
-            jax.jit(step.generative_loss(network))(params, None, batch, jax.random.key(0))[0]
-        )
+        return float(jax.jit(step.make_loss(network))(params, None, batch, jax.random.key(0))[0])
 
     wanted = loss()
     monkeypatch.setattr(objective, "LOGITS_BYTES", 1)

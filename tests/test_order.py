@@ -220,7 +220,7 @@ def test_a_step_takes_the_orders_of_its_share_of_the_training(parts):
     """Four steps of (0.4, 0.6): random, random, half random, raster; each part draws its own."""
     network, still = tiny_network(layers=1, **ANNEALED), optax.sgd(0.0)
     batch = sharding.global_batch(random_batch(network))
-    loss = step.generative_loss(network, steps=4)
+    loss = step.make_loss(network, steps=4)
     take = step.make_train_step(loss, still, lambda _: 0.0, microbatches=parts, seed=7)
     params = random_params(network)
     state, found = step.state_of(random_params(network), still), []
@@ -247,7 +247,7 @@ def value_and_gradients(shape=(1, 1, 1), **changes):
     with jax.set_mesh(make_mesh(shape)):
         network = tiny_network(**ANNEALED | {"scan_layers": True} | changes)
         batch, key = sharding.global_batch(random_batch(network)), jax.random.key(5)
-        loss = step.generative_loss(network, steps=2)
+        loss = step.make_loss(network, steps=2)
         run = jax.jit(jax.value_and_grad(lambda p: loss(p, None, batch, key, jnp.int32(1))[0]))
         return jax.device_get(run(random_params(network)))
 
@@ -273,8 +273,8 @@ def test_orders_and_classes_are_the_same_on_every_mesh_scan_and_remat(shape, cha
 
 
 def test_a_loss_with_random_orders_needs_the_length_of_the_training():
-    with pytest.raises(ValueError, match=r"pass `steps` to generative_loss"):
-        step.generative_loss(tiny_network(**ANNEALED))
+    with pytest.raises(ValueError, match=r"pass `steps` to make_loss"):
+        step.make_loss(tiny_network(**ANNEALED))
 
 
 # Settings and plans

@@ -68,7 +68,7 @@ class Training:
         if update is None:
             update, rate = optimizer.make_optimizer(MUON, STEPS)
         self.mesh, self.init = make_mesh(mesh), step.make_init(NETWORK, update, EMA)
-        loss = step.generative_loss(NETWORK)
+        loss = step.make_loss(NETWORK)
         self.train_step = step.make_train_step(loss, update, rate, microbatches=2, seed=3, ema=EMA)
         self.metric = step.make_metric(NETWORK)
 

@@ -107,7 +107,7 @@ def test_rounding_errors_do_not_add_up_over_many_batches(one_device):
     for count in range(1, 3001):
         moments = ridge.add(moments, x, batch)
         if count in (1, 3000):
-            total, lost = (np.asarray(m.products, np.float64) for m in moments[1:])
+            total, lost = (np.asarray(m["products"], np.float64) for m in moments[1:])
             products[count] = total - lost
     deviation = np.sqrt(np.einsum("ldd->ld", products[1]) + 1e-300)
     error = (products[3000] / 3000 - products[1]) / np.einsum("ld,le->lde", deviation, deviation)

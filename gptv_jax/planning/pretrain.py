@@ -68,7 +68,7 @@ class Pretraining(Training):
             train.optimizer, train.steps, relative_width=self.network.config.relative_width
         )
         train_step = step.make_train_step(
-            step.generative_loss(self.network, train.steps),
+            step.make_loss(self.network, steps=train.steps),
             update,
             rate,
             microbatches=train.microbatches,
@@ -159,7 +159,7 @@ def _of_layers(found: Iterable[Array], count: int) -> list[Array]:
 
 @functools.cache
 def _residuals(network: Network, mesh: AbstractMesh, rows: int) -> tuple[Array, ...]:
-    loss = step.generative_loss(network, steps=1)
+    loss = step.make_loss(network, steps=1)
     with jax.sharding.use_abstract_mesh(mesh):
         params = jax.eval_shape(lambda: network.init(jax.random.key(0)))
         batch = step.abstract_batch(network, rows, NamedSharding(mesh, sharding.BATCH_FIRST))

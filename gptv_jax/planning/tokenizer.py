@@ -68,7 +68,8 @@ class TokenizerTraining(Training):
         return self._step().lower(state, self.batch(self.train.batch_size, rows), frozen)
 
     def batch(self, rows: int, split: NamedSharding | None = None) -> dict:
-        return autoencoding.abstract_batch(self.network, rows, self.size, split)
+        shape = (rows, self.size, self.size, self.network.channels)
+        return {"image": jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=split)}
 
     def state(self, mesh: AbstractMesh) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
         """LPIPS's weights, which are not trained, count as state."""

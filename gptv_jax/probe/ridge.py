@@ -30,20 +30,12 @@ EXACT = jax.lax.Precision.HIGHEST  # float32 products, where a GPU or TPU would 
 CONSTANT = 1e-6
 
 
-class Sums(NamedTuple):
-    """Sums over images of the features minus the shift."""
-
-    products: Float[Array, "L D D"]
-    by_class: Float[Array, "L C D"]
-    images: Float[Array, "C"]
-
-
 class Moments(NamedTuple):
     """Float32 sums as exact as float64 ones: shifted, and with compensation for rounding."""
 
     shift: Float[Array, "L D"]  # the first batch's mean, so that large means do not cost precision
-    sums: Sums
-    lost: Sums  # rounding errors; subtract them from the sums
+    sums: dict[str, Array]  # over images, of the features minus the shift, see `empty`
+    lost: dict[str, Array]  # rounding errors; subtract them from the sums
 
 
 @functools.partial(jax.jit, static_argnames=("layers", "width", "classes"))
@@ -51,12 +43,12 @@ def empty(layers: int, width: int, classes: int) -> Moments:
     """Moments of no image; the large ones are split over fsdp where the width allows it."""
     axis = "fsdp" if width % jax.sharding.get_abstract_mesh().shape["fsdp"] == 0 else None
 
-    def sums() -> Sums:
-        return Sums(
-            jnp.zeros((layers, width, width), out_sharding=P(None, axis, None)),
-            jnp.zeros((layers, classes, width), out_sharding=P(None, None, axis)),
-            jnp.zeros((classes,), out_sharding=P(None)),
-        )
+    def sums() -> dict[str, Array]:
+        return {
+            "products": jnp.zeros((layers, width, width), out_sharding=P(None, axis, None)),
+            "by_class": jnp.zeros((layers, classes, width), out_sharding=P(None, None, axis)),
+            "images": jnp.zeros((classes,), out_sharding=P(None)),
+        }
 
     return Moments(jnp.zeros((layers, width), out_sharding=P(None, None)), sums(), sums())
 
@@ -67,19 +59,19 @@ def add(moments: Moments, features: Float[Array, "votes L B D"], batch: dict) ->
     features, mask = features[0].astype(jnp.float32), batch["mask"]
     mean = jnp.einsum("lbd,b->ld", features, mask, precision=EXACT, out_sharding=P(None, None))
     mean = mean / jnp.maximum(mask.sum(), 1)
-    shift = jnp.where(moments.sums.images.sum() == 0, mean, moments.shift)
+    shift = jnp.where(moments.sums["images"].sum() == 0, mean, moments.shift)
     x = (features - shift[:, None]) * mask[None, :, None]
-    one_hot = jax.nn.one_hot(batch["label"], moments.sums.images.size) * mask[:, None]
+    one_hot = jax.nn.one_hot(batch["label"], moments.sums["images"].size) * mask[:, None]
 
-    def over_images(equation: str, total: Array, *operands: Array) -> Array:
-        spec = jax.typeof(total).sharding.spec
+    def over_images(name: str, equation: str, *operands: Array) -> Array:
+        spec = jax.typeof(moments.sums[name]).sharding.spec
         return jnp.einsum(equation, *operands, precision=EXACT, out_sharding=spec)
 
-    part = Sums(
-        over_images("lbd,lbe->lde", moments.sums.products, x, x),
-        over_images("bc,lbd->lcd", moments.sums.by_class, one_hot, x),
-        over_images("bc->c", moments.sums.images, one_hot),
-    )
+    part = {
+        "products": over_images("products", "lbd,lbe->lde", x, x),
+        "by_class": over_images("by_class", "bc,lbd->lcd", one_hot, x),
+        "images": over_images("images", "bc->c", one_hot),
+    }
     # Kahan summation: rounding errors do not add up over the batches of a large data set.
     part = jax.tree.map(jnp.subtract, part, moments.lost)
     sums = jax.tree.map(jnp.add, moments.sums, part)
@@ -93,14 +85,14 @@ def solve(moments: Moments, strengths: Float[np.ndarray, "S L"]) -> tuple[np.nda
     The scores of class c are `weight[c] @ (x - shift) + bias[c]`.
     """
     shift, sums, lost = multihost_utils.process_allgather(moments, tiled=True)
-    S, (L, C, D) = len(strengths), sums.by_class.shape
-    images = sums.images.astype(np.float64) - lost.images
+    S, (L, C, D) = len(strengths), sums["by_class"].shape
+    images = sums["images"].astype(np.float64) - lost["images"]
     count = images.sum()
     share = images / count
     weight, bias = np.zeros((S, L, C, D)), np.zeros((S, L, C))
     for layer in range(L):
-        products = (sums.products[layer].astype(np.float64) - lost.products[layer]) / count
-        by_class = (sums.by_class[layer].astype(np.float64) - lost.by_class[layer]) / count
+        products = (sums["products"][layer].astype(np.float64) - lost["products"][layer]) / count
+        by_class = (sums["by_class"][layer].astype(np.float64) - lost["by_class"][layer]) / count
         mean = by_class.sum(axis=0)
         covariance = products - np.outer(mean, mean)
         variance, varies = np.diag(covariance), np.diag(products) * CONSTANT
@@ -130,15 +122,10 @@ def correct(
 def tabulate(
     features: Features, classes: int, strengths: Sequence[float], *, test: bool = True
 ) -> list[dict]:
-    """Fits a ridge regression to every layer, from one pass over each split.
+    """For every layer {"ridge": strength, "ridge_validation_accuracy"}; one pass over each split.
 
-    Fits are to the first vote alone. Of the strengths the best on validation is taken, among equals
-    the largest. With `test`, that one is fitted again with validation folded in, and measured on
-    the test split.
-
-    Returns:
-      For every layer {"ridge", the strength, "ridge_validation_accuracy", of the fit to train and,
-      with `test`, "ridge_test_accuracy", of the fit to train and validation}.
+    The strength is the best on validation, among equals the largest. With `test`, a fit to train
+    and validation gives "ridge_test_accuracy". Fits are to the first vote alone.
     """
     strengths = np.array(sorted(strengths, reverse=True))
     moments = None
@@ -177,8 +164,8 @@ def tabulate(
 def summarise(rows: list[dict]) -> dict:
     """The best layer and its accuracies, by the keys of a summary."""
     best = best_layers(rows, 1)[0]
-    results = {name: value for name, value in rows[best].items() if name.startswith("ridge_")}
-    return {"ridge_best_layer": best, **results}
+    found = {name: value for name, value in rows[best].items() if name.startswith("ridge_")}
+    return {"ridge_best_layer": best, **found}
 
 
 def best_layers(rows: list[dict], count: int | None) -> list[int]:

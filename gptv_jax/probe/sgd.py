@@ -119,12 +119,10 @@ def fit(
     evaluation: Batches,
     seed: int,
 ) -> dict[Group, dict]:
-    """Trains all heads to the end of the schedule; continues and raises as `loop.fit` does.
+    """{"learning_rate", "validation_accuracy", "validation_nats", "test_accuracy"} of each group.
 
-    Returns:
-      For each group {"learning_rate", "validation_accuracy", "validation_nats", "test_accuracy"}
-      after the last step, for the rate with the best validation accuracy, among equals the lowest
-      cross-entropy.
+    All heads are trained to the end of the schedule; of each group's rates the best by `preference`
+    is taken. Continues and raises as `loop.fit` does.
     """
     settings, (optimizer, rate) = heads.config.sgd, make_optimizer(heads.config.sgd)
     train_step = step.make_train_step(make_loss(heads), optimizer, rate, seed=seed)

@@ -28,7 +28,7 @@ def run_stage(context: Context) -> dict:
     train, batch_size = settings.train, settings.train.batch_size
     headless, network = context.network(), context.network(context.classes)
     metric = step.make_metric(network)
-    loss = step.joint_loss(
+    loss = step.make_loss(
         network, settings.generative_coefficient, settings.classification_coefficient
     )
 

@@ -38,7 +38,7 @@ def run_stage(context: Context) -> dict:
         rows = ridge.tabulate(read, context.classes, config.probe.ridge, test=False)
         return ridge.summarise(rows)
 
-    loss, seed = step.generative_loss(network, train.steps), config.seed
+    loss, seed = step.make_loss(network, steps=train.steps), config.seed
     train_step = step.make_train_step(
         loss, update, rate, microbatches=train.microbatches, seed=seed, ema=train.ema
     )

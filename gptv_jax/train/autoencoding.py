@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
@@ -134,14 +133,6 @@ def _critic_optimizer(settings: config_lib.Tokenizer) -> optax.GradientTransform
 
 def _critic_has_begun(settings: config_lib.Tokenizer, step: Int[Array, ""]) -> Bool[Array, ""]:
     return step >= round(settings.adversarial_from * settings.train.steps)
-
-
-def abstract_batch(
-    config: config_lib.Autoencoder, rows: int, size: int, split: NamedSharding | None = None
-) -> dict:
-    """Shapes and shardings of a batch of `rows` images of `size` x `size` pixels."""
-    shape = (rows, size, size, config.channels)
-    return {"image": jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=split)}
 
 
 def make_loss(config: config_lib.Autoencoder, settings: config_lib.Tokenizer) -> Callable:

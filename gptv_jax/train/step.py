@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import NamedSharding
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from gptv_jax import hosts, sharding
-from gptv_jax.model.gpt import Network, Output, reorder
+from gptv_jax.model.gpt import Network, reorder
 from gptv_jax.train import objective
 from gptv_jax.train.objective import cross_entropy
 from gptv_jax.train.optimizer import apply_update, average
@@ -27,52 +27,37 @@ Metrics = dict[str, Array]
 CLASSIFICATION = {"accuracy": 1, "class_nats": -1}
 
 
-def generative_loss(network: Network, steps: int | None = None) -> Callable:
-    """The pretraining loss, nats per token.
+def make_loss(
+    network: Network, generative: float = 1.0, classification: float = 1.0, steps: int | None = None
+) -> Callable:
+    """Nats per token; with a class head the weighted sum of these and the class's cross-entropy.
 
-    Without a key nothing is drawn: no dropout, no label dropout, raster order; BERT needs a key.
-    A network with random orders needs `steps`, the length of the training.
+    A network with a class head does not see the class, and reads images in raster order. Any other
+    network with random orders needs `steps`, the length of the training. Without a key nothing is
+    drawn: no dropout, no label dropout, raster order; BERT needs a key.
     """
-    if network.config.random_order and steps is None:
+    if network.config.random_order and not network.classes and steps is None:
         raise ValueError(
-            "model.random_order needs the length of the training: pass `steps` to generative_loss."
+            "model.random_order needs the length of the training: pass `steps` to make_loss."
         )
 
     def loss(params, frozen, batch, key, step=None) -> tuple[Array, Metrics]:
         del frozen
-        order = objective.draw_order(network, len(batch["tokens"]), key, step, steps)
-        _, nats = _forward(network, params, batch, key, order, condition_on_label=True)
-        return nats, {"nats_per_token": nats}
-
-    return loss
-
-
-def joint_loss(network: Network, generative: float, classification: float) -> Callable:
-    """Nats per token plus the cross-entropy of the class, weighted by the two coefficients.
-
-    The network does not see the class that it is to predict, and reads images in raster order.
-    """
-
-    def loss(params, frozen, batch, key, step=None) -> tuple[Array, Metrics]:
-        del frozen, step
-        output, nats = _forward(network, params, batch, key, condition_on_label=False)
+        model, tokens, classes = network.bind(params), batch["tokens"], network.classes
+        mask = objective.draw_mask(network, len(tokens), key)
+        start = objective.start_vectors(network, batch, key, condition_on_label=not classes)
+        order = None if classes else objective.draw_order(network, len(tokens), key, step, steps)
+        output = model(tokens, start, key, mask, order)
+        targets = tokens if order is None else reorder(tokens, order)
+        nats = objective.nats_per_token(model, output, targets, mask).mean()
+        if not classes:
+            return nats, {"nats_per_token": nats}
         class_nats = cross_entropy(output.class_logits, batch["label"]).mean()
         correct = jnp.argmax(output.class_logits, axis=-1) == batch["label"]
         metrics = {"nats_per_token": nats, "class_nats": class_nats, "accuracy": correct.mean()}
         return generative * nats + classification * class_nats, metrics
 
     return loss
-
-
-def _forward(
-    network, params, batch, key, order=None, *, condition_on_label: bool
-) -> tuple[Output, Float[Array, ""]]:
-    mask = objective.draw_mask(network, len(batch["tokens"]), key)
-    start = objective.start_vectors(network, batch, key, condition_on_label=condition_on_label)
-    model, tokens = network.bind(params), batch["tokens"]
-    output = model(tokens, start, key, mask, order)
-    targets = tokens if order is None else reorder(tokens, order)
-    return output, objective.nats_per_token(model, output, targets, mask).mean()
 
 
 def abstract_batch(network: Network, rows: int, split: NamedSharding | None = None) -> dict:
