@@ -133,9 +133,8 @@ class Model:
         samples = validation.whole(samples, "samples", least=1)
         key, tokens = Section.COMPLETIONS.key(validation.seed(seed)), self.tokenize(images)
         sampler, labels = self._sampler(len(tokens), labels, drawing)
-        if mask is None:
-            known = np.arange(self.network.length) < kept_tokens(self.network, keep)
-        else:
+        known = np.arange(self.network.length) < kept_tokens(self.network, keep)
+        if mask is not None:
             known = validation.mask(mask, len(tokens), self.codec)
         given = np.where(known, tokens, generation.UNKNOWN)
         with jax.set_mesh(self.mesh):

@@ -15,7 +15,7 @@ import gptv_jax
 from gptv_jax import config as config_lib
 from gptv_jax import sharding, validation
 from gptv_jax.config import Drawing
-from gptv_jax.decode import cached, generation
+from gptv_jax.decode import generation
 from gptv_jax.decode.sampler import Sampler, Section, kept_tokens, window_starts
 from gptv_jax.tokens import GreyCodec
 from gptv_jax.weights.file import WeightsFile
@@ -95,7 +95,7 @@ def test_a_mask_that_is_a_prefix_draws_what_the_prefix_draws(params):
 def test_masks_of_the_same_rows_share_their_programs_which_end_with_the_last_unknown_row(
     params, monkeypatch
 ):
-    calls, traced, generate, extend = [], [], generation.generate, cached.extend
+    calls, traced, generate, extend = [], [], generation.generate, generation.extend
 
     def noted(network, params, given, key, drawing, prefix, *further):
         calls.append((prefix, *given.shape))
@@ -103,7 +103,7 @@ def test_masks_of_the_same_rows_share_their_programs_which_end_with_the_last_unk
 
     monkeypatch.setattr(generation, "generate", noted)
     monkeypatch.setattr(
-        cached, "extend", lambda *given: traced.append(len(calls)) or extend(*given)
+        generation, "extend", lambda *given: traced.append(len(calls)) or extend(*given)
     )
     sampler = Sampler(NETWORK, params, GREEDY)
     for hidden in ([5, 10], [7, 8], [4, 11]):  # of the rows 4 to 7 and 8 to 11

@@ -10,7 +10,7 @@ from conftest import MODERN, RECIPES, make_mesh, random_batch, random_params, ti
 
 from gptv_jax import sharding
 from gptv_jax.config import Drawing
-from gptv_jax.decode import cached, generation
+from gptv_jax.decode import generation
 from gptv_jax.model.splash_attention import LANES
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -43,13 +43,13 @@ def full_logits(network, params, tokens):
 
 @jax.jit(static_argnums=0)
 def read_one(network, params, tokens, position, prompt, cache, count):
-    model, blocks = cached.decoding_weights(network, params)
-    return cached.extend(model, blocks, model.embed_one(tokens, position), prompt, cache, count)
+    model, blocks = generation.decoding_weights(network, params)
+    return generation.extend(model, blocks, model.embed_one(tokens, position), prompt, cache, count)
 
 
 @jax.jit(static_argnums=(0, 1, 2))
 def empty_cache(network, samples, capacity):
-    return cached.empty_cache(network, samples, capacity)
+    return generation.empty_cache(network, samples, capacity)
 
 
 def draw(network, params, given, drawing=GREEDY, key=KEY, length=16, **options):
@@ -91,7 +91,7 @@ def test_long_prompts_are_padded_unseen_and_a_growing_cache_changes_nothing():
     network = dataclasses.replace(tiny_network(axial_positions=False), grid=(12, 11))
     kept = network.length - 2
     assert kept > LANES and kept % LANES  # a length that the fast attention does not take
-    assert len(cached.cache_capacities(network.length - 1)) == 3
+    assert len(generation.cache_capacities(network.length - 1)) == 3
     params, none = random_params(network), rows(np.zeros((2, 0)))
     tokens = draw(network, params, none, length=network.length)
     full = full_logits(network, params, rows(tokens))
@@ -105,9 +105,9 @@ def test_long_prompts_are_padded_unseen_and_a_growing_cache_changes_nothing():
 
 
 def test_capacities_double_so_that_at_most_half_of_the_cache_is_unused():
-    assert cached.cache_capacities(0) == []
-    assert cached.cache_capacities(64) == [64]
-    assert cached.cache_capacities(1023) == [64, 128, 256, 512, 1023]
+    assert generation.cache_capacities(0) == []
+    assert generation.cache_capacities(64) == [64]
+    assert generation.cache_capacities(1023) == [64, 128, 256, 512, 1023]
 
 
 # Generation
@@ -213,7 +213,7 @@ def test_drawn_tokens_follow_the_distribution_of_the_network(model):
 def test_all_settings_share_one_compiled_program_whose_compilation_is_not_timed(model, monkeypatch):
     network, params, tokens = model
     given = tokens[:2, :3]  # a shape that no other test has
-    traced, now, extend = [], 0.0, cached.extend
+    traced, now, extend = [], 0.0, generation.extend
 
     def slow_to_trace(*arguments):
         nonlocal now
@@ -226,7 +226,7 @@ def test_all_settings_share_one_compiled_program_whose_compilation_is_not_timed(
         now += 1
         return now
 
-    monkeypatch.setattr(cached, "extend", slow_to_trace)
+    monkeypatch.setattr(generation, "extend", slow_to_trace)
     monkeypatch.setattr(generation.time, "perf_counter", clock)
     stopwatch = generation.Stopwatch()
     timed = draw(network, params, given, Drawing(), stopwatch=stopwatch)

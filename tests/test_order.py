@@ -13,7 +13,7 @@ from conftest import generator, make_mesh, random_batch, random_params, tiny_net
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.config import fields
-from gptv_jax.decode import cached
+from gptv_jax.decode import generation
 from gptv_jax.errors import InputError
 from gptv_jax.planning import plan, topology
 from gptv_jax.train import objective, step
@@ -146,15 +146,15 @@ def test_cached_decoding_matches_the_full_pass_with_target_positions_and_class_t
     def by_one(params, tokens):
         whole = network.bind(params)
         x = whole.embed(tokens[:, :5], jnp.asarray(variant))
-        logits, prompt = cached.read_prompt(whole, x)
-        model, blocks = cached.decoding_weights(network, params)
+        logits, prompt = generation.read_prompt(whole, x)
+        model, blocks = generation.decoding_weights(network, params)
 
         def one(cache, position):
             x = model.embed_one(tokens, position)
-            logits, cache = cached.extend(model, blocks, x, prompt, cache, position - 6)
+            logits, cache = generation.extend(model, blocks, x, prompt, cache, position - 6)
             return cache, logits
 
-        cache = cached.empty_cache(network, 3, LENGTH)
+        cache = generation.empty_cache(network, 3, LENGTH)
         return logits, jax.lax.scan(one, cache, jnp.arange(6, LENGTH))[1]
 
     first, rest = by_one(params, tokens)

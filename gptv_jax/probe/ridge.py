@@ -139,16 +139,12 @@ def tabulate(
         return jax.make_array_from_process_local_data(everywhere, x.astype(np.float32))
 
     def accuracies(split: str, solution: tuple, *, fold: bool) -> Float[np.ndarray, "S L"]:
-        solution = jax.tree.map(put, solution)
-
-        def parts():
-            nonlocal moments
-            for x, batch in features(split):
-                yield correct(solution, x, batch)
-                if fold:
-                    moments = add(moments, x, batch)
-
-        right, images = total(parts())
+        nonlocal moments
+        parts, solution = [], jax.tree.map(put, solution)
+        for x, batch in features(split):
+            parts.append(correct(solution, x, batch))
+            moments = add(moments, x, batch) if fold else moments
+        right, images = total(parts)
         return right.astype(np.float64) / images
 
     tried = solve(moments, np.tile(strengths[:, None], len(moments.shift)))
