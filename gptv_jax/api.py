@@ -72,8 +72,7 @@ class Model:
         The nats of a token are spread evenly over the token's pixels, so the sum over an image is
         minus `log_likelihood`. `gptv_jax.runs.pictures.heat_map` shows them as a picture.
         """
-        nats, size = self._nats(images, labels), self.codec.image_shape[:2]
-        return by_pixel(nats, self.codec.grid, size)
+        return by_pixel(self._nats(images, labels), self.codec)
 
     def features(
         self, images: UInt8[AnyArray, "B H W C"], layer: int | None = None
@@ -244,8 +243,7 @@ def to_huggingface(model: Model, folder: AnyPath, task: str = "generation") -> N
     `ImageGPTForImageClassification`. ValueError names parts of the model that ImageGPT lacks.
     """
     if task not in huggingface.ARCHITECTURES:
-        shown = ", ".join(huggingface.ARCHITECTURES)
-        raise InputError(f"task is {task!r}; it takes one of {shown}.")
+        raise InputError(f"task is {task!r}; it takes {' or '.join(huggingface.ARCHITECTURES)}.")
     huggingface.write(model.weights_file(), pathlib.Path(folder).absolute(), task)
 
 

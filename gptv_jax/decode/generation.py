@@ -64,10 +64,10 @@ def generate(
 ) -> Int[Array, "B N"]:
     """The first N tokens of B = G * samples sequences, with the UNKNOWN ones of `given` drawn.
 
-    The first `prefix` tokens, none of them unknown, are read at once, and the `samples` of a row,
-    which lie next to each other, share the prefix's cache. `labels` are the class of each row; None:
-    the network is told no class, and there is no guidance. A `stopwatch` measures the programs,
-    which are then compiled anew. `token_key` makes the key of each position from `key`.
+    The first `prefix` tokens, none of them unknown, are read at once; the `samples` of a row lie
+    next to each other and share the prefix's cache. `labels` are the class of each row; None: the
+    network is told no class, and there is no guidance. A `stopwatch` measures the programs, which
+    are then compiled anew. `token_key` makes the key of each position from `key`.
     """
     if prefix == given.shape[1]:
         return _repeat_rows(given, samples)

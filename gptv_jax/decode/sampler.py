@@ -20,6 +20,7 @@ from gptv_jax import sharding
 from gptv_jax.decode import generation
 from gptv_jax.errors import InputError
 from gptv_jax.model.gpt import Network
+from gptv_jax.tokens import Codec
 from gptv_jax.train import objective
 
 
@@ -165,13 +166,8 @@ def _nats(network, params, tokens, labels) -> jax.Array:
     return objective.token_nats(model, model(tokens, labels), targets)
 
 
-def by_pixel(
-    nats: Float[np.ndarray, "B T"], grid: tuple[int, int], size: tuple[int, int]
-) -> Float[np.ndarray, "B H W"]:
-    """The nats of each token spread evenly over the token's pixels; sums over an image stay.
-
-    `grid` is rows and columns of tokens, `size` height and width of the image in pixels.
-    """
-    height, width = (pixels // tokens for pixels, tokens in zip(size, grid, strict=True))
-    spread = (nats / (height * width)).reshape(-1, *grid)
+def by_pixel(nats: Float[np.ndarray, "B T"], codec: Codec) -> Float[np.ndarray, "B H W"]:
+    """The nats of each token spread evenly over the token's pixels; sums over an image stay."""
+    height, width = (codec.image_shape[axis] // codec.grid[axis] for axis in (0, 1))
+    spread = (nats / (height * width)).reshape(-1, *codec.grid)
     return spread.repeat(height, axis=1).repeat(width, axis=2)

@@ -46,8 +46,7 @@ def run_stage(context: Context) -> dict:
             given = np.where(known, test, generation.UNKNOWN)
             drawn = sampler.draw(given, section.key(seed), labels)
             _save_pairs(context, name, _shown(context, test), _shown(context, drawn))
-        nats = sampler.nats(test, labels)
-        spread = by_pixel(nats, network.grid, context.codec.image_shape[:2])
+        spread = by_pixel(sampler.nats(test, labels), context.codec)
         maps, brightest = pictures.heat_map(spread)
         _save_pairs(context, "surprise", _shown(context, test), maps)
         numbers["surprise_brightest_nats"] = brightest

@@ -44,15 +44,11 @@ def gradient(
         total += jnp.abs(down).mean(axis=(1, 2, 3)) + jnp.abs(right).mean(axis=(1, 2, 3))
         if min(difference.shape[1:3]) < 4:
             break
-        difference = _halved(difference)
+        # Means over squares of 2 x 2 pixels; an odd last row or column is left out.
+        height, width = (size - size % 2 for size in difference.shape[1:3])
+        rows = (difference[:, 0:height:2] + difference[:, 1:height:2]) / 2
+        difference = (rows[:, :, 0:width:2] + rows[:, :, 1:width:2]) / 2
     return total
-
-
-def _halved(x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
-    """Means over squares of 2 x 2 pixels; an odd last row or column is left out."""
-    height, width = (size - size % 2 for size in x.shape[1:3])
-    rows = (x[:, 0:height:2] + x[:, 1:height:2]) / 2
-    return (rows[:, :, 0:width:2] + rows[:, :, 1:width:2]) / 2
 
 
 def psnr(mean_squared: Float[Array, "*any"], value_range: float = RANGE) -> Float[Array, "*any"]:

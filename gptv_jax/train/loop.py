@@ -108,8 +108,9 @@ def fit(
 
     def drain():
         """Waits for the newest step, and counts the wait as its time."""
-        with clock.span(steps=0):
-            settle()
+        begin = time.perf_counter()
+        settle()
+        clock.add(time.perf_counter() - begin)
 
     def judge() -> bool:
         """Evaluates and measures where due and not yet done; whether this is the best so far."""
@@ -162,12 +163,12 @@ def fit(
                     f"{time.monotonic() - stop.since:.1f} s; the same command continues"
                 )
 
-            # Within the guard only what is named moves between host and device. A process's first
-            # step compiles, so it is not timed.
-            timed = clock.span(steps=1) if step > start else contextlib.nullcontext()
-            with profiler.step(step + 1, drain), jax.transfer_guard("disallow"), timed:
-                with clock.waiting(), jax.profiler.TraceAnnotation("next batch"):
+            # Within the guard only what is named moves between host and device.
+            with profiler.step(step + 1, drain), jax.transfer_guard("disallow"):
+                begin = time.perf_counter()
+                with jax.profiler.TraceAnnotation("next batch"):
                     local = next(data)
+                waited = time.perf_counter() - begin
                 state, metrics = train_step(state, sharding.global_batch(local))
                 step += 1
                 settle()  # the metrics of the step before, while this step runs
@@ -175,6 +176,8 @@ def fit(
                 if step == start + 1:  # before the first step there is nothing to save
                     stop = until_saved.enter_context(hosts.deferred_stop())
                 stopping = stop.agreed()
+                if step > start + 1:  # a process's first step compiles
+                    clock.add(time.perf_counter() - begin, 1, waited)
             progress.advance()
 
     progress.close()

@@ -116,22 +116,11 @@ class Clock:
     """Seconds of training steps and their number; compilation, saves and evaluations excluded."""
 
     def __init__(self, seconds: float, steps: int):
-        self.total = np.array([seconds, steps, 0.0])  # the last: seconds of waiting for data
-        self._lap_start, self._wait = self.total, 0.0
+        # The last is the part of the seconds in which the steps waited for data.
+        self.total = self._lap_start = np.array([seconds, steps, 0.0])
 
-    @contextlib.contextmanager
-    def span(self, *, steps: int):
-        """Counts the time within the `with`, in which `steps` steps are taken."""
-        begin, self._wait = time.perf_counter(), 0.0
-        yield
-        self.total = np.add(self.total, (time.perf_counter() - begin, steps, self._wait))
-
-    @contextlib.contextmanager
-    def waiting(self):
-        """Within a span: counts the time within the `with` as waiting for data."""
-        begin = time.perf_counter()
-        yield
-        self._wait += time.perf_counter() - begin
+    def add(self, seconds: float, steps: int = 0, waited: float = 0.0) -> None:
+        self.total = np.add(self.total, (seconds, steps, waited))
 
     def lap(self, tokens_per_step: int) -> dict[str, float | None]:
         """Speed and share of data waiting since the last lap."""
@@ -153,8 +142,7 @@ class Sessions:
     def __init__(self, folder: pathlib.Path, training: str, began: float, step: int, saved: float):
         """Starts a session that began at `began`, in seconds since 1970 like all times here.
 
-        It continues from the checkpoint of `step`, which was saved at `saved`; 0 where there is
-        none.
+        It continues from the checkpoint of `step`, saved at `saved`; both are 0 without one.
         """
         self.path = folder / "sessions.json"
         self._all = files.read_json(self.path, {})

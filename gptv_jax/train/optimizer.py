@@ -48,10 +48,8 @@ def make_optimizer(
     match config.name:
         case "adam":
             optimizer = optax.adam(rate, **betas)
-        case "adamw":
-            optimizer = optax.adamw(rate, **betas, **decay)
-        case "nadamw":
-            optimizer = optax.nadamw(rate, **betas, **decay)
+        case "adamw" | "nadamw":
+            optimizer = getattr(optax, config.name)(rate, **betas, **decay)
         case "muon":
             # Two optimizers, because the AdamW inside optax's muon decays everything it trains.
             matrices = optax.contrib.muon(

@@ -75,13 +75,10 @@ def make_init(network: Network, optimizer: optax.GradientTransformation, ema=Non
 
 def state_of(params: dict, optimizer: optax.GradientTransformation, ema=None) -> dict:
     """The train state {step, params, opt} before the first step; with an average, "ema" as well."""
-
+    opt = optimizer.init(params)
     # Constants in the optimizer's state have no sharding. Given one, the state before the first
     # step has the type of all later ones, so the step compiles once.
-    def sharded(x):
-        return jax.sharding.reshard(x, jax.typeof(x).sharding.spec)
-
-    opt = jax.tree.map(sharded, optimizer.init(params))
+    opt = jax.tree.map(lambda x: jax.sharding.reshard(x, jax.typeof(x).sharding.spec), opt)
     # A copy, because the step may write over the buffers of both.
     averaged = {} if ema is None else {"ema": jax.tree.map(jnp.copy, params)}
     return {"step": jnp.zeros((), jnp.int32), "params": params, "opt": opt, **averaged}
