@@ -24,6 +24,8 @@ from gptv_jax.weights import huggingface, native, run_folder
 from gptv_jax.weights.file import WeightsFile
 
 AnyPath = str | pathlib.Path
+Images = UInt8[AnyArray, "B H W C"]
+Tokens = Int[AnyArray, "B T"]
 Setting = float | int | str | None  # of `config.Drawing`
 
 
@@ -41,32 +43,26 @@ class Model:
         self.network, self.codec = described.network, described.codec
         self.params, self.mesh, self._described = params, mesh, described
 
-    def tokenize(self, images: UInt8[AnyArray, "B H W C"]) -> Int[np.ndarray, "B T"]:
+    def tokenize(self, images: Images) -> Int[np.ndarray, "B T"]:
         """Int32 tokens, 0 <= token < V, in raster order."""
         return self.codec.encode(validation.images(images, self.codec))
 
-    def detokenize(self, tokens: Int[AnyArray, "B T"]) -> UInt8[np.ndarray, "B H W C"]:
+    def detokenize(self, tokens: Tokens) -> UInt8[np.ndarray, "B H W C"]:
         """The images that the tokens stand for; for a lossless codec the inverse of `tokenize`."""
         return self.codec.decode(validation.sequences(tokens, self.network))
 
     @arguments_by_name
-    def logits(
-        self, tokens: Int[AnyArray, "B T"], labels: Labels = None
-    ) -> Float[np.ndarray, "B T V"]:
+    def logits(self, tokens: Tokens, labels: Labels = None) -> Float[np.ndarray, "B T V"]:
         """Float32 logits; position t predicts tokens[:, t], from earlier ones or (BERT) all."""
         return self._forward(validation.sequences(tokens, self.network), "logits", labels)
 
     @arguments_by_name
-    def log_likelihood(
-        self, images: UInt8[AnyArray, "B H W C"], labels: Labels = None
-    ) -> Float[np.ndarray, "B"]:
+    def log_likelihood(self, images: Images, labels: Labels = None) -> Float[np.ndarray, "B"]:
         """Float32 log-probability of each image, in nats: the sum over the image's tokens."""
         return -self._nats(images, labels).sum(axis=1)
 
     @arguments_by_name
-    def surprise(
-        self, images: UInt8[AnyArray, "B H W C"], labels: Labels = None
-    ) -> Float[np.ndarray, "B H W"]:
+    def surprise(self, images: Images, labels: Labels = None) -> Float[np.ndarray, "B H W"]:
         """Float32 negative log-probability of each pixel given the pixels before it, in nats.
 
         The nats of a token are spread evenly over the token's pixels, so the sum over an image is
@@ -74,9 +70,7 @@ class Model:
         """
         return by_pixel(self._nats(images, labels), self.codec)
 
-    def features(
-        self, images: UInt8[AnyArray, "B H W C"], layer: int | None = None
-    ) -> Float[np.ndarray, "B D"]:
+    def features(self, images: Images, layer: int | None = None) -> Float[np.ndarray, "B D"]:
         """Float32 means over positions of one layer's normed input; BERT: over its masks, too.
 
         `layer` is 0 .. L, where L is the output of the final norm; None: the layer that the probe
@@ -88,7 +82,7 @@ class Model:
         layer = validation.whole(chosen if layer is None else layer, "layer", most=last)
         return self._forward(self.tokenize(images), "pooled")[:, layer]
 
-    def classify(self, images: UInt8[AnyArray, "B H W C"]) -> Float[np.ndarray, "B classes"]:
+    def classify(self, images: Images) -> Float[np.ndarray, "B classes"]:
         """Float32 class probabilities of a fine-tuned model; BERT: means over its masks."""
         if not self.network.classes:
             raise InputError(
@@ -109,7 +103,7 @@ class Model:
     @arguments_by_name
     def complete(
         self,
-        images: UInt8[AnyArray, "B H W C"],
+        images: Images,
         keep: float = 0.5,
         seed: int = 0,
         *,
@@ -142,7 +136,7 @@ class Model:
     @arguments_by_name
     def outpaint(
         self,
-        images: UInt8[AnyArray, "B H W C"],
+        images: Images,
         top: int = 0,
         bottom: int = 0,
         left: int = 0,
@@ -259,9 +253,8 @@ def from_openai(prefix: AnyPath, palette: AnyPath) -> Model:
 def load_tokenizer(source: AnyPath, image_size: int | None = None) -> LearnedCodec:
     """A learned encoder and decoder of images, without a network that reads the codes.
 
-    Args:
-      source: a run folder whose stage `tokenizer` has finished, or a file of `Tokenizer.save`.
-      image_size: height and width in pixels; None: the size of the training images.
+    `source` is a run folder whose stage `tokenizer` has finished, or a file of `Tokenizer.save`;
+    `image_size` is height and width in pixels; None: the size of the training images.
     """
     tokenizer = learned.load(source)
     size = tokenizer.provenance["image_size"] if image_size is None else image_size

@@ -163,11 +163,10 @@ def guidance_scales(drawing: config_lib.Drawing, length: int) -> Float[np.ndarra
     """
     if drawing.guidance == 1:
         return None
-    risen = {
-        "constant": np.ones(length),
-        "cosine": (1 - np.cos(np.pi * (np.arange(length) / length) ** drawing.guidance_power)) / 2,
-    }
-    return (1 + (drawing.guidance - 1) * risen[drawing.guidance_schedule]).astype(np.float32)
+    risen = np.ones(length)
+    if drawing.guidance_schedule == "cosine":
+        risen = (1 - np.cos(np.pi * (np.arange(length) / length) ** drawing.guidance_power)) / 2
+    return (1 + (drawing.guidance - 1) * risen).astype(np.float32)
 
 
 def guide(

@@ -20,20 +20,19 @@ from gptv_jax.tokens.learned import from_pixels, to_pixels
 from gptv_jax.train.optimizer import apply_update
 from gptv_jax.train.step import Metrics, state_of
 
+Images = Float[Array, "B H W C"]
 RANGE = 2.0  # of values from -1 to 1
 WINDOW, SIGMA = 11, 1.5  # pixels, of SSIM's Gaussian window (Wang et al. 2004)
 K1, K2 = 0.01, 0.03  # SSIM's constants, shares of the range: they keep the ratios finite
 SCALES = 3  # of the gradient loss, each half as large as the one before
 
 
-def l2(restored: Float[Array, "B H W C"], images: Float[Array, "B H W C"]) -> Float[Array, "B"]:
+def l2(restored: Images, images: Images) -> Float[Array, "B"]:
     """Mean squared difference."""
     return jnp.square(restored - images).mean(axis=(1, 2, 3))
 
 
-def gradient(
-    restored: Float[Array, "B H W C"], images: Float[Array, "B H W C"]
-) -> Float[Array, "B"]:
+def gradient(restored: Images, images: Images) -> Float[Array, "B"]:
     """Mean absolute error of the differences between neighbouring pixels, at several scales.
 
     It asks for edges as sharp as the image's; the mean squared error accepts blurred ones.
@@ -56,9 +55,7 @@ def psnr(mean_squared: Float[Array, "*any"], value_range: float = RANGE) -> Floa
     return 10 * jnp.log10(value_range**2 / mean_squared)
 
 
-def ssim(
-    restored: Float[Array, "B H W C"], images: Float[Array, "B H W C"], value_range: float = RANGE
-) -> Float[Array, "B"]:
+def ssim(restored: Images, images: Images, value_range: float = RANGE) -> Float[Array, "B"]:
     """Structural similarity (Wang et al. 2004, doi:10.1109/TIP.2003.819861); 1 for equal images.
 
     Channel by channel under the paper's Gaussian window of 11 x 11 pixels, wherever it fits into
@@ -123,8 +120,7 @@ def make_init(
 
 
 def _critic_optimizer(settings: config_lib.Tokenizer) -> optax.GradientTransformation:
-    b1, b2 = settings.discriminator_betas
-    return optax.adam(settings.discriminator_rate, b1=b1, b2=b2)
+    return optax.adam(settings.discriminator_rate, *settings.discriminator_betas)
 
 
 def _critic_has_begun(settings: config_lib.Tokenizer, step: Int[Array, ""]) -> Bool[Array, ""]:
