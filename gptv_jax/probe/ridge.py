@@ -63,15 +63,15 @@ def add(moments: Moments, features: Float[Array, "votes L B D"], batch: dict) ->
     x = (features - shift[:, None]) * mask[None, :, None]
     one_hot = jax.nn.one_hot(batch["label"], moments.sums["images"].size) * mask[:, None]
 
-    def over_images(name: str, equation: str, *operands: Array) -> Array:
-        spec = jax.typeof(moments.sums[name]).sharding.spec
-        return jnp.einsum(equation, *operands, precision=EXACT, out_sharding=spec)
-
-    part = {
-        "products": over_images("products", "lbd,lbe->lde", x, x),
-        "by_class": over_images("by_class", "bc,lbd->lcd", one_hot, x),
-        "images": over_images("images", "bc->c", one_hot),
+    over_images = {
+        "products": ("lbd,lbe->lde", x, x),
+        "by_class": ("bc,lbd->lcd", one_hot, x),
+        "images": ("bc->c", one_hot),
     }
+    part = {}
+    for name, (equation, *operands) in over_images.items():
+        spec = jax.typeof(moments.sums[name]).sharding.spec
+        part[name] = jnp.einsum(equation, *operands, precision=EXACT, out_sharding=spec)
     # Kahan summation: rounding errors do not add up over the batches of a large data set.
     part = jax.tree.map(jnp.subtract, part, moments.lost)
     sums = jax.tree.map(jnp.add, moments.sums, part)
@@ -130,9 +130,7 @@ def tabulate(
     strengths = np.array(sorted(strengths, reverse=True))
     moments = None
     for x, batch in features("train"):
-        if moments is None:
-            moments = empty(x.shape[1], x.shape[3], classes)
-        moments = add(moments, x, batch)
+        moments = add(moments or empty(x.shape[1], x.shape[3], classes), x, batch)
     everywhere = NamedSharding(jax.sharding.get_mesh(), P())
 
     def put(x: np.ndarray) -> Array:  # all processes hold an equal one
@@ -152,8 +150,8 @@ def tabulate(
     best = strengths[validation.argmax(axis=0)]  # the first of equals
     columns = {"ridge": best, "ridge_validation_accuracy": validation.max(axis=0)}
     if test:
-        final = solve(moments, best[None])
-        columns["ridge_test_accuracy"] = accuracies("test", final, fold=False)[0]
+        tested = accuracies("test", solve(moments, best[None]), fold=False)
+        columns["ridge_test_accuracy"] = tested[0]
     return [{k: float(v[layer]) for k, v in columns.items()} for layer in range(len(best))]
 
 
