@@ -36,6 +36,13 @@ SPEC = P(sharding.BATCH, "tensor")  # of cached keys and values
 FIRST_CAPACITY = 64  # of the cache, in positions
 
 
+class KeyValue(NamedTuple):
+    """Keys and values of one layer; a tuple with one `KeyValue` a layer is a cache."""
+
+    keys: Float[Array, "B H S K"]
+    values: Float[Array, "B H S K"]
+
+
 @dataclasses.dataclass
 class Stopwatch:
     """Adds up the seconds that programs run, without the time it takes to compile them."""
@@ -208,13 +215,6 @@ def restrict(
     # Sorting takes longer than the rest of a small network's step, so it is skipped if not needed.
     unrestricted = (top_k >= logits.shape[-1]) & (top_p >= 1)
     return jax.lax.cond(unrestricted, lambda scaled: scaled, restricted, scaled)
-
-
-class KeyValue(NamedTuple):
-    """Keys and values of one layer; a tuple with one `KeyValue` a layer is a cache."""
-
-    keys: Float[Array, "B H S K"]
-    values: Float[Array, "B H S K"]
 
 
 def decoding_weights(network: Network, params: dict) -> tuple[GPT, list[layers.Block]]:
