@@ -55,8 +55,7 @@ def preference(row: dict) -> tuple[float, float]:
 def with_few_labels(config: config_lib.Probe, splits: dict[str, Split], seed: int) -> list[dict]:
     """`fit_probe` on a few training images of each class, a row for each random subset.
 
-    The strength is chosen on all of validation, which is not part of the final fit. Raises as
-    `draw` does.
+    The strength is chosen on all of validation, which the final fit leaves out; raises as `draw`.
     """
     (features, labels), rows = splits["train"], []
     for per_class in config.labels_per_class:

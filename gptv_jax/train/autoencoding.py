@@ -1,8 +1,4 @@
-"""Training and evaluation of a tokenizer's encoder and decoder, as pure functions for `jax.jit`.
-
-PSNR and SSIM, to report and to train by, take images [B, H, W, C] of one range and return a number
-for each image.
-"""
+"""Training and evaluation of a tokenizer's encoder and decoder, as pure functions for `jax.jit`."""
 
 from collections.abc import Callable
 

@@ -1,7 +1,4 @@
-"""A training's numbers and where they go (JSON lines, TensorBoard, the terminal), and its time.
-
-Where the time goes is told by the time of the steps, by the sessions, and by a trace of some steps.
-"""
+"""Numbers of a training: the log (JSON lines, TensorBoard, the terminal), speed, sessions, traces."""
 
 import collections
 import contextlib
