@@ -37,10 +37,13 @@ FIRST_CAPACITY = 64  # of the cache, in positions
 
 
 class KeyValue(NamedTuple):
-    """Keys and values of one layer; a tuple with one `KeyValue` a layer is a cache."""
+    """Keys and values of one layer."""
 
     keys: Float[Array, "B H S K"]
     values: Float[Array, "B H S K"]
+
+
+Cache = tuple[KeyValue, ...]  # one for each layer
 
 
 @dataclasses.dataclass
@@ -102,7 +105,7 @@ def prefill(
     params: dict,
     prefix: Int[Array, "G P"],
     labels: Int[Array, "G"] | None,
-) -> tuple[Float[Array, "N V"], tuple[KeyValue, ...]]:
+) -> tuple[Float[Array, "N V"], Cache]:
     """Logits of the first position after the prefixes, and the cache of the prefixes.
 
     `guided` reads each row with its class and, in the next row, without: rows that are compared
@@ -225,9 +228,7 @@ def decoding_weights(network: Network, params: dict) -> tuple[GPT, list[layers.B
     return model, [jax.tree.map(lambda leaf, i=i: leaf[i], model.blocks) for i in range(count)]
 
 
-def read_prompt(
-    model: GPT, x: Float[Array, "G P D"]
-) -> tuple[Float[Array, "G V"], tuple[KeyValue, ...]]:
+def read_prompt(model: GPT, x: Float[Array, "G P D"]) -> tuple[Float[Array, "G V"], Cache]:
     """Logits of the last position of every prompt, and the cache, from the embedded inputs."""
     length = x.shape[1]
     if length > LANES:  # the fast forms of attention take multiples of LANES; padding is not seen
@@ -254,10 +255,10 @@ def extend(
     model: GPT,
     blocks: list[layers.Block],
     x: Float[Array, "B 1 D"],
-    prompt: tuple[KeyValue, ...],
-    generated: tuple[KeyValue, ...],
+    prompt: Cache,
+    generated: Cache,
     count: Int[Array, ""],
-) -> tuple[Float[Array, "B V"], tuple[KeyValue, ...]]:
+) -> tuple[Float[Array, "B V"], Cache]:
     """Logits of one more position of every sample, and `generated` with the new keys and values.
 
     `model` and `blocks` are those of `decoding_weights`, `x` is the embedded input of the position.
@@ -306,7 +307,7 @@ def _row_per_sample(x: Float[Array, "G H N Z"]) -> Float[Array, "B H 1 Z"]:
     return jnp.swapaxes(x, 1, 2).reshape(G * N, H, 1, Z, out_sharding=SPEC)
 
 
-def empty_cache(network: Network, rows: int, capacity: int) -> tuple[KeyValue, ...]:
+def empty_cache(network: Network, rows: int, capacity: int) -> Cache:
     """A cache of zeros with room for `capacity` positions of `rows` sequences."""
     c = network.config
     shape = (rows, c.heads, capacity, c.width // c.heads)

@@ -150,8 +150,9 @@ def tabulate(
     best = strengths[validation.argmax(axis=0)]  # the first of equals
     columns = {"ridge": best, "ridge_validation_accuracy": validation.max(axis=0)}
     if test:
-        tested = accuracies("test", solve(moments, best[None]), fold=False)
-        columns["ridge_test_accuracy"] = tested[0]
+        columns["ridge_test_accuracy"] = accuracies("test", solve(moments, best[None]), fold=False)[
+            0
+        ]
     return [{k: float(v[layer]) for k, v in columns.items()} for layer in range(len(best))]
 
 

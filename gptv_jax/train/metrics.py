@@ -1,4 +1,4 @@
-"""Numbers of a training: the log (JSON lines, TensorBoard, the terminal), speed, sessions, traces."""
+"""A training's numbers: their log (JSON lines, TensorBoard, terminal), speed, sessions, traces."""
 
 import collections
 import contextlib
