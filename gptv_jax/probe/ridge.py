@@ -150,9 +150,8 @@ def tabulate(
     best = strengths[validation.argmax(axis=0)]  # the first of equals
     columns = {"ridge": best, "ridge_validation_accuracy": validation.max(axis=0)}
     if test:
-        columns["ridge_test_accuracy"] = accuracies("test", solve(moments, best[None]), fold=False)[
-            0
-        ]
+        [tested] = accuracies("test", solve(moments, best[None]), fold=False)
+        columns["ridge_test_accuracy"] = tested
     return [{k: float(v[layer]) for k, v in columns.items()} for layer in range(len(best))]
 
 
