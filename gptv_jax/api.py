@@ -20,8 +20,8 @@ from gptv_jax.tokens import palette as palettes
 from gptv_jax.tokens.codec import AnyArray
 from gptv_jax.train import objective
 from gptv_jax.validation import Labels, arguments_by_name
-from gptv_jax.weights import huggingface, native, run_folder
-from gptv_jax.weights.file import WeightsFile
+from gptv_jax.weights import huggingface, native
+from gptv_jax.weights.native import WeightsFile
 
 AnyPath = str | pathlib.Path
 Images = UInt8[AnyArray, "B H W C"]
@@ -214,7 +214,7 @@ def load(source: AnyPath, stage: str | None = None, palette: AnyPath | None = No
     path, mesh = pathlib.Path(source).absolute(), sharding.make_mesh(config_lib.Mesh())
     with jax.set_mesh(mesh):
         if path.is_dir() and not weights.is_weights_path(path):
-            return Model(*run_folder.read(path, stage), mesh)
+            return Model(*native.read_run(path, stage), mesh)
         if stage is not None:
             raise InputError(f"stage={stage} is given, but {path} is no run folder.")
         found = weights.read(path, palettes.load(palette) if palette else None)

@@ -18,7 +18,7 @@ from gptv_jax.config import Drawing
 from gptv_jax.decode import generation
 from gptv_jax.decode.sampler import Sampler, Section, kept_tokens, window_starts
 from gptv_jax.tokens import GreyCodec
-from gptv_jax.weights.file import WeightsFile
+from gptv_jax.weights.native import WeightsFile
 
 pytestmark = pytest.mark.usefixtures("one_device")
 

@@ -11,7 +11,7 @@ from PIL import Image
 import gptv_jax
 from gptv_jax import config as config_lib
 from gptv_jax.quality import reference
-from gptv_jax.quality.features import Pixels
+from gptv_jax.quality.features import pixels
 from gptv_jax.runs.context import Context
 from gptv_jax.stages import generate as stage
 
@@ -69,7 +69,7 @@ def test_images_are_written_and_compared_and_a_later_call_draws_the_missing_batc
     assert found["generate/reference_count"] == 1197 and found["generate/biased"]
     assert 0 <= found["generate/precision"] <= 1 and found["generate/inception_score"] is None
     assert quality["reference"]["data"] == "digits" and quality["reference"]["split"] == "train"
-    assert reference.load(made / "reference.npz").fits(Pixels((8, 8, 1)))
+    assert reference.load(made / "reference.npz").fits(pixels((8, 8, 1)))
     # One batch is deleted and more images are asked for: all other batches stay as they are.
     first, lost = (made / "tokens" / f"0000{i}_of_4.npy" for i in (0, 1))
     kept, before = lost.read_bytes(), first.stat().st_mtime_ns

@@ -20,7 +20,7 @@ from gptv_jax.errors import InputError
 from gptv_jax.runs.record import config_of
 from gptv_jax.tokens.palette import Palette
 from gptv_jax.weights import huggingface, native, openai
-from gptv_jax.weights.file import WeightsFile
+from gptv_jax.weights.native import WeightsFile
 from gptv_jax.weights.strict_reader import StrictReader
 
 SHAPE = {"layers": 3, "width": 24, "heads": 3, "vocabulary": 13, "length": 16}
@@ -488,7 +488,9 @@ def test_without_tensorflow_the_error_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow", None)
     with pytest.raises(InputError, match=r"pip install -e '.\[prepare\]'"):
         gptv_jax.from_openai(tmp_path / "model.ckpt-7", tmp_path / "colors.npz")
-    with pytest.raises(InputError, match=r"which has no colours; name the palette"):
+    with pytest.raises(
+        InputError, match=r"TensorFlow checkpoint, has no colours for .* name the palette"
+    ):
         gptv_jax.load(tmp_path / "model.ckpt-7")
 
 

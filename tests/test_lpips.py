@@ -9,7 +9,7 @@ from conftest import generator
 
 from gptv_jax.errors import InputError
 from gptv_jax.model import lpips
-from gptv_jax.weights.lpips import load
+from gptv_jax.weights.strict_reader import load_lpips
 
 
 def random_weights(seed: int = 0) -> lpips.Weights:
@@ -115,7 +115,7 @@ def test_weights_are_read_and_duplicates_are_ignored(vgg_weights, tmp_path):
     more = {"lins.0.model.1.weight": vgg_weights["lin0.model.1.weight"]}
     more |= {"scaling_layer.shift": lpips.SHIFT.reshape(1, 3, 1, 1)}
     safetensors.numpy.save_file(vgg_weights | more, path)
-    found = load(path)
+    found = load_lpips(path)
     assert found.keys() == vgg_weights.keys()
     for name, array in vgg_weights.items():
         np.testing.assert_array_equal(found[name], array)
@@ -130,7 +130,7 @@ def test_every_tensor_that_does_not_fit_is_named(vgg_weights, tmp_path):
     harmed["net.slice6.30.bias"] = np.zeros(7, np.float32)
     safetensors.numpy.save_file(harmed, path)
     with pytest.raises(InputError) as raised:
-        load(path)
+        load_lpips(path)
     message = str(raised.value)
     assert "other.safetensors are not those of LPIPS with VGG-16" in message
     for words in (
@@ -142,4 +142,4 @@ def test_every_tensor_that_does_not_fit_is_named(vgg_weights, tmp_path):
         assert words in message
     path.write_bytes(b"no weights")
     with pytest.raises(InputError, match=r"other.safetensors .*damaged"):
-        load(path)
+        load_lpips(path)

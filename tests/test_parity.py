@@ -14,7 +14,7 @@ from conftest import generator, make_mesh
 import gptv_jax
 from gptv_jax import sharding, weights
 from gptv_jax.train.objective import cross_entropy
-from gptv_jax.weights.file import WeightsFile
+from gptv_jax.weights.native import WeightsFile
 
 torch = pytest.importorskip("torch", reason="the bench extra (torch) is not installed")
 transformers = pytest.importorskip(

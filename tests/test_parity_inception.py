@@ -12,7 +12,7 @@ import safetensors.numpy
 from conftest import random_image
 from test_quality_inception import random_weights
 
-from gptv_jax.quality.inception import Inception
+from gptv_jax.quality.features import make_features
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 fid = pytest.importorskip("pytorch_fid.inception", reason="pytorch-fid is not installed")
@@ -37,7 +37,7 @@ def theirs(weights):
 def ours(weights, tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "inception.safetensors"
     safetensors.numpy.save_file(weights, path)
-    return Inception(path)
+    return make_features(str(path), (299, 299, 3))
 
 
 @pytest.mark.parametrize("height, width", [(299, 299), (32, 48), (320, 400)])

@@ -17,7 +17,7 @@ import pytest
 from conftest import generator
 
 from gptv_jax.model import lpips as ours
-from gptv_jax.weights.lpips import load
+from gptv_jax.weights.strict_reader import load_lpips
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 lpips = pytest.importorskip("lpips", reason="lpips is not installed")
@@ -47,7 +47,7 @@ def weights(theirs, tmp_path_factory):
         patch.chdir(tmp_path_factory.mktemp("weights"))
         patch.setattr(lpips, "LPIPS", lambda net: {"vgg": theirs}[net])  # avoids the download
         exec(code, {})
-        return load("lpips_vgg.safetensors")
+        return load_lpips("lpips_vgg.safetensors")
 
 
 @pytest.mark.parametrize("height, width", [(16, 16), (64, 48), (37, 50)])

@@ -9,10 +9,9 @@ from conftest import random_image
 
 from gptv_jax.errors import InputError
 from gptv_jax.quality import reference
-from gptv_jax.quality.evaluate import evaluate
-from gptv_jax.quality.features import FromFunction, Pixels
-from gptv_jax.quality.measure import measure
-from gptv_jax.quality.metrics import inception_score, overlap
+from gptv_jax.quality.evaluate import evaluate, inception_score, overlap
+from gptv_jax.quality.features import FeatureExtractor, pixels
+from gptv_jax.quality.reference import measure
 
 SHAPE = (4, 4, 1)
 ABOUT = {"data": "noise", "split": "train", "transforms": ["resize 4, method=lanczos"]}
@@ -20,11 +19,11 @@ ABOUT = {"data": "noise", "split": "train", "transforms": ["resize 4, method=lan
 
 def corner_features(images):
     """Two pixels as features, and probabilities of three classes from the first pixel."""
-    pixels = images.reshape(len(images), -1).astype(np.float64)
-    return pixels[:, :2], np.eye(3)[images[:, 0, 0, 0] % 3] * 0.7 + 0.1
+    values = images.reshape(len(images), -1).astype(np.float64)
+    return values[:, :2], np.eye(3)[images[:, 0, 0, 0] % 3] * 0.7 + 0.1
 
 
-CORNER = FromFunction(corner_features, "corner", "v1", 2)
+CORNER = FeatureExtractor(corner_features, "corner", "v1", 2)
 
 
 def batches(images: np.ndarray, size: int):
@@ -64,7 +63,7 @@ def test_the_batch_size_does_not_matter(real, made):
         sizes.append(len(images))
         return corner_features(images)
 
-    features = FromFunction(counted, "corner", "v1", 2)
+    features = FeatureExtractor(counted, "corner", "v1", 2)
     for size in (7, 90):
         other = reference.compute(features, batches(real, size), ABOUT)
         np.testing.assert_allclose(other.covariance, made.covariance, rtol=1e-12)
@@ -76,14 +75,14 @@ def test_the_batch_size_does_not_matter(real, made):
 
 
 def test_kept_features_are_a_random_sample(real):
-    order = FromFunction(lambda i: i.reshape(len(i), -1)[:, :1], "first", "v1", 1)
+    order = FeatureExtractor(lambda i: i.reshape(len(i), -1)[:, :1], "first", "v1", 1)
     ramp = np.tile(np.arange(200, dtype=np.uint8)[:, None, None, None], (1, *SHAPE))
-    kept = measure(order, batches(ramp, 9), 50).kept[:, 0]
+    kept = measure(order, batches(ramp, 9), 50)[1][:, 0]
     assert len(kept) == len(set(kept)) == 50 and set(kept) <= set(range(200))
     assert 70 < kept.mean() < 130 and kept.min() < 20 and kept.max() > 180
     assert 60 < kept[:25].mean() < 140  # the first rows are a random sample too
     assert list(kept) != sorted(kept)
-    assert len(measure(order, batches(ramp, 9), 500).kept) == 200
+    assert len(measure(order, batches(ramp, 9), 500)[1]) == 200
 
 
 def test_a_saved_reference_is_read_back(made, tmp_path):
@@ -145,9 +144,9 @@ def test_evaluate_returns_the_numbers_of_the_metrics(made, real, generated):
     assert itself["frechet_distance"] < 1e-9
     assert itself["precision"] == itself["recall"] == itself["coverage"] == 1
     assert found["count"] == 70 and found["reference_count"] == 90 and found["overlap_count"] == 70
-    score = inception_score(p.astype(np.float32))
-    assert found["inception_score"] == score.mean > 1
-    assert found["inception_score_deviation"] == score.deviation
+    score, deviation = inception_score(p.astype(np.float32))
+    assert found["inception_score"] == score > 1
+    assert found["inception_score_deviation"] == deviation
     # The reference is cut to the count of the generated images, whose order does not matter.
     shared = overlap(made.kept[:70], y.astype(np.float32))
     assert found["recall"] == shared.recall and found["precision"] == shared.precision
@@ -156,7 +155,7 @@ def test_evaluate_returns_the_numbers_of_the_metrics(made, real, generated):
 
 
 def test_numbers_that_cannot_be_computed_are_none(real, generated):
-    features = Pixels(SHAPE)
+    features = pixels(SHAPE)
     made = reference.compute(features, batches(real, 32), ABOUT, keep=0)
     assert made.kept is None
     found = evaluate(batches(generated[:12], 5), made, features)
@@ -173,7 +172,7 @@ def test_another_extractor_is_refused_before_an_image_is_drawn(made):
         yield
 
     for name, hash in (("other", "v1"), ("corner", "v2")):
-        other = FromFunction(corner_features, name, hash, 2)
+        other = FeatureExtractor(corner_features, name, hash, 2)
         with pytest.raises(InputError) as refused:
             evaluate(never(), made, other)
         assert "corner (hash v1)" in str(refused.value)

@@ -10,9 +10,9 @@ import gptv_jax
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.errors import InputError
-from gptv_jax.quality.features import FeatureExtractor, FromFunction, Pixels, make_features
+from gptv_jax.quality.features import FeatureExtractor, make_features, pixels
 from gptv_jax.weights import native
-from gptv_jax.weights.file import WeightsFile
+from gptv_jax.weights.native import WeightsFile
 
 
 def test_pixels_are_averaged_over_equal_areas():
@@ -29,7 +29,7 @@ def test_averaged_areas_may_end_within_a_pixel():
     image = random_image(1, 12, 20, 1)
     repeated = image.repeat(2, axis=1).repeat(2, axis=2)  # 24 x 40 pixels, which 8 divides
     values, _ = make_features(None, (12, 20, 1))(image)
-    np.testing.assert_allclose(values, Pixels((24, 40, 1))(repeated)[0], rtol=1e-6)
+    np.testing.assert_allclose(values, pixels((24, 40, 1))(repeated)[0], rtol=1e-6)
 
 
 def test_pixels_of_small_images_are_not_averaged():
@@ -45,15 +45,14 @@ def test_a_function_returns_features_and_may_return_probabilities():
     def function(images):
         return images.mean(axis=(1, 2)), np.full((len(images), 4), 0.25)
 
-    features = FromFunction(function, "means", "v1", 3)
-    assert isinstance(features, FeatureExtractor)
+    features = FeatureExtractor(function, "means", "v1", 3)
     values, probabilities = features(images)
     assert values.shape == (2, 3) and probabilities.shape == (2, 4)
-    assert FromFunction(lambda i: function(i)[0], "means", "v1", 3)(images)[1] is None
+    assert FeatureExtractor(lambda i: function(i)[0], "means", "v1", 3)(images)[1] is None
     with pytest.raises(
         ValueError, match=r"means returned features \[2, 3\] for 2 images; .* return \[2, 5\]"
     ):
-        FromFunction(function, "means", "v1", 5)(images)
+        FeatureExtractor(function, "means", "v1", 5)(images)
 
 
 def test_a_network_without_a_probe_gives_the_middle_layer(tmp_path, one_device):

@@ -63,7 +63,7 @@ def test_a_file_of_weights_gives_features_and_probabilities(weights, tmp_path):
     for found, expected in zip(of_grey, (values, probabilities), strict=True):
         np.testing.assert_allclose(found[1], expected[1], rtol=1e-4, atol=1e-5 * expected.max())
     changed = weights | {"fc.bias": weights["fc.bias"] + 1}
-    assert inception.Inception(save(changed, tmp_path)).hash != features.hash
+    assert make_features(save(changed, tmp_path), (24, 20, 3)).hash != features.hash
 
 
 def test_every_fault_of_the_weights_is_listed(weights, tmp_path):

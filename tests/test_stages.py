@@ -31,7 +31,7 @@ from gptv_jax.stages import pretrain, probe, sample, setup
 from gptv_jax.train import loop
 from gptv_jax.train.metrics import MetricWriter
 from gptv_jax.train.step import CLASSIFICATION
-from gptv_jax.weights.file import WeightsFile
+from gptv_jax.weights.native import WeightsFile
 
 
 def images_of(split: str) -> np.ndarray:

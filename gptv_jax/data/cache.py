@@ -47,14 +47,11 @@ def claim(folder: pathlib.Path) -> None:
 def write(
     folder: pathlib.Path, codec: tokens.Codec, splits: dict[str, Iterable[dict]], header: dict
 ) -> None:
-    """Writes every split, then the header.
+    """Writes every split into an empty folder (see `claim`), then the header.
 
-    Args:
-      folder: an empty folder, see `claim`.
-      codec: made the tokens.
-      splits: the examples of each split, in order: "tokens", int32 [T], and "label" if labelled.
-      header: "source", "tokens" (the fields of `config.Tokens`), "image_size", "transforms",
-        "classes", and whatever else should be recorded.
+    Examples have the codec's "tokens", int32 [T], and "label" if labelled. The header has "source",
+    "tokens" (the fields of `config.Tokens`), "image_size", "transforms", "classes", and whatever
+    else should be recorded.
     """
     planes = _TokenPlanes(codec)
     record = np.dtype(planes.fields + [("label", "<i4", ())] * bool(header["classes"]))
@@ -136,26 +133,18 @@ class TokenCache:
 class _CachedSplit:
     def __init__(self, path: pathlib.Path, length: int, record: np.dtype, planes: "_TokenPlanes"):
         self.path, self.length, self.record, self.planes = path, length, record, planes
-        self._open()
-
-    def _open(self) -> None:
         try:
-            self._reader = ArrayRecordReader(str(self.path), READER_OPTIONS)
+            self._reader = ArrayRecordReader(str(path), READER_OPTIONS)
             found = self._reader.num_records()
         except Exception as error:  # ArrayRecord raises whatever its C++ part reports
-            raise InputError(f"{self.path} is damaged ({first_line(error)}).") from error
-        if found != self.length:
+            raise InputError(f"{path} is damaged ({first_line(error)}).") from error
+        if found != length:
             raise InputError(
-                f"{self.path} is damaged: it has {found} records, but header.json says "
-                f"{self.length}."
+                f"{path} is damaged: it has {found} records, but header.json says {length}."
             )
 
-    def __getstate__(self) -> dict:  # without the reader: a worker process opens the file itself
-        return {name: value for name, value in self.__dict__.items() if name != "_reader"}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__ |= state
-        self._open()
+    def __reduce__(self) -> tuple:  # a worker process opens the file itself
+        return _CachedSplit, (self.path, self.length, self.record, self.planes)
 
     def __len__(self) -> int:
         return self.length

@@ -18,7 +18,7 @@ from gptv_jax.data.images import DamagedImageError, Decode
 from gptv_jax.errors import InputError
 
 LOG = logging.getLogger(__name__)
-NOT_DAMAGED = -1  # stands for a damaged image's number
+NOT_DAMAGED = np.int32(-1)  # stands for a damaged image's number
 MIN_IMAGES = 200  # the share of damaged images is taken of at least so many, or of all
 
 
@@ -40,7 +40,7 @@ class DecodedSource:
                 example = self._decode((index + distance) % len(self))
             except (DamagedImageError, OSError):
                 continue
-            return {**example, "damaged": np.int32(index if distance else NOT_DAMAGED)}
+            return {**example, "damaged": np.int32(index) if distance else NOT_DAMAGED}
         raise InputError(
             f"none of {len(self)} images can be read; the first, {self.name(0)}: {self.reason(0)}."
         )
@@ -90,40 +90,36 @@ class DamageLog:
         """Sorted names of the damaged images in the files of all processes."""
         return sorted(self._names | self._of_others)
 
-    def record(self, split: str, source: DecodedSource, damaged: np.ndarray, read: int) -> None:
-        """Logs the images of `damaged` that are new, where each element may be `NOT_DAMAGED`.
+    def record(self, split: str, source, damaged: np.ndarray | np.generic, batches: int) -> None:
+        """Logs the images of a batch that are newly damaged: `DecodedSource` numbers them.
 
-        `read` is the number of images that this process has read from the source so far. Raises
-        InputError where the policy is "fail", or the share of damaged images is above the limit.
+        `batches` counts the batches of this size that this process has read from the source so far.
+        Raises InputError where the policy is "fail", or too large a share of images is damaged.
         """
-        read = min(read, len(source))
+        read = min(batches * np.size(damaged), len(source))
         self._images_by_split[split] = max(read, self._images_by_split.get(split, 0))
+        # Over all splits and earlier processes of the run.
+        looked_at = max(sum(self._images_by_split.values()), self._images_before)
         before = self.count
-        for number in sorted(set(damaged.tolist()) - {NOT_DAMAGED}):
-            if source.name(number) not in self._names:
-                self._add(source.name(number), source.reason(number))
-        if self.count > before:
-            self._check_share()
-
-    def _add(self, name: str, reason: str) -> None:
-        if self._config.damaged == "fail":
-            raise InputError(
-                f"{name} cannot be read: {reason}. Repair or remove it, or continue without it by "
-                "config.data.damaged=skip."
-            )
-        self._names.add(name)
-        LOG.warning("%s is left out: %s.", name, reason)
-        if self._path:
-            with self._path.open("a") as file:
-                line = {"name": name, "reason": reason, "looked_at": self._images_read()}
-                file.write(json.dumps(line) + "\n")
-
-    def _images_read(self) -> int:  # over all splits and earlier processes of the run
-        return max(sum(self._images_by_split.values()), self._images_before)
-
-    def _check_share(self) -> None:
+        for number in sorted({*np.ravel(damaged).tolist()} - {NOT_DAMAGED}):
+            if (name := source.name(number)) in self._names:
+                continue
+            reason = source.reason(number)
+            if self._config.damaged == "fail":
+                raise InputError(
+                    f"{name} cannot be read: {reason}. Repair or remove it, or continue without it "
+                    "by config.data.damaged=skip."
+                )
+            self._names.add(name)
+            LOG.warning("%s is left out: %s.", name, reason)
+            if self._path:
+                with self._path.open("a") as file:
+                    line = {"name": name, "reason": reason, "looked_at": looked_at}
+                    file.write(json.dumps(line) + "\n")
+        if self.count == before:
+            return
         total = sum(sources.open_data_set(self._config).lengths.values())
-        images = min(max(self._images_read(), MIN_IMAGES), total)
+        images = min(max(looked_at, MIN_IMAGES), total)
         if self.count > self._config.max_damaged * images:
             raise InputError(
                 f"{self.count} of {images} images cannot be read, more than the share "

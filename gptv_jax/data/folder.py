@@ -1,5 +1,6 @@
 """Folders of image files as data sets."""
 
+import collections
 import os
 import pathlib
 
@@ -40,21 +41,24 @@ class ImageFolder:
                 shown = ", ".join(ENDINGS)
                 raise InputError(f"{folders[split]} holds no image (no file ending in {shown}).")
         labelled = labels and all(os.sep in name for found in files.values() for name in found)
-        names = sorted({_class(name) for name in files["train"]})
-        self.class_names = names if labelled and len(names) > 1 else []
+        counts = collections.Counter(map(_class, files["train"]))
+        self.class_names = sorted(counts) if labelled and len(counts) > 1 else []
         self.classes = len(self.class_names)
-        self._splits = {
-            split: _FolderSplit(folders[split], *self._ordered(folders[split], found))
-            for split, found in files.items()
-        }
+        self._splits = {split: self._open(folders[split], found) for split, found in files.items()}
         self.lengths = {split: len(source) for split, source in self._splits.items()}
-        if self.classes:
-            self._check_classes(folders["train"])
+        lone = [name for name in self.class_names if counts[name] == 1]
+        if lone:
+            more = f" and {len(lone) - 3} more" if len(lone) > 3 else ""
+            raise InputError(
+                f"{folders['train']} has only one image of class {', '.join(lone[:3])}{more}, too "
+                "few to train on some and evaluate on others; add images, remove the class, or "
+                "ignore all classes by config.data.labels=False."
+            )
 
     def open(self, split: str) -> "_FolderSplit":
         return self._splits[split]
 
-    def _ordered(self, folder, files: list[str]) -> tuple[list[str], np.ndarray | None]:
+    def _open(self, folder: pathlib.Path, files: list[str]) -> "_FolderSplit":
         numbers = {name: i for i, name in enumerate(self.class_names)}
         unknown = sorted({_class(f) for f in files} - set(numbers)) if numbers else []
         if unknown:
@@ -63,18 +67,7 @@ class ImageFolder:
             )
         labels = np.array([numbers[_class(f)] if numbers else 0 for f in files], np.int32)
         order = _shuffle(labels)
-        return [files[i] for i in order], labels[order] if numbers else None
-
-    def _check_classes(self, folder: pathlib.Path) -> None:
-        counts = np.bincount(self._splits["train"].labels, minlength=self.classes)
-        lone = [name for name, n in zip(self.class_names, counts, strict=True) if n == 1]
-        if lone:
-            more = f" and {len(lone) - 3} more" if len(lone) > 3 else ""
-            raise InputError(
-                f"{folder} has only one image of class {', '.join(lone[:3])}{more}, too few to "
-                "train on some and evaluate on others; add images, remove the class, or ignore all "
-                "classes by config.data.labels=False."
-            )
+        return _FolderSplit(folder, [files[i] for i in order], labels[order] if numbers else None)
 
 
 class _FolderSplit:

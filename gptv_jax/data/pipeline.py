@@ -6,7 +6,6 @@ in the training data is one number, the count of global batches read, which depe
 number of hosts nor on workers.
 """
 
-import copy
 import dataclasses
 import functools
 import itertools
@@ -30,8 +29,10 @@ from gptv_jax.tokens import Codec
 
 LOG = logging.getLogger(__name__)
 ENCODE_AHEAD = 2  # batches that a codec on devices encodes ahead of their use
+TRIED = 32  # images that the transforms and the codec are tried on
 
 
+@dataclasses.dataclass(eq=False)
 class Pipeline:
     """The data of a run, as batches of NumPy arrays.
 
@@ -41,22 +42,15 @@ class Pipeline:
     in the run folder, if one is given.
     """
 
-    def __init__(
-        self,
-        config: config_lib.Data,
-        codec: Codec | None,
-        seed: int,
-        folder: pathlib.Path | None = None,
-        share: tuple[int, int] = (0, 1),
-    ):
-        self.config, self.codec, self.seed, self.share = config, codec, seed, share
-        self.damage_log = DamageLog(config, folder)
+    config: config_lib.Data
+    codec: Codec | None
+    seed: int
+    folder: pathlib.Path | None = None
+    share: tuple[int, int] = (0, 1)
+    damage_log: DamageLog | None = None
 
-    def with_codec(self, codec: Codec) -> "Pipeline":
-        """A copy with another codec; the log of damaged images is shared."""
-        other = copy.copy(self)
-        other.codec = codec
-        return other
+    def __post_init__(self):
+        self.damage_log = self.damage_log or DamageLog(self.config, self.folder)
 
     def train(
         self, batch_size: int, position: int = 0, entries: tuple[str, ...] = ()
@@ -65,10 +59,10 @@ class Pipeline:
 
         `entries` are transforms in place of the config's.
         """
-        source, steps = _opened(self.config, "train", entries or self.config.train_transforms)
-        data = grain.MapDataset.range(len(source)).seed(self.seed).shuffle().repeat()
-        data = data.random_map(_Example(source, steps, self._worker_codec("train")))
-        return self._batches(data, "train", source, batch_size, position)
+        example = self._example("train", entries or self.config.train_transforms)
+        data = grain.MapDataset.range(len(example.source)).seed(self.seed).shuffle().repeat()
+        data = data.random_map(example)
+        return self._batches(data, "train", example, batch_size, position)
 
     def evaluation(self, split: str, batch_size: int, limit: int | None = None) -> Iterator[dict]:
         """This process's share of the first `limit` examples of a split, without augmentation.
@@ -77,62 +71,48 @@ class Pipeline:
         and 0 for padding and for examples that replace a damaged image; "index", int32 [b], is the
         number of the example.
         """
-        source, steps = _opened(self.config, split, self.config.eval_transforms)
-        examples = len(source) if limit is None else min(limit, len(source))
+        example = self._example(split, self.config.eval_transforms)
+        length = len(example.source)
+        examples = length if limit is None else min(limit, length)
         padded = -(-examples // batch_size) * batch_size
-        example = _Example(source, steps, self._worker_codec(split))
         data = grain.MapDataset.range(padded).map(functools.partial(example.masked, examples))
-        return self._batches(data, split, source, batch_size)
-
-    def _worker_codec(self, split: str) -> Codec | None:
-        """The codec that Grain's workers apply: none if the codec encodes batches on devices."""
-        on_devices = self.codec is not None and self.codec.on_devices and self.has_pixels(split)
-        return None if on_devices else self.codec
+        return self._batches(data, split, example, batch_size)
 
     def has_pixels(self, split: str) -> bool:
         """Whether the split's images can be read; a token cache has only tokens."""
         return sources.open_source(self.config, split).stored_as != "tokens"
 
-    def _batches(self, data, split, source, batch_size, position=0) -> Iterator[dict]:
+    def _example(self, split: str, entries: tuple[str, ...]) -> "_Example":
+        """What Grain's workers do; a codec that encodes on devices gets the workers' batches."""
+        on_devices = self.codec is not None and self.codec.on_devices and self.has_pixels(split)
+        return _open(self.config, split, entries, None if on_devices else self.codec)
+
+    def _batches(self, data, split, example, batch_size, position=0) -> Iterator[dict]:
         """This process's share of the batches; numbers of damaged images move into the log."""
         index, count = self.share
         # No remainder is dropped. With drop_remainder=False Grain counts the batches of an endless
         # source in floating point.
         data = data.batch(batch_size // count, drop_remainder=True)[index::count][position:]
-        read = _read_ahead(data, source, self.config.workers)
-        if self.codec is not None and self.codec.on_devices:
-            read = grain.experimental.ThreadPrefetchIterDataset(
-                read.map(self._encode), prefetch_buffer_size=ENCODE_AHEAD
-            )
+        read = _read_ahead(data, example.source, self.config.workers)
+        if example.codec is not self.codec:  # which encodes whole batches, on devices
+            read = read.map(lambda b: {"tokens": self.codec.encode(b.pop("image")), **b})
+            read = grain.experimental.ThreadPrefetchIterDataset(read, ENCODE_AHEAD)
         for number, batch in enumerate(read, start=position + 1):
-            damaged = batch.pop("damaged", None)
-            if damaged is not None:
-                self.damage_log.record(split, source, damaged, read=number * len(damaged))
+            damaged = batch.pop("damaged", NOT_DAMAGED)
+            self.damage_log.record(split, example.source, damaged, number)
             yield batch
-
-    def _encode(self, batch: dict) -> dict:
-        if "image" not in batch:  # the source is a token cache
-            return batch
-        return {"tokens": self.codec.encode(batch.pop("image")), **batch}
 
 
 def try_out(
-    config: config_lib.Data,
-    codec: Codec | None,
-    shape: tuple[int, int, int],
-    entries: tuple[str, ...],
-    count: int,
+    config: config_lib.Data, codec: Codec | None, shape: tuple[int, ...], entries: tuple[str, ...]
 ) -> None:
-    """Makes tokens of the first `count` training images, so that misfits are found before any work.
+    """Makes tokens of the first training images, so that misfits are found before any work.
 
     Without a codec, or if the codec encodes on devices, only `shape`, [H, W, C], is checked.
     """
-    source, steps = _opened(config, "train", entries)
-    rng = np.random.default_rng(0)
-    for index in range(min(count, len(source))):
-        image = source[index]["image"]
-        for step in steps:
-            image = step(image, rng)
+    example, rng = _open(config, "train", entries), np.random.default_rng(0)
+    for index in range(min(TRIED, len(example.source))):
+        image = example.random_map(index, rng)["image"]
         if codec is None or (codec.on_devices and image.dtype == np.uint8):
             _check_shape(image, shape)
         else:
@@ -152,21 +132,23 @@ def images(
     example has "image", uint8 [H, W, C] or from a token cache the grid of tokens, uint16 [rows,
     columns, 1]; "variant"; and "label" of labelled data.
     """
-    source, steps = _opened(config, split, config.eval_transforms)
+    example = _open(config, split, config.eval_transforms)
+    source = example.source
     data = grain.MapDataset.range(len(source))
     if count is not None and count < len(source):
         data = data.seed(seed).shuffle()[:count]
-    data = data.map(_Example(source, steps).random_map)
+    data = data.map(example.random_map)
     for number, element in enumerate(_read_ahead(data, source, config.workers), start=1):
-        damaged = element.pop("damaged", None)
-        if damaged is not None:
-            damage_log.record(split, source, np.array([damaged]), read=number)
-        if damaged in (None, NOT_DAMAGED):
+        damaged = element.pop("damaged", NOT_DAMAGED)
+        damage_log.record(split, source, damaged, number)
+        if damaged == NOT_DAMAGED:
             yield element
 
 
-def _opened(config: config_lib.Data, split: str, entries: tuple[str, ...]):
-    """The split's source, and the transforms to apply to its pixels or grids of tokens."""
+def _open(
+    config: config_lib.Data, split: str, entries: tuple[str, ...], codec: Codec | None = None
+) -> "_Example":
+    """The split's source, with the transforms to apply to its pixels or grids of tokens."""
     source = sources.open_source(config, split)
     steps = [transforms.parse(entry) for entry in entries]
     decodes = [isinstance(step, Decode) for step in steps]
@@ -176,10 +158,10 @@ def _opened(config: config_lib.Data, split: str, entries: tuple[str, ...]):
             f'those of {config.name}, begin with "decode()", and have it once.'
         )
     if source.stored_as == "encoded":
-        return DecodedSource(source, steps[0]), steps[1:]
-    if source.stored_as == "tokens":
-        return source, _token_steps(config, entries)
-    return source, steps
+        source, steps = DecodedSource(source, steps[0]), steps[1:]
+    elif source.stored_as == "tokens":
+        steps = _token_steps(config, entries)
+    return _Example(source, steps, codec)
 
 
 @functools.cache

@@ -28,16 +28,16 @@ SPLITS = ("train", "validation", "test")  # of a run; `config.data` gives an exp
 
 @runtime_checkable
 class Source(Protocol):
-    """The examples of a split, or of a split expression, by number."""
+    """The examples of a split, or of a split expression, by number.
+
+    An example is `{"image", "label"}`, always the same; without "label" where unlabelled. The image
+    is uint8 [H, W, C], the bytes of an image file, or a grid of tokens, uint16 [rows, columns, 1],
+    depending on `DataSet.stored_as`.
+    """
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> dict:
-        """`{"image", "label"}`, always the same for an index; without "label" where unlabelled.
-
-        The image is uint8 [H, W, C], the bytes of an image file, or a grid of tokens, uint16
-        [rows, columns, 1], depending on `DataSet.stored_as`.
-        """
+    def __getitem__(self, index: int) -> dict: ...
 
     def name(self, index: int) -> str: ...  # the example's name in messages
 
@@ -65,9 +65,13 @@ class Arrays:
         labels = [labels for _, labels in splits.values() if labels is not None]
         if len(labels) not in (0, len(splits)):
             raise InputError(f"of the splits {', '.join(splits)} some have labels and some do not.")
-        for name, arrays in splits.items():
-            if not _accepted(*arrays):
-                shown = [f"{a.dtype} {list(a.shape)}" for a in arrays if a is not None]
+        for name, (images, numbers) in splits.items():
+            accepted = images.ndim == 4 and images.dtype == np.uint8 and len(images) > 0
+            if accepted and numbers is not None:
+                accepted = numbers.shape == images.shape[:1] and numbers.dtype.kind in "iu"
+                accepted = accepted and numbers.min() >= 0
+            if not accepted:
+                shown = [f"{a.dtype} {list(a.shape)}" for a in splits[name] if a is not None]
                 raise InputError(
                     f"split {name} holds images {' and labels '.join(shown)}; images must be uint8 "
                     "[N, H, W, C] and labels whole numbers [N] from 0."
@@ -78,15 +82,6 @@ class Arrays:
 
     def open(self, split: str) -> Source:
         return _ArraysSplit(split, *self._splits[split])
-
-
-def _accepted(images: np.ndarray, labels: np.ndarray | None) -> bool:
-    pixels = images.ndim == 4 and images.dtype == np.uint8 and len(images) > 0
-    if not pixels or labels is None:
-        return pixels
-    return (
-        labels.shape == images.shape[:1] and labels.dtype.kind in "iu" and bool(labels.min() >= 0)
-    )
 
 
 class _ArraysSplit:
@@ -142,9 +137,8 @@ def digits() -> Arrays:
 class Tfds:
     """A TFDS data set that was prepared as ArrayRecord, read without TensorFlow.
 
-    Args:
-      name: its name in TFDS, with a configuration where it has several: `a/b:1.0.0`.
-      folder: the folder of all prepared sets, or of this one; None: TFDS's default.
+    The name may have a configuration, `a/b:1.0.0`. `folder` has all prepared sets, or this one;
+    None: TFDS's default.
     """
 
     stored_as = "encoded"

@@ -53,7 +53,7 @@ class Shift(Transform):
         # Variants count from the middle of the square of shifts, so that 0 is no shift.
         down, right = divmod((variant + self.variants // 2) % self.variants, side)
         height, width = image.shape[:2]
-        padded = _pad(image, self.pixels, mode="constant")
+        padded = np.pad(image, [(self.pixels, self.pixels)] * 2 + [(0, 0)])
         top, left = 2 * self.pixels - down, 2 * self.pixels - right
         return padded[top : top + height, left : left + width]
 
@@ -77,7 +77,9 @@ class ResizeShort(Resize):
     """Resizes the shorter side to `size` pixels, with antialiasing; the aspect ratio is kept."""
 
     def __call__(self, image, rng):
-        return _resize_short(image, self.size, self.method)
+        scale = self.size / min(image.shape[:2])
+        height, width = (max(round(side * scale), self.size) for side in image.shape[:2])
+        return _resize(image, height, width, self.method)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +97,7 @@ class RandomResizeShort(Transform):
 
     def __call__(self, image, rng):
         size = int(rng.integers(self.low, self.high, endpoint=True))
-        return _resize_short(image, size, self.method)
+        return ResizeShort(size, self.method)(image, rng)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +122,7 @@ class RandomCrop(Transform):
     padding: int = field(0, NOT_NEGATIVE)
 
     def __call__(self, image, rng):
-        image = _pad(image, self.padding, mode="reflect")
+        image = np.pad(image, [(self.padding, self.padding)] * 2 + [(0, 0)], mode="reflect")
         top, left = (int(rng.integers(max(n - self.size, 0) + 1)) for n in image.shape[:2])
         return _crop(image, top, left, self.size)
 
@@ -283,10 +285,6 @@ def _arguments(transform: type) -> str:
     )
 
 
-def _pad(image: np.ndarray, margin: int, mode: str) -> np.ndarray:
-    return np.pad(image, [(margin, margin), (margin, margin), (0, 0)], mode=mode)
-
-
 def _crop(image: np.ndarray, top: int, left: int, size: int) -> np.ndarray:
     height, width = image.shape[:2]
     if min(height, width) < size:
@@ -295,13 +293,6 @@ def _crop(image: np.ndarray, top: int, left: int, size: int) -> np.ndarray:
             f'put "resize_short({size})" before the crop.'
         )
     return image[top : top + size, left : left + size]
-
-
-def _resize_short(image: np.ndarray, size: int, method: str) -> np.ndarray:
-    height, width = image.shape[:2]
-    scale = size / min(height, width)
-    height, width = max(round(height * scale), size), max(round(width * scale), size)
-    return _resize(image, height, width, method)
 
 
 def _resize(image: np.ndarray, height: int, width: int, method: str) -> np.ndarray:

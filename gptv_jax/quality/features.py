@@ -1,59 +1,45 @@
 """Feature extractors: of averaged pixels, of a network of this project, of any function."""
 
+import dataclasses
+import math
 import pathlib
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, UInt8
 
 from gptv_jax import api, files
 from gptv_jax.errors import InputError
-from gptv_jax.quality.inception import PREFIX, Inception
+from gptv_jax.quality import inception
 from gptv_jax.weights import native
 
 PIXELS = "pixels"
-CELLS = 8  # number of areas that `Pixels` averages along height and along width
+CELLS = 8  # number of areas that `pixels` averages along height and along width
 
 Shape = tuple[int, int, int]  # H, W, C of an image
 Extracted = tuple[Float[np.ndarray, "B D"], Float[np.ndarray, "B classes"] | None]
 
 
-@runtime_checkable
-class FeatureExtractor(Protocol):
+@dataclasses.dataclass(frozen=True)
+class FeatureExtractor:
     """Turns uint8 images into float32 features [B, D] and class probabilities [B, C] or None.
 
     Numbers can be compared only where `name` and `hash` of the extractors are equal.
     """
 
-    name: str
-    hash: str  # of the weights; a fixed text for an extractor without weights
+    # Maps uint8 images [B, H, W, C] to features [B, D], or to a pair of features and class
+    # probabilities [B, C], as NumPy or JAX arrays.
+    function: Callable
+    name: str  # a name that no other function has
+    hash: str  # a text that no other weights of the function have
     size: int  # D
-    of_pictures: bool  # expects images as people see them (0 to 255), not in the data set's range
-
-    def __call__(self, images: UInt8[np.ndarray, "B H W C"]) -> Extracted: ...
-
-
-class FromFunction:
-    """An extractor that calls a function."""
-
-    of_pictures = False
-
-    def __init__(self, function: Callable, name: str, hash: str, size: int):
-        """Wraps the function.
-
-        Args:
-          function: maps uint8 images [B, H, W, C] to features [B, D], or to a pair of features and
-            class probabilities [B, C], as NumPy or JAX arrays.
-          name: a name that no other function has.
-          hash: a text that no other weights of the function have.
-          size: D.
-        """
-        self._function, self.name, self.hash, self.size = function, name, hash, size
+    of_pictures: bool = (
+        False  # expects images as people see them (0 to 255), not in the set's range
+    )
 
     def __call__(self, images: UInt8[np.ndarray, "B H W C"]) -> Extracted:
         """Raises ValueError where the function returns features of another shape than [B, D]."""
-        returned = self._function(images)
+        returned = self.function(images)
         features, probabilities = returned if isinstance(returned, tuple) else (returned, None)
         features = np.asarray(features, np.float32)
         if features.shape != (len(images), self.size):
@@ -64,68 +50,68 @@ class FromFunction:
         return features, None if probabilities is None else np.asarray(probabilities, np.float32)
 
 
-class Pixels:
-    """An extractor that averages pixels over 8 x 8 equal areas: colour and layout, no detail."""
+def pixels(image_shape: Shape) -> FeatureExtractor:
+    """Pixels averaged over 8 x 8 equal areas: colour and layout, no detail.
 
-    hash = "no weights"
-    of_pictures = False
+    A side of fewer than 8 pixels is not averaged.
+    """
+    height, width, channels = image_shape
+    rows, columns = _areas(height), _areas(width)
+    cells = (len(rows), len(columns), channels)
 
-    def __init__(self, image_shape: Shape):
-        """Takes images of that shape; a side of fewer than 8 pixels is not averaged."""
-        height, width, channels = image_shape
-        self._rows, self._columns = _areas(height), _areas(width)
-        cells = (len(self._rows), len(self._columns), channels)
-        self.size = int(np.prod(cells))
-        self.name = "pixels {}x{}x{} of {}x{}".format(*cells, height, width)
+    def average(images: UInt8[np.ndarray, "B H W C"]) -> Float[np.ndarray, "B D"]:
+        averaged = np.einsum("ih,bhwc,jw->bijc", rows, images, columns, optimize=True)
+        return averaged.reshape(len(images), -1)
 
-    def __call__(self, images: UInt8[np.ndarray, "B H W C"]) -> Extracted:
-        rows, columns = self._rows, self._columns
-        cells = np.einsum("ih,bhwc,jw->bijc", rows, images, columns, optimize=True)
-        return cells.reshape(len(images), -1).astype(np.float32), None
+    name = "pixels {}x{}x{} of {}x{}".format(*cells, height, width)
+    return FeatureExtractor(average, name, "no weights", math.prod(cells))
 
 
-class FromModel:
-    """An extractor of one layer of a `Model`: the mean over positions, and the class head.
+def _areas(side: int) -> Float[np.ndarray, "cells side"]:
+    """Weight of each pixel of a row in each of `CELLS` equally long cells."""
+    cells = min(CELLS, side)
+    edges = np.arange(cells + 1) * side / cells
+    first, last = edges[:-1, None], edges[1:, None]
+    left = np.arange(side)[None]
+    covered = np.minimum(last, left + 1) - np.maximum(first, left)
+    return (covered.clip(0) * cells / side).astype(np.float32)
+
+
+def _of_model(model: api.Model) -> FeatureExtractor:
+    """One layer of a `Model`, the mean over positions, and the class probabilities.
 
     The layer is the probe's best layer or, where the probe has not run, the middle layer.
     """
+    weights_file, classifies = model.weights_file(), model.network.classes > 0
+    layers, best = weights_file.model.layers, weights_file.best_layer
+    layer = layers // 2 if best is None else best
 
-    of_pictures = False
+    def read(images: UInt8[np.ndarray, "B H W C"]) -> Extracted:
+        return model.features(images, layer), model.classify(images) if classifies else None
 
-    def __init__(self, model: api.Model):
-        weights_file = model.weights_file()
-        layers, best = weights_file.model.layers, weights_file.best_layer
-        self._model, self._layer = model, layers // 2 if best is None else best
-        self.size = weights_file.model.width
-        self.name = f"gptv_jax, layer {self._layer} of {layers}"
-        self.hash = files.hash_arrays(native.arrays(weights_file))
-
-    def __call__(self, images: UInt8[np.ndarray, "B H W C"]) -> Extracted:
-        classifies = self._model.network.classes > 0
-        features = self._model.features(images, self._layer)
-        return features, self._model.classify(images) if classifies else None
+    name, arrays = f"gptv_jax, layer {layer} of {layers}", native.arrays(weights_file)
+    return FeatureExtractor(read, name, files.hash_arrays(arrays), weights_file.model.width)
 
 
 def make_features(spec: str | None, image_shape: Shape) -> FeatureExtractor:
-    """The extractor that `config.generate.features` names.
+    """The extractor that `config.generate.features` names, for images of [H, W, C].
 
-    Args:
-      spec: None or "pixels"; a run folder, or a file or folder of weights that `gptv_jax.load`
-        takes; or a .safetensors file of Inception's weights (docs/generation_quality.md).
-      image_shape: H, W, C of the images.
+    `spec` is None or "pixels"; a run folder, or a file or folder of weights that `gptv_jax.load`
+    takes; or a .safetensors file of Inception's weights (docs/generation_quality.md).
 
     Raises:
       InputError: `spec` is none of these, is damaged, or takes images of another shape.
     """
     if spec in (None, PIXELS):
-        return Pixels(image_shape)
+        return pixels(image_shape)
     if _is_inception(pathlib.Path(spec)):
         if image_shape[-1] not in (1, 3):
             raise InputError(
                 f"{spec} takes RGB or grey images, but these have {image_shape[-1]} channels; name "
                 "a run folder or pixels as config.generate.features."
             )
-        return Inception(spec)
+        function, hash = inception.load(spec)
+        return FeatureExtractor(function, inception.NAME, hash, inception.WIDTH, of_pictures=True)
     if not pathlib.Path(spec).exists():
         raise InputError(
             f"features are {spec!r}, but there is no such file or folder; name pixels, a run "
@@ -138,21 +124,11 @@ def make_features(spec: str | None, image_shape: Shape) -> FeatureExtractor:
             f"the model {spec} takes images of {theirs}, but these are of {ours}; name another "
             "model, or pixels, as config.generate.features."
         )
-    return FromModel(model)
+    return _of_model(model)
 
 
 def _is_inception(path: pathlib.Path) -> bool:
     if path.suffix != ".safetensors" or not path.is_file():
         return False
     with files.open_safetensors(path) as file:
-        return any(name.startswith(PREFIX) for name in file.keys())  # noqa: SIM118 - no mapping
-
-
-def _areas(pixels: int) -> Float[np.ndarray, "cells pixels"]:
-    """Weight of each pixel of a row in each of `CELLS` equally long cells."""
-    cells = min(CELLS, pixels)
-    edges = np.arange(cells + 1) * pixels / cells
-    first, last = edges[:-1, None], edges[1:, None]
-    left = np.arange(pixels)[None]
-    covered = np.minimum(last, left + 1) - np.maximum(first, left)
-    return (covered.clip(0) * cells / pixels).astype(np.float32)
+        return any(name.startswith(inception.PREFIX) for name in file.keys())  # noqa: SIM118

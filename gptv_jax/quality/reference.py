@@ -1,4 +1,7 @@
-"""Feature statistics of real images, with which generated images are compared."""
+"""Feature statistics of images, and those of real images as a file: a reference.
+
+Generated images are compared with a reference by `evaluate`.
+"""
 
 import dataclasses
 import importlib.metadata
@@ -13,11 +16,88 @@ from jaxtyping import Float, Float64, UInt8
 from gptv_jax import files
 from gptv_jax.errors import InputError
 from gptv_jax.quality.features import FeatureExtractor
-from gptv_jax.quality.measure import measure
 
 FORMAT = 1
 KEPT = 10_000  # feature vectors for precision and recall, as many as ADM's evaluator keeps
 VERSIONED = ("gptv_jax", "jax", "numpy", "pillow")  # packages that images and features depend on
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Moments:
+    """Count, mean and scatter of feature vectors, in float64.
+
+    The scatter is the sum over vectors of the outer product of their deviations from the mean.
+    """
+
+    count: int
+    mean: Float64[np.ndarray, "D"]
+    scatter: Float64[np.ndarray, "D D"]
+
+    def plus(self, features: Float[np.ndarray, "B D"]) -> "Moments":
+        """Moments that count a batch too, exact (Chan, Golub and LeVeque 1979).
+
+        Raises ValueError where the batch holds values that are not finite.
+        """
+        if not np.isfinite(features).all():
+            raise ValueError("the features hold values that are not finite.")
+        features, count = features.astype(np.float64), self.count + len(features)
+        mean = features.mean(axis=0)
+        centred, difference = features - mean, mean - self.mean
+        between = np.outer(difference, difference) * (self.count * len(features) / count)
+        mean = self.mean + difference * (len(features) / count)
+        return Moments(count, mean, self.scatter + centred.T @ centred + between)
+
+    @property
+    def covariance(self) -> Float64[np.ndarray, "D D"]:
+        """The unbiased covariance, divided by count - 1, as in pytorch-fid and ADM's evaluator."""
+        if self.count < 2:
+            raise InputError("one image has no covariance; give two or more.")
+        return self.scatter / (self.count - 1)
+
+
+def measure(
+    extractor: FeatureExtractor, batches: Iterable[UInt8[np.ndarray, "B H W C"]], keep: int
+) -> tuple[Moments, Float[np.ndarray, "K D"], Float[np.ndarray, "N classes"] | None]:
+    """Moments of all images' features, a random sample of features, and class probabilities.
+
+    Every batch is read once, and the images of one batch are held at a time. The sample has up to
+    `keep` feature vectors, in random order, so that the first n are a random sample too; the order
+    of the images decides which, not the size of the batches. A batch smaller than the largest one
+    before is padded, so that the extractor compiles once.
+
+    Raises:
+      InputError: there are no images.
+      ValueError: a batch is not uint8 [B, H, W, C], or features are not finite.
+    """
+    moments = Moments(0, np.zeros(extractor.size), np.zeros((extractor.size, extractor.size)))
+    probabilities, size = [], 0
+    generator, kept, keys = np.random.default_rng(0), [], []
+    for images in batches:
+        if images.dtype != np.uint8 or images.ndim != 4 or not len(images):
+            raise ValueError(
+                f"a batch is {images.dtype} {list(images.shape)}; it must be uint8 [B, H, W, C] of "
+                "one image or more."
+            )
+        size = max(size, len(images))
+        padded = np.pad(images, ((0, size - len(images)), (0, 0), (0, 0), (0, 0)), mode="edge")
+        x, p = (None if y is None else y[: len(images)] for y in extractor(padded))
+        moments = moments.plus(x)
+        kept.append(x)
+        keys.append(generator.random(len(x)))
+        if sum(map(len, kept)) > 2 * keep:
+            kept, keys = _smallest(kept, keys, keep)
+        if p is not None:
+            probabilities.append(p)
+    if not moments.count:
+        raise InputError("there are no images to measure; give one or more.")
+    [sample], _ = _smallest(kept, keys, keep)
+    return moments, sample, np.concatenate(probabilities) if probabilities else None
+
+
+def _smallest(rows: list, keys: list, keep: int) -> tuple[list, list]:
+    """The `keep` rows with the smallest keys, in the order of the keys."""
+    smallest = np.argsort(np.concatenate(keys))[:keep]
+    return [np.concatenate(rows)[smallest]], [np.concatenate(keys)[smallest]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -31,11 +111,7 @@ class Reference:
     kept: Float[np.ndarray, "K D"] | None = None  # random sample in random order
 
     def save(self, path: str | pathlib.Path) -> None:
-        """Writes an `.npz` file that `load` reads, atomically and on process 0 alone.
-
-        Raises:
-          InputError: the name does not end in .npz, or the file cannot be written.
-        """
+        """Writes an `.npz` file that `load` reads, atomically and on process 0 alone."""
         path = pathlib.Path(path).absolute()
         if path.suffix != ".npz":
             raise InputError(f"the reference {path} does not end in .npz; name it so.")
@@ -72,35 +148,27 @@ def compute(
     provenance: dict,
     keep: int = KEPT,
 ) -> Reference:
-    """The reference of all images of `batches`, each of which is read once.
+    """The reference of all images of `batches`, in the data set's range; each batch is read once.
 
-    Args:
-      extractor: computes the features.
-      batches: uint8 images in the data set's range.
-      provenance: where the images come from, as JSON: data set, split, transforms with the resize
-        filter. Count, features and versions are added.
-      keep: largest number of feature vectors to keep for precision and recall; 0 keeps none.
+    `provenance` says where the images come from, as JSON: data set, split, transforms with the
+    resize filter. Count, features and versions are added. `keep` is the largest number of feature
+    vectors to keep for precision and recall; 0 keeps none.
 
     Raises:
       InputError: there are fewer than two images.
     """
-    found = measure(extractor, batches, keep)
-    count = found.moments.count
+    moments, sample, _ = measure(extractor, batches, keep)
     added = {
-        "count": count,
+        "count": moments.count,
         "features": {"name": extractor.name, "hash": extractor.hash},
         "versions": {name: importlib.metadata.version(name) for name in VERSIONED},
     }
-    covariance, kept = found.moments.covariance, found.kept if keep else None
-    return Reference(count, found.moments.mean, covariance, provenance | added, kept)
+    statistics = moments.count, moments.mean, moments.covariance
+    return Reference(*statistics, provenance | added, sample if keep else None)
 
 
 def load(path: str | pathlib.Path) -> Reference:
-    """Reads a file that `Reference.save` wrote.
-
-    Raises:
-      InputError: the file is missing, damaged, or of another kind or version.
-    """
+    """Reads a file of `Reference.save`; InputError where it is missing, damaged or another one."""
     path = pathlib.Path(path).absolute()
     if not path.exists():
         raise InputError(f"there is no reference {path}.")

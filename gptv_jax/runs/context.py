@@ -35,7 +35,8 @@ class Context:
     def with_definition(self, definition: TokenDefinition | None) -> "Context":
         """This context with the codec of a palette or tokenizer (grey levels need neither)."""
         codec = tokens.make_codec(self.config.tokens, self.config.data.image_size, definition)
-        return dataclasses.replace(self, codec=codec, data=self.images.with_codec(codec))
+        data = dataclasses.replace(self.images, codec=codec)
+        return dataclasses.replace(self, codec=codec, data=data)
 
     def finish(self, stage: str, numbers: dict) -> None:
         """Adds a stage's numbers, and those of damaged images, to the summary."""

@@ -19,7 +19,7 @@ from gptv_jax.runs.record import (
     trained_part,
 )
 from gptv_jax.tokens import Codec
-from gptv_jax.weights.file import WeightsFile
+from gptv_jax.weights.native import WeightsFile
 
 
 class Pretrained(NamedTuple):

@@ -23,8 +23,6 @@ from gptv_jax.stages.select import choose_stages
 from gptv_jax.tokens import Codec, TokenDefinition
 from gptv_jax.train.metrics import MetricWriter
 
-TRIED = 32  # images that the transforms and the codec are tried on
-
 
 def open_run(config: config_lib.Config, workdir: str, wanted: list[str] | None = None) -> Context:
     """Makes the run folder, or goes on in it, and prepares what the stages read.
@@ -118,7 +116,7 @@ def _try_out(config: config_lib.Config, stages: list[str], codec: Codec | None) 
     channels = config.tokens.autoencoder.channels
     shape = codec.image_shape if codec else (data.image_size, data.image_size, channels)
     for entries in dict.fromkeys([*_training_transforms(config, stages), data.eval_transforms]):
-        pipeline.try_out(data, codec, shape, entries, TRIED)
+        pipeline.try_out(data, codec, shape, entries)
 
 
 def _training_transforms(config: config_lib.Config, stages: list[str]) -> list[tuple[str, ...]]:

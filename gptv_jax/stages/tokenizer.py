@@ -23,7 +23,7 @@ from gptv_jax.runs import pictures
 from gptv_jax.runs.context import Context
 from gptv_jax.tokens import Tokenizer
 from gptv_jax.train import autoencoding, loop, metrics, optimizer, step
-from gptv_jax.weights import lpips
+from gptv_jax.weights.strict_reader import load_lpips
 
 LOG = logging.getLogger(__name__)
 SHOWN = 16  # test images in the picture of reconstructions
@@ -39,7 +39,7 @@ def run_stage(context: Context) -> dict:
     image_flops = flops.of_autoencoder(network, config.data.image_size).times(3).total
     frozen = None
     if settings.lpips:
-        weights = lpips.load(settings.lpips_weights)
+        weights = load_lpips(settings.lpips_weights)
         frozen = {"vgg": jax.device_put(weights, NamedSharding(context.mesh, P()))}
     loss = autoencoding.make_loss(network, settings)
     after = autoencoding.make_after(network, settings)

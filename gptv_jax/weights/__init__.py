@@ -5,7 +5,7 @@ import pathlib
 from gptv_jax.errors import InputError
 from gptv_jax.tokens import Palette, TokenDefinition
 from gptv_jax.weights import huggingface, native, openai
-from gptv_jax.weights.file import WeightsFile
+from gptv_jax.weights.native import WeightsFile
 
 # Modules that each read one format: `recognizes(path)`, `read(path, palette)` and
 # `read_definition(path)`, as the functions below describe them.
@@ -20,10 +20,9 @@ def is_weights_path(path: str | pathlib.Path) -> bool:
 def read(path: str | pathlib.Path, palette: Palette | None = None) -> WeightsFile:
     """Reads weights in any of the formats.
 
-    Args:
-      path: a .safetensors file of this project, the folder with Hugging Face's `config.json`, or
-        the prefix of an OpenAI TensorFlow checkpoint (`model.ckpt-1000000`).
-      palette: the colours of the tokens, where the format does not have them; OpenAI's never has.
+    `path` is a .safetensors file of this project, the folder with Hugging Face's `config.json`, or
+    the prefix of an OpenAI TensorFlow checkpoint (`model.ckpt-1000000`). `palette` has the colours
+    of the tokens, where the format does not have them; OpenAI's never has.
 
     Raises:
       InputError: `path` has none of the formats, is damaged, or holds another kind of network; or

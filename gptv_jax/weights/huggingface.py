@@ -21,7 +21,7 @@ from gptv_jax.errors import InputError
 from gptv_jax.tokens import palette as palettes
 from gptv_jax.tokens.palette import Palette
 from gptv_jax.weights import native
-from gptv_jax.weights.file import WeightsFile, choose_palette, class_head
+from gptv_jax.weights.native import WeightsFile, choose_palette, read_class_head
 from gptv_jax.weights.strict_reader import StrictReader
 
 LOG = logging.getLogger(__name__)
@@ -80,12 +80,18 @@ def read(folder: pathlib.Path, palette: Palette | None = None) -> WeightsFile:
     reader, metadata = _open(folder)
     if native.HEADER in metadata:  # this project exported the folder
         header, definition = native.parse_header(metadata, folder), None
-        if native.uses_palette(header):
+        if header.get("palette") is not None:
             definition = choose_palette(palette, read_definition(folder), str(folder))
         weights_file = native.from_header(header, {}, definition, folder)
     else:
-        definition = choose_palette(palette, read_definition(folder), str(folder))
-        weights_file = _from_config(config, folder, definition)
+        vocabulary, T, D, L, H, F = (config[name] for name in SIZES)
+        weights_file = WeightsFile(
+            model=config_lib.Model(layers=L, width=D, heads=H, mlp_ratio=F // D),
+            tokens=config_lib.Tokens(kind="palette", colors=vocabulary - 1),
+            image_size=math.isqrt(T),
+            params={},
+            definition=choose_palette(palette, read_definition(folder), str(folder)),
+        )
     params = _read_params(config, folder, reader)
     classes = len(params.get("classifier.class_head", ()))
     return dataclasses.replace(weights_file, params=params, classes=classes).checked(str(folder))
@@ -105,40 +111,21 @@ def _read_config(folder: pathlib.Path) -> dict:
     for name in SIZES:
         if type(config.get(name)) is not int or config[name] < 1:
             raise InputError(f"{path} has {name}={config.get(name)!r}, no whole number.")
+    _, T, D, _, H, F = (config[name] for name in SIZES)
+    if math.isqrt(T) ** 2 != T:
+        raise InputError(f"{path} has n_positions={T}, which is no square of pixels.")
+    if F % D or D % H:
+        raise InputError(
+            f"{path} has n_inner={F} and n_head={H}; n_inner must be a multiple of n_embd={D}, and "
+            "n_head must divide n_embd."
+        )
     return config
-
-
-def _from_config(config: dict, folder: pathlib.Path, palette: Palette) -> WeightsFile:
-    """The network that `config.json` describes, without weights."""
-    path, width, inner = folder / CONFIG, config["n_embd"], config["n_inner"]
-    size = math.isqrt(config["n_positions"])
-    if size**2 != config["n_positions"]:
-        raise InputError(
-            f"{path} has n_positions={config['n_positions']}, which is no square of pixels."
-        )
-    if inner % width or width % config["n_head"]:
-        raise InputError(
-            f"{path} has n_inner={inner} and n_head={config['n_head']}; n_inner must be a multiple "
-            f"of n_embd={width}, and n_head must divide n_embd."
-        )
-    return WeightsFile(
-        model=config_lib.Model(
-            layers=config["n_layer"],
-            width=width,
-            heads=config["n_head"],
-            mlp_ratio=inner // width,
-        ),
-        tokens=config_lib.Tokens(kind="palette", colors=config["vocab_size"] - 1),
-        image_size=size,
-        params={},
-        definition=palette,
-    )
 
 
 def _layer_tensors(config: dict) -> dict[str, tuple]:
     """For every stacked parameter: Hugging Face's name and shape in a layer, and our shape."""
-    D, H = config["n_embd"], config["n_head"]
-    F, K = config["n_inner"], D // H
+    D, H, F = config["n_embd"], config["n_head"], config["n_inner"]
+    K = D // H
     return {
         "blocks.norm_1": ("ln_1.weight", (D,), (D,)),
         "blocks.qkv": ("attn.c_attn.weight", (D, 3 * D), (D, 3, H, K)),
@@ -150,14 +137,10 @@ def _layer_tensors(config: dict) -> dict[str, tuple]:
 
 
 def _read_params(config: dict, folder: pathlib.Path, reader: StrictReader) -> dict[str, np.ndarray]:
-    """The parameters under this project's names.
-
-    Raises:
-      InputError: a tensor is missing, left over or misshapen, or a bias is not zero.
-    """
+    """The parameters under this project's names; every bias must be zero."""
     V, T, D = config["vocab_size"] - 1, config["n_positions"], config["n_embd"]
     # A model that was saved without its head has no prefix.
-    prefix = "" if "wte.weight" in reader else "transformer."
+    prefix = "" if "wte.weight" in reader.shapes else "transformer."
     stored = sum(name.endswith(".ln_1.weight") for name in reader.shapes)
     L = min(config["n_layer"], stored + 1)  # however wrong n_layer is, one missing layer says it
     embedding = reader.take(f"{prefix}wte.weight", (V + 1, D))
@@ -173,10 +156,8 @@ def _read_params(config: dict, folder: pathlib.Path, reader: StrictReader) -> di
         if len(shape) == 2:
             for matrix in names:
                 reader.require_zeros(matrix.replace(".weight", ".bias"), shape[-1:])
-    if "score.weight" in reader:
-        classes = reader.shapes["score.weight"][0] if reader.shapes["score.weight"] else 0
-        params |= class_head(reader.take("score.weight", (classes, D)))
-    if "lm_head.weight" not in reader and ("score.weight" in reader or not prefix):
+    params |= read_class_head(reader, "score.weight", D)
+    if "lm_head.weight" not in reader.shapes and ("score.weight" in reader.shapes or not prefix):
         LOG.warning("%s has no token head; the token head is left at zero.", folder)
         params["head"] = np.zeros((V, D), np.float32)
     else:
@@ -217,10 +198,8 @@ def write(weights_file: WeightsFile, folder: pathlib.Path, task: str) -> None:
     are multiplied by the scale of the class head's input. Of several start vectors the first one is
     written, which belongs to images that were not augmented.
 
-    Args:
-      weights_file: the weights.
-      folder: a new folder, or one with an earlier export.
-      task: "generation" writes the token head, "classification" the class head.
+    The folder is new, or has an earlier export. The task "generation" writes the token head,
+    "classification" the class head.
 
     Raises:
       InputError: the folder cannot be written or holds other files, or the network has what the
@@ -234,15 +213,11 @@ def write(weights_file: WeightsFile, folder: pathlib.Path, task: str) -> None:
     weights_file = _expressible(weights_file, task)
     model, params, codec = weights_file.model, weights_file.params, weights_file.codec
     V, T, D = codec.vocabulary, codec.grid[0] * codec.grid[1], model.width
+    sizes = V + 1, T, D, model.layers, model.heads, model.mlp_ratio * D
     config = {
         "architectures": [ARCHITECTURES[task]],
         "model_type": "imagegpt",
-        "vocab_size": V + 1,
-        "n_positions": T,
-        "n_embd": D,
-        "n_layer": model.layers,
-        "n_head": model.heads,
-        "n_inner": model.mlp_ratio * D,
+        **dict(zip(SIZES, sizes, strict=True)),
         "resid_pdrop": model.dropout,
         "embd_pdrop": model.dropout,
         "attn_pdrop": 0.0,
@@ -291,11 +266,7 @@ def write(weights_file: WeightsFile, folder: pathlib.Path, task: str) -> None:
 
 
 def _expressible(weights_file: WeightsFile, task: str) -> WeightsFile:
-    """An equivalent network that the format can express.
-
-    Raises:
-      InputError: names everything that the format cannot express.
-    """
+    """An equivalent network that the format can express; the error names what it cannot."""
     model, defaults = weights_file.model, fields.flatten(config_lib.Model())
     unsupported = [
         f"model.{name}={value}"

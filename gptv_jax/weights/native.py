@@ -1,42 +1,135 @@
-"""This project's format: one .safetensors file whose header describes the network.
+"""This project's weights: `WeightsFile`, its .safetensors file, and the weights in a run folder.
 
 The header is a JSON document in the file's metadata: the settings of model and tokens, and the
-fields of `Facts`.
+fields named in `FACTS`.
 """
 
 import dataclasses
 import json
 import pathlib
 
+import jax
 import numpy as np
 
 from gptv_jax import config as config_lib
-from gptv_jax import files
+from gptv_jax import files, sharding, tokens
+from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.config import fields
 from gptv_jax.config.fields import NOT_NEGATIVE, POSITIVE, field
-from gptv_jax.errors import InputError, first_line
+from gptv_jax.errors import InputError, first_line, list_differences
+from gptv_jax.model.gpt import Network
+from gptv_jax.runs import record
 from gptv_jax.tokens import Palette, TokenDefinition, Tokenizer, learned
 from gptv_jax.tokens import palette as palettes
-from gptv_jax.weights.file import WeightsFile, choose_palette
+from gptv_jax.weights.strict_reader import StrictReader
 
 FORMAT = 1
 HEADER = "gptv_jax"  # key of the file's metadata
+FACTS = ("image_size", "starts", "classes", "step", "best_layer")  # fields that a header holds
 # Names of the tensors of a token definition: the colours of a palette, the prefix of a tokenizer's.
 CENTERS, TOKENIZER = "palette.centers", "tokenizer."
+# Fields of config.model that decide what the weights mean. Users may choose the other fields
+# (dropout, dtype, scan_layers, base_width, ...) each time they use the weights.
+DEFINING_FIELDS = (
+    *("layers", "width", "heads", "mlp_ratio", "mlp", "qk_norm", "objective"),
+    *("learned_positions", "axial_positions", "rotary", "target_positions", "class_tokens"),
+)
 
 
-@dataclasses.dataclass(frozen=True)
-class Facts:
-    """Fields of `WeightsFile` that a header holds beside the settings."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class WeightsFile:
+    """Weights outside of a run folder, and the settings that they belong to."""
 
-    image_size: int = field(accepted=POSITIVE)
-    starts: int = field(accepted=POSITIVE)
-    classes: int = field(accepted=NOT_NEGATIVE)
-    step: int | None = field(accepted=NOT_NEGATIVE)
-    best_layer: int | None = field(accepted=NOT_NEGATIVE)
+    model: config_lib.Model
+    tokens: config_lib.Tokens
+    image_size: int = field(accepted=POSITIVE)  # height and width in pixels
+    params: dict[str, np.ndarray]  # float32, by flat name such as "blocks.qkv"
+    definition: TokenDefinition | None = None  # what the tokens stand for
+    starts: int = field(1, POSITIVE)  # number of start vectors
+    classes: int = field(0, NOT_NEGATIVE)  # number of classes of the class head; 0 without one
+    step: int | None = field(None, NOT_NEGATIVE)  # training step of the weights, where known
+    # The probe's best layer, where the probe has run.
+    best_layer: int | None = field(None, NOT_NEGATIVE)
+
+    @property
+    def codec(self) -> tokens.Codec:
+        return tokens.make_codec(self.tokens, self.image_size, self.definition)
+
+    @property
+    def network(self) -> Network:
+        codec = self.codec
+        return Network(self.model, codec.vocabulary, codec.grid, self.starts, self.classes)
+
+    def checked(self, where: str) -> "WeightsFile":
+        """Returns the weights, after checking them against the network.
+
+        InputError lists weights in `where` that are missing, left over, misshapen or not finite.
+        """
+        with jax.set_mesh(sharding.make_mesh(config_lib.Mesh())):
+            expected = sharding.by_name(sharding.abstract(self.network.init))
+        shapes, found = ({n: a.shape for n, a in each.items()} for each in (expected, self.params))
+        wrong = [name for name, array in self.params.items() if not np.isfinite(array).all()]
+        faults = list_differences(shapes, found)
+        faults += [f"{name} holds values that are not finite" for name in wrong]
+        if self.best_layer is not None and self.best_layer > self.model.layers:
+            faults.append(f"best_layer {self.best_layer} is none of {self.model.layers} layers")
+        if faults:
+            raise InputError(f"the weights in {where} do not fit: {'; '.join(faults)}.")
+        return self
+
+    def headless(self) -> "WeightsFile":
+        """The weights without the class head."""
+        params = {n: a for n, a in self.params.items() if not n.startswith("classifier.")}
+        return dataclasses.replace(self, params=params, classes=0)
+
+    def on_mesh(self) -> dict:
+        """The nested parameters as arrays on the current mesh, sharded as for training."""
+        abstract = sharding.abstract(self.network.init)
+        arrays = [
+            jax.make_array_from_callback(leaf.shape, leaf.sharding, self.params[name].__getitem__)
+            for name, leaf in sharding.by_name(abstract).items()
+        ]
+        return jax.tree.unflatten(jax.tree.structure(abstract), arrays)
+
+    def differing(self, config: config_lib.Config, starts: int) -> list[str]:
+        """One phrase for every field of `config` that describes another network than the weights.
+
+        `starts` is the number of start vectors that `config` asks for.
+        """
+        pairs = [
+            *((f"model.{n}", getattr(config.model, n), getattr(self.model, n))
+              for n in DEFINING_FIELDS),
+            ("model.start_per_variant (start vectors)", starts, self.starts),
+            *config.tokens.pairs(self.tokens),
+            ("data.image_size", config.data.image_size, self.image_size),
+        ]  # fmt: skip
+        expected = {f"config.{name}": stored for name, _, stored in pairs}
+        return list_differences(expected, {f"config.{name}": given for name, given, _ in pairs})
 
 
-FACTS = [each.name for each in dataclasses.fields(Facts)]
+def choose_palette(named: Palette | None, stored: Palette | None, where: str) -> Palette:
+    """The palette that the user names or that `where` stores; InputError: none, or they differ."""
+    if named is None and stored is None:
+        raise InputError(
+            f"{where} has no colours for its tokens; name the palette (kmeans_centers.npy) as well."
+        )
+    if named and stored and not named.equivalent(stored):
+        raise InputError(
+            f"the palette that you name differs from the palette in {where}; name none."
+        )
+    return named or stored
+
+
+def read_class_head(reader: StrictReader, name: str, width: int) -> dict[str, np.ndarray]:
+    """The parameters of a class head that does not standardise its input, if `name` is there."""
+    if name not in reader.shapes:
+        return {}
+    classes = reader.shapes[name][0] if reader.shapes[name] else 0
+    return {
+        "classifier.class_head": reader.take(name, (classes, width)),
+        "classifier.class_center": np.zeros(width, np.float32),
+        "classifier.class_scale": np.ones(width, np.float32),
+    }
 
 
 def recognizes(path: pathlib.Path) -> bool:
@@ -69,43 +162,26 @@ def parse_header(metadata: dict[str, str], path: pathlib.Path) -> dict:
 
 
 def from_header(
-    header: dict,
-    params: dict[str, np.ndarray],
-    definition: TokenDefinition | None,
-    where: pathlib.Path,
+    header: dict, params: dict, definition: TokenDefinition | None, where: pathlib.Path
 ) -> WeightsFile:
-    """The weights that a header describes; a palette gets the provenance in the header.
-
-    Raises:
-      InputError: the header is damaged or of another version.
-    """
+    """The weights that a header describes; a palette gets the provenance in the header."""
     try:
         if header["format"] != FORMAT:
             raise InputError(
                 f"{where} has format {header['format']}; this version reads format {FORMAT}."
             )
-        facts = fields.from_dict(Facts, {name: header[name] for name in FACTS}, "header")
+        known = {each.name: each for each in dataclasses.fields(WeightsFile)}
+        facts = {n: fields.checked(header[n], known[n], f"header.{n}") for n in FACTS}
         if isinstance(definition, Palette):
             definition = dataclasses.replace(definition, provenance=dict(header["palette"]))
-        return WeightsFile(
-            model=_settings(config_lib.Model, header["model"], "model"),
-            tokens=_settings(config_lib.Tokens, header["tokens"], "tokens"),
-            params=params,
-            definition=definition,
-            **fields.flatten(facts),
-        )
+        settings = {}
+        for name, cls in (("model", config_lib.Model), ("tokens", config_lib.Tokens)):
+            # Fields that are newer than the file get their defaults.
+            given = config_lib.recorded(cls, header[name], name)
+            settings[name] = fields.from_dict(cls, given, name)
+        return WeightsFile(**settings, **facts, params=params, definition=definition)
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"the header of {where} is damaged ({first_line(error)}).") from error
-
-
-def _settings(cls: type, given: dict, where: str):
-    """A section of the configuration; fields that are newer than the file get their defaults."""
-    return fields.from_dict(cls, config_lib.recorded(cls, given, where), where)
-
-
-def uses_palette(header: dict) -> bool:
-    """Whether the tokens that a header describes are colours of a palette."""
-    return header.get("palette") is not None
 
 
 def read(path: pathlib.Path, palette: Palette | None = None) -> WeightsFile:
@@ -118,7 +194,7 @@ def read(path: pathlib.Path, palette: Palette | None = None) -> WeightsFile:
         )
     header = parse_header(metadata, path)
     definition = _definition(header, arrays, path)
-    if uses_palette(header):
+    if header.get("palette") is not None:
         definition = choose_palette(palette, definition, str(path))
     params = {n: a for n, a in arrays.items() if not n.startswith((CENTERS, TOKENIZER))}
     return from_header(header, params, definition, path).checked(str(path))
@@ -132,9 +208,7 @@ def read_definition(path: pathlib.Path) -> TokenDefinition | None:
         return _definition(header, {name: file.get_tensor(name) for name in names}, path)
 
 
-def _definition(
-    header: dict, arrays: dict[str, np.ndarray], path: pathlib.Path
-) -> TokenDefinition | None:
+def _definition(header: dict, arrays: dict, path: pathlib.Path) -> TokenDefinition | None:
     if header.get("tokenizer") is not None:
         params = {
             name.removeprefix(TOKENIZER): np.asarray(array, np.float32)
@@ -159,14 +233,46 @@ def arrays(weights_file: WeightsFile) -> dict[str, np.ndarray]:
 
 
 def write(weights_file: WeightsFile, path: pathlib.Path) -> None:
-    """Writes the file atomically.
-
-    Raises:
-      InputError: the file cannot be written, or the name does not end in .safetensors.
-    """
+    """Writes the file atomically; InputError where it cannot be written or is named otherwise."""
     if path.suffix != ".safetensors":
         raise InputError(
             f"{path} does not end in .safetensors; weights are recognized by this ending."
         )
     header = {HEADER: json.dumps(make_header(weights_file))}
     files.write_safetensors(arrays(weights_file), path, header)
+
+
+def read_run(folder: pathlib.Path, stage: str | None = None) -> tuple[WeightsFile, dict]:
+    """A description of a stage's weights, without arrays, and its parameters on the current mesh.
+
+    `stage` is "pretrain" or "finetune"; None: the latest of the two that has finished.
+
+    Raises:
+      InputError: no run folder, the stage has not finished, or the checkpoint is damaged.
+    """
+    config, summary = record.config_of(folder), files.read_json(folder / "summary.json", {})
+    finished = record.stages_with_weights(summary)
+    if stage is None and finished:
+        stage = finished[-1]
+    if stage not in finished:
+        raise InputError(
+            f"{folder} has no finished stage {stage or 'with weights'}; finished stages with "
+            f"weights: {', '.join(finished) or 'none'}."
+        )
+    network = record.network_of(config, summary.get(f"{stage}/classes", 0))
+    described = WeightsFile(
+        model=config.model,
+        tokens=config.tokens,
+        image_size=config.data.image_size,
+        params={},
+        definition=tokens.load_definition(config.tokens.kind, folder),
+        starts=network.starts,
+        classes=network.classes,
+        step=summary[f"{stage}/steps"],
+        best_layer=summary.get("probe/best_layer"),
+    )
+    place = record.checkpoint_folder(config, folder) / stage
+    name = record.trained_part(config, stage)
+    with Checkpoints(place, read_only=True) as saved:
+        state, _ = saved.restore(described.step, {name: sharding.abstract(network.init)})
+    return described, state[name]

@@ -13,7 +13,7 @@ import numpy as np
 from gptv_jax import config as config_lib
 from gptv_jax.errors import InputError, first_line
 from gptv_jax.tokens.palette import Palette
-from gptv_jax.weights.file import WeightsFile, class_head
+from gptv_jax.weights.native import WeightsFile, choose_palette, read_class_head
 from gptv_jax.weights.strict_reader import StrictReader
 
 LOG = logging.getLogger(__name__)
@@ -34,22 +34,36 @@ def read_definition(prefix: pathlib.Path) -> None:
 
 def read(prefix: pathlib.Path, palette: Palette | None = None) -> WeightsFile:
     """See `weights.read`."""
-    if palette is None:
+    palette = choose_palette(palette, None, f"{prefix}, a TensorFlow checkpoint,")
+    try:
+        import tensorflow as tf
+    except ImportError as error:
         raise InputError(
-            f"{prefix} is a TensorFlow checkpoint, which has no colours; name the palette "
-            "(kmeans_centers.npy) as well."
-        )
-    return convert(_open(prefix), prefix, palette)
+            f"{prefix} is a TensorFlow checkpoint; to read it, pip install -e '.[prepare]'."
+        ) from error
+    try:
+        checkpoint = tf.train.load_checkpoint(str(prefix))
+        variables = {
+            name: tuple(shape)
+            for name, shape in checkpoint.get_variable_to_shape_map().items()
+            if not OPTIMIZER.match(name)
+        }
+        shapes = {name.removeprefix(SCOPE): shape for name, shape in variables.items()}
+        if len(shapes) < len(variables):
+            raise ValueError(f"it has the same variable inside {SCOPE} and outside")
+        scope = SCOPE if any(name.startswith(SCOPE) for name in variables) else ""
+        reader = StrictReader(shapes, lambda name: checkpoint.get_tensor(scope + name))
+    except Exception as error:  # TensorFlow's readers raise several types
+        raise InputError(f"{prefix} cannot be read ({first_line(error)}).") from error
+    return convert(reader, prefix, palette)
 
 
 def convert(reader: StrictReader, prefix: pathlib.Path, palette: Palette) -> WeightsFile:
     """The weights under this project's names.
 
-    Args:
-      reader: the checkpoint's variables, by name without the scope.
-      prefix: path of the checkpoint. The names of its folders tell BERT from autoregressive
-        weights, and the name ends in the training step.
-      palette: the colours of the tokens.
+    The `reader` has the checkpoint's variables, by name without the scope. The names of the folders
+    of the checkpoint at `prefix` tell BERT from autoregressive weights, and its name ends in the
+    training step.
 
     Raises:
       InputError: a variable is missing, left over or misshapen; all faults are listed.
@@ -84,13 +98,10 @@ def convert(reader: StrictReader, prefix: pathlib.Path, palette: Palette) -> Wei
     bert = any(BERT.fullmatch(part) for part in prefix.parts)
     objective = "bert" if bert else "autoregressive"
     LOG.info("%s is read as %s, by the names of its folders.", prefix, objective)
-    start = reader.take("sos", (D,)) if not bert or "sos" in reader else None
+    start = reader.take("sos", (D,)) if not bert or "sos" in reader.shapes else None
     if not bert:  # BERT checkpoints may hold a start vector, but do not use it
         params["start"] = start[None]
-    classes = 0
-    if "clf/wclf" in reader:
-        classes = reader.shapes["clf/wclf"][0] if reader.shapes["clf/wclf"] else 0
-        params |= class_head(reader.take("clf/wclf", (classes, D)))
+    params |= read_class_head(reader, "clf/wclf", D)
     reader.close(prefix)
     step = re.search(r"ckpt-(\d+)$", prefix.name)
     weights_file = WeightsFile(
@@ -99,35 +110,7 @@ def convert(reader: StrictReader, prefix: pathlib.Path, palette: Palette) -> Wei
         image_size=math.isqrt(T),
         params=params,
         definition=palette,
-        classes=classes,
+        classes=len(params.get("classifier.class_head", ())),
         step=int(step[1]) if step else None,
     )
     return weights_file.checked(str(prefix))
-
-
-def _open(prefix: pathlib.Path) -> StrictReader:
-    """The checkpoint's variables, by name without the scope.
-
-    Raises:
-      InputError: TensorFlow is not installed, or cannot read the checkpoint.
-    """
-    try:
-        import tensorflow as tf
-    except ImportError as error:
-        raise InputError(
-            f"{prefix} is a TensorFlow checkpoint; to read it, pip install -e '.[prepare]'."
-        ) from error
-    try:
-        reader = tf.train.load_checkpoint(str(prefix))
-        variables = {
-            name: tuple(shape)
-            for name, shape in reader.get_variable_to_shape_map().items()
-            if not OPTIMIZER.match(name)
-        }
-        shapes = {name.removeprefix(SCOPE): shape for name, shape in variables.items()}
-        if len(shapes) < len(variables):
-            raise ValueError(f"it has the same variable inside {SCOPE} and outside")
-        scope = SCOPE if any(name.startswith(SCOPE) for name in variables) else ""
-        return StrictReader(shapes, lambda name: reader.get_tensor(scope + name))
-    except Exception as error:  # TensorFlow's readers raise several types
-        raise InputError(f"{prefix} cannot be read ({first_line(error)}).") from error

@@ -1,27 +1,24 @@
 """Tensors of other programs, of which none may be missing, misshapen or ignored."""
 
 import pathlib
+import re
 from collections.abc import Callable
 
 import numpy as np
 
 from gptv_jax import files
 from gptv_jax.errors import InputError, first_line, list_differences
+from gptv_jax.model import lpips
 
 
 class StrictReader:
     """Reads named tensors, and refuses any that is missing, misshapen or never asked for.
 
+    `shapes` has the shape of every tensor in the source, and `get` reads the tensor of a name.
     Faults are collected, and `close` lists all of them in one error.
     """
 
     def __init__(self, shapes: dict[str, tuple[int, ...]], get: Callable[[str], np.ndarray]):
-        """Reads nothing yet.
-
-        Args:
-          shapes: shape of every tensor in the source, by name.
-          get: reads the tensor of a name.
-        """
         self.shapes, self._get = shapes, get
         self._expected: dict[str, tuple[int, ...]] = {}
         self._faults: list[str] = []
@@ -30,9 +27,6 @@ class StrictReader:
     def of_arrays(cls, arrays: dict[str, np.ndarray]) -> "StrictReader":
         """A reader of arrays that are in memory already."""
         return cls({name: array.shape for name, array in arrays.items()}, arrays.__getitem__)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.shapes
 
     def take(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         """The tensor in float32, or zeros that use no memory where `close` will raise."""
@@ -60,7 +54,7 @@ class StrictReader:
 
     def require_zeros(self, name: str, shape: tuple[int, ...]) -> None:
         """Takes a tensor that must be all zeros and may be missing."""
-        if name in self and np.any(self.take(name, shape)):
+        if name in self.shapes and np.any(self.take(name, shape)):
             self._faults.append(f"{name} is not zero, and this network has no biases")
 
     def close(self, where: pathlib.Path, network: str = "an Image GPT") -> None:
@@ -70,3 +64,25 @@ class StrictReader:
             raise InputError(
                 f"the weights in {where} are not those of {network}: {'; '.join(faults)}."
             )
+
+
+def read_state_dict(
+    path: str | pathlib.Path, shapes: dict[str, tuple[int, ...]], network: str, ignored: str
+) -> dict[str, np.ndarray]:
+    """The tensors of `shapes`, in float32, from a .safetensors file with weights of `network`.
+
+    The file may hold other tensors where the expression `ignored` matches a part of the name.
+    InputError lists every tensor that is missing, left over or misshapen.
+    """
+    path = pathlib.Path(path).absolute()
+    arrays, _ = files.read_safetensors(path)
+    reader = StrictReader.of_arrays({n: a for n, a in arrays.items() if not re.search(ignored, n)})
+    found = {name: reader.take(name, shape) for name, shape in shapes.items()}
+    reader.close(path, network)
+    return found
+
+
+def load_lpips(path: str | pathlib.Path) -> lpips.Weights:
+    """Reads the state dict of `lpips.LPIPS(net="vgg")`, see `read_state_dict`."""
+    # The state dict holds the linear layers twice, and constants that `model.lpips` has.
+    return read_state_dict(path, lpips.shapes(), "LPIPS with VGG-16", r"^(lins|scaling_layer)\.")
