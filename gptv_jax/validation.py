@@ -52,7 +52,7 @@ def arguments_by_name(method: Method) -> Method:
 
 
 def whole(value, name: str, least: int = 0, most: int | None = None, side: int = 1) -> int:
-    """An integer of Python or NumPy from `least` to `most`; of pixels that `side` divides."""
+    """A whole number from `least` to `most`; of pixels, a multiple of a token's `side`."""
     integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if not integer or value < least or (most is not None and value > most) or value % side:
         accepted = f"{least} or more" if most is None else f"{least} to {most}"
