@@ -67,7 +67,7 @@ def row(size: str, name: str, found: Plan) -> str:
     cells = [
         size.upper(),
         f"{slices}{name} ({found.topology.count} devices)",
-        str(found.config.train.batch_size),
+        str(found.training.train.batch_size),
         f"`{flags}`",
         memory + ("" if found.fits else ", does not fit"),
         f"{1e3 * found.step_seconds:.1f} ms",

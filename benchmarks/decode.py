@@ -72,7 +72,7 @@ def bytes_read(size: Size, batch: int, width: int, count: int) -> float:
       width: bytes of a number.
       count: steps.
     """
-    weights = flops.forward(network_of(size)).matmul // 2
+    weights = flops.forward(network_of(size))["matmul"] // 2
     cached = 2 * size.layers * size.width * batch * (count + 1) / 2
     return width * (weights + cached)
 

@@ -62,7 +62,7 @@ LIMIT = 300.0  # seconds that a session may take
 SERVER = """
 import json, os, runpy, sys
 import jax
-import gptv_jax.runs.report, gptv_jax.stages.finetune, gptv_jax.stages.probe, gptv_jax.stages.sample
+from gptv_jax.stages import finetune, probe, reports, sample
 from ml_collections import config_flags
 for line in sys.stdin:
     arguments, log, kept = json.loads(line)

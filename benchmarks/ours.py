@@ -121,7 +121,7 @@ def attend(
     def forward(q, k, v):
         if plain:
             return attention.attention(q, k, v, jnp.tri(tokens, dtype=bool))
-        return attention.causal_attention(q, k, v)
+        return attention.self_attention(q, k, v, causal=True)
 
     function = jax.jit((lambda *qkv: jax.vjp(forward, *qkv)[1](gradient)) if backward else forward)
     return Task(lambda: function(*qkv), jax.block_until_ready)

@@ -132,8 +132,7 @@ def listen(path: str) -> None:
     from jax import monitoring
 
     from gptv_jax import command  # noqa: F401
-    from gptv_jax.runs import report  # noqa: F401
-    from gptv_jax.stages import finetune, pretrain, probe, sample  # noqa: F401
+    from gptv_jax.stages import finetune, pretrain, probe, reports, sample  # noqa: F401
 
     def write(part: str, seconds: float) -> None:
         with open(path, "a") as file:

@@ -194,7 +194,7 @@ class Model:
     def _forward(self, tokens: np.ndarray, output: str, labels: Labels = None) -> np.ndarray:
         labels = validation.labels(labels, len(tokens), self.network)
         with jax.set_mesh(self.mesh):
-            inputs = jax.tree.map(sharding.shard_padded, (tokens, labels))
+            inputs = jax.tree.map(sharding.shard_rows, (tokens, labels))
             result = _forward(self.network, self.params, *inputs, output)
         return np.asarray(result)[: len(tokens)]
 

@@ -18,12 +18,8 @@ FROM = flags.DEFINE_string(
     "from", None, "Run folder, .safetensors file, Hugging Face's folder, or TensorFlow's prefix."
 )
 TO = flags.DEFINE_string("to", None, "A .safetensors file, or else a folder for Hugging Face.")
-STAGE = flags.DEFINE_enum(
-    "stage",
-    None,
-    [stage.name for stage in STAGES.values() if stage.trains_network],
-    "Stage of a run folder; default: the latest that has finished.",
-)
+TRAINED = [stage.name for stage in STAGES.values() if stage.trains_network]
+STAGE = flags.DEFINE_enum("stage", None, TRAINED, "Stage of a run folder; default: the latest one.")
 PALETTE = flags.DEFINE_string("palette", None, "kmeans_centers.npy, for weights without colours.")
 TASK = flags.DEFINE_enum(
     "task", "generation", list(huggingface.ARCHITECTURES), "Head to write for Hugging Face."

@@ -28,10 +28,6 @@ class Hardware:
     per_chip: int = 1  # devices
 
 
-def _gpu(peak: float, memory: int, bandwidth: float, nvlink: float, network: float) -> Hardware:
-    return Hardware(peak, int(GPU_SHARE * memory * GB), bandwidth, nvlink, network)
-
-
 # By the beginning of `device_kind`; a name comes before the shorter name that it begins with.
 KINDS = {
     "TPU v4": Hardware(275e12, int(30.5 * GIB), 1200e9, 300e9, 6.25e9),
@@ -39,10 +35,10 @@ KINDS = {
     "TPU v5": Hardware(459e12, int(95.73 * GIB), 2765e9, 600e9, 6.25e9),  # v5p
     "TPU v6 lite": Hardware(918e12, int(31.24 * GIB), 1638e9, 400e9, 12.5e9),  # v6e
     "TPU7x": Hardware(1153.5e12, int(94.74 * GIB), 3690e9, 300e9, 6.25e9, per_chip=2),
-    "NVIDIA A100": _gpu(312e12, 80, 2039e9, 300e9, 25e9),
-    "NVIDIA H100": _gpu(989e12, 80, 3350e9, 450e9, 50e9),
-    "NVIDIA H200": _gpu(989e12, 141, 4800e9, 450e9, 50e9),
-    "NVIDIA B200": _gpu(2250e12, 180, 8000e9, 900e9, 50e9),
+    "NVIDIA A100": Hardware(312e12, int(GPU_SHARE * 80 * GB), 2039e9, 300e9, 25e9),
+    "NVIDIA H100": Hardware(989e12, int(GPU_SHARE * 80 * GB), 3350e9, 450e9, 50e9),
+    "NVIDIA H200": Hardware(989e12, int(GPU_SHARE * 141 * GB), 4800e9, 450e9, 50e9),
+    "NVIDIA B200": Hardware(2250e12, int(GPU_SHARE * 180 * GB), 8000e9, 900e9, 50e9),
 }
 
 

@@ -3,6 +3,7 @@
 python -m gptv_jax.main --config=configs/digits.py --workdir=runs/digits
 """
 
+import importlib
 import json
 import logging
 
@@ -12,8 +13,7 @@ from absl import flags
 from gptv_jax import command, config
 from gptv_jax.config import fields
 from gptv_jax.hosts import distributed, runtime
-from gptv_jax.runs import report
-from gptv_jax.stages import STAGES, setup
+from gptv_jax.stages import STAGES, reports, setup
 
 DEFAULT = "all that the configuration and the data allow, but those that run on request (generate)"
 WORKDIR = flags.DEFINE_string("workdir", None, "Run folder; the same folder continues its run.")
@@ -40,13 +40,14 @@ def main(settings: config.Config) -> None:
     values = "\n".join(f"  {name} = {value}" for name, value in fields.flatten(settings).items())
     devices = f"{jax.device_count()} {jax.devices()[0].device_kind} device(s)"
     LOG.info("%s in %s, on %s, with\n%s", shown, folder.path, devices, values)
-    reports = [stage.report for stage in STAGES.values() if stage.report]
-    report.write(context, reports)  # a kill may have come before a finished stage was reported
+    reports.write(context)  # a kill may have come before a finished stage was reported
     with jax.set_mesh(context.mesh):
         for name in context.stages:
             if STAGES[name].on_request or not folder.finished(name):
-                context.finish(name, STAGES[name].module.run_stage(context))
-                report.write(context, reports)
+                # Stages are imported when they run, as some imports take seconds.
+                stage = importlib.import_module(f"gptv_jax.stages.{name}")
+                context.finish(name, stage.run_stage(context))
+                reports.write(context)
             if context.codec is None:  # the stage has trained the tokenizer
                 context = setup.with_codec(context)
     if jax.process_index() == 0:

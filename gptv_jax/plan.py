@@ -9,19 +9,14 @@ import jax
 from absl import flags
 
 from gptv_jax import command, config
-from gptv_jax.config import fields
 from gptv_jax.errors import InputError
 from gptv_jax.planning import plan, search, table, topology
-from gptv_jax.planning.training import Training
+from gptv_jax.planning.training import Pretraining, TokenizerTraining, Training
 from gptv_jax.stages import STAGES
 
+TRAININGS = {"tokenizer": TokenizerTraining, "pretrain": Pretraining}  # by stage
 TOPOLOGY = flags.DEFINE_string("topology", None, f"Devices: {topology.FORMS}.")
-STAGE = flags.DEFINE_enum(
-    "stage",
-    "pretrain",
-    [stage.name for stage in STAGES.values() if stage.planning],
-    "The stage whose training is planned.",
-)
+STAGE = flags.DEFINE_enum("stage", "pretrain", list(TRAININGS), "The stage that is planned.")
 SLICES = flags.DEFINE_integer("num_slices", 1, "TPU slices, or GPU nodes.", lower_bound=1)
 SEARCH = flags.DEFINE_bool("search", False, "Tries meshes, remat and microbatches, and ranks them.")
 JSON = flags.DEFINE_bool("json", False, "Prints the numbers as JSON, and nothing else.")
@@ -31,10 +26,10 @@ def main(settings: config.Config) -> None:
     """Prints the plan; exit code 1 where it does not fit."""
     jax.config.update("jax_platforms", "cpu")  # an accelerator that is there is left alone
     devices = topology.parse(TOPOLOGY.value, SLICES.value)
-    devices.prepare()
-    stage = STAGES[STAGE.value]
-    stage.check(settings)
-    planned = settings, devices, stage.plan
+    if devices.platform == "cpu":  # simulated; JAX has not been used before
+        jax.config.update("jax_num_cpu_devices", devices.count)
+    STAGES[STAGE.value].check(settings)
+    planned = settings, devices, TRAININGS[STAGE.value]
     plans = search.search(*planned) if SEARCH.value else [_make(*planned)]
     best, smallest = plans[0], search.smallest(*planned)
     if JSON.value:
@@ -60,17 +55,12 @@ def _make(settings: config.Config, devices: topology.Topology, kind: type[Traini
     try:
         return plan.make(settings, devices, kind)
     except InputError as error:
-        same = (
-            choice
-            for choice in search.choices(settings, devices, kind)
-            if choice.train.microbatches == settings.train.microbatches
-        )
-        dividing = next(same, None)
-        if dividing is None:
-            raise
-        flags_of = fields.flatten(dividing.mesh, "--config.mesh.").items()
-        shown = " ".join(f"{name}={size}" for name, size in flags_of)
-        raise InputError(f"{error} For example, take {shown}; --search ranks all.") from error
+        for each in search.choices(settings, devices, kind):
+            if each.training.config.train.microbatches == settings.train.microbatches:
+                mesh = " ".join(f"--config.mesh.{axis}={n}" for axis, n in each.sizes.items())
+                example = f"For example, take {mesh}; --search ranks all."
+                raise InputError(f"{error} {example}") from error
+        raise
 
 
 if __name__ == "__main__":

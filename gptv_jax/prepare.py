@@ -15,7 +15,7 @@ from gptv_jax.config import fields
 from gptv_jax.data import cache, pipeline, sources, transforms
 from gptv_jax.data.damage import DamageLog
 from gptv_jax.errors import InputError
-from gptv_jax.stages import codec
+from gptv_jax.stages import setup
 from gptv_jax.tokens.codec import TokenStatistics
 from gptv_jax.train.metrics import Progress
 
@@ -28,13 +28,11 @@ def main(settings: config.Config) -> None:
     transforms.check((), settings.data.eval_transforms)
     data_set = sources.open_data_set(settings.data)
     if data_set.stored_as == "tokens":
-        raise InputError(
-            f"config.data.path={settings.data.path} is a token cache already; name a data set of "
-            "images."
-        )
+        given = f"config.data.path={settings.data.path}"
+        raise InputError(f"{given} is a token cache already; name a data set of images.")
     cache.claim(folder)
     damage_log = DamageLog(settings.data, folder)
-    chosen = codec.find_codec(settings) or codec.build_codec(settings, damage_log)
+    chosen = setup.find_codec(settings) or setup.build_codec(settings, damage_log)
     # The cache holds whole splits; split expressions select from them when the cache is read.
     whole = dataclasses.replace(settings.data, **{f"{s}_split": s for s in sources.SPLITS})
     statistics = {split: TokenStatistics(chosen) for split in data_set.lengths}

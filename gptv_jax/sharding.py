@@ -26,6 +26,7 @@ from gptv_jax import config as config_lib
 from gptv_jax.errors import InputError
 
 AXES = ("data", "fsdp", "sequence", "tensor")
+TYPES = (AxisType.Explicit,) * len(AXES)
 BATCH = ("data", "fsdp")  # the mesh axes that split the batch
 
 # Letters: B batch, T tokens, D width, H heads, K head size, F mlp width, V vocabulary, L layers,
@@ -64,46 +65,33 @@ PARAMETERS: dict[str, P] = {
 BATCH_FIRST = P(BATCH)  # arrays [B, ...]
 HIDDEN = P(BATCH, "sequence")  # activations [B, T, D] and other arrays [B, T, ...]
 
-_LENGTH = {  # T in terms of config fields, by whether tokens are learned
-    False: "data.image_size ** 2",
-    True: "(data.image_size / tokens.autoencoder.downsample) ** 2",
-}
-_MLP_WIDTH = {  # in terms of config fields
-    "gelu": "model.width * model.mlp_ratio",
-    "swiglu": "model.width * model.mlp_ratio * 2/3, rounded,",
-}
-
 
 def make_mesh(config: config_lib.Mesh, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh over `devices`, by default all devices of all processes.
 
-    Raises:
-      InputError: the sizes of the axes do not multiply to the number of devices, or several slices
-        cannot be laid along "data" and "fsdp".
+    InputError if the sizes of the axes do not multiply to the number of devices, or if several
+    slices cannot be laid along "data" and "fsdp".
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = axis_sizes(config, len(devices))
     slices = len({getattr(device, "slice_index", 0) for device in devices})
-    types = (AxisType.Explicit,) * len(AXES)
     if devices[0].platform != "tpu":
-        return jax.make_mesh(sizes, AXES, types, devices=devices)
+        return jax.make_mesh(sizes, AXES, TYPES, devices=devices)
     # An axis of the mesh may take a part of an axis of the torus, such as 16 devices of a 4x4x4.
+    split = {"allow_split_physical_axes": True}
     if slices == 1:
-        laid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        laid = mesh_utils.create_device_mesh(sizes, devices, **split)
     else:
         across = over_slices(sizes, slices)
         within = [size // count for size, count in zip(sizes, across, strict=True)]
-        laid = mesh_utils.create_hybrid_device_mesh(
-            within, across, devices, allow_split_physical_axes=True
-        )
-    return Mesh(laid, AXES, axis_types=types)
+        laid = mesh_utils.create_hybrid_device_mesh(within, across, devices, **split)
+    return Mesh(laid, AXES, axis_types=TYPES)
 
 
 def over_slices(sizes: tuple[int, ...], slices: int) -> tuple[int, ...]:
     """How many slices lie along each of AXES: as many as possible along "data", then "fsdp".
 
-    Raises:
-      InputError: "data" and "fsdp" together cannot take all slices.
+    InputError if the two cannot take all slices.
     """
     along_data = math.gcd(slices, sizes[0])
     along_fsdp = slices // along_data
@@ -112,14 +100,13 @@ def over_slices(sizes: tuple[int, ...], slices: int) -> tuple[int, ...]:
             f"config.mesh.data={sizes[0]} and config.mesh.fsdp={sizes[1]} cannot be laid over "
             f"{slices} slices; take a multiple of {slices} for data, or for both together."
         )
-    return along_data, along_fsdp, *(1 for _ in sizes[2:])
+    return along_data, along_fsdp, 1, 1
 
 
 def axis_sizes(config: config_lib.Mesh, count: int) -> tuple[int, ...]:
     """Sizes of AXES over `count` devices, with -1 replaced by what the other sizes leave.
 
-    Raises:
-      InputError: the sizes do not multiply to the number of devices.
+    InputError if the sizes do not multiply to `count`.
     """
     sizes = [getattr(config, axis) for axis in AXES]
     known = math.prod(size for size in sizes if size != -1)
@@ -137,34 +124,31 @@ def axis_sizes(config: config_lib.Mesh, count: int) -> tuple[int, ...]:
 def check(config: config_lib.Config, mesh: Mesh | AbstractMesh, sections: Sequence[str]) -> None:
     """Checks that the mesh divides what these sections of the config are about.
 
-    Args:
-      config: of the run.
-      mesh: of the run.
-      sections: "model", "tokenizer", "train", "probe", "finetune"; others have nothing to divide.
-
-    Raises:
-      InputError: names the field, its value and the number that must divide it.
+    The sections are "model", "tokenizer", "train", "probe" and "finetune"; others have nothing to
+    divide. The InputError names the field, its value and the number that must divide it.
     """
-    fsdp, sequence, tensor = (mesh.shape[axis] for axis in AXES[1:])
-    ways, split = mesh.shape["data"] * fsdp, "mesh.data * mesh.fsdp"
+    fsdp, sequence, tensor = ((mesh.shape[axis], f"mesh.{axis}") for axis in AXES[1:])
+    ways, split = mesh.shape["data"] * mesh.shape["fsdp"], "mesh.data * mesh.fsdp"
     model, probe, tokenizer = config.model, config.probe, config.tokenizer
-    grid, learned = config.tokens.grid(config.data.image_size), config.tokens.kind == "learned"
 
     def batches(name: str, train: config_lib.Train) -> tuple[str, int, int, str]:
         parts, source = ways * train.microbatches, f"{split} * {name}.microbatches"
         return f"{name}.batch_size", train.batch_size, parts, source
 
+    mlp = "model.width * model.mlp_ratio" + " * 2/3, rounded," * (model.mlp == "swiglu")
+    learned = config.tokens.kind == "learned"
+    side = "(data.image_size / tokens.autoencoder.downsample)" if learned else "data.image_size"
     widths = enumerate(config.tokens.autoencoder.widths)
     probed = ("probe.batch_size", probe.batch_size, ways, split)
-    rows = {
+    rows = {  # the field or the formula of a number, the number, what must divide it, from where
         "model": [
-            ("model.width", model.width, fsdp, "mesh.fsdp"),
-            ("model.heads", model.heads, tensor, "mesh.tensor"),
-            (_MLP_WIDTH[model.mlp], model.mlp_width, tensor, "mesh.tensor"),
-            (_LENGTH[learned], math.prod(grid), sequence, "mesh.sequence"),
+            ("model.width", model.width, *fsdp),
+            ("model.heads", model.heads, *tensor),
+            (mlp, model.mlp_width, *tensor),
+            (f"{side} ** 2", math.prod(config.tokens.grid(config.data.image_size)), *sequence),
         ],
         "tokenizer": [
-            *((f"tokens.autoencoder.widths[{i}]", w, fsdp, "mesh.fsdp") for i, w in widths),
+            *((f"tokens.autoencoder.widths[{i}]", width, *fsdp) for i, width in widths),
             ("tokenizer.train.batch_size", tokenizer.train.batch_size, ways, split),
         ],
         "train": [batches("train", config.train), *([probed] if probe.every else [])],
@@ -173,15 +157,10 @@ def check(config: config_lib.Config, mesh: Mesh | AbstractMesh, sections: Sequen
     }
     if tokenizer.adversarial:
         width = tokenizer.discriminator_width
-        rows["tokenizer"].append(("tokenizer.discriminator_width", width, fsdp, "mesh.fsdp"))
+        rows["tokenizer"].append(("tokenizer.discriminator_width", width, *fsdp))
     if probe.method == "sgd":
         rows["probe"].append(("probe.sgd.batch_size", probe.sgd.batch_size, ways, split))
-    _must_divide([row for section in sections for row in rows.get(section, ())])
-
-
-def _must_divide(rows: list[tuple[str, int, int, str]]) -> None:
-    """Of each row the field, its value, and what must divide it, from which setting."""
-    for field, value, divisor, source in rows:
+    for field, value, divisor, source in (row for name in sections for row in rows.get(name, ())):
         if value % divisor:
             raise InputError(
                 f"config.{field} is {value}, which {divisor} (config.{source}) does not divide; "
@@ -202,12 +181,8 @@ def one_device() -> AbstractMesh:
 
 def abstract_mesh(sizes: Sequence[int], kind: str, platform: str) -> AbstractMesh:
     """A mesh of these sizes of AXES, for tracing programs as they are for a kind of device."""
-    return AbstractMesh(
-        tuple(sizes),
-        AXES,
-        axis_types=(AxisType.Explicit,) * len(AXES),
-        abstract_device=AbstractDevice(kind, None, platform),
-    )
+    device = AbstractDevice(kind, None, platform)
+    return AbstractMesh(tuple(sizes), AXES, axis_types=TYPES, abstract_device=device)
 
 
 def batch_ways() -> int:
@@ -219,24 +194,21 @@ def batch_share(mesh: Mesh) -> tuple[int, int]:
     """`(i, n)`: this process reads part i of n equal parts of every global batch.
 
     Processes whose devices hold the same rows read the same part, which happens where "tensor" or
-    "sequence" crosses processes.
-
-    Raises:
-      InputError: processes have different numbers of rows, or share a part of their rows.
+    "sequence" crosses processes. InputError if processes have different numbers of rows, or share a
+    part of their rows.
     """
     rows = mesh.devices.reshape(mesh.shape["data"] * mesh.shape["fsdp"], -1)
-    held: dict[int, set[int]] = {}
-    for row, devices in enumerate(rows):
-        for device in devices:
-            held.setdefault(device.process_index, set()).add(row)
-    shares = sorted({tuple(sorted(each)) for each in held.values()})
+    process_of = np.array([[device.process_index for device in row] for row in rows])
+    processes = np.unique(process_of)
+    held = {p: tuple(np.flatnonzero((process_of == p).any(axis=1))) for p in processes}
+    shares = sorted(set(held.values()))
     if len({len(share) for share in shares}) > 1 or sum(map(len, shares)) != len(rows):
         raise InputError(
             f"config.mesh splits the batch over {len(rows)} groups of devices, which "
             f"{len(held)} processes cannot share evenly; take other sizes of mesh.tensor and "
             "mesh.sequence."
         )
-    return shares.index(tuple(sorted(held[jax.process_index()]))), len(shares)
+    return shares.index(held[jax.process_index()]), len(shares)
 
 
 def gather(weight: jax.Array, dtype) -> jax.Array:
@@ -244,10 +216,8 @@ def gather(weight: jax.Array, dtype) -> jax.Array:
 
     The weight is cast before it is gathered: in bfloat16 half the bytes travel.
     """
-    spec = jax.typeof(weight).sharding.spec
-    return jax.sharding.reshard(
-        weight.astype(dtype), P(*(None if a == "fsdp" else a for a in spec))
-    )
+    axes = (None if axis == "fsdp" else axis for axis in jax.typeof(weight).sharding.spec)
+    return jax.sharding.reshard(weight.astype(dtype), P(*axes))
 
 
 def global_batch(batch: dict) -> dict:
@@ -259,15 +229,13 @@ def global_batch(batch: dict) -> dict:
 
 
 def shard_rows(rows) -> jax.Array:
-    """NumPy rows [B, ...], of which every process has all, as one array split over BATCH."""
+    """NumPy rows [B, ...], of which every process has all, as one array split over BATCH.
+
+    The last row is repeated until the mesh divides the number of rows.
+    """
+    rows = np.concatenate([rows, np.repeat(rows[-1:], -len(rows) % batch_ways(), axis=0)])
     sharding = NamedSharding(jax.sharding.get_mesh(), BATCH_FIRST)
     return jax.make_array_from_callback(rows.shape, sharding, lambda index: rows[index])
-
-
-def shard_padded(rows) -> jax.Array:
-    """`shard_rows`, with the last row repeated until the mesh divides the number of rows."""
-    missing = -len(rows) % batch_ways()
-    return shard_rows(np.concatenate([rows, np.repeat(rows[-1:], missing, axis=0)]))
 
 
 def by_name(tree) -> dict:

@@ -134,8 +134,7 @@ def small_arguments(workdir: pathlib.Path, *more: str) -> list[str]:
 SERVER = """
 import json, os, runpy, sys
 import jax
-import gptv_jax.runs.report
-from gptv_jax.stages import finetune, generate, pretrain, probe, sample, tokenizer
+from gptv_jax.stages import finetune, generate, pretrain, probe, reports, sample, tokenizer
 from ml_collections import config_flags
 for line in sys.stdin:
     module, arguments, devices, out, err = json.loads(line)

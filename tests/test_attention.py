@@ -8,8 +8,7 @@ from conftest import make_mesh, random_batch, random_params, tiny_network
 
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
-from gptv_jax.model import attention, splash_attention
-from gptv_jax.model.blocked_attention import blocked_attention
+from gptv_jax.model import attention
 from gptv_jax.planning import topology
 from gptv_jax.train.step import make_loss
 
@@ -32,7 +31,7 @@ def plain(q, k, v):
 def blocked(q, k, v, block=BLOCK):
     """The blocked form, which is of one device, on every device."""
     spec = jax.typeof(q).sharding.spec
-    local = lambda *inputs: blocked_attention(*inputs, block)  # noqa: E731
+    local = lambda *inputs: attention.blocked_attention(*inputs, block)  # noqa: E731
     return jax.shard_map(local, in_specs=3 * (spec,), out_specs=spec, check_vma=False)(q, k, v)
 
 
@@ -138,13 +137,13 @@ WALKS = [
 def test_network_does_not_notice_the_form(shape, scan, remat, plain_network, monkeypatch):
     calls = []
 
-    def forced(q, k, v):
-        calls.append(q.shape)
+    def forced(q, k, v, *, causal):
+        calls.append(causal)
         return blocked(q, k, v, block=5)
 
-    monkeypatch.setattr(attention, "causal_attention", forced)
+    monkeypatch.setattr(attention, "self_attention", forced)
     loss, grads = loss_and_gradients(shape, scan_layers=scan, remat=remat)
-    assert calls
+    assert calls and all(calls)
     np.testing.assert_allclose(loss, plain_network[0], rtol=1e-5)
     for (path, f), w in zip(
         jax.tree.leaves_with_path(grads), jax.tree.leaves(plain_network[1]), strict=True
@@ -157,7 +156,8 @@ def test_network_does_not_notice_the_form(shape, scan, remat, plain_network, mon
 def test_long_sequences_on_a_cpu_take_the_blocked_form_and_others_the_plain_one(monkeypatch):
     def walks_over_heads(length):
         x = jax.ShapeDtypeStruct((1, length, 1, 2), jnp.float32)
-        return "scan" in str(jax.make_jaxpr(lambda *x: attention.causal_attention(*x))(x, x, x))
+        attend = functools.partial(attention.self_attention, causal=True)
+        return "scan" in str(jax.make_jaxpr(attend)(x, x, x))
 
     assert walks_over_heads(attention.LONG) and not walks_over_heads(attention.LONG - 1)
     monkeypatch.setattr(sharding, "platform", lambda: "gpu")
@@ -175,7 +175,7 @@ def test_form_follows_the_devices_of_the_mesh_and_not_this_process():
 # A sequence that is split.
 
 SPLIT = [(1, 2, 2, 2), (1, 1, 8, 1)]
-FORMS = {True: attention.causal_attention, False: attention.bidirectional_attention}
+FORMS = {c: functools.partial(attention.self_attention, causal=c) for c in (True, False)}
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
@@ -209,8 +209,8 @@ def test_splash_attention_and_its_gradients_are_those_of_the_plain_form(shape, c
         inputs = draw(4, whole)
         monkeypatch.setattr(attention, "LONG", np.inf)
         wanted = output_and_gradients(FORMS[causal], *inputs)
-        emulated = functools.partial(splash_attention.make_kernel, interpret=True)
-        monkeypatch.setattr(attention, "make_kernel", emulated)
+        emulated = functools.partial(attention.splash.make_splash_mha, interpret=True)
+        monkeypatch.setattr(attention.splash, "make_splash_mha", emulated)
         monkeypatch.setattr(sharding, "platform", lambda: "tpu")
         found = output_and_gradients(FORMS[causal], *inputs)
     for f, w in zip(found, wanted, strict=True):
@@ -237,7 +237,7 @@ def test_splash_attention_compiles_for_a_tpu_without_t_by_t_scores(tpu, head_siz
         x = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=placed)
 
         def gradients(*inputs):
-            out, backward = jax.vjp(attention.causal_attention, *inputs)
+            out, backward = jax.vjp(FORMS[True], *inputs)
             return backward(out)
 
         compiled = jax.jit(gradients).lower(x, x, x).compile()

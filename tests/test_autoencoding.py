@@ -13,7 +13,7 @@ from conftest import generator, make_mesh, random_image
 
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
-from gptv_jax.model import autoencoder, discriminator, lpips
+from gptv_jax.model import autoencoder, layers, lpips
 from gptv_jax.tokens import LearnedCodec, Tokenizer
 from gptv_jax.tokens.learned import from_pixels
 from gptv_jax.train import autoencoding, optimizer, step
@@ -143,9 +143,9 @@ def test_the_loss_is_the_weighted_sum_of_what_the_settings_name(monkeypatch):
             "l1": jnp.abs(restored - images),
             "l2": jnp.square(restored - images),
             # The discriminator should take restored images for real ones.
-            "adversarial": -jax.jit(discriminator.scores, static_argnums=(0, 1))(
-                FSQ, settings, critic, restored
-            ),
+            "adversarial": -jax.jit(
+                layers.bind(autoencoder.Discriminator, FSQ, settings, params=critic)
+            )(restored),
             "gradient": jax.jit(autoencoding.gradient)(restored, images),
             "ssim": 1 - ssim(restored, images, 2.0),
             "lpips": jax.jit(lpips.distance)(vgg, restored, images),

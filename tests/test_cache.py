@@ -15,7 +15,7 @@ from gptv_jax.config import fields
 from gptv_jax.data import cache, pipeline, sources
 from gptv_jax.data.damage import DamageLog
 from gptv_jax.errors import InputError
-from gptv_jax.stages import codec as codecs
+from gptv_jax.stages import setup
 from gptv_jax.tokens import Palette, palette
 
 SIZE = 5  # 25 tokens: no whole number of bytes in a bit plane
@@ -313,7 +313,7 @@ def batches(config, codec, position=0):
 def test_training_from_the_cache_is_training_from_the_images(tmp_path, name, train, evaluation):
     config, codec = configured(tmp_path, name, train, evaluation)
     from_cache = cached(tmp_path, config, codec)
-    found = codecs.find_codec(from_cache)
+    found = setup.find_codec(from_cache)
     assert found.vocabulary == codec.vocabulary
     assert batches(from_cache, found) == batches(config, codec)
     assert batches(from_cache, found, position=5)[:4] == batches(config, codec)[5:9]
@@ -344,7 +344,7 @@ def test_another_configuration_is_refused_with_what_differs(tmp_path, section, c
     from_cache = cached(tmp_path, config, codec)
     other = dataclasses.replace(getattr(from_cache, section), **changes)
     with pytest.raises(InputError) as error:
-        codecs.find_codec(dataclasses.replace(from_cache, **{section: other}))
+        setup.find_codec(dataclasses.replace(from_cache, **{section: other}))
     assert "made by another configuration" in str(error.value) and named in str(error.value)
 
 
@@ -353,13 +353,13 @@ def test_another_configuration_is_refused_with_what_differs(tmp_path, section, c
 
 def test_a_palette_is_built_where_there_is_none_and_is_the_same_every_time(tmp_path):
     config, _ = configured(tmp_path, "palette")
-    assert codecs.find_codec(config) is None
-    first, again = (codecs.build_codec(config, DamageLog(config.data, None)) for _ in range(2))
+    assert setup.find_codec(config) is None
+    first, again = (setup.build_codec(config, DamageLog(config.data, None)) for _ in range(2))
     assert first.definition.equivalent(again.definition) and first.vocabulary == 40
     assert first.definition.provenance["images"] == 21  # training images only
     run = tmp_path / "run"
     tokens.save_definition(first.definition, run)
-    assert codecs.find_codec(config, run).definition.equivalent(first.definition)
+    assert setup.find_codec(config, run).definition.equivalent(first.definition)
 
 
 def test_palettes_that_differ_are_an_error_that_names_both(tmp_path):
@@ -372,16 +372,16 @@ def test_palettes_that_differ_are_an_error_that_names_both(tmp_path):
         return dataclasses.replace(config.tokens, palette=str(tmp_path / name))
 
     same = dataclasses.replace(from_cache, tokens=given("same.npz"))
-    assert codecs.find_codec(same).definition.equivalent(codec.definition)
+    assert setup.find_codec(same).definition.equivalent(codec.definition)
     other = dataclasses.replace(from_cache, tokens=given("other.npz"))
     with pytest.raises(InputError, match=r"tokens.palette=.*other.npz is another one .*the token"):
-        codecs.find_codec(other)
+        setup.find_codec(other)
 
 
 def test_a_palette_of_grey_images_is_an_error(tmp_path):
     config, _ = configured(tmp_path, "palette", evaluation=("decode(channels=1)",))
     with pytest.raises(InputError, match=r"images have 1 channel"):
-        codecs.build_codec(config, DamageLog(config.data, None))
+        setup.build_codec(config, DamageLog(config.data, None))
 
 
 def test_a_palette_is_built_of_random_pixels_of_random_images_and_depends_on_the_seed(tmp_path):
@@ -390,7 +390,7 @@ def test_a_palette_is_built_of_random_pixels_of_random_images_and_depends_on_the
     data = config_lib.Data(name="arrays", path=str(tmp_path / "set.npz"), validation_split="train")
     settings = config_lib.Config(data=data, tokens=config_lib.Tokens(kind="palette", colors=8))
     first, other = (
-        codecs.build_codec(dataclasses.replace(settings, seed=seed), DamageLog(data, None))
+        setup.build_codec(dataclasses.replace(settings, seed=seed), DamageLog(data, None))
         for seed in (0, 1)
     )
     assert not first.definition.equivalent(other.definition)

@@ -135,14 +135,14 @@ def test_heads_trained_by_sgd_do_not_know_the_label(given):
 def test_the_class_token_is_attended_to_like_any_other(recipe, monkeypatch):
     """By its key, too: a table of rotations that is 0 in its place, as in LlamaGen, hides that."""
     network = dataclasses.replace(NETWORK, config=dataclasses.replace(NETWORK.config, **recipe))
-    params, attend = random_params(network), attention.causal_attention
+    params, attend = random_params(network), attention.self_attention
     tokens, length = jnp.asarray(random_batch(network, size=1)["tokens"]), []
 
-    def by_keys_alone(q, k, v):
+    def by_keys_alone(q, k, v, *, causal):
         length.extend(jnp.linalg.norm(x, axis=-1)[0].min(axis=1) for x in (q, k))
-        return attend(q, k, jax.lax.stop_gradient(v))
+        return attend(q, k, jax.lax.stop_gradient(v), causal=causal)
 
-    monkeypatch.setattr(attention, "causal_attention", by_keys_alone)
+    monkeypatch.setattr(attention, "self_attention", by_keys_alone)
 
     @jax.jit
     @functools.partial(jax.grad, has_aux=True)

@@ -37,9 +37,7 @@ def params():
 def most_likely(params, tokens):
     """The most likely token at every position, by the full forward pass."""
     variant = np.full(len(tokens), NETWORK.unconditional, np.int32)
-    return np.asarray(full_logits(params, *map(sharding.shard_padded, (tokens, variant)))).argmax(
-        -1
-    )
+    return np.asarray(full_logits(params, *map(sharding.shard_rows, (tokens, variant)))).argmax(-1)
 
 
 @jax.jit
@@ -87,7 +85,7 @@ def test_a_mask_that_is_a_prefix_draws_what_the_prefix_draws(params):
     found, key = Sampler(NETWORK, params).draw(given, KEY), jax.random.fold_in(KEY, 0)
     # Read at once or one by one, the same tokens lead to the same draws.
     for prefix in (8, 4):
-        tokens = sharding.shard_padded(given)
+        tokens = sharding.shard_rows(given)
         wanted = generation.generate(NETWORK, params, tokens, key, prefix=prefix)
         np.testing.assert_array_equal(found, wanted)
 
@@ -232,7 +230,7 @@ def test_labels_are_start_vectors_and_none_is_the_last_one(model):
     labels = {None: 2, 0: 0, 1: 1, (1, 0, 1): (1, 0, 1), (2**0, 0, 0): (1, 0, 0)}
     for given, variant in labels.items():
         variant = np.broadcast_to(np.int32(variant), 3).copy()
-        wanted = full_logits(model.params, *map(sharding.shard_padded, (TOKENS, variant)))
+        wanted = full_logits(model.params, *map(sharding.shard_rows, (TOKENS, variant)))
         np.testing.assert_array_equal(model.logits(TOKENS, given), wanted)
         nats = Sampler(NETWORK, model.params).nats(TOKENS, variant)
         np.testing.assert_allclose(model.log_likelihood(IMAGES, given), -nats.sum(1), rtol=1e-6)

@@ -11,7 +11,7 @@ from conftest import MODERN, RECIPES, make_mesh, random_batch, random_params, ti
 from gptv_jax import sharding
 from gptv_jax.config import Drawing
 from gptv_jax.decode import generation
-from gptv_jax.model.splash_attention import LANES
+from gptv_jax.model.attention import LANES
 
 pytestmark = pytest.mark.usefixtures("one_device")
 

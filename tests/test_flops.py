@@ -10,7 +10,7 @@ from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.model import flops
 from gptv_jax.planning import compiled, plan, topology
-from gptv_jax.planning.pretrain import Pretraining
+from gptv_jax.planning.training import Pretraining
 from gptv_jax.runs.record import network_of
 
 # Attention in its plain form (T < 256), layers unrolled, because the compiler counts a loop's body
@@ -35,11 +35,11 @@ def test_flops_of_a_step_are_those_of_the_compiler(remat, recipe):
     config = dataclasses.replace(CONFIG, model=model)
     network = network_of(config)
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-    counted = compiled.program(Pretraining.of(config), mesh).cost_analysis()["flops"]
+    counted = compiled.program(Pretraining(config), mesh).cost_analysis()["flops"]
     needed = flops.executed(network, "cpu").total
     assert needed * 16 * 144 == pytest.approx(counted, rel=0.03)
     # The parts that are told apart are each larger than that.
-    assert flops.training(network).attention > 0.04 * flops.training(network).total
+    assert flops.training(network)["attention"] > 0.04 * flops.training(network).total
     again = flops.executed(network, "cpu").total - flops.training(network).total
     assert remat == "none" or again * 16 * 144 > 0.01 * counted
 
@@ -47,7 +47,10 @@ def test_flops_of_a_step_are_those_of_the_compiler(remat, recipe):
 def test_matrices_and_attention_are_counted_apart():
     network = network_of(CONFIG)
     weights = 3 * 12 * 512**2 + 17 * 512
-    assert flops.training(network) == flops.Flops(6 * weights, 12 * 3 * 144 * 512)
+    assert flops.training(network) == {
+        "matmul": 6 * weights,
+        "attention": 12 * 3 * 144 * 512,
+    }
     assert flops.forward(network).total * 3 == flops.training(network).total
 
 
@@ -67,5 +70,6 @@ def test_a_form_that_skips_masked_tiles_does_less_and_again_what_it_does_not_kee
     model = flops.training(network)
     for platform, products in (("gpu", 6), ("cpu", 7 * 5 / 8), ("tpu", 9 * 3 / 4)):
         done = flops.executed(network, platform)
-        assert done == flops.Flops(model.matmul, int(model.attention * products / 6)), platform
+        attention = int(model["attention"] * products / 6)
+        assert done == {"matmul": model["matmul"], "attention": attention}, platform
     assert flops.executed(network, "cpu", split=4) == flops.executed(network, "gpu")

@@ -41,7 +41,7 @@ def full_logits(network, params, tokens, variant):
 def both(network, params, tokens, labels=LABELS):
     """Logits of two full forward passes: with the classes, and without any."""
     nothing = np.full_like(labels, network.unconditional)
-    rows = [sharding.shard_padded(x) for x in (tokens, labels, nothing)]
+    rows = [sharding.shard_rows(x) for x in (tokens, labels, nothing)]
     return [np.asarray(full_logits(network, params, rows[0], x)) for x in rows[1:]]
 
 
@@ -89,7 +89,7 @@ def model():
 
 def draw(network, params, drawing, labels=LABELS, samples=2, length=16):
     unknown = np.full((len(labels), length), generation.UNKNOWN, np.int32)
-    unknown, labels = (sharding.shard_padded(x) for x in (unknown, labels))
+    unknown, labels = (sharding.shard_rows(x) for x in (unknown, labels))
     options = {"labels": labels, "samples": samples}
     return np.asarray(generation.generate(network, params, unknown, KEY, drawing, **options))
 

@@ -6,13 +6,13 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from gptv_jax.planning import hlo, traffic
+from gptv_jax.planning import hlo, plan
 
 SIZES = {"a": 2, "b": 4}
 FLOATS = 4  # bytes
 
 
-def compiled(function, *shapes) -> list[traffic.Traffic]:
+def compiled(function, *shapes) -> list[plan.Traffic]:
     """What a function of local shards does on a mesh of 2 x 4 devices."""
     mesh = jax.make_mesh(tuple(SIZES.values()), tuple(SIZES), (AxisType.Explicit,) * 2)
     inside = jax.shard_map(
@@ -26,7 +26,7 @@ def compiled(function, *shapes) -> list[traffic.Traffic]:
         text = jax.jit(inside).lower(*arguments).compile().as_text()
     found, unknown = hlo.collectives(text, 8)
     assert not unknown
-    return traffic.of_program(found, SIZES, [0] * 8)
+    return plan.traffic_of(found, SIZES, [0] * 8)
 
 
 def sum_over(axis):
@@ -87,7 +87,7 @@ def compiled_loops(function):
     inside = jax.shard_map(function, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
     with jax.set_mesh(mesh):
         text = jax.jit(inside).lower(jnp.ones((8, 8))).compile().as_text()
-    return traffic.of_program(hlo.collectives(text, 8)[0], SIZES, [0] * 8)
+    return plan.traffic_of(hlo.collectives(text, 8)[0], SIZES, [0] * 8)
 
 
 # Forms that TPUs have and simulated devices do not.
@@ -201,17 +201,17 @@ def test_a_loop_of_unknown_length_counts_once_and_is_named():
 def test_a_sum_over_slices_is_scattered_inside_before_it_crosses():
     sizes, slice_of = {"data": 2, "fsdp": 4}, [0] * 4 + [1] * 4
     group = tuple(range(8))
-    (row,) = traffic.of_program([hlo.Collective("all-reduce", 3, 800, group)], sizes, slice_of)
+    (row,) = plan.traffic_of([hlo.Collective("all-reduce", 3, 800, group)], sizes, slice_of)
     assert row.axes == ("data", "fsdp") and row.bytes == 2400
     assert row.inside == pytest.approx(3 * 2 * 800 * 3 / 4)
     assert row.between == pytest.approx(3 * 2 * 800 / 4 * 1 / 2)
-    (inside,) = traffic.of_program([hlo.Collective("all-gather", 1, 800, (0, 1))], sizes, slice_of)
+    (inside,) = plan.traffic_of([hlo.Collective("all-gather", 1, 800, (0, 1))], sizes, slice_of)
     assert inside.axes == ("fsdp",) and inside.between == 0
-    (across,) = traffic.of_program([hlo.Collective("all-reduce", 1, 800, (0, 4))], sizes, slice_of)
+    (across,) = plan.traffic_of([hlo.Collective("all-reduce", 1, 800, (0, 4))], sizes, slice_of)
     assert across.axes == ("data",) and across.inside == 0 and across.between == 800
 
 
 def test_rows_of_one_kind_over_the_same_axes_are_added_up():
     found = [hlo.Collective("all-gather", n, 10 * n, (0, 1)) for n in (1, 2, 3)]
-    (row,) = traffic.of_program(found, {"a": 4, "b": 2}, [0] * 8)
+    (row,) = plan.traffic_of(found, {"a": 4, "b": 2}, [0] * 8)
     assert row.count == 6 and row.bytes == 10 + 40 + 90 and row.axes == ("b",)

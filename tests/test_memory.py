@@ -10,10 +10,11 @@ import sys
 import jax
 import pytest
 from conftest import MODERN, random_batch
+from jax.sharding import PartitionSpec as P
 
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
-from gptv_jax.planning import arrays, plan, topology
+from gptv_jax.planning import memory, plan, topology
 from gptv_jax.train import objective, optimizer, step
 
 CPU, TPU = topology.parse("cpu:8"), topology.parse("v5e:2x4")
@@ -89,7 +90,7 @@ for remat in ("none", "full"):
             jax.block_until_ready(state)
             pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak is that from now on
             before = status("VmRSS")
-            state, metrics = program(state, batch)
+            state, metrics = program(state, batch, None)
             jax.block_until_ready((state, metrics))
             grown.append(status("VmHWM") - before)
     rows.append({"grown": max(grown), "planned": 8 * found.numbers()["bytes"]["temporaries"]})
@@ -170,8 +171,10 @@ def test_what_is_kept_falls_with_rematerialisation_and_with_microbatches():
 
 
 def test_a_tpu_fills_an_array_up_to_whole_tiles():
-    sizes = {"data": 1, "fsdp": 8, "tensor": 1}
-    array = arrays.Array((4, 512, 3, 8, 64), 4, ((), ("fsdp",), (), (), ()))
-    assert array.bytes(sizes, tiled=False) == 4 * 64 * 3 * 8 * 64 * 4
-    assert array.bytes(sizes, tiled=True) == 4 * 128 * 3 * 8 * 64 * 4  # 64 lanes as 128
-    assert arrays.Array((5, 128), 2, ((), ())).bytes(sizes, tiled=True) == 8 * 128 * 2
+    cpu, tpu = (devices.abstract_mesh((1, 8, 1, 1)) for devices in (CPU, TPU))
+    split = jax.NamedSharding(cpu, P(None, "fsdp"))
+    array = jax.ShapeDtypeStruct((4, 512, 3, 8, 64), "float32", sharding=split)
+    assert memory.total_bytes([array], cpu) == 4 * 64 * 3 * 8 * 64 * 4
+    assert memory.total_bytes([array], tpu) == 4 * 128 * 3 * 8 * 64 * 4  # 64 lanes as 128
+    array = jax.ShapeDtypeStruct((5, 128), "bfloat16")
+    assert memory.total_bytes([array], tpu) == 8 * 128 * 2

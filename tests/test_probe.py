@@ -19,7 +19,6 @@ from gptv_jax import sharding
 from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.errors import InputError
 from gptv_jax.probe import features, logistic, ridge
-from gptv_jax.runs import report
 from gptv_jax.runs.context import Context
 from gptv_jax.stages import STAGES, finetune, pretrain, probe, reports, setup
 from gptv_jax.stages import pretrained as pretrained_weights
@@ -282,7 +281,7 @@ def test_the_stage_writes_its_numbers_and_files(request, tmp_path, monkeypatch, 
     with jax.set_mesh(run.mesh):
         numbers = probe.run_stage(run)
         run.finish("probe", numbers)
-        report.write(run, [reports.probe])
+        reports.write(run)
         if config.probe.method == "sgd":
             assert asked == [(16, 0, ("shift(pixels=1)",))]  # the probe's own transforms
             monkeypatch.setattr(ridge, "tabulate", at_work)  # the heads are still there

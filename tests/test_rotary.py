@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import MODERN, generator, tiny_network
 
-from gptv_jax.model import rotary
+from gptv_jax.model import layers
 
 pytestmark = pytest.mark.usefixtures("one_device")
 ROWS, COLUMNS, K = 3, 5, 8
@@ -16,7 +16,7 @@ def scores(queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
     """Of one query and one key, at each of these pairs of places."""
     q, k = (generator(seed).normal(size=(1, 1, 1, K)).astype(np.float32) for seed in (1, 2))
     q, k = (
-        rotary.rotate(jnp.tile(x, (1, len(places), 1, 1)), rotary.phases(places, COLUMNS, K))
+        layers.rotate(jnp.tile(x, (1, len(places), 1, 1)), layers.phases(places, COLUMNS, K))
         for x, places in ((q, jnp.asarray(queries)), (k, jnp.asarray(keys)))
     )
     return np.asarray((q * k).sum(axis=-1)).ravel()
@@ -44,7 +44,7 @@ def test_a_key_turns_with_the_place_of_the_token_that_its_position_holds(objecti
     network = tiny_network(**recipe)
     found = network.bind(model).rotation(3, 6)
     for turned, first in ((found.queries, 3), (found.keys, 3 - before)):
-        wanted = rotary.phases(jnp.arange(first, first + 6), 4, 8)
+        wanted = layers.phases(jnp.arange(first, first + 6), 4, 8)
         np.testing.assert_array_equal(turned, wanted)
     off = tiny_network(**MODERN | {"rotary": False})
     params = jax.eval_shape(off.init, jax.random.key(0))
@@ -53,9 +53,9 @@ def test_a_key_turns_with_the_place_of_the_token_that_its_position_holds(objecti
 
 def test_angles_are_those_of_llama_gen():
     """For four channels a row: 1 and 1/100 of a radian a place; of bfloat16 the turn is float32."""
-    found = rotary.phases(jnp.arange(15), COLUMNS, K)
+    found = layers.phases(jnp.arange(15), COLUMNS, K)
     angles = np.arctan2(found[1], found[0])
     np.testing.assert_allclose(angles[7], [1, 0.01, 2, 0.02], rtol=1e-5)
     x = jnp.asarray(generator().normal(size=(1, 15, 2, K)), jnp.bfloat16)
-    exact = rotary.rotate(x.astype(jnp.float32), found)
-    np.testing.assert_array_equal(rotary.rotate(x, found), exact.astype(jnp.bfloat16))
+    exact = layers.rotate(x.astype(jnp.float32), found)
+    np.testing.assert_array_equal(layers.rotate(x, found), exact.astype(jnp.bfloat16))

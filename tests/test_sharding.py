@@ -9,7 +9,7 @@ from conftest import RECIPES, make_mesh, random_batch, random_params, tiny_netwo
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.errors import InputError
-from gptv_jax.model import autoencoder, discriminator
+from gptv_jax.model import autoencoder, layers
 from gptv_jax.train import step
 from gptv_jax.train.optimizer import make_optimizer
 
@@ -172,7 +172,8 @@ def test_a_device_holds_this_shard_of_every_parameter_of_a_tokenizer():
     )
     settings = config_lib.Tokenizer(discriminator_width=8, discriminator_layers=2)
     assert shard_shapes(functools.partial(autoencoder.init, network)) == AUTOENCODER_SHARDS
-    found = shard_shapes(functools.partial(discriminator.init, network, settings))
+    critic = functools.partial(layers.init, autoencoder.Discriminator, network, settings)
+    found = shard_shapes(lambda key: critic(key=key))
     assert found == DISCRIMINATOR_SHARDS
 
 

@@ -8,36 +8,14 @@ frozen, checked `Config` that the rest of the program reads.
 import ml_collections
 
 from gptv_jax.config import fields, rules
-from gptv_jax.config.autoencoder import Autoencoder, Tokenizer
-from gptv_jax.config.data import Data, Tokens
-from gptv_jax.config.model import Model
-from gptv_jax.config.run import Config
-from gptv_jax.config.stages import Drawing, Finetune, Generate, Probe, ProbeSgd, Sample
-from gptv_jax.config.train import Mesh, Optimizer, Profile, Train
+from gptv_jax.config.data import Autoencoder, Data, Tokens
+from gptv_jax.config.stages import Config, Drawing, Finetune, Generate, Probe, ProbeSgd, Sample
+from gptv_jax.config.train import Mesh, Model, Optimizer, Profile, Tokenizer, Train
 from gptv_jax.errors import InputError
 
-__all__ = [
-    "Autoencoder",
-    "Config",
-    "Data",
-    "Drawing",
-    "Finetune",
-    "Generate",
-    "Mesh",
-    "Model",
-    "Optimizer",
-    "Probe",
-    "ProbeSgd",
-    "Profile",
-    "Sample",
-    "Tokenizer",
-    "Tokens",
-    "Train",
-    "choose",
-    "default",
-    "recorded",
-    "resolve",
-]
+__all__ = ["Autoencoder", "Config", "Data", "Drawing", "Finetune", "Generate", "Mesh", "Model"]
+__all__ += ["Optimizer", "Probe", "ProbeSgd", "Profile", "Sample", "Tokenizer", "Tokens", "Train"]
+__all__ += ["choose", "default", "recorded", "resolve"]
 
 # Fields of older files: those with another name now, and those that are gone, each with the only
 # value that this version can still read.
@@ -51,27 +29,17 @@ def default() -> ml_collections.ConfigDict:
 
 
 def choose(argument: str, choices: dict):
-    """What a config file's own argument, as in `--config=FILE:ARGUMENT`, stands for.
-
-    Raises:
-      InputError: it is none of the choices.
-    """
+    """What a config file's own argument, as in `--config=FILE:ARGUMENT`, stands for."""
     if argument not in choices:
         raise InputError(f"its argument is {argument!r}; it takes one of {', '.join(choices)}.")
     return choices[argument]
 
 
 def recorded(cls: type, flat: dict[str, object], section: str = "") -> dict:
-    """A section as nested dicts, from a file that an older version may have written.
+    """A section as nested dicts, from a file of an older version; "": the whole configuration.
 
-    Args:
-      cls: the section's class.
-      flat: the section's fields by flat name. Renamed fields get their new names, and fields that
-        the file lacks get their defaults.
-      section: the section's name; "": the whole configuration.
-
-    Raises:
-      InputError: the file asks for something that this version no longer has.
+    Renamed fields of `flat` get their new names, and fields that it lacks get their defaults.
+    InputError: the file asks for something that this version no longer has.
     """
     prefix = f"{section}." if section else ""
     named = {RENAMED.get(prefix + name, prefix + name): value for name, value in flat.items()}

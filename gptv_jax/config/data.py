@@ -1,9 +1,14 @@
 """Where images come from, and how they become tokens."""
 
 import dataclasses
+import math
 
-from gptv_jax.config.autoencoder import Autoencoder
-from gptv_jax.config.fields import NOT_NEGATIVE, POSITIVE, SHARE, field, flatten, one_of
+from gptv_jax.config.fields import FROM_ZERO, POSITIVE, SHARE, field, flatten, one_of
+
+LEVELS = ("2 or more, once or more", lambda v: v and all(levels >= 2 for levels in v))
+MOST_CODES = 2**16  # token caches keep two bytes a token
+CODES = (f"2 to {MOST_CODES}", lambda v: 2 <= v <= MOST_CODES)
+WIDTHS = ("1 or more, once or more", lambda v: v and all(width >= 1 for width in v))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +32,42 @@ class Data:
     # An image that cannot be read is replaced by another image (skip), or ends the run (fail).
     damaged: str = field("skip", one_of("skip", "fail"))
     max_damaged: float = field(0.05, SHARE)  # share of unreadable images above which the run stops
-    workers: int = field(0, NOT_NEGATIVE, free=True)  # Grain's processes; 0: threads in this one
+    workers: int = field(0, FROM_ZERO, free=True)  # Grain's processes; 0: threads in this one
+
+
+@dataclasses.dataclass(frozen=True)
+class Autoencoder:
+    """A convolutional encoder and decoder, with a quantizer between them."""
+
+    channels: int = field(3, one_of(1, 3))  # of the images: grey or RGB
+    downsample: int = field(4, one_of(4, 8, 16))  # pixels a side that one token stands for
+    # Channels at each resolution, the finest first. Each resolution is half of the one before, so
+    # the first layer takes squares of downsample / 2^(resolutions - 1) pixels a side.
+    widths: tuple[int, ...] = field((96,), WIDTHS)
+    encoder_blocks: int = field(2, FROM_ZERO)  # residual blocks at each resolution
+    decoder_blocks: int = field(3, FROM_ZERO)
+    norm: bool = False  # RMS norm over the channels, before each block
+    attention: bool = False  # over all positions of the lowest resolution, on both sides
+    # Finite scalar quantization (Mentzer et al. 2023, arXiv:2309.15505), or a codebook of moving
+    # averages of encodings (van den Oord et al. 2017, arXiv:1711.00937, appendix A.1).
+    quantizer: str = field("fsq", one_of("fsq", "vq"))
+    # fsq: levels of each dimension of a code; the number of codes is their product. 240 codes:
+    # (8, 6, 5); 1,000: (8, 5, 5, 5); 4,096: (8, 8, 8, 8); 16,384: (8, 8, 8, 8, 4); 64,000:
+    # (8, 8, 8, 5, 5, 5).
+    levels: tuple[int, ...] = field((8, 8, 8, 8), LEVELS)
+    codes: int = field(4096, CODES)  # vq: codes of the codebook
+    code_size: int = field(8, POSITIVE)  # vq: dimensions of a code, a vector of length 1
+    dtype: str = field("float32", one_of("float32", "bfloat16"))  # of compute; weights: float32
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of codes."""
+        return math.prod(self.levels) if self.quantizer == "fsq" else self.codes
+
+    @property
+    def patch(self) -> int:
+        """Pixels a side of the squares that the first layer takes."""
+        return self.downsample // 2 ** (len(self.widths) - 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,20 +90,15 @@ class Tokens:
     @property
     def vocabulary(self) -> int:
         """Number of different tokens, V."""
-        match self.kind:
-            case "grey":
-                return self.levels
-            case "palette":
-                return self.colors
-            case "learned":
-                return self.autoencoder.vocabulary
+        learned = self.autoencoder.vocabulary
+        return {"grey": self.levels, "palette": self.colors, "learned": learned}[self.kind]
 
     def pairs(self, other: "Tokens") -> list[tuple[str, object, object]]:
         """Names of the fields that tokens depend on, definitions apart, with both values."""
-        own = {"grey": "tokens.levels", "palette": "tokens.colors"}.get(self.kind)
-        own = own or "tokens.autoencoder."
-        now, there = flatten(self, "tokens."), flatten(other, "tokens.")
-        return [(n, now[n], there[n]) for n in now if n == "tokens.kind" or n.startswith(own)]
+        own = {"grey": "levels", "palette": "colors", "learned": "autoencoder."}[self.kind]
+        now, there = flatten(self), flatten(other)
+        names = [name for name in now if name.startswith(("kind", own))]
+        return [(f"tokens.{name}", now[name], there[name]) for name in names]
 
     def grid(self, image_size: int) -> tuple[int, int]:
         """Rows and columns of the tokens of an image of `image_size` x `image_size` pixels."""

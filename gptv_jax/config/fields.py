@@ -7,6 +7,7 @@ import collections.abc
 import dataclasses
 import difflib
 import math
+import operator
 import types
 import typing
 
@@ -17,7 +18,7 @@ from gptv_jax.errors import InputError
 
 # Accepted values: words for the message, and a test.
 POSITIVE = ("1 or more", lambda v: v >= 1)
-NOT_NEGATIVE = ("0 or more", lambda v: 0 <= v < math.inf)
+FROM_ZERO = ("0 or more", lambda v: 0 <= v < math.inf)
 ABOVE_ZERO = ("more than 0", lambda v: 0 < v < math.inf)
 BELOW_ONE = ("0 up to but not 1", lambda v: 0 <= v < 1)
 SHARE = ("0 to 1", lambda v: 0 <= v <= 1)
@@ -53,12 +54,7 @@ def free(cls: type) -> set[str]:
 
 def flatten(config, prefix: str = "") -> dict[str, object]:
     """`{"train.steps": 500, ...}` for every field, in order of declaration."""
-    flat = {}
-    for each in dataclasses.fields(config):
-        value, name = getattr(config, each.name), f"{prefix}{each.name}"
-        nested = dataclasses.is_dataclass(value)
-        flat.update(flatten(value, f"{name}.") if nested else {name: value})
-    return flat
+    return {prefix + name: operator.attrgetter(name)(config) for name in by_name(type(config))}
 
 
 def unflatten(flat: dict[str, object]) -> dict:
@@ -87,12 +83,7 @@ def to_dict(config) -> ml_collections.ConfigDict:
 
 
 def from_dict(cls: type, settings, where: str):
-    """Makes a dataclass from a ConfigDict or a dict that has all of its fields.
-
-    Args:
-      cls: the dataclass.
-      settings: its fields by name.
-      where: the name of the dataclass in messages.
+    """The dataclass of a ConfigDict or a dict that has all of its fields; messages say `where`.
 
     Raises:
       InputError: an unknown or missing field, a wrong type, or a value that is not accepted; the
@@ -111,20 +102,14 @@ def from_dict(cls: type, settings, where: str):
     for name, each in known.items():
         if name not in settings:
             raise InputError(f"{where}.{name} is missing; start from gptv_jax.config.default().")
-        value = settings[name]
-        if dataclasses.is_dataclass(each.type):
-            values[name] = from_dict(each.type, value, f"{where}.{name}")
-        else:
-            values[name] = checked(value, each, f"{where}.{name}")
+        values[name] = checked(settings[name], each, f"{where}.{name}")
     return cls(**values)
 
 
 def checked(value, each: dataclasses.Field, where: str):
-    """`value` as the field's type; `where` is the name of the field in messages.
-
-    Raises:
-      InputError: the value has another type, or is not accepted.
-    """
+    """`value` as the field's type, or InputError, which calls the field `where`."""
+    if dataclasses.is_dataclass(each.type):
+        return from_dict(each.type, value, where)
     kind, optional = _optional(each.type)
     if value is None and optional:
         return None
@@ -141,11 +126,7 @@ def checked(value, each: dataclasses.Field, where: str):
 
 
 def typed(value, kind):
-    """`value` as `kind`; only whole numbers to floats and lists to tuples are converted.
-
-    Raises:
-      TypeError: `value` has another type.
-    """
+    """`value` as `kind`, or TypeError; whole numbers become floats and lists become tuples."""
     if typing.get_origin(kind) is tuple and isinstance(value, list | tuple):
         return tuple(typed(v, typing.get_args(kind)[0]) for v in value)
     if kind is float and type(value) is int:
@@ -158,10 +139,9 @@ def typed(value, kind):
 def type_words(each: dataclasses.Field) -> str:
     """What a field takes, in words: `an int`, `a float or None`, `a tuple of str`."""
     kind, optional = _optional(each.type)
+    words = f"{'an' if kind is int else 'a'} {kind.__name__}"
     if typing.get_origin(kind) is tuple:
         words = f"a tuple of {typing.get_args(kind)[0].__name__}"
-    else:
-        words = f"{'an' if kind is int else 'a'} {kind.__name__}"
     return words + (" or None" if optional else "")
 
 

@@ -1,225 +1,165 @@
 """Rules between settings, which no field can check by itself.
 
 `check` holds for every run. The rules of one section (`SECTIONS`) are checked only where a stage
-that needs this section runs.
+that needs this section runs. Every rule raises InputError, which names the fields, their values and
+what would be accepted.
 """
 
 import dataclasses
-from collections.abc import Iterable
+import operator
+from typing import NoReturn
 
-from gptv_jax.config.autoencoder import MOST_CODES
-from gptv_jax.config.model import Model
-from gptv_jax.config.run import Config
-from gptv_jax.config.train import Train
+from gptv_jax.config.data import MOST_CODES
+from gptv_jax.config.stages import Config
 from gptv_jax.errors import InputError
 
 RESTORING = ("l1", "l2", "gradient", "ssim", "lpips")  # losses that compare images with restored
 
 
-def check(config: Config) -> None:
-    """Checks the mesh, the network and the tokens, as far as data and devices do not matter.
+def refuse(config: Config, name: str, reason: str) -> NoReturn:
+    """Raises InputError: the name and the value of the field `config.<name>`, and the reason."""
+    value = operator.attrgetter(name)(config)
+    raise InputError(f"config.{name} is {value!r}, but {reason}.")
 
-    Raises:
-      InputError: names the fields, their values and what would be accepted.
-    """
-    mesh, model = config.mesh, config.model
-    if dataclasses.astuple(mesh).count(-1) > 1:
+
+def check(config: Config) -> None:
+    """Checks the mesh, the network and the tokens, as far as data and devices do not matter."""
+    model = config.model
+    if dataclasses.astuple(config.mesh).count(-1) > 1:
         raise InputError("config.mesh has more than one -1; only one axis can be filled.")
     if model.width % model.heads:
-        raise InputError(
-            f"config.model.heads is {model.heads}; it takes a divisor of config.model.width = "
-            f"{model.width}."
-        )
-    if model.rotary and model.width // model.heads % 4:
-        raise InputError(
-            f"config.model.rotary is True, but a head's size, config.model.width / "
-            f"config.model.heads = {model.width // model.heads}, is no multiple of 4, as rows and "
-            "columns each rotate pairs of channels; take fewer heads or another width."
-        )
+        refuse(config, "model.heads", f"it takes a divisor of config.model.width = {model.width}")
+    if model.rotary and (size := model.width // model.heads) % 4:
+        reason = f"config.model.width / config.model.heads = {size} is no multiple of 4, and rows"
+        advice = "take fewer heads or another width"
+        refuse(config, "model.rotary", f"{reason} and columns each rotate pairs; {advice}")
     if model.class_tokens and model.start_per_variant:
-        raise InputError(
-            f"config.model.class_tokens is {model.class_tokens}, but start_per_variant=True needs "
-            "the start vectors for variants; set class_tokens=0 or start_per_variant=False."
-        )
+        reason = "start_per_variant=True needs the start vectors for variants"
+        advice = "set class_tokens=0 or start_per_variant=False"
+        refuse(config, "model.class_tokens", f"{reason}; {advice}")
     if model.objective == "bert":
-        _check_bert(model)
+        _check_bert(config)
     tables = model.target_positions and (model.learned_positions or model.axial_positions)
     if model.random_order and not (model.rotary or tables):
-        raise InputError(
-            f"config.model.random_order is {model.random_order}, but the network would know "
-            "neither the position of its input token nor that of the token to predict; set "
-            "config.model.rotary, or target_positions with learned_positions or axial_positions."
+        reason = "the network would know the position of neither its input token nor its target"
+        advice = (
+            "config.model.rotary, or target_positions with learned_positions or axial_positions"
         )
+        refuse(config, "model.random_order", f"{reason}; set {advice}")
     if config.tokens.kind == "learned":
         _check_autoencoder(config)
 
 
-def check_sections(config: Config, sections: Iterable[str]) -> None:
-    """Checks the rules of these sections.
-
-    Raises:
-      InputError: as `check`.
-    """
-    for section in sections:
-        if section in SECTIONS:
-            SECTIONS[section](config)
-
-
 def check_classes(config: Config, classes: int) -> None:
-    """Checks the network's class tokens against the number of classes of the data.
-
-    Args:
-      config: of the run.
-      classes: of the data; 0: unlabelled.
-
-    Raises:
-      InputError: the two numbers differ.
-    """
-    wanted, found = config.model.class_tokens, f"{classes} classes" if classes else "no labels"
-    if wanted and wanted != classes:
-        raise InputError(
-            f"config.model.class_tokens is {wanted}, but the images of config.data.name="
-            f"{config.data.name} have {found}; take {classes}."
-        )
+    """Checks the network's class tokens against the classes of the data; 0: unlabelled."""
+    if config.model.class_tokens not in (0, classes):
+        found = f"{classes} classes" if classes else "no labels"
+        reason = f"the images of config.data.name={config.data.name} have {found}; take {classes}"
+        refuse(config, "model.class_tokens", reason)
 
 
-def _check_bert(model: Model) -> None:
+def _check_bert(config: Config) -> None:
     """Refuses fields that need tokens to be predicted one after the other."""
-    if model.class_tokens:
-        raise InputError(
-            f"config.model.class_tokens is {model.class_tokens}, but objective=bert has no start "
-            "token; set class_tokens=0 or objective=autoregressive."
-        )
-    if model.start_per_variant:
-        raise InputError(
-            "config.model.start_per_variant is True, but config.model.objective=bert has no start "
-            "token; set start_per_variant=False or objective=autoregressive."
-        )
+    model, bert = config.model, "config.model.objective=bert"
+    for name, other, reason in (
+        ("class_tokens", 0, f"{bert} has no start token"),
+        ("start_per_variant", False, f"{bert} has no start token"),
+        ("target_positions", False, f"with {bert} input and target have the same position"),
+        ("random_order", (), f"{bert} has no order"),
+    ):
+        if getattr(model, name):
+            advice = f"set {name}={other} or objective=autoregressive"
+            refuse(config, f"model.{name}", f"{reason}; {advice}")
     if not (model.learned_positions or model.axial_positions):
-        raise InputError(
-            "config.model.learned_positions is False, but config.model.objective=bert needs an "
-            "added position to tell masked tokens apart; set learned_positions or axial_positions."
-        )
-    if model.target_positions:
-        raise InputError(
-            "config.model.target_positions is True, but with config.model.objective=bert the "
-            "input and the predicted token have the same position; set target_positions=False."
-        )
-    if model.random_order:
-        raise InputError(
-            f"config.model.random_order is {model.random_order}, but config.model.objective=bert "
-            "has no order; set random_order=()."
-        )
+        reason = f"{bert} needs an added position to tell masked tokens apart"
+        advice = "set learned_positions or axial_positions"
+        refuse(config, "model.learned_positions", f"{reason}; {advice}")
 
 
 def _check_autoencoder(config: Config) -> None:
-    network, size = config.tokens.autoencoder, config.data.image_size
-    down, prefix = network.downsample, "config.tokens.autoencoder"
-    if size % down:
-        raise InputError(
-            f"config.data.image_size is {size}; {prefix}.downsample = {down} does not divide it: "
-            f"a token stands for a square of that many pixels a side; take a multiple of {down}."
-        )
+    network, prefix = config.tokens.autoencoder, "tokens.autoencoder"
+    down = network.downsample
+    if config.data.image_size % down:
+        reason = f"a token stands for config.{prefix}.downsample = {down} pixels a side"
+        refuse(config, "data.image_size", f"{reason}; take a multiple of {down}")
     if network.patch < 1:
         raise InputError(
-            f"{prefix}.widths has {len(network.widths)} resolutions, each half the one before, but "
-            f"{prefix}.downsample = {down} leaves room for {down.bit_length()}; take fewer, or a "
-            "larger downsample."
+            f"config.{prefix}.widths has {len(network.widths)} resolutions, each half the one "
+            f"before, but config.{prefix}.downsample = {down} leaves room for {down.bit_length()}; "
+            "take fewer, or a larger downsample."
         )
     if network.vocabulary > MOST_CODES:
-        raise InputError(
-            f"{prefix}.levels is {network.levels}, which make {network.vocabulary} codes; take at "
-            f"most {MOST_CODES} (their product)."
-        )
+        reason = f"that makes {network.vocabulary} codes, the product"
+        refuse(config, f"{prefix}.levels", f"{reason}; take at most {MOST_CODES} codes")
 
 
-def _check_training(train: Train, where: str) -> None:
-    """Checks one training, whose settings are the section `config.<where>`."""
-    optimizer, prefix = train.optimizer, f"config.{where}.optimizer"
+def _check_training(config: Config, name: str) -> None:
+    """Checks one training, whose settings are the section `config.<name>`."""
+    train = operator.attrgetter(name)(config)
+    optimizer, prefix = train.optimizer, f"{name}.optimizer"
     if train.batch_size % train.microbatches:
-        raise InputError(
-            f"config.{where}.microbatches is {train.microbatches}; it takes a divisor of "
-            f"config.{where}.batch_size = {train.batch_size}."
-        )
+        reason = f"it takes a divisor of config.{name}.batch_size = {train.batch_size}"
+        refuse(config, f"{name}.microbatches", reason)
     if optimizer.name == "adam" and optimizer.weight_decay:
-        raise InputError(
-            f"{prefix}.weight_decay is {optimizer.weight_decay}, but adam has no decay; take "
-            f"{prefix}.name=adamw or weight_decay=0."
-        )
+        reason = f"adam has no decay; take config.{prefix}.name=adamw or weight_decay=0"
+        refuse(config, f"{prefix}.weight_decay", reason)
     if optimizer.name != "muon" and optimizer.rest_learning_rate is not None:
-        raise InputError(
-            f"{prefix}.rest_learning_rate is {optimizer.rest_learning_rate}, but only muon has a "
-            f"second learning rate; take {prefix}.name=muon or rest_learning_rate=None."
-        )
+        advice = f"take config.{prefix}.name=muon or rest_learning_rate=None"
+        reason = f"only muon has a second learning rate; {advice}"
+        refuse(config, f"{prefix}.rest_learning_rate", reason)
 
 
 def _check_tokenizer(config: Config) -> None:
     network, settings, size = config.tokens.autoencoder, config.tokenizer, config.data.image_size
-    _check_training(settings.train, "tokenizer.train")
+    _check_training(config, "tokenizer.train")
     if settings.train.microbatches > 1:
-        raise InputError(
-            f"config.tokenizer.train.microbatches is {settings.train.microbatches}; the tokenizer "
-            "is trained on whole batches, so it takes 1."
-        )
-    lpips = f"config.tokenizer.lpips is {settings.lpips}"
-    if settings.lpips and not settings.lpips_weights:
-        raise InputError(
-            f"{lpips}, but config.tokenizer.lpips_weights names no file of weights; name one, or "
-            "take lpips=0."
-        )
-    if settings.lpips and network.channels != 3:
-        raise InputError(
-            f"{lpips}, but config.tokens.autoencoder.channels is {network.channels}, and VGG-16 "
-            "takes RGB; take lpips=0."
-        )
-    if settings.lpips and size < 16:
-        raise InputError(
-            f"{lpips}, but config.data.image_size is {size}, and VGG-16 halves it four times; take "
-            "16 pixels or more, or lpips=0."
-        )
+        reason = "the tokenizer is trained on whole batches; take 1"
+        refuse(config, "tokenizer.train.microbatches", reason)
+    if settings.lpips:
+        if not settings.lpips_weights:
+            reason = "config.tokenizer.lpips_weights names no file of weights; name one"
+            refuse(config, "tokenizer.lpips", f"{reason}, or take lpips=0")
+        if network.channels != 3:
+            reason = (
+                f"config.tokens.autoencoder.channels is {network.channels}, and VGG-16 takes RGB"
+            )
+            refuse(config, "tokenizer.lpips", f"{reason}; take lpips=0")
+        if size < 16:
+            reason = f"config.data.image_size is {size}, and VGG-16 halves it four times"
+            refuse(config, "tokenizer.lpips", f"{reason}; take 16 pixels or more, or lpips=0")
     if not any(getattr(settings, name) for name in RESTORING):
         raise InputError(
             f"config.tokenizer has {', '.join(f'{name}=0' for name in RESTORING)}, so that no loss "
             "compares images with restored images; take l2=1, say."
         )
-    parts = 2**settings.discriminator_layers
-    if settings.adversarial and size % parts:
-        raise InputError(
-            f"config.tokenizer.discriminator_layers is {settings.discriminator_layers}, each of "
-            f"which halves the image, but {parts} does not divide config.data.image_size = {size}; "
-            "take fewer."
-        )
+    if settings.adversarial and size % (parts := 2**settings.discriminator_layers):
+        reason = f"each layer halves the image, and {parts} does not divide config.data.image_size"
+        refuse(config, "tokenizer.discriminator_layers", f"{reason} = {size}; take fewer")
 
 
 def _check_profile(config: Config) -> None:
-    window = config.profile.window
-    if window and window[1] > config.train.steps:
-        raise InputError(
-            f"config.profile.steps is {config.profile.steps!r}, but pretraining ends at step "
-            f"config.train.steps = {config.train.steps}; take earlier steps."
-        )
+    window, steps = config.profile.window, config.train.steps
+    if window and window[1] > steps:
+        reason = f"pretraining ends at step config.train.steps = {steps}; take earlier steps"
+        refuse(config, "profile.steps", reason)
 
 
 def _check_probe(config: Config) -> None:
     probe, layers = config.probe, config.model.layers + 1
     for name in ("concatenate", "refine"):
-        if (count := getattr(probe, name)) and count > layers:
-            raise InputError(
-                f"config.probe.{name} is {count}; config.model.layers + 1 = {layers} can be read, "
-                f"so it takes at most that many."
-            )
+        if (getattr(probe, name) or 0) > layers:
+            reason = f"it takes at most config.model.layers + 1 = {layers}, the layers to be read"
+            refuse(config, f"probe.{name}", reason)
     for name, plain, method in (("pooling", "mean", "sgd"), ("labels_per_class", (), "lbfgs")):
-        if (value := getattr(probe, name)) != plain and probe.method != method:
-            raise InputError(
-                f"config.probe.{name} is {value!r}, which only config.probe.method={method} has; "
-                f"take that, or {name}={plain}."
-            )
+        if getattr(probe, name) != plain and probe.method != method:
+            reason = f"only config.probe.method={method} has that; take that, or {name}={plain}"
+            refuse(config, f"probe.{name}", reason)
 
 
 SECTIONS = {
     "tokenizer": _check_tokenizer,
-    "train": lambda config: _check_training(config.train, "train"),
+    "train": lambda config: _check_training(config, "train"),
     "profile": _check_profile,
     "probe": _check_probe,
-    "finetune": lambda config: _check_training(config.finetune.train, "finetune.train"),
+    "finetune": lambda config: _check_training(config, "finetune.train"),
 }

@@ -1,23 +1,17 @@
-"""What is done with a pretrained network: probe, fine-tune, sample."""
+"""What is done with a pretrained network (probe, fine-tune, sample), and the whole run."""
 
 import dataclasses
 import math
 
-from gptv_jax.config.fields import (
-    ABOVE_ZERO,
-    BELOW_ONE,
-    NOT_NEGATIVE,
-    POSITIVE,
-    SHARE,
-    field,
-    one_of,
-)
-from gptv_jax.config.train import Train
+from gptv_jax.config.data import Data, Tokens
+from gptv_jax.config.fields import ABOVE_ZERO, BELOW_ONE, FROM_ZERO, POSITIVE, SHARE, field, one_of
+from gptv_jax.config.train import Mesh, Model, Profile, Tokenizer, Train
 
-POSITIVES = (
-    "positive numbers, one or more",
-    lambda v: v and all(0 < number < math.inf for number in v),
+PLACE = (
+    "an absolute path or an address such as gs://bucket/path",
+    lambda v: v.startswith("/") or "://" in v,
 )
+POSITIVES = ("positive numbers, one or more", lambda v: v and all(0 < x < math.inf for x in v))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +27,7 @@ class ProbeSgd:
     standardize: bool = False
     # Transforms of this training; (): those of data.train_transforms.
     train_transforms: tuple[str, ...] = ()
-    eval_every: int = field(1000, NOT_NEGATIVE)  # steps; 0: at the end only
+    eval_every: int = field(1000, FROM_ZERO)  # steps; 0: at the end only
     checkpoint_every: int = field(1000, POSITIVE, free=True)  # steps
     log_every: int = field(50, POSITIVE, free=True)  # steps
 
@@ -56,7 +50,7 @@ class Probe:
     # Strengths of the ridge to try, on standardised features; times the number of images.
     ridge: tuple[float, ...] = field((1e-4, 1e-3, 1e-2, 1e-1), POSITIVES)
     # Pretraining steps between ridge tables, each a pass over the images; 0: none.
-    every: int = field(0, NOT_NEGATIVE, free=True)
+    every: int = field(0, FROM_ZERO, free=True)
     # Training images that regressions are fitted to, the first ones; None: all of them.
     train_images: int | None = field(None, POSITIVE)
     batch_size: int = field(128, POSITIVE, free=True)  # images a forward pass
@@ -77,13 +71,13 @@ class Finetune:
     train: Train = dataclasses.field(default_factory=Train)
     # Transforms of this training; (): those of data.train_transforms.
     train_transforms: tuple[str, ...] = ()
-    generative_coefficient: float = field(1.0, NOT_NEGATIVE)  # weight of nats per token
-    classification_coefficient: float = field(1.0, NOT_NEGATIVE)  # of nats per image
+    generative_coefficient: float = field(1.0, FROM_ZERO)  # weight of nats per token
+    classification_coefficient: float = field(1.0, FROM_ZERO)  # of nats per image
     # Learning rate of a layer over that of the one above it; 1: the same. The pretrained network's
     # alone: trained from scratch, it has nothing to keep.
     layer_decay: float = field(1.0, ("above 0 up to 1", lambda v: 0 < v <= 1))
     # Evaluations without a better validation accuracy after which it stops; 0: never.
-    patience: int = field(5, NOT_NEGATIVE)
+    patience: int = field(5, FROM_ZERO)
     standardize: bool = False  # centre and scale the head's input by its statistics at the start
 
 
@@ -101,10 +95,10 @@ class Drawing:
     guidance_power: of the schedule "cosine"; the higher, the later the scale rises.
     """
 
-    temperature: float = field(1.0, NOT_NEGATIVE)
+    temperature: float = field(1.0, FROM_ZERO)
     top_k: int | None = field(None, POSITIVE)
     top_p: float | None = field(None, ("above 0 up to 1", lambda v: 0 < v <= 1))
-    guidance: float = field(1.0, NOT_NEGATIVE)
+    guidance: float = field(1.0, FROM_ZERO)
     guidance_schedule: str = field("constant", one_of("constant", "cosine"))
     guidance_power: float = field(1.0, ABOVE_ZERO)
 
@@ -117,7 +111,7 @@ class Sample(Drawing):
     count: int = field(64, POSITIVE)
     # Test images of which the upper part is kept and the rest drawn, then of which the middle is
     # drawn; the surprise of their pixels is shown too.
-    completions: int = field(16, NOT_NEGATIVE)
+    completions: int = field(16, FROM_ZERO)
     keep: float = field(0.5, SHARE)  # share of the rows that a completion keeps
 
 
@@ -136,3 +130,26 @@ class Generate:
     # Real images to compare with: a split of the data, or statistics that were saved of them.
     split: str = field("train", free=True)
     reference: str | None = field(None, free=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    # Of initialisation, data order, augmentation, dropout and sampling.
+    seed: int = field(0, FROM_ZERO)
+    # Pretrained weights in place of this run's own: a run folder, or what docs/weights.md lists.
+    init_from: str | None = None
+    # Where checkpoints are, of this run alone; None: checkpoints/ in the run folder.
+    checkpoint_dir: str | None = field(None, PLACE, free=True)
+    data: Data = dataclasses.field(default_factory=Data)
+    tokens: Tokens = dataclasses.field(default_factory=Tokens)
+    model: Model = dataclasses.field(default_factory=Model)
+    mesh: Mesh = dataclasses.field(default_factory=Mesh)
+    tokenizer: Tokenizer = dataclasses.field(default_factory=Tokenizer)
+    train: Train = dataclasses.field(default_factory=Train)
+    probe: Probe = dataclasses.field(default_factory=Probe)
+    finetune: Finetune = dataclasses.field(default_factory=Finetune)
+    sample: Sample = dataclasses.field(default_factory=Sample)
+    generate: Generate = dataclasses.field(default_factory=Generate)
+    profile: Profile = dataclasses.field(default_factory=Profile)

@@ -1,20 +1,18 @@
-"""How a network is trained, and over which devices."""
+"""The network, and how it and the tokenizer are trained, over which devices."""
 
 import dataclasses
+import math
 import re
 
-from gptv_jax.config.fields import (
-    ABOVE_ZERO,
-    BELOW_ONE,
-    NOT_NEGATIVE,
-    POSITIVE,
-    SHARE,
-    field,
-    one_of,
-)
+from gptv_jax.config.fields import ABOVE_ZERO, BELOW_ONE, FROM_ZERO, POSITIVE, SHARE, field, one_of
 
 AXIS = ("1 or more, or -1 to fill", lambda v: v >= 1 or v == -1)
+BETAS = ("two numbers from 0, below 1", lambda v: len(v) == 2 and all(0 <= b < 1 for b in v))
 STEPS = ("the first and the last step as FIRST:LAST, such as 10:15", lambda v: _steps(v))
+TWO_SHARES = (
+    "two shares of the training, the first one no larger, or none",
+    lambda v: not v or (len(v) == 2 and 0 <= v[0] <= v[1] <= 1),
+)
 
 
 def _steps(text: str) -> tuple[int, int] | None:
@@ -22,6 +20,64 @@ def _steps(text: str) -> tuple[int, int] | None:
     numbers = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", text)
     first, last = (int(n) for n in numbers.groups()) if numbers else (1, 0)
     return (first, last) if first <= last else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """The network; the defaults are iGPT-S (Chen et al. 2020)."""
+
+    layers: int = field(24, POSITIVE)
+    width: int = field(512, POSITIVE)
+    heads: int = field(8, POSITIVE)
+    mlp_ratio: int = field(4, POSITIVE)  # MLP width over width; of swiglu 2/3 of it, see mlp_width
+    # gelu: x * sigmoid(1.702 x) between two products. swiglu: silu(gate) * up (Shazeer 2020,
+    # arXiv:2002.05202), with a width that keeps the number of weights and FLOPs.
+    mlp: str = field("gelu", one_of("gelu", "swiglu"))
+    learned_positions: bool = True  # a table of positions, added to the embeddings
+    axial_positions: bool = False  # adds tables of rows and columns
+    rotary: bool = False  # rotates queries and keys by rows and columns; see model/layers.py
+    qk_norm: bool = False  # RMS norm, with a gain, of every head's queries and keys
+    # Adds an embedding of the position of the token to predict, from a table of its own; the other
+    # position tables then embed the position of the input token.
+    target_positions: bool = False
+    # muP (Yang et al. 2022, arXiv:2203.03466): the width at which learning rates were tuned. At
+    # another width with heads of the same size, initialisation and learning rates of the blocks'
+    # matrices and the output heads are scaled. None: nothing is scaled.
+    base_width: int | None = field(None, POSITIVE)
+    start_per_variant: bool = False  # a start vector per augmentation variant (Jun et al. 2020)
+    # Class-conditional: the number of classes. Each class has a start vector, and one more start
+    # vector stands for no class. 0: the network is not conditioned on classes.
+    class_tokens: int = field(0, FROM_ZERO)
+    label_dropout: float = field(0.1, SHARE)  # share of the training images that are given no class
+    dropout: float = field(0.0, BELOW_ONE)  # probability, on embeddings and each residual branch
+    dtype: str = field("float32", one_of("float32", "bfloat16"))  # of compute; weights: float32
+    # True: lax.scan over the layers, whose compile time does not grow with depth. False: an
+    # unrolled loop, which runs faster on a CPU. None: unrolled on a CPU, else scanned.
+    scan_layers: bool | None = field(None, free=True)
+    # Predicted are: each token from the tokens before it, or masked tokens from all other tokens.
+    objective: str = field("autoregressive", one_of("autoregressive", "bert"))
+    masked_share: float = field(0.15, SHARE)  # bert: share of the positions that are masked
+    votes: int = field(5, POSITIVE)  # bert: number of masks that vote on an image's class
+    # Random orders of the tokens in place of raster order (RAR, Yu et al. 2024, arXiv:2411.00776):
+    # every training image has a random order up to the first share of the training; the fraction
+    # of such images then falls linearly to none at the second share. (): always raster order.
+    random_order: tuple[float, ...] = field((), TWO_SHARES)
+    # The backward pass recomputes nothing, all but products with weights, or everything.
+    remat: str = field("none", one_of("none", "dots", "full"), free=True)
+
+    @property
+    def mlp_width(self) -> int:
+        """F; for swiglu a multiple of the largest power of two that is at most 1/64 of F."""
+        width = self.mlp_ratio * self.width
+        if self.mlp == "gelu":
+            return width
+        multiple = 2 ** max(math.floor(math.log2(2 * width / 3 / 64)), 0)
+        return math.ceil(2 * width / (3 * multiple)) * multiple
+
+    @property
+    def relative_width(self) -> float:
+        """Width divided by `base_width`."""
+        return self.width / (self.base_width or self.width)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +101,12 @@ class Optimizer:
     rest_learning_rate: float | None = field(None, ABOVE_ZERO)
     beta1: float = field(0.9, BELOW_ONE)
     beta2: float = field(0.95, BELOW_ONE)
-    weight_decay: float = field(0.0, NOT_NEGATIVE)  # multiplied by the learning rate; matrices only
+    weight_decay: float = field(0.0, FROM_ZERO)  # multiplied by the learning rate; matrices only
     clip_norm: float | None = field(None, ABOVE_ZERO)  # of the global gradient norm; None: no bound
     # After the warm-up; wsd (Hu et al. 2024, arXiv:2404.06395) stays at the peak, then falls
     # linearly.
     schedule: str = field("cosine", one_of("cosine", "constant", "wsd"))
-    warmup_steps: int = field(0, NOT_NEGATIVE)  # linear, up to the peak
+    warmup_steps: int = field(0, FROM_ZERO)  # linear, up to the peak
     decay_share: float = field(0.2, SHARE)  # wsd: share of the steps, at the end, on which it falls
     final_fraction: float = field(0.0, SHARE)  # of the peak, at the end; not for constant
 
@@ -69,7 +125,7 @@ class Train:
     # Decay of a moving average of the weights (at step t at most (1 + t) / (10 + t)), which
     # evaluations, later stages and users take in place of the weights; None: no average.
     ema: float | None = field(None, BELOW_ONE)
-    eval_every: int = field(250, NOT_NEGATIVE)  # steps; 0: at the end only
+    eval_every: int = field(250, FROM_ZERO)  # steps; 0: at the end only
     checkpoint_every: int = field(250, POSITIVE, free=True)  # steps; the last step is always saved
     keep_checkpoints: int = field(2, POSITIVE, free=True)  # newest ones that stay on disk
     log_every: int = field(50, POSITIVE, free=True)  # steps
@@ -90,3 +146,34 @@ class Profile:
     def window(self) -> tuple[int, int] | None:
         """The first and the last step."""
         return _steps(self.steps) if self.steps else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    """Training of the encoder and decoder, on images whose values run from -1 to 1."""
+
+    train: Train = dataclasses.field(default_factory=Train)
+    # Replaces data.train_transforms; (): data.train_transforms.
+    train_transforms: tuple[str, ...] = ()
+    # Weights of the losses between images and reconstructions; 0: this loss is not computed.
+    l1: float = field(0.0, FROM_ZERO)  # mean absolute difference
+    l2: float = field(1.0, FROM_ZERO)  # mean squared difference
+    gradient: float = field(0.0, FROM_ZERO)  # L1 of the images' gradients, at three scales
+    ssim: float = field(0.0, FROM_ZERO)  # 1 - SSIM
+    lpips: float = field(0.0, FROM_ZERO)  # distance of VGG-16's features, from lpips_weights
+    lpips_weights: str | None = field(None, free=True)  # a file: docs/tokenizer.md
+    commitment: float = field(0.25, FROM_ZERO)  # vq: of encodings to their codes
+    codebook_decay: float = field(0.99, BELOW_ONE)  # vq: decay of the averages that codes follow
+    # vq: a code that gets less than this part of an even share of the encodings is dead, and is
+    # replaced by one of the encodings.
+    restart_below: float = field(0.1, BELOW_ONE)
+    # A discriminator of patches (Isola et al. 2017, arXiv:1611.07004), by the hinge loss.
+    adversarial: float = field(0.0, FROM_ZERO)  # weight of its loss; 0: no discriminator
+    adversarial_from: float = field(0.5, SHARE)  # share of the steps before it begins
+    discriminator_width: int = field(64, POSITIVE)  # channels of its first layer
+    discriminator_layers: int = field(3, POSITIVE)  # layers that halve the resolution
+    discriminator_rate: float = field(1e-4, FROM_ZERO)  # learning rate of Adam
+    discriminator_betas: tuple[float, ...] = field((0.5, 0.9), BETAS)  # of Adam
+    # A collapse of the codebook is logged where an evaluation uses less than this share of the
+    # codes that its number of tokens could use.
+    least_used: float = field(0.2, SHARE)

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageEnhance
 
 from gptv_jax.config import fields
-from gptv_jax.config.fields import NOT_NEGATIVE, POSITIVE, SHARE, field, one_of
+from gptv_jax.config.fields import FROM_ZERO, POSITIVE, SHARE, field, one_of
 from gptv_jax.data.images import Decode, Transform, to_array, to_picture
 from gptv_jax.errors import InputError, first_line
 
@@ -119,7 +119,7 @@ class RandomCrop(Transform):
     random: ClassVar = True
     needs_pixels: ClassVar = False
     size: int = field(accepted=POSITIVE)
-    padding: int = field(0, NOT_NEGATIVE)
+    padding: int = field(0, FROM_ZERO)
 
     def __call__(self, image, rng):
         image = np.pad(image, [(self.padding, self.padding)] * 2 + [(0, 0)], mode="reflect")

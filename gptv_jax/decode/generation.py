@@ -26,9 +26,9 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
-from gptv_jax.model import attention, layers
+from gptv_jax.model import layers
+from gptv_jax.model.attention import LANES, self_attention
 from gptv_jax.model.gpt import GPT, Network
-from gptv_jax.model.splash_attention import LANES
 
 UNKNOWN = -1  # stands in place of a token that is to be drawn
 DEFAULTS = config_lib.Drawing()
@@ -241,7 +241,7 @@ def read_prompt(model: GPT, x: Float[Array, "G P D"]) -> tuple[Float[Array, "G V
         def attend(q, k, v):
             nonlocal kept
             kept = KeyValue(*(jnp.swapaxes(part[:, :length], 1, 2) for part in (k, v)))
-            return attention.causal_attention(q, k, v)
+            return self_attention(q, k, v, causal=True)
 
         x, _ = block(x, attend, rotation=rotation)
         return x, kept

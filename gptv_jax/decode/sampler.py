@@ -84,7 +84,7 @@ class Sampler:
             # A row for each sample: to fill the batch up then takes fewer rows.
             labels = None if labels is None else np.repeat(labels, samples)
             given, samples = whole, 1
-        given, labels = jax.tree.map(sharding.shard_padded, (given[:, :end], labels))
+        given, labels = jax.tree.map(sharding.shard_rows, (given[:, :end], labels))
         key, prefix = jax.random.fold_in(key, number), int(first)
         drawn = generation.generate(
             self.network, self.params, given, key, self.drawing, prefix, labels, samples, stopwatch
@@ -120,7 +120,7 @@ class Sampler:
         self, tokens: Int[np.ndarray, "B T"], labels: Int[np.ndarray, "B"] | None = None
     ) -> Float[np.ndarray, "B T"]:
         """Float32 negative log-probability of every token given the tokens before it, in nats."""
-        rows = jax.tree.map(sharding.shard_padded, (tokens, labels))
+        rows = jax.tree.map(sharding.shard_rows, (tokens, labels))
         found = _nats(self.network, self.params, *rows)
         return multihost_utils.process_allgather(found, tiled=True)[: len(tokens)]
 

@@ -1,8 +1,5 @@
 """Attention: the plain form, which is the reference, and the choice of a faster equivalent form.
 
-`GPT.__call__` decides which positions attend to which, by calling `causal_attention` or
-`bidirectional_attention`.
-
 Each device of the mesh computes attention for its rows, heads and, where the sequence is split, its
 queries; it gathers keys and values of the whole sequence. They are gathered and not passed round in
 a ring because keys and values of one layer are small beside the layer's other activations at the
@@ -10,19 +7,25 @@ lengths of images (docs/scaling.md has the arithmetic), because the compiler hid
 more easily than a loop of them, and because the same kernels serve with and without the split.
 """
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
 from gptv_jax import sharding
-from gptv_jax.model.blocked_attention import blocked_attention
-from gptv_jax.model.splash_attention import LANES, make_kernel, splash_attention
+from gptv_jax.model.layers import PRODUCT, accumulator
 
 LONG = 256  # T from which the blocked form is faster than the plain form on a CPU
+BLOCK = 256  # queries of the blocked form; 128 is as fast within noise, and slower to compile
 CUDNN_HEADS = range(8, 129, 8)  # values of K that cuDNN accepts on every GPU; on Hopper up to 256
+LANES = 128  # of a TPU's vector unit; splash takes multiples of 128 queries and keys a device
+SPLASH_TILE = 512  # queries and keys of a tile at most
 
 
 def attention(
@@ -32,31 +35,12 @@ def attention(
     mask: Bool[Array, "T S"],
 ) -> Float[Array, "B T H K"]:
     """Scaled dot-product attention; query t sees key s where mask[t, s]. Softmax in float32."""
-    accumulator = jnp.promote_types(q.dtype, jnp.float32)
-    scores = jnp.einsum("bthk,bshk->bhts", q, k, preferred_element_type=accumulator)
+    scores = jnp.einsum("bthk,bshk->bhts", q, k, preferred_element_type=accumulator(q))
     scores = jnp.where(mask[None, None], scores / math.sqrt(q.shape[-1]), -jnp.inf)
     return jnp.einsum("bhts,bshk->bthk", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
 
 
-@jax.named_scope("attention")
-def causal_attention(
-    q: Float[Array, "B T H K"], k: Float[Array, "B T H K"], v: Float[Array, "B T H K"]
-) -> Float[Array, "B T H K"]:
-    """Attention of every position to itself and all earlier positions, in the fastest form."""
-    return _on_every_device(q, k, v, causal=True)
-
-
-@jax.named_scope("attention")
-def bidirectional_attention(
-    q: Float[Array, "B T H K"], k: Float[Array, "B T H K"], v: Float[Array, "B T H K"]
-) -> Float[Array, "B T H K"]:
-    """Attention of every position to all positions, in the fastest form."""
-    return _on_every_device(q, k, v, causal=False)
-
-
-def form(
-    platform: str, length: int, split: int, *, causal: bool, dtype: str, head_size: int
-) -> str:
+def form(platform: str, length: int, split: int, causal: bool, dtype: str, head_size: int) -> str:
     """Which form attention takes: "splash", "cudnn", "blocked" or "plain".
 
     The platform is tpu, gpu or cpu, `length` is T, `split` the number of devices that a sequence is
@@ -67,28 +51,36 @@ def form(
     # cuDNN's causal mask begins with the first query: it cannot serve a part of a split sequence.
     if platform == "gpu" and dtype == "bfloat16" and (split == 1 or not causal):
         return "cudnn" if head_size in CUDNN_HEADS and length % 2 == 0 else "plain"
-    if platform == "cpu" and causal and split == 1 and length >= LONG:
-        return "blocked"
-    return "plain"
+    return "blocked" if platform == "cpu" and causal and split == 1 and length >= LONG else "plain"
 
 
-def _on_every_device(q, k, v, *, causal: bool):
-    """Each device's share of attention; q, k and v have the same sharding."""
+@jax.named_scope("attention")
+def self_attention(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H K"],
+    *,
+    causal: bool,
+) -> Float[Array, "B T H K"]:
+    """Attention in the fastest form; q, k and v have the same sharding.
+
+    Every position attends to itself and all earlier positions (`causal`), or to all positions.
+    """
     mesh, T = jax.sharding.get_abstract_mesh(), q.shape[1]
     if mesh.empty:
         return _plain(causal, 0, q, k, v)
     spec = P(*jax.typeof(q).sharding.spec[:3], None)  # heads are whole along K
     split = mesh.shape["sequence"] if spec[1] else 1  # decoding splits only rows and heads
-    kind = {"dtype": q.dtype.name, "head_size": q.shape[-1]}
-    chosen = form(sharding.platform(), T, split, causal=causal, **kind)
+    chosen = form(sharding.platform(), T, split, causal, q.dtype.name, head_size=q.shape[-1])
 
     def local(kernel, q, k, v):
         first = 0
         if split > 1:
             first = jax.lax.axis_index("sequence") * (T // split)
             k, v = (jax.lax.all_gather(x, "sequence", axis=1, tiled=True) for x in (k, v))
-        if kernel is not None:
-            return splash_attention(kernel, q, k, v)
+        if kernel is not None:  # of one row, [H, T, K], with scaled queries
+            by_head = (x.swapaxes(1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
+            return jax.vmap(kernel)(*by_head).swapaxes(1, 2)
         if chosen == "cudnn" and jax.default_backend() == "gpu":
             return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
         # Plans for GPUs are traced without a GPU; the blocked form keeps the arrays cuDNN keeps.
@@ -98,7 +90,7 @@ def _on_every_device(q, k, v, *, causal: bool):
 
     kernel = kernel_specs = None
     if chosen == "splash":
-        kernel, kernel_specs = make_kernel(mesh, q.shape[2], T, split, causal=causal)
+        kernel, kernel_specs = _splash_kernel(mesh, q.shape[2], T, split, causal)
     # No check_vma: the kernels do not declare over which mesh axes their results vary.
     in_specs = (kernel_specs, spec, spec, spec)
     return jax.shard_map(local, in_specs=in_specs, out_specs=spec, check_vma=False)(kernel, q, k, v)
@@ -109,3 +101,136 @@ def _plain(causal, first, q, k, v):
     T, S = q.shape[1], k.shape[1]
     seen = first + jnp.arange(T)[:, None] >= jnp.arange(S)[None]
     return attention(q, k, v, seen if causal else jnp.ones((T, S), bool))
+
+
+def splash_tile(length: int) -> int:
+    """Queries or keys of a tile where a device has `length` of them, a multiple of LANES."""
+    return math.gcd(length, SPLASH_TILE)
+
+
+def _splash_kernel(mesh, heads: int, length: int, split: int, causal: bool):
+    """JAX's splash kernel for TPUs, an argument of `jax.shard_map`, and its partition specs there.
+
+    The kernel never holds T x T scores and skips masked tiles: of a causal mask with n tiles a side
+    it computes (n + 1) / 2n of the square of scores. The mesh's axis "tensor" splits the heads, and
+    its axis "sequence" the queries into `split` parts.
+    """
+    # All heads have the same mask. Only a causal one depends on which queries a device has.
+    if causal:
+        mask, shards = masks.CausalMask((length, length)), split
+    else:
+        mask, shards = masks.FullMask((length // split, length)), 1
+    of_queries = dict.fromkeys(
+        ("block_q", "block_q_dkv", "block_q_dq"), splash_tile(length // split)
+    )
+    of_keys = dict.fromkeys(("block_kv", "block_kv_dkv", "block_kv_dq"), splash_tile(length))
+    kernel = splash.make_splash_mha(
+        masks.MultiHeadMask([mask] * (heads // mesh.shape["tensor"])),
+        block_sizes=splash.BlockSizes(**of_queries, **of_keys),
+        head_shards=1,
+        q_seq_shards=shards,
+        residual_checkpoint_name=PRODUCT,
+    )
+    spec = P(None, "sequence" if shards > 1 else None)
+    specs = kernel.manual_sharding_spec(NamedSharding(mesh, spec))
+    return jax.tree.map(jax.sharding.reshard, kernel, specs), specs
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def blocked_attention(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H K"],
+    block: int = BLOCK,
+) -> Float[Array, "B T H K"]:
+    """Causal attention of one device's rows and heads on a CPU, `block` queries at a time.
+
+    The blocked form loops over the heads of all rows, and within a head over blocks of queries,
+    each against all keys up to the block's end. So it holds the scores of one block at a time, at
+    most T x block, and skips the masked triangle except for squares on the diagonal. The backward
+    pass computes the probabilities again from the saved logs of the softmax sums (as in
+    FlashAttention, Dao et al. 2022). Everything is in float32, which costs nothing on a CPU.
+    docs/results.md has the gain.
+
+    Scores are stored keys by queries, [S, b]: their maxima and sums then run along the vector
+    units, and every product is a plain [m, k] x [k, n], the only form that XLA's CPU backend
+    computes fast.
+    """
+    return _blocked_forward(q, k, v, block)[0]
+
+
+def _blocked_forward(q, k, v, block):
+    B, _, H, _ = q.shape
+    heads = tuple(_by_head(x) for x in (q, k, v))
+    # log_sums: the log of the sum of each query's softmax
+    out, log_sums = jax.lax.map(lambda head: _head_forward(block, *head), heads)
+    out, log_sums = _by_row(out, B).astype(q.dtype), log_sums.reshape(B, H, -1)
+    return out, (q, k, v, out, log_sums)
+
+
+def _blocked_backward(block, saved, gradient):
+    q, k, v, out, log_sums = saved
+    B, T, H, _ = q.shape
+    # The gradient of a softmax subtracts sum_s P dP, which equals sum_k out dout.
+    shift = (out.astype(jnp.float32) * gradient.astype(jnp.float32)).sum(axis=-1)
+    per_query = (log_sums.reshape(B * H, T), shift.swapaxes(1, 2).reshape(B * H, T))
+    heads = (*(_by_head(x) for x in (q, k, v, gradient)), *per_query)
+    gradients = jax.lax.map(lambda head: _head_backward(block, *head), heads)
+    return tuple(_by_row(x, B).astype(q.dtype) for x in gradients)
+
+
+blocked_attention.defvjp(_blocked_forward, _blocked_backward)
+
+
+def _head_forward(block, q, k, v):
+    """Mixed values [T, K] and logs of softmax sums [T] of one head of one row."""
+    q_t, v_t = (q / math.sqrt(q.shape[1])).T, v.T
+    outs, log_sums = [], []
+    for start, end in _blocks(len(q), block):
+        scores = _scores(k, q_t, start, end)
+        largest = scores.max(axis=0)
+        p = jnp.exp(scores - largest[None])
+        total = p.sum(axis=0)
+        outs.append(v_t[:, :end] @ p / total[None])
+        log_sums.append(largest + jnp.log(total))
+    return jnp.concatenate(outs, axis=1).T, jnp.concatenate(log_sums)
+
+
+def _head_backward(block, q, k, v, gradient, log_sums, shift):
+    """Gradients of q, k and v, each [T, K], of one head of one row."""
+    T, K = q.shape
+    q = q / math.sqrt(K)
+    q_t, k_t, gradient_t = q.T, k.T, gradient.T
+    dq, dk, dv = [], jnp.zeros_like(k), jnp.zeros_like(v)
+    for start, end in _blocks(T, block):
+        p = jnp.exp(_scores(k, q_t, start, end) - log_sums[None, start:end])
+        dp = v[:end] @ gradient_t[:, start:end]
+        ds = p * (dp - shift[None, start:end])
+        dq.append(k_t[:, :end] @ ds)
+        dk = dk.at[:end].add(ds @ q[start:end])
+        dv = dv.at[:end].add(p @ gradient[start:end])
+    return jnp.concatenate(dq, axis=1).T / math.sqrt(K), dk, dv
+
+
+def _scores(k, q_t, start, end):
+    """Scores [S, b] of keys 0 .. end-1 by queries start .. end-1, -inf where a key is later."""
+    scores = k[:end] @ q_t[:, start:end]
+    # Only the last square has later keys; masking the whole block would be another pass over it.
+    seen = jnp.tri(end - start, dtype=bool).T
+    square = jnp.where(seen, scores[start:], -jnp.inf)
+    return jax.lax.dynamic_update_slice(scores, square, (start, 0))
+
+
+def _blocks(T, block):
+    return [(start, min(start + block, T)) for start in range(0, T, block)]
+
+
+def _by_head(x):
+    """[B, T, H, K] as float32 [B H, T, K]."""
+    B, T, H, K = x.shape
+    return x.swapaxes(1, 2).reshape(B * H, T, K).astype(jnp.float32)
+
+
+def _by_row(x, B):
+    """[B H, T, K] as [B, T, H, K]."""
+    return x.reshape(B, -1, *x.shape[1:]).swapaxes(1, 2)

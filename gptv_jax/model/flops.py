@@ -1,6 +1,6 @@
 """FLOPs of the networks, computed from their shapes."""
 
-import dataclasses
+import functools
 import math
 from collections.abc import Callable
 
@@ -10,38 +10,27 @@ from jax.extend import core as jax_core
 
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
-from gptv_jax.model import attention as attention_lib
-from gptv_jax.model import autoencoder, splash_attention
-from gptv_jax.model.blocked_attention import BLOCK
+from gptv_jax.model import autoencoder
+from gptv_jax.model.attention import BLOCK, form, splash_tile
 from gptv_jax.model.gpt import Network
 
 
-@dataclasses.dataclass(frozen=True)
-class Flops:
-    """FLOPs of one token, in products with weights and in attention."""
-
-    matmul: int
-    attention: int
-
-    @property
-    def parts(self) -> dict[str, int]:
-        return dataclasses.asdict(self)
+class Flops(dict[str, int]):
+    """FLOPs by part: of a token "matmul" and "attention", of an image "encoder" and "decoder"."""
 
     @property
     def total(self) -> int:
-        return sum(self.parts.values())
+        return sum(self.values())
 
-    def times(self, factor: int):
-        return type(self)(*(factor * part for part in self.parts.values()))
+    def times(self, factor: int) -> "Flops":
+        return Flops({part: factor * count for part, count in self.items()})
 
 
-@dataclasses.dataclass(frozen=True)
-class ImageFlops:
-    """FLOPs of one image, in an encoder and in a decoder."""
-
-    encoder: int
-    decoder: int
-    parts, total, times = Flops.parts, Flops.total, Flops.times
+# Products of size T x T x K that a form of attention computes, forward and backward; the
+# convention of `forward` counts 2 and 4. Forms that never store the scores compute them again,
+# splash in two kernels.
+PRODUCTS = {"plain": (2, 4), "blocked": (2, 5), "cudnn": (2, 5), "splash": (2, 7)}
+CUDNN_TILE = 128  # positions; of FlashAttention's kernels on Ampere and later
 
 
 def forward(network: Network) -> Flops:
@@ -50,8 +39,8 @@ def forward(network: Network) -> Flops:
     Each weight of a product counts 2, and attention 4 L T D with the masked half of a causal mask
     counted (Chowdhery et al. 2022, appendix B), so that MFU compares across codebases.
     """
-    blocks = _blocks(network)
-    return Flops(blocks.matmul + _head(network), blocks.attention)
+    blocks, head, attention = _forward_parts(network)
+    return Flops(matmul=blocks + head, attention=attention)
 
 
 def training(network: Network) -> Flops:
@@ -59,59 +48,42 @@ def training(network: Network) -> Flops:
     return forward(network).times(3)
 
 
-def tile(form: str, length: int) -> int:
-    """Side of the tiles of scores that a form of attention computes or skips as a whole."""
-    splash = splash_attention.tile(length)
-    return {"plain": length, "blocked": BLOCK, "cudnn": CUDNN_TILE, "splash": splash}[form]
-
-
-# Products of size T x T x K that a form of attention computes, forward and backward; the
-# convention counts 2 and 4. Forms that never store the scores compute them again, splash in two
-# kernels.
-PRODUCTS = {"plain": (2, 4), "blocked": (2, 5), "cudnn": (2, 5), "splash": (2, 7)}
-CUDNN_TILE = 128  # positions; of FlashAttention's kernels on Ampere and later
-
-
 def executed(network: Network, platform: str, split: int = 1, loss_parts: int = 1) -> Flops:
     """FLOPs that the program executes for one token of training.
 
     Unlike `training`, this counts computations that are repeated and leaves out skipped tiles.
-
-    Args:
-      network: the network.
-      platform: tpu, gpu or cpu, which determines the form of attention.
-      split: number of devices that a sequence is split over.
-      loss_parts: parts in which logits are computed; if several, the backward pass repeats them.
+    The platform is tpu, gpu or cpu, `split` the number of devices that a sequence is split over,
+    and `loss_parts` the number of parts in which logits are computed: if several, the backward pass
+    repeats them.
     """
-    c, blocks, model = network.config, _blocks(network), training(network)
+    c, T, (blocks, head, attention) = network.config, network.length, _forward_parts(network)
     causal = c.objective == "autoregressive"
-    kind = {"dtype": c.dtype, "head_size": c.width // c.heads}
-    form = attention_lib.form(platform, network.length, split, causal=causal, **kind)
-    ahead, back = PRODUCTS[form]
+    chosen = form(platform, T, split, causal, c.dtype, head_size=c.width // c.heads)
+    ahead, back = PRODUCTS[chosen]
     # With "dots" the results of the splash kernel are kept.
-    again = c.remat == "full" or (c.remat == "dots" and form != "splash")
-    attention = blocks.attention * (ahead * (1 + again) + back) // 2
-    if causal:  # masked tiles are skipped
-        tiles = -(-network.length // tile(form, network.length))
+    again = c.remat == "full" or (c.remat == "dots" and chosen != "splash")
+    attention = attention * (ahead * (1 + again) + back) // 2
+    if causal:  # scores are computed or skipped by whole tiles, and masked tiles are skipped
+        sides = {"plain": T, "blocked": BLOCK, "cudnn": CUDNN_TILE, "splash": splash_tile(T)}
+        tiles = -(-T // sides[chosen])
         attention = attention * (tiles + 1) // (2 * tiles)
-    matmul = model.matmul + (loss_parts > 1) * _head(network)
+    matmul = 3 * (blocks + head) + (loss_parts > 1) * head
     if c.remat == "full":  # repeats all products of a layer but the last, which no gradient reads
-        matmul += blocks.matmul - 2 * c.layers * c.mlp_width * c.width
-    return Flops(matmul, attention)
+        matmul += blocks - 2 * c.layers * c.mlp_width * c.width
+    return Flops(matmul=matmul, attention=attention)
 
 
-def of_autoencoder(config: config_lib.Autoencoder, size: int) -> ImageFlops:
+def of_autoencoder(config: config_lib.Autoencoder, size: int) -> Flops:
     """FLOPs of encoding and decoding an image of `size` pixels a side; training needs 3 times."""
     images = jax.ShapeDtypeStruct((1, size, size, config.channels), jnp.float32)
     # The mesh in force may split the batch, which one image does not allow.
     with jax.set_mesh(sharding.make_mesh(config_lib.Mesh(), jax.local_devices()[:1])):
         params = jax.eval_shape(lambda: autoencoder.init(config, jax.random.key(0)))
-        encode, decode = (
-            lambda params, x: autoencoder.bind(config, params).encode(x).values,
-            lambda params, x: autoencoder.bind(config, params).decoder(x),
-        )
+        model = functools.partial(autoencoder.bind, config)
+        encode, decode = lambda p, x: model(p).encode(x).values, lambda p, x: model(p).decoder(x)
         values = jax.eval_shape(encode, params, images)
-        return ImageFlops(of_program(encode, params, images), of_program(decode, params, values))
+        counts = of_program(encode, params, images), of_program(decode, params, values)
+        return Flops(zip(("encoder", "decoder"), counts, strict=True))
 
 
 def of_program(function: Callable, *arguments) -> int:
@@ -141,13 +113,9 @@ def _of_jaxpr(jaxpr: jax_core.Jaxpr) -> int:
     return total
 
 
-def _head(network: Network) -> int:
-    return 2 * network.vocabulary * network.config.width
-
-
-def _blocks(network: Network) -> Flops:
-    """FLOPs of one token in a forward pass through all layers, without the head."""
+def _forward_parts(network: Network) -> tuple[int, int, int]:
+    """FLOPs of a token in a forward pass: the layers' products with weights, head, attention."""
     c = network.config
-    products = 3 if c.mlp == "swiglu" else 2
-    weights = c.layers * (4 * c.width + products * c.mlp_width) * c.width
-    return Flops(2 * weights, 4 * c.layers * network.length * c.width)
+    weights = c.layers * (4 * c.width + (3 if c.mlp == "swiglu" else 2) * c.mlp_width) * c.width
+    attention = 4 * c.layers * network.length * c.width
+    return 2 * weights, 2 * network.vocabulary * c.width, attention

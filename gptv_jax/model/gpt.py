@@ -27,7 +27,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
-from gptv_jax.model import attention, heads, layers, remat, rotary
+from gptv_jax.model import attention, layers
 
 
 class Output(NamedTuple):
@@ -96,7 +96,7 @@ class GPT(nnx.Module):
         self.final_norm = layers.constant("final_norm", (D,), 1.0)
         self.head = layers.constant("head", (V, D), 0.0)  # zero: the first loss is ln V
         if network.classes:
-            self.classifier = heads.ClassHead(network.classes, D)
+            self.classifier = layers.ClassHead(network.classes, D)
 
     def __call__(
         self,
@@ -126,11 +126,13 @@ class GPT(nnx.Module):
         keys = None if key is None else jax.random.split(key, config.layers + 1)
         # The attention mask: BERT's positions attend to all positions, others to themselves and
         # all earlier positions.
-        if config.objective == "bert":
-            x, attend = self.embed_masked(tokens, hidden), attention.bidirectional_attention
-        else:
+        causal = config.objective != "bert"
+        attend = functools.partial(attention.self_attention, causal=causal)
+        if causal:
             known = (tokens if order is None else reorder(tokens, order))[:, :-1]
-            x, attend = self.embed(known, variant, order=order), attention.causal_attention
+            x = self.embed(known, variant, order=order)
+        else:
+            x = self.embed_masked(tokens, hidden)
         x = layers.dropout(x, config.dropout, None if keys is None else keys[-1])
         rotation = self.rotation(0, x.shape[1], order)
 
@@ -143,14 +145,18 @@ class GPT(nnx.Module):
             return (after, kept), _pool(read)
 
         keys = None if keys is None else keys[:-1]
-        kept, slots = _feature_buffer(keep, config.layers, x) if keep else (None, None)
+        kept = slots = None
+        if keep:  # layers that are not in `keep` all write to the last index, which is thrown away
+            spec = PartitionSpec(None, *sharding.HIDDEN)
+            kept = jnp.zeros((len(keep) + 1, *x.shape), x.dtype, out_sharding=spec)
+            indices = [keep.index(i) if i in keep else len(keep) for i in range(config.layers + 1)]
+            slots = jnp.array(indices[:-1])
         (x, kept), pooled = self.walk(layer, (x, kept), (self.blocks, keys, slots))
         final = layers.rms_norm(x, self.final_norm[...])
         read, pooled_final = x if raw else final, _pool(final)
         pooled = jnp.concatenate([pooled, (_pool(x) if raw else pooled_final)[None]])
         if keep:
-            last = keep.index(config.layers) if config.layers in keep else len(keep)
-            kept = jax.lax.dynamic_update_index_in_dim(kept, read, last, 0)[: len(keep)]
+            kept = jax.lax.dynamic_update_index_in_dim(kept, read, indices[-1], 0)[: len(keep)]
         class_logits = self.classifier(pooled_final) if self.network.classes else None
         return Output(self.token_logits(final), pooled, class_logits, kept, final)
 
@@ -165,13 +171,10 @@ class GPT(nnx.Module):
         spec: PartitionSpec = sharding.HIDDEN,
         order: Int[Array, "B P+1"] | None = None,
     ) -> Float[Array, "B P+1 D"]:
-        """Inputs of positions 0 .. P: the start vector, then P tokens.
+        """Inputs of positions 0 .. P, sharded by `spec`: the start vector, then P tokens.
 
-        Args:
-          tokens: inputs of the positions after the first.
-          variant: see `__call__`.
-          spec: sharding of the result.
-          order: places on the grid of the tokens that the positions predict; None: 0 .. P.
+        `variant` is as in `__call__`. The `order` has the places on the grid of the tokens that the
+        positions predict; None: 0 .. P.
         """
         if variant is None:
             variant = jnp.full(len(tokens), self.network.unconditional, jnp.int32)
@@ -219,60 +222,51 @@ class GPT(nnx.Module):
         read at the place of the predicted token; a table whose first row is of the start vector, at
         the row of the input token. In raster order both are the row of the position's number.
         """
-        config = self.network.config
-        inputs = None if order is None else input_places(order) + 1
-        tables = [(self._position_table(), inputs if config.target_positions else order)]
+        config, (rows, columns) = self.network.config, self.network.grid
+        gather = functools.partial(sharding.gather, dtype=config.dtype)
+        of_place, tables = [], []
+        if config.learned_positions:
+            of_place.append(gather(self.position[...]))
+        if config.axial_positions:  # with target_positions, zeros for the start vector come first
+            row = jnp.repeat(gather(self.row[...]), columns, axis=0)
+            column = jnp.tile(gather(self.column[...]), (rows, 1))
+            of_start = ((int(config.target_positions), 0), (0, 0))
+            of_place += [jnp.pad(table, of_start) for table in (row, column)]
+        if of_place:
+            inputs = None if order is None else input_places(order) + 1
+            places = inputs if config.target_positions else order
+            tables.append((functools.reduce(jnp.add, of_place), places))
         if config.target_positions:
-            tables.append((sharding.gather(self.target_position[...], config.dtype), order))
+            tables.append((gather(self.target_position[...]), order))
         for table, places in tables:
-            if table is None:
-                continue
             if places is None:
                 x = x + jax.lax.dynamic_slice_in_dim(table, start, x.shape[1])[None]
             else:
                 x = x + table.at[places].get(out_sharding=sharding.HIDDEN)
         return x
 
-    def _position_table(self) -> Float[Array, "places D"] | None:
-        """The sum of the tables that the config asks for of `position`, `row` and `column`.
-
-        It has a row for each place; with target_positions, before these one for the start vector,
-        which `row` and `column` leave at zero.
-        """
-        config, (rows, columns), tables = self.network.config, self.network.grid, []
-        if config.learned_positions:
-            tables.append(sharding.gather(self.position[...], config.dtype))
-        if config.axial_positions:
-            row = sharding.gather(self.row[...], config.dtype)
-            column = sharding.gather(self.column[...], config.dtype)
-            of_start = ((int(config.target_positions), 0), (0, 0))
-            axial = jnp.repeat(row, columns, axis=0), jnp.tile(column, (rows, 1))
-            tables += [jnp.pad(table, of_start) for table in axial]
-        return functools.reduce(jnp.add, tables) if tables else None
-
     def rotation(
         self, start: int | Int[Array, ""], count: int, order: Int[Array, "B T"] | None = None
-    ) -> rotary.Rotation | None:
+    ) -> layers.Rotation | None:
         """Rotary phases of positions start .. start+count-1, or of all positions of an order."""
         config, columns = self.network.config, self.network.grid[1]
         if not config.rotary:
             return None
         size = config.width // config.heads
         if order is not None:
-            every = rotary.phases(jnp.arange(-1, count), columns, size)
+            every = layers.phases(jnp.arange(-1, count), columns, size)
             spec = PartitionSpec(None, *sharding.HIDDEN)
             places = order, input_places(order)
-            return rotary.Rotation(*(every.at[:, p + 1].get(out_sharding=spec) for p in places))
+            return layers.Rotation(*(every.at[:, p + 1].get(out_sharding=spec) for p in places))
         predicted = start + jnp.arange(count)
         inputs = predicted if config.objective == "bert" else predicted - 1
-        return rotary.Rotation(*(rotary.phases(p, columns, size) for p in (predicted, inputs)))
+        return layers.Rotation(*(layers.phases(p, columns, size) for p in (predicted, inputs)))
 
     def token_logits(self, final: Float[Array, "B N D"]) -> Float[Array, "B N V"]:
         """Float32 logits, given the output of the final norm at N positions."""
         head = sharding.gather(self.head[...], final.dtype)
-        return jnp.einsum(
-            "btd,vd->btv", final, head, preferred_element_type=layers.accumulator(final)
-        )
+        dtype = layers.accumulator(final)
+        return jnp.einsum("btd,vd->btv", final, head, preferred_element_type=dtype)
 
     def walk(self, layer: Callable, carry, xs):
         """`lax.scan` of `layer` over arrays with a leading axis of layers, or an unrolled loop."""
@@ -281,8 +275,8 @@ class GPT(nnx.Module):
             scan = sharding.platform() != "cpu"
         if config.remat != "none":
             # Inside scan the loop keeps XLA from merging the computation and its repetition.
-            barrier = not scan
-            layer = jax.checkpoint(layer, prevent_cse=barrier, policy=remat.POLICIES[config.remat])
+            policy = layers.REMAT[config.remat]
+            layer = jax.checkpoint(layer, prevent_cse=not scan, policy=policy)
         if scan:
             return jax.lax.scan(layer, carry, xs)
         # The gradient of one split is one concatenation; the gradient of L slices would be a sum of
@@ -303,18 +297,6 @@ def reorder(tokens: Int[Array, "B T"], order: Int[Array, "B T"]) -> Int[Array, "
 def input_places(order: Int[Array, "B T"]) -> Int[Array, "B T"]:
     """Places of the input tokens of the positions of an order; -1 for the start vector."""
     return jnp.pad(order[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
-
-
-def _feature_buffer(
-    keep: tuple[int, ...], count: int, x: Float[Array, "B T D"]
-) -> tuple[Float[Array, "slots B T D"], Int[Array, "L"]]:
-    """Buffer for the per-position features of the layers in `keep`, and each layer's index in it.
-
-    Layers that are not in `keep` all write to the last index, which is thrown away.
-    """
-    spec = PartitionSpec(None, *sharding.HIDDEN)
-    buffer = jnp.zeros((len(keep) + 1, *x.shape), x.dtype, out_sharding=spec)
-    return buffer, jnp.array([keep.index(i) if i in keep else len(keep) for i in range(count)])
 
 
 def _pool(x: Float[Array, "B T D"]) -> Float[Array, "B D"]:

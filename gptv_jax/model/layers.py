@@ -1,20 +1,29 @@
-"""The parts of the network: parameters, norm, MLP and the block that joins them."""
+"""The parts of the network: parameters, norm, rotary positions, a layer, the class head."""
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
-from gptv_jax.model import remat, rotary
 
 EPSILON = 1e-5  # of the norm, as in openai/image-gpt
+BASE = 10_000.0  # rotary frequencies fall geometrically from 1 towards 1 / BASE, as in LlamaGen
+# The name of activations that are costly to compute again: products with a weight, and the arrays
+# that a fused attention kernel keeps for its gradient.
+PRODUCT = "product"
+# Rematerialisation: which activations the forward pass keeps for the backward pass.
+REMAT = {
+    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 def init(module: type[nnx.Module], *arguments, key: PRNGKeyArray) -> dict:
@@ -74,9 +83,9 @@ def project(
     all-reduce of twice the bytes. And JAX's rule would compute that gradient transposed, for which
     XLA's CPU matrix product takes 2.5 times as long (docs/results.md).
 
-    The result is named `remat.PRODUCT`, so that rematerialisation can keep it.
+    The result is named PRODUCT, so that rematerialisation can keep it.
     """
-    return checkpoint_name(_project(equation, x, weight, out_sharding), remat.PRODUCT)
+    return checkpoint_name(_project(equation, x, weight, out_sharding), PRODUCT)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
@@ -99,13 +108,47 @@ def _project_backward(equation, _, saved, gradient):
 
     whole = sharding.gather(weight, x.dtype)
     of_weight = like(weight, f"{left},{outputs}->{right}", x, gradient)
-    return (
-        like(x, f"{outputs},{right}->{left}", gradient, whole),
-        of_weight.astype(weight.dtype),
-    )
+    of_x = like(x, f"{outputs},{right}->{left}", gradient, whole)
+    return of_x, of_weight.astype(weight.dtype)
 
 
 _project.defvjp(_project_forward, _project_backward)
+
+
+class Rotation(NamedTuple):
+    """Float32 cosines and sines (leading axis) that rotate queries and keys of P positions.
+
+    A query is rotated by the place of the token that its position predicts, a key by the place of
+    its position's input token: their difference is the way from a known token to the token in
+    question, also from the end of one row to the beginning of the next. The start vector's place is
+    -1.
+    """
+
+    queries: Float[Array, "2 *B P half"]  # with axis B where rows have orders of their own
+    keys: Float[Array, "2 *B P half"]
+
+
+def phases(places: Int[Array, "P"], columns: int, size: int) -> Float[Array, "2 P half"]:
+    """Cosines and sines of the angles of places, numbered in raster order, in a grid's `columns`.
+
+    Half of each head's channels are rotated by the row of a place on the grid and half by the
+    column, so that scores depend on differences of rows and columns alone (Su et al. 2021,
+    arXiv:2104.09864; along two axes as in LlamaGen, Sun et al. 2024, arXiv:2406.06525).
+
+    `size` is K, a multiple of 4; half is K / 2. Place -1 is one before the first.
+    """
+    frequencies = BASE ** -jnp.linspace(0, 1, size // 4, endpoint=False, dtype=jnp.float32)
+    axes = jnp.stack(jnp.divmod(places, columns), axis=-1).astype(jnp.float32)
+    angles = (axes[:, :, None] * frequencies[None, None]).reshape(len(places), size // 2)
+    return jnp.stack([jnp.cos(angles), jnp.sin(angles)])
+
+
+def rotate(x: Float[Array, "B P H K"], by: Float[Array, "2 *B P half"]) -> Float[Array, "B P H K"]:
+    """Rotates every pair of channels i, i + K/2 by an angle; computed in float32."""
+    cosine, sine = (by if by.ndim == x.ndim else by[:, None])[..., None, :]
+    first, second = jnp.split(x.astype(accumulator(x)), 2, axis=-1)
+    rotated = [first * cosine - second * sine, second * cosine + first * sine]
+    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
 class Block(nnx.Module):
@@ -136,19 +179,13 @@ class Block(nnx.Module):
         x: Float[Array, "B T D"],
         attend: Callable,
         key: PRNGKeyArray | None = None,
-        rotation: rotary.Rotation | None = None,
+        rotation: Rotation | None = None,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
-        """One pre-norm layer.
+        """One pre-norm layer: the residual stream after it, and its normed input n^l for probes.
 
-        Args:
-          x: the residual stream.
-          attend: maps (q, k, v), each [B, T, H, K], to mixed values [B, T, H, K]; the caller
-            decides which keys a query sees (by a mask or a cache).
-          key: of dropout; None switches dropout off.
-          rotation: rotary phases of the positions of `x`; None: no rotary positions.
-
-        Returns:
-          The residual stream after the layer, and the normed input n^l that a probe reads.
+        `attend` maps (q, k, v), each [B, T, H, K], to mixed values [B, T, H, K]: the caller decides
+        which keys a query sees (by a mask or a cache). Without a `key` there is no dropout, without
+        the `rotation` of the positions of `x` there are no rotary positions.
         """
         keys = (None, None) if key is None else jax.random.split(key)
         spec = jax.typeof(x).sharding.spec  # products summed over "tensor" are sharded as x is
@@ -158,21 +195,21 @@ class Block(nnx.Module):
         if self.config.qk_norm:
             q, k = rms_norm(q, self.q_norm[...]), rms_norm(k, self.k_norm[...])
         if rotation is not None:
-            q, k = rotary.rotate(q, rotation.queries), rotary.rotate(k, rotation.keys)
+            q, k = rotate(q, rotation.queries), rotate(k, rotation.keys)
         mixed = attend(q, k, v)
         out = project("bthk,hkd->btd", mixed, self.attention_out[...], spec)
         x = x + dropout(out, self.config.dropout, keys[0])
 
         with jax.named_scope("mlp"):
-            active = self._activated(rms_norm(x, self.norm_2[...]))
+            read = rms_norm(x, self.norm_2[...])
+            if self.config.mlp == "swiglu":
+                both = project("btd,dgf->btgf", read, self.mlp_gate_up[...])
+                gate, up = jnp.moveaxis(both, 2, 0)
+                active = jax.nn.silu(gate) * up
+            else:
+                active = quick_gelu(project("btd,df->btf", read, self.mlp_in[...]))
             out = project("btf,fd->btd", active, self.mlp_out[...], spec)
         return x + dropout(out, self.config.dropout, keys[1]), n
-
-    def _activated(self, x: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
-        if self.config.mlp == "swiglu":
-            gate, up = jnp.moveaxis(project("btd,dgf->btgf", x, self.mlp_gate_up[...]), 2, 0)
-            return jax.nn.silu(gate) * up
-        return quick_gelu(project("btd,df->btf", x, self.mlp_in[...]))
 
 
 def dropout(
@@ -185,3 +222,22 @@ def dropout(
     key, spec = nnx.Rngs(dropout=key).dropout(), jax.typeof(x).sharding.spec
     kept = jax.random.bernoulli(key, 1 - rate, x.shape, out_sharding=spec)
     return jnp.where(kept, x / (1 - rate), jnp.zeros((), x.dtype))
+
+
+class ClassHead(nnx.Module):
+    """Bias-free, zero-initialised linear classifier of mean-pooled final features.
+
+    `class_center` and `class_scale` standardise the features. They are 0 and 1 (which is iGPT's
+    head exactly) until fine-tuning sets them, and are not trained.
+    """
+
+    def __init__(self, classes: int, width: int):
+        self.class_head = constant("class_head", (classes, width), 0.0)
+        self.class_center = constant("class_center", (width,), 0.0)
+        self.class_scale = constant("class_scale", (width,), 1.0)
+
+    def __call__(self, pooled: Float[Array, "B D"]) -> Float[Array, "B C"]:
+        center, scale = jax.lax.stop_gradient((self.class_center[...], self.class_scale[...]))
+        standardised = (pooled - center[None]) * scale[None]
+        weight = sharding.gather(self.class_head[...], pooled.dtype)
+        return jnp.einsum("bd,cd->bc", standardised, weight)

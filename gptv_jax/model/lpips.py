@@ -45,9 +45,8 @@ def distance(
 ) -> Float[Array, "B"]:
     """LPIPS of pairs of images from -1 to 1, at least 16 pixels a side; 0 for equal images."""
     total = 0.0
-    for i, (a, b) in enumerate(
-        zip(_features(weights, one), _features(weights, other), strict=True)
-    ):
+    pairs = zip(_features(weights, one), _features(weights, other), strict=True)
+    for i, (a, b) in enumerate(pairs):
         linear = weights[f"lin{i}.model.1.weight"].reshape(1, 1, 1, -1)
         total += (jnp.square(_unit(a) - _unit(b)) * linear).sum(axis=-1).mean(axis=(1, 2))
     return total

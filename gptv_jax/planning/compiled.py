@@ -53,13 +53,15 @@ def _uncached(mesh: jax.sharding.Mesh) -> Iterator[None]:
 def compile_step(training: Training, mesh: jax.sharding.Mesh) -> Compiled:
     """Compiles `program(training, mesh)`, and reads memory and collectives from the result."""
     try:
-        step_ = program(training, mesh)
+        step = program(training, mesh)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return Compiled(0, _needed(str(error)), [], [], refused=True)
-    memory = step_.memory_analysis()
-    found, unknown = hlo.collectives(step_.as_text(), mesh.size)
+        needed = _NEEDED.search(str(error))
+        size = round(float(needed[1]) * UNITS[needed[2]]) if needed else 0
+        return Compiled(0, size, [], [], refused=True)
+    memory = step.memory_analysis()
+    found, unknown = hlo.collectives(step.as_text(), mesh.size)
     # The old state is donated: the new state takes its memory.
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Compiled(
@@ -68,9 +70,3 @@ def compile_step(training: Training, mesh: jax.sharding.Mesh) -> Compiled:
         found,
         unknown,
     )
-
-
-def _needed(message: str) -> int:
-    """Bytes that a refused program needs, read from the compiler's message."""
-    found = _NEEDED.search(message)
-    return round(float(found[1]) * UNITS[found[2]]) if found else 0

@@ -5,10 +5,9 @@ counts once a layer. A collective that runs beside computation is spread over se
 (`-start` and `-done`, or on TPUs a chain of fusions that each carry a part) and counts as one.
 """
 
-import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,8 +19,8 @@ BITS = {"pred": 8}  # other types have their bits in their names: bf16, f32, s32
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
-_CALLED = re.compile(r"(?:calls|to_apply|body)=%?([\w.\-]+)")
-_BRANCHES = re.compile(r"(?:branch_computations=\{|(?:true|false)_computation=)([^}\s]+)")
+_CALLED = re.compile(r"\b(?:calls|to_apply|\w+_computations?)=(\{[^}]*\}|[\w.\-%]+)")
+_NAME = re.compile(r"[\w.\-]+")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}")
@@ -31,11 +30,11 @@ _MESH = re.compile(
 )
 # Between TPU slices the hosts send; each `send` belongs to one collective of all slices.
 _BETWEEN = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
+_SIZE = re.compile(r"'([^']+)'=(\d+)")
 _AXIS = re.compile(r"'([^']+)'(?::\((\d+)\)(\d+))?")
 
 
-@dataclasses.dataclass(frozen=True)
-class Instruction:
+class Instruction(NamedTuple):
     """One line of HLO."""
 
     name: str
@@ -44,8 +43,7 @@ class Instruction:
     rest: str  # operands and attributes
 
 
-@dataclasses.dataclass(frozen=True)
-class Collective:
+class Collective(NamedTuple):
     """One collective of a step."""
 
     kind: str  # one of KINDS
@@ -60,7 +58,7 @@ def collectives(text: str, devices: int) -> tuple[list[Collective], list[str]]:
 
     `text` is the HLO text of the compiled module, which runs on so many `devices`.
     """
-    computations, entry = parse(text)
+    computations, entry = _parse(text)
     found: dict[tuple, Collective] = {}
     outer: dict[str, str] = {}  # by the body of a loop: the computation that the loop is in
     unknown: list[str] = []
@@ -69,8 +67,7 @@ def collectives(text: str, devices: int) -> tuple[list[Collective], list[str]]:
         """Collects the collectives that `owner` executes; returns whether there are any."""
         any_found = False
         for each in computations.get(name, ()):
-            kind = _kind(each)
-            if kind:
+            if kind := _kind(each):
                 any_found = True
                 key = (owner, _chain(each) or (name, each.name))
                 if key not in found:
@@ -83,26 +80,21 @@ def collectives(text: str, devices: int) -> tuple[list[Collective], list[str]]:
                     unknown.append(each.name)
                     any_found = True
             else:
-                for called in _executed(each):
+                for called in _NAME.findall(" ".join(_CALLED.findall(each.rest))):
                     inside = called if each.opcode == "fusion" else fused
                     any_found |= walk(called, times, owner, inside)
         return any_found
 
+    def continued(owner: str, rest: tuple) -> bool:
+        """Whether a collective in a loop is a part of a collective that began before the loop."""
+        above = outer.get(owner)
+        return above is not None and ((above, rest) in found or continued(above, rest))
+
     walk(entry, 1, entry)
-    return [each for key, each in found.items() if not _continued(key, found, outer)], unknown
+    return [each for key, each in found.items() if not continued(*key)], unknown
 
 
-def _continued(key: tuple, found: dict, outer: dict[str, str]) -> bool:
-    """Whether a collective in a loop is a part of a collective that began before the loop."""
-    owner, rest = key
-    while owner in outer:
-        owner = outer[owner]
-        if (owner, rest) in found:
-            return True
-    return False
-
-
-def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
+def _parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
     """Instructions by computation, and the name of the entry computation."""
     computations: dict[str, list[Instruction]] = {}
     current, entry = None, ""
@@ -125,20 +117,11 @@ def _kind(each: Instruction) -> str | None:
 def _chain(each: Instruction) -> tuple[str, str] | None:
     """Chain and channel, equal for the parts of one collective that is spread over fusions."""
     chain = re.search(r'chain_id="(\d+)"', each.rest)
-    return chain and (chain[1], re.search(r"channel_id=(\d+)", each.rest)[1])
+    return chain and (chain[1], _attribute(each, "channel_id"))
 
 
 def _attribute(each: Instruction, name: str) -> str:
     return re.search(rf"\b{name}=%?([\w.\-]+)", each.rest)[1]
-
-
-def _executed(each: Instruction) -> Iterator[str]:
-    """Computations that run once each time the instruction runs."""
-    if each.opcode in ("fusion", "call", "async-start"):
-        yield from _CALLED.findall(each.rest)
-    elif each.opcode == "conditional":
-        for names in _BRANCHES.findall(each.rest):
-            yield from (name.strip("% ,") for name in names.split(","))
 
 
 def _iterations(loop: Instruction, computations: dict[str, list[Instruction]]) -> int | None:
@@ -147,27 +130,23 @@ def _iterations(loop: Instruction, computations: dict[str, list[Instruction]]) -
         return int(known[1])
     condition = computations.get(_attribute(loop, "condition"), [])
     ends = _whole_constants(condition)
-    compares = [e for e in condition if e.opcode == "compare" and "direction=LT" in e.rest]
+    compares, step = [e for e in condition if "direction=LT" in e.rest], 1
     if len(compares) == 1:
-        counter, *_ = operands = _operands(compares[0])
-        limits = [ends[name] for name in operands if name in ends]
-        if len(limits) != 1:
-            return None
-        read = next((e for e in condition if e.name == counter), None)
-        index = read and re.search(r"\bindex=(\d+)", read.rest)
-        step = _step(computations.get(_attribute(loop, "body"), []), int(index[1])) if index else 1
-        return -(-limits[0] // step)
-    return next(iter(ends.values())) if len(ends) == 1 else None
+        operands = _operands(compares[0])
+        ends = {name: ends[name] for name in operands if name in ends}
+        read = next((e for e in condition if e.name == operands[0]), None)
+        if index := read and re.search(r"\bindex=(\d+)", read.rest):
+            step = _step(computations.get(_attribute(loop, "body"), []), int(index[1]))
+    return -(-next(iter(ends.values())) // step) if len(ends) == 1 else None
 
 
 def _step(body: list[Instruction], index: int) -> int:
     """Increment of the loop's variable of that index; 1 if the text does not say."""
-    named = {each.name: each for each in body}
     results = _operands(body[-1]) if body and body[-1].opcode == "tuple" else []
+    named, constants = {each.name: each for each in body}, _whole_constants(body)
     added = named.get(results[index]) if index < len(results) else None
     if added is None or added.opcode != "add":
         return 1
-    constants = _whole_constants(body)
     return next((constants[name] for name in _operands(added) if name in constants), 1)
 
 
@@ -210,36 +189,26 @@ def _group(rest: str, devices: int) -> tuple[int, ...]:
     Groups are written as a list, as a reshaped and transposed range, or as axes of a mesh.
     """
     if found := _IOTA.search(rest):
-        shape, dimensions, order = (_numbers(part) for part in found.groups())
-        return _row(_range(dimensions, order).reshape(shape)[0])
-    if found := _MESH.search(rest):
-        axes = [axis.split("'=") for axis in found[1].split(",")]
-        sizes = {name.strip("' "): int(size) for name, size in axes}
-        ids = np.arange(math.prod(sizes.values()))
-        if found[2]:
-            ids = _range(_numbers(found[2]), _numbers(found[3]))
-        ids = ids.reshape(tuple(sizes.values()))
+        shape, dimensions, order = map(_numbers, found.groups())
+        index = 0
+    elif found := _MESH.search(rest):
+        sizes = {name: int(size) for name, size in _SIZE.findall(found[1])}
+        dimensions, order = _numbers(found[2]) or list(sizes.values()), _numbers(found[3])
         # The group varies along a whole axis 'x', or along a part 'x':(2)4 of an axis: its 4
         # indices after a part of size 2. Each axis becomes [before, varying, after].
         parts = {
             name: (int(before or 1), int(size or sizes[name]))
             for name, before, size in _AXIS.findall(found[4])
         }
-        shape, index = [], []
+        shape, index = [], ()
         for name, size in sizes.items():
             before, varying = parts.get(name, (size, 1))
             shape += [before, varying, size // (before * varying)]
-            index += [0, slice(None), 0]
-        return _row(ids.reshape(shape)[tuple(index)].ravel())
-    if found := _LISTED.search(rest):
-        return _row(_numbers(found[1]))
-    return tuple(range(devices))
-
-
-def _range(dimensions: list[int], order: list[int]) -> np.ndarray:
+            index += (0, slice(None), 0)
+    elif found := _LISTED.search(rest):
+        return tuple(_numbers(found[1]))
+    else:
+        return tuple(range(devices))
     ids = np.arange(math.prod(dimensions)).reshape(dimensions)
-    return (ids.transpose(order) if order else ids).ravel()
-
-
-def _row(ids) -> tuple[int, ...]:
-    return tuple(int(i) for i in ids)
+    ids = ids.transpose(order or range(ids.ndim)).reshape(shape)
+    return tuple(ids[index].ravel().tolist())

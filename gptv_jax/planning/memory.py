@@ -1,18 +1,17 @@
-"""Bytes of one device by arithmetic: from the shapes of the real program, without compiling it.
-
-The program is traced, not run: JAX then says which arrays the backward pass keeps and how each is
-split, under the rematerialisation of the config.
-"""
+"""Bytes of arrays on one device, from their shapes and shardings alone."""
 
 import dataclasses
+import functools
+import itertools
 import math
+from collections.abc import Iterable
 
-from gptv_jax import sharding
-from gptv_jax.planning import arrays
-from gptv_jax.planning.topology import Topology
-from gptv_jax.planning.training import Training
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-ONES = (1,) * len(sharding.AXES)  # the mesh of one device
+TILE = (8, 128)  # of a TPU's registers and memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,26 +29,50 @@ class Memory:
         return sum(dataclasses.astuple(self))
 
 
-def estimate(training: Training, topology: Topology, sizes: dict[str, int]) -> Memory:
-    """Bytes on a mesh whose axes have these sizes."""
-    train = training.train
-    params, rest = training.state(topology.abstract_mesh(ONES))
-    parameters = arrays.total_bytes(params, sizes, topology)
-    ways = math.prod(sizes[axis] for axis in sharding.BATCH)
-    # Rows of the batch that the devices which share them work on at a time.
-    rows = train.batch_size // (ways * train.microbatches)
-    within = {axis: 1 if axis in sharding.BATCH else size for axis, size in sizes.items()}
-    batch = training.batch(train.batch_size // ways)
-    return Memory(
-        parameters,
-        arrays.total_bytes(rest, sizes, topology),
-        sum(math.prod(array.shape) * array.dtype.itemsize for array in batch.values()),
-        parameters,  # gradients
-        training.activations(topology, within, rows),
-    )
+def spec_of(array) -> P:
+    """How an abstract array is split; scalars have no sharding and are replicated."""
+    return getattr(array.sharding, "spec", P())
 
 
-def parameter_count(training: Training, topology: Topology) -> int:
-    """Number of weights of the network."""
-    params, _ = training.state(topology.abstract_mesh(ONES))
-    return sum(math.prod(array.shape) for array in params)
+def total_bytes(
+    arrays: Iterable, mesh: AbstractMesh, head_size: int = 0, *, one_layer: bool = False
+) -> int:
+    """Bytes of abstract arrays on one device of the mesh; with `one_layer`, without the first axis.
+
+    A TPU stores an array with one dimension padded to a multiple of 128 and another to a multiple
+    of 8, the two for which that adds the least; if the last dimension is K, it is along the lanes.
+    """
+    total = 0
+    for array in arrays:
+        shard = NamedSharding(mesh, spec_of(array)).shard_shape(array.shape)[int(one_layer) :]
+        if mesh.abstract_device.platform == "tpu" and len(shard) > 1:
+            by_head = len(array.shape) > 3 and array.shape[-1] == head_size
+            pairs = itertools.permutations(range(len(shard)), 2)
+            last = len(shard) - 1
+            size = min(_tiled(shard, *pair) for pair in pairs if not by_head or pair[0] == last)
+        else:
+            size = math.prod(shard)
+        total += array.dtype.itemsize * size
+    return total
+
+
+def _tiled(shard: tuple[int, ...], lanes: int, rows: int) -> int:
+    """Elements of a shard whose axes `lanes` and `rows` are padded to whole tiles."""
+    multiple = {lanes: TILE[1], rows: TILE[0]}
+    return math.prod(-(-n // (m := multiple.get(i, 1))) * m for i, n in enumerate(shard))
+
+
+@functools.cache
+def stored_dtype(dtype: str, platform: str) -> str:
+    """The dtype in which a platform's compiler keeps activations that are computed in `dtype`.
+
+    XLA's CPU compiler may keep bfloat16 as float32 (in jax 0.10, but not in 0.12), which two
+    compiled products show.
+    """
+    if platform != "cpu":
+        return dtype
+    device = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
+    x = jax.ShapeDtypeStruct((512, 512), jnp.dtype(dtype), sharding=device)
+    compiled = jax.jit(lambda x: x @ x @ x).lower(x).compile()
+    wide = compiled.memory_analysis().temp_size_in_bytes > 1.5 * x.size * x.dtype.itemsize
+    return "float32" if wide else dtype

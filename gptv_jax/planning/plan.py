@@ -1,15 +1,69 @@
 """A plan: memory, FLOPs, traffic and time of a training step on given devices."""
 
+import collections
 import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
 
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
-from gptv_jax.planning import compiled, memory, traffic
-from gptv_jax.planning.pretrain import Pretraining
+from gptv_jax.planning import compiled
+from gptv_jax.planning.hlo import Collective
+from gptv_jax.planning.memory import Memory
 from gptv_jax.planning.topology import Topology
-from gptv_jax.planning.training import Training
+from gptv_jax.planning.training import Call, Pretraining, Training
 
 DAY = 86_400  # seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """All collectives of one kind over the same axes in one step."""
+
+    kind: str
+    axes: tuple[str, ...]  # of the mesh, whose devices take part
+    count: int
+    bytes: int  # of the arrays that are gathered, reduced or moved, of all collectives together
+    inside: float  # bytes that a device sends to devices of its slice or node
+    between: float  # bytes that a device sends to other slices or nodes
+
+
+def traffic_of(
+    found: Iterable[Collective], sizes: dict[str, int], slice_of: Sequence[int]
+) -> list[Traffic]:
+    """Traffic of collectives, those of one kind over the same axes added up, most bytes first.
+
+    `sizes` are the mesh's by axis, and `slice_of` the slice of each device in the order of the
+    mesh. Collectives are rings: first inside every slice, then between slices.
+    """
+    places = np.array(np.unravel_index(np.arange(len(slice_of)), tuple(sizes.values()))).T
+    first_of_each_slice = tuple(slice_of.index(i) for i in sorted(set(slice_of)))
+    rows = collections.defaultdict(list)
+    for kind, count, size, group in found:
+        group = group or first_of_each_slice
+        along = np.ptp(places[list(group)], axis=0)
+        slices = len({slice_of[i] for i in group})
+        members = len(group) // slices
+        passes = 2 if kind == "all-reduce" else 1
+        if kind == "collective-permute":
+            inside, between = (float(size), 0.0) if slices == 1 else (0.0, float(size))
+        else:
+            inside = passes * size * (members - 1) / members
+            between = passes * size / members * (slices - 1) / slices
+        axes = tuple(axis for axis, distance in zip(sizes, along, strict=True) if distance)
+        rows[kind, axes].append((count, count * size, count * inside, count * between))
+    added = (Traffic(*key, *map(sum, zip(*each, strict=True))) for key, each in rows.items())
+    return sorted(added, key=lambda row: -row.bytes)
+
+
+def _required(calls: Iterable[Call], sizes: dict[str, int]) -> Iterator[Collective]:
+    """The collectives that a sharding requires, as a compiled program would have them."""
+    ids = np.arange(np.prod(list(sizes.values()))).reshape(tuple(sizes.values()))
+    for kind, axes, count, size in calls:
+        group = ids[tuple(slice(None) if axis in axes else 0 for axis in sizes)]
+        if group.size > 1 and count:
+            yield Collective(kind, count, round(size), tuple(group.ravel().tolist()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,15 +90,14 @@ class Roofline:
 class Plan:
     """A configuration's costs on a topology; times are None where device speeds are unknown."""
 
-    config: config_lib.Config
     topology: Topology
     training: Training
     sizes: dict[str, int]  # of the mesh, by axis
     params: int
     executed: int  # FLOPs that a step executes, on all devices together
-    memory: memory.Memory  # by arithmetic
+    memory: Memory  # by arithmetic
     compiled: compiled.Compiled | None  # None: by arithmetic alone
-    traffic: list[traffic.Traffic]
+    traffic: list[Traffic]
     roofline: Roofline | None
 
     @property
@@ -81,16 +134,24 @@ class Plan:
     def flags(self) -> list[str]:
         """Flags that give a run this plan's mesh, rematerialisation and microbatches."""
         mesh = [f"--config.mesh.{axis}={size}" for axis, size in self.sizes.items()]
-        if len(self.training.policies) > 1:
-            mesh.append(f"--config.model.remat={self.training.remat}")
-        if self.training.splits_batches:
-            mesh.append(f"--config.train.microbatches={self.training.train.microbatches}")
-        return mesh
+        if not self.training.tunable:
+            return mesh
+        remat, train = self.training.config.model.remat, self.training.train
+        return [
+            *mesh,
+            f"--config.model.remat={remat}",
+            f"--config.train.microbatches={train.microbatches}",
+        ]
 
     def numbers(self) -> dict:
         """The plan as JSON: bytes of one device, seconds, FLOPs of all devices together."""
         needed, unit = self.training.flops, self.training.unit
         days = self.roofline and self.roofline.bound * self.training.train.steps / DAY
+        parts = dataclasses.asdict(self.memory)
+        if self.compiled:  # the compiler gives only one sum of temporaries
+            del parts["gradients"], parts["activations"]
+            parts["temporaries"] = self.compiled.total - sum(parts.values())
+        counted = self.compiled and not self.compiled.refused
         return {
             "topology": self.topology.name,
             "num_slices": self.topology.slices,
@@ -99,17 +160,17 @@ class Plan:
             "flags": self.flags,
             "params": self.params,
             f"flops_per_{unit}": needed.total,
-            **{f"flops_per_{unit}_{part}": count for part, count in needed.parts.items()},
+            **{f"flops_per_{unit}_{part}": count for part, count in needed.items()},
             "flops_per_step": self.flops_per_step,
             "flops_per_step_executed": self.executed,
             "bytes_per_device": self.bytes_per_device,
             "bytes_per_device_source": "compiler" if self.compiled else "arithmetic",
             "bytes_per_device_by_arithmetic": self.memory.total,
-            "bytes": self._bytes(),
+            "bytes": parts,
             "device_memory_bytes": self.topology.memory_bytes,
             "fits": self.fits,
             "collectives": [dataclasses.asdict(each) for each in self.traffic],
-            "collectives_source": "compiler" if self._saw_collectives else "arithmetic",
+            "collectives_source": "compiler" if counted else "arithmetic",
             "loops_of_unknown_length": self.compiled.unknown_loops if self.compiled else [],
             "step_seconds": self.roofline and dataclasses.asdict(self.roofline),
             "step_seconds_estimate": self.step_seconds,
@@ -119,18 +180,6 @@ class Plan:
             "device_hours": days and 24 * days * self.topology.count,
         }
 
-    @property
-    def _saw_collectives(self) -> bool:
-        return self.compiled is not None and not self.compiled.refused
-
-    def _bytes(self) -> dict[str, int]:
-        """Bytes of one device by purpose; the compiler gives only one sum of temporaries."""
-        parts = dataclasses.asdict(self.memory)
-        if self.compiled:
-            del parts["gradients"], parts["activations"]
-            parts["temporaries"] = self.compiled.total - sum(parts.values())
-        return parts
-
 
 def make(
     config: config_lib.Config,
@@ -139,35 +188,28 @@ def make(
     *,
     compiling: bool = True,
 ) -> Plan:
-    """Plans a training of a configuration.
+    """Plans a training of a configuration, whose mesh may have a -1 to fill.
 
-    Args:
-      config: of the run; of its mesh, a -1 is filled.
-      topology: the devices.
-      kind: class of the training to plan.
-      compiling: False does without the compiler where there is one for the topology.
+    `compiling=False` does without the compiler where there is one for the topology.
 
     Raises:
       InputError: the mesh does not fit the devices, the batch or the network.
     """
-    training = kind.of(config)
-    sizes = dict(zip(sharding.AXES, sharding.axis_sizes(config.mesh, topology.count), strict=True))
-    mesh = topology.abstract_mesh(tuple(sizes.values()))
+    training, lengths = kind(config), sharding.axis_sizes(config.mesh, topology.count)
+    mesh = topology.abstract_mesh(lengths)
     sharding.check(config, mesh, training.sections)
-    sharding.over_slices(tuple(sizes.values()), topology.slices)
-    program = None
+    sharding.over_slices(lengths, topology.slices)
+    sizes, program, line = dict(mesh.shape), None, None
     # By arithmetic, slices follow one another along the first axes.
     slice_of = [i // topology.per_slice for i in range(topology.count)]
+    found = _required(training.collectives(sizes), sizes)
     if topology.compiles and compiling:
-        mesh = topology.mesh(config.mesh)
-        program = compiled.compile_step(training, mesh)
-        slice_of = [getattr(device, "slice_index", None) or 0 for device in mesh.devices.flat]
-    bytes_ = memory.estimate(training, topology, sizes)
-    if program and not program.refused:
-        moved = traffic.of_program(program.collectives, sizes, slice_of)
-    else:
-        moved = traffic.by_arithmetic(training.collectives(sizes), sizes, slice_of)
-    executed, line = training.executed(topology.platform, sizes), None
+        real = topology.mesh(config.mesh)
+        program = compiled.compile_step(training, real)
+        slice_of = [getattr(device, "slice_index", None) or 0 for device in real.devices.flat]
+        found = found if program.refused else program.collectives
+    moved = traffic_of(found, sizes, slice_of)
+    bytes_, executed = training.memory(mesh), training.executed(mesh)
     if rates := topology.hardware:
         # Each pass over the layers reads their weights. The optimizer reads and writes its state
         # and the parameters, and reads the gradients. Activations are left out: the compiler
@@ -180,5 +222,5 @@ def make(
             sum(each.inside for each in moved) / rates.interconnect,
             sum(each.between for each in moved) / rates.network,
         )
-    params = memory.parameter_count(training, topology)
-    return Plan(config, topology, training, sizes, params, executed, bytes_, program, moved, line)
+    params = sum(array.size for array in training.state()[0])
+    return Plan(topology, training, sizes, params, executed, bytes_, program, moved, line)

@@ -5,13 +5,12 @@ import itertools
 from collections.abc import Iterator
 
 from gptv_jax import config as config_lib
-from gptv_jax import sharding
 from gptv_jax.errors import InputError
+from gptv_jax.model.layers import REMAT
 from gptv_jax.planning import plan
 from gptv_jax.planning.plan import Plan
-from gptv_jax.planning.pretrain import Pretraining
 from gptv_jax.planning.topology import Topology
-from gptv_jax.planning.training import Training
+from gptv_jax.planning.training import Pretraining, Training
 
 TENSOR = 16  # the largest axis "tensor"; beyond, every layer waits for its sums
 LONG = 2048  # tokens from which splitting a sequence is tried
@@ -29,64 +28,58 @@ def search(
     """Plans for the choices of mesh, rematerialisation and microbatches, the best first.
 
     The best plans are compiled where there is a compiler; plans that it finds not to fit are left
-    out. Plans are ranked by the time of a step in which nothing overlaps, because many have the
-    same bound; where device speeds are unknown, by memory.
-
-    Args:
-      config: of the run; its mesh, remat and microbatches are ignored.
-      topology: the devices.
-      kind: class of the training to plan.
-      wanted: plans that the compiler is to confirm.
+    out, until `wanted` plans are confirmed. Plans are ranked by the time of a step in which nothing
+    overlaps, because many have the same bound; where device speeds are unknown, by memory.
 
     Raises:
       InputError: the batch or the network fits no mesh of these devices.
     """
-    found = list(choices(config, topology, kind))
-    if not found:
-        training = kind.of(config)
+    plans = sorted(choices(config, topology, kind), key=rank)
+    if not plans:
+        training = kind(config)
         raise InputError(
             f"no mesh of {topology.count} devices divides config.{training.section}.batch_size="
-            f"{training.train.batch_size} and the "
-            "network; take another batch size."
+            f"{training.train.batch_size} and the network; take another batch size."
         )
-    plans = sorted((plan.make(c, topology, kind, compiling=False) for c in found), key=rank)
     if not topology.compiles:
         return plans
     compiled: list[Plan] = []
     while len(compiled) < min(TRIED, len(plans)) and sum(c.fits for c in compiled) < wanted:
-        compiled.append(plan.make(plans[len(compiled)].config, topology, kind))
+        compiled.append(plan.make(plans[len(compiled)].training.config, topology, kind))
     return sorted((c for c in compiled if c.fits), key=rank) or [min(compiled, key=rank)]
 
 
 def choices(
     config: config_lib.Config, topology: Topology, kind: type[Training] = Pretraining
-) -> Iterator[config_lib.Config]:
-    """The configuration with every mesh, rematerialisation and number of microbatches to try."""
-    within, training = topology.per_slice, kind.of(config)
+) -> Iterator[Plan]:
+    """Plans, by arithmetic, with every mesh, rematerialisation and number of microbatches to try.
+
+    The config's mesh, rematerialisation and microbatches are ignored.
+    """
+    within, training = topology.per_slice, kind(config)
     tensors = _powers(min(TENSOR, training.heads, within))
-    sequences = _powers(within if training.positions >= LONG else 1)
+    sequences = _powers(within if training.units >= LONG else 1)
     for tensor, sequence, fsdp in itertools.product(tensors, sequences, _powers(within)):
         data, left = divmod(within, tensor * sequence * fsdp)
         if not left:
             mesh = config_lib.Mesh(data * topology.slices, fsdp, sequence, tensor)
-            yield from _on_mesh(config, topology, training, mesh)
+            yield from _on_mesh(training, topology, mesh)
 
 
-def _on_mesh(
-    config: config_lib.Config, topology: Topology, training: Training, mesh: config_lib.Mesh
-) -> Iterator[config_lib.Config]:
-    """Every accepted rematerialisation and number of microbatches on a mesh, cheapest first."""
-    rows = training.train.batch_size // (mesh.data * mesh.fsdp)
-    for microbatches in _powers(rows if training.splits_batches else 1):
-        for policy in training.policies:
-            choice = dataclasses.replace(
-                config,
-                mesh=mesh,
-                model=dataclasses.replace(config.model, remat=policy),
-                train=dataclasses.replace(config.train, microbatches=microbatches),
-            )
-            if _accepted(choice, topology, training):
-                yield choice
+def _on_mesh(training: Training, topology: Topology, mesh: config_lib.Mesh) -> Iterator[Plan]:
+    """Plans with every accepted rematerialisation and number of microbatches, cheapest first."""
+    config, rows, policies = training.config, 1, [training.config.model.remat]
+    if training.tunable:
+        rows = training.train.batch_size // (mesh.data * mesh.fsdp)
+        policies = ["none", *REMAT]
+    for microbatches, policy in itertools.product(_powers(rows), policies):
+        model = dataclasses.replace(config.model, remat=policy)
+        train = dataclasses.replace(config.train, microbatches=microbatches)
+        choice = dataclasses.replace(config, mesh=mesh, model=model, train=train)
+        try:
+            yield plan.make(choice, topology, type(training), compiling=False)
+        except InputError:  # the mesh does not divide the batch or the network
+            continue
 
 
 def smallest(
@@ -97,25 +90,15 @@ def smallest(
     Weights are split over all devices; among the choices that fit, the plan has the fewest
     microbatches and then the least rematerialisation.
     """
-    training = kind.of(config)
+    training = kind(config)
     for count in _powers(topology.count):
         one = dataclasses.replace(topology, per_slice=count, slices=1)
         for tensor in _powers(min(TENSOR, training.heads, count)):
             mesh = config_lib.Mesh(1, count // tensor, 1, tensor)
-            for choice in _on_mesh(config, one, training, mesh):
-                found = plan.make(choice, one, kind, compiling=False)
+            for found in _on_mesh(training, one, mesh):
                 if found.fits:
                     return found
     return None
-
-
-def _accepted(config: config_lib.Config, topology: Topology, training: Training) -> bool:
-    try:
-        mesh = topology.abstract_mesh(sharding.axis_sizes(config.mesh, topology.count))
-        sharding.check(config, mesh, training.sections)
-    except InputError:
-        return False
-    return config.train.batch_size % config.train.microbatches == 0
 
 
 def rank(found: Plan) -> tuple[bool, float | int]:

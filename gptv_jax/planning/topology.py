@@ -6,6 +6,7 @@ import math
 import os
 import re
 import sys
+from typing import NamedTuple
 
 import jax
 from jax.experimental import topologies
@@ -21,8 +22,7 @@ FORMS = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Tpu:
+class _Tpu(NamedTuple):
     kind: str  # as JAX names the device
     dimensions: int  # of the torus
     cores: int  # TensorCores a chip, which accelerator types such as v5p-128 count
@@ -76,11 +76,6 @@ class Topology:
             return self.hardware.memory_bytes
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // self.count
 
-    def prepare(self) -> None:
-        """Makes JAX simulate the devices of a CPU topology; call it before JAX is used."""
-        if self.platform == "cpu":
-            jax.config.update("jax_num_cpu_devices", self.count)
-
     def devices(self) -> list:
         """The devices to compile for, which this machine need not have.
 
@@ -100,17 +95,15 @@ class Topology:
         slices = {"num_slices": self.slices} if self.slices > 1 else {}
         try:
             with _silent():
-                found = topologies.get_topology_desc(self.name, platform="tpu", **slices).devices
+                return list(topologies.get_topology_desc(self.name, "tpu", **slices).devices)
         except RuntimeError as error:
+            why = f"is not known to libtpu ({error}); it takes {FORMS}."
             if "not installed" in str(error):
-                raise InputError(
-                    f"--topology={self.name} is compiled by libtpu, which is not installed; "
-                    "pip install libtpu, which needs no TPU."
-                ) from error
-            raise InputError(
-                f"--topology={self.name} is not known to libtpu ({error}); it takes {FORMS}."
-            ) from error
-        return list(found)
+                why = (
+                    "is compiled by libtpu, which is not installed; pip install libtpu, which "
+                    "needs no TPU."
+                )
+            raise InputError(f"--topology={self.name} {why}") from error
 
     def abstract_mesh(self, sizes: tuple[int, ...]) -> AbstractMesh:
         """A mesh of these sizes of `sharding.AXES`, to trace programs for this platform."""
@@ -126,45 +119,34 @@ def parse(name: str, num_slices: int = 1) -> Topology:
     Raises:
       InputError: the name has none of these forms.
     """
-    unknown = InputError(f"--topology={name} is not known; it takes {FORMS}.")
-    kind, _, rest = name.partition(":")
-    if kind == "cpu" and rest.isdigit() and int(rest):
+    if found := re.fullmatch(r"cpu:0*([1-9]\d*)", name):
         if num_slices != 1:
             raise InputError(
                 f"--num_slices is {num_slices}, but --topology={name} is one machine; take 1."
             )
-        return Topology(name, "cpu", "cpu", int(rest), 1, True)
-    if kind == "gpu" and (found := re.fullmatch(r"([1-9]\d*)x(\w+)", rest)):
-        if found[2] not in GPUS:
-            raise unknown
+        return Topology(name, "cpu", "cpu", int(found[1]), 1, True)
+    if (found := re.fullmatch(r"gpu:([1-9]\d*)x(\w+)", name)) and found[2] in GPUS:
         return Topology(name, "gpu", GPUS[found[2]], int(found[1]), num_slices, False)
-    if found := re.fullmatch(r"(\w+)-([1-9]\d*)", name):
-        kind, cores = found[1], int(found[2])
-        tpu = TPUS.get(kind)
-        shape = _shape(cores // tpu.cores, tpu.dimensions) if tpu else None
-        if shape is None or cores % tpu.cores:
-            raise unknown
-        rest = "x".join(map(str, shape))
-    if kind not in TPUS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", rest):
-        raise unknown
-    tpu = TPUS[kind]
-    sides = [int(side) for side in rest.split("x")]
-    if len(sides) != tpu.dimensions:
-        raise unknown
-    devices = math.prod(sides) * hardware.of(tpu.kind).per_chip
-    return Topology(f"{kind}:{rest}", "tpu", tpu.kind, devices, num_slices, tpu.compiles)
+    found = re.fullmatch(r"(\w+)(?:-([1-9]\d*)|:([1-9]\d*(?:x[1-9]\d*)+))", name)
+    if found and (tpu := TPUS.get(found[1])):
+        kind, cores, shape = found.groups()
+        sides = [int(side) for side in shape.split("x")] if shape else _sides(int(cores), tpu)
+        if len(sides) == tpu.dimensions:
+            devices = math.prod(sides) * hardware.of(tpu.kind).per_chip
+            name = f"{kind}:{'x'.join(map(str, sides))}"
+            return Topology(name, "tpu", tpu.kind, devices, num_slices, tpu.compiles)
+    raise InputError(f"--topology={name} is not known; it takes {FORMS}.")
 
 
-def _shape(chips: int, dimensions: int) -> tuple[int, ...] | None:
-    """The shape of Cloud TPU's slice of so many chips; None if Cloud TPU has no such slice."""
-    if chips < 1 or chips & (chips - 1):
-        return None
-    powers = chips.bit_length() - 1
-    sides = sorted(
-        2 ** (powers // dimensions + (i < powers % dimensions)) for i in range(dimensions)
-    )
+def _sides(cores: int, tpu: _Tpu) -> list[int]:
+    """The shape of Cloud TPU's slice of so many TensorCores; [] if Cloud TPU has no such slice."""
+    chips, rest = divmod(cores, tpu.cores)
+    if rest or chips & (chips - 1):
+        return []
+    each, larger = divmod(chips.bit_length() - 1, tpu.dimensions)
+    sides = [2 ** (each + (i < larger)) for i in range(tpu.dimensions)]
     # A host has 2 x 2 chips, so sides of length 1 come last.
-    return tuple([s for s in sides if s > 1] + [s for s in sides if s == 1])
+    return sorted(sides, key=lambda side: (side == 1, side))
 
 
 @contextlib.contextmanager

@@ -1,16 +1,29 @@
-"""What the planner needs to know of a training: its real step, and facts for arithmetic."""
+"""What the planner knows of a training: its real step, traced, and facts for arithmetic.
 
-import abc
-from collections.abc import Iterator
-from typing import NamedTuple
+The programs are traced, not run or compiled: JAX then says which arrays the backward pass keeps and
+how each is split, under the rematerialisation of the config.
+"""
+
+import dataclasses
+import functools
+import math
+import operator
+from collections.abc import Callable, Iterator
+from typing import ClassVar, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from gptv_jax import config as config_lib
-from gptv_jax.model import flops
-from gptv_jax.planning.arrays import Array
-from gptv_jax.planning.topology import Topology
+from gptv_jax import sharding
+from gptv_jax.errors import InputError
+from gptv_jax.model import flops, lpips
+from gptv_jax.model.gpt import Network
+from gptv_jax.planning.memory import Memory, spec_of, stored_dtype, total_bytes
+from gptv_jax.runs.record import network_of
+from gptv_jax.train import autoencoding, objective, optimizer, step
 
 WIDTHS = {"float32": 4, "bfloat16": 2}  # bytes
 
@@ -24,51 +37,307 @@ class Call(NamedTuple):
     bytes: float | int  # of one call: of the whole array, on one device
 
 
-class Training(abc.ABC):
-    """A training to be planned; it holds no mesh, so that traced programs serve all meshes.
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """A training to be planned: what `Pretraining` and `TokenizerTraining` share.
 
-    In its methods `sizes` are those of the mesh, by axis.
+    Each subclass adds its network, loss, first state and batch, the FLOPs of training on one unit,
+    and from `executed` on the costs of a step on a mesh.
     """
 
-    section: str  # path of the section `train` in the configuration
-    sections: tuple[str, ...]  # of the configuration, which the mesh must divide
-    unit: str  # FLOPs are shown per "token" or "image"
-    units: int  # of an image
-    remat: str  # rematerialisation of the layers
-    policies: tuple[str, ...]  # rematerialisations to choose from
-    splits_batches: bool  # whether it takes microbatches
-    train: config_lib.Train
-    heads: int  # the most parts that the axis "tensor" can split weights into
-    positions: int  # of an image, which the axis "sequence" can split
-    flops: flops.Flops | flops.ImageFlops  # of training on one unit, forward and backward
+    config: config_lib.Config
 
-    @abc.abstractmethod
-    def executed(self, platform: str, sizes: dict[str, int]) -> int:
-        """FLOPs that a step executes, on all devices together."""
+    section: ClassVar[str]  # path of the section `train` in the configuration
+    sections: ClassVar[tuple[str, ...]]  # of the configuration, which the mesh must divide
+    unit: ClassVar[str]  # FLOPs are shown per "token" or "image"
+    tunable: ClassVar[bool]  # whether rematerialisation and microbatches can be chosen
+    after: ClassVar[Callable | None] = None  # as `make_train_step` takes it
+    relative_width: ClassVar[float] = 1.0
 
-    @abc.abstractmethod
+    @property
+    def train(self) -> config_lib.Train:
+        return operator.attrgetter(self.section)(self.config)
+
+    @property
+    def optimizer(self) -> tuple:
+        """The optimizer, and its learning rate by step."""
+        settings, width = self.train.optimizer, self.relative_width
+        return optimizer.make_optimizer(settings, self.train.steps, relative_width=width)
+
+    @property
+    def train_step(self) -> Callable:
+        return step.make_train_step(
+            self.loss,
+            *self.optimizer,
+            microbatches=self.train.microbatches,
+            seed=self.config.seed,
+            ema=self.train.ema,
+            after=self.after,
+        )
+
+    def frozen(self, split: NamedSharding | None = None) -> dict | None:
+        """Abstract arrays that the loss reads and does not train."""
+
     def lower(self, mesh: Mesh) -> jax.stages.Lowered:
         """The stage's train step for the mesh, which is in force, on abstract arguments."""
+        rows, whole = NamedSharding(mesh, sharding.BATCH_FIRST), NamedSharding(mesh, P())
+        batch = self.batch(self.train.batch_size, rows)
+        return self.train_step.lower(sharding.abstract(self.init), batch, self.frozen(whole))
 
-    @abc.abstractmethod
+    def state(self) -> tuple[list, list]:
+        """Parameters, and all other arrays that live from step to step, as abstract arrays."""
+        state = {**_state(self.traced(), sharding.one_device()), "frozen": self.frozen()}
+        del state["step"]
+        return jax.tree.leaves(state.pop("params")), jax.tree.leaves(state)
+
+    def memory(self, mesh: AbstractMesh) -> Memory:
+        """Bytes of a device of the mesh."""
+        params, rest = self.state()
+        parameters = total_bytes(params, mesh)
+        ways = math.prod(mesh.shape[axis] for axis in sharding.BATCH)
+        batch = self.batch(self.train.batch_size // ways).values()
+        # Rows of the batch that the devices which share them work on at a time.
+        rows = self.train.batch_size // (ways * self.train.microbatches)
+        sizes = {**mesh.shape, **dict.fromkeys(sharding.BATCH, 1)}
+        return Memory(
+            parameters,
+            total_bytes(rest, mesh),
+            sum(array.size * array.dtype.itemsize for array in batch),
+            parameters,  # gradients
+            self.activations(mesh.update(axis_sizes=tuple(sizes.values())), rows),
+        )
+
+    def traced(self, **changes) -> "Training":
+        """The training as the key of its traced programs: all meshes and microbatches share them.
+
+        `changes` are of sections of the configuration.
+        """
+        whole = dataclasses.replace(self.config.train, microbatches=1)
+        changes = {"mesh": config_lib.Mesh(), "train": whole, **changes}
+        return type(self)(dataclasses.replace(self.config, **changes))
+
+
+@functools.cache
+def _state(training: Training, mesh: AbstractMesh) -> dict:
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.eval_shape(lambda: training.init(jax.random.key(0)))
+
+
+@functools.cache
+def residuals(training: Training, mesh: AbstractMesh, rows: int) -> list:
+    """Abstract arrays, besides the arguments, that the forward pass keeps for the backward pass."""
+    state, loss = _state(training, mesh), training.loss
+    frozen = {**(training.frozen() or {}), "critic": state.get("critic")}
+
+    def backward(params, frozen, batch):
+        random = jax.random.key(0), jnp.int32(training.train.steps)
+        return jax.vjp(lambda p: loss(p, frozen, batch, *random), params, has_aux=True)[1]
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        batch = training.batch(rows, NamedSharding(mesh, sharding.BATCH_FIRST))
+        jaxpr = jax.make_jaxpr(backward)(state["params"], frozen, batch).jaxpr
+    given = {id(var) for var in jaxpr.invars}
+    return list({id(v): v.aval for v in jaxpr.outvars if id(v) not in given}.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretraining(Training):
+    """The pretraining of a GPT."""
+
+    section, sections = "train", ("model", "train")
+    unit = "token"
+    tunable = True
+
+    @functools.cached_property
+    def network(self) -> Network:
+        return network_of(self.config)
+
+    @property
+    def units(self) -> int:
+        """Units of an image, which the axis "sequence" can split."""
+        return self.network.length
+
+    @property
+    def heads(self) -> int:
+        """The most parts that the axis "tensor" can split weights into."""
+        return self.config.model.heads
+
+    @property
+    def relative_width(self) -> float:
+        return self.config.model.relative_width
+
+    @property
+    def flops(self) -> flops.Flops:
+        return flops.training(self.network)
+
+    @property
+    def loss(self) -> Callable:
+        return step.make_loss(self.network, steps=self.train.steps)
+
+    @property
+    def init(self) -> Callable:
+        return step.make_init(self.network, self.optimizer[0], self.train.ema)
+
     def batch(self, rows: int, split: NamedSharding | None = None) -> dict:
         """Abstract arrays of a batch of `rows` images."""
+        shapes = {"tokens": (rows, self.network.length), "variant": (rows,)}
+        if self.network.config.class_tokens:
+            shapes["label"] = (rows,)
+        return {k: jax.ShapeDtypeStruct(s, jnp.int32, sharding=split) for k, s in shapes.items()}
 
-    @abc.abstractmethod
-    def state(self, mesh: AbstractMesh) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
-        """Parameters, and all other arrays that live from step to step."""
+    def executed(self, mesh: AbstractMesh) -> int:
+        """FLOPs that a step executes, on all devices together."""
+        rows = self.train.batch_size // self.train.microbatches
+        parts = objective.loss_parts(self.network, rows, mesh.shape)
+        split, platform = mesh.shape["sequence"], mesh.abstract_device.platform
+        of_token = flops.executed(self.network, platform, split, parts)
+        return of_token.total * self.units * self.train.batch_size
 
-    @abc.abstractmethod
-    def activations(self, topology: Topology, sizes: dict[str, int], rows: int) -> int:
+    def activations(self, mesh: AbstractMesh, rows: int) -> int:
         """Bytes that a device holds besides state, batch and gradients.
 
-        `rows` images at a time are worked on by the devices of `sizes`, whose batch axes are 1.
+        These are the arrays kept for the backward pass, and those of the layer or logits being
+        computed. `rows` images at a time are worked on by the devices of `mesh`, whose batch axes
+        are 1.
         """
+        c = self.config.model
+        dtype = stored_dtype(c.dtype, mesh.abstract_device.platform)
+        count = functools.partial(total_bytes, mesh=mesh, head_size=c.width // c.heads)
 
-    @abc.abstractmethod
+        def kept(**changes) -> list:
+            model = dataclasses.replace(c, dtype=dtype, **changes)
+            return residuals(self.traced(model=model), mesh, rows)
+
+        def of_layers(arrays: list, layers: int) -> list:
+            """Arrays stacked over layers: this axis is never split, an axis of rows is."""
+            return [a for a in arrays if a.shape[:1] == (layers,) and not (*spec_of(a), None)[0]]
+
+        # While the backward pass works on a layer, all activations of the layer exist, and so also
+        # those that rematerialisation does not keep.
+        found, two_layers = kept(), kept(remat="none", layers=2, scan_layers=True)
+        kept_of_layer = count(of_layers(found, c.layers)) // c.layers
+        repeated = count(of_layers(two_layers, 2), one_layer=True) - kept_of_layer
+        # Logits of one part and their gradient, if there are several parts; else logits are kept.
+        parts = objective.loss_parts(self.network, rows, mesh.shape)
+        positions = rows * self.network.length // (mesh.shape["sequence"] * parts)
+        logits = 4 * self.network.vocabulary * positions
+        return count(found) + max(repeated, 2 * logits * (parts > 1))
+
     def collectives(self, sizes: dict[str, int]) -> Iterator[Call]:
-        """The collectives that the sharding requires in a step."""
+        """The collectives that the sharding requires in a step on a mesh of these sizes."""
+        c, network, parts = self.config.model, self.network, self.train.microbatches
+        width, tensor, sequence = WIDTHS[c.dtype], sizes["tensor"], sizes["sequence"]
+        # Columns of qkv, attention_out, and the MLP's first and second matrix.
+        first = 2 * c.mlp_width if c.mlp == "swiglu" else c.mlp_width
+        for columns in (3 * c.width, c.width, first, c.mlp_width):
+            weight = columns * c.width * width / tensor
+            yield Call("all-gather", ("fsdp",), c.layers * parts * 2, weight)  # forward, backward
+            yield Call("reduce-scatter", ("fsdp",), c.layers * parts, weight)
+            shard = weight / sizes["fsdp"]
+            yield Call("all-reduce", ("data", "sequence"), c.layers * parts, shard)
+        vectors = 2 * network.vocabulary + c.learned_positions * network.length
+        tables = vectors * c.width * width
+        yield Call("all-gather", ("fsdp",), parts, tables)
+        yield Call("all-reduce", ("data", "fsdp", "sequence"), parts, tables)
 
-    @abc.abstractmethod
+        # Each layer has two products whose results are partial sums, in each direction.
+        positions = self.train.batch_size * network.length
+        positions /= parts * sizes["data"] * sizes["fsdp"] * sequence
+        hidden = positions * c.width * width
+        sums = 4 + (c.remat == "full")
+        yield Call("all-reduce", ("tensor",), c.layers * parts * sums, hidden)
+        # Keys and values of all positions, and their gradients.
+        again, both = c.remat != "none", 2 * hidden * sequence / tensor
+        yield Call("all-gather", ("sequence",), c.layers * parts * (1 + again), both)
+        yield Call("reduce-scatter", ("sequence",), c.layers * parts, both)
+
     def weights_read(self, sizes: dict[str, int]) -> float | int:
-        """Bytes of weights that a device reads and writes in a step, without the optimizer."""
+        """Bytes of weights that a device reads and writes in a step, without the optimizer.
+
+        The forward and the backward pass and repetition read weights; gradients are written.
+        """
+        c = self.config.model
+        weights = flops.forward(self.network)["matmul"] // 2 * WIDTHS[c.dtype] / sizes["tensor"]
+        return self.train.microbatches * (3 + (c.remat == "full")) * weights
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerTraining(Training):
+    """A tokenizer's training, for which only the mesh can be chosen: it has no remat."""
+
+    section, sections = "tokenizer.train", ("tokenizer",)
+    unit = "image"
+    units = heads = 1
+    tunable = False
+
+    def __post_init__(self):
+        if self.config.tokens.kind != "learned":
+            raise InputError(
+                f"--stage=tokenizer, but config.tokens.kind is {self.config.tokens.kind}, which "
+                "has nothing to train; it takes learned."
+            )
+
+    @property
+    def network(self) -> config_lib.Autoencoder:
+        return self.config.tokens.autoencoder
+
+    @functools.cached_property
+    def flops(self) -> flops.Flops:
+        """Of the encoder and decoder; the networks of the losses are not counted."""
+        return flops.of_autoencoder(self.network, self.config.data.image_size).times(3)
+
+    @property
+    def loss(self) -> Callable:
+        return autoencoding.make_loss(self.network, self.config.tokenizer)
+
+    @property
+    def after(self) -> Callable:
+        return autoencoding.make_after(self.network, self.config.tokenizer)
+
+    @property
+    def init(self) -> Callable:
+        return autoencoding.make_init(self.network, self.config.tokenizer, self.optimizer[0])
+
+    def batch(self, rows: int, split: NamedSharding | None = None) -> dict:
+        size = self.config.data.image_size
+        shape = (rows, size, size, self.network.channels)
+        return {"image": jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=split)}
+
+    def frozen(self, split: NamedSharding | None = None) -> dict | None:
+        """LPIPS's weights, where LPIPS is part of the loss; they count as state."""
+        if not self.config.tokenizer.lpips:
+            return None
+        shapes = lpips.shapes().items()
+        return {"vgg": {n: jax.ShapeDtypeStruct(s, jnp.float32, sharding=split) for n, s in shapes}}
+
+    def executed(self, mesh: AbstractMesh) -> int:
+        """Products and convolutions of the real step, including the networks of the losses."""
+        return _executed(self.traced())
+
+    def activations(self, mesh: AbstractMesh, rows: int) -> int:
+        dtype = stored_dtype(self.network.dtype, mesh.abstract_device.platform)
+        network = dataclasses.replace(self.network, dtype=dtype)
+        tokens = dataclasses.replace(self.config.tokens, autoencoder=network)
+        return total_bytes(residuals(self.traced(tokens=tokens), mesh, rows), mesh)
+
+    def collectives(self, sizes: dict[str, int]) -> Iterator[Call]:
+        """Split weights are gathered once, and all gradients are summed whole."""
+        for each in self.state()[0]:
+            split = "fsdp" in spec_of(each)
+            size = each.size * WIDTHS[self.network.dtype if split else "float32"]
+            if split:
+                yield Call("all-gather", ("fsdp",), 1, size)
+            yield Call("all-reduce", ("data", "fsdp"), 1, size)
+
+    def weights_read(self, sizes: dict[str, int]) -> float | int:
+        """The weights are read by the forward and the backward pass; gradients are written."""
+        return 3 * sum(each.size for each in self.state()[0]) * WIDTHS[self.network.dtype]
+
+
+@functools.cache
+def _executed(training: TokenizerTraining) -> int:
+    """FLOPs of the traced step, on one device, with attention in its plain form."""
+    mesh, batch = sharding.one_device(), training.batch(training.train.batch_size)
+    with jax.sharding.use_abstract_mesh(mesh):
+        state = _state(training, mesh)
+        return flops.of_program(training.train_step, state, batch, training.frozen())

@@ -2,14 +2,14 @@
 
 import dataclasses
 
+import jax
 from jax.sharding import Mesh
 
 from gptv_jax import config as config_lib
-from gptv_jax import hosts, tokens
+from gptv_jax import files, hosts, tokens
 from gptv_jax.data.pipeline import Pipeline
 from gptv_jax.model.gpt import Network
-from gptv_jax.runs.folder import RunFolder
-from gptv_jax.runs.record import network_of
+from gptv_jax.runs.record import RunFolder, network_of
 from gptv_jax.tokens import Codec, TokenDefinition
 from gptv_jax.train.metrics import MetricWriter
 
@@ -39,6 +39,9 @@ class Context:
         return dataclasses.replace(self, codec=codec, data=data)
 
     def finish(self, stage: str, numbers: dict) -> None:
-        """Adds a stage's numbers, and those of damaged images, to the summary."""
+        """Adds damaged images and a stage's numbers (with "/": whole keys) to the summary."""
         damaged = set().union(*hosts.from_all(self.images.damage_log.names))
-        self.folder.finish(stage, numbers, len(damaged))
+        if jax.process_index() == 0:
+            named = {n if "/" in n else f"{stage}/{n}": value for n, value in numbers.items()}
+            summary = self.folder.summary() | named | {"data/skipped": len(damaged)}
+            files.write_json(self.folder.path / "summary.json", summary)

@@ -7,6 +7,7 @@ import io
 from etils import epy
 
 with epy.lazy_imports():  # heavy, and not needed before there is something to plot
+    from matplotlib import figure as figures
     from matplotlib import ticker
 
 # Plots are transparent, in tones that are readable on white and on black.
@@ -32,9 +33,36 @@ td:first-child, th:first-child { text-align: left; } th { font-weight: 500; }
 """
 
 
-def line(
-    axes: "matplotlib.axes.Axes", points: list[tuple], color: str, label="", style="-", ring=None
-) -> None:
+def plot(
+    title: str, x_label: str, curves: list[tuple], level=(), *, percent=False, below=()
+) -> bytes:
+    """A plot of curves (the arguments of `_line` after the axes) as a PNG file.
+
+    `level` is the y and the label of a dashed line; y is a share if `percent`; `below` is the title
+    and the points of a low plot under the first one.
+    """
+    figure, ratios = figures.Figure(SIZE, layout="constrained"), (4, 1) if below else (1,)
+    grid = figure.subplots(len(ratios), sharex=True, squeeze=False, height_ratios=ratios)
+    axes, last = grid[0, 0], grid[-1, 0]
+    for curve in curves:
+        _line(axes, *curve)
+    if level:
+        axes.axhline(level[0], color=QUIET, ls="--", lw=1, label=level[1])
+    if percent:
+        axes.yaxis.set_major_formatter(ticker.PercentFormatter(1))
+    if below:
+        _line(last, below[1], QUIET)
+        last.yaxis.set_major_locator(ticker.MaxNLocator(2))
+        last.yaxis.set_major_formatter("{x:g}")
+        _finish(last, below[0])
+    _finish(axes, title)
+    last.set_xlabel(x_label, fontsize=9, color=INK)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=200, transparent=True)
+    return buffer.getvalue()
+
+
+def _line(axes: "matplotlib.axes.Axes", points, color, label="", style="-", ring=None) -> None:
     """Draws one curve, with a ring around the point at x = `ring`."""
     if not points:
         return
@@ -45,12 +73,11 @@ def line(
             axes.plot(x, y, "o", ms=10, mfc="none", mec=color)
 
 
-def finish(axes: "matplotlib.axes.Axes", title: str, x_label: str = "") -> None:
-    """Finishes a plot: light frame, whole numbers on x, and y's meaning in the title."""
+def _finish(axes: "matplotlib.axes.Axes", title: str) -> None:
+    """A light frame, whole numbers on x, y's meaning in the title, and a legend."""
     axes.set_title(title, loc="left", fontsize=9, color=INK)
     axes.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=True))
     axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.set_xlabel(x_label, fontsize=9, color=INK)
     axes.tick_params(colors=INK, labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(INK)
@@ -62,18 +89,6 @@ def finish(axes: "matplotlib.axes.Axes", title: str, x_label: str = "") -> None:
 def percent(share: float | None) -> str:
     """A share as a percentage for a table; "" for None."""
     return "" if share is None else f"{share:.2%}"
-
-
-def percent_tick(share: float, _) -> str:
-    """A share on an axis."""
-    return f"{100 * share:g}%"
-
-
-def png(figure: "matplotlib.figure.Figure") -> bytes:
-    """A plot as a PNG file."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=200, transparent=True)
-    return buffer.getvalue()
 
 
 def section(title: str, content: str) -> str:

@@ -1,14 +1,126 @@
-"""What the files of a run folder say of its run: configuration, network, finished stages."""
+"""A run folder: whose it is, and what its files say of the run and its finished stages.
 
+Process 0 alone reads and writes these files, and every process does what process 0 decides, so it
+does not matter whether the other processes see the same file system.
+"""
+
+import dataclasses
+import importlib.metadata
 import pathlib
+import platform
+import secrets
+import shlex
+import sys
 
+import jax
 from etils import epath
 
+from gptv_jax import checkpoint, files, hosts
 from gptv_jax import config as config_lib
-from gptv_jax import files
+from gptv_jax.config import fields
 from gptv_jax.data import transforms
-from gptv_jax.errors import InputError
+from gptv_jax.errors import InputError, list_differences
 from gptv_jax.model.gpt import Network
+
+VERSIONED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "gptv_jax")
+
+
+class RunFolder:
+    """The open folder of a run of one configuration."""
+
+    def __init__(self, config: config_lib.Config, workdir: str):
+        """Changes nothing on disk; `claim` does.
+
+        Raises:
+          InputError: another configuration made the folder (every field that differs is listed).
+        """
+        if "://" in workdir:
+            raise InputError(
+                f"--workdir={workdir} is an address; it takes a folder. Checkpoints alone may lie "
+                "elsewhere, by config.checkpoint_dir."
+            )
+        self.config, self.path = config, pathlib.Path(workdir).absolute()
+        hosts.from_first(self._compare)
+
+    @property
+    def has_checkpoints(self) -> bool:
+        """Whether a run in this folder has saved any checkpoint; for process 0."""
+        made = (self.path / "config.json").exists()
+        return made and checkpoint.found(checkpoint_folder(self.config, self.path))
+
+    def checkpoints(self, training: str) -> epath.Path:
+        """The folder of a training's checkpoints."""
+        return checkpoint_folder(self.config, self.path) / training
+
+    def summary(self) -> dict:
+        """The numbers of the finished stages; for process 0."""
+        return files.read_json(self.path / "summary.json", {})
+
+    def finished(self, stage: str) -> bool:
+        """Whether the stage has written its numbers, which it does once, at its end."""
+        return hosts.from_first(lambda: has_finished(self.summary(), stage))
+
+    def _compare(self) -> None:
+        """Raises InputError where another configuration made the folder."""
+        if not (self.path / "config.json").exists():
+            return
+        free = {f"config.{name}" for name in fields.free(config_lib.Config)}
+        recorded, given = (
+            {k: v for k, v in fields.flatten(config, "config.").items() if k not in free}
+            for config in (config_of(self.path), self.config)
+        )
+        if differing := list_differences(recorded, given):
+            raise InputError(
+                f"{self.path} was made by another configuration: {'; '.join(differing)}. Take "
+                "another --workdir, or the settings of that run."
+            )
+
+    def claim(self, data: dict) -> None:
+        """Makes the folder, locks it for this process, and writes config.json; for process 0.
+
+        `data` are the number of images by split and the classes, which must stay while the run goes
+        on.
+
+        Raises:
+          InputError: the folder cannot be written, another process has it, it was made of other
+            data, or its checkpoints are elsewhere than the settings say.
+        """
+        files.claim(self.path, "workdir")
+        files.lock(self.path, "workdir", holder=self)
+        path, given = self.path / "config.json", self.config.checkpoint_dir
+        record, made = files.read_json(path, {}), path.exists()
+        if made:
+            # The place of the data may change, but not the data.
+            for name, now in data.items():
+                before = record.get(name, now)
+                if before != now:
+                    raise InputError(
+                        f"{self.path} was made of other data: its {name} were {before}, now they "
+                        f"are {now}. Take the same data, or another --workdir."
+                    )
+        else:
+            versions = {name: importlib.metadata.version(name) for name in VERSIONED}
+            record = {
+                "command": shlex.join(["python", "-m", "gptv_jax.main", *sys.argv[1:]]),
+                "devices": f"{jax.device_count()} {jax.devices()[0].device_kind}",
+                "versions": {"python": platform.python_version()} | versions,
+                **data,
+                "config": fields.flatten(self.config),
+            }
+        record.setdefault("id", secrets.token_hex(8))
+        before = record["config"].get("checkpoint_dir")  # when this run was last started
+        now = checkpoint_folder(self.config, self.path)
+        was = checkpoint_folder(dataclasses.replace(self.config, checkpoint_dir=before), self.path)
+        if was != now and checkpoint.found(was):
+            raise InputError(
+                f"config.checkpoint_dir is {given}, but this run's checkpoints are in {was}; "
+                f"move what that holds to {now}, or leave the setting as it was."
+            )
+        if given:
+            checkpoint.claim(now, record["id"], self.path, moved=was != now)
+        if not made or before != given:
+            record["config"]["checkpoint_dir"] = given
+            files.write_json(path, record)
 
 
 def checkpoint_folder(config: config_lib.Config, folder: pathlib.Path) -> epath.Path:

@@ -28,12 +28,9 @@ def run_stage(context: Context) -> dict:
     train, batch_size = settings.train, settings.train.batch_size
     headless, network = context.network(), context.network(context.classes)
     metric = step.make_metric(network)
-    loss = step.make_loss(
-        network, settings.generative_coefficient, settings.classification_coefficient
-    )
-
-    def batches(position: int):
-        return context.data.train(batch_size, position, settings.train_transforms)
+    coefficients = settings.generative_coefficient, settings.classification_coefficient
+    loss = step.make_loss(network, *coefficients)
+    batches = functools.partial(context.data.train, batch_size, entries=settings.train_transforms)
 
     def evaluate(params: dict, split: str = "validation") -> dict:
         return metric.measure(params, context.data.evaluation(split, batch_size))

@@ -36,7 +36,9 @@ def run_stage(context: Context) -> dict:
     """Writes generated/ and quality.json, and returns the summary's numbers."""
     config, folder = context.config.generate, context.folder.path / "generated"
     features = make_features(config.features, context.codec.image_shape)
-    reference = _reference(context, features)
+    # Images as the features take them: pictures for people, or in the data set's own range.
+    convert = context.codec.picture if features.of_pictures else lambda images: images
+    reference = _reference(context, features, convert)
     reference.must_fit(features)
     files.claim(folder, "workdir")
     labels = labels_in_turn(context)
@@ -44,7 +46,6 @@ def run_stage(context: Context) -> dict:
     drawn = list(hosts.until_stop(draw(context, folder, labels, weights.params)))
     if jax.process_index() == 0:
         _write(context, folder, drawn, labels)
-    convert = _converter(context, features)
     images = (convert(context.codec.decode(tokens)) for tokens in drawn)
     found = evaluate(images, reference, features)
     if warning := found.pop("warning"):
@@ -54,7 +55,7 @@ def run_stage(context: Context) -> dict:
     return {**found, "biased": warning is not None, **weights.numbers}
 
 
-def _reference(context: Context, features: FeatureExtractor) -> Reference:
+def _reference(context: Context, features: FeatureExtractor, convert: Callable) -> Reference:
     """Statistics that the config names, or of this run's real images, computed once and kept."""
     config, data = context.config.generate, context.config.data
     if config.reference:
@@ -80,16 +81,10 @@ def _reference(context: Context, features: FeatureExtractor) -> Reference:
         "transforms": [transforms.written_out(entry) for entry in data.eval_transforms],
         "image_size": data.image_size,
     }
-    convert = _converter(context, features)
     images = (convert(batch["image"]) for batch in pipeline.batched(elements, READ))
     made = references.compute(features, images, provenance)
     made.save(path)
     return made
-
-
-def _converter(context: Context, features: FeatureExtractor) -> Callable:
-    """Makes pictures for people of images where the features expect pictures."""
-    return context.codec.picture if features.of_pictures else lambda images: images
 
 
 def labels_in_turn(context: Context) -> Int[np.ndarray, "N"] | None:
@@ -99,10 +94,7 @@ def labels_in_turn(context: Context) -> Int[np.ndarray, "N"] | None:
 
 
 def draw(
-    context: Context,
-    folder: pathlib.Path,
-    labels: Int[np.ndarray, "N"] | None,
-    params: dict,
+    context: Context, folder: pathlib.Path, labels: Int[np.ndarray, "N"] | None, params: dict
 ) -> Iterator[Int[np.ndarray, "B T"]]:
     """All tokens batch by batch; a batch that `folder` has is read, and a new one is kept there."""
     config, network = context.config.generate, context.network()
@@ -116,9 +108,8 @@ def draw(
         tokens = _kept(path, (wanted, network.length))
         if tokens is None:
             # Always whole batches, so that one program serves them all.
-            classes = (
-                None if labels is None else labels[np.arange(first, first + size) % len(labels)]
-            )
+            rows = np.arange(first, first + size)
+            classes = None if labels is None else labels.take(rows, mode="wrap")
             tokens = sampler.new(size, key, classes, number=number)[:wanted]
             content = io.BytesIO()
             np.save(content, tokens)
@@ -152,9 +143,8 @@ def _write(context: Context, folder: pathlib.Path, drawn: list, labels: np.ndarr
     """
     for before in folder.glob("[0-9]*.png"):  # an earlier call may have written more images
         before.unlink()
-    height, width, _ = context.codec.image_shape
-    header = {"descr": "|u1", "fortran_order": False}
-    header["shape"] = (sum(map(len, drawn)), height, width, 3)
+    shape = (sum(map(len, drawn)), *context.codec.image_shape[:2], 3)
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
 
     def write(target: pathlib.Path) -> None:
         number = 0

@@ -63,7 +63,6 @@ def run_stage(context: Context) -> dict:
     nats = evaluate(fitted.params, "test")["nats_per_token"]
     bits = nats / math.log(2)
     return {
-        "params": parameter_count(fitted.params),
         "steps": fitted.step,
         "validation_nats_per_token": fitted.evaluations[-1]["nats_per_token"],
         "test_nats_per_token": nats,
@@ -72,6 +71,7 @@ def run_stage(context: Context) -> dict:
         "train_tokens_per_second": fitted.tokens_per_second,
         "mfu": metrics.mfu(token_flops, fitted.tokens_per_second),
         **fitted.sessions,
+        "model/params": parameter_count(fitted.params),
     }
 
 
@@ -80,24 +80,22 @@ def _image_numbers(context: Context, bits: float) -> dict[str, float | None]:
 
     Lossy tokens have no bits per dimension: fewer bits for a coarser image are no better model.
     """
-    codec = context.codec
-    numbers = dict.fromkeys(
-        ("test_bits_per_dimension", "test_distortion_mse", "test_distortion_psnr_db")
-    )
+    codec, per_dimension, error, psnr = context.codec, None, None, None
     if codec.lossless:
-        numbers["test_distortion_mse"] = 0.0
+        error = 0.0
         if context.config.model.objective == "autoregressive":  # BERT's are of masked tokens only
-            per_dimension = math.prod(codec.grid) / math.prod(codec.image_shape)
-            numbers["test_bits_per_dimension"] = bits * per_dimension
+            per_dimension = bits * (math.prod(codec.grid) / math.prod(codec.image_shape))
     elif context.data.has_pixels("test"):
         own = token_statistics(context.images, codec, context.config.train.batch_size)
         # Sums of whole numbers, exact in any order.
         shares = hosts.from_all([own.squared_error, own.values])
         own.squared_error, own.values = map(sum, zip(*shares, strict=True))
-        found = own.numbers()
-        numbers["test_distortion_mse"] = found["mean_squared_error"]
-        numbers["test_distortion_psnr_db"] = found["psnr"]
-    return numbers
+        error, psnr = (own.numbers()[name] for name in ("mean_squared_error", "psnr"))
+    return {
+        "test_bits_per_dimension": per_dimension,
+        "test_distortion_mse": error,
+        "test_distortion_psnr_db": psnr,
+    }
 
 
 def token_statistics(images: Pipeline, codec: Codec, batch_size: int) -> TokenStatistics:

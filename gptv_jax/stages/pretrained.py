@@ -10,14 +10,8 @@ from gptv_jax import files, hosts, sharding, tokens, weights
 from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.errors import InputError
 from gptv_jax.model.gpt import Network
+from gptv_jax.runs import record
 from gptv_jax.runs.context import Context
-from gptv_jax.runs.record import (
-    checkpoint_folder,
-    config_of,
-    has_finished,
-    start_vectors,
-    trained_part,
-)
 from gptv_jax.tokens import Codec
 from gptv_jax.weights.native import WeightsFile
 
@@ -44,9 +38,9 @@ def load(context: Context, network: Network) -> Pretrained:
 
     def in_folder() -> tuple[str, str, int | None]:
         folder, summary = _finished_folder(config, context.folder.path)
-        made_by = config_of(folder)
-        place = str(checkpoint_folder(made_by, folder) / "pretrain")
-        return place, trained_part(made_by, "pretrain"), summary.get("pretrain/steps")
+        made_by = record.config_of(folder)
+        place = str(record.checkpoint_folder(made_by, folder) / "pretrain")
+        return place, record.trained_part(made_by, "pretrain"), summary.get("pretrain/steps")
 
     place, part, last = hosts.from_first(in_folder)
     abstract = {part: sharding.abstract(network.init)}
@@ -65,12 +59,7 @@ def load(context: Context, network: Network) -> Pretrained:
 
 
 def check(config: config_lib.Config, folder: pathlib.Path, codec: Codec | None) -> None:
-    """Reads what there is of the pretrained weights, before any work; for process 0.
-
-    Args:
-      config: of the run.
-      folder: of the run.
-      codec: of the run.
+    """Checks before any work that a run finds pretrained weights of its network; for process 0.
 
     Raises:
       InputError: there are no pretrained weights, or they are of another network.
@@ -78,8 +67,8 @@ def check(config: config_lib.Config, folder: pathlib.Path, codec: Codec | None) 
     if config.init_from and weights.is_weights_path(config.init_from):
         _imported(config, codec)
         return
-    made_by = config_of(_finished_folder(config, folder)[0])
-    size, starts = made_by.data.image_size, start_vectors(made_by)
+    made_by = record.config_of(_finished_folder(config, folder)[0])
+    size, starts = made_by.data.image_size, record.start_vectors(made_by)
     _must_fit(config, WeightsFile(made_by.model, made_by.tokens, size, {}, starts=starts))
 
 
@@ -88,11 +77,10 @@ def _finished_folder(config: config_lib.Config, folder: pathlib.Path) -> tuple[p
     given = config.init_from
     found = pathlib.Path(given or folder).absolute()
     summary = files.read_json(found / "summary.json", {})
-    if not has_finished(summary, "pretrain"):
-        raise InputError(
-            f"{'config.init_from=' if given else ''}{found} holds no finished pretraining; "
-            + ("name a run folder that does." if given else "run --stages=pretrain first.")
-        )
+    if not record.has_finished(summary, "pretrain"):
+        where = f"config.init_from={found}" if given else found
+        advice = "name a run folder that does" if given else "run --stages=pretrain first"
+        raise InputError(f"{where} holds no finished pretraining; {advice}.")
     return found, summary
 
 
@@ -106,8 +94,7 @@ def _imported(config: config_lib.Config, codec: Codec | None) -> WeightsFile:
 
 
 def _must_fit(config: config_lib.Config, found: WeightsFile) -> None:
-    differing = found.differing(config, start_vectors(config))
-    if differing:
+    if differing := found.differing(config, record.start_vectors(config)):
         raise InputError(
             f"config.init_from={config.init_from} holds another network: {'; '.join(differing)}. "
             "Set these fields to its values."

@@ -1,164 +1,159 @@
-"""The parts of the report, each by a function with the name of its stage."""
+"""The one-page report of a run: the parts of its stages, and the page around them.
 
+Each stage has a function of its name, which returns the stage's content for a section of the page
+and the tiles with its main numbers; both are HTML, and "" while there is nothing to show.
+"""
+
+import dataclasses
+import datetime
 import math
+import pathlib
+from html import escape
 
-from etils import epy
+import jax
 
+from gptv_jax import config as config_lib
 from gptv_jax import files
+from gptv_jax.config import fields
 from gptv_jax.decode.sampler import class_rows
 from gptv_jax.runs import html
-from gptv_jax.runs.report import Part, Results
+from gptv_jax.runs.context import Context
 
-with epy.lazy_imports():  # matplotlib takes long to import
-    from matplotlib import figure as figures
-    from matplotlib import ticker
+Part = tuple[str, str]  # content and tiles
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """What a run has written so far."""
+
+    config: config_lib.Config
+    folder: pathlib.Path
+    summary: dict
+    events: list[dict]  # of metrics.jsonl
+
+    def numbers(self, stage: str) -> dict:
+        """The stage's numbers in the summary, none before the stage has finished."""
+        prefix = f"{stage}/"
+        return {k.removeprefix(prefix): v for k, v in self.summary.items() if k.startswith(prefix)}
+
+    def series(self, stage: str, key: str) -> list[tuple]:
+        """The (step, value) pairs that a stage logged under a key."""
+        return [(e["step"], e[key]) for e in self.events if e["stage"] == stage and key in e]
+
+    def picture(self, name: str, caption: str) -> str:
+        """A picture of samples/, if it is there."""
+        path = self.folder / "samples" / f"{name}.png"
+        return html.figure(path.read_bytes(), caption, "pixels") if path.exists() else ""
 
 
 def tokenizer(results: Results) -> Part:
     """The training's curve, reconstructions, and how well the codes are used."""
-    title, summary = "Tokenizer", results.summary
-    training = results.series("tokenizer", "batch_psnr_db")
+    training, found = results.series("tokenizer", "batch_psnr_db"), results.numbers("tokenizer")
     if not training:
-        return Part(title)
-    figure = figures.Figure(html.SIZE, layout="constrained")
-    axes = figure.subplots()
-    html.line(axes, training, html.ORANGE, "training, of the batch's mean error")
+        return "", ""
     validation = results.series("tokenizer", "validation_psnr_db")
-    html.line(axes, validation, html.BLUE, "validation, mean over images")
-    html.finish(axes, "PSNR, dB", "step")
-    content = html.figure(html.png(figure), "Training of the encoder and decoder.")
+    curves = [
+        (training, html.ORANGE, "training, of the batch's mean error"),
+        (validation, html.BLUE, "validation, mean over images"),
+    ]
+    png = html.plot("PSNR, dB", "step", curves)
+    content = html.figure(png, "Training of the encoder and decoder.")
     caption = "Test images, each followed by its reconstruction from tokens."
-    content += _picture(results, "reconstructions", caption)
-    if results.finished("tokenizer"):
+    content += results.picture("reconstructions", caption)
+    if found:
         names = ("test_psnr_db", "test_ssim", "codes", "codes_used", "dead_codes", "perplexity")
-        rows = [(n, html.number(summary[f"tokenizer/{n}"])) for n in (*names, "test_idempotence")]
+        rows = [(n, html.number(found[n])) for n in (*names, "test_idempotence")]
         content += html.table(("on the test images", ""), rows)
-    if summary.get("tokenizer/collapsed"):
-        used = summary["tokenizer/codes_used"]
-        content += html.tile("The codebook has collapsed", f"{used:.2%} of the codes are in use")
-    return Part(title, content)
+    if found.get("collapsed"):
+        used = f"{found['codes_used']:.2%} of the codes are in use"
+        content += html.tile("The codebook has collapsed", used)
+    return content, ""
 
 
 def pretrain(results: Results) -> Part:
     """Loss curves; the test loss beside that of a uniform guess, and the speed."""
-    tiles, v = "", results.config.tokens.vocabulary
-    if results.finished("pretrain"):
-        found = {k.removeprefix("pretrain/"): value for k, value in results.summary.items()}
-        nats, bits = found["test_nats_per_token"], found["test_bits_per_token"]
-        uniform = f"uniform (ln {v}): {math.log(v):.3f} nats/token"
-        in_bits = f"in bits: {bits:.3f}, uniform {math.log2(v):.3f}"
-        tiles += html.tile(
-            "Test loss", f"{nats:.3f} nats/token", uniform, in_bits, *_image_loss(found)
-        )
+    tiles, v, found = "", results.config.tokens.vocabulary, results.numbers("pretrain")
+    if found:
+        beside = [f"uniform (ln {v}): {math.log(v):.3f} nats/token"]
+        beside += [f"in bits: {found['test_bits_per_token']:.3f}, uniform {math.log2(v):.3f}"]
+        if (exact := found.get("test_bits_per_dimension")) is not None:
+            beside += [f"lossless tokens: {exact:.3f} bits/dimension"]
+        elif (psnr := found.get("test_distortion_psnr_db")) is not None:
+            beside += [f"tokens lose detail ({psnr:.2f} dB): not comparable with bits/dimension"]
+        tiles = html.tile("Test loss", f"{found['test_nats_per_token']:.3f} nats/token", *beside)
         speed, mfu = found["train_tokens_per_second"], found["mfu"]
-        tiles += html.tile(
-            "Pretraining speed",
-            "not timed" if speed is None else f"{speed:,.0f} tokens/s",
-            "MFU: the devices' peak is unknown" if mfu is None else f"MFU {mfu:.1%}",
-            *_goodput(found),
-        )
+        timed = "not timed" if speed is None else f"{speed:,.0f} tokens/s"
+        beside = ["MFU: the devices' peak is unknown" if mfu is None else f"MFU {mfu:.1%}"]
+        if (share := found.get("goodput")) is not None:
+            beside += [f"goodput {share:.1%}, {found.get('restarts')} restarts"]
+        tiles += html.tile("Pretraining speed", timed, *beside)
     evaluations = results.series("pretrain", "validation_nats_per_token")
     if not evaluations:
-        return Part("Training", tiles=tiles)
-    figure = figures.Figure(html.SIZE, layout="constrained")
-    loss, rate = figure.subplots(2, sharex=True, height_ratios=(4, 1))
-    html.line(loss, results.series("pretrain", "nats_per_token"), html.ORANGE, "training")
-    html.line(loss, evaluations, html.BLUE, "validation")
-    loss.axhline(math.log(v), color=html.QUIET, ls="--", lw=1, label=f"uniform, ln {v}")
-    html.line(rate, results.series("pretrain", "learning_rate"), html.QUIET)
-    rate.yaxis.set_major_locator(ticker.MaxNLocator(2))
-    rate.yaxis.set_major_formatter("{x:g}")
-    html.finish(loss, "loss, nats per token")
-    html.finish(rate, "learning rate", "step")
-    caption = "Pretraining. The training loss is that of single batches."
-    return Part("Training", html.figure(html.png(figure), caption), tiles)
-
-
-def _image_loss(found: dict) -> list[str]:
-    """Bits per dimension of lossless tokens; the distortion of other tokens."""
-    exact, psnr = found.get("test_bits_per_dimension"), found.get("test_distortion_psnr_db")
-    if exact is not None:
-        return [f"lossless tokens: {exact:.3f} bits/dimension"]
-    if psnr is not None:
-        return [f"tokens lose detail ({psnr:.2f} dB): not comparable with bits/dimension"]
-    return []
-
-
-def _goodput(found: dict) -> list[str]:
-    share, restarts = found.get("goodput"), found.get("restarts")
-    return [] if share is None else [f"goodput {share:.1%}, {restarts} restarts"]
+        return "", tiles
+    curves = [
+        (results.series("pretrain", "nats_per_token"), html.ORANGE, "training"),
+        (evaluations, html.BLUE, "validation"),
+    ]
+    level = math.log(v), f"uniform, ln {v}"
+    below = "learning rate", results.series("pretrain", "learning_rate")
+    png = html.plot("loss, nats per token", "step", curves, level, below=below)
+    return html.figure(png, "Pretraining. The training loss is that of single batches."), tiles
 
 
 def probe(results: Results) -> Part:
     """Accuracy by layer, as a table and as a plot, which probe/layers.png keeps."""
-    title, summary = "Linear probe by layer", results.summary
-    rows = files.read_json(results.folder / "probe" / "layers.json", [])
-    if not rows or not results.finished("probe"):
-        return Part(title)
-    best, raw = summary["probe/best_layer"], summary["probe/raw_pixels_test_accuracy"]
-    png = _layers_plot(rows, best, raw)
-    files.replace(results.folder / "probe" / "layers.png", png)
+    folder, found = results.folder / "probe", results.numbers("probe")
+    rows = files.read_json(folder / "layers.json", [])
+    if not rows or not found:
+        return "", ""
+
+    def points(key: str) -> list[tuple]:
+        return [(row["layer"], row[key]) for row in rows if row.get(key) is not None]
+
+    best, raw = found["best_layer"], found["raw_pixels_test_accuracy"]
+    curves = [
+        (points("validation_accuracy"), html.BLUE, "validation", ":", best),
+        (points("test_accuracy"), html.BLUE, "test"),
+        (points("ridge_test_accuracy"), html.QUIET, "ridge, test"),
+        (points("random_init_test_accuracy"), html.ORANGE, "random init, test"),
+    ]
+    level = raw, "raw pixels, test"
+    png = html.plot("probe accuracy", "layer", curves, level, percent=True)
+    files.replace(folder / "layers.png", png)
     caption = "Layer 0 is the embeddings. Ringed: the layer chosen on validation."
     sgd = results.config.probe.method == "sgd"
     setting, named = ("learning_rate", "learning rate") if sgd else ("c", "best C")
     head = ("layer", named, "validation", "test", "random init, test", "ridge, test")
     keys = ("validation_accuracy", "test_accuracy", "random_init_test_accuracy")
-    cells = [
-        (
-            row["layer"],
-            f"{row[setting]:g}" if setting in row else "",
-            *(html.percent(row.get(key)) for key in (*keys, "ridge_test_accuracy")),
-        )
-        for row in rows
-    ]
+    cells = []
+    for row in rows:
+        chosen = f"{row[setting]:g}" if setting in row else ""
+        shares = (html.percent(row.get(key)) for key in (*keys, "ridge_test_accuracy"))
+        cells.append((row["layer"], chosen, *shares))
     cells.append(("raw pixels", "", "", html.percent(raw), "", ""))
     table = html.table(head, cells, marked=[best])
-    tile = html.tile(
-        "Probe, test accuracy",
-        f"{summary['probe/test_accuracy']:.2%}",
-        f"raw pixels {raw:.2%}",
-        f"random init {summary['probe/random_init_test_accuracy']:.2%}",
-    )
-    return Part(title, f'{html.figure(png, caption)}<div class="scroll">{table}</div>', tile)
-
-
-def _layers_plot(rows: list[dict], best: int, raw_pixels: float) -> bytes:
-    figure = figures.Figure(html.SIZE, layout="constrained")
-    axes = figure.subplots()
-
-    def points(key: str) -> list[tuple]:
-        return [(row["layer"], row[key]) for row in rows if row.get(key) is not None]
-
-    html.line(axes, points("validation_accuracy"), html.BLUE, "validation", style=":", ring=best)
-    html.line(axes, points("test_accuracy"), html.BLUE, "test")
-    html.line(axes, points("ridge_test_accuracy"), html.QUIET, "ridge, test")
-    html.line(axes, points("random_init_test_accuracy"), html.ORANGE, "random init, test")
-    axes.axhline(raw_pixels, color=html.QUIET, ls="--", lw=1, label="raw pixels, test")
-    axes.yaxis.set_major_formatter(html.percent_tick)
-    html.finish(axes, "probe accuracy", "layer")
-    return html.png(figure)
+    beside = f"raw pixels {raw:.2%}", f"random init {found['random_init_test_accuracy']:.2%}"
+    tile = html.tile("Probe, test accuracy", f"{found['test_accuracy']:.2%}", *beside)
+    return f'{html.figure(png, caption)}<div class="scroll">{table}</div>', tile
 
 
 def finetune(results: Results) -> Part:
     """Validation accuracy by step, pretrained and from scratch."""
-    tiles, summary = "", results.summary
-    if results.finished("finetune"):
-        scratch = f"from scratch {summary['finetune/scratch_test_accuracy']:.2%}"
-        accuracy = f"{summary['finetune/test_accuracy']:.2%}"
-        tiles = html.tile("Fine-tuning, test accuracy", accuracy, scratch)
-    tuned = results.series("finetune", "validation_accuracy")
+    tiles, found = "", results.numbers("finetune")
+    if found:
+        scratch = f"from scratch {found['scratch_test_accuracy']:.2%}"
+        tiles = html.tile("Fine-tuning, test accuracy", f"{found['test_accuracy']:.2%}", scratch)
+    tuned, scratch = (
+        results.series(name, "validation_accuracy") for name in ("finetune", "finetune_scratch")
+    )
     if not tuned:
-        return Part("Training", tiles=tiles)
-    scratch = results.series("finetune_scratch", "validation_accuracy")
-    figure = figures.Figure(html.SIZE, layout="constrained")
-    axes = figure.subplots()
-    html.line(axes, tuned, html.BLUE, "pretrained", ring=summary.get("finetune/steps"))
-    kept = summary.get("finetune/scratch_steps")
-    html.line(axes, scratch, html.ORANGE, "from scratch", ring=kept)
-    axes.yaxis.set_major_formatter(html.percent_tick)
-    html.finish(axes, "validation accuracy", "step")
-    caption = "Fine-tuning. Ringed: the step whose weights were kept."
-    return Part("Training", html.figure(html.png(figure), caption), tiles)
+        return "", tiles
+    curves = [
+        (tuned, html.BLUE, "pretrained", "-", found.get("steps")),
+        (scratch, html.ORANGE, "from scratch", "-", found.get("scratch_steps")),
+    ]
+    png = html.plot("validation accuracy", "step", curves, percent=True)
+    return html.figure(png, "Fine-tuning. Ringed: the step whose weights were kept."), tiles
 
 
 def sample(results: Results) -> Part:
@@ -180,10 +175,62 @@ def sample(results: Results) -> Part:
         "surprise": "Test images, each followed by the nats of its pixels, given the pixels before "
         f"them: black is 0, the brightest colour {brightest:.2f}.",
     }
-    pictures = (_picture(results, name, caption) for name, caption in captions.items())
-    return Part("Samples", "".join(pictures))
+    return "".join(results.picture(*named) for named in captions.items()), ""
 
 
-def _picture(results: Results, name: str, caption: str) -> str:
-    path = results.folder / "samples" / f"{name}.png"
-    return html.figure(path.read_bytes(), caption, "pixels") if path.exists() else ""
+# The sections of the page by the stages whose content they have.
+SECTIONS = {
+    tokenizer: "Tokenizer",
+    pretrain: "Training",
+    probe: "Linear probe by layer",
+    finetune: "Training",
+    sample: "Samples",
+}
+
+
+def write(context: Context) -> None:
+    """Writes report.html, on process 0 alone."""
+    if jax.process_index() != 0:
+        return
+    config, folder = context.config, context.folder.path
+    results = Results(config, folder, context.folder.summary(), context.log.read())
+    sections, tiles = dict.fromkeys(SECTIONS.values(), ""), ""
+    for report, title in SECTIONS.items():
+        content, more = report(results)
+        sections[title] += content
+        tiles += more
+    parts = [config.data.name]
+    if "model/params" in results.summary:  # absent where another run did the pretraining
+        parts.append(f"{results.summary['model/params']:,} parameters")
+    parts += [f"{config.model.layers} layers", f"width {config.model.width}"]
+    title, newline = escape(", ".join(parts)), "\n"
+    numbers = [(name, html.number(value)) for name, value in results.summary.items()]
+    content = f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title} ({escape(folder.name)})</title><style>{html.STYLE}</style></head>
+<body><h1>{title}</h1>{_origin(folder)}
+<div class="tiles">{tiles}</div>
+{newline.join(html.section(*section) for section in sections.items())}
+<div class="row"><div><h2>All numbers</h2>{html.table(("name", "value"), numbers)}</div>
+<div><h2>Configuration</h2>{_configuration(config)}</div></div></body></html>
+"""
+    files.replace(folder / "report.html", content.encode())
+
+
+def _origin(folder: pathlib.Path) -> str:
+    """Folder, date, devices, command and versions."""
+    record = files.read_json(folder / "config.json", {})
+    versions = " · ".join(f"{name} {version}" for name, version in record["versions"].items())
+    now = datetime.datetime.now(datetime.UTC)
+    written = f"{folder.name} · written {now:%Y-%m-%d %H:%M} UTC on {record['devices']}"
+    command = f'<code class="box">{escape(record["command"])}</code>'
+    return f"<small>{escape(written)}</small>{command}<small>{escape(versions)}</small>"
+
+
+def _configuration(config: config_lib.Config) -> str:
+    flat, default = fields.flatten(config), fields.flatten(config_lib.Config())
+    changed = [name for name in flat if flat[name] != default[name]]
+    table = html.table(("field", "value"), list(flat.items()), marked=changed)
+    summary = "All fields; marked fields differ from their defaults"
+    return f"<details><summary>{summary}</summary>{table}</details>"

@@ -2,9 +2,7 @@
 
 import itertools
 
-import jax
 import numpy as np
-from jaxtyping import Bool, UInt8
 
 from gptv_jax.data import pipeline
 from gptv_jax.decode import generation
@@ -22,6 +20,7 @@ def run_stage(context: Context) -> dict:
     middle drawn anew (inpainted.png), and beside the nats of their pixels (surprise.png).
     """
     config, seed, network = context.config.sample, context.config.seed, context.network()
+    codec, folder = context.codec, context.folder.path / "samples"
     found = pretrained.load(context, network)
     sampler = Sampler(network, found.params, config)
     classes, count, labels, columns = network.config.class_tokens, config.count, None, None
@@ -30,48 +29,26 @@ def run_stage(context: Context) -> dict:
         count, labels, columns = rows.size, rows.reshape(-1), rows.shape[1]
     key, stopwatch = Section.NEW_IMAGES.key(seed), generation.Stopwatch()
     tokens = sampler.new(count, key, labels, stopwatch=stopwatch)
-    _save(context, "classes" if classes else "unconditional", _shown(context, tokens), columns)
+    name = "classes" if classes else "unconditional"
+    pictures.save_grid(codec.picture(codec.decode(tokens)), folder / f"{name}.png", columns)
     numbers = {"count": count, "tokens_per_second": tokens.size / stopwatch.seconds}
     if config.completions:
         elements = pipeline.images(context.config.data, "test", context.data.damage_log)
         elements = list(itertools.islice(elements, config.completions))
-        test = np.stack([pipeline.to_tokens(context.codec, e["image"]) for e in elements])
+        test = np.stack([pipeline.to_tokens(codec, e["image"]) for e in elements])
+        shown = codec.picture(codec.decode(test))
         labels = np.array([e["label"] for e in elements], np.int32) if classes else None
         upper = np.arange(network.length) < kept_tokens(network, config.keep)
-        parts = {
-            "completions": (Section.COMPLETIONS, upper),
-            "inpainted": (Section.INPAINTED, ~_middle(network.grid)),
-        }
-        for name, (section, known) in parts.items():
+        middle = np.zeros(network.grid, bool)  # half of the rows and half of the columns
+        middle[tuple(slice(size // 4, size - size // 4) for size in network.grid)] = True
+        for name, section, known in (
+            ("completions", Section.COMPLETIONS, upper),
+            ("inpainted", Section.INPAINTED, ~middle.reshape(-1)),
+        ):
             given = np.where(known, test, generation.UNKNOWN)
-            drawn = sampler.draw(given, section.key(seed), labels)
-            _save_pairs(context, name, _shown(context, test), _shown(context, drawn))
-        spread = by_pixel(sampler.nats(test, labels), context.codec)
-        maps, brightest = pictures.heat_map(spread)
-        _save_pairs(context, "surprise", _shown(context, test), maps)
+            drawn = codec.decode(sampler.draw(given, section.key(seed), labels))
+            pictures.save_pairs(shown, codec.picture(drawn), folder / f"{name}.png")
+        maps, brightest = pictures.heat_map(by_pixel(sampler.nats(test, labels), codec))
+        pictures.save_pairs(shown, maps, folder / "surprise.png")
         numbers["surprise_brightest_nats"] = brightest
     return numbers | found.numbers
-
-
-def _middle(grid: tuple[int, int]) -> Bool[np.ndarray, "T"]:
-    """Tokens in the middle half of the rows and the middle half of the columns."""
-    hidden = np.zeros(grid, bool)
-    rows, columns = (slice(size // 4, size - size // 4) for size in grid)
-    hidden[rows, columns] = True
-    return hidden.reshape(-1)
-
-
-def _shown(context: Context, tokens: np.ndarray) -> UInt8[np.ndarray, "N H W 3"]:
-    return context.codec.picture(context.codec.decode(tokens))
-
-
-def _save_pairs(context: Context, name: str, left: np.ndarray, right: np.ndarray) -> None:
-    """A grid of pictures, each with its partner to the right."""
-    pairs = np.stack([left, right], axis=1)
-    _save(context, name, pairs.reshape(-1, *pairs.shape[2:]), columns=8)
-
-
-def _save(context: Context, name: str, images: np.ndarray, columns: int | None) -> None:
-    if jax.process_index() == 0:
-        grid = pictures.grid(images, columns)
-        pictures.save(grid, context.folder.path / "samples" / f"{name}.png")

@@ -1,36 +1,36 @@
 """Opens a run: all that can be refused is refused here, before any work and before files change."""
 
+import logging
 import operator
 import pathlib
 import tempfile
 
 import jax
+import numpy as np
 
 from gptv_jax import config as config_lib
-from gptv_jax import files, hosts, sharding, tokens
+from gptv_jax import files, hosts, sharding, tokens, weights
 from gptv_jax.config import fields, rules
 from gptv_jax.data import pipeline, sources, transforms
+from gptv_jax.data.cache import TokenCache
 from gptv_jax.data.damage import DamageLog
 from gptv_jax.data.pipeline import Pipeline
 from gptv_jax.decode.sampler import check_guidable
 from gptv_jax.errors import InputError, list_differences
 from gptv_jax.runs.context import Context
-from gptv_jax.runs.folder import RunFolder
-from gptv_jax.runs.record import has_finished
+from gptv_jax.runs.record import RunFolder, has_finished
 from gptv_jax.stages import STAGES, pretrained
-from gptv_jax.stages import codec as codecs
-from gptv_jax.stages.select import choose_stages
-from gptv_jax.tokens import Codec, TokenDefinition
+from gptv_jax.tokens import Codec, TokenDefinition, palette
 from gptv_jax.train.metrics import MetricWriter
+
+LOG = logging.getLogger(__name__)
+IMAGES, PIXELS = 4096, 2**18  # a palette is built from this many training images and pixels of them
 
 
 def open_run(config: config_lib.Config, workdir: str, wanted: list[str] | None = None) -> Context:
     """Makes the run folder, or goes on in it, and prepares what the stages read.
 
-    Args:
-      config: of the run.
-      workdir: its folder.
-      wanted: names of stages; None for all that the configuration has.
+    `wanted` names stages; None: all stages that the configuration and the data allow.
 
     Raises:
       InputError: the mesh, the network, the data and the stages do not fit each other, the folder
@@ -70,13 +70,126 @@ def with_codec(context: Context) -> Context:
     return context if untrained else context.with_definition(definition)
 
 
+def find_codec(config: config_lib.Config, folder: pathlib.Path | None = None) -> Codec | None:
+    """The codec of a configuration; None where its palette or tokenizer is still to be made.
+
+    Raises:
+      InputError: the run folder, the token cache, `init_from` and the settings have different
+        definitions, or the token cache holds other tokens or images than the configuration says.
+    """
+    data_set, kind = sources.open_data_set(config.data), config.tokens.kind
+    cache = data_set if isinstance(data_set, TokenCache) else None
+    if cache:
+        _check_cache(config, cache)
+    if kind not in tokens.DEFINITIONS:
+        return tokens.make_codec(config.tokens, config.data.image_size)
+    found: dict[str, tokens.TokenDefinition | None] = {}
+    if folder:
+        found[f"the run folder {folder}"] = tokens.load_definition(kind, folder)
+    if cache:
+        found[f"the token cache {cache.folder}"] = cache.codec().definition
+    if config.init_from:
+        path = pathlib.Path(config.init_from)
+        imported = weights.is_weights_path(path)
+        definition = (
+            weights.read_definition(path) if imported else tokens.load_definition(kind, path)
+        )
+        found[f"config.init_from={path}"] = definition
+    field = {"palette": "palette", "learned": "tokenizer"}[kind]
+    if given := getattr(config.tokens, field):
+        found[f"config.tokens.{field}={given}"] = tokens.DEFINITIONS[kind][1](given)
+    present = [(where, definition) for where, definition in found.items() if definition is not None]
+    if not present:
+        return None
+    (first, chosen), *rest = present
+    for where, other in rest:
+        if not other.equivalent(chosen):
+            raise InputError(f"the {field} of {where} is another one than that of {first}.")
+    return tokens.make_codec(config.tokens, config.data.image_size, chosen)
+
+
+def build_codec(config: config_lib.Config, damage_log: DamageLog) -> Codec:
+    """A codec whose palette is k-means over random training pixels, the same on every process."""
+    rng = np.random.default_rng(config.seed)
+    pixels = []
+    for element in pipeline.images(config.data, "train", damage_log, IMAGES, config.seed):
+        image = element["image"]
+        if image.shape[-1] != 3:
+            raise InputError(
+                f"images have {image.shape[-1]} channel(s), but config.tokens.kind=palette takes "
+                'RGB; take "decode(channels=3)" or config.tokens.kind=grey.'
+            )
+        flat = image.reshape(-1, 3)
+        pixels.append(flat[rng.integers(len(flat), size=-(-PIXELS // IMAGES))])
+    provenance = {"data": config.data.name, "split": config.data.train_split, "images": len(pixels)}
+    LOG.info("building a palette of %d colours", config.tokens.colors)
+    colors = palette.build(np.concatenate(pixels), config.tokens.colors, config.seed, provenance)
+    return tokens.make_codec(config.tokens, config.data.image_size, colors)
+
+
+def _check_cache(config: config_lib.Config, cache: TokenCache) -> None:
+    """Raises InputError where this configuration would make other tokens than the cache has."""
+    pairs = (
+        *config.tokens.pairs(cache.tokens),
+        ("data.image_size", config.data.image_size, cache.image_size),
+        ("data.eval_transforms", config.data.eval_transforms, cache.transforms),
+    )
+    cached = {f"config.{name}": theirs for name, _, theirs in pairs}
+    if differing := list_differences(cached, {f"config.{n}": ours for n, ours, _ in pairs}):
+        raise InputError(
+            f"the token cache {cache.folder} was made by another configuration: "
+            f"{'; '.join(differing)}. Take the settings of the cache, or make another cache."
+        )
+
+
+def choose_stages(
+    config: config_lib.Config, classes: int, wanted: list[str] | None = None
+) -> list[str]:
+    """Names of the stages to run, in order; None: all possible stages except those on request."""
+    if unknown := set(wanted or ()) - set(STAGES):
+        raise InputError(
+            f"--stages has {', '.join(sorted(unknown))}; it takes some of {', '.join(STAGES)}."
+        )
+    refused = _impossible(config, classes)
+    for name in wanted or ():
+        if name in refused:
+            raise InputError(f"--stages has {name}, but {refused[name]}.")
+    usual = [name for name, stage in STAGES.items() if not stage.on_request]
+    chosen = [name for name in STAGES if name in (wanted or usual) and name not in refused]
+    if config.probe.every and not classes and "pretrain" in chosen:
+        reason = f"the images of config.data.name={config.data.name} have no labels; take 0"
+        rules.refuse(config, "probe.every", reason)
+    return chosen
+
+
+def _impossible(config: config_lib.Config, classes: int) -> dict[str, str]:
+    """Stages that this run cannot have, each with the reason and what to do."""
+    given, kind, refused = config.init_from, config.tokens.kind, {}
+    cached = sources.open_data_set(config.data).stored_as == "tokens"
+    if kind != "learned":
+        refused["tokenizer"] = f"config.tokens.kind={kind} has nothing to train"
+    elif config.tokens.tokenizer or given or cached:
+        refused["tokenizer"] = "the tokens come with their tokenizer; leave it out"
+    if given:
+        reason = f"config.init_from={given} gives the pretrained weights; leave one of them out"
+        refused["pretrain"] = reason
+    if not classes:
+        reason = f"the images of config.data.name={config.data.name} have no labels"
+        refused |= dict.fromkeys(("probe", "finetune"), f"{reason}; take pretrain and sample")
+    if config.model.objective == "bert":
+        reason = (
+            "config.model.objective=bert draws no images; it takes pretrain, probe and finetune"
+        )
+        refused |= dict.fromkeys(("sample", "generate"), reason)
+    return refused
+
+
 def check_same_settings(config: config_lib.Config) -> None:
     """Raises InputError where processes have different settings, the place of the data apart."""
     place = ("config.data.dir", "config.data.path")
     own = {k: v for k, v in fields.flatten(config, "config.").items() if k not in place}
     first, *others = hosts.from_all(own)
-    differing = [line for other in others for line in list_differences(first, other)]
-    if differing:
+    if differing := [line for other in others for line in list_differences(first, other)]:
         raise InputError(
             f"the processes were given different settings: {'; '.join(dict.fromkeys(differing))}. "
             "Start all of them by the same command."
@@ -85,26 +198,23 @@ def check_same_settings(config: config_lib.Config) -> None:
 
 def _prepare(config: config_lib.Config, folder: RunFolder, stages: list[str], data: dict) -> None:
     """Finds or makes the codec, checks it and the pretrained weights, and claims the folder."""
-    kind, found = config.tokens.kind, codecs.find_codec(config, folder.path)
-    if (
-        not found
-        and folder.has_checkpoints
-        and (kind != "learned" or has_finished(folder.summary(), "tokenizer"))
-    ):
+    kind, found = config.tokens.kind, find_codec(config, folder.path)
+    trained_here = not found and kind == "learned"
+    made = not trained_here or has_finished(folder.summary(), "tokenizer")
+    if not found and made and folder.has_checkpoints:
         raise InputError(f"{folder.path} has lost its {tokens.DEFINITIONS[kind][0]}; restore it.")
-    if not found and kind == "learned" and "tokenizer" not in stages:
+    if trained_here and "tokenizer" not in stages:
         raise InputError(
             "config.tokens.kind=learned needs a tokenizer; run --stages=tokenizer first, or "
             "name one by config.tokens.tokenizer."
         )
-    trained_here = not found and kind == "learned"
     if found or trained_here:
         _try_out(config, stages, found)
     if config.init_from or not {"pretrain", "tokenizer"} & set(stages):
         pretrained.check(config, folder.path, found)
     folder.claim(data)
     if not found and not trained_here:
-        found = codecs.build_codec(config, DamageLog(config.data, folder.path))
+        found = build_codec(config, DamageLog(config.data, folder.path))
         _try_out(config, stages, found)
     if found:
         tokens.save_definition(found.definition, folder.path)
@@ -112,8 +222,7 @@ def _prepare(config: config_lib.Config, folder: RunFolder, stages: list[str], da
 
 def _try_out(config: config_lib.Config, stages: list[str], codec: Codec | None) -> None:
     """Checks that the images, every list of transforms and the codec fit each other."""
-    data = config.data
-    channels = config.tokens.autoencoder.channels
+    data, channels = config.data, config.tokens.autoencoder.channels
     shape = codec.image_shape if codec else (data.image_size, data.image_size, channels)
     for entries in dict.fromkeys([*_training_transforms(config, stages), data.eval_transforms]):
         pipeline.try_out(data, codec, shape, entries)

@@ -47,9 +47,8 @@ def run_stage(context: Context) -> dict:
         loss, update, rate, seed=config.seed, ema=train.ema, after=after
     )
     metric = step.Metric(autoencoding.make_eval_step(network), autoencoding.health)
-
-    def batches(position: int):
-        return context.images.train(train.batch_size, position, settings.train_transforms)
+    entries = settings.train_transforms
+    batches = functools.partial(context.images.train, train.batch_size, entries=entries)
 
     def evaluate(params: dict, split: str = "validation") -> dict:
         found = metric.measure(params, context.images.evaluation(split, train.batch_size))
@@ -89,7 +88,11 @@ def run_stage(context: Context) -> dict:
     tokenizer = Tokenizer(network, weights, made_by)
     if jax.process_index() == 0:
         tokens.save_definition(tokenizer, context.folder.path)
-    _picture(context.with_definition(tokenizer))
+    elements = pipeline.images(data, "test", context.images.damage_log)
+    images = np.stack([e["image"] for e in itertools.islice(elements, SHOWN)])
+    codec = context.with_definition(tokenizer).codec
+    shown = (codec.picture(x) for x in (images, codec.decode(codec.encode(images))))
+    pictures.save_pairs(*shown, context.folder.path / "samples" / "reconstructions.png")
     return {
         "params": parameter_count(fitted.params),
         "steps": fitted.step,
@@ -101,14 +104,3 @@ def run_stage(context: Context) -> dict:
         "mfu": metrics.mfu(image_flops // length, speed),
         **fitted.sessions,
     }
-
-
-def _picture(context: Context) -> None:
-    """Writes samples/reconstructions.png: test images, each beside its reconstruction."""
-    elements = pipeline.images(context.config.data, "test", context.images.damage_log)
-    images = np.stack([e["image"] for e in itertools.islice(elements, SHOWN)])
-    restored = context.codec.decode(context.codec.encode(images))
-    if jax.process_index() == 0:
-        pairs = np.stack([context.codec.picture(x) for x in (images, restored)], axis=1)
-        grid = pictures.grid(pairs.reshape(-1, *pairs.shape[2:]), columns=8)
-        pictures.save(grid, context.folder.path / "samples" / "reconstructions.png")

@@ -46,10 +46,8 @@ def make_codec(
 
 def load_definition(kind: str, folder: pathlib.Path) -> TokenDefinition | None:
     """The palette or tokenizer in a run folder or token cache; None if the folder has neither."""
-    if kind not in DEFINITIONS:
-        return None
-    name, load = DEFINITIONS[kind]
-    return load(folder / name) if (folder / name).exists() else None
+    name, load = DEFINITIONS.get(kind, (None, None))
+    return load(folder / name) if name and (folder / name).exists() else None
 
 
 def save_definition(definition: TokenDefinition | None, folder: pathlib.Path) -> None:

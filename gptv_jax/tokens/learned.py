@@ -5,7 +5,6 @@ import functools
 import json
 import math
 import pathlib
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -105,11 +104,9 @@ class LearnedCodec(Codec):
     on_devices = True
 
     def __init__(self, tokenizer: Tokenizer, size: int):
-        self.definition, self.size = tokenizer, size
-        config = tokenizer.config
-        self.vocabulary = config.vocabulary
+        self.definition, self.size, config = tokenizer, size, tokenizer.config
+        self.vocabulary, self.image_shape = config.vocabulary, (size, size, config.channels)
         self.grid = (size // config.downsample,) * 2
-        self.image_shape = (size, size, config.channels)
 
     def encode(self, images: UInt8[AnyArray, "B H W C"]) -> Int[np.ndarray, "B T"]:
         """Int32 tokens, whatever the other images of the batch and the devices are."""
@@ -120,7 +117,8 @@ class LearnedCodec(Codec):
                 f"images are {images.dtype} {list(images.shape)}; this tokenizer takes uint8 "
                 f"[B, {shown}]."
             )
-        return self._in_chunks(_encode, images).reshape(len(images), math.prod(self.grid))
+        codes = self._in_chunks(images, decoding=False)
+        return codes.reshape(len(images), math.prod(self.grid))
 
     def decode(
         self, tokens: Int[AnyArray, "B N"], grid: tuple[int, int] | None = None
@@ -136,10 +134,11 @@ class LearnedCodec(Codec):
                 f"tokens range from {tokens.min()} to {tokens.max()}; they must lie in 0 to "
                 f"{self.vocabulary - 1}."
             )
-        return self._in_chunks(_decode, tokens.reshape(-1, *(grid or self.grid)).astype(np.int32))
+        codes = tokens.reshape(-1, *(grid or self.grid)).astype(np.int32)
+        return self._in_chunks(codes, decoding=True)
 
-    def _in_chunks(self, function: Callable, rows: np.ndarray) -> np.ndarray:
-        """Applies a function to chunks of the rows, all of one shape."""
+    def _in_chunks(self, rows: np.ndarray, decoding: bool) -> np.ndarray:
+        """Encodes or decodes the rows in chunks, all of one shape."""
         mesh, params = self._placed
         spec = NamedSharding(mesh, sharding.BATCH_FIRST)
         size, pending, fetched = CHUNK * mesh.size, [], []
@@ -148,7 +147,7 @@ class LearnedCodec(Codec):
                 chunk = rows[first : first + size]
                 filled = np.pad(chunk, ((0, size - len(chunk)), *((0, 0),) * (rows.ndim - 1)))
                 batch = jax.device_put(filled, spec)
-                pending.append(function(self.definition.config, params, batch))
+                pending.append(_apply(self.definition.config, decoding, params, batch))
                 if len(pending) > CHUNKS_AHEAD:
                     fetched.append(jax.device_get(pending.pop(0)))
             fetched += jax.device_get(pending)
@@ -165,23 +164,13 @@ class LearnedCodec(Codec):
 
 # Without this option XLA keeps more digits than bfloat16 has between some operations, and between
 # other operations on several devices than on one.
-_exactly = functools.partial(
-    jax.jit, static_argnums=0, compiler_options={"xla_allow_excess_precision": False}
+@functools.partial(
+    jax.jit, static_argnums=(0, 1), compiler_options={"xla_allow_excess_precision": False}
 )
-
-
-@_exactly
-def _encode(
-    config: config_lib.Autoencoder, params: dict, images: UInt8[Array, "B H W C"]
-) -> Int[Array, "B h w"]:
-    return autoencoder.bind(config, params).encode(from_pixels(images)).codes
-
-
-@_exactly
-def _decode(
-    config: config_lib.Autoencoder, params: dict, codes: Int[Array, "B h w"]
-) -> UInt8[Array, "B H W C"]:
-    return to_pixels(autoencoder.bind(config, params).decode(codes))
+def _apply(config: config_lib.Autoencoder, decoding: bool, params: dict, rows: Array) -> Array:
+    """Images of grids of codes (`decoding`), or codes of images."""
+    model = autoencoder.bind(config, params)
+    return to_pixels(model.decode(rows)) if decoding else model.encode(from_pixels(rows)).codes
 
 
 def from_pixels(images: UInt8[Array, "B H W C"]) -> Float[Array, "B H W C"]:

@@ -135,18 +135,12 @@ def _nearest(centers: bytes) -> np.ndarray:
     near = np.maximum(np.maximum(below, above), 0) ** 2
     far = np.maximum(-below, -above) ** 2
     offsets = np.arange(CELL)
-    table = np.empty((256, 256, 256), np.uint16)
-    for i, r in enumerate(lows):
-        for j, g in enumerate(lows):
-            for k, b in enumerate(lows):
-                least = near[0, i] + near[1, j] + near[2, k]
-                bound = (far[0, i] + far[1, j] + far[2, k]).min()
-                candidates = np.flatnonzero(least <= bound)
-                x, y, z = (
-                    (start + offsets[:, None] - wanted[candidates, c]) ** 2
-                    for c, start in enumerate((r, g, b))
-                )
-                distance = x[:, None, None] + y[None, :, None] + z[None, None]
-                cell = candidates[np.argmin(distance, axis=-1)]
-                table[r : r + CELL, g : g + CELL, b : b + CELL] = cell
+    table = np.empty((len(lows), CELL) * 3, np.uint16)
+    for i, j, k in np.ndindex(table.shape[::2]):
+        least = near[0, i] + near[1, j] + near[2, k]
+        candidates = np.flatnonzero(least <= (far[0, i] + far[1, j] + far[2, k]).min())
+        starts = lows[[i, j, k]]
+        x, y, z = ((starts[c] + offsets[:, None] - wanted[candidates, c]) ** 2 for c in range(3))
+        distance = x[:, None, None] + y[None, :, None] + z[None, None]
+        table[i, :, j, :, k] = candidates[np.argmin(distance, axis=-1)]
     return table.reshape(-1)

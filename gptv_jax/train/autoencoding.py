@@ -10,8 +10,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from gptv_jax import config as config_lib
-from gptv_jax.model import autoencoder, discriminator, lpips
-from gptv_jax.model.quantizer import unit
+from gptv_jax.model import autoencoder, layers, lpips
+from gptv_jax.model.autoencoder import Discriminator, unit
 from gptv_jax.tokens.learned import from_pixels, to_pixels
 from gptv_jax.train.optimizer import apply_update
 from gptv_jax.train.step import Metrics, state_of
@@ -107,7 +107,8 @@ def make_init(
             codebook = unit(params["quantizer"]["codebook"])
             state["codebook"] = {"counts": jnp.ones(len(codebook)), "sums": codebook}
         if settings.adversarial:
-            weights = discriminator.init(config, settings, jax.random.fold_in(key, 1))
+            key = jax.random.fold_in(key, 1)
+            weights = layers.init(Discriminator, config, settings, key=key)
             critic = state_of(weights, _critic_optimizer(settings))
             state["critic"] = {"params": critic["params"], "opt": critic["opt"]}
         return state
@@ -144,7 +145,8 @@ def make_loss(config: config_lib.Autoencoder, settings: config_lib.Tokenizer) ->
         total = sum(getattr(settings, name) * part for name, part in parts.items())
         if settings.adversarial:
             critic = frozen["critic"]["params"]
-            parts["adversarial"] = -discriminator.scores(config, settings, critic, restored).mean()
+            scores = layers.bind(Discriminator, config, settings, params=critic)(restored)
+            parts["adversarial"] = -scores.mean()
             begun = _critic_has_begun(settings, step).astype(jnp.float32)
             total += settings.adversarial * begun * parts["adversarial"]
         squared = l2(restored, images).mean()
@@ -203,8 +205,8 @@ def _train_critic(config, settings, critic, images, restored, step) -> tuple[dic
     """One step of the discriminator on the hinge loss (Lim and Ye 2017), once it has begun."""
 
     def loss(params):
-        pair = (images, jax.lax.stop_gradient(restored))
-        real, made = (discriminator.scores(config, settings, params, x) for x in pair)
+        scores = layers.bind(Discriminator, config, settings, params=params)
+        real, made = scores(images), scores(jax.lax.stop_gradient(restored))
         return (jax.nn.relu(1 - real).mean() + jax.nn.relu(1 + made).mean()) / 2
 
     params, optimizer = critic["params"], _critic_optimizer(settings)

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding
 from jaxtyping import Array
 
 from gptv_jax import hosts, sharding
@@ -58,14 +57,6 @@ def make_loss(
         return generative * nats + classification * class_nats, metrics
 
     return loss
-
-
-def abstract_batch(network: Network, rows: int, split: NamedSharding | None = None) -> dict:
-    """Shapes and shardings of what the pretraining loss reads of a batch of `rows` images."""
-    shapes = {"tokens": (rows, network.length), "variant": (rows,)}
-    if network.config.class_tokens:
-        shapes["label"] = (rows,)
-    return {k: jax.ShapeDtypeStruct(s, jnp.int32, sharding=split) for k, s in shapes.items()}
 
 
 def make_init(network: Network, optimizer: optax.GradientTransformation, ema=None) -> Callable:

@@ -15,7 +15,7 @@ from gptv_jax import config as config_lib
 from gptv_jax import files, sharding, tokens
 from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.config import fields
-from gptv_jax.config.fields import NOT_NEGATIVE, POSITIVE, field
+from gptv_jax.config.fields import FROM_ZERO, POSITIVE, field
 from gptv_jax.errors import InputError, first_line, list_differences
 from gptv_jax.model.gpt import Network
 from gptv_jax.runs import record
@@ -46,10 +46,10 @@ class WeightsFile:
     params: dict[str, np.ndarray]  # float32, by flat name such as "blocks.qkv"
     definition: TokenDefinition | None = None  # what the tokens stand for
     starts: int = field(1, POSITIVE)  # number of start vectors
-    classes: int = field(0, NOT_NEGATIVE)  # number of classes of the class head; 0 without one
-    step: int | None = field(None, NOT_NEGATIVE)  # training step of the weights, where known
+    classes: int = field(0, FROM_ZERO)  # number of classes of the class head; 0 without one
+    step: int | None = field(None, FROM_ZERO)  # training step of the weights, where known
     # The probe's best layer, where the probe has run.
-    best_layer: int | None = field(None, NOT_NEGATIVE)
+    best_layer: int | None = field(None, FROM_ZERO)
 
     @property
     def codec(self) -> tokens.Codec:
