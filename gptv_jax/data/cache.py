@@ -39,7 +39,7 @@ READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # as ArrayRecord a
 
 def claim(folder: pathlib.Path) -> None:
     """Makes the folder; raises InputError where it cannot be written to or is not empty."""
-    files.claim(folder, "out")
+    files.claim(folder, "--out")
     if any(folder.iterdir()):
         raise InputError(f"--out={folder} is not empty; name a new folder.")
 

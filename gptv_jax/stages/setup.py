@@ -57,7 +57,7 @@ def open_run(config: config_lib.Config, workdir: str, wanted: list[str] | None =
         "classes": getattr(sources.open_data_set(config.data), "class_names", classes),
     }
     hosts.from_first(lambda: _prepare(config, folder, stages, data))
-    files.claim(folder.path, "workdir")  # every process names the damaged images that it meets
+    files.claim(folder.path, "--workdir")  # every process names the damaged images that it meets
     images = Pipeline(config.data, None, config.seed, folder.path, sharding.batch_share(mesh))
     log = MetricWriter(folder.path)
     return with_codec(Context(config, mesh, folder, log, images, classes, tuple(stages)))

@@ -140,7 +140,7 @@ def fit(
             if not stopping:
                 try:
                     better = judge()
-                except hosts.EvaluationStoppedError:
+                except hosts.StoppedError:
                     stopping = True
             best = checkpoints.best
             since_best = sum(best is not None and e["step"] > best for e in evaluations)

@@ -256,7 +256,7 @@ def write(weights_file: WeightsFile, folder: pathlib.Path, task: str) -> None:
         "resample": 2,
         "size": {"height": codec.grid[0], "width": codec.grid[1]},
     }
-    files.claim(folder, "to")
+    files.claim(folder, "--to")
     # config.json is removed first and written last: a folder with it is complete.
     (folder / CONFIG).unlink(missing_ok=True)
     header = json.dumps(native.make_header(weights_file))
