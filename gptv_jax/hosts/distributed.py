@@ -46,11 +46,9 @@ MEETING = 300  # seconds in which all processes must have started
 HEARTBEAT = 40  # seconds without a heartbeat after which JAX counts a process as dead
 MARGIN = 15  # seconds in which JAX ends the others after it has noticed a dead process
 OTHER_DIED = 75  # exit code; sysexits.h: a temporary failure, to be tried again
+ADVICE = "check that all of them started, process 0 there, and that its port is free and open"
 
 LOG = logging.getLogger(__name__)
-
-
-ADVICE = "check that all of them started, process 0 there, and that its port is free and open"
 
 
 class Meeting(NamedTuple):

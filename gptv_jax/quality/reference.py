@@ -121,10 +121,8 @@ class Reference:
         buffer = io.BytesIO()
         header = {"format": FORMAT, "count": self.count, "provenance": self.provenance}
         np.savez(buffer, reference=json.dumps(header), **arrays)
-        try:
+        with as_input_error(f"{path} cannot be written", OSError):
             files.replace(path, buffer.getvalue())
-        except OSError as error:
-            raise InputError(f"{path} cannot be written ({error.strerror}).") from error
 
     def fits(self, extractor: FeatureExtractor) -> bool:
         """Whether the reference was made with this extractor."""
