@@ -15,12 +15,13 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
-from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from gptv_jax import hosts, sharding
-from gptv_jax.errors import InputError, first_line, list_differences
+from gptv_jax import files, hosts, sharding
+from gptv_jax.errors import InputError, as_input_error, first_line, list_differences
 
 LOG = logging.getLogger(__name__)
+# Orbax warns where a folder is opened to be read only, as is asked for here.
+logging.getLogger("absl").addFilter(lambda r: "directory is read only" not in r.getMessage())
 
 
 def found(place: epath.Path) -> bool:
@@ -29,76 +30,63 @@ def found(place: epath.Path) -> bool:
 
 
 def claim(place: epath.Path, run: str, workdir: pathlib.Path, *, moved: bool) -> None:
-    """Makes a folder for checkpoints outside the run folder, and marks it as this run's.
+    """Makes a folder for checkpoints outside the run folder, and marks it as the run `run`'s.
 
-    Args:
-      place: the folder.
-      run: the run's identifier.
-      workdir: the run folder, for messages.
-      moved: the user may have moved the run's checkpoints to `place`.
+    `workdir` is the run folder; `moved` says that the run's checkpoints may have been moved here.
 
     Raises:
       InputError: `place` cannot be written, or holds the checkpoints of another run.
     """
-    mark, setting = place / "run.json", f"config.checkpoint_dir={place}"
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-        probe = place / ".writable"
-        probe.write_text("")
-        probe.unlink()
-        owner = json.loads(mark.read_text()) if mark.exists() else None
+    mark, setting = place / "run.json", "config.checkpoint_dir"
+    files.claim(place, setting)
+    with as_input_error(f"{setting}={place} cannot be used", advice="; name another place"):
+        owner = json.loads(mark.read_text()) if mark.exists() else {}
         # A start that was refused or killed may have left the mark, but no checkpoint.
-        begun = owner is not None and owner["workdir"] == str(workdir)
-        if (moved and owner is None) or ((owner is None or begun) and not found(place)):
+        begun = owner.get("workdir") == str(workdir)
+        if (moved and not owner) or ((begun or not owner) and not found(place)):
             owner = {"id": run, "workdir": str(workdir)}
             mark.write_text(json.dumps(owner))
-    except Exception as error:  # whatever the storage raises
-        raise InputError(
-            f"{setting} cannot be written ({first_line(error)}); name a place that you may "
-            "write to."
-        ) from error
-    if owner is None or owner["id"] != run:
+    if owner.get("id") != run:
         whose = f"the run in {owner['workdir']}" if owner else "another run"
-        raise InputError(f"{setting} holds the checkpoints of {whose}; name another place.")
+        raise InputError(f"{setting}={place} holds the checkpoints of {whose}; name another place.")
+
+
+class DamagedError(InputError):
+    """A checkpoint that cannot be read."""
 
 
 class Checkpoints:
     """The checkpoints of one stage, one folder a step."""
 
     def __init__(self, folder: epath.PathLike, keep: int = 1, *, read_only: bool = False):
-        """Opens the folder, making it where needed.
+        """Opens `<checkpoints>/<stage>` of a run, and makes it unless `read_only`.
 
-        Args:
-          folder: `<checkpoints>/<stage>` of a run, a path or an address such as gs://bucket/path.
-          keep: number of newest checkpoints that stay; the checkpoint `best` stays as well.
-          read_only: changes nothing on disk.
+        The `keep` newest checkpoints stay, and the checkpoint of the step `best`.
         """
-        self.folder = epath.Path(folder).absolute()
-        self._read_only = read_only
-        self.best: int | None = None  # the step whose checkpoint always stays
+        self.folder, self._keep, self._read_only = epath.Path(folder).absolute(), keep, read_only
+        self.best: int | None = None
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=_NewestAndBest(keep, self),
+            preservation_policy=self,
             cleanup_tmp_directories=not read_only,
             create=not read_only,
             read_only=read_only,
             save_interval_steps=0 if read_only else 1,
         )
         handlers = {"state": ocp.PyTreeCheckpointHandler(), "info": ocp.JsonCheckpointHandler()}
-        # Orbax warns where a folder is opened to be read only, as was asked for.
-        absl_logger = logging.getLogger("absl")
-        absl_logger.addFilter(_is_no_read_only_warning)
-        try:
-            self._manager = ocp.CheckpointManager(
-                self.folder, options=options, item_handlers=handlers
-            )
-        finally:
-            absl_logger.removeFilter(_is_no_read_only_warning)
+        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
         self._manager.close()  # waits for the checkpoint that is being written
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        """Tells Orbax, whose `PreservationPolicy` this is, which checkpoints stay."""
+        del context
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        stay = {*sorted(steps)[-self._keep :], self.best}
+        return [step in stay for step in steps]
 
     def steps(self) -> list[int]:
         """Steps with a checkpoint on disk, in order, as process 0 sees the folder."""
@@ -123,12 +111,8 @@ class Checkpoints:
     def restore_latest(self, abstract):
         """`(state, info)` of the newest readable checkpoint; None where there are no checkpoints.
 
-        A damaged checkpoint is logged and moved to `damaged/` beside the stage's folder, and the
-        previous checkpoint is restored.
-
-        Args:
-          abstract: `jax.ShapeDtypeStruct`s whose shardings decide the placement, so the mesh may
-            differ from the mesh that saved.
+        `abstract` is as for `restore`. A damaged checkpoint is logged and moved to `damaged/`
+        beside the stage's folder, and the previous checkpoint is restored.
 
         Raises:
           InputError: names or shapes differ (all are listed), or every checkpoint is damaged.
@@ -152,30 +136,34 @@ class Checkpoints:
         return None
 
     def restore(self, step: int, abstract):
-        """`(state, info)` of one checkpoint; `abstract` may be a part of the state, `params` say.
+        """`(state, info)` of one checkpoint.
+
+        `abstract` are the `jax.ShapeDtypeStruct`s of the state or of a part of it, `params` say.
+        Their shardings decide the placement, so the mesh may differ from the mesh that saved.
 
         Raises:
           InputError: names or shapes differ from the saved ones; all that differ are listed.
           DamagedError: a process cannot read the checkpoint; raised on all processes.
         """
         wanted = sharding.by_name(abstract)
+        parts = {name.split(".")[0] for name in wanted}
 
-        def shapes() -> dict:
-            saved = self._manager.item_metadata(step)["state"]
-            return {name: tuple(leaf.shape) for name, leaf in dict(saved.tree).items()}
+        def saved_shapes() -> dict:
+            tree = dict(self._manager.item_metadata(step)["state"].tree)
+            return {n: tuple(leaf.shape) for n, leaf in tree.items() if n.split(".")[0] in parts}
 
-        self._compare(
-            step, {k: leaf.shape for k, leaf in wanted.items()}, self._together(step, shapes)
-        )
-        arguments = ocp.args.Composite(
-            state=ocp.args.PyTreeRestore(
-                wanted,
-                restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
-                partial_restore=True,
-            ),
+        shapes = {name: leaf.shape for name, leaf in wanted.items()}
+        if differing := list_differences(shapes, self._together(step, saved_shapes)):
+            raise InputError(
+                f"checkpoint {self.folder / str(step)} does not fit this network: "
+                f"{'; '.join(differing)}."
+            )
+        restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
+        items = ocp.args.Composite(
+            state=ocp.args.PyTreeRestore(wanted, restore_args=restore_args, partial_restore=True),
             info=ocp.args.JsonRestore(),
         )
-        restored = self._together(step, lambda: self._manager.restore(step, args=arguments))
+        restored = self._together(step, lambda: self._manager.restore(step, args=items))
         arrays, record = {name: restored["state"][name] for name in wanted}, restored["info"]
         sums = _bit_sums(arrays)
         self._together(step, lambda: _check(record, sums))
@@ -188,26 +176,15 @@ class Checkpoints:
         Raises:
           DamagedError: `function()` fails on any process; raised on all processes.
         """
-        result = damage = None
+        result = reason = None
         try:
             result = function()
         except Exception as error:  # whatever the storage raises
-            damage = DamagedError(self.folder / str(step), error)
-        if any(hosts.from_all(damage is not None)):
-            elsewhere = ValueError("another process cannot read it")
-            raise damage or DamagedError(self.folder / str(step), elsewhere)
+            reason = f"{type(error).__name__}: {first_line(error)}"
+        if any(hosts.from_all(reason is not None)):
+            reason = reason or "another process cannot read it"
+            raise DamagedError(f"checkpoint {self.folder / str(step)} is damaged ({reason}).")
         return result
-
-    def _compare(self, step: int, wanted: dict, saved: dict) -> None:
-        tops = {name.split(".")[0] for name in wanted}  # a part of the state may be asked for
-        saved = {name: shape for name, shape in saved.items() if name.split(".")[0] in tops}
-        differing = list_differences({n: tuple(shape) for n, shape in wanted.items()}, saved)
-        if differing:
-            raise InputError(
-                f"checkpoint {self.folder / str(step)} does not fit this network: "
-                + "; ".join(differing)
-                + "."
-            )
 
     def set_aside(self, step: int) -> epath.Path:
         """Moves a damaged checkpoint to `damaged/` beside the stage's folder; returns the path."""
@@ -223,39 +200,17 @@ class Checkpoints:
         return target
 
 
-class _NewestAndBest(preservation_policy.PreservationPolicy):
-    """Tells Orbax to keep the newest checkpoints and the best checkpoint."""
-
-    def __init__(self, newest: int, checkpoints: Checkpoints):
-        self.newest, self.checkpoints = newest, checkpoints
-
-    def should_preserve(self, checkpoints, *, context) -> list[bool]:
-        del context
-        steps = [checkpoint.step for checkpoint in checkpoints]
-        newest = sorted(steps)[-self.newest :]
-        return [step in newest or step == self.checkpoints.best for step in steps]
-
-
-class DamagedError(InputError):
-    """A checkpoint that cannot be read."""
-
-    def __init__(self, path: epath.Path, cause: Exception):
-        reason = f"{type(cause).__name__}: {first_line(cause)}"
-        super().__init__(f"checkpoint {path} is damaged ({reason}).")
-
-
-def _is_no_read_only_warning(record: logging.LogRecord) -> bool:
-    return "directory is read only" not in record.getMessage()
-
-
 def _check(record: dict, sums: dict[str, int]) -> None:
     """Raises ValueError where the info or the arrays differ from what was saved."""
-    content = {k: record[k] for k in ("info", "bit_sums") if k in record}
-    if len(content) < 2 or record.get("checksum") != _checksum(content):
+    content = {key: record.get(key) for key in ("info", "bit_sums")}
+    if record.get("checksum") != _checksum(content):
         raise ValueError("its info has changed")
-    wrong = [name for name, total in sums.items() if total != record["bit_sums"].get(name)]
-    if wrong:
+    if wrong := [n for n, total in sums.items() if total != record["bit_sums"].get(n)]:
         raise ValueError(f"the values of {', '.join(wrong)} are not those saved")
+
+
+def _checksum(content: dict) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
 def _bit_sums(arrays: dict) -> dict[str, int]:
@@ -268,13 +223,5 @@ def _bit_sums(arrays: dict) -> dict[str, int]:
 
 @jax.jit
 def _sum_bits(arrays: dict) -> dict:
-    def total(x):
-        unsigned = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
-        bits = jax.lax.bitcast_convert_type(x, unsigned)
-        return jnp.sum(bits.astype(jnp.uint32), dtype=jnp.uint32)
-
-    return jax.tree.map(total, arrays)
-
-
-def _checksum(content: dict) -> int:
-    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+    bits = {name: x.view(f"uint{8 * x.dtype.itemsize}") for name, x in arrays.items()}
+    return {name: jnp.sum(x.astype(jnp.uint32), dtype=jnp.uint32) for name, x in bits.items()}

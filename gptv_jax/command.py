@@ -1,9 +1,7 @@
 """What the commands share: flags, --help, and errors as one sentence in place of a traceback."""
 
 import difflib
-import functools
 import logging
-import operator
 import pathlib
 import re
 import sys
@@ -28,7 +26,6 @@ CONFIG_HELP = (
     "a wrong field name is refused with the names of the fields beside it."
 )
 _MISSING = re.compile(r"flag --(\w+)=None: ")
-_NONE = re.compile(r"--?config\.([^=]+)=None$")
 
 
 def start(main: Callable[[config_lib.Config], None]) -> None:
@@ -37,10 +34,10 @@ def start(main: Callable[[config_lib.Config], None]) -> None:
     flags.mark_flag_as_required("config")
     # --help shows the flags of the module that runs as the command, which has the name sys.argv[0].
     flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS["config"])
-    run(lambda: main(config_lib.resolve(holder.value)), functools.partial(parse, holder))
+    run(lambda: main(config_lib.resolve(holder.value)), lambda argv: _parse(argv, holder))
 
 
-def run(main: Callable[[], None], parser: Callable | None = None) -> None:
+def run(main: Callable[[], None], parser: Callable = flags.FLAGS) -> None:
     """Parses the flags, calls `main()`, and ends with a sentence where the user can act on it.
 
     Exit codes: 1 for an error that the user can mend, 70 for an unexpected error, 75 where another
@@ -60,9 +57,13 @@ def run(main: Callable[[], None], parser: Callable | None = None) -> None:
     stopping.install()
     runtime.keep_memory()
     try:
-        app.run(configured, flags_parser=parser or _parse_flags)
+        app.run(configured, flags_parser=parser)
     except InputError as error:
         errors.end(1, f"error: {error}")
+    except flags.Error as error:
+        missing = _MISSING.match(str(error))
+        problem = f"--{missing[1]} must be given" if missing else error
+        errors.end(1, f"error: {problem} (see --help).")
     except hosts.StoppedError as stopped:
         stopping.leave()  # no process leaves before the others have saved
         errors.end(stopping.STOPPED, str(stopped))
@@ -71,68 +72,46 @@ def run(main: Callable[[], None], parser: Callable | None = None) -> None:
         errors.end(UNEXPECTED, traceback.format_exc())
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
-    try:
-        return flags.FLAGS(argv)
-    except flags.Error as error:
-        raise _input_error(error) from error
-
-
-def _input_error(error: flags.Error) -> InputError:
-    missing = _MISSING.match(str(error))
-    problem = f"--{missing[1]} must be given" if missing else str(error)
-    return InputError(f"{problem} (see --help).")
-
-
-def parse(holder: flags.FlagHolder, argv: list[str]) -> list[str]:
-    """Parses flags and configuration fields; returns the arguments that are neither.
+def _parse(argv: list[str], holder: flags.FlagHolder) -> list[str]:
+    """Parses flags and fields of the configuration; returns the arguments that are neither.
 
     Raises:
-      InputError: a flag or a field is unknown or has a wrong value, or the config file fails.
+      InputError: a field is unknown or has a wrong value, or the config file fails.
+      flags.Error: as absl raises it, for the other flags.
     """
     kinds = {n: fields.type_words(f) for n, f in fields.by_name(config_lib.Config).items()}
-    for argument in argv[1:]:
-        override = re.match(r"--?config\.([^=]+)", argument)
-        if override and override[1] not in kinds:
-            near = difflib.get_close_matches(override[1], kinds, n=1)
-            section = override[1].rpartition(".")[0]
+    overrides = {a: m[1] for a in argv[1:] if (m := re.match(r"--?config\.([^=]+)", a))}
+    for name in overrides.values():
+        if name not in kinds:
+            near = difflib.get_close_matches(name, kinds, n=1)
+            section = name.rpartition(".")[0]
             siblings = [n for n in kinds if n.rpartition(".")[0] == section] or list(kinds)
             hint = f"did you mean --config.{near[0]}? " if near else ""
             raise InputError(
-                f"--config.{override[1]} is not a field; {hint}There are: {', '.join(siblings)}."
+                f"--config.{name} is not a field; {hint}There are: {', '.join(siblings)}."
             )
     # ml_collections cannot set a field that holds a value to None; this is done after parsing.
-    none = [a for a in argv[1:] if (m := _NONE.match(a)) and kinds[m[1]].endswith("or None")]
-    argv = [a for a in argv if a not in none]
+    none = {a: n for a, n in overrides.items() if a.partition("=")[2] == "None"}
+    none = {a: n for a, n in none.items() if kinds[n].endswith("or None")}
     given = next((a for a in argv[1:] if re.match(r"--?config=", a)), "--config")
     file = given.partition("=")[2].partition(":")[0]
     if file and not pathlib.Path(file).exists():
         raise InputError(f"{given}: there is no file {file}.")
     try:
-        remaining = flags.FLAGS(argv)
+        remaining = flags.FLAGS([a for a in argv if a not in none])
         settings = holder.value  # raises an error of loading the file
-        for argument in none:
-            *sections, field = _NONE.match(argument)[1].split(".")
-            section = functools.reduce(operator.getitem, sections, settings)
-            with section.ignore_type():
-                section[field] = None
-    except flags.IllegalFlagValueError as error:
-        override = re.match(r"flag --config\.([\w.]+)=(.*?): ", str(error), re.DOTALL)
+        if none:
+            with settings.ignore_type():
+                settings.update_from_flattened_dict(dict.fromkeys(none.values()))
+        return remaining
+    except Exception as error:  # of the flags, or any error of the user's config file
+        told, of_flags = str(error).strip(), isinstance(error, flags.Error)
+        override = re.match(r"flag --config\.([\w.]+)=(.*?): ", told, re.DOTALL)
         if override and override[1] in kinds:
             name, value = override.groups()
             raise InputError(f"--config.{name} is {value!r}; it takes {kinds[name]}.") from error
-        if _MISSING.match(str(error)) or not str(error).startswith("flag --config"):
-            raise _input_error(error) from error
-        raise InputError(f"{given} cannot be loaded: {_last_line(error)}") from error
-    except flags.Error as error:
-        raise _input_error(error) from error
-    except Exception as error:  # any error of the user's config file
-        reason = f"{type(error).__name__}: {_last_line(error)}"
-        raise InputError(f"{given} cannot be loaded: {reason}") from error
-    return remaining
-
-
-def _last_line(error: Exception) -> str:
-    """The last line of a message, which says what went wrong where the message has a traceback."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else ""
+        if of_flags and (_MISSING.match(told) or not told.startswith("flag --config")):
+            raise
+        reason = told.rpartition("\n")[2].strip()  # the last line, where it has a traceback
+        kind = "" if of_flags else f"{type(error).__name__}: "
+        raise InputError(f"{given} cannot be loaded: {kind}{reason}") from error

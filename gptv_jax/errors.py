@@ -1,7 +1,9 @@
 """Errors that end in one sentence."""
 
+import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from typing import NoReturn
 
 
@@ -12,6 +14,21 @@ class InputError(ValueError):
 def first_line(error: Exception) -> str:
     """The first line of an error's message, at most 200 characters; its type if it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+@contextlib.contextmanager
+def as_input_error(problem: str, kinds=Exception, advice: str = "") -> Iterator[None]:
+    """Within the `with`, an exception becomes an InputError, which says `problem (reason)advice.`.
+
+    `kinds` is the type of the exception, or a tuple of types; an InputError passes as it is.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except kinds as error:
+        reason = getattr(error, "strerror", None) or first_line(error).rstrip(".")
+        raise InputError(f"{problem} ({reason}){advice}.") from error
 
 
 def list_differences(expected: dict[str, object], found: dict[str, object]) -> list[str]:

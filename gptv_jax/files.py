@@ -6,87 +6,48 @@ import json
 import logging
 import os
 import pathlib
-import tokenize
 import weakref
-import zipfile
-import zlib
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
+from etils import epath
 
-from gptv_jax.errors import InputError, first_line
+from gptv_jax.errors import InputError, as_input_error
 
 LOG = logging.getLogger(__name__)
 
-# What NumPy, zipfile and zlib raise for files of another format, and for damaged files.
-_RAISED_BY_NUMPY = (
-    OSError,
-    ValueError,
-    KeyError,
-    EOFError,
-    NotImplementedError,
-    SyntaxError,
-    tokenize.TokenError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
 
-
-class UnreadableError(ValueError):
-    """A damaged file, or one of another format; the message is the reason, in a few words."""
-
-    def __init__(self, error: Exception):
-        reason = error.strerror if isinstance(error, OSError) else None
-        super().__init__((reason or first_line(error)).rstrip("."))
-
-
-def claim(folder: pathlib.Path, flag: str) -> None:
-    """Makes a folder and checks that it can be written to.
-
-    Args:
-      folder: its path.
-      flag: the command-line flag that named the folder, for the message.
+def claim(folder: pathlib.Path | epath.Path, setting: str) -> None:
+    """Makes a folder, which the flag or field `setting` has named, and checks that it is writable.
 
     Raises:
       InputError: the folder cannot be made, or cannot be written to.
     """
-    try:
+    advice = "; name a folder that you may write to"
+    with as_input_error(f"{setting}={folder} cannot be written", advice=advice):
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".writable-{jax.process_index()}"
         probe.touch()
         probe.unlink()
-    except OSError as error:
-        raise InputError(
-            f"--{flag}={folder} cannot be written ({error.strerror}); name a folder that you may "
-            "write to."
-        ) from error
 
 
-def lock(folder: pathlib.Path, flag: str, holder: object) -> None:
-    """Locks a folder for this process until the process ends.
-
-    Of several processes process 0 alone takes the lock; a file system without locks has none.
-
-    Args:
-      folder: its path.
-      flag: the command-line flag that named the folder, for the message.
-      holder: the lock is released when this object is deleted.
+def lock(folder: pathlib.Path, setting: str, holder: object) -> None:
+    """Locks a folder until this process ends or `holder` is deleted; for process 0.
 
     Raises:
-      InputError: another process holds the lock.
+      InputError: another process holds the lock. A file system without locks has none.
     """
-    if jax.process_index() != 0:
-        return
     file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
     weakref.finalize(holder, os.close, file)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise InputError(
-            f"--{flag}={folder} is in use by another process; wait until it has ended, or name "
+            f"{setting}={folder} is in use by another process; wait until it has ended, or name "
             "another folder."
         ) from error
     except OSError:
@@ -94,11 +55,9 @@ def lock(folder: pathlib.Path, flag: str, holder: object) -> None:
 
 
 def replace(path: pathlib.Path, content: bytes | Callable[[pathlib.Path], object]) -> None:
-    """Writes a file atomically, on process 0 alone.
+    """Writes a file on process 0 alone; a kill leaves the old content or the whole new content.
 
-    Args:
-      path: the file, which holds either the old content or the whole new content at any moment.
-      content: the new content, or a function that writes it to the path it is given.
+    `content` is the new content, or a function that writes it to the path it is given.
     """
     if jax.process_index() != 0:
         return
@@ -119,31 +78,25 @@ def read_json(path: pathlib.Path, absent):
     Raises:
       InputError: the file is not JSON, or not of the type of `absent`.
     """
+    advice = "; restore it or take another folder"
     try:
-        content = json.loads(path.read_text())
-        if not isinstance(content, type(absent)):
-            raise InputError(f"{path} is damaged (it holds {content!r}); restore it.")
-        return content
+        with as_input_error(f"{path} is damaged", ValueError, advice=advice):
+            content = json.loads(path.read_text())
+            if not isinstance(content, type(absent)):
+                raise ValueError(f"it holds {content!r}")
+            return content
     except (FileNotFoundError, NotADirectoryError):
         return absent
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"{path} is damaged ({error}); restore it or take another folder."
-        ) from error
 
 
 def read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
     """The arrays of an `.npz` file by name; of an `.npy` file the one, under "".
 
-    Raises:
-      UnreadableError: no such file, or none of NumPy's, or damaged.
+    For a missing, damaged or other file NumPy raises many types of exceptions.
     """
-    try:
-        with path.open("rb") as file:
-            content = np.load(file)
-            return {"": content} if isinstance(content, np.ndarray) else dict(content)
-    except _RAISED_BY_NUMPY as error:
-        raise UnreadableError(error) from error
+    with path.open("rb") as file:
+        content = np.load(file)
+        return {"": content} if isinstance(content, np.ndarray) else dict(content)
 
 
 def open_safetensors(path: pathlib.Path):
@@ -152,12 +105,8 @@ def open_safetensors(path: pathlib.Path):
     Raises:
       InputError: the file is missing, damaged, or of another format.
     """
-    try:
+    with as_input_error(f"{path} is no .safetensors file, or damaged"):
         return safetensors.safe_open(path, framework="numpy")
-    except (OSError, safetensors.SafetensorError) as error:
-        raise InputError(
-            f"{path} is no .safetensors file, or damaged ({first_line(error)})."
-        ) from error
 
 
 def read_safetensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -166,37 +115,25 @@ def read_safetensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[st
     Raises:
       InputError: the file cannot be read, or holds a type that NumPy does not have.
     """
-    with open_safetensors(path) as file:
-        try:
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except Exception as error:  # safetensors raises several types
-            raise InputError(f"{path} is damaged ({first_line(error)}).") from error
+    with open_safetensors(path) as file, as_input_error(f"{path} is damaged"):
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
         return arrays, file.metadata() or {}
 
 
 def read_weights(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """As `read_safetensors`, in float32.
-
-    Raises:
-      InputError: the file cannot be read, or holds arrays that are not floating-point.
-    """
+    """As `read_safetensors`, in float32; arrays that are not floating-point raise InputError."""
     arrays, metadata = read_safetensors(path)
-    wrong = [f"{name} {a.dtype}" for name, a in arrays.items() if not is_floating(a)]
+    types = {name: a.dtype for name, a in arrays.items()}
+    wrong = [f"{n} {kind}" for n, kind in types.items() if not jnp.issubdtype(kind, jnp.floating)]
     if wrong:
         raise InputError(f"{path} holds weights that are not floating-point: {', '.join(wrong)}.")
     return {name: np.asarray(a, np.float32) for name, a in arrays.items()}, metadata
 
 
 def write_safetensors(arrays: dict[str, np.ndarray], path: pathlib.Path, metadata: dict) -> None:
-    """Writes a .safetensors file as `replace` does.
-
-    Raises:
-      InputError: the file cannot be written.
-    """
-    try:
+    """Writes a .safetensors file as `replace` does; InputError where it cannot be written."""
+    with as_input_error(f"{path} cannot be written", (OSError, safetensors.SafetensorError)):
         replace(path, lambda target: safetensors.numpy.save_file(arrays, target, metadata))
-    except (OSError, safetensors.SafetensorError) as error:
-        raise InputError(f"{path} cannot be written ({first_line(error)}).") from error
 
 
 def hash_arrays(arrays: dict[str, np.ndarray]) -> str:
@@ -206,8 +143,3 @@ def hash_arrays(arrays: dict[str, np.ndarray]) -> str:
         found.update(f"{name} {array.dtype} {array.shape}".encode())
         found.update(np.ascontiguousarray(array).tobytes())
     return found.hexdigest()[:16]
-
-
-def is_floating(array: np.ndarray) -> bool:
-    """Whether an array holds floating-point numbers, bfloat16 included."""
-    return array.dtype.kind == "f" or array.dtype.name == "bfloat16"

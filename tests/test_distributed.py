@@ -44,7 +44,7 @@ METADATA = {"MEGASCALE_COORDINATOR_ADDRESS": "a:8080"}
     ],
 )
 def test_how_the_processes_meet(how, flags, environment, wanted):
-    found = distributed.decide(how, *(flags or (None,) * 3), environment)
+    found = distributed.decide(how, flags or (None,) * 3, environment)
     arguments = {"cluster_detection_method": wanted} if isinstance(wanted, str) else wanted
     assert (found and found.arguments) == arguments
 
@@ -67,7 +67,7 @@ def test_how_the_processes_meet(how, flags, environment, wanted):
 )
 def test_incomplete_or_impossible_arguments_are_refused(how, flags, environment, words):
     with pytest.raises(InputError) as error:
-        distributed.decide(how, *(flags or (None,) * 3), environment)
+        distributed.decide(how, flags or (None,) * 3, environment)
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
@@ -76,7 +76,7 @@ def test_a_pod_whose_processes_nothing_names_is_refused(monkeypatch):
     for name in distributed.SLURM + distributed.TPU_HOSTS + distributed.VARIABLES:
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(InputError, match="--distributed=tpu"):
-        distributed.start()
+        distributed.start("auto", None, None, None)
 
 
 def start(patch: str, coordinator: str, index: int) -> subprocess.Popen:

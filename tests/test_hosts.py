@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import socket
@@ -14,6 +15,7 @@ import time
 import pytest
 from conftest import encoded, make_folder, random_image, small_arguments
 
+from gptv_jax import command
 from gptv_jax import config as config_lib
 from gptv_jax.errors import InputError
 from gptv_jax.hosts import distributed
@@ -228,31 +230,42 @@ def test_two_processes_continue_the_run_of_four_through_all_stages(broken, alone
 
 
 @pytest.mark.process
-def test_a_process_that_cannot_read_its_data_says_so_and_the_others_end(tmp_path):
-    folders = []
-    for host in ("a", "b"):
+def test_processes_that_fail_say_why_at_once_and_the_others_end(tmp_path):
+    """Process 1 cannot read its data, and process 2 meets an error that nobody has expected."""
+    own = {}
+    for index in range(3):
         files = {f"{i:03d}.png": encoded(random_image(8, 8, 1, seed=i)) for i in range(64)}
-        folders.append(make_folder(tmp_path / host, files))
-    (folders[1] / "037.png").write_bytes(b"cut")
+        if index:  # so that the first batch of the first evaluation has damaged images
+            files |= {f"{i:03d}.png": b"cut" for i in range(64) if i % 8}
+        make_folder(tmp_path / str(index), files)
+        own[index] = (f"--config.data.path={tmp_path / str(index)}",)
+    work = tmp_path / "of-process-2"
+    work.mkdir()
+    (work / "skipped-2.jsonl").symlink_to(tmp_path / "nowhere" / "file")
+    own[2] += (f"--workdir={work}",)
     data = {
         "name": "folder",
-        "path": folders[0],
         "train_split": "train[:75%]",
         "validation_split": "train[75%:]",
         "test_split": "train[75%:]",
         "train_transforms": ("decode(channels=1)",),
         "eval_transforms": ("decode(channels=1)",),
-        "damaged": "fail",
+        "max_damaged": 0.0,
     }
     fields = [f"--config.data.{name}={value}" for name, value in data.items()]
     fields += ["--config.tokens.levels=256", "--config.model.start_per_variant=False"]
-    own = {1: (f"--config.data.path={folders[1]}",)}
-    with Hosts(2, tmp_path / "run", *fields, own=own) as hosts:
-        codes = hosts.wait()
-    first, second = (hosts.log(index) for index in (0, 1))
-    assert codes == [distributed.OTHER_DIED, 1], (first, second)
-    assert second.splitlines()[-1].startswith(f"error: {folders[1] / '037.png'} cannot be read")
-    assert ended_by_another(first)
+    fields += ["--config.train.batch_size=12", "--stages=pretrain"]
+    with Hosts(3, tmp_path / "run", *fields, own=own) as hosts:
+        failed = hosts.wait(but=0)
+        waits = hosts.processes[0].poll() is None  # until JAX ends it
+        codes = hosts.wait(limit=BOUND)
+        logs = [hosts.log(index) for index in range(3)]
+    assert waits and failed == codes[1:]
+    assert codes == [distributed.OTHER_DIED, 1, command.UNEXPECTED], logs
+    assert ended_by_another(logs[0])
+    assert re.match(r"error: \d of 64 images cannot be read, ", logs[1].splitlines()[-1])
+    assert "Traceback (most recent call last)" in logs[2]
+    assert logs[2].rstrip().splitlines()[-1].startswith("FileNotFoundError: ")
 
 
 def test_processes_with_different_settings_are_refused(monkeypatch):

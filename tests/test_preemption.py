@@ -44,7 +44,7 @@ def answered():
 def terminate() -> None:
     """Sends SIGTERM to this process while a training runs; returns when the training sees it."""
     os.kill(os.getpid(), signal.SIGTERM)
-    with pytest.raises(hosts.EvaluationStoppedError):
+    with pytest.raises(hosts.StoppedError):
         for _ in hosts.until_stop(itertools.repeat({})):
             time.sleep(0.001)
 

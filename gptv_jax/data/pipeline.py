@@ -96,7 +96,8 @@ class Pipeline:
         read = _read_ahead(data, example.source, self.config.workers)
         if example.codec is not self.codec:  # which encodes whole batches, on devices
             read = read.map(lambda b: {"tokens": self.codec.encode(b.pop("image")), **b})
-            read = grain.experimental.ThreadPrefetchIterDataset(read, ENCODE_AHEAD)
+            ahead = grain.experimental.ThreadPrefetchIterDataset
+            read = ahead(read, prefetch_buffer_size=ENCODE_AHEAD)
         for number, batch in enumerate(read, start=position + 1):
             damaged = batch.pop("damaged", NOT_DAMAGED)
             self.damage_log.record(split, example.source, damaged, number)

@@ -18,7 +18,7 @@ from gptv_jax import config as config_lib
 from gptv_jax import files
 from gptv_jax.data.cache import TokenCache
 from gptv_jax.data.folder import ImageFolder
-from gptv_jax.errors import InputError, first_line
+from gptv_jax.errors import InputError, as_input_error, first_line
 
 with epy.lazy_imports():  # slow to import, and only the digits need it
     from sklearn import datasets, model_selection
@@ -102,10 +102,8 @@ class _ArraysSplit:
 def open_npz(config: config_lib.Data) -> Arrays:
     """`Arrays` of an `.npz` file with `train_images`, `train_labels`, `test_images`, ..."""
     path = _path(config)
-    try:
+    with as_input_error(f"config.data.path={path} is no .npz file of arrays"):
         arrays = files.read_arrays(path)
-    except files.UnreadableError as error:
-        raise InputError(f"config.data.path={path} is no .npz file of arrays ({error}).") from error
     names = [key.removesuffix("_images") for key in arrays if key.endswith("_images")]
     if not names:
         found = ", ".join(key or "a single unnamed array" for key in arrays) or "no array"

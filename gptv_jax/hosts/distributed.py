@@ -28,7 +28,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -38,6 +38,7 @@ from gptv_jax.errors import InputError, first_line
 from gptv_jax.hosts import stopping
 
 WAYS = ("auto", "off", "tpu", "slurm")
+FLAGS = ("--coordinator", "--num_processes", "--process_id")
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 TPU_HOSTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")  # comma-separated; GKE sets them
@@ -45,6 +46,7 @@ MEETING = 300  # seconds in which all processes must have started
 HEARTBEAT = 40  # seconds without a heartbeat after which JAX counts a process as dead
 MARGIN = 15  # seconds in which JAX ends the others after it has noticed a dead process
 OTHER_DIED = 75  # exit code; sysexits.h: a temporary failure, to be tried again
+ADVICE = "check that all of them started, process 0 there, and that its port is free and open"
 
 LOG = logging.getLogger(__name__)
 
@@ -55,41 +57,30 @@ class Meeting(NamedTuple):
     source: str  # of the arguments, in words
     arguments: dict  # of jax.distributed.initialize
 
-    @property
-    def failure(self) -> str:
+    def fails(self, reason: str) -> str:
+        """The sentence for processes that do not meet."""
         address = self.arguments.get("coordinator_address", "the address that it gives")
-        return f"the processes named by {self.source} cannot meet at {address}"
-
-
-ADVICE = "check that all of them started, process 0 there, and that its port is free and open"
+        problem = f"the processes named by {self.source} cannot meet at {address}"
+        return f"{problem} {reason}; {ADVICE}."
 
 
 def decide(
-    how: str,
-    coordinator: str | None,
-    num_processes: int | None,
-    process_id: int | None,
-    environment: Mapping[str, str],
+    how: str, flags: Sequence[str | int | None], environment: Mapping[str, str]
 ) -> Meeting | None:
     """How the processes find each other, by the table above; None for one process.
 
     Raises:
-      InputError: the flags or variables are incomplete or impossible, or the cluster that
-        --distributed asks for is missing.
+      InputError: the values of `FLAGS` or variables are incomplete or impossible, or the cluster
+        that --distributed asks for is missing.
     """
-    flags = {
-        "--coordinator": coordinator,
-        "--num_processes": num_processes,
-        "--process_id": process_id,
-    }
-    given = [name for name, value in flags.items() if value is not None]
+    values = dict(zip(FLAGS, flags, strict=True))
+    given = ", ".join(name for name, value in values.items() if value is not None)
     if given and how != "auto":
         raise InputError(
-            f"--distributed={how} and {', '.join(given)} contradict each other; leave one of them "
-            "out."
+            f"--distributed={how} and {given} contradict each other; leave one of them out."
         )
     if given:
-        return _explicit("the flags", flags)
+        return _explicit("the flags", values)
     if how == "off":
         return None
     variables = {name: environment.get(name) for name in VARIABLES}
@@ -98,7 +89,7 @@ def decide(
     if how == "slurm" and lacking:
         raise InputError(
             f"--distributed=slurm, but {', '.join(lacking)} is not set; start the processes by "
-            "srun, or name them by --coordinator, --num_processes and --process_id."
+            f"srun, or name them by {', '.join(FLAGS)}."
         )
     if how == "auto" and any(variables[name] for name in VARIABLES[1:]):
         return _explicit("the environment", variables)
@@ -112,12 +103,10 @@ def decide(
 
 def _explicit(source: str, named: dict[str, str | int | None]) -> Meeting:
     """The meeting by address of process 0, number of processes and index of this process."""
-    missing = [name for name, value in named.items() if value is None]
+    missing = ", ".join(name for name, value in named.items() if value is None)
     if missing:
-        raise InputError(
-            f"{', '.join(n for n in named if n not in missing)} without {', '.join(missing)}: give "
-            "all three, or none."
-        )
+        given = ", ".join(name for name, value in named.items() if value is not None)
+        raise InputError(f"{given} without {missing}: give all three, or none.")
     (address, coordinator), (count, processes), (number, index) = named.items()
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
@@ -129,40 +118,29 @@ def _explicit(source: str, named: dict[str, str | int | None]) -> Meeting:
             f"{number} is {index} and {count} is {processes}; processes are numbered from 0 to one "
             f"less than {count}."
         )
-    arguments = {
-        "coordinator_address": coordinator,
-        "num_processes": int(processes),
-        "process_id": int(index),
-        "cluster_detection_method": "deactivate",
-    }
+    arguments = {"coordinator_address": coordinator, "num_processes": int(processes)}
+    arguments |= {"process_id": int(index), "cluster_detection_method": "deactivate"}
     return Meeting(source, arguments)
 
 
-def start(
-    how: str = "auto",
-    coordinator: str | None = None,
-    num_processes: int | None = None,
-    process_id: int | None = None,
-) -> None:
+def start(how: str, *flags: str | int | None) -> None:
     """Meets the other processes, if any; to be called before JAX is asked for a device.
 
-    The arguments are the values of the flags. Of several processes each returns in a child process.
+    `how` is the value of --distributed, `flags` are the values of `FLAGS`. Of several processes
+    each returns in a child process.
 
     Raises:
       InputError: as `decide`, or the processes do not meet.
     """
-    meeting = decide(how, coordinator, num_processes, process_id, os.environ)
-    if meeting:
-        _meet(meeting, _continue_in_child(meeting))
-    elif jax.process_count() > 1:
-        raise InputError(
-            f"this is one of {jax.process_count()} processes on one accelerator, which nothing "
-            "names; give --distributed=tpu (see gptv_jax/hosts/distributed.py)."
-        )
-
-
-def _meet(meeting: Meeting, met: int) -> None:
-    """Meets, and says so to the parent by a byte in the pipe `met`."""
+    meeting = decide(how, flags, os.environ)
+    if not meeting:
+        if jax.process_count() > 1:
+            raise InputError(
+                f"this is one of {jax.process_count()} processes on one accelerator, which nothing "
+                "names; give --distributed=tpu (see gptv_jax/hosts/distributed.py)."
+            )
+        return
+    met = _continue_in_child(meeting)
     try:
         if meeting.arguments.get("process_id") == 0:  # JAX may crash where the port is taken
             _, _, port = meeting.arguments["coordinator_address"].rpartition(":")
@@ -176,7 +154,7 @@ def _meet(meeting: Meeting, met: int) -> None:
             heartbeat_timeout_seconds=HEARTBEAT,
         )
     except Exception as error:  # any error of JAX or of the network
-        raise InputError(f"{meeting.failure} ({first_line(error)}); {ADVICE}.") from error
+        raise InputError(meeting.fails(f"({first_line(error)})")) from error
     stopping.synchronize()
     os.write(met, b"1")
     count, index = jax.process_count(), jax.process_index()
@@ -210,7 +188,7 @@ def _continue_in_child(meeting: Meeting) -> int:
     if code != -signal.SIGABRT:
         os._exit(code if code >= 0 else 128 - code)
     if not os.read(met, 1):
-        errors.end(1, f"error: {meeting.failure} within {MEETING} seconds; {ADVICE}.")
+        errors.end(1, f"error: {meeting.fails(f'within {MEETING} seconds')}")
     errors.end(
         OTHER_DIED,
         "error: another process of this run has died or cannot be reached, so JAX has ended this "

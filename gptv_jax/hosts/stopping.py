@@ -20,30 +20,26 @@ import time
 from collections.abc import Iterator
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from gptv_jax import errors
-from gptv_jax.hosts.exchange import from_all
 
 LOG = logging.getLogger(__name__)
 STOPPED = 128 + signal.SIGTERM  # exit codes as of a shell; a scheduler sees that work is left
 INTERRUPTED = 128 + signal.SIGINT
+CONTINUES = "the same command continues from the last checkpoint"
 POLL = 0.2  # seconds between two sync points outside a training
 
 
 class StoppedError(Exception):
-    """A training was asked to stop, has saved its state, and ends."""
-
-
-class EvaluationStoppedError(Exception):
-    """An evaluation ends between two batches, because its training was asked to stop."""
+    """A training was asked to stop: its evaluation, or the training with its state saved, ends."""
 
 
 class StopRequest:
     """Whether a training is asked to stop, and since when."""
 
-    def __init__(self):
-        self.since: float | None = None  # time.monotonic() of the request
+    since: float | None = None  # time.monotonic() of the request
 
     def agreed(self) -> bool:
         """Whether any process was asked to stop, with the same answer on every process.
@@ -94,8 +90,12 @@ def deferred_stop() -> Iterator[StopRequest]:
     with _lock:
         _training = request = StopRequest()
     try:
-        if _synchronized:
-            _align_sync_points()
+        if _synchronized:  # brings every process to the newest sync point that any has passed
+            with jax.transfer_guard("allow"):
+                newest = multihost_utils.process_allgather(np.int32(_sync_points)).max()
+            while _sync_points < newest:
+                if _sync_point_reached():
+                    _end()
         yield request
     finally:
         with _lock:
@@ -105,14 +105,10 @@ def deferred_stop() -> Iterator[StopRequest]:
 
 
 def until_stop(batches: Iterator[dict]) -> Iterator[dict]:
-    """The batches of an evaluation, up to a request to stop the training around it.
-
-    Raises:
-      EvaluationStoppedError: the training was asked to stop.
-    """
+    """The batches of an evaluation; StoppedError where the training around it is asked to stop."""
     for batch in batches:
         if _training is not None and _training.agreed():
-            raise EvaluationStoppedError
+            raise StoppedError
         yield batch
 
 
@@ -127,22 +123,12 @@ def _sync_point_reached() -> bool:
     return multihost_utils.reached_preemption_sync_point(_sync_points)
 
 
-def _align_sync_points() -> None:
-    """Brings every process to the newest sync point that any of them has passed."""
-    with jax.transfer_guard("allow"):
-        newest = max(from_all(_sync_points))
-    while _sync_points < newest:
-        if _sync_point_reached():
-            _end()
-
-
 def _listen(heard: int) -> None:
     while True:
         ready, _, _ = select.select([heard], [], [], POLL)
         signals = os.read(heard, 64) if ready else b""
         if signal.SIGINT in signals:
-            told = "interrupted; the same command continues from the last checkpoint"
-            errors.end(INTERRUPTED, told)
+            errors.end(INTERRUPTED, f"interrupted; {CONTINUES}")
         with _lock:
             if _training is None:
                 if signal.SIGTERM in signals or (_synchronized and _sync_point_reached()):
@@ -155,5 +141,4 @@ def _listen(heard: int) -> None:
 def _end() -> None:
     if _synchronized:  # a process that left alone would count as dead; the others end as well
         jax.distributed.shutdown()
-    told = "stopped by SIGTERM; the same command continues from the last checkpoint"
-    errors.end(STOPPED, told)
+    errors.end(STOPPED, f"stopped by SIGTERM; {CONTINUES}")

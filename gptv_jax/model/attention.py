@@ -25,7 +25,7 @@ LONG = 256  # T from which the blocked form is faster than the plain form on a C
 BLOCK = 256  # queries of the blocked form; 128 is as fast within noise, and slower to compile
 CUDNN_HEADS = range(8, 129, 8)  # values of K that cuDNN accepts on every GPU; on Hopper up to 256
 LANES = 128  # of a TPU's vector unit; splash takes multiples of 128 queries and keys a device
-SPLASH_TILE = 512  # queries and keys of a tile at most
+SPLASH_TILE = 512  # queries and keys of a tile at most; a tile divides their number on a device
 
 
 def attention(
@@ -103,11 +103,6 @@ def _plain(causal, first, q, k, v):
     return attention(q, k, v, seen if causal else jnp.ones((T, S), bool))
 
 
-def splash_tile(length: int) -> int:
-    """Queries or keys of a tile where a device has `length` of them, a multiple of LANES."""
-    return math.gcd(length, SPLASH_TILE)
-
-
 def _splash_kernel(mesh, heads: int, length: int, split: int, causal: bool):
     """JAX's splash kernel for TPUs, an argument of `jax.shard_map`, and its partition specs there.
 
@@ -120,10 +115,9 @@ def _splash_kernel(mesh, heads: int, length: int, split: int, causal: bool):
         mask, shards = masks.CausalMask((length, length)), split
     else:
         mask, shards = masks.FullMask((length // split, length)), 1
-    of_queries = dict.fromkeys(
-        ("block_q", "block_q_dkv", "block_q_dq"), splash_tile(length // split)
-    )
-    of_keys = dict.fromkeys(("block_kv", "block_kv_dkv", "block_kv_dq"), splash_tile(length))
+    queries, keys = (math.gcd(count, SPLASH_TILE) for count in (length // split, length))
+    of_queries = dict.fromkeys(("block_q", "block_q_dkv", "block_q_dq"), queries)
+    of_keys = dict.fromkeys(("block_kv", "block_kv_dkv", "block_kv_dq"), keys)
     kernel = splash.make_splash_mha(
         masks.MultiHeadMask([mask] * (heads // mesh.shape["tensor"])),
         block_sizes=splash.BlockSizes(**of_queries, **of_keys),

@@ -11,7 +11,7 @@ from jax.extend import core as jax_core
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.model import autoencoder
-from gptv_jax.model.attention import BLOCK, form, splash_tile
+from gptv_jax.model.attention import BLOCK, SPLASH_TILE, form
 from gptv_jax.model.gpt import Network
 
 
@@ -64,7 +64,8 @@ def executed(network: Network, platform: str, split: int = 1, loss_parts: int = 
     again = c.remat == "full" or (c.remat == "dots" and chosen != "splash")
     attention = attention * (ahead * (1 + again) + back) // 2
     if causal:  # scores are computed or skipped by whole tiles, and masked tiles are skipped
-        sides = {"plain": T, "blocked": BLOCK, "cudnn": CUDNN_TILE, "splash": splash_tile(T)}
+        splash = math.gcd(T, SPLASH_TILE)
+        sides = {"plain": T, "blocked": BLOCK, "cudnn": CUDNN_TILE, "splash": splash}
         tiles = -(-T // sides[chosen])
         attention = attention * (tiles + 1) // (2 * tiles)
     matmul = 3 * (blocks + head) + (loss_parts > 1) * head

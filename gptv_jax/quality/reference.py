@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float, Float64, UInt8
 
 from gptv_jax import files
-from gptv_jax.errors import InputError
+from gptv_jax.errors import InputError, as_input_error
 from gptv_jax.quality.features import FeatureExtractor
 
 FORMAT = 1
@@ -121,10 +121,8 @@ class Reference:
         buffer = io.BytesIO()
         header = {"format": FORMAT, "count": self.count, "provenance": self.provenance}
         np.savez(buffer, reference=json.dumps(header), **arrays)
-        try:
+        with as_input_error(f"{path} cannot be written", OSError):
             files.replace(path, buffer.getvalue())
-        except OSError as error:
-            raise InputError(f"{path} cannot be written ({error.strerror}).") from error
 
     def fits(self, extractor: FeatureExtractor) -> bool:
         """Whether the reference was made with this extractor."""
@@ -172,7 +170,7 @@ def load(path: str | pathlib.Path) -> Reference:
     path = pathlib.Path(path).absolute()
     if not path.exists():
         raise InputError(f"there is no reference {path}.")
-    try:
+    with as_input_error(f"{path} is no reference of generation quality, or it is damaged"):
         arrays = files.read_arrays(path)
         header = json.loads(str(arrays["reference"]))
         if header["format"] != FORMAT:
@@ -182,12 +180,6 @@ def load(path: str | pathlib.Path) -> Reference:
         count, provenance = int(header["count"]), dict(header["provenance"])
         _ = provenance["features"]["name"], provenance["features"]["hash"]
         mean, covariance, kept = arrays["mean"], arrays["covariance"], arrays.get("kept")
-    except InputError:
-        raise
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path} is no reference of generation quality, or it is damaged ({error})."
-        ) from error
     arrays = [mean, covariance] if kept is None else [mean, covariance, kept]
     fits = count > 1 and mean.ndim == 1 and covariance.shape == mean.shape * 2
     fits = fits and (kept is None or kept.shape[1:] == mean.shape)

@@ -1,1 +1,1 @@
-"""A run folder: who holds it, what it records, its report and pictures."""
+"""A run folder: who holds it, what it records, and its pictures."""

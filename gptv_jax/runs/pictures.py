@@ -1,5 +1,6 @@
-"""Grids of small images as PNG files."""
+"""PNG files: grids of small images, heat maps and plots of curves."""
 
+import io
 import math
 import pathlib
 
@@ -9,9 +10,14 @@ from etils import epy
 from jaxtyping import Float, UInt8
 from PIL import Image
 
-with epy.lazy_imports():  # heavy, and for heat maps alone
+with epy.lazy_imports():  # heavy, and for heat maps and plots alone
     import matplotlib
+    from matplotlib import figure as figures
+    from matplotlib import ticker
 
+# Plots are transparent, in tones that are readable on white and on black.
+BLUE, ORANGE, QUIET, INK = "#3d85c6", "#d9822b", "#9a9a9a", "#808080"
+SIZE = (5.4, 3.3)  # inches, of a plot
 SIDE = 64  # pixels; smaller images are enlarged to at least this side
 
 
@@ -54,3 +60,56 @@ def save(picture: UInt8[np.ndarray, "H W 3"], path: pathlib.Path) -> None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(picture).save(path)
+
+
+def plot(
+    title: str, x_label: str, curves: list[tuple], level=(), *, percent=False, below=()
+) -> bytes:
+    """A plot of curves (the arguments of `_line` after the axes) as a PNG file.
+
+    `level` is the y and the label of a dashed line; y is a share if `percent`; `below` is the title
+    and the points of a low plot under the first one.
+    """
+    figure, ratios = figures.Figure(SIZE, layout="constrained"), (4, 1) if below else (1,)
+    grid = figure.subplots(len(ratios), sharex=True, squeeze=False, height_ratios=ratios)
+    axes, last = grid[0, 0], grid[-1, 0]
+    for curve in curves:
+        _line(axes, *curve)
+    if level:
+        axes.axhline(level[0], color=QUIET, ls="--", lw=1, label=level[1])
+    if percent:
+        axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
+    if below:
+        _line(last, below[1], QUIET)
+        last.yaxis.set_major_locator(ticker.MaxNLocator(2))
+        last.yaxis.set_major_formatter("{x:g}")
+        _finish(last, below[0])
+    _finish(axes, title)
+    last.set_xlabel(x_label, fontsize=9, color=INK)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=200, transparent=True)
+    return buffer.getvalue()
+
+
+def _line(axes: "matplotlib.axes.Axes", points, color, label="", style="-", ring=None) -> None:
+    """Draws one curve, with a ring around the point at x = `ring`."""
+    if not points:
+        return
+    marker = "." if len(points) < 30 else None  # more of them would hide the line
+    axes.plot(*zip(*points, strict=True), style, marker=marker, ms=4, lw=1.3, c=color, label=label)
+    for x, y in points:
+        if x == ring:
+            axes.plot(x, y, "o", ms=10, mfc="none", mec=color)
+
+
+def _finish(axes: "matplotlib.axes.Axes", title: str) -> None:
+    """A light frame, whole numbers on x, y's meaning in the title, and a legend."""
+    axes.set_title(title, loc="left", fontsize=9, color=INK)
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.tick_params(colors=INK, labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(INK)
+    axes.grid(axis="y", color=INK, alpha=0.2, lw=0.6)
+    if len(axes.get_lines()) > 1:
+        axes.legend(frameon=False, fontsize=8, labelcolor=INK)

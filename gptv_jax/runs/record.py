@@ -85,8 +85,8 @@ class RunFolder:
           InputError: the folder cannot be written, another process has it, it was made of other
             data, or its checkpoints are elsewhere than the settings say.
         """
-        files.claim(self.path, "workdir")
-        files.lock(self.path, "workdir", holder=self)
+        files.claim(self.path, "--workdir")
+        files.lock(self.path, "--workdir", holder=self)
         path, given = self.path / "config.json", self.config.checkpoint_dir
         record, made = files.read_json(path, {}), path.exists()
         if made:

@@ -40,7 +40,7 @@ def run_stage(context: Context) -> dict:
     convert = context.codec.picture if features.of_pictures else lambda images: images
     reference = _reference(context, features, convert)
     reference.must_fit(features)
-    files.claim(folder, "workdir")
+    files.claim(folder, "--workdir")
     labels = labels_in_turn(context)
     weights = pretrained.load(context, context.network())
     drawn = list(hosts.until_stop(draw(context, folder, labels, weights.params)))

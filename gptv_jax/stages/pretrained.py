@@ -20,7 +20,6 @@ class Pretrained(NamedTuple):
     """Pretrained weights."""
 
     params: dict
-    step: int | None  # of pretraining that the weights are of, where known
     numbers: dict[str, int]  # for the summary of the stage: the step, where it is not the last one
 
 
@@ -33,8 +32,7 @@ def load(context: Context, network: Network) -> Pretrained:
     """
     config, given = context.config, context.config.init_from
     if given and weights.is_weights_path(given):
-        imported = _imported(config, context.codec)
-        return Pretrained(imported.on_mesh(), imported.step, {})
+        return Pretrained(_imported(config, context.codec).on_mesh(), {})
 
     def in_folder() -> tuple[str, str, int | None]:
         folder, summary = _finished_folder(config, context.folder.path)
@@ -51,11 +49,9 @@ def load(context: Context, network: Network) -> Pretrained:
             f"{place} holds no checkpoint, though pretraining has finished; restore it, or "
             "pretrain anew in another --workdir."
         )
-    state, info = restored
-    step = info["position"]
+    state, step = restored[0], restored[1]["position"]
     # Where the newest checkpoint is damaged, numbers are of an earlier one.
-    earlier = {} if given or step == last else {"pretrain_steps": step}
-    return Pretrained(state[part], step, earlier)
+    return Pretrained(state[part], {} if given or step == last else {"pretrain_steps": step})
 
 
 def check(config: config_lib.Config, folder: pathlib.Path, codec: Codec | None) -> None:

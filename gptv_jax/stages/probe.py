@@ -14,7 +14,7 @@ import numpy as np
 
 from gptv_jax import files, hosts
 from gptv_jax.checkpoint import Checkpoints
-from gptv_jax.errors import InputError, first_line
+from gptv_jax.errors import as_input_error
 from gptv_jax.model.gpt import Network
 from gptv_jax.probe import features, ridge, sgd
 from gptv_jax.probe.features import Features, Kept
@@ -127,12 +127,10 @@ def _by_sgd(context: Context, network: Network, trained: dict, initial: dict) ->
         pixels = features.of_pixels(context.codec, batches)
         tables["probe of raw pixels"] = _table("probe of raw pixels", pixels, context)
         files.write_json(path, tables)
-    try:
+    with as_input_error(f"{path} is damaged", advice="; delete it"):
         rows, random, [raw] = tables.values()
         for row in (*random, raw):  # the ridge regression's results, as there is no other probe
             row |= {name: row[f"ridge_{name}"] for name in RESULTS} | {"validation_nats": 0.0}
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is damaged ({first_line(error)}); delete it.") from error
 
     groups = [(layer,) for layer in ridge.best_layers(rows, config.refine)]
     best = ridge.best_layers(rows, 1)[0]

@@ -4,6 +4,7 @@ Each stage has a function of its name, which returns the stage's content for a s
 and the tiles with its main numbers; both are HTML, and "" while there is nothing to show.
 """
 
+import base64
 import dataclasses
 import datetime
 import math
@@ -16,10 +17,28 @@ from gptv_jax import config as config_lib
 from gptv_jax import files
 from gptv_jax.config import fields
 from gptv_jax.decode.sampler import class_rows
-from gptv_jax.runs import html
+from gptv_jax.runs import pictures
 from gptv_jax.runs.context import Context
 
 Part = tuple[str, str]  # content and tiles
+STYLE = """
+:root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif; }
+body { max-width: 1060px; margin: 2rem auto; padding: 0 1.2rem; }
+h1 { font-size: 1.6rem; margin: 0; } h2 { font-size: 1.1rem; margin: 2rem 0 .6rem; }
+small, figcaption, summary, th { opacity: .7; } small { display: block; }
+.box { display: block; margin: .8rem 0; padding: .7rem .9rem; background: #8882; border-radius: 8px;
+       overflow-wrap: anywhere; } .box b { font-size: 1.35rem; }
+code { font-size: .82rem; }
+.tiles, .row { display: grid; gap: .4rem 1.5rem; }
+.tiles { grid-template-columns: repeat(auto-fit, minmax(230px, 1fr)); column-gap: .8rem; }
+.row { grid-template-columns: repeat(auto-fill, minmax(min(100%, 440px), 1fr)); }
+figure { margin: 0; } img { width: 100%; } .pixels { image-rendering: pixelated; }
+.scroll { max-height: 24rem; overflow: auto; }
+table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
+td, th { padding: .15rem .6rem; border-bottom: 1px solid #8884; text-align: right; }
+td:first-child, th:first-child { text-align: left; } th { font-weight: 500; }
+.mark { background: #3d85c633; font-weight: 600; }
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +62,7 @@ class Results:
     def picture(self, name: str, caption: str) -> str:
         """A picture of samples/, if it is there."""
         path = self.folder / "samples" / f"{name}.png"
-        return html.figure(path.read_bytes(), caption, "pixels") if path.exists() else ""
+        return _figure(path.read_bytes(), caption, "pixels") if path.exists() else ""
 
 
 def tokenizer(results: Results) -> Part:
@@ -53,20 +72,20 @@ def tokenizer(results: Results) -> Part:
         return "", ""
     validation = results.series("tokenizer", "validation_psnr_db")
     curves = [
-        (training, html.ORANGE, "training, of the batch's mean error"),
-        (validation, html.BLUE, "validation, mean over images"),
+        (training, pictures.ORANGE, "training, of the batch's mean error"),
+        (validation, pictures.BLUE, "validation, mean over images"),
     ]
-    png = html.plot("PSNR, dB", "step", curves)
-    content = html.figure(png, "Training of the encoder and decoder.")
+    png = pictures.plot("PSNR, dB", "step", curves)
+    content = _figure(png, "Training of the encoder and decoder.")
     caption = "Test images, each followed by its reconstruction from tokens."
     content += results.picture("reconstructions", caption)
     if found:
         names = ("test_psnr_db", "test_ssim", "codes", "codes_used", "dead_codes", "perplexity")
-        rows = [(n, html.number(found[n])) for n in (*names, "test_idempotence")]
-        content += html.table(("on the test images", ""), rows)
+        rows = [(n, _number(found[n])) for n in (*names, "test_idempotence")]
+        content += _table(("on the test images", ""), rows)
     if found.get("collapsed"):
         used = f"{found['codes_used']:.2%} of the codes are in use"
-        content += html.tile("The codebook has collapsed", used)
+        content += _tile("The codebook has collapsed", used)
     return content, ""
 
 
@@ -80,24 +99,24 @@ def pretrain(results: Results) -> Part:
             beside += [f"lossless tokens: {exact:.3f} bits/dimension"]
         elif (psnr := found.get("test_distortion_psnr_db")) is not None:
             beside += [f"tokens lose detail ({psnr:.2f} dB): not comparable with bits/dimension"]
-        tiles = html.tile("Test loss", f"{found['test_nats_per_token']:.3f} nats/token", *beside)
+        tiles = _tile("Test loss", f"{found['test_nats_per_token']:.3f} nats/token", *beside)
         speed, mfu = found["train_tokens_per_second"], found["mfu"]
         timed = "not timed" if speed is None else f"{speed:,.0f} tokens/s"
         beside = ["MFU: the devices' peak is unknown" if mfu is None else f"MFU {mfu:.1%}"]
         if (share := found.get("goodput")) is not None:
             beside += [f"goodput {share:.1%}, {found.get('restarts')} restarts"]
-        tiles += html.tile("Pretraining speed", timed, *beside)
+        tiles += _tile("Pretraining speed", timed, *beside)
     evaluations = results.series("pretrain", "validation_nats_per_token")
     if not evaluations:
         return "", tiles
     curves = [
-        (results.series("pretrain", "nats_per_token"), html.ORANGE, "training"),
-        (evaluations, html.BLUE, "validation"),
+        (results.series("pretrain", "nats_per_token"), pictures.ORANGE, "training"),
+        (evaluations, pictures.BLUE, "validation"),
     ]
     level = math.log(v), f"uniform, ln {v}"
     below = "learning rate", results.series("pretrain", "learning_rate")
-    png = html.plot("loss, nats per token", "step", curves, level, below=below)
-    return html.figure(png, "Pretraining. The training loss is that of single batches."), tiles
+    png = pictures.plot("loss, nats per token", "step", curves, level, below=below)
+    return _figure(png, "Pretraining. The training loss is that of single batches."), tiles
 
 
 def probe(results: Results) -> Part:
@@ -112,29 +131,30 @@ def probe(results: Results) -> Part:
 
     best, raw = found["best_layer"], found["raw_pixels_test_accuracy"]
     curves = [
-        (points("validation_accuracy"), html.BLUE, "validation", ":", best),
-        (points("test_accuracy"), html.BLUE, "test"),
-        (points("ridge_test_accuracy"), html.QUIET, "ridge, test"),
-        (points("random_init_test_accuracy"), html.ORANGE, "random init, test"),
+        (points("validation_accuracy"), pictures.BLUE, "validation", ":", best),
+        (points("test_accuracy"), pictures.BLUE, "test"),
+        (points("ridge_test_accuracy"), pictures.QUIET, "ridge, test"),
+        (points("random_init_test_accuracy"), pictures.ORANGE, "random init, test"),
     ]
     level = raw, "raw pixels, test"
-    png = html.plot("probe accuracy", "layer", curves, level, percent=True)
+    png = pictures.plot("probe accuracy", "layer", curves, level, percent=True)
     files.replace(folder / "layers.png", png)
     caption = "Layer 0 is the embeddings. Ringed: the layer chosen on validation."
     sgd = results.config.probe.method == "sgd"
     setting, named = ("learning_rate", "learning rate") if sgd else ("c", "best C")
     head = ("layer", named, "validation", "test", "random init, test", "ridge, test")
     keys = ("validation_accuracy", "test_accuracy", "random_init_test_accuracy")
+    keys += ("ridge_test_accuracy",)
     cells = []
     for row in rows:
         chosen = f"{row[setting]:g}" if setting in row else ""
-        shares = (html.percent(row.get(key)) for key in (*keys, "ridge_test_accuracy"))
+        shares = (f"{row[k]:.2%}" if row.get(k) is not None else "" for k in keys)
         cells.append((row["layer"], chosen, *shares))
-    cells.append(("raw pixels", "", "", html.percent(raw), "", ""))
-    table = html.table(head, cells, marked=[best])
+    cells.append(("raw pixels", "", "", f"{raw:.2%}", "", ""))
+    table = _table(head, cells, marked=[best])
     beside = f"raw pixels {raw:.2%}", f"random init {found['random_init_test_accuracy']:.2%}"
-    tile = html.tile("Probe, test accuracy", f"{found['test_accuracy']:.2%}", *beside)
-    return f'{html.figure(png, caption)}<div class="scroll">{table}</div>', tile
+    tile = _tile("Probe, test accuracy", f"{found['test_accuracy']:.2%}", *beside)
+    return f'{_figure(png, caption)}<div class="scroll">{table}</div>', tile
 
 
 def finetune(results: Results) -> Part:
@@ -142,18 +162,18 @@ def finetune(results: Results) -> Part:
     tiles, found = "", results.numbers("finetune")
     if found:
         scratch = f"from scratch {found['scratch_test_accuracy']:.2%}"
-        tiles = html.tile("Fine-tuning, test accuracy", f"{found['test_accuracy']:.2%}", scratch)
+        tiles = _tile("Fine-tuning, test accuracy", f"{found['test_accuracy']:.2%}", scratch)
     tuned, scratch = (
         results.series(name, "validation_accuracy") for name in ("finetune", "finetune_scratch")
     )
     if not tuned:
         return "", tiles
     curves = [
-        (tuned, html.BLUE, "pretrained", "-", found.get("steps")),
-        (scratch, html.ORANGE, "from scratch", "-", found.get("scratch_steps")),
+        (tuned, pictures.BLUE, "pretrained", "-", found.get("steps")),
+        (scratch, pictures.ORANGE, "from scratch", "-", found.get("scratch_steps")),
     ]
-    png = html.plot("validation accuracy", "step", curves, percent=True)
-    return html.figure(png, "Fine-tuning. Ringed: the step whose weights were kept."), tiles
+    png = pictures.plot("validation accuracy", "step", curves, percent=True)
+    return _figure(png, "Fine-tuning. Ringed: the step whose weights were kept."), tiles
 
 
 def sample(results: Results) -> Part:
@@ -203,16 +223,17 @@ def write(context: Context) -> None:
     if "model/params" in results.summary:  # absent where another run did the pretraining
         parts.append(f"{results.summary['model/params']:,} parameters")
     parts += [f"{config.model.layers} layers", f"width {config.model.width}"]
-    title, newline = escape(", ".join(parts)), "\n"
-    numbers = [(name, html.number(value)) for name, value in results.summary.items()]
+    title = escape(", ".join(parts))
+    shown = (f'<h2>{t}</h2><div class="row">{part}</div>' for t, part in sections.items() if part)
+    numbers = [(name, _number(value)) for name, value in results.summary.items()]
     content = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title} ({escape(folder.name)})</title><style>{html.STYLE}</style></head>
+<title>{title} ({escape(folder.name)})</title><style>{STYLE}</style></head>
 <body><h1>{title}</h1>{_origin(folder)}
 <div class="tiles">{tiles}</div>
-{newline.join(html.section(*section) for section in sections.items())}
-<div class="row"><div><h2>All numbers</h2>{html.table(("name", "value"), numbers)}</div>
+{"".join(shown)}
+<div class="row"><div><h2>All numbers</h2>{_table(("name", "value"), numbers)}</div>
 <div><h2>Configuration</h2>{_configuration(config)}</div></div></body></html>
 """
     files.replace(folder / "report.html", content.encode())
@@ -231,6 +252,36 @@ def _origin(folder: pathlib.Path) -> str:
 def _configuration(config: config_lib.Config) -> str:
     flat, default = fields.flatten(config), fields.flatten(config_lib.Config())
     changed = [name for name in flat if flat[name] != default[name]]
-    table = html.table(("field", "value"), list(flat.items()), marked=changed)
+    table = _table(("field", "value"), list(flat.items()), marked=changed)
     summary = "All fields; marked fields differ from their defaults"
     return f"<details><summary>{summary}</summary>{table}</details>"
+
+
+def _figure(png: bytes, caption: str, kind: str = "plot") -> str:
+    """A PNG file with a caption; the kind "pixels" is enlarged without smoothing."""
+    source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+    image = f'<img class="{kind}" src="{source}" alt="{escape(caption)}">'
+    return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
+def _tile(title: str, value: str, *beside: str) -> str:
+    """A main number above lines with numbers to compare it with."""
+    lines = "".join(f"<small>{escape(line)}</small>" for line in beside)
+    return f'<div class="box">{escape(title)}<br><b>{escape(value)}</b>{lines}</div>'
+
+
+def _table(head: tuple, rows: list[tuple], marked=()) -> str:
+    """A table; rows whose first cell is in `marked` are highlighted."""
+    lines = ["<tr>" + "".join(f"<th>{escape(name)}</th>" for name in head) + "</tr>"]
+    for row in rows:
+        kind = "mark" if row[0] in marked else "plain"
+        cells = "".join(f"<td>{escape(str(cell))}</td>" for cell in row)
+        lines.append(f'<tr class="{kind}">{cells}</tr>')
+    return f"<table>{''.join(lines)}</table>"
+
+
+def _number(value) -> str:
+    """A number of the summary as text."""
+    if value is None:
+        return "unknown"
+    return f"{value:,.0f}" if isinstance(value, int) or value >= 1000 else f"{value:#.4g}"

@@ -20,7 +20,7 @@ from gptv_jax.errors import InputError, list_differences
 from gptv_jax.runs.context import Context
 from gptv_jax.runs.record import RunFolder, has_finished
 from gptv_jax.stages import STAGES, pretrained
-from gptv_jax.tokens import Codec, TokenDefinition, palette
+from gptv_jax.tokens import Codec, palette
 from gptv_jax.train.metrics import MetricWriter
 
 LOG = logging.getLogger(__name__)
@@ -57,17 +57,30 @@ def open_run(config: config_lib.Config, workdir: str, wanted: list[str] | None =
         "classes": getattr(sources.open_data_set(config.data), "class_names", classes),
     }
     hosts.from_first(lambda: _prepare(config, folder, stages, data))
-    files.claim(folder.path, "workdir")  # every process names the damaged images that it meets
+    files.claim(folder.path, "--workdir")  # every process names the damaged images that it meets
     images = Pipeline(config.data, None, config.seed, folder.path, sharding.batch_share(mesh))
     log = MetricWriter(folder.path)
     return with_codec(Context(config, mesh, folder, log, images, classes, tuple(stages)))
 
 
 def with_codec(context: Context) -> Context:
-    """The context with its codec, unless the tokenizer is still to be trained."""
-    definition = _kept_definition(context)
-    untrained = definition is None and context.config.tokens.kind in tokens.DEFINITIONS
-    return context if untrained else context.with_definition(definition)
+    """The context with its codec, unless the tokenizer is still to be trained.
+
+    Every process gets the palette or tokenizer that the run folder of process 0 holds.
+    """
+    kind, folder = context.config.tokens.kind, context.folder.path
+    if kind not in tokens.DEFINITIONS:
+        return context.with_definition(None)
+    with tempfile.TemporaryDirectory() as copies:
+        if jax.process_count() > 1:
+            path = folder / tokens.DEFINITIONS[kind][0]
+            first = jax.process_index() == 0
+            content = hosts.bytes_of_first(path.read_bytes() if first and path.exists() else b"")
+            folder = pathlib.Path(copies)
+            if content:
+                (folder / path.name).write_bytes(content)
+        definition = tokens.load_definition(kind, folder)
+    return context if definition is None else context.with_definition(definition)
 
 
 def find_codec(config: config_lib.Config, folder: pathlib.Path | None = None) -> Codec | None:
@@ -233,16 +246,3 @@ def _training_transforms(config: config_lib.Config, stages: list[str]) -> list[t
     sections = [STAGES[name].own_transforms for name in stages if STAGES[name].own_transforms]
     own = [operator.attrgetter(f"{each}.train_transforms")(config) for each in sections]
     return [config.data.train_transforms, *(entries for entries in own if entries)]
-
-
-def _kept_definition(context: Context) -> TokenDefinition | None:
-    """The palette or tokenizer in process 0's run folder, on all processes; None: there is none."""
-    kind, folder = context.config.tokens.kind, context.folder.path
-    if kind not in tokens.DEFINITIONS or jax.process_count() == 1:
-        return tokens.load_definition(kind, folder)
-    path = folder / tokens.DEFINITIONS[kind][0]
-    first = jax.process_index() == 0
-    content = hosts.bytes_of_first(path.read_bytes() if first and path.exists() else b"")
-    with tempfile.TemporaryDirectory() as copies:
-        (pathlib.Path(copies) / path.name).write_bytes(content)
-        return tokens.load_definition(kind, pathlib.Path(copies)) if content else None

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from gptv_jax import config as config_lib
 from gptv_jax import files, sharding
 from gptv_jax.config import fields
-from gptv_jax.errors import InputError, first_line, list_differences
+from gptv_jax.errors import InputError, as_input_error, list_differences
 from gptv_jax.model import autoencoder
 from gptv_jax.tokens.codec import AnyArray, Codec
 
@@ -63,14 +63,12 @@ class Tokenizer:
 
 def from_description(header: dict, params: dict[str, np.ndarray], where: str) -> Tokenizer:
     """The tokenizer with these weights whose `description()` is `header`."""
-    try:
+    with as_input_error(f"the header of {where} is damaged"):
         if (found := header["format"]) != FORMAT:
             raise InputError(f"{where} is of format {found}; this version reads {FORMAT}.")
         settings = config_lib.recorded(config_lib.Autoencoder, header["autoencoder"], "autoencoder")
         config = fields.from_dict(config_lib.Autoencoder, settings, "autoencoder")
         provenance = dict(header["provenance"])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"the header of {where} is damaged ({first_line(error)}).") from error
     _, tree = _abstract(config, jax.local_devices()[:1])
     expected = {name: leaf.shape for name, leaf in sharding.by_name(tree).items()}
     wrong = list_differences(expected, {name: array.shape for name, array in params.items()})
@@ -91,10 +89,8 @@ def load(path: str | pathlib.Path) -> Tokenizer:
             "finished, or a file of Tokenizer.save."
         )
     params, metadata = files.read_weights(path)
-    try:
+    with as_input_error(f"{path} holds no tokenizer"):
         header = json.loads(metadata[HEADER])
-    except (KeyError, ValueError) as error:
-        raise InputError(f"{path} holds no tokenizer ({first_line(error)}).") from error
     return from_description(header, params, str(path))
 
 

@@ -12,7 +12,7 @@ from etils import epy
 from jaxtyping import Float, Int, UInt8
 
 from gptv_jax import files
-from gptv_jax.errors import InputError
+from gptv_jax.errors import InputError, as_input_error
 from gptv_jax.tokens.codec import Codec
 
 with epy.lazy_imports():  # slow to import, and only building a palette needs it
@@ -48,14 +48,12 @@ def load(path: str | pathlib.Path) -> Palette:
     path = pathlib.Path(path).absolute()
     if not path.exists():
         raise InputError(f"there is no palette {path}.")
-    try:
+    with as_input_error(f"{path} is not a palette"):
         content = files.read_arrays(path)
         if "" in content:
             centers, provenance = content[""], {"file": path.name}
         else:
             centers, provenance = content["centers"], json.loads(str(content["provenance"]))
-    except (ValueError, KeyError) as error:
-        raise InputError(f"{path} is not a palette ({error}).") from error
     return checked(centers, provenance, str(path))
 
 

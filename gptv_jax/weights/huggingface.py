@@ -17,7 +17,7 @@ import numpy as np
 from gptv_jax import config as config_lib
 from gptv_jax import files
 from gptv_jax.config import fields
-from gptv_jax.errors import InputError
+from gptv_jax.errors import InputError, as_input_error
 from gptv_jax.tokens import palette as palettes
 from gptv_jax.tokens.palette import Palette
 from gptv_jax.weights import native
@@ -66,10 +66,8 @@ def read_definition(folder: pathlib.Path) -> Palette | None:
     clusters = files.read_json(path, {}).get("clusters")
     if clusters is None:
         return None
-    try:
+    with as_input_error(f"clusters of {path} are no list of colours"):
         centers = np.asarray(clusters, np.float32)
-    except (ValueError, TypeError) as error:
-        raise InputError(f"clusters of {path} are no list of colours.") from error
     provenance = {"file": f"{folder.name}/{PREPROCESSOR}"}
     return palettes.checked(centers, provenance, f"clusters of {path}")
 
@@ -256,7 +254,7 @@ def write(weights_file: WeightsFile, folder: pathlib.Path, task: str) -> None:
         "resample": 2,
         "size": {"height": codec.grid[0], "width": codec.grid[1]},
     }
-    files.claim(folder, "to")
+    files.claim(folder, "--to")
     # config.json is removed first and written last: a folder with it is complete.
     (folder / CONFIG).unlink(missing_ok=True)
     header = json.dumps(native.make_header(weights_file))

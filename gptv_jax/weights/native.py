@@ -16,7 +16,7 @@ from gptv_jax import files, sharding, tokens
 from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.config import fields
 from gptv_jax.config.fields import FROM_ZERO, POSITIVE, field
-from gptv_jax.errors import InputError, first_line, list_differences
+from gptv_jax.errors import InputError, as_input_error, list_differences
 from gptv_jax.model.gpt import Network
 from gptv_jax.runs import record
 from gptv_jax.tokens import Palette, TokenDefinition, Tokenizer, learned
@@ -152,20 +152,18 @@ def make_header(weights_file: WeightsFile) -> dict:
 
 def parse_header(metadata: dict[str, str], path: pathlib.Path) -> dict:
     """The header in the metadata of the file at `path`; InputError where the header is damaged."""
-    try:
+    with as_input_error(f"the header of {path} is damaged"):
         header = json.loads(metadata[HEADER])
         if not isinstance(header.get("palette"), dict | None):
             raise ValueError(f"palette is {header['palette']!r}")
         return header
-    except (KeyError, ValueError, AttributeError) as error:
-        raise InputError(f"the header of {path} is damaged ({first_line(error)}).") from error
 
 
 def from_header(
     header: dict, params: dict, definition: TokenDefinition | None, where: pathlib.Path
 ) -> WeightsFile:
     """The weights that a header describes; a palette gets the provenance in the header."""
-    try:
+    with as_input_error(f"the header of {where} is damaged"):
         if header["format"] != FORMAT:
             raise InputError(
                 f"{where} has format {header['format']}; this version reads format {FORMAT}."
@@ -180,8 +178,6 @@ def from_header(
             given = config_lib.recorded(cls, header[name], name)
             settings[name] = fields.from_dict(cls, given, name)
         return WeightsFile(**settings, **facts, params=params, definition=definition)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"the header of {where} is damaged ({first_line(error)}).") from error
 
 
 def read(path: pathlib.Path, palette: Palette | None = None) -> WeightsFile:

@@ -11,7 +11,7 @@ import re
 import numpy as np
 
 from gptv_jax import config as config_lib
-from gptv_jax.errors import InputError, first_line
+from gptv_jax.errors import InputError, as_input_error
 from gptv_jax.tokens.palette import Palette
 from gptv_jax.weights.native import WeightsFile, choose_palette, read_class_head
 from gptv_jax.weights.strict_reader import StrictReader
@@ -41,7 +41,7 @@ def read(prefix: pathlib.Path, palette: Palette | None = None) -> WeightsFile:
         raise InputError(
             f"{prefix} is a TensorFlow checkpoint; to read it, pip install -e '.[prepare]'."
         ) from error
-    try:
+    with as_input_error(f"{prefix} cannot be read"):  # TensorFlow's readers raise several types
         checkpoint = tf.train.load_checkpoint(str(prefix))
         variables = {
             name: tuple(shape)
@@ -53,8 +53,6 @@ def read(prefix: pathlib.Path, palette: Palette | None = None) -> WeightsFile:
             raise ValueError(f"it has the same variable inside {SCOPE} and outside")
         scope = SCOPE if any(name.startswith(SCOPE) for name in variables) else ""
         reader = StrictReader(shapes, lambda name: checkpoint.get_tensor(scope + name))
-    except Exception as error:  # TensorFlow's readers raise several types
-        raise InputError(f"{prefix} cannot be read ({first_line(error)}).") from error
     return convert(reader, prefix, palette)
 
 
@@ -68,12 +66,10 @@ def convert(reader: StrictReader, prefix: pathlib.Path, palette: Palette) -> Wei
     Raises:
       InputError: a variable is missing, left over or misshapen; all faults are listed.
     """
-    try:
+    with as_input_error(f"{prefix} holds no Image GPT"):
         (V, D), (T, _) = reader.shapes["wte"], reader.shapes["wpe"]
         H, K, _ = reader.shapes["h0/attn/q_proj"]
         F = reader.shapes["h0/mlp/c_fc/w"][1]
-    except (KeyError, ValueError, IndexError) as error:
-        raise InputError(f"{prefix} holds no Image GPT ({first_line(error)}).") from error
     L = len({name.partition("/")[0] for name in reader.shapes if re.match(r"h\d+/", name)})
 
     def stack(name: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -4,9 +4,9 @@ import pathlib
 import re
 from collections.abc import Callable
 
+import jax.numpy as jnp
 import numpy as np
 
-from gptv_jax import files
 from gptv_jax.errors import InputError, first_line, list_differences
 from gptv_jax.model import lpips
 
@@ -37,7 +37,7 @@ class StrictReader:
             except Exception as error:  # libraries raise several types for damaged files
                 self._faults.append(f"{name} cannot be read ({first_line(error)})")
             else:
-                if files.is_floating(array):
+                if jnp.issubdtype(array.dtype, jnp.floating):
                     return np.asarray(array, np.float32)
                 self._faults.append(f"{name} is of type {array.dtype}, not floating-point")
         return np.broadcast_to(np.float32(0), shape)
