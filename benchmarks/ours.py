@@ -46,7 +46,7 @@ def train(size: dict, batch: int, dtype: str, **model) -> Task:
     _prepare()
     network = network_of(Size(**size), dtype, **model)
     optimizer, rate = make_optimizer(OPTIMIZER, 1)
-    train_step = step.make_train_step(step.generative_loss(network), optimizer, rate)
+    train_step = step.make_train_step(step.make_loss(network), optimizer, rate)
     state = jax.jit(step.make_init(network, optimizer))(jax.random.key(0))
     data = batch_of(network, batch)
 
@@ -63,10 +63,11 @@ def generate(size: dict, batch: int, dtype: str, count: int) -> Task:
     _prepare()
     network = network_of(Size(**size), dtype)
     params = jax.jit(network.init)(jax.random.key(0))
-    prefix, key = sharding.shard_rows(np.zeros((batch, 0), np.int32)), jax.random.key(1)
+    unknown = np.full((batch, count), generation.UNKNOWN, np.int32)
+    given, key = sharding.shard_rows(unknown), jax.random.key(1)
 
     def draw():
-        return generation.generate(network, params, prefix, key, steps=count)
+        return generation.generate(network, params, given, key)
 
     return _task(draw)
 

@@ -11,8 +11,8 @@ from jaxtyping import Bool, Float, Int, UInt8
 
 from gptv_jax import config as config_lib
 from gptv_jax import sharding, validation, weights
-from gptv_jax.decode import generation, likelihood
-from gptv_jax.decode.sampler import Sampler, Section, kept_tokens
+from gptv_jax.decode import generation
+from gptv_jax.decode.sampler import Sampler, Section, by_pixel, kept_tokens
 from gptv_jax.errors import InputError
 from gptv_jax.model.gpt import Network
 from gptv_jax.tokens import LearnedCodec, learned
@@ -23,6 +23,9 @@ from gptv_jax.validation import Labels, arguments_by_name
 from gptv_jax.weights import huggingface, native
 from gptv_jax.weights.native import WeightsFile
 
+AnyPath = str | pathlib.Path
+Images = UInt8[AnyArray, "B H W C"]
+Tokens = Int[AnyArray, "B T"]
 Setting = float | int | str | None  # of `config.Drawing`
 
 
@@ -40,43 +43,34 @@ class Model:
         self.network, self.codec = described.network, described.codec
         self.params, self.mesh, self._described = params, mesh, described
 
-    def tokenize(self, images: UInt8[AnyArray, "B H W C"]) -> Int[np.ndarray, "B T"]:
+    def tokenize(self, images: Images) -> Int[np.ndarray, "B T"]:
         """Int32 tokens, 0 <= token < V, in raster order."""
         return self.codec.encode(validation.images(images, self.codec))
 
-    def detokenize(self, tokens: Int[AnyArray, "B T"]) -> UInt8[np.ndarray, "B H W C"]:
+    def detokenize(self, tokens: Tokens) -> UInt8[np.ndarray, "B H W C"]:
         """The images that the tokens stand for; for a lossless codec the inverse of `tokenize`."""
         return self.codec.decode(validation.sequences(tokens, self.network))
 
     @arguments_by_name
-    def logits(
-        self, tokens: Int[AnyArray, "B T"], labels: Labels = None
-    ) -> Float[np.ndarray, "B T V"]:
+    def logits(self, tokens: Tokens, labels: Labels = None) -> Float[np.ndarray, "B T V"]:
         """Float32 logits; position t predicts tokens[:, t], from earlier ones or (BERT) all."""
         return self._forward(validation.sequences(tokens, self.network), "logits", labels)
 
     @arguments_by_name
-    def log_likelihood(
-        self, images: UInt8[AnyArray, "B H W C"], labels: Labels = None
-    ) -> Float[np.ndarray, "B"]:
+    def log_likelihood(self, images: Images, labels: Labels = None) -> Float[np.ndarray, "B"]:
         """Float32 log-probability of each image, in nats: the sum over the image's tokens."""
         return -self._nats(images, labels).sum(axis=1)
 
     @arguments_by_name
-    def surprise(
-        self, images: UInt8[AnyArray, "B H W C"], labels: Labels = None
-    ) -> Float[np.ndarray, "B H W"]:
+    def surprise(self, images: Images, labels: Labels = None) -> Float[np.ndarray, "B H W"]:
         """Float32 negative log-probability of each pixel given the pixels before it, in nats.
 
         The nats of a token are spread evenly over the token's pixels, so the sum over an image is
         minus `log_likelihood`. `gptv_jax.runs.pictures.heat_map` shows them as a picture.
         """
-        nats, size = self._nats(images, labels), self.codec.image_shape[:2]
-        return likelihood.by_pixel(nats, self.codec.grid, size)
+        return by_pixel(self._nats(images, labels), self.codec)
 
-    def features(
-        self, images: UInt8[AnyArray, "B H W C"], layer: int | None = None
-    ) -> Float[np.ndarray, "B D"]:
+    def features(self, images: Images, layer: int | None = None) -> Float[np.ndarray, "B D"]:
         """Float32 means over positions of one layer's normed input; BERT: over its masks, too.
 
         `layer` is 0 .. L, where L is the output of the final norm; None: the layer that the probe
@@ -88,7 +82,7 @@ class Model:
         layer = validation.whole(chosen if layer is None else layer, "layer", most=last)
         return self._forward(self.tokenize(images), "pooled")[:, layer]
 
-    def classify(self, images: UInt8[AnyArray, "B H W C"]) -> Float[np.ndarray, "B classes"]:
+    def classify(self, images: Images) -> Float[np.ndarray, "B classes"]:
         """Float32 class probabilities of a fine-tuned model; BERT: means over its masks."""
         if not self.network.classes:
             raise InputError(
@@ -109,7 +103,7 @@ class Model:
     @arguments_by_name
     def complete(
         self,
-        images: UInt8[AnyArray, "B H W C"],
+        images: Images,
         keep: float = 0.5,
         seed: int = 0,
         *,
@@ -128,15 +122,12 @@ class Model:
         drawn. Known pixels change only as far as the tokens lose detail. Completions of one image
         are next to each other.
         """
-        keep, samples = (
-            validation.setting("keep", keep),
-            validation.whole(samples, "samples", least=1),
-        )
+        keep = validation.setting("keep", keep)
+        samples = validation.whole(samples, "samples", least=1)
         key, tokens = Section.COMPLETIONS.key(validation.seed(seed)), self.tokenize(images)
         sampler, labels = self._sampler(len(tokens), labels, drawing)
-        if mask is None:
-            known = np.arange(self.network.length) < kept_tokens(self.network, keep)
-        else:
+        known = np.arange(self.network.length) < kept_tokens(self.network, keep)
+        if mask is not None:
             known = validation.mask(mask, len(tokens), self.codec)
         given = np.where(known, tokens, generation.UNKNOWN)
         with jax.set_mesh(self.mesh):
@@ -145,7 +136,7 @@ class Model:
     @arguments_by_name
     def outpaint(
         self,
-        images: UInt8[AnyArray, "B H W C"],
+        images: Images,
         top: int = 0,
         bottom: int = 0,
         left: int = 0,
@@ -169,7 +160,7 @@ class Model:
             grids = sampler.outpaint(tokens, margins, key, labels)
         return self.codec.decode(grids.reshape(len(grids), -1), grids.shape[1:])
 
-    def save(self, path: str | pathlib.Path) -> None:
+    def save(self, path: AnyPath) -> None:
         """Writes a .safetensors file with everything that `load` needs."""
         native.write(self.weights_file(), pathlib.Path(path).absolute())
 
@@ -178,16 +169,13 @@ class Model:
         arrays = {name: np.asarray(leaf) for name, leaf in sharding.by_name(self.params).items()}
         return dataclasses.replace(self._described, params=arrays)
 
-    def _must_be_autoregressive(self, what: str) -> None:
+    def _sampler(self, rows: int, labels: Labels, drawing: dict, what: str = "draw images"):
+        """The sampler that does `what`, and the label of each row."""
         if self.network.config.objective != "autoregressive":
             raise InputError(
                 f"a model with the objective {self.network.config.objective} cannot {what}; load "
                 "one with the objective autoregressive."
             )
-
-    def _sampler(self, rows: int, labels: Labels, drawing: dict):
-        """The sampler, and the label of each row."""
-        self._must_be_autoregressive("draw images")
         labels = validation.labels(labels, rows, self.network)
         sampler = Sampler(self.network, self.params, validation.drawing(drawing))
         if sampler.drawing.guidance != 1 and labels is None:
@@ -198,26 +186,20 @@ class Model:
         return sampler, labels
 
     def _nats(self, images, labels: Labels) -> Float[np.ndarray, "B T"]:
-        self._must_be_autoregressive("give likelihoods")
         tokens = self.tokenize(images)
-        labels = validation.labels(labels, len(tokens), self.network)
+        sampler, labels = self._sampler(len(tokens), labels, {}, "give likelihoods")
         with jax.set_mesh(self.mesh):
-            return likelihood.nats(self.network, self.params, tokens, labels)
+            return sampler.nats(tokens, labels)
 
     def _forward(self, tokens: np.ndarray, output: str, labels: Labels = None) -> np.ndarray:
         labels = validation.labels(labels, len(tokens), self.network)
-        variant = likelihood.start_vectors(self.network, labels, len(tokens))
         with jax.set_mesh(self.mesh):
-            inputs = sharding.shard_rows(tokens), sharding.shard_rows(variant)
+            inputs = jax.tree.map(sharding.shard_rows, (tokens, labels))
             result = _forward(self.network, self.params, *inputs, output)
         return np.asarray(result)[: len(tokens)]
 
 
-def load(
-    source: str | pathlib.Path,
-    stage: str | None = None,
-    palette: str | pathlib.Path | None = None,
-) -> Model:
+def load(source: AnyPath, stage: str | None = None, palette: AnyPath | None = None) -> Model:
     """The model in a run folder, or in a file or folder of weights.
 
     Args:
@@ -239,9 +221,7 @@ def load(
         return Model(dataclasses.replace(found, params={}), found.on_mesh(), mesh)
 
 
-def from_huggingface(
-    folder: str | pathlib.Path, palette: str | pathlib.Path | None = None
-) -> Model:
+def from_huggingface(folder: AnyPath, palette: AnyPath | None = None) -> Model:
     """An ImageGPT of `transformers`, from a folder that `save_pretrained` wrote.
 
     The folder has `config.json`, safetensors and, unless `palette` names a kmeans_centers.npy,
@@ -250,19 +230,18 @@ def from_huggingface(
     return load(folder, palette=palette)
 
 
-def to_huggingface(model: Model, folder: str | pathlib.Path, task: str = "generation") -> None:
+def to_huggingface(model: Model, folder: AnyPath, task: str = "generation") -> None:
     """Writes a folder from which `transformers` loads the model, without this package or pickle.
 
     The task "generation" is for `ImageGPTForCausalImageModeling`, "classification" for
     `ImageGPTForImageClassification`. ValueError names parts of the model that ImageGPT lacks.
     """
     if task not in huggingface.ARCHITECTURES:
-        shown = ", ".join(huggingface.ARCHITECTURES)
-        raise InputError(f"task is {task!r}; it takes one of {shown}.")
+        raise InputError(f"task is {task!r}; it takes {' or '.join(huggingface.ARCHITECTURES)}.")
     huggingface.write(model.weights_file(), pathlib.Path(folder).absolute(), task)
 
 
-def from_openai(prefix: str | pathlib.Path, palette: str | pathlib.Path) -> Model:
+def from_openai(prefix: AnyPath, palette: AnyPath) -> Model:
     """OpenAI's Image GPT, from the TensorFlow checkpoint; needs the `prepare` extra.
 
     `prefix` is the path without .index, ".../model.ckpt-1000000"; `palette` names
@@ -271,32 +250,31 @@ def from_openai(prefix: str | pathlib.Path, palette: str | pathlib.Path) -> Mode
     return load(prefix, palette=palette)
 
 
-def load_tokenizer(source: str | pathlib.Path, image_size: int | None = None) -> LearnedCodec:
+def load_tokenizer(source: AnyPath, image_size: int | None = None) -> LearnedCodec:
     """A learned encoder and decoder of images, without a network that reads the codes.
 
-    Args:
-      source: a run folder whose stage `tokenizer` has finished, or a file of `Tokenizer.save`.
-      image_size: height and width in pixels; None: the size of the training images.
+    `source` is a run folder whose stage `tokenizer` has finished, or a file of `Tokenizer.save`;
+    `image_size` is height and width in pixels; None: the size of the training images.
     """
     tokenizer = learned.load(source)
     size = tokenizer.provenance["image_size"] if image_size is None else image_size
-    return LearnedCodec(tokenizer, validation.tokenizer_size(size, tokenizer.config.downsample))
+    side = tokenizer.config.downsample
+    return LearnedCodec(tokenizer, validation.whole(size, "image_size", least=1, side=side))
 
 
 @functools.partial(jax.jit, static_argnames=("network", "output"))
 def _forward(
-    network: Network, params: dict, tokens: jax.Array, variant: jax.Array, output: str
+    network: Network, params: dict, tokens: jax.Array, labels: jax.Array | None, output: str
 ) -> jax.Array:
     """One output of the network: "logits", "pooled" features [B, L+1, D] or "classes"."""
     if output == "logits":
-        return network.bind(params)(tokens, variant).logits
+        return network.bind(params)(tokens, labels).logits
     if network.config.objective == "bert":  # sees images under masks, as in training
         batch = {"tokens": tokens, "variant": None, "index": jnp.arange(len(tokens))}
-        votes = [
-            objective.evaluate_batch(network, params, batch, v)[0] for v in range(network.votes)
-        ]
+        each = (objective.evaluate_batch(network, params, batch, v) for v in range(network.votes))
+        votes = [found for found, _ in each]
     else:
-        votes = [network.bind(params)(tokens, variant)]
+        votes = [network.bind(params)(tokens, labels)]
     if output == "pooled":
         return sum(vote.pooled for vote in votes).swapaxes(0, 1) / len(votes)
     return sum(jax.nn.softmax(vote.class_logits, axis=-1) for vote in votes) / len(votes)

@@ -13,7 +13,6 @@ from jaxtyping import Bool, Int, UInt8
 from gptv_jax import config as config_lib
 from gptv_jax import tokens
 from gptv_jax.config import fields
-from gptv_jax.decode.sampler import known_tokens
 from gptv_jax.errors import InputError
 from gptv_jax.model.gpt import Network
 from gptv_jax.tokens.codec import AnyArray
@@ -31,13 +30,14 @@ def arguments_by_name(method: Method) -> Method:
     three settings may follow the positional arguments, as in earlier versions.
     """
     signature, document = inspect.signature(method), inspect.cleandoc(method.__doc__)
+    make = inspect.Parameter
     shown = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    count, early = sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in shown), []
     if len(shown) < len(signature.parameters):
-        keyword = functools.partial(inspect.Parameter, kind=inspect.Parameter.KEYWORD_ONLY)
-        shown += [keyword(f.name, default=f.default, annotation=f.type) for f in DRAWING]
+        for i, f in enumerate(DRAWING):
+            kind = make.POSITIONAL_OR_KEYWORD if i < 3 else make.KEYWORD_ONLY
+            shown.append(make(f.name, kind, default=f.default, annotation=f.type))
         document += f"\n\n{inspect.cleandoc(config_lib.Drawing.__doc__)}"
-        early = [each.name for each in DRAWING[:3]]
+    signature = signature.replace(parameters=sorted(shown, key=lambda p: p.kind))
 
     @functools.wraps(method)
     def call(*positional, **named):
@@ -45,24 +45,19 @@ def arguments_by_name(method: Method) -> Method:
             if "labels" in named:
                 raise TypeError("label and labels are both given; give labels alone.")
             named["labels"] = named.pop("label")
-        settings = dict(zip(early, positional[count:], strict=False))
-        return method(
-            *positional[:count], *positional[count + len(settings) :], **settings, **named
-        )
+        return method(**signature.bind_partial(*positional).arguments, **named)
 
-    call.__signature__, call.__doc__ = signature.replace(parameters=shown), document
+    call.__signature__, call.__doc__ = signature, document
     return call
 
 
-def _is_whole(value) -> bool:
-    """Whether `value` is an integer of Python or NumPy, and no bool."""
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
-def whole(value, name: str, least: int = 0, most: int | None = None) -> int:
-    """A whole number from `least` to `most`."""
-    if not _is_whole(value) or value < least or (most is not None and value > most):
+def whole(value, name: str, least: int = 0, most: int | None = None, side: int = 1) -> int:
+    """A whole number from `least` to `most`; of pixels, a multiple of a token's `side`."""
+    integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not integer or value < least or (most is not None and value > most) or value % side:
         accepted = f"{least} or more" if most is None else f"{least} to {most}"
+        if side > 1:
+            accepted = f"a multiple of {side}, the side of a token in pixels, {accepted}"
         raise InputError(f"{name} is {value!r}; it takes a whole number, {accepted}.")
     return int(value)
 
@@ -91,23 +86,16 @@ def setting(name: str, value):
 def images(given, codec: tokens.Codec) -> UInt8[np.ndarray, "B H W C"]:
     """One image or more, of the shape that the codec takes."""
     given, shape = np.asarray(given), codec.image_shape
-    if given.dtype != np.uint8 or given.shape[1:] != shape or given.ndim != 4:
-        shown = ", ".join(map(str, shape))
-        raise InputError(
-            f"images are {given.dtype} {list(given.shape)}; they must be uint8 [B, {shown}]."
-        )
-    return _not_empty(given)
+    right = given.dtype == np.uint8 and given.shape[1:] == shape
+    return _checked(given, right, "images are", f"uint8 [B, {', '.join(map(str, shape))}]")
 
 
 def sequences(given, network: Network) -> Int[np.ndarray, "B T"]:
     """One whole sequence of the network's tokens or more."""
     given, length = np.asarray(given), network.length
-    if given.ndim != 2 or given.shape[1] != length or given.dtype.kind not in "iu":
-        raise InputError(
-            f"tokens are {given.dtype} {list(given.shape)}; they must be whole numbers "
-            f"[B, {length}]."
-        )
-    return _below(_not_empty(given), network.vocabulary, "tokens")
+    right = given.shape[1:] == (length,) and given.dtype.kind in "iu"
+    given = _checked(given, right, "tokens are", f"whole numbers [B, {length}]")
+    return _below(given, network.vocabulary, "tokens")
 
 
 def labels(given, count: int, network: Network) -> Int[np.ndarray, "B"] | None:
@@ -121,18 +109,17 @@ def labels(given, count: int, network: Network) -> Int[np.ndarray, "B"] | None:
             "(config.model.class_tokens is 0); leave labels away."
         )
     found = np.asarray(given)
-    if found.shape not in [(), (count,)] or found.dtype.kind not in "iu":
-        raise InputError(
-            f"labels are {found.dtype} {list(found.shape)}; they must be one whole number, or "
-            f"{count} of them."
-        )
+    right = found.shape in [(), (count,)] and found.dtype.kind in "iu"
+    found = _checked(found, right, "labels are", f"one whole number, or {count} of them")
     return np.broadcast_to(_below(found, classes, "labels"), count)
 
 
-def _not_empty(given: np.ndarray) -> np.ndarray:
-    if not len(given):
+def _checked(found: np.ndarray, right: bool, subject: str, accepted: str) -> np.ndarray:
+    if not right:
+        raise InputError(f"{subject} {found.dtype} {list(found.shape)}; give {accepted}.")
+    if found.shape[:1] == (0,):
         raise InputError("the batch is empty; give one row or more.")
-    return given
+    return found
 
 
 def _below(given: np.ndarray, end: int, name: str) -> np.ndarray:
@@ -147,35 +134,18 @@ def _below(given: np.ndarray, end: int, name: str) -> np.ndarray:
 def mask(given, count: int, codec: tokens.Codec) -> Bool[np.ndarray, "B T"]:
     """Which tokens of each of `count` images are known, from a mask of pixels or of tokens."""
     found, sizes = np.asarray(given), [codec.image_shape[:2], codec.grid]
-    right_size = found.ndim >= 2 and found.shape[-2:] in sizes
-    if found.dtype != bool or not right_size or found.shape[:-2] not in [(), (count,)]:
-        shown = " or ".join(str(list(size)) for size in dict.fromkeys(sizes))
-        raise InputError(
-            f"mask is {found.dtype} {list(found.shape)}; it must be bool {shown}, one for all "
-            f"images or one for each of the {count} images."
-        )
-    known = known_tokens(found, codec.grid)
-    return np.broadcast_to(known, (count, known.shape[-1]))
+    right = found.dtype == bool and found.shape[-2:] in sizes and found.shape[:-2] in [(), (count,)]
+    shown = " or ".join(str(list(size)) for size in dict.fromkeys(sizes))
+    accepted = f"bool {shown}, one for all images or one for each of the {count} images"
+    found = _checked(found, right, "mask is", accepted)
+    (rows, columns), (height, width) = codec.grid, found.shape[-2:]
+    patches = found.reshape(-1, rows, height // rows, columns, width // columns)
+    known = patches.all(axis=(2, 4)).reshape(-1, rows * columns)
+    return np.broadcast_to(known, (count, rows * columns))
 
 
 def margins(codec: tokens.Codec, **pixels) -> tuple[int, int, int, int]:
     """Rows above and below and columns left and right, counted in tokens."""
     height, width = (codec.image_shape[axis] // codec.grid[axis] for axis in (0, 1))
     sides = {"top": height, "bottom": height, "left": width, "right": width}
-    for name, side in sides.items():
-        if whole(pixels[name], name) % side:
-            raise InputError(
-                f"{name} is {pixels[name]} pixels; it takes a multiple of {side}, the side of a "
-                "token."
-            )
-    return tuple(pixels[name] // side for name, side in sides.items())
-
-
-def tokenizer_size(size, downsample: int) -> int:
-    """Height and width of images, where a token stands for `downsample` x `downsample` pixels."""
-    if not _is_whole(size) or size < 1 or size % downsample:
-        raise InputError(
-            f"image_size is {size!r}; a token stands for {downsample} x {downsample} pixels, so it "
-            f"takes a multiple of {downsample}."
-        )
-    return int(size)
+    return tuple(whole(pixels[name], name, side=side) // side for name, side in sides.items())

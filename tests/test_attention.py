@@ -10,7 +10,7 @@ from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.model import attention
 from gptv_jax.planning import topology
-from gptv_jax.train.step import generative_loss
+from gptv_jax.train.step import make_loss
 
 T, BLOCK = 11, 4  # two whole blocks and a part of one
 QUERIES = jax.sharding.PartitionSpec(sharding.BATCH, "sequence", "tensor", None)
@@ -115,7 +115,7 @@ def loss_and_gradients(shape=(1, 1, 1), **changes):
     network = tiny_network(**changes)
     with jax.set_mesh(make_mesh(shape)):
         batch = sharding.global_batch(random_batch(network))
-        loss = generative_loss(network)
+        loss = make_loss(network)
         gradient = jax.jit(jax.value_and_grad(lambda p: loss(p, None, batch, None)[0]))
         return jax.device_get(gradient(random_params(network)))
 

@@ -231,9 +231,9 @@ def test_an_evaluation_counts_every_real_image_once_and_whole_pixels(one_device)
     assert made.min() == 0 and made.max() == 255
     error = np.square(made.astype(float) - images).mean(axis=(1, 2, 3))
     wanted = {
-        "squared_error": error.sum(),
+        "mse": error.sum(),
         "psnr_db": (10 * np.log10(255**2 / error)).sum(),
-        "same_codes": (codec.encode(made) == codes).mean(axis=1).sum(),
+        "idempotence": (codec.encode(made) == codes).mean(axis=1).sum(),
         "counts": np.bincount(codes.ravel(), minlength=48),
         "ssim": ssim(jnp.float32(made), jnp.float32(images), 255.0).sum(),
     }
@@ -246,14 +246,14 @@ def test_an_image_that_is_restored_exactly_counts_as_missed_by_half_a_level(one_
     nothing = jax.tree.map(jnp.zeros_like, params)  # decodes to the middle of the range
     exact = batch() | {"image": np.full((8, 8, 8, 3), 128, np.uint8)}
     sums = autoencoding.make_eval_step(FSQ)(nothing, sharding.global_batch(exact))
-    assert sums["squared_error"] == 0
+    assert sums["mse"] == 0
     assert float(sums["psnr_db"]) == pytest.approx(7 * 10 * np.log10(255**2 / 0.5**2), rel=1e-6)
 
 
 def test_health_of_known_counts():
     counts = np.array([4, 4, 0, 8, 0, 0, 0, 0])
-    sums = {"images": 2.0, "counts": counts, "squared_error": 10.0, "psnr_db": 60.0}
-    sums |= {"ssim": 1.5, "same_codes": 1.0}
+    sums = {"images": 2.0, "counts": counts, "mse": 10.0, "psnr_db": 60.0}
+    sums |= {"ssim": 1.5, "idempotence": 1.0}
     sums = {name: np.array(value) for name, value in sums.items()}
     found = autoencoding.health(sums)
     share = np.array([0.25, 0.25, 0.5])

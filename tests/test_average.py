@@ -23,7 +23,7 @@ def trained(mesh: tuple[int, ...], ema: float | None) -> list[dict]:
     """NumPy copies of the states before and after every step of SGD."""
     network, sgd = tiny_network(scan_layers=False), optax.sgd(0.5)
     with jax.set_mesh(make_mesh(mesh)):
-        batch, loss = sharding.global_batch(random_batch(network)), step.generative_loss(network)
+        batch, loss = sharding.global_batch(random_batch(network)), step.make_loss(network)
         take = step.make_train_step(loss, sgd, lambda _: 0.5, ema=ema)
         start = jax.jit(lambda params: step.state_of(params, sgd, ema))
         state = start(random_params(network))

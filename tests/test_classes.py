@@ -17,7 +17,7 @@ from gptv_jax.errors import InputError
 from gptv_jax.model import attention
 from gptv_jax.probe import features, sgd
 from gptv_jax.stages import pretrain, pretrained, setup
-from gptv_jax.train import evaluation, objective, step
+from gptv_jax.train import objective, step
 
 pytestmark = pytest.mark.usefixtures("one_device")
 CLASSES = 2  # and one start vector more, of `tiny_network`
@@ -74,9 +74,9 @@ def test_pretraining_and_its_evaluation_see_the_class(given):
     _, params, batch = given
     params, mask = headless(params), np.asarray(batch["mask"])
     conditional = nats(NETWORK, params, batch, batch["label"])
-    sums = evaluation.make_eval_step(NETWORK)(params, batch)
+    sums = step.make_eval_step(NETWORK)(params, batch)
     assert float(sums["nats_per_token"]) == pytest.approx(conditional @ mask, rel=1e-5)
-    loss, key = jax.jit(step.generative_loss(NETWORK)), jax.random.key(1)
+    loss, key = jax.jit(step.make_loss(NETWORK)), jax.random.key(1)
     assert float(loss(params, None, batch, None)[0]) == pytest.approx(conditional.mean(), rel=1e-5)
     start = objective.start_vectors(NETWORK, batch, key, condition_on_label=True)
     mixed = nats(NETWORK, params, batch, start)
@@ -101,8 +101,8 @@ def test_features_and_class_logits_do_not_know_the_label(given):
     )
     np.testing.assert_array_equal(*map(evaluated, both))
 
-    joint, key = jax.jit(step.joint_loss(headed, 1.0, 1.0)), jax.random.key(0)
-    evaluate = evaluation.make_eval_step(headed)
+    joint, key = jax.jit(step.make_loss(headed, 1.0, 1.0)), jax.random.key(0)
+    evaluate = step.make_eval_step(headed)
     for found in (
         [joint(params, None, b, key)[1] for b in both],
         [evaluate(params, b) for b in both],

@@ -13,10 +13,10 @@ from conftest import make_mesh, random_image, random_params, tiny_network
 
 import gptv_jax
 from gptv_jax import config as config_lib
-from gptv_jax import sharding
+from gptv_jax import sharding, validation
 from gptv_jax.config import Drawing
-from gptv_jax.decode import cached, generation, likelihood
-from gptv_jax.decode.sampler import Sampler, Section, kept_tokens, known_tokens, window_starts
+from gptv_jax.decode import generation
+from gptv_jax.decode.sampler import Sampler, Section, kept_tokens, window_starts
 from gptv_jax.tokens import GreyCodec
 from gptv_jax.weights.native import WeightsFile
 
@@ -84,8 +84,8 @@ def test_a_mask_that_is_a_prefix_draws_what_the_prefix_draws(params):
     given = masked(np.arange(16) < 8)
     found, key = Sampler(NETWORK, params).draw(given, KEY), jax.random.fold_in(KEY, 0)
     # Read at once or one by one, the same tokens lead to the same draws.
-    for tokens, prefix in ((TOKENS[:, :8], 8), (given, 4)):
-        tokens = sharding.shard_rows(tokens)
+    for prefix in (8, 4):
+        tokens = sharding.shard_rows(given)
         wanted = generation.generate(NETWORK, params, tokens, key, prefix=prefix)
         np.testing.assert_array_equal(found, wanted)
 
@@ -93,15 +93,15 @@ def test_a_mask_that_is_a_prefix_draws_what_the_prefix_draws(params):
 def test_masks_of_the_same_rows_share_their_programs_which_end_with_the_last_unknown_row(
     params, monkeypatch
 ):
-    calls, traced, generate, extend = [], [], generation.generate, cached.extend
+    calls, traced, generate, extend = [], [], generation.generate, generation.extend
 
-    def noted(network, params, given, *arguments, **options):
-        calls.append((options["prefix"], *given.shape))
-        return generate(network, params, given, *arguments, **options)
+    def noted(network, params, given, key, drawing, prefix, *further):
+        calls.append((prefix, *given.shape))
+        return generate(network, params, given, key, drawing, prefix, *further)
 
     monkeypatch.setattr(generation, "generate", noted)
     monkeypatch.setattr(
-        cached, "extend", lambda *given: traced.append(len(calls)) or extend(*given)
+        generation, "extend", lambda *given: traced.append(len(calls)) or extend(*given)
     )
     sampler = Sampler(NETWORK, params, GREEDY)
     for hidden in ([5, 10], [7, 8], [4, 11]):  # of the rows 4 to 7 and 8 to 11
@@ -122,12 +122,12 @@ def test_kept_tokens_are_whole_rows(keep, kept):
 
 
 def test_a_token_is_known_where_all_its_pixels_are():
-    mask = np.ones((2, 4, 6), bool)
+    mask, codec = np.ones((2, 4, 6), bool), GreyCodec(11, 4)
+    codec.image_shape, codec.grid = (4, 6, 1), (2, 3)
     mask[0, 1, 5] = mask[1, 2, 0] = False
-    np.testing.assert_array_equal(
-        known_tokens(mask, (2, 3)), [[1, 1, 0, 1, 1, 1], [1, 1, 1, 0, 1, 1]]
-    )
-    np.testing.assert_array_equal(known_tokens(mask[1], (2, 3)), [1, 1, 1, 0, 1, 1])
+    known = [[1, 1, 0, 1, 1, 1], [1, 1, 1, 0, 1, 1]]
+    np.testing.assert_array_equal(validation.mask(mask, 2, codec), known)
+    np.testing.assert_array_equal(validation.mask(mask[1], 2, codec), known[1:] * 2)
 
 
 # Beyond the edges
@@ -232,15 +232,15 @@ def test_labels_are_start_vectors_and_none_is_the_last_one(model):
         variant = np.broadcast_to(np.int32(variant), 3).copy()
         wanted = full_logits(model.params, *map(sharding.shard_rows, (TOKENS, variant)))
         np.testing.assert_array_equal(model.logits(TOKENS, given), wanted)
-        nats = likelihood.nats(NETWORK, model.params, TOKENS, variant)
+        nats = Sampler(NETWORK, model.params).nats(TOKENS, variant)
         np.testing.assert_allclose(model.log_likelihood(IMAGES, given), -nats.sum(1), rtol=1e-6)
     assert len({model.log_likelihood(IMAGES, label)[0].item() for label in (None, 0, 1)}) == 3
 
 
 def test_the_nats_of_a_mesh_are_those_of_one_device(params):
-    wanted = likelihood.nats(NETWORK, params, TOKENS)
+    wanted = Sampler(NETWORK, params).nats(TOKENS)
     with jax.set_mesh(make_mesh((1, 2, 2, 2))):  # which does not divide three rows
-        found = likelihood.nats(NETWORK, random_params(NETWORK), TOKENS)
+        found = Sampler(NETWORK, random_params(NETWORK)).nats(TOKENS)
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
 
 

@@ -10,7 +10,7 @@ from conftest import MODERN, RECIPES, make_mesh, random_batch, random_params, ti
 
 from gptv_jax import sharding
 from gptv_jax.config import Drawing
-from gptv_jax.decode import cached, generation
+from gptv_jax.decode import generation
 from gptv_jax.model.attention import LANES
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -43,17 +43,21 @@ def full_logits(network, params, tokens):
 
 @jax.jit(static_argnums=0)
 def read_one(network, params, tokens, position, prompt, cache, count):
-    model, blocks = cached.decoding_weights(network, params)
-    return cached.extend(model, blocks, model.embed_one(tokens, position), prompt, cache, count)
+    model, blocks = generation.decoding_weights(network, params)
+    return generation.extend(model, blocks, model.embed_one(tokens, position), prompt, cache, count)
 
 
 @jax.jit(static_argnums=(0, 1, 2))
 def empty_cache(network, samples, capacity):
-    return cached.empty_cache(network, samples, capacity)
+    return generation.empty_cache(network, samples, capacity)
 
 
-def draw(network, params, given, drawing=GREEDY, key=KEY, **options):
-    return np.asarray(generation.generate(network, params, given, key, drawing, **options))
+def draw(network, params, given, drawing=GREEDY, key=KEY, length=16, **options):
+    """Sequences of `length` tokens that begin with the given ones."""
+    unknown = np.full((len(given), length - given.shape[1]), generation.UNKNOWN)
+    whole, kept = rows(np.concatenate([given, unknown], axis=1)), given.shape[1]
+    found = generation.generate(network, params, whole, key, drawing, kept, **options)
+    return np.asarray(found)
 
 
 def softmax(x):
@@ -87,9 +91,9 @@ def test_long_prompts_are_padded_unseen_and_a_growing_cache_changes_nothing():
     network = dataclasses.replace(tiny_network(axial_positions=False), grid=(12, 11))
     kept = network.length - 2
     assert kept > LANES and kept % LANES  # a length that the fast attention does not take
-    assert len(cached.cache_capacities(network.length - 1)) == 3
+    assert len(generation.cache_capacities(network.length - 1)) == 3
     params, none = random_params(network), rows(np.zeros((2, 0)))
-    tokens = draw(network, params, none)
+    tokens = draw(network, params, none, length=network.length)
     full = full_logits(network, params, rows(tokens))
     np.testing.assert_array_equal(tokens, np.argmax(full, axis=-1))
     prefix = rows(tokens)[:, :kept]
@@ -101,9 +105,9 @@ def test_long_prompts_are_padded_unseen_and_a_growing_cache_changes_nothing():
 
 
 def test_capacities_double_so_that_at_most_half_of_the_cache_is_unused():
-    assert cached.cache_capacities(0) == []
-    assert cached.cache_capacities(64) == [64]
-    assert cached.cache_capacities(1023) == [64, 128, 256, 512, 1023]
+    assert generation.cache_capacities(0) == []
+    assert generation.cache_capacities(64) == [64]
+    assert generation.cache_capacities(1023) == [64, 128, 256, 512, 1023]
 
 
 # Generation
@@ -112,8 +116,9 @@ def test_capacities_double_so_that_at_most_half_of_the_cache_is_unused():
 def loops(network, mesh):
     """For each loop that draws: `(steps, types that every step reads, types that are carried)`."""
     with jax.set_mesh(make_mesh(mesh)):
-        params, prefix = sharding.abstract(network.init), rows(np.zeros((8, 0)))
-        traced = jax.make_jaxpr(lambda p: generation.generate(network, p, prefix, KEY))(params)
+        params = sharding.abstract(network.init)
+        unknown = rows(np.full((8, network.length), generation.UNKNOWN))
+        traced = jax.make_jaxpr(lambda p: generation.generate(network, p, unknown, KEY))(params)
     programs = [e.params["jaxpr"] for e in traced.eqns if e.primitive.name == "jit"]
     for loop in (e for program in programs for e in program.eqns if e.primitive.name == "scan"):
         types = [x.aval for x in loop.invars]
@@ -179,13 +184,11 @@ def test_samples_of_one_prompt_are_those_of_as_many_equal_prompts(model):
     np.testing.assert_array_equal(found, wanted)
 
 
-def test_steps_are_the_first_ones_of_the_whole_sequence(model):
+def test_the_tokens_of_a_shorter_sequence_are_the_first_ones_of_the_whole_sequence(model):
     network, params, tokens = model
     wanted = draw(network, params, tokens[:, :6], Drawing())
-    found = draw(network, params, tokens[:, :6], Drawing(), steps=5)
+    found = draw(network, params, tokens[:, :6], Drawing(), length=11)
     np.testing.assert_array_equal(found, wanted[:, :11])
-    with pytest.raises(ValueError, match="room for 10 tokens"):
-        draw(network, params, tokens[:, :6], steps=11)
 
 
 def test_drawn_tokens_follow_the_distribution_of_the_network(model):
@@ -210,7 +213,7 @@ def test_drawn_tokens_follow_the_distribution_of_the_network(model):
 def test_all_settings_share_one_compiled_program_whose_compilation_is_not_timed(model, monkeypatch):
     network, params, tokens = model
     given = tokens[:2, :3]  # a shape that no other test has
-    traced, now, extend = [], 0.0, cached.extend
+    traced, now, extend = [], 0.0, generation.extend
 
     def slow_to_trace(*arguments):
         nonlocal now
@@ -223,7 +226,7 @@ def test_all_settings_share_one_compiled_program_whose_compilation_is_not_timed(
         now += 1
         return now
 
-    monkeypatch.setattr(cached, "extend", slow_to_trace)
+    monkeypatch.setattr(generation, "extend", slow_to_trace)
     monkeypatch.setattr(generation.time, "perf_counter", clock)
     stopwatch = generation.Stopwatch()
     timed = draw(network, params, given, Drawing(), stopwatch=stopwatch)

@@ -4,8 +4,8 @@ import types
 
 import pytest
 
-from gptv_jax.train import goodput
-from gptv_jax.train.goodput import Sessions
+from gptv_jax.train import metrics
+from gptv_jax.train.metrics import Sessions
 
 
 @pytest.fixture
@@ -13,7 +13,7 @@ def clock(monkeypatch):
     """`clock(seconds)` sets the time."""
     now = [0.0]
     # Only in this module: threads of other tests may still be using the clock.
-    monkeypatch.setattr(goodput, "time", types.SimpleNamespace(time=lambda: now[0]))
+    monkeypatch.setattr(metrics, "time", types.SimpleNamespace(time=lambda: now[0]))
     return lambda seconds: now.__setitem__(0, float(seconds))
 
 

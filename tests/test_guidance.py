@@ -11,7 +11,7 @@ from conftest import RECIPES, make_mesh, random_batch, random_params, tiny_netwo
 
 from gptv_jax import sharding
 from gptv_jax.config import Drawing
-from gptv_jax.decode import cached, generation
+from gptv_jax.decode import generation
 from gptv_jax.decode.sampler import Sampler, class_rows
 from gptv_jax.errors import InputError
 
@@ -53,9 +53,9 @@ def guided(logits, scales=SCALES):
 
 @jax.jit(static_argnums=0)
 def read_one(network, params, tokens, position, prompt, cache, count):
-    model, blocks = cached.decoding_weights(network, params)
+    model, blocks = generation.decoding_weights(network, params)
     x = jnp.repeat(model.embed_one(tokens, position), 2, axis=0, out_sharding=sharding.BATCH_FIRST)
-    return cached.extend(model, blocks, x, prompt, cache, count)
+    return generation.extend(model, blocks, x, prompt, cache, count)
 
 
 def test_the_doubled_batch_is_two_runs_of_the_full_network():
@@ -63,7 +63,7 @@ def test_the_doubled_batch_is_two_runs_of_the_full_network():
     params, tokens = random_params(network), tokens_of(network)
     prefix, labels = (sharding.shard_rows(x) for x in (tokens[:, :kept], LABELS))
     logits, prompt = generation.prefill(network, True, params, prefix, labels)
-    found, cache = [logits], cached.empty_cache(network, 6, 16 - kept)
+    found, cache = [logits], generation.empty_cache(network, 6, 16 - kept)
     for position in range(kept + 1, network.length):
         at = jnp.int32(position), prompt, cache, jnp.int32(position - kept - 1)
         logits, cache = read_one(network, params, sharding.shard_rows(tokens), *at)
@@ -87,12 +87,11 @@ def model():
         return network, random_params(network)
 
 
-def draw(network, params, drawing, labels=LABELS, samples=2, **options):
-    nothing, labels = (
-        sharding.shard_rows(x) for x in (np.zeros((len(labels), 0), np.int32), labels)
-    )
-    options = {"labels": labels, "samples": samples} | options
-    return np.asarray(generation.generate(network, params, nothing, KEY, drawing, **options))
+def draw(network, params, drawing, labels=LABELS, samples=2, length=16):
+    unknown = np.full((len(labels), length), generation.UNKNOWN, np.int32)
+    unknown, labels = (sharding.shard_rows(x) for x in (unknown, labels))
+    options = {"labels": labels, "samples": samples}
+    return np.asarray(generation.generate(network, params, unknown, KEY, drawing, **options))
 
 
 def test_greedy_tokens_are_those_that_the_guided_full_network_finds_most_likely(model):
@@ -130,8 +129,8 @@ def test_scale_1_draws_what_is_drawn_without_guidance(model):
 def test_one_program_serves_all_scales_and_schedules(model, monkeypatch):
     network, params = model
     draw(network, params, COSINE)
-    traced, extend = [], cached.extend
-    monkeypatch.setattr(cached, "extend", lambda *given: traced.append(1) or extend(*given))
+    traced, extend = [], generation.extend
+    monkeypatch.setattr(generation, "extend", lambda *given: traced.append(1) or extend(*given))
     for schedule, scale in (("constant", 2.0), ("cosine", 2.0), ("cosine", 16.0)):
         draw(network, params, Drawing(guidance=scale, guidance_schedule=schedule))
     assert not traced
@@ -147,7 +146,7 @@ def test_tokens_are_drawn_as_often_as_the_guided_distribution_says(model):
 
     def share_of_the_telling_token(scale):
         drawing = Drawing(guidance=scale)
-        drawn = draw(network, params, drawing, label, samples=count, steps=1)[:, 0]
+        drawn = draw(network, params, drawing, label, samples=count, length=1)[:, 0]
         wanted = np.exp(guided(logits, np.float64([scale]))[0])
         wanted *= count / wanted.sum()
         found = np.bincount(drawn, minlength=len(wanted))

@@ -13,7 +13,7 @@ from gptv_jax.data.pipeline import Pipeline
 from gptv_jax.model import autoencoder
 from gptv_jax.model.gpt import Network
 from gptv_jax.probe import sgd
-from gptv_jax.train import autoencoding, evaluation, step
+from gptv_jax.train import autoencoding, step
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -95,8 +95,7 @@ def train_batch(*transforms: str) -> dict:
 
 def loss_of(network: Network):
     """`(params, batch) -> loss` of a training step."""
-    joint = step.joint_loss(network, 1.0, 1.0)
-    loss = joint if network.classes else step.generative_loss(network, steps=4)
+    loss = step.make_loss(network, steps=4)
     return lambda params, batch: loss(params, None, batch, jax.random.key(0), jnp.int32(1))[0]
 
 
@@ -118,7 +117,7 @@ def test_a_batch_of_the_pipeline_is_in_range_of_every_table(kind):
     assert check_lookups(loss, params, train_batch()) >= 2
     check_lookups(loss, params, train_batch("shift(pixels=2)"))  # fine-tuning may have other shifts
     split = next(Pipeline(SHIFTED, CODEC, seed=0).evaluation("test", 32))
-    check_lookups(evaluation.make_eval_step(given), params, sharding.global_batch(split))
+    check_lookups(step.make_eval_step(given), params, sharding.global_batch(split))
 
 
 def test_the_probe_by_sgd_is_in_range_of_every_table():
@@ -147,9 +146,10 @@ def test_codes_are_in_range_of_the_codebook():
     passed = jax.jit(lambda p, b: loss(p, None, b, key, jnp.int32(0))[1]["aux"])(params, batch)
     book = {"counts": jnp.ones(24), "sums": jnp.ones((24, 4))}
     update = lambda z, codes: autoencoding.update_codebook(book, z, codes, settings, key)  # noqa: E731
-    assert check_lookups(update, passed.z, passed.codes) == 3
+    _, _, z, codes = passed
+    assert check_lookups(update, z, codes) == 3
     with pytest.raises(OutOfRangeError):
-        check_lookups(update, passed.z, passed.codes + 24)
+        check_lookups(update, z, codes + 24)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_orders_and_start_vectors_that_are_out_of_range_are_noticed():
 
 def test_the_start_vector_learns_from_shifted_images():
     given, batch = NETWORKS["one start vector"], train_batch()
-    loss, params = step.generative_loss(given), random_params(given)
+    loss, params = step.make_loss(given), random_params(given)
     gradient = jax.jit(jax.grad(lambda p, b: loss(p, None, b, None)[0]))
     found = gradient(params, batch)["start"]
     wanted = gradient(params, batch | {"variant": jnp.zeros_like(batch["variant"])})["start"]

@@ -39,7 +39,7 @@ def losses(mesh: tuple[int, ...]) -> list[float]:
     update, rate = optimizer.make_optimizer(CONFIG.train.optimizer, STEPS)
     with jax.set_mesh(make_mesh(mesh)):
         state = jax.jit(step.make_init(network, update))(jax.random.key(0))
-        train_step = step.make_train_step(step.generative_loss(network), update, rate)
+        train_step = step.make_train_step(step.make_loss(network), update, rate)
         found = []
         for batch in itertools.islice(Pipeline(CONFIG.data, CODEC, 0).train(BATCH), STEPS):
             state, metrics = train_step(state, sharding.global_batch(batch))

@@ -12,7 +12,7 @@ from gptv_jax import sharding
 from gptv_jax.model import layers
 from gptv_jax.model.gpt import Network, parameter_count
 from gptv_jax.train.objective import cross_entropy
-from gptv_jax.train.step import generative_loss
+from gptv_jax.train.step import make_loss
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -112,7 +112,7 @@ def test_stronger_remat_keeps_less_for_the_backward_pass(scan):
     def kept(remat):
         network = tiny_network(scan_layers=scan, remat=remat, **MODERN)
         batch = tiny_batch(network)
-        loss = generative_loss(network)
+        loss = make_loss(network)
         params = jax.eval_shape(network.init, jax.random.key(0))
         backward = jax.eval_shape(
             lambda p: jax.vjp(lambda p: loss(p, None, batch, None)[0], p)[1], params
@@ -258,7 +258,8 @@ def test_fresh_network_predicts_the_uniform_distribution():
     def first(params):
         output = network.bind(params)(batch["tokens"], batch["variant"])
         nats = cross_entropy(output.logits, batch["tokens"])
-        return output, nats, generative_loss(network)(params, None, batch, None)[0]
+        loss, _ = make_loss(network, classification=0.0)(params, None, batch, None)
+        return output, nats, loss
 
     output, nats, loss = first(params)
     assert (output.logits == 0).all() and (output.class_logits == 0).all()
@@ -369,6 +370,6 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_weights_and_logits_float32():
     embed = jax.eval_shape(lambda p: network.bind(p).embed(batch["tokens"][:, :-1]), params)
     assert embed.dtype == jnp.bfloat16
     gradient = jax.eval_shape(
-        jax.grad(lambda p: generative_loss(network)(p, None, batch, None)[0]), params
+        jax.grad(lambda p: make_loss(network)(p, None, batch, None)[0]), params
     )
     assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype(jnp.float32)}

@@ -14,7 +14,7 @@ from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.errors import InputError
 from gptv_jax.tokens.palette import Palette
-from gptv_jax.train import evaluation, objective, step
+from gptv_jax.train import objective, step
 from gptv_jax.weights import openai
 from gptv_jax.weights.strict_reader import StrictReader
 
@@ -115,7 +115,7 @@ def test_the_first_loss_is_ln_v(one_device):
     network = bert()
     params = jax.jit(network.init)(jax.random.key(0))
     batch = {k: jnp.asarray(v) for k, v in random_batch(network).items()}
-    nats, _ = jax.jit(step.generative_loss(network))(params, None, batch, jax.random.key(1))
+    nats, _ = jax.jit(step.make_loss(network))(params, None, batch, jax.random.key(1))
     assert float(nats) == pytest.approx(np.log(network.vocabulary), rel=1e-5)
 
 
@@ -131,7 +131,7 @@ def test_masks_and_gradients_are_the_same_on_every_mesh(shape, given):
 
 
 def value_and_gradients(network, params, batch):
-    loss = jax.jit(jax.value_and_grad(step.joint_loss(network, 1.0, 1.0), has_aux=True))
+    loss = jax.jit(jax.value_and_grad(step.make_loss(network, 1.0, 1.0), has_aux=True))
     return jax.device_get(loss(params, None, batch, jax.random.key(4)))
 
 
@@ -168,9 +168,9 @@ def test_the_class_has_most_votes_and_the_loss_is_the_mean_over_the_votes(given)
     elected = np.asarray(objective.majority_class(jnp.asarray(logits)))
     np.testing.assert_array_equal(counts[np.arange(8), elected], counts.max(axis=1))
 
-    sums = evaluation.make_eval_step(network)(params, batch)
+    sums = step.make_eval_step(network)(params, batch)
     mask = np.asarray(batch["mask"])
-    assert float(sums["correct"]) == ((elected == np.asarray(batch["label"])) * mask).sum()
+    assert float(sums["accuracy"]) == ((elected == np.asarray(batch["label"])) * mask).sum()
     model, tokens = network.bind(params), batch["tokens"]
     nats = [objective.nats_per_token(model, *pair[:1], tokens, *pair[1:]) for pair in outputs]
     wanted = (np.mean(nats, axis=0) * mask).sum()
@@ -201,7 +201,7 @@ def test_logits_in_parts_change_neither_the_loss_nor_its_gradient(shape, monkeyp
     def loss_and_gradient(mesh):
         with jax.set_mesh(make_mesh(mesh)):
             params, batch = random_params(network), sharding.global_batch(random_batch(network))
-            loss = step.generative_loss(network)
+            loss = step.make_loss(network)
             run = jax.jit(jax.value_and_grad(lambda p: loss(p, None, batch, None)[0]))
             compiled = run.lower(params).compile()
             return jax.device_get(compiled(params)), compiled.as_text()
@@ -224,9 +224,7 @@ def test_an_odd_number_of_positions_comes_in_parts_too(network, monkeypatch, one
     params, batch = random_params(network), sharding.global_batch(random_batch(network))
 
     def loss():
-        return float(
-            jax.jit(step.generative_loss(network))(params, None, batch, jax.random.key(0))[0]
-        )
+        return float(jax.jit(step.make_loss(network))(params, None, batch, jax.random.key(0))[0])
 
     wanted = loss()
     monkeypatch.setattr(objective, "LOGITS_BYTES", 1)

@@ -13,7 +13,7 @@ from conftest import generator, make_mesh, random_batch, random_params, tiny_net
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.config import fields
-from gptv_jax.decode import cached
+from gptv_jax.decode import generation
 from gptv_jax.errors import InputError
 from gptv_jax.planning import plan, topology
 from gptv_jax.train import objective, step
@@ -146,15 +146,15 @@ def test_cached_decoding_matches_the_full_pass_with_target_positions_and_class_t
     def by_one(params, tokens):
         whole = network.bind(params)
         x = whole.embed(tokens[:, :5], jnp.asarray(variant))
-        logits, prompt = cached.read_prompt(whole, x)
-        model, blocks = cached.decoding_weights(network, params)
+        logits, prompt = generation.read_prompt(whole, x)
+        model, blocks = generation.decoding_weights(network, params)
 
         def one(cache, position):
             x = model.embed_one(tokens, position)
-            logits, cache = cached.extend(model, blocks, x, prompt, cache, position - 6)
+            logits, cache = generation.extend(model, blocks, x, prompt, cache, position - 6)
             return cache, logits
 
-        cache = cached.empty_cache(network, 3, LENGTH)
+        cache = generation.empty_cache(network, 3, LENGTH)
         return logits, jax.lax.scan(one, cache, jnp.arange(6, LENGTH))[1]
 
     first, rest = by_one(params, tokens)
@@ -220,7 +220,7 @@ def test_a_step_takes_the_orders_of_its_share_of_the_training(parts):
     """Four steps of (0.4, 0.6): random, random, half random, raster; each part draws its own."""
     network, still = tiny_network(layers=1, **ANNEALED), optax.sgd(0.0)
     batch = sharding.global_batch(random_batch(network))
-    loss = step.generative_loss(network, steps=4)
+    loss = step.make_loss(network, steps=4)
     take = step.make_train_step(loss, still, lambda _: 0.0, microbatches=parts, seed=7)
     params = random_params(network)
     state, found = step.state_of(random_params(network), still), []
@@ -247,7 +247,7 @@ def value_and_gradients(shape=(1, 1, 1), **changes):
     with jax.set_mesh(make_mesh(shape)):
         network = tiny_network(**ANNEALED | {"scan_layers": True} | changes)
         batch, key = sharding.global_batch(random_batch(network)), jax.random.key(5)
-        loss = step.generative_loss(network, steps=2)
+        loss = step.make_loss(network, steps=2)
         run = jax.jit(jax.value_and_grad(lambda p: loss(p, None, batch, key, jnp.int32(1))[0]))
         return jax.device_get(run(random_params(network)))
 
@@ -273,8 +273,8 @@ def test_orders_and_classes_are_the_same_on_every_mesh_scan_and_remat(shape, cha
 
 
 def test_a_loss_with_random_orders_needs_the_length_of_the_training():
-    with pytest.raises(ValueError, match=r"pass `steps` to generative_loss"):
-        step.generative_loss(tiny_network(**ANNEALED))
+    with pytest.raises(ValueError, match=r"pass `steps` to make_loss"):
+        step.make_loss(tiny_network(**ANNEALED))
 
 
 # Settings and plans

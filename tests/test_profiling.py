@@ -17,7 +17,7 @@ from conftest import small_arguments
 from gptv_jax import config as config_lib
 from gptv_jax.errors import InputError
 from gptv_jax.stages import STAGES
-from gptv_jax.train import goodput
+from gptv_jax.train import metrics
 
 
 def run(folder: pathlib.Path, *more: str) -> str:
@@ -75,7 +75,7 @@ def test_the_configured_steps_are_traced_and_no_others(tmp_path):
 
 
 def test_steps_that_are_past_are_not_traced_and_said_once(tmp_path, caplog):
-    profiler = goodput.Profiler((7, 9), tmp_path)
+    profiler = metrics.Profiler((7, 9), tmp_path)
     with caplog.at_level(logging.INFO, "gptv_jax"):
         for number in (16, 17):
             with profiler.step(number, lambda: pytest.fail("waited for a step")):

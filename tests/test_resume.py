@@ -19,7 +19,7 @@ from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.data import pipeline
 from gptv_jax.errors import InputError
 from gptv_jax.runs.record import network_of
-from gptv_jax.train import evaluation, loop, optimizer, step
+from gptv_jax.train import loop, optimizer, step
 from gptv_jax.train.metrics import MetricWriter
 
 STEPS, BATCH = 6, 16
@@ -68,9 +68,9 @@ class Training:
         if update is None:
             update, rate = optimizer.make_optimizer(MUON, STEPS)
         self.mesh, self.init = make_mesh(mesh), step.make_init(NETWORK, update, EMA)
-        loss = step.generative_loss(NETWORK)
+        loss = step.make_loss(NETWORK)
         self.train_step = step.make_train_step(loss, update, rate, microbatches=2, seed=3, ema=EMA)
-        self.metric = evaluation.make_metric(NETWORK)
+        self.metric = step.make_metric(NETWORK)
 
     def run(
         self,

@@ -64,14 +64,15 @@ def moments_of(read: features.Features) -> ridge.Moments:
     return moments
 
 
-def solved(read: features.Features) -> ridge.Solution:
+def solved(read: features.Features) -> tuple:
     return ridge.solve(moments_of(read), np.tile(np.array(STRENGTHS)[:, None], LAYERS))
 
 
-def scores_of(solution: ridge.Solution, x: np.ndarray) -> np.ndarray:
+def scores_of(solution: tuple, x: np.ndarray) -> np.ndarray:
     """[S, L, N, C], in float64."""
-    x = x.astype(np.float64) - solution.shift[:, None]
-    return np.einsum("lnd,slcd->slnc", x, solution.weight) + solution.bias[:, :, None]
+    weight, bias, shift = solution
+    x = x.astype(np.float64) - shift[:, None]
+    return np.einsum("lnd,slcd->slnc", x, weight) + bias[:, :, None]
 
 
 def sklearns(x: np.ndarray, labels: np.ndarray, new: np.ndarray) -> np.ndarray:
@@ -106,7 +107,7 @@ def test_rounding_errors_do_not_add_up_over_many_batches(one_device):
     for count in range(1, 3001):
         moments = ridge.add(moments, x, batch)
         if count in (1, 3000):
-            total, lost = (np.asarray(m.products, np.float64) for m in moments[1:])
+            total, lost = (np.asarray(m["products"], np.float64) for m in moments[1:])
             products[count] = total - lost
     deviation = np.sqrt(np.einsum("ldd->ld", products[1]) + 1e-300)
     error = (products[3000] / 3000 - products[1]) / np.einsum("ld,le->lde", deviation, deviation)

@@ -32,7 +32,7 @@ def loss_and_gradients(recipe, shape):
     network = tiny_network(classes=5, **RECIPES[recipe])
     with jax.set_mesh(make_mesh(shape)):
         batch = sharding.global_batch(random_batch(network))
-        loss = step.joint_loss(network, 1.0, 1.0)
+        loss = step.make_loss(network, 1.0, 1.0)
         gradient = jax.jit(jax.value_and_grad(lambda p: loss(p, None, batch, None)[0]))
         value, grads = gradient(random_params(network))
         return float(value), jax.device_get(grads)
@@ -205,7 +205,7 @@ def test_arrays_on_the_devices_have_the_shards_that_the_types_promise():
     with jax.set_mesh(make_mesh((1, 2, 4))):
         init = step.make_init(network, optimizer)
         state = jax.jit(init)(jax.random.key(0))
-        train_step = step.make_train_step(step.generative_loss(network), optimizer, rate)
+        train_step = step.make_train_step(step.make_loss(network), optimizer, rate)
         state, _ = train_step(state, sharding.global_batch(random_batch(network)))
         for wanted, found in zip(
             jax.tree.leaves(sharding.abstract(init)), jax.tree.leaves(state), strict=True

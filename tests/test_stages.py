@@ -22,15 +22,15 @@ from gptv_jax import sharding, tokens
 from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.data import sources
 from gptv_jax.data.pipeline import Pipeline
-from gptv_jax.decode import generation, likelihood
+from gptv_jax.decode import generation
 from gptv_jax.decode.sampler import Sampler
 from gptv_jax.errors import InputError
 from gptv_jax.runs import pictures
 from gptv_jax.runs.record import config_of
 from gptv_jax.stages import pretrain, probe, sample, setup
 from gptv_jax.train import loop
-from gptv_jax.train.evaluation import CLASSIFICATION
 from gptv_jax.train.metrics import MetricWriter
+from gptv_jax.train.step import CLASSIFICATION
 from gptv_jax.weights.native import WeightsFile
 
 
@@ -356,7 +356,7 @@ def test_a_class_conditional_network_shows_a_row_of_each_class(conditional, tmp_
 def test_test_images_are_completed_and_judged_as_of_their_class(conditional, tmp_path, monkeypatch):
     config = dataclasses.replace(conditional.sample, count=10, completions=3)
     run = setup.open_run(dataclasses.replace(conditional, sample=config), str(tmp_path), ["sample"])
-    told, keys, draw, nats = [], [], Sampler.draw, likelihood.nats
+    told, keys, draw, nats = [], [], Sampler.draw, Sampler.nats
 
     def noted(self, given, key, labels, **options):
         told.append(labels)
@@ -364,7 +364,7 @@ def test_test_images_are_completed_and_judged_as_of_their_class(conditional, tmp
         return draw(self, given, key, labels, **options)
 
     monkeypatch.setattr(Sampler, "draw", noted)
-    monkeypatch.setattr(likelihood, "nats", lambda *given: told.append(given[3]) or nats(*given))
+    monkeypatch.setattr(Sampler, "nats", lambda *given: told.append(given[2]) or nats(*given))
     with jax.set_mesh(run.mesh):
         sample.run_stage(run)
     (batch,) = itertools.islice(run.data.evaluation("test", 3), 1)

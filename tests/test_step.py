@@ -10,7 +10,7 @@ from conftest import MODERN, make_mesh, random_batch, random_params, tiny_networ
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.model.gpt import parameter_count
-from gptv_jax.train import evaluation, optimizer, step
+from gptv_jax.train import optimizer, step
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -37,7 +37,7 @@ def host(tree):
 def one_step(network, microbatches=1, mesh=(1, 1, 1)):
     """Parameters and metrics after one SGD step, and the parameters before it."""
     with jax.set_mesh(make_mesh(mesh)):
-        loss = step.joint_loss(network, 1.0, 0.5)
+        loss = step.make_loss(network, 1.0, 0.5)
         take = step.make_train_step(loss, SGD, constant_rate, microbatches=microbatches)
         state = step.state_of(random_params(network), SGD)
         before = host(state["params"])
@@ -79,7 +79,7 @@ def test_microbatches_give_the_gradient_and_the_metrics_of_the_whole_batch(
 )
 def test_a_step_holds_its_gradients_once(scan, microbatches, times):
     network = tiny_network(width=128, layers=4, scan_layers=scan)
-    adamw, loss = optax.adamw(1e-3), step.generative_loss(network)
+    adamw, loss = optax.adamw(1e-3), step.make_loss(network)
     take = step.make_train_step(loss, adamw, constant_rate, microbatches=microbatches)
     state = sharding.abstract(lambda key: step.state_of(network.init(key), adamw))
     compiled = take.lower(state, sharding.global_batch(random_batch(network))).compile()
@@ -92,7 +92,7 @@ def test_a_step_holds_its_gradients_once(scan, microbatches, times):
 def test_a_step_takes_the_gradient_of_the_loss_at_the_old_parameters(whole_batch):
     after, metrics, before = whole_batch
     batch = sharding.global_batch(random_batch(MODERN_NETWORK))
-    loss = step.joint_loss(MODERN_NETWORK, 1.0, 0.5)
+    loss = step.make_loss(MODERN_NETWORK, 1.0, 0.5)
     gradient = jax.device_get(jax.jit(jax.grad(lambda p: loss(p, None, batch, None)[0]))(before))
     difference = jax.tree.map(np.subtract, before, after)
     for name, norm in (("grad_norm", gradient), ("param_norm", after)):
@@ -107,7 +107,7 @@ def test_steps_are_counted_and_the_logged_rate_is_that_of_the_step():
     network = tiny_network(scan_layers=False)
     config = config_lib.Optimizer("muon", learning_rate=0.8, warmup_steps=4)
     update, rate = optimizer.make_optimizer(config, 10)
-    loss, traces = step.generative_loss(network), []
+    loss, traces = step.make_loss(network), []
 
     def traced(*arguments):
         traces.append(arguments)
@@ -138,7 +138,7 @@ def test_dropout_depends_on_the_step_and_the_seed_alone():
     network = tiny_network(layers=1, dropout=0.3)
     still = optax.sgd(0.0)
     batch = sharding.global_batch(random_batch(network))
-    loss = step.generative_loss(network)
+    loss = step.make_loss(network)
 
     def losses(take):
         state, found = step.state_of(random_params(network), still), []
@@ -186,7 +186,7 @@ def evaluated():
         return network, params, batch, output
 
 
-def test_the_joint_loss_weighs_tokens_and_classes_by_the_coefficients(evaluated):
+def test_the_loss_weighs_tokens_and_classes_by_the_coefficients(evaluated):
     network, params, batch, output = evaluated
     tokens = softmax_nats(output.logits, batch["tokens"]).mean()
     classes = softmax_nats(output.class_logits, batch["label"]).mean()
@@ -197,7 +197,7 @@ def test_the_joint_loss_weighs_tokens_and_classes_by_the_coefficients(evaluated)
         "accuracy": np.mean(predicted == batch["label"]),
     }
     coefficients = [(1.0, 1.0), (1.0, 0.0), (0.0, 1.0), (0.5, 3.0)]
-    losses = [step.joint_loss(network, *c) for c in coefficients]
+    losses = [step.make_loss(network, *c) for c in coefficients]
     all_of_them = jax.jit(lambda p, b: [loss(p, None, b, None) for loss in losses])
     found = all_of_them(params, sharding.global_batch(batch))
     for (a, b), (value, metrics) in zip(coefficients, found, strict=True):
@@ -206,9 +206,9 @@ def test_the_joint_loss_weighs_tokens_and_classes_by_the_coefficients(evaluated)
     assert tokens != pytest.approx(classes, rel=0.01)
 
 
-def test_the_generative_loss_is_the_mean_of_the_nats_of_all_tokens(evaluated):
+def test_the_loss_of_pretraining_is_the_mean_of_the_nats_of_all_tokens(evaluated):
     network, params, batch, output = evaluated
-    loss = jax.jit(step.generative_loss(network))
+    loss = jax.jit(step.make_loss(network, classification=0.0))
     value, metrics = loss(params, None, sharding.global_batch(batch), None)
     np.testing.assert_allclose(
         value, softmax_nats(output.logits, batch["tokens"]).mean(), rtol=1e-5
@@ -221,7 +221,7 @@ def test_the_generative_loss_is_the_mean_of_the_nats_of_all_tokens(evaluated):
 
 def test_evaluation_sums_over_the_rows_that_are_not_masked(evaluated):
     network, params, batch, output = evaluated
-    evaluate = evaluation.make_eval_step(network)
+    evaluate = step.make_eval_step(network)
     mask = np.array([1, 0, 1, 1, 0, 1, 1, 0], np.float32)
     batch = {**batch, "mask": mask}
     predicted = np.argmax(output.class_logits, axis=-1)
@@ -231,7 +231,7 @@ def test_evaluation_sums_over_the_rows_that_are_not_masked(evaluated):
     nats = softmax_nats(output.logits, batch["tokens"]).mean(axis=1)
     class_nats = softmax_nats(output.class_logits, batch["label"])
     wanted = {"nats_per_token": nats @ mask, "images": 5}
-    wanted |= {"correct": 2, "class_nats": class_nats @ mask}
+    wanted |= {"accuracy": 2, "class_nats": class_nats @ mask}
     assert sums == pytest.approx(wanted, rel=1e-5)
 
     other = random_batch(network, seed=1)
@@ -244,7 +244,7 @@ def test_evaluation_sums_over_the_rows_that_are_not_masked(evaluated):
 
 def test_evaluation_without_a_class_head_counts_no_classes():
     network = tiny_network(scan_layers=False)
-    evaluate = evaluation.make_eval_step(network)
+    evaluate = step.make_eval_step(network)
     batch = sharding.global_batch(random_batch(network))
     sums = jax.eval_shape(evaluate, random_params(network), batch)
     assert sums.keys() == {"nats_per_token", "images"}
@@ -253,12 +253,12 @@ def test_evaluation_without_a_class_head_counts_no_classes():
 def test_a_metric_adds_up_a_split_and_names_the_numbers_that_rank_checkpoints(evaluated):
     network, params, _, _ = evaluated
     batches = [random_batch(network, seed=seed) for seed in range(3)]
-    metric = evaluation.make_metric(network)
+    metric = step.make_metric(network)
     found = metric.measure(params, iter(batches))
     each = [numbers(metric.step(params, sharding.global_batch(batch))) for batch in batches]
     sums = {name: sum(part[name] for part in each) for name in each[0]}
     assert sums["images"] == 21  # of 24 rows three are masked
-    wanted = {"nats_per_token": sums["nats_per_token"] / 21, "accuracy": sums["correct"] / 21}
+    wanted = {"nats_per_token": sums["nats_per_token"] / 21, "accuracy": sums["accuracy"] / 21}
     assert found == pytest.approx(wanted | {"class_nats": sums["class_nats"] / 21}, rel=1e-6)
     assert metric.primary == {"accuracy": 1, "class_nats": -1}
-    assert not evaluation.make_metric(tiny_network()).primary
+    assert not step.make_metric(tiny_network()).primary

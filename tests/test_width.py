@@ -32,7 +32,7 @@ def moved(width: int, name: str, base_width: int | None) -> np.ndarray:
     update, rate = optimizer.make_optimizer(
         settings, STEPS, relative_width=network.config.relative_width
     )
-    take = step.make_train_step(step.generative_loss(network), update, rate)
+    take = step.make_train_step(step.make_loss(network), update, rate)
     batch = sharding.global_batch(random_batch(network, size=16))
 
     @jax.jit

@@ -3,25 +3,47 @@
 Known tokens may lie anywhere in a sequence. A token depends on all tokens before it, known or
 drawn, and on none after it. With classifier-free guidance every row is read twice in one batch,
 with its class and without.
+
+Memory traffic bounds decoding: every new token reads all weights and the whole key/value cache. So
+weights are cast to the compute dtype and gathered over fsdp once, every layer has arrays of its own
+(the loop slices nothing from a stack of layers), and keys and values lie as [B, H, S, K], the order
+in which the product with a single query reads them. The keys and values of a prompt are held once
+for all samples that continue the prompt.
 """
 
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
-from gptv_jax.decode import cached
-from gptv_jax.model.gpt import Network
+from gptv_jax.model import layers
+from gptv_jax.model.attention import LANES, self_attention
+from gptv_jax.model.gpt import GPT, Network
 
 UNKNOWN = -1  # stands in place of a token that is to be drawn
 DEFAULTS = config_lib.Drawing()
+SPEC = P(sharding.BATCH, "tensor")  # of cached keys and values
+FIRST_CAPACITY = 64  # of the cache, in positions
+
+
+class KeyValue(NamedTuple):
+    """Keys and values of one layer."""
+
+    keys: Float[Array, "B H S K"]
+    values: Float[Array, "B H S K"]
+
+
+Cache = tuple[KeyValue, ...]  # one for each layer
 
 
 @dataclasses.dataclass
@@ -42,42 +64,22 @@ class Stopwatch:
 def generate(
     network: Network,
     params: dict,
-    given: Int[Array, "G N"],
+    given: Int[Array, "G N"],  # N <= T
     key: PRNGKeyArray,
     drawing: config_lib.Drawing = DEFAULTS,
-    *,
-    prefix: int | None = None,
+    prefix: int = 0,
     labels: Int[Array, "G"] | None = None,
     samples: int = 1,
-    steps: int | None = None,
     stopwatch: Stopwatch | None = None,
-) -> Int[Array, "B length"]:
-    """Sequences that keep the `given` tokens, with all other tokens drawn from the network.
+) -> Int[Array, "B N"]:
+    """The first N tokens of B = G * samples sequences, with the UNKNOWN ones of `given` drawn.
 
-    Args:
-      network: gives T.
-      params: weights of the network.
-      given: first N <= T tokens, UNKNOWN where one is to be drawn; [G, 0] draws whole sequences.
-      key: of this batch; `token_key` makes the key of each position from it.
-      drawing: how tokens are drawn; guidance needs `labels`.
-      prefix: how many of the first tokens, none of them unknown, are read at once; None: N.
-      labels: class of each row; None: the network is told no class.
-      samples: sequences of each row, next to each other, which share the cache of the prefix.
-      steps: tokens to draw after the given ones; None: up to T.
-      stopwatch: measures the programs, which are then compiled anew; None: nothing is measured.
-
-    Returns:
-      B = G * samples sequences of N + steps tokens.
-
-    Raises:
-      ValueError: `steps` would make sequences longer than T.
+    The first `prefix` tokens, none of them unknown, are read at once; the `samples` of a row lie
+    next to each other and share the prefix's cache. `labels` are the class of each row; None: the
+    network is told no class, and there is no guidance. A `stopwatch` measures the programs, which
+    are then compiled anew. `token_key` makes the key of each position from `key`.
     """
-    left = network.length - given.shape[1]
-    steps = left if steps is None else steps
-    if not 0 <= steps <= left:
-        raise ValueError(f"steps is {steps}; a sequence has room for {left} tokens more.")
-    prefix = given.shape[1] if prefix is None else prefix
-    if prefix == given.shape[1] + steps:
+    if prefix == given.shape[1]:
         return _repeat_rows(given, samples)
     scales = None if labels is None else guidance_scales(drawing, network.length)
     run = stopwatch.run if stopwatch else lambda program, static, *rest: program(*static, *rest)
@@ -87,9 +89,8 @@ def generate(
     top_p = jnp.float32(1.0 if drawing.top_p is None else drawing.top_p)
     top_k = jnp.int32(min(network.vocabulary, drawing.top_k or network.vocabulary))
     restriction = (jnp.float32(drawing.temperature), top_k, top_p)
-    scales = None if scales is None else jnp.asarray(scales)
-    static = network, prefix, steps, samples
-    return run(_draw, static, params, given, logits, prompt, key, scales, restriction)
+    static, arguments = (network, prefix, samples), (params, given, logits, prompt, key)
+    return run(_draw, static, *arguments, scales, restriction)
 
 
 def token_key(key: PRNGKeyArray, position: int | Int[Array, ""]) -> PRNGKeyArray:
@@ -104,7 +105,7 @@ def prefill(
     params: dict,
     prefix: Int[Array, "G P"],
     labels: Int[Array, "G"] | None,
-) -> tuple[Float[Array, "N V"], tuple[cached.KeyValue, ...]]:
+) -> tuple[Float[Array, "N V"], Cache]:
     """Logits of the first position after the prefixes, and the cache of the prefixes.
 
     `guided` reads each row with its class and, in the next row, without: rows that are compared
@@ -117,16 +118,15 @@ def prefill(
         variant = jnp.stack(rows, axis=1).reshape(-1, out_sharding=sharding.BATCH_FIRST)
         prefix = _repeat_rows(prefix, 2)
     model = network.bind(params)
-    return cached.read_prompt(model, model.embed(prefix, variant, spec=sharding.BATCH_FIRST))
+    return read_prompt(model, model.embed(prefix, variant, spec=sharding.BATCH_FIRST))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _draw(
-    network, prefix, steps, samples, params, given, logits, prompt, key, scales, restriction
-) -> Int[Array, "B length"]:
-    model, blocks = cached.decoding_weights(network, params)
-    tokens = jnp.pad(given, ((0, 0), (0, steps)), constant_values=UNKNOWN)
-    tokens, last = _repeat_rows(tokens, samples), given.shape[1] + steps - 1
+    network, prefix, samples, params, given, logits, prompt, key, scales, restriction
+) -> Int[Array, "B N"]:
+    model, blocks = decoding_weights(network, params)
+    tokens, last = _repeat_rows(given, samples), given.shape[1] - 1
 
     def draw(position, tokens, logits):
         if scales is not None:
@@ -142,13 +142,15 @@ def _draw(
         x = model.embed_one(tokens, position + 1)
         if scales is not None:  # the rows with and without the class continue with the same token
             x = _repeat_rows(x, 2, group=samples)
-        logits, cache = cached.extend(model, blocks, x, prompt, cache, position - prefix)
+        logits, cache = extend(model, blocks, x, prompt, cache, position - prefix)
         return tokens, logits, cache
 
     position, logits = prefix, _repeat_rows(logits, samples)
-    cache = cached.empty_cache(network, len(logits), 0)
-    for capacity in cached.cache_capacities(last - prefix):
-        carry = tokens, logits, cached.pad_cache(cache, capacity)
+    cache = empty_cache(network, len(logits), 0)
+    for capacity in cache_capacities(last - prefix):
+        padding = ((0, 0), (0, 0), (0, capacity - cache[0].keys.shape[2]), (0, 0))
+        cache = jax.tree.map(lambda x, padding=padding: jnp.pad(x, padding), cache)
+        carry = tokens, logits, cache
         tokens, logits, cache = jax.lax.fori_loop(position, prefix + capacity, step, carry)
         position = prefix + capacity
     return draw(last, tokens, logits)
@@ -171,11 +173,10 @@ def guidance_scales(drawing: config_lib.Drawing, length: int) -> Float[np.ndarra
     """
     if drawing.guidance == 1:
         return None
-    risen = {
-        "constant": np.ones(length),
-        "cosine": (1 - np.cos(np.pi * (np.arange(length) / length) ** drawing.guidance_power)) / 2,
-    }
-    return (1 + (drawing.guidance - 1) * risen[drawing.guidance_schedule]).astype(np.float32)
+    risen = np.ones(length)
+    if drawing.guidance_schedule == "cosine":
+        risen = (1 - np.cos(np.pi * (np.arange(length) / length) ** drawing.guidance_power)) / 2
+    return (1 + (drawing.guidance - 1) * risen).astype(np.float32)
 
 
 def guide(
@@ -183,10 +184,8 @@ def guide(
 ) -> Float[Array, "B V"]:
     """Logits of the class, moved away from the logits without a class (Ho & Salimans 2022).
 
-    Args:
-      logits: of `samples` rows with their class, of these rows without it, and so on; N = 2 B.
-      scale: 1 leaves the logits of the class as they are; w + 1 in arXiv:2207.12598.
-      samples: how many rows of each kind lie next to each other.
+    N = 2 B rows: `samples` rows with their class, these rows without it, and so on. The scale 1
+    leaves the logits of the class as they are; it is w + 1 in arXiv:2207.12598.
     """
     shape, spec = (-1, 2, samples, logits.shape[-1]), sharding.BATCH_FIRST
     pairs = logits.reshape(shape, out_sharding=spec)
@@ -219,3 +218,107 @@ def restrict(
     # Sorting takes longer than the rest of a small network's step, so it is skipped if not needed.
     unrestricted = (top_k >= logits.shape[-1]) & (top_p >= 1)
     return jax.lax.cond(unrestricted, lambda scaled: scaled, restricted, scaled)
+
+
+def decoding_weights(network: Network, params: dict) -> tuple[GPT, list[layers.Block]]:
+    """The model in the compute dtype, gathered over fsdp, and its layers one by one."""
+    dtype = network.config.dtype
+    model = network.bind(jax.tree.map(lambda leaf: sharding.gather(leaf, dtype), params))
+    count = network.config.layers
+    return model, [jax.tree.map(lambda leaf, i=i: leaf[i], model.blocks) for i in range(count)]
+
+
+def read_prompt(model: GPT, x: Float[Array, "G P D"]) -> tuple[Float[Array, "G V"], Cache]:
+    """Logits of the last position of every prompt, and the cache, from the embedded inputs."""
+    length = x.shape[1]
+    if length > LANES:  # the fast forms of attention take multiples of LANES; padding is not seen
+        x = jnp.pad(x, ((0, 0), (0, -length % LANES), (0, 0)))
+    rotation = model.rotation(0, x.shape[1])
+
+    def layer(x, block):
+        kept = None
+
+        def attend(q, k, v):
+            nonlocal kept
+            kept = KeyValue(*(jnp.swapaxes(part[:, :length], 1, 2) for part in (k, v)))
+            return self_attention(q, k, v, causal=True)
+
+        x, _ = block(x, attend, rotation=rotation)
+        return x, kept
+
+    x, stacked = model.walk(layer, x, model.blocks)
+    cache = [jax.tree.map(lambda part, i=i: part[i], stacked) for i in range(len(stacked.keys))]
+    return model.predict(x[:, length - 1 : length]), tuple(cache)
+
+
+def extend(
+    model: GPT,
+    blocks: list[layers.Block],
+    x: Float[Array, "B 1 D"],
+    prompt: Cache,
+    generated: Cache,
+    count: Int[Array, ""],
+) -> tuple[Float[Array, "B V"], Cache]:
+    """Logits of one more position of every sample, and `generated` with the new keys and values.
+
+    `model` and `blocks` are those of `decoding_weights`, `x` is the embedded input of the position.
+    Each of the G prompts in the cache `prompt` is continued by B / G samples, which lie next to
+    each other. `generated` caches the samples' positions after the prompt, `count` of them so far.
+    """
+    extended, rotation = [], model.rotation(prompt[0].keys.shape[2] + count, 1)
+    for block, of_prompt, before in zip(blocks, prompt, generated, strict=True):
+
+        def attend(q, k, v, of_prompt=of_prompt, before=before):
+            q, *new = (jnp.swapaxes(part, 1, 2) for part in (q, k, v))
+            at = (0, 0, count, 0)
+            pairs = zip(before, new, strict=True)
+            after = KeyValue(*(jax.lax.dynamic_update_slice(*pair, at) for pair in pairs))
+            extended.append(after)
+            return jnp.swapaxes(_attend_one(q, of_prompt, after, count), 1, 2)
+
+        x, _ = block(x, attend, rotation=rotation)
+    return model.predict(x), tuple(extended)
+
+
+def _attend_one(
+    q: Float[Array, "B H 1 K"], prompt: KeyValue, generated: KeyValue, last: Int[Array, ""]
+) -> Float[Array, "B H 1 K"]:
+    """Attention of one query to the whole prompt and to the generated positions up to `last`."""
+    B, H, _, K = q.shape
+    G, length = prompt.keys.shape[0], prompt.keys.shape[2]
+    by_prompt = P(*SPEC[:1], None, "tensor")  # [G, B / G, H, ...]
+    queries = jnp.swapaxes(q.reshape(G, B // G, H, K, out_sharding=by_prompt), 1, 2)
+    accumulator = {"preferred_element_type": layers.accumulator(q)}
+    to_prompt = jnp.einsum("ghnk,ghpk->ghnp", queries, prompt.keys, **accumulator)
+    to_generated = jnp.einsum("bhqk,bhsk->bhqs", q, generated.keys, **accumulator)
+    seen = jnp.arange(generated.keys.shape[2]) <= last
+    to_generated = jnp.where(seen[None, None, None], to_generated, -jnp.inf)
+    scores = jnp.concatenate([_row_per_sample(to_prompt), to_generated], axis=-1) / math.sqrt(K)
+    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    of_prompt = weights[..., :length].reshape(G, B // G, H, length, out_sharding=by_prompt)
+    mixed = jnp.einsum("ghnp,ghpk->ghnk", jnp.swapaxes(of_prompt, 1, 2), prompt.values)
+    mixed_generated = jnp.einsum("bhqs,bhsk->bhqk", weights[..., length:], generated.values)
+    return _row_per_sample(mixed) + mixed_generated
+
+
+def _row_per_sample(x: Float[Array, "G H N Z"]) -> Float[Array, "B H 1 Z"]:
+    """The N samples of each of G prompts as B = G * N rows."""
+    G, H, N, Z = x.shape
+    return jnp.swapaxes(x, 1, 2).reshape(G * N, H, 1, Z, out_sharding=SPEC)
+
+
+def empty_cache(network: Network, rows: int, capacity: int) -> Cache:
+    """A cache of zeros with room for `capacity` positions of `rows` sequences."""
+    c = network.config
+    shape = (rows, c.heads, capacity, c.width // c.heads)
+    zeros = functools.partial(jnp.zeros, shape, c.dtype, out_sharding=SPEC)
+    return tuple(KeyValue(zeros(), zeros()) for _ in range(c.layers))
+
+
+def cache_capacities(positions: int) -> list[int]:
+    """Capacities of the key/value cache, doubling from 64, so at most half of the cache is unused.
+
+    The last one is `positions`; every position reads the whole cache, used or not.
+    """
+    sizes = [FIRST_CAPACITY * 2**i for i in range(positions.bit_length())]
+    return [size for size in sizes if size < positions] + [positions] * (positions > 0)

@@ -1,4 +1,4 @@
-"""Drawing as stages and users call it: NumPy in and out, any number of rows, any mesh.
+"""Drawing and scoring as stages and users call it: NumPy in and out, any mesh and number of rows.
 
 No two draws share a random key. A token's key is folded from the seed in three steps: `Section`
 (what is drawn), number (of the batch, or of the window in outpainting), and position.
@@ -6,19 +6,22 @@ No two draws share a random key. A token's key is folded from the seed in three 
 
 import dataclasses
 import enum
+import functools
 import itertools
 import math
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jaxtyping import Bool, Int, PRNGKeyArray
+from jaxtyping import Float, Int, PRNGKeyArray
 
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.decode import generation
 from gptv_jax.errors import InputError
 from gptv_jax.model.gpt import Network
+from gptv_jax.tokens import Codec
+from gptv_jax.train import objective
 
 
 class Section(enum.IntEnum):
@@ -36,7 +39,7 @@ class Section(enum.IntEnum):
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """A network and how tokens are drawn from it; call its methods under the mesh of `params`.
+    """Draws tokens from an autoregressive network, and scores tokens, under the mesh of `params`.
 
     Every process gives and gets whole arrays. The tokens of a row depend on neither the mesh nor
     how many rows follow. InputError where there is guidance that the network was not trained for.
@@ -65,15 +68,10 @@ class Sampler:
         number: int = 0,
         stopwatch: generation.Stopwatch | None = None,
     ) -> Int[np.ndarray, "rows T"]:
-        """Whole sequences.
+        """Sequences with the tokens drawn that are `generation.UNKNOWN` in `given`.
 
-        Args:
-          given: tokens, `generation.UNKNOWN` where one is to be drawn.
-          key: of a `Section`.
-          labels: class of each row; None: the network is told no class, and there is no guidance.
-          samples: sequences of each row, next to each other.
-          number: of the batch within the section.
-          stopwatch: see `generation.generate`.
+        `key` is of a `Section`, `number` that of the batch within the section. `labels`, `samples`
+        and `stopwatch` are explained at `generation.generate`.
         """
         unknown, columns = (given == generation.UNKNOWN).any(axis=0), self.network.grid[1]
         whole = np.repeat(given, samples, axis=0)
@@ -86,17 +84,10 @@ class Sampler:
             # A row for each sample: to fill the batch up then takes fewer rows.
             labels = None if labels is None else np.repeat(labels, samples)
             given, samples = whole, 1
+        given, labels = jax.tree.map(sharding.shard_rows, (given[:, :end], labels))
+        key, prefix = jax.random.fold_in(key, number), int(first)
         drawn = generation.generate(
-            self.network,
-            self.params,
-            sharding.shard_rows(given[:, :end]),
-            jax.random.fold_in(key, number),
-            self.drawing,
-            prefix=int(first),
-            labels=None if labels is None else sharding.shard_rows(labels),
-            samples=samples,
-            steps=0,
-            stopwatch=stopwatch,
+            self.network, self.params, given, key, self.drawing, prefix, labels, samples, stopwatch
         )
         drawn = multihost_utils.process_allgather(drawn, tiled=True)[: len(whole)]
         return np.concatenate([drawn, whole[:, end:]], axis=1)
@@ -112,12 +103,7 @@ class Sampler:
 
         The network's window moves over the larger grid, outward from the image, row by row of
         windows, by half the window's side at most, and draws the unknown tokens in raster order.
-
-        Args:
-          tokens: of the images in the middle.
-          margins: rows to draw above and below, columns to the left and to the right.
-          key: of a `Section`.
-          labels: see `draw`.
+        `margins` are rows to draw above and below, columns to the left and to the right.
         """
         (rows, columns), (top, bottom, left, right) = self.network.grid, margins
         grid = tokens.reshape(-1, rows, columns)
@@ -129,6 +115,14 @@ class Sampler:
             given = window.reshape(len(grid), -1)
             window[:] = self.draw(given, key, labels, number=number).reshape(window.shape)
         return grid
+
+    def nats(
+        self, tokens: Int[np.ndarray, "B T"], labels: Int[np.ndarray, "B"] | None = None
+    ) -> Float[np.ndarray, "B T"]:
+        """Float32 negative log-probability of every token given the tokens before it, in nats."""
+        rows = jax.tree.map(sharding.shard_rows, (tokens, labels))
+        found = _nats(self.network, self.params, *rows)
+        return multihost_utils.process_allgather(found, tiled=True)[: len(tokens)]
 
 
 def window_starts(before: int, after: int, side: int) -> list[int]:
@@ -159,17 +153,21 @@ def kept_tokens(network: Network, keep: float) -> int:
     return round(keep * rows) * columns
 
 
-def known_tokens(
-    mask: Bool[np.ndarray, "*B height width"], grid: tuple[int, int]
-) -> Bool[np.ndarray, "*B T"]:
-    """Which tokens are known where a mask says which pixels are: tokens with all pixels known."""
-    (rows, columns), (*batch, height, width) = grid, mask.shape
-    patches = mask.reshape(*batch, rows, height // rows, columns, width // columns)
-    return patches.all(axis=(-3, -1)).reshape(*batch, rows * columns)
-
-
 def class_rows(count: int, classes: int) -> Int[np.ndarray, "rows columns"]:
     """Labels of about `count` images, one row for each class, or for about sqrt(count) classes."""
     rows = classes if classes <= count else math.isqrt(count)
     labels = np.arange(rows, dtype=np.int32) * classes // rows
     return np.repeat(labels[:, None], count // rows, axis=1)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _nats(network, params, tokens, labels) -> jax.Array:
+    model, targets = network.bind(params), jax.sharding.reshard(tokens, sharding.HIDDEN)
+    return objective.token_nats(model, model(tokens, labels), targets)
+
+
+def by_pixel(nats: Float[np.ndarray, "B T"], codec: Codec) -> Float[np.ndarray, "B H W"]:
+    """The nats of each token spread evenly over the token's pixels; sums over an image stay."""
+    height, width = (codec.image_shape[axis] // codec.grid[axis] for axis in (0, 1))
+    spread = (nats / (height * width)).reshape(-1, *codec.grid)
+    return spread.repeat(height, axis=1).repeat(width, axis=2)

@@ -1,9 +1,7 @@
 """The stage's train step, compiled for devices that this machine does not have."""
 
-import contextlib
 import dataclasses
 import re
-from collections.abc import Iterator
 
 import jax
 
@@ -33,19 +31,14 @@ class Compiled:
 
 def program(training: Training, mesh: jax.sharding.Mesh) -> jax.stages.Compiled:
     """The train step of the training's stage, compiled for the devices of the mesh."""
-    with jax.set_mesh(mesh), _uncached(mesh):
-        return training.lower(mesh).compile()
-
-
-@contextlib.contextmanager
-def _uncached(mesh: jax.sharding.Mesh) -> Iterator[None]:
-    """Keeps programs for absent devices out of the cache, from which they could not be read."""
     name = "jax_persistent_cache_min_compile_time_secs"
     before = jax.config.values[name]
+    # Programs for absent devices stay out of the cache, from which they could not be read.
     if mesh.devices.flat[0].platform != jax.default_backend():
         jax.config.update(name, float("inf"))
     try:
-        yield
+        with jax.set_mesh(mesh):
+            return training.lower(mesh).compile()
     finally:
         jax.config.update(name, before)
 

@@ -136,12 +136,8 @@ class Plan:
         mesh = [f"--config.mesh.{axis}={size}" for axis, size in self.sizes.items()]
         if not self.training.tunable:
             return mesh
-        remat, train = self.training.config.model.remat, self.training.train
-        return [
-            *mesh,
-            f"--config.model.remat={remat}",
-            f"--config.train.microbatches={train.microbatches}",
-        ]
+        remat, parts = self.training.config.model.remat, self.training.train.microbatches
+        return [*mesh, f"--config.model.remat={remat}", f"--config.train.microbatches={parts}"]
 
     def numbers(self) -> dict:
         """The plan as JSON: bytes of one device, seconds, FLOPs of all devices together."""

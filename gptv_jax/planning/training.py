@@ -172,7 +172,7 @@ class Pretraining(Training):
 
     @property
     def loss(self) -> Callable:
-        return step.generative_loss(self.network, self.train.steps)
+        return step.make_loss(self.network, steps=self.train.steps)
 
     @property
     def init(self) -> Callable:
@@ -180,7 +180,10 @@ class Pretraining(Training):
 
     def batch(self, rows: int, split: NamedSharding | None = None) -> dict:
         """Abstract arrays of a batch of `rows` images."""
-        return step.abstract_batch(self.network, rows, split)
+        shapes = {"tokens": (rows, self.network.length), "variant": (rows,)}
+        if self.network.config.class_tokens:
+            shapes["label"] = (rows,)
+        return {k: jax.ShapeDtypeStruct(s, jnp.int32, sharding=split) for k, s in shapes.items()}
 
     def executed(self, mesh: AbstractMesh) -> int:
         """FLOPs that a step executes, on all devices together."""
@@ -296,7 +299,9 @@ class TokenizerTraining(Training):
         return autoencoding.make_init(self.network, self.config.tokenizer, self.optimizer[0])
 
     def batch(self, rows: int, split: NamedSharding | None = None) -> dict:
-        return autoencoding.abstract_batch(self.network, rows, self.config.data.image_size, split)
+        size = self.config.data.image_size
+        shape = (rows, size, size, self.network.channels)
+        return {"image": jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=split)}
 
     def frozen(self, split: NamedSharding | None = None) -> dict | None:
         """LPIPS's weights, where LPIPS is part of the loss; they count as state."""

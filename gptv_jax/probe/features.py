@@ -18,7 +18,7 @@ from gptv_jax.data.pipeline import Pipeline
 from gptv_jax.model.gpt import Network
 from gptv_jax.tokens import Codec
 from gptv_jax.train import objective
-from gptv_jax.train.evaluation import on_mesh
+from gptv_jax.train.step import on_mesh
 
 LOG = logging.getLogger(__name__)
 MEASURED = 2_000  # training images, rounded up to whole batches, that `statistics` reads
@@ -103,9 +103,8 @@ class Kept:
         """For each split that was read: the layers' features side by side, and the labels."""
         found, at = {}, [self.layers.index(layer) for layer in layers]
         for split, (features, labels) in self._kept.items():
-            each = [np.concatenate([x[:, i] for x in features], axis=1) for i in at]
-            joined = np.concatenate(each, axis=-1)
-            found[split] = joined.reshape(-1, joined.shape[-1]), np.concatenate(labels)
+            x = np.moveaxis(np.concatenate([x[:, at] for x in features], axis=2), 1, 2)
+            found[split] = x.reshape(-1, len(at) * x.shape[-1]), np.concatenate(labels)
         return found
 
 

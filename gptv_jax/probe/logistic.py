@@ -18,16 +18,12 @@ SMALL = 50_000_000  # size of a feature matrix below which BLAS uses one thread
 
 
 def fit_probe(config: config_lib.Probe, splits: dict[str, Split], *, fold: bool = True) -> dict:
-    """Logistic regression on standardised features, its strength chosen on validation.
+    """{"c", "validation_accuracy", "validation_nats", "test_accuracy"} on standardised features.
 
-    As in the paper, the final fit is to train and, with `fold`, validation together, with the
-    chosen strength. Several votes give several times as many features as labels: the class is that
-    of most votes, the fit is to the first vote.
-
-    Returns:
-      {"c", "validation_accuracy", "validation_nats", "test_accuracy"} of the strength with the best
-      validation accuracy, among equals the lowest cross-entropy (nats per image). The validation
-      numbers are of the fit to train, test accuracy is of the final fit.
+    The strength c is the best of the fits to train by `preference`. As in the paper, test accuracy
+    is that of a last fit, to train and, with `fold`, validation together. Several votes give
+    several times as many features as labels: the class is that of most votes, and fits are to the
+    first vote.
     """
 
     def fit(c: float, features: np.ndarray, labels: np.ndarray):
@@ -37,8 +33,7 @@ def fit_probe(config: config_lib.Probe, splits: dict[str, Split], *, fold: bool 
 
     (train, train_labels), (validation, validation_labels) = splits["train"], splits["validation"]
     # On small problems BLAS threads wait for each other far longer than they compute.
-    threads = 1 if train.size < SMALL else None
-    with threadpoolctl.threadpool_limits(threads):
+    with threadpoolctl.threadpool_limits(1 if train.size < SMALL else None):
         tried = []
         for c in config.c:
             model = fit(c, train, train_labels)
@@ -53,15 +48,14 @@ def fit_probe(config: config_lib.Probe, splits: dict[str, Split], *, fold: bool 
 
 
 def preference(row: dict) -> tuple[float, float]:
-    """Key that ranks layers, strengths and rates: validation accuracy, then cross-entropy."""
+    """Key that ranks layers, strengths and rates: validation accuracy, then nats per image."""
     return row["validation_accuracy"], -row["validation_nats"]
 
 
 def with_few_labels(config: config_lib.Probe, splits: dict[str, Split], seed: int) -> list[dict]:
     """`fit_probe` on a few training images of each class, a row for each random subset.
 
-    The strength is chosen on all of validation, which is not part of the final fit. Raises as
-    `draw` does.
+    The strength is chosen on all of validation, which the final fit leaves out; raises as `draw`.
     """
     (features, labels), rows = splits["train"], []
     for per_class in config.labels_per_class:

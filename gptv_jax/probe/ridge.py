@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 
 from gptv_jax.probe.features import Features
 from gptv_jax.train import objective
-from gptv_jax.train.evaluation import total
+from gptv_jax.train.step import total
 
 EXACT = jax.lax.Precision.HIGHEST  # float32 products, where a GPU or TPU would use fewer bits
 # A feature counts as constant if its variance is a smaller share of its mean square about the
@@ -30,28 +30,12 @@ EXACT = jax.lax.Precision.HIGHEST  # float32 products, where a GPU or TPU would 
 CONSTANT = 1e-6
 
 
-class Sums(NamedTuple):
-    """Sums over images of the features minus the shift."""
-
-    products: Float[Array, "L D D"]
-    by_class: Float[Array, "L C D"]
-    images: Float[Array, "C"]
-
-
 class Moments(NamedTuple):
     """Float32 sums as exact as float64 ones: shifted, and with compensation for rounding."""
 
     shift: Float[Array, "L D"]  # the first batch's mean, so that large means do not cost precision
-    sums: Sums
-    lost: Sums  # rounding errors; subtract them from the sums
-
-
-class Solution(NamedTuple):
-    """Scores of class c are `weight[c] @ (x - shift) + bias[c]`."""
-
-    weight: Float[np.ndarray | Array, "S L C D"]
-    bias: Float[np.ndarray | Array, "S L C"]
-    shift: Float[np.ndarray | Array, "L D"]
+    sums: dict[str, Array]  # over images, of the features minus the shift, see `empty`
+    lost: dict[str, Array]  # rounding errors; subtract them from the sums
 
 
 @functools.partial(jax.jit, static_argnames=("layers", "width", "classes"))
@@ -59,12 +43,12 @@ def empty(layers: int, width: int, classes: int) -> Moments:
     """Moments of no image; the large ones are split over fsdp where the width allows it."""
     axis = "fsdp" if width % jax.sharding.get_abstract_mesh().shape["fsdp"] == 0 else None
 
-    def sums() -> Sums:
-        return Sums(
-            jnp.zeros((layers, width, width), out_sharding=P(None, axis, None)),
-            jnp.zeros((layers, classes, width), out_sharding=P(None, None, axis)),
-            jnp.zeros((classes,), out_sharding=P(None)),
-        )
+    def sums() -> dict[str, Array]:
+        return {
+            "products": jnp.zeros((layers, width, width), out_sharding=P(None, axis, None)),
+            "by_class": jnp.zeros((layers, classes, width), out_sharding=P(None, None, axis)),
+            "images": jnp.zeros((classes,), out_sharding=P(None)),
+        }
 
     return Moments(jnp.zeros((layers, width), out_sharding=P(None, None)), sums(), sums())
 
@@ -75,19 +59,19 @@ def add(moments: Moments, features: Float[Array, "votes L B D"], batch: dict) ->
     features, mask = features[0].astype(jnp.float32), batch["mask"]
     mean = jnp.einsum("lbd,b->ld", features, mask, precision=EXACT, out_sharding=P(None, None))
     mean = mean / jnp.maximum(mask.sum(), 1)
-    shift = jnp.where(moments.sums.images.sum() == 0, mean, moments.shift)
+    shift = jnp.where(moments.sums["images"].sum() == 0, mean, moments.shift)
     x = (features - shift[:, None]) * mask[None, :, None]
-    one_hot = jax.nn.one_hot(batch["label"], moments.sums.images.size) * mask[:, None]
+    one_hot = jax.nn.one_hot(batch["label"], moments.sums["images"].size) * mask[:, None]
 
-    def over_images(equation: str, total: Array, *operands: Array) -> Array:
-        spec = jax.typeof(total).sharding.spec
-        return jnp.einsum(equation, *operands, precision=EXACT, out_sharding=spec)
-
-    part = Sums(
-        over_images("lbd,lbe->lde", moments.sums.products, x, x),
-        over_images("bc,lbd->lcd", moments.sums.by_class, one_hot, x),
-        over_images("bc->c", moments.sums.images, one_hot),
-    )
+    over_images = {
+        "products": ("lbd,lbe->lde", x, x),
+        "by_class": ("bc,lbd->lcd", one_hot, x),
+        "images": ("bc->c", one_hot),
+    }
+    part = {}
+    for name, (equation, *operands) in over_images.items():
+        spec = jax.typeof(moments.sums[name]).sharding.spec
+        part[name] = jnp.einsum(equation, *operands, precision=EXACT, out_sharding=spec)
     # Kahan summation: rounding errors do not add up over the batches of a large data set.
     part = jax.tree.map(jnp.subtract, part, moments.lost)
     sums = jax.tree.map(jnp.add, moments.sums, part)
@@ -95,17 +79,20 @@ def add(moments: Moments, features: Float[Array, "votes L B D"], batch: dict) ->
     return Moments(shift, sums, lost)
 
 
-def solve(moments: Moments, strengths: Float[np.ndarray, "S L"]) -> Solution:
-    """The regression for every strength and layer, on the host in float64."""
+def solve(moments: Moments, strengths: Float[np.ndarray, "S L"]) -> tuple[np.ndarray, ...]:
+    """Weights [S, L, C, D], biases [S, L, C] and shifts [L, D], on the host in float64.
+
+    The scores of class c are `weight[c] @ (x - shift) + bias[c]`.
+    """
     shift, sums, lost = multihost_utils.process_allgather(moments, tiled=True)
-    S, (L, C, D) = len(strengths), sums.by_class.shape
-    images = sums.images.astype(np.float64) - lost.images
+    S, (L, C, D) = len(strengths), sums["by_class"].shape
+    images = sums["images"].astype(np.float64) - lost["images"]
     count = images.sum()
     share = images / count
     weight, bias = np.zeros((S, L, C, D)), np.zeros((S, L, C))
     for layer in range(L):
-        products = (sums.products[layer].astype(np.float64) - lost.products[layer]) / count
-        by_class = (sums.by_class[layer].astype(np.float64) - lost.by_class[layer]) / count
+        products = (sums["products"][layer].astype(np.float64) - lost["products"][layer]) / count
+        by_class = (sums["by_class"][layer].astype(np.float64) - lost["by_class"][layer]) / count
         mean = by_class.sum(axis=0)
         covariance = products - np.outer(mean, mean)
         variance, varies = np.diag(covariance), np.diag(products) * CONSTANT
@@ -116,18 +103,18 @@ def solve(moments: Moments, strengths: Float[np.ndarray, "S L"]) -> Solution:
             ridge = correlation + strengths[s, layer] * np.eye(D)
             weight[s, layer] = np.linalg.solve(ridge, with_class.T).T * scale
             bias[s, layer] = share - weight[s, layer] @ mean
-    return Solution(weight, bias, shift.astype(np.float64))
+    return weight, bias, shift.astype(np.float64)
 
 
 @jax.jit
 def correct(
-    solution: Solution, features: Float[Array, "votes L B D"], batch: dict
+    solution: tuple, features: Float[Array, "votes L B D"], batch: dict
 ) -> tuple[Float[Array, "S L"], Float[Array, ""]]:
     """Images classified correctly, by majority vote, and number of images, where the mask is 1."""
-    mask = batch["mask"]
-    x = features.astype(jnp.float32) - solution.shift[None, :, None]
-    scores = jnp.einsum("vlbd,slcd->vslbc", x, solution.weight, precision=EXACT)
-    chosen = objective.majority_class(scores + solution.bias[None, :, :, None])
+    (weight, bias, shift), mask = solution, batch["mask"]
+    x = features.astype(jnp.float32) - shift[None, :, None]
+    scores = jnp.einsum("vlbd,slcd->vslbc", x, weight, precision=EXACT)
+    chosen = objective.majority_class(scores + bias[None, :, :, None])
     right = (chosen == batch["label"][None, None]) * mask[None, None]
     return right.sum(axis=-1), mask.sum()
 
@@ -135,38 +122,27 @@ def correct(
 def tabulate(
     features: Features, classes: int, strengths: Sequence[float], *, test: bool = True
 ) -> list[dict]:
-    """Fits a ridge regression to every layer, from one pass over each split.
+    """For every layer {"ridge": strength, "ridge_validation_accuracy"}; one pass over each split.
 
-    Fits are to the first vote alone. Of the strengths the best on validation is taken, among equals
-    the largest. With `test`, that one is fitted again with validation folded in, and measured on
-    the test split.
-
-    Returns:
-      For every layer {"ridge", the strength, "ridge_validation_accuracy", of the fit to train and,
-      with `test`, "ridge_test_accuracy", of the fit to train and validation}.
+    The strength is the best on validation, among equals the largest. With `test`, a fit to train
+    and validation gives "ridge_test_accuracy". Fits are to the first vote alone.
     """
     strengths = np.array(sorted(strengths, reverse=True))
     moments = None
     for x, batch in features("train"):
-        if moments is None:
-            moments = empty(x.shape[1], x.shape[3], classes)
-        moments = add(moments, x, batch)
+        moments = add(moments or empty(x.shape[1], x.shape[3], classes), x, batch)
     everywhere = NamedSharding(jax.sharding.get_mesh(), P())
 
     def put(x: np.ndarray) -> Array:  # all processes hold an equal one
         return jax.make_array_from_process_local_data(everywhere, x.astype(np.float32))
 
-    def accuracies(split: str, solution: Solution, *, fold: bool) -> Float[np.ndarray, "S L"]:
-        solution = jax.tree.map(put, solution)
-
-        def parts():
-            nonlocal moments
-            for x, batch in features(split):
-                yield correct(solution, x, batch)
-                if fold:
-                    moments = add(moments, x, batch)
-
-        right, images = total(parts())
+    def accuracies(split: str, solution: tuple, *, fold: bool) -> Float[np.ndarray, "S L"]:
+        nonlocal moments
+        parts, solution = [], jax.tree.map(put, solution)
+        for x, batch in features(split):
+            parts.append(correct(solution, x, batch))
+            moments = add(moments, x, batch) if fold else moments
+        right, images = total(parts)
         return right.astype(np.float64) / images
 
     tried = solve(moments, np.tile(strengths[:, None], len(moments.shift)))
@@ -174,16 +150,16 @@ def tabulate(
     best = strengths[validation.argmax(axis=0)]  # the first of equals
     columns = {"ridge": best, "ridge_validation_accuracy": validation.max(axis=0)}
     if test:
-        final = solve(moments, best[None])
-        columns["ridge_test_accuracy"] = accuracies("test", final, fold=False)[0]
+        [tested] = accuracies("test", solve(moments, best[None]), fold=False)
+        columns["ridge_test_accuracy"] = tested
     return [{k: float(v[layer]) for k, v in columns.items()} for layer in range(len(best))]
 
 
 def summarise(rows: list[dict]) -> dict:
     """The best layer and its accuracies, by the keys of a summary."""
     best = best_layers(rows, 1)[0]
-    results = {name: value for name, value in rows[best].items() if name.startswith("ridge_")}
-    return {"ridge_best_layer": best, **results}
+    found = {name: value for name, value in rows[best].items() if name.startswith("ridge_")}
+    return {"ridge_best_layer": best, **found}
 
 
 def best_layers(rows: list[dict], count: int | None) -> list[int]:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
@@ -25,8 +25,8 @@ from gptv_jax.probe import features
 from gptv_jax.probe.features import Batches, Features
 from gptv_jax.probe.logistic import preference
 from gptv_jax.train import loop, objective, step
-from gptv_jax.train.evaluation import on_mesh, total
 from gptv_jax.train.metrics import MetricWriter
+from gptv_jax.train.step import on_mesh, total
 
 Group = tuple[int, ...]  # layers whose features a head reads side by side
 
@@ -119,12 +119,10 @@ def fit(
     evaluation: Batches,
     seed: int,
 ) -> dict[Group, dict]:
-    """Trains all heads to the end of the schedule; continues and raises as `loop.fit` does.
+    """{"learning_rate", "validation_accuracy", "validation_nats", "test_accuracy"} of each group.
 
-    Returns:
-      For each group {"learning_rate", "validation_accuracy", "validation_nats", "test_accuracy"}
-      after the last step, for the rate with the best validation accuracy, among equals the lowest
-      cross-entropy.
+    All heads are trained to the end of the schedule; of each group's rates the best by `preference`
+    is taken. Continues and raises as `loop.fit` does.
     """
     settings, (optimizer, rate) = heads.config.sgd, make_optimizer(heads.config.sgd)
     train_step = step.make_train_step(make_loss(heads), optimizer, rate, seed=seed)
@@ -211,8 +209,8 @@ def make_loss(heads: Heads) -> Callable:
         start = objective.start_vectors(network, batch, condition_on_label=False)
         output = network.bind(frozen)(batch["tokens"], start, hidden=mask, **heads.reading())
         logits = heads.logits(params, output).values()
-        nats = [_class_nats(each, batch["label"]).mean(axis=-1).ravel() for each in logits]
-        nats = jnp.concatenate(nats)
+        each = [objective.cross_entropy(x, batch["label"]).mean(axis=-1).ravel() for x in logits]
+        nats = jnp.concatenate(each)
         return nats.sum(), {"best_class_nats": nats.min()}
 
     return loss
@@ -236,15 +234,9 @@ def make_eval_step(heads: Heads) -> Callable:
         for name in params:
             logits = jnp.stack([vote[name] for vote in votes])
             right = objective.majority_class(logits) == labels[None, None]
-            nats = _class_nats(logits, labels).mean(axis=0)
+            nats = objective.cross_entropy(logits, labels).mean(axis=0)
             sums["accuracy"][name] = (right * mask).sum(axis=-1)
             sums["class_nats"][name] = (nats * mask).sum(axis=-1)
         return sums
 
     return jax.jit(eval_step)
-
-
-def _class_nats(
-    logits: Float[Array, "*heads B C"], labels: Int[Array, "B"]
-) -> Float[Array, "*heads B"]:
-    return objective.cross_entropy(logits, jnp.broadcast_to(labels, logits.shape[:-1]))

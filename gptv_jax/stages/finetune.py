@@ -19,7 +19,7 @@ from gptv_jax.model.gpt import Network
 from gptv_jax.probe import features
 from gptv_jax.runs.context import Context
 from gptv_jax.stages import pretrained
-from gptv_jax.train import evaluation, loop, optimizer, step
+from gptv_jax.train import loop, optimizer, step
 
 
 def run_stage(context: Context) -> dict:
@@ -27,9 +27,9 @@ def run_stage(context: Context) -> dict:
     config, settings = context.config, context.config.finetune
     train, batch_size = settings.train, settings.train.batch_size
     headless, network = context.network(), context.network(context.classes)
-    metric = evaluation.make_metric(network)
+    metric = step.make_metric(network)
     coefficients = settings.generative_coefficient, settings.classification_coefficient
-    loss = step.joint_loss(network, *coefficients)
+    loss = step.make_loss(network, *coefficients)
     batches = functools.partial(context.data.train, batch_size, entries=settings.train_transforms)
 
     def evaluate(params: dict, split: str = "validation") -> dict:

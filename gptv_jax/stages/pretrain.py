@@ -16,13 +16,13 @@ from gptv_jax.model.gpt import parameter_count
 from gptv_jax.probe import features, ridge
 from gptv_jax.runs.context import Context
 from gptv_jax.tokens.codec import Codec, TokenStatistics
-from gptv_jax.train import evaluation, goodput, loop, metrics, optimizer, step
+from gptv_jax.train import loop, metrics, optimizer, step
 
 
 def run_stage(context: Context) -> dict:
     """Trains `config.train.steps` steps and measures the test split once; the summary's numbers."""
     config, train = context.config, context.config.train
-    network, metric = context.network(), evaluation.make_metric(context.network())
+    network, metric = context.network(), step.make_metric(context.network())
     token_flops = flops.training(network).total
     update, rate = optimizer.make_optimizer(
         train.optimizer, train.steps, relative_width=config.model.relative_width
@@ -38,7 +38,7 @@ def run_stage(context: Context) -> dict:
         rows = ridge.tabulate(read, context.classes, config.probe.ridge, test=False)
         return ridge.summarise(rows)
 
-    loss, seed = step.generative_loss(network, train.steps), config.seed
+    loss, seed = step.make_loss(network, steps=train.steps), config.seed
     train_step = step.make_train_step(
         loss, update, rate, microbatches=train.microbatches, seed=seed, ema=train.ema
     )
@@ -57,7 +57,7 @@ def run_stage(context: Context) -> dict:
             evaluate=evaluate,
             measure=probe,
             measure_every=config.probe.every,
-            profiler=goodput.Profiler(config.profile.window, context.folder.path / "profile"),
+            profiler=metrics.Profiler(config.profile.window, context.folder.path / "profile"),
         )
 
     nats = evaluate(fitted.params, "test")["nats_per_token"]

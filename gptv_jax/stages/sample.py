@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 
 from gptv_jax.data import pipeline
-from gptv_jax.decode import generation, likelihood
-from gptv_jax.decode.sampler import Sampler, Section, class_rows, kept_tokens
+from gptv_jax.decode import generation
+from gptv_jax.decode.sampler import Sampler, Section, by_pixel, class_rows, kept_tokens
 from gptv_jax.runs import pictures
 from gptv_jax.runs.context import Context
 from gptv_jax.stages import pretrained
@@ -48,9 +48,7 @@ def run_stage(context: Context) -> dict:
             given = np.where(known, test, generation.UNKNOWN)
             drawn = codec.decode(sampler.draw(given, section.key(seed), labels))
             pictures.save_pairs(shown, codec.picture(drawn), folder / f"{name}.png")
-        nats = likelihood.nats(network, sampler.params, test, labels)
-        by_pixel = likelihood.by_pixel(nats, network.grid, codec.image_shape[:2])
-        maps, brightest = pictures.heat_map(by_pixel)
+        maps, brightest = pictures.heat_map(by_pixel(sampler.nats(test, labels), codec))
         pictures.save_pairs(shown, maps, folder / "surprise.png")
         numbers["surprise_brightest_nats"] = brightest
     return numbers | found.numbers

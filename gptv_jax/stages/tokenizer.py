@@ -22,7 +22,7 @@ from gptv_jax.model.gpt import parameter_count
 from gptv_jax.runs import pictures
 from gptv_jax.runs.context import Context
 from gptv_jax.tokens import Tokenizer
-from gptv_jax.train import autoencoding, evaluation, loop, metrics, optimizer, step
+from gptv_jax.train import autoencoding, loop, metrics, optimizer, step
 from gptv_jax.weights.strict_reader import load_lpips
 
 LOG = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ def run_stage(context: Context) -> dict:
     train_step = step.make_train_step(
         loss, update, rate, seed=config.seed, ema=train.ema, after=after
     )
-    metric = evaluation.Metric(autoencoding.make_eval_step(network), autoencoding.health)
+    metric = step.Metric(autoencoding.make_eval_step(network), autoencoding.health)
     entries = settings.train_transforms
     batches = functools.partial(context.images.train, train.batch_size, entries=entries)
 

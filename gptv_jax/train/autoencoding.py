@@ -1,17 +1,11 @@
-"""Training and evaluation of a tokenizer's encoder and decoder, as pure functions for `jax.jit`.
-
-PSNR and SSIM, to report and to train by, take images [B, H, W, C] of one range and return a number
-for each image.
-"""
+"""Training and evaluation of a tokenizer's encoder and decoder, as pure functions for `jax.jit`."""
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
@@ -22,25 +16,19 @@ from gptv_jax.tokens.learned import from_pixels, to_pixels
 from gptv_jax.train.optimizer import apply_update
 from gptv_jax.train.step import Metrics, state_of
 
+Images = Float[Array, "B H W C"]
 RANGE = 2.0  # of values from -1 to 1
 WINDOW, SIGMA = 11, 1.5  # pixels, of SSIM's Gaussian window (Wang et al. 2004)
 K1, K2 = 0.01, 0.03  # SSIM's constants, shares of the range: they keep the ratios finite
 SCALES = 3  # of the gradient loss, each half as large as the one before
 
 
-def l1(restored: Float[Array, "B H W C"], images: Float[Array, "B H W C"]) -> Float[Array, "B"]:
-    """Mean absolute difference."""
-    return jnp.abs(restored - images).mean(axis=(1, 2, 3))
-
-
-def l2(restored: Float[Array, "B H W C"], images: Float[Array, "B H W C"]) -> Float[Array, "B"]:
+def l2(restored: Images, images: Images) -> Float[Array, "B"]:
     """Mean squared difference."""
     return jnp.square(restored - images).mean(axis=(1, 2, 3))
 
 
-def gradient(
-    restored: Float[Array, "B H W C"], images: Float[Array, "B H W C"]
-) -> Float[Array, "B"]:
+def gradient(restored: Images, images: Images) -> Float[Array, "B"]:
     """Mean absolute error of the differences between neighbouring pixels, at several scales.
 
     It asks for edges as sharp as the image's; the mean squared error accepts blurred ones.
@@ -51,15 +39,11 @@ def gradient(
         total += jnp.abs(down).mean(axis=(1, 2, 3)) + jnp.abs(right).mean(axis=(1, 2, 3))
         if min(difference.shape[1:3]) < 4:
             break
-        difference = _halved(difference)
+        # Means over squares of 2 x 2 pixels; an odd last row or column is left out.
+        height, width = (size - size % 2 for size in difference.shape[1:3])
+        rows = (difference[:, 0:height:2] + difference[:, 1:height:2]) / 2
+        difference = (rows[:, :, 0:width:2] + rows[:, :, 1:width:2]) / 2
     return total
-
-
-def _halved(x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
-    """Means over squares of 2 x 2 pixels; an odd last row or column is left out."""
-    height, width = (size - size % 2 for size in x.shape[1:3])
-    rows = (x[:, 0:height:2] + x[:, 1:height:2]) / 2
-    return (rows[:, :, 0:width:2] + rows[:, :, 1:width:2]) / 2
 
 
 def psnr(mean_squared: Float[Array, "*any"], value_range: float = RANGE) -> Float[Array, "*any"]:
@@ -67,9 +51,7 @@ def psnr(mean_squared: Float[Array, "*any"], value_range: float = RANGE) -> Floa
     return 10 * jnp.log10(value_range**2 / mean_squared)
 
 
-def ssim(
-    restored: Float[Array, "B H W C"], images: Float[Array, "B H W C"], value_range: float = RANGE
-) -> Float[Array, "B"]:
+def ssim(restored: Images, images: Images, value_range: float = RANGE) -> Float[Array, "B"]:
     """Structural similarity (Wang et al. 2004, doi:10.1109/TIP.2003.819861); 1 for equal images.
 
     Channel by channel under the paper's Gaussian window of 11 x 11 pixels, wherever it fits into
@@ -98,16 +80,12 @@ def _blurred(x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
     return x
 
 
-TERMS = {"l1": l1, "l2": l2, "gradient": gradient, "ssim": lambda *pair: 1 - ssim(*pair)}
-
-
-class Passed(NamedTuple):
-    """What the loss computes that `make_after` needs."""
-
-    images: Float[Array, "B H W C"]  # -1 to 1
-    restored: Float[Array, "B H W C"]
-    z: Float[Array, "B h w Z"]  # encodings before quantization
-    codes: Int[Array, "B h w"]
+TERMS = {  # of the loss: `(restored, images) -> number for each image`
+    "l1": lambda restored, images: jnp.abs(restored - images).mean(axis=(1, 2, 3)),
+    "l2": l2,
+    "gradient": gradient,
+    "ssim": lambda restored, images: 1 - ssim(restored, images),
+}
 
 
 def make_init(
@@ -139,20 +117,11 @@ def make_init(
 
 
 def _critic_optimizer(settings: config_lib.Tokenizer) -> optax.GradientTransformation:
-    b1, b2 = settings.discriminator_betas
-    return optax.adam(settings.discriminator_rate, b1=b1, b2=b2)
+    return optax.adam(settings.discriminator_rate, *settings.discriminator_betas)
 
 
 def _critic_has_begun(settings: config_lib.Tokenizer, step: Int[Array, ""]) -> Bool[Array, ""]:
     return step >= round(settings.adversarial_from * settings.train.steps)
-
-
-def abstract_batch(
-    config: config_lib.Autoencoder, rows: int, size: int, split: NamedSharding | None = None
-) -> dict:
-    """Shapes and shardings of a batch of `rows` images of `size` x `size` pixels."""
-    shape = (rows, size, size, config.channels)
-    return {"image": jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=split)}
 
 
 def make_loss(config: config_lib.Autoencoder, settings: config_lib.Tokenizer) -> Callable:
@@ -182,7 +151,7 @@ def make_loss(config: config_lib.Autoencoder, settings: config_lib.Tokenizer) ->
             total += settings.adversarial * begun * parts["adversarial"]
         squared = l2(restored, images).mean()
         metrics = {"loss": total, "batch_psnr_db": psnr(squared), **parts}
-        return total, metrics | {"aux": Passed(images, restored, z, quantized.codes)}
+        return total, metrics | {"aux": (images, restored, z, quantized.codes)}
 
     return loss
 
@@ -190,16 +159,16 @@ def make_loss(config: config_lib.Autoencoder, settings: config_lib.Tokenizer) ->
 def make_after(config: config_lib.Autoencoder, settings: config_lib.Tokenizer) -> Callable:
     """Updates the codebook and the discriminator, as the `after` of `step.make_train_step`."""
 
-    def after(state: dict, passed: Passed, batch: dict, key: PRNGKeyArray) -> tuple[dict, Metrics]:
+    def after(state: dict, passed: tuple, batch: dict, key: PRNGKeyArray) -> tuple[dict, Metrics]:
         del batch
-        new, metrics = {}, {}
+        (images, restored, z, codes), new, metrics = passed, {}, {}
         if config.quantizer == "vq":
-            book = update_codebook(state["codebook"], passed.z, passed.codes, settings, key)
+            book = update_codebook(state["codebook"], z, codes, settings, key)
             new = {"codebook": book}
             new["params"] = state["params"] | {"quantizer": {"codebook": unit(book["sums"])}}
         if settings.adversarial:
             new["critic"], metrics["critic_loss"] = _train_critic(
-                config, settings, state["critic"], passed, state["step"]
+                config, settings, state["critic"], images, restored, state["step"]
             )
         return state | new, metrics
 
@@ -232,12 +201,12 @@ def update_codebook(
     return {"counts": counts, "sums": sums}
 
 
-def _train_critic(config, settings, critic, passed, step) -> tuple[dict, Float[Array, ""]]:
+def _train_critic(config, settings, critic, images, restored, step) -> tuple[dict, Array]:
     """One step of the discriminator on the hinge loss (Lim and Ye 2017), once it has begun."""
 
     def loss(params):
         scores = layers.bind(Discriminator, config, settings, params=params)
-        real, made = scores(passed.images), scores(jax.lax.stop_gradient(passed.restored))
+        real, made = scores(images), scores(jax.lax.stop_gradient(restored))
         return (jax.nn.relu(1 - real).mean() + jax.nn.relu(1 + made).mean()) / 2
 
     params, optimizer = critic["params"], _critic_optimizer(settings)
@@ -250,8 +219,8 @@ def _train_critic(config, settings, critic, passed, step) -> tuple[dict, Float[A
 def make_eval_step(config: config_lib.Autoencoder) -> Callable:
     """`(params, batch) -> sums` over the rows whose "mask" is 1, of whole pixels 0 .. 255; jitted.
 
-    "images", "squared_error" (mean over an image), "psnr_db", "ssim", "same_codes" (share of an
-    image's codes that encoding the restored image gives again) and "counts" [V] of the codes.
+    "images", "mse" (over an image), "psnr_db", "ssim", "idempotence" (share of an image's codes
+    that encoding the restored image gives again) and "counts" [V] of the codes.
     """
 
     def eval_step(params: dict, batch: dict) -> Metrics:
@@ -263,11 +232,11 @@ def make_eval_step(config: config_lib.Autoencoder) -> Callable:
         squared = l2(made, given)
         by_image = {
             "images": jnp.ones_like(mask),
-            "squared_error": squared,
+            "mse": squared,
             # An image that is restored exactly counts as one that misses by half a level.
             "psnr_db": psnr(jnp.maximum(squared, 0.25), 255.0),
             "ssim": ssim(made, given, 255.0),
-            "same_codes": (codes == again).mean(axis=(1, 2)),
+            "idempotence": (codes == again).mean(axis=(1, 2)),
         }
         sums = {name: (mask * values).sum() for name, values in by_image.items()}
         codes, real = jax.sharding.reshard((codes, mask.astype(jnp.int32)), P())
@@ -286,10 +255,8 @@ def health(sums: dict[str, np.ndarray]) -> dict[str, float]:
     """
     images, counts = float(sums["images"]), np.asarray(sums["counts"], np.float64)
     share = counts[counts > 0] / counts.sum()
-    means = {"psnr_db": "psnr_db", "ssim": "ssim", "mse": "squared_error"}
-    means["idempotence"] = "same_codes"
     return {
-        **{name: float(sums[key]) / images for name, key in means.items()},
+        **{k: float(sums[k]) / images for k in ("psnr_db", "ssim", "mse", "idempotence")},
         "codes_used": len(share) / len(counts),
         "dead_codes": len(counts) - len(share),
         "perplexity": float(np.exp(-(share * np.log(share)).sum())),

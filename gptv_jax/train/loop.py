@@ -13,8 +13,7 @@ from gptv_jax import config as config_lib
 from gptv_jax import hosts, sharding
 from gptv_jax.checkpoint import Checkpoints, DamagedError
 from gptv_jax.errors import InputError
-from gptv_jax.train.goodput import Clock, Profiler, Sessions
-from gptv_jax.train.metrics import MetricWriter, Progress, mfu
+from gptv_jax.train.metrics import Clock, MetricWriter, Profiler, Progress, Sessions, mfu
 
 LOG = logging.getLogger(__name__)
 
@@ -73,9 +72,9 @@ def fit(
     state, info = restored or (initial(), FIRST)
     info = FIRST | info  # an older version saved fewer entries
     start = step = info["position"]
-    evaluations, measured = Ranking(info["evaluations"], primary), info["measured"]
+    evaluations, measured = list(info["evaluations"]), info["measured"]
     clock, profiler = Clock(info["seconds"], info["timed"]), profiler or Profiler()
-    checkpoints.best = evaluations.best()
+    checkpoints.best = best_step(evaluations, primary)
     log.rewind(name, step if restored else -1, info["events"])
     sessions = Sessions(log.folder, name, began, step, info["time"])
     if restored:
@@ -109,8 +108,9 @@ def fit(
 
     def drain():
         """Waits for the newest step, and counts the wait as its time."""
-        with clock.span(steps=0):
-            settle()
+        begin = time.perf_counter()
+        settle()
+        clock.add(time.perf_counter() - begin)
 
     def judge() -> bool:
         """Evaluates and measures where due and not yet done; whether this is the best so far."""
@@ -121,7 +121,7 @@ def fit(
             drain()
             numbers = evaluate(state[config.weights])
             evaluations.append({"step": step, **numbers})
-            checkpoints.best = evaluations.best()
+            checkpoints.best = best_step(evaluations, primary)
             better = checkpoints.best == step
             log.write(name, step, {f"validation_{k}": v for k, v in numbers.items()})
             sessions.seen(step)
@@ -142,12 +142,15 @@ def fit(
                     better = judge()
                 except hosts.StoppedError:
                     stopping = True
-            last = step == config.steps or evaluations.exhausted(patience)
+            best = checkpoints.best
+            since_best = sum(best is not None and e["step"] > best for e in evaluations)
+            last = step == config.steps or 0 < patience <= since_best
 
             if stopping or last or better or step % config.checkpoint_every == 0:
                 drain()
                 info = {"position": step, "evaluations": list(evaluations), "measured": measured}
-                info |= {"events": log.count(name), "time": time.time(), **clock.saved()}
+                info |= {"events": log.counts[name], "time": time.time()}
+                info |= {"seconds": float(clock.total[0]), "timed": int(clock.total[1])}
                 checkpoints.save(step, state, info)
                 sessions.seen(step)
             if stopping or last:
@@ -160,12 +163,12 @@ def fit(
                     f"{time.monotonic() - stop.since:.1f} s; the same command continues"
                 )
 
-            # Within the guard only what is named moves between host and device. A process's first
-            # step compiles, so it is not timed.
-            timed = clock.span(steps=1) if step > start else contextlib.nullcontext()
-            with profiler.step(step + 1, drain), jax.transfer_guard("disallow"), timed:
-                with clock.waiting(), jax.profiler.TraceAnnotation("next batch"):
+            # Within the guard only what is named moves between host and device.
+            with profiler.step(step + 1, drain), jax.transfer_guard("disallow"):
+                begin = time.perf_counter()
+                with jax.profiler.TraceAnnotation("next batch"):
                     local = next(data)
+                waited = time.perf_counter() - begin
                 state, metrics = train_step(state, sharding.global_batch(local))
                 step += 1
                 settle()  # the metrics of the step before, while this step runs
@@ -173,40 +176,36 @@ def fit(
                 if step == start + 1:  # before the first step there is nothing to save
                     stop = until_saved.enter_context(hosts.deferred_stop())
                 stopping = stop.agreed()
+                if step > start + 1:  # a process's first step compiles
+                    clock.add(time.perf_counter() - begin, 1, waited)
             progress.advance()
 
     progress.close()
-    speed = clock.tokens_per_second(config.batch_size * length)
-    spent = sessions.numbers(clock.seconds_of(step))
+    seconds, timed, _ = clock.total.tolist()
+    speed = timed * config.batch_size * length / seconds if timed else None
+    # Steps that were not timed count at the mean of the timed ones.
+    spent = sessions.numbers(seconds / timed * step if timed else None)
 
-    def best() -> int | None:
-        return evaluations.best({*checkpoints.steps(), step})
+    def best_left() -> int | None:
+        return best_step(evaluations, primary, {*checkpoints.steps(), step})
 
-    while (chosen := best()) not in (None, step):
+    while (chosen := best_left()) not in (None, step):
         try:
             restored = checkpoints.restore(chosen, {config.weights: abstract[config.weights]})
-            return Fitted(restored[0][config.weights], chosen, list(evaluations), speed, spent)
+            return Fitted(restored[0][config.weights], chosen, evaluations, speed, spent)
         except DamagedError as error:
             checkpoints.set_aside(chosen)
-            LOG.warning("%s Falling back to step %d.", error, best())
-    return Fitted(state[config.weights], step, list(evaluations), speed, spent)
+            LOG.warning("%s Falling back to step %d.", error, best_left())
+    return Fitted(state[config.weights], step, evaluations, speed, spent)
 
 
-class Ranking(list):
-    """A training's evaluations in order, ranked by their primary numbers if it has any."""
+def best_step(
+    evaluations: list[dict], primary: dict[str, int] | None, steps: set[int] | None = None
+) -> int | None:
+    """The step of the best evaluation (of those at `steps`), among equals the first; None: none.
 
-    def __init__(self, evaluations: list[dict], primary: dict[str, int] | None = None):
-        super().__init__(evaluations)
-        self._primary = primary or {}
-
-    def best(self, steps: set[int] | None = None) -> int | None:
-        """The step of the best evaluation, among equals the first, or of the best at `steps`."""
-        ranked = [e for e in self if steps is None or e["step"] in steps] if self._primary else []
-        preference = lambda e: [sign * e[k] for k, sign in self._primary.items()]  # noqa: E731
-        return max(ranked, key=preference)["step"] if ranked else None
-
-    def exhausted(self, patience: int) -> bool:
-        """Whether `patience` evaluations have passed without a better one; 0: never."""
-        best = self.best()
-        since = [e for e in self if best is not None and e["step"] > best]
-        return patience > 0 and len(since) >= patience
+    `primary` ranks the evaluations, see `Metric`.
+    """
+    ranked = [e for e in evaluations if primary and (steps is None or e["step"] in steps)]
+    preference = lambda e: [sign * e[k] for k, sign in primary.items()]  # noqa: E731
+    return max(ranked, key=preference)["step"] if ranked else None

@@ -23,8 +23,9 @@ LOGITS_BYTES = 2**27  # most float32 logits that a device holds at a time
 MASK_KEY, LABEL_DROPOUT_KEY, ORDER_KEY = (2**31 - i for i in (1, 2, 3))
 
 
-def cross_entropy(logits: Float[Array, "*B V"], targets: Int[Array, "*B"]) -> Float[Array, "*B"]:
-    """Negative log-likelihood of every target, in nats."""
+def cross_entropy(logits: Float[Array, "*B V"], targets: Int[Array, "..."]) -> Float[Array, "*B"]:
+    """Negative log-likelihood, in nats, of every target or of targets along the last axes of B."""
+    targets = jnp.broadcast_to(targets, logits.shape[:-1])
     return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
 
 

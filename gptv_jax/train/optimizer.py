@@ -20,10 +20,11 @@ MATRICES = {
     "mlp_in": MuonDimensionNumbers(reduction_axis=1, output_axis=2),  # L [D] [F]
     "mlp_gate_up": MuonDimensionNumbers(reduction_axis=1, output_axis=3),  # L [D] 2 [F]
     "mlp_out": MuonDimensionNumbers(reduction_axis=1, output_axis=2),  # L [F] [D]
+    **dict.fromkeys(  # [height width inputs] [outputs]
+        ("conv", "from_pixels", "to_pixels", "from_code", "to_code"),
+        MuonDimensionNumbers(reduction_axis=(0, 1, 2), output_axis=3),
+    ),
 }
-CONVOLUTIONS = ("conv", "from_pixels", "to_pixels", "from_code", "to_code")
-CONVOLUTION = MuonDimensionNumbers((0, 1, 2), 3)  # [height width inputs] [outputs]
-MATRICES |= dict.fromkeys(CONVOLUTIONS, CONVOLUTION)
 # Weights that are decayed and whose steps depend on the width; not norms, start vectors, embeddings
 # and positions. By name, because a stacked norm gain has two dimensions as well.
 PRODUCTS = {*MATRICES, "head", "class_head"}
@@ -47,10 +48,8 @@ def make_optimizer(
     match config.name:
         case "adam":
             optimizer = optax.adam(rate, **betas)
-        case "adamw":
-            optimizer = optax.adamw(rate, **betas, **decay)
-        case "nadamw":
-            optimizer = optax.nadamw(rate, **betas, **decay)
+        case "adamw" | "nadamw":
+            optimizer = getattr(optax, config.name)(rate, **betas, **decay)
         case "muon":
             # Two optimizers, because the AdamW inside optax's muon decays everything it trains.
             matrices = optax.contrib.muon(

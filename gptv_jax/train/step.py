@@ -1,81 +1,62 @@
-"""One step of any training, as a pure function for `jax.jit`, and the losses of the network.
+"""Steps of training and evaluation as pure functions for `jax.jit`, and the network's losses.
 
 Every training has a loss `loss(params, frozen, batch, key, step) -> (number, metrics)`, where
 `frozen` holds the arrays that the loss reads and does not train: a probe's network, a perceptual
 network. `key` is for everything random in the step; `step` counts the steps taken before.
 """
 
-from collections.abc import Callable
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jax.sharding import NamedSharding
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
-from gptv_jax import sharding
-from gptv_jax.model.gpt import Network, Output, reorder
+from gptv_jax import hosts, sharding
+from gptv_jax.model.gpt import Network, reorder
 from gptv_jax.train import objective
 from gptv_jax.train.objective import cross_entropy
 from gptv_jax.train.optimizer import apply_update, average
 
 Metrics = dict[str, Array]
+# Accuracy first; among equals, the lower cross-entropy.
+CLASSIFICATION = {"accuracy": 1, "class_nats": -1}
 
 
-def generative_loss(network: Network, steps: int | None = None) -> Callable:
-    """The pretraining loss, nats per token.
+def make_loss(
+    network: Network, generative: float = 1.0, classification: float = 1.0, steps: int | None = None
+) -> Callable:
+    """Nats per token; with a class head the weighted sum of these and the class's cross-entropy.
 
-    Without a key nothing is drawn: no dropout, no label dropout, raster order; BERT needs a key.
-    A network with random orders needs `steps`, the length of the training.
+    A network with a class head does not see the class, and reads images in raster order. Any other
+    network with random orders needs `steps`, the length of the training. Without a key nothing is
+    drawn: no dropout, no label dropout, raster order; BERT needs a key.
     """
-    if network.config.random_order and steps is None:
+    if network.config.random_order and not network.classes and steps is None:
         raise ValueError(
-            "model.random_order needs the length of the training: pass `steps` to generative_loss."
+            "model.random_order needs the length of the training: pass `steps` to make_loss."
         )
 
     def loss(params, frozen, batch, key, step=None) -> tuple[Array, Metrics]:
         del frozen
-        order = objective.draw_order(network, len(batch["tokens"]), key, step, steps)
-        _, nats = _forward(network, params, batch, key, order, condition_on_label=True)
-        return nats, {"nats_per_token": nats}
-
-    return loss
-
-
-def joint_loss(network: Network, generative: float, classification: float) -> Callable:
-    """Nats per token plus the cross-entropy of the class, weighted by the two coefficients.
-
-    The network does not see the class that it is to predict, and reads images in raster order.
-    """
-
-    def loss(params, frozen, batch, key, step=None) -> tuple[Array, Metrics]:
-        del frozen, step
-        output, nats = _forward(network, params, batch, key, condition_on_label=False)
+        model, tokens, classes = network.bind(params), batch["tokens"], network.classes
+        mask = objective.draw_mask(network, len(tokens), key)
+        start = objective.start_vectors(network, batch, key, condition_on_label=not classes)
+        order = None if classes else objective.draw_order(network, len(tokens), key, step, steps)
+        output = model(tokens, start, key, mask, order)
+        targets = tokens if order is None else reorder(tokens, order)
+        nats = objective.nats_per_token(model, output, targets, mask).mean()
+        if not classes:
+            return nats, {"nats_per_token": nats}
         class_nats = cross_entropy(output.class_logits, batch["label"]).mean()
         correct = jnp.argmax(output.class_logits, axis=-1) == batch["label"]
         metrics = {"nats_per_token": nats, "class_nats": class_nats, "accuracy": correct.mean()}
         return generative * nats + classification * class_nats, metrics
 
     return loss
-
-
-def _forward(
-    network, params, batch, key, order=None, *, condition_on_label: bool
-) -> tuple[Output, Float[Array, ""]]:
-    mask = objective.draw_mask(network, len(batch["tokens"]), key)
-    start = objective.start_vectors(network, batch, key, condition_on_label=condition_on_label)
-    model, tokens = network.bind(params), batch["tokens"]
-    output = model(tokens, start, key, mask, order)
-    targets = tokens if order is None else reorder(tokens, order)
-    return output, objective.nats_per_token(model, output, targets, mask).mean()
-
-
-def abstract_batch(network: Network, rows: int, split: NamedSharding | None = None) -> dict:
-    """Shapes and shardings of what the pretraining loss reads of a batch of `rows` images."""
-    shapes = {"tokens": (rows, network.length), "variant": (rows,)}
-    if network.config.class_tokens:
-        shapes["label"] = (rows,)
-    return {k: jax.ShapeDtypeStruct(s, jnp.int32, sharding=split) for k, s in shapes.items()}
 
 
 def make_init(network: Network, optimizer: optax.GradientTransformation, ema=None) -> Callable:
@@ -85,13 +66,10 @@ def make_init(network: Network, optimizer: optax.GradientTransformation, ema=Non
 
 def state_of(params: dict, optimizer: optax.GradientTransformation, ema=None) -> dict:
     """The train state {step, params, opt} before the first step; with an average, "ema" as well."""
-
+    opt = optimizer.init(params)
     # Constants in the optimizer's state have no sharding. Given one, the state before the first
     # step has the type of all later ones, so the step compiles once.
-    def sharded(x):
-        return jax.sharding.reshard(x, jax.typeof(x).sharding.spec)
-
-    opt = jax.tree.map(sharded, optimizer.init(params))
+    opt = jax.tree.map(lambda x: jax.sharding.reshard(x, jax.typeof(x).sharding.spec), opt)
     # A copy, because the step may write over the buffers of both.
     averaged = {} if ema is None else {"ema": jax.tree.map(jnp.copy, params)}
     return {"step": jnp.zeros((), jnp.int32), "params": params, "opt": opt, **averaged}
@@ -160,3 +138,68 @@ def make_train_step(
         return state | {"step": step + 1}, metrics
 
     return jax.jit(train_step, donate_argnums=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """What an evaluation computes, and which of its numbers ranks checkpoints."""
+
+    step: Callable[[dict, dict], dict]  # `(params, batch) -> sums`, jitted, where "mask" is 1
+    result: Callable[[dict], dict[str, float]]  # `total -> {name: number}`, on the host
+    # Sums stay on the devices; a metric that needs every prediction fetches each part here.
+    add: Callable = lambda total, part: jax.tree.map(jnp.add, total, part)
+    # Names by importance; 1: larger is better, -1: smaller. Empty: the last checkpoint is kept.
+    primary: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def measure(self, params: dict, batches: Iterable[dict]) -> dict[str, float]:
+        """The numbers of a split, given by `Pipeline.evaluation`; raises as `on_mesh` does."""
+        parts = (self.step(params, batch) for batch in on_mesh(batches))
+        return self.result(total(parts, self.add))
+
+
+def on_mesh(batches: Iterable[dict]) -> Iterator[dict]:
+    """A split's batches (this process's rows, NumPy) as global arrays; raises as `until_stop`."""
+    return map(sharding.global_batch, hosts.until_stop(batches))
+
+
+def total(parts: Iterable, add: Callable = Metric.add):
+    """The sum of trees of arrays, such as a split's batches give, fetched to the host."""
+    return jax.device_get(functools.reduce(add, parts))
+
+
+def make_eval_step(network: Network) -> Callable:
+    """`(params, batch) -> sums` over the rows whose "mask" is 1, jitted.
+
+    "images" counts the rows; the other sums are "nats_per_token" and, with a class head, "accuracy"
+    (images classified correctly) and "class_nats", the cross-entropy of the class. For BERT, nats
+    are means over the votes, and the class is that of most votes. A class-conditional network
+    without a class head sees the class.
+    """
+
+    def eval_step(params: dict, batch: dict) -> dict[str, Array]:
+        nats, logits, model = 0.0, [], network.bind(params)
+        for vote in range(network.votes):
+            output, mask = objective.evaluate_batch(
+                network, params, batch, vote, condition_on_label=not network.classes
+            )
+            nats += objective.nats_per_token(model, output, batch["tokens"], mask)
+            logits.append(output.class_logits)
+        rows = {"nats_per_token": nats / network.votes, "images": jnp.ones_like(batch["mask"])}
+        if network.classes:
+            logits = jnp.stack(logits)
+            rows["accuracy"] = objective.majority_class(logits) == batch["label"]
+            rows["class_nats"] = cross_entropy(logits, batch["label"]).mean(axis=0)
+        return {name: (values * batch["mask"]).sum() for name, values in rows.items()}
+
+    return jax.jit(eval_step)
+
+
+def make_metric(network: Network) -> Metric:
+    """Measures the means over images of the sums of `make_eval_step`."""
+
+    def result(sums: dict[str, np.ndarray]) -> dict[str, float]:
+        images = float(sums["images"])
+        return {name: float(value) / images for name, value in sums.items() if name != "images"}
+
+    primary = CLASSIFICATION if network.classes else {}
+    return Metric(make_eval_step(network), result, primary=primary)
