@@ -57,7 +57,7 @@ class Model:
         return self._forward(validation.sequences(tokens, self.network), "logits", labels)
 
     @arguments_by_name
-    def log_likelihood(self, images: Images, labels: Labels = None) -> Float[np.ndarray, "B"]:
+    def log_likelihood(self, images: Images, labels: Labels = None) -> Float[np.ndarray, " B"]:
         """Float32 log-probability of each image, in nats: the sum over the image's tokens."""
         return -self._nats(images, labels).sum(axis=1)
 

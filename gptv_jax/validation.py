@@ -98,7 +98,7 @@ def sequences(given, network: Network) -> Int[np.ndarray, "B T"]:
     return _below(given, network.vocabulary, "tokens")
 
 
-def labels(given, count: int, network: Network) -> Int[np.ndarray, "B"] | None:
+def labels(given, count: int, network: Network) -> Int[np.ndarray, " B"] | None:
     """The class of each of `count` rows, from one class or as many; None stays None."""
     if given is None:
         return None

@@ -171,14 +171,14 @@ class _TokenPlanes:
         high = (self.high_bits, -(-self.length // 8))
         self.fields = [("low", "|u1", (self.length,)), ("high", "|u1", high)]
 
-    def split(self, image: Int[np.ndarray, "T"]) -> dict[str, np.ndarray]:
+    def split(self, image: Int[np.ndarray, " T"]) -> dict[str, np.ndarray]:
         numbers = self.number_of[image]
         bits = np.unpackbits((numbers >> 8).astype(np.uint8)[None], axis=0, bitorder="little")
         high = np.packbits(bits[: self.high_bits], axis=1)
         return {"low": numbers.astype(np.uint8), "high": high}
 
     def join(
-        self, low: UInt8[np.ndarray, "T"], high: UInt8[np.ndarray, "bits bytes"]
+        self, low: UInt8[np.ndarray, " T"], high: UInt8[np.ndarray, "bits bytes"]
     ) -> UInt16[np.ndarray, "rows columns 1"]:
         numbers = low.astype(np.uint16)
         for bit, plane in enumerate(high, start=8):

@@ -68,7 +68,7 @@ def generate(
     key: PRNGKeyArray,
     drawing: config_lib.Drawing = DEFAULTS,
     prefix: int = 0,
-    labels: Int[Array, "G"] | None = None,
+    labels: Int[Array, " G"] | None = None,
     samples: int = 1,
     stopwatch: Stopwatch | None = None,
 ) -> Int[Array, "B N"]:
@@ -104,7 +104,7 @@ def prefill(
     guided: bool,
     params: dict,
     prefix: Int[Array, "G P"],
-    labels: Int[Array, "G"] | None,
+    labels: Int[Array, " G"] | None,
 ) -> tuple[Float[Array, "N V"], Cache]:
     """Logits of the first position after the prefixes, and the cache of the prefixes.
 
@@ -166,7 +166,9 @@ def _repeat_rows(x: Array, times: int, group: int = 1) -> Array:
     return repeated.reshape(rows, *x.shape[1:], out_sharding=spec)
 
 
-def guidance_scales(drawing: config_lib.Drawing, length: int) -> Float[np.ndarray, "length"] | None:
+def guidance_scales(
+    drawing: config_lib.Drawing, length: int
+) -> Float[np.ndarray, " length"] | None:
     """Scale of classifier-free guidance at each of T positions; None where there is no guidance.
 
     The schedule "cosine" is 1 + (guidance - 1) (1 - cos(pi (t / T)^power)) / 2 at position t.

@@ -62,7 +62,7 @@ class Sampler:
         self,
         given: Int[np.ndarray, "G T"],
         key: PRNGKeyArray,
-        labels: Int[np.ndarray, "G"] | None = None,
+        labels: Int[np.ndarray, " G"] | None = None,
         samples: int = 1,
         *,
         number: int = 0,
@@ -97,7 +97,7 @@ class Sampler:
         tokens: Int[np.ndarray, "B T"],
         margins: tuple[int, int, int, int],
         key: PRNGKeyArray,
-        labels: Int[np.ndarray, "B"] | None = None,
+        labels: Int[np.ndarray, " B"] | None = None,
     ) -> Int[np.ndarray, "B rows columns"]:
         """Grids of tokens with more tokens drawn around them; the given tokens stay as they are.
 
@@ -117,7 +117,7 @@ class Sampler:
         return grid
 
     def nats(
-        self, tokens: Int[np.ndarray, "B T"], labels: Int[np.ndarray, "B"] | None = None
+        self, tokens: Int[np.ndarray, "B T"], labels: Int[np.ndarray, " B"] | None = None
     ) -> Float[np.ndarray, "B T"]:
         """Float32 negative log-probability of every token given the tokens before it, in nats."""
         rows = jax.tree.map(sharding.shard_rows, (tokens, labels))

@@ -101,7 +101,7 @@ class GPT(nnx.Module):
     def __call__(
         self,
         tokens: Int[Array, "B T"],
-        variant: Int[Array, "B"] | None = None,
+        variant: Int[Array, " B"] | None = None,
         key: PRNGKeyArray | None = None,
         hidden: Bool[Array, "B T"] | None = None,
         order: Int[Array, "B T"] | None = None,
@@ -167,7 +167,7 @@ class GPT(nnx.Module):
     def embed(
         self,
         tokens: Int[Array, "B P"],
-        variant: Int[Array, "B"] | None = None,
+        variant: Int[Array, " B"] | None = None,
         spec: PartitionSpec = sharding.HIDDEN,
         order: Int[Array, "B P+1"] | None = None,
     ) -> Float[Array, "B P+1 D"]:

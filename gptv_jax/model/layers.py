@@ -57,7 +57,7 @@ def accumulator(x: Array) -> jnp.dtype:
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
-def rms_norm(x: Float[Array, "*any D"], gain: Float[Array, "D"]) -> Float[Array, "*any D"]:
+def rms_norm(x: Float[Array, "*any D"], gain: Float[Array, " D"]) -> Float[Array, "*any D"]:
     """X / sqrt(mean(x^2) + 1e-5) * gain: no centring, no bias (openai/image-gpt, `norm`)."""
     mean_square = jnp.mean(jnp.square(x.astype(accumulator(x))), axis=-1, keepdims=True)
     scale = jax.lax.rsqrt(mean_square + EPSILON).astype(x.dtype)
@@ -127,7 +127,7 @@ class Rotation(NamedTuple):
     keys: Float[Array, "2 *B P half"]
 
 
-def phases(places: Int[Array, "P"], columns: int, size: int) -> Float[Array, "2 P half"]:
+def phases(places: Int[Array, " P"], columns: int, size: int) -> Float[Array, "2 P half"]:
     """Cosines and sines of the angles of places, numbered in raster order, in a grid's `columns`.
 
     Half of each head's channels are rotated by the row of a place on the grid and half by the

@@ -42,7 +42,7 @@ def shapes() -> dict[str, tuple[int, ...]]:
 
 def distance(
     weights: Weights, one: Float[Array, "B H W 3"], other: Float[Array, "B H W 3"]
-) -> Float[Array, "B"]:
+) -> Float[Array, " B"]:
     """LPIPS of pairs of images from -1 to 1, at least 16 pixels a side; 0 for equal images."""
     total = 0.0
     pairs = zip(_features(weights, one), _features(weights, other), strict=True)

@@ -68,8 +68,8 @@ def with_few_labels(config: config_lib.Probe, splits: dict[str, Split], seed: in
 
 
 def draw(
-    labels: Int[np.ndarray, "N"], per_class: int, rng: np.random.Generator
-) -> Int[np.ndarray, "chosen"]:
+    labels: Int[np.ndarray, " N"], per_class: int, rng: np.random.Generator
+) -> Int[np.ndarray, " chosen"]:
     """Indices of `per_class` images of every class, sorted; InputError where there are fewer."""
     classes, counts = np.unique(labels, return_counts=True)
     if counts.min() < per_class:

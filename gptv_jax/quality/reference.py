@@ -30,7 +30,7 @@ class Moments:
     """
 
     count: int
-    mean: Float64[np.ndarray, "D"]
+    mean: Float64[np.ndarray, " D"]
     scatter: Float64[np.ndarray, "D D"]
 
     def plus(self, features: Float[np.ndarray, "B D"]) -> "Moments":
@@ -105,7 +105,7 @@ class Reference:
     """Moments of the features of real images, and a random sample of the features."""
 
     count: int
-    mean: Float64[np.ndarray, "D"]
+    mean: Float64[np.ndarray, " D"]
     covariance: Float64[np.ndarray, "D D"]  # unbiased
     provenance: dict  # JSON: the caller's entries, and count, features (name, hash) and versions
     kept: Float[np.ndarray, "K D"] | None = None  # random sample in random order

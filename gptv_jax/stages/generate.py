@@ -87,14 +87,14 @@ def _reference(context: Context, features: FeatureExtractor, convert: Callable) 
     return made
 
 
-def labels_in_turn(context: Context) -> Int[np.ndarray, "N"] | None:
+def labels_in_turn(context: Context) -> Int[np.ndarray, " N"] | None:
     """Every class in turn, or None for a network without classes."""
     classes, count = context.config.model.class_tokens, context.config.generate.count
     return np.arange(count, dtype=np.int32) % classes if classes else None
 
 
 def draw(
-    context: Context, folder: pathlib.Path, labels: Int[np.ndarray, "N"] | None, params: dict
+    context: Context, folder: pathlib.Path, labels: Int[np.ndarray, " N"] | None, params: dict
 ) -> Iterator[Int[np.ndarray, "B T"]]:
     """All tokens batch by batch; a batch that `folder` has is read, and a new one is kept there."""
     config, network = context.config.generate, context.network()

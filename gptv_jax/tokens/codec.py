@@ -24,7 +24,7 @@ class Codec(abc.ABC):
     definition: object = None
 
     @property
-    def similarity_order(self) -> Int[np.ndarray, "V"]:
+    def similarity_order(self) -> Int[np.ndarray, " V"]:
         """All tokens, those that look alike next to each other, for smaller token caches."""
         return np.arange(self.vocabulary)
 

@@ -102,7 +102,7 @@ class PaletteCodec(Codec):
         self.grid, self.image_shape = (size, size), (size, size, 3)
 
     @property
-    def similarity_order(self) -> Int[np.ndarray, "V"]:
+    def similarity_order(self) -> Int[np.ndarray, " V"]:
         return np.argsort(self.definition.centers @ LUMINANCE, kind="stable")
 
     def encode(self, images: UInt8[np.ndarray, "B H W 3"]) -> Int[np.ndarray, "B T"]:

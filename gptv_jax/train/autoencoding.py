@@ -23,12 +23,12 @@ K1, K2 = 0.01, 0.03  # SSIM's constants, shares of the range: they keep the rati
 SCALES = 3  # of the gradient loss, each half as large as the one before
 
 
-def l2(restored: Images, images: Images) -> Float[Array, "B"]:
+def l2(restored: Images, images: Images) -> Float[Array, " B"]:
     """Mean squared difference."""
     return jnp.square(restored - images).mean(axis=(1, 2, 3))
 
 
-def gradient(restored: Images, images: Images) -> Float[Array, "B"]:
+def gradient(restored: Images, images: Images) -> Float[Array, " B"]:
     """Mean absolute error of the differences between neighbouring pixels, at several scales.
 
     It asks for edges as sharp as the image's; the mean squared error accepts blurred ones.
@@ -51,7 +51,7 @@ def psnr(mean_squared: Float[Array, "*any"], value_range: float = RANGE) -> Floa
     return 10 * jnp.log10(value_range**2 / mean_squared)
 
 
-def ssim(restored: Images, images: Images, value_range: float = RANGE) -> Float[Array, "B"]:
+def ssim(restored: Images, images: Images, value_range: float = RANGE) -> Float[Array, " B"]:
     """Structural similarity (Wang et al. 2004, doi:10.1109/TIP.2003.819861); 1 for equal images.
 
     Channel by channel under the paper's Gaussian window of 11 x 11 pixels, wherever it fits into

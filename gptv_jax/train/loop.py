@@ -80,7 +80,7 @@ def fit(
     if restored:
         line = "%s continues from step %d of %d; %d steps and %.1f s since were lost."
         LOG.info(line, name, step, config.steps, *sessions.lost)
-    data, pending, stopping = batches(step), None, False
+    data, pending, stopping, stop = batches(step), None, False, None
     progress = Progress(name, config.steps, step)
 
     def settle():

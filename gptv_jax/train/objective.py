@@ -32,13 +32,13 @@ def cross_entropy(logits: Float[Array, "*B V"], targets: Int[Array, "..."]) -> F
 @jax.named_scope("loss")
 def nats_per_token(
     model: GPT, output: Output, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"] | None
-) -> Float[Array, "B"]:
+) -> Float[Array, " B"]:
     """Mean negative log-likelihood of each image's tokens; of the masked tokens only for BERT."""
     nats = token_nats(model, output, jax.sharding.reshard(tokens, sharding.HIDDEN))
     return nats.mean(axis=1) if mask is None else masked_mean(nats, mask)
 
 
-def masked_mean(nats: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B"]:
+def masked_mean(nats: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, " B"]:
     """Mean of each row over the positions where `mask` is true; 0 for a row without any."""
     return (nats * mask).sum(axis=1) / jnp.maximum(mask.sum(axis=1), 1)
 
@@ -92,7 +92,7 @@ def draw_mask(network: Network, rows: int, key: PRNGKeyArray | None) -> Bool[Arr
 
 def start_vectors(
     network: Network, batch: dict, key: PRNGKeyArray | None = None, *, condition_on_label: bool
-) -> Int[Array, "B"] | None:
+) -> Int[Array, " B"] | None:
     """Index of the start vector that each row begins with; None: `Network.unconditional` for all.
 
     A class-conditional network has one for each class and one for "no class", which a share
@@ -156,7 +156,7 @@ def evaluate_batch(
     if network.config.objective == "bert":
         key = jax.random.fold_in(jax.random.key(0), vote)
 
-        def draw(index: Int[Array, ""]) -> Bool[Array, "T"]:
+        def draw(index: Int[Array, ""]) -> Bool[Array, " T"]:
             image_key = jax.random.fold_in(key, index)
             return jax.random.bernoulli(image_key, network.config.masked_share, (network.length,))
 

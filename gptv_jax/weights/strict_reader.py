@@ -7,6 +7,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 import numpy as np
 
+from gptv_jax import files
 from gptv_jax.errors import InputError, first_line, list_differences
 from gptv_jax.model import lpips
 
