@@ -191,6 +191,7 @@ def free_port() -> int:
 def two_processes(start, folder: pathlib.Path) -> list[Command]:
     settings = ["--stages=pretrain", "--config.train.steps=100000", "--config.train.eval_every=50"]
     settings += ["--config.train.checkpoint_every=100000", "--config.data.validation_split=train"]
+    settings += ["--config.train.batch_size=2"]  # so that an evaluation takes seconds
     meeting = [f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2"]
     arguments = [*meeting, *small_arguments(folder, *settings)]
     return [start("main", f"--process_id={index}", *arguments) for index in (0, 1)]
@@ -199,7 +200,8 @@ def two_processes(start, folder: pathlib.Path) -> list[Command]:
 @pytest.mark.process
 def test_sigterm_to_one_of_two_processes_stops_both_after_the_same_step(start, tmp_path):
     folder, begun = tmp_path / "run", 0
-    for asked, moment in ((1, "start"), (1, "step"), (0, "evaluation")):
+    moments = [(1, "start"), (1, "step"), *[(0, "evaluation")] * 3]
+    for asked, moment in moments:
         processes = two_processes(start, folder)
 
         def reached(moment=moment, begun=begun, processes=processes) -> bool:
@@ -227,8 +229,11 @@ def test_sigterm_to_one_of_two_processes_stops_both_after_the_same_step(start, t
         assert (folder / "checkpoints" / "pretrain" / str(steps[0])).exists()
         assert not begun or f"continues from step {begun} of 100000; 0 steps" in told[0]
         begun = steps[0]
-        if moment == "evaluation":  # the run gave it up
-            assert begun % 50 == 0 and "nats_per_token" in events(folder)[-1]
+        # JAX looks for the signal once a second, so the evaluation may end before.
+        if moment == "evaluation" and begun % 50 == 0:
+            assert "nats_per_token" in events(folder)[-1]  # the run gave the evaluation up
+            return
+    pytest.fail("none of three evaluations was given up")
 
 
 READER = """
