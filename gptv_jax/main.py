@@ -14,7 +14,7 @@ from gptv_jax.config import fields
 from gptv_jax.hosts import distributed, runtime
 from gptv_jax.stages import STAGES, reports, setup
 
-DEFAULT = "all that the configuration and the data allow, but those that run on request (generate)"
+DEFAULT = "every possible stage but generate, which runs on request"
 WORKDIR = flags.DEFINE_string("workdir", None, "Run folder; the same folder continues its run.")
 WANTED = flags.DEFINE_list("stages", None, f"Some of {','.join(STAGES)}; default: {DEFAULT}.")
 DISTRIBUTED = flags.DEFINE_enum(

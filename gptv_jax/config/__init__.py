@@ -13,12 +13,31 @@ from gptv_jax.config.stages import Config, Drawing, Finetune, Generate, Probe, P
 from gptv_jax.config.train import Mesh, Model, Optimizer, Profile, Tokenizer, Train
 from gptv_jax.errors import InputError
 
-__all__ = ["Autoencoder", "Config", "Data", "Drawing", "Finetune", "Generate", "Mesh", "Model"]
-__all__ += ["Optimizer", "Probe", "ProbeSgd", "Profile", "Sample", "Tokenizer", "Tokens", "Train"]
-__all__ += ["choose", "default", "recorded", "resolve"]
+__all__ = [
+    "Autoencoder",
+    "Config",
+    "Data",
+    "Drawing",
+    "Finetune",
+    "Generate",
+    "Mesh",
+    "Model",
+    "Optimizer",
+    "Probe",
+    "ProbeSgd",
+    "Profile",
+    "Sample",
+    "Tokenizer",
+    "Tokens",
+    "Train",
+    "choose",
+    "default",
+    "recorded",
+    "resolve",
+]
 
-# Fields of older files: those with another name now, and those that are gone, each with the only
-# value that this version can still read.
+# Fields of older files: renamed fields, and removed fields, each with the only value that this
+# version can still read.
 RENAMED = {"tokens.name": "tokens.kind"}
 REMOVED = {"model.above_embedding": False}
 

@@ -29,7 +29,7 @@ class Model:
     layers: int = field(24, POSITIVE)
     width: int = field(512, POSITIVE)
     heads: int = field(8, POSITIVE)
-    mlp_ratio: int = field(4, POSITIVE)  # MLP width over width; of swiglu 2/3 of it, see mlp_width
+    mlp_ratio: int = field(4, POSITIVE)  # MLP width over width; see mlp_width
     # gelu: x * sigmoid(1.702 x) between two products. swiglu: silu(gate) * up (Shazeer 2020,
     # arXiv:2002.05202), with a width that keeps the number of weights and FLOPs.
     mlp: str = field("gelu", one_of("gelu", "swiglu"))

@@ -269,7 +269,7 @@ def check(training: tuple[str, ...], evaluation: tuple[str, ...]) -> None:
 
 
 def variants(entries: tuple[str, ...]) -> int:
-    """Number of variants of an image that the transforms make: 1, or those of one `shift`."""
+    """Number of variants that the transforms make of an image: 1, or as many as `shift` makes."""
     counts = [getattr(parse(entry), "variants", 1) for entry in entries]
     if sum(count > 1 for count in counts) > 1:
         raise InputError(

@@ -97,7 +97,7 @@ def self_attention(
 
 
 def _plain(causal, first, q, k, v):
-    """`attention` where the queries are those of positions `first`, `first` + 1, ..."""
+    """`attention` of queries at the positions `first`, `first` + 1, ..."""
     T, S = q.shape[1], k.shape[1]
     seen = first + jnp.arange(T)[:, None] >= jnp.arange(S)[None]
     return attention(q, k, v, seen if causal else jnp.ones((T, S), bool))

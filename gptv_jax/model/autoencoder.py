@@ -142,7 +142,7 @@ class Decoder(nnx.Module):
 class Quantized(NamedTuple):
     """The quantized output of an encoder."""
 
-    values: Float[Array, "B h w Z"]  # of the codes; gradients are those of no rounding
+    values: Float[Array, "B h w Z"]  # of the codes; gradients pass as if nothing were rounded
     codes: Int[Array, "B h w"]
     commitment: Float[Array, ""]  # mean squared distance to learned codes; else 0
 

@@ -22,7 +22,7 @@ class Memory:
     optimizer: int  # moments, the average of the weights, and the rest of a tokenizer's state
     batch: int
     gradients: int
-    activations: int  # those kept for the backward pass, and those of the layer being computed
+    activations: int  # kept for the backward pass, or of the layer that is being computed
 
     @property
     def total(self) -> int:

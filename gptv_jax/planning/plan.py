@@ -32,7 +32,7 @@ class Traffic:
 def traffic_of(
     found: Iterable[Collective], sizes: dict[str, int], slice_of: Sequence[int]
 ) -> list[Traffic]:
-    """Traffic of collectives, those of one kind over the same axes added up, most bytes first.
+    """Traffic of collectives, added up by kind and axes, most bytes first.
 
     `sizes` are the mesh's by axis, and `slice_of` the slice of each device in the order of the
     mesh. Collectives are rings: first inside every slice, then between slices.

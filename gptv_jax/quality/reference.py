@@ -1,4 +1,4 @@
-"""Feature statistics of images, and those of real images as a file: a reference.
+"""Feature statistics of images. The statistics of real images, kept in a file, are a reference.
 
 Generated images are compared with a reference by `evaluate`.
 """

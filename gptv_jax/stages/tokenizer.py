@@ -57,7 +57,7 @@ def run_stage(context: Context) -> dict:
         if found["collapsed"] and checkpoints.steps():
             LOG.warning(
                 "the codebook collapses: %.1f%% of %d codes are in use on %s, less than the share "
-                "config.tokenizer.least_used=%s of those that could be.",
+                "config.tokenizer.least_used=%s of the codes that so few tokens could use.",
                 *(100 * found["codes_used"], network.vocabulary, split, settings.least_used),
             )
         return found

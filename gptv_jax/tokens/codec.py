@@ -25,7 +25,7 @@ class Codec(abc.ABC):
 
     @property
     def similarity_order(self) -> Int[np.ndarray, " V"]:
-        """All tokens, those that look alike next to each other, for smaller token caches."""
+        """All tokens, ordered so that similar tokens are neighbours, for smaller token caches."""
         return np.arange(self.vocabulary)
 
     @abc.abstractmethod

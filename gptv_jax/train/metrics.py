@@ -55,7 +55,7 @@ class MetricWriter:
     def rewind(self, stage: str, step: int, count: int | None = None) -> None:
         """Drops the stage's events that a resumed training is about to repeat.
 
-        These are the events of steps later than `step`, and those after the first `count`.
+        These are the events of steps later than `step`, and all events after the first `count`.
         TensorBoard's files of the stage, whose end a kill may have cut off, are written anew.
         """
         if jax.process_index() != 0 or not self.path.exists():
@@ -167,7 +167,7 @@ class Sessions:
         `productive` are the seconds of the steps that led to the final weights, where known, and
         goodput is their share of the wall time. steps_redone and seconds_lost lie between a
         checkpoint that was continued from and the last sign of life of the session before,
-        seconds_up are those of all sessions, seconds_down those between them.
+        seconds_up is the length of all sessions, seconds_down the time between sessions.
         """
         up = sum(each["seen"] - each["began"] for each in self._sessions)
         wall = self._sessions[-1]["seen"] - self._sessions[0]["began"]

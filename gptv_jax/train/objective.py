@@ -1,4 +1,4 @@
-"""What pretraining predicts: each token from those before it, or masked tokens from all the others.
+"""What pretraining predicts: each token from earlier tokens, or masked tokens from all others.
 
 The second is the BERT objective of Image GPT (Chen et al. 2020), which hides a share `masked_share`
 of the tokens. Evaluation masks as well, since the network has never seen a whole image; the masks

@@ -219,7 +219,7 @@ def _definition(header: dict, arrays: dict, path: pathlib.Path) -> TokenDefiniti
 
 
 def arrays(weights_file: WeightsFile) -> dict[str, np.ndarray]:
-    """The arrays of a file: the parameters, and those of the token definition."""
+    """The arrays of a file: of the parameters and of the token definition."""
     found = {name: np.ascontiguousarray(array) for name, array in weights_file.params.items()}
     if isinstance(weights_file.definition, Palette):
         found[CENTERS] = weights_file.definition.centers
