@@ -91,7 +91,8 @@ def assert_equal(found: WeightsFile, expected: WeightsFile):
 
 def test_a_file_of_this_project_gives_back_everything(weights_file, tmp_path):
     path = tmp_path / "deep" / "x.safetensors"
-    weights_file = dataclasses.replace(weights_file, best_layer=2)
+    # The last of the L + 1 layers that can be read.
+    weights_file = dataclasses.replace(weights_file, best_layer=weights_file.model.layers)
     native.write(weights_file, path)
     assert [file.name for file in path.parent.iterdir()] == ["x.safetensors"]
     assert_equal(weights.read(path), weights_file)

@@ -141,7 +141,17 @@ def test_report_is_one_page_that_needs_no_network(finished_run):
     assert re.findall(r"""(?:src|href)=["'](?!data:)""", page) == []
     accuracy = f"{100 * finished_run.summary['finetune/test_accuracy']:.2f}%"
     assert accuracy in page
-    assert page.count("data:image/png;base64,") >= 4  # two curves or more, layers, samples
+    captions = [
+        "Pretraining. The training loss",
+        "Fine-tuning. Ringed",
+        "Layer 0 is the embeddings",
+    ]
+    captions += [
+        "New images, drawn at temperature 1",
+        "Test images, each followed by its completion",
+    ]
+    for caption in captions:
+        assert page.count(f"<figcaption>{caption}") == 1, caption
 
 
 def test_no_other_framework_is_imported(finished_run):

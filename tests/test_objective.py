@@ -175,6 +175,8 @@ def test_the_class_has_most_votes_and_the_loss_is_the_mean_over_the_votes(given)
     nats = [objective.nats_per_token(model, *pair[:1], tokens, *pair[1:]) for pair in outputs]
     wanted = (np.mean(nats, axis=0) * mask).sum()
     assert float(sums["nats_per_token"]) == pytest.approx(wanted, rel=1e-5)
+    chosen = np.asarray(jax.nn.log_softmax(logits))[:, np.arange(8), batch["label"]]
+    assert float(sums["class_nats"]) == pytest.approx(-(chosen.mean(axis=0) * mask).sum(), rel=1e-5)
 
 
 def test_a_tie_goes_to_the_likelier_class():

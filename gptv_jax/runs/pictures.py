@@ -4,11 +4,12 @@ import io
 import math
 import pathlib
 
-import jax
 import numpy as np
 from etils import epy
 from jaxtyping import Float, UInt8
 from PIL import Image
+
+from gptv_jax import files
 
 with epy.lazy_imports():  # heavy, and for heat maps and plots alone
     import matplotlib
@@ -55,11 +56,8 @@ def heat_map(nats: Float[np.ndarray, "B H W"]) -> tuple[UInt8[np.ndarray, "B H W
 
 
 def save(picture: UInt8[np.ndarray, "H W 3"], path: pathlib.Path) -> None:
-    """Writes a PNG file, and makes its folder; on process 0 alone."""
-    if jax.process_index() != 0:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture).save(path)
+    """Writes a PNG file as `files.replace` does."""
+    files.replace(path, lambda target: Image.fromarray(picture).save(target, "PNG"))
 
 
 def plot(

@@ -114,7 +114,7 @@ class RunFolder:
         if was != now and checkpoint.found(was):
             raise InputError(
                 f"config.checkpoint_dir is {given}, but this run's checkpoints are in {was}; "
-                f"move what that holds to {now}, or leave the setting as it was."
+                f"move the content of {was} to {now}, or leave the setting as it was."
             )
         if given:
             checkpoint.claim(now, record["id"], self.path, moved=was != now)

@@ -43,7 +43,7 @@ def run_stage(context: Context) -> dict:
     files.claim(folder, "--workdir")
     labels = labels_in_turn(context)
     weights = pretrained.load(context, context.network())
-    drawn = list(hosts.until_stop(draw(context, folder, labels, weights.params)))
+    drawn = list(draw(context, folder, labels, weights.params))
     if jax.process_index() == 0:
         _write(context, folder, drawn, labels)
     images = (convert(context.codec.decode(tokens)) for tokens in drawn)

@@ -182,7 +182,7 @@ def _impossible(config: config_lib.Config, classes: int) -> dict[str, str]:
     if kind != "learned":
         refused["tokenizer"] = f"config.tokens.kind={kind} has nothing to train"
     elif config.tokens.tokenizer or given or cached:
-        refused["tokenizer"] = "the tokens come with their tokenizer; leave it out"
+        refused["tokenizer"] = "the tokens come with their tokenizer; leave the stage tokenizer out"
     if given:
         reason = f"config.init_from={given} gives the pretrained weights; leave one of them out"
         refused["pretrain"] = reason
