@@ -152,7 +152,9 @@ def _check_probe(config: Config) -> None:
             refuse(config, f"probe.{name}", reason)
     for name, plain, method in (("pooling", "mean", "sgd"), ("labels_per_class", (), "lbfgs")):
         if getattr(probe, name) != plain and probe.method != method:
-            reason = f"only config.probe.method={method} reads this field; take that method, or {name}={plain}"
+            reason = (
+                f"only config.probe.method={method} reads this; take {method}, or {name}={plain}"
+            )
             refuse(config, f"probe.{name}", reason)
 
 
