@@ -49,11 +49,11 @@ def _make(settings: config.Config, devices: topology.Topology, kind: type[Traini
     """The plan on the mesh of the config.
 
     Raises:
-      InputError: the mesh does not divide the batch or the network; the message names a mesh that
-        does, if there is one.
+      InputError: the mesh does not divide the batch or the network (the message names a mesh that
+        does, if there is one), or the devices are not known to the compiler.
     """
-    try:
-        return plan.make(settings, devices, kind)
+    try:  # by arithmetic, so that only the mesh can be refused
+        plan.make(settings, devices, kind, compiling=False)
     except InputError as error:
         for each in search.choices(settings, devices, kind):
             if each.training.config.train.microbatches == settings.train.microbatches:
@@ -61,6 +61,7 @@ def _make(settings: config.Config, devices: topology.Topology, kind: type[Traini
                 example = f"For example, take {mesh}; --search ranks all."
                 raise InputError(f"{error} {example}") from error
         raise
+    return plan.make(settings, devices, kind)
 
 
 if __name__ == "__main__":

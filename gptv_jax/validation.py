@@ -45,7 +45,15 @@ def arguments_by_name(method: Method) -> Method:
             if "labels" in named:
                 raise TypeError("label and labels are both given; give labels alone.")
             named["labels"] = named.pop("label")
-        return method(**signature.bind_partial(*positional).arguments, **named)
+        try:
+            given = signature.bind_partial(*positional).arguments
+        except TypeError:
+            names = [p.name for p in signature.parameters.values() if p.kind is not p.KEYWORD_ONLY]
+            raise TypeError(
+                f"{method.__name__} takes {', '.join(names[1:])} by position; name the other "
+                "arguments."
+            ) from None
+        return method(**given, **named)
 
     call.__signature__, call.__doc__ = signature, document
     return call

@@ -9,10 +9,11 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 
+import jax
 import pytest
 from conftest import Command, encoded, make_folder, random_image, small_arguments
 
-from gptv_jax import command
+from gptv_jax import command, hosts
 from gptv_jax import config as config_lib
 from gptv_jax.errors import InputError
 from gptv_jax.hosts import distributed
@@ -263,6 +264,22 @@ def test_processes_that_fail_say_why_at_once_and_the_others_end(failing):
     assert re.match(r"error: \d of 64 images cannot be read, ", logs[1].splitlines()[-1])
     assert "Traceback (most recent call last)" in logs[2]
     assert logs[2].rstrip().splitlines()[-1].startswith("FileNotFoundError: ")
+
+
+def test_an_error_of_one_process_while_the_run_is_opened_ends_all_processes_by_it(monkeypatch):
+    def refuse():
+        raise InputError("config.data.path=/b does not exist.")
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    told = []
+    monkeypatch.setattr(hosts, "from_all", lambda own: told.append(own) or [None, own or "no."])
+    with pytest.raises(InputError, match=r"process 1 of 2: config\.data\.path=/b does not exist"):
+        hosts.on_all(refuse)
+    with pytest.raises(InputError, match=r"process 1 of 2: no\."):
+        hosts.on_all(lambda: 3)
+    assert told == ["config.data.path=/b does not exist.", None]
+    monkeypatch.setattr(hosts, "from_all", lambda own: [own, own])
+    assert hosts.on_all(lambda: 3) == 3
 
 
 def test_processes_with_different_settings_are_refused(monkeypatch):

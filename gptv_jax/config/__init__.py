@@ -66,7 +66,8 @@ def recorded(cls: type, flat: dict[str, object], section: str = "") -> dict:
         if (value := named.pop(name)) != REMOVED[name]:
             raise InputError(
                 f"config.{name} was {value!r} where this was made, which this version of gptv_jax "
-                f"no longer supports; it reads only {REMOVED[name]!r}."
+                f"no longer supports; it reads only {REMOVED[name]!r}. Use the version that wrote "
+                "the file."
             )
     named = {name.removeprefix(prefix): value for name, value in named.items()}
     return fields.unflatten(fields.flatten(cls()) | named)

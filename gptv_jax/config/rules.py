@@ -41,7 +41,7 @@ def check(config: Config) -> None:
         _check_bert(config)
     tables = model.target_positions and (model.learned_positions or model.axial_positions)
     if model.random_order and not (model.rotary or tables):
-        reason = "the network would know the position of neither its input token nor its target"
+        reason = "the network would not know both the position of its input token and of its target"
         advice = (
             "config.model.rotary, or target_positions with learned_positions or axial_positions"
         )

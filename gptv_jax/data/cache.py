@@ -110,6 +110,8 @@ class TokenCache:
         settings = {f"data.{name}": value for name, value in source.items() if value is not None}
         settings |= {"data.image_size": self.image_size, "data.eval_transforms": self.transforms}
         settings |= {name: value for name, value, _ in self.tokens.pairs(self.tokens)}
+        if not self.classes:
+            settings["data.labels"] = False
         if self.tokens.kind in tokens.DEFINITIONS:
             field = {"palette": "tokens.palette", "learned": "tokens.tokenizer"}[self.tokens.kind]
             settings[field] = str(self.folder / tokens.DEFINITIONS[self.tokens.kind][0])

@@ -19,6 +19,7 @@ __all__ = [
     "deferred_stop",
     "from_all",
     "from_first",
+    "on_all",
     "until_stop",
 ]
 
@@ -41,6 +42,25 @@ def from_first(function: Callable[[], object]):
     if "error" in outcome:
         raise InputError(outcome["error"])
     return outcome["value"]
+
+
+def on_all(function: Callable):
+    """The value of `function()`, which every process calls.
+
+    Raises:
+      InputError: `function` raised it on any process; every process raises it and names that one.
+    """
+    if jax.process_count() == 1:
+        return function()
+    value = refused = None
+    try:
+        value = function()
+    except InputError as error:
+        refused = str(error)
+    for index, reason in enumerate(from_all(refused)):
+        if reason is not None:
+            raise InputError(f"process {index} of {jax.process_count()}: {reason}")
+    return value
 
 
 def bytes_of_first(content: bytes) -> bytes:
