@@ -41,9 +41,8 @@ def open_run(config: config_lib.Config, workdir: str, wanted: list[str] | None =
     check_same_settings(config)
     mesh = sharding.make_mesh(config.mesh)
     folder = RunFolder(config, workdir)
-    splits = sources.SPLITS  # each process opens the data in its own place
-    opened = hosts.on_all(
-        lambda: {split: sources.open_source(config.data, split) for split in splits}
+    opened = hosts.on_all(  # the place of the data may differ between processes
+        lambda: {split: sources.open_source(config.data, split) for split in sources.SPLITS}
     )
     classes = opened["train"].classes
     rules.check_classes(config, classes)
@@ -60,9 +59,8 @@ def open_run(config: config_lib.Config, workdir: str, wanted: list[str] | None =
         "classes": getattr(sources.open_data_set(config.data), "class_names", classes),
     }
     hosts.from_first(lambda: _prepare(config, folder, stages, data))
-    hosts.on_all(
-        lambda: files.claim(folder.path, "--workdir")
-    )  # every process names the damaged images that it meets
+    # Every process writes the names of the damaged images that it meets.
+    hosts.on_all(lambda: files.claim(folder.path, "--workdir"))
     images = Pipeline(config.data, None, config.seed, folder.path, sharding.batch_share(mesh))
     log = MetricWriter(folder.path)
     return with_codec(Context(config, mesh, folder, log, images, classes, tuple(stages)))
