@@ -133,23 +133,24 @@ def check(config: config_lib.Config, mesh: Mesh | AbstractMesh, sections: Sequen
 
     def batches(name: str, train: config_lib.Train) -> tuple[str, int, int, str]:
         parts, source = ways * train.microbatches, f"{split} * {name}.microbatches"
-        return f"{name}.batch_size", train.batch_size, parts, source
+        return f"config.{name}.batch_size", train.batch_size, parts, source
 
-    mlp = "model.width * model.mlp_ratio" + " * 2/3, rounded," * (model.mlp == "swiglu")
+    mlp = "the width of the MLP, from config.model.width and config.model.mlp_ratio,"
     learned = config.tokens.kind == "learned"
-    side = "(data.image_size / tokens.autoencoder.downsample)" if learned else "data.image_size"
+    sizes = "config.data.image_size" + " and config.tokens.autoencoder.downsample" * learned
+    length = math.prod(config.tokens.grid(config.data.image_size))
     widths = enumerate(config.tokens.autoencoder.widths)
-    probed = ("probe.batch_size", probe.batch_size, ways, split)
-    rows = {  # the field or the formula of a number, the number, what must divide it, from where
+    probed = ("config.probe.batch_size", probe.batch_size, ways, split)
+    rows = {  # the field or the name of a number, the number, what must divide it, from where
         "model": [
-            ("model.width", model.width, *fsdp),
-            ("model.heads", model.heads, *tensor),
+            ("config.model.width", model.width, *fsdp),
+            ("config.model.heads", model.heads, *tensor),
             (mlp, model.mlp_width, *tensor),
-            (f"{side} ** 2", math.prod(config.tokens.grid(config.data.image_size)), *sequence),
+            (f"the number of tokens of an image, from {sizes},", length, *sequence),
         ],
         "tokenizer": [
-            *((f"tokens.autoencoder.widths[{i}]", width, *fsdp) for i, width in widths),
-            ("tokenizer.train.batch_size", tokenizer.train.batch_size, ways, split),
+            *((f"config.tokens.autoencoder.widths[{i}]", width, *fsdp) for i, width in widths),
+            ("config.tokenizer.train.batch_size", tokenizer.train.batch_size, ways, split),
         ],
         "train": [batches("train", config.train), *([probed] if probe.every else [])],
         "probe": [probed],
@@ -157,13 +158,13 @@ def check(config: config_lib.Config, mesh: Mesh | AbstractMesh, sections: Sequen
     }
     if tokenizer.adversarial:
         width = tokenizer.discriminator_width
-        rows["tokenizer"].append(("tokenizer.discriminator_width", width, *fsdp))
+        rows["tokenizer"].append(("config.tokenizer.discriminator_width", width, *fsdp))
     if probe.method == "sgd":
-        rows["probe"].append(("probe.sgd.batch_size", probe.sgd.batch_size, ways, split))
+        rows["probe"].append(("config.probe.sgd.batch_size", probe.sgd.batch_size, ways, split))
     for field, value, divisor, source in (row for name in sections for row in rows.get(name, ())):
         if value % divisor:
             raise InputError(
-                f"config.{field} is {value}, which {divisor} (config.{source}) does not divide; "
+                f"{field} is {value}, which {divisor} (config.{source}) does not divide; "
                 f"take a multiple of {divisor} or another mesh."
             )
 

@@ -241,7 +241,7 @@ def test_mesh_that_does_not_divide_the_devices_is_refused(sizes):
         ("model.heads", {"model": config_lib.Model(width=32, heads=1)}),
         ("train.batch_size", {"train": config_lib.Train(batch_size=12, microbatches=4)}),
         (
-            r"model\.width \* model\.mlp_ratio \* 2/3, rounded,",
+            "model.width and config.model.mlp_ratio,",
             {"model": config_lib.Model(width=16, mlp_ratio=1, heads=2, mlp="swiglu")},  # 11
         ),
         ("probe.batch_size", {"probe": config_lib.Probe(batch_size=3)}),
