@@ -7,8 +7,8 @@ CIFAR-10 at 16x16 in 16 colours of its own (256 tokens an image), 6 layers of wi
 that is constant and falls at the end. Every variant changes the base by a few fields, which leave
 what the products of a training cost nearly as it is (`adamw` lacks Muon's own); names joined by a
 plus change it by all of theirs, `rotary+...` because what helps alone need not help what is best
-alone. But for `width_*`, which tell whether a learning rate carries over from one width to another,
-four times as wide: with `base_width` the best of three is to be the same.
+alone. The exception is `width_*`, which show whether a learning rate carries over to a width four
+times as large: with `base_width` the best of the three rates should be the same for both widths.
 
 Each is the real command, `python -m gptv_jax.main --stages=pretrain`, in a folder of its own and on
 a core of its own, some three minutes of it. The same command continues what was stopped, does not
@@ -80,7 +80,7 @@ NUMBERS = {
 
 
 def main() -> None:
-    """Runs what is wanted, and prints all of it."""
+    """Runs the variants of --only, and prints the table and the JSON object."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--data_dir", required=True)
     parser.add_argument("--seeds", default="0,1")
@@ -110,12 +110,12 @@ def main() -> None:
 
 
 def changes(name: str) -> dict:
-    """Fields of a variant, or of several."""
+    """The fields that a variant changes; of several, if plus signs join their names."""
     return {k: v for part in name.split("+") for k, v in VARIANTS[part].items()}
 
 
 def cached_tokens(folder: pathlib.Path, data_dir: str) -> pathlib.Path:
-    """The folder of the token cache, made where it is not whole."""
+    """Returns the folder of the token cache, which is made first if it is not complete."""
     if not (folder / "header.json").exists():
         shutil.rmtree(folder, ignore_errors=True)
         prepare = [sys.executable, "-m", "gptv_jax.prepare", CONFIG, f"--out={folder}"]
@@ -125,19 +125,19 @@ def cached_tokens(folder: pathlib.Path, data_dir: str) -> pathlib.Path:
 
 
 def flags(settings: dict) -> list[str]:
-    """As the command line takes them."""
+    """Settings as flags of the command line."""
     return [f"--config.{name}={value}" for name, value in settings.items()]
 
 
 def run_all(settings: dict[pathlib.Path, dict], cores: list[str]) -> None:
-    """Runs them, one on each core, in order; of what has finished, main only tells the numbers.
+    """Runs the commands in order, one on each core at a time; finished runs are not repeated.
 
     Args:
-      settings: of each run, by its folder.
-      cores: their numbers.
+      settings: fields of the configuration of each run, by the run's folder.
+      cores: numbers of the cores.
 
     Raises:
-      RuntimeError: a run has failed; with the end of its log. Those under way are ended first.
+      RuntimeError: a run failed; the message has the end of its log. Runs under way end first.
     """
     free = queue.SimpleQueue()
     for core in cores:
@@ -167,18 +167,18 @@ def run_all(settings: dict[pathlib.Path, dict], cores: list[str]) -> None:
 
 
 def numbers_of(folder: pathlib.Path) -> dict:
-    """Of a finished run."""
+    """The numbers `NUMBERS` of a finished run."""
     summary = json.loads((folder / "summary.json").read_text())
     return {name: summary[key] for name, key in NUMBERS.items()}
 
 
 def mean(runs: list[dict], name: str = "nats_per_token") -> float:
-    """Over the seeds."""
+    """The mean of a number over the seeds' runs."""
     return statistics.mean(run[name] for run in runs)
 
 
 def table(found: dict[str, list[dict]], seeds: list[str]) -> str:
-    """In Markdown."""
+    """The variants as a Markdown table."""
     heads = ["variant", "parameters", "nats per token"]
     heads += [*(f"seed {seed}" for seed in seeds), "against base", "tokens/s"]
     rows = [heads, ["---"] * len(heads)]

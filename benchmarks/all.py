@@ -4,12 +4,12 @@ Command: python -m benchmarks.all [--quick] [--benchmarks=train_step,decode] [--
              [--limit=570] [--write=FILE]
              [--cifar10=DIR --jpegs=FOLDER --palette=kmeans_centers.npy]
 
-Each case is a command of its own, and what it told is kept in runs/speed/NAME-cpu.json (or -gpu).
+Each case is a command of its own, whose result is kept in runs/speed/NAME-cpu.json (or -gpu).
 The table of benchmark NAME, of all its cases that are kept, is put between the document's lines
 `<!-- speed:NAME-cpu -->` and `<!-- /speed:NAME-cpu -->`, with its command, hardware and date. With
---limit, where a machine is lent for minutes at a time, what is kept is not measured again, and when
-the time is over the exit code is 143: the same command continues. --quick writes nothing. The three
-last flags are what the input pipeline reads; without them it is left out.
+--limit, for a machine that is lent for minutes at a time, cases with a kept result are not measured
+again, and when the time is over the exit code is 143: the same command continues. --quick writes
+nothing. The three last flags name what the input pipeline reads; without them it is left out.
 """
 
 import argparse
@@ -33,10 +33,10 @@ MODULE = [sys.executable, "-m"]
 
 
 def run(command: list[str], timeout: float | None) -> tuple[dict | None, bool]:
-    """What a benchmark told as its last line, or None, and whether all of it went well.
+    """The benchmark's last line as JSON or None, and whether the benchmark succeeded.
 
     Raises:
-      subprocess.TimeoutExpired: it takes longer than these seconds.
+      subprocess.TimeoutExpired: the benchmark takes longer than `timeout` seconds.
     """
     begin = time.perf_counter()
     print(shlex.join(["python", "-m", *command]), flush=True)
@@ -56,14 +56,14 @@ def run(command: list[str], timeout: float | None) -> tuple[dict | None, bool]:
 
 
 def section(command: list[str], pieces: list[dict]) -> str:
-    """What the document says of a benchmark, that was measured in pieces."""
+    """The document's text of a benchmark: the facts and one table of all its measured cases."""
     told = dict.fromkeys(harness.told(["python", "-m", *command], piece) for piece in pieces)
     rows = [row for piece in pieces for row in piece["rows"]]
     return "\n".join([*told, "", harness.table(rows)])
 
 
 def write(path: pathlib.Path, name: str, text: str) -> bool:
-    """Puts the text between the document's lines for `name`; whether it has them."""
+    """Puts the text between the document's lines for `name`; returns False if it lacks them."""
     begin, end = f"<!-- speed:{name} -->", f"<!-- /speed:{name} -->"
     before, found, rest = path.read_text().partition(begin)
     _, ended, after = rest.partition(end)
@@ -75,17 +75,17 @@ def write(path: pathlib.Path, name: str, text: str) -> bool:
 
 
 def main() -> None:
-    """Runs and writes.
+    """Runs the benchmarks and writes their tables.
 
     Raises:
-      SystemExit: with code 143 where the same command has to be given again; else a benchmark
-        failed, or the document has no place for one.
+      SystemExit: with code 143 if the same command must be given again; with another code but 0 if
+        a benchmark failed, or the document has no place for one.
     """
     begin = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="tiny sizes: to see that it works")
-    parser.add_argument("--benchmarks", default=",".join(NAMES), help="these, by commas")
-    parser.add_argument("--cases", default="", help="those with one of these words, by commas")
+    parser.add_argument("--benchmarks", default=",".join(NAMES), help="their names, by commas")
+    parser.add_argument("--cases", default="", help="cases with one of these words, by commas")
     parser.add_argument("--limit", type=harness.positive, help="seconds that this command has")
     parser.add_argument("--pieces", type=pathlib.Path, default=ROOT / "runs/speed")
     parser.add_argument("--write", type=pathlib.Path, default=ROOT / "docs/results.md")

@@ -31,7 +31,7 @@ def code(model: gptv_jax.Model, tokens: np.ndarray) -> tuple[float, int]:
       Bits that the model claims (its negative log2-likelihood), and bits that the code takes.
 
     Raises:
-      AssertionError: what is read back is not what was written.
+      AssertionError: the tokens read back differ from the tokens written.
     """
     likely = scipy.special.softmax(model.logits(tokens).astype(np.float64), axis=-1)
     claimed = -np.log2(np.take_along_axis(likely, tokens[..., None], axis=-1)).sum()
@@ -52,7 +52,7 @@ def code(model: gptv_jax.Model, tokens: np.ndarray) -> tuple[float, int]:
 
 
 def column(array: np.ndarray, position: int) -> np.ndarray:
-    """One position of all rows, as the coder takes it."""
+    """One position of all rows, as the contiguous array that the coder takes."""
     return np.ascontiguousarray(array[:, position])
 
 
@@ -66,7 +66,7 @@ def tokens_of(run: str, model: gptv_jax.Model, count: int) -> np.ndarray:
 
 
 def main() -> None:
-    """Prints one table and one JSON line."""
+    """Codes the images of --run, and prints one table and one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", required=True, help="run folder with a finished pretraining")
     parser.add_argument("--images", type=int, default=BATCH, help="test images to code")

@@ -1,9 +1,9 @@
-"""Speed of causal attention in the forms it has, forward and with the gradients.
+"""Speed of the implementations of causal attention, forward and with the gradients.
 
 Command: python -m benchmarks.attention [--cases=backward]
 
-The plain form, which says what is meant, the form that this platform takes, and PyTorch's
-`scaled_dot_product_attention`.
+The contenders are the plain form, which defines the result, the form that gptv_jax uses on this
+platform, and PyTorch's `scaled_dot_product_attention`.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from benchmarks.turns import Contender, compare
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What attends."""
+    """Shapes and dtype of the attention that is measured."""
 
     batch: int
     tokens: int
@@ -29,14 +29,14 @@ class Case:
 
 
 def cases(platform: str) -> list[Case]:
-    """Those that fit the machine."""
+    """The cases that fit the platform's devices."""
     shapes = [(8, 1024, 2, 32), (4, 1024, 4, 64)] if platform == "cpu" else [(16, 1024, 8, 64)]
     dtype = "float32" if platform == "cpu" else "bfloat16"
     return [Case(*shape, backward, dtype) for shape in shapes for backward in (False, True)]
 
 
 def measure(case: Case, arguments) -> list[dict]:
-    """The rows of a case."""
+    """Measures a case; returns its rows of the table."""
     shared = dataclasses.asdict(case)
     contenders = [
         Contender("gptv_jax", "benchmarks.ours:attend", shared),

@@ -7,7 +7,7 @@ confirms. Prints the table and the same as one JSON line; --write puts the table
 document's markers. A row takes about a minute on two cores.
 
 The batch is the published one, 128 images and for XL 64, where it can be split over the devices.
-XL on four slices of 256 could give each device but a sixteenth of an image: there the batch is
+XL on four slices of 256 would give each device only a sixteenth of an image: there the batch is
 1,024, which is another recipe, and the row says so.
 """
 
@@ -42,7 +42,7 @@ HEAD = (
 
 
 def config_of(size: str, batch: int | None) -> config_lib.Config:
-    """That of configs/imagenet.py; another batch holds for the probe and fine-tuning as well."""
+    """The configuration of configs/imagenet.py; `batch`, if given, also sets the other stages'."""
     spec = importlib.util.spec_from_file_location("imagenet", ROOT / "configs" / "imagenet.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -54,7 +54,7 @@ def config_of(size: str, batch: int | None) -> config_lib.Config:
 
 
 def row(size: str, name: str, found: Plan) -> str:
-    """A line of the table."""
+    """A plan's line of the table."""
     numbers = found.numbers()
     slices = f"{found.topology.slices} x " if found.topology.slices > 1 else ""
     flags = " ".join(flag.removeprefix("--config.") for flag in found.flags)
@@ -79,7 +79,7 @@ def row(size: str, name: str, found: Plan) -> str:
 
 
 def write(path: pathlib.Path, text: str) -> None:
-    """Puts the text between the markers."""
+    """Puts the text between the document's markers."""
     before, begin, rest = path.read_text().partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):

@@ -2,13 +2,13 @@
 
 Command: python -m benchmarks.decode [--tokens=256] [--batch=16]
 
-All draw from nothing but the start token, among all of the vocabulary. The limit is the bytes
-that a token must read, every weight once a step and of the cache what has been written, over the
-bandwidth that a copy of a large array reaches in the same run.
+All contenders begin with the start token and draw from the whole vocabulary. The limit is the
+speed at which a step would read its bytes (every weight once, and the part of the cache that has
+been written) at the bandwidth that a copy of a large array reaches in the same run.
 
-Then what a token costs as sequences grow, beside the first 256 of a sequence of 256: the first 256
-of a sequence of 4,096, where only its table of positions is longer, since the cache grows with what
-is drawn; and all of a sequence of 1,024, which reads and moves what its cache holds.
+Further rows compare the cost of a token in longer sequences with that in a sequence of 256 tokens:
+the first 256 tokens of a sequence of 4,096, where only the table of positions is longer, since the
+cache grows with the drawn tokens; and a whole sequence of 1,024, whose cache is longer.
 """
 
 import dataclasses
@@ -29,14 +29,14 @@ GROWN = (LONG, IGPT_S, QUICK.size)  # whose growth is measured; larger ones may 
 
 
 def cases(platform: str) -> list[Case]:
-    """Those that fit the machine."""
+    """The cases that fit the platform's devices."""
     if platform == "cpu":
         return [Case(LONG, 16, "float32")]
     return [Case(size, 256, "bfloat16") for size in (IGPT_S, IGPT_M, IGPT_L)]
 
 
 def measure(case: Case, arguments) -> list[dict]:
-    """The rows of a case."""
+    """Measures a case; returns its rows of the table."""
     count = min(arguments.tokens, case.size.tokens)
     told, drawn = f"{case}, {count} tokens", case.asdict() | {"count": count}
     contenders = [
@@ -64,13 +64,13 @@ def measure(case: Case, arguments) -> list[dict]:
 
 
 def bytes_read(size: Size, batch: int, width: int, count: int) -> float:
-    """Bytes that a step must read, on average over the first `count` of a sequence.
+    """Bytes that a step must read, on average over the first `count` steps of a sequence.
 
     Args:
-      size: of the network.
-      batch: sequences.
+      size: the network's size.
+      batch: number of sequences.
       width: bytes of a number.
-      count: steps.
+      count: number of steps.
     """
     weights = flops.forward(network_of(size))["matmul"] // 2
     cached = 2 * size.layers * size.width * batch * (count + 1) / 2
@@ -78,7 +78,7 @@ def bytes_read(size: Size, batch: int, width: int, count: int) -> float:
 
 
 def growth(case: Case, arguments) -> list[dict]:
-    """What a token costs in longer sequences; the speed and the cost are of a token everywhere."""
+    """Rows for longer sequences: speed in tokens per second, and the cost of a token."""
     short = math.isqrt(min(arguments.tokens, case.size.tokens)) ** 2
     drawn = {}
     for count, tokens in ((short, 1), (short, LONGER), (short * WHOLE, WHOLE)):
@@ -87,7 +87,7 @@ def growth(case: Case, arguments) -> list[dict]:
         drawn[f"first {count:,} of {size.tokens:,}"] = longer
     contenders = [Contender(n, "benchmarks.ours:generate", each) for n, each in drawn.items()]
     found = compare(contenders, arguments)
-    for name, each in found.items():  # as if it had drawn as many as the short one
+    for name, each in found.items():  # scaled to the number of tokens of the short one
         seconds = tuple(spent * short / drawn[name]["count"] for spent in each.seconds)
         found[name] = dataclasses.replace(each, seconds=seconds)
     base = contenders[0].name

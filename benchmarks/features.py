@@ -2,9 +2,9 @@
 
 Command: python -m benchmarks.features [--cases=D256] [--batch=16]
 
-Features are means over positions of every layer's normed input. Beside them what the probe makes of
-them (`ridge`: added to the moments of a ridge regression), and what they cost over a forward pass
-to the last layer alone.
+Features are means over positions of every layer's normed input. Further rows have the features of
+all layers added to the moments of a ridge regression, as the probe does (`ridge`), and the features
+of the last layer alone, with which the others' costs are compared.
 """
 
 from benchmarks import harness
@@ -16,14 +16,14 @@ THEIRS = {"PyTorch": {}, "PyTorch compiled": {"compiled": True}}
 
 
 def cases(platform: str) -> list[Case]:
-    """Those that fit the machine."""
+    """The cases that fit the platform's devices."""
     if platform == "cpu":
         return [Case(LONG, 16, "float32"), Case(SMALL, 16, "float32")]
     return [Case(IGPT_S, 64, "bfloat16")]
 
 
 def measure(case: Case, arguments) -> list[dict]:
-    """The rows of a case."""
+    """Measures a case; returns its rows of the table."""
     shared = case.asdict()
     contenders = [
         *(Contender(n, "benchmarks.ours:read", shared | {"what": w}) for n, w in OURS.items()),

@@ -1,10 +1,11 @@
-"""What generated images are to be held against: test images, the same restored, codes one by one.
+"""Sets to compare generated images with: test images, the same restored, independent codes.
 
     python -m benchmarks.generation_floors --run=runs/codes --data=TFDS_FOLDER
 
 For a run of configs/tokenizer_cifar10.py: sets of images are compared with the training images, as
---stages=generate compares what it draws. They are the best that could be hoped for, the best that
-the tokenizer allows, and images of codes that know nothing of each other.
+--stages=generate compares what it draws. Test images are the best that can be hoped for; test
+images that the tokenizer restored are the best that it allows; and images whose codes are drawn
+independently of each other are what a network must surpass.
 """
 
 import json
@@ -28,8 +29,8 @@ SHOWN = ("frechet_distance", "precision", "recall")
 
 
 def main(_):
-    """Prints a line for each set and features, then all of it as JSON."""
-    logging.set_verbosity(logging.ERROR)  # libraries tell their every move
+    """Prints a line for each set of images and kind of features, then all of them as JSON."""
+    logging.set_verbosity(logging.ERROR)  # libraries log a great deal
     train, test = read("train[:98%]"), read("test")[: COUNT.value]
     tokenizer = gptv_jax.load_tokenizer(RUN.value)
     codes = tokenizer.encode(train[:CODED])
@@ -58,7 +59,7 @@ def read(split: str) -> np.ndarray:
 
 
 def batches(images: np.ndarray) -> Iterator[np.ndarray]:
-    """In order; the last one may be smaller."""
+    """Batches of the images in order; the last batch may be smaller."""
     return (images[first : first + BATCH] for first in range(0, len(images), BATCH))
 
 

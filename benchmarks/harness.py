@@ -30,13 +30,13 @@ TOLD = ("unit", "median", "quartiles")  # of a row, in one cell of the table
 def rows(
     case: str, found: dict[str, Measured], work: float, unit: str, base: str = ""
 ) -> list[dict]:
-    """A row of the table for each contender.
+    """Makes a row of the table for each contender.
 
     Args:
       case: what was measured.
-      found: of `turns.compare`.
-      work: that an iteration does, in units.
-      unit: tokens, images, ...; the rows have as many of them a second.
+      found: what `turns.compare` returned.
+      work: number of units that one iteration processes.
+      unit: name of the unit (tokens, images, ...); the rows give units per second.
       base: the contender whose ratio is 1; without one there are no ratios.
     """
     made = []
@@ -55,7 +55,7 @@ def rows(
 
 
 def table(made: list[dict]) -> str:
-    """Rows as a table in Markdown: case, contender, speed with its quartiles, and what else is."""
+    """Rows as a Markdown table: case, contender, speed with quartiles, and further numbers."""
     hidden = {"case", "contender", "note", "failed", "waiting_cores", "other_cores", *TOLD}
     more = list(dict.fromkeys(key for row in made for key in row if key not in hidden))
     lines = [["case", "contender", "median (quartiles)", *(key.replace("_", " ") for key in more)]]
@@ -83,9 +83,9 @@ def report(benchmark: str, made: list[dict], **more) -> None:
     """Prints the table and, as the last line, all of it as one JSON object.
 
     Args:
-      benchmark: its name.
-      made: its rows.
-      more: for the JSON object.
+      benchmark: name of the benchmark.
+      made: rows of the table.
+      more: further entries of the JSON object.
 
     Raises:
       SystemExit: a contender failed.
@@ -102,12 +102,12 @@ def report(benchmark: str, made: list[dict], **more) -> None:
 
 
 def facts() -> dict:
-    """What every number is told with, beside its command."""
+    """Versions, hardware and date, printed with every table."""
     return {"versions": versions(), "hardware": hardware(), "date": str(datetime.date.today())}
 
 
 def told(command: list[str], about: dict) -> str:
-    """A line above a table: where its numbers are from, of which `facts` are a part."""
+    """The line above a table: the command, and the hardware, versions and date of `facts`."""
     machine, packages = about["hardware"], about["versions"].items()
     device = "" if machine["platform"] == "cpu" else f"{machine['device']}, "
     cpu = f"{machine['cpu']} ({machine['cores']} cores)"
@@ -118,7 +118,7 @@ def told(command: list[str], about: dict) -> str:
 
 
 def versions() -> dict[str, str | None]:
-    """Of what takes part; None for what is not installed."""
+    """Versions of Python and of the packages `VERSIONED`; None if a package is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for name in VERSIONED:
         try:
@@ -130,7 +130,10 @@ def versions() -> dict[str, str | None]:
 
 @functools.cache
 def hardware() -> dict[str, str | int]:
-    """The device as JAX names it, and the CPU; asked in a process of its own, which then ends."""
+    """The device as JAX names it, and the CPU.
+
+    A process of its own asks JAX and then ends, so that this process does not hold the device.
+    """
     asked = "import jax, json; d = jax.devices()[0]; print(json.dumps([d.platform, d.device_kind]))"
     told = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
     kind, device = json.loads(told.stdout.splitlines()[-1])
@@ -141,7 +144,11 @@ def hardware() -> dict[str, str | int]:
 
 
 def having(words: str, cases: list) -> list:
-    """The case of this name, or those with one of these words, by commas; without words all."""
+    """The cases that --cases selects.
+
+    `words` is the whole name of one case, or words separated by commas, of which a case's name must
+    have one. Without words, all cases are selected.
+    """
     named = [case for case in cases if str(case) == words]
     wanted = [word for word in words.split(",") if word]
     found = [case for case in cases if not wanted or any(word in str(case) for word in wanted)]
@@ -149,10 +156,10 @@ def having(words: str, cases: list) -> list:
 
 
 def positive(flag: str) -> int:
-    """A flag's positive integer.
+    """Parses a flag's positive integer.
 
     Raises:
-      argparse.ArgumentTypeError: it is none.
+      argparse.ArgumentTypeError: the text is not a positive integer.
     """
     if not flag.isdecimal() or not int(flag):
         raise argparse.ArgumentTypeError(f"must be a positive integer, not {flag!r}")
@@ -160,10 +167,10 @@ def positive(flag: str) -> int:
 
 
 def seconds(flag: str) -> float:
-    """A flag's number of seconds, 0 or more.
+    """Parses a flag's number of seconds, 0 or more.
 
     Raises:
-      argparse.ArgumentTypeError: it is none.
+      argparse.ArgumentTypeError: the text is not such a number.
     """
     with contextlib.suppress(ValueError):
         if 0 <= float(flag) < math.inf:
@@ -172,7 +179,7 @@ def seconds(flag: str) -> float:
 
 
 def end_by_sigterm() -> None:
-    """Makes SIGTERM an exit by 143, on whose way the processes that were started end as well."""
+    """Makes SIGTERM end this command, by exit code 143, and the processes that it started."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(stopping.STOPPED))
 
 
@@ -186,28 +193,28 @@ def main(
     rounds: int = 5,
     flags: dict[str, dict] | None = None,
 ) -> None:
-    """What a benchmark does as a command.
+    """Runs a benchmark as a command: reads its flags, measures its cases and prints the report.
 
     Args:
-      benchmark: its name.
-      description: its docstring.
+      benchmark: name of the benchmark.
+      description: docstring of the benchmark's module.
       cases: `platform -> cases` that fit the machine; a case's name is its `str`.
       measure: `(case, arguments) -> rows`.
       quick: the cases of --quick.
-      rounds: the default of --rounds.
-      flags: further ones, and what they are.
+      rounds: default of --rounds.
+      flags: further flags, with the arguments of `add_argument` for each.
 
     Raises:
-      SystemExit: no case is left, or a contender failed.
+      SystemExit: --cases selects no case, or a contender failed.
     """
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument(
         "--rounds", type=positive, default=rounds, help="turns that each contender has"
     )
-    parser.add_argument("--seconds", type=seconds, default=1.0, help="that a turn takes at least")
-    parser.add_argument("--cases", default="", help="those with one of these words, by commas")
+    parser.add_argument("--seconds", type=seconds, default=1.0, help="least seconds of a turn")
+    parser.add_argument("--cases", default="", help="cases with one of these words, by commas")
     parser.add_argument("--only", default="", help="these contenders, by commas")
-    parser.add_argument("--batch", type=positive, help="in place of the cases' own")
+    parser.add_argument("--batch", type=positive, help="batch size, in place of that of the cases")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: to see that it works")
     for name, options in (flags or {}).items():
         parser.add_argument(name, **options)

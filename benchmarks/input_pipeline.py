@@ -41,7 +41,7 @@ BUFFERED = 24  # batches that may wait in buffers
 
 
 def settings(arguments, folder: pathlib.Path) -> dict[str, config_lib.Data]:
-    """The three inputs."""
+    """The data configurations of the three inputs, by name."""
     cifar10 = config_lib.Data(
         name="cifar10",
         dir=arguments.cifar10,
@@ -58,7 +58,7 @@ def settings(arguments, folder: pathlib.Path) -> dict[str, config_lib.Data]:
 
 
 def write_cache(config: config_lib.Data, codec, folder: pathlib.Path, count: int) -> None:
-    """A cache of the first training images."""
+    """Writes a token cache of the first `count` training images."""
     part = dataclasses.replace(config, train_split=f"train[:{count}]")
 
     def examples():
@@ -76,7 +76,7 @@ def write_cache(config: config_lib.Data, codec, folder: pathlib.Path, count: int
 
 
 class TorchImages:
-    """The same work as a map-style PyTorch data set."""
+    """A map-style PyTorch data set that does the work of gptv_jax's pipeline."""
 
     def __init__(self, config: config_lib.Data, codec):
         self.source = sources.open_source(config, "train")
@@ -103,14 +103,14 @@ class TorchImages:
 
 
 def ours(config: config_lib.Data, codec, workers: int):
-    """An endless iterator over batches."""
+    """An endless iterator over batches of gptv_jax's pipeline."""
     return pipeline.Pipeline(dataclasses.replace(config, workers=workers), codec, 0).train(BATCH)
 
 
 def theirs(config: config_lib.Data, codec, workers: int):
-    """The same by torch."""
+    """An endless iterator over the same batches of a PyTorch DataLoader."""
     images = TorchImages(config, codec)
-    # Of one epoch without end, since each epoch would start its workers anew.
+    # One epoch without end, since each epoch would start its workers anew.
     sampler = torch.utils.data.RandomSampler(images, replacement=True, num_samples=10**9)
     loader = torch.utils.data.DataLoader(
         images,
@@ -123,7 +123,7 @@ def theirs(config: config_lib.Data, codec, workers: int):
 
 
 def measured(batches, seconds: float) -> float:
-    """Seconds a batch, once what was prefetched is used up."""
+    """Seconds per batch, after the prefetched batches are used up."""
     for _ in range(BUFFERED):
         next(batches)
     count, begin = 0, time.perf_counter()
@@ -134,7 +134,7 @@ def measured(batches, seconds: float) -> float:
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measures all inputs and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cifar10", required=True)
     parser.add_argument("--jpegs", required=True)

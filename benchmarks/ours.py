@@ -1,4 +1,4 @@
-"""Contenders of this project: each factory makes a task of what the real command runs."""
+"""Contenders of this project: each factory makes a task that runs what the real command runs."""
 
 import math
 from collections.abc import Callable
@@ -73,14 +73,14 @@ def generate(size: dict, batch: int, dtype: str, count: int) -> Task:
 
 
 def read(size: dict, batch: int, dtype: str, what: str) -> Task:
-    """Features of images.
+    """Reads features of images.
 
     Args:
-      size: of the network.
-      batch: images.
-      dtype: of compute.
-      what: "last" for those of the last layer, "all" for those of all, "ridge" for all of them
-        and what a ridge regression keeps of them.
+      size: fields of the network's `Size`.
+      batch: number of images.
+      dtype: dtype of compute.
+      what: "last": features of the last layer; "all": features of all layers; "ridge": features of
+        all layers, added to the moments of a ridge regression.
     """
     _prepare()
     network = network_of(Size(**size), dtype)
@@ -112,7 +112,7 @@ def attend(
     dtype: str,
     plain: bool = False,
 ) -> Task:
-    """Causal attention, in the form that is chosen here or in the plain one."""
+    """Causal attention, in the form that gptv_jax uses on this platform, or in its plain form."""
     _prepare()
     shape, spec = (batch, tokens, heads, head_size), sharding.BATCH_FIRST
     keys = jax.random.split(jax.random.key(0), 4)
@@ -135,10 +135,13 @@ def matmul(side: int, dtype: str) -> Task:
 
 
 def copy(size: int) -> Task:
-    """So many bytes, each of which is read and written; in place, so that no page is new."""
+    """Copies `size` bytes in place, to measure memory bandwidth.
+
+    Each byte is read and written; in place, so that no memory pages are new.
+    """
     _prepare()
     array = jnp.ones(size // 4, jnp.float32)
-    negative = jax.jit(lambda x: -x, donate_argnums=0)  # what changes nothing would not be done
+    negative = jax.jit(lambda x: -x, donate_argnums=0)  # XLA would omit a copy that changes nothing
 
     def advance():
         nonlocal array
@@ -149,9 +152,9 @@ def copy(size: int) -> Task:
 
 
 def _task(function: Callable) -> Task:
-    """Iterations of what all devices take part in, of which one ends when the next has begun.
+    """A task that starts one iteration and then waits for the one before, as training does.
 
-    So it is in training; with more under way a CPU's devices may wait for each other for ever.
+    With more iterations under way, a CPU's devices may wait for each other for ever.
     """
     before = None
 

@@ -34,15 +34,12 @@ class Block(nn.Module):
     def forward(
         self, x: torch.Tensor, cache: torch.Tensor | None = None, position: int = 0
     ) -> torch.Tensor:
-        """Of the residual stream [B, T, D].
+        """Returns the residual stream [B, T, D] after this layer.
 
         Args:
-          x: of a whole sequence, or with a cache of one position alone.
-          cache: keys and values [2, B, H, T, K], of which those before `position` are written.
-          position: whose keys and values are written into the cache.
-
-        Returns:
-          The next layer's.
+          x: residual stream of a whole sequence; with a cache, of one position.
+          cache: keys and values [2, B, H, T, K]; those before `position` are already written.
+          position: index of the position of `x`, where its keys and values are written.
         """
         B, T, D = x.shape
         qkv = self.qkv(self.norm_1(x)).view(B, T, 3, self.heads, D // self.heads)
@@ -57,7 +54,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The network of `gptv_jax.model` by its defaults, as a good engineer writes it in PyTorch."""
+    """The network of gptv_jax's default configuration, written plainly in PyTorch."""
 
     def __init__(self, size: Size):
         super().__init__()
@@ -81,13 +78,16 @@ class GPT(nn.Module):
         return self.head(self.trunk(tokens))
 
     def empty_cache(self, batch: int, room: int) -> torch.Tensor:
-        """Of the keys and values of all layers [L, 2, B, H, room, K]."""
+        """An empty cache of the keys and values of all layers [L, 2, B, H, room, K]."""
         heads, width = self.blocks[0].heads, self.position.shape[1]
         shape = (len(self.blocks), 2, batch, heads, room, width // heads)
         return self.position.new_empty(shape)
 
     def extend(self, before: torch.Tensor | None, position: int, cache: torch.Tensor):
-        """Logits [B, V] of the token at `position`, after `before` [B]; writes into the cache."""
+        """Logits [B, V] of the token at `position`; writes into the cache.
+
+        `before` has the tokens [B] of the position before; None at the first position.
+        """
         if before is None:
             x = self.start.expand(cache.shape[2], 1, -1)
         else:
@@ -99,7 +99,7 @@ class GPT(nn.Module):
 
     @torch.inference_mode()
     def draw(self, batch: int, count: int) -> torch.Tensor:
-        """The first tokens [B, count] of sequences."""
+        """Draws the first tokens [B, count] of sequences."""
         cache, tokens = self.empty_cache(batch, count), []
         for position in range(count):
             logits = self.extend(tokens[-1] if tokens else None, position, cache)
@@ -108,7 +108,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def copy_weights(self, params: dict[str, np.ndarray]) -> None:
-        """Takes our weights, by their flat names."""
+        """Copies the weights of gptv_jax's network, given by their flat names."""
         width = self.position.shape[1]
         norms = {"norm_1", "norm_2"}
         for name in (*norms, "qkv", "attention_out", "mlp_in", "mlp_out"):
@@ -149,7 +149,7 @@ class ImageGPT(nn.Module):
 
     @torch.inference_mode()
     def draw(self, batch: int, count: int) -> torch.Tensor:
-        """The first tokens of sequences [B, 1 + count], after the start token."""
+        """Draws the first tokens of sequences; returned after the start token [B, 1 + count]."""
         start = torch.full((batch, 1), self.start, device=DEVICE)
         lengths = {"min_new_tokens": count, "max_new_tokens": count}
         return self.model.generate(start, do_sample=True, top_k=0, use_cache=True, **lengths)
@@ -184,14 +184,17 @@ def generate(size: dict, batch: int, dtype: str, count: int, model: str) -> Task
 
 
 def read(size: dict, batch: int, dtype: str, compiled: bool = False) -> Task:
-    """Features of all layers."""
+    """Reads features of all layers."""
     size = Size(**size)
     network = GPT(size).to(DEVICE, getattr(torch, dtype)).eval()
     return Task(pooling(network, tokens_of(size, batch), compiled=compiled), wait)
 
 
 def pooling(network: GPT, tokens: torch.Tensor, *, compiled: bool = False):
-    """A call that gives means over positions of every layer's normed input, by forward hooks."""
+    """A function that returns means over positions of every layer's normed input.
+
+    Forward hooks collect the inputs.
+    """
     means: list[torch.Tensor] = []
     for norm in (*(block.norm_1 for block in network.blocks), network.final_norm):
         norm.register_forward_hook(lambda _, __, output: means.append(output.float().mean(1)))
@@ -236,23 +239,23 @@ def tokens_of(size: Size, batch: int) -> torch.Tensor:
 
 
 def autocast(dtype: str):
-    """Products in this dtype; the weights stay in float32."""
+    """A context in which matrix products use this dtype; the weights stay in float32."""
     if dtype == "float32":
         return contextlib.nullcontext()
     return torch.autocast(DEVICE, dtype=getattr(torch, dtype))
 
 
 def wait(_) -> None:
-    """Until the device has done all that it was given."""
+    """Waits until the device has finished all work."""
     if DEVICE == "cuda":
         torch.cuda.synchronize()
 
 
 def _compiled(function):
-    """`torch.compile`, tried on the least that needs a compiler.
+    """Compiles a function by `torch.compile`, after a trial with the smallest function.
 
     Raises:
-      UnavailableError: none works here.
+      UnavailableError: `torch.compile` does not work on this machine.
     """
     try:
         torch.compile(lambda x: torch.sin(x) + 1)(torch.ones(8, device=DEVICE))

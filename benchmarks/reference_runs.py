@@ -5,9 +5,10 @@ Command: python -m benchmarks.reference_runs --cache=caches/cifar10 [--runs=10m,
 
 Each is the real command, `python -m gptv_jax.main --config=configs/cifar10.py:RUN` with the stages
 pretrain, probe and finetune, on a token cache of `python -m gptv_jax.prepare`. When the time is
-nearly over it is stopped by SIGTERM, by which it saves, and so it is where this command is; the
-exit code is then 143, and the same command continues. When all are done their numbers are printed
-beside the published ones and their floors, and written to OUT/reference.json and OUT/reference.md.
+nearly over the command is stopped by SIGTERM, on which it saves; a SIGTERM to this process does the
+same. The exit code is then 143, and the same command continues. When all are done their numbers are
+printed beside the published ones and their floors, and written to OUT/reference.json and
+OUT/reference.md.
 --miniature does all of it in about a minute on a CPU: a tiny network on scikit-learn's digits,
 whose numbers mean nothing.
 """
@@ -76,7 +77,7 @@ MINIATURE = {
 
 
 def command(name: str, folder: pathlib.Path, cache: pathlib.Path, settings: list[str]) -> list[str]:
-    """That of a run."""
+    """The command of a run."""
     data = ["--config.data.name=tokens", f"--config.data.path={cache}"]
     config = [f"--config={ROOT / 'configs' / 'cifar10.py'}:{name}", f"--workdir={folder}"]
     module = [sys.executable, "-m", "gptv_jax.main"]
@@ -84,16 +85,16 @@ def command(name: str, folder: pathlib.Path, cache: pathlib.Path, settings: list
 
 
 def advance(command: list[str], deadline: float, reserve: float, asked: list) -> bool:
-    """Runs a command until it is done or is to stop; whether it is done.
+    """Runs a command until it has finished or must stop; returns whether it has finished.
 
     Args:
-      command: which.
-      deadline: from when on it is asked to save and end, in seconds of `time.monotonic`.
-      reserve: seconds that it has for this.
-      asked: no longer empty where this process itself has been asked to end.
+      command: the command and its flags.
+      deadline: time when the command gets SIGTERM, in seconds of `time.monotonic`.
+      reserve: seconds that the command then has to save and end.
+      asked: a list that is not empty after this process itself got SIGTERM.
 
     Raises:
-      SystemExit: it failed.
+      SystemExit: the command failed.
     """
     if asked or time.monotonic() >= deadline:
         return False
@@ -113,7 +114,7 @@ def advance(command: list[str], deadline: float, reserve: float, asked: list) ->
 
 
 def progress(folder: pathlib.Path) -> list[str]:
-    """What a run has to show: its checkpoints and its finished stages."""
+    """Checkpoints and numbers of finished stages, from which the progress of a run is seen."""
     steps = sorted(str(path.relative_to(folder)) for path in folder.glob("checkpoints/*/[0-9]*"))
     return [*steps, *summary(folder)]
 
@@ -125,7 +126,7 @@ def summary(folder: pathlib.Path) -> dict:
 
 
 def result(folder: pathlib.Path) -> dict[str, float | int | None]:
-    """The numbers that count, the loss of a uniform guess, and the seed."""
+    """The numbers `KEYS` of a run, the loss of a uniform guess, and the seed."""
     config = json.loads((folder / "config.json").read_text())["config"]
     palette = config["tokens.kind"] == "palette"
     uniform = math.log(config["tokens.colors" if palette else "tokens.levels"])
@@ -135,7 +136,7 @@ def result(folder: pathlib.Path) -> dict[str, float | int | None]:
 
 
 def table(runs: dict[str, dict], published: dict[str, str]) -> str:
-    """Runs side by side, beside what is published."""
+    """A Markdown table of the runs' numbers and the published numbers."""
     lines = [f"| | {' | '.join(runs)} | published |", "|---" * (len(runs) + 2) + "|"]
     for key in next(iter(runs.values())):
         cells = [
@@ -146,10 +147,10 @@ def table(runs: dict[str, dict], published: dict[str, str]) -> str:
 
 
 def main() -> None:
-    """Runs, as far as the time allows.
+    """Advances the runs as far as the time allows.
 
     Raises:
-      SystemExit: with code 143 where the same command has to be given again.
+      SystemExit: with code 143 if the same command must be given again.
     """
     begin = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

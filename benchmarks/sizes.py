@@ -1,4 +1,4 @@
-"""What the benchmarks measure: networks by their shape, for both frameworks."""
+"""Shapes of the networks that the benchmarks measure, for both frameworks."""
 
 import dataclasses
 
@@ -20,7 +20,7 @@ class Size:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A size at work."""
+    """A network's size with the batch size and dtype that are measured."""
 
     size: Size
     batch: int
@@ -30,7 +30,7 @@ class Case:
         return f"{self.size} B{self.batch} {self.dtype}"
 
     def asdict(self) -> dict:
-        """As a factory's arguments have it, in JSON."""
+        """The case as arguments of a factory, which can be written as JSON."""
         return dataclasses.asdict(self)
 
 

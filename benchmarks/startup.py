@@ -3,8 +3,8 @@
 Command: python -m benchmarks.startup [--cases=digits] [--rounds=3]
 
 Each round starts `python -m gptv_jax.main` twice in new run folders: with an empty compilation
-cache, and with what the first start left in it. The batch is small, so that it is not the step that
-is measured; CIFAR-10's images and palette are random ones, so that nothing need be there.
+cache, and with the programs that the first start left in it. The batch is small, so that the step
+itself takes little of the time; CIFAR-10's images and palette are random, so no data are needed.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ PARTS = ("imports", "set_up", "trace", "compile", "first_step")
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What is started."""
+    """The configuration and batch size of the command that is started."""
 
     config: str
     batch: int
@@ -50,12 +50,12 @@ class Case:
 
 
 def cases(platform: str) -> list[Case]:
-    """The same everywhere."""
+    """The cases, which are the same on all platforms."""
     return [Case("digits.py", 4), Case("cifar10.py:10m", 1)]
 
 
 def measure(case: Case, arguments) -> list[dict]:
-    """The rows of a case."""
+    """Measures a case; returns its rows of the table."""
     found: dict[str, list[dict[str, float]]] = {EMPTY: [], WARM: []}
     for _ in range(arguments.rounds):
         with tempfile.TemporaryDirectory() as folder:
@@ -76,12 +76,12 @@ def start(case: Case, folder: pathlib.Path, name: str) -> dict[str, float]:
     """Seconds of each part of a start; the command is killed when its first step is done.
 
     Args:
-      case: what.
-      folder: of the compilation cache and of all runs.
-      name: of this run.
+      case: the command to start.
+      folder: folder for the compilation cache and all runs.
+      name: name of this run.
 
     Raises:
-      RuntimeError: it ended without a step, or takes too long.
+      RuntimeError: the command ended without a step, or takes too long.
     """
     workdir, marks, log = (folder / f"{name}{kind}" for kind in ("", ".marks", ".log"))
     cache = {
@@ -113,7 +113,7 @@ def start(case: Case, folder: pathlib.Path, name: str) -> dict[str, float]:
 
 
 def parts_of(marks: list[dict], began: float, stepped: float) -> dict[str, float]:
-    """Seconds of each of PARTS, of what `listen` wrote."""
+    """Seconds of each of PARTS, from the marks that `listen` wrote."""
     imported, *compiled = marks
     spent = {"trace": 0.0, "compile": 0.0}
     for each in compiled:
@@ -128,7 +128,7 @@ def parts_of(marks: list[dict], began: float, stepped: float) -> dict[str, float
 
 
 def listen(path: str) -> None:
-    """Imports what the command imports, then writes down when parts of the train step compile."""
+    """Imports what the command imports, then records the compilation of the train step."""
     from jax import monitoring
 
     from gptv_jax import command  # noqa: F401
@@ -147,7 +147,7 @@ def listen(path: str) -> None:
 
 
 def first_step(path: pathlib.Path) -> float | None:
-    """When the log was told of the first step, in seconds since 1970; None: not yet."""
+    """Time of the first step's entry in the log, in seconds since 1970; None: not yet there."""
     with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
         events = [json.loads(line) for line in path.read_text().splitlines()]
         return next((event["time"] for event in events if event["step"] == 1), None)
@@ -155,7 +155,7 @@ def first_step(path: pathlib.Path) -> float | None:
 
 
 def random_data(folder: pathlib.Path) -> dict[str, str]:
-    """Settings for images of noise, and a palette, that are written into the folder."""
+    """Writes random images and a palette into the folder; returns the settings that name them."""
     rng, data, palette = np.random.default_rng(0), folder / "noise.npz", folder / "palette.npy"
     if not data.exists():
         splits = {}

@@ -3,9 +3,9 @@
 Command: python -m benchmarks.train_step [--cases=D256,iGPT-S] [--only=gptv_jax,PyTorch] [--batch=4]
 
 The contenders train the same network on the same batch, which lies on the device: forward,
-backward, AdamW. `gptv_jax` is the step of `python -m gptv_jax.main`. The limit is what a large
-matrix product reaches in the same run, of either framework the faster one; MFU counts FLOPs as
-PaLM does (`model/flops.py`), beside that limit and beside the data sheet.
+backward, AdamW. `gptv_jax` is the step of `python -m gptv_jax.main`. The limit is the speed of a
+large matrix product in the same run, in the faster of the two frameworks. MFU counts FLOPs as PaLM
+does (`model/flops.py`); it is given relative to that limit and to the peak of the data sheet.
 """
 
 from benchmarks import harness
@@ -30,7 +30,7 @@ SIDES = {"cpu": 2048, "gpu": 8192}  # of the matrices whose product is the limit
 
 
 def cases(platform: str) -> list[Case]:
-    """Those that fit the machine."""
+    """The cases that fit the platform's devices."""
     if platform == "cpu":
         # PyTorch takes a minute for four sequences where the CPU has no products in bfloat16.
         return [Case(LONG, 4), Case(SMALL, 64), Case(LONG, 1, "bfloat16")]
@@ -38,10 +38,10 @@ def cases(platform: str) -> list[Case]:
 
 
 def measure(case: Case, arguments) -> list[dict]:
-    """The rows of a case."""
+    """Measures a case; returns its rows of the table."""
     machine, shared = harness.hardware(), case.asdict()
     side = SIDES[machine["platform"]]
-    # On a GPU they share its memory: the others of ours are measured where they are asked for.
+    # On a GPU contenders share its memory: our other walk is measured only if --only names some.
     every = machine["platform"] == "cpu" or arguments.only
     ours = {"gptv_jax": {}} | dict([OTHER_WALK[machine["platform"]]] if every else [])
     product = {"side": side, "dtype": case.dtype}

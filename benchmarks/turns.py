@@ -1,10 +1,10 @@
-"""Contenders measured side by side: a process each, in turns, so that what happens meets all.
+"""Contenders measured side by side: a process each, in turns, so that disturbances affect all.
 
 A process of its own keeps a contender's threads and memory from disturbing the others; that it is
 idle between its turns is measured too (`Measured.waiting`), and what other processes do on the
 machine (`Measured.others`): threads that wait for each other, as PyTorch's do, suffer from it out
-of proportion. After a warm-up, which compiles and tells how many iterations make a turn, the
-contenders take turns A B A B. Ratios are of turns of the same round, and their median counts.
+of proportion. After a warm-up, which compiles and shows how many iterations make a turn, the
+contenders take turns A B A B. Each ratio compares turns of one round; the median is reported.
 """
 
 import argparse
@@ -30,17 +30,17 @@ DISTURBED = 0.1  # cores used by others from which the numbers are not to be tru
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """What is measured, and how its process comes to it."""
+    """One of the programs that are compared, and how its process makes it."""
 
     name: str
     factory: str  # "module:function", which makes a `worker.Task`
-    arguments: dict = dataclasses.field(default_factory=dict)  # of the factory; JSON
-    environment: dict[str, str] = dataclasses.field(default_factory=dict)  # beside this process's
-    limit: bool = False  # of the others: measured whichever of them are wanted
+    arguments: dict = dataclasses.field(default_factory=dict)  # of the factory, as JSON
+    environment: dict[str, str] = dataclasses.field(default_factory=dict)  # added to ours
+    limit: bool = False  # an upper limit of the others: measured whatever --only says
 
 
 def device_a_core(contender: Contender, batch: int, cores: int) -> list[Contender]:
-    """The same with every core of a CPU a device of its own, where these divide the batch."""
+    """The contender with each core of the CPU as a JAX device, if the cores divide the batch."""
     split = contender.environment | {"JAX_NUM_CPU_DEVICES": str(cores)}
     other = dataclasses.replace(contender, name="a device a core", environment=split)
     return [] if batch % cores else [other]
@@ -48,21 +48,21 @@ def device_a_core(contender: Contender, batch: int, cores: int) -> list[Contende
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What came of a contender."""
+    """Measurements of one contender."""
 
     seconds: tuple[float, ...] = ()  # of an iteration, round by round
-    facts: dict = dataclasses.field(default_factory=dict)  # that its task tells
+    facts: dict = dataclasses.field(default_factory=dict)  # facts of its `Task`
     waiting: float | None = None  # cores that its process used in others' turns; None: not known
-    others: float | None = None  # cores that other processes used, which are no contenders
-    note: str = ""  # why there is nothing
-    failed: bool = False  # for a reason that is a mistake
+    others: float | None = None  # cores used by processes that are no contenders
+    note: str = ""  # why it was not measured
+    failed: bool = False  # whether `note` is an error, not something that is missing here
 
     def quartiles(self, work: float) -> list[float]:
-        """First, second and third one of the speed, where an iteration does `work`."""
+        """The three quartiles of the speed; an iteration does `work`."""
         return np.quantile(work / np.array(self.seconds), [0.25, 0.5, 0.75]).tolist()
 
     def times_as_fast_as(self, base: "Measured") -> float:
-        """Median over the rounds."""
+        """How many times as fast as `base` this is: the median over the rounds."""
         return float(np.median(np.array(base.seconds) / np.array(self.seconds)))
 
 
@@ -71,12 +71,12 @@ def compare(contenders: list[Contender], arguments: argparse.Namespace) -> dict[
 
     Args:
       contenders: with different names.
-      arguments: `rounds`, in each of which every contender has one turn; `seconds` that a turn
-        takes at least, which is one iteration where that takes longer; and `only`, names of those
-        that are wanted, by commas, or "".
+      arguments: the flags. `rounds` is the number of rounds, in each of which every contender has
+        one turn; `seconds` is how long a turn takes at least (one iteration, if that takes
+        longer); `only` is the names of the contenders to measure, by commas, or "" for all.
 
     Returns:
-      What came of each, by name; those that cannot run here are noted, and the others go on.
+      Measurements by contender's name; for a contender that cannot run here they have a note.
     """
     if arguments.only:
         wanted = arguments.only.split(",")
@@ -115,13 +115,13 @@ def _busy() -> float:
 
 
 class _Worker:
-    """A contender's process, as the harness sees it; a failed one does nothing any more."""
+    """The harness's side of a contender's process; after a failure it does nothing."""
 
     def __init__(self, contender: Contender):
         self.contender, self.iterations = contender, 1
         self.note, self.failed, self.facts = "", False, {}
         self.begin()
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - what it prints, open as long as it
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - its output, open as long as it
         self._connection, there = multiprocessing.Pipe()
         arguments = [str(there.fileno()), contender.factory, json.dumps(contender.arguments)]
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
@@ -140,7 +140,7 @@ class _Worker:
         return self
 
     def __exit__(self, *_):
-        self._connection.close()  # by which it ends
+        self._connection.close()  # which ends the worker
         try:
             self._process.wait(timeout=ENDING)
         except subprocess.TimeoutExpired:
@@ -149,12 +149,12 @@ class _Worker:
         self._log.close()
 
     def begin(self) -> None:
-        """Forgets the turns so far, which were to warm up."""
+        """Forgets the turns so far, which were the warm-up."""
         self.seconds, self.used = [], 0.0  # used: seconds of processor time, waiting included
         self._idle, self._waited, self._last = 0.0, 0.0, None
 
     def turn(self, iterations: int) -> float | None:
-        """Seconds that an iteration took."""
+        """Runs a turn; returns the seconds of one iteration, or None after a failure."""
         if self.note:
             return None
         time.sleep(PAUSE)
@@ -172,7 +172,7 @@ class _Worker:
         return turn.seconds
 
     def receive(self, wanted: str):
-        """What the worker sends, or None where it says that it cannot go on."""
+        """Returns what the worker sends, or None if the worker cannot go on; notes the reason."""
         try:
             kind, value = self._connection.recv()
         except (EOFError, ConnectionResetError):
@@ -188,7 +188,7 @@ class _Worker:
         return None
 
     def measured(self, others: float) -> Measured:
-        """All that came of it, while other processes used so many cores."""
+        """Measurements of this contender; `others` is the cores that other processes used."""
         if self.note:
             return Measured(facts=self.facts, note=self.note, failed=self.failed)
         waiting = self._idle / self._waited if self._waited else 0.0

@@ -18,11 +18,11 @@ OPTIONAL = ("torch", "transformers")  # the bench extra
 
 
 class UnavailableError(Exception):
-    """Something that a contender needs, and may lack, is not on this machine; says what."""
+    """The machine lacks something that a contender needs; the message names it."""
 
 
 class Task(NamedTuple):
-    """What a factory makes."""
+    """The work of a contender, which its factory makes."""
 
     step: Callable[[], object]  # one iteration; what it returns need not be computed yet
     wait: Callable[[object], None] = lambda result: None  # until what `step` returned is computed
@@ -30,14 +30,14 @@ class Task(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """What a worker tells of some iterations."""
+    """Measurements of the iterations of one turn."""
 
-    seconds: float  # that an iteration took
-    cpu: tuple[float, float]  # seconds that the process has used, before and after
+    seconds: float  # of one iteration, on average
+    cpu: tuple[float, float]  # processor time of the process, before and after
 
 
 def run(task: Task, iterations: int) -> Turn:
-    """So many iterations, all of them waited for at the end alone, as a training loop does."""
+    """Runs iterations and waits once, after the last, as a training loop does."""
     before, begin, result = time.process_time(), time.perf_counter(), None
     for _ in range(iterations):
         result = task.step()
@@ -46,7 +46,7 @@ def run(task: Task, iterations: int) -> Turn:
 
 
 def main() -> None:
-    """Answers with the task's facts, and then a turn with a `Turn`; on failure with what failed."""
+    """Sends the task's facts, then a `Turn` for each request; after a failure, its reason."""
     connection, factory, arguments = Connection(int(sys.argv[1])), *sys.argv[2:]
     with contextlib.suppress(EOFError, BrokenPipeError):  # the harness has ended
         try:

@@ -53,7 +53,10 @@ class Model:
 
     @arguments_by_name
     def logits(self, tokens: Tokens, labels: Labels = None) -> Float[np.ndarray, "B T V"]:
-        """Float32 logits; position t predicts tokens[:, t], from earlier ones or (BERT) all."""
+        """Float32 logits; position t predicts tokens[:, t] from the tokens before it.
+
+        With objective=bert it predicts the token from all tokens, as none is masked here.
+        """
         return self._forward(validation.sequences(tokens, self.network), "logits", labels)
 
     @arguments_by_name
@@ -71,10 +74,11 @@ class Model:
         return by_pixel(self._nats(images, labels), self.codec)
 
     def features(self, images: Images, layer: int | None = None) -> Float[np.ndarray, "B D"]:
-        """Float32 means over positions of one layer's normed input; BERT: over its masks, too.
+        """Float32 means over positions of one layer's normed input.
 
-        `layer` is 0 .. L, where L is the output of the final norm; None: the layer that the probe
-        chose, on the pretrained weights.
+        With objective=bert they are also averaged over the `votes` masks. `layer` is 0 .. L, where
+        L is the output of the final norm; None: the layer that the probe chose, on the pretrained
+        weights.
         """
         last, chosen = self.network.config.layers, self._described.best_layer
         if layer is None and chosen is None:
@@ -83,7 +87,7 @@ class Model:
         return self._forward(self.tokenize(images), "pooled")[:, layer]
 
     def classify(self, images: Images) -> Float[np.ndarray, "B classes"]:
-        """Float32 class probabilities of a fine-tuned model; BERT: means over its masks."""
+        """Float32 class probabilities of a fine-tuned model; with bert, means over its masks."""
         if not self.network.classes:
             raise InputError(
                 "this model has no class head; load a run whose stage finetune has finished."
@@ -170,7 +174,10 @@ class Model:
         return dataclasses.replace(self._described, params=arrays)
 
     def _sampler(self, rows: int, labels: Labels, drawing: dict, what: str = "draw images"):
-        """The sampler that does `what`, and the label of each row."""
+        """A sampler with these settings, and a label for each row.
+
+        `what` ends the error message "a model with this objective cannot ...".
+        """
         if self.network.config.objective != "autoregressive":
             raise InputError(
                 f"a model with the objective {self.network.config.objective} cannot {what}; load "

@@ -105,13 +105,13 @@ def _parse(argv: list[str], holder: flags.FlagHolder) -> list[str]:
                 settings.update_from_flattened_dict(dict.fromkeys(none.values()))
         return remaining
     except Exception as error:  # of the flags, or any error of the user's config file
-        told, of_flags = str(error).strip(), isinstance(error, flags.Error)
-        override = re.match(r"flag --config\.([\w.]+)=(.*?): ", told, re.DOTALL)
+        message, of_flags = str(error).strip(), isinstance(error, flags.Error)
+        override = re.match(r"flag --config\.([\w.]+)=(.*?): ", message, re.DOTALL)
         if override and override[1] in kinds:
             name, value = override.groups()
             raise InputError(f"--config.{name} is {value!r}; it takes {kinds[name]}.") from error
-        if of_flags and (_MISSING.match(told) or not told.startswith("flag --config")):
+        if of_flags and (_MISSING.match(message) or not message.startswith("flag --config")):
             raise
-        reason = told.rpartition("\n")[2].strip()  # the last line, where it has a traceback
+        reason = message.rpartition("\n")[2].strip()  # the last line, where it has a traceback
         kind = "" if of_flags else f"{type(error).__name__}: "
         raise InputError(f"{given} cannot be loaded: {kind}{reason}") from error

@@ -90,7 +90,7 @@ def read_json(path: pathlib.Path, absent):
 
 
 def read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """The arrays of an `.npz` file by name; of an `.npy` file the one, under "".
+    """The arrays of an `.npz` file by name; an `.npy` file's only array has the key "".
 
     For a missing, damaged or other file NumPy raises many types of exceptions.
     """

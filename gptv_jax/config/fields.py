@@ -83,7 +83,9 @@ def to_dict(config) -> ml_collections.ConfigDict:
 
 
 def from_dict(cls: type, settings, where: str):
-    """The dataclass of a ConfigDict or a dict that has all of its fields; messages say `where`.
+    """The dataclass of a ConfigDict or a dict that has all of its fields.
+
+    `where` is the section's name in error messages.
 
     Raises:
       InputError: an unknown or missing field, a wrong type, or a value that is not accepted; the

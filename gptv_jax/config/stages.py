@@ -73,8 +73,8 @@ class Finetune:
     train_transforms: tuple[str, ...] = ()
     generative_coefficient: float = field(1.0, FROM_ZERO)  # weight of nats per token
     classification_coefficient: float = field(1.0, FROM_ZERO)  # of nats per image
-    # Learning rate of a layer over that of the one above it; 1: the same. The pretrained network's
-    # alone: trained from scratch, it has nothing to keep.
+    # Learning rate of a layer over that of the layer above it; 1: the same. Not used for the
+    # network trained from scratch.
     layer_decay: float = field(1.0, ("above 0 up to 1", lambda v: 0 < v <= 1))
     # Evaluations without a better validation accuracy after which it stops; 0: never.
     patience: int = field(5, FROM_ZERO)

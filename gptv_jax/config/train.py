@@ -54,7 +54,8 @@ class Model:
     # True: lax.scan over the layers, whose compile time does not grow with depth. False: an
     # unrolled loop, which runs faster on a CPU. None: unrolled on a CPU, else scanned.
     scan_layers: bool | None = field(None, free=True)
-    # Predicted are: each token from the tokens before it, or masked tokens from all other tokens.
+    # What is predicted: each token from the tokens before it, or the masked tokens from all other
+    # tokens.
     objective: str = field("autoregressive", one_of("autoregressive", "bert"))
     masked_share: float = field(0.15, SHARE)  # bert: share of the positions that are masked
     votes: int = field(5, POSITIVE)  # bert: number of masks that vote on an image's class

@@ -125,6 +125,11 @@ def prefill(
 def _draw(
     network, prefix, samples, params, given, logits, prompt, key, scales, restriction
 ) -> Int[Array, "B N"]:
+    """Draws the unknown tokens after the prefix, one position at a time.
+
+    `logits` and `prompt` are returned by `prefill`. `scales` is the guidance scale of each
+    position, None without guidance; `restriction` is the (temperature, top_k, top_p) of `restrict`.
+    """
     model, blocks = decoding_weights(network, params)
     tokens, last = _repeat_rows(given, samples), given.shape[1] - 1
 
@@ -231,7 +236,10 @@ def decoding_weights(network: Network, params: dict) -> tuple[GPT, list[layers.B
 
 
 def read_prompt(model: GPT, x: Float[Array, "G P D"]) -> tuple[Float[Array, "G V"], Cache]:
-    """Logits of the last position of every prompt, and the cache, from the embedded inputs."""
+    """Logits of the last position of every prompt, and the cache, from the embedded inputs.
+
+    `model` has the weights of `Network.init`, not those of `decoding_weights`.
+    """
     length = x.shape[1]
     if length > LANES:  # the fast forms of attention take multiples of LANES; padding is not seen
         x = jnp.pad(x, ((0, 0), (0, -length % LANES), (0, 0)))
@@ -265,7 +273,8 @@ def extend(
 
     `model` and `blocks` are those of `decoding_weights`, `x` is the embedded input of the position.
     Each of the G prompts in the cache `prompt` is continued by B / G samples, which lie next to
-    each other. `generated` caches the samples' positions after the prompt, `count` of them so far.
+    each other. `generated` caches the samples' positions after the prompt, `count` of them so far;
+    its capacity must exceed `count`.
     """
     extended, rotation = [], model.rotation(prompt[0].keys.shape[2] + count, 1)
     for block, of_prompt, before in zip(blocks, prompt, generated, strict=True):

@@ -70,8 +70,8 @@ class Sampler:
     ) -> Int[np.ndarray, "rows T"]:
         """Sequences with the tokens drawn that are `generation.UNKNOWN` in `given`.
 
-        `key` is of a `Section`, `number` that of the batch within the section. `labels`, `samples`
-        and `stopwatch` are explained at `generation.generate`.
+        `key` is `Section.key(seed)`; `number`, the batch's index, is folded into it. `labels`,
+        `samples` and `stopwatch` are explained at `generation.generate`.
         """
         unknown, columns = (given == generation.UNKNOWN).any(axis=0), self.network.grid[1]
         whole = np.repeat(given, samples, axis=0)

@@ -136,8 +136,8 @@ def start(how: str, *flags: str | int | None) -> None:
     if not meeting:
         if jax.process_count() > 1:
             raise InputError(
-                f"this is one of {jax.process_count()} processes on one accelerator, which nothing "
-                "names; give --distributed=tpu (see gptv_jax/hosts/distributed.py)."
+                f"this is one of {jax.process_count()} processes on one accelerator, but no flag "
+                "or variable says so; give --distributed=tpu (see gptv_jax/hosts/distributed.py)."
             )
         return
     met = _continue_in_child(meeting)
@@ -165,10 +165,11 @@ def start(how: str, *flags: str | int | None) -> None:
 
 
 def _continue_in_child(meeting: Meeting) -> int:
-    """Returns in a child process only, with the pipe that takes a byte when the processes have met.
+    """Forks; returns, in the child alone, the write end of a pipe.
 
-    The parent passes signals on, waits, and ends with the child's exit code or, where JAX aborted
-    the child, with a sentence. The child ends when the parent does.
+    The child writes one byte into the pipe once all processes have met. The parent passes signals
+    on, waits, and ends with the child's exit code or, where JAX aborted the child, with a sentence.
+    The child ends when the parent does.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -209,7 +210,7 @@ def wait_for_abort(error: Exception) -> None:
     first. After any other error this process ends at once, so that the others notice in time.
     """
     # JAX may raise the failure of a collective as a ValueError too, or a library may wrap it.
-    told = "".join(traceback.format_exception(error))
-    collective = re.search("JaxRuntimeError|gloo|nccl", told, re.IGNORECASE)
-    if jax.distributed.is_initialized() and collective and "RESOURCE_EXHAUSTED" not in told:
+    trace = "".join(traceback.format_exception(error))
+    collective = re.search("JaxRuntimeError|gloo|nccl", trace, re.IGNORECASE)
+    if jax.distributed.is_initialized() and collective and "RESOURCE_EXHAUSTED" not in trace:
         time.sleep(HEARTBEAT + MARGIN)

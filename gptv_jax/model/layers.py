@@ -119,8 +119,9 @@ class Rotation(NamedTuple):
     """Float32 cosines and sines (leading axis) that rotate queries and keys of P positions.
 
     A query is rotated by the place of the token that its position predicts, a key by the place of
-    its position's input token (-1 for the start vector): their difference is the way from a known
-    token to the token in question, also from the end of one row to the beginning of the next.
+    its position's input token (-1 for the start vector): their difference is the offset in rows and
+    columns from the input token to the predicted token, also from the end of one row to the
+    beginning of the next.
     """
 
     queries: Float[Array, "2 *B P half"]  # with axis B where rows have orders of their own

@@ -58,8 +58,12 @@ def total_bytes(
 
 def _tiled(shard: tuple[int, ...], lanes: int, rows: int) -> int:
     """Elements of a shard whose axes `lanes` and `rows` are padded to whole tiles."""
-    multiple = {lanes: TILE[1], rows: TILE[0]}
-    return math.prod(-(-n // (m := multiple.get(i, 1))) * m for i, n in enumerate(shard))
+    multiples = {lanes: TILE[1], rows: TILE[0]}
+    return math.prod(_round_up(n, multiples.get(axis, 1)) for axis, n in enumerate(shard))
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
 
 
 @functools.cache

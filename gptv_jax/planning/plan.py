@@ -53,7 +53,10 @@ def traffic_of(
             between = passes * size / members * (slices - 1) / slices
         axes = tuple(axis for axis, distance in zip(sizes, along, strict=True) if distance)
         rows[kind, axes].append((count, count * size, count * inside, count * between))
-    added = (Traffic(*key, *map(sum, zip(*each, strict=True))) for key, each in rows.items())
+    added = []
+    for (kind, axes), each in rows.items():
+        count, size, inside, between = map(sum, zip(*each, strict=True))
+        added.append(Traffic(kind, axes, count, size, inside, between))
     return sorted(added, key=lambda row: -row.bytes)
 
 

@@ -86,13 +86,13 @@ def _time(found: Plan, numbers: dict) -> list[tuple[str, str]]:
     if not line:
         return [("step time", f"not estimated: the speed of {found.topology.kind} is unknown")]
     parts = numbers["step_seconds"].items()
-    told = ", ".join(f"{PARTS.get(name, name)} {_seconds(t)}" for name, t in parts if t)
+    times = ", ".join(f"{PARTS.get(name, name)} {_seconds(t)}" for name, t in parts if t)
     skips = "attention" in found.training.flops and found.executed < found.flops_per_step
     why = " (MFU counts the masked half of attention, which is skipped)" if skips else ""
     steps = f"{found.training.train.steps:,} steps at least"
     return [
         ("step time at least", f"{_seconds(line.bound)} (a bound: all parts overlapped)"),
-        ("  parts", told),
+        ("  parts", times),
         ("  without overlap", _seconds(line.serial)),
         ("MFU at most", f"{found.mfu:.0%}{why}"),
         (steps, f"{numbers['days']:,.2f} days, {numbers['device_hours']:,.0f} device-hours"),

@@ -99,7 +99,8 @@ def _symmetric_root(covariance: Float64[np.ndarray, "D D"]) -> Float64[np.ndarra
 class Overlap(NamedTuple):
     """Shares from 0 to 1, but the density may exceed 1.
 
-    The ball of an image reaches to the k-th nearest other image of the same set, that one included.
+    The radius of an image's ball is the distance to the k-th nearest other image of its set, which
+    lies inside.
     """
 
     precision: float  # share of generated images inside the ball of a real image

@@ -33,9 +33,8 @@ class FeatureExtractor:
     name: str  # a name that no other function has
     hash: str  # a text that no other weights of the function have
     size: int  # D
-    of_pictures: bool = (
-        False  # expects images as people see them (0 to 255), not in the set's range
-    )
+    # Expects images as people see them (0 to 255), not in the data set's range.
+    of_pictures: bool = False
 
     def __call__(self, images: UInt8[np.ndarray, "B H W C"]) -> Extracted:
         """Raises ValueError where the function returns features of another shape than [B, D]."""

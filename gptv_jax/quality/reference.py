@@ -49,7 +49,10 @@ class Moments:
 
     @property
     def covariance(self) -> Float64[np.ndarray, "D D"]:
-        """The unbiased covariance, divided by count - 1, as in pytorch-fid and ADM's evaluator."""
+        """The unbiased covariance, divided by count - 1, as in pytorch-fid and ADM's evaluator.
+
+        InputError: there are fewer than two images.
+        """
         if self.count < 2:
             raise InputError("one image has no covariance; give two or more.")
         return self.scatter / (self.count - 1)
@@ -111,7 +114,10 @@ class Reference:
     kept: Float[np.ndarray, "K D"] | None = None  # random sample in random order
 
     def save(self, path: str | pathlib.Path) -> None:
-        """Writes an `.npz` file that `load` reads, atomically and on process 0 alone."""
+        """Writes an `.npz` file that `load` reads, atomically and on process 0 alone.
+
+        InputError: the name does not end in .npz, or the file cannot be written.
+        """
         path = pathlib.Path(path).absolute()
         if path.suffix != ".npz":
             raise InputError(f"the reference {path} does not end in .npz; name it so.")
@@ -178,7 +184,9 @@ def load(path: str | pathlib.Path) -> Reference:
                 f"{path} has format {header['format']}; this version reads format {FORMAT}."
             )
         count, provenance = int(header["count"]), dict(header["provenance"])
-        _ = provenance["features"]["name"], provenance["features"]["hash"]
+        features = provenance["features"]
+        if not isinstance(features, dict) or not {"name", "hash"} <= features.keys():
+            raise ValueError("it does not name its features")
         mean, covariance, kept = arrays["mean"], arrays["covariance"], arrays.get("kept")
     arrays = [mean, covariance] if kept is None else [mean, covariance, kept]
     fits = count > 1 and mean.ndim == 1 and covariance.shape == mean.shape * 2

@@ -39,7 +39,10 @@ class Context:
         return dataclasses.replace(self, codec=codec, data=data)
 
     def finish(self, stage: str, numbers: dict) -> None:
-        """Adds damaged images and a stage's numbers (with "/": whole keys) to the summary."""
+        """Writes a stage's numbers to summary.json, as <stage>/<name>.
+
+        Names with "/" are unchanged. The number of damaged images becomes data/skipped.
+        """
         damaged = set().union(*hosts.from_all(self.images.damage_log.names))
         if jax.process_index() == 0:
             named = {n if "/" in n else f"{stage}/{n}": value for n, value in numbers.items()}

@@ -24,7 +24,7 @@ FIRST = {
     "measured": None,  # the newest step at which `measure` was called
     "events": None,  # number of this training's events in the log
     "time": 0.0,  # of the save, in seconds since 1970
-    "seconds": 0.0,  # that the timed steps took
+    "seconds": 0.0,  # spent in timed steps
     "timed": 0,  # number of timed steps
 }
 
@@ -80,7 +80,10 @@ def fit(
     if restored:
         line = "%s continues from step %d of %d; %d steps and %.1f s since were lost."
         LOG.info(line, name, step, config.steps, *sessions.lost)
-    data, pending, stopping, stop = batches(step), None, False, None
+    data = batches(step)
+    pending = None  # the newest step and its metrics, until they are logged
+    stopping = False
+    stop = None
     progress = Progress(name, config.steps, step)
 
     def settle():
@@ -113,7 +116,10 @@ def fit(
         clock.add(time.perf_counter() - begin)
 
     def judge() -> bool:
-        """Evaluates and measures where due and not yet done; whether this is the best so far."""
+        """Evaluates and measures where due and not yet done.
+
+        Returns True if this step's evaluation is the best so far.
+        """
         nonlocal measured
         better = False
         due = step == config.steps or (config.eval_every and step % config.eval_every == 0)
@@ -143,7 +149,7 @@ def fit(
                 except hosts.StoppedError:
                     stopping = True
             best = checkpoints.best
-            since_best = sum(best is not None and e["step"] > best for e in evaluations)
+            since_best = 0 if best is None else sum(e["step"] > best for e in evaluations)
             last = step == config.steps or 0 < patience <= since_best
 
             if stopping or last or better or step % config.checkpoint_every == 0:

@@ -113,7 +113,7 @@ class Clock:
     """Seconds of training steps and their number; compilation, saves and evaluations excluded."""
 
     def __init__(self, seconds: float, steps: int):
-        # The last is the part of the seconds in which the steps waited for data.
+        # [seconds, steps, seconds waiting for data]; the third is a part of the first.
         self.total = self._lap_start = np.array([seconds, steps, 0.0])
 
     def add(self, seconds: float, steps: int = 0, waited: float = 0.0) -> None:

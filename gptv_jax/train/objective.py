@@ -97,7 +97,7 @@ def start_vectors(
 
     A class-conditional network has one for each class and one for "no class", which a share
     `label_dropout` of the rows gets where a training step gives its key. `condition_on_label` is
-    false where the class is to be found out, by the network's class head or by a probe. Any other
+    false where the class must be predicted, by the network's class head or by a probe. Any other
     network has one for each variant of the training's augmentation, or a single one: an image whose
     variant has no start vector begins with the first, as one that is not augmented does.
     """

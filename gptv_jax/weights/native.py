@@ -31,8 +31,18 @@ CENTERS, TOKENIZER = "palette.centers", "tokenizer."
 # Fields of config.model that decide what the weights mean. Users may choose the other fields
 # (dropout, dtype, scan_layers, base_width, ...) each time they use the weights.
 DEFINING_FIELDS = (
-    *("layers", "width", "heads", "mlp_ratio", "mlp", "qk_norm", "objective"),
-    *("learned_positions", "axial_positions", "rotary", "target_positions", "class_tokens"),
+    "layers",
+    "width",
+    "heads",
+    "mlp_ratio",
+    "mlp",
+    "qk_norm",
+    "objective",
+    "learned_positions",
+    "axial_positions",
+    "rotary",
+    "target_positions",
+    "class_tokens",
 )
 
 
@@ -162,7 +172,10 @@ def parse_header(metadata: dict[str, str], path: pathlib.Path) -> dict:
 def from_header(
     header: dict, params: dict, definition: TokenDefinition | None, where: pathlib.Path
 ) -> WeightsFile:
-    """The weights that a header describes; a palette gets the provenance in the header."""
+    """The weights that a header describes; a palette gets the provenance in the header.
+
+    InputError: the header is damaged or of another version.
+    """
     with as_input_error(f"the header of {where} is damaged"):
         if header["format"] != FORMAT:
             raise InputError(
