@@ -41,18 +41,9 @@ class Call(NamedTuple):
 class Training:
     """A training to be planned: what `Pretraining` and `TokenizerTraining` share.
 
-    Each subclass adds:
-      network: what is trained; for a tokenizer its configuration.
-      units: number of units in an image (see `unit`), which the axis "sequence" can split.
-      heads: the most parts that the axis "tensor" can split weights into.
-      flops: FLOPs of training on one `unit`, by kind.
-      loss: the function that `make_train_step` takes.
-      init: the function that makes the first train state from a key.
-      batch: abstract arrays of a batch of so many images.
-      executed: FLOPs that a step executes, on all devices together.
-      activations: bytes that a device holds besides state, batch and gradients.
-      collectives: the collectives that the sharding requires in a step.
-      weights_read: bytes of weights that a device reads and writes in a step.
+    Each subclass adds the `network` that is trained, its `loss`, `batch` and first state (`init`),
+    the `flops` of training on one `unit`, and the costs of a step on a mesh: `executed`,
+    `activations`, `collectives` and `weights_read`, which `Pretraining` describes.
     """
 
     config: config_lib.Config
