@@ -29,7 +29,7 @@ SHOWN = ("frechet_distance", "precision", "recall")
 
 
 def main(_):
-    """Prints a line for each set of images and kind of features, then all of them as JSON."""
+    """Prints a line for each set of images and kind of features, then all numbers as JSON."""
     logging.set_verbosity(logging.ERROR)  # libraries log a great deal
     train, test = read("train[:98%]"), read("test")[: COUNT.value]
     tokenizer = gptv_jax.load_tokenizer(RUN.value)

@@ -53,7 +53,7 @@ def _make(settings: config.Config, devices: topology.Topology, kind: type[Traini
         does, if there is one), or the devices are not known to the compiler.
     """
     try:  # by arithmetic, so that only the mesh can be refused
-        plan.make(settings, devices, kind, compiling=False)
+        found = plan.make(settings, devices, kind, compiling=False)
     except InputError as error:
         for each in search.choices(settings, devices, kind):
             if each.training.config.train.microbatches == settings.train.microbatches:
@@ -61,7 +61,7 @@ def _make(settings: config.Config, devices: topology.Topology, kind: type[Traini
                 example = f"For example, take {mesh}; --search ranks all."
                 raise InputError(f"{error} {example}") from error
         raise
-    return plan.make(settings, devices, kind)
+    return plan.make(settings, devices, kind) if devices.compiles else found
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ class Model:
     axial_positions: bool = False  # adds tables of rows and columns
     rotary: bool = False  # rotates queries and keys by rows and columns; see model/layers.py
     qk_norm: bool = False  # RMS norm, with a gain, of every head's queries and keys
-    # Adds an embedding of the position of the token to predict, from a table of its own; the other
+    # Adds an embedding of the position of the token to predict, from a separate table; the other
     # position tables then embed the position of the input token.
     target_positions: bool = False
     # muP (Yang et al. 2022, arXiv:2203.03466): the width at which learning rates were tuned. At

@@ -238,7 +238,7 @@ def decoding_weights(network: Network, params: dict) -> tuple[GPT, list[layers.B
 def read_prompt(model: GPT, x: Float[Array, "G P D"]) -> tuple[Float[Array, "G V"], Cache]:
     """Logits of the last position of every prompt, and the cache, from the embedded inputs.
 
-    `model` has the weights of `Network.init`, not those of `decoding_weights`.
+    `model` has the weights of `Network.init`, not the result of `decoding_weights`.
     """
     length = x.shape[1]
     if length > LANES:  # the fast forms of attention take multiples of LANES; padding is not seen

@@ -62,7 +62,7 @@ def self_attention(
     *,
     causal: bool,
 ) -> Float[Array, "B T H K"]:
-    """Attention in the fastest form; q, k and v have the same sharding.
+    """Attention in the fastest form; q, k and v have one sharding.
 
     Every position attends to itself and all earlier positions (`causal`), or to all positions.
     """

@@ -200,9 +200,9 @@ class Pretraining(Training):
     def activations(self, mesh: AbstractMesh, rows: int) -> int:
         """Bytes that a device holds besides state, batch and gradients.
 
-        These are the arrays kept for the backward pass, and those of the layer or logits being
-        computed. `rows` images at a time are worked on by the devices of `mesh`, whose batch axes
-        are 1.
+        The bytes are of the arrays kept for the backward pass, and of the arrays of the layer or of
+        the logits being computed. The devices of `mesh`, whose batch axes are 1, work on `rows`
+        images at a time.
         """
         c = self.config.model
         dtype = stored_dtype(c.dtype, mesh.abstract_device.platform)
