@@ -124,8 +124,9 @@ def axis_sizes(config: config_lib.Mesh, count: int) -> tuple[int, ...]:
 def check(config: config_lib.Config, mesh: Mesh | AbstractMesh, sections: Sequence[str]) -> None:
     """Checks that the mesh divides what these sections of the config are about.
 
-    The sections are "model", "tokenizer", "train", "probe" and "finetune"; other
-    sections have nothing to divide. The InputError names the field, its value and the number that must divide it.
+    The sections are "model", "tokenizer", "train", "probe" and "finetune"; other sections
+    have nothing to divide. The InputError names the field, its value and the number that must
+    divide it.
     """
     fsdp, sequence, tensor = ((mesh.shape[axis], f"mesh.{axis}") for axis in AXES[1:])
     ways, split = mesh.shape["data"] * mesh.shape["fsdp"], "mesh.data * mesh.fsdp"
