@@ -21,6 +21,16 @@ from gptv_jax.errors import InputError, as_input_error
 LOG = logging.getLogger(__name__)
 
 
+def user_path(path: str | os.PathLike) -> pathlib.Path:
+    """The absolute path that a user's text names; a leading ~ is the home folder.
+
+    Raises:
+      InputError: the text names the home folder of a user that this system does not have.
+    """
+    with as_input_error(f"{path} is no path", RuntimeError):
+        return pathlib.Path(path).expanduser().absolute()
+
+
 def claim(folder: pathlib.Path | epath.Path, setting: str) -> None:
     """Makes a folder, which the flag or field `setting` has named, and checks that it is writable.
 

@@ -53,6 +53,7 @@ def main(settings: config.Config) -> None:
         "image_size": settings.data.image_size,
         "transforms": settings.data.eval_transforms,
         "classes": data_set.classes if settings.data.labels else 0,
+        "class_names": data_set.class_names if settings.data.labels else (),
     }
     cache.write(folder, chosen, {split: examples(split) for split in data_set.lengths}, header)
     size = sum(path.stat().st_size for path in folder.iterdir())

@@ -50,8 +50,8 @@ def write(
     """Writes every split into an empty folder (see `claim`), then the header.
 
     Examples have the codec's "tokens", int32 [T], and "label" if labelled. The header has "source",
-    "tokens" (the fields of `config.Tokens`), "image_size", "transforms", "classes", and whatever
-    else should be recorded.
+    "tokens" (the fields of `config.Tokens`), "image_size", "transforms", "classes", "class_names"
+    and whatever else should be recorded.
     """
     planes = _TokenPlanes(codec)
     record = np.dtype(planes.fields + [("label", "<i4", ())] * bool(header["classes"]))
@@ -83,6 +83,7 @@ class TokenCache:
         try:
             header = json.loads(path.read_text())
             self.classes: int = header["classes"]
+            self.class_names = tuple(header.get("class_names", ()))  # absent in older caches
             self.lengths: dict[str, int] = header["lengths"]
             settings = config_lib.recorded(config_lib.Tokens, header["tokens"], "tokens")
             self.tokens = fields.from_dict(config_lib.Tokens, settings, "tokens")

@@ -42,7 +42,7 @@ class ImageFolder:
                 raise InputError(f"{folders[split]} holds no image (no file ending in {shown}).")
         labelled = labels and all(os.sep in name for found in files.values() for name in found)
         counts = collections.Counter(map(_class, files["train"]))
-        self.class_names = sorted(counts) if labelled and len(counts) > 1 else []
+        self.class_names = tuple(sorted(counts)) if labelled and len(counts) > 1 else ()
         self.classes = len(self.class_names)
         self._splits = {split: self._open(folders[split], found) for split, found in files.items()}
         self.lengths = {split: len(source) for split, source in self._splits.items()}

@@ -48,6 +48,7 @@ class DataSet(Protocol):
 
     stored_as: str  # how images are stored: "pixels", "encoded" or "tokens"
     classes: int  # number of classes; 0: unlabelled
+    class_names: tuple[str, ...]  # in the order of the labels; empty where classes have no names
     lengths: dict[str, int]  # number of examples by split
 
     def open(self, split: str) -> Source: ...
@@ -77,6 +78,7 @@ class Arrays:
                     "[N, H, W, C] and labels whole numbers [N] from 0."
                 )
         self.classes = 1 + max(int(array.max()) for array in labels) if labels else 0
+        self.class_names = ()
         self.lengths = {name: len(images) for name, (images, _) in splits.items()}
         self._splits = splits
 
@@ -165,6 +167,7 @@ class Tfds:
         self.name = info.name
         labelled = "label" in info.features
         self.classes = getattr(info.features["label"], "num_classes", 0) if labelled else 0
+        self.class_names = tuple(info.features["label"].names or ()) if self.classes else ()
         self.lengths = {split: found.num_examples for split, found in info.splits.items()}
 
     def open(self, split: str) -> Source:
@@ -204,6 +207,7 @@ class Selected:
     def __init__(self, data_set: DataSet, expression: str, labels: bool = True):
         self.stored_as = data_set.stored_as
         self.classes = data_set.classes if labels else 0
+        self.class_names = data_set.class_names if labels else ()
         parts = _resolve(expression, data_set.lengths)
         self._parts = [(data_set.open(split), rows) for split, rows in parts]
         self._ends = list(itertools.accumulate(len(rows) for _, rows in self._parts))

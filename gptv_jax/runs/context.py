@@ -24,6 +24,7 @@ class Context:
     log: MetricWriter
     images: Pipeline  # the data as images, before they become tokens
     classes: int  # of the data; 0: unlabelled
+    class_names: tuple[str, ...]  # in the order of the labels; empty where classes have no names
     stages: tuple[str, ...]  # names of the stages to run, in order
     codec: Codec | None = None  # None while the tokenizer is still to be trained
     data: Pipeline | None = None  # the data as tokens; None while there is no codec

@@ -93,7 +93,9 @@ class RunFolder:
             # The place of the data may change, but not the data.
             for name, now in data.items():
                 before = record.get(name, now)
-                if before != now:
+                # Older versions recorded the number of classes of a TFDS set, not their names.
+                same = len(now) if isinstance(now, list) and isinstance(before, int) else now
+                if before != same:
                     raise InputError(
                         f"{self.path} was made of other data: its {name} were {before}, now they "
                         f"are {now}. Take the same data, or another --workdir."

@@ -44,7 +44,7 @@ def open_run(config: config_lib.Config, workdir: str, wanted: list[str] | None =
     opened = hosts.on_all(  # the place of the data may differ between processes
         lambda: {split: sources.open_source(config.data, split) for split in sources.SPLITS}
     )
-    classes = opened["train"].classes
+    classes, class_names = opened["train"].classes, opened["train"].class_names
     rules.check_classes(config, classes)
     stages = choose_stages(config, classes, wanted)
     for name in stages:
@@ -56,14 +56,15 @@ def open_run(config: config_lib.Config, workdir: str, wanted: list[str] | None =
         transforms.check(entries, config.data.eval_transforms)
     data = {
         "images": {split: len(source) for split, source in opened.items()},
-        "classes": getattr(sources.open_data_set(config.data), "class_names", classes),
+        "classes": list(class_names) or classes,
     }
     hosts.from_first(lambda: _prepare(config, folder, stages, data))
     # Every process writes the names of the damaged images that it meets.
     hosts.on_all(lambda: files.claim(folder.path, "--workdir"))
     images = Pipeline(config.data, None, config.seed, folder.path, sharding.batch_share(mesh))
     log = MetricWriter(folder.path)
-    return with_codec(Context(config, mesh, folder, log, images, classes, tuple(stages)))
+    context = Context(config, mesh, folder, log, images, classes, class_names, tuple(stages))
+    return with_codec(context)
 
 
 def with_codec(context: Context) -> Context:
