@@ -59,8 +59,7 @@ class RunFolder:
 
     def recorded_checkpoints(self) -> epath.Path:
         """Where the checkpoints were when the run was last started; for process 0."""
-        made = (self.path / "config.json").exists()
-        return checkpoint_folder(config_of(self.path) if made else self.config, self.path)
+        return checkpoint_folder(config_of(self.path), self.path)
 
     def changed_fields(self) -> dict[str, list]:
         """The recorded and the given value of every changed field that is not free.

@@ -44,6 +44,8 @@ def begun_stages(folder: RunFolder) -> dict[str, int]:
 
     The checkpoint before the first step is no work. For process 0.
     """
+    if not (folder.path / "config.json").exists():
+        return {}
     summary, place = folder.summary(), folder.recorded_checkpoints()
     steps = {
         name: max(map(checkpoint.newest_step, _trainings(place, [name])), default=0)
@@ -66,7 +68,7 @@ def find(folder: RunFolder, data: dict, stages: list[str]) -> Changes:
     changed, other_data = folder.changed_fields(), folder.changed_data(data)
     begun = begun_stages(folder)
     if not begun:
-        anew = bool(changed or other_data)
+        anew = bool(changed or other_data)  # of a folder that has config.json
         return Changes(changed, anew, {}, list(STAGES) if anew else [], None)
     trainings = {f"{stage.training}.steps": n for n, stage in STAGES.items() if stage.training}
     extended = {trainings[f]: begun.get(trainings[f], 0) for f in changed if f in trainings}
@@ -160,9 +162,7 @@ def tell(folder: RunFolder, changes: Changes) -> None:
             *(name, step, now, before, step, *rates),
         )
     if changes.aside and changes.dropped:
-        line = (
-            "Later results are of the weights before: they are in %s now, their stages run again."
-        )
+        line = "Later results, of the weights before, are in %s now; the later stages run again."
         LOG.info(line, folder.path / changes.aside)
 
 
