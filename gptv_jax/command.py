@@ -17,7 +17,7 @@ from ml_collections import config_flags
 
 from gptv_jax import config as config_lib
 from gptv_jax import errors, files, hardware, hosts
-from gptv_jax.config import fields, of_run
+from gptv_jax.config import fields, run_file
 from gptv_jax.errors import InputError
 from gptv_jax.hosts import distributed, runtime, stopping
 
@@ -145,7 +145,7 @@ def _parse(argv: list[str], holder: flags.FlagHolder) -> list[str]:
     file, colon, own_argument = value.partition(":")
     if value and (run := _run_folder(value)):
         config_lib.of_run(run)  # refuses other folders
-        file, colon, own_argument = of_run.__file__, ":", str(run)
+        file, colon, own_argument = run_file.__file__, ":", str(run)
     elif file:
         file = str(files.user_path(file))
         if not pathlib.Path(file).is_file():

@@ -92,6 +92,6 @@ def _imported(config: config_lib.Config, codec: Codec | None) -> WeightsFile:
 def _must_fit(config: config_lib.Config, found: WeightsFile) -> None:
     if differing := found.differing(config, record.start_vectors(config)):
         raise InputError(
-            f"config.init_from={config.init_from} holds another network: {shorten(differing, '; ')}. "
-            "Set these fields to its values."
+            f"config.init_from={config.init_from} holds another network: "
+            f"{shorten(differing, '; ')}. Set these fields to its values."
         )

@@ -208,8 +208,8 @@ def check_same_settings(config: config_lib.Config) -> None:
     first, *others = hosts.from_all(own)
     if differing := [line for other in others for line in list_differences(first, other)]:
         raise InputError(
-            f"the processes were given different settings: {shorten(dict.fromkeys(differing), '; ')}. "
-            "Start all of them by the same command."
+            "the processes were given different settings: "
+            f"{shorten(dict.fromkeys(differing), '; ')}. Start all of them by the same command."
         )
 
 

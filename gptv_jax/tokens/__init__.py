@@ -38,8 +38,8 @@ def make_codec(
         )
     if isinstance(definition, Tokenizer) and (found := definition.differing(config.autoencoder)):
         raise InputError(
-            f"the tokenizer was trained with other settings: {shorten(found, '; ')}. Set these fields "
-            "to the tokenizer's values."
+            f"the tokenizer was trained with other settings: {shorten(found, '; ')}. Set these "
+            "fields to the tokenizer's values."
         )
     return CODECS[config.kind](config, image_size, definition)
 

@@ -98,9 +98,9 @@ def fit(
             checkpoints.wait()
             good = max(checkpoints.steps(), default=None)
             raise InputError(
-                f"{name} stopped at step {at}: {shorten(wrong)}. The last good checkpoint is step {good}, "
-                f"in {checkpoints.folder}. A lower optimizer.learning_rate or a clip_norm is the "
-                "usual remedy."
+                f"{name} stopped at step {at}: {shorten(wrong)}. The last good checkpoint is step "
+                f"{good}, in {checkpoints.folder}. A lower optimizer.learning_rate or a clip_norm "
+                "is the usual remedy."
             )
         if at % config.log_every == 0 or at == config.steps:
             speed = clock.lap(config.batch_size * length)

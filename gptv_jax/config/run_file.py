@@ -1,4 +1,4 @@
-"""The configuration of a run folder, as a file that --config takes: `of_run.py:FOLDER`."""
+"""The configuration of a run folder, as a file that --config takes: `run_file.py:FOLDER`."""
 
 import pathlib
 
