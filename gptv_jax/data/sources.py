@@ -18,6 +18,7 @@ from gptv_jax import config as config_lib
 from gptv_jax import files
 from gptv_jax.data.cache import TokenCache
 from gptv_jax.data.folder import ImageFolder
+from gptv_jax.data.parquet import Tables
 from gptv_jax.errors import InputError, as_input_error, cut, first_line, shorten
 
 with epy.lazy_imports():  # slow to import, and only the digits need it
@@ -223,6 +224,17 @@ class Selected:
         example = source[row]
         return example if self.classes else {"image": example["image"]}
 
+    def label_counts(self) -> np.ndarray | None:
+        """Number of examples of each class, int64 [C].
+
+        None where there are no classes, or where the labels are not in memory, as in TFDS's files.
+        """
+        labels = [getattr(source, "labels", None) for source, _ in self._parts]
+        if not self.classes or not all(isinstance(each, np.ndarray) for each in labels):
+            return None
+        rows = [each[list(rows)] for each, (_, rows) in zip(labels, self._parts, strict=True)]
+        return np.bincount(np.concatenate(rows), minlength=self.classes)
+
     def name(self, index: int) -> str:
         source, row = self._locate(index)
         return source.name(row)
@@ -257,11 +269,12 @@ def _resolve(expression: str, lengths: dict[str, int]) -> list[tuple[str, range]
     return parts
 
 
-def _path(config: config_lib.Data) -> pathlib.Path:
+def _path(config: config_lib.Data, pattern: bool = False) -> pathlib.Path:
+    """`config.data.path`, which exists unless it may be a pattern of file names."""
     if config.path is None:
         raise InputError(f"config.data.name={config.name} needs config.data.path.")
     path = files.user_path(config.path)
-    if not path.exists():
+    if not path.exists() and not (pattern and set("*?{") & set(path.name)):
         raise InputError(f"config.data.path={path} does not exist.")
     return path
 
@@ -270,6 +283,7 @@ SETS: dict[str, Callable[[config_lib.Data], DataSet]] = {
     "digits": lambda config: digits(),
     "arrays": open_npz,
     "folder": lambda config: ImageFolder(_path(config), labels=config.labels),
+    "parquet": lambda config: Tables(_path(config, pattern=True), labels=config.labels),
     "tokens": lambda config: TokenCache(_path(config)),
 }
 
