@@ -1,6 +1,7 @@
 """The one command: pretrain, probe, fine-tune and sample, from a config file into a run folder.
 
 python -m gptv_jax.main --config=configs/digits.py --workdir=runs/digits
+python -m gptv_jax.main --config=runs/digits --workdir=runs/wider --config.model.width=192
 """
 
 import json

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from etils import epath
 
 from gptv_jax import checkpoint, files, tokens
-from gptv_jax.errors import InputError, list_differences
+from gptv_jax.errors import InputError, list_differences, shorten
 from gptv_jax.runs.record import RunFolder, has_finished
 from gptv_jax.stages import STAGES
 from gptv_jax.train.metrics import MetricWriter
@@ -78,8 +78,8 @@ def find(folder: RunFolder, data: dict, stages: list[str]) -> Changes:
         before, now = ({f"config.{n}": v[i] for n, v in changed.items()} for i in (0, 1))
         raise InputError(
             f"{folder.path} was made by another configuration: "
-            f"{'; '.join(list_differences(before, now))}. Take another --workdir, or the settings "
-            "of that run."
+            f"{shorten(list_differences(before, now), '; ')}. Take another --workdir, or the "
+            "settings of that run."
         )
     if other_data:
         raise InputError(

@@ -30,9 +30,12 @@ def run_stages(
 
 def _run(context: Context) -> None:
     config, folder, shown = context.config, context.folder, ", ".join(context.stages)
-    values = "\n".join(f"  {name} = {value}" for name, value in fields.flatten(config).items())
+    usual = fields.flatten(config_lib.Config())
+    own = {k: v for k, v in fields.flatten(config).items() if v != usual[k]}
+    values = "\n".join(f"  {name} = {value}" for name, value in own.items())
     devices = f"{jax.device_count()} {jax.devices()[0].device_kind} device(s)"
-    LOG.info("%s in %s, on %s, with\n%s", shown, folder.path, devices, values)
+    line = "%s in %s, on %s; its config.json has all settings, these are not the defaults:\n%s"
+    LOG.info(line, shown, folder.path, devices, values)
     reports.write(context)  # a kill may have come before a finished stage was reported
     with jax.set_mesh(context.mesh):
         for name in context.stages:
