@@ -275,6 +275,6 @@ def _table(head: tuple, rows: list[tuple], marked=()) -> str:
 
 def _number(value) -> str:
     """A number of the summary as text."""
-    if value is None:
-        return "unknown"
+    if value is None or isinstance(value, str):
+        return value or "unknown"
     return f"{value:,.0f}" if isinstance(value, int) or value >= 1000 else f"{value:#.4g}"
