@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import importlib.util
 import itertools
 import json
 import logging
@@ -105,8 +106,13 @@ class Progress:
     def __init__(self, stage: str, steps: int, done: int = 0, unit: str = "step"):
         self.stage, self.steps = stage, steps
         quiet = logging.getLogger("gptv_jax").level >= logging.WARNING  # --quiet
-        hidden = quiet or not sys.stderr.isatty() or jax.process_index() != 0
-        self.bar = tqdm.tqdm(total=steps, initial=done, desc=stage, unit=unit, disable=hidden)
+        notebook = "ipykernel" in sys.modules  # whose stderr is no terminal, but shows a bar
+        shown = notebook or sys.stderr.isatty()
+        hidden = quiet or not shown or jax.process_index() != 0
+        bar = tqdm.tqdm
+        if notebook and importlib.util.find_spec("ipywidgets"):
+            from tqdm.notebook import tqdm as bar
+        self.bar = bar(total=steps, initial=done, desc=stage, unit=unit, disable=hidden)
         self.advance, self.close = self.bar.update, self.bar.close
 
     def report(self, step: int, values: dict[str, float | None]) -> None:
