@@ -25,6 +25,7 @@ OUT = flags.DEFINE_string("out", None, "New folder for the token cache.")
 def main(settings: config.Config) -> None:
     """Tokenises every split of the data set and prints statistics of the tokens."""
     folder = pathlib.Path(OUT.value).absolute()
+    settings = setup.take_tokenizer_settings(settings)
     transforms.check((), settings.data.eval_transforms)
     data_set = sources.open_data_set(settings.data)
     if data_set.stored_as == "tokens":

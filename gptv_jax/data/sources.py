@@ -19,6 +19,7 @@ from gptv_jax import files
 from gptv_jax.data.cache import TokenCache
 from gptv_jax.data.folder import ImageFolder
 from gptv_jax.data.parquet import Tables
+from gptv_jax.data.webdataset import WebDataset
 from gptv_jax.errors import InputError, as_input_error, first_line
 
 with epy.lazy_imports():  # slow to import, and only the digits need it
@@ -281,6 +282,7 @@ SETS: dict[str, Callable[[config_lib.Data], DataSet]] = {
     "arrays": open_npz,
     "folder": lambda config: ImageFolder(_path(config), labels=config.labels),
     "parquet": lambda config: Tables(_path(config, pattern=True), labels=config.labels),
+    "webdataset": lambda config: WebDataset(_path(config, pattern=True), labels=config.labels),
     "tokens": lambda config: TokenCache(_path(config)),
 }
 

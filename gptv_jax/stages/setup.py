@@ -1,5 +1,6 @@
 """Opens a run: all that can be refused is refused here, before any work and before files change."""
 
+import dataclasses
 import logging
 import operator
 import pathlib
@@ -20,7 +21,7 @@ from gptv_jax.errors import InputError, list_differences
 from gptv_jax.runs.context import Context
 from gptv_jax.runs.record import RunFolder, has_finished
 from gptv_jax.stages import STAGES, pretrained
-from gptv_jax.tokens import Codec, palette
+from gptv_jax.tokens import Codec, learned, palette
 from gptv_jax.train.metrics import MetricWriter
 
 LOG = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ def open_run(config: config_lib.Config, workdir: str, wanted: list[str] | None =
     if "://" in (config.init_from or ""):
         raise InputError(f"config.init_from={config.init_from} is an address; it takes a folder.")
     check_same_settings(config)
+    config = take_tokenizer_settings(config)
     mesh = sharding.make_mesh(config.mesh)
     folder = RunFolder(config, workdir)
     opened = hosts.on_all(  # the place of the data may differ between processes
@@ -199,6 +201,30 @@ def _impossible(config: config_lib.Config, classes: int) -> dict[str, str]:
         )
         refused |= dict.fromkeys(("sample", "generate"), reason)
     return refused
+
+
+def take_tokenizer_settings(config: config_lib.Config) -> config_lib.Config:
+    """The configuration with the settings of a tokenizer that another program made.
+
+    This is the tokenizer that config.tokens.tokenizer names, or that of the token cache. Every
+    process takes what process 0 finds.
+    """
+    named, cached = config.tokens.tokenizer, config.data.name == "tokens"
+    if config.tokens.kind != "learned" or not (named or cached):
+        return config
+
+    def find() -> dict[str, object]:
+        given = config.tokens.autoencoder
+        found = learned.load(named) if named else sources.open_data_set(config.data).tokens
+        found = found.config if named else found.autoencoder
+        return fields.flatten(found if found.groups else given)
+
+    found = hosts.from_first(find)
+    network = fields.from_dict(config_lib.Autoencoder, found, "config.tokens.autoencoder")
+    taken = dataclasses.replace(config.tokens, autoencoder=network)
+    config = dataclasses.replace(config, tokens=taken)
+    rules.check(config)
+    return config
 
 
 def check_same_settings(config: config_lib.Config) -> None:
