@@ -2,14 +2,15 @@
 
 import dataclasses
 import math
+import os
 
 from gptv_jax.config.data import Data, Tokens
 from gptv_jax.config.fields import ABOVE_ZERO, BELOW_ONE, FROM_ZERO, POSITIVE, SHARE, field, one_of
 from gptv_jax.config.train import Mesh, Model, Profile, Tokenizer, Train
 
 PLACE = (
-    "an absolute path or an address such as gs://bucket/path",
-    lambda v: v.startswith("/") or "://" in v,
+    "an absolute path, or an address such as gs://bucket/path without any of *?[",
+    lambda v: os.path.isabs(v) or v.startswith("~") or ("://" in v and not set("*?[") & set(v)),
 )
 POSITIVES = ("positive numbers, one or more", lambda v: v and all(0 < x < math.inf for x in v))
 
@@ -142,6 +143,8 @@ class Config:
     init_from: str | None = None
     # Where checkpoints are, of this run alone; None: checkpoints/ in the run folder.
     checkpoint_dir: str | None = field(None, PLACE, free=True)
+    # Project of Weights & Biases that gets a copy of the log; pip install wandb.
+    wandb: str | None = field(None, free=True)
     data: Data = dataclasses.field(default_factory=Data)
     tokens: Tokens = dataclasses.field(default_factory=Tokens)
     model: Model = dataclasses.field(default_factory=Model)

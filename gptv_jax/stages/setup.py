@@ -17,11 +17,12 @@ from gptv_jax.data.cache import TokenCache
 from gptv_jax.data.damage import DamageLog
 from gptv_jax.data.pipeline import Pipeline
 from gptv_jax.decode.sampler import check_guidable
-from gptv_jax.errors import InputError, list_differences
+from gptv_jax.errors import InputError, list_differences, shorten
 from gptv_jax.runs.context import Context
 from gptv_jax.runs.record import RunFolder, has_finished
 from gptv_jax.stages import STAGES, pretrained
 from gptv_jax.tokens import Codec, learned, palette
+from gptv_jax.train import wandb_copy
 from gptv_jax.train.metrics import MetricWriter
 
 LOG = logging.getLogger(__name__)
@@ -40,6 +41,8 @@ def open_run(config: config_lib.Config, workdir: str, wanted: list[str] | None =
     if "://" in (config.init_from or ""):
         raise InputError(f"config.init_from={config.init_from} is an address; it takes a folder.")
     check_same_settings(config)
+    if config.wandb:
+        hosts.from_first(wandb_copy.check_installed)
     config = take_tokenizer_settings(config)
     mesh = sharding.make_mesh(config.mesh)
     folder = RunFolder(config, workdir)
@@ -64,9 +67,18 @@ def open_run(config: config_lib.Config, workdir: str, wanted: list[str] | None =
     # Every process writes the names of the damaged images that it meets.
     hosts.on_all(lambda: files.claim(folder.path, "--workdir"))
     images = Pipeline(config.data, None, config.seed, folder.path, sharding.batch_share(mesh))
-    log = MetricWriter(folder.path)
+    log = hosts.on_all(lambda: _open_log(config, folder.path))
     context = Context(config, mesh, folder, log, images, classes, class_names, tuple(stages))
     return with_codec(context)
+
+
+def _open_log(config: config_lib.Config, folder: pathlib.Path) -> MetricWriter:
+    """The log of a run folder that is claimed; process 0 copies it to Weights & Biases if asked."""
+    copy = None
+    if config.wandb and jax.process_index() == 0:
+        identity = files.read_json(folder / "config.json", {})["id"]
+        copy = wandb_copy.Wandb(config.wandb, folder, identity, fields.flatten(config))
+    return MetricWriter(folder, copy)
 
 
 def with_codec(context: Context) -> Context:
@@ -108,7 +120,7 @@ def find_codec(config: config_lib.Config, folder: pathlib.Path | None = None) ->
     if cache:
         found[f"the token cache {cache.folder}"] = cache.codec().definition
     if config.init_from:
-        path = pathlib.Path(config.init_from)
+        path = files.user_path(config.init_from)
         imported = weights.is_weights_path(path)
         definition = (
             weights.read_definition(path) if imported else tokens.load_definition(kind, path)
@@ -157,7 +169,7 @@ def _check_cache(config: config_lib.Config, cache: TokenCache) -> None:
     if differing := list_differences(cached, {f"config.{n}": ours for n, ours, _ in pairs}):
         raise InputError(
             f"the token cache {cache.folder} was made by another configuration: "
-            f"{'; '.join(differing)}. Take the settings of the cache, or make another cache."
+            f"{shorten(differing, '; ')}. Take the settings of the cache, or make another cache."
         )
 
 
@@ -234,8 +246,8 @@ def check_same_settings(config: config_lib.Config) -> None:
     first, *others = hosts.from_all(own)
     if differing := [line for other in others for line in list_differences(first, other)]:
         raise InputError(
-            f"the processes were given different settings: {'; '.join(dict.fromkeys(differing))}. "
-            "Start all of them by the same command."
+            "the processes were given different settings: "
+            f"{shorten(dict.fromkeys(differing), '; ')}. Start all of them by the same command."
         )
 
 

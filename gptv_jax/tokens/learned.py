@@ -14,9 +14,9 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, UInt8
 
 from gptv_jax import config as config_lib
-from gptv_jax import files, sharding
+from gptv_jax import files, hardware, sharding
 from gptv_jax.config import fields
-from gptv_jax.errors import InputError, as_input_error, list_differences
+from gptv_jax.errors import InputError, as_input_error, list_differences, shorten
 from gptv_jax.model import autoencoder, vqgan
 from gptv_jax.tokens import foreign
 from gptv_jax.tokens.codec import AnyArray, Codec
@@ -59,7 +59,7 @@ class Tokenizer:
     def save(self, path: str | pathlib.Path) -> None:
         arrays = {name: np.ascontiguousarray(array) for name, array in self.params.items()}
         header = json.dumps(self.description())
-        files.write_safetensors(arrays, pathlib.Path(path), {HEADER: header})
+        files.write_safetensors(arrays, files.user_path(path), {HEADER: header})
 
 
 def from_description(header: dict, params: dict[str, np.ndarray], where: str) -> Tokenizer:
@@ -78,12 +78,12 @@ def checked(
 ) -> Tokenizer:
     """The tokenizer; InputError where weights are missing, left over, misshapen or not finite."""
     with as_input_error(f"the tokenizer in {where} does not fit its settings"):
-        _, tree = _abstract(config, params, jax.local_devices()[:1])
+        _, tree = _abstract(config, params, hardware.devices(local=True)[:1])
     expected = {name: leaf.shape for name, leaf in sharding.by_name(tree).items()}
     wrong = list_differences(expected, {name: array.shape for name, array in params.items()})
     wrong += [f"{name} is not finite" for name, a in params.items() if not np.isfinite(a).all()]
     if wrong:
-        raise InputError(f"the tokenizer in {where} does not fit: {'; '.join(wrong)}.")
+        raise InputError(f"the tokenizer in {where} does not fit: {shorten(wrong, '; ')}.")
     return Tokenizer(config, params, provenance)
 
 
@@ -92,7 +92,7 @@ def load(path: str | pathlib.Path) -> Tokenizer:
 
     Diffusers' and LlamaGen's tokenizers are read as well, see tokens/foreign.py.
     """
-    path = pathlib.Path(path).absolute()
+    path = files.user_path(path)
     if path.is_dir():
         if not (path / FILE).exists() and foreign.is_vq_model(path):
             return checked(*foreign.read_vq_model(path), str(path))

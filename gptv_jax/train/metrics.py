@@ -15,7 +15,8 @@ import numpy as np
 import tqdm
 from etils import epy
 
-from gptv_jax import files, hardware
+from gptv_jax import errors, files, hardware
+from gptv_jax.train.wandb_copy import Wandb
 
 with epy.lazy_imports():  # it imports torch where that is installed, which takes seconds
     import tensorboardX
@@ -35,9 +36,13 @@ def mfu(flops: int, tokens_per_second: float | None) -> float | None:
 
 
 class MetricWriter:
-    """Writes events as JSON lines and to TensorBoard; on process 0 alone."""
+    """Writes events as JSON lines and to TensorBoard; on process 0 alone.
 
-    def __init__(self, folder: pathlib.Path):
+    `copy` gets every event that is written, once.
+    """
+
+    def __init__(self, folder: pathlib.Path, copy: Wandb | None = None):
+        self._copy = copy
         self.folder, self.path = folder, folder / "metrics.jsonl"
         self.board_folder = folder / "tensorboard"
         self.counts: collections.Counter[str] = collections.Counter()  # events of each stage
@@ -48,9 +53,11 @@ class MetricWriter:
         if jax.process_index() != 0:
             return
         event = {"stage": stage, "step": step, "time": round(time.time(), 3), **values}
-        with self.path.open("a") as file:
+        with errors.naming(self.path), self.path.open("a") as file:
             file.write(json.dumps(event) + "\n")
         self._show(event)
+        if self._copy:
+            self._copy.write(event)
 
     def rewind(self, stage: str, step: int, count: int | None = None) -> None:
         """Drops the stage's events that a resumed training is about to repeat.
@@ -97,7 +104,8 @@ class Progress:
 
     def __init__(self, stage: str, steps: int, done: int = 0, unit: str = "step"):
         self.stage, self.steps = stage, steps
-        hidden = not sys.stderr.isatty() or jax.process_index() != 0
+        quiet = logging.getLogger("gptv_jax").level >= logging.WARNING  # --quiet
+        hidden = quiet or not sys.stderr.isatty() or jax.process_index() != 0
         self.bar = tqdm.tqdm(total=steps, initial=done, desc=stage, unit=unit, disable=hidden)
         self.advance, self.close = self.bar.update, self.bar.close
 
