@@ -16,6 +16,7 @@ from etils import epy
 
 from gptv_jax import config as config_lib
 from gptv_jax import files
+from gptv_jax.data import guess
 from gptv_jax.data.cache import TokenCache
 from gptv_jax.data.folder import ImageFolder
 from gptv_jax.data.parquet import Tables
@@ -198,6 +199,8 @@ class _TfdsSplit(_ArraysSplit):
 
 
 def _unprepared(name: str, folder: str | None, error: Exception) -> str:
+    if "/" in name and type(error).__name__ == "DatasetNotFoundError":
+        return f"config.data.name={name} is no TFDS set; of the Hub, {guess.hub_advice(name)}."
     where = f" --data_dir={folder}" if folder else ""
     return (
         f"config.data.name={name} is none of {', '.join(SETS)} and no prepared TFDS set "
@@ -293,7 +296,16 @@ SETS: dict[str, Callable[[config_lib.Data], DataSet]] = {
 @functools.lru_cache(maxsize=8)
 def open_data_set(config: config_lib.Data) -> DataSet:
     """The data set that the config names; a process opens each data set once."""
-    return SETS[config.name](config) if config.name in SETS else _tfds(config)
+    if config.name not in SETS:
+        if advice := guess.advice(config.name):
+            raise InputError(f"config.data.name={advice}")
+        return _tfds(config)
+    try:
+        return SETS[config.name](config)
+    except InputError as error:
+        if advice := guess.advice(config.path, config.name):
+            raise InputError(f"config.data.path={advice}") from error
+        raise
 
 
 def open_source(config: config_lib.Data, split: str) -> Selected:
