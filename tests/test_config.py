@@ -12,6 +12,7 @@ from gptv_jax.errors import InputError
 from gptv_jax.stages import STAGES
 
 FREE = {
+    "wandb",
     "checkpoint_dir", "mesh.data", "mesh.fsdp", "mesh.sequence", "mesh.tensor",
     "data.workers", "data.dir", "data.path", "tokens.palette",
     "model.scan_layers", "model.remat",
