@@ -10,7 +10,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-import safetensors.torch
+import safetensors.numpy
 from conftest import make_mesh, random_image
 
 from gptv_jax import config as config_lib
@@ -168,7 +168,8 @@ def saved(kind: str, folder):
     if kind == "llamagen":
         theirs, place = LlamaGen().eval(), folder / "vq_ds16.safetensors"
         spread(theirs)
-        safetensors.torch.save_file(theirs.state_dict(), place)
+        arrays = {name: tensor.numpy() for name, tensor in theirs.state_dict().items()}
+        safetensors.numpy.save_file(arrays, place)
         return theirs, place
     plain = {"down_block_types": ("DownEncoderBlock2D",) * 3, "vq_embed_dim": None}
     plain |= {"up_block_types": ("UpDecoderBlock2D",) * 3, "mid_block_add_attention": False}
