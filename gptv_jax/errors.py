@@ -3,7 +3,7 @@
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NoReturn
 
 
@@ -39,6 +39,13 @@ def list_differences(expected: dict[str, object], found: dict[str, object]) -> l
         *(f"{n} {value!r} is left over" for n, value in found.items() if n not in expected),
         *(f"{n} is {found[n]!r}, expected {expected[n]!r}" for n in changed),
     ]
+
+
+def listed(names: Iterable, most: int = 5) -> str:
+    """The first names with commas between them, and how many more there are."""
+    names = [str(name) for name in names]
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def end(code: int, message: str) -> NoReturn:

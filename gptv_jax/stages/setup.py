@@ -36,8 +36,9 @@ def open_run(config: config_lib.Config, workdir: str, wanted: list[str] | None =
       InputError: the mesh, the network, the data and the stages do not fit each other, the folder
         cannot be written, or another configuration made it (every field that differs is listed).
     """
-    if "://" in (config.init_from or ""):
-        raise InputError(f"config.init_from={config.init_from} is an address; it takes a folder.")
+    if config.init_from:  # process 0 downloads first what lies on the Hugging Face Hub
+        missing = f"config.init_from={config.init_from} does not exist"
+        hosts.from_first(lambda: str(weights.locate(config.init_from, missing)))
     check_same_settings(config)
     mesh = sharding.make_mesh(config.mesh)
     folder = RunFolder(config, workdir)
@@ -106,7 +107,7 @@ def find_codec(config: config_lib.Config, folder: pathlib.Path | None = None) ->
     if cache:
         found[f"the token cache {cache.folder}"] = cache.codec().definition
     if config.init_from:
-        path = pathlib.Path(config.init_from)
+        path = weights.locate(config.init_from)
         imported = weights.is_weights_path(path)
         definition = (
             weights.read_definition(path) if imported else tokens.load_definition(kind, path)
@@ -114,7 +115,9 @@ def find_codec(config: config_lib.Config, folder: pathlib.Path | None = None) ->
         found[f"config.init_from={path}"] = definition
     field = {"palette": "palette", "learned": "tokenizer"}[kind]
     if given := getattr(config.tokens, field):
-        found[f"config.tokens.{field}={given}"] = tokens.DEFINITIONS[kind][1](given)
+        missing = f"there is no {field} {given}, which config.tokens.{field} names"
+        place = weights.locate(given, missing)
+        found[f"config.tokens.{field}={given}"] = tokens.DEFINITIONS[kind][1](place)
     present = [(where, definition) for where, definition in found.items() if definition is not None]
     if not present:
         return None
