@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
-
 from PIL import Image
 
 from gptv_jax import files, sharding, validation
