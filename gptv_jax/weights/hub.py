@@ -101,16 +101,14 @@ def download(name: str) -> pathlib.Path:
         raise InputError(f"{name} is no name of a model; it is written hf://user/model.")
     model, revision, file = parts.groups()
     with _explained(f"{name} cannot be downloaded"):
-        import huggingface_hub
+        from huggingface_hub import errors, hf_hub_download, snapshot_download
 
         try:
-            path = huggingface_hub.hf_hub_download(model, file or WEIGHTS, revision=revision)
-        except huggingface_hub.errors.EntryNotFoundError:
+            path = hf_hub_download(model, file or WEIGHTS, revision=revision)
+        except errors.EntryNotFoundError:
             if file:
                 raise
-            path = huggingface_hub.snapshot_download(
-                model, revision=revision, allow_patterns=WANTED
-            )
+            path = snapshot_download(model, revision=revision, allow_patterns=WANTED)
         return pathlib.Path(path)
 
 
