@@ -19,6 +19,7 @@ from concurrent import futures
 from typing import IO
 
 import numpy as np
+import tqdm
 from absl import flags
 
 from gptv_jax import api, command, files, weights
@@ -67,7 +68,7 @@ def main(names: list[str]) -> None:
             else:
                 line["classes"] = line["classes"][: TOP.value or None]
             with as_input_error(f"--out={OUT.value} cannot be written", OSError):
-                print(json.dumps(line), file=out, flush=True)
+                tqdm.tqdm.write(json.dumps(line), file=out)  # beside the bar on a terminal
             progress.advance(1)
             if done % LOG_EVERY == 0:
                 progress.report(done, {})
@@ -157,7 +158,7 @@ def _opened(out: str | None) -> Iterator[IO[str]]:
         return
     path = files.user_path(out)
     with as_input_error(f"--out={out} cannot be written", OSError):
-        file = path.open("w")
+        file = path.open("w", buffering=1)
     with file:
         yield file
 
