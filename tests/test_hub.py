@@ -1,18 +1,24 @@
 """Weights from a Hugging Face Hub and to it, by huggingface_hub and a server on this machine."""
 
 import builtins
+import dataclasses
 import json
 import os
 import sys
 
+import jax
 import numpy as np
 import pytest
-from conftest import generator
+from conftest import generator, small_arguments
 from hub_server import serve
 
 import gptv_jax
 from gptv_jax import weights
 from gptv_jax.errors import InputError
+from gptv_jax.quality.features import make_features
+from gptv_jax.runs.record import config_of
+from gptv_jax.stages import pretrained as stages_pretrained
+from gptv_jax.stages import setup
 from gptv_jax.weights import hub as hub_lib
 
 pytestmark = pytest.mark.process  # of the run that the tests share
@@ -143,3 +149,37 @@ def test_a_name_of_the_hub_alone_is_told_apart_from_a_path(call, tmp_path, monke
     with pytest.raises(InputError) as caught:
         getattr(gptv_jax, call)("openai/imagegpt-small")
     assert "hf download" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("module", "flag"),
+    [
+        ("convert", "--from={}"),
+        ("main", "--config.init_from={}"),
+        ("main", "--config.tokens.palette={}"),
+    ],
+)
+def test_commands_say_the_same(command, tmp_path, module, flag):
+    more = ["--to=x"] if module == "convert" else small_arguments(tmp_path / "run")
+    more += ["--config.tokens.kind=palette"] * ("palette" in flag)
+    ended = command(module, *more, flag.format("openai/imagegpt-small"))
+    last = ended.errors.splitlines()[-1]
+    assert ended.code == 1 and last.startswith("error: ") and len(last) <= 300
+    assert "hf download openai/imagegpt-small" in last and not (tmp_path / "run").exists()
+
+
+def test_a_run_starts_from_weights_on_the_hub(hub, finished_run, pretrained, tmp_path):
+    pretrained.push_to_hub("me/start")
+    config = config_of(finished_run.folder)
+    config = dataclasses.replace(config, init_from="hf://me/start")
+    context = setup.open_run(config, str(tmp_path / "run"), ["probe"])
+    with jax.set_mesh(context.mesh):
+        found = stages_pretrained.load(context, context.network()).params
+    jax.tree.map(np.testing.assert_array_equal, found, pretrained.params)
+    recorded = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert recorded["config"]["init_from"] == "hf://me/start"
+    features = make_features("hf://me/start", (8, 8, 1))
+    images = generator().integers(17, size=(8, 8, 8, 1), dtype=np.uint8)
+    np.testing.assert_array_equal(features(images)[0], pretrained.features(images))
+    with pytest.raises(InputError, match=r"hf download openai/imagegpt-small"):
+        make_features("openai/imagegpt-small", (8, 8, 1))
