@@ -114,7 +114,7 @@ def _stacked(given: Sequence, shape: tuple[int, int, int]) -> Sequence | np.ndar
         kinds = {f"{i.mode} {i.width} x {i.height}" for i in given if isinstance(i, Image.Image)}
         if kinds == {f"{mode} {width} x {height}"}:
             return np.stack([np.asarray(i).reshape(-1, width, channels) for i in given])
-        found = f"Pillow images of {errors.listed(sorted(kinds))}"
+        found = f"Pillow images of {errors.shorten(sorted(kinds))}"
     elif len({np.shape(each) for each in given}) > 1:
         found = "arrays of several sizes"
     else:
@@ -152,7 +152,7 @@ def labels(
     found = np.asarray(given)
     if found.dtype.kind == "U":
         if unknown := sorted(set(found.ravel().tolist()) - set(names)):
-            raise InputError(f"labels name {unknown[0]!r}; classes are {errors.listed(names)}.")
+            raise InputError(f"labels name {unknown[0]!r}; classes are {errors.shorten(names)}.")
         found = np.vectorize(names.index, otypes=[np.int32])(found)
     right = found.shape in [(), (count,)] and found.dtype.kind in "iu"
     found = _checked(found, right, "labels are", f"one whole number, or {count} of them")

@@ -8,7 +8,7 @@ from etils import epath
 from gptv_jax import config as config_lib
 from gptv_jax import files, hosts, sharding, tokens, weights
 from gptv_jax.checkpoint import Checkpoints
-from gptv_jax.errors import InputError
+from gptv_jax.errors import InputError, shorten
 from gptv_jax.model.gpt import Network
 from gptv_jax.runs import record
 from gptv_jax.runs.context import Context
@@ -92,6 +92,6 @@ def _imported(config: config_lib.Config, codec: Codec | None) -> WeightsFile:
 def _must_fit(config: config_lib.Config, found: WeightsFile) -> None:
     if differing := found.differing(config, record.start_vectors(config)):
         raise InputError(
-            f"config.init_from={config.init_from} holds another network: {'; '.join(differing)}. "
-            "Set these fields to its values."
+            f"config.init_from={config.init_from} holds another network: "
+            f"{shorten(differing, '; ')}. Set these fields to its values."
         )

@@ -16,7 +16,7 @@ from gptv_jax.data.cache import TokenCache
 from gptv_jax.data.damage import DamageLog
 from gptv_jax.data.pipeline import Pipeline
 from gptv_jax.decode.sampler import check_guidable
-from gptv_jax.errors import InputError, list_differences
+from gptv_jax.errors import InputError, list_differences, shorten
 from gptv_jax.runs.context import Context
 from gptv_jax.runs.record import RunFolder, has_finished
 from gptv_jax.stages import STAGES, pretrained
@@ -158,7 +158,7 @@ def _check_cache(config: config_lib.Config, cache: TokenCache) -> None:
     if differing := list_differences(cached, {f"config.{n}": ours for n, ours, _ in pairs}):
         raise InputError(
             f"the token cache {cache.folder} was made by another configuration: "
-            f"{'; '.join(differing)}. Take the settings of the cache, or make another cache."
+            f"{shorten(differing, '; ')}. Take the settings of the cache, or make another cache."
         )
 
 
@@ -211,8 +211,8 @@ def check_same_settings(config: config_lib.Config) -> None:
     first, *others = hosts.from_all(own)
     if differing := [line for other in others for line in list_differences(first, other)]:
         raise InputError(
-            f"the processes were given different settings: {'; '.join(dict.fromkeys(differing))}. "
-            "Start all of them by the same command."
+            "the processes were given different settings: "
+            f"{shorten(dict.fromkeys(differing), '; ')}. Start all of them by the same command."
         )
 
 
