@@ -22,7 +22,7 @@ with epy.lazy_imports():  # it imports torch where that is installed, which take
 
 LOG = logging.getLogger(__name__)
 # A terminal's line; the bar has what the numbers leave of its width.
-BAR = "{desc} {n_fmt}/{total_fmt}{postfix} |{bar}|"
+BAR = "{desc} {n_fmt}/{total_fmt}{postfix[0]} |{bar}|"
 # The number of a training step that stands for its loss: the first of these that it has.
 LOSSES = ("class_nats", "best_class_nats", "nats_per_token", "loss")
 # The number of an evaluation that is shown first, and 1 where larger is better, else -1.
@@ -120,55 +120,71 @@ class Progress:
         self.stage, self.steps = stage, steps
         hidden = not sys.stderr.isatty() or jax.process_index() != 0
         options = {"unit": unit, "disable": hidden, "dynamic_ncols": True, "bar_format": BAR}
-        self.bar = tqdm.tqdm(total=steps, initial=done, desc=stage, **options)
+        self.bar = tqdm.tqdm(total=steps, initial=done, desc=stage, postfix=[""], **options)
         self.advance, self.close = self.bar.update, self.bar.close
-        self._validation: list[str] = []
-        self._reported: tuple[float, int] | None = None  # time and step of the first report
+        self._loss = self._validation = self._speed = ""
+        self._first: tuple[float, int] | None = None  # time and step of the first report
 
     def report(self, step: int, values: dict[str, float | None]) -> None:
-        """Shows the numbers of step `step`; of a training's loss terms the first of `LOSSES`."""
+        """Shows the numbers of step `step`; of a training's losses the first of `LOSSES`."""
         now, known = time.monotonic(), {k: v for k, v in values.items() if v is not None}
-        loss = next((name for name in LOSSES if name in known), None)
         speed, used = known.pop("tokens_per_second", None), known.pop("mfu", None)
-        names = known if loss is None else (loss,)
-        parts = [f"{'loss' if name == loss else name} {shown(name, known[name])}" for name in names]
-        parts += self._validation
+        if loss := next((name for name in LOSSES if name in known), None):
+            known = {"loss": known[loss]}
+        self._loss = "".join(f"  {name} {shown(name, value)}" for name, value in known.items())
+        self._speed = ""
         if speed is not None:
-            parts.append(f"{tqdm.tqdm.format_sizeof(speed)} tokens/s")
-        began, first = self._reported = self._reported or (now, step)
+            self._speed = f"  {tqdm.tqdm.format_sizeof(speed)} tokens/s"
+        began, first = self._first = self._first or (now, step)
         if step > first:
             left = (now - began) / (step - first) * (self.steps - step)
-            parts.append(f"{tqdm.tqdm.format_interval(left)} left")
+            self._speed += f"  {duration(left)} left"
         if used is not None:
-            parts.append(f"MFU {used:.1%}")
-        self.bar.set_postfix_str(" ".join(parts), refresh=False)
-        if self.bar.disable and jax.process_index() == 0:
-            LOG.info("%s %d/%d  %s", self.stage, step, self.steps, "  ".join(parts))
+            self._speed += f"  MFU {used:.1%}"
+        if self.bar.disable:
+            self._log(f"{self.stage} {step}/{self.steps}{self._numbers()}")
+        self._refresh()
 
     def evaluated(self, evaluations: list[dict], best: dict | None, *, quiet: bool = False) -> None:
         """Shows the last evaluation (a dict with "step" and its numbers) and the best so far.
 
-        One line names all of the last evaluation's numbers; on a terminal it stands above the bar.
+        One line has all numbers of the last evaluation; on a terminal it stands above the bar.
         `quiet` leaves the line out, for an evaluation of an earlier process.
         """
-        numbers = {k: v for k, v in evaluations[-1].items() if k != "step"}
-        step, rank = evaluations[-1]["step"], next(iter(ranking(numbers)), None)
-        first = [rank] if rank else []
-        words = {k: f"{k} {shown(k, numbers[k])}" for k in dict.fromkeys([*first, *numbers])}
-        if rank:
-            self._validation = [f"val {shown(rank, numbers[rank])}"]
-        if rank and best is not None:
-            value = shown(rank, best[rank])
-            self._validation.append(f"best {value}")
-            newest = best["step"] == step
-            words[rank] += " (best so far)" if newest else f" (best {value} at {best['step']})"
-        line = f"{self.stage} {step}/{self.steps} validation: {', '.join(words.values())}"
-        if quiet or jax.process_index() != 0:
-            return
-        if self.bar.disable:
-            LOG.info("%s", line)
-        else:
+        numbers = dict(evaluations[-1])
+        step, watched = numbers.pop("step"), next(iter(ranking(numbers)), None)
+        words = {name: f"{name} {shown(name, value)}" for name, value in numbers.items()}
+        if watched and best is not None:
+            value, newest = shown(watched, best[watched]), best["step"] == step
+            self._validation = f"  val {shown(watched, numbers[watched])}  best {value}"
+            words[watched] += " (best so far)" if newest else f" (best {value} at {best['step']})"
+        first = [words.pop(watched)] if watched else []
+        line = ", ".join([*first, *words.values()])
+        if not quiet:
+            self._log(f"{self.stage} {step}/{self.steps} validation: {line}")
+        self._refresh()
+
+    def _numbers(self) -> str:
+        return self._loss + self._validation + self._speed
+
+    def _log(self, line: str) -> None:
+        """On process 0: a line of the log or, on a terminal, above the bar."""
+        if not self.bar.disable:
             self.bar.write(line, file=sys.stderr)
+        elif jax.process_index() == 0:
+            LOG.info("%s", line)
+
+    def _refresh(self) -> None:
+        if not self.bar.disable:
+            self.bar.postfix[0] = self._numbers().replace("  ", " ")
+            self.bar.refresh()
+
+
+def duration(seconds: float) -> str:
+    """A time in its largest fitting unit: 45s, 12m, 5h, 3d."""
+    units = (("s", 1), ("m", 60), ("h", 3600), ("d", 86400))
+    name, size = next((u for u in units if seconds < 100 * u[1]), units[-1])
+    return f"{seconds / size:.0f}{name}"
 
 
 class Clock:
