@@ -18,6 +18,7 @@ from gptv_jax import config as config_lib
 from gptv_jax import files
 from gptv_jax.data.cache import TokenCache
 from gptv_jax.data.folder import ImageFolder
+from gptv_jax.data.parquet import Tables
 from gptv_jax.errors import InputError, as_input_error, first_line
 
 with epy.lazy_imports():  # slow to import, and only the digits need it
@@ -265,11 +266,12 @@ def _resolve(expression: str, lengths: dict[str, int]) -> list[tuple[str, range]
     return parts
 
 
-def _path(config: config_lib.Data) -> pathlib.Path:
+def _path(config: config_lib.Data, pattern: bool = False) -> pathlib.Path:
+    """`config.data.path`, which exists unless it may be a pattern of file names."""
     if config.path is None:
         raise InputError(f"config.data.name={config.name} needs config.data.path.")
     path = pathlib.Path(config.path).absolute()
-    if not path.exists():
+    if not path.exists() and not (pattern and set("*?{") & set(path.name)):
         raise InputError(f"config.data.path={path} does not exist.")
     return path
 
@@ -278,6 +280,7 @@ SETS: dict[str, Callable[[config_lib.Data], DataSet]] = {
     "digits": lambda config: digits(),
     "arrays": open_npz,
     "folder": lambda config: ImageFolder(_path(config), labels=config.labels),
+    "parquet": lambda config: Tables(_path(config, pattern=True), labels=config.labels),
     "tokens": lambda config: TokenCache(_path(config)),
 }
 
