@@ -1,10 +1,12 @@
 """What a person sees on a terminal of 80 columns."""
 
+import contextlib
 import fcntl
 import os
 import pty
 import re
 import struct
+import subprocess
 import sys
 import termios
 
@@ -17,18 +19,16 @@ COLUMNS = 80
 
 def seen_on_terminal(command: list[str]) -> list[str]:
     """The lines that a command writes on a terminal of 80 columns; a bar is a line each time."""
-    child, terminal = pty.fork()
-    if child == 0:
-        fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 24, COLUMNS, 0, 0))
-        os.execv(command[0], command)
-    written = b""
-    try:
-        while part := os.read(terminal, 65536):
-            written += part
-    except OSError:  # the command has closed its end
-        pass
-    os.close(terminal)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, written[-3000:]
+    ours, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, COLUMNS, 0, 0))
+    with subprocess.Popen(command, stdout=terminal, stderr=terminal) as started:
+        os.close(terminal)
+        written = b""
+        with contextlib.suppress(OSError):  # the command has closed its end
+            while part := os.read(ours, 65536):
+                written += part
+    os.close(ours)
+    assert started.returncode == 0, written[-3000:]
     return re.split(r"[\r\n]+", written.decode())
 
 

@@ -119,12 +119,13 @@ def fit(
     training: Callable[[int], Iterator[dict]],  # augmented batches, as `loop.fit` takes them
     evaluation: Batches,
     seed: int,
+    found: Callable[[np.ndarray], None] = lambda confusion: None,
 ) -> dict[Group, dict]:
     """{"learning_rate", "validation_accuracy", "validation_nats", "test_accuracy"} of each group.
 
     All heads are trained to the end of the schedule; of each group's rates the best by `preference`
-    is taken. The best group of one layer has "confusion" as well, the number of test images of each
-    class (row) taken for each class (column). Continues and raises as `loop.fit` does.
+    is taken. `found` is called with the `objective.confusion` of the test images by the best single
+    layer, unless there are too many classes. Continues and raises as `loop.fit` does.
     """
     settings, (optimizer, rate) = heads.config.sgd, make_optimizer(heads.config.sgd)
     train_step = step.make_train_step(make_loss(heads), optimizer, rate, seed=seed)
@@ -149,9 +150,9 @@ def fit(
         return means | {"confusion": confusion}
 
     def best(weights: dict) -> dict[str, float]:
-        found = evaluate(weights)
-        accuracy = max(float(x.max()) for x in found["accuracy"].values())
-        nats = min(float(x.min()) for x in found["class_nats"].values())
+        numbers = evaluate(weights)
+        accuracy = max(float(x.max()) for x in numbers["accuracy"].values())
+        nats = min(float(x.min()) for x in numbers["class_nats"].values())
         return {"best_accuracy": accuracy, "best_class_nats": nats}
 
     shared = ("steps", "batch_size", "eval_every", "checkpoint_every", "log_every")
@@ -189,7 +190,7 @@ def fit(
         name, g, r, _ = row.pop("head")
         row["test_accuracy"] = float(test["accuracy"][name][g, r])
     if test["confusion"] is not None:
-        best["confusion"] = test["confusion"].tolist()
+        found(test["confusion"])
     return chosen
 
 

@@ -58,7 +58,7 @@ def write(
     folder: pathlib.Path,
     confusion: Int[np.ndarray, "C C"],
     names: Sequence[str],
-    training: Int[np.ndarray, " C"] | None,
+    training: Int[np.ndarray, " classes"] | None,
     **about,
 ) -> None:
     """Writes confusion.json: counts and accuracy of every class of the test split, and the matrix.

@@ -178,7 +178,8 @@ def _keep_confusion(context: Context, rows: list[dict], training: np.ndarray | N
     best, matrices = _best(rows), [row.pop("confusion", None) for row in rows]
     if matrices[best] is not None:
         folder, names = context.folder.path / "probe", context.class_names
-        accuracy.write(folder, matrices[best], names, training, split="test", layer=best)
+        matrix = np.array(matrices[best])
+        accuracy.write(folder, matrix, names, training, split="test", layer=best)
 
 
 def _table(name: str, read: Features, context: Context) -> list[dict]:

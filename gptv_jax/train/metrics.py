@@ -103,7 +103,7 @@ def ranking(numbers: dict) -> dict[str, int]:
     return next(({k: sign} for k, sign in WATCHED.items() if k in numbers), {})
 
 
-def shown(name: str, value: float) -> str:
+def shown(name: str, value: float | int) -> str:
     """A number as text: a share for an accuracy, else four digits."""
     whole = isinstance(value, int) or abs(value) >= 1000
     return f"{value:.1%}" if name.endswith("accuracy") else f"{value:{'' if whole else '#'}.4g}"
@@ -180,7 +180,7 @@ class Progress:
             self.bar.refresh()
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: float | int) -> str:
     """A time in its largest fitting unit: 45s, 12m, 5h, 3d."""
     units = (("s", 1), ("m", 60), ("h", 3600), ("d", 86400))
     name, size = next((u for u in units if seconds < 100 * u[1]), units[-1])
