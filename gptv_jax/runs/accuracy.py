@@ -151,8 +151,11 @@ def tell(stage: str, before: dict, summary: dict, folder: pathlib.Path) -> None:
     if accuracy is None or not images:
         return
     error = standard_error(accuracy, images)
-    line = "%s: accuracy %.2f%% of %d test images, standard error %.2f%%."
-    LOG.info(line, stage, 100 * accuracy, images, 100 * error)
+    line = (
+        "%s: accuracy %.2f%% of %d test images, standard error %.2f%% (%s training, %s validation)."
+    )
+    others = (summary.get(f"{stage}/{split}_images") for split in ("train", "validation"))
+    LOG.info(line, stage, 100 * accuracy, images, 100 * error, *others)
     rows = classes(folder)
     known = any(name.endswith("/test_accuracy") for name in before)
     told = cautions(before, rows if known else ())

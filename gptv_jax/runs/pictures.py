@@ -3,6 +3,7 @@
 import io
 import math
 import pathlib
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -103,6 +104,7 @@ def confusion(counts: Int[np.ndarray, "C C"], names: Sequence[str]) -> bytes:
         if count:
             axes.text(column, row, count, ha="center", va="center", fontsize=7 - small, color=ink)
     short = [name if len(name) <= 14 else f"{name[:13]}…" for name in names]
+    short = [name.replace("$", r"\$") for name in short]  # which would begin a formula
     axes.set_xticks(range(len(names)), short, rotation=90)
     axes.set_yticks(range(len(names)), short)
     axes.tick_params(colors=INK, labelsize=8, length=0)
@@ -125,7 +127,9 @@ def _line(axes: "matplotlib.axes.Axes", points, color, label="", style="-", ring
 
 def _png(figure: "figures.Figure") -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=200, transparent=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # a name in letters the font lacks
+        figure.savefig(buffer, format="png", dpi=200, transparent=True)
     return buffer.getvalue()
 
 
