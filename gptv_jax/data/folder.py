@@ -85,6 +85,11 @@ class _FolderSplit:
         return str(self.folder / self.files[index])
 
 
+def image_files(folder: pathlib.Path) -> list[str]:
+    """Sorted paths, relative to `folder`, of all image files below it."""
+    return _files(folder)
+
+
 def _files(folder: pathlib.Path) -> list[str]:
     """Sorted paths, relative to `folder`, of the image files below it that are not hidden."""
     found, visited = [], set()
