@@ -3,7 +3,7 @@
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NoReturn
 
 
@@ -14,6 +14,13 @@ class InputError(ValueError):
 def first_line(error: Exception) -> str:
     """The first line of an error's message, at most 200 characters; its type if it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def shorten(names: Iterable[object], most: int = 3) -> str:
+    """The first names of a list for a message, with "and N more" where the list is longer."""
+    shown = [str(name) for name in names]
+    more = f" and {len(shown) - most} more" if len(shown) > most else ""
+    return ", ".join(shown[:most]) + more
 
 
 @contextlib.contextmanager

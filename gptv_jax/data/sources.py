@@ -8,6 +8,7 @@ import bisect
 import functools
 import itertools
 import pathlib
+import re
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
@@ -16,9 +17,10 @@ from etils import epy
 
 from gptv_jax import config as config_lib
 from gptv_jax import files
+from gptv_jax.data import labels as labels_lib
 from gptv_jax.data.cache import TokenCache
-from gptv_jax.data.folder import ImageFolder
-from gptv_jax.errors import InputError, as_input_error, first_line
+from gptv_jax.data.folder import SPLIT_OF, ImageFolder, split_name
+from gptv_jax.errors import InputError, as_input_error, first_line, shorten
 
 with epy.lazy_imports():  # slow to import, and only the digits need it
     from sklearn import datasets, model_selection
@@ -57,30 +59,48 @@ class DataSet(Protocol):
 class Arrays:
     """A data set in memory: `{"train": (images, labels), ...}`.
 
-    Images are uint8 [N, H, W, C], labels int [N] from 0, all None where the set is unlabelled.
+    Images are uint8 [N, H, W, C]; labels are whole numbers or names [N], all None where the set is
+    unlabelled. Images with the label `ignore_label` are left out. Numbers that do not count from 0
+    and names are numbered (see `labels.number`); the original values become `class_names`. `notes`
+    are sentences about what a user may not expect.
     """
 
     stored_as = "pixels"
 
-    def __init__(self, splits: dict[str, tuple[np.ndarray, np.ndarray | None]]):
-        labels = [labels for _, labels in splits.values() if labels is not None]
-        if len(labels) not in (0, len(splits)):
-            raise InputError(f"of the splits {', '.join(splits)} some have labels and some do not.")
-        for name, (images, numbers) in splits.items():
-            accepted = images.ndim == 4 and images.dtype == np.uint8 and len(images) > 0
-            if accepted and numbers is not None:
-                accepted = numbers.shape == images.shape[:1] and numbers.dtype.kind in "iu"
-                accepted = accepted and numbers.min() >= 0
-            if not accepted:
-                shown = [f"{a.dtype} {list(a.shape)}" for a in splits[name] if a is not None]
-                raise InputError(
-                    f"split {name} holds images {' and labels '.join(shown)}; images must be uint8 "
-                    "[N, H, W, C] and labels whole numbers [N] from 0."
+    def __init__(
+        self,
+        splits: dict[str, tuple[np.ndarray, np.ndarray | None]],
+        ignore_label: int | None = None,
+    ):
+        self.notes: list[str] = []
+        for name, (images, _) in splits.items():
+            _check_images(name, images)
+        given = {name: array for name, (_, array) in splits.items() if array is not None}
+        if len(given) not in (0, len(splits)):
+            without = shorten(name for name in splits if name not in given)
+            raise InputError(
+                f"of the splits {', '.join(splits)} some have labels and some do not: {without}. "
+                "Store the labels of all, or ignore all by config.data.labels=False."
+            )
+        labels = {n: labels_lib.as_vector(n, a, len(splits[n][0])) for n, a in given.items()}
+        images = {name: array for name, (array, _) in splits.items()}
+        for name, array in list(labels.items()) if ignore_label is not None else ():
+            kept = array != (str(ignore_label) if array.dtype.kind == "U" else ignore_label)
+            if not kept.all():
+                self.notes.append(
+                    f"{np.count_nonzero(~kept)} of {len(kept)} images of the split {name} have the "
+                    f"label {ignore_label} and are left out"
                 )
-        self.classes = 1 + max(int(array.max()) for array in labels) if labels else 0
-        self.class_names = ()
-        self.lengths = {name: len(images) for name, (images, _) in splits.items()}
-        self._splits = splits
+                images[name], labels[name] = images[name][kept], array[kept]
+            if not kept.any():
+                del images[name], labels[name]
+        if not images:
+            raise InputError(f"all images have the label config.data.ignore_label={ignore_label}.")
+        self.classes, self.class_names = 0, ()
+        if labels:
+            labels, self.classes, self.class_names = labels_lib.number(labels, self.notes)
+        self.lengths = {name: len(array) for name, array in images.items()}
+        self._splits = {name: (array, labels.get(name)) for name, array in images.items()}
 
     def open(self, split: str) -> Source:
         return _ArraysSplit(split, *self._splits[split])
@@ -101,19 +121,60 @@ class _ArraysSplit:
         return f"{self.split}[{index}]"
 
 
+def _check_images(split: str, images: np.ndarray) -> None:
+    """Raises InputError, with the expression that helps, unless images are uint8 [N, H, W, C]."""
+    shape, kind = images.shape, images.dtype.kind
+    wanted = "images must be uint8 [N, H, W, C] with 1 to 4 channels C"
+    if images.ndim == 3:
+        advice = "; store images[..., None] of grey images"
+    elif images.ndim == 4 and shape[-1] > 4 and shape[1] <= 4:
+        advice = "; with channels first, store images.transpose(0, 2, 3, 1)"
+    elif images.ndim != 4 or not 1 <= shape[-1] <= 4 or not images.size or kind not in "biuf":
+        advice = ""
+    elif images.dtype == np.uint8:
+        return
+    else:
+        low, high = float(images.min()), float(images.max())
+        advice = f", and their values reach from {low:g} to {high:g}"
+        if kind in "bf" and low >= 0 and high <= 1:
+            advice += "; store (images * 255).round().astype('uint8')"
+        elif kind == "f" and low >= -1 and high <= 1:
+            advice += "; store ((images + 1) * 127.5).round().astype('uint8')"
+        elif low >= 0 and high <= 255:
+            advice += "; store images.round().astype('uint8')"
+        elif low >= 0 and high <= 65535:
+            advice += "; if white is 65535, store (images / 257).round().astype('uint8')"
+    raise InputError(f"split {split} holds images {images.dtype} {list(shape)}{advice}; {wanted}.")
+
+
 def open_npz(config: config_lib.Data) -> Arrays:
     """`Arrays` of an `.npz` file with `train_images`, `train_labels`, `test_images`, ..."""
     path = _path(config)
     with as_input_error(f"config.data.path={path} is no .npz file of arrays"):
-        arrays = files.read_arrays(path)
+        try:
+            arrays = files.read_arrays(path)
+        except ValueError as error:
+            if "Object arrays" not in str(error):
+                raise
+            raise InputError(
+                f"config.data.path={path} holds arrays of Python objects. Store images of one size "
+                "as uint8 [N, H, W, C] by np.stack, labels as numbers or text; or store images of "
+                "several sizes as files and take config.data.name=folder."
+            ) from error
     names = [key.removesuffix("_images") for key in arrays if key.endswith("_images")]
     if not names:
-        found = ", ".join(key or "a single unnamed array" for key in arrays) or "no array"
+        found = shorten((key or "a single unnamed array" for key in arrays), 5) or "no array"
         raise InputError(
             f"config.data.path={path} is no .npz file with an array called train_images; it holds "
             f"{found}."
         )
-    return Arrays({n: (arrays[f"{n}_images"], arrays.get(f"{n}_labels")) for n in names})
+    splits = {n: arrays.get(f"{n}_labels") if config.labels else None for n in names}
+    for name in names:
+        split = split_name(name) or name
+        if split not in names:  # MedMNIST calls a split val
+            splits[split] = splits.pop(name)
+            arrays[f"{split}_images"] = arrays[f"{name}_images"]
+    return Arrays({n: (arrays[f"{n}_images"], a) for n, a in splits.items()}, config.ignore_label)
 
 
 def digits() -> Arrays:
@@ -132,6 +193,12 @@ def digits() -> Arrays:
     )
     splits = {"train": train, "validation": validation, "test": test}
     return Arrays({name: (images[rows], labels[rows]) for name, rows in splits.items()})
+
+
+def open_folder(config: config_lib.Data) -> ImageFolder:
+    """The folder of images, with its class folders or a CSV file as labels."""
+    labels_file = config.labels_file and files.user_path(config.labels_file)
+    return ImageFolder(_path(config), config.labels, labels_file, config.ignore_label)
 
 
 class Tfds:
@@ -224,6 +291,14 @@ class Selected:
         source, row = self._locate(index)
         return source.name(row)
 
+    def labels(self) -> np.ndarray | None:
+        """The labels, int [N]; None: unlabelled, or labels are only read with their images."""
+        found = [getattr(source, "labels", None) for source, _ in self._parts]
+        if not self.classes or not all(isinstance(each, np.ndarray) for each in found):
+            return None
+        parts = zip(found, self._parts, strict=True)
+        return np.concatenate([each[rows.start : rows.stop] for each, (_, rows) in parts])
+
     def _locate(self, index: int) -> tuple[Source, int]:
         if not 0 <= index < len(self):
             raise IndexError(index)
@@ -233,7 +308,13 @@ class Selected:
 
 
 def _resolve(expression: str, lengths: dict[str, int]) -> list[tuple[str, range]]:
-    """Names of splits and their selected rows, read as TFDS reads the expression."""
+    """Names of splits and their selected rows, read as TFDS reads the expression.
+
+    Other names of a split, such as valid, stand for the split.
+    """
+    for name, split in SPLIT_OF.items():
+        if name not in lengths and split in lengths:
+            expression = re.sub(rf"(?:^|(?<=\+)){name}(?=[\[+]|$)", split, expression)
     if expression in lengths:  # without importing TFDS, which takes seconds
         return [(expression, range(lengths[expression]))]
     import tensorflow_datasets as tfds
@@ -257,7 +338,7 @@ def _resolve(expression: str, lengths: dict[str, int]) -> list[tuple[str, range]
 def _path(config: config_lib.Data) -> pathlib.Path:
     if config.path is None:
         raise InputError(f"config.data.name={config.name} needs config.data.path.")
-    path = pathlib.Path(config.path).absolute()
+    path = files.user_path(config.path)
     if not path.exists():
         raise InputError(f"config.data.path={path} does not exist.")
     return path
@@ -266,7 +347,7 @@ def _path(config: config_lib.Data) -> pathlib.Path:
 SETS: dict[str, Callable[[config_lib.Data], DataSet]] = {
     "digits": lambda config: digits(),
     "arrays": open_npz,
-    "folder": lambda config: ImageFolder(_path(config), labels=config.labels),
+    "folder": open_folder,
     "tokens": lambda config: TokenCache(_path(config)),
 }
 
@@ -274,6 +355,12 @@ SETS: dict[str, Callable[[config_lib.Data], DataSet]] = {
 @functools.lru_cache(maxsize=8)
 def open_data_set(config: config_lib.Data) -> DataSet:
     """The data set that the config names; a process opens each data set once."""
+    for field, names in (("labels_file", ("folder",)), ("ignore_label", ("folder", "arrays"))):
+        if getattr(config, field) is not None and config.name not in names:
+            raise InputError(
+                f"config.data.{field}={getattr(config, field)} is for config.data.name="
+                f"{' or '.join(names)}, but config.data.name={config.name}; leave the field out."
+            )
     return SETS[config.name](config) if config.name in SETS else Tfds(config.name, config.dir)
 
 
