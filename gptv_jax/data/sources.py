@@ -287,6 +287,17 @@ class Selected:
         example = source[row]
         return example if self.classes else {"image": example["image"]}
 
+    def label_counts(self) -> np.ndarray | None:
+        """Number of examples of each class, int64 [C].
+
+        None where there are no classes, or where the labels are not in memory, as in TFDS's files.
+        """
+        labels = [getattr(source, "labels", None) for source, _ in self._parts]
+        if not self.classes or not all(isinstance(each, np.ndarray) for each in labels):
+            return None
+        rows = [each[list(rows)] for each, (_, rows) in zip(labels, self._parts, strict=True)]
+        return np.bincount(np.concatenate(rows), minlength=self.classes)
+
     def name(self, index: int) -> str:
         source, row = self._locate(index)
         return source.name(row)
