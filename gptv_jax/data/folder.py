@@ -1,33 +1,17 @@
 """Folders of image files as data sets."""
 
 import collections
-import functools
 import os
 import pathlib
-import re
 
 import numpy as np
-from PIL import Image
 
+from gptv_jax import config as config_lib
+from gptv_jax import files as files_lib
 from gptv_jax.data import labels as labels_lib
+from gptv_jax.data.listing import ENDINGS, Listing, split_name
 from gptv_jax.errors import InputError, shorten
 
-# Endings of the commonest formats; `_known` adds all others that the installed Pillow opens.
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
-# Formats of pictures that have no MIME type in Pillow; other formats without one are stubs, fonts
-# of games, or documents.
-UNTYPED_FORMATS = ("QOI", "DDS", "FITS", "SUN")
-# Names of splits, in lower case, without punctuation and without a year ("Train_Set", "val2017").
-SPLIT_NAMES = {
-    "train": ("train", "training", "trainset", "trainingset"),
-    "validation": ("validation", "valid", "val", "dev", "eval", "evaluation", "validationset"),
-    "test": ("test", "testing", "testset", "testingset"),
-}
-SPLIT_OF = {name: split for split, names in SPLIT_NAMES.items() for name in names}
-# Folders that operating systems, file servers and viewers add, in lower case; folders whose names
-# begin with a dot, an @ or a $ are left out as well.
-SYSTEM_FOLDERS = ("__macosx", "system volume information", "lost+found", "#recycle", "__pycache__")
-SYSTEM_FOLDERS += ("thumbnails", "thumbs", "_thumbs")
 MOST_STRAY = 0.05  # share of images outside all class folders up to which they are left out
 ORDER_SEED = 0  # fixed, so that a split expression selects the same images in every run
 
@@ -35,11 +19,11 @@ ORDER_SEED = 0  # fixed, so that a split expression selects the same images in e
 class ImageFolder:
     """All image files below a folder.
 
-    Sub-folders whose names are names of splits (`SPLIT_NAMES`, in any case), train among them, are
-    the splits; otherwise all images are one split, train. Within a split, each sub-folder is a
-    class, unless a CSV file gives the labels. The data set is unlabelled where all images lie in
-    one folder, or more than `MOST_STRAY` of them in no class folder. The images are shuffled class
-    by class, so that `train[:90%]` holds nine tenths of every class.
+    Sub-folders whose names are names of splits (`listing.SPLIT_NAMES`, in any case), train among
+    them, are the splits; otherwise all images are one split, train. Within a split, each sub-folder
+    is a class, unless a CSV file gives the labels. The data set is unlabelled where all images lie
+    in one folder, or more than `MOST_STRAY` of them in no class folder. The images are shuffled
+    class by class, so that `train[:90%]` holds nine tenths of every class.
 
     `notes` are sentences about what a user may not expect, and `left_out` says what is not read.
     """
@@ -65,8 +49,8 @@ class ImageFolder:
         if not path.is_dir():
             raise InputError(f"config.data.path={path} is not a folder.")
         self.notes: list[str] = []
-        top = _Listing(path, deep=False)
-        below = {name: _Listing(path / name) for name in top.below}
+        top = Listing(path, deep=False)
+        below = {name: Listing(path / name) for name in top.below}
         folders = _find_splits(path, below, self.notes)
         files = {split: below[folder.name].files for split, folder in folders.items()}
         read = [below[folder.name] for folder in folders.values()]
@@ -188,53 +172,8 @@ class _FolderSplit:
         return str(self.folder / self.files[index])
 
 
-class _Listing:
-    """What lies in a folder, and if `deep` below the folder; hidden files and folders apart."""
-
-    def __init__(self, folder: pathlib.Path, deep: bool = True):
-        self.files: list[str] = []  # sorted paths, relative to the folder, of the image files
-        self.below: list[str] = []  # names of the sub-folders
-        self.inner: set[str] = set()  # names of those sub-folders that hold images
-        self.endings = collections.Counter()  # of files that are no images: their number
-        self.system: list[str] = []  # names of folders of the system
-        # Links back to the parent would read the folders beside this one as parts of this one.
-        visited = {os.path.realpath(folder.parent)} if deep else set()
-        for path, folders, names in os.walk(folder, followlinks=True):
-            real = os.path.realpath(path)
-            shown = sorted(name for name in folders if not name.startswith("."))
-            system = [name for name in shown if _is_system(name)]
-            folders[:] = [name for name in shown if name not in system]
-            if real in visited:  # symbolic links form a circle
-                folders[:] = []
-                continue
-            visited.add(real)
-            self.system += system
-            relative = os.path.relpath(path, folder)
-            prefix = "" if relative == os.curdir else relative + os.sep
-            self.below = self.below or list(folders)
-            before = len(self.files)
-            for name in sorted(names):
-                ending = os.path.splitext(name)[1].lower()
-                if name.startswith("."):
-                    continue
-                if ending in ENDINGS or ending in _known():
-                    self.files.append(prefix + name)
-                else:
-                    self.endings[ending or "no ending"] += 1
-            if prefix and len(self.files) > before:
-                self.inner.add(prefix.split(os.sep)[0])
-            if not deep:
-                break
-
-
-def split_name(name: str) -> str | None:
-    """The split that a name stands for, such as validation for "Valid"; None: it is no split."""
-    plain = re.sub(r"[\W_]+|(19|20)\d\d$", "", name.lower())
-    return SPLIT_OF.get(plain)
-
-
 def _find_splits(
-    path: pathlib.Path, below: dict[str, _Listing], notes: list[str]
+    path: pathlib.Path, below: dict[str, Listing], notes: list[str]
 ) -> dict[str, pathlib.Path]:
     """The folder of every split; {}: the folders are no splits, but classes.
 
@@ -275,7 +214,7 @@ def _find_splits(
     return chosen
 
 
-def _refuse_inner_splits(path: pathlib.Path, below: dict[str, _Listing]) -> None:
+def _refuse_inner_splits(path: pathlib.Path, below: dict[str, Listing]) -> None:
     """Raises InputError where folders that would be classes hold the splits."""
     full = {name: listing.inner for name, listing in below.items() if listing.files}
     for name, inner in full.items():
@@ -294,19 +233,18 @@ def _refuse_inner_splits(path: pathlib.Path, below: dict[str, _Listing]) -> None
         )
 
 
-def refuse_inside(config, places: dict[str, str | pathlib.Path | None]) -> None:
+def refuse_inside(config: config_lib.Data, places: dict[str, str | pathlib.Path | None]) -> None:
     """Raises InputError where files that a run writes would become images of a data folder.
 
-    `config` is a `config.Data`; `places` has the folders to be written by the flag or field that
-    named them.
+    `places` has the folders to be written, by the flag or field that named each.
     """
     if config.name != "folder" or not config.path:
         return
-    data = pathlib.Path(config.path).expanduser().resolve()
+    data = files_lib.user_path(config.path).resolve()
     for setting, given in places.items():
         if given is None or "://" in str(given):
             continue
-        place = pathlib.Path(given).expanduser().resolve()
+        place = files_lib.user_path(given).resolve()
         inside = place.is_relative_to(data)
         hidden = inside and any(part.startswith(".") for part in place.relative_to(data).parts)
         pictures = any(data.is_relative_to(place / name) for name in ("samples", "probe"))
@@ -315,25 +253,6 @@ def refuse_inside(config, places: dict[str, str | pathlib.Path | None]) -> None:
                 f"{setting}={given} and config.data.path={config.path} lie in one another, so "
                 "pictures of the run would become data; take a folder outside the data."
             )
-
-
-def _is_system(name: str) -> bool:
-    return name.startswith(("@", "$")) or name.lower() in SYSTEM_FOLDERS
-
-
-@functools.cache
-def _known() -> frozenset[str]:
-    """Endings of all image formats that the installed Pillow, with its plugins, opens.
-
-    Asking takes 0.1 s, so it is done only where a file has none of `ENDINGS`.
-    """
-    formats = {
-        kind
-        for kind in [*Image.registered_extensions().values()]
-        if kind in Image.OPEN or kind == "MPO"  # which the JPEG plugin opens
-        if Image.MIME.get(kind, "").startswith("image/") or kind in UNTYPED_FORMATS
-    }
-    return frozenset(e for e, kind in Image.registered_extensions().items() if kind in formats)
 
 
 def _no_image(folder: pathlib.Path, endings: collections.Counter) -> str:

@@ -59,8 +59,8 @@ def number(
         if low < 0:
             raise InputError(
                 f"the labels reach from {low} to {high}, but count from 0. Where {low} marks "
-                f"images without a label, config.data.ignore_label={low} leaves them out; where it is a "
-                f"class, store {NUMBERED}."
+                f"images without a label, config.data.ignore_label={low} leaves them out; where it "
+                f"is a class, store {NUMBERED}."
             )
         sparse = 2 * len(present) < high + 1 - min(low, 1)
         if low == 0 and not sparse:

@@ -13,17 +13,14 @@ from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from etils import epy
 
 from gptv_jax import config as config_lib
 from gptv_jax import files
-from gptv_jax.data import labels as labels_lib
+from gptv_jax.data.arrays import ArraysSplit, data_path, digits, open_npz
 from gptv_jax.data.cache import TokenCache
-from gptv_jax.data.folder import SPLIT_OF, ImageFolder, split_name
-from gptv_jax.errors import InputError, as_input_error, first_line, shorten
-
-with epy.lazy_imports():  # slow to import, and only the digits need it
-    from sklearn import datasets, model_selection
+from gptv_jax.data.folder import ImageFolder
+from gptv_jax.data.listing import SPLIT_OF
+from gptv_jax.errors import InputError, first_line, shorten
 
 SPLITS = ("train", "validation", "test")  # of a run; `config.data` gives an expression for each
 
@@ -56,149 +53,10 @@ class DataSet(Protocol):
     def open(self, split: str) -> Source: ...
 
 
-class Arrays:
-    """A data set in memory: `{"train": (images, labels), ...}`.
-
-    Images are uint8 [N, H, W, C]; labels are whole numbers or names [N], all None where the set is
-    unlabelled. Images with the label `ignore_label` are left out. Numbers that do not count from 0
-    and names are numbered (see `labels.number`); the original values become `class_names`. `notes`
-    are sentences about what a user may not expect.
-    """
-
-    stored_as = "pixels"
-
-    def __init__(
-        self,
-        splits: dict[str, tuple[np.ndarray, np.ndarray | None]],
-        ignore_label: int | None = None,
-    ):
-        self.notes: list[str] = []
-        for name, (images, _) in splits.items():
-            _check_images(name, images)
-        given = {name: array for name, (_, array) in splits.items() if array is not None}
-        if len(given) not in (0, len(splits)):
-            without = shorten(name for name in splits if name not in given)
-            raise InputError(
-                f"of the splits {', '.join(splits)} some have labels and some do not: {without}. "
-                "Store the labels of all, or ignore all by config.data.labels=False."
-            )
-        labels = {n: labels_lib.as_vector(n, a, len(splits[n][0])) for n, a in given.items()}
-        images = {name: array for name, (array, _) in splits.items()}
-        for name, array in list(labels.items()) if ignore_label is not None else ():
-            kept = array != (str(ignore_label) if array.dtype.kind == "U" else ignore_label)
-            if not kept.all():
-                self.notes.append(
-                    f"{np.count_nonzero(~kept)} of {len(kept)} images of the split {name} have the "
-                    f"label {ignore_label} and are left out"
-                )
-                images[name], labels[name] = images[name][kept], array[kept]
-            if not kept.any():
-                del images[name], labels[name]
-        if not images:
-            raise InputError(f"all images have the label config.data.ignore_label={ignore_label}.")
-        self.classes, self.class_names = 0, ()
-        if labels:
-            labels, self.classes, self.class_names = labels_lib.number(labels, self.notes)
-        self.lengths = {name: len(array) for name, array in images.items()}
-        self._splits = {name: (array, labels.get(name)) for name, array in images.items()}
-
-    def open(self, split: str) -> Source:
-        return _ArraysSplit(split, *self._splits[split])
-
-
-class _ArraysSplit:
-    def __init__(self, split: str, images, labels):
-        self.split, self.images, self.labels = split, images, labels
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> dict:
-        image = {"image": self.images[index]}
-        return image if self.labels is None else {**image, "label": np.int32(self.labels[index])}
-
-    def name(self, index: int) -> str:
-        return f"{self.split}[{index}]"
-
-
-def _check_images(split: str, images: np.ndarray) -> None:
-    """Raises InputError, with the expression that helps, unless images are uint8 [N, H, W, C]."""
-    shape, kind = images.shape, images.dtype.kind
-    wanted = "images must be uint8 [N, H, W, C] with 1 to 4 channels C"
-    if images.ndim == 3:
-        advice = "; store images[..., None] of grey images"
-    elif images.ndim == 4 and shape[-1] > 4 and shape[1] <= 4:
-        advice = "; with channels first, store images.transpose(0, 2, 3, 1)"
-    elif images.ndim != 4 or not 1 <= shape[-1] <= 4 or not images.size or kind not in "biuf":
-        advice = ""
-    elif images.dtype == np.uint8:
-        return
-    else:
-        low, high = float(images.min()), float(images.max())
-        advice = f", and their values reach from {low:g} to {high:g}"
-        if kind in "bf" and low >= 0 and high <= 1:
-            advice += "; store (images * 255).round().astype('uint8')"
-        elif kind == "f" and low >= -1 and high <= 1:
-            advice += "; store ((images + 1) * 127.5).round().astype('uint8')"
-        elif low >= 0 and high <= 255:
-            advice += "; store images.round().astype('uint8')"
-        elif low >= 0 and high <= 65535:
-            advice += "; if white is 65535, store (images / 257).round().astype('uint8')"
-    raise InputError(f"split {split} holds images {images.dtype} {list(shape)}{advice}; {wanted}.")
-
-
-def open_npz(config: config_lib.Data) -> Arrays:
-    """`Arrays` of an `.npz` file with `train_images`, `train_labels`, `test_images`, ..."""
-    path = _path(config)
-    with as_input_error(f"config.data.path={path} is no .npz file of arrays"):
-        try:
-            arrays = files.read_arrays(path)
-        except ValueError as error:
-            if "Object arrays" not in str(error):
-                raise
-            raise InputError(
-                f"config.data.path={path} holds arrays of Python objects. Store images of one size "
-                "as uint8 [N, H, W, C] by np.stack, labels as numbers or text; or store images of "
-                "several sizes as files and take config.data.name=folder."
-            ) from error
-    names = [key.removesuffix("_images") for key in arrays if key.endswith("_images")]
-    if not names:
-        found = shorten((key or "a single unnamed array" for key in arrays), 5) or "no array"
-        raise InputError(
-            f"config.data.path={path} is no .npz file with an array called train_images; it holds "
-            f"{found}."
-        )
-    splits = {n: arrays.get(f"{n}_labels") if config.labels else None for n in names}
-    for name in names:
-        split = split_name(name) or name
-        if split not in names:  # MedMNIST calls a split val
-            splits[split] = splits.pop(name)
-            arrays[f"{split}_images"] = arrays[f"{name}_images"]
-    return Arrays({n: (arrays[f"{n}_images"], a) for n, a in splits.items()}, config.ignore_label)
-
-
-def digits() -> Arrays:
-    """scikit-learn's handwritten digits: 1,797 real 8x8 images with the grey levels 0 to 16.
-
-    Alpaydin and Kaynak (1998), UCI; part of scikit-learn, so nothing is downloaded. The split into
-    1,197 / 200 / 400 is fixed: stratified by class, with seed 0.
-    """
-    data = datasets.load_digits()
-    images, labels = data.images.astype(np.uint8)[..., None], data.target.astype(np.int32)
-    rest, test = model_selection.train_test_split(
-        np.arange(len(labels)), test_size=400, stratify=labels, random_state=0
-    )
-    train, validation = model_selection.train_test_split(
-        rest, test_size=200, stratify=labels[rest], random_state=0
-    )
-    splits = {"train": train, "validation": validation, "test": test}
-    return Arrays({name: (images[rows], labels[rows]) for name, rows in splits.items()})
-
-
 def open_folder(config: config_lib.Data) -> ImageFolder:
     """The folder of images, with its class folders or a CSV file as labels."""
     labels_file = config.labels_file and files.user_path(config.labels_file)
-    return ImageFolder(_path(config), config.labels, labels_file, config.ignore_label)
+    return ImageFolder(data_path(config), config.labels, labels_file, config.ignore_label)
 
 
 class Tfds:
@@ -249,7 +107,7 @@ class Tfds:
         return _TfdsSplit(f"{self.name}/{split}", data, bool(self.classes))
 
 
-class _TfdsSplit(_ArraysSplit):
+class _TfdsSplit(ArraysSplit):
     """TFDS reads an image and its label together, as one element of `images`."""
 
     def __getitem__(self, index: int) -> dict:
@@ -276,6 +134,10 @@ class Selected:
         self.classes = data_set.classes if labels else 0
         self.class_names = data_set.class_names if labels else ()
         parts = _resolve(expression, data_set.lengths)
+        if not sum(len(rows) for _, rows in parts):
+            shown = _shown(data_set.lengths)
+            raise InputError(f"split {expression!r} names no image of: {shown}.")
+        self.expression, self.splits = expression, {split for split, _ in parts}
         self._parts = [(data_set.open(split), rows) for split, rows in parts]
         self._ends = list(itertools.accumulate(len(rows) for _, rows in self._parts))
 
@@ -288,27 +150,33 @@ class Selected:
         return example if self.classes else {"image": example["image"]}
 
     def label_counts(self) -> np.ndarray | None:
-        """Number of examples of each class, int64 [C].
+        """Number of examples of each class, int64 [C]; examples with a negative label are left out.
 
         None where there are no classes, or where the labels are not in memory, as in TFDS's files.
         """
+        labels = self._labels()
+        if labels is None:
+            return None
+        return np.bincount(labels[labels >= 0], minlength=self.classes)
+
+    def has_labels(self) -> bool:
+        """Whether the labels are numbers of classes; of labels in files, the first and last are."""
+        labels = self._labels()
+        if labels is None:
+            labels = np.array([self[i].get("label", -1) for i in (0, len(self) - 1)])
+        return bool(labels.min() >= 0 and labels.max() < self.classes)
+
+    def _labels(self) -> np.ndarray | None:
+        """The labels where they are in memory."""
         labels = [getattr(source, "labels", None) for source, _ in self._parts]
         if not self.classes or not all(isinstance(each, np.ndarray) for each in labels):
             return None
-        rows = [each[list(rows)] for each, (_, rows) in zip(labels, self._parts, strict=True)]
-        return np.bincount(np.concatenate(rows), minlength=self.classes)
+        parts = zip(labels, self._parts, strict=True)
+        return np.concatenate([each[rows.start : rows.stop] for each, (_, rows) in parts])
 
     def name(self, index: int) -> str:
         source, row = self._locate(index)
         return source.name(row)
-
-    def labels(self) -> np.ndarray | None:
-        """The labels, int [N]; None: unlabelled, or labels are only read with their images."""
-        found = [getattr(source, "labels", None) for source, _ in self._parts]
-        if not self.classes or not all(isinstance(each, np.ndarray) for each in found):
-            return None
-        parts = zip(found, self._parts, strict=True)
-        return np.concatenate([each[rows.start : rows.stop] for each, (_, rows) in parts])
 
     def _locate(self, index: int) -> tuple[Source, int]:
         if not 0 <= index < len(self):
@@ -319,7 +187,7 @@ class Selected:
 
 
 def _resolve(expression: str, lengths: dict[str, int]) -> list[tuple[str, range]]:
-    """Names of splits and their selected rows, read as TFDS reads the expression.
+    """Names of splits and their selected rows, which may be none, read as TFDS reads expressions.
 
     Other names of a split, such as valid, stand for the split.
     """
@@ -332,34 +200,25 @@ def _resolve(expression: str, lengths: dict[str, int]) -> list[tuple[str, range]
     from tensorflow_datasets.core.splits import SplitInfo
 
     infos = {s: SplitInfo(name=s, shard_lengths=[n], num_bytes=0) for s, n in lengths.items()}
-    shown = ", ".join(f"{split} ({n} images)" for split, n in lengths.items())
     try:
         found = tfds.core.ReadInstruction.from_spec(expression).to_absolute(infos)
     except (ValueError, AssertionError) as error:
         raise InputError(
             f"split {expression!r} cannot be read; it takes an expression such as "
-            f'"train[:90%]" over the splits of this data set: {shown}.'
+            f'"train[:90%]" over the splits of this data set: {_shown(lengths)}.'
         ) from error
-    parts = [(p.splitname, range(lengths[p.splitname])[p.from_ : p.to]) for p in found]
-    if not sum(len(rows) for _, rows in parts):
-        raise InputError(f"split {expression!r} names no image of: {shown}.")
-    return parts
+    return [(p.splitname, range(lengths[p.splitname])[p.from_ : p.to]) for p in found]
 
 
-def _path(config: config_lib.Data) -> pathlib.Path:
-    if config.path is None:
-        raise InputError(f"config.data.name={config.name} needs config.data.path.")
-    path = files.user_path(config.path)
-    if not path.exists():
-        raise InputError(f"config.data.path={path} does not exist.")
-    return path
+def _shown(lengths: dict[str, int]) -> str:
+    return shorten((f"{split} ({count} images)" for split, count in lengths.items()), 6)
 
 
 SETS: dict[str, Callable[[config_lib.Data], DataSet]] = {
     "digits": lambda config: digits(),
     "arrays": open_npz,
     "folder": open_folder,
-    "tokens": lambda config: TokenCache(_path(config)),
+    "tokens": lambda config: TokenCache(data_path(config)),
 }
 
 
@@ -379,3 +238,35 @@ def open_source(config: config_lib.Data, split: str) -> Selected:
     """The examples of a split of `SPLITS` as the config defines it, or of a split expression."""
     expression = getattr(config, f"{split}_split") if split in SPLITS else split
     return Selected(open_data_set(config), expression, config.labels)
+
+
+def open_splits(config: config_lib.Data) -> dict[str, Selected]:
+    """The examples of every split of `SPLITS`.
+
+    Raises:
+      InputError: a split has no image; the message has the number of images of every split.
+    """
+    lengths = open_data_set(config).lengths
+    taken = {f"{split}_split": getattr(config, f"{split}_split") for split in SPLITS}
+    counts = {n: sum(len(rows) for _, rows in _resolve(e, lengths)) for n, e in taken.items()}
+    if not all(counts.values()):
+        own = ("train[:-2]", "train[-2:-1]", "train[-1:]")  # of three images or more
+        fitting = " ".join(f"--config.data.{n}={e}" for n, e in zip(taken, own, strict=True))
+        advice = f", or take {fitting}" if lengths.get("train", 0) > len(own) else ""
+        found = ", ".join(f"{n} {count} ({taken[n]})" for n, count in counts.items())
+        raise InputError(
+            f"train, validation and test need 1 image or more each, but of {_shown(lengths)} they "
+            f"take: {found}. Add images{advice}."
+        )
+    return {split: open_source(config, split) for split in SPLITS}
+
+
+def check_labels(config: config_lib.Data, opened: dict[str, Selected]) -> None:
+    """Raises InputError where a split has other labels than the numbers of the classes."""
+    for split, source in opened.items():
+        if not source.has_labels():
+            given = f"config.data.{split}_split={getattr(config, f'{split}_split')}"
+            raise InputError(
+                f"{given} has images without a label (-1, or no number of the {source.classes} "
+                "classes). Take a split with labels, or ignore all by config.data.labels=False."
+            )

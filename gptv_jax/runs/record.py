@@ -75,11 +75,18 @@ class RunFolder:
                 "another --workdir, or the settings of that run."
             )
 
-    def claim(self, data: dict) -> None:
+    def claim(self, data: dict, found: dict | None = None) -> None:
         """Makes the folder, locks it for this process, and writes config.json; for process 0.
 
-        `data` are the number of images by split and the classes, which must stay while the run goes
-        on.
+        `data` are "images", the number of images by split of the run, and "classes", their names or
+        number, which must stay while the run goes on. `found`, which config.json holds under
+        "found", says what the data set holds when the run is made:
+
+            images    {split: number}: all splits of the data set, whether the run uses them or not
+            by_class  {split of the run: [number of images of class 0, of class 1, ...]}; a split
+                      whose labels cannot be counted without reading its images is absent
+            left_out  [text, ...]: files and folders that are not read
+            notes     [text, ...]: what was made of unusual data, such as labels numbered anew
 
         Raises:
           InputError: the folder cannot be written, another process has it, it was made of other
@@ -107,6 +114,7 @@ class RunFolder:
                 "devices": f"{jax.device_count()} {jax.devices()[0].device_kind}",
                 "versions": {"python": platform.python_version()} | versions,
                 **data,
+                "found": found or {},
                 "config": fields.flatten(self.config),
             }
         record.setdefault("id", secrets.token_hex(8))

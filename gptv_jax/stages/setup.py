@@ -11,9 +11,10 @@ import numpy as np
 from gptv_jax import config as config_lib
 from gptv_jax import files, hosts, sharding, tokens, weights
 from gptv_jax.config import fields, rules
-from gptv_jax.data import pipeline, sources, transforms
+from gptv_jax.data import inventory, pipeline, sources, transforms
 from gptv_jax.data.cache import TokenCache
 from gptv_jax.data.damage import DamageLog
+from gptv_jax.data.folder import refuse_inside
 from gptv_jax.data.pipeline import Pipeline
 from gptv_jax.decode.sampler import check_guidable
 from gptv_jax.errors import InputError, list_differences
@@ -38,15 +39,21 @@ def open_run(config: config_lib.Config, workdir: str, wanted: list[str] | None =
     """
     if "://" in (config.init_from or ""):
         raise InputError(f"config.init_from={config.init_from} is an address; it takes a folder.")
+    written = {"--workdir": workdir, "config.checkpoint_dir": config.checkpoint_dir}
+    refuse_inside(config.data, written)
     check_same_settings(config)
     mesh = sharding.make_mesh(config.mesh)
     folder = RunFolder(config, workdir)
-    opened = hosts.on_all(  # the place of the data may differ between processes
-        lambda: {split: sources.open_source(config.data, split) for split in sources.SPLITS}
-    )
+    # The place of the data may differ between processes.
+    opened = hosts.on_all(lambda: sources.open_splits(config.data))
+    found = inventory.take(sources.open_data_set(config.data), opened)
+    if jax.process_index() == 0:
+        inventory.log(config.data, found, opened)
     classes, class_names = opened["train"].classes, opened["train"].class_names
     rules.check_classes(config, classes)
     stages = choose_stages(config, classes, wanted)
+    if classes and (config.model.class_tokens or {"probe", "finetune"} & set(stages)):
+        hosts.on_all(lambda: sources.check_labels(config.data, opened))
     for name in stages:
         if STAGES[name].on_request or not folder.finished(name):
             STAGES[name].check(config, mesh)
@@ -58,7 +65,7 @@ def open_run(config: config_lib.Config, workdir: str, wanted: list[str] | None =
         "images": {split: len(source) for split, source in opened.items()},
         "classes": list(class_names) or classes,
     }
-    hosts.from_first(lambda: _prepare(config, folder, stages, data))
+    hosts.from_first(lambda: _prepare(config, folder, stages, data, found))
     # Every process writes the names of the damaged images that it meets.
     hosts.on_all(lambda: files.claim(folder.path, "--workdir"))
     images = Pipeline(config.data, None, config.seed, folder.path, sharding.batch_share(mesh))
@@ -203,7 +210,7 @@ def _impossible(config: config_lib.Config, classes: int) -> dict[str, str]:
 
 def check_same_settings(config: config_lib.Config) -> None:
     """Raises InputError where processes have different settings, the place of the data apart."""
-    place = ("config.data.dir", "config.data.path")
+    place = ("config.data.dir", "config.data.path", "config.data.labels_file")
     own = {k: v for k, v in fields.flatten(config, "config.").items() if k not in place}
     first, *others = hosts.from_all(own)
     if differing := [line for other in others for line in list_differences(first, other)]:
@@ -213,7 +220,9 @@ def check_same_settings(config: config_lib.Config) -> None:
         )
 
 
-def _prepare(config: config_lib.Config, folder: RunFolder, stages: list[str], data: dict) -> None:
+def _prepare(
+    config: config_lib.Config, folder: RunFolder, stages: list[str], data: dict, seen: dict
+) -> None:
     """Finds or makes the codec, checks it and the pretrained weights, and claims the folder."""
     kind, found = config.tokens.kind, find_codec(config, folder.path)
     trained_here = not found and kind == "learned"
@@ -229,7 +238,7 @@ def _prepare(config: config_lib.Config, folder: RunFolder, stages: list[str], da
         _try_out(config, stages, found)
     if config.init_from or not {"pretrain", "tokenizer"} & set(stages):
         pretrained.check(config, folder.path, found)
-    folder.claim(data)
+    folder.claim(data, seen)
     if not found and not trained_here:
         found = build_codec(config, DamageLog(config.data, folder.path))
         _try_out(config, stages, found)
