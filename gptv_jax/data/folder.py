@@ -12,6 +12,7 @@ from gptv_jax.data import labels as labels_lib
 from gptv_jax.data.listing import ENDINGS, Listing, split_name
 from gptv_jax.errors import InputError, shorten
 
+APPLE_ENDINGS = (".heic", ".heif", ".hif")  # which Pillow opens by a plugin alone
 MOST_STRAY = 0.05  # share of images outside all class folders up to which they are left out
 ORDER_SEED = 0  # fixed, so that a split expression selects the same images in every run
 
@@ -65,6 +66,11 @@ class ImageFolder:
         for split, found in files.items():
             if not found:
                 raise InputError(_no_image(folders[split], endings))
+        if apple := [ending for ending in APPLE_ENDINGS if endings[ending]]:
+            self.notes.append(
+                f"{', '.join(apple)} files are left out; they need pip install pillow-heif, and "
+                "pillow_heif.register_heif_opener() in the configuration file"
+            )
         empty = [name for name, listing in below.items() if not listing.files]
         system = sorted({name for listing in [top, *read] for name in listing.system})
         self.left_out = [
@@ -257,6 +263,8 @@ def refuse_inside(config: config_lib.Data, places: dict[str, str | pathlib.Path 
 
 def _no_image(folder: pathlib.Path, endings: collections.Counter) -> str:
     has = f"; it has {shorten(_counted(endings), 5)}" if endings else ""
+    if any(endings[ending] for ending in APPLE_ENDINGS):
+        has += ", which needs pip install pillow-heif, registered in the configuration file"
     return (
         f"{folder} holds no image (no file ending in {', '.join(ENDINGS[:4])} or another ending of "
         f"images that Pillow reads{has})."

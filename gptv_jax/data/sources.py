@@ -16,6 +16,7 @@ import numpy as np
 
 from gptv_jax import config as config_lib
 from gptv_jax import files
+from gptv_jax.data.arrays import Arrays as Arrays  # a name of this module for its users
 from gptv_jax.data.arrays import ArraysSplit, data_path, digits, open_npz
 from gptv_jax.data.cache import TokenCache
 from gptv_jax.data.folder import ImageFolder
