@@ -87,6 +87,8 @@ class ImageFolder:
         else:
             names = self._class_folders(folders, files) if labels else None
         counts = collections.Counter(names["train"] if names else ())
+        if labels and labels_file and len(counts) == 1:
+            self.notes.append(f"{labels_file} has one class, {min(counts)}: there are no labels")
         in_order = labels_lib.in_order if labels_file else sorted
         self.class_names = tuple(in_order(counts)) if len(counts) > 1 else ()
         self.classes = len(self.class_names)

@@ -253,11 +253,10 @@ def open_splits(config: config_lib.Data) -> dict[str, Selected]:
     if not all(counts.values()):
         own = ("train[:-2]", "train[-2:-1]", "train[-1:]")  # of three images or more
         fitting = " ".join(f"--config.data.{n}={e}" for n, e in zip(taken, own, strict=True))
-        advice = f", or take {fitting}" if lengths.get("train", 0) > len(own) else ""
-        found = ", ".join(f"{n} {count} ({taken[n]})" for n, count in counts.items())
+        advice = f", or set {fitting}" if lengths.get("train", 0) >= len(own) else ""
+        found = ", ".join(f"{n}={taken[n]} takes {count}" for n, count in counts.items())
         raise InputError(
-            f"train, validation and test need 1 image or more each, but of {_shown(lengths)} they "
-            f"take: {found}. Add images{advice}."
+            f"each split needs 1 image, but of {_shown(lengths)} {found}. Add images{advice}."
         )
     return {split: open_source(config, split) for split in SPLITS}
 
