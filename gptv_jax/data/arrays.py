@@ -156,11 +156,11 @@ def digits() -> Arrays:
     return Arrays({name: (images[rows], labels[rows]) for name, rows in splits.items()})
 
 
-def data_path(config: config_lib.Data) -> pathlib.Path:
-    """The file or folder `config.data.path`; InputError where there is none."""
+def data_path(config: config_lib.Data, pattern: bool = False) -> pathlib.Path:
+    """`config.data.path`, which exists unless it may be a pattern of file names."""
     if config.path is None:
         raise InputError(f"config.data.name={config.name} needs config.data.path.")
     path = files.user_path(config.path)
-    if not path.exists():
+    if not path.exists() and not (pattern and set("*?{") & set(path.name)):
         raise InputError(f"config.data.path={path} does not exist.")
     return path

@@ -21,6 +21,7 @@ from gptv_jax.data.arrays import ArraysSplit, data_path, digits, open_npz
 from gptv_jax.data.cache import TokenCache
 from gptv_jax.data.folder import ImageFolder
 from gptv_jax.data.listing import SPLIT_OF
+from gptv_jax.data.parquet import Tables
 from gptv_jax.errors import InputError, first_line, shorten
 
 SPLITS = ("train", "validation", "test")  # of a run; `config.data` gives an expression for each
@@ -219,6 +220,7 @@ SETS: dict[str, Callable[[config_lib.Data], DataSet]] = {
     "digits": lambda config: digits(),
     "arrays": open_npz,
     "folder": open_folder,
+    "parquet": lambda config: Tables(data_path(config, pattern=True), labels=config.labels),
     "tokens": lambda config: TokenCache(data_path(config)),
 }
 
