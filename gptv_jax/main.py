@@ -1,6 +1,7 @@
 """The one command: pretrain, probe, fine-tune and sample, from a config file into a run folder.
 
 python -m gptv_jax.main --config=configs/digits.py --workdir=runs/digits
+python -m gptv_jax.main --config=runs/digits --workdir=runs/wider --config.model.width=192
 """
 
 import json
@@ -36,9 +37,12 @@ def main(settings: config.Config) -> None:
     runtime.cache_programs()
     context = setup.open_run(settings, WORKDIR.value, WANTED.value)
     folder, shown = context.folder, ", ".join(context.stages)
-    values = "\n".join(f"  {name} = {value}" for name, value in fields.flatten(settings).items())
+    usual = fields.flatten(config.Config())
+    own = {k: v for k, v in fields.flatten(settings).items() if v != usual[k]}
+    values = "\n".join(f"  {name} = {value}" for name, value in own.items())
     devices = f"{jax.device_count()} {jax.devices()[0].device_kind} device(s)"
-    LOG.info("%s in %s, on %s, with\n%s", shown, folder.path, devices, values)
+    line = "%s in %s, on %s; its config.json has all settings, these are not the defaults:\n%s"
+    LOG.info(line, shown, folder.path, devices, values)
     reports.write(context)  # a kill may have come before a finished stage was reported
     with jax.set_mesh(context.mesh):
         for name in context.stages:

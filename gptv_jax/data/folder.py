@@ -74,7 +74,7 @@ class ImageFolder:
         empty = [name for name, listing in below.items() if not listing.files]
         system = sorted({name for listing in [top, *read] for name in listing.system})
         self.left_out = [
-            f"{what} {shorten(names, 8)}"
+            f"{what} {shorten(names)}"
             for what, names in (
                 (f"{endings.total()} files by their endings:", _counted(endings)),
                 ("folders without images:", empty),
@@ -158,7 +158,7 @@ class ImageFolder:
         unknown = sorted(set(names or ()) - set(numbers)) if numbers else []
         if unknown:
             raise InputError(
-                f"{folder} has classes that no training image has: {shorten(unknown, 10)}."
+                f"{folder} has classes that no training image has: {shorten(unknown)}."
             )
         labels = np.array([numbers[n] for n in names] if numbers else [0] * len(files), np.int32)
         order = spread_classes(labels)
@@ -264,7 +264,7 @@ def refuse_inside(config: config_lib.Data, places: dict[str, str | pathlib.Path 
 
 
 def _no_image(folder: pathlib.Path, endings: collections.Counter) -> str:
-    has = f"; it has {shorten(_counted(endings), 5)}" if endings else ""
+    has = f"; it has {shorten(_counted(endings), room=60)}" if endings else ""
     if any(endings[ending] for ending in APPLE_ENDINGS):
         has += ", which needs pip install pillow-heif, registered in the configuration file"
     return (

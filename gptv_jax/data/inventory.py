@@ -1,13 +1,13 @@
 """What the data of a run hold: the splits, the classes, and what was left out."""
 
 import logging
+from collections.abc import Sequence
 
 from gptv_jax import config as config_lib
 from gptv_jax.data import sources
-from gptv_jax.errors import shorten
 
 LOG = logging.getLogger(__name__)
-SHOWN = 10  # classes and files of the log line
+SHOWN = 10  # classes of a line of the log
 
 
 def take(data_set: sources.DataSet, opened: dict[str, sources.Selected]) -> dict:
@@ -39,15 +39,20 @@ def log(config: config_lib.Data, found: dict, opened: dict[str, sources.Selected
         counted = [f"{name} {count}" for name, count in zip(names, counts, strict=True)]
     parts = [
         f"images: {', '.join(images)}",
-        f"{classes}: {shorten(counted, SHOWN)}" if names else "no labels",
+        f"{classes}: {_first(counted)}" if names else "no labels",
         *(f"left out: {each}" for each in found["left_out"]),
     ]
     LOG.info("data %s: %s", config.path or config.name, "; ".join(parts))
     warnings = [*found["notes"], *_unused(opened, found["images"])]
     if empty := [name for name, count in zip(names, counts or (), strict=False) if not count]:
-        warnings.append(f"classes without a training image: {shorten(empty, SHOWN)}")
+        warnings.append(f"classes without a training image: {_first(empty)}")
     for warning in warnings:
         LOG.warning("data: %s.", warning)
+
+
+def _first(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
 
 
 def _unused(opened: dict[str, sources.Selected], lengths: dict[str, int]) -> list[str]:

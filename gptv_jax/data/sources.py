@@ -22,7 +22,7 @@ from gptv_jax.data.cache import TokenCache
 from gptv_jax.data.folder import ImageFolder
 from gptv_jax.data.listing import SPLIT_OF
 from gptv_jax.data.parquet import Tables
-from gptv_jax.errors import InputError, first_line, shorten
+from gptv_jax.errors import InputError, cut, first_line, shorten
 
 SPLITS = ("train", "validation", "test")  # of a run; `config.data` gives an expression for each
 
@@ -89,7 +89,7 @@ class Tfds:
                 f"config.data.dir={folder} holds {info.name}, but config.data.name is {name}."
             )
         if "image" not in info.features:
-            shown = ", ".join(info.features)
+            shown = shorten(info.features)
             raise InputError(f"data set {name} has no feature called image; it has: {shown}.")
         self.name = info.name
         labelled = "label" in info.features
@@ -109,6 +109,10 @@ class Tfds:
         return _TfdsSplit(f"{self.name}/{split}", data, bool(self.classes))
 
 
+def _tfds(config: config_lib.Data) -> Tfds:
+    return Tfds(config.name, config.dir and str(files.user_place(config.dir)))
+
+
 class _TfdsSplit(ArraysSplit):
     """TFDS reads an image and its label together, as one element of `images`."""
 
@@ -121,10 +125,9 @@ class _TfdsSplit(ArraysSplit):
 def _unprepared(name: str, folder: str | None, error: Exception) -> str:
     where = f" --data_dir={folder}" if folder else ""
     return (
-        f"config.data.name={name} with config.data.dir={folder} is neither one of "
-        f"{', '.join(SETS)} nor a prepared TFDS set ({first_line(error)}); this downloads and "
-        f"prepares it: pip install -e '.[prepare]' && tfds build {name} "
-        f"--file_format=array_record{where}"
+        f"config.data.name={name} is none of {', '.join(SETS)} and no prepared TFDS set "
+        f"({cut(first_line(error), 60)}); this prepares it: pip install -e '.[prepare]' && "
+        f"tfds build {name} --file_format=array_record{where}"
     )
 
 
@@ -213,7 +216,7 @@ def _resolve(expression: str, lengths: dict[str, int]) -> list[tuple[str, range]
 
 
 def _shown(lengths: dict[str, int]) -> str:
-    return shorten((f"{split} ({count} images)" for split, count in lengths.items()), 6)
+    return shorten(f"{split} ({count} images)" for split, count in lengths.items())
 
 
 SETS: dict[str, Callable[[config_lib.Data], DataSet]] = {
@@ -234,7 +237,7 @@ def open_data_set(config: config_lib.Data) -> DataSet:
                 f"config.data.{field}={getattr(config, field)} is for config.data.name="
                 f"{' or '.join(names)}, but config.data.name={config.name}; leave the field out."
             )
-    return SETS[config.name](config) if config.name in SETS else Tfds(config.name, config.dir)
+    return SETS[config.name](config) if config.name in SETS else _tfds(config)
 
 
 def open_source(config: config_lib.Data, split: str) -> Selected:

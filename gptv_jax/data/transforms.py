@@ -16,7 +16,7 @@ from PIL import Image, ImageEnhance
 from gptv_jax.config import fields
 from gptv_jax.config.fields import FROM_ZERO, POSITIVE, SHARE, field, one_of
 from gptv_jax.data.images import Decode, Transform, to_array, to_picture
-from gptv_jax.errors import InputError, first_line
+from gptv_jax.errors import InputError, cut, first_line, shorten
 
 METHODS = ("nearest", "bilinear", "bicubic", "lanczos")
 METHOD = one_of(*METHODS)
@@ -246,9 +246,12 @@ def parse(entry: str) -> Transform:
         known = fields.by_name(transform)
         return transform(**{n: fields.checked(v, known[n], n) for n, v in given.items()})
     except (SyntaxError, AttributeError, TypeError, ValueError) as error:
-        accepted = "; ".join(f"{name}({_arguments(t)})" for name, t in TRANSFORMS.items())
-        reason = f"({first_line(error).rstrip('.')}); an entry is one of: {accepted}."
-        raise InputError(f"a list of transforms has {entry!r} {reason}") from error
+        name = entry.partition("(")[0].strip()
+        accepted = f"flip(), say, or another of {shorten(TRANSFORMS, room=170)}"
+        if name in TRANSFORMS:
+            accepted = f"{name}({_arguments(TRANSFORMS[name])})"
+        problem = f"a list of transforms has {cut(entry, 50)!r} ({cut(first_line(error), 60)})"
+        raise InputError(f"{problem}; it takes {accepted}.") from error
 
 
 def written_out(entry: str) -> str:

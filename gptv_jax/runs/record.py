@@ -19,7 +19,7 @@ from gptv_jax import checkpoint, files, hosts
 from gptv_jax import config as config_lib
 from gptv_jax.config import fields
 from gptv_jax.data import transforms
-from gptv_jax.errors import InputError, list_differences
+from gptv_jax.errors import InputError, list_differences, shorten
 from gptv_jax.model.gpt import Network
 
 VERSIONED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "gptv_jax")
@@ -39,7 +39,7 @@ class RunFolder:
                 f"--workdir={workdir} is an address; it takes a folder. Checkpoints alone may lie "
                 "elsewhere, by config.checkpoint_dir."
             )
-        self.config, self.path = config, pathlib.Path(workdir).absolute()
+        self.config, self.path = config, files.user_path(workdir)
         hosts.from_first(self._compare)
 
     @property
@@ -71,7 +71,7 @@ class RunFolder:
         )
         if differing := list_differences(recorded, given):
             raise InputError(
-                f"{self.path} was made by another configuration: {'; '.join(differing)}. Take "
+                f"{self.path} was made by another configuration: {shorten(differing, '; ')}. Take "
                 "another --workdir, or the settings of that run."
             )
 
@@ -135,22 +135,11 @@ class RunFolder:
 
 def checkpoint_folder(config: config_lib.Config, folder: pathlib.Path) -> epath.Path:
     """Where the checkpoints of a run folder with this configuration are."""
-    return epath.Path(config.checkpoint_dir or folder / "checkpoints")
+    given = config.checkpoint_dir
+    return files.user_place(given) if given else epath.Path(folder / "checkpoints")
 
 
-def config_of(folder: pathlib.Path) -> config_lib.Config:
-    """The configuration that made a run folder; fields that did not exist then have defaults.
-
-    Raises:
-      InputError: no run folder, or a record that this version cannot read.
-    """
-    path = folder / "config.json"
-    if not path.exists():
-        raise InputError(f"{folder} is not a run folder: it has no config.json.")
-    record = files.read_json(path, {})
-    if not isinstance(record.get("config"), dict):
-        raise InputError(f"{path} is damaged (it holds no configuration); restore it.")
-    return config_lib.resolve(config_lib.recorded(config_lib.Config, record["config"]))
+config_of = config_lib.of_run  # the configuration that made a run folder
 
 
 def has_finished(summary: dict, stage: str) -> bool:

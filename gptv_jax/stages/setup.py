@@ -17,7 +17,7 @@ from gptv_jax.data.damage import DamageLog
 from gptv_jax.data.folder import refuse_inside
 from gptv_jax.data.pipeline import Pipeline
 from gptv_jax.decode.sampler import check_guidable
-from gptv_jax.errors import InputError, list_differences
+from gptv_jax.errors import InputError, list_differences, shorten
 from gptv_jax.runs.context import Context
 from gptv_jax.runs.record import RunFolder, has_finished
 from gptv_jax.stages import STAGES, pretrained
@@ -113,7 +113,7 @@ def find_codec(config: config_lib.Config, folder: pathlib.Path | None = None) ->
     if cache:
         found[f"the token cache {cache.folder}"] = cache.codec().definition
     if config.init_from:
-        path = pathlib.Path(config.init_from)
+        path = files.user_path(config.init_from)
         imported = weights.is_weights_path(path)
         definition = (
             weights.read_definition(path) if imported else tokens.load_definition(kind, path)
@@ -162,7 +162,7 @@ def _check_cache(config: config_lib.Config, cache: TokenCache) -> None:
     if differing := list_differences(cached, {f"config.{n}": ours for n, ours, _ in pairs}):
         raise InputError(
             f"the token cache {cache.folder} was made by another configuration: "
-            f"{'; '.join(differing)}. Take the settings of the cache, or make another cache."
+            f"{shorten(differing, '; ')}. Take the settings of the cache, or make another cache."
         )
 
 
@@ -215,8 +215,8 @@ def check_same_settings(config: config_lib.Config) -> None:
     first, *others = hosts.from_all(own)
     if differing := [line for other in others for line in list_differences(first, other)]:
         raise InputError(
-            f"the processes were given different settings: {'; '.join(dict.fromkeys(differing))}. "
-            "Start all of them by the same command."
+            "the processes were given different settings: "
+            f"{shorten(dict.fromkeys(differing), '; ')}. Start all of them by the same command."
         )
 
 

@@ -37,15 +37,15 @@ class Palette:
     def equivalent(self, other: "Palette") -> bool:
         return np.array_equal(self.centers, other.centers)
 
-    def save(self, path: pathlib.Path) -> None:
+    def save(self, path: str | pathlib.Path) -> None:
         buffer = io.BytesIO()
         np.savez(buffer, centers=self.centers, provenance=json.dumps(self.provenance))
-        files.replace(path, buffer.getvalue())
+        files.replace(files.user_path(path), buffer.getvalue())
 
 
 def load(path: str | pathlib.Path) -> Palette:
     """Reads a palette: an `.npz` file of `Palette.save`, or iGPT's `kmeans_centers.npy`."""
-    path = pathlib.Path(path).absolute()
+    path = files.user_path(path)
     if not path.exists():
         raise InputError(f"there is no palette {path}.")
     with as_input_error(f"{path} is not a palette"):

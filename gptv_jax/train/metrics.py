@@ -15,7 +15,7 @@ import numpy as np
 import tqdm
 from etils import epy
 
-from gptv_jax import files, hardware
+from gptv_jax import errors, files, hardware
 
 with epy.lazy_imports():  # it imports torch where that is installed, which takes seconds
     import tensorboardX
@@ -48,7 +48,7 @@ class MetricWriter:
         if jax.process_index() != 0:
             return
         event = {"stage": stage, "step": step, "time": round(time.time(), 3), **values}
-        with self.path.open("a") as file:
+        with errors.naming(self.path), self.path.open("a") as file:
             file.write(json.dumps(event) + "\n")
         self._show(event)
 
@@ -97,7 +97,8 @@ class Progress:
 
     def __init__(self, stage: str, steps: int, done: int = 0, unit: str = "step"):
         self.stage, self.steps = stage, steps
-        hidden = not sys.stderr.isatty() or jax.process_index() != 0
+        quiet = logging.getLogger("gptv_jax").level >= logging.WARNING  # --quiet
+        hidden = quiet or not sys.stderr.isatty() or jax.process_index() != 0
         self.bar = tqdm.tqdm(total=steps, initial=done, desc=stage, unit=unit, disable=hidden)
         self.advance, self.close = self.bar.update, self.bar.close
 
