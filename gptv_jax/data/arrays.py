@@ -124,7 +124,7 @@ def open_npz(config: config_lib.Data) -> Arrays:
             ) from error
     names = [key.removesuffix("_images") for key in arrays if key.endswith("_images")]
     if not names:
-        found = shorten((key or "a single unnamed array" for key in arrays), 5) or "no array"
+        found = shorten(key or "a single unnamed array" for key in arrays) or "no array"
         raise InputError(
             f"config.data.path={path} is no .npz file with an array called train_images; it holds "
             f"{found}."

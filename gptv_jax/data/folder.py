@@ -99,8 +99,9 @@ class ImageFolder:
         self.lengths = {split: len(source) for split, source in self._splits.items()}
         lone = [name for name in self.class_names if counts[name] == 1]
         if lone:
+            more = f" and {len(lone) - 3} more" if len(lone) > 3 else ""
             raise InputError(
-                f"{folders['train']} has only one image of class {shorten(lone)}, too "
+                f"{folders['train']} has only one image of class {', '.join(lone[:3])}{more}, too "
                 "few to train on some and evaluate on others; add images, remove the class, or "
                 "ignore all classes by config.data.labels=False."
             )
