@@ -20,7 +20,7 @@ from gptv_jax.decode.sampler import check_guidable
 from gptv_jax.errors import InputError, list_differences, shorten
 from gptv_jax.runs.context import Context
 from gptv_jax.runs.record import RunFolder, has_finished
-from gptv_jax.stages import STAGES, pretrained
+from gptv_jax.stages import STAGES, changes, pretrained
 from gptv_jax.tokens import Codec, palette
 from gptv_jax.train.metrics import MetricWriter
 
@@ -35,41 +35,53 @@ def open_run(config: config_lib.Config, workdir: str, wanted: list[str] | None =
 
     Raises:
       InputError: the mesh, the network, the data and the stages do not fit each other, the folder
-        cannot be written, or another configuration made it (every field that differs is listed).
+        cannot be written, or its work is of another configuration (every field that differs is
+        listed).
     """
     if "://" in (config.init_from or ""):
         raise InputError(f"config.init_from={config.init_from} is an address; it takes a folder.")
     written = {"--workdir": workdir, "config.checkpoint_dir": config.checkpoint_dir}
     refuse_inside(config.data, written)
     check_same_settings(config)
-    mesh = sharding.make_mesh(config.mesh)
     folder = RunFolder(config, workdir)
+    try:
+        return _open(config, folder, wanted)
+    except BaseException:
+        folder.release()  # the traceback keeps the folder alive, and with it the lock
+        raise
+
+
+def _open(config: config_lib.Config, folder: RunFolder, wanted: list[str] | None) -> Context:
+    """As `open_run`, which has checked the processes' settings."""
+    mesh = sharding.make_mesh(config.mesh)
     # The place of the data may differ between processes.
     opened = hosts.on_all(lambda: sources.open_splits(config.data))
-    found = inventory.take(sources.open_data_set(config.data), opened)
+    held = inventory.take(sources.open_data_set(config.data), opened)
     if jax.process_index() == 0:
-        inventory.log(config.data, found, opened)
+        inventory.log(config.data, held, opened)
     classes, class_names = opened["train"].classes, opened["train"].class_names
     rules.check_classes(config, classes)
     stages = choose_stages(config, classes, wanted)
     if classes and (config.model.class_tokens or {"probe", "finetune"} & set(stages)):
         hosts.on_all(lambda: sources.check_labels(config.data, opened))
+    data = {
+        "images": {split: len(source) for split, source in opened.items()},
+        "classes": list(class_names) or classes,
+    }
+    found = changes.Changes(*hosts.from_first(lambda: changes.find(folder, data, stages)))
     for name in stages:
-        if STAGES[name].on_request or not folder.finished(name):
+        if STAGES[name].on_request or name in found.again or not folder.finished(name):
             STAGES[name].check(config, mesh)
     if {"sample", "generate"} & set(stages) and config.sample.guidance != 1:
         check_guidable(config.model, f"config.sample.guidance is {config.sample.guidance:g}")
     for entries in _training_transforms(config, stages):
         transforms.check(entries, config.data.eval_transforms)
-    data = {
-        "images": {split: len(source) for split, source in opened.items()},
-        "classes": list(class_names) or classes,
-    }
-    hosts.from_first(lambda: _prepare(config, folder, stages, data, found))
+    hosts.from_first(lambda: _prepare(config, folder, stages, data, found, held))
     # Every process writes the names of the damaged images that it meets.
     hosts.on_all(lambda: files.claim(folder.path, "--workdir"))
     images = Pipeline(config.data, None, config.seed, folder.path, sharding.batch_share(mesh))
     log = MetricWriter(folder.path)
+    changes.tell(folder, found)
     context = Context(config, mesh, folder, log, images, classes, class_names, tuple(stages))
     return with_codec(context)
 
@@ -221,13 +233,20 @@ def check_same_settings(config: config_lib.Config) -> None:
 
 
 def _prepare(
-    config: config_lib.Config, folder: RunFolder, stages: list[str], data: dict, seen: dict
+    config: config_lib.Config,
+    folder: RunFolder,
+    stages: list[str],
+    data: dict,
+    found_changes: changes.Changes,
+    held: dict,
 ) -> None:
     """Finds or makes the codec, checks it and the pretrained weights, and claims the folder."""
-    kind, found = config.tokens.kind, find_codec(config, folder.path)
+    # A palette or tokenizer in the folder that other settings or fewer steps made does not count.
+    outdated = found_changes.anew or "tokenizer" in found_changes.extended
+    kind, found = config.tokens.kind, find_codec(config, None if outdated else folder.path)
     trained_here = not found and kind == "learned"
     made = not trained_here or has_finished(folder.summary(), "tokenizer")
-    if not found and made and folder.has_checkpoints:
+    if not found and made and not outdated and folder.has_checkpoints:
         raise InputError(f"{folder.path} has lost its {tokens.DEFINITIONS[kind][0]}; restore it.")
     if trained_here and "tokenizer" not in stages:
         raise InputError(
@@ -238,7 +257,13 @@ def _prepare(
         _try_out(config, stages, found)
     if config.init_from or not {"pretrain", "tokenizer"} & set(stages):
         pretrained.check(config, folder.path, found)
-    folder.claim(data, seen)
+    folder.claim(
+        data,
+        found_changes.fields,
+        lambda: changes.clear(folder, found_changes),
+        anew=found_changes.anew,
+        found=held,
+    )
     if not found and not trained_here:
         found = build_codec(config, DamageLog(config.data, folder.path))
         _try_out(config, stages, found)

@@ -99,8 +99,8 @@ def fit(
             good = max(checkpoints.steps(), default=None)
             raise InputError(
                 f"{name} stopped at step {at}: {shorten(wrong)}. The last good checkpoint is step "
-                f"{good}, in {checkpoints.folder}. A lower optimizer.learning_rate or a clip_norm "
-                "is the usual remedy."
+                f"{good}, in {checkpoints.folder}. A lower optimizer.learning_rate or a clip_norm"
+                f"{', in another --workdir,' if good else ''} is the usual remedy."
             )
         if at % config.log_every == 0 or at == config.steps:
             speed = clock.lap(config.batch_size * length)

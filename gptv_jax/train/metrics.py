@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import itertools
 import json
 import logging
 import pathlib
@@ -80,6 +81,12 @@ class MetricWriter:
             except json.JSONDecodeError:
                 LOG.warning("%s: dropped a line that was cut short.", self.path)
         return events
+
+    def close(self) -> None:
+        """Closes TensorBoard's files."""
+        for board in self._boards.values():
+            board.close()
+        self._boards.clear()
 
     def _show(self, event: dict) -> None:
         stage, step = event["stage"], event["step"]
@@ -171,11 +178,14 @@ class Sessions:
         seconds_up is the length of all sessions, seconds_down the time between sessions.
         """
         up = sum(each["seen"] - each["began"] for each in self._sessions)
-        wall = self._sessions[-1]["seen"] - self._sessions[0]["began"]
+        # Time between the end of a training and its extension by more steps is not counted.
+        pairs = itertools.pairwise(self._sessions)
+        pauses = [after["began"] - each["seen"] for each, after in pairs if each.get("extended")]
+        wall = self._sessions[-1]["seen"] - self._sessions[0]["began"] - sum(pauses)
         steps, seconds = self._lost()
         return {
             "goodput": productive / wall if productive is not None and wall else None,
-            "restarts": len(self._sessions) - 1,
+            "restarts": len(self._sessions) - 1 - len(pauses),
             "steps_redone": steps,
             "seconds_lost": seconds,
             "seconds_up": up,
