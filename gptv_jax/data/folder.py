@@ -181,6 +181,11 @@ class _FolderSplit:
         return str(self.folder / self.files[index])
 
 
+def image_files(folder: pathlib.Path) -> list[str]:
+    """Sorted paths, relative to `folder`, of all image files below it."""
+    return Listing(folder).files
+
+
 def _find_splits(
     path: pathlib.Path, below: dict[str, Listing], notes: list[str]
 ) -> dict[str, pathlib.Path]:

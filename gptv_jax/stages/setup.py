@@ -38,8 +38,9 @@ def open_run(config: config_lib.Config, workdir: str, wanted: list[str] | None =
         cannot be written, or its work is of another configuration (every field that differs is
         listed).
     """
-    if "://" in (config.init_from or ""):
-        raise InputError(f"config.init_from={config.init_from} is an address; it takes a folder.")
+    if config.init_from:  # process 0 downloads first what lies on the Hugging Face Hub
+        missing = f"config.init_from={config.init_from} does not exist"
+        hosts.from_first(lambda: str(weights.locate(config.init_from, missing)))
     written = {"--workdir": workdir, "config.checkpoint_dir": config.checkpoint_dir}
     refuse_inside(config.data, written)
     check_same_settings(config)
@@ -125,7 +126,7 @@ def find_codec(config: config_lib.Config, folder: pathlib.Path | None = None) ->
     if cache:
         found[f"the token cache {cache.folder}"] = cache.codec().definition
     if config.init_from:
-        path = files.user_path(config.init_from)
+        path = weights.locate(config.init_from)
         imported = weights.is_weights_path(path)
         definition = (
             weights.read_definition(path) if imported else tokens.load_definition(kind, path)
@@ -133,7 +134,9 @@ def find_codec(config: config_lib.Config, folder: pathlib.Path | None = None) ->
         found[f"config.init_from={path}"] = definition
     field = {"palette": "palette", "learned": "tokenizer"}[kind]
     if given := getattr(config.tokens, field):
-        found[f"config.tokens.{field}={given}"] = tokens.DEFINITIONS[kind][1](given)
+        missing = f"there is no {field} {given}, which config.tokens.{field} names"
+        place = weights.locate(given, missing)
+        found[f"config.tokens.{field}={given}"] = tokens.DEFINITIONS[kind][1](place)
     present = [(where, definition) for where, definition in found.items() if definition is not None]
     if not present:
         return None
