@@ -4,7 +4,7 @@ import pathlib
 import re
 
 from gptv_jax import files
-from gptv_jax.data.folder import ENDINGS
+from gptv_jax.data.listing import ENDINGS
 
 HUB = re.compile(r"(?:hf://|https?://huggingface\.co/)(?:datasets/)?([\w.-]+/[\w.-]+)")
 KINDS = {  # by the ending of a file
