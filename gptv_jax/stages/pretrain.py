@@ -76,6 +76,7 @@ def run_stage(context: Context) -> dict:
             profiler=metrics.Profiler(config.profile.window, context.folder.path / "profile"),
         )
 
+    LOG.info("pretrain measures the weights of step %d on the test images.", fitted.step)
     nats = evaluate(fitted.params, "test")["nats_per_token"]
     bits = nats / math.log(2)
     return {

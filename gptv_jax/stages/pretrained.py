@@ -126,7 +126,7 @@ def _finished_folder(
 ) -> tuple[pathlib.Path, dict]:
     """The run folder with the pretrained weights, `own` or `config.init_from`, and its summary."""
     given = None if own else config.init_from
-    found = files.user_path(given or own)
+    found = weights.locate(given) if given else own.absolute()
     summary = files.read_json(found / "summary.json", {})
     if not record.has_finished(summary, "pretrain"):
         where = f"config.init_from={found}" if given else found

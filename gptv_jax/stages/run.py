@@ -71,7 +71,7 @@ def train(config, workdir: str | os.PathLike, stages: list[str] | None = None) -
         summary = run_stages(config, str(workdir), stages)
     if record.stages_with_weights(summary):
         return api.load(folder)
-    return api.load(config.init_from) if config.init_from else None
+    return api.load(config.init_from, palette=config.tokens.palette) if config.init_from else None
 
 
 def _from_file(name: str) -> ml_collections.ConfigDict:
