@@ -80,6 +80,8 @@ class Finetune:
     # Evaluations without a better validation accuracy after which it stops; 0: never.
     patience: int = field(5, FROM_ZERO)
     standardize: bool = False  # centre and scale the head's input by its statistics at the start
+    # Trains the network from scratch as well, for comparison, which takes as long again.
+    scratch: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
