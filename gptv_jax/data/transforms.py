@@ -11,10 +11,17 @@ import math
 from typing import ClassVar
 
 import numpy as np
-from PIL import Image, ImageEnhance
+from PIL import Image
 
 from gptv_jax.config import fields
 from gptv_jax.config.fields import FROM_ZERO, POSITIVE, SHARE, field, one_of
+from gptv_jax.data.augmentations import (
+    Brightness,
+    ColorBalance,
+    Contrast,
+    RandomAugment,
+    Rotate,
+)
 from gptv_jax.data.images import Decode, Transform, to_array, to_picture
 from gptv_jax.errors import InputError, first_line
 
@@ -168,37 +175,6 @@ class Flip(Transform):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Jitter(Transform):
-    """Scales a property of the image by a factor between `1 - amount` and `1 + amount`."""
-
-    random: ClassVar = True
-    enhance: ClassVar = None  # Pillow's class; factor 1 leaves the image unchanged
-    amount: float = field(0.4, SHARE)
-
-    def __call__(self, image, rng):
-        factor = rng.uniform(1 - self.amount, 1 + self.amount)
-        return to_array(self.enhance(to_picture(image)).enhance(factor), image.shape[-1])
-
-
-class Brightness(_Jitter):
-    """Makes the image darker or brighter by up to `amount`; factor 0 would be black."""
-
-    enhance = ImageEnhance.Brightness
-
-
-class Contrast(_Jitter):
-    """Changes the contrast by up to `amount`; factor 0 would be the mean grey."""
-
-    enhance = ImageEnhance.Contrast
-
-
-class ColorBalance(_Jitter):
-    """Changes the saturation by up to `amount`; factor 0 would be a grey image."""
-
-    enhance = ImageEnhance.Color
-
-
-@dataclasses.dataclass(frozen=True)
 class Normalize(Transform):
     """Stretches each image's values to 0..255; a share `clip` of them is clipped at either end.
 
@@ -212,6 +188,19 @@ class Normalize(Transform):
         if low == high:
             return image
         return np.rint((np.clip(image, low, high) - low) * (255 / (high - low))).astype(np.uint8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantize(Transform):
+    """Turns the values 0..255 into `levels` grey levels, 0 .. levels-1, each to the nearest one.
+
+    Level k stands for the value k * 255 / (levels - 1), in which pictures of grey tokens show it.
+    """
+
+    levels: int = field(accepted=("2 to 256", lambda v: 2 <= v <= 256))
+
+    def __call__(self, image, rng):
+        return np.rint(image * ((self.levels - 1) / 255)).astype(np.uint8)
 
 
 TRANSFORMS = {
@@ -228,11 +217,16 @@ TRANSFORMS = {
     "contrast": Contrast,
     "color_balance": ColorBalance,
     "normalize": Normalize,
+    "quantize": Quantize,
+    "rotate": Rotate,
+    "random_augment": RandomAugment,
 }
 
 
 def parse(entry: str) -> Transform:
     """The transform that an entry names."""
+    names = list(TRANSFORMS)
+    accepted = f"{', '.join(names[:8])} and {len(names) - 8} more (docs/data.md)"
     try:
         call = ast.parse(entry, mode="eval").body
         if isinstance(call, ast.Name):
@@ -240,15 +234,18 @@ def parse(entry: str) -> Transform:
         if call.func.id not in TRANSFORMS:
             raise ValueError("there is no such transform")
         transform = TRANSFORMS[call.func.id]
+        accepted = f"{call.func.id}({_arguments(transform)})"
         arguments = [ast.literal_eval(a) for a in call.args]
         named = {k.arg: ast.literal_eval(k.value) for k in call.keywords}
         given = inspect.signature(transform).bind(*arguments, **named).arguments
         known = fields.by_name(transform)
         return transform(**{n: fields.checked(v, known[n], n) for n, v in given.items()})
     except (SyntaxError, AttributeError, TypeError, ValueError) as error:
-        accepted = "; ".join(f"{name}({_arguments(t)})" for name, t in TRANSFORMS.items())
-        reason = f"({first_line(error).rstrip('.')}); an entry is one of: {accepted}."
-        raise InputError(f"a list of transforms has {entry!r} {reason}") from error
+        reason = first_line(error).rstrip(".")
+        raise InputError(
+            f"a list of transforms has {entry!r} ({reason}); entries are calls like "
+            f'"shift(pixels=1, keep=0.0)", of {accepted}.'
+        ) from error
 
 
 def written_out(entry: str) -> str:

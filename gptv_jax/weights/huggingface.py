@@ -67,9 +67,13 @@ def read_definition(folder: pathlib.Path) -> Palette | None:
     if clusters is None:
         return None
     with as_input_error(f"clusters of {path} are no list of colours"):
-        centers = np.asarray(clusters, np.float32)
+        centers = np.asarray(clusters)
     provenance = {"file": f"{folder.name}/{PREPROCESSOR}"}
-    return palettes.checked(centers, provenance, f"clusters of {path}")
+    sure = False
+    if (folder / WEIGHTS).exists():  # what this project exported is from -1 to 1, however bright
+        with files.open_safetensors(folder / WEIGHTS) as file:
+            sure = native.HEADER in (file.metadata() or {})
+    return palettes.checked(centers, provenance, f"clusters of {path}", sure=sure)
 
 
 def read(folder: pathlib.Path, palette: Palette | None = None) -> WeightsFile:
