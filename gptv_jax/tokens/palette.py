@@ -104,16 +104,16 @@ def build(pixels: UInt8[np.ndarray, "N 3"], colors: int, seed: int, provenance: 
     the method is added.
     """
     distinct = np.unique(pixels, axis=0)
-    if len(distinct) == 1:
-        raise InputError(
-            f"all images have the one colour {distinct[0].tolist()}, so there is nothing to learn; "
-            "check the images and the transforms. In files of more than 8 bits, "
-            '"decode(maximum=...)" says which value is white.'
-        )
     if len(distinct) < colors:
-        raise InputError(
+        problem = (
             f"the images have only {len(distinct)} different colours; set config.tokens.colors to "
-            "this number or less."
+            "this number or less"
+        )
+        if len(distinct) == 1:
+            problem = "the images have a single colour, from which nothing can be learned"
+        raise InputError(
+            f"{problem}. Their values are {distinct.min()} to {distinct.max()} of 255: where files "
+            "of more than 8 bits came out too dark, name their white by decode(maximum=...)."
         )
     if len(distinct) == colors:
         centers = distinct / 127.5 - 1

@@ -67,7 +67,7 @@ def read_definition(folder: pathlib.Path) -> Palette | None:
     if clusters is None:
         return None
     with as_input_error(f"clusters of {path} are no list of colours"):
-        centers = np.asarray(clusters)
+        centers = np.asarray(clusters, np.float32)
     provenance = {"file": f"{folder.name}/{PREPROCESSOR}"}
     sure = False
     if (folder / WEIGHTS).exists():  # what this project exported is from -1 to 1, however bright
