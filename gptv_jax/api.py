@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
 from gptv_jax import config as config_lib
-from gptv_jax import sharding, validation, weights
+from gptv_jax import files, sharding, validation, weights
 from gptv_jax.decode import generation
 from gptv_jax.decode.sampler import Sampler, Section, by_pixel, kept_tokens
 from gptv_jax.errors import InputError
@@ -166,7 +166,7 @@ class Model:
 
     def save(self, path: AnyPath) -> None:
         """Writes a .safetensors file with everything that `load` needs."""
-        native.write(self.weights_file(), pathlib.Path(path).absolute())
+        native.write(self.weights_file(), files.user_path(path))
 
     def weights_file(self) -> WeightsFile:
         """The weights as NumPy arrays, with everything that is needed to use them."""
@@ -218,7 +218,7 @@ def load(source: AnyPath, stage: str | None = None, palette: AnyPath | None = No
     Raises:
       ValueError: there is no such run or file, the stage has not finished, or a file is damaged.
     """
-    path, mesh = pathlib.Path(source).absolute(), sharding.make_mesh(config_lib.Mesh())
+    path, mesh = files.user_path(source), sharding.make_mesh(config_lib.Mesh())
     with jax.set_mesh(mesh):
         if path.is_dir() and not weights.is_weights_path(path):
             return Model(*native.read_run(path, stage), mesh)
@@ -245,7 +245,7 @@ def to_huggingface(model: Model, folder: AnyPath, task: str = "generation") -> N
     """
     if task not in huggingface.ARCHITECTURES:
         raise InputError(f"task is {task!r}; it takes {' or '.join(huggingface.ARCHITECTURES)}.")
-    huggingface.write(model.weights_file(), pathlib.Path(folder).absolute(), task)
+    huggingface.write(model.weights_file(), files.user_path(folder), task)
 
 
 def from_openai(prefix: AnyPath, palette: AnyPath) -> Model:

@@ -5,11 +5,12 @@ a small JSON with the data position, the elapsed time, the evaluations so far an
 is asynchronous and atomic: a half-written folder is never taken for a checkpoint.
 """
 
+import glob
 import json
 import logging
 import pathlib
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -17,16 +18,39 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from gptv_jax import files, hosts, sharding
-from gptv_jax.errors import InputError, as_input_error, first_line, list_differences
+from gptv_jax.errors import InputError, as_input_error, first_line, list_differences, shorten
 
 LOG = logging.getLogger(__name__)
 # Orbax warns where a folder is opened to be read only, as is asked for here.
 logging.getLogger("absl").addFilter(lambda r: "directory is read only" not in r.getMessage())
 
 
+class _LocalPath(type(epath.Path())):
+    """A folder whose own name is no pattern, as in pathlib.
+
+    The `glob` of etils takes [ ] * ? in the folder's name as a pattern too. Orbax would then miss
+    the files that a checkpoint in such a folder is put together from.
+    """
+
+    def glob(self, pattern: str) -> Iterator[epath.Path]:
+        return (self / name for name in glob.glob(pattern, root_dir=self))
+
+
+def for_orbax(place: epath.PathLike) -> epath.Path:
+    """The path of a folder, as Orbax can take it; an address such as gs://bucket/path stays one."""
+    path = epath.Path(place)
+    return path if "://" in str(path) else _LocalPath(path.absolute())
+
+
 def found(place: epath.Path) -> bool:
     """Whether `place` holds a checkpoint of any stage."""
-    return any(True for _ in place.glob("*/*/_CHECKPOINT_METADATA"))
+    return any(True for _ in for_orbax(place).glob("*/*/_CHECKPOINT_METADATA"))
+
+
+def newest_step(folder: epath.Path) -> int:
+    """The step of the newest checkpoint in the folder of a training; 0 where there is none."""
+    made = (each for each in folder.iterdir() if (each / "_CHECKPOINT_METADATA").exists())
+    return max((int(each.name) for each in made if each.name.isdecimal()), default=0)
 
 
 def claim(place: epath.Path, run: str, workdir: pathlib.Path, *, moved: bool) -> None:
@@ -63,7 +87,7 @@ class Checkpoints:
 
         The `keep` newest checkpoints stay, and the checkpoint of the step `best`.
         """
-        self.folder, self._keep, self._read_only = epath.Path(folder).absolute(), keep, read_only
+        self.folder, self._keep, self._read_only = for_orbax(folder), keep, read_only
         self.best: int | None = None
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self,
@@ -156,7 +180,7 @@ class Checkpoints:
         if differing := list_differences(shapes, self._together(step, saved_shapes)):
             raise InputError(
                 f"checkpoint {self.folder / str(step)} does not fit this network: "
-                f"{'; '.join(differing)}."
+                f"{shorten(differing, '; ')}."
             )
         restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
         items = ocp.args.Composite(
@@ -206,7 +230,7 @@ def _check(record: dict, sums: dict[str, int]) -> None:
     if record.get("checksum") != _checksum(content):
         raise ValueError("its info has changed")
     if wrong := [n for n, total in sums.items() if total != record["bit_sums"].get(n)]:
-        raise ValueError(f"the values of {', '.join(wrong)} are not those saved")
+        raise ValueError(f"the values of {shorten(wrong)} are not those saved")
 
 
 def _checksum(content: dict) -> int:

@@ -5,8 +5,10 @@ import logging
 import pathlib
 import re
 import sys
+import threading
 import traceback
 from collections.abc import Callable
+from typing import NoReturn
 
 import jax
 from absl import app, flags
@@ -14,17 +16,21 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from gptv_jax import config as config_lib
-from gptv_jax import errors, hosts
-from gptv_jax.config import fields
+from gptv_jax import errors, files, hardware, hosts
+from gptv_jax.config import fields, run_file
 from gptv_jax.errors import InputError
 from gptv_jax.hosts import distributed, runtime, stopping
 
 UNEXPECTED = 70  # exit code; sysexits.h: internal error. A network's failure may be one
+HELP = {"--help", "-help", "-h", "-?", "--helpshort", "--helpfull"}
 CONFIG_HELP = (
-    "Configuration file, FILE[:ARG]; ARG is an argument of the file, such as a size. "
+    "Configuration file, FILE[:ARG]; ARG is an argument of the file, such as a size. A run folder, "
+    "or its config.json, stands for the configuration of that run. "
     "--config.a.b=value overrides the field b of the section a, as in --config.train.steps=500; "
     "a wrong field name is refused with the names of the fields beside it."
 )
+FREE_DISK = "make room and give the same command again; what was saved is whole."
+QUIET = flags.DEFINE_bool("quiet", False, "Only warnings, errors and the result.")
 _MISSING = re.compile(r"flag --(\w+)=None: ")
 
 
@@ -32,8 +38,7 @@ def start(main: Callable[[config_lib.Config], None]) -> None:
     """Runs `main(config)` as `run` does, with the configuration of the --config flag."""
     holder = config_flags.DEFINE_config_file("config", None, CONFIG_HELP)
     flags.mark_flag_as_required("config")
-    # --help shows the flags of the module that runs as the command, which has the name sys.argv[0].
-    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS["config"])
+    _show_in_help("config")
     run(lambda: main(config_lib.resolve(holder.value)), lambda argv: _parse(argv, holder))
 
 
@@ -47,29 +52,68 @@ def run(main: Callable[[], None], parser: Callable = flags.FLAGS) -> None:
     def configured(argv: list[str]) -> None:
         if argv[1:]:
             raise InputError(f"{argv[1]} is no flag; a flag is --name=value (see --help).")
-        logging.getLogger("gptv_jax").setLevel(logging.INFO)
+        log = logging.getLogger("gptv_jax")
+        log.setLevel(logging.WARNING if QUIET.value else logging.INFO)
         if not flags.FLAGS["verbosity"].present:
             absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax logs every action
         jax.config.update("jax_numpy_rank_promotion", "raise")
         main()
         stopping.leave()
 
+    def in_thread(failed: threading.ExceptHookArgs) -> None:
+        # TensorBoard's thread would leave the run waiting for it.
+        if problem := errors.disk_problem(failed.exc_value):
+            _refuse(f"{problem}; {FREE_DISK}")
+        threading.__excepthook__(failed)
+
+    _show_in_help("quiet")
     stopping.install()
     runtime.keep_memory()
+    threading.excepthook = in_thread
     try:
-        app.run(configured, flags_parser=parser)
+        app.run(configured, ["--help" if a == "-h" else a for a in sys.argv], flags_parser=parser)
+    except SystemExit as ended:
+        # The exit code of absl's --help is 1.
+        raise SystemExit(0 if HELP & set(sys.argv[1:]) else ended.code) from None
     except InputError as error:
-        errors.end(1, f"error: {error}")
+        _refuse(str(error))
     except flags.Error as error:
         missing = _MISSING.match(str(error))
         problem = f"--{missing[1]} must be given" if missing else error
-        errors.end(1, f"error: {problem} (see --help).")
+        _refuse(f"{problem} (see --help).")
     except hosts.StoppedError as stopped:
         stopping.leave()  # no process leaves before the others have saved
         errors.end(stopping.STOPPED, str(stopped))
     except Exception as error:
+        if problem := errors.disk_problem(error):
+            _refuse(f"{problem}; {FREE_DISK}")
+        try:
+            hardware.devices()
+        except InputError as unavailable:  # and everything that computes fails
+            _refuse(str(unavailable))
         distributed.wait_for_abort(error)
         errors.end(UNEXPECTED, traceback.format_exc())
+
+
+def _show_in_help(flag: str) -> None:
+    """Lists the flag in --help: of the module that runs as the command, named sys.argv[0]."""
+    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[flag])
+
+
+def _refuse(message: str) -> NoReturn:
+    """Ends by an error of one line; a message too long for a line comes before it, whole."""
+    line = errors.cut(f"error: {message}", errors.LONGEST, end=130)
+    if not line.endswith(message):
+        print(f"In full: {message}", file=sys.stderr)
+    errors.end(1, line)
+
+
+def _run_folder(value: str) -> pathlib.Path | None:
+    """The run folder that --config names by itself or by its config.json; None: it names a file."""
+    path = files.user_path(value)
+    if path.name == "config.json" and path.is_file():
+        return path.parent
+    return path if path.is_dir() else None
 
 
 def _parse(argv: list[str], holder: flags.FlagHolder) -> list[str]:
@@ -88,15 +132,25 @@ def _parse(argv: list[str], holder: flags.FlagHolder) -> list[str]:
             siblings = [n for n in kinds if n.rpartition(".")[0] == section] or list(kinds)
             hint = f"did you mean --config.{near[0]}? " if near else ""
             raise InputError(
-                f"--config.{name} is not a field; {hint}There are: {', '.join(siblings)}."
+                f"--config.{name} is not a field; {hint}There are: {errors.shorten(siblings)}."
             )
     # ml_collections cannot set a field that holds a value to None; this is done after parsing.
     none = {a: n for a, n in overrides.items() if a.partition("=")[2] == "None"}
     none = {a: n for a, n in none.items() if kinds[n].endswith("or None")}
+    for index, argument in enumerate(argv[1:-1], start=1):
+        if argument in ("--config", "-config"):
+            argv = [*argv[:index], f"--config={argv[index + 1]}", *argv[index + 2 :]]
     given = next((a for a in argv[1:] if re.match(r"--?config=", a)), "--config")
-    file = given.partition("=")[2].partition(":")[0]
-    if file and not pathlib.Path(file).exists():
-        raise InputError(f"{given}: there is no file {file}.")
+    value = given.partition("=")[2]
+    file, colon, own_argument = value.partition(":")
+    if value and (run := _run_folder(value)):
+        config_lib.of_run(run)  # refuses other folders
+        file, colon, own_argument = run_file.__file__, ":", str(run)
+    elif file:
+        file = str(files.user_path(file))
+        if not pathlib.Path(file).is_file():
+            raise InputError(f"{given}: there is no file {file}.")
+    argv = [f"--config={file}{colon}{own_argument}" if a == given else a for a in argv]
     try:
         remaining = flags.FLAGS([a for a in argv if a not in none])
         settings = holder.value  # raises an error of loading the file

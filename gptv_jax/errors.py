@@ -1,14 +1,79 @@
 """Errors that end in one sentence."""
 
 import contextlib
+import errno
 import os
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NoReturn
 
 
 class InputError(ValueError):
     """An error that the user can mend; the message says what is wrong, where, and what to do."""
+
+
+LONGEST = 300  # characters of the line in which an error reaches the user
+# Why a system cannot write: by the number of its error, and by the text, which libraries keep.
+DISK = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk is full, by your quota",
+    errno.EFBIG: "the disk takes no file as large as this",
+    errno.EROFS: "the disk is read-only",
+}
+DISK_TEXTS = {os.strerror(number): words for number, words in DISK.items()}
+
+
+def shorten(items: Iterable, separator: str = ", ", room: int = 120) -> str:
+    """The first items, as many as `room` characters take and at least one, "and N more"."""
+    items = [cut(str(item), room) for item in items]
+    count = len(items)
+    while count > 1 and len(separator.join(items[:count])) > room:
+        count -= 1
+    more = f" and {len(items) - count} more" if count < len(items) else ""
+    return separator.join(items[:count]) + more
+
+
+def cut(text: str, room: int, end: int = 0) -> str:
+    """The text as one line of at most `room` characters; what is cut ends `end` before its end."""
+    text = " ".join(text.splitlines())
+    if len(text) <= room:
+        return text
+    return f"{text[: room - end - 3]}...{text[len(text) - end :]}"
+
+
+def disk_problem(error: BaseException) -> str | None:
+    """`PATH cannot be written: the disk is full` where this led to the error; else None."""
+    chain = [error]
+    for each in chain:  # and the errors that it was raised from, or while they were handled
+        chain += [e for e in (each.__cause__, each.__context__) if e and e not in chain]
+    problems = [(_path(each), reason) for each in chain if (reason := _disk_reason(each))]
+    if not problems:
+        return None
+    path, reason = max(problems, key=lambda problem: problem[0] is not None)
+    return f"{path or 'a file'} cannot be written: {reason}"
+
+
+def _disk_reason(error: BaseException) -> str | None:
+    if isinstance(error, OSError) and error.errno in DISK:
+        return DISK[error.errno]
+    return next((words for text, words in DISK_TEXTS.items() if text in str(error)), None)
+
+
+def _path(error: BaseException) -> str | None:
+    """The file that an error names."""
+    in_text = re.search(r'local file "([^"]+)"', str(error))  # of tensorstore
+    return getattr(error, "filename", None) or (in_text and in_text[1])
+
+
+@contextlib.contextmanager
+def naming(path: os.PathLike) -> Iterator[None]:
+    """Within the `with`, an OSError that names no file, as of a full disk, names `path`."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def first_line(error: Exception) -> str:
@@ -27,7 +92,8 @@ def as_input_error(problem: str, kinds=Exception, advice: str = "") -> Iterator[
     except InputError:
         raise
     except kinds as error:
-        reason = getattr(error, "strerror", None) or first_line(error).rstrip(".")
+        reason = _disk_reason(error) or getattr(error, "strerror", None)
+        reason = reason or first_line(error).rstrip(".")
         raise InputError(f"{problem} ({reason}){advice}.") from error
 
 

@@ -1,11 +1,12 @@
 """Reading and writing files: writes are atomic, and damaged files are named in the error."""
 
-import fcntl
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import pathlib
+import types
 import weakref
 from collections.abc import Callable
 
@@ -16,7 +17,18 @@ import safetensors
 import safetensors.numpy
 from etils import epath
 
-from gptv_jax.errors import InputError, as_input_error
+from gptv_jax.errors import InputError, as_input_error, cut, naming, shorten
+
+fcntl: types.ModuleType | None
+msvcrt: types.ModuleType | None
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+try:
+    import msvcrt
+except ImportError:
+    msvcrt = None
 
 LOG = logging.getLogger(__name__)
 
@@ -25,10 +37,19 @@ def user_path(path: str | os.PathLike) -> pathlib.Path:
     """The absolute path that a user's text names; a leading ~ is the home folder.
 
     Raises:
-      InputError: the text names the home folder of a user that this system does not have.
+      InputError: the path is too long, or in the home folder of a user that does not exist.
     """
-    with as_input_error(f"{path} is no path", RuntimeError):
-        return pathlib.Path(path).expanduser().absolute()
+    with as_input_error(f"{cut(str(path), 100)} is no path", (RuntimeError, OSError)):
+        found = pathlib.Path(path).expanduser().absolute()
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+            os.lstat(found)  # refuses names that are too long
+    # Libraries drop "link/.." from a path, but the system goes up from where the link leads.
+    return found.resolve() if ".." in found.parts else found
+
+
+def user_place(text: str) -> epath.Path:
+    """As `user_path`; an address, such as gs://bucket/path, stays as it is."""
+    return epath.Path(text if "://" in text else user_path(text))
 
 
 def claim(folder: pathlib.Path | epath.Path, setting: str) -> None:
@@ -45,23 +66,32 @@ def claim(folder: pathlib.Path | epath.Path, setting: str) -> None:
         probe.unlink()
 
 
-def lock(folder: pathlib.Path, setting: str, holder: object) -> None:
+def lock(folder: pathlib.Path, setting: str, holder: object) -> Callable[[], None]:
     """Locks a folder until this process ends or `holder` is deleted; for process 0.
+
+    Returns a function that unlocks the folder.
 
     Raises:
       InputError: another process holds the lock. A file system without locks has none.
     """
     file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
-    weakref.finalize(holder, os.close, file)
+    unlock = weakref.finalize(holder, os.close, file)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        elif msvcrt:
+            msvcrt.locking(file, msvcrt.LK_NBLCK, 1)  # PermissionError where it is locked
+        else:
+            raise OSError("this system has no locks")
+    except (BlockingIOError, PermissionError) as error:
+        unlock()
         raise InputError(
             f"{setting}={folder} is in use by another process; wait until it has ended, or name "
             "another folder."
         ) from error
     except OSError:
         LOG.info("%s lies on a file system without locks: nothing keeps a second run out.", folder)
+    return unlock
 
 
 def replace(path: pathlib.Path, content: bytes | Callable[[pathlib.Path], object]) -> None:
@@ -73,7 +103,8 @@ def replace(path: pathlib.Path, content: bytes | Callable[[pathlib.Path], object
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    content(temporary) if callable(content) else temporary.write_bytes(content)
+    with naming(path):
+        content(temporary) if callable(content) else temporary.write_bytes(content)
     temporary.replace(path)
 
 
@@ -136,7 +167,7 @@ def read_weights(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, s
     types = {name: a.dtype for name, a in arrays.items()}
     wrong = [f"{n} {kind}" for n, kind in types.items() if not jnp.issubdtype(kind, jnp.floating)]
     if wrong:
-        raise InputError(f"{path} holds weights that are not floating-point: {', '.join(wrong)}.")
+        raise InputError(f"{path} holds weights that are not floating-point: {shorten(wrong)}.")
     return {name: np.asarray(a, np.float32) for name, a in arrays.items()}, metadata
 
 

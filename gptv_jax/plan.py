@@ -1,6 +1,7 @@
 """Plans a training for hardware that need not be there: does it fit, and how long will it take?
 
 python -m gptv_jax.plan --config=configs/imagenet.py:l --topology=v5e:16x16 --config.mesh.fsdp=16
+python -m gptv_jax.plan --config=configs/digits.py --topology=cpu:8 --search
 """
 
 import json

@@ -1,16 +1,16 @@
 """Stores a data set as tokens, with the palette or tokenizer, to train without decoding images.
 
 python -m gptv_jax.prepare --config=configs/cifar10.py --out=caches/cifar10
+python -m gptv_jax.prepare --config=runs/mine --out=caches/mine  # the data and tokens of a run
 """
 
 import dataclasses
 import json
-import pathlib
 from collections.abc import Iterator
 
 from absl import flags
 
-from gptv_jax import command, config
+from gptv_jax import command, config, files, hardware
 from gptv_jax.config import fields
 from gptv_jax.data import cache, pipeline, sources, transforms
 from gptv_jax.data.damage import DamageLog
@@ -24,7 +24,8 @@ OUT = flags.DEFINE_string("out", None, "New folder for the token cache.")
 
 def main(settings: config.Config) -> None:
     """Tokenises every split of the data set and prints statistics of the tokens."""
-    folder = pathlib.Path(OUT.value).absolute()
+    hardware.devices()  # InputError where there are none
+    folder = files.user_path(OUT.value)
     transforms.check((), settings.data.eval_transforms)
     data_set = sources.open_data_set(settings.data)
     if data_set.stored_as == "tokens":

@@ -23,6 +23,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedShar
 from jax.sharding import PartitionSpec as P
 
 from gptv_jax import config as config_lib
+from gptv_jax import hardware
 from gptv_jax.errors import InputError
 
 AXES = ("data", "fsdp", "sequence", "tensor")
@@ -72,7 +73,7 @@ def make_mesh(config: config_lib.Mesh, devices: Sequence[jax.Device] | None = No
     InputError if the sizes of the axes do not multiply to the number of devices, or if several
     slices cannot be laid along "data" and "fsdp".
     """
-    devices = jax.devices() if devices is None else list(devices)
+    devices = hardware.devices() if devices is None else list(devices)
     sizes = axis_sizes(config, len(devices))
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if devices[0].platform != "tpu":

@@ -1,4 +1,5 @@
 import collections
+import dataclasses
 import hashlib
 import pathlib
 import subprocess
@@ -440,3 +441,14 @@ def test_a_set_that_is_not_prepared_is_an_error_with_the_command(tmp_path, name)
     with pytest.raises(InputError, match=command) as error:
         sources.open_source(config_lib.Data(name=name, dir=str(tmp_path)), "train")
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_the_examples_of_each_class_are_counted_by_split_expression(tmp_path):
+    images, labels = np.zeros((6, 2, 2, 1), np.uint8), np.array([2, 0, 2, 2, 0, 1])
+    np.savez(tmp_path / "a.npz", train_images=images, train_labels=labels)
+    config = config_lib.Data(name="arrays", path=str(tmp_path / "a.npz"))
+    counted = {e: sources.open_source(config, e).label_counts() for e in ("train", "train[:3]")}
+    np.testing.assert_array_equal(counted["train"], [2, 1, 3])
+    np.testing.assert_array_equal(counted["train[:3]"], [1, 0, 2])
+    unlabelled = dataclasses.replace(config, labels=False)
+    assert sources.open_source(unlabelled, "train").label_counts() is None

@@ -14,7 +14,7 @@ import typing
 import ml_collections
 from ml_collections import config_dict
 
-from gptv_jax.errors import InputError
+from gptv_jax.errors import InputError, shorten
 
 # Accepted values: words for the message, and a test.
 POSITIVE = ("1 or more", lambda v: v >= 1)
@@ -98,7 +98,7 @@ def from_dict(cls: type, settings, where: str):
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {where}.{near[0]}? " if near else ""
-            accepted = ", ".join(known)
+            accepted = shorten(known)
             raise InputError(f"{where}.{name} is not a field; {hint}{where} takes: {accepted}.")
     values = {}
     for name, each in known.items():

@@ -2,14 +2,15 @@
 
 import dataclasses
 import math
+import os
 
 from gptv_jax.config.data import Data, Tokens
 from gptv_jax.config.fields import ABOVE_ZERO, BELOW_ONE, FROM_ZERO, POSITIVE, SHARE, field, one_of
 from gptv_jax.config.train import Mesh, Model, Profile, Tokenizer, Train
 
 PLACE = (
-    "an absolute path or an address such as gs://bucket/path",
-    lambda v: v.startswith("/") or "://" in v,
+    "an absolute path, or an address such as gs://bucket/path without any of *?[",
+    lambda v: os.path.isabs(v) or v.startswith("~") or ("://" in v and not set("*?[") & set(v)),
 )
 POSITIVES = ("positive numbers, one or more", lambda v: v and all(0 < x < math.inf for x in v))
 

@@ -66,7 +66,7 @@ class ImageFolder:
                 f"{folder} has classes that no training image has: {', '.join(unknown[:10])}."
             )
         labels = np.array([numbers[_class(f)] if numbers else 0 for f in files], np.int32)
-        order = _shuffle(labels)
+        order = spread_classes(labels)
         return _FolderSplit(folder, [files[i] for i in order], labels[order] if numbers else None)
 
 
@@ -107,7 +107,7 @@ def _class(file: str) -> str:
     return file.split(os.sep)[0]
 
 
-def _shuffle(labels: np.ndarray) -> np.ndarray:
+def spread_classes(labels: np.ndarray) -> np.ndarray:
     """A shuffled order of all rows in which each class is spread evenly."""
     rng = np.random.default_rng(ORDER_SEED)
     place = np.empty(len(labels))

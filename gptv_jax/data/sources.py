@@ -18,7 +18,8 @@ from gptv_jax import config as config_lib
 from gptv_jax import files
 from gptv_jax.data.cache import TokenCache
 from gptv_jax.data.folder import ImageFolder
-from gptv_jax.errors import InputError, as_input_error, first_line
+from gptv_jax.data.parquet import Tables
+from gptv_jax.errors import InputError, as_input_error, cut, first_line, shorten
 
 with epy.lazy_imports():  # slow to import, and only the digits need it
     from sklearn import datasets, model_selection
@@ -108,7 +109,7 @@ def open_npz(config: config_lib.Data) -> Arrays:
         arrays = files.read_arrays(path)
     names = [key.removesuffix("_images") for key in arrays if key.endswith("_images")]
     if not names:
-        found = ", ".join(key or "a single unnamed array" for key in arrays) or "no array"
+        found = shorten(key or "a single unnamed array" for key in arrays) or "no array"
         raise InputError(
             f"config.data.path={path} is no .npz file with an array called train_images; it holds "
             f"{found}."
@@ -162,7 +163,7 @@ class Tfds:
                 f"config.data.dir={folder} holds {info.name}, but config.data.name is {name}."
             )
         if "image" not in info.features:
-            shown = ", ".join(info.features)
+            shown = shorten(info.features)
             raise InputError(f"data set {name} has no feature called image; it has: {shown}.")
         self.name = info.name
         labelled = "label" in info.features
@@ -182,6 +183,10 @@ class Tfds:
         return _TfdsSplit(f"{self.name}/{split}", data, bool(self.classes))
 
 
+def _tfds(config: config_lib.Data) -> Tfds:
+    return Tfds(config.name, config.dir and str(files.user_place(config.dir)))
+
+
 class _TfdsSplit(_ArraysSplit):
     """TFDS reads an image and its label together, as one element of `images`."""
 
@@ -194,10 +199,9 @@ class _TfdsSplit(_ArraysSplit):
 def _unprepared(name: str, folder: str | None, error: Exception) -> str:
     where = f" --data_dir={folder}" if folder else ""
     return (
-        f"config.data.name={name} with config.data.dir={folder} is neither one of "
-        f"{', '.join(SETS)} nor a prepared TFDS set ({first_line(error)}); this downloads and "
-        f"prepares it: pip install -e '.[prepare]' && tfds build {name} "
-        f"--file_format=array_record{where}"
+        f"config.data.name={name} is none of {', '.join(SETS)} and no prepared TFDS set "
+        f"({cut(first_line(error), 60)}); this prepares it: pip install -e '.[prepare]' && "
+        f"tfds build {name} --file_format=array_record{where}"
     )
 
 
@@ -220,6 +224,17 @@ class Selected:
         example = source[row]
         return example if self.classes else {"image": example["image"]}
 
+    def label_counts(self) -> np.ndarray | None:
+        """Number of examples of each class, int64 [C].
+
+        None where there are no classes, or where the labels are not in memory, as in TFDS's files.
+        """
+        labels = [getattr(source, "labels", None) for source, _ in self._parts]
+        if not self.classes or not all(isinstance(each, np.ndarray) for each in labels):
+            return None
+        rows = [each[list(rows)] for each, (_, rows) in zip(labels, self._parts, strict=True)]
+        return np.bincount(np.concatenate(rows), minlength=self.classes)
+
     def name(self, index: int) -> str:
         source, row = self._locate(index)
         return source.name(row)
@@ -240,7 +255,7 @@ def _resolve(expression: str, lengths: dict[str, int]) -> list[tuple[str, range]
     from tensorflow_datasets.core.splits import SplitInfo
 
     infos = {s: SplitInfo(name=s, shard_lengths=[n], num_bytes=0) for s, n in lengths.items()}
-    shown = ", ".join(f"{split} ({n} images)" for split, n in lengths.items())
+    shown = shorten(f"{split} ({n} images)" for split, n in lengths.items())
     try:
         found = tfds.core.ReadInstruction.from_spec(expression).to_absolute(infos)
     except (ValueError, AssertionError) as error:
@@ -254,11 +269,12 @@ def _resolve(expression: str, lengths: dict[str, int]) -> list[tuple[str, range]
     return parts
 
 
-def _path(config: config_lib.Data) -> pathlib.Path:
+def _path(config: config_lib.Data, pattern: bool = False) -> pathlib.Path:
+    """`config.data.path`, which exists unless it may be a pattern of file names."""
     if config.path is None:
         raise InputError(f"config.data.name={config.name} needs config.data.path.")
-    path = pathlib.Path(config.path).absolute()
-    if not path.exists():
+    path = files.user_path(config.path)
+    if not path.exists() and not (pattern and set("*?{") & set(path.name)):
         raise InputError(f"config.data.path={path} does not exist.")
     return path
 
@@ -267,6 +283,7 @@ SETS: dict[str, Callable[[config_lib.Data], DataSet]] = {
     "digits": lambda config: digits(),
     "arrays": open_npz,
     "folder": lambda config: ImageFolder(_path(config), labels=config.labels),
+    "parquet": lambda config: Tables(_path(config, pattern=True), labels=config.labels),
     "tokens": lambda config: TokenCache(_path(config)),
 }
 
@@ -274,7 +291,7 @@ SETS: dict[str, Callable[[config_lib.Data], DataSet]] = {
 @functools.lru_cache(maxsize=8)
 def open_data_set(config: config_lib.Data) -> DataSet:
     """The data set that the config names; a process opens each data set once."""
-    return SETS[config.name](config) if config.name in SETS else Tfds(config.name, config.dir)
+    return SETS[config.name](config) if config.name in SETS else _tfds(config)
 
 
 def open_source(config: config_lib.Data, split: str) -> Selected:

@@ -23,7 +23,7 @@ from gptv_jax.data.augmentations import (
     Rotate,
 )
 from gptv_jax.data.images import Decode, Transform, to_array, to_picture
-from gptv_jax.errors import InputError, first_line
+from gptv_jax.errors import InputError, cut, first_line, shorten
 
 METHODS = ("nearest", "bilinear", "bicubic", "lanczos")
 METHOD = one_of(*METHODS)
@@ -225,8 +225,6 @@ TRANSFORMS = {
 
 def parse(entry: str) -> Transform:
     """The transform that an entry names."""
-    names = list(TRANSFORMS)
-    accepted = f"{', '.join(names[:8])} and {len(names) - 8} more (docs/data.md)"
     try:
         call = ast.parse(entry, mode="eval").body
         if isinstance(call, ast.Name):
@@ -234,18 +232,18 @@ def parse(entry: str) -> Transform:
         if call.func.id not in TRANSFORMS:
             raise ValueError("there is no such transform")
         transform = TRANSFORMS[call.func.id]
-        accepted = f"{call.func.id}({_arguments(transform)})"
         arguments = [ast.literal_eval(a) for a in call.args]
         named = {k.arg: ast.literal_eval(k.value) for k in call.keywords}
         given = inspect.signature(transform).bind(*arguments, **named).arguments
         known = fields.by_name(transform)
         return transform(**{n: fields.checked(v, known[n], n) for n, v in given.items()})
     except (SyntaxError, AttributeError, TypeError, ValueError) as error:
-        reason = first_line(error).rstrip(".")
-        raise InputError(
-            f"a list of transforms has {entry!r} ({reason}); entries are calls like "
-            f'"shift(pixels=1, keep=0.0)", of {accepted}.'
-        ) from error
+        name = entry.partition("(")[0].strip()
+        accepted = f"flip(), say, or another of {shorten(TRANSFORMS, room=170)}"
+        if name in TRANSFORMS:
+            accepted = f"{name}({_arguments(TRANSFORMS[name])})"
+        problem = f"a list of transforms has {cut(entry, 50)!r} ({cut(first_line(error), 60)})"
+        raise InputError(f"{problem}; it takes {accepted}.") from error
 
 
 def written_out(entry: str) -> str:

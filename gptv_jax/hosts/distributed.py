@@ -33,7 +33,7 @@ from typing import NamedTuple
 
 import jax
 
-from gptv_jax import errors
+from gptv_jax import errors, hardware
 from gptv_jax.errors import InputError, first_line
 from gptv_jax.hosts import stopping
 
@@ -134,12 +134,15 @@ def start(how: str, *flags: str | int | None) -> None:
     """
     meeting = decide(how, flags, os.environ)
     if not meeting:
+        hardware.devices()  # InputError where there are none
         if jax.process_count() > 1:
             raise InputError(
                 f"this is one of {jax.process_count()} processes on one accelerator, but no flag "
                 "or variable says so; give --distributed=tpu (see gptv_jax/hosts/distributed.py)."
             )
         return
+    if not hasattr(os, "fork"):
+        raise InputError("several processes need Linux or macOS; take --distributed=off.")
     met = _continue_in_child(meeting)
     try:
         if meeting.arguments.get("process_id") == 0:  # JAX may crash where the port is taken

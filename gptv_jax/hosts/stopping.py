@@ -12,9 +12,9 @@ lets them stop at the same sync point.
 
 import contextlib
 import logging
-import os
 import select
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -59,9 +59,11 @@ _sync_points = 0  # that this process has passed
 
 def install() -> None:
     """Answers SIGTERM and SIGINT from now on; to be called on the main thread."""
-    heard, write_end = os.pipe()
-    os.set_blocking(write_end, False)
-    signal.set_wakeup_fd(write_end)  # Python writes the number of every signal there
+    # A pair of sockets and not a pipe, which Windows cannot wait for.
+    heard, write_end = socket.socketpair()
+    write_end.setblocking(False)
+    # Python writes the number of every signal there. `detach`: the socket is never closed.
+    signal.set_wakeup_fd(write_end.detach())
     signal.signal(signal.SIGTERM, lambda *_: None)
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # a shell ignores it in the background
         signal.signal(signal.SIGINT, lambda *_: None)
@@ -123,10 +125,10 @@ def _sync_point_reached() -> bool:
     return multihost_utils.reached_preemption_sync_point(_sync_points)
 
 
-def _listen(heard: int) -> None:
+def _listen(heard: socket.socket) -> None:
     while True:
         ready, _, _ = select.select([heard], [], [], POLL)
-        signals = os.read(heard, 64) if ready else b""
+        signals = heard.recv(64) if ready else b""
         if signal.SIGINT in signals:
             errors.end(INTERRUPTED, f"interrupted; {CONTINUES}")
         with _lock:

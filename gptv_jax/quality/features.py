@@ -103,7 +103,7 @@ def make_features(spec: str | None, image_shape: Shape) -> FeatureExtractor:
     """
     if spec in (None, PIXELS):
         return pixels(image_shape)
-    if _is_inception(pathlib.Path(spec)):
+    if _is_inception(files.user_path(spec)):
         if image_shape[-1] not in (1, 3):
             raise InputError(
                 f"{spec} takes RGB or grey images, but these have {image_shape[-1]} channels; name "
@@ -111,7 +111,7 @@ def make_features(spec: str | None, image_shape: Shape) -> FeatureExtractor:
             )
         function, hash = inception.load(spec)
         return FeatureExtractor(function, inception.NAME, hash, inception.WIDTH, of_pictures=True)
-    if not pathlib.Path(spec).exists():
+    if not files.user_path(spec).exists():
         raise InputError(
             f"features are {spec!r}, but there is no such file or folder; name pixels, a run "
             "folder, or a .safetensors file of this project's or Inception's weights."

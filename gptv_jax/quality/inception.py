@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from gptv_jax import files
-from gptv_jax.errors import InputError
+from gptv_jax import files, hardware
+from gptv_jax.errors import InputError, shorten
 from gptv_jax.weights.strict_reader import read_state_dict
 
 NAME = "Inception-v3 2015-12-05, bilinear to 299 pixels"
@@ -39,13 +39,13 @@ def load(path: str | pathlib.Path) -> tuple[Callable, str]:
       InputError: the file is missing or damaged, or tensors are missing, misshapen, left over or
         not finite; all of these are listed.
     """
-    path = pathlib.Path(path).absolute()
+    path = files.user_path(path)
     network = "the FID's InceptionV3 (pt_inception-2015-12-05 of pytorch-fid)"
     # The counters are PyTorch's, and only some versions save them.
     weights = read_state_dict(path, weight_shapes(), network, ignored=r"num_batches_tracked$")
     if bad := [name for name, array in weights.items() if not np.isfinite(array).all()]:
-        raise InputError(f"{path} holds values that are not finite, in {', '.join(bad)}.")
-    device = jax.local_devices()[0]
+        raise InputError(f"{path} holds values that are not finite, in {shorten(bad)}.")
+    device = hardware.devices(local=True)[0]
     placed = jax.device_put(_fold_batch_norm(weights), device)
 
     def extract(images: UInt8[np.ndarray, "B H W C"]) -> tuple[Array, Array]:

@@ -118,7 +118,7 @@ class Reference:
 
         InputError: the name does not end in .npz, or the file cannot be written.
         """
-        path = pathlib.Path(path).absolute()
+        path = files.user_path(path)
         if path.suffix != ".npz":
             raise InputError(f"the reference {path} does not end in .npz; name it so.")
         arrays = {"mean": self.mean, "covariance": self.covariance}
@@ -173,7 +173,7 @@ def compute(
 
 def load(path: str | pathlib.Path) -> Reference:
     """Reads a file of `Reference.save`; InputError where it is missing, damaged or another one."""
-    path = pathlib.Path(path).absolute()
+    path = files.user_path(path)
     if not path.exists():
         raise InputError(f"there is no reference {path}.")
     with as_input_error(f"{path} is no reference of generation quality, or it is damaged"):

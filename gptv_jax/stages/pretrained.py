@@ -8,7 +8,7 @@ from etils import epath
 from gptv_jax import config as config_lib
 from gptv_jax import files, hosts, sharding, tokens, weights
 from gptv_jax.checkpoint import Checkpoints
-from gptv_jax.errors import InputError
+from gptv_jax.errors import InputError, shorten
 from gptv_jax.model.gpt import Network
 from gptv_jax.runs import record
 from gptv_jax.runs.context import Context
@@ -71,7 +71,7 @@ def check(config: config_lib.Config, folder: pathlib.Path, codec: Codec | None) 
 def _finished_folder(config: config_lib.Config, folder: pathlib.Path) -> tuple[pathlib.Path, dict]:
     """The run folder with the pretrained weights, and its summary."""
     given = config.init_from
-    found = pathlib.Path(given or folder).absolute()
+    found = files.user_path(given or folder)
     summary = files.read_json(found / "summary.json", {})
     if not record.has_finished(summary, "pretrain"):
         where = f"config.init_from={found}" if given else found
@@ -92,6 +92,6 @@ def _imported(config: config_lib.Config, codec: Codec | None) -> WeightsFile:
 def _must_fit(config: config_lib.Config, found: WeightsFile) -> None:
     if differing := found.differing(config, record.start_vectors(config)):
         raise InputError(
-            f"config.init_from={config.init_from} holds another network: {'; '.join(differing)}. "
-            "Set these fields to its values."
+            f"config.init_from={config.init_from} holds another network: "
+            f"{shorten(differing, '; ')}. Set these fields to its values."
         )

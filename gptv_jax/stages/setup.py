@@ -16,10 +16,10 @@ from gptv_jax.data.cache import TokenCache
 from gptv_jax.data.damage import DamageLog
 from gptv_jax.data.pipeline import Pipeline
 from gptv_jax.decode.sampler import check_guidable
-from gptv_jax.errors import InputError, list_differences
+from gptv_jax.errors import InputError, list_differences, shorten
 from gptv_jax.runs.context import Context
 from gptv_jax.runs.record import RunFolder, has_finished
-from gptv_jax.stages import STAGES, pretrained
+from gptv_jax.stages import STAGES, changes, pretrained
 from gptv_jax.tokens import Codec, palette
 from gptv_jax.train.metrics import MetricWriter
 
@@ -34,35 +34,47 @@ def open_run(config: config_lib.Config, workdir: str, wanted: list[str] | None =
 
     Raises:
       InputError: the mesh, the network, the data and the stages do not fit each other, the folder
-        cannot be written, or another configuration made it (every field that differs is listed).
+        cannot be written, or its work is of another configuration (every field that differs is
+        listed).
     """
     if "://" in (config.init_from or ""):
         raise InputError(f"config.init_from={config.init_from} is an address; it takes a folder.")
     check_same_settings(config)
-    mesh = sharding.make_mesh(config.mesh)
     folder = RunFolder(config, workdir)
+    try:
+        return _open(config, folder, wanted)
+    except BaseException:
+        folder.release()  # the traceback keeps the folder alive, and with it the lock
+        raise
+
+
+def _open(config: config_lib.Config, folder: RunFolder, wanted: list[str] | None) -> Context:
+    """As `open_run`, which has checked the processes' settings."""
+    mesh = sharding.make_mesh(config.mesh)
     opened = hosts.on_all(  # the place of the data may differ between processes
         lambda: {split: sources.open_source(config.data, split) for split in sources.SPLITS}
     )
     classes, class_names = opened["train"].classes, opened["train"].class_names
     rules.check_classes(config, classes)
     stages = choose_stages(config, classes, wanted)
+    data = {
+        "images": {split: len(source) for split, source in opened.items()},
+        "classes": list(class_names) or classes,
+    }
+    found = changes.Changes(*hosts.from_first(lambda: changes.find(folder, data, stages)))
     for name in stages:
-        if STAGES[name].on_request or not folder.finished(name):
+        if STAGES[name].on_request or name in found.again or not folder.finished(name):
             STAGES[name].check(config, mesh)
     if {"sample", "generate"} & set(stages) and config.sample.guidance != 1:
         check_guidable(config.model, f"config.sample.guidance is {config.sample.guidance:g}")
     for entries in _training_transforms(config, stages):
         transforms.check(entries, config.data.eval_transforms)
-    data = {
-        "images": {split: len(source) for split, source in opened.items()},
-        "classes": list(class_names) or classes,
-    }
-    hosts.from_first(lambda: _prepare(config, folder, stages, data))
+    hosts.from_first(lambda: _prepare(config, folder, stages, data, found))
     # Every process writes the names of the damaged images that it meets.
     hosts.on_all(lambda: files.claim(folder.path, "--workdir"))
     images = Pipeline(config.data, None, config.seed, folder.path, sharding.batch_share(mesh))
     log = MetricWriter(folder.path)
+    changes.tell(folder, found)
     context = Context(config, mesh, folder, log, images, classes, class_names, tuple(stages))
     return with_codec(context)
 
@@ -106,7 +118,7 @@ def find_codec(config: config_lib.Config, folder: pathlib.Path | None = None) ->
     if cache:
         found[f"the token cache {cache.folder}"] = cache.codec().definition
     if config.init_from:
-        path = pathlib.Path(config.init_from)
+        path = files.user_path(config.init_from)
         imported = weights.is_weights_path(path)
         definition = (
             weights.read_definition(path) if imported else tokens.load_definition(kind, path)
@@ -155,7 +167,7 @@ def _check_cache(config: config_lib.Config, cache: TokenCache) -> None:
     if differing := list_differences(cached, {f"config.{n}": ours for n, ours, _ in pairs}):
         raise InputError(
             f"the token cache {cache.folder} was made by another configuration: "
-            f"{'; '.join(differing)}. Take the settings of the cache, or make another cache."
+            f"{shorten(differing, '; ')}. Take the settings of the cache, or make another cache."
         )
 
 
@@ -208,17 +220,25 @@ def check_same_settings(config: config_lib.Config) -> None:
     first, *others = hosts.from_all(own)
     if differing := [line for other in others for line in list_differences(first, other)]:
         raise InputError(
-            f"the processes were given different settings: {'; '.join(dict.fromkeys(differing))}. "
-            "Start all of them by the same command."
+            "the processes were given different settings: "
+            f"{shorten(dict.fromkeys(differing), '; ')}. Start all of them by the same command."
         )
 
 
-def _prepare(config: config_lib.Config, folder: RunFolder, stages: list[str], data: dict) -> None:
+def _prepare(
+    config: config_lib.Config,
+    folder: RunFolder,
+    stages: list[str],
+    data: dict,
+    found_changes: changes.Changes,
+) -> None:
     """Finds or makes the codec, checks it and the pretrained weights, and claims the folder."""
-    kind, found = config.tokens.kind, find_codec(config, folder.path)
+    # A palette or tokenizer in the folder that other settings or fewer steps made does not count.
+    outdated = found_changes.anew or "tokenizer" in found_changes.extended
+    kind, found = config.tokens.kind, find_codec(config, None if outdated else folder.path)
     trained_here = not found and kind == "learned"
     made = not trained_here or has_finished(folder.summary(), "tokenizer")
-    if not found and made and folder.has_checkpoints:
+    if not found and made and not outdated and folder.has_checkpoints:
         raise InputError(f"{folder.path} has lost its {tokens.DEFINITIONS[kind][0]}; restore it.")
     if trained_here and "tokenizer" not in stages:
         raise InputError(
@@ -229,7 +249,12 @@ def _prepare(config: config_lib.Config, folder: RunFolder, stages: list[str], da
         _try_out(config, stages, found)
     if config.init_from or not {"pretrain", "tokenizer"} & set(stages):
         pretrained.check(config, folder.path, found)
-    folder.claim(data)
+    folder.claim(
+        data,
+        found_changes.fields,
+        lambda: changes.clear(folder, found_changes),
+        anew=found_changes.anew,
+    )
     if not found and not trained_here:
         found = build_codec(config, DamageLog(config.data, folder.path))
         _try_out(config, stages, found)

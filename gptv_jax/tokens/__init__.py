@@ -8,7 +8,7 @@ tokens refer to, or a `Tokenizer`, the trained encoder and decoder with their we
 import pathlib
 
 from gptv_jax import config as config_lib
-from gptv_jax.errors import InputError
+from gptv_jax.errors import InputError, shorten
 from gptv_jax.tokens import learned
 from gptv_jax.tokens import palette as palettes
 from gptv_jax.tokens.codec import Codec, GreyCodec
@@ -38,8 +38,8 @@ def make_codec(
         )
     if isinstance(definition, Tokenizer) and (found := definition.differing(config.autoencoder)):
         raise InputError(
-            f"the tokenizer was trained with other settings: {'; '.join(found)}. Set these fields "
-            "to the tokenizer's values."
+            f"the tokenizer was trained with other settings: {shorten(found, '; ')}. Set these "
+            "fields to the tokenizer's values."
         )
     return CODECS[config.kind](config, image_size, definition)
 

@@ -14,9 +14,9 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, UInt8
 
 from gptv_jax import config as config_lib
-from gptv_jax import files, sharding
+from gptv_jax import files, hardware, sharding
 from gptv_jax.config import fields
-from gptv_jax.errors import InputError, as_input_error, list_differences
+from gptv_jax.errors import InputError, as_input_error, list_differences, shorten
 from gptv_jax.model import autoencoder
 from gptv_jax.tokens.codec import AnyArray, Codec
 
@@ -58,7 +58,7 @@ class Tokenizer:
     def save(self, path: str | pathlib.Path) -> None:
         arrays = {name: np.ascontiguousarray(array) for name, array in self.params.items()}
         header = json.dumps(self.description())
-        files.write_safetensors(arrays, pathlib.Path(path), {HEADER: header})
+        files.write_safetensors(arrays, files.user_path(path), {HEADER: header})
 
 
 def from_description(header: dict, params: dict[str, np.ndarray], where: str) -> Tokenizer:
@@ -69,18 +69,18 @@ def from_description(header: dict, params: dict[str, np.ndarray], where: str) ->
         settings = config_lib.recorded(config_lib.Autoencoder, header["autoencoder"], "autoencoder")
         config = fields.from_dict(config_lib.Autoencoder, settings, "autoencoder")
         provenance = dict(header["provenance"])
-    _, tree = _abstract(config, jax.local_devices()[:1])
+    _, tree = _abstract(config, hardware.devices(local=True)[:1])
     expected = {name: leaf.shape for name, leaf in sharding.by_name(tree).items()}
     wrong = list_differences(expected, {name: array.shape for name, array in params.items()})
     wrong += [f"{name} is not finite" for name, a in params.items() if not np.isfinite(a).all()]
     if wrong:
-        raise InputError(f"the tokenizer in {where} does not fit: {'; '.join(wrong)}.")
+        raise InputError(f"the tokenizer in {where} does not fit: {shorten(wrong, '; ')}.")
     return Tokenizer(config, params, provenance)
 
 
 def load(path: str | pathlib.Path) -> Tokenizer:
     """Reads a tokenizer: a file of `Tokenizer.save`, or the run folder that trained it."""
-    path = pathlib.Path(path).absolute()
+    path = files.user_path(path)
     if path.is_dir():
         path = path / FILE
     if not path.exists():

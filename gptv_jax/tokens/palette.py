@@ -39,10 +39,10 @@ class Palette:
     def equivalent(self, other: "Palette") -> bool:
         return np.array_equal(self.centers, other.centers)
 
-    def save(self, path: pathlib.Path) -> None:
+    def save(self, path: str | pathlib.Path) -> None:
         buffer = io.BytesIO()
         np.savez(buffer, centers=self.centers, provenance=json.dumps(self.provenance))
-        files.replace(path, buffer.getvalue())
+        files.replace(files.user_path(path), buffer.getvalue())
 
 
 def load(path: str | pathlib.Path) -> Palette:

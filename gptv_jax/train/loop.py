@@ -12,7 +12,7 @@ import jax
 from gptv_jax import config as config_lib
 from gptv_jax import hosts, sharding
 from gptv_jax.checkpoint import Checkpoints, DamagedError
-from gptv_jax.errors import InputError
+from gptv_jax.errors import InputError, shorten
 from gptv_jax.train.metrics import Clock, MetricWriter, Profiler, Progress, Sessions, mfu
 
 LOG = logging.getLogger(__name__)
@@ -93,14 +93,14 @@ def fit(
             return
         at, values = pending[0], {k: float(v) for k, v in jax.device_get(pending[1]).items()}
         pending = None
-        wrong = ", ".join(f"{k} is {v}" for k, v in values.items() if not math.isfinite(v))
+        wrong = [f"{k} is {v}" for k, v in values.items() if not math.isfinite(v)]
         if wrong:
             checkpoints.wait()
             good = max(checkpoints.steps(), default=None)
             raise InputError(
-                f"{name} stopped at step {at}: {wrong}. The last good checkpoint is step {good}, "
-                f"in {checkpoints.folder}. A lower optimizer.learning_rate or a clip_norm is the "
-                "usual remedy."
+                f"{name} stopped at step {at}: {shorten(wrong)}. The last good checkpoint is step "
+                f"{good}, in {checkpoints.folder}. A lower optimizer.learning_rate or a clip_norm"
+                f"{', in another --workdir,' if good else ''} is the usual remedy."
             )
         if at % config.log_every == 0 or at == config.steps:
             speed = clock.lap(config.batch_size * length)

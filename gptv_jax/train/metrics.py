@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import itertools
 import json
 import logging
 import pathlib
@@ -15,7 +16,7 @@ import numpy as np
 import tqdm
 from etils import epy
 
-from gptv_jax import files, hardware
+from gptv_jax import errors, files, hardware
 
 with epy.lazy_imports():  # it imports torch where that is installed, which takes seconds
     import tensorboardX
@@ -48,7 +49,7 @@ class MetricWriter:
         if jax.process_index() != 0:
             return
         event = {"stage": stage, "step": step, "time": round(time.time(), 3), **values}
-        with self.path.open("a") as file:
+        with errors.naming(self.path), self.path.open("a") as file:
             file.write(json.dumps(event) + "\n")
         self._show(event)
 
@@ -81,6 +82,12 @@ class MetricWriter:
                 LOG.warning("%s: dropped a line that was cut short.", self.path)
         return events
 
+    def close(self) -> None:
+        """Closes TensorBoard's files."""
+        for board in self._boards.values():
+            board.close()
+        self._boards.clear()
+
     def _show(self, event: dict) -> None:
         stage, step = event["stage"], event["step"]
         if stage not in self._boards:
@@ -97,7 +104,8 @@ class Progress:
 
     def __init__(self, stage: str, steps: int, done: int = 0, unit: str = "step"):
         self.stage, self.steps = stage, steps
-        hidden = not sys.stderr.isatty() or jax.process_index() != 0
+        quiet = logging.getLogger("gptv_jax").level >= logging.WARNING  # --quiet
+        hidden = quiet or not sys.stderr.isatty() or jax.process_index() != 0
         self.bar = tqdm.tqdm(total=steps, initial=done, desc=stage, unit=unit, disable=hidden)
         self.advance, self.close = self.bar.update, self.bar.close
 
@@ -170,11 +178,14 @@ class Sessions:
         seconds_up is the length of all sessions, seconds_down the time between sessions.
         """
         up = sum(each["seen"] - each["began"] for each in self._sessions)
-        wall = self._sessions[-1]["seen"] - self._sessions[0]["began"]
+        # Time between the end of a training and its extension by more steps is not counted.
+        pairs = itertools.pairwise(self._sessions)
+        pauses = [after["began"] - each["seen"] for each, after in pairs if each.get("extended")]
+        wall = self._sessions[-1]["seen"] - self._sessions[0]["began"] - sum(pauses)
         steps, seconds = self._lost()
         return {
             "goodput": productive / wall if productive is not None and wall else None,
-            "restarts": len(self._sessions) - 1,
+            "restarts": len(self._sessions) - 1 - len(pauses),
             "steps_redone": steps,
             "seconds_lost": seconds,
             "seconds_up": up,

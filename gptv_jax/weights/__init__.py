@@ -2,6 +2,7 @@
 
 import pathlib
 
+from gptv_jax import files
 from gptv_jax.errors import InputError
 from gptv_jax.tokens import Palette, TokenDefinition
 from gptv_jax.weights import huggingface, native, openai
@@ -14,7 +15,7 @@ FORMATS = (native, huggingface, openai)
 
 def is_weights_path(path: str | pathlib.Path) -> bool:
     """Whether `path` names weights in one of the formats; a run folder is none of them."""
-    return any(module.recognizes(pathlib.Path(path)) for module in FORMATS)
+    return any(module.recognizes(files.user_path(path)) for module in FORMATS)
 
 
 def read(path: str | pathlib.Path, palette: Palette | None = None) -> WeightsFile:
@@ -28,7 +29,7 @@ def read(path: str | pathlib.Path, palette: Palette | None = None) -> WeightsFil
       InputError: `path` has none of the formats, is damaged, or holds another kind of network; or
         the palette is missing.
     """
-    path = pathlib.Path(path)
+    path = files.user_path(path)
     for module in FORMATS:
         if module.recognizes(path):
             return module.read(path, palette)
@@ -40,5 +41,5 @@ def read(path: str | pathlib.Path, palette: Palette | None = None) -> WeightsFil
 
 def read_definition(path: str | pathlib.Path) -> TokenDefinition | None:
     """The palette or tokenizer that is stored with the weights at `path`; None without one."""
-    path = pathlib.Path(path)
+    path = files.user_path(path)
     return next((m.read_definition(path) for m in FORMATS if m.recognizes(path)), None)

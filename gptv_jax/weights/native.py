@@ -16,7 +16,7 @@ from gptv_jax import files, sharding, tokens
 from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.config import fields
 from gptv_jax.config.fields import FROM_ZERO, POSITIVE, field
-from gptv_jax.errors import InputError, as_input_error, list_differences
+from gptv_jax.errors import InputError, as_input_error, list_differences, shorten
 from gptv_jax.model.gpt import Network
 from gptv_jax.runs import record
 from gptv_jax.tokens import Palette, TokenDefinition, Tokenizer, learned
@@ -84,7 +84,7 @@ class WeightsFile:
         if self.best_layer is not None and self.best_layer > self.model.layers:
             faults.append(f"best_layer {self.best_layer} is none of {self.model.layers} layers")
         if faults:
-            raise InputError(f"the weights in {where} do not fit: {'; '.join(faults)}.")
+            raise InputError(f"the weights in {where} do not fit: {shorten(faults, '; ')}.")
         return self
 
     def headless(self) -> "WeightsFile":

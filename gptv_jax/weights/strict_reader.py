@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptv_jax import files
-from gptv_jax.errors import InputError, first_line, list_differences
+from gptv_jax.errors import InputError, first_line, list_differences, shorten
 from gptv_jax.model import lpips
 
 
@@ -63,7 +63,7 @@ class StrictReader:
         faults = list_differences(self._expected, self.shapes) + self._faults
         if faults:
             raise InputError(
-                f"the weights in {where} are not those of {network}: {'; '.join(faults)}."
+                f"the weights in {where} are not those of {network}: {shorten(faults, '; ')}."
             )
 
 
@@ -75,7 +75,7 @@ def read_state_dict(
     The file may hold other tensors where the expression `ignored` matches a part of the name.
     InputError lists every tensor that is missing, left over or misshapen.
     """
-    path = pathlib.Path(path).absolute()
+    path = files.user_path(path)
     arrays, _ = files.read_safetensors(path)
     reader = StrictReader.of_arrays({n: a for n, a in arrays.items() if not re.search(ignored, n)})
     found = {name: reader.take(name, shape) for name, shape in shapes.items()}
