@@ -239,7 +239,7 @@ def parse(entry: str) -> Transform:
         return transform(**{n: fields.checked(v, known[n], n) for n, v in given.items()})
     except (SyntaxError, AttributeError, TypeError, ValueError) as error:
         name = entry.partition("(")[0].strip()
-        accepted = f"flip(), say, or another of {shorten(TRANSFORMS, room=170)}"
+        accepted = f"flip(), say, or another of {shorten(TRANSFORMS, room=140)}"
         if name in TRANSFORMS:
             accepted = f"{name}({_arguments(TRANSFORMS[name])})"
         problem = f"a list of transforms has {cut(entry, 50)!r} ({cut(first_line(error), 60)})"
