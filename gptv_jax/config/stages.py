@@ -139,7 +139,8 @@ class Config:
 
     # Of initialisation, data order, augmentation, dropout and sampling.
     seed: int = field(0, FROM_ZERO)
-    # Pretrained weights in place of this run's own: a run folder, or what docs/weights.md lists.
+    # Pretrained weights in place of this run's own: a run folder, hf://user/model on the Hugging
+    # Face Hub, or what docs/weights.md lists.
     init_from: str | None = None
     # Where checkpoints are, of this run alone; None: checkpoints/ in the run folder.
     checkpoint_dir: str | None = field(None, PLACE, free=True)
