@@ -68,12 +68,27 @@ def run(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
         client.execute(env=environment)
         for cell in notebook.cells:
             cell.metadata.clear()  # times of the execution
-            for output in cell.get("outputs", ()):
-                if output.output_type == "stream":  # of a bar, what it showed last
-                    lines = [line.rpartition("\r")[2] for line in output.text.split("\n")]
-                    text = "\n".join(lines)
-                    output.text = text.replace(f"{pathlib.Path(folder).resolve()}/", "")
+            if cell.cell_type == "code":
+                cell.outputs = merged(cell.outputs, f"{pathlib.Path(folder).resolve()}/")
     return notebook
+
+
+def merged(outputs: list, folder: str) -> list:
+    """Outputs whose neighbouring texts are one; of a bar, only what the bar showed last is kept."""
+    found = []
+    for output in outputs:
+        if output.output_type != "stream":
+            found.append(output)
+        elif found and found[-1].output_type == "stream":
+            found[-1].text += output.text
+        else:
+            found.append(output)
+    for output in found:
+        if output.output_type == "stream":
+            lines = [line.rstrip().rpartition("\r")[2] for line in output.text.split("\n")]
+            text = "\n".join(line for line in lines if line.strip())
+            output.text = text.replace(folder, "")
+    return found
 
 
 if __name__ == "__main__":
