@@ -38,8 +38,8 @@ WRITER_OPTIONS = "group_size:8,uncompressed"
 READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # as ArrayRecord advises for shuffling
 
 
-def claim(folder: pathlib.Path) -> None:
-    """Makes the folder, and locks it for this process.
+def claim(folder: pathlib.Path, holder: object = None) -> None:
+    """Makes the folder, and locks it until this process ends or `holder` is deleted.
 
     InputError where it cannot be written to, or holds more than a cache that was not finished.
     """
@@ -48,7 +48,7 @@ def claim(folder: pathlib.Path) -> None:
     if any(folder.iterdir()) and not mark.exists():
         raise InputError(f"--out={folder} is not empty; name a new folder.")
     mark.touch()
-    files.lock(folder, "--out", holder=claim)  # until the process ends
+    files.lock(folder, "--out", holder=holder or claim)
     for path in folder.iterdir():
         if path.name not in (UNFINISHED, files.LOCK):
             path.unlink()
