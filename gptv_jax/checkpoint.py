@@ -62,6 +62,12 @@ def found(place: epath.Path) -> bool:
     return any(True for _ in for_orbax(place).glob("*/*/_CHECKPOINT_METADATA"))
 
 
+def newest_step(folder: epath.Path) -> int:
+    """The step of the newest checkpoint in the folder of a training; 0 where there is none."""
+    made = (each for each in folder.iterdir() if (each / "_CHECKPOINT_METADATA").exists())
+    return max((int(each.name) for each in made if each.name.isdecimal()), default=0)
+
+
 def claim(place: epath.Path, run: str, workdir: pathlib.Path, *, moved: bool) -> None:
     """Makes a folder for checkpoints outside the run folder, and marks it as the run `run`'s.
 

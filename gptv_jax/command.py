@@ -42,22 +42,26 @@ def start(main: Callable[[config_lib.Config], None]) -> None:
     run(lambda: main(config_lib.resolve(holder.value)), lambda argv: _parse(argv, holder))
 
 
-def run(main: Callable[[], None], parser: Callable = flags.FLAGS) -> None:
+def run(
+    main: Callable[..., None], parser: Callable = flags.FLAGS, takes_names: bool = False
+) -> None:
     """Parses the flags, calls `main()`, and ends with a sentence where the user can act on it.
+
+    Arguments that are no flags are refused; where the command `takes_names` it is `main(names)`.
 
     Exit codes: 1 for an error that the user can mend, 70 for an unexpected error, 75 where another
     process died, 130 after an interrupt by the user, 143 after SIGTERM.
     """
 
     def configured(argv: list[str]) -> None:
-        if argv[1:]:
+        if argv[1:] and not takes_names:
             raise InputError(f"{argv[1]} is no flag; a flag is --name=value (see --help).")
         log = logging.getLogger("gptv_jax")
         log.setLevel(logging.WARNING if QUIET.value else logging.INFO)
         if not flags.FLAGS["verbosity"].present:
             absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax logs every action
         jax.config.update("jax_numpy_rank_promotion", "raise")
-        main()
+        main(argv[1:]) if takes_names else main()
         stopping.leave()
 
     def in_thread(failed: threading.ExceptHookArgs) -> None:

@@ -12,12 +12,17 @@ from absl import flags
 from gptv_jax import api, command
 from gptv_jax.errors import InputError
 from gptv_jax.stages import STAGES
-from gptv_jax.weights import huggingface
+from gptv_jax.weights import hub, huggingface
 
 FROM = flags.DEFINE_string(
-    "from", None, "Run folder, .safetensors file, Hugging Face's folder, or TensorFlow's prefix."
+    "from",
+    None,
+    "Run folder, .safetensors file, Hugging Face's folder, hf://user/model of its Hub, or "
+    "TensorFlow's prefix.",
 )
-TO = flags.DEFINE_string("to", None, "A .safetensors file, or else a folder for Hugging Face.")
+TO = flags.DEFINE_string(
+    "to", None, "A .safetensors file, hf://user/model to upload, or a folder for Hugging Face."
+)
 TRAINED = [stage.name for stage in STAGES.values() if stage.trains_network]
 STAGE = flags.DEFINE_enum("stage", None, TRAINED, "Stage of a run folder; default: the latest one.")
 PALETTE = flags.DEFINE_string("palette", None, "kmeans_centers.npy, for weights without colours.")
@@ -30,10 +35,10 @@ LOG = logging.getLogger("gptv_jax.convert")
 def main() -> None:
     """Reads, checks and writes."""
     model = api.load(FROM.value, stage=STAGE.value, palette=PALETTE.value)
-    if TO.value.endswith(".safetensors"):
+    if TO.value.startswith(hub.SCHEME) or TO.value.endswith(".safetensors"):
         if flags.FLAGS["task"].present:
             raise InputError(f"--task is of Hugging Face's form; {TO.value} has every head.")
-        model.save(TO.value)
+        (model.push_to_hub if TO.value.startswith(hub.SCHEME) else model.save)(TO.value)
     else:
         api.to_huggingface(model, TO.value, task=TASK.value)
     LOG.info("%s is written to %s.", FROM.value, TO.value)

@@ -67,14 +67,16 @@ def claim(folder: pathlib.Path | epath.Path, setting: str) -> None:
         probe.unlink()
 
 
-def lock(folder: pathlib.Path, setting: str, holder: object) -> None:
+def lock(folder: pathlib.Path, setting: str, holder: object) -> Callable[[], None]:
     """Locks a folder until this process ends or `holder` is deleted; for process 0.
+
+    Returns a function that unlocks the folder.
 
     Raises:
       InputError: another process holds the lock. A file system without locks has none.
     """
     file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT)
-    weakref.finalize(holder, os.close, file)
+    unlock = weakref.finalize(holder, os.close, file)
     try:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -83,12 +85,14 @@ def lock(folder: pathlib.Path, setting: str, holder: object) -> None:
         else:
             raise OSError("this system has no locks")
     except (BlockingIOError, PermissionError) as error:
+        unlock()
         raise InputError(
             f"{setting}={folder} is in use by another process; wait until it has ended, or name "
             "another folder."
         ) from error
     except OSError:
         LOG.info("%s lies on a file system without locks: nothing keeps a second run out.", folder)
+    return unlock
 
 
 def replace(path: pathlib.Path, content: bytes | Callable[[pathlib.Path], object]) -> None:

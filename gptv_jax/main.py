@@ -5,15 +5,13 @@ python -m gptv_jax.main --config=runs/digits --workdir=runs/wider --config.model
 """
 
 import json
-import logging
 
 import jax
 from absl import flags
 
 from gptv_jax import command, config
-from gptv_jax.config import fields
 from gptv_jax.hosts import distributed, runtime
-from gptv_jax.stages import STAGES, reports, setup
+from gptv_jax.stages import STAGES, run
 
 DEFAULT = "every possible stage but generate, which runs on request"
 WORKDIR = flags.DEFINE_string("workdir", None, "Run folder; the same folder continues its run.")
@@ -28,31 +26,15 @@ DISTRIBUTED = flags.DEFINE_enum(
 COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where all meet.")
 COUNT = flags.DEFINE_integer("num_processes", None, "Number of processes.")
 INDEX = flags.DEFINE_integer("process_id", None, "Index of this process, from 0.")
-LOG = logging.getLogger("gptv_jax.main")
 
 
 def main(settings: config.Config) -> None:
     """Runs the stages that are wanted and not finished, in order."""
     distributed.start(DISTRIBUTED.value, COORDINATOR.value, COUNT.value, INDEX.value)
     runtime.cache_programs()
-    context = setup.open_run(settings, WORKDIR.value, WANTED.value)
-    folder, shown = context.folder, ", ".join(context.stages)
-    usual = fields.flatten(config.Config())
-    own = {k: v for k, v in fields.flatten(settings).items() if v != usual[k]}
-    values = "\n".join(f"  {name} = {value}" for name, value in own.items())
-    devices = f"{jax.device_count()} {jax.devices()[0].device_kind} device(s)"
-    line = "%s in %s, on %s; its config.json has all settings, these are not the defaults:\n%s"
-    LOG.info(line, shown, folder.path, devices, values)
-    reports.write(context)  # a kill may have come before a finished stage was reported
-    with jax.set_mesh(context.mesh):
-        for name in context.stages:
-            if STAGES[name].on_request or not folder.finished(name):
-                context.finish(name, STAGES[name].run(context))
-                reports.write(context)
-            if context.codec is None:  # the stage has trained the tokenizer
-                context = setup.with_codec(context)
+    summary = run.run_stages(settings, WORKDIR.value, WANTED.value)
     if jax.process_index() == 0:
-        print(json.dumps(folder.summary(), indent=2))
+        print(json.dumps(summary, indent=2))
 
 
 if __name__ == "__main__":

@@ -4,20 +4,23 @@ import dataclasses
 import functools
 import inspect
 import numbers
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Bool, Int, UInt8
+from PIL import Image
 
 from gptv_jax import config as config_lib
-from gptv_jax import tokens
+from gptv_jax import errors, tokens
 from gptv_jax.config import fields
 from gptv_jax.errors import InputError
 from gptv_jax.model.gpt import Network
 from gptv_jax.tokens.codec import AnyArray
 
-Labels = int | np.integer | list[int] | tuple[int, ...] | AnyArray | None  # one, or one each
+# One class or one for each row, as numbers or as names.
+Labels = int | np.integer | str | list[int] | list[str] | tuple[int | str, ...] | AnyArray | None
 SETTINGS = fields.by_name(config_lib.Sample)
 DRAWING = dataclasses.fields(config_lib.Drawing)
 Method = TypeVar("Method", bound=Callable)
@@ -92,10 +95,35 @@ def setting(name: str, value):
 
 
 def images(given, codec: tokens.Codec) -> UInt8[np.ndarray, "B H W C"]:
-    """One image or more, of the shape that the codec takes."""
-    given, shape = np.asarray(given), codec.image_shape
+    """One image or more, of the shape that the codec takes; also a list of Pillow images."""
+    shape = codec.image_shape
+    if isinstance(given, list | tuple):
+        given = _stacked(given, shape)
+    given = np.asarray(given)
     right = given.dtype == np.uint8 and given.shape[1:] == shape
     return _checked(given, right, "images are", f"uint8 [B, {', '.join(map(str, shape))}]")
+
+
+def _stacked(given: Sequence, shape: tuple[int, int, int]) -> Sequence | np.ndarray:
+    """Pillow images or arrays as one array; InputError where they are of several sizes or modes."""
+    height, width, channels = shape
+    mode = "RGB" if channels == 3 else "L"
+    if any(isinstance(each, str | os.PathLike) for each in given):
+        found = "file names"
+    elif any(isinstance(each, Image.Image) for each in given):
+        kinds = {f"{i.mode} {i.width} x {i.height}" for i in given if isinstance(i, Image.Image)}
+        if kinds == {f"{mode} {width} x {height}"}:
+            return np.stack([np.asarray(i).reshape(-1, width, channels) for i in given])
+        found = f"Pillow images of {errors.shorten(sorted(kinds))}"
+    elif len({np.shape(each) for each in given}) > 1:
+        found = "arrays of several sizes"
+    else:
+        return given
+    raise InputError(
+        f"images are {found}; give {mode} images of {width} x {height}, as in "
+        f'[PIL.ImageOps.fit(i.convert("{mode}"), ({width}, {height})) for i in images]. '
+        "python -m gptv_jax.predict reads files with the run's own transforms."
+    )
 
 
 def sequences(given, network: Network) -> Int[np.ndarray, "B T"]:
@@ -106,8 +134,13 @@ def sequences(given, network: Network) -> Int[np.ndarray, "B T"]:
     return _below(given, network.vocabulary, "tokens")
 
 
-def labels(given, count: int, network: Network) -> Int[np.ndarray, " B"] | None:
-    """The class of each of `count` rows, from one class or as many; None stays None."""
+def labels(
+    given, count: int, network: Network, names: tuple[str, ...] = ()
+) -> Int[np.ndarray, " B"] | None:
+    """The class of each of `count` rows, from one class or as many; None stays None.
+
+    Classes are numbers, or some of `names`, which are in the order of the numbers.
+    """
     if given is None:
         return None
     classes = network.config.class_tokens
@@ -117,6 +150,10 @@ def labels(given, count: int, network: Network) -> Int[np.ndarray, " B"] | None:
             "(config.model.class_tokens is 0); leave labels away."
         )
     found = np.asarray(given)
+    if found.dtype.kind == "U":
+        if unknown := sorted(set(found.ravel().tolist()) - set(names)):
+            raise InputError(f"labels name {unknown[0]!r}; classes are {errors.shorten(names)}.")
+        found = np.vectorize(names.index, otypes=[np.int32])(found)
     right = found.shape in [(), (count,)] and found.dtype.kind in "iu"
     found = _checked(found, right, "labels are", f"one whole number, or {count} of them")
     return np.broadcast_to(_below(found, classes, "labels"), count)

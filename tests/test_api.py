@@ -1,6 +1,7 @@
 """The Python interface on a run folder that the real command made on another number of devices."""
 
 import dataclasses
+import json
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import jax
 import jaxtyping
 import numpy as np
 import pytest
+from PIL import Image
 
 import gptv_jax
 from gptv_jax.config import Data
@@ -266,3 +268,75 @@ def test_features_without_a_layer_need_a_probe(pretrained):
     model = gptv_jax.Model(unprobed, pretrained.params, pretrained.mesh)
     with pytest.raises(ValueError, match="0 to 1"):
         model.features(IMAGES)
+
+
+def test_a_run_draws_with_the_pretrained_weights_unless_told(
+    finished_run, pretrained, images, caplog
+):
+    model = gptv_jax.load(finished_run.folder)
+    finetuned = gptv_jax.load(finished_run.folder, stage="finetune")
+    for draw in (lambda m: m.sample(4, seed=3), lambda m: m.complete(images[:2], seed=3)):
+        np.testing.assert_array_equal(draw(model), draw(pretrained))
+        assert (draw(model) != draw(finetuned)).any()
+    # All else is of the fine-tuned weights.
+    np.testing.assert_array_equal(model.log_likelihood(images), finetuned.log_likelihood(images))
+    np.testing.assert_array_equal(model.classify(images), finetuned.classify(images))
+
+
+def test_a_run_without_its_pretrained_weights_draws_with_the_others_and_says_so(
+    finished_run, tmp_path, caplog
+):
+    shutil.copytree(finished_run.folder, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "pretrain")
+    found = gptv_jax.load(tmp_path / "run").sample(2)
+    wanted = gptv_jax.load(finished_run.folder, stage="finetune").sample(2)
+    np.testing.assert_array_equal(found, wanted)
+    assert "drawn with the fine-tuned weights" in caplog.text
+
+
+def test_classes_are_the_names_of_the_run_or_numbers(finished_run, pretrained, finetuned, tmp_path):
+    assert finetuned.classes == tuple("0123456789") and pretrained.classes == ()
+    shutil.copytree(finished_run.folder, tmp_path / "run")
+    record = json.loads((tmp_path / "run" / "config.json").read_text())
+    names = [f"digit {i}" for i in range(10)]
+    (tmp_path / "run" / "config.json").write_text(json.dumps(record | {"classes": names}))
+    named = gptv_jax.load(tmp_path / "run")
+    assert named.classes == tuple(names)
+    assert gptv_jax.load(tmp_path / "run", stage="pretrain").classes == ()
+    named.save(tmp_path / "x.safetensors")
+    assert gptv_jax.load(tmp_path / "x.safetensors").classes == tuple(names)
+
+
+def test_a_model_says_what_it_is(finetuned, pretrained, finished_run):
+    shown = "1 layers, width 16, "
+    for model, more in ((finetuned, "10 classes; step"), (pretrained, f"step {120}")):
+        size = sum(leaf.size for leaf in jax.tree.leaves(model.params))
+        assert repr(model).startswith(f"Model({shown}{size:,} parameters; 8 x 8 tokens of 17 grey")
+        assert more in repr(model)
+    assert f"step {finished_run.summary['finetune/steps']})" in repr(finetuned)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("sizes", "Pillow images of L 8 x 8, L 9 x 8; give L images of 8 x 8"),
+        ("mode", "Pillow images of RGBA 8 x 8; give L"),
+        ("files", "images are file names"),
+        ("arrays", "images are arrays of several sizes"),
+    ],
+)
+def test_lists_of_images_are_taken_where_they_are_alike(
+    finetuned, images, kind, words, monkeypatch
+):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    pictures = [Image.fromarray(image[..., 0]) for image in images]
+    np.testing.assert_array_equal(finetuned.tokenize(pictures), finetuned.tokenize(images))
+    others = {
+        "sizes": [*pictures, Image.new("L", (9, 8))],
+        "mode": [picture.convert("RGBA") for picture in pictures],
+        "files": ["a.png", "b.png"],
+        "arrays": [images[0], images[0][:, :7]],
+    }
+    with pytest.raises(ValueError, match=words) as caught:
+        finetuned.tokenize(others[kind])
+    assert len(str(caught.value)) <= 300

@@ -121,6 +121,43 @@ def test_a_folder_of_hugging_face_gives_back_everything(weights_file, tmp_path):
     assert_equal(weights.read(tmp_path / "classification"), expected)
 
 
+def test_class_names_come_back_from_every_format(weights_file, tmp_path):
+    names = ("cat", "dog", "a bird", "fish", "LABEL_4")
+    named = dataclasses.replace(weights_file, class_names=names)
+    native.write(named, tmp_path / "x.safetensors")
+    huggingface.write(named, tmp_path / "hf", "classification")
+    for path in (tmp_path / "x.safetensors", tmp_path / "hf"):
+        assert weights.read(path).class_names == gptv_jax.load(path).classes == names
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert config["id2label"] == dict(zip("01234", names, strict=True))
+    assert config["label2id"] == {name: i for i, name in enumerate(names)}
+    huggingface.write(weights_file, tmp_path / "unnamed", "classification")
+    assert weights.read(tmp_path / "unnamed").class_names == ()
+    assert gptv_jax.load(tmp_path / "unnamed").classes == tuple("01234")
+    native.write(
+        dataclasses.replace(weights_file, class_names=names[:4]), tmp_path / "y.safetensors"
+    )
+    with pytest.raises(InputError, match="4 class names for 5 classes"):
+        weights.read(tmp_path / "y.safetensors")
+
+
+def test_names_of_classes_are_labels(weights_file):
+    config = config_lib.Model(layers=1, width=32, heads=4, class_tokens=3)
+    names = ("cat", "dog", "bird")
+    described = dataclasses.replace(
+        weights_file.headless(), model=config, starts=4, class_names=names
+    )
+    mesh = make_mesh((1, 1, 1))
+    with jax.set_mesh(mesh):
+        model = gptv_jax.Model(described, random_params(described.network), mesh)
+    assert model.classes == names and described.headless().class_names == names
+    for given, numbers in (("dog", 1), (["bird", "cat"], [2, 0])):
+        found, wanted = (model.logits(TOKENS, labels=each) for each in (given, numbers))
+        np.testing.assert_array_equal(found, wanted)
+    with pytest.raises(InputError, match="labels name 'cow'; classes are cat, dog, bird"):
+        model.logits(TOKENS, labels=["cow", "cat"])
+
+
 def from_hugging_face(folder: pathlib.Path) -> dict[str, np.ndarray]:
     """OpenAI's variables from a folder of Hugging Face, by the layout of `transformers`.
 
@@ -298,7 +335,7 @@ ONES = np.ones(24, np.float32)
         ({"transformer.h.3.ln_1.weight": ONES}, r"h.3.ln_1.weight \(24,\) is left over"),
         ({"transformer.ln_f.bias": ONES}, r"ln_f.bias \(24,\) is left over"),
         ({"transformer.ln_f.weight": ONES * np.nan}, r"final_norm holds values that are not fin"),
-        ({"n_layer": 2}, r"h.2.ln_1.weight \(24,\) is left over"),
+        ({"n_layer": 2}, r"h.2.attn.c_attn.bias \(72,\) is left over"),
         ({"n_layer": 4}, r"h.3.ln_1.weight \(24,\) is missing"),
         ({"vocab_size": 13}, r"wte.weight is \(14, 24\), expected \(13, 24\)"),
         ({"vocab_size": "13"}, r"vocab_size='13', no whole number"),
@@ -429,7 +466,7 @@ def test_a_faulty_header_is_named(weights_file, tmp_path):
 
 def test_fields_newer_than_a_file_get_their_defaults(weights_file, finished_run, tmp_path):
     header, path = native.make_header(weights_file), tmp_path / "x.safetensors"
-    del header["model"]["objective"], header["model"]["votes"]
+    del header["model"]["objective"], header["model"]["votes"], header["class_names"]
     arrays = weights_file.params | {"palette.centers": COLORS.centers}
     safetensors.numpy.save_file(arrays, path, {"gptv_jax": json.dumps(header)})
     assert_equal(weights.read(path), weights_file)

@@ -80,8 +80,9 @@ def write(
     stored = [[name, record[name].base.str, record[name].shape] for name in record.names]
     made = {"format": FORMAT, "lengths": lengths, "fields": stored}
     files.write_json(folder / "header.json", made | header)
-    for name in (UNFINISHED, files.LOCK):
-        (folder / name).unlink(missing_ok=True)
+    (folder / UNFINISHED).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # Windows keeps an open file
+        (folder / files.LOCK).unlink()
 
 
 class TokenCache:

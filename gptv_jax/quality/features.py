@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from gptv_jax import api, files
+from gptv_jax import api, files, weights
 from gptv_jax.errors import InputError
 from gptv_jax.quality import inception
 from gptv_jax.weights import native
@@ -103,19 +103,19 @@ def make_features(spec: str | None, image_shape: Shape) -> FeatureExtractor:
     """
     if spec in (None, PIXELS):
         return pixels(image_shape)
-    if _is_inception(files.user_path(spec)):
+    missing = (
+        f"features are {spec!r}, but there is no such file or folder; name pixels, a run folder, "
+        "or a .safetensors file of this project's or Inception's weights"
+    )
+    path = weights.locate(spec, missing)
+    if _is_inception(path):
         if image_shape[-1] not in (1, 3):
             raise InputError(
                 f"{spec} takes RGB or grey images, but these have {image_shape[-1]} channels; name "
                 "a run folder or pixels as config.generate.features."
             )
-        function, hash = inception.load(spec)
+        function, hash = inception.load(path)
         return FeatureExtractor(function, inception.NAME, hash, inception.WIDTH, of_pictures=True)
-    if not files.user_path(spec).exists():
-        raise InputError(
-            f"features are {spec!r}, but there is no such file or folder; name pixels, a run "
-            "folder, or a .safetensors file of this project's or Inception's weights."
-        )
     model = api.load(spec)
     if model.codec.image_shape != tuple(image_shape):
         theirs, ours = ("x".join(map(str, s)) for s in (model.codec.image_shape, image_shape))

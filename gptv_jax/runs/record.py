@@ -11,6 +11,7 @@ import platform
 import secrets
 import shlex
 import sys
+from collections.abc import Callable
 
 import jax
 from etils import epath
@@ -19,7 +20,7 @@ from gptv_jax import checkpoint, files, hosts
 from gptv_jax import config as config_lib
 from gptv_jax.config import fields
 from gptv_jax.data import transforms
-from gptv_jax.errors import InputError, list_differences, shorten
+from gptv_jax.errors import InputError
 from gptv_jax.model.gpt import Network
 
 VERSIONED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "gptv_jax")
@@ -29,11 +30,7 @@ class RunFolder:
     """The open folder of a run of one configuration."""
 
     def __init__(self, config: config_lib.Config, workdir: str):
-        """Changes nothing on disk; `claim` does.
-
-        Raises:
-          InputError: another configuration made the folder (every field that differs is listed).
-        """
+        """Changes nothing on disk; `claim` does."""
         if "://" in workdir:
             raise InputError(
                 f"--workdir={workdir} is an address; it takes a folder. Checkpoints alone may lie "
@@ -43,7 +40,7 @@ class RunFolder:
         place = checkpoint_folder(self.config, self.path)
         given = self.config.checkpoint_dir
         checkpoint.check_place(place, "config.checkpoint_dir" if given else "--workdir")
-        hosts.from_first(self._compare)
+        self.release: Callable[[], None] = lambda: None  # unlocks the folder, once it is claimed
 
     @property
     def has_checkpoints(self) -> bool:
@@ -63,55 +60,81 @@ class RunFolder:
         """Whether the stage has written its numbers, which it does once, at its end."""
         return hosts.from_first(lambda: has_finished(self.summary(), stage))
 
-    def _compare(self) -> None:
-        """Raises InputError where another configuration made the folder."""
-        if not (self.path / "config.json").exists():
-            return
-        free = {f"config.{name}" for name in fields.free(config_lib.Config)}
-        recorded, given = (
-            {k: v for k, v in fields.flatten(config, "config.").items() if k not in free}
-            for config in (config_of(self.path), self.config)
-        )
-        if differing := list_differences(recorded, given):
-            raise InputError(
-                f"{self.path} was made by another configuration: {shorten(differing, '; ')}. Take "
-                "another --workdir, or the settings of that run."
-            )
+    def recorded_checkpoints(self) -> epath.Path:
+        """Where the checkpoints were when the run was last started; for process 0."""
+        return checkpoint_folder(config_of(self.path), self.path)
 
-    def claim(self, data: dict) -> None:
+    def changed_fields(self) -> dict[str, list]:
+        """The recorded and the given value of every changed field that is not free.
+
+        For process 0; names are as in "train.steps".
+        """
+        if not (self.path / "config.json").exists():
+            return {}
+        before, now = fields.flatten(config_of(self.path)), fields.flatten(self.config)
+        fixed = [name for name in now if name not in fields.free(config_lib.Config)]
+        return {n: [before[n], now[n]] for n in fixed if before[n] != now[n]}
+
+    def changed_data(self, data: dict) -> str:
+        """How the data differ from the data that made the folder, or ""; for process 0.
+
+        The place of the data may change, but not the data.
+        """
+        record = files.read_json(self.path / "config.json", {})
+        for name, now in data.items():
+            before = record.get(name, now)
+            # Older versions recorded the number of classes of a TFDS set, not their names.
+            same = len(now) if isinstance(now, list) and isinstance(before, int) else now
+            if before != same:
+                return f"its {name} were {before}, now they are {now}"
+        return ""
+
+    def claim(
+        self,
+        data: dict,
+        changed: dict[str, list] | None = None,
+        clear: Callable[[], None] | None = None,
+        *,
+        anew: bool = False,
+        found: dict | None = None,
+    ) -> None:
         """Makes the folder, locks it for this process, and writes config.json; for process 0.
 
-        `data` are the number of images by split and the classes, which must stay while the run goes
-        on.
+        `data` are the number of images by split and the classes. `changed` is what
+        `changed_fields` returned, `clear()` removes what other settings have made, and `anew` says
+        that nothing recorded counts. config.json is written after `clear()`: a kill between them
+        leaves a run of the recorded configuration that repeats some work. `found`, which
+        config.json holds under "found", says what the data set held when the run was made:
+
+            images    {split: number}: all splits of the data set, whether the run uses them or not
+            by_class  {split of the run: [number of images of class 0, of class 1, ...]}; a split
+                      whose labels cannot be counted without reading its images is absent
+            left_out  [text, ...]: files and folders that are not read
+            notes     [text, ...]: what was made of unusual data, such as labels numbered anew
 
         Raises:
-          InputError: the folder cannot be written, another process has it, it was made of other
-            data, or its checkpoints are elsewhere than the settings say.
+          InputError: the folder cannot be written, another process has it, or its checkpoints are
+            elsewhere than the settings say.
         """
         files.claim(self.path, "--workdir")
-        files.lock(self.path, "--workdir", holder=self)
+        self.release = files.lock(self.path, "--workdir", holder=self)
         path, given = self.path / "config.json", self.config.checkpoint_dir
-        record, made = files.read_json(path, {}), path.exists()
-        if made:
-            # The place of the data may change, but not the data.
-            for name, now in data.items():
-                before = record.get(name, now)
-                # Older versions recorded the number of classes of a TFDS set, not their names.
-                same = len(now) if isinstance(now, list) and isinstance(before, int) else now
-                if before != same:
-                    raise InputError(
-                        f"{self.path} was made of other data: its {name} were {before}, now they "
-                        f"are {now}. Take the same data, or another --workdir."
-                    )
-        else:
+        record, made = files.read_json(path, {}), path.exists() and not anew
+        command = shlex.join(["python", "-m", "gptv_jax.main", *sys.argv[1:]])
+        if not made:
             versions = {name: importlib.metadata.version(name) for name in VERSIONED}
             record = {
-                "command": shlex.join(["python", "-m", "gptv_jax.main", *sys.argv[1:]]),
+                "command": command,
                 "devices": f"{jax.device_count()} {jax.devices()[0].device_kind}",
                 "versions": {"python": platform.python_version()} | versions,
                 **data,
+                "found": found or {},
                 "config": fields.flatten(self.config),
             }
+        elif changed:
+            history = {"command": record.get("command"), "fields": changed}
+            record |= {"changes": [*record.get("changes", ()), history], "command": command}
+            record["config"] |= {name: now for name, (_, now) in changed.items()}
         record.setdefault("id", secrets.token_hex(8))
         before = record["config"].get("checkpoint_dir")  # when this run was last started
         now = checkpoint_folder(self.config, self.path)
@@ -121,9 +144,11 @@ class RunFolder:
                 f"config.checkpoint_dir is {given}, but this run's checkpoints are in {was}; "
                 f"move the content of {was} to {now}, or leave the setting as it was."
             )
+        if clear:
+            clear()
         if given:
             checkpoint.claim(now, record["id"], self.path, moved=was != now)
-        if not made or before != given:
+        if not made or changed or before != given:
             record["config"]["checkpoint_dir"] = given
             files.write_json(path, record)
 

@@ -10,6 +10,8 @@ from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.config import rules
 
+PICTURES = ("unconditional", "classes", "completions", "inpainted", "surprise")  # of `sample`
+
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
@@ -19,6 +21,10 @@ class Stage:
     sections: tuple[str, ...]  # of the config that the stage needs, and that are checked for it
     trains_network: bool = False  # its checkpoints hold weights of the network, for `gptv_jax.load`
     on_request: bool = False  # runs only where --stages names it, and then each time
+    feeds_later: bool = False  # every later stage reads what the stage trains
+    training: str | None = None  # section with the `steps` of its training
+    files: tuple[str, ...] = ()  # what it writes in the run folder, beside numbers and checkpoints
+    partial: str | None = None  # a file or folder among `files` that is there before it finishes
     own_transforms: str | None = None  # section with `train_transforms` in place of config.data's
     planning: str | None = None  # class in `planning.training` that plans its training
     heading: str | None = None  # of the section of report.html that has its part
@@ -53,6 +59,9 @@ STAGES = {
         Stage(
             "tokenizer",
             ("tokenizer",),
+            feeds_later=True,
+            training="tokenizer.train",
+            files=("tokenizer.safetensors", "samples/reconstructions.png"),
             own_transforms="tokenizer",
             planning="TokenizerTraining",
             heading="Tokenizer",
@@ -61,12 +70,18 @@ STAGES = {
             "pretrain",
             ("model", "train", "profile"),
             trains_network=True,
+            feeds_later=True,
+            training="train",
+            files=("profile",),
             planning="Pretraining",
             heading="Training",
         ),
         Stage(
             "probe",
             ("model", "probe"),
+            training="probe.sgd",
+            files=("probe",),
+            partial="probe",
             own_transforms="probe.sgd",
             heading="Linear probe by layer",
         ),
@@ -74,10 +89,22 @@ STAGES = {
             "finetune",
             ("model", "finetune"),
             trains_network=True,
+            training="finetune.train",
             own_transforms="finetune",
             heading="Training",
         ),
-        Stage("sample", ("model", "sample"), heading="Samples"),
-        Stage("generate", ("model", "sample", "generate"), on_request=True),
+        Stage(
+            "sample",
+            ("model", "sample"),
+            files=tuple(f"samples/{name}.png" for name in PICTURES),
+            heading="Samples",
+        ),
+        Stage(
+            "generate",
+            ("model", "sample", "generate"),
+            on_request=True,
+            files=("generated",),
+            partial="generated",
+        ),
     )
 }

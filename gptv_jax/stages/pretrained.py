@@ -71,7 +71,7 @@ def check(config: config_lib.Config, folder: pathlib.Path, codec: Codec | None) 
 def _finished_folder(config: config_lib.Config, folder: pathlib.Path) -> tuple[pathlib.Path, dict]:
     """The run folder with the pretrained weights, and its summary."""
     given = config.init_from
-    found = files.user_path(given or folder)
+    found = weights.locate(given) if given else folder.absolute()
     summary = files.read_json(found / "summary.json", {})
     if not record.has_finished(summary, "pretrain"):
         where = f"config.init_from={found}" if given else found

@@ -1,5 +1,6 @@
 """Opens a run: all that can be refused is refused here, before any work and before files change."""
 
+import dataclasses
 import logging
 import operator
 import pathlib
@@ -11,16 +12,18 @@ import numpy as np
 from gptv_jax import config as config_lib
 from gptv_jax import files, hosts, sharding, tokens, weights
 from gptv_jax.config import fields, rules
-from gptv_jax.data import pipeline, sources, transforms
+from gptv_jax.data import inventory, pipeline, sources, transforms
 from gptv_jax.data.cache import TokenCache
 from gptv_jax.data.damage import DamageLog
+from gptv_jax.data.folder import refuse_inside
 from gptv_jax.data.pipeline import Pipeline
 from gptv_jax.decode.sampler import check_guidable
 from gptv_jax.errors import InputError, list_differences, shorten
 from gptv_jax.runs.context import Context
 from gptv_jax.runs.record import RunFolder, has_finished
-from gptv_jax.stages import STAGES, pretrained
-from gptv_jax.tokens import Codec, palette
+from gptv_jax.stages import STAGES, changes, pretrained
+from gptv_jax.tokens import Codec, learned, palette
+from gptv_jax.train import wandb_copy
 from gptv_jax.train.metrics import MetricWriter
 
 LOG = logging.getLogger(__name__)
@@ -34,37 +37,68 @@ def open_run(config: config_lib.Config, workdir: str, wanted: list[str] | None =
 
     Raises:
       InputError: the mesh, the network, the data and the stages do not fit each other, the folder
-        cannot be written, or another configuration made it (every field that differs is listed).
+        cannot be written, or its work is of another configuration (every field that differs is
+        listed).
     """
-    if "://" in (config.init_from or ""):
-        raise InputError(f"config.init_from={config.init_from} is an address; it takes a folder.")
+    if config.init_from:  # process 0 downloads first what lies on the Hugging Face Hub
+        missing = f"config.init_from={config.init_from} does not exist"
+        hosts.from_first(lambda: str(weights.locate(config.init_from, missing)))
+    written = {"--workdir": workdir, "config.checkpoint_dir": config.checkpoint_dir}
+    refuse_inside(config.data, written)
     check_same_settings(config)
-    mesh = sharding.make_mesh(config.mesh)
+    if config.wandb:
+        hosts.from_first(wandb_copy.check_installed)
+    config = take_tokenizer_settings(config)
     folder = RunFolder(config, workdir)
-    opened = hosts.on_all(  # the place of the data may differ between processes
-        lambda: {split: sources.open_source(config.data, split) for split in sources.SPLITS}
-    )
+    try:
+        return _open(config, folder, wanted)
+    except BaseException:
+        folder.release()  # the traceback keeps the folder alive, and with it the lock
+        raise
+
+
+def _open(config: config_lib.Config, folder: RunFolder, wanted: list[str] | None) -> Context:
+    """As `open_run`, which has checked the processes' settings."""
+    mesh = sharding.make_mesh(config.mesh)
+    # The place of the data may differ between processes.
+    opened = hosts.on_all(lambda: sources.open_splits(config.data))
+    held = inventory.take(sources.open_data_set(config.data), opened)
+    if jax.process_index() == 0:
+        inventory.log(config.data, held, opened)
     classes, class_names = opened["train"].classes, opened["train"].class_names
     rules.check_classes(config, classes)
     stages = choose_stages(config, classes, wanted)
+    if classes and (config.model.class_tokens or {"probe", "finetune"} & set(stages)):
+        hosts.on_all(lambda: sources.check_labels(config.data, opened))
+    data = {
+        "images": {split: len(source) for split, source in opened.items()},
+        "classes": list(class_names) or classes,
+    }
+    found = changes.Changes(*hosts.from_first(lambda: changes.find(folder, data, stages)))
     for name in stages:
-        if STAGES[name].on_request or not folder.finished(name):
+        if STAGES[name].on_request or name in found.again or not folder.finished(name):
             STAGES[name].check(config, mesh)
     if {"sample", "generate"} & set(stages) and config.sample.guidance != 1:
         check_guidable(config.model, f"config.sample.guidance is {config.sample.guidance:g}")
     for entries in _training_transforms(config, stages):
         transforms.check(entries, config.data.eval_transforms)
-    data = {
-        "images": {split: len(source) for split, source in opened.items()},
-        "classes": list(class_names) or classes,
-    }
-    hosts.from_first(lambda: _prepare(config, folder, stages, data))
+    hosts.from_first(lambda: _prepare(config, folder, stages, data, found, held))
     # Every process writes the names of the damaged images that it meets.
     hosts.on_all(lambda: files.claim(folder.path, "--workdir"))
     images = Pipeline(config.data, None, config.seed, folder.path, sharding.batch_share(mesh))
-    log = MetricWriter(folder.path)
+    log = hosts.on_all(lambda: _open_log(config, folder.path))
+    changes.tell(folder, found)
     context = Context(config, mesh, folder, log, images, classes, class_names, tuple(stages))
     return with_codec(context)
+
+
+def _open_log(config: config_lib.Config, folder: pathlib.Path) -> MetricWriter:
+    """The log of a run folder that is claimed; process 0 copies it to Weights & Biases if asked."""
+    copy = None
+    if config.wandb and jax.process_index() == 0:
+        identity = files.read_json(folder / "config.json", {})["id"]
+        copy = wandb_copy.Wandb(config.wandb, folder, identity, fields.flatten(config))
+    return MetricWriter(folder, copy)
 
 
 def with_codec(context: Context) -> Context:
@@ -106,7 +140,7 @@ def find_codec(config: config_lib.Config, folder: pathlib.Path | None = None) ->
     if cache:
         found[f"the token cache {cache.folder}"] = cache.codec().definition
     if config.init_from:
-        path = files.user_path(config.init_from)
+        path = weights.locate(config.init_from)
         imported = weights.is_weights_path(path)
         definition = (
             weights.read_definition(path) if imported else tokens.load_definition(kind, path)
@@ -114,7 +148,9 @@ def find_codec(config: config_lib.Config, folder: pathlib.Path | None = None) ->
         found[f"config.init_from={path}"] = definition
     field = {"palette": "palette", "learned": "tokenizer"}[kind]
     if given := getattr(config.tokens, field):
-        found[f"config.tokens.{field}={given}"] = tokens.DEFINITIONS[kind][1](given)
+        missing = f"there is no {field} {given}, which config.tokens.{field} names"
+        place = weights.locate(given, missing)
+        found[f"config.tokens.{field}={given}"] = tokens.DEFINITIONS[kind][1](place)
     present = [(where, definition) for where, definition in found.items() if definition is not None]
     if not present:
         return None
@@ -201,9 +237,36 @@ def _impossible(config: config_lib.Config, classes: int) -> dict[str, str]:
     return refused
 
 
+def take_tokenizer_settings(config: config_lib.Config) -> config_lib.Config:
+    """The configuration with the settings of a tokenizer that another program made.
+
+    This is the tokenizer that config.tokens.tokenizer names, or that of the token cache. Every
+    process takes what process 0 finds.
+    """
+    named, cached = config.tokens.tokenizer, config.data.name == "tokens"
+    if config.tokens.kind != "learned" or not (named or cached):
+        return config
+
+    def find() -> dict[str, object]:
+        given = config.tokens.autoencoder
+        if named:
+            missing = f"there is no tokenizer {named}, which config.tokens.tokenizer names"
+            found = learned.load(weights.locate(named, missing)).config
+        else:
+            found = sources.open_data_set(config.data).tokens.autoencoder
+        return fields.flatten(found if found.groups else given)
+
+    found = hosts.from_first(find)
+    network = fields.from_dict(config_lib.Autoencoder, found, "config.tokens.autoencoder")
+    taken = dataclasses.replace(config.tokens, autoencoder=network)
+    config = dataclasses.replace(config, tokens=taken)
+    rules.check(config)
+    return config
+
+
 def check_same_settings(config: config_lib.Config) -> None:
     """Raises InputError where processes have different settings, the place of the data apart."""
-    place = ("config.data.dir", "config.data.path")
+    place = ("config.data.dir", "config.data.path", "config.data.labels_file")
     own = {k: v for k, v in fields.flatten(config, "config.").items() if k not in place}
     first, *others = hosts.from_all(own)
     if differing := [line for other in others for line in list_differences(first, other)]:
@@ -213,12 +276,21 @@ def check_same_settings(config: config_lib.Config) -> None:
         )
 
 
-def _prepare(config: config_lib.Config, folder: RunFolder, stages: list[str], data: dict) -> None:
+def _prepare(
+    config: config_lib.Config,
+    folder: RunFolder,
+    stages: list[str],
+    data: dict,
+    found_changes: changes.Changes,
+    held: dict,
+) -> None:
     """Finds or makes the codec, checks it and the pretrained weights, and claims the folder."""
-    kind, found = config.tokens.kind, find_codec(config, folder.path)
+    # A palette or tokenizer in the folder that other settings or fewer steps made does not count.
+    outdated = found_changes.anew or "tokenizer" in found_changes.extended
+    kind, found = config.tokens.kind, find_codec(config, None if outdated else folder.path)
     trained_here = not found and kind == "learned"
     made = not trained_here or has_finished(folder.summary(), "tokenizer")
-    if not found and made and folder.has_checkpoints:
+    if not found and made and not outdated and folder.has_checkpoints:
         raise InputError(f"{folder.path} has lost its {tokens.DEFINITIONS[kind][0]}; restore it.")
     if trained_here and "tokenizer" not in stages:
         raise InputError(
@@ -229,7 +301,13 @@ def _prepare(config: config_lib.Config, folder: RunFolder, stages: list[str], da
         _try_out(config, stages, found)
     if config.init_from or not {"pretrain", "tokenizer"} & set(stages):
         pretrained.check(config, folder.path, found)
-    folder.claim(data)
+    folder.claim(
+        data,
+        found_changes.fields,
+        lambda: changes.clear(folder, found_changes),
+        anew=found_changes.anew,
+        found=held,
+    )
     if not found and not trained_here:
         found = build_codec(config, DamageLog(config.data, folder.path))
         _try_out(config, stages, found)

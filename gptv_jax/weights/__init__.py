@@ -1,11 +1,12 @@
 """Trained weights outside of run folders, in this project's file format and in other programs'."""
 
 import pathlib
+import re
 
 from gptv_jax import files
 from gptv_jax.errors import InputError
 from gptv_jax.tokens import Palette, TokenDefinition
-from gptv_jax.weights import huggingface, native, openai
+from gptv_jax.weights import hub, huggingface, native, openai
 from gptv_jax.weights.native import WeightsFile
 
 # Modules that each read one format: `recognizes(path)`, `read(path, palette)` and
@@ -13,23 +14,56 @@ from gptv_jax.weights.native import WeightsFile
 FORMATS = (native, huggingface, openai)
 
 
+def locate(name: str | pathlib.Path, missing: str = "") -> pathlib.Path:
+    """The file, folder or prefix on this machine that a user names.
+
+    "hf://user/model" is downloaded from the Hugging Face Hub or found in the Hub's cache; nothing
+    else is downloaded. `missing` is the error message where nothing has this name.
+
+    Raises:
+      InputError: there is no such file or folder, or the Hub does not give it.
+    """
+    path = _local(name)
+    if path.exists() or openai.recognizes(path):
+        return path
+    message = missing or f"{name} is not a run folder, nor a .safetensors file: it does not exist"
+    user = re.fullmatch(r"([\w.-]+)/([\w.-]+)", str(name))
+    if user and not pathlib.Path(user[1]).exists():
+        message += (
+            ". By this name nothing is downloaded; for a model of the Hugging Face Hub write "
+            f"hf://{name}, or run: hf download {name} --local-dir={user[2]}"
+        )
+    raise InputError(f"{message}.")
+
+
+def _local(name: str | pathlib.Path) -> pathlib.Path:
+    """The path on this machine, which need not exist unless the name is of the Hub."""
+    if str(name).startswith(hub.SCHEME):
+        return hub.download(str(name))
+    if "://" in str(name):
+        raise InputError(f"{name} is an address; name a path, or a model as hf://user/model.")
+    return files.user_path(name)
+
+
 def is_weights_path(path: str | pathlib.Path) -> bool:
     """Whether `path` names weights in one of the formats; a run folder is none of them."""
-    return any(module.recognizes(files.user_path(path)) for module in FORMATS)
+    path = _local(path)
+    return any(module.recognizes(path) for module in FORMATS)
 
 
 def read(path: str | pathlib.Path, palette: Palette | None = None) -> WeightsFile:
     """Reads weights in any of the formats.
 
-    `path` is a .safetensors file of this project, the folder with Hugging Face's `config.json`, or
-    the prefix of an OpenAI TensorFlow checkpoint (`model.ckpt-1000000`). `palette` has the colours
-    of the tokens, where the format does not have them; OpenAI's never has.
+    `path` is a .safetensors file of this project, the folder with Hugging Face's `config.json`, the
+    prefix of an OpenAI TensorFlow checkpoint (`model.ckpt-1000000`), or `hf://user/model`.
+    `palette` has the colours of the tokens, where the format does not have them; OpenAI's never
+    has.
 
     Raises:
       InputError: `path` has none of the formats, is damaged, or holds another kind of network; or
         the palette is missing.
     """
-    path = files.user_path(path)
+    path = locate(path)
     for module in FORMATS:
         if module.recognizes(path):
             return module.read(path, palette)
@@ -41,5 +75,5 @@ def read(path: str | pathlib.Path, palette: Palette | None = None) -> WeightsFil
 
 def read_definition(path: str | pathlib.Path) -> TokenDefinition | None:
     """The palette or tokenizer that is stored with the weights at `path`; None without one."""
-    path = files.user_path(path)
+    path = _local(path)
     return next((m.read_definition(path) for m in FORMATS if m.recognizes(path)), None)

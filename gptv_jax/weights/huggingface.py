@@ -92,7 +92,27 @@ def read(folder: pathlib.Path, palette: Palette | None = None) -> WeightsFile:
         )
     params = _read_params(config, folder, reader)
     classes = len(params.get("classifier.class_head", ()))
-    return dataclasses.replace(weights_file, params=params, classes=classes).checked(str(folder))
+    names = _class_names(config, classes, folder)
+    return dataclasses.replace(
+        weights_file, params=params, classes=classes, class_names=names
+    ).checked(str(folder))
+
+
+def _class_names(config: dict, classes: int, folder: pathlib.Path) -> tuple[str, ...]:
+    """The names that `id2label` gives to the classes; () where it has the default names alone."""
+    labels = config.get("id2label") if classes else None
+    if not labels or labels == _default_labels(classes):
+        return ()
+    numbers = list(map(str, range(classes)))
+    if not isinstance(labels, dict) or sorted(labels) != sorted(numbers):
+        LOG.warning("id2label of %s does not name %d classes; they get numbers.", folder, classes)
+        return ()
+    return tuple(str(labels[number]) for number in numbers)
+
+
+def _default_labels(classes: int) -> dict[str, str]:
+    """`id2label` as `transformers` writes it for classes without names."""
+    return {str(i): f"LABEL_{i}" for i in range(classes)}
 
 
 def _read_config(folder: pathlib.Path) -> dict:
@@ -174,8 +194,9 @@ def _open(folder: pathlib.Path) -> tuple[StrictReader, dict[str, str]]:
         paths = [folder / name for name in sorted(set(index.values()))]
     if not paths:
         raise InputError(
-            f"{folder} has no {WEIGHTS}; where it holds pytorch_model.bin, load it with "
-            "transformers and save_pretrained() it, which writes safetensors."
+            f"{folder} has no {WEIGHTS}. Where the model has pytorch_model.bin alone, write "
+            "safetensors first: transformers.ImageGPTForCausalImageModeling.from_pretrained(NAME)"
+            ".save_pretrained(NEW_FOLDER)."
         )
     shapes, file_of = {}, {}
     for path in paths:
@@ -238,7 +259,8 @@ def write(weights_file: WeightsFile, folder: pathlib.Path, task: str) -> None:
         arrays["lm_head.weight"] = params["head"]
     else:
         arrays["score.weight"] = params["classifier.class_head"]
-        labels = {str(i): f"LABEL_{i}" for i in range(weights_file.classes)}
+        names = {str(i): name for i, name in enumerate(weights_file.class_names)}
+        labels = names or _default_labels(weights_file.classes)
         config |= {"id2label": labels, "label2id": {v: int(k) for k, v in labels.items()}}
     if weights_file.definition:
         centers = weights_file.definition.centers

@@ -25,7 +25,8 @@ from gptv_jax.weights.strict_reader import StrictReader
 
 FORMAT = 1
 HEADER = "gptv_jax"  # key of the file's metadata
-FACTS = ("image_size", "starts", "classes", "step", "best_layer")  # fields that a header holds
+# Fields that a header holds; files of before the class names have none.
+FACTS = ("image_size", "starts", "classes", "class_names", "step", "best_layer")
 # Names of the tensors of a token definition: the colours of a palette, the prefix of a tokenizer's.
 CENTERS, TOKENIZER = "palette.centers", "tokenizer."
 # Fields of config.model that decide what the weights mean. Users may choose the other fields
@@ -57,6 +58,8 @@ class WeightsFile:
     definition: TokenDefinition | None = None  # what the tokens stand for
     starts: int = field(1, POSITIVE)  # number of start vectors
     classes: int = field(0, FROM_ZERO)  # number of classes of the class head; 0 without one
+    # In the order of the labels, of the class head or of `model.class_tokens`; empty: no names.
+    class_names: tuple[str, ...] = field(())
     step: int | None = field(None, FROM_ZERO)  # training step of the weights, where known
     # The probe's best layer, where the probe has run.
     best_layer: int | None = field(None, FROM_ZERO)
@@ -83,6 +86,9 @@ class WeightsFile:
         faults += [f"{name} holds values that are not finite" for name in wrong]
         if self.best_layer is not None and self.best_layer > self.model.layers:
             faults.append(f"best_layer {self.best_layer} is none of {self.model.layers} layers")
+        count = self.classes or self.model.class_tokens
+        if self.class_names and len(self.class_names) != count:
+            faults.append(f"there are {len(self.class_names)} class names for {count} classes")
         if faults:
             raise InputError(f"the weights in {where} do not fit: {shorten(faults, '; ')}.")
         return self
@@ -90,7 +96,8 @@ class WeightsFile:
     def headless(self) -> "WeightsFile":
         """The weights without the class head."""
         params = {n: a for n, a in self.params.items() if not n.startswith("classifier.")}
-        return dataclasses.replace(self, params=params, classes=0)
+        names = self.class_names if self.model.class_tokens else ()
+        return dataclasses.replace(self, params=params, classes=0, class_names=names)
 
     def on_mesh(self) -> dict:
         """The nested parameters as arrays on the current mesh, sharded as for training."""
@@ -182,6 +189,7 @@ def from_header(
                 f"{where} has format {header['format']}; this version reads format {FORMAT}."
             )
         known = {each.name: each for each in dataclasses.fields(WeightsFile)}
+        header = {"class_names": []} | header
         facts = {n: fields.checked(header[n], known[n], f"header.{n}") for n in FACTS}
         if isinstance(definition, Palette):
             definition = dataclasses.replace(definition, provenance=dict(header["palette"]))
@@ -269,6 +277,8 @@ def read_run(folder: pathlib.Path, stage: str | None = None) -> tuple[WeightsFil
             f"weights: {', '.join(finished) or 'none'}."
         )
     network = record.network_of(config, summary.get(f"{stage}/classes", 0))
+    names = files.read_json(folder / "config.json", {}).get("classes")  # or their number
+    named = isinstance(names, list) and (network.classes or config.model.class_tokens)
     described = WeightsFile(
         model=config.model,
         tokens=config.tokens,
@@ -277,6 +287,7 @@ def read_run(folder: pathlib.Path, stage: str | None = None) -> tuple[WeightsFil
         definition=tokens.load_definition(config.tokens.kind, folder),
         starts=network.starts,
         classes=network.classes,
+        class_names=tuple(names) if named else (),
         step=summary[f"{stage}/steps"],
         best_layer=summary.get("probe/best_layer"),
     )

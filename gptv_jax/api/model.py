@@ -1,30 +1,31 @@
-"""What a Python user calls: trained networks, with NumPy arrays in and NumPy arrays out."""
+"""`Model`, a trained network that takes NumPy arrays and gives NumPy arrays."""
 
 import dataclasses
 import functools
+import logging
 import pathlib
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
+from PIL import Image
 
-from gptv_jax import config as config_lib
-from gptv_jax import files, sharding, validation, weights
+from gptv_jax import files, sharding, validation
 from gptv_jax.decode import generation
 from gptv_jax.decode.sampler import Sampler, Section, by_pixel, kept_tokens
 from gptv_jax.errors import InputError
 from gptv_jax.model.gpt import Network
-from gptv_jax.tokens import LearnedCodec, learned
-from gptv_jax.tokens import palette as palettes
 from gptv_jax.tokens.codec import AnyArray
 from gptv_jax.train import objective
 from gptv_jax.validation import Labels, arguments_by_name
-from gptv_jax.weights import huggingface, native
+from gptv_jax.weights import hub, native
 from gptv_jax.weights.native import WeightsFile
 
+LOG = logging.getLogger(__name__)
 AnyPath = str | pathlib.Path
-Images = UInt8[AnyArray, "B H W C"]
+Images = UInt8[AnyArray, "B H W C"] | list[Image.Image]
 Tokens = Int[AnyArray, "B T"]
 Setting = float | int | str | None  # of `config.Drawing`
 
@@ -32,16 +33,52 @@ Setting = float | int | str | None  # of `config.Drawing`
 class Model:
     """A trained network with its weights (`params`, on `mesh`) and its tokens, made by `load`.
 
-    Images are uint8 [B, H, W, C] in the data set's own range, NumPy or JAX arrays. Work is split
-    over all devices. `labels` are classes, 0 <= label < C, for a network with
-    `model.class_tokens`: one class for all images or one for each; None: no class.
+    Images are uint8 [B, H, W, C] in the data set's own range, NumPy or JAX arrays, or a list of
+    Pillow images of the model's size and mode. Work is split over all devices. `labels` are
+    classes, 0 <= label < C, or names of `classes`, for a network with `model.class_tokens`: one
+    class for all images or one for each; None: no class.
     An argument of the wrong shape, dtype or value raises ValueError.
     """
 
-    def __init__(self, described: WeightsFile, params: dict, mesh: jax.sharding.Mesh):
-        """`described` says what `params` are; the arrays in `described` are not used."""
+    def __init__(
+        self,
+        described: WeightsFile,
+        params: dict,
+        mesh: jax.sharding.Mesh,
+        run: pathlib.Path | None = None,
+        read_pretrained: Callable[[], tuple[WeightsFile, dict]] | None = None,
+    ):
+        """`described` says what `params` are; the arrays in `described` are not used.
+
+        `run` is the run folder that the weights come from. `read_pretrained` reads the weights that
+        draw images, where they are other weights than `params`; it is called when first needed.
+        """
         self.network, self.codec = described.network, described.codec
         self.params, self.mesh, self._described = params, mesh, described
+        self._run, self._read_pretrained, self._drawing = run, read_pretrained, None
+
+    def __repr__(self) -> str:
+        model, found, (rows, columns) = self.network.config, self._described, self.codec.grid
+        sizes = (leaf.size for leaf in jax.tree.leaves(self.params))
+        kind = {"grey": "grey levels", "palette": "colours", "learned": "learned codes"}
+        parts = [
+            f"{model.layers} layers, width {model.width}, {sum(sizes):,} parameters",
+            f"{rows} x {columns} tokens of {self.codec.vocabulary} {kind[found.tokens.kind]}",
+            "x".join(map(str, self.codec.image_shape)) + " images",
+            *([f"objective {model.objective}"] * (model.objective != "autoregressive")),
+            *([f"{len(self.classes)} classes"] * bool(self.classes)),
+            *([f"step {found.step}"] * (found.step is not None)),
+        ]
+        return f"Model({'; '.join(parts)})"
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes in the order of the labels; "0", "1", ... where they have no names.
+
+        Empty for a model that has no class head and takes no labels.
+        """
+        count = self.network.classes or self.network.config.class_tokens
+        return self._described.class_names or tuple(map(str, range(count)))
 
     def tokenize(self, images: Images) -> Int[np.ndarray, "B T"]:
         """Int32 tokens, 0 <= token < V, in raster order."""
@@ -98,7 +135,11 @@ class Model:
     def sample(
         self, n: int, seed: int = 0, *, labels: Labels = None, **drawing: Setting
     ) -> UInt8[np.ndarray, "n H W C"]:
-        """`n` new images, drawn token by token; the same seed gives the same images."""
+        """`n` new images, drawn token by token; the same seed gives the same images.
+
+        A model that was loaded from a run without naming a stage draws images, here and in
+        `complete` and `outpaint`, with the pretrained weights.
+        """
         n, key = validation.whole(n, "n", least=1), Section.NEW_IMAGES.key(validation.seed(seed))
         sampler, labels = self._sampler(n, labels, drawing)
         with jax.set_mesh(self.mesh):
@@ -168,23 +209,48 @@ class Model:
         """Writes a .safetensors file with everything that `load` needs."""
         native.write(self.weights_file(), files.user_path(path))
 
+    def push_to_hub(self, name: str, private: bool | None = None) -> str:
+        """Uploads the model to the Hugging Face Hub as `name`, "user/model"; returns its address.
+
+        The repository gets gptv_jax.safetensors, which `load("hf://user/model")` reads; the files
+        that `transformers` reads, where its ImageGPT can express the model; and a model card with
+        the run's numbers, unless the repository has a README.md. `private`: whether a new
+        repository is private; None: as the account has it. Needs the `hub` extra and a login
+        (`hf auth login`).
+        """
+        return hub.push(self.weights_file(), name, repr(self), self._run, private)
+
     def weights_file(self) -> WeightsFile:
         """The weights as NumPy arrays, with everything that is needed to use them."""
         arrays = {name: np.asarray(leaf) for name, leaf in sharding.by_name(self.params).items()}
         return dataclasses.replace(self._described, params=arrays)
 
-    def _sampler(self, rows: int, labels: Labels, drawing: dict, what: str = "draw images"):
-        """A sampler with these settings, and a label for each row.
+    def _for_drawing(self) -> tuple[Network, dict]:
+        """The network and the weights that draw images."""
+        if self._read_pretrained is None:
+            return self.network, self.params
+        if self._drawing is None:
+            try:
+                with jax.set_mesh(self.mesh):
+                    described, params = self._read_pretrained()
+                self._drawing = described.network, params
+                LOG.info("images are drawn with the pretrained weights of %s.", self._run)
+            except InputError as error:
+                self._drawing = self.network, self.params
+                LOG.warning("images are drawn with the fine-tuned weights: %s", error)
+        return self._drawing
 
-        `what` ends the error message "a model with this objective cannot ...".
-        """
+    def _sampler(self, rows: int, labels: Labels, drawing: dict, draws: bool = True):
+        """A sampler with these settings, that draws images or gives likelihoods; and the labels."""
+        what = "draw images" if draws else "give likelihoods"
         if self.network.config.objective != "autoregressive":
             raise InputError(
                 f"a model with the objective {self.network.config.objective} cannot {what}; load "
                 "one with the objective autoregressive."
             )
-        labels = validation.labels(labels, rows, self.network)
-        sampler = Sampler(self.network, self.params, validation.drawing(drawing))
+        labels = validation.labels(labels, rows, self.network, self.classes)
+        network, params = self._for_drawing() if draws else (self.network, self.params)
+        sampler = Sampler(network, params, validation.drawing(drawing))
         if sampler.drawing.guidance != 1 and labels is None:
             raise InputError(
                 f"guidance is {sampler.drawing.guidance:g}, but no class is given to guide to; "
@@ -194,79 +260,16 @@ class Model:
 
     def _nats(self, images, labels: Labels) -> Float[np.ndarray, "B T"]:
         tokens = self.tokenize(images)
-        sampler, labels = self._sampler(len(tokens), labels, {}, "give likelihoods")
+        sampler, labels = self._sampler(len(tokens), labels, {}, draws=False)
         with jax.set_mesh(self.mesh):
             return sampler.nats(tokens, labels)
 
     def _forward(self, tokens: np.ndarray, output: str, labels: Labels = None) -> np.ndarray:
-        labels = validation.labels(labels, len(tokens), self.network)
+        labels = validation.labels(labels, len(tokens), self.network, self.classes)
         with jax.set_mesh(self.mesh):
             inputs = jax.tree.map(sharding.shard_rows, (tokens, labels))
             result = _forward(self.network, self.params, *inputs, output)
         return np.asarray(result)[: len(tokens)]
-
-
-def load(source: AnyPath, stage: str | None = None, palette: AnyPath | None = None) -> Model:
-    """The model in a run folder, or in a file or folder of weights.
-
-    Args:
-      source: the `--workdir` of a run; a .safetensors file of `Model.save`; or what
-        `from_huggingface` and `from_openai` take.
-      stage: "pretrain" or "finetune" of a run; None: the latest of the two that has finished.
-      palette: kmeans_centers.npy, for weights that come without the colours of their tokens.
-
-    Raises:
-      ValueError: there is no such run or file, the stage has not finished, or a file is damaged.
-    """
-    path, mesh = files.user_path(source), sharding.make_mesh(config_lib.Mesh())
-    with jax.set_mesh(mesh):
-        if path.is_dir() and not weights.is_weights_path(path):
-            return Model(*native.read_run(path, stage), mesh)
-        if stage is not None:
-            raise InputError(f"stage={stage} is given, but {path} is no run folder.")
-        found = weights.read(path, palettes.load(palette) if palette else None)
-        return Model(dataclasses.replace(found, params={}), found.on_mesh(), mesh)
-
-
-def from_huggingface(folder: AnyPath, palette: AnyPath | None = None) -> Model:
-    """An ImageGPT of `transformers`, from a folder that `save_pretrained` wrote.
-
-    The folder has `config.json`, safetensors and, unless `palette` names a kmeans_centers.npy,
-    `preprocessor_config.json`. ValueError lists the tensors that do not fit.
-    """
-    return load(folder, palette=palette)
-
-
-def to_huggingface(model: Model, folder: AnyPath, task: str = "generation") -> None:
-    """Writes a folder from which `transformers` loads the model, without this package or pickle.
-
-    The task "generation" is for `ImageGPTForCausalImageModeling`, "classification" for
-    `ImageGPTForImageClassification`. ValueError names parts of the model that ImageGPT lacks.
-    """
-    if task not in huggingface.ARCHITECTURES:
-        raise InputError(f"task is {task!r}; it takes {' or '.join(huggingface.ARCHITECTURES)}.")
-    huggingface.write(model.weights_file(), files.user_path(folder), task)
-
-
-def from_openai(prefix: AnyPath, palette: AnyPath) -> Model:
-    """OpenAI's Image GPT, from the TensorFlow checkpoint; needs the `prepare` extra.
-
-    `prefix` is the path without .index, ".../model.ckpt-1000000"; `palette` names
-    kmeans_centers.npy. ValueError lists the variables that do not fit.
-    """
-    return load(prefix, palette=palette)
-
-
-def load_tokenizer(source: AnyPath, image_size: int | None = None) -> LearnedCodec:
-    """A learned encoder and decoder of images, without a network that reads the codes.
-
-    `source` is a run folder whose stage `tokenizer` has finished, or a file of `Tokenizer.save`;
-    `image_size` is height and width in pixels; None: the size of the training images.
-    """
-    tokenizer = learned.load(source)
-    size = tokenizer.provenance["image_size"] if image_size is None else image_size
-    side = tokenizer.config.downsample
-    return LearnedCodec(tokenizer, validation.whole(size, "image_size", least=1, side=side))
 
 
 @functools.partial(jax.jit, static_argnames=("network", "output"))

@@ -1,0 +1,89 @@
+"""What a Python user calls: trained networks, with NumPy arrays in and NumPy arrays out."""
+
+import dataclasses
+import functools
+
+import jax
+
+from gptv_jax import config as config_lib
+from gptv_jax import files, sharding, validation, weights
+from gptv_jax.api.model import AnyPath, Model
+from gptv_jax.errors import InputError
+from gptv_jax.tokens import LearnedCodec, learned
+from gptv_jax.tokens import palette as palettes
+from gptv_jax.weights import huggingface, native
+
+__all__ = ["Model", "from_huggingface", "from_openai", "load", "load_tokenizer", "to_huggingface"]
+
+
+def load(source: AnyPath, stage: str | None = None, palette: AnyPath | None = None) -> Model:
+    """The model in a run folder, in a file or folder of weights, or on the Hugging Face Hub.
+
+    Args:
+      source: the `--workdir` of a run; a .safetensors file of `Model.save`; what `from_huggingface`
+        and `from_openai` take; or "hf://user/model", which is downloaded (needs the `hub` extra).
+      stage: "pretrain" or "finetune" of a run; None: the latest of the two that has finished, but
+        images are drawn with the pretrained weights. Fine-tuning to classify makes the weights
+        draw worse images.
+      palette: kmeans_centers.npy, for weights that come without the colours of their tokens.
+
+    Raises:
+      ValueError: there is no such run or file, the stage has not finished, or a file is damaged.
+    """
+    path, mesh = weights.locate(source), sharding.make_mesh(config_lib.Mesh())
+    with jax.set_mesh(mesh):
+        if path.is_dir() and not weights.is_weights_path(path):
+            described, params = native.read_run(path, stage)
+            pretrained = None
+            if stage is None and described.classes:  # the weights are fine-tuned
+                pretrained = functools.partial(native.read_run, path, "pretrain")
+            return Model(described, params, mesh, path, pretrained)
+        if stage is not None:
+            raise InputError(f"stage={stage} is given, but {path} is no run folder.")
+        colours = None
+        if palette:
+            colours = palettes.load(weights.locate(palette, f"there is no palette {palette}"))
+        found = weights.read(path, colours)
+        return Model(dataclasses.replace(found, params={}), found.on_mesh(), mesh)
+
+
+def from_huggingface(folder: AnyPath, palette: AnyPath | None = None) -> Model:
+    """An ImageGPT of `transformers`, from a folder that `save_pretrained` wrote.
+
+    The folder has `config.json`, safetensors and, unless `palette` names a kmeans_centers.npy,
+    `preprocessor_config.json`. ValueError lists the tensors that do not fit.
+    """
+    return load(folder, palette=palette)
+
+
+def to_huggingface(model: Model, folder: AnyPath, task: str = "generation") -> None:
+    """Writes a folder from which `transformers` loads the model, without this package or pickle.
+
+    The task "generation" is for `ImageGPTForCausalImageModeling`, "classification" for
+    `ImageGPTForImageClassification`. ValueError names parts of the model that ImageGPT lacks.
+    """
+    if task not in huggingface.ARCHITECTURES:
+        raise InputError(f"task is {task!r}; it takes {' or '.join(huggingface.ARCHITECTURES)}.")
+    huggingface.write(model.weights_file(), files.user_path(folder), task)
+
+
+def from_openai(prefix: AnyPath, palette: AnyPath) -> Model:
+    """OpenAI's Image GPT, from the TensorFlow checkpoint; needs the `prepare` extra.
+
+    `prefix` is the path without .index, ".../model.ckpt-1000000"; `palette` names
+    kmeans_centers.npy. ValueError lists the variables that do not fit.
+    """
+    return load(prefix, palette=palette)
+
+
+def load_tokenizer(source: AnyPath, image_size: int | None = None) -> LearnedCodec:
+    """A learned encoder and decoder of images, without a network that reads the codes.
+
+    `source` is a run folder whose stage `tokenizer` has finished, or a file of `Tokenizer.save`,
+    here or as "hf://user/model/FILE" on the Hugging Face Hub;
+    `image_size` is height and width in pixels; None: the size of the training images.
+    """
+    tokenizer = learned.load(weights.locate(source, f"there is no tokenizer {source}"))
+    size = tokenizer.provenance.get("image_size") if image_size is None else image_size
+    side = tokenizer.config.downsample
+    return LearnedCodec(tokenizer, validation.whole(size, "image_size", least=1, side=side))

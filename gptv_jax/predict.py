@@ -1,0 +1,168 @@
+"""Classifies image files with a fine-tuned run, one line of JSON for each file.
+
+python -m gptv_jax.predict --run=runs/mine photo.jpg
+python -m gptv_jax.predict --run=runs/mine FOLDER --top=3 --out=predictions.jsonl
+
+Files become pixels by the run's own transforms of evaluation (config.data.eval_transforms), so the
+command takes a run folder: a .safetensors file does not have the transforms. A line is
+{"file": ..., "classes": [{"name": ..., "probability": ...}, ...]}, the most likely class first, or
+{"file": ..., "error": ...} for a file that cannot be read. Memory does not grow with the files.
+"""
+
+import contextlib
+import json
+import logging
+import pathlib
+import sys
+from collections.abc import Iterator
+from concurrent import futures
+from typing import IO
+
+import numpy as np
+import tqdm
+from absl import flags
+
+from gptv_jax import api, command, files, weights
+from gptv_jax.data import folder, transforms
+from gptv_jax.data.images import Decode, Transform
+from gptv_jax.errors import InputError, as_input_error, first_line
+from gptv_jax.runs import record
+from gptv_jax.train.metrics import Progress
+
+RUN = flags.DEFINE_string("run", None, "Run folder whose stage finetune has finished.")
+OUT = flags.DEFINE_string(
+    "out", None, "File to write the lines to, in place of an earlier one; default: to the terminal."
+)
+TOP = flags.DEFINE_integer(
+    "top", 5, "Number of classes in a line, the most likely ones; 0: all classes.", lower_bound=0
+)
+BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", 64, "Images that the network reads at a time.", lower_bound=1
+)
+LOG = logging.getLogger("gptv_jax.predict")
+LOG_EVERY = 1024  # images between two lines of the log
+
+
+def main(names: list[str]) -> None:
+    """Reads, classifies and writes; `names` are the files and folders that the user gives."""
+    if not names:
+        raise InputError("no image is named; give files or folders after the flags.")
+    run = files.user_path(RUN.value)
+    if weights.is_weights_path(run):
+        raise InputError(
+            f"--run={run} holds weights without the transforms of their images; name the run "
+            "folder that they come from."
+        )
+    steps = reading_steps(run)
+    model = api.load(run, stage="finetune")
+    paths = image_files(names)
+    failed: dict[str, str] = {}
+    with contextlib.ExitStack() as stack:
+        out = stack.enter_context(_opened(OUT.value))
+        progress = Progress("predict", len(paths), unit="image")
+        stack.callback(progress.close)
+        for done, line in enumerate(predictions(model, steps, paths, BATCH_SIZE.value), start=1):
+            if "error" in line:
+                failed[line["file"]] = line["error"]
+                LOG.warning("%s cannot be read: %s.", line["file"], line["error"])
+            else:
+                line["classes"] = line["classes"][: TOP.value or None]
+            with as_input_error(f"--out={OUT.value} cannot be written", OSError):
+                tqdm.tqdm.write(json.dumps(line), file=out)  # beside the bar on a terminal
+            progress.advance(1)
+            if done % LOG_EVERY == 0:
+                progress.report(done, {})
+    if len(failed) == len(paths):
+        file, reason = next(iter(failed.items()))
+        raise InputError(f"none of {len(paths)} images can be read; the first, {file}: {reason}.")
+    LOG.info("%d images are classified, %d cannot be read.", len(paths) - len(failed), len(failed))
+
+
+def reading_steps(run: pathlib.Path) -> list[Transform]:
+    """The transforms that turn the bytes of an image file into what the run's network reads."""
+    config = record.config_of(run)
+    steps = [transforms.parse(entry) for entry in config.data.eval_transforms]
+    if not steps or not isinstance(steps[0], Decode):  # the run's own data were no image files
+        channels = config.tokens.autoencoder.channels if config.tokens.kind == "learned" else 3
+        steps.insert(0, Decode(channels=1 if config.tokens.kind == "grey" else channels))
+    return steps
+
+
+def image_files(names: list[str]) -> list[pathlib.Path]:
+    """The files of these names, and all image files in the folders of these names and below."""
+    found = []
+    for name in names:
+        path = files.user_path(name)
+        if not path.exists():
+            raise InputError(f"there is no file or folder {name}.")
+        below = folder.image_files(path) if path.is_dir() else None
+        if below == []:
+            raise InputError(f"{name} holds no image (no file ending in {folder.ENDINGS}).")
+        found += [path] if below is None else [path / each for each in below]
+    return found
+
+
+def predictions(
+    model: api.Model, steps: list[Transform], paths: list[pathlib.Path], batch_size: int
+) -> Iterator[dict]:
+    """A line for each file, in the order of the files, with all classes or an "error"."""
+    shape = model.codec.image_shape
+
+    def read(path: pathlib.Path) -> np.ndarray | str:
+        """The pixels of a file, or why it cannot be read."""
+        try:
+            image = path.read_bytes()
+            for step in steps:
+                image = step(image, None)
+            if image.shape != shape:
+                given, taken = (" x ".join(map(str, each)) for each in (image.shape, shape))
+                return f"it is {given} after the run's transforms, but the model takes {taken}"
+            if not model.codec.on_devices:  # such codecs have tokens for every pixel
+                model.codec.encode(image[None])
+        except (ValueError, OSError) as error:  # of the file, of a transform or of the codec
+            return getattr(error, "strerror", None) or first_line(error).rstrip(".")
+        return image
+
+    with futures.ThreadPoolExecutor() as pool:
+        starts = range(0, len(paths), batch_size)
+        ahead = pool.map(read, paths[:batch_size])
+        for start in starts:
+            images = list(ahead)
+            # The next batch is decoded while the network reads this one.
+            ahead = pool.map(read, paths[start + batch_size :][:batch_size])
+            good = [image for image in images if isinstance(image, np.ndarray)]
+            rows = iter(_classified(model, good, batch_size))
+            for path, image in zip(paths[start:], images, strict=False):
+                line = {"error": image} if isinstance(image, str) else {"classes": next(rows)}
+                yield {"file": str(path), **line}
+
+
+def _classified(model: api.Model, images: list[np.ndarray], batch_size: int) -> list[list[dict]]:
+    """For each image all classes, the most likely first, each with its name and probability."""
+    if not images:
+        return []
+    # Every batch has the same size, so the network is compiled once.
+    batch = np.stack([*images, *[images[0]] * (batch_size - len(images))])
+    found = []
+    for row in model.classify(batch)[: len(images)]:
+        order = np.argsort(-row, kind="stable")
+        found.append([{"name": model.classes[i], "probability": float(row[i])} for i in order])
+    return found
+
+
+@contextlib.contextmanager
+def _opened(out: str | None) -> Iterator[IO[str]]:
+    """The file of --out, open to be written, or the standard output."""
+    if out is None:
+        yield sys.stdout
+        return
+    path = files.user_path(out)
+    with as_input_error(f"--out={out} cannot be written", OSError):
+        file = path.open("w", buffering=1)
+    with file:
+        yield file
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("run")
+    command.run(main, takes_names=True)

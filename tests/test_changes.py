@@ -1,0 +1,212 @@
+"""What may change between two starts of a run: more steps, and settings that no work depends on."""
+
+import dataclasses
+import json
+import logging
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+import gptv_jax
+from gptv_jax import config as config_lib
+from gptv_jax import files
+from gptv_jax.errors import InputError
+from gptv_jax.stages import setup
+from gptv_jax.stages.run import run_stages
+from gptv_jax.train.metrics import MetricWriter
+
+CONSTANT = config_lib.Optimizer(schedule="constant")
+CONFIG = config_lib.Config(
+    model=config_lib.Model(layers=1, width=16, heads=2, scan_layers=False, dropout=0.1),
+    train=config_lib.Train(
+        steps=4, batch_size=16, optimizer=CONSTANT, ema=0.5, checkpoint_every=2, log_every=1
+    ),
+    finetune=config_lib.Finetune(
+        train=config_lib.Train(steps=2, batch_size=16, optimizer=CONSTANT, eval_every=1)
+    ),
+)
+STAGES = ["pretrain", "finetune"]
+
+
+def changed(config=CONFIG, **values) -> config_lib.Config:
+    """The configuration with other values, by names such as train__steps."""
+    for name, value in values.items():
+        *sections, last = name.split("__")
+        value = {last: value}
+        for section in [*reversed(sections)]:
+            inner = config
+            for each in sections[: sections.index(section) + 1]:
+                inner = getattr(inner, each)
+            value = {section: dataclasses.replace(inner, **value)}
+        config = dataclasses.replace(config, **value)
+    return config
+
+
+def summary(folder) -> dict:
+    return json.loads((folder / "summary.json").read_text())
+
+
+def results(folder) -> dict:
+    """The numbers that do not depend on the clock."""
+    clock = ("tokens_per_second", "goodput", "restarts", "seconds", "mfu", "redone")
+    return {k: v for k, v in summary(folder).items() if not any(word in k for word in clock)}
+
+
+def same_weights(a, b, stage: str) -> None:
+    pair = (gptv_jax.load(folder, stage).params for folder in (a, b))
+    jax.tree.map(np.testing.assert_array_equal, *pair)
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    """A finished run of 4 steps, and 2 of fine-tuning; to be copied."""
+    folder = tmp_path_factory.mktemp("short") / "run"
+    run_stages(CONFIG, str(folder), STAGES)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def long(tmp_path_factory):
+    """A run of 8 steps that never ended before; to be read only."""
+    folder = tmp_path_factory.mktemp("long") / "run"
+    run_stages(changed(train__steps=8), str(folder), STAGES)
+    return folder
+
+
+@pytest.fixture
+def copied(short, tmp_path):
+    return shutil.copytree(short, tmp_path / "run")
+
+
+def test_a_finished_run_with_more_steps_becomes_the_longer_run_bit_for_bit(
+    copied, short, long, caplog
+):
+    caplog.set_level(logging.INFO, logger="gptv_jax")
+    before = summary(copied)
+    run_stages(changed(train__steps=8), str(copied), STAGES)
+    for stage in STAGES:  # the later stage has started from the new weights
+        same_weights(copied, long, stage)
+    assert results(copied) == results(long)
+    assert summary(copied)["pretrain/restarts"] == 0
+    assert "pretrain goes on from step 4 to 8, in place of 4; the learning rate" in caplog.text
+    assert "pretrain continues from step 4 of 8; 0 steps" in caplog.text
+    record = json.loads((copied / "config.json").read_text())
+    assert record["config"]["train.steps"] == 8
+    assert [each["fields"] for each in record["changes"]] == [{"train.steps": [4, 8]}]
+    # What belonged to the weights before is beside the run.
+    assert json.loads((copied / "earlier/pretrain-4/summary.json").read_text()) == before
+    logged = [e["step"] for e in MetricWriter(copied).read() if e["stage"] == "pretrain"]
+    assert sorted({*logged}) == [*range(9)]
+    # The same again changes nothing, and fewer steps than were taken are refused.
+    numbers = summary(copied)
+    run_stages(changed(train__steps=8), str(copied), STAGES)
+    assert summary(copied) == numbers
+    with pytest.raises(InputError, match=r"config\.train\.steps is 6, but .* has taken 8 steps"):
+        run_stages(changed(train__steps=6), str(copied), STAGES)
+    assert summary(copied) == numbers
+
+
+def test_more_steps_of_fine_tuning_leave_pretraining_alone(copied, tmp_path):
+    config = changed(finetune__train__steps=4)
+    run_stages(config, str(copied), STAGES)
+    run_stages(config, str(tmp_path / "whole"), STAGES)
+    same_weights(copied, tmp_path / "whole", "finetune")
+    assert not (copied / "earlier/finetune-2/pretrain").exists()
+    assert results(copied) == results(tmp_path / "whole")
+
+
+def test_the_stage_that_takes_more_steps_must_be_among_the_stages(copied):
+    before = summary(copied)
+    with pytest.raises(InputError, match=r"config\.train\.steps was 4 and is 8 now.*name pretrain"):
+        run_stages(changed(train__steps=8), str(copied), ["finetune"])
+    assert summary(copied) == before
+
+
+class KilledError(Exception):
+    """Stands for a kill."""
+
+
+def test_a_kill_while_a_run_is_extended_leaves_a_run_of_either_length(
+    copied, short, tmp_path, monkeypatch
+):
+    extended, real, written = changed(train__steps=8), files.replace, []
+
+    def opened(folder, die_at: int) -> None:
+        """Extends the run, but dies before the file of this number is written."""
+        written.clear()
+
+        def write(path, content):
+            written.append(path)
+            if len(written) > die_at:
+                raise KilledError
+            real(path, content)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(files, "replace", write)
+            setup.open_run(extended, str(folder), STAGES).folder.release()
+
+    def state(folder) -> tuple:
+        paths = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_dir()}
+        return results(folder), paths, MetricWriter(folder).read()
+
+    whole = shutil.copytree(copied, tmp_path / "whole")
+    opened(whole, 99)
+    assert summary(whole) == {"data/skipped": 0} and not (whole / "checkpoints/finetune").exists()
+    names = [path.name for path in written]
+    until = names.index("config.json")
+    assert names.index("summary.json") < until  # config.json is the last of the changes
+    for number in range(until + 1):
+        folder = shutil.copytree(copied, tmp_path / str(number))
+        with pytest.raises(KilledError):
+            opened(folder, number)
+        assert json.loads((folder / "config.json").read_text())["config"]["train.steps"] == 4
+        if number == until:  # the old command ends as before, and trains nothing that is there
+            again = shutil.copytree(folder, tmp_path / "again")
+            run_stages(CONFIG, str(again), STAGES)
+            assert results(again) == results(short)
+            same_weights(again, short, "finetune")
+        opened(folder, 99)
+        assert state(folder) == state(whole)
+
+
+def test_a_folder_without_work_takes_any_configuration_and_builds_its_palette_anew(
+    tmp_path, caplog
+):
+    caplog.set_level(logging.INFO, logger="gptv_jax")
+    folder = tmp_path / "run"
+    diverging = changed(
+        tokens__kind="palette",
+        tokens__colors=4,
+        data__train_transforms=("decode(channels=3)",),
+        data__eval_transforms=("decode(channels=3)",),
+        train__optimizer__learning_rate=1e30,
+        train__optimizer__name="adamw",
+        train__checkpoint_every=50,
+    )
+    with pytest.raises(InputError, match=r"pretrain stopped at step \d: .* is (nan|inf)"):
+        run_stages(diverging, str(folder), ["pretrain"])
+    mended = changed(diverging, train__optimizer__learning_rate=1e-3, tokens__colors=6, seed=1)
+    run_stages(mended, str(folder), ["pretrain"])
+    assert "held no work; it takes this configuration" in caplog.text
+    fresh = setup.open_run(mended, str(tmp_path / "fresh"), ["pretrain"])
+    np.testing.assert_array_equal(
+        gptv_jax.load(folder).codec.definition.centers, fresh.codec.definition.centers
+    )
+    with pytest.raises(InputError, match=r"config\.seed is 2, expected 1"):
+        run_stages(changed(mended, seed=2), str(folder), ["pretrain"])
+
+
+def test_settings_of_a_stage_that_has_not_begun_may_change(copied):
+    with pytest.raises(InputError, match="finetune"):
+        run_stages(changed(finetune__patience=7), str(copied), STAGES)
+    probe = config_lib.Probe(c=(0.1,), labels_per_class=(10_000,), draws=1)
+    with pytest.raises(InputError, match="labels_per_class"):
+        run_stages(dataclasses.replace(CONFIG, probe=probe), str(copied), ["probe"])
+    fewer = dataclasses.replace(CONFIG, probe=dataclasses.replace(probe, labels_per_class=(2,)))
+    run_stages(fewer, str(copied), ["probe"])
+    assert "probe/labels_2_test_accuracy" in summary(copied)
+    with pytest.raises(InputError, match=r"probe\.draws is 2, expected 1"):
+        both = dataclasses.replace(fewer.probe, draws=2)
+        run_stages(dataclasses.replace(fewer, probe=both), str(copied), ["probe"])
