@@ -272,7 +272,8 @@ def open_splits(config: config_lib.Data) -> dict[str, Selected]:
     if not all(counts.values()):
         own = ("train[:-2]", "train[-2:-1]", "train[-1:]")  # of three images or more
         fitting = " ".join(f"--config.data.{n}={e}" for n, e in zip(taken, own, strict=True))
-        advice = f", or set {fitting}" if lengths.get("train", 0) >= len(own) else ""
+        enough = lengths.get("train", 0) >= len(own)
+        advice = f", or set {fitting}" if enough else f": {len(own)} are the fewest to run with"
         found = ", ".join(f"{n}={taken[n]} takes {count}" for n, count in counts.items())
         raise InputError(
             f"each split needs 1 image, but of {_shown(lengths)} {found}. Add images{advice}."
