@@ -67,7 +67,7 @@ def _path(error: BaseException) -> str | None:
 
 
 @contextlib.contextmanager
-def naming(path: os.PathLike) -> Iterator[None]:
+def naming(path: str | os.PathLike) -> Iterator[None]:
     """Within the `with`, an exception that names no file, as of a full disk, names `path`."""
     try:
         yield

@@ -209,7 +209,7 @@ def test_a_cache_that_was_not_finished_is_made_anew(tmp_path):
     cache.claim(tmp_path / "cache", holder)
     (tmp_path / "cache" / "train.array_record").write_bytes(b"half")
     with pytest.raises(InputError, match="is in use"):
-        cache.claim(tmp_path / "cache")
+        cache.claim(tmp_path / "cache", Holder())
     del holder  # as the end of the process
     cache.claim(tmp_path / "cache")
     assert not (tmp_path / "cache" / "train.array_record").exists()

@@ -39,7 +39,7 @@ READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # as ArrayRecord a
 
 
 def claim(folder: pathlib.Path, holder: object = None) -> None:
-    """Makes the folder, and locks it until this process ends or `holder` is deleted.
+    """Makes the folder, and locks it while there is a `holder`.
 
     InputError where it cannot be written to, or holds more than a cache that was not finished.
     """
@@ -48,7 +48,8 @@ def claim(folder: pathlib.Path, holder: object = None) -> None:
     if any(folder.iterdir()) and not mark.exists():
         raise InputError(f"--out={folder} is not empty; name a new folder.")
     mark.touch()
-    files.lock(folder, "--out", holder=holder or claim)
+    if holder is not None:
+        files.lock(folder, "--out", holder)
     for path in folder.iterdir():
         if path.name not in (UNFINISHED, files.LOCK):
             path.unlink()
