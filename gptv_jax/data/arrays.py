@@ -25,6 +25,7 @@ class Arrays:
     """
 
     stored_as = "pixels"
+    other_names: dict[str, str] = {}  # noqa: RUF012 - of splits, as the file has them
 
     def __init__(
         self,
@@ -130,12 +131,16 @@ def open_npz(config: config_lib.Data) -> Arrays:
             f"{found}."
         )
     splits = {n: arrays.get(f"{n}_labels") if config.labels else None for n in names}
+    other_names = {}
     for name in names:
         split = split_name(name) or name
-        if split not in names:  # MedMNIST calls a split val
+        if split not in splits:  # MedMNIST calls a split val
+            other_names[name] = split
             splits[split] = splits.pop(name)
             arrays[f"{split}_images"] = arrays[f"{name}_images"]
-    return Arrays({n: (arrays[f"{n}_images"], a) for n, a in splits.items()}, config.ignore_label)
+    found = Arrays({n: (arrays[f"{n}_images"], a) for n, a in splits.items()}, config.ignore_label)
+    found.other_names = other_names
+    return found
 
 
 def digits() -> Arrays:
