@@ -25,7 +25,6 @@ class Arrays:
     """
 
     stored_as = "pixels"
-    other_names: dict[str, str] = {}  # noqa: RUF012 - of splits, as the file has them
 
     def __init__(
         self,
@@ -33,6 +32,7 @@ class Arrays:
         ignore_label: int | None = None,
     ):
         self.notes: list[str] = []
+        self.other_names: dict[str, str] = {}  # of splits, as a file calls them
         for name, (images, _) in splits.items():
             _check_images(name, images)
         given = {name: array for name, (_, array) in splits.items() if array is not None}
