@@ -37,10 +37,10 @@ def open_run(config: config_lib.Config, workdir: str, wanted: list[str] | None =
         cannot be written, or its work is of another configuration (every field that differs is
         listed).
     """
+    check_same_settings(config)
     if config.init_from:  # process 0 downloads first what lies on the Hugging Face Hub
         missing = f"config.init_from={config.init_from} does not exist"
         hosts.from_first(lambda: str(weights.locate(config.init_from, missing)))
-    check_same_settings(config)
     folder = RunFolder(config, workdir)
     try:
         return _open(config, folder, wanted)
