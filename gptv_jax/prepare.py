@@ -12,8 +12,9 @@ from absl import flags
 
 from gptv_jax import command, config, files, hardware
 from gptv_jax.config import fields
-from gptv_jax.data import cache, pipeline, sources, transforms
+from gptv_jax.data import cache, inventory, pipeline, sources, transforms
 from gptv_jax.data.damage import DamageLog
+from gptv_jax.data.folder import refuse_inside
 from gptv_jax.errors import InputError
 from gptv_jax.stages import setup
 from gptv_jax.tokens.codec import TokenStatistics
@@ -26,11 +27,14 @@ def main(settings: config.Config) -> None:
     """Tokenises every split of the data set and prints statistics of the tokens."""
     hardware.devices()  # InputError where there are none
     folder = files.user_path(OUT.value)
+    refuse_inside(settings.data, {"--out": OUT.value})
     transforms.check((), settings.data.eval_transforms)
     data_set = sources.open_data_set(settings.data)
     if data_set.stored_as == "tokens":
         given = f"config.data.path={settings.data.path}"
         raise InputError(f"{given} is a token cache already; name a data set of images.")
+    opened = {s: sources.Selected(data_set, s, settings.data.labels) for s in data_set.lengths}
+    inventory.log(settings.data, inventory.take(data_set, opened), opened)
     cache.claim(folder)
     damage_log = DamageLog(settings.data, folder)
     chosen = setup.find_codec(settings) or setup.build_codec(settings, damage_log)

@@ -6,45 +6,96 @@ import pathlib
 
 import numpy as np
 
-from gptv_jax.errors import InputError
+from gptv_jax import config as config_lib
+from gptv_jax import files as files_lib
+from gptv_jax.data import labels as labels_lib
+from gptv_jax.data.listing import ENDINGS, Listing, split_name
+from gptv_jax.errors import InputError, shorten
 
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
-# Names of sub-folders that are splits.
-SPLIT_FOLDERS = {n: n for n in ("train", "validation", "test")} | {"val": "validation"}
+APPLE_ENDINGS = (".heic", ".heif", ".hif")  # which Pillow opens by a plugin alone
+MOST_STRAY = 0.05  # share of images outside all class folders up to which they are left out
 ORDER_SEED = 0  # fixed, so that a split expression selects the same images in every run
 
 
 class ImageFolder:
     """All image files below a folder.
 
-    Sub-folders called train, validation (or val) and test, train among them and no others, are the
-    splits; otherwise all images are one split, train. Within a split, each sub-folder is a class.
-    The data set is unlabelled where an image lies in no sub-folder, or all lie in the same one. The
-    images are shuffled class by class, so that `train[:90%]` holds nine tenths of every class.
+    Sub-folders whose names are names of splits (`listing.SPLIT_NAMES`, in any case), train among
+    them, are the splits; otherwise all images are one split, train. Within a split, each sub-folder
+    is a class, unless a CSV file gives the labels. The data set is unlabelled where all images lie
+    in one folder, or more than `MOST_STRAY` of them in no class folder. The images are shuffled
+    class by class, so that `train[:90%]` holds nine tenths of every class.
+
+    `notes` are sentences about what a user may not expect, and `left_out` says what is not read.
     """
 
     stored_as = "encoded"
 
-    def __init__(self, path: pathlib.Path, labels: bool = True):
-        """Lists the files without opening them; `labels=False` makes the data set unlabelled."""
+    def __init__(
+        self,
+        path: pathlib.Path,
+        labels: bool = True,
+        labels_file: pathlib.Path | None = None,
+        ignore_label: int | None = None,
+    ):
+        """Lists the files without opening them.
+
+        `labels=False` makes the data set unlabelled. `labels_file` is a CSV file of labels by file
+        name; images with the label `ignore_label` are left out.
+
+        Raises:
+          InputError: there is no image, the splits or the classes are ambiguous, or a class has a
+            single training image.
+        """
         if not path.is_dir():
             raise InputError(f"config.data.path={path} is not a folder.")
-        folders = {"train": path}
-        below = {f.name for f in path.iterdir() if f.is_dir() and not f.name.startswith(".")}
-        if "train" in below and below <= set(SPLIT_FOLDERS):
-            folders = {SPLIT_FOLDERS[name]: path / name for name in sorted(below)}
-            if len(folders) < len(below):
-                raise InputError(f"{path} has both val and validation; keep one of them.")
-        files = {split: _files(folder) for split, folder in folders.items()}
+        self.notes: list[str] = []
+        top = Listing(path, deep=False)
+        below = {name: Listing(path / name) for name in top.below}
+        folders = _find_splits(path, below, self.notes)
+        files = {split: below[folder.name].files for split, folder in folders.items()}
+        read = [below[folder.name] for folder in folders.values()]
+        if not folders:
+            _refuse_inner_splits(path, below)
+            nested = [os.path.join(name, file) for name in below for file in below[name].files]
+            folders, files, read = {"train": path}, {"train": top.files + nested}, [*below.values()]
+        elif top.files:
+            shown = shorten(top.files)
+            self.notes.append(f"{path} has images beside its splits, which are left out: {shown}")
+        endings = sum((listing.endings for listing in [top, *read]), collections.Counter())
         for split, found in files.items():
             if not found:
-                shown = ", ".join(ENDINGS)
-                raise InputError(f"{folders[split]} holds no image (no file ending in {shown}).")
-        labelled = labels and all(os.sep in name for found in files.values() for name in found)
-        counts = collections.Counter(map(_class, files["train"]))
-        self.class_names = tuple(sorted(counts)) if labelled and len(counts) > 1 else ()
+                raise InputError(_no_image(folders[split], endings))
+        if apple := [ending for ending in APPLE_ENDINGS if endings[ending]]:
+            self.notes.append(
+                f"{', '.join(apple)} files are left out; they need pip install pillow-heif, and "
+                "pillow_heif.register_heif_opener() in the configuration file"
+            )
+        empty = [name for name, listing in below.items() if not listing.files]
+        system = sorted({name for listing in [top, *read] for name in listing.system})
+        self.left_out = [
+            f"{what} {shorten(names)}"
+            for what, names in (
+                (f"{endings.total()} files by their endings:", _counted(endings)),
+                ("folders without images:", empty),
+                ("folders of the system or of thumbnails:", system),
+            )
+            if names
+        ]
+        if labels and labels_file:
+            names = labels_lib.of_files(labels_file, path, folders, files, ignore_label, self.notes)
+        else:
+            names = self._class_folders(folders, files) if labels else None
+        counts = collections.Counter(names["train"] if names else ())
+        if labels and labels_file and len(counts) == 1:
+            self.notes.append(f"{labels_file} has one class, {min(counts)}: there are no labels")
+        in_order = labels_lib.in_order if labels_file else sorted
+        self.class_names = tuple(in_order(counts)) if len(counts) > 1 else ()
         self.classes = len(self.class_names)
-        self._splits = {split: self._open(folders[split], found) for split, found in files.items()}
+        self._splits = {
+            split: self._open(folders[split], files[split], names and names[split])
+            for split in files
+        }
         self.lengths = {split: len(source) for split, source in self._splits.items()}
         lone = [name for name in self.class_names if counts[name] == 1]
         if lone:
@@ -58,14 +109,59 @@ class ImageFolder:
     def open(self, split: str) -> "_FolderSplit":
         return self._splits[split]
 
-    def _open(self, folder: pathlib.Path, files: list[str]) -> "_FolderSplit":
+    def _class_folders(
+        self, folders: dict[str, pathlib.Path], files: dict[str, list[str]]
+    ) -> dict[str, list[str]] | None:
+        """The class folder of every image, by split; None: the images are unlabelled.
+
+        Images outside all class folders are removed from `files` where they are few.
+        """
+        stray = {split: [f for f in found if os.sep not in f] for split, found in files.items()}
+        mixed = {split for split in files if len(stray[split]) < len(files[split])}
+        names = {_class(f) for split in mixed for f in files[split] if os.sep in f}
+        if len(names) == 1:
+            folder = folders["train"] / min(names)
+            inner = any(f.count(os.sep) > 1 for f in files["train"])
+            advice = f"; if its folders are classes, set config.data.path={folder}" if inner else ""
+            self.notes.append(
+                f"there is a single class folder, {folder.name}, so the images are unlabelled: "
+                f"pretraining and samples need no labels, the probe and fine-tuning do{advice}"
+            )
+        if len(names) < 2:
+            return None
+        if flat := [split for split in files if split not in mixed]:
+            raise InputError(
+                f"{folders[flat[0]]} has images without class folders, but the split {min(mixed)} "
+                f"has the classes {shorten(sorted(names))}. Sort these images into class "
+                "folders, move them away, or ignore all classes by config.data.labels=False."
+            )
+        outside = [str(folders[split] / f) for split in stray for f in stray[split]]
+        total = sum(map(len, files.values()))
+        if len(outside) > MOST_STRAY * total:
+            self.notes.append(
+                f"{len(outside)} of {total} images lie in no class folder ({shorten(outside)}), so "
+                "all images are unlabelled; move or remove these images to have labels"
+            )
+            return None
+        if outside:
+            self.notes.append(
+                f"{len(outside)} of {total} images lie in no class folder and are left out: "
+                f"{shorten(outside)}"
+            )
+        for split, found in files.items():
+            files[split] = [f for f in found if os.sep in f]
+        return {split: [_class(f) for f in found] for split, found in files.items()}
+
+    def _open(
+        self, folder: pathlib.Path, files: list[str], names: list[str] | None
+    ) -> "_FolderSplit":
         numbers = {name: i for i, name in enumerate(self.class_names)}
-        unknown = sorted({_class(f) for f in files} - set(numbers)) if numbers else []
+        unknown = sorted(set(names or ()) - set(numbers)) if numbers else []
         if unknown:
             raise InputError(
-                f"{folder} has classes that no training image has: {', '.join(unknown[:10])}."
+                f"{folder} has classes that no training image has: {shorten(unknown)}."
             )
-        labels = np.array([numbers[_class(f)] if numbers else 0 for f in files], np.int32)
+        labels = np.array([numbers[n] for n in names] if numbers else [0] * len(files), np.int32)
         order = spread_classes(labels)
         return _FolderSplit(folder, [files[i] for i in order], labels[order] if numbers else None)
 
@@ -87,25 +183,104 @@ class _FolderSplit:
 
 def image_files(folder: pathlib.Path) -> list[str]:
     """Sorted paths, relative to `folder`, of all image files below it."""
-    return _files(folder)
+    return Listing(folder).files
 
 
-def _files(folder: pathlib.Path) -> list[str]:
-    """Sorted paths, relative to `folder`, of the image files below it that are not hidden."""
-    found, visited = [], set()
-    for path, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(path)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        if real in visited:  # symbolic links form a circle
-            folders[:] = []
+def _find_splits(
+    path: pathlib.Path, below: dict[str, Listing], notes: list[str]
+) -> dict[str, pathlib.Path]:
+    """The folder of every split; {}: the folders are no splits, but classes.
+
+    Raises:
+      InputError: the folders can be read in more than one way.
+    """
+    named = {name: split for name in below if (split := split_name(name))}
+    full = [name for name, listing in below.items() if listing.files]
+    splits = [name for name in named if name in full]
+    others = [name for name in full if name not in named]
+    if not splits:
+        return {}
+    if others:
+        if [named[name] for name in splits] == ["train"] and not below[splits[0]].inner:
+            notes.append(
+                f"{path / splits[0]} is taken as a class, since images lie right in the folder and "
+                f"beside {shorten(others)}"
+            )
+            return {}
+        raise InputError(
+            f"{path} has {shorten(splits)}, which are names of splits, beside images in "
+            f"{shorten(others)}. If these are classes of the training images, move them into "
+            f"{path.name}/train; if {splits[0]} is a class, rename it; else move the others away."
+        )
+    chosen: dict[str, pathlib.Path] = {}
+    for name, split in named.items():
+        if split in chosen:
+            raise InputError(
+                f"{path} has both {chosen[split].name} and {name}, which are names of the split "
+                f"{split}; keep one of them, or rename one."
+            )
+        chosen[split] = path / name
+    if "train" not in chosen:
+        raise InputError(
+            f"{path} has {shorten(splits)}, but no folder called train. Call the folder of the "
+            "training images train, or name the one folder to use in config.data.path."
+        )
+    return chosen
+
+
+def _refuse_inner_splits(path: pathlib.Path, below: dict[str, Listing]) -> None:
+    """Raises InputError where folders that would be classes hold the splits."""
+    full = {name: listing.inner for name, listing in below.items() if listing.files}
+    for name, inner in full.items():
+        splits = sorted(each for each in inner if split_name(each))
+        found = {split_name(each) for each in splits}
+        if "train" not in found or len(found) == 1:
             continue
-        visited.add(real)
-        found += [
-            os.path.relpath(os.path.join(path, name), folder)
-            for name in sorted(names)
-            if name.lower().endswith(ENDINGS) and not name.startswith(".")
-        ]
-    return found
+        if len(full) == 1:
+            raise InputError(
+                f"the splits {shorten(splits)} lie in {path / name}; set "
+                f"config.data.path={path / name}."
+            )
+        raise InputError(
+            f"{path / name} has {shorten(splits)}, which are names of splits, inside what would be "
+            "a class. Put the classes inside the splits, as in train/cat, or rename these folders."
+        )
+
+
+def refuse_inside(config: config_lib.Data, places: dict[str, str | pathlib.Path | None]) -> None:
+    """Raises InputError where files that a run writes would become images of a data folder.
+
+    `places` has the folders to be written, by the flag or field that named each.
+    """
+    if config.name != "folder" or not config.path:
+        return
+    data = files_lib.user_path(config.path).resolve()
+    for setting, given in places.items():
+        if given is None or "://" in str(given):
+            continue
+        place = files_lib.user_path(given).resolve()
+        inside = place.is_relative_to(data)
+        hidden = inside and any(part.startswith(".") for part in place.relative_to(data).parts)
+        pictures = any(data.is_relative_to(place / name) for name in ("samples", "probe"))
+        if (inside and not hidden) or pictures:
+            raise InputError(
+                f"{setting}={given} and config.data.path={config.path} lie in one another, so "
+                "pictures of the run would become data; take a folder outside the data."
+            )
+
+
+def _no_image(folder: pathlib.Path, endings: collections.Counter) -> str:
+    has = f"; it has {shorten(_counted(endings), room=60)}" if endings else ""
+    if any(endings[ending] for ending in APPLE_ENDINGS):
+        has += ", which needs pip install pillow-heif, registered in the configuration file"
+    return (
+        f"{folder} holds no image (no file ending in {', '.join(ENDINGS[:4])} or another ending of "
+        f"images that Pillow reads{has})."
+    )
+
+
+def _counted(counts: collections.Counter) -> list[str]:
+    return [f"{name} {count}" for name, count in counts.most_common()]
 
 
 def _class(file: str) -> str:

@@ -251,5 +251,5 @@ def _saved(path: pathlib.Path) -> dict[str, list[pathlib.Path]] | None:
             paths = [folder / entry["filename"] for entry in state["_data_files"]]
         if missing := [path for path in paths if not path.exists()]:
             raise InputError(f"{folder} is incomplete: {missing[0]} does not exist.")
-        found[shards.SPLIT_FOLDERS.get(split.lower(), split)] = paths
+        found[shards.SPLIT_OF.get(split.lower(), split)] = paths
     return found

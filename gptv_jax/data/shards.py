@@ -9,7 +9,8 @@ import re
 
 import numpy as np
 
-from gptv_jax.data.folder import SPLIT_FOLDERS, spread_classes
+from gptv_jax.data.folder import spread_classes
+from gptv_jax.data.listing import SPLIT_OF
 from gptv_jax.errors import InputError
 
 LOG = logging.getLogger(__name__)
@@ -86,7 +87,7 @@ def _split(file: pathlib.Path) -> str | None:
     # The name of the file says more than the names of folders, the nearest folder the most.
     for name in (file.name.partition(".")[0], *reversed(file.parts[:-1])):
         words = re.split(r"[^a-z]+", name.lower())
-        named = {SPLIT_FOLDERS[word] for word in words if word in SPLIT_FOLDERS}
+        named = {SPLIT_OF[word] for word in words if word in SPLIT_OF}
         if len(named) == 1:
             return named.pop()
     return None

@@ -8,21 +8,21 @@ import bisect
 import functools
 import itertools
 import pathlib
+import re
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from etils import epy
 
 from gptv_jax import config as config_lib
 from gptv_jax import files
+from gptv_jax.data.arrays import Arrays as Arrays  # a name of this module for its users
+from gptv_jax.data.arrays import ArraysSplit, data_path, digits, open_npz
 from gptv_jax.data.cache import TokenCache
 from gptv_jax.data.folder import ImageFolder
+from gptv_jax.data.listing import SPLIT_OF
 from gptv_jax.data.parquet import Tables
-from gptv_jax.errors import InputError, as_input_error, cut, first_line, shorten
-
-with epy.lazy_imports():  # slow to import, and only the digits need it
-    from sklearn import datasets, model_selection
+from gptv_jax.errors import InputError, cut, first_line, shorten
 
 SPLITS = ("train", "validation", "test")  # of a run; `config.data` gives an expression for each
 
@@ -55,84 +55,10 @@ class DataSet(Protocol):
     def open(self, split: str) -> Source: ...
 
 
-class Arrays:
-    """A data set in memory: `{"train": (images, labels), ...}`.
-
-    Images are uint8 [N, H, W, C], labels int [N] from 0, all None where the set is unlabelled.
-    """
-
-    stored_as = "pixels"
-
-    def __init__(self, splits: dict[str, tuple[np.ndarray, np.ndarray | None]]):
-        labels = [labels for _, labels in splits.values() if labels is not None]
-        if len(labels) not in (0, len(splits)):
-            raise InputError(f"of the splits {', '.join(splits)} some have labels and some do not.")
-        for name, (images, numbers) in splits.items():
-            accepted = images.ndim == 4 and images.dtype == np.uint8 and len(images) > 0
-            if accepted and numbers is not None:
-                accepted = numbers.shape == images.shape[:1] and numbers.dtype.kind in "iu"
-                accepted = accepted and numbers.min() >= 0
-            if not accepted:
-                shown = [f"{a.dtype} {list(a.shape)}" for a in splits[name] if a is not None]
-                raise InputError(
-                    f"split {name} holds images {' and labels '.join(shown)}; images must be uint8 "
-                    "[N, H, W, C] and labels whole numbers [N] from 0."
-                )
-        self.classes = 1 + max(int(array.max()) for array in labels) if labels else 0
-        self.class_names = ()
-        self.lengths = {name: len(images) for name, (images, _) in splits.items()}
-        self._splits = splits
-
-    def open(self, split: str) -> Source:
-        return _ArraysSplit(split, *self._splits[split])
-
-
-class _ArraysSplit:
-    def __init__(self, split: str, images, labels):
-        self.split, self.images, self.labels = split, images, labels
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> dict:
-        image = {"image": self.images[index]}
-        return image if self.labels is None else {**image, "label": np.int32(self.labels[index])}
-
-    def name(self, index: int) -> str:
-        return f"{self.split}[{index}]"
-
-
-def open_npz(config: config_lib.Data) -> Arrays:
-    """`Arrays` of an `.npz` file with `train_images`, `train_labels`, `test_images`, ..."""
-    path = _path(config)
-    with as_input_error(f"config.data.path={path} is no .npz file of arrays"):
-        arrays = files.read_arrays(path)
-    names = [key.removesuffix("_images") for key in arrays if key.endswith("_images")]
-    if not names:
-        found = shorten(key or "a single unnamed array" for key in arrays) or "no array"
-        raise InputError(
-            f"config.data.path={path} is no .npz file with an array called train_images; it holds "
-            f"{found}."
-        )
-    return Arrays({n: (arrays[f"{n}_images"], arrays.get(f"{n}_labels")) for n in names})
-
-
-def digits() -> Arrays:
-    """scikit-learn's handwritten digits: 1,797 real 8x8 images with the grey levels 0 to 16.
-
-    Alpaydin and Kaynak (1998), UCI; part of scikit-learn, so nothing is downloaded. The split into
-    1,197 / 200 / 400 is fixed: stratified by class, with seed 0.
-    """
-    data = datasets.load_digits()
-    images, labels = data.images.astype(np.uint8)[..., None], data.target.astype(np.int32)
-    rest, test = model_selection.train_test_split(
-        np.arange(len(labels)), test_size=400, stratify=labels, random_state=0
-    )
-    train, validation = model_selection.train_test_split(
-        rest, test_size=200, stratify=labels[rest], random_state=0
-    )
-    splits = {"train": train, "validation": validation, "test": test}
-    return Arrays({name: (images[rows], labels[rows]) for name, rows in splits.items()})
+def open_folder(config: config_lib.Data) -> ImageFolder:
+    """The folder of images, with its class folders or a CSV file as labels."""
+    labels_file = config.labels_file and files.user_path(config.labels_file)
+    return ImageFolder(data_path(config), config.labels, labels_file, config.ignore_label)
 
 
 class Tfds:
@@ -187,7 +113,7 @@ def _tfds(config: config_lib.Data) -> Tfds:
     return Tfds(config.name, config.dir and str(files.user_place(config.dir)))
 
 
-class _TfdsSplit(_ArraysSplit):
+class _TfdsSplit(ArraysSplit):
     """TFDS reads an image and its label together, as one element of `images`."""
 
     def __getitem__(self, index: int) -> dict:
@@ -213,6 +139,10 @@ class Selected:
         self.classes = data_set.classes if labels else 0
         self.class_names = data_set.class_names if labels else ()
         parts = _resolve(expression, data_set.lengths)
+        if not sum(len(rows) for _, rows in parts):
+            shown = _shown(data_set.lengths)
+            raise InputError(f"split {expression!r} names no image of: {shown}.")
+        self.expression, self.splits = expression, {split for split, _ in parts}
         self._parts = [(data_set.open(split), rows) for split, rows in parts]
         self._ends = list(itertools.accumulate(len(rows) for _, rows in self._parts))
 
@@ -225,15 +155,29 @@ class Selected:
         return example if self.classes else {"image": example["image"]}
 
     def label_counts(self) -> np.ndarray | None:
-        """Number of examples of each class, int64 [C].
+        """Number of examples of each class, int64 [C]; examples with a negative label are left out.
 
         None where there are no classes, or where the labels are not in memory, as in TFDS's files.
         """
+        labels = self._labels()
+        if labels is None:
+            return None
+        return np.bincount(labels[labels >= 0], minlength=self.classes)
+
+    def has_labels(self) -> bool:
+        """Whether the labels are numbers of classes; of labels in files, the first and last are."""
+        labels = self._labels()
+        if labels is None:
+            labels = np.array([self[i].get("label", -1) for i in (0, len(self) - 1)])
+        return bool(labels.min() >= 0 and labels.max() < self.classes)
+
+    def _labels(self) -> np.ndarray | None:
+        """The labels where they are in memory."""
         labels = [getattr(source, "labels", None) for source, _ in self._parts]
         if not self.classes or not all(isinstance(each, np.ndarray) for each in labels):
             return None
-        rows = [each[list(rows)] for each, (_, rows) in zip(labels, self._parts, strict=True)]
-        return np.bincount(np.concatenate(rows), minlength=self.classes)
+        parts = zip(labels, self._parts, strict=True)
+        return np.concatenate([each[rows.start : rows.stop] for each, (_, rows) in parts])
 
     def name(self, index: int) -> str:
         source, row = self._locate(index)
@@ -248,49 +192,51 @@ class Selected:
 
 
 def _resolve(expression: str, lengths: dict[str, int]) -> list[tuple[str, range]]:
-    """Names of splits and their selected rows, read as TFDS reads the expression."""
+    """Names of splits and their selected rows, which may be none, read as TFDS reads expressions.
+
+    Other names of a split, such as valid, stand for the split.
+    """
+    for name, split in SPLIT_OF.items():
+        if name not in lengths and split in lengths:
+            expression = re.sub(rf"(?:^|(?<=\+)){name}(?=[\[+]|$)", split, expression)
     if expression in lengths:  # without importing TFDS, which takes seconds
         return [(expression, range(lengths[expression]))]
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core.splits import SplitInfo
 
     infos = {s: SplitInfo(name=s, shard_lengths=[n], num_bytes=0) for s, n in lengths.items()}
-    shown = shorten(f"{split} ({n} images)" for split, n in lengths.items())
     try:
         found = tfds.core.ReadInstruction.from_spec(expression).to_absolute(infos)
     except (ValueError, AssertionError) as error:
         raise InputError(
             f"split {expression!r} cannot be read; it takes an expression such as "
-            f'"train[:90%]" over the splits of this data set: {shown}.'
+            f'"train[:90%]" over the splits of this data set: {_shown(lengths)}.'
         ) from error
-    parts = [(p.splitname, range(lengths[p.splitname])[p.from_ : p.to]) for p in found]
-    if not sum(len(rows) for _, rows in parts):
-        raise InputError(f"split {expression!r} names no image of: {shown}.")
-    return parts
+    return [(p.splitname, range(lengths[p.splitname])[p.from_ : p.to]) for p in found]
 
 
-def _path(config: config_lib.Data, pattern: bool = False) -> pathlib.Path:
-    """`config.data.path`, which exists unless it may be a pattern of file names."""
-    if config.path is None:
-        raise InputError(f"config.data.name={config.name} needs config.data.path.")
-    path = files.user_path(config.path)
-    if not path.exists() and not (pattern and set("*?{") & set(path.name)):
-        raise InputError(f"config.data.path={path} does not exist.")
-    return path
+def _shown(lengths: dict[str, int]) -> str:
+    return shorten(f"{split} ({count} images)" for split, count in lengths.items())
 
 
 SETS: dict[str, Callable[[config_lib.Data], DataSet]] = {
     "digits": lambda config: digits(),
     "arrays": open_npz,
-    "folder": lambda config: ImageFolder(_path(config), labels=config.labels),
-    "parquet": lambda config: Tables(_path(config, pattern=True), labels=config.labels),
-    "tokens": lambda config: TokenCache(_path(config)),
+    "folder": open_folder,
+    "parquet": lambda config: Tables(data_path(config, pattern=True), labels=config.labels),
+    "tokens": lambda config: TokenCache(data_path(config)),
 }
 
 
 @functools.lru_cache(maxsize=8)
 def open_data_set(config: config_lib.Data) -> DataSet:
     """The data set that the config names; a process opens each data set once."""
+    for field, names in (("labels_file", ("folder",)), ("ignore_label", ("folder", "arrays"))):
+        if getattr(config, field) is not None and config.name not in names:
+            raise InputError(
+                f"config.data.{field}={getattr(config, field)} is for config.data.name="
+                f"{' or '.join(names)}, but config.data.name={config.name}; leave the field out."
+            )
     return SETS[config.name](config) if config.name in SETS else _tfds(config)
 
 
@@ -298,3 +244,34 @@ def open_source(config: config_lib.Data, split: str) -> Selected:
     """The examples of a split of `SPLITS` as the config defines it, or of a split expression."""
     expression = getattr(config, f"{split}_split") if split in SPLITS else split
     return Selected(open_data_set(config), expression, config.labels)
+
+
+def open_splits(config: config_lib.Data) -> dict[str, Selected]:
+    """The examples of every split of `SPLITS`.
+
+    Raises:
+      InputError: a split has no image; the message has the number of images of every split.
+    """
+    lengths = open_data_set(config).lengths
+    taken = {f"{split}_split": getattr(config, f"{split}_split") for split in SPLITS}
+    counts = {n: sum(len(rows) for _, rows in _resolve(e, lengths)) for n, e in taken.items()}
+    if not all(counts.values()):
+        own = ("train[:-2]", "train[-2:-1]", "train[-1:]")  # of three images or more
+        fitting = " ".join(f"--config.data.{n}={e}" for n, e in zip(taken, own, strict=True))
+        advice = f", or set {fitting}" if lengths.get("train", 0) >= len(own) else ""
+        found = ", ".join(f"{n}={taken[n]} takes {count}" for n, count in counts.items())
+        raise InputError(
+            f"each split needs 1 image, but of {_shown(lengths)} {found}. Add images{advice}."
+        )
+    return {split: open_source(config, split) for split in SPLITS}
+
+
+def check_labels(config: config_lib.Data, opened: dict[str, Selected]) -> None:
+    """Raises InputError where a split has other labels than the numbers of the classes."""
+    for split, source in opened.items():
+        if not source.has_labels():
+            given = f"config.data.{split}_split={getattr(config, f'{split}_split')}"
+            raise InputError(
+                f"{given} has images without a label (-1, or no number of the {source.classes} "
+                "classes). Take a split with labels, or ignore all by config.data.labels=False."
+            )

@@ -11,9 +11,10 @@ import numpy as np
 from gptv_jax import config as config_lib
 from gptv_jax import files, hosts, sharding, tokens, weights
 from gptv_jax.config import fields, rules
-from gptv_jax.data import pipeline, sources, transforms
+from gptv_jax.data import inventory, pipeline, sources, transforms
 from gptv_jax.data.cache import TokenCache
 from gptv_jax.data.damage import DamageLog
+from gptv_jax.data.folder import refuse_inside
 from gptv_jax.data.pipeline import Pipeline
 from gptv_jax.decode.sampler import check_guidable
 from gptv_jax.errors import InputError, list_differences, shorten
@@ -41,6 +42,8 @@ def open_run(config: config_lib.Config, workdir: str, wanted: list[str] | None =
     if config.init_from:  # process 0 downloads first what lies on the Hugging Face Hub
         missing = f"config.init_from={config.init_from} does not exist"
         hosts.from_first(lambda: str(weights.locate(config.init_from, missing)))
+    written = {"--workdir": workdir, "config.checkpoint_dir": config.checkpoint_dir}
+    refuse_inside(config.data, written)
     folder = RunFolder(config, workdir)
     try:
         return _open(config, folder, wanted)
@@ -52,12 +55,16 @@ def open_run(config: config_lib.Config, workdir: str, wanted: list[str] | None =
 def _open(config: config_lib.Config, folder: RunFolder, wanted: list[str] | None) -> Context:
     """As `open_run`, which has checked the processes' settings."""
     mesh = sharding.make_mesh(config.mesh)
-    opened = hosts.on_all(  # the place of the data may differ between processes
-        lambda: {split: sources.open_source(config.data, split) for split in sources.SPLITS}
-    )
+    # The place of the data may differ between processes.
+    opened = hosts.on_all(lambda: sources.open_splits(config.data))
+    held = inventory.take(sources.open_data_set(config.data), opened)
+    if jax.process_index() == 0:
+        inventory.log(config.data, held, opened)
     classes, class_names = opened["train"].classes, opened["train"].class_names
     rules.check_classes(config, classes)
     stages = choose_stages(config, classes, wanted)
+    if classes and (config.model.class_tokens or {"probe", "finetune"} & set(stages)):
+        hosts.on_all(lambda: sources.check_labels(config.data, opened))
     data = {
         "images": {split: len(source) for split, source in opened.items()},
         "classes": list(class_names) or classes,
@@ -70,7 +77,7 @@ def _open(config: config_lib.Config, folder: RunFolder, wanted: list[str] | None
         check_guidable(config.model, f"config.sample.guidance is {config.sample.guidance:g}")
     for entries in _training_transforms(config, stages):
         transforms.check(entries, config.data.eval_transforms)
-    hosts.from_first(lambda: _prepare(config, folder, stages, data, found))
+    hosts.from_first(lambda: _prepare(config, folder, stages, data, found, held))
     # Every process writes the names of the damaged images that it meets.
     hosts.on_all(lambda: files.claim(folder.path, "--workdir"))
     images = Pipeline(config.data, None, config.seed, folder.path, sharding.batch_share(mesh))
@@ -218,7 +225,7 @@ def _impossible(config: config_lib.Config, classes: int) -> dict[str, str]:
 
 def check_same_settings(config: config_lib.Config) -> None:
     """Raises InputError where processes have different settings, the place of the data apart."""
-    place = ("config.data.dir", "config.data.path")
+    place = ("config.data.dir", "config.data.path", "config.data.labels_file")
     own = {k: v for k, v in fields.flatten(config, "config.").items() if k not in place}
     first, *others = hosts.from_all(own)
     if differing := [line for other in others for line in list_differences(first, other)]:
@@ -234,6 +241,7 @@ def _prepare(
     stages: list[str],
     data: dict,
     found_changes: changes.Changes,
+    held: dict,
 ) -> None:
     """Finds or makes the codec, checks it and the pretrained weights, and claims the folder."""
     # A palette or tokenizer in the folder that other settings or fewer steps made does not count.
@@ -257,6 +265,7 @@ def _prepare(
         found_changes.fields,
         lambda: changes.clear(folder, found_changes),
         anew=found_changes.anew,
+        found=held,
     )
     if not found and not trained_here:
         found = build_codec(config, DamageLog(config.data, folder.path))

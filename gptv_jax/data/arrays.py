@@ -1,0 +1,166 @@
+"""Arrays in memory as data sets: `.npz` files and the digits."""
+
+import pathlib
+
+import numpy as np
+from etils import epy
+
+from gptv_jax import config as config_lib
+from gptv_jax import files
+from gptv_jax.data import labels as labels_lib
+from gptv_jax.data.listing import split_name
+from gptv_jax.errors import InputError, as_input_error, shorten
+
+with epy.lazy_imports():  # slow to import, and only the digits need it
+    from sklearn import datasets, model_selection
+
+
+class Arrays:
+    """A data set in memory: `{"train": (images, labels), ...}`.
+
+    Images are uint8 [N, H, W, C]; labels are whole numbers or names [N], all None where the set is
+    unlabelled. Images with the label `ignore_label` are left out. Numbers that do not count from 0
+    and names are numbered (see `labels.number`); the original values become `class_names`. `notes`
+    are sentences about what a user may not expect.
+    """
+
+    stored_as = "pixels"
+
+    def __init__(
+        self,
+        splits: dict[str, tuple[np.ndarray, np.ndarray | None]],
+        ignore_label: int | None = None,
+    ):
+        self.notes: list[str] = []
+        for name, (images, _) in splits.items():
+            _check_images(name, images)
+        given = {name: array for name, (_, array) in splits.items() if array is not None}
+        if len(given) not in (0, len(splits)):
+            without = shorten(name for name in splits if name not in given)
+            raise InputError(
+                f"of the splits {', '.join(splits)} some have labels and some do not: {without}. "
+                "Store the labels of all, or ignore all by config.data.labels=False."
+            )
+        labels = {n: labels_lib.as_vector(n, a, len(splits[n][0])) for n, a in given.items()}
+        images = {name: array for name, (array, _) in splits.items()}
+        for name, array in list(labels.items()) if ignore_label is not None else ():
+            kept = array != (str(ignore_label) if array.dtype.kind == "U" else ignore_label)
+            if not kept.all():
+                self.notes.append(
+                    f"{np.count_nonzero(~kept)} of {len(kept)} images of the split {name} have the "
+                    f"label {ignore_label} and are left out"
+                )
+                images[name], labels[name] = images[name][kept], array[kept]
+            if not kept.any():
+                del images[name], labels[name]
+        if not images:
+            raise InputError(f"all images have the label config.data.ignore_label={ignore_label}.")
+        self.classes, self.class_names = 0, ()
+        if labels:
+            labels, self.classes, self.class_names = labels_lib.number(labels, self.notes)
+        self.lengths = {name: len(array) for name, array in images.items()}
+        self._splits = {name: (array, labels.get(name)) for name, array in images.items()}
+
+    def open(self, split: str) -> "ArraysSplit":
+        return ArraysSplit(split, *self._splits[split])
+
+
+class ArraysSplit:
+    """The images of a split, and its labels, int [N], or None."""
+
+    def __init__(self, split: str, images, labels):
+        self.split, self.images, self.labels = split, images, labels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict:
+        image = {"image": self.images[index]}
+        return image if self.labels is None else {**image, "label": np.int32(self.labels[index])}
+
+    def name(self, index: int) -> str:
+        return f"{self.split}[{index}]"
+
+
+def _check_images(split: str, images: np.ndarray) -> None:
+    """Raises InputError, with the expression that helps, unless images are uint8 [N, H, W, C]."""
+    shape, kind = images.shape, images.dtype.kind
+    wanted = "images must be uint8 [N, H, W, C] with 1 to 4 channels C"
+    if images.ndim == 3:
+        advice = "; store images[..., None] of grey images"
+    elif images.ndim == 4 and shape[-1] > 4 and shape[1] <= 4:
+        advice = "; with channels first, store images.transpose(0, 2, 3, 1)"
+    elif images.ndim != 4 or not 1 <= shape[-1] <= 4 or not images.size or kind not in "biuf":
+        advice = ""
+    elif images.dtype == np.uint8:
+        return
+    else:
+        low, high = float(images.min()), float(images.max())
+        advice = f", and their values reach from {low:g} to {high:g}"
+        if kind in "bf" and low >= 0 and high <= 1:
+            advice += "; store (images * 255).round().astype('uint8')"
+        elif kind == "f" and low >= -1 and high <= 1:
+            advice += "; store ((images + 1) * 127.5).round().astype('uint8')"
+        elif low >= 0 and high <= 255:
+            advice += "; store images.round().astype('uint8')"
+        elif low >= 0 and high <= 65535:
+            advice += "; if white is 65535, store (images / 257).round().astype('uint8')"
+    raise InputError(f"split {split} holds images {images.dtype} {list(shape)}{advice}; {wanted}.")
+
+
+def open_npz(config: config_lib.Data) -> Arrays:
+    """`Arrays` of an `.npz` file with `train_images`, `train_labels`, `test_images`, ..."""
+    path = data_path(config)
+    with as_input_error(f"config.data.path={path} is no .npz file of arrays"):
+        try:
+            arrays = files.read_arrays(path)
+        except ValueError as error:
+            if "Object arrays" not in str(error):
+                raise
+            raise InputError(
+                f"config.data.path={path} holds arrays of Python objects. Store images of one size "
+                "as uint8 [N, H, W, C] by np.stack, labels as numbers or text; or store images of "
+                "several sizes as files and take config.data.name=folder."
+            ) from error
+    names = [key.removesuffix("_images") for key in arrays if key.endswith("_images")]
+    if not names:
+        found = shorten(key or "a single unnamed array" for key in arrays) or "no array"
+        raise InputError(
+            f"config.data.path={path} is no .npz file with an array called train_images; it holds "
+            f"{found}."
+        )
+    splits = {n: arrays.get(f"{n}_labels") if config.labels else None for n in names}
+    for name in names:
+        split = split_name(name) or name
+        if split not in names:  # MedMNIST calls a split val
+            splits[split] = splits.pop(name)
+            arrays[f"{split}_images"] = arrays[f"{name}_images"]
+    return Arrays({n: (arrays[f"{n}_images"], a) for n, a in splits.items()}, config.ignore_label)
+
+
+def digits() -> Arrays:
+    """scikit-learn's handwritten digits: 1,797 real 8x8 images with the grey levels 0 to 16.
+
+    Alpaydin and Kaynak (1998), UCI; part of scikit-learn, so nothing is downloaded. The split into
+    1,197 / 200 / 400 is fixed: stratified by class, with seed 0.
+    """
+    data = datasets.load_digits()
+    images, labels = data.images.astype(np.uint8)[..., None], data.target.astype(np.int32)
+    rest, test = model_selection.train_test_split(
+        np.arange(len(labels)), test_size=400, stratify=labels, random_state=0
+    )
+    train, validation = model_selection.train_test_split(
+        rest, test_size=200, stratify=labels[rest], random_state=0
+    )
+    splits = {"train": train, "validation": validation, "test": test}
+    return Arrays({name: (images[rows], labels[rows]) for name, rows in splits.items()})
+
+
+def data_path(config: config_lib.Data, pattern: bool = False) -> pathlib.Path:
+    """`config.data.path`, which exists unless it may be a pattern of file names."""
+    if config.path is None:
+        raise InputError(f"config.data.name={config.name} needs config.data.path.")
+    path = files.user_path(config.path)
+    if not path.exists() and not (pattern and set("*?{") & set(path.name)):
+        raise InputError(f"config.data.path={path} does not exist.")
+    return path

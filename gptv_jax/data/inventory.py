@@ -1,0 +1,66 @@
+"""What the data of a run hold: the splits, the classes, and what was left out."""
+
+import logging
+from collections.abc import Sequence
+
+from gptv_jax import config as config_lib
+from gptv_jax.data import sources
+
+LOG = logging.getLogger(__name__)
+SHOWN = 10  # classes of a line of the log
+
+
+def take(data_set: sources.DataSet, opened: dict[str, sources.Selected]) -> dict:
+    """What was found, for config.json; `runs.record.RunFolder.claim` lists the keys.
+
+    `opened` are the splits of the run.
+    """
+    counts = {split: source.label_counts() for split, source in opened.items()}
+    return {
+        "images": dict(data_set.lengths),
+        "by_class": {s: each.tolist() for s, each in counts.items() if each is not None},
+        "left_out": list(getattr(data_set, "left_out", ())),
+        "notes": list(getattr(data_set, "notes", ())),
+    }
+
+
+def log(config: config_lib.Data, found: dict, opened: dict[str, sources.Selected]) -> None:
+    """Logs one line on the splits and classes of a run, and warns of what users may not expect."""
+    images = [
+        f"{split} {len(source)}" + f" ({source.expression})" * (source.expression != split)
+        for split, source in opened.items()
+    ]
+    source = opened.get("train") or next(iter(opened.values()))
+    names = source.class_names or tuple(map(str, range(source.classes)))
+    counts = found["by_class"].get("train")
+    classes, counted = f"{source.classes} classes", names
+    if counts:
+        classes += " with training images"
+        counted = [f"{name} {count}" for name, count in zip(names, counts, strict=True)]
+    parts = [
+        f"images: {', '.join(images)}",
+        f"{classes}: {_first(counted)}" if names else "no labels",
+        *(f"left out: {each}" for each in found["left_out"]),
+    ]
+    LOG.info("data %s: %s", config.path or config.name, "; ".join(parts))
+    warnings = [*found["notes"], *_unused(opened, found["images"])]
+    if empty := [name for name, count in zip(names, counts or (), strict=False) if not count]:
+        warnings.append(f"classes without a training image: {_first(empty)}")
+    for warning in warnings:
+        LOG.warning("data: %s.", warning)
+
+
+def _first(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+def _unused(opened: dict[str, sources.Selected], lengths: dict[str, int]) -> list[str]:
+    """A sentence where the data have splits to evaluate on that the run does not use."""
+    used = set().union(*(source.splits for source in opened.values()))
+    unused = [split for split in ("validation", "test") if split in lengths and split not in used]
+    if not unused:
+        return []
+    flags = " ".join(f"--config.data.{split}_split={split}" for split in ("train", *unused))
+    own = " and ".join(unused)
+    return [f"the run does not use the data's own {own} images; they are taken by {flags}"]
