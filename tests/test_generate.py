@@ -79,6 +79,9 @@ def test_images_are_written_and_compared_and_a_later_call_draws_the_missing_batc
     seen = f"--config.generate.features={finished_run.folder}"
     more = generate(folder, "--config.generate.count=14", *sizes[1:], seen)
     assert more["generate/count"] == 14 and lost.read_bytes() == kept
+    # Numbers carry the name of their features, so that a distance of pixels is no FID.
+    assert found["generate/features"] == quality["features"] == pixels((8, 8, 1)).name
+    assert more["generate/features"] != found["generate/features"]
     assert first.stat().st_mtime_ns == before
     np.testing.assert_array_equal(np.load(made / "samples.npz")["arr_0"][:10], samples)
     assert more["generate/inception_score"] >= 1

@@ -69,6 +69,16 @@ def test_passing_over_a_damaged_checkpoint_loses_more_and_counts_nothing_twice(c
     assert third.numbers(1.0)["steps_redone"] == 20 + 20
 
 
+def test_what_a_kill_lost_is_at_least_what_the_session_had_noted(clock, tmp_path):
+    first = session(clock, tmp_path, 100, restored=0, saved=0, seen=160, last=30)
+    assert not first.lost_at_least  # no session was before
+    killed = session(clock, tmp_path, 200, restored=20, saved=140, seen=230, last=25)
+    assert killed.lost_at_least and killed.lost == (10, 20.0)
+    killed.seen(25, ended=True)
+    after = Sessions(tmp_path, "pretrain", began=300.0, step=25, saved=230.0)
+    assert not after.lost_at_least and after.lost == (0, 0.0)
+
+
 def test_trainings_are_kept_apart(clock, tmp_path):
     session(clock, tmp_path, 100, restored=0, saved=0, seen=160, last=30)
     other = Sessions(tmp_path, "finetune", began=200.0, step=0, saved=0.0)

@@ -251,6 +251,9 @@ def test_two_processes_continue_the_run_of_four_through_all_stages(start, broken
     for name in ("unconditional", "completions"):
         picture = pathlib.Path("samples") / f"{name}.png"
         assert (folder / picture).read_bytes() == (alone / picture).read_bytes()
+    for stage in ("probe", "finetune"):  # every test image counts once, as of one process
+        confusions = [(f / stage / "confusion.json").read_text() for f in (folder, alone)]
+        assert confusions[0] == confusions[1]
     written = [{path.name for path in f.iterdir()} for f in (folder, alone)]
     assert written[0] == written[1]
 

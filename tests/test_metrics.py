@@ -199,3 +199,33 @@ def test_progress_without_a_terminal_logs_a_line_for_each_report(caplog):
         progress.close()
     (record,) = caplog.records
     assert record.getMessage() == "pretrain 20/100  loss 1.235"
+
+
+def test_a_line_has_the_loss_then_validation_then_speed_and_the_time_left(caplog, monkeypatch):
+    now = iter([0.0, 10.0, 20.0])
+    monkeypatch.setattr(metrics, "time", types.SimpleNamespace(monotonic=lambda: next(now)))
+    progress = metrics.Progress("finetune", 100)
+    values = {"accuracy": 0.5, "class_nats": 2.25, "grad_norm": 9.0, "nats_per_token": 1.5}
+    values |= {"mfu": None, "tokens_per_second": 13_420.0}
+    evaluations = [
+        {"step": s, "nats_per_token": 1.0, "accuracy": a} for s, a in ((0, 0.5), (20, 0.25))
+    ]
+    with caplog.at_level(logging.INFO, "gptv_jax"):
+        progress.report(10, values)
+        progress.evaluated(evaluations[:1], evaluations[0])
+        progress.evaluated(evaluations, evaluations[0])
+        progress.evaluated(evaluations, evaluations[0], quiet=True)
+        progress.report(20, values)
+        progress.report(100, values | {"mfu": 0.4})
+    assert [record.getMessage() for record in caplog.records] == [
+        "finetune 10/100  loss 2.250  13.4k tokens/s",
+        "finetune 0/100 validation: accuracy 50.0% (best so far), nats_per_token 1.000",
+        "finetune 20/100 validation: accuracy 25.0% (best 50.0% at 0), nats_per_token 1.000",
+        "finetune 20/100  loss 2.250  val 25.0%  best 50.0%  13.4k tokens/s  80s left",
+        "finetune 100/100  loss 2.250  val 25.0%  best 50.0%  13.4k tokens/s  0s left  MFU 40.0%",
+    ]
+
+
+def test_durations_have_two_digits():
+    seconds = (9, 99, 100, 6_000, 360_000, 8_640_000)
+    assert [metrics.duration(s) for s in seconds] == ["9s", "99s", "2m", "2h", "4d", "100d"]

@@ -306,6 +306,10 @@ def test_the_stage_writes_its_numbers_and_files(request, tmp_path, monkeypatch, 
     for per_class in config.probe.labels_per_class:
         name = f"probe/labels_{per_class}_test_accuracy"
         assert 0 < summary[name] < 1 and summary[f"{name}_deviation"] >= 0
+    matrix = json.loads((run.folder.path / "probe" / "confusion.json").read_text())["confusion"]
+    right = np.trace(matrix) / summary["probe/test_images"]
+    assert np.sum(matrix) == summary["probe/test_images"] == 400
+    assert right == pytest.approx(summary["probe/test_accuracy"])
     assert (run.folder.path / "probe" / "layers.png").exists()
     assert "ridge, test" in (run.folder.path / "report.html").read_text()
 

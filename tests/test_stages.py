@@ -25,9 +25,9 @@ from gptv_jax.data.pipeline import Pipeline
 from gptv_jax.decode import generation
 from gptv_jax.decode.sampler import Sampler
 from gptv_jax.errors import InputError
-from gptv_jax.runs import pictures
+from gptv_jax.runs import accuracy, pictures
 from gptv_jax.runs.record import config_of
-from gptv_jax.stages import pretrain, probe, sample, setup
+from gptv_jax.stages import finetune, pretrain, probe, reports, sample, setup
 from gptv_jax.train import loop
 from gptv_jax.train.metrics import MetricWriter
 from gptv_jax.train.step import CLASSIFICATION
@@ -397,3 +397,51 @@ def test_each_process_decodes_its_share_of_the_test_images_alone():
     whole, shares = statistics(0, 1), [statistics(i, 2) for i in range(2)]
     assert whole.images == sum(share.images for share in shares) == 400
     np.testing.assert_array_equal(whole.counts, sum(share.counts for share in shares))
+
+
+@pytest.mark.process
+def test_without_scratch_one_network_is_tuned_and_the_report_names_its_classes(
+    finished_run, tmp_path
+):
+    config = config_of(finished_run.folder)
+    tuning = dataclasses.replace(config.finetune, scratch=False)
+    config = dataclasses.replace(config, init_from=str(finished_run.folder), finetune=tuning)
+    run = setup.open_run(config, str(tmp_path), ["finetune"])
+    run = dataclasses.replace(run, class_names=tuple("abcdefghij"))
+    with jax.set_mesh(run.mesh):
+        run.finish("finetune", finetune.run_stage(run))
+    reports.write(run)
+    summary, page = run.folder.summary(), (tmp_path / "report.html").read_text()
+    known = {k: v for k, v in finished_run.summary.items() if k.startswith("finetune/")}
+    scratch = {k for k in known if k.startswith("finetune/scratch_")}
+    assert summary.keys() >= known.keys() - scratch and not summary.keys() & scratch
+    assert summary["finetune/test_accuracy"] == known["finetune/test_accuracy"]
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"finetune"}
+    error = f"± {summary['finetune/test_accuracy_standard_error']:.2%}"
+    assert error in page and "<td>j</td>" in page and "from scratch" not in page
+    assert "1,197 train, 200 validation, 400 test" in page
+
+
+def test_a_report_lists_the_worst_of_many_classes_and_names_every_confusion(tmp_path):
+    matrix = 5 * np.eye(40, dtype=int)
+    matrix[7, 7], matrix[7, 8] = 1, 4
+    names = [f"class <{c}>" for c in range(40)]
+    accuracy.write(tmp_path / "finetune", matrix, names, None)
+    event = {"stage": "finetune", "step": 0, "validation_accuracy": 0.5}
+    results = reports.Results(config_lib.Config(), tmp_path, {}, [event])
+    content, _ = reports.finetune(results)
+    assert content.count("<img") == 1  # the curve; a matrix of 40 classes would be illegible
+    assert "<td>class &lt;7&gt;</td><td></td><td>5</td><td>20.00%" in content
+    assert "<td>class &lt;7&gt;</td><td>class &lt;8&gt;</td><td>4</td>" in content
+    accuracy.write(tmp_path / "finetune", matrix[:9, :9], names[:9], None)
+    assert reports.finetune(results)[0].count("<img") == 2
+
+
+def test_captions_name_the_classes_where_they_have_names(tmp_path):
+    model = config_lib.Model(class_tokens=3)
+    results = reports.Results(config_lib.Config(model=model), tmp_path, {}, [])
+    assert [results.class_name(label) for label in (0, 2)] == ["0", "2"]
+    (tmp_path / "config.json").write_text(json.dumps({"classes": ["cat", "dog", "owl"]}))
+    pictures.save(np.zeros((4, 4, 3), np.uint8), tmp_path / "samples" / "classes.png")
+    results = dataclasses.replace(results)
+    assert "each row shows one class: cat, dog, owl." in reports.sample(results)[0]

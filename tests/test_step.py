@@ -250,6 +250,19 @@ def test_evaluation_without_a_class_head_counts_no_classes():
     assert sums.keys() == {"nats_per_token", "images"}
 
 
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2)])
+def test_an_evaluation_counts_which_class_is_taken_for_which(mesh, evaluated):
+    network, _, batch, output = evaluated
+    with jax.set_mesh(make_mesh(mesh)):
+        metric = step.make_metric(network, confusion=True)
+        sums = metric.sums(random_params(network), iter([batch, batch]))
+    chosen, wanted = np.argmax(output.class_logits, axis=-1), np.zeros((5, 5), int)
+    np.add.at(wanted, (batch["label"], chosen), 2 * batch["mask"].astype(int))
+    np.testing.assert_array_equal(sums["confusion"], wanted)
+    assert wanted.sum() == sums["images"] == 14 and np.trace(wanted) == sums["accuracy"]
+    assert metric.result(sums).keys() == {"nats_per_token", "accuracy", "class_nats"}
+
+
 def test_a_metric_adds_up_a_split_and_names_the_numbers_that_rank_checkpoints(evaluated):
     network, params, _, _ = evaluated
     batches = [random_batch(network, seed=seed) for seed in range(3)]

@@ -80,6 +80,8 @@ class Finetune:
     # Evaluations without a better validation accuracy after which it stops; 0: never.
     patience: int = field(5, FROM_ZERO)
     standardize: bool = False  # centre and scale the head's input by its statistics at the start
+    # Trains the network from scratch as well, for comparison, which takes as long again.
+    scratch: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +146,8 @@ class Config:
     init_from: str | None = None
     # Where checkpoints are, of this run alone; None: checkpoints/ in the run folder.
     checkpoint_dir: str | None = field(None, PLACE, free=True)
+    # Project of Weights & Biases that gets a copy of the log; pip install wandb.
+    wandb: str | None = field(None, free=True)
     data: Data = dataclasses.field(default_factory=Data)
     tokens: Tokens = dataclasses.field(default_factory=Tokens)
     model: Model = dataclasses.field(default_factory=Model)

@@ -7,6 +7,7 @@ Letters: G groups of N layers each, R learning rates, B batch, T tokens, D width
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 
 import jax
@@ -118,11 +119,13 @@ def fit(
     training: Callable[[int], Iterator[dict]],  # augmented batches, as `loop.fit` takes them
     evaluation: Batches,
     seed: int,
+    found: Callable[[np.ndarray], None] = lambda confusion: None,
 ) -> dict[Group, dict]:
     """{"learning_rate", "validation_accuracy", "validation_nats", "test_accuracy"} of each group.
 
     All heads are trained to the end of the schedule; of each group's rates the best by `preference`
-    is taken. Continues and raises as `loop.fit` does.
+    is taken. `found` is called with the `objective.confusion` of the test images by the best single
+    layer, unless there are too many classes. Continues and raises as `loop.fit` does.
     """
     settings, (optimizer, rate) = heads.config.sgd, make_optimizer(heads.config.sgd)
     train_step = step.make_train_step(make_loss(heads), optimizer, rate, seed=seed)
@@ -139,15 +142,17 @@ def fit(
             state["params"] = heads.standardised(state["params"], images)
         return state
 
-    def evaluate(weights: dict, split: str = "validation") -> dict[str, dict]:
-        sums = total(eval_step(weights, frozen, batch) for batch in on_mesh(evaluation(split)))
-        images = sums.pop("images")
-        return jax.tree.map(lambda x: x.astype(np.float64) / images, sums)
+    def evaluate(weights: dict, split: str = "validation", shown: int = 0) -> dict:
+        head, batches = np.int32(shown), on_mesh(evaluation(split))
+        sums = total(eval_step(weights, frozen, batch, head) for batch in batches)
+        images, confusion = sums.pop("images"), sums.pop("confusion", None)
+        means = jax.tree.map(lambda x: x.astype(np.float64) / images, sums)
+        return means | {"confusion": confusion}
 
     def best(weights: dict) -> dict[str, float]:
-        found = evaluate(weights)
-        accuracy = max(float(x.max()) for x in found["accuracy"].values())
-        nats = min(float(x.min()) for x in found["class_nats"].values())
+        numbers = evaluate(weights)
+        accuracy = max(float(x.max()) for x in numbers["accuracy"].values())
+        nats = min(float(x.min()) for x in numbers["class_nats"].values())
         return {"best_accuracy": accuracy, "best_class_nats": nats}
 
     shared = ("steps", "batch_size", "eval_every", "checkpoint_every", "log_every")
@@ -164,20 +169,28 @@ def fit(
         batches=training,
         evaluate=best,
     )
-    validation, test = (evaluate(fitted.params, split) for split in ("validation", "test"))
-    columns = {
-        "validation_accuracy": validation["accuracy"],
-        "validation_nats": validation["class_nats"],
-        "test_accuracy": test["accuracy"],
-    }
-    chosen = {}
+    validation, chosen, numbers = evaluate(fitted.params), {}, itertools.count()
     for name, groups in heads.stacks().items():
+        accuracy, nats = validation["accuracy"][name], validation["class_nats"][name]
         for g, group in enumerate(groups):
             rows = [
-                {"learning_rate": rate} | {k: float(v[name][g, r]) for k, v in columns.items()}
+                {
+                    "learning_rate": rate,
+                    "validation_accuracy": float(accuracy[g, r]),
+                    "validation_nats": float(nats[g, r]),
+                    "head": (name, g, r, next(numbers)),
+                }
                 for r, rate in enumerate(settings.learning_rates)
             ]
             chosen[group] = max(rows, key=preference)
+    single = [row for group, row in chosen.items() if len(group) == 1]
+    best = max(single, key=preference)
+    test = evaluate(fitted.params, "test", shown=best["head"][-1])
+    for row in chosen.values():
+        name, g, r, _ = row.pop("head")
+        row["test_accuracy"] = float(test["accuracy"][name][g, r])
+    if test["confusion"] is not None:
+        found(test["confusion"])
     return chosen
 
 
@@ -217,26 +230,32 @@ def make_loss(heads: Heads) -> Callable:
 
 
 def make_eval_step(heads: Heads) -> Callable:
-    """`(params, frozen, batch) -> sums` over the rows whose "mask" is 1, jitted.
+    """`(params, frozen, batch, shown) -> sums` over the rows whose "mask" is 1, jitted.
 
     {"images", "accuracy": {stack: [G, R]}, "class_nats": {stack: [G, R]}}: images that a head
-    classifies correctly by majority vote, and nats, averaged over the votes.
+    classifies correctly by majority vote, and nats, averaged over the votes. "confusion", int32
+    [C, C], is that of the head number `shown`, see `objective.confusion`; stacks, groups and rates
+    are counted through in order. For more than `CONFUSION_CLASSES` classes the matrix is left out.
     """
     network = heads.network
 
-    def eval_step(params: dict, frozen: dict, batch: dict) -> dict:
+    def eval_step(params: dict, frozen: dict, batch: dict, shown: Array) -> dict:
         labels, mask = batch["label"], batch["mask"][None, None]
         votes = []
         for vote in range(network.votes):
             output, _ = objective.evaluate_batch(network, frozen, batch, vote, **heads.reading())
             votes.append(heads.logits(params, output))
-        sums = {"images": mask.sum(), "accuracy": {}, "class_nats": {}}
-        for name in params:
+        sums, by_head = {"images": mask.sum(), "accuracy": {}, "class_nats": {}}, []
+        for name in heads.stacks():
             logits = jnp.stack([vote[name] for vote in votes])
-            right = objective.majority_class(logits) == labels[None, None]
+            chosen = objective.majority_class(logits)
             nats = objective.cross_entropy(logits, labels).mean(axis=0)
-            sums["accuracy"][name] = (right * mask).sum(axis=-1)
+            sums["accuracy"][name] = ((chosen == labels[None, None]) * mask).sum(axis=-1)
             sums["class_nats"][name] = (nats * mask).sum(axis=-1)
+            by_head.append(chosen.reshape(-1, len(labels)))
+        if heads.classes <= step.CONFUSION_CLASSES:
+            taken = jnp.concatenate(by_head)[shown]
+            sums["confusion"] = objective.confusion(labels, taken, batch["mask"], heads.classes)
         return sums
 
     return jax.jit(eval_step)

@@ -9,6 +9,7 @@ from gptv_jax import config as config_lib
 from gptv_jax import files, hosts, tokens
 from gptv_jax.data.pipeline import Pipeline
 from gptv_jax.model.gpt import Network
+from gptv_jax.runs import accuracy
 from gptv_jax.runs.record import RunFolder, network_of
 from gptv_jax.tokens import Codec, TokenDefinition
 from gptv_jax.train.metrics import MetricWriter
@@ -42,10 +43,13 @@ class Context:
     def finish(self, stage: str, numbers: dict) -> None:
         """Writes a stage's numbers to summary.json, as <stage>/<name>.
 
-        Names with "/" are unchanged. The number of damaged images becomes data/skipped.
+        Names with "/" are unchanged. The number of damaged images becomes data/skipped. Accuracies
+        get standard errors; what a reader may miss about them is logged, see `accuracy.cautions`.
         """
         damaged = set().union(*hosts.from_all(self.images.damage_log.names))
         if jax.process_index() == 0:
+            numbers, before = accuracy.with_standard_errors(numbers), self.folder.summary()
             named = {n if "/" in n else f"{stage}/{n}": value for n, value in numbers.items()}
-            summary = self.folder.summary() | named | {"data/skipped": len(damaged)}
+            summary = before | named | {"data/skipped": len(damaged)}
             files.write_json(self.folder.path / "summary.json", summary)
+            accuracy.tell(stage, before, summary, self.folder.path)

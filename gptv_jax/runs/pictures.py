@@ -3,10 +3,12 @@
 import io
 import math
 import pathlib
+import warnings
+from collections.abc import Sequence
 
 import numpy as np
 from etils import epy
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
 from gptv_jax import files
@@ -84,9 +86,32 @@ def plot(
         _finish(last, below[0])
     _finish(axes, title)
     last.set_xlabel(x_label, fontsize=9, color=INK)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=200, transparent=True)
-    return buffer.getvalue()
+    return _png(figure)
+
+
+def confusion(counts: Int[np.ndarray, "C C"], names: Sequence[str]) -> bytes:
+    """A matrix of counts as a PNG file: rows are the images' classes, columns the classes given.
+
+    A cell is as dark as its share of its row, and shows its count; at most about 30 classes fit.
+    """
+    totals, small = counts.sum(axis=1, keepdims=True), len(counts) > 15
+    share, side = counts / np.maximum(totals, 1), max(SIZE[1], 0.32 * len(counts) + 1.2)
+    figure = figures.Figure((max(SIZE[0], side), side), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    for (row, column), count in np.ndenumerate(counts):
+        ink = "white" if share[row, column] > 0.5 else "black"
+        if count:
+            axes.text(column, row, count, ha="center", va="center", fontsize=7 - small, color=ink)
+    short = [name if len(name) <= 14 else f"{name[:13]}…" for name in names]
+    short = [name.replace("$", r"\$") for name in short]  # which would begin a formula
+    axes.set_xticks(range(len(names)), short, rotation=90)
+    axes.set_yticks(range(len(names)), short)
+    axes.tick_params(colors=INK, labelsize=8, length=0)
+    axes.set_xlabel("class that was given", fontsize=9, color=INK)
+    axes.set_ylabel("class of the image", fontsize=9, color=INK)
+    axes.spines[:].set_visible(False)
+    return _png(figure)
 
 
 def _line(axes: "matplotlib.axes.Axes", points, color, label="", style="-", ring=None) -> None:
@@ -98,6 +123,14 @@ def _line(axes: "matplotlib.axes.Axes", points, color, label="", style="-", ring
     for x, y in points:
         if x == ring:
             axes.plot(x, y, "o", ms=10, mfc="none", mec=color)
+
+
+def _png(figure: "figures.Figure") -> bytes:
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # a name in letters the font lacks
+        figure.savefig(buffer, format="png", dpi=200, transparent=True)
+    return buffer.getvalue()
 
 
 def _finish(axes: "matplotlib.axes.Axes", title: str) -> None:

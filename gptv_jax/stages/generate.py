@@ -52,7 +52,9 @@ def run_stage(context: Context) -> dict:
         LOG.warning("%s", warning)
     quality = {"features": features.name, "hash": features.hash, "warning": warning, **found}
     files.write_json(folder / "quality.json", quality | {"reference": reference.provenance})
-    return {**found, "biased": warning is not None, **weights.numbers}
+    # The features' name stands first: without it a distance of pixels passes for the FID.
+    named = {"features": features.name, **found, "biased": warning is not None}
+    return named | weights.numbers
 
 
 def _reference(context: Context, features: FeatureExtractor, convert: Callable) -> Reference:

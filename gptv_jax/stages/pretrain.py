@@ -4,6 +4,7 @@ A class-conditional network is evaluated with the images' classes.
 """
 
 import functools
+import logging
 import math
 
 import jax
@@ -17,6 +18,8 @@ from gptv_jax.probe import features, ridge
 from gptv_jax.runs.context import Context
 from gptv_jax.tokens.codec import Codec, TokenStatistics
 from gptv_jax.train import loop, metrics, optimizer, step
+
+LOG = logging.getLogger(__name__)
 
 
 def run_stage(context: Context) -> dict:
@@ -60,6 +63,7 @@ def run_stage(context: Context) -> dict:
             profiler=metrics.Profiler(config.profile.window, context.folder.path / "profile"),
         )
 
+    LOG.info("pretrain measures the weights of step %d on the test images.", fitted.step)
     nats = evaluate(fitted.params, "test")["nats_per_token"]
     bits = nats / math.log(2)
     return {

@@ -14,11 +14,13 @@ import numpy as np
 
 from gptv_jax import files, hosts
 from gptv_jax.checkpoint import Checkpoints
+from gptv_jax.data import sources
 from gptv_jax.errors import as_input_error
 from gptv_jax.model.gpt import Network
 from gptv_jax.probe import features, ridge, sgd
 from gptv_jax.probe.features import Features, Kept
 from gptv_jax.probe.logistic import draw, fit_probe, preference, with_few_labels
+from gptv_jax.runs import accuracy
 from gptv_jax.runs.context import Context
 from gptv_jax.stages import pretrained
 from gptv_jax.train.metrics import Progress
@@ -30,6 +32,7 @@ FITS = "fits.json"  # results of an unfinished probe by L-BFGS
 
 def run_stage(context: Context) -> dict:
     """Probes every layer and the two floors; writes probe/layers.json, returns the numbers."""
+    LOG.info("probe loads the pretrained weights.")
     network = context.network()
     initial = jax.jit(network.init)(jax.random.key(context.config.seed))
     protocol = {"lbfgs": _by_lbfgs, "sgd": _by_sgd}[context.config.probe.method]
@@ -57,16 +60,24 @@ def run_stage(context: Context) -> dict:
 def _by_lbfgs(context: Context, network: Network, trained: dict, initial: dict) -> tuple:
     """Rows of the trained and the random network's layers, the pixels' row, further numbers."""
     config, batches = context.config.probe, features.batches(context.data, context.config.probe)
+    LOG.info("probe reads the pixels of every image.")
     pixels = features.kept(features.of_pixels(context.codec, batches), [0]).taken([0])
     for per_class in config.labels_per_class:  # refuses too many labels before any work
         draw(pixels["train"][1], per_class, np.random.default_rng(context.config.seed))
+    images = {split: len(labels) for split, (_, labels) in pixels.items()}
+    found = network.config.layers + 1, *images.values()
+    LOG.info("probe reads %d layers of %d training, %d validation, %d test images.", *found)
     read = features.of_network(network, trained, batches, raw=config.features == "raw")
     rows, seen = _layers_by_lbfgs(context, "probe", network, read)
     floor = features.of_network(network, initial, batches, raw=config.features == "raw")
+    LOG.info("probe reads the layers of random initial weights, the floor, in the same way.")
     random, _ = _layers_by_lbfgs(context, "probe of random weights", network, floor)
+    LOG.info("probe fits the raw pixels, the other floor.")
     raw = _once(context, "raw pixels", lambda: fit_probe(config, pixels))
 
-    best, more = _best(rows), {}
+    best, more = _best(rows), {f"{split}_images": count for split, count in images.items()}
+    training = np.bincount(pixels["train"][1], minlength=context.classes)
+    _keep_confusion(context, rows, training)
     window = features.around(best, config.concatenate, len(rows))
     if not set(window) <= set(seen.layers):
         seen = features.kept(read, window)
@@ -122,6 +133,7 @@ def _by_sgd(context: Context, network: Network, trained: dict, initial: dict) ->
     tables = hosts.from_first(lambda: files.read_json(path, {}))
     if not tables:
         for name, params in (("probe", trained), ("probe of random weights", initial)):
+            LOG.info("%s reads every layer of all images, for ridge regression.", name)
             read = features.of_network(network, params, batches, raw=config.features == "raw")
             tables[name] = _table(name, read, context)
         pixels = features.of_pixels(context.codec, batches)
@@ -135,6 +147,7 @@ def _by_sgd(context: Context, network: Network, trained: dict, initial: dict) ->
     groups = [(layer,) for layer in ridge.best_layers(rows, config.refine)]
     best = ridge.best_layers(rows, 1)[0]
     window = features.around(best, config.concatenate, len(rows))
+    matrices: list[np.ndarray] = []
     heads = sgd.Heads(network, config, context.classes, tuple(dict.fromkeys([*groups, window])))
     with Checkpoints(context.folder.checkpoints("probe")) as checkpoints:
         chosen = sgd.fit(
@@ -147,11 +160,26 @@ def _by_sgd(context: Context, network: Network, trained: dict, initial: dict) ->
             ),
             evaluation=batches,
             seed=context.config.seed,
+            found=matrices.append,
         )
     for group in groups:
         rows[group[0]] |= chosen[group]
-    more = _concatenated(window, chosen[window]) if config.concatenate > 1 else {}
+    for matrix in matrices:  # of the best layer; none where there are too many classes
+        rows[_best(rows)]["confusion"] = matrix
+    data = context.config.data
+    _keep_confusion(context, rows, sources.open_source(data, "train").label_counts())
+    more = accuracy.images(data)
+    more |= _concatenated(window, chosen[window]) if config.concatenate > 1 else {}
     return rows, random, raw, more
+
+
+def _keep_confusion(context: Context, rows: list[dict], training: np.ndarray | None) -> None:
+    """Takes the matrices out of the layers' rows, and writes that of the chosen layer."""
+    best, matrices = _best(rows), [row.pop("confusion", None) for row in rows]
+    if matrices[best] is not None:
+        folder, names = context.folder.path / "probe", context.class_names
+        matrix = np.array(matrices[best])
+        accuracy.write(folder, matrix, names, training, split="test", layer=best)
 
 
 def _table(name: str, read: Features, context: Context) -> list[dict]:

@@ -4,43 +4,28 @@ Each stage has a function of its name, which returns the stage's content for a s
 and the tiles with its main numbers; both are HTML, and "" while there is nothing to show.
 """
 
-import base64
 import collections
 import dataclasses
 import datetime
+import functools
 import math
 import pathlib
 from html import escape
 
 import jax
+import numpy as np
 
 from gptv_jax import config as config_lib
 from gptv_jax import files
 from gptv_jax.config import fields
 from gptv_jax.decode.sampler import class_rows
-from gptv_jax.runs import pictures
+from gptv_jax.runs import accuracy, html, pictures
 from gptv_jax.runs.context import Context
 from gptv_jax.stages import STAGES
 
 Part = tuple[str, str]  # content and tiles
-STYLE = """
-:root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif; }
-body { max-width: 1060px; margin: 2rem auto; padding: 0 1.2rem; }
-h1 { font-size: 1.6rem; margin: 0; } h2 { font-size: 1.1rem; margin: 2rem 0 .6rem; }
-small, figcaption, summary, th { opacity: .7; } small { display: block; }
-.box { display: block; margin: .8rem 0; padding: .7rem .9rem; background: #8882; border-radius: 8px;
-       overflow-wrap: anywhere; } .box b { font-size: 1.35rem; }
-code { font-size: .82rem; }
-.tiles, .row { display: grid; gap: .4rem 1.5rem; }
-.tiles { grid-template-columns: repeat(auto-fit, minmax(230px, 1fr)); column-gap: .8rem; }
-.row { grid-template-columns: repeat(auto-fill, minmax(min(100%, 440px), 1fr)); }
-figure { margin: 0; } img { width: 100%; } .pixels { image-rendering: pixelated; }
-.scroll { max-height: 24rem; overflow: auto; }
-table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
-td, th { padding: .15rem .6rem; border-bottom: 1px solid #8884; text-align: right; }
-td:first-child, th:first-child { text-align: left; } th { font-weight: 500; }
-.mark { background: #3d85c633; font-weight: 600; }
-"""
+DRAWN = 25  # classes of the largest confusion matrix that is drawn; more are listed
+LISTED = 12  # classes and confusions that are listed where there are many
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,10 +46,26 @@ class Results:
         """The (step, value) pairs that a stage logged under a key."""
         return [(e["step"], e[key]) for e in self.events if e["stage"] == stage and key in e]
 
+    @functools.cached_property
+    def record(self) -> dict:
+        """config.json, with the "images" of each split and the "classes", names or their number."""
+        return files.read_json(self.folder / "config.json", {})
+
+    def class_name(self, label: int) -> str:
+        """The name of a class, or its number where classes have no names."""
+        classes = self.record.get("classes")
+        named = isinstance(classes, list) and label < len(classes)
+        return classes[label] if named else str(label)
+
+    def share(self, stage: str, name: str) -> str:
+        """An accuracy of the summary, with its standard error where the images were counted."""
+        numbers = self.numbers(stage)
+        return _share(numbers[name], accuracy.images_of(name, numbers))
+
     def picture(self, name: str, caption: str) -> str:
         """A picture of samples/, if it is there."""
         path = self.folder / "samples" / f"{name}.png"
-        return _figure(path.read_bytes(), caption, "pixels") if path.exists() else ""
+        return html.figure(path.read_bytes(), caption, "pixels") if path.exists() else ""
 
 
 def tokenizer(results: Results) -> Part:
@@ -78,16 +79,16 @@ def tokenizer(results: Results) -> Part:
         (validation, pictures.BLUE, "validation, mean over images"),
     ]
     png = pictures.plot("PSNR, dB", "step", curves)
-    content = _figure(png, "Training of the encoder and decoder.")
+    content = html.figure(png, "Training of the encoder and decoder.")
     caption = "Test images, each followed by its reconstruction from tokens."
     content += results.picture("reconstructions", caption)
     if found:
         names = ("test_psnr_db", "test_ssim", "codes", "codes_used", "dead_codes", "perplexity")
-        rows = [(n, _number(found[n])) for n in (*names, "test_idempotence")]
-        content += _table(("on the test images", ""), rows)
+        rows = [(n, html.number(found[n])) for n in (*names, "test_idempotence")]
+        content += html.table(("on the test images", ""), rows)
     if found.get("collapsed"):
         used = f"{found['codes_used']:.2%} of the codes are in use"
-        content += _tile("The codebook has collapsed", used)
+        content += html.tile("The codebook has collapsed", used)
     return content, ""
 
 
@@ -101,13 +102,13 @@ def pretrain(results: Results) -> Part:
             beside += [f"lossless tokens: {exact:.3f} bits/dimension"]
         elif (psnr := found.get("test_distortion_psnr_db")) is not None:
             beside += [f"tokens lose detail ({psnr:.2f} dB): not comparable with bits/dimension"]
-        tiles = _tile("Test loss", f"{found['test_nats_per_token']:.3f} nats/token", *beside)
+        tiles = html.tile("Test loss", f"{found['test_nats_per_token']:.3f} nats/token", *beside)
         speed, mfu = found["train_tokens_per_second"], found["mfu"]
         timed = "not timed" if speed is None else f"{speed:,.0f} tokens/s"
         beside = ["MFU: the devices' peak is unknown" if mfu is None else f"MFU {mfu:.1%}"]
         if (share := found.get("goodput")) is not None:
             beside += [f"goodput {share:.1%}, {found.get('restarts')} restarts"]
-        tiles += _tile("Pretraining speed", timed, *beside)
+        tiles += html.tile("Pretraining speed", timed, *beside)
     evaluations = results.series("pretrain", "validation_nats_per_token")
     if not evaluations:
         return "", tiles
@@ -118,7 +119,7 @@ def pretrain(results: Results) -> Part:
     level = math.log(v), f"uniform, ln {v}"
     below = "learning rate", results.series("pretrain", "learning_rate")
     png = pictures.plot("loss, nats per token", "step", curves, level, below=below)
-    return _figure(png, "Pretraining. The training loss is that of single batches."), tiles
+    return html.figure(png, "Pretraining. The training loss is that of single batches."), tiles
 
 
 def probe(results: Results) -> Part:
@@ -150,21 +151,25 @@ def probe(results: Results) -> Part:
     cells = []
     for row in rows:
         chosen = f"{row[setting]:g}" if setting in row else ""
-        shares = (f"{row[k]:.2%}" if row.get(k) is not None else "" for k in keys)
+        shares = (_share(row.get(key), accuracy.images_of(key, found)) for key in keys)
         cells.append((row["layer"], chosen, *shares))
-    cells.append(("raw pixels", "", "", f"{raw:.2%}", "", ""))
-    table = _table(head, cells, marked=[best])
-    beside = f"raw pixels {raw:.2%}", f"random init {found['random_init_test_accuracy']:.2%}"
-    tile = _tile("Probe, test accuracy", f"{found['test_accuracy']:.2%}", *beside)
-    return f'{_figure(png, caption)}<div class="scroll">{table}</div>', tile
+    cells.append(("raw pixels", "", "", _share(raw, found.get("test_images")), "", ""))
+    table = html.table(head, cells, marked=[best])
+    floors = {"raw pixels": "raw_pixels", "random init": "random_init"}
+    beside = [f"{n} {results.share('probe', f'{k}_test_accuracy')}" for n, k in floors.items()]
+    tile = _accuracy_tile(results, "probe", "Probe, test accuracy", *beside)
+    content = f'{html.figure(png, caption)}<div class="scroll">{table}</div>'
+    return content + _by_class(results, "probe", f"Linear probe of layer {best}"), tile
 
 
 def finetune(results: Results) -> Part:
-    """Validation accuracy by step, pretrained and from scratch."""
+    """Validation accuracy by step, pretrained and from scratch; test accuracy by class."""
     tiles, found = "", results.numbers("finetune")
     if found:
-        scratch = f"from scratch {found['scratch_test_accuracy']:.2%}"
-        tiles = _tile("Fine-tuning, test accuracy", f"{found['test_accuracy']:.2%}", scratch)
+        beside = []
+        if "scratch_test_accuracy" in found:
+            beside = [f"from scratch {results.share('finetune', 'scratch_test_accuracy')}"]
+        tiles = _accuracy_tile(results, "finetune", "Fine-tuning, test accuracy", *beside)
     tuned, scratch = (
         results.series(name, "validation_accuracy") for name in ("finetune", "finetune_scratch")
     )
@@ -175,7 +180,54 @@ def finetune(results: Results) -> Part:
         (scratch, pictures.ORANGE, "from scratch", "-", found.get("scratch_steps")),
     ]
     png = pictures.plot("validation accuracy", "step", curves, percent=True)
-    return _figure(png, "Fine-tuning. Ringed: the step whose weights were kept."), tiles
+    content = html.figure(png, "Fine-tuning. Ringed: the step whose weights were kept.")
+    return content + _by_class(results, "finetune", "Fine-tuned network"), tiles
+
+
+def _share(value: float | None, images: int | None) -> str:
+    """An accuracy and, where the number of images is known, its standard error."""
+    if value is None:
+        return ""
+    error = f" ± {accuracy.standard_error(value, images):.2%}" if images else ""
+    return f"{value:.2%}{error}"
+
+
+def _accuracy_tile(results: Results, stage: str, title: str, *beside: str) -> str:
+    images, lines = results.numbers(stage).get("test_images"), list(beside)
+    if images:
+        lines.append(f"{images:,} test images; ± is one standard error")
+    return html.tile(title, results.share(stage, "test_accuracy"), *lines)
+
+
+def _by_class(results: Results, stage: str, title: str) -> str:
+    """Accuracy by class and the confusions of the test images, all or, of many, the worst."""
+    found = accuracy.read(results.folder / stage)
+    if not found:
+        return ""
+    rows, matrix = found["classes"], np.array(found["confusion"])
+    names, shown, caption = [row["name"] for row in rows], rows, f"{title}, by class"
+    if many := len(rows) > DRAWN:
+        tested = [row for row in rows if row["test_images"]]
+        shown = sorted(tested, key=lambda row: row["test_accuracy"])[:LISTED]
+        caption += f": the {len(shown)} of {len(rows)} classes with the lowest accuracy"
+    cells = [
+        (
+            row["name"],
+            "" if row["training_images"] is None else f"{row['training_images']:,}",
+            f"{row['test_images']:,}",
+            _share(row["test_accuracy"], row["test_images"]),
+        )
+        for row in shown
+    ]
+    content = html.table(("class", "training images", "test images", "test accuracy"), cells)
+    content = f'<div class="scroll"><small>{escape(caption)}.</small>{content}</div>'
+    if not many:
+        png = pictures.confusion(matrix, names)
+        return content + html.figure(png, f"{title}: test images of each class, by class given.")
+    wrong = matrix * (1 - np.eye(len(matrix), dtype=int))
+    worst = [np.unravel_index(i, wrong.shape) for i in np.argsort(-wrong, axis=None)[:LISTED]]
+    pairs = [(names[i], names[j], f"{wrong[i, j]:,}") for i, j in worst if wrong[i, j]]
+    return content + html.table(("most frequent confusions: class", "taken for", "images"), pairs)
 
 
 def sample(results: Results) -> Part:
@@ -189,7 +241,8 @@ def sample(results: Results) -> Part:
     brightest = results.summary.get("sample/surprise_brightest_nats", math.nan)
     captions = {
         "unconditional": f"New images, {drawn}.",
-        "classes": f"New images, {drawn}; each row shows one class: {', '.join(map(str, shown))}.",
+        "classes": f"New images, {drawn}; each row shows one class: "
+        f"{', '.join(map(results.class_name, shown))}.",
         "completions": "Test images, each followed by its completion: the upper "
         f"{round(config.keep * rows)} of {rows} rows of tokens are given, the rest is drawn.",
         "inpainted": "Test images, each followed by a copy whose middle is drawn anew; a drawn "
@@ -217,64 +270,43 @@ def write(context: Context) -> None:
         parts.append(f"{results.summary['model/params']:,} parameters")
     parts += [f"{config.model.layers} layers", f"width {config.model.width}"]
     title = escape(", ".join(parts))
+    cautions = accuracy.cautions(results.summary, accuracy.classes(folder))
+    warned = "".join(f'<div class="box warning">{escape(each)}</div>' for each in cautions)
     shown = (f'<h2>{t}</h2><div class="row">{part}</div>' for t, part in sections.items() if part)
-    numbers = [(name, _number(value)) for name, value in results.summary.items()]
+    numbers = [(name, html.number(value)) for name, value in results.summary.items()]
     content = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title} ({escape(folder.name)})</title><style>{STYLE}</style></head>
-<body><h1>{title}</h1>{_origin(folder)}
-<div class="tiles">{tiles}</div>
+<title>{title} ({escape(folder.name)})</title><style>{html.STYLE}</style></head>
+<body><h1>{title}</h1>{_origin(results)}
+{warned}<div class="tiles">{tiles}</div>
 {"".join(shown)}
-<div class="row"><div><h2>All numbers</h2>{_table(("name", "value"), numbers)}</div>
+<div class="row"><div><h2>All numbers</h2>{html.table(("name", "value"), numbers)}</div>
 <div><h2>Configuration</h2>{_configuration(config)}</div></div></body></html>
 """
     files.replace(folder / "report.html", content.encode())
 
 
-def _origin(folder: pathlib.Path) -> str:
-    """Folder, date, devices, command and versions."""
-    record = files.read_json(folder / "config.json", {})
+def _origin(results: Results) -> str:
+    """Folder, date, devices, data, command and versions."""
+    folder, record = results.folder, results.record
     versions = " · ".join(f"{name} {version}" for name, version in record["versions"].items())
     now = datetime.datetime.now(datetime.UTC)
     written = f"{folder.name} · written {now:%Y-%m-%d %H:%M} UTC on {record['devices']}"
     command = f'<code class="box">{escape(record["command"])}</code>'
-    return f"<small>{escape(written)}</small>{command}<small>{escape(versions)}</small>"
+    splits = ", ".join(f"{count:,} {split}" for split, count in record.get("images", {}).items())
+    named = record.get("classes") or "none"
+    if isinstance(named, list):
+        more = f" and {len(named) - DRAWN} more" if len(named) > DRAWN else ""
+        named = f"{len(named)} ({', '.join(named[:DRAWN])}{more})"
+    data = f"images: {splits or 'not recorded'} · classes: {named}"
+    lines = (f"<small>{escape(line)}</small>" for line in (written, data, versions))
+    return f"{next(lines)}{next(lines)}{command}{next(lines)}"
 
 
 def _configuration(config: config_lib.Config) -> str:
     flat, default = fields.flatten(config), fields.flatten(config_lib.Config())
     changed = [name for name in flat if flat[name] != default[name]]
-    table = _table(("field", "value"), list(flat.items()), marked=changed)
+    table = html.table(("field", "value"), list(flat.items()), marked=changed)
     summary = "All fields; marked fields differ from their defaults"
     return f"<details><summary>{summary}</summary>{table}</details>"
-
-
-def _figure(png: bytes, caption: str, kind: str = "plot") -> str:
-    """A PNG file with a caption; the kind "pixels" is enlarged without smoothing."""
-    source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
-    image = f'<img class="{kind}" src="{source}" alt="{escape(caption)}">'
-    return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
-
-
-def _tile(title: str, value: str, *beside: str) -> str:
-    """A main number above lines with numbers to compare it with."""
-    lines = "".join(f"<small>{escape(line)}</small>" for line in beside)
-    return f'<div class="box">{escape(title)}<br><b>{escape(value)}</b>{lines}</div>'
-
-
-def _table(head: tuple, rows: list[tuple], marked=()) -> str:
-    """A table; rows whose first cell is in `marked` are highlighted."""
-    lines = ["<tr>" + "".join(f"<th>{escape(name)}</th>" for name in head) + "</tr>"]
-    for row in rows:
-        kind = "mark" if row[0] in marked else "plain"
-        cells = "".join(f"<td>{escape(str(cell))}</td>" for cell in row)
-        lines.append(f'<tr class="{kind}">{cells}</tr>')
-    return f"<table>{''.join(lines)}</table>"
-
-
-def _number(value) -> str:
-    """A number of the summary as text."""
-    if value is None:
-        return "unknown"
-    return f"{value:,.0f}" if isinstance(value, int) or value >= 1000 else f"{value:#.4g}"

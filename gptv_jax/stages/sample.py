@@ -1,6 +1,7 @@
 """Pictures at the end of a run: new images, completed test images, and surprise by pixel."""
 
 import itertools
+import logging
 
 import numpy as np
 
@@ -10,6 +11,8 @@ from gptv_jax.decode.sampler import Sampler, Section, by_pixel, class_rows, kept
 from gptv_jax.runs import pictures
 from gptv_jax.runs.context import Context
 from gptv_jax.stages import pretrained
+
+LOG = logging.getLogger(__name__)
 
 
 def run_stage(context: Context) -> dict:
@@ -27,6 +30,7 @@ def run_stage(context: Context) -> dict:
     if classes:
         rows = class_rows(count, classes)
         count, labels, columns = rows.size, rows.reshape(-1), rows.shape[1]
+    LOG.info("sample draws %d images, then completes %d test images.", count, config.completions)
     key, stopwatch = Section.NEW_IMAGES.key(seed), generation.Stopwatch()
     tokens = sampler.new(count, key, labels, stopwatch=stopwatch)
     name = "classes" if classes else "unconditional"

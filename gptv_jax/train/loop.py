@@ -13,7 +13,7 @@ from gptv_jax import config as config_lib
 from gptv_jax import hosts, sharding
 from gptv_jax.checkpoint import Checkpoints, DamagedError
 from gptv_jax.errors import InputError, shorten
-from gptv_jax.train.metrics import Clock, MetricWriter, Profiler, Progress, Sessions, mfu
+from gptv_jax.train.metrics import Clock, MetricWriter, Profiler, Progress, Sessions, mfu, ranking
 
 LOG = logging.getLogger(__name__)
 
@@ -78,13 +78,23 @@ def fit(
     log.rewind(name, step if restored else -1, info["events"])
     sessions = Sessions(log.folder, name, began, step, info["time"])
     if restored:
-        line = "%s continues from step %d of %d; %d steps and %.1f s since were lost."
-        LOG.info(line, name, step, config.steps, *sessions.lost)
+        line = "%s continues from step %d of %d; %s%d steps and %.1f s since were lost."
+        least = "at least " if sessions.lost_at_least else ""
+        LOG.info(line, name, step, config.steps, least, *sessions.lost)
+    LOG.info("%s compiles its evaluation and its train step: the first of each take longer.", name)
     data = batches(step)
     pending = None  # the newest step and its metrics, until they are logged
     stopping = False
     stop = None
     progress = Progress(name, config.steps, step)
+
+    def show_evaluation(*, quiet: bool = False):
+        at = best_step(evaluations, primary or ranking(evaluations[-1]))
+        best = next((e for e in evaluations if e["step"] == at), None)
+        progress.evaluated(evaluations, best, quiet=quiet)
+
+    if evaluations:
+        show_evaluation(quiet=True)
 
     def settle():
         """Fetches the metrics of the newest step, checks them and logs them where due."""
@@ -130,6 +140,7 @@ def fit(
             checkpoints.best = best_step(evaluations, primary)
             better = checkpoints.best == step
             log.write(name, step, {f"validation_{k}": v for k, v in numbers.items()})
+            show_evaluation()
             sessions.seen(step)
         if measure_every and step % measure_every == 0 and measured != step:
             drain()
@@ -161,7 +172,7 @@ def fit(
                 sessions.seen(step)
             if stopping or last:
                 checkpoints.wait()
-                sessions.seen(step)
+                sessions.seen(step, ended=True)
                 if not stopping:
                     break
                 raise hosts.StoppedError(

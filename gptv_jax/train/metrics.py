@@ -17,11 +17,18 @@ import tqdm
 from etils import epy
 
 from gptv_jax import errors, files, hardware
+from gptv_jax.train.wandb_copy import Wandb
 
 with epy.lazy_imports():  # it imports torch where that is installed, which takes seconds
     import tensorboardX
 
 LOG = logging.getLogger(__name__)
+# A terminal's line; the bar has what the numbers leave of its width.
+BAR = "{desc} {n_fmt}/{total_fmt}{postfix[0]} |{bar}|"
+# The number of a training step that stands for its loss: the first of these that it has.
+LOSSES = ("class_nats", "best_class_nats", "nats_per_token", "loss")
+# The number of an evaluation that is shown first, and 1 where larger is better, else -1.
+WATCHED = {"accuracy": 1, "best_accuracy": 1, "nats_per_token": -1, "psnr_db": 1}
 
 
 def mfu(flops: int, tokens_per_second: float | None) -> float | None:
@@ -36,9 +43,13 @@ def mfu(flops: int, tokens_per_second: float | None) -> float | None:
 
 
 class MetricWriter:
-    """Writes events as JSON lines and to TensorBoard; on process 0 alone."""
+    """Writes events as JSON lines and to TensorBoard; on process 0 alone.
 
-    def __init__(self, folder: pathlib.Path):
+    `copy` gets every event that is written, once.
+    """
+
+    def __init__(self, folder: pathlib.Path, copy: Wandb | None = None):
+        self._copy = copy
         self.folder, self.path = folder, folder / "metrics.jsonl"
         self.board_folder = folder / "tensorboard"
         self.counts: collections.Counter[str] = collections.Counter()  # events of each stage
@@ -52,6 +63,8 @@ class MetricWriter:
         with errors.naming(self.path), self.path.open("a") as file:
             file.write(json.dumps(event) + "\n")
         self._show(event)
+        if self._copy:
+            self._copy.write(event)
 
     def rewind(self, stage: str, step: int, count: int | None = None) -> None:
         """Drops the stage's events that a resumed training is about to repeat.
@@ -83,7 +96,9 @@ class MetricWriter:
         return events
 
     def close(self) -> None:
-        """Closes TensorBoard's files."""
+        """Closes TensorBoard's files and the copy."""
+        if self._copy:
+            self._copy.finish()
         for board in self._boards.values():
             board.close()
         self._boards.clear()
@@ -99,22 +114,94 @@ class MetricWriter:
                 self._boards[stage].add_scalar(f"{stage}/{name}", value, step, event["time"])
 
 
+def ranking(numbers: dict) -> dict[str, int]:
+    """The number by which people compare evaluations, and 1: larger is better, -1: smaller."""
+    return next(({k: sign} for k, sign in WATCHED.items() if k in numbers), {})
+
+
+def shown(name: str, value: float | int) -> str:
+    """A number as text: a share for an accuracy, else four digits."""
+    whole = isinstance(value, int) or abs(value) >= 1000
+    return f"{value:.1%}" if name.endswith("accuracy") else f"{value:{'' if whole else '#'}.4g}"
+
+
 class Progress:
-    """A bar on a terminal; elsewhere one line each time `report` is called."""
+    """A bar on a terminal; elsewhere one line each time `report` is called.
+
+    Bar and line begin with the loss, then come the last and the best validation, the speed and the
+    time left, so that 80 columns show what people watch. The other numbers are in the log.
+    """
 
     def __init__(self, stage: str, steps: int, done: int = 0, unit: str = "step"):
         self.stage, self.steps = stage, steps
         quiet = logging.getLogger("gptv_jax").level >= logging.WARNING  # --quiet
         hidden = quiet or not sys.stderr.isatty() or jax.process_index() != 0
-        self.bar = tqdm.tqdm(total=steps, initial=done, desc=stage, unit=unit, disable=hidden)
+        options = {"unit": unit, "disable": hidden, "dynamic_ncols": True, "bar_format": BAR}
+        self.bar = tqdm.tqdm(total=steps, initial=done, desc=stage, postfix=[""], **options)
         self.advance, self.close = self.bar.update, self.bar.close
+        self._loss = self._validation = self._speed = ""
+        self._first: tuple[float, int] | None = None  # time and step of the first report
 
     def report(self, step: int, values: dict[str, float | None]) -> None:
-        shown = {k: f"{v:.4g}" for k, v in values.items() if v is not None}
-        self.bar.set_postfix(shown, refresh=False)
-        if self.bar.disable and jax.process_index() == 0:
-            line = "  ".join(f"{name} {value}" for name, value in shown.items())
-            LOG.info("%s %d/%d  %s", self.stage, step, self.steps, line)
+        """Shows the numbers of step `step`; of a training's losses the first of `LOSSES`."""
+        now, known = time.monotonic(), {k: v for k, v in values.items() if v is not None}
+        speed, used = known.pop("tokens_per_second", None), known.pop("mfu", None)
+        if loss := next((name for name in LOSSES if name in known), None):
+            known = {"loss": known[loss]}
+        self._loss = "".join(f"  {name} {shown(name, value)}" for name, value in known.items())
+        self._speed = ""
+        if speed is not None:
+            self._speed = f"  {tqdm.tqdm.format_sizeof(speed)} tokens/s"
+        began, first = self._first = self._first or (now, step)
+        if step > first:
+            left = (now - began) / (step - first) * (self.steps - step)
+            self._speed += f"  {duration(left)} left"
+        if used is not None:
+            self._speed += f"  MFU {used:.1%}"
+        if self.bar.disable:
+            self._log(f"{self.stage} {step}/{self.steps}{self._numbers()}")
+        self._refresh()
+
+    def evaluated(self, evaluations: list[dict], best: dict | None, *, quiet: bool = False) -> None:
+        """Shows the last evaluation (a dict with "step" and its numbers) and the best so far.
+
+        One line has all numbers of the last evaluation; on a terminal it stands above the bar.
+        `quiet` leaves the line out, for an evaluation of an earlier process.
+        """
+        numbers = dict(evaluations[-1])
+        step, watched = numbers.pop("step"), next(iter(ranking(numbers)), None)
+        words = {name: f"{name} {shown(name, value)}" for name, value in numbers.items()}
+        if watched and best is not None:
+            value, newest = shown(watched, best[watched]), best["step"] == step
+            self._validation = f"  val {shown(watched, numbers[watched])}  best {value}"
+            words[watched] += " (best so far)" if newest else f" (best {value} at {best['step']})"
+        first = [words.pop(watched)] if watched else []
+        line = ", ".join([*first, *words.values()])
+        if not quiet:
+            self._log(f"{self.stage} {step}/{self.steps} validation: {line}")
+        self._refresh()
+
+    def _numbers(self) -> str:
+        return self._loss + self._validation + self._speed
+
+    def _log(self, line: str) -> None:
+        """On process 0: a line of the log or, on a terminal, above the bar."""
+        if not self.bar.disable:
+            self.bar.write(line, file=sys.stderr)
+        elif jax.process_index() == 0:
+            LOG.info("%s", line)
+
+    def _refresh(self) -> None:
+        if not self.bar.disable:
+            self.bar.postfix[0] = self._numbers().replace("  ", " ")
+            self.bar.refresh()
+
+
+def duration(seconds: float | int) -> str:
+    """A time in its largest fitting unit: 45s, 12m, 5h, 3d."""
+    units = (("s", 1), ("m", 60), ("h", 3600), ("d", 86400))
+    name, size = next((u for u in units if seconds < 100 * u[1]), units[-1])
+    return f"{seconds / size:.0f}{name}"
 
 
 class Clock:
@@ -158,15 +245,17 @@ class Sessions:
             seconds = each["seen"] - max(saved, each["began"])
             each["lost_steps"] = max(each["lost_steps"], redone)
             each["lost_seconds"] = max(each["lost_seconds"], seconds)
-        # Steps and seconds of earlier sessions that this session finds lost.
+        # Steps and seconds of earlier sessions that this session finds lost: of a session that was
+        # killed only those up to its last sign of life, so at least so many.
         self.lost = tuple(a - b for a, b in zip(self._lost(), before, strict=True))
+        self.lost_at_least = any(not each.get("ended") for each in self._sessions[-1:])
         session = {"began": began, "seen": time.time(), "first_step": step, "last_step": step}
         self._sessions.append(session | {"lost_steps": 0, "lost_seconds": 0.0})
         files.write_json(self.path, self._all)
 
-    def seen(self, step: int) -> None:
-        """Notes that the session is alive and has taken `step` steps."""
-        self._sessions[-1] |= {"seen": time.time(), "last_step": step}
+    def seen(self, step: int, *, ended: bool = False) -> None:
+        """Notes that the session is alive and has taken `step` steps; `ended`: it takes no more."""
+        self._sessions[-1] |= {"seen": time.time(), "last_step": step, "ended": ended}
         files.write_json(self.path, self._all)
 
     def numbers(self, productive: float | None) -> dict[str, float | int | None]:

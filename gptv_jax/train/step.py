@@ -24,6 +24,7 @@ from gptv_jax.train.optimizer import apply_update, average
 Metrics = dict[str, Array]
 # Accuracy first; among equals, the lower cross-entropy.
 CLASSIFICATION = {"accuracy": 1, "class_nats": -1}
+CONFUSION_CLASSES = 2_000  # up to so many classes an evaluation counts which are taken for which
 
 
 def make_loss(
@@ -153,8 +154,11 @@ class Metric:
 
     def measure(self, params: dict, batches: Iterable[dict]) -> dict[str, float]:
         """The numbers of a split, given by `Pipeline.evaluation`; raises as `on_mesh` does."""
-        parts = (self.step(params, batch) for batch in on_mesh(batches))
-        return self.result(total(parts, self.add))
+        return self.result(self.sums(params, batches))
+
+    def sums(self, params: dict, batches: Iterable[dict]) -> dict:
+        """The sums of `step` over a split, on the host; raises as `on_mesh` does."""
+        return total((self.step(params, batch) for batch in on_mesh(batches)), self.add)
 
 
 def on_mesh(batches: Iterable[dict]) -> Iterator[dict]:
@@ -167,13 +171,16 @@ def total(parts: Iterable, add: Callable = Metric.add):
     return jax.device_get(functools.reduce(add, parts))
 
 
-def make_eval_step(network: Network) -> Callable:
+def make_eval_step(network: Network, *, confusion: bool = False) -> Callable:
     """`(params, batch) -> sums` over the rows whose "mask" is 1, jitted.
 
     "images" counts the rows; the other sums are "nats_per_token" and, with a class head, "accuracy"
     (images classified correctly) and "class_nats", the cross-entropy of the class. For BERT, nats
     are means over the votes, and the class is that of most votes. A class-conditional network
     without a class head sees the class.
+
+    With `confusion`, a network with a class head gives "confusion" as well, int32 [C, C], see
+    `objective.confusion`; for more than `CONFUSION_CLASSES` classes that matrix is left out.
     """
 
     def eval_step(params: dict, batch: dict) -> dict[str, Array]:
@@ -187,22 +194,29 @@ def make_eval_step(network: Network) -> Callable:
         rows = {"nats_per_token": nats / network.votes, "images": jnp.ones_like(batch["mask"])}
         if network.classes:
             logits = jnp.stack(logits)
-            rows["accuracy"] = objective.majority_class(logits) == batch["label"]
+            chosen = objective.majority_class(logits)
+            rows["accuracy"] = chosen == batch["label"]
             rows["class_nats"] = cross_entropy(logits, batch["label"]).mean(axis=0)
-        return {name: (values * batch["mask"]).sum() for name, values in rows.items()}
+        sums = {name: (values * batch["mask"]).sum() for name, values in rows.items()}
+        if confusion and 0 < network.classes <= CONFUSION_CLASSES:
+            sums["confusion"] = objective.confusion(
+                batch["label"], chosen, batch["mask"], network.classes
+            )
+        return sums
 
     return jax.jit(eval_step)
 
 
-def make_metric(network: Network) -> Metric:
+def make_metric(network: Network, *, confusion: bool = False) -> Metric:
     """Measures the means over images of the sums of `make_eval_step`.
 
-    The numbers are "nats_per_token" and, with a class head, "accuracy" and "class_nats".
+    The numbers are "nats_per_token" and, with a class head, "accuracy" and "class_nats"; the matrix
+    that `confusion` asks for is among the sums alone.
     """
 
     def result(sums: dict[str, np.ndarray]) -> dict[str, float]:
-        images = float(sums["images"])
-        return {name: float(value) / images for name, value in sums.items() if name != "images"}
+        images, means = float(sums["images"]), sums.keys() - {"images", "confusion"}
+        return {name: float(value) / images for name, value in sums.items() if name in means}
 
     primary = CLASSIFICATION if network.classes else {}
-    return Metric(make_eval_step(network), result, primary=primary)
+    return Metric(make_eval_step(network, confusion=confusion), result, primary=primary)

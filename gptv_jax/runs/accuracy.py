@@ -1,0 +1,170 @@
+"""How far accuracies can be trusted: standard errors, counts and accuracies by class, warnings."""
+
+import json
+import logging
+import math
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Int
+
+from gptv_jax import config as config_lib
+from gptv_jax import files
+from gptv_jax.data import sources
+
+LOG = logging.getLogger(__name__)
+FEW_TEST, FEW_TRAINING = 100, 10  # images: of a test split in all, and of a class in training
+LISTED = 3  # classes that a warning names
+FILE = "confusion.json"
+
+
+def images(config: config_lib.Data) -> dict[str, int]:
+    """`{"train_images": count, ...}`: the images of each split of a run, by a summary's keys."""
+    return {f"{s}_images": len(sources.open_source(config, s)) for s in sources.SPLITS}
+
+
+def standard_error(accuracy: float, images: int) -> float:
+    """The standard deviation of an accuracy over random sets of so many images.
+
+    Where no or every image is classified correctly, one more of either kind is assumed (Laplace's
+    rule), since 0 would promise certainty.
+    """
+    if accuracy in (0, 1):
+        accuracy, images = 1 / (images + 2), images + 2
+    return math.sqrt(accuracy * (1 - accuracy) / images)
+
+
+def with_standard_errors(numbers: dict) -> dict:
+    """A stage's numbers, with `NAME_standard_error` after each number called `..._accuracy`.
+
+    An accuracy of a split whose count the numbers lack has none.
+    """
+    found = {}
+    for name, value in numbers.items():
+        found[name], count = value, images_of(name, numbers)
+        if name.endswith("_accuracy") and count and value is not None:
+            found[f"{name}_standard_error"] = standard_error(value, count)
+    return found
+
+
+def images_of(name: str, numbers: dict) -> int | None:
+    """Number of images of an accuracy, by its name: test_images for `..._test_accuracy`."""
+    split = name.removesuffix("_accuracy").rpartition("_")[2]
+    return numbers.get(f"{split}_images")
+
+
+def write(
+    folder: pathlib.Path,
+    confusion: Int[np.ndarray, "C C"],
+    names: Sequence[str],
+    training: Int[np.ndarray, " classes"] | None,
+    **about,
+) -> None:
+    """Writes confusion.json: counts and accuracy of every class of the test split, and the matrix.
+
+    `confusion` has a row for each class of the images and a column for each class that was given
+    to them; it may lack the last classes. `training` are the training images of each class, where
+    known, `names` the names of the classes, if they have any. `about` is written as it is.
+    """
+    size = max(len(confusion), len(names), 0 if training is None else len(training))
+    missing = size - len(confusion)
+    matrix = np.pad(np.asarray(confusion, np.int64), ((0, missing), (0, missing)))
+    totals, classes = matrix.sum(axis=1), []
+    for c in range(size):
+        row = {"class": c, "name": names[c] if names else str(c)}
+        row["training_images"] = None if training is None else int(training[c])
+        row["test_images"] = int(totals[c])
+        row["test_accuracy"] = float(matrix[c, c] / totals[c]) if totals[c] else None
+        classes.append(row)
+    # A line for each class, so that people can read the file.
+    lists = {"classes": classes, "confusion": matrix.tolist()}
+    lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in about.items()]
+    for name, rows in lists.items():
+        shown = ",\n  ".join(json.dumps(row) for row in rows)
+        lines.append(f'"{name}": [\n  {shown}\n ]')
+    files.replace(folder / FILE, ("{\n " + ",\n ".join(lines) + "\n}\n").encode())
+
+
+def read(folder: pathlib.Path) -> dict:
+    """What `write` wrote, {"classes": rows, "confusion": matrix, ...}, or {} without the file."""
+    return files.read_json(folder / FILE, {})
+
+
+def cautions(summary: dict, classes: Sequence[dict] = ()) -> list[str]:
+    """Sentences on what a reader of the summary's accuracies may miss; often there is none.
+
+    `classes` are the rows that `write` makes.
+    """
+    stages = [name for name in ("probe", "finetune") if f"{name}/test_accuracy" in summary]
+    found = []
+    counts = [summary.get(f"{name}/test_images") for name in stages]
+    images = next((count for count in counts if count), None)
+    if images and images < FEW_TEST:
+        widest = standard_error(0.5, images)
+        found.append(
+            f"The test split has only {images} image{'s' * (images > 1)}, so an accuracy has a "
+            f"standard error of up to {widest:.1%}: small differences mean nothing."
+        )
+
+    def compare(better: str, better_words: str, worse: str, worse_words: str) -> None:
+        above, below = summary.get(better), summary.get(worse)
+        if above is None or below is None or below >= above:
+            return
+        sentence = f"{worse_words} ({below:.2%}) is below {better_words} ({above:.2%})"
+        if images and above - below < 2 * standard_error(above, images):
+            sentence += ", by less than two standard errors"
+        found.append(f"{sentence}.")
+
+    compare(
+        "probe/raw_pixels_test_accuracy",
+        "the same classifier on raw pixels",
+        "probe/test_accuracy",
+        "The probe's test accuracy",
+    )
+    compare(
+        "probe/test_accuracy",
+        "the linear probe's",
+        "finetune/test_accuracy",
+        "The fine-tuned network's test accuracy",
+    )
+
+    def name(rows: list[dict], what: str) -> None:
+        if rows:
+            named = ", ".join(row["name"] for row in rows[:LISTED])
+            more = f" and {len(rows) - LISTED} more" if len(rows) > LISTED else ""
+            kind = "Class" if len(rows) == 1 else "Classes"
+            found.append(f"{kind} {named}{more}: {what}.")
+
+    trained = [row for row in classes if row.get("training_images") is not None]
+    unseen = [r for r in trained if r["training_images"] == 0 and r["test_images"]]
+    name(unseen, "test images but no training image, so they are always counted as wrong")
+    few = [r for r in trained if 0 < r["training_images"] <= FEW_TRAINING]
+    name(few, f"{FEW_TRAINING} training images or fewer, too few to learn a class reliably")
+    name([r for r in classes if r["test_images"] == 0], "no test image, so nothing is known")
+    return found
+
+
+def tell(stage: str, before: dict, summary: dict, folder: pathlib.Path) -> None:
+    """Logs a finished stage's accuracy, and the warnings that its numbers add to the summary."""
+    accuracy, images = (summary.get(f"{stage}/test_{n}") for n in ("accuracy", "images"))
+    if accuracy is None or not images:
+        return
+    error = standard_error(accuracy, images)
+    line = (
+        "%s: accuracy %.2f%% of %d test images, standard error %.2f%% (%s training, %s validation)."
+    )
+    others = (summary.get(f"{stage}/{split}_images") for split in ("train", "validation"))
+    LOG.info(line, stage, 100 * accuracy, images, 100 * error, *others)
+    rows = classes(folder)
+    known = any(name.endswith("/test_accuracy") for name in before)
+    told = cautions(before, rows if known else ())
+    for sentence in cautions(summary, rows):
+        if sentence not in told:
+            LOG.warning("%s", sentence)
+
+
+def classes(folder: pathlib.Path) -> list[dict]:
+    """Rows by class of the last stage that classified, in a run folder; [] where there is none."""
+    found = read(folder / "finetune") or read(folder / "probe") or {"classes": []}
+    return found["classes"]
