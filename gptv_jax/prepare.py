@@ -27,6 +27,7 @@ def main(settings: config.Config) -> None:
     """Tokenises every split of the data set and prints statistics of the tokens."""
     hardware.devices()  # InputError where there are none
     folder = files.user_path(OUT.value)
+    settings = setup.take_tokenizer_settings(settings)
     refuse_inside(settings.data, {"--out": OUT.value})
     transforms.check((), settings.data.eval_transforms)
     data_set = sources.open_data_set(settings.data)

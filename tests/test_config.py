@@ -12,6 +12,7 @@ from gptv_jax.errors import InputError
 from gptv_jax.stages import STAGES
 
 FREE = {
+    "wandb",
     "checkpoint_dir", "mesh.data", "mesh.fsdp", "mesh.sequence", "mesh.tensor",
     "data.workers", "data.dir", "data.path", "data.labels_file", "tokens.palette",
     "model.scan_layers", "model.remat",
@@ -126,6 +127,7 @@ OUT_OF_RANGE = {
     "tokens.autoencoder.codes": 1,
     "tokens.autoencoder.code_size": 0,
     "tokens.autoencoder.dtype": "float16",
+    "tokens.autoencoder.groups": -1,
     "tokenizer.l1": -1.0,
     "tokenizer.l2": -1.0,
     "tokenizer.gradient": -1.0,
@@ -144,7 +146,7 @@ OUT_OF_RANGE = {
 }
 # What any value of the type is good for, or what is judged where data sets and codecs are known.
 UNBOUNDED = {
-    "init_from", "data.name", "data.dir", "data.path", "data.labels", "data.labels_file",
+    "init_from", "wandb", "data.name", "data.dir", "data.path", "data.labels", "data.labels_file",
     "data.ignore_label",
     "data.train_split", "data.validation_split", "data.test_split",
     "data.train_transforms", "data.eval_transforms", "finetune.train_transforms",

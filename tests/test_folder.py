@@ -279,6 +279,7 @@ def test_too_few_images_end_in_a_sentence_that_leads_on(tmp_path, count):
     message = str(caught.value)
     assert f"train ({count} images)" in message and len(message) <= 300
     assert not (tmp_path / "run").exists()
+    assert ("3 are the fewest" in message) == (count < 3)
     if count >= 3:
         given = dict(
             word.rstrip(".").removeprefix("--config.data.").split("=")

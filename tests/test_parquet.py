@@ -100,6 +100,12 @@ def test_texts_are_classes_and_bytes_alone_are_images(tmp_path):
     assert source.classes == 0 and source[4] == {"image": IMAGES[4]}
 
 
+def test_numbers_that_do_not_count_from_0_become_names(tmp_path, caplog):
+    source = open_set(write(tmp_path / "x.parquet", table([3, 1, 2] * 4)))
+    assert source.class_names == ("1", "2", "3") and source.classes == 3
+    assert [source[i]["label"] for i in range(3)] == [2, 0, 1] and "numbered" in caplog.text
+
+
 def test_rows_that_are_sorted_by_class_are_mixed(tmp_path):
     source = open_set(write(tmp_path / "x.parquet", table(np.repeat([0, 1, 2], 4))), "train[:50%]")
     found = [source[i] for i in range(6)]

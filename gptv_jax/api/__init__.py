@@ -84,6 +84,6 @@ def load_tokenizer(source: AnyPath, image_size: int | None = None) -> LearnedCod
     `image_size` is height and width in pixels; None: the size of the training images.
     """
     tokenizer = learned.load(weights.locate(source, f"there is no tokenizer {source}"))
-    size = tokenizer.provenance["image_size"] if image_size is None else image_size
+    size = tokenizer.provenance.get("image_size") if image_size is None else image_size
     side = tokenizer.config.downsample
     return LearnedCodec(tokenizer, validation.whole(size, "image_size", least=1, side=side))

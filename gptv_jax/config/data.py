@@ -62,6 +62,9 @@ class Autoencoder:
     codes: int = field(4096, CODES)  # vq: codes of the codebook
     code_size: int = field(8, POSITIVE)  # vq: dimensions of a code, a vector of length 1
     dtype: str = field("float32", one_of("float32", "bfloat16"))  # of compute; weights: float32
+    # Groups of the norms in a tokenizer of diffusers or LlamaGen (model/vqgan.py); such a tokenizer
+    # brings all settings of this section with it. 0: this project's own network.
+    groups: int = field(0, FROM_ZERO)
 
     @property
     def vocabulary(self) -> int:
@@ -86,8 +89,9 @@ class Tokens:
     # palette: iGPT's kmeans_centers.npy or a file of gptv_jax.prepare; None: the palette of the
     # token cache or of init_from, or else k-means over training pixels, kept in the run folder.
     palette: str | None = field(None, free=True)
-    # learned: a run folder whose tokenizer has finished, or a file of Tokenizer.save; None: the
-    # tokenizer of the token cache or of init_from, or else the stage `tokenizer` trains one.
+    # learned: a run folder whose tokenizer has finished, a file of Tokenizer.save, a folder of
+    # diffusers' VQModel, or LlamaGen's VQ-16 as .safetensors; None: the tokenizer of the token
+    # cache or of init_from, or else the stage `tokenizer` trains one.
     tokenizer: str | None = field(None, free=True)
     autoencoder: Autoencoder = dataclasses.field(default_factory=Autoencoder)  # learned
 

@@ -112,6 +112,10 @@ def _check_training(config: Config, name: str) -> None:
 def _check_tokenizer(config: Config) -> None:
     network, settings, size = config.tokens.autoencoder, config.tokenizer, config.data.image_size
     _check_training(config, "tokenizer.train")
+    if network.groups:
+        reason = "only a tokenizer that another program has trained has group norms"
+        advice = "name the tokenizer by config.tokens.tokenizer, or take 0"
+        refuse(config, "tokens.autoencoder.groups", f"{reason}; {advice}")
     if settings.train.microbatches > 1:
         reason = "the tokenizer is trained on whole batches; take 1"
         refuse(config, "tokenizer.train.microbatches", reason)

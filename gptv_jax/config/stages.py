@@ -146,6 +146,8 @@ class Config:
     init_from: str | None = None
     # Where checkpoints are, of this run alone; None: checkpoints/ in the run folder.
     checkpoint_dir: str | None = field(None, PLACE, free=True)
+    # Project of Weights & Biases that gets a copy of the log; pip install wandb.
+    wandb: str | None = field(None, free=True)
     data: Data = dataclasses.field(default_factory=Data)
     tokens: Tokens = dataclasses.field(default_factory=Tokens)
     model: Model = dataclasses.field(default_factory=Model)

@@ -19,8 +19,7 @@ def take(data_set: sources.DataSet, opened: dict[str, sources.Selected]) -> dict
     return {
         "images": dict(data_set.lengths),
         "by_class": {s: each.tolist() for s, each in counts.items() if each is not None},
-        "left_out": list(getattr(data_set, "left_out", ())),
-        "notes": list(getattr(data_set, "notes", ())),
+        **{name: _texts(getattr(data_set, name, ())) for name in ("left_out", "notes")},
     }
 
 
@@ -48,6 +47,11 @@ def log(config: config_lib.Data, found: dict, opened: dict[str, sources.Selected
         warnings.append(f"classes without a training image: {_first(empty)}")
     for warning in warnings:
         LOG.warning("data: %s.", warning)
+
+
+def _texts(sentences: Sequence[str]) -> list[str]:
+    """The sentences in UTF-8, which names of files of an old system may not be."""
+    return [each.encode(errors="backslashreplace").decode() for each in sentences]
 
 
 def _first(names: Sequence[str]) -> str:

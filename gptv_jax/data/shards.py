@@ -9,6 +9,7 @@ import re
 
 import numpy as np
 
+from gptv_jax.data import labels as labels_lib
 from gptv_jax.data.folder import spread_classes
 from gptv_jax.data.listing import SPLIT_OF
 from gptv_jax.errors import InputError
@@ -98,9 +99,10 @@ def number_labels(
 ) -> tuple[tuple[str, ...], int, dict[str, np.ndarray]]:
     """Names of the classes, their count, and the labels of each split as int32 numbers.
 
-    `found` has the labels of each split as they are stored: numbers from 0, which `names` may name,
-    or texts, which become the names. A split without any label (only -1 or None, as in test splits
-    whose labels are kept secret) is left out, with a warning.
+    `found` has the labels of each split as they are stored: numbers, which `names` may name or
+    which `labels.number` numbers from 0, or texts, which become the names. A split without any
+    label (only -1 or None, as in test splits whose labels are kept secret) is left out, with a
+    warning.
 
     Raises:
       InputError: labels are of mixed or other types, only some are missing, or one has no name.
@@ -128,15 +130,21 @@ def number_labels(
                 f"{where} holds no label (-1 or nothing) in {missing} of {len(labels)} rows of "
                 f"split {split}; take these rows away, or {advice}."
             )
-        numbered[split] = np.array(labels, np.int32)
+        numbered[split] = np.array(labels, np.int64)
         low, high = int(numbered[split].min()), int(numbered[split].max())
         if low < 0 or (names and high >= len(names)):
             takes = f"0 to {len(names) - 1}" if names else "0 or more"
             raise InputError(
                 f"{where} holds labels from {low} to {high} in split {split}; it must hold {takes}."
             )
-    classes = len(names) or 1 + max((int(rows.max()) for rows in numbered.values()), default=-1)
-    return names, classes, numbered
+    if names or not numbered:
+        numbered = {s: rows.astype(np.int32) for s, rows in numbered.items()}
+        return names, len(names), numbered
+    notes: list[str] = []
+    numbered, classes, names = labels_lib.number(numbered, notes)
+    for note in notes:
+        LOG.warning("%s: %s.", where, note)
+    return names, classes, {s: rows.astype(np.int32) for s, rows in numbered.items()}
 
 
 def mixed(labels: np.ndarray) -> np.ndarray | None:

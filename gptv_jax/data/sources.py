@@ -16,12 +16,14 @@ import numpy as np
 
 from gptv_jax import config as config_lib
 from gptv_jax import files
+from gptv_jax.data import guess
 from gptv_jax.data.arrays import Arrays as Arrays  # a name of this module for its users
 from gptv_jax.data.arrays import ArraysSplit, data_path, digits, open_npz
 from gptv_jax.data.cache import TokenCache
 from gptv_jax.data.folder import ImageFolder
 from gptv_jax.data.listing import SPLIT_OF
 from gptv_jax.data.parquet import Tables
+from gptv_jax.data.webdataset import WebDataset
 from gptv_jax.errors import InputError, cut, first_line, shorten
 
 SPLITS = ("train", "validation", "test")  # of a run; `config.data` gives an expression for each
@@ -123,6 +125,8 @@ class _TfdsSplit(ArraysSplit):
 
 
 def _unprepared(name: str, folder: str | None, error: Exception) -> str:
+    if "/" in name and type(error).__name__ == "DatasetNotFoundError":
+        return f"config.data.name={name} is no TFDS set; of the Hub, {guess.hub_advice(name)}."
     where = f" --data_dir={folder}" if folder else ""
     return (
         f"config.data.name={name} is none of {', '.join(SETS)} and no prepared TFDS set "
@@ -224,6 +228,7 @@ SETS: dict[str, Callable[[config_lib.Data], DataSet]] = {
     "arrays": open_npz,
     "folder": open_folder,
     "parquet": lambda config: Tables(data_path(config, pattern=True), labels=config.labels),
+    "webdataset": lambda config: WebDataset(data_path(config, pattern=True), config.labels),
     "tokens": lambda config: TokenCache(data_path(config)),
 }
 
@@ -237,7 +242,16 @@ def open_data_set(config: config_lib.Data) -> DataSet:
                 f"config.data.{field}={getattr(config, field)} is for config.data.name="
                 f"{' or '.join(names)}, but config.data.name={config.name}; leave the field out."
             )
-    return SETS[config.name](config) if config.name in SETS else _tfds(config)
+    if config.name not in SETS:
+        if advice := guess.advice(config.name):
+            raise InputError(f"config.data.name={advice}")
+        return _tfds(config)
+    try:
+        return SETS[config.name](config)
+    except InputError as error:
+        if advice := guess.advice(config.path, config.name):
+            raise InputError(f"config.data.path={advice}") from error
+        raise
 
 
 def open_source(config: config_lib.Data, split: str) -> Selected:
@@ -258,7 +272,8 @@ def open_splits(config: config_lib.Data) -> dict[str, Selected]:
     if not all(counts.values()):
         own = ("train[:-2]", "train[-2:-1]", "train[-1:]")  # of three images or more
         fitting = " ".join(f"--config.data.{n}={e}" for n, e in zip(taken, own, strict=True))
-        advice = f", or set {fitting}" if lengths.get("train", 0) >= len(own) else ""
+        enough = lengths.get("train", 0) >= len(own)
+        advice = f", or set {fitting}" if enough else f": {len(own)} are the fewest to run with"
         found = ", ".join(f"{n}={taken[n]} takes {count}" for n, count in counts.items())
         raise InputError(
             f"each split needs 1 image, but of {_shown(lengths)} {found}. Add images{advice}."

@@ -1,5 +1,6 @@
 """Opens a run: all that can be refused is refused here, before any work and before files change."""
 
+import dataclasses
 import logging
 import operator
 import pathlib
@@ -21,7 +22,8 @@ from gptv_jax.errors import InputError, list_differences, shorten
 from gptv_jax.runs.context import Context
 from gptv_jax.runs.record import RunFolder, has_finished
 from gptv_jax.stages import STAGES, changes, pretrained
-from gptv_jax.tokens import Codec, palette
+from gptv_jax.tokens import Codec, learned, palette
+from gptv_jax.train import wandb_copy
 from gptv_jax.train.metrics import MetricWriter
 
 LOG = logging.getLogger(__name__)
@@ -44,6 +46,9 @@ def open_run(config: config_lib.Config, workdir: str, wanted: list[str] | None =
     written = {"--workdir": workdir, "config.checkpoint_dir": config.checkpoint_dir}
     refuse_inside(config.data, written)
     check_same_settings(config)
+    if config.wandb:
+        hosts.from_first(wandb_copy.check_installed)
+    config = take_tokenizer_settings(config)
     folder = RunFolder(config, workdir)
     try:
         return _open(config, folder, wanted)
@@ -81,10 +86,19 @@ def _open(config: config_lib.Config, folder: RunFolder, wanted: list[str] | None
     # Every process writes the names of the damaged images that it meets.
     hosts.on_all(lambda: files.claim(folder.path, "--workdir"))
     images = Pipeline(config.data, None, config.seed, folder.path, sharding.batch_share(mesh))
-    log = MetricWriter(folder.path)
+    log = hosts.on_all(lambda: _open_log(config, folder.path))
     changes.tell(folder, found)
     context = Context(config, mesh, folder, log, images, classes, class_names, tuple(stages))
     return with_codec(context)
+
+
+def _open_log(config: config_lib.Config, folder: pathlib.Path) -> MetricWriter:
+    """The log of a run folder that is claimed; process 0 copies it to Weights & Biases if asked."""
+    copy = None
+    if config.wandb and jax.process_index() == 0:
+        identity = files.read_json(folder / "config.json", {})["id"]
+        copy = wandb_copy.Wandb(config.wandb, folder, identity, fields.flatten(config))
+    return MetricWriter(folder, copy)
 
 
 def with_codec(context: Context) -> Context:
@@ -221,6 +235,33 @@ def _impossible(config: config_lib.Config, classes: int) -> dict[str, str]:
         )
         refused |= dict.fromkeys(("sample", "generate"), reason)
     return refused
+
+
+def take_tokenizer_settings(config: config_lib.Config) -> config_lib.Config:
+    """The configuration with the settings of a tokenizer that another program made.
+
+    This is the tokenizer that config.tokens.tokenizer names, or that of the token cache. Every
+    process takes what process 0 finds.
+    """
+    named, cached = config.tokens.tokenizer, config.data.name == "tokens"
+    if config.tokens.kind != "learned" or not (named or cached):
+        return config
+
+    def find() -> dict[str, object]:
+        given = config.tokens.autoencoder
+        if named:
+            missing = f"there is no tokenizer {named}, which config.tokens.tokenizer names"
+            found = learned.load(weights.locate(named, missing)).config
+        else:
+            found = sources.open_data_set(config.data).tokens.autoencoder
+        return fields.flatten(found if found.groups else given)
+
+    found = hosts.from_first(find)
+    network = fields.from_dict(config_lib.Autoencoder, found, "config.tokens.autoencoder")
+    taken = dataclasses.replace(config.tokens, autoencoder=network)
+    config = dataclasses.replace(config, tokens=taken)
+    rules.check(config)
+    return config
 
 
 def check_same_settings(config: config_lib.Config) -> None:

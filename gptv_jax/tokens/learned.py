@@ -17,7 +17,8 @@ from gptv_jax import config as config_lib
 from gptv_jax import files, hardware, sharding
 from gptv_jax.config import fields
 from gptv_jax.errors import InputError, as_input_error, list_differences, shorten
-from gptv_jax.model import autoencoder
+from gptv_jax.model import autoencoder, vqgan
+from gptv_jax.tokens import foreign
 from gptv_jax.tokens.codec import AnyArray, Codec
 
 FILE = "tokenizer.safetensors"  # in a run folder and in a token cache
@@ -69,7 +70,15 @@ def from_description(header: dict, params: dict[str, np.ndarray], where: str) ->
         settings = config_lib.recorded(config_lib.Autoencoder, header["autoencoder"], "autoencoder")
         config = fields.from_dict(config_lib.Autoencoder, settings, "autoencoder")
         provenance = dict(header["provenance"])
-    _, tree = _abstract(config, hardware.devices(local=True)[:1])
+    return checked(config, params, provenance, where)
+
+
+def checked(
+    config: config_lib.Autoencoder, params: dict[str, np.ndarray], provenance: dict, where: str
+) -> Tokenizer:
+    """The tokenizer; InputError where weights are missing, left over, misshapen or not finite."""
+    with as_input_error(f"the tokenizer in {where} does not fit its settings"):
+        _, tree = _abstract(config, params, hardware.devices(local=True)[:1])
     expected = {name: leaf.shape for name, leaf in sharding.by_name(tree).items()}
     wrong = list_differences(expected, {name: array.shape for name, array in params.items()})
     wrong += [f"{name} is not finite" for name, a in params.items() if not np.isfinite(a).all()]
@@ -79,16 +88,24 @@ def from_description(header: dict, params: dict[str, np.ndarray], where: str) ->
 
 
 def load(path: str | pathlib.Path) -> Tokenizer:
-    """Reads a tokenizer: a file of `Tokenizer.save`, or the run folder that trained it."""
+    """Reads a tokenizer: a file of `Tokenizer.save`, or the run folder that trained it.
+
+    Diffusers' and LlamaGen's tokenizers are read as well, see tokens/foreign.py.
+    """
     path = files.user_path(path)
     if path.is_dir():
+        if not (path / FILE).exists() and foreign.is_vq_model(path):
+            return checked(*foreign.read_vq_model(path), str(path))
         path = path / FILE
     if not path.exists():
         raise InputError(
             f"there is no tokenizer {path}; it takes a run folder whose stage tokenizer has "
-            "finished, or a file of Tokenizer.save."
+            "finished, a file of Tokenizer.save, a folder of diffusers' VQModel, or LlamaGen's "
+            "tokenizer as .safetensors."
         )
     params, metadata = files.read_weights(path)
+    if foreign.LLAMAGEN in params:
+        return checked(*foreign.read_llamagen(params, path), str(path))
     with as_input_error(f"{path} holds no tokenizer"):
         header = json.loads(metadata[HEADER])
     return from_description(header, params, str(path))
@@ -152,7 +169,7 @@ class LearnedCodec(Codec):
     @functools.cached_property
     def _placed(self) -> tuple[jax.sharding.Mesh, dict]:
         """A mesh of this process's devices, and the weights, replicated on the mesh."""
-        mesh, tree = _abstract(self.definition.config, jax.local_devices())
+        mesh, tree = _abstract(self.definition.config, self.definition.params, jax.local_devices())
         leaves = [self.definition.params[name] for name in sharding.by_name(tree)]
         replicated = jax.device_put(leaves, NamedSharding(mesh, P()))
         return mesh, jax.tree.unflatten(jax.tree.structure(tree), replicated)
@@ -165,6 +182,11 @@ class LearnedCodec(Codec):
 )
 def _apply(config: config_lib.Autoencoder, decoding: bool, params: dict, rows: Array) -> Array:
     """Images of grids of codes (`decoding`), or codes of images."""
+    if config.groups:
+        foreign_model = vqgan.Vqgan(config, params)
+        if decoding:
+            return to_pixels(foreign_model.decode(rows))
+        return foreign_model.encode(from_pixels(rows))
     model = autoencoder.bind(config, params)
     return to_pixels(model.decode(rows)) if decoding else model.encode(from_pixels(rows)).codes
 
@@ -179,8 +201,12 @@ def to_pixels(images: Float[Array, "B H W C"]) -> UInt8[Array, "B H W C"]:
     return jnp.clip(jnp.rint((images + 1) * 127.5), 0, 255).astype(jnp.uint8)
 
 
-def _abstract(config: config_lib.Autoencoder, devices: list) -> tuple[jax.sharding.Mesh, dict]:
+def _abstract(
+    config: config_lib.Autoencoder, params: dict[str, np.ndarray], devices: list
+) -> tuple[jax.sharding.Mesh, dict]:
     """A mesh of the devices, and the tree of weights as shapes without values."""
     mesh = sharding.make_mesh(config_lib.Mesh(), devices)
     with jax.set_mesh(mesh):
+        if config.groups:
+            return mesh, vqgan.shapes(config, params)
         return mesh, jax.eval_shape(lambda: autoencoder.init(config, jax.random.key(0)))

@@ -17,6 +17,7 @@ import tqdm
 from etils import epy
 
 from gptv_jax import errors, files, hardware
+from gptv_jax.train.wandb_copy import Wandb
 
 with epy.lazy_imports():  # it imports torch where that is installed, which takes seconds
     import tensorboardX
@@ -42,9 +43,13 @@ def mfu(flops: int, tokens_per_second: float | None) -> float | None:
 
 
 class MetricWriter:
-    """Writes events as JSON lines and to TensorBoard; on process 0 alone."""
+    """Writes events as JSON lines and to TensorBoard; on process 0 alone.
 
-    def __init__(self, folder: pathlib.Path):
+    `copy` gets every event that is written, once.
+    """
+
+    def __init__(self, folder: pathlib.Path, copy: Wandb | None = None):
+        self._copy = copy
         self.folder, self.path = folder, folder / "metrics.jsonl"
         self.board_folder = folder / "tensorboard"
         self.counts: collections.Counter[str] = collections.Counter()  # events of each stage
@@ -58,6 +63,8 @@ class MetricWriter:
         with errors.naming(self.path), self.path.open("a") as file:
             file.write(json.dumps(event) + "\n")
         self._show(event)
+        if self._copy:
+            self._copy.write(event)
 
     def rewind(self, stage: str, step: int, count: int | None = None) -> None:
         """Drops the stage's events that a resumed training is about to repeat.
@@ -89,7 +96,9 @@ class MetricWriter:
         return events
 
     def close(self) -> None:
-        """Closes TensorBoard's files."""
+        """Closes TensorBoard's files and the copy."""
+        if self._copy:
+            self._copy.finish()
         for board in self._boards.values():
             board.close()
         self._boards.clear()

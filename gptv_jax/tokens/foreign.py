@@ -1,0 +1,156 @@
+"""Tokenizers of other programs: diffusers' `VQModel`, and LlamaGen's VQ-8 and VQ-16."""
+
+import pathlib
+import re
+
+import numpy as np
+
+from gptv_jax import config as config_lib
+from gptv_jax import files
+from gptv_jax.config import fields
+from gptv_jax.errors import InputError, as_input_error
+from gptv_jax.model.vqgan import CODEBOOK
+
+# From the names of both programs to those of model/vqgan.py; a name passes all lines in order.
+NAMES = (
+    (r"\.(down_blocks|up_blocks|conv_blocks)\.", ".levels."),
+    (r"\.mid_block\.", ".middle."),
+    (r"\.mid\.0\.", ".middle.blocks.0."),
+    (r"\.mid\.1\.", ".middle.attention.0."),
+    (r"\.mid\.2\.", ".middle.blocks.1."),
+    (r"\.(resnets|res)\.", ".blocks."),
+    (r"\.(attentions|attn)\.", ".attention."),
+    (r"\.(conv_shortcut|nin_shortcut)\.", ".shortcut."),
+    (r"\.((downsamplers|upsamplers)\.0|downsample|upsample)\.conv\.", ".resample."),
+    (r"\.group_norm\.", ".norm."),
+    (r"\.(to_)?([qkv])(uery|ey|alue)?\.", r".\2."),
+    (r"\.(to_out\.0|proj_attn|proj_out)\.", ".out."),
+    (r"\.conv_norm_out\.", ".norm_out."),
+    (r"^quantize\.embedding\.weight$", CODEBOOK),
+)
+IGNORED = "quantize.codebook_used"  # LlamaGen's count of used codes in training
+LLAMAGEN = "encoder.conv_blocks.0.res.0.norm1.weight"  # a tensor that its files have
+BLOCKS = (
+    "DownEncoderBlock2D",
+    "AttnDownEncoderBlock2D",
+    "UpDecoderBlock2D",
+    "AttnUpDecoderBlock2D",
+)
+# Fields of diffusers' config.json, with the values that model/vqgan.py has.
+TAKEN = {"act_fn": ("silu", "swish"), "norm_type": ("group",)}
+
+
+def is_vq_model(folder: pathlib.Path) -> bool:
+    """Whether a folder is one of diffusers' `VQModel.save_pretrained`."""
+    found = files.read_json(folder / "config.json", {}).get("_class_name")
+    return found == "VQModel"
+
+
+def read_vq_model(folder: pathlib.Path) -> tuple[config_lib.Autoencoder, dict, dict]:
+    """The settings, the weights and the provenance of a folder of diffusers' `VQModel`.
+
+    Raises:
+      InputError: a file is missing or damaged, or the network is of another kind.
+    """
+    given = files.read_json(folder / "config.json", {})
+    path = folder / "diffusion_pytorch_model.safetensors"
+    if not path.exists():
+        raise InputError(
+            f"{folder} has no {path.name}; where diffusers is, write it by "
+            "VQModel.from_pretrained(FOLDER).save_pretrained(FOLDER)."
+        )
+    for name, taken in TAKEN.items():
+        if (value := given.get(name, taken[0])) not in taken:
+            raise InputError(f"{folder}/config.json has {name}={value}; it takes {taken[0]}.")
+    params = _renamed(files.read_weights(path)[0])
+    with as_input_error(f"{folder}/config.json does not describe a VQModel", (KeyError, TypeError)):
+        down, up = given["down_block_types"], given["up_block_types"]
+        widths, layers = given["block_out_channels"], given["layers_per_block"]
+        if unknown := [kind for kind in (*down, *up) if kind not in BLOCKS]:
+            raise InputError(f"{folder}/config.json has blocks {unknown[0]}; it takes {BLOCKS}.")
+        if given.get("out_channels", 3) != given["in_channels"]:
+            raise InputError(f"{folder}/config.json has other channels of input than of output.")
+        config = _settings(
+            folder,
+            channels=given["in_channels"],
+            widths=widths,
+            blocks=layers,
+            codes=given["num_vq_embeddings"],
+            code_size=given.get("vq_embed_dim") or given["latent_channels"],
+            groups=given.get("norm_num_groups", 32),
+        )
+        middle = given.get("mid_block_add_attention", True)
+        size = given.get("sample_size")
+    expected = {f"encoder.levels.{i}" for i, kind in enumerate(down) if kind.startswith("Attn")}
+    expected |= {f"decoder.levels.{i}" for i, kind in enumerate(up) if kind.startswith("Attn")}
+    expected |= {"encoder.middle", "decoder.middle"} if middle else set()
+    _check_attention(params, expected, path)
+    return config, params, {"format": "diffusers VQModel", "image_size": size}
+
+
+def read_llamagen(params: dict[str, np.ndarray], path: pathlib.Path):
+    """As `read_vq_model`, of the tensors of a file with LlamaGen's VQ-8 or VQ-16.
+
+    LlamaGen compares unit vectors. With codes of length 1, the code in the nearest direction is the
+    nearest code.
+    """
+    params = _renamed(params)
+    firsts = [
+        n for n in params if re.fullmatch(r"encoder\.levels\.\d+\.blocks\.0\.conv1\.weight", n)
+    ]
+    widths = [
+        params[f"encoder.levels.{i}.blocks.0.conv1.weight"].shape[0] for i in range(len(firsts))
+    ]
+    codebook = params.get(CODEBOOK, np.ones((2, 8), np.float32))  # its absence is found later
+    lengths = np.linalg.norm(codebook, axis=-1, keepdims=True)
+    if CODEBOOK in params:
+        params[CODEBOOK] = codebook / np.maximum(lengths, 1e-12)
+    config = _settings(
+        path,
+        channels=3,
+        widths=widths,
+        blocks=2,
+        codes=codebook.shape[0],
+        code_size=codebook.shape[-1],
+        groups=32,
+    )
+    lowest = {f"encoder.levels.{len(widths) - 1}", "decoder.levels.0"}
+    _check_attention(params, lowest | {"encoder.middle", "decoder.middle"}, path)
+    return config, params, {"format": "LlamaGen", "image_size": 256}
+
+
+def _settings(where: pathlib.Path, *, widths, blocks, **facts) -> config_lib.Autoencoder:
+    """Checked settings of the network; InputError where this project does not take them."""
+    config = config_lib.Autoencoder(
+        downsample=2 ** (len(widths) - 1),
+        widths=tuple(widths),
+        encoder_blocks=blocks,
+        decoder_blocks=blocks + 1,
+        norm=True,
+        attention=True,
+        quantizer="vq",
+        **facts,
+    )
+    flat = fields.unflatten(fields.flatten(config))
+    return fields.from_dict(config_lib.Autoencoder, flat, f"the tokenizer in {where}: autoencoder")
+
+
+def _renamed(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The arrays by this project's names; weights of linear layers become kernels of one pixel."""
+    found = {}
+    for name, array in arrays.items():
+        if name == IGNORED:
+            continue
+        for pattern, replacement in NAMES:
+            name = re.sub(pattern, replacement, name)
+        linear = array.ndim == 2 and name != CODEBOOK
+        found[name] = array[..., None, None] if linear else array
+    return found
+
+
+def _check_attention(params: dict, expected: set[str], path: pathlib.Path) -> None:
+    """Raises InputError where attention stands elsewhere than in the `expected` levels."""
+    found = {name.partition(".attention.")[0] for name in params if ".attention." in name}
+    if found != expected:
+        differing = ", ".join(sorted(found ^ expected))
+        raise InputError(f"{path} has attention too many or too few in: {differing}.")

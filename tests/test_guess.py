@@ -1,0 +1,81 @@
+"""Data that other settings would read: the sentence names these settings."""
+
+import numpy as np
+import pyarrow
+import pytest
+from conftest import encoded, make_folder, random_image
+from pyarrow import parquet
+
+from gptv_jax import config as config_lib
+from gptv_jax.data import sources
+from gptv_jax.errors import InputError
+
+PNG = encoded(random_image(4, 4, 3))
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """A folder with data of every kind."""
+    root = tmp_path_factory.mktemp("data")
+    make_folder(root, {f"photos/{i}.png": PNG for i in range(3)} | {"mine.tar": b"", "x.zip": b""})
+    make_folder(root, {"shards/a.tar": b"", "tfds/features.json": b"{}", "saved/state.json": b"{}"})
+    (root / "hub/data").mkdir(parents=True)
+    parquet.write_table(pyarrow.table({"image": [PNG] * 3}), root / "hub/data/train.parquet")
+    np.savez(root / "set.npz", train_images=random_image(3, 4, 4, 3))
+    return root
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ("hub", "--config.data.name=parquet --config.data.path=ROOT/hub"),
+        (
+            "hub/data/train.parquet",
+            "--config.data.name=parquet --config.data.path=ROOT/hub/data/train",
+        ),
+        ("saved", "--config.data.name=parquet"),
+        ("mine.tar", "--config.data.name=webdataset --config.data.path=ROOT/mine.tar"),
+        ("shards", "--config.data.name=webdataset"),
+        ("set.npz", "--config.data.name=arrays"),
+        ("photos", "--config.data.name=folder"),
+        ("x.zip", "is packed; unpack it"),
+        ("tfds", "--config.data.dir=ROOT/tfds"),
+    ],
+)
+def test_a_path_where_a_name_belongs_leads_to_the_fields_that_read_it(places, place, words):
+    words = words.replace("ROOT", str(places))
+    own = [name for name in sources.SETS if f"name={name} " not in words + " "]
+    for settings in (
+        {"name": str(places / place)},
+        *({"name": name, "path": str(places / place)} for name in own if name != "digits"),
+    ):
+        with pytest.raises(InputError) as error:
+            sources.open_data_set(config_lib.Data(**settings))
+        assert words in str(error.value) and str(places / place) in str(error.value)
+        assert len(str(error.value)) <= 300 + 2 * len(str(places))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "hf://ylecun/mnist",
+        "hf://datasets/ylecun/mnist/data",
+        "https://huggingface.co/datasets/ylecun/mnist",
+        "ylecun/mnist",
+    ],
+)
+def test_a_name_of_the_hub_leads_to_the_command_that_downloads(name):
+    command = "hf download ylecun/mnist --repo-type=dataset --local-dir=FOLDER"
+    with pytest.raises(InputError, match=command) as error:
+        sources.open_data_set(config_lib.Data(name=name))
+    assert "--config.data.name=parquet --config.data.path=FOLDER" in str(error.value)
+
+
+def test_what_fits_keeps_its_own_error(places):
+    for name, path, words in (
+        ("parquet", "photos", "name=folder"),
+        ("webdataset", "mine.tar", "no tar file"),
+        ("folder", "nowhere", "does not exist"),
+    ):
+        with pytest.raises(InputError, match=words):
+            sources.open_data_set(config_lib.Data(name=name, path=str(places / path)))
