@@ -156,7 +156,8 @@ UNBOUNDED = {
     "model.axial_positions", "model.start_per_variant", "model.scan_layers",
     "model.learned_positions", "model.rotary", "model.qk_norm",
     "model.target_positions",
-    "finetune.standardize", "probe.sgd.train_transforms", "probe.sgd.standardize",
+    "finetune.standardize", "finetune.scratch",
+    "probe.sgd.train_transforms", "probe.sgd.standardize",
 }  # fmt: skip
 
 

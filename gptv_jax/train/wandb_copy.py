@@ -33,7 +33,7 @@ class Wandb:
         """
         import wandb  # takes a second
 
-        advice = "; log in by wandb login, or set WANDB_MODE=offline"
+        advice = "; or set WANDB_MODE=offline, which keeps the events in the run folder"
         with as_input_error(f"config.wandb={project} cannot be used", advice=advice):
             self._run = wandb.init(
                 project=project,
