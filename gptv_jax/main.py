@@ -10,6 +10,7 @@ import jax
 from absl import flags
 
 from gptv_jax import command, config
+from gptv_jax.errors import InputError
 from gptv_jax.hosts import distributed, runtime
 from gptv_jax.stages import STAGES, run
 
@@ -30,6 +31,11 @@ INDEX = flags.DEFINE_integer("process_id", None, "Index of this process, from 0.
 
 def main(settings: config.Config) -> None:
     """Runs the stages that are wanted and not finished, in order."""
+    if not flags.FLAGS.is_parsed() or WORKDIR.value is None:
+        raise InputError(
+            "gptv_jax.main takes its settings from the command line; in Python or in a notebook, "
+            "call gptv_jax.train(config, workdir)."
+        )
     distributed.start(DISTRIBUTED.value, COORDINATOR.value, COUNT.value, INDEX.value)
     runtime.cache_programs()
     summary = run.run_stages(settings, WORKDIR.value, WANTED.value)

@@ -210,3 +210,63 @@ def test_settings_of_a_stage_that_has_not_begun_may_change(copied):
     with pytest.raises(InputError, match=r"probe\.draws is 2, expected 1"):
         both = dataclasses.replace(fewer.probe, draws=2)
         run_stages(dataclasses.replace(fewer, probe=both), str(copied), ["probe"])
+
+
+# Pretraining that goes on from given weights.
+
+COLORED = changed(
+    tokens__kind="palette",
+    tokens__colors=6,
+    data__train_transforms=("decode(channels=3)",),
+    data__eval_transforms=("decode(channels=3)",),
+    model__dropout=0.0,
+    train__steps=2,
+    train__ema=None,
+)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A run, and its weights as a file and as Hugging Face's folder."""
+    place = tmp_path_factory.mktemp("weights")
+    run_stages(COLORED, str(place / "run"), ["pretrain"])
+    model = gptv_jax.load(place / "run")
+    model.save(place / "weights.safetensors")
+    gptv_jax.to_huggingface(model, place / "hf")
+    return place
+
+
+def evaluations(folder, stage: str) -> dict[int, float]:
+    """Validation losses by step."""
+    name, events = "validation_nats_per_token", MetricWriter(folder).read()
+    return {e["step"]: e[name] for e in events if e["stage"] == stage and name in e}
+
+
+@pytest.mark.parametrize("source", ["run", "weights.safetensors", "hf"])
+def test_pretraining_goes_on_from_weights_and_later_stages_read_the_result(
+    weights, tmp_path, source
+):
+    config = changed(COLORED, init_from=str(weights / source), seed=1, model__dropout=0.1)
+    before = summary(weights / "run")["pretrain/validation_nats_per_token"]
+    run_stages(config, str(tmp_path), ["pretrain"])
+    losses = evaluations(tmp_path, "pretrain")
+    assert losses[0] == pytest.approx(before, rel=1e-5)
+    assert losses[2] < losses[0]
+    assert summary(tmp_path)["pretrain/init_from"] == str(weights / source)
+    if source == "run":  # later stages, with the same settings, read what this run has trained
+        run_stages(config, str(tmp_path), ["finetune"])
+        assert evaluations(tmp_path, "finetune")[0] == pytest.approx(losses[2], rel=1e-5)
+    after = gptv_jax.load(tmp_path, "pretrain")
+    assert after.codec.definition.equivalent(gptv_jax.load(weights / source).codec.definition)
+    assert np.any(after.params["head"] != gptv_jax.load(weights / source).params["head"])
+
+
+def test_weights_without_classes_become_class_conditional(weights, tmp_path):
+    config = changed(COLORED, init_from=str(weights / "run"), model__class_tokens=10)
+    run_stages(config, str(tmp_path), ["pretrain"])
+    before = summary(weights / "run")["pretrain/validation_nats_per_token"]
+    assert evaluations(tmp_path, "pretrain")[0] == pytest.approx(before, rel=1e-5)
+    assert len(gptv_jax.load(tmp_path).params["start"]) == 11
+    with pytest.raises(InputError, match=r"model\.width is 32, expected 16"):
+        wider = changed(config, model__width=32)
+        run_stages(wider, str(tmp_path / "wider"), ["pretrain"])

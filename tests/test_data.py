@@ -115,6 +115,45 @@ def test_augmentation_is_drawn_anew_for_every_example_in_every_epoch(monkeypatch
     assert counts.min() > 15  # of 320 draws among 9
 
 
+# Values from 0 to 4080 in 40 images, and what is left of 16 bits and of 17 levels.
+DEEP = np.arange(40 * 64).reshape(40, 8, 8, 1) * 97 % 4081
+ONE_OF_MANY = np.where(np.arange(40)[:, None, None, None] == 7, DEEP // 16, 200)
+
+
+@pytest.mark.parametrize(
+    ("images", "entries", "words"),
+    [
+        (np.full((40, 8, 8, 1), 200), (), ["nearly one value each", "200 to 200 of 255"]),
+        (200 + DEEP % 2, (), ["nearly one value each", "200 to 201 of 255", "by 0.5 at most"]),
+        (np.broadcast_to([250, 10, 90], (40, 8, 8, 3)), (), ["nearly one value", "10 to 250"]),
+        (DEEP // 257, (), ["all dark", "values 0 to 15", "maximum=4095", "maximum=15"]),
+        (DEEP % 17, (), ["all dark", "values 0 to 16", "maximum=4095", "maximum=16"]),
+        (DEEP % 17, ("decode(channels=1, maximum=16)",), []),
+        (DEEP // 16, (), []),
+        (ONE_OF_MANY, (), []),
+    ],
+)
+def test_images_that_all_look_blank_or_dark_are_warned_of_once(
+    images, entries, words, monkeypatch, caplog, tmp_path
+):
+    arrays = sources.Arrays({"train": (images.astype(np.uint8), None)})
+    monkeypatch.setitem(sources.SETS, "given", lambda config: arrays)
+    config = config_lib.Data(name="given", path=str(tmp_path), eval_transforms=entries)
+    shape = images.shape[1:]
+    for transforms in ((*entries, "flip()"), entries):
+        pipeline.try_out(config, None, shape, transforms)
+    warned = [record.getMessage() for record in caplog.records]
+    assert len(warned) == bool(words)
+    for line in warned:
+        assert f"first 32 images of {tmp_path}" in line and len(line) <= 300 + len(str(tmp_path))
+        assert all(word in line for word in words)
+
+
+def test_levels_that_a_codec_shows_brightly_are_not_called_dark(caplog):
+    pipeline.try_out(PLAIN, CODEC, CODEC.image_shape, ())  # the digits, 0 to 16
+    assert not caplog.records
+
+
 # Hosts
 
 

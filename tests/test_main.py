@@ -397,12 +397,6 @@ def test_a_damaged_record_is_named_and_nothing_is_changed(main, copied_run, name
     assert digest(copied_run) == before
 
 
-def test_weights_given_and_pretraining_asked_for_do_not_go_together(main, finished_run, tmp_path):
-    given = f"--config.init_from={finished_run.folder}"
-    ended = main(*small_arguments(tmp_path / "run"), given, "--stages=pretrain,probe")
-    assert_refused(ended, "config.init_from", str(finished_run.folder), "--stages", "pretrain")
-
-
 def test_weights_of_another_run_must_be_of_the_same_network(main, finished_run, tmp_path):
     given = [f"--config.init_from={finished_run.folder}", "--config.model.width=32"]
     ended = main(*small_arguments(tmp_path / "run"), *given, "--stages=finetune")

@@ -184,6 +184,58 @@ def test_what_is_no_palette_is_an_error(tmp_path, content, ending):
     assert len(str(error.value).splitlines()) == 1
 
 
+COLOURS = np.unique(np.random.default_rng(0).integers(0, 256, (16, 3)), axis=0)
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int16, np.int64])
+def test_integers_from_0_to_255_are_the_colours_themselves(tmp_path, kind):
+    np.save(tmp_path / "colors.npy", COLOURS.astype(kind))
+    found = palette.load(tmp_path / "colors.npy")
+    np.testing.assert_array_equal(found.colors, COLOURS)
+    assert found.centers.dtype == np.float32 and found.provenance == {"file": "colors.npy"}
+    np.save(tmp_path / "as_published.npy", (COLOURS / 127.5 - 1).astype(np.float32))
+    assert palette.load(tmp_path / "as_published.npy").equivalent(found)
+
+
+@pytest.mark.parametrize(
+    ("content", "found", "cure"),
+    [
+        (COLOURS / 255, "to 0.97", "2 * colours - 1"),
+        (np.float32([[0, 0, 0], [1, 1, 1]]), "from 0 to 1", "2 * colours - 1"),
+        (COLOURS.astype(np.float32), "to 255", "colours / 127.5 - 1"),
+        (np.array([[0, 0, 0], [1, 1, 1]]), "from 0 to 1", "2 * colours - 1"),
+        (COLOURS - 128, "from -", "integers from 0 to 255"),
+        (COLOURS * 257, "to 6", "integers from 0 to 255"),
+        ((COLOURS / 127.5 - 1).T, "[3, 16]", "Transpose"),
+        (COLOURS.T, "[3, 16]", "Transpose"),
+        (np.full((4, 3), np.nan), "from nan to nan", "from -1 to 1"),
+    ],
+)
+def test_a_palette_of_another_range_or_shape_is_an_error_that_says_what_it_is_and_should_be(
+    tmp_path, content, found, cure
+):
+    np.save(tmp_path / "colors.npy", content)
+    with pytest.raises(
+        InputError, match=r"a palette is floating-point numbers .* -1 to 1"
+    ) as error:
+        palette.load(tmp_path / "colors.npy")
+    assert found in str(error.value) and cure in str(error.value)
+
+
+def test_a_palette_of_bright_colours_alone_is_read_again_where_this_project_wrote_it(tmp_path):
+    bright = Palette(np.float32([[0.1, 0.5, 0.9], [0, 0.2, 1]]), {"data": "snow"})
+    bright.save(tmp_path / "palette.npz")
+    assert palette.load(tmp_path / "palette.npz").equivalent(bright)
+
+
+def test_colours_that_come_twice_are_warned_of_and_their_tokens_never_occur(tmp_path, caplog):
+    np.save(tmp_path / "twice.npy", np.concatenate([COLOURS, COLOURS]))
+    found = palette.load(tmp_path / "twice.npy")
+    assert f"twice.npy has {len(COLOURS)} colours that it had before" in caplog.text
+    encoded_tokens = PaletteCodec(found, 16).encode(random_image(16, 16, 3)[None])
+    assert encoded_tokens.max() < len(COLOURS)
+
+
 def no_palettes(folder) -> dict[str, bytes]:
     random_palette(16).save(folder / "whole.npz")
     whole = (folder / "whole.npz").read_bytes()

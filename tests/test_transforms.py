@@ -2,9 +2,11 @@ import jaxtyping
 import numpy as np
 import pytest
 from conftest import generator, random_image
+from PIL import Image
 
-from gptv_jax.data import transforms
+from gptv_jax.data import augmentations, transforms
 from gptv_jax.errors import InputError
+from gptv_jax.tokens import GreyCodec
 
 
 def test_entries_are_calls_with_literal_arguments():
@@ -58,6 +60,15 @@ def test_entries_are_calls_with_literal_arguments():
         "brightness(amount=-1)",
         "contrast(amount='much')",
         "normalize(clip=0.5)",
+        "quantize()",
+        "quantize(1)",
+        "quantize(300)",
+        "rotate(0)",
+        "rotate(200)",
+        "rotate(10, method='lanczos')",
+        "random_augment(n=0)",
+        "random_augment(magnitude=11)",
+        "decode(maximum=0)",
     ],
 )
 def test_what_is_no_entry_is_an_error_that_names_it_and_the_accepted_ones(entry):
@@ -111,6 +122,9 @@ ENTRIES = {
     "contrast(0.4)": (20, 30),
     "color_balance(0.4)": (20, 30),
     "normalize(clip=0.01)": (20, 30),
+    "quantize(17)": (20, 30),
+    "rotate(30)": (20, 30),
+    "random_augment(n=3, magnitude=8)": (20, 30),
 }
 RANDOM = [entry for entry in ENTRIES if transforms.parse(entry).random]
 MOVING = [entry for entry in ENTRIES if not transforms.parse(entry).needs_pixels]
@@ -163,3 +177,84 @@ def test_evaluation_takes_nothing_random(entry):
     with pytest.raises(InputError, match=r"eval_transforms has .* which is random"):
         transforms.check((), ("decode()", entry))
     transforms.check(("decode()", entry), ("decode()", *sorted(set(ENTRIES) - set(RANDOM))))
+
+
+# Values.
+
+
+@pytest.mark.parametrize("levels", [2, 17, 256])
+def test_grey_levels_are_spread_evenly_and_shown_in_the_right_brightness(levels):
+    values = np.arange(256, dtype=np.uint8).reshape(16, 16, 1)
+    found = transforms.parse(f"quantize({levels})")(values, None)
+    assert set(found.flat) == set(range(levels))
+    codec = GreyCodec(levels, 16)
+    shown = codec.picture(codec.decode(codec.encode(found[None])))[0]
+    # No level is nearer to a value than its own.
+    difference = np.abs(shown.astype(int) - values)
+    assert difference.max() <= np.ceil(127.5 / (levels - 1))
+    assert shown[0, 0, 0] == 0 and shown[15, 15, 0] == 255
+
+
+def test_a_rotation_is_within_its_degrees_both_ways_and_fills_the_corners():
+    rotate = transforms.parse("rotate(45, fill=7, method='nearest')")
+    image = np.full((41, 41, 3), 200, np.uint8)
+    image[:20, 20] = 100  # a hand that points up
+    angles = []
+    for seed in range(60):
+        found = rotate(image, generator(seed))
+        assert found[20, 20, 0] == 200 and set(np.unique(found)) <= {7, 100, 200}
+        y, x = np.argwhere(found[..., 0] == 100).mean(axis=0) - 20
+        angles.append(np.degrees(np.arctan2(-x, -y)))
+    assert -46 < min(angles) < -35 and 35 < max(angles) < 46 and abs(np.mean(angles)) < 12
+
+
+def test_random_augment_has_the_operations_and_ranges_of_the_paper():
+    """Each operation at full strength, against its definition in AutoAugment's table 6."""
+    image = random_image(30, 40, 3)
+    picture, white = Image.fromarray(image), (255,) * 3
+
+    def apply(name, strength, given=picture):
+        return np.asarray(augmentations.OPERATIONS[name](given, strength, white)).astype(int)
+
+    assert len(augmentations.OPERATIONS) == 14
+    for name in augmentations.OPERATIONS:
+        changing = name in ("auto_contrast", "equalize")
+        assert changing or (apply(name, 0.0) == image).all()
+    np.testing.assert_array_equal(apply("solarize", 1.0), 255 - image)
+    solarized = np.where(image >= 128, 255 - image.astype(int), image)
+    np.testing.assert_array_equal(apply("solarize", -0.5), solarized)
+    np.testing.assert_array_equal(apply("posterize", 1.0), image & 0b11110000)
+    for sign in (-1, 1):
+        scaled = (image * (1 + 0.9 * sign)).clip(0, 255)
+        np.testing.assert_allclose(apply("brightness", sign), scaled, atol=1)
+        grey = np.asarray(picture.convert("L")).astype(float)[..., None]
+        coloured = (grey + (image - grey) * (1 + 0.9 * sign)).clip(0, 255)
+        np.testing.assert_allclose(apply("color", sign), coloured, atol=2)
+        contrasted = (grey.mean() + (image - grey.mean()) * (1 + 0.9 * sign)).clip(0, 255)
+        np.testing.assert_allclose(apply("contrast", sign), contrasted, atol=2)
+    moved = apply("translate_x", 1.0)  # by 150/331 of the width, 18 of 40 pixels
+    np.testing.assert_array_equal(moved[:, :22], image[:, 18:])
+    assert (moved[:, 22:] == 255).all()
+    moved = apply("translate_y", -1.0)  # 14 of 30 pixels
+    np.testing.assert_array_equal(moved[14:], image[:16])
+    upright = np.zeros((41, 41), np.uint8)
+    upright[:, 20] = 255
+    for name, line in (("shear_x", upright), ("shear_y", upright.T), ("rotate", upright)):
+        found = np.asarray(augmentations.OPERATIONS[name](Image.fromarray(line), 1.0, 0))
+        y, x = np.nonzero(found if name != "shear_y" else found.T)
+        slope = abs(np.polyfit(y, x, 1)[0])
+        assert slope == pytest.approx(np.tan(np.radians(30)) if name == "rotate" else 0.3, abs=0.03)
+
+
+def test_random_augment_draws_every_operation_and_combines_n_of_them():
+    image = random_image(16, 16, 3)
+    picture = Image.fromarray(image)
+    single = {
+        np.asarray(operation(picture, sign * 0.6, (128,) * 3)).tobytes()
+        for operation in augmentations.OPERATIONS.values()
+        for sign in (-1, 1)
+    }
+    once = transforms.parse("random_augment(n=1, magnitude=6)")
+    assert {once(image, generator(seed)).tobytes() for seed in range(400)} == single
+    several = transforms.parse("random_augment(n=4, magnitude=6)")
+    assert not {several(image, generator(seed)).tobytes() for seed in range(20)} <= single

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import struct
+import time
 
 import pytest
 
@@ -54,6 +55,7 @@ def test_a_run_and_its_continuation_are_one_run_with_all_events(tmp_path, monkey
         for step in range(1 if last == 3 else 3, last + 1):
             log.write("pretrain", step, {"loss": step / 2, "mfu": None})
         copy.finish()
+        time.sleep(1.1)  # local folders are named by the second; a restart takes longer
     runs, events = copied(tmp_path)
     assert runs == {"photos/abc"}
     steps = [1, 2, 3, 3, 4, 5]  # 3 is repeated

@@ -10,13 +10,16 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
-from gptv_jax.config.fields import POSITIVE, field
+from gptv_jax.config.fields import ABOVE_ZERO, POSITIVE, field
 from gptv_jax.errors import first_line
 
 # Pillow warns of unusual metadata. The filter is global, since a context is not thread-safe.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 # Pillow's limit would refuse images before `Decode.max_pixels` does.
 Image.MAX_IMAGE_PIXELS = None
+GREY = ("0 to 255, a grey value", lambda v: 0 <= v <= 255)
+# Numbers of TIFF's tags (TIFF 6.0, sections 8 and 19).
+BITS, PHOTOMETRIC, MAX_SAMPLE, SAMPLE_FORMAT = 258, 262, 281, 339
 
 
 class DamagedImageError(ValueError):
@@ -42,17 +45,21 @@ class Transform(abc.ABC):
 class Decode(Transform):
     """Decodes an image file of any format that Pillow reads to RGB or grey pixels.
 
-    The EXIF orientation is applied. Animations give their first frame, 16 bits become 8, CMYK and
-    indexed colours become RGB, and transparent pixels are laid over `background`.
+    The EXIF orientation is applied. Animations and files of several pages give their first one,
+    CMYK, Lab and indexed colours become RGB, and transparent pixels are laid over `background`.
+    More than 8 bits become 8: white is the value that the file says, see `white`, or `maximum`.
     """
 
     channels: int = field(3, ("3 (RGB) or 1 (grey)", lambda v: v in (1, 3)))
-    background: int = field(255, ("0 to 255, a grey value", lambda v: 0 <= v <= 255))
+    background: int = field(255, GREY)
     # Height times width; a larger image is refused before it is decompressed.
     max_pixels: int = field(2**26, POSITIVE)
     # Longer side over shorter side; a resize would enlarge a longer image enormously.
     max_ratio: float = field(32.0, ("1 or more", lambda v: v >= 1))
     min_side: int = field(2, POSITIVE)  # pixels
+    # The value that becomes 255, as 4095 of 12 bits; None: by the file. A number above 255 leaves
+    # images of 8 bits as they are.
+    maximum: float | None = field(None, ABOVE_ZERO)
 
     def __call__(self, encoded: bytes | np.ndarray, rng=None) -> np.ndarray:
         """Pixels, uint8 [H, W, channels]; of an array only the channels are converted.
@@ -85,13 +92,78 @@ class Decode(Transform):
                 raise DamagedImageError(f"{width} x {height} pixels are {limit}")
 
     def _pixels(self, image: Image.Image) -> np.ndarray:
+        stored = image  # has the file's tags, which a turned image has lost
+        maximum, deep = self.maximum or 0, _is_deep(stored)
+        if maximum > 255 and not deep and ";16" in str(getattr(stored, "tile", "")):
+            raise DamagedImageError(
+                "Pillow reads only the upper 8 of the 16 bits of its colours, so it cannot take "
+                f"maximum={maximum:g}; save it with 8 bits"
+            )
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I") or image.mode == "F":  # 16 bits
-            image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
+        if image.mode == "LAB":
+            image = image.convert("RGB")  # from which Pillow makes grey
+        if deep:
+            image = Image.fromarray(self._to_eight_bits(np.asarray(image), stored))
+        elif 0 < maximum <= 255:
+            *colours, alpha = image.convert("RGBA").split()
+            scaled = [c.point(lambda value: round(value * 255 / maximum)) for c in colours]
+            image = Image.merge("RGBA", [*scaled, alpha])
         if image.has_transparency_data:
             background = Image.new("RGBA", image.size, (self.background,) * 3 + (255,))
             image = Image.alpha_composite(background, image.convert("RGBA"))
         return to_array(image.convert("RGB" if self.channels == 3 else "L"), self.channels)
+
+    def _to_eight_bits(self, values: np.ndarray, stored: Image.Image) -> UInt8[np.ndarray, "H W"]:
+        """The values of one channel, white being 255; `stored` is the image as the file has it."""
+        tags = getattr(stored, "tag_v2", {})
+        if tags.get(BITS) == (32,) and tags.get(SAMPLE_FORMAT, (1,)) == (1,):
+            values = values.view(np.uint32)  # Pillow reads the numbers as signed ones
+        if not np.isfinite(values).all():
+            raise DamagedImageError("it has values that are not finite numbers")
+        scale = 255 / (self.maximum or white(stored, values))
+        pixels = np.rint((values * scale).clip(0, 255)).astype(np.uint8)
+        if tags.get(PHOTOMETRIC) == 0:  # white is zero, which Pillow heeds for 8 bits alone
+            pixels = 255 - pixels
+        if isinstance(clear := stored.info.get("transparency"), int):
+            pixels[values == clear] = self.background
+        return pixels
+
+
+def _is_deep(image: Image.Image) -> bool:
+    """Whether the image has one channel of more than 8 bits; Pillow reads no deep colours."""
+    return image.mode.startswith("I") or image.mode == "F"
+
+
+def white(stored: Image.Image, values: np.ndarray) -> int:
+    """The value that is white in an image file of more than 8 bits, whose pixels are `values`.
+
+    A file of unsigned 16 bits or fewer says so itself: by its bits, or by a TIFF's MaxSampleValue
+    where this is the most of 9 to 15 bits. (A smaller number would be the image's own maximum; by
+    it, images of one set would be brightened differently.) Numbers of 32 bits, signed and floating-
+    point ones say nothing: white is then 1 (floating-point), 255 or 65535 (32767 of signed 16
+    bits), the first that no value exceeds.
+
+    Raises DamagedImageError where a value is negative or above all of these, or where no value
+    comes near the white that is found: 0..1 with an overshoot to 1.1 is not 0..255, and 0..4095 is
+    not 0..65535.
+    """
+    tags = getattr(stored, "tag_v2", {})
+    if stored.mode.startswith("I;16") or (stored.mode == "I" and stored.format in ("PNG", "PPM")):
+        most = tags.get(MAX_SAMPLE, (0,))[0]
+        return most if most > 255 and most & (most + 1) == 0 else 2 ** tags.get(BITS, (16,))[0] - 1
+    ranges = [255, 32767 if tags.get(BITS) == (16,) else 65535]
+    if stored.mode == "F":
+        ranges.insert(0, 1)
+    low, high = values.min(), values.max()
+    found = next((most for most in ranges if high <= most), None)
+    least = 0 if found == ranges[0] else 16 if found == 255 else 4096
+    if low < 0 or found is None or high < least:
+        shown = ", ".join(f"0..{most}" for most in ranges)
+        raise DamagedImageError(
+            f"its values, {low:g} to {high:g}, are in none of the usual ranges ({shown}); name the "
+            "value that is white by decode(maximum=...)"
+        )
+    return found
 
 
 def to_picture(image: UInt8[np.ndarray, "H W C"]) -> Image.Image:

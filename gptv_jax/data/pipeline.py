@@ -30,6 +30,8 @@ from gptv_jax.tokens import Codec
 LOG = logging.getLogger(__name__)
 ENCODE_AHEAD = 2  # batches that a codec on devices encodes ahead of their use
 TRIED = 32  # images that the transforms and the codec are tried on
+# An image of a standard deviation below BLANK looks blank, one of no value above DARK dark; of 255.
+BLANK, DARK = 4, 64
 
 
 @dataclasses.dataclass(eq=False)
@@ -109,15 +111,43 @@ def try_out(
 ) -> None:
     """Makes tokens of the first training images, so that misfits are found before any work.
 
-    Without a codec, or if the codec encodes on devices, only `shape`, [H, W, C], is checked.
+    Without a codec, or if the codec encodes on devices, only `shape`, [H, W, C], is checked. After
+    the transforms of evaluation, images that all look blank or dark are warned of.
     """
     example, rng = _open(config, "train", entries), np.random.default_rng(0)
+    shown = []
     for index in range(min(TRIED, len(example.source))):
         image = example.random_map(index, rng)["image"]
         if codec is None or (codec.on_devices and image.dtype == np.uint8):
             _check_shape(image, shape)
         else:
             to_tokens(codec, image)
+        if image.dtype == np.uint8:  # not tokens of a cache
+            shown.append(codec.picture(image[None])[0] if codec else image)
+    if shown and entries == config.eval_transforms:
+        _warn_of_blank(config, shown)
+
+
+def _warn_of_blank(config: config_lib.Data, pictures: list[np.ndarray]) -> None:
+    """Warns where no picture, uint8 [H, W, C] in 0..255, has contrast, or all are dark."""
+    deviation = max(picture.std(axis=(0, 1)).max() for picture in pictures)
+    low = min(picture.min() for picture in pictures)
+    high = max(picture.max() for picture in pictures)
+    if deviation >= BLANK and high > DARK:
+        return
+    look = "have nearly one value each" if deviation < BLANK else "are all dark"
+    cure = "Look at the files and at the transforms."
+    if high <= DARK:
+        # The most of so many bits, where 16 bits were taken to be used in full.
+        bits = int(max(float(high) - 0.5, 0.5) * 257).bit_length()
+        cure = (
+            f'If files of 16 bits do not use all of them, "decode(maximum={2**bits - 1})" in both '
+            f"lists of transforms says what is white; of 8 bits, maximum={max(high, 1)}."
+        )
+    LOG.warning(
+        "the first %d images of %s %s: values %d to %d of 255, deviating by %.1f at most. %s",
+        *(len(pictures), config.path or config.name, look, low, high, deviation, cure),
+    )
 
 
 def images(

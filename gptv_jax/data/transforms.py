@@ -11,10 +11,17 @@ import math
 from typing import ClassVar
 
 import numpy as np
-from PIL import Image, ImageEnhance
+from PIL import Image
 
 from gptv_jax.config import fields
 from gptv_jax.config.fields import FROM_ZERO, POSITIVE, SHARE, field, one_of
+from gptv_jax.data.augmentations import (
+    Brightness,
+    ColorBalance,
+    Contrast,
+    RandomAugment,
+    Rotate,
+)
 from gptv_jax.data.images import Decode, Transform, to_array, to_picture
 from gptv_jax.errors import InputError, cut, first_line, shorten
 
@@ -168,37 +175,6 @@ class Flip(Transform):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Jitter(Transform):
-    """Scales a property of the image by a factor between `1 - amount` and `1 + amount`."""
-
-    random: ClassVar = True
-    enhance: ClassVar = None  # Pillow's class; factor 1 leaves the image unchanged
-    amount: float = field(0.4, SHARE)
-
-    def __call__(self, image, rng):
-        factor = rng.uniform(1 - self.amount, 1 + self.amount)
-        return to_array(self.enhance(to_picture(image)).enhance(factor), image.shape[-1])
-
-
-class Brightness(_Jitter):
-    """Makes the image darker or brighter by up to `amount`; factor 0 would be black."""
-
-    enhance = ImageEnhance.Brightness
-
-
-class Contrast(_Jitter):
-    """Changes the contrast by up to `amount`; factor 0 would be the mean grey."""
-
-    enhance = ImageEnhance.Contrast
-
-
-class ColorBalance(_Jitter):
-    """Changes the saturation by up to `amount`; factor 0 would be a grey image."""
-
-    enhance = ImageEnhance.Color
-
-
-@dataclasses.dataclass(frozen=True)
 class Normalize(Transform):
     """Stretches each image's values to 0..255; a share `clip` of them is clipped at either end.
 
@@ -212,6 +188,19 @@ class Normalize(Transform):
         if low == high:
             return image
         return np.rint((np.clip(image, low, high) - low) * (255 / (high - low))).astype(np.uint8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantize(Transform):
+    """Turns the values 0..255 into `levels` grey levels, 0 .. levels-1, each to the nearest one.
+
+    Level k stands for the value k * 255 / (levels - 1), in which pictures of grey tokens show it.
+    """
+
+    levels: int = field(accepted=("2 to 256", lambda v: 2 <= v <= 256))
+
+    def __call__(self, image, rng):
+        return np.rint(image * ((self.levels - 1) / 255)).astype(np.uint8)
 
 
 TRANSFORMS = {
@@ -228,6 +217,9 @@ TRANSFORMS = {
     "contrast": Contrast,
     "color_balance": ColorBalance,
     "normalize": Normalize,
+    "quantize": Quantize,
+    "rotate": Rotate,
+    "random_augment": RandomAugment,
 }
 
 
@@ -247,7 +239,7 @@ def parse(entry: str) -> Transform:
         return transform(**{n: fields.checked(v, known[n], n) for n, v in given.items()})
     except (SyntaxError, AttributeError, TypeError, ValueError) as error:
         name = entry.partition("(")[0].strip()
-        accepted = f"flip(), say, or another of {shorten(TRANSFORMS, room=170)}"
+        accepted = f"flip(), say, or another of {shorten(TRANSFORMS, room=140)}"
         if name in TRANSFORMS:
             accepted = f"{name}({_arguments(TRANSFORMS[name])})"
         problem = f"a list of transforms has {cut(entry, 50)!r} ({cut(first_line(error), 60)})"

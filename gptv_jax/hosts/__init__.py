@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from gptv_jax.errors import InputError
-from gptv_jax.hosts.stopping import StoppedError, deferred_stop, until_stop
+from gptv_jax.hosts.stopping import StoppedError, deferred_stop, saving_interrupts, until_stop
 
 __all__ = [
     "StoppedError",
@@ -20,6 +20,7 @@ __all__ = [
     "from_all",
     "from_first",
     "on_all",
+    "saving_interrupts",
     "until_stop",
 ]
 

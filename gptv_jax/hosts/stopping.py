@@ -37,9 +37,10 @@ class StoppedError(Exception):
 
 
 class StopRequest:
-    """Whether a training is asked to stop, and since when."""
+    """Whether a training is asked to stop, since when, and by what."""
 
     since: float | None = None  # time.monotonic() of the request
+    reason = "SIGTERM"
 
     def agreed(self) -> bool:
         """Whether any process was asked to stop, with the same answer on every process.
@@ -103,6 +104,8 @@ def deferred_stop() -> Iterator[StopRequest]:
         with _lock:
             _training = None
     if request.since is not None:  # the request came after the last save: the training is complete
+        if request.reason != "SIGTERM":
+            raise KeyboardInterrupt
         _end()
 
 
@@ -112,6 +115,33 @@ def until_stop(batches: Iterator[dict]) -> Iterator[dict]:
         if _training is not None and _training.agreed():
             raise StoppedError
         yield batch
+
+
+@contextlib.contextmanager
+def saving_interrupts() -> Iterator[None]:
+    """Within the `with`, an interrupt lets a training save before it ends as KeyboardInterrupt.
+
+    For Python sessions, in which `install` has not been called. A second interrupt ends the
+    training at once. Only the main thread gets interrupts; elsewhere this does nothing.
+    """
+
+    def answer(number: int, frame) -> None:
+        if _training is None or _training.since is not None:
+            raise KeyboardInterrupt
+        _training.since, _training.reason = time.monotonic(), "an interrupt"
+        LOG.info("Interrupt: saves after the current step, and ends; once more ends at once.")
+
+    before = signal.getsignal(signal.SIGINT)
+    ours = threading.current_thread() is threading.main_thread()
+    if ours := ours and before is signal.default_int_handler:  # another handler stays
+        signal.signal(signal.SIGINT, answer)
+    try:
+        yield
+    except StoppedError as stopped:
+        raise KeyboardInterrupt(str(stopped)) from None
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, before)
 
 
 def _sync_point_reached() -> bool:

@@ -162,7 +162,7 @@ def tell(folder: RunFolder, changes: Changes) -> None:
             *(name, step, now, before, step, *rates),
         )
     if changes.aside and changes.dropped:
-        line = "Later results, of the weights before, are in %s now; the later stages run again."
+        line = "Results of the weights before are in %s now; the later stages run again."
         LOG.info(line, folder.path / changes.aside)
 
 

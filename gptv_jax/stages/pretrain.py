@@ -16,6 +16,7 @@ from gptv_jax.model import flops
 from gptv_jax.model.gpt import parameter_count
 from gptv_jax.probe import features, ridge
 from gptv_jax.runs.context import Context
+from gptv_jax.stages import pretrained
 from gptv_jax.tokens.codec import Codec, TokenStatistics
 from gptv_jax.train import loop, metrics, optimizer, step
 
@@ -23,7 +24,10 @@ LOG = logging.getLogger(__name__)
 
 
 def run_stage(context: Context) -> dict:
-    """Trains `config.train.steps` steps and measures the test split once; the summary's numbers."""
+    """Trains `config.train.steps` steps and measures the test split once; the summary's numbers.
+
+    Begins with the weights of `config.init_from`, if given, else with random weights.
+    """
     config, train = context.config, context.config.train
     network, metric = context.network(), step.make_metric(context.network())
     token_flops = flops.training(network).total
@@ -31,6 +35,15 @@ def run_stage(context: Context) -> dict:
         train.optimizer, train.steps, relative_width=config.model.relative_width
     )
     init = step.make_init(network, update, train.ema)
+    origin = {"init_from": config.init_from} if config.init_from else {}
+
+    def initial() -> dict:
+        """The state before the first step."""
+        if not config.init_from:
+            return jax.jit(init)(jax.random.key(seed))
+        found = pretrained.load_given(context, network)
+        LOG.info("Pretraining goes on from the weights of %s.", config.init_from)
+        return jax.jit(lambda params: step.state_of(params, update, train.ema))(found.params)
 
     def evaluate(params: dict, split: str = "validation") -> dict:
         return metric.measure(params, context.data.evaluation(split, train.batch_size))
@@ -53,7 +66,7 @@ def run_stage(context: Context) -> dict:
             flops=token_flops,
             checkpoints=checkpoints,
             log=context.log,
-            initial=lambda: jax.jit(init)(jax.random.key(seed)),
+            initial=initial,
             abstract=sharding.abstract(init),
             train_step=train_step,
             batches=functools.partial(context.data.train, train.batch_size),
@@ -75,6 +88,7 @@ def run_stage(context: Context) -> dict:
         "train_tokens_per_second": fitted.tokens_per_second,
         "mfu": metrics.mfu(token_flops, fitted.tokens_per_second),
         **fitted.sessions,
+        **origin,
         "model/params": parameter_count(fitted.params),
     }
 

@@ -1,9 +1,14 @@
-"""The weights that later stages begin with: this run's own pretraining, or `config.init_from`."""
+"""The weights that stages begin with: this run's own pretraining, or `config.init_from`."""
 
+import dataclasses
+import logging
 import pathlib
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 from etils import epath
+from jax.sharding import PartitionSpec as P
 
 from gptv_jax import config as config_lib
 from gptv_jax import files, hosts, sharding, tokens, weights
@@ -15,11 +20,14 @@ from gptv_jax.runs.context import Context
 from gptv_jax.tokens import Codec
 from gptv_jax.weights.native import WeightsFile
 
+LOG = logging.getLogger(__name__)
+
 
 class Pretrained(NamedTuple):
     """Pretrained weights."""
 
     params: dict
+    step: int | None  # of the training that made the weights, where known
     numbers: dict[str, int]  # for the summary of the stage: the step, where it is not the last one
 
 
@@ -30,18 +38,56 @@ def load(context: Context, network: Network) -> Pretrained:
       InputError: pretraining has not finished, the weights are of another shape, or none of the
         checkpoints can be read.
     """
-    config, given = context.config, context.config.init_from
-    if given and weights.is_weights_path(given):
-        return Pretrained(_imported(config, context.codec).on_mesh(), {})
+    config, path = context.config, context.folder.path
+    own = hosts.from_first(lambda: has_own(config, path))
+    if own and config.init_from:
+        LOG.info("Takes the weights that %s has adapted from %s.", path, config.init_from)
+    return _load(context, network, path if own or not config.init_from else None)
 
-    def in_folder() -> tuple[str, str, int | None]:
-        folder, summary = _finished_folder(config, context.folder.path)
+
+def load_given(context: Context, network: Network) -> Pretrained:
+    """The weights of `config.init_from`, for pretraining to go on from; errors as of `load`.
+
+    Where the network has another number of start vectors, for the classes of the data or for
+    variants, each of them begins as the weights' vector for no class, or as the mean of theirs.
+    """
+    found = _load(context, network, None)
+    if "start" not in found.params or len(found.params["start"]) == network.starts:
+        return found
+    shape = sharding.abstract(network.init)["start"]
+    classes, count = context.config.model.class_tokens, len(found.params["start"])
+    LOG.info("The %d start vector(s) of these weights become %d.", count, network.starts)
+
+    def spread(start):
+        start = jax.sharding.reshard(start, P())
+        one = start.mean(axis=0) if not classes or count == 1 else start[-1]
+        return jnp.broadcast_to(one, (network.starts, *one.shape))
+
+    start = jax.device_put(jax.jit(spread)(found.params["start"]), shape.sharding)
+    return found._replace(params=found.params | {"start": start})
+
+
+def has_own(config: config_lib.Config, folder: pathlib.Path) -> bool:
+    """Whether the run in the folder has finished its own pretraining; for process 0."""
+    return record.has_finished(files.read_json(folder / "summary.json", {}), "pretrain")
+
+
+def _load(context: Context, network: Network, own: pathlib.Path | None) -> Pretrained:
+    """The weights in the run folder `own`, or those of `config.init_from`."""
+    config = context.config
+    if not own and weights.is_weights_path(config.init_from):
+        found = _imported(config, context.codec, adapt=True)
+        return Pretrained(found.on_mesh(), found.step, {})
+
+    def in_folder() -> tuple[str, str, int | None, int]:
+        folder, summary = _finished_folder(config, own)
         made_by = record.config_of(folder)
         place = str(record.checkpoint_folder(made_by, folder) / "pretrain")
-        return place, record.trained_part(made_by, "pretrain"), summary.get("pretrain/steps")
+        part, starts = record.trained_part(made_by, "pretrain"), record.start_vectors(made_by)
+        return place, part, summary.get("pretrain/steps"), starts
 
-    place, part, last = hosts.from_first(in_folder)
-    abstract = {part: sharding.abstract(network.init)}
+    place, part, last, starts = hosts.from_first(in_folder)
+    abstract = {part: sharding.abstract(dataclasses.replace(network, starts=starts).init)}
     with Checkpoints(epath.Path(place), read_only=True) as checkpoints:
         restored = checkpoints.restore_latest(abstract)
     if restored is None:
@@ -51,27 +97,36 @@ def load(context: Context, network: Network) -> Pretrained:
         )
     state, step = restored[0], restored[1]["position"]
     # Where the newest checkpoint is damaged, numbers are of an earlier one.
-    return Pretrained(state[part], {} if given or step == last else {"pretrain_steps": step})
+    numbers = {} if not own or step == last else {"pretrain_steps": step}
+    return Pretrained(state[part], step, numbers)
 
 
-def check(config: config_lib.Config, folder: pathlib.Path, codec: Codec | None) -> None:
+def check(
+    config: config_lib.Config, folder: pathlib.Path, codec: Codec | None, *, adapt: bool
+) -> None:
     """Checks before any work that a run finds pretrained weights of its network; for process 0.
+
+    `adapt`: pretraining goes on from the weights of `config.init_from`, see `load_given`.
 
     Raises:
       InputError: there are no pretrained weights, or they are of another network.
     """
-    if config.init_from and weights.is_weights_path(config.init_from):
-        _imported(config, codec)
+    own = folder if has_own(config, folder) or not config.init_from else None
+    if not own and weights.is_weights_path(config.init_from):
+        _imported(config, codec, adapt=adapt)
         return
-    made_by = record.config_of(_finished_folder(config, folder)[0])
+    made_by = record.config_of(_finished_folder(config, own)[0])
     size, starts = made_by.data.image_size, record.start_vectors(made_by)
-    _must_fit(config, WeightsFile(made_by.model, made_by.tokens, size, {}, starts=starts))
+    found = WeightsFile(made_by.model, made_by.tokens, size, {}, starts=starts)
+    _must_fit(config, found, adapt=adapt)
 
 
-def _finished_folder(config: config_lib.Config, folder: pathlib.Path) -> tuple[pathlib.Path, dict]:
-    """The run folder with the pretrained weights, and its summary."""
-    given = config.init_from
-    found = weights.locate(given) if given else folder.absolute()
+def _finished_folder(
+    config: config_lib.Config, own: pathlib.Path | None
+) -> tuple[pathlib.Path, dict]:
+    """The run folder with the pretrained weights, `own` or `config.init_from`, and its summary."""
+    given = None if own else config.init_from
+    found = weights.locate(given) if given else own.absolute()
     summary = files.read_json(found / "summary.json", {})
     if not record.has_finished(summary, "pretrain"):
         where = f"config.init_from={found}" if given else found
@@ -80,17 +135,21 @@ def _finished_folder(config: config_lib.Config, folder: pathlib.Path) -> tuple[p
     return found, summary
 
 
-def _imported(config: config_lib.Config, codec: Codec | None) -> WeightsFile:
+def _imported(config: config_lib.Config, codec: Codec | None, *, adapt: bool) -> WeightsFile:
     """The weights of `config.init_from` that are no run folder, without their class head."""
     definition = codec and codec.definition
     palette = definition if isinstance(definition, tokens.Palette) else None
     found = weights.read(config.init_from, palette).headless()
-    _must_fit(config, found)
+    _must_fit(config, found, adapt=adapt)
     return found
 
 
-def _must_fit(config: config_lib.Config, found: WeightsFile) -> None:
-    if differing := found.differing(config, record.start_vectors(config)):
+def _must_fit(config: config_lib.Config, found: WeightsFile, *, adapt: bool) -> None:
+    starts = record.start_vectors(config)
+    if adapt:  # new start vectors can be made of theirs
+        model = dataclasses.replace(found.model, class_tokens=config.model.class_tokens)
+        found = dataclasses.replace(found, model=model, starts=starts)
+    if differing := found.differing(config, starts):
         raise InputError(
             f"config.init_from={config.init_from} holds another network: "
             f"{shorten(differing, '; ')}. Set these fields to its values."

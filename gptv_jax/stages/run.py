@@ -1,11 +1,21 @@
 """Runs the stages of a configuration in a run folder, one after the other."""
 
+import contextlib
 import logging
+import os
+import runpy
+import sys
+from collections.abc import Iterator
 
 import jax
+import ml_collections
+from absl import flags
 
+from gptv_jax import api, files, hosts
 from gptv_jax import config as config_lib
 from gptv_jax.config import fields
+from gptv_jax.errors import InputError, as_input_error
+from gptv_jax.runs import record
 from gptv_jax.runs.context import Context
 from gptv_jax.stages import STAGES, reports, setup
 
@@ -44,3 +54,50 @@ def _run(context: Context) -> None:
                 reports.write(context)
             if context.codec is None:  # the stage has trained the tokenizer
                 context = setup.with_codec(context)
+
+
+def train(config, workdir: str | os.PathLike, stages: list[str] | None = None) -> api.Model | None:
+    """See `gptv_jax.train`, which this is."""
+    if isinstance(stages, str):
+        raise InputError(f"stages is {stages!r}; it takes a list of names, such as [{stages!r}].")
+    if isinstance(config, str | os.PathLike):
+        config = _from_file(os.fspath(config))
+    if not isinstance(config, config_lib.Config):
+        config = config_lib.resolve(config)
+    folder = files.user_path(workdir)
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # Grain's workers read flags, which a notebook does not parse
+    with _shown_log(), hosts.saving_interrupts():
+        summary = run_stages(config, str(workdir), stages)
+    if record.stages_with_weights(summary):
+        return api.load(folder)
+    return api.load(config.init_from, palette=config.tokens.palette) if config.init_from else None
+
+
+def _from_file(name: str) -> ml_collections.ConfigDict:
+    """What `get_config` of a config file returns; `name` is FILE or FILE:ARGUMENT."""
+    path, _, argument = name.partition(":")
+    file = files.user_path(path)
+    if not file.is_file():
+        raise InputError(f"config={name}: there is no file {file}.")
+    with as_input_error(f"config={name} cannot be loaded"):
+        make = runpy.run_path(str(file))["get_config"]
+        return make(argument) if argument else make()
+
+
+@contextlib.contextmanager
+def _shown_log() -> Iterator[None]:
+    """Shows the package's log, once, where the user's program has not set up logging."""
+    log = logging.getLogger("gptv_jax")
+    handler, level = logging.StreamHandler(sys.stderr), log.level
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    own = not log.hasHandlers()
+    if own:
+        log.addHandler(handler)
+    if level == logging.NOTSET:
+        log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        log.removeHandler(handler)

@@ -5,6 +5,7 @@ import logging
 import operator
 import pathlib
 import tempfile
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -40,12 +41,12 @@ def open_run(config: config_lib.Config, workdir: str, wanted: list[str] | None =
         cannot be written, or its work is of another configuration (every field that differs is
         listed).
     """
+    check_same_settings(config)
     if config.init_from:  # process 0 downloads first what lies on the Hugging Face Hub
         missing = f"config.init_from={config.init_from} does not exist"
         hosts.from_first(lambda: str(weights.locate(config.init_from, missing)))
     written = {"--workdir": workdir, "config.checkpoint_dir": config.checkpoint_dir}
     refuse_inside(config.data, written)
-    check_same_settings(config)
     if config.wandb:
         hosts.from_first(wandb_copy.check_installed)
     config = take_tokenizer_settings(config)
@@ -67,7 +68,14 @@ def _open(config: config_lib.Config, folder: RunFolder, wanted: list[str] | None
         inventory.log(config.data, held, opened)
     classes, class_names = opened["train"].classes, opened["train"].class_names
     rules.check_classes(config, classes)
-    stages = choose_stages(config, classes, wanted)
+    begun = hosts.from_first(lambda: [*changes.begun_stages(folder)])
+    stages = choose_stages(config, classes, wanted, begun)
+    adapting = config.init_from and "pretrain" in begun and not folder.finished("pretrain")
+    if adapting and "pretrain" not in stages:
+        raise InputError(
+            f"pretraining in {folder.path} goes on from config.init_from={config.init_from}, but "
+            "has not finished; name pretrain in --stages as well."
+        )
     if classes and (config.model.class_tokens or {"probe", "finetune"} & set(stages)):
         hosts.on_all(lambda: sources.check_labels(config.data, opened))
     data = {
@@ -196,14 +204,23 @@ def _check_cache(config: config_lib.Config, cache: TokenCache) -> None:
 
 
 def choose_stages(
-    config: config_lib.Config, classes: int, wanted: list[str] | None = None
+    config: config_lib.Config,
+    classes: int,
+    wanted: list[str] | None = None,
+    begun: Sequence[str] = (),
 ) -> list[str]:
-    """Names of the stages to run, in order; None: all possible stages except those on request."""
+    """Names of the stages to run, in order; None: all possible stages except those on request.
+
+    With `config.init_from`, pretraining must be named, or have begun in the run folder.
+    """
     if unknown := set(wanted or ()) - set(STAGES):
         raise InputError(
             f"--stages has {', '.join(sorted(unknown))}; it takes some of {', '.join(STAGES)}."
         )
     refused = _impossible(config, classes)
+    if config.init_from and "pretrain" not in {*begun, *(wanted or ())}:
+        reason = f"config.init_from={config.init_from} gives the pretrained weights"
+        refused["pretrain"] = f"{reason}; name pretrain in --stages to adapt them"
     for name in wanted or ():
         if name in refused:
             raise InputError(f"--stages has {name}, but {refused[name]}.")
@@ -223,9 +240,6 @@ def _impossible(config: config_lib.Config, classes: int) -> dict[str, str]:
         refused["tokenizer"] = f"config.tokens.kind={kind} has nothing to train"
     elif config.tokens.tokenizer or given or cached:
         refused["tokenizer"] = "the tokens come with their tokenizer; leave the stage tokenizer out"
-    if given:
-        reason = f"config.init_from={given} gives the pretrained weights; leave one of them out"
-        refused["pretrain"] = reason
     if not classes:
         reason = f"the images of config.data.name={config.data.name} have no labels"
         refused |= dict.fromkeys(("probe", "finetune"), f"{reason}; take pretrain and sample")
@@ -300,7 +314,8 @@ def _prepare(
     if found or trained_here:
         _try_out(config, stages, found)
     if config.init_from or not {"pretrain", "tokenizer"} & set(stages):
-        pretrained.check(config, folder.path, found)
+        adapt = "pretrain" in stages and not pretrained.has_own(config, folder.path)
+        pretrained.check(config, folder.path, found, adapt=adapt)
     folder.claim(
         data,
         found_changes.fields,

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import io
 import json
+import logging
 import pathlib
 import warnings
 
@@ -18,6 +19,7 @@ from gptv_jax.tokens.codec import Codec
 with epy.lazy_imports():  # slow to import, and only building a palette needs it
     from sklearn import cluster
 
+LOG = logging.getLogger(__name__)
 FILE = "palette.npz"  # in a run folder and in a token cache
 CELL = 16  # the lookup table is built in cells of 16 x 16 x 16 colours
 LUMINANCE = np.array([0.299, 0.587, 0.114])  # of red, green and blue (Rec. 601)
@@ -44,28 +46,54 @@ class Palette:
 
 
 def load(path: str | pathlib.Path) -> Palette:
-    """Reads a palette: an `.npz` file of `Palette.save`, or iGPT's `kmeans_centers.npy`."""
+    """Reads a palette: an `.npz` file of `Palette.save`, or a `.npy` file of an array.
+
+    The array is iGPT's `kmeans_centers.npy`, [colours, 3] from -1 to 1, or integers from 0 to 255.
+    """
     path = files.user_path(path)
     if not path.exists():
         raise InputError(f"there is no palette {path}.")
     with as_input_error(f"{path} is not a palette"):
         content = files.read_arrays(path)
         if "" in content:
-            centers, provenance = content[""], {"file": path.name}
+            centers, provenance = content[""], {}
         else:
             centers, provenance = content["centers"], json.loads(str(content["provenance"]))
-    return checked(centers, provenance, str(path))
+    # `Palette.save` writes colours from -1 to 1, with their provenance; other files may differ.
+    found = checked(centers, provenance, str(path), sure=bool(provenance))
+    if provenance:
+        return found
+    if twice := len(found.centers) - len(np.unique(found.centers, axis=0)):
+        LOG.warning("%s has %d colours that it had before; their tokens never occur.", path, twice)
+    return dataclasses.replace(found, provenance={"file": path.name})
 
 
-def checked(centers: np.ndarray, provenance: dict, where: str) -> Palette:
-    """A palette of `centers`, float [V, 3] from -1 to 1; an error calls the array `where`."""
+def checked(centers: np.ndarray, provenance: dict, where: str, *, sure: bool = True) -> Palette:
+    """A palette of `centers` [V, 3], floating-point from -1 to 1 or integers from 0 to 255.
+
+    An InputError calls the array `where`. Without `sure`, floating-point numbers are refused that
+    may as well be colours from 0 to 1, that is, where none is negative.
+    """
+    numbers = centers.dtype.kind in "fiu" and centers.size > 0
+    low, high = (centers.min(), centers.max()) if numbers else (np.nan, np.nan)  # NaN has no range
     usable = centers.ndim == 2 and centers.shape[1] == 3 and 2 <= len(centers) <= 65536
-    if not usable or centers.dtype.kind != "f" or not np.abs(centers).max() <= 1:
-        raise InputError(
-            f"{where} holds {centers.dtype} {list(centers.shape)}; a palette is floating-point "
-            "numbers [colours, 3] from -1 to 1, 2 to 65536 colours."
-        )
-    return Palette(centers.astype(np.float32), provenance)
+    if usable and centers.dtype.kind in "iu" and low >= 0 and 1 < high <= 255:
+        return Palette((centers / 127.5 - 1).astype(np.float32), provenance)
+    ranged = centers.dtype.kind == "f" and low >= -1 and high <= 1 and (sure or low < 0)
+    if usable and ranged:
+        return Palette(centers.astype(np.float32), provenance)
+    cure = ""
+    if centers.ndim == 2 and len(centers) == 3 != centers.shape[1]:
+        cure = " Transpose the array."
+    elif usable and low >= 0 and high <= 1:
+        cure = " Colours from 0 to 1 become such numbers by 2 * colours - 1."
+    elif usable and low >= 0 and high <= 255:
+        cure = " Colours from 0 to 255 become such numbers by colours / 127.5 - 1."
+    span = f" from {low:g} to {high:g}" if numbers else ""
+    raise InputError(
+        f"{where} holds {centers.dtype} {list(centers.shape)}{span}; a palette is floating-point "
+        f"numbers [colours, 3] from -1 to 1, or integers from 0 to 255, 2 to 65536 colours.{cure}"
+    )
 
 
 def build(pixels: UInt8[np.ndarray, "N 3"], colors: int, seed: int, provenance: dict) -> Palette:
@@ -77,9 +105,15 @@ def build(pixels: UInt8[np.ndarray, "N 3"], colors: int, seed: int, provenance: 
     """
     distinct = np.unique(pixels, axis=0)
     if len(distinct) < colors:
-        raise InputError(
+        problem = (
             f"the images have only {len(distinct)} different colours; set config.tokens.colors to "
-            "this number or less."
+            "this number or less"
+        )
+        if len(distinct) == 1:
+            problem = "the images have a single colour, from which nothing can be learned"
+        raise InputError(
+            f"{problem}. Their values are {distinct.min()} to {distinct.max()} of 255: where files "
+            "of more than 8 bits came out too dark, name their white by decode(maximum=...)."
         )
     if len(distinct) == colors:
         centers = distinct / 127.5 - 1

@@ -176,7 +176,7 @@ def fit(
                 if not stopping:
                     break
                 raise hosts.StoppedError(
-                    f"{name} stopped by SIGTERM at step {step}, saved in "
+                    f"{name} stopped by {stop.reason} at step {step}, saved in "
                     f"{time.monotonic() - stop.since:.1f} s; the same command continues"
                 )
 

@@ -135,7 +135,8 @@ class Progress:
     def __init__(self, stage: str, steps: int, done: int = 0, unit: str = "step"):
         self.stage, self.steps = stage, steps
         quiet = logging.getLogger("gptv_jax").level >= logging.WARNING  # --quiet
-        hidden = quiet or not sys.stderr.isatty() or jax.process_index() != 0
+        seen = sys.stderr.isatty() or "ipykernel" in sys.modules  # a notebook shows bars as text
+        hidden = quiet or not seen or jax.process_index() != 0
         options = {"unit": unit, "disable": hidden, "dynamic_ncols": True, "bar_format": BAR}
         self.bar = tqdm.tqdm(total=steps, initial=done, desc=stage, postfix=[""], **options)
         self.advance, self.close = self.bar.update, self.bar.close
