@@ -8,6 +8,7 @@ is asynchronous and atomic: a half-written folder is never taken for a checkpoin
 import glob
 import json
 import logging
+import os
 import pathlib
 import zlib
 from collections.abc import Callable, Iterator
@@ -18,11 +19,25 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from gptv_jax import files, hosts, sharding
-from gptv_jax.errors import InputError, as_input_error, first_line, list_differences, shorten
+from gptv_jax.errors import (
+    InputError,
+    as_input_error,
+    cut,
+    first_line,
+    list_differences,
+    naming,
+    shorten,
+)
 
 LOG = logging.getLogger(__name__)
-# Orbax warns where a folder is opened to be read only, as is asked for here.
-logging.getLogger("absl").addFilter(lambda r: "directory is read only" not in r.getMessage())
+# Orbax warns where a folder is opened to be read only, as is asked for here. Its errors come with
+# tracebacks from several threads; each is an exception as well.
+logging.getLogger("absl").addFilter(
+    lambda r: (
+        "directory is read only" not in r.getMessage()
+        and not (r.levelno == logging.ERROR and "orbax" in r.pathname)
+    )
+)
 
 
 class _LocalPath(type(epath.Path())):
@@ -79,6 +94,20 @@ class DamagedError(InputError):
     """A checkpoint that cannot be read."""
 
 
+LONGEST_PATH = 4096 - 300  # bytes; Orbax adds up to 250 to the path of the folder
+
+
+def check_place(place: epath.Path, setting: str) -> None:
+    """Raises InputError where Orbax or tensorstore cannot take the path of a local folder."""
+    path, problem = str(place), None
+    if "\\" in path and os.name != "nt":
+        problem = "has a backslash, which tensorstore takes for a slash"
+    elif "://" not in path and len(os.fsencode(path)) > LONGEST_PATH:
+        problem = f"is longer than the {LONGEST_PATH} bytes that leave room for checkpoints"
+    if problem:
+        raise InputError(f"{setting}={cut(path, 100)} {problem}; name another folder.")
+
+
 class Checkpoints:
     """The checkpoints of one stage, one folder a step."""
 
@@ -89,6 +118,8 @@ class Checkpoints:
         """
         self.folder, self._keep, self._read_only = for_orbax(folder), keep, read_only
         self.best: int | None = None
+        # The step of the first checkpoint, and its smallest part, until they are read back.
+        self._unread: tuple[int, dict] | None = None
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self,
             cleanup_tmp_directories=not read_only,
@@ -103,7 +134,8 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_):
-        self._manager.close()  # waits for the checkpoint that is being written
+        with naming(self.folder):
+            self._manager.close()  # waits for the checkpoint that is being written
 
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
         """Tells Orbax, whose `PreservationPolicy` this is, which checkpoints stay."""
@@ -118,19 +150,44 @@ class Checkpoints:
 
     def save(self, step: int, state, info: dict) -> None:
         """Starts to write a checkpoint, unless the step has one."""
-        if step in self.steps():
+        self._read_back()
+        if step in (steps := self.steps()):
             return
         arrays = sharding.by_name(state)
+        if not steps:
+            self._unread = step, _smallest_part(arrays)
         content = {"info": info, "bit_sums": _bit_sums(arrays)}
         items = ocp.args.Composite(
             state=ocp.args.PyTreeSave(arrays),
             info=ocp.args.JsonSave({**content, "checksum": _checksum(content)}),
         )
-        self._manager.save(step, args=items, force=True)
+        with naming(self.folder):
+            self._manager.save(step, args=items, force=True)
 
     def wait(self) -> None:
         """Waits until every checkpoint is on disk."""
-        self._manager.wait_until_finished()
+        with naming(self.folder):
+            self._manager.wait_until_finished()
+        self._read_back()
+
+    def _read_back(self) -> None:
+        """Reads a part of the first checkpoint, and its info, from the disk, once they are there.
+
+        A place from which nothing comes back so ends the training at its second save at the latest.
+        InputError: they cannot be read, or differ from what was saved.
+        """
+        if self._unread is None:
+            return
+        (step, part), self._unread = self._unread, None
+        with naming(self.folder):
+            self._manager.wait_until_finished()
+        try:
+            self.restore(step, part)
+        except InputError as error:
+            raise InputError(
+                f"{cut(str(error).rstrip('.'), 200)}, although it was just written; name another "
+                "folder or disk for the checkpoints."
+            ) from error
 
     def restore_latest(self, abstract):
         """`(state, info)` of the newest readable checkpoint; None where there are no checkpoints.
@@ -222,6 +279,15 @@ class Checkpoints:
         hosts.from_first(move)
         self._manager.reload()
         return target
+
+
+def _smallest_part(arrays: dict) -> dict:
+    """The abstract arrays of the part of a state, such as the step, that has the fewest values."""
+    parts = {}
+    for name, x in arrays.items():
+        shape = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+        parts.setdefault(name.split(".")[0], {})[name] = shape
+    return min(parts.values(), key=lambda part: sum(x.size for x in part.values()))
 
 
 def _check(record: dict, sums: dict[str, int]) -> None:

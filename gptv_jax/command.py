@@ -70,10 +70,15 @@ def run(
             _refuse(f"{problem}; {FREE_DISK}")
         threading.__excepthook__(failed)
 
+    def in_callback(failed) -> None:
+        # After a save has failed, tensorstore calls back to where nobody listens any more.
+        if str(failed.exc_value) != "Event loop is closed":
+            sys.__unraisablehook__(failed)
+
     _show_in_help("quiet")
     stopping.install()
     runtime.keep_memory()
-    threading.excepthook = in_thread
+    threading.excepthook, sys.unraisablehook = in_thread, in_callback
     try:
         app.run(configured, ["--help" if a == "-h" else a for a in sys.argv], flags_parser=parser)
     except SystemExit as ended:

@@ -67,12 +67,12 @@ def _path(error: BaseException) -> str | None:
 
 
 @contextlib.contextmanager
-def naming(path: os.PathLike) -> Iterator[None]:
-    """Within the `with`, an OSError that names no file, as of a full disk, names `path`."""
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """Within the `with`, an exception that names no file, as of a full disk, names `path`."""
     try:
         yield
-    except OSError as error:
-        error.filename = error.filename or str(path)
+    except Exception as error:
+        error.filename = getattr(error, "filename", None) or str(path)
         raise
 
 

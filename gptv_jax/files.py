@@ -31,6 +31,7 @@ except ImportError:
     msvcrt = None
 
 LOG = logging.getLogger(__name__)
+LOCK = ".lock"  # name of the file that `lock` makes
 
 
 def user_path(path: str | os.PathLike) -> pathlib.Path:
@@ -74,7 +75,7 @@ def lock(folder: pathlib.Path, setting: str, holder: object) -> Callable[[], Non
     Raises:
       InputError: another process holds the lock. A file system without locks has none.
     """
-    file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
+    file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT)
     unlock = weakref.finalize(holder, os.close, file)
     try:
         if fcntl:

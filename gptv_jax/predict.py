@@ -97,7 +97,7 @@ def image_files(names: list[str]) -> list[pathlib.Path]:
             raise InputError(f"there is no file or folder {name}.")
         below = folder.image_files(path) if path.is_dir() else None
         if below == []:
-            raise InputError(f"{name} holds no image (no file ending in {folder.ENDINGS}).")
+            raise InputError(f"{name} holds no image file that the installed Pillow reads.")
         found += [path] if below is None else [path / each for each in below]
     return found
 

@@ -14,11 +14,13 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "gptv_jax"
 def test_help_names_every_flag_and_shows_an_example(command, module):
     source = (PACKAGE / f"{module}.py").read_text()
     names = re.findall(r'flags\.DEFINE_\w+\(\s*"(\w+)"', source)
-    shown = command(module, "--help").output
+    ended = command(module, "--help")
+    shown = ended.output
     assert names
     for name in names + ["config"] * (module != "convert"):
         assert re.search(rf"^  --(\[no\])?{name}: ", shown, re.MULTILINE), name
-    assert f"\npython -m gptv_jax.{module} --" in shown
+    assert ended.code == 0 and "--[no]quiet" in shown
+    assert shown.count(f"\npython -m gptv_jax.{module} --") >= 2
     words = " ".join(shown.split())
     if module != "convert":
         assert "FILE[:ARG]" in words and "--config.a.b=value overrides" in words

@@ -148,8 +148,8 @@ def test_files_of_every_format_that_pillow_reads_are_taken_and_others_counted(tm
     assert data_set.lengths == {"train": len(kinds)}
     for counted in (".txt 2", ".pdf 1", ".eps 1", ".mp4 1", ".mpg 1", ".h5 1", "no ending 1"):
         assert counted in data_set.left_out[0]
-    only = make_folder(tmp_path / "other", images("a.txt", "b.txt", "c.parquet"))
-    assert "it has .txt 2, .parquet 1)" in refused(only)
+    only = make_folder(tmp_path / "other", images("a.txt", "b.txt", "c.xyz"))
+    assert "it has .txt 2, .xyz 1)" in refused(only)
 
 
 # Labels from a CSV file.

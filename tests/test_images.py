@@ -354,6 +354,8 @@ def test_lab_becomes_rgb():
     pixels = np.repeat((lab % 256).astype(np.uint8)[None], 4, axis=0)  # a and b are signed
     image = Image.frombytes("LAB", (5, 4), pixels.tobytes())
     assert_close(DECODE(saved(image, "TIFF")), np.repeat(rgb[None], 4, axis=0), atol=6)
+    grey = (rgb @ [0.299, 0.587, 0.114])[None, :, None]
+    assert_close(Decode(channels=1)(saved(image, "TIFF")), np.repeat(grey, 4, axis=0), atol=6)
 
 
 def test_indexed_colours_with_transparency_and_other_colour_spaces_become_rgb():

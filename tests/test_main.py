@@ -203,6 +203,7 @@ def assert_refused(ended: Ended, *parts: str) -> None:
     assert ended.output == ""
     *log, sentence = ended.errors.strip().splitlines()
     assert sentence.startswith("error: ") and not any("error:" in line for line in log), log
+    assert len(sentence) <= 300, sentence
     for part in parts:
         assert part in sentence, sentence
 

@@ -410,6 +410,12 @@ def test_without_scratch_one_network_is_tuned_and_the_report_names_its_classes(
     run = dataclasses.replace(run, class_names=tuple("abcdefghij"))
     with jax.set_mesh(run.mesh):
         run.finish("finetune", finetune.run_stage(run))
+    record = json.loads((tmp_path / "config.json").read_text())
+    record["found"] = record.get("found", {}) | {
+        "left_out": ["3 .txt files"],
+        "notes": ["a <note>"],
+    }
+    (tmp_path / "config.json").write_text(json.dumps(record))
     reports.write(run)
     summary, page = run.folder.summary(), (tmp_path / "report.html").read_text()
     known = {k: v for k, v in finished_run.summary.items() if k.startswith("finetune/")}
@@ -420,6 +426,7 @@ def test_without_scratch_one_network_is_tuned_and_the_report_names_its_classes(
     error = f"± {summary['finetune/test_accuracy_standard_error']:.2%}"
     assert error in page and "<td>j</td>" in page and "from scratch" not in page
     assert "1,197 train, 200 validation, 400 test" in page
+    assert "left out: 3 .txt files" in page and "a &lt;note&gt;" in page
 
 
 def test_a_report_lists_the_worst_of_many_classes_and_names_every_confusion(tmp_path):

@@ -32,6 +32,7 @@ class Arrays:
         ignore_label: int | None = None,
     ):
         self.notes: list[str] = []
+        self.other_names: dict[str, str] = {}  # of splits, as a file calls them
         for name, (images, _) in splits.items():
             _check_images(name, images)
         given = {name: array for name, (_, array) in splits.items() if array is not None}
@@ -130,12 +131,16 @@ def open_npz(config: config_lib.Data) -> Arrays:
             f"{found}."
         )
     splits = {n: arrays.get(f"{n}_labels") if config.labels else None for n in names}
+    other_names = {}
     for name in names:
         split = split_name(name) or name
-        if split not in names:  # MedMNIST calls a split val
+        if split not in splits:  # MedMNIST calls a split val
+            other_names[name] = split
             splits[split] = splits.pop(name)
             arrays[f"{split}_images"] = arrays[f"{name}_images"]
-    return Arrays({n: (arrays[f"{n}_images"], a) for n, a in splits.items()}, config.ignore_label)
+    found = Arrays({n: (arrays[f"{n}_images"], a) for n, a in splits.items()}, config.ignore_label)
+    found.other_names = other_names
+    return found
 
 
 def digits() -> Arrays:

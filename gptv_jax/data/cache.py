@@ -29,19 +29,30 @@ from jaxtyping import Int, UInt8, UInt16
 from gptv_jax import config as config_lib
 from gptv_jax import files, tokens
 from gptv_jax.config import fields
-from gptv_jax.errors import InputError, as_input_error, first_line
+from gptv_jax.errors import InputError, as_input_error, first_line, naming
 
 FORMAT = 2  # of the folder; other formats are refused
 # Eight records share one checksum and header: 46 bytes a record less than alone, read as quickly.
+UNFINISHED = ".unfinished"  # a file in the folder until all is written
 WRITER_OPTIONS = "group_size:8,uncompressed"
 READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # as ArrayRecord advises for shuffling
 
 
-def claim(folder: pathlib.Path) -> None:
-    """Makes the folder; raises InputError where it cannot be written to or is not empty."""
+def claim(folder: pathlib.Path, holder: object = None) -> None:
+    """Makes the folder, and locks it while there is a `holder`.
+
+    InputError where it cannot be written to, or holds more than a cache that was not finished.
+    """
     files.claim(folder, "--out")
-    if any(folder.iterdir()):
+    mark = folder / UNFINISHED
+    if any(folder.iterdir()) and not mark.exists():
         raise InputError(f"--out={folder} is not empty; name a new folder.")
+    mark.touch()
+    if holder is not None:
+        files.lock(folder, "--out", holder)
+    for path in folder.iterdir():
+        if path.name not in (UNFINISHED, files.LOCK):
+            path.unlink()
 
 
 def write(
@@ -59,7 +70,7 @@ def write(
     for split, examples in splits.items():
         lengths[split] = 0
         path = str(folder / f"{split}.array_record")
-        with contextlib.closing(ArrayRecordWriter(path, WRITER_OPTIONS)) as writer:
+        with naming(path), contextlib.closing(ArrayRecordWriter(path, WRITER_OPTIONS)) as writer:
             for example in examples:
                 values = example | planes.split(example["tokens"])
                 packed = np.array(tuple(values[name] for name in record.names), record)
@@ -70,6 +81,9 @@ def write(
     stored = [[name, record[name].base.str, record[name].shape] for name in record.names]
     made = {"format": FORMAT, "lengths": lengths, "fields": stored}
     files.write_json(folder / "header.json", made | header)
+    (folder / UNFINISHED).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # Windows keeps an open file
+        (folder / files.LOCK).unlink()
 
 
 class TokenCache:

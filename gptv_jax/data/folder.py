@@ -53,6 +53,7 @@ class ImageFolder:
         top = Listing(path, deep=False)
         below = {name: Listing(path / name) for name in top.below}
         folders = _find_splits(path, below, self.notes)
+        self.other_names = {f.name: split for split, f in folders.items() if f.name != split}
         files = {split: below[folder.name].files for split, folder in folders.items()}
         read = [below[folder.name] for folder in folders.values()]
         if not folders:

@@ -101,7 +101,7 @@ class Decode(Transform):
             )
         image = ImageOps.exif_transpose(image)
         if image.mode == "LAB":
-            image = _lab_to_rgb(image)
+            image = image.convert("RGB")  # from which Pillow makes grey
         if deep:
             image = Image.fromarray(self._to_eight_bits(np.asarray(image), stored))
         elif 0 < maximum <= 255:
@@ -164,13 +164,6 @@ def white(stored: Image.Image, values: np.ndarray) -> int:
             "value that is white by decode(maximum=...)"
         )
     return found
-
-
-def _lab_to_rgb(image: Image.Image) -> Image.Image:
-    from PIL import ImageCms  # rarely needed
-
-    lab, rgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-    return ImageCms.profileToProfile(image, lab, rgb, outputMode="RGB")
 
 
 def to_picture(image: UInt8[np.ndarray, "H W C"]) -> Image.Image:

@@ -21,7 +21,6 @@ from gptv_jax.data.arrays import Arrays as Arrays  # a name of this module for i
 from gptv_jax.data.arrays import ArraysSplit, data_path, digits, open_npz
 from gptv_jax.data.cache import TokenCache
 from gptv_jax.data.folder import ImageFolder
-from gptv_jax.data.listing import SPLIT_OF
 from gptv_jax.data.parquet import Tables
 from gptv_jax.data.webdataset import WebDataset
 from gptv_jax.errors import InputError, cut, first_line, shorten
@@ -142,7 +141,7 @@ class Selected:
         self.stored_as = data_set.stored_as
         self.classes = data_set.classes if labels else 0
         self.class_names = data_set.class_names if labels else ()
-        parts = _resolve(expression, data_set.lengths)
+        parts = _resolve(expression, data_set)
         if not sum(len(rows) for _, rows in parts):
             shown = _shown(data_set.lengths)
             raise InputError(f"split {expression!r} names no image of: {shown}.")
@@ -195,14 +194,15 @@ class Selected:
         return source, rows[index - self._ends[part]]  # negative: counted from the part's end
 
 
-def _resolve(expression: str, lengths: dict[str, int]) -> list[tuple[str, range]]:
+def _resolve(expression: str, data_set: DataSet) -> list[tuple[str, range]]:
     """Names of splits and their selected rows, which may be none, read as TFDS reads expressions.
 
-    Other names of a split, such as valid, stand for the split.
+    A split may also have the name that the data set itself gives it, such as valid.
     """
-    for name, split in SPLIT_OF.items():
-        if name not in lengths and split in lengths:
-            expression = re.sub(rf"(?:^|(?<=\+)){name}(?=[\[+]|$)", split, expression)
+    lengths = data_set.lengths
+    for name, split in getattr(data_set, "other_names", {}).items():
+        pattern = rf"(?:^|(?<=\+)){re.escape(name)}(?=[\[+]|$)"
+        expression = re.sub(pattern, split, expression)
     if expression in lengths:  # without importing TFDS, which takes seconds
         return [(expression, range(lengths[expression]))]
     import tensorflow_datasets as tfds
@@ -266,9 +266,10 @@ def open_splits(config: config_lib.Data) -> dict[str, Selected]:
     Raises:
       InputError: a split has no image; the message has the number of images of every split.
     """
-    lengths = open_data_set(config).lengths
+    data_set = open_data_set(config)
+    lengths = data_set.lengths
     taken = {f"{split}_split": getattr(config, f"{split}_split") for split in SPLITS}
-    counts = {n: sum(len(rows) for _, rows in _resolve(e, lengths)) for n, e in taken.items()}
+    counts = {n: sum(len(rows) for _, rows in _resolve(e, data_set)) for n, e in taken.items()}
     if not all(counts.values()):
         own = ("train[:-2]", "train[-2:-1]", "train[-1:]")  # of three images or more
         fitting = " ".join(f"--config.data.{n}={e}" for n, e in zip(taken, own, strict=True))

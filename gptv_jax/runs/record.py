@@ -37,6 +37,9 @@ class RunFolder:
                 "elsewhere, by config.checkpoint_dir."
             )
         self.config, self.path = config, files.user_path(workdir)
+        place = checkpoint_folder(self.config, self.path)
+        given = self.config.checkpoint_dir
+        checkpoint.check_place(place, "config.checkpoint_dir" if given else "--workdir")
         self.release: Callable[[], None] = lambda: None  # unlocks the folder, once it is claimed
 
     @property

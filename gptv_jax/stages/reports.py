@@ -300,8 +300,10 @@ def _origin(results: Results) -> str:
         more = f" and {len(named) - DRAWN} more" if len(named) > DRAWN else ""
         named = f"{len(named)} ({', '.join(named[:DRAWN])}{more})"
     data = f"images: {splits or 'not recorded'} · classes: {named}"
-    lines = (f"<small>{escape(line)}</small>" for line in (written, data, versions))
-    return f"{next(lines)}{next(lines)}{command}{next(lines)}"
+    held = record.get("found", {})  # absent in folders of older versions
+    told = [*(f"left out: {each}" for each in held.get("left_out", ())), *held.get("notes", ())]
+    lines = (f"<small>{escape(line)}</small>" for line in (written, data, *told))
+    return f"{''.join(lines)}{command}<small>{escape(versions)}</small>"
 
 
 def _configuration(config: config_lib.Config) -> str:

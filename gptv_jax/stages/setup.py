@@ -41,12 +41,12 @@ def open_run(config: config_lib.Config, workdir: str, wanted: list[str] | None =
         cannot be written, or its work is of another configuration (every field that differs is
         listed).
     """
+    check_same_settings(config)
     if config.init_from:  # process 0 downloads first what lies on the Hugging Face Hub
         missing = f"config.init_from={config.init_from} does not exist"
         hosts.from_first(lambda: str(weights.locate(config.init_from, missing)))
     written = {"--workdir": workdir, "config.checkpoint_dir": config.checkpoint_dir}
     refuse_inside(config.data, written)
-    check_same_settings(config)
     if config.wandb:
         hosts.from_first(wandb_copy.check_installed)
     config = take_tokenizer_settings(config)
