@@ -1,15 +1,20 @@
 import collections
+import dataclasses
 import itertools
 import pathlib
+import re
 import socket
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from PIL import Image
+from test_images import png
 
 from gptv_jax import config as config_lib
-from gptv_jax.data import pipeline, sources
+from gptv_jax.data import damage, pipeline, sources
+from gptv_jax.errors import InputError
 from gptv_jax.tokens import GreyCodec
 
 CODEC = GreyCodec(levels=17, size=8)
@@ -126,8 +131,9 @@ ONE_OF_MANY = np.where(np.arange(40)[:, None, None, None] == 7, DEEP // 16, 200)
         (np.full((40, 8, 8, 1), 200), (), ["nearly one value each", "200 to 200 of 255"]),
         (200 + DEEP % 2, (), ["nearly one value each", "200 to 201 of 255", "by 0.5 at most"]),
         (np.broadcast_to([250, 10, 90], (40, 8, 8, 3)), (), ["nearly one value", "10 to 250"]),
-        (DEEP // 257, (), ["all dark", "values 0 to 15", "maximum=4095", "maximum=15"]),
-        (DEEP % 17, (), ["all dark", "values 0 to 16", "maximum=4095", "maximum=16"]),
+        (DEEP // 257, (), ["all dark", "values 0 to 15", "normalize()"]),
+        (DEEP % 17, (), ["all dark", "values 0 to 16", "normalize()"]),
+        (DEEP % 17, ("normalize()",), []),
         (DEEP % 17, ("decode(channels=1, maximum=16)",), []),
         (DEEP // 16, (), []),
         (ONE_OF_MANY, (), []),
@@ -147,6 +153,119 @@ def test_images_that_all_look_blank_or_dark_are_warned_of_once(
     for line in warned:
         assert f"first 32 images of {tmp_path}" in line and len(line) <= 300 + len(str(tmp_path))
         assert all(word in line for word in words)
+        assert "maximum" not in line  # files of 8 bits have none
+
+
+# Files of more than 8 bits
+
+
+def write_deep(
+    folder: pathlib.Path, images: dict[str, list[float]], **tags: int
+) -> list[np.ndarray]:
+    """TIFFs of a kind of number, with values from 0 to each number; in the data set's order."""
+    written = []
+    for kind, mosts in images.items():
+        for most in mosts:
+            values = np.linspace(0, most, 256).reshape(16, 16).astype(kind)
+            tiffinfo = {281: tags["max"]} if tags else {}  # MaxSampleValue
+            Image.fromarray(values).save(folder / f"{len(written):02}.tif", tiffinfo=tiffinfo)
+            written.append(values)
+    return written
+
+
+def try_folder(folder: pathlib.Path, entry: str) -> list[float]:
+    """Tries the folder out, and gives its images' means after the transforms of evaluation."""
+    entries = (entry, "resize(8)")
+    config = config_lib.Data(name="folder", path=str(folder), image_size=8, labels=False)
+    config = dataclasses.replace(config, train_transforms=entries, eval_transforms=entries)
+    config = dataclasses.replace(config, train_split="train", validation_split="train")
+    for each in (entries, (*entries, "flip()")):
+        pipeline.try_out(config, None, (8, 8, 1), each)
+    found = pipeline.images(config, "train", damage.DamageLog(config, None))
+    return sorted(each["image"].mean() for each in found)
+
+
+@pytest.mark.parametrize(
+    ("images", "white", "refused"),
+    [
+        ({"u2": [4080, 900, 4001]}, 4095, False),
+        ({"u2": [1023, 30, 700]}, 1023, False),
+        ({"u2": [255, 30, 199]}, 255, False),
+        ({"u2": [16383, 30, 9000]}, 16383, False),
+        ({"f4": [16000, 9000]}, 16383, False),
+        ({"f4": [60000, 200, 0.5, 40000]}, 65535, True),
+        ({"i4": [60000, 200, 255, 40000]}, 65535, True),
+        ({"f4": [*[200] * 20, 0.5]}, 255, True),
+        ({"f4": [4000, 200, 3000, 100]}, 4095, True),
+        ({"f4": [0.9, 1.02, 1.0, 1.1]}, 1, True),
+        ({"i4": [4095, 4000, 3000]}, 4095, True),
+        ({"i4": [2**31 - 1, 2**30]}, 2**31 - 1, True),
+    ],
+)
+def test_the_white_that_a_message_names_makes_the_values_right(
+    images, white, refused, tmp_path, caplog
+):
+    written = write_deep(tmp_path, images)
+    if refused:
+        with pytest.raises(InputError) as error:
+            try_folder(tmp_path, "decode(channels=1)")
+        lines = [str(error.value)]
+    else:
+        try_folder(tmp_path, "decode(channels=1)")
+        lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 1 and len(lines[0]) <= 300 + len(str(tmp_path))
+    (entry,) = re.findall(r"decode\(.*?\)", lines[0])
+    assert entry == f"decode(channels=1, maximum={white})"
+    caplog.clear()
+    found = try_folder(tmp_path, entry)
+    assert not caplog.records
+    means = sorted((values.clip(0, white) / white * 255).mean() for values in written)
+    np.testing.assert_allclose(found, means, atol=1)
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        *({"u2": [65535, 30, 200]}, {"f4": [1, 0.2, 0, 0.9]}, {"f4": [255, 20, 0]}),
+        *({"i4": [255, 3, 0, 100]}, {"u2": [65535], "u1": [255, 9], "f4": [1.0, 0.3]}),
+    ],
+)
+def test_a_set_of_one_white_gets_no_advice(images, tmp_path, caplog):
+    written = write_deep(tmp_path, images)
+    found = try_folder(tmp_path, "decode(channels=1)")
+    assert not caplog.records
+    whites = {"u2": 65535, "f4": images.get("f4", [0])[0]}
+    means = sorted(v.mean() * 255 / whites.get(v.dtype.str[1:], 255) for v in written)
+    np.testing.assert_allclose(found, means, atol=1)
+
+
+def test_a_maximum_that_the_files_say_is_heeded_where_all_say_it(tmp_path, caplog):
+    written = write_deep(tmp_path, {"u2": [4000, 1000]}, max=4000)
+    found = try_folder(tmp_path, "decode(channels=1)")
+    assert not caplog.records
+    np.testing.assert_allclose(found, sorted(v.mean() / 4000 * 255 for v in written), atol=1)
+    # Each image's own maximum would brighten the images differently.
+    picture = Image.open(tmp_path / "01.tif")
+    picture.save(tmp_path / "01.tif", tiffinfo={281: 1000})
+    sources.open_data_set.cache_clear()
+    with pytest.raises(InputError, match=r"1 as 0..4000, 1 as 0..1000.*maximum=4095\)"):
+        try_folder(tmp_path, "decode(channels=1)")
+
+
+def test_advice_about_deep_colours_and_negative_numbers_names_no_maximum(tmp_path, caplog):
+    write_deep(tmp_path, {"u2": [4000, 3000]})
+    dark = (np.arange(6 * 10 * 3) * 16).astype(">u2").tobytes()
+    (tmp_path / "colours.png").write_bytes(png(10, 6, bits=16, color=2, rows=dark))
+    try_folder(tmp_path, "decode(channels=1)")
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 2 and all("Save all images with 8 bits" in line for line in lines)
+    assert "maximum" not in "".join(lines)
+    folder = tmp_path / "negative"
+    folder.mkdir()
+    for number in range(4):
+        Image.fromarray(np.float32([[-1, 1], [0, 1]])).save(folder / f"{number}.tif")
+    with pytest.raises(InputError, match=r"4 in no usual range.* numbers from 0 to 1\.$"):
+        try_folder(folder, "decode(channels=1)")
 
 
 def test_levels_that_a_codec_shows_brightly_are_not_called_dark(caplog):

@@ -204,6 +204,7 @@ def test_integers_from_0_to_255_are_the_colours_themselves(tmp_path, kind):
         (np.float32([[0, 0, 0], [1, 1, 1]]), "from 0 to 1", "2 * colours - 1"),
         (COLOURS.astype(np.float32), "to 255", "colours / 127.5 - 1"),
         (np.array([[0, 0, 0], [1, 1, 1]]), "from 0 to 1", "2 * colours - 1"),
+        (COLOURS / 255, "to 0.97", '{"range": "-1 to 1"}).save("palette.npz")'),
         (COLOURS - 128, "from -", "integers from 0 to 255"),
         (COLOURS * 257, "to 6", "integers from 0 to 255"),
         ((COLOURS / 127.5 - 1).T, "[3, 16]", "Transpose"),
@@ -226,6 +227,21 @@ def test_a_palette_of_bright_colours_alone_is_read_again_where_this_project_wrot
     bright = Palette(np.float32([[0.1, 0.5, 0.9], [0, 0.2, 1]]), {"data": "snow"})
     bright.save(tmp_path / "palette.npz")
     assert palette.load(tmp_path / "palette.npz").equivalent(bright)
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.int64])
+def test_following_either_advice_about_colours_from_0_to_1_gives_these_colours(tmp_path, kind):
+    colours = np.array([[0, 0, 0], [1, 1, 1], [0, 1, 0]], kind)
+    path = tmp_path / "palette.npy"
+    np.save(path, colours)
+    with pytest.raises(InputError, match=r"2 \* colours - 1.*tokens\.Palette\(colours") as error:
+        palette.load(path)
+    assert len(str(error.value)) <= 300 + len(str(path))
+    np.save(path, 2 * colours - 1)
+    np.testing.assert_array_equal(palette.load(path).colors, colours * 255)
+    Palette(colours / 1, {"range": "-1 to 1"}).save(tmp_path / "palette.npz")
+    wanted = np.rint((colours + 1) * 127.5)
+    np.testing.assert_array_equal(palette.load(tmp_path / "palette.npz").colors, wanted)
 
 
 def test_colours_that_come_twice_are_warned_of_and_their_tokens_never_occur(tmp_path, caplog):

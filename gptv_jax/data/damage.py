@@ -14,7 +14,7 @@ import numpy as np
 
 from gptv_jax import config as config_lib
 from gptv_jax.data import sources
-from gptv_jax.data.images import DamagedImageError, Decode
+from gptv_jax.data.images import DamagedImageError, Decode, Depth
 from gptv_jax.errors import InputError
 
 LOG = logging.getLogger(__name__)
@@ -54,6 +54,13 @@ class DecodedSource:
         except (DamagedImageError, OSError) as error:
             return getattr(error, "strerror", None) or str(error)
         return "it could not be read before, and now can"
+
+    def depth(self, index: int) -> Depth | None:
+        """See `Decode.depth`; None also where the file cannot be read."""
+        try:
+            return self.decode.depth(self.source[index]["image"])
+        except OSError:
+            return None
 
     def _decode(self, index: int) -> dict:
         example = self.source[index]

@@ -1,10 +1,12 @@
 """The base class of transforms, and the decoding of image files to pixels."""
 
 import abc
+import contextlib
 import dataclasses
 import io
 import warnings
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
@@ -47,7 +49,7 @@ class Decode(Transform):
 
     The EXIF orientation is applied. Animations and files of several pages give their first one,
     CMYK, Lab and indexed colours become RGB, and transparent pixels are laid over `background`.
-    More than 8 bits become 8: white is the value that the file says, see `white`, or `maximum`.
+    More than 8 bits become 8: white is `maximum`, or what the file says, see `find_depth`.
     """
 
     channels: int = field(3, ("3 (RGB) or 1 (grey)", lambda v: v in (1, 3)))
@@ -94,7 +96,7 @@ class Decode(Transform):
     def _pixels(self, image: Image.Image) -> np.ndarray:
         stored = image  # has the file's tags, which a turned image has lost
         maximum, deep = self.maximum or 0, _is_deep(stored)
-        if maximum > 255 and not deep and ";16" in str(getattr(stored, "tile", "")):
+        if maximum > 255 and _has_deep_colours(stored):
             raise DamagedImageError(
                 "Pillow reads only the upper 8 of the 16 bits of its colours, so it cannot take "
                 f"maximum={maximum:g}; save it with 8 bits"
@@ -103,7 +105,7 @@ class Decode(Transform):
         if image.mode == "LAB":
             image = image.convert("RGB")  # from which Pillow makes grey
         if deep:
-            image = Image.fromarray(self._to_eight_bits(np.asarray(image), stored))
+            image = Image.fromarray(self._to_eight_bits(image, stored))
         elif 0 < maximum <= 255:
             *colours, alpha = image.convert("RGBA").split()
             scaled = [c.point(lambda value: round(value * 255 / maximum)) for c in colours]
@@ -113,20 +115,87 @@ class Decode(Transform):
             image = Image.alpha_composite(background, image.convert("RGBA"))
         return to_array(image.convert("RGB" if self.channels == 3 else "L"), self.channels)
 
-    def _to_eight_bits(self, values: np.ndarray, stored: Image.Image) -> UInt8[np.ndarray, "H W"]:
+    def depth(self, encoded: bytes) -> "Depth | None":
+        """The values of a file of more than 8 bits; None: it has 8 bits or cannot be decoded."""
+        with contextlib.suppress(Exception), Image.open(io.BytesIO(encoded)) as image:
+            self._check_size(*image.size)
+            if _has_deep_colours(image):  # of which Pillow reads the upper 8 bits
+                upper = np.asarray(image)
+                return Depth("16-bit colour", upper.min() * 256.0, upper.max() * 256.0, 65535)
+            # Pillow scales a PGM to 16 bits by what its header says, with its codec "ppm".
+            if _is_deep(image) and "'ppm'" not in str(getattr(image, "tile", "")):
+                return find_depth(image, _values(image, image))
+        return None
+
+    def _to_eight_bits(self, image: Image.Image, stored: Image.Image) -> UInt8[np.ndarray, "H W"]:
         """The values of one channel, white being 255; `stored` is the image as the file has it."""
-        tags = getattr(stored, "tag_v2", {})
-        if tags.get(BITS) == (32,) and tags.get(SAMPLE_FORMAT, (1,)) == (1,):
-            values = values.view(np.uint32)  # Pillow reads the numbers as signed ones
+        values, depth = _values(image, stored), None
         if not np.isfinite(values).all():
             raise DamagedImageError("it has values that are not finite numbers")
-        scale = 255 / (self.maximum or white(stored, values))
-        pixels = np.rint((values * scale).clip(0, 255)).astype(np.uint8)
-        if tags.get(PHOTOMETRIC) == 0:  # white is zero, which Pillow heeds for 8 bits alone
+        white = self.maximum or (depth := find_depth(stored, values)).white
+        if not white:
+            cut = ", where values below 0 become black" if depth.low < 0 else ""
+            raise DamagedImageError(
+                f"its values, {depth.low:g} to {depth.high:g}, are in none of the usual ranges "
+                f"(0..1, 0..255, 0..65535); name what is white by decode(maximum=...){cut}"
+            )
+        pixels = np.rint((values * (255 / white)).clip(0, 255)).astype(np.uint8)
+        if _tags(stored).get(PHOTOMETRIC) == 0:  # white is zero; Pillow heeds that for 8 bits alone
             pixels = 255 - pixels
         if isinstance(clear := stored.info.get("transparency"), int):
             pixels[values == clear] = self.background
         return pixels
+
+
+class Depth(NamedTuple):
+    """The range of an image file of more than 8 bits."""
+
+    kind: str  # "16-bit", "16-bit colour", "signed 16-bit", "32-bit", "floating-point"
+    low: float  # the least value
+    high: float  # the greatest value
+    white: int | None  # the value that is taken for white; None: unknown
+    sure: bool = True  # whether the file says what is white
+
+
+def find_depth(stored: Image.Image, values: np.ndarray) -> Depth:
+    """The range of an image of one channel, whose file is `stored`.
+
+    A file of unsigned 16 bits or fewer says what is white: by its bits, or by a TIFF's
+    MaxSampleValue, which is believed where it is the most of 9 to 15 bits; another number only
+    where no value exceeds it, as it may be the image's own maximum. Numbers of 32 bits, signed and
+    floating-point ones say nothing: white is then 1 (floating-point), 255 or 65535 (32767 of signed
+    16 bits), the first that no value exceeds. White is unknown where a value is negative or above
+    all of these, or where no value comes near the white that is found: 0..1 with an overshoot to
+    1.1 is not 0..255, and 0..4095 is not 0..65535.
+    """
+    tags, low, high = _tags(stored), values.min().item(), values.max().item()
+    bits = tags.get(BITS, (16,))[0]
+    if stored.mode.startswith("I;16") or (stored.mode == "I" and stored.format in ("PNG", "PPM")):
+        most = tags.get(MAX_SAMPLE, (0,))[0]
+        sure = most & (most + 1) == 0
+        if most > 255 and (sure or high <= most):
+            return Depth("16-bit", low, high, most, sure)
+        return Depth("16-bit", low, high, 2**bits - 1)
+    short, floating = bits == 16 and BITS in tags, stored.mode == "F"
+    ranges = (1,) * floating + (255, 32767 if short else 65535)
+    white = next((most for most in ranges if high <= most), None)
+    least = 0 if white == ranges[0] else 16 if white == 255 else 4096
+    if low < 0 or high < least:
+        white = None
+    kind = "signed 16-bit" if short else "floating-point" if floating else "32-bit"
+    return Depth(kind, low, high, white, sure=False)
+
+
+def _tags(image: Image.Image) -> Mapping:
+    """A TIFF's tags by their numbers."""
+    return getattr(image, "tag_v2", {})
+
+
+def _values(image: Image.Image, stored: Image.Image) -> np.ndarray:
+    """The values, [H, W], of an image whose file is `stored`."""
+    tags, values = _tags(stored), np.asarray(image)
+    unsigned = tags.get(BITS) == (32,) and tags.get(SAMPLE_FORMAT, (1,)) == (1,)
+    return values.view(np.uint32) if unsigned else values  # Pillow reads them as signed ones
 
 
 def _is_deep(image: Image.Image) -> bool:
@@ -134,36 +203,9 @@ def _is_deep(image: Image.Image) -> bool:
     return image.mode.startswith("I") or image.mode == "F"
 
 
-def white(stored: Image.Image, values: np.ndarray) -> int:
-    """The value that is white in an image file of more than 8 bits, whose pixels are `values`.
-
-    A file of unsigned 16 bits or fewer says so itself: by its bits, or by a TIFF's MaxSampleValue
-    where this is the most of 9 to 15 bits. (A smaller number would be the image's own maximum; by
-    it, images of one set would be brightened differently.) Numbers of 32 bits, signed and floating-
-    point ones say nothing: white is then 1 (floating-point), 255 or 65535 (32767 of signed 16
-    bits), the first that no value exceeds.
-
-    Raises DamagedImageError where a value is negative or above all of these, or where no value
-    comes near the white that is found: 0..1 with an overshoot to 1.1 is not 0..255, and 0..4095 is
-    not 0..65535.
-    """
-    tags = getattr(stored, "tag_v2", {})
-    if stored.mode.startswith("I;16") or (stored.mode == "I" and stored.format in ("PNG", "PPM")):
-        most = tags.get(MAX_SAMPLE, (0,))[0]
-        return most if most > 255 and most & (most + 1) == 0 else 2 ** tags.get(BITS, (16,))[0] - 1
-    ranges = [255, 32767 if tags.get(BITS) == (16,) else 65535]
-    if stored.mode == "F":
-        ranges.insert(0, 1)
-    low, high = values.min(), values.max()
-    found = next((most for most in ranges if high <= most), None)
-    least = 0 if found == ranges[0] else 16 if found == 255 else 4096
-    if low < 0 or found is None or high < least:
-        shown = ", ".join(f"0..{most}" for most in ranges)
-        raise DamagedImageError(
-            f"its values, {low:g} to {high:g}, are in none of the usual ranges ({shown}); name the "
-            "value that is white by decode(maximum=...)"
-        )
-    return found
+def _has_deep_colours(image: Image.Image) -> bool:
+    """Whether the file, whose pixels are not read yet, has several channels of 16 bits."""
+    return not _is_deep(image) and ";16" in str(getattr(image, "tile", ""))
 
 
 def to_picture(image: UInt8[np.ndarray, "H W C"]) -> Image.Image:

@@ -21,11 +21,11 @@ import grain
 import numpy as np
 
 from gptv_jax import config as config_lib
-from gptv_jax.data import sources, transforms
+from gptv_jax.data import depths, sources, transforms
 from gptv_jax.data.damage import NOT_DAMAGED, DamageLog, DecodedSource
 from gptv_jax.data.images import Decode
 from gptv_jax.errors import InputError
-from gptv_jax.tokens import Codec
+from gptv_jax.tokens import Codec, GreyCodec
 
 LOG = logging.getLogger(__name__)
 ENCODE_AHEAD = 2  # batches that a codec on devices encodes ahead of their use
@@ -111,10 +111,17 @@ def try_out(
 ) -> None:
     """Makes tokens of the first training images, so that misfits are found before any work.
 
-    Without a codec, or if the codec encodes on devices, only `shape`, [H, W, C], is checked. After
-    the transforms of evaluation, images that all look blank or dark are warned of.
+    Without a codec, or if the codec encodes on devices, only `shape`, [H, W, C], is checked. Files
+    of more than 8 bits are looked at before. After the transforms of evaluation, images that all
+    look blank or dark are warned of.
     """
     example, rng = _open(config, "train", entries), np.random.default_rng(0)
+    evaluated, warned = entries == config.eval_transforms, False
+    # Another list that decodes files as that of evaluation does is not told of twice.
+    if isinstance(example.source, DecodedSource) and (
+        evaluated or example.source.decode not in map(transforms.parse, config.eval_transforms[:1])
+    ):
+        warned = depths.check(config, example.source)
     shown = []
     for index in range(min(TRIED, len(example.source))):
         image = example.random_map(index, rng)["image"]
@@ -124,11 +131,13 @@ def try_out(
             to_tokens(codec, image)
         if image.dtype == np.uint8:  # not tokens of a cache
             shown.append(codec.picture(image[None])[0] if codec else image)
-    if shown and entries == config.eval_transforms:
-        _warn_of_blank(config, shown)
+    if shown and evaluated and not warned:
+        _warn_of_blank(config, codec, shown)
 
 
-def _warn_of_blank(config: config_lib.Data, pictures: list[np.ndarray]) -> None:
+def _warn_of_blank(
+    config: config_lib.Data, codec: Codec | None, pictures: list[np.ndarray]
+) -> None:
     """Warns where no picture, uint8 [H, W, C] in 0..255, has contrast, or all are dark."""
     deviation = max(picture.std(axis=(0, 1)).max() for picture in pictures)
     low = min(picture.min() for picture in pictures)
@@ -136,16 +145,12 @@ def _warn_of_blank(config: config_lib.Data, pictures: list[np.ndarray]) -> None:
     if deviation >= BLANK and high > DARK:
         return
     look = "have nearly one value each" if deviation < BLANK else "are all dark"
-    cure = "Look at the files and at the transforms."
-    if high <= DARK:
-        # The most of so many bits, where 16 bits were taken to be used in full.
-        bits = int(max(float(high) - 0.5, 0.5) * 257).bit_length()
-        cure = (
-            f'If files of 16 bits do not use all of them, "decode(maximum={2**bits - 1})" in both '
-            f"lists of transforms says what is white; of 8 bits, maximum={max(high, 1)}."
-        )
+    cure = ""
+    if high <= DARK and not (isinstance(codec, GreyCodec) and codec.vocabulary < 256):
+        cure = ' The transform "normalize()" makes dark images bright.'
     LOG.warning(
-        "the first %d images of %s %s: values %d to %d of 255, deviating by %.1f at most. %s",
+        "the first %d images of %s %s: values %d to %d of 255, deviating by %.1f at most. Look at "
+        "the files and at the transforms.%s",
         *(len(pictures), config.path or config.name, look, low, high, deviation, cure),
     )
 
@@ -276,9 +281,12 @@ def batched(elements: Iterator[dict], count: int) -> Iterator[dict]:
 def _check_shape(image: np.ndarray, expected: tuple[int, ...]) -> None:
     if image.shape != expected:
         found, takes = (" x ".join(map(str, shape)) for shape in (image.shape, expected))
+        cure = "change one of these"
+        if image.shape[:2] == expected[:2]:
+            cure = f'take "decode(channels={expected[2]})" or another config.tokens.kind'
         raise InputError(
             f"after the transforms of config.data an image is {found}, but tokens are made of "
-            f"{takes} (config.data.image_size and config.tokens say so); change one of these."
+            f"{takes} (config.data.image_size and config.tokens say so); {cure}."
         )
 
 

@@ -311,8 +311,7 @@ def _prepare(
             "config.tokens.kind=learned needs a tokenizer; run --stages=tokenizer first, or "
             "name one by config.tokens.tokenizer."
         )
-    if found or trained_here:
-        _try_out(config, stages, found)
+    try_out(config, stages, found)
     if config.init_from or not {"pretrain", "tokenizer"} & set(stages):
         adapt = "pretrain" in stages and not pretrained.has_own(config, folder.path)
         pretrained.check(config, folder.path, found, adapt=adapt)
@@ -325,16 +324,20 @@ def _prepare(
     )
     if not found and not trained_here:
         found = build_codec(config, DamageLog(config.data, folder.path))
-        _try_out(config, stages, found)
     if found:
         tokens.save_definition(found.definition, folder.path)
 
 
-def _try_out(config: config_lib.Config, stages: list[str], codec: Codec | None) -> None:
-    """Checks that the images, every list of transforms and the codec fit each other."""
-    data, channels = config.data, config.tokens.autoencoder.channels
+def try_out(config: config_lib.Config, stages: list[str] | None, codec: Codec | None) -> None:
+    """Checks that the images, every list of transforms and the codec fit each other.
+
+    Without `stages`, which train, only the transforms of evaluation.
+    """
+    data = config.data
+    channels = config.tokens.autoencoder.channels if config.tokens.kind == "learned" else 3
     shape = codec.image_shape if codec else (data.image_size, data.image_size, channels)
-    for entries in dict.fromkeys([*_training_transforms(config, stages), data.eval_transforms]):
+    training = [] if stages is None else _training_transforms(config, stages)
+    for entries in dict.fromkeys([data.eval_transforms, *training]):
         pipeline.try_out(data, codec, shape, entries)
 
 

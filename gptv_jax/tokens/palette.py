@@ -71,22 +71,25 @@ def load(path: str | pathlib.Path) -> Palette:
 def checked(centers: np.ndarray, provenance: dict, where: str, *, sure: bool = True) -> Palette:
     """A palette of `centers` [V, 3], floating-point from -1 to 1 or integers from 0 to 255.
 
-    An InputError calls the array `where`. Without `sure`, floating-point numbers are refused that
-    may as well be colours from 0 to 1, that is, where none is negative.
+    An InputError calls the array `where`. Without `sure`, numbers are refused that may as well be
+    colours from 0 to 1, that is, where none is negative.
     """
     numbers = centers.dtype.kind in "fiu" and centers.size > 0
     low, high = (centers.min(), centers.max()) if numbers else (np.nan, np.nan)  # NaN has no range
     usable = centers.ndim == 2 and centers.shape[1] == 3 and 2 <= len(centers) <= 65536
     if usable and centers.dtype.kind in "iu" and low >= 0 and 1 < high <= 255:
         return Palette((centers / 127.5 - 1).astype(np.float32), provenance)
-    ranged = centers.dtype.kind == "f" and low >= -1 and high <= 1 and (sure or low < 0)
+    ranged = low >= -1 and high <= 1 and (low < 0 or (sure and centers.dtype.kind == "f"))
     if usable and ranged:
         return Palette(centers.astype(np.float32), provenance)
     cure = ""
     if centers.ndim == 2 and len(centers) == 3 != centers.shape[1]:
         cure = " Transpose the array."
     elif usable and low >= 0 and high <= 1:
-        cure = " Colours from 0 to 1 become such numbers by 2 * colours - 1."
+        cure = (
+            " Colours from 0 to 1: 2 * colours - 1; from -1 to 1 already: "
+            'gptv_jax.tokens.Palette(colours, {"range": "-1 to 1"}).save("palette.npz").'
+        )
     elif usable and low >= 0 and high <= 255:
         cure = " Colours from 0 to 255 become such numbers by colours / 127.5 - 1."
     span = f" from {low:g} to {high:g}" if numbers else ""

@@ -1,0 +1,79 @@
+"""Image files of more than 8 bits: whether one value is white in all images of a data set."""
+
+import collections
+import dataclasses
+import logging
+
+import numpy as np
+
+from gptv_jax import config as config_lib
+from gptv_jax.data.damage import DecodedSource
+from gptv_jax.data.images import Depth
+from gptv_jax.errors import InputError, cut, shorten
+
+LOG = logging.getLogger(__name__)
+LOOKED_AT = 32  # first images of a split; as many from all over the split where these are deep
+WHITES = (255, 1023, 4095, 16383, 65535)  # of 8, 10, 12, 14 and 16 bits
+OVERSHOOT = 1.2  # of floating-point values over white, as a resize makes it
+
+
+def check(config: config_lib.Data, source: DecodedSource) -> bool:
+    """Looks at the values in image files before work begins; returns whether it has warned.
+
+    Raises InputError where files that do not say what is white would get several whites, each by
+    its own values, or where too many have none; the message names the cure.
+    """
+    if source.decode.maximum:
+        return False
+    found = {n: source.depth(n) for n in range(min(LOOKED_AT, len(source)))}
+    if any(found.values()):
+        spread = np.linspace(0, len(source) - 1, LOOKED_AT).astype(int).tolist()
+        found |= {n: source.depth(n) for n in spread if n not in found}
+    warned = False
+    for kind in dict.fromkeys(depth.kind for depth in found.values() if depth):
+        # A black image is black, whatever is white.
+        same = {n: d for n, d in found.items() if d and d.kind == kind and (d.low or d.high)}
+        whites = collections.Counter(depth.white for depth in same.values())
+        low = min((depth.low for depth in same.values()), default=0)
+        high = max((depth.high for depth in same.values()), default=0)
+        if whites[None] <= max(1, config.max_damaged * len(same)):
+            del whites[None]  # these are damaged, and named as such
+        if list(whites) == [65535] and high <= WHITES[-2]:
+            cure = _cure(source, next(white for white in WHITES if high <= white), found)
+            text = "the %s images of %s come out dark: their values are %g to %g of 65535. %s."
+            LOG.warning(text, kind, config.path or config.name, low, high, cure)
+            warned = True
+        elif whites[None] or (len(whites) > 1 and not all(d.sure for d in same.values())):
+            # A TIFF's own number of 16 bits may be the maximum of each image.
+            white = 0 if kind == "16-bit" else max(filter(None, whites), default=0)
+            if high > white:
+                room = OVERSHOOT if kind == "floating-point" else 1
+                most = 2 ** int(high).bit_length() - 1  # of whole numbers beyond 16 bits
+                white = next((each for each in WHITES if high <= each * room), most)
+                white = 1 if room > 1 and high < 16 else white
+            cure = "Save them as numbers from 0 to 1"
+            if low >= (1 - OVERSHOOT) * white:
+                cure = _cure(source, white, found)
+            counts = whites.most_common()
+            shown = (
+                f"{n} as 0..{most}" if most else f"{n} in no usual range" for most, n in counts
+            )
+            example = source.name(next(n for n, d in same.items() if d.white == counts[-1][0]))
+            raise InputError(
+                f"the {kind} images have no common range: {shorten(shown, room=60)}, such as "
+                f"{cut(example, 90, 45)}. {cure}."
+            )
+    return warned
+
+
+def _cure(source: DecodedSource, white: int, depths: dict[int, Depth | None]) -> str:
+    """A sentence that says how images become right whose white is this value."""
+    deep_colours = any(depth and depth.kind == "16-bit colour" for depth in depths.values())
+    # Then `maximum` would be refused, or would apply to images of 8 bits too.
+    if deep_colours or (white == 1 and None in depths.values()):
+        reason = "; of 16-bit colours Pillow reads only the upper 8" * deep_colours
+        return f"Save all images with 8 bits{reason}"
+    values = vars(source.decode) | {"maximum": white}
+    changed = [f.name for f in dataclasses.fields(source.decode) if values[f.name] != f.default]
+    entry = f"decode({', '.join(f'{name}={values[name]!r}' for name in changed)})"
+    return f'If {white} is white in all of them, put "{entry}" in every list of transforms'
