@@ -33,35 +33,31 @@ def check(config: config_lib.Data, source: DecodedSource) -> bool:
     for kind in dict.fromkeys(depth.kind for depth in found.values() if depth):
         # A black image is black, whatever is white.
         same = {n: d for n, d in found.items() if d and d.kind == kind and (d.low or d.high)}
-        whites = collections.Counter(depth.white for depth in same.values())
-        low = min((depth.low for depth in same.values()), default=0)
-        high = max((depth.high for depth in same.values()), default=0)
-        if whites[None] <= max(1, config.max_damaged * len(same)):
-            del whites[None]  # these are damaged, and named as such
-        if list(whites) == [65535] and high <= WHITES[-2]:
+        if sum(d.white is None for d in same.values()) <= max(1, config.max_damaged * len(same)):
+            same = {n: d for n, d in same.items() if d.white}  # the others are damaged, by name
+        whites = collections.Counter(d.white for d in same.values()).most_common()
+        low, high = (pick([pick(d[1:3]) for d in same.values()], default=0) for pick in (min, max))
+        if len(whites) == 1 and whites[0][0] == WHITES[-1] and high <= WHITES[-2]:
             cure = _cure(source, next(white for white in WHITES if high <= white), found)
             text = "the %s images of %s come out dark: their values are %g to %g of 65535. %s."
             LOG.warning(text, kind, config.path or config.name, low, high, cure)
             warned = True
-        elif whites[None] or (len(whites) > 1 and not all(d.sure for d in same.values())):
+        elif any(not d.sure for d in same.values()) and (len(whites) > 1 or not whites[0][0]):
             # A TIFF's own number of 16 bits may be the maximum of each image.
-            white = 0 if kind == "16-bit" else max(filter(None, whites), default=0)
+            white = 0 if kind == "16-bit" else max(white or 0 for white, _ in whites)
             if high > white:
                 room = OVERSHOOT if kind == "floating-point" else 1
                 most = 2 ** int(high).bit_length() - 1  # of whole numbers beyond 16 bits
                 white = next((each for each in WHITES if high <= each * room), most)
                 white = 1 if room > 1 and high < 16 else white
-            cure = "Save them as numbers from 0 to 1"
-            if low >= (1 - OVERSHOOT) * white:
-                cure = _cure(source, white, found)
-            counts = whites.most_common()
-            shown = (
-                f"{n} as 0..{most}" if most else f"{n} in no usual range" for most, n in counts
-            )
-            example = source.name(next(n for n, d in same.items() if d.white == counts[-1][0]))
+            seldom = source.name(next(n for n, d in same.items() if d.white == whites[-1][0]))
+            shown = [f"{n} " + (f"as 0..{w}" if w else "in no usual range") for w, n in whites]
+            cure = _cure(source, white, found)
+            if low < (1 - OVERSHOOT) * white:
+                cure = "Save them as numbers from 0 to 1"
             raise InputError(
                 f"the {kind} images have no common range: {shorten(shown, room=60)}, such as "
-                f"{cut(example, 90, 45)}. {cure}."
+                f"{cut(seldom, 90, 45)}. {cure}."
             )
     return warned
 
@@ -73,7 +69,7 @@ def _cure(source: DecodedSource, white: int, depths: dict[int, Depth | None]) ->
     if deep_colours or (white == 1 and None in depths.values()):
         reason = "; of 16-bit colours Pillow reads only the upper 8" * deep_colours
         return f"Save all images with 8 bits{reason}"
-    values = vars(source.decode) | {"maximum": white}
-    changed = [f.name for f in dataclasses.fields(source.decode) if values[f.name] != f.default]
-    entry = f"decode({', '.join(f'{name}={values[name]!r}' for name in changed)})"
+    now = vars(source.decode) | {"maximum": white}
+    changed = [f.name for f in dataclasses.fields(source.decode) if now[f.name] != f.default]
+    entry = f"decode({', '.join(f'{name}={now[name]!r}' for name in changed)})"
     return f'If {white} is white in all of them, put "{entry}" in every list of transforms'

@@ -129,11 +129,8 @@ class Decode(Transform):
 
     def _to_eight_bits(self, image: Image.Image, stored: Image.Image) -> UInt8[np.ndarray, "H W"]:
         """The values of one channel, white being 255; `stored` is the image as the file has it."""
-        values, depth = _values(image, stored), None
-        if not np.isfinite(values).all():
-            raise DamagedImageError("it has values that are not finite numbers")
-        white = self.maximum or (depth := find_depth(stored, values)).white
-        if not white:
+        depth = find_depth(stored, values := _values(image, stored))
+        if not (white := self.maximum or depth.white):
             cut = ", where values below 0 become black" if depth.low < 0 else ""
             raise DamagedImageError(
                 f"its values, {depth.low:g} to {depth.high:g}, are in none of the usual ranges "
@@ -180,8 +177,7 @@ def find_depth(stored: Image.Image, values: np.ndarray) -> Depth:
     ranges = (1,) * floating + (255, 32767 if short else 65535)
     white = next((most for most in ranges if high <= most), None)
     least = 0 if white == ranges[0] else 16 if white == 255 else 4096
-    if low < 0 or high < least:
-        white = None
+    white = white if low >= 0 and high >= least else None
     kind = "signed 16-bit" if short else "floating-point" if floating else "32-bit"
     return Depth(kind, low, high, white, sure=False)
 
@@ -192,8 +188,10 @@ def _tags(image: Image.Image) -> Mapping:
 
 
 def _values(image: Image.Image, stored: Image.Image) -> np.ndarray:
-    """The values, [H, W], of an image whose file is `stored`."""
+    """The values, [H, W], of an image whose file is `stored`; DamagedImageError if not finite."""
     tags, values = _tags(stored), np.asarray(image)
+    if not np.isfinite(values).all():
+        raise DamagedImageError("it has values that are not finite numbers")
     unsigned = tags.get(BITS) == (32,) and tags.get(SAMPLE_FORMAT, (1,)) == (1,)
     return values.view(np.uint32) if unsigned else values  # Pillow reads them as signed ones
 
