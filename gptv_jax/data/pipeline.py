@@ -283,7 +283,8 @@ def _check_shape(image: np.ndarray, expected: tuple[int, ...]) -> None:
         found, takes = (" x ".join(map(str, shape)) for shape in (image.shape, expected))
         cure = "change one of these"
         if image.shape[:2] == expected[:2]:
-            cure = f'take "decode(channels={expected[2]})" or another config.tokens.kind'
+            kinds = "config.tokens.kind (palette takes RGB, grey 1 channel)"
+            cure = f'take "decode(channels={expected[2]})" or another {kinds}'
         raise InputError(
             f"after the transforms of config.data an image is {found}, but tokens are made of "
             f"{takes} (config.data.image_size and config.tokens say so); {cure}."
