@@ -162,6 +162,7 @@ def test_labels_of_another_shape_are_refused_with_the_expression_that_helps(tmp_
     [
         IMAGES.transpose(0, 3, 1, 2),
         IMAGES[..., :1].transpose(0, 3, 1, 2),
+        IMAGES.transpose(1, 2, 3, 0),
         IMAGES[..., 0],
         IMAGES.astype(np.float32) / 255,
         IMAGES.astype(np.float32) / 127.5 - 1,

@@ -122,6 +122,12 @@ def test_floats_that_are_whole_are_labels_and_a_single_class_is_none(tmp_path):
         assert open_set(path).classes == 0
 
 
+def test_named_classes_of_which_few_have_images_stay(tmp_path):
+    features = {"label": {"names": [f"class {i}" for i in range(1000)], "_type": "ClassLabel"}}
+    source = open_set(write(tmp_path / "x.parquet", table([0, 1, 999] * 4, features=features)))
+    assert source.classes == 1000 and [source[i]["label"] for i in range(3)] == [0, 1, 999]
+
+
 def test_a_split_has_the_name_of_its_file_too(tmp_path):
     write(tmp_path / "train-00000-of-00001.parquet", table(LABELS))
     write(tmp_path / "valid_data-00000-of-00001.parquet", table(LABELS, IMAGES[::-1]))

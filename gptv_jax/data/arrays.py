@@ -84,6 +84,8 @@ def _check_images(split: str, images: np.ndarray) -> None:
         advice = "; store images[..., None] of grey images"
     elif images.ndim == 4 and shape[-1] > 4 and shape[1] <= 4:
         advice = "; with channels first, store images.transpose(0, 2, 3, 1)"
+    elif images.ndim == 4 and shape[-1] > 4 and shape[2] <= 4:  # as in MATLAB
+        advice = "; with images last, store images.transpose(3, 0, 1, 2)"
     elif images.ndim != 4 or not 1 <= shape[-1] <= 4 or not images.size or kind not in "biuf":
         advice = ""
     elif images.dtype == np.uint8:

@@ -127,10 +127,7 @@ class ImageFolder:
     def _class_folders(
         self, folders: dict[str, pathlib.Path], files: dict[str, list[str]]
     ) -> dict[str, list[str]] | None:
-        """The class folder of every image, by split; None: the images are unlabelled.
-
-        Images outside all class folders are removed from `files` where they are few.
-        """
+        """The class folder of every image, by split; None: unlabelled. Strays leave `files`."""
         stray = {split: [f for f in found if os.sep not in f] for split, found in files.items()}
         mixed = {split for split in files if len(stray[split]) < len(files[split])}
         names = {_class(f) for split in mixed for f in files[split] if os.sep in f}
@@ -204,11 +201,7 @@ def image_files(folder: pathlib.Path) -> list[str]:
 def _find_splits(
     path: pathlib.Path, below: dict[str, Listing], notes: list[str]
 ) -> dict[str, pathlib.Path]:
-    """The folder of every split; {}: the folders are no splits, but classes.
-
-    Raises:
-      InputError: the folders can be read in more than one way.
-    """
+    """The folder of every split; {}: the folders are classes. InputError: they may be both."""
     full = [name for name, listing in below.items() if listing.files]
     within = {split_name(name, within=True) for name in full} - {None}
     loose = "train" in within and len(within) > 1  # as in birds_train beside birds_test

@@ -49,18 +49,17 @@ def of_folder(path: pathlib.Path, name: str | None) -> str | None:
 
     The folder's own files and those of its sub-folders say what reads the folder.
     """
+    endings = {f.suffix.lower() for pattern in ("*", "*/*") for f in path.glob(pattern)}
     if (path / "features.json").exists():  # of a prepared TFDS set
         return _take(path, name, path.parent.name, path, "dir")
-    if (path / "header.json").exists():
-        return _take(path, name, "tokens", path)
-    endings = {f.suffix.lower() for pattern in ("*", "*/*") for f in path.glob(pattern)}
-    if any((path / each).exists() for each in SAVED) or endings & {".parquet", ".arrow"}:
-        return _take(path, name, "parquet", path)
-    if ".tar" in endings:
-        return _take(path, name, "webdataset", path)
-    if endings & set(ENDINGS):
-        return _take(path, name, "folder", path)
-    return next((_take(path, name, "arrays", file) for file in path.glob("*.npz")), None)
+    found = {
+        "tokens": (path / "header.json").exists(),
+        "parquet": any((path / each).exists() for each in SAVED)
+        or endings & {".parquet", ".arrow"},
+        "webdataset": ".tar" in endings,
+        "folder": endings & set(ENDINGS),
+    }
+    return _take(path, name, next((kind for kind in found if found[kind]), None), path)
 
 
 def _take(

@@ -96,9 +96,11 @@ def number(
     if len(present) == 1:
         notes.append(one_class(names[present[0]] if names else present[0]))
         return {}, 0, ()
+    if names and present[0] >= 0:
+        return labels, len(names), names
     sparse = numbers and _check_numbers(present)
-    if names or (numbers and present[0] == 0 and not sparse):
-        return labels, len(names) or int(present[-1]) + 1, names
+    if numbers and present[0] == 0 and not sparse:
+        return labels, int(present[-1]) + 1, ()
     if numbers:
         notes.append(
             f"the labels {shorten(present)} do not count from 0 without gaps, so they are numbered "
@@ -117,10 +119,7 @@ def one_class(name: object) -> str:
 
 
 def _check_numbers(present: np.ndarray) -> bool:
-    """Whether most classes would have no image, for the sorted labels that occur.
-
-    InputError: some of the labels seem to mark images to leave out.
-    """
+    """Whether most classes have no image. InputError: some labels seem to mark what to ignore."""
     low, high = int(present[0]), int(present[-1])
     if low < 0:
         raise InputError(
@@ -223,10 +222,7 @@ def check_texts(names: Iterable[str]) -> None:
 
 
 def _read(path: pathlib.Path, data: pathlib.Path) -> dict[str, str]:
-    """The labels of a CSV file by the name in its column `file`; rows without a label are absent.
-
-    Absolute paths below the folder `data` become relative.
-    """
+    """The labels of a CSV file by path below `data`, or by name; rows without one are absent."""
     where = f"config.data.labels_file={path}"
     with (
         as_input_error(f"{where} is not UTF-8; save it as UTF-8", UnicodeDecodeError),

@@ -139,17 +139,13 @@ def _footer(path: pathlib.Path, changed: int) -> "parquet.FileMetaData":
     return parquet.read_metadata(path)
 
 
-def _changed(path: pathlib.Path) -> int:
-    return path.stat().st_mtime_ns
-
-
 def _open(path: pathlib.Path) -> tuple["pyarrow.Schema", list[int]]:
     """The columns of a file and the number of rows of each row group; Arrow files have one."""
     with as_input_error(f"{path} is damaged, or no Parquet or Arrow file"):
         if path.suffix == ".arrow":
-            table = _mapped(path, _changed(path))
+            table = _mapped(path, path.stat().st_mtime_ns)
             return table.schema, [table.num_rows]
-        footer = _footer(path, _changed(path))
+        footer = _footer(path, path.stat().st_mtime_ns)
         groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
         largest = max((group.total_byte_size for group in groups), default=0)
         if largest > LARGEST_GROUP:
@@ -163,10 +159,7 @@ def _open(path: pathlib.Path) -> tuple["pyarrow.Schema", list[int]]:
 
 
 def _row_groups(paths: list[pathlib.Path], needed: list) -> list[_RowGroup]:
-    """The row groups of a split; the first column that is `needed` has the images.
-
-    InputError: a file lacks one of the columns or has another type there, or the split is empty.
-    """
+    """The row groups of a split; the first column that is `needed` has the images."""
     found = []
     for path in paths:
         schema, groups = _open(path)
@@ -178,7 +171,7 @@ def _row_groups(paths: list[pathlib.Path], needed: list) -> list[_RowGroup]:
                 )
         firsts = itertools.accumulate(groups, initial=0)
         found += [
-            _RowGroup(path, _changed(path), number, first, rows, needed[0].name)
+            _RowGroup(path, path.stat().st_mtime_ns, number, first, rows, needed[0].name)
             for number, (first, rows) in enumerate(zip(firsts, groups, strict=False))
             if rows
         ]
@@ -190,15 +183,12 @@ def _row_groups(paths: list[pathlib.Path], needed: list) -> list[_RowGroup]:
 def _labels(path: pathlib.Path, column: str) -> list:
     with as_input_error(f"column {column} of {path} is damaged"):
         if path.suffix == ".arrow":
-            return _mapped(path, _changed(path)).column(column).to_pylist()
+            return _mapped(path, path.stat().st_mtime_ns).column(column).to_pylist()
         return parquet.ParquetFile(path).read([column]).column(column).to_pylist()
 
 
 def _features(schema) -> dict[str, dict]:
-    """What `datasets` has stored of each column: {"label": {"_type": "ClassLabel", "names": ...}}.
-
-    Empty for the files of other programs.
-    """
+    """What `datasets` stores of the columns: {"label": {"_type": "ClassLabel", "names": ...}}."""
     stored = (schema.metadata or {}).get(b"huggingface", b"{}")
     with as_input_error("the columns' description, in the file's metadata, is damaged"):
         return json.loads(stored).get("info", {}).get("features", {})
