@@ -118,7 +118,7 @@ class Checkpoints:
         """
         self.folder, self._keep, self._read_only = for_orbax(folder), keep, read_only
         self.best: int | None = None
-        # The step of the first checkpoint, and its smallest part, until they are read back.
+        # The step of the first checkpoint, and its smallest array, until they are read back.
         self._unread: tuple[int, dict] | None = None
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self,
@@ -155,7 +155,9 @@ class Checkpoints:
             return
         arrays = sharding.by_name(state)
         if not steps:
-            self._unread = step, _smallest_part(arrays)
+            name, least = min(arrays.items(), key=lambda item: item[1].size)
+            least = jax.ShapeDtypeStruct(least.shape, least.dtype, sharding=least.sharding)
+            self._unread = step, {name: least}
         content = {"info": info, "bit_sums": _bit_sums(arrays)}
         items = ocp.args.Composite(
             state=ocp.args.PyTreeSave(arrays),
@@ -171,19 +173,15 @@ class Checkpoints:
         self._read_back()
 
     def _read_back(self) -> None:
-        """Reads a part of the first checkpoint, and its info, from the disk, once they are there.
-
-        A place from which nothing comes back so ends the training at its second save at the latest.
-        InputError: they cannot be read, or differ from what was saved.
-        """
+        """Reads an array of the first checkpoint, so that a place that keeps nothing is found."""
         if self._unread is None:
             return
-        (step, part), self._unread = self._unread, None
+        (step, array), self._unread = self._unread, None
         with naming(self.folder):
             self._manager.wait_until_finished()
         try:
-            self.restore(step, part)
-        except InputError as error:
+            self._read(step, array)
+        except DamagedError as error:
             raise InputError(
                 f"{cut(str(error).rstrip('.'), 200)}, although it was just written; name another "
                 "folder or disk for the checkpoints."
@@ -239,6 +237,11 @@ class Checkpoints:
                 f"checkpoint {self.folder / str(step)} does not fit this network: "
                 f"{shorten(differing, '; ')}."
             )
+        arrays, info = self._read(step, wanted)
+        return jax.tree.unflatten(jax.tree.structure(abstract), list(arrays.values())), info
+
+    def _read(self, step: int, wanted: dict[str, jax.ShapeDtypeStruct]) -> tuple[dict, dict]:
+        """The arrays of these names, and the info, compared with their checksums."""
         restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
         items = ocp.args.Composite(
             state=ocp.args.PyTreeRestore(wanted, restore_args=restore_args, partial_restore=True),
@@ -248,8 +251,7 @@ class Checkpoints:
         arrays, record = {name: restored["state"][name] for name in wanted}, restored["info"]
         sums = _bit_sums(arrays)
         self._together(step, lambda: _check(record, sums))
-        state = jax.tree.unflatten(jax.tree.structure(abstract), list(arrays.values()))
-        return state, record["info"]
+        return arrays, record["info"]
 
     def _together(self, step: int, function: Callable):
         """The result of `function()`, which must contain no collective operation.
@@ -279,15 +281,6 @@ class Checkpoints:
         hosts.from_first(move)
         self._manager.reload()
         return target
-
-
-def _smallest_part(arrays: dict) -> dict:
-    """The abstract arrays of the part of a state, such as the step, that has the fewest values."""
-    parts = {}
-    for name, x in arrays.items():
-        shape = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-        parts.setdefault(name.split(".")[0], {})[name] = shape
-    return min(parts.values(), key=lambda part: sum(x.size for x in part.values()))
 
 
 def _check(record: dict, sums: dict[str, int]) -> None:

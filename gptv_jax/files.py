@@ -38,8 +38,12 @@ def user_path(path: str | os.PathLike) -> pathlib.Path:
     """The absolute path that a user's text names; a leading ~ is the home folder.
 
     Raises:
-      InputError: the path is too long, or in the home folder of a user that does not exist.
+      InputError: the path is an address, is too long, or is in the home folder of a user that does
+        not exist.
     """
+    if "://" in str(path):
+        hub = "; model.push_to_hub uploads a model" if str(path).startswith("hf://") else ""
+        raise InputError(f"{path} is an address; name a path on this machine{hub}.")
     with as_input_error(f"{cut(str(path), 100)} is no path", (RuntimeError, OSError)):
         found = pathlib.Path(path).expanduser().absolute()
         with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):

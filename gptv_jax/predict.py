@@ -67,8 +67,7 @@ def main(names: list[str]) -> None:
                 LOG.warning("%s cannot be read: %s.", line["file"], line["error"])
             else:
                 line["classes"] = line["classes"][: TOP.value or None]
-            with as_input_error(f"--out={OUT.value} cannot be written", OSError):
-                tqdm.tqdm.write(json.dumps(line), file=out)  # beside the bar on a terminal
+            tqdm.tqdm.write(json.dumps(line), file=out)  # beside the bar on a terminal
             progress.advance(1)
             if done % LOG_EVERY == 0:
                 progress.report(done, {})
@@ -157,9 +156,10 @@ def _opened(out: str | None) -> Iterator[IO[str]]:
         yield sys.stdout
         return
     path = files.user_path(out)
-    with as_input_error(f"--out={out} cannot be written", OSError):
-        file = path.open("w", buffering=1)
-    with file:
+    with (
+        as_input_error(f"--out={out} cannot be written", OSError),
+        path.open("w", buffering=1) as file,
+    ):
         yield file
 
 

@@ -19,7 +19,6 @@ from gptv_jax.quality.features import make_features
 from gptv_jax.runs.record import config_of
 from gptv_jax.stages import pretrained as stages_pretrained
 from gptv_jax.stages import setup
-from gptv_jax.weights import hub as hub_lib
 
 pytestmark = pytest.mark.process  # of the run that the tests share
 
@@ -42,7 +41,6 @@ def served(tmp_path_factory):
 def hub(served):
     """The hub, without models and requests."""
     served.models, served.asked, served.gated = {}, [], set()
-    hub_lib.download.cache_clear()
     return served
 
 
@@ -62,7 +60,6 @@ def test_a_model_that_is_pushed_comes_back_and_then_from_the_cache_alone(
     assert {"gptv_jax.safetensors", "model.safetensors", "config.json"} <= set(files)
     wanted = pretrained.logits(TOKENS)
     np.testing.assert_array_equal(gptv_jax.load("hf://me/digits").logits(TOKENS), wanted)
-    hub_lib.download.cache_clear()
     hub.asked.clear()
     from huggingface_hub import constants  # after the fixture has set the environment
 

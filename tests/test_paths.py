@@ -126,7 +126,7 @@ def test_the_home_folder_is_found_wherever_a_path_is_given(finished_run, tmp_pat
 
 
 def test_a_run_folder_stands_for_its_configuration(finished_run, tmp_path, command):
-    settings = run_file.get_config(str(finished_run.folder))
+    settings = run_file.load(str(finished_run.folder))
     assert config_lib.resolve(settings) == config_of(finished_run.folder)
     settings.model.width, settings.sample.top_k = 32, 3  # as an override does
     changed = config_lib.resolve(settings)

@@ -2,16 +2,19 @@
 
 import dataclasses
 import functools
+import pathlib
 
 import jax
 
 from gptv_jax import config as config_lib
 from gptv_jax import files, sharding, validation, weights
 from gptv_jax.api.model import AnyPath, Model
-from gptv_jax.errors import InputError
-from gptv_jax.tokens import LearnedCodec, learned
+from gptv_jax.errors import InputError, shorten
+from gptv_jax.runs import record
+from gptv_jax.tokens import LearnedCodec, Palette, learned
 from gptv_jax.tokens import palette as palettes
 from gptv_jax.weights import huggingface, native
+from gptv_jax.weights.native import WeightsFile
 
 __all__ = ["Model", "from_huggingface", "from_openai", "load", "load_tokenizer", "to_huggingface"]
 
@@ -36,7 +39,7 @@ def load(source: AnyPath, stage: str | None = None, palette: AnyPath | None = No
             described, params = native.read_run(path, stage)
             pretrained = None
             if stage is None and described.classes:  # the weights are fine-tuned
-                pretrained = functools.partial(native.read_run, path, "pretrain")
+                pretrained = functools.partial(_read_pretrained, path, described)
             return Model(described, params, mesh, path, pretrained)
         if stage is not None:
             raise InputError(f"stage={stage} is given, but {path} is no run folder.")
@@ -45,6 +48,28 @@ def load(source: AnyPath, stage: str | None = None, palette: AnyPath | None = No
             colours = palettes.load(weights.locate(palette, f"there is no palette {palette}"))
         found = weights.read(path, colours)
         return Model(dataclasses.replace(found, params={}), found.on_mesh(), mesh)
+
+
+def _read_pretrained(run: pathlib.Path, described: WeightsFile) -> tuple[WeightsFile, dict]:
+    """The weights with which the fine-tuning of a run began, as `native.read_run` returns them.
+
+    `described` are the fine-tuned weights. InputError: the weights cannot be read, or have become
+    those of another network.
+    """
+    config = record.config_of(run)
+    finished = record.stages_with_weights(files.read_json(run / "summary.json", {}))
+    if not config.init_from or "pretrain" in finished:
+        return native.read_run(run, "pretrain")
+    source = weights.locate(config.init_from)
+    if weights.is_weights_path(source):
+        colours = described.definition if isinstance(described.definition, Palette) else None
+        found = weights.read(source, colours).headless()
+        params = found.on_mesh()
+    else:
+        found, params = native.read_run(source, "pretrain")
+    if differing := found.differing(config, described.starts):
+        raise InputError(f"{source} now holds another network: {shorten(differing, '; ')}.")
+    return found, params
 
 
 def from_huggingface(folder: AnyPath, palette: AnyPath | None = None) -> Model:

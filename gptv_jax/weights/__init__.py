@@ -28,7 +28,8 @@ def locate(name: str | pathlib.Path, missing: str = "") -> pathlib.Path:
         return path
     message = missing or f"{name} is not a run folder, nor a .safetensors file: it does not exist"
     user = re.fullmatch(r"([\w.-]+)/([\w.-]+)", str(name))
-    if user and not pathlib.Path(user[1]).exists():
+    is_file = re.search(r"\.[a-z]\w*$", str(name))  # its name has an ending
+    if user and not is_file and not pathlib.Path(user[1]).exists():
         message += (
             ". By this name nothing is downloaded; for a model of the Hugging Face Hub write "
             f"hf://{name}, or run: hf download {name} --local-dir={user[2]}"
