@@ -108,7 +108,7 @@ def run(
 def _is_read(output: TextIO) -> bool:
     """Whether the reader of the output, as `| head -1` is one, has not left."""
     try:
-        output.flush()  # what could not be written before is still to be written
+        print(file=output, flush=True)
     except BrokenPipeError:
         return False
     return True

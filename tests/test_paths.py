@@ -7,6 +7,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -84,8 +85,9 @@ def test_a_path_that_tensorstore_cannot_take_is_refused_before_any_work(tmp_path
 def test_the_first_checkpoint_is_read_back_before_the_second_is_written(tmp_path, one_device):
     with Checkpoints(tmp_path / "pretrain", keep=9) as checkpoints:
         checkpoints.save(0, STATE, {"position": 0})
-        while not (done := tmp_path / "pretrain" / "0" / "_CHECKPOINT_METADATA").exists():
-            pass
+        done, deadline = tmp_path / "pretrain/0/_CHECKPOINT_METADATA", time.monotonic() + 60
+        while not done.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
         (done.parent / "state" / "manifest.ocdbt").unlink()
         with pytest.raises(InputError, match="although it was just written"):
             checkpoints.save(1, STATE, {"position": 1})
@@ -102,6 +104,8 @@ def test_user_path_reads_a_text_as_the_system_does(tmp_path, monkeypatch):
     for text in ("~nobody-here/a", "n" * 300):
         with pytest.raises(InputError, match="is no path"):
             files.user_path(text)
+    with pytest.raises(InputError, match=r"gs://a/b is an address; name a path on this machine\."):
+        files.user_path("gs://a/b")
 
 
 def test_the_home_folder_is_found_wherever_a_path_is_given(finished_run, tmp_path, monkeypatch):
@@ -219,6 +223,24 @@ def test_a_cache_that_was_not_finished_is_made_anew(tmp_path):
         cache.claim(tmp_path / "run")
 
 
+def test_files_that_no_cache_has_are_never_deleted(tmp_path):
+    folder = tmp_path / "cache"
+    cache.claim(folder)
+    for name in ("header.json", ".palette.npz.tmp", "skipped-3.jsonl"):
+        (folder / name).touch()
+    (folder / "holiday.txt").touch()
+    with pytest.raises(InputError, match=r"not empty; .*, or move holiday.txt to another place"):
+        cache.claim(folder, Holder())
+    assert len(list(folder.iterdir())) == 5  # and no lock
+    (folder / "holiday.txt").unlink()
+    (folder / "train.array_record").mkdir()
+    with pytest.raises(InputError, match=r"move train.array_record"):
+        cache.claim(folder)
+    (folder / "train.array_record").rmdir()
+    cache.claim(folder)
+    assert [path.name for path in folder.iterdir()] == [cache.UNFINISHED]
+
+
 # Devices and systems.
 
 
@@ -271,5 +293,8 @@ def test_a_list_is_shortened_to_its_first_items():
     assert found.startswith("item0; item1") and found.endswith("more") and len(found) <= 75
     assert found.count("item") + int(found.split()[-2]) == 100
     assert errors.shorten([]) == ""
+    read = []
+    many = [type("Item", (), {"__str__": lambda _: read.append(1) or "item"})()] * 9999
+    assert errors.shorten(many).endswith(" and 9979 more") and len(read) < 30
     assert errors.cut("a" * 500 + "\nthe advice", 100, end=20).endswith("the advice")
     assert len(errors.cut("a" * 500, 100, end=20)) == 100
