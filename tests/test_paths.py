@@ -137,6 +137,11 @@ def test_a_run_folder_stands_for_its_configuration(finished_run, tmp_path, comma
     assert (changed.model.width, changed.sample.top_k, changed.model.layers) == (32, 3, 1)
     copy = shutil.copytree(finished_run.folder, tmp_path / "a:[copy]")
     more = ["--config.train.log_every=3", "--quiet", "--config.init_from=None"]
+    shutil.copy(copy / "config.json", tmp_path / "mine.json")
+    assert run_file.load(str(tmp_path / "mine.json")) == run_file.load(str(finished_run.folder))
+    (tmp_path / "plain").mkdir()
+    with pytest.raises(InputError, match="takes no argument after a colon"):
+        run_file.load(f"{tmp_path}/plain:s")
     for given in (["--config", str(copy)], [f"--config={copy}/config.json"]):
         ended = command("main", *given, f"--workdir={copy}", *more)
         assert ended.code == 0 and json.loads(ended.output) == finished_run.summary

@@ -27,7 +27,8 @@ def load(source: AnyPath, stage: str | None = None, palette: AnyPath | None = No
         and `from_openai` take; or "hf://user/model", which is downloaded (needs the `hub` extra).
       stage: "pretrain" or "finetune" of a run; None: the latest of the two that has finished, but
         images are drawn with the pretrained weights. Fine-tuning to classify makes the weights
-        draw worse images.
+        draw worse images. Where neither has finished, it is the model that the run's `init_from`
+        names.
       palette: kmeans_centers.npy, for weights that come without the colours of their tokens.
 
     Raises:
@@ -36,6 +37,9 @@ def load(source: AnyPath, stage: str | None = None, palette: AnyPath | None = No
     path, mesh = weights.locate(source), sharding.make_mesh(config_lib.Mesh())
     with jax.set_mesh(mesh):
         if path.is_dir() and not weights.is_weights_path(path):
+            config = record.config_of(path)
+            if stage is None and config.init_from and not _trained(path):
+                return load(config.init_from, palette=config.tokens.palette)
             described, params = native.read_run(path, stage)
             pretrained = None
             if stage is None and described.classes:  # the weights are fine-tuned
@@ -50,6 +54,11 @@ def load(source: AnyPath, stage: str | None = None, palette: AnyPath | None = No
         return Model(dataclasses.replace(found, params={}), found.on_mesh(), mesh)
 
 
+def _trained(run: pathlib.Path) -> list[str]:
+    """The run's finished stages that have weights."""
+    return record.stages_with_weights(files.read_json(run / "summary.json", {}))
+
+
 def _read_pretrained(run: pathlib.Path, described: WeightsFile) -> tuple[WeightsFile, dict]:
     """The weights with which the fine-tuning of a run began, as `native.read_run` returns them.
 
@@ -57,8 +66,7 @@ def _read_pretrained(run: pathlib.Path, described: WeightsFile) -> tuple[Weights
     those of another network.
     """
     config = record.config_of(run)
-    finished = record.stages_with_weights(files.read_json(run / "summary.json", {}))
-    if not config.init_from or "pretrain" in finished:
+    if not config.init_from or "pretrain" in _trained(run):
         return native.read_run(run, "pretrain")
     source = weights.locate(config.init_from)
     if weights.is_weights_path(source):

@@ -13,21 +13,23 @@ from gptv_jax.errors import InputError, first_line
 def load(given: str) -> ml_collections.ConfigDict:
     """The configuration, for overrides to change.
 
-    `given` is the folder of a run, a run's config.json, or FILE or FILE:ARGUMENT of a file whose
-    `get_config` returns the configuration.
+    `given` is the folder of a run, a run's config.json or a copy of it, or FILE or FILE:ARGUMENT of
+    a file whose `get_config` returns the configuration.
 
     Raises:
       InputError: there is no such file or run, or the file fails.
     """
     place = files.user_path(given)
-    if place.name == "config.json" and place.is_file():
-        place = place.parent
     if place.is_dir():
         return fields.to_dict(config_of(place))
+    if place.suffix == ".json" and place.is_file():
+        return fields.to_dict(_recorded(place))
     name, *argument = given.split(":", 1)
     file = files.user_path(name)
     if not file.is_file():
-        raise InputError(f"config={given}: there is no file {file}.")
+        problem = f"{name} is a folder, which takes no argument after a colon"
+        problem = problem if file.is_dir() else f"there is no file {file}"
+        raise InputError(f"config={given}: {problem}.")
     try:
         settings = runpy.run_path(str(file))["get_config"](*argument)
         if not isinstance(settings, ml_collections.ConfigDict):
@@ -48,7 +50,11 @@ def config_of(folder: pathlib.Path) -> config.Config:
     path = folder / "config.json"
     if not path.exists():
         raise InputError(f"{folder} is not a run folder: it has no config.json.")
+    return _recorded(path)
+
+
+def _recorded(path: pathlib.Path) -> config.Config:
     record = files.read_json(path, {})
     if not isinstance(record.get("config"), dict):
-        raise InputError(f"{path} is damaged (it holds no configuration); restore it.")
+        raise InputError(f"{path} holds no configuration of a run; restore it.")
     return config.resolve(config.recorded(config.Config, record["config"]))

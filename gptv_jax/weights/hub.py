@@ -32,6 +32,8 @@ REASONS = {
     "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set",
     "EntryNotFoundError": "the model has no such file",
     "LocalTokenNotFoundError": "nobody is logged in; run: hf auth login",
+    "ConnectionError": "the Hub cannot be reached",  # of requests; the next one is of httpx
+    "TransportError": "the Hub cannot be reached",
     "ImportError": "it needs pip install 'gptv_jax[hub]'",
 }
 # Settings of a run that its model card shows where they differ from the defaults. Paths, which say
