@@ -72,9 +72,6 @@ def claim(place: epath.Path, run: str, workdir: pathlib.Path, *, moved: bool) ->
     """Makes a folder for checkpoints outside the run folder, and marks it as the run `run`'s.
 
     `workdir` is the run folder; `moved` says that the run's checkpoints may have been moved here.
-
-    Raises:
-      InputError: `place` cannot be written, or holds the checkpoints of another run.
     """
     mark, setting = place / "run.json", "config.checkpoint_dir"
     files.claim(place, setting)
@@ -192,9 +189,6 @@ class Checkpoints:
 
         `abstract` is as for `restore`. A damaged checkpoint is logged and moved to `damaged/`
         beside the stage's folder, and the previous checkpoint is restored.
-
-        Raises:
-          InputError: names or shapes differ (all are listed), or every checkpoint is damaged.
         """
         damaged = {}
         for step in reversed(self.steps()):
@@ -254,10 +248,9 @@ class Checkpoints:
         return arrays, record["info"]
 
     def _together(self, step: int, function: Callable):
-        """The result of `function()`, which must contain no collective operation.
+        """The result of `function()`, which contains no collective operation.
 
-        Raises:
-          DamagedError: `function()` fails on any process; raised on all processes.
+        Where it fails on one process, all processes raise DamagedError.
         """
         result = reason = None
         try:

@@ -128,12 +128,7 @@ def _refuse(message: str) -> NoReturn:
 
 
 def _parse(argv: list[str]) -> list[str]:
-    """Parses flags and fields of the configuration; returns the arguments that are neither.
-
-    Raises:
-      InputError: a field is unknown or has a wrong value, or the config file fails.
-      flags.Error: as absl raises it, for the other flags.
-    """
+    """Parses flags and fields of the configuration; returns the arguments that are neither."""
     kinds = {n: fields.type_words(f) for n, f in fields.by_name(config_lib.Config).items()}
     overrides = {a: m[1] for a in argv[1:] if (m := re.match(r"--?config\.([^=]+)", a))}
     for name in overrides.values():

@@ -15,9 +15,6 @@ def load(given: str) -> ml_collections.ConfigDict:
 
     `given` is the folder of a run, a run's config.json or a copy of it, or FILE or FILE:ARGUMENT of
     a file whose `get_config` returns the configuration.
-
-    Raises:
-      InputError: there is no such file or run, or the file fails.
     """
     place = files.user_path(given)
     if place.is_dir():
@@ -42,11 +39,7 @@ def load(given: str) -> ml_collections.ConfigDict:
 
 
 def config_of(folder: pathlib.Path) -> config.Config:
-    """The configuration that made a run folder; fields that did not exist then have defaults.
-
-    Raises:
-      InputError: no run folder, or a record that this version cannot read.
-    """
+    """The configuration that made a run folder; fields that did not exist then have defaults."""
     path = folder / "config.json"
     if not path.exists():
         raise InputError(f"{folder} is not a run folder: it has no config.json.")

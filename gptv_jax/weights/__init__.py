@@ -19,9 +19,6 @@ def locate(name: str | pathlib.Path, missing: str = "") -> pathlib.Path:
 
     "hf://user/model" is downloaded from the Hugging Face Hub or found in the Hub's cache; nothing
     else is downloaded. `missing` is the error message where nothing has this name.
-
-    Raises:
-      InputError: there is no such file or folder, or the Hub does not give it.
     """
     path = _local(name)
     if path.exists() or openai.recognizes(path):
@@ -59,10 +56,6 @@ def read(path: str | pathlib.Path, palette: Palette | None = None) -> WeightsFil
     prefix of an OpenAI TensorFlow checkpoint (`model.ckpt-1000000`), or `hf://user/model`.
     `palette` has the colours of the tokens, where the format does not have them; OpenAI's never
     has.
-
-    Raises:
-      InputError: `path` has none of the formats, is damaged, or holds another kind of network; or
-        the palette is missing.
     """
     path = locate(path)
     for module in FORMATS:

@@ -263,9 +263,6 @@ def read_run(folder: pathlib.Path, stage: str | None = None) -> tuple[WeightsFil
     """A description of a stage's weights, without arrays, and its parameters on the current mesh.
 
     `stage` is "pretrain" or "finetune"; None: the latest of the two that has finished.
-
-    Raises:
-      InputError: no run folder, the stage has not finished, or the checkpoint is damaged.
     """
     config, summary = record.config_of(folder), files.read_json(folder / "summary.json", {})
     finished = record.stages_with_weights(summary)
