@@ -78,12 +78,18 @@ def test_good_numbers_need_no_caution():
         ({}, ((0, 5), (20, 20)), "Class a: test images but no training image"),
         ({}, ((20, 0), (20, 20)), "Class a: no test image"),
         ({}, ((10, 9), (3, 9), (11, 9)), "Classes a, b: 10 training images or fewer"),
-        ({}, ((1, 1),) * 5, "Classes a, b, c and 2 more: 10 training images or fewer"),
+        ({}, ((1, 1),) * 5, "Classes a, b, c, d, e: 10 training images or fewer"),
     ],
 )
 def test_what_a_reader_may_miss_is_said_in_one_sentence(changes, classes, words):
     (found,) = accuracy.cautions(GOOD | changes, rows(*classes))
     assert words in found and len(found) <= 300
+
+
+def test_of_many_classes_a_caution_names_some():
+    many = [{"name": "long " * 6, "training_images": 1, "test_images": 1}] * 50
+    (found,) = accuracy.cautions(GOOD, many)
+    assert "and 48 more: 10 training images" in found and len(found) <= 300
 
 
 def test_a_finished_stage_tells_its_accuracy_and_only_what_is_new(tmp_path, caplog):

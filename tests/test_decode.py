@@ -169,6 +169,14 @@ def test_temperature_0_takes_the_argmax_of_the_full_forward_pass_at_every_step(r
         np.testing.assert_array_equal(on_mesh[:3], found)
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_single_row_is_drawn_as_it_is_among_others(recipe):
+    network, params, tokens = model_of(RECIPES[recipe])
+    given = np.asarray(tokens)[:, :3]
+    found = draw(network, params, given[:1])
+    np.testing.assert_array_equal(found, draw(network, params, given)[:1])
+
+
 def test_samples_of_one_prompt_are_those_of_as_many_equal_prompts(model):
     network, params, tokens = model
     prefix = np.asarray(tokens)[:2, :6]

@@ -104,6 +104,10 @@ def test_greedy_tokens_are_those_that_the_guided_full_network_finds_most_likely(
         plain, both(network, params, plain, np.repeat(LABELS, 2))[0].argmax(axis=-1)
     )
     assert (found != plain).any()
+    one = Sampler(network, params, GREEDY).draw(
+        np.full((1, 16), generation.UNKNOWN), KEY, LABELS[:1]
+    )
+    np.testing.assert_array_equal(one, found[:1])
     given, prefix = np.array(found[::2]), 8  # what is known counts towards the position
     given[:, prefix:] = generation.UNKNOWN
     given[:, 12] = (found[::2, 12] + 1) % network.vocabulary  # what follows is to differ

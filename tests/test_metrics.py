@@ -180,10 +180,10 @@ def test_tensorboard_shows_the_events_of_the_log_also_after_a_rewind(tmp_path):
     assert_board_shows_the_log(first)
     assert json_events(first)["pretrain/loss"] == {10: 1.25, 20: 2.5, 30: 3.75}
 
-    time.sleep(1.1)  # the second is part of an event file's name
     again = metrics.MetricWriter(tmp_path)
     again.rewind("pretrain", 10)
     again.write("pretrain", 20, {"loss": 7.5})
+    again.close()
     assert_board_shows_the_log(again)
     assert json_events(again)["pretrain/loss"] == {10: 1.25, 20: 7.5}
 
@@ -217,15 +217,11 @@ def test_a_line_has_the_loss_then_validation_then_speed_and_the_time_left(caplog
         progress.evaluated(evaluations, evaluations[0], quiet=True)
         progress.report(20, values)
         progress.report(100, values | {"mfu": 0.4})
+    numbers = "  loss 2.250  val 25.0%  best 50.0%  13.4k tokens/s"
     assert [record.getMessage() for record in caplog.records] == [
         "finetune 10/100  loss 2.250  13.4k tokens/s",
         "finetune 0/100 validation: accuracy 50.0% (best so far), nats_per_token 1.000",
         "finetune 20/100 validation: accuracy 25.0% (best 50.0% at 0), nats_per_token 1.000",
-        "finetune 20/100  loss 2.250  val 25.0%  best 50.0%  13.4k tokens/s  80s left",
-        "finetune 100/100  loss 2.250  val 25.0%  best 50.0%  13.4k tokens/s  0s left  MFU 40.0%",
+        f"finetune 20/100{numbers}  01:20 left",
+        f"finetune 100/100{numbers}  00:00 left  MFU 40.0%",
     ]
-
-
-def test_durations_have_two_digits():
-    seconds = (9, 99, 100, 6_000, 360_000, 8_640_000)
-    assert [metrics.duration(s) for s in seconds] == ["9s", "99s", "2m", "2h", "4d", "100d"]

@@ -250,6 +250,9 @@ def test_a_probe_that_continues_fits_only_what_is_left(autoregressive, tmp_path,
                 if stop:
                     with pytest.raises(KeyboardInterrupt):
                         probe.run_stage(run)
+                    kept = json.loads((run.folder.path / "probe" / probe.FITS).read_text())
+                    values = [value for row in kept.values() for value in row.values()]
+                    assert all(isinstance(value, float) for value in values)  # and no matrix
                 else:
                     numbers.append(probe.run_stage(run))
             counts.append(len(fits))
@@ -259,6 +262,9 @@ def test_a_probe_that_continues_fits_only_what_is_left(autoregressive, tmp_path,
         sorted(p.name for p in (tmp_path / n / "probe").iterdir()) for n in ("whole", "stopped")
     ]
     assert folders[0] == folders[1] and probe.FITS not in folders[0]
+    confusions = [(tmp_path / n / "probe/confusion.json").read_text() for n in ("whole", "stopped")]
+    assert confusions[0] == confusions[1]
+    assert json.loads(confusions[0])["layer"] == numbers[0]["best_layer"]
 
 
 @pytest.mark.parametrize(
@@ -326,6 +332,7 @@ def test_few_labels_are_those_of_the_best_layer(autoregressive, tmp_path, monkey
         return [{"labels_per_class": 2, "test_accuracy": 0.5}]
 
     monkeypatch.setattr(probe, "with_few_labels", recorded)
+    monkeypatch.setattr(probe, "CONFUSION_CLASSES", 9)  # fewer than the digits
     with jax.set_mesh(run.mesh):
         best = probe.run_stage(run)["best_layer"]
         network, images = run.network(), features.batches(run.data, settings)

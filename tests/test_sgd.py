@@ -203,7 +203,7 @@ def test_heads_are_chosen_on_validation_alone(tmp_path):
     assert found.keys() == {(0,), (1,), (0, 1, 2)}
     for group, row in found.items():
         assert 0 <= row["validation_accuracy"] <= 1
-        test = {"test_accuracy"}
+        test = {"test_accuracy", "confusion"}
         assert {k: v for k, v in row.items() if k not in test} == {
             k: v for k, v in other[group].items() if k not in test
         }

@@ -87,8 +87,8 @@ def test_the_layer_is_chosen_on_validation_alone(finished_run, tmp_path, monkeyp
 
     def scripted(*_):
         validation, test = next(scores)
-        names = ("c", "validation_accuracy", "validation_nats", "test_accuracy")
-        return dict(zip(names, (1.0, validation, 1.0, test), strict=True))
+        found = {"c": 1.0, "validation_accuracy": validation, "validation_nats": 1.0}
+        return found | {"test_accuracy": test, "predicted": np.full(400, int(10 * test))}
 
     monkeypatch.setattr(probe, "fit_probe", scripted)
     config = config_of(finished_run.folder)
@@ -103,6 +103,8 @@ def test_the_layer_is_chosen_on_validation_alone(finished_run, tmp_path, monkeyp
     assert numbers["raw_pixels_test_accuracy"] == 0.1
     rows = json.loads((tmp_path / "probe" / "layers.json").read_text())
     assert [row["test_accuracy"] for row in rows] == [0.3, 0.9]
+    confusion = json.loads((tmp_path / "probe" / "confusion.json").read_text())["confusion"]
+    assert np.sum(confusion, axis=0)[3] == 400  # the chosen layer's, which takes all for a 3
 
 
 # Early stopping and the best checkpoint, on a training that only counts.
@@ -290,7 +292,7 @@ def test_only_stages_that_run_are_checked(tmp_path):
         config = dataclasses.replace(config_lib.Config(), **section)
         with pytest.raises(InputError, match=words):
             setup.open_run(config, str(tmp_path / "all"))
-        assert setup.open_run(config, str(tmp_path / words), ["pretrain"]).classes == 10
+        assert setup.open_run(config, str(tmp_path / words.split()[-1]), ["pretrain"]).classes == 10
 
 
 @pytest.mark.process

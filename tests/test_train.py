@@ -66,6 +66,8 @@ def test_an_interrupt_saves_and_the_same_call_goes_on(settings, tmp_path, monkey
 
 
 def test_calls_that_cannot_work_say_what_does(settings, tmp_path):
+    with pytest.raises(InputError, match="--stages is empty"):
+        gptv_jax.train(settings, tmp_path, [])
     with pytest.raises(InputError, match="there is no file"):
         gptv_jax.train("nowhere.py", tmp_path)
     with pytest.raises(InputError, match=r"call gptv_jax\.train\(config, workdir\)"):

@@ -54,9 +54,8 @@ class Rotate(Transform):
 
     def __call__(self, image, rng):
         picture, method = to_picture(image), Image.Resampling[self.method.upper()]
-        angle = rng.uniform(-self.degrees, self.degrees)
-        turned = picture.rotate(angle, method, fillcolor=_filling(picture, self.fill))
-        return to_array(turned, image.shape[-1])
+        angle, fill = rng.uniform(-self.degrees, self.degrees), _filling(picture, self.fill)
+        return to_array(picture.rotate(angle, method, fillcolor=fill), image.shape[-1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,14 +88,12 @@ def _enhance(kind: type):
     return lambda picture, strength, fill: kind(picture).enhance(1 + 0.9 * strength)
 
 
-def _affine(shear_x=0.0, shear_y=0.0, move_x=0.0, move_y=0.0):
-    """A shear, about the upper left corner, or a move by a share of the width or height."""
+def _affine(place: int, amount: float):
+    """Sets one entry of Pillow's 2 x 3 matrix; a move (entry 2 or 5) is a share of the size."""
 
     def apply(picture: Image.Image, strength: float, fill) -> Image.Image:
-        width, height = picture.size
-        across = (1, strength * shear_x, strength * move_x * width)
-        down = (strength * shear_y, 1, strength * move_y * height)
-        matrix = (*across, *down)
+        matrix, sizes = [1, 0, 0, 0, 1, 0], {2: picture.width, 5: picture.height}
+        matrix[place] = strength * amount * sizes.get(place, 1)
         return picture.transform(picture.size, Image.Transform.AFFINE, matrix, fillcolor=fill)
 
     return apply
@@ -120,8 +117,8 @@ OPERATIONS = {
     "contrast": _enhance(ImageEnhance.Contrast),
     "brightness": _enhance(ImageEnhance.Brightness),
     "sharpness": _enhance(ImageEnhance.Sharpness),
-    "shear_x": _affine(shear_x=0.3),
-    "shear_y": _affine(shear_y=0.3),
-    "translate_x": _affine(move_x=150 / 331),
-    "translate_y": _affine(move_y=150 / 331),
+    "shear_x": _affine(1, 0.3),
+    "shear_y": _affine(3, 0.3),
+    "translate_x": _affine(2, 150 / 331),
+    "translate_y": _affine(5, 150 / 331),
 }

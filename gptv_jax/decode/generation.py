@@ -138,6 +138,8 @@ def _draw(
             logits = guide(logits, scales[position], samples)
         drawn = jax.random.categorical(token_key(key, position), restrict(logits, *restriction))
         known = jax.lax.dynamic_slice_in_dim(tokens, position, 1, axis=1)
+        # JAX 0.12 loses the sharding of a dimension of size 1, here that of a single row.
+        known = jax.sharding.reshard(known, sharding.BATCH_FIRST)
         token = jnp.where(known == UNKNOWN, drawn[:, None].astype(jnp.int32), known)
         return jax.lax.dynamic_update_slice(tokens, token, (0, position))
 

@@ -7,7 +7,7 @@ Weights are a flat dict. Kernels are [outputs, inputs, rows, columns], as PyTorc
 as in model/autoencoder.py. Images run from -1 to 1.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -24,20 +24,11 @@ CODEBOOK = "codebook"  # name of the codes, [V, Z]
 
 
 class Vqgan:
-    """The network with its weights, or, where `take` is given, with what `take(name, shape)` gives.
+    """The network with its weights. A block has attention if `params` has its attention weights."""
 
-    Attention stands where `params` has weights of it.
-    """
-
-    def __init__(
-        self,
-        config: config_lib.Autoencoder,
-        params: Mapping,
-        take: Callable[[str, tuple[int, ...]], Array] | None = None,
-    ):
-        self.config, self.names = config, set(params)
+    def __init__(self, config: config_lib.Autoencoder, params: Mapping):
+        self.config, self.params = config, params
         self.latent = params["quant_conv.weight"].shape[1]  # channels between encoder and codes
-        self._take = take or (lambda name, shape: params[name])
 
     def encode(self, images: Float[Array, "B H W C"]) -> Int[Array, "B h w"]:
         """The codes nearest to the encoder's vectors."""
@@ -76,9 +67,8 @@ class Vqgan:
         self, name: str, x: Float[Array, "B h w N"], width: int, blocks: int
     ) -> Float[Array, "B h w M"]:
         for j in range(blocks):
-            x = self._attention(
-                f"{name}.attention.{j}", self._block(f"{name}.blocks.{j}", x, width)
-            )
+            x = self._block(f"{name}.blocks.{j}", x, width)
+            x = self._attention(f"{name}.attention.{j}", x)
         return x
 
     def _middle(self, name: str, x: Float[Array, "B h w N"]) -> Float[Array, "B h w N"]:
@@ -93,24 +83,20 @@ class Vqgan:
 
     def _attention(self, name: str, x: Float[Array, "B h w N"]) -> Float[Array, "B h w N"]:
         """A residual branch in which all positions attend to all, with one head; x without it."""
-        if f"{name}.norm.weight" not in self.names:
+        if f"{name}.norm.weight" not in self.params:
             return x
         (B, h, w, N), batch = x.shape, sharding.BATCH_FIRST
         normed = self._norm(f"{name}.norm", x)
-        qkv = [
-            self._conv(f"{name}.{part}", normed, N, side=1).reshape(
-                B, h * w, 1, N, out_sharding=batch
-            )
-            for part in "qkv"
-        ]
+        qkv = (self._conv(f"{name}.{part}", normed, N, side=1) for part in "qkv")
+        qkv = (each.reshape(B, h * w, 1, N, out_sharding=batch) for each in qkv)
         mixed = self_attention(*qkv, causal=False).reshape(B, h, w, N, out_sharding=batch)
         return x + self._conv(f"{name}.out", mixed, N, side=1)
 
     def _conv(
         self, name: str, x: Float[Array, "B h w N"], outputs: int, side: int = 3, stride: int = 1
     ) -> Float[Array, "B H W M"]:
-        kernel = self._take(f"{name}.weight", (outputs, x.shape[-1], side, side)).astype(x.dtype)
-        bias = self._take(f"{name}.bias", (outputs,)).astype(x.dtype)
+        kernel = self._weight(f"{name}.weight", outputs, x.shape[-1], side, side).astype(x.dtype)
+        bias = self._weight(f"{name}.bias", outputs).astype(x.dtype)
         # With stride 2 the zeros lie below and to the right alone.
         padding = [(side // 2, side // 2) if stride == 1 else (0, 1)] * 2
         out = jax.lax.conv_general_dilated(
@@ -121,7 +107,7 @@ class Vqgan:
     def _norm(self, name: str, x: Float[Array, "B h w N"]) -> Float[Array, "B h w N"]:
         """Group norm, in float32."""
         B, h, w, N = x.shape
-        scale, bias = (self._take(f"{name}.{part}", (N,)) for part in ("weight", "bias"))
+        scale, bias = (self._weight(f"{name}.{part}", N) for part in ("weight", "bias"))
         groups = (B, h, w, self.config.groups, N // self.config.groups)
         y = x.astype(jnp.float32).reshape(groups, out_sharding=sharding.BATCH_FIRST)
         y = y - y.mean(axis=(1, 2, 4), keepdims=True)
@@ -130,23 +116,33 @@ class Vqgan:
         return (y * scale[None, None, None] + bias[None, None, None]).astype(x.dtype)
 
     def _codebook(self) -> Float[Array, "V Z"]:
-        return self._take(CODEBOOK, (self.config.codes, self.config.code_size))
+        return self._weight(CODEBOOK, self.config.codes, self.config.code_size)
+
+    def _weight(self, name: str, *shape: int) -> Array:
+        del shape
+        return self.params[name]
+
+
+class _Recorder(Vqgan):
+    """The network with zeros for weights, which notes the weights' shapes."""
+
+    def __init__(self, config: config_lib.Autoencoder, params: Mapping):
+        super().__init__(config, params)
+        self.shapes: dict[str, jax.ShapeDtypeStruct] = {}
+
+    def _weight(self, name: str, *shape: int) -> Array:
+        self.shapes[name] = jax.ShapeDtypeStruct(shape, jnp.float32)
+        return jnp.zeros(shape)
 
 
 def shapes(config: config_lib.Autoencoder, params: Mapping) -> dict[str, jax.ShapeDtypeStruct]:
     """The weights that the network reads, by name, as float32 arrays without values.
 
-    `params` has arrays, or shapes of arrays, by name: it says where attention stands. Call it under
-    a mesh.
+    `params` has NumPy arrays by name, of which only the names and one shape count: it says which
+    blocks have attention. Call it under a mesh.
     """
-    asked = {}
-
-    def take(name: str, shape: tuple[int, ...]) -> Array:
-        asked[name] = jax.ShapeDtypeStruct(shape, jnp.float32)
-        return jnp.zeros(shape)
-
-    network, side = Vqgan(config, params, take), config.downsample
+    network, side = _Recorder(config, params), config.downsample
     rows = jax.sharding.get_abstract_mesh().size  # which the mesh divides
     pixels = jax.ShapeDtypeStruct((rows, side, side, config.channels), jnp.float32)
     jax.eval_shape(lambda images: network.decode(network.encode(images)), pixels)
-    return asked
+    return network.shapes

@@ -20,7 +20,7 @@ SMALL = 50_000_000  # size of a feature matrix below which BLAS uses one thread
 def fit_probe(config: config_lib.Probe, splits: dict[str, Split], *, fold: bool = True) -> dict:
     """{"c", "validation_accuracy", "validation_nats", "test_accuracy"} on standardised features.
 
-    "confusion" has the number of test images of each class (row) taken for each class (column).
+    "predicted" is the class that the model gives each test image, int [N].
 
     The strength c is the best of the fits to train by `preference`. As in the paper, test accuracy
     is that of a last fit, to train and, with `fold`, validation together. Several votes give
@@ -39,7 +39,7 @@ def fit_probe(config: config_lib.Probe, splits: dict[str, Split], *, fold: bool 
         tried = []
         for c in config.c:
             model = fit(c, train, train_labels)
-            right = _chosen(model, validation, validation_labels) == validation_labels
+            right = _predict(model, validation, validation_labels) == validation_labels
             row = {"c": c, "validation_accuracy": float(right.mean())}
             tried.append(row | {"validation_nats": _nats(model, validation, validation_labels)})
         best = max(tried, key=preference)
@@ -47,12 +47,9 @@ def fit_probe(config: config_lib.Probe, splits: dict[str, Split], *, fold: bool 
             train = np.concatenate([train, validation[: len(validation_labels)]])
             train_labels = np.concatenate([train_labels, validation_labels])
         model = fit(best["c"], train, train_labels)
-        labels, chosen = splits["test"][1], _chosen(model, *splits["test"])
-        classes = 1 + max(each.max() for each in (labels, chosen))
-        confusion = np.zeros((classes, classes), int)
-        np.add.at(confusion, (labels, chosen), 1)
-        accuracy = float((chosen == labels).mean())
-        return best | {"test_accuracy": accuracy, "confusion": confusion.tolist()}
+        predicted = _predict(model, *splits["test"])
+        accuracy = float((predicted == splits["test"][1]).mean())
+        return best | {"test_accuracy": accuracy, "predicted": predicted}
 
 
 def preference(row: dict) -> tuple[float, float]:
@@ -72,7 +69,7 @@ def with_few_labels(config: config_lib.Probe, splits: dict[str, Split], seed: in
             few = splits | {"train": (features[chosen], labels[chosen])}
             row = {"labels_per_class": per_class, "draw": number}
             rows.append(row | fit_probe(config, few, fold=False))
-            rows[-1].pop("confusion", None)
+            rows[-1].pop("predicted", None)
     return rows
 
 
@@ -90,7 +87,7 @@ def draw(
     return np.sort(np.concatenate(chosen))
 
 
-def _chosen(model, features: np.ndarray, labels: np.ndarray) -> Int[np.ndarray, " N"]:
+def _predict(model, features: np.ndarray, labels: np.ndarray) -> Int[np.ndarray, " N"]:
     """The class that the model gives each image, by the majority of the image's votes."""
     if len(features) == len(labels):
         return model.predict(features)

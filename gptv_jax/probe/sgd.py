@@ -7,7 +7,6 @@ Letters: G groups of N layers each, R learning rates, B batch, T tokens, D width
 """
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Iterator
 
 import jax
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
@@ -119,13 +118,12 @@ def fit(
     training: Callable[[int], Iterator[dict]],  # augmented batches, as `loop.fit` takes them
     evaluation: Batches,
     seed: int,
-    found: Callable[[np.ndarray], None] = lambda confusion: None,
 ) -> dict[Group, dict]:
     """{"learning_rate", "validation_accuracy", "validation_nats", "test_accuracy"} of each group.
 
     All heads are trained to the end of the schedule; of each group's rates the best by `preference`
-    is taken. `found` is called with the `objective.confusion` of the test images by the best single
-    layer, unless there are too many classes. Continues and raises as `loop.fit` does.
+    is taken. The row of the best single layer has "confusion", see `make_eval_step`, of the test
+    images. Continues and raises as `loop.fit` does.
     """
     settings, (optimizer, rate) = heads.config.sgd, make_optimizer(heads.config.sgd)
     train_step = step.make_train_step(make_loss(heads), optimizer, rate, seed=seed)
@@ -142,14 +140,14 @@ def fit(
             state["params"] = heads.standardised(state["params"], images)
         return state
 
-    def evaluate(weights: dict, split: str = "validation", shown: int = 0) -> dict:
-        head, batches = np.int32(shown), on_mesh(evaluation(split))
-        sums = total(eval_step(weights, frozen, batch, head) for batch in batches)
+    def evaluate(weights: dict, split: str = "validation", head: tuple[int, int] = (0, 0)) -> dict:
+        counted, batches = np.array(head, np.int32), on_mesh(evaluation(split))
+        sums = total(eval_step(weights, frozen, batch, counted) for batch in batches)
         images, confusion = sums.pop("images"), sums.pop("confusion", None)
         means = jax.tree.map(lambda x: x.astype(np.float64) / images, sums)
-        return means | {"confusion": confusion}
+        return means if confusion is None else means | {"confusion": confusion.tolist()}
 
-    def best(weights: dict) -> dict[str, float]:
+    def best_numbers(weights: dict) -> dict[str, float]:
         numbers = evaluate(weights)
         accuracy = max(float(x.max()) for x in numbers["accuracy"].values())
         nats = min(float(x.min()) for x in numbers["class_nats"].values())
@@ -167,9 +165,9 @@ def fit(
         abstract=sharding.abstract(init),
         train_step=lambda state, batch: train_step(state, batch, frozen),
         batches=training,
-        evaluate=best,
+        evaluate=best_numbers,
     )
-    validation, chosen, numbers = evaluate(fitted.params), {}, itertools.count()
+    validation, chosen = evaluate(fitted.params), {}
     for name, groups in heads.stacks().items():
         accuracy, nats = validation["accuracy"][name], validation["class_nats"][name]
         for g, group in enumerate(groups):
@@ -178,19 +176,18 @@ def fit(
                     "learning_rate": rate,
                     "validation_accuracy": float(accuracy[g, r]),
                     "validation_nats": float(nats[g, r]),
-                    "head": (name, g, r, next(numbers)),
+                    "head": (name, g, r),
                 }
                 for r, rate in enumerate(settings.learning_rates)
             ]
             chosen[group] = max(rows, key=preference)
     single = [row for group, row in chosen.items() if len(group) == 1]
     best = max(single, key=preference)
-    test = evaluate(fitted.params, "test", shown=best["head"][-1])
+    test = evaluate(fitted.params, "test", best["head"][1:])
     for row in chosen.values():
-        name, g, r, _ = row.pop("head")
+        name, g, r = row.pop("head")
         row["test_accuracy"] = float(test["accuracy"][name][g, r])
-    if test["confusion"] is not None:
-        found(test["confusion"])
+    best["confusion"] = test.get("confusion")
     return chosen
 
 
@@ -230,32 +227,31 @@ def make_loss(heads: Heads) -> Callable:
 
 
 def make_eval_step(heads: Heads) -> Callable:
-    """`(params, frozen, batch, shown) -> sums` over the rows whose "mask" is 1, jitted.
+    """`(params, frozen, batch, head) -> sums` over the rows whose "mask" is 1, jitted.
 
     {"images", "accuracy": {stack: [G, R]}, "class_nats": {stack: [G, R]}}: images that a head
     classifies correctly by majority vote, and nats, averaged over the votes. "confusion", int32
-    [C, C], is that of the head number `shown`, see `objective.confusion`; stacks, groups and rates
-    are counted through in order. For more than `CONFUSION_CLASSES` classes the matrix is left out.
+    [C, C], see `objective.confusion`, is that of one head of a single layer: `head` holds the
+    numbers of its group and rate. It is left out for more than `CONFUSION_CLASSES` classes.
     """
     network = heads.network
 
-    def eval_step(params: dict, frozen: dict, batch: dict, shown: Array) -> dict:
+    def eval_step(params: dict, frozen: dict, batch: dict, head: Int[Array, " 2"]) -> dict:
         labels, mask = batch["label"], batch["mask"][None, None]
         votes = []
         for vote in range(network.votes):
             output, _ = objective.evaluate_batch(network, frozen, batch, vote, **heads.reading())
             votes.append(heads.logits(params, output))
-        sums, by_head = {"images": mask.sum(), "accuracy": {}, "class_nats": {}}, []
+        sums = {"images": mask.sum(), "accuracy": {}, "class_nats": {}}
         for name in heads.stacks():
             logits = jnp.stack([vote[name] for vote in votes])
             chosen = objective.majority_class(logits)
             nats = objective.cross_entropy(logits, labels).mean(axis=0)
             sums["accuracy"][name] = ((chosen == labels[None, None]) * mask).sum(axis=-1)
             sums["class_nats"][name] = (nats * mask).sum(axis=-1)
-            by_head.append(chosen.reshape(-1, len(labels)))
-        if heads.classes <= step.CONFUSION_CLASSES:
-            taken = jnp.concatenate(by_head)[shown]
-            sums["confusion"] = objective.confusion(labels, taken, batch["mask"], heads.classes)
+            if name == "layers_1" and heads.classes <= step.CONFUSION_CLASSES:
+                one = chosen[head[0], head[1]]
+                sums["confusion"] = objective.confusion(labels, one, batch["mask"], heads.classes)
         return sums
 
     return jax.jit(eval_step)

@@ -12,11 +12,27 @@ from jaxtyping import Int
 from gptv_jax import config as config_lib
 from gptv_jax import files
 from gptv_jax.data import sources
+from gptv_jax.errors import shorten
 
 LOG = logging.getLogger(__name__)
 FEW_TEST, FEW_TRAINING = 100, 10  # images: of a test split in all, and of a class in training
-LISTED = 3  # classes that a warning names
 FILE = "confusion.json"
+# For each stage: its accuracy in words, and the accuracy that it should exceed.
+PROBE, RAW = "probe/test_accuracy", "probe/raw_pixels_test_accuracy"
+COMPARED = {
+    "probe": ("The probe's test accuracy", "the same classifier on raw pixels", RAW),
+    "finetune": ("The fine-tuned network's test accuracy", "the linear probe's", PROBE),
+}
+# What is said of classes, and which rows of `write` it concerns.
+CAUTIONS = {
+    "test images but no training image, so they are always counted as wrong": lambda row: (
+        row["training_images"] == 0 and row["test_images"]
+    ),
+    f"{FEW_TRAINING} training images or fewer, too few to learn a class reliably": lambda row: (
+        0 < (row["training_images"] or 0) <= FEW_TRAINING
+    ),
+    "no test image, so nothing is known": lambda row: row["test_images"] == 0,
+}
 
 
 def images(config: config_lib.Data) -> dict[str, int]:
@@ -96,52 +112,24 @@ def cautions(summary: dict, classes: Sequence[dict] = ()) -> list[str]:
 
     `classes` are the rows that `write` makes.
     """
-    stages = [name for name in ("probe", "finetune") if f"{name}/test_accuracy" in summary]
+    images = summary.get("probe/test_images") or summary.get("finetune/test_images")
     found = []
-    counts = [summary.get(f"{name}/test_images") for name in stages]
-    images = next((count for count in counts if count), None)
     if images and images < FEW_TEST:
-        widest = standard_error(0.5, images)
         found.append(
             f"The test split has only {images} image{'s' * (images > 1)}, so an accuracy has a "
-            f"standard error of up to {widest:.1%}: small differences mean nothing."
+            f"standard error of up to {standard_error(0.5, images):.1%}: small differences mean "
+            "nothing."
         )
-
-    def compare(better: str, better_words: str, worse: str, worse_words: str) -> None:
-        above, below = summary.get(better), summary.get(worse)
-        if above is None or below is None or below >= above:
-            return
-        sentence = f"{worse_words} ({below:.2%}) is below {better_words} ({above:.2%})"
-        if images and above - below < 2 * standard_error(above, images):
-            sentence += ", by less than two standard errors"
-        found.append(f"{sentence}.")
-
-    compare(
-        "probe/raw_pixels_test_accuracy",
-        "the same classifier on raw pixels",
-        "probe/test_accuracy",
-        "The probe's test accuracy",
-    )
-    compare(
-        "probe/test_accuracy",
-        "the linear probe's",
-        "finetune/test_accuracy",
-        "The fine-tuned network's test accuracy",
-    )
-
-    def name(rows: list[dict], what: str) -> None:
-        if rows:
-            named = ", ".join(row["name"] for row in rows[:LISTED])
-            more = f" and {len(rows) - LISTED} more" if len(rows) > LISTED else ""
-            kind = "Class" if len(rows) == 1 else "Classes"
-            found.append(f"{kind} {named}{more}: {what}.")
-
-    trained = [row for row in classes if row.get("training_images") is not None]
-    unseen = [r for r in trained if r["training_images"] == 0 and r["test_images"]]
-    name(unseen, "test images but no training image, so they are always counted as wrong")
-    few = [r for r in trained if 0 < r["training_images"] <= FEW_TRAINING]
-    name(few, f"{FEW_TRAINING} training images or fewer, too few to learn a class reliably")
-    name([r for r in classes if r["test_images"] == 0], "no test image, so nothing is known")
+    for stage, (words, floor_words, floor) in COMPARED.items():
+        above, below = summary.get(floor), summary.get(f"{stage}/test_accuracy")
+        if above is not None and below is not None and below < above:
+            close = images and above - below < 2 * standard_error(above, images)
+            added = ", by less than two standard errors" if close else ""
+            found.append(f"{words} ({below:.2%}) is below {floor_words} ({above:.2%}){added}.")
+    for words, concerned in CAUTIONS.items():
+        if names := [row["name"] for row in classes if concerned(row)]:
+            kind = "Class" if len(names) == 1 else "Classes"
+            found.append(f"{kind} {shorten(names, room=80)}: {words}.")
     return found
 
 
@@ -156,11 +144,9 @@ def tell(stage: str, before: dict, summary: dict, folder: pathlib.Path) -> None:
     )
     others = (summary.get(f"{stage}/{split}_images") for split in ("train", "validation"))
     LOG.info(line, stage, 100 * accuracy, images, 100 * error, *others)
-    rows = classes(folder)
-    known = any(name.endswith("/test_accuracy") for name in before)
-    told = cautions(before, rows if known else ())
-    for sentence in cautions(summary, rows):
-        if sentence not in told:
+    told = any(name.endswith("/test_accuracy") for name in before)
+    for sentence in cautions(summary, classes(folder)):
+        if not told or sentence.startswith(COMPARED[stage][0]):
             LOG.warning("%s", sentence)
 
 

@@ -6,11 +6,13 @@ features of unchanged images, or SGD on augmented ones. Two floors are probed in
 pixels, and the network with its random initial weights.
 """
 
+import functools
 import logging
 from collections.abc import Callable
 
 import jax
 import numpy as np
+from etils import epy
 
 from gptv_jax import files, hosts
 from gptv_jax.checkpoint import Checkpoints
@@ -24,6 +26,10 @@ from gptv_jax.runs import accuracy
 from gptv_jax.runs.context import Context
 from gptv_jax.stages import pretrained
 from gptv_jax.train.metrics import Progress
+from gptv_jax.train.step import CONFUSION_CLASSES
+
+with epy.lazy_imports():  # heavy, and not needed before pretraining
+    from sklearn import metrics
 
 LOG = logging.getLogger(__name__)
 RESULTS = ("validation_accuracy", "test_accuracy")
@@ -68,7 +74,8 @@ def _by_lbfgs(context: Context, network: Network, trained: dict, initial: dict) 
     found = network.config.layers + 1, *images.values()
     LOG.info("probe reads %d layers of %d training, %d validation, %d test images.", *found)
     read = features.of_network(network, trained, batches, raw=config.features == "raw")
-    rows, seen = _layers_by_lbfgs(context, "probe", network, read)
+    training = np.bincount(pixels["train"][1], minlength=context.classes)
+    rows, seen = _layers_by_lbfgs(context, "probe", network, read, training)
     floor = features.of_network(network, initial, batches, raw=config.features == "raw")
     LOG.info("probe reads the layers of random initial weights, the floor, in the same way.")
     random, _ = _layers_by_lbfgs(context, "probe of random weights", network, floor)
@@ -76,8 +83,6 @@ def _by_lbfgs(context: Context, network: Network, trained: dict, initial: dict) 
     raw = _once(context, "raw pixels", lambda: fit_probe(config, pixels))
 
     best, more = _best(rows), {f"{split}_images": count for split, count in images.items()}
-    training = np.bincount(pixels["train"][1], minlength=context.classes)
-    _keep_confusion(context, rows, training)
     window = features.around(best, config.concatenate, len(rows))
     if not set(window) <= set(seen.layers):
         seen = features.kept(read, window)
@@ -103,22 +108,39 @@ def _once(context: Context, name: str, fit: Callable[[], dict]) -> dict:
     fits = hosts.from_first(lambda: files.read_json(path, {}))
     if name not in fits:
         fits[name] = fit()
+        fits[name].pop("predicted")  # too large to keep for every layer
         files.write_json(path, fits)
     return fits[name]
 
 
-def _layers_by_lbfgs(context: Context, name: str, network: Network, read: Features):
-    """A row for every layer, and the kept features of the refined layers."""
+def _layers_by_lbfgs(
+    context: Context, name: str, network: Network, read: Features, training=None
+) -> tuple[list[dict], Kept]:
+    """A row for every layer, and the kept features of the refined layers.
+
+    With `training`, the training images of each class, confusion.json gets the best layer's matrix.
+    """
     config, every = context.config.probe, range(network.config.layers + 1)
     seen = Kept(read, every if config.refine is None else ())
     rows = _table(name, seen, context)
     layers = ridge.best_layers(rows, config.refine)
     if config.refine is not None:
         seen = features.kept(read, layers)
+    counted = training is not None and context.classes <= CONFUSION_CLASSES
+
+    def fit(layer: int) -> dict:
+        splits = seen.taken([layer])
+        row = fit_probe(config, splits)
+        # Each layer that is better than all before replaces the file; the row is kept afterwards.
+        if counted and all(preference(row) > preference(rows[i]) for i in layers if i < layer):
+            every = np.arange(context.classes)
+            matrix = metrics.confusion_matrix(splits["test"][1], row["predicted"], labels=every)
+            _write_confusion(context, layer, matrix, training)
+        return row
+
     progress = Progress(name, len(layers), unit="layer")
     for done, layer in enumerate(layers, start=1):
-        fit = lambda layer=layer: fit_probe(config, seen.taken([layer]))  # noqa: E731
-        rows[layer] |= _once(context, f"{name}, layer {layer}", fit)
+        rows[layer] |= _once(context, f"{name}, layer {layer}", functools.partial(fit, layer))
         progress.advance()
         progress.report(done, {"validation_accuracy": rows[layer]["validation_accuracy"]})
     progress.close()
@@ -145,9 +167,8 @@ def _by_sgd(context: Context, network: Network, trained: dict, initial: dict) ->
             row |= {name: row[f"ridge_{name}"] for name in RESULTS} | {"validation_nats": 0.0}
 
     groups = [(layer,) for layer in ridge.best_layers(rows, config.refine)]
-    best = ridge.best_layers(rows, 1)[0]
-    window = features.around(best, config.concatenate, len(rows))
-    matrices: list[np.ndarray] = []
+    [middle] = ridge.best_layers(rows, 1)
+    window = features.around(middle, config.concatenate, len(rows))
     heads = sgd.Heads(network, config, context.classes, tuple(dict.fromkeys([*groups, window])))
     with Checkpoints(context.folder.checkpoints("probe")) as checkpoints:
         chosen = sgd.fit(
@@ -160,26 +181,21 @@ def _by_sgd(context: Context, network: Network, trained: dict, initial: dict) ->
             ),
             evaluation=batches,
             seed=context.config.seed,
-            found=matrices.append,
         )
     for group in groups:
         rows[group[0]] |= chosen[group]
-    for matrix in matrices:  # of the best layer; none where there are too many classes
-        rows[_best(rows)]["confusion"] = matrix
-    data = context.config.data
-    _keep_confusion(context, rows, sources.open_source(data, "train").label_counts())
+    best, data = _best(rows), context.config.data
+    if matrix := rows[best].pop("confusion"):  # None where there are too many classes
+        training = sources.open_source(data, "train").label_counts()
+        _write_confusion(context, best, np.array(matrix), training)
     more = accuracy.images(data)
     more |= _concatenated(window, chosen[window]) if config.concatenate > 1 else {}
     return rows, random, raw, more
 
 
-def _keep_confusion(context: Context, rows: list[dict], training: np.ndarray | None) -> None:
-    """Takes the matrices out of the layers' rows, and writes that of the chosen layer."""
-    best, matrices = _best(rows), [row.pop("confusion", None) for row in rows]
-    if matrices[best] is not None:
-        folder, names = context.folder.path / "probe", context.class_names
-        matrix = np.array(matrices[best])
-        accuracy.write(folder, matrix, names, training, split="test", layer=best)
+def _write_confusion(context: Context, layer: int, matrix: np.ndarray, training) -> None:
+    folder, names = context.folder.path / "probe", context.class_names
+    accuracy.write(folder, matrix, names, training, split="test", layer=layer)
 
 
 def _table(name: str, read: Features, context: Context) -> list[dict]:

@@ -19,13 +19,14 @@ from gptv_jax import config as config_lib
 from gptv_jax import files
 from gptv_jax.config import fields
 from gptv_jax.decode.sampler import class_rows
+from gptv_jax.errors import shorten
 from gptv_jax.runs import accuracy, html, pictures
 from gptv_jax.runs.context import Context
 from gptv_jax.stages import STAGES
 
 Part = tuple[str, str]  # content and tiles
 DRAWN = 25  # classes of the largest confusion matrix that is drawn; more are listed
-LISTED = 12  # classes and confusions that are listed where there are many
+LISTED = 12  # confusions that are listed where there are many classes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,16 +201,12 @@ def _accuracy_tile(results: Results, stage: str, title: str, *beside: str) -> st
 
 
 def _by_class(results: Results, stage: str, title: str) -> str:
-    """Accuracy by class and the confusions of the test images, all or, of many, the worst."""
+    """Accuracy by class, and the test images' confusions: all or, of many classes, the worst."""
     found = accuracy.read(results.folder / stage)
     if not found:
         return ""
     rows, matrix = found["classes"], np.array(found["confusion"])
-    names, shown, caption = [row["name"] for row in rows], rows, f"{title}, by class"
-    if many := len(rows) > DRAWN:
-        tested = [row for row in rows if row["test_images"]]
-        shown = sorted(tested, key=lambda row: row["test_accuracy"])[:LISTED]
-        caption += f": the {len(shown)} of {len(rows)} classes with the lowest accuracy"
+    names = [row["name"] for row in rows]
     cells = [
         (
             row["name"],
@@ -217,11 +214,11 @@ def _by_class(results: Results, stage: str, title: str) -> str:
             f"{row['test_images']:,}",
             _share(row["test_accuracy"], row["test_images"]),
         )
-        for row in shown
+        for row in rows
     ]
     content = html.table(("class", "training images", "test images", "test accuracy"), cells)
-    content = f'<div class="scroll"><small>{escape(caption)}.</small>{content}</div>'
-    if not many:
+    content = f'<div class="scroll"><small>{escape(title)}, by class.</small>{content}</div>'
+    if len(rows) <= DRAWN:
         png = pictures.confusion(matrix, names)
         return content + html.figure(png, f"{title}: test images of each class, by class given.")
     wrong = matrix * (1 - np.eye(len(matrix), dtype=int))
@@ -297,8 +294,7 @@ def _origin(results: Results) -> str:
     splits = ", ".join(f"{count:,} {split}" for split, count in record.get("images", {}).items())
     named = record.get("classes") or "none"
     if isinstance(named, list):
-        more = f" and {len(named) - DRAWN} more" if len(named) > DRAWN else ""
-        named = f"{len(named)} ({', '.join(named[:DRAWN])}{more})"
+        named = f"{len(named)} ({shorten(named, room=300)})"
     data = f"images: {splits or 'not recorded'} · classes: {named}"
     held = record.get("found", {})  # absent in folders of older versions
     told = [*(f"left out: {each}" for each in held.get("left_out", ())), *held.get("notes", ())]

@@ -51,7 +51,8 @@ def open_run(config: config_lib.Config, workdir: str, wanted: list[str] | None =
     check_same_settings(config)
     if config.init_from:  # process 0 downloads first what lies on the Hugging Face Hub
         missing = f"config.init_from={config.init_from} does not exist"
-        hosts.from_first(lambda: str(weights.locate(config.init_from, missing)))
+        own = lambda: pretrained.has_own(config, files.user_path(workdir))  # noqa: E731
+        hosts.from_first(lambda: own() or str(weights.locate(config.init_from, missing)))
     written = {"--workdir": workdir, "config.checkpoint_dir": config.checkpoint_dir}
     refuse_inside(config.data, written)
     if config.wandb:
@@ -153,7 +154,7 @@ def find_codec(config: config_lib.Config, folder: pathlib.Path | None = None) ->
         found[f"the run folder {folder}"] = tokens.load_definition(kind, folder)
     if cache:
         found[f"the token cache {cache.folder}"] = cache.codec().definition
-    if config.init_from:
+    if config.init_from and not (folder and pretrained.has_own(config, folder)):
         path = weights.locate(config.init_from)
         imported = weights.is_weights_path(path)
         definition = (
@@ -219,10 +220,10 @@ def choose_stages(
 
     With `config.init_from`, pretraining must be named, or have begun in the run folder.
     """
-    if unknown := set(wanted or ()) - set(STAGES):
-        raise InputError(
-            f"--stages has {', '.join(sorted(unknown))}; it takes some of {', '.join(STAGES)}."
-        )
+    if wanted is not None and (not wanted or set(wanted) - set(STAGES)):
+        given = ", ".join(sorted(set(wanted) - set(STAGES)))
+        problem = f"has {given}" if given else "is empty"
+        raise InputError(f"--stages {problem}; it takes some of {', '.join(STAGES)}.")
     refused = _impossible(config, classes)
     if config.init_from and "pretrain" not in {*begun, *(wanted or ())}:
         reason = f"config.init_from={config.init_from} gives the pretrained weights"

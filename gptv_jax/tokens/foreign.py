@@ -11,7 +11,7 @@ from gptv_jax.config import fields
 from gptv_jax.errors import InputError, as_input_error
 from gptv_jax.model.vqgan import CODEBOOK
 
-# From the names of both programs to those of model/vqgan.py; a name passes all lines in order.
+# From both programs' names to the names in model/vqgan.py; every pattern is applied, in this order.
 NAMES = (
     (r"\.(down_blocks|up_blocks|conv_blocks)\.", ".levels."),
     (r"\.mid_block\.", ".middle."),
@@ -30,28 +30,16 @@ NAMES = (
 )
 IGNORED = "quantize.codebook_used"  # LlamaGen's count of used codes in training
 LLAMAGEN = "encoder.conv_blocks.0.res.0.norm1.weight"  # a tensor that its files have
-BLOCKS = (
-    "DownEncoderBlock2D",
-    "AttnDownEncoderBlock2D",
-    "UpDecoderBlock2D",
-    "AttnUpDecoderBlock2D",
-)
-# Fields of diffusers' config.json, with the values that model/vqgan.py has.
-TAKEN = {"act_fn": ("silu", "swish"), "norm_type": ("group",)}
+ACTIVATIONS = ("silu", "swish")  # names of the one that model/vqgan.py has
 
 
 def is_vq_model(folder: pathlib.Path) -> bool:
     """Whether a folder is one of diffusers' `VQModel.save_pretrained`."""
-    found = files.read_json(folder / "config.json", {}).get("_class_name")
-    return found == "VQModel"
+    return files.read_json(folder / "config.json", {}).get("_class_name") == "VQModel"
 
 
 def read_vq_model(folder: pathlib.Path) -> tuple[config_lib.Autoencoder, dict, dict]:
-    """The settings, the weights and the provenance of a folder of diffusers' `VQModel`.
-
-    Raises:
-      InputError: a file is missing or damaged, or the network is of another kind.
-    """
+    """The settings, the weights and the provenance of a folder of diffusers' `VQModel`."""
     given = files.read_json(folder / "config.json", {})
     path = folder / "diffusion_pytorch_model.safetensors"
     if not path.exists():
@@ -59,33 +47,26 @@ def read_vq_model(folder: pathlib.Path) -> tuple[config_lib.Autoencoder, dict, d
             f"{folder} has no {path.name}; where diffusers is, write it by "
             "VQModel.from_pretrained(FOLDER).save_pretrained(FOLDER)."
         )
-    for name, taken in TAKEN.items():
-        if (value := given.get(name, taken[0])) not in taken:
-            raise InputError(f"{folder}/config.json has {name}={value}; it takes {taken[0]}.")
+    if (found := given.get("act_fn", "silu")) not in ACTIVATIONS:
+        raise InputError(f"{folder}/config.json has act_fn={found}; it takes silu.")
     params = _renamed(files.read_weights(path)[0])
     with as_input_error(f"{folder}/config.json does not describe a VQModel", (KeyError, TypeError)):
         down, up = given["down_block_types"], given["up_block_types"]
-        widths, layers = given["block_out_channels"], given["layers_per_block"]
-        if unknown := [kind for kind in (*down, *up) if kind not in BLOCKS]:
-            raise InputError(f"{folder}/config.json has blocks {unknown[0]}; it takes {BLOCKS}.")
-        if given.get("out_channels", 3) != given["in_channels"]:
-            raise InputError(f"{folder}/config.json has other channels of input than of output.")
         config = _settings(
             folder,
             channels=given["in_channels"],
-            widths=widths,
-            blocks=layers,
+            widths=given["block_out_channels"],
+            blocks=given["layers_per_block"],
             codes=given["num_vq_embeddings"],
             code_size=given.get("vq_embed_dim") or given["latent_channels"],
             groups=given.get("norm_num_groups", 32),
         )
-        middle = given.get("mid_block_add_attention", True)
-        size = given.get("sample_size")
     expected = {f"encoder.levels.{i}" for i, kind in enumerate(down) if kind.startswith("Attn")}
     expected |= {f"decoder.levels.{i}" for i, kind in enumerate(up) if kind.startswith("Attn")}
-    expected |= {"encoder.middle", "decoder.middle"} if middle else set()
+    if given.get("mid_block_add_attention", True):
+        expected |= {"encoder.middle", "decoder.middle"}
     _check_attention(params, expected, path)
-    return config, params, {"format": "diffusers VQModel", "image_size": size}
+    return config, params, {"format": "diffusers VQModel", "image_size": given.get("sample_size")}
 
 
 def read_llamagen(params: dict[str, np.ndarray], path: pathlib.Path):
@@ -94,17 +75,13 @@ def read_llamagen(params: dict[str, np.ndarray], path: pathlib.Path):
     LlamaGen compares unit vectors. With codes of length 1, the code in the nearest direction is the
     nearest code.
     """
-    params = _renamed(params)
-    firsts = [
-        n for n in params if re.fullmatch(r"encoder\.levels\.\d+\.blocks\.0\.conv1\.weight", n)
-    ]
-    widths = [
-        params[f"encoder.levels.{i}.blocks.0.conv1.weight"].shape[0] for i in range(len(firsts))
-    ]
-    codebook = params.get(CODEBOOK, np.ones((2, 8), np.float32))  # its absence is found later
+    params, widths = _renamed(params), []
+    while (first := params.get(f"encoder.levels.{len(widths)}.blocks.0.conv1.weight")) is not None:
+        widths.append(first.shape[0])
+    with as_input_error(f"{path} has no codebook", KeyError):
+        codebook = params[CODEBOOK]
     lengths = np.linalg.norm(codebook, axis=-1, keepdims=True)
-    if CODEBOOK in params:
-        params[CODEBOOK] = codebook / np.maximum(lengths, 1e-12)
+    params[CODEBOOK] = codebook / np.maximum(lengths, 1e-12)
     config = _settings(
         path,
         channels=3,

@@ -60,7 +60,7 @@ def load(path: str | pathlib.Path) -> Palette:
         else:
             centers, provenance = content["centers"], json.loads(str(content["provenance"]))
     # `Palette.save` writes colours from -1 to 1, with their provenance; other files may differ.
-    found = checked(centers, provenance, str(path), sure=bool(provenance))
+    found = checked(centers, provenance, str(path), trusted_range=bool(provenance))
     if provenance:
         return found
     if twice := len(found.centers) - len(np.unique(found.centers, axis=0)):
@@ -68,18 +68,20 @@ def load(path: str | pathlib.Path) -> Palette:
     return dataclasses.replace(found, provenance={"file": path.name})
 
 
-def checked(centers: np.ndarray, provenance: dict, where: str, *, sure: bool = True) -> Palette:
+def checked(
+    centers: np.ndarray, provenance: dict, where: str, *, trusted_range: bool = True
+) -> Palette:
     """A palette of `centers` [V, 3], floating-point from -1 to 1 or integers from 0 to 255.
 
-    An InputError calls the array `where`. Without `sure`, floating-point numbers are refused that
-    may as well be colours from 0 to 1, that is, where none is negative.
+    Raises InputError, which calls the array `where`. Without `trusted_range` it refuses arrays
+    without a negative value, which may be in 0..1.
     """
     numbers = centers.dtype.kind in "fiu" and centers.size > 0
     low, high = (centers.min(), centers.max()) if numbers else (np.nan, np.nan)  # NaN has no range
     usable = centers.ndim == 2 and centers.shape[1] == 3 and 2 <= len(centers) <= 65536
     if usable and centers.dtype.kind in "iu" and low >= 0 and 1 < high <= 255:
         return Palette((centers / 127.5 - 1).astype(np.float32), provenance)
-    ranged = centers.dtype.kind == "f" and low >= -1 and high <= 1 and (sure or low < 0)
+    ranged = centers.dtype.kind == "f" and low >= -1 and high <= 1 and (trusted_range or low < 0)
     if usable and ranged:
         return Palette(centers.astype(np.float32), provenance)
     cure = ""

@@ -119,7 +119,7 @@ def ranking(numbers: dict) -> dict[str, int]:
     return next(({k: sign} for k, sign in WATCHED.items() if k in numbers), {})
 
 
-def shown(name: str, value: float | int) -> str:
+def format_number(name: str, value: float | int) -> str:
     """A number as text: a share for an accuracy, else four digits."""
     whole = isinstance(value, int) or abs(value) >= 1000
     return f"{value:.1%}" if name.endswith("accuracy") else f"{value:{'' if whole else '#'}.4g}"
@@ -135,8 +135,8 @@ class Progress:
     def __init__(self, stage: str, steps: int, done: int = 0, unit: str = "step"):
         self.stage, self.steps = stage, steps
         quiet = logging.getLogger("gptv_jax").level >= logging.WARNING  # --quiet
-        seen = sys.stderr.isatty() or "ipykernel" in sys.modules  # a notebook shows bars as text
-        hidden = quiet or not seen or jax.process_index() != 0
+        visible = sys.stderr.isatty() or "ipykernel" in sys.modules  # notebooks show bars as text
+        hidden = quiet or not visible or jax.process_index() != 0
         options = {"unit": unit, "disable": hidden, "dynamic_ncols": True, "bar_format": BAR}
         self.bar = tqdm.tqdm(total=steps, initial=done, desc=stage, postfix=[""], **options)
         self.advance, self.close = self.bar.update, self.bar.close
@@ -149,19 +149,17 @@ class Progress:
         speed, used = known.pop("tokens_per_second", None), known.pop("mfu", None)
         if loss := next((name for name in LOSSES if name in known), None):
             known = {"loss": known[loss]}
-        self._loss = "".join(f"  {name} {shown(name, value)}" for name, value in known.items())
-        self._speed = ""
-        if speed is not None:
-            self._speed = f"  {tqdm.tqdm.format_sizeof(speed)} tokens/s"
+        self._loss = "".join(f"  {name} {format_number(name, known[name])}" for name in known)
+        self._speed = f"  {tqdm.tqdm.format_sizeof(speed)} tokens/s" if speed else ""
         began, first = self._first = self._first or (now, step)
         if step > first:
             left = (now - began) / (step - first) * (self.steps - step)
-            self._speed += f"  {duration(left)} left"
+            self._speed += f"  {tqdm.tqdm.format_interval(left)} left"
         if used is not None:
             self._speed += f"  MFU {used:.1%}"
-        if self.bar.disable:
-            self._log(f"{self.stage} {step}/{self.steps}{self._numbers()}")
         self._refresh()
+        if self.bar.disable:
+            self._log(f"{self.stage} {step}/{self.steps}{self._numbers}")
 
     def evaluated(self, evaluations: list[dict], best: dict | None, *, quiet: bool = False) -> None:
         """Shows the last evaluation (a dict with "step" and its numbers) and the best so far.
@@ -171,19 +169,16 @@ class Progress:
         """
         numbers = dict(evaluations[-1])
         step, watched = numbers.pop("step"), next(iter(ranking(numbers)), None)
-        words = {name: f"{name} {shown(name, value)}" for name, value in numbers.items()}
+        words = {name: format_number(name, value) for name, value in numbers.items()}
         if watched and best is not None:
-            value, newest = shown(watched, best[watched]), best["step"] == step
-            self._validation = f"  val {shown(watched, numbers[watched])}  best {value}"
+            value, newest = format_number(watched, best[watched]), best["step"] == step
+            self._validation = f"  val {words[watched]}  best {value}"
             words[watched] += " (best so far)" if newest else f" (best {value} at {best['step']})"
-        first = [words.pop(watched)] if watched else []
-        line = ", ".join([*first, *words.values()])
         if not quiet:
+            order = sorted(words, key=lambda name: name != watched)  # which comes first
+            line = ", ".join(f"{name} {words[name]}" for name in order)
             self._log(f"{self.stage} {step}/{self.steps} validation: {line}")
         self._refresh()
-
-    def _numbers(self) -> str:
-        return self._loss + self._validation + self._speed
 
     def _log(self, line: str) -> None:
         """On process 0: a line of the log or, on a terminal, above the bar."""
@@ -193,16 +188,10 @@ class Progress:
             LOG.info("%s", line)
 
     def _refresh(self) -> None:
+        self._numbers = self._loss + self._validation + self._speed
         if not self.bar.disable:
-            self.bar.postfix[0] = self._numbers().replace("  ", " ")
+            self.bar.postfix[0] = self._numbers.replace("  ", " ")
             self.bar.refresh()
-
-
-def duration(seconds: float | int) -> str:
-    """A time in its largest fitting unit: 45s, 12m, 5h, 3d."""
-    units = (("s", 1), ("m", 60), ("h", 3600), ("d", 86400))
-    name, size = next((u for u in units if seconds < 100 * u[1]), units[-1])
-    return f"{seconds / size:.0f}{name}"
 
 
 class Clock:

@@ -26,11 +26,7 @@ class Wandb:
     """
 
     def __init__(self, project: str, folder: pathlib.Path, identity: str, settings: dict):
-        """Starts or continues the run `identity`; its local files lie in `folder`.
-
-        Raises:
-          InputError: the run cannot be started, as where nobody is logged in.
-        """
+        """Starts or continues the run `identity`; its local files lie in `folder`."""
         import wandb  # takes a second
 
         advice = "; or set WANDB_MODE=offline, which keeps the events in the run folder"

@@ -69,11 +69,12 @@ def read_definition(folder: pathlib.Path) -> Palette | None:
     with as_input_error(f"clusters of {path} are no list of colours"):
         centers = np.asarray(clusters, np.float32)
     provenance = {"file": f"{folder.name}/{PREPROCESSOR}"}
-    sure = False
+    trusted = False
     if (folder / WEIGHTS).exists():  # what this project exported is from -1 to 1, however bright
         with files.open_safetensors(folder / WEIGHTS) as file:
-            sure = native.HEADER in (file.metadata() or {})
-    return palettes.checked(centers, provenance, f"clusters of {path}", sure=sure)
+            trusted = native.HEADER in (file.metadata() or {})
+    where = f"clusters of {path}"
+    return palettes.checked(centers, provenance, where, trusted_range=trusted)
 
 
 def read(folder: pathlib.Path, palette: Palette | None = None) -> WeightsFile:
