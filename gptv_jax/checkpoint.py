@@ -72,9 +72,6 @@ def claim(place: epath.Path, run: str, workdir: pathlib.Path, *, moved: bool) ->
     """Makes a folder for checkpoints outside the run folder, and marks it as the run `run`'s.
 
     `workdir` is the run folder; `moved` says that the run's checkpoints may have been moved here.
-
-    Raises:
-      InputError: `place` cannot be written, or holds the checkpoints of another run.
     """
     mark, setting = place / "run.json", "config.checkpoint_dir"
     files.claim(place, setting)
@@ -118,7 +115,7 @@ class Checkpoints:
         """
         self.folder, self._keep, self._read_only = for_orbax(folder), keep, read_only
         self.best: int | None = None
-        # The step of the first checkpoint, and its smallest part, until they are read back.
+        # The step of the first checkpoint, and its smallest array, until they are read back.
         self._unread: tuple[int, dict] | None = None
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self,
@@ -155,7 +152,9 @@ class Checkpoints:
             return
         arrays = sharding.by_name(state)
         if not steps:
-            self._unread = step, _smallest_part(arrays)
+            name, least = min(arrays.items(), key=lambda item: item[1].size)
+            least = jax.ShapeDtypeStruct(least.shape, least.dtype, sharding=least.sharding)
+            self._unread = step, {name: least}
         content = {"info": info, "bit_sums": _bit_sums(arrays)}
         items = ocp.args.Composite(
             state=ocp.args.PyTreeSave(arrays),
@@ -171,19 +170,15 @@ class Checkpoints:
         self._read_back()
 
     def _read_back(self) -> None:
-        """Reads a part of the first checkpoint, and its info, from the disk, once they are there.
-
-        A place from which nothing comes back so ends the training at its second save at the latest.
-        InputError: they cannot be read, or differ from what was saved.
-        """
+        """Reads an array of the first checkpoint, so that a place that keeps nothing is found."""
         if self._unread is None:
             return
-        (step, part), self._unread = self._unread, None
+        (step, array), self._unread = self._unread, None
         with naming(self.folder):
             self._manager.wait_until_finished()
         try:
-            self.restore(step, part)
-        except InputError as error:
+            self._read(step, array)
+        except DamagedError as error:
             raise InputError(
                 f"{cut(str(error).rstrip('.'), 200)}, although it was just written; name another "
                 "folder or disk for the checkpoints."
@@ -194,9 +189,6 @@ class Checkpoints:
 
         `abstract` is as for `restore`. A damaged checkpoint is logged and moved to `damaged/`
         beside the stage's folder, and the previous checkpoint is restored.
-
-        Raises:
-          InputError: names or shapes differ (all are listed), or every checkpoint is damaged.
         """
         damaged = {}
         for step in reversed(self.steps()):
@@ -239,6 +231,11 @@ class Checkpoints:
                 f"checkpoint {self.folder / str(step)} does not fit this network: "
                 f"{shorten(differing, '; ')}."
             )
+        arrays, info = self._read(step, wanted)
+        return jax.tree.unflatten(jax.tree.structure(abstract), list(arrays.values())), info
+
+    def _read(self, step: int, wanted: dict[str, jax.ShapeDtypeStruct]) -> tuple[dict, dict]:
+        """The arrays of these names, and the info, compared with their checksums."""
         restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
         items = ocp.args.Composite(
             state=ocp.args.PyTreeRestore(wanted, restore_args=restore_args, partial_restore=True),
@@ -248,14 +245,12 @@ class Checkpoints:
         arrays, record = {name: restored["state"][name] for name in wanted}, restored["info"]
         sums = _bit_sums(arrays)
         self._together(step, lambda: _check(record, sums))
-        state = jax.tree.unflatten(jax.tree.structure(abstract), list(arrays.values()))
-        return state, record["info"]
+        return arrays, record["info"]
 
     def _together(self, step: int, function: Callable):
-        """The result of `function()`, which must contain no collective operation.
+        """The result of `function()`, which contains no collective operation.
 
-        Raises:
-          DamagedError: `function()` fails on any process; raised on all processes.
+        Where it fails on one process, all processes raise DamagedError.
         """
         result = reason = None
         try:
@@ -279,15 +274,6 @@ class Checkpoints:
         hosts.from_first(move)
         self._manager.reload()
         return target
-
-
-def _smallest_part(arrays: dict) -> dict:
-    """The abstract arrays of the part of a state, such as the step, that has the fewest values."""
-    parts = {}
-    for name, x in arrays.items():
-        shape = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-        parts.setdefault(name.split(".")[0], {})[name] = shape
-    return min(parts.values(), key=lambda part: sum(x.size for x in part.values()))
 
 
 def _check(record: dict, sums: dict[str, int]) -> None:

@@ -2,13 +2,13 @@
 
 import difflib
 import logging
-import pathlib
+import os
 import re
 import sys
 import threading
 import traceback
 from collections.abc import Callable
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 import jax
 from absl import app, flags
@@ -16,11 +16,12 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from gptv_jax import config as config_lib
-from gptv_jax import errors, files, hardware, hosts
+from gptv_jax import errors, hosts
 from gptv_jax.config import fields, run_file
 from gptv_jax.errors import InputError
 from gptv_jax.hosts import distributed, runtime, stopping
 
+READER_LEFT = 141  # exit code; of other programs that SIGPIPE ends
 UNEXPECTED = 70  # exit code; sysexits.h: internal error. A network's failure may be one
 HELP = {"--help", "-help", "-h", "-?", "--helpshort", "--helpfull"}
 CONFIG_HELP = (
@@ -36,10 +37,10 @@ _MISSING = re.compile(r"flag --(\w+)=None: ")
 
 def start(main: Callable[[config_lib.Config], None]) -> None:
     """Runs `main(config)` as `run` does, with the configuration of the --config flag."""
-    holder = config_flags.DEFINE_config_file("config", None, CONFIG_HELP)
+    holder = flags.DEFINE_string("config", None, CONFIG_HELP, allow_override=True)
     flags.mark_flag_as_required("config")
     _show_in_help("config")
-    run(lambda: main(config_lib.resolve(holder.value)), lambda argv: _parse(argv, holder))
+    run(lambda: main(config_lib.resolve(holder.value)), _parse)
 
 
 def run(
@@ -50,7 +51,8 @@ def run(
     Arguments that are no flags are refused; where the command `takes_names` it is `main(names)`.
 
     Exit codes: 1 for an error that the user can mend, 70 for an unexpected error, 75 where another
-    process died, 130 after an interrupt by the user, 143 after SIGTERM.
+    process died, 130 after an interrupt by the user, 141 where nobody reads the output any more,
+    143 after SIGTERM.
     """
 
     def configured(argv: list[str]) -> None:
@@ -62,6 +64,7 @@ def run(
             absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax logs every action
         jax.config.update("jax_numpy_rank_promotion", "raise")
         main(argv[1:]) if takes_names else main()
+        sys.stdout.flush()
         stopping.leave()
 
     def in_thread(failed: threading.ExceptHookArgs) -> None:
@@ -94,14 +97,21 @@ def run(
         stopping.leave()  # no process leaves before the others have saved
         errors.end(stopping.STOPPED, str(stopped))
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and not _is_read(sys.stdout):
+            os._exit(READER_LEFT)
         if problem := errors.disk_problem(error):
             _refuse(f"{problem}; {FREE_DISK}")
-        try:
-            hardware.devices()
-        except InputError as unavailable:  # and everything that computes fails
-            _refuse(str(unavailable))
         distributed.wait_for_abort(error)
         errors.end(UNEXPECTED, traceback.format_exc())
+
+
+def _is_read(output: TextIO) -> bool:
+    """Whether the reader of the output, as `| head -1` is one, has not left."""
+    try:
+        print(file=output, flush=True)
+    except BrokenPipeError:
+        return False
+    return True
 
 
 def _show_in_help(flag: str) -> None:
@@ -117,21 +127,8 @@ def _refuse(message: str) -> NoReturn:
     errors.end(1, line)
 
 
-def _run_folder(value: str) -> pathlib.Path | None:
-    """The run folder that --config names by itself or by its config.json; None: it names a file."""
-    path = files.user_path(value)
-    if path.name == "config.json" and path.is_file():
-        return path.parent
-    return path if path.is_dir() else None
-
-
-def _parse(argv: list[str], holder: flags.FlagHolder) -> list[str]:
-    """Parses flags and fields of the configuration; returns the arguments that are neither.
-
-    Raises:
-      InputError: a field is unknown or has a wrong value, or the config file fails.
-      flags.Error: as absl raises it, for the other flags.
-    """
+def _parse(argv: list[str]) -> list[str]:
+    """Parses flags and fields of the configuration; returns the arguments that are neither."""
     kinds = {n: fields.type_words(f) for n, f in fields.by_name(config_lib.Config).items()}
     overrides = {a: m[1] for a in argv[1:] if (m := re.match(r"--?config\.([^=]+)", a))}
     for name in overrides.values():
@@ -149,32 +146,21 @@ def _parse(argv: list[str], holder: flags.FlagHolder) -> list[str]:
     for index, argument in enumerate(argv[1:-1], start=1):
         if argument in ("--config", "-config"):
             argv = [*argv[:index], f"--config={argv[index + 1]}", *argv[index + 2 :]]
-    given = next((a for a in argv[1:] if re.match(r"--?config=", a)), "--config")
-    value = given.partition("=")[2]
-    file, colon, own_argument = value.partition(":")
-    if value and (run := _run_folder(value)):
-        config_lib.of_run(run)  # refuses other folders
-        file, colon, own_argument = run_file.__file__, ":", str(run)
-    elif file:
-        file = str(files.user_path(file))
-        if not pathlib.Path(file).is_file():
-            raise InputError(f"{given}: there is no file {file}.")
-    argv = [f"--config={file}{colon}{own_argument}" if a == given else a for a in argv]
+    given = [a.partition("=")[2] for a in argv[1:] if re.match(r"--?config=", a)]
+    argv = [argv[0], *(a for a in argv[1:] if not re.match(r"--?config=", a))]
+    if given:  # in place of the flag that holds the text
+        settings = run_file.load(given[-1])
+        config_flags.DEFINE_config_dict("config", settings, sys_argv=argv, allow_override=True)
     try:
-        remaining = flags.FLAGS([a for a in argv if a not in none])
-        settings = holder.value  # raises an error of loading the file
-        if none:
-            with settings.ignore_type():
-                settings.update_from_flattened_dict(dict.fromkeys(none.values()))
-        return remaining
-    except Exception as error:  # of the flags, or any error of the user's config file
-        message, of_flags = str(error).strip(), isinstance(error, flags.Error)
-        override = re.match(r"flag --config\.([\w.]+)=(.*?): ", message, re.DOTALL)
+        # Without a configuration no field can be parsed, and the flag --config is missing.
+        remaining = flags.FLAGS([a for a in argv if a not in (none if given else overrides)])
+    except flags.Error as error:
+        override = re.match(r"flag --config\.([\w.]+)=(.*?): ", str(error).strip(), re.DOTALL)
         if override and override[1] in kinds:
             name, value = override.groups()
             raise InputError(f"--config.{name} is {value!r}; it takes {kinds[name]}.") from error
-        if of_flags and (_MISSING.match(message) or not message.startswith("flag --config")):
-            raise
-        reason = message.rpartition("\n")[2].strip()  # the last line, where it has a traceback
-        kind = "" if of_flags else f"{type(error).__name__}: "
-        raise InputError(f"{given} cannot be loaded: {kind}{reason}") from error
+        raise
+    if none:
+        with settings.ignore_type():
+            settings.update_from_flattened_dict(dict.fromkeys(none.values()))
+    return remaining

@@ -5,7 +5,7 @@ import errno
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NoReturn
 
 
@@ -26,12 +26,13 @@ DISK_TEXTS = {os.strerror(number): words for number, words in DISK.items()}
 
 def shorten(items: Iterable, separator: str = ", ", room: int = 120) -> str:
     """The first items, as many as `room` characters take and at least one, "and N more"."""
-    items = [cut(str(item), room) for item in items]
-    count = len(items)
-    while count > 1 and len(separator.join(items[:count])) > room:
-        count -= 1
-    more = f" and {len(items) - count} more" if count < len(items) else ""
-    return separator.join(items[:count]) + more
+    items, shown = list(items), ""
+    for count, item in enumerate(items):
+        longer = (shown + separator if count else "") + cut(str(item), room)
+        if count and len(longer) > room:
+            return f"{shown} and {len(items) - count} more"
+        shown = longer
+    return shown
 
 
 def cut(text: str, room: int, end: int = 0) -> str:
@@ -82,19 +83,22 @@ def first_line(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def as_input_error(problem: str, kinds=Exception, advice: str = "") -> Iterator[None]:
+def as_input_error(
+    problem: str, kinds=Exception, advice: str = "", reason: Callable = lambda error: None
+) -> Iterator[None]:
     """Within the `with`, an exception becomes an InputError, which says `problem (reason)advice.`.
 
     `kinds` is the type of the exception, or a tuple of types; an InputError passes as it is.
+    `reason(error)` is a better reason than the error's own words, or None.
     """
     try:
         yield
     except InputError:
         raise
     except kinds as error:
-        reason = _disk_reason(error) or getattr(error, "strerror", None)
-        reason = reason or first_line(error).rstrip(".")
-        raise InputError(f"{problem} ({reason}){advice}.") from error
+        found = reason(error) or _disk_reason(error) or getattr(error, "strerror", None)
+        found = found or first_line(error).rstrip(".")
+        raise InputError(f"{problem} ({found}){advice}.") from error
 
 
 def list_differences(expected: dict[str, object], found: dict[str, object]) -> list[str]:

@@ -35,11 +35,10 @@ LOCK = ".lock"  # name of the file that `lock` makes
 
 
 def user_path(path: str | os.PathLike) -> pathlib.Path:
-    """The absolute path that a user's text names; a leading ~ is the home folder.
-
-    Raises:
-      InputError: the path is too long, or in the home folder of a user that does not exist.
-    """
+    """The absolute path that a user's text names; a leading ~ is the home folder."""
+    if "://" in str(path):
+        hub = "; model.push_to_hub uploads a model" if str(path).startswith("hf://") else ""
+        raise InputError(f"{path} is an address; name a path on this machine{hub}.")
     with as_input_error(f"{cut(str(path), 100)} is no path", (RuntimeError, OSError)):
         found = pathlib.Path(path).expanduser().absolute()
         with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
@@ -54,11 +53,7 @@ def user_place(text: str) -> epath.Path:
 
 
 def claim(folder: pathlib.Path | epath.Path, setting: str) -> None:
-    """Makes a folder, which the flag or field `setting` has named, and checks that it is writable.
-
-    Raises:
-      InputError: the folder cannot be made, or cannot be written to.
-    """
+    """Makes a folder that the flag or field `setting` names, and checks that it is writable."""
     advice = "; name a folder that you may write to"
     with as_input_error(f"{setting}={folder} cannot be written", advice=advice):
         folder.mkdir(parents=True, exist_ok=True)
@@ -71,9 +66,6 @@ def lock(folder: pathlib.Path, setting: str, holder: object) -> Callable[[], Non
     """Locks a folder until this process ends or `holder` is deleted; for process 0.
 
     Returns a function that unlocks the folder.
-
-    Raises:
-      InputError: another process holds the lock. A file system without locks has none.
     """
     file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT)
     unlock = weakref.finalize(holder, os.close, file)
@@ -115,11 +107,7 @@ def write_json(path: pathlib.Path, value) -> None:
 
 
 def read_json(path: pathlib.Path, absent):
-    """The content of a JSON file, or `absent` where there is no such file.
-
-    Raises:
-      InputError: the file is not JSON, or not of the type of `absent`.
-    """
+    """The content of a JSON file, or `absent` where there is no such file."""
     advice = "; restore it or take another folder"
     try:
         with as_input_error(f"{path} is damaged", ValueError, advice=advice):
@@ -142,21 +130,13 @@ def read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def open_safetensors(path: pathlib.Path):
-    """An open .safetensors file, whose tensors are read one by one.
-
-    Raises:
-      InputError: the file is missing, damaged, or of another format.
-    """
+    """An open .safetensors file, whose tensors are read one by one."""
     with as_input_error(f"{path} is no .safetensors file, or damaged"):
         return safetensors.safe_open(path, framework="numpy")
 
 
 def read_safetensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """All tensors of a .safetensors file by name, and the file's metadata.
-
-    Raises:
-      InputError: the file cannot be read, or holds a type that NumPy does not have.
-    """
+    """All tensors of a .safetensors file by name, and the file's metadata."""
     with open_safetensors(path) as file, as_input_error(f"{path} is damaged"):
         arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
         return arrays, file.metadata() or {}

@@ -47,12 +47,12 @@ def main(names: list[str]) -> None:
     """Reads, classifies and writes; `names` are the files and folders that the user gives."""
     if not names:
         raise InputError("no image is named; give files or folders after the flags.")
-    run = files.user_path(RUN.value)
-    if weights.is_weights_path(run):
+    if "://" in RUN.value or weights.is_weights_path(RUN.value):
         raise InputError(
-            f"--run={run} holds weights without the transforms of their images; name the run "
+            f"--run={RUN.value} holds weights without the transforms of their images; name the run "
             "folder that they come from."
         )
+    run = files.user_path(RUN.value)
     steps = reading_steps(run)
     model = api.load(run, stage="finetune")
     paths = image_files(names)
@@ -67,8 +67,7 @@ def main(names: list[str]) -> None:
                 LOG.warning("%s cannot be read: %s.", line["file"], line["error"])
             else:
                 line["classes"] = line["classes"][: TOP.value or None]
-            with as_input_error(f"--out={OUT.value} cannot be written", OSError):
-                tqdm.tqdm.write(json.dumps(line), file=out)  # beside the bar on a terminal
+            tqdm.tqdm.write(json.dumps(line), file=out)  # beside the bar on a terminal
             progress.advance(1)
             if done % LOG_EVERY == 0:
                 progress.report(done, {})
@@ -116,7 +115,8 @@ def predictions(
                 image = step(image, None)
             if image.shape != shape:
                 given, taken = (" x ".join(map(str, each)) for each in (image.shape, shape))
-                return f"it is {given} after the run's transforms, but the model takes {taken}"
+                problem = f"it is {given} after the run's transforms, but the model takes {taken}"
+                return f"{problem}; resize it"
             if not model.codec.on_devices:  # such codecs have tokens for every pixel
                 model.codec.encode(image[None])
         except (ValueError, OSError) as error:  # of the file, of a transform or of the codec
@@ -157,9 +157,10 @@ def _opened(out: str | None) -> Iterator[IO[str]]:
         yield sys.stdout
         return
     path = files.user_path(out)
-    with as_input_error(f"--out={out} cannot be written", OSError):
-        file = path.open("w", buffering=1)
-    with file:
+    with (
+        as_input_error(f"--out={out} cannot be written", OSError),
+        path.open("w", buffering=1) as file,
+    ):
         yield file
 
 

@@ -36,9 +36,10 @@ def main(settings: config.Config) -> None:
         raise InputError(f"{given} is a token cache already; name a data set of images.")
     opened = {s: sources.Selected(data_set, s, settings.data.labels) for s in data_set.lengths}
     inventory.log(settings.data, inventory.take(data_set, opened), opened)
+    chosen = setup.find_codec(settings)
     cache.claim(folder, holder=settings)
     damage_log = DamageLog(settings.data, folder)
-    chosen = setup.find_codec(settings) or setup.build_codec(settings, damage_log)
+    chosen = chosen or setup.build_codec(settings, damage_log)
     # The cache holds whole splits; split expressions select from them when the cache is read.
     whole = dataclasses.replace(settings.data, **{f"{s}_split": s for s in sources.SPLITS})
     statistics = {split: TokenStatistics(chosen) for split in data_set.lengths}

@@ -97,6 +97,8 @@ def setting(name: str, value):
 def images(given, codec: tokens.Codec) -> UInt8[np.ndarray, "B H W C"]:
     """One image or more, of the shape that the codec takes; also a list of Pillow images."""
     shape = codec.image_shape
+    if isinstance(given, str | os.PathLike | Image.Image):
+        given = [given]
     if isinstance(given, list | tuple):
         given = _stacked(given, shape)
     given = np.asarray(given)

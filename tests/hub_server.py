@@ -8,8 +8,6 @@ import json
 import threading
 from collections.abc import Iterator
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
 
 class Hub:
     """Models by name, each with its files; `asked` lists the requests."""
@@ -67,11 +65,11 @@ def serve() -> Iterator[tuple[Hub, str]]:
                 )
             if api:
                 siblings = [{"rfilename": file} for file in files]
-                return self.answer_json({"id": name, "sha": COMMIT, "siblings": siblings})
+                return self.answer_json({"id": name, "sha": _commit(files), "siblings": siblings})
             file = "/".join(path[4:])  # user/name/resolve/REVISION/FILE
             if file not in files:
                 return self.refuse("EntryNotFound")
-            headers = {"ETag": f'"{_hash(files[file])}"', "X-Repo-Commit": COMMIT}
+            headers = {"ETag": f'"{_hash(files[file])}"', "X-Repo-Commit": _commit(files)}
             self.answer(200, files[file], headers)
 
         def do_POST(self) -> None:
@@ -94,7 +92,9 @@ def serve() -> Iterator[tuple[Hub, str]]:
                 if line["key"] == "file":
                     files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
             host = f"http://{self.headers['Host']}/{'/'.join(path[2:4])}"
-            self.answer_json({"commitUrl": f"{host}/commit/{COMMIT}", "commitOid": COMMIT})
+            self.answer_json(
+                {"commitUrl": f"{host}/commit/{_commit(files)}", "commitOid": _commit(files)}
+            )
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
@@ -105,6 +105,10 @@ def serve() -> Iterator[tuple[Hub, str]]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def _commit(files: dict[str, bytes]) -> str:
+    return _hash("".join(map(_hash, files.values())).encode())
 
 
 def _hash(content: bytes) -> str:

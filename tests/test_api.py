@@ -294,6 +294,33 @@ def test_a_run_without_its_pretrained_weights_draws_with_the_others_and_says_so(
     assert "drawn with the fine-tuned weights" in caplog.text
 
 
+def test_a_run_that_began_with_other_weights_draws_with_these(
+    finished_run, pretrained, tmp_path, caplog
+):
+    run = shutil.copytree(finished_run.folder, tmp_path / "run")
+    shutil.rmtree(run / "checkpoints" / "pretrain")
+    summary = json.loads((run / "summary.json").read_text())
+    kept = {name: value for name, value in summary.items() if not name.startswith("pretrain/")}
+    (run / "summary.json").write_text(json.dumps(kept))
+    pretrained.save(tmp_path / "x.safetensors")
+    record, wanted = json.loads((run / "config.json").read_text()), pretrained.sample(2)
+    for source in (tmp_path / "x.safetensors", finished_run.folder, tmp_path / "lost"):
+        record["config"]["init_from"] = str(source)
+        (run / "config.json").write_text(json.dumps(record))
+        same = gptv_jax.load(run).sample(2) == wanted
+        assert bool(same.all()) == (source.name != "lost") == ("lost" not in caplog.text)
+
+
+def test_a_run_without_trained_weights_gives_those_that_it_was_given(
+    finished_run, pretrained, tmp_path
+):
+    pretrained.save(tmp_path / "x.safetensors")
+    record = json.loads((finished_run.folder / "config.json").read_text())
+    record["config"]["init_from"] = str(tmp_path / "x.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    np.testing.assert_array_equal(gptv_jax.load(tmp_path).sample(2), pretrained.sample(2))
+
+
 def test_classes_are_the_names_of_the_run_or_numbers(finished_run, pretrained, finetuned, tmp_path):
     assert finetuned.classes == tuple("0123456789") and pretrained.classes == ()
     shutil.copytree(finished_run.folder, tmp_path / "run")

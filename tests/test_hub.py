@@ -2,6 +2,7 @@
 
 import builtins
 import dataclasses
+import functools
 import json
 import os
 import sys
@@ -42,7 +43,6 @@ def served(tmp_path_factory):
 def hub(served):
     """The hub, without models and requests."""
     served.models, served.asked, served.gated = {}, [], set()
-    hub_lib.download.cache_clear()
     return served
 
 
@@ -62,7 +62,9 @@ def test_a_model_that_is_pushed_comes_back_and_then_from_the_cache_alone(
     assert {"gptv_jax.safetensors", "model.safetensors", "config.json"} <= set(files)
     wanted = pretrained.logits(TOKENS)
     np.testing.assert_array_equal(gptv_jax.load("hf://me/digits").logits(TOKENS), wanted)
-    hub_lib.download.cache_clear()
+    other = dataclasses.replace(pretrained.weights_file(), step=77)
+    hub_lib.push(other, "me/digits", "trained longer")
+    assert "step 77" in repr(gptv_jax.load("hf://me/digits"))
     hub.asked.clear()
     from huggingface_hub import constants  # after the fixture has set the environment
 
@@ -121,6 +123,9 @@ def test_what_the_hub_does_not_give_is_a_sentence(hub, pretrained, monkeypatch):
         assert len(str(caught.value)) <= 300 + len(os.environ["HF_HOME"])
     with pytest.raises(InputError, match="written user/model"):
         pretrained.push_to_hub("digits")
+    for write in (pretrained.save, functools.partial(gptv_jax.to_huggingface, pretrained)):
+        with pytest.raises(InputError, match=r"is an address; .*push_to_hub uploads"):
+            write("hf://me/digits")
     usual = builtins.__import__
 
     def absent(name, *rest, **more):
@@ -149,6 +154,10 @@ def test_a_name_of_the_hub_alone_is_told_apart_from_a_path(call, tmp_path, monke
     with pytest.raises(InputError) as caught:
         getattr(gptv_jax, call)("openai/imagegpt-small")
     assert "hf download" not in str(caught.value)
+    for path in ("palettes/kmeans_centers.npy", "mine/digits.safetensors"):
+        with pytest.raises(InputError, match=r"does not exist|there is no") as caught:
+            getattr(gptv_jax, call)(path)
+        assert "hf download" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

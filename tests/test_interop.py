@@ -335,7 +335,7 @@ ONES = np.ones(24, np.float32)
         ({"transformer.h.3.ln_1.weight": ONES}, r"h.3.ln_1.weight \(24,\) is left over"),
         ({"transformer.ln_f.bias": ONES}, r"ln_f.bias \(24,\) is left over"),
         ({"transformer.ln_f.weight": ONES * np.nan}, r"final_norm holds values that are not fin"),
-        ({"n_layer": 2}, r"h.2.attn.c_attn.bias \(72,\) is left over"),
+        ({"n_layer": 2}, r"h.2.ln_1.weight \(24,\) is left over"),
         ({"n_layer": 4}, r"h.3.ln_1.weight \(24,\) is missing"),
         ({"vocab_size": 13}, r"wte.weight is \(14, 24\), expected \(13, 24\)"),
         ({"vocab_size": "13"}, r"vocab_size='13', no whole number"),

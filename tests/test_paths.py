@@ -7,6 +7,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -84,8 +85,9 @@ def test_a_path_that_tensorstore_cannot_take_is_refused_before_any_work(tmp_path
 def test_the_first_checkpoint_is_read_back_before_the_second_is_written(tmp_path, one_device):
     with Checkpoints(tmp_path / "pretrain", keep=9) as checkpoints:
         checkpoints.save(0, STATE, {"position": 0})
-        while not (done := tmp_path / "pretrain" / "0" / "_CHECKPOINT_METADATA").exists():
-            pass
+        done, deadline = tmp_path / "pretrain/0/_CHECKPOINT_METADATA", time.monotonic() + 60
+        while not done.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
         (done.parent / "state" / "manifest.ocdbt").unlink()
         with pytest.raises(InputError, match="although it was just written"):
             checkpoints.save(1, STATE, {"position": 1})
@@ -102,6 +104,8 @@ def test_user_path_reads_a_text_as_the_system_does(tmp_path, monkeypatch):
     for text in ("~nobody-here/a", "n" * 300):
         with pytest.raises(InputError, match="is no path"):
             files.user_path(text)
+    with pytest.raises(InputError, match=r"gs://a/b is an address; name a path on this machine\."):
+        files.user_path("gs://a/b")
 
 
 def test_the_home_folder_is_found_wherever_a_path_is_given(finished_run, tmp_path, monkeypatch):
@@ -126,13 +130,18 @@ def test_the_home_folder_is_found_wherever_a_path_is_given(finished_run, tmp_pat
 
 
 def test_a_run_folder_stands_for_its_configuration(finished_run, tmp_path, command):
-    settings = run_file.get_config(str(finished_run.folder))
+    settings = run_file.load(str(finished_run.folder))
     assert config_lib.resolve(settings) == config_of(finished_run.folder)
     settings.model.width, settings.sample.top_k = 32, 3  # as an override does
     changed = config_lib.resolve(settings)
     assert (changed.model.width, changed.sample.top_k, changed.model.layers) == (32, 3, 1)
     copy = shutil.copytree(finished_run.folder, tmp_path / "a:[copy]")
     more = ["--config.train.log_every=3", "--quiet", "--config.init_from=None"]
+    shutil.copy(copy / "config.json", tmp_path / "mine.json")
+    assert run_file.load(str(tmp_path / "mine.json")) == run_file.load(str(finished_run.folder))
+    (tmp_path / "plain").mkdir()
+    with pytest.raises(InputError, match="takes no argument after a colon"):
+        run_file.load(f"{tmp_path}/plain:s")
     for given in (["--config", str(copy)], [f"--config={copy}/config.json"]):
         ended = command("main", *given, f"--workdir={copy}", *more)
         assert ended.code == 0 and json.loads(ended.output) == finished_run.summary
@@ -219,6 +228,24 @@ def test_a_cache_that_was_not_finished_is_made_anew(tmp_path):
         cache.claim(tmp_path / "run")
 
 
+def test_files_that_no_cache_has_are_never_deleted(tmp_path):
+    folder = tmp_path / "cache"
+    cache.claim(folder)
+    for name in ("header.json", ".palette.npz.tmp", "skipped-3.jsonl"):
+        (folder / name).touch()
+    (folder / "holiday.txt").touch()
+    with pytest.raises(InputError, match=r"not empty; .*, or move holiday.txt to another place"):
+        cache.claim(folder, Holder())
+    assert len(list(folder.iterdir())) == 5  # and no lock
+    (folder / "holiday.txt").unlink()
+    (folder / "train.array_record").mkdir()
+    with pytest.raises(InputError, match=r"move train.array_record"):
+        cache.claim(folder)
+    (folder / "train.array_record").rmdir()
+    cache.claim(folder)
+    assert [path.name for path in folder.iterdir()] == [cache.UNFINISHED]
+
+
 # Devices and systems.
 
 
@@ -271,5 +298,8 @@ def test_a_list_is_shortened_to_its_first_items():
     assert found.startswith("item0; item1") and found.endswith("more") and len(found) <= 75
     assert found.count("item") + int(found.split()[-2]) == 100
     assert errors.shorten([]) == ""
+    read = []
+    many = [type("Item", (), {"__str__": lambda _: read.append(1) or "item"})()] * 9999
+    assert errors.shorten(many).endswith(" and 9979 more") and len(read) < 30
     assert errors.cut("a" * 500 + "\nthe advice", 100, end=20).endswith("the advice")
     assert len(errors.cut("a" * 500, 100, end=20)) == 100

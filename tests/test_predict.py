@@ -1,6 +1,10 @@
 """The real command that classifies image files."""
 
 import json
+import os
+import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -51,6 +55,15 @@ def test_files_are_named_beside_flags_and_the_lines_go_to_the_terminal(
     ended = command("predict", str(pictures / "00.png"), f"--run={finished_run.folder}", "--top=2")
     [line] = map(json.loads, ended.output.splitlines())
     assert ended.code == 0 and len(line["classes"]) == 2
+
+
+def test_a_reader_of_the_lines_may_leave(finished_run, pictures):
+    unread, output = os.pipe()
+    os.close(unread)  # as `| head -1` does after a line
+    command = [sys.executable, "-m", "gptv_jax.predict", f"--run={finished_run.folder}"]
+    ended = subprocess.run([*command, str(pictures)], stdout=output, stderr=subprocess.PIPE)
+    os.close(output)
+    assert ended.returncode == 141 and not re.search(b"error:|Error|Traceback", ended.stderr)
 
 
 @pytest.mark.parametrize(

@@ -2,16 +2,19 @@
 
 import dataclasses
 import functools
+import pathlib
 
 import jax
 
 from gptv_jax import config as config_lib
 from gptv_jax import files, sharding, validation, weights
 from gptv_jax.api.model import AnyPath, Model
-from gptv_jax.errors import InputError
-from gptv_jax.tokens import LearnedCodec, learned
+from gptv_jax.errors import InputError, shorten
+from gptv_jax.runs import record
+from gptv_jax.tokens import LearnedCodec, Palette, learned
 from gptv_jax.tokens import palette as palettes
 from gptv_jax.weights import huggingface, native
+from gptv_jax.weights.native import WeightsFile
 
 __all__ = ["Model", "from_huggingface", "from_openai", "load", "load_tokenizer", "to_huggingface"]
 
@@ -24,7 +27,8 @@ def load(source: AnyPath, stage: str | None = None, palette: AnyPath | None = No
         and `from_openai` take; or "hf://user/model", which is downloaded (needs the `hub` extra).
       stage: "pretrain" or "finetune" of a run; None: the latest of the two that has finished, but
         images are drawn with the pretrained weights. Fine-tuning to classify makes the weights
-        draw worse images.
+        draw worse images. Where neither has finished, it is the model that the run's `init_from`
+        names.
       palette: kmeans_centers.npy, for weights that come without the colours of their tokens.
 
     Raises:
@@ -33,10 +37,13 @@ def load(source: AnyPath, stage: str | None = None, palette: AnyPath | None = No
     path, mesh = weights.locate(source), sharding.make_mesh(config_lib.Mesh())
     with jax.set_mesh(mesh):
         if path.is_dir() and not weights.is_weights_path(path):
+            config = record.config_of(path)
+            if stage is None and config.init_from and not _trained(path):
+                return load(config.init_from, palette=config.tokens.palette)
             described, params = native.read_run(path, stage)
             pretrained = None
             if stage is None and described.classes:  # the weights are fine-tuned
-                pretrained = functools.partial(native.read_run, path, "pretrain")
+                pretrained = functools.partial(_read_pretrained, path, described)
             return Model(described, params, mesh, path, pretrained)
         if stage is not None:
             raise InputError(f"stage={stage} is given, but {path} is no run folder.")
@@ -45,6 +52,32 @@ def load(source: AnyPath, stage: str | None = None, palette: AnyPath | None = No
             colours = palettes.load(weights.locate(palette, f"there is no palette {palette}"))
         found = weights.read(path, colours)
         return Model(dataclasses.replace(found, params={}), found.on_mesh(), mesh)
+
+
+def _trained(run: pathlib.Path) -> list[str]:
+    """The run's finished stages that have weights."""
+    return record.stages_with_weights(files.read_json(run / "summary.json", {}))
+
+
+def _read_pretrained(run: pathlib.Path, described: WeightsFile) -> tuple[WeightsFile, dict]:
+    """The weights with which the fine-tuning of a run began, as `native.read_run` returns them.
+
+    `described` are the fine-tuned weights. InputError: the weights cannot be read, or have become
+    those of another network.
+    """
+    config = record.config_of(run)
+    if not config.init_from or "pretrain" in _trained(run):
+        return native.read_run(run, "pretrain")
+    source = weights.locate(config.init_from)
+    if weights.is_weights_path(source):
+        colours = described.definition if isinstance(described.definition, Palette) else None
+        found = weights.read(source, colours).headless()
+        params = found.on_mesh()
+    else:
+        found, params = native.read_run(source, "pretrain")
+    if differing := found.differing(config, described.starts):
+        raise InputError(f"{source} now holds another network: {shorten(differing, '; ')}.")
+    return found, params
 
 
 def from_huggingface(folder: AnyPath, palette: AnyPath | None = None) -> Model:

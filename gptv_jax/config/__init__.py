@@ -5,11 +5,8 @@ be overridden on the command line as `--config.a.b=value`), and `resolve` turns 
 frozen, checked `Config` that the rest of the program reads.
 """
 
-import pathlib
-
 import ml_collections
 
-from gptv_jax import files
 from gptv_jax.config import fields, rules
 from gptv_jax.config.data import Autoencoder, Data, Tokens
 from gptv_jax.config.stages import Config, Drawing, Finetune, Generate, Probe, ProbeSgd, Sample
@@ -35,7 +32,6 @@ __all__ = [
     "Train",
     "choose",
     "default",
-    "of_run",
     "recorded",
     "resolve",
 ]
@@ -78,21 +74,6 @@ def recorded(cls: type, flat: dict[str, object], section: str = "") -> dict:
             )
     named = {name.removeprefix(prefix): value for name, value in named.items()}
     return fields.unflatten(fields.flatten(cls()) | named)
-
-
-def of_run(folder: pathlib.Path) -> Config:
-    """The configuration that made a run folder; fields that did not exist then have defaults.
-
-    Raises:
-      InputError: no run folder, or a record that this version cannot read.
-    """
-    path = folder / "config.json"
-    if not path.exists():
-        raise InputError(f"{folder} is not a run folder: it has no config.json.")
-    record = files.read_json(path, {})
-    if not isinstance(record.get("config"), dict):
-        raise InputError(f"{path} is damaged (it holds no configuration); restore it.")
-    return resolve(recorded(Config, record["config"]))
 
 
 def resolve(settings: ml_collections.ConfigDict | dict) -> Config:

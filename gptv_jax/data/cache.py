@@ -29,11 +29,17 @@ from jaxtyping import Int, UInt8, UInt16
 from gptv_jax import config as config_lib
 from gptv_jax import files, tokens
 from gptv_jax.config import fields
-from gptv_jax.errors import InputError, as_input_error, first_line, naming
+from gptv_jax.errors import InputError, as_input_error, first_line, naming, shorten
 
 FORMAT = 2  # of the folder; other formats are refused
-# Eight records share one checksum and header: 46 bytes a record less than alone, read as quickly.
 UNFINISHED = ".unfinished"  # a file in the folder until all is written
+# Patterns of all files that making a cache may leave in the folder; a kill leaves temporary ones.
+NAMES = ("header.json", *(name for name, *_ in tokens.DEFINITIONS.values()))
+WRITTEN = (
+    *NAMES, *(f".{name}.tmp" for name in NAMES), "*.array_record", "skipped*.jsonl",
+    UNFINISHED, files.LOCK,
+)  # fmt: skip
+# Eight records share one checksum and header: 46 bytes a record less than alone, read as quickly.
 WRITER_OPTIONS = "group_size:8,uncompressed"
 READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # as ArrayRecord advises for shuffling
 
@@ -41,18 +47,29 @@ READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # as ArrayRecord a
 def claim(folder: pathlib.Path, holder: object = None) -> None:
     """Makes the folder, and locks it while there is a `holder`.
 
-    InputError where it cannot be written to, or holds more than a cache that was not finished.
+    The files of a cache that was not finished are deleted. InputError where the folder cannot be
+    written to, or holds anything else.
     """
     files.claim(folder, "--out")
-    mark = folder / UNFINISHED
-    if any(folder.iterdir()) and not mark.exists():
-        raise InputError(f"--out={folder} is not empty; name a new folder.")
-    mark.touch()
+    left = _left_over(folder)  # before the lock, which adds a file to the folder
     if holder is not None:
         files.lock(folder, "--out", holder)
-    for path in folder.iterdir():
+        left = _left_over(folder, files.LOCK)
+    (folder / UNFINISHED).touch()
+    for path in left:
         if path.name not in (UNFINISHED, files.LOCK):
             path.unlink()
+
+
+def _left_over(folder: pathlib.Path, *ignored: str) -> list[pathlib.Path]:
+    """The files of a cache that was not finished; InputError where the folder holds others."""
+    found = [path for path in folder.iterdir() if path.name not in ignored]
+    begun = folder / UNFINISHED in found
+    others = [p.name for p in found if p.is_dir() or not any(map(p.match, WRITTEN))]
+    if found and (others or not begun):
+        advice = f", or move {shorten(others)} to another place" if begun else ""
+        raise InputError(f"--out={folder} is not empty; name a new folder{advice}.")
+    return found
 
 
 def write(

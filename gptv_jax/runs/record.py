@@ -19,6 +19,7 @@ from etils import epath
 from gptv_jax import checkpoint, files, hosts
 from gptv_jax import config as config_lib
 from gptv_jax.config import fields
+from gptv_jax.config.run_file import config_of as config_of  # a name of this module for its users
 from gptv_jax.data import transforms
 from gptv_jax.errors import InputError
 from gptv_jax.model.gpt import Network
@@ -149,9 +150,6 @@ def checkpoint_folder(config: config_lib.Config, folder: pathlib.Path) -> epath.
     """Where the checkpoints of a run folder with this configuration are."""
     given = config.checkpoint_dir
     return files.user_place(given) if given else epath.Path(folder / "checkpoints")
-
-
-config_of = config_lib.of_run  # the configuration that made a run folder
 
 
 def has_finished(summary: dict, stage: str) -> bool:

@@ -3,18 +3,16 @@
 import contextlib
 import logging
 import os
-import runpy
 import sys
 from collections.abc import Iterator
 
 import jax
-import ml_collections
 from absl import flags
 
 from gptv_jax import api, files, hosts
 from gptv_jax import config as config_lib
-from gptv_jax.config import fields
-from gptv_jax.errors import InputError, as_input_error
+from gptv_jax.config import fields, run_file
+from gptv_jax.errors import InputError
 from gptv_jax.runs import record
 from gptv_jax.runs.context import Context
 from gptv_jax.stages import STAGES, reports, setup
@@ -61,7 +59,7 @@ def train(config, workdir: str | os.PathLike, stages: list[str] | None = None) -
     if isinstance(stages, str):
         raise InputError(f"stages is {stages!r}; it takes a list of names, such as [{stages!r}].")
     if isinstance(config, str | os.PathLike):
-        config = _from_file(os.fspath(config))
+        config = run_file.load(os.fspath(config))
     if not isinstance(config, config_lib.Config):
         config = config_lib.resolve(config)
     folder = files.user_path(workdir)
@@ -72,17 +70,6 @@ def train(config, workdir: str | os.PathLike, stages: list[str] | None = None) -
     if record.stages_with_weights(summary):
         return api.load(folder)
     return api.load(config.init_from, palette=config.tokens.palette) if config.init_from else None
-
-
-def _from_file(name: str) -> ml_collections.ConfigDict:
-    """What `get_config` of a config file returns; `name` is FILE or FILE:ARGUMENT."""
-    path, _, argument = name.partition(":")
-    file = files.user_path(path)
-    if not file.is_file():
-        raise InputError(f"config={name}: there is no file {file}.")
-    with as_input_error(f"config={name} cannot be loaded"):
-        make = runpy.run_path(str(file))["get_config"]
-        return make(argument) if argument else make()
 
 
 @contextlib.contextmanager

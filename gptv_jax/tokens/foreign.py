@@ -8,7 +8,7 @@ import numpy as np
 from gptv_jax import config as config_lib
 from gptv_jax import files
 from gptv_jax.config import fields
-from gptv_jax.errors import InputError, as_input_error
+from gptv_jax.errors import InputError, as_input_error, shorten
 from gptv_jax.model.vqgan import CODEBOOK
 
 # From both programs' names to the names in model/vqgan.py; every pattern is applied, in this order.
@@ -78,18 +78,13 @@ def read_llamagen(params: dict[str, np.ndarray], path: pathlib.Path):
     params, widths = _renamed(params), []
     while (first := params.get(f"encoder.levels.{len(widths)}.blocks.0.conv1.weight")) is not None:
         widths.append(first.shape[0])
-    with as_input_error(f"{path} has no codebook", KeyError):
+    with as_input_error(f"{path} has no codebook", (KeyError, ValueError)):
         codebook = params[CODEBOOK]
+        codes, size = codebook.shape
     lengths = np.linalg.norm(codebook, axis=-1, keepdims=True)
     params[CODEBOOK] = codebook / np.maximum(lengths, 1e-12)
     config = _settings(
-        path,
-        channels=3,
-        widths=widths,
-        blocks=2,
-        codes=codebook.shape[0],
-        code_size=codebook.shape[-1],
-        groups=32,
+        path, channels=3, widths=widths, blocks=2, codes=codes, code_size=size, groups=32
     )
     lowest = {f"encoder.levels.{len(widths) - 1}", "decoder.levels.0"}
     _check_attention(params, lowest | {"encoder.middle", "decoder.middle"}, path)
@@ -98,16 +93,9 @@ def read_llamagen(params: dict[str, np.ndarray], path: pathlib.Path):
 
 def _settings(where: pathlib.Path, *, widths, blocks, **facts) -> config_lib.Autoencoder:
     """Checked settings of the network; InputError where this project does not take them."""
-    config = config_lib.Autoencoder(
-        downsample=2 ** (len(widths) - 1),
-        widths=tuple(widths),
-        encoder_blocks=blocks,
-        decoder_blocks=blocks + 1,
-        norm=True,
-        attention=True,
-        quantizer="vq",
-        **facts,
-    )
+    facts |= {"downsample": 2 ** (len(widths) - 1), "widths": tuple(widths), "quantizer": "vq"}
+    facts |= {"encoder_blocks": blocks, "decoder_blocks": blocks + 1}
+    config = config_lib.Autoencoder(norm=True, attention=True, **facts)
     flat = fields.unflatten(fields.flatten(config))
     return fields.from_dict(config_lib.Autoencoder, flat, f"the tokenizer in {where}: autoencoder")
 
@@ -128,6 +116,5 @@ def _renamed(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def _check_attention(params: dict, expected: set[str], path: pathlib.Path) -> None:
     """Raises InputError where attention stands elsewhere than in the `expected` levels."""
     found = {name.partition(".attention.")[0] for name in params if ".attention." in name}
-    if found != expected:
-        differing = ", ".join(sorted(found ^ expected))
+    if differing := shorten(sorted(found ^ expected)):
         raise InputError(f"{path} has attention too many or too few in: {differing}.")

@@ -182,13 +182,11 @@ class LearnedCodec(Codec):
 )
 def _apply(config: config_lib.Autoencoder, decoding: bool, params: dict, rows: Array) -> Array:
     """Images of grids of codes (`decoding`), or codes of images."""
-    if config.groups:
-        foreign_model = vqgan.Vqgan(config, params)
-        if decoding:
-            return to_pixels(foreign_model.decode(rows))
-        return foreign_model.encode(from_pixels(rows))
-    model = autoencoder.bind(config, params)
-    return to_pixels(model.decode(rows)) if decoding else model.encode(from_pixels(rows)).codes
+    model = vqgan.Vqgan(config, params) if config.groups else autoencoder.bind(config, params)
+    if decoding:
+        return to_pixels(model.decode(rows))
+    found = model.encode(from_pixels(rows))
+    return found if config.groups else found.codes
 
 
 def from_pixels(images: UInt8[Array, "B H W C"]) -> Float[Array, "B H W C"]:

@@ -19,16 +19,14 @@ def locate(name: str | pathlib.Path, missing: str = "") -> pathlib.Path:
 
     "hf://user/model" is downloaded from the Hugging Face Hub or found in the Hub's cache; nothing
     else is downloaded. `missing` is the error message where nothing has this name.
-
-    Raises:
-      InputError: there is no such file or folder, or the Hub does not give it.
     """
     path = _local(name)
     if path.exists() or openai.recognizes(path):
         return path
     message = missing or f"{name} is not a run folder, nor a .safetensors file: it does not exist"
     user = re.fullmatch(r"([\w.-]+)/([\w.-]+)", str(name))
-    if user and not pathlib.Path(user[1]).exists():
+    is_file = re.search(r"\.[a-z]\w*$", str(name))  # its name has an ending
+    if user and not is_file and not pathlib.Path(user[1]).exists():
         message += (
             ". By this name nothing is downloaded; for a model of the Hugging Face Hub write "
             f"hf://{name}, or run: hf download {name} --local-dir={user[2]}"
@@ -58,10 +56,6 @@ def read(path: str | pathlib.Path, palette: Palette | None = None) -> WeightsFil
     prefix of an OpenAI TensorFlow checkpoint (`model.ckpt-1000000`), or `hf://user/model`.
     `palette` has the colours of the tokens, where the format does not have them; OpenAI's never
     has.
-
-    Raises:
-      InputError: `path` has none of the formats, is damaged, or holds another kind of network; or
-        the palette is missing.
     """
     path = locate(path)
     for module in FORMATS:

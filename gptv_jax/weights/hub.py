@@ -4,18 +4,15 @@ Only this module needs huggingface_hub; `pip install -e '.[hub]'` installs it. I
 downloaded, and reads the cache alone where HF_HUB_OFFLINE=1 is set or there is no network.
 """
 
-import contextlib
-import functools
 import logging
 import pathlib
 import re
 import tempfile
-from collections.abc import Iterator
 
 from gptv_jax import config as config_lib
 from gptv_jax import files
 from gptv_jax.config import fields
-from gptv_jax.errors import InputError, first_line
+from gptv_jax.errors import InputError, as_input_error
 from gptv_jax.runs import record
 from gptv_jax.weights import huggingface, native
 from gptv_jax.weights.native import WeightsFile
@@ -35,6 +32,9 @@ REASONS = {
     "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set",
     "EntryNotFoundError": "the model has no such file",
     "LocalTokenNotFoundError": "nobody is logged in; run: hf auth login",
+    "ConnectionError": "the Hub cannot be reached",  # of requests; the next one is of httpx
+    "TransportError": "the Hub cannot be reached",
+    "ImportError": "it needs pip install 'gptv_jax[hub]'",
 }
 # Settings of a run that its model card shows where they differ from the defaults. Paths, which say
 # where files lie on somebody's machine, are none of them.
@@ -74,22 +74,11 @@ model = gptv_jax.load("hf://{name}")
 """
 
 
-@contextlib.contextmanager
-def _explained(problem: str) -> Iterator[None]:
-    """Within the `with`, an error of the Hub becomes an InputError of one sentence."""
-    try:
-        yield
-    except ImportError as error:
-        raise InputError(f"{problem}: it needs pip install 'gptv_jax[hub]'.") from error
-    except InputError:
-        raise
-    except Exception as error:  # of the library, the network or the disk
-        kinds = {kind.__name__ for kind in type(error).__mro__}
-        reason = next((REASONS[name] for name in REASONS if name in kinds), first_line(error))
-        raise InputError(f"{problem}: {reason.rstrip('.')}.") from error
+def _reason(error: Exception) -> str | None:
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    return next((REASONS[name] for name in REASONS if name in kinds), None)
 
 
-@functools.cache
 def download(name: str) -> pathlib.Path:
     """The file or folder of `hf://user/model[@revision][/file]` in the Hub's cache.
 
@@ -100,7 +89,7 @@ def download(name: str) -> pathlib.Path:
     if not parts:
         raise InputError(f"{name} is no name of a model; it is written hf://user/model.")
     model, revision, file = parts.groups()
-    with _explained(f"{name} cannot be downloaded"):
+    with as_input_error(f"{name} cannot be downloaded", reason=_reason):
         from huggingface_hub import errors, hf_hub_download, snapshot_download
 
         try:
@@ -124,7 +113,8 @@ def push(
     if not parts or any(parts.groups()[1:]):
         raise InputError(f"{name!r} is no name of a model on the Hub; it is written user/model.")
     name = parts[1]
-    with tempfile.TemporaryDirectory() as place, _explained(f"{name} cannot be uploaded"):
+    explained = as_input_error(f"{name} cannot be uploaded", reason=_reason)
+    with tempfile.TemporaryDirectory() as place, explained:
         import huggingface_hub
 
         folder, hub = pathlib.Path(place) / "model", huggingface_hub.HfApi()

@@ -224,10 +224,6 @@ def write(weights_file: WeightsFile, folder: pathlib.Path, task: str) -> None:
 
     The folder is new, or has an earlier export. The task "generation" writes the token head,
     "classification" the class head.
-
-    Raises:
-      InputError: the folder cannot be written or holds other files, or the network has what the
-        format cannot express.
     """
     occupied = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     if occupied and not recognizes(folder):

@@ -16,7 +16,7 @@ from gptv_jax import files, sharding, tokens
 from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.config import fields
 from gptv_jax.config.fields import FROM_ZERO, POSITIVE, field
-from gptv_jax.errors import InputError, as_input_error, list_differences, shorten
+from gptv_jax.errors import InputError, as_input_error, list_differences
 from gptv_jax.model.gpt import Network
 from gptv_jax.runs import record
 from gptv_jax.tokens import Palette, TokenDefinition, Tokenizer, learned
@@ -90,7 +90,7 @@ class WeightsFile:
         if self.class_names and len(self.class_names) != count:
             faults.append(f"there are {len(self.class_names)} class names for {count} classes")
         if faults:
-            raise InputError(f"the weights in {where} do not fit: {shorten(faults, '; ')}.")
+            raise InputError(f"the weights in {where} do not fit: {'; '.join(faults)}.")
         return self
 
     def headless(self) -> "WeightsFile":
@@ -263,9 +263,6 @@ def read_run(folder: pathlib.Path, stage: str | None = None) -> tuple[WeightsFil
     """A description of a stage's weights, without arrays, and its parameters on the current mesh.
 
     `stage` is "pretrain" or "finetune"; None: the latest of the two that has finished.
-
-    Raises:
-      InputError: no run folder, the stage has not finished, or the checkpoint is damaged.
     """
     config, summary = record.config_of(folder), files.read_json(folder / "summary.json", {})
     finished = record.stages_with_weights(summary)

@@ -62,9 +62,6 @@ def convert(reader: StrictReader, prefix: pathlib.Path, palette: Palette) -> Wei
     The `reader` has the checkpoint's variables, by name without the scope. The names of the folders
     of the checkpoint at `prefix` tell BERT from autoregressive weights, and its name ends in the
     training step.
-
-    Raises:
-      InputError: a variable is missing, left over or misshapen; all faults are listed.
     """
     with as_input_error(f"{prefix} holds no Image GPT"):
         (V, D), (T, _) = reader.shapes["wte"], reader.shapes["wpe"]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptv_jax import files
-from gptv_jax.errors import InputError, first_line, list_differences, shorten
+from gptv_jax.errors import InputError, first_line, list_differences
 from gptv_jax.model import lpips
 
 
@@ -63,7 +63,7 @@ class StrictReader:
         faults = list_differences(self._expected, self.shapes) + self._faults
         if faults:
             raise InputError(
-                f"the weights in {where} are not those of {network}: {shorten(faults, '; ')}."
+                f"the weights in {where} are not those of {network}: {'; '.join(faults)}."
             )
 
 
