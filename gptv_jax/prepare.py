@@ -35,7 +35,7 @@ def main(settings: config.Config) -> None:
         given = f"config.data.path={settings.data.path}"
         raise InputError(f"{given} is a token cache already; name a data set of images.")
     opened = {s: sources.Selected(data_set, s, settings.data.labels) for s in data_set.lengths}
-    inventory.log(settings.data, inventory.take(data_set, opened), opened)
+    inventory.log(settings.data, inventory.describe(data_set, opened), opened)
     chosen = setup.find_codec(settings)
     cache.claim(folder, holder=settings)
     damage_log = DamageLog(settings.data, folder)

@@ -50,6 +50,10 @@ def refused(folder: pathlib.Path, **changes) -> str:
         ("training", "eval", "testing"),
         ("train2017", "val2017", "test2017"),
         ("train_set", "Validation", "test-set"),
+        ("train_images", "validation_images", "test_images"),
+        ("training_data", "02_val", "tests"),
+        ("TRAIN-IMAGES", "imagesVal", "test1"),
+        ("birds_train", "birds_valid", "birds_test"),
     ],
 )
 def test_splits_are_known_by_their_usual_names_in_any_case(tmp_path, train, validation, test):
@@ -61,6 +65,46 @@ def test_splits_are_known_by_their_usual_names_in_any_case(tmp_path, train, vali
     for split, names in files.items():
         source = opened(tmp_path, split)
         assert contents(source) == names and source.class_names == ("cat", "dog")
+
+
+def test_names_of_classes_that_begin_like_splits_are_classes(tmp_path):
+    names = ("bullet_train", "cat", "evaluators", "testudo", "trains", "validators")
+    data_set = ImageFolder(make_folder(tmp_path, images(*classes(2, *names))))
+    assert data_set.class_names == names
+
+
+def test_empty_folders_with_names_of_splits_do_not_count(tmp_path):
+    files = classes(2, "Train/a", "Train/b", "valid/a", "valid/b")
+    make_folder(tmp_path, images(*files, "train/README.md"))
+    for name in ("val", "test"):
+        (tmp_path / name).mkdir()
+    assert ImageFolder(tmp_path).lengths == {"train": 4, "validation": 4}
+
+
+def test_a_link_to_a_sibling_is_no_class_and_takes_no_image_away(tmp_path):
+    make_folder(tmp_path, images(*classes(2, "cat", "dog")))
+    for name, target in (("a", "dog"), ("kitten", "cat"), ("cat/more", "dog")):
+        (tmp_path / name).symlink_to(tmp_path / target)
+    data_set = ImageFolder(tmp_path)
+    assert contents(data_set.open("train")) == classes(2, "cat", "dog")
+    assert data_set.class_names == ("cat", "dog")
+    assert data_set.left_out == ["folders without images: a, kitten"]
+
+
+def test_the_split_test_may_be_a_link_to_the_split_validation(tmp_path):
+    make_folder(tmp_path, images(*classes(2, "train/a", "train/b", "val/a", "val/b")))
+    (tmp_path / "train/c").symlink_to(tmp_path / "train/b")
+    (tmp_path / "test").symlink_to(tmp_path / "val")
+    data_set = ImageFolder(tmp_path)
+    assert data_set.lengths == {"train": 4, "validation": 4, "test": 4}
+
+
+def test_a_class_folder_that_is_to_be_ignored_is_left_out(tmp_path):
+    make_folder(tmp_path, images(*classes(2, "0", "1", "255")))
+    data_set = ImageFolder(tmp_path, ignore_label=255)
+    assert contents(data_set.open("train")) == classes(2, "0", "1") and data_set.classes == 2
+    assert "2 of 6 images of the split train have the label 255" in data_set.notes[0]
+    assert "no image has the label" in ImageFolder(tmp_path, ignore_label=7).notes[0]
 
 
 def test_a_split_is_named_in_an_expression_as_its_folder_is(tmp_path):
@@ -169,14 +213,23 @@ def labels(source) -> dict[str, str]:
 
 def test_a_csv_file_gives_the_labels(tmp_path, caplog):
     folder = make_folder(tmp_path / "set", images(*(f"{i}.png" for i in range(6)), "x/6.jpg"))
-    rows = ["0.png,owl", "1,owl", "set/2.png,cat", "set\\3.png,cat", '"4.png", owl', "6.jpg,cat"]
+    rows = [
+        f"{folder}/0.png,owl",
+        "1,owl",
+        "set/2.png,cat",
+        "set\\3.png,cat",
+        '"4.png", owl',
+        "6.jpg,cat",
+    ]
     file = csv(tmp_path / "a.csv", *rows, "9.png,cat", "5.png,")
     data_set = ImageFolder(folder, labels_file=pathlib.Path(file))
     assert labels(sources.Selected(data_set, "train")) == {
         **dict.fromkeys(("0.png", "1.png", "4.png"), "owl"),
         **dict.fromkeys(("2.png", "3.png", "x/6.jpg"), "cat"),
     }
-    assert any("1 images without a row" in note and "5.png" in note for note in data_set.notes)
+    assert any(
+        "1 images without a row or a label" in note and "5.png" in note for note in data_set.notes
+    )
     assert any("1 rows" in note and "9.png" in note for note in data_set.notes)
 
 
@@ -198,6 +251,8 @@ def test_a_csv_file_labels_the_splits_of_a_folder(tmp_path):
     [
         (("0.png,a",), "name,class", "needs the header file,label"),
         (("0.png;a",), "file;label", "needs the header file,label"),
+        (("0.png,0", "1.png,1", "x/same,-1"), "file,label", "config.data.ignore_label=-1 leaves"),
+        (("0.png,0", "1.png,1", "x/same,255"), "file,label", "set config.data.ignore_label=255"),
         (("0.png,a", "0.png,b"), "file,label", "different labels to 0.png"),
         (("0.png,a", "0,b", "1.png,a"), "file,label", "gives 0.png the labels a, b"),
         (("7.png,a",), "file,label", "label for none of 4 images"),
@@ -209,6 +264,13 @@ def test_a_csv_file_that_cannot_be_used_is_refused(tmp_path, rows, header, words
     names = ["0.png", "1.png", "x/same.png", "y/same.png"]
     folder = make_folder(tmp_path / "set", images(*names))
     assert words in refused(folder, labels_file=csv(tmp_path / "a.csv", *rows, header=header))
+
+
+def test_numbers_with_a_point_in_a_csv_file_are_whole_numbers(tmp_path):
+    folder = make_folder(tmp_path / "set", images(*(f"{i}.png" for i in range(6))))
+    file = csv(tmp_path / "a.csv", *(f"{i}.png,{(0, 1, 255)[i % 3]}.0" for i in range(6)))
+    source = opened(folder, labels_file=file, ignore_label=255)
+    assert source.class_names == ("0", "1") and len(source) == 4
 
 
 def test_a_missing_csv_file_and_one_for_arrays_are_refused(tmp_path):
@@ -260,12 +322,22 @@ def test_every_start_tells_the_splits_and_the_classes_and_config_json_keeps_them
     assert record["images"] == {"train": 10, "validation": 2, "test": 2}
 
 
+def test_a_later_run_of_a_process_reads_what_the_data_have_become(tmp_path):
+    folder = picture_folder(tmp_path / "set", *classes(3, "a", "b"))
+    config = configuration(folder, validation_split="train", test_split="train")
+    for count in (3, 5):
+        picture_folder(folder, *classes(count, "a", "b"))
+        setup.open_run(config, str(tmp_path / f"run{count}"), ["pretrain"])
+        record = setup.files.read_json(tmp_path / f"run{count}" / "config.json", {})
+        assert record["images"]["train"] == 2 * count
+
+
 def test_splits_of_the_data_that_a_run_does_not_use_are_told(tmp_path, caplog):
     names = [f"{split}/{i}.png" for split in ("train", "valid", "test") for i in range(3)]
     own = {"train_split": "train[:1]", "validation_split": "train[1:2]", "test_split": "test"}
     config = configuration(picture_folder(tmp_path / "set", *names), **own)
     setup.open_run(config, str(tmp_path / "run"), ["pretrain"])
-    (warning,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    (warning,) = [m for r in caplog.records if (m := r.getMessage()).startswith("data: ")]
     assert "--config.data.validation_split=validation" in warning and "test" not in warning
 
 

@@ -79,3 +79,19 @@ def test_what_fits_keeps_its_own_error(places):
     ):
         with pytest.raises(InputError, match=words):
             sources.open_data_set(config_lib.Data(name=name, path=str(places / path)))
+
+
+@pytest.mark.parametrize("stray", ["stats.npz", "raw.tar"])
+def test_a_stray_file_does_not_hide_what_is_wrong(tmp_path, stray):
+    deep = [f"set/{split}/{name}/0.png" for split in ("train", "test") for name in "ab"]
+    make_folder(tmp_path / "deep", {name: PNG for name in deep} | {stray: b""})
+    beside = {f"{name}/{i}.png": PNG for name in ("test", "cat") for i in range(3)}
+    make_folder(tmp_path / "beside", beside | {stray: b""})
+    for folder, words in (("deep", "set config.data.path="), ("beside", "beside images in cat")):
+        with pytest.raises(InputError, match=words):
+            sources.open_data_set(config_lib.Data(name="folder", path=str(tmp_path / folder)))
+
+
+def test_a_name_that_does_not_exist_leads_to_the_one_that_reads_the_path(places):
+    with pytest.raises(InputError, match=r"take --config.data.name=folder"):
+        sources.open_data_set(config_lib.Data(name="imagefolder", path=str(places / "photos")))

@@ -105,6 +105,41 @@ def test_a_split_whose_images_are_all_ignored_is_no_split(tmp_path):
         sources.open_data_set(npz(tmp_path, labels * 0, ignore_label=0))
 
 
+@pytest.mark.parametrize("ignore", [None, 1])
+def test_arrays_of_a_single_class_are_unlabelled(tmp_path, ignore):
+    labels = LABELS * 0 if ignore is None else LABELS % 2
+    data_set = sources.open_data_set(npz(tmp_path, labels, ignore_label=ignore))
+    assert data_set.classes == 0 and "there is a single class, 0" in data_set.notes[-1]
+    assert data_set.open("train")[0].keys() == {"image"}
+
+
+def test_training_images_of_a_single_class_stop_the_stages_that_need_classes(tmp_path):
+    config = npz(tmp_path, np.sort(LABELS), train_split="train[:10]")
+    opened = {split: sources.open_source(config, split) for split in sources.SPLITS}
+    with pytest.raises(InputError, match=r"train_split=train.:10. has images of a single class"):
+        sources.check_labels(config, opened)
+
+
+@pytest.mark.parametrize(
+    ("present", "mark"),
+    [
+        ([*range(150), 255], 255),
+        ([*range(1, 150), 255], 255),
+        ([7, 8, 11, 255], 255),
+        ([*range(5), 254, 255], -1),
+        ([*range(400), 65535], 65535),
+    ],
+)
+def test_the_usual_marks_are_seen_beside_any_number_of_classes(tmp_path, present, mark):
+    images = np.zeros((len(present), 2, 2, 1), np.uint8)
+    arrays = {"train_images": images, "train_labels": np.array(present)}
+    np.savez(tmp_path / "set.npz", **arrays)
+    config = config_lib.Data(name="arrays", path=str(tmp_path / "set.npz"))
+    with pytest.raises(InputError, match=f"set config.data.ignore_label={mark}; ") as caught:
+        sources.open_data_set(config)
+    assert len(str(caught.value)) <= 300
+
+
 @pytest.mark.parametrize(
     ("labels", "cure"),
     [
@@ -127,6 +162,7 @@ def test_labels_of_another_shape_are_refused_with_the_expression_that_helps(tmp_
     [
         IMAGES.transpose(0, 3, 1, 2),
         IMAGES[..., :1].transpose(0, 3, 1, 2),
+        IMAGES.transpose(1, 2, 3, 0),
         IMAGES[..., 0],
         IMAGES.astype(np.float32) / 255,
         IMAGES.astype(np.float32) / 127.5 - 1,

@@ -100,10 +100,65 @@ def test_texts_are_classes_and_bytes_alone_are_images(tmp_path):
     assert source.classes == 0 and source[4] == {"image": IMAGES[4]}
 
 
-def test_numbers_that_do_not_count_from_0_become_names(tmp_path, caplog):
+@pytest.mark.parametrize("mark", [255, -1])
+@pytest.mark.parametrize("features", [None, CLASSES])
+def test_images_with_the_label_to_ignore_are_left_out(tmp_path, mark, features):
+    labels = [0, 1, 2, mark] * 3
+    path = write(tmp_path / "x.parquet", table(labels, features=features))
+    with pytest.raises(InputError, match=f"config.data.ignore_label={mark}"):
+        open_set(path)
+    source = open_set(path, ignore_label=mark)
+    assert source.classes == 3 and len(source) == 9
+    for i in range(9):
+        assert source[i] == {"image": IMAGES[i // 3 * 4 + i % 3], "label": i % 3}
+    assert source.name(3) == f"{path}[4]"
+
+
+def test_floats_that_are_whole_are_labels_and_a_single_class_is_none(tmp_path):
+    source = open_set(write(tmp_path / "x.parquet", table([0.0, 1.0] * 6)))
+    assert source.classes == 2 and source[1]["label"] == 1
+    for features in (None, CLASSES):
+        path = write(tmp_path / f"{bool(features)}.parquet", table([1] * 12, features=features))
+        assert open_set(path).classes == 0
+
+
+def test_named_classes_of_which_few_have_images_stay(tmp_path):
+    features = {"label": {"names": [f"class {i}" for i in range(1000)], "_type": "ClassLabel"}}
+    source = open_set(write(tmp_path / "x.parquet", table([0, 1, 999] * 4, features=features)))
+    assert source.classes == 1000 and [source[i]["label"] for i in range(3)] == [0, 1, 999]
+
+
+def test_a_split_has_the_name_of_its_file_too(tmp_path):
+    write(tmp_path / "train-00000-of-00001.parquet", table(LABELS))
+    write(tmp_path / "valid_data-00000-of-00001.parquet", table(LABELS, IMAGES[::-1]))
+    for split in ("valid", "validation"):
+        assert open_set(tmp_path, f"{split}[:2]")[0]["image"] == IMAGES[-1]
+    with pytest.raises(InputError, match="split 'val' cannot be read"):
+        open_set(tmp_path, "val")
+
+
+@pytest.mark.parametrize("ending", ["parquet", "arrow"])
+def test_a_file_that_has_changed_is_read_anew(tmp_path, ending):
+    for images in (IMAGES, IMAGES[4:8]):
+        sources.open_data_set.cache_clear()  # as a new run does
+        content = table([0, 1] * (len(images) // 2), images)
+        if ending == "parquet":
+            path = write(tmp_path / "x.parquet", content)
+        else:
+            path = tmp_path / "x.arrow"
+            path.unlink(missing_ok=True)
+            with ipc.new_stream(path, content.schema) as stream:
+                stream.write_table(content)
+        source = open_set(path)
+        assert [source[i]["image"] for i in range(len(source))] == images
+
+
+def test_numbers_that_do_not_count_from_0_become_names(tmp_path):
     source = open_set(write(tmp_path / "x.parquet", table([3, 1, 2] * 4)))
     assert source.class_names == ("1", "2", "3") and source.classes == 3
-    assert [source[i]["label"] for i in range(3)] == [2, 0, 1] and "numbered" in caplog.text
+    assert [source[i]["label"] for i in range(3)] == [2, 0, 1]
+    data_set = sources.open_data_set(config_lib.Data("parquet", path=str(tmp_path / "x.parquet")))
+    assert "numbered" in data_set.notes[0]
 
 
 def test_rows_that_are_sorted_by_class_are_mixed(tmp_path):
@@ -136,10 +191,11 @@ def test_a_damaged_row_group_is_named_and_a_damaged_file_is_refused(tmp_path):
         open_set(cut)
 
 
-def test_a_split_without_labels_is_left_out(tmp_path, caplog):
+def test_a_split_without_labels_is_left_out(tmp_path):
     write(tmp_path / "train.parquet", table(np.arange(12) % 3))
     write(tmp_path / "test.parquet", table([-1] * 12))
-    assert open_set(tmp_path).classes == 3 and "split test is left out" in caplog.text
+    data_set = sources.open_data_set(config_lib.Data("parquet", path=str(tmp_path)))
+    assert data_set.classes == 3 and "the split test is left out" in data_set.notes[0]
     with pytest.raises(InputError, match=r"'test' cannot be read; .* train \(12 images\)"):
         open_set(tmp_path, "test")
     assert len(open_set(tmp_path, "test", labels=False)) == 12
@@ -153,9 +209,12 @@ LABELS = [0, 1, 2] * 4
     [
         ({}, "has no Parquet or Arrow file"),
         ({"x": table([0, None] * 6)}, "no label .* in 6 of 12 rows of split train"),
-        ({"x": table([0.5] * 12)}, "holds float; it must hold whole numbers or texts"),
-        ({"x": table([0, 3] * 6, features=CLASSES)}, "labels from 0 to 3 .* must hold 0 to 2"),
-        ({"x": table([0, -2] * 6)}, "labels from -2 to 0 .* must hold 0 or more"),
+        ({"x": table([0.5] * 12)}, "some of which are not whole; labels are whole numbers"),
+        (
+            {"x": table([0, 3] * 6, features=CLASSES)},
+            "labels reach from 0 to 3, but the 3 names .* 0 to 2",
+        ),
+        ({"x": table([0, -2] * 6)}, "labels reach from -2 to 0, but count from 0"),
         ({"x": pyarrow.table({"text": ["a"]})}, r"needs one column of image files.*text \(string"),
         ({"x": pyarrow.table({"a": IMAGES, "b": IMAGES})}, "needs one column of image files"),
         ({"x": table(LABELS).append_column("labels", [LABELS])}, "2 columns of labels"),

@@ -69,6 +69,14 @@ def test_texts_and_json_are_labels(tmp_path):
     assert source.classes == 0 and source[3] == {"image": IMAGES[3]}
 
 
+def test_images_with_the_label_to_ignore_are_left_out(tmp_path):
+    path = write(tmp_path / "x.tar", shard(range(6)) | {"set/000004.cls": b"255"})
+    with pytest.raises(InputError, match=r"set config.data.ignore_label=255"):
+        open_set(path)
+    source = open_set(path, ignore_label=255)
+    assert [source[i]["image"] for i in range(len(source))] == [*IMAGES[:4], IMAGES[5]]
+
+
 def harmed(content: bytes, kind: str) -> bytes:
     if kind == "cut in an image":
         return content[: content.index(IMAGES[3]) + 50]

@@ -22,7 +22,7 @@ class Data:
     path: str | None = field(None, free=True)
     # folder: a CSV file with the header file,label, in place of a sub-folder for each class.
     labels_file: str | None = field(None, free=True)
-    # folder with labels_file, arrays: leaves the images with this label out, of all splits.
+    # folder, arrays, parquet, webdataset: leaves the images with this label out, of all splits.
     ignore_label: int | None = None
     # Split expressions as in TFDS: "train[:96%]", "train[5000:]", "train+test".
     train_split: str = "train"

@@ -7,8 +7,9 @@ from etils import epy
 
 from gptv_jax import config as config_lib
 from gptv_jax import files
+from gptv_jax.data import guess
 from gptv_jax.data import labels as labels_lib
-from gptv_jax.data.listing import split_name
+from gptv_jax.data.listing import split_names
 from gptv_jax.errors import InputError, as_input_error, shorten
 
 with epy.lazy_imports():  # slow to import, and only the digits need it
@@ -44,18 +45,10 @@ class Arrays:
             )
         labels = {n: labels_lib.as_vector(n, a, len(splits[n][0])) for n, a in given.items()}
         images = {name: array for name, (array, _) in splits.items()}
-        for name, array in list(labels.items()) if ignore_label is not None else ():
-            kept = array != (str(ignore_label) if array.dtype.kind == "U" else ignore_label)
-            if not kept.all():
-                self.notes.append(
-                    f"{np.count_nonzero(~kept)} of {len(kept)} images of the split {name} have the "
-                    f"label {ignore_label} and are left out"
-                )
-                images[name], labels[name] = images[name][kept], array[kept]
-            if not kept.any():
-                del images[name], labels[name]
-        if not images:
-            raise InputError(f"all images have the label config.data.ignore_label={ignore_label}.")
+        if labels and ignore_label is not None:
+            kept = labels_lib.leave_out(labels, ignore_label, self.notes)
+            images = {name: images[name][rows] for name, rows in kept.items()}
+            labels = {name: labels[name][rows] for name, rows in kept.items()}
         self.classes, self.class_names = 0, ()
         if labels:
             labels, self.classes, self.class_names = labels_lib.number(labels, self.notes)
@@ -91,6 +84,8 @@ def _check_images(split: str, images: np.ndarray) -> None:
         advice = "; store images[..., None] of grey images"
     elif images.ndim == 4 and shape[-1] > 4 and shape[1] <= 4:
         advice = "; with channels first, store images.transpose(0, 2, 3, 1)"
+    elif images.ndim == 4 and shape[-1] > 4 and shape[2] <= 4:  # as in MATLAB
+        advice = "; with images last, store images.transpose(3, 0, 1, 2)"
     elif images.ndim != 4 or not 1 <= shape[-1] <= 4 or not images.size or kind not in "biuf":
         advice = ""
     elif images.dtype == np.uint8:
@@ -130,16 +125,11 @@ def open_npz(config: config_lib.Data) -> Arrays:
             f"config.data.path={path} is no .npz file with an array called train_images; it holds "
             f"{found}."
         )
-    splits = {n: arrays.get(f"{n}_labels") if config.labels else None for n in names}
-    other_names = {}
-    for name in names:
-        split = split_name(name) or name
-        if split not in splits:  # MedMNIST calls a split val
-            other_names[name] = split
-            splits[split] = splits.pop(name)
-            arrays[f"{split}_images"] = arrays[f"{name}_images"]
-    found = Arrays({n: (arrays[f"{n}_images"], a) for n, a in splits.items()}, config.ignore_label)
-    found.other_names = other_names
+    own = split_names(names)  # MedMNIST calls a split val
+    labels = {n: arrays.get(f"{n}_labels") if config.labels else None for n in names}
+    splits = {split: (arrays[f"{n}_images"], labels[n]) for n, split in own.items()}
+    found = Arrays(splits, config.ignore_label)
+    found.other_names = own
     return found
 
 
@@ -166,6 +156,8 @@ def data_path(config: config_lib.Data, pattern: bool = False) -> pathlib.Path:
     if config.path is None:
         raise InputError(f"config.data.name={config.name} needs config.data.path.")
     path = files.user_path(config.path)
+    if advice := guess.advice(config.path, config.name):
+        raise InputError(f"config.data.path={advice}")
     if not path.exists() and not (pattern and set("*?{") & set(path.name)):
         raise InputError(f"config.data.path={path} does not exist.")
     return path

@@ -8,6 +8,7 @@ import numpy as np
 
 from gptv_jax import config as config_lib
 from gptv_jax import files as files_lib
+from gptv_jax.data import guess
 from gptv_jax.data import labels as labels_lib
 from gptv_jax.data.listing import ENDINGS, Listing, split_name
 from gptv_jax.errors import InputError, shorten
@@ -20,8 +21,8 @@ ORDER_SEED = 0  # fixed, so that a split expression selects the same images in e
 class ImageFolder:
     """All image files below a folder.
 
-    Sub-folders whose names are names of splits (`listing.SPLIT_NAMES`, in any case), train among
-    them, are the splits; otherwise all images are one split, train. Within a split, each sub-folder
+    Sub-folders whose names are names of splits (`listing.split_name`), train among them, are the
+    splits; otherwise all images are one split, train. Within a split, each sub-folder
     is a class, unless a CSV file gives the labels. The data set is unlabelled where all images lie
     in one folder, or more than `MOST_STRAY` of them in no class folder. The images are shuffled
     class by class, so that `train[:90%]` holds nine tenths of every class.
@@ -41,7 +42,7 @@ class ImageFolder:
         """Lists the files without opening them.
 
         `labels=False` makes the data set unlabelled. `labels_file` is a CSV file of labels by file
-        name; images with the label `ignore_label` are left out.
+        name; images whose label or class folder is `ignore_label` are left out.
 
         Raises:
           InputError: there is no image, the splits or the classes are ambiguous, or a class has a
@@ -51,7 +52,10 @@ class ImageFolder:
             raise InputError(f"config.data.path={path} is not a folder.")
         self.notes: list[str] = []
         top = Listing(path, deep=False)
-        below = {name: Listing(path / name) for name in top.below}
+        # A class that is a link to another class is left out; a split may be a link to another.
+        real = [os.path.realpath(path / n) for n in top.below if not (path / n).is_symlink()]
+        known = {n: () if split_name(n, within=True) else real for n in top.below}
+        below = {name: Listing(path / name, known=known[name]) for name in top.below}
         folders = _find_splits(path, below, self.notes)
         self.other_names = {f.name: split for split, f in folders.items() if f.name != split}
         files = {split: below[folder.name].files for split, folder in folders.items()}
@@ -66,7 +70,10 @@ class ImageFolder:
         endings = sum((listing.endings for listing in [top, *read]), collections.Counter())
         for split, found in files.items():
             if not found:
-                raise InputError(_no_image(folders[split], endings))
+                nothing = not any(listing.files for listing in [top, *below.values()])
+                advice = guess.of_folder(path, "folder") if nothing else None
+                advice = advice and f"config.data.path={advice}"
+                raise InputError(advice or _no_image(folders[split], endings))
         if apple := [ending for ending in APPLE_ENDINGS if endings[ending]]:
             self.notes.append(
                 f"{', '.join(apple)} files are left out; they need pip install pillow-heif, and "
@@ -84,12 +91,19 @@ class ImageFolder:
             if names
         ]
         if labels and labels_file:
-            names = labels_lib.of_files(labels_file, path, folders, files, ignore_label, self.notes)
+            names = labels_lib.of_files(labels_file, path, folders, files, self.notes)
         else:
             names = self._class_folders(folders, files) if labels else None
-        counts = collections.Counter(names["train"] if names else ())
-        if labels and labels_file and len(counts) == 1:
-            self.notes.append(f"{labels_file} has one class, {min(counts)}: there are no labels")
+        if names:
+            texts = {split: np.array(each, str) for split, each in names.items()}
+            rows = labels_lib.leave_out(texts, ignore_label, self.notes)
+            files = {split: [files[split][i] for i in kept] for split, kept in rows.items()}
+            names = {split: [names[split][i] for i in kept] for split, kept in rows.items()}
+        counts = collections.Counter(names.get("train") if names else ())
+        if labels_file and counts:
+            labels_lib.check_texts(counts)
+        if len(counts) == 1:
+            self.notes.append(labels_lib.one_class(min(counts)))
         in_order = labels_lib.in_order if labels_file else sorted
         self.class_names = tuple(in_order(counts)) if len(counts) > 1 else ()
         self.classes = len(self.class_names)
@@ -113,10 +127,7 @@ class ImageFolder:
     def _class_folders(
         self, folders: dict[str, pathlib.Path], files: dict[str, list[str]]
     ) -> dict[str, list[str]] | None:
-        """The class folder of every image, by split; None: the images are unlabelled.
-
-        Images outside all class folders are removed from `files` where they are few.
-        """
+        """The class folder of every image, by split; None: unlabelled. Strays leave `files`."""
         stray = {split: [f for f in found if os.sep not in f] for split, found in files.items()}
         mixed = {split for split in files if len(stray[split]) < len(files[split])}
         names = {_class(f) for split in mixed for f in files[split] if os.sep in f}
@@ -190,13 +201,15 @@ def image_files(folder: pathlib.Path) -> list[str]:
 def _find_splits(
     path: pathlib.Path, below: dict[str, Listing], notes: list[str]
 ) -> dict[str, pathlib.Path]:
-    """The folder of every split; {}: the folders are no splits, but classes.
-
-    Raises:
-      InputError: the folders can be read in more than one way.
-    """
-    named = {name: split for name in below if (split := split_name(name))}
+    """The folder of every split; {}: the folders are classes. InputError: they may be both."""
     full = [name for name, listing in below.items() if listing.files]
+    within = {split_name(name, within=True) for name in full} - {None}
+    loose = "train" in within and len(within) > 1  # as in birds_train beside birds_test
+    named = {name: split for name in full if (split := split_name(name, within=loose))}
+    for name, listing in below.items():  # a split whose images are missing
+        split = split_name(name)
+        if split not in (None, *named.values()) and listing.endings:
+            named[name] = split
     splits = [name for name in named if name in full]
     others = [name for name in full if name not in named]
     if not splits:
@@ -209,7 +222,7 @@ def _find_splits(
             )
             return {}
         raise InputError(
-            f"{path} has {shorten(splits)}, which are names of splits, beside images in "
+            f"{path} has splits by their names, {shorten(splits)}, beside images in "
             f"{shorten(others)}. If these are classes of the training images, move them into "
             f"{path.name}/train; if {splits[0]} is a class, rename it; else move the others away."
         )
@@ -217,8 +230,8 @@ def _find_splits(
     for name, split in named.items():
         if split in chosen:
             raise InputError(
-                f"{path} has both {chosen[split].name} and {name}, which are names of the split "
-                f"{split}; keep one of them, or rename one."
+                f"{path} has both {chosen[split].name} and {name} for the split {split}; keep one "
+                "of them, or rename one."
             )
         chosen[split] = path / name
     if "train" not in chosen:
@@ -243,8 +256,8 @@ def _refuse_inner_splits(path: pathlib.Path, below: dict[str, Listing]) -> None:
                 f"config.data.path={path / name}."
             )
         raise InputError(
-            f"{path / name} has {shorten(splits)}, which are names of splits, inside what would be "
-            "a class. Put the classes inside the splits, as in train/cat, or rename these folders."
+            f"{path / name} has splits by their names, {shorten(splits)}, inside what would be a "
+            "class. Put the classes inside the splits, as in train/cat, or rename these folders."
         )
 
 
@@ -266,7 +279,7 @@ def refuse_inside(config: config_lib.Data, places: dict[str, str | pathlib.Path 
         if (inside and not hidden) or pictures:
             raise InputError(
                 f"{setting}={given} and config.data.path={config.path} lie in one another, so "
-                "pictures of the run would become data; take a folder outside the data."
+                "files of this program would become data; take a folder outside the data."
             )
 
 

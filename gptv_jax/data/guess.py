@@ -25,38 +25,47 @@ def hub_advice(name: str) -> str:
     )
 
 
-def advice(place: str | None, name: str | None = None) -> str | None:
+def advice(place: str, name: str | None = None) -> str | None:
     """What to do to read the data at `place`, a path or an address.
 
-    None where `place` is neither, or where `config.data.name`, if given, fits already.
+    None where `place` is neither, or where `config.data.name`, if given, fits the place. Whether a
+    folder fits is left to the data sets that read folders; see `of_folder`.
     """
-    if place is None:
-        return None
     if hub := HUB.match(place):
         return f"{place} is on the Hugging Face Hub; {hub_advice(hub[1])}."
     if "://" in place:
         return f"{place} is an address; download it, and name the folder by config.data.path."
     path = files.user_path(place)
+    if path.is_dir():
+        return of_folder(path, name) if name in (None, "arrays", "tokens") else None
     if place.lower().endswith(PACKED):
         return f"{place} is packed; unpack it, and name the folder by config.data.path."
-    if path.is_dir() and (path / "features.json").exists():  # of a prepared TFDS set
-        kind, field = path.parent.name, "dir"
-    else:
-        kind, field = _kind(path), "path"
+    kind = KINDS.get(path.suffix.lower())
+    return _take(path, name, kind, path) if path.exists() or name is None else None
+
+
+def of_folder(path: pathlib.Path, name: str | None) -> str | None:
+    """What to do to read a folder in which `config.data.name` finds no data; None: nothing fits.
+
+    The folder's own files and those of its sub-folders say what reads the folder.
+    """
+    endings = {f.suffix.lower() for pattern in ("*", "*/*") for f in path.glob(pattern)}
+    if (path / "features.json").exists():  # of a prepared TFDS set
+        return _take(path, name, path.parent.name, path, "dir")
+    found = {
+        "tokens": (path / "header.json").exists(),
+        "parquet": any((path / each).exists() for each in SAVED)
+        or endings & {".parquet", ".arrow"},
+        "webdataset": ".tar" in endings,
+        "folder": endings & set(ENDINGS),
+    }
+    return _take(path, name, next((kind for kind in found if found[kind]), None), path)
+
+
+def _take(
+    place: pathlib.Path, name: str | None, kind: str | None, path: pathlib.Path, field: str = "path"
+) -> str | None:
     if kind in (None, name):
         return None
     found = f"is not what config.data.name={name} reads" if name else "is a path"
     return f"{place} {found}; take --config.data.name={kind} --config.data.{field}={path}."
-
-
-def _kind(path: pathlib.Path) -> str | None:
-    """The name of the data set that reads a path; None where nothing does."""
-    if not path.is_dir():
-        return KINDS.get(path.suffix.lower())
-    if (path / "header.json").exists():
-        return "tokens"
-    if any((path / name).exists() for name in SAVED):
-        return "parquet"
-    endings = {found.suffix.lower() for found in path.rglob("*") if found.is_file()}
-    tables = [KINDS[ending] for ending in KINDS if ending in endings]
-    return tables[0] if tables else "folder" if endings & set(ENDINGS) else None

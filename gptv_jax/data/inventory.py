@@ -5,12 +5,12 @@ from collections.abc import Sequence
 
 from gptv_jax import config as config_lib
 from gptv_jax.data import sources
+from gptv_jax.errors import shorten
 
 LOG = logging.getLogger(__name__)
-SHOWN = 10  # classes of a line of the log
 
 
-def take(data_set: sources.DataSet, opened: dict[str, sources.Selected]) -> dict:
+def describe(data_set: sources.DataSet, opened: dict[str, sources.Selected]) -> dict:
     """What the data set holds, for config.json; `opened` are the splits of the run.
 
     images    {split: number}: all splits of the data set, whether the run uses them or not
@@ -42,13 +42,13 @@ def log(config: config_lib.Data, found: dict, opened: dict[str, sources.Selected
         counted = [f"{name} {count}" for name, count in zip(names, counts, strict=True)]
     parts = [
         f"images: {', '.join(images)}",
-        f"{classes}: {_first(counted)}" if names else "no labels",
+        f"{classes}: {shorten(counted)}" if names else "no labels",
         *(f"left out: {each}" for each in found["left_out"]),
     ]
     LOG.info("data %s: %s", config.path or config.name, "; ".join(parts))
     warnings = [*found["notes"], *_unused(opened, found["images"])]
     if empty := [name for name, count in zip(names, counts or (), strict=False) if not count]:
-        warnings.append(f"classes without a training image: {_first(empty)}")
+        warnings.append(f"classes without a training image: {shorten(empty)}")
     for warning in warnings:
         LOG.warning("data: %s.", warning)
 
@@ -56,11 +56,6 @@ def log(config: config_lib.Data, found: dict, opened: dict[str, sources.Selected
 def _texts(sentences: Sequence[str]) -> list[str]:
     """The sentences in UTF-8, which names of files of an old system may not be."""
     return [each.encode(errors="backslashreplace").decode() for each in sentences]
-
-
-def _first(names: Sequence[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
 
 
 def _unused(opened: dict[str, sources.Selected], lengths: dict[str, int]) -> list[str]:

@@ -4,13 +4,16 @@ import collections
 import csv
 import os
 import pathlib
+import re
+import unicodedata
 from collections.abc import Iterable
 
 import numpy as np
 
-from gptv_jax.errors import InputError, as_input_error, shorten
+from gptv_jax.errors import InputError, as_input_error, cut, shorten
 
 NUMBERED = "np.unique(labels, return_inverse=True)[1]"  # the advice to number labels from 0
+MARKS = (254, 255, 65534, 65535)  # labels that often mark pixels or images to leave out
 
 
 def as_vector(split: str, labels: np.ndarray, count: int) -> np.ndarray:
@@ -39,45 +42,105 @@ def as_vector(split: str, labels: np.ndarray, count: int) -> np.ndarray:
     return labels if labels.dtype.kind == "U" else labels.astype(np.int64)
 
 
+def leave_out(
+    labels: dict[str, np.ndarray], ignore_label: int | None, notes: list[str]
+) -> dict[str, np.ndarray]:
+    """The rows of each split whose labels are not `ignore_label`, int [M]; `notes` get the counts.
+
+    A split without such a row is absent. InputError: all splits are.
+    """
+    if ignore_label is None:
+        return {split: np.arange(len(array)) for split, array in labels.items()}
+    rows, total = {}, 0
+    for split, array in labels.items():
+        kept = array != (str(ignore_label) if array.dtype.kind == "U" else ignore_label)
+        if count := np.count_nonzero(~kept):
+            notes.append(
+                f"{count} of {len(kept)} images of the split {split} have the label {ignore_label} "
+                "and are left out"
+            )
+        total += count
+        if kept.any():
+            rows[split] = np.flatnonzero(kept)
+    if not rows:
+        raise InputError(f"all images have the label config.data.ignore_label={ignore_label}.")
+    if not total:
+        notes.append(f"no image has the label config.data.ignore_label={ignore_label}")
+    return rows
+
+
 def number(
-    labels: dict[str, np.ndarray], notes: list[str]
+    labels: dict[str, np.ndarray], notes: list[str], names: tuple[str, ...] = ()
 ) -> tuple[dict[str, np.ndarray], int, tuple[str, ...]]:
     """The labels of every split as numbers from 0, the number of classes, and their names.
 
     Labels that count from 0, with few numbers left out, stay as they are, and their classes have no
-    names. Other numbers and names are numbered in order, and become the names of the classes.
+    names unless `names` are given. Other numbers and texts are numbered in order, and become the
+    names of the classes. Where all labels are the same, the set is unlabelled: there are no labels
+    and 0 classes.
 
     Raises:
-      InputError: labels are negative or names in some splits only, or one of them seems to mark
-        images to be left out.
+      InputError: labels are negative, have no name, or are texts in some splits only, or one of
+        them seems to mark images to be left out.
     """
     if len({array.dtype.kind == "U" for array in labels.values()}) == 2:
         raise InputError(f"of the splits {', '.join(labels)} some have names as labels, not all.")
     present = np.unique(np.concatenate([np.unique(array) for array in labels.values()]))
-    if present.dtype.kind != "U":
-        low, high = int(present[0]), int(present[-1])
-        if low < 0:
-            raise InputError(
-                f"the labels reach from {low} to {high}, but count from 0. Where {low} marks "
-                f"images without a label, config.data.ignore_label={low} leaves them out; where it "
-                f"is a class, store {NUMBERED}."
-            )
-        sparse = 2 * len(present) < high + 1 - min(low, 1)
-        if low == 0 and not sparse:
-            return labels, high + 1, ()
-        rest = present[:-1]
-        if sparse and len(rest) > 1 and low < 2 and 2 * len(rest) > rest[-1]:
-            raise InputError(
-                f"the label {high} stands beside {low} to {rest[-1]}, so most of {high + 1} "
-                f"classes would have no image. If it marks images to leave out, set "
-                f"config.data.ignore_label={high}; if it is a class, store {NUMBERED}."
-            )
+    numbers = present.dtype.kind != "U"
+    if names and present[-1] >= len(names):
+        raise InputError(
+            f"the labels reach from {present[0]} to {present[-1]}, but the {len(names)} names of "
+            f"classes are for 0 to {len(names) - 1}. Where {present[-1]} marks images without a "
+            f"label, config.data.ignore_label={present[-1]} leaves them out."
+        )
+    if len(present) == 1:
+        notes.append(one_class(names[present[0]] if names else present[0]))
+        return {}, 0, ()
+    if names and present[0] >= 0:
+        return labels, len(names), names
+    sparse = numbers and _check_numbers(present)
+    if numbers and present[0] == 0 and not sparse:
+        return labels, int(present[-1]) + 1, ()
+    if numbers:
         notes.append(
             f"the labels {shorten(present)} do not count from 0 without gaps, so they are numbered "
             f"0 to {len(present) - 1} and become the names of the classes"
         )
     numbered = {s: np.searchsorted(present, a).astype(np.int32) for s, a in labels.items()}
     return numbered, len(present), tuple(map(str, present.tolist()))
+
+
+def one_class(name: object) -> str:
+    """What follows from data of a single class, as a note."""
+    return (
+        f"there is a single class, {name}, so the images are unlabelled: pretraining and samples "
+        "need no labels, the probe and fine-tuning do"
+    )
+
+
+def _check_numbers(present: np.ndarray) -> bool:
+    """Whether most classes have no image. InputError: some labels seem to mark what to ignore."""
+    low, high = int(present[0]), int(present[-1])
+    if low < 0:
+        raise InputError(
+            f"the labels reach from {low} to {high}, but count from 0. Where {low} marks images "
+            f"without a label, config.data.ignore_label={low} leaves them out; where it is a "
+            f"class, store {NUMBERED}."
+        )
+    sparse = 2 * len(present) < high + 1 - min(low, 1)
+    gap = int(np.argmax(np.diff(present))) + 1
+    rest, marks = present[:gap], present[gap:]
+    dense = len(rest) > 1 and 2 * len(rest) > rest[-1] - low
+    known = np.isin(marks, MARKS).all() and marks[0] - rest[-1] > 2
+    if dense and len(marks) <= 2 and (known or (sparse and low < 2 and len(marks) == 1)):
+        shown, mark = shorten(marks), marks[0] if len(marks) == 1 else -1
+        store = "" if len(marks) == 1 else "store -1 in their place and "
+        raise InputError(
+            f"the label {shown} stands beside {low} to {rest[-1]}, so {high + 1 - len(present)} "
+            f"of {high + 1} classes would have no image. If it marks images to leave out, {store}"
+            f"set config.data.ignore_label={mark}; if it is a class, store {NUMBERED}."
+        )
+    return sparse
 
 
 def in_order(names: Iterable[str]) -> list[str]:
@@ -91,7 +154,6 @@ def of_files(
     data: pathlib.Path,
     folders: dict[str, pathlib.Path],
     files: dict[str, list[str]],
-    ignore_label: int | None,
     notes: list[str],
 ) -> dict[str, list[str]]:
     """The label of every image by split, from a CSV file with the columns file and label.
@@ -103,22 +165,25 @@ def of_files(
       InputError: the CSV file cannot be read, has no row for any image, two labels for one image,
         or a name that several images have.
     """
-    rows = _read(path)
+    rows = _read(path, data)
     found: dict[str, list[str]] = {}
     users: dict[str, str] = {}  # the image that each row of the CSV file is of
-    unlabelled, ignored = [], 0
+    unlabelled = []
     for split, names in files.items():
         kept, found[split] = [], []
+        prefix = folders[split].relative_to(data).as_posix() + "/"
+        prefix = "" if prefix == "./" else prefix
         for name in names:
-            below = pathlib.PurePath(os.path.relpath(folders[split] / name, data))
-            keys = [below, below.with_suffix(""), data.name / below]
-            keys += [data.name / below.with_suffix(""), below.name, below.stem]
-            matching = [key for each in keys if (key := pathlib.PurePath(each).as_posix()) in rows]
+            below = unicodedata.normalize("NFC", prefix + name.replace(os.sep, "/"))
+            stem, base = os.path.splitext(below)[0], below.rpartition("/")[2]
+            keys = [below, stem, f"{data.name}/{below}", f"{data.name}/{stem}"]
+            keys += [base, os.path.splitext(base)[0]]
+            matching = [key for key in dict.fromkeys(keys) if key in rows]
             if not matching:
-                unlabelled.append(str(below))
+                unlabelled.append(below)
                 continue
             for key in matching:
-                if users.setdefault(key, str(below)) != str(below):
+                if users.setdefault(key, below) != below:
                     raise InputError(
                         f"the row {key} of config.data.labels_file={path} fits {users[key]} and "
                         f"{below}; write the path below {data}."
@@ -129,36 +194,39 @@ def of_files(
                     f"config.data.labels_file={path} gives {below} the labels "
                     f"{shorten(sorted(given))}; keep one of these rows."
                 )
-            if given == {str(ignore_label)}:
-                ignored += 1
-                continue
             kept.append(name)
             found[split] += given
         if not kept:
             raise InputError(
-                f"config.data.labels_file={path} has a label for none of {len(names)} images in "
-                f"{folders[split]}, such as {names[0]}; its rows are {shorten(rows)}."
+                f"{path} has a label for none of {len(names)} images in {folders[split]}, such as "
+                f"{cut(names[0], 40)}; its rows are {shorten(rows, room=40)}. Ignore all labels by "
+                "config.data.labels=False, or move these images away."
             )
         files[split] = kept
     if unlabelled:
         notes.append(
-            f"{len(unlabelled)} images without a row in {path} are left out: {shorten(unlabelled)}"
+            f"{len(unlabelled)} images without a row or a label in {path} are left out: "
+            f"{shorten(unlabelled)}"
         )
     if lost := [key for key in rows if key not in users]:
         notes.append(f"{len(lost)} rows of {path} name no image: {shorten(lost)}")
-    if ignored:
-        notes.append(f"{ignored} images with the label {ignore_label} are left out")
     return found
 
 
-def _read(path: pathlib.Path) -> dict[str, str]:
-    """The labels of a CSV file by the name in its column `file`; rows without a label are absent.
+def check_texts(names: Iterable[str]) -> None:
+    """Raises InputError where all names are whole numbers, one of which seems to mark images."""
+    if all(re.fullmatch(r"-?\d{1,18}", name) for name in names):
+        present = np.unique([int(name) for name in names])
+        if len(present) > 1:
+            _check_numbers(present)
 
-    InputError: the file cannot be read, or two rows give one name different labels.
-    """
+
+def _read(path: pathlib.Path, data: pathlib.Path) -> dict[str, str]:
+    """The labels of a CSV file by path below `data`, or by name; rows without one are absent."""
     where = f"config.data.labels_file={path}"
     with (
-        as_input_error(f"{where} cannot be read", (OSError, UnicodeDecodeError, csv.Error)),
+        as_input_error(f"{where} is not UTF-8; save it as UTF-8", UnicodeDecodeError),
+        as_input_error(f"{where} cannot be read", (OSError, csv.Error)),
         path.open(newline="", encoding="utf-8-sig") as file,  # Excel begins UTF-8 with a mark
     ):
         reader = csv.DictReader(file, skipinitialspace=True)
@@ -173,9 +241,14 @@ def _read(path: pathlib.Path) -> dict[str, str]:
         for row in reader:
             name, label = ((row[column] or "").strip() for column in ("file", "label"))
             if name and label:
-                labels[pathlib.PurePath(name.replace("\\", "/")).as_posix()].add(label)
+                name = pathlib.PurePath(name.replace("\\", "/")).as_posix()
+                name = name.removeprefix(f"{data.as_posix()}/")
+                labels[unicodedata.normalize("NFC", name)].add(label)
     if twice := [name for name, given in labels.items() if len(given) > 1]:
         raise InputError(
             f"{where} gives different labels to {shorten(twice)}; keep one row for each file."
         )
-    return {name: label for name, (label,) in labels.items()}
+    found = {name: label for name, (label,) in labels.items()}
+    if all(re.fullmatch(r"-?\d+\.0", label) for label in found.values()):  # pandas writes 1 so
+        found = {name: label.partition(".")[0] for name, label in found.items()}
+    return found

@@ -5,6 +5,7 @@ import functools
 import os
 import pathlib
 import re
+from collections.abc import Iterable
 
 from PIL import Image
 
@@ -13,13 +14,13 @@ ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".
 # Formats of pictures that have no MIME type in Pillow; other formats without one are stubs, fonts
 # of games, or documents.
 UNTYPED_FORMATS = ("QOI", "DDS", "FITS", "SUN")
-# Names of splits, in lower case, without punctuation and without a year ("Train_Set", "val2017").
-SPLIT_NAMES = {
-    "train": ("train", "training", "trainset", "trainingset"),
-    "validation": ("validation", "valid", "val", "dev", "eval", "evaluation", "validationset"),
-    "test": ("test", "testing", "testset", "testingset"),
-}
-SPLIT_OF = {name: split for split, names in SPLIT_NAMES.items() for name in names}
+# A name of a split: a word for the split, and words such as images or data before or after it.
+# Names of classes such as trains, testudo or validators have other letters beside the word.
+_FILLING = "(?:(?:image|img|picture|photo|file|sample|set|split|folder)s?|data)*"
+_SPLIT = re.compile(
+    rf"{_FILLING}(?:(?P<train>train|training|trn)|(?P<validation>validation|valid|val|vld|dev|eval"
+    rf"|evaluation)|(?P<test>tests?|testing|tst)){_FILLING}"
+)
 # Folders that operating systems, file servers and viewers add, in lower case; folders whose names
 # begin with a dot, an @ or a $ are left out as well.
 SYSTEM_FOLDERS = ("__macosx", "system volume information", "lost+found", "#recycle", "__pycache__")
@@ -29,23 +30,25 @@ SYSTEM_FOLDERS += ("thumbnails", "thumbs", "_thumbs")
 class Listing:
     """What lies in a folder, and if `deep` below the folder; hidden files and folders apart."""
 
-    def __init__(self, folder: pathlib.Path, deep: bool = True):
+    def __init__(self, folder: pathlib.Path, deep: bool = True, known: Iterable[str] = ()):
+        """Lists the folder; a symbolic link to one of the real paths `known` is left out."""
         self.files: list[str] = []  # sorted paths, relative to the folder, of the image files
         self.below: list[str] = []  # names of the sub-folders
         self.inner: set[str] = set()  # names of those sub-folders that hold images
         self.endings = collections.Counter()  # of files that are no images: their number
         self.system: list[str] = []  # names of folders of the system
         # Links back to the parent would read the folders beside this one as parts of this one.
-        visited = {os.path.realpath(folder.parent)} if deep else set()
+        known, visited = {*known, *([os.path.realpath(folder.parent)] if deep else ())}, set()
         for path, folders, names in os.walk(folder, followlinks=True):
             real = os.path.realpath(path)
             shown = sorted(name for name in folders if not name.startswith("."))
             system = [name for name in shown if _is_system(name)]
             folders[:] = [name for name in shown if name not in system]
-            if real in visited:  # symbolic links form a circle
+            if real in visited or (os.path.islink(path) and real in known):
                 folders[:] = []
                 continue
             visited.add(real)
+            known.update(os.path.join(real, n) for n in folders if not _is_link(path, n))
             self.system += system
             relative = os.path.relpath(path, folder)
             prefix = "" if relative == os.curdir else relative + os.sep
@@ -65,10 +68,32 @@ class Listing:
                 break
 
 
-def split_name(name: str) -> str | None:
-    """The split that a name stands for, such as validation for "Valid"; None: it is no split."""
-    plain = re.sub(r"[\W_]+|(19|20)\d\d$", "", name.lower())
-    return SPLIT_OF.get(plain)
+def split_name(name: str, within: bool = False) -> str | None:
+    """The split that a name stands for, such as validation for "Valid" or "02_val-images".
+
+    None where the name is of no split. With `within`, the name may have other words, as names of
+    files do: "imagenet-train-000" is of the split train.
+    """
+    if within:
+        found = {split_name(word) for word in re.split(r"[\W\d_]+", name)} - {None}
+        return found.pop() if len(found) == 1 else split_name(name)
+    match = _SPLIT.fullmatch(re.sub(r"[\W\d_]+", "", name.lower()))
+    return match and match.lastgroup
+
+
+def split_names(names: Iterable[str]) -> dict[str, str]:
+    """The split train, validation or test that each name of a data set's split stands for.
+
+    A name keeps its meaning where it stands for no split, or for one that another name has.
+    """
+    names = list(names)
+    known = {name: split_name(name) or name for name in names}
+    taken = collections.Counter(known.values())
+    return {n: n if n != split and taken[split] > 1 else split for n, split in known.items()}
+
+
+def _is_link(folder: str, name: str) -> bool:
+    return os.path.islink(os.path.join(folder, name))
 
 
 def _is_system(name: str) -> bool:

@@ -5,20 +5,20 @@ single row: the column of images is read for the row group that holds the row, a
 the row groups that it read last.
 """
 
-import bisect
 import collections
+import dataclasses
 import functools
 import itertools
 import json
 import pathlib
 import threading
 
-import numpy as np
 from etils import epy
 
 from gptv_jax import files
 from gptv_jax.data import shards
 from gptv_jax.data.images import DamagedImageError
+from gptv_jax.data.listing import split_name, split_names
 from gptv_jax.errors import InputError, as_input_error, first_line
 
 with epy.lazy_imports():  # slow to import, and only these data sets need it
@@ -30,7 +30,7 @@ LARGEST_GROUP = 2**29  # bytes of a row group
 IMAGE_COLUMNS, LABEL_COLUMNS = ("image", "img"), ("label", "labels")
 
 
-class Tables:
+class Tables(shards.Shards):
     """A data set of tables with a column of image files and, where labelled, a column of labels.
 
     `path` is a Parquet or Arrow file, a folder of such files, a pattern (see `shards.find`), or a
@@ -40,67 +40,52 @@ class Tables:
     are sorted by class are mixed, so that `train[:90%]` holds nine tenths of every class.
     """
 
-    stored_as = "encoded"
+    def __init__(self, path: pathlib.Path, labels: bool = True, ignore_label: int | None = None):
+        """Reads the labels but no image; `labels=False` makes the data set unlabelled.
 
-    def __init__(self, path: pathlib.Path, labels: bool = True):
-        """Reads the labels but no image; `labels=False` makes the data set unlabelled."""
-        splits = _saved(path) or shards.find(path, (".parquet", ".arrow"), "Parquet or Arrow")
+        Images with the label `ignore_label` are left out.
+        """
+        endings, kind = (".parquet", ".arrow"), "Parquet or Arrow"
+        splits = _saved(path) or shards.find(path, endings, kind, "parquet")
         first = next(iter(splits.values()))[0]
         schema = _open(first)[0]
-        self._column = _image_column(schema, first)
+        image = _image_column(schema, first)
         column = _label_column(schema, first) if labels else None
-        needed = [schema.field(name) for name in (self._column, column) if name]
-        self._rows = {split: _count(paths, needed) for split, paths in splits.items()}
-        self.class_names, self.classes, self._labels = (), 0, {}
-        if column:
-            read = {s: [t for path in paths for t in _labels(path, column)]
-                    for s, paths in splits.items()}  # fmt: skip
-            names = tuple(_features(schema).get(column, {}).get("names", ()))
-            where = f"column {column} of {first.parent}"
-            self.class_names, self.classes, self._labels = shards.number_labels(read, names, where)
-            self._rows = {split: self._rows[split] for split in self._labels}
-        self.lengths = {s: sum(rows for _, _, rows in groups) for s, groups in self._rows.items()}
-
-    def open(self, split: str) -> "_TablesSplit":
-        return _TablesSplit(self._rows[split], self._column, self._labels.get(split))
+        needed = [schema.field(name) for name in (image, column) if name]
+        parts = {split: _row_groups(paths, needed) for split, paths in splits.items()}
+        read = column and {
+            s: [t for path in paths for t in _labels(path, column)] for s, paths in splits.items()
+        }
+        names = tuple(_features(schema).get(column, {}).get("names", ()))
+        super().__init__(parts, read, names, f"column {column} of {first.parent}", ignore_label)
 
 
-class _TablesSplit:
-    def __init__(self, groups: list[tuple], column: str, labels: np.ndarray | None):
-        """Takes the path, the number and the number of rows of every row group, in order."""
-        self.groups, self.column = groups, column
-        self._ends = list(itertools.accumulate(rows for _, _, rows in groups))
-        self._order = None if labels is None else shards.mixed(labels)
-        self.labels = labels if self._order is None else labels[self._order]
+@dataclasses.dataclass(frozen=True)
+class _RowGroup:
+    """A row group of a file, as the file was at the time `changed`; an Arrow file is one."""
+
+    path: pathlib.Path
+    changed: int
+    number: int
+    first: int  # row of the file
+    rows: int
+    column: str  # of the images
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return self.rows
 
-    def __getitem__(self, index: int) -> dict:
-        path, group, row = self._locate(index)
+    def read(self, row: int) -> bytes:
         try:
-            images = _KEPT.read(path, group, self.column)
-            image = images[row].as_py()
+            image = _KEPT.read(self)[row].as_py()
         except Exception as error:  # pyarrow raises several types for damaged bytes
             raise DamagedImageError(f"its row group is damaged ({first_line(error)})") from error
         image = image.get("bytes") if isinstance(image, dict) else image
         if image is None:
             raise DamagedImageError("the table holds no bytes of this image")
-        if self.labels is None:
-            return {"image": image}
-        return {"image": image, "label": self.labels[index]}
+        return image
 
-    def name(self, index: int) -> str:
-        path, group, row = self._locate(index)
-        before = sum(rows for p, g, rows in self.groups if p == path and g < group)
-        return f"{path}[{before + row}]"
-
-    def _locate(self, index: int) -> tuple[pathlib.Path, int, int]:
-        """The path, the row group, and the row in the row group."""
-        number = index if self._order is None else int(self._order[index])
-        part = bisect.bisect_right(self._ends, number)
-        path, group, rows = self.groups[part]
-        return path, group, number - self._ends[part] + rows
+    def name(self, row: int) -> str:
+        return f"{self.path}[{self.first + row}]"
 
 
 class _RowGroups:
@@ -108,21 +93,22 @@ class _RowGroups:
 
     def __init__(self):
         self._lock, self._bytes = threading.Lock(), 0
-        # By place, the oldest first: a lock, and the column, once it is read.
-        self._kept: collections.OrderedDict[tuple, tuple] = collections.OrderedDict()
+        # The oldest first: a lock, and the column, once it is read.
+        self._kept: collections.OrderedDict[_RowGroup, tuple] = collections.OrderedDict()
 
-    def read(self, path: pathlib.Path, group: int, column: str):
-        """The column's values in a row group; an Arrow file is one row group."""
-        if path.suffix == ".arrow":
-            return _mapped(path).column(column)
-        place = (path, group, column)
+    def read(self, group: _RowGroup):
+        """The images of a row group."""
+        if group.path.suffix == ".arrow":
+            return _mapped(group.path, group.changed).column(group.column)
         with self._lock:
-            lock, read = self._kept.setdefault(place, (threading.Lock(), []))
-            self._kept.move_to_end(place)
+            lock, read = self._kept.setdefault(group, (threading.Lock(), []))
+            self._kept.move_to_end(group)
         with lock:
             if not read:
-                file = parquet.ParquetFile(path, metadata=_footer(path))
-                read.append(file.read_row_group(group, [column]).column(column))
+                footer = _footer(group.path, group.changed)
+                file = parquet.ParquetFile(group.path, metadata=footer)
+                columns = file.read_row_group(group.number, [group.column])
+                read.append(columns.column(group.column))
                 self._make_room(read[0].nbytes)
         return read[0]
 
@@ -140,7 +126,7 @@ _KEPT = _RowGroups()
 
 
 @functools.cache
-def _mapped(path: pathlib.Path) -> "pyarrow.Table":
+def _mapped(path: pathlib.Path, changed: int) -> "pyarrow.Table":
     """The table of an Arrow file, mapped into memory; `datasets` writes Arrow's form of streams."""
     with path.open("rb") as file:
         is_file = file.read(6) == b"ARROW1"
@@ -149,7 +135,7 @@ def _mapped(path: pathlib.Path) -> "pyarrow.Table":
 
 
 @functools.cache
-def _footer(path: pathlib.Path) -> "parquet.FileMetaData":
+def _footer(path: pathlib.Path, changed: int) -> "parquet.FileMetaData":
     return parquet.read_metadata(path)
 
 
@@ -157,8 +143,9 @@ def _open(path: pathlib.Path) -> tuple["pyarrow.Schema", list[int]]:
     """The columns of a file and the number of rows of each row group; Arrow files have one."""
     with as_input_error(f"{path} is damaged, or no Parquet or Arrow file"):
         if path.suffix == ".arrow":
-            return _mapped(path).schema, [_mapped(path).num_rows]
-        footer = _footer(path)
+            table = _mapped(path, path.stat().st_mtime_ns)
+            return table.schema, [table.num_rows]
+        footer = _footer(path, path.stat().st_mtime_ns)
         groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
         largest = max((group.total_byte_size for group in groups), default=0)
         if largest > LARGEST_GROUP:
@@ -171,12 +158,8 @@ def _open(path: pathlib.Path) -> tuple["pyarrow.Schema", list[int]]:
         return schema, [group.num_rows for group in groups]
 
 
-def _count(paths: list[pathlib.Path], needed: list) -> list[tuple]:
-    """The path, the number and the number of rows of every row group of a split.
-
-    InputError: a file lacks one of the columns `needed` or has another type there, or the split is
-    empty.
-    """
+def _row_groups(paths: list[pathlib.Path], needed: list) -> list[_RowGroup]:
+    """The row groups of a split; the first column that is `needed` has the images."""
     found = []
     for path in paths:
         schema, groups = _open(path)
@@ -186,7 +169,12 @@ def _count(paths: list[pathlib.Path], needed: list) -> list[tuple]:
                     f"{path} has no column {column.name} of the type {column.type}, which other "
                     "files of the data set have; name a folder of one data set."
                 )
-        found += [(path, number, rows) for number, rows in enumerate(groups) if rows]
+        firsts = itertools.accumulate(groups, initial=0)
+        found += [
+            _RowGroup(path, path.stat().st_mtime_ns, number, first, rows, needed[0].name)
+            for number, (first, rows) in enumerate(zip(firsts, groups, strict=False))
+            if rows
+        ]
     if not found:
         raise InputError(f"{paths[0]} has no row; take the file away.")
     return found
@@ -195,15 +183,12 @@ def _count(paths: list[pathlib.Path], needed: list) -> list[tuple]:
 def _labels(path: pathlib.Path, column: str) -> list:
     with as_input_error(f"column {column} of {path} is damaged"):
         if path.suffix == ".arrow":
-            return _mapped(path).column(column).to_pylist()
+            return _mapped(path, path.stat().st_mtime_ns).column(column).to_pylist()
         return parquet.ParquetFile(path).read([column]).column(column).to_pylist()
 
 
 def _features(schema) -> dict[str, dict]:
-    """What `datasets` has stored of each column: {"label": {"_type": "ClassLabel", "names": ...}}.
-
-    Empty for the files of other programs.
-    """
+    """What `datasets` stores of the columns: {"label": {"_type": "ClassLabel", "names": ...}}."""
     stored = (schema.metadata or {}).get(b"huggingface", b"{}")
     with as_input_error("the columns' description, in the file's metadata, is damaged"):
         return json.loads(stored).get("info", {}).get("features", {})
@@ -243,13 +228,14 @@ def _saved(path: pathlib.Path) -> dict[str, list[pathlib.Path]] | None:
     splits = files.read_json(path / "dataset_dict.json", {}).get("splits")
     if splits is None and not (path / "state.json").exists():
         return None
-    found = {}
+    found, own = {}, split_names(splits or ())
     for folder in [path / split for split in splits] if splits else [path]:
         state = files.read_json(folder / "state.json", {})
         with as_input_error(f"{folder} is no whole folder of datasets.save_to_disk"):
-            split = folder.name if splits else state.get("_split") or "train"
+            alone = state.get("_split") or "train"
+            split = own[folder.name] if splits else split_name(alone) or alone
             paths = [folder / entry["filename"] for entry in state["_data_files"]]
         if missing := [path for path in paths if not path.exists()]:
             raise InputError(f"{folder} is incomplete: {missing[0]} does not exist.")
-        found[shards.SPLIT_OF.get(split.lower(), split)] = paths
+        found[split] = paths
     return found

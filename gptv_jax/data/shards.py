@@ -1,30 +1,34 @@
 """Data sets that lie in a few large files, whose names say which split each file belongs to."""
 
+import bisect
 import glob
 import itertools
-import logging
 import os
 import pathlib
 import re
+from collections.abc import Iterable
 
 import numpy as np
 
+from gptv_jax.data import guess
 from gptv_jax.data import labels as labels_lib
 from gptv_jax.data.folder import spread_classes
-from gptv_jax.data.listing import SPLIT_OF
+from gptv_jax.data.listing import split_name
 from gptv_jax.errors import InputError
 
-LOG = logging.getLogger(__name__)
 _NUMBERED = re.compile(r"([A-Za-z]\w*)-\d+-of-\d+(-[0-9a-f]+)?")  # unlabeled-00000-of-00005
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
-def find(path: pathlib.Path, endings: tuple[str, ...], kind: str) -> dict[str, list[pathlib.Path]]:
+def find(
+    path: pathlib.Path, endings: tuple[str, ...], kind: str, name: str | None = None
+) -> dict[str, list[pathlib.Path]]:
     """The files of each split, sorted: `{"train": [...], "test": [...]}`.
 
     `path` is a file, a folder, or a pattern such as `shards/train-{000000..000009}.tar` or
     `shards/*.tar`. A file's split is a name of a split in the file's name or in the name of a
-    folder above it; where no file has one, all files are the split train.
+    folder above it; where no file has one, all files are the split train. `kind` is for messages,
+    `name` the `config.data.name` that reads these files.
 
     Raises:
       InputError: there is no file; some files name a split and others do not; or the files of a
@@ -33,7 +37,9 @@ def find(path: pathlib.Path, endings: tuple[str, ...], kind: str) -> dict[str, l
     given = f"config.data.path={path}"
     files, root = _list(path, endings)
     if not files:
-        raise InputError(f"{given} has no {kind} file ({' or '.join(endings)}).")
+        advice = guess.of_folder(path, name) if path.is_dir() else None
+        advice = advice and f"config.data.path={advice}"
+        raise InputError(advice or f"{given} has no {kind} file ({' or '.join(endings)}).")
     splits = {file: _split(file.relative_to(root)) for file in files}
     if not any(splits.values()):
         splits = dict.fromkeys(files, "train")
@@ -67,84 +73,155 @@ def _list(path: pathlib.Path, endings: tuple[str, ...]) -> tuple[list[pathlib.Pa
         hidden = re.compile(r"(^|/)[._]")
         found = sorted(file for file in path.rglob("*") if file.name.lower().endswith(endings))
         return [f for f in found if not hidden.search(f.relative_to(path).as_posix())], path
-    texts = [""]
-    for part in re.split(r"(\{\d+\.\.\d+\})", str(path)):
-        span = _RANGE.fullmatch(part)
-        if span is None:
-            choices = [part]
-        else:
-            first, last = map(int, span.groups())
-            choices = [f"{n:0{len(span[1])}}" for n in range(first, last + 1)]
-        texts = [a + b for a, b in itertools.product(texts, choices)]
-    found = sorted({pathlib.Path(name) for text in texts for name in glob.glob(text) or [text]})
+    found = sorted(
+        {pathlib.Path(name) for text in _expand(str(path)) for name in glob.glob(text) or [text]}
+    )
     for file in found:
         if not file.is_file():
             raise InputError(f"config.data.path={path}: {file} does not exist.")
     return found, pathlib.Path(os.path.commonpath([file.parent for file in found]))
 
 
+def _expand(pattern: str) -> list[str]:
+    """The patterns that one with ranges such as {000..009} stands for."""
+    if not (span := _RANGE.search(pattern)):
+        return [pattern]
+    numbers = [f"{n:0{len(span[1])}}" for n in range(int(span[1]), int(span[2]) + 1)]
+    before, after = pattern[: span.start()], _expand(pattern[span.end() :])
+    return [before + number + rest for number in numbers for rest in after]
+
+
 def _split(file: pathlib.Path) -> str | None:
     """The split that a path names; None: none."""
     # The name of the file says more than the names of folders, the nearest folder the most.
-    for name in (file.name.partition(".")[0], *reversed(file.parts[:-1])):
-        words = re.split(r"[^a-z]+", name.lower())
-        named = {SPLIT_OF[word] for word in words if word in SPLIT_OF}
-        if len(named) == 1:
-            return named.pop()
-    return None
+    names = [file.name.partition(".")[0], *reversed(file.parts[:-1])]
+    return next(filter(None, (split_name(name, within=True) for name in names)), None)
+
+
+class Rows:
+    """The rows of several parts, numbered throughout."""
+
+    def __init__(self, lengths: Iterable[int]):
+        self._ends = list(itertools.accumulate(lengths))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """The number of the part that holds a row, and the row's number in the part."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        part = bisect.bisect_right(self._ends, index)
+        return part, index - (self._ends[part - 1] if part else 0)
+
+
+class Shards:
+    """A data set of large files; rows that are sorted by class are mixed.
+
+    A part holds some rows of a file: it has a length, `read(row)`, the bytes of an image file, and
+    `name(row)`.
+    """
+
+    stored_as = "encoded"
+
+    def __init__(
+        self,
+        parts: dict[str, list],
+        labels: dict[str, list] | None,
+        names: tuple[str, ...],
+        where: str,
+        ignore_label: int | None,
+    ):
+        """Takes the parts and the stored labels of each split; see `number_labels`."""
+        self.notes: list[str] = []
+        # As the names of files and folders call the splits.
+        self.other_names = {
+            word: split
+            for split, found in parts.items()
+            for word in {w for part in found for w in re.split(r"[\W\d_]+", part.name(0))}
+            if split_name(word) == split
+        }
+        rows = {split: np.arange(sum(map(len, found))) for split, found in parts.items()}
+        numbers, self.classes, self.class_names = {}, 0, ()
+        if labels is not None:
+            rows, numbers, self.classes, self.class_names = number_labels(
+                labels, names, where, ignore_label, self.notes
+            )
+        self._splits = {s: _Split(parts[s], rows[s], numbers.get(s)) for s in rows}
+        self.lengths = {split: len(kept) for split, kept in rows.items()}
+
+    def open(self, split: str) -> "_Split":
+        return self._splits[split]
+
+
+class _Split:
+    """The rows of a split that are read, int [N], and their labels, int32 [N], or None."""
+
+    def __init__(self, parts: list, rows: np.ndarray, labels: np.ndarray | None):
+        order = None if labels is None else mixed(labels)
+        self.parts, self._places = parts, Rows(map(len, parts))
+        self._order = rows if order is None else rows[order]
+        self.labels = labels if order is None else labels[order]
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, index: int) -> dict:
+        part, row = self._locate(index)
+        image = {"image": part.read(row)}
+        return image if self.labels is None else {**image, "label": self.labels[index]}
+
+    def name(self, index: int) -> str:
+        part, row = self._locate(index)
+        return part.name(row)
+
+    def _locate(self, index: int) -> tuple:
+        part, row = self._places.locate(int(self._order[index]))
+        return self.parts[part], row
 
 
 def number_labels(
-    found: dict[str, list], names: tuple[str, ...], where: str
-) -> tuple[tuple[str, ...], int, dict[str, np.ndarray]]:
-    """Names of the classes, their count, and the labels of each split as int32 numbers.
+    found: dict[str, list],
+    names: tuple[str, ...],
+    where: str,
+    ignore_label: int | None,
+    notes: list[str],
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], int, tuple[str, ...]]:
+    """The rows to read and their labels by split, the number of classes, and their names.
 
-    `found` has the labels of each split as they are stored: numbers, which `names` may name or
-    which `labels.number` numbers from 0, or texts, which become the names. A split without any
-    label (only -1 or None, as in test splits whose labels are kept secret) is left out, with a
-    warning.
+    `found` has the labels of each split as they are stored: whole numbers, which `names` may name,
+    or texts. They are numbered as arrays are (see `labels.number`). A split without any label (only
+    -1 or None, as in test splits whose labels are kept secret) is left out, with a note.
 
     Raises:
       InputError: labels are of mixed or other types, only some are missing, or one has no name.
         `where` says where they are stored.
     """
     advice = "ignore all labels by config.data.labels=False"
-    found = {s: [None if t == -1 else t for t in labels] for s, labels in found.items()}
     kinds = {type(label) for labels in found.values() for label in labels} - {type(None)}
-    if kinds not in ({int}, {str}, {bool}, set()):
+    if not (kinds <= {int, float, bool} or kinds == {str}):
         shown = ", ".join(sorted(kind.__name__ for kind in kinds))
         raise InputError(f"{where} holds {shown}; it must hold whole numbers or texts; {advice}.")
-    if kinds != {int}:
-        texts = {label for labels in found.values() for label in labels if label is not None}
-        names = tuple(str(text) for text in sorted(texts))
-        numbers = {text: i for i, text in enumerate(sorted(texts))}
-        found = {s: [numbers.get(label) for label in labels] for s, labels in found.items()}
-    numbered = {}
+    absent, vectors = "-1" if kinds == {str} else -1, {}
     for split, labels in found.items():
-        missing = labels.count(None)
+        filled = [absent if t is None or t != t else t for t in labels]  # NaN differs from itself
+        vector = labels_lib.as_vector(split, np.array(filled), len(labels))
+        missing = np.count_nonzero(vector == absent)
         if missing == len(labels):
-            LOG.warning("split %s is left out: %s holds no label; or %s.", split, where, advice)
+            notes.append(f"the split {split} is left out: {where} holds no label; or {advice}")
             continue
-        if missing:
+        if missing and ignore_label != -1:
             raise InputError(
                 f"{where} holds no label (-1 or nothing) in {missing} of {len(labels)} rows of "
-                f"split {split}; take these rows away, or {advice}."
+                f"split {split}; config.data.ignore_label=-1 leaves these rows out, or {advice}."
             )
-        numbered[split] = np.array(labels, np.int64)
-        low, high = int(numbered[split].min()), int(numbered[split].max())
-        if low < 0 or (names and high >= len(names)):
-            takes = f"0 to {len(names) - 1}" if names else "0 or more"
-            raise InputError(
-                f"{where} holds labels from {low} to {high} in split {split}; it must hold {takes}."
-            )
-    if names or not numbered:
-        numbered = {s: rows.astype(np.int32) for s, rows in numbered.items()}
-        return names, len(names), numbered
-    notes: list[str] = []
-    numbered, classes, names = labels_lib.number(numbered, notes)
-    for note in notes:
-        LOG.warning("%s: %s.", where, note)
-    return names, classes, {s: rows.astype(np.int32) for s, rows in numbered.items()}
+        vectors[split] = vector
+    if not vectors:
+        raise InputError(f"{where} holds no label at all; {advice}.")
+    rows = labels_lib.leave_out(vectors, ignore_label, notes)
+    numbers = {split: vectors[split][kept] for split, kept in rows.items()}
+    numbers, classes, names = labels_lib.number(numbers, notes, names if kinds != {str} else ())
+    return rows, {s: each.astype(np.int32) for s, each in numbers.items()}, classes, names
 
 
 def mixed(labels: np.ndarray) -> np.ndarray | None:

@@ -4,9 +4,7 @@
 has named splits, and each split gives its examples by number.
 """
 
-import bisect
 import functools
-import itertools
 import pathlib
 import re
 from collections.abc import Callable
@@ -16,11 +14,12 @@ import numpy as np
 
 from gptv_jax import config as config_lib
 from gptv_jax import files
-from gptv_jax.data import guess
+from gptv_jax.data import guess, shards
 from gptv_jax.data.arrays import Arrays as Arrays  # a name of this module for its users
 from gptv_jax.data.arrays import ArraysSplit, data_path, digits, open_npz
 from gptv_jax.data.cache import TokenCache
 from gptv_jax.data.folder import ImageFolder
+from gptv_jax.data.listing import split_names
 from gptv_jax.data.parquet import Tables
 from gptv_jax.data.webdataset import WebDataset
 from gptv_jax.errors import InputError, cut, first_line, shorten
@@ -142,15 +141,15 @@ class Selected:
         self.classes = data_set.classes if labels else 0
         self.class_names = data_set.class_names if labels else ()
         parts = _resolve(expression, data_set)
-        if not sum(len(rows) for _, rows in parts):
+        self._rows = shards.Rows(len(rows) for _, rows in parts)
+        if not len(self._rows):
             shown = _shown(data_set.lengths)
             raise InputError(f"split {expression!r} names no image of: {shown}.")
         self.expression, self.splits = expression, {split for split, _ in parts}
         self._parts = [(data_set.open(split), rows) for split, rows in parts]
-        self._ends = list(itertools.accumulate(len(rows) for _, rows in self._parts))
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return len(self._rows)
 
     def __getitem__(self, index: int) -> dict:
         source, row = self._locate(index)
@@ -187,22 +186,21 @@ class Selected:
         return source.name(row)
 
     def _locate(self, index: int) -> tuple[Source, int]:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        part = bisect.bisect_right(self._ends, index)
+        part, row = self._rows.locate(index)
         source, rows = self._parts[part]
-        return source, rows[index - self._ends[part]]  # negative: counted from the part's end
+        return source, rows[row]
 
 
 def _resolve(expression: str, data_set: DataSet) -> list[tuple[str, range]]:
     """Names of splits and their selected rows, which may be none, read as TFDS reads expressions.
 
-    A split may also have the name that the data set itself gives it, such as valid.
+    A split has the name that the data give it, such as valid, and the one it has for a run.
     """
     lengths = data_set.lengths
-    for name, split in getattr(data_set, "other_names", {}).items():
-        pattern = rf"(?:^|(?<=\+)){re.escape(name)}(?=[\[+]|$)"
-        expression = re.sub(pattern, split, expression)
+    names = {split: own for own, split in split_names(lengths).items()}
+    names |= getattr(data_set, "other_names", {})
+    taken = expression
+    expression = re.sub(r"(?:^|(?<=\+))[^\[+]+", lambda m: names.get(m[0], m[0]), expression)
     if expression in lengths:  # without importing TFDS, which takes seconds
         return [(expression, range(lengths[expression]))]
     import tensorflow_datasets as tfds
@@ -213,10 +211,14 @@ def _resolve(expression: str, data_set: DataSet) -> list[tuple[str, range]]:
         found = tfds.core.ReadInstruction.from_spec(expression).to_absolute(infos)
     except (ValueError, AssertionError) as error:
         raise InputError(
-            f"split {expression!r} cannot be read; it takes an expression such as "
+            f"split {taken!r} cannot be read; it takes an expression such as "
             f'"train[:90%]" over the splits of this data set: {_shown(lengths)}.'
         ) from error
     return [(p.splitname, range(lengths[p.splitname])[p.from_ : p.to]) for p in found]
+
+
+def _large_files(kind: type, config: config_lib.Data) -> DataSet:
+    return kind(data_path(config, pattern=True), config.labels, config.ignore_label)
 
 
 def _shown(lengths: dict[str, int]) -> str:
@@ -227,8 +229,8 @@ SETS: dict[str, Callable[[config_lib.Data], DataSet]] = {
     "digits": lambda config: digits(),
     "arrays": open_npz,
     "folder": open_folder,
-    "parquet": lambda config: Tables(data_path(config, pattern=True), labels=config.labels),
-    "webdataset": lambda config: WebDataset(data_path(config, pattern=True), config.labels),
+    "parquet": lambda config: _large_files(Tables, config),
+    "webdataset": lambda config: _large_files(WebDataset, config),
     "tokens": lambda config: TokenCache(data_path(config)),
 }
 
@@ -236,22 +238,24 @@ SETS: dict[str, Callable[[config_lib.Data], DataSet]] = {
 @functools.lru_cache(maxsize=8)
 def open_data_set(config: config_lib.Data) -> DataSet:
     """The data set that the config names; a process opens each data set once."""
-    for field, names in (("labels_file", ("folder",)), ("ignore_label", ("folder", "arrays"))):
+    labelled = ("folder", "arrays", "parquet", "webdataset")
+    for field, names in (("labels_file", ("folder",)), ("ignore_label", labelled)):
         if getattr(config, field) is not None and config.name not in names:
             raise InputError(
                 f"config.data.{field}={getattr(config, field)} is for config.data.name="
-                f"{' or '.join(names)}, but config.data.name={config.name}; leave the field out."
+                f"{'|'.join(names)}, but config.data.name={config.name}; leave the field out."
             )
     if config.name not in SETS:
         if advice := guess.advice(config.name):
             raise InputError(f"config.data.name={advice}")
-        return _tfds(config)
-    try:
-        return SETS[config.name](config)
-    except InputError as error:
-        if advice := guess.advice(config.path, config.name):
-            raise InputError(f"config.data.path={advice}") from error
-        raise
+        try:
+            return _tfds(config)
+        except InputError as error:
+            if config.path and (advice := guess.advice(config.path)):  # TFDS reads no data.path
+                problem = f"config.data.name={config.name} does not read config.data.path"
+                raise InputError(f"{problem}; {advice}") from error
+            raise
+    return SETS[config.name](config)
 
 
 def open_source(config: config_lib.Data, split: str) -> Selected:
@@ -283,7 +287,13 @@ def open_splits(config: config_lib.Data) -> dict[str, Selected]:
 
 
 def check_labels(config: config_lib.Data, opened: dict[str, Selected]) -> None:
-    """Raises InputError where a split has other labels than the numbers of the classes."""
+    """Raises InputError where a split has other labels than numbers of classes, or train one."""
+    counts = opened["train"].label_counts() if "train" in opened else None
+    if counts is not None and np.count_nonzero(counts) == 1:
+        raise InputError(
+            f"config.data.train_split={config.train_split} has images of a single class. Take "
+            "images of several classes, or ignore all classes by config.data.labels=False."
+        )
     for split, source in opened.items():
         if not source.has_labels():
             given = f"config.data.{split}_split={getattr(config, f'{split}_split')}"

@@ -4,26 +4,24 @@ A pass over the headers of the tar files, made when the data set is opened, find
 lies. Tar does not compress, so that an image is then read alone, in any order.
 """
 
-import bisect
-import itertools
 import json
 import pathlib
 import tarfile
 
 import numpy as np
 
-from gptv_jax.data import shards
+from gptv_jax.data import listing, shards
 from gptv_jax.data.images import DamagedImageError
 from gptv_jax.errors import InputError, as_input_error
 
 # Endings of images, in the order of preference where an example has several.
-ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "avif", "jp2")
+ENDINGS = (*listing.ENDINGS, ".avif", ".jp2")
 LABELS = ("cls", "json")
 JSON_LABELS = ("label", "cls", "class_id", "class")  # keys of a label in .json
 NAMES = "classnames.txt"  # beside the shards, a name a line
 
 
-class WebDataset:
+class WebDataset(shards.Shards):
     """The images of tar files; `path` as in `shards.find`.
 
     The files of an example are `NAME.jpg`, `NAME.cls`, ...; the ending begins at the first dot. The
@@ -32,32 +30,26 @@ class WebDataset:
     unless they are sorted by class; then they are mixed.
     """
 
-    stored_as = "encoded"
+    def __init__(self, path: pathlib.Path, labels: bool = True, ignore_label: int | None = None):
+        """Reads the headers and the labels; `labels=False` makes the data set unlabelled.
 
-    def __init__(self, path: pathlib.Path, labels: bool = True):
-        """Reads the headers and the labels; `labels=False` makes the data set unlabelled."""
-        splits = shards.find(path, (".tar",), "tar")
-        self._shards = {s: [_Shard(p, labels) for p in paths] for s, paths in splits.items()}
-        for split, found in self._shards.items():
-            if not any(shard.keys for shard in found):
+        Images with the label `ignore_label` are left out.
+        """
+        splits = shards.find(path, (".tar",), "tar", "webdataset")
+        parts = {s: [_Shard(p, labels) for p in paths] for s, paths in splits.items()}
+        for split, found in parts.items():
+            parts[split] = [shard for shard in found if len(shard)]
+            if not parts[split]:
                 raise InputError(
-                    f"{splits[split][0]} has no image (no file ending in .{', .'.join(ENDINGS[:4])}"
-                    ", ...); a WebDataset's tar files hold image files."
+                    f"{splits[split][0]} has no image (no file ending in {', '.join(ENDINGS[:4])}, "
+                    "...); a WebDataset's tar files hold image files."
                 )
-        self.class_names, self.classes, self._labels = (), 0, {}
-        read = {
-            s: [t for shard in found for t in shard.labels] for s, found in self._shards.items()
-        }
-        if any(label is not None for found in read.values() for label in found):
-            names = (path if path.is_dir() else path.parent) / NAMES
-            names = tuple(names.read_text().splitlines()) if names.exists() else ()
-            where = f".cls or .json of {path}"
-            self.class_names, self.classes, self._labels = shards.number_labels(read, names, where)
-            self._shards = {split: self._shards[split] for split in self._labels}
-        self.lengths = {s: sum(len(f.keys) for f in found) for s, found in self._shards.items()}
-
-    def open(self, split: str) -> "_WebSplit":
-        return _WebSplit(self._shards[split], self._labels.get(split))
+        read = {s: [t for shard in found for t in shard.labels] for s, found in parts.items()}
+        labelled = any(label is not None for found in read.values() for label in found)
+        file = (path if path.is_dir() else path.parent) / NAMES
+        names = tuple(file.read_text().splitlines()) if labelled and file.exists() else ()
+        where = f".cls or .json of {path}"
+        super().__init__(parts, read if labelled else None, names, where, ignore_label)
 
 
 class _Shard:
@@ -72,6 +64,21 @@ class _Shard:
         self.places = np.array([f["image"] for f in examples.values()], np.int64).reshape(-1, 2)
         self.labels = [self._label(key, files) for key, files in examples.items()]
 
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def read(self, row: int) -> bytes:
+        place, size = self.places[row].tolist()
+        with self.path.open("rb") as file:
+            file.seek(place)
+            image = file.read(size)
+        if len(image) < size:
+            raise DamagedImageError("the tar file has become shorter")
+        return image
+
+    def name(self, row: int) -> str:
+        return f"{self.path}:{self.keys[row]}"
+
     def _read(self, tar: tarfile.TarFile, labels: bool) -> dict[str, dict]:
         """The place of each example's image, [offset, size], and the files with labels."""
         examples: dict[str, dict] = {}
@@ -80,8 +87,8 @@ class _Shard:
             key, _, ending = name.partition(".")
             if member.isfile() and key:
                 files = examples.setdefault(folder + slash + key, {})
-                if ending.lower() in ENDINGS:
-                    files[ending.lower()] = (member.offset_data, member.size)
+                if f".{ending.lower()}" in ENDINGS:
+                    files[f".{ending.lower()}"] = (member.offset_data, member.size)
                 elif labels and ending in LABELS:
                     files[ending] = tar.extractfile(member).read()
         # The library takes a header that it cannot read for the end, which has zeros.
@@ -100,34 +107,3 @@ class _Shard:
             fields = json.loads(files.get("json", b"{}"))
             found = fields if isinstance(fields, dict) else {}
             return next((found[name] for name in JSON_LABELS if name in found), None)
-
-
-class _WebSplit:
-    def __init__(self, found: list[_Shard], labels: np.ndarray | None):
-        self.shards = found
-        self._ends = list(itertools.accumulate(len(shard.keys) for shard in found))
-        self._order = None if labels is None else shards.mixed(labels)
-        self.labels = labels if self._order is None else labels[self._order]
-
-    def __len__(self) -> int:
-        return self._ends[-1]
-
-    def __getitem__(self, index: int) -> dict:
-        shard, row = self._locate(index)
-        place, size = shard.places[row].tolist()
-        with shard.path.open("rb") as file:
-            file.seek(place)
-            image = file.read(size)
-        if len(image) < size:
-            raise DamagedImageError("the tar file has become shorter")
-        return {"image": image} | ({} if self.labels is None else {"label": self.labels[index]})
-
-    def name(self, index: int) -> str:
-        shard, row = self._locate(index)
-        return f"{shard.path}:{shard.keys[row]}"
-
-    def _locate(self, index: int) -> tuple[_Shard, int]:
-        number = index if self._order is None else int(self._order[index])
-        part = bisect.bisect_right(self._ends, number)
-        shard = self.shards[part]
-        return shard, number - self._ends[part] + len(shard.keys)

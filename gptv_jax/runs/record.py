@@ -101,7 +101,7 @@ class RunFolder:
         """Makes the folder, locks it for this process, and writes config.json; for process 0.
 
         `data`, which config.json keeps, are the number of images by split, the classes and, as
-        "found", what `inventory.take` returns. `changed` is what `changed_fields` returned,
+        "found", what `inventory.describe` returns. `changed` is what `changed_fields` returned,
         `clear()` removes what other settings have made, and `anew` says that nothing recorded
         counts. config.json is written after `clear()`: a kill between them leaves a run of the
         recorded configuration that repeats some work.

@@ -49,6 +49,7 @@ def open_run(config: config_lib.Config, workdir: str, wanted: list[str] | None =
             "stages in Python or in a notebook."
         )
     check_same_settings(config)
+    sources.open_data_set.cache_clear()  # the files may have changed since a run before
     if config.init_from:  # process 0 downloads first what lies on the Hugging Face Hub
         missing = f"config.init_from={config.init_from} does not exist"
         own = lambda: pretrained.has_own(config, files.user_path(workdir))  # noqa: E731
@@ -71,7 +72,7 @@ def _open(config: config_lib.Config, folder: RunFolder, wanted: list[str] | None
     mesh = sharding.make_mesh(config.mesh)
     # The place of the data may differ between processes.
     opened = hosts.on_all(lambda: sources.open_splits(config.data))
-    contents = inventory.take(sources.open_data_set(config.data), opened)
+    contents = inventory.describe(sources.open_data_set(config.data), opened)
     if jax.process_index() == 0:
         inventory.log(config.data, contents, opened)
     classes, class_names = opened["train"].classes, opened["train"].class_names
