@@ -27,7 +27,7 @@ class _Train(types.ModuleType):
 
         Args:
           config: what `gptv_jax.config.default()` or a config file's `get_config()` returns, with
-            your changes; or the path of a config file, FILE or FILE:ARGUMENT.
+            your changes; or what --config takes: FILE, FILE:ARGUMENT or the folder of a run.
           workdir: the run folder; the same folder continues its run.
           stages: names of stages; None: all that the configuration and the data allow.
 

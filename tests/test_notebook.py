@@ -20,6 +20,7 @@ def test_the_kept_notebook_is_the_one_that_the_script_makes_and_has_its_pictures
     assert sum("image/png" in output.get("data", {}) for output in outputs(kept)) == 2
     text = (DOCS / "first_steps.ipynb").read_text()
     assert len(text) < 300_000 and "/tmp" not in text and "/home" not in text
+    assert "INFO" not in text
 
 
 @pytest.mark.process

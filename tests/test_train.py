@@ -29,7 +29,7 @@ def test_the_package_of_the_training_loop_is_the_function_as_well():
 
 def test_an_interrupt_saves_and_the_same_call_goes_on(settings, tmp_path, monkeypatch, capfd):
     log, before = logging.getLogger("gptv_jax"), signal.getsignal(signal.SIGINT)
-    state, real = (log.level, list(log.handlers)), loop.MetricWriter.write
+    state, real = (log.level, log.propagate, list(log.handlers)), loop.MetricWriter.write
 
     def interrupted(self, stage, step, values):
         real(self, stage, step, values)
@@ -40,10 +40,16 @@ def test_an_interrupt_saves_and_the_same_call_goes_on(settings, tmp_path, monkey
         patched.setattr(loop.MetricWriter, "write", interrupted)
         gptv_jax.train(settings, tmp_path / "run", ["pretrain"])
     assert {p.name for p in (tmp_path / "run/checkpoints/pretrain").iterdir()} == {"0", "2"}
+    capfd.readouterr()
     model = gptv_jax.train(settings, tmp_path / "run", ["pretrain"])
+    lines = capfd.readouterr().err.splitlines()
+    assert (
+        len([line for line in lines if line.startswith("pretrain continues from step 2 of 3")]) == 1
+    )
+    assert not [line for line in lines if "INFO" in line]
     assert model.sample(1).shape == (1, 8, 8, 1)
     assert signal.getsignal(signal.SIGINT) is before
-    assert (log.level, log.handlers) == state
+    assert (log.level, log.propagate, log.handlers) == state
     with pytest.raises(
         ValueError, match=r"config\.seed is 1, expected 0"
     ):  # and unlocks the folder
@@ -60,6 +66,8 @@ def test_an_interrupt_saves_and_the_same_call_goes_on(settings, tmp_path, monkey
 
 
 def test_calls_that_cannot_work_say_what_does(settings, tmp_path):
+    with pytest.raises(InputError, match="--stages is empty"):
+        gptv_jax.train(settings, tmp_path, [])
     with pytest.raises(InputError, match="there is no file"):
         gptv_jax.train("nowhere.py", tmp_path)
     with pytest.raises(InputError, match=r"call gptv_jax\.train\(config, workdir\)"):

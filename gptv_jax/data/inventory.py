@@ -11,9 +11,13 @@ LOG = logging.getLogger(__name__)
 
 
 def describe(data_set: sources.DataSet, opened: dict[str, sources.Selected]) -> dict:
-    """What was found, for config.json; `runs.record.RunFolder.claim` lists the keys.
+    """What the data set holds, for config.json; `opened` are the splits of the run.
 
-    `opened` are the splits of the run.
+    images    {split: number}: all splits of the data set, whether the run uses them or not
+    by_class  {split of the run: [number of images of class 0, of class 1, ...]}; a split whose
+              labels cannot be counted without reading its images is absent
+    left_out  [text, ...]: files and folders that are not read
+    notes     [text, ...]: what was made of unusual data, such as labels numbered anew
     """
     counts = {split: source.label_counts() for split, source in opened.items()}
     return {

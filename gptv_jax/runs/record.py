@@ -97,21 +97,14 @@ class RunFolder:
         clear: Callable[[], None] | None = None,
         *,
         anew: bool = False,
-        found: dict | None = None,
     ) -> None:
         """Makes the folder, locks it for this process, and writes config.json; for process 0.
 
-        `data` are the number of images by split and the classes. `changed` is what
-        `changed_fields` returned, `clear()` removes what other settings have made, and `anew` says
-        that nothing recorded counts. config.json is written after `clear()`: a kill between them
-        leaves a run of the recorded configuration that repeats some work. `found`, which
-        config.json holds under "found", says what the data set held when the run was made:
-
-            images    {split: number}: all splits of the data set, whether the run uses them or not
-            by_class  {split of the run: [number of images of class 0, of class 1, ...]}; a split
-                      whose labels cannot be counted without reading its images is absent
-            left_out  [text, ...]: files and folders that are not read
-            notes     [text, ...]: what was made of unusual data, such as labels numbered anew
+        `data`, which config.json keeps, are the number of images by split, the classes and, as
+        "found", what `inventory.describe` returns. `changed` is what `changed_fields` returned,
+        `clear()` removes what other settings have made, and `anew` says that nothing recorded
+        counts. config.json is written after `clear()`: a kill between them leaves a run of the
+        recorded configuration that repeats some work.
 
         Raises:
           InputError: the folder cannot be written, another process has it, or its checkpoints are
@@ -129,7 +122,6 @@ class RunFolder:
                 "devices": f"{jax.device_count()} {jax.devices()[0].device_kind}",
                 "versions": {"python": platform.python_version()} | versions,
                 **data,
-                "found": found or {},
                 "config": fields.flatten(self.config),
             }
         elif changed:

@@ -90,6 +90,7 @@ STAGES = {
             ("model", "finetune"),
             trains_network=True,
             training="finetune.train",
+            files=("finetune",),
             own_transforms="finetune",
             heading="Training",
         ),

@@ -2,14 +2,10 @@
 
 A field may change while no stage that reads the field has begun. The number of steps of a training
 may grow: the training goes on from its newest checkpoint, and results that belong to the weights
-before are moved to the folder `earlier/`.
+before are moved to folders `earlier/`, in the run folder and beside the checkpoints.
 """
 
-import dataclasses
 import logging
-import operator
-import pathlib
-import shutil
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -22,21 +18,23 @@ from gptv_jax.stages import STAGES
 from gptv_jax.train.metrics import MetricWriter
 
 LOG = logging.getLogger(__name__)
+DROPPED = "dropped"  # folder for what is deleted; a kill may leave it, so each start deletes it
 
 
 class Changes(NamedTuple):
-    """What is new since the start that wrote config.json, and what the run folder loses by that."""
+    """What differs from the start that wrote config.json, and which results that makes outdated."""
 
     fields: dict[str, list]  # the recorded and the given value, by name such as "train.steps"
     anew: bool  # no stage has begun, so config.json is written anew
     extended: dict[str, int]  # stages that take more steps, and their newest checkpoints' steps
-    dropped: list[str]  # stages whose numbers, files and checkpoints go
-    aside: str | None  # where numbers and files are moved to; None: they are deleted
+    reset: list[str]  # stages that lose their checkpoints as well, and begin at step 0
+    moved_to: str  # folder for outdated results, relative to the run folder and the checkpoints
+    sentences: list[str]  # what all this means for the run
 
     @property
-    def again(self) -> set[str]:
-        """Stages that run again, though they may have finished."""
-        return {*self.extended, *self.dropped}
+    def unfinished(self) -> set[str]:
+        """Stages whose results are outdated, so they are not finished any more."""
+        return {*self.extended, *self.reset}
 
 
 def begun_stages(folder: RunFolder) -> dict[str, int]:
@@ -47,13 +45,13 @@ def begun_stages(folder: RunFolder) -> dict[str, int]:
     if not (folder.path / "config.json").exists():
         return {}
     summary, place = folder.summary(), folder.recorded_checkpoints()
-    steps = {
-        name: max(map(checkpoint.newest_step, _trainings(place, [name])), default=0)
-        for name in STAGES
-    }
-    partial = {n: stage.partial for n, stage in STAGES.items() if stage.partial}
-    written = {name for name, part in partial.items() if (folder.path / part).exists()}
-    return {n: s for n, s in steps.items() if s or n in written or has_finished(summary, n)}
+    found = {}
+    for name, stage in STAGES.items():
+        step = max(map(checkpoint.newest_step, _trainings(place, [name])), default=0)
+        started = stage.partial and (folder.path / stage.partial).exists()
+        if step or started or has_finished(summary, name):
+            found[name] = step
+    return found
 
 
 def find(folder: RunFolder, data: dict, stages: list[str]) -> Changes:
@@ -67,9 +65,11 @@ def find(folder: RunFolder, data: dict, stages: list[str]) -> Changes:
     """
     changed, other_data = folder.changed_fields(), folder.changed_data(data)
     begun = begun_stages(folder)
-    if not begun:
-        anew = bool(changed or other_data)  # of a folder that has config.json
-        return Changes(changed, anew, {}, list(STAGES) if anew else [], None)
+    if not (folder.path / "config.json").exists():
+        return Changes({}, False, {}, [], DROPPED, [])
+    if not begun and (changed or other_data):
+        sentence = f"{folder.path} held no work; it takes this configuration."
+        return Changes(changed, True, {}, list(STAGES), DROPPED, [sentence])
     trainings = {f"{stage.training}.steps": n for n, stage in STAGES.items() if stage.training}
     extended = {trainings[f]: begun.get(trainings[f], 0) for f in changed if f in trainings}
     extended = {name: step for name, step in extended.items() if step}
@@ -98,97 +98,78 @@ def find(folder: RunFolder, data: dict, stages: list[str]) -> Changes:
                 f"config.{field} was {changed[field][0]} and is {changed[field][1]} now, but "
                 f"--stages leaves the stage {name} out; name {name} as well."
             )
-    renewed = dict(extended)
-    if "pretrain" in stages and "pretrain" not in begun and folder.config.init_from:
+    names, renewed = list(STAGES), dict(extended)
+    if folder.config.init_from and "pretrain" in stages and "pretrain" not in begun:
         renewed["pretrain"] = 0  # until now the later stages read the weights of init_from
-    late = {name for each in renewed if STAGES[each].feeds_later for name in _after(each)}
+    feeding = [names.index(name) for name in renewed if STAGES[name].feeds_later]
+    later = names[min(feeding) + 1 :] if feeding else []
     # A stage that has not begun may have left a checkpoint of its step 0.
     left = {_stage_of(each.name) for each in _trainings(folder.recorded_checkpoints(), STAGES)}
-    dropped = [n for n in STAGES if n in late or (changed and n in left - {*begun})]
-    first = next(iter(renewed), None)
-    outdated = bool(extended or late & {*begun})
-    aside = f"earlier/{first}-{renewed[first]}" if outdated else None
-    return Changes(changed, False, extended, dropped, aside)
+    reset = [n for n in names if n in later or (changed and n in left - {*begun})]
+    extended = {name: step for name, step in extended.items() if name not in reset}
+    moved_to = next((f"earlier/{name}-{step}" for name, step in renewed.items()), DROPPED)
+    sentences = []
+    for name, step in extended.items():
+        before, now = changed[f"{STAGES[name].training}.steps"]
+        sentences.append(
+            f"{name} goes on from step {step} to {now}, in place of {before}; the learning rate "
+            f"follows the schedule of {now} steps from here on, so it may rise."
+        )
+    again = [n for n in reset if n in begun]
+    if lost := [n for n in extended if has_finished(folder.summary(), n)] + again:
+        sentences.append(
+            f"Numbers and files of {', '.join(lost)} are moved to {folder.path / moved_to}."
+        )
+    if saved := [n for n in again if begun[n]]:
+        place = folder.recorded_checkpoints() / moved_to
+        sentences.append(f"Checkpoints of {', '.join(saved)} are moved to {place}.")
+    for when, among in (("now", True), ("where a later start's --stages allows it", False)):
+        if chosen := ", ".join(n for n in again if (n in stages) == among):
+            sentences.append(f"To be run again {when}: {chosen}.")
+    return Changes(changed, False, extended, reset, moved_to, sentences)
 
 
 def clear(folder: RunFolder, changes: Changes) -> None:
-    """Takes what belongs to other weights out of the folder, numbers first; for process 0.
+    """Tells what changes, and moves outdated results away, numbers first; for process 0.
 
     A kill at any point leaves a folder in which the stages that have lost numbers run again.
     """
-    if not changes.again:
+    for sentence in changes.sentences:
+        LOG.info("%s", sentence)
+    if not changes.unfinished:
         return
-    path, summary = folder.path, folder.summary()
+    path, place, summary = epath.Path(folder.path), folder.recorded_checkpoints(), folder.summary()
     # The number of parameters is that of the weights of the stage pretrain.
-    gone = tuple(f"{n}/" for n in changes.again) + ("model/",) * ("pretrain" in changes.again)
-    kept = {name: value for name, value in summary.items() if not name.startswith(gone)}
+    gone = [f"{n}/" for n in changes.unfinished] + ["model/"] * ("pretrain" in changes.unfinished)
+    kept = {name: value for name, value in summary.items() if not name.startswith(tuple(gone))}
     if kept != summary:
-        if changes.aside:
-            files.write_json(path / changes.aside / "summary.json", summary)
-        files.write_json(path / "summary.json", kept)
-    trash = path / "dropped"
-    written = [file for name in changes.again for file in STAGES[name].files]
+        files.write_json(folder.path / changes.moved_to / "summary.json", summary)
+        files.write_json(folder.path / "summary.json", kept)
+    written = [file for name in changes.unfinished for file in STAGES[name].files]
     if changes.anew:
         written += [name for name, _ in tokens.DEFINITIONS.values()]
     for name in written:
-        _move(path / name, (path / changes.aside if changes.aside else trash) / name)
+        _move(path / name, path / changes.moved_to / name)
     # A checkpoint that is half deleted would be taken for a damaged one, so it is moved first.
-    place = folder.recorded_checkpoints()
-    for each in _trainings(place, changes.dropped):
-        _move(each, place / "dropped" / each.name)
-    for each in (epath.Path(trash), place / "dropped"):
-        each.rmtree(missing_ok=True)
-    log, sessions = MetricWriter(path), files.read_json(path / "sessions.json", {})
+    for each in _trainings(place, changes.reset):
+        _move(each, place / changes.moved_to / each.name)
+    for each in (path, place):
+        (each / DROPPED).rmtree(missing_ok=True)
+    log, sessions = MetricWriter(folder.path), files.read_json(folder.path / "sessions.json", {})
     for name in {event["stage"] for event in log.read()} | {*sessions}:
-        if _stage_of(name) in changes.dropped:
+        if _stage_of(name) in changes.reset:
             log.rewind(name, -1)
             sessions.pop(name, None)
         elif name in sessions and kept != summary and _stage_of(name) in changes.extended:
             sessions[name][-1]["extended"] = True
     if (path / "sessions.json").exists():
-        files.write_json(path / "sessions.json", sessions)
-
-
-def tell(folder: RunFolder, changes: Changes) -> None:
-    """Logs what the changes mean for the run."""
-    if changes.anew:
-        LOG.info("%s held no work; it takes this configuration.", folder.path)
-    for name, step in changes.extended.items():
-        before, now = changes.fields[f"{STAGES[name].training}.steps"]
-        rates = [_rate(folder.config, name, steps, step) for steps in (before, now)]
-        LOG.info(
-            "%s goes on from step %d to %d, in place of %d; the learning rate at step %d was %.3g "
-            "and is now %.3g.",
-            *(name, step, now, before, step, *rates),
-        )
-    if changes.aside and changes.dropped:
-        line = "Results of the weights before are in %s now; the later stages run again."
-        LOG.info(line, folder.path / changes.aside)
-
-
-def _after(stage: str) -> list[str]:
-    """The later stages."""
-    names = list(STAGES)
-    return names[names.index(stage) + 1 :]
+        files.write_json(folder.path / "sessions.json", sessions)
 
 
 def _readers(field: str) -> set[str]:
     """The stages that read a field of the configuration."""
     section = field.split(".")[0]
     return {n for n, stage in STAGES.items() if section in stage.sections} or {*STAGES}
-
-
-def _rate(config, stage: str, steps: int, step: int) -> float:
-    """The learning rate of a stage's training of so many steps, after `step` steps."""
-    if stage == "probe":
-        from gptv_jax.probe import sgd
-
-        settings = dataclasses.replace(config.probe.sgd, steps=steps)
-        return float(sgd.make_optimizer(settings)[1](step))
-    from gptv_jax.train import optimizer
-
-    train = operator.attrgetter(STAGES[stage].training)(config)
-    return float(optimizer.make_optimizer(train.optimizer, steps)[1](step))
 
 
 def _stage_of(training: str) -> str:
@@ -202,11 +183,10 @@ def _trainings(place: epath.Path, stages: Iterable[str]) -> list[epath.Path]:
     return [folder for folder in found if _stage_of(folder.name) in stages]
 
 
-def _move(path: pathlib.Path | epath.Path, target: pathlib.Path | epath.Path) -> None:
+def _move(path: epath.Path, target: epath.Path) -> None:
     """Moves a file or folder, if it is there, to a path that may be taken already."""
-    if not path.exists():
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if target.is_dir():
-        shutil.rmtree(target)
-    path.rename(target)
+    if path.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.is_dir():
+            target.rmtree()
+        path.rename(target)

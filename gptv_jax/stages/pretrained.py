@@ -49,7 +49,8 @@ def load_given(context: Context, network: Network) -> Pretrained:
     """The weights of `config.init_from`, for pretraining to go on from; errors as of `load`.
 
     Where the network has another number of start vectors, for the classes of the data or for
-    variants, each of them begins as the weights' vector for no class, or as the mean of theirs.
+    variants, each begins as the weights' vector for no class, or as the mean of the given start
+    vectors.
     """
     found = _load(context, network, None)
     if "start" not in found.params or len(found.params["start"]) == network.starts:
@@ -146,7 +147,7 @@ def _imported(config: config_lib.Config, codec: Codec | None, *, adapt: bool) ->
 
 def _must_fit(config: config_lib.Config, found: WeightsFile, *, adapt: bool) -> None:
     starts = record.start_vectors(config)
-    if adapt:  # new start vectors can be made of theirs
+    if adapt:  # start vectors can be made of the start vectors in the file
         model = dataclasses.replace(found.model, class_tokens=config.model.class_tokens)
         found = dataclasses.replace(found, model=model, starts=starts)
     if differing := found.differing(config, starts):

@@ -55,7 +55,7 @@ def _run(context: Context) -> None:
 
 
 def train(config, workdir: str | os.PathLike, stages: list[str] | None = None) -> api.Model | None:
-    """See `gptv_jax.train`, which this is."""
+    """Implements `gptv_jax.train`."""
     if isinstance(stages, str):
         raise InputError(f"stages is {stages!r}; it takes a list of names, such as [{stages!r}].")
     if isinstance(config, str | os.PathLike):
@@ -74,17 +74,20 @@ def train(config, workdir: str | os.PathLike, stages: list[str] | None = None) -
 
 @contextlib.contextmanager
 def _shown_log() -> Iterator[None]:
-    """Shows the package's log, once, where the user's program has not set up logging."""
+    """Shows the package's log, once, where the user's program does not show it."""
     log = logging.getLogger("gptv_jax")
-    handler, level = logging.StreamHandler(sys.stderr), log.level
+    before = log.level, log.propagate
+    handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
-    own = not log.hasHandlers()
-    if own:
+    # A root handler alone is no sign that the user wants one: absl adds one on its own.
+    if log.getEffectiveLevel() > logging.INFO and not log.handlers:
         log.addHandler(handler)
-    if level == logging.NOTSET:
+        log.propagate = False
+    if log.level == logging.NOTSET:
         log.setLevel(logging.INFO)
     try:
         yield
     finally:
-        log.setLevel(level)
+        log.setLevel(before[0])
+        log.propagate = before[1]
         log.removeHandler(handler)

@@ -1,6 +1,7 @@
 """Opens a run: all that can be refused is refused here, before any work and before files change."""
 
 import dataclasses
+import functools
 import logging
 import operator
 import pathlib
@@ -41,11 +42,18 @@ def open_run(config: config_lib.Config, workdir: str, wanted: list[str] | None =
         cannot be written, or its work is of another configuration (every field that differs is
         listed).
     """
+    if not isinstance(config, config_lib.Config):
+        raise InputError(
+            f"open_run was given a {type(config).__name__}, but takes what "
+            "gptv_jax.config.resolve(config) returns; gptv_jax.train(config, workdir) runs the "
+            "stages in Python or in a notebook."
+        )
     check_same_settings(config)
     sources.open_data_set.cache_clear()  # the files may have changed since a run before
     if config.init_from:  # process 0 downloads first what lies on the Hugging Face Hub
         missing = f"config.init_from={config.init_from} does not exist"
-        hosts.from_first(lambda: str(weights.locate(config.init_from, missing)))
+        own = lambda: pretrained.has_own(config, files.user_path(workdir))  # noqa: E731
+        hosts.from_first(lambda: own() or str(weights.locate(config.init_from, missing)))
     written = {"--workdir": workdir, "config.checkpoint_dir": config.checkpoint_dir}
     refuse_inside(config.data, written)
     if config.wandb:
@@ -64,9 +72,9 @@ def _open(config: config_lib.Config, folder: RunFolder, wanted: list[str] | None
     mesh = sharding.make_mesh(config.mesh)
     # The place of the data may differ between processes.
     opened = hosts.on_all(lambda: sources.open_splits(config.data))
-    held = inventory.describe(sources.open_data_set(config.data), opened)
+    contents = inventory.describe(sources.open_data_set(config.data), opened)
     if jax.process_index() == 0:
-        inventory.log(config.data, held, opened)
+        inventory.log(config.data, contents, opened)
     classes, class_names = opened["train"].classes, opened["train"].class_names
     rules.check_classes(config, classes)
     begun = hosts.from_first(lambda: [*changes.begun_stages(folder)])
@@ -83,20 +91,19 @@ def _open(config: config_lib.Config, folder: RunFolder, wanted: list[str] | None
         "images": {split: len(source) for split, source in opened.items()},
         "classes": list(class_names) or classes,
     }
-    found = changes.Changes(*hosts.from_first(lambda: changes.find(folder, data, stages)))
+    changed = changes.Changes(*hosts.from_first(lambda: changes.find(folder, data, stages)))
     for name in stages:
-        if STAGES[name].on_request or name in found.again or not folder.finished(name):
+        if STAGES[name].on_request or name in changed.unfinished or not folder.finished(name):
             STAGES[name].check(config, mesh)
     if {"sample", "generate"} & set(stages) and config.sample.guidance != 1:
         check_guidable(config.model, f"config.sample.guidance is {config.sample.guidance:g}")
     for entries in _training_transforms(config, stages):
         transforms.check(entries, config.data.eval_transforms)
-    hosts.from_first(lambda: _prepare(config, folder, stages, data, found, held))
+    hosts.from_first(lambda: _prepare(config, folder, stages, data, changed, contents))
     # Every process writes the names of the damaged images that it meets.
     hosts.on_all(lambda: files.claim(folder.path, "--workdir"))
     images = Pipeline(config.data, None, config.seed, folder.path, sharding.batch_share(mesh))
     log = hosts.on_all(lambda: _open_log(config, folder.path))
-    changes.tell(folder, found)
     context = Context(config, mesh, folder, log, images, classes, class_names, tuple(stages))
     return with_codec(context)
 
@@ -148,7 +155,7 @@ def find_codec(config: config_lib.Config, folder: pathlib.Path | None = None) ->
         found[f"the run folder {folder}"] = tokens.load_definition(kind, folder)
     if cache:
         found[f"the token cache {cache.folder}"] = cache.codec().definition
-    if config.init_from:
+    if config.init_from and not (folder and pretrained.has_own(config, folder)):
         path = weights.locate(config.init_from)
         imported = weights.is_weights_path(path)
         definition = (
@@ -214,10 +221,10 @@ def choose_stages(
 
     With `config.init_from`, pretraining must be named, or have begun in the run folder.
     """
-    if unknown := set(wanted or ()) - set(STAGES):
-        raise InputError(
-            f"--stages has {', '.join(sorted(unknown))}; it takes some of {', '.join(STAGES)}."
-        )
+    if wanted is not None and (not wanted or set(wanted) - set(STAGES)):
+        given = ", ".join(sorted(set(wanted) - set(STAGES)))
+        problem = f"has {given}" if given else "is empty"
+        raise InputError(f"--stages {problem}; it takes some of {', '.join(STAGES)}.")
     refused = _impossible(config, classes)
     if config.init_from and "pretrain" not in {*begun, *(wanted or ())}:
         reason = f"config.init_from={config.init_from} gives the pretrained weights"
@@ -296,12 +303,12 @@ def _prepare(
     folder: RunFolder,
     stages: list[str],
     data: dict,
-    found_changes: changes.Changes,
-    held: dict,
+    changed: changes.Changes,
+    contents: dict,
 ) -> None:
     """Finds or makes the codec, checks it and the pretrained weights, and claims the folder."""
     # A palette or tokenizer in the folder that other settings or fewer steps made does not count.
-    outdated = found_changes.anew or "tokenizer" in found_changes.extended
+    outdated = changed.anew or "tokenizer" in changed.extended
     kind, found = config.tokens.kind, find_codec(config, None if outdated else folder.path)
     trained_here = not found and kind == "learned"
     made = not trained_here or has_finished(folder.summary(), "tokenizer")
@@ -316,13 +323,9 @@ def _prepare(
     if config.init_from or not {"pretrain", "tokenizer"} & set(stages):
         adapt = "pretrain" in stages and not pretrained.has_own(config, folder.path)
         pretrained.check(config, folder.path, found, adapt=adapt)
-    folder.claim(
-        data,
-        found_changes.fields,
-        lambda: changes.clear(folder, found_changes),
-        anew=found_changes.anew,
-        found=held,
-    )
+    recorded = data | {"found": contents}
+    clear = functools.partial(changes.clear, folder, changed)
+    folder.claim(recorded, changed.fields, clear, anew=changed.anew)
     if not found and not trained_here:
         found = build_codec(config, DamageLog(config.data, folder.path))
     if found:

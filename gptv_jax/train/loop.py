@@ -152,6 +152,7 @@ def fit(
     # its step; where the evaluation was given up in order to stop, the run that continues begins
     # with it. The position in the data moves only after the save.
     with contextlib.ExitStack() as until_saved:
+        until_saved.callback(progress.close)  # after an interrupt a notebook would show it again
         while True:
             better = False
             if not stopping:
@@ -197,7 +198,6 @@ def fit(
                     clock.add(time.perf_counter() - begin, 1, waited)
             progress.advance()
 
-    progress.close()
     seconds, timed, _ = clock.total.tolist()
     speed = timed * config.batch_size * length / seconds if timed else None
     # Steps that were not timed count at the mean of the timed ones.
