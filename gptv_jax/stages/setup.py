@@ -333,10 +333,7 @@ def _prepare(
 
 
 def try_out(config: config_lib.Config, stages: list[str] | None, codec: Codec | None) -> None:
-    """Checks that the images, every list of transforms and the codec fit each other.
-
-    Without `stages`, which train, only the transforms of evaluation.
-    """
+    """Checks that images, codec and the transforms of evaluation and of `stages` fit together."""
     data = config.data
     channels = config.tokens.autoencoder.channels if config.tokens.kind == "learned" else 3
     shape = codec.image_shape if codec else (data.image_size, data.image_size, channels)
