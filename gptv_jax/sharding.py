@@ -248,8 +248,16 @@ def by_name(tree) -> dict:
 
 
 def abstract(init):
-    """Abstract arrays, with shardings, of the tree that `init(key)` makes."""
+    """Abstract arrays, with shardings, of the tree that `init(key)` makes.
+
+    Raises InputError where no mesh is set, as when a user calls a stage without one.
+    """
     mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        raise InputError(
+            "no device mesh is set; call a stage within `with jax.set_mesh(context.mesh)`, or call "
+            "gptv_jax.train(config, workdir, stages), which sets the mesh."
+        )
 
     def fill(leaf):
         spec = getattr(leaf.sharding, "spec", P())  # scalars have no spec and are replicated

@@ -8,7 +8,6 @@ from jax.sharding import Mesh
 from gptv_jax import config as config_lib
 from gptv_jax import files, hosts, tokens
 from gptv_jax.data.pipeline import Pipeline
-from gptv_jax.errors import InputError
 from gptv_jax.model.gpt import Network
 from gptv_jax.runs import accuracy
 from gptv_jax.runs.record import RunFolder, network_of
@@ -33,11 +32,6 @@ class Context:
 
     def network(self, classes: int = 0) -> Network:
         """The network of the config, with a class head where `classes` is not 0."""
-        if jax.sharding.get_mesh().empty:
-            raise InputError(
-                "a stage runs within `with jax.set_mesh(context.mesh)`, which is not so here; "
-                "gptv_jax.train(config, workdir, stages) does that."
-            )
         return network_of(self.config, classes)
 
     def with_definition(self, definition: TokenDefinition | None) -> "Context":

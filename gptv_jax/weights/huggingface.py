@@ -17,7 +17,7 @@ import numpy as np
 from gptv_jax import config as config_lib
 from gptv_jax import files
 from gptv_jax.config import fields
-from gptv_jax.errors import InputError, as_input_error, shorten
+from gptv_jax.errors import InputError, as_input_error
 from gptv_jax.tokens import palette as palettes
 from gptv_jax.tokens.palette import Palette
 from gptv_jax.weights import native
@@ -307,7 +307,7 @@ def _expressible(weights_file: WeightsFile, task: str) -> WeightsFile:
             unsupported.append("a class head whose input is centred (finetune.standardize)")
         params["classifier.class_head"] = head * scale
     if unsupported:
-        raise InputError(f"Hugging Face's format cannot express {shorten(unsupported)}.")
+        raise InputError(f"Hugging Face's format cannot express {', '.join(unsupported)}.")
     if model.axial_positions:
         rows, columns = weights_file.codec.grid
         row, column = params.pop("row"), params.pop("column")
