@@ -79,8 +79,8 @@ def write(
 ) -> None:
     """Writes confusion.json: counts and accuracy of every class of the test split, and the matrix.
 
-    `confusion` has a row for each class of the images and a column for each class that was given
-    to them; it may lack the last classes. `training` are the training images of each class, where
+    `confusion` has a row for each class of the images and a column for each predicted class;
+    it may lack the last classes. `training` are the training images of each class, where
     known, `names` the names of the classes, if they have any. `about` is written as it is.
     """
     size = max(len(confusion), len(names), 0 if training is None else len(training))

@@ -108,8 +108,8 @@ def confusion(counts: Int[np.ndarray, "C C"], names: Sequence[str]) -> bytes:
     axes.set_xticks(range(len(names)), short, rotation=90)
     axes.set_yticks(range(len(names)), short)
     axes.tick_params(colors=INK, labelsize=8, length=0)
-    axes.set_xlabel("class that was given", fontsize=9, color=INK)
-    axes.set_ylabel("class of the image", fontsize=9, color=INK)
+    axes.set_xlabel("predicted class", fontsize=9, color=INK)
+    axes.set_ylabel("true class", fontsize=9, color=INK)
     axes.spines[:].set_visible(False)
     return _png(figure)
 

@@ -220,7 +220,7 @@ def _by_class(results: Results, stage: str, title: str) -> str:
     content = f'<div class="scroll"><small>{escape(title)}, by class.</small>{content}</div>'
     if len(rows) <= DRAWN:
         png = pictures.confusion(matrix, names)
-        return content + html.figure(png, f"{title}: test images of each class, by class given.")
+        return content + html.figure(png, f"{title}: test images by true and predicted class.")
     wrong = matrix * (1 - np.eye(len(matrix), dtype=int))
     worst = [np.unravel_index(i, wrong.shape) for i in np.argsort(-wrong, axis=None)[:LISTED]]
     pairs = [(names[i], names[j], f"{wrong[i, j]:,}") for i, j in worst if wrong[i, j]]
