@@ -1,4 +1,4 @@
-"""Sets to compare generated images with: test images, the same restored, independent codes.
+"""Sets to compare generated images with: test images, restored images, random codes.
 
     python -m benchmarks.generation_floors --run=runs/codes --data=TFDS_FOLDER
 

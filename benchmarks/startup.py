@@ -50,7 +50,7 @@ class Case:
 
 
 def cases(platform: str) -> list[Case]:
-    """The cases, which are the same on all platforms."""
+    """The commands to start; they do not depend on the platform."""
     return [Case("digits.py", 4), Case("cifar10.py:10m", 1)]
 
 

@@ -235,7 +235,7 @@ class Checkpoints:
         return jax.tree.unflatten(jax.tree.structure(abstract), list(arrays.values())), info
 
     def _read(self, step: int, wanted: dict[str, jax.ShapeDtypeStruct]) -> tuple[dict, dict]:
-        """The arrays of these names, and the info, compared with their checksums."""
+        """The named arrays and the info, after their checksums were compared."""
         restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
         items = ocp.args.Composite(
             state=ocp.args.PyTreeRestore(wanted, restore_args=restore_args, partial_restore=True),

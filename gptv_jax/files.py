@@ -48,7 +48,7 @@ def user_path(path: str | os.PathLike) -> pathlib.Path:
 
 
 def user_place(text: str) -> epath.Path:
-    """As `user_path`; an address, such as gs://bucket/path, stays as it is."""
+    """The path that `user_path` gives; an address, such as gs://bucket/path, is not changed."""
     return epath.Path(text if "://" in text else user_path(text))
 
 

@@ -88,7 +88,7 @@ def reading_steps(run: pathlib.Path) -> list[Transform]:
 
 
 def image_files(names: list[str]) -> list[pathlib.Path]:
-    """The files of these names, and all image files in the folders of these names and below."""
+    """The named files, and all image files in and below the named folders."""
     found = []
     for name in names:
         path = files.user_path(name)
@@ -141,7 +141,7 @@ def _classified(model: api.Model, images: list[np.ndarray], batch_size: int) -> 
     """For each image all classes, the most likely first, each with its name and probability."""
     if not images:
         return []
-    # Every batch has the same size, so the network is compiled once.
+    # All batches have one size, so the network is compiled once.
     batch = np.stack([*images, *[images[0]] * (batch_size - len(images))])
     found = []
     for row in model.classify(batch)[: len(images)]:

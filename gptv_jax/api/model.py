@@ -135,7 +135,7 @@ class Model:
     def sample(
         self, n: int, seed: int = 0, *, labels: Labels = None, **drawing: Setting
     ) -> UInt8[np.ndarray, "n H W C"]:
-        """`n` new images, drawn token by token; the same seed gives the same images.
+        """`n` new images, drawn token by token; a seed always gives equal images.
 
         A model that was loaded from a run without naming a stage draws images, here and in
         `complete` and `outpaint`, with the pretrained weights.

@@ -50,7 +50,7 @@ def default() -> ml_collections.ConfigDict:
 def choose(argument: str, choices: dict):
     """What a config file's own argument, as in `--config=FILE:ARGUMENT`, stands for.
 
-    InputError: the argument is none of the choices.
+    InputError: `choices` does not have the argument.
     """
     if argument not in choices:
         raise InputError(f"its argument is {argument!r}; it takes one of {shorten(choices)}.")

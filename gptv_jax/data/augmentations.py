@@ -62,7 +62,7 @@ class Rotate(Transform):
 class RandomAugment(Transform):
     """RandAugment (Cubuk et al. 2020, arXiv:1909.13719): `n` random operations, one after another.
 
-    Each is drawn from the paper's 14, see `OPERATIONS`, all of the same `magnitude`, 0 to 10.
+    Each operation is drawn from the paper's 14 (`OPERATIONS`); all have one `magnitude`, 0 to 10.
     Pixels from outside the image get the value `fill`.
     """
 

@@ -24,8 +24,8 @@ class ImageFolder:
     Sub-folders whose names are names of splits (`listing.split_name`), train among them, are the
     splits; otherwise all images are one split, train. Within a split, each sub-folder
     is a class, unless a CSV file gives the labels. The data set is unlabelled where all images lie
-    in one folder, or more than `MOST_STRAY` of them in no class folder. The images are shuffled
-    class by class, so that `train[:90%]` holds nine tenths of every class.
+    in one folder, or a share of images above `MOST_STRAY` in no class folder. The images are
+    shuffled class by class, so that `train[:90%]` holds nine tenths of every class.
 
     `notes` are sentences about what a user may not expect, and `left_out` says what is not read.
     """

@@ -47,7 +47,7 @@ def advice(place: str, name: str | None = None) -> str | None:
 def of_folder(path: pathlib.Path, name: str | None) -> str | None:
     """What to do to read a folder in which `config.data.name` finds no data; None: nothing fits.
 
-    The folder's own files and those of its sub-folders say what reads the folder.
+    The files in the folder and in its sub-folders say which data set reads the folder.
     """
     endings = {f.suffix.lower() for pattern in ("*", "*/*") for f in path.glob(pattern)}
     if (path / "features.json").exists():  # of a prepared TFDS set

@@ -76,7 +76,7 @@ def number(
 
     Labels that count from 0, with few numbers left out, stay as they are, and their classes have no
     names unless `names` are given. Other numbers and texts are numbered in order, and become the
-    names of the classes. Where all labels are the same, the set is unlabelled: there are no labels
+    names of the classes. Where all labels are equal, the set is unlabelled: there are no labels
     and 0 classes.
 
     Raises:

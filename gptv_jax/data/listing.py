@@ -34,7 +34,7 @@ class Listing:
         """Lists the folder; a symbolic link to one of the real paths `known` is left out."""
         self.files: list[str] = []  # sorted paths, relative to the folder, of the image files
         self.below: list[str] = []  # names of the sub-folders
-        self.inner: set[str] = set()  # names of those sub-folders that hold images
+        self.inner: set[str] = set()  # names of the sub-folders that hold images
         self.endings = collections.Counter()  # of files that are no images: their number
         self.system: list[str] = []  # names of folders of the system
         # Links back to the parent would read the folders beside this one as parts of this one.

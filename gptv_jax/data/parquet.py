@@ -1,6 +1,6 @@
 """Images in Parquet files, as on the Hugging Face Hub, and in folders of `datasets.save_to_disk`.
 
-An Arrow file is mapped into memory, and a row of it is read alone. Parquet gives no access to a
+An Arrow file is mapped into memory, so that a single row can be read. Parquet gives no access to a
 single row: the column of images is read for the row group that holds the row, and a process keeps
 the row groups that it read last.
 """
@@ -89,7 +89,7 @@ class _RowGroup:
 
 
 class _RowGroups:
-    """The row groups that were read last; threads that need the same one wait for one reading."""
+    """The row groups that were read last; a row group is read once for all threads."""
 
     def __init__(self):
         self._lock, self._bytes = threading.Lock(), 0

@@ -178,7 +178,7 @@ def _stage_of(training: str) -> str:
 
 
 def _trainings(place: epath.Path, stages: Iterable[str]) -> list[epath.Path]:
-    """The folders with checkpoints of these stages' trainings."""
+    """The folders that hold checkpoints of the trainings of `stages`."""
     found = place.iterdir() if place.exists() else ()
     return [folder for folder in found if _stage_of(folder.name) in stages]
 

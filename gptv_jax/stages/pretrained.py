@@ -74,7 +74,7 @@ def has_own(config: config_lib.Config, folder: pathlib.Path) -> bool:
 
 
 def _load(context: Context, network: Network, own: pathlib.Path | None) -> Pretrained:
-    """The weights in the run folder `own`, or those of `config.init_from`."""
+    """The weights in the run folder `own`, or the weights that `config.init_from` names."""
     config = context.config
     if not own and weights.is_weights_path(config.init_from):
         found = _imported(config, context.codec, adapt=True)

@@ -79,7 +79,7 @@ def _shown_log() -> Iterator[None]:
     before = log.level, log.propagate
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
-    # A root handler alone is no sign that the user wants one: absl adds one on its own.
+    # A root handler is no sign that the user has set up logging: absl adds a handler when imported.
     if log.getEffectiveLevel() > logging.INFO and not log.handlers:
         log.addHandler(handler)
         log.propagate = False

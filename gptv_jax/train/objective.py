@@ -178,7 +178,7 @@ def confusion(
 ) -> Int[Array, "C C"]:
     """Number of images of each class (row) that were taken for each class (column).
 
-    Only images whose mask is 1 count. The matrix is the same on every device and every process.
+    Only images whose mask is 1 count. Every device and process gets an equal matrix.
     """
     # Float32 products at the highest precision are exact for counts below 2 ** 24, one batch's.
     shares = jax.nn.one_hot(labels, classes) * mask[:, None], jax.nn.one_hot(chosen, classes)

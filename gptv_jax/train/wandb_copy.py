@@ -21,8 +21,8 @@ def check_installed() -> None:
 class Wandb:
     """A run of Weights & Biases, which a resumed run of this project continues.
 
-    Each stage has its own axis, `<stage>/step`. Events that a resumed training repeats appear twice
-    there, with the same numbers.
+    Each stage has an axis `<stage>/step`. Events that a resumed training repeats appear twice, with
+    equal numbers.
     """
 
     def __init__(self, project: str, folder: pathlib.Path, identity: str, settings: dict):

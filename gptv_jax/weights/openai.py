@@ -35,7 +35,7 @@ def read_definition(prefix: pathlib.Path) -> None:
 def read(prefix: pathlib.Path, palette: Palette | None = None) -> WeightsFile:
     """See `weights.read`."""
     palette = choose_palette(palette, None, f"{prefix}, a TensorFlow checkpoint,")
-    try:
+    try:  # nothing else reads TensorFlow 1 checkpoints; only this function imports TensorFlow
         import tensorflow as tf
     except ImportError as error:
         raise InputError(
