@@ -151,6 +151,6 @@ def tell(stage: str, before: dict, summary: dict, folder: pathlib.Path) -> None:
 
 
 def classes(folder: pathlib.Path) -> list[dict]:
-    """A row for each class, of the run's fine-tuning or else its probe; [] where neither has run."""
+    """A row for each class, of the run's fine-tuning or else probe; [] where neither has run."""
     found = read(folder / "finetune") or read(folder / "probe") or {"classes": []}
     return found["classes"]
