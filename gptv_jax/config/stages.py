@@ -6,6 +6,7 @@ import os
 
 from gptv_jax.config.data import Data, Tokens
 from gptv_jax.config.fields import ABOVE_ZERO, BELOW_ONE, FROM_ZERO, POSITIVE, SHARE, field, one_of
+from gptv_jax.config.tasks import Task
 from gptv_jax.config.train import Mesh, Model, Profile, Tokenizer, Train
 
 PLACE = (
@@ -155,6 +156,7 @@ class Config:
     tokenizer: Tokenizer = dataclasses.field(default_factory=Tokenizer)
     train: Train = dataclasses.field(default_factory=Train)
     probe: Probe = dataclasses.field(default_factory=Probe)
+    task: Task = dataclasses.field(default_factory=Task)
     finetune: Finetune = dataclasses.field(default_factory=Finetune)
     sample: Sample = dataclasses.field(default_factory=Sample)
     generate: Generate = dataclasses.field(default_factory=Generate)
