@@ -27,10 +27,12 @@ class Context:
     images: Pipeline  # the data as images, before they become tokens
     classes: int  # of the data; 0: unlabelled
     class_names: tuple[str, ...]  # in the order of the labels; empty where classes have no names
+    object_names: tuple[str, ...]  # in the order of the box_labels; empty without boxes
     stages: tuple[str, ...]  # names of the stages to run, in order
-    object_names: tuple[str, ...] = ()  # of the classes of objects, where the data have boxes
-    codec: Codec | None = None  # None while the tokenizer is still to be trained
-    data: Pipeline | None = None  # the data as tokens; None while there is no codec
+    # None without tokens, and while the tokenizer is still to be trained
+    codec: Codec | None = None
+    # The data as the network reads them; None while the tokenizer is still to be trained.
+    data: Pipeline | None = None
 
     def network(self, classes: int = 0) -> Network:
         """The network of the config, with a class head where `classes` is not 0."""

@@ -77,6 +77,9 @@ def _impossible(config: config_lib.Config, held: Collection[str]) -> dict[str, s
             "config.model.objective=bert draws no images; it takes pretrain, probe and finetune"
         )
         refused |= dict.fromkeys(("sample", "generate"), reason)
+    if kind == "none":
+        reason = "config.tokens.kind=none has no tokens to predict or to read; take finetune"
+        refused |= dict.fromkeys(("tokenizer", "pretrain", "probe", "sample", "generate"), reason)
     return refused
 
 

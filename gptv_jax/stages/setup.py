@@ -75,11 +75,11 @@ def _open(config: config_lib.Config, folder: RunFolder, wanted: list[str] | None
     contents = inventory.describe(sources.open_data_set(config.data), opened)
     if jax.process_index() == 0:
         inventory.log(config.data, contents, opened)
-    classes, class_names = opened["train"].classes, opened["train"].class_names
-    object_names = getattr(opened["train"], "object_names", ())
+    train = opened["train"]
+    classes, names = train.classes, (train.class_names, getattr(train, "object_names", ()))
     rules.check_classes(config, classes)
     begun = hosts.from_first(lambda: [*changes.begun_stages(folder)])
-    stages = choose_stages(config, record_keys(opened["train"]), wanted, begun)
+    stages = choose_stages(config, record_keys(train), wanted, begun)
     task = tasks.kind(config.task.name)
     adapting = config.init_from and "pretrain" in begun and not folder.finished("pretrain")
     if adapting and "pretrain" not in stages:
@@ -92,8 +92,8 @@ def _open(config: config_lib.Config, folder: RunFolder, wanted: list[str] | None
         hosts.on_all(lambda: sources.check_labels(config.data, opened))
     data = {
         "images": {split: len(source) for split, source in opened.items()},
-        "classes": list(class_names) or classes,
-        **({"objects": list(object_names)} if object_names else {}),
+        "classes": list(train.class_names) or classes,
+        "objects": list(names[1]),
     }
     changed = changes.Changes(*hosts.from_first(lambda: changes.find(folder, data, stages)))
     for name in stages:
@@ -108,8 +108,8 @@ def _open(config: config_lib.Config, folder: RunFolder, wanted: list[str] | None
     hosts.on_all(lambda: files.claim(folder.path, "--workdir"))
     images = Pipeline(config.data, None, config.seed, folder.path, sharding.batch_share(mesh))
     log = hosts.on_all(lambda: _open_log(config, folder.path))
-    named = classes, class_names, tuple(stages), object_names
-    return with_codec(Context(config, mesh, folder, log, images, *named))
+    context = Context(config, mesh, folder, log, images, classes, *names, tuple(stages))
+    return with_codec(context)
 
 
 def _open_log(config: config_lib.Config, folder: pathlib.Path) -> MetricWriter:
@@ -268,7 +268,7 @@ def _prepare(
     kind, found = config.tokens.kind, find_codec(config, None if outdated else folder.path)
     trained_here = not found and kind == "learned"
     made = not trained_here or has_finished(folder.summary(), "tokenizer")
-    if not found and made and not outdated and folder.has_checkpoints:
+    if kind in tokens.DEFINITIONS and not (found or outdated) and made and folder.has_checkpoints:
         raise InputError(f"{folder.path} has lost its {tokens.DEFINITIONS[kind][0]}; restore it.")
     if trained_here and "tokenizer" not in stages:
         raise InputError(
@@ -276,13 +276,13 @@ def _prepare(
             "name one by config.tokens.tokenizer."
         )
     try_out(config, stages, found)
-    if config.init_from or not {"pretrain", "tokenizer"} & set(stages):
+    if config.init_from or (kind != "none" and not {"pretrain", "tokenizer"} & set(stages)):
         adapt = "pretrain" in stages and not pretrained.has_own(config, folder.path)
         pretrained.check(config, folder.path, found, adapt=adapt)
     recorded = data | {"found": contents}
     clear = functools.partial(changes.clear, folder, changed)
     folder.claim(recorded, changed.fields, clear, anew=changed.anew)
-    if not found and not trained_here:
+    if not found and kind == "palette":
         found = build_codec(config, DamageLog(config.data, folder.path))
     if found:
         tokens.save_definition(found.definition, folder.path)
@@ -292,7 +292,7 @@ def try_out(config: config_lib.Config, stages: list[str] | None, codec: Codec | 
     """Checks that images, codec and the transforms of evaluation and of `stages` fit together."""
     data = config.data
     channels = config.tokens.autoencoder.channels if config.tokens.kind == "learned" else 3
-    shape = codec.image_shape if codec else (data.image_size, data.image_size, channels)
+    shape = codec.image_shape if codec else (*data.size, channels)
     training = [] if stages is None else _training_transforms(config, stages)
     for entries in dict.fromkeys([data.eval_transforms, *training]):
         pipeline.try_out(data, codec, shape, entries)
