@@ -93,21 +93,24 @@ def run_stage(context: Context) -> dict:
     def from_scratch() -> dict:
         return jax.jit(network.init)(key)
 
-    headless, scratch = context.network(), {}
-    found = pretrained.load(context, headless)
-    tuned, total = tune(
-        "finetune", lambda: begin_with(network, found.params, key), settings.layer_decay
-    )
+    weights, layer_decay, scratch, origin = from_scratch, 1.0, {}, {"pretrained": False}
+    if possible := config.tokens.kind != "none":
+        found = pretrained.load(context, context.network())
+        weights = lambda: begin_with(network, found.params, key)  # noqa: E731
+        layer_decay, origin = settings.layer_decay, found.numbers
+    else:
+        LOG.info("finetune trains from scratch: config.tokens.kind=none cannot be pretrained.")
+    tuned, total = tune("finetune", weights, layer_decay)
     images = accuracy.images(config.data)
     if "images" in total:
         images["test_images"] = int(total["images"]) // len(task.views())
     bounds = _write(context, task, total)
-    if settings.scratch:
+    if settings.scratch and possible:
         LOG.info("finetune_scratch trains random initial weights in the same way, as the floor.")
         numbers, _ = tune("finetune_scratch", from_scratch, layer_decay=1.0)
         scratch = {f"scratch_{name}": value for name, value in numbers.items()}
     named = {"classes": len(task.names)} if task.names else {}
-    return {**named, **images, **tuned, **bounds, **scratch, **found.numbers}
+    return {**named, **images, **tuned, **bounds, **scratch, **origin}
 
 
 def begin_with(network: Network, given: dict, key: jax.Array) -> dict:
