@@ -196,20 +196,12 @@ def finetune(results: Results) -> Part:
 def _test_numbers(found: dict, usual: set[str]) -> str:
     """A table of the test numbers with floors and ceilings, if there are more than the usual."""
     numbers = {n: v for n, v in found.items() if "test_" in n and isinstance(v, float)}
+    numbers = {n: html.number(v) for n, v in numbers.items() if not n.endswith("_error")}
     names = [name.removeprefix("test_") for name in numbers if name.startswith("test_")]
     if not set(names) - usual:
         return ""
     before = dict.fromkeys(n.partition("test_")[0] for n in numbers)
-    cells = [
-        (
-            name,
-            *(
-                html.number(numbers[k]) if (k := f"{b}test_{name}") in numbers else ""
-                for b in before
-            ),
-        )
-        for name in names
-    ]
+    cells = [(n, *(numbers.get(f"{b}test_{n}", "") for b in before)) for n in names]
     head = ("on the test images", *(b.replace("_", " ").strip() or "fine-tuned" for b in before))
     return f'<div class="scroll">{html.table(head, cells)}</div>'
 
