@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from gptv_jax.config.data import PIXELS, height_and_width
 from gptv_jax.config.fields import FROM_ZERO, POSITIVE, SHARE, field, one_of
 from gptv_jax.data import records
 from gptv_jax.data.images import GREY, Transform
@@ -18,15 +19,6 @@ from gptv_jax.errors import InputError
 
 METHODS = ("nearest", "bilinear", "bicubic", "lanczos")
 METHOD = one_of(*METHODS)
-PIXELS = (
-    "one number of pixels, 1 or more, or height and width, such as 48,64",
-    lambda v: v >= 1 if isinstance(v, int) else len(v) == 2 and min(v) >= 1,
-)
-
-
-def height_and_width(size: int | tuple[int, ...]) -> tuple[int, ...]:
-    """Height and width of images of `size` pixels."""
-    return (size, size) if isinstance(size, int) else size
 
 
 def _range(most: float):
