@@ -174,8 +174,7 @@ def trained_part(config: config_lib.Config, stage: str) -> str:
 
 def network_of(config: config_lib.Config, classes: int = 0) -> Network:
     """The network of a configuration, with a class head where `classes` is not 0."""
-    tokens, grid = config.tokens, config.tokens.grid(config.data.image_size)
-    layout = of_images(tokens.vocabulary, grid, config.model.objective)
+    layout = of_images(config.tokens.vocabulary, config.grid, config.model.objective)
     return Network(config.model, layout, start_vectors(config), classes)
 
 
