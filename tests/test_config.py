@@ -89,7 +89,7 @@ OUT_OF_RANGE = {
     "task.detect.class_weight": -1.0,
     "task.detect.top_p": 1.5,
     "task.detect.most": 0,
-    "task.detect.validation_images": 0,
+    "task.detect.validation_images": -1,
     "probe.c": (),
     "probe.max_iterations": 0,
     "probe.batch_size": 0,

@@ -6,6 +6,7 @@ from gptv_jax import config as config_lib
 from gptv_jax import tasks
 from gptv_jax.config import rules
 from gptv_jax.data import sources
+from gptv_jax.data.cache import TokenCache
 from gptv_jax.errors import InputError
 from gptv_jax.stages import STAGES
 
@@ -59,7 +60,7 @@ def choose_stages(
 def _impossible(config: config_lib.Config, held: Collection[str]) -> dict[str, str]:
     """Stages that this run cannot have, each with the reason and what to do."""
     given, kind, refused = config.init_from, config.tokens.kind, {}
-    cached = sources.open_data_set(config.data).stored_as == "tokens"
+    cached = isinstance(sources.open_data_set(config.data), TokenCache)
     if kind != "learned":
         refused["tokenizer"] = f"config.tokens.kind={kind} has nothing to train"
     elif config.tokens.tokenizer or given or cached:

@@ -13,7 +13,7 @@ import numpy as np
 from gptv_jax import config as config_lib
 from gptv_jax import files, hosts, sharding, tasks, tokens, weights
 from gptv_jax.config import fields, rules
-from gptv_jax.data import inventory, pipeline, sources, transforms
+from gptv_jax.data import inventory, pipeline, sources, transforms, trial
 from gptv_jax.data.cache import TokenCache
 from gptv_jax.data.damage import DamageLog
 from gptv_jax.data.folder import refuse_inside
@@ -295,7 +295,7 @@ def try_out(config: config_lib.Config, stages: list[str] | None, codec: Codec | 
     shape = codec.image_shape if codec else (*data.size, channels)
     training = [] if stages is None else _training_transforms(config, stages)
     for entries in dict.fromkeys([data.eval_transforms, *training]):
-        pipeline.try_out(data, codec, shape, entries)
+        trial.try_out(data, codec, shape, entries)
 
 
 def _training_transforms(config: config_lib.Config, stages: list[str]) -> list[tuple[str, ...]]:

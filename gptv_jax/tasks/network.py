@@ -3,12 +3,13 @@
 from gptv_jax import config as config_lib
 from gptv_jax.data import transforms
 from gptv_jax.model.gpt import Network
+from gptv_jax.model.layout import of_images
 
 
 def network_of(config: config_lib.Config, classes: int = 0) -> Network:
     """The network of a configuration, with a class head where `classes` is not 0."""
-    vocabulary = config.tokens.vocabulary
-    return Network(config.model, vocabulary, config.grid, start_vectors(config), classes)
+    layout = of_images(config.tokens.vocabulary, config.grid, config.model.objective)
+    return Network(config.model, layout, start_vectors(config), classes)
 
 
 def start_vectors(config: config_lib.Config) -> int:
