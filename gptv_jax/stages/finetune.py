@@ -14,11 +14,11 @@ import optax
 
 from gptv_jax import files, sharding
 from gptv_jax.checkpoint import Checkpoints
-from gptv_jax.data import records, sources
+from gptv_jax.data import pipeline, records, sources
 from gptv_jax.errors import shorten
 from gptv_jax.model import flops
 from gptv_jax.model.gpt import Network
-from gptv_jax.runs import accuracy
+from gptv_jax.runs import accuracy, pictures
 from gptv_jax.runs.context import Context
 from gptv_jax.stages import pretrained
 from gptv_jax.tasks.task import Task
@@ -31,7 +31,11 @@ def run_stage(context: Context) -> dict:
     """Fine-tunes pretrained weights, then from scratch; returns the summary's numbers."""
     config, settings, task = context.config, context.config.finetune, context.task
     train, batch_size, network = settings.train, settings.train.batch_size, task.network()
-    batches = functools.partial(context.data.train, batch_size, entries=settings.train_transforms)
+    reading = {"example": task.example if task.parts() else None, "pixels": task.pixels}
+    training = functools.partial(
+        context.data.train, batch_size, entries=settings.train_transforms, **reading
+    )
+    evaluation = functools.partial(context.data.evaluation, batch_size=batch_size, **reading)
     loss, key = task.loss(network), jax.random.key(config.seed)
 
     @functools.cache
@@ -39,7 +43,7 @@ def run_stage(context: Context) -> dict:
         return task.metric(network, functools.partial(_annotations, context, split))
 
     def evaluate(params: dict) -> dict:
-        validation = context.data.evaluation("validation", batch_size)
+        validation = evaluation("validation", limit=task.validation_images)
         return metric("validation").measure(params, validation)
 
     @functools.cache  # both trainings share the compiled step where their layer decay is the same
@@ -56,12 +60,6 @@ def run_stage(context: Context) -> dict:
     def tune(name: str, weights: Callable[[], dict], layer_decay: float) -> tuple[dict, dict]:
         """The training's numbers, and the sums over the test images."""
         update, start, train_step = compiled(layer_decay)
-
-        def initial() -> dict:
-            evaluation = context.data.evaluation
-            batches = lambda split, limit=None: evaluation(split, batch_size, limit)  # noqa: E731
-            return start(task.begin(network, weights(), batches))
-
         with Checkpoints(context.folder.checkpoints(name), train.keep_checkpoints) as checkpoints:
             fitted = loop.fit(
                 name,
@@ -70,17 +68,17 @@ def run_stage(context: Context) -> dict:
                 flops=flops.training(network).total,
                 checkpoints=checkpoints,
                 log=context.log,
-                initial=initial,
+                initial=lambda: start(task.begin(network, weights(), evaluation)),
                 abstract=sharding.abstract(step.make_init(network, update, train.ema)),
                 train_step=train_step,
-                batches=batches,
+                batches=training,
                 evaluate=evaluate,
                 primary=task.primary,
                 patience=settings.patience,
             )
         chosen = next(e for e in fitted.evaluations if e["step"] == fitted.step)
         LOG.info("%s measures the weights of step %d on the test images.", name, fitted.step)
-        views = (context.data.evaluation("test", batch_size) for _ in task.views())
+        views = (evaluation("test", extra=extra) for extra in task.views())
         total = metric("test").sums(fitted.params, itertools.chain.from_iterable(views))
         tested, first = metric("test").result(total), next(iter(task.primary))
         return {
@@ -146,7 +144,11 @@ def _write(context: Context, task: Task, total: dict) -> dict[str, float]:
         training = sources.open_source(config.data, "train").label_counts()
         confusion, names = total["confusion"], context.class_names
         accuracy.write(folder / "finetune", confusion, names, training, split="test")
-    for name, content in task.files(total, known).items():
-        files.write_json(folder / "finetune" / name, content)
+    if jax.process_index() == 0:
+        for name, content in task.files(total, known).items():
+            files.write_json(folder / "finetune" / name, content)
+        examples = pipeline.open_examples(config.data, "test", config.data.eval_transforms)
+        for name, picture in task.show(examples.source.__getitem__, total).items():
+            pictures.save(picture, folder / "samples" / f"{name}.png")
     bounds = task.bounds(total, known)
     return {f"{b}_test_{n}": value for b, numbers in bounds.items() for n, value in numbers.items()}

@@ -10,12 +10,13 @@ from jaxtyping import Array, Bool, Int, UInt8
 from gptv_jax import config as config_lib
 from gptv_jax.data.records import Record
 from gptv_jax.model.gpt import Network
+from gptv_jax.model.layout import Part
 from gptv_jax.tasks.network import network_of
 from gptv_jax.train import step
 from gptv_jax.train.step import Metric
 
 Records = Callable[[int], Record]  # by the number of an example in its split, before transforms
-Batches = Callable[[str, int], Iterator[dict]]  # `(split, limit) -> batches`, see Pipeline
+Batches = Callable[..., Iterator[dict]]  # `(split, limit=None) -> batches`, see Pipeline.evaluation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,20 @@ class Task:
     @property
     def names(self) -> tuple[str, ...]:
         """Names of what the task tells apart."""
+        return ()
+
+    @property
+    def pixels(self) -> bool:
+        """Whether the network reads pixels."""
+        return self.config.task.image_input == "pixels" or self.config.tokens.kind == "none"
+
+    @property
+    def validation_images(self) -> int | None:
+        """Validation images that evaluations during training read, the first ones; None: all."""
+        return None
+
+    def parts(self) -> tuple[Part, ...]:
+        """What the network predicts after the image."""
         return ()
 
     def network(self) -> Network:
