@@ -4,7 +4,7 @@ import functools
 import jax
 import numpy as np
 import pytest
-from conftest import RECIPES, make_mesh, random_batch, random_params, tiny_network
+from conftest import RECIPES, make_mesh, parts_network, random_batch, random_params, tiny_network
 
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
