@@ -8,7 +8,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
-from typing import NoReturn, TextIO
+from typing import NoReturn
 
 import jax
 from absl import app, flags
@@ -97,21 +97,15 @@ def run(
         stopping.leave()  # no process leaves before the others have saved
         errors.end(stopping.STOPPED, str(stopped))
     except Exception as error:
-        if isinstance(error, BrokenPipeError) and not _is_read(sys.stdout):
-            os._exit(READER_LEFT)
+        if isinstance(error, BrokenPipeError):
+            try:
+                print(flush=True)
+            except BrokenPipeError:  # the reader of the output, as `| head -1` is one, has left
+                os._exit(READER_LEFT)
         if problem := errors.disk_problem(error):
             _refuse(f"{problem}; {FREE_DISK}")
         distributed.wait_for_abort(error)
         errors.end(UNEXPECTED, traceback.format_exc())
-
-
-def _is_read(output: TextIO) -> bool:
-    """Whether the reader of the output, as `| head -1` is one, has not left."""
-    try:
-        print(file=output, flush=True)
-    except BrokenPipeError:
-        return False
-    return True
 
 
 def _show_in_help(flag: str) -> None:

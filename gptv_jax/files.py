@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import pathlib
-import types
 import weakref
 from collections.abc import Callable
 
@@ -19,8 +18,6 @@ from etils import epath
 
 from gptv_jax.errors import InputError, as_input_error, cut, naming, shorten
 
-fcntl: types.ModuleType | None
-msvcrt: types.ModuleType | None
 try:
     import fcntl
 except ImportError:  # Windows

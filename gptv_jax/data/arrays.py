@@ -69,8 +69,11 @@ class ArraysSplit:
         return len(self.images)
 
     def __getitem__(self, index: int) -> dict:
-        image = {"image": self.images[index]}
+        image = {"image": self.read(index)}
         return image if self.labels is None else {**image, "label": np.int32(self.labels[index])}
+
+    def read(self, index: int) -> np.ndarray | bytes:
+        return self.images[index]
 
     def name(self, index: int) -> str:
         return f"{self.split}[{index}]"

@@ -10,6 +10,7 @@ from gptv_jax import config as config_lib
 from gptv_jax import files as files_lib
 from gptv_jax.data import guess
 from gptv_jax.data import labels as labels_lib
+from gptv_jax.data.arrays import ArraysSplit
 from gptv_jax.data.listing import ENDINGS, Listing, split_name
 from gptv_jax.errors import InputError, shorten
 
@@ -39,14 +40,10 @@ class ImageFolder:
         labels_file: pathlib.Path | None = None,
         ignore_label: int | None = None,
     ):
-        """Lists the files without opening them.
+        """Lists the files; `labels_file` is a CSV file of labels by file name.
 
-        `labels=False` makes the data set unlabelled. `labels_file` is a CSV file of labels by file
-        name; images whose label or class folder is `ignore_label` are left out.
-
-        Raises:
-          InputError: there is no image, the splits or the classes are ambiguous, or a class has a
-            single training image.
+        Images whose label or class folder is `ignore_label` are left out. Raises InputError where
+        there is no image, the splits or classes are ambiguous, or a class has one training image.
         """
         if not path.is_dir():
             raise InputError(f"config.data.path={path} is not a folder.")
@@ -68,12 +65,11 @@ class ImageFolder:
             shown = shorten(top.files)
             self.notes.append(f"{path} has images beside its splits, which are left out: {shown}")
         endings = sum((listing.endings for listing in [top, *read]), collections.Counter())
-        for split, found in files.items():
-            if not found:
-                nothing = not any(listing.files for listing in [top, *below.values()])
-                advice = guess.of_folder(path, "folder") if nothing else None
-                advice = advice and f"config.data.path={advice}"
-                raise InputError(advice or _no_image(folders[split], endings))
+        if bare := [folders[split] for split, found in files.items() if not found]:
+            nothing = not any(listing.files for listing in [top, *below.values()])
+            advice = guess.of_folder(path, "folder") if nothing else None
+            refused = f"config.data.path={advice}" if advice else _no_image(bare[0], endings)
+            raise InputError(refused)
         if apple := [ending for ending in APPLE_ENDINGS if endings[ending]]:
             self.notes.append(
                 f"{', '.join(apple)} files are left out; they need pip install pillow-heif, and "
@@ -107,18 +103,13 @@ class ImageFolder:
         in_order = labels_lib.in_order if labels_file else sorted
         self.class_names = tuple(in_order(counts)) if len(counts) > 1 else ()
         self.classes = len(self.class_names)
-        self._splits = {
-            split: self._open(folders[split], files[split], names and names[split])
-            for split in files
-        }
+        self._splits = {s: self._open(folders[s], files[s], names and names[s]) for s in files}
         self.lengths = {split: len(source) for split, source in self._splits.items()}
-        lone = [name for name in self.class_names if counts[name] == 1]
-        if lone:
-            more = f" and {len(lone) - 3} more" if len(lone) > 3 else ""
+        if lone := [name for name in self.class_names if counts[name] == 1]:
             raise InputError(
-                f"{folders['train']} has only one image of class {', '.join(lone[:3])}{more}, too "
-                "few to train on some and evaluate on others; add images, remove the class, or "
-                "ignore all classes by config.data.labels=False."
+                f"{folders['train']} has only one image of class {shorten(lone, room=40)}, too few "
+                "to train on some and evaluate on others; add images, remove the class, or ignore "
+                "all classes by config.data.labels=False."
             )
 
     def open(self, split: str) -> "_FolderSplit":
@@ -168,34 +159,21 @@ class ImageFolder:
         self, folder: pathlib.Path, files: list[str], names: list[str] | None
     ) -> "_FolderSplit":
         numbers = {name: i for i, name in enumerate(self.class_names)}
-        unknown = sorted(set(names or ()) - set(numbers)) if numbers else []
-        if unknown:
-            raise InputError(
-                f"{folder} has classes that no training image has: {shorten(unknown)}."
-            )
+        if numbers and (unknown := shorten(sorted(set(names) - set(numbers)))):
+            raise InputError(f"{folder} has classes that no training image has: {unknown}.")
         labels = np.array([numbers[n] for n in names] if numbers else [0] * len(files), np.int32)
         order = spread_classes(labels)
         return _FolderSplit(folder, [files[i] for i in order], labels[order] if numbers else None)
 
 
-class _FolderSplit:
-    def __init__(self, folder: pathlib.Path, files: list[str], labels: np.ndarray | None):
-        self.folder, self.files, self.labels = folder, files, labels
+class _FolderSplit(ArraysSplit):
+    """The image files `images` below the folder `split`."""
 
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> dict:
-        image = {"image": (self.folder / self.files[index]).read_bytes()}
-        return image if self.labels is None else {**image, "label": self.labels[index]}
+    def read(self, index: int) -> bytes:
+        return (self.split / self.images[index]).read_bytes()
 
     def name(self, index: int) -> str:
-        return str(self.folder / self.files[index])
-
-
-def image_files(folder: pathlib.Path) -> list[str]:
-    """Sorted paths, relative to `folder`, of all image files below it."""
-    return Listing(folder).files
+        return str(self.split / self.images[index])
 
 
 def _find_splits(
@@ -228,12 +206,11 @@ def _find_splits(
         )
     chosen: dict[str, pathlib.Path] = {}
     for name, split in named.items():
-        if split in chosen:
+        if (other := chosen.setdefault(split, path / name)).name != name:
             raise InputError(
-                f"{path} has both {chosen[split].name} and {name} for the split {split}; keep one "
-                "of them, or rename one."
+                f"{path} has both {other.name} and {name} for the split {split}; keep one of them, "
+                "or rename one."
             )
-        chosen[split] = path / name
     if "train" not in chosen:
         raise InputError(
             f"{path} has {shorten(splits)}, but no folder called train. Call the folder of the "

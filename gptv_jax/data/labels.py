@@ -76,12 +76,9 @@ def number(
 
     Labels that count from 0, with few numbers left out, stay as they are, and their classes have no
     names unless `names` are given. Other numbers and texts are numbered in order, and become the
-    names of the classes. Where all labels are equal, the set is unlabelled: there are no labels
-    and 0 classes.
-
-    Raises:
-      InputError: labels are negative, have no name, or are texts in some splits only, or one of
-        them seems to mark images to be left out.
+    names of the classes. Where all labels are equal, the set is unlabelled: there are no labels and
+    0 classes. Raises InputError where labels are negative, have no name, or are texts in some
+    splits only, or one of them seems to mark images to be left out.
     """
     if len({array.dtype.kind == "U" for array in labels.values()}) == 2:
         raise InputError(f"of the splits {', '.join(labels)} some have names as labels, not all.")
@@ -159,11 +156,9 @@ def of_files(
     """The label of every image by split, from a CSV file with the columns file and label.
 
     A row names a file by its path below the data folder, with or without the name of that folder
-    and the ending, or by its name alone. Images without a row are removed from `files`.
-
-    Raises:
-      InputError: the CSV file cannot be read, has no row for any image, two labels for one image,
-        or a name that several images have.
+    and the ending, or by its name alone. Images without a row are removed from `files`. Raises
+    InputError where the CSV file cannot be read, has no row for any image, two labels for one
+    image, or a name that several images have.
     """
     rows = _read(path, data)
     found: dict[str, list[str]] = {}

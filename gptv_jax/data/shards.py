@@ -12,6 +12,7 @@ import numpy as np
 
 from gptv_jax.data import guess
 from gptv_jax.data import labels as labels_lib
+from gptv_jax.data.arrays import ArraysSplit
 from gptv_jax.data.folder import spread_classes
 from gptv_jax.data.listing import split_name
 from gptv_jax.errors import InputError
@@ -28,33 +29,28 @@ def find(
     `path` is a file, a folder, or a pattern such as `shards/train-{000000..000009}.tar` or
     `shards/*.tar`. A file's split is a name of a split in the file's name or in the name of a
     folder above it; where no file has one, all files are the split train. `kind` is for messages,
-    `name` the `config.data.name` that reads these files.
-
-    Raises:
-      InputError: there is no file; some files name a split and others do not; or the files of a
-        split lie in several folders, which are several data sets.
+    `name` the `config.data.name` that reads these files. Raises InputError where there is no file,
+    where only some files name a split, or where a split lies in several folders, so data sets.
     """
     given = f"config.data.path={path}"
     files, root = _list(path, endings)
     if not files:
         advice = guess.of_folder(path, name) if path.is_dir() else None
-        advice = advice and f"config.data.path={advice}"
-        raise InputError(advice or f"{given} has no {kind} file ({' or '.join(endings)}).")
+        found = advice or f"{path} has no {kind} file ({' or '.join(endings)})."
+        raise InputError(f"config.data.path={found}")
     splits = {file: _split(file.relative_to(root)) for file in files}
     if not any(splits.values()):
         splits = dict.fromkeys(files, "train")
-    for file in [file for file, split in splits.items() if split is None]:
+    found: dict[str, list[pathlib.Path]] = {}
+    for file, split in splits.items():
         other = _NUMBERED.fullmatch(file.name.partition(".")[0])  # a split of another name
-        if other is None:
+        if not split and not other:
             raise InputError(
                 f"{given} has files that name a split, and {file.name}, which names none; name "
                 f"its split, as in train-{file.name}, or take the file away."
             )
-        splits[file] = other[1]
-    found: dict[str, list[pathlib.Path]] = {}
-    for file, split in splits.items():
-        found.setdefault(split, []).append(file)
-    order = {name: i for i, name in enumerate(("train", "validation", "test"))}
+        found.setdefault(split or other[1], []).append(file)
+    order = {"train": 0, "validation": 1, "test": 2}
     for split, members in found.items():
         folders = sorted({str(file.parent.relative_to(root)) for file in members})
         if len(folders) > 1:
@@ -118,8 +114,7 @@ class Rows:
 class Shards:
     """A data set of large files; rows that are sorted by class are mixed.
 
-    A part holds some rows of a file: it has a length, `read(row)`, the bytes of an image file, and
-    `name(row)`.
+    A part has some rows of a file: its length, `read(row)`, the bytes of an image, and `name(row)`.
     """
 
     stored_as = "encoded"
@@ -154,29 +149,25 @@ class Shards:
         return self._splits[split]
 
 
-class _Split:
-    """The rows of a split that are read, int [N], and their labels, int32 [N], or None."""
+class _Split(ArraysSplit):
+    """The rows `images` of a split, int [N], and their labels, int32 [N], or None."""
 
     def __init__(self, parts: list, rows: np.ndarray, labels: np.ndarray | None):
         order = None if labels is None else mixed(labels)
+        ordered = (x if order is None else x[order] for x in (rows, labels))
+        super().__init__("", *ordered)
         self.parts, self._places = parts, Rows(map(len, parts))
-        self._order = rows if order is None else rows[order]
-        self.labels = labels if order is None else labels[order]
 
-    def __len__(self) -> int:
-        return len(self._order)
-
-    def __getitem__(self, index: int) -> dict:
+    def read(self, index: int) -> bytes:
         part, row = self._locate(index)
-        image = {"image": part.read(row)}
-        return image if self.labels is None else {**image, "label": self.labels[index]}
+        return part.read(row)
 
     def name(self, index: int) -> str:
         part, row = self._locate(index)
         return part.name(row)
 
     def _locate(self, index: int) -> tuple:
-        part, row = self._places.locate(int(self._order[index]))
+        part, row = self._places.locate(int(self.images[index]))
         return self.parts[part], row
 
 
@@ -191,11 +182,9 @@ def number_labels(
 
     `found` has the labels of each split as they are stored: whole numbers, which `names` may name,
     or texts. They are numbered as arrays are (see `labels.number`). A split without any label (only
-    -1 or None, as in test splits whose labels are kept secret) is left out, with a note.
-
-    Raises:
-      InputError: labels are of mixed or other types, only some are missing, or one has no name.
-        `where` says where they are stored.
+    -1 or None, as in test splits whose labels are kept secret) is left out, with a note. Raises
+    InputError where labels are of mixed or other types, only some are missing, or one has no name.
+    `where` says where they are stored.
     """
     advice = "ignore all labels by config.data.labels=False"
     kinds = {type(label) for labels in found.values() for label in labels} - {type(None)}

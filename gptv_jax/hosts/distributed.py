@@ -58,7 +58,6 @@ class Meeting(NamedTuple):
     arguments: dict  # of jax.distributed.initialize
 
     def fails(self, reason: str) -> str:
-        """The sentence for processes that do not meet."""
         address = self.arguments.get("coordinator_address", "the address that it gives")
         problem = f"the processes named by {self.source} cannot meet at {address}"
         return f"{problem} {reason}; {ADVICE}."
@@ -69,16 +68,14 @@ def decide(
 ) -> Meeting | None:
     """How the processes find each other, by the table above; None for one process.
 
-    Raises:
-      InputError: the values of `FLAGS` or variables are incomplete or impossible, or the cluster
-        that --distributed asks for is missing.
+    Raises InputError where the values of `FLAGS` or variables are incomplete or impossible, or the
+    cluster that --distributed asks for is missing.
     """
     values = dict(zip(FLAGS, flags, strict=True))
     given = ", ".join(name for name, value in values.items() if value is not None)
     if given and how != "auto":
-        raise InputError(
-            f"--distributed={how} and {given} contradict each other; leave one of them out."
-        )
+        problem = f"--distributed={how} and {given} contradict each other"
+        raise InputError(f"{problem}; leave one of them out.")
     if given:
         return _explicit("the flags", values)
     if how == "off":
@@ -127,10 +124,7 @@ def start(how: str, *flags: str | int | None) -> None:
     """Meets the other processes, if any; to be called before JAX is asked for a device.
 
     `how` is the value of --distributed, `flags` are the values of `FLAGS`. Of several processes
-    each returns in a child process.
-
-    Raises:
-      InputError: as `decide`, or the processes do not meet.
+    each returns in a child process. Raises InputError as `decide`, or where they do not meet.
     """
     meeting = decide(how, flags, os.environ)
     if not meeting:
@@ -151,11 +145,8 @@ def start(how: str, *flags: str | int | None) -> None:
             family = socket.AF_INET6 if dual else socket.AF_INET
             socket.create_server(("", int(port)), family=family, dualstack_ipv6=dual).close()
         jax.config.update("jax_enable_preemption_service", True)
-        jax.distributed.initialize(
-            **meeting.arguments,
-            initialization_timeout=MEETING,
-            heartbeat_timeout_seconds=HEARTBEAT,
-        )
+        limits = {"initialization_timeout": MEETING, "heartbeat_timeout_seconds": HEARTBEAT}
+        jax.distributed.initialize(**meeting.arguments, **limits)
     except Exception as error:  # any error of JAX or of the network
         raise InputError(meeting.fails(f"({first_line(error)})")) from error
     stopping.synchronize()
@@ -174,13 +165,18 @@ def _continue_in_child(meeting: Meeting) -> int:
     on, waits, and ends with the child's exit code or, where JAX aborted the child, with a sentence.
     The child ends when the parent does.
     """
+
+    def end_after_parent() -> None:
+        os.read(parent_lives, 1)  # returns when the parent's end of the pipe is closed
+        os._exit(OTHER_DIED)
+
     sys.stdout.flush()
     sys.stderr.flush()
     (met, has_met), (parent_lives, lives) = os.pipe(), os.pipe()
     child = os.fork()
     if child == 0:
         os.close(lives)
-        threading.Thread(target=_end_after_parent, args=(parent_lives,), daemon=True).start()
+        threading.Thread(target=end_after_parent, daemon=True).start()
         stopping.install()
         return has_met
     signal.set_wakeup_fd(-1)
@@ -198,11 +194,6 @@ def _continue_in_child(meeting: Meeting) -> int:
         "error: another process of this run has died or cannot be reached, so JAX has ended this "
         "one (the lines above say more); the same command continues from the last checkpoint.",
     )
-
-
-def _end_after_parent(parent_lives: int) -> None:
-    os.read(parent_lives, 1)  # returns when the parent's end of the pipe is closed
-    os._exit(OTHER_DIED)
 
 
 def wait_for_abort(error: Exception) -> None:

@@ -11,7 +11,6 @@ import jax
 # Parameters of glibc's mallopt: when memory goes back to the system, how many large blocks are
 # mapped apart from the heap, and the number of heaps.
 TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8
-NEVER = -1
 HUGE_PAGE, MADV_HUGEPAGE = 2**21, 14  # size in bytes; advice of Linux's madvise
 DEVICES = pathlib.Path("/dev")
 ACCELERATORS = ("nvidia[0-9]*", "kfd", "accel*", "vfio/[0-9]*")  # NVIDIA, AMD, TPUs old and new
@@ -52,7 +51,7 @@ def keep_memory() -> None:
     if platform.libc_ver()[0] != "glibc" or accelerators:
         return
     libc = ctypes.CDLL(None)
-    for setting, value in ((MMAP_MAX, 0), (TRIM_THRESHOLD, NEVER), (ARENA_MAX, 1)):
+    for setting, value in ((MMAP_MAX, 0), (TRIM_THRESHOLD, -1), (ARENA_MAX, 1)):  # -1: never
         libc.mallopt(setting, value)
     libc.malloc.restype = ctypes.c_void_p
     size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

@@ -26,9 +26,10 @@ CODEBOOK = "codebook"  # name of the codes, [V, Z]
 class Vqgan:
     """The network with its weights. A block has attention if `params` has its attention weights."""
 
-    def __init__(self, config: config_lib.Autoencoder, params: Mapping):
-        self.config, self.params = config, params
+    def __init__(self, config: config_lib.Autoencoder, params: Mapping, shapes_only: bool = False):
+        self.config, self.params, self.shapes_only = config, params, shapes_only
         self.latent = params["quant_conv.weight"].shape[1]  # channels between encoder and codes
+        self.read: dict[str, jax.ShapeDtypeStruct] = {}  # the weights that were read
 
     def encode(self, images: Float[Array, "B H W C"]) -> Int[Array, "B h w"]:
         """The codes nearest to the encoder's vectors."""
@@ -119,20 +120,8 @@ class Vqgan:
         return self._weight(CODEBOOK, self.config.codes, self.config.code_size)
 
     def _weight(self, name: str, *shape: int) -> Array:
-        del shape
-        return self.params[name]
-
-
-class _Recorder(Vqgan):
-    """The network with zeros for weights, which notes the weights' shapes."""
-
-    def __init__(self, config: config_lib.Autoencoder, params: Mapping):
-        super().__init__(config, params)
-        self.shapes: dict[str, jax.ShapeDtypeStruct] = {}
-
-    def _weight(self, name: str, *shape: int) -> Array:
-        self.shapes[name] = jax.ShapeDtypeStruct(shape, jnp.float32)
-        return jnp.zeros(shape)
+        self.read[name] = jax.ShapeDtypeStruct(shape, jnp.float32)
+        return jnp.zeros(shape) if self.shapes_only else self.params[name]
 
 
 def shapes(config: config_lib.Autoencoder, params: Mapping) -> dict[str, jax.ShapeDtypeStruct]:
@@ -141,8 +130,8 @@ def shapes(config: config_lib.Autoencoder, params: Mapping) -> dict[str, jax.Sha
     `params` has NumPy arrays by name, of which only the names and one shape count: it says which
     blocks have attention. Call it under a mesh.
     """
-    network, side = _Recorder(config, params), config.downsample
+    network, side = Vqgan(config, params, shapes_only=True), config.downsample
     rows = jax.sharding.get_abstract_mesh().size  # which the mesh divides
     pixels = jax.ShapeDtypeStruct((rows, side, side, config.channels), jnp.float32)
     jax.eval_shape(lambda images: network.decode(network.encode(images)), pixels)
-    return network.shapes
+    return network.read

@@ -43,9 +43,8 @@ def evaluate(
       `inception_score` and `inception_score_deviation` (None where the extractor gives no
       probabilities); `count` and `reference_count`; `warning`, a text or None.
 
-    Raises:
-      InputError: the reference was made with another extractor (raised before a batch is taken), or
-        there are too few images.
+    Raises InputError where the reference was made with another extractor, before a batch is taken,
+    or where there are too few images.
     """
     reference.must_fit(extractor)
     wanted = 0 if reference.kept is None else len(reference.kept)
@@ -177,11 +176,8 @@ def inception_score(
 
     Mean and standard deviation over `splits` equal parts of the rows p(y|x), each with a p(y) of
     its own; the mean is 1 to the number of classes. Images are assigned to parts at random, because
-    they may come sorted by class.
-
-    Raises:
-      InputError: there are fewer images than splits.
-      ValueError: a row has negative entries or does not add up to 1.
+    they may come sorted by class. Raises InputError where there are fewer images than splits,
+    ValueError where a row has negative entries or does not add up to 1.
     """
     if len(probabilities) < splits:
         raise InputError(

@@ -34,10 +34,7 @@ class Moments:
     scatter: Float64[np.ndarray, "D D"]
 
     def plus(self, features: Float[np.ndarray, "B D"]) -> "Moments":
-        """Moments that count a batch too, exact (Chan, Golub and LeVeque 1979).
-
-        Raises ValueError where the batch holds values that are not finite.
-        """
+        """Moments that count a batch too, exact (Chan, Golub and LeVeque 1979)."""
         if not np.isfinite(features).all():
             raise ValueError("the features hold values that are not finite.")
         features, count = features.astype(np.float64), self.count + len(features)
@@ -49,10 +46,7 @@ class Moments:
 
     @property
     def covariance(self) -> Float64[np.ndarray, "D D"]:
-        """The unbiased covariance, divided by count - 1, as in pytorch-fid and ADM's evaluator.
-
-        InputError: there are fewer than two images.
-        """
+        """The unbiased covariance, divided by count - 1, as in pytorch-fid and ADM's evaluator."""
         if self.count < 2:
             raise InputError("one image has no covariance; give two or more.")
         return self.scatter / (self.count - 1)
@@ -66,11 +60,8 @@ def measure(
     Every batch is read once, and the images of one batch are held at a time. The sample has up to
     `keep` feature vectors, in random order, so that the first n are a random sample too; the order
     of the images decides which, not the size of the batches. A batch smaller than the largest one
-    before is padded, so that the extractor compiles once.
-
-    Raises:
-      InputError: there are no images.
-      ValueError: a batch is not uint8 [B, H, W, C], or features are not finite.
+    before is padded, so that the extractor compiles once. Raises InputError where there are no
+    images, ValueError where a batch is not uint8 [B, H, W, C] or features are not finite.
     """
     moments = Moments(0, np.zeros(extractor.size), np.zeros((extractor.size, extractor.size)))
     probabilities, size = [], 0
@@ -114,10 +105,7 @@ class Reference:
     kept: Float[np.ndarray, "K D"] | None = None  # random sample in random order
 
     def save(self, path: str | pathlib.Path) -> None:
-        """Writes an `.npz` file that `load` reads, atomically and on process 0 alone.
-
-        InputError: the name does not end in .npz, or the file cannot be written.
-        """
+        """Writes an `.npz` file that `load` reads, atomically and on process 0 alone."""
         path = files.user_path(path)
         if path.suffix != ".npz":
             raise InputError(f"the reference {path} does not end in .npz; name it so.")
@@ -156,10 +144,8 @@ def compute(
 
     `provenance` says where the images come from, as JSON: data set, split, transforms with the
     resize filter. Count, features and versions are added. `keep` is the largest number of feature
-    vectors to keep for precision and recall; 0 keeps none.
-
-    Raises:
-      InputError: there are fewer than two images.
+    vectors to keep for precision and recall; 0 keeps none. Raises InputError where there are fewer
+    than two images.
     """
     moments, sample, _ = measure(extractor, batches, keep)
     added = {
@@ -179,10 +165,8 @@ def load(path: str | pathlib.Path) -> Reference:
     with as_input_error(f"{path} is no reference of generation quality, or it is damaged"):
         arrays = files.read_arrays(path)
         header = json.loads(str(arrays["reference"]))
-        if header["format"] != FORMAT:
-            raise InputError(
-                f"{path} has format {header['format']}; this version reads format {FORMAT}."
-            )
+        if (found := header["format"]) != FORMAT:
+            raise InputError(f"{path} has format {found}; this version reads format {FORMAT}.")
         count, provenance = int(header["count"]), dict(header["provenance"])
         features = provenance["features"]
         if not isinstance(features, dict) or not {"name", "hash"} <= features.keys():

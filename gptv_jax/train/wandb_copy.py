@@ -31,15 +31,9 @@ class Wandb:
 
         advice = "; or set WANDB_MODE=offline, which keeps the events in the run folder"
         with as_input_error(f"config.wandb={project} cannot be used", advice=advice):
-            self._run = wandb.init(
-                project=project,
-                id=identity,
-                name=folder.name,
-                dir=folder,
-                config=settings,
-                resume="allow",
-                settings=wandb.Settings(silent=True, console="off"),
-            )
+            quiet = wandb.Settings(silent=True, console="off")
+            place = {"project": project, "id": identity, "name": folder.name, "dir": folder}
+            self._run = wandb.init(**place, config=settings, resume="allow", settings=quiet)
         self._stages: set[str] = set()
 
     def write(self, event: dict) -> None:

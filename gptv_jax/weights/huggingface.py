@@ -68,13 +68,11 @@ def read_definition(folder: pathlib.Path) -> Palette | None:
         return None
     with as_input_error(f"clusters of {path} are no list of colours"):
         centers = np.asarray(clusters, np.float32)
-    provenance = {"file": f"{folder.name}/{PREPROCESSOR}"}
-    trusted = False
+    provenance, ours = {"file": f"{folder.name}/{PREPROCESSOR}"}, False
     if (folder / WEIGHTS).exists():  # what this project exported is from -1 to 1, however bright
         with files.open_safetensors(folder / WEIGHTS) as file:
-            trusted = native.HEADER in (file.metadata() or {})
-    where = f"clusters of {path}"
-    return palettes.checked(centers, provenance, where, trusted_range=trusted)
+            ours = native.HEADER in (file.metadata() or {})
+    return palettes.checked(centers, provenance, f"clusters of {path}", trusted_range=ours)
 
 
 def read(folder: pathlib.Path, palette: Palette | None = None) -> WeightsFile:
@@ -105,14 +103,13 @@ def read(folder: pathlib.Path, palette: Palette | None = None) -> WeightsFile:
 
 def _class_names(config: dict, classes: int, folder: pathlib.Path) -> tuple[str, ...]:
     """The names that `id2label` gives to the classes; () where it has the default names alone."""
-    labels = config.get("id2label") if classes else None
-    if not labels or labels == _default_labels(classes):
+    labels, default = config.get("id2label"), _default_labels(classes)
+    if not classes or not labels or labels == default:
         return ()
-    numbers = list(map(str, range(classes)))
-    if not isinstance(labels, dict) or sorted(labels) != sorted(numbers):
+    if not isinstance(labels, dict) or labels.keys() != default.keys():
         LOG.warning("id2label of %s does not name %d classes; they get numbers.", folder, classes)
         return ()
-    return tuple(str(labels[number]) for number in numbers)
+    return tuple(str(labels[number]) for number in default)
 
 
 def _default_labels(classes: int) -> dict[str, str]:
