@@ -166,10 +166,9 @@ class Checkpoints:
         try:
             self._read(step, array)
         except DamagedError as error:
-            raise InputError(
-                f"{cut(str(error).rstrip('.'), 200)}, although it was just written; name another "
-                "folder or disk for the checkpoints."
-            ) from error
+            problem = f"{cut(str(error).rstrip('.'), 200)}, although it was just written"
+            advice = "name another folder or disk for the checkpoints"
+            raise InputError(f"{problem}; {advice}.") from error
 
     def restore_latest(self, abstract):
         """`(state, info)` of the newest readable checkpoint; None where there are no checkpoints.

@@ -131,9 +131,8 @@ def _parse(argv: list[str]) -> list[str]:
             section = name.rpartition(".")[0]
             siblings = [n for n in kinds if n.rpartition(".")[0] == section] or list(kinds)
             hint = f"did you mean --config.{near[0]}? " if near else ""
-            raise InputError(
-                f"--config.{name} is not a field; {hint}There are: {errors.shorten(siblings)}."
-            )
+            problem = f"--config.{name} is not a field"
+            raise InputError(f"{problem}; {hint}There are: {errors.shorten(siblings)}.")
     # ml_collections cannot set a field that holds a value to None; this is done after parsing.
     none = {a: n for a, n in overrides.items() if a.partition("=")[2] == "None"}
     none = {a: n for a, n in none.items() if kinds[n].endswith("or None")}

@@ -75,10 +75,8 @@ def lock(folder: pathlib.Path, setting: str, holder: object) -> Callable[[], Non
             raise OSError("this system has no locks")
     except (BlockingIOError, PermissionError) as error:
         unlock()
-        raise InputError(
-            f"{setting}={folder} is in use by another process; wait until it has ended, or name "
-            "another folder."
-        ) from error
+        problem = f"{setting}={folder} is in use by another process"
+        raise InputError(f"{problem}; wait until it has ended, or name another folder.") from error
     except OSError:
         LOG.info("%s lies on a file system without locks: nothing keeps a second run out.", folder)
     return unlock

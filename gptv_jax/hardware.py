@@ -29,15 +29,12 @@ def devices(*, local: bool = False) -> list[jax.Device]:
     try:
         return jax.local_devices() if local else jax.devices()
     except (RuntimeError, AssertionError) as error:  # jax 0.10 asserts that there is a GPU
-        asked = jax.config.jax_platforms
         reason = f" ({cut(first_line(error), 100)})" if str(error) else ""
         problem = "JAX cannot use the devices of this machine"
-        if asked:
+        if asked := jax.config.jax_platforms:
             problem = f"JAX finds no device that JAX_PLATFORMS={asked} asks for"
-        raise InputError(
-            f"{problem}{reason}; take JAX_PLATFORMS=cpu, or install gptv_jax[cuda] for a GPU, "
-            "gptv_jax[tpu] for a TPU."
-        ) from error
+        advice = "take JAX_PLATFORMS=cpu, or install gptv_jax[cuda] (GPU) or gptv_jax[tpu]"
+        raise InputError(f"{problem}{reason}; {advice}.") from error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -49,10 +49,8 @@ def main(names: list[str]) -> None:
     if not names:
         raise InputError("no image is named; give files or folders after the flags.")
     if "://" in RUN.value or weights.is_weights_path(RUN.value):
-        raise InputError(
-            f"--run={RUN.value} holds weights without the transforms of their images; name the run "
-            "folder that they come from."
-        )
+        problem = f"--run={RUN.value} holds weights without the transforms of their images"
+        raise InputError(f"{problem}; name the run folder that they come from.")
     run = files.user_path(RUN.value)
     steps = reading_steps(run)
     model = api.load(run, stage="finetune")

@@ -124,10 +124,8 @@ def open_npz(config: config_lib.Data) -> Arrays:
     names = [key.removesuffix("_images") for key in arrays if key.endswith("_images")]
     if not names:
         found = shorten(key or "a single unnamed array" for key in arrays) or "no array"
-        raise InputError(
-            f"config.data.path={path} is no .npz file with an array called train_images; it holds "
-            f"{found}."
-        )
+        problem = f"config.data.path={path} is no .npz file with an array called train_images"
+        raise InputError(f"{problem}; it holds {found}.")
     own = split_names(names)  # MedMNIST calls a split val
     labels = {n: arrays.get(f"{n}_labels") if config.labels else None for n in names}
     splits = {split: (arrays[f"{n}_images"], labels[n]) for n, split in own.items()}

@@ -126,10 +126,7 @@ class ImageFolder:
             folder = folders["train"] / min(names)
             inner = any(f.count(os.sep) > 1 for f in files["train"])
             advice = f"; if its folders are classes, set config.data.path={folder}" if inner else ""
-            self.notes.append(
-                f"there is a single class folder, {folder.name}, so the images are unlabelled: "
-                f"pretraining and samples need no labels, the probe and fine-tuning do{advice}"
-            )
+            self.notes.append(labels_lib.one_class(folder.name, "class folder") + advice)
         if len(names) < 2:
             return None
         if flat := [split for split in files if split not in mixed]:
@@ -207,10 +204,8 @@ def _find_splits(
     chosen: dict[str, pathlib.Path] = {}
     for name, split in named.items():
         if (other := chosen.setdefault(split, path / name)).name != name:
-            raise InputError(
-                f"{path} has both {other.name} and {name} for the split {split}; keep one of them, "
-                "or rename one."
-            )
+            both = f"both {other.name} and {name}"
+            raise InputError(f"{path} has {both} for the split {split}; keep or rename one.")
     if "train" not in chosen:
         raise InputError(
             f"{path} has {shorten(splits)}, but no folder called train. Call the folder of the "
@@ -228,10 +223,8 @@ def _refuse_inner_splits(path: pathlib.Path, below: dict[str, Listing]) -> None:
         if "train" not in found or len(found) == 1:
             continue
         if len(full) == 1:
-            raise InputError(
-                f"the splits {shorten(splits)} lie in {path / name}; set "
-                f"config.data.path={path / name}."
-            )
+            problem = f"the splits {shorten(splits)} lie in {path / name}"
+            raise InputError(f"{problem}; set config.data.path={path / name}.")
         raise InputError(
             f"{path / name} has splits by their names, {shorten(splits)}, inside what would be a "
             "class. Put the classes inside the splits, as in train/cat, or rename these folders."

@@ -107,10 +107,10 @@ def number(
     return numbered, len(present), tuple(map(str, present.tolist()))
 
 
-def one_class(name: object) -> str:
+def one_class(name: object, kind: str = "class") -> str:
     """What follows from data of a single class, as a note."""
     return (
-        f"there is a single class, {name}, so the images are unlabelled: pretraining and samples "
+        f"there is a single {kind}, {name}, so the images are unlabelled: pretraining and samples "
         "need no labels, the probe and fine-tuning do"
     )
 
@@ -227,10 +227,8 @@ def _read(path: pathlib.Path, data: pathlib.Path) -> dict[str, str]:
         reader = csv.DictReader(file, skipinitialspace=True)
         columns = [str(name).strip() for name in reader.fieldnames or ()]
         if not {"file", "label"} <= set(columns):
-            raise InputError(
-                f"{where} needs the header file,label (separated by a comma); it begins with "
-                f"{shorten(columns) or 'nothing'}."
-            )
+            given = shorten(columns) or "nothing"
+            raise InputError(f"{where} needs the header file,label; it begins with {given}.")
         reader.fieldnames = columns
         labels = collections.defaultdict(set)
         for row in reader:
@@ -239,10 +237,8 @@ def _read(path: pathlib.Path, data: pathlib.Path) -> dict[str, str]:
                 name = pathlib.PurePath(name.replace("\\", "/")).as_posix()
                 name = name.removeprefix(f"{data.as_posix()}/")
                 labels[unicodedata.normalize("NFC", name)].add(label)
-    if twice := [name for name, given in labels.items() if len(given) > 1]:
-        raise InputError(
-            f"{where} gives different labels to {shorten(twice)}; keep one row for each file."
-        )
+    if twice := shorten(name for name, given in labels.items() if len(given) > 1):
+        raise InputError(f"{where} gives different labels to {twice}; keep one row for each file.")
     found = {name: label for name, (label,) in labels.items()}
     if all(re.fullmatch(r"-?\d+\.0", label) for label in found.values()):  # pandas writes 1 so
         found = {name: label.partition(".")[0] for name, label in found.items()}

@@ -200,10 +200,8 @@ def _image_column(schema, path: pathlib.Path) -> str:
     named = [name for name in found if name.lower() in IMAGE_COLUMNS]
     if len(named or found) != 1:
         shown = ", ".join(f"{field.name} ({str(field.type)[:30]})" for field in list(schema)[:5])
-        raise InputError(
-            f"{path} needs one column of image files, called image: bytes, or a structure with "
-            f"bytes; its columns are {shown}."
-        )
+        needs = "one column of image files, called image: bytes, or a structure with bytes"
+        raise InputError(f"{path} needs {needs}; its columns are {shown}.")
     return (named or found)[0]
 
 
@@ -212,10 +210,9 @@ def _label_column(schema, path: pathlib.Path) -> str | None:
     found = [name for name in schema.names if name.lower() in LABEL_COLUMNS]
     found = found or [n for n in schema.names if features.get(n, {}).get("_type") == "ClassLabel"]
     if len(found) > 1:
-        raise InputError(
-            f"{path} has {len(found)} columns of labels, {shorten(found)}; call the one to learn "
-            "label, or ignore all labels by config.data.labels=False."
-        )
+        problem = f"{path} has {len(found)} columns of labels, {shorten(found)}"
+        advice = "call the one to learn label, or ignore all labels by config.data.labels=False"
+        raise InputError(f"{problem}; {advice}.")
     return found[0] if found else None
 
 

@@ -45,10 +45,9 @@ def find(
     for file, split in splits.items():
         other = _NUMBERED.fullmatch(file.name.partition(".")[0])  # a split of another name
         if not split and not other:
-            raise InputError(
-                f"{given} has files that name a split, and {file.name}, which names none; name "
-                f"its split, as in train-{file.name}, or take the file away."
-            )
+            problem = f"{given} has files that name a split, and {file.name}, which names none"
+            advice = f"name its split, as in train-{file.name}, or take the file away"
+            raise InputError(f"{problem}; {advice}.")
         found.setdefault(split or other[1], []).append(file)
     order = {"train": 0, "validation": 1, "test": 2}
     for split, members in found.items():

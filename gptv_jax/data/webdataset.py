@@ -36,10 +36,9 @@ class WebDataset(shards.Shards):
         for split, paths in splits.items():
             parts[split] = [shard for p in paths if len(shard := _Shard(p, labels))]
             if not parts[split]:
-                raise InputError(
-                    f"{paths[0]} has no image (no file ending in {', '.join(ENDINGS[:4])}, ...); a "
-                    "WebDataset's tar files hold image files."
-                )
+                shown = ", ".join(ENDINGS[:4])
+                problem = f"{paths[0]} has no image (no file ending in {shown}, ...)"
+                raise InputError(f"{problem}; a WebDataset's tar files hold image files.")
         read = {s: [t for shard in found for t in shard.labels] for s, found in parts.items()}
         labelled = any(label is not None for found in read.values() for label in found)
         file = (path if path.is_dir() else path.parent) / NAMES

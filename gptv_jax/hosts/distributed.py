@@ -1,18 +1,7 @@
 """How several processes, usually one a host, find each other and end together.
 
---distributed=auto takes the first of these that applies:
-
-  --coordinator, --num_processes, --process_id     the three flags; two of the three are refused
-  JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES,      the three variables in place of the flags
-  JAX_PROCESS_ID
-  a Slurm step (srun) of several tasks             Slurm; on GPUs one task a device, as in JAX
-  TPU_WORKER_HOSTNAMES naming several hosts, or    Cloud TPU
-  MEGASCALE_COORDINATOR_ADDRESS
-  otherwise                                        one process
-
---distributed=slurm and =tpu ask for that cluster alone, and are refused where its variables are
-missing; a pod of TPU virtual machines, which sets no variables, needs =tpu. =off is one process.
-JAX_COORDINATOR_ADDRESS alone is the meeting point of Slurm's or Cloud TPU's processes, as in JAX.
+docs/scaling.md has the table of what --distributed=auto looks at. JAX_COORDINATOR_ADDRESS alone is
+the meeting point of Slurm's or Cloud TPU's processes, as in JAX.
 
 JAX's coordination service notices a process that died, froze or lost its network, and then ends
 the others by abort(), from C++: no Python runs any more. So each process works in a child, and the
@@ -66,7 +55,7 @@ class Meeting(NamedTuple):
 def decide(
     how: str, flags: Sequence[str | int | None], environment: Mapping[str, str]
 ) -> Meeting | None:
-    """How the processes find each other, by the table above; None for one process.
+    """How the processes find each other, by the table in docs/scaling.md; None for one process.
 
     Raises InputError where the values of `FLAGS` or variables are incomplete or impossible, or the
     cluster that --distributed asks for is missing.
@@ -84,10 +73,9 @@ def decide(
     lacking = [name for name in SLURM if name not in environment]
     tpu_hosts = next((environment[name] for name in TPU_HOSTS if name in environment), "")
     if how == "slurm" and lacking:
-        raise InputError(
-            f"--distributed=slurm, but {', '.join(lacking)} is not set; start the processes by "
-            f"srun, or name them by {', '.join(FLAGS)}."
-        )
+        problem = f"--distributed=slurm, but {', '.join(lacking)} is not set"
+        advice = f"start the processes by srun, or name them by {', '.join(FLAGS)}"
+        raise InputError(f"{problem}; {advice}.")
     if how == "auto" and any(variables[name] for name in VARIABLES[1:]):
         return _explicit("the environment", variables)
     if how == "slurm" or (how == "auto" and not lacking and environment["SLURM_NTASKS"] != "1"):
@@ -107,14 +95,11 @@ def _explicit(source: str, named: dict[str, str | int | None]) -> Meeting:
     (address, coordinator), (count, processes), (number, index) = named.items()
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise InputError(
-            f"{address} is {coordinator!r}; it takes HOST:PORT of process 0, as in 10.0.0.1:8476."
-        )
+        problem = f"{address} is {coordinator!r}"
+        raise InputError(f"{problem}; it takes HOST:PORT of process 0, as in 10.0.0.1:8476.")
     if not str(processes).isdecimal() or not str(index).isdecimal() or int(index) >= int(processes):
-        raise InputError(
-            f"{number} is {index} and {count} is {processes}; processes are numbered from 0 to one "
-            f"less than {count}."
-        )
+        problem = f"{number} is {index} and {count} is {processes}"
+        raise InputError(f"{problem}; it takes 0 to one less than {count}.")
     arguments = {"coordinator_address": coordinator, "num_processes": int(processes)}
     arguments |= {"process_id": int(index), "cluster_detection_method": "deactivate"}
     return Meeting(source, arguments)
@@ -132,7 +117,7 @@ def start(how: str, *flags: str | int | None) -> None:
         if jax.process_count() > 1:
             raise InputError(
                 f"this is one of {jax.process_count()} processes on one accelerator, but no flag "
-                "or variable says so; give --distributed=tpu (see gptv_jax/hosts/distributed.py)."
+                "or variable says so; give --distributed=tpu (see docs/scaling.md)."
             )
         return
     if not hasattr(os, "fork"):

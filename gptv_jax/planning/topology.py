@@ -112,9 +112,8 @@ def parse(name: str, num_slices: int = 1) -> Topology:
     """The topology of a name in one of FORMS, with so many TPU slices or GPU nodes."""
     if found := re.fullmatch(r"cpu:0*([1-9]\d*)", name):
         if num_slices != 1:
-            raise InputError(
-                f"--num_slices is {num_slices}, but --topology={name} is one machine; take 1."
-            )
+            problem = f"--num_slices is {num_slices}, but --topology={name} is one machine"
+            raise InputError(f"{problem}; take 1.")
         return Topology(name, "cpu", "cpu", int(found[1]), 1, True)
     if (found := re.fullmatch(r"gpu:([1-9]\d*)x(\w+)", name)) and found[2] in GPUS:
         return Topology(name, "gpu", GPUS[found[2]], int(found[1]), num_slices, False)

@@ -179,11 +179,9 @@ def inception_score(
     they may come sorted by class. Raises InputError where there are fewer images than splits,
     ValueError where a row has negative entries or does not add up to 1.
     """
-    if len(probabilities) < splits:
-        raise InputError(
-            f"{len(probabilities)} images cannot be split into {splits} for the Inception Score; "
-            f"give {splits} or more."
-        )
+    if (count := len(probabilities)) < splits:
+        problem = f"{count} images cannot be split into {splits} for the Inception Score"
+        raise InputError(f"{problem}; give {splits} or more.")
     sums = probabilities.sum(axis=1, dtype=np.float64)
     if not (probabilities >= 0).all() or not np.abs(sums - 1).max() <= SUM_TOLERANCE:
         raise ValueError("rows of probabilities must be 0 or more and add up to 1.")

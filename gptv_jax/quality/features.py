@@ -109,17 +109,13 @@ def make_features(spec: str | None, image_shape: Shape) -> FeatureExtractor:
             tensors = file.keys()
     if any(name.startswith(inception.PREFIX) for name in tensors):
         if image_shape[-1] not in (1, 3):
-            raise InputError(
-                f"{spec} takes RGB or grey images, but these have {image_shape[-1]} channels; name "
-                "a run folder or pixels as config.generate.features."
-            )
+            problem = f"{spec} takes RGB or grey images, but these have {image_shape[-1]} channels"
+            raise InputError(f"{problem}; name a run folder or pixels as config.generate.features.")
         function, hash = inception.load(path)
         return FeatureExtractor(function, inception.NAME, hash, inception.WIDTH, of_pictures=True)
     model = api.load(spec)
     if model.codec.image_shape != tuple(image_shape):
         theirs, ours = ("x".join(map(str, s)) for s in (model.codec.image_shape, image_shape))
-        raise InputError(
-            f"the model {spec} takes images of {theirs}, but these are of {ours}; name another "
-            "model, or pixels, as config.generate.features."
-        )
+        problem = f"the model {spec} takes images of {theirs}, but these are of {ours}"
+        raise InputError(f"{problem}; name another model, or pixels, as config.generate.features.")
     return _of_model(model)

@@ -68,10 +68,8 @@ def measure(
     generator, kept, keys = np.random.default_rng(0), [], []
     for images in batches:
         if images.dtype != np.uint8 or images.ndim != 4 or not len(images):
-            raise ValueError(
-                f"a batch is {images.dtype} {list(images.shape)}; it must be uint8 [B, H, W, C] of "
-                "one image or more."
-            )
+            given = f"{images.dtype} {list(images.shape)}"
+            raise ValueError(f"a batch is {given}; it must be uint8 [B, H, W, C], B 1 or more.")
         size = max(size, len(images))
         padded = np.pad(images, ((0, size - len(images)), (0, 0), (0, 0), (0, 0)), mode="edge")
         x, p = (None if y is None else y[: len(images)] for y in extractor(padded))
@@ -125,12 +123,12 @@ class Reference:
 
     def must_fit(self, extractor: FeatureExtractor) -> None:
         """Raises InputError where the reference was made with another extractor."""
-        made = self.provenance["features"]
         if not self.fits(extractor):
+            made = "{name} (hash {hash})".format(**self.provenance["features"])
             raise InputError(
-                f"the reference was made with the features {made['name']} (hash {made['hash']}), "
-                f"but the images are to be compared by {extractor.name} (hash {extractor.hash}); "
-                "name the reference's features, or make a new reference."
+                f"the reference was made with the features {made}, but the images are to be "
+                f"compared by {extractor.name} (hash {extractor.hash}); name the reference's "
+                "features, or make a new reference."
             )
 
 
@@ -176,7 +174,6 @@ def load(path: str | pathlib.Path) -> Reference:
     fits = count > 1 and mean.ndim == 1 and covariance.shape == mean.shape * 2
     fits = fits and (kept is None or kept.shape[1:] == mean.shape)
     if not fits or not all(a.dtype.kind == "f" and np.isfinite(a).all() for a in arrays):
-        raise InputError(
-            f"{path} is damaged (its arrays are not those of a reference); make a new reference."
-        )
+        problem = "its arrays are not those of a reference"
+        raise InputError(f"{path} is damaged ({problem}); make a new reference.")
     return Reference(count, mean, covariance, provenance, kept)

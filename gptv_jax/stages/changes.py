@@ -75,15 +75,11 @@ def find(folder: RunFolder, data: dict, stages: list[str]) -> Changes:
     if fixed:
         before, now = ({f"config.{n}": v[i] for n, v in changed.items()} for i in (0, 1))
         differing = shorten(list_differences(before, now), "; ")
-        raise InputError(
-            f"{folder.path} was made by another configuration: {differing}. Take another "
-            "--workdir, or the settings of that run."
-        )
+        problem = f"{folder.path} was made by another configuration: {differing}"
+        raise InputError(f"{problem}. Take another --workdir, or the settings of that run.")
     if other_data:
-        raise InputError(
-            f"{folder.path} was made of other data: {other_data}. Take the same data, or another "
-            "--workdir."
-        )
+        advice = "Take the same data, or another --workdir."
+        raise InputError(f"{folder.path} was made of other data: {other_data}. {advice}")
     for name, step in extended.items():
         field = f"{STAGES[name].training}.steps"
         before, now = changed[field]

@@ -12,10 +12,8 @@ LOG = logging.getLogger(__name__)
 def check_installed() -> None:
     """Raises InputError where the library is not installed."""
     if importlib.util.find_spec("wandb") is None:
-        raise InputError(
-            "config.wandb names a project of Weights & Biases, whose library is not installed; "
-            "pip install wandb, or leave config.wandb out."
-        )
+        problem = "config.wandb names a project of Weights & Biases, whose library is not installed"
+        raise InputError(f"{problem}; pip install wandb, or leave config.wandb out.")
 
 
 class Wandb:

@@ -135,10 +135,8 @@ def _read_config(folder: pathlib.Path) -> dict:
     if math.isqrt(T) ** 2 != T:
         raise InputError(f"{path} has n_positions={T}, which is no square of pixels.")
     if F % D or D % H:
-        raise InputError(
-            f"{path} has n_inner={F} and n_head={H}; n_inner must be a multiple of n_embd={D}, and "
-            "n_head must divide n_embd."
-        )
+        problem = f"{path} has n_inner={F} and n_head={H}; n_inner must be a multiple of n_embd={D}"
+        raise InputError(f"{problem}, and n_head must divide n_embd.")
     return config
 
 

@@ -60,11 +60,8 @@ class StrictReader:
 
     def close(self, where: pathlib.Path, network: str = "an Image GPT") -> None:
         """Raises InputError where a tensor of `network` in `where` was faulty or never taken."""
-        faults = list_differences(self._expected, self.shapes) + self._faults
-        if faults:
-            raise InputError(
-                f"the weights in {where} are not those of {network}: {'; '.join(faults)}."
-            )
+        if faults := "; ".join(list_differences(self._expected, self.shapes) + self._faults):
+            raise InputError(f"the weights in {where} are not those of {network}: {faults}.")
 
 
 def read_state_dict(
