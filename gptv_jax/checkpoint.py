@@ -151,7 +151,6 @@ class Checkpoints:
             self._manager.save(step, args=items, force=True)
 
     def wait(self) -> None:
-        """Waits until every checkpoint is on disk."""
         with naming(self.folder):
             self._manager.wait_until_finished()
         self._read_back()
@@ -259,7 +258,6 @@ class Checkpoints:
 
 
 def _check(record: dict, sums: dict[str, int]) -> None:
-    """Raises ValueError where the info or the arrays differ from what was saved."""
     content = {key: record.get(key) for key in ("info", "bit_sums")}
     if record.get("checksum") != _checksum(content):
         raise ValueError("its info has changed")

@@ -23,12 +23,11 @@ class ImageFolder:
     """All image files below a folder.
 
     Sub-folders whose names are names of splits (`listing.split_name`), train among them, are the
-    splits; otherwise all images are one split, train. Within a split, each sub-folder
-    is a class, unless a CSV file gives the labels. The data set is unlabelled where all images lie
-    in one folder, or a share of images above `MOST_STRAY` in no class folder. The images are
-    shuffled class by class, so that `train[:90%]` holds nine tenths of every class.
-
-    `notes` are sentences about what a user may not expect, and `left_out` says what is not read.
+    splits; otherwise all images are one split, train. Within a split, each sub-folder is a class,
+    unless a CSV file gives the labels. The data set is unlabelled where all images lie in one
+    folder, or a share of images above `MOST_STRAY` in no class folder. The images are shuffled
+    class by class, so that `train[:90%]` holds nine tenths of every class. `notes` are sentences
+    about what a user may not expect, and `left_out` says what is not read.
     """
 
     stored_as = "encoded"
@@ -144,10 +143,8 @@ class ImageFolder:
             )
             return None
         if outside:
-            self.notes.append(
-                f"{len(outside)} of {total} images lie in no class folder and are left out: "
-                f"{shorten(outside)}"
-            )
+            fact = f"{len(outside)} of {total} images lie in no class folder and are left out"
+            self.notes.append(f"{fact}: {shorten(outside)}")
         for split, found in files.items():
             files[split] = [f for f in found if os.sep in f]
         return {split: [_class(f) for f in found] for split, found in files.items()}
@@ -215,7 +212,6 @@ def _find_splits(
 
 
 def _refuse_inner_splits(path: pathlib.Path, below: dict[str, Listing]) -> None:
-    """Raises InputError where folders that would be classes hold the splits."""
     full = {name: listing.inner for name, listing in below.items() if listing.files}
     for name, inner in full.items():
         splits = sorted(each for each in inner if split_name(each))

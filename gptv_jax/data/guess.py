@@ -19,10 +19,8 @@ SAVED = ("dataset_dict.json", "state.json")  # of datasets.save_to_disk
 
 def hub_advice(name: str) -> str:
     """The command that downloads a data set `user/name` of the Hugging Face Hub, and the fields."""
-    return (
-        f"download it by hf download {name} --repo-type=dataset --local-dir=FOLDER, then take "
-        "--config.data.name=parquet --config.data.path=FOLDER"
-    )
+    command = f"download it by hf download {name} --repo-type=dataset --local-dir=FOLDER"
+    return f"{command}, then take --config.data.name=parquet --config.data.path=FOLDER"
 
 
 def advice(place: str, name: str | None = None) -> str | None:

@@ -109,10 +109,8 @@ def number(
 
 def one_class(name: object, kind: str = "class") -> str:
     """What follows from data of a single class, as a note."""
-    return (
-        f"there is a single {kind}, {name}, so the images are unlabelled: pretraining and samples "
-        "need no labels, the probe and fine-tuning do"
-    )
+    fact = f"there is a single {kind}, {name}, so the images are unlabelled"
+    return f"{fact}: pretraining and samples need no labels, the probe and fine-tuning do"
 
 
 def _check_numbers(present: np.ndarray) -> bool:
@@ -199,10 +197,8 @@ def of_files(
             )
         files[split] = kept
     if unlabelled:
-        notes.append(
-            f"{len(unlabelled)} images without a row or a label in {path} are left out: "
-            f"{shorten(unlabelled)}"
-        )
+        fact = f"{len(unlabelled)} images without a row or a label in {path} are left out"
+        notes.append(f"{fact}: {shorten(unlabelled)}")
     if lost := [key for key in rows if key not in users]:
         notes.append(f"{len(lost)} rows of {path} name no image: {shorten(lost)}")
     return found

@@ -87,7 +87,6 @@ def _expand(pattern: str) -> list[str]:
 
 
 def _split(file: pathlib.Path) -> str | None:
-    """The split that a path names; None: none."""
     # The name of the file says more than the names of folders, the nearest folder the most.
     names = [file.name.partition(".")[0], *reversed(file.parts[:-1])]
     return next(filter(None, (split_name(name, within=True) for name in names)), None)

@@ -1,11 +1,10 @@
 """How several processes, usually one a host, find each other and end together.
 
 docs/scaling.md has the table of what --distributed=auto looks at. JAX_COORDINATOR_ADDRESS alone is
-the meeting point of Slurm's or Cloud TPU's processes, as in JAX.
-
-JAX's coordination service notices a process that died, froze or lost its network, and then ends
-the others by abort(), from C++: no Python runs any more. So each process works in a child, and the
-parent says in a sentence what an aborted child could not say.
+the meeting point of Slurm's or Cloud TPU's processes, as in JAX. JAX's coordination service notices
+a process that died, froze or lost its network, and then ends the others by abort(), from C++: no
+Python runs any more. So each process works in a child, and the parent says in a sentence what an
+aborted child could not say.
 """
 
 import logging

@@ -39,13 +39,12 @@ def keep_memory() -> None:
     """Lets glibc keep the memory that a training step frees for the next step, in huge pages.
 
     XLA allocates the memory of a step by malloc and frees it at the end. By default glibc returns
-    large blocks to the system, so every step gets new pages, which the kernel clears one by one:
-    an eighth of the time of a step (docs/results.md). Blocks that XLA aligns cannot always be
-    reused, so the heap is given addresses for half of the machine's memory, which the kernel is
-    asked to back by pages of 2 MiB. glibc and the kernel are free to ignore all this.
-
-    It must come before JAX starts its threads, so the files in /dev tell of accelerators, whose
-    steps do not use this memory.
+    large blocks to the system, so every step gets new pages, which the kernel clears one by one: an
+    eighth of the time of a step (docs/results.md). Blocks that XLA aligns cannot always be reused,
+    so the heap is given addresses for half of the machine's memory, which the kernel is asked to
+    back by pages of 2 MiB. glibc and the kernel are free to ignore all this. It must come before
+    JAX starts its threads, so the files in /dev tell of accelerators, whose steps do not use this
+    memory.
     """
     accelerators = [path for name in ACCELERATORS for path in DEVICES.glob(name)]
     if platform.libc_ver()[0] != "glibc" or accelerators:

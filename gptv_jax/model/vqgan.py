@@ -1,10 +1,9 @@
 """The convolutional encoder and decoder of VQGAN (Esser et al. 2021, arXiv:2012.09841).
 
 Diffusers' `VQModel` and LlamaGen's tokenizers are this network, with weights by other names, which
-tokens/foreign.py reads. It is applied, not trained.
-
-Weights are a flat dict. Kernels are [outputs, inputs, rows, columns], as PyTorch has them. Letters
-as in model/autoencoder.py. Images run from -1 to 1.
+tokens/foreign.py reads. It is applied, not trained. Weights are a flat dict. Kernels are [outputs,
+inputs, rows, columns], as PyTorch has them. Letters as in model/autoencoder.py. Images run from -1
+to 1.
 """
 
 from collections.abc import Mapping

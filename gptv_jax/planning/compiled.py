@@ -25,7 +25,6 @@ class Compiled:
 
     @property
     def total(self) -> int:
-        """Bytes of a device at the worst moment."""
         return self.arguments + self.temporaries
 
 

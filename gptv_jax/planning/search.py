@@ -106,5 +106,4 @@ def rank(found: Plan) -> tuple[bool, float | int]:
 
 
 def _powers(most: int) -> Iterator[int]:
-    """Powers of two up to `most`."""
     return (2**i for i in range(most.bit_length()))

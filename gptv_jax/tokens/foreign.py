@@ -112,7 +112,6 @@ def _renamed(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _check_attention(params: dict, expected: set[str], path: pathlib.Path) -> None:
-    """Raises InputError where attention stands elsewhere than in the `expected` levels."""
     found = {name.partition(".attention.")[0] for name in params if ".attention." in name}
     if differing := shorten(sorted(found ^ expected)):
         raise InputError(f"{path} has attention too many or too few in: {differing}.")

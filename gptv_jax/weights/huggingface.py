@@ -215,10 +215,8 @@ def write(weights_file: WeightsFile, folder: pathlib.Path, task: str) -> None:
 
     The tables of rows and columns are added to the table of positions, and the class head's weights
     are multiplied by the scale of the class head's input. Of several start vectors the first one is
-    written, which belongs to images that were not augmented.
-
-    The folder is new, or has an earlier export. The task "generation" writes the token head,
-    "classification" the class head.
+    written, which belongs to images that were not augmented. The folder is new, or has an earlier
+    export. The task "generation" writes the token head, "classification" the class head.
     """
     occupied = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     if occupied and not recognizes(folder):

@@ -26,7 +26,6 @@ class StrictReader:
 
     @classmethod
     def of_arrays(cls, arrays: dict[str, np.ndarray]) -> "StrictReader":
-        """A reader of arrays that are in memory already."""
         return cls({name: array.shape for name, array in arrays.items()}, arrays.__getitem__)
 
     def take(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
