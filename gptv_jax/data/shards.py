@@ -125,7 +125,13 @@ class Shards:
         where: str,
         ignore_label: int | None,
     ):
-        """Takes the parts and the stored labels of each split; see `number_labels`."""
+        """Takes the parts and the labels of each split, which are stored at `where`.
+
+        The labels are whole numbers, which `names` may name, or texts, and are numbered as those of
+        arrays (see `labels.number`). A split without any label (only -1 or None, as in test splits
+        whose labels are kept secret) is left out, with a note. Raises InputError where labels are
+        of mixed or other types, only some are missing, or one has no name.
+        """
         self.notes: list[str] = []
         # As the names of files and folders call the splits.
         self.other_names = {
@@ -137,23 +143,59 @@ class Shards:
         rows = {split: np.arange(sum(map(len, found))) for split, found in parts.items()}
         numbers, self.classes, self.class_names = {}, 0, ()
         if labels is not None:
-            rows, numbers, self.classes, self.class_names = number_labels(
-                labels, names, where, ignore_label, self.notes
-            )
+            vectors = self._vectors(labels, where, ignore_label)
+            rows = labels_lib.leave_out(vectors, ignore_label, self.notes)
+            kept = {split: vectors[split][chosen] for split, chosen in rows.items()}
+            names = () if any(each.dtype.kind == "U" for each in kept.values()) else names
+            numbers, self.classes, self.class_names = labels_lib.number(kept, self.notes, names)
         self._splits = {s: _Split(parts[s], rows[s], numbers.get(s)) for s in rows}
         self.lengths = {split: len(kept) for split, kept in rows.items()}
 
     def open(self, split: str) -> "_Split":
         return self._splits[split]
 
+    def _vectors(
+        self, found: dict[str, list], where: str, ignore_label: int | None
+    ) -> dict[str, np.ndarray]:
+        """The labels [N] of the splits that have any, as whole numbers or texts."""
+        advice = "ignore all labels by config.data.labels=False"
+        kinds = {type(label) for labels in found.values() for label in labels} - {type(None)}
+        if not (kinds <= {int, float, bool} or kinds == {str}):
+            problem = f"{where} holds {', '.join(sorted(kind.__name__ for kind in kinds))}"
+            raise InputError(f"{problem}; it must hold whole numbers or texts; {advice}.")
+        absent, vectors = "-1" if kinds == {str} else -1, {}
+        for split, labels in found.items():
+            filled = [absent if t is None or t != t else t for t in labels]  # NaN is not itself
+            vector = labels_lib.as_vector(split, np.array(filled), len(labels))
+            missing = np.count_nonzero(vector == absent)
+            if missing == len(labels):
+                note = f"the split {split} is left out: {where} holds no label"
+                self.notes.append(f"{note}; or {advice}")
+                continue
+            if missing and ignore_label != -1:
+                raise InputError(
+                    f"{where} holds no label (-1 or nothing) in {missing} of {len(labels)} rows of "
+                    f"split {split}; config.data.ignore_label=-1 leaves these rows out, or "
+                    f"{advice}."
+                )
+            vectors[split] = vector
+        if not vectors:
+            raise InputError(f"{where} holds no label at all; {advice}.")
+        return vectors
+
 
 class _Split(ArraysSplit):
     """The rows `images` of a split, int [N], and their labels, int32 [N], or None."""
 
     def __init__(self, parts: list, rows: np.ndarray, labels: np.ndarray | None):
-        order = None if labels is None else mixed(labels)
-        ordered = (x if order is None else x[order] for x in (rows, labels))
-        super().__init__("", *ordered)
+        if labels is not None:
+            # Rows are sorted where the label changes less than half as often as at random.
+            shares = np.bincount(labels) / len(labels)
+            expected = (1 - np.square(shares).sum()) * (len(labels) - 1)
+            if np.count_nonzero(np.diff(labels)) < expected / 2:
+                order = spread_classes(labels)
+                rows, labels = rows[order], labels[order]
+        super().__init__("", rows, labels)
         self.parts, self._places = parts, Rows(map(len, parts))
 
     def read(self, index: int) -> bytes:
@@ -167,56 +209,3 @@ class _Split(ArraysSplit):
     def _locate(self, index: int) -> tuple:
         part, row = self._places.locate(int(self.images[index]))
         return self.parts[part], row
-
-
-def number_labels(
-    found: dict[str, list],
-    names: tuple[str, ...],
-    where: str,
-    ignore_label: int | None,
-    notes: list[str],
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], int, tuple[str, ...]]:
-    """The rows to read and their labels by split, the number of classes, and their names.
-
-    `found` has the labels of each split as they are stored: whole numbers, which `names` may name,
-    or texts. They are numbered as arrays are (see `labels.number`). A split without any label (only
-    -1 or None, as in test splits whose labels are kept secret) is left out, with a note. Raises
-    InputError where labels are of mixed or other types, only some are missing, or one has no name.
-    `where` says where they are stored.
-    """
-    advice = "ignore all labels by config.data.labels=False"
-    kinds = {type(label) for labels in found.values() for label in labels} - {type(None)}
-    if not (kinds <= {int, float, bool} or kinds == {str}):
-        shown = ", ".join(sorted(kind.__name__ for kind in kinds))
-        raise InputError(f"{where} holds {shown}; it must hold whole numbers or texts; {advice}.")
-    absent, vectors = "-1" if kinds == {str} else -1, {}
-    for split, labels in found.items():
-        filled = [absent if t is None or t != t else t for t in labels]  # NaN differs from itself
-        vector = labels_lib.as_vector(split, np.array(filled), len(labels))
-        missing = np.count_nonzero(vector == absent)
-        if missing == len(labels):
-            notes.append(f"the split {split} is left out: {where} holds no label; or {advice}")
-            continue
-        if missing and ignore_label != -1:
-            raise InputError(
-                f"{where} holds no label (-1 or nothing) in {missing} of {len(labels)} rows of "
-                f"split {split}; config.data.ignore_label=-1 leaves these rows out, or {advice}."
-            )
-        vectors[split] = vector
-    if not vectors:
-        raise InputError(f"{where} holds no label at all; {advice}.")
-    rows = labels_lib.leave_out(vectors, ignore_label, notes)
-    numbers = {split: vectors[split][kept] for split, kept in rows.items()}
-    numbers, classes, names = labels_lib.number(numbers, notes, names if kinds != {str} else ())
-    return rows, {s: each.astype(np.int32) for s, each in numbers.items()}, classes, names
-
-
-def mixed(labels: np.ndarray) -> np.ndarray | None:
-    """An order of the rows that spreads every class evenly; None where the rows are mixed already.
-
-    Rows are sorted where the label changes from row to row less than half as often as at random.
-    """
-    shares = np.bincount(labels) / len(labels)
-    changes = np.count_nonzero(np.diff(labels))
-    expected = (1 - np.square(shares).sum()) * (len(labels) - 1)
-    return spread_classes(labels) if changes < expected / 2 else None
