@@ -62,8 +62,8 @@ class Arrays:
 class ArraysSplit:
     """The images of a split, and its labels, int [N], or None."""
 
-    def __init__(self, split: str, images, labels):
-        self.split, self.images, self.labels = split, images, labels
+    def __init__(self, where: str | pathlib.Path, images, labels):
+        self.where, self.images, self.labels = where, images, labels
 
     def __len__(self) -> int:
         return len(self.images)
@@ -76,7 +76,7 @@ class ArraysSplit:
         return self.images[index]
 
     def name(self, index: int) -> str:
-        return f"{self.split}[{index}]"
+        return f"{self.where}[{index}]"
 
 
 def _check_images(split: str, images: np.ndarray) -> None:

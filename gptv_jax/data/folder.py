@@ -76,15 +76,10 @@ class ImageFolder:
             )
         empty = [name for name, listing in below.items() if not listing.files]
         system = sorted({name for listing in [top, *read] for name in listing.system})
-        self.left_out = [
-            f"{what} {shorten(names)}"
-            for what, names in (
-                (f"{endings.total()} files by their endings:", _counted(endings)),
-                ("folders without images:", empty),
-                ("folders of the system or of thumbnails:", system),
-            )
-            if names
-        ]
+        unread = {f"{endings.total()} files by their endings": _counted(endings)}
+        unread |= {"folders without images": empty}
+        unread |= {"folders of the system or of thumbnails": system}
+        self.left_out = [f"{what}: {shorten(names)}" for what, names in unread.items() if names]
         if labels and labels_file:
             names = labels_lib.of_files(labels_file, path, folders, files, self.notes)
         else:
@@ -161,13 +156,13 @@ class ImageFolder:
 
 
 class _FolderSplit(ArraysSplit):
-    """The image files `images` below the folder `split`."""
+    """The image files `images` below the folder `where`."""
 
     def read(self, index: int) -> bytes:
-        return (self.split / self.images[index]).read_bytes()
+        return (self.where / self.images[index]).read_bytes()
 
     def name(self, index: int) -> str:
-        return str(self.split / self.images[index])
+        return str(self.where / self.images[index])
 
 
 def _find_splits(

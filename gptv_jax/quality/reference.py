@@ -146,13 +146,10 @@ def compute(
     than two images.
     """
     moments, sample, _ = measure(extractor, batches, keep)
-    added = {
-        "count": moments.count,
-        "features": {"name": extractor.name, "hash": extractor.hash},
-        "versions": {name: importlib.metadata.version(name) for name in VERSIONED},
-    }
+    made = {"count": moments.count, "features": {"name": extractor.name, "hash": extractor.hash}}
+    made["versions"] = {name: importlib.metadata.version(name) for name in VERSIONED}
     statistics = moments.count, moments.mean, moments.covariance
-    return Reference(*statistics, provenance | added, sample if keep else None)
+    return Reference(*statistics, provenance | made, sample if keep else None)
 
 
 def load(path: str | pathlib.Path) -> Reference:

@@ -281,12 +281,9 @@ def write(weights_file: WeightsFile, folder: pathlib.Path, task: str) -> None:
 
 def _expressible(weights_file: WeightsFile, task: str) -> WeightsFile:
     """An equivalent network that the format can express; the error names what it cannot."""
-    model, defaults = weights_file.model, fields.flatten(config_lib.Model())
-    unsupported = [
-        f"model.{name}={value}"
-        for name, value in fields.flatten(model).items()
-        if name not in EXPRESSED and value != defaults[name]
-    ]
+    model, usual = weights_file.model, fields.flatten(config_lib.Model())
+    given = {n: v for n, v in fields.flatten(model).items() if n not in EXPRESSED}
+    unsupported = [f"model.{name}={value}" for name, value in given.items() if value != usual[name]]
     if weights_file.tokens.kind == "learned":
         unsupported.append("tokens.kind=learned")  # the format's tokens are colours
     classes = weights_file.classes if task == "classification" else 0
@@ -303,10 +300,8 @@ def _expressible(weights_file: WeightsFile, task: str) -> WeightsFile:
         raise InputError(f"Hugging Face's format cannot express {', '.join(unsupported)}.")
     if model.axial_positions:
         rows, columns = weights_file.codec.grid
-        row, column = params.pop("row"), params.pop("column")
-        params["position"] = (
-            params["position"] + row.repeat(columns, axis=0) + np.tile(column, (rows, 1))
-        )
+        along = params.pop("row").repeat(columns, axis=0) + np.tile(params.pop("column"), (rows, 1))
+        params["position"] = params["position"] + along
     if weights_file.starts > 1:
         LOG.warning("of %d start vectors the first one is exported.", weights_file.starts)
         params["start"] = params["start"][:1]

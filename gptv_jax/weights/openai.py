@@ -42,11 +42,8 @@ def read(prefix: pathlib.Path, palette: Palette | None = None) -> WeightsFile:
         raise InputError(f"{prefix} is a TensorFlow checkpoint; {advice}.") from error
     with as_input_error(f"{prefix} cannot be read"):  # TensorFlow's readers raise several types
         checkpoint = tf.train.load_checkpoint(str(prefix))
-        variables = {
-            name: tuple(shape)
-            for name, shape in checkpoint.get_variable_to_shape_map().items()
-            if not OPTIMIZER.match(name)
-        }
+        stored = checkpoint.get_variable_to_shape_map().items()
+        variables = {name: tuple(shape) for name, shape in stored if not OPTIMIZER.match(name)}
         shapes = {name.removeprefix(SCOPE): shape for name, shape in variables.items()}
         if len(shapes) < len(variables):
             raise ValueError(f"it has the same variable inside {SCOPE} and outside")
