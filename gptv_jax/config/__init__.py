@@ -10,6 +10,7 @@ import ml_collections
 from gptv_jax.config import fields, rules
 from gptv_jax.config.data import Autoencoder, Data, Tokens
 from gptv_jax.config.stages import Config, Drawing, Finetune, Generate, Probe, ProbeSgd, Sample
+from gptv_jax.config.tasks import Detect, Task
 from gptv_jax.config.train import Mesh, Model, Optimizer, Profile, Tokenizer, Train
 from gptv_jax.errors import InputError, shorten
 
@@ -17,6 +18,7 @@ __all__ = [
     "Autoencoder",
     "Config",
     "Data",
+    "Detect",
     "Drawing",
     "Finetune",
     "Generate",
@@ -27,6 +29,7 @@ __all__ = [
     "ProbeSgd",
     "Profile",
     "Sample",
+    "Task",
     "Tokenizer",
     "Tokens",
     "Train",

@@ -6,6 +6,7 @@ import os
 
 from gptv_jax.config.data import Data, Tokens
 from gptv_jax.config.fields import ABOVE_ZERO, BELOW_ONE, FROM_ZERO, POSITIVE, SHARE, field, one_of
+from gptv_jax.config.tasks import Task
 from gptv_jax.config.train import Mesh, Model, Profile, Tokenizer, Train
 
 PLACE = (
@@ -155,7 +156,15 @@ class Config:
     tokenizer: Tokenizer = dataclasses.field(default_factory=Tokenizer)
     train: Train = dataclasses.field(default_factory=Train)
     probe: Probe = dataclasses.field(default_factory=Probe)
+    task: Task = dataclasses.field(default_factory=Task)
     finetune: Finetune = dataclasses.field(default_factory=Finetune)
     sample: Sample = dataclasses.field(default_factory=Sample)
     generate: Generate = dataclasses.field(default_factory=Generate)
     profile: Profile = dataclasses.field(default_factory=Profile)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of an image's positions: its tokens, or its pixels after the stem."""
+        side = 2 ** len(self.task.stem) if self.tokens.kind == "none" else self.tokens.side
+        height, width = self.data.size
+        return height // side, width // side

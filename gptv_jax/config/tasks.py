@@ -1,0 +1,60 @@
+"""What the stage `finetune` teaches the network: the task, and the settings of each task."""
+
+import dataclasses
+
+from gptv_jax.config.fields import FROM_ZERO, POSITIVE, SHARE, field, one_of
+
+WIDTHS = ("positive numbers of channels, or none", lambda v: all(width >= 1 for width in v))
+THREE_SHARES = (
+    "three shares, which add up to 1",
+    lambda v: len(v) == 3 and all(0 <= share <= 1 for share in v) and abs(sum(v) - 1) < 1e-6,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Detect:
+    """Objects as tokens: y0 x0 y1 x1 class of each (Pix2seq, Chen et al. 2022, arXiv:2109.10852).
+
+    Where nothing else is said, the defaults are those of Pix2seq.
+    """
+
+    objects: int = field(100, POSITIVE)  # most objects of an image, real and noise ones together
+    bins: int = field(1000, ("2 or more", lambda v: v >= 2))  # coordinates along each axis
+    order: str = field("random", one_of("random", "position"))  # of the objects; position: by y, x
+    # Noise objects fill the sequence up to `objects`: the class of a noise object is "noise", and
+    # its coordinates have no loss. False: the token "noise" fills it, and ends decoding.
+    noise: bool = True
+    # Shares of the noise objects that are a real box jittered, a real box shifted, a random box.
+    # Pix2seq draws the number of jittered ones anew for every image; these are its means.
+    noise_kinds: tuple[float, ...] = field((0.5, 0.25, 0.25), THREE_SHARES)
+    # Probability that the network reads, in place of an object's class, a random class or "noise"
+    # with even odds. 1: no object's class is read, so decoding cannot lean on it.
+    class_corruption: float = field(1.0, SHARE)
+    # Standard deviation, in bins, of the Gaussian that is the target of a coordinate; 0: its bin.
+    soft: float = field(0.0, FROM_ZERO)
+    class_weight: float = field(1.0, FROM_ZERO)  # of the class's loss; a coordinate's is 1
+    # Decoding: coordinates are drawn from the most likely ones that reach this probability; 0: the
+    # most likely one. Classes are always the most likely real class.
+    top_p: float = field(0.4, SHARE)
+    # Test images are also read after each of these transforms, such as "flip(1.0)"; the boxes of
+    # all views vote. (): there is no vote.
+    votes: tuple[str, ...] = ()
+    most: int = field(100, POSITIVE)  # detections an image that count, the most likely ones
+    # Validation images that evaluations during training read, the first ones; 0: all.
+    validation_images: int = field(0, FROM_ZERO)
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """The task of fine-tuning, and how it reads an image."""
+
+    name: str = "classify"  # one of tasks.TASKS
+    # tokens: the image's tokens; pixels: a convolutional stem on the pixels as well, or alone where
+    # config.tokens.kind is none.
+    image_input: str = field("tokens", one_of("tokens", "pixels"))
+    # Channels of the stem's convolutions, each of which halves height and width.
+    stem: tuple[int, ...] = field((), WIDTHS)
+    # All positions of the image see each other, and the image is not predicted. False: they see the
+    # positions before them, as in pretraining, and are predicted as well.
+    prefix: bool = True
+    detect: Detect = dataclasses.field(default_factory=Detect)

@@ -1,0 +1,135 @@
+"""What a sequence is made of, and which positions see which: `Part` and `Layout`.
+
+With `shift` 1 the input of position t is token t-1, that of position 0 a start vector, and position
+t predicts token t.
+"""
+
+import dataclasses
+import functools
+import math
+
+import numpy as np
+from jaxtyping import Int
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Neighbouring positions of a sequence with one vocabulary, in raster order of `shape`."""
+
+    name: str  # "image", "boxes", "labels", ...
+    vocabulary: int  # 0: the part has no tokens; its input is what the network reads from pixels
+    shape: tuple[int, ...]  # (rows, columns), (frames, rows, columns), (objects, tokens) or (n,)
+    predicted: bool = True  # the part has a head and a loss
+    # Tokens 0 .. bins-1 name heights in the image, bins .. 2 bins - 1 widths, from edge to edge;
+    # 0: no token names a place in the image.
+    bins: int = 0
+    # The input of a position is the sum of the embeddings of the tokens since the beginning of
+    # their row of `shape`, such as the tokens of one object, not of one token alone.
+    summed: bool = False
+
+    @property
+    def size(self) -> int:
+        """Number of positions."""
+        return math.prod(self.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The parts of a sequence, and the attention mask; hashable.
+
+    Position t sees the inputs of positions 0 .. visible[t] - 1. The numbers never fall.
+
+    Raises:
+      ValueError: the numbers fall, do not reach from 1 to T, or let a predicted position see its
+        own target.
+    """
+
+    parts: tuple[Part, ...]
+    visible: tuple[int, ...]  # T numbers
+    # The input of position t is token t - shift: 1, or the size of a block of tokens that are
+    # predicted at once. 0: each position's own token, which training masks (BERT).
+    shift: int = 1
+
+    def __post_init__(self):
+        names = [part.name for part in self.parts]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two parts of a layout have one name: {', '.join(names)}.")
+        visible, length = np.array(self.visible), self.length
+        if visible.shape != (length,) or length == 0:
+            raise ValueError(f"the layout has {length} positions, but {visible.size} masks.")
+        t = np.arange(length)
+        wrong = (visible < t + 1) | (visible > length) | (np.diff(visible, prepend=0) < 0)
+        if wrong.any():
+            at = int(np.argmax(wrong))
+            raise ValueError(
+                f"visible[{at}] is {visible[at]}; the numbers must never fall, and take "
+                f"{at + 1} to {length} there."
+            )
+        # The last input that t sees is token visible[t] - 1 - shift, which must be before token t.
+        leaks = self.predicted & (visible > t + self.shift) & (self.shift > 0)
+        if leaks.any():
+            at = int(np.argmax(leaks))
+            raise ValueError(
+                f"position {at} of the layout predicts token {at} and would see it: visible[{at}] "
+                f"is {visible[at]}, where at most {at + self.shift} is possible."
+            )
+
+    @property
+    def length(self) -> int:
+        """T, the number of positions."""
+        return sum(part.size for part in self.parts)
+
+    @functools.cached_property
+    def slices(self) -> dict[str, slice]:
+        """The positions of every part, by name."""
+        ends = np.cumsum([0, *(part.size for part in self.parts)]).tolist()
+        return {part.name: slice(ends[i], ends[i + 1]) for i, part in enumerate(self.parts)}
+
+    @functools.cached_property
+    def predicted(self) -> np.ndarray:
+        """Whether a position predicts its token, bool [T]."""
+        return np.repeat([p.predicted for p in self.parts], [p.size for p in self.parts])
+
+    @property
+    def causal(self) -> bool:
+        """Whether every position sees itself and all positions before it, and no other ones."""
+        return self.visible == tuple(range(1, self.length + 1))
+
+    @property
+    def full(self) -> bool:
+        """Whether every position sees every position."""
+        return min(self.visible) == self.length
+
+    def coordinates(self) -> Int[np.ndarray, "T 2"]:
+        """Row and column of every position, for rotary phases.
+
+        The parts lie below each other: a part's first row follows the last row of the part before.
+        """
+        found, row = [], 0
+        for part in self.parts:
+            columns = part.shape[-1] if len(part.shape) > 1 else part.size
+            rows, column = np.divmod(np.arange(part.size), columns)
+            found.append(np.stack([row + rows, column], axis=1))
+            row += part.size // columns
+        return np.concatenate(found)
+
+
+def causal(*parts: Part) -> Layout:
+    """Every position sees itself and all positions before it."""
+    return Layout(parts, tuple(range(1, sum(part.size for part in parts) + 1)))
+
+
+def bidirectional(part: Part) -> Layout:
+    """Every position sees every position, and its input is its own token (BERT)."""
+    return Layout((part,), (part.size,) * part.size, shift=0)
+
+
+def prefixed(prefix: Part, *parts: Part) -> Layout:
+    """Start vector and prefix see each other; later positions see themselves and all before them.
+
+    The prefix is read and not predicted. Its last token is the input of the position that predicts
+    the first token after the prefix.
+    """
+    prefix = dataclasses.replace(prefix, predicted=False)
+    length = sum(part.size for part in (prefix, *parts))
+    return Layout((prefix, *parts), tuple(max(t + 1, prefix.size + 1) for t in range(length)))
