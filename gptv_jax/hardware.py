@@ -23,8 +23,7 @@ GPU_SHARE = 0.75  # that JAX takes of a GPU's memory unless XLA_PYTHON_CLIENT_ME
 def devices(*, local: bool = False) -> list[jax.Device]:
     """The devices of all processes, or of this one.
 
-    Raises:
-      InputError: JAX cannot use the devices, or there are none of the kind in JAX_PLATFORMS.
+    Raises InputError where JAX has none of the kind in JAX_PLATFORMS, or cannot use them.
     """
     try:
         return jax.local_devices() if local else jax.devices()

@@ -19,8 +19,7 @@ MARKS = (254, 255, 65534, 65535)  # labels that often mark pixels or images to l
 def as_vector(split: str, labels: np.ndarray, count: int) -> np.ndarray:
     """The labels of `count` images, whole numbers or names [N], from the array of a user.
 
-    Raises:
-      InputError: the array has another shape or type; the message has the expression that helps.
+    An InputError about another shape or type has the expression that helps.
     """
     have = f"split {split} has labels {labels.dtype} {list(labels.shape)} for {count} images"
     wanted = "; labels are whole numbers from 0 or names, one for each image [N]"
