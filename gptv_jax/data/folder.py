@@ -130,16 +130,14 @@ class ImageFolder:
                 "folders, move them away, or ignore all classes by config.data.labels=False."
             )
         outside = [str(folders[split] / f) for split in stray for f in stray[split]]
-        total = sum(map(len, files.values()))
+        total, shown = sum(map(len, files.values())), shorten(outside)
+        strays = f"{len(outside)} of {total} images lie in no class folder"
         if len(outside) > MOST_STRAY * total:
-            self.notes.append(
-                f"{len(outside)} of {total} images lie in no class folder ({shorten(outside)}), so "
-                "all images are unlabelled; move or remove these images to have labels"
-            )
+            advice = "move or remove these images to have labels"
+            self.notes.append(f"{strays} ({shown}), so all images are unlabelled; {advice}")
             return None
         if outside:
-            fact = f"{len(outside)} of {total} images lie in no class folder and are left out"
-            self.notes.append(f"{fact}: {shorten(outside)}")
+            self.notes.append(f"{strays} and are left out: {shown}")
         for split, found in files.items():
             files[split] = [f for f in found if os.sep in f]
         return {split: [_class(f) for f in found] for split, found in files.items()}
@@ -183,10 +181,8 @@ def _find_splits(
         return {}
     if others:
         if [named[name] for name in splits] == ["train"] and not below[splits[0]].inner:
-            notes.append(
-                f"{path / splits[0]} is taken as a class, since images lie right in the folder and "
-                f"beside {shorten(others)}"
-            )
+            reason = f"images lie right in the folder and beside {shorten(others)}"
+            notes.append(f"{path / splits[0]} is taken as a class, since {reason}")
             return {}
         raise InputError(
             f"{path} has splits by their names, {shorten(splits)}, beside images in "
@@ -248,10 +244,8 @@ def _no_image(folder: pathlib.Path, endings: collections.Counter) -> str:
     has = f"; it has {shorten(_counted(endings), room=60)}" if endings else ""
     if any(endings[ending] for ending in APPLE_ENDINGS):
         has += ", which needs pip install pillow-heif, registered in the configuration file"
-    return (
-        f"{folder} holds no image (no file ending in {', '.join(ENDINGS[:4])} or another ending of "
-        f"images that Pillow reads{has})."
-    )
+    known = f"{', '.join(ENDINGS[:4])} or another ending of images that Pillow reads"
+    return f"{folder} holds no image (no file ending in {known}{has})."
 
 
 def _counted(counts: collections.Counter) -> list[str]:

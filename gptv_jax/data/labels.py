@@ -54,10 +54,8 @@ def leave_out(
     for split, array in labels.items():
         kept = array != (str(ignore_label) if array.dtype.kind == "U" else ignore_label)
         if count := np.count_nonzero(~kept):
-            notes.append(
-                f"{count} of {len(kept)} images of the split {split} have the label {ignore_label} "
-                "and are left out"
-            )
+            ignored = f"{count} of {len(kept)} images of the split {split}"
+            notes.append(f"{ignored} have the label {ignore_label} and are left out")
         total += count
         if kept.any():
             rows[split] = np.flatnonzero(kept)

@@ -99,10 +99,8 @@ def make_features(spec: str | None, image_shape: Shape) -> FeatureExtractor:
     """
     if spec in (None, PIXELS):
         return pixels(image_shape)
-    missing = (
-        f"features are {spec!r}, but there is no such file or folder; name pixels, a run folder, "
-        "or a .safetensors file of this project's or Inception's weights"
-    )
+    kinds = "a run folder, or a .safetensors file of this project's or Inception's weights"
+    missing = f"features are {spec!r}, but there is no such file or folder; name pixels, {kinds}"
     path, tensors = weights.locate(spec, missing), ()
     if path.suffix == ".safetensors" and path.is_file():
         with files.open_safetensors(path) as file:

@@ -106,10 +106,9 @@ def find(folder: RunFolder, data: dict, stages: list[str]) -> Changes:
     sentences = []
     for name, step in extended.items():
         before, now = changed[f"{STAGES[name].training}.steps"]
-        sentences.append(
-            f"{name} goes on from step {step} to {now}, in place of {before}; the learning rate "
-            f"follows the schedule of {now} steps from here on, so it may rise."
-        )
+        goes_on = f"{name} goes on from step {step} to {now}, in place of {before}"
+        rate = f"the learning rate follows the schedule of {now} steps from here on, so it may rise"
+        sentences.append(f"{goes_on}; {rate}.")
     again = [n for n in reset if n in begun]
     if lost := [n for n in extended if has_finished(folder.summary(), n)] + again:
         sentences.append(
