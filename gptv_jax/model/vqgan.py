@@ -38,7 +38,7 @@ class Vqgan:
             x = self._level(f"encoder.levels.{i}", x, width, config.encoder_blocks)
             if i + 1 < len(config.widths):
                 x = self._conv(f"encoder.levels.{i}.resample", x, width, stride=2)
-        x = self._middle("encoder.middle", x)
+        x = self._level("encoder.middle", x, config.widths[-1], 2)
         x = jax.nn.silu(self._norm("encoder.norm_out", x))
         x = self._conv("encoder.conv_out", x, self.latent)
         z = self._conv("quant_conv", x, config.code_size, side=1).astype(jnp.float32)
@@ -54,7 +54,8 @@ class Vqgan:
         config, widths = self.config, self.config.widths[::-1]
         values = self._codebook().at[codes].get(out_sharding=jax.typeof(codes).sharding.spec)
         x = self._conv("post_quant_conv", values.astype(config.dtype), self.latent, side=1)
-        x = self._middle("decoder.middle", self._conv("decoder.conv_in", x, widths[0]))
+        x = self._conv("decoder.conv_in", x, widths[0])
+        x = self._level("decoder.middle", x, widths[0], 2)
         for i, width in enumerate(widths):
             x = self._level(f"decoder.levels.{i}", x, width, config.decoder_blocks)
             if i + 1 < len(widths):
@@ -70,11 +71,6 @@ class Vqgan:
             x = self._block(f"{name}.blocks.{j}", x, width)
             x = self._attention(f"{name}.attention.{j}", x)
         return x
-
-    def _middle(self, name: str, x: Float[Array, "B h w N"]) -> Float[Array, "B h w N"]:
-        x = self._block(f"{name}.blocks.0", x, x.shape[-1])
-        x = self._attention(f"{name}.attention.0", x)
-        return self._block(f"{name}.blocks.1", x, x.shape[-1])
 
     def _block(self, name: str, x: Float[Array, "B h w N"], width: int) -> Float[Array, "B h w M"]:
         y = self._conv(f"{name}.conv1", jax.nn.silu(self._norm(f"{name}.norm1", x)), width)
