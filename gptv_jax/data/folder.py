@@ -100,10 +100,11 @@ class ImageFolder:
         self._splits = {s: self._open(folders[s], files[s], names and names[s]) for s in files}
         self.lengths = {split: len(source) for split, source in self._splits.items()}
         if lone := [name for name in self.class_names if counts[name] == 1]:
+            more = f" and {len(lone) - 3} more" if len(lone) > 3 else ""
             raise InputError(
-                f"{folders['train']} has only one image of class {shorten(lone, room=40)}, too few "
-                "to train on some and evaluate on others; add images, remove the class, or ignore "
-                "all classes by config.data.labels=False."
+                f"{folders['train']} has only one image of class {', '.join(lone[:3])}{more}, too "
+                "few to train on some and evaluate on others; add images, remove the class, or "
+                "ignore all classes by config.data.labels=False."
             )
 
     def open(self, split: str) -> "_FolderSplit":
