@@ -32,8 +32,8 @@ def devices(*, local: bool = False) -> list[jax.Device]:
         problem = "JAX cannot use the devices of this machine"
         if asked := jax.config.jax_platforms:
             problem = f"JAX finds no device that JAX_PLATFORMS={asked} asks for"
-        advice = "take JAX_PLATFORMS=cpu, or install gptv_jax[cuda] (GPU) or gptv_jax[tpu]"
-        raise InputError(f"{problem}{reason}; {advice}.") from error
+        advice = "or install gptv_jax[cuda] for a GPU, gptv_jax[tpu] for a TPU"
+        raise InputError(f"{problem}{reason}; take JAX_PLATFORMS=cpu, {advice}.") from error
 
 
 @dataclasses.dataclass(frozen=True)
