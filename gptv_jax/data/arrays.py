@@ -25,8 +25,6 @@ class Arrays:
     are sentences about what a user may not expect.
     """
 
-    stored_as = "pixels"
-
     def __init__(
         self,
         splits: dict[str, tuple[np.ndarray, np.ndarray | None]],
@@ -62,6 +60,8 @@ class Arrays:
 class ArraysSplit:
     """The images of a split, and its labels, int [N], or None."""
 
+    key = "image"  # of a record: pixels, or "encoded" for the bytes of a file
+
     def __init__(self, where: str | pathlib.Path, images, labels):
         self.where, self.images, self.labels = where, images, labels
 
@@ -69,7 +69,7 @@ class ArraysSplit:
         return len(self.images)
 
     def __getitem__(self, index: int) -> dict:
-        image = {"image": self.read(index)}
+        image = {self.key: self.read(index)}
         return image if self.labels is None else {**image, "label": np.int32(self.labels[index])}
 
     def read(self, index: int) -> np.ndarray | bytes:

@@ -30,8 +30,6 @@ class ImageFolder:
     about what a user may not expect, and `left_out` says what is not read.
     """
 
-    stored_as = "encoded"
-
     def __init__(
         self,
         path: pathlib.Path,
@@ -156,6 +154,8 @@ class ImageFolder:
 
 class _FolderSplit(ArraysSplit):
     """The image files `images` below the folder `where`."""
+
+    key = "encoded"
 
     def read(self, index: int) -> bytes:
         return (self.where / self.images[index]).read_bytes()

@@ -115,8 +115,6 @@ class Shards:
     A part has some rows of a file: its length, `read(row)`, the bytes of an image, and `name(row)`.
     """
 
-    stored_as = "encoded"
-
     def __init__(
         self,
         parts: dict[str, list],
@@ -185,7 +183,9 @@ class Shards:
 
 
 class _Split(ArraysSplit):
-    """The rows `images` of a split, int [N], and their labels, int32 [N], or None."""
+    """The rows `images` of a split, int [N], and their labels, int [N], or None."""
+
+    key = "encoded"
 
     def __init__(self, parts: list, rows: np.ndarray, labels: np.ndarray | None):
         if labels is not None:
