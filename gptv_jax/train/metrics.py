@@ -156,13 +156,21 @@ class Progress:
         if self.bar.disable:
             self._log(f"{self.stage} {step}/{self.steps}{self._numbers}")
 
-    def evaluated(self, evaluations: list[dict], best: dict | None, *, quiet: bool = False) -> None:
+    def evaluated(
+        self,
+        evaluations: list[dict],
+        best: dict | None,
+        watched: str | None = None,
+        *,
+        quiet: bool = False,
+    ) -> None:
         """Shows the last evaluation (a dict with "step" and its numbers) and the best so far.
 
+        The best is that by the number `watched`; None: by a number that people know.
         `quiet` leaves out the line with all numbers, for an evaluation of an earlier process.
         """
         numbers = dict(evaluations[-1])
-        step, watched = numbers.pop("step"), next(iter(ranking(numbers)), None)
+        step, watched = numbers.pop("step"), watched or next(iter(ranking(numbers)), None)
         words = {name: format_number(name, value) for name, value in numbers.items()}
         if watched and best is not None:
             value, newest = format_number(watched, best[watched]), best["step"] == step
