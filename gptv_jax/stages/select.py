@@ -47,7 +47,7 @@ def choose_stages(
     for name in wanted or ():
         if name in refused:
             raise InputError(f"--stages has {name}, but {refused[name]}.")
-    if wanted is None and "finetune" in refused and config.task.name != config_lib.Task().name:
+    if wanted is None and "finetune" in refused and config.task != config_lib.Task():
         rules.refuse(config, "task.name", refused["finetune"])
     usual = [name for name, stage in STAGES.items() if not stage.on_request]
     chosen = [name for name in STAGES if name in (wanted or usual) and name not in refused]
