@@ -10,6 +10,7 @@ from jax.extend import core as jax_core
 
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
+from gptv_jax.config.data import ImageSize, height_and_width
 from gptv_jax.model import autoencoder
 from gptv_jax.model.attention import BLOCK, SPLASH_TILE, form
 from gptv_jax.model.gpt import Network
@@ -74,9 +75,9 @@ def executed(network: Network, platform: str, split: int = 1, loss_parts: int = 
     return Flops(matmul=matmul, attention=attention)
 
 
-def of_autoencoder(config: config_lib.Autoencoder, size: int) -> Flops:
-    """FLOPs of encoding and decoding an image of `size` pixels a side; training needs 3 times."""
-    images = jax.ShapeDtypeStruct((1, size, size, config.channels), jnp.float32)
+def of_autoencoder(config: config_lib.Autoencoder, size: ImageSize) -> Flops:
+    """FLOPs of encoding and decoding an image of `size` pixels; training needs 3 times."""
+    images = jax.ShapeDtypeStruct((1, *height_and_width(size), config.channels), jnp.float32)
     # The mesh in force may split the batch, which one image does not allow.
     with jax.set_mesh(sharding.make_mesh(config_lib.Mesh(), jax.local_devices()[:1])):
         params = jax.eval_shape(lambda: autoencoder.init(config, jax.random.key(0)))

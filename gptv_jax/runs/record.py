@@ -173,8 +173,8 @@ def trained_part(config: config_lib.Config, stage: str) -> str:
 
 def network_of(config: config_lib.Config, classes: int = 0) -> Network:
     """The network of a configuration, with a class head where `classes` is not 0."""
-    tokens, grid = config.tokens, config.tokens.grid(config.data.image_size)
-    return Network(config.model, tokens.vocabulary, grid, start_vectors(config), classes)
+    vocabulary = config.tokens.vocabulary
+    return Network(config.model, vocabulary, config.grid, start_vectors(config), classes)
 
 
 def start_vectors(config: config_lib.Config) -> int:

@@ -15,6 +15,7 @@ from gptv_jax import config as config_lib
 from gptv_jax import files, sharding, tokens
 from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.config import fields
+from gptv_jax.config.data import PIXELS
 from gptv_jax.config.fields import FROM_ZERO, POSITIVE, field
 from gptv_jax.errors import InputError, as_input_error, list_differences
 from gptv_jax.model.gpt import Network
@@ -53,7 +54,7 @@ class WeightsFile:
 
     model: config_lib.Model
     tokens: config_lib.Tokens
-    image_size: int = field(accepted=POSITIVE)  # height and width in pixels
+    image_size: int | tuple[int, ...] = field(accepted=PIXELS)  # as config.data.image_size
     params: dict[str, np.ndarray]  # float32, by flat name such as "blocks.qkv"
     definition: TokenDefinition | None = None  # what the tokens stand for
     starts: int = field(1, POSITIVE)  # number of start vectors
