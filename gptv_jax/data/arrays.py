@@ -26,6 +26,7 @@ class Arrays:
     """
 
     stored_as = "pixels"
+    object_names = ()
 
     def __init__(
         self,

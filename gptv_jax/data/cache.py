@@ -108,6 +108,7 @@ class TokenCache:
     """A folder of `write`, as a `sources.DataSet`; any other folder raises InputError."""
 
     stored_as = "tokens"
+    object_names = ()
 
     def __init__(self, folder: pathlib.Path):
         self.folder = folder

@@ -31,6 +31,7 @@ class ImageFolder:
     """
 
     stored_as = "encoded"
+    object_names = ()
 
     def __init__(
         self,

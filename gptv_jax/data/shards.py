@@ -123,6 +123,7 @@ class Shards:
     """
 
     stored_as = "encoded"
+    object_names = ()
 
     def __init__(
         self,
