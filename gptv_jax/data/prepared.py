@@ -21,8 +21,8 @@ class Tfds:
     The name may have a configuration, `a/b:1.0.0`. `folder` has all prepared sets, or this one;
     None: TFDS's default. `sets` are the other data sets, for messages.
 
-    Boxes are those of the feature that is a sequence of dicts with `bbox`, such as `objects`; without
-    a `label` among them all objects are of one class.
+    Boxes are those of the first feature that is a sequence of dicts with `bbox`, such as `objects`;
+    without a `label` in the dicts all objects are of one class.
     """
 
     stored_as = "encoded"

@@ -15,7 +15,7 @@ from gptv_jax import config as config_lib
 from gptv_jax import files
 from gptv_jax.data import guess, shards
 from gptv_jax.data.arrays import Arrays as Arrays  # a name of this module for its users
-from gptv_jax.data.arrays import ArraysSplit, data_path, digits, open_npz
+from gptv_jax.data.arrays import data_path, digits, open_npz
 from gptv_jax.data.cache import TokenCache
 from gptv_jax.data.coco import Coco
 from gptv_jax.data.digit_scenes import DigitScenes
@@ -23,6 +23,7 @@ from gptv_jax.data.folder import ImageFolder
 from gptv_jax.data.listing import split_names
 from gptv_jax.data.parquet import Tables
 from gptv_jax.data.prepared import Tfds
+from gptv_jax.data.records import OBJECTS
 from gptv_jax.data.webdataset import WebDataset
 from gptv_jax.errors import InputError, shorten
 
@@ -105,8 +106,10 @@ class Selected:
         return np.bincount(labels[labels >= 0], minlength=self.classes)
 
     def object_counts(self) -> dict[str, int | list[int]] | None:
-        """Number of "boxes", of "crowd" boxes among them, of images without a box ("empty"), and of
-        boxes of each class ("by_class"); None where they are not in memory.
+        """Numbers of boxes and of images without a box; None where these are not in memory.
+
+        "boxes" are all, "crowd" those around groups, "by_class" those of each class; "empty" is the
+        number of images.
         """
         if not all(hasattr(source, "object_counts") for source, _ in self._parts):
             return None
@@ -166,15 +169,27 @@ def _resolve(expression: str, data_set: DataSet) -> list[tuple[str, range]]:
     try:
         found = tfds.core.ReadInstruction.from_spec(expression).to_absolute(infos)
     except (ValueError, AssertionError) as error:
+        problem = f"split {taken!r} cannot be read; "
+        if taken in SPLITS and "train" in lengths:
+            held = next((split for split in ("test", "validation") if split in lengths), None)
+            own = ("train[:95%]", "train[95%:]", held)
+            own = own if held else ("train[:90%]", "train[90%:95%]", "train[95%:]")
+            raise InputError(f"{problem}of {_shown(lengths)} take {_flags(own)}.") from error
         raise InputError(
-            f"split {taken!r} cannot be read; it takes an expression such as "
-            f'"train[:90%]" over the splits of this data set: {_shown(lengths)}.'
+            f'{problem}it takes an expression such as "train[:90%]" over the splits of this data '
+            f"set: {_shown(lengths)}."
         ) from error
     return [(p.splitname, range(lengths[p.splitname])[p.from_ : p.to]) for p in found]
 
 
 def _large_files(kind: type, config: config_lib.Data) -> DataSet:
     return kind(data_path(config, pattern=True), config.labels, config.ignore_label)
+
+
+def _flags(expressions: tuple[str, ...]) -> str:
+    """The flags that make these the splits of a run."""
+    pairs = zip(SPLITS, expressions, strict=True)
+    return " ".join(f"--config.data.{split}_split={each}" for split, each in pairs)
 
 
 def _shown(lengths: dict[str, int]) -> str:
@@ -246,9 +261,8 @@ def open_splits(config: config_lib.Data) -> dict[str, Selected]:
     counts = {n: sum(len(rows) for _, rows in _resolve(e, data_set)) for n, e in taken.items()}
     if not all(counts.values()):
         own = ("train[:-2]", "train[-2:-1]", "train[-1:]")  # of three images or more
-        fitting = " ".join(f"--config.data.{n}={e}" for n, e in zip(taken, own, strict=True))
         enough = lengths.get("train", 0) >= len(own)
-        advice = f", or set {fitting}" if enough else f": {len(own)} are the fewest to run with"
+        advice = f", or set {_flags(own)}" if enough else f": {len(own)} are the fewest to run with"
         found = ", ".join(f"{n}={taken[n]} takes {count}" for n, count in counts.items())
         raise InputError(
             f"each split needs 1 image, but of {_shown(lengths)} {found}. Add images{advice}."

@@ -26,6 +26,7 @@ class Context:
     images: Pipeline  # the data as images, before they become tokens
     classes: int  # of the data; 0: unlabelled
     class_names: tuple[str, ...]  # in the order of the labels; empty where classes have no names
+    object_names: tuple[str, ...]  # in the order of the box_labels; empty without boxes
     stages: tuple[str, ...]  # names of the stages to run, in order
     # None without tokens, and while the tokenizer is still to be trained
     codec: Codec | None = None

@@ -75,7 +75,8 @@ def _open(config: config_lib.Config, folder: RunFolder, wanted: list[str] | None
     contents = inventory.describe(sources.open_data_set(config.data), opened)
     if jax.process_index() == 0:
         inventory.log(config.data, contents, opened)
-    classes, class_names = opened["train"].classes, opened["train"].class_names
+    train = opened["train"]
+    classes, names = train.classes, (train.class_names, train.object_names)
     rules.check_classes(config, classes)
     begun = hosts.from_first(lambda: [*changes.begun_stages(folder)])
     stages = choose_stages(config, classes, wanted, begun)
@@ -89,7 +90,8 @@ def _open(config: config_lib.Config, folder: RunFolder, wanted: list[str] | None
         hosts.on_all(lambda: sources.check_labels(config.data, opened))
     data = {
         "images": {split: len(source) for split, source in opened.items()},
-        "classes": list(class_names) or classes,
+        "classes": list(train.class_names) or classes,
+        "objects": list(train.object_names),
     }
     changed = changes.Changes(*hosts.from_first(lambda: changes.find(folder, data, stages)))
     for name in stages:
@@ -104,7 +106,7 @@ def _open(config: config_lib.Config, folder: RunFolder, wanted: list[str] | None
     hosts.on_all(lambda: files.claim(folder.path, "--workdir"))
     images = Pipeline(config.data, None, config.seed, folder.path, sharding.batch_share(mesh))
     log = hosts.on_all(lambda: _open_log(config, folder.path))
-    context = Context(config, mesh, folder, log, images, classes, class_names, tuple(stages))
+    context = Context(config, mesh, folder, log, images, classes, *names, tuple(stages))
     return with_codec(context)
 
 
@@ -291,7 +293,8 @@ def take_tokenizer_settings(config: config_lib.Config) -> config_lib.Config:
 
 def check_same_settings(config: config_lib.Config) -> None:
     """Raises InputError where processes have different settings, the place of the data apart."""
-    place = ("config.data.dir", "config.data.path", "config.data.labels_file")
+    free = ("dir", "path", "labels_file", "annotations", "images")
+    place = [f"config.data.{name}" for name in free]
     own = {k: v for k, v in fields.flatten(config, "config.").items() if k not in place}
     first, *others = hosts.from_all(own)
     if differing := [line for other in others for line in list_differences(first, other)]:
