@@ -184,7 +184,7 @@ def _index(
 ) -> CocoSplit:
     """The arrays of a split; `note` takes a sentence on each kind of fault that was met."""
 
-    def tell(what: str, faulty: Sequence, name: Callable[[int], str]) -> None:
+    def tell(what: str, faulty: Sequence | np.ndarray, name: Callable[[int], str]) -> None:
         if len(faulty):
             note(f"{file}: {len(faulty)} {what}, the first {name(faulty[0])}")
 

@@ -45,7 +45,8 @@ def find(path: pathlib.Path, given: str | None) -> dict[str, pathlib.Path]:
             raise InputError(f"{field}={given} names {missing[0]}, which does not exist.")
         return dict(zip(SPLITS, files, strict=False))
     if len(files) == 1:
-        return {_split(files[0], path) or "train": files[0]}
+        root = path if path.is_dir() else path.parent
+        return {_split(files[0], root) or "train": files[0]}
     found = collections.defaultdict(list)
     for file in files:
         found[_split(file, path)].append(file)
@@ -59,9 +60,9 @@ def find(path: pathlib.Path, given: str | None) -> dict[str, pathlib.Path]:
     return {split: found[split][0] for split in SPLITS if split in found}
 
 
-def _split(file: pathlib.Path, path: pathlib.Path) -> str | None:
+def _split(file: pathlib.Path, root: pathlib.Path) -> str | None:
     """The split that a JSON file's name stands for, or else the name of its folder."""
-    inner = file.parent.name if file.parent != path else ""
+    inner = file.parent.name if file.parent != root else ""
     return split_name(file.stem, within=True) or split_name(inner, within=True)
 
 

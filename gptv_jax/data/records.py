@@ -21,7 +21,7 @@ Geometry moves everything that lies in the image; colour changes pixels alone.
 
 import numpy as np
 
-Record = dict[str, np.ndarray]
+Record = dict[str, np.ndarray | np.generic | bytes]
 PIXELS = ("encoded", "image", "tokens")  # the picture itself; other keys say something about it
 OBJECTS = ("boxes", "box_labels", "crowd", "area", "masks")  # arrays with one entry an object
 

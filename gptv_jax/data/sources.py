@@ -23,7 +23,7 @@ from gptv_jax.data.folder import ImageFolder
 from gptv_jax.data.listing import split_names
 from gptv_jax.data.parquet import Tables
 from gptv_jax.data.prepared import Tfds
-from gptv_jax.data.records import OBJECTS
+from gptv_jax.data.records import OBJECTS, Record, annotations
 from gptv_jax.data.webdataset import WebDataset
 from gptv_jax.errors import InputError, shorten
 
@@ -92,8 +92,17 @@ class Selected:
 
     def __getitem__(self, index: int) -> dict:
         source, row = self._locate(index)
-        example = source[row]
-        return example if self.classes else {"image": example["image"]}
+        return self._labelled(source[row])
+
+    def annotations(self, index: int) -> Record:
+        """The record without the picture, which sources with a method `annotations` do not read."""
+        source, row = self._locate(index)
+        known = getattr(source, "annotations", None) or (lambda row: annotations(source[row]))
+        return self._labelled(known(row))
+
+    def _labelled(self, record: Record) -> Record:
+        """The record without its label where there are no classes."""
+        return {k: v for k, v in record.items() if self.classes or k != "label"}
 
     def label_counts(self) -> np.ndarray | None:
         """Number of examples of each class, int64 [C]; examples with a negative label are left out.
