@@ -25,7 +25,6 @@ class Arrays:
     are sentences about what a user may not expect.
     """
 
-    stored_as = "pixels"
     object_names = ()
 
     def __init__(

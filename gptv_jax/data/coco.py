@@ -28,7 +28,6 @@ class Coco:
     fixed order, so that `train[:90%]` is like the other tenth.
     """
 
-    stored_as = "encoded"
     classes, class_names = 0, ()  # of whole images
 
     def __init__(

@@ -25,8 +25,6 @@ class Tfds:
     without a `label` in the dicts all objects are of one class.
     """
 
-    stored_as = "encoded"
-
     def __init__(self, name: str, folder: str | None, sets: Iterable[str]):
         import tensorflow_datasets as tfds  # takes seconds
 

@@ -122,7 +122,6 @@ class Shards:
     `name(row)`.
     """
 
-    stored_as = "encoded"
     object_names = ()
 
     def __init__(
@@ -169,7 +168,7 @@ class _Split:
 
     def __getitem__(self, index: int) -> dict:
         part, row = self._locate(index)
-        image = {"image": part.read(row)}
+        image = {"encoded": part.read(row)}
         return image if self.labels is None else {**image, "label": self.labels[index]}
 
     def name(self, index: int) -> str:

@@ -32,16 +32,14 @@ SPLITS = ("train", "validation", "test")  # of a run; `config.data` gives an exp
 
 @runtime_checkable
 class Source(Protocol):
-    """The examples of a split, or of a split expression, by number.
+    """The records of a split, or of a split expression, by number; see data/records.py.
 
-    An example is `{"image", "label"}`, always the same; without "label" where unlabelled. The image
-    is uint8 [H, W, C], the bytes of an image file, or a grid of tokens, uint16 [rows, columns, 1],
-    depending on `DataSet.stored_as`.
+    A number has always the same record, and all records of a split have the same keys.
     """
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> dict: ...
+    def __getitem__(self, index: int) -> Record: ...
 
     def name(self, index: int) -> str: ...  # the example's name in messages
 
@@ -54,7 +52,6 @@ class DataSet(Protocol):
     `object_ids`, the number that the data give each class of objects, if not 0, 1, 2, ....
     """
 
-    stored_as: str  # how images are stored: "pixels", "encoded" or "tokens"
     classes: int  # number of classes; 0: unlabelled
     class_names: tuple[str, ...]  # in the order of the labels; empty where classes have no names
     object_names: tuple[str, ...]  # in the order of the box_labels; empty where there are no boxes
@@ -73,7 +70,6 @@ class Selected:
     """The examples that a split expression such as `train[:96%]` or `train+test` selects."""
 
     def __init__(self, data_set: DataSet, expression: str, labels: bool = True):
-        self.stored_as = data_set.stored_as
         self.classes = data_set.classes if labels else 0
         self.class_names = data_set.class_names if labels else ()
         self.object_names = data_set.object_names
@@ -90,7 +86,7 @@ class Selected:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, index: int) -> Record:
         source, row = self._locate(index)
         return self._labelled(source[row])
 
