@@ -95,7 +95,7 @@ class _TfdsSplit(ArraysSplit):
         return int(found) if isinstance(found, int | np.integer) else index
 
 
-def _objects(encoded: bytes, found: dict[str, np.ndarray], labelled: bool) -> Record:
+def _objects(encoded: bytes, found: dict[str, list | np.ndarray], labelled: bool) -> Record:
     """The boxes of an image in pixels, of y0, x0, y1, x1 as shares of its height and width.
 
     Boxes are clipped to the image; those without area or without a class are left out.
@@ -107,7 +107,7 @@ def _objects(encoded: bytes, found: dict[str, np.ndarray], labelled: bool) -> Re
     none = np.zeros(len(boxes), np.int32)
     labels = np.asarray(found["label"] if labelled else none, np.int32)
     kept = (boxes[:, :2] < boxes[:, 2:]).all(1) & (labels >= 0)
-    area = found.get("area", none)
+    area = np.asarray(found.get("area", none))
     area = np.where(area > 0, area, (boxes[:, 2:] - boxes[:, :2]).prod(1))
     return {
         "boxes": boxes[kept].astype(np.float32),
