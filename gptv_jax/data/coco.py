@@ -47,7 +47,6 @@ class Coco:
             is left of a split.
         """
         self.notes: list[str] = []
-        self.left_out: list[str] = []
         root = path if path.is_dir() else path.parent
         found = coco_files.find(path, annotations)
         self.other_names = {
@@ -219,34 +218,32 @@ def _index(
     area = _numbers([[each.get("area")] for each in entries], 1)[:, 0]
     at = place[owner]
     y0, x0, side = corners[:, 1], corners[:, 0], corners[:, :1:-1]  # sides: height, width
-    known = sizes[at]
-    known = np.where(known > 0, known, np.inf)
+    known = np.where(sizes > 0, sizes, np.inf)[at]
+    finite = np.isfinite(corners).all(1)
     low = np.stack([y0, x0], 1)
     boxes = np.concatenate([np.clip(low, 0, known), np.clip(low + side, 0, known)], 1)
-    finite = np.isfinite(corners).all(1)
+    boxes = boxes.astype(np.float32)
     with np.errstate(invalid="ignore"):
-        negative, flat = (side < 0).any(1), (side == 0).any(1)
-        outside = (boxes[:, :2] >= boxes[:, 2:]).any(1)
-        clipped = (low < 0).any(1) | (low + side > known).any(1)
-    good = np.ones(len(entries), bool)
+        outside = ((low >= known) | (low + side <= 0)).any(1)
+        clipped = ((low < 0) | (low + side > known)).any(1)
+        empty = (boxes[:, :2] >= boxes[:, 2:]).any(1)
+    good = (owner < 0) | (at >= 0)  # the annotations of images without a file go with the images
     for what, faulty in (
         ("annotations of no image of the file are left out", owner < 0),
         ("annotations of no category of the file are left out", label < 0),
         ("annotations have no box of four finite numbers and are left out", ~finite),
-        ("boxes have a negative width or height and are left out", negative),
-        ("boxes have no area and are left out", flat),
-        ("boxes lie outside of their image and are left out", outside & (at >= 0)),
+        ("boxes have a negative width or height and are left out", (side < 0).any(1)),
+        ("boxes lie outside of their image and are left out", outside),
+        ("boxes have no area and are left out", empty),
         ("annotations repeat one before, id and all, and are left out", _copies(entries)),
     ):
         tell(what, np.flatnonzero(good & faulty), entry_name)
         good &= ~faulty
-    good &= at >= 0  # annotations of images without a file
-    tell(
-        "boxes reach out of their image and are clipped", np.flatnonzero(good & clipped), entry_name
-    )
+    reaching = np.flatnonzero(good & clipped)
+    tell("boxes reach out of their image and are clipped", reaching, entry_name)
     rows = np.flatnonzero(good)
     rows = rows[np.argsort(at[rows], kind="stable")]
-    boxes = boxes[rows].astype(np.float32)
+    boxes = boxes[rows]
     own = (boxes[:, 2:] - boxes[:, :2]).prod(1)
     with np.errstate(invalid="ignore"):
         area = np.where(area[rows] > 0, area[rows], own).astype(np.float32)
