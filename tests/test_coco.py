@@ -442,15 +442,12 @@ def test_the_run_records_classes_and_boxes(tmp_path, caplog):
 
 def test_what_records_have_is_known_before_one_is_read(tmp_path):
     _, source = opened(tmp_path, coco())
-    held = {key: sources.has(source, key) for key in ("label", "boxes", "segmentation", "masks")}
-    assert held == {"label": False, "boxes": True, "segmentation": False, "masks": False}
+    assert source.keys == {"boxes", "box_labels", "crowd"} <= set(source.annotations(0))
     scenes = sources.open_source(config_lib.Data(name="digit_scenes"), "test[:5]")
     assert scenes.object_names == tuple("0123456789") and scenes.classes == 0
-    keys = {"boxes", "box_labels", "crowd", "masks", "segmentation"}
-    assert all(sources.has(scenes, key) for key in keys) and not sources.has(scenes, "label")
-    assert set(scenes.annotations(0)) == keys
-    digits = sources.open_source(config_lib.Data(), "test")
-    assert sources.has(digits, "label") and not sources.has(digits, "boxes")
+    assert scenes.keys == set(scenes.annotations(0)) >= {"masks", "segmentation", "boxes"}
+    assert sources.open_source(config_lib.Data(), "test").keys == {"label"}
+    assert sources.open_source(config_lib.Data(labels=False), "test").keys == set()
 
 
 # Real data.

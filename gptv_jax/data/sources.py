@@ -74,7 +74,9 @@ class Selected:
         self.class_names = data_set.class_names if labels else ()
         self.object_names = data_set.object_names
         self.object_ids = getattr(data_set, "object_ids", tuple(range(len(self.object_names))))
-        self.keys = getattr(data_set, "keys", ())
+        # What records have beside the picture.
+        self.keys = {*getattr(data_set, "keys", ()), *(OBJECTS[:3] if self.object_names else ())}
+        self.keys |= {"label"} if self.classes else set()
         parts = _resolve(expression, data_set)
         self._rows = shards.Rows(len(rows) for _, rows in parts)
         if not len(self._rows):
@@ -246,12 +248,6 @@ def open_source(config: config_lib.Data, split: str) -> Selected:
     """The examples of a split of `SPLITS` as the config defines it, or of a split expression."""
     expression = getattr(config, f"{split}_split") if split in SPLITS else split
     return Selected(open_data_set(config), expression, config.labels)
-
-
-def has(source: Selected, key: str) -> bool:
-    """Whether the records of a split have "label", "boxes", "segmentation" or another key."""
-    known = {"label": source.classes > 0} | dict.fromkeys(OBJECTS[:3], bool(source.object_names))
-    return known.get(key, key in source.keys)
 
 
 def open_splits(config: config_lib.Data) -> dict[str, Selected]:
