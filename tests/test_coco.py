@@ -548,7 +548,7 @@ def test_boxes_of_tfds_sets_are_in_pixels_of_the_decoded_image(tmp_path):
     }
     config = prepare(tmp_path / "boxes", features, examples)
     source = sources.open_source(config, "train")
-    assert source.object_names == ("cat", "bee") and sources.has(source, "boxes")
+    assert source.object_names == ("cat", "bee") and "boxes" in source.keys
     assert [source.image_id(i) for i in range(4)] == [77, 3, 4, 5]
     decoded = DecodedSource(source, Decode())
     for index in (0, 1):

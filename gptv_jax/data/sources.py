@@ -181,7 +181,9 @@ def _resolve(expression: str, data_set: DataSet) -> list[tuple[str, range]]:
             held = next((split for split in ("test", "validation") if split in lengths), None)
             own = ("train[:95%]", "train[95%:]", held)
             own = own if held else ("train[:90%]", "train[90%:95%]", "train[95%:]")
-            raise InputError(f"{problem}of {_shown(lengths)} take {_flags(own)}.") from error
+            raise InputError(
+                f"{problem}the data have: {_shown(lengths)}; take {_flags(own)}."
+            ) from error
         raise InputError(
             f'{problem}it takes an expression such as "train[:90%]" over the splits of this data '
             f"set: {_shown(lengths)}."
