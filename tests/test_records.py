@@ -10,7 +10,6 @@ from conftest import encoded, generator, make_folder
 from gptv_jax import config as config_lib
 from gptv_jax.data import cache, pipeline, records, sources, transforms
 from gptv_jax.data.damage import DamageLog, DecodedSource
-from gptv_jax.data.digit_scenes import DigitScenes
 from gptv_jax.data.images import Decode
 from gptv_jax.errors import InputError
 from gptv_jax.tokens import GreyCodec
@@ -176,8 +175,7 @@ class Task:
 
 
 @pytest.fixture
-def config(monkeypatch):
-    monkeypatch.setitem(sources.SETS, "digit_scenes", lambda config: DigitScenes())
+def config():
     return config_lib.Data(
         name="digit_scenes",
         image_size=(40, 56),
