@@ -133,7 +133,7 @@ def begin_with(network: Network, given: dict, key: jax.Array) -> dict:
 
 def _annotations(context: Context, split: str, index: int) -> records.Record:
     """The record of an example without its picture, before any transform."""
-    return records.annotations(sources.open_source(context.config.data, split)[index])
+    return sources.open_source(context.config.data, split).annotations(index)
 
 
 def _write(context: Context, task: Task, total: dict) -> dict[str, float]:
