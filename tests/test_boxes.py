@@ -141,8 +141,10 @@ def test_only_real_classes_are_detections_and_the_best_comes_first():
 def test_equal_views_change_nothing():
     rng = np.random.default_rng(0)
     boxes, scores = random_boxes(rng, 9), np.sort(rng.random(9))[::-1].astype(np.float32)
-    boxes[1], scores[1] = boxes[0] + 0.1, scores[0]  # twice the same object, as likely
-    one = Detections(boxes, rng.integers(2, size=9).astype(np.int32), scores)
+    labels = rng.integers(2, size=9).astype(np.int32)
+    # Twice the same object, as likely.
+    boxes[1], scores[1], labels[1] = boxes[0] + 0.1, scores[0], labels[0]
+    one = Detections(boxes, labels, scores)
     found = vote([one] * 4)
     np.testing.assert_allclose(found.boxes, one.boxes, atol=1e-5)
     np.testing.assert_array_equal(found.labels, one.labels)
