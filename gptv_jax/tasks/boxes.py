@@ -104,12 +104,13 @@ class BoxTokens:
             weights[real:, :4] = 0
         else:
             weights[real:] = END_WEIGHT
-        inputs = tokens.copy()
+        inputs, random = tokens.copy(), 2 * self.bins + rng.integers(self.classes, size=(2, count))
+        if settings.noise:  # decoding takes a real class for every object
+            inputs[real:, 4] = random[0, real:]
         wrong = rng.random(count) < settings.class_corruption
         wrong[real:] &= settings.noise
-        drawn = 2 * self.bins + rng.integers(self.classes, size=count)
-        drawn = np.where(rng.random(count) < 0.5, drawn, self.noise)
-        inputs[:, 4] = np.where(wrong, drawn, inputs[:, 4])
+        corrupted = np.where(rng.random(count) < 0.5, random[1], self.noise)
+        inputs[:, 4] = np.where(wrong, corrupted, inputs[:, 4])
         arrays = {"targets": tokens, "inputs": inputs, "weights": weights}
         return {name: array.reshape(-1) for name, array in arrays.items()}
 

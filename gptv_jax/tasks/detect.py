@@ -73,7 +73,7 @@ class Detect(Task):
         return {name: {NAME: array} for name, array in found.items()}
 
     def allowed(
-        self, part: str, position: Int[Array, ""], tokens: Int[Array, "B n"]
+        self, part: str, position: int | Int[Array, ""], tokens: Int[Array, "B n"]
     ) -> Bool[Array, "B V"] | None:
         """By slot: a height, a width, a height and a width not below the first, a real class.
 
@@ -210,17 +210,14 @@ class Detect(Task):
 @functools.cache
 def _step(task: Detect, network: Network) -> Callable:
     """`(params, batch) -> arrays with a row for each image of the global batch`, jitted."""
-    restriction, places = task.restriction(network), network.layout.slices[NAME]
-    nats = objective.make_parts_nats(network)
-
     def step(params: dict, batch: dict) -> dict[str, Array]:
         key = jax.random.fold_in(jax.random.key(task.config.seed), batch["index"].min())
-        images = batch.get("tokens"), batch.get("image")
+        images, places = (batch.get("tokens"), batch.get("image")), network.layout.slices[NAME]
         drawn, probabilities = answers.answer(
-            network, params, *images, key, restriction, task.allowed
+            network, params, *images, key, task.restriction(network), task.allowed
         )
         rows = {
-            "nats": nats(params, batch),
+            "nats": objective.parts_nats(network, params, batch),
             "drawn": drawn[:, places],
             "probabilities": probabilities[:, places],
             "targets": batch["targets"][NAME],

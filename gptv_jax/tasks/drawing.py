@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from etils import epy
 from jaxtyping import UInt8
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from gptv_jax.data.records import Record
 from gptv_jax.tasks.average_precision import Scores
@@ -19,10 +19,10 @@ SIDE = 320  # pixels, of the longer side of an image; smaller ones are enlarged 
 GAP, FONT = 8, 13  # pixels
 SHOWN_SCORE = 0.3  # detections of a lower score are not drawn
 MOST_CLASSES = 25  # of the bars
-# Colours of classes, readable on dark and light images.
+# Colours of classes, visible on dark and on light images.
 COLORS = (
-    *("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#00a0a0", "#f032e6", "#808000"),
-    *("#9a6324", "#800000", "#000075", "#d8a800"),
+    *("#e6194b", "#3cb44b", "#4f7dff", "#f58231", "#c04df0", "#00b8b8", "#f032e6", "#a8a800"),
+    *("#c08040", "#ff7f7f", "#7fbf00", "#ffb000"),
 )
 
 
@@ -39,14 +39,18 @@ def detections(
         left = draw(record["image"], record["boxes"], record["box_labels"], truth)
         right = draw(record["image"], found.boxes[likely], found.labels[likely], texts)
         cells += [left, right]
-    height = max(cell.height for cell in cells)
-    width = max(cell.width for cell in cells)
-    columns = min(4, len(cells))
-    rows = -(-len(cells) // columns)
-    sheet = Image.new("RGB", (columns * (width + GAP), rows * (height + GAP)), "white")
-    for number, cell in enumerate(cells):
-        row, column = divmod(number, columns)
-        sheet.paste(cell, (column * (width + GAP), row * (height + GAP)))
+    columns, head = min(4, len(cells)), FONT + 5
+    rows = [cells[at : at + columns] for at in range(0, len(cells), columns)]
+    widths = [max(row[c].width for row in rows if c < len(row)) + GAP for c in range(columns)]
+    heights = [max(cell.height for cell in row) + GAP for row in rows]
+    sheet = Image.new("RGB", (sum(widths), head + sum(heights)), "white")
+    canvas, font = ImageDraw.Draw(sheet), ImageFont.load_default(FONT)
+    for column in range(columns):
+        title = f"detected, score {SHOWN_SCORE:g} or more" if column % 2 else "annotated"
+        canvas.text((sum(widths[:column]), 1), title, fill="#606060", font=font)
+    for r, row in enumerate(rows):
+        for c, cell in enumerate(row):
+            sheet.paste(cell, (sum(widths[:c]), head + sum(heights[:r])))
     return np.asarray(sheet)
 
 
@@ -74,7 +78,8 @@ def draw(
         y = y0 - height - 2 if y0 >= height + 2 else min(y1, size[1] - height - 2)
         x = max(min(x0, size[0] - width - 4), 0)
         canvas.rectangle((x, y, x + width + 3, y + height + 2), fill=color)
-        canvas.text((x + 2, y), text, fill="white", font=font)
+        ink = "black" if ImageColor.getcolor(color, "L") > 130 else "white"
+        canvas.text((x + 2, y), text, fill=ink, font=font)
     return picture
 
 

@@ -1,0 +1,162 @@
+"""Detection: its grammar, its numbers from rows of a split, and its pictures."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gptv_jax import config as config_lib
+from gptv_jax.errors import InputError
+from gptv_jax.tasks import drawing
+from gptv_jax.tasks.boxes import Detections
+from gptv_jax.tasks.detect import Detect
+
+NAMES = ("cup", "dog", "tree")
+SIZE = (48, 64)
+
+
+def task_of(**settings) -> Detect:
+    config = config_lib.Config()
+    fields = {"objects": 6, "bins": 256, **settings}
+    detect = dataclasses.replace(config.task.detect, **fields)
+    task = dataclasses.replace(config.task, name="detect", detect=detect)
+    data = dataclasses.replace(config.data, image_size=SIZE, name="digit_scenes")
+    config = dataclasses.replace(config, task=task, data=data)
+    return Detect(config, object_names=NAMES)
+
+
+def scenes(count: int, seed: int = 0) -> list[dict]:
+    """Records of original images twice as large as the network's; every fourth has no object."""
+    rng, records = np.random.default_rng(seed), []
+    for number in range(count):
+        n = 0 if number % 4 == 3 else rng.integers(1, 5)
+        corner = rng.uniform((0, 0), (60, 80), (n, 2))
+        boxes = np.concatenate([corner, corner + rng.uniform(12, 32, (n, 2))], axis=1)
+        labels = rng.integers(3, size=n).astype(np.int32)
+        records.append({"boxes": boxes.astype(np.float32), "box_labels": labels})
+    return records
+
+
+def total_of(task: Detect, records: list[dict], flips=(False,)) -> dict[str, np.ndarray]:
+    """What the metric's step gives for perfect detections, in batches' order, with padding."""
+    rows, (height, width) = [], SIZE
+    for flipped in flips:
+        for index, record in enumerate([*records, records[0]]):
+            boxes, view = record["boxes"] / 2, np.array([0, 0, 96, 128], np.float32)
+            if flipped:
+                boxes, view = boxes[:, [0, 3, 2, 1]], view[[0, 3, 2, 1]]
+                boxes = boxes * [1, -1, 1, -1] + np.float32([0, width, 0, width])
+            shown = {"boxes": boxes.astype(np.float32), "box_labels": record["box_labels"]}
+            targets = task.example(shown)["targets"]["boxes"]
+            row = {"drawn": targets, "targets": targets, "view": view, "nats": np.float32(2)}
+            row |= {"probabilities": np.ones(len(targets), np.float32), "index": np.int32(index)}
+            rows.append(row | {"mask": np.float32(index < len(records))})
+    total = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    return total | {"images": total["mask"].sum()}
+
+
+@pytest.mark.parametrize("noise", [True, False])
+def test_any_drawing_keeps_to_the_grammar(noise):
+    """Random tokens among the allowed ones are boxes that are no smaller than 0, and classes."""
+    task = task_of(bins=5, noise=noise)
+    length, ids = task.part.size, task.tokens
+
+    @jax.jit
+    def draw(key):
+        def step(position, tokens):
+            mask = task.allowed("boxes", position, tokens)
+            logits = jnp.where(jnp.broadcast_to(mask, (64, ids.vocabulary)), 0.0, -jnp.inf)
+            drawn = jax.random.categorical(jax.random.fold_in(key, position), logits)
+            return tokens.at[:, position].set(drawn.astype(jnp.int32))
+
+        # The tokens that are not drawn yet mean nothing.
+        return jax.lax.fori_loop(0, length, step, jnp.full((64, length), ids.noise, jnp.int32))
+
+    tokens = np.asarray(draw(jax.random.key(0))).reshape(64, -1, 5)
+    ended = (tokens[..., 0] == ids.noise).cumsum(axis=1) > 0
+    assert (tokens[ended] == ids.noise).all()
+    y0, x0, y1, x1, label = tokens[~ended].T
+    assert (y0 >= 0).all() and (y0 <= y1).all() and (y1 < 5).all()
+    assert (x0 >= 5).all() and (x0 <= x1).all() and (x1 < 10).all()
+    assert (label >= 10).all() and (label < 13).all() and len(np.unique(label)) == 3
+    assert (y0 == y1).any() and (y0 < y1).any()
+    assert ended.any() and not ended.all() if not noise else not ended.any()
+    assert task.allowed("image", 3, jnp.zeros((1, 4), jnp.int32)) is None
+
+
+def test_the_truth_as_tokens_scores_one_in_original_pixels():
+    task, records = task_of(bins=1000), scenes(40)
+    total = total_of(task, records)
+    metric = task.metric(task.network(), records.__getitem__)
+    numbers = metric.result(total)
+    assert numbers["ap"] > 0.999 and numbers["ap50"] == pytest.approx(1)
+    assert numbers["nats_per_token"] == 2 and numbers["calibration_error"] == 0
+    assert next(iter(metric.primary)) == "ap"
+    bounds = task.bounds(total, records.__getitem__)
+    assert bounds["ceiling"]["ap"] == numbers["ap"]
+    assert bounds["wrong_image"]["ap"] < 0.02 and "voted" not in bounds
+    coarse = task_of(bins=12)
+    total = total_of(coarse, records)
+    assert coarse.bounds(total, records.__getitem__)["ceiling"]["ap"] < 0.5
+
+
+def test_rows_of_damaged_images_do_not_count_and_the_order_of_batches_does_not_matter():
+    task, records = task_of(), scenes(12)
+    total, expected = total_of(task, records), None
+    for order in (np.arange(13), np.random.default_rng(0).permutation(13)):
+        mixed = {n: x[order] if np.ndim(x) else x for n, x in total.items()}
+        numbers = task.metric(task.network(), records.__getitem__).result(mixed)
+        assert expected in (None, numbers)
+        expected = numbers
+    total["mask"][5] = 0
+    assert 5 not in task.by_image(total) and len(task.by_image(total)) == 11
+
+
+def test_views_vote_in_the_original_image():
+    task, records = task_of(votes=("flip(1.0)",)), scenes(12)
+    assert task.views() == ((), ("flip(1.0)",))
+    total = total_of(task, records, flips=(False, True))
+    assert task.by_image(total)[0] == [0, 13]
+    voted = task.bounds(total, records.__getitem__)["voted"]
+    assert voted["ap"] > 0.97
+    total["view"][13:] = total["view"][0]  # as if the second view were not mirrored
+    assert task.bounds(total, records.__getitem__)["voted"]["ap"] < 0.8
+    assert task.metric(task.network(), records.__getitem__).result(total)["ap"] > 0.97
+
+
+def test_crowds_are_no_targets():
+    record = scenes(1)[0] | {"crowd": np.array([True])}
+    record = {name: array[:1] for name, array in record.items()}
+    task = task_of()
+    assert (task.example(record)["targets"]["boxes"][4::5] == task.tokens.noise).all()
+
+
+def test_at_most_so_many_detections_count():
+    task, records = task_of(most=1), scenes(8)
+    total = total_of(task, records)
+    numbers = task.metric(task.network(), records.__getitem__).result(total)
+    assert numbers["ar100"] == numbers["ar1"] < 0.9
+
+
+def test_a_split_without_an_object_is_refused():
+    task, records = task_of(), [scenes(4)[3]] * 2
+    with pytest.raises(InputError, match="no image of a split has an object"):
+        task.metric(task.network(), records.__getitem__).result(total_of(task, records))
+
+
+def test_boxes_are_drawn_where_the_objects_are_and_small_images_are_enlarged():
+    box = np.array([[10, 20, 30, 50]], np.float32)
+    image = np.zeros((40, 60, 1), np.uint8)
+    record = {"image": image, "boxes": box, "box_labels": np.array([1])}
+    nothing = Detections(box[:0], np.zeros(0, np.int32), np.zeros(0, np.float32))
+    likely = Detections(box, np.array([1], np.int32), np.array([0.9], np.float32))
+    empty = drawing.draw(image, box[:0], nothing.labels, [])
+    assert empty.size == (300, 200) and np.asarray(empty).max() == 0
+    drawn = np.asarray(drawing.draw(image, box, likely.labels, ["dog"])).any(axis=-1)
+    assert drawn[100, 100] and drawn[149, 249] and not drawn[80:145, 110:240][25:].any()
+    sheet = drawing.detections([(record, likely), (record, nothing)], NAMES)
+    assert sheet.shape == (18 + 208, 4 * 308, 3)
+    unlikely = likely._replace(scores=np.array([0.1], np.float32))
+    hidden = drawing.detections([(record, unlikely)], NAMES)
+    assert hidden[18:218, 308:608].max() == 0
