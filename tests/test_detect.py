@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from gptv_jax import config as config_lib
 from gptv_jax.errors import InputError
 from gptv_jax.tasks import drawing
@@ -60,7 +61,7 @@ def total_of(task: Detect, records: list[dict], flips=(False,)) -> dict[str, np.
 def test_any_drawing_keeps_to_the_grammar(noise):
     """Random tokens among the allowed ones are boxes that are no smaller than 0, and classes."""
     task = task_of(bins=5, noise=noise)
-    length, ids = task.part.size, task.tokens
+    length, ids = task.parts()[0].size, task.tokens
 
     @jax.jit
     def draw(key):

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import ClassVar
 
 import jax
@@ -19,8 +19,8 @@ from gptv_jax.errors import InputError
 from gptv_jax.model.gpt import Network
 from gptv_jax.model.layout import Part
 from gptv_jax.tasks import average_precision, drawing
+from gptv_jax.tasks.average_precision import Scores
 from gptv_jax.tasks.boxes import SLOTS, BoxTokens, Detections, vote
-from gptv_jax.tasks.network import network_of
 from gptv_jax.tasks.task import Records, Task
 from gptv_jax.train import objective
 from gptv_jax.train.step import Metric
@@ -55,13 +55,12 @@ class Detect(Task):
         return BoxTokens(self.settings.bins, len(self.object_names))
 
     @property
-    def part(self) -> Part:
-        shape = (self.settings.objects, SLOTS)
-        bins = self.settings.bins
-        return Part(NAME, self.tokens.vocabulary, shape, bins=bins, summed=True)
+    def validation_images(self) -> int | None:
+        return self.settings.validation_images or None
 
-    def network(self) -> Network:
-        return network_of(self.config, parts=(self.part,))
+    def parts(self) -> tuple[Part, ...]:
+        shape, bins = (self.settings.objects, SLOTS), self.settings.bins
+        return (Part(NAME, self.tokens.vocabulary, shape, bins=bins, summed=True),)
 
     def example(self, record: Record, rng: np.random.Generator | None = None) -> dict:
         """Crowds are no targets, since one box there stands for many objects."""
@@ -105,8 +104,12 @@ class Detect(Task):
         temperature = np.where(is_class | (top_p == 0), 0, 1).astype(np.float32)
         return Restriction(temperature, np.int32(self.tokens.vocabulary), np.float32(top_p or 1))
 
+    @property
+    def soft(self) -> dict[str, float]:
+        return {NAME: self.settings.soft}
+
     def loss(self, network: Network) -> Callable:
-        return objective.make_parts_loss(network, soft={NAME: self.settings.soft})
+        return objective.make_parts_loss(network, self.soft)
 
     def metric(self, network: Network, annotations: Records) -> Metric:
         average_precision.check_installed()
@@ -146,24 +149,19 @@ class Detect(Task):
 
     def files(self, total: dict, annotations: Records) -> dict[str, object]:
         """The detections in COCO's form, with the data's own numbers; and the AP of each class."""
-        source, views = sources.open_source(self.config.data, "test"), self.by_image(total)
-        found = {index: self._voted(total, rows) for index, rows in views.items()}
-        ids = [source.image_id(index) for index in views]
+        source = sources.open_source(self.config.data, "test")
+        found, scores = self._final(total, annotations)
+        ids = [source.image_id(index) for index in found]
         results = average_precision.results(list(found.values()), ids, source.object_ids)
-        records = [annotations(index) for index in views]
-        scores = average_precision.score(records, list(found.values()), len(self.object_names))
         classes = [{"name": n, **row} for n, row in zip(self.object_names, scores.by_class)]
         precision = [round(float(p), 4) for p in scores.precision]
         about = {"classes": classes, "precision_at_iou_50_by_recall": precision}
         return {"detections-test.json": results, "average_precision.json": about}
 
     def show(self, records: Records, total: dict) -> dict[str, UInt8[np.ndarray, "H W 3"]]:
-        views = self.by_image(total)
-        found = {index: self._voted(total, rows) for index, rows in views.items()}
-        shown = {index: records(index) for index in list(found)[:SHOWN]}
-        pairs = [(record, found[index]) for index, record in shown.items()]
-        known = [records(index) for index in found]
-        scores = average_precision.score(known, list(found.values()), len(self.object_names))
+        source = sources.open_source(self.config.data, "test")
+        found, scores = self._final(total, source.annotations)
+        pairs = [(records(index), found[index]) for index in list(found)[:SHOWN]]
         return {
             "detections": drawing.detections(pairs, self.object_names),
             "average_precision": drawing.average_precision(scores, self.object_names),
@@ -183,12 +181,15 @@ class Detect(Task):
     def found(self, tokens, probabilities, view: np.ndarray) -> Detections:
         """The `most` likely objects of one sequence, in pixels of the original image."""
         size = self.config.data.size
-        each = self.tokens.detections(tokens, probabilities, size)
-        boxes, *rest = (array[: self.settings.most] for array in each)
+        boxes, *rest = self.best(self.tokens.detections(tokens, probabilities, size))
         boxes = to_original(boxes, size, view)
         edges = np.stack([view[:2], view[2:]])
         low, high = np.tile(edges.min(axis=0), 2), np.tile(edges.max(axis=0), 2)
         return Detections(np.clip(boxes, low, high), *rest)
+
+    def best(self, found: Detections) -> Detections:
+        """The detections that count, the `most` likely ones."""
+        return Detections(*(array[: self.settings.most] for array in found))
 
     def _detections(self, total, row: int, view: int | None = None, truth=False) -> Detections:
         """What was found in a row of the metric's sums, placed as in the row `view`."""
@@ -198,8 +199,15 @@ class Detect(Task):
         return self.found(tokens, probabilities, total["view"][row if view is None else view])
 
     def _voted(self, total: dict, rows: list[int]) -> Detections:
-        each = vote([self._detections(total, row) for row in rows])
-        return Detections(*(array[: self.settings.most] for array in each))
+        return self.best(vote([self._detections(total, row) for row in rows]))
+
+    def _final(self, total: dict, annotations: Records) -> tuple[dict[int, Detections], Scores]:
+        """The detections by image, and their scores, from all views."""
+        views = self.by_image(total)
+        found = {index: self._voted(total, rows) for index, rows in views.items()}
+        records = [annotations(index) for index in found]
+        classes = len(self.object_names)
+        return found, average_precision.score(records, list(found.values()), classes)
 
     def _score(self, views: dict[int, list[int]], annotations: Records, find: Callable) -> dict:
         records = [annotations(index) for index in views]
@@ -210,6 +218,8 @@ class Detect(Task):
 @functools.cache
 def _step(task: Detect, network: Network) -> Callable:
     """`(params, batch) -> arrays with a row for each image of the global batch`, jitted."""
+    nats = objective.make_parts_nats(network, task.soft)
+
     def step(params: dict, batch: dict) -> dict[str, Array]:
         key = jax.random.fold_in(jax.random.key(task.config.seed), batch["index"].min())
         images, places = (batch.get("tokens"), batch.get("image")), network.layout.slices[NAME]
@@ -217,7 +227,7 @@ def _step(task: Detect, network: Network) -> Callable:
             network, params, *images, key, task.restriction(network), task.allowed
         )
         rows = {
-            "nats": objective.parts_nats(network, params, batch),
+            "nats": nats(params, batch),
             "drawn": drawn[:, places],
             "probabilities": probabilities[:, places],
             "targets": batch["targets"][NAME],
