@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import make_mesh, random_params
 
 from gptv_jax import config as config_lib
+from gptv_jax import sharding
 from gptv_jax.errors import InputError
 from gptv_jax.tasks import drawing
 from gptv_jax.tasks.boxes import Detections
@@ -23,7 +25,10 @@ def task_of(**settings) -> Detect:
     detect = dataclasses.replace(config.task.detect, **fields)
     task = dataclasses.replace(config.task, name="detect", detect=detect)
     data = dataclasses.replace(config.data, image_size=SIZE, name="digit_scenes")
-    config = dataclasses.replace(config, task=task, data=data)
+    model = dataclasses.replace(config.model, layers=1, width=16, heads=2)
+    tokens = dataclasses.replace(config.tokens, kind="none")
+    task = dataclasses.replace(task, image_input="pixels", stem=(8, 8, 8))
+    config = dataclasses.replace(config, task=task, data=data, model=model, tokens=tokens)
     return Detect(config, object_names=NAMES)
 
 
@@ -41,7 +46,7 @@ def scenes(count: int, seed: int = 0) -> list[dict]:
 
 def total_of(task: Detect, records: list[dict], flips=(False,)) -> dict[str, np.ndarray]:
     """What the metric's step gives for perfect detections, in batches' order, with padding."""
-    rows, (height, width) = [], SIZE
+    rows, width = [], SIZE[1]
     for flipped in flips:
         for index, record in enumerate([*records, records[0]]):
             boxes, view = record["boxes"] / 2, np.array([0, 0, 96, 128], np.float32)
@@ -116,6 +121,69 @@ def test_rows_of_damaged_images_do_not_count_and_the_order_of_batches_does_not_m
         assert list(task.by_image(mixed)) == list(range(12))
     total["mask"][5] = 0
     assert 5 not in task.by_image(total) and len(task.by_image(total)) == 11
+
+
+def batch_of(task: Detect, records: list[dict], seed: int = 0) -> dict:
+    """A batch of training, with noise for pixels, that evaluation can read as well."""
+    rng = np.random.default_rng(seed)
+    half = [{"boxes": r["boxes"] / 2, "box_labels": r["box_labels"]} for r in records]
+    examples = [task.example(record, rng) for record in half]
+    rows = jax.tree.map(lambda *each: np.stack(each), *examples)
+    return rows | {
+        "image": rng.integers(256, size=(len(records), *SIZE, 1), dtype=np.uint8),
+        "view": np.tile(np.float32([0, 0, 96, 128]), (len(records), 1)),
+        "index": np.arange(len(records), dtype=np.int32),
+        "mask": np.ones(len(records), np.float32),
+    }
+
+
+def test_noise_coordinates_have_no_gradient_and_others_have():
+    task = task_of(bins=32, soft=0.7)
+    network, records = task.network(), scenes(8)
+    batch = batch_of(task, records)
+    targets = batch["targets"]["boxes"].reshape(8, -1, 5)
+    noise, moved = targets[..., 4] == task.tokens.noise, {}
+    for name, chosen in (("noise", noise), ("real", ~noise)):
+        other = targets.copy()
+        other[..., 0][chosen] = (other[..., 0][chosen] + 7) % 32
+        moved[name] = batch | {"targets": {"boxes": other.reshape(8, -1)}}
+        assert (other != targets).any()
+    classes = np.where(targets == 64, 65, targets).reshape(8, -1)
+    moved["class"] = batch | {"targets": {"boxes": classes}}
+    loss = task.loss(network)
+    with jax.set_mesh(make_mesh((1, 1, 1))):
+        params = random_params(network)
+        gradient = jax.jit(jax.grad(lambda p, b: loss(p, None, b, None)[0]))
+        expected = gradient(params, sharding.global_batch(batch))
+        same = {
+            name: jax.tree.all(
+                jax.tree.map(
+                    jnp.array_equal, expected, gradient(params, sharding.global_batch(other))
+                )
+            )
+            for name, other in moved.items()
+        }
+    assert same == {"noise": True, "real": False, "class": False}
+
+
+def test_every_mesh_finds_the_same_objects():
+    """The most likely tokens, since drawn ones would depend on the rounding of logits."""
+    task, records = task_of(bins=16, top_p=0.0), scenes(8)
+    network, batch, found = task.network(), batch_of(task, records), []
+    for shape in ((1, 1, 1), (4, 1, 2)):
+        with jax.set_mesh(make_mesh(shape)):
+            metric = task.metric(network, records.__getitem__)
+            sums = metric.sums(random_params(network), iter([batch, batch]))
+            found.append(sums)
+            assert metric.result(sums)["ap"] >= 0
+    one, two = found
+    assert one["images"] == 16 and one["drawn"].shape == (16, 30)
+    for name in ("drawn", "targets", "index", "mask", "view"):
+        np.testing.assert_array_equal(one[name], two[name])
+    for name in ("probabilities", "nats"):
+        np.testing.assert_allclose(one[name], two[name], rtol=1e-4)
+    rows = one["drawn"].reshape(16, -1, 5)
+    assert (rows[..., :2] <= rows[..., 2:4]).all() and (rows[..., 4] < task.tokens.noise).all()
 
 
 def test_views_vote_in_the_original_image():

@@ -137,8 +137,8 @@ class Detect(Task):
         With further views, their vote as well.
         """
         known, views = functools.cache(annotations), self.by_image(total)
-        places = list(views.values())
-        other = {rows[0]: before[0] for rows, before in zip(places, places[-1:] + places[:-1])}
+        plain = [rows[0] for rows in views.values()]
+        other = dict(zip(plain, plain[-1:] + plain[:-1], strict=True))
         found = {
             "ceiling": lambda rows: self._detections(total, rows[0], truth=True),
             "wrong_image": lambda rows: self._detections(total, other[rows[0]], view=rows[0]),
@@ -153,7 +153,8 @@ class Detect(Task):
         found, scores = self._final(total, annotations)
         ids = [source.image_id(index) for index in found]
         results = average_precision.results(list(found.values()), ids, source.object_ids)
-        classes = [{"name": n, **row} for n, row in zip(self.object_names, scores.by_class)]
+        named = zip(self.object_names, scores.by_class, strict=True)
+        classes = [{"name": name, **row} for name, row in named]
         precision = [round(float(p), 4) for p in scores.precision]
         about = {"classes": classes, "precision_at_iou_50_by_recall": precision}
         return {"detections-test.json": results, "average_precision.json": about}
