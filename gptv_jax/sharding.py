@@ -140,7 +140,7 @@ def check(config: config_lib.Config, mesh: Mesh | AbstractMesh, sections: Sequen
     mlp = "the width of the MLP, from config.model.width and config.model.mlp_ratio,"
     learned = config.tokens.kind == "learned"
     sizes = "config.data.image_size" + " and config.tokens.autoencoder.downsample" * learned
-    length = math.prod(config.tokens.grid(config.data.image_size))
+    length = math.prod(config.grid)
     widths = enumerate(config.tokens.autoencoder.widths)
     probed = ("config.probe.batch_size", probe.batch_size, ways, split)
     rows = {  # the field or the name of a number, the number, what must divide it, from where

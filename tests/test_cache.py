@@ -45,7 +45,7 @@ def write(folder, codec, splits, transforms=(), classes=3):
     header = {
         "source": {"name": "folder", "dir": None, "path": "/photos of mine"},
         "tokens": dataclasses.asdict(settings_of(codec)),
-        "image_size": codec.size,
+        "image_size": codec.image_shape[0],
         "transforms": transforms,
         "classes": classes,
     }

@@ -9,6 +9,7 @@ import jax
 from gptv_jax import config as config_lib
 from gptv_jax import files, sharding, validation, weights
 from gptv_jax.api.model import AnyPath, Model
+from gptv_jax.config.data import ImageSize
 from gptv_jax.errors import InputError, shorten
 from gptv_jax.runs import record
 from gptv_jax.tokens import LearnedCodec, Palette, learned
@@ -109,14 +110,16 @@ def from_openai(prefix: AnyPath, palette: AnyPath) -> Model:
     return load(prefix, palette=palette)
 
 
-def load_tokenizer(source: AnyPath, image_size: int | None = None) -> LearnedCodec:
+def load_tokenizer(source: AnyPath, image_size: ImageSize | None = None) -> LearnedCodec:
     """A learned encoder and decoder of images, without a network that reads the codes.
 
     `source` is a run folder whose stage `tokenizer` has finished, or a file of `Tokenizer.save`,
     here or as "hf://user/model/FILE" on the Hugging Face Hub;
-    `image_size` is height and width in pixels; None: the size of the training images.
+    `image_size` is in pixels, one number for squares or height and width; None: the size of the
+    training images.
     """
     tokenizer = learned.load(weights.locate(source, f"there is no tokenizer {source}"))
     size = tokenizer.provenance.get("image_size") if image_size is None else image_size
-    side = tokenizer.config.downsample
-    return LearnedCodec(tokenizer, validation.whole(size, "image_size", least=1, side=side))
+    pair, side = isinstance(size, tuple | list) and len(size) == 2, tokenizer.config.downsample
+    size = (validation.whole(n, "image_size", 1, side=side) for n in (size if pair else [size] * 2))
+    return LearnedCodec(tokenizer, tuple(size))

@@ -8,7 +8,22 @@ from gptv_jax.config.fields import FROM_ZERO, POSITIVE, SHARE, field, flatten, o
 LEVELS = ("2 or more, once or more", lambda v: v and all(levels >= 2 for levels in v))
 MOST_CODES = 2**16  # token caches keep two bytes a token
 CODES = (f"2 to {MOST_CODES}", lambda v: 2 <= v <= MOST_CODES)
+ImageSize = int | tuple[int, ...]  # pixels of a square's side, or height and width
+PIXELS = (
+    "one number of pixels, 1 or more, or height and width, such as 48,64",
+    lambda v: v >= 1 if isinstance(v, int) else len(v) == 2 and min(v) >= 1,
+)
 WIDTHS = ("1 or more, once or more", lambda v: v and all(width >= 1 for width in v))
+
+
+def height_and_width(size: ImageSize) -> tuple[int, int]:
+    """Height and width of images of `size` pixels."""
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def image_size(height: int, width: int) -> ImageSize:
+    """Height and width as fields and files keep them: one number where the image is a square."""
+    return height if height == width else (height, width)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +44,8 @@ class Data:
     validation_split: str = "validation"
     test_split: str = "test"
     labels: bool = True  # False: ignores the labels; there is no probe and no fine-tuning
-    image_size: int = field(8, POSITIVE)  # pixels, height and width, after the transforms
+    # Pixels after the transforms: one number for squares, or height and width, such as (48, 64).
+    image_size: int | tuple[int, ...] = field(8, PIXELS)
     # Transforms in training and in evaluation, in order; see data.transforms.TRANSFORMS.
     train_transforms: tuple[str, ...] = ()
     eval_transforms: tuple[str, ...] = ()
@@ -37,6 +53,14 @@ class Data:
     damaged: str = field("skip", one_of("skip", "fail"))
     max_damaged: float = field(0.05, SHARE)  # share of unreadable images above which the run stops
     workers: int = field(0, FROM_ZERO, free=True)  # Grain's processes; 0: threads in this one
+
+    def __post_init__(self):
+        object.__setattr__(self, "image_size", image_size(*self.size))
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the images in pixels."""
+        return height_and_width(self.image_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +105,9 @@ class Autoencoder:
 class Tokens:
     """How pixels become tokens."""
 
-    kind: str = field("grey", one_of("grey", "palette", "learned"))  # see tokens.CODECS
+    # See tokens.CODECS; none: there are no tokens, and only a task with
+    # config.task.image_input=pixels reads the images.
+    kind: str = field("grey", one_of("grey", "palette", "learned", "none"))
     # grey: number of levels, which is the vocabulary; lossless where the data fit.
     levels: int = field(17, ("2 to 256", lambda v: 2 <= v <= 256))
     # palette: number of colours, which is the vocabulary.
@@ -97,18 +123,19 @@ class Tokens:
 
     @property
     def vocabulary(self) -> int:
-        """Number of different tokens, V."""
+        """Number of different tokens, V; 0 without tokens."""
         learned = self.autoencoder.vocabulary
-        return {"grey": self.levels, "palette": self.colors, "learned": learned}[self.kind]
+        known = {"grey": self.levels, "palette": self.colors, "learned": learned, "none": 0}
+        return known[self.kind]
 
     def pairs(self, other: "Tokens") -> list[tuple[str, object, object]]:
         """Names of the fields that tokens depend on, definitions apart, with both values."""
-        own = {"grey": "levels", "palette": "colors", "learned": "autoencoder."}[self.kind]
+        own = {"grey": "levels", "palette": "colors", "learned": "autoencoder.", "none": "kind"}
         now, there = flatten(self), flatten(other)
-        names = [name for name in now if name.startswith(("kind", own))]
+        names = [name for name in now if name.startswith(("kind", own[self.kind]))]
         return [(f"tokens.{name}", now[name], there[name]) for name in names]
 
-    def grid(self, image_size: int) -> tuple[int, int]:
-        """Rows and columns of the tokens of an image of `image_size` x `image_size` pixels."""
-        side = image_size // (self.autoencoder.downsample if self.kind == "learned" else 1)
-        return (side, side)
+    @property
+    def side(self) -> int:
+        """Height and width in pixels of the square that a token stands for."""
+        return self.autoencoder.downsample if self.kind == "learned" else 1

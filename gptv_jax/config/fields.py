@@ -73,11 +73,13 @@ def to_dict(config) -> ml_collections.ConfigDict:
     """A locked ConfigDict with the fields and types of a dataclass."""
     settings = ml_collections.ConfigDict()
     for each in dataclasses.fields(config):
-        value, (kind, optional) = getattr(config, each.name), _optional(each.type)
+        value, (kinds, optional) = getattr(config, each.name), _kinds(each.type)
         if dataclasses.is_dataclass(value):
             value = to_dict(value)
+        elif len(kinds) > 1:  # ml_collections would keep the type of the default alone
+            value = config_dict.FieldReference(value, field_type=object)
         elif optional and value is None:
-            value = config_dict.placeholder(kind)
+            value = config_dict.placeholder(kinds[0])
         settings[each.name] = value
     return settings.lock()
 
@@ -112,43 +114,47 @@ def checked(value, each: dataclasses.Field, where: str):
     """`value` as the field's type, or InputError, which calls the field `where`."""
     if dataclasses.is_dataclass(each.type):
         return from_dict(each.type, value, where)
-    kind, optional = _optional(each.type)
+    kinds, optional = _kinds(each.type)
     if value is None and optional:
         return None
+    words, holds = each.metadata.get("accepted") or (None, None)
     try:
-        value = typed(value, kind)
+        value = typed(value, kinds)
     except TypeError:
         found = f"{where} is {value!r}, of type {type(value).__name__}"
-        raise InputError(f"{found}; it takes {type_words(each)}.") from None
-    words, holds = each.metadata.get("accepted") or (None, None)
+        takes = words if words and len(kinds) > 1 else type_words(each)
+        raise InputError(f"{found}; it takes {takes}.") from None
     if holds and not holds(value):
         alternative = ", or None" if optional else ""
         raise InputError(f"{where} is {value!r}; it takes {words}{alternative}.")
     return value
 
 
-def typed(value, kind):
-    """`value` as `kind`, or TypeError; whole numbers become floats and lists become tuples."""
-    if typing.get_origin(kind) is tuple and isinstance(value, list | tuple):
-        return tuple(typed(v, typing.get_args(kind)[0]) for v in value)
-    if kind is float and type(value) is int:
-        return float(value)
-    if type(value) is not kind:
-        raise TypeError
-    return value
+def typed(value, kinds: tuple):
+    """`value` as one of `kinds`, or TypeError; whole numbers become floats, lists tuples."""
+    for kind in kinds:
+        if typing.get_origin(kind) is tuple and isinstance(value, list | tuple):
+            return tuple(typed(v, typing.get_args(kind)[:1]) for v in value)
+        if kind is float and type(value) is int:
+            return float(value)
+        if type(value) is kind:
+            return value
+    raise TypeError
 
 
 def type_words(each: dataclasses.Field) -> str:
     """What a field takes, in words: `an int`, `a float or None`, `a tuple of str`."""
-    kind, optional = _optional(each.type)
-    words = f"{'an' if kind is int else 'a'} {kind.__name__}"
-    if typing.get_origin(kind) is tuple:
-        words = f"a tuple of {typing.get_args(kind)[0].__name__}"
-    return words + (" or None" if optional else "")
+    kinds, optional = _kinds(each.type)
+    words = [
+        f"a tuple of {typing.get_args(kind)[0].__name__}"
+        if typing.get_origin(kind) is tuple
+        else f"{'an' if kind is int else 'a'} {kind.__name__}"
+        for kind in kinds
+    ]
+    return " or ".join(words + ["None"] * optional)
 
 
-def _optional(kind) -> tuple[object, bool]:
-    """`(float, True)` for `float | None`, `(float, False)` for `float`."""
-    if isinstance(kind, types.UnionType):
-        return next(a for a in typing.get_args(kind) if a is not type(None)), True
-    return kind, False
+def _kinds(kind) -> tuple[tuple, bool]:
+    """`((float,), True)` for `float | None`, `((float, str), False)` for `float | str`."""
+    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    return tuple(k for k in kinds if k is not type(None)), type(None) in kinds

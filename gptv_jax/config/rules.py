@@ -9,7 +9,7 @@ import dataclasses
 import operator
 from typing import NoReturn
 
-from gptv_jax.config.data import MOST_CODES
+from gptv_jax.config.data import MOST_CODES, image_size
 from gptv_jax.config.stages import Config
 from gptv_jax.errors import InputError
 
@@ -48,6 +48,8 @@ def check(config: Config) -> None:
         refuse(config, "model.random_order", f"{reason}; set {advice}")
     if config.tokens.kind == "learned":
         _check_autoencoder(config)
+    elif config.tokens.kind == "none":
+        _check_pixels(config)
 
 
 def check_classes(config: Config, classes: int) -> None:
@@ -79,9 +81,7 @@ def _check_bert(config: Config) -> None:
 def _check_autoencoder(config: Config) -> None:
     network, prefix = config.tokens.autoencoder, "tokens.autoencoder"
     down = network.downsample
-    if config.data.image_size % down:
-        reason = f"a token stands for config.{prefix}.downsample = {down} pixels a side"
-        refuse(config, "data.image_size", f"{reason}; take a multiple of {down}")
+    _check_multiple(config, down, f"a token stands for config.{prefix}.downsample = {down} pixels")
     if network.patch < 1:
         raise InputError(
             f"config.{prefix}.widths has {len(network.widths)} resolutions, each half the one "
@@ -91,6 +91,38 @@ def _check_autoencoder(config: Config) -> None:
     if network.vocabulary > MOST_CODES:
         reason = f"that makes {network.vocabulary} codes, the product"
         refuse(config, f"{prefix}.levels", f"{reason}; take at most {MOST_CODES} codes")
+
+
+def _check_multiple(config: Config, side: int, reason: str) -> None:
+    """Refuses an image size whose height or width `side` does not divide."""
+    if any(pixels % side for pixels in config.data.size):
+        near = image_size(*(max(round(n / side), 1) * side for n in config.data.size))
+        refuse(config, "data.image_size", f"{reason} a side; take a multiple of {side}, as {near}")
+
+
+def _check_pixels(config: Config) -> None:
+    """Checks that the stem of the task's network ends at the grid of the image's positions."""
+    task, kind = config.task, config.tokens.kind
+    halvings = len(task.stem)
+    if kind == "none":
+        if task.image_input != "pixels":
+            reason = "images without tokens are read by a task from pixels alone"
+            advice = f"set config.task.image_input=pixels, which is {task.image_input!r}"
+            refuse(config, "tokens.kind", f"{reason}; {advice}, or take grey, palette or learned")
+        side = 2**halvings
+        reason = f"config.task.stem halves it {halvings} times: a position is {side} pixels"
+        _check_multiple(config, side, reason)
+    elif task.image_input == "pixels" and 2**halvings != config.tokens.side:
+        tokens, pixels = (
+            " x ".join(str(n // side) for n in config.data.size)
+            for side in (config.tokens.side, 2**halvings)
+        )
+        needed = config.tokens.side.bit_length() - 1
+        fitting = (task.stem + (task.stem[-1:] or (64,)) * needed)[:needed]
+        source = f"tokens.autoencoder.downsample={config.tokens.side}"
+        source = source if kind == "learned" else f"tokens.kind={kind}"
+        reason = f"it leaves {pixels} positions, and config.{source} makes {tokens} tokens"
+        refuse(config, "task.stem", f"{reason}; take {fitting}")
 
 
 def _check_training(config: Config, name: str) -> None:
@@ -110,7 +142,7 @@ def _check_training(config: Config, name: str) -> None:
 
 
 def _check_tokenizer(config: Config) -> None:
-    network, settings, size = config.tokens.autoencoder, config.tokenizer, config.data.image_size
+    network, settings, data = config.tokens.autoencoder, config.tokenizer, config.data
     _check_training(config, "tokenizer.train")
     if network.groups:
         reason = "only a tokenizer that another program has trained has group norms"
@@ -128,17 +160,20 @@ def _check_tokenizer(config: Config) -> None:
                 f"config.tokens.autoencoder.channels is {network.channels}, and VGG-16 takes RGB"
             )
             refuse(config, "tokenizer.lpips", f"{reason}; take lpips=0")
-        if size < 16:
-            reason = f"config.data.image_size is {size}, and VGG-16 halves it four times"
+        if min(data.size) < 16:
+            reason = f"config.data.image_size is {data.image_size}, and VGG-16 halves it four times"
             refuse(config, "tokenizer.lpips", f"{reason}; take 16 pixels or more, or lpips=0")
     if not any(getattr(settings, name) for name in RESTORING):
         raise InputError(
             f"config.tokenizer has {', '.join(f'{name}=0' for name in RESTORING)}, so that no loss "
             "compares images with restored images; take l2=1, say."
         )
-    if settings.adversarial and size % (parts := 2**settings.discriminator_layers):
+    parts = 2**settings.discriminator_layers
+    if settings.adversarial and any(pixels % parts for pixels in data.size):
         reason = f"each layer halves the image, and {parts} does not divide config.data.image_size"
-        refuse(config, "tokenizer.discriminator_layers", f"{reason} = {size}; take fewer")
+        refuse(
+            config, "tokenizer.discriminator_layers", f"{reason} = {data.image_size}; take fewer"
+        )
 
 
 def _check_profile(config: Config) -> None:
@@ -162,10 +197,15 @@ def _check_probe(config: Config) -> None:
             refuse(config, f"probe.{name}", reason)
 
 
+def _check_finetune(config: Config) -> None:
+    _check_training(config, "finetune.train")
+    _check_pixels(config)
+
+
 SECTIONS = {
     "tokenizer": _check_tokenizer,
     "train": lambda config: _check_training(config, "train"),
     "profile": _check_profile,
     "probe": _check_probe,
-    "finetune": lambda config: _check_training(config, "finetune.train"),
+    "finetune": _check_finetune,
 }

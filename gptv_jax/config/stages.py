@@ -161,3 +161,10 @@ class Config:
     sample: Sample = dataclasses.field(default_factory=Sample)
     generate: Generate = dataclasses.field(default_factory=Generate)
     profile: Profile = dataclasses.field(default_factory=Profile)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of an image's positions: its tokens, or its pixels after the stem."""
+        side = 2 ** len(self.task.stem) if self.tokens.kind == "none" else self.tokens.side
+        height, width = self.data.size
+        return height // side, width // side

@@ -29,6 +29,7 @@ from jaxtyping import Int, UInt8, UInt16
 from gptv_jax import config as config_lib
 from gptv_jax import files, tokens
 from gptv_jax.config import fields
+from gptv_jax.config.data import height_and_width, image_size
 from gptv_jax.errors import InputError, as_input_error, first_line, naming, shorten
 
 FORMAT = 2  # of the folder; other formats are refused
@@ -118,7 +119,7 @@ class TokenCache:
             self.lengths: dict[str, int] = header["lengths"]
             settings = config_lib.recorded(config_lib.Tokens, header["tokens"], "tokens")
             self.tokens = fields.from_dict(config_lib.Tokens, settings, "tokens")
-            self.image_size: int = header["image_size"]
+            self.image_size = image_size(*height_and_width(header["image_size"]))
             self.transforms: tuple[str, ...] = tuple(header["transforms"])
             if header["format"] != FORMAT:
                 raise InputError(

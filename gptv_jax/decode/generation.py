@@ -173,7 +173,7 @@ def draw_tokens(
         """Draws a token of `part`, and makes the logits of the position after it."""
         tokens, probabilities, logits, cache = carry
         tokens, probabilities = draw(part, position, tokens, probabilities, logits)
-        x = model.embed_one(tokens, position + 1, part, next_part)
+        x = model.embed_one(tokens, position + 1, part)
         if scales is not None:  # the rows with and without the class continue with the same token
             x = _repeat_rows(x, 2, group=samples)
         logits, cache = extend(model, blocks, x, prompt, cache, position - prefix, next_part)

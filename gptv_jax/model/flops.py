@@ -10,9 +10,11 @@ from jax.extend import core as jax_core
 
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
+from gptv_jax.config.data import ImageSize, height_and_width
 from gptv_jax.model import autoencoder
 from gptv_jax.model.attention import BLOCK, SPLASH_TILE, form
 from gptv_jax.model.gpt import Network
+from gptv_jax.model.layout import causal_mask
 
 
 class Flops(dict[str, int]):
@@ -57,26 +59,27 @@ def executed(network: Network, platform: str, split: int = 1, loss_parts: int = 
     repeats them.
     """
     c, T, (blocks, head, attention) = network.config, network.length, _forward_parts(network)
-    causal = c.objective == "autoregressive"
-    chosen = form(platform, T, split, causal, c.dtype, head_size=c.width // c.heads)
+    visible = network.layout.visible
+    chosen = form(platform, visible, split, c.dtype, head_size=c.width // c.heads)
     ahead, back = PRODUCTS[chosen]
     # With "dots" the results of the splash kernel are kept.
     again = c.remat == "full" or (c.remat == "dots" and chosen != "splash")
     attention = attention * (ahead * (1 + again) + back) // 2
-    if causal:  # scores are computed or skipped by whole tiles, and masked tiles are skipped
-        splash = math.gcd(T, SPLASH_TILE)
-        sides = {"plain": T, "blocked": BLOCK, "cudnn": CUDNN_TILE, "splash": splash}
-        tiles = -(-T // sides[chosen])
-        attention = attention * (tiles + 1) // (2 * tiles)
+    # Scores are computed or skipped by whole tiles. cuDNN skips those of a causal mask alone.
+    cudnn = CUDNN_TILE if visible == causal_mask(T) else T
+    sides = {"plain": T, "blocked": BLOCK, "cudnn": cudnn, "splash": math.gcd(T, SPLASH_TILE)}
+    side = sides[chosen]
+    last = [visible[min(start + side, T) - 1] for start in range(0, T, side)]
+    attention = attention * sum(-(-keys // side) for keys in last) // len(last) ** 2
     matmul = 3 * (blocks + head) + (loss_parts > 1) * head
     if c.remat == "full":  # repeats all products of a layer but the last, which no gradient reads
         matmul += blocks - 2 * c.layers * c.mlp_width * c.width
     return Flops(matmul=matmul, attention=attention)
 
 
-def of_autoencoder(config: config_lib.Autoencoder, size: int) -> Flops:
-    """FLOPs of encoding and decoding an image of `size` pixels a side; training needs 3 times."""
-    images = jax.ShapeDtypeStruct((1, size, size, config.channels), jnp.float32)
+def of_autoencoder(config: config_lib.Autoencoder, size: ImageSize) -> Flops:
+    """FLOPs of encoding and decoding an image of `size` pixels; training needs 3 times."""
+    images = jax.ShapeDtypeStruct((1, *height_and_width(size), config.channels), jnp.float32)
     # The mesh in force may split the batch, which one image does not allow.
     with jax.set_mesh(sharding.make_mesh(config_lib.Mesh(), jax.local_devices()[:1])):
         params = jax.eval_shape(lambda: autoencoder.init(config, jax.random.key(0)))

@@ -288,7 +288,7 @@ class TokenizerTraining(Training):
     @functools.cached_property
     def flops(self) -> flops.Flops:
         """Of the encoder and decoder; the networks of the losses are not counted."""
-        return flops.of_autoencoder(self.network, self.config.data.image_size).times(3)
+        return flops.of_autoencoder(self.network, self.config.data.size).times(3)
 
     @property
     def loss(self) -> Callable:
@@ -303,8 +303,7 @@ class TokenizerTraining(Training):
         return autoencoding.make_init(self.network, self.config.tokenizer, self.optimizer[0])
 
     def batch(self, rows: int, split: NamedSharding | None = None) -> dict:
-        size = self.config.data.image_size
-        shape = (rows, size, size, self.network.channels)
+        shape = (rows, *self.config.data.size, self.network.channels)
         return {"image": jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=split)}
 
     def frozen(self, split: NamedSharding | None = None) -> dict | None:

@@ -27,8 +27,10 @@ class Context:
     classes: int  # of the data; 0: unlabelled
     class_names: tuple[str, ...]  # in the order of the labels; empty where classes have no names
     stages: tuple[str, ...]  # names of the stages to run, in order
-    codec: Codec | None = None  # None while the tokenizer is still to be trained
-    data: Pipeline | None = None  # the data as tokens; None while there is no codec
+    # None without tokens, and while the tokenizer is still to be trained
+    codec: Codec | None = None
+    # The data as the network reads them; None while the tokenizer is still to be trained.
+    data: Pipeline | None = None
 
     def network(self, classes: int = 0) -> Network:
         """The network of the config, with a class head where `classes` is not 0."""

@@ -21,7 +21,7 @@ with epy.lazy_imports():  # heavy, and for heat maps and plots alone
 # Plots are transparent, in tones that are readable on white and on black.
 BLUE, ORANGE, QUIET, INK = "#3d85c6", "#d9822b", "#9a9a9a", "#808080"
 SIZE = (5.4, 3.3)  # inches, of a plot
-SIDE = 64  # pixels; smaller images are enlarged to at least this side
+SIDE = 64  # pixels; images are enlarged while their shorter side is not longer than this
 
 
 def save_grid(
@@ -31,8 +31,9 @@ def save_grid(
 
     A row has as many images as `columns` says; None: the grid is as square as possible.
     """
-    columns = columns or math.ceil(math.sqrt(len(images)))
-    scale = max(1, SIDE // images.shape[1])
+    height, width = images.shape[1:3]
+    columns = columns or math.ceil(math.sqrt(len(images) * height / width))
+    scale = max(1, SIDE // min(height, width))
     large = images.repeat(scale, axis=1).repeat(scale, axis=2)
     gap, missing = max(2, scale // 2), -len(images) % columns
     framed = np.pad(large, ((0, missing), (0, gap), (0, gap), (0, 0)), constant_values=255)

@@ -230,7 +230,7 @@ def _by_class(results: Results, stage: str, title: str) -> str:
 def sample(results: Results) -> Part:
     """The pictures of samples/."""
     config, classes = results.config.sample, results.config.model.class_tokens
-    rows = results.config.tokens.grid(results.config.data.image_size)[0]
+    rows = results.config.grid[0]
     drawn = f"drawn at temperature {config.temperature:g}"
     if config.guidance != 1:
         drawn += f", {config.guidance_schedule} guidance {config.guidance:g}"

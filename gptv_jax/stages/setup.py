@@ -256,6 +256,9 @@ def _impossible(config: config_lib.Config, classes: int) -> dict[str, str]:
             "config.model.objective=bert draws no images; it takes pretrain, probe and finetune"
         )
         refused |= dict.fromkeys(("sample", "generate"), reason)
+    if kind == "none":
+        reason = "config.tokens.kind=none has no tokens to predict or to read; take finetune"
+        refused |= dict.fromkeys(("tokenizer", "pretrain", "probe", "sample", "generate"), reason)
     return refused
 
 
@@ -312,7 +315,7 @@ def _prepare(
     kind, found = config.tokens.kind, find_codec(config, None if outdated else folder.path)
     trained_here = not found and kind == "learned"
     made = not trained_here or has_finished(folder.summary(), "tokenizer")
-    if not found and made and not outdated and folder.has_checkpoints:
+    if kind in tokens.DEFINITIONS and not (found or outdated) and made and folder.has_checkpoints:
         raise InputError(f"{folder.path} has lost its {tokens.DEFINITIONS[kind][0]}; restore it.")
     if trained_here and "tokenizer" not in stages:
         raise InputError(
@@ -320,13 +323,13 @@ def _prepare(
             "name one by config.tokens.tokenizer."
         )
     try_out(config, stages, found)
-    if config.init_from or not {"pretrain", "tokenizer"} & set(stages):
+    if config.init_from or (kind != "none" and not {"pretrain", "tokenizer"} & set(stages)):
         adapt = "pretrain" in stages and not pretrained.has_own(config, folder.path)
         pretrained.check(config, folder.path, found, adapt=adapt)
     recorded = data | {"found": contents}
     clear = functools.partial(changes.clear, folder, changed)
     folder.claim(recorded, changed.fields, clear, anew=changed.anew)
-    if not found and not trained_here:
+    if not found and kind == "palette":
         found = build_codec(config, DamageLog(config.data, folder.path))
     if found:
         tokens.save_definition(found.definition, folder.path)
@@ -336,7 +339,7 @@ def try_out(config: config_lib.Config, stages: list[str] | None, codec: Codec | 
     """Checks that images, codec and the transforms of evaluation and of `stages` fit together."""
     data = config.data
     channels = config.tokens.autoencoder.channels if config.tokens.kind == "learned" else 3
-    shape = codec.image_shape if codec else (data.image_size, data.image_size, channels)
+    shape = codec.image_shape if codec else (*data.size, channels)
     training = [] if stages is None else _training_transforms(config, stages)
     for entries in dict.fromkeys([data.eval_transforms, *training]):
         pipeline.try_out(data, codec, shape, entries)

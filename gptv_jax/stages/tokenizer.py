@@ -35,8 +35,8 @@ def run_stage(context: Context) -> dict:
     network, train = config.tokens.autoencoder, settings.train
     update, rate = optimizer.make_optimizer(train.optimizer, train.steps)
     init = autoencoding.make_init(network, settings, update)
-    length = math.prod(config.tokens.grid(config.data.image_size))
-    image_flops = flops.of_autoencoder(network, config.data.image_size).times(3).total
+    length = math.prod(config.grid)
+    image_flops = flops.of_autoencoder(network, config.data.size).times(3).total
     frozen = None
     if settings.lpips:
         weights = load_lpips(settings.lpips_weights)

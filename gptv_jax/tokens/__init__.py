@@ -8,6 +8,7 @@ tokens refer to, or a `Tokenizer`, the trained encoder and decoder with their we
 import pathlib
 
 from gptv_jax import config as config_lib
+from gptv_jax.config.data import ImageSize
 from gptv_jax.errors import InputError, shorten
 from gptv_jax.tokens import learned
 from gptv_jax.tokens import palette as palettes
@@ -24,13 +25,14 @@ CODECS = {
     "grey": lambda config, size, _: GreyCodec(config.levels, size),
     "palette": lambda config, size, palette: PaletteCodec(palette, size),
     "learned": lambda config, size, tokenizer: LearnedCodec(tokenizer, size),
+    "none": lambda *_: None,
 }
 
 
 def make_codec(
-    config: config_lib.Tokens, image_size: int, definition: TokenDefinition | None = None
-) -> Codec:
-    """The codec that the config names, for square images of `image_size` pixels."""
+    config: config_lib.Tokens, image_size: ImageSize, definition: TokenDefinition | None = None
+) -> Codec | None:
+    """The codec that the config names, for images of `image_size`; None: there are no tokens."""
     if isinstance(definition, Palette) and len(definition.centers) != config.colors:
         raise InputError(
             f"config.tokens.colors is {config.colors}, but the palette has "

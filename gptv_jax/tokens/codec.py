@@ -6,6 +6,8 @@ import jax
 import numpy as np
 from jaxtyping import Int, UInt8
 
+from gptv_jax.config.data import ImageSize, height_and_width
+
 AnyArray = np.ndarray | jax.Array  # what a user may pass
 
 
@@ -48,9 +50,9 @@ class GreyCodec(Codec):
 
     lossless = True
 
-    def __init__(self, levels: int, size: int):
-        self.vocabulary, self.size = levels, size
-        self.grid, self.image_shape = (size, size), (size, size, 1)
+    def __init__(self, levels: int, size: ImageSize):
+        self.vocabulary, self.grid = levels, height_and_width(size)
+        self.image_shape = (*self.grid, 1)
 
     def encode(self, images: UInt8[np.ndarray, "B H W 1"]) -> Int[np.ndarray, "B T"]:
         if images.size and images.max() >= self.vocabulary:

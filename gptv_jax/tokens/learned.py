@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from gptv_jax import config as config_lib
 from gptv_jax import files, hardware, sharding
 from gptv_jax.config import fields
+from gptv_jax.config.data import ImageSize, height_and_width
 from gptv_jax.errors import InputError, as_input_error, list_differences, shorten
 from gptv_jax.model import autoencoder, vqgan
 from gptv_jax.tokens import foreign
@@ -116,10 +117,10 @@ class LearnedCodec(Codec):
 
     on_devices = True
 
-    def __init__(self, tokenizer: Tokenizer, size: int):
-        self.definition, self.size, config = tokenizer, size, tokenizer.config
-        self.vocabulary, self.image_shape = config.vocabulary, (size, size, config.channels)
-        self.grid = (size // config.downsample,) * 2
+    def __init__(self, tokenizer: Tokenizer, size: ImageSize):
+        self.definition, config, pixels = tokenizer, tokenizer.config, height_and_width(size)
+        self.vocabulary, self.image_shape = config.vocabulary, (*pixels, config.channels)
+        self.grid = tuple(n // config.downsample for n in pixels)
 
     def encode(self, images: UInt8[AnyArray, "B H W C"]) -> Int[np.ndarray, "B T"]:
         """Int32 tokens, whatever the other images of the batch and the devices are."""

@@ -13,6 +13,7 @@ from etils import epy
 from jaxtyping import Float, Int, UInt8
 
 from gptv_jax import files
+from gptv_jax.config.data import ImageSize, height_and_width
 from gptv_jax.errors import InputError, as_input_error
 from gptv_jax.tokens.codec import Codec
 
@@ -135,10 +136,10 @@ def build(pixels: UInt8[np.ndarray, "N 3"], colors: int, seed: int, provenance: 
 class PaletteCodec(Codec):
     """The token of a pixel is the number of the nearest colour, by squared distance of RGB."""
 
-    def __init__(self, palette: Palette, size: int):
-        self.definition, self.size = palette, size
-        self.vocabulary = len(palette.centers)
-        self.grid, self.image_shape = (size, size), (size, size, 3)
+    def __init__(self, palette: Palette, size: ImageSize):
+        self.definition, self.vocabulary = palette, len(palette.centers)
+        self.grid = height_and_width(size)
+        self.image_shape = (*self.grid, 3)
 
     @property
     def similarity_order(self) -> Int[np.ndarray, " V"]:

@@ -296,6 +296,8 @@ def _expressible(weights_file: WeightsFile, task: str) -> WeightsFile:
     ]
     if weights_file.tokens.kind == "learned":
         unsupported.append("tokens.kind=learned")  # the format's tokens are colours
+    if isinstance(size := weights_file.image_size, tuple):
+        unsupported.append(f"data.image_size={size}, a rectangle")
     classes = weights_file.classes if task == "classification" else 0
     params = weights_file.headless().params
     if task == "classification":

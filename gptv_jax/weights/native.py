@@ -15,9 +15,11 @@ from gptv_jax import config as config_lib
 from gptv_jax import files, sharding, tokens
 from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.config import fields
+from gptv_jax.config.data import PIXELS
 from gptv_jax.config.fields import FROM_ZERO, POSITIVE, field
 from gptv_jax.errors import InputError, as_input_error, list_differences
 from gptv_jax.model.gpt import Network
+from gptv_jax.model.layout import of_images
 from gptv_jax.runs import record
 from gptv_jax.tokens import Palette, TokenDefinition, Tokenizer, learned
 from gptv_jax.tokens import palette as palettes
@@ -53,7 +55,7 @@ class WeightsFile:
 
     model: config_lib.Model
     tokens: config_lib.Tokens
-    image_size: int = field(accepted=POSITIVE)  # height and width in pixels
+    image_size: int | tuple[int, ...] = field(accepted=PIXELS)  # as config.data.image_size
     params: dict[str, np.ndarray]  # float32, by flat name such as "blocks.qkv"
     definition: TokenDefinition | None = None  # what the tokens stand for
     starts: int = field(1, POSITIVE)  # number of start vectors
@@ -71,7 +73,8 @@ class WeightsFile:
     @property
     def network(self) -> Network:
         codec = self.codec
-        return Network(self.model, codec.vocabulary, codec.grid, self.starts, self.classes)
+        layout = of_images(codec.vocabulary, codec.grid, self.model.objective)
+        return Network(self.model, layout, self.starts, self.classes)
 
     def checked(self, where: str) -> "WeightsFile":
         """Returns the weights, after checking them against the network.
