@@ -7,13 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import make_mesh, random_params
+from PIL import Image
 
+import gptv_jax
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.errors import InputError
 from gptv_jax.tasks import drawing
 from gptv_jax.tasks.boxes import Detections
 from gptv_jax.tasks.detect import Detect
+from gptv_jax.weights.native import WeightsFile
 
 NAMES = ("cup", "dog", "tree")
 SIZE = (48, 64)
@@ -184,6 +187,38 @@ def test_every_mesh_finds_the_same_objects():
         np.testing.assert_allclose(one[name], two[name], rtol=1e-4)
     rows = one["drawn"].reshape(16, -1, 5)
     assert (rows[..., :2] <= rows[..., 2:4]).all() and (rows[..., 4] < task.tokens.noise).all()
+
+
+def test_objects_are_found_in_images_of_any_size_in_their_own_pixels(tmp_path):
+    task = task_of(bins=16, top_p=0.0, most=4)
+    config = task.config
+    parts = (config.model, config.tokens, config.data.image_size)
+    described = WeightsFile(*parts, {}, task=config.task, object_names=NAMES)
+    with jax.set_mesh(make_mesh((1, 1, 1))) as mesh:
+        model = gptv_jax.Model(described, random_params(task.network()), mesh)
+    model.save(tmp_path / "detector.safetensors")
+    model = gptv_jax.load(tmp_path / "detector.safetensors")
+    assert model.objects == NAMES
+    plain = np.full((*SIZE, 3), 90, np.uint8)
+    large, grey = np.full((96, 192, 3), 90, np.uint8), Image.new("L", (64, 48), 90)
+    found = model.detect([plain, large, grey])
+    assert [type(each) for each in found] == [Detections] * 3
+    for each in found:
+        assert len(each.boxes) == 4 and (np.diff(each.scores) <= 0).all()
+        assert each.boxes.dtype == each.scores.dtype == np.float32
+        np.testing.assert_array_equal(each.labels, found[0].labels)
+    np.testing.assert_allclose(found[1].boxes, found[0].boxes * [2, 3, 2, 3], rtol=1e-5)
+    np.testing.assert_allclose(found[2].boxes, found[0].boxes, rtol=1e-5)
+    middle = float(found[0].scores[1])
+    (likely,) = model.detect(plain[None], threshold=middle)
+    np.testing.assert_array_equal(likely.scores, found[0].scores[:2])
+    (voted,) = model.detect([plain], votes=["flip_vertical(1.0)", "flip(1.0)"])
+    assert len(voted.boxes) == 4 and voted.boxes.min() >= 0 and voted.scores[0] <= 1
+    for wrong, words in ((plain[..., :2], "uint8"), (plain / 255, "float64")):
+        with pytest.raises(InputError, match=words):
+            model.detect([wrong])
+    with pytest.raises(InputError, match="random"):
+        model.detect([plain], votes=["flip(0.5)"])
 
 
 def test_views_vote_in_the_original_image():

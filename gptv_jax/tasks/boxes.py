@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy import special
 
 from gptv_jax.config.tasks import Detect
 
@@ -139,8 +138,11 @@ def noise_boxes(
 
 
 def _truncated_normal(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """Normal numbers between -2 and 2, as TensorFlow's."""
-    return special.ndtri(rng.uniform(special.ndtr(-2), special.ndtr(2), shape))
+    """Normal numbers, drawn anew outside of -2 .. 2, as TensorFlow's."""
+    drawn = rng.standard_normal(shape)
+    while (beyond := np.abs(drawn) > 2).any():
+        drawn[beyond] = rng.standard_normal(beyond.sum())
+    return drawn
 
 
 def iou(a: Float[np.ndarray, "n 4"], b: Float[np.ndarray, "m 4"]) -> Float[np.ndarray, "n m"]:
