@@ -80,7 +80,7 @@ def _open(config: config_lib.Config, folder: RunFolder, wanted: list[str] | None
     rules.check_classes(config, classes)
     begun = hosts.from_first(lambda: [*changes.begun_stages(folder)])
     stages = choose_stages(config, record_keys(train), wanted, begun)
-    task = tasks.kind(config.task.name)
+    task = tasks.make(config, names[0] or tuple(map(str, range(classes))), names[1])
     adapting = config.init_from and "pretrain" in begun and not folder.finished("pretrain")
     if adapting and "pretrain" not in stages:
         raise InputError(
@@ -99,6 +99,8 @@ def _open(config: config_lib.Config, folder: RunFolder, wanted: list[str] | None
     for name in stages:
         if STAGES[name].on_request or name in changed.unfinished or not folder.finished(name):
             STAGES[name].check(config, mesh)
+    if "finetune" in stages:
+        task.network()  # which refuses what does not go together
     if {"sample", "generate"} & set(stages) and config.sample.guidance != 1:
         check_guidable(config.model, f"config.sample.guidance is {config.sample.guidance:g}")
     for entries in _training_transforms(config, stages):
