@@ -194,7 +194,8 @@ def test_objects_are_found_in_images_of_any_size_in_their_own_pixels(tmp_path):
     config = task.config
     parts = (config.model, config.tokens, config.data.image_size)
     described = WeightsFile(*parts, {}, task=config.task, object_names=NAMES)
-    with jax.set_mesh(make_mesh((1, 1, 1))) as mesh:
+    mesh = make_mesh((1, 1, 1))
+    with jax.set_mesh(mesh):
         model = gptv_jax.Model(described, random_params(task.network()), mesh)
     model.save(tmp_path / "detector.safetensors")
     model = gptv_jax.load(tmp_path / "detector.safetensors")

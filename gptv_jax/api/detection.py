@@ -26,7 +26,7 @@ def detect(
     network: Network,
     params: dict,
     codec: Codec | None,
-    images: Sequence[Picture],
+    images: np.ndarray | jax.Array | Sequence[Picture],
     votes: Sequence[str] = (),
 ) -> list[Detections]:
     """The objects in each image, which is transformed as in evaluation; under the set mesh.
