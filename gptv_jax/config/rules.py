@@ -96,7 +96,7 @@ def _check_autoencoder(config: Config) -> None:
 def _check_multiple(config: Config, side: int, reason: str) -> None:
     """Refuses an image size whose height or width `side` does not divide."""
     if any(pixels % side for pixels in config.data.size):
-        near = image_size(*(max(round(n / side), 1) * side for n in config.data.size))
+        near = image_size(*(-(-pixels // side) * side for pixels in config.data.size))
         refuse(config, "data.image_size", f"{reason} a side; take a multiple of {side}, as {near}")
 
 
