@@ -15,6 +15,7 @@ from gptv_jax.decode import generation
 from gptv_jax.hosts import runtime
 from gptv_jax.model import attention
 from gptv_jax.model.gpt import Network
+from gptv_jax.model.layout import causal_mask, of_images
 from gptv_jax.probe import features, ridge
 from gptv_jax.train import step
 from gptv_jax.train.optimizer import make_optimizer
@@ -27,7 +28,7 @@ def network_of(size: Size, dtype: str = "float32", **model) -> Network:
     """The network of a size; `model` are further fields of `config.Model`."""
     config = config_lib.Model(size.layers, size.width, size.heads, dtype=dtype, **model)
     side = math.isqrt(size.tokens)
-    return Network(config, size.vocabulary, (side, side))
+    return Network(config, of_images(size.vocabulary, (side, side), config.objective))
 
 
 def batch_of(network: Network, size: int) -> dict:
@@ -121,7 +122,7 @@ def attend(
     def forward(q, k, v):
         if plain:
             return attention.attention(q, k, v, jnp.tri(tokens, dtype=bool))
-        return attention.self_attention(q, k, v, causal=True)
+        return attention.self_attention(q, k, v, visible=causal_mask(q.shape[1]))
 
     function = jax.jit((lambda *qkv: jax.vjp(forward, *qkv)[1](gradient)) if backward else forward)
     return Task(lambda: function(*qkv), jax.block_until_ready)

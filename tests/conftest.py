@@ -42,6 +42,7 @@ from PIL import Image
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.model.gpt import Network
+from gptv_jax.model.layout import of_images
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -66,11 +67,12 @@ MODERN |= {"mlp": "swiglu", "mlp_ratio": 3, "base_width": 16}
 RECIPES = {"igpt": {}, "modern": MODERN}
 
 
-def tiny_network(classes: int = 0, **changes) -> Network:
+def tiny_network(classes: int = 0, vocabulary=11, grid=(4, 4), **changes) -> Network:
     """2 layers, 16 tokens, 11 token values, three start vectors; divisible by every mesh."""
     config = config_lib.Model(layers=2, width=32, heads=4, axial_positions=True)
     config = dataclasses.replace(config, **changes)
-    return Network(config, vocabulary=11, grid=(4, 4), starts=3, classes=classes)
+    layout = of_images(vocabulary, grid, config.objective)
+    return Network(config, layout, starts=3, classes=classes)
 
 
 def random_params(network: Network, seed: int = 0) -> dict:

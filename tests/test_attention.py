@@ -9,6 +9,7 @@ from conftest import make_mesh, random_batch, random_params, tiny_network
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.model import attention
+from gptv_jax.model.layout import causal_mask, full_mask
 from gptv_jax.planning import topology
 from gptv_jax.train.step import make_loss
 
@@ -24,14 +25,24 @@ def draw(count, shape=(8, T, 4, 6), spec=QUERIES):
     return [jax.device_put(rng.normal(size=shape).astype(np.float32), placed) for _ in range(count)]
 
 
-def plain(q, k, v):
-    return attention.attention(q, k, v, jnp.tri(q.shape[1], dtype=bool))
+# How many positions each of `length` positions sees. The prefix ends within a block of queries.
+MASKS = {
+    "causal": causal_mask,
+    "bidirectional": full_mask,
+    "prefix": lambda length: tuple(max(t + 1, length // 2 + 1) for t in range(length)),
+    "frames": lambda length: tuple(min(3 * (t // 3 + 1), length) for t in range(length)),
+}
 
 
-def blocked(q, k, v, block=BLOCK):
+def plain(q, k, v, mask="causal"):
+    visible = np.array(MASKS[mask](q.shape[1]))
+    return attention.attention(q, k, v, jnp.array(np.arange(q.shape[1]) < visible[:, None]))
+
+
+def blocked(q, k, v, block=BLOCK, mask="causal"):
     """The blocked form, which is of one device, on every device."""
-    spec = jax.typeof(q).sharding.spec
-    local = lambda *inputs: attention.blocked_attention(*inputs, block)  # noqa: E731
+    spec, visible = jax.typeof(q).sharding.spec, MASKS[mask](q.shape[1])
+    local = lambda *inputs: attention.blocked_attention(*inputs, visible, block)  # noqa: E731
     return jax.shard_map(local, in_specs=3 * (spec,), out_specs=spec, check_vma=False)(q, k, v)
 
 
@@ -47,11 +58,12 @@ def output_and_gradients(attend, q, k, v, direction):
 
 
 @pytest.mark.usefixtures("one_device")
+@pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("block", [4, 11, 16], ids=lambda block: f"block{block}")
-def test_blocked_form_and_its_gradients_are_those_of_the_plain_form(block):
+def test_blocked_form_and_its_gradients_are_those_of_the_plain_form(block, mask):
     inputs = draw(4, spec=WHOLE)
-    wanted = output_and_gradients(plain, *inputs)
-    found = output_and_gradients(functools.partial(blocked, block=block), *inputs)
+    wanted = output_and_gradients(functools.partial(plain, mask=mask), *inputs)
+    found = output_and_gradients(functools.partial(blocked, block=block, mask=mask), *inputs)
     for f, w in zip(found, wanted, strict=True):
         np.testing.assert_allclose(f, w, rtol=0, atol=1e-5)
 
@@ -137,8 +149,8 @@ WALKS = [
 def test_network_does_not_notice_the_form(shape, scan, remat, plain_network, monkeypatch):
     calls = []
 
-    def forced(q, k, v, *, causal):
-        calls.append(causal)
+    def forced(q, k, v, *, visible):
+        calls.append(visible == causal_mask(16))
         return blocked(q, k, v, block=5)
 
     monkeypatch.setattr(attention, "self_attention", forced)
@@ -156,7 +168,7 @@ def test_network_does_not_notice_the_form(shape, scan, remat, plain_network, mon
 def test_long_sequences_on_a_cpu_take_the_blocked_form_and_others_the_plain_one(monkeypatch):
     def walks_over_heads(length):
         x = jax.ShapeDtypeStruct((1, length, 1, 2), jnp.float32)
-        attend = functools.partial(attention.self_attention, causal=True)
+        attend = functools.partial(attention.self_attention, visible=causal_mask(length))
         return "scan" in str(jax.make_jaxpr(attend)(x, x, x))
 
     assert walks_over_heads(attention.LONG) and not walks_over_heads(attention.LONG - 1)
@@ -175,22 +187,28 @@ def test_form_follows_the_devices_of_the_mesh_and_not_this_process():
 # A sequence that is split.
 
 SPLIT = [(1, 2, 2, 2), (1, 1, 8, 1)]
-FORMS = {c: functools.partial(attention.self_attention, causal=c) for c in (True, False)}
 
 
-@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+def attend(mask, q, k, v):
+    return attention.self_attention(q, k, v, visible=MASKS[mask](q.shape[1]))
+
+
+FORMS = {mask: functools.partial(attend, mask) for mask in MASKS}
+
+
+@pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("shape", SPLIT, ids=str)
-def test_splitting_the_sequence_changes_no_number_and_gathers_keys_and_values_alone(shape, causal):
+def test_splitting_the_sequence_changes_no_number_and_gathers_keys_and_values_alone(shape, mask):
     whole = (8, 16, 4, 6)
     with jax.set_mesh(make_mesh((1, 1, 1))):
-        wanted = output_and_gradients(FORMS[causal], *draw(4, whole))
+        wanted = output_and_gradients(FORMS[mask], *draw(4, whole))
     with jax.set_mesh(make_mesh(shape)):
         inputs = draw(4, whole)
-        found = output_and_gradients(FORMS[causal], *inputs)
-        out, backward = jax.vjp(FORMS[causal], *inputs[:3])
+        found = output_and_gradients(FORMS[mask], *inputs)
+        out, backward = jax.vjp(FORMS[mask], *inputs[:3])
         for x in (out, *backward(out)):
             assert x.sharding == inputs[0].sharding
-        program = jax.jit(lambda *x: jax.vjp(FORMS[causal], *x[:3])[1](x[3])).lower(*inputs)
+        program = jax.jit(lambda *x: jax.vjp(FORMS[mask], *x[:3])[1](x[3])).lower(*inputs)
         text = program.compile().as_text()
     for f, w in zip(found, wanted, strict=True):
         np.testing.assert_allclose(f, w, rtol=0, atol=1e-6)
@@ -201,18 +219,18 @@ def test_splitting_the_sequence_changes_no_number_and_gathers_keys_and_values_al
 # The kernels for a TPU: emulated here for their numbers, compiled for the real one in earnest.
 
 
-@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 1, 2, 2)], ids=str)
-def test_splash_attention_and_its_gradients_are_those_of_the_plain_form(shape, causal, monkeypatch):
+def test_splash_attention_and_its_gradients_are_those_of_the_plain_form(shape, mask, monkeypatch):
     whole = (1, 256, 2, 64)
     with jax.set_mesh(make_mesh(shape)):
         inputs = draw(4, whole)
         monkeypatch.setattr(attention, "LONG", np.inf)
-        wanted = output_and_gradients(FORMS[causal], *inputs)
+        wanted = output_and_gradients(FORMS[mask], *inputs)
         emulated = functools.partial(attention.splash.make_splash_mha, interpret=True)
         monkeypatch.setattr(attention.splash, "make_splash_mha", emulated)
         monkeypatch.setattr(sharding, "platform", lambda: "tpu")
-        found = output_and_gradients(FORMS[causal], *inputs)
+        found = output_and_gradients(FORMS[mask], *inputs)
     for f, w in zip(found, wanted, strict=True):
         np.testing.assert_allclose(f, w, rtol=0, atol=1e-5)
 
@@ -237,7 +255,7 @@ def test_splash_attention_compiles_for_a_tpu_without_t_by_t_scores(tpu, head_siz
         x = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=placed)
 
         def gradients(*inputs):
-            out, backward = jax.vjp(FORMS[True], *inputs)
+            out, backward = jax.vjp(FORMS["causal"], *inputs)
             return backward(out)
 
         compiled = jax.jit(gradients).lower(x, x, x).compile()
@@ -250,37 +268,43 @@ def test_splash_attention_compiles_for_a_tpu_without_t_by_t_scores(tpu, head_siz
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
-@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
-def test_a_gpu_in_bfloat16_runs_cudnn_on_each_devices_own_rows_and_heads(
-    causal, shape, monkeypatch
-):
+@pytest.mark.parametrize("mask", MASKS)
+def test_a_gpu_in_bfloat16_runs_cudnn_on_each_devices_own_rows_and_heads(mask, shape, monkeypatch):
     """JAX's call of cuDNN is replaced by the same call of XLA, which runs without a GPU."""
     calls, original = [], jax.nn.dot_product_attention
 
-    def recorded(q, k, v, *, is_causal, implementation):
-        calls.append((q.shape, k.shape, v.shape, q.dtype, is_causal, implementation))
-        return original(q, k, v, is_causal=is_causal, implementation="xla")
+    def recorded(q, k, v, *, mask, is_causal, implementation):
+        shapes = q.shape, k.shape, v.shape, None if mask is None else mask.shape
+        calls.append((*shapes, q.dtype, is_causal, implementation))
+        return original(q, k, v, mask=mask, is_causal=is_causal, implementation="xla")
 
     with jax.set_mesh(make_mesh((1, 1, 1))):
         inputs = [x.astype(jnp.bfloat16) for x in draw(3, (8, 128, 4, 64), WHOLE)]
         exact = [x.astype(jnp.float32) for x in inputs]
-        seen = jnp.tri(128, dtype=bool) if causal else jnp.ones((128, 128), bool)
-        wanted = np.asarray(jax.jit(attention.attention)(*exact, seen))
+        wanted = np.asarray(jax.jit(functools.partial(plain, mask=mask))(*exact))
     with jax.set_mesh(make_mesh(shape)):
         inputs = [x.astype(jnp.bfloat16) for x in draw(3, (8, 128, 4, 64))]
         monkeypatch.setattr(jax.nn, "dot_product_attention", recorded)
         monkeypatch.setattr(sharding, "platform", lambda: "gpu")
         monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-        found = jax.jit(FORMS[causal])(*inputs)
+        found = jax.jit(FORMS[mask])(*inputs)
     local = (8 // (shape[0] * shape[1]), 128, 4 // shape[2], 64)
-    assert calls == [(local, local, local, jnp.bfloat16, causal, "cudnn")]
+    known = mask in ("causal", "bidirectional")  # to cuDNN, which then skips masked tiles
+    of_mask = None if known else (1, 1, 128, 128)
+    kinds = jnp.bfloat16, mask == "causal", "cudnn"
+    assert calls == [(local, local, local, of_mask, *kinds)]
     np.testing.assert_allclose(np.asarray(found, np.float32), wanted, atol=2e-2)
 
 
-@pytest.mark.parametrize("changed", [{"causal": False}, {"split": 2}, {"length": 128}], ids=str)
+@pytest.mark.parametrize(
+    "changed",
+    [{"visible": full_mask(256)}, {"split": 2}, {"visible": causal_mask(128)}],
+    ids=["full", "split", "short"],
+)
 def test_what_the_blocked_form_does_not_do_a_cpu_computes_in_the_plain_one(changed):
-    kind = {"length": 256, "split": 1, "causal": True, "dtype": "float32", "head_size": 64}
+    kind = {"visible": causal_mask(256), "split": 1, "dtype": "float32", "head_size": 64}
     assert attention.form("cpu", **kind) == "blocked"
+    assert attention.form("cpu", **kind | {"visible": MASKS["prefix"](256)}) == "blocked"
     assert attention.form("cpu", **kind | changed) == "plain"
 
 
@@ -290,6 +314,7 @@ def test_what_the_blocked_form_does_not_do_a_cpu_computes_in_the_plain_one(chang
     ids=str,
 )
 def test_what_cudnn_does_not_take_a_gpu_computes_in_the_plain_form(changed):
-    kind = {"length": 64, "split": 1, "causal": True, "dtype": "bfloat16", "head_size": 64}
-    assert attention.form("gpu", **kind) == "cudnn"
-    assert attention.form("gpu", **kind | changed) == "plain"
+    def form(length=64, split=1, dtype="bfloat16", head_size=64):
+        return attention.form("gpu", causal_mask(length), split, dtype, head_size)
+
+    assert form() == "cudnn" and form(**changed) == "plain"

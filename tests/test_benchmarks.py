@@ -89,7 +89,7 @@ def test_the_pytorch_gpt_is_our_network(one_device):
     from benchmarks import peers
 
     network = tiny_network(axial_positions=False, start_per_variant=False)
-    network = type(network)(network.config, network.vocabulary, network.grid)
+    network = type(network)(network.config, network.layout)
     params, batch = random_params(network), random_batch(network)
     model = network.config
     size = Size(model.width, model.layers, model.heads, network.length, network.vocabulary)

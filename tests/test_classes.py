@@ -138,9 +138,9 @@ def test_the_class_token_is_attended_to_like_any_other(recipe, monkeypatch):
     params, attend = random_params(network), attention.self_attention
     tokens, length = jnp.asarray(random_batch(network, size=1)["tokens"]), []
 
-    def by_keys_alone(q, k, v, *, causal):
+    def by_keys_alone(q, k, v, *, visible):
         length.extend(jnp.linalg.norm(x, axis=-1)[0].min(axis=1) for x in (q, k))
-        return attend(q, k, jax.lax.stop_gradient(v), causal=causal)
+        return attend(q, k, jax.lax.stop_gradient(v), visible=visible)
 
     monkeypatch.setattr(attention, "self_attention", by_keys_alone)
 

@@ -88,7 +88,7 @@ def test_cached_decoding_gives_the_logits_of_the_full_forward_pass(recipe, scan,
 
 
 def test_long_prompts_are_padded_unseen_and_a_growing_cache_changes_nothing():
-    network = dataclasses.replace(tiny_network(axial_positions=False), grid=(12, 11))
+    network = tiny_network(axial_positions=False, grid=(12, 11))
     kept = network.length - 2
     assert kept > LANES and kept % LANES  # a length that the fast attention does not take
     assert len(generation.cache_capacities(network.length - 1)) == 3
@@ -128,7 +128,7 @@ def loops(network, mesh):
 
 @pytest.mark.parametrize("side", [16, 32])
 def test_no_step_casts_or_gathers_weights_and_little_of_the_cache_is_unused(side):
-    network = dataclasses.replace(tiny_network(dtype="bfloat16", **MODERN), grid=(side, side))
+    network = tiny_network(dtype="bfloat16", grid=(side, side), **MODERN)
     steps = read = 0
     for length, constants, carried in loops(network, (1, 2, 4)):
         arrays = [x for x in constants if x.ndim]

@@ -12,6 +12,7 @@ from gptv_jax import sharding, tokens
 from gptv_jax.data.pipeline import Pipeline
 from gptv_jax.model import autoencoder
 from gptv_jax.model.gpt import Network
+from gptv_jax.model.layout import of_images
 from gptv_jax.probe import sgd
 from gptv_jax.train import autoencoding, step
 
@@ -83,7 +84,7 @@ def check_lookups(function, *arguments) -> int:
 
 def network(starts: int = 1, classes: int = 0, **changes) -> Network:
     config = config_lib.Model(layers=1, width=16, heads=2, scan_layers=False, **changes)
-    return Network(config, CODEC.vocabulary, CODEC.grid, starts, classes)
+    return Network(config, of_images(CODEC.vocabulary, CODEC.grid), starts, classes)
 
 
 def train_batch(*transforms: str) -> dict:

@@ -1,4 +1,3 @@
-import dataclasses
 import math
 
 import jax
@@ -11,6 +10,7 @@ from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.model import layers
 from gptv_jax.model.gpt import Network, parameter_count
+from gptv_jax.model.layout import of_images
 from gptv_jax.train.objective import cross_entropy
 from gptv_jax.train.step import make_loss
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("one_device")
 @pytest.fixture(scope="module", params=RECIPES.values(), ids=RECIPES)
 def distinct(request):
     """A network with as many token values as positions, its weights, and tokens that all differ."""
-    network = dataclasses.replace(tiny_network(**request.param), vocabulary=16)
+    network = tiny_network(vocabulary=16, **request.param)
     with jax.set_mesh(make_mesh((1, 1, 1))):
         tokens = np.random.default_rng(1).permutation(16).astype(np.int32)
         return network, random_params(network), tokens[None]
@@ -200,7 +200,7 @@ TABLES = {"start", "token_embedding", "position", "row", "column"}
 @pytest.fixture(params=CASES.values(), ids=CASES)
 def oracle_case(request):
     """A network, its weights and a batch; rows and columns, and heads and head size, differ."""
-    network = dataclasses.replace(tiny_network(classes=5, **request.param), grid=(2, 5))
+    network = tiny_network(classes=5, grid=(2, 5), **request.param)
     params = random_params(network)
     for name in params.keys() & TABLES:
         params[name] *= 0.05  # so small that the norm's epsilon counts
@@ -273,14 +273,15 @@ def test_fresh_network_predicts_the_uniform_distribution():
     ids=["iGPT-S", "iGPT-M", "iGPT-L"],
 )
 def test_parameter_counts_are_those_of_the_paper(count, shape):
-    network = Network(config_lib.Model(*shape), 512, (32, 32))
+    network = Network(config_lib.Model(*shape), of_images(512, (32, 32)))
     params = jax.eval_shape(network.init, jax.random.key(0))
     assert parameter_count(params) == count
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
 
 
 def test_initial_weights_have_the_standard_deviations_of_the_released_code():
-    network = Network(config_lib.Model(layers=4, width=128, heads=4), 512, (16, 16))
+    config = config_lib.Model(layers=4, width=128, heads=4)
+    network = Network(config, of_images(512, (16, 16)))
     params = jax.jit(network.init)(jax.random.key(0))
     blocks = params["blocks"]
     wanted = {"qkv": 128**-0.5, "attention_out": (4 * 128) ** -0.5, "mlp_in": 0.02, "mlp_out": 0.02}

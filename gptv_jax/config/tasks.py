@@ -22,12 +22,14 @@ class Detect:
     bins: int = field(1000, ("2 or more", lambda v: v >= 2))  # coordinates along each axis
     order: str = field("random", one_of("random", "position"))  # of the objects; position: by y, x
     # Noise objects fill the sequence up to `objects`: the class of a noise object is "noise", and
-    # its coordinates have no loss. False: the sequence ends after the last object.
+    # its coordinates have no loss. False: the token "noise" fills it, and ends decoding.
     noise: bool = True
     # Shares of the noise objects that are a real box jittered, a real box shifted, a random box.
-    noise_kinds: tuple[float, ...] = field((0.25, 0.25, 0.5), THREE_SHARES)
-    # Probability that the network reads a random class in place of an object's class.
-    class_corruption: float = field(0.0, SHARE)
+    # Pix2seq draws the number of jittered ones anew for every image; these are its means.
+    noise_kinds: tuple[float, ...] = field((0.5, 0.25, 0.25), THREE_SHARES)
+    # Probability that the network reads, in place of an object's class, a random class or "noise"
+    # with even odds. 1: no object's class is read, so decoding cannot lean on it.
+    class_corruption: float = field(1.0, SHARE)
     # Standard deviation, in bins, of the Gaussian that is the target of a coordinate; 0: its bin.
     soft: float = field(0.0, FROM_ZERO)
     class_weight: float = field(1.0, FROM_ZERO)  # of the class's loss; a coordinate's is 1
@@ -38,6 +40,8 @@ class Detect:
     # all views vote. (): there is no vote.
     votes: tuple[str, ...] = ()
     most: int = field(100, POSITIVE)  # detections an image that count, the most likely ones
+    # Validation images that evaluations during training read, the first ones; 0: all.
+    validation_images: int = field(0, FROM_ZERO)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -245,6 +245,7 @@ def read_prompt(model: GPT, x: Float[Array, "G P D"]) -> tuple[Float[Array, "G V
     length = x.shape[1]
     if length > LANES:  # the fast forms of attention take multiples of LANES; padding is not seen
         x = jnp.pad(x, ((0, 0), (0, -length % LANES), (0, 0)))
+    visible = model.network.layout.visible[:length] + tuple(range(length + 1, x.shape[1] + 1))
     rotation = model.rotation(0, x.shape[1])
 
     def layer(x, block):
@@ -253,7 +254,7 @@ def read_prompt(model: GPT, x: Float[Array, "G P D"]) -> tuple[Float[Array, "G V
         def attend(q, k, v):
             nonlocal kept
             kept = KeyValue(*(jnp.swapaxes(part[:, :length], 1, 2) for part in (k, v)))
-            return self_attention(q, k, v, causal=True)
+            return self_attention(q, k, v, visible=visible)
 
         x, _ = block(x, attend, rotation=rotation)
         return x, kept

@@ -24,6 +24,7 @@ from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.model import layers
 from gptv_jax.model.attention import self_attention
+from gptv_jax.model.layout import full_mask
 
 BRANCH = 0.1  # initial size of a residual branch relative to the activations it is added to
 LAYOUT = ("NHWC", "HWIO", "NHWC")
@@ -80,7 +81,7 @@ class Attention(nnx.Module):
         B, h, w, N = x.shape
         qkv = self.qkv(layers.rms_norm(x, self.gain[...]))
         qkv = qkv.reshape(B, h * w, 3, 1, N, out_sharding=sharding.BATCH_FIRST)
-        mixed = self_attention(*jnp.moveaxis(qkv, 2, 0), causal=False)
+        mixed = self_attention(*jnp.moveaxis(qkv, 2, 0), visible=full_mask(h * w))
         return x + self.out(mixed.reshape(B, h, w, N, out_sharding=sharding.BATCH_FIRST))
 
 

@@ -14,6 +14,7 @@ from gptv_jax.config.data import ImageSize, height_and_width
 from gptv_jax.model import autoencoder
 from gptv_jax.model.attention import BLOCK, SPLASH_TILE, form
 from gptv_jax.model.gpt import Network
+from gptv_jax.model.layout import causal_mask
 
 
 class Flops(dict[str, int]):
@@ -58,17 +59,18 @@ def executed(network: Network, platform: str, split: int = 1, loss_parts: int = 
     repeats them.
     """
     c, T, (blocks, head, attention) = network.config, network.length, _forward_parts(network)
-    causal = c.objective == "autoregressive"
-    chosen = form(platform, T, split, causal, c.dtype, head_size=c.width // c.heads)
+    visible = network.layout.visible
+    chosen = form(platform, visible, split, c.dtype, head_size=c.width // c.heads)
     ahead, back = PRODUCTS[chosen]
     # With "dots" the results of the splash kernel are kept.
     again = c.remat == "full" or (c.remat == "dots" and chosen != "splash")
     attention = attention * (ahead * (1 + again) + back) // 2
-    if causal:  # scores are computed or skipped by whole tiles, and masked tiles are skipped
-        splash = math.gcd(T, SPLASH_TILE)
-        sides = {"plain": T, "blocked": BLOCK, "cudnn": CUDNN_TILE, "splash": splash}
-        tiles = -(-T // sides[chosen])
-        attention = attention * (tiles + 1) // (2 * tiles)
+    # Scores are computed or skipped by whole tiles. cuDNN skips those of a causal mask alone.
+    cudnn = CUDNN_TILE if visible == causal_mask(T) else T
+    sides = {"plain": T, "blocked": BLOCK, "cudnn": cudnn, "splash": math.gcd(T, SPLASH_TILE)}
+    side = sides[chosen]
+    last = [visible[min(start + side, T) - 1] for start in range(0, T, side)]
+    attention = attention * sum(-(-keys // side) for keys in last) // len(last) ** 2
     matmul = 3 * (blocks + head) + (loss_parts > 1) * head
     if c.remat == "full":  # repeats all products of a layer but the last, which no gradient reads
         matmul += blocks - 2 * c.layers * c.mlp_width * c.width

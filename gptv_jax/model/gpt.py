@@ -28,6 +28,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.model import attention, layers
+from gptv_jax.model.layout import Layout
 
 
 class Output(NamedTuple):
@@ -45,8 +46,7 @@ class Network:
     """Shape of a network, without weights (see `GPT`); hashable, so a static argument of jit."""
 
     config: config_lib.Model
-    vocabulary: int  # V
-    grid: tuple[int, int]  # rows and columns of tokens; T is their product
+    layout: Layout
     starts: int = 1  # start vectors: 1, one per augmentation variant, or one per class and one more
     classes: int = 0  # C; 0: no class head
 
@@ -61,9 +61,19 @@ class Network:
         return self.config.votes if self.config.objective == "bert" else 1
 
     @property
+    def vocabulary(self) -> int:
+        """V, number of token values of the first part, which is the image."""
+        return self.layout.parts[0].vocabulary
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Rows and columns of the first part."""
+        return self.layout.parts[0].shape
+
+    @property
     def length(self) -> int:
-        """T, tokens of an image."""
-        return self.grid[0] * self.grid[1]
+        """T, number of positions."""
+        return self.layout.length
 
     def init(self, key: PRNGKeyArray) -> dict:
         """Fresh weights as a nested dict of float32 arrays; call it under a mesh, inside jit."""
@@ -124,11 +134,9 @@ class GPT(nnx.Module):
         """
         config = self.network.config
         keys = None if key is None else jax.random.split(key, config.layers + 1)
-        # The attention mask: BERT's positions attend to all positions, others to themselves and
-        # all earlier positions.
-        causal = config.objective != "bert"
-        attend = functools.partial(attention.self_attention, causal=causal)
-        if causal:
+        layout = self.network.layout
+        attend = functools.partial(attention.self_attention, visible=layout.visible)
+        if layout.shift:
             known = (tokens if order is None else reorder(tokens, order))[:, :-1]
             x = self.embed(known, variant, order=order)
         else:

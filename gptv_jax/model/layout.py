@@ -90,16 +90,6 @@ class Layout:
         """Whether a position predicts its token, bool [T]."""
         return np.repeat([p.predicted for p in self.parts], [p.size for p in self.parts])
 
-    @property
-    def causal(self) -> bool:
-        """Whether every position sees itself and all positions before it, and no other ones."""
-        return self.visible == tuple(range(1, self.length + 1))
-
-    @property
-    def full(self) -> bool:
-        """Whether every position sees every position."""
-        return min(self.visible) == self.length
-
     def coordinates(self) -> Int[np.ndarray, "T 2"]:
         """Row and column of every position, for rotary phases.
 
@@ -114,14 +104,30 @@ class Layout:
         return np.concatenate(found)
 
 
+def causal_mask(length: int) -> tuple[int, ...]:
+    """`visible` where every position sees itself and all positions before it, and no other ones."""
+    return tuple(range(1, length + 1))
+
+
+def full_mask(length: int) -> tuple[int, ...]:
+    """`visible` where every position sees every position."""
+    return (length,) * length
+
+
 def causal(*parts: Part) -> Layout:
     """Every position sees itself and all positions before it."""
-    return Layout(parts, tuple(range(1, sum(part.size for part in parts) + 1)))
+    return Layout(parts, causal_mask(sum(part.size for part in parts)))
 
 
 def bidirectional(part: Part) -> Layout:
     """Every position sees every position, and its input is its own token (BERT)."""
-    return Layout((part,), (part.size,) * part.size, shift=0)
+    return Layout((part,), full_mask(part.size), shift=0)
+
+
+def of_images(vocabulary: int, grid: tuple[int, int], objective: str = "autoregressive") -> Layout:
+    """The layout of images alone, for pretraining with `config.Model.objective`."""
+    image = Part("image", vocabulary, tuple(grid))
+    return bidirectional(image) if objective == "bert" else causal(image)
 
 
 def prefixed(prefix: Part, *parts: Part) -> Layout:

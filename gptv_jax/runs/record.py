@@ -23,6 +23,7 @@ from gptv_jax.config.run_file import config_of as config_of  # a name of this mo
 from gptv_jax.data import transforms
 from gptv_jax.errors import InputError
 from gptv_jax.model.gpt import Network
+from gptv_jax.model.layout import of_images
 
 VERSIONED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "gptv_jax")
 
@@ -173,8 +174,8 @@ def trained_part(config: config_lib.Config, stage: str) -> str:
 
 def network_of(config: config_lib.Config, classes: int = 0) -> Network:
     """The network of a configuration, with a class head where `classes` is not 0."""
-    vocabulary = config.tokens.vocabulary
-    return Network(config.model, vocabulary, config.grid, start_vectors(config), classes)
+    layout = of_images(config.tokens.vocabulary, config.grid, config.model.objective)
+    return Network(config.model, layout, start_vectors(config), classes)
 
 
 def start_vectors(config: config_lib.Config) -> int:

@@ -19,6 +19,7 @@ from gptv_jax.config.data import PIXELS
 from gptv_jax.config.fields import FROM_ZERO, POSITIVE, field
 from gptv_jax.errors import InputError, as_input_error, list_differences
 from gptv_jax.model.gpt import Network
+from gptv_jax.model.layout import of_images
 from gptv_jax.runs import record
 from gptv_jax.tokens import Palette, TokenDefinition, Tokenizer, learned
 from gptv_jax.tokens import palette as palettes
@@ -72,7 +73,8 @@ class WeightsFile:
     @property
     def network(self) -> Network:
         codec = self.codec
-        return Network(self.model, codec.vocabulary, codec.grid, self.starts, self.classes)
+        layout = of_images(codec.vocabulary, codec.grid, self.model.objective)
+        return Network(self.model, layout, self.starts, self.classes)
 
     def checked(self, where: str) -> "WeightsFile":
         """Returns the weights, after checking them against the network.

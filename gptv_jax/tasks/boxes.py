@@ -1,0 +1,187 @@
+"""Objects as tokens and back, after Pix2seq (Chen et al. 2022, arXiv:2109.10852), on NumPy arrays.
+
+Constants and the kinds of noise are those of Pix2seq's code, github.com/google-research/pix2seq:
+`utils.quantize`, `data_utils.augment_bbox`, `object_detection.build_response_seq_from_bbox`.
+"""
+
+import dataclasses
+import zlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+from scipy import special
+
+from gptv_jax.config.tasks import Detect
+
+SLOTS = 5  # tokens of an object: y0 x0 y1 x1 class
+JITTER, RANDOM_SIDE = 0.05, 0.5  # deviations: of an edge, in sides of its box; of a random side
+END_WEIGHT = 0.1  # in the loss, of tokens after the last object where there are no noise objects
+SAME_OBJECT = 0.55  # IoU from which boxes of two views are of one object (Solovyev et al. 2021)
+
+
+class Detections(NamedTuple):
+    """The objects found in an image, the most likely one first."""
+
+    boxes: Float[np.ndarray, "n 4"]  # y0, x0, y1, x1 in pixels of the image
+    labels: Int[np.ndarray, " n"]
+    scores: Float[np.ndarray, " n"]  # probabilities
+
+
+@dataclasses.dataclass(frozen=True)
+class BoxTokens:
+    """The tokens of objects.
+
+    Heights are 0 .. bins-1, widths bins .. 2 bins - 1, then come the classes, and last the token
+    "noise", which is also that of positions after the last object.
+    """
+
+    bins: int  # bin k lies at k / (bins - 1) of the image's height or width
+    classes: int
+
+    @property
+    def noise(self) -> int:
+        return 2 * self.bins + self.classes
+
+    @property
+    def vocabulary(self) -> int:
+        return self.noise + 1
+
+    def quantize(self, boxes: Float[np.ndarray, "n 4"], size: tuple[int, int]):
+        """Tokens int32 [n, 4] of boxes in pixels of an image of this height and width."""
+        shares = boxes / np.array([*size, *size])
+        bins = np.clip(np.rint(shares * (self.bins - 1)), 0, self.bins - 1)
+        return bins.astype(np.int32) + np.array([0, self.bins] * 2, np.int32)
+
+    def dequantize(self, tokens: Int[np.ndarray, "n 4"], size: tuple[int, int]):
+        """Boxes float32 [n, 4] in pixels, at most half a bin away from those of the tokens."""
+        bins = tokens - np.array([0, self.bins] * 2)
+        return (bins / (self.bins - 1) * np.array([*size, *size])).astype(np.float32)
+
+    def detections(
+        self,
+        tokens: Int[np.ndarray, " T"],
+        probabilities: Float[np.ndarray, " T"],
+        size: tuple[int, int],
+    ) -> Detections:
+        """The objects with a real class; an object's score is the probability of its class."""
+        rows, scores = tokens.reshape(-1, SLOTS), probabilities.reshape(-1, SLOTS)[:, 4]
+        labels = rows[:, 4] - 2 * self.bins
+        real = np.flatnonzero((labels >= 0) & (labels < self.classes))
+        real = real[np.argsort(-scores[real], kind="stable")]
+        boxes = self.dequantize(rows[real, :4], size)
+        return Detections(boxes, labels[real].astype(np.int32), scores[real].astype(np.float32))
+
+    def sequence(
+        self,
+        boxes: Float[np.ndarray, "n 4"],
+        labels: Int[np.ndarray, " n"],
+        size: tuple[int, int],
+        settings: Detect,
+        rng: np.random.Generator | None = None,
+    ) -> dict[str, np.ndarray]:
+        """Targets and inputs, int32 [5 N], and weights, float32 [5 N], of N = settings.objects.
+
+        The objects come in random order or by y0, then x0; the noise objects after them. Of more
+        than N objects, N random ones are taken. Without a generator, in evaluation, the boxes
+        themselves seed one, so an image always has the same sequence.
+        """
+        count, edges = settings.objects, np.array([*size, *size], np.float32)
+        rng = rng or np.random.default_rng(zlib.crc32(boxes.tobytes()))
+        chosen = rng.permutation(len(boxes))[:count]
+        places, real = self.quantize(boxes, size), len(chosen)
+        if settings.order == "position":
+            chosen = chosen[np.lexsort(places[chosen, 1::-1].T)]
+        tokens = np.full((count, SLOTS), self.noise, np.int32)
+        tokens[:real, :4] = places[chosen]
+        tokens[:real, 4] = 2 * self.bins + labels[chosen]
+        weights = np.full((count, SLOTS), 1, np.float32)
+        weights[:, 4] = settings.class_weight
+        if settings.noise:
+            added = noise_boxes(boxes[chosen] / edges, count - real, settings.noise_kinds, rng)
+            tokens[real:, :4] = self.quantize(added * edges, size)
+            weights[real:, :4] = 0
+        else:
+            weights[real:] = END_WEIGHT
+        inputs = tokens.copy()
+        wrong = rng.random(count) < settings.class_corruption
+        wrong[real:] &= settings.noise
+        drawn = 2 * self.bins + rng.integers(self.classes, size=count)
+        drawn = np.where(rng.random(count) < 0.5, drawn, self.noise)
+        inputs[:, 4] = np.where(wrong, drawn, inputs[:, 4])
+        arrays = {"targets": tokens, "inputs": inputs, "weights": weights}
+        return {name: array.reshape(-1) for name, array in arrays.items()}
+
+
+def noise_boxes(
+    boxes: Float[np.ndarray, "n 4"],
+    count: int,
+    kinds: Sequence[float],
+    rng: np.random.Generator,
+) -> Float[np.ndarray, "count 4"]:
+    """Boxes of no object, as shares of the image's height and width, like `boxes`.
+
+    `kinds` are the shares of jittered boxes, of shifted boxes (one of `boxes`, centred anywhere)
+    and of random boxes. Where there are no boxes all are random.
+    """
+    if len(boxes):
+        kind, base = rng.choice(3, size=count, p=kinds), boxes[rng.integers(len(boxes), size=count)]
+    else:
+        kind, base = np.full(count, 2), np.zeros((count, 4))
+    side = base[:, 2:] - base[:, :2]
+    jittered = base + JITTER * _truncated_normal(rng, (count, 4)) * np.tile(side, 2)
+    random_side = np.abs(RANDOM_SIDE * _truncated_normal(rng, (count, 2)))
+    half, center = np.where(kind[:, None] == 1, side, random_side) / 2, rng.random((count, 2))
+    moved = np.concatenate([center - half, center + half], axis=1)
+    return np.clip(np.where(kind[:, None] == 0, jittered, moved), 0, 1)
+
+
+def _truncated_normal(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Normal numbers between -2 and 2, as TensorFlow's."""
+    return special.ndtri(rng.uniform(special.ndtr(-2), special.ndtr(2), shape))
+
+
+def iou(a: Float[np.ndarray, "n 4"], b: Float[np.ndarray, "m 4"]) -> Float[np.ndarray, "n m"]:
+    """Intersection over union of every pair of boxes; 0 where both have no area."""
+    low, high = (
+        np.maximum(a[:, None, :2], b[None, :, :2]),
+        np.minimum(a[:, None, 2:], b[None, :, 2:]),
+    )
+    common = np.clip(high - low, 0, None).prod(axis=-1)
+    areas = [(x[:, 2:] - x[:, :2]).prod(axis=-1) for x in (a, b)]
+    return common / np.maximum(areas[0][:, None] + areas[1][None] - common, 1e-9)
+
+
+def vote(views: Sequence[Detections]) -> Detections:
+    """Weighted box fusion (Solovyev et al. 2021, arXiv:1910.13302) of several views of an image.
+
+    A box joins the object of its class that it overlaps most, from an IoU of .55 on, among objects
+    without a box of the same view; else it begins an object. An object's box is the mean of its
+    boxes weighted by score; its score is the sum of their scores over the number of views.
+    """
+    if len(views) == 1:
+        return views[0]
+    # Best first; of equal scores those of one rank in their views are neighbours.
+    order = sorted(
+        (-float(score), rank, number)
+        for number, view in enumerate(views)
+        for rank, score in enumerate(view.scores)
+    )
+    count = len(order)
+    boxes, sums = np.zeros((count, 4)), np.zeros(count)
+    labels, seen = np.full(count, -1, np.int32), np.zeros((count, len(views)), bool)
+    found = 0
+    for score, rank, number in order:
+        box, label = views[number].boxes[rank].astype(float), views[number].labels[rank]
+        free = (labels[:found] == label) & ~seen[:found, number]
+        overlap = np.where(free, iou(boxes[:found], box[None])[:, 0], 0)
+        at = int(np.argmax(overlap)) if found and overlap.max() >= SAME_OBJECT else found
+        found = max(found, at + 1)
+        weight = max(-score, 1e-9)
+        boxes[at] += (box - boxes[at]) * (weight / (sums[at] + weight))
+        sums[at] += weight
+        labels[at], seen[at, number] = label, True
+    order = np.argsort(-sums[:found], kind="stable")
+    scores = (sums[order] / len(views)).astype(np.float32)
+    return Detections(boxes[order].astype(np.float32), labels[order], scores)
