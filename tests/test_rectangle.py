@@ -269,6 +269,8 @@ def test_a_tokenizer_and_a_palette_are_trained_on_rectangles(tmp_path):
         assert found.detokenize(found.tokenize(given)).shape == given.shape
     with Image.open(tmp_path / "learned" / "samples" / "reconstructions.png") as picture:
         assert picture.size == (8 * (2 * 40 + 2), 4 * (2 * 24 + 2))  # 16 pairs, enlarged twice
+    planned = STAGES["tokenizer"].plan(config_of(GREY | small | {"tokens.kind": "learned"}))
+    assert planned.batch(2)["image"].shape == (2, 24, 40, 3)
     loaded = gptv_jax.load_tokenizer(tmp_path / "learned")  # at the size of the training images
     assert loaded.image_shape == (24, 40, 3)
 
