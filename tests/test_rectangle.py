@@ -298,11 +298,15 @@ def test_a_tokenizer_and_a_palette_are_trained_on_rectangles(tmp_path):
         ),
         (
             {"task.image_input": "pixels", "task.stem": (8, 8), "tokens.kind": "grey"},
-            ["stem is (8, 8)", "6 x 10 positions", "kind=grey makes 24 x 40 tokens; take ()"],
+            ["image_input is 'pixels'", "kind=grey makes 24 x 40 tokens", "6 x 10", "take tokens"],
         ),
         (
             {"task.image_input": "pixels", "task.stem": (8,) * 4, "tokens.kind": "none"},
             ["image_size is (24, 40)", "16 pixels a side", "(32, 48)"],
+        ),
+        (
+            {"task.image_input": "pixels", "tokens.kind": "none"},
+            ["task.stem is ()", "take (64,)"],
         ),
         ({"tokens.kind": "none"}, ["tokens.kind is 'none'", "config.task.image_input=pixels"]),
     ],

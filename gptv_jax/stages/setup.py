@@ -252,9 +252,7 @@ def _impossible(config: config_lib.Config, classes: int) -> dict[str, str]:
         reason = f"the images of config.data.name={config.data.name} have no labels"
         refused |= dict.fromkeys(("probe", "finetune"), f"{reason}; take pretrain and sample")
     if config.model.objective == "bert":
-        reason = (
-            "config.model.objective=bert draws no images; it takes pretrain, probe and finetune"
-        )
+        reason = "config.model.objective=bert draws no images; take pretrain, probe and finetune"
         refused |= dict.fromkeys(("sample", "generate"), reason)
     if kind == "none":
         reason = "config.tokens.kind=none has no tokens to predict or to read; take finetune"
@@ -339,10 +337,10 @@ def try_out(config: config_lib.Config, stages: list[str] | None, codec: Codec | 
     """Checks that images, codec and the transforms of evaluation and of `stages` fit together."""
     data = config.data
     channels = config.tokens.autoencoder.channels if config.tokens.kind == "learned" else 3
-    shape = codec.image_shape if codec else (*data.size, channels)
+    shape = (*data.size, channels) if config.tokens.kind != "none" else data.size
     training = [] if stages is None else _training_transforms(config, stages)
     for entries in dict.fromkeys([data.eval_transforms, *training]):
-        pipeline.try_out(data, codec, shape, entries)
+        pipeline.try_out(data, codec, codec.image_shape if codec else shape, entries)
 
 
 def _training_transforms(config: config_lib.Config, stages: list[str]) -> list[tuple[str, ...]]:
