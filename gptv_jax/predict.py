@@ -110,9 +110,10 @@ def predictions(
     def read(path: pathlib.Path) -> np.ndarray | str:
         """The pixels of a file, or why it cannot be read."""
         try:
-            image = path.read_bytes()
+            record = {"encoded": path.read_bytes()}
             for step in steps:
-                image = step(image, None)
+                record = step(record)
+            image = record["image"]
             if image.shape != shape:
                 given, taken = (" x ".join(map(str, each)) for each in (image.shape, shape))
                 problem = f"it is {given} after the run's transforms, but the model takes {taken}"

@@ -313,6 +313,11 @@ def random_image(*shape: int, seed: int = 0) -> np.ndarray:
     return generator(seed).integers(256, size=shape, dtype=np.uint8)
 
 
+def transformed(step, image: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
+    """The image after a transform, alone in its record."""
+    return step({"image": image}, rng)["image"]
+
+
 def encoded(pixels: np.ndarray, form: str = "PNG", **options) -> bytes:
     """An image file of pixels [H, W] or [H, W, C]; one channel is grey."""
     file = io.BytesIO()

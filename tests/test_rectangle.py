@@ -194,8 +194,8 @@ def test_training_from_a_token_cache_of_rectangles_is_training_from_images(grey,
         prepare.main(config)
     cache = TokenCache(tmp_path / "cache")
     assert cache.image_size == (H, W) and cache.codec().grid == (H, W)
-    stored = cache.open("test")[3]["image"]
-    np.testing.assert_array_equal(stored, arrays["test_images"][3])
+    stored = cache.open("test")[3]["tokens"]
+    np.testing.assert_array_equal(stored, arrays["test_images"][3, ..., 0])
     data = dataclasses.replace(config.data, name="tokens", path=str(cache.folder))
     gptv_jax.train(dataclasses.replace(config, data=data), tmp_path / "run", ["pretrain"])
     of_cache, of_images = (

@@ -25,8 +25,6 @@ class Arrays:
     are sentences about what a user may not expect.
     """
 
-    stored_as = "pixels"
-
     def __init__(
         self,
         splits: dict[str, tuple[np.ndarray, np.ndarray | None]],

@@ -25,7 +25,6 @@ SPLITS = ("train", "validation", "test")
 class DigitScenes:
     """The data set: 20,000 scenes of training digits, 400 each of validation and test digits."""
 
-    stored_as = "pixels"
     class_names = tuple("0123456789")
     classes = len(class_names)
 

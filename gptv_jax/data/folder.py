@@ -30,8 +30,6 @@ class ImageFolder:
     `notes` are sentences about what a user may not expect, and `left_out` says what is not read.
     """
 
-    stored_as = "encoded"
-
     def __init__(
         self,
         path: pathlib.Path,
@@ -186,7 +184,7 @@ class _FolderSplit:
         return len(self.files)
 
     def __getitem__(self, index: int) -> dict:
-        image = {"image": (self.folder / self.files[index]).read_bytes()}
+        image = {"encoded": (self.folder / self.files[index]).read_bytes()}
         return image if self.labels is None else {**image, "label": self.labels[index]}
 
     def name(self, index: int) -> str:

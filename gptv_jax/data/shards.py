@@ -122,8 +122,6 @@ class Shards:
     `name(row)`.
     """
 
-    stored_as = "encoded"
-
     def __init__(
         self,
         parts: dict[str, list],
@@ -168,7 +166,7 @@ class _Split:
 
     def __getitem__(self, index: int) -> dict:
         part, row = self._locate(index)
-        image = {"image": part.read(row)}
+        image = {"encoded": part.read(row)}
         return image if self.labels is None else {**image, "label": self.labels[index]}
 
     def name(self, index: int) -> str:

@@ -21,6 +21,7 @@ from gptv_jax.data.cache import TokenCache
 from gptv_jax.data.folder import ImageFolder
 from gptv_jax.data.listing import split_names
 from gptv_jax.data.parquet import Tables
+from gptv_jax.data.records import Record, annotations
 from gptv_jax.data.webdataset import WebDataset
 from gptv_jax.errors import InputError, cut, first_line, shorten
 
@@ -29,16 +30,14 @@ SPLITS = ("train", "validation", "test")  # of a run; `config.data` gives an exp
 
 @runtime_checkable
 class Source(Protocol):
-    """The examples of a split, or of a split expression, by number.
+    """The records of a split, or of a split expression, by number; see data/records.py.
 
-    An example is `{"image", "label"}`, always the same; without "label" where unlabelled. The image
-    is uint8 [H, W, C], the bytes of an image file, or a grid of tokens, uint16 [rows, columns, 1],
-    depending on `DataSet.stored_as`.
+    A number has always the same record, and all records of a split have the same keys.
     """
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> dict: ...
+    def __getitem__(self, index: int) -> Record: ...
 
     def name(self, index: int) -> str: ...  # the example's name in messages
 
@@ -47,7 +46,6 @@ class Source(Protocol):
 class DataSet(Protocol):
     """A data set with all its splits."""
 
-    stored_as: str  # how images are stored: "pixels", "encoded" or "tokens"
     classes: int  # number of classes; 0: unlabelled
     class_names: tuple[str, ...]  # in the order of the labels; empty where classes have no names
     lengths: dict[str, int]  # number of examples by split
@@ -67,8 +65,6 @@ class Tfds:
     The name may have a configuration, `a/b:1.0.0`. `folder` has all prepared sets, or this one;
     None: TFDS's default.
     """
-
-    stored_as = "encoded"
 
     def __init__(self, name: str, folder: str | None):
         import tensorflow_datasets as tfds  # takes seconds
@@ -118,7 +114,7 @@ class _TfdsSplit(ArraysSplit):
 
     def __getitem__(self, index: int) -> dict:
         example = self.images[index]
-        image = {"image": example["image"]}
+        image = {"encoded": example["image"]}
         return {**image, "label": np.int32(example["label"])} if self.labels else image
 
 
@@ -137,7 +133,6 @@ class Selected:
     """The examples that a split expression such as `train[:96%]` or `train+test` selects."""
 
     def __init__(self, data_set: DataSet, expression: str, labels: bool = True):
-        self.stored_as = data_set.stored_as
         self.classes = data_set.classes if labels else 0
         self.class_names = data_set.class_names if labels else ()
         parts = _resolve(expression, data_set)
@@ -151,10 +146,19 @@ class Selected:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, index: int) -> Record:
         source, row = self._locate(index)
-        example = source[row]
-        return example if self.classes else {"image": example["image"]}
+        return self._labelled(source[row])
+
+    def annotations(self, index: int) -> Record:
+        """The record without the picture, which sources with a method `annotations` do not read."""
+        source, row = self._locate(index)
+        known = getattr(source, "annotations", None) or (lambda row: annotations(source[row]))
+        return self._labelled(known(row))
+
+    def _labelled(self, record: Record) -> Record:
+        """The record without its label where there are no classes."""
+        return {k: v for k, v in record.items() if self.classes or k != "label"}
 
     def label_counts(self) -> np.ndarray | None:
         """Number of examples of each class, int64 [C]; examples with a negative label are left out.

@@ -14,7 +14,7 @@ import numpy as np
 from gptv_jax import config as config_lib
 from gptv_jax import files, hosts, sharding, tokens, weights
 from gptv_jax.config import fields, rules
-from gptv_jax.data import inventory, pipeline, sources, transforms
+from gptv_jax.data import inventory, pipeline, sources, transforms, trial
 from gptv_jax.data.cache import TokenCache
 from gptv_jax.data.damage import DamageLog
 from gptv_jax.data.folder import refuse_inside
@@ -243,7 +243,7 @@ def choose_stages(
 def _impossible(config: config_lib.Config, classes: int) -> dict[str, str]:
     """Stages that this run cannot have, each with the reason and what to do."""
     given, kind, refused = config.init_from, config.tokens.kind, {}
-    cached = sources.open_data_set(config.data).stored_as == "tokens"
+    cached = isinstance(sources.open_data_set(config.data), TokenCache)
     if kind != "learned":
         refused["tokenizer"] = f"config.tokens.kind={kind} has nothing to train"
     elif config.tokens.tokenizer or given or cached:
@@ -340,7 +340,7 @@ def try_out(config: config_lib.Config, stages: list[str] | None, codec: Codec | 
     shape = (*data.size, channels) if config.tokens.kind != "none" else data.size
     training = [] if stages is None else _training_transforms(config, stages)
     for entries in dict.fromkeys([data.eval_transforms, *training]):
-        pipeline.try_out(data, codec, codec.image_shape if codec else shape, entries)
+        trial.try_out(data, codec, codec.image_shape if codec else shape, entries)
 
 
 def _training_transforms(config: config_lib.Config, stages: list[str]) -> list[tuple[str, ...]]:
