@@ -13,6 +13,7 @@ Axes are explicit: a sharding is part of an array's type, so a wrong sharding fa
 traced, and moments made by `zeros_like(weight)` have the weight's sharding.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -228,7 +229,9 @@ def global_batch(batch: dict) -> dict:
     sharding = NamedSharding(jax.sharding.get_mesh(), BATCH_FIRST)
     # An explicit transfer, which JAX takes for an implicit one with several processes.
     with jax.transfer_guard_host_to_device("allow"):
-        return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+        return jax.tree.map(
+            functools.partial(jax.make_array_from_process_local_data, sharding), batch
+        )
 
 
 def shard_rows(rows) -> jax.Array:

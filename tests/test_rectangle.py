@@ -26,6 +26,7 @@ from gptv_jax.errors import InputError
 from gptv_jax.model import flops
 from gptv_jax.runs import pictures
 from gptv_jax.stages import STAGES, setup
+from gptv_jax.stages.select import choose_stages
 
 H, W, LEVELS = 6, 10, 4
 LOCAL = dataclasses.replace(SETTINGS.autoencoder, attention=False)  # a code sees nearby pixels
@@ -325,10 +326,10 @@ def test_images_without_tokens_are_for_fine_tuning_alone():
     config = config_of(values | {"data.image_size": (24, 40)})
     assert config.tokens.vocabulary == 0 and config.grid == (6, 10)
     assert tokens.make_codec(config.tokens, config.data.image_size) is None
-    assert setup.choose_stages(config, 10) == ["finetune"]
+    assert choose_stages(config, {"image", "label"}) == ["finetune"]
     for name in STAGES.keys() - {"finetune"}:
         with pytest.raises(InputError, match=f"--stages has {name}, but config.tokens.kind=none"):
-            setup.choose_stages(config, 10, [name])
+            choose_stages(config, {"image", "label"}, [name])
 
 
 def test_a_grid_of_wide_pictures_is_about_square(tmp_path):

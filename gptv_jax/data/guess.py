@@ -7,22 +7,16 @@ from gptv_jax import files
 from gptv_jax.data.listing import ENDINGS
 
 HUB = re.compile(r"(?:hf://|https?://huggingface\.co/)(?:datasets/)?([\w.-]+/[\w.-]+)")
-KINDS = {  # by the ending of a file
-    ".parquet": "parquet",
-    ".arrow": "parquet",
-    ".tar": "webdataset",
-    ".npz": "arrays",
-}
+# The data set that reads a file, by the file's ending.
+KINDS = {".parquet": "parquet", ".arrow": "parquet", ".tar": "webdataset", ".npz": "arrays"}
 PACKED = (".zip", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".7z", ".rar")
 SAVED = ("dataset_dict.json", "state.json")  # of datasets.save_to_disk
 
 
 def hub_advice(name: str) -> str:
     """The command that downloads a data set `user/name` of the Hugging Face Hub, and the fields."""
-    return (
-        f"download it by hf download {name} --repo-type=dataset --local-dir=FOLDER, then take "
-        "--config.data.name=parquet --config.data.path=FOLDER"
-    )
+    command = f"download it by hf download {name} --repo-type=dataset --local-dir=FOLDER"
+    return f"{command}, then take --config.data.name=parquet --config.data.path=FOLDER"
 
 
 def advice(place: str, name: str | None = None) -> str | None:

@@ -1,7 +1,6 @@
 """What the data of a run hold: the splits, the classes, and what was left out."""
 
 import logging
-from collections.abc import Sequence
 
 from gptv_jax import config as config_lib
 from gptv_jax.data import sources
@@ -20,11 +19,12 @@ def describe(data_set: sources.DataSet, opened: dict[str, sources.Selected]) -> 
     notes     [text, ...]: what was made of unusual data, such as labels numbered anew
     """
     counts = {split: source.label_counts() for split, source in opened.items()}
-    return {
-        "images": dict(data_set.lengths),
-        "by_class": {s: each.tolist() for s, each in counts.items() if each is not None},
-        **{name: _texts(getattr(data_set, name, ())) for name in ("left_out", "notes")},
-    }
+    found = {"images": dict(data_set.lengths)}
+    found["by_class"] = {s: each.tolist() for s, each in counts.items() if each is not None}
+    for name in ("left_out", "notes"):  # names of files of an old system may not be UTF-8
+        texts = getattr(data_set, name, ())
+        found[name] = [text.encode(errors="backslashreplace").decode() for text in texts]
+    return found
 
 
 def log(config: config_lib.Data, found: dict, opened: dict[str, sources.Selected]) -> None:
@@ -46,24 +46,14 @@ def log(config: config_lib.Data, found: dict, opened: dict[str, sources.Selected
         *(f"left out: {each}" for each in found["left_out"]),
     ]
     LOG.info("data %s: %s", config.path or config.name, "; ".join(parts))
-    warnings = [*found["notes"], *_unused(opened, found["images"])]
+    warnings, used = list(found["notes"]), set().union(*(s.splits for s in opened.values()))
+    if unused := [s for s in ("validation", "test") if s in found["images"] and s not in used]:
+        flags = " ".join(f"--config.data.{split}_split={split}" for split in ("train", *unused))
+        own = " and ".join(unused)
+        warnings.append(
+            f"the run does not use the data's own {own} images; they are taken by {flags}"
+        )
     if empty := [name for name, count in zip(names, counts or (), strict=False) if not count]:
         warnings.append(f"classes without a training image: {shorten(empty)}")
     for warning in warnings:
         LOG.warning("data: %s.", warning)
-
-
-def _texts(sentences: Sequence[str]) -> list[str]:
-    """The sentences in UTF-8, which names of files of an old system may not be."""
-    return [each.encode(errors="backslashreplace").decode() for each in sentences]
-
-
-def _unused(opened: dict[str, sources.Selected], lengths: dict[str, int]) -> list[str]:
-    """A sentence where the data have splits to evaluate on that the run does not use."""
-    used = set().union(*(source.splits for source in opened.values()))
-    unused = [split for split in ("validation", "test") if split in lengths and split not in used]
-    if not unused:
-        return []
-    flags = " ".join(f"--config.data.{split}_split={split}" for split in ("train", *unused))
-    own = " and ".join(unused)
-    return [f"the run does not use the data's own {own} images; they are taken by {flags}"]

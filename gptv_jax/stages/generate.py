@@ -117,8 +117,7 @@ def draw(
             content = io.BytesIO()
             np.save(content, tokens)
             files.replace(path, content.getvalue())
-        for _ in range(wanted):
-            progress.advance()
+        progress.advance(wanted)
         progress.report(first + wanted, {})
         yield tokens
     progress.close()

@@ -171,6 +171,7 @@ def total(parts: Iterable, add: Callable = Metric.add):
     return jax.device_get(functools.reduce(add, parts))
 
 
+@functools.cache  # the metrics of several splits share the compiled step
 def make_eval_step(network: Network, *, confusion: bool = False) -> Callable:
     """`(params, batch) -> sums` over the rows whose "mask" is 1, jitted.
 
