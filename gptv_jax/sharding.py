@@ -51,6 +51,9 @@ PARAMETERS: dict[str, P] = {
     "mlp_out": P(None, "tensor", "fsdp"),  # L F D
     "final_norm": P(None),  # D
     "head": P(None, "fsdp"),  # V D
+    "embedding": P(None, "fsdp"),  # V D, of a part after the first one
+    "place": P(None),  # D
+    "from_stem": P(None, "fsdp"),  # channels, D
     "conv": P(None, None, None, "fsdp"),  # height, width, inputs, outputs
     "from_pixels": P(None, None, None, "fsdp"),
     "to_pixels": P(None, None, "fsdp", None),

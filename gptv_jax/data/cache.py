@@ -107,6 +107,8 @@ def write(
 class TokenCache:
     """A folder of `write`, as a `sources.DataSet`; any other folder raises InputError."""
 
+    object_names = ()
+
     def __init__(self, folder: pathlib.Path):
         self.folder = folder
         path = folder / "header.json"
