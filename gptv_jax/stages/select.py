@@ -11,16 +11,6 @@ from gptv_jax.errors import InputError
 from gptv_jax.stages import STAGES
 
 
-def record_keys(source: sources.Selected) -> set[str]:
-    """Keys of a record of the source; "label" of labelled data alone."""
-    for index in range(len(source)):
-        try:
-            return {*source[index]} - ({"label"} if not source.classes else set())
-        except (OSError, ValueError):  # a damaged example, which is told of elsewhere
-            continue
-    return set()
-
-
 def choose_stages(
     config: config_lib.Config,
     held: Collection[str],
@@ -29,7 +19,7 @@ def choose_stages(
 ) -> list[str]:
     """Names of the stages to run, in order; None: all possible stages except those on request.
 
-    `held` are the keys of the data's records, "label" of labelled data alone. With
+    `held` are the keys of the data's records, see `sources.Selected.keys`. With
     `config.init_from`, pretraining must be named, or have begun in the run folder.
 
     Raises:

@@ -74,7 +74,7 @@ class WeightsFile:
     eval_transforms: tuple[str, ...] = field(())
 
     @property
-    def codec(self) -> tokens.Codec:
+    def codec(self) -> tokens.Codec | None:
         return tokens.make_codec(self.tokens, self.image_size, self.definition)
 
     @property
