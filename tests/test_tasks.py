@@ -139,7 +139,7 @@ def test_a_model_keeps_its_task_and_draws_with_the_pretrained_weights(run, tmp_p
     assert again.network == model.network and repr(again) == repr(model)
     for a, b in zip(*map(jax.tree.leaves, (again.params, model.params)), strict=True):
         np.testing.assert_array_equal(a, b)
-    with pytest.raises(InputError, match="fine-tuned for .*level"):
+    with pytest.raises(InputError, match=r"fine-tuned for .*level"):
         again.weights_file().headless()
 
 
