@@ -25,6 +25,8 @@ class Arrays:
     are sentences about what a user may not expect.
     """
 
+    object_names = ()
+
     def __init__(
         self,
         splits: dict[str, tuple[np.ndarray, np.ndarray | None]],

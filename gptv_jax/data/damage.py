@@ -60,7 +60,7 @@ class DecodedSource:
         """See `Decode.depth`; None also where the file cannot be read, or is an array of pixels."""
         try:
             return self.decode.depth(self.source[index]["encoded"])
-        except (OSError, KeyError):
+        except (OSError, KeyError, DamagedImageError):
             return None
 
 

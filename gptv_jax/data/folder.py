@@ -30,6 +30,8 @@ class ImageFolder:
     about what a user may not expect, and `left_out` says what is not read.
     """
 
+    object_names = ()
+
     def __init__(
         self,
         path: pathlib.Path,
@@ -62,6 +64,12 @@ class ImageFolder:
             shown = shorten(top.files)
             self.notes.append(f"{path} has images beside its splits, which are left out: {shown}")
         endings = sum((listing.endings for listing in [top, *read]), collections.Counter())
+        annotated = any(listing.endings[".json"] for listing in [top, *below.values()])
+        if annotated and (coco := guess.coco_files(path)):
+            self.notes.append(
+                f"the boxes in {shorten(f.relative_to(path) for f in coco)} are not read; "
+                "--config.data.name=coco reads them"
+            )
         if bare := [folders[split] for split, found in files.items() if not found]:
             nothing = not any(listing.files for listing in [top, *below.values()])
             advice = guess.of_folder(path, "folder") if nothing else None

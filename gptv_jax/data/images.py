@@ -9,7 +9,7 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from gptv_jax.config.fields import ABOVE_ZERO, POSITIVE, field
 from gptv_jax.data.records import Record, to_array, to_picture
@@ -224,3 +224,14 @@ def _is_deep(image: Image.Image) -> bool:
 def _has_deep_colours(image: Image.Image) -> bool:
     """Whether the file, whose pixels are not read yet, has several channels of 16 bits."""
     return not _is_deep(image) and ";16" in str(getattr(image, "tile", ""))
+
+
+def shown_size(encoded: bytes) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Height and width that `Decode` gives, and those before the EXIF orientation; not decoded."""
+    with Image.open(io.BytesIO(encoded)) as image:
+        width, height = image.size
+        # Pillow decodes a PNG to look for an orientation behind the pixels.
+        plain = image.format == "PNG" and b"eXIf" not in encoded and b"Orientation" not in encoded
+        turned = not plain and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    stored = (height, width)
+    return (stored[::-1] if turned else stored), stored

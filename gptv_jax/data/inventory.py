@@ -1,6 +1,7 @@
 """What the data of a run hold: the splits, the classes, and what was left out."""
 
 import logging
+from collections.abc import Sequence
 
 from gptv_jax import config as config_lib
 from gptv_jax.data import sources
@@ -15,12 +16,16 @@ def describe(data_set: sources.DataSet, opened: dict[str, sources.Selected]) -> 
     images    {split: number}: all splits of the data set, whether the run uses them or not
     by_class  {split of the run: [number of images of class 0, of class 1, ...]}; a split whose
               labels cannot be counted without reading its images is absent
+    objects   {split of the run: `Selected.object_counts`}; a split whose boxes cannot be counted
+              without reading its images is absent
     left_out  [text, ...]: files and folders that are not read
     notes     [text, ...]: what was made of unusual data, such as labels numbered anew
     """
     counts = {split: source.label_counts() for split, source in opened.items()}
+    objects = {split: source.object_counts() for split, source in opened.items()}
     found = {"images": dict(data_set.lengths)}
     found["by_class"] = {s: each.tolist() for s, each in counts.items() if each is not None}
+    found["objects"] = {split: each for split, each in objects.items() if each}
     for name in ("left_out", "notes"):  # names of files of an old system may not be UTF-8
         texts = getattr(data_set, name, ())
         found[name] = [text.encode(errors="backslashreplace").decode() for text in texts]
@@ -43,6 +48,7 @@ def log(config: config_lib.Data, found: dict, opened: dict[str, sources.Selected
     parts = [
         f"images: {', '.join(images)}",
         f"{classes}: {shorten(counted)}" if names else "no labels",
+        *objects_in_words(source.object_names, found["objects"]),
         *(f"left out: {each}" for each in found["left_out"]),
     ]
     LOG.info("data %s: %s", config.path or config.name, "; ".join(parts))
@@ -55,5 +61,21 @@ def log(config: config_lib.Data, found: dict, opened: dict[str, sources.Selected
         )
     if empty := [name for name, count in zip(names, counts or (), strict=False) if not count]:
         warnings.append(f"classes without a training image: {shorten(empty)}")
+    boxes = found["objects"].get("train", {}).get("by_class", ())
+    if unseen := [n for n, count in zip(source.object_names, boxes, strict=False) if not count]:
+        warnings.append(f"classes of objects without a training box: {shorten(unseen)}")
     for warning in warnings:
         LOG.warning("data: %s.", warning)
+
+
+def objects_in_words(names: Sequence[str], counts: dict[str, dict]) -> list[str]:
+    """A phrase on the classes of objects and one on the boxes by split; none without objects.
+
+    `counts` are the "objects" of `describe`.
+    """
+    boxes = [
+        f"{split} {each['boxes']} ({each['crowd']} of crowds, {each['empty']} images without)"
+        for split, each in counts.items()
+    ]
+    classes = [f"{len(names)} classes of objects: {shorten(names)}"] if names else []
+    return classes + ([f"boxes: {', '.join(boxes)}"] if boxes else [])

@@ -115,6 +115,8 @@ class Shards:
     A part has some rows of a file: its length, `read(row)`, the bytes of an image, and `name(row)`.
     """
 
+    object_names = ()
+
     def __init__(
         self,
         parts: dict[str, list],

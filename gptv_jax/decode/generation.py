@@ -1,8 +1,8 @@
 """Drawing tokens: one compiled program reads the prompts, another draws all tokens that follow.
 
 Known tokens may lie anywhere in a sequence. A token depends on all tokens before it, known or
-drawn, and on none after it. With classifier-free guidance every row is read twice in one batch,
-with its class and without.
+drawn, and on none after it. Each part of a sequence has a vocabulary of its own. With
+classifier-free guidance every row is read twice in one batch, with its class and without.
 
 Memory traffic bounds decoding: every new token reads all weights and the whole key/value cache. So
 weights are cast to the compute dtype and gathered over fsdp once, every layer has arrays of its own
@@ -20,15 +20,16 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
+from gptv_jax.decode.restriction import Restriction, guidance_scales, guide, restrict
 from gptv_jax.model import layers
 from gptv_jax.model.attention import LANES, self_attention
 from gptv_jax.model.gpt import GPT, Network
+from gptv_jax.model.layout import Layout, Part
 
 UNKNOWN = -1  # stands in place of a token that is to be drawn
 DEFAULTS = config_lib.Drawing()
@@ -88,9 +89,9 @@ def generate(
     # Settings that change no shape are arguments of the program, not a reason to recompile.
     top_p = jnp.float32(1.0 if drawing.top_p is None else drawing.top_p)
     top_k = jnp.int32(min(network.vocabulary, drawing.top_k or network.vocabulary))
-    restriction = (jnp.float32(drawing.temperature), top_k, top_p)
+    restriction = Restriction(jnp.float32(drawing.temperature), top_k, top_p)
     static, arguments = (network, prefix, samples), (params, given, logits, prompt, key)
-    return run(_draw, static, *arguments, scales, restriction)
+    return run(draw_tokens, static, *arguments, scales, restriction)[0]
 
 
 def token_key(key: PRNGKeyArray, position: int | Int[Array, ""]) -> PRNGKeyArray:
@@ -121,46 +122,95 @@ def prefill(
     return read_prompt(model, model.embed(prefix, variant, spec=sharding.BATCH_FIRST))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _draw(
-    network, prefix, samples, params, given, logits, prompt, key, scales, restriction
-) -> Int[Array, "B N"]:
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), static_argnames=("allowed", "scored"))
+def draw_tokens(
+    network,
+    prefix,
+    samples,
+    params,
+    given,
+    logits,
+    prompt,
+    key,
+    scales,
+    restriction,
+    allowed=None,
+    scored=False,
+) -> tuple[Int[Array, "B N"], Float[Array, "B N"] | None]:
     """Draws the unknown tokens after the prefix, one position at a time.
 
     `logits` and `prompt` are returned by `prefill`. `scales` is the guidance scale of each
-    position, None without guidance; `restriction` is the (temperature, top_k, top_p) of `restrict`.
+    position, None without guidance; `restriction` has one number, or one for each position.
+    `allowed` is a task's grammar, see `answers.answer`. With `scored`, every drawn token's
+    probability among the allowed tokens is returned too, before `restriction`; 1 in the prefix.
     """
     model, blocks = decoding_weights(network, params)
     tokens, last = _repeat_rows(given, samples), given.shape[1] - 1
+    probabilities = jnp.ones_like(tokens, jnp.float32) if scored else None
 
-    def draw(position, tokens, logits):
+    def draw(part, position, tokens, probabilities, logits):
         if scales is not None:
             logits = guide(logits, scales[position], samples)
-        drawn = jax.random.categorical(token_key(key, position), restrict(logits, *restriction))
+        if allowed is not None:
+            places = network.layout.slices[part.name]
+            mask = allowed(part.name, position - places.start, tokens[:, places])
+            logits = logits if mask is None else jnp.where(mask, logits, -jnp.inf)
+        settings = (each if jnp.ndim(each) == 0 else each[position] for each in restriction)
+        drawn = jax.random.categorical(token_key(key, position), restrict(logits, *settings))
         known = jax.lax.dynamic_slice_in_dim(tokens, position, 1, axis=1)
         # JAX 0.12 loses the sharding of a dimension of size 1, here that of a single row.
         known = jax.sharding.reshard(known, sharding.BATCH_FIRST)
         token = jnp.where(known == UNKNOWN, drawn[:, None].astype(jnp.int32), known)
-        return jax.lax.dynamic_update_slice(tokens, token, (0, position))
+        tokens = jax.lax.dynamic_update_slice(tokens, token, (0, position))
+        if scored:  # by a one-hot product: a lookup would need the vocabulary whole on a device
+            chosen = jax.nn.one_hot(token[:, 0], logits.shape[-1])
+            likely = (jax.nn.softmax(logits, axis=-1) * chosen).sum(axis=1, keepdims=True)
+            where = 0, position
+            probabilities = jax.lax.dynamic_update_slice(probabilities, likely, where)
+        return tokens, probabilities
 
-    def step(position, carry):
-        tokens, logits, cache = carry
-        tokens = draw(position, tokens, logits)
-        x = model.embed_one(tokens, position + 1)
+    def step(part, next_part, position, carry):
+        """Draws a token of `part`, and makes the logits of the position after it."""
+        tokens, probabilities, logits, cache = carry
+        tokens, probabilities = draw(part, position, tokens, probabilities, logits)
+        x = model.embed_one(tokens, position + 1, part)
         if scales is not None:  # the rows with and without the class continue with the same token
             x = _repeat_rows(x, 2, group=samples)
-        logits, cache = extend(model, blocks, x, prompt, cache, position - prefix)
-        return tokens, logits, cache
+        logits, cache = extend(model, blocks, x, prompt, cache, position - prefix, next_part)
+        return tokens, probabilities, logits, cache
 
-    position, logits = prefix, _repeat_rows(logits, samples)
+    logits = _repeat_rows(logits, samples)
     cache = empty_cache(network, len(logits), 0)
-    for capacity in cache_capacities(last - prefix):
-        padding = ((0, 0), (0, 0), (0, capacity - cache[0].keys.shape[2]), (0, 0))
-        cache = jax.tree.map(lambda x, padding=padding: jnp.pad(x, padding), cache)
-        carry = tokens, logits, cache
-        tokens, logits, cache = jax.lax.fori_loop(position, prefix + capacity, step, carry)
-        position = prefix + capacity
-    return draw(last, tokens, logits)
+    carry = tokens, probabilities, logits, cache
+    ends = [prefix + capacity for capacity in cache_capacities(last - prefix)]
+    for start, end, capacity in stretches(network.layout, prefix, ends):
+        carry = *carry[:-1], jax.tree.map(functools.partial(_with_room, capacity), carry[-1])
+        parts = network.layout.part_at(start), network.layout.part_at(start + 1)
+        take = functools.partial(step, *parts)
+        # At the end of a part the logits change their vocabulary, which a loop's carry cannot.
+        crosses = parts[0] != parts[1]
+        carry = take(start, carry) if crosses else jax.lax.fori_loop(start, end, take, carry)
+    tokens, probabilities, logits, _ = carry
+    return draw(network.layout.part_at(last), last, tokens, probabilities, logits)
+
+
+def stretches(layout: Layout, first: int, ends: list[int]) -> list[tuple[int, int, int]]:
+    """Positions that one loop draws: (start, end, capacity of the cache), from `first` on.
+
+    A stretch ends where the cache is full, which is after the positions `ends`, and before and
+    after the last position of a part.
+    """
+    if not ends:
+        return []
+    last = [where.stop - 1 for where in layout.slices.values()]
+    cuts = sorted({*ends, *(c for at in last for c in (at, at + 1) if first < c < ends[-1])})
+    starts = [first, *cuts[:-1]]
+    rooms = [next(end for end in ends if end > start) - first for start in starts]
+    return list(zip(starts, cuts, rooms, strict=True))
+
+
+def _with_room(capacity: int, x: Float[Array, "B H S K"]) -> Float[Array, "B H capacity K"]:
+    return jnp.pad(x, ((0, 0), (0, 0), (0, capacity - x.shape[2]), (0, 0)))
 
 
 def _repeat_rows(x: Array, times: int, group: int = 1) -> Array:
@@ -171,62 +221,6 @@ def _repeat_rows(x: Array, times: int, group: int = 1) -> Array:
     grouped = x.reshape(groups, 1, group, *x.shape[1:], out_sharding=spec)
     repeated = jnp.broadcast_to(grouped, (groups, times, group, *x.shape[1:]))
     return repeated.reshape(rows, *x.shape[1:], out_sharding=spec)
-
-
-def guidance_scales(
-    drawing: config_lib.Drawing, length: int
-) -> Float[np.ndarray, " length"] | None:
-    """Scale of classifier-free guidance at each of T positions; None where there is no guidance.
-
-    The schedule "cosine" is 1 + (guidance - 1) (1 - cos(pi (t / T)^power)) / 2 at position t.
-    """
-    if drawing.guidance == 1:
-        return None
-    risen = np.ones(length)
-    if drawing.guidance_schedule == "cosine":
-        risen = (1 - np.cos(np.pi * (np.arange(length) / length) ** drawing.guidance_power)) / 2
-    return (1 + (drawing.guidance - 1) * risen).astype(np.float32)
-
-
-def guide(
-    logits: Float[Array, "N V"], scale: Float[Array, ""], samples: int
-) -> Float[Array, "B V"]:
-    """Logits of the class, moved away from the logits without a class (Ho & Salimans 2022).
-
-    N = 2 B rows: `samples` rows with their class, these rows without it, and so on. The scale 1
-    leaves the logits of the class as they are; it is w + 1 in arXiv:2207.12598.
-    """
-    shape, spec = (-1, 2, samples, logits.shape[-1]), sharding.BATCH_FIRST
-    pairs = logits.reshape(shape, out_sharding=spec)
-    conditional, unconditional = pairs[:, 0], pairs[:, 1]
-    guided = conditional + (scale - 1) * (conditional - unconditional)
-    return guided.reshape(-1, logits.shape[-1], out_sharding=spec)
-
-
-def restrict(
-    logits: Float[Array, "B V"],
-    temperature: Float[Array, ""],
-    top_k: Int[Array, ""],
-    top_p: Float[Array, ""],
-) -> Float[Array, "B V"]:
-    """Logits divided by the temperature, -inf for the tokens that top-k and top-p leave out.
-
-    The most likely token always stays; of equally likely tokens the lower one ranks first.
-    """
-    scaled = logits / jnp.maximum(temperature, 1e-6)
-    top_k = jnp.where(temperature == 0, 1, top_k)
-
-    def restricted(scaled):
-        order = jnp.argsort(-scaled, axis=-1, stable=True)
-        ranked = jnp.take_along_axis(jax.nn.softmax(scaled, axis=-1), order, axis=-1)
-        before = jnp.cumsum(ranked, axis=-1) - ranked  # probability of all more likely tokens
-        keep = (jnp.arange(logits.shape[-1])[None] < top_k) & ((before < top_p) | (top_p >= 1))
-        rank = jnp.argsort(order, axis=-1)
-        return jnp.where(jnp.take_along_axis(keep, rank, axis=-1), scaled, -jnp.inf)
-
-    # Sorting takes longer than the rest of a small network's step, so it is skipped if not needed.
-    unrestricted = (top_k >= logits.shape[-1]) & (top_p >= 1)
-    return jax.lax.cond(unrestricted, lambda scaled: scaled, restricted, scaled)
 
 
 def decoding_weights(network: Network, params: dict) -> tuple[GPT, list[layers.Block]]:
@@ -242,10 +236,10 @@ def read_prompt(model: GPT, x: Float[Array, "G P D"]) -> tuple[Float[Array, "G V
 
     `model` has the weights of `Network.init`, not the result of `decoding_weights`.
     """
-    length = x.shape[1]
+    length, layout = x.shape[1], model.network.layout
     if length > LANES:  # the fast forms of attention take multiples of LANES; padding is not seen
         x = jnp.pad(x, ((0, 0), (0, -length % LANES), (0, 0)))
-    visible = model.network.layout.visible[:length] + tuple(range(length + 1, x.shape[1] + 1))
+    visible = layout.visible[:length] + tuple(range(length + 1, x.shape[1] + 1))
     rotation = model.rotation(0, x.shape[1])
 
     def layer(x, block):
@@ -261,7 +255,7 @@ def read_prompt(model: GPT, x: Float[Array, "G P D"]) -> tuple[Float[Array, "G V
 
     x, stacked = model.walk(layer, x, model.blocks)
     cache = [jax.tree.map(lambda part, i=i: part[i], stacked) for i in range(len(stacked.keys))]
-    return model.predict(x[:, length - 1 : length]), tuple(cache)
+    return model.predict(x[:, length - 1 : length], layout.part_at(length - 1)), tuple(cache)
 
 
 def extend(
@@ -271,13 +265,15 @@ def extend(
     prompt: Cache,
     generated: Cache,
     count: Int[Array, ""],
+    part: Part | None = None,
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Logits of one more position of every sample, and `generated` with the new keys and values.
 
     `model` and `blocks` are those of `decoding_weights`, `x` is the embedded input of the position.
     Each of the G prompts in the cache `prompt` is continued by B / G samples, which lie next to
     each other. `generated` caches the samples' positions after the prompt, `count` of them so far;
-    its capacity must exceed `count`.
+    its capacity must exceed `count`. The logits are over the vocabulary of `part`; None: of the
+    first part.
     """
     extended, rotation = [], model.rotation(prompt[0].keys.shape[2] + count, 1)
     for block, of_prompt, before in zip(blocks, prompt, generated, strict=True):
@@ -291,7 +287,7 @@ def extend(
             return jnp.swapaxes(_attend_one(q, of_prompt, after, count), 1, 2)
 
         x, _ = block(x, attend, rotation=rotation)
-    return model.predict(x), tuple(extended)
+    return model.predict(x, part), tuple(extended)
 
 
 def _attend_one(

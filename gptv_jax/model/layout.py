@@ -88,6 +88,11 @@ class Layout:
         ends = np.cumsum([0, *(part.size for part in self.parts)]).tolist()
         return {part.name: slice(ends[i], ends[i + 1]) for i, part in enumerate(self.parts)}
 
+    def part_at(self, position: int) -> Part:
+        """The part that a position belongs to."""
+        names = {name: where for name, where in self.slices.items() if position < where.stop}
+        return next(part for part in self.parts if part.name in names)
+
     @functools.cached_property
     def predicted(self) -> np.ndarray:
         """Whether a position predicts its token, bool [T]."""
@@ -129,7 +134,7 @@ def bidirectional(part: Part) -> Layout:
 
 def of_images(vocabulary: int, grid: tuple[int, int], objective: str = "autoregressive") -> Layout:
     """The layout of images alone, for pretraining with `config.Model.objective`."""
-    image = Part("image", vocabulary, tuple(grid))
+    image = Part("image", vocabulary, tuple(grid), predicted=vocabulary > 0)
     return bidirectional(image) if objective == "bert" else causal(image)
 
 

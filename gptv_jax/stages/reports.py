@@ -18,6 +18,7 @@ import numpy as np
 from gptv_jax import config as config_lib
 from gptv_jax import files, tasks
 from gptv_jax.config import fields
+from gptv_jax.data import inventory
 from gptv_jax.decode.sampler import class_rows
 from gptv_jax.errors import shorten
 from gptv_jax.runs import accuracy, html, pictures
@@ -320,7 +321,8 @@ def _origin(results: Results) -> str:
         named = f"{len(named)} ({shorten(named, room=300)})"
     data = f"images: {splits or 'not recorded'} · classes: {named}"
     held = record.get("found", {})  # absent in folders of older versions
-    told = [*(f"left out: {each}" for each in held.get("left_out", ())), *held.get("notes", ())]
+    told = inventory.objects_in_words(record.get("objects", ()), held.get("objects", {}))
+    told += [*(f"left out: {each}" for each in held.get("left_out", ())), *held.get("notes", ())]
     lines = (f"<small>{escape(line)}</small>" for line in (written, data, *told))
     return f"{''.join(lines)}{command}<small>{escape(versions)}</small>"
 

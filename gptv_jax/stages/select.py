@@ -11,16 +11,6 @@ from gptv_jax.errors import InputError
 from gptv_jax.stages import STAGES
 
 
-def record_keys(source: sources.Selected) -> set[str]:
-    """Keys of a record of the source; "label" of labelled data alone."""
-    for index in range(len(source)):
-        try:
-            return {*source[index]} - ({"label"} if not source.classes else set())
-        except (OSError, ValueError):  # a damaged example, which is told of elsewhere
-            continue
-    return set()
-
-
 def choose_stages(
     config: config_lib.Config,
     held: Collection[str],
@@ -29,7 +19,7 @@ def choose_stages(
 ) -> list[str]:
     """Names of the stages to run, in order; None: all possible stages except those on request.
 
-    `held` are the keys of the data's records, "label" of labelled data alone. With
+    `held` are the keys of the data's records, see `sources.Selected.keys`. With
     `config.init_from`, pretraining must be named, or have begun in the run folder.
 
     Raises:
@@ -68,6 +58,10 @@ def _impossible(config: config_lib.Config, held: Collection[str]) -> dict[str, s
     images = f"the images of config.data.name={config.data.name}"
     if "label" not in held:
         refused["probe"] = f"{images} have no labels; take pretrain and sample"
+    task = config.task
+    if not tasks.kind(task.name).reads_pixels and (task.image_input == "pixels" or kind == "none"):
+        advice = "config.task.image_input=tokens and config.tokens.kind=grey, palette or learned"
+        refused["finetune"] = f"config.task.name={task.name} reads tokens alone; take {advice}"
     if lacking := _lacking(config.task.name, held):
         able = [f"config.task.name={name}" for name in tasks.TASKS if not _lacking(name, held)]
         advice = f"{' or '.join(able) or 'pretrain and sample'}"

@@ -23,7 +23,7 @@ from gptv_jax.errors import InputError, list_differences, shorten
 from gptv_jax.runs.context import Context
 from gptv_jax.runs.record import RunFolder, has_finished
 from gptv_jax.stages import STAGES, changes, pretrained
-from gptv_jax.stages.select import choose_stages, record_keys
+from gptv_jax.stages.select import choose_stages
 from gptv_jax.tokens import Codec, learned, palette
 from gptv_jax.train import wandb_copy
 from gptv_jax.train.metrics import MetricWriter
@@ -76,11 +76,11 @@ def _open(config: config_lib.Config, folder: RunFolder, wanted: list[str] | None
     if jax.process_index() == 0:
         inventory.log(config.data, contents, opened)
     train = opened["train"]
-    classes, names = train.classes, (train.class_names, getattr(train, "object_names", ()))
+    classes, names = train.classes, (train.class_names, train.object_names)
     rules.check_classes(config, classes)
     begun = hosts.from_first(lambda: [*changes.begun_stages(folder)])
-    stages = choose_stages(config, record_keys(train), wanted, begun)
-    task = tasks.kind(config.task.name)
+    stages = choose_stages(config, train.keys, wanted, begun)
+    task = tasks.make(config, names[0] or tuple(map(str, range(classes))), names[1])
     adapting = config.init_from and "pretrain" in begun and not folder.finished("pretrain")
     if adapting and "pretrain" not in stages:
         raise InputError(
@@ -93,12 +93,14 @@ def _open(config: config_lib.Config, folder: RunFolder, wanted: list[str] | None
     data = {
         "images": {split: len(source) for split, source in opened.items()},
         "classes": list(train.class_names) or classes,
-        "objects": list(names[1]),
+        "objects": list(train.object_names),
     }
     changed = changes.Changes(*hosts.from_first(lambda: changes.find(folder, data, stages)))
     for name in stages:
         if STAGES[name].on_request or name in changed.unfinished or not folder.finished(name):
             STAGES[name].check(config, mesh)
+    if "finetune" in stages:
+        task.network()  # which refuses what does not go together
     if {"sample", "generate"} & set(stages) and config.sample.guidance != 1:
         check_guidable(config.model, f"config.sample.guidance is {config.sample.guidance:g}")
     for entries in _training_transforms(config, stages):
@@ -244,7 +246,8 @@ def take_tokenizer_settings(config: config_lib.Config) -> config_lib.Config:
 
 def check_same_settings(config: config_lib.Config) -> None:
     """Raises InputError where processes have different settings, the place of the data apart."""
-    place = ("config.data.dir", "config.data.path", "config.data.labels_file")
+    free = ("dir", "path", "labels_file", "annotations", "images")
+    place = [f"config.data.{name}" for name in free]
     own = {k: v for k, v in fields.flatten(config, "config.").items() if k not in place}
     first, *others = hosts.from_all(own)
     if differing := [line for other in others for line in list_differences(first, other)]:
@@ -292,10 +295,10 @@ def try_out(config: config_lib.Config, stages: list[str] | None, codec: Codec | 
     """Checks that images, codec and the transforms of evaluation and of `stages` fit together."""
     data = config.data
     channels = config.tokens.autoencoder.channels if config.tokens.kind == "learned" else 3
-    shape = codec.image_shape if codec else (*data.size, channels)
+    shape = (*data.size, channels) if config.tokens.kind != "none" else data.size
     training = [] if stages is None else _training_transforms(config, stages)
     for entries in dict.fromkeys([data.eval_transforms, *training]):
-        trial.try_out(data, codec, shape, entries)
+        trial.try_out(data, codec, codec.image_shape if codec else shape, entries)
 
 
 def _training_transforms(config: config_lib.Config, stages: list[str]) -> list[tuple[str, ...]]:

@@ -1,0 +1,57 @@
+"""What a network says about images: the parts of the sequence that follow the image."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
+
+from gptv_jax import sharding
+from gptv_jax.decode import generation
+from gptv_jax.decode.restriction import Restriction
+from gptv_jax.model.gpt import Network
+
+
+@functools.partial(jax.jit, static_argnames=("network", "allowed", "samples"))
+def answer(
+    network: Network,
+    params: dict,
+    tokens: Int[Array, "G N"] | None,
+    pixels: UInt8[Array, "G height width C"] | None,
+    key: PRNGKeyArray,
+    restriction: Restriction,
+    allowed: Callable | None = None,
+    samples: int = 1,
+) -> tuple[Int[Array, "B T"], Float[Array, "B T"]]:
+    """Whole sequences, with the parts after the image drawn `samples` times for each of G images.
+
+    Returns B = G * samples sequences, and the probability of every drawn token among the allowed
+    tokens, before temperature, top-k and top-p. Each image is read once; its samples, which lie
+    next to each other, share its cache.
+
+    Args:
+      network: the layout's first part is the image.
+      params: of `Network.init`.
+      tokens: of the image; None: the image has no tokens.
+      pixels: of the image; None: the network has no stem.
+      key: each position's key is folded from it.
+      restriction: the settings of drawing, numbers or arrays [T] with a number for each position.
+      allowed: `(part name, position in the part, tokens of the part [B, n]) -> bool [B or 1, V]`,
+        static and hashable, such as `tasks.Task.allowed`; None: all tokens of a part are allowed.
+      samples: sequences for each image.
+    """
+    image = network.layout.parts[0]
+    if tokens is None:
+        tokens = jnp.zeros((len(pixels), image.size), jnp.int32)
+    tokens = jax.sharding.reshard(tokens, sharding.BATCH_FIRST)
+    unknown = ((0, 0), (0, network.length - image.size))
+    given = jnp.pad(tokens, unknown, constant_values=generation.UNKNOWN)
+    model = network.bind(params)
+    x = model.embed(tokens, pixels=pixels, spec=sharding.BATCH_FIRST)
+    logits, prompt = generation.read_prompt(model, x)
+    by_position = Restriction(*(jnp.broadcast_to(each, network.length) for each in restriction))
+    arguments = params, given, logits, prompt, key, None, by_position
+    return generation.draw_tokens(
+        network, image.size, samples, *arguments, allowed=allowed, scored=True
+    )
