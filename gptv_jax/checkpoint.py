@@ -18,16 +18,8 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
-from gptv_jax import files, hosts, sharding
-from gptv_jax.errors import (
-    InputError,
-    as_input_error,
-    cut,
-    first_line,
-    list_differences,
-    naming,
-    shorten,
-)
+from gptv_jax import errors, files, hosts, sharding
+from gptv_jax.errors import InputError, as_input_error, cut, naming, shorten
 
 LOG = logging.getLogger(__name__)
 # Orbax warns where a folder is opened to be read only, as is asked for here. Its errors come with
@@ -117,13 +109,9 @@ class Checkpoints:
         self.best: int | None = None
         # The step of the first checkpoint, and its smallest array, until they are read back.
         self._unread: tuple[int, dict] | None = None
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=self,
-            cleanup_tmp_directories=not read_only,
-            create=not read_only,
-            read_only=read_only,
-            save_interval_steps=0 if read_only else 1,
-        )
+        access = {"cleanup_tmp_directories": not read_only, "create": not read_only}
+        access |= {"read_only": read_only, "save_interval_steps": int(not read_only)}
+        options = ocp.CheckpointManagerOptions(preservation_policy=self, **access)
         handlers = {"state": ocp.PyTreeCheckpointHandler(), "info": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
@@ -136,7 +124,6 @@ class Checkpoints:
 
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
         """Tells Orbax, whose `PreservationPolicy` this is, which checkpoints stay."""
-        del context
         steps = [checkpoint.step for checkpoint in checkpoints]
         stay = {*sorted(steps)[-self._keep :], self.best}
         return [step in stay for step in steps]
@@ -164,7 +151,6 @@ class Checkpoints:
             self._manager.save(step, args=items, force=True)
 
     def wait(self) -> None:
-        """Waits until every checkpoint is on disk."""
         with naming(self.folder):
             self._manager.wait_until_finished()
         self._read_back()
@@ -179,10 +165,9 @@ class Checkpoints:
         try:
             self._read(step, array)
         except DamagedError as error:
-            raise InputError(
-                f"{cut(str(error).rstrip('.'), 200)}, although it was just written; name another "
-                "folder or disk for the checkpoints."
-            ) from error
+            problem = f"{cut(str(error).rstrip('.'), 200)}, although it was just written"
+            advice = "name another folder or disk for the checkpoints"
+            raise InputError(f"{problem}; {advice}.") from error
 
     def restore_latest(self, abstract):
         """`(state, info)` of the newest readable checkpoint; None where there are no checkpoints.
@@ -201,22 +186,20 @@ class Checkpoints:
                 moved = "" if self._read_only else f" Moved to {self.set_aside(bad)}."
                 LOG.warning("%s%s Falling back to step %d.", error, moved, step)
             return found
-        if damaged:
-            raise InputError(
-                f"no checkpoint in {self.folder} can be read: {damaged[max(damaged)]} Put a good "
-                "copy back, or delete the folder to start this stage from its beginning."
-            )
-        return None
+        if not damaged:
+            return None
+        raise InputError(
+            f"no checkpoint in {self.folder} can be read: {damaged[max(damaged)]} Put a good copy "
+            "back, or delete the folder to start this stage from its beginning."
+        )
 
     def restore(self, step: int, abstract):
         """`(state, info)` of one checkpoint.
 
         `abstract` are the `jax.ShapeDtypeStruct`s of the state or of a part of it, `params` say.
         Their shardings decide the placement, so the mesh may differ from the mesh that saved.
-
-        Raises:
-          InputError: names or shapes differ from the saved ones; all that differ are listed.
-          DamagedError: a process cannot read the checkpoint; raised on all processes.
+        Raises InputError, with a list, where names or shapes differ from the saved ones, and on all
+        processes DamagedError where one of them cannot read the checkpoint.
         """
         wanted = sharding.by_name(abstract)
         parts = {name.split(".")[0] for name in wanted}
@@ -226,11 +209,9 @@ class Checkpoints:
             return {n: tuple(leaf.shape) for n, leaf in tree.items() if n.split(".")[0] in parts}
 
         shapes = {name: leaf.shape for name, leaf in wanted.items()}
-        if differing := list_differences(shapes, self._together(step, saved_shapes)):
-            raise InputError(
-                f"checkpoint {self.folder / str(step)} does not fit this network: "
-                f"{shorten(differing, '; ')}."
-            )
+        if differing := errors.list_differences(shapes, self._together(step, saved_shapes)):
+            given, shown = self.folder / str(step), shorten(differing, "; ")
+            raise InputError(f"checkpoint {given} does not fit this network: {shown}.")
         arrays, info = self._read(step, wanted)
         return jax.tree.unflatten(jax.tree.structure(abstract), list(arrays.values())), info
 
@@ -256,7 +237,7 @@ class Checkpoints:
         try:
             result = function()
         except Exception as error:  # whatever the storage raises
-            reason = f"{type(error).__name__}: {first_line(error)}"
+            reason = f"{type(error).__name__}: {errors.first_line(error)}"
         if any(hosts.from_all(reason is not None)):
             reason = reason or "another process cannot read it"
             raise DamagedError(f"checkpoint {self.folder / str(step)} is damaged ({reason}).")
@@ -277,7 +258,6 @@ class Checkpoints:
 
 
 def _check(record: dict, sums: dict[str, int]) -> None:
-    """Raises ValueError where the info or the arrays differ from what was saved."""
     content = {key: record.get(key) for key in ("info", "bit_sums")}
     if record.get("checksum") != _checksum(content):
         raise ValueError("its info has changed")

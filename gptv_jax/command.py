@@ -8,7 +8,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
-from typing import NoReturn, TextIO
+from typing import NoReturn
 
 import jax
 from absl import app, flags
@@ -49,7 +49,6 @@ def run(
     """Parses the flags, calls `main()`, and ends with a sentence where the user can act on it.
 
     Arguments that are no flags are refused; where the command `takes_names` it is `main(names)`.
-
     Exit codes: 1 for an error that the user can mend, 70 for an unexpected error, 75 where another
     process died, 130 after an interrupt by the user, 141 where nobody reads the output any more,
     143 after SIGTERM.
@@ -97,21 +96,15 @@ def run(
         stopping.leave()  # no process leaves before the others have saved
         errors.end(stopping.STOPPED, str(stopped))
     except Exception as error:
-        if isinstance(error, BrokenPipeError) and not _is_read(sys.stdout):
-            os._exit(READER_LEFT)
+        if isinstance(error, BrokenPipeError):
+            try:
+                print(flush=True)
+            except BrokenPipeError:  # the reader of the output, as `| head -1` is one, has left
+                os._exit(READER_LEFT)
         if problem := errors.disk_problem(error):
             _refuse(f"{problem}; {FREE_DISK}")
         distributed.wait_for_abort(error)
         errors.end(UNEXPECTED, traceback.format_exc())
-
-
-def _is_read(output: TextIO) -> bool:
-    """Whether the reader of the output, as `| head -1` is one, has not left."""
-    try:
-        print(file=output, flush=True)
-    except BrokenPipeError:
-        return False
-    return True
 
 
 def _show_in_help(flag: str) -> None:
@@ -137,9 +130,8 @@ def _parse(argv: list[str]) -> list[str]:
             section = name.rpartition(".")[0]
             siblings = [n for n in kinds if n.rpartition(".")[0] == section] or list(kinds)
             hint = f"did you mean --config.{near[0]}? " if near else ""
-            raise InputError(
-                f"--config.{name} is not a field; {hint}There are: {errors.shorten(siblings)}."
-            )
+            problem = f"--config.{name} is not a field"
+            raise InputError(f"{problem}; {hint}There are: {errors.shorten(siblings)}.")
     # ml_collections cannot set a field that holds a value to None; this is done after parsing.
     none = {a: n for a, n in overrides.items() if a.partition("=")[2] == "None"}
     none = {a: n for a, n in none.items() if kinds[n].endswith("or None")}

@@ -45,26 +45,21 @@ def cut(text: str, room: int, end: int = 0) -> str:
 
 def disk_problem(error: BaseException) -> str | None:
     """`PATH cannot be written: the disk is full` where this led to the error; else None."""
-    chain = [error]
+    chain, reasons = [error], {}  # the reasons by the file that an error names
     for each in chain:  # and the errors that it was raised from, or while they were handled
         chain += [e for e in (each.__cause__, each.__context__) if e and e not in chain]
-    problems = [(_path(each), reason) for each in chain if (reason := _disk_reason(each))]
-    if not problems:
-        return None
-    path, reason = max(problems, key=lambda problem: problem[0] is not None)
-    return f"{path or 'a file'} cannot be written: {reason}"
+        if reason := _disk_reason(each):
+            in_text = re.search(r'local file "([^"]+)"', str(each))  # of tensorstore
+            path = getattr(each, "filename", None) or (in_text and in_text[1])
+            reasons.setdefault(path, reason)
+    path = next(filter(None, reasons), None)
+    return f"{path or 'a file'} cannot be written: {reasons[path]}" if reasons else None
 
 
 def _disk_reason(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.errno in DISK:
         return DISK[error.errno]
     return next((words for text, words in DISK_TEXTS.items() if text in str(error)), None)
-
-
-def _path(error: BaseException) -> str | None:
-    """The file that an error names."""
-    in_text = re.search(r'local file "([^"]+)"', str(error))  # of tensorstore
-    return getattr(error, "filename", None) or (in_text and in_text[1])
 
 
 @contextlib.contextmanager

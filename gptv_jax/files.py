@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import pathlib
-import types
 import weakref
 from collections.abc import Callable
 
@@ -19,8 +18,6 @@ from etils import epath
 
 from gptv_jax.errors import InputError, as_input_error, cut, naming, shorten
 
-fcntl: types.ModuleType | None
-msvcrt: types.ModuleType | None
 try:
     import fcntl
 except ImportError:  # Windows
@@ -78,10 +75,8 @@ def lock(folder: pathlib.Path, setting: str, holder: object) -> Callable[[], Non
             raise OSError("this system has no locks")
     except (BlockingIOError, PermissionError) as error:
         unlock()
-        raise InputError(
-            f"{setting}={folder} is in use by another process; wait until it has ended, or name "
-            "another folder."
-        ) from error
+        problem = f"{setting}={folder} is in use by another process"
+        raise InputError(f"{problem}; wait until it has ended, or name another folder.") from error
     except OSError:
         LOG.info("%s lies on a file system without locks: nothing keeps a second run out.", folder)
     return unlock

@@ -23,21 +23,17 @@ GPU_SHARE = 0.75  # that JAX takes of a GPU's memory unless XLA_PYTHON_CLIENT_ME
 def devices(*, local: bool = False) -> list[jax.Device]:
     """The devices of all processes, or of this one.
 
-    Raises:
-      InputError: JAX cannot use the devices, or there are none of the kind in JAX_PLATFORMS.
+    Raises InputError where JAX has none of the kind in JAX_PLATFORMS, or cannot use them.
     """
     try:
         return jax.local_devices() if local else jax.devices()
     except (RuntimeError, AssertionError) as error:  # jax 0.10 asserts that there is a GPU
-        asked = jax.config.jax_platforms
         reason = f" ({cut(first_line(error), 100)})" if str(error) else ""
         problem = "JAX cannot use the devices of this machine"
-        if asked:
+        if asked := jax.config.jax_platforms:
             problem = f"JAX finds no device that JAX_PLATFORMS={asked} asks for"
-        raise InputError(
-            f"{problem}{reason}; take JAX_PLATFORMS=cpu, or install gptv_jax[cuda] for a GPU, "
-            "gptv_jax[tpu] for a TPU."
-        ) from error
+        advice = "or install gptv_jax[cuda] for a GPU, gptv_jax[tpu] for a TPU"
+        raise InputError(f"{problem}{reason}; take JAX_PLATFORMS=cpu, {advice}.") from error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,8 +23,9 @@ import tqdm
 from absl import flags
 
 from gptv_jax import api, command, files, weights
-from gptv_jax.data import folder, transforms
+from gptv_jax.data import transforms
 from gptv_jax.data.images import Decode, Transform
+from gptv_jax.data.listing import Listing
 from gptv_jax.errors import InputError, as_input_error, first_line
 from gptv_jax.runs import record
 from gptv_jax.train.metrics import Progress
@@ -48,22 +49,18 @@ def main(names: list[str]) -> None:
     if not names:
         raise InputError("no image is named; give files or folders after the flags.")
     if "://" in RUN.value or weights.is_weights_path(RUN.value):
-        raise InputError(
-            f"--run={RUN.value} holds weights without the transforms of their images; name the run "
-            "folder that they come from."
-        )
+        problem = f"--run={RUN.value} holds weights without the transforms of their images"
+        raise InputError(f"{problem}; name the run folder that they come from.")
     run = files.user_path(RUN.value)
     steps = reading_steps(run)
     model = api.load(run, stage="finetune")
     paths = image_files(names)
-    failed: dict[str, str] = {}
-    with contextlib.ExitStack() as stack:
-        out = stack.enter_context(_opened(OUT.value))
-        progress = Progress("predict", len(paths), unit="image")
-        stack.callback(progress.close)
+    failed: list[str] = []
+    progress = Progress("predict", len(paths), unit="image")
+    with _opened(OUT.value) as out, contextlib.closing(progress):
         for done, line in enumerate(predictions(model, steps, paths, BATCH_SIZE.value), start=1):
             if "error" in line:
-                failed[line["file"]] = line["error"]
+                failed.append(f"{line['file']}: {line['error']}")
                 LOG.warning("%s cannot be read: %s.", line["file"], line["error"])
             else:
                 line["classes"] = line["classes"][: TOP.value or None]
@@ -72,8 +69,7 @@ def main(names: list[str]) -> None:
             if done % LOG_EVERY == 0:
                 progress.report(done, {})
     if len(failed) == len(paths):
-        file, reason = next(iter(failed.items()))
-        raise InputError(f"none of {len(paths)} images can be read; the first, {file}: {reason}.")
+        raise InputError(f"none of {len(paths)} images can be read; the first, {failed[0]}.")
     LOG.info("%d images are classified, %d cannot be read.", len(paths) - len(failed), len(failed))
 
 
@@ -94,10 +90,10 @@ def image_files(names: list[str]) -> list[pathlib.Path]:
         path = files.user_path(name)
         if not path.exists():
             raise InputError(f"there is no file or folder {name}.")
-        below = folder.image_files(path) if path.is_dir() else None
-        if below == []:
+        inside = [path / each for each in Listing(path).files] if path.is_dir() else [path]
+        if not inside:
             raise InputError(f"{name} holds no image file that the installed Pillow reads.")
-        found += [path] if below is None else [path / each for each in below]
+        found += inside
     return found
 
 
@@ -106,13 +102,15 @@ def predictions(
 ) -> Iterator[dict]:
     """A line for each file, in the order of the files, with all classes or an "error"."""
     shape = model.codec.image_shape
+    blank = np.zeros(shape, np.uint8)  # stands for files that cannot be read
 
     def read(path: pathlib.Path) -> np.ndarray | str:
         """The pixels of a file, or why it cannot be read."""
         try:
-            image = path.read_bytes()
+            record = {"encoded": path.read_bytes()}
             for step in steps:
-                image = step(image, None)
+                record = step(record)
+            image = record["image"]
             if image.shape != shape:
                 given, taken = (" x ".join(map(str, each)) for each in (image.shape, shape))
                 problem = f"it is {given} after the run's transforms, but the model takes {taken}"
@@ -124,30 +122,19 @@ def predictions(
         return image
 
     with futures.ThreadPoolExecutor() as pool:
-        starts = range(0, len(paths), batch_size)
         ahead = pool.map(read, paths[:batch_size])
-        for start in starts:
+        for start in range(0, len(paths), batch_size):
             images = list(ahead)
             # The next batch is decoded while the network reads this one.
             ahead = pool.map(read, paths[start + batch_size :][:batch_size])
-            good = [image for image in images if isinstance(image, np.ndarray)]
-            rows = iter(_classified(model, good, batch_size))
-            for path, image in zip(paths[start:], images, strict=False):
-                line = {"error": image} if isinstance(image, str) else {"classes": next(rows)}
+            # All batches have one size, so the network is compiled once.
+            batch = [blank if isinstance(image, str) else image for image in images]
+            batch = np.stack(batch + [blank] * (batch_size - len(batch)))
+            for path, image, row in zip(paths[start:], images, model.classify(batch), strict=False):
+                ranked = np.argsort(-row, kind="stable")
+                classes = [{"name": model.classes[c], "probability": float(row[c])} for c in ranked]
+                line = {"error": image} if isinstance(image, str) else {"classes": classes}
                 yield {"file": str(path), **line}
-
-
-def _classified(model: api.Model, images: list[np.ndarray], batch_size: int) -> list[list[dict]]:
-    """For each image all classes, the most likely first, each with its name and probability."""
-    if not images:
-        return []
-    # All batches have one size, so the network is compiled once.
-    batch = np.stack([*images, *[images[0]] * (batch_size - len(images))])
-    found = []
-    for row in model.classify(batch)[: len(images)]:
-        order = np.argsort(-row, kind="stable")
-        found.append([{"name": model.classes[i], "probability": float(row[i])} for i in order])
-    return found
 
 
 @contextlib.contextmanager
@@ -156,10 +143,9 @@ def _opened(out: str | None) -> Iterator[IO[str]]:
     if out is None:
         yield sys.stdout
         return
-    path = files.user_path(out)
     with (
         as_input_error(f"--out={out} cannot be written", OSError),
-        path.open("w", buffering=1) as file,
+        files.user_path(out).open("w", buffering=1) as file,
     ):
         yield file
 

@@ -31,7 +31,7 @@ def main(settings: config.Config) -> None:
     refuse_inside(settings.data, {"--out": OUT.value})
     transforms.check((), settings.data.eval_transforms)
     data_set = sources.open_data_set(settings.data)
-    if data_set.stored_as == "tokens":
+    if isinstance(data_set, cache.TokenCache):
         given = f"config.data.path={settings.data.path}"
         raise InputError(f"{given} is a token cache already; name a data set of images.")
     opened = {s: sources.Selected(data_set, s, settings.data.labels) for s in data_set.lengths}

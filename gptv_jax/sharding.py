@@ -13,6 +13,7 @@ Axes are explicit: a sharding is part of an array's type, so a wrong sharding fa
 traced, and moments made by `zeros_like(weight)` have the weight's sharding.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -50,6 +51,9 @@ PARAMETERS: dict[str, P] = {
     "mlp_out": P(None, "tensor", "fsdp"),  # L F D
     "final_norm": P(None),  # D
     "head": P(None, "fsdp"),  # V D
+    "embedding": P(None, "fsdp"),  # V D, of a part after the first one
+    "place": P(None),  # D
+    "from_stem": P(None, "fsdp"),  # channels, D
     "conv": P(None, None, None, "fsdp"),  # height, width, inputs, outputs
     "from_pixels": P(None, None, None, "fsdp"),
     "to_pixels": P(None, None, "fsdp", None),
@@ -228,7 +232,9 @@ def global_batch(batch: dict) -> dict:
     sharding = NamedSharding(jax.sharding.get_mesh(), BATCH_FIRST)
     # An explicit transfer, which JAX takes for an implicit one with several processes.
     with jax.transfer_guard_host_to_device("allow"):
-        return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+        return jax.tree.map(
+            functools.partial(jax.make_array_from_process_local_data, sharding), batch
+        )
 
 
 def shard_rows(rows) -> jax.Array:

@@ -42,7 +42,7 @@ from PIL import Image
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.model.gpt import Network
-from gptv_jax.model.layout import of_images
+from gptv_jax.model.layout import Part, of_images, prefixed
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -73,6 +73,31 @@ def tiny_network(classes: int = 0, vocabulary=11, grid=(4, 4), **changes) -> Net
     config = dataclasses.replace(config, **changes)
     layout = of_images(vocabulary, grid, config.objective)
     return Network(config, layout, starts=3, classes=classes)
+
+
+def parts_network(vocabulary=11, **changes) -> Network:
+    """An image of 16 positions with tokens and pixels, then four objects of four tokens each.
+
+    The objects are two coordinates of 6 bins and two of 7 classes.
+    """
+    objects = Part("objects", 19, (4, 4), bins=6, summed=True)
+    layout = prefixed(Part("image", vocabulary, (4, 4)), objects)
+    return Network(config_lib.Model(layers=2, width=32, heads=4, **changes), layout, stem=(8, 8))
+
+
+def parts_batch(network: Network, size: int = 8, seed: int = 0) -> dict:
+    """NumPy tokens, pixels, targets, inputs, weights and masks for `parts_network`."""
+    rng, part = np.random.default_rng(seed), network.layout.parts[1]
+    rows = rng.integers(part.vocabulary, size=(2, size, part.size), dtype=np.int32)
+    shape = (size, network.layout.parts[0].size)
+    return {
+        "tokens": rng.integers(max(network.vocabulary, 1), size=shape, dtype=np.int32),
+        "image": rng.integers(256, size=(size, 16, 16, 1), dtype=np.uint8),
+        "targets": {part.name: rows[0]},
+        "inputs": {part.name: rows[1]},
+        "weights": {part.name: rng.random((size, part.size), dtype=np.float32)},
+        "mask": (np.arange(size) < size - 1).astype(np.float32),
+    }
 
 
 def random_params(network: Network, seed: int = 0) -> dict:
@@ -311,6 +336,11 @@ def generator(seed: int = 0) -> np.random.Generator:
 def random_image(*shape: int, seed: int = 0) -> np.ndarray:
     """Uint8 noise."""
     return generator(seed).integers(256, size=shape, dtype=np.uint8)
+
+
+def transformed(step, image: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
+    """The image after a transform, alone in its record."""
+    return step({"image": image}, rng)["image"]
 
 
 def encoded(pixels: np.ndarray, form: str = "PNG", **options) -> bytes:

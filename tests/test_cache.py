@@ -83,8 +83,8 @@ def test_tokens_and_labels_are_read_as_they_were_written(tmp_path, name, vocabul
         assert len(source) == count
         for i in (*range(count), 0):
             example = source[i]
-            assert example["image"].dtype == np.uint16
-            np.testing.assert_array_equal(example["image"], rows[i].reshape(SIZE, SIZE, 1))
+            assert example["tokens"].dtype == np.uint16
+            np.testing.assert_array_equal(example["tokens"], rows[i].reshape(SIZE, SIZE))
             assert example["label"] == labels[i] and example["label"].dtype == np.int32
     again = found.codec()
     assert (again.vocabulary, again.grid) == (codec.vocabulary, codec.grid)
@@ -95,7 +95,7 @@ def test_a_cache_of_unlabelled_images_has_no_labels(tmp_path):
     codec = make_codec("grey", 17)
     folder = write(tmp_path / "c", codec, {"train": (some_tokens(17, 4), None)}, classes=0)
     source = cache.TokenCache(folder).open("train")
-    assert source[2].keys() == {"image"} and source.name(2) == f"{folder}/train[2]"
+    assert source[2].keys() == {"tokens"} and source.name(2) == f"{folder}/train[2]"
     data = config_lib.Data(name="tokens", path=str(folder))
     assert sources.open_source(data, "train[:50%]").classes == 0
 
@@ -118,7 +118,7 @@ def test_images_of_cifar10_take_less_than_900_bytes_each(tmp_path, shared_data):
     sizes = [path.stat().st_size for path in written.iterdir() if path.name != "palette.npz"]
     assert sum(sizes) / 1500 < 900
     source = cache.TokenCache(written).open("train")
-    np.testing.assert_array_equal(source[1499]["image"].ravel(), rows[1499])
+    np.testing.assert_array_equal(source[1499]["tokens"].ravel(), rows[1499])
 
 
 # Other formats, and damage.
@@ -164,7 +164,7 @@ def written(tmp_path):
 
 def read_all(folder) -> list:
     source = cache.TokenCache(folder).open("train")
-    return [(source[i]["image"].tobytes(), int(source[i]["label"])) for i in range(len(source))]
+    return [(source[i]["tokens"].tobytes(), int(source[i]["label"])) for i in range(len(source))]
 
 
 @pytest.mark.parametrize("change", ["cut", "empty", "text", "list", "binary", "field", "format"])
@@ -257,7 +257,7 @@ def cached(tmp_path, config: config_lib.Config, codec) -> config_lib.Config:
     whole = dataclasses.replace(config.data, train_split="train")
     for split in sources.open_data_set(whole).lengths:
         elements = list(pipeline.images(whole, split, DamageLog(whole, None)))
-        rows = np.stack([pipeline.to_tokens(codec, element["image"]) for element in elements])
+        rows = np.stack([pipeline.to_tokens(codec, element) for element in elements])
         splits[split] = (rows, [element["label"] for element in elements])
     folder = write(tmp_path / "cache", codec, splits, config.data.eval_transforms, classes=2)
     data = dataclasses.replace(config.data, name="tokens", path=str(folder))

@@ -13,7 +13,7 @@ from PIL import Image
 from test_images import png
 
 from gptv_jax import config as config_lib
-from gptv_jax.data import damage, pipeline, sources
+from gptv_jax.data import damage, pipeline, sources, trial
 from gptv_jax.errors import InputError
 from gptv_jax.tokens import GreyCodec
 
@@ -147,7 +147,7 @@ def test_images_that_all_look_blank_or_dark_are_warned_of_once(
     config = config_lib.Data(name="given", path=str(tmp_path), eval_transforms=entries)
     shape = images.shape[1:]
     for transforms in ((*entries, "flip()"), entries):
-        pipeline.try_out(config, None, shape, transforms)
+        trial.try_out(config, None, shape, transforms)
     warned = [record.getMessage() for record in caplog.records]
     assert len(warned) == bool(words)
     for line in warned:
@@ -180,7 +180,7 @@ def try_folder(folder: pathlib.Path, entry: str) -> list[float]:
     config = dataclasses.replace(config, train_transforms=entries, eval_transforms=entries)
     config = dataclasses.replace(config, train_split="train", validation_split="train")
     for each in (entries, (*entries, "flip()")):
-        pipeline.try_out(config, None, (8, 8, 1), each)
+        trial.try_out(config, None, (8, 8, 1), each)
     found = pipeline.images(config, "train", damage.DamageLog(config, None))
     return sorted(each["image"].mean() for each in found)
 
@@ -270,7 +270,7 @@ def test_advice_about_deep_colours_and_negative_numbers_names_no_maximum(tmp_pat
 
 
 def test_levels_that_a_codec_shows_brightly_are_not_called_dark(caplog):
-    pipeline.try_out(PLAIN, CODEC, CODEC.image_shape, ())  # the digits, 0 to 16
+    trial.try_out(PLAIN, CODEC, CODEC.image_shape, ())  # the digits, 0 to 16
     assert not caplog.records
 
 

@@ -28,7 +28,7 @@ def classes(count: int, *names: str) -> list[str]:
 
 
 def contents(source) -> list[str]:
-    return sorted(source[i]["image"].decode() for i in range(len(source)))
+    return sorted(source[i]["encoded"].decode() for i in range(len(source)))
 
 
 def opened(folder: pathlib.Path, split: str = "train", **changes) -> sources.Selected:
@@ -206,7 +206,7 @@ def csv(path: pathlib.Path, *rows: str, header: str = "file,label") -> str:
 
 def labels(source) -> dict[str, str]:
     return {
-        source[i]["image"].decode(): source.class_names[source[i]["label"]]
+        source[i]["encoded"].decode(): source.class_names[source[i]["label"]]
         for i in range(len(source))
     }
 

@@ -5,9 +5,9 @@ import itertools
 
 import numpy as np
 import pytest
-from conftest import generator, random_image
+from conftest import generator, random_image, transformed
 
-from gptv_jax.data import transforms
+from gptv_jax.data import geometry, transforms
 from gptv_jax.errors import InputError
 
 
@@ -34,7 +34,9 @@ def test_every_variant_is_its_own_shift_filled_with_zeros(pixels):
         variant = shift.draw(rng)
         # Raster order of the square of shifts, counted from its middle and round its end.
         down, right = np.array(divmod((variant + side**2 // 2) % side**2, side)) - pixels
-        np.testing.assert_array_equal(shift.variant(given, variant), moved(given, down, right))
+        np.testing.assert_array_equal(
+            shift.variant({"image": given}, variant)["image"], moved(given, down, right)
+        )
         shifts[variant] = (int(down), int(right))
     square = set(itertools.product(range(-pixels, pixels + 1), repeat=2))
     assert set(shifts) == set(range(side**2)) and set(shifts.values()) == square
@@ -53,17 +55,17 @@ def test_shift_keeps_its_share_and_draws_the_rest_evenly(keep):
 
 def test_the_short_side_is_drawn_evenly_and_the_long_one_follows():
     step, given, rng = transforms.RandomResizeShort(6, 9), random_image(12, 30, 3), generator()
-    shapes = collections.Counter(step(given, rng).shape[:2] for _ in range(400))
+    shapes = collections.Counter(transformed(step, given, rng).shape[:2] for _ in range(400))
     assert set(shapes) == {(6, 15), (7, 18), (8, 20), (9, 22)} and min(shapes.values()) > 60
-    assert transforms.ResizeShort(8)(given.swapaxes(0, 1), None).shape == (20, 8, 3)
-    assert transforms.ResizeShort(8)(random_image(400, 2, 3), None).shape == (1600, 8, 3)
+    assert transformed(transforms.ResizeShort(8), given.swapaxes(0, 1)).shape == (20, 8, 3)
+    assert transformed(transforms.ResizeShort(8), random_image(400, 2, 3)).shape == (1600, 8, 3)
 
 
 @pytest.mark.parametrize("entry", ["resize(8)", "resize_short(8)", "random_resize_short(8, 8)"])
-@pytest.mark.parametrize("method", transforms.METHODS)
+@pytest.mark.parametrize("method", geometry.METHODS)
 def test_shrinking_averages_instead_of_dropping_pixels(entry, method):
     board = (np.indices((64, 64)).sum(axis=0) % 2 * 255).astype(np.uint8)[..., None]
-    found = transforms.parse(entry[:-1] + f", method='{method}')")(board, generator())
+    found = transformed(transforms.parse(entry[:-1] + f", method='{method}')"), board, generator())
     away = np.abs(found.astype(int)[1:-1, 1:-1] - 127).max()
     assert away > 100 if method == "nearest" else away < 10
 
@@ -71,7 +73,9 @@ def test_shrinking_averages_instead_of_dropping_pixels(entry, method):
 def test_what_has_the_size_already_is_left_as_it_is():
     given = random_image(8, 8, 3)
     for entry in ("resize(8)", "resize_short(8)", "center_crop(8)", "random_crop(8)"):
-        np.testing.assert_array_equal(transforms.parse(entry)(given, generator()), given)
+        np.testing.assert_array_equal(
+            transformed(transforms.parse(entry), given, generator()), given
+        )
 
 
 def places(height, width):
@@ -80,13 +84,13 @@ def places(height, width):
 
 
 def test_a_centre_crop_is_the_middle():
-    found = transforms.CenterCrop(4)(places(9, 12), None)
+    found = transformed(transforms.CenterCrop(4), places(9, 12))
     np.testing.assert_array_equal(found, places(9, 12)[2:6, 4:8])
 
 
 def test_a_random_crop_is_any_place_alike():
     step, rng = transforms.RandomCrop(4), generator()
-    crops = [step(places(6, 7), rng) for _ in range(1200)]
+    crops = [transformed(step, places(6, 7), rng) for _ in range(1200)]
     for crop in crops[:50]:
         np.testing.assert_array_equal(crop - crop[0, 0], places(4, 4))
     counts = collections.Counter(tuple(crop[0, 0].tolist()) for crop in crops)
@@ -100,7 +104,7 @@ def test_a_padded_crop_reflects_without_repeating_the_edge():
     wide = np.where(wide > 31, 62 - wide, wide)
     corners = set()
     for _ in range(600):
-        found = step(given, rng)
+        found = transformed(step, given, rng)
         for axis, line in ((0, found[:, 0, 0]), (1, found[0, :, 1])):
             starts = [s for s in range(9) if (wide[s : s + 32] == line).all()]
             assert len(starts) == 1, axis
@@ -114,7 +118,7 @@ def test_a_padded_crop_reflects_without_repeating_the_edge():
 )
 def test_a_crop_larger_than_the_image_is_an_error_that_says_what_to_do(entry):
     with pytest.raises(InputError, match=r"crop takes .*resize_short"):
-        transforms.parse(entry)(random_image(8, 30, 3), generator())
+        transformed(transforms.parse(entry), random_image(8, 30, 3), generator())
 
 
 @pytest.mark.parametrize("ratio", [(1.0, 1.0), (0.5, 2.0), (1.5, 2.0)])
@@ -123,7 +127,7 @@ def test_a_resized_crop_has_its_area_and_ratio(area, ratio):
     step = transforms.RandomResizedCrop(64, area, ratio, method="nearest")
     height, width, found = 200, 250, []
     for seed in range(200):
-        crop = step(places(height, width), generator(seed)).astype(float)
+        crop = transformed(step, places(height, width), generator(seed)).astype(float)
         first, last = crop[0, 0], crop[-1, -1]
         h, w = (last - first) * 64 / 63  # nearest takes the middles
         found.append((h * w / (height * width), w / h, *first))
@@ -137,11 +141,13 @@ def test_a_resized_crop_has_its_area_and_ratio(area, ratio):
 
 def test_where_no_crop_fits_the_middle_square_is_taken():
     step = transforms.RandomResizedCrop(10, area=(1.0, 1.0), ratio=(1.0, 1.0))
-    np.testing.assert_array_equal(step(places(10, 60), generator()), places(10, 60)[:, 25:35])
+    np.testing.assert_array_equal(
+        transformed(step, places(10, 60), generator()), places(10, 60)[:, 25:35]
+    )
 
 
 @pytest.mark.parametrize("probability", [0.0, 0.3, 1.0])
 def test_flips_have_their_share(probability):
     step, given, rng = transforms.Flip(probability), random_image(2, 3, 3), generator()
-    mirrored = [np.array_equal(step(given, rng), given[:, ::-1]) for _ in range(2000)]
+    mirrored = [np.array_equal(transformed(step, given, rng), given[:, ::-1]) for _ in range(2000)]
     assert np.mean(mirrored) == pytest.approx(probability, abs=0.04 if probability == 0.3 else 0)

@@ -19,6 +19,11 @@ def places(tmp_path_factory):
     root = tmp_path_factory.mktemp("data")
     make_folder(root, {f"photos/{i}.png": PNG for i in range(3)} | {"mine.tar": b"", "x.zip": b""})
     make_folder(root, {"shards/a.tar": b"", "tfds/features.json": b"{}", "saved/state.json": b"{}"})
+    annotated = b'{"images": [], "annotations": []}'
+    make_folder(
+        root / "coco", {"train2017/1.png": PNG, "annotations/instances_train.json": annotated}
+    )
+    make_folder(root / "lone", {"a.png": PNG, "labels.json": annotated})
     (root / "hub/data").mkdir(parents=True)
     parquet.write_table(pyarrow.table({"image": [PNG] * 3}), root / "hub/data/train.parquet")
     np.savez(root / "set.npz", train_images=random_image(3, 4, 4, 3))
@@ -38,6 +43,7 @@ def places(tmp_path_factory):
         ("shards", "--config.data.name=webdataset"),
         ("set.npz", "--config.data.name=arrays"),
         ("photos", "--config.data.name=folder"),
+        ("coco/annotations/instances_train.json", "--config.data.name=coco"),
         ("x.zip", "is packed; unpack it"),
         ("tfds", "--config.data.dir=ROOT/tfds"),
     ],
@@ -47,7 +53,7 @@ def test_a_path_where_a_name_belongs_leads_to_the_fields_that_read_it(places, pl
     own = [name for name in sources.SETS if f"name={name} " not in words + " "]
     for settings in (
         {"name": str(places / place)},
-        *({"name": name, "path": str(places / place)} for name in own if name != "digits"),
+        *({"name": name, "path": str(places / place)} for name in own if "digit" not in name),
     ):
         with pytest.raises(InputError) as error:
             sources.open_data_set(config_lib.Data(**settings))
@@ -95,3 +101,15 @@ def test_a_stray_file_does_not_hide_what_is_wrong(tmp_path, stray):
 def test_a_name_that_does_not_exist_leads_to_the_one_that_reads_the_path(places):
     with pytest.raises(InputError, match=r"take --config.data.name=folder"):
         sources.open_data_set(config_lib.Data(name="imagefolder", path=str(places / "photos")))
+
+
+@pytest.mark.parametrize("place", ["coco", "lone"])
+def test_a_coco_folder_leads_to_coco_and_is_readable_as_a_folder_of_images(places, place):
+    words = f"--config.data.name=coco --config.data.path={places / place}"
+    readers = [{"name": n, "path": str(places / place)} for n in ("arrays", "tokens", "parquet")]
+    for settings in ({"name": str(places / place)}, *readers):
+        with pytest.raises(InputError) as error:
+            sources.open_data_set(config_lib.Data(**settings))
+        assert words in str(error.value)
+    folder = sources.open_data_set(config_lib.Data(name="folder", path=str(places / place)))
+    assert "json are not read; --config.data.name=coco reads them" in folder.notes[-1]

@@ -57,10 +57,10 @@ def test_a_folder_of_the_hub_has_splits_and_named_classes(tmp_path, monkeypatch)
     again = pickle.loads(pickle.dumps(source))  # as a worker process gets it
     for each in (source, again):
         for i in np.random.default_rng(0).permutation(12).tolist():
-            assert each[i]["image"] == IMAGES[i] and each[i]["label"] == labels[i]
+            assert each[i]["encoded"] == IMAGES[i] and each[i]["label"] == labels[i]
     assert source.name(11) == f"{tmp_path}/data/train-00001-of-00002.parquet[5]"
     assert len(open_set(tmp_path, "validation")) == 1
-    assert [open_set(tmp_path, "train[50%:]")[i]["image"] for i in range(6)] == IMAGES[6:]
+    assert [open_set(tmp_path, "train[50%:]")[i]["encoded"] for i in range(6)] == IMAGES[6:]
 
 
 def save_to_disk(folder: pathlib.Path, content: pyarrow.Table, split: str) -> None:
@@ -79,12 +79,12 @@ def test_a_folder_of_save_to_disk_is_read(tmp_path):
         save_to_disk(tmp_path / "all" / split, content, split)
     (tmp_path / "all/dataset_dict.json").write_text('{"splits": ["train", "test"]}')
     source = open_set(tmp_path / "all")
-    assert [source[i]["image"] for i in range(12)] == IMAGES and source.class_names[2] == "dog"
+    assert [source[i]["encoded"] for i in range(12)] == IMAGES and source.class_names[2] == "dog"
     assert [source[i]["label"] for i in range(12)] == labels.tolist()
     test = pickle.loads(pickle.dumps(open_set(tmp_path / "all", "test")))
-    assert [test[i]["image"] for i in range(len(test))] == IMAGES[3:5]
+    assert [test[i]["encoded"] for i in range(len(test))] == IMAGES[3:5]
     alone = open_set(tmp_path / "all/test", "test")  # the folder of one split knows its name
-    assert alone[1]["image"] == IMAGES[4]
+    assert alone[1]["encoded"] == IMAGES[4]
     (tmp_path / "all/train/data-00000-of-00001.arrow").unlink()
     with pytest.raises(InputError, match=r"incomplete: .*data-00000-of-00001.arrow does not exist"):
         open_set(tmp_path / "all", labels=False)
@@ -95,9 +95,9 @@ def test_texts_are_classes_and_bytes_alone_are_images(tmp_path):
         {"picture": IMAGES, "label": ["dog", "cat", "cat"] * 4, "id": range(12)}
     )
     source = open_set(write(tmp_path / "mine.parquet", content))
-    assert source.class_names == ("cat", "dog") and source[0] == {"image": IMAGES[0], "label": 1}
+    assert source.class_names == ("cat", "dog") and source[0] == {"encoded": IMAGES[0], "label": 1}
     source = open_set(tmp_path / "mine.parquet", labels=False)
-    assert source.classes == 0 and source[4] == {"image": IMAGES[4]}
+    assert source.classes == 0 and source[4] == {"encoded": IMAGES[4]}
 
 
 @pytest.mark.parametrize("mark", [255, -1])
@@ -110,7 +110,7 @@ def test_images_with_the_label_to_ignore_are_left_out(tmp_path, mark, features):
     source = open_set(path, ignore_label=mark)
     assert source.classes == 3 and len(source) == 9
     for i in range(9):
-        assert source[i] == {"image": IMAGES[i // 3 * 4 + i % 3], "label": i % 3}
+        assert source[i] == {"encoded": IMAGES[i // 3 * 4 + i % 3], "label": i % 3}
     assert source.name(3) == f"{path}[4]"
 
 
@@ -132,7 +132,7 @@ def test_a_split_has_the_name_of_its_file_too(tmp_path):
     write(tmp_path / "train-00000-of-00001.parquet", table(LABELS))
     write(tmp_path / "valid_data-00000-of-00001.parquet", table(LABELS, IMAGES[::-1]))
     for split in ("valid", "validation"):
-        assert open_set(tmp_path, f"{split}[:2]")[0]["image"] == IMAGES[-1]
+        assert open_set(tmp_path, f"{split}[:2]")[0]["encoded"] == IMAGES[-1]
     with pytest.raises(InputError, match="split 'val' cannot be read"):
         open_set(tmp_path, "val")
 
@@ -150,7 +150,7 @@ def test_a_file_that_has_changed_is_read_anew(tmp_path, ending):
             with ipc.new_stream(path, content.schema) as stream:
                 stream.write_table(content)
         source = open_set(path)
-        assert [source[i]["image"] for i in range(len(source))] == images
+        assert [source[i]["encoded"] for i in range(len(source))] == images
 
 
 def test_numbers_that_do_not_count_from_0_become_names(tmp_path):
@@ -165,7 +165,7 @@ def test_rows_that_are_sorted_by_class_are_mixed(tmp_path):
     source = open_set(write(tmp_path / "x.parquet", table(np.repeat([0, 1, 2], 4))), "train[:50%]")
     found = [source[i] for i in range(6)]
     assert sorted(each["label"] for each in found) == [0, 0, 1, 1, 2, 2]
-    assert all(IMAGES.index(each["image"]) // 4 == each["label"] for each in found)
+    assert all(IMAGES.index(each["encoded"]) // 4 == each["label"] for each in found)
 
 
 def test_images_that_are_missing_or_damaged_are_named(tmp_path):

@@ -68,7 +68,7 @@ def test_a_folder_of_images_becomes_a_cache_that_training_can_read(prepare, fold
     assert isinstance(codec, PaletteCodec) and codec.definition.provenance["method"]
     labels = [int(source[i]["label"]) for i in range(40)]
     assert sorted(labels) == [0] * 20 + [1] * 20
-    tokens = np.stack([source[i]["image"].ravel() for i in range(40)]).astype(np.int32)
+    tokens = np.stack([source[i]["tokens"].ravel() for i in range(40)]).astype(np.int32)
     brightness = codec.decode(tokens).mean(axis=(1, 2, 3))
     assert (brightness > 100).astype(int).tolist() == labels  # dark is 0, light is 1
 
@@ -103,7 +103,7 @@ def test_the_command_of_a_refused_cache_makes_one_of_the_very_images(command, tm
         assert summary[split]["psnr"] is None
         source, wanted = found.open(split), images.open(split)
         for i in range(count):
-            np.testing.assert_array_equal(source[i]["image"], wanted[i]["image"])
+            np.testing.assert_array_equal(source[i]["tokens"], wanted[i]["image"][..., 0])
             assert source[i]["label"] == wanted[i]["label"]
     config = config_lib.Data(name="tokens", path=str(folder))
     assert len(sources.open_source(config, "train[:50%]")) == 598

@@ -12,12 +12,17 @@ pytestmark = pytest.mark.usefixtures("one_device")
 ROWS, COLUMNS, K = 3, 5, 8
 
 
+def phases(places, columns: int = COLUMNS):
+    axes = jnp.stack(jnp.divmod(jnp.asarray(places), columns), axis=-1)
+    return layers.phases(axes.astype(jnp.float32), K)
+
+
 def scores(queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
     """Of one query and one key, at each of these pairs of places."""
     q, k = (generator(seed).normal(size=(1, 1, 1, K)).astype(np.float32) for seed in (1, 2))
     q, k = (
-        layers.rotate(jnp.tile(x, (1, len(places), 1, 1)), layers.phases(places, COLUMNS, K))
-        for x, places in ((q, jnp.asarray(queries)), (k, jnp.asarray(keys)))
+        layers.rotate(jnp.tile(x, (1, len(places), 1, 1)), phases(places))
+        for x, places in ((q, queries), (k, keys))
     )
     return np.asarray((q * k).sum(axis=-1)).ravel()
 
@@ -44,7 +49,7 @@ def test_a_key_turns_with_the_place_of_the_token_that_its_position_holds(objecti
     network = tiny_network(**recipe)
     found = network.bind(model).rotation(3, 6)
     for turned, first in ((found.queries, 3), (found.keys, 3 - before)):
-        wanted = layers.phases(jnp.arange(first, first + 6), 4, 8)
+        wanted = phases(jnp.arange(first, first + 6), columns=4)
         np.testing.assert_array_equal(turned, wanted)
     off = tiny_network(**MODERN | {"rotary": False})
     params = jax.eval_shape(off.init, jax.random.key(0))
@@ -53,7 +58,7 @@ def test_a_key_turns_with_the_place_of_the_token_that_its_position_holds(objecti
 
 def test_angles_are_those_of_llama_gen():
     """For four channels a row: 1 and 1/100 of a radian a place; of bfloat16 the turn is float32."""
-    found = layers.phases(jnp.arange(15), COLUMNS, K)
+    found = phases(jnp.arange(15))
     angles = np.arctan2(found[1], found[0])
     np.testing.assert_allclose(angles[7], [1, 0.01, 2, 0.02], rtol=1e-5)
     x = jnp.asarray(generator().normal(size=(1, 15, 2, K)), jnp.bfloat16)

@@ -4,7 +4,7 @@ import functools
 import jax
 import numpy as np
 import pytest
-from conftest import RECIPES, make_mesh, random_batch, random_params, tiny_network
+from conftest import RECIPES, make_mesh, parts_network, random_batch, random_params, tiny_network
 
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
@@ -90,6 +90,21 @@ GPT_SHARDS = {
         | {"blocks.q_norm": (2, 8), "blocks.k_norm": (2, 8)},
     ),
 }
+# 16 positions of the image, a stem of 8 and 8 channels, 16 positions of objects with 19 tokens.
+STEM = {"convolution.bias": (8,), "gain": (8,)}
+PARTS_SHARDS = {
+    **{name: IGPT[name] for name in IGPT if name.startswith(("token", "blocks", "final"))},
+    "start": (1, 16),
+    "position": (16, 16),
+    "parts.objects.embedding": (19, 16),
+    "parts.objects.position": (16, 16),
+    "parts.objects.head": (19, 16),
+    "parts.objects.place": (32,),
+    "stem.from_stem": (8, 16),
+    "stem.layers.0.convolution.conv": (3, 3, 3, 4),
+    "stem.layers.1.convolution.conv": (3, 3, 8, 4),
+    **{f"stem.layers.{i}.{name}": shape for i in range(2) for name, shape in STEM.items()},
+}
 # Patches of 2 x 2 pixels in RGB, widths 8 and 16, codes of 4 numbers.
 AUTOENCODER_SHARDS = {
     "quantizer.codebook": (24, 4),
@@ -158,6 +173,10 @@ def test_a_device_holds_this_shard_of_every_parameter_of_a_gpt(changes, wanted):
     assert shard_shapes(tiny_network(classes=5, **changes).init) == wanted
 
 
+def test_a_device_holds_this_shard_of_every_parameter_of_a_network_with_parts():
+    assert shard_shapes(parts_network().init) == PARTS_SHARDS
+
+
 def test_a_device_holds_this_shard_of_every_parameter_of_a_tokenizer():
     network = config_lib.Autoencoder(
         quantizer="vq",
@@ -178,7 +197,7 @@ def test_a_device_holds_this_shard_of_every_parameter_of_a_tokenizer():
 
 
 def test_the_shards_above_cover_the_whole_table_of_shardings():
-    tables = [*(wanted for _, wanted in GPT_SHARDS.values()), AUTOENCODER_SHARDS]
+    tables = [*(wanted for _, wanted in GPT_SHARDS.values()), AUTOENCODER_SHARDS, PARTS_SHARDS]
     names = {name.split(".")[-1] for table in [*tables, DISCRIMINATOR_SHARDS] for name in table}
     assert names == set(sharding.PARAMETERS)
 

@@ -159,7 +159,7 @@ def test_arrays_are_read_from_a_file(tmp_path):
     config = npz(tmp_path, train_images=IMAGES, **both)
     for split, count in (("train", 6), ("test", 2)):
         source = sources.open_source(config, split)
-        assert (len(source), source.classes, source.stored_as) == (count, 3, "pixels")
+        assert (len(source), source.classes) == (count, 3)
         for i in range(count):
             np.testing.assert_array_equal(source[i]["image"], IMAGES[i])
             assert source[i]["label"] == LABELS[i] and source[i]["label"].dtype == np.int32
@@ -254,7 +254,7 @@ def opened(folder: pathlib.Path, split: str = "train", **changes) -> sources.Sel
 
 
 def contents(source: sources.Selected) -> list[str]:
-    return [source[i]["image"].decode() for i in range(len(source))]
+    return [source[i]["encoded"].decode() for i in range(len(source))]
 
 
 def classes(count: int, *names: str) -> list[str]:
@@ -266,7 +266,7 @@ def test_a_sub_folder_is_a_class_in_the_order_of_names(tmp_path):
     source = opened(make_folder(tmp_path, images(*files)))
     assert source.classes == 3 and sorted(contents(source)) == sorted(files[:-1])
     for i in range(len(source)):
-        name = source[i]["image"].decode()
+        name = source[i]["encoded"].decode()
         assert source[i]["label"] == "abc".index(name[0]) and source[i]["label"].dtype == np.int32
         assert source.name(i) == str(tmp_path / name)
 
@@ -274,13 +274,13 @@ def test_a_sub_folder_is_a_class_in_the_order_of_names(tmp_path):
 @pytest.mark.parametrize("files", [("0.png", "1.png", "2.png"), (*classes(3, "a", "b"), "0.png")])
 def test_images_in_no_sub_folder_make_it_unlabelled(tmp_path, files):
     source = opened(make_folder(tmp_path, images(*files)))
-    assert source.classes == 0 and source[0].keys() == {"image"}
+    assert source.classes == 0 and source[0].keys() == {"encoded"}
     assert sorted(contents(source)) == sorted(files)
 
 
 def test_classes_can_be_left_alone(tmp_path):
     source = opened(make_folder(tmp_path, images(*classes(1, "a", "b"))), labels=False)
-    assert source.classes == 0 and source[0].keys() == {"image"} and len(source) == 2
+    assert source.classes == 0 and source[0].keys() == {"encoded"} and len(source) == 2
 
 
 @pytest.mark.parametrize("validation", ["val", "validation"])
@@ -365,7 +365,7 @@ def test_a_file_is_no_folder_of_images(tmp_path):
 def test_real_photographs_are_found(shared_data):
     source = opened(shared_data / "imagenet_sample_128", "train[:10%]")
     assert len(source) == 100 and source.classes == 0
-    assert source[7]["image"][:2] == b"\xff\xd8"  # as JPEG begins
+    assert source[7]["encoded"][:2] == b"\xff\xd8"  # as JPEG begins
 
 
 # TFDS.
@@ -381,14 +381,14 @@ def test_a_prepared_set_is_found_by_its_folder_or_by_that_of_all(prepared, below
     config = config_lib.Data(name="cifar10", dir=str(prepared / below))
     assert sources.open_data_set(config).lengths == {"train": 50_000, "test": 10_000}
     source = sources.open_source(config, "train[:45000]")
-    assert (len(source), source.classes, source.stored_as) == (45_000, 10, "encoded")
+    assert (len(source), source.classes) == (45_000, 10)
     assert source.name(3) == "cifar10/train[3]"
     labels = [int(source[i]["label"]) for i in range(8)]
     assert labels == [7, 8, 4, 4, 6, 5, 2, 9]
-    assert all(source[i]["image"].startswith(b"\x89PNG") for i in range(8))
+    assert all(source[i]["encoded"].startswith(b"\x89PNG") for i in range(8))
     unlabelled = config_lib.Data(name="cifar10", dir=str(prepared), labels=False)
     source = sources.open_source(unlabelled, "train")
-    assert source.classes == 0 and source[0].keys() == {"image"}
+    assert source.classes == 0 and source[0].keys() == {"encoded"}
 
 
 @pytest.mark.parametrize(
@@ -419,7 +419,7 @@ def test_split_expressions_mean_what_they_mean_to_tfds(prepared, expression):
     assert len(found) == len(wanted)
     for index in {0, 1, len(found) // 2, len(found) - 1}:
         data, i = wanted[index]
-        assert found[index] == {k: data[i][k] for k in ("image", "label")}
+        assert found[index] == {"encoded": data[i]["image"], "label": data[i]["label"]}
 
 
 def test_tensorflow_is_not_imported(prepared):

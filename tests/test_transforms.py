@@ -1,7 +1,7 @@
 import jaxtyping
 import numpy as np
 import pytest
-from conftest import generator, random_image
+from conftest import generator, random_image, transformed
 from PIL import Image
 
 from gptv_jax.data import augmentations, transforms
@@ -116,7 +116,10 @@ ENTRIES = {
     "random_crop(9)": (9, 9),
     "random_crop(24, padding=4)": (24, 24),
     "random_resized_crop(8)": (8, 8),
+    "random_scale()": (20, 30),
+    "random_scale((0.5, 2.0), size=8, fill=9)": (8, 8),
     "flip()": (20, 30),
+    "flip_vertical()": (20, 30),
     "shift(pixels=2)": (20, 30),
     "brightness(0.4)": (20, 30),
     "contrast(0.4)": (20, 30),
@@ -133,7 +136,7 @@ MOVING = [entry for entry in ENTRIES if not transforms.parse(entry).needs_pixels
 def test_the_lists_above_have_every_transform():
     assert {entry.partition("(")[0] for entry in ENTRIES} == {*transforms.TRANSFORMS} - {"decode"}
     assert {entry.partition("(")[0] for entry in MOVING} == {
-        *("center_crop", "random_crop", "flip", "shift")
+        *("center_crop", "random_crop", "flip", "flip_vertical", "shift")
     }
 
 
@@ -142,7 +145,7 @@ def test_the_lists_above_have_every_transform():
 def test_images_stay_uint8_of_the_promised_shape_and_the_given_one_is_left_alone(entry, channels):
     step, given = transforms.parse(entry), random_image(20, 30, channels)
     for seed in range(5):
-        found = step(given, generator(seed) if step.random else None)
+        found = transformed(step, given, generator(seed) if step.random else None)
         assert found.dtype == np.uint8 and found.ndim == 3 and found.shape[2] == channels
         assert found.shape[:2] == (ENTRIES[entry] or found.shape[:2])
     np.testing.assert_array_equal(given, random_image(20, 30, channels))
@@ -152,24 +155,27 @@ def test_images_stay_uint8_of_the_promised_shape_and_the_given_one_is_left_alone
 def test_what_is_random_is_a_function_of_the_generator(entry):
     step, given = transforms.parse(entry), random_image(20, 30, 3)
     np.random.seed(0)
-    first = [step(given, generator(seed)).tobytes() for seed in range(20)]
-    assert [
-        transforms.parse(entry)(given, generator(seed)).tobytes() for seed in range(20)
-    ] == first
+
+    def made(step):
+        return [transformed(step, given, generator(seed)).tobytes() for seed in range(20)]
+
+    first = made(step)
+    assert made(transforms.parse(entry)) == first
     assert len(set(first)) >= (2 if "flip" in entry else 5)
 
 
 @pytest.mark.parametrize("entry", MOVING)
 def test_what_moves_pixels_acts_on_tokens_as_on_colours(entry):
     step = transforms.parse(entry)
-    tokens = generator().integers(5000, size=(20, 30, 1), dtype=np.uint16)
+    tokens = generator().integers(5000, size=(20, 30), dtype=np.uint16)
     names = generator(1).permutation(2**16).astype(np.uint16)
     if "shift" in entry:  # which fills with token 0, whatever it means
         names = np.concatenate([[np.uint16(0)], names[names != 0]])
     for seed in range(10):
-        found = step(names[tokens], generator(seed))
+        found = step({"tokens": names[tokens]}, generator(seed))["tokens"]
         assert found.dtype == np.uint16
-        np.testing.assert_array_equal(found, names[step(tokens, generator(seed))])
+        moved = step({"tokens": tokens}, generator(seed))["tokens"]
+        np.testing.assert_array_equal(found, names[moved])
 
 
 @pytest.mark.parametrize("entry", RANDOM)
@@ -185,7 +191,7 @@ def test_evaluation_takes_nothing_random(entry):
 @pytest.mark.parametrize("levels", [2, 17, 256])
 def test_grey_levels_are_spread_evenly_and_shown_in_the_right_brightness(levels):
     values = np.arange(256, dtype=np.uint8).reshape(16, 16, 1)
-    found = transforms.parse(f"quantize({levels})")(values, None)
+    found = transformed(transforms.parse(f"quantize({levels})"), values)
     assert set(found.flat) == set(range(levels))
     codec = GreyCodec(levels, 16)
     shown = codec.picture(codec.decode(codec.encode(found[None])))[0]
@@ -201,7 +207,7 @@ def test_a_rotation_is_within_its_degrees_both_ways_and_fills_the_corners():
     image[:20, 20] = 100  # a hand that points up
     angles = []
     for seed in range(60):
-        found = rotate(image, generator(seed))
+        found = transformed(rotate, image, generator(seed))
         assert found[20, 20, 0] == 200 and set(np.unique(found)) <= {7, 100, 200}
         y, x = np.argwhere(found[..., 0] == 100).mean(axis=0) - 20
         angles.append(np.degrees(np.arctan2(-x, -y)))
@@ -255,6 +261,8 @@ def test_random_augment_draws_every_operation_and_combines_n_of_them():
         for sign in (-1, 1)
     }
     once = transforms.parse("random_augment(n=1, magnitude=6)")
-    assert {once(image, generator(seed)).tobytes() for seed in range(400)} == single
+    assert {transformed(once, image, generator(seed)).tobytes() for seed in range(400)} == single
     several = transforms.parse("random_augment(n=4, magnitude=6)")
-    assert not {several(image, generator(seed)).tobytes() for seed in range(20)} <= single
+    assert (
+        not {transformed(several, image, generator(seed)).tobytes() for seed in range(20)} <= single
+    )

@@ -49,10 +49,10 @@ def test_examples_are_the_images_and_labels_of_all_shards(tmp_path):
         source = pickle.loads(pickle.dumps(open_set(path)))
         assert len(source) == 9 and source.classes == 3
         for i in np.random.default_rng(0).permutation(9).tolist():
-            assert source[i] == {"image": IMAGES[i], "label": i % 3}
+            assert source[i] == {"encoded": IMAGES[i], "label": i % 3}
     assert source.name(6) == f"{tmp_path}/train-000001.tar:set/000006"
-    assert [open_set(tmp_path, "validation")[i]["image"] for i in range(3)] == IMAGES[9:]
-    assert open_set(tmp_path, labels=False)[2] == {"image": IMAGES[2]}
+    assert [open_set(tmp_path, "validation")[i]["encoded"] for i in range(3)] == IMAGES[9:]
+    assert open_set(tmp_path, labels=False)[2] == {"encoded": IMAGES[2]}
     (tmp_path / "classnames.txt").write_text("owl\nkingfisher bird\ndog\n")
     again = config_lib.Data(name="webdataset", path=str(tmp_path), image_size=9)  # not cached
     assert sources.open_source(again, "train").class_names == ("owl", "kingfisher bird", "dog")
@@ -66,7 +66,7 @@ def test_texts_and_json_are_labels(tmp_path):
     assert source.class_names == ("cat", "dog")
     assert [source[i]["label"] for i in range(4)] == [1, 0, 0, 1]
     source = open_set(write(tmp_path / "y.tar", shard(range(4), labels=False)))
-    assert source.classes == 0 and source[3] == {"image": IMAGES[3]}
+    assert source.classes == 0 and source[3] == {"encoded": IMAGES[3]}
 
 
 def test_images_with_the_label_to_ignore_are_left_out(tmp_path):
@@ -74,7 +74,7 @@ def test_images_with_the_label_to_ignore_are_left_out(tmp_path):
     with pytest.raises(InputError, match=r"set config.data.ignore_label=255"):
         open_set(path)
     source = open_set(path, ignore_label=255)
-    assert [source[i]["image"] for i in range(len(source))] == [*IMAGES[:4], IMAGES[5]]
+    assert [source[i]["encoded"] for i in range(len(source))] == [*IMAGES[:4], IMAGES[5]]
 
 
 def harmed(content: bytes, kind: str) -> bytes:
@@ -133,6 +133,6 @@ def test_shards_become_a_token_cache(command, tmp_path):
     codec, source = found.codec(), found.open("test")
     for i in range(3):
         pixels = np.asarray(random_image(8, 8, 3, seed=9 + i))
-        wanted = codec.encode(pixels[None]).reshape(8, 8, 1)
-        np.testing.assert_array_equal(source[i]["image"], wanted)
+        wanted = codec.encode(pixels[None]).reshape(8, 8)
+        np.testing.assert_array_equal(source[i]["tokens"], wanted)
         assert source[i]["label"] == (9 + i) % 3

@@ -25,7 +25,7 @@ class Arrays:
     are sentences about what a user may not expect.
     """
 
-    stored_as = "pixels"
+    object_names = ()
 
     def __init__(
         self,
@@ -62,18 +62,23 @@ class Arrays:
 class ArraysSplit:
     """The images of a split, and its labels, int [N], or None."""
 
-    def __init__(self, split: str, images, labels):
-        self.split, self.images, self.labels = split, images, labels
+    key = "image"  # of a record: pixels, or "encoded" for the bytes of a file
+
+    def __init__(self, where: str | pathlib.Path, images, labels):
+        self.where, self.images, self.labels = where, images, labels
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> dict:
-        image = {"image": self.images[index]}
+        image = {self.key: self.read(index)}
         return image if self.labels is None else {**image, "label": np.int32(self.labels[index])}
 
+    def read(self, index: int) -> np.ndarray | bytes:
+        return self.images[index]
+
     def name(self, index: int) -> str:
-        return f"{self.split}[{index}]"
+        return f"{self.where}[{index}]"
 
 
 def _check_images(split: str, images: np.ndarray) -> None:
@@ -121,10 +126,8 @@ def open_npz(config: config_lib.Data) -> Arrays:
     names = [key.removesuffix("_images") for key in arrays if key.endswith("_images")]
     if not names:
         found = shorten(key or "a single unnamed array" for key in arrays) or "no array"
-        raise InputError(
-            f"config.data.path={path} is no .npz file with an array called train_images; it holds "
-            f"{found}."
-        )
+        problem = f"config.data.path={path} is no .npz file with an array called train_images"
+        raise InputError(f"{problem}; it holds {found}.")
     own = split_names(names)  # MedMNIST calls a split val
     labels = {n: arrays.get(f"{n}_labels") if config.labels else None for n in names}
     splits = {split: (arrays[f"{n}_images"], labels[n]) for n, split in own.items()}

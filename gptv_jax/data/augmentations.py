@@ -6,7 +6,8 @@ from typing import ClassVar
 from PIL import Image, ImageEnhance, ImageOps
 
 from gptv_jax.config.fields import POSITIVE, SHARE, field, one_of
-from gptv_jax.data.images import GREY, Transform, to_array, to_picture
+from gptv_jax.data.images import GREY, Transform
+from gptv_jax.data.records import to_array, to_picture
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +18,7 @@ class _Jitter(Transform):
     enhance: ClassVar = None  # Pillow's class; factor 1 leaves the image unchanged
     amount: float = field(0.4, SHARE)
 
-    def __call__(self, image, rng):
+    def pixels(self, image, rng):
         factor = rng.uniform(1 - self.amount, 1 + self.amount)
         return to_array(self.enhance(to_picture(image)).enhance(factor), image.shape[-1])
 
@@ -48,11 +49,12 @@ class Rotate(Transform):
     """
 
     random: ClassVar = True
+    in_place: ClassVar = False
     degrees: float = field(15.0, ("more than 0, up to 180", lambda v: 0 < v <= 180))
     fill: int = field(0, GREY)
     method: str = field("bilinear", one_of("nearest", "bilinear", "bicubic"))
 
-    def __call__(self, image, rng):
+    def pixels(self, image, rng):
         picture, method = to_picture(image), Image.Resampling[self.method.upper()]
         angle, fill = rng.uniform(-self.degrees, self.degrees), _filling(picture, self.fill)
         return to_array(picture.rotate(angle, method, fillcolor=fill), image.shape[-1])
@@ -67,11 +69,12 @@ class RandomAugment(Transform):
     """
 
     random: ClassVar = True
+    in_place: ClassVar = False
     n: int = field(2, POSITIVE)
     magnitude: float = field(9.0, ("0 to 10", lambda v: 0 <= v <= 10))
     fill: int = field(128, GREY)
 
-    def __call__(self, image, rng):
+    def pixels(self, image, rng):
         picture, operations = to_picture(image), list(OPERATIONS.values())
         filling = _filling(picture, self.fill)
         for number in rng.integers(len(operations), size=self.n):

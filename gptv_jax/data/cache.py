@@ -107,7 +107,7 @@ def write(
 class TokenCache:
     """A folder of `write`, as a `sources.DataSet`; any other folder raises InputError."""
 
-    stored_as = "tokens"
+    object_names = ()
 
     def __init__(self, folder: pathlib.Path):
         self.folder = folder
@@ -189,7 +189,7 @@ class _CachedSplit:
         except Exception as error:  # ArrayRecord raises whatever its C++ part reports
             raise InputError(f"{self.name(index)} is damaged ({first_line(error)}).") from error
         example = {name: values[name][0] for name in self.record.names}
-        return {"image": self.planes.join(example.pop("low"), example.pop("high")), **example}
+        return {"tokens": self.planes.join(example.pop("low"), example.pop("high")), **example}
 
     def name(self, index: int) -> str:
         return f"{self.path.with_suffix('')}[{index}]"
@@ -214,8 +214,8 @@ class _TokenPlanes:
 
     def join(
         self, low: UInt8[np.ndarray, " T"], high: UInt8[np.ndarray, "bits bytes"]
-    ) -> UInt16[np.ndarray, "rows columns 1"]:
+    ) -> UInt16[np.ndarray, "rows columns"]:
         numbers = low.astype(np.uint16)
         for bit, plane in enumerate(high, start=8):
             numbers |= np.unpackbits(plane, count=self.length).astype(np.uint16) << bit
-        return self.token_of.take(numbers).reshape(*self.grid, 1)
+        return self.token_of.take(numbers).reshape(self.grid)

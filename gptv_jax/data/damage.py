@@ -15,6 +15,7 @@ import numpy as np
 from gptv_jax import config as config_lib
 from gptv_jax.data import sources
 from gptv_jax.data.images import DamagedImageError, Decode, Depth
+from gptv_jax.data.records import Record
 from gptv_jax.errors import InputError
 
 LOG = logging.getLogger(__name__)
@@ -25,22 +26,22 @@ MIN_IMAGES = 200  # the share of damaged images is taken of at least so many, or
 class DecodedSource:
     """A source of pixels on top of a source of image files.
 
-    The next good image replaces a damaged one, whose number "damaged" holds.
+    The record of the next good image replaces that of a damaged one, whose number "damaged" holds.
     """
 
     def __init__(self, source, decode: Decode):
-        self.source, self.decode, self.stored_as = source, decode, source.stored_as
+        self.source, self.decode = source, decode
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, index: int) -> Record:
         for distance in range(len(self)):
             try:
-                example = self._decode((index + distance) % len(self))
+                record = self.decode(self.source[(index + distance) % len(self)])
             except (DamagedImageError, OSError):
                 continue
-            return {**example, "damaged": np.int32(index) if distance else NOT_DAMAGED}
+            return {**record, "damaged": np.int32(index) if distance else NOT_DAMAGED}
         raise InputError(
             f"none of {len(self)} images can be read; the first, {self.name(0)}: {self.reason(0)}."
         )
@@ -50,21 +51,17 @@ class DecodedSource:
 
     def reason(self, index: int) -> str:
         try:
-            self._decode(index)
+            self.decode(self.source[index])
         except (DamagedImageError, OSError) as error:
             return getattr(error, "strerror", None) or str(error)
         return "it could not be read before, and now can"
 
     def depth(self, index: int) -> Depth | None:
-        """See `Decode.depth`; None also where the file cannot be read."""
+        """See `Decode.depth`; None also where the file cannot be read, or is an array of pixels."""
         try:
-            return self.decode.depth(self.source[index]["image"])
-        except OSError:
+            return self.decode.depth(self.source[index]["encoded"])
+        except (OSError, KeyError, DamagedImageError):
             return None
-
-    def _decode(self, index: int) -> dict:
-        example = self.source[index]
-        return {**example, "image": self.decode(example["image"])}
 
 
 class DamageLog:

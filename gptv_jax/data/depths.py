@@ -55,10 +55,8 @@ def check(config: config_lib.Data, source: DecodedSource) -> bool:
             cure = _cure(source, white, found)
             if low < (1 - OVERSHOOT) * white:
                 cure = "Save them as numbers from 0 to 1"
-            raise InputError(
-                f"the {kind} images have no common range: {shorten(shown, room=60)}, such as "
-                f"{cut(seldom, 90, 45)}. {cure}."
-            )
+            problem = f"the {kind} images have no common range: {shorten(shown, room=60)}"
+            raise InputError(f"{problem}, such as {cut(seldom, 90, 45)}. {cure}.")
     return warned
 
 

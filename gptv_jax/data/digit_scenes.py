@@ -25,9 +25,9 @@ SPLITS = ("train", "validation", "test")
 class DigitScenes:
     """The data set: 20,000 scenes of training digits, 400 each of validation and test digits."""
 
-    stored_as = "pixels"
-    class_names = tuple("0123456789")
-    classes = len(class_names)
+    object_names = tuple("0123456789")
+    classes, class_names = 0, ()  # of whole images
+    keys = ("masks", "segmentation")  # of records, beside boxes
 
     def __init__(self, seed: int = 0):
         self.seed = seed

@@ -10,6 +10,7 @@ from gptv_jax import config as config_lib
 from gptv_jax import files as files_lib
 from gptv_jax.data import guess
 from gptv_jax.data import labels as labels_lib
+from gptv_jax.data.arrays import ArraysSplit
 from gptv_jax.data.listing import ENDINGS, Listing, split_name
 from gptv_jax.errors import InputError, shorten
 
@@ -22,15 +23,14 @@ class ImageFolder:
     """All image files below a folder.
 
     Sub-folders whose names are names of splits (`listing.split_name`), train among them, are the
-    splits; otherwise all images are one split, train. Within a split, each sub-folder
-    is a class, unless a CSV file gives the labels. The data set is unlabelled where all images lie
-    in one folder, or a share of images above `MOST_STRAY` in no class folder. The images are
-    shuffled class by class, so that `train[:90%]` holds nine tenths of every class.
-
-    `notes` are sentences about what a user may not expect, and `left_out` says what is not read.
+    splits; otherwise all images are one split, train. Within a split, each sub-folder is a class,
+    unless a CSV file gives the labels. The data set is unlabelled where all images lie in one
+    folder, or a share of images above `MOST_STRAY` in no class folder. The images are shuffled
+    class by class, so that `train[:90%]` holds nine tenths of every class. `notes` are sentences
+    about what a user may not expect, and `left_out` says what is not read.
     """
 
-    stored_as = "encoded"
+    object_names = ()
 
     def __init__(
         self,
@@ -39,14 +39,10 @@ class ImageFolder:
         labels_file: pathlib.Path | None = None,
         ignore_label: int | None = None,
     ):
-        """Lists the files without opening them.
+        """Lists the files; `labels_file` is a CSV file of labels by file name.
 
-        `labels=False` makes the data set unlabelled. `labels_file` is a CSV file of labels by file
-        name; images whose label or class folder is `ignore_label` are left out.
-
-        Raises:
-          InputError: there is no image, the splits or the classes are ambiguous, or a class has a
-            single training image.
+        Images whose label or class folder is `ignore_label` are left out. Raises InputError where
+        there is no image, the splits or classes are ambiguous, or a class has one training image.
         """
         if not path.is_dir():
             raise InputError(f"config.data.path={path} is not a folder.")
@@ -68,12 +64,17 @@ class ImageFolder:
             shown = shorten(top.files)
             self.notes.append(f"{path} has images beside its splits, which are left out: {shown}")
         endings = sum((listing.endings for listing in [top, *read]), collections.Counter())
-        for split, found in files.items():
-            if not found:
-                nothing = not any(listing.files for listing in [top, *below.values()])
-                advice = guess.of_folder(path, "folder") if nothing else None
-                advice = advice and f"config.data.path={advice}"
-                raise InputError(advice or _no_image(folders[split], endings))
+        annotated = any(listing.endings[".json"] for listing in [top, *below.values()])
+        if annotated and (coco := guess.coco_files(path)):
+            self.notes.append(
+                f"the boxes in {shorten(f.relative_to(path) for f in coco)} are not read; "
+                "--config.data.name=coco reads them"
+            )
+        if bare := [folders[split] for split, found in files.items() if not found]:
+            nothing = not any(listing.files for listing in [top, *below.values()])
+            advice = guess.of_folder(path, "folder") if nothing else None
+            refused = f"config.data.path={advice}" if advice else _no_image(bare[0], endings)
+            raise InputError(refused)
         if apple := [ending for ending in APPLE_ENDINGS if endings[ending]]:
             self.notes.append(
                 f"{', '.join(apple)} files are left out; they need pip install pillow-heif, and "
@@ -81,15 +82,10 @@ class ImageFolder:
             )
         empty = [name for name, listing in below.items() if not listing.files]
         system = sorted({name for listing in [top, *read] for name in listing.system})
-        self.left_out = [
-            f"{what} {shorten(names)}"
-            for what, names in (
-                (f"{endings.total()} files by their endings:", _counted(endings)),
-                ("folders without images:", empty),
-                ("folders of the system or of thumbnails:", system),
-            )
-            if names
-        ]
+        unread = {f"{endings.total()} files by their endings": _counted(endings)}
+        unread |= {"folders without images": empty}
+        unread |= {"folders of the system or of thumbnails": system}
+        self.left_out = [f"{what}: {shorten(names)}" for what, names in unread.items() if names]
         if labels and labels_file:
             names = labels_lib.of_files(labels_file, path, folders, files, self.notes)
         else:
@@ -107,13 +103,9 @@ class ImageFolder:
         in_order = labels_lib.in_order if labels_file else sorted
         self.class_names = tuple(in_order(counts)) if len(counts) > 1 else ()
         self.classes = len(self.class_names)
-        self._splits = {
-            split: self._open(folders[split], files[split], names and names[split])
-            for split in files
-        }
+        self._splits = {s: self._open(folders[s], files[s], names and names[s]) for s in files}
         self.lengths = {split: len(source) for split, source in self._splits.items()}
-        lone = [name for name in self.class_names if counts[name] == 1]
-        if lone:
+        if lone := [name for name in self.class_names if counts[name] == 1]:
             more = f" and {len(lone) - 3} more" if len(lone) > 3 else ""
             raise InputError(
                 f"{folders['train']} has only one image of class {', '.join(lone[:3])}{more}, too "
@@ -135,10 +127,7 @@ class ImageFolder:
             folder = folders["train"] / min(names)
             inner = any(f.count(os.sep) > 1 for f in files["train"])
             advice = f"; if its folders are classes, set config.data.path={folder}" if inner else ""
-            self.notes.append(
-                f"there is a single class folder, {folder.name}, so the images are unlabelled: "
-                f"pretraining and samples need no labels, the probe and fine-tuning do{advice}"
-            )
+            self.notes.append(labels_lib.one_class(folder.name, "class folder") + advice)
         if len(names) < 2:
             return None
         if flat := [split for split in files if split not in mixed]:
@@ -148,18 +137,14 @@ class ImageFolder:
                 "folders, move them away, or ignore all classes by config.data.labels=False."
             )
         outside = [str(folders[split] / f) for split in stray for f in stray[split]]
-        total = sum(map(len, files.values()))
+        total, shown = sum(map(len, files.values())), shorten(outside)
+        strays = f"{len(outside)} of {total} images lie in no class folder"
         if len(outside) > MOST_STRAY * total:
-            self.notes.append(
-                f"{len(outside)} of {total} images lie in no class folder ({shorten(outside)}), so "
-                "all images are unlabelled; move or remove these images to have labels"
-            )
+            advice = "move or remove these images to have labels"
+            self.notes.append(f"{strays} ({shown}), so all images are unlabelled; {advice}")
             return None
         if outside:
-            self.notes.append(
-                f"{len(outside)} of {total} images lie in no class folder and are left out: "
-                f"{shorten(outside)}"
-            )
+            self.notes.append(f"{strays} and are left out: {shown}")
         for split, found in files.items():
             files[split] = [f for f in found if os.sep in f]
         return {split: [_class(f) for f in found] for split, found in files.items()}
@@ -168,34 +153,23 @@ class ImageFolder:
         self, folder: pathlib.Path, files: list[str], names: list[str] | None
     ) -> "_FolderSplit":
         numbers = {name: i for i, name in enumerate(self.class_names)}
-        unknown = sorted(set(names or ()) - set(numbers)) if numbers else []
-        if unknown:
-            raise InputError(
-                f"{folder} has classes that no training image has: {shorten(unknown)}."
-            )
+        if numbers and (unknown := shorten(sorted(set(names) - set(numbers)))):
+            raise InputError(f"{folder} has classes that no training image has: {unknown}.")
         labels = np.array([numbers[n] for n in names] if numbers else [0] * len(files), np.int32)
         order = spread_classes(labels)
         return _FolderSplit(folder, [files[i] for i in order], labels[order] if numbers else None)
 
 
-class _FolderSplit:
-    def __init__(self, folder: pathlib.Path, files: list[str], labels: np.ndarray | None):
-        self.folder, self.files, self.labels = folder, files, labels
+class _FolderSplit(ArraysSplit):
+    """The image files `images` below the folder `where`."""
 
-    def __len__(self) -> int:
-        return len(self.files)
+    key = "encoded"
 
-    def __getitem__(self, index: int) -> dict:
-        image = {"image": (self.folder / self.files[index]).read_bytes()}
-        return image if self.labels is None else {**image, "label": self.labels[index]}
+    def read(self, index: int) -> bytes:
+        return (self.where / self.images[index]).read_bytes()
 
     def name(self, index: int) -> str:
-        return str(self.folder / self.files[index])
-
-
-def image_files(folder: pathlib.Path) -> list[str]:
-    """Sorted paths, relative to `folder`, of all image files below it."""
-    return Listing(folder).files
+        return str(self.where / self.images[index])
 
 
 def _find_splits(
@@ -216,10 +190,8 @@ def _find_splits(
         return {}
     if others:
         if [named[name] for name in splits] == ["train"] and not below[splits[0]].inner:
-            notes.append(
-                f"{path / splits[0]} is taken as a class, since images lie right in the folder and "
-                f"beside {shorten(others)}"
-            )
+            reason = f"images lie right in the folder and beside {shorten(others)}"
+            notes.append(f"{path / splits[0]} is taken as a class, since {reason}")
             return {}
         raise InputError(
             f"{path} has splits by their names, {shorten(splits)}, beside images in "
@@ -228,12 +200,9 @@ def _find_splits(
         )
     chosen: dict[str, pathlib.Path] = {}
     for name, split in named.items():
-        if split in chosen:
-            raise InputError(
-                f"{path} has both {chosen[split].name} and {name} for the split {split}; keep one "
-                "of them, or rename one."
-            )
-        chosen[split] = path / name
+        if (other := chosen.setdefault(split, path / name)).name != name:
+            both = f"both {other.name} and {name}"
+            raise InputError(f"{path} has {both} for the split {split}; keep or rename one.")
     if "train" not in chosen:
         raise InputError(
             f"{path} has {shorten(splits)}, but no folder called train. Call the folder of the "
@@ -243,7 +212,6 @@ def _find_splits(
 
 
 def _refuse_inner_splits(path: pathlib.Path, below: dict[str, Listing]) -> None:
-    """Raises InputError where folders that would be classes hold the splits."""
     full = {name: listing.inner for name, listing in below.items() if listing.files}
     for name, inner in full.items():
         splits = sorted(each for each in inner if split_name(each))
@@ -251,10 +219,8 @@ def _refuse_inner_splits(path: pathlib.Path, below: dict[str, Listing]) -> None:
         if "train" not in found or len(found) == 1:
             continue
         if len(full) == 1:
-            raise InputError(
-                f"the splits {shorten(splits)} lie in {path / name}; set "
-                f"config.data.path={path / name}."
-            )
+            problem = f"the splits {shorten(splits)} lie in {path / name}"
+            raise InputError(f"{problem}; set config.data.path={path / name}.")
         raise InputError(
             f"{path / name} has splits by their names, {shorten(splits)}, inside what would be a "
             "class. Put the classes inside the splits, as in train/cat, or rename these folders."
@@ -287,10 +253,8 @@ def _no_image(folder: pathlib.Path, endings: collections.Counter) -> str:
     has = f"; it has {shorten(_counted(endings), room=60)}" if endings else ""
     if any(endings[ending] for ending in APPLE_ENDINGS):
         has += ", which needs pip install pillow-heif, registered in the configuration file"
-    return (
-        f"{folder} holds no image (no file ending in {', '.join(ENDINGS[:4])} or another ending of "
-        f"images that Pillow reads{has})."
-    )
+    known = f"{', '.join(ENDINGS[:4])} or another ending of images that Pillow reads"
+    return f"{folder} holds no image (no file ending in {known}{has})."
 
 
 def _counted(counts: collections.Counter) -> list[str]:

@@ -7,22 +7,20 @@ from gptv_jax import files
 from gptv_jax.data.listing import ENDINGS
 
 HUB = re.compile(r"(?:hf://|https?://huggingface\.co/)(?:datasets/)?([\w.-]+/[\w.-]+)")
-KINDS = {  # by the ending of a file
-    ".parquet": "parquet",
-    ".arrow": "parquet",
-    ".tar": "webdataset",
-    ".npz": "arrays",
-}
+# The data set that reads a file, by the file's ending.
+KINDS = {".parquet": "parquet", ".arrow": "parquet", ".tar": "webdataset", ".npz": "arrays"}
+KINDS[".json"] = "coco"
 PACKED = (".zip", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".7z", ".rar")
 SAVED = ("dataset_dict.json", "state.json")  # of datasets.save_to_disk
+# How a COCO file begins, and the first letters of names of COCO files without boxes.
+_COCO = re.compile(rb'\s*\{\s*"(info|images|annotations|categories|licenses|type)"')
+_BOXLESS = ("captions", "image_info", "panoptic", "stuff", ".")
 
 
 def hub_advice(name: str) -> str:
     """The command that downloads a data set `user/name` of the Hugging Face Hub, and the fields."""
-    return (
-        f"download it by hf download {name} --repo-type=dataset --local-dir=FOLDER, then take "
-        "--config.data.name=parquet --config.data.path=FOLDER"
-    )
+    command = f"download it by hf download {name} --repo-type=dataset --local-dir=FOLDER"
+    return f"{command}, then take --config.data.name=parquet --config.data.path=FOLDER"
 
 
 def advice(place: str, name: str | None = None) -> str | None:
@@ -54,12 +52,28 @@ def of_folder(path: pathlib.Path, name: str | None) -> str | None:
         return _take(path, name, path.parent.name, path, "dir")
     found = {
         "tokens": (path / "header.json").exists(),
+        "coco": bool(coco_files(path)),
         "parquet": any((path / each).exists() for each in SAVED)
         or endings & {".parquet", ".arrow"},
         "webdataset": ".tar" in endings,
         "folder": endings & set(ENDINGS),
     }
     return _take(path, name, next((kind for kind in found if found[kind]), None), path)
+
+
+def coco_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Sorted COCO files with boxes in a folder and its sub-folders: instances_*.json, or others."""
+    found = [f for pattern in ("*.json", "*/*.json") for f in sorted(folder.glob(pattern))]
+    named = [f for f in found if f.name.startswith("instances")]
+    return named or [f for f in found if not f.name.startswith(_BOXLESS) and _begins_as_coco(f)]
+
+
+def _begins_as_coco(path: pathlib.Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return _COCO.match(file.read(200).removeprefix(b"\xef\xbb\xbf")) is not None
+    except OSError:
+        return False
 
 
 def _take(

@@ -1,6 +1,5 @@
 """The base class of transforms, and the decoding of image files to pixels."""
 
-import abc
 import contextlib
 import dataclasses
 import io
@@ -10,10 +9,11 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from gptv_jax.config.fields import ABOVE_ZERO, POSITIVE, field
-from gptv_jax.errors import first_line
+from gptv_jax.data.records import Record, to_array, to_picture
+from gptv_jax.errors import InputError, first_line
 
 # Pillow warns of unusual metadata. The filter is global, since a context is not thread-safe.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -28,19 +28,33 @@ class DamagedImageError(ValueError):
     """An image file cannot be decoded; the message says why."""
 
 
-class Transform(abc.ABC):
-    """A step that turns an image, uint8 [H, W, C], into a new one; see `transforms.TRANSFORMS`.
+class Transform:
+    """A step from a record to a new record, of which it takes arrays over that it does not change.
 
-    Subclasses are dataclasses; their fields are the arguments of the entry in the configuration.
+    A transform of colour implements `pixels`, one of geometry `__call__`; see
+    `transforms.TRANSFORMS`. Subclasses are dataclasses; their fields are the arguments of the entry
+    in the configuration.
     """
 
     random: ClassVar[bool] = False  # whether the generator is used; not allowed in evaluation
-    # False: the transform only moves pixels, so that it may move tokens, uint16 [rows, columns, 1].
+    # False: the transform only moves pixels, so that it may move tokens of a cache.
     needs_pixels: ClassVar[bool] = True
+    in_place: ClassVar[bool] = True  # False: `pixels` moves pixels, but boxes cannot follow
 
-    @abc.abstractmethod
-    def __call__(self, image: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
-        """Transforms one image; `rng` is the generator of this example, None in evaluation."""
+    def __call__(self, record: Record, rng: np.random.Generator | None = None) -> Record:
+        """Transforms one record; `rng` is the generator of this example, None in evaluation."""
+        if not self.in_place and {"boxes", "segmentation"} & set(record):
+            raise InputError(
+                "the transforms rotate and random_augment move pixels without their boxes and "
+                "label maps; leave both out of the lists of transforms of this task."
+            )
+        return {**record, "image": self.pixels(record["image"], rng)}
+
+    def pixels(
+        self, image: UInt8[np.ndarray, "H W C"], rng: np.random.Generator | None
+    ) -> UInt8[np.ndarray, "h w c"]:
+        """The pixels of the new record."""
+        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,19 +77,25 @@ class Decode(Transform):
     # images of 8 bits as they are.
     maximum: float | None = field(None, ABOVE_ZERO)
 
-    def __call__(self, encoded: bytes | np.ndarray, rng=None) -> np.ndarray:
+    def __call__(self, record, rng=None):
+        """The record with "image" in place of "encoded"."""
+        rest = {name: value for name, value in record.items() if name != "encoded"}
+        given = record["encoded"] if "encoded" in record else record["image"]
+        return {**rest, "image": self.pixels(given)}
+
+    def pixels(self, encoded: bytes | np.ndarray, rng=None) -> np.ndarray:
         """Pixels, uint8 [H, W, channels]; of an array only the channels are converted.
 
         Raises DamagedImageError where the file is truncated, empty, no image, or of a wrong size.
         """
         if isinstance(encoded, np.ndarray):
-            return self._pixels(to_picture(encoded))
+            return self._convert(to_picture(encoded))
         if not encoded:
             raise DamagedImageError("the file is empty")
         try:
             with Image.open(io.BytesIO(encoded)) as image:
                 self._check_size(*image.size)
-                return self._pixels(image)
+                return self._convert(image)
         except DamagedImageError:
             raise
         except Exception as error:  # Pillow's plugins raise whatever their parsers do
@@ -93,7 +113,7 @@ class Decode(Transform):
             if wrong:
                 raise DamagedImageError(f"{width} x {height} pixels are {limit}")
 
-    def _pixels(self, image: Image.Image) -> np.ndarray:
+    def _convert(self, image: Image.Image) -> np.ndarray:
         stored = image  # has the file's tags, which a turned image has lost
         maximum, deep = self.maximum or 0, _is_deep(stored)
         if maximum > 255 and _has_deep_colours(stored):
@@ -206,11 +226,12 @@ def _has_deep_colours(image: Image.Image) -> bool:
     return not _is_deep(image) and ";16" in str(getattr(image, "tile", ""))
 
 
-def to_picture(image: UInt8[np.ndarray, "H W C"]) -> Image.Image:
-    """A Pillow image of an array with one or three channels."""
-    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else np.ascontiguousarray(image))
-
-
-def to_array(picture: Image.Image, channels: int) -> UInt8[np.ndarray, "H W C"]:
-    """The inverse of `to_picture`."""
-    return np.asarray(picture).reshape(picture.height, picture.width, channels)
+def shown_size(encoded: bytes) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Height and width that `Decode` gives, and those before the EXIF orientation; not decoded."""
+    with Image.open(io.BytesIO(encoded)) as image:
+        width, height = image.size
+        # Pillow decodes a PNG to look for an orientation behind the pixels.
+        plain = image.format == "PNG" and b"eXIf" not in encoded and b"Orientation" not in encoded
+        turned = not plain and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    stored = (height, width)
+    return (stored[::-1] if turned else stored), stored

@@ -16,15 +16,20 @@ def describe(data_set: sources.DataSet, opened: dict[str, sources.Selected]) -> 
     images    {split: number}: all splits of the data set, whether the run uses them or not
     by_class  {split of the run: [number of images of class 0, of class 1, ...]}; a split whose
               labels cannot be counted without reading its images is absent
+    objects   {split of the run: `Selected.object_counts`}; a split whose boxes cannot be counted
+              without reading its images is absent
     left_out  [text, ...]: files and folders that are not read
     notes     [text, ...]: what was made of unusual data, such as labels numbered anew
     """
     counts = {split: source.label_counts() for split, source in opened.items()}
-    return {
-        "images": dict(data_set.lengths),
-        "by_class": {s: each.tolist() for s, each in counts.items() if each is not None},
-        **{name: _texts(getattr(data_set, name, ())) for name in ("left_out", "notes")},
-    }
+    objects = {split: source.object_counts() for split, source in opened.items()}
+    found = {"images": dict(data_set.lengths)}
+    found["by_class"] = {s: each.tolist() for s, each in counts.items() if each is not None}
+    found["objects"] = {split: each for split, each in objects.items() if each}
+    for name in ("left_out", "notes"):  # names of files of an old system may not be UTF-8
+        texts = getattr(data_set, name, ())
+        found[name] = [text.encode(errors="backslashreplace").decode() for text in texts]
+    return found
 
 
 def log(config: config_lib.Data, found: dict, opened: dict[str, sources.Selected]) -> None:
@@ -43,27 +48,34 @@ def log(config: config_lib.Data, found: dict, opened: dict[str, sources.Selected
     parts = [
         f"images: {', '.join(images)}",
         f"{classes}: {shorten(counted)}" if names else "no labels",
+        *objects_in_words(source.object_names, found["objects"]),
         *(f"left out: {each}" for each in found["left_out"]),
     ]
     LOG.info("data %s: %s", config.path or config.name, "; ".join(parts))
-    warnings = [*found["notes"], *_unused(opened, found["images"])]
+    warnings, used = list(found["notes"]), set().union(*(s.splits for s in opened.values()))
+    if unused := [s for s in ("validation", "test") if s in found["images"] and s not in used]:
+        flags = " ".join(f"--config.data.{split}_split={split}" for split in ("train", *unused))
+        own = " and ".join(unused)
+        warnings.append(
+            f"the run does not use the data's own {own} images; they are taken by {flags}"
+        )
     if empty := [name for name, count in zip(names, counts or (), strict=False) if not count]:
         warnings.append(f"classes without a training image: {shorten(empty)}")
+    boxes = found["objects"].get("train", {}).get("by_class", ())
+    if unseen := [n for n, count in zip(source.object_names, boxes, strict=False) if not count]:
+        warnings.append(f"classes of objects without a training box: {shorten(unseen)}")
     for warning in warnings:
         LOG.warning("data: %s.", warning)
 
 
-def _texts(sentences: Sequence[str]) -> list[str]:
-    """The sentences in UTF-8, which names of files of an old system may not be."""
-    return [each.encode(errors="backslashreplace").decode() for each in sentences]
+def objects_in_words(names: Sequence[str], counts: dict[str, dict]) -> list[str]:
+    """A phrase on the classes of objects and one on the boxes by split; none without objects.
 
-
-def _unused(opened: dict[str, sources.Selected], lengths: dict[str, int]) -> list[str]:
-    """A sentence where the data have splits to evaluate on that the run does not use."""
-    used = set().union(*(source.splits for source in opened.values()))
-    unused = [split for split in ("validation", "test") if split in lengths and split not in used]
-    if not unused:
-        return []
-    flags = " ".join(f"--config.data.{split}_split={split}" for split in ("train", *unused))
-    own = " and ".join(unused)
-    return [f"the run does not use the data's own {own} images; they are taken by {flags}"]
+    `counts` are the "objects" of `describe`.
+    """
+    boxes = [
+        f"{split} {each['boxes']} ({each['crowd']} of crowds, {each['empty']} images without)"
+        for split, each in counts.items()
+    ]
+    classes = [f"{len(names)} classes of objects: {shorten(names)}"] if names else []
+    return classes + ([f"boxes: {', '.join(boxes)}"] if boxes else [])

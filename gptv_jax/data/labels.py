@@ -19,8 +19,7 @@ MARKS = (254, 255, 65534, 65535)  # labels that often mark pixels or images to l
 def as_vector(split: str, labels: np.ndarray, count: int) -> np.ndarray:
     """The labels of `count` images, whole numbers or names [N], from the array of a user.
 
-    Raises:
-      InputError: the array has another shape or type; the message has the expression that helps.
+    An InputError about another shape or type has the expression that helps.
     """
     have = f"split {split} has labels {labels.dtype} {list(labels.shape)} for {count} images"
     wanted = "; labels are whole numbers from 0 or names, one for each image [N]"
@@ -55,10 +54,8 @@ def leave_out(
     for split, array in labels.items():
         kept = array != (str(ignore_label) if array.dtype.kind == "U" else ignore_label)
         if count := np.count_nonzero(~kept):
-            notes.append(
-                f"{count} of {len(kept)} images of the split {split} have the label {ignore_label} "
-                "and are left out"
-            )
+            ignored = f"{count} of {len(kept)} images of the split {split}"
+            notes.append(f"{ignored} have the label {ignore_label} and are left out")
         total += count
         if kept.any():
             rows[split] = np.flatnonzero(kept)
@@ -76,12 +73,9 @@ def number(
 
     Labels that count from 0, with few numbers left out, stay as they are, and their classes have no
     names unless `names` are given. Other numbers and texts are numbered in order, and become the
-    names of the classes. Where all labels are equal, the set is unlabelled: there are no labels
-    and 0 classes.
-
-    Raises:
-      InputError: labels are negative, have no name, or are texts in some splits only, or one of
-        them seems to mark images to be left out.
+    names of the classes. Where all labels are equal, the set is unlabelled: there are no labels and
+    0 classes. Raises InputError where labels are negative, have no name, or are texts in some
+    splits only, or one of them seems to mark images to be left out.
     """
     if len({array.dtype.kind == "U" for array in labels.values()}) == 2:
         raise InputError(f"of the splits {', '.join(labels)} some have names as labels, not all.")
@@ -110,12 +104,10 @@ def number(
     return numbered, len(present), tuple(map(str, present.tolist()))
 
 
-def one_class(name: object) -> str:
+def one_class(name: object, kind: str = "class") -> str:
     """What follows from data of a single class, as a note."""
-    return (
-        f"there is a single class, {name}, so the images are unlabelled: pretraining and samples "
-        "need no labels, the probe and fine-tuning do"
-    )
+    fact = f"there is a single {kind}, {name}, so the images are unlabelled"
+    return f"{fact}: pretraining and samples need no labels, the probe and fine-tuning do"
 
 
 def _check_numbers(present: np.ndarray) -> bool:
@@ -159,11 +151,9 @@ def of_files(
     """The label of every image by split, from a CSV file with the columns file and label.
 
     A row names a file by its path below the data folder, with or without the name of that folder
-    and the ending, or by its name alone. Images without a row are removed from `files`.
-
-    Raises:
-      InputError: the CSV file cannot be read, has no row for any image, two labels for one image,
-        or a name that several images have.
+    and the ending, or by its name alone. Images without a row are removed from `files`. Raises
+    InputError where the CSV file cannot be read, has no row for any image, two labels for one
+    image, or a name that several images have.
     """
     rows = _read(path, data)
     found: dict[str, list[str]] = {}
@@ -204,10 +194,8 @@ def of_files(
             )
         files[split] = kept
     if unlabelled:
-        notes.append(
-            f"{len(unlabelled)} images without a row or a label in {path} are left out: "
-            f"{shorten(unlabelled)}"
-        )
+        fact = f"{len(unlabelled)} images without a row or a label in {path} are left out"
+        notes.append(f"{fact}: {shorten(unlabelled)}")
     if lost := [key for key in rows if key not in users]:
         notes.append(f"{len(lost)} rows of {path} name no image: {shorten(lost)}")
     return found
@@ -232,10 +220,8 @@ def _read(path: pathlib.Path, data: pathlib.Path) -> dict[str, str]:
         reader = csv.DictReader(file, skipinitialspace=True)
         columns = [str(name).strip() for name in reader.fieldnames or ()]
         if not {"file", "label"} <= set(columns):
-            raise InputError(
-                f"{where} needs the header file,label (separated by a comma); it begins with "
-                f"{shorten(columns) or 'nothing'}."
-            )
+            given = shorten(columns) or "nothing"
+            raise InputError(f"{where} needs the header file,label; it begins with {given}.")
         reader.fieldnames = columns
         labels = collections.defaultdict(set)
         for row in reader:
@@ -244,10 +230,8 @@ def _read(path: pathlib.Path, data: pathlib.Path) -> dict[str, str]:
                 name = pathlib.PurePath(name.replace("\\", "/")).as_posix()
                 name = name.removeprefix(f"{data.as_posix()}/")
                 labels[unicodedata.normalize("NFC", name)].add(label)
-    if twice := [name for name, given in labels.items() if len(given) > 1]:
-        raise InputError(
-            f"{where} gives different labels to {shorten(twice)}; keep one row for each file."
-        )
+    if twice := shorten(name for name, given in labels.items() if len(given) > 1):
+        raise InputError(f"{where} gives different labels to {twice}; keep one row for each file.")
     found = {name: label for name, (label,) in labels.items()}
     if all(re.fullmatch(r"-?\d+\.0", label) for label in found.values()):  # pandas writes 1 so
         found = {name: label.partition(".")[0] for name, label in found.items()}

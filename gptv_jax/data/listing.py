@@ -42,22 +42,21 @@ class Listing:
         for path, folders, names in os.walk(folder, followlinks=True):
             real = os.path.realpath(path)
             shown = sorted(name for name in folders if not name.startswith("."))
-            system = [name for name in shown if _is_system(name)]
+            system = [n for n in shown if n[0] in "@$" or n.lower() in SYSTEM_FOLDERS]
             folders[:] = [name for name in shown if name not in system]
             if real in visited or (os.path.islink(path) and real in known):
                 folders[:] = []
                 continue
             visited.add(real)
-            known.update(os.path.join(real, n) for n in folders if not _is_link(path, n))
+            inner = (os.path.join(real, name) for name in folders)
+            known.update(each for each in inner if not os.path.islink(each))
             self.system += system
             relative = os.path.relpath(path, folder)
             prefix = "" if relative == os.curdir else relative + os.sep
             self.below = self.below or list(folders)
             before = len(self.files)
-            for name in sorted(names):
+            for name in sorted(name for name in names if not name.startswith(".")):
                 ending = os.path.splitext(name)[1].lower()
-                if name.startswith("."):
-                    continue
                 if ending in ENDINGS or ending in _known():
                     self.files.append(prefix + name)
                 else:
@@ -92,24 +91,15 @@ def split_names(names: Iterable[str]) -> dict[str, str]:
     return {n: n if n != split and taken[split] > 1 else split for n, split in known.items()}
 
 
-def _is_link(folder: str, name: str) -> bool:
-    return os.path.islink(os.path.join(folder, name))
-
-
-def _is_system(name: str) -> bool:
-    return name.startswith(("@", "$")) or name.lower() in SYSTEM_FOLDERS
-
-
 @functools.cache
 def _known() -> frozenset[str]:
     """Endings of all image formats that the installed Pillow, with its plugins, opens.
 
     Asking takes 0.1 s, so it is done only where a file has none of `ENDINGS`.
     """
-    formats = {
-        kind
-        for kind in [*Image.registered_extensions().values()]
+    return frozenset(
+        ending
+        for ending, kind in Image.registered_extensions().items()
         if kind in Image.OPEN or kind == "MPO"  # which the JPEG plugin opens
         if Image.MIME.get(kind, "").startswith("image/") or kind in UNTYPED_FORMATS
-    }
-    return frozenset(e for e, kind in Image.registered_extensions().items() if kind in formats)
+    )

@@ -19,7 +19,7 @@ from gptv_jax import files
 from gptv_jax.data import shards
 from gptv_jax.data.images import DamagedImageError
 from gptv_jax.data.listing import split_name, split_names
-from gptv_jax.errors import InputError, as_input_error, first_line
+from gptv_jax.errors import InputError, as_input_error, first_line, shorten
 
 with epy.lazy_imports():  # slow to import, and only these data sets need it
     import pyarrow
@@ -37,14 +37,11 @@ class Tables(shards.Shards):
     folder that `datasets.save_to_disk` made. The column of images is called image or img, or is the
     only one of its type: the bytes of an image file, alone or in a structure with "bytes". The
     column of labels is called label or labels, or is the only one with names of classes. Rows that
-    are sorted by class are mixed, so that `train[:90%]` holds nine tenths of every class.
+    are sorted by class are mixed, so that `train[:90%]` holds nine tenths of every class. Images
+    with the label `ignore_label` are left out; `labels=False` ignores all labels.
     """
 
     def __init__(self, path: pathlib.Path, labels: bool = True, ignore_label: int | None = None):
-        """Reads the labels but no image; `labels=False` makes the data set unlabelled.
-
-        Images with the label `ignore_label` are left out.
-        """
         endings, kind = (".parquet", ".arrow"), "Parquet or Arrow"
         splits = _saved(path) or shards.find(path, endings, kind, "parquet")
         first = next(iter(splits.values()))[0]
@@ -116,9 +113,7 @@ class _RowGroups:
         with self._lock:
             self._bytes += added
             for place in list(self._kept)[:-1]:
-                if self._bytes <= KEPT_BYTES:
-                    break
-                if self._kept[place][1]:  # it is not being read
+                if self._bytes > KEPT_BYTES and self._kept[place][1]:  # it is not being read
                     self._bytes -= self._kept.pop(place)[1][0].nbytes
 
 
@@ -142,10 +137,11 @@ def _footer(path: pathlib.Path, changed: int) -> "parquet.FileMetaData":
 def _open(path: pathlib.Path) -> tuple["pyarrow.Schema", list[int]]:
     """The columns of a file and the number of rows of each row group; Arrow files have one."""
     with as_input_error(f"{path} is damaged, or no Parquet or Arrow file"):
+        changed = path.stat().st_mtime_ns
         if path.suffix == ".arrow":
-            table = _mapped(path, path.stat().st_mtime_ns)
+            table = _mapped(path, changed)
             return table.schema, [table.num_rows]
-        footer = _footer(path, path.stat().st_mtime_ns)
+        footer = _footer(path, changed)
         groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
         largest = max((group.total_byte_size for group in groups), default=0)
         if largest > LARGEST_GROUP:
@@ -204,10 +200,8 @@ def _image_column(schema, path: pathlib.Path) -> str:
     named = [name for name in found if name.lower() in IMAGE_COLUMNS]
     if len(named or found) != 1:
         shown = ", ".join(f"{field.name} ({str(field.type)[:30]})" for field in list(schema)[:5])
-        raise InputError(
-            f"{path} needs one column of image files, called image: bytes, or a structure with "
-            f"bytes; its columns are {shown}."
-        )
+        needs = "one column of image files, called image: bytes, or a structure with bytes"
+        raise InputError(f"{path} needs {needs}; its columns are {shown}.")
     return (named or found)[0]
 
 
@@ -216,10 +210,9 @@ def _label_column(schema, path: pathlib.Path) -> str | None:
     found = [name for name in schema.names if name.lower() in LABEL_COLUMNS]
     found = found or [n for n in schema.names if features.get(n, {}).get("_type") == "ClassLabel"]
     if len(found) > 1:
-        raise InputError(
-            f"{path} has {len(found)} columns of labels, {', '.join(found[:5])}; call the one to "
-            "learn label, or ignore all labels by config.data.labels=False."
-        )
+        problem = f"{path} has {len(found)} columns of labels, {shorten(found)}"
+        advice = "call the one to learn label, or ignore all labels by config.data.labels=False"
+        raise InputError(f"{problem}; {advice}.")
     return found[0] if found else None
 
 

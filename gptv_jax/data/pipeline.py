@@ -15,33 +15,38 @@ import os
 import pathlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import grain
 import numpy as np
 
 from gptv_jax import config as config_lib
-from gptv_jax.data import depths, sources, transforms
+from gptv_jax.data import sources, transforms
+from gptv_jax.data.cache import TokenCache
 from gptv_jax.data.damage import NOT_DAMAGED, DamageLog, DecodedSource
 from gptv_jax.data.images import Decode
+from gptv_jax.data.records import PIXELS, Record, with_view
 from gptv_jax.errors import InputError
-from gptv_jax.tokens import Codec, GreyCodec
+from gptv_jax.tokens import Codec
 
 LOG = logging.getLogger(__name__)
 ENCODE_AHEAD = 2  # batches that a codec on devices encodes ahead of their use
-TRIED = 32  # images that the transforms and the codec are tried on
-# An image of a standard deviation below BLANK looks blank, one of no value above DARK dark; of 255.
-BLANK, DARK = 4, 64
+# The task's part of a batch, of a record and a generator, which is None in evaluation.
+ExampleOf = Callable[[Record, np.random.Generator | None], dict]
+PLAIN = ("label", "variant", "damaged")  # keys of a record that any batch has
+DECODE_FIRST = 'lists of transforms for image files begin with "decode()", and have it once.'
 
 
 @dataclasses.dataclass(eq=False)
 class Pipeline:
     """The data of a run, as batches of NumPy arrays.
 
-    A batch holds "tokens", int32 [b, T], or "image", uint8 [b, H, W, C], if there is no codec; the
-    "variant" that a shift drew, int32 [b]; and the "label", int32 [b], of labelled data. Of every
-    global batch, `share=(i, n)` reads the i-th of n equal parts. The log of damaged images is kept
-    in the run folder, if one is given.
+    A batch holds "tokens", int32 [b, T], and with `pixels` or without a codec "image", uint8
+    [b, H, W, C]; the "variant" that a shift drew, int32 [b]; the "label", int32 [b], of labelled
+    data; and what `example(record, rng)` makes of a transformed record, such as
+    `tasks.Task.example`: dicts of arrays of fixed shapes. Without `example`, boxes and other
+    annotations are left out. Of every global batch, `share=(i, n)` reads the i-th of n equal parts.
+    The log of damaged images is kept in the run folder, if one is given.
     """
 
     config: config_lib.Data
@@ -55,39 +60,61 @@ class Pipeline:
         self.damage_log = self.damage_log or DamageLog(self.config, self.folder)
 
     def train(
-        self, batch_size: int, position: int = 0, entries: tuple[str, ...] = ()
+        self,
+        batch_size: int,
+        position: int = 0,
+        entries: tuple[str, ...] = (),
+        example: ExampleOf | None = None,
+        pixels: bool = False,
     ) -> Iterator[dict]:
         """This process's share of every global batch from number `position` on, without end.
 
         `entries` are transforms in place of the config's.
         """
-        example = self._example("train", entries or self.config.train_transforms)
-        data = grain.MapDataset.range(len(example.source)).seed(self.seed).shuffle().repeat()
-        data = data.random_map(example)
-        return self._batches(data, "train", example, batch_size, position)
+        make = self._example("train", entries or self.config.train_transforms, example, pixels)
+        data = grain.MapDataset.range(len(make.source)).seed(self.seed).shuffle().repeat()
+        return self._batches(data.random_map(make), "train", make, batch_size, position)
 
-    def evaluation(self, split: str, batch_size: int, limit: int | None = None) -> Iterator[dict]:
+    def evaluation(
+        self,
+        split: str,
+        batch_size: int,
+        limit: int | None = None,
+        example: ExampleOf | None = None,
+        extra: tuple[str, ...] = (),
+        pixels: bool = False,
+    ) -> Iterator[dict]:
         """This process's share of the first `limit` examples of a split, without augmentation.
 
         Every process gets equally many batches. "mask", float32 [b], is 1 once for every example,
         and 0 for padding and for examples that replace a damaged image; "index", int32 [b], is the
-        number of the example.
+        number of the example. With `example`, "view", float32 [b, 4], is the part of the original
+        that an image shows, see data/records.py. `extra` are transforms after those of the config.
         """
-        example = self._example(split, self.config.eval_transforms)
-        length = len(example.source)
+        entries = (*self.config.eval_transforms, *extra)
+        make = self._example(split, entries, example, pixels)
+        length = len(make.source)
         examples = length if limit is None else min(limit, length)
         padded = -(-examples // batch_size) * batch_size
-        data = grain.MapDataset.range(padded).map(functools.partial(example.masked, examples))
-        return self._batches(data, split, example, batch_size)
+        data = grain.MapDataset.range(padded).map(functools.partial(make.masked, examples))
+        return self._batches(data, split, make, batch_size)
 
-    def has_pixels(self, split: str) -> bool:
-        """Whether the split's images can be read; a token cache has only tokens."""
-        return sources.open_source(self.config, split).stored_as != "tokens"
+    def has_pixels(self) -> bool:
+        """Whether the images can be read; a token cache has only tokens."""
+        return not isinstance(sources.open_data_set(self.config), TokenCache)
 
-    def _example(self, split: str, entries: tuple[str, ...]) -> "_Example":
+    def _example(self, split, entries, example, pixels) -> "_Example":
         """What Grain's workers do; a codec that encodes on devices gets the workers' batches."""
-        on_devices = self.codec is not None and self.codec.on_devices and self.has_pixels(split)
-        return _open(self.config, split, entries, None if on_devices else self.codec)
+        if pixels and not self.has_pixels():
+            raise InputError(
+                f"config.data.path={self.config.path} is a token cache, which has no pixels for "
+                "config.task.image_input=pixels; name a data set of images."
+            )
+        codec = self.codec
+        if codec is not None and codec.on_devices and self.has_pixels():
+            codec = None
+        made = open_examples(self.config, split, entries)
+        return dataclasses.replace(made, codec=codec, example=example, pixels=pixels)
 
     def _batches(self, data, split, example, batch_size, position=0) -> Iterator[dict]:
         """This process's share of the batches; numbers of damaged images move into the log."""
@@ -97,7 +124,8 @@ class Pipeline:
         data = data.batch(batch_size // count, drop_remainder=True)[index::count][position:]
         read = _read_ahead(data, example.source, self.config.workers)
         if example.codec is not self.codec:  # which encodes whole batches, on devices
-            read = read.map(lambda b: {"tokens": self.codec.encode(b.pop("image")), **b})
+            take = dict.get if example.pixels else dict.pop
+            read = read.map(lambda b: {"tokens": self.codec.encode(take(b, "image")), **b})
             ahead = grain.experimental.ThreadPrefetchIterDataset
             read = ahead(read, prefetch_buffer_size=ENCODE_AHEAD)
         for number, batch in enumerate(read, start=position + 1):
@@ -106,98 +134,46 @@ class Pipeline:
             yield batch
 
 
-def try_out(
-    config: config_lib.Data, codec: Codec | None, shape: tuple[int, ...], entries: tuple[str, ...]
-) -> None:
-    """Makes tokens of the first training images, so that misfits are found before any work.
-
-    Without a codec, or if the codec encodes on devices, only `shape`, [H, W, C], is checked. Files
-    of more than 8 bits are looked at before. After the transforms of evaluation, images that all
-    look blank or dark are warned of.
-    """
-    example, rng = _open(config, "train", entries), np.random.default_rng(0)
-    evaluated, warned = entries == config.eval_transforms, False
-    # Another list that decodes files as that of evaluation does is not told of twice.
-    if isinstance(example.source, DecodedSource) and (
-        evaluated or example.source.decode not in map(transforms.parse, config.eval_transforms[:1])
-    ):
-        warned = depths.check(config, example.source)
-    shown = []
-    for index in range(min(TRIED, len(example.source))):
-        image = example.random_map(index, rng)["image"]
-        if codec is None or (codec.on_devices and image.dtype == np.uint8):
-            _check_shape(image, shape)
-        else:
-            to_tokens(codec, image)
-        if image.dtype == np.uint8:  # not tokens of a cache
-            shown.append(codec.picture(image[None])[0] if codec else image)
-    if shown and evaluated and not warned:
-        _warn_of_blank(config, codec, shown)
-
-
-def _warn_of_blank(
-    config: config_lib.Data, codec: Codec | None, pictures: list[np.ndarray]
-) -> None:
-    """Warns where no picture, uint8 [H, W, C] in 0..255, has contrast, or all are dark."""
-    deviation = max(picture.std(axis=(0, 1)).max() for picture in pictures)
-    low = min(picture.min() for picture in pictures)
-    high = max(picture.max() for picture in pictures)
-    if deviation >= BLANK and high > DARK:
-        return
-    look = "have nearly one value each" if deviation < BLANK else "are all dark"
-    cure = ""
-    if high <= DARK and not (isinstance(codec, GreyCodec) and codec.vocabulary < 256):
-        cure = ' The transform "normalize()" makes dark images bright.'
-    LOG.warning(
-        "the first %d images of %s %s: values %d to %d of 255, deviating by %.1f at most. Look at "
-        "the files and at the transforms.%s",
-        *(len(pictures), config.path or config.name, look, low, high, deviation, cure),
-    )
-
-
 def images(
     config: config_lib.Data,
     split: str,
     damage_log: DamageLog,
     count: int | None = None,
     seed: int = 0,
-) -> Iterator[dict]:
-    """The examples of a split after the transforms of evaluation, damaged images left out.
+    annotated: bool = False,
+) -> Iterator[Record]:
+    """The records of a split after the transforms of evaluation, damaged images left out.
 
-    With `count`, so many examples are drawn without replacement; otherwise all come in order. An
-    example has "image", uint8 [H, W, C] or from a token cache the grid of tokens, uint16 [rows,
-    columns, 1]; "variant"; and "label" of labelled data.
+    With `count`, so many records are drawn without replacement; otherwise all come in order. Boxes
+    and the like are left out, unless `annotated`.
     """
-    example = _open(config, split, config.eval_transforms)
-    source = example.source
+    make = dataclasses.replace(
+        open_examples(config, split, config.eval_transforms), annotated=annotated
+    )
+    source = make.source
     data = grain.MapDataset.range(len(source))
     if count is not None and count < len(source):
         data = data.seed(seed).shuffle()[:count]
-    data = data.map(example.random_map)
-    for number, element in enumerate(_read_ahead(data, source, config.workers), start=1):
-        damaged = element.pop("damaged", NOT_DAMAGED)
+    data = data.map(make.record)
+    for number, record in enumerate(_read_ahead(data, source, config.workers), start=1):
+        damaged = record.pop("damaged", NOT_DAMAGED)
         damage_log.record(split, source, damaged, number)
         if damaged == NOT_DAMAGED:
-            yield element
+            yield record
 
 
-def _open(
-    config: config_lib.Data, split: str, entries: tuple[str, ...], codec: Codec | None = None
-) -> "_Example":
+def open_examples(config: config_lib.Data, split: str, entries: tuple[str, ...]) -> "_Example":
     """The split's source, with the transforms to apply to its pixels or grids of tokens."""
     source = sources.open_source(config, split)
     steps = [transforms.parse(entry) for entry in entries]
     decodes = [isinstance(step, Decode) for step in steps]
-    if any(decodes[1:]) or (source.stored_as == "encoded" and not any(decodes)):
-        raise InputError(
-            f"a list of transforms of config.data is {entries}; lists for image files, such as "
-            f'those of {config.name}, begin with "decode()", and have it once.'
-        )
-    if source.stored_as == "encoded":
-        source, steps = DecodedSource(source, steps[0]), steps[1:]
-    elif source.stored_as == "tokens":
+    if any(decodes[1:]):
+        raise InputError(f"a list of transforms of config.data is {entries}; {DECODE_FIRST}")
+    if isinstance(sources.open_data_set(config), TokenCache):
         steps = _token_steps(config, entries)
-    return _Example(source, steps, codec)
+    elif any(decodes):
+        source, steps = DecodedSource(source, steps[0]), steps[1:]
+    return _Example(source, steps)
 
 
 @functools.cache
@@ -228,18 +204,36 @@ class _Example(grain.transforms.RandomMap):
     source: object
     steps: list[transforms.Transform]
     codec: Codec | None = None
+    example: ExampleOf | None = None
+    pixels: bool = False
+    annotated: bool = False
+
+    def record(self, index: int, rng: np.random.Generator | None = None) -> Record:
+        """The transformed record, without annotations unless they are used."""
+        record = self.source[index] | {"variant": np.int32(0)}
+        if "encoded" in record:
+            raise InputError(f"{self.source.name(index)} is an image file; {DECODE_FIRST}")
+        if not (self.example or self.annotated):
+            record = {name: record[name] for name in (*PIXELS, *PLAIN) if name in record}
+        elif "view" not in record:
+            size = record["image"].shape if "image" in record else self.codec.image_shape
+            record = with_view(record, *size[:2])
+        for step in self.steps:
+            record = step(record, rng)
+        return record
 
     def random_map(self, index: int, rng: np.random.Generator | None = None) -> dict:
-        element = {**self.source[index], "variant": np.int32(0)}
-        for step in self.steps:
-            if getattr(step, "variants", 1) > 1:
-                element["variant"] = np.int32(step.draw(rng))
-                element["image"] = step.variant(element["image"], int(element["variant"]))
-            else:
-                element["image"] = step(element["image"], rng)
-        if self.codec is None:
-            return element
-        return {"tokens": to_tokens(self.codec, element.pop("image")), **element}
+        record = self.record(index, rng)
+        found = {name: record[name] for name in PLAIN if name in record}
+        if self.codec is not None:
+            found["tokens"] = to_tokens(self.codec, record)
+        if self.codec is None or self.pixels:
+            found["image"] = record["image"]
+        if self.example is not None:
+            found |= self.example(record, rng)
+            if rng is None:
+                found["view"] = record["view"]
+        return found
 
     def masked(self, examples: int, index: int) -> dict:
         """The example, or padding where `index` is not below the number of examples."""
@@ -249,19 +243,19 @@ class _Example(grain.transforms.RandomMap):
         return {**element, "mask": np.float32(counts), "index": np.int32(index)}
 
 
-def to_tokens(codec: Codec, image: np.ndarray) -> np.ndarray:
-    """Tokens, int32 [T], of an image or of a grid of tokens from a cache."""
-    cached = image.dtype == np.uint16
-    _check_shape(image, (*codec.grid, 1) if cached else codec.image_shape)
-    if cached:
-        return image.reshape(-1).astype(np.int32)
-    return _encode(codec, image[None])[0]
+def to_tokens(codec: Codec, record: Record) -> np.ndarray:
+    """Tokens, int32 [T], of the record's image or of its tokens from a cache."""
+    if "tokens" in record:
+        check_shape(record["tokens"], codec.grid)
+        return record["tokens"].reshape(-1).astype(np.int32)
+    check_shape(record["image"], codec.image_shape)
+    return _encode(codec, record["image"][None])[0]
 
 
 def tokenized(codec: Codec, elements: Iterator[dict], count: int = 64) -> Iterator[dict]:
     """Examples of `images` as batches of up to `count`, with their "tokens", int32 [b, T]."""
     for batch in batched(elements, count):
-        _check_shape(batch["image"][0], codec.image_shape)
+        check_shape(batch["image"][0], codec.image_shape)
         yield {**batch, "tokens": _encode(codec, batch["image"])}
 
 
@@ -278,7 +272,8 @@ def batched(elements: Iterator[dict], count: int) -> Iterator[dict]:
         yield {name: np.stack([element[name] for element in chunk]) for name in chunk[0]}
 
 
-def _check_shape(image: np.ndarray, expected: tuple[int, ...]) -> None:
+def check_shape(image: np.ndarray, expected: tuple[int, ...]) -> None:
+    """Raises InputError where an image, or a grid of tokens, has another shape."""
     if image.shape != expected:
         found, takes = (" x ".join(map(str, shape)) for shape in (image.shape, expected))
         cure = "change one of these"
@@ -294,7 +289,7 @@ def _check_shape(image: np.ndarray, expected: tuple[int, ...]) -> None:
 def _read_ahead(data: grain.MapDataset, source, workers: int) -> grain.IterDataset:
     """Reads elements of `data` ahead, by `workers` processes; 0: by threads of this process."""
     # Image files are decoded without Python's global lock; tokens are unpacked with it.
-    threads = min(os.cpu_count(), 16) if source.stored_as == "encoded" else 1
+    threads = min(os.cpu_count(), 16) if isinstance(source, DecodedSource) else 1
     read = data.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=16))
     if workers:
         options = grain.MultiprocessingOptions(num_workers=workers)

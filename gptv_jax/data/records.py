@@ -1,6 +1,6 @@
 """Records: what a source yields for an example, and what transforms change.
 
-A record is a dict of NumPy arrays. Which keys it has says what is known of the example:
+A record is a dict of NumPy arrays and numbers. Which keys it has says what is known of the example:
 
     encoded         bytes of an image file that is not decoded yet
     image           uint8 [H, W, C], pixels
@@ -11,21 +11,159 @@ A record is a dict of NumPy arrays. Which keys it has says what is known of the 
     crowd           bool [n], whether a box is around a group of objects
     area            float32 [n], pixels of the object in the original image
     masks           bool [n, H, W], pixels of each object
-    segmentation    uint8 or int32 [H, W], class of every pixel
+    segmentation    uint8 or int32 [H, W], class of every pixel; 255 (uint8) or -1 (int32): no class
     view            float32 [4]: y0, x0, y1, x1 of the part of the original image that the image
                     shows, in pixels of the original; y1 < y0 or x1 < x0 where it is mirrored
+    variant         int32, number of the shift that was drawn, see `transforms.Shift`
     damaged         int32, see data/damage.py
 
-Geometry moves everything that lies in the image; colour changes pixels alone.
+Geometry moves everything that lies in the image; colour changes pixels alone. `crop`, `resize` and
+`mirror` are all geometry that transforms are made of.
 """
 
 import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image
 
-Record = dict[str, np.ndarray]
+Record = dict[str, np.ndarray | np.generic | bytes]
 PIXELS = ("encoded", "image", "tokens")  # the picture itself; other keys say something about it
+# Arrays that cover the image, with the axis of their rows; that of the columns follows.
+PLANES = {"image": 0, "tokens": 0, "segmentation": 0, "masks": 1}
 OBJECTS = ("boxes", "box_labels", "crowd", "area", "masks")  # arrays with one entry an object
 
 
 def annotations(record: Record) -> Record:
     """The record without the picture."""
     return {key: value for key, value in record.items() if key not in PIXELS}
+
+
+def shape(record: Record) -> tuple[int, int]:
+    """Height and width of the image, or rows and columns of the tokens."""
+    height, width = record["tokens" if "tokens" in record else "image"].shape[:2]
+    return height, width
+
+
+def with_view(record: Record, height: int, width: int) -> Record:
+    """The record of an image of this size that no transform has changed yet."""
+    return {**record, "view": np.array([0, 0, height, width], np.float32)}
+
+
+def crop(
+    record: Record,
+    top: int,
+    left: int,
+    height: int,
+    width: int,
+    *,
+    fill: int = 0,
+    reflect: bool = False,
+    keep_area: float = 0.0,
+) -> Record:
+    """Cuts out a window, which may reach beyond the image.
+
+    Pixels beyond the image are `fill`, and of no class; or they, and their classes, mirror the
+    image's border (`reflect`). Boxes are clipped to the window. An object is dropped when nothing
+    of its box stays, as in Pix2seq (`filter_invalid_objects` in its data/data_utils.py), or less
+    than the share `keep_area`.
+    """
+    rows, columns = shape(record)
+    beyond = [(-top, top + height - rows), (-left, left + width - columns)]
+    beyond = [(max(before, 0), max(after, 0)) for before, after in beyond]
+    y, x = max(top, 0), max(left, 0)
+
+    def cut(name: str, array: np.ndarray) -> np.ndarray:
+        axis = PLANES[name]
+        if np.any(beyond):
+            pads = [(0, 0)] * axis + beyond + [(0, 0)] * (array.ndim - axis - 2)
+            if reflect and name != "masks":
+                array = np.pad(array, pads, mode="reflect")
+            else:
+                no_class = 255 if array.dtype == np.uint8 else -1
+                values = {"segmentation": no_class, "masks": False}
+                array = np.pad(array, pads, constant_values=values.get(name, fill))
+        return array[(slice(None),) * axis + (slice(y, y + height), slice(x, x + width))]
+
+    moved = _on_planes(record, cut)
+    if "view" in record:
+        ends = np.array([[top, left], [top + height, left + width]])
+        moved["view"] = (
+            _from_image(ends, (rows, columns), record["view"]).astype(np.float32).ravel()
+        )
+    if "boxes" not in record:
+        return moved
+    boxes = record["boxes"] - np.array([top, left] * 2, np.float32)
+    moved["boxes"] = np.clip(boxes, 0, np.array([height, width] * 2, np.float32))
+    areas = _areas(moved["boxes"])
+    kept = (areas > 0) & (areas >= keep_area * _areas(boxes))
+    return moved | {name: moved[name][kept] for name in OBJECTS if name in moved}
+
+
+def resize(record: Record, height: int, width: int, method: str = "bilinear") -> Record:
+    """Resizes by a method of Pillow, with antialiasing; masks and classes by nearest neighbour."""
+    rows, columns = shape(record)
+    if (rows, columns) == (height, width):
+        return record
+    nearest_row = ((np.arange(height) + 0.5) * (rows / height)).astype(int)[:, None]
+    nearest_column = ((np.arange(width) + 0.5) * (columns / width)).astype(int)
+
+    def resized(name: str, array: np.ndarray) -> np.ndarray:
+        if name == "image":
+            picture = to_picture(array).resize((width, height), Image.Resampling[method.upper()])
+            return to_array(picture, array.shape[-1])
+        return array[..., nearest_row, nearest_column]
+
+    moved = _on_planes(record, resized)
+    if "boxes" in record:
+        moved["boxes"] = record["boxes"] * np.array(
+            [height / rows, width / columns] * 2, np.float32
+        )
+    return moved
+
+
+def mirror(record: Record, axis: int) -> Record:
+    """Mirrors top and bottom (axis 0), or left and right (axis 1)."""
+    moved = _on_planes(record, lambda name, array: np.flip(array, PLANES[name] + axis))
+    exchanged = [[2, 1, 0, 3], [0, 3, 2, 1]][axis]
+    if "view" in record:
+        moved["view"] = record["view"][exchanged]
+    if "boxes" in record:
+        moved["boxes"] = record["boxes"][:, exchanged]
+        ends = moved["boxes"][:, axis::2]
+        ends[:] = shape(record)[axis] - ends
+    return moved
+
+
+def to_original(
+    boxes: Float[np.ndarray, "n 4"], image_shape: tuple[int, int], view: Float[np.ndarray, " 4"]
+) -> Float[np.ndarray, "n 4"]:
+    """Boxes of an image of this height and width, moved into the original, whose part is `view`.
+
+    Where the image shows more than the original, boxes may lie outside the original.
+    """
+    ends = _from_image(boxes.reshape(-1, 2, 2), image_shape, view)
+    return np.concatenate([ends.min(axis=1), ends.max(axis=1)], axis=1).astype(boxes.dtype)
+
+
+def to_picture(image: UInt8[np.ndarray, "H W C"]) -> Image.Image:
+    """A Pillow image of an array with one or three channels."""
+    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else np.ascontiguousarray(image))
+
+
+def to_array(picture: Image.Image, channels: int) -> UInt8[np.ndarray, "H W C"]:
+    """The inverse of `to_picture`."""
+    return np.asarray(picture).reshape(picture.height, picture.width, channels)
+
+
+def _on_planes(record: Record, change) -> Record:
+    """The record with `change(name, array)` of every array that covers the image."""
+    return record | {name: change(name, record[name]) for name in PLANES if name in record}
+
+
+def _from_image(points: np.ndarray, image_shape: tuple[int, int], view: np.ndarray) -> np.ndarray:
+    """Points (y, x) of the image, [..., 2], in the original."""
+    start, end = view[:2].astype(float), view[2:].astype(float)
+    return start + points * ((end - start) / image_shape)
+
+
+def _areas(boxes: np.ndarray) -> np.ndarray:
+    return np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)

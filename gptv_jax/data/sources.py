@@ -5,7 +5,6 @@ has named splits, and each split gives its examples by number.
 """
 
 import functools
-import pathlib
 import re
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
@@ -16,40 +15,46 @@ from gptv_jax import config as config_lib
 from gptv_jax import files
 from gptv_jax.data import guess, shards
 from gptv_jax.data.arrays import Arrays as Arrays  # a name of this module for its users
-from gptv_jax.data.arrays import ArraysSplit, data_path, digits, open_npz
+from gptv_jax.data.arrays import data_path, digits, open_npz
 from gptv_jax.data.cache import TokenCache
+from gptv_jax.data.coco import Coco
+from gptv_jax.data.digit_scenes import DigitScenes
 from gptv_jax.data.folder import ImageFolder
 from gptv_jax.data.listing import split_names
 from gptv_jax.data.parquet import Tables
+from gptv_jax.data.prepared import Tfds
+from gptv_jax.data.records import OBJECTS, Record, annotations
 from gptv_jax.data.webdataset import WebDataset
-from gptv_jax.errors import InputError, cut, first_line, shorten
+from gptv_jax.errors import InputError, shorten
 
 SPLITS = ("train", "validation", "test")  # of a run; `config.data` gives an expression for each
 
 
 @runtime_checkable
 class Source(Protocol):
-    """The examples of a split, or of a split expression, by number.
+    """The records of a split, or of a split expression, by number; see data/records.py.
 
-    An example is `{"image", "label"}`, always the same; without "label" where unlabelled. The image
-    is uint8 [H, W, C], the bytes of an image file, or a grid of tokens, uint16 [rows, columns, 1],
-    depending on `DataSet.stored_as`.
+    A number has always the same record, and all records of a split have the same keys.
     """
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> dict: ...
+    def __getitem__(self, index: int) -> Record: ...
 
     def name(self, index: int) -> str: ...  # the example's name in messages
 
 
 @runtime_checkable
 class DataSet(Protocol):
-    """A data set with all its splits."""
+    """A data set with all its splits.
 
-    stored_as: str  # how images are stored: "pixels", "encoded" or "tokens"
+    It may have `keys`, names of what records have beside the picture, labels and boxes; and
+    `object_ids`, the number that the data give each class of objects, if not 0, 1, 2, ....
+    """
+
     classes: int  # number of classes; 0: unlabelled
     class_names: tuple[str, ...]  # in the order of the labels; empty where classes have no names
+    object_names: tuple[str, ...]  # in the order of the box_labels; empty where there are no boxes
     lengths: dict[str, int]  # number of examples by split
 
     def open(self, split: str) -> Source: ...
@@ -61,85 +66,17 @@ def open_folder(config: config_lib.Data) -> ImageFolder:
     return ImageFolder(data_path(config), config.labels, labels_file, config.ignore_label)
 
 
-class Tfds:
-    """A TFDS data set that was prepared as ArrayRecord, read without TensorFlow.
-
-    The name may have a configuration, `a/b:1.0.0`. `folder` has all prepared sets, or this one;
-    None: TFDS's default.
-    """
-
-    stored_as = "encoded"
-
-    def __init__(self, name: str, folder: str | None):
-        import tensorflow_datasets as tfds  # takes seconds
-
-        self._folder, self._decoders = folder, {"image": tfds.decode.SkipDecoding()}
-        try:
-            if folder and (pathlib.Path(folder) / "dataset_info.json").exists():
-                self._builder = tfds.builder_from_directory(folder)
-            else:
-                self._builder = tfds.builder(name, data_dir=folder)
-            info = self._builder.info
-            if not info.splits:
-                raise FileNotFoundError("it is not prepared")
-        except Exception as error:  # TFDS raises what its readers do
-            raise InputError(_unprepared(name, folder, error)) from error
-        if info.name != name.partition("/")[0].partition(":")[0]:
-            raise InputError(
-                f"config.data.dir={folder} holds {info.name}, but config.data.name is {name}."
-            )
-        if "image" not in info.features:
-            shown = shorten(info.features)
-            raise InputError(f"data set {name} has no feature called image; it has: {shown}.")
-        self.name = info.name
-        labelled = "label" in info.features
-        self.classes = getattr(info.features["label"], "num_classes", 0) if labelled else 0
-        self.class_names = tuple(info.features["label"].names or ()) if self.classes else ()
-        self.lengths = {split: found.num_examples for split, found in info.splits.items()}
-
-    def open(self, split: str) -> Source:
-        paths = [pathlib.Path(path) for path in self._builder.info.splits[split].filepaths]
-        missing = [str(path) for path in paths if not path.exists()]
-        if missing:
-            raise InputError(f"data set {self.name} is incomplete: {missing[0]} does not exist.")
-        try:
-            data = self._builder.as_data_source(split=split, decoders=self._decoders)
-        except NotImplementedError as error:  # prepared as TFRecord
-            raise InputError(_unprepared(self.name, self._folder, error)) from error
-        return _TfdsSplit(f"{self.name}/{split}", data, bool(self.classes))
-
-
-def _tfds(config: config_lib.Data) -> Tfds:
-    return Tfds(config.name, config.dir and str(files.user_place(config.dir)))
-
-
-class _TfdsSplit(ArraysSplit):
-    """TFDS reads an image and its label together, as one element of `images`."""
-
-    def __getitem__(self, index: int) -> dict:
-        example = self.images[index]
-        image = {"image": example["image"]}
-        return {**image, "label": np.int32(example["label"])} if self.labels else image
-
-
-def _unprepared(name: str, folder: str | None, error: Exception) -> str:
-    if "/" in name and type(error).__name__ == "DatasetNotFoundError":
-        return f"config.data.name={name} is no TFDS set; of the Hub, {guess.hub_advice(name)}."
-    where = f" --data_dir={folder}" if folder else ""
-    return (
-        f"config.data.name={name} is none of {', '.join(SETS)} and no prepared TFDS set "
-        f"({cut(first_line(error), 60)}); this prepares it: pip install -e '.[prepare]' && "
-        f"tfds build {name} --file_format=array_record{where}"
-    )
-
-
 class Selected:
     """The examples that a split expression such as `train[:96%]` or `train+test` selects."""
 
     def __init__(self, data_set: DataSet, expression: str, labels: bool = True):
-        self.stored_as = data_set.stored_as
         self.classes = data_set.classes if labels else 0
         self.class_names = data_set.class_names if labels else ()
+        self.object_names = data_set.object_names
+        self.object_ids = getattr(data_set, "object_ids", tuple(range(len(self.object_names))))
+        # What records have beside the picture.
+        self.keys = {*getattr(data_set, "keys", ()), *(OBJECTS[:3] if self.object_names else ())}
+        self.keys |= {"label"} if self.classes else set()
         parts = _resolve(expression, data_set)
         self._rows = shards.Rows(len(rows) for _, rows in parts)
         if not len(self._rows):
@@ -151,10 +88,19 @@ class Selected:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, index: int) -> Record:
         source, row = self._locate(index)
-        example = source[row]
-        return example if self.classes else {"image": example["image"]}
+        return self._labelled(source[row])
+
+    def annotations(self, index: int) -> Record:
+        """The record without the picture, which sources with a method `annotations` do not read."""
+        source, row = self._locate(index)
+        known = getattr(source, "annotations", None) or (lambda row: annotations(source[row]))
+        return self._labelled(known(row))
+
+    def _labelled(self, record: Record) -> Record:
+        """The record without its label where there are no classes."""
+        return {k: v for k, v in record.items() if self.classes or k != "label"}
 
     def label_counts(self) -> np.ndarray | None:
         """Number of examples of each class, int64 [C]; examples with a negative label are left out.
@@ -165,6 +111,21 @@ class Selected:
         if labels is None:
             return None
         return np.bincount(labels[labels >= 0], minlength=self.classes)
+
+    def object_counts(self) -> dict[str, int | list[int]] | None:
+        """Numbers of boxes and of images without a box; None where these are not in memory.
+
+        "boxes" are all, "crowd" those around groups, "by_class" those of each class; "empty" is the
+        number of images.
+        """
+        if not all(hasattr(source, "object_counts") for source, _ in self._parts):
+            return None
+        counts = [source.object_counts(rows) for source, rows in self._parts]
+        whole = {key: sum(each[key] for each in counts) for key in ("boxes", "crowd", "empty")}
+        by_class = np.zeros(len(self.object_names), int)
+        for each in counts:
+            by_class[: len(each["by_class"])] += each["by_class"]
+        return whole | {"by_class": by_class.tolist()}
 
     def has_labels(self) -> bool:
         """Whether the labels are numbers of classes; of labels in files, the first and last are."""
@@ -184,6 +145,11 @@ class Selected:
     def name(self, index: int) -> str:
         source, row = self._locate(index)
         return source.name(row)
+
+    def image_id(self, index: int) -> int:
+        """The number that the data give the image, such as a COCO file; else the index."""
+        source, row = self._locate(index)
+        return source.image_id(row) if hasattr(source, "image_id") else index
 
     def _locate(self, index: int) -> tuple[Source, int]:
         part, row = self._rows.locate(index)
@@ -210,9 +176,17 @@ def _resolve(expression: str, data_set: DataSet) -> list[tuple[str, range]]:
     try:
         found = tfds.core.ReadInstruction.from_spec(expression).to_absolute(infos)
     except (ValueError, AssertionError) as error:
+        problem = f"split {taken!r} cannot be read; "
+        if taken in SPLITS and "train" in lengths:
+            held = next((split for split in ("test", "validation") if split in lengths), None)
+            own = ("train[:95%]", "train[95%:]", held)
+            own = own if held else ("train[:90%]", "train[90%:95%]", "train[95%:]")
+            raise InputError(
+                f"{problem}the data have: {_shown(lengths)}; take {_flags(own)}."
+            ) from error
         raise InputError(
-            f"split {taken!r} cannot be read; it takes an expression such as "
-            f'"train[:90%]" over the splits of this data set: {_shown(lengths)}.'
+            f'{problem}it takes an expression such as "train[:90%]" over the splits of this data '
+            f"set: {_shown(lengths)}."
         ) from error
     return [(p.splitname, range(lengths[p.splitname])[p.from_ : p.to]) for p in found]
 
@@ -221,14 +195,27 @@ def _large_files(kind: type, config: config_lib.Data) -> DataSet:
     return kind(data_path(config, pattern=True), config.labels, config.ignore_label)
 
 
+def _flags(expressions: tuple[str, ...]) -> str:
+    """The flags that make these the splits of a run."""
+    pairs = zip(SPLITS, expressions, strict=True)
+    return " ".join(f"--config.data.{split}_split={each}" for split, each in pairs)
+
+
 def _shown(lengths: dict[str, int]) -> str:
     return shorten(f"{split} ({count} images)" for split, count in lengths.items())
+
+
+def _coco(config: config_lib.Data) -> Coco:
+    missing = 0.0 if config.damaged == "fail" else config.max_damaged
+    return Coco(data_path(config), config.annotations, config.images, missing)
 
 
 SETS: dict[str, Callable[[config_lib.Data], DataSet]] = {
     "digits": lambda config: digits(),
     "arrays": open_npz,
     "folder": open_folder,
+    "coco": _coco,
+    "digit_scenes": lambda config: DigitScenes(),
     "parquet": lambda config: _large_files(Tables, config),
     "webdataset": lambda config: _large_files(WebDataset, config),
     "tokens": lambda config: TokenCache(data_path(config)),
@@ -239,7 +226,8 @@ SETS: dict[str, Callable[[config_lib.Data], DataSet]] = {
 def open_data_set(config: config_lib.Data) -> DataSet:
     """The data set that the config names; a process opens each data set once."""
     labelled = ("folder", "arrays", "parquet", "webdataset")
-    for field, names in (("labels_file", ("folder",)), ("ignore_label", labelled)):
+    fields = {"labels_file": ("folder",), "ignore_label": labelled}
+    for field, names in (fields | dict.fromkeys(("annotations", "images"), ("coco",))).items():
         if getattr(config, field) is not None and config.name not in names:
             raise InputError(
                 f"config.data.{field}={getattr(config, field)} is for config.data.name="
@@ -249,7 +237,7 @@ def open_data_set(config: config_lib.Data) -> DataSet:
         if advice := guess.advice(config.name):
             raise InputError(f"config.data.name={advice}")
         try:
-            return _tfds(config)
+            return Tfds(config.name, config.dir and str(files.user_place(config.dir)), SETS)
         except InputError as error:
             if config.path and (advice := guess.advice(config.path)):  # TFDS reads no data.path
                 problem = f"config.data.name={config.name} does not read config.data.path"
@@ -276,9 +264,8 @@ def open_splits(config: config_lib.Data) -> dict[str, Selected]:
     counts = {n: sum(len(rows) for _, rows in _resolve(e, data_set)) for n, e in taken.items()}
     if not all(counts.values()):
         own = ("train[:-2]", "train[-2:-1]", "train[-1:]")  # of three images or more
-        fitting = " ".join(f"--config.data.{n}={e}" for n, e in zip(taken, own, strict=True))
         enough = lengths.get("train", 0) >= len(own)
-        advice = f", or set {fitting}" if enough else f": {len(own)} are the fewest to run with"
+        advice = f", or set {_flags(own)}" if enough else f": {len(own)} are the fewest to run with"
         found = ", ".join(f"{n}={taken[n]} takes {count}" for n, count in counts.items())
         raise InputError(
             f"each split needs 1 image, but of {_shown(lengths)} {found}. Add images{advice}."

@@ -27,23 +27,18 @@ class WebDataset(shards.Shards):
     The files of an example are `NAME.jpg`, `NAME.cls`, ...; the ending begins at the first dot. The
     label is the content of .cls, a whole number or a text, or in .json a field of `JSON_LABELS`.
     Other files, such as captions in .txt, are not read. Examples stay in the order of the shards,
-    unless they are sorted by class; then they are mixed.
+    unless they are sorted by class; then they are mixed. Images with the label `ignore_label` are
+    left out; `labels=False` ignores all labels.
     """
 
     def __init__(self, path: pathlib.Path, labels: bool = True, ignore_label: int | None = None):
-        """Reads the headers and the labels; `labels=False` makes the data set unlabelled.
-
-        Images with the label `ignore_label` are left out.
-        """
-        splits = shards.find(path, (".tar",), "tar", "webdataset")
-        parts = {s: [_Shard(p, labels) for p in paths] for s, paths in splits.items()}
-        for split, found in parts.items():
-            parts[split] = [shard for shard in found if len(shard)]
+        splits, parts = shards.find(path, (".tar",), "tar", "webdataset"), {}
+        for split, paths in splits.items():
+            parts[split] = [shard for p in paths if len(shard := _Shard(p, labels))]
             if not parts[split]:
-                raise InputError(
-                    f"{splits[split][0]} has no image (no file ending in {', '.join(ENDINGS[:4])}, "
-                    "...); a WebDataset's tar files hold image files."
-                )
+                shown = ", ".join(ENDINGS[:4])
+                problem = f"{paths[0]} has no image (no file ending in {shown}, ...)"
+                raise InputError(f"{problem}; a WebDataset's tar files hold image files.")
         read = {s: [t for shard in found for t in shard.labels] for s, found in parts.items()}
         labelled = any(label is not None for found in read.values() for label in found)
         file = (path if path.is_dir() else path.parent) / NAMES

@@ -28,8 +28,7 @@ __all__ = [
 def from_first(function: Callable[[], object]):
     """The value of `function()` on process 0, which alone calls it; sent to the others as JSON.
 
-    Raises:
-      InputError: `function` raised it on process 0; every process raises it.
+    An InputError of `function` is raised by every process.
     """
     if jax.process_count() == 1:
         return function()
@@ -48,8 +47,7 @@ def from_first(function: Callable[[], object]):
 def on_all(function: Callable):
     """The value of `function()`, which every process calls.
 
-    Raises:
-      InputError: `function` raised it on any process; every process raises it and names that one.
+    An InputError of any process is raised by every process, and names the process.
     """
     if jax.process_count() == 1:
         return function()

@@ -1,22 +1,10 @@
 """How several processes, usually one a host, find each other and end together.
 
---distributed=auto takes the first of these that applies:
-
-  --coordinator, --num_processes, --process_id     the three flags; two of the three are refused
-  JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES,      the three variables in place of the flags
-  JAX_PROCESS_ID
-  a Slurm step (srun) of several tasks             Slurm; on GPUs one task a device, as in JAX
-  TPU_WORKER_HOSTNAMES naming several hosts, or    Cloud TPU
-  MEGASCALE_COORDINATOR_ADDRESS
-  otherwise                                        one process
-
---distributed=slurm and =tpu ask for that cluster alone, and are refused where its variables are
-missing; a pod of TPU virtual machines, which sets no variables, needs =tpu. =off is one process.
-JAX_COORDINATOR_ADDRESS alone is the meeting point of Slurm's or Cloud TPU's processes, as in JAX.
-
-JAX's coordination service notices a process that died, froze or lost its network, and then ends
-the others by abort(), from C++: no Python runs any more. So each process works in a child, and the
-parent says in a sentence what an aborted child could not say.
+docs/scaling.md has the table of what --distributed=auto looks at. JAX_COORDINATOR_ADDRESS alone is
+the meeting point of Slurm's or Cloud TPU's processes, as in JAX. JAX's coordination service notices
+a process that died, froze or lost its network, and then ends the others by abort(), from C++: no
+Python runs any more. So each process works in a child, and the parent says in a sentence what an
+aborted child could not say.
 """
 
 import logging
@@ -58,7 +46,6 @@ class Meeting(NamedTuple):
     arguments: dict  # of jax.distributed.initialize
 
     def fails(self, reason: str) -> str:
-        """The sentence for processes that do not meet."""
         address = self.arguments.get("coordinator_address", "the address that it gives")
         problem = f"the processes named by {self.source} cannot meet at {address}"
         return f"{problem} {reason}; {ADVICE}."
@@ -67,18 +54,16 @@ class Meeting(NamedTuple):
 def decide(
     how: str, flags: Sequence[str | int | None], environment: Mapping[str, str]
 ) -> Meeting | None:
-    """How the processes find each other, by the table above; None for one process.
+    """How the processes find each other, by the table in docs/scaling.md; None for one process.
 
-    Raises:
-      InputError: the values of `FLAGS` or variables are incomplete or impossible, or the cluster
-        that --distributed asks for is missing.
+    Raises InputError where the values of `FLAGS` or variables are incomplete or impossible, or the
+    cluster that --distributed asks for is missing.
     """
     values = dict(zip(FLAGS, flags, strict=True))
     given = ", ".join(name for name, value in values.items() if value is not None)
     if given and how != "auto":
-        raise InputError(
-            f"--distributed={how} and {given} contradict each other; leave one of them out."
-        )
+        problem = f"--distributed={how} and {given} contradict each other"
+        raise InputError(f"{problem}; leave one of them out.")
     if given:
         return _explicit("the flags", values)
     if how == "off":
@@ -87,10 +72,9 @@ def decide(
     lacking = [name for name in SLURM if name not in environment]
     tpu_hosts = next((environment[name] for name in TPU_HOSTS if name in environment), "")
     if how == "slurm" and lacking:
-        raise InputError(
-            f"--distributed=slurm, but {', '.join(lacking)} is not set; start the processes by "
-            f"srun, or name them by {', '.join(FLAGS)}."
-        )
+        problem = f"--distributed=slurm, but {', '.join(lacking)} is not set"
+        advice = f"start the processes by srun, or name them by {', '.join(FLAGS)}"
+        raise InputError(f"{problem}; {advice}.")
     if how == "auto" and any(variables[name] for name in VARIABLES[1:]):
         return _explicit("the environment", variables)
     if how == "slurm" or (how == "auto" and not lacking and environment["SLURM_NTASKS"] != "1"):
@@ -110,14 +94,11 @@ def _explicit(source: str, named: dict[str, str | int | None]) -> Meeting:
     (address, coordinator), (count, processes), (number, index) = named.items()
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise InputError(
-            f"{address} is {coordinator!r}; it takes HOST:PORT of process 0, as in 10.0.0.1:8476."
-        )
+        problem = f"{address} is {coordinator!r}"
+        raise InputError(f"{problem}; it takes HOST:PORT of process 0, as in 10.0.0.1:8476.")
     if not str(processes).isdecimal() or not str(index).isdecimal() or int(index) >= int(processes):
-        raise InputError(
-            f"{number} is {index} and {count} is {processes}; processes are numbered from 0 to one "
-            f"less than {count}."
-        )
+        problem = f"{number} is {index} and {count} is {processes}"
+        raise InputError(f"{problem}; it takes 0 to one less than {count}.")
     arguments = {"coordinator_address": coordinator, "num_processes": int(processes)}
     arguments |= {"process_id": int(index), "cluster_detection_method": "deactivate"}
     return Meeting(source, arguments)
@@ -127,10 +108,7 @@ def start(how: str, *flags: str | int | None) -> None:
     """Meets the other processes, if any; to be called before JAX is asked for a device.
 
     `how` is the value of --distributed, `flags` are the values of `FLAGS`. Of several processes
-    each returns in a child process.
-
-    Raises:
-      InputError: as `decide`, or the processes do not meet.
+    each returns in a child process. Raises InputError as `decide`, or where they do not meet.
     """
     meeting = decide(how, flags, os.environ)
     if not meeting:
@@ -138,7 +116,7 @@ def start(how: str, *flags: str | int | None) -> None:
         if jax.process_count() > 1:
             raise InputError(
                 f"this is one of {jax.process_count()} processes on one accelerator, but no flag "
-                "or variable says so; give --distributed=tpu (see gptv_jax/hosts/distributed.py)."
+                "or variable says so; give --distributed=tpu (see docs/scaling.md)."
             )
         return
     if not hasattr(os, "fork"):
@@ -151,11 +129,8 @@ def start(how: str, *flags: str | int | None) -> None:
             family = socket.AF_INET6 if dual else socket.AF_INET
             socket.create_server(("", int(port)), family=family, dualstack_ipv6=dual).close()
         jax.config.update("jax_enable_preemption_service", True)
-        jax.distributed.initialize(
-            **meeting.arguments,
-            initialization_timeout=MEETING,
-            heartbeat_timeout_seconds=HEARTBEAT,
-        )
+        limits = {"initialization_timeout": MEETING, "heartbeat_timeout_seconds": HEARTBEAT}
+        jax.distributed.initialize(**meeting.arguments, **limits)
     except Exception as error:  # any error of JAX or of the network
         raise InputError(meeting.fails(f"({first_line(error)})")) from error
     stopping.synchronize()
@@ -174,13 +149,18 @@ def _continue_in_child(meeting: Meeting) -> int:
     on, waits, and ends with the child's exit code or, where JAX aborted the child, with a sentence.
     The child ends when the parent does.
     """
+
+    def end_after_parent() -> None:
+        os.read(parent_lives, 1)  # returns when the parent's end of the pipe is closed
+        os._exit(OTHER_DIED)
+
     sys.stdout.flush()
     sys.stderr.flush()
     (met, has_met), (parent_lives, lives) = os.pipe(), os.pipe()
     child = os.fork()
     if child == 0:
         os.close(lives)
-        threading.Thread(target=_end_after_parent, args=(parent_lives,), daemon=True).start()
+        threading.Thread(target=end_after_parent, daemon=True).start()
         stopping.install()
         return has_met
     signal.set_wakeup_fd(-1)
@@ -198,11 +178,6 @@ def _continue_in_child(meeting: Meeting) -> int:
         "error: another process of this run has died or cannot be reached, so JAX has ended this "
         "one (the lines above say more); the same command continues from the last checkpoint.",
     )
-
-
-def _end_after_parent(parent_lives: int) -> None:
-    os.read(parent_lives, 1)  # returns when the parent's end of the pipe is closed
-    os._exit(OTHER_DIED)
 
 
 def wait_for_abort(error: Exception) -> None:

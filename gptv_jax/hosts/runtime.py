@@ -11,7 +11,6 @@ import jax
 # Parameters of glibc's mallopt: when memory goes back to the system, how many large blocks are
 # mapped apart from the heap, and the number of heaps.
 TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8
-NEVER = -1
 HUGE_PAGE, MADV_HUGEPAGE = 2**21, 14  # size in bytes; advice of Linux's madvise
 DEVICES = pathlib.Path("/dev")
 ACCELERATORS = ("nvidia[0-9]*", "kfd", "accel*", "vfio/[0-9]*")  # NVIDIA, AMD, TPUs old and new
@@ -40,19 +39,18 @@ def keep_memory() -> None:
     """Lets glibc keep the memory that a training step frees for the next step, in huge pages.
 
     XLA allocates the memory of a step by malloc and frees it at the end. By default glibc returns
-    large blocks to the system, so every step gets new pages, which the kernel clears one by one:
-    an eighth of the time of a step (docs/results.md). Blocks that XLA aligns cannot always be
-    reused, so the heap is given addresses for half of the machine's memory, which the kernel is
-    asked to back by pages of 2 MiB. glibc and the kernel are free to ignore all this.
-
-    It must come before JAX starts its threads, so the files in /dev tell of accelerators, whose
-    steps do not use this memory.
+    large blocks to the system, so every step gets new pages, which the kernel clears one by one: an
+    eighth of the time of a step (docs/results.md). Blocks that XLA aligns cannot always be reused,
+    so the heap is given addresses for half of the machine's memory, which the kernel is asked to
+    back by pages of 2 MiB. glibc and the kernel are free to ignore all this. It must come before
+    JAX starts its threads, so the files in /dev tell of accelerators, whose steps do not use this
+    memory.
     """
     accelerators = [path for name in ACCELERATORS for path in DEVICES.glob(name)]
     if platform.libc_ver()[0] != "glibc" or accelerators:
         return
     libc = ctypes.CDLL(None)
-    for setting, value in ((MMAP_MAX, 0), (TRIM_THRESHOLD, NEVER), (ARENA_MAX, 1)):
+    for setting, value in ((MMAP_MAX, 0), (TRIM_THRESHOLD, -1), (ARENA_MAX, 1)):  # -1: never
         libc.mallopt(setting, value)
     libc.malloc.restype = ctypes.c_void_p
     size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

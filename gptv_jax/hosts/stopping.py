@@ -132,8 +132,8 @@ def saving_interrupts() -> Iterator[None]:
         LOG.info("Interrupt: saves after the current step, and ends; once more ends at once.")
 
     before = signal.getsignal(signal.SIGINT)
-    ours = threading.current_thread() is threading.main_thread()
-    if ours := ours and before is signal.default_int_handler:  # another handler stays
+    main_thread = threading.current_thread() is threading.main_thread()
+    if ours := main_thread and before is signal.default_int_handler:  # another handler stays
         signal.signal(signal.SIGINT, answer)
     try:
         yield

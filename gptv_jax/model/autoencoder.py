@@ -35,24 +35,27 @@ SLOPE = 0.2  # of the discriminator's leaky ReLU below 0
 
 
 class Conv(nnx.Module):
-    """A convolution with bias that keeps height and width.
+    """A convolution with bias that divides height and width by its stride.
 
     The kernel has `side` x `side` positions and variance gain^2 / (number of summed inputs), and is
     named `name` in `sharding.PARAMETERS`; inputs and outputs are channels.
     """
 
     def __init__(
-        self, name: str, side: int, inputs: int, outputs: int, *, rngs: nnx.Rngs, gain=1.0
+        self, name: str, side: int, inputs: int, outputs: int, *, rngs: nnx.Rngs, gain=1.0, stride=1
     ):
-        self.name = name
+        self.name, self.stride = name, stride
         std = gain * (side * side * inputs) ** -0.5
         setattr(self, name, layers.normal(rngs, name, (side, side, inputs, outputs), std))
         self.bias = layers.constant("bias", (outputs,), 0.0)
 
-    def __call__(self, x: Float[Array, "B h w N"]) -> Float[Array, "B h w M"]:
+    def __call__(self, x: Float[Array, "B h w N"]) -> Float[Array, "B i j M"]:
         """Computes in the dtype of `x`, with zeros beyond the border."""
-        kernel = sharding.gather(getattr(self, self.name)[...], x.dtype)
-        out = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=LAYOUT)
+        kernel, strides = (
+            sharding.gather(getattr(self, self.name)[...], x.dtype),
+            2 * (self.stride,),
+        )
+        out = jax.lax.conv_general_dilated(x, kernel, strides, "SAME", dimension_numbers=LAYOUT)
         return out + self.bias[...].astype(x.dtype)[None, None, None]
 
 

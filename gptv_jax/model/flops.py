@@ -1,6 +1,7 @@
 """FLOPs of the networks, computed from their shapes."""
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 
@@ -15,10 +16,11 @@ from gptv_jax.model import autoencoder
 from gptv_jax.model.attention import BLOCK, SPLASH_TILE, form
 from gptv_jax.model.gpt import Network
 from gptv_jax.model.layout import causal_mask
+from gptv_jax.model.stem import CHANNELS
 
 
 class Flops(dict[str, int]):
-    """FLOPs by part: of a token "matmul" and "attention", of an image "encoder" and "decoder"."""
+    """FLOPs: of a token "matmul", "attention" and "stem", of an image "encoder" and "decoder"."""
 
     @property
     def total(self) -> int:
@@ -36,13 +38,15 @@ CUDNN_TILE = 128  # positions; of FlashAttention's kernels on Ampere and later
 
 
 def forward(network: Network) -> Flops:
-    """FLOPs that one token needs in a forward pass, by the convention of PaLM.
+    """FLOPs that one position needs in a forward pass, by the convention of PaLM.
 
     Each weight of a product counts 2, and attention 4 L T D with the masked half of a causal mask
-    counted (Chowdhery et al. 2022, appendix B), so that MFU compares across codebases.
+    counted (Chowdhery et al. 2022, appendix B), so that MFU compares across codebases. Heads and
+    stem are shared out over all positions of a sequence.
     """
     blocks, head, attention = _forward_parts(network)
-    return Flops(matmul=blocks + head, attention=attention)
+    stem = {"stem": _stem(network) // network.length} if network.stem else {}
+    return Flops(matmul=blocks + head, attention=attention, **stem)
 
 
 def training(network: Network) -> Flops:
@@ -74,7 +78,8 @@ def executed(network: Network, platform: str, split: int = 1, loss_parts: int = 
     matmul = 3 * (blocks + head) + (loss_parts > 1) * head
     if c.remat == "full":  # repeats all products of a layer but the last, which no gradient reads
         matmul += blocks - 2 * c.layers * c.mlp_width * c.width
-    return Flops(matmul=matmul, attention=attention)
+    stem = {"stem": 3 * _stem(network) // T} if network.stem else {}
+    return Flops(matmul=matmul, attention=attention, **stem)
 
 
 def of_autoencoder(config: config_lib.Autoencoder, size: ImageSize) -> Flops:
@@ -122,4 +127,13 @@ def _forward_parts(network: Network) -> tuple[int, int, int]:
     c = network.config
     weights = c.layers * (4 * c.width + (3 if c.mlp == "swiglu" else 2) * c.mlp_width) * c.width
     attention = 4 * c.layers * network.length * c.width
-    return 2 * weights, 2 * network.vocabulary * c.width, attention
+    predicted = sum(part.size * part.vocabulary for part in network.layout.parts if part.predicted)
+    return 2 * weights, 2 * predicted * c.width // network.length, attention
+
+
+def _stem(network: Network) -> int:
+    """FLOPs of the stem's forward pass for an image; every convolution halves height and width."""
+    of_position = network.stem[-1] * network.config.width
+    for i, (inputs, outputs) in enumerate(itertools.pairwise((CHANNELS, *network.stem))):
+        of_position += 4 ** (len(network.stem) - 1 - i) * 9 * inputs * outputs
+    return 2 * network.layout.parts[0].size * of_position

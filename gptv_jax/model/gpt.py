@@ -1,4 +1,4 @@
-"""The network: a GPT over image tokens, iGPT (Chen et al. 2020) by default.
+"""The network: a GPT over image tokens, iGPT (Chen et al. 2020) by default, and parts after them.
 
 `Network` is the shape, `GPT` the shape with weights, and `gptv_jax.Model` (api.py) what users hold:
 a GPT together with the meaning of its tokens, for images. `GPT` is a pytree; training works on the
@@ -8,7 +8,7 @@ folder is plain JAX.
 The input of position t is token t-1, that of position 0 a learned start vector, and position t
 predicts token t. With objective=bert the input of position t is token t itself, or nothing where it
 is masked. In training an order may be given: the input of position t is then token order[t-1], and
-position t predicts token order[t]. Which positions attend to which is decided in `GPT.__call__`.
+position t predicts token order[t]. Which positions attend to which is in the network's `Layout`.
 
 Letters: B batch, T tokens, D width, H heads, K head size, F MLP width, V vocabulary, L layers,
 C classes.
@@ -23,32 +23,62 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
+from gptv_jax.errors import InputError
 from gptv_jax.model import attention, layers
-from gptv_jax.model.layout import Layout
+from gptv_jax.model.inputs import Inputs
+from gptv_jax.model.layout import Layout, Part
 
 
 class Output(NamedTuple):
     """Results of one forward pass; inside jit, results that are not used are not computed."""
 
-    logits: Float[Array, "B T V"]  # float32; position t predicts token t
+    # Float32; position t predicts token t. Of a layout of several parts {name: [B, n, V]}, the
+    # logits of every predicted part.
+    logits: Float[Array, "B T V"] | dict[str, Array]
     pooled: Float[Array, "L+1 B D"]  # float32: means over positions of each layer's normed input
     class_logits: Float[Array, "B C"] | None  # float32; None without a class head
     kept: Float[Array, "N B T D"] | None  # features at every position of the layers in `keep`
     final: Float[Array, "B T D"]  # output of the final norm, the input of `GPT.token_logits`
 
 
+# Fields of the configuration that are for a sequence of image tokens alone, and their other value.
+IMAGES_ALONE = {
+    "objective": "autoregressive",
+    "random_order": (),
+    "target_positions": False,
+    "start_per_variant": False,
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """Shape of a network, without weights (see `GPT`); hashable, so a static argument of jit."""
+    """Shape of a network, without weights (see `GPT`); hashable, so a static argument of jit.
+
+    Raises InputError where the configuration is for images alone, and the layout has more parts.
+    """
 
     config: config_lib.Model
     layout: Layout
     starts: int = 1  # start vectors: 1, one per augmentation variant, or one per class and one more
     classes: int = 0  # C; 0: no class head
+    stem: tuple[int, ...] = ()  # channels of the convolutions of `Stem`; (): pixels are not read
+
+    def __post_init__(self):
+        for name, plain in IMAGES_ALONE.items() if self.several else ():
+            if (value := getattr(self.config, name)) != plain:
+                raise InputError(
+                    f"config.model.{name} is {value!r}, which is for images alone, but the "
+                    f"sequence has further parts; take {plain!r}."
+                )
+
+    @property
+    def several(self) -> bool:
+        """Whether the sequence has more than one part."""
+        return len(self.layout.parts) > 1
 
     @property
     def unconditional(self) -> int:
@@ -84,27 +114,16 @@ class Network:
         return layers.bind(GPT, self, params=params)
 
 
-class GPT(nnx.Module):
+class GPT(Inputs):
     """A `Network` with its weights; `gptv_jax.Model` adds what its tokens mean, for users."""
 
     def __init__(self, network: Network, *, rngs: nnx.Rngs):
+        super().__init__(network, rngs=rngs)
         config, V, D = network.config, network.vocabulary, network.config.width
-        rows, columns = network.grid
-        self.network = network
-        self.token_embedding = layers.normal(rngs, "token_embedding", (V, D), 0.02)
-        if config.objective == "autoregressive":
-            self.start = layers.normal(rngs, "start", (network.starts, D), 0.02)
-        if config.learned_positions:  # with target_positions, one row more for the start vector
-            places = rows * columns + config.target_positions
-            self.position = layers.normal(rngs, "position", (places, D), 0.01)
-        if config.axial_positions:
-            self.row = layers.normal(rngs, "row", (rows, D), 0.01)
-            self.column = layers.normal(rngs, "column", (columns, D), 0.01)
-        if config.target_positions:
-            self.target_position = layers.normal(rngs, "target_position", (rows * columns, D), 0.01)
         self.blocks = layers.Block(config, rngs=rngs)
         self.final_norm = layers.constant("final_norm", (D,), 1.0)
-        self.head = layers.constant("head", (V, D), 0.0)  # zero: the first loss is ln V
+        if network.layout.parts[0].predicted:
+            self.head = layers.constant("head", (V, D), 0.0)  # zero: the first loss is ln V
         if network.classes:
             self.classifier = layers.ClassHead(network.classes, D)
 
@@ -116,19 +135,22 @@ class GPT(nnx.Module):
         hidden: Bool[Array, "B T"] | None = None,
         order: Int[Array, "B T"] | None = None,
         *,
+        pixels: UInt8[Array, "B height width C"] | None = None,
         raw: bool = False,
         keep: tuple[int, ...] = (),
     ) -> Output:
         """Logits, features and, with a class head, class logits of whole sequences.
 
         Args:
-          tokens: 0 <= token < V, in raster order; unless the objective is bert, the last token of
-            a row (or of its order) is only a target.
+          tokens: 0 <= token < V of the part, in raster order, anything in a part without tokens;
+            unless the objective is bert, the last token of a row (or of its order) is only a
+            target.
           variant: index of the start vector of each row; None: `Network.unconditional`.
           key: of dropout; None switches dropout off.
           hidden: True where BERT's input is masked; None: nothing is masked.
           order: a permutation of 0 .. T-1 for each row: position t predicts token order[t] from
             the tokens at order[:t]; None: raster order. Logits are in the order of positions.
+          pixels: of the images, for a network with a stem.
           raw: features are the layers' inputs h^l instead of the normed inputs n^l.
           keep: layers, 0 .. L, whose features are returned at every position.
         """
@@ -138,7 +160,7 @@ class GPT(nnx.Module):
         attend = functools.partial(attention.self_attention, visible=layout.visible)
         if layout.shift:
             known = (tokens if order is None else reorder(tokens, order))[:, :-1]
-            x = self.embed(known, variant, order=order)
+            x = self.embed(known, variant, order=order, pixels=pixels)
         else:
             x = self.embed_masked(tokens, hidden)
         x = layers.dropout(x, config.dropout, None if keys is None else keys[-1])
@@ -166,113 +188,35 @@ class GPT(nnx.Module):
         if keep:
             kept = jax.lax.dynamic_update_index_in_dim(kept, read, indices[-1], 0)[: len(keep)]
         class_logits = self.classifier(pooled_final) if self.network.classes else None
-        return Output(self.token_logits(final), pooled, class_logits, kept, final)
+        logits = self.logits(final) if self.network.several else self.token_logits(final)
+        return Output(logits, pooled, class_logits, kept, final)
 
-    def predict(self, x: Float[Array, "B 1 D"]) -> Float[Array, "B V"]:
-        """Logits of one position, given the residual stream after the last layer."""
-        return self.token_logits(layers.rms_norm(x, self.final_norm[...]))[:, 0]
+    def logits(self, final: Float[Array, "B T D"]) -> dict[str, Array]:
+        """Logits [B, n, V] of every predicted part, given the output of the final norm."""
+        final, slices = (
+            jax.sharding.reshard(final, sharding.BATCH_FIRST),
+            self.network.layout.slices,
+        )
+        parts = [part for part in self.network.layout.parts if part.predicted]
+        return {p.name: self.token_logits(final[:, slices[p.name]], p) for p in parts}
 
-    def embed(
-        self,
-        tokens: Int[Array, "B P"],
-        variant: Int[Array, " B"] | None = None,
-        spec: PartitionSpec = sharding.HIDDEN,
-        order: Int[Array, "B P+1"] | None = None,
-    ) -> Float[Array, "B P+1 D"]:
-        """Inputs of positions 0 .. P, sharded by `spec`: the start vector, then P tokens.
+    def predict(self, x: Float[Array, "B 1 D"], part: Part | None = None) -> Float[Array, "B V"]:
+        """Logits of one position, given the residual stream after the last layer.
 
-        `variant` is as in `__call__`. The `order` has the places on the grid of the tokens that the
-        positions predict; None: 0 .. P.
+        The position is in `part`, by default the first one.
         """
-        if variant is None:
-            variant = jnp.full(len(tokens), self.network.unconditional, jnp.int32)
-        # Start vectors are looked up as rows V, V+1, ... of one table with tokens: token numbers
-        # are then shifted by one position, not vectors, and where the sequence is split no device
-        # needs vectors of its neighbour.
-        variant, tokens = jax.sharding.reshard((variant, tokens), sharding.BATCH_FIRST)
-        ids = jnp.concatenate([self.network.vocabulary + variant[:, None], tokens], axis=1)
-        x = self._lookup([self.token_embedding, self.start], ids, spec)
-        return self._place(x, 0, order)
+        return self.token_logits(layers.rms_norm(x, self.final_norm[...]), part)[:, 0]
 
-    def embed_masked(
-        self, tokens: Int[Array, "B T"], hidden: Bool[Array, "B T"] | None
-    ) -> Float[Array, "B T D"]:
-        """BERT's inputs: each position's own token and its place; of masked tokens the place."""
-        x = self._lookup([self.token_embedding], tokens, sharding.HIDDEN)
-        if hidden is not None:
-            x = jnp.where(hidden[..., None], jnp.zeros((), x.dtype), x)
-        return self._place(x, 0)
+    def token_logits(
+        self, final: Float[Array, "B N D"], part: Part | None = None
+    ) -> Float[Array, "B N V"]:
+        """Float32 logits, given the output of the final norm at N positions of a part.
 
-    def embed_one(
-        self, tokens: Int[Array, "B T"], position: Int[Array, ""]
-    ) -> Float[Array, "B 1 D"]:
-        """Input of `position` >= 1: the token before it; later tokens are not read."""
-        held = jax.lax.dynamic_slice_in_dim(tokens, position - 1, 1, axis=1)
-        x = self._lookup([self.token_embedding], held, sharding.BATCH_FIRST)
-        return self._place(x, position)
-
-    def _lookup(
-        self, tables: list[nnx.Param], ids: Int[Array, "*ids"], spec: PartitionSpec
-    ) -> Float[Array, "*ids D"]:
-        """Rows `ids` of the tables, which are concatenated first."""
-        whole = [sharding.gather(table[...], self.network.config.dtype) for table in tables]
-        return jnp.concatenate(whole).at[ids].get(out_sharding=spec)
-
-    def _place(
-        self,
-        x: Float[Array, "B P D"],
-        start: int | Int[Array, ""],
-        order: Int[Array, "B P"] | None = None,
-    ) -> Float[Array, "B P D"]:
-        """Adds the tables of positions to the inputs of positions start .. start+P-1.
-
-        With an `order` the P inputs are those of the whole order. A table with one row per place is
-        read at the place of the predicted token; a table whose first row is of the start vector, at
-        the row of the input token. In raster order both are the row of the position's number.
+        The part is by default the first one.
         """
-        config, (rows, columns) = self.network.config, self.network.grid
-        gather = functools.partial(sharding.gather, dtype=config.dtype)
-        of_place, tables = [], []
-        if config.learned_positions:
-            of_place.append(gather(self.position[...]))
-        if config.axial_positions:  # with target_positions, zeros for the start vector come first
-            row = jnp.repeat(gather(self.row[...]), columns, axis=0)
-            column = jnp.tile(gather(self.column[...]), (rows, 1))
-            of_start = ((int(config.target_positions), 0), (0, 0))
-            of_place += [jnp.pad(table, of_start) for table in (row, column)]
-        if of_place:
-            inputs = None if order is None else input_places(order) + 1
-            places = inputs if config.target_positions else order
-            tables.append((functools.reduce(jnp.add, of_place), places))
-        if config.target_positions:
-            tables.append((gather(self.target_position[...]), order))
-        for table, places in tables:
-            if places is None:
-                x = x + jax.lax.dynamic_slice_in_dim(table, start, x.shape[1])[None]
-            else:
-                x = x + table.at[places].get(out_sharding=sharding.HIDDEN)
-        return x
-
-    def rotation(
-        self, start: int | Int[Array, ""], count: int, order: Int[Array, "B T"] | None = None
-    ) -> layers.Rotation | None:
-        """Rotary phases of positions start .. start+count-1, or of all positions of an order."""
-        config, columns = self.network.config, self.network.grid[1]
-        if not config.rotary:
-            return None
-        size = config.width // config.heads
-        if order is not None:
-            every = layers.phases(jnp.arange(-1, count), columns, size)
-            spec = PartitionSpec(None, *sharding.HIDDEN)
-            places = order, input_places(order)
-            return layers.Rotation(*(every.at[:, p + 1].get(out_sharding=spec) for p in places))
-        predicted = start + jnp.arange(count)
-        inputs = predicted if config.objective == "bert" else predicted - 1
-        return layers.Rotation(*(layers.phases(p, columns, size) for p in (predicted, inputs)))
-
-    def token_logits(self, final: Float[Array, "B N D"]) -> Float[Array, "B N V"]:
-        """Float32 logits, given the output of the final norm at N positions."""
-        head = sharding.gather(self.head[...], final.dtype)
+        of_first = part in (None, self.network.layout.parts[0])
+        head = self.head if of_first else self.parts[part.name].head
+        head = sharding.gather(head[...], final.dtype)
         dtype = layers.accumulator(final)
         return jnp.einsum("btd,vd->btv", final, head, preferred_element_type=dtype)
 
@@ -300,11 +244,6 @@ class GPT(nnx.Module):
 def reorder(tokens: Int[Array, "B T"], order: Int[Array, "B T"]) -> Int[Array, "B T"]:
     """Tokens in the given order: entry t of a row is the row's token at place order[t]."""
     return jnp.take_along_axis(*jax.sharding.reshard((tokens, order), sharding.BATCH_FIRST), axis=1)
-
-
-def input_places(order: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """Places of the input tokens of the positions of an order; -1 for the start vector."""
-    return jnp.pad(order[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
 
 
 def _pool(x: Float[Array, "B T D"]) -> Float[Array, "B D"]:

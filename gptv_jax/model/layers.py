@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
@@ -128,18 +128,17 @@ class Rotation(NamedTuple):
     keys: Float[Array, "2 *B P half"]
 
 
-def phases(places: Int[Array, " P"], columns: int, size: int) -> Float[Array, "2 P half"]:
-    """Cosines and sines of the angles of places, numbered in raster order, in a grid's `columns`.
+def phases(places: Float[Array, "P 2"], size: int) -> Float[Array, "2 P half"]:
+    """Cosines and sines of the angles of places, given by row and column.
 
     Half of each head's channels are rotated by the row of a place on the grid and half by the
     column, so that scores depend on differences of rows and columns alone (Su et al. 2021,
     arXiv:2104.09864; along two axes as in LlamaGen, Sun et al. 2024, arXiv:2406.06525).
 
-    `size` is K, a multiple of 4; half is K / 2. Place -1 is one before the first.
+    `size` is K, a multiple of 4; half is K / 2.
     """
     frequencies = BASE ** -jnp.linspace(0, 1, size // 4, endpoint=False, dtype=jnp.float32)
-    axes = jnp.stack(jnp.divmod(places, columns), axis=-1).astype(jnp.float32)
-    angles = (axes[:, :, None] * frequencies[None, None]).reshape(len(places), size // 2)
+    angles = (places[:, :, None] * frequencies[None, None]).reshape(len(places), size // 2)
     return jnp.stack([jnp.cos(angles), jnp.sin(angles)])
 
 

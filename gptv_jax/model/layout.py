@@ -54,6 +54,9 @@ class Layout:
         names = [part.name for part in self.parts]
         if len(set(names)) < len(names):
             raise ValueError(f"two parts of a layout have one name: {', '.join(names)}.")
+        for part in self.parts:
+            if part.vocabulary < max(part.predicted, 2 * part.bins):
+                raise ValueError(f"{part} has too few tokens.")
         visible, length = np.array(self.visible), self.length
         if visible.shape != (length,) or length == 0:
             raise ValueError(f"the layout has {length} positions, but {visible.size} masks.")

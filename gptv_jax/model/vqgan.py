@@ -1,10 +1,9 @@
 """The convolutional encoder and decoder of VQGAN (Esser et al. 2021, arXiv:2012.09841).
 
 Diffusers' `VQModel` and LlamaGen's tokenizers are this network, with weights by other names, which
-tokens/foreign.py reads. It is applied, not trained.
-
-Weights are a flat dict. Kernels are [outputs, inputs, rows, columns], as PyTorch has them. Letters
-as in model/autoencoder.py. Images run from -1 to 1.
+tokens/foreign.py reads. It is applied, not trained. Weights are a flat dict. Kernels are [outputs,
+inputs, rows, columns], as PyTorch has them. Letters as in model/autoencoder.py. Images run from -1
+to 1.
 """
 
 from collections.abc import Mapping
@@ -26,9 +25,10 @@ CODEBOOK = "codebook"  # name of the codes, [V, Z]
 class Vqgan:
     """The network with its weights. A block has attention if `params` has its attention weights."""
 
-    def __init__(self, config: config_lib.Autoencoder, params: Mapping):
-        self.config, self.params = config, params
+    def __init__(self, config: config_lib.Autoencoder, params: Mapping, shapes_only: bool = False):
+        self.config, self.params, self.shapes_only = config, params, shapes_only
         self.latent = params["quant_conv.weight"].shape[1]  # channels between encoder and codes
+        self.read: dict[str, jax.ShapeDtypeStruct] = {}  # the weights that were read
 
     def encode(self, images: Float[Array, "B H W C"]) -> Int[Array, "B h w"]:
         """The codes nearest to the encoder's vectors."""
@@ -38,7 +38,7 @@ class Vqgan:
             x = self._level(f"encoder.levels.{i}", x, width, config.encoder_blocks)
             if i + 1 < len(config.widths):
                 x = self._conv(f"encoder.levels.{i}.resample", x, width, stride=2)
-        x = self._middle("encoder.middle", x)
+        x = self._level("encoder.middle", x, config.widths[-1], 2)
         x = jax.nn.silu(self._norm("encoder.norm_out", x))
         x = self._conv("encoder.conv_out", x, self.latent)
         z = self._conv("quant_conv", x, config.code_size, side=1).astype(jnp.float32)
@@ -54,7 +54,8 @@ class Vqgan:
         config, widths = self.config, self.config.widths[::-1]
         values = self._codebook().at[codes].get(out_sharding=jax.typeof(codes).sharding.spec)
         x = self._conv("post_quant_conv", values.astype(config.dtype), self.latent, side=1)
-        x = self._middle("decoder.middle", self._conv("decoder.conv_in", x, widths[0]))
+        x = self._conv("decoder.conv_in", x, widths[0])
+        x = self._level("decoder.middle", x, widths[0], 2)
         for i, width in enumerate(widths):
             x = self._level(f"decoder.levels.{i}", x, width, config.decoder_blocks)
             if i + 1 < len(widths):
@@ -70,11 +71,6 @@ class Vqgan:
             x = self._block(f"{name}.blocks.{j}", x, width)
             x = self._attention(f"{name}.attention.{j}", x)
         return x
-
-    def _middle(self, name: str, x: Float[Array, "B h w N"]) -> Float[Array, "B h w N"]:
-        x = self._block(f"{name}.blocks.0", x, x.shape[-1])
-        x = self._attention(f"{name}.attention.0", x)
-        return self._block(f"{name}.blocks.1", x, x.shape[-1])
 
     def _block(self, name: str, x: Float[Array, "B h w N"], width: int) -> Float[Array, "B h w M"]:
         y = self._conv(f"{name}.conv1", jax.nn.silu(self._norm(f"{name}.norm1", x)), width)
@@ -119,20 +115,8 @@ class Vqgan:
         return self._weight(CODEBOOK, self.config.codes, self.config.code_size)
 
     def _weight(self, name: str, *shape: int) -> Array:
-        del shape
-        return self.params[name]
-
-
-class _Recorder(Vqgan):
-    """The network with zeros for weights, which notes the weights' shapes."""
-
-    def __init__(self, config: config_lib.Autoencoder, params: Mapping):
-        super().__init__(config, params)
-        self.shapes: dict[str, jax.ShapeDtypeStruct] = {}
-
-    def _weight(self, name: str, *shape: int) -> Array:
-        self.shapes[name] = jax.ShapeDtypeStruct(shape, jnp.float32)
-        return jnp.zeros(shape)
+        self.read[name] = jax.ShapeDtypeStruct(shape, jnp.float32)
+        return jnp.zeros(shape) if self.shapes_only else self.params[name]
 
 
 def shapes(config: config_lib.Autoencoder, params: Mapping) -> dict[str, jax.ShapeDtypeStruct]:
@@ -141,8 +125,8 @@ def shapes(config: config_lib.Autoencoder, params: Mapping) -> dict[str, jax.Sha
     `params` has NumPy arrays by name, of which only the names and one shape count: it says which
     blocks have attention. Call it under a mesh.
     """
-    network, side = _Recorder(config, params), config.downsample
+    network, side = Vqgan(config, params, shapes_only=True), config.downsample
     rows = jax.sharding.get_abstract_mesh().size  # which the mesh divides
     pixels = jax.ShapeDtypeStruct((rows, side, side, config.channels), jnp.float32)
     jax.eval_shape(lambda images: network.decode(network.encode(images)), pixels)
-    return network.shapes
+    return network.read

@@ -25,7 +25,6 @@ class Compiled:
 
     @property
     def total(self) -> int:
-        """Bytes of a device at the worst moment."""
         return self.arguments + self.temporaries
 
 
@@ -56,10 +55,6 @@ def compile_step(training: Training, mesh: jax.sharding.Mesh) -> Compiled:
     memory = step.memory_analysis()
     found, unknown = hlo.collectives(step.as_text(), mesh.size)
     # The old state is donated: the new state takes its memory.
-    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return Compiled(
-        memory.argument_size_in_bytes,
-        memory.temp_size_in_bytes + results + memory.generated_code_size_in_bytes,
-        found,
-        unknown,
-    )
+    temporaries = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+    temporaries += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return Compiled(memory.argument_size_in_bytes, temporaries, found, unknown)

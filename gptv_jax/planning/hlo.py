@@ -196,15 +196,12 @@ def _group(rest: str, devices: int) -> tuple[int, ...]:
         dimensions, order = _numbers(found[2]) or list(sizes.values()), _numbers(found[3])
         # The group varies along a whole axis 'x', or along a part 'x':(2)4 of an axis: its 4
         # indices after a part of size 2. Each axis becomes [before, varying, after].
-        parts = {
-            name: (int(before or 1), int(size or sizes[name]))
-            for name, before, size in _AXIS.findall(found[4])
-        }
-        shape, index = [], ()
+        parts = {name: part for name, *part in _AXIS.findall(found[4])}
+        shape, index = [], (0, slice(None), 0) * len(sizes)
         for name, size in sizes.items():
             before, varying = parts.get(name, (size, 1))
+            before, varying = int(before or 1), int(varying or size)
             shape += [before, varying, size // (before * varying)]
-            index += (0, slice(None), 0)
     elif found := _LISTED.search(rest):
         return tuple(_numbers(found[1]))
     else:

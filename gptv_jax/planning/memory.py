@@ -46,9 +46,8 @@ def total_bytes(
     for array in arrays:
         shard = NamedSharding(mesh, spec_of(array)).shard_shape(array.shape)[int(one_layer) :]
         if mesh.abstract_device.platform == "tpu" and len(shard) > 1:
-            by_head = len(array.shape) > 3 and array.shape[-1] == head_size
+            last, by_head = len(shard) - 1, len(array.shape) > 3 and array.shape[-1] == head_size
             pairs = itertools.permutations(range(len(shard)), 2)
-            last = len(shard) - 1
             size = min(_tiled(shard, *pair) for pair in pairs if not by_head or pair[0] == last)
         else:
             size = math.prod(shard)
@@ -58,12 +57,8 @@ def total_bytes(
 
 def _tiled(shard: tuple[int, ...], lanes: int, rows: int) -> int:
     """Elements of a shard whose axes `lanes` and `rows` are padded to whole tiles."""
-    multiples = {lanes: TILE[1], rows: TILE[0]}
-    return math.prod(_round_up(n, multiples.get(axis, 1)) for axis, n in enumerate(shard))
-
-
-def _round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
+    sides = ({lanes: TILE[1], rows: TILE[0]}.get(axis, 1) for axis in range(len(shard)))
+    return math.prod(-(-n // side) * side for n, side in zip(shard, sides, strict=True))
 
 
 @functools.cache

@@ -29,10 +29,8 @@ def search(
 
     The best plans are compiled where there is a compiler; plans that it finds not to fit are left
     out, until `wanted` plans are confirmed. Plans are ranked by the time of a step in which nothing
-    overlaps, because many have the same bound; where device speeds are unknown, by memory.
-
-    Raises:
-      InputError: the batch or the network fits no mesh of these devices.
+    overlaps, because many have the same bound; where device speeds are unknown, by memory. Raises
+    InputError where the batch or the network fits no mesh of these devices.
     """
     plans = sorted(choices(config, topology, kind), key=rank)
     if not plans:
@@ -108,5 +106,4 @@ def rank(found: Plan) -> tuple[bool, float | int]:
 
 
 def _powers(most: int) -> Iterator[int]:
-    """Powers of two up to `most`."""
     return (2**i for i in range(most.bit_length()))

@@ -19,6 +19,7 @@ def show(found: Plan, smallest: Plan | None) -> str:
     remat, train = training.config.model.remat if training.tunable else "none", training.train
     needed = training.flops
     parts = ", ".join(f"{_si(n)} in {PARTS[part]}" for part, n in needed.items())
+    split = f"{remat}, {train.microbatches} of a batch of {train.batch_size} images"
     least = "no mesh of at most as many devices, by arithmetic"
     if smallest:
         count, flags = smallest.topology.count, " ".join(smallest.flags)
@@ -26,10 +27,7 @@ def show(found: Plan, smallest: Plan | None) -> str:
     rows = [
         ("topology", f"{slices}{topology.name}, {topology.count} devices ({topology.kind})"),
         ("mesh", ", ".join(f"{axis} {size}" for axis, size in found.sizes.items())),
-        (
-            "rematerialisation, microbatches",
-            f"{remat}, {train.microbatches} of a batch of {train.batch_size} images",
-        ),
+        ("rematerialisation, microbatches", split),
         ("", ""),
         ("parameters", f"{found.params:,}"),
         (f"FLOPs per {training.unit}", f"{_si(needed.total)}: {parts}"),

@@ -79,9 +79,7 @@ class Topology:
     def devices(self) -> list:
         """The devices to compile for, which this machine need not have.
 
-        Raises:
-          InputError: libtpu is not installed or does not know the topology, or JAX has fewer
-            simulated devices.
+        Raises InputError where libtpu, its topology, or enough simulated devices are missing.
         """
         if self.platform == "cpu":
             if len(jax.devices("cpu")) < self.count:
@@ -97,13 +95,10 @@ class Topology:
             with _silent():
                 return list(topologies.get_topology_desc(self.name, "tpu", **slices).devices)
         except RuntimeError as error:
-            why = f"is not known to libtpu ({error}); it takes {FORMS}."
+            why = f"is not known to libtpu ({error}); it takes {FORMS}"
             if "not installed" in str(error):
-                why = (
-                    "is compiled by libtpu, which is not installed; pip install libtpu, which "
-                    "needs no TPU."
-                )
-            raise InputError(f"--topology={self.name} {why}") from error
+                why = "needs libtpu, which is not installed; pip install libtpu (without a TPU)"
+            raise InputError(f"--topology={self.name} {why}.") from error
 
     def abstract_mesh(self, sizes: tuple[int, ...]) -> AbstractMesh:
         """A mesh of these sizes of `sharding.AXES`, to trace programs for this platform."""
@@ -114,16 +109,11 @@ class Topology:
 
 
 def parse(name: str, num_slices: int = 1) -> Topology:
-    """The topology of a name in one of FORMS, with so many TPU slices or GPU nodes.
-
-    Raises:
-      InputError: the name has none of these forms.
-    """
+    """The topology of a name in one of FORMS, with so many TPU slices or GPU nodes."""
     if found := re.fullmatch(r"cpu:0*([1-9]\d*)", name):
         if num_slices != 1:
-            raise InputError(
-                f"--num_slices is {num_slices}, but --topology={name} is one machine; take 1."
-            )
+            problem = f"--num_slices is {num_slices}, but --topology={name} is one machine"
+            raise InputError(f"{problem}; take 1.")
         return Topology(name, "cpu", "cpu", int(found[1]), 1, True)
     if (found := re.fullmatch(r"gpu:([1-9]\d*)x(\w+)", name)) and found[2] in GPUS:
         return Topology(name, "gpu", GPUS[found[2]], int(found[1]), num_slices, False)

@@ -22,7 +22,7 @@ from gptv_jax.errors import InputError
 from gptv_jax.model import flops, lpips
 from gptv_jax.model.gpt import Network
 from gptv_jax.planning.memory import Memory, spec_of, stored_dtype, total_bytes
-from gptv_jax.runs.record import network_of
+from gptv_jax.tasks.network import network_of
 from gptv_jax.train import autoencoding, objective, optimizer, step
 
 WIDTHS = {"float32": 4, "bfloat16": 2}  # bytes

@@ -20,12 +20,10 @@ SMALL = 50_000_000  # size of a feature matrix below which BLAS uses one thread
 def fit_probe(config: config_lib.Probe, splits: dict[str, Split], *, fold: bool = True) -> dict:
     """{"c", "validation_accuracy", "validation_nats", "test_accuracy"} on standardised features.
 
-    "predicted" is the class that the model gives each test image, int [N].
-
-    The strength c is the best of the fits to train by `preference`. As in the paper, test accuracy
-    is that of a last fit, to train and, with `fold`, validation together. Several votes give
-    several times as many features as labels: the class is that of most votes, and fits are to the
-    first vote.
+    "predicted" is the class that the model gives each test image, int [N]. The strength c is the
+    best of the fits to train by `preference`. As in the paper, test accuracy is that of a last fit,
+    to train and, with `fold`, validation together. Several votes give several times as many
+    features as labels: the class is that of most votes, and fits are to the first vote.
     """
 
     def fit(c: float, features: np.ndarray, labels: np.ndarray):

@@ -3,9 +3,8 @@
 One pass over a split sums up the products of its features and its features by class; from these
 sums the regression follows in closed form for any strength. With standardised features Z [N, D] and
 one-hot classes Y [N, C] it minimises |Y - Z W - b|^2 + strength * N * |W|^2, as scikit-learn's
-`make_pipeline(StandardScaler(), Ridge(alpha=strength * N))` does.
-
-Letters: S strengths, L layers (one more than the network has), D width, C classes, B batch.
+`make_pipeline(StandardScaler(), Ridge(alpha=strength * N))` does. Letters: S strengths, L layers
+(one more than the network has), D width, C classes, B batch.
 """
 
 import functools

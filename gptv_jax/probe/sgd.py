@@ -171,15 +171,11 @@ def fit(
     for name, groups in heads.stacks().items():
         accuracy, nats = validation["accuracy"][name], validation["class_nats"][name]
         for g, group in enumerate(groups):
-            rows = [
-                {
-                    "learning_rate": rate,
-                    "validation_accuracy": float(accuracy[g, r]),
-                    "validation_nats": float(nats[g, r]),
-                    "head": (name, g, r),
-                }
-                for r, rate in enumerate(settings.learning_rates)
-            ]
+            rows = []
+            for r, rate in enumerate(settings.learning_rates):
+                found = {"validation_accuracy": accuracy[g, r], "validation_nats": nats[g, r]}
+                row = {"learning_rate": rate} | {k: float(v) for k, v in found.items()}
+                rows.append(row | {"head": (name, g, r)})
             chosen[group] = max(rows, key=preference)
     single = [row for group, row in chosen.items() if len(group) == 1]
     best = max(single, key=preference)

@@ -43,9 +43,8 @@ def evaluate(
       `inception_score` and `inception_score_deviation` (None where the extractor gives no
       probabilities); `count` and `reference_count`; `warning`, a text or None.
 
-    Raises:
-      InputError: the reference was made with another extractor (raised before a batch is taken), or
-        there are too few images.
+    Raises InputError where the reference was made with another extractor, before a batch is taken,
+    or where there are too few images.
     """
     reference.must_fit(extractor)
     wanted = 0 if reference.kept is None else len(reference.kept)
@@ -177,17 +176,12 @@ def inception_score(
 
     Mean and standard deviation over `splits` equal parts of the rows p(y|x), each with a p(y) of
     its own; the mean is 1 to the number of classes. Images are assigned to parts at random, because
-    they may come sorted by class.
-
-    Raises:
-      InputError: there are fewer images than splits.
-      ValueError: a row has negative entries or does not add up to 1.
+    they may come sorted by class. Raises InputError where there are fewer images than splits,
+    ValueError where a row has negative entries or does not add up to 1.
     """
-    if len(probabilities) < splits:
-        raise InputError(
-            f"{len(probabilities)} images cannot be split into {splits} for the Inception Score; "
-            f"give {splits} or more."
-        )
+    if (count := len(probabilities)) < splits:
+        problem = f"{count} images cannot be split into {splits} for the Inception Score"
+        raise InputError(f"{problem}; give {splits} or more.")
     sums = probabilities.sum(axis=1, dtype=np.float64)
     if not (probabilities >= 0).all() or not np.abs(sums - 1).max() <= SUM_TOLERANCE:
         raise ValueError("rows of probabilities must be 0 or more and add up to 1.")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import pathlib
 from collections.abc import Callable
 
 import numpy as np
@@ -54,9 +53,8 @@ def pixels(image_shape: Shape) -> FeatureExtractor:
 
     A side of fewer than 8 pixels is not averaged.
     """
-    height, width, channels = image_shape
-    rows, columns = _areas(height), _areas(width)
-    cells = (len(rows), len(columns), channels)
+    (height, width), (rows, columns) = image_shape[:2], map(_areas, image_shape[:2])
+    cells = (len(rows), len(columns), image_shape[-1])
 
     def average(images: UInt8[np.ndarray, "B H W C"]) -> Float[np.ndarray, "B D"]:
         averaged = np.einsum("ih,bhwc,jw->bijc", rows, images, columns, optimize=True)
@@ -96,38 +94,26 @@ def make_features(spec: str | None, image_shape: Shape) -> FeatureExtractor:
     """The extractor that `config.generate.features` names, for images of [H, W, C].
 
     `spec` is None or "pixels"; a run folder, or a file or folder of weights that `gptv_jax.load`
-    takes; or a .safetensors file of Inception's weights (docs/generation_quality.md).
-
-    Raises:
-      InputError: `spec` is none of these, is damaged, or takes images of another shape.
+    takes; or a .safetensors file of Inception's weights (docs/generation_quality.md). Raises
+    InputError where `spec` is none of these, is damaged, or takes images of another shape.
     """
     if spec in (None, PIXELS):
         return pixels(image_shape)
-    missing = (
-        f"features are {spec!r}, but there is no such file or folder; name pixels, a run folder, "
-        "or a .safetensors file of this project's or Inception's weights"
-    )
-    path = weights.locate(spec, missing)
-    if _is_inception(path):
+    kinds = "a run folder, or a .safetensors file of this project's or Inception's weights"
+    missing = f"features are {spec!r}, but there is no such file or folder; name pixels, {kinds}"
+    path, tensors = weights.locate(spec, missing), ()
+    if path.suffix == ".safetensors" and path.is_file():
+        with files.open_safetensors(path) as file:
+            tensors = file.keys()
+    if any(name.startswith(inception.PREFIX) for name in tensors):
         if image_shape[-1] not in (1, 3):
-            raise InputError(
-                f"{spec} takes RGB or grey images, but these have {image_shape[-1]} channels; name "
-                "a run folder or pixels as config.generate.features."
-            )
+            problem = f"{spec} takes RGB or grey images, but these have {image_shape[-1]} channels"
+            raise InputError(f"{problem}; name a run folder or pixels as config.generate.features.")
         function, hash = inception.load(path)
         return FeatureExtractor(function, inception.NAME, hash, inception.WIDTH, of_pictures=True)
     model = api.load(spec)
     if model.codec.image_shape != tuple(image_shape):
         theirs, ours = ("x".join(map(str, s)) for s in (model.codec.image_shape, image_shape))
-        raise InputError(
-            f"the model {spec} takes images of {theirs}, but these are of {ours}; name another "
-            "model, or pixels, as config.generate.features."
-        )
+        problem = f"the model {spec} takes images of {theirs}, but these are of {ours}"
+        raise InputError(f"{problem}; name another model, or pixels, as config.generate.features.")
     return _of_model(model)
-
-
-def _is_inception(path: pathlib.Path) -> bool:
-    if path.suffix != ".safetensors" or not path.is_file():
-        return False
-    with files.open_safetensors(path) as file:
-        return any(name.startswith(inception.PREFIX) for name in file.keys())  # noqa: SIM118

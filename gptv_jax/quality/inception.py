@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
 from gptv_jax import files, hardware
@@ -33,11 +34,9 @@ def load(path: str | pathlib.Path) -> tuple[Callable, str]:
 
     The function computes 2,048 pool features and 1,008 class probabilities, in float32 on one
     device. Probabilities are the softmax of the logits without bias: the code of Salimans et al.
-    2016 and ADM's evaluator leave the bias out of the Inception Score.
-
-    Raises:
-      InputError: the file is missing or damaged, or tensors are missing, misshapen, left over or
-        not finite; all of these are listed.
+    2016 and ADM's evaluator leave the bias out of the Inception Score. Raises InputError where the
+    file is missing or damaged, and lists all tensors that are missing, misshapen, left over or not
+    finite.
     """
     path = files.user_path(path)
     network = "the FID's InceptionV3 (pt_inception-2015-12-05 of pytorch-fid)"
@@ -65,26 +64,13 @@ class Conv(NamedTuple):
     padding: bool = True  # at a stride of 1, to keep the image's size
 
 
-def _max_pool(x, stride=2, padding=0):
-    return _reduce_windows(x, -jnp.inf, jax.lax.max, stride, padding)
-
-
-def _average_pool(x):
-    """The mean over those of 3 x 3 positions that are not padding."""
-    ones = jnp.ones((1, *x.shape[1:3], 1))
-    total, count = (_reduce_windows(each, 0.0, jax.lax.add, 1, 1) for each in (x, ones))
-    return total / count
-
-
-def _reduce_windows(x, initial, combine, stride, padding):
-    """Combines every 3 x 3 positions with `combine`."""
-    around = [(0, 0), (padding, padding), (padding, padding), (0, 0)]
-    return jax.lax.reduce_window(x, initial, combine, (1, 3, 3, 1), (1, stride, stride, 1), around)
-
-
 # A block is a list of branches, whose outputs are concatenated. A branch is a list of steps:
 # convolutions and pools. XLA computes a convolution that begins two branches once.
 SQUARE, ROW, COLUMN = (3, 3), (1, 7), (7, 1)
+_max_pool = functools.partial(nnx.max_pool, window_shape=SQUARE, strides=(2, 2))
+_average_pool = functools.partial(
+    nnx.avg_pool, window_shape=SQUARE, padding="SAME", count_include_pad=False
+)
 STEM = [
     Conv("Conv2d_1a_3x3", 32, SQUARE, stride=2),
     Conv("Conv2d_2a_3x3", 32, SQUARE, padding=False),
@@ -152,7 +138,7 @@ BLOCKS = {  # by the prefix of their tensors
         [_max_pool],
     ],
     "Mixed_7b.": _block_e(_average_pool),
-    "Mixed_7c.": _block_e(functools.partial(_max_pool, stride=1, padding=1)),
+    "Mixed_7c.": _block_e(functools.partial(nnx.max_pool, window_shape=SQUARE, padding="SAME")),
 }
 
 

@@ -34,10 +34,7 @@ class Moments:
     scatter: Float64[np.ndarray, "D D"]
 
     def plus(self, features: Float[np.ndarray, "B D"]) -> "Moments":
-        """Moments that count a batch too, exact (Chan, Golub and LeVeque 1979).
-
-        Raises ValueError where the batch holds values that are not finite.
-        """
+        """Moments that count a batch too, exact (Chan, Golub and LeVeque 1979)."""
         if not np.isfinite(features).all():
             raise ValueError("the features hold values that are not finite.")
         features, count = features.astype(np.float64), self.count + len(features)
@@ -49,10 +46,7 @@ class Moments:
 
     @property
     def covariance(self) -> Float64[np.ndarray, "D D"]:
-        """The unbiased covariance, divided by count - 1, as in pytorch-fid and ADM's evaluator.
-
-        InputError: there are fewer than two images.
-        """
+        """The unbiased covariance, divided by count - 1, as in pytorch-fid and ADM's evaluator."""
         if self.count < 2:
             raise InputError("one image has no covariance; give two or more.")
         return self.scatter / (self.count - 1)
@@ -66,21 +60,16 @@ def measure(
     Every batch is read once, and the images of one batch are held at a time. The sample has up to
     `keep` feature vectors, in random order, so that the first n are a random sample too; the order
     of the images decides which, not the size of the batches. A batch smaller than the largest one
-    before is padded, so that the extractor compiles once.
-
-    Raises:
-      InputError: there are no images.
-      ValueError: a batch is not uint8 [B, H, W, C], or features are not finite.
+    before is padded, so that the extractor compiles once. Raises InputError where there are no
+    images, ValueError where a batch is not uint8 [B, H, W, C] or features are not finite.
     """
     moments = Moments(0, np.zeros(extractor.size), np.zeros((extractor.size, extractor.size)))
     probabilities, size = [], 0
     generator, kept, keys = np.random.default_rng(0), [], []
     for images in batches:
         if images.dtype != np.uint8 or images.ndim != 4 or not len(images):
-            raise ValueError(
-                f"a batch is {images.dtype} {list(images.shape)}; it must be uint8 [B, H, W, C] of "
-                "one image or more."
-            )
+            given = f"{images.dtype} {list(images.shape)}"
+            raise ValueError(f"a batch is {given}; it must be uint8 [B, H, W, C], B 1 or more.")
         size = max(size, len(images))
         padded = np.pad(images, ((0, size - len(images)), (0, 0), (0, 0), (0, 0)), mode="edge")
         x, p = (None if y is None else y[: len(images)] for y in extractor(padded))
@@ -114,10 +103,7 @@ class Reference:
     kept: Float[np.ndarray, "K D"] | None = None  # random sample in random order
 
     def save(self, path: str | pathlib.Path) -> None:
-        """Writes an `.npz` file that `load` reads, atomically and on process 0 alone.
-
-        InputError: the name does not end in .npz, or the file cannot be written.
-        """
+        """Writes an `.npz` file that `load` reads, atomically and on process 0 alone."""
         path = files.user_path(path)
         if path.suffix != ".npz":
             raise InputError(f"the reference {path} does not end in .npz; name it so.")
@@ -137,12 +123,12 @@ class Reference:
 
     def must_fit(self, extractor: FeatureExtractor) -> None:
         """Raises InputError where the reference was made with another extractor."""
-        made = self.provenance["features"]
         if not self.fits(extractor):
+            made = "{name} (hash {hash})".format(**self.provenance["features"])
             raise InputError(
-                f"the reference was made with the features {made['name']} (hash {made['hash']}), "
-                f"but the images are to be compared by {extractor.name} (hash {extractor.hash}); "
-                "name the reference's features, or make a new reference."
+                f"the reference was made with the features {made}, but the images are to be "
+                f"compared by {extractor.name} (hash {extractor.hash}); name the reference's "
+                "features, or make a new reference."
             )
 
 
@@ -156,19 +142,14 @@ def compute(
 
     `provenance` says where the images come from, as JSON: data set, split, transforms with the
     resize filter. Count, features and versions are added. `keep` is the largest number of feature
-    vectors to keep for precision and recall; 0 keeps none.
-
-    Raises:
-      InputError: there are fewer than two images.
+    vectors to keep for precision and recall; 0 keeps none. Raises InputError where there are fewer
+    than two images.
     """
     moments, sample, _ = measure(extractor, batches, keep)
-    added = {
-        "count": moments.count,
-        "features": {"name": extractor.name, "hash": extractor.hash},
-        "versions": {name: importlib.metadata.version(name) for name in VERSIONED},
-    }
+    made = {"count": moments.count, "features": {"name": extractor.name, "hash": extractor.hash}}
+    made["versions"] = {name: importlib.metadata.version(name) for name in VERSIONED}
     statistics = moments.count, moments.mean, moments.covariance
-    return Reference(*statistics, provenance | added, sample if keep else None)
+    return Reference(*statistics, provenance | made, sample if keep else None)
 
 
 def load(path: str | pathlib.Path) -> Reference:
@@ -179,10 +160,8 @@ def load(path: str | pathlib.Path) -> Reference:
     with as_input_error(f"{path} is no reference of generation quality, or it is damaged"):
         arrays = files.read_arrays(path)
         header = json.loads(str(arrays["reference"]))
-        if header["format"] != FORMAT:
-            raise InputError(
-                f"{path} has format {header['format']}; this version reads format {FORMAT}."
-            )
+        if (found := header["format"]) != FORMAT:
+            raise InputError(f"{path} has format {found}; this version reads format {FORMAT}.")
         count, provenance = int(header["count"]), dict(header["provenance"])
         features = provenance["features"]
         if not isinstance(features, dict) or not {"name", "hash"} <= features.keys():
@@ -192,7 +171,6 @@ def load(path: str | pathlib.Path) -> Reference:
     fits = count > 1 and mean.ndim == 1 and covariance.shape == mean.shape * 2
     fits = fits and (kept is None or kept.shape[1:] == mean.shape)
     if not fits or not all(a.dtype.kind == "f" and np.isfinite(a).all() for a in arrays):
-        raise InputError(
-            f"{path} is damaged (its arrays are not those of a reference); make a new reference."
-        )
+        problem = "its arrays are not those of a reference"
+        raise InputError(f"{path} is damaged ({problem}); make a new reference.")
     return Reference(count, mean, covariance, provenance, kept)

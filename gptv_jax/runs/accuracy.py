@@ -115,11 +115,9 @@ def cautions(summary: dict, classes: Sequence[dict] = ()) -> list[str]:
     images = summary.get("probe/test_images") or summary.get("finetune/test_images")
     found = []
     if images and images < FEW_TEST:
-        found.append(
-            f"The test split has only {images} image{'s' * (images > 1)}, so an accuracy has a "
-            f"standard error of up to {standard_error(0.5, images):.1%}: small differences mean "
-            "nothing."
-        )
+        few = f"The test split has only {images} image{'s' * (images > 1)}"
+        error = f"a standard error of up to {standard_error(0.5, images):.1%}"
+        found.append(f"{few}, so an accuracy has {error}: small differences mean nothing.")
     for stage, (words, floor_words, floor) in COMPARED.items():
         above, below = summary.get(floor), summary.get(f"{stage}/test_accuracy")
         if above is not None and below is not None and below < above:

@@ -6,11 +6,12 @@ import jax
 from jax.sharding import Mesh
 
 from gptv_jax import config as config_lib
-from gptv_jax import files, hosts, tokens
+from gptv_jax import files, hosts, tasks, tokens
 from gptv_jax.data.pipeline import Pipeline
 from gptv_jax.model.gpt import Network
 from gptv_jax.runs import accuracy
-from gptv_jax.runs.record import RunFolder, network_of
+from gptv_jax.runs.record import RunFolder
+from gptv_jax.tasks.network import network_of
 from gptv_jax.tokens import Codec, TokenDefinition
 from gptv_jax.train.metrics import MetricWriter
 
@@ -26,6 +27,7 @@ class Context:
     images: Pipeline  # the data as images, before they become tokens
     classes: int  # of the data; 0: unlabelled
     class_names: tuple[str, ...]  # in the order of the labels; empty where classes have no names
+    object_names: tuple[str, ...]  # in the order of the box_labels; empty without boxes
     stages: tuple[str, ...]  # names of the stages to run, in order
     # None without tokens, and while the tokenizer is still to be trained
     codec: Codec | None = None
@@ -35,6 +37,12 @@ class Context:
     def network(self, classes: int = 0) -> Network:
         """The network of the config, with a class head where `classes` is not 0."""
         return network_of(self.config, classes)
+
+    @property
+    def task(self) -> tasks.Task:
+        """The task that fine-tuning teaches."""
+        classes = self.class_names or tuple(map(str, range(self.classes)))
+        return tasks.make(self.config, classes, self.object_names)
 
     def with_definition(self, definition: TokenDefinition | None) -> "Context":
         """This context with the codec of a palette or tokenizer (grey levels need neither)."""

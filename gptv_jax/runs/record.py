@@ -20,10 +20,9 @@ from gptv_jax import checkpoint, files, hosts
 from gptv_jax import config as config_lib
 from gptv_jax.config import fields
 from gptv_jax.config.run_file import config_of as config_of  # a name of this module for its users
-from gptv_jax.data import transforms
 from gptv_jax.errors import InputError
-from gptv_jax.model.gpt import Network
-from gptv_jax.model.layout import of_images
+from gptv_jax.tasks.network import network_of as network_of  # names of this module, as well
+from gptv_jax.tasks.network import start_vectors as start_vectors
 
 VERSIONED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "gptv_jax")
 
@@ -170,17 +169,3 @@ def trained_part(config: config_lib.Config, stage: str) -> str:
     The settings of pretraining are `config.train`, of another stage `config.<stage>.train`.
     """
     return getattr(config, stage, config).train.weights
-
-
-def network_of(config: config_lib.Config, classes: int = 0) -> Network:
-    """The network of a configuration, with a class head where `classes` is not 0."""
-    layout = of_images(config.tokens.vocabulary, config.grid, config.model.objective)
-    return Network(config.model, layout, start_vectors(config), classes)
-
-
-def start_vectors(config: config_lib.Config) -> int:
-    """Number of start vectors: one; one for each class and none; or one for each variant."""
-    if config.model.class_tokens:
-        return config.model.class_tokens + 1
-    variants = transforms.variants(config.data.train_transforms)
-    return variants if config.model.start_per_variant else 1

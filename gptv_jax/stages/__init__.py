@@ -87,7 +87,7 @@ STAGES = {
         ),
         Stage(
             "finetune",
-            ("model", "finetune"),
+            ("model", "task", "finetune"),
             trains_network=True,
             training="finetune.train",
             files=("finetune",),

@@ -57,11 +57,9 @@ def begun_stages(folder: RunFolder) -> dict[str, int]:
 def find(folder: RunFolder, data: dict, stages: list[str]) -> Changes:
     """The changes since the last start; for process 0.
 
-    `data` is as for `RunFolder.claim`, and `stages` are the names of the stages to run.
-
-    Raises:
-      InputError: a stage that has begun depends on a field that differs (every field that differs
-        is listed) or on other data, or a training has taken more steps than are asked for.
+    `data` is as for `RunFolder.claim`, and `stages` are the names of the stages to run. Raises
+    InputError where a stage that has begun depends on fields that differ (all are listed) or on
+    other data, or where a training has taken more steps than are asked for.
     """
     changed, other_data = folder.changed_fields(), folder.changed_data(data)
     begun = begun_stages(folder)
@@ -76,27 +74,24 @@ def find(folder: RunFolder, data: dict, stages: list[str]) -> Changes:
     fixed = [f for f in changed if trainings.get(f) not in extended and _readers(f) & {*begun}]
     if fixed:
         before, now = ({f"config.{n}": v[i] for n, v in changed.items()} for i in (0, 1))
-        raise InputError(
-            f"{folder.path} was made by another configuration: "
-            f"{shorten(list_differences(before, now), '; ')}. Take another --workdir, or the "
-            "settings of that run."
-        )
+        differing = shorten(list_differences(before, now), "; ")
+        problem = f"{folder.path} was made by another configuration: {differing}"
+        raise InputError(f"{problem}. Take another --workdir, or the settings of that run.")
     if other_data:
-        raise InputError(
-            f"{folder.path} was made of other data: {other_data}. Take the same data, or another "
-            "--workdir."
-        )
+        advice = "Take the same data, or another --workdir."
+        raise InputError(f"{folder.path} was made of other data: {other_data}. {advice}")
     for name, step in extended.items():
         field = f"{STAGES[name].training}.steps"
-        if changed[field][1] < step:
+        before, now = changed[field]
+        if now < step:
             raise InputError(
-                f"config.{field} is {changed[field][1]}, but the stage {name} in {folder.path} has "
-                f"taken {step} steps; take {step} or more, or another --workdir."
+                f"config.{field} is {now}, but the stage {name} in {folder.path} has taken {step} "
+                f"steps; take {step} or more, or another --workdir."
             )
         if name not in stages:
             raise InputError(
-                f"config.{field} was {changed[field][0]} and is {changed[field][1]} now, but "
-                f"--stages leaves the stage {name} out; name {name} as well."
+                f"config.{field} was {before} and is {now} now, but --stages leaves the stage "
+                f"{name} out; name {name} as well."
             )
     names, renewed = list(STAGES), dict(extended)
     if folder.config.init_from and "pretrain" in stages and "pretrain" not in begun:
@@ -111,10 +106,9 @@ def find(folder: RunFolder, data: dict, stages: list[str]) -> Changes:
     sentences = []
     for name, step in extended.items():
         before, now = changed[f"{STAGES[name].training}.steps"]
-        sentences.append(
-            f"{name} goes on from step {step} to {now}, in place of {before}; the learning rate "
-            f"follows the schedule of {now} steps from here on, so it may rise."
-        )
+        goes_on = f"{name} goes on from step {step} to {now}, in place of {before}"
+        rate = f"the learning rate follows the schedule of {now} steps from here on, so it may rise"
+        sentences.append(f"{goes_on}; {rate}.")
     again = [n for n in reset if n in begun]
     if lost := [n for n in extended if has_finished(folder.summary(), n)] + again:
         sentences.append(
@@ -167,7 +161,6 @@ def clear(folder: RunFolder, changes: Changes) -> None:
 
 
 def _readers(field: str) -> set[str]:
-    """The stages that read a field of the configuration."""
     section = field.split(".")[0]
     return {n for n, stage in STAGES.items() if section in stage.sections} or {*STAGES}
 

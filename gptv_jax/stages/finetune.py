@@ -1,28 +1,27 @@
-"""Fine-tuning: the pretrained network learns to classify while it goes on predicting tokens.
+"""Fine-tuning: the pretrained network learns a task, `config.task`.
 
 Unless `finetune.scratch` is False, the same network is trained from scratch beside it, with the
 same settings and budget.
 """
 
 import functools
+import itertools
 import logging
 from collections.abc import Callable
 
 import jax
-import numpy as np
 import optax
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from gptv_jax import sharding
+from gptv_jax import files, sharding
 from gptv_jax.checkpoint import Checkpoints
-from gptv_jax.data import sources
+from gptv_jax.data import pipeline, records, sources
+from gptv_jax.errors import shorten
 from gptv_jax.model import flops
 from gptv_jax.model.gpt import Network
-from gptv_jax.probe import features
-from gptv_jax.runs import accuracy
+from gptv_jax.runs import accuracy, pictures
 from gptv_jax.runs.context import Context
 from gptv_jax.stages import pretrained
+from gptv_jax.tasks.task import Task
 from gptv_jax.train import loop, optimizer, step
 
 LOG = logging.getLogger(__name__)
@@ -30,16 +29,22 @@ LOG = logging.getLogger(__name__)
 
 def run_stage(context: Context) -> dict:
     """Fine-tunes pretrained weights, then from scratch; returns the summary's numbers."""
-    config, settings = context.config, context.config.finetune
-    train, batch_size = settings.train, settings.train.batch_size
-    headless, network = context.network(), context.network(context.classes)
-    metric = step.make_metric(network, confusion=True)
-    coefficients = settings.generative_coefficient, settings.classification_coefficient
-    loss = step.make_loss(network, *coefficients)
-    batches = functools.partial(context.data.train, batch_size, entries=settings.train_transforms)
+    config, settings, task = context.config, context.config.finetune, context.task
+    train, batch_size, network = settings.train, settings.train.batch_size, task.network()
+    reading = {"example": task.example if task.parts() else None, "pixels": task.pixels}
+    training = functools.partial(
+        context.data.train, batch_size, entries=settings.train_transforms, **reading
+    )
+    evaluation = functools.partial(context.data.evaluation, batch_size=batch_size, **reading)
+    loss, key = task.loss(network), jax.random.key(config.seed)
 
-    def evaluate(params: dict, split: str = "validation") -> dict:
-        return metric.measure(params, context.data.evaluation(split, batch_size))
+    @functools.cache
+    def metric(split: str) -> step.Metric:
+        return task.metric(network, functools.partial(_annotations, context, split))
+
+    def evaluate(params: dict) -> dict:
+        validation = evaluation("validation", limit=task.validation_images)
+        return metric("validation").measure(params, validation)
 
     @functools.cache  # both trainings share the compiled step where their layer decay is the same
     def compiled(layer_decay: float) -> tuple[optax.GradientTransformation, Callable, Callable]:
@@ -52,7 +57,7 @@ def run_stage(context: Context) -> dict:
         )
         return update, start, train_step
 
-    def tune(name: str, weights: dict, layer_decay: float) -> tuple[dict, dict]:
+    def tune(name: str, weights: Callable[[], dict], layer_decay: float) -> tuple[dict, dict]:
         """The training's numbers, and the sums over the test images."""
         update, start, train_step = compiled(layer_decay)
         with Checkpoints(context.folder.checkpoints(name), train.keep_checkpoints) as checkpoints:
@@ -63,57 +68,87 @@ def run_stage(context: Context) -> dict:
                 flops=flops.training(network).total,
                 checkpoints=checkpoints,
                 log=context.log,
-                initial=lambda: start(_with_head(context, headless, network, weights)),
+                initial=lambda: start(task.begin(network, weights(), evaluation)),
                 abstract=sharding.abstract(step.make_init(network, update, train.ema)),
                 train_step=train_step,
-                batches=batches,
+                batches=training,
                 evaluate=evaluate,
-                primary=metric.primary,
+                primary=task.primary,
                 patience=settings.patience,
             )
         chosen = next(e for e in fitted.evaluations if e["step"] == fitted.step)
         LOG.info("%s measures the weights of step %d on the test images.", name, fitted.step)
-        sums = metric.sums(fitted.params, context.data.evaluation("test", batch_size))
-        test = metric.result(sums)
+        views = (evaluation("test", extra=extra) for extra in task.views())
+        total = metric("test").sums(fitted.params, itertools.chain.from_iterable(views))
+        tested, first = metric("test").result(total), next(iter(task.primary))
         return {
             "steps": fitted.step,
-            "validation_accuracy": chosen["accuracy"],
-            "test_accuracy": test["accuracy"],
-            "test_nats_per_token": test["nats_per_token"],
+            f"validation_{first}": chosen[first],
+            **{f"test_{n}": value for n, value in tested.items() if n not in task.unreported},
             **fitted.sessions,
-        }, sums
+        }, total
 
-    found, floor = pretrained.load(context, headless), {}
-    tuned, sums = tune("finetune", found.params, settings.layer_decay)
-    images = accuracy.images(config.data) | {"test_images": int(sums["images"])}
-    if "confusion" in sums:
-        training = sources.open_source(config.data, "train").label_counts()
-        folder, names = context.folder.path / "finetune", context.class_names
-        accuracy.write(folder, sums["confusion"], names, training, split="test")
-    if settings.scratch:
+    def from_scratch() -> dict:
+        return jax.jit(network.init)(key)
+
+    weights, layer_decay, scratch, origin = from_scratch, 1.0, {}, {"pretrained": False}
+    if possible := config.tokens.kind != "none":
+        found = pretrained.load(context, context.network())
+        weights = lambda: begin_with(network, found.params, key)  # noqa: E731
+        layer_decay, origin = settings.layer_decay, found.numbers
+    else:
+        LOG.info("finetune trains from scratch: config.tokens.kind=none cannot be pretrained.")
+    tuned, total = tune("finetune", weights, layer_decay)
+    images = accuracy.images(config.data)
+    if "images" in total:
+        images["test_images"] = int(total["images"]) // len(task.views())
+    bounds = _write(context, task, total)
+    if settings.scratch and possible:
         LOG.info("finetune_scratch trains random initial weights in the same way, as the floor.")
-        initial = jax.jit(headless.init)(jax.random.key(config.seed))
-        scratch, _ = tune("finetune_scratch", initial, layer_decay=1.0)
-        floor = {f"scratch_{name}": value for name, value in scratch.items()}
-    return {"classes": context.classes, **images, **tuned, **floor, **found.numbers}
+        numbers, _ = tune("finetune_scratch", from_scratch, layer_decay=1.0)
+        scratch = {f"scratch_{name}": value for name, value in numbers.items()}
+    named = {"classes": len(task.names)} if task.names else {}
+    return {**named, **images, **tuned, **bounds, **scratch, **origin}
 
 
-def _with_head(context: Context, headless: Network, network: Network, weights: dict) -> dict:
-    """The weights with a new class head, whose input is standardised where the config says so."""
-    settings = context.config.finetune
-    LOG.info("finetune adds a head for %d classes to the weights.", context.classes)
-    head = jax.jit(network.init)(jax.random.key(context.config.seed))["classifier"]
-    if settings.standardize:
+def begin_with(network: Network, given: dict, key: jax.Array) -> dict:
+    """The network's weights: those `given` of equal name and shape, and new ones for the others."""
+    wanted, held = sharding.by_name(sharding.abstract(network.init)), sharding.by_name(given)
+    taken = [n for n, leaf in wanted.items() if n in held and held[n].shape == leaf.shape]
+    new = [name for name in wanted if name not in taken]
+    left = [name for name in held if name not in taken]
+    LOG.info(
+        "finetune takes %s from the pretrained weights, begins anew: %s, and leaves out: %s.",
+        *(shorten(names) or "nothing" for names in (taken, new, left)),
+    )
 
-        def batches(split: str):
-            return context.data.evaluation(split, settings.train.batch_size, features.MEASURED)
+    def fresh(key: jax.Array) -> dict:  # what is taken is not drawn, as nothing reads it
+        drawn = sharding.by_name(network.init(key))
+        return {name: drawn[name] for name in new}
 
-        def last_layer(split: str):
-            every = features.of_network(headless, weights, batches, raw=False)(split)
-            return ((x[:, -1:], batch) for x, batch in every)
+    leaves = {name: held[name] for name in taken} | (jax.jit(fresh)(key) if new else {})
+    structure = jax.tree.structure(sharding.abstract(network.init))
+    return jax.tree.unflatten(structure, [leaves[name] for name in wanted])
 
-        mean, deviation = features.statistics(last_layer)
-        whole = NamedSharding(context.mesh, P())
-        for name, value in (("class_center", mean[0]), ("class_scale", 1 / deviation[0])):
-            head[name] = jax.device_put(value.astype(np.float32), whole)
-    return weights | {"classifier": head}
+
+def _annotations(context: Context, split: str, index: int) -> records.Record:
+    """The record of an example without its picture, before any transform."""
+    return records.annotations(sources.open_source(context.config.data, split)[index])
+
+
+def _write(context: Context, task: Task, total: dict) -> dict[str, float]:
+    """Writes what is known of the test images, and returns floors and ceilings of the numbers."""
+    config, folder = context.config, context.folder.path
+    known = functools.partial(_annotations, context, "test")
+    if "confusion" in total:
+        training = sources.open_source(config.data, "train").label_counts()
+        confusion, names = total["confusion"], context.class_names
+        accuracy.write(folder / "finetune", confusion, names, training, split="test")
+    if jax.process_index() == 0:
+        for name, content in task.files(total, known).items():
+            files.write_json(folder / "finetune" / name, content)
+        examples = pipeline.open_examples(config.data, "test", config.data.eval_transforms)
+        for name, picture in task.show(examples.source.__getitem__, total).items():
+            pictures.save(picture, folder / "samples" / f"{name}.png")
+    bounds = task.bounds(total, known)
+    return {f"{b}_test_{n}": value for b, numbers in bounds.items() for n, value in numbers.items()}

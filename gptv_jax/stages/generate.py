@@ -17,6 +17,7 @@ from jaxtyping import Int
 
 from gptv_jax import files, hosts
 from gptv_jax.data import pipeline, sources, transforms
+from gptv_jax.data.cache import TokenCache
 from gptv_jax.decode.sampler import Sampler, Section
 from gptv_jax.errors import InputError
 from gptv_jax.quality import reference as references
@@ -67,7 +68,7 @@ def _reference(context: Context, features: FeatureExtractor, convert: Callable) 
         found = references.load(path)
         if found.fits(features) and found.provenance["split"] == config.split:
             return found
-    if sources.open_source(data, config.split).stored_as == "tokens":
+    if isinstance(sources.open_data_set(data), TokenCache):
         raise InputError(
             f"config.data.name={data.name} holds tokens, but generated images are compared with "
             "real images; name saved statistics by config.generate.reference, or run "
@@ -116,8 +117,7 @@ def draw(
             content = io.BytesIO()
             np.save(content, tokens)
             files.replace(path, content.getvalue())
-        for _ in range(wanted):
-            progress.advance()
+        progress.advance(wanted)
         progress.report(first + wanted, {})
         yield tokens
     progress.close()

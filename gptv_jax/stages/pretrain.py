@@ -103,7 +103,7 @@ def _image_numbers(context: Context, bits: float) -> dict[str, float | None]:
         error = 0.0
         if context.config.model.objective == "autoregressive":  # BERT's are of masked tokens only
             per_dimension = bits * (math.prod(codec.grid) / math.prod(codec.image_shape))
-    elif context.data.has_pixels("test"):
+    elif context.data.has_pixels():
         own = token_statistics(context.images, codec, context.config.train.batch_size)
         # Sums of whole numbers, exact in any order.
         shares = hosts.from_all([own.squared_error, own.values])

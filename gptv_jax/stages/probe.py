@@ -184,11 +184,10 @@ def _by_sgd(context: Context, network: Network, trained: dict, initial: dict) ->
         )
     for group in groups:
         rows[group[0]] |= chosen[group]
-    best, data = _best(rows), context.config.data
+    best, more = _best(rows), accuracy.images(context.config.data)
     if matrix := rows[best].pop("confusion"):  # None where there are too many classes
-        training = sources.open_source(data, "train").label_counts()
+        training = sources.open_source(context.config.data, "train").label_counts()
         _write_confusion(context, best, np.array(matrix), training)
-    more = accuracy.images(data)
     more |= _concatenated(window, chosen[window]) if config.concatenate > 1 else {}
     return rows, random, raw, more
 

@@ -16,8 +16,9 @@ import jax
 import numpy as np
 
 from gptv_jax import config as config_lib
-from gptv_jax import files
+from gptv_jax import files, tasks
 from gptv_jax.config import fields
+from gptv_jax.data import inventory
 from gptv_jax.decode.sampler import class_rows
 from gptv_jax.errors import shorten
 from gptv_jax.runs import accuracy, html, pictures
@@ -164,15 +165,22 @@ def probe(results: Results) -> Part:
 
 
 def finetune(results: Results) -> Part:
-    """Validation accuracy by step, pretrained and from scratch; test accuracy by class."""
+    """The task's main number by step, pretrained and from scratch; its numbers on test images."""
     tiles, found = "", results.numbers("finetune")
+    first = next(iter(tasks.kind(results.config.task.name).primary))
+    is_share, words = first.endswith("accuracy"), first.replace("_", " ")
     if found:
-        beside = []
-        if "scratch_test_accuracy" in found:
-            beside = [f"from scratch {results.share('finetune', 'scratch_test_accuracy')}"]
-        tiles = _accuracy_tile(results, "finetune", "Fine-tuning, test accuracy", *beside)
+        beside, scratch = [], f"scratch_test_{first}"
+        if scratch in found:
+            value = results.share("finetune", scratch) if is_share else html.number(found[scratch])
+            beside = [f"from scratch {value}"]
+        title = f"Fine-tuning, test {words}"
+        if is_share:
+            tiles = _accuracy_tile(results, "finetune", title, *beside)
+        else:
+            tiles = html.tile(title, html.number(found[f"test_{first}"]), *beside)
     tuned, scratch = (
-        results.series(name, "validation_accuracy") for name in ("finetune", "finetune_scratch")
+        results.series(name, f"validation_{first}") for name in ("finetune", "finetune_scratch")
     )
     if not tuned:
         return "", tiles
@@ -180,9 +188,23 @@ def finetune(results: Results) -> Part:
         (tuned, pictures.BLUE, "pretrained", "-", found.get("steps")),
         (scratch, pictures.ORANGE, "from scratch", "-", found.get("scratch_steps")),
     ]
-    png = pictures.plot("validation accuracy", "step", curves, percent=True)
+    png = pictures.plot(f"validation {words}", "step", curves, percent=is_share)
     content = html.figure(png, "Fine-tuning. Ringed: the step whose weights were kept.")
+    content += _test_numbers(found, {first, "nats_per_token"})
     return content + _by_class(results, "finetune", "Fine-tuned network"), tiles
+
+
+def _test_numbers(found: dict, usual: set[str]) -> str:
+    """A table of the test numbers with floors and ceilings, if there are more than the usual."""
+    numbers = {n: v for n, v in found.items() if "test_" in n and isinstance(v, float)}
+    numbers = {n: html.number(v) for n, v in numbers.items() if not n.endswith("_error")}
+    names = [name.removeprefix("test_") for name in numbers if name.startswith("test_")]
+    if not set(names) - usual:
+        return ""
+    before = dict.fromkeys(n.partition("test_")[0] for n in numbers)
+    cells = [(n, *(numbers.get(f"{b}test_{n}", "") for b in before)) for n in names]
+    head = ("on the test images", *(b.replace("_", " ").strip() or "fine-tuned" for b in before))
+    return f'<div class="scroll">{html.table(head, cells)}</div>'
 
 
 def _share(value: float | None, images: int | None) -> str:
@@ -262,6 +284,8 @@ def write(context: Context) -> None:
             content, more = stage.report(results)
             sections[stage.heading] += content
             tiles += more
+    for name, caption in tasks.kind(config.task.name).pictures.items():
+        sections[name.replace("_", " ").capitalize()] += results.picture(name, caption)
     parts = [config.data.name]
     if "model/params" in results.summary:  # absent where another run did the pretraining
         parts.append(f"{results.summary['model/params']:,} parameters")
@@ -297,7 +321,8 @@ def _origin(results: Results) -> str:
         named = f"{len(named)} ({shorten(named, room=300)})"
     data = f"images: {splits or 'not recorded'} · classes: {named}"
     held = record.get("found", {})  # absent in folders of older versions
-    told = [*(f"left out: {each}" for each in held.get("left_out", ())), *held.get("notes", ())]
+    told = inventory.objects_in_words(record.get("objects", ()), held.get("objects", {}))
+    told += [*(f"left out: {each}" for each in held.get("left_out", ())), *held.get("notes", ())]
     lines = (f"<small>{escape(line)}</small>" for line in (written, data, *told))
     return f"{''.join(lines)}{command}<small>{escape(versions)}</small>"
 

@@ -75,9 +75,8 @@ def train(config, workdir: str | os.PathLike, stages: list[str] | None = None) -
 @contextlib.contextmanager
 def _shown_log() -> Iterator[None]:
     """Shows the package's log, once, where the user's program does not show it."""
-    log = logging.getLogger("gptv_jax")
-    before = log.level, log.propagate
-    handler = logging.StreamHandler(sys.stderr)
+    log, handler = logging.getLogger("gptv_jax"), logging.StreamHandler(sys.stderr)
+    level, propagate = log.level, log.propagate
     handler.setFormatter(logging.Formatter("%(message)s"))
     # A root handler is no sign that the user has set up logging: absl adds a handler when imported.
     if log.getEffectiveLevel() > logging.INFO and not log.handlers:
@@ -88,6 +87,6 @@ def _shown_log() -> Iterator[None]:
     try:
         yield
     finally:
-        log.setLevel(before[0])
-        log.propagate = before[1]
+        log.setLevel(level)
+        log.propagate = propagate
         log.removeHandler(handler)

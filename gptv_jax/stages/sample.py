@@ -39,7 +39,7 @@ def run_stage(context: Context) -> dict:
     if config.completions:
         elements = pipeline.images(context.config.data, "test", context.data.damage_log)
         elements = list(itertools.islice(elements, config.completions))
-        test = np.stack([pipeline.to_tokens(codec, e["image"]) for e in elements])
+        test = np.stack([pipeline.to_tokens(codec, e) for e in elements])
         shown = codec.picture(codec.decode(test))
         labels = np.array([e["label"] for e in elements], np.int32) if classes else None
         upper = np.arange(network.length) < kept_tokens(network, config.keep)

@@ -6,15 +6,14 @@ import logging
 import operator
 import pathlib
 import tempfile
-from collections.abc import Sequence
 
 import jax
 import numpy as np
 
 from gptv_jax import config as config_lib
-from gptv_jax import files, hosts, sharding, tokens, weights
+from gptv_jax import files, hosts, sharding, tasks, tokens, weights
 from gptv_jax.config import fields, rules
-from gptv_jax.data import inventory, pipeline, sources, transforms
+from gptv_jax.data import inventory, pipeline, sources, transforms, trial
 from gptv_jax.data.cache import TokenCache
 from gptv_jax.data.damage import DamageLog
 from gptv_jax.data.folder import refuse_inside
@@ -24,6 +23,7 @@ from gptv_jax.errors import InputError, list_differences, shorten
 from gptv_jax.runs.context import Context
 from gptv_jax.runs.record import RunFolder, has_finished
 from gptv_jax.stages import STAGES, changes, pretrained
+from gptv_jax.stages.select import choose_stages
 from gptv_jax.tokens import Codec, learned, palette
 from gptv_jax.train import wandb_copy
 from gptv_jax.train.metrics import MetricWriter
@@ -75,21 +75,25 @@ def _open(config: config_lib.Config, folder: RunFolder, wanted: list[str] | None
     contents = inventory.describe(sources.open_data_set(config.data), opened)
     if jax.process_index() == 0:
         inventory.log(config.data, contents, opened)
-    classes, class_names = opened["train"].classes, opened["train"].class_names
+    train = opened["train"]
+    classes, names = train.classes, (train.class_names, train.object_names)
     rules.check_classes(config, classes)
     begun = hosts.from_first(lambda: [*changes.begun_stages(folder)])
-    stages = choose_stages(config, classes, wanted, begun)
+    stages = choose_stages(config, train.keys, wanted, begun)
+    task = tasks.kind(config.task.name)
     adapting = config.init_from and "pretrain" in begun and not folder.finished("pretrain")
     if adapting and "pretrain" not in stages:
         raise InputError(
             f"pretraining in {folder.path} goes on from config.init_from={config.init_from}, but "
             "has not finished; name pretrain in --stages as well."
         )
-    if classes and (config.model.class_tokens or {"probe", "finetune"} & set(stages)):
+    labelled = {"probe", *(["finetune"] if "label" in task.needs else [])}
+    if classes and (config.model.class_tokens or labelled & set(stages)):
         hosts.on_all(lambda: sources.check_labels(config.data, opened))
     data = {
         "images": {split: len(source) for split, source in opened.items()},
-        "classes": list(class_names) or classes,
+        "classes": list(train.class_names) or classes,
+        "objects": list(train.object_names),
     }
     changed = changes.Changes(*hosts.from_first(lambda: changes.find(folder, data, stages)))
     for name in stages:
@@ -104,7 +108,7 @@ def _open(config: config_lib.Config, folder: RunFolder, wanted: list[str] | None
     hosts.on_all(lambda: files.claim(folder.path, "--workdir"))
     images = Pipeline(config.data, None, config.seed, folder.path, sharding.batch_share(mesh))
     log = hosts.on_all(lambda: _open_log(config, folder.path))
-    context = Context(config, mesh, folder, log, images, classes, class_names, tuple(stages))
+    context = Context(config, mesh, folder, log, images, classes, *names, tuple(stages))
     return with_codec(context)
 
 
@@ -211,57 +215,6 @@ def _check_cache(config: config_lib.Config, cache: TokenCache) -> None:
         )
 
 
-def choose_stages(
-    config: config_lib.Config,
-    classes: int,
-    wanted: list[str] | None = None,
-    begun: Sequence[str] = (),
-) -> list[str]:
-    """Names of the stages to run, in order; None: all possible stages except those on request.
-
-    With `config.init_from`, pretraining must be named, or have begun in the run folder.
-    """
-    if wanted is not None and (not wanted or set(wanted) - set(STAGES)):
-        given = ", ".join(sorted(set(wanted) - set(STAGES)))
-        problem = f"has {given}" if given else "is empty"
-        raise InputError(f"--stages {problem}; it takes some of {', '.join(STAGES)}.")
-    refused = _impossible(config, classes)
-    if config.init_from and "pretrain" not in {*begun, *(wanted or ())}:
-        reason = f"config.init_from={config.init_from} gives the pretrained weights"
-        refused["pretrain"] = f"{reason}; name pretrain in --stages to adapt them"
-    for name in wanted or ():
-        if name in refused:
-            raise InputError(f"--stages has {name}, but {refused[name]}.")
-    usual = [name for name, stage in STAGES.items() if not stage.on_request]
-    chosen = [name for name in STAGES if name in (wanted or usual) and name not in refused]
-    if config.probe.every and not classes and "pretrain" in chosen:
-        reason = f"the images of config.data.name={config.data.name} have no labels; take 0"
-        rules.refuse(config, "probe.every", reason)
-    return chosen
-
-
-def _impossible(config: config_lib.Config, classes: int) -> dict[str, str]:
-    """Stages that this run cannot have, each with the reason and what to do."""
-    given, kind, refused = config.init_from, config.tokens.kind, {}
-    cached = sources.open_data_set(config.data).stored_as == "tokens"
-    if kind != "learned":
-        refused["tokenizer"] = f"config.tokens.kind={kind} has nothing to train"
-    elif config.tokens.tokenizer or given or cached:
-        refused["tokenizer"] = "the tokens come with their tokenizer; leave the stage tokenizer out"
-    if not classes:
-        reason = f"the images of config.data.name={config.data.name} have no labels"
-        refused |= dict.fromkeys(("probe", "finetune"), f"{reason}; take pretrain and sample")
-    if config.model.objective == "bert":
-        reason = (
-            "config.model.objective=bert draws no images; it takes pretrain, probe and finetune"
-        )
-        refused |= dict.fromkeys(("sample", "generate"), reason)
-    if kind == "none":
-        reason = "config.tokens.kind=none has no tokens to predict or to read; take finetune"
-        refused |= dict.fromkeys(("tokenizer", "pretrain", "probe", "sample", "generate"), reason)
-    return refused
-
-
 def take_tokenizer_settings(config: config_lib.Config) -> config_lib.Config:
     """The configuration with the settings of a tokenizer that another program made.
 
@@ -291,7 +244,8 @@ def take_tokenizer_settings(config: config_lib.Config) -> config_lib.Config:
 
 def check_same_settings(config: config_lib.Config) -> None:
     """Raises InputError where processes have different settings, the place of the data apart."""
-    place = ("config.data.dir", "config.data.path", "config.data.labels_file")
+    free = ("dir", "path", "labels_file", "annotations", "images")
+    place = [f"config.data.{name}" for name in free]
     own = {k: v for k, v in fields.flatten(config, "config.").items() if k not in place}
     first, *others = hosts.from_all(own)
     if differing := [line for other in others for line in list_differences(first, other)]:
@@ -342,7 +296,7 @@ def try_out(config: config_lib.Config, stages: list[str] | None, codec: Codec | 
     shape = codec.image_shape if codec else (*data.size, channels)
     training = [] if stages is None else _training_transforms(config, stages)
     for entries in dict.fromkeys([data.eval_transforms, *training]):
-        pipeline.try_out(data, codec, shape, entries)
+        trial.try_out(data, codec, shape, entries)
 
 
 def _training_transforms(config: config_lib.Config, stages: list[str]) -> list[tuple[str, ...]]:

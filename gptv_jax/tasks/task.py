@@ -1,40 +1,70 @@
 """What every task says: its sequence, its examples, its loss, its score and its pictures."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from typing import ClassVar
 
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Int, UInt8
 
 from gptv_jax import config as config_lib
 from gptv_jax.data.records import Record
 from gptv_jax.model.gpt import Network
-from gptv_jax.model.layout import Layout
+from gptv_jax.model.layout import Part
+from gptv_jax.tasks.network import network_of
+from gptv_jax.train import step
 from gptv_jax.train.step import Metric
+
+Records = Callable[[int], Record]  # by the number of an example in its split, before transforms
+Batches = Callable[..., Iterator[dict]]  # `(split, limit=None) -> batches`, see Pipeline.evaluation
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
     """A task on the images of a configuration; hashable.
 
-    A subclass says at least `layout`, `example` and, to be scored, `metric`. Methods that make
-    examples run in Grain's workers, on NumPy arrays; `allowed`, the loss and the metric's step are
-    compiled.
+    A subclass adds what the network predicts after the image. Methods that make examples run in
+    Grain's workers, on NumPy arrays; `allowed`, the loss and the metric's step are compiled.
     """
 
     needs: ClassVar[tuple[str, ...]] = ()  # keys that every record must have, such as "label"
+    # Numbers of the metric that rank checkpoints, by importance; 1: larger is better, -1: smaller.
+    primary: ClassVar[dict[str, int]] = {"nats_per_token": -1}
+    unreported: ClassVar[tuple[str, ...]] = ()  # numbers of the metric that are in the log alone
+    pictures: ClassVar[dict[str, str]] = {}  # what `show` makes: name and caption
 
     config: config_lib.Config
-    classes: tuple[str, ...] = ()  # names of what the task tells apart: of images, or of objects
+    # Names of the images' classes in the order of the labels; "0", "1", ... where they have none.
+    classes: tuple[str, ...] = ()
+    object_names: tuple[str, ...] = ()  # of the classes of objects
 
-    def layout(self) -> Layout:
-        """The sequence: the part "image", then the parts that the task predicts."""
-        raise NotImplementedError
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of what the task tells apart."""
+        return ()
+
+    @property
+    def pixels(self) -> bool:
+        """Whether the network reads pixels."""
+        return self.config.task.image_input == "pixels" or self.config.tokens.kind == "none"
+
+    @property
+    def validation_images(self) -> int | None:
+        """Validation images that evaluations during training read, the first ones; None: all."""
+        return None
+
+    def parts(self) -> tuple[Part, ...]:
+        """What the network predicts after the image."""
+        return ()
 
     def network(self) -> Network:
-        """The network of `layout`, with a stem where `config.task.image_input` is pixels."""
-        raise NotImplementedError
+        """The network of the image and the parts that the task predicts after the image."""
+        return network_of(self.config)
+
+    def begin(self, network: Network, params: dict, batches: Batches) -> dict:
+        """The weights that training begins with, from weights of which some are new."""
+        del network, batches
+        return params
 
     def example(self, record: Record, rng: np.random.Generator | None = None) -> dict:
         """Maps "targets", "inputs" and "weights" to {part: array [n]}, of a transformed record.
@@ -42,7 +72,8 @@ class Task:
         Targets and inputs are int32, weights float32. Inputs and weights may be left out, see
         `objective.sequence`. Without a generator, in evaluation, nothing is random.
         """
-        raise NotImplementedError
+        del record, rng
+        return {}
 
     def allowed(
         self, part: str, position: Int[Array, ""], tokens: Int[Array, "B n"]
@@ -51,21 +82,30 @@ class Task:
 
         `tokens` has the tokens of the whole part; those from `position` on mean nothing. None: all.
         """
+        del part, position, tokens
         return None
 
     def loss(self, network: Network) -> Callable:
-        """`loss(params, frozen, batch, key, step) -> (number, metrics)`, see `train.step`.
+        """`loss(params, frozen, batch, key, step) -> (number, metrics)`, see `train.step`."""
+        return step.make_loss(network)
 
-        The sum over the predicted parts of each part's weighted nats per position.
-        """
-        raise NotImplementedError
-
-    def metric(self, network: Network, annotations: Callable[[int], Record]) -> Metric:
+    def metric(self, network: Network, annotations: Records) -> Metric:
         """The score of a split, among its numbers "nats_per_token".
 
-        `annotations(index)` is an example's record without the picture, before any transform.
+        `annotations` gives records without the picture. Each split has a metric: to compile its
+        step once, make the step by a cached function. A sum "images" counts the images read, each
+        of `views` by itself.
         """
-        raise NotImplementedError
+        del annotations
+        return dataclasses.replace(step.make_metric(network), primary=self.primary)
+
+    def bounds(self, total: dict, annotations: Records) -> dict[str, dict[str, float]]:
+        """Floors and ceilings of the metric's numbers on the test split, by name.
+
+        {"ceiling": {"ap": .99}} becomes "finetune/ceiling_test_ap". `total` are the metric's sums.
+        """
+        del total, annotations
+        return {}
 
     def views(self) -> tuple[tuple[str, ...], ...]:
         """Transforms after those of evaluation under which the test images are read, one list each.
@@ -75,6 +115,16 @@ class Task:
         """
         return ((),)
 
-    def show(self, records: Iterable[Record], predictions: list) -> dict[str, np.ndarray]:
-        """Pictures of test images with what was predicted, uint8 RGB, by name ("detections")."""
+    def files(self, total: dict, annotations: Records) -> dict[str, object]:
+        """What to write into the folder finetune/ as JSON, by file name; of the test split."""
+        del total, annotations
+        return {}
+
+    def show(self, records: Records, total: dict) -> dict[str, UInt8[np.ndarray, "H W 3"]]:
+        """Pictures of test images with what was predicted, by the names in `pictures`.
+
+        `records` gives the test examples with their pixels before any transform; `total` are the
+        metric's sums.
+        """
+        del records, total
         return {}

@@ -43,10 +43,8 @@ def read_vq_model(folder: pathlib.Path) -> tuple[config_lib.Autoencoder, dict, d
     given = files.read_json(folder / "config.json", {})
     path = folder / "diffusion_pytorch_model.safetensors"
     if not path.exists():
-        raise InputError(
-            f"{folder} has no {path.name}; where diffusers is, write it by "
-            "VQModel.from_pretrained(FOLDER).save_pretrained(FOLDER)."
-        )
+        advice = "write it by diffusers' VQModel.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+        raise InputError(f"{folder} has no {path.name}; {advice}.")
     if (found := given.get("act_fn", "silu")) not in ACTIVATIONS:
         raise InputError(f"{folder}/config.json has act_fn={found}; it takes silu.")
     params = _renamed(files.read_weights(path)[0])
@@ -114,7 +112,6 @@ def _renamed(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _check_attention(params: dict, expected: set[str], path: pathlib.Path) -> None:
-    """Raises InputError where attention stands elsewhere than in the `expected` levels."""
     found = {name.partition(".attention.")[0] for name in params if ".attention." in name}
     if differing := shorten(sorted(found ^ expected)):
         raise InputError(f"{path} has attention too many or too few in: {differing}.")

@@ -110,7 +110,7 @@ def make_init(
             key = jax.random.fold_in(key, 1)
             weights = layers.init(Discriminator, config, settings, key=key)
             critic = state_of(weights, _critic_optimizer(settings))
-            state["critic"] = {"params": critic["params"], "opt": critic["opt"]}
+            state["critic"] = {name: critic[name] for name in ("params", "opt")}
         return state
 
     return init

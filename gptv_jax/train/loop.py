@@ -91,7 +91,7 @@ def fit(
     def show_evaluation(*, quiet: bool = False):
         at = best_step(evaluations, primary or ranking(evaluations[-1]))
         best = next((e for e in evaluations if e["step"] == at), None)
-        progress.evaluated(evaluations, best, quiet=quiet)
+        progress.evaluated(evaluations, best, next(iter(primary or ()), None), quiet=quiet)
 
     if evaluations:
         show_evaluation(quiet=True)

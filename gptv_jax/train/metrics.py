@@ -43,10 +43,7 @@ def mfu(flops: int, tokens_per_second: float | None) -> float | None:
 
 
 class MetricWriter:
-    """Writes events as JSON lines and to TensorBoard; on process 0 alone.
-
-    `copy` gets every event that is written, once.
-    """
+    """Writes events as JSON lines, to TensorBoard and once to `copy`; on process 0 alone."""
 
     def __init__(self, folder: pathlib.Path, copy: Wandb | None = None):
         self._copy = copy
@@ -96,7 +93,6 @@ class MetricWriter:
         return events
 
     def close(self) -> None:
-        """Closes TensorBoard's files and the copy."""
         if self._copy:
             self._copy.finish()
         for board in self._boards.values():
@@ -128,8 +124,7 @@ def format_number(name: str, value: float | int) -> str:
 class Progress:
     """A bar on a terminal; elsewhere one line each time `report` is called.
 
-    Bar and line begin with the loss, then come the last and the best validation, the speed and the
-    time left, so that 80 columns show what people watch. The other numbers are in the log.
+    80 columns show what people watch: loss, last and best validation, speed and time left.
     """
 
     def __init__(self, stage: str, steps: int, done: int = 0, unit: str = "step"):
@@ -161,14 +156,21 @@ class Progress:
         if self.bar.disable:
             self._log(f"{self.stage} {step}/{self.steps}{self._numbers}")
 
-    def evaluated(self, evaluations: list[dict], best: dict | None, *, quiet: bool = False) -> None:
+    def evaluated(
+        self,
+        evaluations: list[dict],
+        best: dict | None,
+        watched: str | None = None,
+        *,
+        quiet: bool = False,
+    ) -> None:
         """Shows the last evaluation (a dict with "step" and its numbers) and the best so far.
 
-        One line has all numbers of the last evaluation; on a terminal it stands above the bar.
-        `quiet` leaves the line out, for an evaluation of an earlier process.
+        The best is that by the number `watched`; None: by a number that people know.
+        `quiet` leaves out the line with all numbers, for an evaluation of an earlier process.
         """
         numbers = dict(evaluations[-1])
-        step, watched = numbers.pop("step"), next(iter(ranking(numbers)), None)
+        step, watched = numbers.pop("step"), watched or next(iter(ranking(numbers)), None)
         words = {name: format_number(name, value) for name, value in numbers.items()}
         if watched and best is not None:
             value, newest = format_number(watched, best[watched]), best["step"] == step

@@ -7,7 +7,8 @@ then depend only on the image's number in its split and on the number of the vot
 Random orders (RAR, Yu et al. 2024, arXiv:2411.00776) change which tokens come "before".
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from gptv_jax import sharding
 from gptv_jax.model.gpt import GPT, Network, Output
+from gptv_jax.model.layout import Layout, Part
 
 LOGITS_BYTES = 2**27  # most float32 logits that a device holds at a time
 # Folded into a step's key; dropout folds in the numbers of the layers, which are smaller.
@@ -27,6 +29,86 @@ def cross_entropy(logits: Float[Array, "*B V"], targets: Int[Array, "..."]) -> F
     """Negative log-likelihood, in nats, of every target or of targets along the last axes of B."""
     targets = jnp.broadcast_to(targets, logits.shape[:-1])
     return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+
+
+def sequence(layout: Layout, batch: dict, key: str = "inputs") -> Int[Array, "B T"]:
+    """The tokens of whole sequences: what the network reads, or with key="targets" predicts.
+
+    The first part is batch["tokens"], every other part batch[key][name]. A part without "inputs" is
+    read as its "targets" are. A part without tokens is zeros.
+    """
+    first, *others = layout.parts
+    rows = [{**batch["targets"], **batch.get(key, {})}[part.name] for part in others]
+    if "tokens" in batch:
+        rows.insert(0, batch["tokens"])
+    else:
+        shape, spec = (len(rows[0]), first.size), sharding.BATCH_FIRST
+        rows.insert(0, jnp.zeros(shape, jnp.int32, out_sharding=spec))
+    return jnp.concatenate(rows, axis=1)
+
+
+@jax.named_scope("loss")
+def nats_per_part(
+    model: GPT, output: Output, batch: dict, soft: Mapping[str, float] = MappingProxyType({})
+) -> dict[str, Float[Array, " B"]]:
+    """Weighted sum of each row's nats over the positions of a part, for every predicted part.
+
+    The weights are batch["weights"][name], or 1. `soft` has parts whose targets are `soft_targets`,
+    and the deviation of these.
+    """
+    layout = model.network.layout
+    targets = sequence(layout, batch, "targets")
+    final, found = jax.sharding.reshard(output.final, sharding.BATCH_FIRST), {}
+    for part in (part for part in layout.parts if part.predicted):
+        where = layout.slices[part.name]
+        nats = part_nats(model, part, final[:, where], targets[:, where], soft.get(part.name, 0))
+        weights = batch.get("weights", {}).get(part.name)
+        found[part.name] = (nats if weights is None else nats * weights).mean(axis=1)
+    return found
+
+
+def soft_targets(tokens: Int[Array, "B n"], part: Part, deviation: float) -> Float[Array, "B n V"]:
+    """Target distributions over a part's vocabulary; of a token that names no place, the token.
+
+    The distribution of a token that names a height or a width is a Gaussian over all heights or
+    widths, whose standard deviation is given in bins.
+    """
+    ids, token = jnp.arange(part.vocabulary)[None, None], tokens[..., None]
+    place = (token < 2 * part.bins) & (ids < 2 * part.bins)
+    place &= ids // part.bins == token // part.bins
+    likely = jnp.exp(-0.5 * jnp.square((ids - token) / deviation))
+    likely = jnp.where(place, likely, ids == token)
+    return likely / likely.sum(axis=-1, keepdims=True)
+
+
+def make_parts_nats(network: Network, soft: Mapping[str, float] = MappingProxyType({})) -> Callable:
+    """`(params, batch, key=None) -> [B]`: each row's sum of `nats_per_part`.
+
+    Without a key there is no dropout.
+    """
+    return lambda params, batch, key=None: sum(
+        _of_parts(network, soft, params, batch, key).values()
+    )
+
+
+def make_parts_loss(network: Network, soft: Mapping[str, float] = MappingProxyType({})) -> Callable:
+    """The loss of a network of several parts, see `train.step`: the mean of `make_parts_nats`."""
+
+    def loss(params, frozen, batch, key, step=None):
+        del frozen, step
+        rows = _of_parts(network, soft, params, batch, key)
+        nats = {name: each.mean() for name, each in rows.items()}
+        total = sum(nats.values())
+        by_part = {f"{name}_nats": number for name, number in nats.items()} if len(nats) > 1 else {}
+        return total, {"nats_per_token": total, **by_part}
+
+    return loss
+
+
+def _of_parts(network, soft, params, batch, key):
+    model, tokens = network.bind(params), sequence(network.layout, batch)
+    pixels = batch["image"] if network.stem else None
+    return nats_per_part(model, model(tokens, key=key, pixels=pixels), batch, soft)
 
 
 @jax.named_scope("loss")
@@ -44,39 +126,59 @@ def masked_mean(nats: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Ar
 
 
 def token_nats(model: GPT, output: Output, tokens: Int[Array, "B T"]) -> Float[Array, "B T"]:
-    """Cross-entropy of every token.
+    """Cross-entropy of every token of a sequence of one part."""
+    return part_nats(model, model.network.layout.parts[0], output.final, tokens)
 
-    Where the logits of all positions do not fit into LOGITS_BYTES, they are computed for a part of
-    the positions at a time, and once more in the backward pass.
+
+def part_nats(
+    model: GPT,
+    part: Part,
+    final: Float[Array, "B n D"],
+    tokens: Int[Array, "B n"],
+    soft: float = 0.0,
+) -> Float[Array, "B n"]:
+    """Cross-entropy of every token of a part, given the output of the final norm.
+
+    Where the logits of all positions do not fit into LOGITS_BYTES, they are computed for a chunk of
+    the positions at a time, and once more in the backward pass. `soft` is the deviation of the
+    `soft_targets`, 0 without.
     """
-    parts = loss_parts(model.network, len(tokens), jax.sharding.get_abstract_mesh().shape)
-    if parts == 1:
-        return cross_entropy(output.logits, tokens)
-    spec = PartitionSpec(*sharding.HIDDEN, None)
 
-    def split(x):  # part r has the positions r, r + parts ...: so all devices work on every part
-        shape = (x.shape[0], -1, parts, *x.shape[2:])
+    def nats(final, tokens):
+        logits = model.token_logits(final, part)
+        if not soft:
+            return cross_entropy(logits, tokens)
+        return optax.softmax_cross_entropy(logits, soft_targets(tokens, part, soft))
+
+    sizes = jax.sharding.get_abstract_mesh().shape
+    chunks = loss_parts(model.network, len(tokens), sizes, part)
+    if chunks == 1:
+        return nats(final, tokens)
+    spec = sharding.BATCH_FIRST if model.network.several else sharding.HIDDEN
+
+    def split(x):  # chunk r has the positions r, r + chunks ...: so all devices work on every chunk
+        shape = (x.shape[0], -1, chunks, *x.shape[2:])
         return jnp.moveaxis(x.reshape(shape, out_sharding=spec), 2, 0)
 
-    @jax.checkpoint
-    def nats(part):
-        final, tokens = part
-        return cross_entropy(model.token_logits(final), tokens)
-
-    found = jax.lax.map(nats, (split(output.final), split(tokens)))
-    return jnp.moveaxis(found, 0, 2).reshape(tokens.shape, out_sharding=sharding.HIDDEN)
+    found = jax.lax.map(jax.checkpoint(lambda chunk: nats(*chunk)), (split(final), split(tokens)))
+    return jnp.moveaxis(found, 0, 2).reshape(tokens.shape, out_sharding=spec)
 
 
-def loss_parts(network: Network, rows: int, sizes: Mapping[str, int]) -> int:
-    """Number of parts in which `token_nats` computes the logits, one part after the other.
+def loss_parts(
+    network: Network, rows: int, sizes: Mapping[str, int], part: Part | None = None
+) -> int:
+    """Number of chunks in which `part_nats` computes a part's logits, one after the other.
 
-    `rows` is the batch size over all devices, `sizes` are the mesh's by axis (1 where missing).
+    `rows` is the batch size over all devices, `sizes` are the mesh's by axis (1 where missing). The
+    part is by default the first one.
     """
     sizes = {axis: sizes.get(axis, 1) for axis in sharding.AXES}
-    length = network.length // sizes["sequence"]
-    position_bytes = 4 * network.vocabulary * max(rows // (sizes["data"] * sizes["fsdp"]), 1)
+    part = part or network.layout.parts[0]
+    # Of several parts, each is whole on the devices that the sequence is split over.
+    length = part.size if network.several else part.size // sizes["sequence"]
+    position_bytes = 4 * part.vocabulary * max(rows // (sizes["data"] * sizes["fsdp"]), 1)
     needed = -(-length * position_bytes // LOGITS_BYTES)
-    # A part has two positions at least: one alone has no axis that could be split.
+    # A chunk has two positions at least: one alone has no axis that could be split.
     possible = [n for n in range(1, max(length // 2, 1) + 1) if length % n == 0]
     return next((n for n in possible if n >= needed), possible[-1])
 

@@ -32,10 +32,13 @@ def make_loss(
 ) -> Callable:
     """Nats per token; with a class head the weighted sum of these and the class's cross-entropy.
 
+    Of several parts the nats per token of all predicted parts, see `objective.nats_per_part`.
     A network with a class head does not see the class, and reads images in raster order. Any other
     network with random orders needs `steps`, the length of the training. Without a key nothing is
     drawn: no dropout, no label dropout, raster order; BERT needs a key.
     """
+    if network.several:
+        return objective.make_parts_loss(network)
     if network.config.random_order and not network.classes and steps is None:
         raise ValueError(
             "model.random_order needs the length of the training: pass `steps` to make_loss."
@@ -171,6 +174,7 @@ def total(parts: Iterable, add: Callable = Metric.add):
     return jax.device_get(functools.reduce(add, parts))
 
 
+@functools.cache  # the metrics of several splits share the compiled step
 def make_eval_step(network: Network, *, confusion: bool = False) -> Callable:
     """`(params, batch) -> sums` over the rows whose "mask" is 1, jitted.
 
@@ -184,6 +188,9 @@ def make_eval_step(network: Network, *, confusion: bool = False) -> Callable:
     """
 
     def eval_step(params: dict, batch: dict) -> dict[str, Array]:
+        if network.several:
+            nats = objective.make_parts_nats(network)(params, batch)
+            return {"nats_per_token": (nats * batch["mask"]).sum(), "images": batch["mask"].sum()}
         nats, logits, model = 0.0, [], network.bind(params)
         for vote in range(network.votes):
             output, mask = objective.evaluate_batch(

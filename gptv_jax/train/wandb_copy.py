@@ -12,10 +12,8 @@ LOG = logging.getLogger(__name__)
 def check_installed() -> None:
     """Raises InputError where the library is not installed."""
     if importlib.util.find_spec("wandb") is None:
-        raise InputError(
-            "config.wandb names a project of Weights & Biases, whose library is not installed; "
-            "pip install wandb, or leave config.wandb out."
-        )
+        problem = "config.wandb names a project of Weights & Biases, whose library is not installed"
+        raise InputError(f"{problem}; pip install wandb, or leave config.wandb out.")
 
 
 class Wandb:
@@ -31,15 +29,9 @@ class Wandb:
 
         advice = "; or set WANDB_MODE=offline, which keeps the events in the run folder"
         with as_input_error(f"config.wandb={project} cannot be used", advice=advice):
-            self._run = wandb.init(
-                project=project,
-                id=identity,
-                name=folder.name,
-                dir=folder,
-                config=settings,
-                resume="allow",
-                settings=wandb.Settings(silent=True, console="off"),
-            )
+            quiet = wandb.Settings(silent=True, console="off")
+            place = {"project": project, "id": identity, "name": folder.name, "dir": folder}
+            self._run = wandb.init(**place, config=settings, resume="allow", settings=quiet)
         self._stages: set[str] = set()
 
     def write(self, event: dict) -> None:

@@ -127,11 +127,8 @@ def push(
         (folder / CARD).write_text(card(weights_file, name, description, run))
         hub.create_repo(name, private=private, exist_ok=True)
         kept = [CARD] if hub.file_exists(name, CARD) else None
-        message = "Upload by gptv_jax"
-        commit = hub.upload_folder(
-            repo_id=name, folder_path=folder, ignore_patterns=kept, commit_message=message
-        )
-        return str(commit.repo_url)
+        place = {"repo_id": name, "folder_path": folder, "commit_message": "Upload by gptv_jax"}
+        return str(hub.upload_folder(**place, ignore_patterns=kept).repo_url)
 
 
 def card(
@@ -140,12 +137,8 @@ def card(
     """The text of a model card: the description, the classes, the run's numbers and settings."""
     config = record.config_of(run) if run else config_lib.Config(model=weights_file.model)
     summary = files.read_json(run / "summary.json", {}) if run else {}
-    defaults = fields.flatten(config_lib.Config())
-    settings = {
-        n: value
-        for n, value in fields.flatten(config).items()
-        if SHOWN.match(n) and value != defaults[n]
-    }
+    given, defaults = fields.flatten(config), fields.flatten(config_lib.Config())
+    settings = {n: v for n, v in given.items() if SHOWN.match(n) and v != defaults[n]}
     measured = {n: v for n, v in summary.items() if isinstance(v, int | float)}
     return CARD_TEXT.format(
         task="image-classification" if weights_file.classes else "unconditional-image-generation",

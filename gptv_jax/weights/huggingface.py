@@ -68,13 +68,11 @@ def read_definition(folder: pathlib.Path) -> Palette | None:
         return None
     with as_input_error(f"clusters of {path} are no list of colours"):
         centers = np.asarray(clusters, np.float32)
-    provenance = {"file": f"{folder.name}/{PREPROCESSOR}"}
-    trusted = False
+    provenance, ours = {"file": f"{folder.name}/{PREPROCESSOR}"}, False
     if (folder / WEIGHTS).exists():  # what this project exported is from -1 to 1, however bright
         with files.open_safetensors(folder / WEIGHTS) as file:
-            trusted = native.HEADER in (file.metadata() or {})
-    where = f"clusters of {path}"
-    return palettes.checked(centers, provenance, where, trusted_range=trusted)
+            ours = native.HEADER in (file.metadata() or {})
+    return palettes.checked(centers, provenance, f"clusters of {path}", trusted_range=ours)
 
 
 def read(folder: pathlib.Path, palette: Palette | None = None) -> WeightsFile:
@@ -105,14 +103,13 @@ def read(folder: pathlib.Path, palette: Palette | None = None) -> WeightsFile:
 
 def _class_names(config: dict, classes: int, folder: pathlib.Path) -> tuple[str, ...]:
     """The names that `id2label` gives to the classes; () where it has the default names alone."""
-    labels = config.get("id2label") if classes else None
-    if not labels or labels == _default_labels(classes):
+    labels, default = config.get("id2label"), _default_labels(classes)
+    if not classes or not labels or labels == default:
         return ()
-    numbers = list(map(str, range(classes)))
-    if not isinstance(labels, dict) or sorted(labels) != sorted(numbers):
+    if not isinstance(labels, dict) or labels.keys() != default.keys():
         LOG.warning("id2label of %s does not name %d classes; they get numbers.", folder, classes)
         return ()
-    return tuple(str(labels[number]) for number in numbers)
+    return tuple(str(labels[number]) for number in default)
 
 
 def _default_labels(classes: int) -> dict[str, str]:
@@ -138,10 +135,8 @@ def _read_config(folder: pathlib.Path) -> dict:
     if math.isqrt(T) ** 2 != T:
         raise InputError(f"{path} has n_positions={T}, which is no square of pixels.")
     if F % D or D % H:
-        raise InputError(
-            f"{path} has n_inner={F} and n_head={H}; n_inner must be a multiple of n_embd={D}, and "
-            "n_head must divide n_embd."
-        )
+        problem = f"{path} has n_inner={F} and n_head={H}; n_inner must be a multiple of n_embd={D}"
+        raise InputError(f"{problem}, and n_head must divide n_embd.")
     return config
 
 
@@ -220,10 +215,8 @@ def write(weights_file: WeightsFile, folder: pathlib.Path, task: str) -> None:
 
     The tables of rows and columns are added to the table of positions, and the class head's weights
     are multiplied by the scale of the class head's input. Of several start vectors the first one is
-    written, which belongs to images that were not augmented.
-
-    The folder is new, or has an earlier export. The task "generation" writes the token head,
-    "classification" the class head.
+    written, which belongs to images that were not augmented. The folder is new, or has an earlier
+    export. The task "generation" writes the token head, "classification" the class head.
     """
     occupied = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     if occupied and not recognizes(folder):
@@ -288,12 +281,9 @@ def write(weights_file: WeightsFile, folder: pathlib.Path, task: str) -> None:
 
 def _expressible(weights_file: WeightsFile, task: str) -> WeightsFile:
     """An equivalent network that the format can express; the error names what it cannot."""
-    model, defaults = weights_file.model, fields.flatten(config_lib.Model())
-    unsupported = [
-        f"model.{name}={value}"
-        for name, value in fields.flatten(model).items()
-        if name not in EXPRESSED and value != defaults[name]
-    ]
+    model, usual = weights_file.model, fields.flatten(config_lib.Model())
+    given = {n: v for n, v in fields.flatten(model).items() if n not in EXPRESSED}
+    unsupported = [f"model.{name}={value}" for name, value in given.items() if value != usual[name]]
     if weights_file.tokens.kind == "learned":
         unsupported.append("tokens.kind=learned")  # the format's tokens are colours
     if isinstance(size := weights_file.image_size, tuple):
@@ -312,10 +302,8 @@ def _expressible(weights_file: WeightsFile, task: str) -> WeightsFile:
         raise InputError(f"Hugging Face's format cannot express {', '.join(unsupported)}.")
     if model.axial_positions:
         rows, columns = weights_file.codec.grid
-        row, column = params.pop("row"), params.pop("column")
-        params["position"] = (
-            params["position"] + row.repeat(columns, axis=0) + np.tile(column, (rows, 1))
-        )
+        along = params.pop("row").repeat(columns, axis=0) + np.tile(params.pop("column"), (rows, 1))
+        params["position"] = params["position"] + along
     if weights_file.starts > 1:
         LOG.warning("of %d start vectors the first one is exported.", weights_file.starts)
         params["start"] = params["start"][:1]

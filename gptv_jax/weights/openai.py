@@ -38,16 +38,12 @@ def read(prefix: pathlib.Path, palette: Palette | None = None) -> WeightsFile:
     try:  # nothing else reads TensorFlow 1 checkpoints; only this function imports TensorFlow
         import tensorflow as tf
     except ImportError as error:
-        raise InputError(
-            f"{prefix} is a TensorFlow checkpoint; to read it, pip install -e '.[prepare]'."
-        ) from error
+        advice = "to read it, pip install -e '.[prepare]'"
+        raise InputError(f"{prefix} is a TensorFlow checkpoint; {advice}.") from error
     with as_input_error(f"{prefix} cannot be read"):  # TensorFlow's readers raise several types
         checkpoint = tf.train.load_checkpoint(str(prefix))
-        variables = {
-            name: tuple(shape)
-            for name, shape in checkpoint.get_variable_to_shape_map().items()
-            if not OPTIMIZER.match(name)
-        }
+        stored = checkpoint.get_variable_to_shape_map().items()
+        variables = {name: tuple(shape) for name, shape in stored if not OPTIMIZER.match(name)}
         shapes = {name.removeprefix(SCOPE): shape for name, shape in variables.items()}
         if len(shapes) < len(variables):
             raise ValueError(f"it has the same variable inside {SCOPE} and outside")

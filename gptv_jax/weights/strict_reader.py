@@ -26,7 +26,6 @@ class StrictReader:
 
     @classmethod
     def of_arrays(cls, arrays: dict[str, np.ndarray]) -> "StrictReader":
-        """A reader of arrays that are in memory already."""
         return cls({name: array.shape for name, array in arrays.items()}, arrays.__getitem__)
 
     def take(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -60,11 +59,8 @@ class StrictReader:
 
     def close(self, where: pathlib.Path, network: str = "an Image GPT") -> None:
         """Raises InputError where a tensor of `network` in `where` was faulty or never taken."""
-        faults = list_differences(self._expected, self.shapes) + self._faults
-        if faults:
-            raise InputError(
-                f"the weights in {where} are not those of {network}: {'; '.join(faults)}."
-            )
+        if faults := "; ".join(list_differences(self._expected, self.shapes) + self._faults):
+            raise InputError(f"the weights in {where} are not those of {network}: {faults}.")
 
 
 def read_state_dict(

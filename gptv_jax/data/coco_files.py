@@ -1,0 +1,150 @@
+"""The files of a COCO data set: which JSON file and which folder of images a split has."""
+
+import collections
+import gc
+import json
+import mmap
+import os
+import pathlib
+import re
+
+from gptv_jax.data import guess
+from gptv_jax.data.listing import split_name
+from gptv_jax.errors import InputError, as_input_error, shorten
+
+SPLITS = ("train", "validation", "test")  # the order in which settings name files
+LISTS = ("images", "annotations", "categories")
+# Most of a file is polygons. They are cut out of the text, since as Python objects they would take
+# gigabytes; a string with these words has \" in JSON.
+_SHAPES = re.compile(rb'"(?:segmentation|counts|keypoints)"\s*:\s*\[[][\d\s.,eE+-]*\]')
+PROBED = 32  # images of a JSON file that are looked for in every folder
+
+
+def find(path: pathlib.Path, given: str | None) -> dict[str, pathlib.Path]:
+    """The JSON file of every split, in the order of `SPLITS`."""
+    field = "config.data.annotations"
+    if not path.is_dir():
+        files = [path]
+    elif given is None:
+        files = guess.coco_files(path)
+        if not files:
+            advice = guess.of_folder(path, "coco")
+            raise InputError(
+                f"config.data.path={advice}"
+                if advice
+                else f"{path} has no COCO file such as annotations/instances_train.json; name the "
+                f"files by {field}."
+            )
+    elif "{split}" in given:
+        files = sorted(path.glob(given.replace("{split}", "*")))
+        if not files:
+            raise InputError(f"{field}={given} names no file in {path}.")
+    else:
+        files = [path / name.strip() for name in given.split(",")]
+        if missing := [file for file in files if not file.is_file()]:
+            raise InputError(f"{field}={given} names {missing[0]}, which does not exist.")
+        return dict(zip(SPLITS, files, strict=False))
+    if len(files) == 1:
+        root = path if path.is_dir() else path.parent
+        return {_split(files[0], root) or "train": files[0]}
+    found = collections.defaultdict(list)
+    for file in files:
+        found[_split(file, path)].append(file)
+    for split, members in found.items():
+        if split is None or len(members) > 1:
+            of = f"of the split {split}" if split else "of no split by their names"
+            raise InputError(
+                f"{path} has {shorten(f.relative_to(path) for f in members)} {of}; name the files "
+                f"to use by {field}=TRAIN.json,VALIDATION.json,TEST.json."
+            )
+    return {split: found[split][0] for split in SPLITS if split in found}
+
+
+def _split(file: pathlib.Path, root: pathlib.Path) -> str | None:
+    """The split that a JSON file's name stands for, or else the name of its folder."""
+    inner = file.parent.name if file.parent != root else ""
+    return split_name(file.stem, within=True) or split_name(inner, within=True)
+
+
+def own_name(file: pathlib.Path) -> str:
+    """The name of the file's split in COCO, such as train2017."""
+    return file.stem.removeprefix("instances_")
+
+
+def read(path: pathlib.Path) -> dict:
+    """The content of a JSON file without polygons; InputError where it is no COCO file."""
+    problem, advice = f"{path} cannot be read as JSON", "; it may be cut short: copy it anew"
+    collecting = gc.isenabled()
+    gc.disable()  # which would look through millions of new objects again and again
+    try:
+        with (
+            as_input_error(problem, (ValueError, OSError), advice, lambda e: getattr(e, "msg", "")),
+            path.open("rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text,
+        ):
+            content = json.loads(_SHAPES.sub(b'"":0', text))
+    finally:
+        if collecting:
+            gc.enable()
+    wanted = "a COCO file is an object with the lists images, annotations and categories"
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds a {type(content).__name__}, such as results; {wanted}.")
+    lists = [k for k in LISTS if isinstance(content.get(k), list)]
+    if missing := [k for k in LISTS if k not in lists]:
+        raise InputError(f"{path} has no list of {' and '.join(missing)}; {wanted}.")
+    for key in LISTS:
+        if not all(isinstance(each, dict) for each in content[key]):
+            raise InputError(f"{path} has {key} that are no objects; {wanted}.")
+    for each in content["images"]:
+        if type(each.get("id")) is not int or type(each.get("file_name")) is not str:
+            raise InputError(
+                f"{path} has an image with id={each.get('id')!r} and file_name="
+                f"{each.get('file_name')!r}; an id is a whole number, a file name a text."
+            )
+    return content
+
+
+def image_folder(
+    root: pathlib.Path,
+    split: str,
+    file: pathlib.Path,
+    images: list[dict],
+    given: str | None,
+    splits: int,
+) -> pathlib.Path:
+    """The folder in which most of the images lie that are looked for."""
+    if given is not None:
+        names = [name.strip() for name in given.split(",")]
+        if "{split}" in given:
+            own = (own_name(file), file.stem, split)
+            folders = [root / given.replace("{split}", name) for name in own]
+        elif len(names) in (1, splits):
+            folders = [root / names[SPLITS.index(split) if len(names) > 1 else 0]]
+        else:
+            raise InputError(
+                f"config.data.images={given} names {len(names)} folders for {splits} splits."
+            )
+    else:
+        places = [file.parent, root, root / "images"]
+        below = [each for place in places if place.is_dir() for each in _folders(place)]
+        # Of folders with equally many images, that of the split's own name comes first.
+        fitting = [each for each in below if split_name(each.name, within=True) == split]
+        own = [each for each in below if each.name == own_name(file)]
+        folders = [*own, *fitting, *places, *below]
+    probed = images[:: max(len(images) // PROBED, 1)]
+    counts = [sum((f / image_name(each)).is_file() for each in probed) for f in folders]
+    if images and not max(counts):
+        raise InputError(
+            f"of the images of {file.name}, such as {image_name(images[0])}, none lies in "
+            f"{shorten(dict.fromkeys(folders), room=100)}; name the folder by config.data.images."
+        )
+    return folders[counts.index(max(counts))]
+
+
+def _folders(place: pathlib.Path) -> list[pathlib.Path]:
+    return sorted(pathlib.Path(each.path) for each in os.scandir(place) if each.is_dir())
+
+
+def image_name(image: dict) -> str:
+    """The image file, relative to the folder of images."""
+    return image["file_name"].replace("\\", "/")  # as Windows writes paths

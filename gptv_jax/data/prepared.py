@@ -1,0 +1,128 @@
+"""TFDS data sets that were prepared as ArrayRecord, read without TensorFlow."""
+
+import contextlib
+import pathlib
+from collections.abc import Iterable
+
+import numpy as np
+
+from gptv_jax.data import guess
+from gptv_jax.data.arrays import ArraysSplit
+from gptv_jax.data.images import shown_size
+from gptv_jax.data.records import Record
+from gptv_jax.errors import InputError, cut, first_line, shorten
+
+IMAGE_ID = "image/id"  # the feature with the number of an image in the original files
+
+
+class Tfds:
+    """A TFDS data set that was prepared as ArrayRecord, read without TensorFlow.
+
+    The name may have a configuration, `a/b:1.0.0`. `folder` has all prepared sets, or this one;
+    None: TFDS's default. `sets` are the other data sets, for messages.
+
+    Boxes are those of the first feature that is a sequence of dicts with `bbox`, such as `objects`;
+    without a `label` in the dicts all objects are of one class.
+    """
+
+    def __init__(self, name: str, folder: str | None, sets: Iterable[str]):
+        import tensorflow_datasets as tfds  # takes seconds
+
+        self._folder, self._sets = folder, sets
+        self._decoders = {"image": tfds.decode.SkipDecoding()}
+        try:
+            if folder and (pathlib.Path(folder) / "dataset_info.json").exists():
+                self._builder = tfds.builder_from_directory(folder)
+            else:
+                self._builder = tfds.builder(name, data_dir=folder)
+            info = self._builder.info
+            if not info.splits:
+                raise FileNotFoundError("it is not prepared")
+        except Exception as error:  # TFDS raises what its readers do
+            raise InputError(_unprepared(name, folder, sets, error)) from error
+        if info.name != name.partition("/")[0].partition(":")[0]:
+            raise InputError(
+                f"config.data.dir={folder} holds {info.name}, but config.data.name is {name}."
+            )
+        if "image" not in info.features:
+            shown = shorten(info.features)
+            raise InputError(f"data set {name} has no feature called image; it has: {shown}.")
+        self.name = info.name
+        labelled = "label" in info.features
+        self.classes = getattr(info.features["label"], "num_classes", 0) if labelled else 0
+        self.class_names = tuple(info.features["label"].names or ()) if self.classes else ()
+        self._objects, self.object_names = None, ()
+        for name, feature in info.features.items():
+            inner = dict(getattr(getattr(feature, "feature", None), "items", tuple)())
+            box_format = getattr(inner.get("bbox"), "bbox_format", None)
+            if getattr(box_format, "name", "") == "REL_YXYX" and not self._objects:
+                label = inner.get("label")
+                self._objects = (name, isinstance(label, tfds.features.ClassLabel))
+                self.object_names = tuple(label.names) if self._objects[1] else (name,)
+        self.lengths = {split: found.num_examples for split, found in info.splits.items()}
+
+    def open(self, split: str) -> "_TfdsSplit":
+        paths = [pathlib.Path(path) for path in self._builder.info.splits[split].filepaths]
+        missing = [str(path) for path in paths if not path.exists()]
+        if missing:
+            raise InputError(f"data set {self.name} is incomplete: {missing[0]} does not exist.")
+        try:
+            data = self._builder.as_data_source(split=split, decoders=self._decoders)
+        except NotImplementedError as error:  # prepared as TFRecord
+            raise InputError(_unprepared(self.name, self._folder, self._sets, error)) from error
+        return _TfdsSplit(f"{self.name}/{split}", data, bool(self.classes), self._objects)
+
+
+class _TfdsSplit(ArraysSplit):
+    """TFDS reads all of an example together, as one element of `images`."""
+
+    def __init__(self, name: str, images, labels: bool, objects: tuple[str, bool] | None):
+        super().__init__(name, images, labels)
+        self.objects = objects  # the feature, and whether it has labels
+
+    def __getitem__(self, index: int) -> Record:
+        example = self.images[index]
+        record = {"encoded": example["image"]}
+        if self.labels:
+            record["label"] = np.int32(example["label"])
+        if self.objects:
+            name, labelled = self.objects
+            record |= _objects(example["image"], example[name], labelled)
+        return record
+
+    def image_id(self, index: int) -> int:
+        found = self.images[index].get(IMAGE_ID, index)
+        return int(found) if isinstance(found, int | np.integer) else index
+
+
+def _objects(encoded: bytes, found: dict[str, list | np.ndarray], labelled: bool) -> Record:
+    """The boxes of an image in pixels, of y0, x0, y1, x1 as shares of its height and width.
+
+    Boxes are clipped to the image; those without area or without a class are left out.
+    """
+    size = (0, 0)  # of a file that cannot be read, which decoding finds out
+    with contextlib.suppress(Exception):
+        size, _ = shown_size(encoded)
+    boxes = np.reshape(found["bbox"], (-1, 4)).clip(0, 1) * np.array(size * 2, np.float32)
+    none = np.zeros(len(boxes), np.int32)
+    labels = np.asarray(found["label"] if labelled else none, np.int32)
+    kept = (boxes[:, :2] < boxes[:, 2:]).all(1) & (labels >= 0)
+    area = np.asarray(found.get("area", none))
+    area = np.where(area > 0, area, (boxes[:, 2:] - boxes[:, :2]).prod(1))
+    return {
+        "boxes": boxes[kept].astype(np.float32),
+        "box_labels": labels[kept],
+        "crowd": np.asarray(found.get("is_crowd", none), bool)[kept],
+        "area": area[kept].astype(np.float32),
+    }
+
+
+def _unprepared(name: str, folder: str | None, sets: Iterable[str], error: Exception) -> str:
+    if "/" in name and type(error).__name__ == "DatasetNotFoundError":
+        return f"config.data.name={name} is no TFDS set; of the Hub, {guess.hub_advice(name)}."
+    where = f" --data_dir={folder}" if folder else ""
+    return (
+        f"config.data.name={name} is none of {', '.join(sets)} and no prepared TFDS set "
+        f"({cut(first_line(error), 60)}); this prepares it: pip install -e '.[prepare]' && "
+        f"tfds build {name} --file_format=array_record{where}"
+    )

@@ -1,0 +1,213 @@
+"""What a network reads at every position: its token, its place, and for images their pixels."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Int, UInt8
+
+from gptv_jax import sharding
+from gptv_jax.model import layers
+from gptv_jax.model.layout import Part
+from gptv_jax.model.parts import PartWeights, centers
+from gptv_jax.model.stem import Stem
+
+
+class Inputs(nnx.Module):
+    """The weights of a `Network` that make inputs of the layers, one for each position."""
+
+    def __init__(self, network, *, rngs: nnx.Rngs):
+        config, V, D = network.config, network.vocabulary, network.config.width
+        first, *others = network.layout.parts
+        columns = first.shape[-1]
+        rows = first.size // columns
+        self.network = network
+        if V:
+            self.token_embedding = layers.normal(rngs, "token_embedding", (V, D), 0.02)
+        if config.objective == "autoregressive":
+            self.start = layers.normal(rngs, "start", (network.starts, D), 0.02)
+        if config.learned_positions:  # with target_positions, one row more for the start vector
+            places = rows * columns + config.target_positions
+            self.position = layers.normal(rngs, "position", (places, D), 0.01)
+        if config.axial_positions:
+            self.row = layers.normal(rngs, "row", (rows, D), 0.01)
+            self.column = layers.normal(rngs, "column", (columns, D), 0.01)
+        if config.target_positions:
+            self.target_position = layers.normal(rngs, "target_position", (rows * columns, D), 0.01)
+        if others:
+            self.parts = nnx.Dict({p.name: PartWeights(p, D, rngs=rngs) for p in others})
+        if network.stem:
+            self.stem = Stem(network.stem, D, tokens=V > 0, rngs=rngs)
+
+    def embed(
+        self,
+        tokens: Int[Array, "B P"],
+        variant: Int[Array, " B"] | None = None,
+        spec: PartitionSpec = sharding.HIDDEN,
+        order: Int[Array, "B P+1"] | None = None,
+        pixels: UInt8[Array, "B height width C"] | None = None,
+    ) -> Float[Array, "B P+1 D"]:
+        """Inputs of positions 0 .. P, sharded by `spec`: the start vector, then P tokens.
+
+        `variant` and `pixels` are as in `__call__`. The `order` has the places on the grid of the
+        tokens that the positions predict; None: 0 .. P.
+        """
+        if variant is None:
+            variant = jnp.full(len(tokens), self.network.unconditional, jnp.int32)
+        # Start vectors are looked up as rows V, V+1, ... of one table with tokens: token numbers
+        # are then shifted by one position, not vectors, and where the sequence is split no device
+        # needs vectors of its neighbour.
+        variant, tokens = jax.sharding.reshard((variant, tokens), sharding.BATCH_FIRST)
+        if self.network.several or self.network.stem:
+            start = self._lookup([self.start], variant[:, None], sharding.BATCH_FIRST)
+            x = jnp.concatenate([start, self._held(tokens, pixels)], axis=1)
+            return self._place(jax.sharding.reshard(x, spec), 0)
+        ids = jnp.concatenate([self.network.vocabulary + variant[:, None], tokens], axis=1)
+        x = self._lookup([self.token_embedding, self.start], ids, spec)
+        return self._place(x, 0, order)
+
+    def embed_masked(
+        self, tokens: Int[Array, "B T"], hidden: Bool[Array, "B T"] | None
+    ) -> Float[Array, "B T D"]:
+        """BERT's inputs: each position's own token and its place; of masked tokens the place."""
+        x = self._lookup([self.token_embedding], tokens, sharding.HIDDEN)
+        if hidden is not None:
+            x = jnp.where(hidden[..., None], jnp.zeros((), x.dtype), x)
+        return self._place(x, 0)
+
+    def embed_one(
+        self, tokens: Int[Array, "B T"], position: Int[Array, ""], part: Part | None = None
+    ) -> Float[Array, "B 1 D"]:
+        """Input of `position` >= 1: the token before it, in `part`; later tokens are not read.
+
+        The part is by default the first one. What pixels add to it is left out.
+        """
+        first = self.network.layout.parts[0]
+        part = part or first
+        width = part.shape[-1] if part.summed else 1
+        place = position - 1 - self.network.layout.slices[part.name].start
+        held = jax.lax.dynamic_slice_in_dim(tokens, position - 1 - place % width, width, axis=1)
+        x = self._of_tokens(part, held)
+        if part == first and (features := self._features()) is not None:
+            x = x + jax.lax.dynamic_slice_in_dim(features, place, 1)[None]
+        if width > 1:  # the tokens of the row up to this one
+            seen = jnp.arange(width) <= place % width
+            x = jnp.where(seen[None, :, None], x, 0).sum(axis=1, keepdims=True)
+        return self._place(x, position)
+
+    def _held(self, tokens, pixels) -> Float[Array, "B P D"]:
+        """The first P tokens of every row, of all parts, before tables of positions are added."""
+        found, (first, *_) = [], self.network.layout.parts
+        for part in self.network.layout.parts:
+            ids = tokens[:, self.network.layout.slices[part.name]]
+            count, width = ids.shape[1], part.shape[-1]
+            if count == 0:
+                break
+            if part.summed:  # over each row, whose last tokens may not be known
+                ids = jnp.pad(ids, ((0, 0), (0, -count % width)))
+            x = self._of_tokens(part, ids) if part.vocabulary else 0
+            if part.summed:
+                rows = x.reshape(len(x), -1, width, x.shape[2], out_sharding=sharding.BATCH_FIRST)
+                x = jnp.cumsum(rows, axis=2)
+                x = x.reshape(ids.shape + x.shape[3:], out_sharding=sharding.BATCH_FIRST)[:, :count]
+            if part == first and self.network.stem:
+                x = x + self.stem(pixels, self.network.config.dtype)[:, :count]
+            if part == first and (features := self._features()) is not None:
+                x = x + features[None, :count]
+            found.append(x)
+        return jnp.concatenate(found, axis=1)
+
+    def _of_tokens(self, part: Part, ids: Int[Array, "B N"]) -> Float[Array, "B N D"]:
+        """Embeddings of a part's tokens."""
+        if part == self.network.layout.parts[0]:
+            return self._lookup([self.token_embedding], ids, sharding.BATCH_FIRST)
+        table = self.parts[part.name].table(self.network.config.dtype)
+        return table.at[ids].get(out_sharding=sharding.BATCH_FIRST)
+
+    def _features(self) -> Float[Array, "N D"] | None:
+        """What positions are given that hold the image, for parts with tokens that name places."""
+        first, *others = self.network.layout.parts
+        scales = [self.parts[part.name].scaled for part in others if part.bins]
+        if not scales:
+            return None
+        found, dtype = centers(first.shape, self.network.config.width), self.network.config.dtype
+        return functools.reduce(jnp.add, [scaled(found, dtype) for scaled in scales])
+
+    def _lookup(
+        self, tables: list[nnx.Param], ids: Int[Array, "*ids"], spec: PartitionSpec
+    ) -> Float[Array, "*ids D"]:
+        """Rows `ids` of the tables, which are concatenated first."""
+        whole = [sharding.gather(table[...], self.network.config.dtype) for table in tables]
+        return jnp.concatenate(whole).at[ids].get(out_sharding=spec)
+
+    def _place(
+        self,
+        x: Float[Array, "B P D"],
+        start: int | Int[Array, ""],
+        order: Int[Array, "B P"] | None = None,
+    ) -> Float[Array, "B P D"]:
+        """Adds the tables of positions to the inputs of positions start .. start+P-1.
+
+        With an `order` the P inputs are those of the whole order. A table with one row per place is
+        read at the place of the predicted token; a table whose first row is of the start vector, at
+        the row of the input token. In raster order both are the row of the position's number.
+        """
+        config, (first, *others) = self.network.config, self.network.layout.parts
+        columns = first.shape[-1]
+        rows = first.size // columns
+        gather = functools.partial(sharding.gather, dtype=config.dtype)
+        of_place, tables = [], []
+        if config.learned_positions:
+            of_place.append(gather(self.position[...]))
+        if config.axial_positions:  # with target_positions, zeros for the start vector come first
+            row = jnp.repeat(gather(self.row[...]), columns, axis=0)
+            column = jnp.tile(gather(self.column[...]), (rows, 1))
+            of_start = ((int(config.target_positions), 0), (0, 0))
+            of_place += [jnp.pad(table, of_start) for table in (row, column)]
+        if others and not of_place:
+            of_place.append(jnp.zeros((first.size, config.width), config.dtype))
+        if of_place:
+            inputs = None if order is None else input_places(order) + 1
+            places = inputs if config.target_positions else order
+            whole = functools.reduce(jnp.add, of_place)
+            later = [gather(self.parts[part.name].position[...]) for part in others]
+            tables.append((jnp.concatenate([whole, *later]) if later else whole, places))
+        if config.target_positions:
+            tables.append((gather(self.target_position[...]), order))
+        for table, places in tables:
+            if places is None:
+                x = x + jax.lax.dynamic_slice_in_dim(table, start, x.shape[1])[None]
+            else:
+                x = x + table.at[places].get(out_sharding=sharding.HIDDEN)
+        return x
+
+    def rotation(
+        self, start: int | Int[Array, ""], count: int, order: Int[Array, "B T"] | None = None
+    ) -> layers.Rotation | None:
+        """Rotary phases of positions start .. start+count-1, or of all positions of an order."""
+        config, layout = self.network.config, self.network.layout
+        if not config.rotary:
+            return None
+        # Row and column of place -1, one before the first, and of every position.
+        before = -1, layout.parts[0].shape[-1] - 1
+        known = jnp.array(np.concatenate([[before], layout.coordinates()]), jnp.float32)
+
+        def phases(places):
+            axes = known.at[places + 1].get(mode="clip")  # a prompt's padding is not seen
+            return layers.phases(axes, config.width // config.heads)
+
+        if order is not None:
+            every = phases(jnp.arange(-1, count))
+            spec = PartitionSpec(None, *sharding.HIDDEN)
+            places = order, input_places(order)
+            return layers.Rotation(*(every.at[:, p + 1].get(out_sharding=spec) for p in places))
+        predicted = start + jnp.arange(count)
+        return layers.Rotation(*(phases(p) for p in (predicted, predicted - layout.shift)))
+
+
+def input_places(order: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Places of the input tokens of the positions of an order; -1 for the start vector."""
+    return jnp.pad(order[:, :-1], ((0, 0), (1, 0)), constant_values=-1)

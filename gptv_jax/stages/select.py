@@ -1,0 +1,80 @@
+"""Which stages a run takes, and why it cannot take others."""
+
+from collections.abc import Collection, Sequence
+
+from gptv_jax import config as config_lib
+from gptv_jax import tasks
+from gptv_jax.config import rules
+from gptv_jax.data import sources
+from gptv_jax.data.cache import TokenCache
+from gptv_jax.errors import InputError
+from gptv_jax.stages import STAGES
+
+
+def choose_stages(
+    config: config_lib.Config,
+    held: Collection[str],
+    wanted: list[str] | None = None,
+    begun: Sequence[str] = (),
+) -> list[str]:
+    """Names of the stages to run, in order; None: all possible stages except those on request.
+
+    `held` are the keys of the data's records, see `sources.Selected.keys`. With
+    `config.init_from`, pretraining must be named, or have begun in the run folder.
+
+    Raises:
+      InputError: a stage that is wanted is unknown or impossible, or the data lack what the task
+        needs that the user has chosen.
+    """
+    if wanted is not None and (not wanted or set(wanted) - set(STAGES)):
+        given = ", ".join(sorted(set(wanted) - set(STAGES)))
+        problem = f"has {given}" if given else "is empty"
+        raise InputError(f"--stages {problem}; it takes some of {', '.join(STAGES)}.")
+    refused = _impossible(config, held)
+    if config.init_from and "pretrain" not in {*begun, *(wanted or ())}:
+        reason = f"config.init_from={config.init_from} gives the pretrained weights"
+        refused["pretrain"] = f"{reason}; name pretrain in --stages to adapt them"
+    for name in wanted or ():
+        if name in refused:
+            raise InputError(f"--stages has {name}, but {refused[name]}.")
+    if wanted is None and "finetune" in refused and config.task.name != config_lib.Task().name:
+        rules.refuse(config, "task.name", refused["finetune"])
+    usual = [name for name, stage in STAGES.items() if not stage.on_request]
+    chosen = [name for name in STAGES if name in (wanted or usual) and name not in refused]
+    if config.probe.every and "label" not in held and "pretrain" in chosen:
+        reason = f"the images of config.data.name={config.data.name} have no labels; take 0"
+        rules.refuse(config, "probe.every", reason)
+    return chosen
+
+
+def _impossible(config: config_lib.Config, held: Collection[str]) -> dict[str, str]:
+    """Stages that this run cannot have, each with the reason and what to do."""
+    given, kind, refused = config.init_from, config.tokens.kind, {}
+    cached = isinstance(sources.open_data_set(config.data), TokenCache)
+    if kind != "learned":
+        refused["tokenizer"] = f"config.tokens.kind={kind} has nothing to train"
+    elif config.tokens.tokenizer or given or cached:
+        refused["tokenizer"] = "the tokens come with their tokenizer; leave the stage tokenizer out"
+    images = f"the images of config.data.name={config.data.name}"
+    if "label" not in held:
+        refused["probe"] = f"{images} have no labels; take pretrain and sample"
+    if lacking := _lacking(config.task.name, held):
+        able = [f"config.task.name={name}" for name in tasks.TASKS if not _lacking(name, held)]
+        advice = f"{' or '.join(able) or 'pretrain and sample'}"
+        needed = f"{lacking}, which config.task.name={config.task.name} needs"
+        refused["finetune"] = f"{images} have no {needed}; take {advice}"
+    if config.model.objective == "bert":
+        reason = (
+            "config.model.objective=bert draws no images; it takes pretrain, probe and finetune"
+        )
+        refused |= dict.fromkeys(("sample", "generate"), reason)
+    if kind == "none":
+        reason = "config.tokens.kind=none has no tokens to predict or to read; take finetune"
+        refused |= dict.fromkeys(("tokenizer", "pretrain", "probe", "sample", "generate"), reason)
+    return refused
+
+
+def _lacking(task: str, held: Collection[str]) -> str:
+    """What a task needs of the records and they do not have, in words."""
+    lacking = [key for key in tasks.kind(task).needs if key not in held]
+    return " and no ".join({"label": "labels"}.get(key, key) for key in lacking)

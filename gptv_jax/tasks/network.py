@@ -1,0 +1,20 @@
+"""The network that a configuration describes, before a task adds its parts."""
+
+from gptv_jax import config as config_lib
+from gptv_jax.data import transforms
+from gptv_jax.model.gpt import Network
+from gptv_jax.model.layout import of_images
+
+
+def network_of(config: config_lib.Config, classes: int = 0) -> Network:
+    """The network of a configuration, with a class head where `classes` is not 0."""
+    layout = of_images(config.tokens.vocabulary, config.grid, config.model.objective)
+    return Network(config.model, layout, start_vectors(config), classes)
+
+
+def start_vectors(config: config_lib.Config) -> int:
+    """Number of start vectors: one; one for each class and none; or one for each variant."""
+    if config.model.class_tokens:
+        return config.model.class_tokens + 1
+    variants = transforms.variants(config.data.train_transforms)
+    return variants if config.model.start_per_variant else 1
