@@ -58,9 +58,10 @@ def drawn(layout, rotary, restriction, samples=2, rows=3):
         found = answers.answer(
             network, params, *given, KEY, restriction, allowed=Grammar(), samples=samples
         )
-        whole = tuple(jnp.repeat(each, samples, axis=0) for each in given)
         sequences = jax.device_get(found[0])
-        logits = full_logits(network, params, sharding.shard_rows(sequences), whole[1])
+        repeated = np.repeat(pixels, samples, axis=0)
+        whole = sharding.shard_rows(sequences), sharding.shard_rows(repeated)
+        logits = full_logits(network, params, *whole)
     return network, jax.device_get(found), jax.device_get(logits), tokens
 
 
@@ -116,9 +117,9 @@ def test_each_position_is_drawn_with_its_own_settings():
     with jax.set_mesh(make_mesh((1, 1, 1))):
         params = random_params(network)
         tokens = sharding.shard_rows(np.zeros((1, 6), np.int32))
-        pixels = sharding.shard_rows(np.zeros((1, 4, 6, 1), np.uint8))
-        found, _ = answers.answer(network, params, tokens, pixels, KEY, settings, samples=64)
-        logits = full_logits(network, params, found, jnp.repeat(pixels, 64, axis=0))
+        pixels = sharding.shard_rows(np.zeros((64, 4, 6, 1), np.uint8))
+        found, _ = answers.answer(network, params, tokens, pixels[:1], KEY, settings, samples=64)
+        logits = full_logits(network, params, found, pixels)
     found, best = np.asarray(found), np.asarray(logits["objects"]).argmax(axis=-1)
     objects = found[:, 6:75]
     np.testing.assert_array_equal(objects[:, ::3], best[:, ::3])
