@@ -8,6 +8,7 @@ import dataclasses
 import json
 from collections.abc import Iterator
 
+import numpy as np
 from absl import flags
 
 from gptv_jax import command, config, files, hardware
@@ -49,10 +50,13 @@ def main(settings: config.Config) -> None:
 
     def examples(split: str) -> Iterator[dict]:
         progress = Progress(f"prepare {split}", data_set.lengths[split], unit="image")
-        for batch in pipeline.tokenized(chosen, pipeline.images(whole, split, damage_log)):
-            statistics[split].add(batch["image"], batch["tokens"])
-            for values in zip(*batch.values(), strict=True):
-                yield dict(zip(batch, values, strict=True))
+        images = pipeline.images(whole, split, damage_log, annotated=True)
+        for chunk in pipeline.tokenized(chosen, images):
+            statistics[split].add(
+                *(np.stack([r[key] for r in chunk]) for key in ("image", "tokens"))
+            )
+            for record in chunk:
+                yield record
                 progress.advance()
         progress.close()
 
@@ -65,6 +69,9 @@ def main(settings: config.Config) -> None:
         "classes": data_set.classes if settings.data.labels else 0,
         "class_names": data_set.class_names if settings.data.labels else (),
     }
+    for name in ("object_names", "object_ids"):  # absent where there are no boxes
+        if known := getattr(data_set, name, ()):
+            header[name] = known
     cache.write(folder, chosen, {split: examples(split) for split in data_set.lengths}, header)
     size = sum(path.stat().st_size for path in folder.iterdir())
     summary = {"folder": str(folder), "bytes": size, "damaged": damage_log.count}

@@ -121,7 +121,7 @@ def test_the_file_of_results_gives_pycocotools_the_same_numbers(tmp_path):
         found.append(Detections(moved, r["box_labels"], scores))
     numbers = average_precision.score(records, found, 3).numbers
     images, categories = [100 - 7 * i for i in range(12)], [90, 3, 17]
-    rows = json.loads(average_precision.results(found, images, categories))
+    rows = json.loads(json.dumps(average_precision.results(found, images, categories)))
     assert rows[0].keys() == {"image_id", "category_id", "bbox", "score"}
     truth = COCO()
     annotations = [

@@ -105,6 +105,11 @@ def test_classes_that_are_read_are_corrupted_and_others_are_not():
         assert (targets[:, 4] == 64).all()
         labels.append(np.bincount(inputs[:, 4] - 64, minlength=4) / len(inputs))
     np.testing.assert_array_equal(labels[0], [1, 0, 0, 0])
+    plain = dataclasses.replace(SETTINGS, class_corruption=0.0)
+    found = [TOKENS.sequence(boxes[:1], np.zeros(1, int), SIZE, plain, rng) for _ in range(50)]
+    noise = np.stack([f["inputs"] for f in found]).reshape(50, 12, 5)[:, 1:, 4] - 64
+    shares = np.bincount(noise.ravel(), minlength=4) / noise.size
+    np.testing.assert_allclose(shares, [1 / 3, 1 / 3, 1 / 3, 0], atol=0.08)
     np.testing.assert_allclose(labels[1], [1 / 6, 1 / 6, 1 / 6, 1 / 2], atol=0.08)
 
 
@@ -141,8 +146,10 @@ def test_only_real_classes_are_detections_and_the_best_comes_first():
 def test_equal_views_change_nothing():
     rng = np.random.default_rng(0)
     boxes, scores = random_boxes(rng, 9), np.sort(rng.random(9))[::-1].astype(np.float32)
-    boxes[1], scores[1] = boxes[0] + 0.1, scores[0]  # twice the same object, as likely
-    one = Detections(boxes, rng.integers(2, size=9).astype(np.int32), scores)
+    labels = rng.integers(2, size=9).astype(np.int32)
+    # Twice the same object, as likely.
+    boxes[1], scores[1], labels[1] = boxes[0] + 0.1, scores[0], labels[0]
+    one = Detections(boxes, labels, scores)
     found = vote([one] * 4)
     np.testing.assert_allclose(found.boxes, one.boxes, atol=1e-5)
     np.testing.assert_array_equal(found.labels, one.labels)

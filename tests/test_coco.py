@@ -243,6 +243,7 @@ FAULTS = {
         "1 boxes reach out of their image and are clipped, the first annotation 11",
         [*UNCHANGED, [20, 0, H, 7]],
     ),
+    "rounded": ({"bbox": [-0.01, 20, 7.01, H - 19.99]}, None, [*UNCHANGED, [20, 0, H, 7]]),
     "unknown category": ({"category_id": 8}, "1 annotations of no category .* 11", UNCHANGED),
     "category as text": ({"category_id": "7"}, "1 annotations of no category .* 11", UNCHANGED),
     "category as list": ({"category_id": [7]}, "1 annotations of no category .* 11", UNCHANGED),

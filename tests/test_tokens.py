@@ -377,8 +377,10 @@ def test_what_the_palette_of_igpt_makes_of_cifar10(igpt, shared_data):
     )
     assert len(sources.open_source(config, "test")) == 10_000
     statistics = TokenStatistics(igpt)
-    for batch in pipeline.tokenized(igpt, pipeline.images(config, "test", DamageLog(config, None))):
-        statistics.add(batch["image"], batch["tokens"])
+    for chunk in pipeline.tokenized(igpt, pipeline.images(config, "test", DamageLog(config, None))):
+        statistics.add(
+            *(np.stack([record[key] for record in chunk]) for key in ("image", "tokens"))
+        )
     found = statistics.numbers()
     assert found["images"] == 10_000 and found["tokens_used"] == 512
     assert found["mean_squared_error"] == pytest.approx(24.414, abs=0.01)

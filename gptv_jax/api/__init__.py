@@ -27,8 +27,8 @@ def load(source: AnyPath, stage: str | None = None, palette: AnyPath | None = No
       source: the `--workdir` of a run; a .safetensors file of `Model.save`; what `from_huggingface`
         and `from_openai` take; or "hf://user/model", which is downloaded (needs the `hub` extra).
       stage: "pretrain" or "finetune" of a run; None: the latest of the two that has finished, but
-        images are drawn with the pretrained weights. Fine-tuning to classify makes the weights
-        draw worse images. Where neither has finished, it is the model that the run's `init_from`
+        images are drawn with the pretrained weights. Fine-tuning makes the weights draw worse
+        images, or none. Where neither has finished, it is the model that the run's `init_from`
         names.
       palette: kmeans_centers.npy, for weights that come without the colours of their tokens.
 
@@ -43,7 +43,7 @@ def load(source: AnyPath, stage: str | None = None, palette: AnyPath | None = No
                 return load(config.init_from, palette=config.tokens.palette)
             described, params = native.read_run(path, stage)
             pretrained = None
-            if stage is None and described.classes:  # the weights are fine-tuned
+            if stage is None and (described.classes or described.task):  # fine-tuned weights
                 pretrained = functools.partial(_read_pretrained, path, described)
             return Model(described, params, mesh, path, pretrained)
         if stage is not None:

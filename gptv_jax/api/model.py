@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import logging
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +12,14 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image
 
-from gptv_jax import files, sharding, validation
+from gptv_jax import files, sharding, tasks, validation
+from gptv_jax.api import detection
 from gptv_jax.decode import generation
 from gptv_jax.decode.sampler import Sampler, Section, by_pixel, kept_tokens
 from gptv_jax.errors import InputError
 from gptv_jax.model.gpt import Network
+from gptv_jax.tasks.boxes import Detections
+from gptv_jax.tasks.detect import Detect
 from gptv_jax.tokens.codec import AnyArray
 from gptv_jax.train import objective
 from gptv_jax.validation import Labels, arguments_by_name
@@ -58,13 +61,17 @@ class Model:
         self._run, self._read_pretrained, self._drawing = run, read_pretrained, None
 
     def __repr__(self) -> str:
-        model, found, (rows, columns) = self.network.config, self._described, self.codec.grid
+        model, found, codec = self.network.config, self._described, self.codec
+        rows, columns = self.network.grid
         sizes = (leaf.size for leaf in jax.tree.leaves(self.params))
         kind = {"grey": "grey levels", "palette": "colours", "learned": "learned codes"}
         parts = [
             f"{model.layers} layers, width {model.width}, {sum(sizes):,} parameters",
-            f"{rows} x {columns} tokens of {self.codec.vocabulary} {kind[found.tokens.kind]}",
-            "x".join(map(str, self.codec.image_shape)) + " images",
+            f"{rows} x {columns} tokens of {codec.vocabulary} {kind[found.tokens.kind]}"
+            if codec
+            else f"{rows} x {columns} positions of pixels",
+            *(["x".join(map(str, codec.image_shape)) + " images"] if codec else []),
+            *([f"task {found.task.name}"] if found.task else []),
             *([f"objective {model.objective}"] * (model.objective != "autoregressive")),
             *([f"{len(self.classes)} classes"] * bool(self.classes)),
             *([f"step {found.step}"] * (found.step is not None)),
@@ -78,10 +85,12 @@ class Model:
         Empty for a model that has no class head and takes no labels.
         """
         count = self.network.classes or self.network.config.class_tokens
-        return self._described.class_names or tuple(map(str, range(count)))
+        return (self._described.class_names or tuple(map(str, range(count)))) if count else ()
 
     def tokenize(self, images: Images) -> Int[np.ndarray, "B T"]:
         """Int32 tokens, 0 <= token < V, in raster order."""
+        if self.codec is None:
+            raise InputError("this model has no tokens: its network reads pixels alone.")
         return self.codec.encode(validation.images(images, self.codec))
 
     def detokenize(self, tokens: Tokens) -> UInt8[np.ndarray, "B H W C"]:
@@ -94,6 +103,7 @@ class Model:
 
         With objective=bert it predicts the token from all tokens, as none is masked here.
         """
+        self._of_images(self.network)
         return self._forward(validation.sequences(tokens, self.network), "logits", labels)
 
     @arguments_by_name
@@ -127,9 +137,43 @@ class Model:
         """Float32 class probabilities of a fine-tuned model; with bert, means over its masks."""
         if not self.network.classes:
             raise InputError(
-                "this model has no class head; load a run whose stage finetune has finished."
+                "this model has no class head; load a run whose stage finetune has finished the "
+                "task classify."
             )
         return self._forward(self.tokenize(images), "classes")
+
+    @property
+    def objects(self) -> tuple[str, ...]:
+        """Names of the classes of objects, in the order of the labels that `detect` gives."""
+        return self._described.object_names
+
+    def detect(
+        self,
+        images: AnyArray | Sequence[detection.Picture],
+        threshold: float = 0.0,
+        votes: Sequence[str] | None = None,
+    ) -> list[Detections]:
+        """The objects in each image, in the image's own pixels, the most likely first.
+
+        Images are Pillow images or uint8 arrays [H, W, C] of any sizes; they are transformed as
+        the test images were, and resized to the size of the network's images. Objects of a score
+        below `threshold` are left out. `votes` are transforms such as "flip(1.0)", under which
+        each image is read as well; the objects of all views vote. None: as in the test.
+        """
+        task = self._described.learned_task
+        if not isinstance(task, Detect):
+            raise InputError(
+                "this model does not detect objects; load a run with config.task.name=detect whose "
+                "stage finetune has finished."
+            )
+        votes = task.settings.votes if votes is None else votes
+        with jax.set_mesh(self.mesh):
+            found = detection.detect(task, self.network, self.params, self.codec, images, votes)
+        kept = [each.scores >= threshold for each in found]
+        return [
+            Detections(*(array[mask] for array in each))
+            for each, mask in zip(found, kept, strict=True)
+        ]
 
     @arguments_by_name
     def sample(
@@ -225,6 +269,24 @@ class Model:
         arrays = {name: np.asarray(leaf) for name, leaf in sharding.by_name(self.params).items()}
         return dataclasses.replace(self._described, params=arrays)
 
+    def _task(self, name: str) -> tasks.Task:
+        """The task that the model was fine-tuned for; InputError where it is not `name`."""
+        task = self._described.learned_task
+        if task is None or task.config.task.name != name:
+            raise InputError(
+                f"{name} needs a model that was fine-tuned with config.task.name={name}; "
+                f"{self._described.made_for}."
+            )
+        return task
+
+    def _of_images(self, network: Network) -> None:
+        """InputError where the network does not predict all tokens of an image and nothing else."""
+        if network.several:
+            raise InputError(
+                f"{self._described.made_for}, so only the method of this task reads images with "
+                'these weights; load the run with stage="pretrain" for other methods.'
+            )
+
     def _for_drawing(self) -> tuple[Network, dict]:
         """The network and the weights that draw images."""
         if self._read_pretrained is None:
@@ -250,6 +312,7 @@ class Model:
             )
         labels = validation.labels(labels, rows, self.network, self.classes)
         network, params = self._for_drawing() if draws else (self.network, self.params)
+        self._of_images(network)
         sampler = Sampler(network, params, validation.drawing(drawing))
         if sampler.drawing.guidance != 1 and labels is None:
             raise InputError(
@@ -265,6 +328,7 @@ class Model:
             return sampler.nats(tokens, labels)
 
     def _forward(self, tokens: np.ndarray, output: str, labels: Labels = None) -> np.ndarray:
+        self._of_images(self.network)
         labels = validation.labels(labels, len(tokens), self.network, self.classes)
         with jax.set_mesh(self.mesh):
             inputs = jax.tree.map(sharding.shard_rows, (tokens, labels))

@@ -16,8 +16,8 @@ PIXELS = (
 WIDTHS = ("1 or more, once or more", lambda v: v and all(width >= 1 for width in v))
 
 
-def height_and_width(size: ImageSize) -> tuple[int, int]:
-    """Height and width of images of `size` pixels."""
+def height_and_width(size: ImageSize | list[int]) -> tuple[int, int]:
+    """Height and width of images of `size` pixels; a list is a pair from a JSON file."""
     return (size, size) if isinstance(size, int) else tuple(size)
 
 

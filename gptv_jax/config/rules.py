@@ -96,32 +96,38 @@ def _check_autoencoder(config: Config) -> None:
 def _check_multiple(config: Config, side: int, reason: str) -> None:
     """Refuses an image size whose height or width `side` does not divide."""
     if any(pixels % side for pixels in config.data.size):
-        near = image_size(*(max(round(n / side), 1) * side for n in config.data.size))
+        near = image_size(*(-(-pixels // side) * side for pixels in config.data.size))
         refuse(config, "data.image_size", f"{reason} a side; take a multiple of {side}, as {near}")
 
 
 def _check_pixels(config: Config) -> None:
     """Checks that the stem of the task's network ends at the grid of the image's positions."""
-    task, kind = config.task, config.tokens.kind
-    halvings = len(task.stem)
-    if kind == "none":
-        if task.image_input != "pixels":
+    task, kind, side = config.task, config.tokens.kind, 2 ** len(config.task.stem)
+    if task.image_input != "pixels":
+        if kind == "none":
             reason = "images without tokens are read by a task from pixels alone"
             advice = f"set config.task.image_input=pixels, which is {task.image_input!r}"
             refuse(config, "tokens.kind", f"{reason}; {advice}, or take grey, palette or learned")
-        side = 2**halvings
-        reason = f"config.task.stem halves it {halvings} times: a position is {side} pixels"
+        return
+    if kind == "none":
+        if not task.stem:
+            refuse(config, "task.stem", "config.task.image_input=pixels needs one; take (64,), say")
+        reason = f"config.task.stem halves it {len(task.stem)} times: a position is {side} pixels"
         _check_multiple(config, side, reason)
-    elif task.image_input == "pixels" and 2**halvings != config.tokens.side:
-        tokens, pixels = (
-            " x ".join(str(n // side) for n in config.data.size)
-            for side in (config.tokens.side, 2**halvings)
-        )
+        return
+    positions, tokens = (
+        " x ".join(str(pixels // each) for pixels in config.data.size)
+        for each in (side, config.tokens.side)
+    )
+    if config.tokens.side == 1:
+        reason = f"config.tokens.kind={kind} makes {tokens} tokens, one a pixel"
+        reason += f", and the stem leaves {positions} positions; take tokens"
+        refuse(config, "task.image_input", reason)
+    if side != config.tokens.side:
         needed = config.tokens.side.bit_length() - 1
         fitting = (task.stem + (task.stem[-1:] or (64,)) * needed)[:needed]
-        source = f"tokens.autoencoder.downsample={config.tokens.side}"
-        source = source if kind == "learned" else f"tokens.kind={kind}"
-        reason = f"it leaves {pixels} positions, and config.{source} makes {tokens} tokens"
+        source = f"config.tokens.autoencoder.downsample={config.tokens.side}"
+        reason = f"it leaves {positions} positions, and {source} makes {tokens} tokens"
         refuse(config, "task.stem", f"{reason}; take {fitting}")
 
 

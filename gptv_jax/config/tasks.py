@@ -28,7 +28,8 @@ class Detect:
     # Pix2seq draws the number of jittered ones anew for every image; these are its means.
     noise_kinds: tuple[float, ...] = field((0.5, 0.25, 0.25), THREE_SHARES)
     # Probability that the network reads, in place of an object's class, a random class or "noise"
-    # with even odds. 1: no object's class is read, so decoding cannot lean on it.
+    # with even odds. 1: no object's class is read, so decoding cannot lean on it. Below 1, a random
+    # class is read of a noise object, as decoding takes a class for every object.
     class_corruption: float = field(1.0, SHARE)
     # Standard deviation, in bins, of the Gaussian that is the target of a coordinate; 0: its bin.
     soft: float = field(0.0, FROM_ZERO)

@@ -8,10 +8,14 @@ A token cache is a folder with
     <split>.array_record     one record for each example
 
 A record is a NumPy structured scalar, deflated (zlib): `header["fields"]` lists the name, type and
-shape of each of its arrays. Before tokens are stored, they are renumbered so that tokens that look
-alike have neighbouring numbers; a record holds the low byte of these numbers in `low` and each
-higher bit as one plane of `high`. Of CIFAR-10 this makes records smaller than zstd or brotli over
-the tokens. ArrayRecord finds a record by its number, and checks its bytes when it is read.
+shape of each of its arrays. In format 3, for images with boxes or label maps, a structured scalar
+for each object follows, with the fields of `header["objects"]`; boxes are in pixels of the image
+after the transforms, and `view` is the part of the original that the image shows.
+
+Before tokens are stored, they are renumbered so that tokens that look alike have neighbouring
+numbers; a record holds the low byte of these numbers in `low` and each higher bit as one plane of
+`high`. Of CIFAR-10 this makes records smaller than zstd or brotli over the tokens. ArrayRecord
+finds a record by its number, and checks its bytes when it is read.
 """
 
 import contextlib
@@ -29,10 +33,12 @@ from jaxtyping import Int, UInt8, UInt16
 from gptv_jax import config as config_lib
 from gptv_jax import files, tokens
 from gptv_jax.config import fields
-from gptv_jax.config.data import height_and_width, image_size
+from gptv_jax.config.data import image_size
+from gptv_jax.data.records import OBJECTS, Record, to_original
 from gptv_jax.errors import InputError, as_input_error, first_line, naming, shorten
 
-FORMAT = 2  # of the folder; other formats are refused
+# Formats of the folder: images and labels, and what lies in the images as well.
+PLAIN, ANNOTATED = 2, 3
 UNFINISHED = ".unfinished"  # a file in the folder until all is written
 # Patterns of all files that making a cache may leave in the folder; a kill leaves temporary ones.
 NAMES = ("header.json", *(name for name, *_ in tokens.DEFINITIONS.values()))
@@ -78,26 +84,38 @@ def write(
 ) -> None:
     """Writes every split into an empty folder (see `claim`), then the header.
 
-    Examples have the codec's "tokens", int32 [T], and "label" if labelled. The header has "source",
-    "tokens" (the fields of `config.Tokens`), "image_size", "transforms", "classes", "class_names"
-    and whatever else should be recorded.
+    Examples are records with the codec's "tokens", int32 [T], and "label" if labelled; boxes and
+    what belongs to them, masks apart, and label maps are kept. The header has "source", "tokens"
+    (the fields of `config.Tokens`), "image_size", "transforms", "classes", "class_names",
+    "object_names" if there are boxes, and whatever else should be recorded.
     """
-    planes = _TokenPlanes(codec)
-    record = np.dtype(planes.fields + [("label", "<i4", ())] * bool(header["classes"]))
-    lengths = {}
+    planes, lengths = _TokenPlanes(codec), {}
+    plain = planes.fields + [("label", "<i4", ())] * bool(header["classes"])
+    record, objects = np.dtype(plain), np.dtype([])
     for split, examples in splits.items():
         lengths[split] = 0
         path = str(folder / f"{split}.array_record")
         with naming(path), contextlib.closing(ArrayRecordWriter(path, WRITER_OPTIONS)) as writer:
             for example in examples:
+                if not sum(lengths.values()) and {"boxes", "segmentation"} & set(example):
+                    maps = {n: example[n] for n in ("view", "segmentation") if n in example}
+                    record = np.dtype(plain + _fields(maps))
+                    kept = {n: example[n][:0] for n in OBJECTS if n in example and n != "masks"}
+                    objects = np.dtype([(n, kind, shape[1:]) for n, kind, shape in _fields(kept)])
                 values = example | planes.split(example["tokens"])
-                packed = np.array(tuple(values[name] for name in record.names), record)
+                packed = np.array(tuple(values[name] for name in record.names), record).tobytes()
+                if objects.names:
+                    rows = zip(*(example[name] for name in objects.names), strict=True)
+                    packed += np.array(list(rows), objects).tobytes()
                 # Raw deflate, without zlib's own header and checksum.
-                writer.write(zlib.compress(packed.tobytes(), 9, -zlib.MAX_WBITS))
+                writer.write(zlib.compress(packed, 9, -zlib.MAX_WBITS))
                 lengths[split] += 1
     tokens.save_definition(codec.definition, folder)
-    stored = [[name, record[name].base.str, record[name].shape] for name in record.names]
-    made = {"format": FORMAT, "lengths": lengths, "fields": stored}
+    listed = {"fields": record, "objects": objects}
+    stored = {k: [[n, d[n].base.str, d[n].shape] for n in d.names or ()] for k, d in listed.items()}
+    if len(record) == len(plain) and not objects.names:
+        del stored["objects"]
+    made = {"format": ANNOTATED if "objects" in stored else PLAIN, "lengths": lengths, **stored}
     files.write_json(folder / "header.json", made | header)
     (folder / UNFINISHED).unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # Windows keeps an open file
@@ -106,8 +124,6 @@ def write(
 
 class TokenCache:
     """A folder of `write`, as a `sources.DataSet`; any other folder raises InputError."""
-
-    object_names = ()
 
     def __init__(self, folder: pathlib.Path):
         self.folder = folder
@@ -119,15 +135,21 @@ class TokenCache:
             self.lengths: dict[str, int] = header["lengths"]
             settings = config_lib.recorded(config_lib.Tokens, header["tokens"], "tokens")
             self.tokens = fields.from_dict(config_lib.Tokens, settings, "tokens")
-            self.image_size = image_size(*height_and_width(header["image_size"]))
+            self.image_size = image_size(*np.broadcast_to(header["image_size"], 2).tolist())
             self.transforms: tuple[str, ...] = tuple(header["transforms"])
-            if header["format"] != FORMAT:
+            if header["format"] not in (PLAIN, ANNOTATED):
                 raise InputError(
                     f"{folder} is a token cache of format {header['format']}, but this version of "
-                    f"gptv_jax reads format {FORMAT}. Make it anew, FILE being your configuration: "
-                    f"{self._command(header['source'])}"
+                    f"gptv_jax reads format {PLAIN} or {ANNOTATED}. Make it anew, FILE being "
+                    f"your configuration: {self._command(header['source'])}"
                 )
-            self.record = np.dtype([(n, kind, tuple(s)) for n, kind, s in header["fields"]])
+            listed = header["fields"], header.get("objects", ())
+            self.record, self.objects = (
+                np.dtype([(n, kind, tuple(s)) for n, kind, s in each]) for each in listed
+            )
+            self.keys = tuple(n for n in ("segmentation",) if n in self.record.names)
+            self.object_names = tuple(header.get("object_names", ()))
+            self.object_ids = tuple(header.get("object_ids", range(len(self.object_names))))
         except OSError as error:
             raise InputError(
                 f"{folder} is no token cache: it has no header.json, which gptv_jax.prepare writes "
@@ -162,12 +184,21 @@ class TokenCache:
 
     def open(self, split: str) -> "_CachedSplit":
         path = self.folder / f"{split}.array_record"
-        return _CachedSplit(path, self.lengths[split], self.record, _TokenPlanes(self.codec()))
+        planes = _TokenPlanes(self.codec())
+        return _CachedSplit(path, self.lengths[split], self.record, self.objects, planes)
 
 
 class _CachedSplit:
-    def __init__(self, path: pathlib.Path, length: int, record: np.dtype, planes: "_TokenPlanes"):
-        self.path, self.length, self.record, self.planes = path, length, record, planes
+    def __init__(
+        self,
+        path: pathlib.Path,
+        length: int,
+        record: np.dtype,
+        objects: np.dtype,
+        planes: "_TokenPlanes",
+    ):
+        self.path, self.length, self.planes = path, length, planes
+        self.record, self.objects = record, objects
         with as_input_error(f"{path} is damaged"):
             self._reader = ArrayRecordReader(str(path), READER_OPTIONS)
             found = self._reader.num_records()
@@ -177,22 +208,43 @@ class _CachedSplit:
             )
 
     def __reduce__(self) -> tuple:  # a worker process opens the file itself
-        return _CachedSplit, (self.path, self.length, self.record, self.planes)
+        return _CachedSplit, (self.path, self.length, self.record, self.objects, self.planes)
 
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, index: int) -> Record:
+        values = self._values(index)
+        return {"tokens": self.planes.join(values.pop("low"), values.pop("high")), **values}
+
+    def annotations(self, index: int) -> Record:
+        """The record without tokens; the boxes are in pixels of the original image."""
+        values = self._values(index)
+        record = {n: v for n, v in values.items() if n not in ("low", "high", "view")}
+        if "boxes" in record:
+            shape, view = self.planes.image_shape, values["view"]
+            record["boxes"] = to_original(record["boxes"], shape, view)
+        return record
+
+    def _values(self, index: int) -> dict[str, np.ndarray]:
+        size = self.record.itemsize
         try:
             (packed,) = self._reader.read(index, index + 1)
-            values = np.frombuffer(zlib.decompress(packed, -zlib.MAX_WBITS), self.record)
+            content = zlib.decompress(packed, -zlib.MAX_WBITS)
+            (values,) = np.frombuffer(content[:size], self.record)
+            objects = np.frombuffer(content[size:], self.objects) if self.objects.names else {}
         except Exception as error:  # ArrayRecord raises whatever its C++ part reports
             raise InputError(f"{self.name(index)} is damaged ({first_line(error)}).") from error
-        example = {name: values[name][0] for name in self.record.names}
-        return {"tokens": self.planes.join(example.pop("low"), example.pop("high")), **example}
+        found = {name: values[name] for name in self.record.names}
+        return found | {name: objects[name].copy() for name in self.objects.names or ()}
 
     def name(self, index: int) -> str:
         return f"{self.path.with_suffix('')}[{index}]"
+
+
+def _fields(arrays: dict[str, np.ndarray]) -> list[tuple[str, str, tuple[int, ...]]]:
+    """Name, type and shape of every array, for a structured type of NumPy."""
+    return [(name, a.dtype.newbyteorder("<").str, a.shape) for name, a in arrays.items()]
 
 
 class _TokenPlanes:
@@ -200,6 +252,7 @@ class _TokenPlanes:
 
     def __init__(self, codec: tokens.Codec):
         self.grid, self.length = codec.grid, math.prod(codec.grid)
+        self.image_shape = codec.image_shape[:2]
         self.token_of = codec.similarity_order.astype(np.uint16)  # by new number
         self.number_of = np.argsort(self.token_of).astype(np.uint16)  # by token
         self.high_bits = max((codec.vocabulary - 1).bit_length() - 8, 0)

@@ -225,7 +225,8 @@ def _index(
     boxes = boxes.astype(np.float32)
     with np.errstate(invalid="ignore"):
         outside = ((low >= known) | (low + side <= 0)).any(1)
-        clipped = ((low < 0) | (low + side > known)).any(1)
+        # Rounding, as in COCO's own files, is no fault.
+        clipped = ((low < -0.5) | (low + side > known + 0.5)).any(1)
         empty = (boxes[:, :2] >= boxes[:, 2:]).any(1)
     good = (owner < 0) | (at >= 0)  # the annotations of images without a file go with the images
     for what, faulty in (

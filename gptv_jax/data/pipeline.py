@@ -252,11 +252,12 @@ def to_tokens(codec: Codec, record: Record) -> np.ndarray:
     return _encode(codec, record["image"][None])[0]
 
 
-def tokenized(codec: Codec, elements: Iterator[dict], count: int = 64) -> Iterator[dict]:
-    """Examples of `images` as batches of up to `count`, with their "tokens", int32 [b, T]."""
-    for batch in batched(elements, count):
-        check_shape(batch["image"][0], codec.image_shape)
-        yield {**batch, "tokens": _encode(codec, batch["image"])}
+def tokenized(codec: Codec, elements: Iterator[Record], count: int = 64) -> Iterator[list[Record]]:
+    """Records of `images`, up to `count` at a time, with their "tokens", int32 [T]."""
+    while chunk := list(itertools.islice(elements, count)):
+        check_shape(chunk[0]["image"], codec.image_shape)
+        rows = _encode(codec, np.stack([record["image"] for record in chunk]))
+        yield [record | {"tokens": row} for record, row in zip(chunk, rows, strict=True)]
 
 
 def _encode(codec: Codec, images: np.ndarray) -> np.ndarray:

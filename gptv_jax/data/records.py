@@ -103,8 +103,7 @@ def resize(record: Record, height: int, width: int, method: str = "bilinear") ->
     rows, columns = shape(record)
     if (rows, columns) == (height, width):
         return record
-    nearest_row = ((np.arange(height) + 0.5) * (rows / height)).astype(int)[:, None]
-    nearest_column = ((np.arange(width) + 0.5) * (columns / width)).astype(int)
+    nearest_row, nearest_column = _nearest(rows, height)[:, None], _nearest(columns, width)
 
     def resized(name: str, array: np.ndarray) -> np.ndarray:
         if name == "image":
@@ -163,6 +162,12 @@ def _from_image(points: np.ndarray, image_shape: tuple[int, int], view: np.ndarr
     """Points (y, x) of the image, [..., 2], in the original."""
     start, end = view[:2].astype(float), view[2:].astype(float)
     return start + points * ((end - start) / image_shape)
+
+
+def _nearest(side: int, size: int) -> np.ndarray:
+    """The nearest of `side` pixels to each of `size` pixels, as Pillow rounds."""
+    line = Image.fromarray(np.arange(side, dtype=np.int32)[None])
+    return np.asarray(line.resize((size, 1), Image.Resampling.NEAREST))[0]
 
 
 def _areas(boxes: np.ndarray) -> np.ndarray:

@@ -20,9 +20,9 @@ def try_out(
 ) -> None:
     """Makes tokens of the first training images, so that misfits are found before any work.
 
-    Without a codec, or if the codec encodes on devices, only `shape`, [H, W, C], is checked. Files
-    of more than 8 bits are looked at before. After the transforms of evaluation, images that all
-    look blank or dark are warned of.
+    Without a codec, or if the codec encodes on devices, only `shape` is checked, [H, W, C], or
+    [H, W] of grey and RGB images. Files of more than 8 bits are looked at before. After the
+    transforms of evaluation, images that all look blank or dark are warned of.
     """
     example, rng = pipeline.open_examples(config, "train", entries), np.random.default_rng(0)
     evaluated, warned = entries == config.eval_transforms, False
@@ -36,7 +36,8 @@ def try_out(
         record = example.record(index, rng)
         image = record.get("image")  # absent from a token cache
         if codec is None or (codec.on_devices and image is not None):
-            pipeline.check_shape(image, shape)
+            grey_or_rgb = (*shape, 1 if image.shape[-1] == 1 else 3)
+            pipeline.check_shape(image, shape if len(shape) == 3 else grey_or_rgb)
         else:
             pipeline.to_tokens(codec, record)
         if image is not None:

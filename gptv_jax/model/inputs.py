@@ -27,7 +27,7 @@ class Inputs(nnx.Module):
         self.network = network
         if V:
             self.token_embedding = layers.normal(rngs, "token_embedding", (V, D), 0.02)
-        if config.objective == "autoregressive":
+        if network.layout.shift:
             self.start = layers.normal(rngs, "start", (network.starts, D), 0.02)
         if config.learned_positions:  # with target_positions, one row more for the start vector
             places = rows * columns + config.target_positions

@@ -134,7 +134,7 @@ def bidirectional(part: Part) -> Layout:
 
 def of_images(vocabulary: int, grid: tuple[int, int], objective: str = "autoregressive") -> Layout:
     """The layout of images alone, for pretraining with `config.Model.objective`."""
-    image = Part("image", vocabulary, tuple(grid))
+    image = Part("image", vocabulary, tuple(grid), predicted=vocabulary > 0)
     return bidirectional(image) if objective == "bert" else causal(image)
 
 

@@ -14,7 +14,7 @@ import optax
 
 from gptv_jax import files, sharding
 from gptv_jax.checkpoint import Checkpoints
-from gptv_jax.data import pipeline, records, sources
+from gptv_jax.data import pipeline, sources
 from gptv_jax.errors import shorten
 from gptv_jax.model import flops
 from gptv_jax.model.gpt import Network
@@ -40,7 +40,7 @@ def run_stage(context: Context) -> dict:
 
     @functools.cache
     def metric(split: str) -> step.Metric:
-        return task.metric(network, functools.partial(_annotations, context, split))
+        return task.metric(network, sources.open_source(config.data, split).annotations)
 
     def evaluate(params: dict) -> dict:
         validation = evaluation("validation", limit=task.validation_images)
@@ -131,15 +131,10 @@ def begin_with(network: Network, given: dict, key: jax.Array) -> dict:
     return jax.tree.unflatten(structure, [leaves[name] for name in wanted])
 
 
-def _annotations(context: Context, split: str, index: int) -> records.Record:
-    """The record of an example without its picture, before any transform."""
-    return records.annotations(sources.open_source(context.config.data, split)[index])
-
-
 def _write(context: Context, task: Task, total: dict) -> dict[str, float]:
     """Writes what is known of the test images, and returns floors and ceilings of the numbers."""
     config, folder = context.config, context.folder.path
-    known = functools.partial(_annotations, context, "test")
+    known = sources.open_source(config.data, "test").annotations
     if "confusion" in total:
         training = sources.open_source(config.data, "train").label_counts()
         confusion, names = total["confusion"], context.class_names

@@ -80,7 +80,7 @@ def _open(config: config_lib.Config, folder: RunFolder, wanted: list[str] | None
     rules.check_classes(config, classes)
     begun = hosts.from_first(lambda: [*changes.begun_stages(folder)])
     stages = choose_stages(config, train.keys, wanted, begun)
-    task = tasks.kind(config.task.name)
+    task = tasks.make(config, names[0] or tuple(map(str, range(classes))), names[1])
     adapting = config.init_from and "pretrain" in begun and not folder.finished("pretrain")
     if adapting and "pretrain" not in stages:
         raise InputError(
@@ -99,6 +99,8 @@ def _open(config: config_lib.Config, folder: RunFolder, wanted: list[str] | None
     for name in stages:
         if STAGES[name].on_request or name in changed.unfinished or not folder.finished(name):
             STAGES[name].check(config, mesh)
+    if "finetune" in stages:
+        task.network()  # which refuses what does not go together
     if {"sample", "generate"} & set(stages) and config.sample.guidance != 1:
         check_guidable(config.model, f"config.sample.guidance is {config.sample.guidance:g}")
     for entries in _training_transforms(config, stages):
@@ -293,10 +295,10 @@ def try_out(config: config_lib.Config, stages: list[str] | None, codec: Codec | 
     """Checks that images, codec and the transforms of evaluation and of `stages` fit together."""
     data = config.data
     channels = config.tokens.autoencoder.channels if config.tokens.kind == "learned" else 3
-    shape = codec.image_shape if codec else (*data.size, channels)
+    shape = (*data.size, channels) if config.tokens.kind != "none" else data.size
     training = [] if stages is None else _training_transforms(config, stages)
     for entries in dict.fromkeys([data.eval_transforms, *training]):
-        trial.try_out(data, codec, shape, entries)
+        trial.try_out(data, codec, codec.image_shape if codec else shape, entries)
 
 
 def _training_transforms(config: config_lib.Config, stages: list[str]) -> list[tuple[str, ...]]:

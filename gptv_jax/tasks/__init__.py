@@ -7,7 +7,7 @@ from gptv_jax.errors import InputError
 from gptv_jax.tasks.task import Task
 
 # A class, or the name of a class in the module of the task's name, which is imported when needed.
-TASKS: dict[str, str | type[Task]] = {"classify": "Classify"}
+TASKS: dict[str, str | type[Task]] = {"classify": "Classify", "detect": "Detect"}
 
 
 def kind(name: str) -> type[Task]:

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import io
-import json
 from collections.abc import Sequence
 
 import numpy as np
@@ -104,9 +103,9 @@ def calibration_error(
 
 def results(
     found: Sequence[Detections], image_ids: Sequence[int | str], category_ids: Sequence[int]
-) -> bytes:
-    """The detections in COCO's form for results: a JSON list of x, y, width, height and score."""
-    rows = [
+) -> list[dict]:
+    """The detections in COCO's form for results, for a JSON file."""
+    return [
         {
             "image_id": image_id,
             "category_id": category_ids[row["category_id"]],
@@ -116,7 +115,6 @@ def results(
         for image_id, each in zip(image_ids, found, strict=True)
         for row in _results(image_id, each)
     ]
-    return ("[" + ",\n".join(map(json.dumps, rows)) + "]\n").encode()
 
 
 def _mean(run, kind: str, overlap, size, most, only: int | None = None) -> float | None:

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy import special
 
 from gptv_jax.config.tasks import Detect
 
@@ -104,12 +103,13 @@ class BoxTokens:
             weights[real:, :4] = 0
         else:
             weights[real:] = END_WEIGHT
-        inputs = tokens.copy()
+        inputs, random = tokens.copy(), 2 * self.bins + rng.integers(self.classes, size=(2, count))
+        if settings.noise:  # decoding takes a real class for every object
+            inputs[real:, 4] = random[0, real:]
         wrong = rng.random(count) < settings.class_corruption
         wrong[real:] &= settings.noise
-        drawn = 2 * self.bins + rng.integers(self.classes, size=count)
-        drawn = np.where(rng.random(count) < 0.5, drawn, self.noise)
-        inputs[:, 4] = np.where(wrong, drawn, inputs[:, 4])
+        corrupted = np.where(rng.random(count) < 0.5, random[1], self.noise)
+        inputs[:, 4] = np.where(wrong, corrupted, inputs[:, 4])
         arrays = {"targets": tokens, "inputs": inputs, "weights": weights}
         return {name: array.reshape(-1) for name, array in arrays.items()}
 
@@ -138,8 +138,11 @@ def noise_boxes(
 
 
 def _truncated_normal(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """Normal numbers between -2 and 2, as TensorFlow's."""
-    return special.ndtri(rng.uniform(special.ndtr(-2), special.ndtr(2), shape))
+    """Normal numbers, drawn anew outside of -2 .. 2, as TensorFlow's."""
+    drawn = rng.standard_normal(shape)
+    while (beyond := np.abs(drawn) > 2).any():
+        drawn[beyond] = rng.standard_normal(beyond.sum())
+    return drawn
 
 
 def iou(a: Float[np.ndarray, "n 4"], b: Float[np.ndarray, "m 4"]) -> Float[np.ndarray, "n m"]:

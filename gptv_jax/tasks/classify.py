@@ -23,6 +23,7 @@ from gptv_jax.train.step import Metric
 class Classify(Task):
     """The class of the image."""
 
+    reads_pixels: ClassVar[bool] = False
     needs: ClassVar[tuple[str, ...]] = ("label",)
     primary: ClassVar[dict[str, int]] = step.CLASSIFICATION
     unreported: ClassVar[tuple[str, ...]] = ("class_nats",)

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Int, UInt8
 
 from gptv_jax import config as config_lib
 from gptv_jax.data.records import Record
+from gptv_jax.model import layout
 from gptv_jax.model.gpt import Network
 from gptv_jax.model.layout import Part
 from gptv_jax.tasks.network import network_of
@@ -27,6 +28,7 @@ class Task:
     Grain's workers, on NumPy arrays; `allowed`, the loss and the metric's step are compiled.
     """
 
+    reads_pixels: ClassVar[bool] = True  # the network may have a stem
     needs: ClassVar[tuple[str, ...]] = ()  # keys that every record must have, such as "label"
     # Numbers of the metric that rank checkpoints, by importance; 1: larger is better, -1: smaller.
     primary: ClassVar[dict[str, int]] = {"nats_per_token": -1}
@@ -58,8 +60,13 @@ class Task:
         return ()
 
     def network(self) -> Network:
-        """The network of the image and the parts that the task predicts after the image."""
-        return network_of(self.config)
+        """The network of the image, its stem where pixels are read, and the parts."""
+        settings, plain = self.config.task, network_of(self.config)
+        image = plain.layout.parts[0]
+        image = dataclasses.replace(image, predicted=image.vocabulary > 0)
+        arranged = layout.prefixed if settings.prefix else layout.causal
+        stem = settings.stem if self.pixels else ()
+        return dataclasses.replace(plain, layout=arranged(image, *self.parts()), stem=stem)
 
     def begin(self, network: Network, params: dict, batches: Batches) -> dict:
         """The weights that training begins with, from weights of which some are new."""
@@ -86,7 +93,10 @@ class Task:
         return None
 
     def loss(self, network: Network) -> Callable:
-        """`loss(params, frozen, batch, key, step) -> (number, metrics)`, see `train.step`."""
+        """`loss(params, frozen, batch, key, step) -> (number, metrics)`, see `train.step`.
+
+        The sum over the predicted parts of each part's weighted nats per position.
+        """
         return step.make_loss(network)
 
     def metric(self, network: Network, annotations: Records) -> Metric:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from gptv_jax import config as config_lib
-from gptv_jax import files, sharding, tokens
+from gptv_jax import files, sharding, tasks, tokens
 from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.config import fields
 from gptv_jax.config.data import PIXELS
@@ -21,6 +21,7 @@ from gptv_jax.errors import InputError, as_input_error, list_differences
 from gptv_jax.model.gpt import Network
 from gptv_jax.model.layout import of_images
 from gptv_jax.runs import record
+from gptv_jax.tasks.network import network_of
 from gptv_jax.tokens import Palette, TokenDefinition, Tokenizer, learned
 from gptv_jax.tokens import palette as palettes
 from gptv_jax.weights.strict_reader import StrictReader
@@ -29,6 +30,7 @@ FORMAT = 1
 HEADER = "gptv_jax"  # key of the file's metadata
 # Fields that a header holds; files of before the class names have none.
 FACTS = ("image_size", "starts", "classes", "class_names", "step", "best_layer")
+TASK_FACTS = ("object_names", "eval_transforms")  # of fine-tuned weights, beside the task
 # Names of the tensors of a token definition: the colours of a palette, the prefix of a tokenizer's.
 CENTERS, TOKENIZER = "palette.centers", "tokenizer."
 # Fields of config.model that decide what the weights mean. Users may choose the other fields
@@ -65,13 +67,34 @@ class WeightsFile:
     step: int | None = field(None, FROM_ZERO)  # training step of the weights, where known
     # The probe's best layer, where the probe has run.
     best_layer: int | None = field(None, FROM_ZERO)
+    # Of a network with parts after the image: the task that has the parts, the names of the classes
+    # of objects, and how the run's images became pixels of the network's size.
+    task: config_lib.Task | None = None
+    object_names: tuple[str, ...] = field(())
+    eval_transforms: tuple[str, ...] = field(())
 
     @property
-    def codec(self) -> tokens.Codec:
+    def codec(self) -> tokens.Codec | None:
         return tokens.make_codec(self.tokens, self.image_size, self.definition)
 
     @property
+    def learned_task(self) -> tasks.Task | None:
+        """The task of a network with parts after the image; None for other networks."""
+        if self.task is None:
+            return None
+        data = config_lib.Data(image_size=self.image_size, eval_transforms=self.eval_transforms)
+        config = config_lib.Config(data=data, tokens=self.tokens, model=self.model, task=self.task)
+        return tasks.make(config, self.class_names, self.object_names)
+
+    @property
+    def made_for(self) -> str:
+        """A clause that says what the weights are for."""
+        return f"this model was made for {self.task.name if self.task else 'images alone'}"
+
+    @property
     def network(self) -> Network:
+        if task := self.learned_task:
+            return dataclasses.replace(task.network(), starts=self.starts)
         codec = self.codec
         layout = of_images(codec.vocabulary, codec.grid, self.model.objective)
         return Network(self.model, layout, self.starts, self.classes)
@@ -90,14 +113,19 @@ class WeightsFile:
         if self.best_layer is not None and self.best_layer > self.model.layers:
             faults.append(f"best_layer {self.best_layer} is none of {self.model.layers} layers")
         count = self.classes or self.model.class_tokens
-        if self.class_names and len(self.class_names) != count:
+        if count and self.class_names and len(self.class_names) != count:
             faults.append(f"there are {len(self.class_names)} class names for {count} classes")
         if faults:
             raise InputError(f"the weights in {where} do not fit: {'; '.join(faults)}.")
         return self
 
     def headless(self) -> "WeightsFile":
-        """The weights without the class head."""
+        """The weights without the class head; InputError: they do not predict the image alone."""
+        if self.task:
+            raise InputError(
+                f"these weights are fine-tuned for config.task.name={self.task.name}, and do not "
+                "predict images any more; take the weights that the fine-tuning began with."
+            )
         params = {n: a for n, a in self.params.items() if not n.startswith("classifier.")}
         names = self.class_names if self.model.class_tokens else ()
         return dataclasses.replace(self, params=params, classes=0, class_names=names)
@@ -167,7 +195,15 @@ def make_header(weights_file: WeightsFile) -> dict:
         "palette": definition.provenance if isinstance(definition, Palette) else None,
         "tokenizer": definition.description() if isinstance(definition, Tokenizer) else None,
         **{name: getattr(weights_file, name) for name in FACTS},
+        **_of_task(weights_file),
     }
+
+
+def _of_task(weights_file: WeightsFile) -> dict:
+    if weights_file.task is None:
+        return {}
+    settings = {"task": fields.flatten(weights_file.task)}
+    return settings | {name: getattr(weights_file, name) for name in TASK_FACTS}
 
 
 def parse_header(metadata: dict[str, str], path: pathlib.Path) -> dict:
@@ -192,12 +228,15 @@ def from_header(
                 f"{where} has format {header['format']}; this version reads format {FORMAT}."
             )
         known = {each.name: each for each in dataclasses.fields(WeightsFile)}
-        header = {"class_names": []} | header
-        facts = {n: fields.checked(header[n], known[n], f"header.{n}") for n in FACTS}
+        header = {"class_names": [], **{name: [] for name in TASK_FACTS}} | header
+        facts = {n: fields.checked(header[n], known[n], f"header.{n}") for n in FACTS + TASK_FACTS}
         if isinstance(definition, Palette):
             definition = dataclasses.replace(definition, provenance=dict(header["palette"]))
         settings = {}
-        for name, cls in (("model", config_lib.Model), ("tokens", config_lib.Tokens)):
+        sections = {"model": config_lib.Model, "tokens": config_lib.Tokens, "task": config_lib.Task}
+        for name, cls in sections.items():
+            if header.get(name) is None:  # no task
+                continue
             # Fields that are newer than the file get their defaults.
             given = config_lib.recorded(cls, header[name], name)
             settings[name] = fields.from_dict(cls, given, name)
@@ -276,9 +315,14 @@ def read_run(folder: pathlib.Path, stage: str | None = None) -> tuple[WeightsFil
             f"{folder} has no finished stage {stage or 'with weights'}; finished stages with "
             f"weights: {', '.join(finished) or 'none'}."
         )
-    network = record.network_of(config, summary.get(f"{stage}/classes", 0))
-    names = files.read_json(folder / "config.json", {}).get("classes")  # or their number
-    named = isinstance(names, list) and (network.classes or config.model.class_tokens)
+    made = files.read_json(folder / "config.json", {})
+    names, network = made.get("classes"), network_of(config)  # the names, or their number
+    objects = tuple(made.get("objects", ()))
+    names = tuple(names) if isinstance(names, list) else ()
+    if stage == "finetune":
+        known = names or tuple(map(str, range(summary.get("finetune/classes", 0))))
+        network = tasks.make(config, known, objects).network()
+    several = network.several
     described = WeightsFile(
         model=config.model,
         tokens=config.tokens,
@@ -287,9 +331,12 @@ def read_run(folder: pathlib.Path, stage: str | None = None) -> tuple[WeightsFil
         definition=tokens.load_definition(config.tokens.kind, folder),
         starts=network.starts,
         classes=network.classes,
-        class_names=tuple(names) if named else (),
+        class_names=names if network.classes or config.model.class_tokens or several else (),
         step=summary[f"{stage}/steps"],
         best_layer=summary.get("probe/best_layer"),
+        task=config.task if several else None,
+        object_names=objects if several else (),
+        eval_transforms=config.data.eval_transforms if several else (),
     )
     place = record.checkpoint_folder(config, folder) / stage
     name = record.trained_part(config, stage)

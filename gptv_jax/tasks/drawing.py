@@ -1,0 +1,109 @@
+"""Pictures of detections: boxes on images, and curves of average precision."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from etils import epy
+from jaxtyping import UInt8
+from PIL import Image, ImageColor, ImageDraw, ImageFont
+
+from gptv_jax.data.records import Record
+from gptv_jax.tasks.average_precision import Scores
+from gptv_jax.tasks.boxes import Detections
+
+with epy.lazy_imports():  # heavy
+    from matplotlib import figure as figures
+    from matplotlib.backends import backend_agg
+
+SIDE = 320  # pixels, of the longer side of an image; smaller ones are enlarged by a whole factor
+GAP, FONT = 8, 13  # pixels
+SHOWN_SCORE = 0.3  # detections of a lower score are not drawn
+MOST_CLASSES = 25  # of the bars
+# Colours of classes, visible on dark and on light images.
+COLORS = (
+    *("#e6194b", "#3cb44b", "#4f7dff", "#f58231", "#c04df0", "#00b8b8", "#f032e6", "#a8a800"),
+    *("#c08040", "#ff7f7f", "#7fbf00", "#ffb000"),
+)
+
+
+def detections(
+    pairs: Sequence[tuple[Record, Detections]], names: Sequence[str]
+) -> UInt8[np.ndarray, "H W 3"]:
+    """Images with their annotated boxes and, to the right, with the detected ones; two a row."""
+    cells = []
+    for record, found in pairs:
+        likely = found.scores >= SHOWN_SCORE
+        texts = [f"{names[c]} {s:.2f}" for c, s in zip(found.labels, found.scores, strict=True)]
+        texts = [text for text, kept in zip(texts, likely, strict=True) if kept]
+        truth = [names[label] for label in record["box_labels"]]
+        left = draw(record["image"], record["boxes"], record["box_labels"], truth)
+        right = draw(record["image"], found.boxes[likely], found.labels[likely], texts)
+        cells += [left, right]
+    columns, head = min(4, len(cells)), FONT + 5
+    rows = [cells[at : at + columns] for at in range(0, len(cells), columns)]
+    widths = [max(row[c].width for row in rows if c < len(row)) + GAP for c in range(columns)]
+    heights = [max(cell.height for cell in row) + GAP for row in rows]
+    sheet = Image.new("RGB", (sum(widths), head + sum(heights)), "white")
+    canvas, font = ImageDraw.Draw(sheet), ImageFont.load_default(FONT)
+    for column in range(columns):
+        title = f"detected, score {SHOWN_SCORE:g} or more" if column % 2 else "annotated"
+        canvas.text((sum(widths[:column]), 1), title, fill="#606060", font=font)
+    for r, row in enumerate(rows):
+        for c, cell in enumerate(row):
+            sheet.paste(cell, (sum(widths[:c]), head + sum(heights[:r])))
+    return np.asarray(sheet)
+
+
+def draw(
+    image: UInt8[np.ndarray, "H W C"],
+    boxes: np.ndarray,
+    labels: np.ndarray,
+    texts: Sequence[str],
+) -> Image.Image:
+    """The image with boxes, each with a text, in the colours of their classes."""
+    picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).convert("RGB")
+    longer = max(picture.size)
+    scale = max(SIDE // longer, 1) if longer <= SIDE else SIDE / longer
+    size = [round(side * scale) for side in picture.size]
+    method = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
+    picture = picture.resize(size, method)
+    canvas, font = ImageDraw.Draw(picture), ImageFont.load_default(FONT)
+    placed = []
+    for (y0, x0, y1, x1), label, text in zip(boxes * scale, labels, texts, strict=True):
+        color = COLORS[label % len(COLORS)]
+        canvas.rectangle((x0, y0, max(x1 - 1, x0), max(y1 - 1, y0)), outline=color, width=2)
+        placed.append((x0, y0, y1, text, color))
+    for x0, y0, y1, text, color in placed:  # over all boxes
+        _, _, width, height = canvas.textbbox((0, 0), text, font=font)
+        y = y0 - height - 2 if y0 >= height + 2 else min(y1, size[1] - height - 2)
+        x = max(min(x0, size[0] - width - 4), 0)
+        canvas.rectangle((x, y, x + width + 3, y + height + 2), fill=color)
+        ink = "black" if ImageColor.getcolor(color, "L") > 130 else "white"
+        canvas.text((x + 2, y), text, fill=ink, font=font)
+    return picture
+
+
+def average_precision(scores: Scores, names: Sequence[str]) -> UInt8[np.ndarray, "H W 3"]:
+    """The curve of precision and recall, and bars of the AP of the most frequent classes."""
+    known = [(row["objects"], n, row) for n, row in zip(names, scores.by_class, strict=True)]
+    known = sorted(known, key=lambda each: -each[0])[:MOST_CLASSES]
+    height = max(3.3, 0.24 * len(known) + 1)
+    figure = figures.Figure((10, height), dpi=110, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot(np.linspace(0, 1, 101), scores.precision, color="#3d85c6")
+    left.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="recall")
+    left.set_title("precision at IoU .5, mean over classes", loc="left", fontsize=10)
+    left.grid(alpha=0.3)
+    places = np.arange(len(known))[::-1]
+    for offset, name, color in ((0.2, "ap50", "#9fc5e8"), (-0.2, "ap", "#3d85c6")):
+        values = [row[name] or 0 for *_, row in known]
+        title = {"ap": "AP", "ap50": "AP at IoU .5"}[name]
+        right.barh(places + offset, values, 0.4, color=color, label=title)
+    labels = [f"{name.replace('$', chr(92) + '$')} ({count})" for count, name, _ in known]
+    right.set_yticks(places, labels, fontsize=8)
+    right.set(xlim=(0, 1))
+    right.set_title("average precision by class (objects)", loc="left", fontsize=10)
+    right.legend(frameon=False, fontsize=8)
+    canvas = backend_agg.FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()

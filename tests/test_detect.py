@@ -1,0 +1,271 @@
+"""Detection: its grammar, its numbers from rows of a split, and its pictures."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import make_mesh, random_params
+from PIL import Image
+
+import gptv_jax
+from gptv_jax import config as config_lib
+from gptv_jax import sharding
+from gptv_jax.errors import InputError
+from gptv_jax.tasks import drawing
+from gptv_jax.tasks.boxes import Detections
+from gptv_jax.tasks.detect import Detect
+from gptv_jax.weights.native import WeightsFile
+
+NAMES = ("cup", "dog", "tree")
+SIZE = (48, 64)
+
+
+def task_of(**settings) -> Detect:
+    config = config_lib.Config()
+    fields = {"objects": 6, "bins": 256, **settings}
+    detect = dataclasses.replace(config.task.detect, **fields)
+    task = dataclasses.replace(config.task, name="detect", detect=detect)
+    data = dataclasses.replace(config.data, image_size=SIZE, name="digit_scenes")
+    model = dataclasses.replace(config.model, layers=1, width=16, heads=2)
+    tokens = dataclasses.replace(config.tokens, kind="none")
+    task = dataclasses.replace(task, image_input="pixels", stem=(8, 8, 8))
+    config = dataclasses.replace(config, task=task, data=data, model=model, tokens=tokens)
+    return Detect(config, object_names=NAMES)
+
+
+def scenes(count: int, seed: int = 0) -> list[dict]:
+    """Records of original images twice as large as the network's; every fourth has no object."""
+    rng, records = np.random.default_rng(seed), []
+    for number in range(count):
+        n = 0 if number % 4 == 3 else rng.integers(1, 5)
+        corner = rng.uniform((0, 0), (60, 80), (n, 2))
+        boxes = np.concatenate([corner, corner + rng.uniform(12, 32, (n, 2))], axis=1)
+        labels = rng.integers(3, size=n).astype(np.int32)
+        records.append({"boxes": boxes.astype(np.float32), "box_labels": labels})
+    return records
+
+
+def total_of(task: Detect, records: list[dict], flips=(False,)) -> dict[str, np.ndarray]:
+    """What the metric's step gives for perfect detections, in batches' order, with padding."""
+    rows, width = [], SIZE[1]
+    for flipped in flips:
+        for index, record in enumerate([*records, records[0]]):
+            boxes, view = record["boxes"] / 2, np.array([0, 0, 96, 128], np.float32)
+            if flipped:
+                boxes, view = boxes[:, [0, 3, 2, 1]], view[[0, 3, 2, 1]]
+                boxes = boxes * [1, -1, 1, -1] + np.float32([0, width, 0, width])
+            shown = {"boxes": boxes.astype(np.float32), "box_labels": record["box_labels"]}
+            targets = task.example(shown)["targets"]["boxes"]
+            row = {"drawn": targets, "targets": targets, "view": view, "nats": np.float32(2)}
+            row |= {"probabilities": np.ones(len(targets), np.float32), "index": np.int32(index)}
+            rows.append(row | {"mask": np.float32(index < len(records))})
+    total = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    return total | {"images": total["mask"].sum()}
+
+
+@pytest.mark.parametrize("noise", [True, False])
+def test_any_drawing_keeps_to_the_grammar(noise):
+    """Random tokens among the allowed ones are boxes that are no smaller than 0, and classes."""
+    task = task_of(bins=5, noise=noise)
+    length, ids = task.parts()[0].size, task.tokens
+
+    @jax.jit
+    def draw(key):
+        def step(position, tokens):
+            mask = task.allowed("boxes", position, tokens)
+            logits = jnp.where(jnp.broadcast_to(mask, (64, ids.vocabulary)), 0.0, -jnp.inf)
+            drawn = jax.random.categorical(jax.random.fold_in(key, position), logits)
+            return tokens.at[:, position].set(drawn.astype(jnp.int32))
+
+        # The tokens that are not drawn yet mean nothing.
+        return jax.lax.fori_loop(0, length, step, jnp.full((64, length), ids.noise, jnp.int32))
+
+    tokens = np.asarray(draw(jax.random.key(0))).reshape(64, -1, 5)
+    ended = (tokens[..., 0] == ids.noise).cumsum(axis=1) > 0
+    assert (tokens[ended] == ids.noise).all()
+    y0, x0, y1, x1, label = tokens[~ended].T
+    assert (y0 >= 0).all() and (y0 <= y1).all() and (y1 < 5).all()
+    assert (x0 >= 5).all() and (x0 <= x1).all() and (x1 < 10).all()
+    assert (label >= 10).all() and (label < 13).all() and len(np.unique(label)) == 3
+    assert (y0 == y1).any() and (y0 < y1).any()
+    assert ended.any() and not ended.all() if not noise else not ended.any()
+    assert task.allowed("image", 3, jnp.zeros((1, 4), jnp.int32)) is None
+
+
+def test_the_truth_as_tokens_scores_one_in_original_pixels():
+    task, records = task_of(bins=1000), scenes(40)
+    total = total_of(task, records)
+    metric = task.metric(task.network(), records.__getitem__)
+    numbers = metric.result(total)
+    assert numbers["ap"] > 0.999 and numbers["ap50"] == pytest.approx(1)
+    assert numbers["nats_per_token"] == 2 and numbers["calibration_error"] == 0
+    assert next(iter(metric.primary)) == "ap"
+    bounds = task.bounds(total, records.__getitem__)
+    assert bounds["ceiling"]["ap"] == numbers["ap"]
+    assert bounds["wrong_image"]["ap"] < 0.02 and "voted" not in bounds
+    blind = total | {"drawn": np.full_like(total["drawn"], task.tokens.noise)}
+    assert task.bounds(blind, records.__getitem__)["ceiling"] == bounds["ceiling"]
+    assert metric.result(blind)["ap"] == 0
+    coarse = task_of(bins=12)
+    total = total_of(coarse, records)
+    assert coarse.bounds(total, records.__getitem__)["ceiling"]["ap"] < 0.5
+
+
+def test_rows_of_damaged_images_do_not_count_and_the_order_of_batches_does_not_matter():
+    task, records = task_of(), scenes(12)
+    total, expected = total_of(task, records), None
+    for order in (np.arange(13), np.random.default_rng(0).permutation(13)):
+        mixed = {n: x[order] if np.ndim(x) else x for n, x in total.items()}
+        numbers = task.metric(task.network(), records.__getitem__).result(mixed)
+        assert expected in (None, numbers)
+        expected = numbers
+        assert list(task.by_image(mixed)) == list(range(12))
+    total["mask"][5] = 0
+    assert 5 not in task.by_image(total) and len(task.by_image(total)) == 11
+
+
+def batch_of(task: Detect, records: list[dict], seed: int = 0) -> dict:
+    """A batch of training, with noise for pixels, that evaluation can read as well."""
+    rng = np.random.default_rng(seed)
+    half = [{"boxes": r["boxes"] / 2, "box_labels": r["box_labels"]} for r in records]
+    examples = [task.example(record, rng) for record in half]
+    rows = jax.tree.map(lambda *each: np.stack(each), *examples)
+    return rows | {
+        "image": rng.integers(256, size=(len(records), *SIZE, 1), dtype=np.uint8),
+        "view": np.tile(np.float32([0, 0, 96, 128]), (len(records), 1)),
+        "index": np.arange(len(records), dtype=np.int32),
+        "mask": np.ones(len(records), np.float32),
+    }
+
+
+def test_noise_coordinates_have_no_gradient_and_others_have():
+    task = task_of(bins=32, soft=0.7)
+    network, records = task.network(), scenes(8)
+    batch = batch_of(task, records)
+    targets = batch["targets"]["boxes"].reshape(8, -1, 5)
+    noise, moved = targets[..., 4] == task.tokens.noise, {}
+    for name, chosen in (("noise", noise), ("real", ~noise)):
+        other = targets.copy()
+        other[..., 0][chosen] = (other[..., 0][chosen] + 7) % 32
+        moved[name] = batch | {"targets": {"boxes": other.reshape(8, -1)}}
+        assert (other != targets).any()
+    classes = np.where(targets == 64, 65, targets).reshape(8, -1)
+    moved["class"] = batch | {"targets": {"boxes": classes}}
+    loss = task.loss(network)
+    with jax.set_mesh(make_mesh((1, 1, 1))):
+        params = random_params(network)
+        gradient = jax.jit(jax.grad(lambda p, b: loss(p, None, b, None)[0]))
+        expected = gradient(params, sharding.global_batch(batch))
+        same = {
+            name: jax.tree.all(
+                jax.tree.map(
+                    jnp.array_equal, expected, gradient(params, sharding.global_batch(other))
+                )
+            )
+            for name, other in moved.items()
+        }
+    assert same == {"noise": True, "real": False, "class": False}
+
+
+def test_every_mesh_finds_the_same_objects():
+    """The most likely tokens, since drawn ones would depend on the rounding of logits."""
+    task, records = task_of(bins=16, top_p=0.0), scenes(8)
+    network, batch, found = task.network(), batch_of(task, records), []
+    for shape in ((1, 1, 1), (4, 1, 2)):
+        with jax.set_mesh(make_mesh(shape)):
+            metric = task.metric(network, records.__getitem__)
+            sums = metric.sums(random_params(network), iter([batch, batch]))
+            found.append(sums)
+            assert metric.result(sums)["ap"] >= 0
+    one, two = found
+    assert one["images"] == 16 and one["drawn"].shape == (16, 30)
+    for name in ("drawn", "targets", "index", "mask", "view"):
+        np.testing.assert_array_equal(one[name], two[name])
+    for name in ("probabilities", "nats"):
+        np.testing.assert_allclose(one[name], two[name], rtol=1e-4)
+    rows = one["drawn"].reshape(16, -1, 5)
+    assert (rows[..., :2] <= rows[..., 2:4]).all() and (rows[..., 4] < task.tokens.noise).all()
+
+
+def test_objects_are_found_in_images_of_any_size_in_their_own_pixels(tmp_path):
+    task = task_of(bins=16, top_p=0.0, most=4)
+    config = task.config
+    parts = (config.model, config.tokens, config.data.image_size)
+    described = WeightsFile(*parts, {}, task=config.task, object_names=NAMES)
+    mesh = make_mesh((1, 1, 1))
+    with jax.set_mesh(mesh):
+        model = gptv_jax.Model(described, random_params(task.network()), mesh)
+    model.save(tmp_path / "detector.safetensors")
+    model = gptv_jax.load(tmp_path / "detector.safetensors")
+    assert model.objects == NAMES
+    plain = np.full((*SIZE, 3), 90, np.uint8)
+    large, grey = np.full((96, 192, 3), 90, np.uint8), Image.new("L", (64, 48), 90)
+    found = model.detect([plain, large, grey])
+    assert [type(each) for each in found] == [Detections] * 3
+    for each in found:
+        assert len(each.boxes) == 4 and (np.diff(each.scores) <= 0).all()
+        assert each.boxes.dtype == each.scores.dtype == np.float32
+        np.testing.assert_array_equal(each.labels, found[0].labels)
+    np.testing.assert_allclose(found[1].boxes, found[0].boxes * [2, 3, 2, 3], rtol=1e-5)
+    np.testing.assert_allclose(found[2].boxes, found[0].boxes, rtol=1e-5)
+    middle = float(found[0].scores[1])
+    (likely,) = model.detect(plain[None], threshold=middle)
+    np.testing.assert_array_equal(likely.scores, found[0].scores[:2])
+    (voted,) = model.detect([plain], votes=["flip_vertical(1.0)", "flip(1.0)"])
+    assert len(voted.boxes) == 4 and voted.boxes.min() >= 0 and voted.scores[0] <= 1
+    for wrong, words in ((plain[..., :2], "uint8"), (plain / 255, "float64")):
+        with pytest.raises(InputError, match=words):
+            model.detect([wrong])
+    with pytest.raises(InputError, match="random"):
+        model.detect([plain], votes=["flip(0.5)"])
+
+
+def test_views_vote_in_the_original_image():
+    task, records = task_of(votes=("flip(1.0)",)), scenes(12)
+    assert task.views() == ((), ("flip(1.0)",))
+    total = total_of(task, records, flips=(False, True))
+    assert task.by_image(total)[0] == [0, 13]
+    voted = task.bounds(total, records.__getitem__)["voted"]
+    assert voted["ap"] > 0.97
+    total["view"][13:] = total["view"][0]  # as if the second view were not mirrored
+    assert task.bounds(total, records.__getitem__)["voted"]["ap"] == pytest.approx(0.7, abs=0.15)
+    assert task.metric(task.network(), records.__getitem__).result(total)["ap"] > 0.97
+
+
+def test_crowds_are_no_targets():
+    record = scenes(1)[0] | {"crowd": np.array([True])}
+    record = {name: array[:1] for name, array in record.items()}
+    task = task_of()
+    assert (task.example(record)["targets"]["boxes"][4::5] == task.tokens.noise).all()
+
+
+def test_at_most_so_many_detections_count():
+    task, records = task_of(most=1), scenes(8)
+    total = total_of(task, records)
+    numbers = task.metric(task.network(), records.__getitem__).result(total)
+    assert numbers["ar100"] == numbers["ar1"] < 0.9
+
+
+def test_a_split_without_an_object_is_refused():
+    task, records = task_of(), [scenes(4)[3]] * 2
+    with pytest.raises(InputError, match="no image of a split has an object"):
+        task.metric(task.network(), records.__getitem__).result(total_of(task, records))
+
+
+def test_boxes_are_drawn_where_the_objects_are_and_small_images_are_enlarged():
+    box = np.array([[10, 20, 30, 50]], np.float32)
+    image = np.zeros((40, 60, 1), np.uint8)
+    record = {"image": image, "boxes": box, "box_labels": np.array([1])}
+    nothing = Detections(box[:0], np.zeros(0, np.int32), np.zeros(0, np.float32))
+    likely = Detections(box, np.array([1], np.int32), np.array([0.9], np.float32))
+    empty = drawing.draw(image, box[:0], nothing.labels, [])
+    assert empty.size == (300, 200) and np.asarray(empty).max() == 0
+    drawn = np.asarray(drawing.draw(image, box, likely.labels, ["dog"])).any(axis=-1)
+    assert drawn[100, 100] and drawn[149, 249] and not drawn[80:145, 110:240][25:].any()
+    sheet = drawing.detections([(record, likely), (record, nothing)], NAMES)
+    assert sheet.shape == (18 + 208, 4 * 308, 3)
+    unlikely = likely._replace(scores=np.array([0.1], np.float32))
+    hidden = drawing.detections([(record, unlikely)], NAMES)
+    assert hidden[18:218, 308:608].max() == 0
