@@ -190,7 +190,9 @@ def draw_tokens(
         take = functools.partial(step, *parts)
         # At the end of a part the logits change their vocabulary, which a loop's carry cannot.
         crosses = parts[0] != parts[1]
-        carry = take(start, carry) if crosses else jax.lax.fori_loop(start, end, take, carry)
+        carry = (
+            take(jnp.int32(start), carry) if crosses else jax.lax.fori_loop(start, end, take, carry)
+        )
     tokens, probabilities, logits, _ = carry
     return draw(network.layout.part_at(last), last, tokens, probabilities, logits)
 

@@ -193,10 +193,11 @@ class Inputs(nnx.Module):
             return None
         # Row and column of place -1, one before the first, and of every position.
         before = -1, layout.parts[0].shape[-1] - 1
-        known = jnp.array(np.concatenate([[before], layout.coordinates()]), jnp.float32)
+        known = jnp.array(np.concatenate([[before], layout.coordinates()]), jnp.int32)
 
         def phases(places):
-            axes = known.at[places + 1].get(mode="clip")  # a prompt's padding is not seen
+            # A prompt's padding has no place, and is not seen.
+            axes = known.at[places + 1].get(mode="clip").astype(jnp.float32)
             return layers.phases(axes, config.width // config.heads)
 
         if order is not None:
