@@ -71,30 +71,33 @@ def full_logits(network, params, tokens, pixels):
 
 
 def likely(network, sequences, logits):
-    """Probability of every token after the image among the allowed ones, by the full pass."""
+    """For every position after the image: probabilities of all tokens and of the allowed ones.
+
+    They are of the full pass; the position's tokens come third.
+    """
     found = []
     for part in (OBJECTS, TITLE):
         tokens = sequences[:, network.layout.slices[part.name]]
         for position in range(part.size):
             mask = Grammar()(part.name, position, jnp.array(tokens))
             at = logits[part.name][:, position]
-            at = at if mask is None else np.where(mask, at, -np.inf)
-            chances = jax.nn.softmax(at.astype(np.float64), axis=-1)
-            found.append((np.asarray(chances), tokens[:, position]))
+            possible = at if mask is None else np.where(mask, at, -np.inf)
+            both = (jax.nn.softmax(x.astype(np.float64), axis=-1) for x in (at, possible))
+            found.append((*map(np.asarray, both), tokens[:, position]))
     return found
 
 
 @pytest.mark.parametrize(("layout", "rotary"), [(prefixed, False), (causal, True)])
 def test_every_part_is_decoded_as_the_full_pass_reads_it(layout, rotary):
     network, (sequences, probabilities), logits, _ = drawn(layout, rotary, FREE)
-    for position, (chances, tokens) in enumerate(likely(network, sequences, logits), start=6):
+    for position, (chances, _, tokens) in enumerate(likely(network, sequences, logits), start=6):
         expected = chances[np.arange(len(tokens)), tokens]
         np.testing.assert_allclose(probabilities[:, position], expected, rtol=2e-4, atol=1e-6)
 
 
 def test_greedy_answers_are_the_most_likely_allowed_tokens():
     network, (sequences, _), logits, _ = drawn(prefixed, False, GREEDY)
-    for chances, tokens in likely(network, sequences, logits):
+    for _, chances, tokens in likely(network, sequences, logits):
         chosen = chances[np.arange(len(tokens)), tokens]
         np.testing.assert_allclose(chosen, chances.max(axis=1), rtol=1e-4)
 
