@@ -216,6 +216,37 @@ def test_splitting_the_sequence_changes_no_number_and_gathers_keys_and_values_al
     assert not any(name in text for name in ("all-reduce(", "all-to-all", "permute("))
 
 
+def emulate_tpu(monkeypatch):
+    emulated = functools.partial(attention.splash.make_splash_mha, interpret=True)
+    monkeypatch.setattr(attention.splash, "make_splash_mha", emulated)
+    monkeypatch.setattr(sharding, "platform", lambda: "tpu")
+
+
+@pytest.mark.usefixtures("one_device")
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("kind", ["plain", "blocked", "splash"])
+def test_a_position_reaches_the_positions_that_see_the_position_and_no_others(
+    kind, mask, monkeypatch
+):
+    if kind == "splash":
+        emulate_tpu(monkeypatch)
+    length = 128 if kind == "splash" else 11
+    by_kind = {"blocked": functools.partial(blocked, mask=mask)}
+    q, k, v, direction = draw(4, (1, length, 1, 64), WHOLE)
+    run = jax.jit(lambda k, v: jax.vjp(by_kind.get(kind, FORMS[mask]), q, k, v))
+    visible, (base, _) = np.array(MASKS[mask](length)), run(k, v)
+    of = jax.jit(lambda direction: jax.vjp(by_kind.get(kind, FORMS[mask]), q, k, v)[1](direction))
+    for s in {0, 1, 3, length // 2, length // 2 + 1, length - 1}:
+        moved = np.abs(run(k.at[:, s].add(1), v.at[:, s].add(1))[0] - base).max(axis=(0, 2, 3))
+        assert (moved[visible <= s] == 0).all() and (moved[visible > s] > 1e-7).all()
+        alone = jnp.zeros_like(direction).at[:, s].set(direction[:, s])
+        for gradient in of(alone)[1:]:
+            size = np.abs(gradient).max(axis=(0, 2, 3))
+            assert (size[visible[s] :] == 0).all()
+            # A single key has all the weight, whatever the key is.
+            assert (size[: visible[s]] > 0).all() or visible[s] == 1
+
+
 # The kernels for a TPU: emulated here for their numbers, compiled for the real one in earnest.
 
 
@@ -227,9 +258,7 @@ def test_splash_attention_and_its_gradients_are_those_of_the_plain_form(shape, m
         inputs = draw(4, whole)
         monkeypatch.setattr(attention, "LONG", np.inf)
         wanted = output_and_gradients(FORMS[mask], *inputs)
-        emulated = functools.partial(attention.splash.make_splash_mha, interpret=True)
-        monkeypatch.setattr(attention.splash, "make_splash_mha", emulated)
-        monkeypatch.setattr(sharding, "platform", lambda: "tpu")
+        emulate_tpu(monkeypatch)
         found = output_and_gradients(FORMS[mask], *inputs)
     for f, w in zip(found, wanted, strict=True):
         np.testing.assert_allclose(f, w, rtol=0, atol=1e-5)

@@ -84,7 +84,8 @@ def check_lookups(function, *arguments) -> int:
 
 def network(starts: int = 1, classes: int = 0, **changes) -> Network:
     config = config_lib.Model(layers=1, width=16, heads=2, scan_layers=False, **changes)
-    return Network(config, of_images(CODEC.vocabulary, CODEC.grid), starts, classes)
+    layout = of_images(CODEC.vocabulary, CODEC.grid, config.objective)
+    return Network(config, layout, starts, classes)
 
 
 def train_batch(*transforms: str) -> dict:

@@ -241,6 +241,7 @@ def test_without_a_task_boxes_are_left_out_and_change_no_pixel(config):
     for found, wanted in zip(itertools.islice(data.train(9), 3), train(config, 3), strict=True):
         assert found.keys() == {"tokens", "variant"}
         np.testing.assert_array_equal(found["tokens"], wanted["tokens"])
+    next(data.train(9, 0, ("random_augment()",)))  # no box hinders
     alone = next(pipeline.Pipeline(config, None, seed=1).train(9))
     assert alone.keys() == {"image", "variant"}
 
@@ -255,7 +256,9 @@ def test_views_of_a_test_image_agree_in_the_original(config):
             boxes = batch["targets"]["boxes"].reshape(4, 6, 4).astype(np.float32)
             rows += zip(batch["index"], batch["mask"], boxes, batch["view"], strict=True)
         assert [index for index, mask, *_ in rows if mask] == list(range(10))
+        shown = {0: [0, 0, 40, 56], 1: [0, 56, 40, 0], 2: [5, 3, 35, 53]}[len(extra)]
         for index, _, boxes, view in rows[:10]:
+            np.testing.assert_array_equal(view, shown)
             boxes = boxes[boxes[:, 0] >= 0]
             known = truth.annotations(int(index))
             assert "image" not in known

@@ -101,8 +101,8 @@ PARTS_SHARDS = {
     "parts.objects.head": (19, 16),
     "parts.objects.place": (32,),
     "stem.from_stem": (8, 16),
-    "stem.layers.0.convolution.conv": (3, 3, 3, 4),
-    "stem.layers.1.convolution.conv": (3, 3, 8, 4),
+    "stem.layers.0.convolution.stem_conv": (3, 3, 3, 4),
+    "stem.layers.1.convolution.stem_conv": (3, 3, 8, 4),
     **{f"stem.layers.{i}.{name}": shape for i in range(2) for name, shape in STEM.items()},
 }
 # Patches of 2 x 2 pixels in RGB, widths 8 and 16, codes of 4 numbers.

@@ -169,11 +169,7 @@ class Model:
         votes = task.settings.votes if votes is None else votes
         with jax.set_mesh(self.mesh):
             found = detection.detect(task, self.network, self.params, self.codec, images, votes)
-        kept = [each.scores >= threshold for each in found]
-        return [
-            Detections(*(array[mask] for array in each))
-            for each, mask in zip(found, kept, strict=True)
-        ]
+        return [Detections(*(x[each.scores >= threshold] for x in each)) for each in found]
 
     @arguments_by_name
     def sample(

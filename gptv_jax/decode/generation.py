@@ -142,7 +142,7 @@ def draw_tokens(
     `logits` and `prompt` are returned by `prefill`. `scales` is the guidance scale of each
     position, None without guidance; `restriction` has one number, or one for each position.
     `allowed` is a task's grammar, see `answers.answer`. With `scored`, every drawn token's
-    probability among the allowed tokens is returned too, before `restriction`; 1 in the prefix.
+    probability is returned too, before `allowed` and `restriction`; 1 in the prefix.
     """
     model, blocks = decoding_weights(network, params)
     tokens, last = _repeat_rows(given, samples), given.shape[1] - 1
@@ -151,12 +151,13 @@ def draw_tokens(
     def draw(part, position, tokens, probabilities, logits):
         if scales is not None:
             logits = guide(logits, scales[position], samples)
+        possible = logits
         if allowed is not None:
             places = network.layout.slices[part.name]
             mask = allowed(part.name, position - places.start, tokens[:, places])
-            logits = logits if mask is None else jnp.where(mask, logits, -jnp.inf)
+            possible = logits if mask is None else jnp.where(mask, logits, -jnp.inf)
         settings = (each if jnp.ndim(each) == 0 else each[position] for each in restriction)
-        drawn = jax.random.categorical(token_key(key, position), restrict(logits, *settings))
+        drawn = jax.random.categorical(token_key(key, position), restrict(possible, *settings))
         known = jax.lax.dynamic_slice_in_dim(tokens, position, 1, axis=1)
         # JAX 0.12 loses the sharding of a dimension of size 1, here that of a single row.
         known = jax.sharding.reshard(known, sharding.BATCH_FIRST)
@@ -189,7 +190,9 @@ def draw_tokens(
         take = functools.partial(step, *parts)
         # At the end of a part the logits change their vocabulary, which a loop's carry cannot.
         crosses = parts[0] != parts[1]
-        carry = take(start, carry) if crosses else jax.lax.fori_loop(start, end, take, carry)
+        carry = (
+            take(jnp.int32(start), carry) if crosses else jax.lax.fori_loop(start, end, take, carry)
+        )
     tokens, probabilities, logits, _ = carry
     return draw(network.layout.part_at(last), last, tokens, probabilities, logits)
 

@@ -27,7 +27,7 @@ class Inputs(nnx.Module):
         self.network = network
         if V:
             self.token_embedding = layers.normal(rngs, "token_embedding", (V, D), 0.02)
-        if config.objective == "autoregressive":
+        if network.layout.shift:
             self.start = layers.normal(rngs, "start", (network.starts, D), 0.02)
         if config.learned_positions:  # with target_positions, one row more for the start vector
             places = rows * columns + config.target_positions
@@ -193,10 +193,11 @@ class Inputs(nnx.Module):
             return None
         # Row and column of place -1, one before the first, and of every position.
         before = -1, layout.parts[0].shape[-1] - 1
-        known = jnp.array(np.concatenate([[before], layout.coordinates()]), jnp.float32)
+        known = jnp.array(np.concatenate([[before], layout.coordinates()]), jnp.int32)
 
         def phases(places):
-            axes = known.at[places + 1].get(mode="clip")  # a prompt's padding is not seen
+            # A prompt's padding has no place, and is not seen.
+            axes = known.at[places + 1].get(mode="clip").astype(jnp.float32)
             return layers.phases(axes, config.width // config.heads)
 
         if order is not None:

@@ -49,7 +49,7 @@ class PartWeights(nnx.Module):
         return self.place[...].astype(dtype)[None] * jnp.array(features, dtype)
 
 
-def coordinates(bins: int, width: int) -> Float[np.ndarray, "places D"]:
+def coordinates(bins: int, width: int) -> Float[np.ndarray, "N D"]:
     """Features of heights, in the first half of the channels, and of widths, in the second.
 
     Bin k lies at k / (bins - 1) from edge to edge.

@@ -11,14 +11,14 @@ from gptv_jax.model.autoencoder import Conv
 
 CHANNELS = 3  # of the first convolution's input; grey images have three equal ones
 # Initial size of the inputs without tokens: as large as what the first layers add to them.
-SCALE = 1.0
+SCALE = 0.7
 
 
 class Halving(nnx.Module):
     """relu(norm(conv3x3)) with stride 2; neighbouring windows overlap."""
 
     def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs):
-        self.convolution = Conv("conv", 3, inputs, outputs, rngs=rngs, gain=2**0.5, stride=2)
+        self.convolution = Conv("stem_conv", 3, inputs, outputs, rngs=rngs, gain=2**0.5, stride=2)
         self.gain = layers.constant("gain", (outputs,), 1.0)
 
     def __call__(self, x: Float[Array, "B H W N"]) -> Float[Array, "B h w M"]:

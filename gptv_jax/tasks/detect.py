@@ -27,6 +27,7 @@ from gptv_jax.train.step import Metric
 
 NAME = "boxes"  # of the part
 SHOWN = 8  # test images of the picture
+BOUNDED = ("ap", "ap50", "ap75")  # numbers with a floor and a ceiling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +146,10 @@ class Detect(Task):
         }
         if self.settings.votes:
             found["voted"] = lambda rows: self._voted(total, rows)
-        return {name: self._score(views, known, find) for name, find in found.items()}
+        scores = {name: self._score(views, known, find) for name, find in found.items()}
+        for name in ("ceiling", "wrong_image"):
+            scores[name] = {number: scores[name][number] for number in BOUNDED}
+        return scores
 
     def files(self, total: dict, annotations: Records) -> dict[str, object]:
         """The detections in COCO's form, with the data's own numbers; and the AP of each class."""

@@ -171,7 +171,8 @@ class Progress:
         """
         numbers = dict(evaluations[-1])
         step, watched = numbers.pop("step"), watched or next(iter(ranking(numbers)), None)
-        words = {name: format_number(name, value) for name, value in numbers.items()}
+        known = {name: value for name, value in numbers.items() if value is not None}
+        words = {name: format_number(name, value) for name, value in known.items()}
         if watched and best is not None:
             value, newest = format_number(watched, best[watched]), best["step"] == step
             self._validation = f"  val {words[watched]}  best {value}"

@@ -61,7 +61,7 @@ def nats_per_part(
     final, found = jax.sharding.reshard(output.final, sharding.BATCH_FIRST), {}
     for part in (part for part in layout.parts if part.predicted):
         where = layout.slices[part.name]
-        nats = part_nats(model, part, final[:, where], targets[:, where], soft.get(part.name, 0))
+        nats = part_nats(model, part, final[:, where], targets[:, where], soft.get(part.name, 0.0))
         weights = batch.get("weights", {}).get(part.name)
         found[part.name] = (nats if weights is None else nats * weights).mean(axis=1)
     return found
