@@ -129,8 +129,8 @@ def _stacked(given: Sequence, shape: tuple[int, int, int]) -> Sequence | np.ndar
 
 
 def sequences(given, network: Network) -> Int[np.ndarray, "B T"]:
-    """One whole sequence of the network's tokens or more."""
-    given, length = np.asarray(given), network.length
+    """The tokens of one image or more."""
+    given, length = np.asarray(given), network.layout.parts[0].size
     right = given.shape[1:] == (length,) and given.dtype.kind in "iu"
     given = _checked(given, right, "tokens are", f"whole numbers [B, {length}]")
     return _below(given, network.vocabulary, "tokens")

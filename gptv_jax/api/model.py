@@ -211,7 +211,7 @@ class Model:
         samples = validation.whole(samples, "samples", least=1)
         key, tokens = Section.COMPLETIONS.key(validation.seed(seed)), self.tokenize(images)
         sampler, labels = self._sampler(len(tokens), labels, drawing)
-        known = np.arange(self.network.length) < kept_tokens(self.network, keep)
+        known = np.arange(sampler.network.length) < kept_tokens(sampler.network, keep)
         if mask is not None:
             known = validation.mask(mask, len(tokens), self.codec)
         given = np.where(known, tokens, generation.UNKNOWN)

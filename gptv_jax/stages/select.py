@@ -61,7 +61,7 @@ def _impossible(config: config_lib.Config, held: Collection[str]) -> dict[str, s
     task = config.task
     if not tasks.kind(task.name).reads_pixels and (task.image_input == "pixels" or kind == "none"):
         advice = "config.task.image_input=tokens and config.tokens.kind=grey, palette or learned"
-        refused["finetune"] = f"config.task.name={task.name} reads tokens alone; take {advice}"
+        refused["finetune"] = f"the task {task.name} reads tokens alone; take {advice}"
     if lacking := _lacking(config.task.name, held):
         able = [f"config.task.name={name}" for name in tasks.TASKS if not _lacking(name, held)]
         advice = f"{' or '.join(able) or 'pretrain and sample'}"
