@@ -4,6 +4,7 @@ python -m gptv_jax.plan --config=configs/imagenet.py:l --topology=v5e:16x16 --co
 python -m gptv_jax.plan --config=configs/digits.py --topology=cpu:8 --search
 """
 
+import functools
 import json
 
 import jax
@@ -12,12 +13,15 @@ from absl import flags
 from gptv_jax import command, config
 from gptv_jax.errors import InputError
 from gptv_jax.planning import plan, search, table, topology
-from gptv_jax.planning.training import Training
+from gptv_jax.planning.training import Make
 from gptv_jax.stages import STAGES
 
 PLANNED = [name for name, stage in STAGES.items() if stage.planning]
 TOPOLOGY = flags.DEFINE_string("topology", None, f"Devices: {topology.FORMS}.")
 STAGE = flags.DEFINE_enum("stage", "pretrain", PLANNED, "The stage that is planned.")
+CLASSES = flags.DEFINE_integer(
+    "classes", None, "finetune: classes of the task; default: those of the data.", lower_bound=0
+)
 SLICES = flags.DEFINE_integer("num_slices", 1, "TPU slices, or GPU nodes.", lower_bound=1)
 SEARCH = flags.DEFINE_bool("search", False, "Tries meshes, remat and microbatches, and ranks them.")
 JSON = flags.DEFINE_bool("json", False, "Prints the numbers as JSON, and nothing else.")
@@ -30,7 +34,12 @@ def main(settings: config.Config) -> None:
     if devices.platform == "cpu":  # simulated; JAX has not been used before
         jax.config.update("jax_num_cpu_devices", devices.count)
     STAGES[STAGE.value].check(settings)
-    planned = settings, devices, STAGES[STAGE.value].plan
+    kind = STAGES[STAGE.value].plan
+    if CLASSES.value is not None:
+        if STAGE.value != "finetune":
+            raise InputError(f"--classes is for --stage=finetune, and --stage is {STAGE.value}.")
+        kind = functools.partial(kind, names=CLASSES.value)
+    planned = settings, devices, kind
     plans = search.search(*planned) if SEARCH.value else [_make(*planned)]
     best, smallest = plans[0], search.smallest(*planned)
     if JSON.value:
@@ -46,7 +55,7 @@ def main(settings: config.Config) -> None:
         raise SystemExit(1)
 
 
-def _make(settings: config.Config, devices: topology.Topology, kind: type[Training]) -> plan.Plan:
+def _make(settings: config.Config, devices: topology.Topology, kind: Make) -> plan.Plan:
     """The plan on the mesh of the config.
 
     Raises:
@@ -57,7 +66,7 @@ def _make(settings: config.Config, devices: topology.Topology, kind: type[Traini
         found = plan.make(settings, devices, kind, compiling=False)
     except InputError as error:
         for each in search.choices(settings, devices, kind):
-            if each.training.config.train.microbatches == settings.train.microbatches:
+            if each.training.train.microbatches == kind(settings).train.microbatches:
                 mesh = " ".join(f"--config.mesh.{axis}={n}" for axis, n in each.sizes.items())
                 example = f"For example, take {mesh}; --search ranks all."
                 raise InputError(f"{error} {example}") from error

@@ -176,6 +176,15 @@ def check(config: config_lib.Config, mesh: Mesh | AbstractMesh, sections: Sequen
             )
 
 
+def check_length(length: int, mesh: Mesh | AbstractMesh) -> None:
+    """Raises InputError where the mesh does not divide the positions of a task's sequence."""
+    if length % (sequence := mesh.shape["sequence"]):
+        raise InputError(
+            f"the task's sequence has {length} positions, which {sequence} (config.mesh.sequence) "
+            "does not divide; take config.mesh.sequence=1, or another number of objects."
+        )
+
+
 def platform() -> str:
     """The platform of the mesh in force, whose devices this process need not have."""
     device = jax.sharding.get_abstract_mesh().abstract_device

@@ -12,7 +12,7 @@ from gptv_jax import sharding
 from gptv_jax.errors import InputError
 from gptv_jax.model import flops
 from gptv_jax.planning import plan, search, table, topology
-from gptv_jax.planning.training import TokenizerTraining
+from gptv_jax.planning.tokenizing import TokenizerTraining
 from gptv_jax.train import autoencoding, optimizer
 
 GPU = topology.parse("gpu:4xh100")

@@ -12,7 +12,7 @@ from gptv_jax.planning import compiled
 from gptv_jax.planning.hlo import Collective
 from gptv_jax.planning.memory import Memory
 from gptv_jax.planning.topology import Topology
-from gptv_jax.planning.training import Call, Pretraining, Training
+from gptv_jax.planning.training import Call, Make, Pretraining, Training
 
 DAY = 86_400  # seconds
 
@@ -140,7 +140,11 @@ class Plan:
         if not self.training.tunable:
             return mesh
         remat, parts = self.training.config.model.remat, self.training.train.microbatches
-        return [*mesh, f"--config.model.remat={remat}", f"--config.train.microbatches={parts}"]
+        return [
+            *mesh,
+            f"--config.model.remat={remat}",
+            f"--config.{self.training.section}.microbatches={parts}",
+        ]
 
     def numbers(self) -> dict:
         """The plan as JSON: bytes of one device, seconds, FLOPs of all devices together."""
@@ -183,7 +187,7 @@ class Plan:
 def make(
     config: config_lib.Config,
     topology: Topology,
-    kind: type[Training] = Pretraining,
+    kind: Make = Pretraining,
     *,
     compiling: bool = True,
 ) -> Plan:
@@ -197,6 +201,8 @@ def make(
     training, lengths = kind(config), sharding.axis_sizes(config.mesh, topology.count)
     mesh = topology.abstract_mesh(lengths)
     sharding.check(config, mesh, training.sections)
+    if training.unit == "token":
+        sharding.check_length(training.units, mesh)
     sharding.over_slices(lengths, topology.slices)
     sizes, program, line = dict(mesh.shape), None, None
     # By arithmetic, slices follow one another along the first axes.

@@ -10,7 +10,7 @@ from gptv_jax.model.layers import REMAT
 from gptv_jax.planning import plan
 from gptv_jax.planning.plan import Plan
 from gptv_jax.planning.topology import Topology
-from gptv_jax.planning.training import Pretraining, Training
+from gptv_jax.planning.training import Make, Pretraining, Training
 
 TENSOR = 16  # the largest axis "tensor"; beyond, every layer waits for its sums
 LONG = 2048  # tokens from which splitting a sequence is tried
@@ -22,7 +22,7 @@ SHOWN = 10  # choices in the table
 def search(
     config: config_lib.Config,
     topology: Topology,
-    kind: type[Training] = Pretraining,
+    kind: Make = Pretraining,
     wanted: int = CONFIRMED,
 ) -> list[Plan]:
     """Plans for the choices of mesh, rematerialisation and microbatches, the best first.
@@ -48,7 +48,9 @@ def search(
 
 
 def choices(
-    config: config_lib.Config, topology: Topology, kind: type[Training] = Pretraining
+    config: config_lib.Config,
+    topology: Topology,
+    kind: Make = Pretraining,
 ) -> Iterator[Plan]:
     """Plans, by arithmetic, with every mesh, rematerialisation and number of microbatches to try.
 
@@ -72,16 +74,17 @@ def _on_mesh(training: Training, topology: Topology, mesh: config_lib.Mesh) -> I
         policies = ["none", *REMAT]
     for microbatches, policy in itertools.product(_powers(rows), policies):
         model = dataclasses.replace(config.model, remat=policy)
-        train = dataclasses.replace(config.train, microbatches=microbatches)
-        choice = dataclasses.replace(config, mesh=mesh, model=model, train=train)
+        choice = training.with_train(config, microbatches, mesh=mesh, model=model)
         try:
-            yield plan.make(choice, topology, type(training), compiling=False)
+            yield plan.make(choice.config, topology, choice.of, compiling=False)
         except InputError:  # the mesh does not divide the batch or the network
             continue
 
 
 def smallest(
-    config: config_lib.Config, topology: Topology, kind: type[Training] = Pretraining
+    config: config_lib.Config,
+    topology: Topology,
+    kind: Make = Pretraining,
 ) -> Plan | None:
     """The plan, by arithmetic, on the fewest devices of the topology's kind that fits; or None.
 

@@ -18,12 +18,12 @@ from jax.sharding import PartitionSpec as P
 
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
-from gptv_jax.errors import InputError
-from gptv_jax.model import flops, lpips
+from gptv_jax.model import flops
 from gptv_jax.model.gpt import Network
+from gptv_jax.model.layout import Part
 from gptv_jax.planning.memory import Memory, spec_of, stored_dtype, total_bytes
 from gptv_jax.tasks.network import network_of
-from gptv_jax.train import autoencoding, objective, optimizer, step
+from gptv_jax.train import objective, optimizer, step
 
 WIDTHS = {"float32": 4, "bfloat16": 2}  # bytes
 
@@ -37,9 +37,12 @@ class Call(NamedTuple):
     bytes: float | int  # of one call: of the whole array, on one device
 
 
+Make = Callable[[config_lib.Config], "Training"]  # such as a class of trainings
+
+
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """A training to be planned: what `Pretraining` and `TokenizerTraining` share.
+    """A training to be planned: what all kinds of training share.
 
     Each subclass adds the `network` that is trained, its `loss`, `batch` and first state (`init`),
     the `flops` of training on one `unit`, and the costs of a step on a mesh: `executed`,
@@ -87,7 +90,7 @@ class Training:
 
     def state(self) -> tuple[list, list]:
         """Parameters, and all other arrays that live from step to step, as abstract arrays."""
-        state = {**_state(self.traced(), sharding.one_device()), "frozen": self.frozen()}
+        state = {**state_of(self.traced(), sharding.one_device()), "frozen": self.frozen()}
         del state["step"]
         return jax.tree.leaves(state.pop("params")), jax.tree.leaves(state)
 
@@ -96,7 +99,7 @@ class Training:
         params, rest = self.state()
         parameters = total_bytes(params, mesh)
         ways = math.prod(mesh.shape[axis] for axis in sharding.BATCH)
-        batch = self.batch(self.train.batch_size // ways).values()
+        batch = jax.tree.leaves(self.batch(self.train.batch_size // ways))
         # Rows of the batch that the devices which share them work on at a time.
         rows = self.train.batch_size // (ways * self.train.microbatches)
         sizes = {**mesh.shape, **dict.fromkeys(sharding.BATCH, 1)}
@@ -113,13 +116,26 @@ class Training:
 
         `changes` are of sections of the configuration.
         """
-        whole = dataclasses.replace(self.config.train, microbatches=1)
-        changes = {"mesh": config_lib.Mesh(), "train": whole, **changes}
-        return type(self)(dataclasses.replace(self.config, **changes))
+        changes = {"mesh": config_lib.Mesh(), **changes}
+        return self.with_train(self.config, microbatches=1, **changes)
+
+    def of(self, config: config_lib.Config) -> "Training":
+        """The same kind of training, of another configuration."""
+        return dataclasses.replace(self, config=config)
+
+    def with_train(self, config: config_lib.Config, microbatches: int, **changes) -> "Training":
+        """The training of another configuration, with `changes` of its sections."""
+        section, _, inner = self.section.partition(".")
+        train = dataclasses.replace(self.train, microbatches=microbatches)
+        if inner:
+            train = dataclasses.replace(getattr(config, section), **{inner: train})
+        config = dataclasses.replace(config, **{section: train}, **changes)
+        return self.of(config)
 
 
 @functools.cache
-def _state(training: Training, mesh: AbstractMesh) -> dict:
+def state_of(training: Training, mesh: AbstractMesh) -> dict:
+    """The first train state, as abstract arrays on the mesh."""
     with jax.sharding.use_abstract_mesh(mesh):
         return jax.eval_shape(lambda: training.init(jax.random.key(0)))
 
@@ -127,7 +143,7 @@ def _state(training: Training, mesh: AbstractMesh) -> dict:
 @functools.cache
 def residuals(training: Training, mesh: AbstractMesh, rows: int) -> list:
     """Abstract arrays, besides the arguments, that the forward pass keeps for the backward pass."""
-    state, loss = _state(training, mesh), training.loss
+    state, loss = state_of(training, mesh), training.loss
     frozen = {**(training.frozen() or {}), "critic": state.get("critic")}
 
     def backward(params, frozen, batch):
@@ -192,7 +208,7 @@ class Pretraining(Training):
     def executed(self, mesh: AbstractMesh) -> int:
         """FLOPs that a step executes, on all devices together."""
         rows = self.train.batch_size // self.train.microbatches
-        parts = objective.loss_parts(self.network, rows, mesh.shape)
+        parts = max(chunks for _, chunks in self._chunks(rows, mesh))
         split, platform = mesh.shape["sequence"], mesh.abstract_device.platform
         of_token = flops.executed(self.network, platform, split, parts)
         return of_token.total * self.units * self.train.batch_size
@@ -221,11 +237,18 @@ class Pretraining(Training):
         found, two_layers = kept(), kept(remat="none", layers=2, scan_layers=True)
         kept_of_layer = count(of_layers(found, c.layers)) // c.layers
         repeated = count(of_layers(two_layers, 2), one_layer=True) - kept_of_layer
-        # Logits of one part and their gradient, if there are several parts; else logits are kept.
-        parts = objective.loss_parts(self.network, rows, mesh.shape)
-        positions = rows * self.network.length // (mesh.shape["sequence"] * parts)
-        logits = 4 * self.network.vocabulary * positions
-        return count(found) + max(repeated, 2 * logits * (parts > 1))
+        # Logits of one chunk and their gradient, if there are several chunks; else logits are kept.
+        split = 1 if self.network.several else mesh.shape["sequence"]
+        logits = [
+            4 * part.vocabulary * (rows * part.size // (split * chunks)) * (chunks > 1)
+            for part, chunks in self._chunks(rows, mesh)
+        ]
+        return count(found) + max(repeated, *(2 * each for each in logits))
+
+    def _chunks(self, rows: int, mesh: AbstractMesh) -> list[tuple[Part, int]]:
+        """Every predicted part, and the number of chunks in which its logits are computed."""
+        parts = [part for part in self.network.layout.parts if part.predicted]
+        return [(p, objective.loss_parts(self.network, rows, mesh.shape, p)) for p in parts]
 
     def collectives(self, sizes: dict[str, int]) -> Iterator[Call]:
         """The collectives that the sharding requires in a step on a mesh of these sizes."""
@@ -239,7 +262,8 @@ class Pretraining(Training):
             yield Call("reduce-scatter", ("fsdp",), c.layers * parts, weight)
             shard = weight / sizes["fsdp"]
             yield Call("all-reduce", ("data", "sequence"), c.layers * parts, shard)
-        vectors = 2 * network.vocabulary + c.learned_positions * network.length
+        vectors = sum(part.vocabulary * (1 + part.predicted) for part in network.layout.parts)
+        vectors += c.learned_positions * network.length
         tables = vectors * c.width * width
         yield Call("all-gather", ("fsdp",), parts, tables)
         yield Call("all-reduce", ("data", "fsdp", "sequence"), parts, tables)
@@ -263,84 +287,3 @@ class Pretraining(Training):
         c = self.config.model
         weights = flops.forward(self.network)["matmul"] // 2 * WIDTHS[c.dtype] / sizes["tensor"]
         return self.train.microbatches * (3 + (c.remat == "full")) * weights
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenizerTraining(Training):
-    """A tokenizer's training, for which only the mesh can be chosen: it has no remat."""
-
-    section, sections = "tokenizer.train", ("tokenizer",)
-    unit = "image"
-    units = heads = 1
-    tunable = False
-
-    def __post_init__(self):
-        if self.config.tokens.kind != "learned":
-            raise InputError(
-                f"--stage=tokenizer, but config.tokens.kind is {self.config.tokens.kind}, which "
-                "has nothing to train; it takes learned."
-            )
-
-    @property
-    def network(self) -> config_lib.Autoencoder:
-        return self.config.tokens.autoencoder
-
-    @functools.cached_property
-    def flops(self) -> flops.Flops:
-        """Of the encoder and decoder; the networks of the losses are not counted."""
-        return flops.of_autoencoder(self.network, self.config.data.size).times(3)
-
-    @property
-    def loss(self) -> Callable:
-        return autoencoding.make_loss(self.network, self.config.tokenizer)
-
-    @property
-    def after(self) -> Callable:
-        return autoencoding.make_after(self.network, self.config.tokenizer)
-
-    @property
-    def init(self) -> Callable:
-        return autoencoding.make_init(self.network, self.config.tokenizer, self.optimizer[0])
-
-    def batch(self, rows: int, split: NamedSharding | None = None) -> dict:
-        shape = (rows, *self.config.data.size, self.network.channels)
-        return {"image": jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=split)}
-
-    def frozen(self, split: NamedSharding | None = None) -> dict | None:
-        """LPIPS's weights, where LPIPS is part of the loss; they count as state."""
-        if not self.config.tokenizer.lpips:
-            return None
-        shapes = lpips.shapes().items()
-        return {"vgg": {n: jax.ShapeDtypeStruct(s, jnp.float32, sharding=split) for n, s in shapes}}
-
-    def executed(self, mesh: AbstractMesh) -> int:
-        """Products and convolutions of the real step, including the networks of the losses."""
-        return _executed(self.traced())
-
-    def activations(self, mesh: AbstractMesh, rows: int) -> int:
-        dtype = stored_dtype(self.network.dtype, mesh.abstract_device.platform)
-        network = dataclasses.replace(self.network, dtype=dtype)
-        tokens = dataclasses.replace(self.config.tokens, autoencoder=network)
-        return total_bytes(residuals(self.traced(tokens=tokens), mesh, rows), mesh)
-
-    def collectives(self, sizes: dict[str, int]) -> Iterator[Call]:
-        """Split weights are gathered once, and all gradients are summed whole."""
-        for each in self.state()[0]:
-            split = "fsdp" in spec_of(each)
-            size = each.size * WIDTHS[self.network.dtype if split else "float32"]
-            if split:
-                yield Call("all-gather", ("fsdp",), 1, size)
-            yield Call("all-reduce", ("data", "fsdp"), 1, size)
-
-    def weights_read(self, sizes: dict[str, int]) -> float | int:
-        """The weights are read by the forward and the backward pass; gradients are written."""
-        return 3 * sum(each.size for each in self.state()[0]) * WIDTHS[self.network.dtype]
-
-
-@functools.cache
-def _executed(training: TokenizerTraining) -> int:
-    """FLOPs of the traced step, on one device, with attention in its plain form."""
-    mesh, batch = sharding.one_device(), training.batch(training.train.batch_size)
-    with jax.sharding.use_abstract_mesh(mesh):
-        state = _state(training, mesh)
-        return flops.of_program(training.train_step, state, batch, training.frozen())

@@ -26,7 +26,7 @@ class Stage:
     files: tuple[str, ...] = ()  # what it writes in the run folder, beside numbers and checkpoints
     partial: str | None = None  # a file or folder among `files` that is there before it finishes
     own_transforms: str | None = None  # section with `train_transforms` in place of config.data's
-    planning: str | None = None  # class in `planning.training` that plans its training
+    planning: str | None = None  # module and class in `planning` that plan its training
     heading: str | None = None  # of the section of report.html that has its part
 
     @property
@@ -42,7 +42,8 @@ class Stage:
     @property
     def plan(self) -> type:
         """The `Training` that plans the stage."""
-        return getattr(importlib.import_module("gptv_jax.planning.training"), self.planning)
+        module, _, name = self.planning.partition(".")
+        return getattr(importlib.import_module(f"gptv_jax.planning.{module}"), name)
 
     def check(self, config: config_lib.Config, mesh: Mesh | None = None) -> None:
         """Checks the sections that the stage needs, and that the mesh, if given, divides them."""
@@ -63,7 +64,7 @@ STAGES = {
             training="tokenizer.train",
             files=("tokenizer.safetensors", "samples/reconstructions.png"),
             own_transforms="tokenizer",
-            planning="TokenizerTraining",
+            planning="tokenizing.TokenizerTraining",
             heading="Tokenizer",
         ),
         Stage(
@@ -73,7 +74,7 @@ STAGES = {
             feeds_later=True,
             training="train",
             files=("profile",),
-            planning="Pretraining",
+            planning="training.Pretraining",
             heading="Training",
         ),
         Stage(
@@ -92,6 +93,7 @@ STAGES = {
             training="finetune.train",
             files=("finetune",),
             own_transforms="finetune",
+            planning="finetuning.Finetuning",
             heading="Training",
         ),
         Stage(

@@ -100,7 +100,7 @@ def _open(config: config_lib.Config, folder: RunFolder, wanted: list[str] | None
         if STAGES[name].on_request or name in changed.unfinished or not folder.finished(name):
             STAGES[name].check(config, mesh)
     if "finetune" in stages:
-        task.network()  # which refuses what does not go together
+        sharding.check_length(task.network().length, mesh)
     if {"sample", "generate"} & set(stages) and config.sample.guidance != 1:
         check_guidable(config.model, f"config.sample.guidance is {config.sample.guidance:g}")
     for entries in _training_transforms(config, stages):

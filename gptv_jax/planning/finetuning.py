@@ -1,0 +1,72 @@
+"""What the planner knows of fine-tuning: the task's network, its batch and its real step."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from gptv_jax import tasks
+from gptv_jax.data import sources
+from gptv_jax.errors import InputError
+from gptv_jax.model.gpt import Network
+from gptv_jax.planning.training import Pretraining
+from gptv_jax.train import optimizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Finetuning(Pretraining):
+    """The training of a task's network."""
+
+    names: int | None = None  # classes that the task tells apart; None: those of the data
+
+    section, sections = "finetune.train", ("model", "finetune")
+
+    @functools.cached_property
+    def task(self) -> tasks.Task:
+        """The task on the data's classes; InputError where these are unknown."""
+        if self.names is not None:
+            known = tuple(map(str, range(self.names)))
+            return tasks.make(self.config, known, known)
+        try:
+            data = sources.open_data_set(self.config.data)
+        except InputError as error:
+            raise InputError(f"{error} Without the data, give --classes=NUMBER.") from error
+        classes = data.class_names or tuple(map(str, range(data.classes)))
+        return tasks.make(self.config, tuple(classes), tuple(data.object_names))
+
+    @functools.cached_property
+    def network(self) -> Network:
+        return self.task.network()
+
+    @property
+    def optimizer(self) -> tuple:
+        decay, width = self.config.finetune.layer_decay, self.relative_width
+        return optimizer.make_optimizer(self.train.optimizer, self.train.steps, decay, width)
+
+    @property
+    def loss(self) -> Callable:
+        return self.task.loss(self.network)
+
+    def batch(self, rows: int, split: NamedSharding | None = None) -> dict:
+        """Abstract arrays of a batch of `rows` images, with inputs and weights of every part."""
+
+        def array(*shape: int, dtype=jnp.int32) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=split)
+
+        config, image = self.config, self.network.layout.parts[0]
+        sizes = {part.name: part.size for part in self.task.parts()}
+        found = {"variant": array()} | ({"label": array()} if "label" in self.task.needs else {})
+        if image.vocabulary:
+            found["tokens"] = array(image.size)
+        if self.task.pixels:
+            channels = {"grey": 1, "learned": config.tokens.autoencoder.channels}
+            shape = (*config.data.size, channels.get(config.tokens.kind, 3))
+            found["image"] = array(*shape, dtype=jnp.uint8)
+        if sizes:
+            found["targets"] = {name: array(size) for name, size in sizes.items()}
+            found["inputs"] = dict(found["targets"])
+            found["weights"] = {n: array(size, dtype=jnp.float32) for n, size in sizes.items()}
+        return found
