@@ -11,7 +11,7 @@ from gptv_jax.data import transforms
 from gptv_jax.errors import InputError
 from gptv_jax.model import autoencoder
 from gptv_jax.model.gpt import parameter_count
-from gptv_jax.runs.record import network_of
+from gptv_jax.tasks.network import network_of
 
 FOLDER = pathlib.Path(__file__).parent.parent / "configs"
 # File and argument: weights of the network, without a class head.

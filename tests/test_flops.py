@@ -11,7 +11,7 @@ from gptv_jax import sharding
 from gptv_jax.model import flops
 from gptv_jax.planning import compiled, plan, topology
 from gptv_jax.planning.training import Pretraining
-from gptv_jax.runs.record import network_of
+from gptv_jax.tasks.network import network_of
 
 # Attention in its plain form (T < 256), layers unrolled, because the compiler counts a loop's body
 # once. Wide and with few heads, so that what the formula leaves out is small: norms and activation

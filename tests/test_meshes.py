@@ -13,7 +13,7 @@ from gptv_jax import sharding, tokens
 from gptv_jax.data.pipeline import Pipeline
 from gptv_jax.errors import InputError
 from gptv_jax.planning import topology
-from gptv_jax.runs.record import network_of
+from gptv_jax.tasks.network import network_of
 from gptv_jax.train import optimizer, step
 
 STEPS, BATCH = 50, 16

@@ -18,7 +18,7 @@ from gptv_jax import sharding, tokens
 from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.data import pipeline
 from gptv_jax.errors import InputError
-from gptv_jax.runs.record import network_of
+from gptv_jax.tasks.network import network_of
 from gptv_jax.train import loop, optimizer, step
 from gptv_jax.train.metrics import MetricWriter
 

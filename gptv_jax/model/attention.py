@@ -144,8 +144,8 @@ def _splash_kernel(mesh, heads: int, visible: tuple[int, ...], split: int):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def blocked_attention(
     q: Float[Array, "B T H K"],
-    k: Float[Array, "B T H K"],
-    v: Float[Array, "B T H K"],
+    k: Float[Array, "B S H K"],
+    v: Float[Array, "B S H K"],
     visible: tuple[int, ...],
     block: int = BLOCK,
 ) -> Float[Array, "B T H K"]:

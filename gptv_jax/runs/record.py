@@ -21,8 +21,6 @@ from gptv_jax import config as config_lib
 from gptv_jax.config import fields
 from gptv_jax.config.run_file import config_of as config_of  # a name of this module for its users
 from gptv_jax.errors import InputError
-from gptv_jax.tasks.network import network_of as network_of  # names of this module, as well
-from gptv_jax.tasks.network import start_vectors as start_vectors
 
 VERSIONED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "gptv_jax")
 

@@ -17,6 +17,7 @@ from gptv_jax.errors import InputError, shorten
 from gptv_jax.model.gpt import Network
 from gptv_jax.runs import record
 from gptv_jax.runs.context import Context
+from gptv_jax.tasks.network import start_vectors
 from gptv_jax.tokens import Codec
 from gptv_jax.weights.native import WeightsFile
 
@@ -84,7 +85,7 @@ def _load(context: Context, network: Network, own: pathlib.Path | None) -> Pretr
         folder, summary = _finished_folder(config, own)
         made_by = record.config_of(folder)
         place = str(record.checkpoint_folder(made_by, folder) / "pretrain")
-        part, starts = record.trained_part(made_by, "pretrain"), record.start_vectors(made_by)
+        part, starts = record.trained_part(made_by, "pretrain"), start_vectors(made_by)
         return place, part, summary.get("pretrain/steps"), starts
 
     place, part, last, starts = hosts.from_first(in_folder)
@@ -117,7 +118,7 @@ def check(
         _imported(config, codec, adapt=adapt)
         return
     made_by = record.config_of(_finished_folder(config, own)[0])
-    size, starts = made_by.data.image_size, record.start_vectors(made_by)
+    size, starts = made_by.data.image_size, start_vectors(made_by)
     found = WeightsFile(made_by.model, made_by.tokens, size, {}, starts=starts)
     _must_fit(config, found, adapt=adapt)
 
@@ -146,7 +147,7 @@ def _imported(config: config_lib.Config, codec: Codec | None, *, adapt: bool) ->
 
 
 def _must_fit(config: config_lib.Config, found: WeightsFile, *, adapt: bool) -> None:
-    starts = record.start_vectors(config)
+    starts = start_vectors(config)
     if adapt:  # start vectors can be made of the start vectors in the file
         model = dataclasses.replace(found.model, class_tokens=config.model.class_tokens)
         found = dataclasses.replace(found, model=model, starts=starts)
