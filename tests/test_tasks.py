@@ -12,8 +12,10 @@ from conftest import made_once
 
 import gptv_jax
 from gptv_jax import config as config_lib
-from gptv_jax import files, tasks
+from gptv_jax import files, sharding, tasks
 from gptv_jax.data import sources
+from gptv_jax.decode import answers
+from gptv_jax.decode.restriction import Restriction
 from gptv_jax.errors import InputError
 from gptv_jax.model.layout import Part
 from gptv_jax.stages.run import run_stages
@@ -143,6 +145,22 @@ def test_a_model_keeps_its_task_and_draws_with_the_pretrained_weights(run, tmp_p
         np.testing.assert_array_equal(a, b)
     with pytest.raises(InputError, match=r"fine-tuned for .*level"):
         again.weights_file().headless()
+
+
+def test_the_cached_decoder_answers_what_the_whole_pass_says(run):
+    model = gptv_jax.load(run[0], "finetune")
+    network, source = model.network, sources.open_source(CONFIG.data, "test")
+    images = np.stack([source[i]["image"] for i in range(8)])
+    settings = Restriction(np.float32(0), np.int32(LEVELS), np.float32(1))
+    with jax.set_mesh(model.mesh):
+        tokens = sharding.shard_rows(model.tokenize(images))
+        key = jax.random.key(0)
+        drawn, likely = answers.answer(network, model.params, tokens, None, key, settings)
+        whole = network.bind(model.params)(drawn).logits["level"][:, 0]
+        found = jax.nn.softmax(whole, axis=-1)
+    np.testing.assert_array_equal(drawn[:, -1], np.argmax(found, axis=-1))
+    np.testing.assert_allclose(likely[:, -1], np.max(found, axis=-1), rtol=1e-4)
+    assert len({*np.asarray(drawn)[:, -1].tolist()}) > 1
 
 
 @pytest.mark.parametrize(
