@@ -221,13 +221,14 @@ def test_a_parts_loss_is_the_mean_over_positions_of_weighted_nats(monkeypatch):
     loss, metrics = jax.jit(step.make_loss(network))(params, None, batch, None)
     assert float(loss) == pytest.approx(float(wanted.mean()), rel=1e-5)
     assert metrics.keys() == {"loss"}  # weighted, so no nats
-    weights = batch["weights"]["objects"].at[:, :3].set(0)
-    batch |= {"weights": {"objects": weights.at[6].set(0)}}
+    weights = np.array(batch["weights"]["objects"])
+    weights[:, :3], weights[6] = 0, 0
+    batch |= on_mesh({"weights": {"objects": weights}})
     measured = step.make_metric(network).step(params, batch)
     counted = np.asarray(nats)[:6, 3:].mean(axis=1).sum()  # row 6 counts 0, row 7 is padding
     assert float(measured["nats_per_token"]) == pytest.approx(counted, rel=1e-5)
     assert float(measured["images"]) == 7
-    batch |= {"weights": {"objects": jnp.ones_like(weights)}}
+    batch |= on_mesh({"weights": {"objects": np.ones_like(weights)}})
     loss, _ = jax.jit(step.make_loss(network))(params, None, batch, None)
     monkeypatch.setattr(objective, "LOGITS_BYTES", 4 * 19 * 8 * 4)  # 4 positions of 8 images
     assert objective.loss_chunks(network, 8, {}, network.layout.parts[1]) == 4
