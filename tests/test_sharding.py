@@ -91,7 +91,7 @@ GPT_SHARDS = {
     ),
 }
 # 16 positions of the image, a stem of 8 and 8 channels, 16 positions of objects with 19 tokens.
-STEM = {"convolution.bias": (8,), "gain": (8,)}
+STEM = {"convolution.bias": (8,)}
 PARTS_SHARDS = {
     **{name: IGPT[name] for name in IGPT if name.startswith(("token", "blocks", "final"))},
     "start": (1, 16),

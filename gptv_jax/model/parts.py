@@ -17,7 +17,7 @@ from gptv_jax import sharding
 from gptv_jax.model import layers
 from gptv_jax.model.layout import Part
 
-CYCLES = 0.5, 16.0  # of the slowest and the fastest feature, from edge to edge of the image
+CYCLES = 0.5, 4.0  # of the slowest and the fastest feature, from edge to edge of the image
 # Initial sizes of the features of places and of embeddings: as large as what the first layers add,
 # in which iGPT's 0.02 would drown.
 PLACE, EMBEDDING = 0.7, 0.1
