@@ -143,6 +143,14 @@ def to_original(
     return np.concatenate([ends.min(axis=1), ends.max(axis=1)], axis=1).astype(boxes.dtype)
 
 
+def to_image(
+    boxes: Float[np.ndarray, "n 4"], image_shape: tuple[int, int], view: Float[np.ndarray, " 4"]
+) -> Float[np.ndarray, "n 4"]:
+    """The inverse of `to_original`."""
+    whole = np.array([0, 0, *image_shape], np.float32)
+    return to_original(boxes - np.tile(view[:2], 2), view[2:] - view[:2], whole)
+
+
 def to_picture(image: UInt8[np.ndarray, "H W C"]) -> Image.Image:
     """A Pillow image of an array with one or three channels."""
     return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else np.ascontiguousarray(image))

@@ -136,13 +136,15 @@ def draw_tokens(
     restriction,
     allowed=None,
     scored=False,
+    numbers=None,
 ) -> tuple[Int[Array, "B N"], Float[Array, "B N"] | None]:
     """Draws the unknown tokens after the prefix, one position at a time.
 
     `logits` and `prompt` are returned by `prefill`. `scales` is the guidance scale of each
     position, None without guidance; `restriction` has one number, or one for each position.
     `allowed` is a task's grammar, see `answers.answer`. With `scored`, every drawn token's
-    probability is returned too, before `allowed` and `restriction`; 1 in the prefix.
+    probability is returned too, before `allowed` and `restriction`; 1 in the prefix. `numbers`,
+    int [B], give each row a key of its own, which no other row changes.
     """
     model, blocks = decoding_weights(network, params)
     tokens, last = _repeat_rows(given, samples), given.shape[1] - 1
@@ -157,7 +159,12 @@ def draw_tokens(
             mask = allowed(part.name, position - places.start, tokens[:, places])
             possible = logits if mask is None else jnp.where(mask, logits, -jnp.inf)
         settings = (each if jnp.ndim(each) == 0 else each[position] for each in restriction)
-        drawn = jax.random.categorical(token_key(key, position), restrict(possible, *settings))
+        at, possible = token_key(key, position), restrict(possible, *settings)
+        if numbers is None:
+            drawn = jax.random.categorical(at, possible)
+        else:
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(at, numbers)
+            drawn = jax.vmap(jax.random.categorical)(keys, possible)
         known = jax.lax.dynamic_slice_in_dim(tokens, position, 1, axis=1)
         # JAX 0.12 loses the sharding of a dimension of size 1, here that of a single row.
         known = jax.sharding.reshard(known, sharding.BATCH_FIRST)

@@ -100,6 +100,8 @@ def _open(config: config_lib.Config, folder: RunFolder, wanted: list[str] | None
         if STAGES[name].on_request or name in changed.unfinished or not folder.finished(name):
             STAGES[name].check(config, mesh)
     if "finetune" in stages:
+        if "finetune" in changed.unfinished or not folder.finished("finetune"):
+            hosts.on_all(task.check)
         sharding.check_length(task.network().length, mesh)
     if {"sample", "generate"} & set(stages) and config.sample.guidance != 1:
         check_guidable(config.model, f"config.sample.guidance is {config.sample.guidance:g}")
