@@ -47,7 +47,8 @@ class Layout:
     parts: tuple[Part, ...]
     visible: tuple[int, ...]  # T numbers
     # The input of position t is token t - shift: 1, or the size of a block of tokens that are
-    # predicted at once. 0: each position's own token, which training masks (BERT).
+    # predicted at once, which `Network` does not take yet. 0: each position's own token, which
+    # training masks (BERT).
     shift: int = 1
 
     def __post_init__(self):
@@ -90,8 +91,7 @@ class Layout:
 
     def part_at(self, position: int) -> Part:
         """The part that a position belongs to."""
-        names = {name: where for name, where in self.slices.items() if position < where.stop}
-        return next(part for part in self.parts if part.name in names)
+        return next(part for part in self.parts if position < self.slices[part.name].stop)
 
     @functools.cached_property
     def predicted(self) -> np.ndarray:
@@ -102,6 +102,7 @@ class Layout:
         """Row and column of every position, for rotary phases.
 
         The parts lie below each other: a part's first row follows the last row of the part before.
+        So do the frames of a part of (frames, rows, columns).
         """
         found, row = [], 0
         for part in self.parts:

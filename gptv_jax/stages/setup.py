@@ -98,9 +98,8 @@ def _open(config: config_lib.Config, folder: RunFolder, wanted: list[str] | None
     changed = changes.Changes(*hosts.from_first(lambda: changes.find(folder, data, stages)))
     for name in stages:
         if STAGES[name].on_request or name in changed.unfinished or not folder.finished(name):
-            STAGES[name].check(config, mesh)
-    if "finetune" in stages:
-        sharding.check_length(task.network().length, mesh)
+            length = task.network().length if name == "finetune" else None
+            STAGES[name].check(config, mesh, length)
     if {"sample", "generate"} & set(stages) and config.sample.guidance != 1:
         check_guidable(config.model, f"config.sample.guidance is {config.sample.guidance:g}")
     for entries in _training_transforms(config, stages):

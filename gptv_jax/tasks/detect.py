@@ -223,7 +223,6 @@ class Detect(Task):
 @functools.cache
 def _step(task: Detect, network: Network) -> Callable:
     """`(params, batch) -> arrays with a row for each image of the global batch`, jitted."""
-    nats = objective.make_parts_nats(network, task.soft)
 
     def step(params: dict, batch: dict) -> dict[str, Array]:
         key = jax.random.fold_in(jax.random.key(task.config.seed), batch["index"].min())
@@ -232,7 +231,7 @@ def _step(task: Detect, network: Network) -> Callable:
             network, params, *images, key, task.restriction(network), task.allowed
         )
         rows = {
-            "nats": nats(params, batch),
+            "nats": objective.parts_nats(network, params, batch),
             "drawn": drawn[:, places],
             "probabilities": probabilities[:, places],
             "targets": batch["targets"][NAME],
