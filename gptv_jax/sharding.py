@@ -127,11 +127,17 @@ def axis_sizes(config: config_lib.Mesh, count: int) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def check(config: config_lib.Config, mesh: Mesh | AbstractMesh, sections: Sequence[str]) -> None:
+def check(
+    config: config_lib.Config,
+    mesh: Mesh | AbstractMesh,
+    sections: Sequence[str],
+    length: int | None = None,
+) -> None:
     """Checks that the mesh divides what these sections of the config are about.
 
     The sections are "model", "tokenizer", "train", "probe" and "finetune"; other sections
-    have nothing to divide. The InputError names the field, its value and the number that must
+    have nothing to divide. `length` is the number of positions of the network's sequence; None: an
+    image's tokens. The InputError names the field, its value and the number that must
     divide it.
     """
     fsdp, sequence, tensor = ((mesh.shape[axis], f"mesh.{axis}") for axis in AXES[1:])
@@ -145,7 +151,9 @@ def check(config: config_lib.Config, mesh: Mesh | AbstractMesh, sections: Sequen
     mlp = "the width of the MLP, from config.model.width and config.model.mlp_ratio,"
     learned = config.tokens.kind == "learned"
     sizes = "config.data.image_size" + " and config.tokens.autoencoder.downsample" * learned
-    length = math.prod(config.grid)
+    positions = f"the number of tokens of an image, from {sizes},", math.prod(config.grid)
+    if length not in (None, positions[1]):
+        positions = f"the number of positions of a sequence, from {sizes} and config.task,", length
     widths = enumerate(config.tokens.autoencoder.widths)
     probed = ("config.probe.batch_size", probe.batch_size, ways, split)
     rows = {  # the field or the name of a number, the number, what must divide it, from where
@@ -153,7 +161,7 @@ def check(config: config_lib.Config, mesh: Mesh | AbstractMesh, sections: Sequen
             ("config.model.width", model.width, *fsdp),
             ("config.model.heads", model.heads, *tensor),
             (mlp, model.mlp_width, *tensor),
-            (f"the number of tokens of an image, from {sizes},", length, *sequence),
+            (*positions, *sequence),
         ],
         "tokenizer": [
             *((f"config.tokens.autoencoder.widths[{i}]", width, *fsdp) for i, width in widths),
@@ -174,15 +182,6 @@ def check(config: config_lib.Config, mesh: Mesh | AbstractMesh, sections: Sequen
                 f"{field} is {value}, which {divisor} (config.{source}) does not divide; "
                 f"take a multiple of {divisor} or another mesh."
             )
-
-
-def check_length(length: int, mesh: Mesh | AbstractMesh) -> None:
-    """Raises InputError where the mesh does not divide the positions of a task's sequence."""
-    if length % (sequence := mesh.shape["sequence"]):
-        raise InputError(
-            f"the task's sequence has {length} positions, which {sequence} (config.mesh.sequence) "
-            "does not divide; take config.mesh.sequence=1, or another number of objects."
-        )
 
 
 def platform() -> str:

@@ -11,10 +11,11 @@ from conftest import MODERN, make_mesh, random_params
 
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
-from gptv_jax.decode import answers
+from gptv_jax.decode import answers, generation
 from gptv_jax.decode.restriction import Restriction
+from gptv_jax.errors import InputError
 from gptv_jax.model.gpt import Network
-from gptv_jax.model.layout import Part, causal, prefixed
+from gptv_jax.model.layout import Layout, Part, causal, prefixed
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -127,3 +128,27 @@ def test_each_position_is_drawn_with_its_own_settings():
     objects = found[:, 6:75]
     np.testing.assert_array_equal(objects[:, ::3], best[:, ::3])
     assert (objects[:, 1::3] != best[:, 1::3]).any()
+
+
+READ = dataclasses.replace(TITLE, name="read", predicted=False)
+
+
+def test_a_part_after_the_image_that_is_not_predicted_is_refused():
+    network = Network(config_lib.Model(**TINY), causal(IMAGE, READ, TITLE))
+    with pytest.raises(InputError, match="the parts read of the sequence are not predicted"):
+        answers.answer(network, {}, jnp.zeros((1, 6), jnp.int32), None, KEY, FREE)
+
+
+@pytest.mark.parametrize(
+    ("layout", "prefix", "reason"),
+    [
+        (Layout((IMAGE, READ, TITLE), (*range(1, 7), 7, 10, 10, *range(10, 15))), 6, "6 to 13"),
+        (prefixed(IMAGE, TITLE), 2, "positions 2 to 9"),
+        (causal(IMAGE, TITLE), 2, "the first part must be: 6 tokens"),
+    ],
+)
+def test_positions_that_see_later_ones_are_not_drawn(layout, prefix, reason):
+    network = Network(config_lib.Model(**TINY), layout)
+    given = jnp.zeros((1, network.length), jnp.int32)
+    with pytest.raises(InputError, match=reason):
+        generation.draw_tokens(network, prefix, 1, {}, given, None, None, KEY, None, None)

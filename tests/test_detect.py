@@ -295,7 +295,7 @@ from gptv_jax import config as config_lib
 
 def get_config():
     c = config_lib.default()
-    c.data.name, c.data.image_size = "digit_scenes", (40, 56)
+    c.data.name, c.data.image_size = "digit_scenes", (32, 48)
     c.data.train_split, c.data.validation_split = "train[:64]", "validation[:12]"
     c.data.test_split = "test[:21]"
     c.tokens.kind = "none"

@@ -118,6 +118,33 @@ def test_what_is_for_images_alone_is_refused_by_name(field):
         parts_network(**field)
 
 
+@pytest.mark.parametrize("objective", ["bert", "autoregressive"])
+def test_a_network_refuses_a_shift_that_it_does_not_compute(objective):
+    config, length = dataclasses.replace(MODEL, objective=objective), IMAGE.size
+    for shift in {0, 1, 2} - {int(objective != "bert")}:
+        layout = Layout((IMAGE,), tuple(range(1, length + 1)), shift)
+        with pytest.raises(InputError, match=f"shift is {shift}, .*objective={objective} takes"):
+            Network(config, layout)
+
+
+@pytest.mark.parametrize("field", [{"objective": "bert"}, {"random_order": (0.2, 0.5)}], ids=str)
+def test_a_stem_does_not_go_with_masked_tokens_and_random_orders(field):
+    config = dataclasses.replace(MODEL, **field)
+    layout = of_images(11, (3, 4), config.objective)
+    with pytest.raises(InputError, match=f"{next(iter(field))} is .*has a stem; take"):
+        Network(config, layout, stem=(8,))
+
+
+def test_the_loss_of_several_parts_refuses_what_it_does_not_use():
+    network = parts_network()
+    for given, coefficients in (
+        (network, (1.0, 0.5)),
+        (dataclasses.replace(network, classes=3), ()),
+    ):
+        with pytest.raises(ValueError, match="no class head and no coefficients"):
+            step.make_loss(given, *coefficients)
+
+
 # What a part reads
 
 
@@ -170,7 +197,7 @@ def test_a_fresh_network_predicts_uniformly_and_reads_pixels_alone_where_there_a
         loss, metrics = jax.jit(objective.make_parts_loss(network))(params, None, batch, None)
         weights = np.asarray(batch["weights"]["objects"])
         assert float(loss) == pytest.approx(np.log(19) * weights.mean(), rel=1e-5)
-        assert float(metrics["nats_per_token"]) == float(loss)
+        assert float(metrics["loss"]) == float(loss)
         model, tokens = network.bind(params), objective.sequence(network.layout, batch)
         final = [model(tokens, pixels=batch["image"] + jnp.uint8(k)).final for k in (0, 9)]
         assert bool(jnp.abs(final[0] - final[1]).max() > 1e-4) == moved
@@ -191,15 +218,20 @@ def test_a_parts_loss_is_the_mean_over_positions_of_weighted_nats(monkeypatch):
         output.logits["objects"], batch["targets"]["objects"]
     )
     wanted = (nats * batch["weights"]["objects"]).sum(axis=1) / 16
-    rows = jax.jit(objective.make_parts_nats(network))(params, batch)
-    np.testing.assert_allclose(rows, wanted, rtol=1e-5)
-    loss, _ = jax.jit(step.make_loss(network))(params, None, batch, None)
+    loss, metrics = jax.jit(step.make_loss(network))(params, None, batch, None)
     assert float(loss) == pytest.approx(float(wanted.mean()), rel=1e-5)
+    assert metrics.keys() == {"loss"}  # weighted, so no nats
+    weights = np.array(batch["weights"]["objects"])
+    weights[:, :3], weights[6] = 0, 0
+    batch |= on_mesh({"weights": {"objects": weights}})
     measured = step.make_metric(network).step(params, batch)
-    assert float(measured["nats_per_token"]) == pytest.approx(float(wanted[:7].sum()), rel=1e-5)
+    counted = np.asarray(nats)[:6, 3:].mean(axis=1).sum()  # row 6 counts 0, row 7 is padding
+    assert float(measured["nats_per_token"]) == pytest.approx(counted, rel=1e-5)
     assert float(measured["images"]) == 7
+    batch |= on_mesh({"weights": {"objects": np.ones_like(weights)}})
+    loss, _ = jax.jit(step.make_loss(network))(params, None, batch, None)
     monkeypatch.setattr(objective, "LOGITS_BYTES", 4 * 19 * 8 * 4)  # 4 positions of 8 images
-    assert objective.loss_parts(network, 8, {}, network.layout.parts[1]) == 4
+    assert objective.loss_chunks(network, 8, {}, network.layout.parts[1]) == 4
     chunked, _ = jax.jit(step.make_loss(network))(params, None, batch, None)
     assert float(chunked) == pytest.approx(float(loss), rel=1e-6)
 
@@ -259,7 +291,7 @@ def loss_and_gradient(shape, microbatches=1, **changes):
             before = jax.tree.map(jnp.copy, params)
             state, metrics = take(step.state_of(params, sgd), batch)
             change = jax.tree.map(lambda b, a: (b - a) / 1e4, before, state["params"])
-            found = metrics["nats_per_token"], change
+            found = metrics["loss"], change
         return jax.device_get(found)
 
 

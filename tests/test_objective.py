@@ -210,9 +210,9 @@ def test_logits_in_parts_change_neither_the_loss_nor_its_gradient(shape, monkeyp
 
     (wanted, of_wanted), whole = loss_and_gradient((1, 1, 1))
     monkeypatch.setattr(objective, "LOGITS_BYTES", 4 * 11 * 8 * 4)  # 4 positions of 8 images
-    assert objective.loss_parts(network, 8, {}) == 4
-    assert objective.loss_parts(network, 2, {}) == 1
-    assert objective.loss_parts(network, 8, {"data": 4}) == 1
+    assert objective.loss_chunks(network, 8, {}) == 4
+    assert objective.loss_chunks(network, 2, {}) == 1
+    assert objective.loss_chunks(network, 8, {"data": 4}) == 1
     monkeypatch.setattr(objective, "LOGITS_BYTES", 4 * 11 * 2)  # two positions of one image
     (found, of_found), parts = loss_and_gradient(shape)
     assert found == pytest.approx(wanted, rel=1e-6)
@@ -230,5 +230,5 @@ def test_an_odd_number_of_positions_comes_in_parts_too(make, monkeypatch, one_de
 
     wanted = loss()
     monkeypatch.setattr(objective, "LOGITS_BYTES", 1)
-    assert objective.loss_parts(network, 8, {}) == 3
+    assert objective.loss_chunks(network, 8, {}) == 3
     assert loss() == pytest.approx(wanted, rel=1e-6)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import MODERN, make_mesh, random_params, tiny_network
+from conftest import MODERN, make_mesh, parts_network, random_params, tiny_network
 from jax.sharding import NamedSharding
 
 from gptv_jax import config as config_lib
@@ -317,3 +317,28 @@ def test_layer_decay_scales_the_steps_of_each_layer(name, few_params):
 
 
 HIGHEST = {"final_norm", "head", "class_head", "class_center", "class_scale"}
+
+
+def test_what_finetuning_begins_anew_takes_the_highest_rate_and_a_stems_matrices_decay():
+    with jax.set_mesh(make_mesh((1, 1, 1))):
+        params = random_params(parts_network())
+        del params["blocks"]["qkv"], params["position"]  # fewer arrays to compile
+        gradient, still = random_gradient(params, 1), jax.tree.map(jnp.zeros_like, params)
+
+        def changes(gradient, name="adam", decay=1.0, **changes):
+            update = optimizer.make_optimizer(settings(name, **changes), 10, decay)[0]
+            state = update.init(params)
+            after, _ = jax.jit(lambda p, s, g: optimizer.apply_update(update, g, s, p))(
+                params, state, gradient
+            )
+            leaves = jax.tree.map(lambda a, b: np.asarray(a - b), after, params)
+            return sharding.by_name(leaves)
+
+        plain, decayed = changes(gradient), changes(gradient, decay=0.5)
+        for name in (n for n in plain if n.startswith(("parts", "stem"))):
+            np.testing.assert_array_equal(plain[name], decayed[name])
+        lowest = np.abs(decayed["token_embedding"] / plain["token_embedding"])
+        np.testing.assert_allclose(lowest, 1 / 8, rtol=1e-2)
+        fallen = changes(still, "adamw", weight_decay=0.5)
+    moved = {name.rsplit(".", 1)[-1] for name, change in fallen.items() if np.any(change)}
+    assert moved == {"attention_out", "mlp_in", "mlp_out", "head", "stem_conv", "from_stem"}

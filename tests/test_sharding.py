@@ -277,6 +277,19 @@ def test_what_the_mesh_does_not_divide_is_named(field, changes):
         sharding.check(config, mesh, ("model", "train", "probe", "finetune"))
 
 
+def test_the_axis_sequence_must_divide_the_positions_of_the_network_that_is_trained():
+    mesh = make_mesh((1, 1, 2, 1))
+    data = config_lib.Data(image_size=(5, 7))  # 35 tokens of an image
+    config = dataclasses.replace(config_lib.Config(), data=data)
+    sharding.check(config, mesh, ["model", "finetune"], length=50)
+    with pytest.raises(InputError, match=r"of an image, from config\.data\.image_size, is 35"):
+        sharding.check(config, mesh, ["model", "train"])
+    with pytest.raises(
+        InputError, match=r"of a sequence, from .* is 63, which 2 \(config\.mesh\.seq"
+    ):
+        sharding.check(config, mesh, ["model", "finetune"], length=63)
+
+
 def test_what_the_mesh_does_not_divide_of_a_tokenizer_is_named():
     mesh, tokens = make_mesh((2, 4, 1)), config_lib.Tokens("learned")
     config = dataclasses.replace(config_lib.Config(), tokens=tokens)

@@ -32,7 +32,7 @@ def eval_step(network):
     def step(params, batch):
         tokens, wanted = objective.sequence(network.layout, batch), batch["targets"]["level"][:, 0]
         found = network.bind(params)(tokens).logits["level"][:, 0].argmax(axis=-1)
-        nats = objective.make_parts_nats(network)(params, batch)
+        nats = objective.parts_nats(network, params, batch)
         rows = {"accuracy": found == wanted, "nats_per_token": nats, "images": batch["mask"]}
         sums = {name: (values * batch["mask"]).sum() for name, values in rows.items()}
         return sums | {"counts": (jax.nn.one_hot(wanted, LEVELS) * batch["mask"][:, None]).sum(0)}

@@ -25,7 +25,7 @@ from gptv_jax.data import sources, transforms
 from gptv_jax.data.cache import TokenCache
 from gptv_jax.data.damage import NOT_DAMAGED, DamageLog, DecodedSource
 from gptv_jax.data.images import Decode
-from gptv_jax.data.records import PIXELS, Record, with_view
+from gptv_jax.data.records import PICTURE, Record, with_view
 from gptv_jax.errors import InputError
 from gptv_jax.tokens import Codec
 
@@ -33,7 +33,7 @@ LOG = logging.getLogger(__name__)
 ENCODE_AHEAD = 2  # batches that a codec on devices encodes ahead of their use
 # The task's part of a batch, of a record and a generator, which is None in evaluation.
 ExampleOf = Callable[[Record, np.random.Generator | None], dict]
-PLAIN = ("label", "variant", "damaged")  # keys of a record that any batch has
+ALWAYS = ("label", "variant", "damaged")  # keys of a record that any batch has
 DECODE_FIRST = 'lists of transforms for image files begin with "decode()", and have it once.'
 
 
@@ -221,7 +221,7 @@ class _Example(grain.transforms.RandomMap):
         if "encoded" in record:
             raise InputError(f"{self.source.name(index)} is an image file; {DECODE_FIRST}")
         if not (self.example or self.annotated):
-            record = {name: record[name] for name in (*PIXELS, *PLAIN) if name in record}
+            record = {name: record[name] for name in (*PICTURE, *ALWAYS) if name in record}
         elif "view" not in record:
             size = record["image"].shape if "image" in record else self.codec.image_shape
             record = with_view(record, *size[:2])
@@ -234,7 +234,7 @@ class _Example(grain.transforms.RandomMap):
 
     def random_map(self, index: int, rng: np.random.Generator | None = None) -> dict:
         record = self.record(index, rng)
-        found = {name: record[name] for name in PLAIN if name in record}
+        found = {name: record[name] for name in ALWAYS if name in record}
         if self.codec is not None:
             found["tokens"] = to_tokens(self.codec, record)
         if self.codec is None or self.pixels:

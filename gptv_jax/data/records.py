@@ -26,7 +26,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 Record = dict[str, np.ndarray | np.generic | bytes]
-PIXELS = ("encoded", "image", "tokens")  # the picture itself; other keys say something about it
+PICTURE = ("encoded", "image", "tokens")  # the picture itself; other keys say something about it
 # Arrays that cover the image, with the axis of their rows; that of the columns follows.
 PLANES = {"image": 0, "tokens": 0, "segmentation": 0, "masks": 1}
 OBJECTS = ("boxes", "box_labels", "crowd", "area", "masks")  # arrays with one entry an object
@@ -34,7 +34,7 @@ OBJECTS = ("boxes", "box_labels", "crowd", "area", "masks")  # arrays with one e
 
 def annotations(record: Record) -> Record:
     """The record without the picture."""
-    return {key: value for key, value in record.items() if key not in PIXELS}
+    return {key: value for key, value in record.items() if key not in PICTURE}
 
 
 def shape(record: Record) -> tuple[int, int]:

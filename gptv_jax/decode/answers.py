@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 from gptv_jax import sharding
 from gptv_jax.decode import generation
 from gptv_jax.decode.restriction import Restriction
+from gptv_jax.errors import InputError, shorten
 from gptv_jax.model.gpt import Network
 
 
@@ -43,8 +44,15 @@ def answer(
       samples: sequences for each image.
       numbers: of the images; what is drawn for an image then depends on its number and not on the
         images beside it. None: it depends on the whole batch.
+
+    Raises InputError where a part after the image is not predicted.
     """
-    image = network.layout.parts[0]
+    image, *others = network.layout.parts
+    if read := [part.name for part in others if not part.predicted]:
+        raise InputError(
+            f"the parts {shorten(read)} of the sequence are not predicted, so nothing can be drawn "
+            "there; an answer takes a layout whose first part alone is read."
+        )
     if tokens is None:
         tokens = jnp.zeros((len(pixels), image.size), jnp.int32)
     tokens = jax.sharding.reshard(tokens, sharding.BATCH_FIRST)

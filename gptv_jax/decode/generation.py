@@ -145,7 +145,10 @@ def draw_tokens(
     `allowed` is a task's grammar, see `answers.answer`. With `scored`, every drawn token's
     probability is returned too, before `allowed` and `restriction`; 1 in the prefix. `numbers`,
     int [B], give each row a key of its own, which no other row changes.
+
+    Raises InputError where `Layout.check_drawable` does.
     """
+    network.layout.check_drawable(prefix, given.shape[1])
     model, blocks = decoding_weights(network, params)
     tokens, last = _repeat_rows(given, samples), given.shape[1] - 1
     probabilities = jnp.ones_like(tokens, jnp.float32) if scored else None

@@ -54,13 +54,12 @@ def training(network: Network) -> Flops:
     return forward(network).times(3)
 
 
-def executed(network: Network, platform: str, split: int = 1, loss_parts: int = 1) -> Flops:
+def executed(network: Network, platform: str, split: int = 1, loss_chunks: int = 1) -> Flops:
     """FLOPs that the program executes for one token of training.
 
     Unlike `training`, this counts computations that are repeated and leaves out skipped tiles.
     The platform is tpu, gpu or cpu, `split` the number of devices that a sequence is split over,
-    and `loss_parts` the number of parts in which logits are computed: if several, the backward pass
-    repeats them.
+    and `loss_chunks` the number of chunks of the logits; the backward pass repeats several.
     """
     c, T, (blocks, head, attention) = network.config, network.length, _forward_parts(network)
     visible = network.layout.visible
@@ -75,7 +74,7 @@ def executed(network: Network, platform: str, split: int = 1, loss_parts: int = 
     side = sides[chosen]
     last = [visible[min(start + side, T) - 1] for start in range(0, T, side)]
     attention = attention * sum(-(-keys // side) for keys in last) // len(last) ** 2
-    matmul = 3 * (blocks + head) + (loss_parts > 1) * head
+    matmul = 3 * (blocks + head) + (loss_chunks > 1) * head
     if c.remat == "full":  # repeats all products of a layer but the last, which no gradient reads
         matmul += blocks - 2 * c.layers * c.mlp_width * c.width
     stem = {"stem": 3 * _stem(network) // T} if network.stem else {}

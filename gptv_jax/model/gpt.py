@@ -46,19 +46,17 @@ class Output(NamedTuple):
 
 
 # Fields of the configuration that are for a sequence of image tokens alone, and their other value.
-IMAGES_ALONE = {
-    "objective": "autoregressive",
-    "random_order": (),
-    "target_positions": False,
-    "start_per_variant": False,
-}
+# A stem goes without the first two alone.
+NO_STEM = {"objective": "autoregressive", "random_order": ()}
+IMAGES_ALONE = NO_STEM | {"target_positions": False, "start_per_variant": False}
 
 
 @dataclasses.dataclass(frozen=True)
 class Network:
     """Shape of a network, without weights (see `GPT`); hashable, so a static argument of jit.
 
-    Raises InputError where the configuration is for images alone, and the layout has more parts.
+    Raises InputError where the configuration is for image tokens alone, and the layout has more
+    parts or the network a stem; and where the layout's shift is not that of the objective.
     """
 
     config: config_lib.Model
@@ -68,12 +66,20 @@ class Network:
     stem: tuple[int, ...] = ()  # channels of the convolutions of `Stem`; (): pixels are not read
 
     def __post_init__(self):
-        for name, plain in IMAGES_ALONE.items() if self.several else ():
+        more = "sequence has further parts" if self.several else "network has a stem"
+        refused = IMAGES_ALONE if self.several else NO_STEM if self.stem else {}
+        for name, plain in refused.items():
             if (value := getattr(self.config, name)) != plain:
                 raise InputError(
-                    f"config.model.{name} is {value!r}, which is for images alone, but the "
-                    f"sequence has further parts; take {plain!r}."
+                    f"config.model.{name} is {value!r}, which is for images alone, but the {more}; "
+                    f"take {plain!r}."
                 )
+        objective, shift = self.config.objective, int(self.config.objective != "bert")
+        if self.layout.shift != shift:
+            raise InputError(
+                f"the layout's shift is {self.layout.shift}, but a network with "
+                f"config.model.objective={objective} takes shift {shift} alone."
+            )
 
     @property
     def several(self) -> bool:
@@ -97,7 +103,7 @@ class Network:
 
     @property
     def grid(self) -> tuple[int, ...]:
-        """Rows and columns of the first part."""
+        """Shape of the first part: rows and columns where it is an image."""
         return self.layout.parts[0].shape
 
     @property

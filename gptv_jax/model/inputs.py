@@ -83,16 +83,13 @@ class Inputs(nnx.Module):
     ) -> Float[Array, "B 1 D"]:
         """Input of `position` >= 1: the token before it, in `part`; later tokens are not read.
 
-        The part is by default the first one. What pixels add to it is left out.
+        The part is by default the only one; of several parts, one after the first.
         """
-        first = self.network.layout.parts[0]
-        part = part or first
+        part = part or self.network.layout.parts[0]
         width = part.shape[-1] if part.summed else 1
         place = position - 1 - self.network.layout.slices[part.name].start
         held = jax.lax.dynamic_slice_in_dim(tokens, position - 1 - place % width, width, axis=1)
         x = self._of_tokens(part, held)
-        if part == first and (features := self._features()) is not None:
-            x = x + jax.lax.dynamic_slice_in_dim(features, place, 1)[None]
         if width > 1:  # the tokens of the row up to this one
             seen = jnp.arange(width) <= place % width
             x = jnp.where(seen[None, :, None], x, 0).sum(axis=1, keepdims=True)

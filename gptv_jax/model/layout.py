@@ -11,6 +11,8 @@ import math
 import numpy as np
 from jaxtyping import Int
 
+from gptv_jax.errors import InputError
+
 
 @dataclasses.dataclass(frozen=True)
 class Part:
@@ -47,7 +49,8 @@ class Layout:
     parts: tuple[Part, ...]
     visible: tuple[int, ...]  # T numbers
     # The input of position t is token t - shift: 1, or the size of a block of tokens that are
-    # predicted at once. 0: each position's own token, which training masks (BERT).
+    # predicted at once, which `Network` does not take yet. 0: each position's own token, which
+    # training masks (BERT).
     shift: int = 1
 
     def __post_init__(self):
@@ -90,18 +93,36 @@ class Layout:
 
     def part_at(self, position: int) -> Part:
         """The part that a position belongs to."""
-        names = {name: where for name, where in self.slices.items() if position < where.stop}
-        return next(part for part in self.parts if part.name in names)
+        return next(part for part in self.parts if position < self.slices[part.name].stop)
 
     @functools.cached_property
     def predicted(self) -> np.ndarray:
         """Whether a position predicts its token, bool [T]."""
         return np.repeat([p.predicted for p in self.parts], [p.size for p in self.parts])
 
+    def check_drawable(self, prefix: int, length: int) -> None:
+        """Checks that the tokens after a prefix can be drawn one by one, up to `length` tokens.
+
+        Raises:
+          InputError: a position from `prefix` on does not see exactly the positions up to itself,
+            or the prefix ends within the first of several parts.
+        """
+        if self.visible[prefix:length] != causal_mask(length)[prefix:]:
+            raise InputError(
+                f"positions {prefix} to {length - 1} of the layout are to be drawn, which takes a "
+                "layout where each of them sees the positions up to itself and no later one."
+            )
+        if len(self.parts) > 1 and prefix < (first := self.parts[0].size):
+            raise InputError(
+                f"the first {prefix} tokens are given, but of a sequence of several parts the "
+                f"first part must be: {first} tokens."
+            )
+
     def coordinates(self) -> Int[np.ndarray, "T 2"]:
         """Row and column of every position, for rotary phases.
 
         The parts lie below each other: a part's first row follows the last row of the part before.
+        So do the frames of a part of (frames, rows, columns).
         """
         found, row = [], 0
         for part in self.parts:

@@ -200,9 +200,8 @@ def make(
     """
     training, lengths = kind(config), sharding.axis_sizes(config.mesh, topology.count)
     mesh = topology.abstract_mesh(lengths)
-    sharding.check(config, mesh, training.sections)
-    if training.unit == "token":
-        sharding.check_length(training.units, mesh)
+    length = training.units if training.unit == "token" else None
+    sharding.check(config, mesh, training.sections, length)
     sharding.over_slices(lengths, topology.slices)
     sizes, program, line = dict(mesh.shape), None, None
     # By arithmetic, slices follow one another along the first axes.

@@ -248,7 +248,7 @@ class Pretraining(Training):
     def _chunks(self, rows: int, mesh: AbstractMesh) -> list[tuple[Part, int]]:
         """Every predicted part, and the number of chunks in which its logits are computed."""
         parts = [part for part in self.network.layout.parts if part.predicted]
-        return [(p, objective.loss_parts(self.network, rows, mesh.shape, p)) for p in parts]
+        return [(p, objective.loss_chunks(self.network, rows, mesh.shape, p)) for p in parts]
 
     def collectives(self, sizes: dict[str, int]) -> Iterator[Call]:
         """The collectives that the sharding requires in a step on a mesh of these sizes."""

@@ -45,13 +45,18 @@ class Stage:
         module, _, name = self.planning.partition(".")
         return getattr(importlib.import_module(f"gptv_jax.planning.{module}"), name)
 
-    def check(self, config: config_lib.Config, mesh: Mesh | None = None) -> None:
-        """Checks the sections that the stage needs, and that the mesh, if given, divides them."""
+    def check(
+        self, config: config_lib.Config, mesh: Mesh | None = None, length: int | None = None
+    ) -> None:
+        """Checks the sections that the stage needs, and that the mesh, if given, divides them.
+
+        `length` is that of `sharding.check`.
+        """
         for section in self.sections:
             if section in rules.SECTIONS:
                 rules.SECTIONS[section](config)
         if mesh is not None:
-            sharding.check(config, mesh, self.sections)
+            sharding.check(config, mesh, self.sections, length)
 
 
 STAGES = {

@@ -259,7 +259,6 @@ class _Rows(dict):
 @functools.cache
 def _step(task: Detect, network: Network) -> Callable:
     """`(params, batch) -> arrays with a row for each image of the global batch`, jitted."""
-    nats = objective.make_parts_nats(network, task.soft)
 
     def step(params: dict, batch: dict) -> dict[str, Array]:
         images, places = (batch.get("tokens"), batch.get("image")), network.layout.slices[NAME]
@@ -273,7 +272,7 @@ def _step(task: Detect, network: Network) -> Callable:
             numbers=batch["index"],
         )
         rows = {
-            "nats": nats(params, batch),
+            "nats": objective.parts_nats(network, params, batch),
             "drawn": drawn[:, places],
             "probabilities": probabilities[:, places],
             "targets": batch["targets"][NAME],

@@ -109,7 +109,8 @@ class Task:
     def loss(self, network: Network) -> Callable:
         """`loss(params, frozen, batch, key, step) -> (number, metrics)`, see `train.step`.
 
-        The sum over the predicted parts of each part's weighted nats per position.
+        The sum over the predicted parts of the mean weighted nats of a position. A metric is
+        called "nats_per_token" only where it is the mean nats of tokens, without weights.
         """
         return step.make_loss(network)
 

@@ -47,26 +47,6 @@ def sequence(layout: Layout, batch: dict, key: str = "inputs") -> Int[Array, "B 
     return jnp.concatenate(rows, axis=1)
 
 
-@jax.named_scope("loss")
-def nats_per_part(
-    model: GPT, output: Output, batch: dict, soft: Mapping[str, float] = MappingProxyType({})
-) -> dict[str, Float[Array, " B"]]:
-    """Weighted sum of each row's nats over the positions of a part, for every predicted part.
-
-    The weights are batch["weights"][name], or 1. `soft` has parts whose targets are `soft_targets`,
-    and the deviation of these.
-    """
-    layout = model.network.layout
-    targets = sequence(layout, batch, "targets")
-    final, found = jax.sharding.reshard(output.final, sharding.BATCH_FIRST), {}
-    for part in (part for part in layout.parts if part.predicted):
-        where = layout.slices[part.name]
-        nats = part_nats(model, part, final[:, where], targets[:, where], soft.get(part.name, 0.0))
-        weights = batch.get("weights", {}).get(part.name)
-        found[part.name] = (nats if weights is None else nats * weights).mean(axis=1)
-    return found
-
-
 def soft_targets(tokens: Int[Array, "B n"], part: Part, deviation: float) -> Float[Array, "B n V"]:
     """Target distributions over a part's vocabulary; of a token that names no place, the token.
 
@@ -81,34 +61,56 @@ def soft_targets(tokens: Int[Array, "B n"], part: Part, deviation: float) -> Flo
     return likely / likely.sum(axis=-1, keepdims=True)
 
 
-def make_parts_nats(network: Network, soft: Mapping[str, float] = MappingProxyType({})) -> Callable:
-    """`(params, batch, key=None) -> [B]`: each row's sum of `nats_per_part`.
+def _by_part(
+    network: Network, params: dict, batch: dict, key: PRNGKeyArray | None, soft: Mapping[str, float]
+) -> dict[str, tuple[Float[Array, "B n"], Float[Array, "B n"]]]:
+    """Nats and weights of the positions of every predicted part; a part's weights are 1 or given.
 
-    Without a key there is no dropout.
+    `soft` has parts whose targets are `soft_targets`, and the deviation of these. Without a key
+    there is no dropout.
     """
-    return lambda params, batch, key=None: sum(
-        _of_parts(network, soft, params, batch, key).values()
-    )
+    model, layout = network.bind(params), network.layout
+    pixels = batch["image"] if network.stem else None
+    final = model(sequence(layout, batch), key=key, pixels=pixels).final
+    with jax.named_scope("loss"):
+        final, found = jax.sharding.reshard(final, sharding.BATCH_FIRST), {}
+        targets = sequence(layout, batch, "targets")
+        for part in (part for part in layout.parts if part.predicted):
+            where, deviation = layout.slices[part.name], soft.get(part.name, 0.0)
+            nats = part_nats(model, part, final[:, where], targets[:, where], deviation)
+            weights = batch.get("weights", {}).get(part.name, jnp.ones_like(nats))
+            found[part.name] = nats, weights
+    return found
+
+
+def parts_nats(network: Network, params: dict, batch: dict) -> Float[Array, " B"]:
+    """Mean nats of each row's tokens of the predicted parts, of the tokens with a weight above 0.
+
+    The mean is not weighted, targets are not soft, and there is no dropout; 0 for a row without any
+    such token.
+    """
+    found = _by_part(network, params, batch, None, {}).values()
+    nats, weights = (jnp.concatenate(each, axis=1) for each in zip(*found, strict=True))
+    return masked_mean(nats, weights > 0)
 
 
 def make_parts_loss(network: Network, soft: Mapping[str, float] = MappingProxyType({})) -> Callable:
-    """The loss of a network of several parts, see `train.step`: the mean of `make_parts_nats`."""
+    """The loss of a network of several parts, see `train.step`; no step and no array changes it.
+
+    The sum over the predicted parts of the mean over rows and positions of nats times
+    batch["weights"][name], or 1. `soft` has parts whose targets are `soft_targets`, and the
+    deviation of these.
+    """
 
     def loss(params, frozen, batch, key, step=None):
         del frozen, step
-        rows = _of_parts(network, soft, params, batch, key)
-        nats = {name: each.mean() for name, each in rows.items()}
-        total = sum(nats.values())
-        by_part = {f"{name}_nats": number for name, number in nats.items()} if len(nats) > 1 else {}
-        return total, {"nats_per_token": total, **by_part}
+        parts = _by_part(network, params, batch, key, soft)
+        losses = {name: (nats * weights).mean() for name, (nats, weights) in parts.items()}
+        total = sum(losses.values())
+        by_part = {f"{name}_loss": each for name, each in losses.items()} if len(parts) > 1 else {}
+        return total, {"loss": total, **by_part}
 
     return loss
-
-
-def _of_parts(network, soft, params, batch, key):
-    model, tokens = network.bind(params), sequence(network.layout, batch)
-    pixels = batch["image"] if network.stem else None
-    return nats_per_part(model, model(tokens, key=key, pixels=pixels), batch, soft)
 
 
 @jax.named_scope("loss")
@@ -151,7 +153,7 @@ def part_nats(
         return optax.softmax_cross_entropy(logits, soft_targets(tokens, part, soft))
 
     sizes = jax.sharding.get_abstract_mesh().shape
-    chunks = loss_parts(model.network, len(tokens), sizes, part)
+    chunks = loss_chunks(model.network, len(tokens), sizes, part)
     if chunks == 1:
         return nats(final, tokens)
     spec = sharding.BATCH_FIRST if model.network.several else sharding.HIDDEN
@@ -164,7 +166,7 @@ def part_nats(
     return jnp.moveaxis(found, 0, 2).reshape(tokens.shape, out_sharding=spec)
 
 
-def loss_parts(
+def loss_chunks(
     network: Network, rows: int, sizes: Mapping[str, int], part: Part | None = None
 ) -> int:
     """Number of chunks in which `part_nats` computes a part's logits, one after the other.

@@ -25,10 +25,12 @@ MATRICES = {
         MuonDimensionNumbers(reduction_axis=(0, 1, 2), output_axis=3),
     ),
 }
-# Weights that are decayed and whose steps depend on the width; not norms, start vectors, embeddings
-# and positions. By name, because a stacked norm gain has two dimensions as well.
+# Weights whose steps depend on the width; not norms, start vectors, embeddings and positions. By
+# name, because a stacked norm gain has two dimensions as well.
 PRODUCTS = {*MATRICES, "head", "class_head"}
-ABOVE = {"final_norm", "head", "classifier"}  # lie above all layers; the rest lies below them
+DECAYED = {*PRODUCTS, "stem_conv", "from_stem"}  # the last two sum over channels, not the width
+# What lies above all layers, and what no pretraining has, by first name; the rest lies below them.
+ABOVE = {"final_norm", "head", "classifier", "parts", "stem"}
 
 RMS = 0.2  # of Muon's update, that of a typical Adam update (Liu et al. 2025, arXiv:2502.16982)
 
@@ -40,11 +42,12 @@ def make_optimizer(
 
     `layer_decay` is the learning rate of a layer over that of the layer above it (Clark et al.
     2020, arXiv:2003.10555); the embeddings are the lowest layer, the final norm and the heads the
-    highest. `relative_width` is the network's width over the one the learning rates were found at.
+    highest. Parts after the first one and the stem, which fine-tuning begins anew, take the highest
+    rate too. `relative_width` is the network's width over the one the learning rates were found at.
     """
     rate = _schedule(config, config.learning_rate, steps)
     betas = {"b1": config.beta1, "b2": config.beta2}
-    decay = {"weight_decay": config.weight_decay, "mask": _by_name(PRODUCTS.__contains__)}
+    decay = {"weight_decay": config.weight_decay, "mask": _by_name(DECAYED.__contains__)}
     match config.name:
         case "adam":
             optimizer = optax.adam(rate, **betas)

@@ -32,12 +32,14 @@ def make_loss(
 ) -> Callable:
     """Nats per token; with a class head the weighted sum of these and the class's cross-entropy.
 
-    Of several parts the nats per token of all predicted parts, see `objective.nats_per_part`.
+    Of several parts the loss is `objective.make_parts_loss`, which takes no coefficients.
     A network with a class head does not see the class, and reads images in raster order. Any other
     network with random orders needs `steps`, the length of the training. Without a key nothing is
     drawn: no dropout, no label dropout, raster order; BERT needs a key.
     """
     if network.several:
+        if network.classes or (generative, classification) != (1, 1):
+            raise ValueError("a network of several parts has no class head and no coefficients.")
         return objective.make_parts_loss(network)
     if network.config.random_order and not network.classes and steps is None:
         raise ValueError(
@@ -191,7 +193,7 @@ def make_eval_step(network: Network, *, confusion: bool = False) -> Callable:
 
     def eval_step(params: dict, batch: dict) -> dict[str, Array]:
         if network.several:
-            nats = objective.make_parts_nats(network)(params, batch)
+            nats = objective.parts_nats(network, params, batch)
             return {"nats_per_token": (nats * batch["mask"]).sum(), "images": batch["mask"].sum()}
         nats, logits, model = 0.0, [], network.bind(params)
         for vote in range(network.votes):
