@@ -581,6 +581,8 @@ def test_boxes_of_tfds_without_labels_are_of_one_class_and_other_sequences_no_bo
     np.testing.assert_array_equal(record["boxes"], [[0, 0, H / 2, W]])
     assert record["box_labels"].tolist() == [0] and record["area"].tolist() == [H / 2 * W]
     assert source.image_id(0) == 0
-    without = tfds.features.FeaturesDict(words)
-    source = sources.open_source(prepare(tmp_path / "b", without, [image]), "train")
+    without = tfds.features.FeaturesDict(words | {"image/id": tfds.features.Text()})
+    named = image | {"image/id": "a/é.jpg".encode()}
+    source = sources.open_source(prepare(tmp_path / "b", without, [named]), "train")
+    assert source.image_id(0) == "a/é.jpg"
     assert source.object_names == () and set(source[0]) == {"encoded"}

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import socket
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +14,16 @@ from PIL import Image
 
 import gptv_jax
 from gptv_jax import config as config_lib
-from gptv_jax import sharding
+from gptv_jax import sharding, tasks, tokens
+from gptv_jax.config import fields
+from gptv_jax.data import cache, pipeline, sources
+from gptv_jax.data.damage import DamageLog
+from gptv_jax.data.records import to_image, to_original
+from gptv_jax.decode import answers
 from gptv_jax.errors import InputError
-from gptv_jax.tasks import drawing
+from gptv_jax.stages.run import run_stages
+from gptv_jax.tasks import average_precision, detect, drawing
+from gptv_jax.tasks.average_precision import PRECISIONS, RECALLS
 from gptv_jax.tasks.boxes import Detections
 from gptv_jax.tasks.detect import Detect
 from gptv_jax.weights.native import WeightsFile
@@ -71,7 +79,7 @@ def total_of(task: Detect, records: list[dict], flips=(False,)) -> dict[str, np.
 def test_any_drawing_keeps_to_the_grammar(noise):
     """Random tokens among the allowed ones are boxes that are no smaller than 0, and classes."""
     task = task_of(bins=5, noise=noise)
-    length, ids = task.parts()[0].size, task.tokens
+    length, ids = task.parts()[0].size, task.box_tokens
 
     @jax.jit
     def draw(key):
@@ -107,7 +115,7 @@ def test_the_truth_as_tokens_scores_one_in_original_pixels():
     bounds = task.bounds(total, records.__getitem__)
     assert bounds["ceiling"]["ap"] == numbers["ap"]
     assert bounds["wrong_image"]["ap"] < 0.02 and "voted" not in bounds
-    blind = total | {"drawn": np.full_like(total["drawn"], task.tokens.noise)}
+    blind = total | {"drawn": np.full_like(total["drawn"], task.box_tokens.noise)}
     assert task.bounds(blind, records.__getitem__)["ceiling"] == bounds["ceiling"]
     assert metric.result(blind)["ap"] == 0
     coarse = task_of(bins=12)
@@ -147,7 +155,7 @@ def test_noise_coordinates_have_no_gradient_and_others_have():
     network, records = task.network(), scenes(8)
     batch = batch_of(task, records)
     targets = batch["targets"]["boxes"].reshape(8, -1, 5)
-    noise, moved = targets[..., 4] == task.tokens.noise, {}
+    noise, moved = targets[..., 4] == task.box_tokens.noise, {}
     for name, chosen in (("noise", noise), ("real", ~noise)):
         other = targets.copy()
         other[..., 0][chosen] = (other[..., 0][chosen] + 7) % 32
@@ -190,7 +198,7 @@ def test_every_mesh_finds_the_same_objects():
     # The best of three classes has a third of their probability; "noise" has a share as well.
     assert one["probabilities"][:, 4::5].min() < 1 / 3
     rows = one["drawn"].reshape(16, -1, 5)
-    assert (rows[..., :2] <= rows[..., 2:4]).all() and (rows[..., 4] < task.tokens.noise).all()
+    assert (rows[..., :2] <= rows[..., 2:4]).all() and (rows[..., 4] < task.box_tokens.noise).all()
 
 
 def test_objects_are_found_in_images_of_any_size_in_their_own_pixels(tmp_path):
@@ -243,7 +251,7 @@ def test_crowds_are_no_targets():
     record = scenes(1)[0] | {"crowd": np.array([True])}
     record = {name: array[:1] for name, array in record.items()}
     task = task_of()
-    assert (task.example(record)["targets"]["boxes"][4::5] == task.tokens.noise).all()
+    assert (task.example(record)["targets"]["boxes"][4::5] == task.box_tokens.noise).all()
 
 
 def test_at_most_so_many_detections_count():
@@ -287,13 +295,13 @@ from gptv_jax import config as config_lib
 
 def get_config():
     c = config_lib.default()
-    c.data.name, c.data.image_size = "digit_scenes", (40, 56)
+    c.data.name, c.data.image_size = "digit_scenes", (32, 48)
     c.data.train_split, c.data.validation_split = "train[:64]", "validation[:12]"
     c.data.test_split = "test[:21]"
     c.tokens.kind = "none"
     c.model.layers, c.model.width, c.model.heads = 1, 16, 2
     c.task.name, c.task.image_input, c.task.stem = "detect", "pixels", (8, 8, 8)
-    c.task.detect.objects, c.task.detect.bins, c.task.detect.top_p = 3, 29, 0.0
+    c.task.detect.objects, c.task.detect.bins = 3, 29
     c.task.detect.votes = ("flip(1.0)",)
     train = c.finetune.train
     train.steps, train.batch_size, train.eval_every, train.log_every = 4, 8, 2, 2
@@ -324,3 +332,139 @@ def test_two_processes_score_as_one_and_write_every_image_once(start, tmp_path):
     assert {row["image_id"] for row in files[0]} == set(range(21))
     boxes = [[[row["image_id"], row["category_id"], *row["bbox"]] for row in f] for f in files]
     np.testing.assert_allclose(*map(sorted, boxes), rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def cached(tmp_path_factory):
+    """A configuration of detection on a token cache of scenes at half their size."""
+    folder = tmp_path_factory.mktemp("cached") / "cache"
+    folder.mkdir()
+    data = config_lib.Data(
+        name="digit_scenes",
+        image_size=(20, 28),
+        eval_transforms=("resize((20, 28))",),
+        train_split="train[:16]",
+        validation_split="validation[:4]",
+        test_split="test[3:9]",
+    )
+    kinds = config_lib.Tokens(kind="grey", levels=256)
+    codec, splits = tokens.make_codec(kinds, data.image_size), {}
+    for split in ("train", "validation", "test"):
+        found = pipeline.images(data, split, DamageLog(data, None), annotated=True)
+        splits[split] = [row for chunk in pipeline.tokenized(codec, found) for row in chunk]
+    for number, record in enumerate(splits["test"]):
+        record["image_id"] = ["a/é.jpg", 7][number % 2]
+    names = tuple("0123456789")
+    header = {"source": {"name": "digit_scenes"}, "tokens": fields.flatten(kinds), "classes": 0}
+    header |= {"image_size": [20, 28], "transforms": data.eval_transforms, "object_names": names}
+    cache.write(folder, codec, splits, header)
+    data = dataclasses.replace(data, name="tokens", path=str(folder), train_transforms=())
+    data = dataclasses.replace(
+        data, train_split="train", validation_split="validation", test_split="test"
+    )
+    train = config_lib.Train(steps=2, batch_size=8, eval_every=2, log_every=2)
+    settings = config_lib.Detect(objects=2, bins=29)
+    return config_lib.Config(
+        data=data,
+        tokens=kinds,
+        model=config_lib.Model(layers=1, width=16, heads=2),
+        task=config_lib.Task(name="detect", detect=settings),
+        train=train,
+        finetune=config_lib.Finetune(train=train, train_transforms=(), scratch=False),
+    )
+
+
+def test_detection_is_learned_from_a_token_cache_and_shown_in_its_pictures(cached, tmp_path):
+    found = run_stages(cached, str(tmp_path / "run"), ["pretrain", "finetune"])
+    assert (tmp_path / "run/samples/detections.png").exists()
+    twelve = {f"finetune/validation_{n}" for n in (*PRECISIONS, *RECALLS)}
+    assert twelve | {f"finetune/test_ap_of_{n}" for n in "0123456789"} <= found.keys()
+    assert found["finetune/test_ap_of_0"] is None or 0 <= found["finetune/test_ap_of_0"] <= 1
+    rows = json.loads((tmp_path / "run/finetune/detections-test.json").read_text())
+    assert {row["image_id"] for row in rows} == {"a/é.jpg", 7}
+
+
+def test_boxes_and_detections_of_a_cache_lie_in_one_frame(cached):
+    source = sources.open_source(cached.data, "test")
+    record, known = source[0], source.annotations(0)
+    record["image"] = np.zeros((20, 28, 3), np.uint8)
+    assert not np.allclose(record["boxes"], known["boxes"])
+    found = Detections(
+        known["boxes"], known["box_labels"], np.ones(len(known["boxes"]), np.float32)
+    )
+    shown = detect._as_shown(found, record)
+    np.testing.assert_allclose(shown.boxes, record["boxes"], atol=1e-3)
+    view = record["view"][[0, 3, 2, 1]]
+    there = to_original(record["boxes"], (20, 28), view)
+    np.testing.assert_allclose(to_image(there, (20, 28), view), record["boxes"], atol=1e-3)
+
+
+def test_votes_that_a_cache_cannot_give_are_refused(cached, monkeypatch):
+    def check(vote):
+        settings = dataclasses.replace(cached.task.detect, votes=(vote,))
+        chosen = dataclasses.replace(cached.task, detect=settings)
+        tasks.make(dataclasses.replace(cached, task=chosen)).check()
+
+    check("flip(1.0)")
+    learned = dataclasses.replace(cached.tokens, kind="learned")
+    monkeypatch.setattr(sources.open_data_set(cached.data), "tokens", learned)
+    with pytest.raises(InputError, match=r"votes has flip\(1\.0\), which needs pixels") as refused:
+        check("flip(1.0)")
+    assert len(str(refused.value)) <= 300
+
+
+def test_a_missing_pycocotools_is_told_before_any_work(cached, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pycocotools.cocoeval", None)
+    with pytest.raises(InputError, match="pip install"):
+        run_stages(cached, str(tmp_path / "run"), ["pretrain", "finetune"])
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_draws_do_not_depend_on_the_batch():
+    task, records = task_of(bins=16), scenes(8)
+    network, batch = task.network(), batch_of(task, records)
+    halves = [{k: jax.tree.map(lambda x, h=h: x[h], v) for k, v in batch.items()}
+              for h in (slice(4), slice(4, 8))]  # fmt: skip
+    with jax.set_mesh(make_mesh((1, 1, 1))):
+        metric, params = task.metric(network, records.__getitem__), random_params(network)
+        one, two = metric.sums(params, iter([batch])), metric.sums(params, iter(halves))
+    np.testing.assert_array_equal(one["drawn"], two["drawn"])
+    assert len(np.unique(one["drawn"], axis=0)) == 8
+
+
+def test_a_second_call_compiles_nothing():
+    task = task_of(bins=16)
+    config, mesh = task.config, make_mesh((1, 1, 1))
+    parts = (config.model, config.tokens, config.data.image_size)
+    described = WeightsFile(*parts, {}, task=config.task, object_names=NAMES)
+    with jax.set_mesh(mesh):
+        model = gptv_jax.Model(described, random_params(task.network()), mesh)
+    images = np.random.default_rng(0).integers(256, size=(4, *SIZE, 1), dtype=np.uint8)
+    first = model.detect(images)
+    compiled = answers.answer._cache_size()
+    again = model.detect(images[:3])
+    assert answers.answer._cache_size() == compiled
+    for a, b in zip(first, again, strict=False):
+        np.testing.assert_array_equal(a.boxes, b.boxes)
+
+
+def test_one_image_has_no_floor_of_another_image():
+    task, records = task_of(), scenes(1)
+    bounds = task.bounds(total_of(task, records), records.__getitem__)
+    assert set(bounds["wrong_image"].values()) == {None} and bounds["ceiling"]["ap"] > 0
+
+
+def test_each_kind_of_score_is_computed_once(monkeypatch):
+    task, records = task_of(bins=16, votes=("flip(1.0)",)), scenes(4)
+    calls, score = [], average_precision.score
+    counted = lambda *given: calls.append(1) or score(*given)  # noqa: E731
+    monkeypatch.setattr(average_precision, "score", counted)
+    batch = batch_of(task, records)
+    with jax.set_mesh(make_mesh((1, 1, 1))):
+        metric = task.metric(task.network(), records.__getitem__)
+        total = metric.sums(random_params(task.network()), iter([batch, batch]))
+    metric.result(total)
+    task.bounds(total, records.__getitem__)
+    task.details(total, records.__getitem__)
+    task.details(total, records.__getitem__)
+    assert len(calls) == 4  # plain, ceiling, wrong_image, voted

@@ -1,5 +1,6 @@
 """Detection in images of any size, by a trained network."""
 
+import itertools
 from collections.abc import Sequence
 
 import jax
@@ -15,9 +16,11 @@ from gptv_jax.errors import InputError
 from gptv_jax.model.gpt import Network
 from gptv_jax.tasks.boxes import Detections, vote
 from gptv_jax.tasks.detect import NAME, Detect
+from gptv_jax.tasks.task import Grammar
 from gptv_jax.tokens import Codec
 
-AT_ONCE = 64  # images that are read in one batch
+AT_ONCE = 64  # views that are read in one batch
+SIZES = (1, 4, 16, AT_ONCE)  # of batches, as every size is compiled
 Picture = np.ndarray | jax.Array | Image.Image
 
 
@@ -41,10 +44,14 @@ def detect(
         raise InputError(f"votes has {', '.join(wrong)}, which is random; flip(1.0) is not.")
     channels = (1, 3) if codec is None else codec.image_shape[2:]
     size = task.config.data.size
-    shown = [_view(image, channels, [*steps, *v], size) for image in images for v in extra]
+    shown = (
+        (number, _view(image, channels, [*steps, *v], size))
+        for number, image in enumerate(images)
+        for v in extra
+    )
     found = []
-    for at in range(0, len(shown), AT_ONCE):
-        found += _detect(task, network, params, codec, shown[at : at + AT_ONCE])
+    while batch := list(itertools.islice(shown, AT_ONCE)):
+        found += _detect(task, network, params, codec, batch)
     groups = (found[at : at + len(extra)] for at in range(0, len(found), len(extra)))
     return [task.best(vote(group)) for group in groups]
 
@@ -71,20 +78,27 @@ def _view(
     return records.resize(record, *size)
 
 
-def _detect(task, network, params, codec, shown: list[records.Record]) -> list[Detections]:
-    pixels = np.stack([record["image"] for record in shown])
+def _detect(
+    task, network, params, codec, numbered: list[tuple[int, records.Record]]
+) -> list[Detections]:
+    """The objects in views, each with the number of its image."""
+    size = next(size for size in SIZES if size >= len(numbered))
+    padded = numbered + numbered[-1:] * (size - len(numbered))
+    pixels = np.stack([record["image"] for _, record in padded])
+    numbers = np.array([number for number, _ in padded], np.int32)
     tokens = None if codec is None else codec.encode(pixels)
-    inputs = (tokens, pixels if network.stem else None)
-    inputs = jax.tree.map(sharding.shard_rows, inputs)
+    inputs = (tokens, pixels if network.stem else None, numbers)
+    *inputs, numbers = jax.tree.map(sharding.shard_rows, inputs)
     answered = answers.answer(
         network,
         params,
         *inputs,
         jax.random.key(task.config.seed),
         jax.tree.map(jnp.asarray, task.restriction(network)),
-        task.allowed,
+        Grammar(task),
+        numbers=numbers,
     )
     places = network.layout.slices[NAME]
     drawn, probabilities = (np.asarray(x)[:, places] for x in answered)
-    rows = zip(drawn, probabilities, shown, strict=False)  # without the padding
-    return [task.found(*row, record["view"]) for *row, record in rows]
+    rows = zip(drawn, probabilities, numbered, strict=False)  # without the padding
+    return [task.found(*row, record["view"]) for *row, (_, record) in rows]

@@ -10,7 +10,8 @@ A token cache is a folder with
 A record is a NumPy structured scalar, deflated (zlib): `header["fields"]` lists the name, type and
 shape of each of its arrays. In format 3, for images with boxes or label maps, a structured scalar
 for each object follows, with the fields of `header["objects"]`; boxes are in pixels of the image
-after the transforms, and `view` is the part of the original that the image shows.
+after the transforms, and `view` is the part of the original that the image shows. Last comes the
+image's id, number or text, as JSON of `id_bytes` bytes.
 
 Before tokens are stored, they are renumbered so that tokens that look alike have neighbouring
 numbers; a record holds the low byte of these numbers in `low` and each higher bit as one plane of
@@ -99,14 +100,17 @@ def write(
             for example in examples:
                 if not sum(lengths.values()) and {"boxes", "segmentation"} & set(example):
                     maps = {n: example[n] for n in ("view", "segmentation") if n in example}
-                    record = np.dtype(plain + _fields(maps))
+                    record = np.dtype([*plain, *_fields(maps), ("id_bytes", "<u4", ())])
                     kept = {n: example[n][:0] for n in OBJECTS if n in example and n != "masks"}
                     objects = np.dtype([(n, kind, shape[1:]) for n, kind, shape in _fields(kept)])
-                values = example | planes.split(example["tokens"])
+                name = json.dumps(example.get("image_id")).encode()
+                values = example | planes.split(example["tokens"]) | {"id_bytes": len(name)}
                 packed = np.array(tuple(values[name] for name in record.names), record).tobytes()
                 if objects.names:
                     rows = zip(*(example[name] for name in objects.names), strict=True)
                     packed += np.array(list(rows), objects).tobytes()
+                if "id_bytes" in record.names:
+                    packed += name
                 # Raw deflate, without zlib's own header and checksum.
                 writer.write(zlib.compress(packed, 9, -zlib.MAX_WBITS))
                 lengths[split] += 1
@@ -214,29 +218,37 @@ class _CachedSplit:
         return self.length
 
     def __getitem__(self, index: int) -> Record:
-        values = self._values(index)
+        values, _ = self._values(index)
         return {"tokens": self.planes.join(values.pop("low"), values.pop("high")), **values}
 
     def annotations(self, index: int) -> Record:
         """The record without tokens; the boxes are in pixels of the original image."""
-        values = self._values(index)
+        values, _ = self._values(index)
         record = {n: v for n, v in values.items() if n not in ("low", "high", "view")}
         if "boxes" in record:
             shape, view = self.planes.image_shape, values["view"]
             record["boxes"] = to_original(record["boxes"], shape, view)
         return record
 
-    def _values(self, index: int) -> dict[str, np.ndarray]:
+    def image_id(self, index: int) -> int | str | None:
+        """The id that the data gave the image; None in older caches."""
+        return self._values(index)[1]
+
+    def _values(self, index: int) -> tuple[dict[str, np.ndarray], int | str | None]:
+        """The arrays of a record, and the image's id."""
         size = self.record.itemsize
         try:
             (packed,) = self._reader.read(index, index + 1)
             content = zlib.decompress(packed, -zlib.MAX_WBITS)
             (values,) = np.frombuffer(content[:size], self.record)
-            objects = np.frombuffer(content[size:], self.objects) if self.objects.names else {}
+            found = {name: values[name] for name in self.record.names}
+            end = len(content) - int(found.pop("id_bytes", 0))
+            objects = np.frombuffer(content[size:end], self.objects) if self.objects.names else {}
+            image_id = json.loads(content[end:] or "null")
         except Exception as error:  # ArrayRecord raises whatever its C++ part reports
             raise InputError(f"{self.name(index)} is damaged ({first_line(error)}).") from error
-        found = {name: values[name] for name in self.record.names}
-        return found | {name: objects[name].copy() for name in self.objects.names or ()}
+        found |= {name: objects[name].copy() for name in self.objects.names or ()}
+        return found, image_id
 
     def name(self, index: int) -> str:
         return f"{self.path.with_suffix('')}[{index}]"

@@ -13,9 +13,9 @@ from PIL import Image, ImageDraw
 
 from gptv_jax.data import arrays
 
-HEIGHT, WIDTH = 40, 56  # of the canvas, pixels
-DIGITS = 6  # at most, of a scene
-SIDES = (9, 19)  # height of a digit, pixels; the end is excluded
+HEIGHT, WIDTH = 32, 48  # of the canvas, pixels
+DIGITS = 5  # at most, of a scene
+SIDES = (9, 17)  # height of a digit, pixels; the end is excluded
 OVERLAP = 0.15  # of two digits' boxes, at most, as a share of the smaller box
 INK = 0.3  # share of a digit's brightness from which a pixel belongs to the digit
 TRIES = 20  # to find a free place for a digit, which is left out otherwise

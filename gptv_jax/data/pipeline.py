@@ -176,15 +176,22 @@ def open_examples(config: config_lib.Data, split: str, entries: tuple[str, ...])
     return _Example(source, steps)
 
 
-@functools.cache
-def _token_steps(config: config_lib.Data, entries: tuple[str, ...]) -> list[transforms.Transform]:
-    """The transforms after the last one that needs pixels; warns of those that are left out.
+def takes(config: config_lib.Data, entry: str) -> bool:
+    """Whether the data can be transformed so: a token cache not where pixels are needed.
 
     Learned tokens cannot be transformed: moving a code does not mirror the pixels it stands for.
     """
+    data_set = sources.open_data_set(config)
+    if not isinstance(data_set, TokenCache):
+        return True
+    return data_set.tokens.kind != "learned" and not transforms.parse(entry).needs_pixels
+
+
+@functools.cache
+def _token_steps(config: config_lib.Data, entries: tuple[str, ...]) -> list[transforms.Transform]:
+    """The transforms after the last one that needs pixels; warns of those that are left out."""
     steps = [transforms.parse(entry) for entry in entries]
-    learned = sources.open_data_set(config).tokens.kind == "learned"
-    on_pixels = [i for i, step in enumerate(steps) if learned or step.needs_pixels]
+    on_pixels = [i for i, entry in enumerate(entries) if not takes(config, entry)]
     first = max(on_pixels, default=-1) + 1
     left_out = [entry for entry in entries[:first] if entry not in config.eval_transforms]
     if left_out:
@@ -220,6 +227,9 @@ class _Example(grain.transforms.RandomMap):
             record = with_view(record, *size[:2])
         for step in self.steps:
             record = step(record, rng)
+        if self.annotated:
+            source = getattr(self.source, "source", self.source)  # below that of decoding
+            record["image_id"] = source.image_id(index)
         return record
 
     def random_map(self, index: int, rng: np.random.Generator | None = None) -> dict:

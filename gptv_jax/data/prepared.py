@@ -12,7 +12,7 @@ from gptv_jax.data.images import shown_size
 from gptv_jax.data.records import Record
 from gptv_jax.errors import InputError, cut, first_line, shorten
 
-IMAGE_ID = "image/id"  # the feature with the number of an image in the original files
+IMAGE_ID = "image/id"  # the feature with the id of an image in the original files
 
 
 class Tfds:
@@ -90,9 +90,11 @@ class _TfdsSplit(ArraysSplit):
             record |= _objects(example["image"], example[name], labelled)
         return record
 
-    def image_id(self, index: int) -> int:
-        found = self.images[index].get(IMAGE_ID, index)
-        return int(found) if isinstance(found, int | np.integer) else index
+    def image_id(self, index: int) -> int | str | None:
+        found = self.images[index].get(IMAGE_ID)
+        if isinstance(found, bytes):
+            return found.decode()
+        return int(found) if isinstance(found, int | np.integer) else found
 
 
 def _objects(encoded: bytes, found: dict[str, list | np.ndarray], labelled: bool) -> Record:

@@ -139,8 +139,16 @@ def to_original(
 
     Where the image shows more than the original, boxes may lie outside the original.
     """
-    ends = _from_image(boxes.reshape(-1, 2, 2), image_shape, view)
-    return np.concatenate([ends.min(axis=1), ends.max(axis=1)], axis=1).astype(boxes.dtype)
+    return _boxes(_from_image(boxes.reshape(-1, 2, 2), image_shape, view), boxes.dtype)
+
+
+def to_image(
+    boxes: Float[np.ndarray, "n 4"], image_shape: tuple[int, int], view: Float[np.ndarray, " 4"]
+) -> Float[np.ndarray, "n 4"]:
+    """The inverse of `to_original`."""
+    start, end = view[:2].astype(float), view[2:].astype(float)
+    ends = (boxes.reshape(-1, 2, 2) - start) * (image_shape / (end - start))
+    return _boxes(ends, boxes.dtype)
 
 
 def to_picture(image: UInt8[np.ndarray, "H W C"]) -> Image.Image:
@@ -162,6 +170,11 @@ def _from_image(points: np.ndarray, image_shape: tuple[int, int], view: np.ndarr
     """Points (y, x) of the image, [..., 2], in the original."""
     start, end = view[:2].astype(float), view[2:].astype(float)
     return start + points * ((end - start) / image_shape)
+
+
+def _boxes(ends: Float[np.ndarray, "n 2 2"], dtype: np.dtype) -> Float[np.ndarray, "n 4"]:
+    """Boxes of two opposite corners each."""
+    return np.concatenate([ends.min(axis=1), ends.max(axis=1)], axis=1).astype(dtype)
 
 
 def _nearest(side: int, size: int) -> np.ndarray:

@@ -146,10 +146,11 @@ class Selected:
         source, row = self._locate(index)
         return source.name(row)
 
-    def image_id(self, index: int) -> int:
-        """The number that the data give the image, such as a COCO file; else the index."""
+    def image_id(self, index: int) -> int | str:
+        """The id that the data give the image, such as a COCO file; else the index."""
         source, row = self._locate(index)
-        return source.image_id(row) if hasattr(source, "image_id") else index
+        found = source.image_id(row) if hasattr(source, "image_id") else None
+        return index if found is None else found
 
     def _locate(self, index: int) -> tuple[Source, int]:
         part, row = self._rows.locate(index)

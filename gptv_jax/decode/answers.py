@@ -24,6 +24,7 @@ def answer(
     restriction: Restriction,
     allowed: Callable | None = None,
     samples: int = 1,
+    numbers: Int[Array, " G"] | None = None,
 ) -> tuple[Int[Array, "B T"], Float[Array, "B T"]]:
     """Whole sequences, with the parts after the image drawn `samples` times for each of G images.
 
@@ -39,8 +40,10 @@ def answer(
       key: each position's key is folded from it.
       restriction: the settings of drawing, numbers or arrays [T] with a number for each position.
       allowed: `(part name, position in the part, tokens of the part [B, n]) -> bool [B or 1, V]`,
-        static and hashable, such as `tasks.Task.allowed`; None: all tokens of a part are allowed.
+        static and hashable by value, such as `tasks.task.Grammar`; None: all tokens of a part.
       samples: sequences for each image.
+      numbers: of the images; what is drawn for an image then depends on its number and not on the
+        images beside it. None: it depends on the whole batch.
 
     Raises InputError where a part after the image is not predicted.
     """
@@ -60,6 +63,10 @@ def answer(
     logits, prompt = generation.read_prompt(model, x)
     by_position = Restriction(*(jnp.broadcast_to(each, network.length) for each in restriction))
     arguments = params, given, logits, prompt, key, None, by_position
+    if numbers is not None:
+        numbers = jax.sharding.reshard(numbers, sharding.BATCH_FIRST)
+        rows = numbers[:, None] * samples + jnp.arange(samples)[None]
+        numbers = rows.reshape(-1, out_sharding=sharding.BATCH_FIRST)
     return generation.draw_tokens(
-        network, image.size, samples, *arguments, allowed=allowed, scored=True
+        *(network, image.size, samples, *arguments), allowed=allowed, scored=True, numbers=numbers
     )

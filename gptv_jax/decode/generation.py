@@ -26,11 +26,10 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.decode.restriction import Restriction, guidance_scales, guide, restrict
-from gptv_jax.errors import InputError
 from gptv_jax.model import layers
 from gptv_jax.model.attention import LANES, self_attention
 from gptv_jax.model.gpt import GPT, Network
-from gptv_jax.model.layout import Layout, Part, causal_mask
+from gptv_jax.model.layout import Layout, Part
 
 UNKNOWN = -1  # stands in place of a token that is to be drawn
 DEFAULTS = config_lib.Drawing()
@@ -137,18 +136,19 @@ def draw_tokens(
     restriction,
     allowed=None,
     scored=False,
+    numbers=None,
 ) -> tuple[Int[Array, "B N"], Float[Array, "B N"] | None]:
     """Draws the unknown tokens after the prefix, one position at a time.
 
     `logits` and `prompt` are returned by `prefill`. `scales` is the guidance scale of each
     position, None without guidance; `restriction` has one number, or one for each position.
     `allowed` is a task's grammar, see `answers.answer`. With `scored`, every drawn token's
-    probability is returned too, before `allowed` and `restriction`; 1 in the prefix.
+    probability is returned too, before `allowed` and `restriction`; 1 in the prefix. `numbers`,
+    int [B], give each row a key of its own, which no other row changes.
 
-    Raises InputError where a position from the last one of the prompt on does not see exactly the
-    positions up to itself, or where the prefix ends within the first of several parts.
+    Raises InputError where `Layout.check_drawable` does.
     """
-    _check_drawable(network.layout, prefix, given.shape[1])
+    network.layout.check_drawable(prefix, given.shape[1])
     model, blocks = decoding_weights(network, params)
     tokens, last = _repeat_rows(given, samples), given.shape[1] - 1
     probabilities = jnp.ones_like(tokens, jnp.float32) if scored else None
@@ -162,7 +162,12 @@ def draw_tokens(
             mask = allowed(part.name, position - places.start, tokens[:, places])
             possible = logits if mask is None else jnp.where(mask, logits, -jnp.inf)
         settings = (each if jnp.ndim(each) == 0 else each[position] for each in restriction)
-        drawn = jax.random.categorical(token_key(key, position), restrict(possible, *settings))
+        at, possible = token_key(key, position), restrict(possible, *settings)
+        if numbers is None:
+            drawn = jax.random.categorical(at, possible)
+        else:
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(at, numbers)
+            drawn = jax.vmap(jax.random.categorical)(keys, possible)
         known = jax.lax.dynamic_slice_in_dim(tokens, position, 1, axis=1)
         # JAX 0.12 loses the sharding of a dimension of size 1, here that of a single row.
         known = jax.sharding.reshard(known, sharding.BATCH_FIRST)
@@ -200,19 +205,6 @@ def draw_tokens(
         )
     tokens, probabilities, logits, _ = carry
     return draw(network.layout.part_at(last), last, tokens, probabilities, logits)
-
-
-def _check_drawable(layout: Layout, prefix: int, length: int) -> None:
-    if layout.visible[prefix:length] != causal_mask(length)[prefix:]:
-        raise InputError(
-            f"positions {prefix} to {length - 1} of the layout are to be drawn, which takes a "
-            "layout where each of them sees the positions up to itself and no later one."
-        )
-    if len(layout.parts) > 1 and prefix < layout.parts[0].size:
-        raise InputError(
-            f"the first {prefix} tokens are given, but of a sequence of several parts the first "
-            f"part must be: {layout.parts[0].size} tokens."
-        )
 
 
 def stretches(layout: Layout, first: int, ends: list[int]) -> list[tuple[int, int, int]]:

@@ -11,6 +11,8 @@ import math
 import numpy as np
 from jaxtyping import Int
 
+from gptv_jax.errors import InputError
+
 
 @dataclasses.dataclass(frozen=True)
 class Part:
@@ -97,6 +99,24 @@ class Layout:
     def predicted(self) -> np.ndarray:
         """Whether a position predicts its token, bool [T]."""
         return np.repeat([p.predicted for p in self.parts], [p.size for p in self.parts])
+
+    def check_drawable(self, prefix: int, length: int) -> None:
+        """Checks that the tokens after a prefix can be drawn one by one, up to `length` tokens.
+
+        Raises:
+          InputError: a position from `prefix` on does not see exactly the positions up to itself,
+            or the prefix ends within the first of several parts.
+        """
+        if self.visible[prefix:length] != causal_mask(length)[prefix:]:
+            raise InputError(
+                f"positions {prefix} to {length - 1} of the layout are to be drawn, which takes a "
+                "layout where each of them sees the positions up to itself and no later one."
+            )
+        if len(self.parts) > 1 and prefix < (first := self.parts[0].size):
+            raise InputError(
+                f"the first {prefix} tokens are given, but of a sequence of several parts the "
+                f"first part must be: {first} tokens."
+            )
 
     def coordinates(self) -> Int[np.ndarray, "T 2"]:
         """Row and column of every position, for rotary phases.

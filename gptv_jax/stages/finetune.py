@@ -15,13 +15,15 @@ import optax
 from gptv_jax import files, sharding
 from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.data import pipeline, sources
+from gptv_jax.data.records import Record
 from gptv_jax.errors import shorten
 from gptv_jax.model import flops
 from gptv_jax.model.gpt import Network
 from gptv_jax.runs import accuracy, pictures
 from gptv_jax.runs.context import Context
 from gptv_jax.stages import pretrained
-from gptv_jax.tasks.task import Task
+from gptv_jax.tasks.task import Records, Task
+from gptv_jax.tokens import Codec
 from gptv_jax.train import loop, optimizer, step
 
 LOG = logging.getLogger(__name__)
@@ -37,6 +39,7 @@ def run_stage(context: Context) -> dict:
     )
     evaluation = functools.partial(context.data.evaluation, batch_size=batch_size, **reading)
     loss, key = task.loss(network), jax.random.key(config.seed)
+    known = sources.open_source(config.data, "test").annotations
 
     @functools.cache
     def metric(split: str) -> step.Metric:
@@ -81,9 +84,10 @@ def run_stage(context: Context) -> dict:
         views = (evaluation("test", extra=extra) for extra in task.views())
         total = metric("test").sums(fitted.params, itertools.chain.from_iterable(views))
         tested, first = metric("test").result(total), next(iter(task.primary))
+        tested = tested | task.details(total, known)
         return {
             "steps": fitted.step,
-            f"validation_{first}": chosen[first],
+            **{f"validation_{n}": chosen[n] for n in (first, *task.validated)},
             **{f"test_{n}": value for n, value in tested.items() if n not in task.unreported},
             **fitted.sessions,
         }, total
@@ -102,7 +106,7 @@ def run_stage(context: Context) -> dict:
     images = accuracy.images(config.data)
     if "images" in total:
         images["test_images"] = int(total["images"]) // len(task.views())
-    bounds = _write(context, task, total)
+    bounds = _write(context, task, total, known)
     if settings.scratch and possible:
         LOG.info("finetune_scratch trains random initial weights in the same way, as the floor.")
         numbers, _ = tune("finetune_scratch", from_scratch, layer_decay=1.0)
@@ -131,10 +135,18 @@ def begin_with(network: Network, given: dict, key: jax.Array) -> dict:
     return jax.tree.unflatten(structure, [leaves[name] for name in wanted])
 
 
-def _write(context: Context, task: Task, total: dict) -> dict[str, float]:
+def _pictured(codec: Codec | None, source: sources.Source, index: int) -> Record:
+    """The record with its image, which the tokens of a cache stand for."""
+    record = source[index]
+    if "tokens" not in record:
+        return record
+    tokens = pipeline.to_tokens(codec, record)[None]
+    return record | {"image": codec.picture(codec.decode(tokens))[0]}
+
+
+def _write(context: Context, task: Task, total: dict, known: Records) -> dict[str, float | None]:
     """Writes what is known of the test images, and returns floors and ceilings of the numbers."""
     config, folder = context.config, context.folder.path
-    known = sources.open_source(config.data, "test").annotations
     if "confusion" in total:
         training = sources.open_source(config.data, "train").label_counts()
         confusion, names = total["confusion"], context.class_names
@@ -143,7 +155,8 @@ def _write(context: Context, task: Task, total: dict) -> dict[str, float]:
         for name, content in task.files(total, known).items():
             files.write_json(folder / "finetune" / name, content)
         examples = pipeline.open_examples(config.data, "test", config.data.eval_transforms)
-        for name, picture in task.show(examples.source.__getitem__, total).items():
+        shown = functools.partial(_pictured, context.codec, examples.source)
+        for name, picture in task.show(shown, total).items():
             pictures.save(picture, folder / "samples" / f"{name}.png")
     bounds = task.bounds(total, known)
     return {f"{b}_test_{n}": value for b, numbers in bounds.items() for n, value in numbers.items()}

@@ -10,6 +10,9 @@ from gptv_jax.data.cache import TokenCache
 from gptv_jax.errors import InputError
 from gptv_jax.stages import STAGES
 
+# Keys of records in messages.
+WORDS = {"label": "labels", "box_labels": "classes of boxes", "segmentation": "label maps"}
+
 
 def choose_stages(
     config: config_lib.Config,
@@ -81,4 +84,4 @@ def _impossible(config: config_lib.Config, held: Collection[str]) -> dict[str, s
 def _lacking(task: str, held: Collection[str]) -> str:
     """What a task needs of the records and they do not have, in words."""
     lacking = [key for key in tasks.kind(task).needs if key not in held]
-    return " and no ".join({"label": "labels"}.get(key, key) for key in lacking)
+    return " and no ".join(WORDS.get(key, key) for key in lacking)

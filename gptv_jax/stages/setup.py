@@ -98,6 +98,8 @@ def _open(config: config_lib.Config, folder: RunFolder, wanted: list[str] | None
     changed = changes.Changes(*hosts.from_first(lambda: changes.find(folder, data, stages)))
     for name in stages:
         if STAGES[name].on_request or name in changed.unfinished or not folder.finished(name):
+            if name == "finetune":
+                hosts.on_all(task.check)
             length = task.network().length if name == "finetune" else None
             STAGES[name].check(config, mesh, length)
     if {"sample", "generate"} & set(stages) and config.sample.guidance != 1:

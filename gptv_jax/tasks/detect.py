@@ -11,22 +11,23 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Int, UInt8
 
-from gptv_jax.data import sources
-from gptv_jax.data.records import Record, to_original
+from gptv_jax.data import pipeline, sources
+from gptv_jax.data.records import Record, to_image, to_original
 from gptv_jax.decode import answers
 from gptv_jax.decode.restriction import Restriction
 from gptv_jax.errors import InputError
 from gptv_jax.model.gpt import Network
 from gptv_jax.model.layout import Part
 from gptv_jax.tasks import average_precision, drawing
-from gptv_jax.tasks.average_precision import Scores
+from gptv_jax.tasks.average_precision import PRECISIONS, RECALLS, Scores
 from gptv_jax.tasks.boxes import SLOTS, BoxTokens, Detections, vote
-from gptv_jax.tasks.task import Records, Task
+from gptv_jax.tasks.task import Grammar, Records, Task
 from gptv_jax.train import objective
 from gptv_jax.train.step import Metric
 
 NAME = "boxes"  # of the part
 SHOWN = 8  # test images of the picture
+ROWS = ("nats", "drawn", "probabilities", "targets", "index", "mask", "view")  # of the metric
 BOUNDED = ("ap", "ap50", "ap75")  # numbers with a floor and a ceiling
 
 
@@ -36,12 +37,22 @@ class Detect(Task):
 
     needs: ClassVar[tuple[str, ...]] = ("boxes", "box_labels")
     primary: ClassVar[dict[str, int]] = {"ap": 1, "nats_per_token": -1}
+    validated: ClassVar[tuple[str, ...]] = (*PRECISIONS, *RECALLS)
     pictures: ClassVar[dict[str, str]] = {
         "detections": "Test images: the annotated objects (left), and the detected ones with their "
         f"scores, from {drawing.SHOWN_SCORE:g} on (right).",
         "average_precision": "Precision and recall at an IoU of .5, and AP of the classes with "
         "most objects.",
     }
+
+    def check(self) -> None:
+        average_precision.check_installed()
+        for entry in self.settings.votes:
+            if not pipeline.takes(self.config.data, entry):
+                raise InputError(
+                    f"config.task.detect.votes has {entry}, which needs pixels, and the tokens of "
+                    f"{self.config.data.path} have none; take votes of a data set of images, or ()."
+                )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -52,7 +63,7 @@ class Detect(Task):
         return self.config.task.detect
 
     @property
-    def tokens(self) -> BoxTokens:
+    def box_tokens(self) -> BoxTokens:
         return BoxTokens(self.settings.bins, len(self.object_names))
 
     @property
@@ -61,7 +72,7 @@ class Detect(Task):
 
     def parts(self) -> tuple[Part, ...]:
         shape, bins = (self.settings.objects, SLOTS), self.settings.bins
-        return (Part(NAME, self.tokens.vocabulary, shape, bins=bins, summed=True),)
+        return (Part(NAME, self.box_tokens.vocabulary, shape, bins=bins, summed=True),)
 
     def example(self, record: Record, rng: np.random.Generator | None = None) -> dict:
         """Crowds are no targets, since one box there stands for many objects."""
@@ -69,7 +80,7 @@ class Detect(Task):
         if "crowd" in record:
             boxes, labels = boxes[~record["crowd"]], labels[~record["crowd"]]
         size = self.config.data.size
-        found = self.tokens.sequence(boxes, labels, size, self.settings, rng)
+        found = self.box_tokens.sequence(boxes, labels, size, self.settings, rng)
         return {name: {NAME: array} for name, array in found.items()}
 
     def allowed(
@@ -81,7 +92,7 @@ class Detect(Task):
         """
         if part != NAME:
             return None
-        bins, noise = self.settings.bins, self.tokens.noise
+        bins, noise = self.settings.bins, self.box_tokens.noise
         slot, ids = position % SLOTS, jnp.arange(noise + 1)[None]
         row = jax.lax.dynamic_slice_in_dim(tokens, position - slot, SLOTS, axis=1)
         zero = jnp.zeros_like(row[:, :1])
@@ -103,7 +114,9 @@ class Detect(Task):
         top_p, start = self.settings.top_p, network.layout.slices[NAME].start
         is_class = (np.arange(network.length) - start) % SLOTS == SLOTS - 1
         temperature = np.where(is_class | (top_p == 0), 0, 1).astype(np.float32)
-        return Restriction(temperature, np.int32(self.tokens.vocabulary), np.float32(top_p or 1))
+        return Restriction(
+            temperature, np.int32(self.box_tokens.vocabulary), np.float32(top_p or 1)
+        )
 
     @property
     def soft(self) -> dict[str, float]:
@@ -113,12 +126,11 @@ class Detect(Task):
         return objective.make_parts_loss(network, self.soft)
 
     def metric(self, network: Network, annotations: Records) -> Metric:
-        average_precision.check_installed()
         known = functools.cache(annotations)
 
         def result(total: dict) -> dict[str, float | None]:
             views = self.by_image(total)
-            numbers = self._score(views, known, lambda rows: self._detections(total, rows[0]))
+            numbers = self._scored(total, known, "plain")[1].numbers
             if numbers["ap"] is None:
                 raise InputError(
                     "no image of a split has an object, so there is no average precision; take "
@@ -127,28 +139,28 @@ class Detect(Task):
             first = [rows[0] for rows in views.values()]
             return {**numbers, "nats_per_token": float(total["nats"][first].mean())}
 
-        return Metric(_step(self, network), result, _join, self.primary)
+        return Metric(_step(self, network), result, _collect, self.primary, _join)
 
     def views(self) -> tuple[tuple[str, ...], ...]:
         return ((), *((entry,) for entry in self.settings.votes))
+
+    def details(self, total: dict, annotations: Records) -> dict[str, float | None]:
+        """AP of each class, None of a class without an object; with views, of their vote."""
+        _, scores = self._final(total, annotations)
+        named = zip(self.object_names, scores.by_class, strict=True)
+        return {f"ap_of_{name}": row["ap"] for name, row in named}
 
     def bounds(self, total: dict, annotations: Records) -> dict[str, dict[str, float | None]]:
         """The ceiling: annotations as tokens and back. The floor: detections of another image.
 
         With further views, their vote as well.
         """
-        known, views = functools.cache(annotations), self.by_image(total)
-        plain = [rows[0] for rows in views.values()]
-        other = dict(zip(plain, plain[-1:] + plain[:-1], strict=True))
-        found = {
-            "ceiling": lambda rows: self._detections(total, rows[0], truth=True),
-            "wrong_image": lambda rows: self._detections(total, other[rows[0]], view=rows[0]),
-        }
-        if self.settings.votes:
-            found["voted"] = lambda rows: self._voted(total, rows)
-        scores = {name: self._score(views, known, find) for name, find in found.items()}
+        names = ["ceiling", "wrong_image", *["voted"] * bool(self.settings.votes)]
+        scores = {name: self._scored(total, annotations, name)[1].numbers for name in names}
         for name in ("ceiling", "wrong_image"):
             scores[name] = {number: scores[name][number] for number in BOUNDED}
+        if len(self.by_image(total)) == 1:  # there is no other image
+            scores["wrong_image"] = dict.fromkeys(BOUNDED)
         return scores
 
     def files(self, total: dict, annotations: Records) -> dict[str, object]:
@@ -167,6 +179,7 @@ class Detect(Task):
         source = sources.open_source(self.config.data, "test")
         found, scores = self._final(total, source.annotations)
         pairs = [(records(index), found[index]) for index in list(found)[:SHOWN]]
+        pairs = [(record, _as_shown(each, record)) for record, each in pairs]
         return {
             "detections": drawing.detections(pairs, self.object_names),
             "average_precision": drawing.average_precision(scores, self.object_names),
@@ -186,7 +199,7 @@ class Detect(Task):
     def found(self, tokens, probabilities, view: np.ndarray) -> Detections:
         """The `most` likely objects of one sequence, in pixels of the original image."""
         size = self.config.data.size
-        boxes, *rest = self.best(self.tokens.detections(tokens, probabilities, size))
+        boxes, *rest = self.best(self.box_tokens.detections(tokens, probabilities, size))
         boxes = to_original(boxes, size, view)
         edges = np.stack([view[:2], view[2:]])
         low, high = np.tile(edges.min(axis=0), 2), np.tile(edges.max(axis=0), 2)
@@ -203,21 +216,44 @@ class Detect(Task):
         probabilities = sure if truth else total["probabilities"][row]
         return self.found(tokens, probabilities, total["view"][row if view is None else view])
 
-    def _voted(self, total: dict, rows: list[int]) -> Detections:
-        return self.best(vote([self._detections(total, row) for row in rows]))
-
     def _final(self, total: dict, annotations: Records) -> tuple[dict[int, Detections], Scores]:
         """The detections by image, and their scores, from all views."""
-        views = self.by_image(total)
-        found = {index: self._voted(total, rows) for index, rows in views.items()}
-        records = [annotations(index) for index in found]
-        classes = len(self.object_names)
-        return found, average_precision.score(records, list(found.values()), classes)
+        return self._scored(total, annotations, "voted" if self.settings.votes else "plain")
 
-    def _score(self, views: dict[int, list[int]], annotations: Records, find: Callable) -> dict:
-        records = [annotations(index) for index in views]
-        found = [find(rows) for rows in views.values()]
-        return average_precision.score(records, found, len(self.object_names)).numbers
+    def _scored(
+        self, total: dict, annotations: Records, kind: str
+    ) -> tuple[dict[int, Detections], Scores]:
+        """Detections by image and their scores: plain, voted, ceiling or wrong_image.
+
+        They are computed once for the rows of a `Metric`.
+        """
+        known = total.known if isinstance(total, _Rows) else {}
+        if kind not in known:
+            views = self.by_image(total)
+            plain = [rows[0] for rows in views.values()]
+            other = dict(zip(plain, plain[-1:] + plain[:-1], strict=True))
+            find = {
+                "plain": lambda rows: self._detections(total, rows[0]),
+                "voted": lambda rows: self.best(vote([self._detections(total, r) for r in rows])),
+                "ceiling": lambda rows: self._detections(total, rows[0], truth=True),
+                "wrong_image": lambda rows: self._detections(total, other[rows[0]], view=rows[0]),
+            }[kind]
+            if "records" not in known:
+                known["records"] = [annotations(index) for index in views]
+            found = {index: find(rows) for index, rows in views.items()}
+            scores = average_precision.score(
+                known["records"], list(found.values()), len(self.object_names)
+            )
+            known[kind] = found, scores
+        return known[kind]
+
+
+class _Rows(dict):
+    """The rows of a split on the host; `known` is what was computed of them."""
+
+    def __init__(self, rows: dict):
+        super().__init__(rows)
+        self.known: dict = {}
 
 
 @functools.cache
@@ -225,10 +261,15 @@ def _step(task: Detect, network: Network) -> Callable:
     """`(params, batch) -> arrays with a row for each image of the global batch`, jitted."""
 
     def step(params: dict, batch: dict) -> dict[str, Array]:
-        key = jax.random.fold_in(jax.random.key(task.config.seed), batch["index"].min())
         images, places = (batch.get("tokens"), batch.get("image")), network.layout.slices[NAME]
         drawn, probabilities = answers.answer(
-            network, params, *images, key, task.restriction(network), task.allowed
+            network,
+            params,
+            *images,
+            jax.random.key(task.config.seed),
+            task.restriction(network),
+            Grammar(task),
+            numbers=batch["index"],
         )
         rows = {
             "nats": objective.parts_nats(network, params, batch),
@@ -243,8 +284,21 @@ def _step(task: Detect, network: Network) -> Callable:
     return jax.jit(step)
 
 
-def _join(total: dict, part: dict) -> dict:
-    """The rows of `total` and of `part`, on the host."""
-    total, part = jax.device_get((total, part))
-    joined = {name: np.concatenate([total[name], rows]) for name, rows in part.items() if rows.ndim}
-    return joined | {"images": total["images"] + part["images"]}
+def _as_shown(found: Detections, record: Record) -> Detections:
+    """The detections in pixels of the record's picture, which shows its "view" of the original."""
+    if "view" not in record:
+        return found
+    return found._replace(boxes=to_image(found.boxes, record["image"].shape[:2], record["view"]))
+
+
+def _collect(total: dict | list[dict], part: dict) -> list[dict]:
+    total = total if isinstance(total, list) else [jax.device_get(total)]
+    total.append(jax.device_get(part))
+    return total
+
+
+def _join(total: dict | list[dict]) -> dict:
+    """The rows of all batches, and the number of images."""
+    parts = total if isinstance(total, list) else [total]
+    rows = {name: np.concatenate([part[name] for part in parts]) for name in ROWS}
+    return _Rows(rows | {"images": sum(part["images"] for part in parts)})

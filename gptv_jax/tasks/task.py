@@ -21,6 +21,16 @@ Batches = Callable[..., Iterator[dict]]  # `(split, limit=None) -> batches`, see
 
 
 @dataclasses.dataclass(frozen=True)
+class Grammar:
+    """`Task.allowed` of a task, equal for equal tasks, so that nothing is compiled anew."""
+
+    task: "Task"
+
+    def __call__(self, part: str, position: int | Int[Array, ""], tokens: Int[Array, "B n"]):
+        return self.task.allowed(part, position, tokens)
+
+
+@dataclasses.dataclass(frozen=True)
 class Task:
     """A task on the images of a configuration; hashable.
 
@@ -33,12 +43,16 @@ class Task:
     # Numbers of the metric that rank checkpoints, by importance; 1: larger is better, -1: smaller.
     primary: ClassVar[dict[str, int]] = {"nats_per_token": -1}
     unreported: ClassVar[tuple[str, ...]] = ()  # numbers of the metric that are in the log alone
+    validated: ClassVar[tuple[str, ...]] = ()  # of the validation split, in the summary as well
     pictures: ClassVar[dict[str, str]] = {}  # what `show` makes: name and caption
 
     config: config_lib.Config
     # Names of the images' classes in the order of the labels; "0", "1", ... where they have none.
     classes: tuple[str, ...] = ()
     object_names: tuple[str, ...] = ()  # of the classes of objects
+
+    def check(self) -> None:
+        """Raises InputError where the task cannot be scored; called before a run does any work."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -83,7 +97,7 @@ class Task:
         return {}
 
     def allowed(
-        self, part: str, position: Int[Array, ""], tokens: Int[Array, "B n"]
+        self, part: str, position: int | Int[Array, ""], tokens: Int[Array, "B n"]
     ) -> Bool[Array, "B V"] | Bool[Array, "1 V"] | None:
         """Tokens that may be drawn at a position of a part, given the part's tokens before it.
 
@@ -110,6 +124,11 @@ class Task:
         del annotations
         return dataclasses.replace(step.make_metric(network), primary=self.primary)
 
+    def details(self, total: dict, annotations: Records) -> dict[str, float | None]:
+        """Numbers of the test split beside the metric's; `total` are the metric's sums."""
+        del total, annotations
+        return {}
+
     def bounds(self, total: dict, annotations: Records) -> dict[str, dict[str, float]]:
         """Floors and ceilings of the metric's numbers on the test split, by name.
 
@@ -134,8 +153,8 @@ class Task:
     def show(self, records: Records, total: dict) -> dict[str, UInt8[np.ndarray, "H W 3"]]:
         """Pictures of test images with what was predicted, by the names in `pictures`.
 
-        `records` gives the test examples with their pixels before any transform; `total` are the
-        metric's sums.
+        `records` gives the test examples with their pixels before any transform, of a token cache
+        those of its tokens, and then "view" as well; `total` are the metric's sums.
         """
         del records, total
         return {}

@@ -156,6 +156,7 @@ class Metric:
     add: Callable = lambda total, part: jax.tree.map(jnp.add, total, part)
     # Names by importance; 1: larger is better, -1: smaller. Empty: the last checkpoint is kept.
     primary: dict[str, int] = dataclasses.field(default_factory=dict)
+    finish: Callable = lambda total: total  # of the sums of all batches, on the host
 
     def measure(self, params: dict, batches: Iterable[dict]) -> dict[str, float]:
         """The numbers of a split, given by `Pipeline.evaluation`; raises as `on_mesh` does."""
@@ -163,7 +164,8 @@ class Metric:
 
     def sums(self, params: dict, batches: Iterable[dict]) -> dict:
         """The sums of `step` over a split, on the host; raises as `on_mesh` does."""
-        return total((self.step(params, batch) for batch in on_mesh(batches)), self.add)
+        parts = (self.step(params, batch) for batch in on_mesh(batches))
+        return self.finish(total(parts, self.add))
 
 
 def on_mesh(batches: Iterable[dict]) -> Iterator[dict]:

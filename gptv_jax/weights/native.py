@@ -5,6 +5,7 @@ fields named in `FACTS`.
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 
@@ -77,7 +78,7 @@ class WeightsFile:
     def codec(self) -> tokens.Codec | None:
         return tokens.make_codec(self.tokens, self.image_size, self.definition)
 
-    @property
+    @functools.cached_property
     def learned_task(self) -> tasks.Task | None:
         """The task of a network with parts after the image; None for other networks."""
         if self.task is None:
