@@ -18,8 +18,8 @@ Command:    python -m gptv_jax.main --config=configs/detect_coco.py:s --workdir=
             pretrains on COCO's own images, which are few.
             subset: --config=configs/detect_coco.py:subset --config.data.path=...
 Hardware:   planned, not run: python -m gptv_jax.plan --config=configs/detect_coco.py:s
-                --stage=finetune --topology=v5e:4x4 (PLAN).
-            subset: two CPU cores (SUBSET).
+                --stage=finetune --topology=v5e:4x4.
+            subset: two CPU cores, two minutes (a minute and a half of one core).
 Expect:     not known. Pix2seq (ViT-B, 640 pixels, pretrained on Objects365) reaches an AP of about
             44, PaliGemma 2 3B 30 at 224 pixels and 39 at 448: resolution is worth more than width.
             Networks that have seen no boxes before COCO's stay below. subset: an AP of 0.

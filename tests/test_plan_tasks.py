@@ -10,7 +10,7 @@ from gptv_jax import config as config_lib
 from gptv_jax import tasks
 from gptv_jax.errors import InputError
 from gptv_jax.model import flops
-from gptv_jax.planning import plan, search, topology
+from gptv_jax.planning import plan, search, table, topology
 from gptv_jax.planning.finetuning import Finetuning
 
 DETECT = config_lib.Config(
@@ -40,6 +40,7 @@ def test_a_task_with_parts_and_a_stem_is_compiled_for_a_tpu_slice():
     # Rows of 632 positions: image tokens, targets and inputs, four bytes each, weights, pixels.
     assert found.memory.batch == 2 * (4 * (512 + 3 * 120 + 1) + 64 * 128 * 3)
     assert "--config.finetune.train.microbatches=1" in found.flags
+    assert "in the stem of pixels" in table.show(found, None)
 
 
 def test_more_objects_and_more_classes_cost_more():

@@ -6,6 +6,7 @@ WIDTH = 34  # of the first column
 PARTS = {  # of the FLOPs and of the step time, by their names in JSON
     "matmul": "products with weights",
     "attention": "attention",
+    "stem": "the stem of pixels",
     "encoder": "the encoder",
     "decoder": "the decoder",
     "network": "network between slices",
