@@ -62,7 +62,7 @@ def tokens_of(run: str, model: gptv_jax.Model, count: int) -> np.ndarray:
     damage_log = DamageLog(data, None)
     count = min(count, len(sources.open_source(data, "test")))
     elements = zip(range(count), pipeline.images(data, "test", damage_log), strict=False)
-    return np.stack([pipeline.to_tokens(model.codec, e["image"]) for _, e in elements])
+    return np.stack([pipeline.to_tokens(model.codec, e) for _, e in elements])
 
 
 def main() -> None:

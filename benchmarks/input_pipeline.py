@@ -63,7 +63,7 @@ def write_cache(config: config_lib.Data, codec, folder: pathlib.Path, count: int
 
     def examples():
         for element in pipeline.images(part, "train", DamageLog(part, None)):
-            tokens_of_image = pipeline.to_tokens(codec, element["image"])
+            tokens_of_image = pipeline.to_tokens(codec, element)
             yield {"tokens": tokens_of_image, "label": element["label"]}
 
     header = {
@@ -88,14 +88,15 @@ class TorchImages:
         return len(self.source)
 
     def __getitem__(self, index: int):
-        image = self.source[index]["image"]
-        flip = torch.rand(()) < 0.5
+        record, flip = self.source[index], torch.rand(()) < 0.5
         if self.cached:
-            image = image[:, ::-1] if flip else image
+            image = record["tokens"][:, ::-1] if flip else record["tokens"]
             return torch.from_numpy(image.astype(np.int32).reshape(-1))
-        pixels = Decode()(image)
+        record = Decode()(record)
         if self.jpegs:
-            pixels = ResizeShort(40)(pixels, None)
+            record = ResizeShort(40)(record)
+        pixels = record["image"]
+        if self.jpegs:
             top, left = torch.randint(9, (2,)).tolist()
             pixels = pixels[top : top + 32, left : left + 32]
         pixels = torch.from_numpy((pixels[:, ::-1] if flip else pixels).astype(np.float32))

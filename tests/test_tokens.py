@@ -131,7 +131,7 @@ def test_a_palette_takes_no_grey_images():
     with pytest.raises(
         InputError, match=r"an image is 8 x 8 x 1, but tokens are made of 8 x 8 x 3"
     ):
-        pipeline.to_tokens(PaletteCodec(random_palette(4), 8), random_image(8, 8, 1))
+        pipeline.to_tokens(PaletteCodec(random_palette(4), 8), {"image": random_image(8, 8, 1)})
 
 
 def test_a_palette_is_saved_and_loaded_bit_for_bit(tmp_path):
