@@ -15,6 +15,7 @@ FREE = {
     "wandb",
     "checkpoint_dir", "mesh.data", "mesh.fsdp", "mesh.sequence", "mesh.tensor",
     "data.workers", "data.dir", "data.path", "data.labels_file", "tokens.palette",
+    "data.annotations", "data.images",
     "model.scan_layers", "model.remat",
     "train.microbatches", "train.checkpoint_every", "train.keep_checkpoints", "train.log_every",
     "finetune.train.microbatches", "finetune.train.checkpoint_every",
@@ -159,7 +160,7 @@ OUT_OF_RANGE = {
 # What any value of the type is good for, or what is judged where data sets and codecs are known.
 UNBOUNDED = {
     "init_from", "wandb", "data.name", "data.dir", "data.path", "data.labels", "data.labels_file",
-    "data.ignore_label",
+    "data.ignore_label", "data.annotations", "data.images",
     "data.train_split", "data.validation_split", "data.test_split",
     "data.train_transforms", "data.eval_transforms", "finetune.train_transforms",
     "tokens.palette", "tokens.tokenizer", "tokens.autoencoder.norm", "tokens.autoencoder.attention",

@@ -18,6 +18,12 @@ FOLDER = pathlib.Path(__file__).parent.parent / "configs"
 WEIGHTS = {
     ("digits", None): 803_328,
     ("image_folder", None): 275_072,
+    ("detect_digits", None): 184_832,
+    ("detect_bccd", None): 342_912,
+    ("detect_coco", "s"): 110_120_448,
+    ("detect_coco", "m"): 337_168_384,
+    ("detect_coco", "l"): 751_301_120,
+    ("detect_coco", "subset"): 129_920,
     ("cifar10", "tiny"): 332_416,
     ("cifar10", "tiny_modern"): 329_600,
     ("cifar10", "10m"): 9_968_128,
@@ -56,6 +62,9 @@ WEIGHTS = {
 # Of the encoder and decoder, and codes.
 OF_IMAGENET = (35_072_657, 16_384)
 TOKENIZERS = {
+    ("detect_digits", None): (30_867, 240),
+    **{("detect_coco", size): OF_IMAGENET for size in ("s", "m", "l")},
+    ("detect_coco", "subset"): (185_423, 240),
     ("tokenizer_cifar10", "tiny"): (263_476, 4_096),
     ("tokenizer_cifar10", "tiny_16k"): (264_117, 16_384),
     ("tokenizer_cifar10", "tiny_vq"): (298_808, 4_096),

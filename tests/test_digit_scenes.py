@@ -29,7 +29,7 @@ def test_records_hold_what_the_docstring_says(records):
         }
         assert not record["crowd"].any()
     assert H != W  # a rectangle
-    assert {len(record["boxes"]) for record in records} == set(range(1, 7))
+    assert {len(record["boxes"]) for record in records} == set(range(1, digit_scenes.DIGITS + 1))
 
 
 def test_boxes_are_tight_around_masks_and_agree_with_the_label_map(records):

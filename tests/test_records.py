@@ -178,14 +178,14 @@ class Task:
 def config():
     return config_lib.Data(
         name="digit_scenes",
-        image_size=(40, 56),
+        image_size=(32, 48),
         train_transforms=("random_scale((0.8, 1.1))", "flip()", "brightness()"),
         train_split="train[:40]",
         test_split="test[:10]",
     )
 
 
-CODEC = GreyCodec(256, (40, 56))
+CODEC = GreyCodec(256, (32, 48))
 
 
 def flat(batches) -> list[dict[str, np.ndarray]]:
@@ -219,8 +219,8 @@ def test_a_batch_has_what_a_task_makes_of_the_moved_record(config):
     wanted = train(config, pixels=True)
     kinds = {name: (array.dtype.name, array.shape) for name, array in flat(wanted)[0].items()}
     assert kinds == {
-        "tokens/": ("int32", (9, 2240)),
-        "image/": ("uint8", (9, 40, 56, 1)),
+        "tokens/": ("int32", (9, 1536)),
+        "image/": ("uint8", (9, 32, 48, 1)),
         "variant/": ("int32", (9,)),
         "targets/boxes": ("int32", (9, 24)),
         "targets/labels": ("int32", (9, 2)),
@@ -249,20 +249,20 @@ def test_without_a_task_boxes_are_left_out_and_change_no_pixel(config):
 def test_views_of_a_test_image_agree_in_the_original(config):
     data = pipeline.Pipeline(config, CODEC, seed=1)
     truth = sources.open_source(config, "test")
-    for extra in ((), ("flip(1.0)",), ("center_crop((30, 50))", "resize((40, 56))")):
+    for extra in ((), ("flip(1.0)",), ("center_crop((24, 42))", "resize((32, 48))")):
         rows = []
         for batch in data.evaluation("test", 4, example=Task().example, extra=extra):
             assert batch["view"].dtype == np.float32 and batch["view"].shape == (4, 4)
             boxes = batch["targets"]["boxes"].reshape(4, 6, 4).astype(np.float32)
             rows += zip(batch["index"], batch["mask"], boxes, batch["view"], strict=True)
         assert [index for index, mask, *_ in rows if mask] == list(range(10))
-        shown = {0: [0, 0, 40, 56], 1: [0, 56, 40, 0], 2: [5, 3, 35, 53]}[len(extra)]
+        shown = {0: [0, 0, 32, 48], 1: [0, 48, 32, 0], 2: [4, 3, 28, 45]}[len(extra)]
         for index, _, boxes, view in rows[:10]:
             np.testing.assert_array_equal(view, shown)
             boxes = boxes[boxes[:, 0] >= 0]
             known = truth.annotations(int(index))
             assert "image" not in known
-            found = records.to_original(boxes, (40, 56), view)
+            found = records.to_original(boxes, (32, 48), view)
             inside = np.sort(view.reshape(2, 2), axis=0).ravel()
             wanted = np.clip(known["boxes"], np.tile(inside[:2], 2), np.tile(inside[2:], 2))
             wanted = wanted[np.prod(wanted[:, 2:] - wanted[:, :2], axis=1) > 0]
@@ -299,7 +299,7 @@ def cached(config, folder) -> config_lib.Data:
     header = {
         "source": {"name": "digit_scenes", "dir": None, "path": None},
         "tokens": dataclasses.asdict(config_lib.Tokens("grey", levels=256)),
-        "image_size": (40, 56),
+        "image_size": (32, 48),
         "transforms": config.eval_transforms,
         "classes": 0,
         "object_names": tuple("0123456789"),
@@ -313,7 +313,7 @@ def cached(config, folder) -> config_lib.Data:
 
 def test_a_token_cache_gives_back_what_lies_in_the_images(config, tmp_path):
     config = dataclasses.replace(
-        config, eval_transforms=("center_crop((36, 50))", "flip(1.0)", "resize((40, 56))")
+        config, eval_transforms=("center_crop((30, 46))", "flip(1.0)", "resize((32, 48))")
     )
     stored = cached(config, tmp_path / "cache")
     data_set, source = sources.open_data_set(stored), sources.open_source(stored, "test")
@@ -346,7 +346,7 @@ def test_a_token_cache_gives_back_what_lies_in_the_images(config, tmp_path):
 
 def test_tokens_of_a_cache_move_with_their_boxes(config, tmp_path):
     stored = cached(config, tmp_path / "cache")
-    entries = ("random_crop((40, 56), padding=3)", "flip()", "shift(2)")
+    entries = ("random_crop((32, 48), padding=3)", "flip()", "shift(2)")
     batches = []
     for each in (stored, dataclasses.replace(config, train_split="test[:10]")):
         data = pipeline.Pipeline(each, CODEC, 1)

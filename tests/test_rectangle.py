@@ -323,13 +323,14 @@ def test_sizes_that_do_not_divide_are_refused_with_a_size_that_does(values, word
 
 def test_images_without_tokens_are_for_fine_tuning_alone():
     values = {"tokens.kind": "none", "task.image_input": "pixels", "task.stem": (8, 8)}
-    config = config_of(values | {"data.image_size": (24, 40)})
+    values |= {"task.name": "detect", "data.image_size": (24, 40)}
+    config, keys = config_of(values), {"image", "boxes", "box_labels"}
     assert config.tokens.vocabulary == 0 and config.grid == (6, 10)
     assert tokens.make_codec(config.tokens, config.data.image_size) is None
-    assert choose_stages(config, {"image", "label"}) == ["finetune"]
+    assert choose_stages(config, keys) == ["finetune"]
     for name in STAGES.keys() - {"finetune"}:
         with pytest.raises(InputError, match=f"--stages has {name}, but config.tokens.kind=none"):
-            choose_stages(config, {"image", "label"}, [name])
+            choose_stages(config, keys, [name])
 
 
 def test_a_grid_of_wide_pictures_is_about_square(tmp_path):
