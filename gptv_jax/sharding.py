@@ -155,6 +155,7 @@ def check(
     if length not in (None, positions[1]):
         positions = f"the number of positions of a sequence, from {sizes} and config.task,", length
     widths = enumerate(config.tokens.autoencoder.widths)
+    stem = config.task.stem if config.task.image_input == "pixels" else ()
     probed = ("config.probe.batch_size", probe.batch_size, ways, split)
     rows = {  # the field or the name of a number, the number, what must divide it, from where
         "model": [
@@ -169,7 +170,10 @@ def check(
         ],
         "train": [batches("train", config.train), *([probed] if probe.every else [])],
         "probe": [probed],
-        "finetune": [batches("finetune.train", config.finetune.train)],
+        "finetune": [
+            batches("finetune.train", config.finetune.train),
+            *((f"config.task.stem[{i}]", width, *fsdp) for i, width in enumerate(stem)),
+        ],
     }
     if tokenizer.adversarial:
         width = tokenizer.discriminator_width

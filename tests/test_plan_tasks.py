@@ -63,6 +63,10 @@ def test_more_objects_and_more_classes_cost_more():
         InputError, match=r"positions .* is 637, which 8 \(config\.mesh\.sequence\)"
     ):
         plan.make(odd, gpu, of_seven, compiling=False)
+    narrow = dataclasses.replace(DETECT.task, stem=(16, 36))
+    with pytest.raises(InputError, match=r"config\.task\.stem\[1\] is 36, which 16 "):
+        odd = dataclasses.replace(DETECT, task=narrow, mesh=config_lib.Mesh(data=1, fsdp=16))
+        plan.make(odd, gpu, of_seven, compiling=False)
 
 
 def test_classes_are_those_of_the_data_and_the_search_keeps_the_task():
