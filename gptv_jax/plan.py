@@ -34,6 +34,11 @@ def main(settings: config.Config) -> None:
     if devices.platform == "cpu":  # simulated; JAX has not been used before
         jax.config.update("jax_num_cpu_devices", devices.count)
     STAGES[STAGE.value].check(settings)
+    if settings.tokens.kind == "none" and STAGE.value != "finetune":
+        raise InputError(
+            f"--stage is {STAGE.value}, but with config.tokens.kind=none there are no tokens; "
+            "take --stage=finetune."
+        )
     kind = STAGES[STAGE.value].plan
     if CLASSES.value is not None:
         if STAGE.value != "finetune":

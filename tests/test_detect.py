@@ -233,6 +233,13 @@ def test_objects_are_found_in_images_of_any_size_in_their_own_pixels(tmp_path):
             model.detect([wrong])
     with pytest.raises(InputError, match="random"):
         model.detect([plain], votes=["flip(0.5)"])
+    with pytest.raises(InputError, match=r"takes a list of images, as in detect\(\[image\]\)"):
+        model.detect(plain)
+    pixels = np.random.default_rng(0).integers(256, size=(40, 60, 3)).astype(np.uint8)
+    turned = Image.fromarray(np.rot90(pixels))  # the camera lay on its side
+    turned.getexif()[0x0112] = 6
+    upright, found = model.detect([pixels, turned])
+    np.testing.assert_array_equal(found.boxes, upright.boxes)
 
 
 def test_views_vote_in_the_original_image():
@@ -406,6 +413,8 @@ def test_votes_that_a_cache_cannot_give_are_refused(cached, monkeypatch):
         tasks.make(dataclasses.replace(cached, task=chosen)).check()
 
     check("flip(1.0)")
+    with pytest.raises(InputError, match=r"votes has flip\(\), which is random"):
+        check("flip()")
     learned = dataclasses.replace(cached.tokens, kind="learned")
     monkeypatch.setattr(sources.open_data_set(cached.data), "tokens", learned)
     with pytest.raises(InputError, match=r"votes has flip\(1\.0\), which needs pixels") as refused:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from gptv_jax import sharding
 from gptv_jax.data import records, transforms
@@ -37,6 +37,12 @@ def detect(
     `votes` are transforms, of which each gives a further view of every image. InputError: an image
     is no image, or a transform does not fit it.
     """
+    if isinstance(images, Image.Image) or (hasattr(images, "ndim") and images.ndim != 4):
+        found = "one Pillow image" if isinstance(images, Image.Image) else list(images.shape)
+        raise InputError(
+            f"detect was given {found}; it takes a list of images, as in detect([image]), or an "
+            "array [B, H, W, C]."
+        )
     entries = [transforms.parse(entry) for entry in task.config.data.eval_transforms]
     steps = [step for step in entries if not isinstance(step, Decode)]
     extra = [[], *([transforms.parse(entry)] for entry in votes)]
@@ -63,8 +69,8 @@ def _view(
     size: tuple[int, int],
 ) -> records.Record:
     """The record of an image after the transforms, of the size that the network takes."""
-    if isinstance(image, Image.Image):
-        image = image.convert("RGB" if 3 in channels else "L")
+    if isinstance(image, Image.Image):  # upright, as training shows it
+        image = ImageOps.exif_transpose(image).convert("RGB" if 3 in channels else "L")
     pixels = np.asarray(image)
     pixels = pixels[..., None] if pixels.ndim == 2 else pixels
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[-1] not in channels:

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Int, UInt8
 
-from gptv_jax.data import pipeline, sources
+from gptv_jax.data import pipeline, sources, transforms
 from gptv_jax.data.records import Record, to_image, to_original
 from gptv_jax.decode import answers
 from gptv_jax.decode.restriction import Restriction
@@ -48,6 +48,11 @@ class Detect(Task):
     def check(self) -> None:
         average_precision.check_installed()
         for entry in self.settings.votes:
+            if transforms.parse(entry).random:
+                raise InputError(
+                    f"config.task.detect.votes has {entry}, which is random; a vote takes a "
+                    "transform that gives the same image every time, such as flip(1.0)."
+                )
             if not pipeline.takes(self.config.data, entry):
                 raise InputError(
                     f"config.task.detect.votes has {entry}, which needs pixels, and the tokens of "

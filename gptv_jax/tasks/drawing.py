@@ -13,6 +13,7 @@ from gptv_jax.tasks.boxes import Detections
 
 with epy.lazy_imports():  # heavy
     from matplotlib import figure as figures
+    from matplotlib import font_manager
     from matplotlib.backends import backend_agg
 
 SIDE = 320  # pixels, of the longer side of an image; smaller ones are enlarged by a whole factor
@@ -24,6 +25,11 @@ COLORS = (
     *("#e6194b", "#3cb44b", "#4f7dff", "#f58231", "#c04df0", "#00b8b8", "#f032e6", "#a8a800"),
     *("#c08040", "#ff7f7f", "#7fbf00", "#ffb000"),
 )
+
+
+def _font() -> ImageFont.FreeTypeFont:
+    """Matplotlib's font, which has the letters of most European languages; Pillow's has not."""
+    return ImageFont.truetype(font_manager.findfont("DejaVu Sans"), FONT)
 
 
 def detections(
@@ -44,7 +50,7 @@ def detections(
     widths = [max(row[c].width for row in rows if c < len(row)) + GAP for c in range(columns)]
     heights = [max(cell.height for cell in row) + GAP for row in rows]
     sheet = Image.new("RGB", (sum(widths), head + sum(heights)), "white")
-    canvas, font = ImageDraw.Draw(sheet), ImageFont.load_default(FONT)
+    canvas, font = ImageDraw.Draw(sheet), _font()
     for column in range(columns):
         title = f"detected, score {SHOWN_SCORE:g} or more" if column % 2 else "annotated"
         canvas.text((sum(widths[:column]), 1), title, fill="#606060", font=font)
@@ -67,7 +73,7 @@ def draw(
     size = [round(side * scale) for side in picture.size]
     method = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
     picture = picture.resize(size, method)
-    canvas, font = ImageDraw.Draw(picture), ImageFont.load_default(FONT)
+    canvas, font = ImageDraw.Draw(picture), _font()
     placed = []
     for (y0, x0, y1, x1), label, text in zip(boxes * scale, labels, texts, strict=True):
         color = COLORS[label % len(COLORS)]
