@@ -20,9 +20,9 @@ Command:    python -m gptv_jax.main --config=configs/detect_coco.py:s --workdir=
 Hardware:   planned, not run, with --config.mesh.data=1 --config.mesh.fsdp=-1 and
                 python -m gptv_jax.plan --config=configs/detect_coco.py:s --stage=finetune
                     --config.data.path=... --topology=v5e:4x4
-            memory of a device, and the least time of a step of 128 images, on v5e:4x4 and
+            memory of a device, and the least time of each of the 54,300 steps, on v5e:4x4 and
             gpu:8xh100: s 2.8 GiB, 23 ms and 3.5 GiB, 10 ms; m 12.1 GiB, 162 ms and 15.3 GiB,
-            69 ms; l on v5e:8x8 and gpu:8xh100 8.2 GiB, 158 ms and 42 GiB, 266 ms. There are 54,300 steps.
+            69 ms; l on v5e:8x8 and gpu:8xh100 8.2 GiB, 158 ms and 42 GiB, 266 ms.
             subset: two CPU cores, two minutes (a minute and a half of one core).
 Expect:     not known. Pix2seq (ViT-B, 640 pixels, pretrained on Objects365) reaches an AP of about
             44, PaliGemma 2 3B 30 at 224 pixels and 39 at 448: resolution is worth more than width.
