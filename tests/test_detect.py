@@ -399,7 +399,7 @@ def test_boxes_and_detections_of_a_cache_lie_in_one_frame(cached):
     found = Detections(
         known["boxes"], known["box_labels"], np.ones(len(known["boxes"]), np.float32)
     )
-    shown = detect._as_shown(found, record)
+    shown = detect.as_shown(found, record)
     np.testing.assert_allclose(shown.boxes, record["boxes"], atol=1e-3)
     view = record["view"][[0, 3, 2, 1]]
     there = to_original(record["boxes"], (20, 28), view)

@@ -127,7 +127,7 @@ def image_folder(
     else:
         places = [file.parent, root, root / "images"]
         below = [each for place in places if place.is_dir() for each in _folders(place)]
-        # Of folders with equally many images, that of the split's own name comes first.
+        # Among folders with equally many images, the folder named like the split comes first.
         fitting = [each for each in below if split_name(each.name, within=True) == split]
         own = [each for each in below if each.name == own_name(file)]
         folders = [*own, *fitting, *places, *below]

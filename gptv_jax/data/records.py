@@ -27,7 +27,7 @@ from PIL import Image
 
 Record = dict[str, np.ndarray | np.generic | bytes]
 PICTURE = ("encoded", "image", "tokens")  # the picture itself; other keys say something about it
-# Arrays that cover the image, with the axis of their rows; that of the columns follows.
+# Arrays that cover the image, and the axis of the image's rows; the next axis is the columns.
 PLANES = {"image": 0, "tokens": 0, "segmentation": 0, "masks": 1}
 OBJECTS = ("boxes", "box_labels", "crowd", "area", "masks")  # arrays with one entry an object
 

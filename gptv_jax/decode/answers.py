@@ -28,9 +28,9 @@ def answer(
 ) -> tuple[Int[Array, "B T"], Float[Array, "B T"]]:
     """Whole sequences, with the parts after the image drawn `samples` times for each of G images.
 
-    Returns B = G * samples sequences, and the probability of every drawn token among all tokens of
-    its part, also those that are not allowed, before temperature, top-k and top-p. Each image is
-    read once; its samples, which lie next to each other, share its cache.
+    Returns B = G * samples sequences, and each drawn token's probability over the whole vocabulary
+    of the token's part, before the grammar, temperature, top-k and top-p. Each image is read once;
+    the samples of an image lie next to each other and share the image's cache.
 
     Args:
       network: the layout's first part is the image.

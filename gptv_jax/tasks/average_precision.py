@@ -194,5 +194,5 @@ def _xywh(box: Float[np.ndarray, " 4"]) -> list[float]:
 
 
 def _shortest(x: np.float32) -> float:
-    """A float32 as the number with the fewest digits, the same here and in a file."""
+    """The shortest decimal number that rounds to a float32, as JSON files hold the score."""
     return float(str(x))

@@ -184,7 +184,7 @@ class Detect(Task):
         source = sources.open_source(self.config.data, "test")
         found, scores = self._final(total, source.annotations)
         pairs = [(records(index), found[index]) for index in list(found)[:SHOWN]]
-        pairs = [(record, _as_shown(each, record)) for record, each in pairs]
+        pairs = [(record, as_shown(each, record)) for record, each in pairs]
         return {
             "detections": drawing.detections(pairs, self.object_names),
             "average_precision": drawing.average_precision(scores, self.object_names),
@@ -289,7 +289,7 @@ def _step(task: Detect, network: Network) -> Callable:
     return jax.jit(step)
 
 
-def _as_shown(found: Detections, record: Record) -> Detections:
+def as_shown(found: Detections, record: Record) -> Detections:
     """The detections in pixels of the record's picture, which shows its "view" of the original."""
     if "view" not in record:
         return found
