@@ -46,6 +46,35 @@ class Detect:
 
 
 @dataclasses.dataclass(frozen=True)
+class Segment:
+    """A class for every pixel: read at once from the image's positions, or written as tokens."""
+
+    read: bool = True  # a head on the positions of the image predicts the classes of their cells
+    write: bool = True  # the label map is a part after the image, predicted token by token
+    read_weight: float = field(1.0, FROM_ZERO)  # of the read classes' loss
+    write_weight: float = field(1.0, FROM_ZERO)  # of the written tokens' loss
+    # Layers whose features the head reads, 0 .. config.model.layers; (): the last alone.
+    layers: tuple[int, ...] = field((), ("numbers from 0", lambda v: min(v, default=0) >= 0))
+    # Side, in pixels, of the cells that are read; between them logits are interpolated.
+    read_cell: int = field(1, POSITIVE)
+    # Label tokens. cells: the most frequent class of a cell; patches: one of `codes` patches, which
+    # k-means finds in training maps; learned: codes of an autoencoder of label maps.
+    labels: str = field("patches", one_of("cells", "patches", "learned"))
+    cell: int = field(4, POSITIVE)  # side, in pixels, of the square that a label token stands for
+    codes: int = field(512, ("2 or more", lambda v: v >= 2))  # of patches
+    # A pixel's loss weighs its class's frequency ** -balance: 0: all weigh the same; 1: all classes
+    # together weigh the same, as in median frequency balancing (Eigen & Fergus 2015).
+    balance: float = field(0.0, FROM_ZERO)
+    # Training maps, drawn at random, of which patches, frequencies and the prior are made.
+    measured: int = field(2000, POSITIVE)
+    # Maps that are drawn of every test image, beside the most likely tokens; 0: there is no picture
+    # of uncertainty.
+    samples: int = field(0, FROM_ZERO)
+    # Validation images that evaluations during training read, the first ones; 0: all.
+    validation_images: int = field(0, FROM_ZERO)
+
+
+@dataclasses.dataclass(frozen=True)
 class Task:
     """The task of fine-tuning, and how it reads an image."""
 
@@ -59,3 +88,4 @@ class Task:
     # positions before them, as in pretraining, and are predicted as well.
     prefix: bool = True
     detect: Detect = dataclasses.field(default_factory=Detect)
+    segment: Segment = dataclasses.field(default_factory=Segment)

@@ -127,6 +127,8 @@ def _forward_parts(network: Network) -> tuple[int, int, int]:
     weights = c.layers * (4 * c.width + (3 if c.mlp == "swiglu" else 2) * c.mlp_width) * c.width
     attention = 4 * c.layers * network.length * c.width
     predicted = sum(part.size * part.vocabulary for part in network.layout.parts if part.predicted)
+    if read := network.reading:
+        predicted += network.layout.parts[0].size * read.outputs * max(len(read.layers), 1)
     return 2 * weights, 2 * predicted * c.width // network.length, attention
 
 

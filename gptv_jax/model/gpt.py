@@ -31,6 +31,7 @@ from gptv_jax.errors import InputError
 from gptv_jax.model import attention, layers
 from gptv_jax.model.inputs import Inputs
 from gptv_jax.model.layout import Layout, Part
+from gptv_jax.model.reading import Reading, ReadHead
 
 
 class Output(NamedTuple):
@@ -64,6 +65,7 @@ class Network:
     starts: int = 1  # start vectors: 1, one per augmentation variant, or one per class and one more
     classes: int = 0  # C; 0: no class head
     stem: tuple[int, ...] = ()  # channels of the convolutions of `Stem`; (): pixels are not read
+    reading: Reading | None = None  # shape of `GPT.read`'s head on the positions of the image
 
     def __post_init__(self):
         more = "sequence has further parts" if self.several else "network has a stem"
@@ -132,10 +134,12 @@ class GPT(Inputs):
             self.head = layers.constant("head", (V, D), 0.0)  # zero: the first loss is ln V
         if network.classes:
             self.classifier = layers.ClassHead(network.classes, D)
+        if network.reading:
+            self.reading = ReadHead(network.reading, D)
 
     def __call__(
         self,
-        tokens: Int[Array, "B T"],
+        tokens: Int[Array, "B P"],
         variant: Int[Array, " B"] | None = None,
         key: PRNGKeyArray | None = None,
         hidden: Bool[Array, "B T"] | None = None,
@@ -145,7 +149,10 @@ class GPT(Inputs):
         raw: bool = False,
         keep: tuple[int, ...] = (),
     ) -> Output:
-        """Logits, features and, with a class head, class logits of whole sequences.
+        """Logits, features and, with a class head, class logits of sequences.
+
+        The sequences are whole, P = T. Of a layout of several parts they may be the beginning of
+        which no position sees more, such as the image of `layout.prefixed` and one more token.
 
         Args:
           tokens: 0 <= token < V of the part, in raster order, anything in a part without tokens;
@@ -163,7 +170,8 @@ class GPT(Inputs):
         config = self.network.config
         keys = None if key is None else jax.random.split(key, config.layers + 1)
         layout = self.network.layout
-        attend = functools.partial(attention.self_attention, visible=layout.visible)
+        visible = layout.visible[: tokens.shape[1]]
+        attend = functools.partial(attention.self_attention, visible=visible)
         if layout.shift:
             known = (tokens if order is None else reorder(tokens, order))[:, :-1]
             x = self.embed(known, variant, order=order, pixels=pixels)
@@ -205,6 +213,18 @@ class GPT(Inputs):
         )
         parts = [part for part in self.network.layout.parts if part.predicted]
         return {p.name: self.token_logits(final[:, slices[p.name]], p) for p in parts}
+
+    def read(self, output: Output) -> Float[Array, "B h w C"]:
+        """Float32 logits of the classes of every cell of the image; takes `Network.reading`.
+
+        The cells are read at positions 1 .. N, whose inputs are the image's N tokens. `output` has
+        kept the layers that the head reads.
+        """
+        first, every = self.network.layout.parts[0], self.network.reading.layers
+        features = output.kept if every else output.final[None]
+        features = jax.sharding.reshard(features, PartitionSpec(None, sharding.BATCH))
+        features = jnp.concatenate(list(features[:, :, 1 : first.size + 1]), axis=-1)
+        return self.reading(features, first.shape[-2:])
 
     def predict(self, x: Float[Array, "B 1 D"], part: Part | None = None) -> Float[Array, "B V"]:
         """Logits of one position, given the residual stream after the last layer.

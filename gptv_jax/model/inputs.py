@@ -125,9 +125,9 @@ class Inputs(nnx.Module):
         return table.at[ids].get(out_sharding=sharding.BATCH_FIRST)
 
     def _features(self) -> Float[Array, "N D"] | None:
-        """What positions are given that hold the image, for parts with tokens that name places."""
+        """What positions are given that hold the image, for parts that are at places in it."""
         first, *others = self.network.layout.parts
-        scales = [self.parts[part.name].scaled for part in others if part.bins]
+        scales = [self.parts[part.name].scaled for part in others if part.has_places]
         if not scales:
             return None
         found, dtype = centers(first.shape, self.network.config.width), self.network.config.dtype
@@ -170,7 +170,7 @@ class Inputs(nnx.Module):
             inputs = None if order is None else input_places(order) + 1
             places = inputs if config.target_positions else order
             whole = functools.reduce(jnp.add, of_place)
-            later = [gather(self.parts[part.name].position[...]) for part in others]
+            later = [self.parts[part.name].positions(config.dtype) for part in others]
             tables.append((jnp.concatenate([whole, *later]) if later else whole, places))
         if config.target_positions:
             tables.append((gather(self.target_position[...]), order))

@@ -28,11 +28,19 @@ class Part:
     # The input of a position is the sum of the embeddings of the tokens since the beginning of
     # their row of `shape`, such as the tokens of one object, not of one token alone.
     summed: bool = False
+    # The part's grid covers the image: the position that predicts a token is given the features of
+    # the place of the token's cell, as the position that holds the image there is.
+    covers_image: bool = False
 
     @property
     def size(self) -> int:
         """Number of positions."""
         return math.prod(self.shape)
+
+    @property
+    def has_places(self) -> bool:
+        """Whether tokens or positions of the part are at places in the image."""
+        return self.bins > 0 or self.covers_image
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,9 +1,11 @@
 """Weights of the parts after the first one, and the geometry that coordinates and image share.
 
 A token that names a height or width, such as a corner of a box, is embedded with the features of
-this height or width. The positions that hold the image are given the features of the height and
-width of their centers, so that attention can compare the two. Without this, detection learns the
-statistics of boxes and not where objects are (docs/architecture.md).
+this height or width. A position that predicts a token of a grid over the image, such as a label
+map, is given the features of the height and width of the token's cell. The positions that hold the
+image are given the features of the height and width of their centers, so that attention can compare
+the two. Without this, detection learns the statistics of boxes and not where objects are
+(docs/architecture.md).
 """
 
 import math
@@ -24,15 +26,16 @@ PLACE, EMBEDDING = 0.7, 0.1
 
 
 class PartWeights(nnx.Module):
-    """Embeddings, positions and head of a part; with coordinates, the scale of their features."""
+    """Embeddings, positions and head of a part; with places, the scale of their features."""
 
     def __init__(self, part: Part, width: int, *, rngs: nnx.Rngs):
         self.part = part
-        self.embedding = layers.normal(rngs, "embedding", (part.vocabulary, width), EMBEDDING)
+        if part.vocabulary:
+            self.embedding = layers.normal(rngs, "embedding", (part.vocabulary, width), EMBEDDING)
         self.position = layers.normal(rngs, "position", (part.size, width), 0.01)
         if part.predicted:
             self.head = layers.constant("head", (part.vocabulary, width), 0.0)
-        if part.bins:
+        if part.has_places:
             self.place = layers.constant("place", (width,), PLACE)
 
     def table(self, dtype: str) -> Float[Array, "V D"]:
@@ -43,6 +46,13 @@ class PartWeights(nnx.Module):
         others = ((0, self.part.vocabulary - 2 * self.part.bins), (0, 0))
         named = np.pad(coordinates(self.part.bins, table.shape[1]), others)
         return table + self.scaled(named, dtype)
+
+    def positions(self, dtype: str) -> Float[Array, "N D"]:
+        """What every position of the part is given, whatever its input is."""
+        table = sharding.gather(self.position[...], dtype)
+        if not self.part.covers_image:
+            return table
+        return table + self.scaled(centers(self.part.shape, table.shape[1]), dtype)
 
     def scaled(self, features: Float[np.ndarray, "N D"], dtype: str) -> Float[Array, "N D"]:
         """Features of places times their learned scale."""

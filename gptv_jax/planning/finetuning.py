@@ -29,13 +29,14 @@ class Finetuning(Pretraining):
         """The task on the data's classes; InputError where these are unknown."""
         if self.names is not None:
             known = tuple(map(str, range(self.names)))
-            return tasks.make(self.config, known, known)
+            return tasks.make(self.config, known, known, known)
         try:
             data = sources.open_data_set(self.config.data)
         except InputError as error:
             raise InputError(f"{error} Without the data, give --classes=NUMBER.") from error
         classes = data.class_names or tuple(map(str, range(data.classes)))
-        return tasks.make(self.config, tuple(classes), tuple(data.object_names))
+        maps = tuple(getattr(data, "map_names", ()))
+        return tasks.make(self.config, tuple(classes), tuple(data.object_names), maps)
 
     @functools.cached_property
     def network(self) -> Network:

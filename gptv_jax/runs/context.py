@@ -28,6 +28,7 @@ class Context:
     classes: int  # of the data; 0: unlabelled
     class_names: tuple[str, ...]  # in the order of the labels; empty where classes have no names
     object_names: tuple[str, ...]  # in the order of the box_labels; empty without boxes
+    map_names: tuple[str, ...]  # of the classes of label maps; empty without label maps
     stages: tuple[str, ...]  # names of the stages to run, in order
     # None without tokens, and while the tokenizer is still to be trained
     codec: Codec | None = None
@@ -42,7 +43,7 @@ class Context:
     def task(self) -> tasks.Task:
         """The task that fine-tuning teaches."""
         classes = self.class_names or tuple(map(str, range(self.classes)))
-        return tasks.make(self.config, classes, self.object_names)
+        return tasks.make(self.config, classes, self.object_names, self.map_names)
 
     def with_definition(self, definition: TokenDefinition | None) -> "Context":
         """This context with the codec of a palette or tokenizer (grey levels need neither)."""

@@ -76,11 +76,11 @@ def _open(config: config_lib.Config, folder: RunFolder, wanted: list[str] | None
     if jax.process_index() == 0:
         inventory.log(config.data, contents, opened)
     train = opened["train"]
-    classes, names = train.classes, (train.class_names, train.object_names)
+    classes, names = train.classes, (train.class_names, train.object_names, train.map_names)
     rules.check_classes(config, classes)
     begun = hosts.from_first(lambda: [*changes.begun_stages(folder)])
     stages = choose_stages(config, train.keys, wanted, begun)
-    task = tasks.make(config, names[0] or tuple(map(str, range(classes))), names[1])
+    task = tasks.make(config, names[0] or tuple(map(str, range(classes))), *names[1:])
     adapting = config.init_from and "pretrain" in begun and not folder.finished("pretrain")
     if adapting and "pretrain" not in stages:
         raise InputError(
@@ -94,6 +94,7 @@ def _open(config: config_lib.Config, folder: RunFolder, wanted: list[str] | None
         "images": {split: len(source) for split, source in opened.items()},
         "classes": list(train.class_names) or classes,
         "objects": list(train.object_names),
+        "maps": list(train.map_names),
     }
     changed = changes.Changes(*hosts.from_first(lambda: changes.find(folder, data, stages)))
     for name in stages:

@@ -7,7 +7,7 @@ from gptv_jax.errors import InputError
 from gptv_jax.tasks.task import Task
 
 # A class, or the name of a class in the module of the task's name, which is imported when needed.
-TASKS: dict[str, str | type[Task]] = {"classify": "Classify", "detect": "Detect"}
+TASKS: dict[str, str | type[Task]] = {"classify": "Classify", "detect": "Detect", "segment": "Segment"}
 
 
 def kind(name: str) -> type[Task]:
@@ -21,10 +21,14 @@ def kind(name: str) -> type[Task]:
 
 
 def make(
-    config: config_lib.Config, classes: tuple[str, ...] = (), object_names: tuple[str, ...] = ()
+    config: config_lib.Config,
+    classes: tuple[str, ...] = (),
+    object_names: tuple[str, ...] = (),
+    map_names: tuple[str, ...] = (),
+    measured: bytes = b"",
 ) -> Task:
     """The task `config.task.name` on data with these names, see `Task`.
 
     InputError: there is no such task.
     """
-    return kind(config.task.name)(config, classes, object_names)
+    return kind(config.task.name)(config, classes, object_names, map_names, measured)

@@ -21,13 +21,13 @@ from gptv_jax.model.layout import Part
 from gptv_jax.tasks import average_precision, drawing
 from gptv_jax.tasks.average_precision import PRECISIONS, RECALLS, Scores
 from gptv_jax.tasks.boxes import SLOTS, BoxTokens, Detections, vote
+from gptv_jax.tasks.rows import Rows, by_image, collect, join
 from gptv_jax.tasks.task import Grammar, Records, Task
 from gptv_jax.train import objective
 from gptv_jax.train.step import Metric
 
 NAME = "boxes"  # of the part
 SHOWN = 8  # test images of the picture
-ROWS = ("nats", "drawn", "probabilities", "targets", "index", "mask", "view")  # of the metric
 BOUNDED = ("ap", "ap50", "ap75")  # numbers with a floor and a ceiling
 
 
@@ -144,7 +144,7 @@ class Detect(Task):
             first = [rows[0] for rows in views.values()]
             return {**numbers, "nats_per_token": float(total["nats"][first].mean())}
 
-        return Metric(_step(self, network), result, _collect, self.primary, _join)
+        return Metric(_step(self, network), result, collect, self.primary, join)
 
     def views(self) -> tuple[tuple[str, ...], ...]:
         return ((), *((entry,) for entry in self.settings.votes))
@@ -190,16 +190,7 @@ class Detect(Task):
             "average_precision": drawing.average_precision(scores, self.object_names),
         }
 
-    def by_image(self, total: dict) -> dict[int, list[int]]:
-        """The rows of the metric's sums that show each image, by its number, the plain view first.
-
-        Padding and damaged images are left out.
-        """
-        rows: dict[int, list[int]] = {}
-        for row, (index, counts) in enumerate(zip(total["index"], total["mask"], strict=True)):
-            if counts:
-                rows.setdefault(int(index), []).append(row)
-        return dict(sorted(rows.items()))
+    by_image = staticmethod(by_image)
 
     def found(self, tokens, probabilities, view: np.ndarray) -> Detections:
         """The `most` likely objects of one sequence, in pixels of the original image."""
@@ -232,7 +223,7 @@ class Detect(Task):
 
         They are computed once for the rows of a `Metric`.
         """
-        known = total.known if isinstance(total, _Rows) else {}
+        known = total.known if isinstance(total, Rows) else {}
         if kind not in known:
             views = self.by_image(total)
             plain = [rows[0] for rows in views.values()]
@@ -251,14 +242,6 @@ class Detect(Task):
             )
             known[kind] = found, scores
         return known[kind]
-
-
-class _Rows(dict):
-    """The rows of a split on the host; `known` is what was computed of them."""
-
-    def __init__(self, rows: dict):
-        super().__init__(rows)
-        self.known: dict = {}
 
 
 @functools.cache
@@ -294,16 +277,3 @@ def as_shown(found: Detections, record: Record) -> Detections:
     if "view" not in record:
         return found
     return found._replace(boxes=to_image(found.boxes, record["image"].shape[:2], record["view"]))
-
-
-def _collect(total: dict | list[dict], part: dict) -> list[dict]:
-    total = total if isinstance(total, list) else [jax.device_get(total)]
-    total.append(jax.device_get(part))
-    return total
-
-
-def _join(total: dict | list[dict]) -> dict:
-    """The rows of all batches, and the number of images."""
-    parts = total if isinstance(total, list) else [total]
-    rows = {name: np.concatenate([part[name] for part in parts]) for name in ROWS}
-    return _Rows(rows | {"images": sum(part["images"] for part in parts)})

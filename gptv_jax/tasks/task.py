@@ -1,7 +1,7 @@
 """What every task says: its sequence, its examples, its loss, its score and its pictures."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import ClassVar
 
 import numpy as np
@@ -50,6 +50,8 @@ class Task:
     # Names of the images' classes in the order of the labels; "0", "1", ... where they have none.
     classes: tuple[str, ...] = ()
     object_names: tuple[str, ...] = ()  # of the classes of objects
+    map_names: tuple[str, ...] = ()  # of the classes of label maps
+    measured: bytes = b""  # what `measure` found in the training data; b"" before
 
     def check(self) -> None:
         """Raises InputError where the task cannot be scored; called before a run does any work."""
@@ -81,6 +83,16 @@ class Task:
         arranged = layout.prefixed if settings.prefix else layout.causal
         stem = settings.stem if self.pixels else ()
         return dataclasses.replace(plain, layout=arranged(image, *self.parts()), stem=stem)
+
+    def measure(self, records: Callable[[int], Iterable[Record]]) -> bytes:
+        """What the task must know of the training data before it is trained, as bytes of a file.
+
+        `records(count)` gives so many training records after the transforms of evaluation, drawn at
+        random. The bytes, from which every process makes `Task.measured`, are kept with the weights.
+        b"": there is nothing to be known.
+        """
+        del records
+        return b""
 
     def begin(self, network: Network, params: dict, batches: Batches) -> dict:
         """The weights that training begins with, from weights of which some are new."""
@@ -123,6 +135,10 @@ class Task:
         """
         del annotations
         return dataclasses.replace(step.make_metric(network), primary=self.primary)
+
+    def test_metric(self, network: Network, annotations: Records) -> Metric:
+        """As `metric`, of the test images: it may sum more, for `details`, `bounds` and `show`."""
+        return self.metric(network, annotations)
 
     def details(self, total: dict, annotations: Records) -> dict[str, float | None]:
         """Numbers of the test split beside the metric's; `total` are the metric's sums."""

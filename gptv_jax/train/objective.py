@@ -37,13 +37,15 @@ def sequence(layout: Layout, batch: dict, key: str = "inputs") -> Int[Array, "B 
     The first part is batch["tokens"], every other part batch[key][name]. A part without "inputs" is
     read as its "targets" are. A part without tokens is zeros.
     """
-    first, *others = layout.parts
-    rows = [{**batch["targets"], **batch.get(key, {})}[part.name] for part in others]
+    found = {**batch.get("targets", {}), **batch.get(key, {})}
     if "tokens" in batch:
-        rows.insert(0, batch["tokens"])
-    else:
-        shape, spec = (len(rows[0]), first.size), sharding.BATCH_FIRST
-        rows.insert(0, jnp.zeros(shape, jnp.int32, out_sharding=spec))
+        found[layout.parts[0].name] = batch["tokens"]
+    count = len(jax.tree.leaves(batch)[0])
+
+    def zeros(part: Part) -> Int[Array, "B n"]:
+        return jnp.zeros((count, part.size), jnp.int32, out_sharding=sharding.BATCH_FIRST)
+
+    rows = [found[p.name] if p.name in found else zeros(p) for p in layout.parts]
     return jnp.concatenate(rows, axis=1)
 
 

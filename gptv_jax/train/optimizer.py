@@ -30,7 +30,7 @@ MATRICES = {
 PRODUCTS = {*MATRICES, "head", "class_head"}
 DECAYED = {*PRODUCTS, "stem_conv", "from_stem"}  # the last two sum over channels, not the width
 # What lies above all layers, and what no pretraining has, by first name; the rest lies below them.
-ABOVE = {"final_norm", "head", "classifier", "parts", "stem"}
+ABOVE = {"final_norm", "head", "classifier", "reading", "parts", "stem"}
 
 RMS = 0.2  # of Muon's update, that of a typical Adam update (Liu et al. 2025, arXiv:2502.16982)
 
