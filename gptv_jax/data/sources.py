@@ -48,8 +48,9 @@ class Source(Protocol):
 class DataSet(Protocol):
     """A data set with all its splits.
 
-    It may have `keys`, names of what records have beside the picture, labels and boxes; and
-    `object_ids`, the number that the data give each class of objects, if not 0, 1, 2, ....
+    It may have `map_names`, names of the classes of its label maps; `keys`, names of what records
+    have beside the picture, labels and boxes; and `object_ids`, the number that the data give each
+    class of objects, if not 0, 1, 2, ....
     """
 
     classes: int  # number of classes; 0: unlabelled
@@ -74,6 +75,7 @@ class Selected:
         self.class_names = data_set.class_names if labels else ()
         self.object_names = data_set.object_names
         self.object_ids = getattr(data_set, "object_ids", tuple(range(len(self.object_names))))
+        self.map_names: tuple[str, ...] = getattr(data_set, "map_names", ())
         # What records have beside the picture.
         self.keys = {*getattr(data_set, "keys", ()), *(OBJECTS[:3] if self.object_names else ())}
         self.keys |= {"label"} if self.classes else set()
