@@ -22,7 +22,7 @@ Geometry moves everything that lies in the image; colour changes pixels alone. `
 """
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image
 
 Record = dict[str, np.ndarray | np.generic | bytes]
@@ -149,6 +149,26 @@ def to_image(
     start, end = view[:2].astype(float), view[2:].astype(float)
     ends = (boxes.reshape(-1, 2, 2) - start) * (image_shape / (end - start))
     return _boxes(ends, boxes.dtype)
+
+
+def plane_to_original(
+    plane: Int[np.ndarray, "h w"], view: Float[np.ndarray, " 4"], shape: tuple[int, int]
+) -> Int[np.ndarray, "H W"]:
+    """The nearest value of `plane` at each pixel of the original, of this height and width.
+
+    `view` is the part of the original that the plane shows; pixels outside get the nearest border.
+    """
+    start, end = view[:2].astype(float), view[2:].astype(float)
+    at = (
+        np.floor((np.arange(pixels) + 0.5 - a) * side / (b - a)).clip(0, side - 1).astype(int)
+        for pixels, side, a, b in zip(shape, plane.shape, start, end, strict=True)
+    )
+    return plane[np.ix_(*at)]
+
+
+def no_class(maps: Int[np.ndarray, "*any"]) -> Bool[np.ndarray, "*any"]:
+    """Where label maps, uint8 or int32, have no class."""
+    return maps == 255 if maps.dtype == np.uint8 else maps < 0
 
 
 def to_picture(image: UInt8[np.ndarray, "H W C"]) -> Image.Image:

@@ -4,16 +4,17 @@ Unless `finetune.scratch` is False, the same network is trained from scratch bes
 same settings and budget.
 """
 
+import dataclasses
 import functools
 import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import optax
 
-from gptv_jax import files, sharding
-from gptv_jax.checkpoint import Checkpoints
+from gptv_jax import files, hosts, sharding, tasks
+from gptv_jax.checkpoint import Checkpoints, newest_step
 from gptv_jax.data import pipeline, sources
 from gptv_jax.data.records import Record
 from gptv_jax.errors import shorten
@@ -31,7 +32,7 @@ LOG = logging.getLogger(__name__)
 
 def run_stage(context: Context) -> dict:
     """Fine-tunes pretrained weights, then from scratch; returns the summary's numbers."""
-    config, settings, task = context.config, context.config.finetune, context.task
+    config, settings, task = context.config, context.config.finetune, _measured(context)
     train, batch_size, network = settings.train, settings.train.batch_size, task.network()
     reading = {"example": task.example if task.parts() else None, "pixels": task.pixels}
     training = functools.partial(
@@ -43,7 +44,8 @@ def run_stage(context: Context) -> dict:
 
     @functools.cache
     def metric(split: str) -> step.Metric:
-        return task.metric(network, sources.open_source(config.data, split).annotations)
+        made = task.test_metric if split == "test" else task.metric
+        return made(network, sources.open_source(config.data, split).annotations)
 
     def evaluate(params: dict) -> dict:
         validation = evaluation("validation", limit=task.validation_images)
@@ -113,6 +115,28 @@ def run_stage(context: Context) -> dict:
         scratch = {f"scratch_{name}": value for name, value in numbers.items()}
     named = {"classes": len(task.names)} if task.names else {}
     return {**named, **images, **tuned, **bounds, **scratch, **origin}
+
+
+def _measured(context: Context) -> Task:
+    """The task with what it knows of the training data, which the run folder keeps."""
+    config, task = context.config, context.task
+    path = context.folder.path / tasks.MEASURED
+
+    def records(count: int) -> Iterator[Record]:
+        log = context.images.damage_log
+        return pipeline.images(config.data, "train", log, count, config.seed, annotated=True)
+
+    content = b""
+    if jax.process_index() == 0:
+        # A training that has begun keeps what its weights mean.
+        place = context.folder.checkpoints("finetune")
+        begun = path.exists() and place.exists() and newest_step(place) > 0
+        content = path.read_bytes() if begun else task.measure(records)
+        if content and not begun:
+            files.replace(path, content)
+    if jax.process_count() > 1:
+        content = hosts.bytes_of_first(content)
+    return dataclasses.replace(task, measured=content)
 
 
 def begin_with(network: Network, given: dict, key: jax.Array) -> dict:

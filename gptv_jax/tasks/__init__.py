@@ -7,7 +7,12 @@ from gptv_jax.errors import InputError
 from gptv_jax.tasks.task import Task
 
 # A class, or the name of a class in the module of the task's name, which is imported when needed.
-TASKS: dict[str, str | type[Task]] = {"classify": "Classify", "detect": "Detect", "segment": "Segment"}
+TASKS: dict[str, str | type[Task]] = {
+    "classify": "Classify",
+    "detect": "Detect",
+    "segment": "Segment",
+}
+MEASURED = "task.measured"  # file of the run folder with `Task.measured`
 
 
 def kind(name: str) -> type[Task]:

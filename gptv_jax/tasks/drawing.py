@@ -27,7 +27,7 @@ COLORS = (
 )
 
 
-def _font() -> ImageFont.FreeTypeFont:
+def font() -> ImageFont.FreeTypeFont:
     """Matplotlib's font, which has the letters of most European languages; Pillow's has not."""
     return ImageFont.truetype(font_manager.findfont("DejaVu Sans"), FONT)
 
@@ -50,10 +50,10 @@ def detections(
     widths = [max(row[c].width for row in rows if c < len(row)) + GAP for c in range(columns)]
     heights = [max(cell.height for cell in row) + GAP for row in rows]
     sheet = Image.new("RGB", (sum(widths), head + sum(heights)), "white")
-    canvas, font = ImageDraw.Draw(sheet), _font()
+    canvas, letters = ImageDraw.Draw(sheet), font()
     for column in range(columns):
         title = f"detected, score {SHOWN_SCORE:g} or more" if column % 2 else "annotated"
-        canvas.text((sum(widths[:column]), 1), title, fill="#606060", font=font)
+        canvas.text((sum(widths[:column]), 1), title, fill="#606060", font=letters)
     for r, row in enumerate(rows):
         for c, cell in enumerate(row):
             sheet.paste(cell, (sum(widths[:c]), head + sum(heights[:r])))
@@ -73,19 +73,19 @@ def draw(
     size = [round(side * scale) for side in picture.size]
     method = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
     picture = picture.resize(size, method)
-    canvas, font = ImageDraw.Draw(picture), _font()
+    canvas, letters = ImageDraw.Draw(picture), font()
     placed = []
     for (y0, x0, y1, x1), label, text in zip(boxes * scale, labels, texts, strict=True):
         color = COLORS[label % len(COLORS)]
         canvas.rectangle((x0, y0, max(x1 - 1, x0), max(y1 - 1, y0)), outline=color, width=2)
         placed.append((x0, y0, y1, text, color))
     for x0, y0, y1, text, color in placed:  # over all boxes
-        _, _, width, height = canvas.textbbox((0, 0), text, font=font)
+        _, _, width, height = canvas.textbbox((0, 0), text, font=letters)
         y = y0 - height - 2 if y0 >= height + 2 else min(y1, size[1] - height - 2)
         x = max(min(x0, size[0] - width - 4), 0)
         canvas.rectangle((x, y, x + width + 3, y + height + 2), fill=color)
         ink = "black" if ImageColor.getcolor(color, "L") > 130 else "white"
-        canvas.text((x + 2, y), text, fill=ink, font=font)
+        canvas.text((x + 2, y), text, fill=ink, font=letters)
     return picture
 
 

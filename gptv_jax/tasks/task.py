@@ -88,8 +88,8 @@ class Task:
         """What the task must know of the training data before it is trained, as bytes of a file.
 
         `records(count)` gives so many training records after the transforms of evaluation, drawn at
-        random. The bytes, from which every process makes `Task.measured`, are kept with the weights.
-        b"": there is nothing to be known.
+        random. The bytes become `Task.measured` and are kept with the weights. b"": there is
+        nothing to be known.
         """
         del records
         return b""

@@ -31,9 +31,14 @@ FORMAT = 1
 HEADER = "gptv_jax"  # key of the file's metadata
 # Fields that a header holds; files of before the class names have none.
 FACTS = ("image_size", "starts", "classes", "class_names", "step", "best_layer")
-TASK_FACTS = ("object_names", "eval_transforms")  # of fine-tuned weights, beside the task
+TASK_FACTS = (
+    "object_names",
+    "map_names",
+    "eval_transforms",
+)  # of fine-tuned weights, beside the task
 # Names of the tensors of a token definition: the colours of a palette, the prefix of a tokenizer's.
 CENTERS, TOKENIZER = "palette.centers", "tokenizer."
+MEASURED = "task.measured"  # uint8: the bytes of `Task.measured`
 # Fields of config.model that decide what the weights mean. Users may choose the other fields
 # (dropout, dtype, scan_layers, base_width, ...) each time they use the weights.
 DEFINING_FIELDS = (
@@ -69,10 +74,13 @@ class WeightsFile:
     # The probe's best layer, where the probe has run.
     best_layer: int | None = field(None, FROM_ZERO)
     # Of a network with parts after the image: the task that has the parts, the names of the classes
-    # of objects, and how the run's images became pixels of the network's size.
+    # of objects and of label maps, how the run's images became pixels of the network's size, and
+    # what the task measured.
     task: config_lib.Task | None = None
     object_names: tuple[str, ...] = field(())
+    map_names: tuple[str, ...] = field(())
     eval_transforms: tuple[str, ...] = field(())
+    measured: bytes = b""
 
     @property
     def codec(self) -> tokens.Codec | None:
@@ -85,7 +93,8 @@ class WeightsFile:
             return None
         data = config_lib.Data(image_size=self.image_size, eval_transforms=self.eval_transforms)
         config = config_lib.Config(data=data, tokens=self.tokens, model=self.model, task=self.task)
-        return tasks.make(config, self.class_names, self.object_names)
+        names = self.class_names, self.object_names, self.map_names
+        return tasks.make(config, *names, self.measured)
 
     @property
     def made_for(self) -> str:
@@ -254,10 +263,12 @@ def read(path: pathlib.Path, palette: Palette | None = None) -> WeightsFile:
         )
     header = parse_header(metadata, path)
     definition = _definition(header, arrays, path)
+    measured = np.asarray(arrays.pop(MEASURED, ()), np.uint8).tobytes()
     if header.get("palette") is not None:
         definition = choose_palette(palette, definition, str(path))
     params = {n: a for n, a in arrays.items() if not n.startswith((CENTERS, TOKENIZER))}
-    return from_header(header, params, definition, path).checked(str(path))
+    found = from_header(header, params, definition, path)
+    return dataclasses.replace(found, measured=measured).checked(str(path))
 
 
 def read_definition(path: pathlib.Path) -> TokenDefinition | None:
@@ -289,6 +300,8 @@ def arrays(weights_file: WeightsFile) -> dict[str, np.ndarray]:
         found[CENTERS] = weights_file.definition.centers
     if isinstance(weights_file.definition, Tokenizer):
         found |= {f"{TOKENIZER}{n}": array for n, array in weights_file.definition.params.items()}
+    if weights_file.measured:
+        found[MEASURED] = np.frombuffer(weights_file.measured, np.uint8)
     return found
 
 
@@ -318,11 +331,13 @@ def read_run(folder: pathlib.Path, stage: str | None = None) -> tuple[WeightsFil
         )
     made = files.read_json(folder / "config.json", {})
     names, network = made.get("classes"), network_of(config)  # the names, or their number
-    objects = tuple(made.get("objects", ()))
+    objects, maps = (tuple(made.get(name, ())) for name in ("objects", "maps"))
+    path = folder / tasks.MEASURED
+    measured = path.read_bytes() if stage == "finetune" and path.exists() else b""
     names = tuple(names) if isinstance(names, list) else ()
     if stage == "finetune":
         known = names or tuple(map(str, range(summary.get("finetune/classes", 0))))
-        network = tasks.make(config, known, objects).network()
+        network = tasks.make(config, known, objects, maps, measured).network()
     several = network.several
     described = WeightsFile(
         model=config.model,
@@ -337,6 +352,8 @@ def read_run(folder: pathlib.Path, stage: str | None = None) -> tuple[WeightsFil
         best_layer=summary.get("probe/best_layer"),
         task=config.task if several else None,
         object_names=objects if several else (),
+        map_names=maps if several else (),
+        measured=measured if several else b"",
         eval_transforms=config.data.eval_transforms if several else (),
     )
     place = record.checkpoint_folder(config, folder) / stage

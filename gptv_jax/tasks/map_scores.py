@@ -1,0 +1,84 @@
+"""The label maps in the rows of a segmentation's metric, and how good they are."""
+
+import dataclasses
+from collections.abc import Iterable
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from gptv_jax.data.records import plane_to_original
+from gptv_jax.errors import InputError
+from gptv_jax.tasks import confusion
+from gptv_jax.tasks.map_facts import Facts
+from gptv_jax.tasks.rows import Rows, by_image
+from gptv_jax.tasks.task import Records
+
+SCORES = ("miou", "pixel_accuracy", "mean_class_accuracy")
+
+
+@dataclasses.dataclass(frozen=True)
+class MapScores:
+    """Maps of one kind of each image: read, written, voted (by drawn maps), ceiling or prior.
+
+    "ceiling" is the image's own label map as tokens and back, "prior" the most frequent class of
+    each pixel in training, and "wrong_image" the `first` kind of another image.
+    """
+
+    facts: Facts
+    classes: int
+    first: str
+
+    def map_of(self, total: dict, row: int, kind: str) -> Int[np.ndarray, "h w"]:
+        """The map in a row of the metric's sums, of the network's size."""
+        if kind == "prior":
+            return self.facts.prior
+        if kind == "read":
+            return total["read"][row]
+        if kind == "voted":
+            return self._votes(total, row).argmax(axis=0)
+        return self.facts.codec.decode(total["targets" if kind == "ceiling" else kind][row][None])[
+            0
+        ]
+
+    def agreement(self, total: dict, row: int) -> Float[np.ndarray, "h w"]:
+        """Share of the drawn maps that have the most frequent class of each pixel."""
+        return self._votes(total, row).max(axis=0) / total["samples"].shape[1]
+
+    def counts(
+        self, total: dict, annotations: Records, kinds: Iterable[str]
+    ) -> dict[str, Int[np.ndarray, "C C"]]:
+        """The confusion matrix of each kind, int64: true classes are rows.
+
+        Each map is moved into its original image, by the nearest pixel, and compared there; pixels
+        without a class do not count. The rows of a `Metric` are counted once.
+        """
+        known = total.known if isinstance(total, Rows) else {}
+        new = {kind: 0 for kind in kinds if kind not in known}
+        rows = {index: rows[0] for index, rows in by_image(total).items()}
+        other = dict(zip(rows, [*rows][-1:] + [*rows][:-1], strict=True))
+        for index, row in rows.items() if new else ():
+            truth = annotations(index)["segmentation"]
+            for kind in new:
+                wrong = kind == "wrong_image"
+                shown = rows[other[index]] if wrong else row
+                found = self.map_of(total, shown, self.first if wrong else kind)
+                found = plane_to_original(found, total["view"][row], truth.shape)
+                new[kind] = new[kind] + confusion.count(truth, found, self.classes)
+        known |= new
+        return {kind: known[kind] for kind in kinds}
+
+    def scores(self, total: dict, annotations: Records, kinds: Iterable[str]) -> dict[str, dict]:
+        """`confusion.scores` of each kind; InputError: no pixel of the split has a class."""
+        counts = self.counts(total, annotations, kinds)
+        scores = {kind: confusion.scores(matrix) for kind, matrix in counts.items()}
+        if any(each["miou"] is None for each in scores.values()):
+            raise InputError(
+                "no pixel of a split's label maps has a class, so there is no mean IoU; take other "
+                "images by config.data.validation_split and config.data.test_split."
+            )
+        return scores
+
+    def _votes(self, total: dict, row: int) -> Int[np.ndarray, "C h w"]:
+        """Number of drawn maps with each class at each pixel."""
+        maps = self.facts.codec.decode(total["samples"][row])
+        return np.stack([(maps == label).sum(axis=0) for label in range(self.classes)])

@@ -1,0 +1,335 @@
+"""Segmentation: a class for every pixel, read from the image's positions, or written as tokens.
+
+Reading predicts all pixels at once, by a head on the positions of the image. Writing draws a token
+for every square of pixels after the image, so a label map has a probability, and several maps can
+be drawn of one image. One network does both.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int, UInt8
+
+from gptv_jax import sharding
+from gptv_jax.data import sources
+from gptv_jax.data.records import Record, no_class, plane_to_original
+from gptv_jax.decode import answers
+from gptv_jax.decode.restriction import Restriction
+from gptv_jax.errors import InputError
+from gptv_jax.model.gpt import GPT, Network, Output
+from gptv_jax.model.layout import Part
+from gptv_jax.model.reading import Reading, enlarge
+from gptv_jax.tasks import map_facts, map_pictures
+from gptv_jax.tasks.map_facts import Facts
+from gptv_jax.tasks.map_scores import SCORES, MapScores
+from gptv_jax.tasks.rows import by_image, collect, join
+from gptv_jax.tasks.task import Grammar, Records, Task
+from gptv_jax.train import objective
+from gptv_jax.train.step import Metric
+
+NAME, END = "labels", "end"  # parts: the written label map; or, where nothing is written, one more
+SHOWN = 6  # test images of the picture
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment(Task):
+    """The class of every pixel; see `config.tasks.Segment`."""
+
+    needs: ClassVar[tuple[str, ...]] = ("segmentation",)
+    primary: ClassVar[dict[str, int]] = {"miou": 1, "nats_per_token": -1}
+    validated: ClassVar[tuple[str, ...]] = SCORES[1:]
+    unreported: ClassVar[tuple[str, ...]] = ("written_miou",)
+    pictures: ClassVar[dict[str, str]] = {
+        "segmentation": "Test images, their label maps, and the classes that the network reads and "
+        "writes. Uncertainty: bright where maps that are drawn of one image disagree.",
+        "class_iou": "Intersection over union of the most frequent classes, with their share of "
+        "the pixels.",
+    }
+
+    def check(self) -> None:
+        settings, size = self.settings, self.config.data.size
+        if not (settings.read or settings.write):
+            raise InputError(
+                "config.task.segment has read=False and write=False, so nothing is learned; take "
+                "read=True, write=True or both."
+            )
+        rows, columns = self.config.grid
+        side = (size[0] // rows, size[1] // columns)
+        if settings.read and any(each % settings.read_cell for each in side):
+            raise InputError(
+                f"config.task.segment.read_cell is {settings.read_cell}, which divides no position "
+                f"of {side[0]} x {side[1]} pixels; take a divisor, such as 1."
+            )
+        if settings.read and any(layer > self.config.model.layers for layer in settings.layers):
+            raise InputError(
+                f"config.task.segment.layers is {settings.layers}; it takes numbers from 0 to "
+                f"config.model.layers = {self.config.model.layers}."
+            )
+        if settings.write and any(pixels % settings.cell for pixels in size):
+            raise InputError(
+                f"config.task.segment.cell is {settings.cell}, which does not divide "
+                f"config.data.image_size = {self.config.data.image_size}; take a divisor."
+            )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.map_names
+
+    @property
+    def settings(self):
+        return self.config.task.segment
+
+    @property
+    def validation_images(self) -> int | None:
+        return self.settings.validation_images or None
+
+    @property
+    def ways(self) -> tuple[str, ...]:
+        """What the network does, of "read" and "written"; the numbers are those of the first."""
+        return ("read",) * self.settings.read + ("written",) * self.settings.write
+
+    def parts(self) -> tuple[Part, ...]:
+        if not self.settings.write:
+            # The input of the last position is the image's last token.
+            return (Part(END, 0, (1,), predicted=False),)
+        shape = tuple(pixels // self.settings.cell for pixels in self.config.data.size)
+        kind, codes = self.settings.labels, self.settings.codes
+        vocabulary = len(self.map_names) if kind == "cells" else codes
+        return (Part(NAME, vocabulary, shape, covers_image=True),)
+
+    def network(self) -> Network:
+        network, settings = super().network(), self.settings
+        if not settings.read:
+            return network
+        cells = self.config.data.size[0] // network.grid[0] // settings.read_cell
+        reading = Reading(len(self.map_names), cells, settings.layers)
+        return dataclasses.replace(network, reading=reading)
+
+    def measure(self, records: Callable[[int], Iterable[Record]]) -> bytes:
+        """The frequencies of the classes, the prior of each pixel, and the label tokens."""
+        maps = np.stack([record["segmentation"] for record in records(self.settings.measured)])
+        try:
+            found = len(self.map_names), self.settings, self.config.seed
+            return map_facts.measure(maps, *found)
+        except ValueError as error:
+            raise InputError(
+                f"of {len(maps)} label maps of config.data.train_split="
+                f"{self.config.data.train_split} {error}; see config.data.map_names."
+            ) from error
+
+    @functools.cached_property
+    def facts(self) -> Facts:
+        """What `measure` found."""
+        return map_facts.load(self.measured)
+
+    @property
+    def maps(self) -> MapScores:
+        """The label maps in the metric's rows, and their scores."""
+        return MapScores(self.facts, len(self.map_names), self.ways[0])
+
+    @functools.cached_property
+    def class_weights(self) -> Float[np.ndarray, " C"]:
+        """See `Facts.class_weights`."""
+        return self.facts.class_weights(self.settings.balance)
+
+    def example(self, record: Record, rng: np.random.Generator | None = None) -> dict:
+        del rng
+        truth, found = record["segmentation"], {"targets": {}}
+        if self.settings.write:
+            tokens, weights = self.facts.codec.encode(truth[None])
+            if self.settings.balance:
+                unknown, side = no_class(truth), self.settings.cell
+                pixels = np.where(unknown, 0, self.class_weights[np.where(unknown, 0, truth)])
+                sums = (_by_cell(each, side).sum(axis=1) for each in (pixels, ~unknown))
+                weights = weights * np.divide(*sums, where=weights[0] > 0, out=weights[0] * 0)
+            found = {"targets": {NAME: tokens[0]}, "weights": {NAME: weights[0]}}
+        return {"segmentation": truth, **found}
+
+    @functools.cached_property
+    def possible(self) -> Bool[np.ndarray, " V"]:
+        """See `Facts.possible`; False of tokens that the codec has not."""
+        known = self.facts.possible()
+        return np.pad(known, (0, self.parts()[0].vocabulary - len(known)))
+
+    def allowed(
+        self, part: str, position: int | Int[Array, ""], tokens: Int[Array, "B n"]
+    ) -> Bool[Array, "1 V"] | None:
+        del position, tokens
+        return jnp.array(self.possible)[None] if part == NAME else None
+
+    def restriction(self, network: Network, temperature: float) -> Restriction:
+        """Tokens are drawn at a temperature; 0: the most likely ones."""
+        count = np.int32(self.parts()[0].vocabulary)
+        return Restriction(np.float32(temperature), count, np.float32(1))
+
+    def read(self, model: GPT, output: Output) -> Float[Array, "B H W C"]:
+        """Logits of the classes of every pixel at the network's size."""
+        return enlarge(model.read(output), self.config.data.size)
+
+    def read_nats(
+        self, logits: Float[Array, "B H W C"], truth: Int[Array, "B H W"]
+    ) -> tuple[Float[Array, "B H W"], Int[Array, "B H W"]]:
+        """Nats of every pixel's class, 0 where there is none, and the classes, there 0."""
+        label = truth.astype(jnp.int32)
+        known = (label >= 0) & (label < len(self.map_names))
+        label = jnp.where(known, label, 0)
+        return objective.cross_entropy(logits, label) * known, label
+
+    def loss(self, network: Network) -> Callable:
+        """The weighted sum of the mean nats of a pixel that is read and of a token that is written.
+
+        The means are over all pixels and tokens; those without a class have the weight 0.
+        """
+        settings = self.settings
+
+        def loss(params, frozen, batch, key, step=None):
+            del frozen, step
+            model, losses = network.bind(params), {}
+            output = _forward(model, batch, key)
+            if settings.read:
+                nats, label = self.read_nats(self.read(model, output), batch["segmentation"])
+                weights = (
+                    jnp.array(self.class_weights).at[label].get(out_sharding=sharding.BATCH_FIRST)
+                )
+                losses["read"] = (nats * weights).mean() * settings.read_weight
+            if settings.write:
+                nats = _written_nats(model, output, batch) * batch["weights"][NAME]
+                losses["write"] = nats.mean() * settings.write_weight
+            total = sum(losses.values())
+            return total, {"loss": total, **{f"{name}_loss": x for name, x in losses.items()}}
+
+        return loss
+
+    def metric(self, network: Network, annotations: Records, samples: int = 0) -> Metric:
+        def result(total: dict) -> dict[str, float | None]:
+            found = self.maps.scores(total, annotations, self.ways)
+            numbers = {name: found[self.ways[0]][name] for name in SCORES}
+            if len(self.ways) > 1:
+                numbers["written_miou"] = found["written"]["miou"]
+            first = [rows[0] for rows in by_image(total).values()]
+            of_images = {name: total[name][first] for name in total if name.startswith("nats_per_")}
+            return numbers | {name: float(x.mean()) for name, x in of_images.items()}
+
+        return Metric(_step(self, network, samples), result, collect, self.primary, join)
+
+    def test_metric(self, network: Network, annotations: Records) -> Metric:
+        return self.metric(network, annotations, self.settings.samples)
+
+    def details(self, total: dict, annotations: Records) -> dict[str, float | None]:
+        """IoU of each class, None of a class that is nowhere; agreement of drawn maps."""
+        scores = self.maps.scores(total, annotations, self.ways)[self.ways[0]]
+        named = zip(self.map_names, scores["iou_by_class"], strict=True)
+        found = {f"iou_of_{name}": value for name, value in named}
+        if "samples" in total:
+            rows = [rows[0] for rows in by_image(total).values()]
+            found["agreement"] = float(
+                np.mean([self.maps.agreement(total, row).mean() for row in rows])
+            )
+        return found
+
+    def bounds(self, total: dict, annotations: Records) -> dict[str, dict[str, float | None]]:
+        """Scores of the prior, of another image's map, of the label tokens, and of written maps."""
+        kinds = ["prior", "wrong_image", *["ceiling"] * self.settings.write]
+        kinds += [way for way in self.ways[1:]] + ["voted"] * ("samples" in total)
+        found = self.maps.scores(total, annotations, kinds)
+        if len(by_image(total)) == 1:  # there is no other image
+            found["wrong_image"] = dict.fromkeys(SCORES)
+        return {kind: {name: found[kind][name] for name in SCORES} for kind in kinds}
+
+    def files(self, total: dict, annotations: Records) -> dict[str, object]:
+        """Classes with their share of the pixels and IoU; confusion matrices, a true class a row."""
+        counts = self.maps.counts(total, annotations, self.ways)
+        scores = self.maps.scores(total, annotations, self.ways)
+        pixels = counts[self.ways[0]].sum(axis=1)
+        rows = [
+            {"name": name, "share": float(pixels[c] / pixels.sum())}
+            | {f"{way}_iou": scores[way]["iou_by_class"][c] for way in self.ways}
+            for c, name in enumerate(self.map_names)
+        ]
+        confusions = {way: matrix.tolist() for way, matrix in counts.items()}
+        return {"segmentation.json": {"classes": rows, "confusion": confusions}}
+
+    def show(self, records: Records, total: dict) -> dict[str, UInt8[np.ndarray, "H W 3"]]:
+        rows = {index: rows[0] for index, rows in list(by_image(total).items())[:SHOWN]}
+        shown = []
+        for index, row in rows.items():
+            record = records(index)
+            view, size = total["view"][row], record["segmentation"].shape
+            if "view" in record:  # of a token cache: the picture shows what the network reads
+                view = np.array([0, 0, *size], np.float32)
+            planes = {way: self.maps.map_of(total, row, way) for way in self.ways}
+            if "samples" in total:
+                planes["uncertain"] = 1 - self.maps.agreement(total, row)
+            shown.append((record, {n: plane_to_original(p, view, size) for n, p in planes.items()}))
+        about = self.files(total, sources.open_source(self.config.data, "test").annotations)
+        return {
+            "segmentation": map_pictures.maps(shown, self.map_names),
+            "class_iou": map_pictures.class_iou(about["segmentation.json"]["classes"]),
+        }
+
+
+def _by_cell(plane: Int[np.ndarray, "H W"], side: int) -> Int[np.ndarray, "T pixels"]:
+    """The pixels of each square, in raster order of the squares."""
+    rows, columns = (length // side for length in plane.shape)
+    return plane.reshape(rows, side, columns, side).swapaxes(1, 2).reshape(rows * columns, -1)
+
+
+def _forward(model: GPT, batch: dict, key=None) -> Output:
+    """The network's output of whole sequences, with the layers that are read."""
+    network = model.network
+    pixels = batch["image"] if network.stem else None
+    keep = network.reading.layers if network.reading else ()
+    return model(objective.sequence(network.layout, batch), key=key, pixels=pixels, keep=keep)
+
+
+def _written_nats(model: GPT, output: Output, batch: dict) -> Float[Array, "B T"]:
+    part, places = model.network.layout.parts[1], model.network.layout.slices[NAME]
+    final = jax.sharding.reshard(output.final, sharding.BATCH_FIRST)[:, places]
+    return objective.part_nats(model, part, final, batch["targets"][NAME])
+
+
+@functools.cache
+def _step(task: Segment, network: Network, samples: int) -> Callable:
+    """`(params, batch) -> arrays with a row for each image of the global batch`, jitted."""
+    classes, settings = len(task.map_names), task.settings
+    known = jnp.array(task.facts.frequencies > 0)
+    key = jax.random.key(task.config.seed)
+
+    def write(params: dict, batch: dict, temperature: float, count: int) -> Int[Array, "B T"]:
+        images, allowed = (batch.get("tokens"), batch.get("image")), Grammar(task)
+        given = (*images, key, task.restriction(network, temperature), allowed, count)
+        drawn, _ = answers.answer(network, params, *given, numbers=batch["index"])
+        return drawn[:, network.layout.slices[NAME]]
+
+    def step(params: dict, batch: dict) -> dict[str, Array]:
+        model = network.bind(params)
+        output = _forward(model, batch)
+        rows = {name: batch[name] for name in ("index", "mask", "view")}
+        if settings.read:
+            logits = task.read(model, output)
+            nats, _ = task.read_nats(logits, batch["segmentation"])
+            count = ~no_class(batch["segmentation"])
+            rows["nats_per_pixel"] = nats.sum(axis=(1, 2)) / jnp.maximum(count.sum(axis=(1, 2)), 1)
+            read = jnp.where(known[None, None, None], logits, -jnp.inf).argmax(axis=-1)
+            rows["read"] = read.astype(jnp.uint8 if classes <= 256 else jnp.int32)
+            rows["nats_per_token"] = rows["nats_per_pixel"]
+        if settings.write:
+            counts = batch["weights"][NAME] > 0
+            nats = _written_nats(model, output, batch)
+            rows["nats_per_map"] = (nats * counts).sum(axis=1)
+            rows["nats_per_token"] = objective.masked_mean(nats, counts)
+            rows["targets"], rows["written"] = batch["targets"][NAME], write(params, batch, 0.0, 1)
+        if settings.write and samples:
+            drawn = write(params, batch, 1.0, samples)
+            shape = (-1, samples, drawn.shape[1])
+            rows["samples"] = drawn.reshape(shape, out_sharding=sharding.BATCH_FIRST)
+        whole = {name: jax.sharding.reshard(x, P(*[None] * x.ndim)) for name, x in rows.items()}
+        return whole | {"images": batch["mask"].sum()}
+
+    return jax.jit(step)
