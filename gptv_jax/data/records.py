@@ -22,7 +22,7 @@ Geometry moves everything that lies in the image; colour changes pixels alone. `
 """
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float, Integer, UInt8
 from PIL import Image
 
 Record = dict[str, np.ndarray | np.generic | bytes]
@@ -152,8 +152,8 @@ def to_image(
 
 
 def plane_to_original(
-    plane: Int[np.ndarray, "h w"], view: Float[np.ndarray, " 4"], shape: tuple[int, int]
-) -> Int[np.ndarray, "H W"]:
+    plane: Integer[np.ndarray, "h w"], view: Float[np.ndarray, " 4"], shape: tuple[int, int]
+) -> Integer[np.ndarray, "H W"]:
     """The nearest value of `plane` at each pixel of the original, of this height and width.
 
     `view` is the part of the original that the plane shows; pixels outside get the nearest border.
@@ -166,7 +166,7 @@ def plane_to_original(
     return plane[np.ix_(*at)]
 
 
-def no_class(maps: Int[np.ndarray, "*any"]) -> Bool[np.ndarray, "*any"]:
+def no_class(maps: Integer[np.ndarray, "*any"]) -> Bool[np.ndarray, "*any"]:
     """Where label maps, uint8 or int32, have no class."""
     return maps == 255 if maps.dtype == np.uint8 else maps < 0
 

@@ -7,7 +7,7 @@ import tempfile
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Integer
 
 from gptv_jax.config.tasks import Segment
 from gptv_jax.data.records import no_class
@@ -20,7 +20,7 @@ class Facts(NamedTuple):
     """What is known of the training's label maps."""
 
     frequencies: Float[np.ndarray, " C"]  # share of the pixels with a class
-    prior: Int[np.ndarray, "h w"]  # the most frequent class of every pixel
+    prior: Integer[np.ndarray, "h w"]  # the most frequent class of every pixel
     codec: label_maps.LabelCodec | None  # None where nothing is written
 
     def class_weights(self, balance: float) -> Float[np.ndarray, " C"]:
@@ -36,7 +36,7 @@ class Facts(NamedTuple):
         return known[codec.decode(rows)].reshape(count, -1).all(axis=1)
 
 
-def measure(maps: Int[np.ndarray, "n h w"], classes: int, settings: Segment, seed: int) -> bytes:
+def measure(maps: Integer[np.ndarray, "n h w"], classes: int, settings: Segment, seed: int) -> bytes:
     """`Facts` of training maps as a file, which `load` reads; ValueError: no pixel has a class."""
     counts = np.bincount(maps[~no_class(maps)].ravel(), minlength=classes)
     if not counts.any():

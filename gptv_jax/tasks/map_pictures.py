@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from etils import epy
-from jaxtyping import Int, UInt8
+from jaxtyping import Integer, UInt8
 from PIL import Image, ImageDraw
 
 from gptv_jax.data.records import Record, no_class
@@ -66,7 +66,7 @@ def maps(
     return np.asarray(sheet)
 
 
-def paint(plane: Int[np.ndarray, "H W"], table: UInt8[np.ndarray, "C 3"]) -> np.ndarray:
+def paint(plane: Integer[np.ndarray, "H W"], table: UInt8[np.ndarray, "C 3"]) -> np.ndarray:
     """The map in the colours of its classes; pixels without a class are white."""
     unknown = no_class(plane)
     return np.where(unknown[..., None], NO_CLASS, table[np.where(unknown, 0, plane)]).astype(

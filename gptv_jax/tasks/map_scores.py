@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterable
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 
 from gptv_jax.data.records import plane_to_original
 from gptv_jax.errors import InputError
@@ -28,7 +28,7 @@ class MapScores:
     classes: int
     first: str
 
-    def map_of(self, total: dict, row: int, kind: str) -> Int[np.ndarray, "h w"]:
+    def map_of(self, total: dict, row: int, kind: str) -> Integer[np.ndarray, "h w"]:
         """The map in a row of the metric's sums, of the network's size."""
         if kind == "prior":
             return self.facts.prior
@@ -36,9 +36,8 @@ class MapScores:
             return total["read"][row]
         if kind == "voted":
             return self._votes(total, row).argmax(axis=0)
-        return self.facts.codec.decode(total["targets" if kind == "ceiling" else kind][row][None])[
-            0
-        ]
+        tokens = total["targets" if kind == "ceiling" else kind][row]
+        return self.facts.codec.decode(tokens[None])[0]
 
     def agreement(self, total: dict, row: int) -> Float[np.ndarray, "h w"]:
         """Share of the drawn maps that have the most frequent class of each pixel."""
@@ -46,7 +45,7 @@ class MapScores:
 
     def counts(
         self, total: dict, annotations: Records, kinds: Iterable[str]
-    ) -> dict[str, Int[np.ndarray, "C C"]]:
+    ) -> dict[str, Integer[np.ndarray, "C C"]]:
         """The confusion matrix of each kind, int64: true classes are rows.
 
         Each map is moved into its original image, by the nearest pixel, and compared there; pixels
@@ -78,7 +77,7 @@ class MapScores:
             )
         return scores
 
-    def _votes(self, total: dict, row: int) -> Int[np.ndarray, "C h w"]:
+    def _votes(self, total: dict, row: int) -> Integer[np.ndarray, "C h w"]:
         """Number of drawn maps with each class at each pixel."""
         maps = self.facts.codec.decode(total["samples"][row])
         return np.stack([(maps == label).sum(axis=0) for label in range(self.classes)])

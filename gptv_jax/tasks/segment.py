@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, Integer, UInt8
 
 from gptv_jax import sharding
 from gptv_jax.data import sources
@@ -173,13 +173,13 @@ class Segment(Task):
         return enlarge(model.read(output), self.config.data.size)
 
     def read_nats(
-        self, logits: Float[Array, "B H W C"], truth: Int[Array, "B H W"]
-    ) -> tuple[Float[Array, "B H W"], Int[Array, "B H W"]]:
-        """Nats of every pixel's class, 0 where there is none, and the classes, there 0."""
+        self, logits: Float[Array, "B H W C"], truth: Integer[Array, "B H W"]
+    ) -> tuple[Float[Array, "B H W"], Int[Array, "B H W"], Bool[Array, "B H W"]]:
+        """Nats of every pixel's class, the class, and whether there is one; else both are 0."""
         label = truth.astype(jnp.int32)
         known = (label >= 0) & (label < len(self.map_names))
         label = jnp.where(known, label, 0)
-        return objective.cross_entropy(logits, label) * known, label
+        return objective.cross_entropy(logits, label) * known, label, known
 
     def loss(self, network: Network) -> Callable:
         """The weighted sum of the mean nats of a pixel that is read and of a token that is written.
@@ -193,7 +193,7 @@ class Segment(Task):
             model, losses = network.bind(params), {}
             output = _forward(model, batch, key)
             if settings.read:
-                nats, label = self.read_nats(self.read(model, output), batch["segmentation"])
+                nats, label, _ = self.read_nats(self.read(model, output), batch["segmentation"])
                 weights = (
                     jnp.array(self.class_weights).at[label].get(out_sharding=sharding.BATCH_FIRST)
                 )
@@ -227,10 +227,8 @@ class Segment(Task):
         named = zip(self.map_names, scores["iou_by_class"], strict=True)
         found = {f"iou_of_{name}": value for name, value in named}
         if "samples" in total:
-            rows = [rows[0] for rows in by_image(total).values()]
-            found["agreement"] = float(
-                np.mean([self.maps.agreement(total, row).mean() for row in rows])
-            )
+            each = [self.maps.agreement(total, rows[0]) for rows in by_image(total).values()]
+            found["agreement"] = float(np.mean(each))
         return found
 
     def bounds(self, total: dict, annotations: Records) -> dict[str, dict[str, float | None]]:
@@ -243,7 +241,7 @@ class Segment(Task):
         return {kind: {name: found[kind][name] for name in SCORES} for kind in kinds}
 
     def files(self, total: dict, annotations: Records) -> dict[str, object]:
-        """Classes with their share of the pixels and IoU; confusion matrices, a true class a row."""
+        """Shares of the pixels and IoU of the classes; confusion matrices, a true class a row."""
         counts = self.maps.counts(total, annotations, self.ways)
         scores = self.maps.scores(total, annotations, self.ways)
         pixels = counts[self.ways[0]].sum(axis=1)
@@ -274,7 +272,7 @@ class Segment(Task):
         }
 
 
-def _by_cell(plane: Int[np.ndarray, "H W"], side: int) -> Int[np.ndarray, "T pixels"]:
+def _by_cell(plane: Integer[np.ndarray, "H W"], side: int) -> Integer[np.ndarray, "T pixels"]:
     """The pixels of each square, in raster order of the squares."""
     rows, columns = (length // side for length in plane.shape)
     return plane.reshape(rows, side, columns, side).swapaxes(1, 2).reshape(rows * columns, -1)
@@ -313,9 +311,8 @@ def _step(task: Segment, network: Network, samples: int) -> Callable:
         rows = {name: batch[name] for name in ("index", "mask", "view")}
         if settings.read:
             logits = task.read(model, output)
-            nats, _ = task.read_nats(logits, batch["segmentation"])
-            count = ~no_class(batch["segmentation"])
-            rows["nats_per_pixel"] = nats.sum(axis=(1, 2)) / jnp.maximum(count.sum(axis=(1, 2)), 1)
+            nats, _, counts = task.read_nats(logits, batch["segmentation"])
+            rows["nats_per_pixel"] = nats.sum(axis=(1, 2)) / jnp.maximum(counts.sum(axis=(1, 2)), 1)
             read = jnp.where(known[None, None, None], logits, -jnp.inf).argmax(axis=-1)
             rows["read"] = read.astype(jnp.uint8 if classes <= 256 else jnp.int32)
             rows["nats_per_token"] = rows["nats_per_pixel"]
