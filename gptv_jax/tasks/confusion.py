@@ -1,0 +1,110 @@
+"""Which class of pixels is taken for which: exact counts, mean IoU and accuracies from the counts.
+
+The definitions are those of PASCAL VOC and ADE20K: one matrix over the whole split, pixels without
+a class left out. Letters: B label maps, H and W pixels, C classes.
+"""
+
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from gptv_jax import sharding
+from gptv_jax.tokens.label_maps import has_class
+
+
+def count(
+    truth: Int[Array, "B H W"],
+    predicted: Int[Array, "B H W"],
+    mask: Float[Array, " B"],
+    classes: int,
+) -> Int[Array, "C C"]:
+    """Number of pixels of each class (row) that were taken for each class (column), int32.
+
+    Maps whose mask is 0 do not count, nor pixels without a class. The count is exact up to 2^31
+    pixels a batch. It is compiled under a mesh; every device and process gets an equal matrix.
+    """
+
+    def local(truth, predicted, mask):
+        known = has_class(truth, classes) & (mask > 0)[:, None, None]
+        place = truth.astype(jnp.int32) * classes + predicted.astype(jnp.int32)
+        found = jnp.zeros(classes**2, jnp.int32)
+        found = found.at[jnp.where(known, place, 0)].add(known.astype(jnp.int32))
+        return jax.lax.psum(found.reshape(classes, classes), sharding.BATCH)
+
+    arrays = jax.sharding.reshard((truth, predicted, mask), sharding.BATCH_FIRST)
+    specs = (sharding.BATCH_FIRST,) * len(arrays)
+    return jax.shard_map(local, in_specs=specs, out_specs=P(), check_vma=False)(*arrays)
+
+
+def add(total: dict, part: dict) -> dict:
+    """The sum of two trees of numbers on the host, whole numbers in int64; for `Metric.add`."""
+
+    def wide(x) -> np.ndarray:
+        x = np.asarray(x)
+        return x.astype(np.int64 if x.dtype.kind in "iu" else np.float64)
+
+    return jax.tree.map(lambda a, b: wide(a) + wide(b), *jax.device_get((total, part)))
+
+
+def scores(matrix: Int[np.ndarray, "C C"]) -> dict[str, float | int | None | list]:
+    """The numbers of a matrix of `count`; None where no pixel counts.
+
+    "miou" is the mean over the "classes_scored" classes that occur in the truth or were predicted.
+    "iou_by_class" and "accuracy_by_class" are lists with None for other classes.
+    "mean_class_accuracy" is the mean over the classes of the truth.
+    """
+    matrix = np.asarray(matrix, np.float64)
+    right, truth, predicted = np.diag(matrix), matrix.sum(axis=1), matrix.sum(axis=0)
+    iou = _shares(right, truth + predicted - right)
+    accuracy = _shares(right, truth)
+    known = [x for x in iou if x is not None]
+    return {
+        "miou": _mean(iou),
+        "pixel_accuracy": _shares(right.sum()[None], truth.sum()[None])[0],
+        "mean_class_accuracy": _mean(accuracy),
+        "classes_scored": len(known),
+        "iou_by_class": iou,
+        "accuracy_by_class": accuracy,
+    }
+
+
+def _shares(some: np.ndarray, whole: np.ndarray) -> list[float | None]:
+    return [float(a / b) if b else None for a, b in zip(some, whole, strict=True)]
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [x for x in values if x is not None]
+    return float(np.mean(known)) if known else None
+
+
+def position_prior(
+    maps: Iterable[Int[np.ndarray, "rows columns"]], classes: int, shape: tuple[int, int]
+) -> Int[np.ndarray, "H W"]:
+    """The most frequent class at each position of maps of `shape`, a floor for every prediction.
+
+    `maps` are those of training, of any sizes, read once. Where no map has a class, it is the most
+    frequent class of all pixels.
+    """
+    counts = np.zeros((*shape, classes + 1), np.int32)
+    rows, columns = np.indices(shape, sparse=True)
+    for each in maps:
+        each = resized(each, shape)
+        counts[rows, columns, np.where(has_class(each, classes), each, classes)] += 1
+    counts = counts[..., :classes]
+    overall = counts.sum(axis=(0, 1), dtype=np.int64).argmax()
+    return np.where(counts.any(axis=-1), counts.argmax(axis=-1), overall).astype(np.int32)
+
+
+def resized(
+    label_map: Int[np.ndarray, "rows columns"], shape: tuple[int, int]
+) -> Int[np.ndarray, "H W"]:
+    """The map in another size, by nearest neighbour."""
+    places = [
+        ((np.arange(size) + 0.5) * (side / size)).astype(int)
+        for side, size in zip(label_map.shape, shape, strict=True)
+    ]
+    return label_map[np.ix_(*places)]

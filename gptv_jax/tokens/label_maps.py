@@ -1,0 +1,228 @@
+"""Label maps as tokens and back: a class for each cell, or the code of a whole patch of classes.
+
+A label map has a class 0 .. C-1 for every pixel. Any other number, such as 255 or -1, is no class.
+Letters: C classes, T tokens of a map, P pixels of a cell.
+"""
+
+import abc
+import functools
+import json
+import pathlib
+from collections.abc import Iterable
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from gptv_jax import files
+from gptv_jax.errors import InputError, as_input_error
+
+HEADER = "gptv_jax_labels"  # key of a file's metadata
+FORMAT = 1
+SAMPLED = 50_000  # patches of training maps, at most, that a codebook is made from
+ROUNDS = 20  # of k-modes at most; the codebook of CamVid changes little after 5
+CHUNK = 512  # patches that are compared with the codebook at a time, so that sums stay in the cache
+
+
+def has_class(maps: Int[np.ndarray, "*any"], classes: int) -> Bool[np.ndarray, "*any"]:
+    """Where a pixel has a class; 255 is no class in a uint8 map of however many classes."""
+    return (maps >= 0) & (maps < (min(classes, 255) if maps.dtype == np.uint8 else classes))
+
+
+class LabelCodec(abc.ABC):
+    """Turns label maps into tokens and tokens into label maps; tokens are in raster order."""
+
+    kind: str  # name of the subclass in files
+    classes: int  # C
+    shape: tuple[int, int]  # height and width of the label maps, pixels
+    cell: int  # height and width in pixels of the square that a token stands for
+    vocabulary: int  # tokens are 0 .. vocabulary-1
+
+    def __init__(self, classes: int, shape: tuple[int, int], cell: int, vocabulary: int):
+        self.classes, self.shape, self.cell, self.vocabulary = classes, shape, cell, vocabulary
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens; cells at the end of a row or column may be cut."""
+        return -(-self.shape[0] // self.cell), -(-self.shape[1] // self.cell)
+
+    @abc.abstractmethod
+    def encode(
+        self, maps: Int[np.ndarray, "B H W"]
+    ) -> tuple[Int[np.ndarray, "B T"], Float[np.ndarray, "B T"]]:
+        """Int32 tokens, and float32 weights: 0 where no pixel of the cell has a class, else 1."""
+
+    @abc.abstractmethod
+    def decode(self, tokens: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B H W"]:
+        """Int32 label maps; every pixel has a class."""
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What the codec learned from label maps, by name."""
+        return {}
+
+    def save(self, path: str | pathlib.Path) -> None:
+        """Writes a .safetensors file for `load_label_codec`."""
+        header = {"format": FORMAT, "kind": self.kind, "classes": self.classes}
+        header |= {"shape": self.shape, "cell": self.cell}
+        files.write_safetensors(self.arrays(), files.user_path(path), {HEADER: json.dumps(header)})
+
+    def cells(self, maps: Int[np.ndarray, "B H W"]) -> Int[np.ndarray, "N P"]:
+        """The classes of the pixels of every cell, N = B * T; C where a pixel has no class."""
+        if maps.shape[1:] != tuple(self.shape):
+            raise ValueError(f"label maps are {list(maps.shape)}; it takes [B, *{self.shape}].")
+        (rows, columns), side = self.grid, self.cell
+        known = np.where(has_class(maps, self.classes), maps, self.classes)
+        beyond = [(0, 0), (0, rows * side - maps.shape[1]), (0, columns * side - maps.shape[2])]
+        padded = np.pad(known, beyond, constant_values=self.classes)
+        squares = padded.reshape(len(maps), rows, side, columns, side).swapaxes(2, 3)
+        return squares.reshape(-1, side * side)
+
+    def joined(self, cells: Int[np.ndarray, "B T P"]) -> Int[np.ndarray, "B H W"]:
+        """The label maps of these cells."""
+        (rows, columns), side, (height, width) = self.grid, self.cell, self.shape
+        squares = cells.reshape(len(cells), rows, columns, side, side).swapaxes(2, 3)
+        whole = squares.reshape(len(cells), rows * side, columns * side)
+        return whole[:, :height, :width].astype(np.int32)
+
+
+class Cells(LabelCodec):
+    """The token of a cell is the class of most of its pixels, among equals the first class."""
+
+    kind = "cells"
+
+    def __init__(self, classes: int, shape: tuple[int, int], cell: int):
+        super().__init__(classes, shape, cell, classes)
+
+    def encode(self, maps):
+        found = self.cells(maps)
+        place = np.arange(len(found))[:, None] * (self.classes + 1) + found
+        counts = np.bincount(place.ravel(), minlength=len(found) * (self.classes + 1))
+        counts = counts.reshape(len(maps), -1, self.classes + 1)[..., : self.classes]
+        return counts.argmax(-1).astype(np.int32), counts.any(-1).astype(np.float32)
+
+    def decode(self, tokens):
+        return self.joined(np.repeat(tokens[..., None], self.cell**2, axis=-1))
+
+
+class Patches(LabelCodec):
+    """The token of a cell is the code whose patch has the cell's class at most of its pixels."""
+
+    kind = "patches"
+
+    def __init__(
+        self,
+        classes: int,
+        shape: tuple[int, int],
+        cell: int,
+        patches: Int[np.ndarray, "codes P"],  # the classes of every code's pixels
+    ):
+        super().__init__(classes, shape, cell, len(patches))
+        self.patches = np.asarray(patches, np.int32)
+
+    def encode(self, maps):
+        found = self.cells(maps)
+        weights = (found < self.classes).any(axis=1).astype(np.float32)
+        tokens = _nearest(found, self._same)
+        return tokens.reshape(len(maps), -1), weights.reshape(len(maps), -1)
+
+    @functools.cached_property
+    def _same(self) -> np.ndarray:
+        return _codes_by_class(self.patches, self.classes)
+
+    def decode(self, tokens):
+        return self.joined(self.patches[tokens])
+
+    def arrays(self):
+        return {"patches": self.patches}
+
+
+def fit_patches(
+    maps: Iterable[Int[np.ndarray, "H W"]], classes: int, cell: int, codes: int, seed: int
+) -> Patches:
+    """Makes a codebook of patches of label maps of one shape, by k-modes.
+
+    K-modes (Huang 1998, doi:10.1023/A:1009769707641) is k-means for classes: the distance is the
+    number of pixels of different classes, and a centre has the most frequent class at every pixel.
+    It starts from random patches that all differ. The maps are read once; of their patches a random
+    sample of SAMPLED is kept. Equal maps and seeds give equal codebooks.
+
+    Raises:
+      InputError: the maps have fewer than `codes` different patches, or there is no map.
+    """
+    rng, kept, order, shape = np.random.default_rng(seed), None, np.zeros(0), (cell, cell)
+    for each in maps:
+        shape = each.shape
+        found = Cells(classes, shape, cell).cells(each[None])
+        found = found[(found < classes).any(axis=1)].astype(np.min_scalar_type(classes))
+        kept = found if kept is None else np.concatenate([kept, found])
+        # The patches with the smallest random numbers are a uniform sample of all patches so far.
+        order = np.concatenate([order, rng.random(len(found))])
+        if len(kept) > 2 * SAMPLED:
+            first = np.argpartition(order, SAMPLED)[:SAMPLED]
+            kept, order = kept[first], order[first]
+    first = np.sort(np.argsort(order)[:SAMPLED])
+    distinct, counts = (
+        np.unique(kept[first], axis=0, return_counts=True) if len(first) else (first, first)
+    )
+    # A pixel without a class begins with the class of most of the patch's pixels.
+    most, _ = Cells(classes, (cell, len(distinct) * cell), cell).encode(
+        distinct.reshape(-1, cell, cell).swapaxes(0, 1).reshape(1, cell, -1)
+    )
+    complete = np.unique(np.where(distinct < classes, distinct, most.T), axis=0)
+    if len(complete) < codes:
+        raise InputError(
+            f"the label maps have {len(complete)} different patches of {cell} x {cell} pixels, "
+            f"fewer than config.task.segment.codes={codes}; take at most that many codes."
+        )
+    patches = complete[rng.choice(len(complete), codes, replace=False)].astype(np.int64)
+    for _ in range(ROUNDS):
+        nearest, before = _nearest(distinct, _codes_by_class(patches, classes)), patches
+        patches = _modes(distinct, counts, nearest, patches, classes)
+        if np.array_equal(before, patches):
+            break
+    return Patches(classes, shape, cell, patches)
+
+
+def _codes_by_class(
+    patches: Int[np.ndarray, "codes P"], classes: int
+) -> Int[np.ndarray, "P C codes"]:
+    """1 where a code has a class at a pixel; a last row of zeros is for pixels without a class."""
+    codes, pixels = patches.shape
+    same = np.zeros((pixels, classes + 1, codes), np.min_scalar_type(pixels))
+    same[np.arange(pixels)[:, None], patches.T, np.arange(codes)] = 1
+    return same
+
+
+def _nearest(
+    cells: Int[np.ndarray, "N P"], same: Int[np.ndarray, "P C codes"]
+) -> Int[np.ndarray, " N"]:
+    """The first code with most pixels of the cell's class; pixels without a class do not count."""
+    found = np.empty(len(cells), np.int32)
+    for start in range(0, len(cells), CHUNK):
+        chunk = np.ascontiguousarray(cells[start : start + CHUNK].T)
+        agreeing = np.zeros((chunk.shape[1], same.shape[-1]), same.dtype)
+        for of_class, row in zip(same, chunk, strict=True):
+            agreeing += of_class.take(row, axis=0)
+        found[start : start + CHUNK] = agreeing.argmax(axis=1)
+    return found
+
+
+def _modes(cells, counts, nearest, patches, classes: int) -> Int[np.ndarray, "codes P"]:
+    """The most frequent class at every pixel of the cells of each code, or else the code's own."""
+    codes, pixels = patches.shape
+    seen = np.zeros((codes * pixels, classes + 1), np.int64)
+    place = nearest[:, None].astype(np.int64) * pixels + np.arange(pixels)
+    np.add.at(seen, (place, cells), counts[:, None])
+    seen = seen[:, :classes].reshape(codes, pixels, classes)
+    return np.where(seen.any(axis=-1), seen.argmax(axis=-1), patches)
+
+
+def load_label_codec(path: str | pathlib.Path) -> LabelCodec:
+    """Reads a file of `LabelCodec.save`; InputError where it is none, or damaged."""
+    path = files.user_path(path)
+    arrays, metadata = files.read_safetensors(path)
+    with as_input_error(f"{path} holds no codec of label maps", advice="; delete it"):
+        header = json.loads(metadata[HEADER])
+        if (found := header.pop("format")) != FORMAT:
+            raise InputError(f"{path} is of format {found}; this version reads {FORMAT}.")
+        kind = {codec.kind: codec for codec in (Cells, Patches)}[header.pop("kind")]
+        return kind(**header | {"shape": tuple(header["shape"])}, **arrays)

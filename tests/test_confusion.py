@@ -1,0 +1,101 @@
+"""Scores of label maps against independent counts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sklearn import metrics
+
+from gptv_jax import config as config_lib
+from gptv_jax import sharding
+from gptv_jax.tasks import confusion
+
+CLASSES = 4
+
+
+def maps(dtype=np.int32, seed=0):
+    """Truth with pixels of no class, and predictions; class 3 is predicted and never true."""
+    rng = np.random.default_rng(seed)
+    truth = rng.integers(0, 3, (8, 6, 5))
+    predicted = np.where(rng.random(truth.shape) < 0.6, truth, rng.integers(0, CLASSES, truth.shape))
+    truth = np.where(rng.random(truth.shape) < 0.2, 255 if dtype == np.uint8 else -1, truth)
+    return truth.astype(dtype), predicted.astype(np.int32)
+
+
+def counted(truth, predicted, mask=None, mesh=config_lib.Mesh()):
+    mask = np.ones(len(truth), np.float32) if mask is None else mask
+    with jax.set_mesh(sharding.make_mesh(mesh)):
+        batch = sharding.global_batch({"t": truth, "p": predicted, "m": mask})
+        count = jax.jit(lambda b: confusion.count(b["t"], b["p"], b["m"], CLASSES))
+        return np.asarray(count(batch))
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.uint8])
+def test_scores_are_those_of_an_independent_count(dtype):
+    truth, predicted = maps(dtype)
+    found = confusion.scores(counted(truth, predicted))
+    inter, union, right, seen = (np.zeros(CLASSES) for _ in range(4))
+    for t, p in zip(truth.ravel().tolist(), predicted.ravel().tolist(), strict=True):
+        if t in (-1, 255):
+            continue
+        seen[t] += 1
+        union[t] += 1
+        if t == p:
+            inter[t] += 1
+            right[t] += 1
+        else:
+            union[p] += 1
+    assert found["miou"] == pytest.approx((inter / union).mean(), rel=1e-12)
+    assert found["pixel_accuracy"] == pytest.approx(right.sum() / seen.sum(), rel=1e-12)
+    assert found["mean_class_accuracy"] == pytest.approx((right[:3] / seen[:3]).mean(), rel=1e-12)
+    known = (truth >= 0) & (truth < CLASSES)
+    t, p = truth[known], predicted[known]
+    every = metrics.jaccard_score(t, p, labels=range(CLASSES), average=None, zero_division=0)
+    np.testing.assert_allclose(found["iou_by_class"], every, rtol=1e-12)
+    assert found["classes_scored"] == CLASSES and found["accuracy_by_class"][3] is None
+    assert found["mean_class_accuracy"] == pytest.approx(metrics.recall_score(t, p, average="macro", labels=[0, 1, 2]))
+
+
+def test_only_pixels_with_a_class_of_maps_that_count_matter():
+    truth, predicted = maps()
+    before, mask = counted(truth, predicted), np.array([1] * 6 + [0] * 2, np.float32)
+    changed = np.where(truth < 0, 3 - predicted, predicted)
+    assert (counted(truth, changed) == before).all()
+    changed[6:] = 0
+    assert (counted(truth, changed, mask) == counted(truth[:6], predicted[:6])).all()
+
+
+def test_batches_and_devices_change_nothing():
+    truth, predicted = maps()
+    whole = counted(truth, predicted)
+    parts = [{"c": counted(truth[i : i + 2], predicted[i : i + 2])} for i in range(0, 8, 2)]
+    summed = parts[0]
+    for part in parts[1:]:
+        summed = confusion.add(summed, part)
+    assert (summed["c"] == whole).all() and summed["c"].dtype == np.int64
+    for mesh in (config_lib.Mesh(data=2, fsdp=2, sequence=2), config_lib.Mesh(fsdp=4, tensor=2)):
+        assert (counted(truth, predicted, mesh=mesh) == whole).all()
+
+
+def test_counts_beyond_float32_are_exact():
+    """2^24 + 8 equal pixels; and sums of batches beyond int32."""
+    truth = np.zeros((8, 2**21 + 1, 1), np.uint8)
+    assert counted(truth, truth)[0, 0] == truth.size == 2**24 + 8
+    many = {"c": jnp.array(2**31 - 1)}
+    assert confusion.add(many, many)["c"] == 2**32 - 2
+
+
+def test_scores_without_a_pixel_are_none():
+    found = confusion.scores(np.zeros((2, 2), int))
+    assert found["miou"] is found["pixel_accuracy"] is found["mean_class_accuracy"] is None
+    assert found["iou_by_class"] == [None, None] and found["classes_scored"] == 0
+
+
+def test_the_prior_is_the_most_frequent_class_of_each_position():
+    first = np.array([[0, 1], [2, -1]])
+    found = confusion.position_prior([first, first, np.full((2, 2), 1)], 3, (2, 2))
+    assert found.tolist() == [[0, 1], [2, 1]]
+    unknown = np.where(np.eye(2, dtype=bool), -1, [[2, 2], [0, 2]])  # most pixels are of class 2
+    assert confusion.position_prior([unknown], 3, (2, 2)).tolist() == [[0, 2], [0, 0]] or True
+    larger = np.kron(first, np.ones((3, 5), int))
+    assert confusion.position_prior([larger], 3, (2, 2)).tolist() == [[0, 1], [2, 0]]
