@@ -86,8 +86,8 @@ class LabelTable:
             grey = image.mode == "LA" or (values[..., :3] == values[..., :1]).all()
             if deep or not grey:
                 raise DamagedImageError(
-                    "its label map has colours, but config.data.map_names has none; give classes as "
-                    '"r g b name", or name the channel that has values by config.data.map_channel'
+                    "its label map has colours, but config.data.map_names has none; give classes "
+                    'as "r g b name", or name the channel with values by config.data.map_channel'
                 )
             return values[..., 0]
         channel = self.channel or 0
@@ -128,11 +128,10 @@ def read_table(config: config_lib.Data) -> LabelTable:
             f"config.data.maps={config.maps} needs the names of the classes: config.data.map_names="
             "sky,road,... or a text file (.txt) with a line for each."
         )
-    for form, what in ((COLOR, "colour"), (VALUE, "value")):
-        found = [form.fullmatch(line) for line in lines]
-        if any(found):
-            break
-    else:
+    form = COLOR if any(map(COLOR.fullmatch, lines)) else VALUE
+    what = "colour" if form is COLOR else "value"
+    found = [form.fullmatch(line) for line in lines]
+    if not any(found):
         return named(tuple(lines), config)
     if not all(found):
         with_number, without = lines[[*map(bool, found)].index(True)], lines[found.index(None)]
@@ -152,16 +151,24 @@ def read_table(config: config_lib.Data) -> LabelTable:
     keys = (RADIX[-len(numbers) :] @ numbers).tolist()
     if twice := shorten(line for key, line in zip(keys, lines, strict=True) if keys.count(key) > 1):
         raise InputError(f"{where} gives one {what} twice: {twice}.")
-    classes = tuple(dict.fromkeys(names))  # lines of one name are one class
-    of_keys = tuple(classes.index(name) for name in names)
-    return LabelTable(classes, tuple(keys), of_keys, form is COLOR, config.map_channel)
+    return _table(keys, names, config, form is COLOR)
 
 
 def named(names: tuple[str, ...], config: config_lib.Data) -> LabelTable:
     """The table of classes that are the values 0, 1, ... without `config.data.map_ignore`."""
     values = [n for n in range(len(names) + len(config.map_ignore)) if n not in config.map_ignore]
-    keys = tuple(values[: len(names)])
-    return LabelTable(names, keys, tuple(range(len(names))), channel=config.map_channel)
+    return _table(values[: len(names)], names, config)
+
+
+def _table(
+    keys: list[int], names: tuple[str, ...], config: config_lib.Data, colors: bool = False
+) -> LabelTable:
+    """The table of a key for each name; all keys of one name are one class."""
+    classes = tuple(dict.fromkeys(names))
+    if len(classes) < 2:
+        raise InputError(f"label maps have the single class {classes[0]}; they need 2 or more.")
+    of_keys = tuple(classes.index(name) for name in names)
+    return LabelTable(classes, tuple(keys), of_keys, colors, config.map_channel)
 
 
 def _similar(size: tuple[int, int], other: tuple[int, int]) -> bool:

@@ -14,6 +14,7 @@ from gptv_jax.data.listing import Listing, split_names
 from gptv_jax.data.records import Record
 from gptv_jax.errors import InputError, shorten
 
+SPLITS = ("train", "validation", "test")  # in this order, before others
 Files = dict[tuple[str, str], list[pathlib.Path]]  # by split and name
 
 
@@ -55,6 +56,7 @@ class MapFolder:
                     f"{' and '.join(map(str, several[:2]))} have one name; keep one of these files."
                 )
         own = split_names(dict.fromkeys(split or "train" for split, _ in image_files))
+        own = dict(sorted(own.items(), key=lambda item: (*SPLITS, item[1]).index(item[1])))
         self.other_names = {name: split for name, split in own.items() if name != split}
         self._splits, used = {}, set()
         for name, split in own.items():

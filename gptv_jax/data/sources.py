@@ -4,6 +4,7 @@
 has named splits, and each split gives its examples by number.
 """
 
+import contextlib
 import functools
 import re
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from gptv_jax.data.cache import TokenCache
 from gptv_jax.data.coco import Coco
 from gptv_jax.data.digit_scenes import DigitScenes
 from gptv_jax.data.folder import ImageFolder
+from gptv_jax.data.images import DamagedImageError
 from gptv_jax.data.listing import split_names
 from gptv_jax.data.map_folder import MapFolder
 from gptv_jax.data.parquet import Tables
@@ -133,6 +135,27 @@ class Selected:
         for each in counts:
             by_class[: len(each["by_class"])] += each["by_class"]
         return whole | {"by_class": by_class.tolist()}
+
+    def map_counts(self, limit: int | None = None) -> dict[str, int | list[int]] | None:
+        """Numbers of pixels in the label maps of `limit` examples from all over; None: of all.
+
+        "pixels" are those of each class, "none" those without, "maps" is the number of label maps
+        and "empty" of those whose pixels are all without. None where there are no classes of label
+        maps. Maps that cannot be read are left out.
+        """
+        if not self.map_names:
+            return None
+        count, sums = len(self), np.zeros(len(self.map_names) + 1, np.int64)
+        maps = empty = 0
+        for index in np.unique(np.linspace(0, count - 1, min(limit or count, count)).astype(int)):
+            with contextlib.suppress(DamagedImageError, OSError):
+                found = self.annotations(int(index))["segmentation"].astype(np.int64).ravel()
+                found[(found < 0) | (found >= len(self.map_names))] = len(self.map_names)
+                own = np.bincount(found, minlength=len(sums))
+                sums += own
+                maps, empty = maps + 1, empty + (not own[:-1].any())
+        *pixels, none = sums.tolist()
+        return {"pixels": pixels, "none": none, "maps": maps, "empty": empty}
 
     def has_labels(self) -> bool:
         """Whether the labels are numbers of classes; of labels in files, the first and last are."""
