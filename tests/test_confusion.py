@@ -17,7 +17,9 @@ def maps(dtype=np.int32, seed=0):
     """Truth with pixels of no class, and predictions; class 3 is predicted and never true."""
     rng = np.random.default_rng(seed)
     truth = rng.integers(0, 3, (8, 6, 5))
-    predicted = np.where(rng.random(truth.shape) < 0.6, truth, rng.integers(0, CLASSES, truth.shape))
+    predicted = np.where(
+        rng.random(truth.shape) < 0.6, truth, rng.integers(0, CLASSES, truth.shape)
+    )
     truth = np.where(rng.random(truth.shape) < 0.2, 255 if dtype == np.uint8 else -1, truth)
     return truth.astype(dtype), predicted.astype(np.int32)
 
@@ -53,7 +55,9 @@ def test_scores_are_those_of_an_independent_count(dtype):
     every = metrics.jaccard_score(t, p, labels=range(CLASSES), average=None, zero_division=0)
     np.testing.assert_allclose(found["iou_by_class"], every, rtol=1e-12)
     assert found["classes_scored"] == CLASSES and found["accuracy_by_class"][3] is None
-    assert found["mean_class_accuracy"] == pytest.approx(metrics.recall_score(t, p, average="macro", labels=[0, 1, 2]))
+    assert found["mean_class_accuracy"] == pytest.approx(
+        metrics.recall_score(t, p, average="macro", labels=[0, 1, 2])
+    )
 
 
 def test_only_pixels_with_a_class_of_maps_that_count_matter():

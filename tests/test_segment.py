@@ -48,7 +48,9 @@ def task_of(measured: bool = True, **settings) -> Segment:
     tokens = dataclasses.replace(config.tokens, kind="none")
     config = dataclasses.replace(config, task=task, data=data, model=model, tokens=tokens)
     made = Segment(config, map_names=NAMES)
-    return dataclasses.replace(made, measured=made.measure(lambda n: records(8))) if measured else made
+    return (
+        dataclasses.replace(made, measured=made.measure(lambda n: records(8))) if measured else made
+    )
 
 
 def batch_of(task: Segment, given: list[dict]) -> dict:
@@ -73,6 +75,10 @@ def test_try():
         params = random_params(network)
         metric = task.test_metric(network, known(given))
         total = metric.sums(params, iter([batch_of(task, given)]))
-        print(metric.result(total), task.details(total, known(given)), task.bounds(total, known(given)))
+        print(
+            metric.result(total),
+            task.details(total, known(given)),
+            task.bounds(total, known(given)),
+        )
         loss = task.loss(network)(params, None, sharding.global_batch(batch_of(task, given)), None)
         print(loss)

@@ -22,7 +22,7 @@ Geometry moves everything that lies in the image; colour changes pixels alone. `
 """
 
 import numpy as np
-from jaxtyping import Bool, Float, Integer, UInt8
+from jaxtyping import Float, Integer, UInt8
 from PIL import Image
 
 Record = dict[str, np.ndarray | np.generic | bytes]
@@ -164,11 +164,6 @@ def plane_to_original(
         for pixels, side, a, b in zip(shape, plane.shape, start, end, strict=True)
     )
     return plane[np.ix_(*at)]
-
-
-def no_class(maps: Integer[np.ndarray, "*any"]) -> Bool[np.ndarray, "*any"]:
-    """Where label maps, uint8 or int32, have no class."""
-    return maps == 255 if maps.dtype == np.uint8 else maps < 0
 
 
 def to_picture(image: UInt8[np.ndarray, "H W C"]) -> Image.Image:

@@ -8,8 +8,9 @@ from etils import epy
 from jaxtyping import Integer, UInt8
 from PIL import Image, ImageDraw
 
-from gptv_jax.data.records import Record, no_class
+from gptv_jax.data.records import Record
 from gptv_jax.tasks.drawing import GAP, MOST_CLASSES, font
+from gptv_jax.tokens.label_maps import has_class
 
 with epy.lazy_imports():  # heavy
     from matplotlib import cm
@@ -24,9 +25,8 @@ TITLES = {"read": "read", "written": "written", "uncertain": "uncertainty of dra
 
 def colors(classes: int) -> UInt8[np.ndarray, "C 3"]:
     """A colour for each class: a dark grey, then hues far from each other."""
-    hues = [
-        (0.618034 * c % 1, (0.75, 0.45, 1.0)[c % 3], (0.95, 0.7)[c % 2]) for c in range(classes)
-    ]
+    tones = ((0.75, 0.95), (0.45, 0.95), (1.0, 0.7))  # saturation and value
+    hues = [(0.618034 * c % 1, *tones[c % 3]) for c in range(classes)]
     found = np.array([colorsys.hsv_to_rgb(*hue) for hue in hues])
     return (255 * np.concatenate([[[0.2, 0.2, 0.2]], found])[:classes]).astype(np.uint8)
 
@@ -43,7 +43,7 @@ def maps(
     for record, planes in shown:
         truth = record["segmentation"]
         cells = [record["image"], paint(truth, table)]
-        present |= {*np.unique(truth[~no_class(truth)]).tolist()}
+        present |= {*np.unique(truth[has_class(truth, len(names))]).tolist()}
         for name, plane in planes.items():
             if name == "uncertain":
                 cells.append((255 * cm.inferno(plane)[..., :3]).astype(np.uint8))
@@ -68,10 +68,9 @@ def maps(
 
 def paint(plane: Integer[np.ndarray, "H W"], table: UInt8[np.ndarray, "C 3"]) -> np.ndarray:
     """The map in the colours of its classes; pixels without a class are white."""
-    unknown = no_class(plane)
-    return np.where(unknown[..., None], NO_CLASS, table[np.where(unknown, 0, plane)]).astype(
-        np.uint8
-    )
+    known = has_class(plane, len(table))
+    painted = table[np.where(known, plane, 0)]
+    return np.where(known[..., None], painted, NO_CLASS).astype(np.uint8)
 
 
 def _enlarged(pixels: np.ndarray) -> Image.Image:

@@ -12,6 +12,7 @@ from gptv_jax.tasks import confusion
 from gptv_jax.tasks.map_facts import Facts
 from gptv_jax.tasks.rows import Rows, by_image
 from gptv_jax.tasks.task import Records
+from gptv_jax.tokens.label_maps import has_class
 
 SCORES = ("miou", "pixel_accuracy", "mean_class_accuracy")
 
@@ -57,12 +58,15 @@ class MapScores:
         other = dict(zip(rows, [*rows][-1:] + [*rows][:-1], strict=True))
         for index, row in rows.items() if new else ():
             truth = annotations(index)["segmentation"]
+            scored, truth = has_class(truth, self.classes), truth.astype(np.int64)
             for kind in new:
                 wrong = kind == "wrong_image"
                 shown = rows[other[index]] if wrong else row
                 found = self.map_of(total, shown, self.first if wrong else kind)
                 found = plane_to_original(found, total["view"][row], truth.shape)
-                new[kind] = new[kind] + confusion.count(truth, found, self.classes)
+                pairs = truth[scored] * self.classes + found[scored]
+                counts = np.bincount(pairs, minlength=self.classes**2)
+                new[kind] = new[kind] + counts.reshape(self.classes, self.classes)
         known |= new
         return {kind: known[kind] for kind in kinds}
 

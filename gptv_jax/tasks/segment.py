@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Integer, UInt8
 
 from gptv_jax import sharding
 from gptv_jax.data import sources
-from gptv_jax.data.records import Record, no_class, plane_to_original
+from gptv_jax.data.records import Record, plane_to_original
 from gptv_jax.decode import answers
 from gptv_jax.decode.restriction import Restriction
 from gptv_jax.errors import InputError
@@ -71,11 +71,6 @@ class Segment(Task):
                 f"config.task.segment.layers is {settings.layers}; it takes numbers from 0 to "
                 f"config.model.layers = {self.config.model.layers}."
             )
-        if settings.write and any(pixels % settings.cell for pixels in size):
-            raise InputError(
-                f"config.task.segment.cell is {settings.cell}, which does not divide "
-                f"config.data.image_size = {self.config.data.image_size}; take a divisor."
-            )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -98,7 +93,7 @@ class Segment(Task):
         if not self.settings.write:
             # The input of the last position is the image's last token.
             return (Part(END, 0, (1,), predicted=False),)
-        shape = tuple(pixels // self.settings.cell for pixels in self.config.data.size)
+        shape = tuple(-(-pixels // self.settings.cell) for pixels in self.config.data.size)
         kind, codes = self.settings.labels, self.settings.codes
         vocabulary = len(self.map_names) if kind == "cells" else codes
         return (Part(NAME, vocabulary, shape, covers_image=True),)
@@ -113,7 +108,7 @@ class Segment(Task):
 
     def measure(self, records: Callable[[int], Iterable[Record]]) -> bytes:
         """The frequencies of the classes, the prior of each pixel, and the label tokens."""
-        maps = np.stack([record["segmentation"] for record in records(self.settings.measured)])
+        maps = [record["segmentation"] for record in records(self.settings.measured)]
         try:
             found = len(self.map_names), self.settings, self.config.seed
             return map_facts.measure(maps, *found)
@@ -143,25 +138,21 @@ class Segment(Task):
         truth, found = record["segmentation"], {"targets": {}}
         if self.settings.write:
             tokens, weights = self.facts.codec.encode(truth[None])
-            if self.settings.balance:
-                unknown, side = no_class(truth), self.settings.cell
-                pixels = np.where(unknown, 0, self.class_weights[np.where(unknown, 0, truth)])
-                sums = (_by_cell(each, side).sum(axis=1) for each in (pixels, ~unknown))
-                weights = weights * np.divide(*sums, where=weights[0] > 0, out=weights[0] * 0)
+            if self.settings.balance:  # the mean over the pixels of the cell that have a class
+                pixels, of_class = self.facts.codec.cells(truth[None]), self.class_weights
+                counts = np.maximum((pixels < len(of_class)).sum(axis=1), 1)
+                weights *= (np.append(of_class, 0)[pixels].sum(axis=1) / counts).astype(np.float32)
             found = {"targets": {NAME: tokens[0]}, "weights": {NAME: weights[0]}}
         return {"segmentation": truth, **found}
-
-    @functools.cached_property
-    def possible(self) -> Bool[np.ndarray, " V"]:
-        """See `Facts.possible`; False of tokens that the codec has not."""
-        known = self.facts.possible()
-        return np.pad(known, (0, self.parts()[0].vocabulary - len(known)))
 
     def allowed(
         self, part: str, position: int | Int[Array, ""], tokens: Int[Array, "B n"]
     ) -> Bool[Array, "1 V"] | None:
+        """Patches are those of training maps; of cells, the classes of the training."""
         del position, tokens
-        return jnp.array(self.possible)[None] if part == NAME else None
+        if part != NAME or self.settings.labels != "cells":
+            return None
+        return jnp.array(self.facts.frequencies > 0)[None]
 
     def restriction(self, network: Network, temperature: float) -> Restriction:
         """Tokens are drawn at a temperature; 0: the most likely ones."""
@@ -270,12 +261,6 @@ class Segment(Task):
             "segmentation": map_pictures.maps(shown, self.map_names),
             "class_iou": map_pictures.class_iou(about["segmentation.json"]["classes"]),
         }
-
-
-def _by_cell(plane: Integer[np.ndarray, "H W"], side: int) -> Integer[np.ndarray, "T pixels"]:
-    """The pixels of each square, in raster order of the squares."""
-    rows, columns = (length // side for length in plane.shape)
-    return plane.reshape(rows, side, columns, side).swapaxes(1, 2).reshape(rows * columns, -1)
 
 
 def _forward(model: GPT, batch: dict, key=None) -> Output:
