@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import encoded, make_folder
+from conftest import encoded, make_folder, random_image
 from PIL import Image
 
 from gptv_jax import config as config_lib
@@ -57,7 +57,8 @@ def one(path, found: bytes, image: bytes = photo(0), **changes) -> dict:
         ("leftImg8bit/{s}/aachen/{n}_leftImg8bit.png", "gtFine/{s}/aachen/{n}_labelIds.png",
          {"images": "leftImg8bit/{split}/{name}_leftImg8bit",
           "maps": "gtFine/{split}/{name}_labelIds.png"}),  # Cityscapes
-        ("{s}/{n}.jpg", "{s}/{n}.png", {"images": "{split}/{name}.jpg", "maps": "{split}"}),
+        ("{s}/{n}.jpg", "{s}/{n}.png",
+         {"images": "{split}/{name}.jpg", "maps": "{split}/{name}.png"}),
         ("{s}/{n}.png", "{s}/{n}_mask.bmp", {"maps": "{split}/{name}_mask"}),
         ("{s}/{n}.png", "all maps/{s}/{n}.tif", {"images": "{split}", "maps": "all maps/{split}"}),
         ("{s}/{n}.png", "segmentation/{n}.png", {"images": "{split}", "maps": "segmentation"}),
@@ -188,7 +189,7 @@ def test_label_maps_fit_the_picture_as_stored_or_upright(tmp_path, as_stored):
     [
         (b"", {}, "its label map cannot be read: it is empty or no image"),
         (b"text", {}, "its label map cannot be read: it is empty or no image"),
-        (encoded(np.zeros((60, 80, 1), np.uint8))[:70], {}, "its label map cannot be read: "),
+        (encoded(random_image(60, 80, 1))[:3000], {}, "its label map cannot be read: "),
         (encoded(CLASSES[..., None], "JPEG"), {}, "its label map is a JPEG file"),
         (encoded(COLORS[CLASSES]), {}, 'give classes as "r g b name"'),
         (encoded(CLASSES[..., None]), {"map_channel": 1}, "has 1 channels, but config.data.map_"),
@@ -279,8 +280,8 @@ def test_settings_that_cannot_be_used_end_in_a_sentence(tmp_path, fields, words)
 
 
 def test_folders_of_maps_that_are_taken_for_splits_are_told_of(tmp_path):
-    maps = {f"train_labels/{i}.png": encoded(label_map(i)[..., None]) for i in range(2)}
-    make_folder(tmp_path, {f"train/{i}.png": photo(i) for i in range(2)} | maps)
+    names = [f"{split}{kind}/1.png" for split in ("train", "val") for kind in ("", "_labels")]
+    make_folder(tmp_path, dict.fromkeys(names, photo(1)))
     with pytest.raises(InputError, match=r"config\.data\.maps, such as .split._labels"):
         sources.open_data_set(config_lib.Data(name="folder", path=str(tmp_path)))
 
