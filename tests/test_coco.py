@@ -648,7 +648,7 @@ def test_masks_and_label_maps_are_what_pycocotools_makes_of_real_outlines(shared
         wanted = reference.loadAnns(reference.getAnnIds([number]))
         assert len(record["masks"]) == len(wanted)
         found = np.zeros(record["segmentation"].shape, int)
-        for each in sorted(wanted, key=lambda each: -reference.annToMask(each).sum()):
+        for each in sorted(wanted, key=lambda each: -int(reference.annToMask(each).sum())):
             found[reference.annToMask(each) > 0] = 1 + reference.getCatIds().index(
                 each["category_id"]
             )
