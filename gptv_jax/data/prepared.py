@@ -2,7 +2,7 @@
 
 import contextlib
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -52,7 +52,7 @@ class Tfds:
         if self._image is None:
             shown = shorten(info.features)
             raise InputError(f"data set {name} has no feature called image; it has: {shown}.")
-        self._maps = config.maps and (config.maps, self._label_table(config, info.features))
+        self._maps = config.maps and (config.maps, self._label_table(config))
         self.map_names = self._maps[1].names if self._maps else ()
         read = [self._image, *([config.maps] if config.maps else [])]
         self._decoders = {feature: tfds.decode.SkipDecoding() for feature in read}
@@ -70,9 +70,10 @@ class Tfds:
                 self.object_names = tuple(label.names) if self._objects[1] else (name,)
         self.lengths = {split: found.num_examples for split, found in info.splits.items()}
 
-    def _label_table(self, config: config_lib.Data, features: Mapping) -> label_maps.LabelTable:
+    def _label_table(self, config: config_lib.Data) -> label_maps.LabelTable:
         from tensorflow_datasets.core import features as kinds
 
+        features = self._builder.info.features
         pictures = [n for n, each in features.items() if isinstance(each, kinds.Image)]
         if config.maps not in pictures or config.maps == self._image:
             able = shorten(n for n in pictures if n != self._image) or "none"
