@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import logging
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +13,11 @@ from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image
 
 from gptv_jax import files, sharding, tasks, validation
-from gptv_jax.api import detection
+from gptv_jax.api.of_tasks import OfTasks
 from gptv_jax.decode import generation
 from gptv_jax.decode.sampler import Sampler, Section, by_pixel, kept_tokens
 from gptv_jax.errors import InputError
 from gptv_jax.model.gpt import Network
-from gptv_jax.tasks.boxes import Detections
-from gptv_jax.tasks.detect import Detect
 from gptv_jax.tokens.codec import AnyArray
 from gptv_jax.train import objective
 from gptv_jax.validation import Labels, arguments_by_name
@@ -33,7 +31,7 @@ Tokens = Int[AnyArray, "B T"]
 Setting = float | int | str | None  # of `config.Drawing`
 
 
-class Model:
+class Model(OfTasks):
     """A trained network with its weights (`params`, on `mesh`) and its tokens, made by `load`.
 
     Images are uint8 [B, H, W, C] in the data set's own range, NumPy or JAX arrays, or a list of
@@ -141,35 +139,6 @@ class Model:
                 "task classify."
             )
         return self._forward(self.tokenize(images), "classes")
-
-    @property
-    def objects(self) -> tuple[str, ...]:
-        """Names of the classes of objects, in the order of the labels that `detect` gives."""
-        return self._described.object_names
-
-    def detect(
-        self,
-        images: AnyArray | Sequence[detection.Picture],
-        threshold: float = 0.0,
-        votes: Sequence[str] | None = None,
-    ) -> list[Detections]:
-        """The objects in each image, in the image's own pixels, the most likely first.
-
-        Images are Pillow images or uint8 arrays [H, W, C] of any sizes; they are transformed as
-        the test images were, and resized to the size of the network's images. Objects of a score
-        below `threshold` are left out. `votes` are transforms such as "flip(1.0)", under which
-        each image is read as well; the objects of all views vote. None: as in the test.
-        """
-        task = self._described.learned_task
-        if not isinstance(task, Detect):
-            raise InputError(
-                "this model does not detect objects; load a run with config.task.name=detect whose "
-                "stage finetune has finished."
-            )
-        votes = task.settings.votes if votes is None else votes
-        with jax.set_mesh(self.mesh):
-            found = detection.detect(task, self.network, self.params, self.codec, images, votes)
-        return [Detections(*(x[each.scores >= threshold] for x in each)) for each in found]
 
     @arguments_by_name
     def sample(

@@ -58,7 +58,7 @@ class Finetuning(Pretraining):
             return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=split)
 
         config, image = self.config, self.network.layout.parts[0]
-        sizes = {part.name: part.size for part in self.task.parts()}
+        sizes = {part.name: part.size for part in self.task.parts() if part.predicted}
         found = {"variant": array()} | ({"label": array()} if "label" in self.task.needs else {})
         if image.vocabulary:
             found["tokens"] = array(image.size)
@@ -66,6 +66,8 @@ class Finetuning(Pretraining):
             channels = {"grey": 1, "learned": config.tokens.autoencoder.channels}
             shape = (*config.data.size, channels.get(config.tokens.kind, 3))
             found["image"] = array(*shape, dtype=jnp.uint8)
+        if "segmentation" in self.task.needs:
+            found["segmentation"] = array(*config.data.size, dtype=jnp.uint8)
         if sizes:
             found["targets"] = {name: array(size) for name, size in sizes.items()}
             found["inputs"] = dict(found["targets"])

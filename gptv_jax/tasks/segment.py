@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int, Integer, UInt8
+from jaxtyping import Array, Bool, Float, Int, Integer, PRNGKeyArray, UInt8
 
 from gptv_jax import sharding
 from gptv_jax.data import sources
@@ -130,7 +130,9 @@ class Segment(Task):
 
     @functools.cached_property
     def class_weights(self) -> Float[np.ndarray, " C"]:
-        """See `Facts.class_weights`."""
+        """See `Facts.class_weights`; ones where nothing is measured, as in a plan."""
+        if not self.measured:
+            return np.ones(len(self.map_names), np.float32)
         return self.facts.class_weights(self.settings.balance)
 
     def example(self, record: Record, rng: np.random.Generator | None = None) -> dict:
@@ -154,14 +156,16 @@ class Segment(Task):
             return None
         return jnp.array(self.facts.frequencies > 0)[None]
 
-    def restriction(self, network: Network, temperature: float) -> Restriction:
-        """Tokens are drawn at a temperature; 0: the most likely ones."""
-        count = np.int32(self.parts()[0].vocabulary)
-        return Restriction(np.float32(temperature), count, np.float32(1))
-
     def read(self, model: GPT, output: Output) -> Float[Array, "B H W C"]:
         """Logits of the classes of every pixel at the network's size."""
         return enlarge(model.read(output), self.config.data.size)
+
+    def most_likely(self, logits: Float[Array, "B H W C"]) -> Integer[Array, "B H W"]:
+        """The class of every pixel, one of those in the training's maps."""
+        known = jnp.array(self.facts.frequencies > 0)[None, None, None]
+        small = len(self.map_names) < 256
+        found = jnp.where(known, logits, -jnp.inf).argmax(axis=-1)
+        return found.astype(jnp.uint8 if small else jnp.int32)
 
     def read_nats(
         self, logits: Float[Array, "B H W C"], truth: Integer[Array, "B H W"]
@@ -277,18 +281,50 @@ def _written_nats(model: GPT, output: Output, batch: dict) -> Float[Array, "B T"
     return objective.part_nats(model, part, final, batch["targets"][NAME])
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def classes_read(
+    task: Segment,
+    network: Network,
+    params: dict,
+    tokens: Int[Array, "B N"] | None,
+    pixels: UInt8[Array, "B height width C"] | None,
+) -> Integer[Array, "B H W"]:
+    """The most likely class of every pixel, from the positions of the image alone."""
+    if tokens is None:
+        tokens = jnp.zeros((len(pixels), network.layout.parts[0].size), jnp.int32)
+    tokens = jnp.pad(jax.sharding.reshard(tokens, sharding.BATCH_FIRST), ((0, 0), (0, 1)))
+    model = network.bind(params)
+    output = model(tokens, pixels=pixels, keep=network.reading.layers)
+    return task.most_likely(task.read(model, output))
+
+
+def written(
+    task: Segment,
+    network: Network,
+    params: dict,
+    tokens: Int[Array, "G N"] | None,
+    pixels: UInt8[Array, "G height width C"] | None,
+    key: PRNGKeyArray,
+    numbers: Int[Array, " G"],
+    temperature: float = 0.0,
+    samples: int = 1,
+) -> tuple[Int[Array, "B T"], Float[Array, "B T"]]:
+    """Tokens of label maps and their probabilities, see `answers.answer`.
+
+    Tokens are drawn at the temperature; at 0 they are the most likely ones.
+    """
+    vocabulary = jnp.int32(network.layout.parts[1].vocabulary)
+    settings = Restriction(jnp.float32(temperature), vocabulary, jnp.float32(1))
+    given = (tokens, pixels, key, settings, Grammar(task), samples, numbers)
+    places = network.layout.slices[NAME]
+    drawn, probabilities = answers.answer(network, params, *given)
+    return drawn[:, places], probabilities[:, places]
+
+
 @functools.cache
 def _step(task: Segment, network: Network, samples: int) -> Callable:
     """`(params, batch) -> arrays with a row for each image of the global batch`, jitted."""
-    classes, settings = len(task.map_names), task.settings
-    known = jnp.array(task.facts.frequencies > 0)
-    key = jax.random.key(task.config.seed)
-
-    def write(params: dict, batch: dict, temperature: float, count: int) -> Int[Array, "B T"]:
-        images, allowed = (batch.get("tokens"), batch.get("image")), Grammar(task)
-        given = (*images, key, task.restriction(network, temperature), allowed, count)
-        drawn, _ = answers.answer(network, params, *given, numbers=batch["index"])
-        return drawn[:, network.layout.slices[NAME]]
+    settings, key = task.settings, jax.random.key(task.config.seed)
 
     def step(params: dict, batch: dict) -> dict[str, Array]:
         model = network.bind(params)
@@ -298,17 +334,18 @@ def _step(task: Segment, network: Network, samples: int) -> Callable:
             logits = task.read(model, output)
             nats, _, counts = task.read_nats(logits, batch["segmentation"])
             rows["nats_per_pixel"] = nats.sum(axis=(1, 2)) / jnp.maximum(counts.sum(axis=(1, 2)), 1)
-            read = jnp.where(known[None, None, None], logits, -jnp.inf).argmax(axis=-1)
-            rows["read"] = read.astype(jnp.uint8 if classes <= 256 else jnp.int32)
+            rows["read"] = task.most_likely(logits)
             rows["nats_per_token"] = rows["nats_per_pixel"]
         if settings.write:
             counts = batch["weights"][NAME] > 0
             nats = _written_nats(model, output, batch)
             rows["nats_per_map"] = (nats * counts).sum(axis=1)
             rows["nats_per_token"] = objective.masked_mean(nats, counts)
-            rows["targets"], rows["written"] = batch["targets"][NAME], write(params, batch, 0.0, 1)
+            images = batch.get("tokens"), batch.get("image"), key, batch["index"]
+            rows["targets"] = batch["targets"][NAME]
+            rows["written"] = written(task, network, params, *images)[0]
         if settings.write and samples:
-            drawn = write(params, batch, 1.0, samples)
+            drawn, _ = written(task, network, params, *images, 1.0, samples)
             shape = (-1, samples, drawn.shape[1])
             rows["samples"] = drawn.reshape(shape, out_sharding=sharding.BATCH_FIRST)
         whole = {name: jax.sharding.reshard(x, P(*[None] * x.ndim)) for name, x in rows.items()}

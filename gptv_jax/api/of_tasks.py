@@ -1,0 +1,78 @@
+"""The methods of `Model` that answer with what a task taught the network."""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from gptv_jax.api import detection, segmentation
+from gptv_jax.api.views import Picture
+from gptv_jax.errors import InputError
+from gptv_jax.tasks.boxes import Detections
+from gptv_jax.tasks.detect import Detect
+from gptv_jax.tasks.segment import Segment
+from gptv_jax.tokens.codec import AnyArray
+
+
+class OfTasks:
+    """Methods of `Model` for networks that were fine-tuned for a task."""
+
+    @property
+    def objects(self) -> tuple[str, ...]:
+        """Names of the classes of objects, in the order of the labels that `detect` gives."""
+        return self._described.object_names
+
+    def detect(
+        self,
+        images: AnyArray | Sequence[Picture],
+        threshold: float = 0.0,
+        votes: Sequence[str] | None = None,
+    ) -> list[Detections]:
+        """The objects in each image, in the image's own pixels, the most likely first.
+
+        Images are Pillow images or uint8 arrays [H, W, C] of any sizes; they are transformed as
+        the test images were, and resized to the size of the network's images. Objects of a score
+        below `threshold` are left out. `votes` are transforms such as "flip(1.0)", under which
+        each image is read as well; the objects of all views vote. None: as in the test.
+        """
+        task = self._described.learned_task
+        if not isinstance(task, Detect):
+            raise InputError(
+                "this model does not detect objects; load a run with config.task.name=detect whose "
+                "stage finetune has finished."
+            )
+        votes = task.settings.votes if votes is None else votes
+        with jax.set_mesh(self.mesh):
+            found = detection.detect(task, self.network, self.params, self.codec, images, votes)
+        return [Detections(*(x[each.scores >= threshold] for x in each)) for each in found]
+
+    @property
+    def map_classes(self) -> tuple[str, ...]:
+        """Names of the classes of label maps, in the order of the numbers that `segment` gives."""
+        return self._described.map_names
+
+    def segment(
+        self, images: AnyArray | Sequence[Picture], by: str | None = None
+    ) -> np.ndarray | list[np.ndarray]:
+        """The class of every pixel, int32, at each image's own size.
+
+        Of an array of images the result is an array [B, H, W], of a list a list of arrays [H, W].
+        Images are Pillow images or uint8 arrays [H, W, C] of any sizes; they are transformed as
+        the test images were. `by` is "read", all pixels at once, or "written", token by token, the
+        most likely one each time; None: "read" where the network has learned both.
+        """
+        task = self._described.learned_task
+        if not isinstance(task, Segment):
+            raise InputError(
+                "this model has no label maps; load a run with config.task.name=segment whose "
+                "stage finetune has finished."
+            )
+        way = task.ways[0] if by is None else by
+        if way not in task.ways:
+            raise InputError(f"by is {by!r}; this model takes {' or '.join(task.ways)}.")
+        with jax.set_mesh(self.mesh):
+            given = task, self.network, self.params, self.codec
+            found = segmentation.segment(*given, images, way)
+        if not hasattr(images, "ndim"):
+            return found
+        return np.stack(found) if found else np.zeros((0, *images.shape[1:3]), np.int32)

@@ -1,0 +1,85 @@
+"""Images of any size that users give, as a network reads them."""
+
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+from PIL import Image, ImageOps
+
+from gptv_jax import config as config_lib
+from gptv_jax import sharding
+from gptv_jax.data import records, transforms
+from gptv_jax.data.images import Decode
+from gptv_jax.errors import InputError
+from gptv_jax.model.gpt import Network
+from gptv_jax.tokens import Codec
+
+AT_ONCE = 64  # views that are read in one batch
+SIZES = (1, 4, 16, AT_ONCE)  # of batches, as every size is compiled
+Picture = np.ndarray | jax.Array | Image.Image
+
+
+def views(
+    method: str,
+    data: config_lib.Data,
+    codec: Codec | None,
+    images: np.ndarray | jax.Array | Sequence[Picture],
+    extra: Sequence[Sequence[transforms.Transform]] = ((),),
+) -> Iterator[tuple[int, records.Record]]:
+    """The records of each image after the transforms of evaluation and each of `extra`.
+
+    Each comes with the number of its image, and has the size that the network takes; "original" is
+    the height and width before. InputError names the `method` that was called: an image is no
+    image.
+    """
+    if isinstance(images, Image.Image) or (hasattr(images, "ndim") and images.ndim != 4):
+        found = "one Pillow image" if isinstance(images, Image.Image) else list(images.shape)
+        raise InputError(
+            f"{method} was given {found}; it takes a list of images, as in {method}([image]), or "
+            "an array [B, H, W, C]."
+        )
+    entries = [transforms.parse(entry) for entry in data.eval_transforms]
+    steps = [step for step in entries if not isinstance(step, Decode)]
+    channels = (1, 3) if codec is None else codec.image_shape[2:]
+    return (
+        (number, _view(method, image, channels, [*steps, *more], data.size))
+        for number, image in enumerate(images)
+        for more in extra
+    )
+
+
+def _view(
+    method: str,
+    image: Picture,
+    channels: tuple[int, ...],
+    steps: list[transforms.Transform],
+    size: tuple[int, int],
+) -> records.Record:
+    """The record of an image after the transforms, of the size that the network takes."""
+    if isinstance(image, Image.Image):  # upright, as training shows it
+        image = ImageOps.exif_transpose(image).convert("RGB" if 3 in channels else "L")
+    pixels = np.asarray(image)
+    pixels = pixels[..., None] if pixels.ndim == 2 else pixels
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[-1] not in channels:
+        raise InputError(
+            f"an image is {pixels.dtype} {list(np.shape(image))}; {method} takes Pillow images, "
+            f"and uint8 arrays [H, W, {' or '.join(map(str, channels))}] of any height and width."
+        )
+    original = np.array(pixels.shape[:2])
+    record = records.with_view({"image": pixels, "original": original}, *original)
+    for step in steps:
+        record = step(record, None)
+    return records.resize(record, *size)
+
+
+def inputs_of(
+    network: Network, codec: Codec | None, numbered: list[tuple[int, records.Record]]
+) -> tuple[jax.Array | None, jax.Array | None, jax.Array]:
+    """Tokens, pixels and numbers of the records on the mesh, padded to one of SIZES rows."""
+    size = next(size for size in SIZES if size >= len(numbered))
+    padded = numbered + numbered[-1:] * (size - len(numbered))
+    pixels = np.stack([record["image"] for _, record in padded])
+    numbers = np.array([number for number, _ in padded], np.int32)
+    tokens = None if codec is None else codec.encode(pixels)
+    inputs = (tokens, pixels if network.stem else None, numbers)
+    return jax.tree.map(sharding.shard_rows, inputs)
