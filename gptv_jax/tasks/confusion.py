@@ -10,15 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Integer
 
 from gptv_jax import sharding
 from gptv_jax.tokens.label_maps import has_class
 
 
 def count(
-    truth: Int[Array, "B H W"],
-    predicted: Int[Array, "B H W"],
+    truth: Integer[Array, "B H W"],
+    predicted: Integer[Array, "B H W"],
     mask: Float[Array, " B"],
     classes: int,
 ) -> Int[Array, "C C"]:
@@ -50,7 +50,7 @@ def add(total: dict, part: dict) -> dict:
     return jax.tree.map(lambda a, b: wide(a) + wide(b), *jax.device_get((total, part)))
 
 
-def scores(matrix: Int[np.ndarray, "C C"]) -> dict[str, float | int | None | list]:
+def scores(matrix: Int[np.ndarray, "C C"]) -> dict[str, float | list | None]:
     """The numbers of a matrix of `count`; None where no pixel counts.
 
     "miou" is the mean over the "classes_scored" classes that occur in the truth or were predicted.
@@ -82,7 +82,7 @@ def _mean(values: list[float | None]) -> float | None:
 
 
 def position_prior(
-    maps: Iterable[Int[np.ndarray, "rows columns"]], classes: int, shape: tuple[int, int]
+    maps: Iterable[Integer[np.ndarray, "rows columns"]], classes: int, shape: tuple[int, int]
 ) -> Int[np.ndarray, "H W"]:
     """The most frequent class at each position of maps of `shape`, a floor for every prediction.
 
@@ -100,8 +100,8 @@ def position_prior(
 
 
 def resized(
-    label_map: Int[np.ndarray, "rows columns"], shape: tuple[int, int]
-) -> Int[np.ndarray, "H W"]:
+    label_map: Integer[np.ndarray, "rows columns"], shape: tuple[int, int]
+) -> Integer[np.ndarray, "H W"]:
     """The map in another size, by nearest neighbour."""
     places = [
         ((np.arange(size) + 0.5) * (side / size)).astype(int)

@@ -11,7 +11,7 @@ import pathlib
 from collections.abc import Iterable
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Integer
 
 from gptv_jax import files
 from gptv_jax.errors import InputError, as_input_error
@@ -23,7 +23,7 @@ ROUNDS = 20  # of k-modes at most; the codebook of CamVid changes little after 5
 CHUNK = 512  # patches that are compared with the codebook at a time, so that sums stay in the cache
 
 
-def has_class(maps: Int[np.ndarray, "*any"], classes: int) -> Bool[np.ndarray, "*any"]:
+def has_class(maps: Integer[np.ndarray, "*any"], classes: int) -> Bool[np.ndarray, "*any"]:
     """Where a pixel has a class; 255 is no class in a uint8 map of however many classes."""
     return (maps >= 0) & (maps < (min(classes, 255) if maps.dtype == np.uint8 else classes))
 
@@ -47,7 +47,7 @@ class LabelCodec(abc.ABC):
 
     @abc.abstractmethod
     def encode(
-        self, maps: Int[np.ndarray, "B H W"]
+        self, maps: Integer[np.ndarray, "B H W"]
     ) -> tuple[Int[np.ndarray, "B T"], Float[np.ndarray, "B T"]]:
         """Int32 tokens, and float32 weights: 0 where no pixel of the cell has a class, else 1."""
 
@@ -65,7 +65,7 @@ class LabelCodec(abc.ABC):
         header |= {"shape": self.shape, "cell": self.cell}
         files.write_safetensors(self.arrays(), files.user_path(path), {HEADER: json.dumps(header)})
 
-    def cells(self, maps: Int[np.ndarray, "B H W"]) -> Int[np.ndarray, "N P"]:
+    def cells(self, maps: Integer[np.ndarray, "B H W"]) -> Integer[np.ndarray, "N P"]:
         """The classes of the pixels of every cell, N = B * T; C where a pixel has no class."""
         if maps.shape[1:] != tuple(self.shape):
             raise ValueError(f"label maps are {list(maps.shape)}; it takes [B, *{self.shape}].")
@@ -76,7 +76,7 @@ class LabelCodec(abc.ABC):
         squares = padded.reshape(len(maps), rows, side, columns, side).swapaxes(2, 3)
         return squares.reshape(-1, side * side)
 
-    def joined(self, cells: Int[np.ndarray, "B T P"]) -> Int[np.ndarray, "B H W"]:
+    def joined(self, cells: Integer[np.ndarray, "B T P"]) -> Int[np.ndarray, "B H W"]:
         """The label maps of these cells."""
         (rows, columns), side, (height, width) = self.grid, self.cell, self.shape
         squares = cells.reshape(len(cells), rows, columns, side, side).swapaxes(2, 3)
@@ -113,7 +113,7 @@ class Patches(LabelCodec):
         classes: int,
         shape: tuple[int, int],
         cell: int,
-        patches: Int[np.ndarray, "codes P"],  # the classes of every code's pixels
+        patches: Integer[np.ndarray, "codes P"],  # the classes of every code's pixels
     ):
         super().__init__(classes, shape, cell, len(patches))
         self.patches = np.asarray(patches, np.int32)
@@ -136,7 +136,7 @@ class Patches(LabelCodec):
 
 
 def fit_patches(
-    maps: Iterable[Int[np.ndarray, "H W"]], classes: int, cell: int, codes: int, seed: int
+    maps: Iterable[Integer[np.ndarray, "H W"]], classes: int, cell: int, codes: int, seed: int
 ) -> Patches:
     """Makes a codebook of patches of label maps of one shape, by k-modes.
 
@@ -183,8 +183,8 @@ def fit_patches(
 
 
 def _codes_by_class(
-    patches: Int[np.ndarray, "codes P"], classes: int
-) -> Int[np.ndarray, "P C codes"]:
+    patches: Integer[np.ndarray, "codes P"], classes: int
+) -> Integer[np.ndarray, "P C codes"]:
     """1 where a code has a class at a pixel; a last row of zeros is for pixels without a class."""
     codes, pixels = patches.shape
     same = np.zeros((pixels, classes + 1, codes), np.min_scalar_type(pixels))
@@ -193,7 +193,7 @@ def _codes_by_class(
 
 
 def _nearest(
-    cells: Int[np.ndarray, "N P"], same: Int[np.ndarray, "P C codes"]
+    cells: Integer[np.ndarray, "N P"], same: Integer[np.ndarray, "P C codes"]
 ) -> Int[np.ndarray, " N"]:
     """The first code with most pixels of the cell's class; pixels without a class do not count."""
     found = np.empty(len(cells), np.int32)
