@@ -24,9 +24,9 @@ def maps(dtype=np.int32, seed=0):
     return truth.astype(dtype), predicted.astype(np.int32)
 
 
-def counted(truth, predicted, mask=None, mesh=config_lib.Mesh(), devices=2):
+def counted(truth, predicted, mask=None, devices=2, **axes):
     mask = np.ones(len(truth), np.float32) if mask is None else mask
-    with jax.set_mesh(sharding.make_mesh(mesh, jax.devices()[:devices])):
+    with jax.set_mesh(sharding.make_mesh(config_lib.Mesh(**axes), jax.devices()[:devices])):
         batch = sharding.global_batch({"t": truth, "p": predicted, "m": mask})
         count = jax.jit(lambda b: confusion.count(b["t"], b["p"], b["m"], CLASSES))
         return np.asarray(count(batch))
@@ -76,8 +76,8 @@ def test_batches_and_devices_change_nothing():
     for part in parts[1:]:
         summed = confusion.add(summed, part)
     assert (summed["c"] == whole).all() and summed["c"].dtype == np.int64
-    for mesh in (config_lib.Mesh(data=2, fsdp=2, sequence=2), config_lib.Mesh(fsdp=4, tensor=2)):
-        assert (counted(truth, predicted, mesh=mesh, devices=8) == whole).all()
+    for axes in ({"data": 2, "fsdp": 2, "sequence": 2}, {"fsdp": 4, "tensor": 2, "data": 1}):
+        assert (counted(truth, predicted, devices=8, **axes) == whole).all()
 
 
 def test_counts_beyond_float32_are_exact():

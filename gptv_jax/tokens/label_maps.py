@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int, Integer
 
 from gptv_jax import files
 from gptv_jax.errors import InputError, as_input_error
+from gptv_jax.tokens.codec import AnyArray
 
 HEADER = "gptv_jax_labels"  # key of a file's metadata
 FORMAT = 1
@@ -23,7 +24,7 @@ ROUNDS = 20  # of k-modes at most; the codebook of CamVid changes little after 5
 CHUNK = 512  # patches that are compared with the codebook at a time, so that sums stay in the cache
 
 
-def has_class(maps: Integer[np.ndarray, "*any"], classes: int) -> Bool[np.ndarray, "*any"]:
+def has_class(maps: Integer[AnyArray, "*any"], classes: int) -> Bool[AnyArray, "*any"]:
     """Where a pixel has a class; 255 is no class in a uint8 map of however many classes."""
     return (maps >= 0) & (maps < (min(classes, 255) if maps.dtype == np.uint8 else classes))
 
@@ -148,21 +149,20 @@ def fit_patches(
     Raises:
       InputError: the maps have fewer than `codes` different patches, or there is no map.
     """
-    rng, kept, order, shape = np.random.default_rng(seed), None, np.zeros(0), (cell, cell)
+    rng, order, shape = np.random.default_rng(seed), np.zeros(0), (cell, cell)
+    kept = np.zeros((0, cell * cell), np.min_scalar_type(classes))
     for each in maps:
         shape = each.shape
         found = Cells(classes, shape, cell).cells(each[None])
-        found = found[(found < classes).any(axis=1)].astype(np.min_scalar_type(classes))
-        kept = found if kept is None else np.concatenate([kept, found])
+        found = found[(found < classes).any(axis=1)]
+        kept = np.concatenate([kept, found.astype(kept.dtype)])
         # The patches with the smallest random numbers are a uniform sample of all patches so far.
         order = np.concatenate([order, rng.random(len(found))])
         if len(kept) > 2 * SAMPLED:
             first = np.argpartition(order, SAMPLED)[:SAMPLED]
             kept, order = kept[first], order[first]
-    first = np.sort(np.argsort(order)[:SAMPLED])
-    distinct, counts = (
-        np.unique(kept[first], axis=0, return_counts=True) if len(first) else (first, first)
-    )
+    kept = kept[np.argsort(order)[:SAMPLED]]
+    distinct, counts = np.unique(kept, axis=0, return_counts=True)
     # A pixel without a class begins with the class of most of the patch's pixels.
     most, _ = Cells(classes, (cell, len(distinct) * cell), cell).encode(
         distinct.reshape(-1, cell, cell).swapaxes(0, 1).reshape(1, cell, -1)
