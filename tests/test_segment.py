@@ -1,84 +1,364 @@
-"""Segmentation: its losses, its numbers from rows of a split, its pictures and its Python call."""
+"""Segmentation: what it learns, its losses, its numbers, its pictures and its Python call."""
 
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import make_mesh, random_params
+from PIL import Image
 
+import gptv_jax
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.data.records import plane_to_original
-from gptv_jax.decode import answers
-from gptv_jax.tasks.segment import NAME, Segment
-from gptv_jax.tasks.task import Grammar
-from gptv_jax.train import objective
+from gptv_jax.errors import InputError
+from gptv_jax.model.parts import centers
+from gptv_jax.stages.run import run_stages
+from gptv_jax.tasks import map_pictures
+from gptv_jax.tasks.segment import Segment, classes_read, written
+from gptv_jax.train import objective, optimizer, step
+from gptv_jax.weights.native import WeightsFile
 
 NAMES = ("ground", "cup", "tree", "never")
 SIZE = (16, 24)
 
 
-def records(count: int, seed: int = 0) -> list[dict]:
-    """Label maps of blocks of three of the four classes, some pixels without a class; noise."""
+def records(count: int, seed: int = 0, scale: int = 1) -> list[dict]:
+    """Blocks of three of the four classes, which are as bright as their number says.
+
+    A tenth of the pixels have no class; `scale` enlarges the original label maps.
+    """
     rng, found = np.random.default_rng(seed), []
     for _ in range(count):
-        coarse = rng.integers(3, size=(4, 6))
-        segmentation = np.kron(coarse, np.ones((4, 4), int)).astype(np.uint8)
-        segmentation[rng.random(SIZE) < 0.1] = 255
-        image = rng.integers(256, size=(*SIZE, 1), dtype=np.uint8)
+        coarse = np.kron(rng.integers(3, size=(2, 3)), np.ones((8, 8), int))
+        segmentation = np.where(rng.random(SIZE) < 0.1, 255, coarse).astype(np.uint8)
+        image = (60 * coarse + rng.integers(60, size=SIZE)).astype(np.uint8)[..., None]
+        segmentation = np.kron(segmentation, np.ones((scale, scale), np.uint8))
         found.append({"segmentation": segmentation, "image": image})
     return found
 
 
 @functools.cache
-def task_of(measured: bool = True, **settings) -> Segment:
+def task_of(**settings) -> Segment:
+    """A task that has measured 20 training maps."""
     config = config_lib.Config()
-    fields = {"labels": "cells", "cell": 4, **settings}
-    task = config_lib.Task(
-        name="segment",
-        image_input="pixels",
-        stem=(8, 8),
-        segment=config_lib.tasks.Segment(**fields),
-    )
+    settings = config_lib.Segment(**{"labels": "cells", "cell": 4, **settings})
+    task = config_lib.Task(name="segment", image_input="pixels", stem=(8, 8), segment=settings)
     data = dataclasses.replace(config.data, image_size=SIZE, name="digit_scenes")
     model = dataclasses.replace(config.model, layers=2, width=16, heads=2)
     tokens = dataclasses.replace(config.tokens, kind="none")
     config = dataclasses.replace(config, task=task, data=data, model=model, tokens=tokens)
     made = Segment(config, map_names=NAMES)
-    return (
-        dataclasses.replace(made, measured=made.measure(lambda n: records(8))) if measured else made
-    )
+    return dataclasses.replace(made, measured=made.measure(lambda count: records(20)))
 
 
-def batch_of(task: Segment, given: list[dict]) -> dict:
-    """A batch of evaluation."""
-    rows = [task.example(record) | {"image": record["image"]} for record in given]
+def batch_of(task: Segment, given: list[dict], first: int = 0) -> dict:
+    """A batch of evaluation; the images are shown whole, whatever the size of the original."""
+    rows = []
+    for record in given:
+        scale = len(record["segmentation"]) // SIZE[0]
+        shown = record | {"segmentation": record["segmentation"][::scale, ::scale]}
+        rows.append(task.example(shown) | {"image": record["image"]})
     rows = jax.tree.map(lambda *each: np.stack(each), *rows)
+    view = np.float32([0, 0, *given[0]["segmentation"].shape])
     return rows | {
-        "view": np.tile(np.float32([0, 0, *SIZE]), (len(given), 1)),
-        "index": np.arange(len(given), dtype=np.int32),
+        "view": np.tile(view, (len(given), 1)),
+        "index": np.arange(first, first + len(given), dtype=np.int32),
         "mask": np.ones(len(given), np.float32),
     }
 
 
-def known(given: list[dict]):
-    return given.__getitem__
+@functools.cache
+def trained() -> tuple[Segment, dict]:
+    """A task and weights that 150 steps made."""
+    task = task_of(samples=3, layers=(0, 2))
+    network = task.network()
+    settings = config_lib.Optimizer(
+        name="muon", learning_rate=0.02, rest_learning_rate=0.01, warmup_steps=5
+    )
+    update, rate = optimizer.make_optimizer(settings, 150)
+    advance = step.make_train_step(task.loss(network), update, rate)
+    with jax.set_mesh(make_mesh((1, 1, 1))):
+        state = jax.jit(lambda key: step.state_of(network.init(key), update))(jax.random.key(0))
+        batches = [batch_of(task, records(16, seed)) for seed in range(1, 31)]
+        for number in range(150):
+            state, _ = advance(state, sharding.global_batch(batches[number % 30]))
+    return task, state["params"]
 
 
-def test_try():
-    task, given = task_of(samples=3), records(6)
+def sums(task: Segment, params: dict, given: list[dict], sizes: tuple[int, ...]) -> dict:
+    """The metric's sums over test images, in batches of these sizes."""
+    starts = np.cumsum([0, *sizes])
+    pairs = zip(starts, starts[1:], strict=False)
+    batches = [batch_of(task, given[a:b], a) for a, b in pairs]
+    metric = task.test_metric(task.network(), given.__getitem__)
+    with jax.set_mesh(make_mesh((1, 1, 1))):
+        return metric.sums(params, iter(batches))
+
+
+def test_one_network_learns_to_read_and_to_write_maps():
+    task, params = trained()
+    given = records(12, seed=99)
+    total, known = sums(task, params, given, (12,)), given.__getitem__
+    numbers = task.metric(task.network(), known).result(total)
+    bounds, details = task.bounds(total, known), task.details(total, known)
+    assert numbers["miou"] > 0.9 and bounds["written"]["miou"] > 0.9
+    assert numbers["written_miou"] == bounds["written"]["miou"]
+    assert bounds["voted"]["miou"] > 0.8 and 0.8 < details["agreement"] <= 1
+    assert max(bounds["wrong_image"]["miou"], bounds["prior"]["miou"]) < 0.5
+    assert bounds["ceiling"] == dict.fromkeys(bounds["ceiling"], 1)
+    assert details["iou_of_cup"] > 0.9 and details["iou_of_never"] is None
+    assert 0 < numbers["nats_per_token"] < 0.3 and numbers["nats_per_pixel"] < 0.3
+    tokens = numbers["nats_per_map"] / numbers["nats_per_token"]
+    assert tokens == pytest.approx(24, rel=0.01)
+
+
+def test_every_number_is_that_of_a_count_of_pixels_in_the_original():
+    task = task_of()
+    given = records(5, seed=3, scale=3)
+    with jax.set_mesh(make_mesh((1, 1, 1))):
+        params = random_params(task.network())
+    total, known = sums(task, params, given, (5,)), given.__getitem__
+    numbers = task.metric(task.network(), known).result(total)
+    right = union = np.zeros(4)
+    for record, found in zip(given, total["read"], strict=True):
+        truth, found = record["segmentation"], np.kron(found, np.ones((3, 3), int))
+        right = right + [np.sum((truth == c) & (found == c)) for c in range(4)]
+        union = union + [np.sum((truth != 255) & ((truth == c) | (found == c))) for c in range(4)]
+    pixels = sum((record["segmentation"] != 255).sum() for record in given)
+    assert numbers["miou"] == pytest.approx((right / np.maximum(union, 1))[union > 0].mean())
+    assert numbers["pixel_accuracy"] == pytest.approx(right.sum() / pixels)
+    assert "never" not in {NAMES[c] for c in np.unique(total["read"])}
+    assert "never" not in {NAMES[c] for c in np.unique(total["written"])}
+
+
+def test_the_size_and_the_order_of_batches_change_nothing():
+    task, params = trained()
+    given = records(6, seed=5)
+    one, two = (sums(task, params, given, sizes) for sizes in ((6,), (2, 1, 3)))
+    for name in ("read", "written", "samples", "targets"):
+        np.testing.assert_array_equal(one[name], two[name])
+    numbers = [task.bounds(total, given.__getitem__) for total in (one, two)]
+    assert numbers[0] == numbers[1] and len(np.unique(one["samples"], axis=1)) > 1
+    twice = {n: np.concatenate([x, x]) if np.ndim(x) else x for n, x in one.items()}
+    twice["mask"][6:] = 0  # padding
+    assert task.bounds(twice, given.__getitem__) == numbers[0]
+
+
+def test_losses_are_those_of_pixels_and_tokens_with_a_class():
+    task = task_of(balance=0.5, read_weight=2.0)
+    network, given = task.network(), records(4, seed=7)
+    given[0]["segmentation"][:4, :4] = 255
+    batch = batch_of(task, given)
+    assert batch["weights"]["labels"][0, 0] == 0 and batch["weights"]["labels"].max() > 0
+    with jax.set_mesh(make_mesh((1, 1, 1))):
+        params, on_mesh = random_params(network), sharding.global_batch(batch)
+        found = jax.jit(lambda p, b: task.loss(network)(p, None, b, None)[1])(params, on_mesh)
+        model, tokens = network.bind(params), objective.sequence(network.layout, on_mesh)
+        output = model(tokens, pixels=on_mesh["image"])
+        read, write = jax.nn.log_softmax(model.read(output)), output.logits["labels"]
+        read, write = np.asarray(read), np.asarray(jax.nn.log_softmax(write))
+    truth, weights = batch["segmentation"], task.class_weights
+    frequency = task.facts.frequencies
+    assert weights[:3] @ frequency[:3] == pytest.approx(1)
+    np.testing.assert_allclose(weights[1] / weights[0], (frequency[0] / frequency[1]) ** 0.5, 1e-5)
+    where = np.nonzero(truth != 255)
+    labels = truth[where]
+    nats = -read[(*where, labels)] * weights[labels]
+    assert found["read_loss"] == pytest.approx(2 * nats.sum() / truth.size, rel=1e-4)
+    targets = batch["targets"]["labels"]
+    nats = -np.take_along_axis(write, targets[..., None], -1)[..., 0]
+    nats = (nats * batch["weights"]["labels"]).mean()
+    assert found["write_loss"] == pytest.approx(nats, rel=1e-4)
+
+
+def test_a_written_map_is_as_likely_as_the_loss_says():
+    """The cache against the whole pass; the likelihood of a map is the product of its tokens'."""
+    task, params = trained()
+    network, given = task.network(), records(4, seed=11)
+    with jax.set_mesh(make_mesh((1, 1, 1))):
+        batch = batch_of(task, given)
+        pixels, numbers = map(sharding.shard_rows, (batch["image"], batch["index"]))
+        inputs = (task, network, params, None, pixels, jax.random.key(3), numbers)
+        for temperature in (0.0, 1.0):
+            drawn, likely = map(np.asarray, written(*inputs, temperature))
+            again = batch | {"targets": {"labels": drawn}, "weights": {"labels": drawn * 0 + 1.0}}
+            metric = task.metric(network, given.__getitem__)
+            total = metric.sums(params, iter([again]))
+            np.testing.assert_allclose(np.log(likely).sum(1), -total["nats_per_map"], rtol=1e-3)
+            assert (drawn != 3).all()
+            if temperature == 0:
+                np.testing.assert_array_equal(drawn, total["written"])
+        alone = classes_read(task, network, params, None, pixels)
+        np.testing.assert_array_equal(np.asarray(alone), total["read"])
+
+
+def test_every_mesh_reads_and_writes_the_same():
+    task, given, found = task_of(), records(8), []
+    batch = batch_of(task, given)
+    for shape in ((1, 1, 1), (4, 1, 2)):
+        with jax.set_mesh(make_mesh(shape)):
+            metric = task.metric(task.network(), given.__getitem__)
+            found.append(metric.sums(random_params(task.network()), iter([batch])))
+    for name in ("read", "written"):
+        np.testing.assert_array_equal(found[0][name], found[1][name])
+    np.testing.assert_allclose(found[0]["nats_per_map"], found[1]["nats_per_map"], rtol=1e-4)
+
+
+def test_label_positions_have_the_features_of_the_image_there():
+    task = task_of()
     network = task.network()
     with jax.set_mesh(make_mesh((1, 1, 1))):
-        params = random_params(network)
-        metric = task.test_metric(network, known(given))
-        total = metric.sums(params, iter([batch_of(task, given)]))
-        print(
-            metric.result(total),
-            task.details(total, known(given)),
-            task.bounds(total, known(given)),
+        part = network.bind(random_params(network)).parts["labels"]
+        shared = part.positions("float32") - part.position[...]
+        expected = part.place[...][None] * jnp.array(centers((4, 6), 16))
+    np.testing.assert_allclose(shared, expected, atol=1e-6)
+    alone = task_of(write=False).network()
+    assert alone.layout.length == 4 * 6 + 1 and not alone.layout.predicted.any()
+    assert task_of(read=False).network().reading is None
+
+
+def test_reading_alone_and_writing_alone_have_their_numbers():
+    given = records(3)
+    for settings in (
+        {"write": False, "read_cell": 2},
+        {"read": False, "labels": "patches", "codes": 3},
+    ):
+        task = task_of(**settings)
+        with jax.set_mesh(make_mesh((1, 1, 1))):
+            params = random_params(task.network())
+        total = sums(task, params, given, (3,))
+        numbers = task.metric(task.network(), given.__getitem__).result(total)
+        assert {"miou", "nats_per_token"} <= numbers.keys() and "written_miou" not in numbers
+        bounds = task.bounds(total, given.__getitem__)
+        assert "written" not in bounds and ("ceiling" in bounds) == task.settings.write
+
+
+def test_maps_are_moved_into_the_original_by_the_nearest_pixel():
+    plane = np.arange(6).reshape(2, 3)
+    view = np.float32([0, 0, 4, 6])
+    np.testing.assert_array_equal(
+        plane_to_original(plane, view, (4, 6)), np.kron(plane, np.ones((2, 2), int))
+    )
+    mirrored = plane_to_original(plane, view[[0, 3, 2, 1]], (4, 6))
+    np.testing.assert_array_equal(mirrored[::2, ::2], plane[:, ::-1])
+    middle = plane_to_original(plane, np.float32([1, 2, 3, 5]), (4, 7))
+    np.testing.assert_array_equal(middle[1:3, 2:5], plane)
+    np.testing.assert_array_equal(middle[0], middle[1])
+
+
+def test_what_cannot_be_segmented_is_refused():
+    blind = records(2)
+    for record in blind:
+        record["segmentation"][:] = 255
+    with pytest.raises(InputError, match="no pixel has a class"):
+        task_of().measure(lambda count: blind)
+    for settings, words in (
+        ({"read": False, "write": False}, "nothing is learned"),
+        ({"read_cell": 3}, "read_cell is 3"),
+        ({"layers": (7,)}, r"layers is \(7,\)"),
+    ):
+        task = dataclasses.replace(task_of().config.task.segment, **settings)
+        config = dataclasses.replace(
+            task_of().config, task=dataclasses.replace(task_of().config.task, segment=task)
         )
-        loss = task.loss(network)(params, None, sharding.global_batch(batch_of(task, given)), None)
-        print(loss)
+        with pytest.raises(InputError, match=words) as refused:
+            Segment(config, map_names=NAMES).check()
+        assert len(str(refused.value)) <= 300
+
+
+def test_images_of_any_size_are_segmented_at_their_own_size(tmp_path):
+    task, params = trained()
+    config, mesh = task.config, make_mesh((1, 1, 1))
+    described = WeightsFile(
+        *(config.model, config.tokens, config.data.image_size, {}),
+        task=config.task,
+        map_names=NAMES,
+        measured=task.measured,
+    )
+    model = gptv_jax.Model(described, params, mesh)
+    model.save(tmp_path / "segment.safetensors")
+    model = gptv_jax.load(tmp_path / "segment.safetensors")
+    assert model.map_classes == NAMES
+    given = records(3, seed=21)
+    images = np.stack([record["image"] for record in given])
+    for way in (None, "read", "written"):
+        found = model.segment(images, by=way)
+        assert found.shape == (3, *SIZE) and found.dtype == np.int32
+        known = np.stack([record["segmentation"] for record in given])
+        assert (found == known)[known != 255].mean() > 0.9
+    large = np.kron(images[0], np.ones((2, 3, 1), np.uint8))
+    one, two = model.segment([large, Image.fromarray(images[1, ..., 0])])
+    assert one.shape == (32, 72) and two.shape == SIZE
+    np.testing.assert_array_equal(one[::2, ::3], model.segment(images)[0])
+    for wrong, words in (
+        (images[0], "takes a list"),
+        (images / 255, "float64"),
+        ([images[0, 0]], "an image is"),
+    ):
+        with pytest.raises(InputError, match=words):
+            model.segment(wrong)
+    with pytest.raises(InputError, match="takes read or written"):
+        model.segment(images, by="voted")
+    with pytest.raises(InputError, match="does not detect"):
+        model.detect(images)
+
+
+def test_pictures_show_maps_in_the_colours_of_the_legend():
+    table, record = map_pictures.colors(4), records(1)[0]
+    found = record["segmentation"].copy()
+    found[record["segmentation"] == 255] = 1
+    painted = map_pictures.paint(record["segmentation"], table)
+    assert (painted[record["segmentation"] == 255] == 255).all()
+    planes = {"read": found, "written": found, "uncertain": np.zeros(SIZE)}
+    sheet = map_pictures.maps([(record, planes)] * 2, NAMES)
+    side = 240 // SIZE[1] * SIZE[1] + 8
+    assert sheet.shape[1] == 5 * side
+    corner = sheet[25, 2 * side + 5]
+    np.testing.assert_array_equal(corner, table[found[0, 0]])
+    bars = [{"name": "a$b", "share": 0.5, "read_iou": 0.5, "written_iou": None}] * 2
+    assert map_pictures.class_iou(bars).ndim == 3
+
+
+def test_a_run_writes_numbers_files_and_pictures(tmp_path):
+    train = config_lib.Train(steps=4, batch_size=8, eval_every=2, checkpoint_every=2, log_every=2)
+    config = config_lib.Config(
+        data=config_lib.Data(
+            name="digit_scenes",
+            image_size=(32, 48),
+            train_split="train[:40]",
+            validation_split="validation[:5]",
+            test_split="test[:9]",
+        ),
+        tokens=config_lib.Tokens(kind="none"),
+        model=config_lib.Model(layers=1, width=16, heads=2),
+        task=config_lib.Task(
+            name="segment",
+            image_input="pixels",
+            stem=(8, 8, 8),
+            segment=config_lib.Segment(cell=8, codes=20, measured=30, samples=2),
+        ),
+        finetune=config_lib.Finetune(train=train, train_transforms=()),
+    )
+    folder = tmp_path / "run"
+    found = run_stages(config, str(folder))
+    names = ["miou", "pixel_accuracy", "mean_class_accuracy"]
+    bounds = ["", "prior_", "wrong_image_", "ceiling_", "written_", "voted_"]
+    assert {f"finetune/{b}test_{n}" for b in bounds for n in names} <= found.keys()
+    assert {f"finetune/test_iou_of_{n}" for n in ("background", *"0123456789")} <= found.keys()
+    assert found["finetune/ceiling_test_miou"] > found["finetune/test_miou"]
+    assert "finetune/test_pixel_accuracy_standard_error" not in found
+    written = json.loads((folder / "finetune/segmentation.json").read_text())
+    assert np.sum(written["confusion"]["read"]) == 9 * 32 * 48
+    page = (folder / "report.html").read_text()
+    assert "<h2>Segmentation</h2>" in page and "<h2>Class iou</h2>" in page
+    scene = gptv_jax.data.digit_scenes.scene("test", 0)["image"]
+    model = gptv_jax.load(folder)
+    assert model.segment(scene[None], by="written").shape == (1, 32, 48)
+    before = (folder / "task.measured").read_bytes()
+    assert run_stages(config, str(folder)) == found
+    assert (folder / "task.measured").read_bytes() == before

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Integer
+from jaxtyping import Array, Float, Int, Integer
 
 from gptv_jax import sharding
 from gptv_jax.tokens.label_maps import has_class
@@ -21,7 +21,7 @@ def count(
     predicted: Integer[Array, "B H W"],
     mask: Float[Array, " B"],
     classes: int,
-) -> Integer[Array, "C C"]:
+) -> Int[Array, "C C"]:
     """Number of pixels of each class (row) that were taken for each class (column), int32.
 
     Maps whose mask is 0 do not count, nor pixels without a class. The count is exact up to 2^31
@@ -50,7 +50,7 @@ def add(total: dict, part: dict) -> dict:
     return jax.tree.map(lambda a, b: wide(a) + wide(b), *jax.device_get((total, part)))
 
 
-def scores(matrix: Integer[np.ndarray, "C C"]) -> dict[str, float | int | None | list]:
+def scores(matrix: Int[np.ndarray, "C C"]) -> dict[str, float | list | None]:
     """The numbers of a matrix of `count`; None where no pixel counts.
 
     "miou" is the mean over the "classes_scored" classes that occur in the truth or were predicted.
@@ -83,7 +83,7 @@ def _mean(values: list[float | None]) -> float | None:
 
 def position_prior(
     maps: Iterable[Integer[np.ndarray, "rows columns"]], classes: int, shape: tuple[int, int]
-) -> Integer[np.ndarray, "H W"]:
+) -> Int[np.ndarray, "H W"]:
     """The most frequent class at each position of maps of `shape`, a floor for every prediction.
 
     `maps` are those of training, of any sizes, read once. Where no map has a class, it is the most

@@ -11,10 +11,11 @@ import pathlib
 from collections.abc import Iterable
 
 import numpy as np
-from jaxtyping import Bool, Float, Integer
+from jaxtyping import Bool, Float, Int, Integer
 
 from gptv_jax import files
 from gptv_jax.errors import InputError, as_input_error
+from gptv_jax.tokens.codec import AnyArray
 
 HEADER = "gptv_jax_labels"  # key of a file's metadata
 FORMAT = 1
@@ -23,7 +24,7 @@ ROUNDS = 20  # of k-modes at most; the codebook of CamVid changes little after 5
 CHUNK = 512  # patches that are compared with the codebook at a time, so that sums stay in the cache
 
 
-def has_class(maps: Integer[np.ndarray, "*any"], classes: int) -> Bool[np.ndarray, "*any"]:
+def has_class(maps: Integer[AnyArray, "*any"], classes: int) -> Bool[AnyArray, "*any"]:
     """Where a pixel has a class; 255 is no class in a uint8 map of however many classes."""
     return (maps >= 0) & (maps < (min(classes, 255) if maps.dtype == np.uint8 else classes))
 
@@ -48,11 +49,11 @@ class LabelCodec(abc.ABC):
     @abc.abstractmethod
     def encode(
         self, maps: Integer[np.ndarray, "B H W"]
-    ) -> tuple[Integer[np.ndarray, "B T"], Float[np.ndarray, "B T"]]:
+    ) -> tuple[Int[np.ndarray, "B T"], Float[np.ndarray, "B T"]]:
         """Int32 tokens, and float32 weights: 0 where no pixel of the cell has a class, else 1."""
 
     @abc.abstractmethod
-    def decode(self, tokens: Integer[np.ndarray, "B T"]) -> Integer[np.ndarray, "B H W"]:
+    def decode(self, tokens: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B H W"]:
         """Int32 label maps; every pixel has a class."""
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -76,7 +77,7 @@ class LabelCodec(abc.ABC):
         squares = padded.reshape(len(maps), rows, side, columns, side).swapaxes(2, 3)
         return squares.reshape(-1, side * side)
 
-    def joined(self, cells: Integer[np.ndarray, "B T P"]) -> Integer[np.ndarray, "B H W"]:
+    def joined(self, cells: Integer[np.ndarray, "B T P"]) -> Int[np.ndarray, "B H W"]:
         """The label maps of these cells."""
         (rows, columns), side, (height, width) = self.grid, self.cell, self.shape
         squares = cells.reshape(len(cells), rows, columns, side, side).swapaxes(2, 3)
@@ -148,21 +149,20 @@ def fit_patches(
     Raises:
       InputError: the maps have fewer than `codes` different patches, or there is no map.
     """
-    rng, kept, order, shape = np.random.default_rng(seed), None, np.zeros(0), (cell, cell)
+    rng, order, shape = np.random.default_rng(seed), np.zeros(0), (cell, cell)
+    kept = np.zeros((0, cell * cell), np.min_scalar_type(classes))
     for each in maps:
         shape = each.shape
         found = Cells(classes, shape, cell).cells(each[None])
-        found = found[(found < classes).any(axis=1)].astype(np.min_scalar_type(classes))
-        kept = found if kept is None else np.concatenate([kept, found])
+        found = found[(found < classes).any(axis=1)]
+        kept = np.concatenate([kept, found.astype(kept.dtype)])
         # The patches with the smallest random numbers are a uniform sample of all patches so far.
         order = np.concatenate([order, rng.random(len(found))])
         if len(kept) > 2 * SAMPLED:
             first = np.argpartition(order, SAMPLED)[:SAMPLED]
             kept, order = kept[first], order[first]
-    first = np.sort(np.argsort(order)[:SAMPLED])
-    distinct, counts = (
-        np.unique(kept[first], axis=0, return_counts=True) if len(first) else (first, first)
-    )
+    kept = kept[np.argsort(order)[:SAMPLED]]
+    distinct, counts = np.unique(kept, axis=0, return_counts=True)
     # A pixel without a class begins with the class of most of the patch's pixels.
     most, _ = Cells(classes, (cell, len(distinct) * cell), cell).encode(
         distinct.reshape(-1, cell, cell).swapaxes(0, 1).reshape(1, cell, -1)
@@ -194,7 +194,7 @@ def _codes_by_class(
 
 def _nearest(
     cells: Integer[np.ndarray, "N P"], same: Integer[np.ndarray, "P C codes"]
-) -> Integer[np.ndarray, " N"]:
+) -> Int[np.ndarray, " N"]:
     """The first code with most pixels of the cell's class; pixels without a class do not count."""
     found = np.empty(len(cells), np.int32)
     for start in range(0, len(cells), CHUNK):
@@ -206,7 +206,7 @@ def _nearest(
     return found
 
 
-def _modes(cells, counts, nearest, patches, classes: int) -> Integer[np.ndarray, "codes P"]:
+def _modes(cells, counts, nearest, patches, classes: int) -> Int[np.ndarray, "codes P"]:
     """The most frequent class at every pixel of the cells of each code, or else the code's own."""
     codes, pixels = patches.shape
     seen = np.zeros((codes * pixels, classes + 1), np.int64)

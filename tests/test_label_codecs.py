@@ -1,0 +1,128 @@
+"""Label maps as tokens and back."""
+
+import numpy as np
+import pytest
+
+from gptv_jax.errors import InputError
+from gptv_jax.tokens import label_maps
+from gptv_jax.tokens.label_maps import Cells, Patches, fit_patches, load_label_codec
+
+CLASSES, SHAPE, CELL = 5, (10, 13), 4  # the last cells of a row and of a column are cut
+
+
+def drawn(count=40, seed=0, dtype=np.uint8):
+    """Rectangles of classes, and pixels without a class."""
+    rng, no_class = np.random.default_rng(seed), 255 if dtype == np.uint8 else -1
+    maps = np.zeros((count, *SHAPE), dtype)
+    for each in maps:
+        for _ in range(4):
+            y, x = rng.integers(0, SHAPE)
+            each[y : y + rng.integers(2, 7), x : x + rng.integers(2, 7)] = rng.integers(CLASSES)
+        each[tuple(rng.integers(0, SHAPE))] = no_class
+    return maps
+
+
+@pytest.fixture(scope="module")
+def patches():
+    return fit_patches(drawn(), CLASSES, CELL, codes=30, seed=0)
+
+
+@pytest.fixture(params=["cells", "patches"])
+def codec(request, patches):
+    return patches if request.param == "patches" else Cells(CLASSES, SHAPE, CELL)
+
+
+def test_tokens_stand_for_cells(codec):
+    maps = drawn(seed=1)
+    tokens, weights = codec.encode(maps)
+    assert codec.grid == (3, 4) and tokens.shape == weights.shape == (40, 12)
+    assert tokens.dtype == np.int32 and weights.dtype == np.float32
+    assert 0 <= tokens.min() <= tokens.max() < codec.vocabulary and weights.all()
+    restored = codec.decode(tokens)
+    assert restored.shape == maps.shape and restored.dtype == np.int32
+    assert restored.min() >= 0 and restored.max() < CLASSES
+    again, _ = codec.encode(restored)
+    assert (codec.decode(again) == restored).all()
+    assert (codec.encode(drawn(seed=1, dtype=np.int32))[0] == tokens).all()
+
+
+def test_any_token_decodes_to_classes(codec):
+    tokens = np.random.default_rng(0).integers(codec.vocabulary, size=(20, 12))
+    restored = codec.decode(tokens)
+    assert restored.min() >= 0 and restored.max() < CLASSES
+
+
+def test_pixels_without_a_class_count_nowhere(codec):
+    maps = drawn(4, seed=2)
+    maps[:, :4, :4] = 255  # the first cell
+    maps[:, 4:8, 4:8] = 3
+    maps[:, 4:7, 4:8] = 255  # most of another cell; what is left is of class 3
+    tokens, weights = codec.encode(maps)
+    assert (weights[:, 0] == 0).all() and (weights[:, 1:] == 1).all()
+    assert (codec.decode(tokens)[:, 7, 4:8] == 3).all()
+
+
+def test_a_cell_is_its_majority():
+    maps = np.array([[[1, 1, 2, 4], [1, 0, 4, 2]]])
+    tokens, _ = Cells(CLASSES, (2, 4), 2).encode(maps)
+    assert tokens.tolist() == [[1, 2]]  # among equals the first class
+
+
+def test_patches_restore_more_than_cells_of_their_size(patches):
+    maps = drawn(seed=1)
+    right = [
+        (codec.decode(codec.encode(maps)[0]) == maps).mean()
+        for codec in (Cells(CLASSES, SHAPE, CELL), patches)
+    ]
+    assert right[1] > right[0] + 0.02
+    found = patches.decode(patches.encode(maps)[0])
+    nearest = np.stack([(patches.cells(maps) == p).sum(axis=1) for p in patches.patches]).max(
+        axis=0
+    )
+    inside = found == maps
+    assert inside.sum() == nearest.sum()  # no other codes agree with more pixels
+
+
+def test_patches_depend_on_maps_and_seed_alone(patches):
+    again = fit_patches(iter(drawn()), CLASSES, CELL, codes=30, seed=0)
+    assert (again.patches == patches.patches).all()
+    other = fit_patches(drawn(), CLASSES, CELL, codes=30, seed=1)
+    assert not np.array_equal(other.patches, patches.patches)
+
+
+def test_many_patches_are_sampled(monkeypatch):
+    monkeypatch.setattr(label_maps, "SAMPLED", 100)
+    few = fit_patches(drawn(), CLASSES, CELL, codes=20, seed=0)
+    assert few.vocabulary == 20 and np.unique(few.patches, axis=0).shape[0] > 10
+
+
+def test_too_few_patches_are_refused():
+    maps = np.zeros((3, *SHAPE), np.uint8)
+    with pytest.raises(InputError, match="1 different patches"):
+        fit_patches(maps, CLASSES, CELL, codes=2, seed=0)
+    with pytest.raises(InputError, match="0 different patches"):
+        fit_patches([], CLASSES, CELL, codes=2, seed=0)
+
+
+def test_files_keep_a_codec(codec, tmp_path):
+    codec.save(tmp_path / "labels.safetensors")
+    loaded, maps = load_label_codec(tmp_path / "labels.safetensors"), drawn(3)
+    assert type(loaded) is type(codec) and loaded.shape == codec.shape
+    assert (loaded.encode(maps)[0] == codec.encode(maps)[0]).all()
+    (tmp_path / "other.safetensors").write_bytes(b"x")
+    with pytest.raises(InputError, match=r"other.safetensors"):
+        load_label_codec(tmp_path / "other.safetensors")
+
+
+def test_maps_of_another_shape_are_refused(codec):
+    with pytest.raises(ValueError, match="label maps are"):
+        codec.encode(np.zeros((1, 4, 4), np.uint8))
+
+
+def test_a_class_255_needs_more_than_uint8():
+    assert not label_maps.has_class(np.array([255], np.uint8), 300)[0]
+    assert label_maps.has_class(np.array([255], np.int32), 300)[0]
+    assert (
+        Patches(2, (2, 2), 2, np.zeros((1, 4), int)).encode(np.full((1, 2, 2), 255, np.uint8))[1]
+        == 0
+    )
