@@ -13,8 +13,8 @@ Hardware:   planned, not run, with --config.mesh.data=1 --config.mesh.fsdp=-1 an
                     --classes=150 --topology=v5e:4x4
 Expect:     not known. Painter (ViT-L) has a mean IoU of 0.50; BEiT and other networks of the size
             used here 0.45 to 0.53, after pretraining on ImageNet-1k.
-Reproduces: the usual fine-tuning on ADE20K: 512 x 512 pixels, scales of .5 to 2, flips, 80,000 steps
-            of 16 images (here 10,000 of 128).
+Reproduces: the usual fine-tuning on ADE20K: 512 x 512 pixels, scales of .5 to 2, flips, 80,000
+            steps of 16 images (here 9,834 of 128).
 Changes:    one decoder reads the image's codes and pixels as a prefix, in place of an encoder and a
             pyramid of features. The head reads four layers. Images are squeezed to squares. 1,024
             label tokens of 16 x 16 pixels: the sequence of 2,048 is a multiple of 128, as a TPU's

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 
 import jax
@@ -93,8 +94,7 @@ def trained() -> tuple[Segment, dict]:
 def sums(task: Segment, params: dict, given: list[dict], sizes: tuple[int, ...]) -> dict:
     """The metric's sums over test images, in batches of these sizes."""
     starts = np.cumsum([0, *sizes])
-    pairs = zip(starts, starts[1:], strict=False)
-    batches = [batch_of(task, given[a:b], a) for a, b in pairs]
+    batches = [batch_of(task, given[a:b], a) for a, b in itertools.pairwise(starts)]
     metric = task.test_metric(task.network(), given.__getitem__)
     with jax.set_mesh(make_mesh((1, 1, 1))):
         return metric.sums(params, iter(batches))
@@ -223,11 +223,8 @@ def test_label_positions_have_the_features_of_the_image_there():
 
 
 def test_reading_alone_and_writing_alone_have_their_numbers():
-    given = records(3)
-    for settings in (
-        {"write": False, "read_cell": 2},
-        {"read": False, "labels": "patches", "codes": 3},
-    ):
+    given, patches = records(3), {"labels": "patches", "codes": 3}
+    for settings in ({"write": False, "read_cell": 2}, {"read": False, **patches}):
         task = task_of(**settings)
         with jax.set_mesh(make_mesh((1, 1, 1))):
             params = random_params(task.network())

@@ -10,7 +10,7 @@ import ml_collections
 from gptv_jax.config import fields, rules
 from gptv_jax.config.data import Autoencoder, Data, Tokens
 from gptv_jax.config.stages import Config, Drawing, Finetune, Generate, Probe, ProbeSgd, Sample
-from gptv_jax.config.tasks import Detect, Task
+from gptv_jax.config.tasks import Detect, Segment, Task
 from gptv_jax.config.train import Mesh, Model, Optimizer, Profile, Tokenizer, Train
 from gptv_jax.errors import InputError, shorten
 
@@ -29,6 +29,7 @@ __all__ = [
     "ProbeSgd",
     "Profile",
     "Sample",
+    "Segment",
     "Task",
     "Tokenizer",
     "Tokens",

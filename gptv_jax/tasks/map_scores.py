@@ -1,7 +1,7 @@
 """The label maps in the rows of a segmentation's metric, and how good they are."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from jaxtyping import Float, Integer
@@ -80,6 +80,20 @@ class MapScores:
                 "images by config.data.validation_split and config.data.test_split."
             )
         return scores
+
+    def report(
+        self, total: dict, annotations: Records, ways: Iterable[str], names: Sequence[str]
+    ) -> dict[str, object]:
+        """Each class's share of the pixels and IoU, and the confusion matrices, for JSON."""
+        counts, scores = (f(total, annotations, ways) for f in (self.counts, self.scores))
+        pixels = counts[self.first].sum(axis=1)
+        rows = [
+            {"name": name, "share": float(pixels[c] / pixels.sum())}
+            | {f"{way}_iou": scores[way]["iou_by_class"][c] for way in ways}
+            for c, name in enumerate(names)
+        ]
+        confusions = {way: matrix.tolist() for way, matrix in counts.items()}
+        return {"classes": rows, "confusion": confusions}
 
     def _votes(self, total: dict, row: int) -> Integer[np.ndarray, "C h w"]:
         """Number of drawn maps with each class at each pixel."""

@@ -228,25 +228,16 @@ class Segment(Task):
 
     def bounds(self, total: dict, annotations: Records) -> dict[str, dict[str, float | None]]:
         """Scores of the prior, of another image's map, of the label tokens, and of written maps."""
-        kinds = ["prior", "wrong_image", *["ceiling"] * self.settings.write]
-        kinds += [way for way in self.ways[1:]] + ["voted"] * ("samples" in total)
+        kinds = ["prior", "wrong_image", *self.ways[1:]]
+        kinds += ["ceiling"] * self.settings.write + ["voted"] * ("samples" in total)
         found = self.maps.scores(total, annotations, kinds)
         if len(by_image(total)) == 1:  # there is no other image
             found["wrong_image"] = dict.fromkeys(SCORES)
         return {kind: {name: found[kind][name] for name in SCORES} for kind in kinds}
 
     def files(self, total: dict, annotations: Records) -> dict[str, object]:
-        """Shares of the pixels and IoU of the classes; confusion matrices, a true class a row."""
-        counts = self.maps.counts(total, annotations, self.ways)
-        scores = self.maps.scores(total, annotations, self.ways)
-        pixels = counts[self.ways[0]].sum(axis=1)
-        rows = [
-            {"name": name, "share": float(pixels[c] / pixels.sum())}
-            | {f"{way}_iou": scores[way]["iou_by_class"][c] for way in self.ways}
-            for c, name in enumerate(self.map_names)
-        ]
-        confusions = {way: matrix.tolist() for way, matrix in counts.items()}
-        return {"segmentation.json": {"classes": rows, "confusion": confusions}}
+        about = self.maps.report(total, annotations, self.ways, self.map_names)
+        return {"segmentation.json": about}
 
     def show(self, records: Records, total: dict) -> dict[str, UInt8[np.ndarray, "H W 3"]]:
         rows = {index: rows[0] for index, rows in list(by_image(total).items())[:SHOWN]}
