@@ -22,7 +22,7 @@ Geometry moves everything that lies in the image; colour changes pixels alone. `
 """
 
 import numpy as np
-from jaxtyping import Float, Integer, UInt8
+from jaxtyping import Float, Real, UInt8
 from PIL import Image
 
 Record = dict[str, np.ndarray | np.generic | bytes]
@@ -152,8 +152,8 @@ def to_image(
 
 
 def plane_to_original(
-    plane: Integer[np.ndarray, "h w"], view: Float[np.ndarray, " 4"], shape: tuple[int, int]
-) -> Integer[np.ndarray, "H W"]:
+    plane: Real[np.ndarray, "h w"], view: Float[np.ndarray, " 4"], shape: tuple[int, int]
+) -> Real[np.ndarray, "H W"]:
     """The nearest value of `plane` at each pixel of the original, of this height and width.
 
     `view` is the part of the original that the plane shows; pixels outside get the nearest border.

@@ -315,7 +315,7 @@ def written(
 @functools.cache
 def _step(task: Segment, network: Network, samples: int) -> Callable:
     """`(params, batch) -> arrays with a row for each image of the global batch`, jitted."""
-    settings, key = task.settings, jax.random.key(task.config.seed)
+    settings = task.settings
 
     def step(params: dict, batch: dict) -> dict[str, Array]:
         model = network.bind(params)
@@ -332,6 +332,7 @@ def _step(task: Segment, network: Network, samples: int) -> Callable:
             nats = _written_nats(model, output, batch)
             rows["nats_per_map"] = (nats * counts).sum(axis=1)
             rows["nats_per_token"] = objective.masked_mean(nats, counts)
+            key = jax.random.key(task.config.seed)
             images = batch.get("tokens"), batch.get("image"), key, batch["index"]
             rows["targets"] = batch["targets"][NAME]
             rows["written"] = written(task, network, params, *images)[0]

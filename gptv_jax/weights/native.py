@@ -38,7 +38,7 @@ TASK_FACTS = (
 )  # of fine-tuned weights, beside the task
 # Names of the tensors of a token definition: the colours of a palette, the prefix of a tokenizer's.
 CENTERS, TOKENIZER = "palette.centers", "tokenizer."
-MEASURED = "task.measured"  # uint8: the bytes of `Task.measured`
+MEASURED = "task.measured"  # the bytes of `Task.measured`, as float32 like all arrays
 # Fields of config.model that decide what the weights mean. Users may choose the other fields
 # (dropout, dtype, scan_layers, base_width, ...) each time they use the weights.
 DEFINING_FIELDS = (
@@ -301,7 +301,7 @@ def arrays(weights_file: WeightsFile) -> dict[str, np.ndarray]:
     if isinstance(weights_file.definition, Tokenizer):
         found |= {f"{TOKENIZER}{n}": array for n, array in weights_file.definition.params.items()}
     if weights_file.measured:
-        found[MEASURED] = np.frombuffer(weights_file.measured, np.uint8)
+        found[MEASURED] = np.frombuffer(weights_file.measured, np.uint8).astype(np.float32)
     return found
 
 
