@@ -233,6 +233,16 @@ def test_objects_are_found_in_images_of_any_size_in_their_own_pixels(tmp_path):
             model.detect([wrong])
     with pytest.raises(InputError, match="random"):
         model.detect([plain], votes=["flip(0.5)"])
+    for threshold in (-0.1, 50.0, float("nan")):
+        with pytest.raises(InputError, match=r"threshold is .*; it takes a number from 0 to 1"):
+            model.detect([plain], threshold)
+    several = np.zeros((1, *SIZE, 3), np.uint8)
+    for call in (
+        *(model.complete, model.outpaint, model.surprise, model.log_likelihood, model.features),
+        *(model.tokenize, model.detokenize, model.logits, lambda images: model.sample(1)),
+    ):
+        with pytest.raises(InputError, match=r"it takes model\.detect\(images\) alone"):
+            call(several)
     with pytest.raises(InputError, match=r"takes a list of images, as in detect\(\[image\]\)"):
         model.detect(plain)
     pixels = np.random.default_rng(0).integers(256, size=(40, 60, 3)).astype(np.uint8)
@@ -389,6 +399,10 @@ def test_detection_is_learned_from_a_token_cache_and_shown_in_its_pictures(cache
     assert found["finetune/test_ap_of_0"] is None or 0 <= found["finetune/test_ap_of_0"] <= 1
     rows = json.loads((tmp_path / "run/finetune/detections-test.json").read_text())
     assert {row["image_id"] for row in rows} == {"a/é.jpg", 7}
+    page = (tmp_path / "run/report.html").read_text()
+    # Classes and accuracies are of whole images, which have neither here.
+    assert "calibration_error" in page and "classes: none" not in page
+    assert "standard error" not in page and "so an accuracy has" not in page
 
 
 def test_boxes_and_detections_of_a_cache_lie_in_one_frame(cached):

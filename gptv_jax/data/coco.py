@@ -148,6 +148,11 @@ class CocoSplit:
             "by_class": np.bincount(self.box_labels[kept]).tolist(),
         }
 
+    def objects_by_image(self, rows: range) -> np.ndarray:
+        """The number of objects of each image, crowds left out, int64 [n]."""
+        before = np.append(0, np.cumsum(~self.crowd))
+        return np.diff(before[self.offsets[rows.start : rows.stop + 1]])
+
     def _fitting(self, index: int, encoded: bytes) -> bytes:
         """The image file, whose pixels are those that the boxes count; DamagedImageError if not.
 
@@ -184,7 +189,7 @@ def _index(
 
     def tell(what: str, faulty: Sequence | np.ndarray, name: Callable[[int], str]) -> None:
         if len(faulty):
-            note(f"{file}: {len(faulty)} {what}, the first {name(faulty[0])}")
+            note(f"{file}: {what}: {len(faulty)}, the first {name(faulty[0])}")
 
     images, entries = content["images"], content["annotations"]
     image_of: dict[int, int] = {}

@@ -71,8 +71,9 @@ def scene(split: str, index: int, seed: int = 0) -> dict[str, np.ndarray]:
 
     "image" is uint8 [H, W, 1]. Of each of the n digits, "boxes" float32 [n, 4] (y0, x0, y1, x1,
     pixels) is tight around its visible ink, "box_labels" int32 [n] is its class, "crowd" bool [n]
-    is False and "masks" bool [n, H, W] is its visible ink; masks do not overlap. "segmentation"
-    uint8 [H, W] has 1 + class on a digit's ink, 0 elsewhere.
+    is False, "masks" bool [n, H, W] is its visible ink and "area" float32 [n] the number of pixels
+    of its mask, as in COCO; masks do not overlap. "segmentation" uint8 [H, W] has 1 + class on a
+    digit's ink, 0 elsewhere.
     """
     rng = np.random.default_rng((seed, SPLITS.index(split), index))
     choices, classes = drawings(split)
@@ -104,6 +105,7 @@ def scene(split: str, index: int, seed: int = 0) -> dict[str, np.ndarray]:
         "boxes": np.stack([_bounds(mask) for mask in masks]),
         "box_labels": np.array(labels, np.int32),
         "crowd": np.zeros(len(labels), bool),
+        "area": masks.sum(axis=(1, 2)).astype(np.float32),
         "masks": masks,
         "segmentation": values[owner],
     }

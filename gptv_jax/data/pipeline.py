@@ -287,13 +287,13 @@ def check_shape(image: np.ndarray, expected: tuple[int, ...]) -> None:
     """Raises InputError where an image, or a grid of tokens, has another shape."""
     if image.shape != expected:
         found, takes = (" x ".join(map(str, shape)) for shape in (image.shape, expected))
-        cure = "change one of these"
+        cure = f'end the transforms by "resize({expected[:2]})", or change config.data.image_size'
         if image.shape[:2] == expected[:2]:
             kinds = "config.tokens.kind (palette takes RGB, grey 1 channel)"
             cure = f'take "decode(channels={expected[2]})" or another {kinds}'
         raise InputError(
-            f"after the transforms of config.data an image is {found}, but tokens are made of "
-            f"{takes} (config.data.image_size and config.tokens say so); {cure}."
+            f"after the transforms of config.data an image is {found}, but {takes} is needed; "
+            f"{cure}."
         )
 
 

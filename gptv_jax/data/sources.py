@@ -25,7 +25,7 @@ from gptv_jax.data.parquet import Tables
 from gptv_jax.data.prepared import Tfds
 from gptv_jax.data.records import OBJECTS, Record, annotations
 from gptv_jax.data.webdataset import WebDataset
-from gptv_jax.errors import InputError, shorten
+from gptv_jax.errors import InputError, counted, shorten
 
 SPLITS = ("train", "validation", "test")  # of a run; `config.data` gives an expression for each
 
@@ -127,6 +127,12 @@ class Selected:
             by_class[: len(each["by_class"])] += each["by_class"]
         return whole | {"by_class": by_class.tolist()}
 
+    def objects_by_image(self) -> np.ndarray | None:
+        """As `CocoSplit.objects_by_image`; None where the boxes are not in memory."""
+        if not all(hasattr(source, "objects_by_image") for source, _ in self._parts):
+            return None
+        return np.concatenate([source.objects_by_image(rows) for source, rows in self._parts])
+
     def has_labels(self) -> bool:
         """Whether the labels are numbers of classes; of labels in files, the first and last are."""
         labels = self._labels()
@@ -203,7 +209,7 @@ def _flags(expressions: tuple[str, ...]) -> str:
 
 
 def _shown(lengths: dict[str, int]) -> str:
-    return shorten(f"{split} ({count} images)" for split, count in lengths.items())
+    return shorten(f"{split} ({counted(count, 'image')})" for split, count in lengths.items())
 
 
 def _coco(config: config_lib.Data) -> Coco:

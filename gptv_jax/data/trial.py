@@ -1,5 +1,6 @@
 """Tries transforms and codec on the first training images, so that misfits are found early."""
 
+import dataclasses
 import logging
 
 import numpy as np
@@ -16,15 +17,21 @@ BLANK, DARK = 4, 64
 
 
 def try_out(
-    config: config_lib.Data, codec: Codec | None, shape: tuple[int, ...], entries: tuple[str, ...]
+    config: config_lib.Data,
+    codec: Codec | None,
+    shape: tuple[int, ...],
+    entries: tuple[str, ...],
+    annotated: bool = False,
 ) -> None:
     """Makes tokens of the first training images, so that misfits are found before any work.
 
     Without a codec, or if the codec encodes on devices, only `shape` is checked, [H, W, C], or
     [H, W] of grey and RGB images. Files of more than 8 bits are looked at before. After the
-    transforms of evaluation, images that all look blank or dark are warned of.
+    transforms of evaluation, images that all look blank or dark are warned of. `annotated`: boxes
+    and label maps are transformed as well.
     """
     example, rng = pipeline.open_examples(config, "train", entries), np.random.default_rng(0)
+    example = dataclasses.replace(example, codec=codec, annotated=annotated)
     evaluated, warned = entries == config.eval_transforms, False
     # Another list that decodes files as that of evaluation does is not told of twice.
     if isinstance(example.source, DecodedSource) and (
