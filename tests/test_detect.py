@@ -24,7 +24,7 @@ from gptv_jax.errors import InputError
 from gptv_jax.stages.run import run_stages
 from gptv_jax.tasks import average_precision, detect, drawing
 from gptv_jax.tasks.average_precision import PRECISIONS, RECALLS
-from gptv_jax.tasks.boxes import Detections
+from gptv_jax.tasks.boxes import Detections, intersection
 from gptv_jax.tasks.detect import Detect
 from gptv_jax.weights.native import WeightsFile
 
@@ -299,6 +299,23 @@ def test_boxes_are_drawn_where_the_objects_are_and_small_images_are_enlarged():
     unlikely = likely._replace(scores=np.array([0.1], np.float32))
     hidden = drawing.detections([(record, unlikely)], NAMES)
     assert hidden[18:218, 308:608].max() == 0
+
+
+def test_labels_lie_at_their_boxes_and_cover_no_other_label_where_there_is_room():
+    rng, canvas = np.random.default_rng(0), (240, 320)
+    for count in (1, 4, 9):
+        corners = rng.uniform((0, 0), (180, 240), (count, 2))
+        boxes = np.concatenate([corners, corners + rng.uniform(20, 60, (count, 2))], axis=1)
+        for given in (boxes, np.repeat(boxes[:1], min(count, 4), axis=0)):  # also in one place
+            places = drawing.label_places(given, [(16, 50)] * len(given), canvas)
+            assert (places[:, :2] >= 0).all() and (places[:, 2:] <= canvas).all()
+            assert (places[:, 2:] - places[:, :2] == (16, 50)).all()
+            assert not (intersection(places, places) - np.eye(len(given)) * 16 * 50).any()
+            near = np.add(given, [-1, -1, 1, 1])  # rounded to pixels
+            assert (np.diag(intersection(near, places)) > 0).all()
+    crowd = np.repeat(boxes[:1], 30, axis=0)  # without room every label is in the picture
+    places = drawing.label_places(crowd, [(16, 50)] * 30, canvas)
+    assert (places[:, :2] >= 0).all() and (places[:, 2:] <= canvas).all()
 
 
 def free_port() -> int:

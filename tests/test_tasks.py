@@ -163,6 +163,17 @@ def test_the_cached_decoder_answers_what_the_whole_pass_says(run):
     assert len({*np.asarray(drawn)[:, -1].tolist()}) > 1
 
 
+ROTATED = {
+    "data": {
+        "name": "digit_scenes",
+        "image_size": (32, 48),
+        "train_transforms": ("flip()", "rotate()"),
+    },
+    "tokens": {"kind": "none"},
+    "task": {"name": "detect", "image_input": "pixels", "stem": (8, 8, 8)},
+}
+
+
 @pytest.mark.parametrize(
     ("changes", "stages", "words"),
     [
@@ -171,6 +182,7 @@ def test_the_cached_decoder_answers_what_the_whole_pass_says(run):
         ({"task": {"image_input": "pixels", "stem": ()}}, None, "classify reads tokens alone"),
         ({"task": {"name": "level"}, "model": {"objective": "bert"}}, None, "for images alone"),
         ({"tokens": {"kind": "none"}}, None, r"tokens\.kind is 'none'"),
+        (ROTATED, ["finetune"], r"not the boxes, .*config\.data\.train_transforms"),
     ],
 )
 def test_what_does_not_go_together_is_refused_in_one_sentence(changes, stages, words, tmp_path):

@@ -147,13 +147,18 @@ def _truncated_normal(rng: np.random.Generator, shape: tuple[int, ...]) -> np.nd
 
 def iou(a: Float[np.ndarray, "n 4"], b: Float[np.ndarray, "m 4"]) -> Float[np.ndarray, "n m"]:
     """Intersection over union of every pair of boxes; 0 where both have no area."""
-    low, high = (
-        np.maximum(a[:, None, :2], b[None, :, :2]),
-        np.minimum(a[:, None, 2:], b[None, :, 2:]),
-    )
-    common = np.clip(high - low, 0, None).prod(axis=-1)
+    common = intersection(a, b)
     areas = [(x[:, 2:] - x[:, :2]).prod(axis=-1) for x in (a, b)]
     return common / np.maximum(areas[0][:, None] + areas[1][None] - common, 1e-9)
+
+
+def intersection(
+    a: Float[np.ndarray, "n 4"], b: Float[np.ndarray, "m 4"]
+) -> Float[np.ndarray, "n m"]:
+    """The area that every pair of boxes has in common."""
+    low = np.maximum(a[:, None, :2], b[None, :, :2])
+    high = np.minimum(a[:, None, 2:], b[None, :, 2:])
+    return np.clip(high - low, 0, None).prod(axis=-1)
 
 
 def vote(views: Sequence[Detections]) -> Detections:
