@@ -52,7 +52,7 @@ def run(
     """Parses the flags, calls `main()`, and ends with a sentence where the user can act on it.
 
     Arguments that are no flags are refused; where the command `takes_names` it is `main(names)`.
-    `again` says what the same command does after SIGTERM or an interrupt.
+    `again` says what a new start of the command does, after SIGTERM or an interrupt.
     Exit codes: 1 for an error that the user can mend, 70 for an unexpected error, 75 where another
     process died, 130 after an interrupt by the user, 141 where nobody reads the output any more,
     143 after SIGTERM.

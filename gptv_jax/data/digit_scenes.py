@@ -1,8 +1,8 @@
 """Scenes of handwritten digits with boxes, masks and a label map, drawn on the fly.
 
 scikit-learn's digits (`arrays.digits`, with the same split) are resized and scattered over a canvas
-with noise, specks and strokes. Scene k of a split is drawn by a random generator of its own, so it
-is always the same, in any order and on any number of workers.
+with noise, specks and strokes. Each scene of a split has a random generator, seeded by the scene's
+number, so a scene depends neither on the order of reading nor on the number of workers.
 """
 
 import dataclasses

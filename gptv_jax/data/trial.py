@@ -33,7 +33,7 @@ def try_out(
     example, rng = pipeline.open_examples(config, "train", entries), np.random.default_rng(0)
     example = dataclasses.replace(example, codec=codec, annotated=annotated)
     evaluated, warned = entries == config.eval_transforms, False
-    # Another list that decodes files as that of evaluation does is not told of twice.
+    # A list that decodes files exactly as the list for evaluation does is not looked at again.
     if isinstance(example.source, DecodedSource) and (
         evaluated or example.source.decode not in map(transforms.parse, config.eval_transforms[:1])
     ):

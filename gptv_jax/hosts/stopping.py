@@ -64,7 +64,7 @@ _again = CONTINUES
 def install(again: str = CONTINUES) -> None:
     """Answers SIGTERM and SIGINT from now on; to be called on the main thread.
 
-    `again` tells the user what the same command would do next.
+    `again` tells the user what a new start of the command does.
     """
     global _again
     _again = again

@@ -56,7 +56,7 @@ class Network:
     """Shape of a network, without weights (see `GPT`); hashable, so a static argument of jit.
 
     Raises InputError where the configuration is for image tokens alone, and the layout has more
-    parts or the network a stem; and where the layout's shift is not that of the objective.
+    parts or the network a stem; and where the layout's shift does not fit the objective.
     """
 
     config: config_lib.Model

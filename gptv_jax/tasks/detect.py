@@ -264,7 +264,7 @@ class Detect(Task):
 
 
 class _Rows(dict):
-    """The rows of a split on the host; `known` is what was computed of them."""
+    """The rows of a split on the host; `known` is what was computed from the rows."""
 
     def __init__(self, rows: dict):
         super().__init__(rows)
