@@ -129,8 +129,8 @@ class Shards:
 
         The labels are whole numbers, which `names` may name, or texts, and are numbered by
         `labels.number`, like the labels of arrays. A split without any label (only -1 or None, as
-        in test splits whose labels are kept secret) is left out, with a note. Raises InputError where
-        labels are of mixed or other types, only some are missing, or one has no name.
+        in test splits whose labels are kept secret) is left out, with a note. Raises InputError
+        where labels are of mixed or other types, only some are missing, or one has no name.
         """
         self.notes: list[str] = []
         # As the names of files and folders call the splits.

@@ -67,7 +67,7 @@ def _warn_of_blank(
     if high <= DARK and not (isinstance(codec, GreyCodec) and codec.vocabulary < 256):
         cure = ' The transform "normalize()" makes dark images bright.'
     LOG.warning(
-        "the first %d images of %s %s: values %d to %d of 255, deviating by %.1f at most. Look at "
-        "the files and at the transforms.%s",
-        *(len(pictures), config.path or config.name, look, low, high, deviation, cure),
+        "images of %s (%d looked at) %s: values %d to %d of 255, deviating by %.1f at most. Look "
+        "at the files and at the transforms.%s",
+        *(config.path or config.name, len(pictures), look, low, high, deviation, cure),
     )
