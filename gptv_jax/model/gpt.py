@@ -77,8 +77,9 @@ class Network:
         objective, shift = self.config.objective, int(self.config.objective != "bert")
         if self.layout.shift != shift:
             raise InputError(
-                f"the layout's shift is {self.layout.shift}, but a network with "
-                f"config.model.objective={objective} takes shift {shift} alone."
+                f"the layout's shift is {self.layout.shift}, so position t reads token t - "
+                f"{self.layout.shift}, but config.model.objective={objective} takes shift {shift} "
+                f"alone; make the Layout with shift={shift}."
             )
 
     @property
