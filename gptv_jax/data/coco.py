@@ -104,7 +104,7 @@ class Coco:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CocoSplit:
-    """The images of a split and, as arrays over all of them, their boxes."""
+    """The images of a split; arrays over all images hold the boxes."""
 
     file: pathlib.Path  # the JSON file
     folder: pathlib.Path
@@ -294,7 +294,7 @@ def _sizes(folder: pathlib.Path, images: list[dict], names: list[str]) -> np.nda
 
 
 def _numbers(values: list, count: int) -> np.ndarray:
-    """Lists of `count` numbers each, as float64 [N, count]; NaN where a list is none of these."""
+    """Lists of `count` numbers each, as float64 [N, count]; NaN for anything else."""
     try:
         return np.array(values, np.float64).reshape(len(values), count)
     except (TypeError, ValueError):

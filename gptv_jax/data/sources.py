@@ -115,8 +115,8 @@ class Selected:
     def object_counts(self) -> dict[str, int | list[int]] | None:
         """Numbers of boxes and of images without a box; None where these are not in memory.
 
-        "boxes" are all, "crowd" those around groups, "by_class" those of each class; "empty" is the
-        number of images.
+        "boxes" counts all boxes, "crowd" boxes around groups, "by_class" the boxes of each class;
+        "empty" is the number of images.
         """
         if not all(hasattr(source, "object_counts") for source, _ in self._parts):
             return None
