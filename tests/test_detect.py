@@ -239,13 +239,12 @@ def test_objects_are_found_in_images_of_any_size_in_their_own_pixels(tmp_path):
     for threshold in (-0.1, 50.0, float("nan")):
         with pytest.raises(InputError, match=r"threshold is .*; it takes a number from 0 to 1"):
             model.detect([plain], threshold)
-    several = np.zeros((1, *SIZE, 3), np.uint8)
-    for call in (
-        *(model.complete, model.outpaint, model.surprise, model.log_likelihood, model.features),
-        *(model.tokenize, model.detokenize, model.logits, lambda images: model.sample(1)),
-    ):
+    calls = [model.complete, model.outpaint, model.surprise, model.log_likelihood, model.features]
+    given = [*((call, plain[None]) for call in (*calls, model.tokenize)), (model.sample, 1)]
+    given += [(call, np.zeros((1, 48), np.int32)) for call in (model.detokenize, model.logits)]
+    for call, argument in given:
         with pytest.raises(InputError, match=r"it takes model\.detect\(images\) alone"):
-            call(several)
+            call(argument)
     with pytest.raises(InputError, match=r"takes a list of images, as in detect\(\[image\]\)"):
         model.detect(plain)
     pixels = np.random.default_rng(0).integers(256, size=(40, 60, 3)).astype(np.uint8)

@@ -231,7 +231,7 @@ def test_a_csv_file_gives_the_labels(tmp_path, caplog):
         "1 image left out, without a row or a label" in note and "5.png" in note
         for note in data_set.notes
     )
-    assert any("1 rows" in note and "9.png" in note for note in data_set.notes)
+    assert any("1 row of" in note and "9.png" in note for note in data_set.notes)
 
 
 def test_a_csv_file_labels_the_splits_of_a_folder(tmp_path):

@@ -96,13 +96,13 @@ def label_places(
     A label lies above its box where it covers no label before; else below, inside or beside the
     box; where it covers a label in each of these places, it covers as little as possible.
     """
-    places = np.zeros((0, 4), int)
+    places = np.zeros((0, 4))
     for (y0, x0, y1, x1), size in zip(boxes, sizes, strict=True):
         height, width = size
         ys, xs = (y0 - height, y1, y0, y1 - height), (x0, x1 - width, (x0 + x1 - width) / 2)
         sides = itertools.product((x1, x0 - width), (y0, y1 - height, (y0 + y1 - height) / 2))
         corners = np.array([*itertools.product(ys, xs), *((y, x) for x, y in sides)])
-        corners = corners.clip(0, np.maximum(np.subtract(canvas, size), 0)).round().astype(int)
+        corners = corners.clip(0, np.maximum(np.subtract(canvas, size), 0)).round()
         possible = np.concatenate([corners, corners + size], axis=1)
         covered = intersection(possible, places).sum(axis=1)
         places = np.append(places, possible[covered.argmin()][None], axis=0)
