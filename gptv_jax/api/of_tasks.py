@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from gptv_jax import validation
 from gptv_jax.api import detection, segmentation
 from gptv_jax.api.views import Picture
 from gptv_jax.errors import InputError
@@ -41,6 +42,7 @@ class OfTasks:
                 "this model does not detect objects; load a run with config.task.name=detect whose "
                 "stage finetune has finished."
             )
+        threshold = validation.share("threshold", threshold)
         votes = task.settings.votes if votes is None else votes
         with jax.set_mesh(self.mesh):
             found = detection.detect(task, self.network, self.params, self.codec, images, votes)

@@ -9,7 +9,7 @@ from jaxtyping import Integer, UInt8
 from PIL import Image, ImageDraw
 
 from gptv_jax.data.records import Record
-from gptv_jax.tasks.drawing import GAP, MOST_CLASSES, font
+from gptv_jax.tasks.drawing import GAP, MOST_CLASSES, text_font
 from gptv_jax.tokens.label_maps import has_class
 
 with epy.lazy_imports():  # heavy
@@ -58,7 +58,7 @@ def maps(
     sheet = Image.new("RGB", (sum(widths), HEAD + sum(heights) + legend.height), "white")
     canvas = ImageDraw.Draw(sheet)
     for c, title in enumerate(titles):
-        canvas.text((sum(widths[:c]), 1), title, fill="#404040", font=font())
+        canvas.text((sum(widths[:c]), 1), title, fill="#404040", font=text_font())
     for r, row in enumerate(rows):
         for c, cell in enumerate(row):
             sheet.paste(cell, (sum(widths[:c]), HEAD + sum(heights[:r])))
@@ -85,7 +85,7 @@ def _legend(entries: Sequence[tuple[str, np.ndarray]], width: int) -> Image.Imag
     """Colours with their names, in as many lines as the width needs."""
     places, x, line = [], 0, 0
     for name, _ in entries:
-        needed = SWATCH + 4 + int(font().getlength(name)) + 2 * GAP
+        needed = SWATCH + 4 + int(text_font().getlength(name)) + 2 * GAP
         if x and x + needed > width:
             x, line = 0, line + 1
         places.append((x, line * HEAD))
@@ -94,7 +94,7 @@ def _legend(entries: Sequence[tuple[str, np.ndarray]], width: int) -> Image.Imag
     canvas = ImageDraw.Draw(picture)
     for (name, color), (x, y) in zip(entries, places, strict=True):
         canvas.rectangle((x, y + 2, x + SWATCH, y + 2 + SWATCH), fill=tuple(color.tolist()))
-        canvas.text((x + SWATCH + 4, y + 1), name, fill="#202020", font=font())
+        canvas.text((x + SWATCH + 4, y + 1), name, fill="#202020", font=text_font())
     return picture
 
 
