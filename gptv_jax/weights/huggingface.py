@@ -21,8 +21,8 @@ from gptv_jax.errors import InputError, as_input_error
 from gptv_jax.tokens import palette as palettes
 from gptv_jax.tokens.palette import Palette
 from gptv_jax.weights import native
-from gptv_jax.weights.native import WeightsFile, choose_palette, read_class_head
-from gptv_jax.weights.strict_reader import StrictReader
+from gptv_jax.weights.native import WeightsFile, choose_palette
+from gptv_jax.weights.strict_reader import StrictReader, read_class_head
 
 LOG = logging.getLogger(__name__)
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"

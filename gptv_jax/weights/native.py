@@ -25,7 +25,6 @@ from gptv_jax.runs import record
 from gptv_jax.tasks.network import network_of
 from gptv_jax.tokens import Palette, TokenDefinition, Tokenizer, learned
 from gptv_jax.tokens import palette as palettes
-from gptv_jax.weights.strict_reader import StrictReader
 
 FORMAT = 1
 HEADER = "gptv_jax"  # key of the file's metadata
@@ -176,18 +175,6 @@ def choose_palette(named: Palette | None, stored: Palette | None, where: str) ->
             f"the palette that you name differs from the palette in {where}; name none."
         )
     return named or stored
-
-
-def read_class_head(reader: StrictReader, name: str, width: int) -> dict[str, np.ndarray]:
-    """The parameters of a class head that does not standardise its input, if `name` is there."""
-    if name not in reader.shapes:
-        return {}
-    classes = reader.shapes[name][0] if reader.shapes[name] else 0
-    return {
-        "classifier.class_head": reader.take(name, (classes, width)),
-        "classifier.class_center": np.zeros(width, np.float32),
-        "classifier.class_scale": np.ones(width, np.float32),
-    }
 
 
 def recognizes(path: pathlib.Path) -> bool:

@@ -13,8 +13,8 @@ import numpy as np
 from gptv_jax import config as config_lib
 from gptv_jax.errors import InputError, as_input_error
 from gptv_jax.tokens.palette import Palette
-from gptv_jax.weights.native import WeightsFile, choose_palette, read_class_head
-from gptv_jax.weights.strict_reader import StrictReader
+from gptv_jax.weights.native import WeightsFile, choose_palette
+from gptv_jax.weights.strict_reader import StrictReader, read_class_head
 
 LOG = logging.getLogger(__name__)
 SCOPE = "model/"

@@ -83,3 +83,15 @@ def load_lpips(path: str | pathlib.Path) -> lpips.Weights:
     """Reads the state dict of `lpips.LPIPS(net="vgg")`, see `read_state_dict`."""
     # The state dict holds the linear layers twice, and constants that `model.lpips` has.
     return read_state_dict(path, lpips.shapes(), "LPIPS with VGG-16", r"^(lins|scaling_layer)\.")
+
+
+def read_class_head(reader: StrictReader, name: str, width: int) -> dict[str, np.ndarray]:
+    """The parameters of a class head that does not standardise its input, if `name` is there."""
+    if name not in reader.shapes:
+        return {}
+    classes = reader.shapes[name][0] if reader.shapes[name] else 0
+    return {
+        "classifier.class_head": reader.take(name, (classes, width)),
+        "classifier.class_center": np.zeros(width, np.float32),
+        "classifier.class_scale": np.ones(width, np.float32),
+    }
