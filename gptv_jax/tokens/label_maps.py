@@ -93,11 +93,15 @@ class Cells(LabelCodec):
     def __init__(self, classes: int, shape: tuple[int, int], cell: int):
         super().__init__(classes, shape, cell, classes)
 
-    def encode(self, maps):
+    def counts(self, maps: Integer[np.ndarray, "B H W"]) -> Integer[np.ndarray, "B T C"]:
+        """The number of pixels of each class in every cell."""
         found = self.cells(maps)
         place = np.arange(len(found))[:, None] * (self.classes + 1) + found
         counts = np.bincount(place.ravel(), minlength=len(found) * (self.classes + 1))
-        counts = counts.reshape(len(maps), -1, self.classes + 1)[..., : self.classes]
+        return counts.reshape(len(maps), -1, self.classes + 1)[..., : self.classes]
+
+    def encode(self, maps):
+        counts = self.counts(maps)
         return counts.argmax(-1).astype(np.int32), counts.any(-1).astype(np.float32)
 
     def decode(self, tokens):
