@@ -24,7 +24,7 @@ from gptv_jax.model.gpt import Network
 from gptv_jax.probe import features, ridge, sgd
 from gptv_jax.probe.features import Features, Kept
 from gptv_jax.probe.logistic import draw, fit_probe, preference, with_few_labels
-from gptv_jax.runs import accuracy
+from gptv_jax.runs import accuracy, layers
 from gptv_jax.runs.context import Context
 from gptv_jax.stages import pretrained
 from gptv_jax.tasks import dense_probe
@@ -95,18 +95,17 @@ def _label_maps(
     best, floor = (
         max(range(len(each)), key=lambda i: each[i]["validation_miou"]) for each in (rows, random)
     )
-    layers = [
+    by_layer = [
         {"layer": i, **row, "random_init_test_miou": of_random["test_miou"]}
         for i, (row, of_random) in enumerate(zip(rows, random, strict=True))
     ]
-    files.write_json(context.folder.path / "probe" / "dense_layers.json", layers)
-    by_layer = {f"layer_{i}_test_miou": row["test_miou"] for i, row in enumerate(rows)}
+    files.write_json(context.folder.path / "probe" / layers.FILE, by_layer)
     return {
         "dense_best_layer": best,
-        **{name: value for name, value in rows[best].items() if name != "ridge"},
+        **{n: value for n, value in rows[best].items() if n not in ("ridge", "power")},
         "random_init_test_miou": random[floor]["test_miou"],
         "raw_pixels_test_miou": pixels["test_miou"],
-        **by_layer,
+        **{f"layer_{i}_test_miou": row["test_miou"] for i, row in enumerate(rows)},
     }
 
 

@@ -21,7 +21,7 @@ from gptv_jax.config import fields
 from gptv_jax.data import inventory
 from gptv_jax.decode.sampler import class_rows
 from gptv_jax.errors import shorten
-from gptv_jax.runs import accuracy, html, pictures
+from gptv_jax.runs import accuracy, html, layers, pictures
 from gptv_jax.runs.context import Context
 from gptv_jax.stages import STAGES
 
@@ -126,33 +126,11 @@ def pretrain(results: Results) -> Part:
 
 def probe(results: Results) -> Part:
     """What is read of labels, and of label maps, by layer."""
-    parts = _probe_of_labels(results), _probe_of_label_maps(results)
+    parts = (
+        _probe_of_labels(results),
+        layers.of_label_maps(results.folder / "probe", results.numbers("probe")),
+    )
     return "".join(content for content, _ in parts), "".join(tiles for _, tiles in parts)
-
-
-def _probe_of_label_maps(results: Results) -> Part:
-    """Mean IoU by layer, as a plot, which probe/dense_layers.png keeps."""
-    folder, found = results.folder / "probe", results.numbers("probe")
-    rows = files.read_json(folder / "dense_layers.json", [])
-    if not rows or not found:
-        return "", ""
-
-    def points(key: str) -> list[tuple]:
-        return [(row["layer"], row[key]) for row in rows if row[key] is not None]
-
-    curves = [
-        (points("validation_miou"), pictures.BLUE, "validation", ":", found["dense_best_layer"]),
-        (points("test_miou"), pictures.BLUE, "test"),
-        (points("random_init_test_miou"), pictures.ORANGE, "random init, test"),
-    ]
-    level = found["raw_pixels_test_miou"], "raw pixels, test"
-    png = pictures.plot("mean IoU of label maps", "layer", curves, level)
-    files.replace(folder / "dense_layers.png", png)
-    caption = "Classes of pixels, read linearly from each position. Ringed: the best on validation."
-    floors = {"raw pixels": "raw_pixels_test_miou", "random init": "random_init_test_miou"}
-    beside = [f"{name} {html.number(found[key])}" for name, key in floors.items()]
-    tile = html.tile("Probe, test mean IoU", html.number(found["test_miou"]), *beside)
-    return html.figure(png, caption), tile
 
 
 def _probe_of_labels(results: Results) -> Part:
