@@ -7,8 +7,8 @@ the prediction: without such a power rare classes are hardly ever predicted, whi
 (Menon et al. 2021, arXiv:2007.07314). The power and the strength are chosen on validation.
 Predictions are scored pixel by pixel at the size of the images that the network reads.
 
-Letters: S strengths times powers, L layers, B images, T positions of an image, N = B * T, D width, C classes,
-G = p * p cells of a position, K = G * C.
+Letters: S strengths times powers, L layers, B images, T positions of an image, N = B * T, D width,
+C classes, G = p * p cells of a position, K = G * C.
 """
 
 import functools
