@@ -85,7 +85,7 @@ def add(moments: Moments, features: Float[Array, "votes L B D"], batch: dict) ->
 
 
 def solve(
-    moments: Moments, strengths: Float[np.ndarray, "S L"], total: float = 1.0
+    moments: Moments, strengths: Float[np.ndarray, "S L"], total: int = 1
 ) -> tuple[np.ndarray, ...]:
     """Weights [S, L, C, D], biases [S, L, C] and shifts [L, D], on the host in float64.
 
