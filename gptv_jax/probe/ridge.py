@@ -101,7 +101,7 @@ def solve(
     for layer in range(L):
         products = (sums["products"][layer].astype(np.float64) - lost["products"][layer]) / count
         by_class = (sums["by_class"][layer].astype(np.float64) - lost["by_class"][layer]) / count
-        mean = by_class.sum(axis=0)
+        mean = by_class.sum(axis=0) / total
         covariance = products - np.outer(mean, mean)
         variance, varies = np.diag(covariance), np.diag(products) * CONSTANT
         scale = np.where(variance > varies, 1 / np.sqrt(np.maximum(variance, 1e-300)), 0.0)
