@@ -54,7 +54,7 @@ class Tfds:
             raise InputError(f"data set {name} has no feature called image; it has: {shown}.")
         kind = tfds.features.Image
         pictures = [n for n, each in info.features.items() if isinstance(each, kind)]
-        self._decoders = dict.fromkeys(pictures, tfds.decode.SkipDecoding())
+        self._decoders = dict.fromkeys((self._image, *pictures), tfds.decode.SkipDecoding())
         self._maps = config.maps and (config.maps, self._label_table(config, pictures))
         self.map_names = self._maps[1].names if self._maps else ()
         self.name = info.name
