@@ -35,20 +35,24 @@ QUIET = flags.DEFINE_bool("quiet", False, "Only warnings, errors and the result.
 _MISSING = re.compile(r"flag --(\w+)=None: ")
 
 
-def start(main: Callable[[config_lib.Config], None]) -> None:
+def start(main: Callable[[config_lib.Config], None], again: str = stopping.BEGINS_ANEW) -> None:
     """Runs `main(config)` as `run` does, with the configuration of the --config flag."""
     holder = flags.DEFINE_string("config", None, CONFIG_HELP, allow_override=True)
     flags.mark_flag_as_required("config")
     _show_in_help("config")
-    run(lambda: main(config_lib.resolve(holder.value)), _parse)
+    run(lambda: main(config_lib.resolve(holder.value)), _parse, again=again)
 
 
 def run(
-    main: Callable[..., None], parser: Callable = flags.FLAGS, takes_names: bool = False
+    main: Callable[..., None],
+    parser: Callable = flags.FLAGS,
+    takes_names: bool = False,
+    again: str = stopping.BEGINS_ANEW,
 ) -> None:
     """Parses the flags, calls `main()`, and ends with a sentence where the user can act on it.
 
     Arguments that are no flags are refused; where the command `takes_names` it is `main(names)`.
+    `again` says what a new start of the command does, after SIGTERM or an interrupt.
     Exit codes: 1 for an error that the user can mend, 70 for an unexpected error, 75 where another
     process died, 130 after an interrupt by the user, 141 where nobody reads the output any more,
     143 after SIGTERM.
@@ -78,7 +82,7 @@ def run(
             sys.__unraisablehook__(failed)
 
     _show_in_help("quiet")
-    stopping.install()
+    stopping.install(again)
     runtime.keep_memory()
     threading.excepthook, sys.unraisablehook = in_thread, in_callback
     try:

@@ -35,6 +35,11 @@ def shorten(items: Iterable, separator: str = ", ", room: int = 120) -> str:
     return shown
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 image`, or `2 images`."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def cut(text: str, room: int, end: int = 0) -> str:
     """The text as one line of at most `room` characters; what is cut ends `end` before its end."""
     text = " ".join(text.splitlines())

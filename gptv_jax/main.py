@@ -11,7 +11,7 @@ from absl import flags
 
 from gptv_jax import command, config
 from gptv_jax.errors import InputError
-from gptv_jax.hosts import distributed, runtime
+from gptv_jax.hosts import distributed, runtime, stopping
 from gptv_jax.stages import STAGES, run
 
 DEFAULT = "every possible stage but generate, which runs on request"
@@ -45,4 +45,4 @@ def main(settings: config.Config) -> None:
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("workdir")
-    command.start(main)
+    command.start(main, again=stopping.CONTINUES)

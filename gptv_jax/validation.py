@@ -94,6 +94,14 @@ def setting(name: str, value):
     return fields.checked(value, SETTINGS[name], name)
 
 
+def share(name: str, value) -> float:
+    """A number from 0 to 1."""
+    number = isinstance(value, numbers.Real | np.number) and not isinstance(value, bool)
+    if not number or not 0 <= value <= 1:
+        raise InputError(f"{name} is {value!r}; it takes a number from 0 to 1.")
+    return float(value)
+
+
 def images(given, codec: tokens.Codec) -> UInt8[np.ndarray, "B H W C"]:
     """One image or more, of the shape that the codec takes; also a list of Pillow images."""
     shape = codec.image_shape

@@ -10,6 +10,7 @@ from conftest import encoded, make_folder
 from PIL import Image
 
 from gptv_jax import config as config_lib
+from gptv_jax import tasks
 from gptv_jax.data import inventory, sources
 from gptv_jax.data.coco import Coco
 from gptv_jax.data.damage import DamageLog, DecodedSource
@@ -225,30 +226,42 @@ def test_categories_that_differ_between_splits_are_named(tmp_path):
 UNCHANGED = [[6, 4, 18, 14]]
 FAULTS = {
     "crowd": ({"iscrowd": 1}, None, [*UNCHANGED, UNCHANGED[0]]),
-    "no area": ({"bbox": [1, 1, 0, 5]}, "1 boxes have no area .* annotation 11", UNCHANGED),
-    "negative": ({"bbox": [9, 9, -3, 5]}, "1 boxes have a negative .* annotation 11", UNCHANGED),
+    "no area": (
+        {"bbox": [1, 1, 0, 5]},
+        "boxes have no area .*: 1, the first annotation 11",
+        UNCHANGED,
+    ),
+    "negative": ({"bbox": [9, 9, -3, 5]}, "boxes have a negative .*: 1, .* 11", UNCHANGED),
     "not finite": (
         {"bbox": [1, float("nan"), 3, 4]},
-        "1 annotations have no box of four finite numbers .* annotation 11",
+        "annotations have no box of four finite numbers .*: 1, .* annotation 11",
         UNCHANGED,
     ),
     "infinite": ({"bbox": [1, 1, float("inf"), 4]}, "no box of four finite numbers", UNCHANGED),
     "three numbers": ({"bbox": [1, 2, 3]}, "no box of four finite numbers", UNCHANGED),
     "no box": ({"bbox": None}, "no box of four finite numbers", UNCHANGED),
     "text": ({"bbox": ["a", 1, 2, 3]}, "no box of four finite numbers", UNCHANGED),
-    "outside": ({"bbox": [W, 3, 5, 5]}, "1 boxes lie outside .* annotation 11", UNCHANGED),
-    "above": ({"bbox": [2, -9, 5, 5]}, "1 boxes lie outside .* annotation 11", UNCHANGED),
+    "outside": ({"bbox": [W, 3, 5, 5]}, "boxes lie outside .*: 1, .* annotation 11", UNCHANGED),
+    "above": ({"bbox": [2, -9, 5, 5]}, "boxes lie outside .*: 1, .* annotation 11", UNCHANGED),
     "partly outside": (
         {"bbox": [-3, 20, 10, 2 * H]},
-        "1 boxes reach out of their image and are clipped, the first annotation 11",
+        "boxes reach out of their image and are clipped: 1, the first annotation 11",
         [*UNCHANGED, [20, 0, H, 7]],
     ),
     "rounded": ({"bbox": [-0.01, 20, 7.01, H - 19.99]}, None, [*UNCHANGED, [20, 0, H, 7]]),
-    "unknown category": ({"category_id": 8}, "1 annotations of no category .* 11", UNCHANGED),
-    "category as text": ({"category_id": "7"}, "1 annotations of no category .* 11", UNCHANGED),
-    "category as list": ({"category_id": [7]}, "1 annotations of no category .* 11", UNCHANGED),
-    "unknown image": ({"image_id": 77}, "1 annotations of no image .* annotation 11", UNCHANGED),
-    "repeated": ({"id": 10}, "1 annotations repeat one before, id and all", UNCHANGED),
+    "unknown category": ({"category_id": 8}, "annotations of no category .*: 1, .* 11", UNCHANGED),
+    "category as text": (
+        {"category_id": "7"},
+        "annotations of no category .*: 1, .* 11",
+        UNCHANGED,
+    ),
+    "category as list": (
+        {"category_id": [7]},
+        "annotations of no category .*: 1, .* 11",
+        UNCHANGED,
+    ),
+    "unknown image": ({"image_id": 77}, "annotations of no image .*: 1, .* 11", UNCHANGED),
+    "repeated": ({"id": 10}, "annotations repeat one before, id and all.*: 1,", UNCHANGED),
     "id of another": (
         {"id": 10, "bbox": [0, 0, 5, 5]},
         None,
@@ -303,12 +316,29 @@ def test_counts_follow_the_split_expression(tmp_path):
         assert counts == wanted
 
 
+def test_training_images_with_more_objects_than_a_sequence_holds_are_told(tmp_path, caplog):
+    more = [annotation(501 + i, 1) for i in range(3)] + [annotation(510, 2)]
+    more.append(annotation(511, 3, iscrowd=1))  # no object of a sequence
+    write(tmp_path, {"train.json": coco(20, annotations=tuple(more))}, {"images": range(1, 21)})
+    shares = {"train_split": "train", "validation_split": "train", "test_split": "train"}
+    data = dataclasses.replace(settings(tmp_path), **shares)
+    assert sorted(sources.open_source(data, "train").objects_by_image())[-3:] == [1, 2, 4]
+    for objects, words in ((1, "2 of 20"), (3, "1 of 20"), (4, None)):
+        caplog.clear()
+        detect = config_lib.Detect(objects=objects)
+        task = config_lib.Task(name="detect", detect=detect)
+        tasks.make(config_lib.Config(data=data, task=task)).check()
+        found = [record.getMessage() for record in caplog.records]
+        assert len(found) == bool(words)
+        assert all(f"{words} training images have more objects" in line for line in found)
+
+
 def test_images_whose_ids_repeat_are_left_out_and_named(tmp_path):
     twice = {"id": 2, "file_name": "other.png", "height": H, "width": W}
     data_set, source = opened(tmp_path, coco(images=(twice,)))
     assert sorted(by_id(source)) == [1, 2, 3, 4]
     (note,) = data_set.notes
-    assert "1 images whose id an image before has are left out, the first 2 (other.png)" in note
+    assert "images whose id an image before has are left out: 1, the first 2 (other.png)" in note
 
 
 def test_images_without_a_file_are_left_out_with_their_boxes(tmp_path):
@@ -316,7 +346,7 @@ def test_images_without_a_file_are_left_out_with_their_boxes(tmp_path):
     data_set, source = opened(tmp_path, content, count=39)
     assert sorted(by_id(source)) == list(range(1, 40))
     (note,) = data_set.notes
-    assert "1 images are not in" in note and note.endswith("the first 40 (0040.png)")
+    assert "images are not in" in note and note.endswith(": 1, the first 40 (0040.png)")
     np.testing.assert_array_equal(by_id(source)[39]["boxes"], UNCHANGED)
     for fields in ({"max_damaged": 0.02}, {"damaged": "fail"}):
         with pytest.raises(InputError, match=r"1 of 40 images .* such as 0040.png; .*max_damaged"):
@@ -703,7 +733,9 @@ def test_run_lengths_cover_what_lies_behind_smaller_objects(tmp_path, kind):
 def test_the_box_of_an_object_without_an_outline_has_no_class(tmp_path, outline):
     source = outlined(tmp_path, outline)
     notes = sources.open_data_set(settings(tmp_path, maps="semantic,masks", max_damaged=1.0)).notes
-    assert any("1 annotations have no polygon and no run lengths" in each for each in notes)
+    assert any(
+        "annotations without polygons and run lengths: 1, the first" in each for each in notes
+    )
     record = source[0]
     assert not record["masks"][0].any()
     np.testing.assert_array_equal(
@@ -715,16 +747,18 @@ def test_the_box_of_an_object_without_an_outline_has_no_class(tmp_path, outline)
 @pytest.mark.parametrize(
     ("outline", "reason"),
     [
-        ({"size": [H, W + 1], "counts": [H * (W + 1)]}, "run lengths are of"),
+        ({"size": [H, W + 1], "counts": [H * (W + 1)]}, f"run lengths are of [{H}, {W + 1}]"),
         ({"size": [H, W], "counts": [5, 5]}, "not of all pixels"),
         ({"counts": [H * W]}, "size"),
-        ([[1, 2, 3, float("nan"), 5, 9]], "not finite"),
+        ({"size": [H, W], "counts": "!~!"}, "cannot be read"),
+        ([[1, 2, 3, float("nan"), 5, 9]], "far outside"),
+        ([[1, 2, 3, 1e12, 5, 9]], "far outside"),
         ("text", "cannot be read"),
     ],
 )
 def test_an_outline_that_cannot_be_read_makes_its_image_a_damaged_one(tmp_path, outline, reason):
     decoded = DecodedSource(outlined(tmp_path, outline), Decode())
-    assert "the outline of its object 0 in train.json" in decoded.reason(0)
+    assert "an outline of its objects in train.json cannot be read: " in decoded.reason(0)
     assert reason in decoded.reason(0)
 
 

@@ -151,7 +151,9 @@ def test_images_that_all_look_blank_or_dark_are_warned_of_once(
     warned = [record.getMessage() for record in caplog.records]
     assert len(warned) == bool(words)
     for line in warned:
-        assert f"first 32 images of {tmp_path}" in line and len(line) <= 300 + len(str(tmp_path))
+        assert f"images of {tmp_path} (32 looked at)" in line and len(line) <= 300 + len(
+            str(tmp_path)
+        )
         assert all(word in line for word in words)
         assert "maximum" not in line  # files of 8 bits have none
 

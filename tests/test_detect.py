@@ -19,16 +19,19 @@ from gptv_jax.config import fields
 from gptv_jax.data import cache, pipeline, sources
 from gptv_jax.data.damage import DamageLog
 from gptv_jax.data.records import to_image, to_original
-from gptv_jax.decode import answers
 from gptv_jax.errors import InputError
 from gptv_jax.stages.run import run_stages
 from gptv_jax.tasks import average_precision, detect, drawing
 from gptv_jax.tasks.average_precision import PRECISIONS, RECALLS
-from gptv_jax.tasks.boxes import Detections
+from gptv_jax.tasks.boxes import Detections, intersection
 from gptv_jax.tasks.detect import Detect
 from gptv_jax.weights.native import WeightsFile
 
 NAMES = ("cup", "dog", "tree")
+COMPILED = []  # programs of this process, their seconds
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, seconds, **_: COMPILED.append(seconds) if "backend_compile" in event else None
+)
 SIZE = (48, 64)
 
 
@@ -233,6 +236,15 @@ def test_objects_are_found_in_images_of_any_size_in_their_own_pixels(tmp_path):
             model.detect([wrong])
     with pytest.raises(InputError, match="random"):
         model.detect([plain], votes=["flip(0.5)"])
+    for threshold in (-0.1, 50.0, float("nan")):
+        with pytest.raises(InputError, match=r"threshold is .*; it takes a number from 0 to 1"):
+            model.detect([plain], threshold)
+    calls = [model.complete, model.outpaint, model.surprise, model.log_likelihood, model.features]
+    given = [*((call, plain[None]) for call in (*calls, model.tokenize)), (model.sample, 1)]
+    given += [(call, np.zeros((1, 48), np.int32)) for call in (model.detokenize, model.logits)]
+    for call, argument in given:
+        with pytest.raises(InputError, match=r"it takes model\.detect\(images\) alone"):
+            call(argument)
     with pytest.raises(InputError, match=r"takes a list of images, as in detect\(\[image\]\)"):
         model.detect(plain)
     pixels = np.random.default_rng(0).integers(256, size=(40, 60, 3)).astype(np.uint8)
@@ -286,9 +298,26 @@ def test_boxes_are_drawn_where_the_objects_are_and_small_images_are_enlarged():
     assert drawn[100, 100] and drawn[149, 249] and not drawn[80:145, 110:240][25:].any()
     sheet = drawing.detections([(record, likely), (record, nothing)], NAMES)
     assert sheet.shape == (18 + 208, 4 * 308, 3)
-    unlikely = likely._replace(scores=np.array([0.1], np.float32))
+    unlikely = Detections(box, likely.labels, np.array([0.1], np.float32))
     hidden = drawing.detections([(record, unlikely)], NAMES)
     assert hidden[18:218, 308:608].max() == 0
+
+
+def test_labels_lie_at_their_boxes_and_cover_no_other_label_where_there_is_room():
+    rng, canvas = np.random.default_rng(0), (240, 320)
+    for count in (1, 4, 9):
+        corners = rng.uniform((0, 0), (180, 240), (count, 2))
+        boxes = np.concatenate([corners, corners + rng.uniform(20, 60, (count, 2))], axis=1)
+        for given in (boxes, np.repeat(boxes[:1], min(count, 4), axis=0)):  # also in one place
+            places = drawing.label_places(given, [(16, 50)] * len(given), canvas)
+            assert (places[:, :2] >= 0).all() and (places[:, 2:] <= canvas).all()
+            assert (places[:, 2:] - places[:, :2] == (16, 50)).all()
+            assert not (intersection(places, places) - np.eye(len(given)) * 16 * 50).any()
+            near = np.add(given, [-1, -1, 1, 1])  # rounded to pixels
+            assert (np.diag(intersection(near, places)) > 0).all()
+    crowd = np.repeat(boxes[:1], 30, axis=0)  # without room every label is in the picture
+    places = drawing.label_places(crowd, [(16, 50)] * 30, canvas)
+    assert (places[:, :2] >= 0).all() and (places[:, 2:] <= canvas).all()
 
 
 def free_port() -> int:
@@ -389,6 +418,10 @@ def test_detection_is_learned_from_a_token_cache_and_shown_in_its_pictures(cache
     assert found["finetune/test_ap_of_0"] is None or 0 <= found["finetune/test_ap_of_0"] <= 1
     rows = json.loads((tmp_path / "run/finetune/detections-test.json").read_text())
     assert {row["image_id"] for row in rows} == {"a/é.jpg", 7}
+    page = (tmp_path / "run/report.html").read_text()
+    # Classes and accuracies are of whole images, which have neither here.
+    assert "calibration_error" in page and "classes: none" not in page
+    assert "standard error" not in page and "so an accuracy has" not in page
 
 
 def test_boxes_and_detections_of_a_cache_lie_in_one_frame(cached):
@@ -449,10 +482,9 @@ def test_a_second_call_compiles_nothing():
     with jax.set_mesh(mesh):
         model = gptv_jax.Model(described, random_params(task.network()), mesh)
     images = np.random.default_rng(0).integers(256, size=(4, *SIZE, 1), dtype=np.uint8)
-    first = model.detect(images)
-    compiled = answers.answer._cache_size()
+    first, compiled = model.detect(images), COMPILED.copy()
     again = model.detect(images[:3])
-    assert answers.answer._cache_size() == compiled
+    assert compiled and compiled == COMPILED
     for a, b in zip(first, again, strict=False):
         np.testing.assert_array_equal(a.boxes, b.boxes)
 

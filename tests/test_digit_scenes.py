@@ -24,6 +24,7 @@ def test_records_hold_what_the_docstring_says(records):
             "boxes": ("float32", (n, 4)),
             "box_labels": ("int32", (n,)),
             "crowd": ("bool", (n,)),
+            "area": ("float32", (n,)),
             "masks": ("bool", (n, H, W)),
             "segmentation": ("uint8", (H, W)),
         }
@@ -35,6 +36,8 @@ def test_records_hold_what_the_docstring_says(records):
 def test_boxes_are_tight_around_masks_and_agree_with_the_label_map(records):
     for record in records:
         assert record["masks"].sum(axis=0).max() == 1  # no pixel has two owners
+        # COCO's area of an object is that of its mask, not of its box.
+        np.testing.assert_array_equal(record["area"], [mask.sum() for mask in record["masks"]])
         drawn = np.zeros_like(record["segmentation"])
         for box, mask, label in zip(
             record["boxes"], record["masks"], record["box_labels"], strict=True

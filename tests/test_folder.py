@@ -228,9 +228,10 @@ def test_a_csv_file_gives_the_labels(tmp_path, caplog):
         **dict.fromkeys(("2.png", "3.png", "x/6.jpg"), "cat"),
     }
     assert any(
-        "1 images without a row or a label" in note and "5.png" in note for note in data_set.notes
+        "1 image left out, without a row or a label" in note and "5.png" in note
+        for note in data_set.notes
     )
-    assert any("1 rows" in note and "9.png" in note for note in data_set.notes)
+    assert any("1 row of" in note and "9.png" in note for note in data_set.notes)
 
 
 def test_a_csv_file_labels_the_splits_of_a_folder(tmp_path):
@@ -349,7 +350,7 @@ def test_too_few_images_end_in_a_sentence_that_leads_on(tmp_path, count):
     with pytest.raises(InputError, match="each split needs 1 image, but") as caught:
         setup.open_run(config, str(tmp_path / "run"))
     message = str(caught.value)
-    assert f"train ({count} images)" in message and len(message) <= 300
+    assert f"train ({count} image{'s' * (count > 1)})" in message and len(message) <= 300
     assert not (tmp_path / "run").exists()
     assert ("3 are the fewest" in message) == (count < 3)
     if count >= 3:

@@ -101,7 +101,7 @@ def test_images_of_another_shape_are_named(codec, unchecked):
         codec.encode(random_image(2, 16, 16, 1))
     with pytest.raises(ValueError, match=rf"images are float32 .*{takes}"):
         codec.encode(random_image(2, 16, 16, 3).astype(np.float32) / 255)
-    with pytest.raises(InputError, match=r"an image is 8 x 8 x 3, but tokens are made of 16 x 16"):
+    with pytest.raises(InputError, match=r"an image is 8 x 8 x 3, but 16 x 16 x 3 is needed"):
         pipeline.to_tokens(codec, {"image": random_image(8, 8, 3)})
 
 

@@ -141,8 +141,13 @@ def test_an_object_goes_with_its_last_pixel_or_by_the_share_that_stays():
 def test_what_cannot_follow_is_refused():
     for entry in ("rotate()", "random_augment()"):
         assert apply((entry,), {"image": drawn(0)["image"]}, 0)["image"].shape == (40, 60, 1)
-        with pytest.raises(InputError, match="rotate and random_augment move pixels without"):
+        with pytest.raises(
+            InputError, match="rotate and random_augment move pixels, but not the boxes"
+        ):
             apply((entry,), drawn(0), 0)
+        masks = {name: drawn(0)[name] for name in ("image", "masks")}
+        with pytest.raises(InputError, match=r"config\.data\.train_transforms"):
+            apply((entry,), masks, 0)
 
 
 def test_flips_of_probability_one_are_not_random_and_take_no_generator():
@@ -323,14 +328,14 @@ def test_a_token_cache_gives_back_what_lies_in_the_images(config, tmp_path):
     empty = 0
     for index, wanted in enumerate(images):
         found = source[index]
-        names = {"boxes", "box_labels", "crowd", "segmentation", "view"}
+        names = {"boxes", "box_labels", "crowd", "area", "segmentation", "view"}
         assert found.keys() == names | {"tokens"}
         for name in names:
             assert found[name].dtype == wanted[name].dtype
             np.testing.assert_array_equal(found[name], wanted[name])
         np.testing.assert_array_equal(found["tokens"], wanted["image"][..., 0])
         known = source.annotations(index)
-        assert known.keys() == {"boxes", "box_labels", "crowd", "segmentation"}
+        assert known.keys() == {"boxes", "box_labels", "crowd", "area", "segmentation"}
         kept = np.isin(known["box_labels"], truth.annotations(index)["box_labels"])
         assert kept.all()
         part = np.clip(truth.annotations(index)["boxes"], (2, 3, 2, 3), (30, 45, 30, 45))

@@ -8,7 +8,7 @@ from typing import ClassVar
 import jax
 import numpy as np
 import pytest
-from conftest import made_once
+from conftest import made_once, make_mesh, random_params
 
 import gptv_jax
 from gptv_jax import config as config_lib
@@ -147,20 +147,37 @@ def test_a_model_keeps_its_task_and_draws_with_the_pretrained_weights(run, tmp_p
         again.weights_file().headless()
 
 
-def test_the_cached_decoder_answers_what_the_whole_pass_says(run):
-    model = gptv_jax.load(run[0], "finetune")
-    network, source = model.network, sources.open_source(CONFIG.data, "test")
-    images = np.stack([source[i]["image"] for i in range(8)])
-    settings = Restriction(np.float32(0), np.int32(LEVELS), np.float32(1))
-    with jax.set_mesh(model.mesh):
-        tokens = sharding.shard_rows(model.tokenize(images))
-        key = jax.random.key(0)
-        drawn, likely = answers.answer(network, model.params, tokens, None, key, settings)
-        whole = network.bind(model.params)(drawn).logits["level"][:, 0]
-        found = jax.nn.softmax(whole, axis=-1)
-    np.testing.assert_array_equal(drawn[:, -1], np.argmax(found, axis=-1))
-    np.testing.assert_allclose(likely[:, -1], np.max(found, axis=-1), rtol=1e-4)
-    assert len({*np.asarray(drawn)[:, -1].tolist()}) > 1
+class Halves(Level):
+    """The levels of both halves, two tokens: the second is drawn with the first in the cache."""
+
+    def parts(self):
+        return (Part("level", LEVELS, (2,)),)
+
+
+def test_the_cached_decoder_answers_what_the_whole_pass_says():
+    network, rng = Halves(CONFIG).network(), np.random.default_rng(0)
+    tokens = rng.integers(network.vocabulary, size=(8, 64), dtype=np.int32)
+    settings = Restriction(np.float32(1), np.int32(LEVELS), np.float32(1))
+    with jax.set_mesh(make_mesh((1, 1, 1))):
+        params, given = random_params(network), sharding.shard_rows(tokens)
+        drawn, likely = answers.answer(network, params, given, None, jax.random.key(0), settings)
+        whole = jax.nn.softmax(network.bind(params)(drawn).logits["level"], axis=-1)
+    levels = np.asarray(drawn)[:, -2:]
+    np.testing.assert_array_equal(drawn[:, :-2], tokens)
+    found = np.take_along_axis(np.asarray(whole), levels[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(likely[:, -2:], found, rtol=1e-4)
+    assert found.std(axis=0).min() > 1e-3 and len(np.unique(levels)) > 2
+
+
+ROTATED = {
+    "data": {
+        "name": "digit_scenes",
+        "image_size": (32, 48),
+        "train_transforms": ("flip()", "rotate()"),
+    },
+    "tokens": {"kind": "none"},
+    "task": {"name": "detect", "image_input": "pixels", "stem": (8, 8, 8)},
+}
 
 
 @pytest.mark.parametrize(
@@ -171,6 +188,7 @@ def test_the_cached_decoder_answers_what_the_whole_pass_says(run):
         ({"task": {"image_input": "pixels", "stem": ()}}, None, "classify reads tokens alone"),
         ({"task": {"name": "level"}, "model": {"objective": "bert"}}, None, "for images alone"),
         ({"tokens": {"kind": "none"}}, None, r"tokens\.kind is 'none'"),
+        (ROTATED, ["finetune"], r"not the boxes, .*config\.data\.train_transforms"),
     ],
 )
 def test_what_does_not_go_together_is_refused_in_one_sentence(changes, stages, words, tmp_path):

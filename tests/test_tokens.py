@@ -128,9 +128,7 @@ def test_the_similarity_order_is_that_of_luminance():
 
 
 def test_a_palette_takes_no_grey_images():
-    with pytest.raises(
-        InputError, match=r"an image is 8 x 8 x 1, but tokens are made of 8 x 8 x 3"
-    ):
+    with pytest.raises(InputError, match=r"an image is 8 x 8 x 1, but 8 x 8 x 3 is needed"):
         pipeline.to_tokens(PaletteCodec(random_palette(4), 8), {"image": random_image(8, 8, 1)})
 
 

@@ -1,19 +1,18 @@
 """`Model`, a trained network that takes NumPy arrays and gives NumPy arrays."""
 
 import dataclasses
-import functools
 import logging
 import pathlib
 from collections.abc import Callable, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image
 
-from gptv_jax import files, sharding, tasks, validation
+from gptv_jax import files, sharding, validation
 from gptv_jax.api import detection
+from gptv_jax.api.forward import forward
 from gptv_jax.decode import generation
 from gptv_jax.decode.sampler import Sampler, Section, by_pixel, kept_tokens
 from gptv_jax.errors import InputError
@@ -21,7 +20,6 @@ from gptv_jax.model.gpt import Network
 from gptv_jax.tasks.boxes import Detections
 from gptv_jax.tasks.detect import Detect
 from gptv_jax.tokens.codec import AnyArray
-from gptv_jax.train import objective
 from gptv_jax.validation import Labels, arguments_by_name
 from gptv_jax.weights import hub, native
 from gptv_jax.weights.native import WeightsFile
@@ -89,12 +87,12 @@ class Model:
 
     def tokenize(self, images: Images) -> Int[np.ndarray, "B T"]:
         """Int32 tokens, 0 <= token < V, in raster order."""
-        if self.codec is None:
-            raise InputError("this model has no tokens: its network reads pixels alone.")
+        self._with_tokens()
         return self.codec.encode(validation.images(images, self.codec))
 
     def detokenize(self, tokens: Tokens) -> UInt8[np.ndarray, "B H W C"]:
         """The images that the tokens stand for; for a lossless codec the inverse of `tokenize`."""
+        self._with_tokens()
         return self.codec.decode(validation.sequences(tokens, self.network))
 
     @arguments_by_name
@@ -127,11 +125,12 @@ class Model:
         L is the output of the final norm; None: the layer that the probe chose, on the pretrained
         weights.
         """
-        last, chosen = self.network.config.layers, self._described.best_layer
+        tokens, last = self.tokenize(images), self.network.config.layers
+        chosen = self._described.best_layer
         if layer is None and chosen is None:
             raise InputError(f"the probe has not run, so name a layer: 0 to {last}.")
         layer = validation.whole(chosen if layer is None else layer, "layer", most=last)
-        return self._forward(self.tokenize(images), "pooled")[:, layer]
+        return self._forward(tokens, "pooled")[:, layer]
 
     def classify(self, images: Images) -> Float[np.ndarray, "B classes"]:
         """Float32 class probabilities of a fine-tuned model; with bert, means over its masks."""
@@ -166,6 +165,7 @@ class Model:
                 "this model does not detect objects; load a run with config.task.name=detect whose "
                 "stage finetune has finished."
             )
+        threshold = validation.share("threshold", threshold)
         votes = task.settings.votes if votes is None else votes
         with jax.set_mesh(self.mesh):
             found = detection.detect(task, self.network, self.params, self.codec, images, votes)
@@ -238,8 +238,8 @@ class Model:
         the left know only the rows above them, and tokens above do not know what is below, so an
         edge may show there. The tokens of the image itself stay.
         """
-        margins = validation.margins(self.codec, top=top, bottom=bottom, left=left, right=right)
         key, tokens = Section.OUTPAINTED.key(validation.seed(seed)), self.tokenize(images)
+        margins = validation.margins(self.codec, top=top, bottom=bottom, left=left, right=right)
         sampler, labels = self._sampler(len(tokens), labels, drawing)
         with jax.set_mesh(self.mesh):
             grids = sampler.outpaint(tokens, margins, key, labels)
@@ -265,18 +265,19 @@ class Model:
         arrays = {name: np.asarray(leaf) for name, leaf in sharding.by_name(self.params).items()}
         return dataclasses.replace(self._described, params=arrays)
 
-    def _task(self, name: str) -> tasks.Task:
-        """The task that the model was fine-tuned for; InputError where it is not `name`."""
-        task = self._described.learned_task
-        if task is None or task.config.task.name != name:
+    def _with_tokens(self) -> None:
+        """InputError where the network reads images as pixels alone."""
+        if self.codec is None:
+            name = self._described.task.name
+            method = f"model.{name}(images)" if hasattr(type(self), name) else f"the task {name}"
             raise InputError(
-                f"{name} needs a model that was fine-tuned with config.task.name={name}; "
-                f"{self._described.made_for}."
+                "this model reads pixels and has no image tokens (config.tokens.kind=none), so it "
+                f"neither draws images nor gives likelihoods or features; it takes {method} alone."
             )
-        return task
 
     def _of_images(self, network: Network) -> None:
         """InputError where the network does not predict all tokens of an image and nothing else."""
+        self._with_tokens()
         if network.several:
             raise InputError(
                 f"{self._described.made_for}, so only the method of this task reads images with "
@@ -300,6 +301,7 @@ class Model:
 
     def _sampler(self, rows: int, labels: Labels, drawing: dict, draws: bool = True):
         """A sampler with these settings, that draws images or gives likelihoods; and the labels."""
+        self._with_tokens()
         what = "draw images" if draws else "give likelihoods"
         if self.network.config.objective != "autoregressive":
             raise InputError(
@@ -328,23 +330,5 @@ class Model:
         labels = validation.labels(labels, len(tokens), self.network, self.classes)
         with jax.set_mesh(self.mesh):
             inputs = jax.tree.map(sharding.shard_rows, (tokens, labels))
-            result = _forward(self.network, self.params, *inputs, output)
+            result = forward(self.network, self.params, *inputs, output)
         return np.asarray(result)[: len(tokens)]
-
-
-@functools.partial(jax.jit, static_argnames=("network", "output"))
-def _forward(
-    network: Network, params: dict, tokens: jax.Array, labels: jax.Array | None, output: str
-) -> jax.Array:
-    """One output of the network: "logits", "pooled" features [B, L+1, D] or "classes"."""
-    if output == "logits":
-        return network.bind(params)(tokens, labels).logits
-    if network.config.objective == "bert":  # sees images under masks, as in training
-        batch = {"tokens": tokens, "variant": None, "index": jnp.arange(len(tokens))}
-        each = (objective.evaluate_batch(network, params, batch, v) for v in range(network.votes))
-        votes = [found for found, _ in each]
-    else:
-        votes = [network.bind(params)(tokens, labels)]
-    if output == "pooled":
-        return sum(vote.pooled for vote in votes).swapaxes(0, 1) / len(votes)
-    return sum(jax.nn.softmax(vote.class_logits, axis=-1) for vote in votes) / len(votes)

@@ -33,12 +33,12 @@ class Data:
     name: str = "digits"  # one of data.sources.SETS, or the name of a TFDS set
     # TFDS: the folder of all prepared sets (data_dir), or of this set; None: TFDS's default.
     dir: str | None = field(None, free=True)
-    # folder: the folder of images; arrays: an .npz file; coco: the folder of a COCO data set, or a
-    # JSON file of it; tokens: a folder made by gptv_jax.prepare.
+    # folder: the folder of images; arrays: an .npz file; coco: the folder of a COCO data set, or
+    # one of its JSON files; tokens: a folder made by gptv_jax.prepare.
     path: str | None = field(None, free=True)
     # coco: JSON files and folders of images, relative to `path`; None: found by their names. A
     # pattern such as "labels/{split}.json", or one for each of train, validation and test, in this
-    # order and with commas between; a single folder of images is that of all splits.
+    # order and with commas between; a single folder of images holds the images of all splits.
     annotations: str | None = field(None, free=True)
     images: str | None = field(None, free=True)
     # Label maps, a class for every pixel. folder: their files, relative to `path`, such as

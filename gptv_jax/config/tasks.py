@@ -15,7 +15,7 @@ THREE_SHARES = (
 class Detect:
     """Objects as tokens: y0 x0 y1 x1 class of each (Pix2seq, Chen et al. 2022, arXiv:2109.10852).
 
-    Where nothing else is said, the defaults are those of Pix2seq.
+    Where a field says nothing else, its default is the value of Pix2seq.
     """
 
     objects: int = field(100, POSITIVE)  # most objects of an image, real and noise ones together

@@ -108,7 +108,7 @@ class Coco:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CocoSplit:
-    """The images of a split and, as arrays over all of them, their boxes."""
+    """The images of a split; arrays over all images hold the boxes."""
 
     file: pathlib.Path  # the JSON file
     folder: pathlib.Path
@@ -158,6 +158,11 @@ class CocoSplit:
             "by_class": np.bincount(self.box_labels[kept]).tolist(),
         }
 
+    def objects_by_image(self, rows: range) -> np.ndarray:
+        """The number of objects of each image, crowds left out, int64 [n]."""
+        before = np.append(0, np.cumsum(~self.crowd))
+        return np.diff(before[self.offsets[rows.start : rows.stop + 1]])
+
     def _fitting(self, index: int, encoded: bytes) -> bytes:
         """The image file, whose pixels are those that the boxes count; DamagedImageError if not.
 
@@ -193,7 +198,7 @@ def _index(
 
     def tell(what: str, faulty: Sequence | np.ndarray, name: Callable[[int], str]) -> None:
         if len(faulty):
-            note(f"{file}: {len(faulty)} {what}, the first {name(faulty[0])}")
+            note(f"{file}: {what}: {len(faulty)}, the first {name(faulty[0])}")
 
     images, entries = content["images"], content["annotations"]
     image_of: dict[int, int] = {}
@@ -258,7 +263,7 @@ def _index(
     if shapes:
         given, spans = [shape_of[i] for i in rows], content["spans"]
         outlines = coco_masks.Outlines.of(file, shapes, given, spans)
-        tell("annotations have no polygon and no run lengths", rows[outlines.lack()], entry_name)
+        tell("annotations without polygons and run lengths", rows[outlines.lack()], entry_name)
     boxes = boxes[rows]
     own = (boxes[:, 2:] - boxes[:, :2]).prod(1)
     with np.errstate(invalid="ignore"):
@@ -306,7 +311,7 @@ def _sizes(folder: pathlib.Path, images: list[dict], names: list[str]) -> np.nda
 
 
 def _numbers(values: list, count: int) -> np.ndarray:
-    """Lists of `count` numbers each, as float64 [N, count]; NaN where a list is none of these."""
+    """Lists of `count` numbers each, as float64 [N, count]; NaN for anything else."""
     try:
         return np.array(values, np.float64).reshape(len(values), count)
     except (TypeError, ValueError):

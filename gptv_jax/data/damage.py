@@ -26,7 +26,8 @@ MIN_IMAGES = 200  # the share of damaged images is taken of at least so many, or
 class DecodedSource:
     """A source of pixels on top of a source of image files.
 
-    The record of the next good image replaces that of a damaged one, whose number "damaged" holds.
+    The record of the next good image replaces the record of a damaged image; "damaged" holds the
+    number of the damaged image.
     """
 
     def __init__(self, source, decode: Decode):

@@ -1,8 +1,8 @@
 """Scenes of handwritten digits with boxes, masks and a label map, drawn on the fly.
 
 scikit-learn's digits (`arrays.digits`, with the same split) are resized and scattered over a canvas
-with noise, specks and strokes. Scene k of a split is drawn by a random generator of its own, so it
-is always the same, in any order and on any number of workers.
+with noise, specks and strokes. Each scene of a split has a random generator, seeded by the scene's
+number, so a scene depends neither on the order of reading nor on the number of workers.
 """
 
 import dataclasses
@@ -72,8 +72,9 @@ def scene(split: str, index: int, seed: int = 0) -> dict[str, np.ndarray]:
 
     "image" is uint8 [H, W, 1]. Of each of the n digits, "boxes" float32 [n, 4] (y0, x0, y1, x1,
     pixels) is tight around its visible ink, "box_labels" int32 [n] is its class, "crowd" bool [n]
-    is False and "masks" bool [n, H, W] is its visible ink; masks do not overlap. "segmentation"
-    uint8 [H, W] has 1 + class on a digit's ink, 0 elsewhere.
+    is False, "masks" bool [n, H, W] is its visible ink and "area" float32 [n] the number of pixels
+    of its mask, as in COCO; masks do not overlap. "segmentation" uint8 [H, W] has 1 + class on a
+    digit's ink, 0 elsewhere.
     """
     rng = np.random.default_rng((seed, SPLITS.index(split), index))
     choices, classes = drawings(split)
@@ -105,6 +106,7 @@ def scene(split: str, index: int, seed: int = 0) -> dict[str, np.ndarray]:
         "boxes": np.stack([_bounds(mask) for mask in masks]),
         "box_labels": np.array(labels, np.int32),
         "crowd": np.zeros(len(labels), bool),
+        "area": masks.sum(axis=(1, 2)).astype(np.float32),
         "masks": masks,
         "segmentation": values[owner],
     }

@@ -12,7 +12,7 @@ from jaxtyping import UInt8
 from PIL import ExifTags, Image, ImageOps
 
 from gptv_jax.config.fields import ABOVE_ZERO, POSITIVE, field
-from gptv_jax.data.records import Record, to_array, to_picture
+from gptv_jax.data.records import OBJECTS, PICTURE, PLANES, Record, to_array, to_picture
 from gptv_jax.errors import InputError, first_line
 
 # Pillow warns of unusual metadata. The filter is global, since a context is not thread-safe.
@@ -39,14 +39,15 @@ class Transform:
     random: ClassVar[bool] = False  # whether the generator is used; not allowed in evaluation
     # False: the transform only moves pixels, so that it may move tokens of a cache.
     needs_pixels: ClassVar[bool] = True
-    in_place: ClassVar[bool] = True  # False: `pixels` moves pixels, but boxes cannot follow
+    in_place: ClassVar[bool] = True  # False: `pixels` moves pixels, but boxes and masks stay
 
     def __call__(self, record: Record, rng: np.random.Generator | None = None) -> Record:
         """Transforms one record; `rng` is the generator of this example, None in evaluation."""
-        if not self.in_place and {"boxes", "segmentation"} & set(record):
+        if not self.in_place and set(record) & {*PLANES, *OBJECTS} - {*PICTURE}:
             raise InputError(
-                "the transforms rotate and random_augment move pixels without their boxes and "
-                "label maps; leave both out of the lists of transforms of this task."
+                "rotate and random_augment move pixels, but not the boxes, masks and label maps "
+                "that this task reads; remove both transforms from config.finetune.train_transforms"
+                " or, where that list is empty, from config.data.train_transforms."
             )
         return {**record, "image": self.pixels(record["image"], rng)}
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from gptv_jax import config as config_lib
 from gptv_jax.data import sources
-from gptv_jax.errors import shorten
+from gptv_jax.errors import counted, shorten
 
 LOG = logging.getLogger(__name__)
 MAPS = 128  # label maps whose pixels are counted
@@ -44,13 +44,13 @@ def log(config: config_lib.Data, found: dict, opened: dict[str, sources.Selected
     source = opened.get("train") or next(iter(opened.values()))
     names = source.class_names or tuple(map(str, range(source.classes)))
     counts = found["by_class"].get("train")
-    classes, counted = f"{source.classes} classes", names
+    classes, listed = f"{source.classes} classes", names
     if counts:
         classes += " with training images"
-        counted = [f"{name} {count}" for name, count in zip(names, counts, strict=True)]
+        listed = [f"{name} {count}" for name, count in zip(names, counts, strict=True)]
     parts = [
         f"images: {', '.join(images)}",
-        f"{classes}: {shorten(counted)}" if names else "no labels",
+        f"{classes}: {shorten(listed)}" if names else "no labels",
         *objects_in_words(source.object_names, found["objects"]),
         *maps_in_words(source.map_names, found["maps"]),
         *(f"left out: {each}" for each in found["left_out"]),
@@ -84,7 +84,8 @@ def objects_in_words(names: Sequence[str], counts: dict[str, dict]) -> list[str]
     `counts` are the "objects" of `describe`.
     """
     boxes = [
-        f"{split} {each['boxes']} ({each['crowd']} of crowds, {each['empty']} images without)"
+        f"{split} {each['boxes']} ({each['crowd']} of crowds, "
+        f"{counted(each['empty'], 'image')} without)"
         for split, each in counts.items()
     ]
     classes = [f"{len(names)} classes of objects: {shorten(names)}"] if names else []

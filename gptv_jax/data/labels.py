@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from gptv_jax.errors import InputError, as_input_error, cut, shorten
+from gptv_jax.errors import InputError, as_input_error, counted, cut, shorten
 
 NUMBERED = "np.unique(labels, return_inverse=True)[1]"  # the advice to number labels from 0
 MARKS = (254, 255, 65534, 65535)  # labels that often mark pixels or images to leave out
@@ -194,10 +194,10 @@ def of_files(
             )
         files[split] = kept
     if unlabelled:
-        fact = f"{len(unlabelled)} images without a row or a label in {path} are left out"
-        notes.append(f"{fact}: {shorten(unlabelled)}")
+        left_out = f"{counted(len(unlabelled), 'image')} left out"
+        notes.append(f"{left_out}, without a row or a label in {path}: {shorten(unlabelled)}")
     if lost := [key for key in rows if key not in users]:
-        notes.append(f"{len(lost)} rows of {path} name no image: {shorten(lost)}")
+        notes.append(f"{counted(len(lost), 'row')} of {path} without an image: {shorten(lost)}")
     return found
 
 

@@ -31,7 +31,8 @@ from gptv_jax.tokens import Codec
 
 LOG = logging.getLogger(__name__)
 ENCODE_AHEAD = 2  # batches that a codec on devices encodes ahead of their use
-# The task's part of a batch, of a record and a generator, which is None in evaluation.
+# Makes the task's part of a batch from a record and a generator; the generator is None in
+# evaluation.
 ExampleOf = Callable[[Record, np.random.Generator | None], dict]
 ALWAYS = ("label", "variant", "damaged")  # keys of a record that any batch has
 DECODE_FIRST = 'lists of transforms for image files begin with "decode()", and have it once.'
@@ -89,7 +90,7 @@ class Pipeline:
         Every process gets equally many batches. "mask", float32 [b], is 1 once for every example,
         and 0 for padding and for examples that replace a damaged image; "index", int32 [b], is the
         number of the example. With `example`, "view", float32 [b, 4], is the part of the original
-        that an image shows, see data/records.py. `extra` are transforms after those of the config.
+        that an image shows, see data/records.py. `extra` are transforms after the config's.
         """
         entries = (*self.config.eval_transforms, *extra)
         make = self._example(split, entries, example, pixels)
@@ -189,7 +190,7 @@ def takes(config: config_lib.Data, entry: str) -> bool:
 
 @functools.cache
 def _token_steps(config: config_lib.Data, entries: tuple[str, ...]) -> list[transforms.Transform]:
-    """The transforms after the last one that needs pixels; warns of those that are left out."""
+    """The transforms after the last one that needs pixels; warns of the transforms before."""
     steps = [transforms.parse(entry) for entry in entries]
     on_pixels = [i for i, entry in enumerate(entries) if not takes(config, entry)]
     first = max(on_pixels, default=-1) + 1
@@ -287,13 +288,13 @@ def check_shape(image: np.ndarray, expected: tuple[int, ...]) -> None:
     """Raises InputError where an image, or a grid of tokens, has another shape."""
     if image.shape != expected:
         found, takes = (" x ".join(map(str, shape)) for shape in (image.shape, expected))
-        cure = "change one of these"
+        cure = f'end the transforms by "resize({expected[:2]})", or change config.data.image_size'
         if image.shape[:2] == expected[:2]:
             kinds = "config.tokens.kind (palette takes RGB, grey 1 channel)"
             cure = f'take "decode(channels={expected[2]})" or another {kinds}'
         raise InputError(
-            f"after the transforms of config.data an image is {found}, but tokens are made of "
-            f"{takes} (config.data.image_size and config.tokens say so); {cure}."
+            f"after the transforms of config.data an image is {found}, but {takes} is needed; "
+            f"{cure}."
         )
 
 

@@ -127,10 +127,10 @@ class Shards:
     ):
         """Takes the parts and the labels of each split, which are stored at `where`.
 
-        The labels are whole numbers, which `names` may name, or texts, and are numbered as those of
-        arrays (see `labels.number`). A split without any label (only -1 or None, as in test splits
-        whose labels are kept secret) is left out, with a note. Raises InputError where labels are
-        of mixed or other types, only some are missing, or one has no name.
+        The labels are whole numbers, which `names` may name, or texts, and are numbered by
+        `labels.number`, like the labels of arrays. A split without any label (only -1 or None, as
+        in test splits whose labels are kept secret) is left out, with a note. Raises InputError
+        where labels are of mixed or other types, only some are missing, or one has no name.
         """
         self.notes: list[str] = []
         # As the names of files and folders call the splits.

@@ -28,7 +28,7 @@ from gptv_jax.data.parquet import Tables
 from gptv_jax.data.prepared import Tfds
 from gptv_jax.data.records import OBJECTS, Record, annotations
 from gptv_jax.data.webdataset import WebDataset
-from gptv_jax.errors import InputError, shorten
+from gptv_jax.errors import InputError, counted, shorten
 
 SPLITS = ("train", "validation", "test")  # of a run; `config.data` gives an expression for each
 
@@ -124,8 +124,8 @@ class Selected:
     def object_counts(self) -> dict[str, int | list[int]] | None:
         """Numbers of boxes and of images without a box; None where these are not in memory.
 
-        "boxes" are all, "crowd" those around groups, "by_class" those of each class; "empty" is the
-        number of images.
+        "boxes" counts all boxes, "crowd" boxes around groups, "by_class" the boxes of each class;
+        "empty" is the number of images.
         """
         if not all(hasattr(source, "object_counts") for source, _ in self._parts):
             return None
@@ -156,6 +156,12 @@ class Selected:
                 maps, empty = maps + 1, empty + (not own[:-1].any())
         *pixels, none = sums.tolist()
         return {"pixels": pixels, "none": none, "maps": maps, "empty": empty}
+
+    def objects_by_image(self) -> np.ndarray | None:
+        """As `CocoSplit.objects_by_image`; None where the boxes are not in memory."""
+        if not all(hasattr(source, "objects_by_image") for source, _ in self._parts):
+            return None
+        return np.concatenate([source.objects_by_image(rows) for source, rows in self._parts])
 
     def has_labels(self) -> bool:
         """Whether the labels are numbers of classes; of labels in files, the first and last are."""
@@ -233,7 +239,7 @@ def _flags(expressions: tuple[str, ...]) -> str:
 
 
 def _shown(lengths: dict[str, int]) -> str:
-    return shorten(f"{split} ({count} images)" for split, count in lengths.items())
+    return shorten(f"{split} ({counted(count, 'image')})" for split, count in lengths.items())
 
 
 def _coco(config: config_lib.Data) -> Coco:

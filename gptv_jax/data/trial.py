@@ -1,5 +1,6 @@
 """Tries transforms and codec on the first training images, so that misfits are found early."""
 
+import dataclasses
 import logging
 
 import numpy as np
@@ -16,17 +17,23 @@ BLANK, DARK = 4, 64
 
 
 def try_out(
-    config: config_lib.Data, codec: Codec | None, shape: tuple[int, ...], entries: tuple[str, ...]
+    config: config_lib.Data,
+    codec: Codec | None,
+    shape: tuple[int, ...],
+    entries: tuple[str, ...],
+    annotated: bool = False,
 ) -> None:
     """Makes tokens of the first training images, so that misfits are found before any work.
 
     Without a codec, or if the codec encodes on devices, only `shape` is checked, [H, W, C], or
     [H, W] of grey and RGB images. Files of more than 8 bits are looked at before. After the
-    transforms of evaluation, images that all look blank or dark are warned of.
+    transforms of evaluation, images that all look blank or dark are warned of. `annotated`: boxes
+    and label maps are transformed as well.
     """
     example, rng = pipeline.open_examples(config, "train", entries), np.random.default_rng(0)
+    example = dataclasses.replace(example, codec=codec, annotated=annotated)
     evaluated, warned = entries == config.eval_transforms, False
-    # Another list that decodes files as that of evaluation does is not told of twice.
+    # A list that decodes files exactly as the list for evaluation does is not looked at again.
     if isinstance(example.source, DecodedSource) and (
         evaluated or example.source.decode not in map(transforms.parse, config.eval_transforms[:1])
     ):
@@ -60,7 +67,7 @@ def _warn_of_blank(
     if high <= DARK and not (isinstance(codec, GreyCodec) and codec.vocabulary < 256):
         cure = ' The transform "normalize()" makes dark images bright.'
     LOG.warning(
-        "the first %d images of %s %s: values %d to %d of 255, deviating by %.1f at most. Look at "
-        "the files and at the transforms.%s",
-        *(len(pictures), config.path or config.name, look, low, high, deviation, cure),
+        "images of %s (%d looked at) %s: values %d to %d of 255, deviating by %.1f at most. Look "
+        "at the files and at the transforms.%s",
+        *(config.path or config.name, len(pictures), look, low, high, deviation, cure),
     )

@@ -1,7 +1,7 @@
 """Drawing tokens: one compiled program reads the prompts, another draws all tokens that follow.
 
 Known tokens may lie anywhere in a sequence. A token depends on all tokens before it, known or
-drawn, and on none after it. Each part of a sequence has a vocabulary of its own. With
+drawn, and on no later token. Each part of a sequence has its own vocabulary. With
 classifier-free guidance every row is read twice in one batch, with its class and without.
 
 Memory traffic bounds decoding: every new token reads all weights and the whole key/value cache. So

@@ -28,7 +28,9 @@ from gptv_jax import errors
 LOG = logging.getLogger(__name__)
 STOPPED = 128 + signal.SIGTERM  # exit codes as of a shell; a scheduler sees that work is left
 INTERRUPTED = 128 + signal.SIGINT
+# What another start of the command does.
 CONTINUES = "the same command continues from the last checkpoint"
+BEGINS_ANEW = "the same command begins anew"
 POLL = 0.2  # seconds between two sync points outside a training
 
 
@@ -56,10 +58,16 @@ _lock = threading.Lock()
 _training: StopRequest | None = None  # None outside a training
 _synchronized = False  # JAX's preemption service hears SIGTERM
 _sync_points = 0  # that this process has passed
+_again = CONTINUES
 
 
-def install() -> None:
-    """Answers SIGTERM and SIGINT from now on; to be called on the main thread."""
+def install(again: str = CONTINUES) -> None:
+    """Answers SIGTERM and SIGINT from now on; to be called on the main thread.
+
+    `again` tells the user what a new start of the command does.
+    """
+    global _again
+    _again = again
     # A pair of sockets and not a pipe, which Windows cannot wait for.
     heard, write_end = socket.socketpair()
     write_end.setblocking(False)
@@ -160,7 +168,7 @@ def _listen(heard: socket.socket) -> None:
         ready, _, _ = select.select([heard], [], [], POLL)
         signals = heard.recv(64) if ready else b""
         if signal.SIGINT in signals:
-            errors.end(INTERRUPTED, f"interrupted; {CONTINUES}")
+            errors.end(INTERRUPTED, f"interrupted; {_again}")
         with _lock:
             if _training is None:
                 if signal.SIGTERM in signals or (_synchronized and _sync_point_reached()):
@@ -173,4 +181,4 @@ def _listen(heard: socket.socket) -> None:
 def _end() -> None:
     if _synchronized:  # a process that left alone would count as dead; the others end as well
         jax.distributed.shutdown()
-    errors.end(STOPPED, f"stopped by SIGTERM; {CONTINUES}")
+    errors.end(STOPPED, f"stopped by SIGTERM; {_again}")

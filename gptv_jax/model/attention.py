@@ -118,7 +118,7 @@ def _splash_kernel(mesh, heads: int, visible: tuple[int, ...], split: int):
     it computes (n + 1) / 2n of the square of scores. The mesh's axis "tensor" splits the heads, and
     its axis "sequence" the queries into `split` parts.
     """
-    # All heads have the same mask. Unless it is full it depends on which queries a device has.
+    # One mask serves all heads. A mask that hides anything depends on which queries a device has.
     length, shards = len(visible), split
     if visible == causal_mask(length):
         mask = masks.CausalMask((length, length))

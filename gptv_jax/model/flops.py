@@ -68,7 +68,7 @@ def executed(network: Network, platform: str, split: int = 1, loss_chunks: int =
     # With "dots" the results of the splash kernel are kept.
     again = c.remat == "full" or (c.remat == "dots" and chosen != "splash")
     attention = attention * (ahead * (1 + again) + back) // 2
-    # Scores are computed or skipped by whole tiles. cuDNN skips those of a causal mask alone.
+    # Scores are computed or skipped by whole tiles. cuDNN skips tiles of a causal mask alone.
     cudnn = CUDNN_TILE if visible == causal_mask(T) else T
     sides = {"plain": T, "blocked": BLOCK, "cudnn": cudnn, "splash": math.gcd(T, SPLASH_TILE)}
     side = sides[chosen]

@@ -56,7 +56,7 @@ class Network:
     """Shape of a network, without weights (see `GPT`); hashable, so a static argument of jit.
 
     Raises InputError where the configuration is for image tokens alone, and the layout has more
-    parts or the network a stem; and where the layout's shift is not that of the objective.
+    parts or the network a stem; and where the layout's shift does not fit the objective.
     """
 
     config: config_lib.Model
@@ -77,8 +77,9 @@ class Network:
         objective, shift = self.config.objective, int(self.config.objective != "bert")
         if self.layout.shift != shift:
             raise InputError(
-                f"the layout's shift is {self.layout.shift}, but a network with "
-                f"config.model.objective={objective} takes shift {shift} alone."
+                f"the layout's shift is {self.layout.shift}, so position t reads token t - "
+                f"{self.layout.shift}, but config.model.objective={objective} takes shift {shift} "
+                f"alone; make the Layout with shift={shift}."
             )
 
     @property

@@ -148,7 +148,7 @@ class Inputs(nnx.Module):
     ) -> Float[Array, "B P D"]:
         """Adds the tables of positions to the inputs of positions start .. start+P-1.
 
-        With an `order` the P inputs are those of the whole order. A table with one row per place is
+        With an `order` the P inputs are of the whole order. A table with one row per place is
         read at the place of the predicted token; a table whose first row is of the start vector, at
         the row of the input token. In raster order both are the row of the position's number.
         """

@@ -1,7 +1,7 @@
 """What a sequence is made of, and which positions see which: `Part` and `Layout`.
 
-With `shift` 1 the input of position t is token t-1, that of position 0 a start vector, and position
-t predicts token t.
+With `shift` 1 the input of position t is token t-1, the input of position 0 a start vector, and
+position t predicts token t.
 """
 
 import dataclasses

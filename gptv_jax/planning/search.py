@@ -29,8 +29,8 @@ def search(
 
     The best plans are compiled where there is a compiler; plans that it finds not to fit are left
     out, until `wanted` plans are confirmed. Plans are ranked by the time of a step in which nothing
-    overlaps, because many have the same bound; where device speeds are unknown, by memory. Raises
-    InputError where the batch or the network fits no mesh of these devices.
+    overlaps, because the bounds of many plans are equal; where device speeds are unknown, by
+    memory. Raises InputError where the batch or the network fits no mesh of these devices.
     """
     plans = sorted(choices(config, topology, kind), key=rank)
     if not plans:

@@ -120,7 +120,7 @@ class Training:
         return self.with_train(self.config, microbatches=1, **changes)
 
     def of(self, config: config_lib.Config) -> "Training":
-        """The same kind of training, of another configuration."""
+        """A training of this kind, of another configuration."""
         return dataclasses.replace(self, config=config)
 
     def with_train(self, config: config_lib.Config, microbatches: int, **changes) -> "Training":

@@ -21,9 +21,9 @@ def fit_probe(config: config_lib.Probe, splits: dict[str, Split], *, fold: bool 
     """{"c", "validation_accuracy", "validation_nats", "test_accuracy"} on standardised features.
 
     "predicted" is the class that the model gives each test image, int [N]. The strength c is the
-    best of the fits to train by `preference`. As in the paper, test accuracy is that of a last fit,
-    to train and, with `fold`, validation together. Several votes give several times as many
-    features as labels: the class is that of most votes, and fits are to the first vote.
+    best of the fits to train by `preference`. As in the paper, test accuracy is measured on a last
+    fit, to train and, with `fold`, validation together. Several votes give several times as many
+    features as labels: the class is the one with most votes, and fits are to the first vote.
     """
 
     def fit(c: float, features: np.ndarray, labels: np.ndarray):

@@ -95,7 +95,7 @@ def make_features(spec: str | None, image_shape: Shape) -> FeatureExtractor:
 
     `spec` is None or "pixels"; a run folder, or a file or folder of weights that `gptv_jax.load`
     takes; or a .safetensors file of Inception's weights (docs/generation_quality.md). Raises
-    InputError where `spec` is none of these, is damaged, or takes images of another shape.
+    InputError where `spec` is something else, is damaged, or takes images of another shape.
     """
     if spec in (None, PIXELS):
         return pixels(image_shape)

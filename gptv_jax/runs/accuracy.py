@@ -12,7 +12,7 @@ from jaxtyping import Int
 from gptv_jax import config as config_lib
 from gptv_jax import files
 from gptv_jax.data import sources
-from gptv_jax.errors import shorten
+from gptv_jax.errors import counted, shorten
 
 LOG = logging.getLogger(__name__)
 FEW_TEST, FEW_TRAINING = 100, 10  # images: of a test split in all, and of a class in training
@@ -114,8 +114,9 @@ def cautions(summary: dict, classes: Sequence[dict] = ()) -> list[str]:
     """
     images = summary.get("probe/test_images") or summary.get("finetune/test_images")
     found = []
-    if images and images < FEW_TEST:
-        few = f"The test split has only {images} image{'s' * (images > 1)}"
+    accurate = any(name.endswith("/test_accuracy") for name in summary)
+    if images and images < FEW_TEST and accurate:
+        few = f"The test split has only {counted(images, 'image')}"
         error = f"a standard error of up to {standard_error(0.5, images):.1%}"
         found.append(f"{few}, so an accuracy has {error}: small differences mean nothing.")
     for stage, (words, floor_words, floor) in COMPARED.items():

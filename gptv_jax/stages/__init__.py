@@ -50,7 +50,7 @@ class Stage:
     ) -> None:
         """Checks the sections that the stage needs, and that the mesh, if given, divides them.
 
-        `length` is that of `sharding.check`.
+        `length` is the number of positions of a sequence, see `sharding.check`.
         """
         for section in self.sections:
             if section in rules.SECTIONS:

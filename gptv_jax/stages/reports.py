@@ -176,8 +176,9 @@ def _probe_of_labels(results: Results) -> Part:
 def finetune(results: Results) -> Part:
     """The task's main number by step, pretrained and from scratch; its numbers on test images."""
     tiles, found = "", results.numbers("finetune")
-    first = next(iter(tasks.kind(results.config.task.name).primary))
-    is_share, words = first.endswith("accuracy"), first.replace("_", " ")
+    task = tasks.kind(results.config.task.name)
+    first = next(iter(task.primary))
+    is_share, words = first in task.shares, first.replace("_", " ")
     if found:
         beside, scratch = [], f"scratch_test_{first}"
         if scratch in found:
@@ -185,7 +186,7 @@ def finetune(results: Results) -> Part:
             beside = [f"from scratch {value}"]
         title = f"Fine-tuning, test {words}"
         if is_share:
-            tiles = _accuracy_tile(results, "finetune", title, *beside)
+            tiles = _accuracy_tile(results, "finetune", title, *beside, name=first)
         else:
             tiles = html.tile(title, html.number(found[f"test_{first}"]), *beside)
     tuned, scratch = (
@@ -206,7 +207,7 @@ def finetune(results: Results) -> Part:
 def _test_numbers(found: dict, usual: set[str]) -> str:
     """A table of the test numbers with floors and ceilings, if there are more than the usual."""
     numbers = {n: v for n, v in found.items() if "test_" in n and isinstance(v, float)}
-    numbers = {n: html.number(v) for n, v in numbers.items() if not n.endswith("_error")}
+    numbers = {n: html.number(v) for n, v in numbers.items() if not n.endswith("_standard_error")}
     names = [name.removeprefix("test_") for name in numbers if name.startswith("test_")]
     if not set(names) - usual:
         return ""
@@ -224,11 +225,13 @@ def _share(value: float | None, images: int | None) -> str:
     return f"{value:.2%}{error}"
 
 
-def _accuracy_tile(results: Results, stage: str, title: str, *beside: str) -> str:
+def _accuracy_tile(
+    results: Results, stage: str, title: str, *beside: str, name: str = "accuracy"
+) -> str:
     images, lines = results.numbers(stage).get("test_images"), list(beside)
     if images:
         lines.append(f"{images:,} test images; ± is one standard error")
-    return html.tile(title, results.share(stage, "test_accuracy"), *lines)
+    return html.tile(title, results.share(stage, f"test_{name}"), *lines)
 
 
 def _by_class(results: Results, stage: str, title: str) -> str:
@@ -325,10 +328,10 @@ def _origin(results: Results) -> str:
     written = f"{folder.name} · written {now:%Y-%m-%d %H:%M} UTC on {record['devices']}"
     command = f'<code class="box">{escape(record["command"])}</code>'
     splits = ", ".join(f"{count:,} {split}" for split, count in record.get("images", {}).items())
-    named = record.get("classes") or "none"
+    named = record.get("classes") or ("" if record.get("objects") else "none")
     if isinstance(named, list):
         named = f"{len(named)} ({shorten(named, room=300)})"
-    data = f"images: {splits or 'not recorded'} · classes: {named}"
+    data = f"images: {splits or 'not recorded'}" + (f" · classes: {named}" if named else "")
     held = record.get("found", {})  # absent in folders of older versions
     told = inventory.objects_in_words(record.get("objects", ()), held.get("objects", {}))
     told += [*(f"left out: {each}" for each in held.get("left_out", ())), *held.get("notes", ())]

@@ -298,8 +298,11 @@ def try_out(config: config_lib.Config, stages: list[str] | None, codec: Codec | 
     channels = config.tokens.autoencoder.channels if config.tokens.kind == "learned" else 3
     shape = (*data.size, channels) if config.tokens.kind != "none" else data.size
     training = [] if stages is None else _training_transforms(config, stages)
-    for entries in dict.fromkeys([data.eval_transforms, *training]):
-        trial.try_out(data, codec, codec.image_shape if codec else shape, entries)
+    tried = dict.fromkeys([data.eval_transforms, *training], False)
+    if training and "finetune" in stages and {*tasks.kind(config.task.name).needs} - {"label"}:
+        tried[config.finetune.train_transforms or data.train_transforms] = True
+    for entries, annotated in tried.items():
+        trial.try_out(data, codec, codec.image_shape if codec else shape, entries, annotated)
 
 
 def _training_transforms(config: config_lib.Config, stages: list[str]) -> list[tuple[str, ...]]:

@@ -1,4 +1,4 @@
-"""What fine-tuning teaches a pretrained network: one file a task, and the only list of them."""
+"""What fine-tuning teaches a pretrained network: one file a task, and the only list of tasks."""
 
 import importlib
 

@@ -1,6 +1,6 @@
 """Objects as tokens and back, after Pix2seq (Chen et al. 2022, arXiv:2109.10852), on NumPy arrays.
 
-Constants and the kinds of noise are those of Pix2seq's code, github.com/google-research/pix2seq:
+Constants and the kinds of noise come from Pix2seq's code, github.com/google-research/pix2seq:
 `utils.quantize`, `data_utils.augment_bbox`, `object_detection.build_response_seq_from_bbox`.
 """
 
@@ -33,7 +33,7 @@ class BoxTokens:
     """The tokens of objects.
 
     Heights are 0 .. bins-1, widths bins .. 2 bins - 1, then come the classes, and last the token
-    "noise", which is also that of positions after the last object.
+    "noise", which positions after the last object have as well.
     """
 
     bins: int  # bin k lies at k / (bins - 1) of the image's height or width
@@ -54,7 +54,7 @@ class BoxTokens:
         return bins.astype(np.int32) + np.array([0, self.bins] * 2, np.int32)
 
     def dequantize(self, tokens: Int[np.ndarray, "n 4"], size: tuple[int, int]):
-        """Boxes float32 [n, 4] in pixels, at most half a bin away from those of the tokens."""
+        """Boxes float32 [n, 4] in pixels, at most half a bin away from the quantized boxes."""
         bins = tokens - np.array([0, self.bins] * 2)
         return (bins / (self.bins - 1) * np.array([*size, *size])).astype(np.float32)
 
@@ -84,7 +84,7 @@ class BoxTokens:
 
         The objects come in random order or by y0, then x0; the noise objects after them. Of more
         than N objects, N random ones are taken. Without a generator, in evaluation, the boxes
-        themselves seed one, so an image always has the same sequence.
+        themselves seed one, so the sequence of an image never changes.
         """
         count, edges = settings.objects, np.array([*size, *size], np.float32)
         rng = rng or np.random.default_rng(zlib.crc32(boxes.tobytes()))
@@ -147,25 +147,30 @@ def _truncated_normal(rng: np.random.Generator, shape: tuple[int, ...]) -> np.nd
 
 def iou(a: Float[np.ndarray, "n 4"], b: Float[np.ndarray, "m 4"]) -> Float[np.ndarray, "n m"]:
     """Intersection over union of every pair of boxes; 0 where both have no area."""
-    low, high = (
-        np.maximum(a[:, None, :2], b[None, :, :2]),
-        np.minimum(a[:, None, 2:], b[None, :, 2:]),
-    )
-    common = np.clip(high - low, 0, None).prod(axis=-1)
+    common = intersection(a, b)
     areas = [(x[:, 2:] - x[:, :2]).prod(axis=-1) for x in (a, b)]
     return common / np.maximum(areas[0][:, None] + areas[1][None] - common, 1e-9)
+
+
+def intersection(
+    a: Float[np.ndarray, "n 4"], b: Float[np.ndarray, "m 4"]
+) -> Float[np.ndarray, "n m"]:
+    """The area that every pair of boxes has in common."""
+    low = np.maximum(a[:, None, :2], b[None, :, :2])
+    high = np.minimum(a[:, None, 2:], b[None, :, 2:])
+    return np.clip(high - low, 0, None).prod(axis=-1)
 
 
 def vote(views: Sequence[Detections]) -> Detections:
     """Weighted box fusion (Solovyev et al. 2021, arXiv:1910.13302) of several views of an image.
 
     A box joins the object of its class that it overlaps most, from an IoU of .55 on, among objects
-    without a box of the same view; else it begins an object. An object's box is the mean of its
+    without a box of its view; else the box begins an object. An object's box is the mean of its
     boxes weighted by score; its score is the sum of their scores over the number of views.
     """
     if len(views) == 1:
         return views[0]
-    # Best first; of equal scores those of one rank in their views are neighbours.
+    # Best first; boxes of equal scores and of equal ranks in their views are neighbours.
     order = sorted(
         (-float(score), rank, number)
         for number, view in enumerate(views)

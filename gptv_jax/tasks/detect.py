@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -25,6 +26,7 @@ from gptv_jax.tasks.task import Grammar, Records, Task
 from gptv_jax.train import objective
 from gptv_jax.train.step import Metric
 
+LOG = logging.getLogger(__name__)
 NAME = "boxes"  # of the part
 SHOWN = 8  # test images of the picture
 ROWS = ("nats", "drawn", "probabilities", "targets", "index", "mask", "view")  # of the metric
@@ -58,6 +60,14 @@ class Detect(Task):
                     f"config.task.detect.votes has {entry}, which needs pixels, and the tokens of "
                     f"{self.config.data.path} have none; take votes of a data set of images, or ()."
                 )
+        most, training = self.settings.objects, sources.open_source(self.config.data, "train")
+        held = training.objects_by_image()
+        if held is not None and held.max() > most and jax.process_index() == 0:
+            LOG.warning(
+                "%d of %d training images have more objects than config.task.detect.objects=%d, up "
+                "to %d; in each epoch such an image is learned with that many random objects.",
+                *((held > most).sum(), len(held), most, held.max()),
+            )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -254,7 +264,7 @@ class Detect(Task):
 
 
 class _Rows(dict):
-    """The rows of a split on the host; `known` is what was computed of them."""
+    """The rows of a split on the host; `known` is what was computed from the rows."""
 
     def __init__(self, rows: dict):
         super().__init__(rows)

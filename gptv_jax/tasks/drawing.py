@@ -1,5 +1,6 @@
 """Pictures of detections: boxes on images, and curves of average precision."""
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,7 +10,7 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from gptv_jax.data.records import Record
 from gptv_jax.tasks.average_precision import Scores
-from gptv_jax.tasks.boxes import Detections
+from gptv_jax.tasks.boxes import Detections, intersection
 
 with epy.lazy_imports():  # heavy
     from matplotlib import figure as figures
@@ -74,19 +75,38 @@ def draw(
     method = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
     picture = picture.resize(size, method)
     canvas, font = ImageDraw.Draw(picture), _font()
-    placed = []
-    for (y0, x0, y1, x1), label, text in zip(boxes * scale, labels, texts, strict=True):
-        color = COLORS[label % len(COLORS)]
+    boxes, colors = boxes * scale, [COLORS[label % len(COLORS)] for label in labels]
+    for (y0, x0, y1, x1), color in zip(boxes, colors, strict=True):
         canvas.rectangle((x0, y0, max(x1 - 1, x0), max(y1 - 1, y0)), outline=color, width=2)
-        placed.append((x0, y0, y1, text, color))
-    for x0, y0, y1, text, color in placed:  # over all boxes
-        _, _, width, height = canvas.textbbox((0, 0), text, font=font)
-        y = y0 - height - 2 if y0 >= height + 2 else min(y1, size[1] - height - 2)
-        x = max(min(x0, size[0] - width - 4), 0)
-        canvas.rectangle((x, y, x + width + 3, y + height + 2), fill=color)
+    ends = [canvas.textbbox((0, 0), text, font=font)[2:] for text in texts]
+    sizes = [(height + 2, width + 4) for width, height in ends]
+    places = label_places(boxes, sizes, (picture.height, picture.width))
+    for (y0, x0, y1, x1), text, color in zip(places, texts, colors, strict=True):  # over all boxes
+        canvas.rectangle((x0, y0, x1 - 1, y1 - 1), fill=color)
         ink = "black" if ImageColor.getcolor(color, "L") > 130 else "white"
-        canvas.text((x + 2, y), text, fill=ink, font=font)
+        canvas.text((x0 + 2, y0), text, fill=ink, font=font)
     return picture
+
+
+def label_places(
+    boxes: np.ndarray, sizes: Sequence[tuple[int, int]], canvas: tuple[int, int]
+) -> np.ndarray:
+    """Places of labels of these heights and widths, one at each box, like `boxes`: pixels [n, 4].
+
+    A label lies above its box where it covers no label before; else below, inside or beside the
+    box; where it covers a label in each of these places, it covers as little as possible.
+    """
+    places = np.zeros((0, 4))
+    for (y0, x0, y1, x1), size in zip(boxes, sizes, strict=True):
+        height, width = size
+        ys, xs = (y0 - height, y1, y0, y1 - height), (x0, x1 - width, (x0 + x1 - width) / 2)
+        sides = itertools.product((x1, x0 - width), (y0, y1 - height, (y0 + y1 - height) / 2))
+        corners = np.array([*itertools.product(ys, xs), *((y, x) for x, y in sides)])
+        corners = corners.clip(0, np.maximum(np.subtract(canvas, size), 0)).round()
+        possible = np.concatenate([corners, corners + size], axis=1)
+        covered = intersection(possible, places).sum(axis=1)
+        places = np.append(places, possible[covered.argmin()][None], axis=0)
+    return places
 
 
 def average_precision(scores: Scores, names: Sequence[str]) -> UInt8[np.ndarray, "H W 3"]:

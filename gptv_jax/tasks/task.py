@@ -42,6 +42,9 @@ class Task:
     needs: ClassVar[tuple[str, ...]] = ()  # keys that every record must have, such as "label"
     # Numbers of the metric that rank checkpoints, by importance; 1: larger is better, -1: smaller.
     primary: ClassVar[dict[str, int]] = {"nats_per_token": -1}
+    # Numbers of the metric that are the share of images that are right: they are shown in percent,
+    # with a standard error.
+    shares: ClassVar[tuple[str, ...]] = ("accuracy",)
     unreported: ClassVar[tuple[str, ...]] = ()  # numbers of the metric that are in the log alone
     validated: ClassVar[tuple[str, ...]] = ()  # of the validation split, in the summary as well
     pictures: ClassVar[dict[str, str]] = {}  # what `show` makes: name and caption
@@ -138,7 +141,7 @@ class Task:
         return {}
 
     def views(self) -> tuple[tuple[str, ...], ...]:
-        """Transforms after those of evaluation under which the test images are read, one list each.
+        """Lists of transforms, after evaluation's own; under each the test images are read once.
 
         Batches carry "view", so a metric can tell the views of one "index" apart, and move what it
         found back into the original image.
@@ -153,8 +156,8 @@ class Task:
     def show(self, records: Records, total: dict) -> dict[str, UInt8[np.ndarray, "H W 3"]]:
         """Pictures of test images with what was predicted, by the names in `pictures`.
 
-        `records` gives the test examples with their pixels before any transform, of a token cache
-        those of its tokens, and then "view" as well; `total` are the metric's sums.
+        `records` gives the test examples with their pixels before any transform; of a token cache
+        with the pixels that its tokens stand for, and with "view"; `total` are the metric's sums.
         """
         del records, total
         return {}
