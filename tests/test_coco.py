@@ -733,7 +733,9 @@ def test_run_lengths_cover_what_lies_behind_smaller_objects(tmp_path, kind):
 def test_the_box_of_an_object_without_an_outline_has_no_class(tmp_path, outline):
     source = outlined(tmp_path, outline)
     notes = sources.open_data_set(settings(tmp_path, maps="semantic,masks", max_damaged=1.0)).notes
-    assert any("1 annotations have no polygon and no run lengths" in each for each in notes)
+    assert any(
+        "annotations without polygons and run lengths: 1, the first" in each for each in notes
+    )
     record = source[0]
     assert not record["masks"][0].any()
     np.testing.assert_array_equal(
@@ -745,16 +747,18 @@ def test_the_box_of_an_object_without_an_outline_has_no_class(tmp_path, outline)
 @pytest.mark.parametrize(
     ("outline", "reason"),
     [
-        ({"size": [H, W + 1], "counts": [H * (W + 1)]}, "run lengths are of"),
+        ({"size": [H, W + 1], "counts": [H * (W + 1)]}, f"run lengths are of [{H}, {W + 1}]"),
         ({"size": [H, W], "counts": [5, 5]}, "not of all pixels"),
         ({"counts": [H * W]}, "size"),
-        ([[1, 2, 3, float("nan"), 5, 9]], "not finite"),
+        ({"size": [H, W], "counts": "!~!"}, "cannot be read"),
+        ([[1, 2, 3, float("nan"), 5, 9]], "far outside"),
+        ([[1, 2, 3, 1e12, 5, 9]], "far outside"),
         ("text", "cannot be read"),
     ],
 )
 def test_an_outline_that_cannot_be_read_makes_its_image_a_damaged_one(tmp_path, outline, reason):
     decoded = DecodedSource(outlined(tmp_path, outline), Decode())
-    assert "the outline of its object 0 in train.json" in decoded.reason(0)
+    assert "an outline of its objects in train.json cannot be read: " in decoded.reason(0)
     assert reason in decoded.reason(0)
 
 

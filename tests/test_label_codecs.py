@@ -1,11 +1,19 @@
 """Label maps as tokens and back."""
 
+import pickle
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gptv_jax import config as config_lib
+from gptv_jax import sharding
 from gptv_jax.errors import InputError
+from gptv_jax.model import autoencoder
 from gptv_jax.tokens import label_maps
 from gptv_jax.tokens.label_maps import Cells, Patches, fit_patches, load_label_codec
+from gptv_jax.train.label_autoencoding import fit_learned, make_loss
 
 CLASSES, SHAPE, CELL = 5, (10, 13), 4  # the last cells of a row and of a column are cut
 
@@ -126,3 +134,65 @@ def test_a_class_255_needs_more_than_uint8():
         Patches(2, (2, 2), 2, np.zeros((1, 4), int)).encode(np.full((1, 2, 2), 255, np.uint8))[1]
         == 0
     )
+
+
+@pytest.fixture(scope="module")
+def learned():
+    config = config_lib.Autoencoder(
+        downsample=4, widths=(16,), encoder_blocks=1, decoder_blocks=1, levels=(8, 8, 4)
+    )
+    return fit_learned(list(drawn(64)), CLASSES, config, steps=80, batch_size=16, seed=0)
+
+
+def test_learned_codes_restore_label_maps(learned):
+    maps = drawn(16, seed=1)
+    tokens, weights = learned.encode(maps)
+    assert learned.grid == (3, 4) and tokens.shape == weights.shape == (16, 12)
+    assert 0 <= tokens.min() <= tokens.max() < learned.vocabulary == 256
+    restored = learned.decode(tokens)
+    assert restored.shape == maps.shape and restored.min() >= 0 and restored.max() < CLASSES
+    known = maps < CLASSES
+    most = np.bincount(maps[known]).max() / known.sum()
+    assert (restored == maps)[known].mean() > most + 0.1
+    assert (learned.encode(maps[3:5])[0] == tokens[3:5]).all()
+
+
+def test_learned_codes_take_pixels_without_a_class(learned):
+    maps = np.full((1, *SHAPE), -1)
+    tokens, weights = learned.encode(maps)
+    assert not weights.any()
+    maps[:, :4, :4] = 2
+    assert learned.encode(maps)[1].sum() == 1
+    assert (learned.decode(tokens) < CLASSES).all()
+    assert (learned.encode(np.full((1, *SHAPE), 255, np.uint8))[0] == tokens).all()
+
+
+def test_files_keep_learned_codes(learned, tmp_path):
+    learned.save(tmp_path / "labels.safetensors")
+    loaded, maps = load_label_codec(tmp_path / "labels.safetensors"), drawn(3)
+    assert (loaded.encode(maps)[0] == learned.encode(maps)[0]).all()
+    copied = pickle.loads(pickle.dumps(learned))  # as Grain's workers get it
+    assert (copied.decode(copied.encode(maps)[0]) == learned.decode(learned.encode(maps)[0])).all()
+
+
+def test_pixels_without_a_class_have_no_loss(learned):
+    config, half = learned.config, drawn(2)[:, :8, :12].astype(np.int32)
+    half[:, :, 6:] = CLASSES
+    mesh = sharding.make_mesh(config_lib.Mesh(), jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        params = autoencoder.init(config, jax.random.key(0))
+        loss = make_loss(config)
+        whole, _ = loss(params, None, {"maps": jnp.asarray(half)}, None)
+        model = autoencoder.bind(config, params)
+        logits = model.decode(model.encode(jax.nn.one_hot(half, CLASSES)).codes)
+    nats = -np.asarray(jax.nn.log_softmax(logits))
+    known = half < CLASSES
+    picked = np.take_along_axis(nats, np.where(known, half, 0)[..., None], -1)[..., 0]
+    by_map = [(row * k).sum() / k.sum() for row, k in zip(picked, known, strict=True)]
+    assert float(whole) == pytest.approx(np.mean(by_map), rel=1e-5)
+
+
+def test_other_quantizers_are_refused():
+    config = config_lib.Autoencoder(quantizer="vq")
+    with pytest.raises(InputError, match="quantizer=fsq"):
+        fit_learned([np.zeros(SHAPE, np.uint8)], CLASSES, config, steps=1, batch_size=1, seed=0)

@@ -243,7 +243,7 @@ def test_images_without_a_label_map_are_left_out_up_to_a_share(tmp_path):
     notes = "; ".join(data_set.notes)
     assert "1 of 20 images of the split train have no label map and are left out" in notes
     assert "2 of 2 images of the split test have no label map" in notes
-    assert "2 label maps have no image" in notes and "20.png" in notes
+    assert "2 label maps without an image" in notes and "20.png" in notes
     with pytest.raises(InputError, match=r"1 of 20 images .* more than the share .*=0\."):
         opened(folder, damaged="fail")
     (folder / "train/3.jpg").write_bytes(photo(3))

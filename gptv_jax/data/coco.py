@@ -263,7 +263,7 @@ def _index(
     if shapes:
         given, spans = [shape_of[i] for i in rows], content["spans"]
         outlines = coco_masks.Outlines.of(file, shapes, given, spans)
-        tell("annotations have no polygon and no run lengths", rows[outlines.lack()], entry_name)
+        tell("annotations without polygons and run lengths", rows[outlines.lack()], entry_name)
     boxes = boxes[rows]
     own = (boxes[:, 2:] - boxes[:, :2]).prod(1)
     with np.errstate(invalid="ignore"):

@@ -6,6 +6,7 @@ pycocotools' mask functions rasterise the outlines, as in its `COCO.annToMask`.
 import dataclasses
 import json
 import pathlib
+from typing import BinaryIO
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from gptv_jax.errors import InputError, first_line
 KINDS = ("semantic", "masks")  # what `config.data.maps` names
 BACKGROUND = "background"  # class 0 of label maps: pixels of no object
 SHORTEST = len("[[0,0,0,1,1,1]]")  # text of a polygon
+FAR = 10  # heights or widths of the image, within which the corners of polygons lie
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -69,25 +71,34 @@ class Outlines:
 
     def _masks(self, rows: range, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         """Masks, bool [n, H, W], and whether each object has an outline, bool [n]."""
-        masks, known = np.zeros((len(rows), *size), bool), np.ones(len(rows), bool)
-        with self.file.open("rb") as file:
-            for place, row in enumerate(rows):
-                try:
-                    outline = self.others.get(row)
-                    if outline is None:
-                        outline = _read(file, self.spans[row])
-                    elif isinstance(outline, dict) and isinstance(outline["counts"], tuple):
-                        outline = {**outline, "counts": _read(file, outline["counts"])}
-                    mask = _rasterise(outline, *size)
-                except Exception as error:  # pycocotools raises whatever its parsers do
-                    raise DamagedImageError(
-                        f"the outline of its object {place} in {self.file.name} cannot be read: "
-                        f"{first_line(error)}"
-                    ) from error
-                known[place] = mask is not None
-                if mask is not None:
-                    masks[place] = mask
+        from pycocotools import mask
+
+        masks = np.zeros((len(rows), *size), bool)
+        try:
+            with self.file.open("rb") as file:
+                runs = [_runs(self._outline(row, file), *size) for row in rows]
+            known = np.array([each is not None for each in runs], bool)
+            if known.any():
+                masks[known] = mask.decode([each for each in runs if each]).transpose(2, 0, 1)
+        except Exception as error:  # pycocotools raises whatever its parsers do
+            raise DamagedImageError(
+                f"an outline of its objects in {self.file.name} cannot be read: {first_line(error)}"
+            ) from error
         return masks, known
+
+    def _outline(self, row: int, file: BinaryIO) -> list | dict:
+        """The polygons or run lengths of an object, with the lists that the open file has."""
+
+        def read(start: int, end: int) -> list:
+            file.seek(start)
+            return json.loads(file.read(end - start))
+
+        outline = self.others.get(row)
+        if outline is None:
+            return read(*self.spans[row].tolist())
+        if isinstance(outline, dict) and isinstance(outline["counts"], tuple):
+            return {**outline, "counts": read(*outline["counts"])}
+        return outline
 
 
 def check(kinds: tuple[str, ...]) -> None:
@@ -108,30 +119,22 @@ def check(kinds: tuple[str, ...]) -> None:
             ) from error
 
 
-def _read(file, span: tuple[int, int] | np.ndarray) -> list:
-    start, end = map(int, span)
-    file.seek(start)
-    return json.loads(file.read(end - start))
-
-
-def _rasterise(outline: list | dict, height: int, width: int) -> np.ndarray | None:
-    """The pixels inside polygons or run lengths, bool [H, W]; None: there is no outline."""
+def _runs(outline: list | dict, height: int, width: int) -> dict | None:
+    """Compressed run lengths of the pixels inside an outline; None: there is no outline."""
     from pycocotools import mask
 
     if isinstance(outline, list):
         polygons = [each for each in outline if len(each) >= 6 and len(each) % 2 == 0]
         if not polygons:
             return None
-        if not np.isfinite(np.concatenate(polygons)).all():
-            raise ValueError("a polygon has a number that is not finite")
-        runs = mask.merge(mask.frPyObjects(polygons, height, width))
-    else:
-        if list(outline["size"]) != [height, width]:
-            raise ValueError(f"its run lengths are of {outline['size']}, not {[height, width]}")
-        if isinstance(outline["counts"], list):
-            if sum(outline["counts"]) != height * width:
-                raise ValueError("its run lengths are not of all pixels")
-            runs = mask.frPyObjects(outline, height, width)
-        else:
-            runs = outline
-    return mask.decode(runs).astype(bool)
+        # Far corners would take gigabytes.
+        if not (np.abs(np.concatenate(polygons)) < FAR * max(height, width)).all():
+            raise ValueError("a polygon has corners far outside of the image")
+        return mask.merge(mask.frPyObjects(polygons, height, width))
+    if list(outline["size"]) != [height, width]:
+        raise ValueError(f"run lengths are of {outline['size']}, the image of {[height, width]}")
+    if not isinstance(outline["counts"], list):
+        return outline
+    if sum(outline["counts"]) != height * width or min(outline["counts"]) < 0:
+        raise ValueError("run lengths are not of all pixels")
+    return mask.frPyObjects(outline, height, width)

@@ -12,7 +12,7 @@ from gptv_jax.data.folder import ORDER_SEED
 from gptv_jax.data.label_maps import LabelTable
 from gptv_jax.data.listing import Listing, split_names
 from gptv_jax.data.records import Record
-from gptv_jax.errors import InputError, shorten
+from gptv_jax.errors import InputError, counted, shorten
 
 SPLITS = ("train", "validation", "test")  # in this order, before others
 Files = dict[tuple[str, str], list[pathlib.Path]]  # by split and name
@@ -84,7 +84,9 @@ class MapFolder:
                 "equal."
             )
         if unused := [file for key, (file,) in map_files.items() if key not in used]:
-            self.notes.append(f"{len(unused)} label maps have no image: {shorten(unused)}")
+            self.notes.append(
+                f"{counted(len(unused), 'label map')} without an image: {shorten(unused)}"
+            )
         self.lengths = {split: len(source) for split, source in self._splits.items()}
 
     def open(self, split: str) -> "_MapSplit":

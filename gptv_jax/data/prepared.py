@@ -52,10 +52,11 @@ class Tfds:
         if self._image is None:
             shown = shorten(info.features)
             raise InputError(f"data set {name} has no feature called image; it has: {shown}.")
-        self._maps = config.maps and (config.maps, self._label_table(config))
+        kind = tfds.features.Image
+        pictures = [n for n, each in info.features.items() if isinstance(each, kind)]
+        self._decoders = dict.fromkeys((self._image, *pictures), tfds.decode.SkipDecoding())
+        self._maps = config.maps and (config.maps, self._label_table(config, pictures))
         self.map_names = self._maps[1].names if self._maps else ()
-        read = [self._image, *([config.maps] if config.maps else [])]
-        self._decoders = {feature: tfds.decode.SkipDecoding() for feature in read}
         self.name = info.name
         labelled = "label" in info.features
         self.classes = getattr(info.features["label"], "num_classes", 0) if labelled else 0
@@ -70,18 +71,15 @@ class Tfds:
                 self.object_names = tuple(label.names) if self._objects[1] else (name,)
         self.lengths = {split: found.num_examples for split, found in info.splits.items()}
 
-    def _label_table(self, config: config_lib.Data) -> label_maps.LabelTable:
-        from tensorflow_datasets.core import features as kinds
-
-        features = self._builder.info.features
-        pictures = [n for n, each in features.items() if isinstance(each, kinds.Image)]
+    def _label_table(self, config: config_lib.Data, pictures: list[str]) -> label_maps.LabelTable:
         if config.maps not in pictures or config.maps == self._image:
             able = shorten(n for n in pictures if n != self._image) or "none"
             raise InputError(
                 f"config.data.maps={config.maps} is no label map of the data set {config.name}; "
                 f"its features that may be label maps are: {able}."
             )
-        if config.map_names is None and (names := getattr(features[config.maps], "names", None)):
+        names = getattr(self._builder.info.features[config.maps], "names", None)
+        if config.map_names is None and names:
             return label_maps.named(tuple(names), config)
         return label_maps.read_table(config)
 

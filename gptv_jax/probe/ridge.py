@@ -54,18 +54,24 @@ def empty(layers: int, width: int, classes: int) -> Moments:
 
 @functools.partial(jax.jit, donate_argnums=0)
 def add(moments: Moments, features: Float[Array, "votes L B D"], batch: dict) -> Moments:
-    """Adds a batch's first vote, where its "mask" is 1, to the moments, which are donated."""
+    """Adds a batch's first vote, where its "mask" is 1, to the moments, which are donated.
+
+    The batch has a "label" of each row or, in its place, "targets" [B, C].
+    """
     features, mask = features[0].astype(jnp.float32), batch["mask"]
     mean = jnp.einsum("lbd,b->ld", features, mask, precision=EXACT, out_sharding=P(None, None))
     mean = mean / jnp.maximum(mask.sum(), 1)
     shift = jnp.where(moments.sums["images"].sum() == 0, mean, moments.shift)
     x = (features - shift[:, None]) * mask[None, :, None]
-    one_hot = jax.nn.one_hot(batch["label"], moments.sums["images"].size) * mask[:, None]
+    targets = batch.get("targets")
+    if targets is None:
+        targets = jax.nn.one_hot(batch["label"], moments.sums["images"].size)
+    targets *= mask[:, None]
 
     over_images = {
         "products": ("lbd,lbe->lde", x, x),
-        "by_class": ("bc,lbd->lcd", one_hot, x),
-        "images": ("bc->c", one_hot),
+        "by_class": ("bc,lbd->lcd", targets, x),
+        "images": ("bc->c", targets),
     }
     part = {}
     for name, (equation, *operands) in over_images.items():
@@ -78,21 +84,24 @@ def add(moments: Moments, features: Float[Array, "votes L B D"], batch: dict) ->
     return Moments(shift, sums, lost)
 
 
-def solve(moments: Moments, strengths: Float[np.ndarray, "S L"]) -> tuple[np.ndarray, ...]:
+def solve(
+    moments: Moments, strengths: Float[np.ndarray, "S L"], total: int = 1
+) -> tuple[np.ndarray, ...]:
     """Weights [S, L, C, D], biases [S, L, C] and shifts [L, D], on the host in float64.
 
-    The scores of class c are `weight[c] @ (x - shift) + bias[c]`.
+    The scores of class c are `weight[c] @ (x - shift) + bias[c]`. `total` is what the targets of
+    each row add up to.
     """
     shift, sums, lost = multihost_utils.process_allgather(moments, tiled=True)
     S, (L, C, D) = len(strengths), sums["by_class"].shape
     images = sums["images"].astype(np.float64) - lost["images"]
-    count = images.sum()
+    count = images.sum() / total
     share = images / count
     weight, bias = np.zeros((S, L, C, D)), np.zeros((S, L, C))
     for layer in range(L):
         products = (sums["products"][layer].astype(np.float64) - lost["products"][layer]) / count
         by_class = (sums["by_class"][layer].astype(np.float64) - lost["by_class"][layer]) / count
-        mean = by_class.sum(axis=0)
+        mean = by_class.sum(axis=0) / total
         covariance = products - np.outer(mean, mean)
         variance, varies = np.diag(covariance), np.diag(products) * CONSTANT
         scale = np.where(variance > varies, 1 / np.sqrt(np.maximum(variance, 1e-300)), 0.0)
@@ -103,6 +112,12 @@ def solve(moments: Moments, strengths: Float[np.ndarray, "S L"]) -> tuple[np.nda
             weight[s, layer] = np.linalg.solve(ridge, with_class.T).T * scale
             bias[s, layer] = share - weight[s, layer] @ mean
     return weight, bias, shift.astype(np.float64)
+
+
+def replicated(x: np.ndarray) -> Array:
+    """A float32 array on every device, of an array that all processes hold."""
+    everywhere = NamedSharding(jax.sharding.get_mesh(), P())
+    return jax.make_array_from_process_local_data(everywhere, x.astype(np.float32))
 
 
 @jax.jit
@@ -130,14 +145,10 @@ def tabulate(
     moments = None
     for x, batch in features("train"):
         moments = add(moments or empty(x.shape[1], x.shape[3], classes), x, batch)
-    everywhere = NamedSharding(jax.sharding.get_mesh(), P())
-
-    def put(x: np.ndarray) -> Array:  # all processes hold an equal one
-        return jax.make_array_from_process_local_data(everywhere, x.astype(np.float32))
 
     def accuracies(split: str, solution: tuple, *, fold: bool) -> Float[np.ndarray, "S L"]:
         nonlocal moments
-        parts, solution = [], jax.tree.map(put, solution)
+        parts, solution = [], jax.tree.map(replicated, solution)
         for x, batch in features(split):
             parts.append(correct(solution, x, batch))
             moments = add(moments, x, batch) if fold else moments

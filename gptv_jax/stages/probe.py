@@ -1,4 +1,6 @@
-"""Linear probe: what a linear classifier reads from every layer's frozen features.
+"""Linear probes: what a linear classifier reads from every layer's frozen features.
+
+Labels are read from the mean over an image's positions, label maps from each position.
 
 Ridge regression, in closed form from one pass over the images, ranks all layers quickly. The best
 of them (or all) are then probed by one of the paper's two protocols: L-BFGS logistic regression on
@@ -22,9 +24,10 @@ from gptv_jax.model.gpt import Network
 from gptv_jax.probe import features, ridge, sgd
 from gptv_jax.probe.features import Features, Kept
 from gptv_jax.probe.logistic import draw, fit_probe, preference, with_few_labels
-from gptv_jax.runs import accuracy
+from gptv_jax.runs import accuracy, layers
 from gptv_jax.runs.context import Context
 from gptv_jax.stages import pretrained
+from gptv_jax.tasks import dense_probe
 from gptv_jax.train.metrics import Progress
 from gptv_jax.train.step import CONFUSION_CLASSES
 
@@ -37,14 +40,24 @@ FITS = "fits.json"  # results of an unfinished probe by L-BFGS
 
 
 def run_stage(context: Context) -> dict:
-    """Probes every layer and the two floors; writes probe/layers.json, returns the numbers."""
+    """Probes every layer and the two floors; writes the layers' numbers, returns the best ones."""
     LOG.info("probe loads the pretrained weights.")
     network = context.network()
     initial = jax.jit(network.init)(jax.random.key(context.config.seed))
-    protocol = {"lbfgs": _by_lbfgs, "sgd": _by_sgd}[context.config.probe.method]
     found = pretrained.load(context, network)
-    trained, random, raw, more = protocol(context, network, found.params, initial)
+    numbers = _labels(context, network, found.params, initial) if context.classes else {}
+    if maps := sources.open_source(context.config.data, "train").map_names:
+        if context.images.has_pixels():
+            numbers |= _label_maps(context, network, found.params, initial, len(maps))
+        else:
+            LOG.info("a token cache has no label maps of its images' size: they are not probed.")
+    return numbers | found.numbers
 
+
+def _labels(context: Context, network: Network, trained: dict, initial: dict) -> dict:
+    """The summary's numbers of labels; writes probe/layers.json."""
+    protocol = {"lbfgs": _by_lbfgs, "sgd": _by_sgd}[context.config.probe.method]
+    trained, random, raw, more = protocol(context, network, trained, initial)
     rows = []
     for layer, (result, floor) in enumerate(zip(trained, random, strict=True)):
         floors = {f"random_init_{name}": floor.get(name) for name in RESULTS}
@@ -59,7 +72,40 @@ def run_stage(context: Context) -> dict:
         "random_init_test_accuracy": random[floor]["test_accuracy"],
         **ridge.summarise(trained),
         **more,
-        **found.numbers,
+    }
+
+
+def _label_maps(
+    context: Context, network: Network, trained: dict, initial: dict, classes: int
+) -> dict:
+    """The summary's numbers of label maps; writes probe/dense_layers.json."""
+    config, codec = context.config.probe, context.codec
+    cut = dense_probe.Cut(codec, classes)
+    batches, raw = dense_probe.batches(context.data, config, cut, network), config.features == "raw"
+    read = {
+        "": dense_probe.of_network(network, trained, batches, raw=raw),
+        "random_init_": dense_probe.of_network(network, initial, batches, raw=raw),
+        "raw_pixels_": dense_probe.of_pixels(codec, batches),
+    }
+    tables = {}
+    for name, features_of in read.items():
+        LOG.info("probe reads label maps from every layer: %s.", name or "pretrained weights")
+        tables[name] = dense_probe.tabulate(features_of, config.ridge)
+    rows, random, [pixels] = tables.values()
+    best, floor = (
+        max(range(len(each)), key=lambda i: each[i]["validation_miou"]) for each in (rows, random)
+    )
+    by_layer = [
+        {"layer": i, **row, "random_init_test_miou": of_random["test_miou"]}
+        for i, (row, of_random) in enumerate(zip(rows, random, strict=True))
+    ]
+    files.write_json(context.folder.path / "probe" / layers.FILE, by_layer)
+    return {
+        "dense_best_layer": best,
+        **{n: value for n, value in rows[best].items() if n not in ("ridge", "power")},
+        "random_init_test_miou": random[floor]["test_miou"],
+        "raw_pixels_test_miou": pixels["test_miou"],
+        **{f"layer_{i}_test_miou": row["test_miou"] for i, row in enumerate(rows)},
     }
 
 

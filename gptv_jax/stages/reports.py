@@ -21,7 +21,7 @@ from gptv_jax.config import fields
 from gptv_jax.data import inventory
 from gptv_jax.decode.sampler import class_rows
 from gptv_jax.errors import shorten
-from gptv_jax.runs import accuracy, html, pictures
+from gptv_jax.runs import accuracy, html, layers, pictures
 from gptv_jax.runs.context import Context
 from gptv_jax.stages import STAGES
 
@@ -125,6 +125,15 @@ def pretrain(results: Results) -> Part:
 
 
 def probe(results: Results) -> Part:
+    """What is read of labels, and of label maps, by layer."""
+    parts = (
+        _probe_of_labels(results),
+        layers.of_label_maps(results.folder / "probe", results.numbers("probe")),
+    )
+    return "".join(content for content, _ in parts), "".join(tiles for _, tiles in parts)
+
+
+def _probe_of_labels(results: Results) -> Part:
     """Accuracy by layer, as a table and as a plot, which probe/layers.png keeps."""
     folder, found = results.folder / "probe", results.numbers("probe")
     rows = files.read_json(folder / "layers.json", [])

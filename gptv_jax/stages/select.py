@@ -59,7 +59,7 @@ def _impossible(config: config_lib.Config, held: Collection[str]) -> dict[str, s
     elif config.tokens.tokenizer or given or cached:
         refused["tokenizer"] = "the tokens come with their tokenizer; leave the stage tokenizer out"
     images = f"the images of config.data.name={config.data.name}"
-    if "label" not in held:
+    if not {"label", "segmentation"} & set(held):
         refused["probe"] = f"{images} have no labels; take pretrain and sample"
     task = config.task
     if not tasks.kind(task.name).reads_pixels and (task.image_input == "pixels" or kind == "none"):

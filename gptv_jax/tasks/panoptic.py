@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Integer
+from jaxtyping import Bool, Integer
 
 
 class Segments(NamedTuple):
@@ -53,9 +53,7 @@ def count(truth: Segments, predicted: Segments, classes: int) -> dict[str, np.nd
     }
 
 
-def scores(
-    total: dict[str, Float[np.ndarray, " C"]], things: Sequence[bool]
-) -> dict[str, float | list | None]:
+def scores(total: dict[str, np.ndarray], things: Sequence[bool]) -> dict[str, float | list | None]:
     """The numbers of the sums of `count` over all images.
 
     "pq" = sq * rq, "sq" (mean IoU of the matches) and "rq" (F1 of the matches) are means over the

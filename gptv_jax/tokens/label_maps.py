@@ -5,16 +5,24 @@ Letters: C classes, T tokens of a map, P pixels of a cell.
 """
 
 import abc
+import dataclasses
 import functools
 import json
 import pathlib
 from collections.abc import Iterable
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Bool, Float, Int, Integer
 
-from gptv_jax import files
+from gptv_jax import config as config_lib
+from gptv_jax import files, sharding
+from gptv_jax.config import fields
 from gptv_jax.errors import InputError, as_input_error
+from gptv_jax.model import autoencoder
 from gptv_jax.tokens.codec import AnyArray
 
 HEADER = "gptv_jax_labels"  # key of a file's metadata
@@ -60,10 +68,19 @@ class LabelCodec(abc.ABC):
         """What the codec learned from label maps, by name."""
         return {}
 
+    def settings(self) -> dict[str, object]:
+        """Arguments of the constructor after the shape, arrays left out, as JSON."""
+        return {"cell": self.cell}
+
+    @classmethod
+    def restore(cls, arrays: dict[str, np.ndarray], **header) -> "LabelCodec":
+        """The codec that `arrays` and the header of a file describe."""
+        return cls(**header, **arrays)
+
     def save(self, path: str | pathlib.Path) -> None:
         """Writes a .safetensors file for `load_label_codec`."""
         header = {"format": FORMAT, "kind": self.kind, "classes": self.classes}
-        header |= {"shape": self.shape, "cell": self.cell}
+        header |= {"shape": self.shape, **self.settings()}
         files.write_safetensors(self.arrays(), files.user_path(path), {HEADER: json.dumps(header)})
 
     def cells(self, maps: Integer[np.ndarray, "B H W"]) -> Integer[np.ndarray, "N P"]:
@@ -71,11 +88,14 @@ class LabelCodec(abc.ABC):
         if maps.shape[1:] != tuple(self.shape):
             raise ValueError(f"label maps are {list(maps.shape)}; it takes [B, *{self.shape}].")
         (rows, columns), side = self.grid, self.cell
-        known = np.where(has_class(maps, self.classes), maps, self.classes)
-        beyond = [(0, 0), (0, rows * side - maps.shape[1]), (0, columns * side - maps.shape[2])]
-        padded = np.pad(known, beyond, constant_values=self.classes)
-        squares = padded.reshape(len(maps), rows, side, columns, side).swapaxes(2, 3)
+        squares = self.padded(maps).reshape(len(maps), rows, side, columns, side).swapaxes(2, 3)
         return squares.reshape(-1, side * side)
+
+    def padded(self, maps: Integer[np.ndarray, "B H W"]) -> Integer[np.ndarray, "B height width"]:
+        """The maps up to the end of the last cells; C where a pixel has no class, and beyond."""
+        known = np.where(has_class(maps, self.classes), maps, self.classes)
+        beyond = [-size % self.cell for size in self.shape]
+        return np.pad(known, [(0, 0), *((0, n) for n in beyond)], constant_values=self.classes)
 
     def joined(self, cells: Integer[np.ndarray, "B T P"]) -> Int[np.ndarray, "B H W"]:
         """The label maps of these cells."""
@@ -93,11 +113,15 @@ class Cells(LabelCodec):
     def __init__(self, classes: int, shape: tuple[int, int], cell: int):
         super().__init__(classes, shape, cell, classes)
 
-    def encode(self, maps):
+    def counts(self, maps: Integer[np.ndarray, "B H W"]) -> Integer[np.ndarray, "B T C"]:
+        """The number of pixels of each class in every cell."""
         found = self.cells(maps)
         place = np.arange(len(found))[:, None] * (self.classes + 1) + found
         counts = np.bincount(place.ravel(), minlength=len(found) * (self.classes + 1))
-        counts = counts.reshape(len(maps), -1, self.classes + 1)[..., : self.classes]
+        return counts.reshape(len(maps), -1, self.classes + 1)[..., : self.classes]
+
+    def encode(self, maps):
+        counts = self.counts(maps)
         return counts.argmax(-1).astype(np.int32), counts.any(-1).astype(np.float32)
 
     def decode(self, tokens):
@@ -134,6 +158,80 @@ class Patches(LabelCodec):
 
     def arrays(self):
         return {"patches": self.patches}
+
+
+class Learned(LabelCodec):
+    """The token of a cell is its code in an autoencoder of label maps, `model.autoencoder`.
+
+    The encoder reads the class of each pixel as a channel of its own, and zeros where there is no
+    class. The decoder gives a logit for each class. `train.label_autoencoding` trains both. A
+    device of this process encodes and decodes one map at a time, so the other maps of a batch
+    change nothing.
+    """
+
+    kind = "learned"
+
+    def __init__(
+        self,
+        classes: int,
+        shape: tuple[int, int],
+        config: config_lib.Autoencoder,
+        params: dict[str, np.ndarray],  # float32, by flat name: "encoder.stem.bias"
+    ):
+        super().__init__(classes, shape, config.downsample, config.vocabulary)
+        self.config, self.params = dataclasses.replace(config, channels=classes), params
+
+    def encode(self, maps):
+        weights = (self.cells(maps) < self.classes).any(axis=1).astype(np.float32)
+        codes = self._one_by_one(self.padded(maps).astype(np.int32), decoding=False)
+        return codes.reshape(len(maps), -1).astype(np.int32), weights.reshape(len(maps), -1)
+
+    def decode(self, tokens):
+        maps = self._one_by_one(tokens.reshape(-1, *self.grid).astype(np.int32), decoding=True)
+        return maps[:, : self.shape[0], : self.shape[1]].astype(np.int32)
+
+    def arrays(self):
+        return self.params
+
+    def settings(self):
+        return {"autoencoder": fields.flatten(dataclasses.replace(self.config, channels=1))}
+
+    @classmethod
+    def restore(cls, arrays, *, autoencoder, **header):
+        config = fields.from_dict(config_lib.Autoencoder, autoencoder, "autoencoder")
+        return cls(**header, config=config, params=arrays)
+
+    def __getstate__(self):  # Grain's workers place the weights on devices of their own
+        return {name: value for name, value in vars(self).items() if name != "_placed"}
+
+    @functools.cached_property
+    def _placed(self) -> tuple[jax.sharding.Mesh, dict]:
+        """A mesh of one of this process's devices, and the weights on the device."""
+        mesh = sharding.make_mesh(config_lib.Mesh(), jax.local_devices()[:1])
+        with jax.set_mesh(mesh):
+            tree = jax.eval_shape(lambda: autoencoder.init(self.config, jax.random.key(0)))
+        leaves = [self.params[name] for name in sharding.by_name(tree)]
+        whole = NamedSharding(mesh, P())
+        return mesh, jax.tree.unflatten(jax.tree.structure(tree), jax.device_put(leaves, whole))
+
+    def _one_by_one(self, rows: np.ndarray, decoding: bool) -> np.ndarray:
+        mesh, params = self._placed
+        spec = NamedSharding(mesh, sharding.BATCH_FIRST)
+        with jax.set_mesh(mesh):
+            found = [
+                _apply(self.config, decoding, params, jax.device_put(row[None], spec))
+                for row in rows
+            ]
+        return np.concatenate(jax.device_get(found))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _apply(config: config_lib.Autoencoder, decoding: bool, params: dict, rows: jax.Array):
+    """Label maps of grids of codes (`decoding`), or codes of label maps."""
+    model = autoencoder.bind(config, params)
+    if decoding:
+        return jnp.argmax(model.decode(rows), axis=-1)
+    return model.encode(jax.nn.one_hot(rows, config.channels)).codes
 
 
 def fit_patches(
@@ -224,5 +322,5 @@ def load_label_codec(path: str | pathlib.Path) -> LabelCodec:
         header = json.loads(metadata[HEADER])
         if (found := header.pop("format")) != FORMAT:
             raise InputError(f"{path} is of format {found}; this version reads {FORMAT}.")
-        kind = {codec.kind: codec for codec in (Cells, Patches)}[header.pop("kind")]
-        return kind(**header | {"shape": tuple(header["shape"])}, **arrays)
+        kind = {codec.kind: codec for codec in (Cells, Patches, Learned)}[header.pop("kind")]
+        return kind.restore(arrays, **header | {"shape": tuple(header["shape"])})

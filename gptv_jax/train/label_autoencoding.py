@@ -1,0 +1,84 @@
+"""Training of the autoencoder whose codes are the tokens of label maps."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from jaxtyping import Array, Integer
+
+from gptv_jax import config as config_lib
+from gptv_jax import sharding
+from gptv_jax.errors import InputError
+from gptv_jax.model import autoencoder
+from gptv_jax.tokens.label_maps import Cells, Learned
+from gptv_jax.train import optimizer, step
+from gptv_jax.train.objective import cross_entropy, masked_mean
+
+# Muon's rate, and AdamW's of biases, as in configs/tokenizer_cifar10.py.
+OPTIMIZER = config_lib.Optimizer(
+    name="muon", learning_rate=1e-2, rest_learning_rate=2e-3, clip_norm=1.0, warmup_steps=20
+)
+
+
+def make_loss(config: config_lib.Autoencoder) -> Callable:
+    """The mean cross-entropy, in nats, of the pixels that have a class; see `train.step`.
+
+    `batch["maps"]`, int32 [B, H, W], has `config.channels`, the number of classes, where a pixel
+    has no class. `config.quantizer` is "fsq".
+    """
+
+    def loss(params, frozen, batch, key, step) -> tuple[Array, dict]:
+        del frozen, key, step
+        model, maps = autoencoder.bind(config, params), batch["maps"]
+        restored = model.decoder(model.quantizer(model.encoder(_one_hot(config, maps))).values)
+        known = maps < config.channels
+        nats = cross_entropy(restored, jax.numpy.where(known, maps, 0))
+        flat = (len(maps), -1)
+        spec = {"out_sharding": sharding.BATCH_FIRST}
+        total = masked_mean(nats.reshape(flat, **spec), known.reshape(flat, **spec)).mean()
+        return total, {"loss": total}
+
+    return loss
+
+
+def _one_hot(config: config_lib.Autoencoder, maps: Array) -> Array:
+    return jax.nn.one_hot(maps, config.channels)
+
+
+def fit_learned(
+    maps: Sequence[Integer[np.ndarray, "H W"]],
+    classes: int,
+    config: config_lib.Autoencoder,
+    steps: int,
+    batch_size: int,
+    seed: int,
+) -> Learned:
+    """Trains the label tokenizer on maps of one shape, in memory, on one device of this process.
+
+    `config` is that of an image tokenizer with finite scalar quantization; its number of channels
+    does not matter. Equal maps, settings and seeds give equal weights on equal machines.
+    """
+    if config.quantizer != "fsq":
+        raise InputError(
+            f"label maps take an autoencoder with quantizer=fsq, not {config.quantizer}."
+        )
+    config = dataclasses.replace(config, channels=classes)
+    padded = Cells(classes, maps[0].shape, config.downsample).padded(np.stack(maps))
+    rng, mesh = (
+        np.random.default_rng(seed),
+        sharding.make_mesh(config_lib.Mesh(), jax.local_devices()[:1]),
+    )
+    update, rate = optimizer.make_optimizer(OPTIMIZER, steps)
+    train_step = step.make_train_step(make_loss(config), update, rate)
+
+    def initial(key):
+        return step.state_of(autoencoder.init(config, key), update)
+
+    with jax.set_mesh(mesh):
+        state = jax.jit(initial)(jax.random.key(seed))
+        for _ in range(steps):
+            rows = padded[rng.integers(len(padded), size=batch_size)].astype(np.int32)
+            state, _ = train_step(state, sharding.global_batch({"maps": rows}))
+        params = jax.device_get(sharding.by_name(state["params"]))
+    return Learned(classes, maps[0].shape, config, params)
