@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from gptv_jax.config import data
 from gptv_jax.config.fields import FROM_ZERO, POSITIVE, SHARE, field, one_of
 
 WIDTHS = ("positive numbers of channels, or none", lambda v: all(width >= 1 for width in v))
@@ -62,6 +63,11 @@ class Segment:
     labels: str = field("patches", one_of("cells", "patches", "learned"))
     cell: int = field(4, POSITIVE)  # side, in pixels, of the square that a label token stands for
     codes: int = field(512, ("2 or more", lambda v: v >= 2))  # of patches
+    # learned: levels of each dimension of a code, channels at each resolution, the finest first (as
+    # of config.tokens.autoencoder, where `cell` is `downsample`), and steps of 16 label maps.
+    levels: tuple[int, ...] = field((8, 8, 8), data.LEVELS)
+    widths: tuple[int, ...] = field((32,), data.WIDTHS)
+    steps: int = field(500, POSITIVE)
     # A pixel's loss weighs its class's frequency ** -balance: 0: all weigh the same; 1: all classes
     # together weigh the same, as in median frequency balancing (Eigen & Fergus 2015).
     balance: float = field(0.0, FROM_ZERO)

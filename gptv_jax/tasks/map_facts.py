@@ -9,12 +9,15 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Integer
 
+from gptv_jax import config as config_lib
 from gptv_jax.config.tasks import Segment
 from gptv_jax.tasks import confusion
 from gptv_jax.tokens import label_maps
 from gptv_jax.tokens.label_maps import has_class
+from gptv_jax.train.label_autoencoding import fit_learned
 
 CODEC = "codec.safetensors"
+BATCH_SIZE = 16  # label maps; of the training of learned tokens
 LEAST = 1e-3  # frequency; a rarer class weighs in the loss as if it had this one
 
 
@@ -66,4 +69,13 @@ def load(content: bytes) -> Facts:
 def _codec(maps, classes: int, settings: Segment, seed: int) -> label_maps.LabelCodec:
     if settings.labels == "cells":
         return label_maps.Cells(classes, maps[0].shape, settings.cell)
+    if settings.labels == "learned":
+        config = config_lib.Autoencoder(
+            downsample=settings.cell,
+            widths=settings.widths,
+            encoder_blocks=1,
+            decoder_blocks=1,
+            levels=settings.levels,
+        )
+        return fit_learned(maps, classes, config, settings.steps, BATCH_SIZE, seed)
     return label_maps.fit_patches(maps, classes, settings.cell, settings.codes, seed)

@@ -7,6 +7,7 @@ be drawn of one image. One network does both.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterable
 from typing import ClassVar
 
@@ -17,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Integer, PRNGKeyArray, UInt8
 
 from gptv_jax import sharding
+from gptv_jax.config import rules
 from gptv_jax.data import sources
 from gptv_jax.data.records import Record, plane_to_original
 from gptv_jax.decode import answers
@@ -53,24 +55,20 @@ class Segment(Task):
     }
 
     def check(self) -> None:
-        settings, size = self.settings, self.config.data.size
+        settings, layers = self.settings, self.config.model.layers
+        pairs = zip(self.config.data.size, self.config.grid, strict=True)
+        side = [pixels // positions for pixels, positions in pairs]
+        refuse = functools.partial(rules.refuse, self.config)
         if not (settings.read or settings.write):
-            raise InputError(
-                "config.task.segment has read=False and write=False, so nothing is learned; take "
-                "read=True, write=True or both."
-            )
-        rows, columns = self.config.grid
-        side = (size[0] // rows, size[1] // columns)
+            refuse("task.segment.read", "write is False too, so nothing is learned; take True")
         if settings.read and any(each % settings.read_cell for each in side):
-            raise InputError(
-                f"config.task.segment.read_cell is {settings.read_cell}, which divides no position "
-                f"of {side[0]} x {side[1]} pixels; take a divisor, such as 1."
-            )
-        if settings.read and any(layer > self.config.model.layers for layer in settings.layers):
-            raise InputError(
-                f"config.task.segment.layers is {settings.layers}; it takes numbers from 0 to "
-                f"config.model.layers = {self.config.model.layers}."
-            )
+            reason = f"a position of the image is {side[0]} x {side[1]} pixels; take a divisor"
+            refuse("task.segment.read_cell", reason)
+        if settings.read and max(settings.layers, default=0) > layers:
+            reason = f"it takes numbers from 0 to config.model.layers = {layers}"
+            refuse("task.segment.layers", reason)
+        if settings.write and settings.labels == "learned" and settings.cell not in (4, 8, 16):
+            refuse("task.segment.cell", "config.task.segment.labels=learned takes 4, 8 or 16")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -94,9 +92,12 @@ class Segment(Task):
             # The input of the last position is the image's last token.
             return (Part(END, 0, (1,), predicted=False),)
         shape = tuple(-(-pixels // self.settings.cell) for pixels in self.config.data.size)
-        kind, codes = self.settings.labels, self.settings.codes
-        vocabulary = len(self.map_names) if kind == "cells" else codes
-        return (Part(NAME, vocabulary, shape, covers_image=True),)
+        vocabulary = {
+            "cells": len(self.map_names),
+            "patches": self.settings.codes,
+            "learned": math.prod(self.settings.levels),
+        }
+        return (Part(NAME, vocabulary[self.settings.labels], shape, covers_image=True),)
 
     def network(self) -> Network:
         network, settings = super().network(), self.settings
