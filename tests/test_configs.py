@@ -25,7 +25,7 @@ WEIGHTS = {
     ("detect_coco", "l"): 751_301_120,
     ("detect_coco", "subset"): 129_920,
     ("segment_digits", None): 184_832,
-    ("segment_camvid", None): 461_472,
+    ("segment_camvid", None): 461_760,
     ("segment_ade20k", None): 110_120_448,
     ("cifar10", "tiny"): 332_416,
     ("cifar10", "tiny_modern"): 329_600,

@@ -4,6 +4,7 @@ Unless `finetune.scratch` is False, the same network is trained from scratch bes
 same settings and budget.
 """
 
+import base64
 import dataclasses
 import functools
 import itertools
@@ -126,17 +127,16 @@ def _measured(context: Context) -> Task:
         log = context.images.damage_log
         return pipeline.images(config.data, "train", log, count, config.seed, annotated=True)
 
-    content = b""
-    if jax.process_index() == 0:
+    def content() -> str:
         # A training that has begun keeps what its weights mean.
         place = context.folder.checkpoints("finetune")
-        begun = path.exists() and place.exists() and newest_step(place) > 0
-        content = path.read_bytes() if begun else task.measure(records)
-        if content and not begun:
-            files.replace(path, content)
-    if jax.process_count() > 1:
-        content = hosts.bytes_of_first(content)
-    return dataclasses.replace(task, measured=content)
+        if path.exists() and place.exists() and newest_step(place) > 0:
+            return base64.b64encode(path.read_bytes()).decode()
+        if found := task.measure(records):
+            files.replace(path, found)
+        return base64.b64encode(found).decode()
+
+    return dataclasses.replace(task, measured=base64.b64decode(hosts.from_first(content)))
 
 
 def begin_with(network: Network, given: dict, key: jax.Array) -> dict:
