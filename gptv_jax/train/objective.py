@@ -37,16 +37,16 @@ def sequence(layout: Layout, batch: dict, key: str = "inputs") -> Int[Array, "B 
     The first part is batch["tokens"], every other part batch[key][name]. A part without "inputs" is
     read as its "targets" are. A part without tokens is zeros.
     """
+    first, count = layout.parts[0], len(jax.tree.leaves(batch)[0])
     found = {**batch.get("targets", {}), **batch.get(key, {})}
-    if "tokens" in batch:
-        found[layout.parts[0].name] = batch["tokens"]
-    count = len(jax.tree.leaves(batch)[0])
+    found |= {first.name: batch["tokens"]} if "tokens" in batch else {}
 
-    def zeros(part: Part) -> Int[Array, "B n"]:
+    def row(part: Part) -> Int[Array, "B n"]:
+        if part.name in found or (part.vocabulary and part != first):
+            return found[part.name]
         return jnp.zeros((count, part.size), jnp.int32, out_sharding=sharding.BATCH_FIRST)
 
-    rows = [found[p.name] if p.name in found else zeros(p) for p in layout.parts]
-    return jnp.concatenate(rows, axis=1)
+    return jnp.concatenate([row(part) for part in layout.parts], axis=1)
 
 
 def soft_targets(tokens: Int[Array, "B n"], part: Part, deviation: float) -> Float[Array, "B n V"]:
