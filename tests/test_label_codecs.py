@@ -13,7 +13,7 @@ from gptv_jax.errors import InputError
 from gptv_jax.model import autoencoder
 from gptv_jax.tokens import label_maps
 from gptv_jax.tokens.label_maps import Cells, Patches, fit_patches, load_label_codec
-from gptv_jax.train.label_autoencoding import fit_learned, make_loss
+from gptv_jax.train.label_autoencoding import LOGIT, fit_learned, make_loss
 
 CLASSES, SHAPE, CELL = 5, (10, 13), 4  # the last cells of a row and of a column are cut
 
@@ -184,8 +184,8 @@ def test_pixels_without_a_class_have_no_loss(learned):
         loss = make_loss(config)
         whole, _ = loss(params, None, {"maps": jnp.asarray(half)}, None)
         model = autoencoder.bind(config, params)
-        logits = model.decode(model.encode(jax.nn.one_hot(half, CLASSES)).codes)
-    nats = -np.asarray(jax.nn.log_softmax(logits))
+        logits = model.decode(model.encode(label_maps.as_channels(half, CLASSES)).codes)
+    nats = -np.asarray(jax.nn.log_softmax(LOGIT * logits))
     known = half < CLASSES
     picked = np.take_along_axis(nats, np.where(known, half, 0)[..., None], -1)[..., 0]
     by_map = [(row * k).sum() / k.sum() for row, k in zip(picked, known, strict=True)]

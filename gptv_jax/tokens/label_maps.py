@@ -231,7 +231,12 @@ def _apply(config: config_lib.Autoencoder, decoding: bool, params: dict, rows: j
     model = autoencoder.bind(config, params)
     if decoding:
         return jnp.argmax(model.decode(rows), axis=-1)
-    return model.encode(jax.nn.one_hot(rows, config.channels)).codes
+    return model.encode(as_channels(rows, config.channels)).codes
+
+
+def as_channels(maps: Integer[jax.Array, "B H W"], classes: int) -> Float[jax.Array, "B H W C"]:
+    """One channel for each class, of variance 1 where classes are equally frequent; 0: no class."""
+    return jax.nn.one_hot(maps, classes) * classes**0.5
 
 
 def fit_patches(
