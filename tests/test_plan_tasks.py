@@ -80,3 +80,18 @@ def test_classes_are_those_of_the_data_and_the_search_keeps_the_task():
     missing = dataclasses.replace(config, data=config_lib.Data(name="folder", path="/nowhere"))
     with pytest.raises(InputError, match=r"Without the data, give --classes=NUMBER\."):
         plan.make(missing, topology.parse("gpu:4xh100"), Finetuning)
+
+
+def test_segmentation_is_planned_with_its_label_tokens_and_its_head():
+    gpu, plans = topology.parse("gpu:16xh100"), []
+    for read in (True, False):
+        settings = config_lib.Segment(cell=8, codes=64, layers=(0, 2), read=read)
+        task = dataclasses.replace(DETECT.task, name="segment", segment=settings)
+        config = dataclasses.replace(DETECT, task=task)
+        plans.append(plan.make(config, gpu, of_seven, compiling=False))
+    both, alone = plans
+    network = both.training.network
+    assert network.length == 16 * 32 + 8 * 16 and both.fits
+    assert both.flops_per_step == flops.training(network).total * network.length * 32
+    outputs = 7 * 4 * 4  # of a position: seven classes of 4 x 4 pixels
+    assert both.params - alone.params == outputs * (2 * 256 + 1)
