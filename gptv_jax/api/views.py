@@ -66,7 +66,7 @@ def _view(
             f"and uint8 arrays [H, W, {' or '.join(map(str, channels))}] of any height and width."
         )
     original = np.array(pixels.shape[:2])
-    record = records.with_view({"image": pixels, "original": original}, *original)
+    record = records.with_view({"image": pixels, "original": original}, *pixels.shape[:2])
     for step in steps:
         record = step(record, None)
     return records.resize(record, *size)

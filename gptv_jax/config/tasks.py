@@ -68,6 +68,9 @@ class Segment:
     levels: tuple[int, ...] = field((8, 8, 8), data.LEVELS)
     widths: tuple[int, ...] = field((32,), data.WIDTHS)
     steps: int = field(500, POSITIVE)
+    # Share of the label tokens in place of which training reads any token. Label maps repeat
+    # themselves: a network that can copy the token before does not learn to look at the image.
+    corruption: float = field(0.3, SHARE)
     # A pixel's loss weighs its class's frequency ** -balance: 0: all weigh the same; 1: all classes
     # together weigh the same, as in median frequency balancing (Eigen & Fergus 2015).
     balance: float = field(0.0, FROM_ZERO)

@@ -137,7 +137,6 @@ class Segment(Task):
         return self.facts.class_weights(self.settings.balance)
 
     def example(self, record: Record, rng: np.random.Generator | None = None) -> dict:
-        del rng
         truth, found = record["segmentation"], {"targets": {}}
         if self.settings.write:
             tokens, weights = self.facts.codec.encode(truth[None])
@@ -146,6 +145,10 @@ class Segment(Task):
                 counts = np.maximum((pixels < len(of_class)).sum(axis=1), 1)
                 weights *= (np.append(of_class, 0)[pixels].sum(axis=1) / counts).astype(np.float32)
             found = {"targets": {NAME: tokens[0]}, "weights": {NAME: weights[0]}}
+            if rng is not None and self.settings.corruption:
+                other = rng.integers(self.facts.codec.vocabulary, size=tokens.shape, dtype=np.int32)
+                wrong = rng.random(tokens.shape) < self.settings.corruption
+                found["inputs"] = {NAME: np.where(wrong, other, tokens)[0]}
         return {"segmentation": truth, **found}
 
     def allowed(
