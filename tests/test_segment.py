@@ -75,19 +75,19 @@ def batch_of(task: Segment, given: list[dict], first: int = 0, rng=None) -> dict
 
 @functools.cache
 def trained() -> tuple[Segment, dict]:
-    """A task and weights that 300 steps made."""
+    """A task and weights that 200 steps made."""
     task = task_of(samples=3, layers=(0, 2))
     network = task.network()
     settings = config_lib.Optimizer(
         name="muon", learning_rate=0.02, rest_learning_rate=0.01, warmup_steps=5
     )
-    update, rate = optimizer.make_optimizer(settings, 300)
+    update, rate = optimizer.make_optimizer(settings, 200)
     advance = step.make_train_step(task.loss(network), update, rate)
     with jax.set_mesh(make_mesh((1, 1, 1))):
         state = jax.jit(lambda key: step.state_of(network.init(key), update))(jax.random.key(0))
         rng = np.random.default_rng(0)
         batches = [batch_of(task, records(16, seed), rng=rng) for seed in range(1, 31)]
-        for number in range(300):
+        for number in range(200):
             state, _ = advance(state, sharding.global_batch(batches[number % 30]))
     return task, state["params"]
 
@@ -107,7 +107,6 @@ def test_one_network_learns_to_read_and_to_write_maps():
     total, known = sums(task, params, given, (12,)), given.__getitem__
     numbers = task.metric(task.network(), known).result(total)
     bounds, details = task.bounds(total, known), task.details(total, known)
-    print(numbers, bounds, details)
     assert numbers["miou"] > 0.9 and bounds["written"]["miou"] > 0.9
     assert numbers["written_miou"] == bounds["written"]["miou"]
     assert bounds["voted"]["miou"] > 0.8 and 0.8 < details["agreement"] <= 1
