@@ -45,8 +45,9 @@ def detect(
         )
     entries = [transforms.parse(entry) for entry in task.config.data.eval_transforms]
     steps = [step for step in entries if not isinstance(step, Decode)]
-    extra = [[], *([transforms.parse(entry)] for entry in votes)]
-    if wrong := [entry for entry in votes if transforms.parse(entry).random]:
+    extra = [[], *(transforms.parse_view(entry) for entry in votes)]
+    names = [name for entry in votes for name in entry.split("|")]
+    if wrong := [name for name in names if transforms.parse(name).random]:
         raise InputError(f"votes has {', '.join(wrong)}, which is random; flip(1.0) is not.")
     channels = (1, 3) if codec is None else codec.image_shape[2:]
     size = task.config.data.size
