@@ -69,7 +69,8 @@ def main(settings: config.Config) -> None:
         "classes": data_set.classes if settings.data.labels else 0,
         "class_names": data_set.class_names if settings.data.labels else (),
     }
-    for name in ("object_names", "object_ids"):  # absent where there are no boxes
+    # Absent where there are no boxes and no label maps.
+    for name in ("object_names", "object_ids", "map_names"):
         if known := getattr(data_set, name, ()):
             header[name] = known
     cache.write(folder, chosen, {split: examples(split) for split in data_set.lengths}, header)

@@ -41,6 +41,18 @@ class Data:
     # order and with commas between; a single folder of images holds the images of all splits.
     annotations: str | None = field(None, free=True)
     images: str | None = field(None, free=True)
+    # Label maps, a class for every pixel. folder: their files, relative to `path`, such as
+    # "{split}_labels" or "gtFine/{split}/{name}_labelIds"; then `images` is such a pattern too
+    # (None: "{split}"). A TFDS set: the feature. coco: semantic, masks (of each object), or both
+    # with a comma between, made of polygons and run lengths. None: label maps are not read.
+    maps: str | None = field(None, free=True)
+    # The classes of label maps, with commas between, or a text file (.txt) with a class a line:
+    # names of the values 0, 1, ...; or each name after its value, "7 road", or its colour,
+    # "128 64 128 road". Every other value is no class.
+    map_names: str | None = None
+    map_ignore: tuple[int, ...] = ()  # values that `map_names` without values or colours skips
+    # Of label maps with several channels, the one with the values. None: maps have one, or colours.
+    map_channel: int | None = field(None, FROM_ZERO)
     # folder: a CSV file with the header file,label, in place of a sub-folder for each class.
     labels_file: str | None = field(None, free=True)
     # folder, arrays, parquet, webdataset: leaves the images with this label out, of all splits.

@@ -88,7 +88,8 @@ def write(
     Examples are records with the codec's "tokens", int32 [T], and "label" if labelled; boxes and
     what belongs to them, masks apart, and label maps are kept. The header has "source", "tokens"
     (the fields of `config.Tokens`), "image_size", "transforms", "classes", "class_names",
-    "object_names" if there are boxes, and whatever else should be recorded.
+    "object_names" if there are boxes, "map_names" if there are label maps, and whatever else should
+    be recorded.
     """
     planes, lengths = _TokenPlanes(codec), {}
     plain = planes.fields + [("label", "<i4", ())] * bool(header["classes"])
@@ -154,6 +155,7 @@ class TokenCache:
             self.keys = tuple(n for n in ("segmentation",) if n in self.record.names)
             self.object_names = tuple(header.get("object_names", ()))
             self.object_ids = tuple(header.get("object_ids", range(len(self.object_names))))
+            self.map_names = tuple(header.get("map_names", ()))
         except OSError as error:
             raise InputError(
                 f"{folder} is no token cache: it has no header.json, which gptv_jax.prepare writes "

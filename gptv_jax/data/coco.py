@@ -1,22 +1,20 @@
 """COCO data sets: image files, and JSON files with boxes and classes of the objects in them.
 
-https://cocodataset.org/#format-data defines the format. Polygons and keypoints are not read.
+https://cocodataset.org/#format-data defines the format. Keypoints are not read.
 """
 
 import contextlib
 import dataclasses
-import io
 import os
 import pathlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from PIL import Image
 
-from gptv_jax.data import coco_files
+from gptv_jax.data import coco_files, coco_masks
 from gptv_jax.data.coco_files import image_name
 from gptv_jax.data.folder import ORDER_SEED
-from gptv_jax.data.images import DamagedImageError, shown_size
+from gptv_jax.data.images import DamagedImageError, as_stored, shown_size
 from gptv_jax.data.records import Record
 from gptv_jax.errors import InputError, shorten
 
@@ -36,17 +34,19 @@ class Coco:
         annotations: str | None = None,
         images: str | None = None,
         max_missing: float = 0.05,
+        shapes: tuple[str, ...] = (),
     ):
         """Reads the JSON files, and the names of the image files.
 
         `annotations` and `images` are as in `config.Data`. Of a split's images a share of
-        `max_missing` may have no file.
+        `max_missing` may have no file. Records have what `shapes` names of `coco_masks.KINDS`.
 
         Raises:
           InputError: a file is no COCO file, or of no split; the images are not found; or nothing
             is left of a split.
         """
         self.notes: list[str] = []
+        coco_masks.check(shapes)
         root = path if path.is_dir() else path.parent
         found = coco_files.find(path, annotations)
         self.other_names = {
@@ -55,10 +55,13 @@ class Coco:
             for name in (file.stem, coco_files.own_name(file))
             if name not in found
         }
-        read = {split: coco_files.read(file) for split, file in found.items()}
+        read = {split: coco_files.read(file, bool(shapes)) for split, file in found.items()}
         names = self._names({file: read[split]["categories"] for split, file in found.items()})
         self.object_ids = tuple(sorted(names))  # of the files, in the order of the numbers
         self.object_names = tuple(names[each] for each in self.object_ids)
+        semantic = (coco_masks.BACKGROUND, *self.object_names)
+        self.map_names = semantic if "semantic" in shapes else ()
+        self.keys = ("masks",) if "masks" in shapes else ()
         self._splits = {}
         for split, file in found.items():
             content = read.pop(split)
@@ -66,7 +69,8 @@ class Coco:
                 root, split, file, content["images"], images, len(found)
             )
             note = self.notes.append
-            self._splits[split] = _index(file, folder, content, self.object_ids, max_missing, note)
+            kept = (self.object_ids, max_missing, shapes, note)
+            self._splits[split] = _index(file, folder, content, *kept)
         if not any(len(source.boxes) for source in self._splits.values()):
             raise InputError(
                 f"{shorten(found.values())} have no box that could be used, of "
@@ -116,6 +120,8 @@ class CocoSplit:
     box_labels: np.ndarray  # int32 [M]
     crowd: np.ndarray  # bool [M]
     area: np.ndarray  # float32 [M]
+    outlines: coco_masks.Outlines | None  # of the objects, if asked for
+    classes: int  # of objects
 
     def __len__(self) -> int:
         return len(self.names)
@@ -128,7 +134,11 @@ class CocoSplit:
         """The record without the picture, of which no file is read."""
         rows = slice(*self.offsets[index : index + 2])
         keys = ("boxes", "box_labels", "crowd", "area")
-        return {key: getattr(self, key)[rows].copy() for key in keys}
+        record = {key: getattr(self, key)[rows].copy() for key in keys}
+        if self.outlines:
+            size = tuple(self.sizes[index].tolist())
+            self.outlines.add(record, range(rows.start, rows.stop), size, self.classes)
+        return record
 
     def image_id(self, index: int) -> int:
         """The image's id in the JSON file."""
@@ -167,9 +177,7 @@ class CocoSplit:
         if expected in (size, (0, 0)):
             return encoded
         if expected == stored:
-            with Image.open(io.BytesIO(encoded)) as image, io.BytesIO() as turned:
-                image.save(turned, "PNG", exif=b"", compress_level=1)
-                return turned.getvalue()
+            return as_stored(encoded)
         (height, width), (told_height, told_width) = size, expected
         raise DamagedImageError(
             f"it has {width} x {height} pixels, but {self.file.name} says {told_width} x "
@@ -183,6 +191,7 @@ def _index(
     content: dict,
     category_ids: Sequence[int],
     max_missing: float,
+    shapes: tuple[str, ...],
     note: Callable[[str], None],
 ) -> CocoSplit:
     """The arrays of a split; `note` takes a sentence on each kind of fault that was met."""
@@ -214,6 +223,7 @@ def _index(
     names = [image_name(images[i]) for i in kept]
     sizes = _sizes(folder, [images[i] for i in kept], names)
 
+    shape_of = [each.pop("segmentation", None) for each in entries]
     entry_name = lambda i: f"annotation {entries[i].get('id', f'number {i}')}"  # noqa: E731
     labels = {number: label for label, number in enumerate(category_ids)}
     owner = np.array([_find(image_of, each.get("image_id"), -1) for each in entries], int)
@@ -249,6 +259,11 @@ def _index(
     tell("boxes reach out of their image and are clipped", reaching, entry_name)
     rows = np.flatnonzero(good)
     rows = rows[np.argsort(at[rows], kind="stable")]
+    outlines = None
+    if shapes:
+        given, spans = [shape_of[i] for i in rows], content["spans"]
+        outlines = coco_masks.Outlines.of(file, shapes, given, spans)
+        tell("annotations without polygons and run lengths", rows[outlines.lack()], entry_name)
     boxes = boxes[rows]
     own = (boxes[:, 2:] - boxes[:, :2]).prod(1)
     with np.errstate(invalid="ignore"):
@@ -265,6 +280,8 @@ def _index(
         label[rows],
         crowd[rows],
         area,
+        outlines,
+        len(category_ids),
     )
 
 

@@ -8,6 +8,8 @@ import os
 import pathlib
 import re
 
+import numpy as np
+
 from gptv_jax.data import guess
 from gptv_jax.data.listing import split_name
 from gptv_jax.errors import InputError, as_input_error, shorten
@@ -16,7 +18,7 @@ SPLITS = ("train", "validation", "test")  # the order in which settings name fil
 LISTS = ("images", "annotations", "categories")
 # Most of a file is polygons. They are cut out of the text, since as Python objects they would take
 # gigabytes; a string with these words has \" in JSON.
-_SHAPES = re.compile(rb'"(?:segmentation|counts|keypoints)"\s*:\s*\[[][\d\s.,eE+-]*\]')
+_SHAPES = re.compile(rb'"(segmentation|counts|keypoints)"\s*:\s*(\[[][\d\s.,eE+-]*\])')
 PROBED = 32  # images of a JSON file that are looked for in every folder
 
 
@@ -71,8 +73,20 @@ def own_name(file: pathlib.Path) -> str:
     return file.stem.removeprefix("instances_")
 
 
-def read(path: pathlib.Path) -> dict:
-    """The content of a JSON file without polygons; InputError where it is no COCO file."""
+def read(path: pathlib.Path, outlines: bool = False) -> dict:
+    """The content of a JSON file without polygons; InputError where it is no COCO file.
+
+    With `outlines`, a number stands for the polygons or run lengths of each annotation, a row of
+    "spans", int64 [N, 2], where the list begins and ends in the file.
+    """
+    spans: list[tuple[int, int]] = []
+
+    def replaced(match: re.Match) -> bytes:
+        if match[1] == b"keypoints":
+            return b'"":0'
+        spans.append(match.span(2))
+        return b'"%s":%d' % (match[1], len(spans) - 1)
+
     problem, advice = f"{path} cannot be read as JSON", "; it may be cut short: copy it anew"
     collecting = gc.isenabled()
     gc.disable()  # which would look through millions of new objects again and again
@@ -82,7 +96,7 @@ def read(path: pathlib.Path) -> dict:
             path.open("rb") as file,
             mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text,
         ):
-            content = json.loads(_SHAPES.sub(b'"":0', text))
+            content = json.loads(_SHAPES.sub(replaced if outlines else b'"":0', text))
     finally:
         if collecting:
             gc.enable()
@@ -101,6 +115,7 @@ def read(path: pathlib.Path) -> dict:
                 f"{path} has an image with id={each.get('id')!r} and file_name="
                 f"{each.get('file_name')!r}; an id is a whole number, a file name a text."
             )
+    content["spans"] = np.array(spans, np.int64).reshape(-1, 2)
     return content
 
 

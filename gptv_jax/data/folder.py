@@ -202,7 +202,11 @@ def _find_splits(
     for name, split in named.items():
         if (other := chosen.setdefault(split, path / name)).name != name:
             both = f"both {other.name} and {name}"
-            raise InputError(f"{path} has {both} for the split {split}; keep or rename one.")
+            maps = "{split}_labels"
+            raise InputError(
+                f"{path} has {both} for the split {split}; keep or rename one, or name the folders "
+                f"of label maps by config.data.maps, such as {maps}."
+            )
     if "train" not in chosen:
         raise InputError(
             f"{path} has {shorten(splits)}, but no folder called train. Call the folder of the "

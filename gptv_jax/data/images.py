@@ -117,7 +117,7 @@ class Decode(Transform):
     def _convert(self, image: Image.Image) -> np.ndarray:
         stored = image  # has the file's tags, which a turned image has lost
         maximum, deep = self.maximum or 0, _is_deep(stored)
-        if maximum > 255 and _has_deep_colours(stored):
+        if maximum > 255 and has_deep_colours(stored):
             raise DamagedImageError(
                 "Pillow reads only the upper 8 of the 16 bits of its colours, so it cannot take "
                 f"maximum={maximum:g}; save it with 8 bits"
@@ -140,7 +140,7 @@ class Decode(Transform):
         """The values of a file of more than 8 bits; None: it has 8 bits or cannot be decoded."""
         with contextlib.suppress(Exception), Image.open(io.BytesIO(encoded)) as image:
             self._check_size(*image.size)
-            if _has_deep_colours(image):  # of which Pillow reads the upper 8 bits
+            if has_deep_colours(image):  # of which Pillow reads the upper 8 bits
                 upper = np.asarray(image)
                 return Depth("16-bit colour", upper.min() * 256.0, upper.max() * 256.0, 65535)
             # Pillow scales a PGM to 16 bits by what its header says, with its codec "ppm".
@@ -222,7 +222,7 @@ def _is_deep(image: Image.Image) -> bool:
     return image.mode.startswith("I") or image.mode == "F"
 
 
-def _has_deep_colours(image: Image.Image) -> bool:
+def has_deep_colours(image: Image.Image) -> bool:
     """Whether the file, whose pixels are not read yet, has several channels of 16 bits."""
     return not _is_deep(image) and ";16" in str(getattr(image, "tile", ""))
 
@@ -236,3 +236,10 @@ def shown_size(encoded: bytes) -> tuple[tuple[int, int], tuple[int, int]]:
         turned = not plain and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
     stored = (height, width)
     return (stored[::-1] if turned else stored), stored
+
+
+def as_stored(encoded: bytes) -> bytes:
+    """The image file as a PNG file without EXIF orientation, so that `Decode` does not turn it."""
+    with Image.open(io.BytesIO(encoded)) as image, io.BytesIO() as plain:
+        image.save(plain, "PNG", exif=b"", compress_level=1)
+        return plain.getvalue()

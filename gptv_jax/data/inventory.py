@@ -8,6 +8,7 @@ from gptv_jax.data import sources
 from gptv_jax.errors import counted, shorten
 
 LOG = logging.getLogger(__name__)
+MAPS = 128  # label maps whose pixels are counted
 
 
 def describe(data_set: sources.DataSet, opened: dict[str, sources.Selected]) -> dict:
@@ -18,6 +19,7 @@ def describe(data_set: sources.DataSet, opened: dict[str, sources.Selected]) -> 
               labels cannot be counted without reading its images is absent
     objects   {split of the run: `Selected.object_counts`}; a split whose boxes cannot be counted
               without reading its images is absent
+    maps      `Selected.map_counts` of up to `MAPS` training examples, or None
     left_out  [text, ...]: files and folders that are not read
     notes     [text, ...]: what was made of unusual data, such as labels numbered anew
     """
@@ -26,6 +28,7 @@ def describe(data_set: sources.DataSet, opened: dict[str, sources.Selected]) -> 
     found = {"images": dict(data_set.lengths)}
     found["by_class"] = {s: each.tolist() for s, each in counts.items() if each is not None}
     found["objects"] = {split: each for split, each in objects.items() if each}
+    found["maps"] = (opened.get("train") or next(iter(opened.values()))).map_counts(MAPS)
     for name in ("left_out", "notes"):  # names of files of an old system may not be UTF-8
         texts = getattr(data_set, name, ())
         found[name] = [text.encode(errors="backslashreplace").decode() for text in texts]
@@ -49,6 +52,7 @@ def log(config: config_lib.Data, found: dict, opened: dict[str, sources.Selected
         f"images: {', '.join(images)}",
         f"{classes}: {shorten(listed)}" if names else "no labels",
         *objects_in_words(source.object_names, found["objects"]),
+        *maps_in_words(source.map_names, found["maps"]),
         *(f"left out: {each}" for each in found["left_out"]),
     ]
     LOG.info("data %s: %s", config.path or config.name, "; ".join(parts))
@@ -64,6 +68,12 @@ def log(config: config_lib.Data, found: dict, opened: dict[str, sources.Selected
     boxes = found["objects"].get("train", {}).get("by_class", ())
     if unseen := [n for n, count in zip(source.object_names, boxes, strict=False) if not count]:
         warnings.append(f"classes of objects without a training box: {shorten(unseen)}")
+    pixels = found["maps"]["pixels"] if found["maps"] else ()
+    if found["maps"] and not any(pixels):
+        warnings.append("no pixel of the label maps has a class; see config.data.map_names")
+    elif absent := [n for n, count in zip(source.map_names, pixels, strict=False) if not count]:
+        read = found["maps"]["maps"]
+        warnings.append(f"classes without a pixel in {read} label maps: {shorten(absent)}")
     for warning in warnings:
         LOG.warning("data: %s.", warning)
 
@@ -80,3 +90,19 @@ def objects_in_words(names: Sequence[str], counts: dict[str, dict]) -> list[str]
     ]
     classes = [f"{len(names)} classes of objects: {shorten(names)}"] if names else []
     return classes + ([f"boxes: {', '.join(boxes)}"] if boxes else [])
+
+
+def maps_in_words(names: Sequence[str], counts: dict | None) -> list[str]:
+    """A phrase on the classes of label maps with their shares; none without label maps.
+
+    `counts` are the "maps" of `describe`.
+    """
+    if not counts:
+        return []
+    total = max(sum(counts["pixels"]) + counts["none"], 1)
+    shares = [f"{n} {count / total:.1%}" for n, count in zip(names, counts["pixels"], strict=True)]
+    empty = f", {counts['empty']} without any" if counts["empty"] else ""
+    return [
+        f"{len(names)} classes of label maps: {shorten(shares, room=200)}; pixels without a class: "
+        f"{counts['none'] / total:.1%} ({counts['maps']} maps read{empty})"
+    ]

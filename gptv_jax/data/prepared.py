@@ -6,30 +6,34 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from gptv_jax.data import guess
+from gptv_jax import config as config_lib
+from gptv_jax.data import guess, label_maps
 from gptv_jax.data.arrays import ArraysSplit
 from gptv_jax.data.images import shown_size
 from gptv_jax.data.records import Record
 from gptv_jax.errors import InputError, cut, first_line, shorten
 
 IMAGE_ID = "image/id"  # the feature with the id of an image in the original files
+IMAGES = ("image", "image_left")  # features with the image; Cityscapes calls it image_left
 
 
 class Tfds:
     """A TFDS data set that was prepared as ArrayRecord, read without TensorFlow.
 
-    The name may have a configuration, `a/b:1.0.0`. `folder` has all prepared sets, or this one;
-    None: TFDS's default. `sets` are the other data sets, for messages.
+    `config.name` may have a configuration, `a/b:1.0.0`. `folder` has all prepared sets, or this
+    one; None: TFDS's default. `sets` are the other data sets, for messages.
+
+    Label maps are the feature `config.maps`; its names, where `config.map_names` has none.
 
     Boxes are those of the first feature that is a sequence of dicts with `bbox`, such as `objects`;
     without a `label` in the dicts all objects are of one class.
     """
 
-    def __init__(self, name: str, folder: str | None, sets: Iterable[str]):
+    def __init__(self, config: config_lib.Data, folder: str | None, sets: Iterable[str]):
         import tensorflow_datasets as tfds  # takes seconds
 
+        name = config.name
         self._folder, self._sets = folder, sets
-        self._decoders = {"image": tfds.decode.SkipDecoding()}
         try:
             if folder and (pathlib.Path(folder) / "dataset_info.json").exists():
                 self._builder = tfds.builder_from_directory(folder)
@@ -44,9 +48,15 @@ class Tfds:
             raise InputError(
                 f"config.data.dir={folder} holds {info.name}, but config.data.name is {name}."
             )
-        if "image" not in info.features:
+        self._image = next((n for n in IMAGES if n in info.features), None)
+        if self._image is None:
             shown = shorten(info.features)
             raise InputError(f"data set {name} has no feature called image; it has: {shown}.")
+        kind = tfds.features.Image
+        pictures = [n for n, each in info.features.items() if isinstance(each, kind)]
+        self._decoders = dict.fromkeys((self._image, *pictures), tfds.decode.SkipDecoding())
+        self._maps = config.maps and (config.maps, self._label_table(config, pictures))
+        self.map_names = self._maps[1].names if self._maps else ()
         self.name = info.name
         labelled = "label" in info.features
         self.classes = getattr(info.features["label"], "num_classes", 0) if labelled else 0
@@ -61,6 +71,18 @@ class Tfds:
                 self.object_names = tuple(label.names) if self._objects[1] else (name,)
         self.lengths = {split: found.num_examples for split, found in info.splits.items()}
 
+    def _label_table(self, config: config_lib.Data, pictures: list[str]) -> label_maps.LabelTable:
+        if config.maps not in pictures or config.maps == self._image:
+            able = shorten(n for n in pictures if n != self._image) or "none"
+            raise InputError(
+                f"config.data.maps={config.maps} is no label map of the data set {config.name}; "
+                f"its features that may be label maps are: {able}."
+            )
+        names = getattr(self._builder.info.features[config.maps], "names", None)
+        if config.map_names is None and names:
+            return label_maps.named(tuple(names), config)
+        return label_maps.read_table(config)
+
     def open(self, split: str) -> "_TfdsSplit":
         paths = [pathlib.Path(path) for path in self._builder.info.splits[split].filepaths]
         missing = [str(path) for path in paths if not path.exists()]
@@ -70,24 +92,39 @@ class Tfds:
             data = self._builder.as_data_source(split=split, decoders=self._decoders)
         except NotImplementedError as error:  # prepared as TFRecord
             raise InputError(_unprepared(self.name, self._folder, self._sets, error)) from error
-        return _TfdsSplit(f"{self.name}/{split}", data, bool(self.classes), self._objects)
+        found = (self._image, self._objects, self._maps)
+        return _TfdsSplit(f"{self.name}/{split}", data, bool(self.classes), *found)
 
 
 class _TfdsSplit(ArraysSplit):
     """TFDS reads all of an example together, as one element of `images`."""
 
-    def __init__(self, name: str, images, labels: bool, objects: tuple[str, bool] | None):
+    def __init__(
+        self,
+        name: str,
+        images,
+        labels: bool,
+        image: str,
+        objects: tuple[str, bool] | None,
+        maps: tuple[str, label_maps.LabelTable] | None,
+    ):
         super().__init__(name, images, labels)
+        self.image = image  # the feature
         self.objects = objects  # the feature, and whether it has labels
+        self.maps = maps  # the feature, and its classes
 
     def __getitem__(self, index: int) -> Record:
         example = self.images[index]
-        record = {"encoded": example["image"]}
+        record = {"encoded": example[self.image]}
+        if self.maps:
+            name, table = self.maps
+            found = table.annotate(record["encoded"], example[name])
+            record["encoded"], record["segmentation"] = found
         if self.labels:
             record["label"] = np.int32(example["label"])
         if self.objects:
             name, labelled = self.objects
-            record |= _objects(example["image"], example[name], labelled)
+            record |= _objects(record["encoded"], example[name], labelled)
         return record
 
     def image_id(self, index: int) -> int | str | None:

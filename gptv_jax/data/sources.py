@@ -4,6 +4,7 @@
 has named splits, and each split gives its examples by number.
 """
 
+import contextlib
 import functools
 import re
 from collections.abc import Callable
@@ -13,14 +14,16 @@ import numpy as np
 
 from gptv_jax import config as config_lib
 from gptv_jax import files
-from gptv_jax.data import guess, shards
+from gptv_jax.data import guess, label_maps, shards
 from gptv_jax.data.arrays import Arrays as Arrays  # a name of this module for its users
 from gptv_jax.data.arrays import data_path, digits, open_npz
 from gptv_jax.data.cache import TokenCache
 from gptv_jax.data.coco import Coco
 from gptv_jax.data.digit_scenes import DigitScenes
 from gptv_jax.data.folder import ImageFolder
+from gptv_jax.data.images import DamagedImageError
 from gptv_jax.data.listing import split_names
+from gptv_jax.data.map_folder import MapFolder
 from gptv_jax.data.parquet import Tables
 from gptv_jax.data.prepared import Tfds
 from gptv_jax.data.records import OBJECTS, Record, annotations
@@ -48,8 +51,9 @@ class Source(Protocol):
 class DataSet(Protocol):
     """A data set with all its splits.
 
-    It may have `keys`, names of what records have beside the picture, labels and boxes; and
-    `object_ids`, the number that the data give each class of objects, if not 0, 1, 2, ....
+    It may have `map_names`, names of the classes of its label maps; `keys`, names of what records
+    have beside the picture, labels and boxes; and `object_ids`, the number that the data give each
+    class of objects, if not 0, 1, 2, ....
     """
 
     classes: int  # number of classes; 0: unlabelled
@@ -60,8 +64,11 @@ class DataSet(Protocol):
     def open(self, split: str) -> Source: ...
 
 
-def open_folder(config: config_lib.Data) -> ImageFolder:
-    """The folder of images, with its class folders or a CSV file as labels."""
+def open_folder(config: config_lib.Data) -> ImageFolder | MapFolder:
+    """The folder of images, with label maps, or with class folders or a CSV file as labels."""
+    if config.maps:
+        table = label_maps.read_table(config)
+        return MapFolder(data_path(config), config.maps, config.images, table, _missing(config))
     labels_file = config.labels_file and files.user_path(config.labels_file)
     return ImageFolder(data_path(config), config.labels, labels_file, config.ignore_label)
 
@@ -74,9 +81,11 @@ class Selected:
         self.class_names = data_set.class_names if labels else ()
         self.object_names = data_set.object_names
         self.object_ids = getattr(data_set, "object_ids", tuple(range(len(self.object_names))))
+        self.map_names: tuple[str, ...] = getattr(data_set, "map_names", ())
         # What records have beside the picture.
         self.keys = {*getattr(data_set, "keys", ()), *(OBJECTS[:3] if self.object_names else ())}
         self.keys |= {"label"} if self.classes else set()
+        self.keys |= {"segmentation"} if self.map_names else set()
         parts = _resolve(expression, data_set)
         self._rows = shards.Rows(len(rows) for _, rows in parts)
         if not len(self._rows):
@@ -126,6 +135,27 @@ class Selected:
         for each in counts:
             by_class[: len(each["by_class"])] += each["by_class"]
         return whole | {"by_class": by_class.tolist()}
+
+    def map_counts(self, limit: int | None = None) -> dict[str, int | list[int]] | None:
+        """Numbers of pixels in the label maps of `limit` examples from all over; None: of all.
+
+        "pixels" are those of each class, "none" those without, "maps" is the number of label maps
+        and "empty" of those whose pixels are all without. None where there are no classes of label
+        maps. Maps that cannot be read are left out.
+        """
+        if not self.map_names:
+            return None
+        count, sums = len(self), np.zeros(len(self.map_names) + 1, np.int64)
+        maps = empty = 0
+        for index in np.unique(np.linspace(0, count - 1, min(limit or count, count)).astype(int)):
+            with contextlib.suppress(DamagedImageError, OSError):
+                found = self.annotations(int(index))["segmentation"].astype(np.int64).ravel()
+                found[(found < 0) | (found >= len(self.map_names))] = len(self.map_names)
+                own = np.bincount(found, minlength=len(sums))
+                sums += own
+                maps, empty = maps + 1, empty + (not own[:-1].any())
+        *pixels, none = sums.tolist()
+        return {"pixels": pixels, "none": none, "maps": maps, "empty": empty}
 
     def objects_by_image(self) -> np.ndarray | None:
         """As `CocoSplit.objects_by_image`; None where the boxes are not in memory."""
@@ -213,8 +243,14 @@ def _shown(lengths: dict[str, int]) -> str:
 
 
 def _coco(config: config_lib.Data) -> Coco:
-    missing = 0.0 if config.damaged == "fail" else config.max_damaged
-    return Coco(data_path(config), config.annotations, config.images, missing)
+    shapes = tuple(each.strip() for each in (config.maps or "").split(",") if each.strip())
+    path = data_path(config)
+    return Coco(path, config.annotations, config.images, _missing(config), shapes)
+
+
+def _missing(config: config_lib.Data) -> float:
+    """The share of images without a file or a label map that is taken."""
+    return 0.0 if config.damaged == "fail" else config.max_damaged
 
 
 SETS: dict[str, Callable[[config_lib.Data], DataSet]] = {
@@ -232,19 +268,27 @@ SETS: dict[str, Callable[[config_lib.Data], DataSet]] = {
 @functools.lru_cache(maxsize=8)
 def open_data_set(config: config_lib.Data) -> DataSet:
     """The data set that the config names; a process opens each data set once."""
-    labelled = ("folder", "arrays", "parquet", "webdataset")
-    fields = {"labels_file": ("folder",), "ignore_label": labelled}
-    for field, names in (fields | dict.fromkeys(("annotations", "images"), ("coco",))).items():
+    mapped = config.name == "folder" and config.maps is not None
+    labelled = () if mapped else ("folder",)
+    fields = {
+        "labels_file": labelled,
+        "ignore_label": (*labelled, "arrays", "parquet", "webdataset"),
+    }
+    fields |= {"annotations": ("coco",), "images": ("coco", *["folder"] * mapped)}
+    # A token cache has the label maps of the data that it was made of.
+    fields |= {"maps": ("folder", "coco", "tokens", *[config.name] * (config.name not in SETS))}
+    for field, names in fields.items():
         if getattr(config, field) is not None and config.name not in names:
+            kinds = "|".join(names) or "folder without config.data.maps"
             raise InputError(
-                f"config.data.{field}={getattr(config, field)} is for config.data.name="
-                f"{'|'.join(names)}, but config.data.name={config.name}; leave the field out."
+                f"config.data.{field}={getattr(config, field)} is for config.data.name={kinds}, "
+                f"but config.data.name={config.name}; leave the field out."
             )
     if config.name not in SETS:
         if advice := guess.advice(config.name):
             raise InputError(f"config.data.name={advice}")
         try:
-            return Tfds(config.name, config.dir and str(files.user_place(config.dir)), SETS)
+            return Tfds(config, config.dir and str(files.user_place(config.dir)), SETS)
         except InputError as error:
             if config.path and (advice := guess.advice(config.path)):  # TFDS reads no data.path
                 problem = f"config.data.name={config.name} does not read config.data.path"
