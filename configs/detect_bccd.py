@@ -16,7 +16,7 @@ Changes:    trained from scratch on pixels alone, without image tokens and witho
 
 from gptv_jax import config as config_lib
 
-SIZE = (144, 192)
+SIZE = (96, 128)
 
 
 def get_config():
@@ -25,7 +25,7 @@ def get_config():
     c.data.image_size = SIZE
     c.data.train_transforms = (
         "decode()",
-        f"random_scale((0.8, 1.1), {SIZE})",
+        f"random_scale((0.75, 1.4), {SIZE})",
         "flip()",
         "flip_vertical()",
         "brightness(0.2)",
@@ -35,23 +35,24 @@ def get_config():
     c.tokens.kind = "none"
     c.task.name = "detect"
     c.task.image_input = "pixels"
-    c.task.stem = (32, 64, 96, 128)
+    c.task.stem = (32, 64, 64)
     d = c.task.detect
     d.objects = 24
-    d.bins = 65
+    d.bins = 97
     d.order = "position"
-    d.soft = 0.7
+    d.noise_among = 0.75
+    d.soft = 1.0
     d.class_weight = 1.0
     d.class_corruption = 0.0
     d.top_p = 0.0
-    d.votes = ("flip(1.0)", "flip_vertical(1.0)")
+    d.votes = ("flip(1.0)", "flip_vertical(1.0)", "flip(1.0)|flip_vertical(1.0)")
     m = c.model
-    m.layers, m.width, m.heads = 3, 96, 4
+    m.layers, m.width, m.heads = 3, 64, 4
     m.learned_positions = True
     t = c.finetune.train
-    t.steps = 3000
+    t.steps = 4800
     t.batch_size = 12
-    t.eval_every = 750
+    t.eval_every = 1600
     t.checkpoint_every = 500
     t.log_every = 50
     t.optimizer.name = "muon"

@@ -49,7 +49,7 @@ class Detect(Task):
 
     def check(self) -> None:
         average_precision.check_installed()
-        for entry in self.settings.votes:
+        for entry in (step for view in self.views() for step in view):
             if transforms.parse(entry).random:
                 raise InputError(
                     f"config.task.detect.votes has {entry}, which is random; a vote takes a "
@@ -157,7 +157,7 @@ class Detect(Task):
         return Metric(_step(self, network), result, collect, self.primary, join)
 
     def views(self) -> tuple[tuple[str, ...], ...]:
-        return ((), *((entry,) for entry in self.settings.votes))
+        return ((), *(tuple(entry.split("|")) for entry in self.settings.votes))
 
     def details(self, total: dict, annotations: Records) -> dict[str, float | None]:
         """AP of each class, None of a class without an object; with views, of their vote."""
