@@ -182,7 +182,7 @@ def test_pixels_without_a_class_have_no_loss(learned):
     with jax.set_mesh(mesh):
         params = autoencoder.init(config, jax.random.key(0))
         loss = make_loss(config)
-        whole, _ = loss(params, None, {"maps": jnp.asarray(half)}, None)
+        whole, _ = loss(params, None, {"maps": jnp.asarray(half)}, None, None)
         model = autoencoder.bind(config, params)
         logits = model.decode(model.encode(label_maps.as_channels(half, CLASSES)).codes)
     nats = -np.asarray(jax.nn.log_softmax(LOGIT * logits))
