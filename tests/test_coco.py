@@ -653,7 +653,7 @@ def test_label_maps_of_tfds_sets_are_a_feature_that_the_config_names(tmp_path):
             assert source.map_counts()["maps"] == 2
     assert set(sources.open_source(config, "train")[2]) == {"encoded"}  # unless asked for
     with pytest.raises(
-        InputError, match=r"maps=boxes is no .* annotation, segmentation_mask, named"
+        InputError, match=r"maps=boxes is no .* annotation, named, segmentation_mask"
     ):
         sources.open_source(dataclasses.replace(config, maps="boxes"), "train")
     with pytest.raises(InputError, match="needs the names of the classes"):

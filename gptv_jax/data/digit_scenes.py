@@ -28,7 +28,7 @@ class DigitScenes:
     object_names = tuple("0123456789")
     map_names = ("background", *object_names)
     classes, class_names = 0, ()  # of whole images
-    keys = ("masks", "segmentation")  # of records, beside boxes
+    keys = ("area", "masks", "segmentation")  # of records, beside boxes
 
     def __init__(self, seed: int = 0):
         self.seed = seed

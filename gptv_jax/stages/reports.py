@@ -228,7 +228,7 @@ def _share(value: float | None, images: int | None) -> str:
 def _accuracy_tile(
     results: Results, stage: str, title: str, *beside: str, name: str = "accuracy"
 ) -> str:
-    images, lines = results.numbers(stage).get("test_images"), list(beside)
+    lines, images = list(beside), accuracy.images_of(f"test_{name}", results.numbers(stage))
     if images:
         lines.append(f"{images:,} test images; ± is one standard error")
     return html.tile(title, results.share(stage, f"test_{name}"), *lines)

@@ -42,8 +42,8 @@ class Task:
     needs: ClassVar[tuple[str, ...]] = ()  # keys that every record must have, such as "label"
     # Numbers of the metric that rank checkpoints, by importance; 1: larger is better, -1: smaller.
     primary: ClassVar[dict[str, int]] = {"nats_per_token": -1}
-    # Numbers of the metric that are the share of images that are right: they are shown in percent,
-    # with a standard error.
+    # Numbers of the metric that are shown in percent. "accuracy", the share of the images that are
+    # right, has a standard error as well.
     shares: ClassVar[tuple[str, ...]] = ("accuracy",)
     unreported: ClassVar[tuple[str, ...]] = ()  # numbers of the metric that are in the log alone
     validated: ClassVar[tuple[str, ...]] = ()  # of the validation split, in the summary as well
