@@ -184,7 +184,9 @@ def test_pixels_without_a_class_have_no_loss(learned):
         loss = make_loss(config)
         whole, _ = loss(params, None, {"maps": jnp.asarray(half)}, None, None)
         model = autoencoder.bind(config, params)
-        logits = model.decode(model.encode(label_maps.as_channels(half, CLASSES)).codes)
+        logits = model.decode(
+            model.encode(label_maps.as_channels(jnp.asarray(half), CLASSES)).codes
+        )
     nats = -np.asarray(jax.nn.log_softmax(LOGIT * logits))
     known = half < CLASSES
     picked = np.take_along_axis(nats, np.where(known, half, 0)[..., None], -1)[..., 0]
