@@ -40,7 +40,7 @@ def get_config():
     d.objects = 24
     d.bins = 97
     d.order = "position"
-    d.noise_among = 0.75
+    d.noise_among = 0.5
     d.soft = 1.0
     d.class_weight = 1.0
     d.class_corruption = 0.0
@@ -50,9 +50,9 @@ def get_config():
     m.layers, m.width, m.heads = 3, 64, 4
     m.learned_positions = True
     t = c.finetune.train
-    t.steps = 4800
+    t.steps = 4400
     t.batch_size = 12
-    t.eval_every = 1600
+    t.eval_every = 1100
     t.checkpoint_every = 500
     t.log_every = 50
     t.optimizer.name = "muon"
