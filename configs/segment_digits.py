@@ -44,6 +44,7 @@ def get_config():
     _muon(c.train, steps=400, batch_size=16, rate=1e-2)
     _muon(c.finetune.train, steps=2600, batch_size=16, rate=1e-2)
     c.finetune.train.eval_every = 1300
+    c.probe.train_images = 2000
     c.finetune.patience = 0
     c.finetune.scratch = False
     c.sample.count = 16
