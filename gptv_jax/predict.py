@@ -1,12 +1,17 @@
-"""Classifies image files with a fine-tuned run, one line of JSON for each file.
+"""Classifies image files with a fine-tuned run, or finds objects: a line of JSON for each file.
 
 python -m gptv_jax.predict --run=runs/mine photo.jpg
 python -m gptv_jax.predict --run=runs/mine FOLDER --top=3 --out=predictions.jsonl
 
 Files become pixels by the run's own transforms of evaluation (config.data.eval_transforms), so the
-command takes a run folder: a .safetensors file does not have the transforms. A line is
-{"file": ..., "classes": [{"name": ..., "probability": ...}, ...]}, the most likely class first, or
-{"file": ..., "error": ...} for a file that cannot be read. Memory does not grow with the files.
+command takes a run folder: a .safetensors file does not have the transforms. Memory does not grow
+with the files. A line has the most likely class or object first:
+
+{"file": ..., "classes": [{"name": ..., "probability": ...}, ...]}  # config.task.name=classify
+{"file": ..., "objects": [{"name": ..., "score": ..., "box": [y0, x0, y1, x1]}, ...]}  # detect
+{"file": ..., "error": ...}  # of a file that cannot be read
+
+Boxes lie in the pixels of the upright image.
 """
 
 import contextlib
@@ -14,7 +19,7 @@ import json
 import logging
 import pathlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from typing import IO
 
@@ -37,6 +42,9 @@ OUT = flags.DEFINE_string(
 TOP = flags.DEFINE_integer(
     "top", 5, "Number of classes in a line, the most likely ones; 0: all classes.", lower_bound=0
 )
+THRESHOLD = flags.DEFINE_float(
+    "threshold", 0.0, "Objects of a lower score are left out.", lower_bound=0, upper_bound=1
+)
 BATCH_SIZE = flags.DEFINE_integer(
     "batch_size", 64, "Images that the network reads at a time.", lower_bound=1
 )
@@ -45,32 +53,40 @@ LOG_EVERY = 1024  # images between two lines of the log
 
 
 def main(names: list[str]) -> None:
-    """Reads, classifies and writes; `names` are the files and folders that the user gives."""
+    """Reads, predicts and writes; `names` are the files and folders that the user gives."""
     if not names:
         raise InputError("no image is named; give files or folders after the flags.")
     if "://" in RUN.value or weights.is_weights_path(RUN.value):
         problem = f"--run={RUN.value} holds weights without the transforms of their images"
         raise InputError(f"{problem}; name the run folder that they come from.")
     run = files.user_path(RUN.value)
-    steps = reading_steps(run)
+    steps, task = reading_steps(run), record.config_of(run).task.name
+    answers = {
+        "classify": lambda model, images: classified(model, images, TOP.value or None),
+        "detect": lambda model, images: detected(model, images, THRESHOLD.value),
+    }
+    if task not in answers:
+        raise InputError(
+            f"--run={RUN.value} has config.task.name={task}, whose answer is no line of text; the "
+            f"command takes {' or '.join(answers)}. In Python, gptv_jax.load(run) has its methods."
+        )
     model = api.load(run, stage="finetune")
     paths = image_files(names)
     failed: list[str] = []
     progress = Progress("predict", len(paths), unit="image")
     with _opened(OUT.value) as out, contextlib.closing(progress):
-        for done, line in enumerate(predictions(model, steps, paths, BATCH_SIZE.value), start=1):
+        lines = predictions(model, steps, paths, BATCH_SIZE.value, answers[task])
+        for done, line in enumerate(lines, start=1):
             if "error" in line:
                 failed.append(f"{line['file']}: {line['error']}")
                 LOG.warning("%s cannot be read: %s.", line["file"], line["error"])
-            else:
-                line["classes"] = line["classes"][: TOP.value or None]
             tqdm.tqdm.write(json.dumps(line), file=out)  # beside the bar on a terminal
             progress.advance(1)
             if done % LOG_EVERY == 0:
                 progress.report(done, {})
     if len(failed) == len(paths):
         raise InputError(f"none of {len(paths)} images can be read; the first, {failed[0]}.")
-    LOG.info("%d images are classified, %d cannot be read.", len(paths) - len(failed), len(failed))
+    LOG.info("%d images are read, %d cannot be read.", len(paths) - len(failed), len(failed))
 
 
 def reading_steps(run: pathlib.Path) -> list[Transform]:
@@ -97,20 +113,46 @@ def image_files(names: list[str]) -> list[pathlib.Path]:
     return found
 
 
+def classified(model: api.Model, images: list[np.ndarray], top: int | None = None) -> list[dict]:
+    """The `top` most likely classes of each image, of the model's size."""
+    names, lines = model.classes, []
+    for row in model.classify(np.stack(images)):
+        ranked = np.argsort(-row, kind="stable")[:top]
+        classes = [{"name": names[c], "probability": float(row[c])} for c in ranked]
+        lines.append({"classes": classes})
+    return lines
+
+
+def detected(model: api.Model, images: list[np.ndarray], threshold: float = 0.0) -> list[dict]:
+    """The objects of each image, of any size."""
+    lines = []
+    for found in model.detect(images, threshold):
+        rows = zip(*(array.tolist() for array in found), strict=True)
+        objects = [{"name": model.objects[c], "score": s, "box": box} for box, c, s in rows]
+        lines.append({"objects": objects})
+    return lines
+
+
 def predictions(
-    model: api.Model, steps: list[Transform], paths: list[pathlib.Path], batch_size: int
+    model: api.Model,
+    steps: list[Transform],
+    paths: list[pathlib.Path],
+    batch_size: int,
+    answer: Callable[[api.Model, list[np.ndarray]], list[dict]] = classified,
 ) -> Iterator[dict]:
-    """A line for each file, in the order of the files, with all classes or an "error"."""
-    shape = model.codec.image_shape
-    blank = np.zeros(shape, np.uint8)  # stands for files that cannot be read
+    """A line for each file, in the order of the files, with what `answer` says or an "error"."""
+    # A task's own method takes images of any size, and transforms them itself.
+    shape = model.codec.image_shape if model.network.classes else None
 
     def read(path: pathlib.Path) -> np.ndarray | str:
         """The pixels of a file, or why it cannot be read."""
         try:
-            record = {"encoded": path.read_bytes()}
-            for step in steps:
+            record = original = steps[0]({"encoded": path.read_bytes()})
+            for step in steps[1:]:
                 record = step(record)
             image = record["image"]
+            if shape is None:
+                return original["image"]
             if image.shape != shape:
                 given, taken = (" x ".join(map(str, each)) for each in (image.shape, shape))
                 problem = f"it is {given} after the run's transforms, but the model takes {taken}"
@@ -127,13 +169,12 @@ def predictions(
             images = list(ahead)
             # The next batch is decoded while the network reads this one.
             ahead = pool.map(read, paths[start + batch_size :][:batch_size])
-            # All batches have one size, so the network is compiled once.
-            batch = [blank if isinstance(image, str) else image for image in images]
-            batch = np.stack(batch + [blank] * (batch_size - len(batch)))
-            for path, image, row in zip(paths[start:], images, model.classify(batch), strict=False):
-                ranked = np.argsort(-row, kind="stable")
-                classes = [{"name": model.classes[c], "probability": float(row[c])} for c in ranked]
-                line = {"error": image} if isinstance(image, str) else {"classes": classes}
+            batch = [image for image in images if not isinstance(image, str)]
+            if shape:  # all batches have one size, so the network is compiled once
+                batch += [np.zeros(shape, np.uint8)] * (batch_size - len(batch))
+            lines = iter(answer(model, batch) if batch else ())
+            for path, image in zip(paths[start:], images, strict=False):
+                line = {"error": image} if isinstance(image, str) else next(lines)
                 yield {"file": str(path), **line}
 
 

@@ -1,9 +1,6 @@
 """Detection: its grammar, its numbers from rows of a split, and its pictures."""
 
 import dataclasses
-import json
-import socket
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -14,16 +11,10 @@ from PIL import Image
 
 import gptv_jax
 from gptv_jax import config as config_lib
-from gptv_jax import sharding, tasks, tokens
-from gptv_jax.config import fields
-from gptv_jax.data import cache, pipeline, sources
-from gptv_jax.data.damage import DamageLog
-from gptv_jax.data.records import to_image, to_original
+from gptv_jax import sharding
 from gptv_jax.errors import InputError
-from gptv_jax.stages.run import run_stages
-from gptv_jax.tasks import average_precision, detect, drawing
-from gptv_jax.tasks.average_precision import PRECISIONS, RECALLS
-from gptv_jax.tasks.boxes import Detections, intersection
+from gptv_jax.tasks import average_precision
+from gptv_jax.tasks.boxes import Detections
 from gptv_jax.tasks.detect import Detect
 from gptv_jax.weights.native import WeightsFile
 
@@ -284,182 +275,6 @@ def test_a_split_without_an_object_is_refused():
     task, records = task_of(), [scenes(4)[3]] * 2
     with pytest.raises(InputError, match="no image of a split has an object"):
         task.metric(task.network(), records.__getitem__).result(total_of(task, records))
-
-
-def test_boxes_are_drawn_where_the_objects_are_and_small_images_are_enlarged():
-    box = np.array([[10, 20, 30, 50]], np.float32)
-    image = np.zeros((40, 60, 1), np.uint8)
-    record = {"image": image, "boxes": box, "box_labels": np.array([1])}
-    nothing = Detections(box[:0], np.zeros(0, np.int32), np.zeros(0, np.float32))
-    likely = Detections(box, np.array([1], np.int32), np.array([0.9], np.float32))
-    empty = drawing.draw(image, box[:0], nothing.labels, [])
-    assert empty.size == (300, 200) and np.asarray(empty).max() == 0
-    drawn = np.asarray(drawing.draw(image, box, likely.labels, ["dog"])).any(axis=-1)
-    assert drawn[100, 100] and drawn[149, 249] and not drawn[80:145, 110:240][25:].any()
-    sheet = drawing.detections([(record, likely), (record, nothing)], NAMES)
-    assert sheet.shape == (18 + 208, 4 * 308, 3)
-    unlikely = Detections(box, likely.labels, np.array([0.1], np.float32))
-    hidden = drawing.detections([(record, unlikely)], NAMES)
-    assert hidden[18:218, 308:608].max() == 0
-
-
-def test_labels_lie_at_their_boxes_and_cover_no_other_label_where_there_is_room():
-    rng, canvas = np.random.default_rng(0), (240, 320)
-    for count in (1, 4, 9):
-        corners = rng.uniform((0, 0), (180, 240), (count, 2))
-        boxes = np.concatenate([corners, corners + rng.uniform(20, 60, (count, 2))], axis=1)
-        for given in (boxes, np.repeat(boxes[:1], min(count, 4), axis=0)):  # also in one place
-            places = drawing.label_places(given, [(16, 50)] * len(given), canvas)
-            assert (places[:, :2] >= 0).all() and (places[:, 2:] <= canvas).all()
-            assert (places[:, 2:] - places[:, :2] == (16, 50)).all()
-            assert not (intersection(places, places) - np.eye(len(given)) * 16 * 50).any()
-            near = np.add(given, [-1, -1, 1, 1])  # rounded to pixels
-            assert (np.diag(intersection(near, places)) > 0).all()
-    crowd = np.repeat(boxes[:1], 30, axis=0)  # without room every label is in the picture
-    places = drawing.label_places(crowd, [(16, 50)] * 30, canvas)
-    assert (places[:, :2] >= 0).all() and (places[:, 2:] <= canvas).all()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-CONFIG = """
-from gptv_jax import config as config_lib
-
-def get_config():
-    c = config_lib.default()
-    c.data.name, c.data.image_size = "digit_scenes", (32, 48)
-    c.data.train_split, c.data.validation_split = "train[:64]", "validation[:12]"
-    c.data.test_split = "test[:21]"
-    c.tokens.kind = "none"
-    c.model.layers, c.model.width, c.model.heads = 1, 16, 2
-    c.task.name, c.task.image_input, c.task.stem = "detect", "pixels", (8, 8, 8)
-    c.task.detect.objects, c.task.detect.bins = 3, 29
-    c.task.detect.votes = ("flip(1.0)",)
-    train = c.finetune.train
-    train.steps, train.batch_size, train.eval_every, train.log_every = 4, 8, 2, 2
-    return c
-"""
-
-
-@pytest.mark.process
-def test_two_processes_score_as_one_and_write_every_image_once(start, tmp_path):
-    """The real command; 21 test images are no whole number of batches."""
-    (tmp_path / "config.py").write_text(CONFIG)
-    summaries, files = [], []
-    for count in (1, 2):
-        workdir = tmp_path / str(count)
-        arguments = [f"--config={tmp_path / 'config.py'}", f"--workdir={workdir}"]
-        meeting = [f"--coordinator=127.0.0.1:{free_port()}", f"--num_processes={count}"]
-        own = [[*meeting, f"--process_id={i}"] if count > 1 else [] for i in range(count)]
-        started = [start("main", *arguments, *flags) for flags in own]
-        for process in started:
-            assert process.wait(240) == 0, process.errors[-3000:]
-        summaries.append(json.loads((workdir / "summary.json").read_text()))
-        files.append(json.loads((workdir / "finetune/detections-test.json").read_text()))
-        assert (workdir / "samples/detections.png").exists()
-    one, two = ({k: v for k, v in s.items() if "test_" in k and v is not None} for s in summaries)
-    assert one["finetune/test_images"] == 21 and one["finetune/ceiling_test_ap"] > 0.3
-    assert {"finetune/voted_test_ap", "finetune/wrong_image_test_ap"} <= one.keys()
-    assert one == pytest.approx(two, rel=1e-4, abs=1e-6)
-    assert {row["image_id"] for row in files[0]} == set(range(21))
-    boxes = [[[row["image_id"], row["category_id"], *row["bbox"]] for row in f] for f in files]
-    np.testing.assert_allclose(*map(sorted, boxes), rtol=1e-4)
-
-
-@pytest.fixture(scope="module")
-def cached(tmp_path_factory):
-    """A configuration of detection on a token cache of scenes at half their size."""
-    folder = tmp_path_factory.mktemp("cached") / "cache"
-    folder.mkdir()
-    data = config_lib.Data(
-        name="digit_scenes",
-        image_size=(20, 28),
-        eval_transforms=("resize((20, 28))",),
-        train_split="train[:16]",
-        validation_split="validation[:4]",
-        test_split="test[3:9]",
-    )
-    kinds = config_lib.Tokens(kind="grey", levels=256)
-    codec, splits = tokens.make_codec(kinds, data.image_size), {}
-    for split in ("train", "validation", "test"):
-        found = pipeline.images(data, split, DamageLog(data, None), annotated=True)
-        splits[split] = [row for chunk in pipeline.tokenized(codec, found) for row in chunk]
-    for number, record in enumerate(splits["test"]):
-        record["image_id"] = ["a/é.jpg", 7][number % 2]
-    names = tuple("0123456789")
-    header = {"source": {"name": "digit_scenes"}, "tokens": fields.flatten(kinds), "classes": 0}
-    header |= {"image_size": [20, 28], "transforms": data.eval_transforms, "object_names": names}
-    cache.write(folder, codec, splits, header)
-    data = dataclasses.replace(data, name="tokens", path=str(folder), train_transforms=())
-    data = dataclasses.replace(
-        data, train_split="train", validation_split="validation", test_split="test"
-    )
-    train = config_lib.Train(steps=2, batch_size=8, eval_every=2, log_every=2)
-    settings = config_lib.Detect(objects=2, bins=29)
-    return config_lib.Config(
-        data=data,
-        tokens=kinds,
-        model=config_lib.Model(layers=1, width=16, heads=2),
-        task=config_lib.Task(name="detect", detect=settings),
-        train=train,
-        finetune=config_lib.Finetune(train=train, train_transforms=(), scratch=False),
-    )
-
-
-def test_detection_is_learned_from_a_token_cache_and_shown_in_its_pictures(cached, tmp_path):
-    found = run_stages(cached, str(tmp_path / "run"), ["pretrain", "finetune"])
-    assert (tmp_path / "run/samples/detections.png").exists()
-    twelve = {f"finetune/validation_{n}" for n in (*PRECISIONS, *RECALLS)}
-    assert twelve | {f"finetune/test_ap_of_{n}" for n in "0123456789"} <= found.keys()
-    assert found["finetune/test_ap_of_0"] is None or 0 <= found["finetune/test_ap_of_0"] <= 1
-    rows = json.loads((tmp_path / "run/finetune/detections-test.json").read_text())
-    assert {row["image_id"] for row in rows} == {"a/é.jpg", 7}
-    page = (tmp_path / "run/report.html").read_text()
-    # Classes and accuracies are of whole images, which have neither here.
-    assert "calibration_error" in page and "classes: none" not in page
-    assert "standard error" not in page and "so an accuracy has" not in page
-
-
-def test_boxes_and_detections_of_a_cache_lie_in_one_frame(cached):
-    source = sources.open_source(cached.data, "test")
-    record, known = source[0], source.annotations(0)
-    record["image"] = np.zeros((20, 28, 3), np.uint8)
-    assert not np.allclose(record["boxes"], known["boxes"])
-    found = Detections(
-        known["boxes"], known["box_labels"], np.ones(len(known["boxes"]), np.float32)
-    )
-    shown = detect.as_shown(found, record)
-    np.testing.assert_allclose(shown.boxes, record["boxes"], atol=1e-3)
-    view = record["view"][[0, 3, 2, 1]]
-    there = to_original(record["boxes"], (20, 28), view)
-    np.testing.assert_allclose(to_image(there, (20, 28), view), record["boxes"], atol=1e-3)
-
-
-def test_votes_that_a_cache_cannot_give_are_refused(cached, monkeypatch):
-    def check(vote):
-        settings = dataclasses.replace(cached.task.detect, votes=(vote,))
-        chosen = dataclasses.replace(cached.task, detect=settings)
-        tasks.make(dataclasses.replace(cached, task=chosen)).check()
-
-    check("flip(1.0)")
-    with pytest.raises(InputError, match=r"votes has flip\(\), which is random"):
-        check("flip()")
-    learned = dataclasses.replace(cached.tokens, kind="learned")
-    monkeypatch.setattr(sources.open_data_set(cached.data), "tokens", learned)
-    with pytest.raises(InputError, match=r"votes has flip\(1\.0\), which needs pixels") as refused:
-        check("flip(1.0)")
-    assert len(str(refused.value)) <= 300
-
-
-def test_a_missing_pycocotools_is_told_before_any_work(cached, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pycocotools.cocoeval", None)
-    with pytest.raises(InputError, match="pip install"):
-        run_stages(cached, str(tmp_path / "run"), ["pretrain", "finetune"])
-    assert not (tmp_path / "run/checkpoints").exists()
 
 
 def test_draws_do_not_depend_on_the_batch():

@@ -1,5 +1,6 @@
 """Images of any size that users give, as a network reads them."""
 
+import os
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -10,7 +11,7 @@ from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.data import records, transforms
 from gptv_jax.data.images import Decode
-from gptv_jax.errors import InputError
+from gptv_jax.errors import InputError, cut
 from gptv_jax.model.gpt import Network
 from gptv_jax.tokens import Codec
 
@@ -32,8 +33,9 @@ def views(
     the height and width before. InputError names the `method` that was called: an image is no
     image.
     """
-    if isinstance(images, Image.Image) or (hasattr(images, "ndim") and images.ndim != 4):
-        found = "one Pillow image" if isinstance(images, Image.Image) else list(images.shape)
+    one = isinstance(images, str | os.PathLike | Image.Image)
+    if one or (hasattr(images, "ndim") and images.ndim != 4):
+        found = f"one {type(images).__name__}" if one else list(images.shape)
         raise InputError(
             f"{method} was given {found}; it takes a list of images, as in {method}([image]), or "
             "an array [B, H, W, C]."
@@ -60,10 +62,14 @@ def _view(
         image = ImageOps.exif_transpose(image).convert("RGB" if 3 in channels else "L")
     pixels = np.asarray(image)
     pixels = pixels[..., None] if pixels.ndim == 2 else pixels
-    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[-1] not in channels:
+    whole = pixels.ndim == 3 and pixels.size and pixels.shape[-1] in channels
+    if pixels.dtype != np.uint8 or not whole:
+        array = f"{pixels.dtype} {list(np.shape(image))}"
+        found = cut(repr(image), 60) if isinstance(image, str | os.PathLike) else array
         raise InputError(
-            f"an image is {pixels.dtype} {list(np.shape(image))}; {method} takes Pillow images, "
-            f"and uint8 arrays [H, W, {' or '.join(map(str, channels))}] of any height and width."
+            f"an image is {found}; {method} takes Pillow images, such as PIL.Image.open(path), and "
+            f"uint8 arrays [H, W, {' or '.join(map(str, channels))}] of any height and width "
+            "from 1 on."
         )
     original = np.array(pixels.shape[:2])
     record = records.with_view({"image": pixels, "original": original}, *pixels.shape[:2])

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from gptv_jax.config.fields import FROM_ZERO, POSITIVE, SHARE, field, flatten, one_of
+from gptv_jax.config.fields import ENTRIES, FROM_ZERO, POSITIVE, SHARE, field, flatten, one_of
 
 LEVELS = ("2 or more, once or more", lambda v: v and all(levels >= 2 for levels in v))
 MOST_CODES = 2**16  # token caches keep two bytes a token
@@ -65,8 +65,8 @@ class Data:
     # Pixels after the transforms: one number for squares, or height and width, such as (48, 64).
     image_size: int | tuple[int, ...] = field(8, PIXELS)
     # Transforms in training and in evaluation, in order; see data.transforms.TRANSFORMS.
-    train_transforms: tuple[str, ...] = ()
-    eval_transforms: tuple[str, ...] = ()
+    train_transforms: tuple[str, ...] = field((), ENTRIES)
+    eval_transforms: tuple[str, ...] = field((), ENTRIES)
     # An image that cannot be read is replaced by another image (skip), or ends the run (fail).
     damaged: str = field("skip", one_of("skip", "fail"))
     max_damaged: float = field(0.05, SHARE)  # share of unreadable images above which the run stops

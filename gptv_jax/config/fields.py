@@ -3,6 +3,7 @@
 A dataclass declares its settings by `field`; a field whose type is a dataclass is a section.
 """
 
+import ast
 import collections.abc
 import dataclasses
 import difflib
@@ -14,7 +15,7 @@ import typing
 import ml_collections
 from ml_collections import config_dict
 
-from gptv_jax.errors import InputError, shorten
+from gptv_jax.errors import InputError, cut, shorten
 
 # Accepted values: words for the message, and a test.
 POSITIVE = ("1 or more", lambda v: v >= 1)
@@ -22,6 +23,21 @@ FROM_ZERO = ("0 or more", lambda v: 0 <= v < math.inf)
 ABOVE_ZERO = ("more than 0", lambda v: 0 < v < math.inf)
 BELOW_ONE = ("0 up to but not 1", lambda v: 0 <= v < 1)
 SHARE = ("0 to 1", lambda v: 0 <= v <= 1)
+
+
+def _is_one(entry: str) -> bool:
+    """Whether the text may name one transform: it is not empty, and no list with commas."""
+    try:
+        return not isinstance(ast.parse(entry.strip(), mode="eval").body, ast.Tuple)
+    except SyntaxError:  # `transforms.parse` says more
+        return bool(entry.strip())
+
+
+ENTRIES = (
+    "a tuple of texts, one for each transform, as in ('flip()', 'resize((48, 64))'); without a "
+    "transform write ()",
+    lambda v: all(map(_is_one, v)),
+)
 
 
 def one_of(*values):
@@ -126,7 +142,7 @@ def checked(value, each: dataclasses.Field, where: str):
         raise InputError(f"{found}; it takes {takes}.") from None
     if holds and not holds(value):
         alternative = ", or None" if optional else ""
-        raise InputError(f"{where} is {value!r}; it takes {words}{alternative}.")
+        raise InputError(f"{where} is {cut(repr(value), 100)}; it takes {words}{alternative}.")
     return value
 
 

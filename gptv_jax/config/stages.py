@@ -5,7 +5,16 @@ import math
 import os
 
 from gptv_jax.config.data import Data, Tokens
-from gptv_jax.config.fields import ABOVE_ZERO, BELOW_ONE, FROM_ZERO, POSITIVE, SHARE, field, one_of
+from gptv_jax.config.fields import (
+    ABOVE_ZERO,
+    BELOW_ONE,
+    ENTRIES,
+    FROM_ZERO,
+    POSITIVE,
+    SHARE,
+    field,
+    one_of,
+)
 from gptv_jax.config.tasks import Task
 from gptv_jax.config.train import Mesh, Model, Profile, Tokenizer, Train
 
@@ -28,7 +37,7 @@ class ProbeSgd:
     # Centres and scales the features by the statistics of training images as they are.
     standardize: bool = False
     # Transforms of this training; (): those of data.train_transforms.
-    train_transforms: tuple[str, ...] = ()
+    train_transforms: tuple[str, ...] = field((), ENTRIES)
     eval_every: int = field(1000, FROM_ZERO)  # steps; 0: at the end only
     checkpoint_every: int = field(1000, POSITIVE, free=True)  # steps
     log_every: int = field(50, POSITIVE, free=True)  # steps
@@ -72,7 +81,7 @@ class Finetune:
 
     train: Train = dataclasses.field(default_factory=Train)
     # Transforms of this training; (): those of data.train_transforms.
-    train_transforms: tuple[str, ...] = ()
+    train_transforms: tuple[str, ...] = field((), ENTRIES)
     generative_coefficient: float = field(1.0, FROM_ZERO)  # weight of nats per token
     classification_coefficient: float = field(1.0, FROM_ZERO)  # of nats per image
     # Learning rate of a layer over that of the layer above it; 1: the same. Not used for the

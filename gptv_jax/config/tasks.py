@@ -3,7 +3,7 @@
 import dataclasses
 
 from gptv_jax.config import data
-from gptv_jax.config.fields import FROM_ZERO, POSITIVE, SHARE, field, one_of
+from gptv_jax.config.fields import ENTRIES, FROM_ZERO, POSITIVE, SHARE, field, one_of
 
 WIDTHS = ("positive numbers of channels, or none", lambda v: all(width >= 1 for width in v))
 THREE_SHARES = (
@@ -43,7 +43,7 @@ class Detect:
     top_p: float = field(0.4, SHARE)
     # Test images are also read after each of these transforms, such as "flip(1.0)", or several as
     # "flip(1.0)|flip_vertical(1.0)"; the boxes of all views vote. (): there is no vote.
-    votes: tuple[str, ...] = ()
+    votes: tuple[str, ...] = field((), ENTRIES)
     most: int = field(100, POSITIVE)  # detections an image that count, the most likely ones
     # Validation images that evaluations during training read, the first ones; 0: all.
     validation_images: int = field(0, FROM_ZERO)

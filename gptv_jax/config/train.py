@@ -4,7 +4,16 @@ import dataclasses
 import math
 import re
 
-from gptv_jax.config.fields import ABOVE_ZERO, BELOW_ONE, FROM_ZERO, POSITIVE, SHARE, field, one_of
+from gptv_jax.config.fields import (
+    ABOVE_ZERO,
+    BELOW_ONE,
+    ENTRIES,
+    FROM_ZERO,
+    POSITIVE,
+    SHARE,
+    field,
+    one_of,
+)
 
 AXIS = ("1 or more, or -1 to fill", lambda v: v >= 1 or v == -1)
 BETAS = ("two numbers from 0, below 1", lambda v: len(v) == 2 and all(0 <= b < 1 for b in v))
@@ -155,7 +164,7 @@ class Tokenizer:
 
     train: Train = dataclasses.field(default_factory=Train)
     # Replaces data.train_transforms; (): data.train_transforms.
-    train_transforms: tuple[str, ...] = ()
+    train_transforms: tuple[str, ...] = field((), ENTRIES)
     # Weights of the losses between images and reconstructions; 0: this loss is not computed.
     l1: float = field(0.0, FROM_ZERO)  # mean absolute difference
     l2: float = field(1.0, FROM_ZERO)  # mean squared difference

@@ -30,13 +30,16 @@ def find(path: pathlib.Path, given: str | None) -> dict[str, pathlib.Path]:
     elif given is None:
         files = guess.coco_files(path)
         if not files:
-            advice = guess.of_folder(path, "coco")
-            raise InputError(
-                f"config.data.path={advice}"
-                if advice
-                else f"{path} has no COCO file such as annotations/instances_train.json; name the "
-                f"files by {field}."
+            missing = (
+                f"config.data.path={path} has no COCO JSON file, such as instances_train.json, in "
+                "the folder or in a folder directly in it"
             )
+            if guess.coco_files(path.parent):
+                raise InputError(f"{missing}; {path.parent} has: take this folder as path.")
+            advice = guess.of_folder(path, "coco")
+            if advice and "config.data.name=folder " not in advice:  # images alone are no answer
+                raise InputError(f"config.data.path={advice}")
+            raise InputError(f"{missing}; take the folder that has it, or name files by {field}.")
     elif "{split}" in given:
         files = sorted(path.glob(given.replace("{split}", "*")))
         if not files:

@@ -92,6 +92,8 @@ def parse(entry: str) -> Transform:
         call = ast.parse(entry, mode="eval").body
         if isinstance(call, ast.Name):
             call = ast.Call(call, [], [])
+        if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)):
+            raise ValueError("an entry is one transform")
         if call.func.id not in TRANSFORMS:
             raise ValueError("there is no such transform")
         transform = TRANSFORMS[call.func.id]

@@ -107,6 +107,8 @@ def run_stage(context: Context) -> dict:
         LOG.info("finetune trains from scratch: config.tokens.kind=none cannot be pretrained.")
     tuned, total = tune("finetune", weights, layer_decay)
     images = accuracy.images(config.data)
+    if limit := task.validation_images:  # the images that the validation's numbers are of
+        images["validation_images"] = min(limit, images["validation_images"])
     if "images" in total:
         images["test_images"] = int(total["images"]) // len(task.views())
     bounds = _write(context, task, total, known)

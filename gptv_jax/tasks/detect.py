@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from gptv_jax.data import pipeline, sources, transforms
 from gptv_jax.data.records import Record, to_image, to_original
@@ -254,25 +254,32 @@ class Detect(Task):
         return known[kind]
 
 
+def draw(
+    task: Detect,
+    network: Network,
+    params: dict,
+    tokens: Int[Array, "B N"] | None,
+    pixels: UInt8[Array, "B height width C"] | None,
+    numbers: Int[Array, " B"],
+) -> tuple[Int[Array, "B T"], Float[Array, "B T"]]:
+    """Tokens of the objects in numbered images, and their probabilities, see `answers.answer`."""
+    key, settings = jax.random.key(task.config.seed), task.restriction(network)
+    given = (tokens, pixels, key, jax.tree.map(jnp.asarray, settings), Grammar(task))
+    found = answers.answer(network, params, *given, numbers=numbers)
+    return tuple(x[:, network.layout.slices[NAME]] for x in found)
+
+
 @functools.cache
 def _step(task: Detect, network: Network) -> Callable:
     """`(params, batch) -> arrays with a row for each image of the global batch`, jitted."""
 
     def step(params: dict, batch: dict) -> dict[str, Array]:
-        images, places = (batch.get("tokens"), batch.get("image")), network.layout.slices[NAME]
-        drawn, probabilities = answers.answer(
-            network,
-            params,
-            *images,
-            jax.random.key(task.config.seed),
-            task.restriction(network),
-            Grammar(task),
-            numbers=batch["index"],
-        )
+        images = batch.get("tokens"), batch.get("image"), batch["index"]
+        drawn, probabilities = draw(task, network, params, *images)
         rows = {
             "nats": objective.parts_nats(network, params, batch),
-            "drawn": drawn[:, places],
-            "probabilities": probabilities[:, places],
+            "drawn": drawn,
+            "probabilities": probabilities,
             "targets": batch["targets"][NAME],
             **{name: batch[name] for name in ("index", "mask", "view")},
         }
