@@ -105,6 +105,7 @@ def test_one_network_learns_to_read_and_to_write_maps():
     total, known = sums(task, params, given, (12,)), given.__getitem__
     numbers = task.metric(task.network(), known).result(total)
     bounds, details = task.bounds(total, known), task.details(total, known)
+    assert task.network().reading.layers == (0, 2) and total["samples"].shape == (12, 3, 24)
     assert numbers["miou"] > 0.9 and bounds["written"]["miou"] > 0.9
     assert numbers["written_miou"] == bounds["written"]["miou"]
     assert bounds["voted"]["miou"] > 0.8 and 0.8 < details["agreement"] <= 1
