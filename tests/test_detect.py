@@ -222,11 +222,19 @@ def test_objects_are_found_in_images_of_any_size_in_their_own_pixels(tmp_path):
     (voted,) = model.detect([plain], votes=["flip_vertical(1.0)", "flip(1.0)"])
     assert len(voted.boxes) == 4 and voted.boxes.min() >= 0
     assert not np.array_equal(voted.boxes, found[0].boxes)
-    for wrong, words in ((plain[..., :2], "uint8"), (plain / 255, "float64")):
+    for wrong, words in (
+        (plain[..., :2], "uint8"),
+        (plain / 255, "float64"),
+        (plain[:0], r"uint8 \[0, 64, 3\].* from 1 on"),
+        ("a.jpg", r"an image is 'a.jpg'; .*PIL\.Image\.open"),
+    ):
         with pytest.raises(InputError, match=words):
             model.detect([wrong])
-    with pytest.raises(InputError, match="random"):
-        model.detect([plain], votes=["flip(0.5)"])
+    with pytest.raises(InputError, match="detect was given one str; it takes a list"):
+        model.detect("a.jpg")
+    for votes, words in ((["flip(0.5)"], "random"), ("flip(1.0)", "takes a list of texts")):
+        with pytest.raises(InputError, match=words):
+            model.detect([plain], votes=votes)
     for threshold in (-0.1, 50.0, float("nan")):
         with pytest.raises(InputError, match=r"threshold is .*; it takes a number from 0 to 1"):
             model.detect([plain], threshold)

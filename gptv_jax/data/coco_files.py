@@ -37,9 +37,12 @@ def find(path: pathlib.Path, given: str | None) -> dict[str, pathlib.Path]:
             if guess.coco_files(path.parent):
                 raise InputError(f"{missing}; {path.parent} has: take this folder as path.")
             advice = guess.of_folder(path, "coco")
-            if advice and "config.data.name=folder " not in advice:  # images alone are no answer
+            if advice and "config.data.name=folder " not in advice:
                 raise InputError(f"config.data.path={advice}")
-            raise InputError(f"{missing}; take the folder that has it, or name files by {field}.")
+            raise InputError(
+                f"{missing}; take the folder that has it, name files by {field}, or read images "
+                "without boxes by config.data.name=folder."
+            )
     elif "{split}" in given:
         files = sorted(path.glob(given.replace("{split}", "*")))
         if not files:
