@@ -58,4 +58,7 @@ def _detect(
     places = network.layout.slices[NAME]
     drawn, probabilities = (np.asarray(x)[:, places] for x in answered)
     rows = zip(drawn, probabilities, numbered, strict=False)  # without the padding
-    return [task.found(*row, record["view"]) for *row, (_, record) in rows]
+    return [
+        task.found(*row, record["view"], tuple(record["original"].tolist()))
+        for *row, (_, record) in rows
+    ]
