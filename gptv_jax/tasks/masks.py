@@ -86,7 +86,7 @@ def crop(
 def paste(inside: Bool[np.ndarray, "S S"], box: Float[np.ndarray, " 4"], mask: np.ndarray) -> None:
     """Sets pixels of `mask`, bool [H, W], of which the object in the box covers half or more."""
     rows, columns = (
-        _shares(box[axis], box[axis + 2], len(inside), pixels)
+        _shares(*box[axis::2].astype(float), len(inside), pixels)
         for axis, pixels in enumerate(mask.shape)
     )
     y, x = (np.flatnonzero(shares.any(axis=1)) for shares in (rows, columns))
@@ -143,4 +143,4 @@ def fit(records: Iterable[Record], settings: Detect, seed: int) -> LabelCodec:
         decoder_blocks=1,
         levels=settings.mask_levels,
     )
-    return fit_learned(crops, CLASSES, config, settings.mask_steps, BATCH_SIZE, seed)
+    return fit_learned(list(crops), CLASSES, config, settings.mask_steps, BATCH_SIZE, seed)
