@@ -1,10 +1,11 @@
 """ADE20K (SceneParse150): 150 classes of every pixel, read and written after the codes of an image.
 
-Data: the TFDS set scene_parse150, prepared as ArrayRecord in `--config.data.dir` (20,210 training
-and 2,000 validation images; validation during training is the last 5% of the training images).
+Data: `--config.data.path` names the folder ADEChallengeData2016 of MIT's scene parsing benchmark
+(20,210 training and 2,000 validation images; validation during training is the last 5% of the
+training images). TFDS's scene_parse150 will not do: its maps are those of 100 kinds of objects.
 
 Command:    python -m gptv_jax.main --config=configs/segment_ade20k.py --workdir=runs/ade20k
-                --stages=finetune,sample --config.data.dir=...
+                --stages=finetune,sample --config.data.path=...
                 --config.tokens.tokenizer=runs/tokenizer --config.init_from=runs/imagenet
             runs/tokenizer is of configs/tokenizer_imagenet.py; runs/imagenet of
             configs/imagenet_codes.py:b, whose layers have the same shapes.
@@ -44,14 +45,13 @@ monitor,bulletin board,shower,radiator,glass,clock,flag
 
 def get_config():
     c = config_lib.default()
-    c.data.name = "scene_parse150"
-    c.data.maps = "annotation"
+    c.data.name = "folder"
+    c.data.images, c.data.maps = "images/{split}", "annotations/{split}"
     names = NAMES.replace("\n", "").split(",")
     c.data.map_names = ",".join(f"{value} {name}" for value, name in enumerate(names, start=1))
-    c.data.map_channel = 0
     c.data.image_size = SIZE
     c.data.train_split, c.data.validation_split = "train[:95%]", "train[95%:]"
-    c.data.test_split = "test"  # TFDS's name of the 2,000 validation images
+    c.data.test_split = "validation"
     c.data.train_transforms = ("decode()", f"resize({SIZE})", "flip()")  # of pretraining
     c.data.eval_transforms = ("decode()", f"resize({SIZE})")
     c.finetune.train_transforms = (

@@ -68,6 +68,25 @@ def test_the_order_is_random_or_by_position():
     np.testing.assert_array_equal(by_place["targets"].reshape(-1, 5)[:3, 4] - 64, [2, 1, 0])
 
 
+@pytest.mark.parametrize("order", ["random", "position"])
+def test_noise_objects_stand_among_the_real_ones_where_the_settings_say_so(order):
+    settings = dataclasses.replace(SETTINGS, order=order, noise_among=1.0)
+    among, boxes = example(settings)
+    real = among["targets"][:, 4] < TOKENS.noise
+    assert real.sum() == 5 and not real[:5].all()
+    assert ((among["weights"][:, :4] == 1) == real[:, None]).all()  # weights go with their objects
+    expected = {tuple(row) for row in TOKENS.quantize(boxes, SIZE).tolist()}
+    assert {tuple(row) for row in among["targets"][real, :4].tolist()} == expected
+    if order == "position":
+        places = [tuple(row) for row in among["targets"][:, :2].tolist()]
+        assert places == sorted(places)
+    shares = [
+        example(dataclasses.replace(settings, noise_among=0.5), seed=k)[0]["targets"][:5, 4].max()
+        for k in range(60)
+    ]
+    assert 15 < np.sum(np.array(shares) < TOKENS.noise) < 50
+
+
 def test_of_too_many_objects_every_one_is_taken_now_and_then():
     settings, (_, boxes) = dataclasses.replace(SETTINGS, objects=3), example()
     rng, labels = np.random.default_rng(0), np.arange(5) % 3

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from conftest import make_mesh, parts_batch, parts_network, random_params
+from flax import nnx
 
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
@@ -16,6 +17,7 @@ from gptv_jax.errors import InputError
 from gptv_jax.model import flops, parts
 from gptv_jax.model.gpt import Network
 from gptv_jax.model.layout import Layout, Part, causal, of_images, prefixed
+from gptv_jax.model.stem import Stem
 from gptv_jax.train import objective, step
 
 IMAGE = Part("image", 11, (3, 4))
@@ -322,6 +324,17 @@ def test_meshes_and_microbatches_give_one_loss_and_gradient(shape, microbatches,
 
 
 # FLOPs
+
+
+def test_no_shift_of_a_convolution_hides_the_pixels_from_the_stem():
+    """A plain relu passes nothing on once training has moved its biases far below zero."""
+    pixels = np.random.default_rng(0).integers(256, size=(2, 16, 24, 3)).astype(np.uint8)
+    with jax.set_mesh(make_mesh((1, 1, 1, 1))):
+        model = Stem((8, 8, 8), 16, tokens=False, rngs=nnx.Rngs(0))
+        for layer in model.layers:
+            layer.convolution.bias[...] -= 10
+        first, second = np.asarray(model(jnp.array(pixels), "float32"))
+    assert np.abs(first - second).max() > 0.1
 
 
 @pytest.mark.usefixtures("one_device")

@@ -297,7 +297,7 @@ def test_images_of_any_size_are_segmented_at_their_own_size(tmp_path):
     for wrong, words in (
         (images[0], "takes a list"),
         (images / 255, "float64"),
-        ([images[0, 0]], "an image is"),
+        ([images[0, 0, 0]], "an image is"),
     ):
         with pytest.raises(InputError, match=words):
             model.segment(wrong)

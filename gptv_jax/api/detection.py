@@ -31,8 +31,9 @@ def detect(
     `votes` are transforms, of which each gives a further view of every image. InputError: an image
     is no image, or a transform does not fit it.
     """
-    extra = [[], *([transforms.parse(entry)] for entry in votes)]
-    if wrong := [entry for entry in votes if transforms.parse(entry).random]:
+    extra = [[], *(transforms.parse_view(entry) for entry in votes)]
+    names = [name for entry in votes for name in entry.split("|")]
+    if wrong := [name for name in names if transforms.parse(name).random]:
         raise InputError(f"votes has {', '.join(wrong)}, which is random; flip(1.0) is not.")
     shown, found = views("detect", task.config.data, codec, images, extra), []
     while batch := list(itertools.islice(shown, AT_ONCE)):

@@ -25,6 +25,9 @@ class Detect:
     # Noise objects fill the sequence up to `objects`: the class of a noise object is "noise", and
     # its coordinates have no loss. False: the token "noise" fills it, and ends decoding.
     noise: bool = True
+    # Probability, of every image, that the noise objects stand among the real ones. 0: after them;
+    # a network may then learn that an object is noise from its place in the sequence alone.
+    noise_among: float = field(0.0, SHARE)
     # Shares of the noise objects that are a real box jittered, a real box shifted, a random box.
     # Pix2seq draws the number of jittered ones anew for every image; these are its means.
     noise_kinds: tuple[float, ...] = field((0.5, 0.25, 0.25), THREE_SHARES)
@@ -38,8 +41,8 @@ class Detect:
     # Decoding: coordinates are drawn from the most likely ones that reach this probability; 0: the
     # most likely one. Classes are always the most likely real class.
     top_p: float = field(0.4, SHARE)
-    # Test images are also read after each of these transforms, such as "flip(1.0)"; the boxes of
-    # all views vote. (): there is no vote.
+    # Test images are also read after each of these transforms, such as "flip(1.0)", or several as
+    # "flip(1.0)|flip_vertical(1.0)"; the boxes of all views vote. (): there is no vote.
     votes: tuple[str, ...] = ()
     most: int = field(100, POSITIVE)  # detections an image that count, the most likely ones
     # Instance masks: tokens of an object after its class, such as 16 (PaliGemma, arXiv:2407.07726),

@@ -109,6 +109,11 @@ def parse(entry: str) -> Transform:
         raise InputError(f"{problem}; it takes {accepted}.") from error
 
 
+def parse_view(entry: str) -> list[Transform]:
+    """The transforms of an entry such as "flip(1.0)|flip_vertical(1.0)", one after the other."""
+    return [parse(each) for each in entry.split("|")]
+
+
 def written_out(entry: str) -> str:
     """The entry with the values of all its arguments, defaults included."""
     values = ", ".join(f"{name}={value!r}" for name, value in vars(parse(entry)).items())

@@ -46,7 +46,8 @@ def run_stage(context: Context) -> dict:
     initial = jax.jit(network.init)(jax.random.key(context.config.seed))
     found = pretrained.load(context, network)
     numbers = _labels(context, network, found.params, initial) if context.classes else {}
-    if maps := sources.open_source(context.config.data, "train").map_names:
+    maps = sources.open_source(context.config.data, "train").map_names
+    if maps and "segmentation" in context.task.needs:
         if context.images.has_pixels():
             numbers |= _label_maps(context, network, found.params, initial, len(maps))
         else:

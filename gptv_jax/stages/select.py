@@ -59,9 +59,10 @@ def _impossible(config: config_lib.Config, held: Collection[str]) -> dict[str, s
     elif config.tokens.tokenizer or given or cached:
         refused["tokenizer"] = "the tokens come with their tokenizer; leave the stage tokenizer out"
     images = f"the images of config.data.name={config.data.name}"
-    if not {"label", "segmentation"} & set(held):
-        refused["probe"] = f"{images} have no labels; take pretrain and sample"
     task = config.task
+    # Label maps are probed where they are the task: digit scenes have some for detection, too.
+    if not {"label", *{"segmentation"} & {*tasks.kind(task.name).needs}} & {*held}:
+        refused["probe"] = f"{images} have no labels; take pretrain and sample"
     if not tasks.kind(task.name).reads_pixels and (task.image_input == "pixels" or kind == "none"):
         advice = "config.task.image_input=tokens and config.tokens.kind=grey, palette or learned"
         refused["finetune"] = f"the task {task.name} reads tokens alone; take {advice}"

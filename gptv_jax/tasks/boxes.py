@@ -106,10 +106,10 @@ class BoxTokens:
     ) -> dict[str, np.ndarray]:
         """Targets, inputs (int32) and weights (float32), [N slots], of N = settings.objects.
 
-        The objects come in random order or by y0, then x0; the noise objects after them. Of more
-        than N objects, N random ones are taken. Without a generator, in evaluation, the boxes
-        themselves seed one, so the sequence of an image never changes. `codes` are those of the
-        objects' masks; a mask whose codes are below 0 has no loss.
+        The objects come in random order or by y0, then x0; the noise objects after them or, see
+        `Detect.noise_among`, among them. Of more than N objects, N random ones are taken. Without a
+        generator, in evaluation, the boxes themselves seed one, so the sequence of an image never
+        changes. `codes` are those of the objects' masks; a mask of codes below 0 has no loss.
         """
         count, edges = settings.objects, np.array([*size, *size], np.float32)
         rng = rng or np.random.default_rng(zlib.crc32(boxes.tobytes()))
@@ -143,6 +143,11 @@ class BoxTokens:
             drawn = rng.integers(self.codes, size=(count - real, self.masks))
             inputs[real:, CLASS + 1 :] = self.noise + 1 + drawn
         arrays = {"targets": tokens, "inputs": inputs, "weights": weights}
+        # Nothing is drawn at 0, so that older settings have the sequences that they had.
+        if settings.noise and settings.noise_among and rng.random() < settings.noise_among:
+            random = settings.order == "random"
+            order = rng.permutation(count) if random else np.lexsort(tokens[:, 1::-1].T)
+            arrays = {name: array[order] for name, array in arrays.items()}
         return {name: array.reshape(-1) for name, array in arrays.items()}
 
 

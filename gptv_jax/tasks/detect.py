@@ -53,7 +53,7 @@ class Detect(Task):
 
     def check(self) -> None:
         average_precision.check_installed()
-        for entry in self.settings.votes:
+        for entry in (step for view in self.views() for step in view):
             if transforms.parse(entry).random:
                 raise InputError(
                     f"config.task.detect.votes has {entry}, which is random; a vote takes a "
@@ -183,7 +183,7 @@ class Detect(Task):
         return self.metric(network, annotations, true_boxes=self.settings.masks > 0)
 
     def views(self) -> tuple[tuple[str, ...], ...]:
-        return ((), *((entry,) for entry in self.settings.votes))
+        return ((), *(tuple(entry.split("|")) for entry in self.settings.votes))
 
     def details(self, total: dict, annotations: Records) -> dict[str, float | None]:
         """AP of each class, None of a class without an object; with views, of their vote."""
@@ -329,8 +329,12 @@ def _step(task: Detect, network: Network, true_boxes: bool) -> Callable:
         }
         if true_boxes:
             slot = np.arange(places.stop - places.start) % task.box_tokens.slots
-            known = jnp.where((slot <= CLASS)[None], batch["targets"][NAME], generation.UNKNOWN)
-            rows["true_boxes"] = answer(known=known)[0][:, places]
+            given, noise = jnp.array(slot <= CLASS)[None], task.box_tokens.noise
+            # The network never reads the class "noise".
+            known = given & ((rows["targets"] != noise) | (slot < CLASS)[None])
+            known = jnp.where(known, rows["targets"], generation.UNKNOWN)
+            found = answer(known=known)[0][:, places]
+            rows["true_boxes"] = jnp.where(given, rows["targets"], found)
         whole = {name: jax.sharding.reshard(x, P(*[None] * x.ndim)) for name, x in rows.items()}
         return whole | {"images": batch["mask"].sum()}
 
