@@ -330,7 +330,7 @@ def _step(task: Detect, network: Network, true_boxes: bool) -> Callable:
         if true_boxes:
             slot = np.arange(places.stop - places.start) % task.box_tokens.slots
             given, noise = jnp.array(slot <= CLASS)[None], task.box_tokens.noise
-            # The network never reads the class "noise".
+            # Decoding takes a real class for every object, also for a noise object.
             known = given & ((rows["targets"] != noise) | (slot < CLASS)[None])
             known = jnp.where(known, rows["targets"], generation.UNKNOWN)
             found = answer(known=known)[0][:, places]
