@@ -4,6 +4,7 @@
     m       512 pixels, 32x32 codes, 24 layers of width 1,024
     l       640 pixels, 40x40 codes, 36 layers of width 1,280
     subset  the same path on a CPU in minutes, with a tokenizer and networks too small to learn it
+    subset_masks  subset with 16 mask tokens for each object
 
 Data: `--config.data.path` names COCO's folder, with train2017/, val2017/ and
 annotations/instances_train2017.json and instances_val2017.json. Validation is the last 2% of the
@@ -47,6 +48,7 @@ SIZES = {
     "l": (640, 192, (36, 1280, 20), (64, 128, 256, 512)),
     "subset": (64, 16, (2, 64, 2), (16, 32, 32, 64)),
 }
+SIZES["subset_masks"] = SIZES["subset"]
 
 
 def get_config(size: str = "s"):
@@ -97,8 +99,11 @@ def get_config(size: str = "s"):
         o.warmup_steps, o.clip_norm, o.final_fraction = 2 * epoch, 1.0, 0.01
     c.finetune.patience = 0
     c.finetune.scratch = False
-    if size == "subset":
+    if size.startswith("subset"):
         _subset(c)
+    if size == "subset_masks":
+        c.data.maps = "masks"
+        c.task.detect.masks, c.task.detect.mask_steps = 16, 300
     return c
 
 

@@ -127,7 +127,7 @@ def detected(model: api.Model, images: list[np.ndarray], threshold: float = 0.0)
     """The objects of each image, of any size."""
     lines = []
     for found in model.detect(images, threshold):
-        rows = zip(*(array.tolist() for array in found), strict=True)
+        rows = zip(*(array.tolist() for array in found[:3]), strict=True)
         objects = [{"name": model.objects[c], "score": s, "box": box} for box, c, s in rows]
         lines.append({"objects": objects})
     return lines

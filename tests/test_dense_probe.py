@@ -105,6 +105,7 @@ def test_cells_are_those_of_the_position():
 def test_the_stage_reads_label_maps_by_layer(tmp_path):
     c = config_lib.default()
     c.data.name, c.data.image_size = "digit_scenes", (32, 48)
+    c.task.name = "segment"
     c.data.train_split, c.data.validation_split = "train[:12]", "validation[:8]"
     c.data.test_split = "test[:8]"
     c.tokens.levels = 256

@@ -263,7 +263,7 @@ REFUSED = {
     "unknown split": (
         ["--config.data.validation_split=val"],
         1,
-        ["val", "train (1197 images), validation (200 images), test (400 images)"],
+        ["val", "train (1,197 images), validation (200 images), test (400 images)"],
     ),
     "random evaluation": (
         ["--config.data.eval_transforms=('flip()',)"],

@@ -211,7 +211,7 @@ def test_another_run_and_a_cache_use_an_existing_tokenizer(run, finished, data, 
         (["--config.data.image_size=18"], ["image_size is 18", "multiple of 4"]),
         (["--config.tokens.kind=palette", "--stages=tokenizer"], ["kind=palette", "to train"]),
         (["--config.tokens.tokenizer=nowhere"], ["there is no tokenizer", "nowhere"]),
-        (["--config.data.image_size=32"], ["an image is 16 x 16 x 3", "made of 32 x 32 x 3"]),
+        (["--config.data.image_size=32"], ["an image is 16 x 16 x 3", "32 x 32 x 3 is needed"]),
     ],
 )
 def test_impossible_settings_end_with_one_sentence(run, data, tmp_path, more, words):

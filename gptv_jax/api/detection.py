@@ -40,6 +40,9 @@ def detect(
     while batch := list(itertools.islice(shown, AT_ONCE)):
         drawn = map(np.asarray, draw(task, network, params, *inputs_of(network, codec, batch)))
         rows = zip(*drawn, batch, strict=False)  # without the padding
-        found += [task.found(*row, record["view"]) for *row, (_, record) in rows]
+        found += [
+            task.found(*row, record["view"], tuple(record["original"].tolist()))
+            for *row, (_, record) in rows
+        ]
     groups = (found[at : at + len(extra)] for at in range(0, len(found), len(extra)))
     return [task.best(vote(group)) for group in groups]

@@ -34,7 +34,9 @@ class OfTasks:
         Images are Pillow images or uint8 arrays [H, W, C] of any sizes; they are transformed as
         the test images were, and resized to the size of the network's images. Objects of a score
         below `threshold` are left out. `votes` are transforms such as "flip(1.0)", under which
-        each image is read as well; the objects of all views vote. None: as in the test.
+        each image is read as well; the objects of all views vote. None: as in the test. Where the
+        network has learned masks, `np.asarray(found.masks)` is bool [n, H, W], and
+        `found.masks[0]` is the first object's.
         """
         task = self._described.learned_task
         if not isinstance(task, Detect):
@@ -46,7 +48,7 @@ class OfTasks:
         votes = task.settings.votes if votes is None else votes
         with jax.set_mesh(self.mesh):
             found = detection.detect(task, self.network, self.params, self.codec, images, votes)
-        return [Detections(*(x[each.scores >= threshold] for x in each)) for each in found]
+        return [each.take(each.scores >= threshold) for each in found]
 
     @property
     def map_classes(self) -> tuple[str, ...]:

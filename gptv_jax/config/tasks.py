@@ -45,6 +45,16 @@ class Detect:
     # "flip(1.0)|flip_vertical(1.0)"; the boxes of all views vote. (): there is no vote.
     votes: tuple[str, ...] = field((), ENTRIES)
     most: int = field(100, POSITIVE)  # detections an image that count, the most likely ones
+    # Instance masks: tokens of an object after its class, such as 16 (PaliGemma, arXiv:2407.07726),
+    # codes of the mask in the object's box; 0: boxes alone. They are those of an autoencoder that
+    # sees masks of `mask_size` pixels a side. `mask_levels`: of each dimension of a code, of which
+    # there are as many as their product.
+    masks: int = field(0, FROM_ZERO)
+    mask_size: int = field(64, POSITIVE)
+    mask_levels: tuple[int, ...] = field((8, 4, 4), data.LEVELS)
+    mask_weight: float = field(1.0, FROM_ZERO)  # of a mask token's loss; a coordinate's is 1
+    mask_steps: int = field(1000, POSITIVE)  # of the autoencoder's training
+    masks_measured: int = field(2000, POSITIVE)  # training images whose masks it learns from
     # Validation images that evaluations during training read, the first ones; 0: all.
     validation_images: int = field(0, FROM_ZERO)
 

@@ -73,7 +73,7 @@ class Tfds:
 
     def _label_table(self, config: config_lib.Data, pictures: list[str]) -> label_maps.LabelTable:
         if config.maps not in pictures or config.maps == self._image:
-            able = shorten(n for n in pictures if n != self._image) or "none"
+            able = shorten(sorted({*pictures} - {self._image})) or "none"
             raise InputError(
                 f"config.data.maps={config.maps} is no label map of the data set {config.name}; "
                 f"its features that may be label maps are: {able}."

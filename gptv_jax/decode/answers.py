@@ -25,6 +25,7 @@ def answer(
     allowed: Callable | None = None,
     samples: int = 1,
     numbers: Int[Array, " G"] | None = None,
+    known: Int[Array, "G n"] | None = None,
 ) -> tuple[Int[Array, "B T"], Float[Array, "B T"]]:
     """Whole sequences, with the parts after the image drawn `samples` times for each of G images.
 
@@ -44,6 +45,8 @@ def answer(
       samples: sequences for each image.
       numbers: of the images; what is drawn for an image then depends on its number and not on the
         images beside it. None: it depends on the whole batch.
+      known: the tokens after the image, with `generation.UNKNOWN` in place of those to be drawn.
+        None: all are drawn.
 
     Raises InputError where a part after the image is not predicted.
     """
@@ -58,6 +61,9 @@ def answer(
     tokens = jax.sharding.reshard(tokens, sharding.BATCH_FIRST)
     unknown = ((0, 0), (0, network.length - image.size))
     given = jnp.pad(tokens, unknown, constant_values=generation.UNKNOWN)
+    if known is not None:
+        known = jax.sharding.reshard(known, sharding.BATCH_FIRST)
+        given = jnp.concatenate([tokens, known], axis=1)
     model = network.bind(params)
     x = model.embed(tokens, pixels=pixels, spec=sharding.BATCH_FIRST)
     logits, prompt = generation.read_prompt(model, x)

@@ -53,8 +53,12 @@ def check_installed() -> None:
         ) from error
 
 
-def score(records: Sequence[Record], found: Sequence[Detections], classes: int) -> Scores:
+def score(
+    records: Sequence[Record], found: Sequence[Detections], classes: int, kind: str = "bbox"
+) -> Scores:
     """COCO's numbers over all the images, those without objects or detections included.
+
+    IoUs are of boxes (`kind` "bbox") or of masks ("segm"), where records are `without_pixels`.
 
     A record has "boxes", "box_labels" and, where known, "crowd" and "area", in pixels of the
     original image, as have the detections. Objects in crowds count neither as found nor as missed.
@@ -62,11 +66,12 @@ def score(records: Sequence[Record], found: Sequence[Detections], classes: int) 
     check_installed()
     from pycocotools.cocoeval import COCOeval
 
-    truth = [_annotations(image, record) for image, record in enumerate(records)]
-    guesses = [_results(image, each) for image, each in enumerate(found)]
+    masks = kind == "segm"
+    truth = [_annotations(image, record, masks) for image, record in enumerate(records)]
+    guesses = [_results(image, each, masks) for image, each in enumerate(found)]
     with contextlib.redirect_stdout(io.StringIO()):
         sets = _coco(truth, len(records), classes), _coco(guesses, len(records), classes)
-        run = COCOeval(*sets, "bbox")
+        run = COCOeval(*sets, kind)
         # Images without detections, and classes without objects, are evaluated as well.
         run.params.imgIds, run.params.catIds = list(range(len(records))), list(range(classes))
         if len(records) and classes:
@@ -90,6 +95,20 @@ def score(records: Sequence[Record], found: Sequence[Detections], classes: int) 
     return Scores(numbers, by_class, known.mean(axis=1) if known.size else np.zeros(101))
 
 
+def without_pixels(record: Record, masks: bool) -> Record:
+    """The record with its masks as run lengths and their "shape", (H, W), or without masks."""
+    rest = {name: value for name, value in record.items() if name != "masks"}
+    if not masks:
+        return rest
+    return rest | {"masks": _runs(record["masks"]), "shape": record["masks"].shape[1:]}
+
+
+def _runs(masks: Bool[np.ndarray, "n H W"]) -> list[dict]:
+    from pycocotools import mask
+
+    return mask.encode(np.asfortranarray(masks.transpose(1, 2, 0), np.uint8))
+
+
 def calibration_error(
     scores: Float[np.ndarray, " n"], correct: Bool[np.ndarray, " n"]
 ) -> float | None:
@@ -109,11 +128,10 @@ def results(
         {
             "image_id": image_id,
             "category_id": category_ids[row["category_id"]],
-            "bbox": row["bbox"],
-            "score": row["score"],
+            **{name: row[name] for name in ("bbox", "score", "segmentation") if name in row},
         }
         for image_id, each in zip(image_ids, found, strict=True)
-        for row in _results(image_id, each)
+        for row in _results(image_id, each, each.masks is not None)
     ]
 
 
@@ -148,7 +166,8 @@ def _coco(annotations: list[list[dict]], images: int, classes: int):
         row["id"] = number
     data_set = COCO()
     data_set.dataset = {
-        "images": [{"id": number} for number in range(images)],
+        # Sizes are asked for and not used.
+        "images": [{"id": number, "height": 0, "width": 0} for number in range(images)],
         "categories": [{"id": number} for number in range(classes)],
         "annotations": rows,
     }
@@ -156,7 +175,7 @@ def _coco(annotations: list[list[dict]], images: int, classes: int):
     return data_set
 
 
-def _annotations(image: int, record: Record) -> list[dict]:
+def _annotations(image: int, record: Record, masks: bool) -> list[dict]:
     boxes, crowd = record["boxes"], _crowd(record)
     areas = record.get("area", np.prod(boxes[:, 2:] - boxes[:, :2], axis=-1))
     return [
@@ -166,6 +185,7 @@ def _annotations(image: int, record: Record) -> list[dict]:
             "bbox": _xywh(boxes[i]),
             "area": float(areas[i]),
             "iscrowd": int(crowd[i]),
+            **({"segmentation": record["masks"][i]} if masks else {}),
         }
         for i in range(len(boxes))
     ]
@@ -175,8 +195,8 @@ def _crowd(record: Record) -> np.ndarray:
     return record.get("crowd", np.zeros(len(record["boxes"]), bool))
 
 
-def _results(image: int | str, found: Detections) -> list[dict]:
-    return [
+def _results(image: int | str, found: Detections, masks: bool) -> list[dict]:
+    rows = [
         {
             "image_id": image,
             "category_id": int(label),
@@ -185,8 +205,15 @@ def _results(image: int | str, found: Detections) -> list[dict]:
             "score": _shortest(score),
             "iscrowd": 0,
         }
-        for box, label, score in zip(*found, strict=True)
+        for box, label, score in zip(found.boxes, found.labels, found.scores, strict=True)
     ]
+    if masks:
+        from pycocotools import mask
+
+        for row, runs in zip(rows, _runs(np.asarray(found.masks)), strict=True):
+            row["area"] = float(mask.area(runs))
+            row["segmentation"] = {**runs, "counts": runs["counts"].decode()}
+    return rows
 
 
 def _xywh(box: Float[np.ndarray, " 4"]) -> list[float]:

@@ -13,8 +13,9 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from gptv_jax.config.tasks import Detect
+from gptv_jax.tasks.masks import Masks
 
-SLOTS = 5  # tokens of an object: y0 x0 y1 x1 class
+CLASS = 4  # place of the class among an object's tokens: y0 x0 y1 x1 class, then those of its mask
 JITTER, RANDOM_SIDE = 0.05, 0.5  # deviations: of an edge, in sides of its box; of a random side
 END_WEIGHT = 0.1  # in the loss, of tokens after the last object where there are no noise objects
 SAME_OBJECT = 0.55  # IoU from which boxes of two views are of one object (Solovyev et al. 2021)
@@ -26,18 +27,30 @@ class Detections(NamedTuple):
     boxes: Float[np.ndarray, "n 4"]  # y0, x0, y1, x1 in pixels of the image
     labels: Int[np.ndarray, " n"]
     scores: Float[np.ndarray, " n"]  # probabilities
+    masks: Masks | None = None  # np.asarray(masks) is bool [n, H, W]; None: boxes are found alone
+
+    def take(self, which: slice | np.ndarray) -> "Detections":
+        """The detections of these numbers, or those where `which` is True."""
+        return Detections(*(None if each is None else each[which] for each in self))
 
 
 @dataclasses.dataclass(frozen=True)
 class BoxTokens:
     """The tokens of objects.
 
-    Heights are 0 .. bins-1, widths bins .. 2 bins - 1, then come the classes, and last the token
-    "noise", which positions after the last object have as well.
+    Heights are 0 .. bins-1, widths bins .. 2 bins - 1, then come the classes and the token "noise",
+    which positions after the last object have as well, and last the codes of masks.
     """
 
     bins: int  # bin k lies at k / (bins - 1) of the image's height or width
     classes: int
+    masks: int = 0  # K, the mask tokens of an object
+    codes: int = 0  # that a mask token can be
+
+    @property
+    def slots(self) -> int:
+        """Tokens of an object."""
+        return CLASS + 1 + self.masks
 
     @property
     def noise(self) -> int:
@@ -45,7 +58,7 @@ class BoxTokens:
 
     @property
     def vocabulary(self) -> int:
-        return self.noise + 1
+        return self.noise + 1 + self.codes
 
     def quantize(self, boxes: Float[np.ndarray, "n 4"], size: tuple[int, int]):
         """Tokens int32 [n, 4] of boxes in pixels of an image of this height and width."""
@@ -58,19 +71,29 @@ class BoxTokens:
         bins = tokens - np.array([0, self.bins] * 2)
         return (bins / (self.bins - 1) * np.array([*size, *size])).astype(np.float32)
 
+    def objects(
+        self, tokens: Int[np.ndarray, " T"], probabilities: Float[np.ndarray, " T"]
+    ) -> tuple[Int[np.ndarray, "n slots"], Float[np.ndarray, " n"]]:
+        """Tokens and scores of the objects with a real class, the most likely first.
+
+        An object's score is the probability of its class.
+        """
+        rows = tokens.reshape(-1, self.slots)
+        scores = probabilities.reshape(-1, self.slots)[:, CLASS].astype(np.float32)
+        real = np.flatnonzero((rows[:, CLASS] >= 2 * self.bins) & (rows[:, CLASS] < self.noise))
+        real = real[np.argsort(-scores[real], kind="stable")]
+        return rows[real], scores[real]
+
     def detections(
         self,
         tokens: Int[np.ndarray, " T"],
         probabilities: Float[np.ndarray, " T"],
         size: tuple[int, int],
     ) -> Detections:
-        """The objects with a real class; an object's score is the probability of its class."""
-        rows, scores = tokens.reshape(-1, SLOTS), probabilities.reshape(-1, SLOTS)[:, 4]
-        labels = rows[:, 4] - 2 * self.bins
-        real = np.flatnonzero((labels >= 0) & (labels < self.classes))
-        real = real[np.argsort(-scores[real], kind="stable")]
-        boxes = self.dequantize(rows[real, :4], size)
-        return Detections(boxes, labels[real].astype(np.int32), scores[real].astype(np.float32))
+        """The `objects` without their masks."""
+        rows, scores = self.objects(tokens, probabilities)
+        labels = (rows[:, CLASS] - 2 * self.bins).astype(np.int32)
+        return Detections(self.dequantize(rows[:, :4], size), labels, scores)
 
     def sequence(
         self,
@@ -79,13 +102,14 @@ class BoxTokens:
         size: tuple[int, int],
         settings: Detect,
         rng: np.random.Generator | None = None,
+        codes: Int[np.ndarray, "n K"] | None = None,
     ) -> dict[str, np.ndarray]:
-        """Targets and inputs, int32 [5 N], and weights, float32 [5 N], of N = settings.objects.
+        """Targets, inputs (int32) and weights (float32), [N slots], of N = settings.objects.
 
         The objects come in random order or by y0, then x0; the noise objects after them or, see
         `Detect.noise_among`, among them. Of more than N objects, N random ones are taken. Without a
         generator, in evaluation, the boxes themselves seed one, so the sequence of an image never
-        changes.
+        changes. `codes` are those of the objects' masks; a mask of codes below 0 has no loss.
         """
         count, edges = settings.objects, np.array([*size, *size], np.float32)
         rng = rng or np.random.default_rng(zlib.crc32(boxes.tobytes()))
@@ -93,24 +117,31 @@ class BoxTokens:
         places, real = self.quantize(boxes, size), len(chosen)
         if settings.order == "position":
             chosen = chosen[np.lexsort(places[chosen, 1::-1].T)]
-        tokens = np.full((count, SLOTS), self.noise, np.int32)
+        tokens = np.full((count, self.slots), self.noise, np.int32)
         tokens[:real, :4] = places[chosen]
-        tokens[:real, 4] = 2 * self.bins + labels[chosen]
-        weights = np.full((count, SLOTS), 1, np.float32)
-        weights[:, 4] = settings.class_weight
+        tokens[:real, CLASS] = 2 * self.bins + labels[chosen]
+        weights = np.full((count, self.slots), 1, np.float32)
+        weights[:, CLASS] = settings.class_weight
         if settings.noise:
             added = noise_boxes(boxes[chosen] / edges, count - real, settings.noise_kinds, rng)
             tokens[real:, :4] = self.quantize(added * edges, size)
             weights[real:, :4] = 0
         else:
             weights[real:] = END_WEIGHT
+        if self.masks:
+            tokens[:real, CLASS + 1 :] = self.noise + 1 + np.maximum(codes[chosen], 0)
+            weights[:real, CLASS + 1 :] = settings.mask_weight * (codes[chosen] >= 0)
+            weights[real:, CLASS + 1 :] = 0
         inputs, random = tokens.copy(), 2 * self.bins + rng.integers(self.classes, size=(2, count))
         if settings.noise:  # decoding takes a real class for every object
-            inputs[real:, 4] = random[0, real:]
+            inputs[real:, CLASS] = random[0, real:]
         wrong = rng.random(count) < settings.class_corruption
         wrong[real:] &= settings.noise
         corrupted = np.where(rng.random(count) < 0.5, random[1], self.noise)
-        inputs[:, 4] = np.where(wrong, corrupted, inputs[:, 4])
+        inputs[:, CLASS] = np.where(wrong, corrupted, inputs[:, CLASS])
+        if self.masks and settings.noise:  # decoding draws a mask for every object
+            drawn = rng.integers(self.codes, size=(count - real, self.masks))
+            inputs[real:, CLASS + 1 :] = self.noise + 1 + drawn
         arrays = {"targets": tokens, "inputs": inputs, "weights": weights}
         # Nothing is drawn at 0, so that older settings have the sequences that they had.
         if settings.noise and settings.noise_among and rng.random() < settings.noise_among:
@@ -172,7 +203,8 @@ def vote(views: Sequence[Detections]) -> Detections:
 
     A box joins the object of its class that it overlaps most, from an IoU of .55 on, among objects
     without a box of its view; else the box begins an object. An object's box is the mean of its
-    boxes weighted by score; its score is the sum of their scores over the number of views.
+    boxes weighted by score; its score is the sum of their scores over the number of views. Its mask
+    is that of its most likely box.
     """
     if len(views) == 1:
         return views[0]
@@ -185,17 +217,23 @@ def vote(views: Sequence[Detections]) -> Detections:
     count = len(order)
     boxes, sums = np.zeros((count, 4)), np.zeros(count)
     labels, seen = np.full(count, -1, np.int32), np.zeros((count, len(views)), bool)
-    found = 0
+    found, first = 0, []  # the row of each object's most likely box, among the rows of all views
+    starts = np.cumsum([0, *(len(view.labels) for view in views)])
     for score, rank, number in order:
         box, label = views[number].boxes[rank].astype(float), views[number].labels[rank]
         free = (labels[:found] == label) & ~seen[:found, number]
         overlap = np.where(free, iou(boxes[:found], box[None])[:, 0], 0)
         at = int(np.argmax(overlap)) if found and overlap.max() >= SAME_OBJECT else found
-        found = max(found, at + 1)
+        if at == found:
+            found, first = found + 1, [*first, starts[number] + rank]
         weight = max(-score, 1e-9)
         boxes[at] += (box - boxes[at]) * (weight / (sums[at] + weight))
         sums[at] += weight
         labels[at], seen[at, number] = label, True
     order = np.argsort(-sums[:found], kind="stable")
     scores = (sums[order] / len(views)).astype(np.float32)
-    return Detections(boxes[order].astype(np.float32), labels[order], scores)
+    boxes, masks = boxes[order].astype(np.float32), None
+    if views[0].masks is not None:
+        masks = Masks.join([view.masks for view in views])[np.array(first, int)[order]]
+        masks = dataclasses.replace(masks, boxes=boxes)
+    return Detections(boxes, labels[order], scores, masks)

@@ -3,7 +3,8 @@
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from typing import ClassVar
 
 import jax
@@ -14,16 +15,18 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from gptv_jax.data import pipeline, sources, transforms
 from gptv_jax.data.records import Record, to_image, to_original
-from gptv_jax.decode import answers
+from gptv_jax.decode import answers, generation
 from gptv_jax.decode.restriction import Restriction
 from gptv_jax.errors import InputError
 from gptv_jax.model.gpt import Network
 from gptv_jax.model.layout import Part
-from gptv_jax.tasks import average_precision, drawing
+from gptv_jax.tasks import average_precision, drawing, masks
 from gptv_jax.tasks.average_precision import PRECISIONS, RECALLS, Scores
-from gptv_jax.tasks.boxes import SLOTS, BoxTokens, Detections, vote
+from gptv_jax.tasks.boxes import CLASS, BoxTokens, Detections, vote
+from gptv_jax.tasks.masks import Masks
 from gptv_jax.tasks.rows import Rows, by_image, collect, join
 from gptv_jax.tasks.task import Grammar, Records, Task
+from gptv_jax.tokens import label_maps
 from gptv_jax.train import objective
 from gptv_jax.train.step import Metric
 
@@ -31,6 +34,7 @@ LOG = logging.getLogger(__name__)
 NAME = "boxes"  # of the part
 SHOWN = 8  # test images of the picture
 BOUNDED = ("ap", "ap50", "ap75")  # numbers with a floor and a ceiling
+OF_MASKS = tuple(f"mask_{name}" for name in BOUNDED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +65,7 @@ class Detect(Task):
                     f"{self.config.data.path} have none; take votes of a data set of images, or ()."
                 )
         most, training = self.settings.objects, sources.open_source(self.config.data, "train")
+        masks.check(self.config, training.keys)
         held = training.objects_by_image()
         if held is not None and held.max() > most and jax.process_index() == 0:
             LOG.warning(
@@ -79,56 +84,74 @@ class Detect(Task):
 
     @property
     def box_tokens(self) -> BoxTokens:
-        return BoxTokens(self.settings.bins, len(self.object_names))
+        settings, codes = self.settings, math.prod(self.settings.mask_levels)
+        own = (settings.masks, codes) if settings.masks else ()
+        return BoxTokens(settings.bins, len(self.object_names), *own)
 
     @property
     def validation_images(self) -> int | None:
         return self.settings.validation_images or None
 
     def parts(self) -> tuple[Part, ...]:
-        shape, bins = (self.settings.objects, SLOTS), self.settings.bins
-        return (Part(NAME, self.box_tokens.vocabulary, shape, bins=bins, summed=True),)
+        tokens = self.box_tokens
+        shape = (self.settings.objects, tokens.slots)
+        return (Part(NAME, tokens.vocabulary, shape, bins=tokens.bins, summed=True),)
+
+    def measure(self, records: Callable[[int], Iterable[Record]]) -> bytes:
+        """The autoencoder whose codes are mask tokens."""
+        if not self.settings.masks:
+            return b""
+        found = records(self.settings.masks_measured)
+        return masks.fit(found, self.settings, self.config.seed).to_bytes()
+
+    @functools.cached_property
+    def mask_codec(self) -> label_maps.LabelCodec:
+        """What `measure` made."""
+        return label_maps.from_bytes(self.measured)
 
     def example(self, record: Record, rng: np.random.Generator | None = None) -> dict:
         """Crowds are no targets, since one box there stands for many objects."""
-        boxes, labels = record["boxes"], record["box_labels"]
-        if "crowd" in record:
-            boxes, labels = boxes[~record["crowd"]], labels[~record["crowd"]]
-        size = self.config.data.size
-        found = self.box_tokens.sequence(boxes, labels, size, self.settings, rng)
+        single = ~record["crowd"] if "crowd" in record else slice(None)
+        boxes, labels = record["boxes"][single], record["box_labels"][single]
+        size, tokens, codes = self.config.data.size, self.box_tokens, None
+        if tokens.masks:  # in the boxes that will be drawn
+            places = tokens.dequantize(tokens.quantize(boxes, size), size)
+            codes = masks.encode(self.mask_codec, record["masks"][single], places)
+        found = tokens.sequence(boxes, labels, size, self.settings, rng, codes)
         return {name: {NAME: array} for name, array in found.items()}
 
     def allowed(
         self, part: str, position: int | Int[Array, ""], tokens: Int[Array, "B n"]
     ) -> Bool[Array, "B V"] | None:
-        """By slot: a height, a width, a height and a width not below the first, a real class.
+        """By slot: a height, a width, both not below the first ones, a real class, codes of a mask.
 
         Without noise objects "noise" is possible in place of an object, and nothing else after.
         """
         if part != NAME:
             return None
-        bins, noise = self.settings.bins, self.box_tokens.noise
-        slot, ids = position % SLOTS, jnp.arange(noise + 1)[None]
-        row = jax.lax.dynamic_slice_in_dim(tokens, position - slot, SLOTS, axis=1)
+        bins, noise, slots = self.settings.bins, self.box_tokens.noise, self.box_tokens.slots
+        slot, ids = position % slots, jnp.arange(self.box_tokens.vocabulary)[None]
+        row = jax.lax.dynamic_slice_in_dim(tokens, position - slot, slots, axis=1)
         zero = jnp.zeros_like(row[:, :1])
         # Without a row before, this is the first one, which has no end before it.
         before = jax.lax.dynamic_slice_in_dim(
-            tokens, jnp.maximum(position - slot - SLOTS, 0), SLOTS, axis=1
+            tokens, jnp.maximum(position - slot - slots, 0), slots, axis=1
         )
-        low = [zero, zero + bins, row[:, :1], row[:, 1:2], zero + 2 * bins]
-        high = [zero + end for end in (bins, 2 * bins, bins, 2 * bins, noise)]
-        mask = (ids >= jax.lax.select_n(slot, *low)) & (ids < jax.lax.select_n(slot, *high))
+        low = [zero, zero + bins, row[:, :1], row[:, 1:2], zero + 2 * bins, zero + noise + 1]
+        high = [zero + end for end in (bins, 2 * bins, bins, 2 * bins, noise, ids.size)]
+        kind = jnp.minimum(slot, CLASS + 1)
+        mask = (ids >= jax.lax.select_n(kind, *low)) & (ids < jax.lax.select_n(kind, *high))
         if self.settings.noise:
             return mask
         ended = (row[:, :1] == noise) & (slot > 0)
-        ended |= (before[:, :1] == noise) & (position >= SLOTS)
+        ended |= (before[:, :1] == noise) & (position >= slots)
         return jnp.where(ended, ids == noise, mask | ((ids == noise) & (slot == 0)))
 
     def restriction(self, network: Network) -> Restriction:
-        """Coordinates are drawn from the nucleus; of the classes the most likely one is taken."""
+        """Coordinates are drawn from the nucleus; classes and codes are the most likely ones."""
         top_p, start = self.settings.top_p, network.layout.slices[NAME].start
-        is_class = (np.arange(network.length) - start) % SLOTS == SLOTS - 1
-        temperature = np.where(is_class | (top_p == 0), 0, 1).astype(np.float32)
+        likely = (np.arange(network.length) - start) % self.box_tokens.slots >= CLASS
+        temperature = np.where(likely | (top_p == 0), 0, 1).astype(np.float32)
         return Restriction(
             temperature, np.int32(self.box_tokens.vocabulary), np.float32(top_p or 1)
         )
@@ -140,7 +163,7 @@ class Detect(Task):
     def loss(self, network: Network) -> Callable:
         return objective.make_parts_loss(network, self.soft)
 
-    def metric(self, network: Network, annotations: Records) -> Metric:
+    def metric(self, network: Network, annotations: Records, true_boxes: bool = False) -> Metric:
         known = functools.cache(annotations)
 
         def result(total: dict) -> dict[str, float | None]:
@@ -154,7 +177,10 @@ class Detect(Task):
             first = [rows[0] for rows in views.values()]
             return {**numbers, "nats_per_token": float(total["nats"][first].mean())}
 
-        return Metric(_step(self, network), result, collect, self.primary, join)
+        return Metric(_step(self, network, true_boxes), result, collect, self.primary, join)
+
+    def test_metric(self, network: Network, annotations: Records) -> Metric:
+        return self.metric(network, annotations, true_boxes=self.settings.masks > 0)
 
     def views(self) -> tuple[tuple[str, ...], ...]:
         return ((), *(tuple(entry.split("|")) for entry in self.settings.votes))
@@ -168,14 +194,17 @@ class Detect(Task):
     def bounds(self, total: dict, annotations: Records) -> dict[str, dict[str, float | None]]:
         """The ceiling: annotations as tokens and back. The floor: detections of another image.
 
-        With further views, their vote as well.
+        With further views, their vote as well. Of masks, also those drawn in the true boxes.
         """
-        names = ["ceiling", "wrong_image", *["voted"] * bool(self.settings.votes)]
+        bounded = {"ceiling": BOUNDED, "wrong_image": BOUNDED}
+        if self.settings.masks:
+            bounded = dict.fromkeys(bounded, (*BOUNDED, *OF_MASKS)) | {"true_boxes": OF_MASKS}
+        names = [*bounded, *["voted"] * bool(self.settings.votes)]
         scores = {name: self._scored(total, annotations, name)[1].numbers for name in names}
-        for name in ("ceiling", "wrong_image"):
-            scores[name] = {number: scores[name][number] for number in BOUNDED}
+        for name, numbers in bounded.items():
+            scores[name] = {number: scores[name][number] for number in numbers}
         if len(self.by_image(total)) == 1:  # there is no other image
-            scores["wrong_image"] = dict.fromkeys(BOUNDED)
+            scores["wrong_image"] = dict.fromkeys(scores["wrong_image"])
         return scores
 
     def files(self, total: dict, annotations: Records) -> dict[str, object]:
@@ -202,25 +231,37 @@ class Detect(Task):
 
     by_image = staticmethod(by_image)
 
-    def found(self, tokens, probabilities, view: np.ndarray) -> Detections:
-        """The `most` likely objects of one sequence, in pixels of the original image."""
-        size = self.config.data.size
-        boxes, *rest = self.best(self.box_tokens.detections(tokens, probabilities, size))
-        boxes = to_original(boxes, size, view)
+    def found(self, tokens, probabilities, view: np.ndarray, shape: tuple[int, int]) -> Detections:
+        """The `most` likely objects of one sequence, in pixels of the original image.
+
+        `shape` is the original's height and width.
+        """
+        size, given = self.config.data.size, (tokens, probabilities)
+        found = self.best(self.box_tokens.detections(*given, size))
+        boxes = to_original(found.boxes, size, view)
         edges = np.stack([view[:2], view[2:]])
         low, high = np.tile(edges.min(axis=0), 2), np.tile(edges.max(axis=0), 2)
-        return Detections(np.clip(boxes, low, high), *rest)
+        found = found._replace(boxes=np.clip(boxes, low, high))
+        if not self.settings.masks:
+            return found
+        rows, noise = self.box_tokens.objects(*given)[0][: len(boxes)], self.box_tokens.noise
+        mirrored = np.tile(view[2:] < view[:2], (len(boxes), 1))
+        codes = rows[:, CLASS + 1 :] - noise - 1
+        return found._replace(masks=Masks(self.mask_codec, codes, boxes, mirrored, shape))
 
     def best(self, found: Detections) -> Detections:
         """The detections that count, the `most` likely ones."""
-        return Detections(*(array[: self.settings.most] for array in found))
+        return found.take(slice(self.settings.most))
 
-    def _detections(self, total, row: int, view: int | None = None, truth=False) -> Detections:
-        """What was found in a row of the metric's sums, placed as in the row `view`."""
-        tokens = total["targets" if truth else "drawn"][row]
-        sure = np.ones(len(tokens), np.float32)
-        probabilities = sure if truth else total["probabilities"][row]
-        return self.found(tokens, probabilities, total["view"][row if view is None else view])
+    def _detections(self, total, row: int, record: Record, view=None, given=None) -> Detections:
+        """What was found in a row of the metric's sums, placed as in the row `view`.
+
+        `given` names sure tokens in place of those that were drawn.
+        """
+        tokens = total[given or "drawn"][row]
+        probabilities = np.ones(len(tokens)) if given else total["probabilities"][row]
+        view = total["view"][row if view is None else view]
+        return self.found(tokens, probabilities, view, record.get("shape", (0, 0)))
 
     def _final(self, total: dict, annotations: Records) -> tuple[dict[int, Detections], Scores]:
         """The detections by image, and their scores, from all views."""
@@ -229,27 +270,35 @@ class Detect(Task):
     def _scored(
         self, total: dict, annotations: Records, kind: str
     ) -> tuple[dict[int, Detections], Scores]:
-        """Detections by image and their scores: plain, voted, ceiling or wrong_image.
+        """Detections by image and scores: plain, voted, ceiling, wrong_image or true_boxes.
 
         They are computed once for the rows of a `Metric`.
         """
         known = total.known if isinstance(total, Rows) else {}
         if kind not in known:
-            views = self.by_image(total)
+            views, masked = self.by_image(total), self.settings.masks > 0
             plain = [rows[0] for rows in views.values()]
             other = dict(zip(plain, plain[-1:] + plain[:-1], strict=True))
+            of = functools.partial(self._detections, total)
             find = {
-                "plain": lambda rows: self._detections(total, rows[0]),
-                "voted": lambda rows: self.best(vote([self._detections(total, r) for r in rows])),
-                "ceiling": lambda rows: self._detections(total, rows[0], truth=True),
-                "wrong_image": lambda rows: self._detections(total, other[rows[0]], view=rows[0]),
+                "plain": lambda rows, record: of(rows[0], record),
+                "voted": lambda rows, record: self.best(vote([of(row, record) for row in rows])),
+                "ceiling": lambda rows, record: of(rows[0], record, given="targets"),
+                "wrong_image": lambda rows, record: of(other[rows[0]], record, view=rows[0]),
+                "true_boxes": lambda rows, record: of(rows[0], record, given="true_boxes"),
             }[kind]
             if "records" not in known:
-                known["records"] = [annotations(index) for index in views]
-            found = {index: find(rows) for index, rows in views.items()}
-            scores = average_precision.score(
-                known["records"], list(found.values()), len(self.object_names)
-            )
+                kept = functools.partial(average_precision.without_pixels, masks=masked)
+                known["records"] = [kept(annotations(index)) for index in views]
+            records = known["records"]
+            pairs = zip(views.items(), records, strict=True)
+            found = {index: find(rows, record) for (index, rows), record in pairs}
+            given = records, list(found.values()), len(self.object_names)
+            scores = average_precision.score(*given)
+            if masked:
+                numbers = average_precision.score(*given, "segm").numbers
+                of_masks = {own: numbers[n] for own, n in zip(OF_MASKS, BOUNDED, strict=True)}
+                scores = dataclasses.replace(scores, numbers=scores.numbers | of_masks)
             known[kind] = found, scores
         return known[kind]
 
@@ -261,16 +310,17 @@ def draw(
     tokens: Int[Array, "B N"] | None,
     pixels: UInt8[Array, "B height width C"] | None,
     numbers: Int[Array, " B"],
+    known: Int[Array, "B T"] | None = None,
 ) -> tuple[Int[Array, "B T"], Float[Array, "B T"]]:
     """Tokens of the objects in numbered images, and their probabilities, see `answers.answer`."""
     key, settings = jax.random.key(task.config.seed), task.restriction(network)
     given = (tokens, pixels, key, jax.tree.map(jnp.asarray, settings), Grammar(task))
-    found = answers.answer(network, params, *given, numbers=numbers)
+    found = answers.answer(network, params, *given, numbers=numbers, known=known)
     return tuple(x[:, network.layout.slices[NAME]] for x in found)
 
 
 @functools.cache
-def _step(task: Detect, network: Network) -> Callable:
+def _step(task: Detect, network: Network, true_boxes: bool) -> Callable:
     """`(params, batch) -> arrays with a row for each image of the global batch`, jitted."""
 
     def step(params: dict, batch: dict) -> dict[str, Array]:
@@ -283,6 +333,14 @@ def _step(task: Detect, network: Network) -> Callable:
             "targets": batch["targets"][NAME],
             **{name: batch[name] for name in ("index", "mask", "view")},
         }
+        if true_boxes:
+            slot = np.arange(drawn.shape[1]) % task.box_tokens.slots
+            given, noise = jnp.array(slot <= CLASS)[None], task.box_tokens.noise
+            # Decoding takes a real class for every object, also for a noise object.
+            known = given & ((rows["targets"] != noise) | (slot < CLASS)[None])
+            known = jnp.where(known, rows["targets"], generation.UNKNOWN)
+            found = draw(task, network, params, *images, known)[0]
+            rows["true_boxes"] = jnp.where(given, rows["targets"], found)
         whole = {name: jax.sharding.reshard(x, P(*[None] * x.ndim)) for name, x in rows.items()}
         return whole | {"images": batch["mask"].sum()}
 

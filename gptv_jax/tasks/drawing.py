@@ -5,12 +5,13 @@ from collections.abc import Sequence
 
 import numpy as np
 from etils import epy
-from jaxtyping import UInt8
+from jaxtyping import Bool, UInt8
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from gptv_jax.data.records import Record
 from gptv_jax.tasks.average_precision import Scores
 from gptv_jax.tasks.boxes import Detections, intersection
+from gptv_jax.tasks.masks import Masks
 
 with epy.lazy_imports():  # heavy
     from matplotlib import figure as figures
@@ -20,6 +21,8 @@ with epy.lazy_imports():  # heavy
 SIDE = 320  # pixels, of the longer side of an image; smaller ones are enlarged by a whole factor
 GAP, FONT = 8, 13  # pixels
 SHOWN_SCORE = 0.3  # detections of a lower score are not drawn
+OPACITY = 110  # of masks, of 255
+NEAREST = Image.Resampling.NEAREST
 MOST_CLASSES = 25  # of the bars
 # Colours of classes, visible on dark and on light images.
 COLORS = (
@@ -43,8 +46,9 @@ def detections(
         texts = [f"{names[c]} {s:.2f}" for c, s in zip(found.labels, found.scores, strict=True)]
         texts = [text for text, kept in zip(texts, likely, strict=True) if kept]
         truth = [names[label] for label in record["box_labels"]]
-        left = draw(record["image"], record["boxes"], record["box_labels"], truth)
-        right = draw(record["image"], found.boxes[likely], found.labels[likely], texts)
+        masks = (None, None) if found.masks is None else (record["masks"], found.masks[likely])
+        left = draw(record["image"], record["boxes"], record["box_labels"], truth, masks[0])
+        right = draw(record["image"], found.boxes[likely], found.labels[likely], texts, masks[1])
         cells += [left, right]
     columns, head = min(4, len(cells)), FONT + 5
     rows = [cells[at : at + columns] for at in range(0, len(cells), columns)]
@@ -66,16 +70,20 @@ def draw(
     boxes: np.ndarray,
     labels: np.ndarray,
     texts: Sequence[str],
+    masks: Masks | Bool[np.ndarray, "n H W"] | None = None,
 ) -> Image.Image:
-    """The image with boxes, each with a text, in the colours of their classes."""
+    """The image with boxes, each with a text, and masks, in the colours of their classes."""
     picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).convert("RGB")
     longer = max(picture.size)
     scale = max(SIDE // longer, 1) if longer <= SIDE else SIDE / longer
     size = [round(side * scale) for side in picture.size]
-    method = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
+    method = NEAREST if scale >= 1 else Image.Resampling.LANCZOS
     picture = picture.resize(size, method)
     canvas, font = ImageDraw.Draw(picture), text_font()
     boxes, colors = boxes * scale, [COLORS[label % len(COLORS)] for label in labels]
+    for mask, color in zip([] if masks is None else np.asarray(masks), colors, strict=False):
+        fill = Image.fromarray(mask * np.uint8(OPACITY)).resize(picture.size, NEAREST)
+        picture.paste(color, (0, 0), fill)
     for (y0, x0, y1, x1), color in zip(boxes, colors, strict=True):
         canvas.rectangle((x0, y0, max(x1 - 1, x0), max(y1 - 1, y0)), outline=color, width=2)
     ends = [canvas.textbbox((0, 0), text, font=font)[2:] for text in texts]

@@ -1,8 +1,6 @@
 """What segmentation must know of the training's label maps before it is trained."""
 
 import io
-import pathlib
-import tempfile
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,7 +14,6 @@ from gptv_jax.tokens import label_maps
 from gptv_jax.tokens.label_maps import has_class
 from gptv_jax.train.label_autoencoding import fit_learned
 
-CODEC = "codec.safetensors"
 BATCH_SIZE = 16  # label maps; of the training of learned tokens
 LEAST = 1e-3  # frequency; a rarer class weighs in the loss as if it had this one
 
@@ -47,10 +44,8 @@ def measure(
     found = {"frequencies": counts / counts.sum()}
     found["prior"] = confusion.position_prior(maps, classes, maps[0].shape)
     if settings.write:
-        with tempfile.TemporaryDirectory() as folder:
-            path = pathlib.Path(folder) / CODEC
-            _codec(maps, classes, settings, seed).save(path)
-            found["codec"] = np.frombuffer(path.read_bytes(), np.uint8)
+        content = _codec(maps, classes, settings, seed).to_bytes()
+        found["codec"] = np.frombuffer(content, np.uint8)
     content = io.BytesIO()
     np.savez_compressed(content, **found)
     return content.getvalue()
@@ -58,11 +53,9 @@ def measure(
 
 def load(content: bytes) -> Facts:
     """The facts that `measure` wrote."""
-    with np.load(io.BytesIO(content)) as found, tempfile.TemporaryDirectory() as folder:
-        codec, path = None, pathlib.Path(folder) / CODEC
-        if "codec" in found:
-            path.write_bytes(found["codec"].tobytes())
-            codec = label_maps.load_label_codec(path)
+    with np.load(io.BytesIO(content)) as found:
+        held = "codec" in found
+        codec = label_maps.from_bytes(found["codec"].tobytes()) if held else None
         return Facts(found["frequencies"], found["prior"], codec)
 
 

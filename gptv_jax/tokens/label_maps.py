@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import tempfile
 from collections.abc import Iterable
 
 import jax
@@ -82,6 +83,13 @@ class LabelCodec(abc.ABC):
         header = {"format": FORMAT, "kind": self.kind, "classes": self.classes}
         header |= {"shape": self.shape, **self.settings()}
         files.write_safetensors(self.arrays(), files.user_path(path), {HEADER: json.dumps(header)})
+
+    def to_bytes(self) -> bytes:
+        """The content of the file that `save` writes."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = pathlib.Path(folder) / "codec.safetensors"
+            self.save(path)
+            return path.read_bytes()
 
     def cells(self, maps: Integer[np.ndarray, "B H W"]) -> Integer[np.ndarray, "N P"]:
         """The classes of the pixels of every cell, N = B * T; C where a pixel has no class."""
@@ -329,3 +337,11 @@ def load_label_codec(path: str | pathlib.Path) -> LabelCodec:
             raise InputError(f"{path} is of format {found}; this version reads {FORMAT}.")
         kind = {codec.kind: codec for codec in (Cells, Patches, Learned)}[header.pop("kind")]
         return kind.restore(arrays, **header | {"shape": tuple(header["shape"])})
+
+
+def from_bytes(content: bytes) -> LabelCodec:
+    """The codec of `LabelCodec.to_bytes`."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "codec.safetensors"
+        path.write_bytes(content)
+        return load_label_codec(path)
