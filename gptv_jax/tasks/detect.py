@@ -326,13 +326,9 @@ def _step(task: Detect, network: Network, true_boxes: bool) -> Callable:
     def step(params: dict, batch: dict) -> dict[str, Array]:
         images = batch.get("tokens"), batch.get("image"), batch["index"]
         drawn, probabilities = draw(task, network, params, *images)
-        rows = {
-            "nats": objective.parts_nats(network, params, batch),
-            "drawn": drawn,
-            "probabilities": probabilities,
-            "targets": batch["targets"][NAME],
-            **{name: batch[name] for name in ("index", "mask", "view")},
-        }
+        rows = {name: batch[name] for name in ("index", "mask", "view")}
+        rows |= {"targets": batch["targets"][NAME], "drawn": drawn, "probabilities": probabilities}
+        rows["nats"] = objective.parts_nats(network, params, batch)
         if true_boxes:
             slot = np.arange(drawn.shape[1]) % task.box_tokens.slots
             given, noise = jnp.array(slot <= CLASS)[None], task.box_tokens.noise
