@@ -29,7 +29,7 @@ def box_logits(network, params: dict, batch: dict) -> jax.Array:
 
 
 def test_coordinates_are_drawn_from_the_nucleus_and_classes_are_the_most_likely():
-    task = task_of(objects=3, bins=16, top_p=0.3)
+    task = task_of(objects=3, bins=16, top_p=0.6)
     network, batch = task.network(), batch_of(task, scenes(16))
     params = random_params(network)
     drawn = task.metric(network, scenes(16).__getitem__).sums(params, iter([batch]))["drawn"]
@@ -40,7 +40,7 @@ def test_coordinates_are_drawn_from_the_nucleus_and_classes_are_the_most_likely(
         chances = np.asarray(jax.nn.softmax(logits[:, slot::5, first : first + 16]))
         taken = np.take_along_axis(chances, drawn[:, slot::5, None] - first, -1)
         likelier = np.where(chances > taken, chances, 0).sum(axis=-1)
-        assert likelier.max() < 0.3 and (likelier > 0).mean() > 0.1
+        assert likelier.max() < 0.6 and (likelier > 0).mean() > 0.1
 
 
 def test_noise_objects_are_drawn_anew_for_every_example_of_training_alone():
