@@ -82,7 +82,9 @@ TWO = {"train": coco(4), "validation": coco(2, first=5)}
 
 def test_a_folder_of_the_images_leads_to_the_folder_of_the_json_file(tmp_path):
     write(tmp_path, {"annotations/instances_train.json": coco(3)}, {"train": range(1, 4)})
-    with pytest.raises(InputError, match=r"train has no COCO JSON file.*; .* has: take") as error:
+    with pytest.raises(
+        InputError, match=r"train has no COCO JSON file.*; .* so take this folder"
+    ) as error:
         sources.open_data_set(settings(tmp_path / "train"))
     assert f"{tmp_path} has" in str(error.value)
 
@@ -174,6 +176,7 @@ def test_a_json_file_is_the_split_train_or_that_of_its_name(tmp_path):
     ],
 )
 def test_files_that_cannot_be_used_end_in_a_sentence(tmp_path, files, fields, words):
+    tmp_path = tmp_path / "sets" / "mine"  # a folder whose parent holds no other test's files
     write(tmp_path, files, {"images": range(1, 5)})
     with pytest.raises(InputError, match=words) as error:
         sources.open_data_set(settings(tmp_path, **fields))

@@ -35,7 +35,7 @@ def find(path: pathlib.Path, given: str | None) -> dict[str, pathlib.Path]:
                 "the folder or in a folder directly in it"
             )
             if guess.coco_files(path.parent):
-                raise InputError(f"{missing}; {path.parent} has: take this folder as path.")
+                raise InputError(f"{missing}; {path.parent} has such a file, so take this folder.")
             advice = guess.of_folder(path, "coco")
             if advice and "config.data.name=folder " not in advice:
                 raise InputError(f"config.data.path={advice}")
