@@ -82,11 +82,9 @@ TWO = {"train": coco(4), "validation": coco(2, first=5)}
 
 def test_a_folder_of_the_images_leads_to_the_folder_of_the_json_file(tmp_path):
     write(tmp_path, {"annotations/instances_train.json": coco(3)}, {"train": range(1, 4)})
-    with pytest.raises(
-        InputError, match=r"train has no COCO JSON file.*; .* so take this folder"
-    ) as error:
+    with pytest.raises(InputError, match="train has no COCO JSON file") as error:
         sources.open_data_set(settings(tmp_path / "train"))
-    assert f"{tmp_path} has" in str(error.value)
+    assert f"take {tmp_path}, which has such a file" in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +148,7 @@ def test_a_json_file_is_the_split_train_or_that_of_its_name(tmp_path):
 @pytest.mark.parametrize(
     ("files", "fields", "words"),
     [
-        ({"x.txt": "{}"}, {}, "has no COCO JSON file, .* by config.data.name=folder"),
+        ({"x.txt": "{}"}, {}, "has no COCO JSON file, .* by --config.data.name=folder"),
         ({"a.json": coco(), "b.json": coco()}, {}, "a.json, b.json of no split.*annotations=TRAIN"),
         ({"train1.json": coco(), "train2.json": coco()}, {}, "of the split train; name the files"),
         ({"a.json": coco()}, {"annotations": "b.json"}, "b.json, which does not exist"),

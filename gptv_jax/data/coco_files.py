@@ -34,14 +34,14 @@ def find(path: pathlib.Path, given: str | None) -> dict[str, pathlib.Path]:
                 f"config.data.path={path} has no COCO JSON file, such as instances_train.json, in "
                 "the folder or in a folder directly in it"
             )
-            if guess.coco_files(path.parent):
-                raise InputError(f"{missing}; {path.parent} has such a file, so take this folder.")
             advice = guess.of_folder(path, "coco")
             if advice and "config.data.name=folder " not in advice:
                 raise InputError(f"config.data.path={advice}")
+            above = guess.coco_files(path.parent)
+            found = f"{path.parent}, which has such a file" if above else "the folder that has it"
             raise InputError(
-                f"{missing}; take the folder that has it, name files by {field}, or read images "
-                "without boxes by config.data.name=folder."
+                f"{missing}; take {found}, name files by {field}, or read images without boxes by "
+                "--config.data.name=folder."
             )
     elif "{split}" in given:
         files = sorted(path.glob(given.replace("{split}", "*")))
