@@ -101,9 +101,11 @@ def run(tmp_path_factory, toy):
         lines, handler = [], logging.Handler()
         handler.emit = lambda entry: lines.append(entry.getMessage())
         log = logging.getLogger("gptv_jax")
+        level = log.level
         log.addHandler(handler)
         log.setLevel(logging.INFO)
         run_stages(CONFIG, str(folder), ["pretrain", "finetune"])
+        log.setLevel(level)
         log.removeHandler(handler)
         return lines
 

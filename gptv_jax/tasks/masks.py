@@ -128,7 +128,7 @@ def fit(records: Iterable[Record], settings: Detect, seed: int) -> LabelCodec:
     """The autoencoder of the masks of training records; InputError where they have none."""
     size, found = settings.mask_size, []
     for record in records:
-        real = record["masks"].any(axis=(1, 2)) & ~record.get("crowd", False)
+        real = record["masks"].any(axis=(1, 2)) & np.logical_not(record.get("crowd", False))
         found.append(crop(record["masks"][real], record["boxes"][real], size))
     crops = np.concatenate(found)
     if not len(crops):
