@@ -3,7 +3,7 @@
     s       256 pixels, 16x16 codes, 12 layers of width 768
     m       512 pixels, 32x32 codes, 24 layers of width 1,024
     l       640 pixels, 40x40 codes, 36 layers of width 1,280
-    subset  the same path on a CPU in minutes, with a tokenizer and networks too small to learn it
+    subset  every stage on a CPU in minutes; tokenizer and network are too small to detect well
     subset_masks  subset with 16 mask tokens for each object
 
 Data: `--config.data.path` names COCO's folder, with train2017/, val2017/ and

@@ -84,8 +84,9 @@ class Segment:
     # Share of the label tokens in place of which training reads any token. Label maps repeat
     # themselves: a network that can copy the token before does not learn to look at the image.
     corruption: float = field(0.3, SHARE)
-    # A pixel's loss weighs its class's frequency ** -balance: 0: all weigh the same; 1: all classes
-    # together weigh the same, as in median frequency balancing (Eigen & Fergus 2015).
+    # The weight of a pixel's loss is its class's frequency ** -balance. 0: all pixels have an equal
+    # weight; 1: all classes have an equal total weight, as in median frequency balancing (Eigen &
+    # Fergus 2015).
     balance: float = field(0.0, FROM_ZERO)
     # Training maps, drawn at random, of which patches, frequencies and the prior are made.
     measured: int = field(2000, POSITIVE)

@@ -139,7 +139,7 @@ class Selected:
     def map_counts(self, limit: int | None = None) -> dict[str, int | list[int]] | None:
         """Numbers of pixels in the label maps of `limit` examples from all over; None: of all.
 
-        "pixels" are those of each class, "none" those without, "maps" is the number of label maps
+        "pixels" are the pixels of each class, "none" the pixels without a class, "maps" is the number of label maps
         and "empty" of those whose pixels are all without. None where there are no classes of label
         maps. Maps that cannot be read are left out.
         """

@@ -1,6 +1,6 @@
 """Panoptic quality (Kirillov et al. 2019, arXiv:1801.00868): every pixel has a class and a segment.
 
-The rules for pixels without a segment and for crowds are those of the paper's program, panopticapi
+Pixels without a segment and crowds are treated as by the paper's program, panopticapi
 (`evaluation.py`). Letters: H and W pixels, n segments, C classes.
 """
 

@@ -84,7 +84,7 @@ class Segment(Task):
 
     @property
     def ways(self) -> tuple[str, ...]:
-        """What the network does, of "read" and "written"; the numbers are those of the first."""
+        """The ways that are on, of "read" and "written"; the metric scores the first way."""
         return ("read",) * self.settings.read + ("written",) * self.settings.write
 
     def parts(self) -> tuple[Part, ...]:
