@@ -6,8 +6,8 @@ and instances_test.json in COCO's format (github.com/Shenggan/BCCD_Dataset, 205,
 Command:    JAX_NUM_CPU_DEVICES=2 python -m gptv_jax.main --config=configs/detect_bccd.py
                 --workdir=runs/bccd --config.data.path=...
 Hardware:   two CPU cores, eleven minutes.
-Expect:     test AP 0.26 to 0.32 (0.47 to 0.55 at an IoU of 0.5), and 0.35 to 0.40 by the vote of
-            four views; ceiling 0.89, wrong image 0.002 (docs/results.md).
+Expect:     test AP 0.26 (0.47 at an IoU of 0.5), and 0.35 by the vote of four views; ceiling 0.89,
+            wrong image 0.002. One run of 4,800 steps had 0.32 and 0.40 (docs/results.md).
 Reproduces: nothing published.
 Changes:    trained from scratch on pixels alone, without image tokens and without pretraining. Each
             of the 192 positions of the image stands for 8 x 8 pixels of 96 x 128. Half of the
