@@ -140,8 +140,8 @@ class Selected:
         """Numbers of pixels in the label maps of `limit` examples from all over; None: of all.
 
         "pixels" are the pixels of each class, "none" the pixels without a class, "maps" is the
-        number of label maps, "empty" the number of maps in which no pixel has a class. None where there are no classes of label
-        maps. Maps that cannot be read are left out.
+        number of label maps, "empty" the number of maps in which no pixel has a class. None where
+        there are no classes of label maps. Maps that cannot be read are left out.
         """
         if not self.map_names:
             return None
