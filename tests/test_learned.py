@@ -14,7 +14,7 @@ from gptv_jax import config as config_lib
 from gptv_jax import sharding, tokens
 from gptv_jax.data import pipeline
 from gptv_jax.errors import InputError
-from gptv_jax.model import autoencoder
+from gptv_jax.model import autoencoder, vqgan
 from gptv_jax.tokens import LearnedCodec, Tokenizer, learned
 
 CONFIG = config_lib.Autoencoder(
@@ -173,3 +173,26 @@ def test_what_is_no_tokenizer_is_named(codec, tmp_path):
         Tokenizer(CONFIG, content, {}).save(path)
         with pytest.raises(InputError, match=words):
             learned.load(path)
+
+
+def test_attention_of_a_foreign_tokenizer_adds_its_output_to_the_features():
+    config = config_lib.Autoencoder(
+        widths=(8,), encoder_blocks=1, decoder_blocks=1, norm=True, attention=True, groups=4,
+        downsample=1, quantizer="vq", codes=16, code_size=4,
+    )  # fmt: skip
+    attention = "decoder.middle.attention.0"
+    known = {"quant_conv.weight": np.zeros((4, 6, 1, 1)), f"{attention}.norm.weight": None}
+    codes = jnp.asarray(generator().integers(0, 16, (2, 4, 4)))
+    with jax.set_mesh(make_mesh((1, 1, 1))):
+        shapes, rng = vqgan.shapes(config, known), generator(1)
+        params = {
+            name: jnp.asarray(rng.normal(size=s.shape), s.dtype) for name, s in shapes.items()
+        }
+        out = {name: params[name] for name in (f"{attention}.out.weight", f"{attention}.out.bias")}
+        without = {name: a for name, a in params.items() if not name.startswith(attention)}
+        silent = params | jax.tree.map(jnp.zeros_like, out)
+        full, plain, same = (
+            vqgan.Vqgan(config, each).decode(codes) for each in (params, without, silent)
+        )
+    np.testing.assert_array_equal(same, plain)
+    assert np.abs(full - plain).max() > 0.1

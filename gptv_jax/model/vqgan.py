@@ -16,6 +16,7 @@ from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.model.attention import self_attention
 from gptv_jax.model.autoencoder import depth_to_space
+from gptv_jax.model.layout import full_mask
 
 EPSILON = 1e-6  # of the group norms
 LAYOUT = ("NHWC", "OIHW", "NHWC")
@@ -85,7 +86,8 @@ class Vqgan:
         normed = self._norm(f"{name}.norm", x)
         qkv = (self._conv(f"{name}.{part}", normed, N, side=1) for part in "qkv")
         qkv = (each.reshape(B, h * w, 1, N, out_sharding=batch) for each in qkv)
-        mixed = self_attention(*qkv, causal=False).reshape(B, h, w, N, out_sharding=batch)
+        mixed = self_attention(*qkv, visible=full_mask(h * w))
+        mixed = mixed.reshape(B, h, w, N, out_sharding=batch)
         return x + self._conv(f"{name}.out", mixed, N, side=1)
 
     def _conv(
