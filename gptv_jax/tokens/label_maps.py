@@ -173,8 +173,8 @@ class Learned(LabelCodec):
 
     The encoder reads the class of each pixel as a channel of its own, and zeros where there is no
     class. The decoder gives a logit for each class. `train.label_autoencoding` trains both. A
-    device of this process encodes and decodes one map at a time, so the other maps of a batch
-    change nothing.
+    device of this process encodes and decodes the maps one after another, in one call, so the
+    other maps of a batch change nothing.
     """
 
     kind = "learned"
@@ -191,11 +191,11 @@ class Learned(LabelCodec):
 
     def encode(self, maps):
         weights = (self.cells(maps) < self.classes).any(axis=1).astype(np.float32)
-        codes = self._one_by_one(self.padded(maps).astype(np.int32), decoding=False)
+        codes = self._each(self.padded(maps).astype(np.int32), decoding=False)
         return codes.reshape(len(maps), -1).astype(np.int32), weights.reshape(len(maps), -1)
 
     def decode(self, tokens):
-        maps = self._one_by_one(tokens.reshape(-1, *self.grid).astype(np.int32), decoding=True)
+        maps = self._each(tokens.reshape(-1, *self.grid).astype(np.int32), decoding=True)
         return maps[:, : self.shape[0], : self.shape[1]].astype(np.int32)
 
     def arrays(self):
@@ -222,24 +222,26 @@ class Learned(LabelCodec):
         whole = NamedSharding(mesh, P())
         return mesh, jax.tree.unflatten(jax.tree.structure(tree), jax.device_put(leaves, whole))
 
-    def _one_by_one(self, rows: np.ndarray, decoding: bool) -> np.ndarray:
+    def _each(self, rows: np.ndarray, decoding: bool) -> np.ndarray:
         mesh, params = self._placed
-        spec = NamedSharding(mesh, sharding.BATCH_FIRST)
+        beyond = (1 << (len(rows) - 1).bit_length()) - len(rows)  # few sizes, so few programs
+        padded = np.pad(rows, [(0, beyond), *[(0, 0)] * (rows.ndim - 1)])
         with jax.set_mesh(mesh):
-            found = [
-                _apply(self.config, decoding, params, jax.device_put(row[None], spec))
-                for row in rows
-            ]
-        return np.concatenate(jax.device_get(found))
+            found = _apply(self.config, decoding, params, jax.device_put(padded, NamedSharding(mesh, P())))
+        return jax.device_get(found)[: len(rows)]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _apply(config: config_lib.Autoencoder, decoding: bool, params: dict, rows: jax.Array):
     """Label maps of grids of codes (`decoding`), or codes of label maps."""
     model = autoencoder.bind(config, params)
-    if decoding:
-        return jnp.argmax(model.decode(rows), axis=-1)
-    return model.encode(as_channels(rows, config.channels)).codes
+
+    def one(row: jax.Array) -> jax.Array:
+        if decoding:
+            return jnp.argmax(model.decode(row[None])[0], axis=-1)
+        return model.encode(as_channels(row[None], config.channels)).codes[0]
+
+    return jax.lax.map(one, rows)
 
 
 def as_channels(maps: Integer[jax.Array, "B H W"], classes: int) -> Float[jax.Array, "B H W C"]:
