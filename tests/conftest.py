@@ -100,6 +100,27 @@ def parts_batch(network: Network, size: int = 8, seed: int = 0) -> dict:
     }
 
 
+def scenes_config(
+    task: config_lib.Task, train: int, validation: int, test: int, **data
+) -> config_lib.Config:
+    """A small network that learns a task for two steps, from pixels of so many digit scenes."""
+    steps = config_lib.Train(steps=2, batch_size=8, eval_every=2, checkpoint_every=2, log_every=2)
+    return config_lib.Config(
+        data=config_lib.Data(
+            name="digit_scenes",
+            image_size=(32, 48),
+            train_split=f"train[:{train}]",
+            validation_split=f"validation[:{validation}]",
+            test_split=f"test[:{test}]",
+            **data,
+        ),
+        tokens=config_lib.Tokens(kind="none"),
+        model=config_lib.Model(layers=1, width=16, heads=2),
+        task=dataclasses.replace(task, image_input="pixels", stem=(8, 8, 8)),
+        finetune=config_lib.Finetune(train=steps, scratch=False),
+    )
+
+
 def random_params(network: Network, seed: int = 0) -> dict:
     """Weights without the zeros that the initialisation has, so that nothing is hidden by them.
 

@@ -1,13 +1,10 @@
 """Scores of label maps against independent counts."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from sklearn import metrics
 
-from gptv_jax import config as config_lib
-from gptv_jax import sharding
 from gptv_jax.tasks import confusion
 
 CLASSES = 4
@@ -24,18 +21,10 @@ def maps(dtype=np.int32, seed=0):
     return truth.astype(dtype), predicted.astype(np.int32)
 
 
-def counted(truth, predicted, mask=None, devices=2, **axes):
-    mask = np.ones(len(truth), np.float32) if mask is None else mask
-    with jax.set_mesh(sharding.make_mesh(config_lib.Mesh(**axes), jax.devices()[:devices])):
-        batch = sharding.global_batch({"t": truth, "p": predicted, "m": mask})
-        count = jax.jit(lambda b: confusion.count(b["t"], b["p"], b["m"], CLASSES))
-        return np.asarray(count(batch))
-
-
 @pytest.mark.parametrize("dtype", [np.int32, np.uint8])
 def test_scores_are_those_of_an_independent_count(dtype):
     truth, predicted = maps(dtype)
-    found = confusion.scores(counted(truth, predicted))
+    found = confusion.scores(confusion.count(truth, predicted, CLASSES))
     inter, union, right, seen = (np.zeros(CLASSES) for _ in range(4))
     for t, p in zip(truth.ravel().tolist(), predicted.ravel().tolist(), strict=True):
         if t in (-1, 255):
@@ -59,33 +48,18 @@ def test_scores_are_those_of_an_independent_count(dtype):
     assert found["mean_class_accuracy"] == pytest.approx(recall)
 
 
-def test_only_pixels_with_a_class_of_maps_that_count_matter():
+def test_only_pixels_with_a_class_matter():
     truth, predicted = maps()
-    before, mask = counted(truth, predicted), np.array([1] * 6 + [0] * 2, np.float32)
+    before = confusion.count(truth, predicted, CLASSES)
     changed = np.where(truth < 0, 3 - predicted, predicted)
-    assert (counted(truth, changed) == before).all()
-    changed[6:] = 0
-    assert (counted(truth, changed, mask) == counted(truth[:6], predicted[:6])).all()
+    assert (confusion.count(truth, changed, CLASSES) == before).all()
+    assert before.sum() == (truth >= 0).sum() and before[:, 3].any() and not before[3].any()
 
 
-def test_batches_and_devices_change_nothing():
-    truth, predicted = maps()
-    whole = counted(truth, predicted)
-    parts = [{"c": counted(truth[i : i + 2], predicted[i : i + 2])} for i in range(0, 8, 2)]
-    summed = parts[0]
-    for part in parts[1:]:
-        summed = confusion.add(summed, part)
-    assert (summed["c"] == whole).all() and summed["c"].dtype == np.int64
-    for axes in ({"data": 2, "fsdp": 2, "sequence": 2}, {"fsdp": 4, "tensor": 2, "data": 1}):
-        assert (counted(truth, predicted, devices=8, **axes) == whole).all()
-
-
-def test_counts_beyond_float32_are_exact():
-    """2^24 + 1 equal pixels; and sums of batches beyond int32."""
-    truth = np.zeros((1, 2**24 + 1, 1), np.uint8)
-    assert counted(truth, truth, devices=1)[0, 0] == truth.size
+def test_sums_beyond_int32_are_exact():
     many = {"c": jnp.array(2**31 - 1)}
     assert confusion.add(many, many)["c"] == 2**32 - 2
+    assert confusion.count(np.zeros(3, np.uint8), np.zeros(3, int), 1).dtype == np.int64
 
 
 def test_scores_without_a_pixel_are_none():

@@ -13,7 +13,7 @@ import gptv_jax
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.errors import InputError
-from gptv_jax.tasks import average_precision
+from gptv_jax.tasks import average_precision, rows
 from gptv_jax.tasks.boxes import Detections
 from gptv_jax.tasks.detect import Detect
 from gptv_jax.weights.native import WeightsFile
@@ -69,10 +69,8 @@ def total_of(task: Detect, records: list[dict], flips=(False,)) -> dict[str, np.
     return total | {"images": total["mask"].sum()}
 
 
-@pytest.mark.parametrize("noise", [True, False])
-def test_any_drawing_keeps_to_the_grammar(noise):
-    """Random tokens among the allowed ones are boxes that are no smaller than 0, and classes."""
-    task = task_of(bins=5, noise=noise)
+def any_objects(task: Detect) -> np.ndarray:
+    """Random tokens among the allowed ones, [64, objects, slots]."""
     length, ids = task.parts()[0].size, task.box_tokens
 
     @jax.jit
@@ -86,7 +84,14 @@ def test_any_drawing_keeps_to_the_grammar(noise):
         # The tokens that are not drawn yet mean nothing.
         return jax.lax.fori_loop(0, length, step, jnp.full((64, length), ids.noise, jnp.int32))
 
-    tokens = np.asarray(draw(jax.random.key(0))).reshape(64, -1, 5)
+    return np.asarray(draw(jax.random.key(0))).reshape(64, -1, ids.slots)
+
+
+@pytest.mark.parametrize("noise", [True, False])
+def test_any_drawing_keeps_to_the_grammar(noise):
+    """Random tokens among the allowed ones are boxes that are no smaller than 0, and classes."""
+    task = task_of(bins=5, noise=noise)
+    tokens, ids = any_objects(task), task.box_tokens
     ended = (tokens[..., 0] == ids.noise).cumsum(axis=1) > 0
     assert (tokens[ended] == ids.noise).all()
     y0, x0, y1, x1, label = tokens[~ended].T
@@ -125,9 +130,9 @@ def test_rows_of_damaged_images_do_not_count_and_the_order_of_batches_does_not_m
         numbers = task.metric(task.network(), records.__getitem__).result(mixed)
         assert expected in (None, numbers)
         expected = numbers
-        assert list(task.by_image(mixed)) == list(range(12))
+        assert list(rows.by_image(mixed)) == list(range(12))
     total["mask"][5] = 0
-    assert 5 not in task.by_image(total) and len(task.by_image(total)) == 11
+    assert 5 not in rows.by_image(total) and len(rows.by_image(total)) == 11
 
 
 def batch_of(task: Detect, records: list[dict], seed: int = 0) -> dict:
@@ -254,7 +259,7 @@ def test_views_vote_in_the_original_image():
     task, records = task_of(votes=("flip(1.0)",)), scenes(12)
     assert task.views() == ((), ("flip(1.0)",))
     total = total_of(task, records, flips=(False, True))
-    assert task.by_image(total)[0] == [0, 13]
+    assert rows.by_image(total)[0] == [0, 13]
     voted = task.bounds(total, records.__getitem__)["voted"]
     assert voted["ap"] > 0.97
     total["view"][13:] = total["view"][0]  # as if the second view were not mirrored

@@ -12,7 +12,7 @@ from gptv_jax import sharding
 from gptv_jax.errors import InputError
 from gptv_jax.model import autoencoder
 from gptv_jax.tokens import label_maps
-from gptv_jax.tokens.label_maps import Cells, Patches, fit_patches, load_label_codec
+from gptv_jax.tokens.label_maps import Cells, Patches, fit_patches, from_bytes
 from gptv_jax.train.label_autoencoding import LOGIT, fit_learned, make_loss
 
 CLASSES, SHAPE, CELL = 5, (10, 13), 4  # the last cells of a row and of a column are cut
@@ -112,14 +112,13 @@ def test_too_few_patches_are_refused():
         fit_patches([], CLASSES, CELL, codes=2, seed=0)
 
 
-def test_files_keep_a_codec(codec, tmp_path):
-    codec.save(tmp_path / "labels.safetensors")
-    loaded, maps = load_label_codec(tmp_path / "labels.safetensors"), drawn(3)
+def test_bytes_keep_a_codec(codec):
+    loaded, maps = from_bytes(codec.to_bytes()), drawn(3)
     assert type(loaded) is type(codec) and loaded.shape == codec.shape
     assert (loaded.encode(maps)[0] == codec.encode(maps)[0]).all()
-    (tmp_path / "other.safetensors").write_bytes(b"x")
-    with pytest.raises(InputError, match=r"other.safetensors"):
-        load_label_codec(tmp_path / "other.safetensors")
+    for wrong in (b"x", codec.to_bytes()[:40], codec.to_bytes().replace(b"gptv_jax", b"gptv_xxx")):
+        with pytest.raises(InputError, match="label tokens is damaged"):
+            from_bytes(wrong)
 
 
 def test_maps_of_another_shape_are_refused(codec):
@@ -138,10 +137,8 @@ def test_a_class_255_needs_more_than_uint8():
 
 @pytest.fixture(scope="module")
 def learned():
-    config = config_lib.Autoencoder(
-        downsample=4, widths=(16,), encoder_blocks=1, decoder_blocks=1, levels=(8, 8, 4)
-    )
-    return fit_learned(list(drawn(64)), CLASSES, config, steps=120, batch_size=16, seed=0)
+    own = {"downsample": 4, "widths": (16,), "levels": (8, 8, 4)}
+    return fit_learned(list(drawn(64)), CLASSES, steps=120, batch_size=16, seed=0, **own)
 
 
 def test_learned_codes_restore_label_maps(learned):
@@ -167,9 +164,8 @@ def test_learned_codes_take_pixels_without_a_class(learned):
     assert (learned.encode(np.full((1, *SHAPE), 255, np.uint8))[0] == tokens).all()
 
 
-def test_files_keep_learned_codes(learned, tmp_path):
-    learned.save(tmp_path / "labels.safetensors")
-    loaded, maps = load_label_codec(tmp_path / "labels.safetensors"), drawn(3)
+def test_bytes_keep_learned_codes(learned):
+    loaded, maps = from_bytes(learned.to_bytes()), drawn(3)
     assert (loaded.encode(maps)[0] == learned.encode(maps)[0]).all()
     copied = pickle.loads(pickle.dumps(learned))  # as Grain's workers get it
     assert (copied.decode(copied.encode(maps)[0]) == learned.decode(learned.encode(maps)[0])).all()
@@ -192,9 +188,3 @@ def test_pixels_without_a_class_have_no_loss(learned):
     picked = np.take_along_axis(nats, np.where(known, half, 0)[..., None], -1)[..., 0]
     by_map = [(row * k).sum() / k.sum() for row, k in zip(picked, known, strict=True)]
     assert float(whole) == pytest.approx(np.mean(by_map), rel=1e-5)
-
-
-def test_other_quantizers_are_refused():
-    config = config_lib.Autoencoder(quantizer="vq")
-    with pytest.raises(InputError, match="quantizer=fsq"):
-        fit_learned([np.zeros(SHAPE, np.uint8)], CLASSES, config, steps=1, batch_size=1, seed=0)

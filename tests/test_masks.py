@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import make_mesh, random_params
+import test_detect
+from conftest import make_mesh, random_params, scenes_config
+from test_detect import SIZE
 
 import gptv_jax
 from gptv_jax import config as config_lib
@@ -20,25 +22,14 @@ from gptv_jax.tasks.boxes import Detections
 from gptv_jax.tasks.detect import Detect
 from gptv_jax.tokens.label_maps import Cells
 
-NAMES = ("cup", "dog", "tree")
-SIZE = (48, 64)
 # A mask token says of each of 4 x 4 squares of the box whether it is the object's.
 CODEC = Cells(2, (8, 8), 2)
 
 
 def task_of(**settings) -> Detect:
-    config = config_lib.Config()
     found = {"objects": 4, "bins": 193, "masks": 16, "mask_size": 8, "mask_levels": (2,)}
-    detect = dataclasses.replace(config.task.detect, **found | {"top_p": 0.0} | settings)
-    task = dataclasses.replace(config.task, name="detect", image_input="pixels", stem=(8, 8, 8))
-    config = dataclasses.replace(
-        config,
-        task=dataclasses.replace(task, detect=detect),
-        data=dataclasses.replace(config.data, image_size=SIZE, name="digit_scenes"),
-        model=dataclasses.replace(config.model, layers=1, width=16, heads=2),
-        tokens=dataclasses.replace(config.tokens, kind="none"),
-    )
-    return Detect(config, object_names=NAMES, measured=CODEC.to_bytes())
+    task = test_detect.task_of(**found | {"top_p": 0.0} | settings)
+    return dataclasses.replace(task, measured=CODEC.to_bytes())
 
 
 @functools.cache
@@ -126,19 +117,8 @@ def test_the_truth_as_tokens_comes_back_pixel_by_pixel_also_from_a_mirrored_view
 @pytest.mark.parametrize("noise", [True, False])
 def test_codes_stand_after_the_class_and_nowhere_else(noise):
     task = task_of(bins=5, noise=noise)
-    ids, length = task.box_tokens, task.parts()[0].size
-
-    @jax.jit
-    def draw(key):
-        def step(position, tokens):
-            mask = task.allowed("boxes", position, tokens)
-            logits = jnp.where(jnp.broadcast_to(mask, (64, ids.vocabulary)), 0.0, -jnp.inf)
-            found = jax.random.categorical(jax.random.fold_in(key, position), logits)
-            return tokens.at[:, position].set(found.astype(jnp.int32))
-
-        return jax.lax.fori_loop(0, length, step, jnp.full((64, length), ids.noise, jnp.int32))
-
-    rows = np.asarray(draw(jax.random.key(0))).reshape(64, -1, 21)
+    rows, ids = test_detect.any_objects(task), task.box_tokens
+    assert rows.shape == (64, 4, 21)
     ended = (rows[..., 0] == ids.noise).cumsum(axis=1) > 0
     assert (rows[ended] == ids.noise).all() and ended.any() != noise
     assert (rows[~ended][:, :5] < ids.noise).all() and (rows[~ended][:, 5:] > ids.noise).all()
@@ -268,33 +248,17 @@ def test_impossible_mask_tokens_are_refused():
 
 
 def test_instances_are_learned_scored_shown_and_found_again(tmp_path):
-    detect = config_lib.Detect(
-        objects=3,
-        bins=49,
-        masks=16,
-        mask_size=32,
-        mask_steps=60,
-        masks_measured=64,
-        mask_levels=(8, 4),
-    )
-    train = config_lib.Train(steps=2, batch_size=8, eval_every=2, log_every=2)
-    config = config_lib.Config(
-        data=config_lib.Data(
-            name="digit_scenes",
-            image_size=(32, 48),
-            train_split="train[:64]",
-            validation_split="validation[:4]",
-            test_split="test[:12]",
-            train_transforms=("flip()",),
-        ),
-        tokens=config_lib.Tokens(kind="none"),
-        model=config_lib.Model(layers=1, width=16, heads=2),
-        task=config_lib.Task("detect", image_input="pixels", stem=(8, 8, 8), detect=detect),
-        finetune=config_lib.Finetune(train=train, scratch=False),
+    masked = {"masks": 16, "mask_size": 32, "mask_steps": 60, "mask_levels": (8, 4)}
+    detect = config_lib.Detect(objects=3, bins=49, masks_measured=64, **masked)
+    config = scenes_config(
+        config_lib.Task("detect", detect=detect), 64, 4, 12, train_transforms=("flip()",)
     )
     found = run_stages(config, str(tmp_path / "run"), ["finetune"])
     for name in ("", "true_boxes_", "ceiling_", "wrong_image_"):
         assert 0 <= found[f"finetune/{name}test_mask_ap"] <= found[f"finetune/{name}test_mask_ap50"]
+        names = [f"finetune/{name}test_{each}" for each in ("pq", "sq", "rq")]
+        assert all(0 <= found[each] <= 1 for each in names)
+    assert found["finetune/ceiling_test_pq"] > 0.5 and found["finetune/test_pq"] < 0.3
     assert found["finetune/ceiling_test_mask_ap50"] > 0.5
     assert found["finetune/ceiling_test_mask_ap"] < found["finetune/ceiling_test_ap"]
     assert (tmp_path / "run/samples/detections.png").exists()

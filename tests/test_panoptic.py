@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gptv_jax.tasks import panoptic
+from gptv_jax.tasks import average_precision, panoptic
+from gptv_jax.tasks.boxes import Detections
 from gptv_jax.tasks.panoptic import Segments
 
 THINGS = (True, True, False, False)  # of four classes
@@ -67,6 +68,34 @@ def test_no_segment_at_all():
     empty = strips([], np.zeros(0, int))
     found = scored([(empty, empty)])
     assert found["pq"] is found["pq_things"] is None and found["pq_by_class"] == [None] * 4
+
+
+def test_detections_become_segments_that_do_not_overlap():
+    """Of 20 pixels, the first 8 are a cup, then 8 a dog; the last one has no class."""
+    where = np.repeat([0, 1, 2], [8, 8, 4])
+    plane = np.where(where == 2, 1, np.where(where == 1, 2, 0)).astype(np.uint8)[None]
+    plane[0, -1] = 255
+    record = {"masks": where == np.arange(2)[:, None, None], "box_labels": np.array([0, 1])}
+    record |= {"boxes": np.zeros((2, 4), np.float32), "segmentation": plane}
+    record = average_precision.without_pixels(record, masks=True)
+
+    def found(*objects, names=("cup", "ground", "dog")):
+        """Each object is (first pixel, end, class, score), the most likely one first."""
+        *ends, labels, scores = (np.array(x) for x in zip(*objects, strict=True))
+        pixels = np.arange(20)[None, None]
+        masks = (pixels >= ends[0][:, None, None]) & (pixels < ends[1][:, None, None])
+        guess = Detections(np.zeros((len(labels), 4)), labels, scores, masks)
+        return panoptic.of_detections([record], [guess], ("cup", "dog"), names)
+
+    perfect = (0, 8, 0, 0.9), (8, 16, 1, 0.8)
+    assert found(*perfect) == {"pq": 1, "sq": 1, "rq": 1}
+    # Neither an unlikely object nor one that likelier objects cover counts; others lose pixels.
+    assert found(*perfect, (3, 16, 1, 0.7), (16, 19, 0, 0.4)) == found(*perfect)
+    assert found((0, 10, 0, 0.9), (8, 16, 1, 0.8))["sq"] == pytest.approx((0.8 + 0.75 + 1) / 3)
+    missed = found((0, 8, 0, 0.9))  # pixels of no object are ground, here three of 11
+    assert missed == {"pq": pytest.approx(1 / 3), "sq": pytest.approx(1 / 3), "rq": 1 / 3}
+    assert found(*perfect, names=("cup", "ground", "dog", "sky")) == {}
+    assert found(*perfect, names=("cup", "dog")) == {}
 
 
 def random_image(rng, truth=None):

@@ -224,7 +224,9 @@ def test_label_positions_have_the_features_of_the_image_there():
 
 def test_reading_alone_and_writing_alone_have_their_numbers():
     given, patches = records(3), {"labels": "patches", "codes": 3}
-    for settings in ({"write": False, "read_cell": 2}, {"read": False, **patches}):
+    learned = {"labels": "learned", "levels": (4, 4), "widths": (8,), "steps": 2}
+    alone = {"read": False}
+    for settings in ({"write": False, "read_cell": 2}, alone | patches, alone | learned):
         task = task_of(**settings)
         with jax.set_mesh(make_mesh((1, 1, 1))):
             params = random_params(task.network())

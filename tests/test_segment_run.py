@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from conftest import scenes_config
 
 import gptv_jax
 from gptv_jax import config as config_lib
@@ -13,27 +14,9 @@ from gptv_jax.stages.run import run_stages
 
 @pytest.mark.process
 def test_a_run_writes_numbers_files_and_pictures(tmp_path, command):
-    train = config_lib.Train(steps=4, batch_size=8, eval_every=2, checkpoint_every=2, log_every=2)
-    config = config_lib.Config(
-        data=config_lib.Data(
-            name="digit_scenes",
-            image_size=(32, 48),
-            train_split="train[:40]",
-            validation_split="validation[:5]",
-            test_split="test[:9]",
-        ),
-        tokens=config_lib.Tokens(kind="none"),
-        model=config_lib.Model(layers=1, width=16, heads=2),
-        task=config_lib.Task(
-            name="segment",
-            image_input="pixels",
-            stem=(8, 8, 8),
-            segment=config_lib.Segment(
-                cell=8, codes=20, measured=30, samples=2, validation_images=3
-            ),
-        ),
-        finetune=config_lib.Finetune(train=train, train_transforms=()),
-    )
+    segment = {"cell": 8, "codes": 20, "measured": 30, "samples": 2, "validation_images": 3}
+    task = config_lib.Task("segment", segment=config_lib.Segment(**segment))
+    config = scenes_config(task, 40, 5, 9)
     folder = tmp_path / "run"
     found = run_stages(config, str(folder))
     assert found["finetune/validation_images"] == 3  # of 5

@@ -109,6 +109,13 @@ def _runs(masks: Bool[np.ndarray, "n H W"]) -> list[dict]:
     return mask.encode(np.asfortranarray(masks.transpose(1, 2, 0), np.uint8))
 
 
+def from_runs(runs: Sequence[dict], shape: tuple[int, int]) -> Bool[np.ndarray, "n H W"]:
+    """The masks of the run lengths of `without_pixels`."""
+    from pycocotools import mask
+
+    return np.array([mask.decode(each) for each in runs], bool).reshape(-1, *shape)
+
+
 def calibration_error(
     scores: Float[np.ndarray, " n"], correct: Bool[np.ndarray, " n"]
 ) -> float | None:

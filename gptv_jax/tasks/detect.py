@@ -10,7 +10,6 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from gptv_jax.data import pipeline, sources, transforms
@@ -20,11 +19,10 @@ from gptv_jax.decode.restriction import Restriction
 from gptv_jax.errors import InputError
 from gptv_jax.model.gpt import Network
 from gptv_jax.model.layout import Part
-from gptv_jax.tasks import average_precision, drawing, masks
+from gptv_jax.tasks import average_precision, drawing, masks, panoptic, rows
 from gptv_jax.tasks.average_precision import PRECISIONS, RECALLS, Scores
 from gptv_jax.tasks.boxes import CLASS, BoxTokens, Detections, vote
 from gptv_jax.tasks.masks import Masks
-from gptv_jax.tasks.rows import Rows, by_image, collect, join
 from gptv_jax.tasks.task import Grammar, Records, Task
 from gptv_jax.tokens import label_maps
 from gptv_jax.train import objective
@@ -79,18 +77,10 @@ class Detect(Task):
         return self.object_names
 
     @property
-    def settings(self):
-        return self.config.task.detect
-
-    @property
     def box_tokens(self) -> BoxTokens:
         settings, codes = self.settings, math.prod(self.settings.mask_levels)
         own = (settings.masks, codes) if settings.masks else ()
         return BoxTokens(settings.bins, len(self.object_names), *own)
-
-    @property
-    def validation_images(self) -> int | None:
-        return self.settings.validation_images or None
 
     def parts(self) -> tuple[Part, ...]:
         tokens = self.box_tokens
@@ -167,17 +157,18 @@ class Detect(Task):
         known = functools.cache(annotations)
 
         def result(total: dict) -> dict[str, float | None]:
-            views = self.by_image(total)
             numbers = self._scored(total, known, "plain")[1].numbers
             if numbers["ap"] is None:
                 raise InputError(
                     "no image of a split has an object, so there is no average precision; take "
                     "other images by config.data.validation_split and config.data.test_split."
                 )
-            first = [rows[0] for rows in views.values()]
+            first = [*rows.plain(total).values()]
             return {**numbers, "nats_per_token": float(total["nats"][first].mean())}
 
-        return Metric(_step(self, network, true_boxes), result, collect, self.primary, join)
+        return Metric(
+            _step(self, network, true_boxes), result, rows.collect, self.primary, rows.join
+        )
 
     def test_metric(self, network: Network, annotations: Records) -> Metric:
         return self.metric(network, annotations, true_boxes=self.settings.masks > 0)
@@ -196,14 +187,14 @@ class Detect(Task):
 
         With further views, their vote as well. Of masks, also those drawn in the true boxes.
         """
-        bounded = {"ceiling": BOUNDED, "wrong_image": BOUNDED}
-        if self.settings.masks:
-            bounded = dict.fromkeys(bounded, (*BOUNDED, *OF_MASKS)) | {"true_boxes": OF_MASKS}
+        of_masks = (*OF_MASKS, *panoptic.QUALITY)
+        bounded = dict.fromkeys(("ceiling", "wrong_image"), (*BOUNDED, *of_masks))
+        bounded |= {"true_boxes": of_masks} if self.settings.masks else {}
         names = [*bounded, *["voted"] * bool(self.settings.votes)]
         scores = {name: self._scored(total, annotations, name)[1].numbers for name in names}
         for name, numbers in bounded.items():
-            scores[name] = {number: scores[name][number] for number in numbers}
-        if len(self.by_image(total)) == 1:  # there is no other image
+            scores[name] = {n: value for n, value in scores[name].items() if n in numbers}
+        if len(rows.plain(total)) == 1:  # there is no other image
             scores["wrong_image"] = dict.fromkeys(scores["wrong_image"])
         return scores
 
@@ -229,8 +220,6 @@ class Detect(Task):
             "average_precision": drawing.average_precision(scores, self.object_names),
         }
 
-    by_image = staticmethod(by_image)
-
     def found(self, tokens, probabilities, view: np.ndarray, shape: tuple[int, int]) -> Detections:
         """The `most` likely objects of one sequence, in pixels of the original image.
 
@@ -244,9 +233,9 @@ class Detect(Task):
         found = found._replace(boxes=np.clip(boxes, low, high))
         if not self.settings.masks:
             return found
-        rows, noise = self.box_tokens.objects(*given)[0][: len(boxes)], self.box_tokens.noise
+        objects = self.box_tokens.objects(*given)[0][: len(boxes)]
         mirrored = np.tile(view[2:] < view[:2], (len(boxes), 1))
-        codes = rows[:, CLASS + 1 :] - noise - 1
+        codes = objects[:, CLASS + 1 :] - self.box_tokens.noise - 1
         return found._replace(masks=Masks(self.mask_codec, codes, boxes, mirrored, shape))
 
     def best(self, found: Detections) -> Detections:
@@ -274,30 +263,30 @@ class Detect(Task):
 
         They are computed once for the rows of a `Metric`.
         """
-        known = total.known if isinstance(total, Rows) else {}
+        known = rows.known(total)
         if kind not in known:
-            views, masked = self.by_image(total), self.settings.masks > 0
-            plain = [rows[0] for rows in views.values()]
-            other = dict(zip(plain, plain[-1:] + plain[:-1], strict=True))
-            of = functools.partial(self._detections, total)
+            views, other = rows.by_image(total), rows.others(total)
+            masked, of = self.settings.masks > 0, functools.partial(self._detections, total)
             find = {
-                "plain": lambda rows, record: of(rows[0], record),
-                "voted": lambda rows, record: self.best(vote([of(row, record) for row in rows])),
-                "ceiling": lambda rows, record: of(rows[0], record, given="targets"),
-                "wrong_image": lambda rows, record: of(other[rows[0]], record, view=rows[0]),
-                "true_boxes": lambda rows, record: of(rows[0], record, given="true_boxes"),
+                "plain": lambda found, record: of(found[0], record),
+                "voted": lambda found, record: self.best(vote([of(row, record) for row in found])),
+                "ceiling": lambda found, record: of(found[0], record, given="targets"),
+                "wrong_image": lambda found, record: of(other[found[0]], record, view=found[0]),
+                "true_boxes": lambda found, record: of(found[0], record, given="true_boxes"),
             }[kind]
             if "records" not in known:
                 kept = functools.partial(average_precision.without_pixels, masks=masked)
                 known["records"] = [kept(annotations(index)) for index in views]
             records = known["records"]
             pairs = zip(views.items(), records, strict=True)
-            found = {index: find(rows, record) for (index, rows), record in pairs}
+            found = {index: find(views, record) for (index, views), record in pairs}
             given = records, list(found.values()), len(self.object_names)
             scores = average_precision.score(*given)
             if masked:
                 numbers = average_precision.score(*given, "segm").numbers
                 of_masks = {own: numbers[n] for own, n in zip(OF_MASKS, BOUNDED, strict=True)}
+                names = self.object_names, self.map_names
+                of_masks |= panoptic.of_detections(*given[:2], *names)
                 scores = dataclasses.replace(scores, numbers=scores.numbers | of_masks)
             known[kind] = found, scores
         return known[kind]
@@ -326,21 +315,19 @@ def _step(task: Detect, network: Network, true_boxes: bool) -> Callable:
     def step(params: dict, batch: dict) -> dict[str, Array]:
         images = batch.get("tokens"), batch.get("image"), batch["index"]
         drawn, probabilities = draw(task, network, params, *images)
-        rows = {name: batch[name] for name in ("index", "mask", "view")}
-        rows |= {"targets": batch["targets"][NAME], "drawn": drawn, "probabilities": probabilities}
-        rows["nats"] = objective.parts_nats(network, params, batch)
+        truth, nats = batch["targets"][NAME], objective.parts_nats(network, params, batch)
+        found = {"targets": truth, "drawn": drawn, "probabilities": probabilities, "nats": nats}
         if true_boxes:
             slot = np.arange(drawn.shape[1]) % task.box_tokens.slots
             given, noise = jnp.array(slot <= CLASS)[None], task.box_tokens.noise
             # Decoding takes a real class for every object, also for a noise object.
-            known = given & ((rows["targets"] != noise) | (slot < CLASS)[None])
-            known = jnp.where(known, rows["targets"], generation.UNKNOWN)
-            found = draw(task, network, params, *images, known)[0]
-            rows["true_boxes"] = jnp.where(given, rows["targets"], found)
-        whole = {name: jax.sharding.reshard(x, P(*[None] * x.ndim)) for name, x in rows.items()}
-        return whole | {"images": batch["mask"].sum()}
+            known = given & ((truth != noise) | (slot < CLASS)[None])
+            known = jnp.where(known, truth, generation.UNKNOWN)
+            masked = draw(task, network, params, *images, known)[0]
+            found["true_boxes"] = jnp.where(given, truth, masked)
+        return found
 
-    return jax.jit(step)
+    return rows.compiled(step)
 
 
 def as_shown(found: Detections, record: Record) -> Detections:

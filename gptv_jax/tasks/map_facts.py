@@ -7,7 +7,6 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Integer
 
-from gptv_jax import config as config_lib
 from gptv_jax.config.tasks import Segment
 from gptv_jax.tasks import confusion
 from gptv_jax.tokens import label_maps
@@ -63,12 +62,6 @@ def _codec(maps, classes: int, settings: Segment, seed: int) -> label_maps.Label
     if settings.labels == "cells":
         return label_maps.Cells(classes, maps[0].shape, settings.cell)
     if settings.labels == "learned":
-        config = config_lib.Autoencoder(
-            downsample=settings.cell,
-            widths=settings.widths,
-            encoder_blocks=1,
-            decoder_blocks=1,
-            levels=settings.levels,
-        )
-        return fit_learned(maps, classes, config, settings.steps, BATCH_SIZE, seed)
+        own = {"downsample": settings.cell, "widths": settings.widths, "levels": settings.levels}
+        return fit_learned(maps, classes, settings.steps, BATCH_SIZE, seed, **own)
     return label_maps.fit_patches(maps, classes, settings.cell, settings.codes, seed)

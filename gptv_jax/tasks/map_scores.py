@@ -8,11 +8,9 @@ from jaxtyping import Float, Integer
 
 from gptv_jax.data.records import plane_to_original
 from gptv_jax.errors import InputError
-from gptv_jax.tasks import confusion
+from gptv_jax.tasks import confusion, rows
 from gptv_jax.tasks.map_facts import Facts
-from gptv_jax.tasks.rows import Rows, by_image
 from gptv_jax.tasks.task import Records
-from gptv_jax.tokens.label_maps import has_class
 
 SCORES = ("miou", "pixel_accuracy", "mean_class_accuracy")
 
@@ -52,21 +50,17 @@ class MapScores:
         Each map is moved into its original image, by the nearest pixel, and compared there; pixels
         without a class do not count. The rows of a `Metric` are counted once.
         """
-        known = total.known if isinstance(total, Rows) else {}
+        known = rows.known(total)
         new = {kind: 0 for kind in kinds if kind not in known}
-        rows = {index: rows[0] for index, rows in by_image(total).items()}
-        other = dict(zip(rows, [*rows][-1:] + [*rows][:-1], strict=True))
-        for index, row in rows.items() if new else ():
+        other = rows.others(total)
+        for index, row in rows.plain(total).items() if new else ():
             truth = annotations(index)["segmentation"]
-            scored, truth = has_class(truth, self.classes), truth.astype(np.int64)
             for kind in new:
                 wrong = kind == "wrong_image"
-                shown = rows[other[index]] if wrong else row
-                found = self.map_of(total, shown, self.first if wrong else kind)
+                shown, way = (other[row], self.first) if wrong else (row, kind)
+                found = self.map_of(total, shown, way)
                 found = plane_to_original(found, total["view"][row], truth.shape)
-                pairs = truth[scored] * self.classes + found[scored]
-                counts = np.bincount(pairs, minlength=self.classes**2)
-                new[kind] = new[kind] + counts.reshape(self.classes, self.classes)
+                new[kind] = new[kind] + confusion.count(truth, found, self.classes)
         known |= new
         return {kind: known[kind] for kind in kinds}
 

@@ -136,11 +136,9 @@ def fit(records: Iterable[Record], settings: Detect, seed: int) -> LabelCodec:
             f"of {len(found)} training images none has an object with a mask; take others by "
             "config.data.train_split, or config.task.detect.masks=0."
         )
-    config = config_lib.Autoencoder(
+    return fit_learned(
+        *(list(crops), CLASSES, settings.mask_steps, BATCH_SIZE, seed),
         downsample=round(size / settings.masks**0.5),
         widths=WIDTHS,
-        encoder_blocks=1,
-        decoder_blocks=1,
         levels=settings.mask_levels,
     )
-    return fit_learned(list(crops), CLASSES, config, settings.mask_steps, BATCH_SIZE, seed)

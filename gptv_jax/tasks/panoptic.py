@@ -10,6 +10,14 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Integer
 
+from gptv_jax.data.records import Record
+from gptv_jax.tasks.average_precision import from_runs
+from gptv_jax.tasks.boxes import Detections
+
+QUALITY = ("pq", "sq", "rq")
+LIKELY = 0.5  # score below which a detection is no segment
+KEPT = 0.5  # share of a detection's mask that no more likely one covers; with less it is no segment
+
 
 class Segments(NamedTuple):
     """The segments of an image: things one by one, and one for all the stuff of a class."""
@@ -77,3 +85,50 @@ def scores(total: dict[str, np.ndarray], things: Sequence[bool]) -> dict[str, fl
         float(v) if k else None for v, k in zip(by_class["pq"], known, strict=True)
     ]
     return numbers
+
+
+def of_objects(
+    masks: Bool[np.ndarray, "n H W"], labels: Integer[np.ndarray, " n"], rest: int, kept: float = 0
+) -> Segments:
+    """Objects one by one, and the pixels of no object as a last segment of the class `rest`.
+
+    A pixel in several masks is the first one's. An object of whose mask less than the share `kept`
+    is its own has no pixel.
+    """
+    where = np.full(masks.shape[1:], len(masks))
+    for number, mask in enumerate(masks):
+        own = mask & (where == len(masks))
+        if own.sum() >= kept * mask.sum():
+            where[own] = number
+    return Segments(where, np.append(labels, rest))
+
+
+def of_detections(
+    records: Sequence[Record],
+    found: Sequence[Detections],
+    object_names: Sequence[str],
+    map_names: Sequence[str],
+) -> dict[str, float | None]:
+    """The QUALITY of detections; {} where these do not say the class of every pixel.
+
+    Every pixel has a class where label maps have the classes of the objects and one more, such as
+    the background, which is that of all other pixels. Detections become segments as in the paper
+    (section 7): the likely ones, the most likely first. Records are those of `without_pixels`.
+    """
+    rest = [label for label, name in enumerate(map_names) if name not in object_names]
+    if len(rest) != 1 or len(map_names) != len(object_names) + 1:
+        return {}
+    numbers, total = np.array([map_names.index(name) for name in object_names]), {}
+    for record, each in zip(records, found, strict=True):
+        likely = each.take(each.scores >= LIKELY)
+        masks, plane = from_runs(record["masks"], record["shape"]), record["segmentation"]
+        truth = of_objects(masks, numbers[record["box_labels"]], rest[0])
+        truth.where[(truth.where == len(masks)) & (plane != rest[0])] = -1
+        if "crowd" in record:
+            truth = truth._replace(crowd=np.append(record["crowd"], False))
+        guess = of_objects(np.asarray(likely.masks), numbers[likely.labels], rest[0], KEPT)
+        for name, added in count(truth, guess, len(map_names)).items():
+            total[name] = total.get(name, 0) + added
+    things = [name in object_names for name in map_names]
+    known = scores(total, things)
+    return {name: known[name] for name in QUALITY}

@@ -14,7 +14,6 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Integer, PRNGKeyArray, UInt8
 
 from gptv_jax import sharding
@@ -27,10 +26,9 @@ from gptv_jax.errors import InputError
 from gptv_jax.model.gpt import GPT, Network, Output
 from gptv_jax.model.layout import Part
 from gptv_jax.model.reading import Reading, enlarge
-from gptv_jax.tasks import map_facts, map_pictures
+from gptv_jax.tasks import map_facts, map_pictures, rows
 from gptv_jax.tasks.map_facts import Facts
 from gptv_jax.tasks.map_scores import SCORES, MapScores
-from gptv_jax.tasks.rows import by_image, collect, join
 from gptv_jax.tasks.task import Grammar, Records, Task
 from gptv_jax.train import objective
 from gptv_jax.train.step import Metric
@@ -73,14 +71,6 @@ class Segment(Task):
     @property
     def names(self) -> tuple[str, ...]:
         return self.map_names
-
-    @property
-    def settings(self):
-        return self.config.task.segment
-
-    @property
-    def validation_images(self) -> int | None:
-        return self.settings.validation_images or None
 
     @property
     def ways(self) -> tuple[str, ...]:
@@ -211,11 +201,12 @@ class Segment(Task):
             numbers = {name: found[self.ways[0]][name] for name in SCORES}
             if len(self.ways) > 1:
                 numbers["written_miou"] = found["written"]["miou"]
-            first = [rows[0] for rows in by_image(total).values()]
+            first = [*rows.plain(total).values()]
             of_images = {name: total[name][first] for name in total if name.startswith("nats_per_")}
             return numbers | {name: float(x.mean()) for name, x in of_images.items()}
 
-        return Metric(_step(self, network, samples), result, collect, self.primary, join)
+        step = _step(self, network, samples)
+        return Metric(step, result, rows.collect, self.primary, rows.join)
 
     def test_metric(self, network: Network, annotations: Records) -> Metric:
         return self.metric(network, annotations, self.settings.samples)
@@ -226,7 +217,7 @@ class Segment(Task):
         named = zip(self.map_names, scores["iou_by_class"], strict=True)
         found = {f"iou_of_{name}": value for name, value in named}
         if "samples" in total:
-            each = [self.maps.agreement(total, rows[0]) for rows in by_image(total).values()]
+            each = [self.maps.agreement(total, row) for row in rows.plain(total).values()]
             found["agreement"] = float(np.mean(each))
         return found
 
@@ -235,7 +226,7 @@ class Segment(Task):
         kinds = ["prior", "wrong_image", *self.ways[1:]]
         kinds += ["ceiling"] * self.settings.write + ["voted"] * ("samples" in total)
         found = self.maps.scores(total, annotations, kinds)
-        if len(by_image(total)) == 1:  # there is no other image
+        if len(rows.plain(total)) == 1:  # there is no other image
             found["wrong_image"] = dict.fromkeys(SCORES)
         return {kind: {name: found[kind][name] for name in SCORES} for kind in kinds}
 
@@ -244,9 +235,8 @@ class Segment(Task):
         return {"segmentation.json": about}
 
     def show(self, records: Records, total: dict) -> dict[str, UInt8[np.ndarray, "H W 3"]]:
-        rows = {index: rows[0] for index, rows in list(by_image(total).items())[:SHOWN]}
         shown = []
-        for index, row in rows.items():
+        for index, row in [*rows.plain(total).items()][:SHOWN]:
             record = records(index)
             view, size = total["view"][row], record["segmentation"].shape
             if "view" in record:  # of a token cache: the picture shows what the network reads
@@ -324,27 +314,27 @@ def _step(task: Segment, network: Network, samples: int) -> Callable:
     def step(params: dict, batch: dict) -> dict[str, Array]:
         model = network.bind(params)
         output = _forward(model, batch)
-        rows = {name: batch[name] for name in ("index", "mask", "view")}
+        found = {}
         if settings.read:
             logits = task.read(model, output)
             nats, _, counts = task.read_nats(logits, batch["segmentation"])
-            rows["nats_per_pixel"] = nats.sum(axis=(1, 2)) / jnp.maximum(counts.sum(axis=(1, 2)), 1)
-            rows["read"] = task.most_likely(logits)
-            rows["nats_per_token"] = rows["nats_per_pixel"]
+            pixels = jnp.maximum(counts.sum(axis=(1, 2)), 1)
+            found["nats_per_pixel"] = nats.sum(axis=(1, 2)) / pixels
+            found["read"] = task.most_likely(logits)
+            found["nats_per_token"] = found["nats_per_pixel"]
         if settings.write:
             counts = batch["weights"][NAME] > 0
             nats = _written_nats(model, output, batch)
-            rows["nats_per_map"] = (nats * counts).sum(axis=1)
-            rows["nats_per_token"] = objective.masked_mean(nats, counts)
+            found["nats_per_map"] = (nats * counts).sum(axis=1)
+            found["nats_per_token"] = objective.masked_mean(nats, counts)
             key = jax.random.key(task.config.seed)
             images = batch.get("tokens"), batch.get("image"), key, batch["index"]
-            rows["targets"] = batch["targets"][NAME]
-            rows["written"] = written(task, network, params, *images)[0]
+            found["targets"] = batch["targets"][NAME]
+            found["written"] = written(task, network, params, *images)[0]
         if settings.write and samples:
             drawn, _ = written(task, network, params, *images, 1.0, samples)
             shape = (-1, samples, drawn.shape[1])
-            rows["samples"] = drawn.reshape(shape, out_sharding=sharding.BATCH_FIRST)
-        whole = {name: jax.sharding.reshard(x, P(*[None] * x.ndim)) for name, x in rows.items()}
-        return whole | {"images": batch["mask"].sum()}
+            found["samples"] = drawn.reshape(shape, out_sharding=sharding.BATCH_FIRST)
+        return found
 
-    return jax.jit(step)
+    return rows.compiled(step)

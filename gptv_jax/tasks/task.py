@@ -65,6 +65,11 @@ class Task:
         return ()
 
     @property
+    def settings(self):
+        """`config.task.<name>`; None where the task has no fields."""
+        return getattr(self.config.task, self.config.task.name, None)
+
+    @property
     def pixels(self) -> bool:
         """Whether the network reads pixels."""
         return self.config.task.image_input == "pixels" or self.config.tokens.kind == "none"
@@ -72,7 +77,7 @@ class Task:
     @property
     def validation_images(self) -> int | None:
         """Validation images that evaluations during training read, the first ones; None: all."""
-        return None
+        return getattr(self.settings, "validation_images", None) or None
 
     def parts(self) -> tuple[Part, ...]:
         """What the network predicts after the image."""

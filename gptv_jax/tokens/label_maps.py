@@ -8,23 +8,22 @@ import abc
 import dataclasses
 import functools
 import json
-import pathlib
-import tempfile
 from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors.numpy
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Bool, Float, Int, Integer
 
 from gptv_jax import config as config_lib
-from gptv_jax import files, sharding
 from gptv_jax.config import fields
 from gptv_jax.errors import InputError, as_input_error
 from gptv_jax.model import autoencoder
 from gptv_jax.tokens.codec import AnyArray
+from gptv_jax.tokens.learned import place
 
 HEADER = "gptv_jax_labels"  # key of a file's metadata
 FORMAT = 1
@@ -78,18 +77,11 @@ class LabelCodec(abc.ABC):
         """The codec that `arrays` and the header of a file describe."""
         return cls(**header, **arrays)
 
-    def save(self, path: str | pathlib.Path) -> None:
-        """Writes a .safetensors file for `load_label_codec`."""
+    def to_bytes(self) -> bytes:
+        """The content of a .safetensors file, for `from_bytes`."""
         header = {"format": FORMAT, "kind": self.kind, "classes": self.classes}
         header |= {"shape": self.shape, **self.settings()}
-        files.write_safetensors(self.arrays(), files.user_path(path), {HEADER: json.dumps(header)})
-
-    def to_bytes(self) -> bytes:
-        """The content of the file that `save` writes."""
-        with tempfile.TemporaryDirectory() as folder:
-            path = pathlib.Path(folder) / "codec.safetensors"
-            self.save(path)
-            return path.read_bytes()
+        return safetensors.numpy.save(self.arrays(), {HEADER: json.dumps(header)})
 
     def cells(self, maps: Integer[np.ndarray, "B H W"]) -> Integer[np.ndarray, "N P"]:
         """The classes of the pixels of every cell, N = B * T; C where a pixel has no class."""
@@ -214,21 +206,15 @@ class Learned(LabelCodec):
 
     @functools.cached_property
     def _placed(self) -> tuple[jax.sharding.Mesh, dict]:
-        """A mesh of one of this process's devices, and the weights on the device."""
-        mesh = sharding.make_mesh(config_lib.Mesh(), jax.local_devices()[:1])
-        with jax.set_mesh(mesh):
-            tree = jax.eval_shape(lambda: autoencoder.init(self.config, jax.random.key(0)))
-        leaves = [self.params[name] for name in sharding.by_name(tree)]
-        whole = NamedSharding(mesh, P())
-        return mesh, jax.tree.unflatten(jax.tree.structure(tree), jax.device_put(leaves, whole))
+        return place(self.config, self.params, jax.local_devices()[:1])
 
     def _each(self, rows: np.ndarray, decoding: bool) -> np.ndarray:
         mesh, params = self._placed
         beyond = (1 << (len(rows) - 1).bit_length()) - len(rows)  # few sizes, so few programs
         padded = np.pad(rows, [(0, beyond), *[(0, 0)] * (rows.ndim - 1)])
         with jax.set_mesh(mesh):
-            found = _apply(self.config, decoding, params, jax.device_put(padded, NamedSharding(mesh, P())))
-        return jax.device_get(found)[: len(rows)]
+            given = jax.device_put(padded, NamedSharding(mesh, P()))
+            return jax.device_get(_apply(self.config, decoding, params, given))[: len(rows)]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -329,21 +315,13 @@ def _modes(cells, counts, nearest, patches, classes: int) -> Int[np.ndarray, "co
     return np.where(seen.any(axis=-1), seen.argmax(axis=-1), patches)
 
 
-def load_label_codec(path: str | pathlib.Path) -> LabelCodec:
-    """Reads a file of `LabelCodec.save`; InputError where it is none, or damaged."""
-    path = files.user_path(path)
-    arrays, metadata = files.read_safetensors(path)
-    with as_input_error(f"{path} holds no codec of label maps", advice="; delete it"):
-        header = json.loads(metadata[HEADER])
-        if (found := header.pop("format")) != FORMAT:
-            raise InputError(f"{path} is of format {found}; this version reads {FORMAT}.")
-        kind = {codec.kind: codec for codec in (Cells, Patches, Learned)}[header.pop("kind")]
-        return kind.restore(arrays, **header | {"shape": tuple(header["shape"])})
-
-
 def from_bytes(content: bytes) -> LabelCodec:
-    """The codec of `LabelCodec.to_bytes`."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = pathlib.Path(folder) / "codec.safetensors"
-        path.write_bytes(content)
-        return load_label_codec(path)
+    """The codec of `LabelCodec.to_bytes`; InputError where the bytes are others, or damaged."""
+    with as_input_error("what a run or its weights keep of the label tokens is damaged"):
+        length = int.from_bytes(content[:8], "little")  # of the JSON that a .safetensors file opens
+        header = json.loads(json.loads(content[8 : 8 + length])["__metadata__"][HEADER])
+        if (found := header.pop("format")) != FORMAT:
+            raise InputError(f"label tokens are of format {found}; this version reads {FORMAT}.")
+        kind = {codec.kind: codec for codec in (Cells, Patches, Learned)}[header.pop("kind")]
+        arrays = safetensors.numpy.load(content)
+        return kind.restore(arrays, **header | {"shape": tuple(header["shape"])})

@@ -169,11 +169,7 @@ class LearnedCodec(Codec):
 
     @functools.cached_property
     def _placed(self) -> tuple[jax.sharding.Mesh, dict]:
-        """A mesh of this process's devices, and the weights, replicated on the mesh."""
-        mesh, tree = _abstract(self.definition.config, self.definition.params, jax.local_devices())
-        leaves = [self.definition.params[name] for name in sharding.by_name(tree)]
-        replicated = jax.device_put(leaves, NamedSharding(mesh, P()))
-        return mesh, jax.tree.unflatten(jax.tree.structure(tree), replicated)
+        return place(self.definition.config, self.definition.params, jax.local_devices())
 
 
 # Without this option XLA keeps more digits than bfloat16 has between some operations, and between
@@ -198,6 +194,16 @@ def from_pixels(images: UInt8[Array, "B H W C"]) -> Float[Array, "B H W C"]:
 def to_pixels(images: Float[Array, "B H W C"]) -> UInt8[Array, "B H W C"]:
     """Scales -1..1 to 0..255, and clips what lies beyond."""
     return jnp.clip(jnp.rint((images + 1) * 127.5), 0, 255).astype(jnp.uint8)
+
+
+def place(
+    config: config_lib.Autoencoder, params: dict[str, np.ndarray], devices: list
+) -> tuple[jax.sharding.Mesh, dict]:
+    """A mesh of the devices, and the weights, a copy on each device."""
+    mesh, tree = _abstract(config, params, devices)
+    leaves = [params[name] for name in sharding.by_name(tree)]
+    copies = jax.device_put(leaves, NamedSharding(mesh, P()))
+    return mesh, jax.tree.unflatten(jax.tree.structure(tree), copies)
 
 
 def _abstract(

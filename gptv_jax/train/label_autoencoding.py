@@ -1,6 +1,5 @@
 """Training of the autoencoder whose codes are the tokens of label maps."""
 
-import dataclasses
 from collections.abc import Callable, Sequence
 
 import jax
@@ -10,7 +9,6 @@ from jaxtyping import Array, Integer
 
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
-from gptv_jax.errors import InputError
 from gptv_jax.model import autoencoder
 from gptv_jax.tokens.label_maps import Cells, Learned, as_channels
 from gptv_jax.train import optimizer, step
@@ -48,26 +46,30 @@ def make_loss(config: config_lib.Autoencoder) -> Callable:
 def fit_learned(
     maps: Sequence[Integer[np.ndarray, "H W"]],
     classes: int,
-    config: config_lib.Autoencoder,
     steps: int,
     batch_size: int,
     seed: int,
+    *,
+    downsample: int,
+    widths: tuple[int, ...],
+    levels: tuple[int, ...],
 ) -> Learned:
     """Trains the label tokenizer on maps of one shape, in memory, on one device of this process.
 
-    `config` is that of an image tokenizer with finite scalar quantization; its number of channels
-    does not matter. Equal maps, settings and seeds give equal weights on equal machines.
+    `downsample`, `widths` and `levels` are those of `config.train.Autoencoder`. Equal maps,
+    settings and seeds give equal weights on equal machines.
     """
-    if config.quantizer != "fsq":
-        raise InputError(
-            f"label maps take an autoencoder with quantizer=fsq, not {config.quantizer}."
-        )
-    config = dataclasses.replace(config, channels=classes)
-    padded = Cells(classes, maps[0].shape, config.downsample).padded(np.stack(maps))
-    rng, mesh = (
-        np.random.default_rng(seed),
-        sharding.make_mesh(config_lib.Mesh(), jax.local_devices()[:1]),
+    config = config_lib.Autoencoder(
+        channels=classes,
+        downsample=downsample,
+        widths=widths,
+        encoder_blocks=1,
+        decoder_blocks=1,
+        levels=levels,
     )
+    padded = Cells(classes, maps[0].shape, config.downsample).padded(np.stack(maps))
+    rng = np.random.default_rng(seed)
+    mesh = sharding.make_mesh(config_lib.Mesh(), jax.local_devices()[:1])
     update, rate = optimizer.make_optimizer(OPTIMIZER, steps)
     train_step = step.make_train_step(make_loss(config), update, rate)
 
