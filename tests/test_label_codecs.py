@@ -138,7 +138,7 @@ def test_a_class_255_needs_more_than_uint8():
 @pytest.fixture(scope="module")
 def learned():
     own = {"downsample": 4, "widths": (16,), "levels": (8, 8, 4)}
-    return fit_learned(list(drawn(64)), CLASSES, steps=120, batch_size=16, seed=0, **own)
+    return fit_learned(list(drawn(64)), CLASSES + 1, steps=120, batch_size=16, seed=0, **own)
 
 
 def test_learned_codes_restore_label_maps(learned):
@@ -152,6 +152,11 @@ def test_learned_codes_restore_label_maps(learned):
     most = np.bincount(maps[known]).max() / known.sum()
     assert (restored == maps)[known].mean() > most + 0.05
     assert (learned.encode(maps[3:5])[0] == tokens[3:5]).all()
+
+
+def test_no_code_stands_for_a_class_that_training_had_not(learned):
+    tokens = np.random.default_rng(0).integers(learned.vocabulary, size=(200, 12))
+    assert learned.classes == CLASSES + 1 and learned.decode(tokens).max() == CLASSES - 1
 
 
 def test_learned_codes_take_pixels_without_a_class(learned):
@@ -173,7 +178,7 @@ def test_bytes_keep_learned_codes(learned):
 
 def test_pixels_without_a_class_have_no_loss(learned):
     config, half = learned.config, drawn(2)[:, :8, :12].astype(np.int32)
-    half[:, :, 6:] = CLASSES
+    half[:, :, 6:] = learned.classes
     mesh = sharding.make_mesh(config_lib.Mesh(), jax.devices()[:1])
     with jax.set_mesh(mesh):
         params = autoencoder.init(config, jax.random.key(0))
@@ -181,10 +186,10 @@ def test_pixels_without_a_class_have_no_loss(learned):
         whole, _ = loss(params, None, {"maps": jnp.asarray(half)}, None, None)
         model = autoencoder.bind(config, params)
         logits = model.decode(
-            model.encode(label_maps.as_channels(jnp.asarray(half), CLASSES)).codes
+            model.encode(label_maps.as_channels(jnp.asarray(half), learned.classes)).codes
         )
     nats = -np.asarray(jax.nn.log_softmax(LOGIT * logits))
-    known = half < CLASSES
+    known = half < learned.classes
     picked = np.take_along_axis(nats, np.where(known, half, 0)[..., None], -1)[..., 0]
     by_map = [(row * k).sum() / k.sum() for row, k in zip(picked, known, strict=True)]
     assert float(whole) == pytest.approx(np.mean(by_map), rel=1e-5)

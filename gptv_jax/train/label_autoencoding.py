@@ -17,6 +17,7 @@ from gptv_jax.train.objective import cross_entropy, masked_mean
 OPTIMIZER = config_lib.Optimizer(
     name="adam", learning_rate=5e-3, beta2=0.99, clip_norm=1.0, warmup_steps=20
 )
+NEVER = -1e9  # logit of a class that training has not
 LOGIT = 10.0  # of an output of 1: the decoder is made for outputs of about -1 to 1
 
 
@@ -56,8 +57,9 @@ def fit_learned(
 ) -> Learned:
     """Trains the label tokenizer on maps of one shape, in memory, on one device of this process.
 
-    `downsample`, `widths` and `levels` are those of `config.train.Autoencoder`. Equal maps,
-    settings and seeds give equal weights on equal machines.
+    `downsample`, `widths` and `levels` are those of `config.train.Autoencoder`. No code stands for
+    a class that the maps do not have. Equal maps, settings and seeds give equal weights on equal
+    machines.
     """
     config = config_lib.Autoencoder(
         channels=classes,
@@ -82,4 +84,7 @@ def fit_learned(
             rows = padded[rng.integers(len(padded), size=batch_size)].astype(np.int32)
             state, _ = train_step(state, sharding.global_batch({"maps": rows}))
         params = jax.device_get(sharding.by_name(state["params"]))
+    bias = params["decoder.to_pixels.bias"].reshape(-1, classes).copy()  # of a pixel's classes
+    bias[:, np.bincount(padded.ravel(), minlength=classes)[:classes] == 0] = NEVER
+    params["decoder.to_pixels.bias"] = bias.ravel()
     return Learned(classes, maps[0].shape, config, params)
