@@ -1,12 +1,9 @@
 """Which class of pixels is taken for which: exact counts, mean IoU and accuracies from the counts.
 
 The definitions are those of PASCAL VOC and ADE20K: one matrix over the whole split, pixels without
-a class left out. Letters: H and W pixels, C classes.
+a class left out. C is the number of classes.
 """
 
-from collections.abc import Iterable
-
-import jax
 import numpy as np
 from jaxtyping import Int, Integer
 
@@ -23,16 +20,6 @@ def count(
     known = has_class(truth, classes)
     pairs = truth[known].astype(np.int64) * classes + predicted[known]
     return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
-
-
-def add(total: dict, part: dict) -> dict:
-    """The sum of two trees of numbers on the host, whole numbers in int64; for `Metric.add`."""
-
-    def wide(x) -> np.ndarray:
-        x = np.asarray(x)
-        return x.astype(np.int64 if x.dtype.kind in "iu" else np.float64)
-
-    return jax.tree.map(lambda a, b: wide(a) + wide(b), *jax.device_get((total, part)))
 
 
 def scores(matrix: Int[np.ndarray, "C C"]) -> dict[str, float | list | None]:
@@ -64,32 +51,3 @@ def _shares(some: np.ndarray, whole: np.ndarray) -> list[float | None]:
 def _mean(values: list[float | None]) -> float | None:
     known = [x for x in values if x is not None]
     return float(np.mean(known)) if known else None
-
-
-def position_prior(
-    maps: Iterable[Integer[np.ndarray, "rows columns"]], classes: int, shape: tuple[int, int]
-) -> Int[np.ndarray, "H W"]:
-    """The most frequent class at each position of maps of `shape`, a floor for every prediction.
-
-    `maps` are those of training, of any sizes, read once. Where no map has a class, it is the most
-    frequent class of all pixels.
-    """
-    counts = np.zeros((*shape, classes + 1), np.int32)
-    rows, columns = np.indices(shape, sparse=True)
-    for each in maps:
-        each = resized(each, shape)
-        counts[rows, columns, np.where(has_class(each, classes), each, classes)] += 1
-    counts = counts[..., :classes]
-    overall = counts.sum(axis=(0, 1), dtype=np.int64).argmax()
-    return np.where(counts.any(axis=-1), counts.argmax(axis=-1), overall).astype(np.int32)
-
-
-def resized(
-    label_map: Integer[np.ndarray, "rows columns"], shape: tuple[int, int]
-) -> Integer[np.ndarray, "H W"]:
-    """The map in another size, by nearest neighbour."""
-    places = [
-        ((np.arange(size) + 0.5) * (side / size)).astype(int)
-        for side, size in zip(label_map.shape, shape, strict=True)
-    ]
-    return label_map[np.ix_(*places)]

@@ -155,9 +155,9 @@ def tabulate(features: Features, strengths: Sequence[float]) -> list[dict]:
     tried = np.array([(s, power) for s in sorted(strengths, reverse=True) for power in POWERS])
     moments, cells = None, 1
 
-    def passed(split: str, solution: tuple | None = None, *, fit: bool) -> np.ndarray | None:
+    def passed(split: str, solution: tuple | None = None, *, fit: bool) -> np.ndarray:
         nonlocal moments, cells
-        total = None
+        total = np.int64(0)
         for x, counts, mask in features(split):
             cells = counts.shape[2]
             batch, counts = _rows(counts, mask)
@@ -165,9 +165,8 @@ def tabulate(features: Features, strengths: Sequence[float]) -> list[dict]:
                 width = batch["targets"].shape[1]
                 moments = ridge.add(moments or ridge.empty(x.shape[1], x.shape[3], width), x, batch)
             if solution is not None:
-                part = {"pixels": _confusions(solution, x, counts)}
-                total = confusion.add(total or {"pixels": np.int64(0)}, part)
-        return total and total["pixels"]
+                total = total + jax.device_get(_confusions(solution, x, counts)).astype(np.int64)
+        return total
 
     def solved(settings: Float[np.ndarray, "S L 2"]) -> tuple:
         weight, bias, shift = ridge.solve(moments, settings[..., 0], cells)

@@ -8,7 +8,6 @@ import numpy as np
 from jaxtyping import Float, Integer
 
 from gptv_jax.config.tasks import Segment
-from gptv_jax.tasks import confusion
 from gptv_jax.tokens import label_maps
 from gptv_jax.tokens.label_maps import has_class
 from gptv_jax.train.label_autoencoding import fit_learned
@@ -21,7 +20,8 @@ class Facts(NamedTuple):
     """What is known of the training's label maps."""
 
     frequencies: Float[np.ndarray, " C"]  # share of the pixels with a class
-    prior: Integer[np.ndarray, "h w"]  # the most frequent class of every pixel
+    # The most frequent class of every pixel; of a pixel that never has one, that of all pixels.
+    prior: Integer[np.ndarray, "h w"]
     codec: label_maps.LabelCodec | None  # None where nothing is written
 
     def class_weights(self, balance: float) -> Float[np.ndarray, " C"]:
@@ -37,11 +37,16 @@ def measure(
 
     ValueError: no pixel has a class. InputError as of `label_maps.fit_patches`.
     """
-    counts = sum(np.bincount(m[has_class(m, classes)], minlength=classes) for m in maps)
-    if not counts.any():
+    counts = np.zeros((*maps[0].shape, classes + 1), np.int32)  # of the classes of each pixel
+    rows, columns = np.indices(maps[0].shape, sparse=True)
+    for each in maps:
+        counts[rows, columns, np.where(has_class(each, classes), each, classes)] += 1
+    counts = counts[..., :classes]
+    total = counts.sum(axis=(0, 1), dtype=np.int64)
+    if not total.any():
         raise ValueError("no pixel has a class")
-    found = {"frequencies": counts / counts.sum()}
-    found["prior"] = confusion.position_prior(maps, classes, maps[0].shape)
+    prior = np.where(counts.any(axis=-1), counts.argmax(axis=-1), total.argmax())
+    found = {"frequencies": total / total.sum(), "prior": prior.astype(np.int32)}
     if settings.write:
         content = _codec(maps, classes, settings, seed).to_bytes()
         found["codec"] = np.frombuffer(content, np.uint8)
