@@ -60,7 +60,9 @@ def test_the_average_follows_the_weights_and_does_not_change_them(mesh):
 
 def saved(run: Context, training: str, at: int) -> dict:
     """The weights and their average from a checkpoint."""
-    abstract = sharding.abstract(run.network(run.classes if training != "pretrain" else 0).init)
+    abstract = sharding.abstract(
+        (run.network() if training == "pretrain" else run.task.network()).init
+    )
     with Checkpoints(run.folder.checkpoints(training), read_only=True) as checkpoints:
         return checkpoints.restore(at, {"params": abstract, "ema": abstract})[0]
 

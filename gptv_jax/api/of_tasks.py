@@ -6,12 +6,12 @@ import jax
 import numpy as np
 
 from gptv_jax import validation
-from gptv_jax.api import detection, segmentation
-from gptv_jax.api.views import Picture
-from gptv_jax.errors import InputError
-from gptv_jax.tasks.boxes import Detections
-from gptv_jax.tasks.detect import Detect
-from gptv_jax.tasks.segment import Segment
+from gptv_jax.api.views import Picture, batches
+from gptv_jax.data import records, transforms
+from gptv_jax.errors import InputError, cut
+from gptv_jax.tasks.boxes import Detections, vote
+from gptv_jax.tasks.detect import Detect, draw
+from gptv_jax.tasks.segment import Segment, classes_read, written
 from gptv_jax.tokens.codec import AnyArray
 
 
@@ -46,9 +46,23 @@ class OfTasks:
             )
         threshold = validation.share("threshold", threshold)
         votes = task.settings.votes if votes is None else votes
+        if isinstance(votes, str) or not all(isinstance(entry, str) for entry in votes):
+            given = cut(repr(votes), 60)
+            raise InputError(f"votes is {given}; it takes a list of texts, as in ['flip(1.0)'].")
+        extra, found = [[], *(transforms.parse_view(entry) for entry in votes)], []
+        names = [name for entry in votes for name in entry.split("|")]
+        if wrong := [name for name in names if transforms.parse(name).random]:
+            raise InputError(f"votes has {', '.join(wrong)}, which is random; flip(1.0) is not.")
         with jax.set_mesh(self.mesh):
-            found = detection.detect(task, self.network, self.params, self.codec, images, votes)
-        return [each.take(each.scores >= threshold) for each in found]
+            model = self.network, self.codec
+            for inputs, shown in batches("detect", task.config.data, *model, images, extra):
+                drawn = map(np.asarray, draw(task, self.network, self.params, *inputs))
+                for *row, record in zip(*drawn, shown, strict=False):  # without the padding
+                    size = tuple(record["original"].tolist())
+                    found.append(task.found(*row, record["view"], size))
+        by_image = (found[at : at + len(extra)] for at in range(0, len(found), len(extra)))
+        best = [task.best(vote(views)) for views in by_image]
+        return [each.take(each.scores >= threshold) for each in best]
 
     @property
     def map_classes(self) -> tuple[str, ...]:
@@ -74,9 +88,20 @@ class OfTasks:
         way = task.ways[0] if by is None else by
         if way not in task.ways:
             raise InputError(f"by is {by!r}; this model takes {' or '.join(task.ways)}.")
+        key, found = jax.random.key(task.config.seed), []
+        network, model = self.network, (task, self.network, self.params)
         with jax.set_mesh(self.mesh):
-            given = task, self.network, self.params, self.codec
-            found = segmentation.segment(*given, images, way)
+            for inputs, shown in batches("segment", task.config.data, network, self.codec, images):
+                *pictures, numbers = inputs
+                if way == "read":
+                    planes = np.asarray(classes_read(*model, *pictures))
+                else:
+                    tokens, _ = written(*model, *pictures, key, numbers)
+                    planes = task.facts.codec.decode(np.asarray(tokens))
+                for plane, record in zip(planes, shown, strict=False):  # without the padding
+                    size = tuple(record["original"].tolist())
+                    plane = records.plane_to_original(plane, record["view"], size)
+                    found.append(plane.astype(np.int32))
         if not hasattr(images, "ndim"):
             return found
         return np.stack(found) if found else np.zeros((0, *images.shape[1:3]), np.int32)

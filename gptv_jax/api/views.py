@@ -1,5 +1,6 @@
 """Images of any size that users give, as a network reads them."""
 
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 
@@ -20,18 +21,19 @@ SIZES = (1, 4, 16, AT_ONCE)  # of batches, as every size is compiled
 Picture = np.ndarray | jax.Array | Image.Image
 
 
-def views(
+def batches(
     method: str,
     data: config_lib.Data,
+    network: Network,
     codec: Codec | None,
     images: np.ndarray | jax.Array | Sequence[Picture],
     extra: Sequence[Sequence[transforms.Transform]] = ((),),
-) -> Iterator[tuple[int, records.Record]]:
-    """The records of each image after the transforms of evaluation and each of `extra`.
+) -> Iterator[tuple[tuple, list[records.Record]]]:
+    """Inputs of the network, see `_inputs`, and the records that the first rows are made of.
 
-    Each comes with the number of its image, and has the size that the network takes; "original" is
-    the height and width before. InputError names the `method` that was called: an image is no
-    image.
+    There is a record of each image after the transforms of evaluation and each of `extra`, of the
+    size that the network takes; "original" is the height and width before. InputError names the
+    `method` that was called: an image is no image.
     """
     one = isinstance(images, str | os.PathLike | Image.Image)
     if one or (hasattr(images, "ndim") and images.ndim != 4):
@@ -43,11 +45,13 @@ def views(
     entries = [transforms.parse(entry) for entry in data.eval_transforms]
     steps = [step for step in entries if not isinstance(step, Decode)]
     channels = (1, 3) if codec is None else codec.image_shape[2:]
-    return (
+    numbered = (
         (number, _view(method, image, channels, [*steps, *more], data.size))
         for number, image in enumerate(images)
         for more in extra
     )
+    while batch := list(itertools.islice(numbered, AT_ONCE)):
+        yield _inputs(network, codec, batch), [record for _, record in batch]
 
 
 def _view(
@@ -78,7 +82,7 @@ def _view(
     return records.resize(record, *size)
 
 
-def inputs_of(
+def _inputs(
     network: Network, codec: Codec | None, numbered: list[tuple[int, records.Record]]
 ) -> tuple[jax.Array | None, jax.Array | None, jax.Array]:
     """Tokens, pixels and numbers of the records on the mesh, padded to one of SIZES rows."""

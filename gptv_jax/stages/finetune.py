@@ -4,7 +4,6 @@ Unless `finetune.scratch` is False, the same network is trained from scratch bes
 same settings and budget.
 """
 
-import base64
 import dataclasses
 import functools
 import itertools
@@ -129,16 +128,16 @@ def _measured(context: Context) -> Task:
         log = context.images.damage_log
         return pipeline.images(config.data, "train", log, count, config.seed, annotated=True)
 
-    def content() -> str:
+    def content() -> bytes:
         # A training that has begun keeps what its weights mean.
         place = context.folder.checkpoints("finetune")
         if path.exists() and place.exists() and newest_step(place) > 0:
-            return base64.b64encode(path.read_bytes()).decode()
+            return path.read_bytes()
         if found := task.measure(records):
             files.replace(path, found)
-        return base64.b64encode(found).decode()
+        return found
 
-    return dataclasses.replace(task, measured=base64.b64decode(hosts.from_first(content)))
+    return dataclasses.replace(task, measured=hosts.from_first(content))
 
 
 def begin_with(network: Network, given: dict, key: jax.Array) -> dict:
@@ -175,7 +174,7 @@ def _write(context: Context, task: Task, total: dict, known: Records) -> dict[st
     config, folder = context.config, context.folder.path
     if "confusion" in total:
         training = sources.open_source(config.data, "train").label_counts()
-        confusion, names = total["confusion"], context.class_names
+        confusion, names = total["confusion"], context.task.classes
         accuracy.write(folder / "finetune", confusion, names, training, split="test")
     if jax.process_index() == 0:
         for name, content in task.files(total, known).items():
