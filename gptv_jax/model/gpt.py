@@ -31,7 +31,7 @@ from gptv_jax.errors import InputError
 from gptv_jax.model import attention, layers
 from gptv_jax.model.inputs import Inputs
 from gptv_jax.model.layout import Layout, Part
-from gptv_jax.model.reading import ReadHead, Reading
+from gptv_jax.model.parts import ReadHead, Reading
 
 
 class Output(NamedTuple):

@@ -12,8 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from gptv_jax import sharding
 from gptv_jax.model import layers
 from gptv_jax.model.layout import Part
-from gptv_jax.model.parts import PartWeights, centers
-from gptv_jax.model.stem import Stem
+from gptv_jax.model.parts import PartWeights, Stem, centers
 
 
 class Inputs(nnx.Module):
