@@ -20,10 +20,7 @@ SHOWN = 10  # choices in the table
 
 
 def search(
-    config: config_lib.Config,
-    topology: Topology,
-    kind: Make = Pretraining,
-    wanted: int = CONFIRMED,
+    config: config_lib.Config, topology: Topology, kind: Make = Pretraining, wanted: int = CONFIRMED
 ) -> list[Plan]:
     """Plans for the choices of mesh, rematerialisation and microbatches, the best first.
 
@@ -48,9 +45,7 @@ def search(
 
 
 def choices(
-    config: config_lib.Config,
-    topology: Topology,
-    kind: Make = Pretraining,
+    config: config_lib.Config, topology: Topology, kind: Make = Pretraining
 ) -> Iterator[Plan]:
     """Plans, by arithmetic, with every mesh, rematerialisation and number of microbatches to try.
 
@@ -74,17 +69,15 @@ def _on_mesh(training: Training, topology: Topology, mesh: config_lib.Mesh) -> I
         policies = ["none", *REMAT]
     for microbatches, policy in itertools.product(_powers(rows), policies):
         model = dataclasses.replace(config.model, remat=policy)
-        choice = training.with_train(config, microbatches, mesh=mesh, model=model)
+        choice = training.with_train(microbatches, mesh=mesh, model=model)
         try:
-            yield plan.make(choice.config, topology, choice.of, compiling=False)
+            yield plan.make(choice.config, topology, lambda _, made=choice: made, compiling=False)
         except InputError:  # the mesh does not divide the batch or the network
             continue
 
 
 def smallest(
-    config: config_lib.Config,
-    topology: Topology,
-    kind: Make = Pretraining,
+    config: config_lib.Config, topology: Topology, kind: Make = Pretraining
 ) -> Plan | None:
     """The plan, by arithmetic, on the fewest devices of the topology's kind that fits; or None.
 

@@ -116,21 +116,16 @@ class Training:
 
         `changes` are of sections of the configuration.
         """
-        changes = {"mesh": config_lib.Mesh(), **changes}
-        return self.with_train(self.config, microbatches=1, **changes)
+        return self.with_train(1, **{"mesh": config_lib.Mesh(), **changes})
 
-    def of(self, config: config_lib.Config) -> "Training":
-        """A training of this kind, of another configuration."""
-        return dataclasses.replace(self, config=config)
-
-    def with_train(self, config: config_lib.Config, microbatches: int, **changes) -> "Training":
-        """The training of another configuration, with `changes` of its sections."""
+    def with_train(self, microbatches: int, **changes) -> "Training":
+        """The training with other microbatches, and `changes` of sections of the configuration."""
         section, _, inner = self.section.partition(".")
         train = dataclasses.replace(self.train, microbatches=microbatches)
         if inner:
-            train = dataclasses.replace(getattr(config, section), **{inner: train})
-        config = dataclasses.replace(config, **{section: train}, **changes)
-        return self.of(config)
+            train = dataclasses.replace(getattr(self.config, section), **{inner: train})
+        config = dataclasses.replace(self.config, **{section: train}, **changes)
+        return dataclasses.replace(self, config=config)
 
 
 @functools.cache

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from etils import epath
 from jax.sharding import PartitionSpec as P
 
 from gptv_jax import config as config_lib
@@ -81,17 +80,12 @@ def _load(context: Context, network: Network, own: pathlib.Path | None) -> Pretr
         found = _imported(config, context.codec, adapt=True)
         return Pretrained(found.on_mesh(), found.step, {})
 
-    def in_folder() -> tuple[str, str, int | None, int]:
-        folder, summary = _finished_folder(config, own)
-        made_by = record.config_of(folder)
-        place = str(record.checkpoint_folder(made_by, folder) / "pretrain")
-        part, starts = record.trained_part(made_by, "pretrain"), start_vectors(made_by)
-        return place, part, summary.get("pretrain/steps"), starts
-
-    place, part, last, starts = hosts.from_first(in_folder)
-    abstract = {part: sharding.abstract(dataclasses.replace(network, starts=starts).init)}
-    with Checkpoints(epath.Path(place), read_only=True) as checkpoints:
-        restored = checkpoints.restore_latest(abstract)
+    made_by, folder, last = hosts.from_first(lambda: _finished(config, own))
+    place = record.checkpoint_folder(made_by, folder) / "pretrain"
+    part = record.trained_part(made_by, "pretrain")
+    given = dataclasses.replace(network, starts=start_vectors(made_by))
+    with Checkpoints(place, read_only=True) as checkpoints:
+        restored = checkpoints.restore_latest({part: sharding.abstract(given.init)})
     if restored is None:
         raise InputError(
             f"{place} holds no checkpoint, though pretraining has finished; restore it, or "
@@ -117,16 +111,16 @@ def check(
     if not own and weights.is_weights_path(config.init_from):
         _imported(config, codec, adapt=adapt)
         return
-    made_by = record.config_of(_finished_folder(config, own)[0])
+    made_by, *_ = _finished(config, own)
     size, starts = made_by.data.image_size, start_vectors(made_by)
     found = WeightsFile(made_by.model, made_by.tokens, size, {}, starts=starts)
     _must_fit(config, found, adapt=adapt)
 
 
-def _finished_folder(
+def _finished(
     config: config_lib.Config, own: pathlib.Path | None
-) -> tuple[pathlib.Path, dict]:
-    """The run folder with the pretrained weights, `own` or `config.init_from`, and its summary."""
+) -> tuple[config_lib.Config, pathlib.Path, int | None]:
+    """Settings, folder and steps of the pretraining in `own` or in the run `config.init_from`."""
     given = None if own else config.init_from
     found = weights.locate(given) if given else own.absolute()
     summary = files.read_json(found / "summary.json", {})
@@ -134,7 +128,7 @@ def _finished_folder(
         where = f"config.init_from={found}" if given else found
         advice = "name a run folder that does" if given else "run --stages=pretrain first"
         raise InputError(f"{where} holds no finished pretraining; {advice}.")
-    return found, summary
+    return record.config_of(found), found, summary.get("pretrain/steps")
 
 
 def _imported(config: config_lib.Config, codec: Codec | None, *, adapt: bool) -> WeightsFile:
