@@ -208,12 +208,9 @@ class GPT(Inputs):
 
     def logits(self, final: Float[Array, "B T D"]) -> dict[str, Array]:
         """Logits [B, n, V] of every predicted part, given the output of the final norm."""
-        final, slices = (
-            jax.sharding.reshard(final, sharding.BATCH_FIRST),
-            self.network.layout.slices,
-        )
-        parts = [part for part in self.network.layout.parts if part.predicted]
-        return {p.name: self.token_logits(final[:, slices[p.name]], p) for p in parts}
+        layout, final = self.network.layout, jax.sharding.reshard(final, sharding.BATCH_FIRST)
+        parts = [part for part in layout.parts if part.predicted]
+        return {p.name: self.token_logits(final[:, layout.slices[p.name]], p) for p in parts}
 
     def read(self, output: Output) -> Float[Array, "B h w C"]:
         """Float32 logits of the classes of every cell of the image; takes `Network.reading`.
