@@ -78,7 +78,7 @@ def test_evaluations_later_stages_and_users_read_the_average(tmp_path):
         run.finish("finetune", finetune.run_stage(run))
         summary = run.folder.summary()
         found = {s: saved(run, s, summary[f"{s}/steps"]) for s in ("pretrain", "finetune")}
-        taken = pretrained.load(run, run.network()).params
+        taken = pretrained.load(run).params
         jax.tree.map(np.testing.assert_array_equal, taken, found["pretrain"]["ema"])
     models = {stage: gptv_jax.load(tmp_path, stage) for stage in found}
     for stage, state in found.items():

@@ -99,7 +99,7 @@ def run_stage(context: Context) -> dict:
 
     weights, layer_decay, scratch, origin = from_scratch, 1.0, {}, {"pretrained": False}
     if possible := config.tokens.kind != "none":
-        found = pretrained.load(context, context.network())
+        found = pretrained.load(context)
         weights = lambda: begin_with(network, found.params, key)  # noqa: E731
         layer_decay, origin = settings.layer_decay, found.numbers
     else:

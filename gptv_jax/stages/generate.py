@@ -43,7 +43,7 @@ def run_stage(context: Context) -> dict:
     reference.must_fit(features)
     files.claim(folder, "--workdir")
     labels = labels_in_turn(context)
-    weights = pretrained.load(context, context.network())
+    weights = pretrained.load(context)
     drawn = list(draw(context, folder, labels, weights.params))
     if jax.process_index() == 0:
         _write(context, folder, drawn, labels)

@@ -41,7 +41,7 @@ def run_stage(context: Context) -> dict:
         """The state before the first step."""
         if not config.init_from:
             return jax.jit(init)(jax.random.key(seed))
-        found = pretrained.load_given(context, network)
+        found = pretrained.load_given(context)
         LOG.info("Pretraining goes on from the weights of %s.", config.init_from)
         return jax.jit(lambda params: step.state_of(params, update, train.ema))(found.params)
 

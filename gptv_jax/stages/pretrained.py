@@ -13,7 +13,6 @@ from gptv_jax import config as config_lib
 from gptv_jax import files, hosts, sharding, tokens, weights
 from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.errors import InputError, shorten
-from gptv_jax.model.gpt import Network
 from gptv_jax.runs import record
 from gptv_jax.runs.context import Context
 from gptv_jax.tasks.network import start_vectors
@@ -27,11 +26,10 @@ class Pretrained(NamedTuple):
     """Pretrained weights."""
 
     params: dict
-    step: int | None  # of the training that made the weights, where known
     numbers: dict[str, int]  # for the summary of the stage: the step, where it is not the last one
 
 
-def load(context: Context, network: Network) -> Pretrained:
+def load(context: Context) -> Pretrained:
     """The pretrained weights, from the newest checkpoint that can be read.
 
     Raises:
@@ -42,17 +40,17 @@ def load(context: Context, network: Network) -> Pretrained:
     own = hosts.from_first(lambda: has_own(config, path))
     if own and config.init_from:
         LOG.info("Takes the weights that %s has adapted from %s.", path, config.init_from)
-    return _load(context, network, path if own or not config.init_from else None)
+    return _load(context, path if own or not config.init_from else None)
 
 
-def load_given(context: Context, network: Network) -> Pretrained:
+def load_given(context: Context) -> Pretrained:
     """The weights of `config.init_from`, for pretraining to go on from; errors as of `load`.
 
     Where the network has another number of start vectors, for the classes of the data or for
     variants, each begins as the weights' vector for no class, or as the mean of the given start
     vectors.
     """
-    found = _load(context, network, None)
+    found, network = _load(context, None), context.network()
     if "start" not in found.params or len(found.params["start"]) == network.starts:
         return found
     shape = sharding.abstract(network.init)["start"]
@@ -73,17 +71,17 @@ def has_own(config: config_lib.Config, folder: pathlib.Path) -> bool:
     return record.has_finished(files.read_json(folder / "summary.json", {}), "pretrain")
 
 
-def _load(context: Context, network: Network, own: pathlib.Path | None) -> Pretrained:
+def _load(context: Context, own: pathlib.Path | None) -> Pretrained:
     """The weights in the run folder `own`, or the weights that `config.init_from` names."""
     config = context.config
     if not own and weights.is_weights_path(config.init_from):
         found = _imported(config, context.codec, adapt=True)
-        return Pretrained(found.on_mesh(), found.step, {})
+        return Pretrained(found.on_mesh(), {})
 
     made_by, folder, last = hosts.from_first(lambda: _finished(config, own))
     place = record.checkpoint_folder(made_by, folder) / "pretrain"
     part = record.trained_part(made_by, "pretrain")
-    given = dataclasses.replace(network, starts=start_vectors(made_by))
+    given = dataclasses.replace(context.network(), starts=start_vectors(made_by))
     with Checkpoints(place, read_only=True) as checkpoints:
         restored = checkpoints.restore_latest({part: sharding.abstract(given.init)})
     if restored is None:
@@ -94,7 +92,7 @@ def _load(context: Context, network: Network, own: pathlib.Path | None) -> Pretr
     state, step = restored[0], restored[1]["position"]
     # Where the newest checkpoint is damaged, numbers are of an earlier one.
     numbers = {} if not own or step == last else {"pretrain_steps": step}
-    return Pretrained(state[part], step, numbers)
+    return Pretrained(state[part], numbers)
 
 
 def check(

@@ -44,7 +44,7 @@ def run_stage(context: Context) -> dict:
     LOG.info("probe loads the pretrained weights.")
     network = context.network()
     initial = jax.jit(network.init)(jax.random.key(context.config.seed))
-    found = pretrained.load(context, network)
+    found = pretrained.load(context)
     numbers = _labels(context, network, found.params, initial) if context.classes else {}
     maps = context.task.map_names
     if maps and "segmentation" in context.task.needs:
