@@ -1,4 +1,4 @@
-"""What the planner knows of a tokenizer's training."""
+"""A tokenizer's training, as its stage runs it and as the planner sees it."""
 
 import dataclasses
 import functools

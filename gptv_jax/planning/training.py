@@ -1,7 +1,7 @@
-"""What the planner knows of a training: its real step, traced, and facts for arithmetic.
+"""The trainings of a run: what a stage runs, and what the planner knows of the costs.
 
-The programs are traced, not run or compiled: JAX then says which arrays the backward pass keeps and
-how each is split, under the rematerialisation of the config.
+For a plan the programs are traced, not run or compiled: JAX then says which arrays the backward
+pass keeps and how each is split, under the rematerialisation of the config.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ Make = Callable[[config_lib.Config], "Training"]  # such as a class of trainings
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """A training to be planned: what all kinds of training share.
+    """A training of a configuration: what all kinds of training share.
 
     Each subclass adds the `network` that is trained, its `loss`, `batch` and first state (`init`),
     the `flops` of training on one `unit`, and the costs of a step on a mesh: `executed`,
@@ -56,20 +56,22 @@ class Training:
     unit: ClassVar[str]  # FLOPs are shown per "token" or "image"
     tunable: ClassVar[bool]  # whether rematerialisation and microbatches can be chosen
     after: ClassVar[Callable | None] = None  # as `make_train_step` takes it
-    relative_width: ClassVar[float] = 1.0
+    relative_width: ClassVar[float] = 1.0  # as `make_optimizer` takes it, like `layer_decay`
+    layer_decay: ClassVar[float] = 1.0
 
     @property
     def train(self) -> config_lib.Train:
         return operator.attrgetter(self.section)(self.config)
 
-    @property
+    @functools.cached_property
     def optimizer(self) -> tuple:
         """The optimizer, and its learning rate by step."""
-        settings, width = self.train.optimizer, self.relative_width
-        return optimizer.make_optimizer(settings, self.train.steps, relative_width=width)
+        settings, scales = self.train.optimizer, (self.layer_decay, self.relative_width)
+        return optimizer.make_optimizer(settings, self.train.steps, *scales)
 
-    @property
+    @functools.cached_property
     def train_step(self) -> Callable:
+        """See `step.make_train_step`."""
         return step.make_train_step(
             self.loss,
             *self.optimizer,
@@ -189,9 +191,13 @@ class Pretraining(Training):
     def loss(self) -> Callable:
         return step.make_loss(self.network, steps=self.train.steps)
 
-    @property
-    def init(self) -> Callable:
-        return step.make_init(self.network, self.optimizer[0], self.train.ema)
+    def start(self, params: dict) -> dict:
+        """The state before the first step, see `step.state_of`."""
+        return step.state_of(params, self.optimizer[0], self.train.ema)
+
+    def init(self, key: jax.Array) -> dict:
+        """The state before the first step, with random weights."""
+        return self.start(self.network.init(key))
 
     def batch(self, rows: int, split: NamedSharding | None = None) -> dict:
         """Abstract arrays of a batch of `rows` images."""
