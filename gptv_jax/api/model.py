@@ -250,8 +250,9 @@ class Model(OfTasks):
         self._with_tokens()
         if network.several:
             raise InputError(
-                f"{self._described.made_for}, so only the method of this task reads images with "
-                'these weights; load the run with stage="pretrain" for other methods.'
+                f"this model was made for {self._described.task.name}, so only the method of this "
+                'task reads images with these weights; load the run with stage="pretrain" for '
+                "other methods."
             )
 
     def _for_drawing(self) -> tuple[Network, dict]:

@@ -12,11 +12,9 @@ from gptv_jax import sharding, validation
 from gptv_jax.data import records, transforms
 from gptv_jax.data.images import Decode
 from gptv_jax.errors import InputError, cut
-from gptv_jax.model.gpt import Network
 from gptv_jax.tasks.boxes import Detections, vote
 from gptv_jax.tasks.detect import Detect, draw
 from gptv_jax.tasks.segment import Segment, classes_read, written
-from gptv_jax.tokens import Codec
 from gptv_jax.tokens.codec import AnyArray
 
 AT_ONCE = 64  # views that are read in one batch
@@ -50,21 +48,6 @@ def _view(
     for step in steps:
         record = step(record, None)
     return records.resize(record, *size)
-
-
-def _inputs(
-    network: Network, codec: Codec | None, numbered: list[tuple[int, records.Record]]
-) -> tuple[jax.Array | None, jax.Array | None, jax.Array]:
-    """Tokens, pixels and numbers of the records on the mesh, padded to one of SIZES rows."""
-    size = next(size for size in SIZES if size >= len(numbered))
-    padded = numbered + numbered[-1:] * (size - len(numbered))
-    images = [record["image"] for _, record in padded]
-    channels = max(image.shape[-1] for image in images)  # a grey image has three equal ones
-    pixels = np.stack([np.broadcast_to(x, (*x.shape[:2], channels)) for x in images])
-    numbers = np.array([number for number, _ in padded], np.int32)
-    tokens = None if codec is None else codec.encode(pixels)
-    inputs = (tokens, pixels if network.stem else None, numbers)
-    return jax.tree.map(sharding.shard_rows, inputs)
 
 
 class OfTasks:
@@ -161,12 +144,12 @@ class OfTasks:
         method: str,
         images: AnyArray | Sequence[Picture],
         extra: Sequence[Sequence[transforms.Transform]] = ((),),
-    ) -> Iterator[tuple[tuple, list[records.Record]]]:
-        """Inputs of the network, see `_inputs`, and the records that the first rows are made of.
+    ) -> Iterator[tuple[tuple, tuple[records.Record, ...]]]:
+        """Tokens, pixels and numbers of images on the mesh, and the records of the first rows.
 
         There is a record of each image after the transforms of evaluation and each of `extra`, of
-        the size that the network takes; "original" is the height and width before. InputError names
-        the `method` that was called: an image is no image.
+        the size that the network takes; "original" is the height and width before. Rows are padded
+        to one of SIZES. InputError names the `method` that was called: an image is no image.
         """
         one = isinstance(images, str | os.PathLike | Image.Image)
         if one or (hasattr(images, "ndim") and images.ndim != 4):
@@ -185,4 +168,11 @@ class OfTasks:
             for more in extra
         )
         while batch := list(itertools.islice(numbered, AT_ONCE)):
-            yield _inputs(self.network, self.codec, batch), [record for _, record in batch]
+            size = next(size for size in SIZES if size >= len(batch))
+            numbers, shown = zip(*batch, *batch[-1:] * (size - len(batch)), strict=True)
+            images = [record["image"] for record in shown]
+            depth = max(image.shape[-1] for image in images)  # a grey image has three equal ones
+            pixels = np.stack([np.broadcast_to(x, (*x.shape[:2], depth)) for x in images])
+            tokens = None if self.codec is None else self.codec.encode(pixels)
+            inputs = tokens, pixels if self.network.stem else None, np.array(numbers, np.int32)
+            yield jax.tree.map(sharding.shard_rows, inputs), shown[: len(batch)]

@@ -195,7 +195,9 @@ def draw_tokens(
     carry = tokens, probabilities, logits, cache
     ends = [prefix + capacity for capacity in cache_capacities(last - prefix)]
     for start, end, capacity in stretches(network.layout, prefix, ends):
-        carry = *carry[:-1], jax.tree.map(functools.partial(_with_room, capacity), carry[-1])
+        filled = jax.tree.leaves(carry[-1])[0].shape[2]
+        room = (0, 0), (0, 0), (0, capacity - filled), (0, 0)
+        carry = *carry[:-1], jax.tree.map(lambda x, room=room: jnp.pad(x, room), carry[-1])
         parts = network.layout.part_at(start), network.layout.part_at(start + 1)
         take = functools.partial(step, *parts)
         # At the end of a part the logits change their vocabulary, which a loop's carry cannot.
@@ -220,10 +222,6 @@ def stretches(layout: Layout, first: int, ends: list[int]) -> list[tuple[int, in
     starts = [first, *cuts[:-1]]
     rooms = [next(end for end in ends if end > start) - first for start in starts]
     return list(zip(starts, cuts, rooms, strict=True))
-
-
-def _with_room(capacity: int, x: Float[Array, "B H S K"]) -> Float[Array, "B H capacity K"]:
-    return jnp.pad(x, ((0, 0), (0, 0), (0, capacity - x.shape[2]), (0, 0)))
 
 
 def _repeat_rows(x: Array, times: int, group: int = 1) -> Array:

@@ -82,11 +82,6 @@ class WeightsFile:
         return tasks.make(config, *names, self.measured)
 
     @property
-    def made_for(self) -> str:
-        """A clause that says what the weights are for."""
-        return f"this model was made for {self.task.name if self.task else 'images alone'}"
-
-    @property
     def network(self) -> Network:
         if task := self.learned_task:
             return dataclasses.replace(task.network(), starts=self.starts)
