@@ -63,9 +63,8 @@ def main(settings: config.Config) -> None:
 def _make(settings: config.Config, devices: topology.Topology, kind: Make) -> plan.Plan:
     """The plan on the mesh of the config.
 
-    Raises:
-      InputError: the mesh does not divide the batch or the network (the message names a mesh that
-        does, if there is one), or the devices are not known to the compiler.
+    InputError: the mesh does not divide the batch or the network (the message names a mesh that
+    does, if there is one), or the devices are not known to the compiler.
     """
     try:  # by arithmetic, so that only the mesh can be refused
         found = plan.make(settings, devices, kind, compiling=False)

@@ -195,8 +195,7 @@ def make(
 
     `compiling=False` does without the compiler where there is one for the topology.
 
-    Raises:
-      InputError: the mesh does not fit the devices, the batch or the network.
+    InputError: the mesh does not fit the devices, the batch or the network.
     """
     training, lengths = kind(config), sharding.axis_sizes(config.mesh, topology.count)
     mesh = topology.abstract_mesh(lengths)

@@ -104,9 +104,8 @@ class RunFolder:
         counts. config.json is written after `clear()`: a kill between them leaves a run of the
         recorded configuration that repeats some work.
 
-        Raises:
-          InputError: the folder cannot be written, another process has it, or its checkpoints are
-            elsewhere than the settings say.
+        InputError: the folder cannot be written, another process has it, or its checkpoints are
+        elsewhere than the settings say.
         """
         files.claim(self.path, "--workdir")
         self.release = files.lock(self.path, "--workdir", holder=self)

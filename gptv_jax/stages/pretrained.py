@@ -32,9 +32,8 @@ class Pretrained(NamedTuple):
 def load(context: Context) -> Pretrained:
     """The pretrained weights, from the newest checkpoint that can be read.
 
-    Raises:
-      InputError: pretraining has not finished, the weights are of another shape, or none of the
-        checkpoints can be read.
+    InputError: pretraining has not finished, the weights are of another shape, or none of the
+    checkpoints can be read.
     """
     config, path = context.config, context.folder.path
     own = hosts.from_first(lambda: has_own(config, path))
@@ -102,8 +101,7 @@ def check(
 
     `adapt`: pretraining goes on from the weights of `config.init_from`, see `load_given`.
 
-    Raises:
-      InputError: there are no pretrained weights, or they are of another network.
+    InputError: there are no pretrained weights, or they are of another network.
     """
     own = folder if has_own(config, folder) or not config.init_from else None
     if not own and weights.is_weights_path(config.init_from):

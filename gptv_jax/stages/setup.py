@@ -36,10 +36,8 @@ def open_run(config: config_lib.Config, workdir: str, wanted: list[str] | None =
 
     `wanted` names stages; None: all stages that the configuration and the data allow.
 
-    Raises:
-      InputError: the mesh, the network, the data and the stages do not fit each other, the folder
-        cannot be written, or its work is of another configuration (every field that differs is
-        listed).
+    InputError: the mesh, the network, the data and the stages do not fit each other, the folder
+    cannot be written, or its work is of another configuration (every field that differs is listed).
     """
     if not isinstance(config, config_lib.Config):
         raise InputError(
@@ -138,9 +136,8 @@ def with_codec(context: Context) -> Context:
 def find_codec(config: config_lib.Config, folder: pathlib.Path | None = None) -> Codec | None:
     """The codec of a configuration; None where its palette or tokenizer is still to be made.
 
-    Raises:
-      InputError: the run folder, the token cache, `init_from` and the settings have different
-        definitions, or the token cache holds other tokens or images than the configuration says.
+    InputError: the run folder, the token cache, `init_from` and the settings have different
+    definitions, or the token cache holds other tokens or images than the configuration says.
     """
     data_set, kind = sources.open_data_set(config.data), config.tokens.kind
     cache = data_set if isinstance(data_set, TokenCache) else None

@@ -62,10 +62,9 @@ def fit(
 
     With `primary`, the best checkpoint is kept and its weights are returned.
 
-    Raises:
-      InputError: the loss, a gradient or a weight is no longer finite (names the step), or no
-        checkpoint can be read.
-      StoppedError: SIGTERM came; the state is saved, without an evaluation that was under way.
+    InputError: the loss, a gradient or a weight is no longer finite (names the step), or no
+    checkpoint can be read. StoppedError: SIGTERM came; the state is saved, without an evaluation
+    that was under way.
     """
     began = time.time()
     restored = checkpoints.restore_latest(abstract)
