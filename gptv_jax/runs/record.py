@@ -68,8 +68,6 @@ class RunFolder:
 
         For process 0; names are as in "train.steps".
         """
-        if not (self.path / "config.json").exists():
-            return {}
         before, now = fields.flatten(config_of(self.path)), fields.flatten(self.config)
         fixed = [name for name in now if name not in fields.free(config_lib.Config)]
         return {n: [before[n], now[n]] for n in fixed if before[n] != now[n]}
