@@ -82,8 +82,8 @@ class OfTasks:
         threshold = validation.share("threshold", threshold)
         votes = task.settings.votes if votes is None else votes
         if isinstance(votes, str) or not all(isinstance(entry, str) for entry in votes):
-            given = cut(repr(votes), 60)
-            raise InputError(f"votes is {given}; it takes a list of texts, as in ['flip(1.0)'].")
+            advice = "it takes a list of texts, as in votes=['flip(1.0)']"
+            raise InputError(f"votes is {cut(repr(votes), 60)}; {advice}.")
         extra, found = [[], *(transforms.parse_view(entry) for entry in votes)], []
         names = [name for entry in votes for name in entry.split("|")]
         if wrong := [name for name in names if transforms.parse(name).random]:
@@ -170,9 +170,9 @@ class OfTasks:
         while batch := list(itertools.islice(numbered, AT_ONCE)):
             size = next(size for size in SIZES if size >= len(batch))
             numbers, shown = zip(*batch, *batch[-1:] * (size - len(batch)), strict=True)
-            images = [record["image"] for record in shown]
-            depth = max(image.shape[-1] for image in images)  # a grey image has three equal ones
-            pixels = np.stack([np.broadcast_to(x, (*x.shape[:2], depth)) for x in images])
+            views = [record["image"] for record in shown]
+            depth = max(view.shape[-1] for view in views)  # a grey image has three equal ones
+            pixels = np.stack([np.broadcast_to(x, (*x.shape[:2], depth)) for x in views])
             tokens = None if self.codec is None else self.codec.encode(pixels)
             inputs = tokens, pixels if self.network.stem else None, np.array(numbers, np.int32)
             yield jax.tree.map(sharding.shard_rows, inputs), shown[: len(batch)]
