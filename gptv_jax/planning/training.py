@@ -195,9 +195,9 @@ class Pretraining(Training):
         """The state before the first step, see `step.state_of`."""
         return step.state_of(params, self.optimizer[0], self.train.ema)
 
-    def init(self, key: jax.Array) -> dict:
-        """The state before the first step, with random weights."""
-        return self.start(self.network.init(key))
+    @property
+    def init(self) -> Callable:
+        return step.make_init(self.network, self.optimizer[0], self.train.ema)
 
     def batch(self, rows: int, split: NamedSharding | None = None) -> dict:
         """Abstract arrays of a batch of `rows` images."""
