@@ -20,7 +20,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from gptv_jax import config as config_lib
@@ -33,7 +32,7 @@ from gptv_jax.model.layout import Layout, Part
 
 UNKNOWN = -1  # stands in place of a token that is to be drawn
 DEFAULTS = config_lib.Drawing()
-SPEC = P(sharding.BATCH, "tensor")  # of cached keys and values
+SPEC = jax.P(sharding.BATCH, "tensor")  # of cached keys and values
 FIRST_CAPACITY = 64  # of the cache, in positions
 
 
@@ -307,7 +306,7 @@ def _attend_one(
     """Attention of one query to the whole prompt and to the generated positions up to `last`."""
     B, H, _, K = q.shape
     G, length = prompt.keys.shape[0], prompt.keys.shape[2]
-    by_prompt = P(*SPEC[:1], None, "tensor")  # [G, B / G, H, ...]
+    by_prompt = jax.P(*SPEC[:1], None, "tensor")  # [G, B / G, H, ...]
     queries = jnp.swapaxes(q.reshape(G, B // G, H, K, out_sharding=by_prompt), 1, 2)
     accumulator = {"preferred_element_type": layers.accumulator(q)}
     to_prompt = jnp.einsum("ghnk,ghpk->ghnp", queries, prompt.keys, **accumulator)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
 
 from gptv_jax import tasks
 from gptv_jax.data import sources
@@ -53,7 +52,7 @@ class Finetuning(Pretraining):
     def loss(self) -> Callable:
         return self.task.loss(self.network)
 
-    def batch(self, rows: int, split: NamedSharding | None = None) -> dict:
+    def batch(self, rows: int, split: jax.NamedSharding | None = None) -> dict:
         """Abstract arrays of a batch of `rows` images, with inputs and weights of every part."""
 
         def array(*shape: int, dtype=jnp.int32) -> jax.ShapeDtypeStruct:

@@ -13,8 +13,7 @@ from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AbstractMesh, Mesh
 
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
@@ -81,12 +80,12 @@ class Training:
             after=self.after,
         )
 
-    def frozen(self, split: NamedSharding | None = None) -> dict | None:
+    def frozen(self, split: jax.NamedSharding | None = None) -> dict | None:
         """Abstract arrays that the loss reads and does not train."""
 
     def lower(self, mesh: Mesh) -> jax.stages.Lowered:
         """The stage's train step for the mesh, which is in force, on abstract arguments."""
-        rows, whole = NamedSharding(mesh, sharding.BATCH_FIRST), NamedSharding(mesh, P())
+        rows, whole = (jax.NamedSharding(mesh, spec) for spec in (sharding.BATCH_FIRST, jax.P()))
         batch = self.batch(self.train.batch_size, rows)
         return self.train_step.lower(sharding.abstract(self.init), batch, self.frozen(whole))
 
@@ -148,7 +147,7 @@ def residuals(training: Training, mesh: AbstractMesh, rows: int) -> list:
         return jax.vjp(lambda p: loss(p, frozen, batch, *random), params, has_aux=True)[1]
 
     with jax.sharding.use_abstract_mesh(mesh):
-        batch = training.batch(rows, NamedSharding(mesh, sharding.BATCH_FIRST))
+        batch = training.batch(rows, jax.NamedSharding(mesh, sharding.BATCH_FIRST))
         jaxpr = jax.make_jaxpr(backward)(state["params"], frozen, batch).jaxpr
     given = {id(var) for var in jaxpr.invars}
     return list({id(v): v.aval for v in jaxpr.outvars if id(v) not in given}.values())
@@ -199,7 +198,7 @@ class Pretraining(Training):
     def init(self) -> Callable:
         return step.make_init(self.network, self.optimizer[0], self.train.ema)
 
-    def batch(self, rows: int, split: NamedSharding | None = None) -> dict:
+    def batch(self, rows: int, split: jax.NamedSharding | None = None) -> dict:
         """Abstract arrays of a batch of `rows` images."""
         shapes = {"tokens": (rows, self.network.length), "variant": (rows,)}
         if self.network.config.class_tokens:

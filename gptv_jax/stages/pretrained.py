@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 
 from gptv_jax import config as config_lib
 from gptv_jax import files, hosts, sharding, tokens, weights
@@ -57,7 +56,7 @@ def load_given(context: Context) -> Pretrained:
     LOG.info("The %d start vector(s) of these weights become %d.", count, network.starts)
 
     def spread(start):
-        start = jax.sharding.reshard(start, P())
+        start = jax.sharding.reshard(start, jax.P())
         one = start.mean(axis=0) if not classes or count == 1 else start[-1]
         return jnp.broadcast_to(one, (network.starts, *one.shape))
 

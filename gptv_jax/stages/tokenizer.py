@@ -11,8 +11,6 @@ import math
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from gptv_jax import sharding, tokens
 from gptv_jax.checkpoint import Checkpoints
@@ -37,7 +35,7 @@ def run_stage(context: Context) -> dict:
     frozen = None
     if settings.lpips:
         weights = load_lpips(settings.lpips_weights)
-        frozen = {"vgg": jax.device_put(weights, NamedSharding(context.mesh, P()))}
+        frozen = {"vgg": jax.device_put(weights, jax.NamedSharding(context.mesh, jax.P()))}
     metric = step.Metric(autoencoding.make_eval_step(network), autoencoding.health)
     entries = settings.train_transforms
     batches = functools.partial(context.images.train, train.batch_size, entries=entries)
@@ -71,7 +69,7 @@ def run_stage(context: Context) -> dict:
         )
     found, speed = evaluate(fitted.params, "test"), fitted.tokens_per_second
     # The weights by flat name, unsharded, on every process.
-    whole = jax.jit(functools.partial(jax.tree.map, lambda x: jax.sharding.reshard(x, P())))
+    whole = jax.jit(functools.partial(jax.tree.map, lambda x: jax.sharding.reshard(x, jax.P())))
     weights = {k: np.asarray(v) for k, v in sharding.by_name(whole(fitted.params)).items()}
     data, transforms = config.data, settings.train_transforms or config.data.train_transforms
     made_by = {"data": data.name, "split": data.train_split, "image_size": data.image_size}

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Integer, PRNGKeyArray
 
 from gptv_jax import config as config_lib
@@ -193,7 +192,7 @@ def update_codebook(
     The key draws the encodings that dead codes restart from.
     """
     # Small beside the images; every device computes all of it.
-    z, codes = jax.sharding.reshard((unit(z.astype(jnp.float32)), codes), P())
+    z, codes = jax.sharding.reshard((unit(z.astype(jnp.float32)), codes), jax.P())
     z, codes = z.reshape(-1, z.shape[-1]), codes.reshape(-1)
     decay, V = settings.codebook_decay, len(codebook["counts"])
     seen = jnp.zeros(V).at[codes].add(1.0)
@@ -245,7 +244,7 @@ def make_eval_step(config: config_lib.Autoencoder) -> Callable:
             "idempotence": (codes == again).mean(axis=(1, 2)),
         }
         sums = {name: (mask * values).sum() for name, values in by_image.items()}
-        codes, real = jax.sharding.reshard((codes, mask.astype(jnp.int32)), P())
+        codes, real = jax.sharding.reshard((codes, mask.astype(jnp.int32)), jax.P())
         real = jnp.broadcast_to(real[:, None, None], codes.shape)
         sums["counts"] = jnp.zeros(config.vocabulary, jnp.int32).at[codes].add(real)
         return sums

@@ -13,7 +13,6 @@ from types import MappingProxyType
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from gptv_jax import sharding
@@ -284,5 +283,5 @@ def confusion(
     """
     # Float32 products at the highest precision are exact for counts below 2 ** 24, one batch's.
     shares = jax.nn.one_hot(labels, classes) * mask[:, None], jax.nn.one_hot(chosen, classes)
-    exact = {"precision": jax.lax.Precision.HIGHEST, "out_sharding": PartitionSpec(None, None)}
+    exact = {"precision": jax.lax.Precision.HIGHEST, "out_sharding": jax.P(None, None)}
     return jnp.einsum("bc,bd->cd", *shares, **exact).astype(jnp.int32)
