@@ -285,9 +285,7 @@ def make_label_loss(config: config_lib.Autoencoder) -> Callable:
     def loss(params, frozen, batch, key, step) -> tuple[Array, dict]:
         del frozen, key, step
         model, maps = autoencoder.bind(config, params), batch["maps"]
-        restored = model.decoder(
-            model.quantizer(model.encoder(as_channels(maps, config.channels))).values
-        )
+        restored = model.decoder(model.encode(as_channels(maps, config.channels)).values)
         known = maps < config.channels
         nats = cross_entropy(LOGIT * restored, jnp.where(known, maps, 0))
         flat = (len(maps), -1)
