@@ -6,13 +6,12 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.planning import compiled
 from gptv_jax.planning.hlo import Collective
 from gptv_jax.planning.memory import Memory
 from gptv_jax.planning.topology import Topology
-from gptv_jax.planning.training import Call, Make, Pretraining, Training
+from gptv_jax.planning.training import Call, Training
 
 DAY = 86_400  # seconds
 
@@ -184,20 +183,15 @@ class Plan:
         }
 
 
-def make(
-    config: config_lib.Config,
-    topology: Topology,
-    kind: Make = Pretraining,
-    *,
-    compiling: bool = True,
-) -> Plan:
-    """Plans a training of a configuration, whose mesh may have a -1 to fill.
+def make(training: Training, topology: Topology, *, compiling: bool = True) -> Plan:
+    """Plans a training, whose configuration's mesh may have a -1 to fill.
 
     `compiling=False` does without the compiler where there is one for the topology.
 
     InputError: the mesh does not fit the devices, the batch or the network.
     """
-    training, lengths = kind(config), sharding.axis_sizes(config.mesh, topology.count)
+    config = training.config
+    lengths = sharding.axis_sizes(config.mesh, topology.count)
     mesh = topology.abstract_mesh(lengths)
     length = training.units if training.unit == "token" else None
     sharding.check(config, mesh, training.sections, length)

@@ -36,9 +36,6 @@ class Call(NamedTuple):
     bytes: float | int  # of one call: of the whole array, on one device
 
 
-Make = Callable[[config_lib.Config], "Training"]  # such as a class of trainings
-
-
 @dataclasses.dataclass(frozen=True)
 class Training:
     """A training of a configuration: what all kinds of training share.
