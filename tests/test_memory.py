@@ -175,7 +175,7 @@ def test_what_is_kept_falls_with_rematerialisation_and_with_microbatches():
 
 
 def test_a_tpu_fills_an_array_up_to_whole_tiles():
-    cpu, tpu = (devices.abstract_mesh((1, 8, 1, 1)) for devices in (CPU, TPU))
+    cpu, tpu = (sharding.abstract_mesh((1, 8, 1, 1), d.kind, d.platform) for d in (CPU, TPU))
     split = jax.NamedSharding(cpu, P(None, "fsdp"))
     array = jax.ShapeDtypeStruct((4, 512, 3, 8, 64), "float32", sharding=split)
     assert memory.total_bytes([array], cpu) == 4 * 64 * 3 * 8 * 64 * 4

@@ -192,7 +192,7 @@ def make(training: Training, topology: Topology, *, compiling: bool = True) -> P
     """
     config = training.config
     lengths = sharding.axis_sizes(config.mesh, topology.count)
-    mesh = topology.abstract_mesh(lengths)
+    mesh = sharding.abstract_mesh(lengths, topology.kind, topology.platform)
     length = training.units if training.unit == "token" else None
     sharding.check(config, mesh, training.sections, length)
     sharding.over_slices(lengths, topology.slices)
@@ -201,7 +201,7 @@ def make(training: Training, topology: Topology, *, compiling: bool = True) -> P
     slice_of = [i // topology.per_slice for i in range(topology.count)]
     found = _required(training.collectives(sizes), sizes)
     if topology.compiles and compiling:
-        real = topology.mesh(config.mesh)
+        real = sharding.make_mesh(config.mesh, topology.devices())
         program = compiled.compile_step(training, real)
         slice_of = [getattr(device, "slice_index", None) or 0 for device in real.devices.flat]
         found = found if program.refused else program.collectives
