@@ -164,9 +164,9 @@ class Learned(LabelCodec):
     """The token of a cell is its code in an autoencoder of label maps, `model.autoencoder`.
 
     The encoder reads the class of each pixel as a channel of its own, and zeros where there is no
-    class. The decoder gives a logit for each class. `train.label_autoencoding` trains both. A
-    device of this process encodes and decodes the maps one after another, in one call, so the
-    other maps of a batch change nothing.
+    class. The decoder gives a logit for each class. `train.autoencoding.fit_learned` trains both. A
+    device of this process encodes and decodes the maps one after another, in one call, so the other
+    maps of a batch change nothing.
     """
 
     kind = "learned"
