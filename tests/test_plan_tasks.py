@@ -30,7 +30,8 @@ of_seven = functools.partial(Finetuning, names=7)
 
 
 def test_a_task_with_parts_and_a_stem_is_compiled_for_a_tpu_slice():
-    found = plan.make(DETECT, topology.parse("v5e:4x4"), of_seven)
+    config = dataclasses.replace(DETECT, model=dataclasses.replace(DETECT.model, layers=1))
+    found = plan.make(config, topology.parse("v5e:4x4"), of_seven)
     network = found.training.network
     assert found.compiled and found.fits and len(network.layout.parts) == 2 and network.stem
     length = 16 * 32 + 5 * 24
