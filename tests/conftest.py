@@ -56,7 +56,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What is imported stays, so no garbage collection looks at these million objects again."""
+    """Imported objects live to the end, so garbage collections need not look at them."""
     gc.freeze()
 
 

@@ -32,7 +32,6 @@ FIELDS = (
     "--config.finetune.train.log_every=2",
     "--config.finetune.train.optimizer.learning_rate=0.001",
     "--config.finetune.standardize=False",
-    "--config.finetune.scratch=False",
     "--config.probe.c=(0.1,)",
 )
 # Times; and the accuracy of 16 training images, which a rounding may tip.

@@ -22,11 +22,11 @@ def benchmark():
     return module
 
 
-def test_random_kills_change_nothing(benchmark, finished_run, tmp_path):
+def test_ten_random_kills_change_nothing(benchmark, finished_run, tmp_path):
     arguments = [a for a in small_arguments(tmp_path) if not a.startswith("--workdir=")]
     with benchmark.Command(arguments, tmp_path / "log") as command:
         kills = benchmark.kill_again_and_again(
-            command, tmp_path / "run", finished_run.folder, count=6, seed=117
+            command, tmp_path / "run", finished_run.folder, count=10, seed=1
         )
     assert benchmark.differences(tmp_path / "run", finished_run.folder) == []
     assert {kill.by for kill in kills} == {signal.SIGKILL, signal.SIGTERM}

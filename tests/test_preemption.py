@@ -63,21 +63,25 @@ def stopped_at(told: str) -> int:
     return int(re.fullmatch(f"pretrain stopped by SIGTERM {saved}", told)[1])
 
 
-# SIGTERM at events, and the steps at which it stops the training; even steps are evaluated.
-MOMENTS = [
-    {("next batch", 1): 2, ("next batch", 4): 5, ("step", 6): 6},
-    {("evaluation", 2): 2, ("save", 4): 5, ("evaluation", 6): 6},
-    {("save", 2): 3, ("step", 5): 5},
-]
+# SIGTERM at an event, and the step at which it stops the training; even steps are evaluated.
+MOMENTS = {
+    ("next batch", 1): 2,
+    ("next batch", 4): 5,
+    ("step", 5): 5,
+    ("step", 6): 6,
+    ("evaluation", 2): 2,
+    ("evaluation", 6): 6,
+    ("save", 2): 3,
+    ("save", 4): 5,
+}
 
 
-@pytest.mark.parametrize("moments", MOMENTS, ids=lambda m: ", ".join(f"{e} {at}" for e, at in m))
+@pytest.mark.parametrize("moment", MOMENTS, ids=lambda m: f"{m[0]} {m[1]}")
 def test_a_training_stopped_by_sigterm_ends_as_if_it_had_not_stopped(
-    training, uninterrupted, tmp_path, moments
+    training, uninterrupted, tmp_path, moment
 ):
-    steps = [terminated(training, tmp_path, 2, moment) for moment in moments]
-    assert steps == list(moments.values())
-    late = steps[-1] == STEPS  # saved without its evaluation
+    assert terminated(training, tmp_path, 2, moment) == MOMENTS[moment]
+    late = MOMENTS[moment] == STEPS  # saved without its evaluation
     assert_identical(training.run(tmp_path, 2, unevaluated=late), uninterrupted)
 
 
@@ -89,12 +93,12 @@ def test_a_training_stopped_repeatedly_ends_as_if_it_had_not_stopped(
     assert_identical(training.run(tmp_path, 100, unevaluated=1), uninterrupted)
 
 
+@pytest.mark.parametrize("kill", [("evaluation", 4), ("next batch", 4), ("next batch", 5)])
 def test_a_training_killed_near_the_evaluation_that_it_gave_up_repeats_the_evaluation(
-    training, uninterrupted, tmp_path
+    training, uninterrupted, tmp_path, kill
 ):
     assert terminated(training, tmp_path, 100, ("evaluation", 4)) == 4
-    for kill in (("evaluation", 4), ("next batch", 4), ("next batch", 5)):
-        training.stopped(tmp_path, 100, kill)
+    training.stopped(tmp_path, 100, kill)
     assert_identical(training.run(tmp_path, 100), uninterrupted)
 
 

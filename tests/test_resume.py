@@ -1,11 +1,9 @@
 """A training that stops, anywhere, and goes on is bit for bit the one that never stopped."""
 
-import functools
 import itertools
 import json
 import logging
 import pathlib
-import shutil
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -235,18 +233,12 @@ def test_another_mesh_goes_on_with_the_same_data_to_rounding(tmp_path):
 # A loss that is no longer finite.
 
 
-@functools.cache
-def diverging(bad: int) -> Training:
-    """Its step `bad` is far too long."""
-    rate = lambda taken: jax.numpy.where(taken == bad - 1, 1e30, 0.1)  # noqa: E731
-    return Training((1, 1, 1), optax.sgd(rate))
-
-
 @pytest.mark.parametrize(("bad", "every", "good"), [(1, 1, 0), (4, 1, 3), (4, 2, 2)])
 def test_a_training_that_diverges_names_the_step_and_keeps_what_was_good(
     tmp_path, bad, every, good
 ):
-    training = diverging(bad)
+    rate = lambda taken: jax.numpy.where(taken == bad - 1, 1e30, 0.1)  # noqa: E731
+    training = Training((1, 1, 1), optax.sgd(rate))
     with pytest.raises(InputError) as caught:
         training.run(tmp_path, every)
     assert f"step {bad}:" in str(caught.value)
@@ -293,19 +285,11 @@ DAMAGES = {"cut": cut, "changed byte": change_a_byte, "lost position": lose("inf
 DAMAGES |= {"lost arrays": lose("state"), "lost metadata": lose("state/_METADATA")}
 
 
-@pytest.fixture(scope="module")
-def stopped(muon, tmp_path_factory) -> pathlib.Path:
-    """A training with checkpoints of steps 2 and 4; to be copied."""
-    folder = tmp_path_factory.mktemp("stopped")
-    muon.stopped(folder, 2, ("next batch", 5))
-    return folder
-
-
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
-    muon, uninterrupted, stopped, tmp_path, caplog, damage
+    muon, uninterrupted, tmp_path, caplog, damage
 ):
-    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
+    muon.stopped(tmp_path, 2, ("next batch", 5))
     DAMAGES[damage](tmp_path / "pretrain" / "4")
     with caplog.at_level(logging.WARNING, "gptv_jax"):
         found = muon.run(tmp_path, 2)
@@ -315,8 +299,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
     assert_identical(found, uninterrupted)
 
 
-def test_nothing_is_started_anew_where_every_checkpoint_is_damaged(muon, stopped, tmp_path):
-    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
+def test_nothing_is_started_anew_where_every_checkpoint_is_damaged(muon, tmp_path):
+    muon.stopped(tmp_path, 2, ("next batch", 5))
     for step_folder in ("2", "4"):
         cut(tmp_path / "pretrain" / step_folder)
     with pytest.raises(InputError, match=r"no checkpoint in .*pretrain can be read"):

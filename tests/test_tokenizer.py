@@ -190,13 +190,16 @@ def test_another_run_and_a_cache_use_an_existing_tokenizer(run, finished, data, 
     named, stage = f"--config.tokens.tokenizer={finished}", "--stages=pretrain"
     ended = run(tmp_path / "cache", data, named, module="prepare")
     assert json.loads(ended.output)["test"]["psnr"] > 0
-    run(tmp_path / "images", data, named, stage, "--config.data.train_transforms=()")
+    run(tmp_path / "images", data, named, stage)
+    plain = "--config.data.train_transforms=()"
+    run(tmp_path / "plain", data, named, stage, plain)
     # A cache has no flips: mirroring the grid of codes would not mirror the squares of pixels.
     cached = tmp_path / "cache", "--config.data.name=tokens"
     ended = run(tmp_path / "cached", *cached, stage)
     assert "flip(), which needs pixels" in ended.errors
     key = "pretrain/test_nats_per_token"
-    assert summary_of(tmp_path / "cached")[key] == summary_of(tmp_path / "images")[key]
+    assert summary_of(tmp_path / "cached")[key] == summary_of(tmp_path / "plain")[key]
+    assert summary_of(tmp_path / "images")[key] != summary_of(tmp_path / "plain")[key]
     for folder in ("images", "cached"):
         assert learned.load(tmp_path / folder).hash == learned.load(finished).hash
 
