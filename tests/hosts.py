@@ -1,12 +1,10 @@
 """One of several real processes, for test_data.py: writes its share of some batches.
 
-Before that all tell each other something, which is checked here. Two processes score a segmentation
-together as well.
+Before that all tell each other something, which is checked here.
 
 python hosts.py PORT INDEX COUNT FILE
 """
 
-import dataclasses
 import itertools
 import sys
 
@@ -14,9 +12,8 @@ import jax
 import numpy as np
 
 from gptv_jax import config as config_lib
-from gptv_jax import hosts, sharding, tasks
-from gptv_jax.data import pipeline, sources
-from gptv_jax.data.damage import DamageLog
+from gptv_jax import hosts
+from gptv_jax.data import pipeline
 from gptv_jax.errors import InputError
 from gptv_jax.tokens import GreyCodec
 
@@ -37,31 +34,7 @@ def main(port: str, index: str, count: str, file: str) -> None:
         for number, batch in enumerate(found)
         for name, array in batch.items()
     }
-    np.savez(file, **arrays, **(segmented(share) if count == "2" else {}))
-
-
-def segmented(share: tuple[int, int] = (0, 1)) -> dict[str, np.ndarray]:
-    """What a process knows in the end of 13 test scenes that random weights read and write."""
-    segment = config_lib.Segment(labels="cells", cell=8, samples=2)
-    config = config_lib.Config(
-        data=config_lib.Data(name="digit_scenes", image_size=(32, 48), test_split="test[:13]"),
-        tokens=config_lib.Tokens(kind="none"),
-        model=config_lib.Model(layers=1, width=16, heads=2),
-        task=config_lib.Task("segment", image_input="pixels", stem=(8, 8, 8), segment=segment),
-    )
-    known = pipeline.images(config.data, "train", DamageLog(config.data, None), 20, annotated=True)
-    source = sources.open_source(config.data, "test")
-    task = tasks.make(config, map_names=source.map_names)
-    task = dataclasses.replace(task, measured=task.measure(lambda count: known))
-    images = pipeline.Pipeline(config.data, None, seed=0, share=share)
-    with jax.set_mesh(sharding.make_mesh(config.mesh, jax.devices()[: share[1]])):
-        params = jax.jit(task.network().init)(jax.random.key(0))
-        batches = images.evaluation("test", 4, example=task.example, pixels=True)
-        total = task.test_metric(task.network(), source.annotations).sums(params, batches)
-    counts = task.maps.counts(total, source.annotations, ("read", "written", "voted"))
-    assert all(matrix.sum() == 13 * 32 * 48 for matrix in counts.values())
-    nats = {name: total[name][total["mask"] > 0] for name in ("nats_per_pixel", "nats_per_map")}
-    return {f"segmented {name}": array for name, array in (counts | nats).items()}
+    np.savez(file, **arrays)
 
 
 def talk(index: int, count: int) -> None:
