@@ -157,7 +157,7 @@ def tabulate(features: Features, strengths: Sequence[float]) -> list[dict]:
 
     def passed(split: str, solution: tuple | None = None, *, fit: bool) -> np.ndarray:
         nonlocal moments, cells
-        total = np.int64(0)
+        total = np.zeros((), np.int64)
         for x, counts, mask in features(split):
             cells = counts.shape[2]
             batch, counts = _rows(counts, mask)
