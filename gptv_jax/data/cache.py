@@ -35,6 +35,7 @@ from gptv_jax import config as config_lib
 from gptv_jax import files, tokens
 from gptv_jax.config import fields
 from gptv_jax.config.data import image_size
+from gptv_jax.data.data_set import DataSet, Source
 from gptv_jax.data.records import OBJECTS, Record, to_original
 from gptv_jax.errors import InputError, as_input_error, first_line, naming, shorten
 
@@ -127,12 +128,11 @@ def write(
         (folder / files.LOCK).unlink()
 
 
-class TokenCache:
-    """A folder of `write`, as a `sources.DataSet`; any other folder raises InputError."""
+class TokenCache(DataSet):
+    """A folder of `write`; any other folder raises InputError."""
 
     def __init__(self, folder: pathlib.Path):
-        self.folder = folder
-        path = folder / "header.json"
+        self.folder, path = folder, folder / "header.json"
         try:
             header = json.loads(path.read_text())
             self.classes: int = header["classes"]
@@ -154,7 +154,7 @@ class TokenCache:
             )
             self.keys = tuple(n for n in ("segmentation",) if n in self.record.names)
             self.object_names = tuple(header.get("object_names", ()))
-            self.object_ids = tuple(header.get("object_ids", range(len(self.object_names))))
+            self.object_ids = tuple(header.get("object_ids", ()))
             self.map_names = tuple(header.get("map_names", ()))
         except OSError as error:
             raise InputError(
@@ -194,7 +194,7 @@ class TokenCache:
         return _CachedSplit(path, self.lengths[split], self.record, self.objects, planes)
 
 
-class _CachedSplit:
+class _CachedSplit(Source):
     def __init__(
         self,
         path: pathlib.Path,

@@ -1,20 +1,19 @@
 """The files of a COCO data set: which JSON file and which folder of images a split has."""
 
-import collections
 import gc
 import json
 import mmap
-import os
 import pathlib
 import re
 
 import numpy as np
 
+from gptv_jax import config as config_lib
 from gptv_jax.data import guess
-from gptv_jax.data.listing import split_name
+from gptv_jax.data.data_set import SPLITS
+from gptv_jax.data.listing import split_name, split_of
 from gptv_jax.errors import InputError, as_input_error, shorten
 
-SPLITS = ("train", "validation", "test")  # the order in which settings name files
 LISTS = ("images", "annotations", "categories")
 # Most of a file is polygons. They are cut out of the text, since as Python objects they would take
 # gigabytes; a string with these words has \" in JSON.
@@ -24,24 +23,21 @@ PROBED = 32  # images of a JSON file that are looked for in every folder
 
 def find(path: pathlib.Path, given: str | None) -> dict[str, pathlib.Path]:
     """The JSON file of every split, in the order of `SPLITS`."""
-    field = "config.data.annotations"
-    if not path.is_dir():
+    field, root = "config.data.annotations", _root(path)
+    if root != path:
         files = [path]
     elif given is None:
         files = guess.coco_files(path)
         if not files:
-            missing = (
-                f"config.data.path={path} has no COCO JSON file, such as instances_train.json, in "
-                "the folder or in a folder directly in it"
-            )
             advice = guess.of_folder(path, "coco")
             if advice and "config.data.name=folder " not in advice:
                 raise InputError(f"config.data.path={advice}")
             above = guess.coco_files(path.parent)
             found = f"{path.parent}, which has such a file" if above else "the folder that has it"
             raise InputError(
-                f"{missing}; take {found}, name files by {field}, or read images without boxes by "
-                "--config.data.name=folder."
+                f"config.data.path={path} has no COCO JSON file, such as instances_train.json, in "
+                f"the folder or in a folder directly in it; take {found}, name files by {field}, "
+                "or read images without boxes by --config.data.name=folder."
             )
     elif "{split}" in given:
         files = sorted(path.glob(given.replace("{split}", "*")))
@@ -52,26 +48,22 @@ def find(path: pathlib.Path, given: str | None) -> dict[str, pathlib.Path]:
         if missing := [file for file in files if not file.is_file()]:
             raise InputError(f"{field}={given} names {missing[0]}, which does not exist.")
         return dict(zip(SPLITS, files, strict=False))
+    splits = [split_of(file.relative_to(root).with_suffix("")) for file in files]
     if len(files) == 1:
-        root = path if path.is_dir() else path.parent
-        return {_split(files[0], root) or "train": files[0]}
-    found = collections.defaultdict(list)
-    for file in files:
-        found[_split(file, path)].append(file)
-    for split, members in found.items():
+        return {splits[0] or "train": files[0]}
+    for split in splits:
+        members = [file for file, own in zip(files, splits, strict=True) if own == split]
         if split is None or len(members) > 1:
             of = f"of the split {split}" if split else "of no split by their names"
             raise InputError(
                 f"{path} has {shorten(f.relative_to(path) for f in members)} {of}; name the files "
                 f"to use by {field}=TRAIN.json,VALIDATION.json,TEST.json."
             )
-    return {split: found[split][0] for split in SPLITS if split in found}
+    return {split: files[splits.index(split)] for split in SPLITS if split in splits}
 
 
-def _split(file: pathlib.Path, root: pathlib.Path) -> str | None:
-    """The split that a JSON file's name stands for, or else the name of its folder."""
-    inner = file.parent.name if file.parent != root else ""
-    return split_name(file.stem, within=True) or split_name(inner, within=True)
+def _root(path: pathlib.Path) -> pathlib.Path:
+    return path if path.is_dir() else path.parent
 
 
 def own_name(file: pathlib.Path) -> str:
@@ -126,14 +118,15 @@ def read(path: pathlib.Path, outlines: bool = False) -> dict:
 
 
 def image_folder(
-    root: pathlib.Path,
-    split: str,
+    config: config_lib.Data,
+    path: pathlib.Path,
     file: pathlib.Path,
-    images: list[dict],
-    given: str | None,
+    split: str,
     splits: int,
+    images: list[dict],
 ) -> pathlib.Path:
-    """The folder in which most of the images lie that are looked for."""
+    """The folder in which most of the images of `file` lie."""
+    root, given = _root(path), config.images
     if given is not None:
         names = [name.strip() for name in given.split(",")]
         if "{split}" in given:
@@ -147,7 +140,7 @@ def image_folder(
             )
     else:
         places = [file.parent, root, root / "images"]
-        below = [each for place in places if place.is_dir() for each in _folders(place)]
+        below = [folder for place in places for folder in sorted(place.glob("*/"))]
         # Among folders with equally many images, the folder named like the split comes first.
         fitting = [each for each in below if split_name(each.name, within=True) == split]
         own = [each for each in below if each.name == own_name(file)]
@@ -160,10 +153,6 @@ def image_folder(
             f"{shorten(dict.fromkeys(folders), room=100)}; name the folder by config.data.images."
         )
     return folders[counts.index(max(counts))]
-
-
-def _folders(place: pathlib.Path) -> list[pathlib.Path]:
-    return sorted(pathlib.Path(each.path) for each in os.scandir(place) if each.is_dir())
 
 
 def image_name(image: dict) -> str:

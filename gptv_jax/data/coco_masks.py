@@ -26,30 +26,13 @@ class Outlines:
 
     file: pathlib.Path
     kinds: tuple[str, ...]  # of `KINDS`
-    spans: np.ndarray  # int64 [M, 2], where the polygons begin and end in the file; 0, 0: elsewhere
-    others: dict[int, object]  # run lengths and whatever else an object has
-
-    @classmethod
-    def of(cls, file: pathlib.Path, kinds: tuple[str, ...], given: list, spans: np.ndarray):
-        """The outlines of objects from their "segmentation", as `coco_files.read` gives them.
-
-        A number there is a row of `spans`.
-        """
-        own = np.zeros((len(given), 2), np.int64)
-        others: dict[int, object] = {}
-        for row, outline in enumerate(given):
-            if type(outline) is int:
-                own[row] = spans[outline]
-            elif isinstance(outline, dict) and type(outline.get("counts")) is int:
-                others[row] = {**outline, "counts": tuple(spans[outline["counts"]].tolist())}
-            else:
-                others[row] = outline or []
-        return cls(file, kinds, own, others)
+    given: list  # the "segmentation" of each object, with rows of `spans` for lists; None: absent
+    spans: np.ndarray  # int64 [N, 2], where lists begin and end in the file, see `coco_files.read`
 
     def lack(self) -> np.ndarray:
         """Whether an object has no outline, or a text too short for a polygon; bool [M]."""
         short = np.diff(self.spans)[:, 0] < SHORTEST
-        return np.array([short[i] and not self.others.get(i) for i in range(len(short))], bool)
+        return np.array([short[e] if type(e) is int else not e for e in self.given], bool)
 
     def add(self, record: Record, rows: range, size: tuple[int, int], classes: int) -> None:
         """Adds "masks" and "segmentation" of the objects `rows`, whose boxes the record has.
@@ -89,27 +72,26 @@ class Outlines:
     def _outline(self, row: int, file: BinaryIO) -> list | dict:
         """The polygons or run lengths of an object, with the lists that the open file has."""
 
-        def read(start: int, end: int) -> list:
+        def read(given: object) -> object:
+            if type(given) is not int:
+                return given
+            start, end = self.spans[given].tolist()
             file.seek(start)
             return json.loads(file.read(end - start))
 
-        outline = self.others.get(row)
-        if outline is None:
-            return read(*self.spans[row].tolist())
-        if isinstance(outline, dict) and isinstance(outline["counts"], tuple):
-            return {**outline, "counts": read(*outline["counts"])}
-        return outline
+        outline = read(self.given[row]) or []
+        return {**outline, "counts": read(outline["counts"])} if "counts" in outline else outline
 
 
-def check(kinds: tuple[str, ...]) -> None:
-    """Raises InputError where other kinds are asked for, or pycocotools is not installed."""
-    if set(kinds) - set(KINDS):
-        given = ",".join(kinds)
+def kinds(given: str) -> tuple[str, ...]:
+    """The kinds that `config.data.maps` names; InputError if unknown, or without pycocotools."""
+    found = tuple(each.strip() for each in given.split(",") if each.strip())
+    if set(found) - set(KINDS):
         raise InputError(
             f"config.data.maps={given} is unknown for COCO files; it takes semantic (label maps), "
             "masks (of each object), or semantic,masks."
         )
-    if kinds:
+    if found:
         try:
             import pycocotools.mask  # noqa: F401
         except ImportError as error:
@@ -117,6 +99,7 @@ def check(kinds: tuple[str, ...]) -> None:
                 "masks of COCO files are made by pycocotools, which is not installed; "
                 "pip install pycocotools"
             ) from error
+    return found
 
 
 def _runs(outline: list | dict, height: int, width: int) -> dict | None:

@@ -3,8 +3,10 @@
 import pathlib
 import re
 
+from gptv_jax import config as config_lib
 from gptv_jax import files
 from gptv_jax.data.listing import ENDINGS
+from gptv_jax.errors import InputError
 
 HUB = re.compile(r"(?:hf://|https?://huggingface\.co/)(?:datasets/)?([\w.-]+/[\w.-]+)")
 # The data set that reads a file, by the file's ending.
@@ -40,6 +42,18 @@ def advice(place: str, name: str | None = None) -> str | None:
         return f"{place} is packed; unpack it, and name the folder by config.data.path."
     kind = KINDS.get(path.suffix.lower())
     return _take(path, name, kind, path) if path.exists() or name is None else None
+
+
+def data_path(config: config_lib.Data, pattern: bool = False) -> pathlib.Path:
+    """`config.data.path`, which exists unless it may be a pattern of file names."""
+    if config.path is None:
+        raise InputError(f"config.data.name={config.name} needs config.data.path.")
+    path = files.user_path(config.path)
+    if fitting := advice(config.path, config.name):
+        raise InputError(f"config.data.path={fitting}")
+    if not path.exists() and not (pattern and set("*?{") & set(path.name)):
+        raise InputError(f"config.data.path={path} does not exist.")
+    return path
 
 
 def of_folder(path: pathlib.Path, name: str | None) -> str | None:

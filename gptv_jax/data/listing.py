@@ -80,6 +80,12 @@ def split_name(name: str, within: bool = False) -> str | None:
     return match and match.lastgroup
 
 
+def split_of(file: pathlib.PurePath) -> str | None:
+    """The split that a file's name, or else the name of the nearest of its folders, stands for."""
+    names = (split_name(name, within=True) for name in reversed(file.parts))
+    return next(filter(None, names), None)
+
+
 def split_names(names: Iterable[str]) -> dict[str, str]:
     """The split train, validation or test that each name of a data set's split stands for.
 

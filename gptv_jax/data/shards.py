@@ -1,20 +1,17 @@
 """Data sets that lie in a few large files, whose names say which split each file belongs to."""
 
-import bisect
 import glob
-import itertools
 import os
 import pathlib
 import re
-from collections.abc import Iterable
 
 import numpy as np
 
 from gptv_jax.data import guess
 from gptv_jax.data import labels as labels_lib
 from gptv_jax.data.arrays import ArraysSplit
-from gptv_jax.data.folder import spread_classes
-from gptv_jax.data.listing import split_name
+from gptv_jax.data.data_set import SPLITS, DataSet, locate, spread_classes, starts
+from gptv_jax.data.listing import split_name, split_of
 from gptv_jax.errors import InputError
 
 _NUMBERED = re.compile(r"([A-Za-z]\w*)-\d+-of-\d+(-[0-9a-f]+)?")  # unlabeled-00000-of-00005
@@ -38,18 +35,18 @@ def find(
         advice = guess.of_folder(path, name) if path.is_dir() else None
         found = advice or f"{path} has no {kind} file ({' or '.join(endings)})."
         raise InputError(f"config.data.path={found}")
-    splits = {file: _split(file.relative_to(root)) for file in files}
+    names = {file: file.name.partition(".")[0] for file in files}
+    splits = {f: split_of(f.relative_to(root).parent / name) for f, name in names.items()}
     if not any(splits.values()):
         splits = dict.fromkeys(files, "train")
     found: dict[str, list[pathlib.Path]] = {}
     for file, split in splits.items():
-        other = _NUMBERED.fullmatch(file.name.partition(".")[0])  # a split of another name
+        other = _NUMBERED.fullmatch(names[file])  # a split of another name
         if not split and not other:
             problem = f"{given} has files that name a split, and {file.name}, which names none"
             advice = f"name its split, as in train-{file.name}, or take the file away"
             raise InputError(f"{problem}; {advice}.")
         found.setdefault(split or other[1], []).append(file)
-    order = {"train": 0, "validation": 1, "test": 2}
     for split, members in found.items():
         folders = sorted({str(file.parent.relative_to(root)) for file in members})
         if len(folders) > 1:
@@ -57,7 +54,8 @@ def find(
                 f"{given} has files of the split {split} in {len(folders)} folders, {folders[0]} "
                 f"and {folders[1]} among them; name one of these folders by config.data.path."
             )
-    return {split: found[split] for split in sorted(found, key=lambda s: (order.get(s, 3), s))}
+    order = (*SPLITS, *sorted(found))
+    return {split: found[split] for split in sorted(found, key=order.index)}
 
 
 def _list(path: pathlib.Path, endings: tuple[str, ...]) -> tuple[list[pathlib.Path], pathlib.Path]:
@@ -86,36 +84,12 @@ def _expand(pattern: str) -> list[str]:
     return [before + number + rest for number in numbers for rest in after]
 
 
-def _split(file: pathlib.Path) -> str | None:
-    # The name of the file says more than the names of folders, the nearest folder the most.
-    names = [file.name.partition(".")[0], *reversed(file.parts[:-1])]
-    return next(filter(None, (split_name(name, within=True) for name in names)), None)
+class Shards(DataSet):
+    """A data set of image files in parts; rows that are sorted by class are mixed.
 
-
-class Rows:
-    """The rows of several parts, numbered throughout."""
-
-    def __init__(self, lengths: Iterable[int]):
-        self._ends = list(itertools.accumulate(lengths))
-
-    def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
-
-    def locate(self, index: int) -> tuple[int, int]:
-        """The number of the part that holds a row, and the row's number in the part."""
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        part = bisect.bisect_right(self._ends, index)
-        return part, index - (self._ends[part - 1] if part else 0)
-
-
-class Shards:
-    """A data set of large files; rows that are sorted by class are mixed.
-
-    A part has some rows of a file: its length, `read(row)`, the bytes of an image, and `name(row)`.
+    A part has some of a split's images: its length, `read(row)`, the bytes of an image file, and
+    `name(row)`.
     """
-
-    object_names = ()
 
     def __init__(
         self,
@@ -132,7 +106,7 @@ class Shards:
         in test splits whose labels are kept secret) is left out, with a note. Raises InputError
         where labels are of mixed or other types, only some are missing, or one has no name.
         """
-        self.notes: list[str] = []
+        self.notes = []
         # As the names of files and folders call the splits.
         self.other_names = {
             word: split
@@ -141,18 +115,20 @@ class Shards:
             if split_name(word) == split
         }
         rows = {split: np.arange(sum(map(len, found))) for split, found in parts.items()}
-        numbers, self.classes, self.class_names = {}, 0, ()
+        numbers = {}
         if labels is not None:
             vectors = self._vectors(labels, where, ignore_label)
-            rows = labels_lib.leave_out(vectors, ignore_label, self.notes)
-            kept = {split: vectors[split][chosen] for split, chosen in rows.items()}
-            names = () if any(each.dtype.kind == "U" for each in kept.values()) else names
-            numbers, self.classes, self.class_names = labels_lib.number(kept, self.notes, names)
-        self._splits = {s: _Split(parts[s], rows[s], numbers.get(s)) for s in rows}
-        self.lengths = {split: len(kept) for split, kept in rows.items()}
-
-    def open(self, split: str) -> "_Split":
-        return self._splits[split]
+            rows, numbers, self.classes, self.class_names = labels_lib.number(
+                vectors, ignore_label, self.notes, names
+            )
+        for split, given in numbers.items():
+            # Rows are sorted where the label changes less than half as often as at random.
+            shares = np.bincount(given) / len(given)
+            expected = (1 - np.square(shares).sum()) * (len(given) - 1)
+            if np.count_nonzero(np.diff(given)) < expected / 2:
+                order = spread_classes(given)
+                rows[split], numbers[split] = rows[split][order], given[order]
+        self.splits = {s: _Split(parts[s], kept, numbers.get(s)) for s, kept in rows.items()}
 
     def _vectors(
         self, found: dict[str, list], where: str, ignore_label: int | None
@@ -185,20 +161,13 @@ class Shards:
 
 
 class _Split(ArraysSplit):
-    """The rows `images` of a split, int [N], and their labels, int [N], or None."""
+    """The images `rows`, int [N], of parts that are numbered throughout, and their labels."""
 
     key = "encoded"
 
     def __init__(self, parts: list, rows: np.ndarray, labels: np.ndarray | None):
-        if labels is not None:
-            # Rows are sorted where the label changes less than half as often as at random.
-            shares = np.bincount(labels) / len(labels)
-            expected = (1 - np.square(shares).sum()) * (len(labels) - 1)
-            if np.count_nonzero(np.diff(labels)) < expected / 2:
-                order = spread_classes(labels)
-                rows, labels = rows[order], labels[order]
         super().__init__("", rows, labels)
-        self.parts, self._places = parts, Rows(map(len, parts))
+        self.parts, self._firsts = parts, starts(map(len, parts))
 
     def read(self, index: int) -> bytes:
         part, row = self._locate(index)
@@ -209,5 +178,5 @@ class _Split(ArraysSplit):
         return part.name(row)
 
     def _locate(self, index: int) -> tuple:
-        part, row = self._places.locate(int(self.images[index]))
+        part, row = locate(self._firsts, int(self.images[index]))
         return self.parts[part], row

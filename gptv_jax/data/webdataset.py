@@ -10,7 +10,8 @@ import tarfile
 
 import numpy as np
 
-from gptv_jax.data import listing, shards
+from gptv_jax import config as config_lib
+from gptv_jax.data import guess, listing, shards
 from gptv_jax.data.images import DamagedImageError
 from gptv_jax.errors import InputError, as_input_error
 
@@ -22,19 +23,19 @@ NAMES = "classnames.txt"  # beside the shards, a name a line
 
 
 class WebDataset(shards.Shards):
-    """The images of tar files; `path` as in `shards.find`.
+    """The images of tar files; `config.path` as in `shards.find`.
 
     The files of an example are `NAME.jpg`, `NAME.cls`, ...; the ending begins at the first dot. The
     label is the content of .cls, a whole number or a text, or in .json a field of `JSON_LABELS`.
     Other files, such as captions in .txt, are not read. Examples stay in the order of the shards,
-    unless they are sorted by class; then they are mixed. Images with the label `ignore_label` are
-    left out; `labels=False` ignores all labels.
+    unless they are sorted by class; then they are mixed.
     """
 
-    def __init__(self, path: pathlib.Path, labels: bool = True, ignore_label: int | None = None):
+    def __init__(self, config: config_lib.Data):
+        path = guess.data_path(config, pattern=True)
         splits, parts = shards.find(path, (".tar",), "tar", "webdataset"), {}
         for split, paths in splits.items():
-            parts[split] = [shard for p in paths if len(shard := _Shard(p, labels))]
+            parts[split] = [shard for p in paths if len(shard := _Shard(p, config.labels))]
             if not parts[split]:
                 shown = ", ".join(ENDINGS[:4])
                 problem = f"{paths[0]} has no image (no file ending in {shown}, ...)"
@@ -44,7 +45,7 @@ class WebDataset(shards.Shards):
         file = (path if path.is_dir() else path.parent) / NAMES
         names = tuple(file.read_text().splitlines()) if labelled and file.exists() else ()
         where = f".cls or .json of {path}"
-        super().__init__(parts, read if labelled else None, names, where, ignore_label)
+        super().__init__(parts, read if labelled else None, names, where, config.ignore_label)
 
 
 class _Shard:
