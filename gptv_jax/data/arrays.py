@@ -7,8 +7,8 @@ from etils import epy
 
 from gptv_jax import config as config_lib
 from gptv_jax import files
-from gptv_jax.data import guess
 from gptv_jax.data import labels as labels_lib
+from gptv_jax.data import listing
 from gptv_jax.data.data_set import DataSet, Source
 from gptv_jax.data.listing import split_names
 from gptv_jax.data.records import Record
@@ -104,7 +104,7 @@ def _check_images(split: str, images: np.ndarray) -> None:
 
 def open_npz(config: config_lib.Data) -> Arrays:
     """`Arrays` of an `.npz` file with `train_images`, `train_labels`, `test_images`, ..."""
-    path = guess.data_path(config)
+    path = listing.data_path(config)
     with as_input_error(f"config.data.path={path} is no .npz file of arrays"):
         try:
             arrays = files.read_arrays(path)

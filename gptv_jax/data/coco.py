@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from gptv_jax import config as config_lib
-from gptv_jax.data import coco_files, coco_masks, guess
+from gptv_jax.data import coco_files, listing
 from gptv_jax.data.coco_files import image_name
 from gptv_jax.data.data_set import ORDER_SEED, DataSet, Source
 from gptv_jax.data.images import DamagedImageError, as_stored, shown_size
@@ -22,7 +22,7 @@ from gptv_jax.errors import InputError, shorten
 class Coco(DataSet):
     """A folder, `config.path`, with a JSON file and a folder of images for each split.
 
-    Records have what `config.maps` names of `coco_masks.KINDS`. The images of a split are mixed in
+    Records have what `config.maps` names of `coco_files.KINDS`. The images of a split are mixed in
     a fixed order, so that `train[:90%]` is like the other tenth. Raises InputError where a file is
     no COCO file, or of no split; the images are not found, or too many of them (`config.missing`)
     have no file; or nothing is left of a split.
@@ -30,8 +30,8 @@ class Coco(DataSet):
 
     def __init__(self, config: config_lib.Data):
         self.notes = []
-        shapes = coco_masks.kinds(config.maps or "")
-        path = guess.data_path(config)
+        shapes = coco_files.kinds(config.maps or "")
+        path = listing.data_path(config)
         found = coco_files.find(path, config.annotations)
         self.other_names = {
             name: split
@@ -43,7 +43,7 @@ class Coco(DataSet):
         names = self._names({file: read[split]["categories"] for split, file in found.items()})
         self.object_ids = tuple(sorted(names))  # of the files, in the order of the numbers
         self.object_names = tuple(names[each] for each in self.object_ids)
-        semantic = (coco_masks.BACKGROUND, *self.object_names)
+        semantic = (coco_files.BACKGROUND, *self.object_names)
         self.map_names = semantic if "semantic" in shapes else ()
         self.keys = ("masks",) if "masks" in shapes else ()
         self.splits = {}
@@ -175,7 +175,7 @@ class CocoSplit(Source):
         self.outlines = None  # of the objects, if asked for
         if shapes:
             given = [outlines[i] for i in rows]
-            self.outlines = coco_masks.Outlines(file, shapes, given, content["spans"])
+            self.outlines = coco_files.Outlines(file, shapes, given, content["spans"])
             lacking = rows[self.outlines.lack()]
             tell("annotations without polygons and run lengths", lacking, entry_name)
 

@@ -8,8 +8,8 @@ import numpy as np
 
 from gptv_jax import config as config_lib
 from gptv_jax import files as files_lib
-from gptv_jax.data import guess
 from gptv_jax.data import labels as labels_lib
+from gptv_jax.data import listing
 from gptv_jax.data.arrays import ArraysSplit
 from gptv_jax.data.data_set import DataSet, spread_classes
 from gptv_jax.data.listing import ENDINGS, Listing, split_name
@@ -32,7 +32,7 @@ class ImageFolder(DataSet):
     """
 
     def __init__(self, config: config_lib.Data):
-        path = guess.data_path(config)
+        path = listing.data_path(config)
         if not path.is_dir():
             raise InputError(f"config.data.path={path} is not a folder.")
         self.notes = []
@@ -53,17 +53,17 @@ class ImageFolder(DataSet):
             shown = shorten(top.files)
             self.notes.append(f"{path} has images beside its splits, which are left out: {shown}")
         everything = [top, *below.values()]
-        if any(each.endings[".json"] for each in everything) and (coco := guess.coco_files(path)):
+        if any(each.endings[".json"] for each in everything) and (coco := listing.coco_files(path)):
             self.notes.append(
                 f"the boxes in {shorten(f.relative_to(path) for f in coco)} are not read; "
                 "--config.data.name=coco reads them"
             )
-        endings = sum((listing.endings for listing in read), collections.Counter())
+        endings = sum((each.endings for each in read), collections.Counter())
         counted = [f"{ending} {count}" for ending, count in endings.most_common()]
         apple = [ending for ending in APPLE_ENDINGS if endings[ending]]
         if bare := [folders[split] for split, found in files.items() if not found]:
-            nothing = not any(listing.files for listing in everything)
-            if nothing and (advice := guess.of_folder(path, "folder")):
+            nothing = not any(each.files for each in everything)
+            if nothing and (advice := listing.of_folder(path, "folder")):
                 raise InputError(f"config.data.path={advice}")
             has = f"; it has {shorten(counted, room=60)}" * bool(counted)
             has += f", which needs {PLUGIN}" * bool(apple)
@@ -171,13 +171,13 @@ def _find_splits(
     path: pathlib.Path, below: dict[str, Listing], notes: list[str]
 ) -> dict[str, pathlib.Path]:
     """The folder of every split; {}: the folders are classes. InputError: they may be both."""
-    full = [name for name, listing in below.items() if listing.files]
+    full = [name for name, each in below.items() if each.files]
     within = {split_name(name, within=True) for name in full} - {None}
     loose = "train" in within and len(within) > 1  # as in birds_train beside birds_test
     named = {name: split for name in full if (split := split_name(name, within=loose))}
-    for name, listing in below.items():  # a split whose images are missing
+    for name, found in below.items():  # a split whose images are missing
         split = split_name(name)
-        if split not in (None, *named.values()) and listing.endings:
+        if split not in (None, *named.values()) and found.endings:
             named[name] = split
     splits = [name for name in named if name in full]
     others = [name for name in full if name not in named]
@@ -211,7 +211,7 @@ def _find_splits(
 
 
 def _refuse_inner_splits(path: pathlib.Path, below: dict[str, Listing]) -> None:
-    full = {name: listing.inner for name, listing in below.items() if listing.files}
+    full = {name: each.inner for name, each in below.items() if each.files}
     for name, inner in full.items():
         splits = sorted(each for each in inner if split_name(each))
         found = {split_name(each) for each in splits}

@@ -13,7 +13,7 @@ from PIL import Image
 
 from gptv_jax import config as config_lib
 from gptv_jax import files
-from gptv_jax.data import guess
+from gptv_jax.data import listing
 from gptv_jax.data.data_set import ORDER_SEED, SPLITS, DataSet, Source
 from gptv_jax.data.images import DamagedImageError, as_stored, has_deep_colours, shown_size
 from gptv_jax.data.listing import Listing, split_names
@@ -191,7 +191,7 @@ class MapFolder(DataSet):
     """
 
     def __init__(self, config: config_lib.Data):
-        path, table, maps = guess.data_path(config), read_table(config), config.maps
+        path, table, maps = listing.data_path(config), read_table(config), config.maps
         self.notes, self.map_names = [], table.names
         images = config.images or ("{split}" if "{split}" in maps else "{name}")
         map_files = _match(path, maps, "maps")

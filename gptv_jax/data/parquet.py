@@ -16,7 +16,7 @@ from etils import epy
 
 from gptv_jax import config as config_lib
 from gptv_jax import files
-from gptv_jax.data import guess, shards
+from gptv_jax.data import listing, shards
 from gptv_jax.data.data_set import locate, starts
 from gptv_jax.data.images import DamagedImageError
 from gptv_jax.data.listing import split_name, split_names
@@ -45,7 +45,7 @@ class Tables(shards.Shards):
     """
 
     def __init__(self, config: config_lib.Data):
-        path = guess.data_path(config, pattern=True)
+        path = listing.data_path(config, pattern=True)
         endings, kind = (".parquet", ".arrow"), "Parquet or Arrow"
         splits = _saved(path) or shards.find(path, endings, kind, "parquet")
         first = next(iter(splits.values()))[0]

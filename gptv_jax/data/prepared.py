@@ -8,7 +8,7 @@ import numpy as np
 
 from gptv_jax import config as config_lib
 from gptv_jax import files
-from gptv_jax.data import guess, label_maps
+from gptv_jax.data import label_maps, listing
 from gptv_jax.data.data_set import DataSet, Source
 from gptv_jax.data.images import shown_size
 from gptv_jax.data.records import Record
@@ -60,7 +60,7 @@ class Tfds(DataSet):
         self._maps = config.maps and (config.maps, self._label_table(config))
         self.map_names = self._maps[1].names if self._maps else ()
         self.name = info.name
-        label = info.features.get("label")
+        label = info.features["label"] if "label" in info.features else None
         self.classes = getattr(label, "num_classes", 0)
         self.class_names = tuple(label.names or ()) if self.classes else ()
         self._objects = None
@@ -99,7 +99,7 @@ class Tfds(DataSet):
 
     def _unprepared(self, name: str, error: Exception) -> InputError:
         if "/" in name and type(error).__name__ == "DatasetNotFoundError":
-            hub = guess.hub_advice(name)
+            hub = listing.hub_advice(name)
             return InputError(f"config.data.name={name} is no TFDS set; of the Hub, {hub}.")
         where = f" --data_dir={self._folder}" if self._folder else ""
         return InputError(

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 from gptv_jax import config as config_lib
-from gptv_jax.data import guess
+from gptv_jax.data import listing
 from gptv_jax.data.arrays import Arrays as Arrays  # a name of this module for its users
 from gptv_jax.data.arrays import digits, open_npz
 from gptv_jax.data.cache import TokenCache
@@ -26,7 +26,7 @@ from gptv_jax.data.listing import split_names
 from gptv_jax.data.parquet import Tables
 from gptv_jax.data.prepared import Tfds
 from gptv_jax.data.records import OBJECTS, Record
-from gptv_jax.data.webdataset import WebDataset
+from gptv_jax.data.shards import WebDataset
 from gptv_jax.errors import InputError, counted, shorten
 
 SETS: dict[str, Callable[[config_lib.Data], DataSet]] = {
@@ -37,7 +37,7 @@ SETS: dict[str, Callable[[config_lib.Data], DataSet]] = {
     "digit_scenes": lambda config: DigitScenes(),
     "parquet": Tables,
     "webdataset": WebDataset,
-    "tokens": lambda config: TokenCache(guess.data_path(config)),
+    "tokens": lambda config: TokenCache(listing.data_path(config)),
 }
 PLAIN, MAPPED = "folder without config.data.maps", "folder with config.data.maps"
 OF_TFDS = "a TFDS set"
@@ -234,12 +234,12 @@ def open_data_set(config: config_lib.Data) -> DataSet:
             )
     if config.name in SETS:
         return SETS[config.name](config)
-    if advice := guess.advice(config.name):
+    if advice := listing.advice(config.name):
         raise InputError(f"config.data.name={advice}")
     try:
         return Tfds(config, SETS)
     except InputError as error:
-        if config.path and (advice := guess.advice(config.path)):  # TFDS reads no data.path
+        if config.path and (advice := listing.advice(config.path)):  # TFDS reads no data.path
             problem = f"config.data.name={config.name} does not read config.data.path"
             raise InputError(f"{problem}; {advice}") from error
         raise
