@@ -60,9 +60,9 @@ class Tfds(DataSet):
         self._maps = config.maps and (config.maps, self._label_table(config))
         self.map_names = self._maps[1].names if self._maps else ()
         self.name = info.name
-        label = info.features["label"] if "label" in info.features else None
-        self.classes = getattr(label, "num_classes", 0)
-        self.class_names = tuple(label.names or ()) if self.classes else ()
+        labelled = "label" in info.features
+        self.classes = getattr(info.features["label"], "num_classes", 0) if labelled else 0
+        self.class_names = tuple(info.features["label"].names or ()) if self.classes else ()
         self._objects = None
         for name, feature in info.features.items():
             inner = dict(getattr(getattr(feature, "feature", None), "items", tuple)())
