@@ -29,8 +29,8 @@ class Coco(DataSet):
     """
 
     def __init__(self, config: config_lib.Data):
-        self.notes = []
-        shapes = coco_files.kinds(config.maps or "")
+        self.config, self.notes = config, []
+        self.shapes = shapes = coco_files.kinds(config.maps or "")
         path = listing.data_path(config)
         found = coco_files.find(path, config.annotations)
         self.other_names = {
@@ -49,10 +49,8 @@ class Coco(DataSet):
         self.splits = {}
         for split, file in found.items():
             content = read.pop(split)
-            own = (path, file, split, len(found), content["images"])
-            folder = coco_files.image_folder(config, *own)
-            kept = (self.object_ids, config.missing, shapes, self.notes)
-            self.splits[split] = CocoSplit(file, folder, content, *kept)
+            folder = coco_files.image_folder(config, file, split, len(found), content["images"])
+            self.splits[split] = CocoSplit(self, file, folder, content)
         if not any(len(source.box_labels) for source in self.splits.values()):
             raise InputError(
                 f"{shorten(found.values())} have no box that could be used, of "
@@ -85,25 +83,17 @@ class Coco(DataSet):
 class CocoSplit(Source):
     """The N images of a split; arrays over all images hold the M boxes."""
 
-    def __init__(
-        self,
-        file: pathlib.Path,
-        folder: pathlib.Path,
-        content: dict,
-        category_ids: Sequence[int],
-        max_missing: float,
-        shapes: tuple[str, ...],
-        notes: list[str],
-    ):
+    def __init__(self, data_set: Coco, file: pathlib.Path, folder: pathlib.Path, content: dict):
         """Reads the `content` of a JSON file, whose images lie in the folder.
 
-        `notes` get a sentence on each kind of fault that was met.
+        The data set gets a note on each kind of fault that was met.
         """
-        self.file, self.folder, self.classes = file, folder, len(category_ids)
+        self.file, self.folder, self.classes = file, folder, len(data_set.object_ids)
 
         def tell(what: str, faulty: Sequence | np.ndarray, name: Callable[[int], str]) -> None:
             if len(faulty):
-                notes.append(f"{file}: {what}: {len(faulty)}, the first {name(faulty[0])}")
+                note = f"{file}: {what}: {len(faulty)}, the first {name(faulty[0])}"
+                data_set.notes.append(note)
 
         images, entries = content["images"], content["annotations"]
         image_of: dict[int, int] = {}
@@ -112,11 +102,12 @@ class CocoSplit(Source):
         tell("images whose id an image before has are left out", repeated, called)
         kept = np.setdiff1d(np.arange(len(images)), repeated)
         gone = _without_file(folder, [image_name(images[i]) for i in kept])
-        if len(gone) > max_missing * len(kept):
+        missing = data_set.config.missing
+        if len(gone) > missing * len(kept):
             raise InputError(
                 f"{len(gone)} of {len(kept)} images of {file} are not in {folder}, such as "
                 f"{image_name(images[kept[gone[0]]])}; that is more than the share "
-                f"config.data.max_damaged={max_missing:g}."
+                f"config.data.max_damaged={missing:g}."
             )
         tell(f"images are not in {folder} and are left out", kept[gone], called)
         kept = np.delete(kept, gone)
@@ -131,7 +122,7 @@ class CocoSplit(Source):
 
         outlines = [each.pop("segmentation", None) for each in entries]
         entry_name = lambda i: f"annotation {entries[i].get('id', f'number {i}')}"  # noqa: E731
-        label_of = {number: label for label, number in enumerate(category_ids)}
+        label_of = {number: label for label, number in enumerate(data_set.object_ids)}
         owner = _look_up(image_of, [each.get("image_id") for each in entries])
         label = _look_up(label_of, [each.get("category_id") for each in entries])
         corners = _numbers([each.get("bbox") for each in entries], 4)
@@ -173,9 +164,9 @@ class CocoSplit(Source):
         with np.errstate(invalid="ignore"):
             self.area = np.where(area[rows] > 0, area[rows], own).astype(np.float32)
         self.outlines = None  # of the objects, if asked for
-        if shapes:
+        if data_set.shapes:
             given = [outlines[i] for i in rows]
-            self.outlines = coco_files.Outlines(file, shapes, given, content["spans"])
+            self.outlines = coco_files.Outlines(file, data_set.shapes, given, content["spans"])
             lacking = rows[self.outlines.lack()]
             tell("annotations without polygons and run lengths", lacking, entry_name)
 

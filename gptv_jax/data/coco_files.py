@@ -14,6 +14,7 @@ from typing import BinaryIO
 import numpy as np
 
 from gptv_jax import config as config_lib
+from gptv_jax import files as files_lib
 from gptv_jax.data import listing
 from gptv_jax.data.data_set import SPLITS
 from gptv_jax.data.images import DamagedImageError
@@ -129,15 +130,10 @@ def read(path: pathlib.Path, outlines: bool = False) -> dict:
 
 
 def image_folder(
-    config: config_lib.Data,
-    path: pathlib.Path,
-    file: pathlib.Path,
-    split: str,
-    splits: int,
-    images: list[dict],
+    config: config_lib.Data, file: pathlib.Path, split: str, splits: int, images: list[dict]
 ) -> pathlib.Path:
-    """The folder in which most of the images of `file` lie."""
-    root, given = _root(path), config.images
+    """The folder in which most of the images of a split's `file` lie; there are `splits` splits."""
+    root, given = _root(files_lib.user_path(config.path)), config.images
     if given is not None:
         names = [name.strip() for name in given.split(",")]
         if "{split}" in given:

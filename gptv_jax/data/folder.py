@@ -80,10 +80,7 @@ class ImageFolder(DataSet):
         self._label(config, folders, files)
 
     def _label(
-        self,
-        config: config_lib.Data,
-        folders: dict[str, pathlib.Path],
-        files: dict[str, list[str]],
+        self, config: config_lib.Data, folders: dict[str, pathlib.Path], files: dict[str, list[str]]
     ) -> None:
         """Finds the classes, and makes the splits of the images that have one."""
         names = None

@@ -153,13 +153,6 @@ class Selected(Source):
         *pixels, none = sums.tolist()
         return {"pixels": pixels, "none": none, "maps": maps, "empty": empty}
 
-    def has_labels(self) -> bool:
-        """Whether the labels are numbers of classes; of labels in files, the first and last are."""
-        labels = self.labels
-        if labels is None:
-            labels = np.array([self[i].get("label", -1) for i in (0, len(self) - 1)])
-        return bool(labels.min() >= 0 and labels.max() < self.classes)
-
     def name(self, index: int) -> str:
         source, row = self._locate(index)
         return source.name(row)
@@ -281,7 +274,10 @@ def check_labels(config: config_lib.Data, opened: dict[str, Selected]) -> None:
             "images of several classes, or ignore all classes by config.data.labels=False."
         )
     for split, source in opened.items():
-        if not source.has_labels():
+        labels = source.labels
+        if labels is None:  # in files, of which the first and the last example are looked at
+            labels = np.array([source[i].get("label", -1) for i in (0, len(source) - 1)])
+        if labels.min() < 0 or labels.max() >= source.classes:
             given = f"config.data.{split}_split={getattr(config, f'{split}_split')}"
             raise InputError(
                 f"{given} has images without a label (-1, or no number of the {source.classes} "
