@@ -7,6 +7,7 @@ import io
 import os
 import pathlib
 import re
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
@@ -137,7 +138,7 @@ def read_table(config: config_lib.Data) -> LabelTable:
     what = "colour" if form is COLOR else "value"
     found = [form.fullmatch(line) for line in lines]
     if not any(found):
-        return named(tuple(lines), config)
+        return make_table(tuple(lines), config)
     if not all(found):
         with_number, without = lines[[*map(bool, found)].index(True)], lines[found.index(None)]
         raise InputError(
@@ -156,24 +157,23 @@ def read_table(config: config_lib.Data) -> LabelTable:
     keys = (RADIX[-len(numbers) :] @ numbers).tolist()
     if twice := shorten(line for key, line in zip(keys, lines, strict=True) if keys.count(key) > 1):
         raise InputError(f"{where} gives one {what} twice: {twice}.")
-    return _table(keys, names, config, form is COLOR)
+    return make_table(names, config, keys, form is COLOR)
 
 
-def named(names: tuple[str, ...], config: config_lib.Data) -> LabelTable:
-    """The table of classes that are the values 0, 1, ... without `config.data.map_ignore`."""
-    values = [n for n in range(len(names) + len(config.map_ignore)) if n not in config.map_ignore]
-    return _table(values[: len(names)], names, config)
-
-
-def _table(
-    keys: list[int], names: tuple[str, ...], config: config_lib.Data, colors: bool = False
+def make_table(
+    names: tuple[str, ...], config: config_lib.Data, keys: Sequence[int] = (), colors: bool = False
 ) -> LabelTable:
-    """The table of a key for each name; all keys of one name are one class."""
-    classes = tuple(dict.fromkeys(names))
+    """The table of a value or colour for each name; all keys of one name are one class.
+
+    Without `keys`, the values are 0, 1, ... without `config.data.map_ignore`.
+    """
+    classes, ignored = tuple(dict.fromkeys(names)), config.map_ignore
     if len(classes) < 2:
         raise InputError(f"label maps have the single class {classes[0]}; they need 2 or more.")
+    values = [n for n in range(len(names) + len(ignored)) if n not in ignored]
     of_keys = tuple(classes.index(name) for name in names)
-    return LabelTable(classes, tuple(keys), of_keys, colors, config.map_channel)
+    keys = tuple(keys or values[: len(names)])
+    return LabelTable(classes, keys, of_keys, colors, config.map_channel)
 
 
 def _similar(size: tuple[int, int], other: tuple[int, int]) -> bool:

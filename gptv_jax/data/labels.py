@@ -168,39 +168,37 @@ def of_files(
     users: dict[str, str] = {}  # the image that each row of the CSV file is of
     unlabelled = []
     for split, names in files.items():
-        kept, found[split] = [], []
         prefix = folders[split].relative_to(data).as_posix() + "/"
-        prefix = "" if prefix == "./" else prefix
+        prefix, labelled = "" if prefix == "./" else prefix, {}
         for name in names:
             below = unicodedata.normalize("NFC", prefix + name.replace(os.sep, "/"))
             stem, base = os.path.splitext(below)[0], below.rpartition("/")[2]
             keys = [below, stem, f"{data.name}/{below}", f"{data.name}/{stem}"]
             keys += [base, os.path.splitext(base)[0]]
             matching = [key for key in dict.fromkeys(keys) if key in rows]
-            if not matching:
-                unlabelled.append(below)
-                continue
             for key in matching:
                 if users.setdefault(key, below) != below:
                     raise InputError(
                         f"the row {key} of config.data.labels_file={path} fits {users[key]} and "
                         f"{below}; write the path below {data}."
                     )
-            given = set().union(*(rows[key] for key in matching))
+            given = sorted(set().union(*(rows[key] for key in matching)))
             if len(given) > 1:
                 raise InputError(
-                    f"config.data.labels_file={path} gives {below} the labels "
-                    f"{shorten(sorted(given))}; keep one of these rows."
+                    f"config.data.labels_file={path} gives {below} the labels {shorten(given)}; "
+                    "keep one of these rows."
                 )
-            kept.append(name)
-            found[split] += given
-        if not kept:
+            if given:
+                labelled[name] = given[0]
+            else:
+                unlabelled.append(below)
+        if not labelled:
             raise InputError(
                 f"{path} has a label for none of {len(names)} images in {folders[split]}, such as "
                 f"{cut(names[0], 40)}; its rows are {shorten(rows, room=40)}. Ignore all labels by "
                 "config.data.labels=False, or move these images away."
             )
-        files[split] = kept
+        files[split], found[split] = list(labelled), list(labelled.values())
     if unlabelled:
         left_out = f"{counted(len(unlabelled), 'image')} left out"
         notes.append(f"{left_out}, without a row or a label in {path}: {shorten(unlabelled)}")

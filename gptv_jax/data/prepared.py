@@ -82,7 +82,7 @@ class Tfds(DataSet):
             )
         names = getattr(self._builder.info.features[config.maps], "names", None)
         if config.map_names is None and names:
-            return label_maps.named(tuple(names), config)
+            return label_maps.make_table(tuple(names), config)
         return label_maps.read_table(config)
 
     def open(self, split: str) -> "_TfdsSplit":
