@@ -14,6 +14,7 @@ from gptv_jax import config as config_lib
 from gptv_jax import files as files_lib
 from gptv_jax.errors import InputError, as_input_error, counted, cut, shorten
 
+Vectors = dict[str, np.ndarray]  # of the splits: labels, or numbers of rows
 NUMBERED = "np.unique(labels, return_inverse=True)[1]"  # the advice to number labels from 0
 MARKS = (254, 255, 65534, 65535)  # labels that often mark pixels or images to leave out
 
@@ -43,9 +44,7 @@ def as_vector(split: str, labels: np.ndarray, count: int) -> np.ndarray:
     return labels if labels.dtype.kind == "U" else labels.astype(np.int64)
 
 
-def leave_out(
-    labels: dict[str, np.ndarray], ignore_label: int | None, notes: list[str]
-) -> dict[str, np.ndarray]:
+def leave_out(labels: Vectors, ignore_label: int | None, notes: list[str]) -> Vectors:
     """The rows of each split whose labels are not `ignore_label`, int [M]; `notes` get the counts.
 
     A split without such a row is absent. InputError: all splits are.
@@ -69,11 +68,8 @@ def leave_out(
 
 
 def number(
-    labels: dict[str, np.ndarray],
-    ignore_label: int | None,
-    notes: list[str],
-    names: tuple[str, ...] = (),
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], int, tuple[str, ...]]:
+    labels: Vectors, ignore_label: int | None, notes: list[str], names: tuple[str, ...] = ()
+) -> tuple[Vectors, Vectors, int, tuple[str, ...]]:
     """Rows that are kept and their labels as numbers from 0, by split; number and names of classes.
 
     The rows are those of `leave_out`. Labels that count from 0, with few numbers left out, stay as
