@@ -133,7 +133,9 @@ class TokenCache(DataSet):
 
     def __init__(self, folder: pathlib.Path):
         self.folder, path = folder, folder / "header.json"
-        try:
+        absent = f"{folder} is no token cache: gptv_jax.prepare writes its header.json last"
+        damaged = as_input_error(f"{path} is damaged", (KeyError, TypeError, ValueError))
+        with damaged, as_input_error(absent, OSError):
             header = json.loads(path.read_text())
             self.classes: int = header["classes"]
             self.class_names = tuple(header.get("class_names", ()))  # absent in older caches
@@ -156,15 +158,6 @@ class TokenCache(DataSet):
             self.object_names = tuple(header.get("object_names", ()))
             self.object_ids = tuple(header.get("object_ids", ()))
             self.map_names = tuple(header.get("map_names", ()))
-        except OSError as error:
-            raise InputError(
-                f"{folder} is no token cache: it has no header.json, which gptv_jax.prepare writes "
-                "last."
-            ) from error
-        except InputError:
-            raise
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{path} is damaged ({error!r}).") from error
 
     def _command(self, source: dict) -> str:
         """The command that makes this cache anew, with the palette or tokenizer of this folder."""

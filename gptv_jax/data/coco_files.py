@@ -17,10 +17,10 @@ from gptv_jax import config as config_lib
 from gptv_jax import files as files_lib
 from gptv_jax.data import listing
 from gptv_jax.data.data_set import SPLITS
-from gptv_jax.data.images import DamagedImageError
+from gptv_jax.data.images import as_damaged
 from gptv_jax.data.listing import split_name, split_of
 from gptv_jax.data.records import Record
-from gptv_jax.errors import InputError, as_input_error, first_line, shorten
+from gptv_jax.errors import InputError, as_input_error, shorten
 
 LISTS = ("images", "annotations", "categories")
 # Most of a file is polygons. They are cut out of the text, since as Python objects they would take
@@ -204,16 +204,12 @@ class Outlines:
         from pycocotools import mask
 
         masks = np.zeros((len(rows), *size), bool)
-        try:
-            with self.file.open("rb") as file:
-                runs = [_runs(self._outline(row, file), *size) for row in rows]
+        problem = f"an outline of its objects in {self.file.name} cannot be read: "
+        with as_damaged(problem), self.file.open("rb") as file:
+            runs = [_runs(self._outline(row, file), *size) for row in rows]
             known = np.array([each is not None for each in runs], bool)
             if known.any():
                 masks[known] = mask.decode([each for each in runs if each]).transpose(2, 0, 1)
-        except Exception as error:  # pycocotools raises whatever its parsers do
-            raise DamagedImageError(
-                f"an outline of its objects in {self.file.name} cannot be read: {first_line(error)}"
-            ) from error
         return masks, known
 
     def _outline(self, row: int, file: BinaryIO) -> list | dict:

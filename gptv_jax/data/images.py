@@ -5,7 +5,7 @@ import dataclasses
 import io
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import ClassVar, NamedTuple, dataclass_transform
 
 import numpy as np
@@ -27,6 +27,19 @@ BITS, PHOTOMETRIC, MAX_SAMPLE, SAMPLE_FORMAT = 258, 262, 281, 339
 
 class DamagedImageError(ValueError):
     """An image file cannot be decoded; the message says why."""
+
+
+@contextlib.contextmanager
+def as_damaged(problem: str = "") -> Iterator[None]:
+    """Within the `with`, an exception becomes a DamagedImageError: `problem`, and the reason."""
+    try:
+        yield
+    except DamagedImageError:
+        raise
+    except Exception as error:  # parsers of files, such as Pillow's plugins, raise anything
+        unknown = isinstance(error, Image.UnidentifiedImageError)
+        reason = "not an image that Pillow can read" if unknown else first_line(error)
+        raise DamagedImageError(problem + reason) from error
 
 
 @dataclass_transform(frozen_default=True)
@@ -100,16 +113,9 @@ class Decode(Transform):
             return self._convert(to_picture(encoded))
         if not encoded:
             raise DamagedImageError("the file is empty")
-        try:
-            with Image.open(io.BytesIO(encoded)) as image:
-                self._check_size(*image.size)
-                return self._convert(image)
-        except DamagedImageError:
-            raise
-        except Exception as error:  # Pillow's plugins raise whatever their parsers do
-            unknown = isinstance(error, Image.UnidentifiedImageError)
-            reason = "not an image that Pillow can read" if unknown else first_line(error)
-            raise DamagedImageError(reason) from error
+        with as_damaged(), Image.open(io.BytesIO(encoded)) as image:
+            self._check_size(*image.size)
+            return self._convert(image)
 
     def _check_size(self, width: int, height: int) -> None:
         short, long = sorted((width, height))

@@ -16,10 +16,16 @@ from gptv_jax import config as config_lib
 from gptv_jax import files
 from gptv_jax.data import listing
 from gptv_jax.data.data_set import ORDER_SEED, SPLITS, DataSet, Source
-from gptv_jax.data.images import DamagedImageError, as_stored, has_deep_colours, shown_size
+from gptv_jax.data.images import (
+    DamagedImageError,
+    as_damaged,
+    as_stored,
+    has_deep_colours,
+    shown_size,
+)
 from gptv_jax.data.listing import Listing, split_names
 from gptv_jax.data.records import Record
-from gptv_jax.errors import InputError, as_input_error, counted, cut, first_line, shorten
+from gptv_jax.errors import InputError, as_input_error, counted, cut, shorten
 
 COLOR = re.compile(r"(\d+)[\s,]+(\d+)[\s,]+(\d+)[\s,]+(\S.*)")
 VALUE = re.compile(r"(\d+)[\s,]+(\S.*)")
@@ -55,24 +61,18 @@ class LabelTable:
         not fit the image.
         """
         sizes = shown_size(encoded)  # upright and stored
-        try:
-            with Image.open(io.BytesIO(encoded_map)) as image:
-                own = image.size[::-1]
-                unknown = (0, 0) in sizes  # the image cannot be read, which decoding finds out
-                fitting = [own] if unknown else [size for size in sizes if _similar(own, size)]
-                if not fitting:
-                    (height, width), (h, w) = own, sizes[0]
-                    raise DamagedImageError(
-                        f"its label map has {width} x {height} pixels, the image {w} x {h}"
-                    )
-                size = own if own in fitting else fitting[0]
-                classes = self._lookup(self._values(image))
-        except DamagedImageError:
-            raise
-        except Exception as error:  # Pillow's plugins raise whatever their parsers do
-            unknown = isinstance(error, Image.UnidentifiedImageError)
-            reason = "it is empty or no image" if unknown else first_line(error)
-            raise DamagedImageError(f"its label map cannot be read: {reason}") from error
+        problem = "its label map cannot be read: "
+        with as_damaged(problem), Image.open(io.BytesIO(encoded_map)) as image:
+            own = image.size[::-1]
+            unknown = (0, 0) in sizes  # the image cannot be read, which decoding finds out
+            fitting = [own] if unknown else [size for size in sizes if _similar(own, size)]
+            if not fitting:
+                (height, width), (h, w) = own, sizes[0]
+                raise DamagedImageError(
+                    f"its label map has {width} x {height} pixels, the image {w} x {h}"
+                )
+            size = own if own in fitting else fitting[0]
+            classes = self._lookup(self._values(image))
         if size != own:
             resized = Image.fromarray(classes).resize(size[::-1], Image.Resampling.NEAREST)
             classes = np.array(resized)

@@ -18,9 +18,9 @@ from gptv_jax import config as config_lib
 from gptv_jax import files
 from gptv_jax.data import listing, shards
 from gptv_jax.data.data_set import locate, starts
-from gptv_jax.data.images import DamagedImageError
+from gptv_jax.data.images import DamagedImageError, as_damaged
 from gptv_jax.data.listing import split_name, split_names
-from gptv_jax.errors import InputError, as_input_error, first_line, shorten
+from gptv_jax.errors import InputError, as_input_error, shorten
 
 with epy.lazy_imports():  # slow to import, and only these data sets need it
     import pyarrow
@@ -125,11 +125,9 @@ class _Images:
         return _file(self.path, self.changed).firsts[-1]
 
     def read(self, row: int) -> bytes:
-        try:
+        with as_damaged("its row group is damaged: "):
             group, place = locate(_file(self.path, self.changed).firsts, row)
             image = self._group(group)[place].as_py()
-        except Exception as error:  # pyarrow raises several types for damaged bytes
-            raise DamagedImageError(f"its row group is damaged ({first_line(error)})") from error
         image = image.get("bytes") if isinstance(image, dict) else image
         if image is None:
             raise DamagedImageError("the table holds no bytes of this image")
