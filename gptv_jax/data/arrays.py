@@ -70,9 +70,6 @@ class ArraysSplit(Source):
     def read(self, index: int) -> np.ndarray | bytes:
         return self.images[index]
 
-    def name(self, index: int) -> str:
-        return f"{self.where}[{index}]"
-
 
 def _check_images(split: str, images: np.ndarray) -> None:
     """Raises InputError, with the expression that helps, unless images are uint8 [N, H, W, C]."""

@@ -197,6 +197,7 @@ class _CachedSplit(Source):
         planes: "_TokenPlanes",
     ):
         self.path, self.length, self.planes = path, length, planes
+        self.where = path.with_suffix("")
         self.record, self.objects = record, objects
         with as_input_error(f"{path} is damaged"):
             self._reader = ArrayRecordReader(str(path), READER_OPTIONS)
@@ -244,9 +245,6 @@ class _CachedSplit(Source):
             raise InputError(f"{self.name(index)} is damaged ({first_line(error)}).") from error
         found |= {name: objects[name].copy() for name in self.objects.names or ()}
         return found, image_id
-
-    def name(self, index: int) -> str:
-        return f"{self.path.with_suffix('')}[{index}]"
 
 
 def _fields(arrays: dict[str, np.ndarray]) -> list[tuple[str, str, tuple[int, ...]]]:

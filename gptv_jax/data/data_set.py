@@ -3,6 +3,7 @@
 import bisect
 import functools
 import itertools
+import pathlib
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -20,6 +21,7 @@ class Source:
     """
 
     labels: np.ndarray | None = None  # the labels of all records, int [N], where they are in memory
+    where: str | pathlib.Path  # the split, or the file that holds the split, in messages
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -29,7 +31,7 @@ class Source:
 
     def name(self, index: int) -> str:
         """The example's name in messages."""
-        raise NotImplementedError
+        return f"{self.where}[{index}]"
 
     def annotations(self, index: int) -> Record:
         """The record without the picture, which some sources do not read."""

@@ -39,7 +39,7 @@ class DigitScenes(DataSet):
 class Scenes(Source):
     """The scenes of a split, by number; see `scene`."""
 
-    split: str
+    where: str  # the split
     length: int
     seed: int = 0
 
@@ -47,10 +47,7 @@ class Scenes(Source):
         return self.length
 
     def __getitem__(self, index: int) -> Record:
-        return scene(self.split, index, self.seed)
-
-    def name(self, index: int) -> str:
-        return f"{self.split}[{index}]"
+        return scene(self.where, index, self.seed)
 
 
 @functools.cache

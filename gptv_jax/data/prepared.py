@@ -121,9 +121,6 @@ class _TfdsSplit(Source):
     def __len__(self) -> int:
         return len(self.examples)
 
-    def name(self, index: int) -> str:
-        return f"{self.where}[{index}]"
-
     def __getitem__(self, index: int) -> Record:
         example = self.examples[index]
         record = {"encoded": example[self.image]}
