@@ -16,10 +16,10 @@ from gptv_jax.errors import InputError
 RESTORING = ("l1", "l2", "gradient", "ssim", "lpips")  # losses that compare images with restored
 
 
-def refuse(config: Config, name: str, *reasons: str) -> NoReturn:
-    """Raises InputError: the name and the value of the field `config.<name>`, and the reasons."""
+def refuse(config: Config, name: str, reason: str) -> NoReturn:
+    """Raises InputError: the name and the value of the field `config.<name>`, and the reason."""
     value = operator.attrgetter(name)(config)
-    raise InputError(f"config.{name} is {value!r}, but {'; '.join(reasons)}.")
+    raise InputError(f"config.{name} is {value!r}, but {reason}.")
 
 
 def check(config: Config) -> None:
@@ -30,21 +30,22 @@ def check(config: Config) -> None:
     if model.width % model.heads:
         refuse(config, "model.heads", f"it takes a divisor of config.model.width = {model.width}")
     if model.rotary and (size := model.width // model.heads) % 4:
-        reason = f"config.model.width / config.model.heads = {size} is no multiple of 4"
-        advice = "rows and columns each rotate pairs; take fewer heads or another width"
-        refuse(config, "model.rotary", reason, advice)
+        reason = f"config.model.width / config.model.heads = {size} is no multiple of 4, and rows"
+        advice = "take fewer heads or another width"
+        refuse(config, "model.rotary", f"{reason} and columns each rotate pairs; {advice}")
     if model.class_tokens and model.start_per_variant:
         reason = "start_per_variant=True needs the start vectors for variants"
-        refuse(
-            config, "model.class_tokens", reason, "set class_tokens=0 or start_per_variant=False"
-        )
+        advice = "set class_tokens=0 or start_per_variant=False"
+        refuse(config, "model.class_tokens", f"{reason}; {advice}")
     if model.objective == "bert":
         _check_bert(config)
     tables = model.target_positions and (model.learned_positions or model.axial_positions)
     if model.random_order and not (model.rotary or tables):
         reason = "the network would not know both the position of its input token and of its target"
-        advice = "target_positions with learned_positions or axial_positions"
-        refuse(config, "model.random_order", reason, f"set config.model.rotary, or {advice}")
+        advice = (
+            "config.model.rotary, or target_positions with learned_positions or axial_positions"
+        )
+        refuse(config, "model.random_order", f"{reason}; set {advice}")
     if config.tokens.kind == "learned":
         _check_autoencoder(config)
     elif config.tokens.kind == "none":
@@ -70,12 +71,11 @@ def _check_bert(config: Config) -> None:
     ):
         if getattr(model, name):
             advice = f"set {name}={other} or objective=autoregressive"
-            refuse(config, f"model.{name}", reason, advice)
+            refuse(config, f"model.{name}", f"{reason}; {advice}")
     if not (model.learned_positions or model.axial_positions):
         reason = f"{bert} needs an added position to tell masked tokens apart"
-        refuse(
-            config, "model.learned_positions", reason, "set learned_positions or axial_positions"
-        )
+        advice = "set learned_positions or axial_positions"
+        refuse(config, "model.learned_positions", f"{reason}; {advice}")
 
 
 def _check_autoencoder(config: Config) -> None:
@@ -90,16 +90,14 @@ def _check_autoencoder(config: Config) -> None:
         )
     if network.vocabulary > MOST_CODES:
         reason = f"that makes {network.vocabulary} codes, the product"
-        refuse(config, f"{prefix}.levels", reason, f"take at most {MOST_CODES} codes")
+        refuse(config, f"{prefix}.levels", f"{reason}; take at most {MOST_CODES} codes")
 
 
 def _check_multiple(config: Config, side: int, reason: str) -> None:
     """Refuses an image size whose height or width `side` does not divide."""
     if any(pixels % side for pixels in config.data.size):
         near = image_size(*(-(-pixels // side) * side for pixels in config.data.size))
-        refuse(
-            config, "data.image_size", f"{reason} a side", f"take a multiple of {side}, as {near}"
-        )
+        refuse(config, "data.image_size", f"{reason} a side; take a multiple of {side}, as {near}")
 
 
 def _check_pixels(config: Config) -> None:
@@ -109,7 +107,7 @@ def _check_pixels(config: Config) -> None:
         if kind == "none":
             reason = "images without tokens are read by a task from pixels alone"
             advice = f"set config.task.image_input=pixels, which is {task.image_input!r}"
-            refuse(config, "tokens.kind", reason, f"{advice}, or take grey, palette or learned")
+            refuse(config, "tokens.kind", f"{reason}; {advice}, or take grey, palette or learned")
         return
     if kind == "none":
         if not task.stem:
@@ -123,14 +121,14 @@ def _check_pixels(config: Config) -> None:
     )
     if config.tokens.side == 1:
         reason = f"config.tokens.kind={kind} makes {tokens} tokens, one a pixel"
-        advice = f"the stem leaves {positions} positions; take tokens"
-        refuse(config, "task.image_input", reason, advice)
+        reason += f", and the stem leaves {positions} positions; take tokens"
+        refuse(config, "task.image_input", reason)
     if side != config.tokens.side:
         needed = config.tokens.side.bit_length() - 1
         fitting = (task.stem + (task.stem[-1:] or (64,)) * needed)[:needed]
         source = f"config.tokens.autoencoder.downsample={config.tokens.side}"
         reason = f"it leaves {positions} positions, and {source} makes {tokens} tokens"
-        refuse(config, "task.stem", reason, f"take {fitting}")
+        refuse(config, "task.stem", f"{reason}; take {fitting}")
 
 
 def _check_training(config: Config, name: str) -> None:
@@ -141,13 +139,12 @@ def _check_training(config: Config, name: str) -> None:
         reason = f"it takes a divisor of config.{name}.batch_size = {train.batch_size}"
         refuse(config, f"{name}.microbatches", reason)
     if optimizer.name == "adam" and optimizer.weight_decay:
-        advice = f"take config.{prefix}.name=adamw or weight_decay=0"
-        refuse(config, f"{prefix}.weight_decay", "adam has no decay", advice)
+        reason = f"adam has no decay; take config.{prefix}.name=adamw or weight_decay=0"
+        refuse(config, f"{prefix}.weight_decay", reason)
     if optimizer.name != "muon" and optimizer.rest_learning_rate is not None:
         advice = f"take config.{prefix}.name=muon or rest_learning_rate=None"
-        refuse(
-            config, f"{prefix}.rest_learning_rate", "only muon has a second learning rate", advice
-        )
+        reason = f"only muon has a second learning rate; {advice}"
+        refuse(config, f"{prefix}.rest_learning_rate", reason)
 
 
 def _check_tokenizer(config: Config) -> None:
@@ -156,20 +153,22 @@ def _check_tokenizer(config: Config) -> None:
     if network.groups:
         reason = "only a tokenizer that another program has trained has group norms"
         advice = "name the tokenizer by config.tokens.tokenizer, or take 0"
-        refuse(config, "tokens.autoencoder.groups", reason, advice)
+        refuse(config, "tokens.autoencoder.groups", f"{reason}; {advice}")
     if settings.train.microbatches > 1:
-        reason = "the tokenizer is trained on whole batches"
-        refuse(config, "tokenizer.train.microbatches", reason, "take 1")
+        reason = "the tokenizer is trained on whole batches; take 1"
+        refuse(config, "tokenizer.train.microbatches", reason)
     if settings.lpips:
         if not settings.lpips_weights:
-            reason = "config.tokenizer.lpips_weights names no file of weights"
-            refuse(config, "tokenizer.lpips", reason, "name one, or take lpips=0")
+            reason = "config.tokenizer.lpips_weights names no file of weights; name one"
+            refuse(config, "tokenizer.lpips", f"{reason}, or take lpips=0")
         if network.channels != 3:
-            reason = f"VGG-16 takes RGB, and config.tokens.autoencoder.channels={network.channels}"
-            refuse(config, "tokenizer.lpips", reason, "take lpips=0")
+            reason = (
+                f"config.tokens.autoencoder.channels is {network.channels}, and VGG-16 takes RGB"
+            )
+            refuse(config, "tokenizer.lpips", f"{reason}; take lpips=0")
         if min(data.size) < 16:
             reason = f"config.data.image_size is {data.image_size}, and VGG-16 halves it four times"
-            refuse(config, "tokenizer.lpips", reason, "take 16 pixels or more, or lpips=0")
+            refuse(config, "tokenizer.lpips", f"{reason}; take 16 pixels or more, or lpips=0")
     if not any(getattr(settings, name) for name in RESTORING):
         raise InputError(
             f"config.tokenizer has {', '.join(f'{name}=0' for name in RESTORING)}, so that no loss "
@@ -177,16 +176,17 @@ def _check_tokenizer(config: Config) -> None:
         )
     parts = 2**settings.discriminator_layers
     if settings.adversarial and any(pixels % parts for pixels in data.size):
-        reason = f"each halves the image, and {parts} does not divide config.data.image_size"
-        reason += f" = {data.image_size}"
-        refuse(config, "tokenizer.discriminator_layers", reason, "take fewer")
+        reason = f"each layer halves the image, and {parts} does not divide config.data.image_size"
+        refuse(
+            config, "tokenizer.discriminator_layers", f"{reason} = {data.image_size}; take fewer"
+        )
 
 
 def _check_profile(config: Config) -> None:
     window, steps = config.profile.window, config.train.steps
     if window and window[1] > steps:
-        reason = f"pretraining ends at step config.train.steps = {steps}"
-        refuse(config, "profile.steps", reason, "take earlier steps")
+        reason = f"pretraining ends at step config.train.steps = {steps}; take earlier steps"
+        refuse(config, "profile.steps", reason)
 
 
 def _check_probe(config: Config) -> None:
@@ -197,8 +197,10 @@ def _check_probe(config: Config) -> None:
             refuse(config, f"probe.{name}", reason)
     for name, plain, method in (("pooling", "mean", "sgd"), ("labels_per_class", (), "lbfgs")):
         if getattr(probe, name) != plain and probe.method != method:
-            reason = f"only config.probe.method={method} reads this"
-            refuse(config, f"probe.{name}", reason, f"take {method}, or {name}={plain}")
+            reason = (
+                f"only config.probe.method={method} reads this; take {method}, or {name}={plain}"
+            )
+            refuse(config, f"probe.{name}", reason)
 
 
 def _check_finetune(config: Config) -> None:
