@@ -25,6 +25,7 @@ import jax
 from gptv_jax import config as config_lib
 from gptv_jax.planning import search, topology
 from gptv_jax.planning.plan import Plan
+from gptv_jax.planning.training import Pretraining
 
 ROOT = pathlib.Path(__file__).parent.parent
 # Size, topology, slices, images a step where they are not the published ones.
@@ -99,7 +100,7 @@ def main():
     for i, (size, name, slices, batch) in enumerate(wanted):
         begin = time.perf_counter()
         config = config_of(size, batch)
-        found = search.search(config, topology.parse(name, slices), wanted=1)[0]
+        found = search.search(Pretraining(config), topology.parse(name, slices), wanted=1)[0]
         lines.append(row(size, name, found))
         spent = time.perf_counter() - begin
         records.append({"size": size, **found.numbers(), "planning_seconds": round(spent, 1)})

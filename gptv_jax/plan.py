@@ -4,7 +4,6 @@ python -m gptv_jax.plan --config=configs/imagenet.py:l --topology=v5e:16x16 --co
 python -m gptv_jax.plan --config=configs/digits.py --topology=cpu:8 --search
 """
 
-import functools
 import json
 
 import jax
@@ -13,7 +12,7 @@ from absl import flags
 from gptv_jax import command, config
 from gptv_jax.errors import InputError
 from gptv_jax.planning import plan, search, table, topology
-from gptv_jax.planning.training import Make
+from gptv_jax.planning.training import Training
 from gptv_jax.stages import STAGES
 
 PLANNED = [name for name, stage in STAGES.items() if stage.planning]
@@ -39,12 +38,10 @@ def main(settings: config.Config) -> None:
             f"--stage is {STAGE.value}, but with config.tokens.kind=none there are no tokens; "
             "take --stage=finetune."
         )
-    kind = STAGES[STAGE.value].plan
-    if CLASSES.value is not None:
-        if STAGE.value != "finetune":
-            raise InputError(f"--classes is for --stage=finetune, and --stage is {STAGE.value}.")
-        kind = functools.partial(kind, names=CLASSES.value)
-    planned = settings, devices, kind
+    if CLASSES.value is not None and STAGE.value != "finetune":
+        raise InputError(f"--classes is for --stage=finetune, and --stage is {STAGE.value}.")
+    names = {} if CLASSES.value is None else {"names": CLASSES.value}
+    planned = STAGES[STAGE.value].plan(settings, **names), devices
     plans = search.search(*planned) if SEARCH.value else [_make(*planned)]
     best, smallest = plans[0], search.smallest(*planned)
     if JSON.value:
@@ -60,23 +57,22 @@ def main(settings: config.Config) -> None:
         raise SystemExit(1)
 
 
-def _make(settings: config.Config, devices: topology.Topology, kind: Make) -> plan.Plan:
+def _make(training: Training, devices: topology.Topology) -> plan.Plan:
     """The plan on the mesh of the config.
 
-    Raises:
-      InputError: the mesh does not divide the batch or the network (the message names a mesh that
-        does, if there is one), or the devices are not known to the compiler.
+    InputError: the mesh does not divide the batch or the network (the message names a mesh that
+    does, if there is one), or the devices are not known to the compiler.
     """
     try:  # by arithmetic, so that only the mesh can be refused
-        found = plan.make(settings, devices, kind, compiling=False)
+        found = plan.make(training, devices, compiling=False)
     except InputError as error:
-        for each in search.choices(settings, devices, kind):
-            if each.training.train.microbatches == kind(settings).train.microbatches:
+        for each in search.choices(training, devices):
+            if each.training.train.microbatches == training.train.microbatches:
                 mesh = " ".join(f"--config.mesh.{axis}={n}" for axis, n in each.sizes.items())
                 example = f"For example, take {mesh}; --search ranks all."
                 raise InputError(f"{error} {example}") from error
         raise
-    return plan.make(settings, devices, kind) if devices.compiles else found
+    return plan.make(training, devices) if devices.compiles else found
 
 
 if __name__ == "__main__":

@@ -245,9 +245,8 @@ def global_batch(batch: dict) -> dict:
     sharding = NamedSharding(jax.sharding.get_mesh(), BATCH_FIRST)
     # An explicit transfer, which JAX takes for an implicit one with several processes.
     with jax.transfer_guard_host_to_device("allow"):
-        return jax.tree.map(
-            functools.partial(jax.make_array_from_process_local_data, sharding), batch
-        )
+        make = functools.partial(jax.make_array_from_process_local_data, sharding)
+        return jax.tree.map(make, batch)
 
 
 def shard_rows(rows) -> jax.Array:

@@ -40,12 +40,13 @@ def main(port: str, index: str, count: str, file: str) -> None:
 def talk(index: int, count: int) -> None:
     def only_first():
         assert index == 0
-        return {"value": [1.5, None, "é" * 5000]}
+        return {"value": (1.5, None, "é" * 5000), "bytes": b"\1" + b"\0" * 3000}
 
     def refuse():
         raise InputError(f"{index} says no.")
 
-    assert hosts.from_first(only_first) == {"value": [1.5, None, "é" * 5000]}
+    found = hosts.from_first(only_first)
+    assert found == {"value": (1.5, None, "é" * 5000), "bytes": b"\1" + b"\0" * 3000}
     assert hosts.from_all("x" * index * 2000) == ["x" * i * 2000 for i in range(count)]
     try:
         hosts.from_first(refuse)

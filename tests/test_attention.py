@@ -271,7 +271,7 @@ def tpu():
     name = "jax_persistent_cache_min_compile_time_secs"
     before = jax.config.values[name]
     jax.config.update(name, float("inf"))
-    yield topology.parse("v5e:2x2").mesh(config_lib.Mesh(1, 1, 2, 2))
+    yield sharding.make_mesh(config_lib.Mesh(1, 1, 2, 2), topology.parse("v5e:2x2").devices())
     jax.config.update(name, before)
 
 

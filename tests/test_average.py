@@ -60,7 +60,9 @@ def test_the_average_follows_the_weights_and_does_not_change_them(mesh):
 
 def saved(run: Context, training: str, at: int) -> dict:
     """The weights and their average from a checkpoint."""
-    abstract = sharding.abstract(run.network(run.classes if training != "pretrain" else 0).init)
+    abstract = sharding.abstract(
+        (run.network() if training == "pretrain" else run.task.network()).init
+    )
     with Checkpoints(run.folder.checkpoints(training), read_only=True) as checkpoints:
         return checkpoints.restore(at, {"params": abstract, "ema": abstract})[0]
 
@@ -76,7 +78,7 @@ def test_evaluations_later_stages_and_users_read_the_average(tmp_path):
         run.finish("finetune", finetune.run_stage(run))
         summary = run.folder.summary()
         found = {s: saved(run, s, summary[f"{s}/steps"]) for s in ("pretrain", "finetune")}
-        taken = pretrained.load(run, run.network()).params
+        taken = pretrained.load(run).params
         jax.tree.map(np.testing.assert_array_equal, taken, found["pretrain"]["ema"])
     models = {stage: gptv_jax.load(tmp_path, stage) for stage in found}
     for stage, state in found.items():

@@ -187,7 +187,7 @@ def test_a_run_pretrains_with_labels_and_a_loaded_model_works_without(tmp_path):
     run = setup.open_run(resolved(**changes), str(tmp_path))
     with jax.set_mesh(run.mesh):
         run.finish("pretrain", pretrain.run_stage(run))
-        params = pretrained.load(run, run.network()).params
+        params = pretrained.load(run).params
     model, (batch,) = gptv_jax.load(tmp_path), run.data.evaluation("test", 48)
     conditional = nats(model.network, jax.device_get(params), batch, batch["label"]).mean()
     found = run.folder.summary()["pretrain/test_nats_per_token"]

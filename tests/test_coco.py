@@ -466,7 +466,7 @@ def test_the_run_records_classes_and_boxes(tmp_path, caplog):
     config = dataclasses.replace(config_lib.Config(), data=data, tokens=tokens)
     context = setup.open_run(config, str(tmp_path / "run"), ["pretrain"])
     context.folder.release()
-    assert context.object_names == ("bee", "cat", "ant") and context.classes == 0
+    assert context.task.object_names == ("bee", "cat", "ant") and context.classes == 0
     record = json.loads((tmp_path / "run/config.json").read_text())
     assert record["objects"] == ["bee", "cat", "ant"] and record["classes"] == 0
     assert record["found"]["objects"]["train"] == {

@@ -45,7 +45,7 @@ def pretrained(config: config_lib.Config, folder) -> dict:
     run = setup.open_run(config, str(folder))
     with jax.set_mesh(run.mesh):
         run.finish("pretrain", pretrain.run_stage(run))
-        return jax.device_get(pretrained_weights.load(run, run.network()).params)
+        return jax.device_get(pretrained_weights.load(run).params)
 
 
 def same(a: dict, b: dict) -> None:
@@ -68,7 +68,7 @@ def test_all_that_reads_checkpoints_finds_them(usual, elsewhere, tmp_path):
     later = dataclasses.replace(CONFIG, init_from=str(tmp_path / "run"))
     run = setup.open_run(later, str(tmp_path / "later"), ["finetune"])
     with jax.set_mesh(run.mesh):
-        same(jax.device_get(pretrained_weights.load(run, run.network()).params), usual[1])
+        same(jax.device_get(pretrained_weights.load(run).params), usual[1])
 
 
 def test_a_damaged_one_is_set_aside_there_and_the_one_before_taken(usual, elsewhere, tmp_path):
@@ -110,7 +110,7 @@ def test_the_place_changes_only_when_what_it_holds_was_moved(usual, elsewhere, t
     shutil.move(folder / "checkpoints", elsewhere)
     run = setup.open_run(at(elsewhere), str(folder))
     with jax.set_mesh(run.mesh):
-        same(jax.device_get(pretrained_weights.load(run, run.network()).params), usual[1])
+        same(jax.device_get(pretrained_weights.load(run).params), usual[1])
     same(gptv_jax.load(folder).params, usual[1])
     del run
     with pytest.raises(InputError, match=rf"checkpoints are in {elsewhere}"):

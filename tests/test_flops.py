@@ -57,8 +57,8 @@ def test_matrices_and_attention_are_counted_apart():
 def test_logits_in_parts_are_computed_twice():
     def executed(batch_size):
         train = dataclasses.replace(CONFIG.train, batch_size=batch_size)
-        config = dataclasses.replace(CONFIG, train=train)
-        return plan.make(config, topology.parse("gpu:1xh200"), compiling=False).executed
+        training = Pretraining(dataclasses.replace(CONFIG, train=train))
+        return plan.make(training, topology.parse("gpu:1xh200"), compiling=False).executed
 
     whole, parts = executed(2**13), executed(2**14)  # of 144 tokens, 17 float32 logits each
     assert parts == 2 * whole + 2**14 * 144 * 2 * 17 * 512

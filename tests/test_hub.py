@@ -183,7 +183,7 @@ def test_a_run_starts_from_weights_on_the_hub(hub, finished_run, pretrained, tmp
     config = dataclasses.replace(config, init_from="hf://me/start")
     context = setup.open_run(config, str(tmp_path / "run"), ["probe"])
     with jax.set_mesh(context.mesh):
-        found = stages_pretrained.load(context, context.network()).params
+        found = stages_pretrained.load(context).params
     jax.tree.map(np.testing.assert_array_equal, found, pretrained.params)
     recorded = json.loads((tmp_path / "run" / "config.json").read_text())
     assert recorded["config"]["init_from"] == "hf://me/start"

@@ -13,7 +13,7 @@ from gptv_jax.errors import InputError
 from gptv_jax.model import autoencoder
 from gptv_jax.tokens import label_maps
 from gptv_jax.tokens.label_maps import Cells, Patches, fit_patches, load_label_codec
-from gptv_jax.train.label_autoencoding import LOGIT, fit_learned, make_loss
+from gptv_jax.train.autoencoding import LOGIT, fit_learned, make_label_loss
 
 CLASSES, SHAPE, CELL = 5, (10, 13), 4  # the last cells of a row and of a column are cut
 
@@ -181,7 +181,7 @@ def test_pixels_without_a_class_have_no_loss(learned):
     mesh = sharding.make_mesh(config_lib.Mesh(), jax.devices()[:1])
     with jax.set_mesh(mesh):
         params = autoencoder.init(config, jax.random.key(0))
-        loss = make_loss(config)
+        loss = make_label_loss(config)
         whole, _ = loss(params, None, {"maps": jnp.asarray(half)}, None, None)
         model = autoencoder.bind(config, params)
         logits = model.decode(

@@ -17,7 +17,7 @@ from gptv_jax.errors import InputError
 from gptv_jax.model import flops, parts
 from gptv_jax.model.gpt import Network
 from gptv_jax.model.layout import Layout, Part, causal, of_images, prefixed
-from gptv_jax.model.stem import Stem
+from gptv_jax.model.parts import Stem
 from gptv_jax.train import objective, step
 
 IMAGE = Part("image", 11, (3, 4))

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.planning import memory, plan, topology
+from gptv_jax.planning.training import Pretraining
 from gptv_jax.train import objective, optimizer, step
 
 CPU, TPU = topology.parse("cpu:8"), topology.parse("v5e:2x4")
@@ -37,7 +38,7 @@ def small(mesh: tuple[int, ...], remat: str, microbatches: int = 1, **changes) -
 def test_state_and_batch_are_what_real_arrays_hold(mesh):
     config = small(mesh, "dots")
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, ema=0.9))
-    found = plan.make(config, CPU, compiling=False)
+    found = plan.make(Pretraining(config), CPU, compiling=False)
     update, _ = optimizer.make_optimizer(config.train.optimizer, config.train.steps)
     with jax.set_mesh(sharding.make_mesh(config.mesh)):
         state = jax.jit(step.make_init(found.training.network, update, 0.9))(jax.random.key(0))
@@ -69,6 +70,7 @@ import test_memory as t
 os.environ["XLA_FLAGS"] = ""
 from gptv_jax import sharding
 from gptv_jax.planning import compiled, plan
+from gptv_jax.planning.training import Pretraining
 from gptv_jax.train import optimizer, step
 
 def status(name):
@@ -78,7 +80,7 @@ def status(name):
 rows = []
 for remat in ("none", "full"):
     config = t.small((2, 2, 2), remat)
-    found = plan.make(config, t.CPU)
+    found = plan.make(Pretraining(config), t.CPU)
     mesh = sharding.make_mesh(config.mesh)
     update, _ = optimizer.make_optimizer(config.train.optimizer, config.train.steps)
     grown = []
@@ -133,7 +135,7 @@ def test_a_real_step_grows_the_process_by_what_was_planned():
 )
 def test_arithmetic_is_near_the_cpu_compiler(mesh, remat, microbatches, recipe):
     config = small(mesh, remat, microbatches, dtype="bfloat16", **recipe)
-    found = plan.make(config, CPU)
+    found = plan.make(Pretraining(config), CPU)
     arguments = found.memory.parameters + found.memory.optimizer + found.memory.batch
     assert found.compiled.arguments == pytest.approx(arguments, rel=0.001)
     assert 0.85 < found.memory.total / found.compiled.total < 1.2
@@ -144,7 +146,7 @@ def test_of_logits_in_parts_one_part_is_counted(monkeypatch):
     config = dataclasses.replace(config, tokens=config_lib.Tokens(kind="palette", colors=2048))
     logits = 4 * 8 * 144 * 2048  # bytes on one device
     monkeypatch.setattr(objective, "LOGITS_BYTES", logits // 4)
-    found = plan.make(config, CPU)
+    found = plan.make(Pretraining(config), CPU)
     assert logits > 0.3 * found.compiled.total
     assert 0.85 < found.memory.total / found.compiled.total < 1.2
 
@@ -158,7 +160,7 @@ def test_arithmetic_is_near_the_tpu_compiler(mesh, remat, batch_size):
     config = small(mesh, remat, dtype="bfloat16", width=512, heads=8)
     train = dataclasses.replace(config.train, batch_size=batch_size)
     config = dataclasses.replace(config, data=config_lib.Data(image_size=32), train=train)
-    found = plan.make(config, TPU)
+    found = plan.make(Pretraining(config), TPU)
     assert found.compiled.total > 8 * 128 * 2**20
     assert 0.75 < found.memory.total / found.compiled.total < 1.2
 
@@ -166,14 +168,14 @@ def test_arithmetic_is_near_the_tpu_compiler(mesh, remat, batch_size):
 def test_what_is_kept_falls_with_rematerialisation_and_with_microbatches():
     def activations(remat, microbatches=1):
         config = small((1, 8, 1), remat, microbatches)
-        return plan.make(config, TPU, compiling=False).memory.activations
+        return plan.make(Pretraining(config), TPU, compiling=False).memory.activations
 
     assert activations("none") > 2 * activations("dots") > 2 * activations("full")
     assert activations("dots", 4) == pytest.approx(activations("dots") / 4, rel=0.05)
 
 
 def test_a_tpu_fills_an_array_up_to_whole_tiles():
-    cpu, tpu = (devices.abstract_mesh((1, 8, 1, 1)) for devices in (CPU, TPU))
+    cpu, tpu = (sharding.abstract_mesh((1, 8, 1, 1), d.kind, d.platform) for d in (CPU, TPU))
     split = jax.NamedSharding(cpu, P(None, "fsdp"))
     array = jax.ShapeDtypeStruct((4, 512, 3, 8, 64), "float32", sharding=split)
     assert memory.total_bytes([array], cpu) == 4 * 64 * 3 * 8 * 64 * 4

@@ -126,7 +126,7 @@ def test_slices_lie_along_the_outermost_axis_that_takes_them(two_slices, sizes, 
 
 
 def test_an_axis_may_take_a_part_of_the_torus():
-    mesh = topology.parse("v5p:4x4x4").mesh(config_lib.Mesh(-1, 16, 1, 2))
+    mesh = sharding.make_mesh(config_lib.Mesh(-1, 16, 1, 2), topology.parse("v5p:4x4x4").devices())
     assert tuple(mesh.shape.values()) == (2, 16, 1, 2)
 
 

@@ -210,9 +210,9 @@ def test_a_line_has_the_loss_then_validation_then_speed_and_the_time_left(caplog
     ]
     with caplog.at_level(logging.INFO, "gptv_jax"):
         progress.report(10, values)
-        progress.evaluated(evaluations[:1], evaluations[0])
-        progress.evaluated(evaluations, evaluations[0])
-        progress.evaluated(evaluations, evaluations[0], quiet=True)
+        progress.evaluated(evaluations[:1])
+        progress.evaluated(evaluations)
+        progress.evaluated(evaluations, quiet=True)
         progress.report(20, values)
         progress.report(100, values | {"mfu": 0.4})
     numbers = "  loss 2.250  val 25.0%  best 50.0%  13.4k tokens/s"

@@ -16,6 +16,7 @@ from gptv_jax.config import fields
 from gptv_jax.decode import generation
 from gptv_jax.errors import InputError
 from gptv_jax.planning import plan, topology
+from gptv_jax.planning.training import Pretraining
 from gptv_jax.train import objective, step
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -304,7 +305,7 @@ def test_settings_that_do_not_work_with_random_orders_are_refused(changes, named
 def test_a_plan_counts_class_tokens_and_target_positions():
     model = config_lib.Model(layers=1, width=32, heads=4, **ANNEALED)
     config = config_lib.Config(model=model, train=config_lib.Train(batch_size=2))
-    found = plan.make(config, topology.parse("cpu:1"))
+    found = plan.make(Pretraining(config), topology.parse("cpu:1"))
     assert found.params == sum(
         math.prod(leaf.shape)
         for leaf in jax.tree.leaves(jax.eval_shape(found.training.network.init, jax.random.key(0)))

@@ -14,6 +14,7 @@ from gptv_jax import hardware
 from gptv_jax.errors import InputError
 from gptv_jax.model import flops
 from gptv_jax.planning import plan, search, table, topology
+from gptv_jax.planning.training import Pretraining
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 PROMISED = {
@@ -71,7 +72,7 @@ def test_two_processes_plan_for_tpus_at_the_same_time_and_print_json_alone():
 
 def test_gradients_are_summed_between_slices():
     config = config_lib.Config(model=config_lib.Model(layers=1, width=256, heads=2))
-    found = plan.make(config, topology.parse("v5e:2x2", 2))
+    found = plan.make(Pretraining(config), topology.parse("v5e:2x2", 2))
     assert found.compiled and found.fits
     sums = [each for each in found.traffic if each.between]
     assert {(each.kind, each.axes) for each in sums} == {("all-reduce", ("data",))}
@@ -101,7 +102,7 @@ def test_exit_codes_and_refusals():
     assert (
         " ".join(f"--config.mesh.{axis}={n}" for axis, n in mesh.items()) + "; --search" in errors
     )
-    assert plan.make(large(**mesh), topology.parse("v5e-256"), compiling=False).fits
+    assert plan.make(Pretraining(large(**mesh)), topology.parse("v5e-256"), compiling=False).fits
 
 
 # Many devices.
@@ -110,6 +111,7 @@ SCALED = """
 import collections, dataclasses, json
 from gptv_jax import config as config_lib
 from gptv_jax.planning import plan, topology
+from gptv_jax.planning.training import Pretraining
 
 config = config_lib.Config(
     model=config_lib.Model(width=256, heads=4, remat="dots"),
@@ -123,7 +125,7 @@ for count, fsdp, tensor in [(8, 2, 2), (256, 64, 2)]:
         model = dataclasses.replace(config.model, layers=layers)
         mesh = config_lib.Mesh(data=-1, fsdp=fsdp, tensor=tensor)
         planned = dataclasses.replace(config, model=model, mesh=mesh)
-        found = plan.make(planned, topology.parse(f"cpu:{count}"))
+        found = plan.make(Pretraining(planned), topology.parse(f"cpu:{count}"))
         whole = {"devices": count, "shards": fsdp * tensor, "layers": layers}
         collectives = collections.Counter()
         for each in found.traffic:  # over data or not, as the mesh has it
@@ -184,18 +186,18 @@ def large(**mesh: int) -> config_lib.Config:
 
 def test_the_mesh_must_divide_devices_and_slices():
     with pytest.raises(InputError, match=r"config\.mesh\.data=3.*there are 16"):
-        plan.make(large(data=3), H200)
+        plan.make(Pretraining(large(data=3)), H200)
     with pytest.raises(InputError, match=r"cannot be laid over 2 slices"):
-        plan.make(large(data=1, fsdp=1, tensor=16), H200)
+        plan.make(Pretraining(large(data=1, fsdp=1, tensor=16)), H200)
 
 
 def test_only_the_planned_stage_must_fit_the_mesh():
     config = dataclasses.replace(large(data=2, fsdp=8), probe=config_lib.Probe(batch_size=3))
-    assert plan.make(config, H200, compiling=False).fits
+    assert plan.make(Pretraining(config), H200, compiling=False).fits
 
 
 def test_the_roofline_is_of_the_slowest_part():
-    found = plan.make(large(data=2, fsdp=8), H200)
+    found = plan.make(Pretraining(large(data=2, fsdp=8)), H200)
     line, known = found.roofline, hardware.KINDS["NVIDIA H200"]
     executed = flops.executed(found.training.network, "gpu").total
     assert line.compute == pytest.approx(executed * 128 * 1024 / 16 / known.peak_flops)
@@ -211,7 +213,7 @@ def test_the_roofline_is_of_the_slowest_part():
 
 
 def test_days_and_device_hours_are_those_of_all_steps():
-    found = plan.make(large(data=2, fsdp=8), H200)
+    found = plan.make(Pretraining(large(data=2, fsdp=8)), H200)
     numbers = found.numbers()
     assert numbers["days"] == pytest.approx(found.step_seconds * 1000 / 86_400)
     assert numbers["device_hours"] == pytest.approx(numbers["days"] * 24 * 16)
@@ -224,7 +226,7 @@ def two_heads(layers: int = 200) -> config_lib.Config:
 
 
 def test_the_search_ranks_what_fits_and_its_flags_make_the_same_plan():
-    plans = search.search(two_heads(), H200)
+    plans = search.search(Pretraining(two_heads()), H200)
     assert len(plans) > 50
     fitting = [each for each in plans if each.fits]
     assert plans[: len(fitting)] == fitting and len(fitting) < len(plans)
@@ -242,48 +244,48 @@ def test_the_search_ranks_what_fits_and_its_flags_make_the_same_plan():
         model=dataclasses.replace(config.model, remat=values["model.remat"]),
         train=config_lib.Train(microbatches=int(values["train.microbatches"])),
     )
-    assert plan.make(again, H200).bytes_per_device == plans[0].bytes_per_device
+    assert plan.make(Pretraining(again), H200).bytes_per_device == plans[0].bytes_per_device
 
 
 def test_what_the_compiler_refuses_is_left_out_of_the_search(monkeypatch):
     made, config = plan.make, two_heads(layers=8)
-    best = min(search.choices(config, V5E), key=search.rank)
+    best = min(search.choices(Pretraining(config), V5E), key=search.rank)
 
-    def compiled(config, devices, stage, *, compiling=True):
-        found = made(config, devices, stage, compiling=False)
+    def compiled(training, devices, *, compiling=True):
+        found = made(training, devices, compiling=False)
         refused = compiling and found.flags == best.flags
         program = plan.compiled.Compiled(0, 10**12, [], [], refused=refused)
         return dataclasses.replace(found, compiled=program if refused else None)
 
     monkeypatch.setattr(search.plan, "make", compiled)
-    plans = search.search(config, V5E)
+    plans = search.search(Pretraining(config), V5E)
     assert best.fits and len(plans) == search.CONFIRMED
     assert all(each.fits and each.flags != best.flags for each in plans)
     monkeypatch.setattr(search, "TRIED", 1)
-    assert not search.search(config, V5E)[0].fits
+    assert not search.search(Pretraining(config), V5E)[0].fits
 
 
 def test_a_batch_that_no_mesh_divides_is_refused():
     config = large()
     odd = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=7))
     with pytest.raises(InputError, match=r"no mesh of 16 devices divides .*batch_size=7"):
-        search.search(odd, H200)
+        search.search(Pretraining(odd), H200)
 
 
 def test_the_smallest_mesh_that_fits_is_the_first_that_does():
-    one = search.smallest(large(), V5E)
+    one = search.smallest(Pretraining(large()), V5E)
     assert one.fits and one.topology.count == 2  # 16 bytes a weight: 21.8 GB, of 16.9 GB a device
     deep = dataclasses.replace(large().model, layers=4800)
     huge = dataclasses.replace(large(), model=deep, train=config_lib.Train(batch_size=2))
-    assert search.smallest(huge, topology.parse("v5e:2x1")) is None
+    assert search.smallest(Pretraining(huge), topology.parse("v5e:2x1")) is None
 
 
 def test_the_table_says_everything():
-    found = plan.make(large(data=2, fsdp=8), H200)
-    shown = table.show(found, search.smallest(large(), H200))
+    found = plan.make(Pretraining(large(data=2, fsdp=8)), H200)
+    shown = table.show(found, search.smallest(Pretraining(large()), H200))
     for words in ("1,362,250,752", "8.158 G in products", "906 M in attention", "by arithmetic"):
         assert words in shown
     for words in ("fits", "over fsdp", "between slices", "a bound", "MFU at most", "device-hours"):
         assert words in shown
-    assert "DOES NOT FIT" in table.show(plan.make(two_heads(), H200), None)
+    assert "DOES NOT FIT" in table.show(plan.make(Pretraining(two_heads()), H200), None)
     assert table.ranking([found]).count(" ".join(found.flags)) == 1

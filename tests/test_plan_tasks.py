@@ -30,7 +30,7 @@ of_seven = functools.partial(Finetuning, names=7)
 
 
 def test_a_task_with_parts_and_a_stem_is_compiled_for_a_tpu_slice():
-    found = plan.make(DETECT, topology.parse("v5e:4x4"), of_seven)
+    found = plan.make(of_seven(DETECT), topology.parse("v5e:4x4"))
     network = found.training.network
     assert found.compiled and found.fits and len(network.layout.parts) == 2 and network.stem
     length = 16 * 32 + 5 * 24
@@ -45,28 +45,28 @@ def test_a_task_with_parts_and_a_stem_is_compiled_for_a_tpu_slice():
 
 def test_more_objects_and_more_classes_cost_more():
     gpu = topology.parse("gpu:16xh100")
-    few = plan.make(DETECT, gpu, of_seven, compiling=False)
-    many = plan.make(DETECT, gpu, functools.partial(Finetuning, names=80), compiling=False)
+    few = plan.make(of_seven(DETECT), gpu, compiling=False)
+    many = plan.make(Finetuning(DETECT, names=80), gpu, compiling=False)
     detect = dataclasses.replace(DETECT.task.detect, objects=100)
     task = dataclasses.replace(DETECT.task, detect=detect)
-    long = plan.make(dataclasses.replace(DETECT, task=task), gpu, of_seven, compiling=False)
+    long = plan.make(of_seven(dataclasses.replace(DETECT, task=task)), gpu, compiling=False)
     assert many.params - few.params == 2 * 73 * 256  # of the embedding and of the head
     assert long.flops_per_step > 1.5 * few.flops_per_step and many.fits
     assert long.memory.activations > 1.5 * few.memory.activations
     mesh = config_lib.Mesh(data=2, fsdp=1, sequence=8)
     rows = dataclasses.replace(DETECT.finetune.train, batch_size=30)
     odd = dataclasses.replace(DETECT, mesh=mesh, finetune=config_lib.Finetune(train=rows))
-    assert plan.make(odd, gpu, of_seven, compiling=False).fits
+    assert plan.make(of_seven(odd), gpu, compiling=False).fits
     detect = dataclasses.replace(detect, objects=25)
     odd = dataclasses.replace(odd, task=dataclasses.replace(task, detect=detect))
     with pytest.raises(
         InputError, match=r"positions .* is 637, which 8 \(config\.mesh\.sequence\)"
     ):
-        plan.make(odd, gpu, of_seven, compiling=False)
+        plan.make(of_seven(odd), gpu, compiling=False)
     narrow = dataclasses.replace(DETECT.task, stem=(16, 36))
     with pytest.raises(InputError, match=r"config\.task\.stem\[1\] is 36, which 16 "):
         odd = dataclasses.replace(DETECT, task=narrow, mesh=config_lib.Mesh(data=1, fsdp=16))
-        plan.make(odd, gpu, of_seven, compiling=False)
+        plan.make(of_seven(odd), gpu, compiling=False)
 
 
 def test_classes_are_those_of_the_data_and_the_search_keeps_the_task():
@@ -74,12 +74,12 @@ def test_classes_are_those_of_the_data_and_the_search_keeps_the_task():
         model=config_lib.Model(layers=1, width=32, heads=2),
         finetune=config_lib.Finetune(train=config_lib.Train(batch_size=4)),
     )
-    found = search.smallest(config, topology.parse("gpu:4xh100"), Finetuning)
+    found = search.smallest(Finetuning(config), topology.parse("gpu:4xh100"))
     assert found.training.network == tasks.make(config, tuple("0123456789")).network()
     assert math.prod(found.sizes.values()) == 1 and found.training.train.microbatches == 1
     missing = dataclasses.replace(config, data=config_lib.Data(name="folder", path="/nowhere"))
     with pytest.raises(InputError, match=r"Without the data, give --classes=NUMBER\."):
-        plan.make(missing, topology.parse("gpu:4xh100"), Finetuning)
+        plan.make(Finetuning(missing), topology.parse("gpu:4xh100"))
 
 
 def test_segmentation_is_planned_with_its_label_tokens_and_its_head():
@@ -88,7 +88,7 @@ def test_segmentation_is_planned_with_its_label_tokens_and_its_head():
         settings = config_lib.Segment(cell=8, codes=64, layers=(0, 2), read=read)
         task = dataclasses.replace(DETECT.task, name="segment", segment=settings)
         config = dataclasses.replace(DETECT, task=task)
-        plans.append(plan.make(config, gpu, of_seven, compiling=False))
+        plans.append(plan.make(of_seven(config), gpu, compiling=False))
     both, alone = plans
     network = both.training.network
     assert network.length == 16 * 32 + 8 * 16 and both.fits

@@ -32,7 +32,7 @@ CONFIG = config_lib.Config(
 
 
 def planned(config=CONFIG, devices=GPU, **options) -> plan.Plan:
-    return plan.make(config, devices, TokenizerTraining, **options)
+    return plan.make(TokenizerTraining(config), devices, **options)
 
 
 def with_settings(**changes) -> config_lib.Config:
@@ -89,13 +89,13 @@ def test_an_image_costs_its_encoder_and_its_decoder():
     )
     assert numbers["flops_per_step"] == 16 * numbers["flops_per_image"]
     assert numbers["days"] == pytest.approx(100 * found.step_seconds / 86_400)
-    shown = table.show(found, search.smallest(CONFIG, GPU, TokenizerTraining))
+    shown = table.show(found, search.smallest(TokenizerTraining(CONFIG), GPU))
     assert "in the encoder" in shown and "100 steps at least" in shown
     assert found.flags == [f"--config.mesh.{axis}={n}" for axis, n in found.sizes.items()]
 
 
 def test_the_search_is_over_meshes_alone():
-    plans = search.search(CONFIG, GPU, TokenizerTraining)
+    plans = search.search(TokenizerTraining(CONFIG), GPU)
     assert sorted((p.sizes["data"], p.sizes["fsdp"]) for p in plans) == [(1, 4), (2, 2), (4, 1)]
 
 

@@ -186,7 +186,7 @@ def pretrained(folder, config) -> tuple[Context, dict]:
     run = setup.open_run(config, str(folder))
     with jax.set_mesh(run.mesh):
         run.finish("pretrain", pretrain.run_stage(run))
-        return run, jax.device_get(pretrained_weights.load(run, run.network()).params)
+        return run, jax.device_get(pretrained_weights.load(run).params)
 
 
 @pytest.fixture(scope="module")
@@ -336,9 +336,7 @@ def test_few_labels_are_those_of_the_best_layer(autoregressive, tmp_path, monkey
     with jax.set_mesh(run.mesh):
         best = probe.run_stage(run)["best_layer"]
         network, images = run.network(), features.batches(run.data, settings)
-        read = features.of_network(
-            network, pretrained_weights.load(run, network).params, images, raw=False
-        )
+        read = features.of_network(network, pretrained_weights.load(run).params, images, raw=False)
         wanted = features.kept(read, [0, 1, 2])
     np.testing.assert_array_equal(given["train"][0], wanted.taken([best])["train"][0])
     others = [wanted.taken([layer])["train"][0] for layer in {0, 1, 2} - {best}]
@@ -349,9 +347,7 @@ def test_bert_is_read_under_every_vote_but_for_training(bert, tmp_path):
     run = setup.open_run(bert, str(tmp_path / "run"))
     with jax.set_mesh(run.mesh):
         network, images = run.network(), features.batches(run.data, bert.probe)
-        read = features.of_network(
-            network, pretrained_weights.load(run, network).params, images, raw=False
-        )
+        read = features.of_network(network, pretrained_weights.load(run).params, images, raw=False)
         votes = {split: next(read(split))[0] for split in ("train", "validation", "test")}
     assert [len(x) for x in votes.values()] == [1, 2, 2]
     assert np.abs(votes["test"][0] - votes["test"][1]).max() > 1e-4

@@ -13,7 +13,7 @@ from test_segment import records
 
 from gptv_jax import sharding
 from gptv_jax.train import objective
-from gptv_jax.train.loop import best_step
+from gptv_jax.train.metrics import best_step
 
 
 @pytest.fixture(autouse=True)

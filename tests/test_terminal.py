@@ -54,8 +54,7 @@ def test_80_columns_show_loss_validation_speed_and_time_left(finished_run, monke
                 progress.report(step, event)
             elif loss := event.get("validation_nats_per_token"):
                 evaluations.append({"step": step, "nats_per_token": loss})
-                best = min(evaluations, key=lambda e: e["nats_per_token"])
-                progress.evaluated(evaluations, best)
+                progress.evaluated(evaluations)
         progress.close()
 
     lines = seen_on_terminal(show, monkeypatch)

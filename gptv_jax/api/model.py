@@ -1,23 +1,25 @@
 """`Model`, a trained network that takes NumPy arrays and gives NumPy arrays."""
 
 import dataclasses
+import functools
 import logging
 import pathlib
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image
 
 from gptv_jax import files, sharding, validation
-from gptv_jax.api.forward import forward
 from gptv_jax.api.of_tasks import OfTasks
 from gptv_jax.decode import generation
 from gptv_jax.decode.sampler import Sampler, Section, by_pixel, kept_tokens
 from gptv_jax.errors import InputError
 from gptv_jax.model.gpt import Network
 from gptv_jax.tokens.codec import AnyArray
+from gptv_jax.train import objective
 from gptv_jax.validation import Labels, arguments_by_name
 from gptv_jax.weights import hub, native
 from gptv_jax.weights.native import WeightsFile
@@ -248,8 +250,9 @@ class Model(OfTasks):
         self._with_tokens()
         if network.several:
             raise InputError(
-                f"{self._described.made_for}, so only the method of this task reads images with "
-                'these weights; load the run with stage="pretrain" for other methods.'
+                f"this model was made for {self._described.task.name}, so only the method of this "
+                'task reads images with these weights; load the run with stage="pretrain" for '
+                "other methods."
             )
 
     def _for_drawing(self) -> tuple[Network, dict]:
@@ -298,5 +301,23 @@ class Model(OfTasks):
         labels = validation.labels(labels, len(tokens), self.network, self.classes)
         with jax.set_mesh(self.mesh):
             inputs = jax.tree.map(sharding.shard_rows, (tokens, labels))
-            result = forward(self.network, self.params, *inputs, output)
+            result = network_output(self.network, self.params, *inputs, output)
         return np.asarray(result)[: len(tokens)]
+
+
+@functools.partial(jax.jit, static_argnames=("network", "output"))
+def network_output(
+    network: Network, params: dict, tokens: jax.Array, labels: jax.Array | None, output: str
+) -> jax.Array:
+    """One output of the network: "logits", "pooled" features [B, L+1, D] or "classes"."""
+    if output == "logits":
+        return network.bind(params)(tokens, labels).logits
+    if network.config.objective == "bert":  # sees images under masks, as in training
+        batch = {"tokens": tokens, "variant": None, "index": jnp.arange(len(tokens))}
+        each = (objective.evaluate_batch(network, params, batch, v) for v in range(network.votes))
+        votes = [found for found, _ in each]
+    else:
+        votes = [network.bind(params)(tokens, labels)]
+    if output == "pooled":
+        return sum(vote.pooled for vote in votes).swapaxes(0, 1) / len(votes)
+    return sum(jax.nn.softmax(vote.class_logits, axis=-1) for vote in votes) / len(votes)

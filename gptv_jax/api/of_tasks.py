@@ -1,18 +1,53 @@
-"""The methods of `Model` that answer with what a task taught the network."""
+"""The methods of `Model` that answer with what a task taught the network, on images of any size."""
 
-from collections.abc import Sequence
+import itertools
+import os
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
+from PIL import Image, ImageOps
 
-from gptv_jax import validation
-from gptv_jax.api import detection, segmentation
-from gptv_jax.api.views import Picture
-from gptv_jax.errors import InputError
-from gptv_jax.tasks.boxes import Detections
-from gptv_jax.tasks.detect import Detect
-from gptv_jax.tasks.segment import Segment
+from gptv_jax import sharding, validation
+from gptv_jax.data import records, transforms
+from gptv_jax.data.images import Decode
+from gptv_jax.errors import InputError, cut
+from gptv_jax.tasks.boxes import Detections, vote
+from gptv_jax.tasks.detect import Detect, draw
+from gptv_jax.tasks.segment import Segment, classes_read, written
 from gptv_jax.tokens.codec import AnyArray
+
+AT_ONCE = 64  # views that are read in one batch
+SIZES = (1, 4, 16, AT_ONCE)  # of batches, as every size is compiled
+Picture = np.ndarray | jax.Array | Image.Image
+
+
+def _view(
+    method: str,
+    image: Picture,
+    channels: tuple[int, ...],
+    steps: list[transforms.Transform],
+    size: tuple[int, int],
+) -> records.Record:
+    """The record of an image after the transforms, of the size that the network takes."""
+    if isinstance(image, Image.Image):  # upright, as training shows it
+        image = ImageOps.exif_transpose(image).convert("RGB" if 3 in channels else "L")
+    pixels = np.asarray(image)
+    pixels = pixels[..., None] if pixels.ndim == 2 else pixels
+    whole = pixels.ndim == 3 and pixels.size and pixels.shape[-1] in channels
+    if pixels.dtype != np.uint8 or not whole:
+        array = f"{pixels.dtype} {list(np.shape(image))}"
+        found = cut(repr(image), 60) if isinstance(image, str | os.PathLike) else array
+        raise InputError(
+            f"an image is {found}; {method} takes Pillow images, such as PIL.Image.open(path), and "
+            f"uint8 arrays [H, W, {' or '.join(map(str, channels))}] of any height and width "
+            "from 1 on."
+        )
+    original = np.array(pixels.shape[:2])
+    record = records.with_view({"image": pixels, "original": original}, *pixels.shape[:2])
+    for step in steps:
+        record = step(record, None)
+    return records.resize(record, *size)
 
 
 class OfTasks:
@@ -46,9 +81,22 @@ class OfTasks:
             )
         threshold = validation.share("threshold", threshold)
         votes = task.settings.votes if votes is None else votes
+        if isinstance(votes, str) or not all(isinstance(entry, str) for entry in votes):
+            advice = "it takes a list of texts, as in votes=['flip(1.0)']"
+            raise InputError(f"votes is {cut(repr(votes), 60)}; {advice}.")
+        extra, found = [[], *(transforms.parse_view(entry) for entry in votes)], []
+        names = [name for entry in votes for name in entry.split("|")]
+        if wrong := [name for name in names if transforms.parse(name).random]:
+            raise InputError(f"votes has {', '.join(wrong)}, which is random; flip(1.0) is not.")
         with jax.set_mesh(self.mesh):
-            found = detection.detect(task, self.network, self.params, self.codec, images, votes)
-        return [each.take(each.scores >= threshold) for each in found]
+            for inputs, shown in self._views("detect", images, extra):
+                drawn = map(np.asarray, draw(task, self.network, self.params, *inputs))
+                for *row, record in zip(*drawn, shown, strict=False):  # without the padding
+                    size = tuple(record["original"].tolist())
+                    found.append(task.found(*row, record["view"], size))
+        by_image = (found[at : at + len(extra)] for at in range(0, len(found), len(extra)))
+        best = [task.best(vote(views)) for views in by_image]
+        return [each.take(each.scores >= threshold) for each in best]
 
     @property
     def map_classes(self) -> tuple[str, ...]:
@@ -74,9 +122,57 @@ class OfTasks:
         way = task.ways[0] if by is None else by
         if way not in task.ways:
             raise InputError(f"by is {by!r}; this model takes {' or '.join(task.ways)}.")
+        key, found = jax.random.key(task.config.seed), []
+        model = task, self.network, self.params
         with jax.set_mesh(self.mesh):
-            given = task, self.network, self.params, self.codec
-            found = segmentation.segment(*given, images, way)
+            for (*pictures, numbers), shown in self._views("segment", images):
+                if way == "read":
+                    planes = np.asarray(classes_read(*model, *pictures))
+                else:
+                    tokens, _ = written(*model, *pictures, key, numbers)
+                    planes = task.facts.codec.decode(np.asarray(tokens))
+                for plane, record in zip(planes, shown, strict=False):  # without the padding
+                    size = tuple(record["original"].tolist())
+                    plane = records.plane_to_original(plane, record["view"], size)
+                    found.append(plane.astype(np.int32))
         if not hasattr(images, "ndim"):
             return found
         return np.stack(found) if found else np.zeros((0, *images.shape[1:3]), np.int32)
+
+    def _views(
+        self,
+        method: str,
+        images: AnyArray | Sequence[Picture],
+        extra: Sequence[Sequence[transforms.Transform]] = ((),),
+    ) -> Iterator[tuple[tuple, tuple[records.Record, ...]]]:
+        """Tokens, pixels and numbers of images on the mesh, and the records of the first rows.
+
+        There is a record of each image after the transforms of evaluation and each of `extra`, of
+        the size that the network takes; "original" is the height and width before. Rows are padded
+        to one of SIZES. InputError names the `method` that was called: an image is no image.
+        """
+        one = isinstance(images, str | os.PathLike | Image.Image)
+        if one or (hasattr(images, "ndim") and images.ndim != 4):
+            found = f"one {type(images).__name__}" if one else list(images.shape)
+            raise InputError(
+                f"{method} was given {found}; it takes a list of images, as in {method}([image]), "
+                "or an array [B, H, W, C]."
+            )
+        data = self._described.learned_task.config.data
+        entries = [transforms.parse(entry) for entry in data.eval_transforms]
+        steps = [step for step in entries if not isinstance(step, Decode)]
+        channels = (1, 3) if self.codec is None else self.codec.image_shape[2:]
+        numbered = (
+            (number, _view(method, image, channels, [*steps, *more], data.size))
+            for number, image in enumerate(images)
+            for more in extra
+        )
+        while batch := list(itertools.islice(numbered, AT_ONCE)):
+            size = next(size for size in SIZES if size >= len(batch))
+            numbers, shown = zip(*batch, *batch[-1:] * (size - len(batch)), strict=True)
+            views = [record["image"] for record in shown]
+            depth = max(view.shape[-1] for view in views)  # a grey image has three equal ones
+            pixels = np.stack([np.broadcast_to(x, (*x.shape[:2], depth)) for x in views])
+            tokens = None if self.codec is None else self.codec.encode(pixels)
+            inputs = tokens, pixels if self.network.stem else None, np.array(numbers, np.int32)
+            yield jax.tree.map(sharding.shard_rows, inputs), shown[: len(batch)]

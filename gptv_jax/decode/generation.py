@@ -20,7 +20,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from gptv_jax import config as config_lib
@@ -33,7 +32,7 @@ from gptv_jax.model.layout import Layout, Part
 
 UNKNOWN = -1  # stands in place of a token that is to be drawn
 DEFAULTS = config_lib.Drawing()
-SPEC = P(sharding.BATCH, "tensor")  # of cached keys and values
+SPEC = jax.P(sharding.BATCH, "tensor")  # of cached keys and values
 FIRST_CAPACITY = 64  # of the cache, in positions
 
 
@@ -195,7 +194,9 @@ def draw_tokens(
     carry = tokens, probabilities, logits, cache
     ends = [prefix + capacity for capacity in cache_capacities(last - prefix)]
     for start, end, capacity in stretches(network.layout, prefix, ends):
-        carry = *carry[:-1], jax.tree.map(functools.partial(_with_room, capacity), carry[-1])
+        filled = jax.tree.leaves(carry[-1])[0].shape[2]
+        room = (0, 0), (0, 0), (0, capacity - filled), (0, 0)
+        carry = *carry[:-1], jax.tree.map(lambda x, room=room: jnp.pad(x, room), carry[-1])
         parts = network.layout.part_at(start), network.layout.part_at(start + 1)
         take = functools.partial(step, *parts)
         # At the end of a part the logits change their vocabulary, which a loop's carry cannot.
@@ -220,10 +221,6 @@ def stretches(layout: Layout, first: int, ends: list[int]) -> list[tuple[int, in
     starts = [first, *cuts[:-1]]
     rooms = [next(end for end in ends if end > start) - first for start in starts]
     return list(zip(starts, cuts, rooms, strict=True))
-
-
-def _with_room(capacity: int, x: Float[Array, "B H S K"]) -> Float[Array, "B H capacity K"]:
-    return jnp.pad(x, ((0, 0), (0, 0), (0, capacity - x.shape[2]), (0, 0)))
 
 
 def _repeat_rows(x: Array, times: int, group: int = 1) -> Array:
@@ -309,7 +306,7 @@ def _attend_one(
     """Attention of one query to the whole prompt and to the generated positions up to `last`."""
     B, H, _, K = q.shape
     G, length = prompt.keys.shape[0], prompt.keys.shape[2]
-    by_prompt = P(*SPEC[:1], None, "tensor")  # [G, B / G, H, ...]
+    by_prompt = jax.P(*SPEC[:1], None, "tensor")  # [G, B / G, H, ...]
     queries = jnp.swapaxes(q.reshape(G, B // G, H, K, out_sharding=by_prompt), 1, 2)
     accumulator = {"preferred_element_type": layers.accumulator(q)}
     to_prompt = jnp.einsum("ghnk,ghpk->ghnp", queries, prompt.keys, **accumulator)

@@ -3,7 +3,7 @@
 The rest of the package uses the names below; the commands alone use the modules of this folder.
 """
 
-import json
+import pickle
 from collections.abc import Callable
 
 import jax
@@ -15,7 +15,6 @@ from gptv_jax.hosts.stopping import StoppedError, deferred_stop, saving_interrup
 
 __all__ = [
     "StoppedError",
-    "bytes_of_first",
     "deferred_stop",
     "from_all",
     "from_first",
@@ -26,22 +25,25 @@ __all__ = [
 
 
 def from_first(function: Callable[[], object]):
-    """The value of `function()` on process 0, which alone calls it; sent to the others as JSON.
+    """The value of `function()` on process 0, which alone calls it; sent to the others by pickle.
 
     An InputError of `function` is raised by every process.
     """
     if jax.process_count() == 1:
         return function()
-    outcome = {}
+    value = refused = None
     if jax.process_index() == 0:
         try:
-            outcome = {"value": function()}
+            value = function()
         except InputError as error:
-            outcome = {"error": str(error)}
-    outcome = json.loads(bytes_of_first(json.dumps(outcome).encode()))
-    if "error" in outcome:
-        raise InputError(outcome["error"])
-    return outcome["value"]
+            refused = error
+    content = pickle.dumps((value, refused))
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
+    content = multihost_utils.broadcast_one_to_all(_padded(content, length)).tobytes()
+    value, refused = pickle.loads(content)
+    if refused:
+        raise refused
+    return value
 
 
 def on_all(function: Callable):
@@ -62,20 +64,14 @@ def on_all(function: Callable):
     return value
 
 
-def bytes_of_first(content: bytes) -> bytes:
-    """The content that process 0 gives, on every process."""
-    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
-    return multihost_utils.broadcast_one_to_all(_padded(content, length)).tobytes()[:length]
-
-
 def from_all(value) -> list:
-    """The values that all processes give, in the order of the processes; sent as JSON."""
+    """The values that all processes give, in the order of the processes; sent by pickle."""
     if jax.process_count() == 1:
         return [value]
-    content = json.dumps(value).encode()
+    content = pickle.dumps(value)
     lengths = multihost_utils.process_allgather(np.int32(len(content)))
     sent = multihost_utils.process_allgather(_padded(content, max(lengths)))
-    return [json.loads(row.tobytes()[:n]) for row, n in zip(sent, lengths, strict=True)]
+    return [pickle.loads(row.tobytes()) for row in sent]
 
 
 def _padded(content: bytes, length: int) -> np.ndarray:

@@ -15,8 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
 from gptv_jax import sharding
@@ -75,7 +73,7 @@ def self_attention(
     mesh, T = jax.sharding.get_abstract_mesh(), q.shape[1]
     if mesh.empty:
         return attention(q, k, v, _mask(visible, 0, T))
-    spec = P(*jax.typeof(q).sharding.spec[:3], None)  # heads are whole along K
+    spec = jax.P(*jax.typeof(q).sharding.spec[:3], None)  # heads are whole along K
     split = mesh.shape["sequence"] if spec[1] else 1  # decoding splits only rows and heads
     chosen = form(sharding.platform(), visible, split, q.dtype.name, head_size=q.shape[-1])
 
@@ -136,8 +134,8 @@ def _splash_kernel(mesh, heads: int, visible: tuple[int, ...], split: int):
         q_seq_shards=shards,
         residual_checkpoint_name=PRODUCT,
     )
-    spec = P(None, "sequence" if shards > 1 else None)
-    specs = kernel.manual_sharding_spec(NamedSharding(mesh, spec))
+    spec = jax.P(None, "sequence" if shards > 1 else None)
+    specs = kernel.manual_sharding_spec(jax.NamedSharding(mesh, spec))
     return jax.tree.map(jax.sharding.reshard, kernel, specs), specs
 
 

@@ -51,10 +51,7 @@ class Conv(nnx.Module):
 
     def __call__(self, x: Float[Array, "B h w N"]) -> Float[Array, "B i j M"]:
         """Computes in the dtype of `x`, with zeros beyond the border."""
-        kernel, strides = (
-            sharding.gather(getattr(self, self.name)[...], x.dtype),
-            2 * (self.stride,),
-        )
+        kernel, strides = sharding.gather(getattr(self, self.name)[...], x.dtype), [self.stride] * 2
         out = jax.lax.conv_general_dilated(x, kernel, strides, "SAME", dimension_numbers=LAYOUT)
         return out + self.bias[...].astype(x.dtype)[None, None, None]
 
@@ -279,8 +276,7 @@ class Discriminator(nnx.Module):
 
 def space_to_depth(x: Float[Array, "B H W N"], side: int) -> Float[Array, "B h w M"]:
     """Squares of side * side positions become channels: M = side * side * N."""
-    B, H, W, N = x.shape
-    h, w = H // side, W // side
+    B, h, w, N = x.shape[0], x.shape[1] // side, x.shape[2] // side, x.shape[3]
     x = x.reshape(B, h, side, w, side, N, out_sharding=sharding.BATCH_FIRST).swapaxes(2, 3)
     return x.reshape(B, h, w, -1, out_sharding=sharding.BATCH_FIRST)
 

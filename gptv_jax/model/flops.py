@@ -16,7 +16,7 @@ from gptv_jax.model import autoencoder
 from gptv_jax.model.attention import BLOCK, SPLASH_TILE, form
 from gptv_jax.model.gpt import Network
 from gptv_jax.model.layout import causal_mask
-from gptv_jax.model.stem import CHANNELS
+from gptv_jax.model.parts import CHANNELS
 
 
 class Flops(dict[str, int]):

@@ -22,7 +22,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
 from gptv_jax import config as config_lib
@@ -31,7 +30,7 @@ from gptv_jax.errors import InputError
 from gptv_jax.model import attention, layers
 from gptv_jax.model.inputs import Inputs
 from gptv_jax.model.layout import Layout, Part
-from gptv_jax.model.reading import ReadHead, Reading
+from gptv_jax.model.parts import ReadHead, Reading
 
 
 class Output(NamedTuple):
@@ -192,7 +191,7 @@ class GPT(Inputs):
         keys = None if keys is None else keys[:-1]
         kept = slots = None
         if keep:  # layers that are not in `keep` all write to the last index, which is thrown away
-            spec = PartitionSpec(None, *sharding.HIDDEN)
+            spec = jax.P(None, *sharding.HIDDEN)
             kept = jnp.zeros((len(keep) + 1, *x.shape), x.dtype, out_sharding=spec)
             indices = [keep.index(i) if i in keep else len(keep) for i in range(config.layers + 1)]
             slots = jnp.array(indices[:-1])
@@ -208,12 +207,9 @@ class GPT(Inputs):
 
     def logits(self, final: Float[Array, "B T D"]) -> dict[str, Array]:
         """Logits [B, n, V] of every predicted part, given the output of the final norm."""
-        final, slices = (
-            jax.sharding.reshard(final, sharding.BATCH_FIRST),
-            self.network.layout.slices,
-        )
-        parts = [part for part in self.network.layout.parts if part.predicted]
-        return {p.name: self.token_logits(final[:, slices[p.name]], p) for p in parts}
+        layout, final = self.network.layout, jax.sharding.reshard(final, sharding.BATCH_FIRST)
+        parts = [part for part in layout.parts if part.predicted]
+        return {p.name: self.token_logits(final[:, layout.slices[p.name]], p) for p in parts}
 
     def read(self, output: Output) -> Float[Array, "B h w C"]:
         """Float32 logits of the classes of every cell of the image; takes `Network.reading`.
@@ -223,7 +219,7 @@ class GPT(Inputs):
         """
         first, every = self.network.layout.parts[0], self.network.reading.layers
         features = output.kept if every else output.final[None]
-        features = jax.sharding.reshard(features, PartitionSpec(None, sharding.BATCH))
+        features = jax.sharding.reshard(features, jax.P(None, sharding.BATCH))
         features = jnp.concatenate(list(features[:, :, 1 : first.size + 1]), axis=-1)
         return self.reading(features, first.shape[-2:])
 

@@ -6,14 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from gptv_jax import sharding
 from gptv_jax.model import layers
 from gptv_jax.model.layout import Part
-from gptv_jax.model.parts import PartWeights, centers
-from gptv_jax.model.stem import Stem
+from gptv_jax.model.parts import PartWeights, Stem, centers
 
 
 class Inputs(nnx.Module):
@@ -46,7 +44,7 @@ class Inputs(nnx.Module):
         self,
         tokens: Int[Array, "B P"],
         variant: Int[Array, " B"] | None = None,
-        spec: PartitionSpec = sharding.HIDDEN,
+        spec: jax.P = sharding.HIDDEN,
         order: Int[Array, "B P+1"] | None = None,
         pixels: UInt8[Array, "B height width C"] | None = None,
     ) -> Float[Array, "B P+1 D"]:
@@ -134,7 +132,7 @@ class Inputs(nnx.Module):
         return functools.reduce(jnp.add, [scaled(found, dtype) for scaled in scales])
 
     def _lookup(
-        self, tables: list[nnx.Param], ids: Int[Array, "*ids"], spec: PartitionSpec
+        self, tables: list[nnx.Param], ids: Int[Array, "*ids"], spec: jax.P
     ) -> Float[Array, "*ids D"]:
         """Rows `ids` of the tables, which are concatenated first."""
         whole = [sharding.gather(table[...], self.network.config.dtype) for table in tables]
@@ -199,7 +197,7 @@ class Inputs(nnx.Module):
 
         if order is not None:
             every = phases(jnp.arange(-1, count))
-            spec = PartitionSpec(None, *sharding.HIDDEN)
+            spec = jax.P(None, *sharding.HIDDEN)
             places = order, input_places(order)
             return layers.Rotation(*(every.at[:, p + 1].get(out_sharding=spec) for p in places))
         predicted = start + jnp.arange(count)

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from gptv_jax import config as config_lib
@@ -73,7 +72,7 @@ def project(
     equation: str,
     x: Float[Array, "B T *inputs"],
     weight: Float[Array, "*weight"],
-    out_sharding: PartitionSpec | None = None,
+    out_sharding: jax.P | None = None,
 ) -> Float[Array, "B T *outputs"]:
     """`jnp.einsum(equation, x, weight)` in the dtype of `x`, with the weight gathered over fsdp.
 

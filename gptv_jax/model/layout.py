@@ -49,9 +49,8 @@ class Layout:
 
     Position t sees the inputs of positions 0 .. visible[t] - 1. The numbers never fall.
 
-    Raises:
-      ValueError: the numbers fall, do not reach from 1 to T, or let a predicted position see its
-        own target.
+    ValueError: the numbers fall, do not reach from 1 to T, or let a predicted position see its own
+    target.
     """
 
     parts: tuple[Part, ...]
@@ -111,9 +110,8 @@ class Layout:
     def check_drawable(self, prefix: int, length: int) -> None:
         """Checks that the tokens after a prefix can be drawn one by one, up to `length` tokens.
 
-        Raises:
-          InputError: a position from `prefix` on does not see exactly the positions up to itself,
-            or the prefix ends within the first of several parts.
+        InputError: a position from `prefix` on does not see exactly the positions up to itself, or
+        the prefix ends within the first of several parts.
         """
         if self.visible[prefix:length] != causal_mask(length)[prefix:]:
             raise InputError(

@@ -96,10 +96,8 @@ class Vqgan:
         kernel = self._weight(f"{name}.weight", outputs, x.shape[-1], side, side).astype(x.dtype)
         bias = self._weight(f"{name}.bias", outputs).astype(x.dtype)
         # With stride 2 the zeros lie below and to the right alone.
-        padding = [(side // 2, side // 2) if stride == 1 else (0, 1)] * 2
-        out = jax.lax.conv_general_dilated(
-            x, kernel, (stride, stride), padding, dimension_numbers=LAYOUT
-        )
+        padding, strides = [(side // 2, side // 2) if stride == 1 else (0, 1)] * 2, [stride] * 2
+        out = jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=LAYOUT)
         return out + bias[None, None, None]
 
     def _norm(self, name: str, x: Float[Array, "B h w N"]) -> Float[Array, "B h w N"]:

@@ -1,4 +1,4 @@
-"""What the planner knows of fine-tuning: the task's network, its batch and its real step."""
+"""Fine-tuning, as a stage runs it and as the planner sees it."""
 
 import dataclasses
 import functools
@@ -6,14 +6,12 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
 
 from gptv_jax import tasks
 from gptv_jax.data import sources
 from gptv_jax.errors import InputError
 from gptv_jax.model.gpt import Network
 from gptv_jax.planning.training import Pretraining
-from gptv_jax.train import optimizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,12 +19,16 @@ class Finetuning(Pretraining):
     """The training of a task's network."""
 
     names: int | None = None  # classes that the task tells apart; None: those of the data
+    given: tasks.Task | None = None  # the task, with what it has measured
+    from_scratch: bool = False  # without pretrained weights
 
     section, sections = "finetune.train", ("model", "finetune")
 
     @functools.cached_property
     def task(self) -> tasks.Task:
         """The task on the data's classes; InputError where these are unknown."""
+        if self.given is not None:
+            return self.given
         if self.names is not None:
             known = tuple(map(str, range(self.names)))
             return tasks.make(self.config, known, known, known)
@@ -43,15 +45,14 @@ class Finetuning(Pretraining):
         return self.task.network()
 
     @property
-    def optimizer(self) -> tuple:
-        decay, width = self.config.finetune.layer_decay, self.relative_width
-        return optimizer.make_optimizer(self.train.optimizer, self.train.steps, decay, width)
+    def layer_decay(self) -> float:
+        return 1.0 if self.from_scratch else self.config.finetune.layer_decay
 
     @property
     def loss(self) -> Callable:
         return self.task.loss(self.network)
 
-    def batch(self, rows: int, split: NamedSharding | None = None) -> dict:
+    def batch(self, rows: int, split: jax.NamedSharding | None = None) -> dict:
         """Abstract arrays of a batch of `rows` images, with inputs and weights of every part."""
 
         def array(*shape: int, dtype=jnp.int32) -> jax.ShapeDtypeStruct:

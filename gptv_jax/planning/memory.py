@@ -8,8 +8,7 @@ from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AbstractMesh
 
 TILE = (8, 128)  # of a TPU's registers and memory
 
@@ -29,9 +28,9 @@ class Memory:
         return sum(dataclasses.astuple(self))
 
 
-def spec_of(array) -> P:
+def spec_of(array) -> jax.P:
     """How an abstract array is split; scalars have no sharding and are replicated."""
-    return getattr(array.sharding, "spec", P())
+    return getattr(array.sharding, "spec", jax.P())
 
 
 def total_bytes(
@@ -44,7 +43,7 @@ def total_bytes(
     """
     total = 0
     for array in arrays:
-        shard = NamedSharding(mesh, spec_of(array)).shard_shape(array.shape)[int(one_layer) :]
+        shard = jax.NamedSharding(mesh, spec_of(array)).shard_shape(array.shape)[int(one_layer) :]
         if mesh.abstract_device.platform == "tpu" and len(shard) > 1:
             last, by_head = len(shard) - 1, len(array.shape) > 3 and array.shape[-1] == head_size
             pairs = itertools.permutations(range(len(shard)), 2)

@@ -6,13 +6,12 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.planning import compiled
 from gptv_jax.planning.hlo import Collective
 from gptv_jax.planning.memory import Memory
 from gptv_jax.planning.topology import Topology
-from gptv_jax.planning.training import Call, Make, Pretraining, Training
+from gptv_jax.planning.training import Call, Training
 
 DAY = 86_400  # seconds
 
@@ -184,22 +183,16 @@ class Plan:
         }
 
 
-def make(
-    config: config_lib.Config,
-    topology: Topology,
-    kind: Make = Pretraining,
-    *,
-    compiling: bool = True,
-) -> Plan:
-    """Plans a training of a configuration, whose mesh may have a -1 to fill.
+def make(training: Training, topology: Topology, *, compiling: bool = True) -> Plan:
+    """Plans a training, whose configuration's mesh may have a -1 to fill.
 
     `compiling=False` does without the compiler where there is one for the topology.
 
-    Raises:
-      InputError: the mesh does not fit the devices, the batch or the network.
+    InputError: the mesh does not fit the devices, the batch or the network.
     """
-    training, lengths = kind(config), sharding.axis_sizes(config.mesh, topology.count)
-    mesh = topology.abstract_mesh(lengths)
+    config = training.config
+    lengths = sharding.axis_sizes(config.mesh, topology.count)
+    mesh = sharding.abstract_mesh(lengths, topology.kind, topology.platform)
     length = training.units if training.unit == "token" else None
     sharding.check(config, mesh, training.sections, length)
     sharding.over_slices(lengths, topology.slices)
@@ -208,7 +201,7 @@ def make(
     slice_of = [i // topology.per_slice for i in range(topology.count)]
     found = _required(training.collectives(sizes), sizes)
     if topology.compiles and compiling:
-        real = topology.mesh(config.mesh)
+        real = sharding.make_mesh(config.mesh, topology.devices())
         program = compiled.compile_step(training, real)
         slice_of = [getattr(device, "slice_index", None) or 0 for device in real.devices.flat]
         found = found if program.refused else program.collectives

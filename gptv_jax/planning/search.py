@@ -10,7 +10,7 @@ from gptv_jax.model.layers import REMAT
 from gptv_jax.planning import plan
 from gptv_jax.planning.plan import Plan
 from gptv_jax.planning.topology import Topology
-from gptv_jax.planning.training import Make, Pretraining, Training
+from gptv_jax.planning.training import Training
 
 TENSOR = 16  # the largest axis "tensor"; beyond, every layer waits for its sums
 LONG = 2048  # tokens from which splitting a sequence is tried
@@ -19,12 +19,7 @@ TRIED = 6  # choices are compiled at most, where some do not fit
 SHOWN = 10  # choices in the table
 
 
-def search(
-    config: config_lib.Config,
-    topology: Topology,
-    kind: Make = Pretraining,
-    wanted: int = CONFIRMED,
-) -> list[Plan]:
+def search(training: Training, topology: Topology, wanted: int = CONFIRMED) -> list[Plan]:
     """Plans for the choices of mesh, rematerialisation and microbatches, the best first.
 
     The best plans are compiled where there is a compiler; plans that it finds not to fit are left
@@ -32,9 +27,8 @@ def search(
     overlaps, because the bounds of many plans are equal; where device speeds are unknown, by
     memory. Raises InputError where the batch or the network fits no mesh of these devices.
     """
-    plans = sorted(choices(config, topology, kind), key=rank)
+    plans = sorted(choices(training, topology), key=rank)
     if not plans:
-        training = kind(config)
         raise InputError(
             f"no mesh of {topology.count} devices divides config.{training.section}.batch_size="
             f"{training.train.batch_size} and the network; take another batch size."
@@ -43,20 +37,16 @@ def search(
         return plans
     compiled: list[Plan] = []
     while len(compiled) < min(TRIED, len(plans)) and sum(c.fits for c in compiled) < wanted:
-        compiled.append(plan.make(plans[len(compiled)].training.config, topology, kind))
+        compiled.append(plan.make(plans[len(compiled)].training, topology))
     return sorted((c for c in compiled if c.fits), key=rank) or [min(compiled, key=rank)]
 
 
-def choices(
-    config: config_lib.Config,
-    topology: Topology,
-    kind: Make = Pretraining,
-) -> Iterator[Plan]:
+def choices(training: Training, topology: Topology) -> Iterator[Plan]:
     """Plans, by arithmetic, with every mesh, rematerialisation and number of microbatches to try.
 
     The config's mesh, rematerialisation and microbatches are ignored.
     """
-    within, training = topology.per_slice, kind(config)
+    within = topology.per_slice
     tensors = _powers(min(TENSOR, training.heads, within))
     sequences = _powers(within if training.units >= LONG else 1)
     for tensor, sequence, fsdp in itertools.product(tensors, sequences, _powers(within)):
@@ -74,24 +64,19 @@ def _on_mesh(training: Training, topology: Topology, mesh: config_lib.Mesh) -> I
         policies = ["none", *REMAT]
     for microbatches, policy in itertools.product(_powers(rows), policies):
         model = dataclasses.replace(config.model, remat=policy)
-        choice = training.with_train(config, microbatches, mesh=mesh, model=model)
+        choice = training.with_train(microbatches, mesh=mesh, model=model)
         try:
-            yield plan.make(choice.config, topology, choice.of, compiling=False)
+            yield plan.make(choice, topology, compiling=False)
         except InputError:  # the mesh does not divide the batch or the network
             continue
 
 
-def smallest(
-    config: config_lib.Config,
-    topology: Topology,
-    kind: Make = Pretraining,
-) -> Plan | None:
+def smallest(training: Training, topology: Topology) -> Plan | None:
     """The plan, by arithmetic, on the fewest devices of the topology's kind that fits; or None.
 
     Weights are split over all devices; among the choices that fit, the plan has the fewest
     microbatches and then the least rematerialisation.
     """
-    training = kind(config)
     for count in _powers(topology.count):
         one = dataclasses.replace(topology, per_slice=count, slices=1)
         for tensor in _powers(min(TENSOR, training.heads, count)):

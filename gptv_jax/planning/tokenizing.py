@@ -1,4 +1,4 @@
-"""What the planner knows of a tokenizer's training."""
+"""A tokenizer's training, as its stage runs it and as the planner sees it."""
 
 import dataclasses
 import functools
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, NamedSharding
+from jax.sharding import AbstractMesh
 
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
@@ -54,11 +54,11 @@ class TokenizerTraining(Training):
     def init(self) -> Callable:
         return autoencoding.make_init(self.network, self.config.tokenizer, self.optimizer[0])
 
-    def batch(self, rows: int, split: NamedSharding | None = None) -> dict:
+    def batch(self, rows: int, split: jax.NamedSharding | None = None) -> dict:
         shape = (rows, *self.config.data.size, self.network.channels)
         return {"image": jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=split)}
 
-    def frozen(self, split: NamedSharding | None = None) -> dict | None:
+    def frozen(self, split: jax.NamedSharding | None = None) -> dict | None:
         """LPIPS's weights, where LPIPS is part of the loss; they count as state."""
         if not self.config.tokenizer.lpips:
             return None

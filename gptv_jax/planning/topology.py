@@ -10,10 +10,8 @@ from typing import NamedTuple
 
 import jax
 from jax.experimental import topologies
-from jax.sharding import AbstractMesh
 
-from gptv_jax import config as config_lib
-from gptv_jax import hardware, sharding
+from gptv_jax import hardware
 from gptv_jax.errors import InputError
 
 FORMS = (
@@ -99,13 +97,6 @@ class Topology:
             if "not installed" in str(error):
                 why = "needs libtpu, which is not installed; pip install libtpu (without a TPU)"
             raise InputError(f"--topology={self.name} {why}.") from error
-
-    def abstract_mesh(self, sizes: tuple[int, ...]) -> AbstractMesh:
-        """A mesh of these sizes of `sharding.AXES`, to trace programs for this platform."""
-        return sharding.abstract_mesh(sizes, self.kind, self.platform)
-
-    def mesh(self, config: config_lib.Mesh) -> jax.sharding.Mesh:
-        return sharding.make_mesh(config, self.devices())
 
 
 def parse(name: str, num_slices: int = 1) -> Topology:

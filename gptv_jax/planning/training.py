@@ -1,7 +1,7 @@
-"""What the planner knows of a training: its real step, traced, and facts for arithmetic.
+"""The trainings of a run: what a stage runs, and what the planner knows of the costs.
 
-The programs are traced, not run or compiled: JAX then says which arrays the backward pass keeps and
-how each is split, under the rematerialisation of the config.
+For a plan the programs are traced, not run or compiled: JAX then says which arrays the backward
+pass keeps and how each is split, under the rematerialisation of the config.
 """
 
 import dataclasses
@@ -13,8 +13,7 @@ from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AbstractMesh, Mesh
 
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
@@ -37,12 +36,9 @@ class Call(NamedTuple):
     bytes: float | int  # of one call: of the whole array, on one device
 
 
-Make = Callable[[config_lib.Config], "Training"]  # such as a class of trainings
-
-
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """A training to be planned: what all kinds of training share.
+    """A training of a configuration: what all kinds of training share.
 
     Each subclass adds the `network` that is trained, its `loss`, `batch` and first state (`init`),
     the `flops` of training on one `unit`, and the costs of a step on a mesh: `executed`,
@@ -56,20 +52,22 @@ class Training:
     unit: ClassVar[str]  # FLOPs are shown per "token" or "image"
     tunable: ClassVar[bool]  # whether rematerialisation and microbatches can be chosen
     after: ClassVar[Callable | None] = None  # as `make_train_step` takes it
-    relative_width: ClassVar[float] = 1.0
+    relative_width: ClassVar[float] = 1.0  # as `make_optimizer` takes it, like `layer_decay`
+    layer_decay: ClassVar[float] = 1.0
 
     @property
     def train(self) -> config_lib.Train:
         return operator.attrgetter(self.section)(self.config)
 
-    @property
+    @functools.cached_property
     def optimizer(self) -> tuple:
         """The optimizer, and its learning rate by step."""
-        settings, width = self.train.optimizer, self.relative_width
-        return optimizer.make_optimizer(settings, self.train.steps, relative_width=width)
+        settings, scales = self.train.optimizer, (self.layer_decay, self.relative_width)
+        return optimizer.make_optimizer(settings, self.train.steps, *scales)
 
-    @property
+    @functools.cached_property
     def train_step(self) -> Callable:
+        """See `step.make_train_step`."""
         return step.make_train_step(
             self.loss,
             *self.optimizer,
@@ -79,12 +77,12 @@ class Training:
             after=self.after,
         )
 
-    def frozen(self, split: NamedSharding | None = None) -> dict | None:
+    def frozen(self, split: jax.NamedSharding | None = None) -> dict | None:
         """Abstract arrays that the loss reads and does not train."""
 
     def lower(self, mesh: Mesh) -> jax.stages.Lowered:
         """The stage's train step for the mesh, which is in force, on abstract arguments."""
-        rows, whole = NamedSharding(mesh, sharding.BATCH_FIRST), NamedSharding(mesh, P())
+        rows, whole = (jax.NamedSharding(mesh, spec) for spec in (sharding.BATCH_FIRST, jax.P()))
         batch = self.batch(self.train.batch_size, rows)
         return self.train_step.lower(sharding.abstract(self.init), batch, self.frozen(whole))
 
@@ -116,21 +114,16 @@ class Training:
 
         `changes` are of sections of the configuration.
         """
-        changes = {"mesh": config_lib.Mesh(), **changes}
-        return self.with_train(self.config, microbatches=1, **changes)
+        return self.with_train(1, **{"mesh": config_lib.Mesh(), **changes})
 
-    def of(self, config: config_lib.Config) -> "Training":
-        """A training of this kind, of another configuration."""
-        return dataclasses.replace(self, config=config)
-
-    def with_train(self, config: config_lib.Config, microbatches: int, **changes) -> "Training":
-        """The training of another configuration, with `changes` of its sections."""
+    def with_train(self, microbatches: int, **changes) -> "Training":
+        """The training with other microbatches, and `changes` of sections of the configuration."""
         section, _, inner = self.section.partition(".")
         train = dataclasses.replace(self.train, microbatches=microbatches)
         if inner:
-            train = dataclasses.replace(getattr(config, section), **{inner: train})
-        config = dataclasses.replace(config, **{section: train}, **changes)
-        return self.of(config)
+            train = dataclasses.replace(getattr(self.config, section), **{inner: train})
+        config = dataclasses.replace(self.config, **{section: train}, **changes)
+        return dataclasses.replace(self, config=config)
 
 
 @functools.cache
@@ -151,7 +144,7 @@ def residuals(training: Training, mesh: AbstractMesh, rows: int) -> list:
         return jax.vjp(lambda p: loss(p, frozen, batch, *random), params, has_aux=True)[1]
 
     with jax.sharding.use_abstract_mesh(mesh):
-        batch = training.batch(rows, NamedSharding(mesh, sharding.BATCH_FIRST))
+        batch = training.batch(rows, jax.NamedSharding(mesh, sharding.BATCH_FIRST))
         jaxpr = jax.make_jaxpr(backward)(state["params"], frozen, batch).jaxpr
     given = {id(var) for var in jaxpr.invars}
     return list({id(v): v.aval for v in jaxpr.outvars if id(v) not in given}.values())
@@ -194,11 +187,15 @@ class Pretraining(Training):
     def loss(self) -> Callable:
         return step.make_loss(self.network, steps=self.train.steps)
 
+    def start(self, params: dict) -> dict:
+        """The state before the first step, see `step.state_of`."""
+        return step.state_of(params, self.optimizer[0], self.train.ema)
+
     @property
     def init(self) -> Callable:
         return step.make_init(self.network, self.optimizer[0], self.train.ema)
 
-    def batch(self, rows: int, split: NamedSharding | None = None) -> dict:
+    def batch(self, rows: int, split: jax.NamedSharding | None = None) -> dict:
         """Abstract arrays of a batch of `rows` images."""
         shapes = {"tokens": (rows, self.network.length), "variant": (rows,)}
         if self.network.config.class_tokens:

@@ -15,8 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from gptv_jax.probe.features import Features
@@ -44,12 +42,12 @@ def empty(layers: int, width: int, classes: int) -> Moments:
 
     def sums() -> dict[str, Array]:
         return {
-            "products": jnp.zeros((layers, width, width), out_sharding=P(None, axis, None)),
-            "by_class": jnp.zeros((layers, classes, width), out_sharding=P(None, None, axis)),
-            "images": jnp.zeros((classes,), out_sharding=P(None)),
+            "products": jnp.zeros((layers, width, width), out_sharding=jax.P(None, axis, None)),
+            "by_class": jnp.zeros((layers, classes, width), out_sharding=jax.P(None, None, axis)),
+            "images": jnp.zeros((classes,), out_sharding=jax.P(None)),
         }
 
-    return Moments(jnp.zeros((layers, width), out_sharding=P(None, None)), sums(), sums())
+    return Moments(jnp.zeros((layers, width), out_sharding=jax.P(None, None)), sums(), sums())
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -59,7 +57,7 @@ def add(moments: Moments, features: Float[Array, "votes L B D"], batch: dict) ->
     The batch has a "label" of each row or, in its place, "targets" [B, C].
     """
     features, mask = features[0].astype(jnp.float32), batch["mask"]
-    mean = jnp.einsum("lbd,b->ld", features, mask, precision=EXACT, out_sharding=P(None, None))
+    mean = jnp.einsum("lbd,b->ld", features, mask, precision=EXACT, out_sharding=jax.P(None, None))
     mean = mean / jnp.maximum(mask.sum(), 1)
     shift = jnp.where(moments.sums["images"].sum() == 0, mean, moments.shift)
     x = (features - shift[:, None]) * mask[None, :, None]
@@ -116,7 +114,7 @@ def solve(
 
 def replicated(x: np.ndarray) -> Array:
     """A float32 array on every device, of an array that all processes hold."""
-    everywhere = NamedSharding(jax.sharding.get_mesh(), P())
+    everywhere = jax.NamedSharding(jax.sharding.get_mesh(), jax.P())
     return jax.make_array_from_process_local_data(everywhere, x.astype(np.float32))
 
 

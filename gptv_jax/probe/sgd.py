@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from gptv_jax import config as config_lib
@@ -31,9 +30,9 @@ from gptv_jax.train.step import on_mesh, total
 Group = tuple[int, ...]  # layers whose features a head reads side by side
 
 SPECS = {  # the width is split over fsdp, as in the network's own class head
-    "weight": P(None, None, None, None, "fsdp"),
-    "bias": P(None, None, None),
-    **dict.fromkeys(("query", "center", "scale"), P(None, None, None, "fsdp")),
+    "weight": jax.P(None, None, None, None, "fsdp"),
+    "bias": jax.P(None, None, None),
+    **dict.fromkeys(("query", "center", "scale"), jax.P(None, None, None, "fsdp")),
 }
 
 
@@ -97,7 +96,8 @@ class Heads:
             x = jnp.stack([jnp.stack([*map(read, group)]) for group in groups]).astype(jnp.float32)
             if keep:
                 scores = jnp.einsum("gnbtd,grnd->grnbt", x, w["query"]) / x.shape[-1] ** 0.5
-                shares, spec = jax.nn.softmax(scores, axis=-1), P(None, None, None, sharding.BATCH)
+                shares = jax.nn.softmax(scores, axis=-1)
+                spec = jax.P(None, None, None, sharding.BATCH)
                 x = jnp.einsum("grnbt,gnbtd->grnbd", shares, x, out_sharding=spec)
             if "center" in w:
                 center, scale = jax.lax.stop_gradient((w["center"], w["scale"]))

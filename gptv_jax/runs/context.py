@@ -25,25 +25,21 @@ class Context:
     folder: RunFolder
     log: MetricWriter
     images: Pipeline  # the data as images, before they become tokens
-    classes: int  # of the data; 0: unlabelled
-    class_names: tuple[str, ...]  # in the order of the labels; empty where classes have no names
-    object_names: tuple[str, ...]  # in the order of the box_labels; empty without boxes
-    map_names: tuple[str, ...]  # of the classes of label maps; empty without label maps
+    task: tasks.Task  # that fine-tuning teaches; it knows the names of the data's classes
     stages: tuple[str, ...]  # names of the stages to run, in order
     # None without tokens, and while the tokenizer is still to be trained
     codec: Codec | None = None
     # The data as the network reads them; None while the tokenizer is still to be trained.
     data: Pipeline | None = None
 
-    def network(self, classes: int = 0) -> Network:
-        """The network of the config, with a class head where `classes` is not 0."""
-        return network_of(self.config, classes)
-
     @property
-    def task(self) -> tasks.Task:
-        """The task that fine-tuning teaches."""
-        classes = self.class_names or tuple(map(str, range(self.classes)))
-        return tasks.make(self.config, classes, self.object_names, self.map_names)
+    def classes(self) -> int:
+        """Number of classes of the data's images; 0: unlabelled."""
+        return len(self.task.classes)
+
+    def network(self) -> Network:
+        """The network of the config, before a task adds its parts."""
+        return network_of(self.config)
 
     def with_definition(self, definition: TokenDefinition | None) -> "Context":
         """This context with the codec of a palette or tokenizer (grey levels need neither)."""

@@ -68,8 +68,6 @@ class RunFolder:
 
         For process 0; names are as in "train.steps".
         """
-        if not (self.path / "config.json").exists():
-            return {}
         before, now = fields.flatten(config_of(self.path)), fields.flatten(self.config)
         fixed = [name for name in now if name not in fields.free(config_lib.Config)]
         return {n: [before[n], now[n]] for n in fixed if before[n] != now[n]}
@@ -104,9 +102,8 @@ class RunFolder:
         counts. config.json is written after `clear()`: a kill between them leaves a run of the
         recorded configuration that repeats some work.
 
-        Raises:
-          InputError: the folder cannot be written, another process has it, or its checkpoints are
-            elsewhere than the settings say.
+        InputError: the folder cannot be written, another process has it, or its checkpoints are
+        elsewhere than the settings say.
         """
         files.claim(self.path, "--workdir")
         self.release = files.lock(self.path, "--workdir", holder=self)

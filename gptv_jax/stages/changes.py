@@ -61,10 +61,10 @@ def find(folder: RunFolder, data: dict, stages: list[str]) -> Changes:
     InputError where a stage that has begun depends on fields that differ (all are listed) or on
     other data, or where a training has taken more steps than are asked for.
     """
-    changed, other_data = folder.changed_fields(), folder.changed_data(data)
-    begun = begun_stages(folder)
     if not (folder.path / "config.json").exists():
         return Changes({}, False, {}, [], DROPPED, [])
+    changed, other_data = folder.changed_fields(), folder.changed_data(data)
+    begun = begun_stages(folder)
     if not begun and (changed or other_data):
         sentence = f"{folder.path} held no work; it takes this configuration."
         return Changes(changed, True, {}, list(STAGES), DROPPED, [sentence])

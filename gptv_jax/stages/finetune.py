@@ -4,7 +4,6 @@ Unless `finetune.scratch` is False, the same network is trained from scratch bes
 same settings and budget.
 """
 
-import base64
 import dataclasses
 import functools
 import itertools
@@ -12,21 +11,20 @@ import logging
 from collections.abc import Callable, Iterator
 
 import jax
-import optax
 
 from gptv_jax import files, hosts, sharding, tasks
 from gptv_jax.checkpoint import Checkpoints, newest_step
 from gptv_jax.data import pipeline, sources
 from gptv_jax.data.records import Record
 from gptv_jax.errors import shorten
-from gptv_jax.model import flops
 from gptv_jax.model.gpt import Network
+from gptv_jax.planning.finetuning import Finetuning
 from gptv_jax.runs import accuracy, pictures
 from gptv_jax.runs.context import Context
 from gptv_jax.stages import pretrained
 from gptv_jax.tasks.task import Records, Task
 from gptv_jax.tokens import Codec
-from gptv_jax.train import loop, optimizer, step
+from gptv_jax.train import loop, step
 
 LOG = logging.getLogger(__name__)
 
@@ -35,12 +33,16 @@ def run_stage(context: Context) -> dict:
     """Fine-tunes pretrained weights, then from scratch; returns the summary's numbers."""
     config, settings, task = context.config, context.config.finetune, _measured(context)
     train, batch_size, network = settings.train, settings.train.batch_size, task.network()
+    # Both trainings share the compiled step where their layer decay is the same.
+    adapting = scratch = Finetuning(config, given=task)
+    if settings.layer_decay != 1:
+        scratch = dataclasses.replace(adapting, from_scratch=True)
     reading = {"example": task.example if task.parts() else None, "pixels": task.pixels}
-    training = functools.partial(
+    batches = functools.partial(
         context.data.train, batch_size, entries=settings.train_transforms, **reading
     )
     evaluation = functools.partial(context.data.evaluation, batch_size=batch_size, **reading)
-    loss, key = task.loss(network), jax.random.key(config.seed)
+    key = jax.random.key(config.seed)
     known = sources.open_source(config.data, "test").annotations
 
     @functools.cache
@@ -52,32 +54,21 @@ def run_stage(context: Context) -> dict:
         validation = evaluation("validation", limit=task.validation_images)
         return metric("validation").measure(params, validation)
 
-    @functools.cache  # both trainings share the compiled step where their layer decay is the same
-    def compiled(layer_decay: float) -> tuple[optax.GradientTransformation, Callable, Callable]:
-        update, rate = optimizer.make_optimizer(
-            train.optimizer, train.steps, layer_decay, config.model.relative_width
-        )
-        start = jax.jit(lambda params: step.state_of(params, update, train.ema))
-        train_step = step.make_train_step(
-            loss, update, rate, microbatches=train.microbatches, seed=config.seed, ema=train.ema
-        )
-        return update, start, train_step
-
-    def tune(name: str, weights: Callable[[], dict], layer_decay: float) -> tuple[dict, dict]:
+    def tune(name: str, weights: Callable[[], dict], training: Finetuning) -> tuple[dict, dict]:
         """The training's numbers, and the sums over the test images."""
-        update, start, train_step = compiled(layer_decay)
+        start = jax.jit(training.start)
         with Checkpoints(context.folder.checkpoints(name), train.keep_checkpoints) as checkpoints:
             fitted = loop.fit(
                 name,
                 train,
                 length=network.length,
-                flops=flops.training(network).total,
+                flops=training.flops.total,
                 checkpoints=checkpoints,
                 log=context.log,
                 initial=lambda: start(task.begin(network, weights(), evaluation)),
-                abstract=sharding.abstract(step.make_init(network, update, train.ema)),
-                train_step=train_step,
-                batches=training,
+                abstract=sharding.abstract(training.init),
+                train_step=training.train_step,
+                batches=batches,
                 evaluate=evaluate,
                 primary=task.primary,
                 patience=settings.patience,
@@ -98,14 +89,14 @@ def run_stage(context: Context) -> dict:
     def from_scratch() -> dict:
         return jax.jit(network.init)(key)
 
-    weights, layer_decay, scratch, origin = from_scratch, 1.0, {}, {"pretrained": False}
+    weights, training, beside, origin = from_scratch, scratch, {}, {"pretrained": False}
     if possible := config.tokens.kind != "none":
-        found = pretrained.load(context, context.network())
+        found = pretrained.load(context)
         weights = lambda: begin_with(network, found.params, key)  # noqa: E731
-        layer_decay, origin = settings.layer_decay, found.numbers
+        training, origin = adapting, found.numbers
     else:
         LOG.info("finetune trains from scratch: config.tokens.kind=none cannot be pretrained.")
-    tuned, total = tune("finetune", weights, layer_decay)
+    tuned, total = tune("finetune", weights, training)
     images = accuracy.images(config.data)
     if limit := task.validation_images:  # the images that the validation's numbers are of
         images["validation_images"] = min(limit, images["validation_images"])
@@ -114,10 +105,10 @@ def run_stage(context: Context) -> dict:
     bounds = _write(context, task, total, known)
     if settings.scratch and possible:
         LOG.info("finetune_scratch trains random initial weights in the same way, as the floor.")
-        numbers, _ = tune("finetune_scratch", from_scratch, layer_decay=1.0)
-        scratch = {f"scratch_{name}": value for name, value in numbers.items()}
+        numbers, _ = tune("finetune_scratch", from_scratch, scratch)
+        beside = {f"scratch_{name}": value for name, value in numbers.items()}
     named = {"classes": len(task.names)} if task.names else {}
-    return {**named, **images, **tuned, **bounds, **scratch, **origin}
+    return {**named, **images, **tuned, **bounds, **beside, **origin}
 
 
 def _measured(context: Context) -> Task:
@@ -129,16 +120,16 @@ def _measured(context: Context) -> Task:
         log = context.images.damage_log
         return pipeline.images(config.data, "train", log, count, config.seed, annotated=True)
 
-    def content() -> str:
+    def content() -> bytes:
         # A training that has begun keeps what its weights mean.
         place = context.folder.checkpoints("finetune")
         if path.exists() and place.exists() and newest_step(place) > 0:
-            return base64.b64encode(path.read_bytes()).decode()
+            return path.read_bytes()
         if found := task.measure(records):
             files.replace(path, found)
-        return base64.b64encode(found).decode()
+        return found
 
-    return dataclasses.replace(task, measured=base64.b64decode(hosts.from_first(content)))
+    return dataclasses.replace(task, measured=hosts.from_first(content))
 
 
 def begin_with(network: Network, given: dict, key: jax.Array) -> dict:
@@ -175,7 +166,7 @@ def _write(context: Context, task: Task, total: dict, known: Records) -> dict[st
     config, folder = context.config, context.folder.path
     if "confusion" in total:
         training = sources.open_source(config.data, "train").label_counts()
-        confusion, names = total["confusion"], context.class_names
+        confusion, names = total["confusion"], context.task.classes
         accuracy.write(folder / "finetune", confusion, names, training, split="test")
     if jax.process_index() == 0:
         for name, content in task.files(total, known).items():

@@ -43,7 +43,7 @@ def run_stage(context: Context) -> dict:
     reference.must_fit(features)
     files.claim(folder, "--workdir")
     labels = labels_in_turn(context)
-    weights = pretrained.load(context, context.network())
+    weights = pretrained.load(context)
     drawn = list(draw(context, folder, labels, weights.params))
     if jax.process_index() == 0:
         _write(context, folder, drawn, labels)
@@ -126,15 +126,14 @@ def draw(
 def _kept(path: pathlib.Path, shape: tuple[int, int]) -> Int[np.ndarray, "B T"] | None:
     """A batch on the disk of process 0, where it has this shape and is not damaged."""
 
-    def read() -> list | None:
+    def read() -> np.ndarray | None:
         try:
             tokens = np.load(path)
         except (OSError, ValueError, EOFError):
             return None
-        return tokens.tolist() if tokens.shape == shape else None
+        return tokens.astype(np.int32) if tokens.shape == shape else None
 
-    found = hosts.from_first(read)
-    return None if found is None else np.array(found, np.int32)
+    return hosts.from_first(read)
 
 
 def _write(context: Context, folder: pathlib.Path, drawn: list, labels: np.ndarray | None) -> None:

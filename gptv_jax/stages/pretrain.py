@@ -12,13 +12,13 @@ import jax
 from gptv_jax import hosts, sharding
 from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.data.pipeline import Pipeline
-from gptv_jax.model import flops
 from gptv_jax.model.gpt import parameter_count
+from gptv_jax.planning.training import Pretraining
 from gptv_jax.probe import features, ridge
 from gptv_jax.runs.context import Context
 from gptv_jax.stages import pretrained
 from gptv_jax.tokens.codec import Codec, TokenStatistics
-from gptv_jax.train import loop, metrics, optimizer, step
+from gptv_jax.train import loop, metrics, step
 
 LOG = logging.getLogger(__name__)
 
@@ -28,22 +28,18 @@ def run_stage(context: Context) -> dict:
 
     Begins with the weights of `config.init_from`, if given, else with random weights.
     """
-    config, train = context.config, context.config.train
-    network, metric = context.network(), step.make_metric(context.network())
-    token_flops = flops.training(network).total
-    update, rate = optimizer.make_optimizer(
-        train.optimizer, train.steps, relative_width=config.model.relative_width
-    )
-    init = step.make_init(network, update, train.ema)
+    config, train, training = context.config, context.config.train, Pretraining(context.config)
+    network, metric = training.network, step.make_metric(training.network)
+    token_flops = training.flops.total
     origin = {"init_from": config.init_from} if config.init_from else {}
 
     def initial() -> dict:
         """The state before the first step."""
         if not config.init_from:
-            return jax.jit(init)(jax.random.key(seed))
-        found = pretrained.load_given(context, network)
+            return jax.jit(training.init)(jax.random.key(config.seed))
+        found = pretrained.load_given(context)
         LOG.info("Pretraining goes on from the weights of %s.", config.init_from)
-        return jax.jit(lambda params: step.state_of(params, update, train.ema))(found.params)
+        return jax.jit(training.start)(found.params)
 
     def evaluate(params: dict, split: str = "validation") -> dict:
         return metric.measure(params, context.data.evaluation(split, train.batch_size))
@@ -54,10 +50,6 @@ def run_stage(context: Context) -> dict:
         rows = ridge.tabulate(read, context.classes, config.probe.ridge, test=False)
         return ridge.summarise(rows)
 
-    loss, seed = step.make_loss(network, steps=train.steps), config.seed
-    train_step = step.make_train_step(
-        loss, update, rate, microbatches=train.microbatches, seed=seed, ema=train.ema
-    )
     with Checkpoints(context.folder.checkpoints("pretrain"), train.keep_checkpoints) as checkpoints:
         fitted = loop.fit(
             "pretrain",
@@ -67,8 +59,8 @@ def run_stage(context: Context) -> dict:
             checkpoints=checkpoints,
             log=context.log,
             initial=initial,
-            abstract=sharding.abstract(init),
-            train_step=train_step,
+            abstract=sharding.abstract(training.init),
+            train_step=training.train_step,
             batches=functools.partial(context.data.train, train.batch_size),
             evaluate=evaluate,
             measure=probe,

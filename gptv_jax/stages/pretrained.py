@@ -7,14 +7,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from etils import epath
-from jax.sharding import PartitionSpec as P
 
 from gptv_jax import config as config_lib
 from gptv_jax import files, hosts, sharding, tokens, weights
 from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.errors import InputError, shorten
-from gptv_jax.model.gpt import Network
 from gptv_jax.runs import record
 from gptv_jax.runs.context import Context
 from gptv_jax.tasks.network import start_vectors
@@ -28,32 +25,30 @@ class Pretrained(NamedTuple):
     """Pretrained weights."""
 
     params: dict
-    step: int | None  # of the training that made the weights, where known
     numbers: dict[str, int]  # for the summary of the stage: the step, where it is not the last one
 
 
-def load(context: Context, network: Network) -> Pretrained:
+def load(context: Context) -> Pretrained:
     """The pretrained weights, from the newest checkpoint that can be read.
 
-    Raises:
-      InputError: pretraining has not finished, the weights are of another shape, or none of the
-        checkpoints can be read.
+    InputError: pretraining has not finished, the weights are of another shape, or none of the
+    checkpoints can be read.
     """
     config, path = context.config, context.folder.path
     own = hosts.from_first(lambda: has_own(config, path))
     if own and config.init_from:
         LOG.info("Takes the weights that %s has adapted from %s.", path, config.init_from)
-    return _load(context, network, path if own or not config.init_from else None)
+    return _load(context, path if own or not config.init_from else None)
 
 
-def load_given(context: Context, network: Network) -> Pretrained:
+def load_given(context: Context) -> Pretrained:
     """The weights of `config.init_from`, for pretraining to go on from; errors as of `load`.
 
     Where the network has another number of start vectors, for the classes of the data or for
     variants, each begins as the weights' vector for no class, or as the mean of the given start
     vectors.
     """
-    found = _load(context, network, None)
+    found, network = _load(context, None), context.network()
     if "start" not in found.params or len(found.params["start"]) == network.starts:
         return found
     shape = sharding.abstract(network.init)["start"]
@@ -61,7 +56,7 @@ def load_given(context: Context, network: Network) -> Pretrained:
     LOG.info("The %d start vector(s) of these weights become %d.", count, network.starts)
 
     def spread(start):
-        start = jax.sharding.reshard(start, P())
+        start = jax.sharding.reshard(start, jax.P())
         one = start.mean(axis=0) if not classes or count == 1 else start[-1]
         return jnp.broadcast_to(one, (network.starts, *one.shape))
 
@@ -74,24 +69,19 @@ def has_own(config: config_lib.Config, folder: pathlib.Path) -> bool:
     return record.has_finished(files.read_json(folder / "summary.json", {}), "pretrain")
 
 
-def _load(context: Context, network: Network, own: pathlib.Path | None) -> Pretrained:
+def _load(context: Context, own: pathlib.Path | None) -> Pretrained:
     """The weights in the run folder `own`, or the weights that `config.init_from` names."""
     config = context.config
     if not own and weights.is_weights_path(config.init_from):
         found = _imported(config, context.codec, adapt=True)
-        return Pretrained(found.on_mesh(), found.step, {})
+        return Pretrained(found.on_mesh(), {})
 
-    def in_folder() -> tuple[str, str, int | None, int]:
-        folder, summary = _finished_folder(config, own)
-        made_by = record.config_of(folder)
-        place = str(record.checkpoint_folder(made_by, folder) / "pretrain")
-        part, starts = record.trained_part(made_by, "pretrain"), start_vectors(made_by)
-        return place, part, summary.get("pretrain/steps"), starts
-
-    place, part, last, starts = hosts.from_first(in_folder)
-    abstract = {part: sharding.abstract(dataclasses.replace(network, starts=starts).init)}
-    with Checkpoints(epath.Path(place), read_only=True) as checkpoints:
-        restored = checkpoints.restore_latest(abstract)
+    made_by, folder, last = hosts.from_first(lambda: _finished(config, own))
+    place = record.checkpoint_folder(made_by, folder) / "pretrain"
+    part = record.trained_part(made_by, "pretrain")
+    given = dataclasses.replace(context.network(), starts=start_vectors(made_by))
+    with Checkpoints(place, read_only=True) as checkpoints:
+        restored = checkpoints.restore_latest({part: sharding.abstract(given.init)})
     if restored is None:
         raise InputError(
             f"{place} holds no checkpoint, though pretraining has finished; restore it, or "
@@ -100,7 +90,7 @@ def _load(context: Context, network: Network, own: pathlib.Path | None) -> Pretr
     state, step = restored[0], restored[1]["position"]
     # Where the newest checkpoint is damaged, numbers are of an earlier one.
     numbers = {} if not own or step == last else {"pretrain_steps": step}
-    return Pretrained(state[part], step, numbers)
+    return Pretrained(state[part], numbers)
 
 
 def check(
@@ -110,23 +100,22 @@ def check(
 
     `adapt`: pretraining goes on from the weights of `config.init_from`, see `load_given`.
 
-    Raises:
-      InputError: there are no pretrained weights, or they are of another network.
+    InputError: there are no pretrained weights, or they are of another network.
     """
     own = folder if has_own(config, folder) or not config.init_from else None
     if not own and weights.is_weights_path(config.init_from):
         _imported(config, codec, adapt=adapt)
         return
-    made_by = record.config_of(_finished_folder(config, own)[0])
+    made_by, *_ = _finished(config, own)
     size, starts = made_by.data.image_size, start_vectors(made_by)
     found = WeightsFile(made_by.model, made_by.tokens, size, {}, starts=starts)
     _must_fit(config, found, adapt=adapt)
 
 
-def _finished_folder(
+def _finished(
     config: config_lib.Config, own: pathlib.Path | None
-) -> tuple[pathlib.Path, dict]:
-    """The run folder with the pretrained weights, `own` or `config.init_from`, and its summary."""
+) -> tuple[config_lib.Config, pathlib.Path, int | None]:
+    """Settings, folder and steps of the pretraining in `own` or in the run `config.init_from`."""
     given = None if own else config.init_from
     found = weights.locate(given) if given else own.absolute()
     summary = files.read_json(found / "summary.json", {})
@@ -134,7 +123,7 @@ def _finished_folder(
         where = f"config.init_from={found}" if given else found
         advice = "name a run folder that does" if given else "run --stages=pretrain first"
         raise InputError(f"{where} holds no finished pretraining; {advice}.")
-    return found, summary
+    return record.config_of(found), found, summary.get("pretrain/steps")
 
 
 def _imported(config: config_lib.Config, codec: Codec | None, *, adapt: bool) -> WeightsFile:

@@ -44,9 +44,9 @@ def run_stage(context: Context) -> dict:
     LOG.info("probe loads the pretrained weights.")
     network = context.network()
     initial = jax.jit(network.init)(jax.random.key(context.config.seed))
-    found = pretrained.load(context, network)
+    found = pretrained.load(context)
     numbers = _labels(context, network, found.params, initial) if context.classes else {}
-    maps = sources.open_source(context.config.data, "train").map_names
+    maps = context.task.map_names
     if maps and "segmentation" in context.task.needs:
         if context.images.has_pixels():
             numbers |= _label_maps(context, network, found.params, initial, len(maps))
@@ -240,7 +240,7 @@ def _by_sgd(context: Context, network: Network, trained: dict, initial: dict) ->
 
 
 def _write_confusion(context: Context, layer: int, matrix: np.ndarray, training) -> None:
-    folder, names = context.folder.path / "probe", context.class_names
+    folder, names = context.folder.path / "probe", context.task.classes
     accuracy.write(folder, matrix, names, training, split="test", layer=layer)
 
 

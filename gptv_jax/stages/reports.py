@@ -189,9 +189,8 @@ def finetune(results: Results) -> Part:
             tiles = _accuracy_tile(results, "finetune", title, *beside, name=first)
         else:
             tiles = html.tile(title, html.number(found[f"test_{first}"]), *beside)
-    tuned, scratch = (
-        results.series(name, f"validation_{first}") for name in ("finetune", "finetune_scratch")
-    )
+    key = f"validation_{first}"
+    tuned, scratch = (results.series(f"finetune{name}", key) for name in ("", "_scratch"))
     if not tuned:
         return "", tiles
     curves = [

@@ -24,7 +24,7 @@ def run_stage(context: Context) -> dict:
     """
     config, seed, network = context.config.sample, context.config.seed, context.network()
     codec, folder = context.codec, context.folder.path / "samples"
-    found = pretrained.load(context, network)
+    found = pretrained.load(context)
     sampler = Sampler(network, found.params, config)
     classes, count, labels, columns = network.config.class_tokens, config.count, None, None
     if classes:

@@ -25,9 +25,8 @@ def choose_stages(
     `held` are the keys of the data's records, see `sources.Selected.keys`. With
     `config.init_from`, pretraining must be named, or have begun in the run folder.
 
-    Raises:
-      InputError: a stage that is wanted is unknown or impossible, or the data lack what the task
-        needs that the user has chosen.
+    InputError: a stage that is wanted is unknown or impossible, or the data lack what the task
+    needs that the user has chosen.
     """
     if wanted is not None and (not wanted or set(wanted) - set(STAGES)):
         given = ", ".join(sorted(set(wanted) - set(STAGES)))

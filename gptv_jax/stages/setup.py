@@ -5,7 +5,6 @@ import functools
 import logging
 import operator
 import pathlib
-import tempfile
 
 import jax
 import numpy as np
@@ -37,10 +36,8 @@ def open_run(config: config_lib.Config, workdir: str, wanted: list[str] | None =
 
     `wanted` names stages; None: all stages that the configuration and the data allow.
 
-    Raises:
-      InputError: the mesh, the network, the data and the stages do not fit each other, the folder
-        cannot be written, or its work is of another configuration (every field that differs is
-        listed).
+    InputError: the mesh, the network, the data and the stages do not fit each other, the folder
+    cannot be written, or its work is of another configuration (every field that differs is listed).
     """
     if not isinstance(config, config_lib.Config):
         raise InputError(
@@ -76,11 +73,11 @@ def _open(config: config_lib.Config, folder: RunFolder, wanted: list[str] | None
     if jax.process_index() == 0:
         inventory.log(config.data, contents, opened)
     train = opened["train"]
-    classes, names = train.classes, (train.class_names, train.object_names, train.map_names)
-    rules.check_classes(config, classes)
-    begun = hosts.from_first(lambda: [*changes.begun_stages(folder)])
+    rules.check_classes(config, train.classes)
+    begun = hosts.from_first(lambda: changes.begun_stages(folder))
     stages = choose_stages(config, train.keys, wanted, begun)
-    task = tasks.make(config, names[0] or tuple(map(str, range(classes))), *names[1:])
+    classes = train.class_names or tuple(map(str, range(train.classes)))
+    task = tasks.make(config, classes, train.object_names, train.map_names)
     adapting = config.init_from and "pretrain" in begun and not folder.finished("pretrain")
     if adapting and "pretrain" not in stages:
         raise InputError(
@@ -92,11 +89,11 @@ def _open(config: config_lib.Config, folder: RunFolder, wanted: list[str] | None
         hosts.on_all(lambda: sources.check_labels(config.data, opened))
     data = {
         "images": {split: len(source) for split, source in opened.items()},
-        "classes": list(train.class_names) or classes,
+        "classes": list(train.class_names) or train.classes,
         "objects": list(train.object_names),
         "maps": list(train.map_names),
     }
-    changed = changes.Changes(*hosts.from_first(lambda: changes.find(folder, data, stages)))
+    changed = hosts.from_first(lambda: changes.find(folder, data, stages))
     for name in stages:
         if STAGES[name].on_request or name in changed.unfinished or not folder.finished(name):
             if name == "finetune":
@@ -112,8 +109,7 @@ def _open(config: config_lib.Config, folder: RunFolder, wanted: list[str] | None
     hosts.on_all(lambda: files.claim(folder.path, "--workdir"))
     images = Pipeline(config.data, None, config.seed, folder.path, sharding.batch_share(mesh))
     log = hosts.on_all(lambda: _open_log(config, folder.path))
-    context = Context(config, mesh, folder, log, images, classes, *names, tuple(stages))
-    return with_codec(context)
+    return with_codec(Context(config, mesh, folder, log, images, task, tuple(stages)))
 
 
 def _open_log(config: config_lib.Config, folder: pathlib.Path) -> MetricWriter:
@@ -133,24 +129,15 @@ def with_codec(context: Context) -> Context:
     kind, folder = context.config.tokens.kind, context.folder.path
     if kind not in tokens.DEFINITIONS:
         return context.with_definition(None)
-    with tempfile.TemporaryDirectory() as copies:
-        if jax.process_count() > 1:
-            path = folder / tokens.DEFINITIONS[kind][0]
-            first = jax.process_index() == 0
-            content = hosts.bytes_of_first(path.read_bytes() if first and path.exists() else b"")
-            folder = pathlib.Path(copies)
-            if content:
-                (folder / path.name).write_bytes(content)
-        definition = tokens.load_definition(kind, folder)
+    definition = hosts.from_first(lambda: tokens.load_definition(kind, folder))
     return context if definition is None else context.with_definition(definition)
 
 
 def find_codec(config: config_lib.Config, folder: pathlib.Path | None = None) -> Codec | None:
     """The codec of a configuration; None where its palette or tokenizer is still to be made.
 
-    Raises:
-      InputError: the run folder, the token cache, `init_from` and the settings have different
-        definitions, or the token cache holds other tokens or images than the configuration says.
+    InputError: the run folder, the token cache, `init_from` and the settings have different
+    definitions, or the token cache holds other tokens or images than the configuration says.
     """
     data_set, kind = sources.open_data_set(config.data), config.tokens.kind
     cache = data_set if isinstance(data_set, TokenCache) else None
@@ -229,19 +216,16 @@ def take_tokenizer_settings(config: config_lib.Config) -> config_lib.Config:
     if config.tokens.kind != "learned" or not (named or cached):
         return config
 
-    def find() -> dict[str, object]:
-        given = config.tokens.autoencoder
-        if named:
-            missing = f"there is no tokenizer {named}, which config.tokens.tokenizer names"
-            found = learned.load(weights.locate(named, missing)).config
-        else:
-            found = sources.open_data_set(config.data).tokens.autoencoder
-        return fields.flatten(found if found.groups else given)
+    def find() -> config_lib.Autoencoder:
+        if not named:
+            return sources.open_data_set(config.data).tokens.autoencoder
+        missing = f"there is no tokenizer {named}, which config.tokens.tokenizer names"
+        return learned.load(weights.locate(named, missing)).config
 
     found = hosts.from_first(find)
-    network = fields.from_dict(config_lib.Autoencoder, found, "config.tokens.autoencoder")
-    taken = dataclasses.replace(config.tokens, autoencoder=network)
-    config = dataclasses.replace(config, tokens=taken)
+    if found.groups:
+        taken = dataclasses.replace(config.tokens, autoencoder=found)
+        config = dataclasses.replace(config, tokens=taken)
     rules.check(config)
     return config
 

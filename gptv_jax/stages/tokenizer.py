@@ -11,18 +11,16 @@ import math
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from gptv_jax import sharding, tokens
 from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.data import pipeline
-from gptv_jax.model import flops
 from gptv_jax.model.gpt import parameter_count
+from gptv_jax.planning.tokenizing import TokenizerTraining
 from gptv_jax.runs import pictures
 from gptv_jax.runs.context import Context
 from gptv_jax.tokens import Tokenizer
-from gptv_jax.train import autoencoding, loop, metrics, optimizer, step
+from gptv_jax.train import autoencoding, loop, metrics, step
 from gptv_jax.weights.strict_reader import load_lpips
 
 LOG = logging.getLogger(__name__)
@@ -32,20 +30,12 @@ SHOWN = 16  # test images in the picture of reconstructions
 def run_stage(context: Context) -> dict:
     """Trains `config.tokenizer.train.steps` steps; the test split's numbers for the summary."""
     config, settings = context.config, context.config.tokenizer
-    network, train = config.tokens.autoencoder, settings.train
-    update, rate = optimizer.make_optimizer(train.optimizer, train.steps)
-    init = autoencoding.make_init(network, settings, update)
-    length = math.prod(config.grid)
-    image_flops = flops.of_autoencoder(network, config.data.size).times(3).total
+    training, train = TokenizerTraining(config), settings.train
+    network, length, image_flops = training.network, math.prod(config.grid), training.flops.total
     frozen = None
     if settings.lpips:
         weights = load_lpips(settings.lpips_weights)
-        frozen = {"vgg": jax.device_put(weights, NamedSharding(context.mesh, P()))}
-    loss = autoencoding.make_loss(network, settings)
-    after = autoencoding.make_after(network, settings)
-    train_step = step.make_train_step(
-        loss, update, rate, seed=config.seed, ema=train.ema, after=after
-    )
+        frozen = {"vgg": jax.device_put(weights, jax.NamedSharding(context.mesh, jax.P()))}
     metric = step.Metric(autoencoding.make_eval_step(network), autoencoding.health)
     entries = settings.train_transforms
     batches = functools.partial(context.images.train, train.batch_size, entries=entries)
@@ -71,15 +61,15 @@ def run_stage(context: Context) -> dict:
             flops=image_flops // length,
             checkpoints=checkpoints,
             log=context.log,
-            initial=lambda: jax.jit(init)(jax.random.key(config.seed)),
-            abstract=sharding.abstract(init),
-            train_step=functools.partial(train_step, frozen=frozen),
+            initial=lambda: jax.jit(training.init)(jax.random.key(config.seed)),
+            abstract=sharding.abstract(training.init),
+            train_step=functools.partial(training.train_step, frozen=frozen),
             batches=batches,
             evaluate=evaluate,
         )
     found, speed = evaluate(fitted.params, "test"), fitted.tokens_per_second
     # The weights by flat name, unsharded, on every process.
-    whole = jax.jit(functools.partial(jax.tree.map, lambda x: jax.sharding.reshard(x, P())))
+    whole = jax.jit(functools.partial(jax.tree.map, lambda x: jax.sharding.reshard(x, jax.P())))
     weights = {k: np.asarray(v) for k, v in sharding.by_name(whole(fitted.params)).items()}
     data, transforms = config.data, settings.train_transforms or config.data.train_transforms
     made_by = {"data": data.name, "split": data.train_split, "image_size": data.image_size}

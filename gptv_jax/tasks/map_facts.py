@@ -12,7 +12,7 @@ from gptv_jax.config.tasks import Segment
 from gptv_jax.tasks import confusion
 from gptv_jax.tokens import label_maps
 from gptv_jax.tokens.label_maps import has_class
-from gptv_jax.train.label_autoencoding import fit_learned
+from gptv_jax.train.autoencoding import fit_learned
 
 BATCH_SIZE = 16  # label maps; of the training of learned tokens
 LEAST = 1e-3  # frequency; a rarer class weighs in the loss as if it had this one

@@ -19,7 +19,7 @@ from gptv_jax.config.tasks import Detect
 from gptv_jax.data.records import Record
 from gptv_jax.errors import InputError
 from gptv_jax.tokens.label_maps import LabelCodec
-from gptv_jax.train.label_autoencoding import fit_learned
+from gptv_jax.train.autoencoding import fit_learned
 
 WIDTHS = (32, 64)  # channels of the autoencoder
 BATCH_SIZE = 32  # masks; of the autoencoder's training

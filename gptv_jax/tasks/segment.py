@@ -26,7 +26,7 @@ from gptv_jax.decode.restriction import Restriction
 from gptv_jax.errors import InputError
 from gptv_jax.model.gpt import GPT, Network, Output
 from gptv_jax.model.layout import Part
-from gptv_jax.model.reading import Reading, enlarge
+from gptv_jax.model.parts import Reading, enlarge
 from gptv_jax.tasks import map_facts, map_pictures
 from gptv_jax.tasks.map_facts import Facts
 from gptv_jax.tasks.map_scores import SCORES, MapScores

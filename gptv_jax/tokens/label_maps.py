@@ -172,7 +172,7 @@ class Learned(LabelCodec):
     """The token of a cell is its code in an autoencoder of label maps, `model.autoencoder`.
 
     The encoder reads the class of each pixel as a channel of its own, and zeros where there is no
-    class. The decoder gives a logit for each class. `train.label_autoencoding` trains both. A
+    class. The decoder gives a logit for each class. `train.autoencoding.fit_learned` trains both. A
     device of this process encodes and decodes one map at a time, so the other maps of a batch
     change nothing.
     """

@@ -1,18 +1,23 @@
-"""Training and evaluation of a tokenizer's encoder and decoder, as pure functions for `jax.jit`."""
+"""Training of the encoders and decoders whose codes are tokens: of images, and of label maps."""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Integer, PRNGKeyArray
 
 from gptv_jax import config as config_lib
+from gptv_jax import sharding
+from gptv_jax.errors import InputError
 from gptv_jax.model import autoencoder, layers, lpips
 from gptv_jax.model.autoencoder import Discriminator, unit
+from gptv_jax.tokens.label_maps import Cells, Learned, as_channels
 from gptv_jax.tokens.learned import from_pixels, to_pixels
+from gptv_jax.train import optimizer, step
+from gptv_jax.train.objective import cross_entropy, masked_mean
 from gptv_jax.train.optimizer import apply_update
 from gptv_jax.train.step import Metrics, state_of
 
@@ -187,7 +192,7 @@ def update_codebook(
     The key draws the encodings that dead codes restart from.
     """
     # Small beside the images; every device computes all of it.
-    z, codes = jax.sharding.reshard((unit(z.astype(jnp.float32)), codes), P())
+    z, codes = jax.sharding.reshard((unit(z.astype(jnp.float32)), codes), jax.P())
     z, codes = z.reshape(-1, z.shape[-1]), codes.reshape(-1)
     decay, V = settings.codebook_decay, len(codebook["counts"])
     seen = jnp.zeros(V).at[codes].add(1.0)
@@ -239,7 +244,7 @@ def make_eval_step(config: config_lib.Autoencoder) -> Callable:
             "idempotence": (codes == again).mean(axis=(1, 2)),
         }
         sums = {name: (mask * values).sum() for name, values in by_image.items()}
-        codes, real = jax.sharding.reshard((codes, mask.astype(jnp.int32)), P())
+        codes, real = jax.sharding.reshard((codes, mask.astype(jnp.int32)), jax.P())
         real = jnp.broadcast_to(real[:, None, None], codes.shape)
         sums["counts"] = jnp.zeros(config.vocabulary, jnp.int32).at[codes].add(real)
         return sums
@@ -262,3 +267,66 @@ def health(sums: dict[str, np.ndarray]) -> dict[str, float]:
         "perplexity": float(np.exp(-(share * np.log(share)).sum())),
         "most_used": min(float(counts.sum()) / len(counts), 1.0),
     }
+
+
+OPTIMIZER = config_lib.Optimizer(
+    name="adam", learning_rate=5e-3, beta2=0.99, clip_norm=1.0, warmup_steps=20
+)
+LOGIT = 10.0  # of an output of 1: the decoder is made for outputs of about -1 to 1
+
+
+def make_label_loss(config: config_lib.Autoencoder) -> Callable:
+    """The mean cross-entropy, in nats, of the pixels that have a class; see `train.step`.
+
+    `batch["maps"]`, int32 [B, H, W], has `config.channels`, the number of classes, where a pixel
+    has no class. `config.quantizer` is "fsq".
+    """
+
+    def loss(params, frozen, batch, key, step) -> tuple[Array, dict]:
+        del frozen, key, step
+        model, maps = autoencoder.bind(config, params), batch["maps"]
+        restored = model.decoder(model.encode(as_channels(maps, config.channels)).values)
+        known = maps < config.channels
+        nats = cross_entropy(LOGIT * restored, jnp.where(known, maps, 0))
+        flat = (len(maps), -1)
+        spec = {"out_sharding": sharding.BATCH_FIRST}
+        total = masked_mean(nats.reshape(flat, **spec), known.reshape(flat, **spec)).mean()
+        return total, {"loss": total}
+
+    return loss
+
+
+def fit_learned(
+    maps: Sequence[Integer[np.ndarray, "H W"]],
+    classes: int,
+    config: config_lib.Autoencoder,
+    steps: int,
+    batch_size: int,
+    seed: int,
+) -> Learned:
+    """Trains the label tokenizer on maps of one shape, in memory, on one device of this process.
+
+    `config` is that of an image tokenizer with finite scalar quantization; its number of channels
+    does not matter. Equal maps, settings and seeds give equal weights on equal machines.
+    """
+    if config.quantizer != "fsq":
+        raise InputError(
+            f"label maps take an autoencoder with quantizer=fsq, not {config.quantizer}."
+        )
+    config = dataclasses.replace(config, channels=classes)
+    padded = Cells(classes, maps[0].shape, config.downsample).padded(np.stack(maps))
+    rng = np.random.default_rng(seed)
+    mesh = sharding.make_mesh(config_lib.Mesh(), jax.local_devices()[:1])
+    update, rate = optimizer.make_optimizer(OPTIMIZER, steps)
+    train_step = step.make_train_step(make_label_loss(config), update, rate)
+
+    def initial(key):
+        return step.state_of(autoencoder.init(config, key), update)
+
+    with jax.set_mesh(mesh):
+        state = jax.jit(initial)(jax.random.key(seed))
+        for _ in range(steps):
+            rows = padded[rng.integers(len(padded), size=batch_size)].astype(np.int32)
+            state, _ = train_step(state, sharding.global_batch({"maps": rows}))
+        params = jax.device_get(sharding.by_name(state["params"]))
+    return Learned(classes, maps[0].shape, config, params)

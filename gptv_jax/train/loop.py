@@ -13,7 +13,7 @@ from gptv_jax import config as config_lib
 from gptv_jax import hosts, sharding
 from gptv_jax.checkpoint import Checkpoints, DamagedError
 from gptv_jax.errors import InputError, shorten
-from gptv_jax.train.metrics import Clock, MetricWriter, Profiler, Progress, Sessions, mfu, ranking
+from gptv_jax.train import metrics
 
 LOG = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def fit(
     length: int,  # tokens of an image
     flops: int,  # of training on one token, forward and backward, for the MFU
     checkpoints: Checkpoints,  # they stay open
-    log: MetricWriter,
+    log: metrics.MetricWriter,
     initial: Callable[[], dict],  # makes the state, see `step.state_of`, without a checkpoint
     abstract: dict,  # shapes and shardings of the train state
     train_step: Callable,  # `(state, batch) -> (state, metrics)`; donates the state
@@ -56,16 +56,15 @@ def fit(
     patience: int = 0,  # evaluations without a better one until the training stops; 0: never
     measure: Callable[[dict], dict[str, float]] | None = None,  # numbers that are only logged
     measure_every: int = 0,  # steps; 0: never
-    profiler: Profiler | None = None,
+    profiler: metrics.Profiler | None = None,
 ) -> Fitted:
     """Trains to the end, from the newest checkpoint where there is one.
 
     With `primary`, the best checkpoint is kept and its weights are returned.
 
-    Raises:
-      InputError: the loss, a gradient or a weight is no longer finite (names the step), or no
-        checkpoint can be read.
-      StoppedError: SIGTERM came; the state is saved, without an evaluation that was under way.
+    InputError: the loss, a gradient or a weight is no longer finite (names the step), or no
+    checkpoint can be read. StoppedError: SIGTERM came; the state is saved, without an evaluation
+    that was under way.
     """
     began = time.time()
     restored = checkpoints.restore_latest(abstract)
@@ -73,28 +72,22 @@ def fit(
     info = FIRST | info  # an older version saved fewer entries
     start = step = info["position"]
     evaluations, measured = list(info["evaluations"]), info["measured"]
-    clock, profiler = Clock(info["seconds"], info["timed"]), profiler or Profiler()
-    checkpoints.best = best_step(evaluations, primary)
+    clock, profiler = metrics.Clock(info["seconds"], info["timed"]), profiler or metrics.Profiler()
+    checkpoints.best = metrics.best_step(evaluations, primary)
     log.rewind(name, step if restored else -1, info["events"])
-    sessions = Sessions(log.folder, name, began, step, info["time"])
+    sessions = metrics.Sessions(log.folder, name, began, step, info["time"])
     if restored:
         line = "%s continues from step %d of %d; %s%d steps and %.1f s since were lost."
         least = "at least " if sessions.lost_at_least else ""
         LOG.info(line, name, step, config.steps, least, *sessions.lost)
     LOG.info("%s compiles its evaluation and its train step: the first of each take longer.", name)
     data = batches(step)
-    pending = None  # the newest step and its metrics, until they are logged
+    pending = stop = None  # `pending`: the newest step and its metrics, until they are logged
     stopping = False
-    stop = None
-    progress = Progress(name, config.steps, step)
-
-    def show_evaluation(*, quiet: bool = False):
-        at = best_step(evaluations, primary or ranking(evaluations[-1]))
-        best = next((e for e in evaluations if e["step"] == at), None)
-        progress.evaluated(evaluations, best, next(iter(primary or ()), None), quiet=quiet)
+    progress = metrics.Progress(name, config.steps, step)
 
     if evaluations:
-        show_evaluation(quiet=True)
+        progress.evaluated(evaluations, primary, quiet=True)
 
     def settle():
         """Fetches the metrics of the newest step, checks them and logs them where due."""
@@ -114,7 +107,7 @@ def fit(
             )
         if at % config.log_every == 0 or at == config.steps:
             speed = clock.lap(config.batch_size * length)
-            values |= {**speed, "mfu": mfu(flops, speed["tokens_per_second"])}
+            values |= {**speed, "mfu": metrics.mfu(flops, speed["tokens_per_second"])}
             log.write(name, at, values)
             progress.report(at, values)
             sessions.seen(at)
@@ -137,10 +130,10 @@ def fit(
             drain()
             numbers = evaluate(state[config.weights])
             evaluations.append({"step": step, **numbers})
-            checkpoints.best = best_step(evaluations, primary)
+            checkpoints.best = metrics.best_step(evaluations, primary)
             better = checkpoints.best == step
             log.write(name, step, {f"validation_{k}": v for k, v in numbers.items()})
-            show_evaluation()
+            progress.evaluated(evaluations, primary)
             sessions.seen(step)
         if measure_every and step % measure_every == 0 and measured != step:
             drain()
@@ -187,10 +180,10 @@ def fit(
                 with jax.profiler.TraceAnnotation("next batch"):
                     local = next(data)
                 waited = time.perf_counter() - begin
-                state, metrics = train_step(state, sharding.global_batch(local))
+                state, numbers = train_step(state, sharding.global_batch(local))
                 step += 1
                 settle()  # the metrics of the step before, while this step runs
-                pending = (step, metrics)
+                pending = (step, numbers)
                 if step == start + 1:  # before the first step there is nothing to save
                     stop = until_saved.enter_context(hosts.deferred_stop())
                 stopping = stop.agreed()
@@ -204,7 +197,7 @@ def fit(
     spent = sessions.numbers(seconds / timed * step if timed else None)
 
     def best_left() -> int | None:
-        return best_step(evaluations, primary, {*checkpoints.steps(), step})
+        return metrics.best_step(evaluations, primary, {*checkpoints.steps(), step})
 
     while (chosen := best_left()) not in (None, step):
         try:
@@ -214,15 +207,3 @@ def fit(
             checkpoints.set_aside(chosen)
             LOG.warning("%s Falling back to step %d.", error, best_left())
     return Fitted(state[config.weights], step, evaluations, speed, spent)
-
-
-def best_step(
-    evaluations: list[dict], primary: dict[str, int] | None, steps: set[int] | None = None
-) -> int | None:
-    """The step of the best evaluation (of those at `steps`), among equals the first; None: none.
-
-    `primary` ranks the evaluations, see `Metric`.
-    """
-    ranked = [e for e in evaluations if primary and (steps is None or e["step"] in steps)]
-    preference = lambda e: [sign * e[k] for k, sign in primary.items()]  # noqa: E731
-    return max(ranked, key=preference)["step"] if ranked else None

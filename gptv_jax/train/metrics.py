@@ -115,6 +115,18 @@ def ranking(numbers: dict) -> dict[str, int]:
     return next(({k: sign} for k, sign in WATCHED.items() if k in numbers), {})
 
 
+def best_step(
+    evaluations: list[dict], primary: dict[str, int] | None, steps: set[int] | None = None
+) -> int | None:
+    """The step of the best evaluation (of those at `steps`), among equals the first; None: none.
+
+    `primary` ranks the evaluations, see `step.Metric`.
+    """
+    ranked = [e for e in evaluations if primary and (steps is None or e["step"] in steps)]
+    preference = lambda e: [sign * e[k] for k, sign in primary.items()]  # noqa: E731
+    return max(ranked, key=preference)["step"] if ranked else None
+
+
 def format_number(name: str, value: float | int) -> str:
     """A number as text: a share for an accuracy, else four digits."""
     whole = isinstance(value, int) or abs(value) >= 1000
@@ -157,24 +169,21 @@ class Progress:
             self._log(f"{self.stage} {step}/{self.steps}{self._numbers}")
 
     def evaluated(
-        self,
-        evaluations: list[dict],
-        best: dict | None,
-        watched: str | None = None,
-        *,
-        quiet: bool = False,
+        self, evaluations: list[dict], primary: dict[str, int] | None = None, *, quiet: bool = False
     ) -> None:
         """Shows the last evaluation (a dict with "step" and its numbers) and the best so far.
 
-        The best is that by the number `watched`; None: by a number that people know.
+        The first of the numbers `primary` is watched; None: a number that people know.
         `quiet` leaves out the line with all numbers, for an evaluation of an earlier process.
         """
         numbers = dict(evaluations[-1])
-        step, watched = numbers.pop("step"), watched or next(iter(ranking(numbers)), None)
+        step, primary = numbers.pop("step"), primary or ranking(numbers)
         known = {name: value for name, value in numbers.items() if value is not None}
         words = {name: format_number(name, value) for name, value in known.items()}
-        if watched and best is not None:
-            value, newest = format_number(watched, best[watched]), best["step"] == step
+        watched, at = next(iter(primary), None), best_step(evaluations, primary)
+        if watched:
+            best = next(each for each in evaluations if each["step"] == at)
+            value, newest = format_number(watched, best[watched]), at == step
             self._validation = f"  val {words[watched]}  best {value}"
             words[watched] += " (best so far)" if newest else f" (best {value} at {best['step']})"
         if not quiet:

@@ -13,7 +13,6 @@ from types import MappingProxyType
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from gptv_jax import sharding
@@ -120,18 +119,14 @@ def nats_per_token(
     model: GPT, output: Output, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"] | None
 ) -> Float[Array, " B"]:
     """Mean negative log-likelihood of each image's tokens; of the masked tokens only for BERT."""
-    nats = token_nats(model, output, jax.sharding.reshard(tokens, sharding.HIDDEN))
+    tokens = jax.sharding.reshard(tokens, sharding.HIDDEN)
+    nats = part_nats(model, model.network.layout.parts[0], output.final, tokens)
     return nats.mean(axis=1) if mask is None else masked_mean(nats, mask)
 
 
 def masked_mean(nats: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, " B"]:
     """Mean of each row over the positions where `mask` is true; 0 for a row without any."""
     return (nats * mask).sum(axis=1) / jnp.maximum(mask.sum(axis=1), 1)
-
-
-def token_nats(model: GPT, output: Output, tokens: Int[Array, "B T"]) -> Float[Array, "B T"]:
-    """Cross-entropy of every token of a sequence of one part."""
-    return part_nats(model, model.network.layout.parts[0], output.final, tokens)
 
 
 def part_nats(
@@ -288,5 +283,5 @@ def confusion(
     """
     # Float32 products at the highest precision are exact for counts below 2 ** 24, one batch's.
     shares = jax.nn.one_hot(labels, classes) * mask[:, None], jax.nn.one_hot(chosen, classes)
-    exact = {"precision": jax.lax.Precision.HIGHEST, "out_sharding": PartitionSpec(None, None)}
+    exact = {"precision": jax.lax.Precision.HIGHEST, "out_sharding": jax.P(None, None)}
     return jnp.einsum("bc,bd->cd", *shares, **exact).astype(jnp.int32)

@@ -30,30 +30,16 @@ FORMAT = 1
 HEADER = "gptv_jax"  # key of the file's metadata
 # Fields that a header holds; files of before the class names have none.
 FACTS = ("image_size", "starts", "classes", "class_names", "step", "best_layer")
-TASK_FACTS = (
-    "object_names",
-    "map_names",
-    "eval_transforms",
-)  # of fine-tuned weights, beside the task
+TASK_FACTS = ("object_names", "map_names", "eval_transforms")  # beside the task, if it has parts
 # Names of the tensors of a token definition: the colours of a palette, the prefix of a tokenizer's.
 CENTERS, TOKENIZER = "palette.centers", "tokenizer."
 MEASURED = "task.measured"  # the bytes of `Task.measured`, as float32 like all arrays
 # Fields of config.model that decide what the weights mean. Users may choose the other fields
 # (dropout, dtype, scan_layers, base_width, ...) each time they use the weights.
 DEFINING_FIELDS = (
-    "layers",
-    "width",
-    "heads",
-    "mlp_ratio",
-    "mlp",
-    "qk_norm",
-    "objective",
-    "learned_positions",
-    "axial_positions",
-    "rotary",
-    "target_positions",
-    "class_tokens",
-)
+    "layers", "width", "heads", "mlp_ratio", "mlp", "qk_norm", "objective", "learned_positions",
+    "axial_positions", "rotary", "target_positions", "class_tokens",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -94,11 +80,6 @@ class WeightsFile:
         config = config_lib.Config(data=data, tokens=self.tokens, model=self.model, task=self.task)
         names = self.class_names, self.object_names, self.map_names
         return tasks.make(config, *names, self.measured)
-
-    @property
-    def made_for(self) -> str:
-        """A clause that says what the weights are for."""
-        return f"this model was made for {self.task.name if self.task else 'images alone'}"
 
     @property
     def network(self) -> Network:
@@ -184,23 +165,19 @@ def recognizes(path: pathlib.Path) -> bool:
 
 def make_header(weights_file: WeightsFile) -> dict:
     """Everything but the arrays, as JSON."""
-    definition = weights_file.definition
-    return {
+    definition, task = weights_file.definition, weights_file.task
+    header = {
         "format": FORMAT,
         "model": fields.flatten(weights_file.model),
         "tokens": fields.flatten(weights_file.tokens) | {"palette": None, "tokenizer": None},
         "palette": definition.provenance if isinstance(definition, Palette) else None,
         "tokenizer": definition.description() if isinstance(definition, Tokenizer) else None,
         **{name: getattr(weights_file, name) for name in FACTS},
-        **_of_task(weights_file),
     }
-
-
-def _of_task(weights_file: WeightsFile) -> dict:
-    if weights_file.task is None:
-        return {}
-    settings = {"task": fields.flatten(weights_file.task)}
-    return settings | {name: getattr(weights_file, name) for name in TASK_FACTS}
+    if task:
+        header["task"] = fields.flatten(task)
+        header |= {name: getattr(weights_file, name) for name in TASK_FACTS}
+    return header
 
 
 def parse_header(metadata: dict[str, str], path: pathlib.Path) -> dict:
@@ -317,15 +294,16 @@ def read_run(folder: pathlib.Path, stage: str | None = None) -> tuple[WeightsFil
             f"weights: {', '.join(finished) or 'none'}."
         )
     made = files.read_json(folder / "config.json", {})
-    names, network = made.get("classes"), network_of(config)  # the names, or their number
-    objects, maps = (tuple(made.get(name, ())) for name in ("objects", "maps"))
-    path = folder / tasks.MEASURED
-    measured = path.read_bytes() if stage == "finetune" and path.exists() else b""
-    names = tuple(names) if isinstance(names, list) else ()
+    names, network, of_task = made.get("classes"), network_of(config), {}
+    names = tuple(names) if isinstance(names, list) else ()  # else it is their number
     if stage == "finetune":
+        path = folder / tasks.MEASURED
+        facts = {f"{each}_names": tuple(made.get(f"{each}s", ())) for each in ("object", "map")}
+        facts["measured"] = path.read_bytes() if path.exists() else b""
         known = names or tuple(map(str, range(summary.get("finetune/classes", 0))))
-        network = tasks.make(config, known, objects, maps, measured).network()
-    several = network.several
+        network = tasks.make(config, known, **facts).network()
+        if network.several:
+            of_task = facts | {"task": config.task, "eval_transforms": config.data.eval_transforms}
     described = WeightsFile(
         model=config.model,
         tokens=config.tokens,
@@ -334,14 +312,10 @@ def read_run(folder: pathlib.Path, stage: str | None = None) -> tuple[WeightsFil
         definition=tokens.load_definition(config.tokens.kind, folder),
         starts=network.starts,
         classes=network.classes,
-        class_names=names if network.classes or config.model.class_tokens or several else (),
+        class_names=names if network.classes or config.model.class_tokens or of_task else (),
         step=summary[f"{stage}/steps"],
         best_layer=summary.get("probe/best_layer"),
-        task=config.task if several else None,
-        object_names=objects if several else (),
-        map_names=maps if several else (),
-        measured=measured if several else b"",
-        eval_transforms=config.data.eval_transforms if several else (),
+        **of_task,
     )
     place = record.checkpoint_folder(config, folder) / stage
     name = record.trained_part(config, stage)
