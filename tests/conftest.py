@@ -22,6 +22,7 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
 import contextlib
 import dataclasses
 import fcntl
+import gc
 import io
 import itertools
 import json
@@ -52,6 +53,11 @@ flags.FLAGS.mark_as_parsed()  # Grain's workers read absl flags
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The tests that read the finished run come first, so one worker alone waits for the run."""
     items.sort(key=lambda item: "finished_run" not in item.fixturenames)
+
+
+def pytest_collection_finish() -> None:
+    """Imported objects live to the end, so garbage collections need not look at them."""
+    gc.freeze()
 
 
 def make_mesh(shape: tuple[int, ...]) -> jax.sharding.Mesh:

@@ -186,7 +186,9 @@ def test_form_follows_the_devices_of_the_mesh_and_not_this_process():
 
 # A sequence that is split.
 
-SPLIT = [(1, 2, 2, 2), (1, 1, 8, 1)]
+# Every mask over one axis, and those of two kernels over all axes.
+SPLIT = [((1, 1, 8, 1), mask) for mask in MASKS]
+SPLIT += [((1, 2, 2, 2), mask) for mask in ("causal", "frames")]
 
 
 def attend(mask, q, k, v):
@@ -196,8 +198,7 @@ def attend(mask, q, k, v):
 FORMS = {mask: functools.partial(attend, mask) for mask in MASKS}
 
 
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("shape", SPLIT, ids=str)
+@pytest.mark.parametrize(("shape", "mask"), SPLIT, ids=str)
 def test_splitting_the_sequence_changes_no_number_and_gathers_keys_and_values_alone(shape, mask):
     whole = (8, 16, 4, 6)
     with jax.set_mesh(make_mesh((1, 1, 1))):

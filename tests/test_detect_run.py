@@ -45,6 +45,7 @@ def get_config():
     c.task.name, c.task.image_input, c.task.stem = "detect", "pixels", (8, 8, 8)
     c.task.detect.objects, c.task.detect.bins = 3, 29
     c.task.detect.votes = ("flip(1.0)",)
+    c.finetune.scratch = False
     train = c.finetune.train
     train.steps, train.batch_size, train.eval_every, train.log_every = 4, 8, 2, 2
     return c

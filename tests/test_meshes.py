@@ -26,8 +26,6 @@ CONFIG = config_lib.Config(
 )
 CODEC = tokens.make_codec(CONFIG.tokens, CONFIG.data.image_size)
 MESHES = {  # data, fsdp, sequence, tensor
-    "data 8": (8, 1, 1, 1),
-    "fsdp 8": (1, 8, 1, 1),
     "data 2, fsdp 2, tensor 2": (2, 2, 1, 2),
     "fsdp 2, sequence 2, tensor 2": (1, 2, 2, 2),
 }

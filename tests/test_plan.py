@@ -248,7 +248,8 @@ def test_the_search_ranks_what_fits_and_its_flags_make_the_same_plan():
 
 
 def test_what_the_compiler_refuses_is_left_out_of_the_search(monkeypatch):
-    made, config = plan.make, two_heads(layers=8)
+    few = config_lib.Train(batch_size=16)  # images, in few microbatches
+    made, config = plan.make, dataclasses.replace(two_heads(layers=8), train=few)
     best = min(search.choices(Pretraining(config), V5E), key=search.rank)
 
     def compiled(training, devices, *, compiling=True):
@@ -275,7 +276,7 @@ def test_a_batch_that_no_mesh_divides_is_refused():
 def test_the_smallest_mesh_that_fits_is_the_first_that_does():
     one = search.smallest(Pretraining(large()), V5E)
     assert one.fits and one.topology.count == 2  # 16 bytes a weight: 21.8 GB, of 16.9 GB a device
-    deep = dataclasses.replace(large().model, layers=4800)
+    deep = dataclasses.replace(large().model, layers=480)
     huge = dataclasses.replace(large(), model=deep, train=config_lib.Train(batch_size=2))
     assert search.smallest(Pretraining(huge), topology.parse("v5e:2x1")) is None
 

@@ -242,10 +242,7 @@ def test_flops_of_an_autoencoder_grow_with_the_area():
 
 
 def test_a_tokenizer_and_a_palette_are_trained_on_rectangles(tmp_path):
-    write(tmp_path / "bars.npz", 24, 40, 3, 256)
     small = {
-        "data.path": str(tmp_path / "bars.npz"),
-        "data.image_size": (24, 40),
         "model.axial_positions": False,
         "train.steps": 2,
         "train.optimizer.warmup_steps": 1,
@@ -261,16 +258,18 @@ def test_a_tokenizer_and_a_palette_are_trained_on_rectangles(tmp_path):
         "tokenizer.train.batch_size": 16,
         "tokenizer.train.optimizer.warmup_steps": 1,
     }
-    given = np.load(tmp_path / "bars.npz")["test_images"][:2]
-    for kind, grid in (("learned", (6, 10)), ("palette", (24, 40))):
+    for kind, size in (("palette", (6, 10)), ("learned", (24, 40))):
+        path = tmp_path / f"{kind}.npz"
+        given = write(path, *size, 3, 256)["test_images"][:2]
+        small |= {"tokens.kind": kind, "data.path": str(path), "data.image_size": size}
         stages = ["tokenizer"] * (kind == "learned") + ["pretrain"]
-        config = config_of(GREY | small | {"tokens.kind": kind})
+        config = config_of(GREY | small)
         found = gptv_jax.train(config, tmp_path / kind, stages)
-        assert found.network.grid == config.grid == grid
+        assert found.network.grid == config.grid == (6, 10)
         assert found.detokenize(found.tokenize(given)).shape == given.shape
     with Image.open(tmp_path / "learned" / "samples" / "reconstructions.png") as picture:
         assert picture.size == (8 * (2 * 40 + 2), 4 * (2 * 24 + 2))  # 16 pairs, enlarged twice
-    planned = STAGES["tokenizer"].plan(config_of(GREY | small | {"tokens.kind": "learned"}))
+    planned = STAGES["tokenizer"].plan(config)
     assert planned.batch(2)["image"].shape == (2, 24, 40, 3)
     loaded = gptv_jax.load_tokenizer(tmp_path / "learned")  # at the size of the training images
     assert loaded.image_shape == (24, 40, 3)

@@ -154,7 +154,7 @@ def count_up(
         return loop.fit(
             "finetune",
             config_lib.Train(
-                steps=20, ema=ema, eval_every=2, checkpoint_every=1 if save_all else 1000
+                steps=20, ema=ema, eval_every=2, checkpoint_every=2 if save_all else 1000
             ),
             length=NETWORK.length,
             flops=1,
@@ -226,7 +226,7 @@ def test_a_damaged_best_checkpoint_is_named_and_another_one_taken(tmp_path, capl
 
 
 def test_the_wait_for_the_first_batch_is_no_part_of_the_speed(tmp_path):
-    count_up(tmp_path, ACCURACIES, patience=0, wait=3)
+    count_up(tmp_path, ACCURACIES, patience=0, wait=3, save_all=False)
     [speed] = [e for e in MetricWriter(tmp_path).read() if "tokens_per_second" in e]
     assert 0 <= speed["data_wait_share"] <= 1
     # The speed counts the batch size of the settings, and would be this if the wait counted.
