@@ -53,6 +53,7 @@ PARAMETERS: dict[str, P] = {
     "head": P(None, "fsdp"),  # V D
     "embedding": P(None, "fsdp"),  # V D, of a part after the first one
     "place": P(None),  # D
+    "place_head": P(None),  # D
     "stem_conv": P(None, None, None, "fsdp"),  # 3, 3, inputs, outputs; not one of Muon's matrices
     "from_stem": P(None, "fsdp"),  # channels, D
     "conv": P(None, None, None, "fsdp"),  # height, width, inputs, outputs

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import make_mesh, parts_batch, parts_network, random_params
+from conftest import generator, make_mesh, parts_batch, parts_network, random_params
 from flax import nnx
 
 from gptv_jax import config as config_lib
@@ -179,6 +179,18 @@ def test_an_input_is_the_sum_of_the_objects_tokens_so_far_with_the_features_of_p
     for position in range(17 if not vocabulary else 18, 32):
         part = objects if position > 16 else image
         np.testing.assert_allclose(one(tokens, position, part)[:, 0], x[:, position], atol=1e-5)
+
+
+@pytest.mark.usefixtures("one_device")
+def test_the_head_scores_a_place_by_its_features_and_by_weights_of_its_own():
+    network = parts_network(11)
+    params, objects = random_params(network), network.layout.parts[1]
+    final = generator().normal(size=(2, 3, 32)).astype(np.float32)
+    of = jax.device_get(params["parts"]["objects"])
+    head = of["head"].copy()
+    head[:12] += of["place_head"] * parts.coordinates(6, 32)
+    logits = network.bind(params).token_logits(jnp.asarray(final), objects)
+    np.testing.assert_allclose(logits, final @ head.T, atol=1e-4)
 
 
 def test_a_corner_has_the_features_of_the_nearest_cell():

@@ -100,6 +100,7 @@ PARTS_SHARDS = {
     "parts.objects.position": (16, 16),
     "parts.objects.head": (19, 16),
     "parts.objects.place": (32,),
+    "parts.objects.place_head": (32,),
     "stem.from_stem": (8, 16),
     "stem.layers.0.convolution.stem_conv": (3, 3, 3, 4),
     "stem.layers.1.convolution.stem_conv": (3, 3, 8, 4),

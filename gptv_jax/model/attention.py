@@ -21,7 +21,7 @@ from gptv_jax import sharding
 from gptv_jax.model.layers import PRODUCT, accumulator
 from gptv_jax.model.layout import causal_mask, full_mask
 
-LONG = 256  # T from which the blocked form is faster than the plain form on a CPU
+LONG = 128  # T from which the blocked form is faster than the plain form on a CPU
 BLOCK = 256  # queries of the blocked form; 128 is as fast within noise, and slower to compile
 CUDNN_HEADS = range(8, 129, 8)  # values of K that cuDNN accepts on every GPU; on Hopper up to 256
 LANES = 128  # of a TPU's vector unit; splash takes multiples of 128 queries and keys a device

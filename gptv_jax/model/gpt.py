@@ -237,9 +237,10 @@ class GPT(Inputs):
 
         The part is by default the first one.
         """
-        of_first = part in (None, self.network.layout.parts[0])
-        head = self.head if of_first else self.parts[part.name].head
-        head = sharding.gather(head[...], final.dtype)
+        if part in (None, self.network.layout.parts[0]):
+            head = sharding.gather(self.head[...], final.dtype)
+        else:
+            head = self.parts[part.name].head_table(final.dtype.name)
         dtype = layers.accumulator(final)
         return jnp.einsum("btd,vd->btv", final, head, preferred_element_type=dtype)
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from gptv_jax import sharding
 from gptv_jax.model import layers
 from gptv_jax.model.layout import Part
-from gptv_jax.model.parts import PartWeights, Stem, centers
+from gptv_jax.model.parts import PartWeights, Stem, centers, scaled
 
 
 class Inputs(nnx.Module):
@@ -125,11 +125,11 @@ class Inputs(nnx.Module):
     def _features(self) -> Float[Array, "N D"] | None:
         """What positions are given that hold the image, for parts that are at places in it."""
         first, *others = self.network.layout.parts
-        scales = [self.parts[part.name].scaled for part in others if part.has_places]
+        scales = [self.parts[part.name].place for part in others if part.has_places]
         if not scales:
             return None
         found, dtype = centers(first.shape, self.network.config.width), self.network.config.dtype
-        return functools.reduce(jnp.add, [scaled(found, dtype) for scaled in scales])
+        return functools.reduce(jnp.add, [scaled(found, scale, dtype) for scale in scales])
 
     def _lookup(
         self, tables: list[nnx.Param], ids: Int[Array, "*ids"], spec: jax.P

@@ -1,11 +1,12 @@
 """What a task adds to the network: parts after the image, a stem for pixels, a head for classes.
 
 A token that names a height or width, such as a corner of a box, is embedded with the features of
-this height or width. A position that predicts a token of a grid over the image, such as a label
-map, is given the features of the height and width of the token's cell. The positions that hold the
-image are given the features of the height and width of their centers, so that attention can compare
-the two. Without this, detection learns the statistics of boxes and not where objects are
-(docs/architecture.md).
+this height or width. The head's weights of the token have them too: what the head learns of a place
+then holds for the places beside it. A position that predicts a token of a grid over the image, such
+as a label map, is given the features of the height and width of the token's cell. The positions
+that hold the image are given the features of the height and width of their centers, so that
+attention can compare the two. Without this, detection learns the statistics of boxes and not where
+objects are (docs/architecture.md).
 """
 
 import dataclasses
@@ -33,7 +34,7 @@ SCALE = 0.7
 
 
 class PartWeights(nnx.Module):
-    """Embeddings, positions and head of a part; with places, the scale of their features."""
+    """Embeddings, positions and head of a part; with places, the scales of their features."""
 
     def __init__(self, part: Part, width: int, *, rngs: nnx.Rngs):
         self.part = part
@@ -42,28 +43,37 @@ class PartWeights(nnx.Module):
         self.position = layers.normal(rngs, "position", (part.size, width), 0.01)
         if part.predicted:
             self.head = layers.constant("head", (part.vocabulary, width), 0.0)
+            if part.bins:
+                self.place_head = layers.constant("place_head", (width,), 0.0)
         if part.has_places:
             self.place = layers.constant("place", (width,), PLACE)
 
     def table(self, dtype: str) -> Float[Array, "V D"]:
         """The embedding of every token, with the features of the place that the token names."""
         table = sharding.gather(self.embedding[...], dtype)
-        if not self.part.bins:
-            return table
+        return table + scaled(self._named(), self.place, dtype) if self.part.bins else table
+
+    def head_table(self, dtype: str) -> Float[Array, "V D"]:
+        """The head's weights for every token, with the features of the place the token names."""
+        table = sharding.gather(self.head[...], dtype)
+        return table + scaled(self._named(), self.place_head, dtype) if self.part.bins else table
+
+    def _named(self) -> Float[np.ndarray, "V D"]:
+        """Features of the places that tokens name; 0 of the other tokens."""
         others = ((0, self.part.vocabulary - 2 * self.part.bins), (0, 0))
-        named = np.pad(coordinates(self.part.bins, table.shape[1]), others)
-        return table + self.scaled(named, dtype)
+        return np.pad(coordinates(self.part.bins, self.position.shape[1]), others)
 
     def positions(self, dtype: str) -> Float[Array, "N D"]:
         """What every position of the part is given, whatever its input is."""
         table = sharding.gather(self.position[...], dtype)
         if not self.part.covers_image:
             return table
-        return table + self.scaled(centers(self.part.shape, table.shape[1]), dtype)
+        return table + scaled(centers(self.part.shape, table.shape[1]), self.place, dtype)
 
-    def scaled(self, features: Float[np.ndarray, "N D"], dtype: str) -> Float[Array, "N D"]:
-        """Features of places times their learned scale."""
-        return self.place[...].astype(dtype)[None] * jnp.array(features, dtype)
+
+def scaled(features: Float[np.ndarray, "N D"], scale: nnx.Param, dtype: str) -> Float[Array, "N D"]:
+    """Features of places times their learned scale, [D]."""
+    return scale[...].astype(dtype)[None] * jnp.array(features, dtype)
 
 
 def coordinates(bins: int, width: int) -> Float[np.ndarray, "N D"]:
