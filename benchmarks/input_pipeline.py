@@ -25,8 +25,8 @@ from gptv_jax import config as config_lib
 from gptv_jax import tokens
 from gptv_jax.data import cache, pipeline, sources
 from gptv_jax.data.damage import DamageLog
+from gptv_jax.data.geometry import ResizeShort
 from gptv_jax.data.images import Decode
-from gptv_jax.data.transforms import ResizeShort
 from gptv_jax.tokens import palette
 
 try:

@@ -71,7 +71,7 @@ def main(settings: config.Config) -> None:
     }
     # Absent where there are no boxes and no label maps.
     for name in ("object_names", "object_ids", "map_names"):
-        if known := getattr(data_set, name, ()):
+        if known := getattr(data_set, name):
             header[name] = known
     cache.write(folder, chosen, {split: examples(split) for split in data_set.lengths}, header)
     size = sum(path.stat().st_size for path in folder.iterdir())

@@ -12,8 +12,8 @@ from conftest import make_folder
 from PIL import Image, features
 
 from gptv_jax import config as config_lib
+from gptv_jax.data import folder as folders
 from gptv_jax.data import sources
-from gptv_jax.data.folder import ImageFolder
 from gptv_jax.errors import InputError
 from gptv_jax.stages import setup
 
@@ -25,6 +25,10 @@ def images(*names: str) -> dict[str, bytes]:
 
 def classes(count: int, *names: str) -> list[str]:
     return [f"{name}/{i:03d}.png" for name in names for i in range(count)]
+
+
+def image_folder(path: pathlib.Path, **changes) -> folders.ImageFolder:
+    return folders.ImageFolder(config_lib.Data(name="folder", path=str(path), **changes))
 
 
 def contents(source) -> list[str]:
@@ -69,7 +73,7 @@ def test_splits_are_known_by_their_usual_names_in_any_case(tmp_path, train, vali
 
 def test_names_of_classes_that_begin_like_splits_are_classes(tmp_path):
     names = ("bullet_train", "cat", "evaluators", "testudo", "trains", "validators")
-    data_set = ImageFolder(make_folder(tmp_path, images(*classes(2, *names))))
+    data_set = image_folder(make_folder(tmp_path, images(*classes(2, *names))))
     assert data_set.class_names == names
 
 
@@ -78,14 +82,14 @@ def test_empty_folders_with_names_of_splits_do_not_count(tmp_path):
     make_folder(tmp_path, images(*files, "train/README.md"))
     for name in ("val", "test"):
         (tmp_path / name).mkdir()
-    assert ImageFolder(tmp_path).lengths == {"train": 4, "validation": 4}
+    assert image_folder(tmp_path).lengths == {"train": 4, "validation": 4}
 
 
 def test_a_link_to_a_sibling_is_no_class_and_takes_no_image_away(tmp_path):
     make_folder(tmp_path, images(*classes(2, "cat", "dog")))
     for name, target in (("a", "dog"), ("kitten", "cat"), ("cat/more", "dog")):
         (tmp_path / name).symlink_to(tmp_path / target)
-    data_set = ImageFolder(tmp_path)
+    data_set = image_folder(tmp_path)
     assert contents(data_set.open("train")) == classes(2, "cat", "dog")
     assert data_set.class_names == ("cat", "dog")
     assert data_set.left_out == ["folders without images: a, kitten"]
@@ -95,16 +99,16 @@ def test_the_split_test_may_be_a_link_to_the_split_validation(tmp_path):
     make_folder(tmp_path, images(*classes(2, "train/a", "train/b", "val/a", "val/b")))
     (tmp_path / "train/c").symlink_to(tmp_path / "train/b")
     (tmp_path / "test").symlink_to(tmp_path / "val")
-    data_set = ImageFolder(tmp_path)
+    data_set = image_folder(tmp_path)
     assert data_set.lengths == {"train": 4, "validation": 4, "test": 4}
 
 
 def test_a_class_folder_that_is_to_be_ignored_is_left_out(tmp_path):
     make_folder(tmp_path, images(*classes(2, "0", "1", "255")))
-    data_set = ImageFolder(tmp_path, ignore_label=255)
+    data_set = image_folder(tmp_path, ignore_label=255)
     assert contents(data_set.open("train")) == classes(2, "0", "1") and data_set.classes == 2
     assert "2 of 6 images of the split train have the label 255" in data_set.notes[0]
-    assert "no image has the label" in ImageFolder(tmp_path, ignore_label=7).notes[0]
+    assert "no image has the label" in image_folder(tmp_path, ignore_label=7).notes[0]
 
 
 def test_a_split_is_named_in_an_expression_as_its_folder_is(tmp_path):
@@ -126,7 +130,7 @@ def test_what_lies_beside_the_splits_is_left_out_and_told(tmp_path):
     beside += ["annotations/a.json", "labels/b.txt", "train/cat/@eaDir/3.png", ".git/4.png"]
     make_folder(tmp_path, images(*wanted, *beside))
     (tmp_path / "empty").mkdir()
-    data_set = ImageFolder(tmp_path)
+    data_set = image_folder(tmp_path)
     found = [name for split in ("train", "test") for name in contents(data_set.open(split))]
     assert sorted(found) == sorted(wanted) and data_set.class_names == ("cat", "dog")
     told = "; ".join([*data_set.left_out, *data_set.notes])
@@ -155,7 +159,7 @@ def test_folders_that_can_be_read_in_two_ways_are_refused(tmp_path, files, words
 
 
 def test_a_class_of_trains_is_a_class(tmp_path):
-    data_set = ImageFolder(make_folder(tmp_path, images(*classes(2, "bus", "car", "train"))))
+    data_set = image_folder(make_folder(tmp_path, images(*classes(2, "bus", "car", "train"))))
     assert data_set.class_names == ("bus", "car", "train") and data_set.lengths == {"train": 6}
     assert "taken as a class" in data_set.notes[0]
 
@@ -163,20 +167,22 @@ def test_a_class_of_trains_is_a_class(tmp_path):
 def test_few_images_outside_the_class_folders_are_left_out_by_name(tmp_path):
     wanted = classes(16, "cat", "dog")
     make_folder(tmp_path, images(*wanted, "overview.png"))
-    data_set = ImageFolder(tmp_path)
+    data_set = image_folder(tmp_path)
     assert contents(data_set.open("train")) == wanted and data_set.classes == 2
     assert str(tmp_path / "overview.png") in data_set.notes[0]
     make_folder(tmp_path, images("2.png"))
-    data_set = ImageFolder(tmp_path)
+    data_set = image_folder(tmp_path)
     assert data_set.classes == 0 and data_set.lengths == {"train": 34}
     assert "2 of 34 images lie in no class folder" in data_set.notes[0]
-    assert ImageFolder(tmp_path, labels=False).notes == []
+    assert image_folder(tmp_path, labels=False).notes == []
 
 
 def test_a_single_class_is_told(tmp_path):
-    data_set = ImageFolder(make_folder(tmp_path, images(*classes(3, "cats"))))
+    data_set = image_folder(make_folder(tmp_path, images(*classes(3, "cats"))))
     assert data_set.classes == 0 and "single class folder, cats" in data_set.notes[0]
-    data_set = ImageFolder(make_folder(tmp_path / "x", images(*classes(3, "set/cats", "set/dogs"))))
+    data_set = image_folder(
+        make_folder(tmp_path / "x", images(*classes(3, "set/cats", "set/dogs")))
+    )
     assert f"set config.data.path={tmp_path}/x/set" in data_set.notes[0]
 
 
@@ -188,7 +194,7 @@ def test_files_of_every_format_that_pillow_reads_are_taken_and_others_counted(tm
     for ending, kind in kinds.items():
         picture.save(tmp_path / f"a.{ending.upper()}", kind)
     make_folder(tmp_path, images("b.pdf", "c.eps", "d.mp4", "e.mpg", "f.h5", "g.txt", "h.txt", "i"))
-    data_set = ImageFolder(tmp_path)
+    data_set = image_folder(tmp_path)
     assert data_set.lengths == {"train": len(kinds)}
     for counted in (".txt 2", ".pdf 1", ".eps 1", ".mp4 1", ".mpg 1", ".h5 1", "no ending 1"):
         assert counted in data_set.left_out[0]
@@ -222,7 +228,7 @@ def test_a_csv_file_gives_the_labels(tmp_path, caplog):
         "6.jpg,cat",
     ]
     file = csv(tmp_path / "a.csv", *rows, "9.png,cat", "5.png,")
-    data_set = ImageFolder(folder, labels_file=pathlib.Path(file))
+    data_set = image_folder(folder, labels_file=file)
     assert labels(sources.Selected(data_set, "train")) == {
         **dict.fromkeys(("0.png", "1.png", "4.png"), "owl"),
         **dict.fromkeys(("2.png", "3.png", "x/6.jpg"), "cat"),
@@ -254,7 +260,7 @@ def test_a_csv_file_labels_the_splits_of_a_folder(tmp_path):
         (("0.png;a",), "file;label", "needs the header file,label"),
         (("0.png,0", "1.png,1", "x/same,-1"), "file,label", "config.data.ignore_label=-1 leaves"),
         (("0.png,0", "1.png,1", "x/same,255"), "file,label", "set config.data.ignore_label=255"),
-        (("0.png,a", "0.png,b"), "file,label", "different labels to 0.png"),
+        (("0.png,a", "0.png,b"), "file,label", "gives 0.png the labels a, b"),
         (("0.png,a", "0,b", "1.png,a"), "file,label", "gives 0.png the labels a, b"),
         (("7.png,a",), "file,label", "label for none of 4 images"),
         (("0.png,a", "1.png,a", "x/same,b"), "file,label", "only one image of class b"),

@@ -26,7 +26,7 @@ def moved(image, down, right):
 
 @pytest.mark.parametrize("pixels", [1, 2])
 def test_every_variant_is_its_own_shift_filled_with_zeros(pixels):
-    shift, given = transforms.Shift(pixels), grey_image()
+    shift, given = geometry.Shift(pixels), grey_image()
     side = 2 * pixels + 1
     assert shift.variants == side**2
     rng, shifts = generator(), {}
@@ -46,7 +46,7 @@ def test_every_variant_is_its_own_shift_filled_with_zeros(pixels):
 
 @pytest.mark.parametrize("keep", [0.0, 0.3, 1.0])
 def test_shift_keeps_its_share_and_draws_the_rest_evenly(keep):
-    shift, rng, count = transforms.Shift(1, keep), generator(), 3000
+    shift, rng, count = geometry.Shift(1, keep), generator(), 3000
     variants = np.bincount([shift.draw(rng) for _ in range(count)], minlength=9)
     wanted = np.full(9, (1 - keep) / 9)
     wanted[0] += keep
@@ -54,11 +54,11 @@ def test_shift_keeps_its_share_and_draws_the_rest_evenly(keep):
 
 
 def test_the_short_side_is_drawn_evenly_and_the_long_one_follows():
-    step, given, rng = transforms.RandomResizeShort(6, 9), random_image(12, 30, 3), generator()
+    step, given, rng = geometry.RandomResizeShort(6, 9), random_image(12, 30, 3), generator()
     shapes = collections.Counter(transformed(step, given, rng).shape[:2] for _ in range(400))
     assert set(shapes) == {(6, 15), (7, 18), (8, 20), (9, 22)} and min(shapes.values()) > 60
-    assert transformed(transforms.ResizeShort(8), given.swapaxes(0, 1)).shape == (20, 8, 3)
-    assert transformed(transforms.ResizeShort(8), random_image(400, 2, 3)).shape == (1600, 8, 3)
+    assert transformed(geometry.ResizeShort(8), given.swapaxes(0, 1)).shape == (20, 8, 3)
+    assert transformed(geometry.ResizeShort(8), random_image(400, 2, 3)).shape == (1600, 8, 3)
 
 
 @pytest.mark.parametrize("entry", ["resize(8)", "resize_short(8)", "random_resize_short(8, 8)"])
@@ -84,12 +84,12 @@ def places(height, width):
 
 
 def test_a_centre_crop_is_the_middle():
-    found = transformed(transforms.CenterCrop(4), places(9, 12))
+    found = transformed(geometry.CenterCrop(4), places(9, 12))
     np.testing.assert_array_equal(found, places(9, 12)[2:6, 4:8])
 
 
 def test_a_random_crop_is_any_place_alike():
-    step, rng = transforms.RandomCrop(4), generator()
+    step, rng = geometry.RandomCrop(4), generator()
     crops = [transformed(step, places(6, 7), rng) for _ in range(1200)]
     for crop in crops[:50]:
         np.testing.assert_array_equal(crop - crop[0, 0], places(4, 4))
@@ -99,7 +99,7 @@ def test_a_random_crop_is_any_place_alike():
 
 
 def test_a_padded_crop_reflects_without_repeating_the_edge():
-    step, given, rng = transforms.RandomCrop(32, padding=4), places(32, 32), generator()
+    step, given, rng = geometry.RandomCrop(32, padding=4), places(32, 32), generator()
     wide = np.abs(np.arange(-4, 36))
     wide = np.where(wide > 31, 62 - wide, wide)
     corners = set()
@@ -124,7 +124,7 @@ def test_a_crop_larger_than_the_image_is_an_error_that_says_what_to_do(entry):
 @pytest.mark.parametrize("ratio", [(1.0, 1.0), (0.5, 2.0), (1.5, 2.0)])
 @pytest.mark.parametrize("area", [(0.08, 1.0), (0.3, 0.4)])
 def test_a_resized_crop_has_its_area_and_ratio(area, ratio):
-    step = transforms.RandomResizedCrop(64, area, ratio, method="nearest")
+    step = geometry.RandomResizedCrop(64, area, ratio, method="nearest")
     height, width, found = 200, 250, []
     for seed in range(200):
         crop = transformed(step, places(height, width), generator(seed)).astype(float)
@@ -140,7 +140,7 @@ def test_a_resized_crop_has_its_area_and_ratio(area, ratio):
 
 
 def test_where_no_crop_fits_the_middle_square_is_taken():
-    step = transforms.RandomResizedCrop(10, area=(1.0, 1.0), ratio=(1.0, 1.0))
+    step = geometry.RandomResizedCrop(10, area=(1.0, 1.0), ratio=(1.0, 1.0))
     np.testing.assert_array_equal(
         transformed(step, places(10, 60), generator()), places(10, 60)[:, 25:35]
     )
@@ -148,6 +148,6 @@ def test_where_no_crop_fits_the_middle_square_is_taken():
 
 @pytest.mark.parametrize("probability", [0.0, 0.3, 1.0])
 def test_flips_have_their_share(probability):
-    step, given, rng = transforms.Flip(probability), random_image(2, 3, 3), generator()
+    step, given, rng = geometry.Flip(probability), random_image(2, 3, 3), generator()
     mirrored = [np.array_equal(transformed(step, given, rng), given[:, ::-1]) for _ in range(2000)]
     assert np.mean(mirrored) == pytest.approx(probability, abs=0.04 if probability == 0.3 else 0)

@@ -187,8 +187,8 @@ def test_label_maps_fit_the_picture_as_stored_or_upright(tmp_path, as_stored):
 @pytest.mark.parametrize(
     ("found", "fields", "reason"),
     [
-        (b"", {}, "its label map cannot be read: it is empty or no image"),
-        (b"text", {}, "its label map cannot be read: it is empty or no image"),
+        (b"", {}, "its label map cannot be read: not an image"),
+        (b"text", {}, "its label map cannot be read: not an image"),
         (encoded(random_image(60, 80, 1))[:3000], {}, "its label map cannot be read: "),
         (encoded(CLASSES[..., None], "JPEG"), {}, "its label map is a JPEG file"),
         (encoded(COLORS[CLASSES]), {}, 'give classes as "r g b name"'),

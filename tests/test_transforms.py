@@ -4,15 +4,15 @@ import pytest
 from conftest import generator, random_image, transformed
 from PIL import Image
 
-from gptv_jax.data import augmentations, transforms
+from gptv_jax.data import geometry, transforms
 from gptv_jax.errors import InputError
 from gptv_jax.tokens import GreyCodec
 
 
 def test_entries_are_calls_with_literal_arguments():
-    assert transforms.parse("shift(pixels=2, keep=0.3)") == transforms.Shift(2, 0.3)
-    assert transforms.parse("shift(2)") == transforms.Shift(2)
-    assert transforms.parse("shift()") == transforms.parse("shift") == transforms.Shift()
+    assert transforms.parse("shift(pixels=2, keep=0.3)") == geometry.Shift(2, 0.3)
+    assert transforms.parse("shift(2)") == geometry.Shift(2)
+    assert transforms.parse("shift()") == transforms.parse("shift") == geometry.Shift()
     full = "resize_short(size=256, method='bilinear')"
     assert transforms.written_out("resize_short(256)") == transforms.written_out(full) == full
     assert transforms.written_out("flip") == "flip(probability=0.5)"
@@ -220,10 +220,10 @@ def test_random_augment_has_the_operations_and_ranges_of_the_paper():
     picture, white = Image.fromarray(image), (255,) * 3
 
     def apply(name, strength, given=picture):
-        return np.asarray(augmentations.OPERATIONS[name](given, strength, white)).astype(int)
+        return np.asarray(transforms.OPERATIONS[name](given, strength, white)).astype(int)
 
-    assert len(augmentations.OPERATIONS) == 14
-    for name in augmentations.OPERATIONS:
+    assert len(transforms.OPERATIONS) == 14
+    for name in transforms.OPERATIONS:
         changing = name in ("auto_contrast", "equalize")
         assert changing or (apply(name, 0.0) == image).all()
     np.testing.assert_array_equal(apply("solarize", 1.0), 255 - image)
@@ -246,7 +246,7 @@ def test_random_augment_has_the_operations_and_ranges_of_the_paper():
     upright = np.zeros((41, 41), np.uint8)
     upright[:, 20] = 255
     for name, line in (("shear_x", upright), ("shear_y", upright.T), ("rotate", upright)):
-        found = np.asarray(augmentations.OPERATIONS[name](Image.fromarray(line), 1.0, 0))
+        found = np.asarray(transforms.OPERATIONS[name](Image.fromarray(line), 1.0, 0))
         y, x = np.nonzero(found if name != "shear_y" else found.T)
         slope = abs(np.polyfit(y, x, 1)[0])
         assert slope == pytest.approx(np.tan(np.radians(30)) if name == "rotate" else 0.3, abs=0.03)
@@ -257,7 +257,7 @@ def test_random_augment_draws_every_operation_and_combines_n_of_them():
     picture = Image.fromarray(image)
     single = {
         np.asarray(operation(picture, sign * 0.6, (128,) * 3)).tobytes()
-        for operation in augmentations.OPERATIONS.values()
+        for operation in transforms.OPERATIONS.values()
         for sign in (-1, 1)
     }
     once = transforms.parse("random_augment(n=1, magnitude=6)")

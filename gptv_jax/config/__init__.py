@@ -15,30 +15,10 @@ from gptv_jax.config.train import Mesh, Model, Optimizer, Profile, Tokenizer, Tr
 from gptv_jax.errors import InputError, shorten
 
 __all__ = [
-    "Autoencoder",
-    "Config",
-    "Data",
-    "Detect",
-    "Drawing",
-    "Finetune",
-    "Generate",
-    "Mesh",
-    "Model",
-    "Optimizer",
-    "Probe",
-    "ProbeSgd",
-    "Profile",
-    "Sample",
-    "Segment",
-    "Task",
-    "Tokenizer",
-    "Tokens",
-    "Train",
-    "choose",
-    "default",
-    "recorded",
-    "resolve",
-]
+    "Autoencoder", "Config", "Data", "Detect", "Drawing", "Finetune", "Generate", "Mesh", "Model",
+    "Optimizer", "Probe", "ProbeSgd", "Profile", "Sample", "Segment", "Task", "Tokenizer", "Tokens",
+    "Train", "choose", "default", "recorded", "resolve",
+]  # fmt: skip
 
 # Fields of older files: renamed fields, and removed fields, each with the only value that this
 # version can still read.

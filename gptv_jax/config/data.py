@@ -80,6 +80,11 @@ class Data:
         """Height and width of the images in pixels."""
         return height_and_width(self.image_size)
 
+    @property
+    def missing(self) -> float:
+        """The share of images without a file or a label map up to which these are left out."""
+        return 0.0 if self.damaged == "fail" else self.max_damaged
+
 
 @dataclasses.dataclass(frozen=True)
 class Autoencoder:

@@ -7,33 +7,31 @@ from etils import epy
 
 from gptv_jax import config as config_lib
 from gptv_jax import files
-from gptv_jax.data import guess
 from gptv_jax.data import labels as labels_lib
+from gptv_jax.data import listing
+from gptv_jax.data.data_set import DataSet, Source
 from gptv_jax.data.listing import split_names
+from gptv_jax.data.records import Record
 from gptv_jax.errors import InputError, as_input_error, shorten
 
 with epy.lazy_imports():  # slow to import, and only the digits need it
     from sklearn import datasets, model_selection
 
 
-class Arrays:
+class Arrays(DataSet):
     """A data set in memory: `{"train": (images, labels), ...}`.
 
     Images are uint8 [N, H, W, C]; labels are whole numbers or names [N], all None where the set is
     unlabelled. Images with the label `ignore_label` are left out. Numbers that do not count from 0
-    and names are numbered (see `labels.number`); the original values become `class_names`. `notes`
-    are sentences about what a user may not expect.
+    and names are numbered (see `labels.number`); the original values become `class_names`.
     """
-
-    object_names = ()
 
     def __init__(
         self,
         splits: dict[str, tuple[np.ndarray, np.ndarray | None]],
         ignore_label: int | None = None,
     ):
-        self.notes: list[str] = []
-        self.other_names: dict[str, str] = {}  # of splits, as a file calls them
+        self.notes = []
         for name, (images, _) in splits.items():
             _check_images(name, images)
         given = {name: array for name, (_, array) in splits.items() if array is not None}
@@ -43,42 +41,34 @@ class Arrays:
                 f"of the splits {', '.join(splits)} some have labels and some do not: {without}. "
                 "Store the labels of all, or ignore all by config.data.labels=False."
             )
-        labels = {n: labels_lib.as_vector(n, a, len(splits[n][0])) for n, a in given.items()}
-        images = {name: array for name, (array, _) in splits.items()}
-        if labels and ignore_label is not None:
-            kept = labels_lib.leave_out(labels, ignore_label, self.notes)
-            images = {name: images[name][rows] for name, rows in kept.items()}
-            labels = {name: labels[name][rows] for name, rows in kept.items()}
-        self.classes, self.class_names = 0, ()
-        if labels:
-            labels, self.classes, self.class_names = labels_lib.number(labels, self.notes)
-        self.lengths = {name: len(array) for name, array in images.items()}
-        self._splits = {name: (array, labels.get(name)) for name, array in images.items()}
-
-    def open(self, split: str) -> "ArraysSplit":
-        return ArraysSplit(split, *self._splits[split])
+        images, labels = {name: array for name, (array, _) in splits.items()}, {}
+        if given:
+            vectors = {n: labels_lib.as_vector(n, a, len(images[n])) for n, a in given.items()}
+            rows, labels, self.classes, self.class_names = labels_lib.number(
+                vectors, ignore_label, self.notes
+            )
+            if ignore_label is not None:
+                images = {name: images[name][kept] for name, kept in rows.items()}
+        self.splits = {n: ArraysSplit(n, array, labels.get(n)) for n, array in images.items()}
 
 
-class ArraysSplit:
+class ArraysSplit(Source):
     """The images of a split, and its labels, int [N], or None."""
 
     key = "image"  # of a record: pixels, or "encoded" for the bytes of a file
 
-    def __init__(self, where: str | pathlib.Path, images, labels):
+    def __init__(self, where: str | pathlib.Path, images, labels: np.ndarray | None):
         self.where, self.images, self.labels = where, images, labels
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, index: int) -> Record:
         image = {self.key: self.read(index)}
         return image if self.labels is None else {**image, "label": np.int32(self.labels[index])}
 
     def read(self, index: int) -> np.ndarray | bytes:
         return self.images[index]
-
-    def name(self, index: int) -> str:
-        return f"{self.where}[{index}]"
 
 
 def _check_images(split: str, images: np.ndarray) -> None:
@@ -111,7 +101,7 @@ def _check_images(split: str, images: np.ndarray) -> None:
 
 def open_npz(config: config_lib.Data) -> Arrays:
     """`Arrays` of an `.npz` file with `train_images`, `train_labels`, `test_images`, ..."""
-    path = data_path(config)
+    path = listing.data_path(config)
     with as_input_error(f"config.data.path={path} is no .npz file of arrays"):
         try:
             arrays = files.read_arrays(path)
@@ -152,15 +142,3 @@ def digits() -> Arrays:
     )
     splits = {"train": train, "validation": validation, "test": test}
     return Arrays({name: (images[rows], labels[rows]) for name, rows in splits.items()})
-
-
-def data_path(config: config_lib.Data, pattern: bool = False) -> pathlib.Path:
-    """`config.data.path`, which exists unless it may be a pattern of file names."""
-    if config.path is None:
-        raise InputError(f"config.data.name={config.name} needs config.data.path.")
-    path = files.user_path(config.path)
-    if advice := guess.advice(config.path, config.name):
-        raise InputError(f"config.data.path={advice}")
-    if not path.exists() and not (pattern and set("*?{") & set(path.name)):
-        raise InputError(f"config.data.path={path} does not exist.")
-    return path

@@ -35,6 +35,7 @@ from gptv_jax import config as config_lib
 from gptv_jax import files, tokens
 from gptv_jax.config import fields
 from gptv_jax.config.data import image_size
+from gptv_jax.data.data_set import DataSet, Source
 from gptv_jax.data.records import OBJECTS, Record, to_original
 from gptv_jax.errors import InputError, as_input_error, first_line, naming, shorten
 
@@ -127,13 +128,14 @@ def write(
         (folder / files.LOCK).unlink()
 
 
-class TokenCache:
-    """A folder of `write`, as a `sources.DataSet`; any other folder raises InputError."""
+class TokenCache(DataSet):
+    """A folder of `write`; any other folder raises InputError."""
 
     def __init__(self, folder: pathlib.Path):
-        self.folder = folder
-        path = folder / "header.json"
-        try:
+        self.folder, path = folder, folder / "header.json"
+        absent = f"{folder} is no token cache: gptv_jax.prepare writes its header.json last"
+        damaged = as_input_error(f"{path} is damaged", (KeyError, TypeError, ValueError))
+        with damaged, as_input_error(absent, OSError):
             header = json.loads(path.read_text())
             self.classes: int = header["classes"]
             self.class_names = tuple(header.get("class_names", ()))  # absent in older caches
@@ -154,17 +156,8 @@ class TokenCache:
             )
             self.keys = tuple(n for n in ("segmentation",) if n in self.record.names)
             self.object_names = tuple(header.get("object_names", ()))
-            self.object_ids = tuple(header.get("object_ids", range(len(self.object_names))))
+            self.object_ids = tuple(header.get("object_ids", ()))
             self.map_names = tuple(header.get("map_names", ()))
-        except OSError as error:
-            raise InputError(
-                f"{folder} is no token cache: it has no header.json, which gptv_jax.prepare writes "
-                "last."
-            ) from error
-        except InputError:
-            raise
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{path} is damaged ({error!r}).") from error
 
     def _command(self, source: dict) -> str:
         """The command that makes this cache anew, with the palette or tokenizer of this folder."""
@@ -194,7 +187,7 @@ class TokenCache:
         return _CachedSplit(path, self.lengths[split], self.record, self.objects, planes)
 
 
-class _CachedSplit:
+class _CachedSplit(Source):
     def __init__(
         self,
         path: pathlib.Path,
@@ -204,6 +197,7 @@ class _CachedSplit:
         planes: "_TokenPlanes",
     ):
         self.path, self.length, self.planes = path, length, planes
+        self.where = path.with_suffix("")
         self.record, self.objects = record, objects
         with as_input_error(f"{path} is damaged"):
             self._reader = ArrayRecordReader(str(path), READER_OPTIONS)
@@ -251,9 +245,6 @@ class _CachedSplit:
             raise InputError(f"{self.name(index)} is damaged ({first_line(error)}).") from error
         found |= {name: objects[name].copy() for name in self.objects.names or ()}
         return found, image_id
-
-    def name(self, index: int) -> str:
-        return f"{self.path.with_suffix('')}[{index}]"
 
 
 def _fields(arrays: dict[str, np.ndarray]) -> list[tuple[str, str, tuple[int, ...]]]:

@@ -4,51 +4,35 @@ https://cocodataset.org/#format-data defines the format. Keypoints are not read.
 """
 
 import contextlib
-import dataclasses
 import os
 import pathlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from gptv_jax.data import coco_files, coco_masks
+from gptv_jax import config as config_lib
+from gptv_jax.data import coco_files, listing
 from gptv_jax.data.coco_files import image_name
-from gptv_jax.data.folder import ORDER_SEED
+from gptv_jax.data.data_set import ORDER_SEED, DataSet, Source
 from gptv_jax.data.images import DamagedImageError, as_stored, shown_size
 from gptv_jax.data.records import Record
 from gptv_jax.errors import InputError, shorten
 
 
-class Coco:
-    """A folder with a JSON file and a folder of images for each split.
+class Coco(DataSet):
+    """A folder, `config.path`, with a JSON file and a folder of images for each split.
 
-    `notes` are sentences about what a user may not expect. The images of a split are mixed in a
-    fixed order, so that `train[:90%]` is like the other tenth.
+    Records have what `config.maps` names of `coco_files.KINDS`. The images of a split are mixed in
+    a fixed order, so that `train[:90%]` is like the other tenth. Raises InputError where a file is
+    no COCO file, or of no split; the images are not found, or too many of them (`config.missing`)
+    have no file; or nothing is left of a split.
     """
 
-    classes, class_names = 0, ()  # of whole images
-
-    def __init__(
-        self,
-        path: pathlib.Path,
-        annotations: str | None = None,
-        images: str | None = None,
-        max_missing: float = 0.05,
-        shapes: tuple[str, ...] = (),
-    ):
-        """Reads the JSON files, and the names of the image files.
-
-        `annotations` and `images` are as in `config.Data`. Of a split's images a share of
-        `max_missing` may have no file. Records have what `shapes` names of `coco_masks.KINDS`.
-
-        Raises:
-          InputError: a file is no COCO file, or of no split; the images are not found; or nothing
-            is left of a split.
-        """
-        self.notes: list[str] = []
-        coco_masks.check(shapes)
-        root = path if path.is_dir() else path.parent
-        found = coco_files.find(path, annotations)
+    def __init__(self, config: config_lib.Data):
+        self.config, self.notes = config, []
+        self.shapes = shapes = coco_files.kinds(config.maps or "")
+        path = listing.data_path(config)
+        found = coco_files.find(path, config.annotations)
         self.other_names = {
             name: split
             for split, file in found.items()
@@ -59,69 +43,132 @@ class Coco:
         names = self._names({file: read[split]["categories"] for split, file in found.items()})
         self.object_ids = tuple(sorted(names))  # of the files, in the order of the numbers
         self.object_names = tuple(names[each] for each in self.object_ids)
-        semantic = (coco_masks.BACKGROUND, *self.object_names)
+        semantic = (coco_files.BACKGROUND, *self.object_names)
         self.map_names = semantic if "semantic" in shapes else ()
         self.keys = ("masks",) if "masks" in shapes else ()
-        self._splits = {}
+        self.splits = {}
         for split, file in found.items():
             content = read.pop(split)
-            folder = coco_files.image_folder(
-                root, split, file, content["images"], images, len(found)
-            )
-            note = self.notes.append
-            kept = (self.object_ids, max_missing, shapes, note)
-            self._splits[split] = _index(file, folder, content, *kept)
-        if not any(len(source.boxes) for source in self._splits.values()):
+            folder = coco_files.image_folder(config, file, split, len(found), content["images"])
+            self.splits[split] = CocoSplit(self, file, folder, content)
+        if not any(len(source.box_labels) for source in self.splits.values()):
             raise InputError(
                 f"{shorten(found.values())} have no box that could be used, of "
                 f"{len(self.object_ids)} categories; name other files by config.data.annotations."
             )
-        self.lengths = {split: len(source) for split, source in self._splits.items()}
-
-    def open(self, split: str) -> "CocoSplit":
-        return self._splits[split]
 
     def _names(self, categories: dict[pathlib.Path, list[dict]]) -> dict[int, str]:
         """The name of every category of the files, by its id; notes where the files differ."""
         names: dict[int, str] = {}
-        own = {}
         for file, entries in categories.items():
-            own[file] = {}
             for each in entries:
                 number = each.get("id")
                 if type(number) is not int:
                     raise InputError(f"{file} has a category whose id, {number!r}, is no number.")
                 name = str(each.get("name", number))
-                own[file][number] = name
                 if names.setdefault(number, name) != name:
                     raise InputError(
                         f"category {number} is {names[number]} and {name} ({file}); give a "
                         "category the same id and name in the files of all splits."
                     )
-        for file, found in own.items():
-            if missing := [names[number] for number in sorted(names) if number not in found]:
+        for file, entries in categories.items():
+            own = {each["id"] for each in entries}
+            if missing := [names[number] for number in sorted(names) if number not in own]:
                 self.notes.append(
                     f"{file} has no category {shorten(missing)}, which another split has"
                 )
         return names
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class CocoSplit:
-    """The images of a split; arrays over all images hold the boxes."""
+class CocoSplit(Source):
+    """The N images of a split; arrays over all images hold the M boxes."""
 
-    file: pathlib.Path  # the JSON file
-    folder: pathlib.Path
-    names: list[str]  # N image files, relative to the folder
-    ids: np.ndarray  # int64 [N], of the images in the JSON file
-    sizes: np.ndarray  # int32 [N, 2], height and width in pixels; 0 where unknown
-    offsets: np.ndarray  # int64 [N + 1]; image i has the boxes offsets[i] .. offsets[i + 1] - 1
-    boxes: np.ndarray  # float32 [M, 4]
-    box_labels: np.ndarray  # int32 [M]
-    crowd: np.ndarray  # bool [M]
-    area: np.ndarray  # float32 [M]
-    outlines: coco_masks.Outlines | None  # of the objects, if asked for
-    classes: int  # of objects
+    def __init__(self, data_set: Coco, file: pathlib.Path, folder: pathlib.Path, content: dict):
+        """Reads the `content` of a JSON file, whose images lie in the folder.
+
+        The data set gets a note on each kind of fault that was met.
+        """
+        self.file, self.folder, self.classes = file, folder, len(data_set.object_ids)
+
+        def tell(what: str, faulty: Sequence | np.ndarray, name: Callable[[int], str]) -> None:
+            if len(faulty):
+                note = f"{file}: {what}: {len(faulty)}, the first {name(faulty[0])}"
+                data_set.notes.append(note)
+
+        images, entries = content["images"], content["annotations"]
+        image_of: dict[int, int] = {}
+        repeated = [i for i, each in enumerate(images) if image_of.setdefault(each["id"], i) != i]
+        called = lambda i: f"{images[i]['id']} ({image_name(images[i])})"  # noqa: E731
+        tell("images whose id an image before has are left out", repeated, called)
+        kept = np.setdiff1d(np.arange(len(images)), repeated)
+        gone = _without_file(folder, [image_name(images[i]) for i in kept])
+        missing = data_set.config.missing
+        if len(gone) > missing * len(kept):
+            raise InputError(
+                f"{len(gone)} of {len(kept)} images of {file} are not in {folder}, such as "
+                f"{image_name(images[kept[gone[0]]])}; that is more than the share "
+                f"config.data.max_damaged={missing:g}."
+            )
+        tell(f"images are not in {folder} and are left out", kept[gone], called)
+        kept = np.delete(kept, gone)
+        if not len(kept):
+            raise InputError(f"{file} has no image.")
+        kept = np.random.default_rng(ORDER_SEED).permutation(kept)
+        self.names = [image_name(images[i]) for i in kept]  # relative to the folder
+        self.ids = np.array([images[i]["id"] for i in kept], np.int64)
+        self.sizes = self._read_sizes([images[i] for i in kept])
+        place = np.full(len(images) + 1, -1)  # of an image of the file in the split; -1: left out
+        place[kept] = np.arange(len(kept))
+
+        outlines = [each.pop("segmentation", None) for each in entries]
+        entry_name = lambda i: f"annotation {entries[i].get('id', f'number {i}')}"  # noqa: E731
+        label_of = {number: label for label, number in enumerate(data_set.object_ids)}
+        owner = _look_up(image_of, [each.get("image_id") for each in entries])
+        label = _look_up(label_of, [each.get("category_id") for each in entries])
+        corners = _numbers([each.get("bbox") for each in entries], 4)
+        area = _numbers([[each.get("area")] for each in entries], 1)[:, 0]
+        at = place[owner]
+        low, side = corners[:, 1::-1], corners[:, :1:-1]  # y, x and height, width
+        known = np.where(self.sizes > 0, self.sizes, np.inf)[at]
+        boxes = np.concatenate([np.clip(low, 0, known), np.clip(low + side, 0, known)], 1)
+        boxes = boxes.astype(np.float32)
+        finite = np.isfinite(corners).all(1)
+        with np.errstate(invalid="ignore"):
+            outside = ((low >= known) | (low + side <= 0)).any(1)
+            # Rounding, as in COCO's own files, is no fault.
+            clipped = ((low < -0.5) | (low + side > known + 0.5)).any(1)
+            empty = (boxes[:, :2] >= boxes[:, 2:]).any(1)
+        good = (owner < 0) | (at >= 0)  # annotations of images without a file go with the images
+        faults = {
+            "annotations of no image of the file are left out": owner < 0,
+            "annotations of no category of the file are left out": label < 0,
+            "annotations have no box of four finite numbers and are left out": ~finite,
+            "boxes have a negative width or height and are left out": (side < 0).any(1),
+            "boxes lie outside of their image and are left out": outside,
+            "boxes have no area and are left out": empty,
+            "annotations repeat one before, id and all, and are left out": _copies(entries),
+        }
+        for what, faulty in faults.items():
+            tell(what, np.flatnonzero(good & faulty), entry_name)
+            good &= ~faulty
+        reaching = np.flatnonzero(good & clipped)
+        tell("boxes reach out of their image and are clipped", reaching, entry_name)
+        rows = np.flatnonzero(good)
+        rows = rows[np.argsort(at[rows], kind="stable")]
+        # Image i has the boxes offsets[i] .. offsets[i + 1] - 1.
+        counts = np.bincount(at[rows], minlength=len(kept))
+        self.offsets = np.concatenate([[0], np.cumsum(counts)])
+        self.boxes, self.box_labels = boxes[rows], label[rows].astype(np.int32)
+        self.crowd = np.array([bool(entries[i].get("iscrowd", 0)) for i in rows], bool)
+        own = (self.boxes[:, 2:] - self.boxes[:, :2]).prod(1)
+        with np.errstate(invalid="ignore"):
+            self.area = np.where(area[rows] > 0, area[rows], own).astype(np.float32)
+        self.outlines = None  # of the objects, if asked for
+        if data_set.shapes:
+            given = [outlines[i] for i in rows]
+            self.outlines = coco_files.Outlines(file, data_set.shapes, given, content["spans"])
+            lacking = rows[self.outlines.lack()]
+            tell("annotations without polygons and run lengths", lacking, entry_name)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -147,21 +194,21 @@ class CocoSplit:
     def name(self, index: int) -> str:
         return str(self.folder / self.names[index])
 
-    def object_counts(self, rows: range) -> dict[str, int | list[int]]:
-        """Numbers of boxes, also by class, of crowds among them, and of images without boxes."""
+    def known_objects(self, rows: range) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         ends = self.offsets[rows.start : rows.stop + 1]
         kept = slice(ends[0], ends[-1])
-        return {
-            "boxes": int(ends[-1] - ends[0]),
-            "crowd": int(self.crowd[kept].sum()),
-            "empty": int((np.diff(ends) == 0).sum()),
-            "by_class": np.bincount(self.box_labels[kept]).tolist(),
-        }
+        images = np.repeat(np.arange(len(rows)), np.diff(ends))
+        return images, self.box_labels[kept], self.crowd[kept]
 
-    def objects_by_image(self, rows: range) -> np.ndarray:
-        """The number of objects of each image, crowds left out, int64 [n]."""
-        before = np.append(0, np.cumsum(~self.crowd))
-        return np.diff(before[self.offsets[rows.start : rows.stop + 1]])
+    def _read_sizes(self, images: list[dict]) -> np.ndarray:
+        """Height and width, int32 [N, 2]; of the image file where the JSON file has none."""
+        sizes = _numbers([[each.get("height"), each.get("width")] for each in images], 2)
+        unknown = ~(np.isfinite(sizes).all(1) & (sizes > 0).all(1))
+        for i in np.flatnonzero(unknown):
+            sizes[i] = 0  # of a file that cannot be read, which decoding finds out
+            with contextlib.suppress(OSError):
+                sizes[i] = shown_size((self.folder / self.names[i]).read_bytes())[0]
+        return sizes.astype(np.int32)
 
     def _fitting(self, index: int, encoded: bytes) -> bytes:
         """The image file, whose pixels are those that the boxes count; DamagedImageError if not.
@@ -169,12 +216,9 @@ class CocoSplit:
         Where the JSON file has the size that the image has before its EXIF orientation turns it,
         so have the boxes, and the file comes back without the orientation.
         """
-        try:
-            size, stored = shown_size(encoded)
-        except Exception:  # Pillow's parsers raise anything; decoding the file names the reason
-            return encoded
+        size, stored = shown_size(encoded)
         expected = tuple(self.sizes[index].tolist())
-        if expected in (size, (0, 0)):
+        if expected == size or (0, 0) in (expected, size):  # the size in either file is unknown
             return encoded
         if expected == stored:
             return as_stored(encoded)
@@ -185,129 +229,14 @@ class CocoSplit:
         )
 
 
-def _index(
-    file: pathlib.Path,
-    folder: pathlib.Path,
-    content: dict,
-    category_ids: Sequence[int],
-    max_missing: float,
-    shapes: tuple[str, ...],
-    note: Callable[[str], None],
-) -> CocoSplit:
-    """The arrays of a split; `note` takes a sentence on each kind of fault that was met."""
-
-    def tell(what: str, faulty: Sequence | np.ndarray, name: Callable[[int], str]) -> None:
-        if len(faulty):
-            note(f"{file}: {what}: {len(faulty)}, the first {name(faulty[0])}")
-
-    images, entries = content["images"], content["annotations"]
-    image_of: dict[int, int] = {}
-    repeated = [i for i, each in enumerate(images) if image_of.setdefault(each["id"], i) != i]
-    called = lambda i: f"{images[i]['id']} ({image_name(images[i])})"  # noqa: E731
-    tell("images whose id an image before has are left out", repeated, called)
-    kept = np.setdiff1d(np.arange(len(images)), repeated)
-    gone = _without_file(folder, [image_name(images[i]) for i in kept])
-    if len(gone) > max_missing * len(kept):
-        raise InputError(
-            f"{len(gone)} of {len(kept)} images of {file} are not in {folder}, such as "
-            f"{image_name(images[kept[gone[0]]])}; that is more than the share "
-            f"config.data.max_damaged={max_missing:g}."
-        )
-    tell(f"images are not in {folder} and are left out", kept[gone], called)
-    kept = np.delete(kept, gone)
-    if not len(kept):
-        raise InputError(f"{file} has no image.")
-    kept = np.random.default_rng(ORDER_SEED).permutation(kept)
-    place = np.full(len(images) + 1, -1)  # of an image of the file in the split; -1: left out
-    place[kept] = np.arange(len(kept))
-    names = [image_name(images[i]) for i in kept]
-    sizes = _sizes(folder, [images[i] for i in kept], names)
-
-    shape_of = [each.pop("segmentation", None) for each in entries]
-    entry_name = lambda i: f"annotation {entries[i].get('id', f'number {i}')}"  # noqa: E731
-    labels = {number: label for label, number in enumerate(category_ids)}
-    owner = np.array([_find(image_of, each.get("image_id"), -1) for each in entries], int)
-    label = np.array([_find(labels, each.get("category_id"), -1) for each in entries], np.int32)
-    crowd = np.array([bool(each.get("iscrowd", 0)) for each in entries], bool)
-    corners = _numbers([each.get("bbox") for each in entries], 4)
-    area = _numbers([[each.get("area")] for each in entries], 1)[:, 0]
-    at = place[owner]
-    y0, x0, side = corners[:, 1], corners[:, 0], corners[:, :1:-1]  # sides: height, width
-    known = np.where(sizes > 0, sizes, np.inf)[at]
-    finite = np.isfinite(corners).all(1)
-    low = np.stack([y0, x0], 1)
-    boxes = np.concatenate([np.clip(low, 0, known), np.clip(low + side, 0, known)], 1)
-    boxes = boxes.astype(np.float32)
-    with np.errstate(invalid="ignore"):
-        outside = ((low >= known) | (low + side <= 0)).any(1)
-        # Rounding, as in COCO's own files, is no fault.
-        clipped = ((low < -0.5) | (low + side > known + 0.5)).any(1)
-        empty = (boxes[:, :2] >= boxes[:, 2:]).any(1)
-    good = (owner < 0) | (at >= 0)  # the annotations of images without a file go with the images
-    for what, faulty in (
-        ("annotations of no image of the file are left out", owner < 0),
-        ("annotations of no category of the file are left out", label < 0),
-        ("annotations have no box of four finite numbers and are left out", ~finite),
-        ("boxes have a negative width or height and are left out", (side < 0).any(1)),
-        ("boxes lie outside of their image and are left out", outside),
-        ("boxes have no area and are left out", empty),
-        ("annotations repeat one before, id and all, and are left out", _copies(entries)),
-    ):
-        tell(what, np.flatnonzero(good & faulty), entry_name)
-        good &= ~faulty
-    reaching = np.flatnonzero(good & clipped)
-    tell("boxes reach out of their image and are clipped", reaching, entry_name)
-    rows = np.flatnonzero(good)
-    rows = rows[np.argsort(at[rows], kind="stable")]
-    outlines = None
-    if shapes:
-        given, spans = [shape_of[i] for i in rows], content["spans"]
-        outlines = coco_masks.Outlines.of(file, shapes, given, spans)
-        tell("annotations without polygons and run lengths", rows[outlines.lack()], entry_name)
-    boxes = boxes[rows]
-    own = (boxes[:, 2:] - boxes[:, :2]).prod(1)
-    with np.errstate(invalid="ignore"):
-        area = np.where(area[rows] > 0, area[rows], own).astype(np.float32)
-    counts = np.bincount(at[rows], minlength=len(kept))
-    return CocoSplit(
-        file,
-        folder,
-        names,
-        np.array([images[i]["id"] for i in kept], np.int64),
-        sizes,
-        np.concatenate([[0], np.cumsum(counts)]),
-        boxes,
-        label[rows],
-        crowd[rows],
-        area,
-        outlines,
-        len(category_ids),
-    )
-
-
 def _without_file(folder: pathlib.Path, names: list[str]) -> list[int]:
     """Indices of the names that are no file in the folder, of which each part is listed once."""
     listed: dict[str, set[str]] = {}
-    missing = []
-    for i, name in enumerate(names):
-        inner, last = os.path.split(name)
-        if inner not in listed:
-            with contextlib.suppress(OSError):
-                listed[inner] = set(os.listdir(folder / inner))
-        if last not in listed.setdefault(inner, set()):
-            missing.append(i)
-    return missing
-
-
-def _sizes(folder: pathlib.Path, images: list[dict], names: list[str]) -> np.ndarray:
-    """Height and width of every image, int32 [N, 2]; of the image files where the JSON has none."""
-    sizes = _numbers([[each.get("height"), each.get("width")] for each in images], 2)
-    unknown = ~(np.isfinite(sizes).all(1) & (sizes > 0).all(1))
-    for i in np.flatnonzero(unknown):
-        sizes[i] = 0  # of a file that cannot be read, which decoding finds out
-        with contextlib.suppress(Exception):
-            sizes[i] = shown_size((folder / names[i]).read_bytes())[0]
-    return sizes.astype(np.int32)
+    for inner in {os.path.dirname(name) for name in names}:
+        with contextlib.suppress(OSError):
+            listed[inner] = set(os.listdir(folder / inner))
+    split = enumerate(map(os.path.split, names))
+    return [i for i, (inner, last) in split if last not in listed.get(inner, ())]
 
 
 def _numbers(values: list, count: int) -> np.ndarray:
@@ -322,11 +251,9 @@ def _numbers(values: list, count: int) -> np.ndarray:
         return found
 
 
-def _find(places: dict, key, absent: int) -> int:
-    try:
-        return places.get(key, absent)
-    except TypeError:  # a list, say
-        return absent
+def _look_up(places: dict[int, int], keys: list) -> np.ndarray:
+    """The place of each key, int64 [N]; -1 where there is none, or the key is no number."""
+    return np.array([places.get(k, -1) if isinstance(k, int | float) else -1 for k in keys], int)
 
 
 def _copies(entries: list[dict]) -> np.ndarray:

@@ -1,47 +1,55 @@
-"""The files of a COCO data set: which JSON file and which folder of images a split has."""
+"""The files of a COCO data set: the JSON file and the folder of images of a split, and outlines.
 
-import collections
+pycocotools' mask functions rasterise polygons and run lengths, as in its `COCO.annToMask`.
+"""
+
+import dataclasses
 import gc
 import json
 import mmap
-import os
 import pathlib
 import re
+from typing import BinaryIO
 
 import numpy as np
 
-from gptv_jax.data import guess
-from gptv_jax.data.listing import split_name
+from gptv_jax import config as config_lib
+from gptv_jax import files as files_lib
+from gptv_jax.data import listing
+from gptv_jax.data.data_set import SPLITS
+from gptv_jax.data.images import as_damaged
+from gptv_jax.data.listing import split_name, split_of
+from gptv_jax.data.records import Record
 from gptv_jax.errors import InputError, as_input_error, shorten
 
-SPLITS = ("train", "validation", "test")  # the order in which settings name files
 LISTS = ("images", "annotations", "categories")
 # Most of a file is polygons. They are cut out of the text, since as Python objects they would take
 # gigabytes; a string with these words has \" in JSON.
 _SHAPES = re.compile(rb'"(segmentation|counts|keypoints)"\s*:\s*(\[[][\d\s.,eE+-]*\])')
 PROBED = 32  # images of a JSON file that are looked for in every folder
+KINDS = ("semantic", "masks")  # what `config.data.maps` names
+BACKGROUND = "background"  # class 0 of label maps: pixels of no object
+SHORTEST = len("[[0,0,0,1,1,1]]")  # text of a polygon
+FAR = 10  # heights or widths of the image, within which the corners of polygons lie
 
 
 def find(path: pathlib.Path, given: str | None) -> dict[str, pathlib.Path]:
     """The JSON file of every split, in the order of `SPLITS`."""
-    field = "config.data.annotations"
-    if not path.is_dir():
+    field, root = "config.data.annotations", _root(path)
+    if root != path:
         files = [path]
     elif given is None:
-        files = guess.coco_files(path)
+        files = listing.coco_files(path)
         if not files:
-            missing = (
-                f"config.data.path={path} has no COCO JSON file, such as instances_train.json, in "
-                "the folder or in a folder directly in it"
-            )
-            advice = guess.of_folder(path, "coco")
+            advice = listing.of_folder(path, "coco")
             if advice and "config.data.name=folder " not in advice:
                 raise InputError(f"config.data.path={advice}")
-            above = guess.coco_files(path.parent)
+            above = listing.coco_files(path.parent)
             found = f"{path.parent}, which has such a file" if above else "the folder that has it"
             raise InputError(
-                f"{missing}; take {found}, name files by {field}, or read images without boxes by "
-                "--config.data.name=folder."
+                f"config.data.path={path} has no COCO JSON file, such as instances_train.json, in "
+                f"the folder or in a folder directly in it; take {found}, name files by {field}, "
+                "or read images without boxes by --config.data.name=folder."
             )
     elif "{split}" in given:
         files = sorted(path.glob(given.replace("{split}", "*")))
@@ -52,26 +60,22 @@ def find(path: pathlib.Path, given: str | None) -> dict[str, pathlib.Path]:
         if missing := [file for file in files if not file.is_file()]:
             raise InputError(f"{field}={given} names {missing[0]}, which does not exist.")
         return dict(zip(SPLITS, files, strict=False))
+    splits = [split_of(file.relative_to(root).with_suffix("")) for file in files]
     if len(files) == 1:
-        root = path if path.is_dir() else path.parent
-        return {_split(files[0], root) or "train": files[0]}
-    found = collections.defaultdict(list)
-    for file in files:
-        found[_split(file, path)].append(file)
-    for split, members in found.items():
+        return {splits[0] or "train": files[0]}
+    for split in splits:
+        members = [file for file, own in zip(files, splits, strict=True) if own == split]
         if split is None or len(members) > 1:
             of = f"of the split {split}" if split else "of no split by their names"
             raise InputError(
                 f"{path} has {shorten(f.relative_to(path) for f in members)} {of}; name the files "
                 f"to use by {field}=TRAIN.json,VALIDATION.json,TEST.json."
             )
-    return {split: found[split][0] for split in SPLITS if split in found}
+    return {split: files[splits.index(split)] for split in SPLITS if split in splits}
 
 
-def _split(file: pathlib.Path, root: pathlib.Path) -> str | None:
-    """The split that a JSON file's name stands for, or else the name of its folder."""
-    inner = file.parent.name if file.parent != root else ""
-    return split_name(file.stem, within=True) or split_name(inner, within=True)
+def _root(path: pathlib.Path) -> pathlib.Path:
+    return path if path.is_dir() else path.parent
 
 
 def own_name(file: pathlib.Path) -> str:
@@ -126,14 +130,10 @@ def read(path: pathlib.Path, outlines: bool = False) -> dict:
 
 
 def image_folder(
-    root: pathlib.Path,
-    split: str,
-    file: pathlib.Path,
-    images: list[dict],
-    given: str | None,
-    splits: int,
+    config: config_lib.Data, file: pathlib.Path, split: str, splits: int, images: list[dict]
 ) -> pathlib.Path:
-    """The folder in which most of the images lie that are looked for."""
+    """The folder in which most of the images of a split's `file` lie; there are `splits` splits."""
+    root, given = _root(files_lib.user_path(config.path)), config.images
     if given is not None:
         names = [name.strip() for name in given.split(",")]
         if "{split}" in given:
@@ -147,7 +147,7 @@ def image_folder(
             )
     else:
         places = [file.parent, root, root / "images"]
-        below = [each for place in places if place.is_dir() for each in _folders(place)]
+        below = [folder for place in places for folder in sorted(place.glob("*/"))]
         # Among folders with equally many images, the folder named like the split comes first.
         fitting = [each for each in below if split_name(each.name, within=True) == split]
         own = [each for each in below if each.name == own_name(file)]
@@ -162,10 +162,105 @@ def image_folder(
     return folders[counts.index(max(counts))]
 
 
-def _folders(place: pathlib.Path) -> list[pathlib.Path]:
-    return sorted(pathlib.Path(each.path) for each in os.scandir(place) if each.is_dir())
-
-
 def image_name(image: dict) -> str:
     """The image file, relative to the folder of images."""
     return image["file_name"].replace("\\", "/")  # as Windows writes paths
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Outlines:
+    """The outlines of M objects. Polygons stay in the JSON file until a record needs them."""
+
+    file: pathlib.Path
+    kinds: tuple[str, ...]  # of `KINDS`
+    given: list  # the "segmentation" of each object, with rows of `spans` for lists; None: absent
+    spans: np.ndarray  # int64 [N, 2], where lists begin and end in the file, see `coco_files.read`
+
+    def lack(self) -> np.ndarray:
+        """Whether an object has no outline, or a text too short for a polygon; bool [M]."""
+        short = np.diff(self.spans)[:, 0] < SHORTEST
+        return np.array([short[e] if type(e) is int else not e for e in self.given], bool)
+
+    def add(self, record: Record, rows: range, size: tuple[int, int], classes: int) -> None:
+        """Adds "masks" and "segmentation" of the objects `rows`, whose boxes the record has.
+
+        A smaller object covers a larger one in the label map. The box of an object without an
+        outline is of no class, where no other object is, and the object's mask is empty.
+        """
+        masks, known = self._masks(rows, size)
+        if "masks" in self.kinds:
+            record["masks"] = masks
+        if "semantic" in self.kinds:
+            dtype = np.dtype(np.uint8 if classes < 255 else np.int32)
+            found = np.zeros(size, dtype)
+            for y0, x0, y1, x1 in record["boxes"][~known].round().astype(int):
+                found[y0:y1, x0:x1] = 255 if dtype == np.uint8 else -1
+            for i in np.argsort(-masks.sum((1, 2)), kind="stable"):
+                found[masks[i]] = 1 + record["box_labels"][i]
+            record["segmentation"] = found
+
+    def _masks(self, rows: range, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+        """Masks, bool [n, H, W], and whether each object has an outline, bool [n]."""
+        from pycocotools import mask
+
+        masks = np.zeros((len(rows), *size), bool)
+        problem = f"an outline of its objects in {self.file.name} cannot be read: "
+        with as_damaged(problem), self.file.open("rb") as file:
+            runs = [_runs(self._outline(row, file), *size) for row in rows]
+            known = np.array([each is not None for each in runs], bool)
+            if known.any():
+                masks[known] = mask.decode([each for each in runs if each]).transpose(2, 0, 1)
+        return masks, known
+
+    def _outline(self, row: int, file: BinaryIO) -> list | dict:
+        """The polygons or run lengths of an object, with the lists that the open file has."""
+
+        def read(given: object) -> object:
+            if type(given) is not int:
+                return given
+            start, end = self.spans[given].tolist()
+            file.seek(start)
+            return json.loads(file.read(end - start))
+
+        outline = read(self.given[row]) or []
+        return {**outline, "counts": read(outline["counts"])} if "counts" in outline else outline
+
+
+def kinds(given: str) -> tuple[str, ...]:
+    """The kinds that `config.data.maps` names; InputError if unknown, or without pycocotools."""
+    found = tuple(each.strip() for each in given.split(",") if each.strip())
+    if set(found) - set(KINDS):
+        raise InputError(
+            f"config.data.maps={given} is unknown for COCO files; it takes semantic (label maps), "
+            "masks (of each object), or semantic,masks."
+        )
+    if found:
+        try:
+            import pycocotools.mask  # noqa: F401
+        except ImportError as error:
+            raise InputError(
+                "masks of COCO files are made by pycocotools, which is not installed; "
+                "pip install pycocotools"
+            ) from error
+    return found
+
+
+def _runs(outline: list | dict, height: int, width: int) -> dict | None:
+    """Compressed run lengths of the pixels inside an outline; None: there is no outline."""
+    from pycocotools import mask
+
+    if isinstance(outline, list):
+        polygons = [each for each in outline if len(each) >= 6 and len(each) % 2 == 0]
+        if not polygons:
+            return None
+        # Far corners would take gigabytes.
+        if not (np.abs(np.concatenate(polygons)) < FAR * max(height, width)).all():
+            raise ValueError("a polygon has corners far outside of the image")
+        return mask.merge(mask.frPyObjects(polygons, height, width))
+    if list(outline["size"]) != [height, width]:
+        raise ValueError(f"run lengths are of {outline['size']}, the image of {[height, width]}")
+    if not isinstance(outline["counts"], list):
+        return outline
+    if sum(outline["counts"]) != height * width or min(outline["counts"]) < 0:
+        raise ValueError("run lengths are not of all pixels")
+    return mask.frPyObjects(outline, height, width)

@@ -14,6 +14,7 @@ import numpy as np
 
 from gptv_jax import config as config_lib
 from gptv_jax.data import sources
+from gptv_jax.data.data_set import Source
 from gptv_jax.data.images import DamagedImageError, Decode, Depth
 from gptv_jax.data.records import Record
 from gptv_jax.errors import InputError
@@ -23,7 +24,7 @@ NOT_DAMAGED = np.int32(-1)  # stands for a damaged image's number
 MIN_IMAGES = 200  # the share of damaged images is taken of at least so many, or of all
 
 
-class DecodedSource:
+class DecodedSource(Source):
     """A source of pixels on top of a source of image files.
 
     The record of the next good image replaces the record of a damaged image; "damaged" holds the
@@ -49,6 +50,9 @@ class DecodedSource:
 
     def name(self, index: int) -> str:
         return self.source.name(index)
+
+    def image_id(self, index: int) -> int | str | None:
+        return self.source.image_id(index)
 
     def reason(self, index: int) -> str:
         try:

@@ -12,6 +12,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from gptv_jax.data import arrays
+from gptv_jax.data.data_set import SPLITS, DataSet, Source
+from gptv_jax.data.records import Record
 
 HEIGHT, WIDTH = 32, 48  # of the canvas, pixels
 DIGITS = 5  # at most, of a scene
@@ -19,41 +21,33 @@ SIDES = (9, 17)  # height of a digit, pixels; the end is excluded
 OVERLAP = 0.15  # of two digits' boxes, at most, as a share of the smaller box
 INK = 0.3  # share of a digit's brightness from which a pixel belongs to the digit
 TRIES = 20  # to find a free place for a digit, which is left out otherwise
-SPLITS = ("train", "validation", "test")
 
 
-class DigitScenes:
+class DigitScenes(DataSet):
     """The data set: 20,000 scenes of training digits, 400 each of validation and test digits."""
 
     object_names = tuple("0123456789")
     map_names = ("background", *object_names)
-    classes, class_names = 0, ()  # of whole images
-    keys = ("area", "masks", "segmentation")  # of records, beside boxes
+    keys = ("area", "masks", "segmentation")
 
     def __init__(self, seed: int = 0):
-        self.seed = seed
-        self.lengths = {"train": 20_000, "validation": 400, "test": 400}
-
-    def open(self, split: str) -> "Scenes":
-        return Scenes(split, self.lengths[split], self.seed)
+        lengths = (20_000, 400, 400)
+        self.splits = {s: Scenes(s, n, seed) for s, n in zip(SPLITS, lengths, strict=True)}
 
 
 @dataclasses.dataclass(frozen=True)
-class Scenes:
+class Scenes(Source):
     """The scenes of a split, by number; see `scene`."""
 
-    split: str
+    where: str  # the split
     length: int
     seed: int = 0
 
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index: int) -> dict:
-        return scene(self.split, index, self.seed)
-
-    def name(self, index: int) -> str:
-        return f"{self.split}[{index}]"
+    def __getitem__(self, index: int) -> Record:
+        return scene(self.where, index, self.seed)
 
 
 @functools.cache
@@ -67,7 +61,7 @@ def drawings(split: str) -> tuple[list[Image.Image], np.ndarray]:
     return cropped, source.labels
 
 
-def scene(split: str, index: int, seed: int = 0) -> dict[str, np.ndarray]:
+def scene(split: str, index: int, seed: int = 0) -> Record:
     """The record of a scene of 1 to 6 digits.
 
     "image" is uint8 [H, W, 1]. Of each of the n digits, "boxes" float32 [n, 4] (y0, x0, y1, x1,

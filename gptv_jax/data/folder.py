@@ -8,45 +8,34 @@ import numpy as np
 
 from gptv_jax import config as config_lib
 from gptv_jax import files as files_lib
-from gptv_jax.data import guess
 from gptv_jax.data import labels as labels_lib
+from gptv_jax.data import listing
 from gptv_jax.data.arrays import ArraysSplit
+from gptv_jax.data.data_set import DataSet, spread_classes
 from gptv_jax.data.listing import ENDINGS, Listing, split_name
 from gptv_jax.errors import InputError, shorten
 
 APPLE_ENDINGS = (".heic", ".heif", ".hif")  # which Pillow opens by a plugin alone
+PLUGIN = "pip install pillow-heif, and pillow_heif.register_heif_opener() in the configuration file"
 MOST_STRAY = 0.05  # share of images outside all class folders up to which they are left out
-ORDER_SEED = 0  # fixed, so that a split expression selects the same images in every run
 
 
-class ImageFolder:
-    """All image files below a folder.
+class ImageFolder(DataSet):
+    """All image files below a folder, `config.path`.
 
     Sub-folders whose names are names of splits (`listing.split_name`), train among them, are the
     splits; otherwise all images are one split, train. Within a split, each sub-folder is a class,
     unless a CSV file gives the labels. The data set is unlabelled where all images lie in one
     folder, or a share of images above `MOST_STRAY` in no class folder. The images are shuffled
-    class by class, so that `train[:90%]` holds nine tenths of every class. `notes` are sentences
-    about what a user may not expect, and `left_out` says what is not read.
+    class by class, so that `train[:90%]` holds nine tenths of every class. Raises InputError where
+    there is no image, the splits or classes are ambiguous, or a class has one training image.
     """
 
-    object_names = ()
-
-    def __init__(
-        self,
-        path: pathlib.Path,
-        labels: bool = True,
-        labels_file: pathlib.Path | None = None,
-        ignore_label: int | None = None,
-    ):
-        """Lists the files; `labels_file` is a CSV file of labels by file name.
-
-        Images whose label or class folder is `ignore_label` are left out. Raises InputError where
-        there is no image, the splits or classes are ambiguous, or a class has one training image.
-        """
+    def __init__(self, config: config_lib.Data):
+        path = listing.data_path(config)
         if not path.is_dir():
             raise InputError(f"config.data.path={path} is not a folder.")
-        self.notes: list[str] = []
+        self.notes = []
         top = Listing(path, deep=False)
         # A class that is a link to another class is left out; a split may be a link to another.
         real = [os.path.realpath(path / n) for n in top.below if not (path / n).is_symlink()]
@@ -55,56 +44,72 @@ class ImageFolder:
         folders = _find_splits(path, below, self.notes)
         self.other_names = {f.name: split for split, f in folders.items() if f.name != split}
         files = {split: below[folder.name].files for split, folder in folders.items()}
-        read = [below[folder.name] for folder in folders.values()]
+        read = [top, *([below[folder.name] for folder in folders.values()] or below.values())]
         if not folders:
             _refuse_inner_splits(path, below)
             nested = [os.path.join(name, file) for name in below for file in below[name].files]
-            folders, files, read = {"train": path}, {"train": top.files + nested}, [*below.values()]
+            folders, files = {"train": path}, {"train": top.files + nested}
         elif top.files:
             shown = shorten(top.files)
             self.notes.append(f"{path} has images beside its splits, which are left out: {shown}")
-        endings = sum((listing.endings for listing in [top, *read]), collections.Counter())
-        annotated = any(listing.endings[".json"] for listing in [top, *below.values()])
-        if annotated and (coco := guess.coco_files(path)):
+        everything = [top, *below.values()]
+        if any(each.endings[".json"] for each in everything) and (coco := listing.coco_files(path)):
             self.notes.append(
                 f"the boxes in {shorten(f.relative_to(path) for f in coco)} are not read; "
                 "--config.data.name=coco reads them"
             )
+        endings = sum((each.endings for each in read), collections.Counter())
+        counted = [f"{ending} {count}" for ending, count in endings.most_common()]
+        apple = [ending for ending in APPLE_ENDINGS if endings[ending]]
         if bare := [folders[split] for split, found in files.items() if not found]:
-            nothing = not any(listing.files for listing in [top, *below.values()])
-            advice = guess.of_folder(path, "folder") if nothing else None
-            refused = f"config.data.path={advice}" if advice else _no_image(bare[0], endings)
-            raise InputError(refused)
-        if apple := [ending for ending in APPLE_ENDINGS if endings[ending]]:
-            self.notes.append(
-                f"{', '.join(apple)} files are left out; they need pip install pillow-heif, and "
-                "pillow_heif.register_heif_opener() in the configuration file"
-            )
-        empty = [name for name, listing in below.items() if not listing.files]
-        system = sorted({name for listing in [top, *read] for name in listing.system})
-        unread = {f"{endings.total()} files by their endings": _counted(endings)}
-        unread |= {"folders without images": empty}
-        unread |= {"folders of the system or of thumbnails": system}
+            nothing = not any(each.files for each in everything)
+            if nothing and (advice := listing.of_folder(path, "folder")):
+                raise InputError(f"config.data.path={advice}")
+            has = f"; it has {shorten(counted, room=60)}" * bool(counted)
+            has += f", which needs {PLUGIN}" * bool(apple)
+            known = f"{', '.join(ENDINGS[:4])} or another ending of images that Pillow reads"
+            raise InputError(f"{bare[0]} holds no image (no file ending in {known}{has}).")
+        if apple:
+            self.notes.append(f"{', '.join(apple)} files are left out; they need {PLUGIN}")
+        unread = {
+            f"{endings.total()} files by their endings": counted,
+            "folders without images": [name for name, found in below.items() if not found.files],
+            "folders of the system or of thumbnails": sorted({n for e in read for n in e.system}),
+        }
         self.left_out = [f"{what}: {shorten(names)}" for what, names in unread.items() if names]
-        if labels and labels_file:
-            names = labels_lib.of_files(labels_file, path, folders, files, self.notes)
-        else:
-            names = self._class_folders(folders, files) if labels else None
+        self._label(config, folders, files)
+
+    def _label(
+        self, config: config_lib.Data, folders: dict[str, pathlib.Path], files: dict[str, list[str]]
+    ) -> None:
+        """Finds the classes, and makes the splits of the images that have one."""
+        names = None
+        if config.labels and config.labels_file:
+            names = labels_lib.of_files(config, folders, files, self.notes)
+        elif config.labels:
+            names = self._class_folders(folders, files)
         if names:
             texts = {split: np.array(each, str) for split, each in names.items()}
-            rows = labels_lib.leave_out(texts, ignore_label, self.notes)
+            rows = labels_lib.leave_out(texts, config.ignore_label, self.notes)
             files = {split: [files[split][i] for i in kept] for split, kept in rows.items()}
             names = {split: [names[split][i] for i in kept] for split, kept in rows.items()}
-        counts = collections.Counter(names.get("train") if names else ())
-        if labels_file and counts:
+        counts = collections.Counter(names and names.get("train"))
+        if config.labels_file:
             labels_lib.check_texts(counts)
         if len(counts) == 1:
             self.notes.append(labels_lib.one_class(min(counts)))
-        in_order = labels_lib.in_order if labels_file else sorted
+        in_order = labels_lib.in_order if config.labels_file else sorted
         self.class_names = tuple(in_order(counts)) if len(counts) > 1 else ()
-        self.classes = len(self.class_names)
-        self._splits = {s: self._open(folders[s], files[s], names and names[s]) for s in files}
-        self.lengths = {split: len(source) for split, source in self._splits.items()}
+        self.classes, self.splits = len(self.class_names), {}
+        numbers = {name: i for i, name in enumerate(self.class_names)}
+        for split, found in files.items():
+            folder, given = folders[split], names[split] if numbers else ()
+            if unknown := shorten(sorted(set(given) - set(numbers))):
+                raise InputError(f"{folder} has classes that no training image has: {unknown}.")
+            labels = np.array([numbers[n] for n in given] or [0] * len(found), np.int32)
+            order = spread_classes(labels)
+            chosen = [found[i] for i in order]
+            self.splits[split] = _FolderSplit(folder, chosen, labels[order] if numbers else None)
         if lone := [name for name in self.class_names if counts[name] == 1]:
             more = f" and {len(lone) - 3} more" if len(lone) > 3 else ""
             raise InputError(
@@ -112,9 +117,6 @@ class ImageFolder:
                 "few to train on some and evaluate on others; add images, remove the class, or "
                 "ignore all classes by config.data.labels=False."
             )
-
-    def open(self, split: str) -> "_FolderSplit":
-        return self._splits[split]
 
     def _class_folders(
         self, folders: dict[str, pathlib.Path], files: dict[str, list[str]]
@@ -149,16 +151,6 @@ class ImageFolder:
             files[split] = [f for f in found if os.sep in f]
         return {split: [_class(f) for f in found] for split, found in files.items()}
 
-    def _open(
-        self, folder: pathlib.Path, files: list[str], names: list[str] | None
-    ) -> "_FolderSplit":
-        numbers = {name: i for i, name in enumerate(self.class_names)}
-        if numbers and (unknown := shorten(sorted(set(names) - set(numbers)))):
-            raise InputError(f"{folder} has classes that no training image has: {unknown}.")
-        labels = np.array([numbers[n] for n in names] if numbers else [0] * len(files), np.int32)
-        order = spread_classes(labels)
-        return _FolderSplit(folder, [files[i] for i in order], labels[order] if numbers else None)
-
 
 class _FolderSplit(ArraysSplit):
     """The image files `images` below the folder `where`."""
@@ -176,13 +168,13 @@ def _find_splits(
     path: pathlib.Path, below: dict[str, Listing], notes: list[str]
 ) -> dict[str, pathlib.Path]:
     """The folder of every split; {}: the folders are classes. InputError: they may be both."""
-    full = [name for name, listing in below.items() if listing.files]
+    full = [name for name, each in below.items() if each.files]
     within = {split_name(name, within=True) for name in full} - {None}
     loose = "train" in within and len(within) > 1  # as in birds_train beside birds_test
     named = {name: split for name in full if (split := split_name(name, within=loose))}
-    for name, listing in below.items():  # a split whose images are missing
+    for name, found in below.items():  # a split whose images are missing
         split = split_name(name)
-        if split not in (None, *named.values()) and listing.endings:
+        if split not in (None, *named.values()) and found.endings:
             named[name] = split
     splits = [name for name in named if name in full]
     others = [name for name in full if name not in named]
@@ -216,7 +208,7 @@ def _find_splits(
 
 
 def _refuse_inner_splits(path: pathlib.Path, below: dict[str, Listing]) -> None:
-    full = {name: listing.inner for name, listing in below.items() if listing.files}
+    full = {name: each.inner for name, each in below.items() if each.files}
     for name, inner in full.items():
         splits = sorted(each for each in inner if split_name(each))
         found = {split_name(each) for each in splits}
@@ -253,28 +245,5 @@ def refuse_inside(config: config_lib.Data, places: dict[str, str | pathlib.Path 
             )
 
 
-def _no_image(folder: pathlib.Path, endings: collections.Counter) -> str:
-    has = f"; it has {shorten(_counted(endings), room=60)}" if endings else ""
-    if any(endings[ending] for ending in APPLE_ENDINGS):
-        has += ", which needs pip install pillow-heif, registered in the configuration file"
-    known = f"{', '.join(ENDINGS[:4])} or another ending of images that Pillow reads"
-    return f"{folder} holds no image (no file ending in {known}{has})."
-
-
-def _counted(counts: collections.Counter) -> list[str]:
-    return [f"{name} {count}" for name, count in counts.most_common()]
-
-
 def _class(file: str) -> str:
     return file.split(os.sep)[0]
-
-
-def spread_classes(labels: np.ndarray) -> np.ndarray:
-    """A shuffled order of all rows in which each class is spread evenly."""
-    rng = np.random.default_rng(ORDER_SEED)
-    place = np.empty(len(labels))
-    rows = np.argsort(labels, kind="stable")
-    for members in np.split(rows, np.flatnonzero(np.diff(labels[rows])) + 1):
-        members = rng.permutation(members)
-        place[members] = (np.arange(len(members)) + rng.random()) / len(members)
-    return np.argsort(place, kind="stable")

@@ -1,10 +1,8 @@
 """Transforms of geometry: they move everything that lies in the image; see `records`.
 
-A `size` is one number of pixels, for squares, or height and width. The names of the transforms are
-in `transforms.TRANSFORMS`.
+A `size` is one number of pixels, for squares, or height and width.
 """
 
-import dataclasses
 import math
 from typing import ClassVar
 
@@ -26,7 +24,123 @@ def _range(most: float):
     return f"{words}, the smaller first", lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= most
 
 
-@dataclasses.dataclass(frozen=True)
+class Resize(Transform):
+    """Resizes to `size` pixels, with antialiasing; the aspect ratio is not kept."""
+
+    size: int | tuple[int, ...] = field(accepted=PIXELS)
+    method: str = field("bilinear", METHOD)
+
+    def __call__(self, record, rng=None):
+        return records.resize(record, *height_and_width(self.size), self.method)
+
+
+class ResizeShort(Resize):
+    """Resizes to the least image that covers `size`, with antialiasing; the aspect ratio is kept.
+
+    Of one number, the shorter side gets `size` pixels.
+    """
+
+    def __call__(self, record, rng=None):
+        sides, least = records.shape(record), height_and_width(self.size)
+        scale = max(short / side for short, side in zip(least, sides, strict=True))
+        height, width = (max(round(s * scale), n) for s, n in zip(sides, least, strict=True))
+        return records.resize(record, height, width, self.method)
+
+
+class RandomResizeShort(Transform):
+    """Resizes the shorter side to `low` .. `high` pixels, both included (Chen et al. 2020)."""
+
+    random: ClassVar = True
+    low: int = field(256, POSITIVE)
+    high: int = field(384, POSITIVE)
+    method: str = field("bilinear", METHOD)
+
+    def __post_init__(self):
+        if self.low > self.high:
+            raise ValueError("low is more than high")
+
+    def __call__(self, record, rng=None):
+        size = int(rng.integers(self.low, self.high, endpoint=True))
+        return ResizeShort(size, self.method)(record)
+
+
+class CenterCrop(Transform):
+    """Crops the middle `size` pixels."""
+
+    needs_pixels: ClassVar = False
+    size: int | tuple[int, ...] = field(accepted=PIXELS)
+
+    def __call__(self, record, rng=None):
+        (rows, columns), (height, width) = _sides(record, self.size)
+        return records.crop(record, (rows - height) // 2, (columns - width) // 2, height, width)
+
+
+class RandomCrop(Transform):
+    """Pads each side with `padding` pixels by reflection, then crops any `size` pixels.
+
+    An object of whose box less than the share `keep_area` stays is dropped.
+    """
+
+    random: ClassVar = True
+    needs_pixels: ClassVar = False
+    size: int | tuple[int, ...] = field(accepted=PIXELS)
+    padding: int = field(0, FROM_ZERO)
+    keep_area: float = field(0.0, SHARE)
+
+    def __call__(self, record, rng=None):
+        (rows, columns), (height, width) = _sides(record, self.size, self.padding)
+        top = int(rng.integers(rows - height + 1)) - self.padding
+        left = int(rng.integers(columns - width + 1)) - self.padding
+        box = (top, left, height, width)
+        return records.crop(record, *box, reflect=True, keep_area=self.keep_area)
+
+
+class RandomResizedCrop(Transform):
+    """Crops a random part of the image and resizes it to `size` (Szegedy et al. 2015).
+
+    Where ten draws of area and ratio do not fit into the image, the middle square is cropped. An
+    object of whose box less than the share `keep_area` stays is dropped.
+    """
+
+    random: ClassVar = True
+    size: int | tuple[int, ...] = field(accepted=PIXELS)
+    area: tuple[float, float] = field((0.08, 1.0), _range(1.0))  # share of the image's, from .. to
+    ratio: tuple[float, float] = field((3 / 4, 4 / 3), _range(math.inf))  # width / height
+    method: str = field("bilinear", METHOD)
+    keep_area: float = field(0.0, SHARE)
+
+    def __call__(self, record, rng=None):
+        height, width = records.shape(record)
+        for _ in range(10):
+            area = rng.uniform(*self.area) * height * width
+            ratio = np.exp(rng.uniform(*np.log(self.ratio)))
+            h, w = round(np.sqrt(area / ratio)), round(np.sqrt(area * ratio))
+            if 0 < h <= height and 0 < w <= width:
+                top, left = (int(rng.integers(room + 1)) for room in (height - h, width - w))
+                break
+        else:
+            h = w = min(height, width)
+            top, left = (height - h) // 2, (width - w) // 2
+        part = records.crop(record, top, left, h, w, keep_area=self.keep_area)
+        return records.resize(part, *height_and_width(self.size), self.method)
+
+
+class Flip(Transform):
+    """Mirrors left and right with a probability."""
+
+    axis: ClassVar = 1
+    needs_pixels: ClassVar = False
+    probability: float = field(0.5, SHARE)
+
+    @property
+    def random(self) -> bool:
+        return 0 < self.probability < 1
+
+    def __call__(self, record, rng=None):
+        drawn = 0.0 if rng is None else rng.random()  # without a generator nothing is random
+        return records.mirror(record, self.axis) if drawn < self.probability else record
+
+
 class Shift(Transform):
     """Moves the image by up to `pixels` in each direction and fills the border with 0.
 
@@ -59,114 +173,12 @@ class Shift(Transform):
         return self.variant(record, self.draw(rng))
 
 
-@dataclasses.dataclass(frozen=True)
-class Resize(Transform):
-    """Resizes to `size` pixels, with antialiasing; the aspect ratio is not kept."""
+class FlipVertical(Flip):
+    """Mirrors top and bottom with a probability."""
 
-    size: int | tuple[int, ...] = field(accepted=PIXELS)
-    method: str = field("bilinear", METHOD)
-
-    def __call__(self, record, rng=None):
-        return records.resize(record, *height_and_width(self.size), self.method)
+    axis = 0
 
 
-@dataclasses.dataclass(frozen=True)
-class ResizeShort(Resize):
-    """Resizes to the least image that covers `size`, with antialiasing; the aspect ratio is kept.
-
-    Of one number, the shorter side gets `size` pixels.
-    """
-
-    def __call__(self, record, rng=None):
-        sides, least = records.shape(record), height_and_width(self.size)
-        scale = max(short / side for short, side in zip(least, sides, strict=True))
-        height, width = (max(round(s * scale), n) for s, n in zip(sides, least, strict=True))
-        return records.resize(record, height, width, self.method)
-
-
-@dataclasses.dataclass(frozen=True)
-class RandomResizeShort(Transform):
-    """Resizes the shorter side to `low` .. `high` pixels, both included (Chen et al. 2020)."""
-
-    random: ClassVar = True
-    low: int = field(256, POSITIVE)
-    high: int = field(384, POSITIVE)
-    method: str = field("bilinear", METHOD)
-
-    def __post_init__(self):
-        if self.low > self.high:
-            raise ValueError("low is more than high")
-
-    def __call__(self, record, rng=None):
-        size = int(rng.integers(self.low, self.high, endpoint=True))
-        return ResizeShort(size, self.method)(record)
-
-
-@dataclasses.dataclass(frozen=True)
-class CenterCrop(Transform):
-    """Crops the middle `size` pixels."""
-
-    needs_pixels: ClassVar = False
-    size: int | tuple[int, ...] = field(accepted=PIXELS)
-
-    def __call__(self, record, rng=None):
-        (rows, columns), (height, width) = _sides(record, self.size)
-        return records.crop(record, (rows - height) // 2, (columns - width) // 2, height, width)
-
-
-@dataclasses.dataclass(frozen=True)
-class RandomCrop(Transform):
-    """Pads each side with `padding` pixels by reflection, then crops any `size` pixels.
-
-    An object of whose box less than the share `keep_area` stays is dropped.
-    """
-
-    random: ClassVar = True
-    needs_pixels: ClassVar = False
-    size: int | tuple[int, ...] = field(accepted=PIXELS)
-    padding: int = field(0, FROM_ZERO)
-    keep_area: float = field(0.0, SHARE)
-
-    def __call__(self, record, rng=None):
-        (rows, columns), (height, width) = _sides(record, self.size, self.padding)
-        top = int(rng.integers(rows - height + 1)) - self.padding
-        left = int(rng.integers(columns - width + 1)) - self.padding
-        box = (top, left, height, width)
-        return records.crop(record, *box, reflect=True, keep_area=self.keep_area)
-
-
-@dataclasses.dataclass(frozen=True)
-class RandomResizedCrop(Transform):
-    """Crops a random part of the image and resizes it to `size` (Szegedy et al. 2015).
-
-    Where ten draws of area and ratio do not fit into the image, the middle square is cropped. An
-    object of whose box less than the share `keep_area` stays is dropped.
-    """
-
-    random: ClassVar = True
-    size: int | tuple[int, ...] = field(accepted=PIXELS)
-    area: tuple[float, float] = field((0.08, 1.0), _range(1.0))  # share of the image's, from .. to
-    ratio: tuple[float, float] = field((3 / 4, 4 / 3), _range(math.inf))  # width / height
-    method: str = field("bilinear", METHOD)
-    keep_area: float = field(0.0, SHARE)
-
-    def __call__(self, record, rng=None):
-        height, width = records.shape(record)
-        for _ in range(10):
-            area = rng.uniform(*self.area) * height * width
-            ratio = np.exp(rng.uniform(*np.log(self.ratio)))
-            h, w = round(np.sqrt(area / ratio)), round(np.sqrt(area * ratio))
-            if 0 < h <= height and 0 < w <= width:
-                top, left = (int(rng.integers(room + 1)) for room in (height - h, width - w))
-                break
-        else:
-            h = w = min(height, width)
-            top, left = (height - h) // 2, (width - w) // 2
-        part = records.crop(record, top, left, h, w, keep_area=self.keep_area)
-        return records.resize(part, *height_and_width(self.size), self.method)
-
-
-@dataclasses.dataclass(frozen=True)
 class RandomScale(Transform):
     """Resizes a window to `size`, or to the image's size (None).
 
@@ -190,29 +202,6 @@ class RandomScale(Transform):
         options = {"fill": self.fill, "keep_area": self.keep_area}
         part = records.crop(record, *corner, *window, **options)
         return records.resize(part, *height_and_width(self.size or sides), self.method)
-
-
-@dataclasses.dataclass(frozen=True)
-class Flip(Transform):
-    """Mirrors left and right with a probability."""
-
-    axis: ClassVar = 1
-    needs_pixels: ClassVar = False
-    probability: float = field(0.5, SHARE)
-
-    @property
-    def random(self) -> bool:
-        return 0 < self.probability < 1
-
-    def __call__(self, record, rng=None):
-        drawn = 0.0 if rng is None else rng.random()  # without a generator nothing is random
-        return records.mirror(record, self.axis) if drawn < self.probability else record
-
-
-class FlipVertical(Flip):
-    """Mirrors top and bottom with a probability."""
-
-    axis = 0
 
 
 def _sides(record: Record, size: int | tuple[int, ...], padding: int = 0) -> list[tuple[int, ...]]:

@@ -3,9 +3,10 @@
 import contextlib
 import dataclasses
 import io
+import re
 import warnings
-from collections.abc import Mapping
-from typing import ClassVar, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import ClassVar, NamedTuple, dataclass_transform
 
 import numpy as np
 from jaxtyping import UInt8
@@ -28,18 +29,38 @@ class DamagedImageError(ValueError):
     """An image file cannot be decoded; the message says why."""
 
 
+@contextlib.contextmanager
+def as_damaged(problem: str = "") -> Iterator[None]:
+    """Within the `with`, an exception becomes a DamagedImageError: `problem`, and the reason."""
+    try:
+        yield
+    except DamagedImageError:
+        raise
+    except Exception as error:  # parsers of files, such as Pillow's plugins, raise anything
+        unknown = isinstance(error, Image.UnidentifiedImageError)
+        reason = "not an image that Pillow can read" if unknown else first_line(error)
+        raise DamagedImageError(problem + reason) from error
+
+
+@dataclass_transform(frozen_default=True)
 class Transform:
     """A step from a record to a new record, of which it takes arrays over that it does not change.
 
-    A transform of colour implements `pixels`, one of geometry `__call__`; see
-    `transforms.TRANSFORMS`. Subclasses are dataclasses; their fields are the arguments of the entry
-    in the configuration.
+    A transform of colour implements `pixels`, one of geometry `__call__`. Subclasses become frozen
+    dataclasses; their fields are the arguments of the entry in the configuration, which has the
+    class's name, `random_crop` of RandomCrop.
     """
 
+    named: ClassVar[dict[str, type["Transform"]]] = {}  # all transforms by their entries' names
     random: ClassVar[bool] = False  # whether the generator is used; not allowed in evaluation
     # False: the transform only moves pixels, so that it may move tokens of a cache.
     needs_pixels: ClassVar[bool] = True
     in_place: ClassVar[bool] = True  # False: `pixels` moves pixels, but boxes and masks stay
+
+    def __init_subclass__(cls):
+        dataclasses.dataclass(frozen=True)(cls)
+        if not cls.__name__.startswith("_"):
+            Transform.named[re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()] = cls
 
     def __call__(self, record: Record, rng: np.random.Generator | None = None) -> Record:
         """Transforms one record; `rng` is the generator of this example, None in evaluation."""
@@ -58,7 +79,6 @@ class Transform:
         raise NotImplementedError
 
 
-@dataclasses.dataclass(frozen=True)
 class Decode(Transform):
     """Decodes an image file of any format that Pillow reads to RGB or grey pixels.
 
@@ -93,16 +113,9 @@ class Decode(Transform):
             return self._convert(to_picture(encoded))
         if not encoded:
             raise DamagedImageError("the file is empty")
-        try:
-            with Image.open(io.BytesIO(encoded)) as image:
-                self._check_size(*image.size)
-                return self._convert(image)
-        except DamagedImageError:
-            raise
-        except Exception as error:  # Pillow's plugins raise whatever their parsers do
-            unknown = isinstance(error, Image.UnidentifiedImageError)
-            reason = "not an image that Pillow can read" if unknown else first_line(error)
-            raise DamagedImageError(reason) from error
+        with as_damaged(), Image.open(io.BytesIO(encoded)) as image:
+            self._check_size(*image.size)
+            return self._convert(image)
 
     def _check_size(self, width: int, height: int) -> None:
         short, long = sorted((width, height))
@@ -228,13 +241,16 @@ def has_deep_colours(image: Image.Image) -> bool:
 
 
 def shown_size(encoded: bytes) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Height and width that `Decode` gives, and those before the EXIF orientation; not decoded."""
-    with Image.open(io.BytesIO(encoded)) as image:
-        width, height = image.size
+    """Height and width that `Decode` gives, and those before the EXIF orientation; not decoded.
+
+    0, 0 of a file that cannot be read, whose reason decoding finds.
+    """
+    stored, turned = (0, 0), False
+    with contextlib.suppress(Exception), Image.open(io.BytesIO(encoded)) as image:
         # Pillow decodes a PNG to look for an orientation behind the pixels.
         plain = image.format == "PNG" and b"eXIf" not in encoded and b"Orientation" not in encoded
         turned = not plain and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-    stored = (height, width)
+        stored = image.size[::-1]
     return (stored[::-1] if turned else stored), stored
 
 

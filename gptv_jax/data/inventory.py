@@ -29,8 +29,8 @@ def describe(data_set: sources.DataSet, opened: dict[str, sources.Selected]) -> 
     found["by_class"] = {s: each.tolist() for s, each in counts.items() if each is not None}
     found["objects"] = {split: each for split, each in objects.items() if each}
     found["maps"] = (opened.get("train") or next(iter(opened.values()))).map_counts(MAPS)
-    for name in ("left_out", "notes"):  # names of files of an old system may not be UTF-8
-        texts = getattr(data_set, name, ())
+    for name, texts in {"left_out": data_set.left_out, "notes": data_set.notes}.items():
+        # Names of files of an old system may not be UTF-8.
         found[name] = [text.encode(errors="backslashreplace").decode() for text in texts]
     return found
 
@@ -63,17 +63,22 @@ def log(config: config_lib.Data, found: dict, opened: dict[str, sources.Selected
         warnings.append(
             f"the run does not use the data's own {own} images; they are taken by {flags}"
         )
-    if empty := [name for name, count in zip(names, counts or (), strict=False) if not count]:
-        warnings.append(f"classes without a training image: {shorten(empty)}")
-    boxes = found["objects"].get("train", {}).get("by_class", ())
-    if unseen := [n for n, count in zip(source.object_names, boxes, strict=False) if not count]:
-        warnings.append(f"classes of objects without a training box: {shorten(unseen)}")
-    pixels = found["maps"]["pixels"] if found["maps"] else ()
-    if found["maps"] and not any(pixels):
+    maps = found["maps"] or {"pixels": (), "maps": 0}
+    seen = any(maps["pixels"])
+    if maps["pixels"] and not seen:
         warnings.append("no pixel of the label maps has a class; see config.data.map_names")
-    elif absent := [n for n, count in zip(source.map_names, pixels, strict=False) if not count]:
-        read = found["maps"]["maps"]
-        warnings.append(f"classes without a pixel in {read} label maps: {shorten(absent)}")
+    boxes = found["objects"].get("train", {}).get("by_class", ())
+    for what, known, numbers in (
+        ("classes without a training image", names, counts or ()),
+        ("classes of objects without a training box", source.object_names, boxes),
+        (
+            f"classes without a pixel in {maps['maps']} label maps",
+            source.map_names,
+            maps["pixels"] * seen,
+        ),
+    ):
+        if absent := [name for name, n in zip(known, numbers, strict=False) if not n]:
+            warnings.append(f"{what}: {shorten(absent)}")
     for warning in warnings:
         LOG.warning("data: %s.", warning)
 

@@ -1,18 +1,31 @@
-"""Label maps in image files: which values or colours of pixels stand for which classes."""
+"""Label maps in image files: the files beside images, and the classes of their pixels."""
 
-import contextlib
+import collections
 import dataclasses
 import functools
 import io
+import os
+import pathlib
 import re
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
 
 from gptv_jax import config as config_lib
 from gptv_jax import files
-from gptv_jax.data.images import DamagedImageError, as_stored, has_deep_colours, shown_size
-from gptv_jax.errors import InputError, as_input_error, cut, first_line, shorten
+from gptv_jax.data import listing
+from gptv_jax.data.data_set import ORDER_SEED, SPLITS, DataSet, Source
+from gptv_jax.data.images import (
+    DamagedImageError,
+    as_damaged,
+    as_stored,
+    has_deep_colours,
+    shown_size,
+)
+from gptv_jax.data.listing import Listing, split_names
+from gptv_jax.data.records import Record
+from gptv_jax.errors import InputError, as_input_error, counted, cut, shorten
 
 COLOR = re.compile(r"(\d+)[\s,]+(\d+)[\s,]+(\d+)[\s,]+(\S.*)")
 VALUE = re.compile(r"(\d+)[\s,]+(\S.*)")
@@ -47,30 +60,23 @@ class LabelTable:
         file comes back without the orientation. DamagedImageError: the map cannot be read, or does
         not fit the image.
         """
-        sizes = ()  # upright and stored; none of a file that cannot be read, see `Decode`
-        with contextlib.suppress(Exception):
-            sizes = shown_size(encoded)
-        try:
-            with Image.open(io.BytesIO(encoded_map)) as image:
-                own = image.size[::-1]
-                fitting = [size for size in sizes or (own,) if _similar(own, size)]
-                if not fitting:
-                    (height, width), (h, w) = own, sizes[0]
-                    raise DamagedImageError(
-                        f"its label map has {width} x {height} pixels, the image {w} x {h}"
-                    )
-                size = own if own in fitting else fitting[0]
-                classes = self._lookup(self._values(image))
-        except DamagedImageError:
-            raise
-        except Exception as error:  # Pillow's plugins raise whatever their parsers do
-            unknown = isinstance(error, Image.UnidentifiedImageError)
-            reason = "it is empty or no image" if unknown else first_line(error)
-            raise DamagedImageError(f"its label map cannot be read: {reason}") from error
+        sizes = shown_size(encoded)  # upright and stored
+        problem = "its label map cannot be read: "
+        with as_damaged(problem), Image.open(io.BytesIO(encoded_map)) as image:
+            own = image.size[::-1]
+            unknown = (0, 0) in sizes  # the image cannot be read, which decoding finds out
+            fitting = [own] if unknown else [size for size in sizes if _similar(own, size)]
+            if not fitting:
+                (height, width), (h, w) = own, sizes[0]
+                raise DamagedImageError(
+                    f"its label map has {width} x {height} pixels, the image {w} x {h}"
+                )
+            size = own if own in fitting else fitting[0]
+            classes = self._lookup(self._values(image))
         if size != own:
             resized = Image.fromarray(classes).resize(size[::-1], Image.Resampling.NEAREST)
             classes = np.array(resized)
-        return as_stored(encoded) if sizes and size != sizes[0] else encoded, classes
+        return encoded if unknown or size == sizes[0] else as_stored(encoded), classes
 
     def _values(self, image: Image.Image) -> np.ndarray:
         """The values of the pixels, or their colours as one number each, [H, W]."""
@@ -132,7 +138,7 @@ def read_table(config: config_lib.Data) -> LabelTable:
     what = "colour" if form is COLOR else "value"
     found = [form.fullmatch(line) for line in lines]
     if not any(found):
-        return named(tuple(lines), config)
+        return make_table(tuple(lines), config)
     if not all(found):
         with_number, without = lines[[*map(bool, found)].index(True)], lines[found.index(None)]
         raise InputError(
@@ -151,27 +157,124 @@ def read_table(config: config_lib.Data) -> LabelTable:
     keys = (RADIX[-len(numbers) :] @ numbers).tolist()
     if twice := shorten(line for key, line in zip(keys, lines, strict=True) if keys.count(key) > 1):
         raise InputError(f"{where} gives one {what} twice: {twice}.")
-    return _table(keys, names, config, form is COLOR)
+    return make_table(names, config, keys, form is COLOR)
 
 
-def named(names: tuple[str, ...], config: config_lib.Data) -> LabelTable:
-    """The table of classes that are the values 0, 1, ... without `config.data.map_ignore`."""
-    values = [n for n in range(len(names) + len(config.map_ignore)) if n not in config.map_ignore]
-    return _table(values[: len(names)], names, config)
-
-
-def _table(
-    keys: list[int], names: tuple[str, ...], config: config_lib.Data, colors: bool = False
+def make_table(
+    names: tuple[str, ...], config: config_lib.Data, keys: Sequence[int] = (), colors: bool = False
 ) -> LabelTable:
-    """The table of a key for each name; all keys of one name are one class."""
-    classes = tuple(dict.fromkeys(names))
+    """The table of a value or colour for each name; all keys of one name are one class.
+
+    Without `keys`, the values are 0, 1, ... without `config.data.map_ignore`.
+    """
+    classes, ignored = tuple(dict.fromkeys(names)), config.map_ignore
     if len(classes) < 2:
         raise InputError(f"label maps have the single class {classes[0]}; they need 2 or more.")
+    values = [n for n in range(len(names) + len(ignored)) if n not in ignored]
     of_keys = tuple(classes.index(name) for name in names)
-    return LabelTable(classes, tuple(keys), of_keys, colors, config.map_channel)
+    keys = tuple(keys or values[: len(names)])
+    return LabelTable(classes, keys, of_keys, colors, config.map_channel)
 
 
 def _similar(size: tuple[int, int], other: tuple[int, int]) -> bool:
     """Whether two heights and widths have one ratio, up to a pixel that was rounded."""
     (h, w), (height, width) = sorted((size, other))
     return abs(height * w / width - h) < 1 or abs(width * h / height - w) < 1
+
+
+class MapFolder(DataSet):
+    """Image files, each with the image file of its label map; see `config.Data.maps`.
+
+    The images of a split are mixed in a fixed order, so that `train[:90%]` is like the other tenth.
+    Raises InputError where a pattern fits no file, several files are of one image, or too many
+    images of a split have no label map (`config.Data.missing`).
+    """
+
+    def __init__(self, config: config_lib.Data):
+        path, table, maps = listing.data_path(config), read_table(config), config.maps
+        self.notes, self.map_names = [], table.names
+        images = config.images or ("{split}" if "{split}" in maps else "{name}")
+        map_files = _match(path, maps, "maps")
+        known = {file for found in map_files.values() for file in found}
+        found = _match(path, images, "images").items()
+        kept = {key: [file for file in several if file not in known] for key, several in found}
+        image_files = {key: several for key, several in kept.items() if several}
+        for several in (*image_files.values(), *map_files.values()):
+            if len(several) > 1:
+                shown = " and ".join(map(str, several[:2]))
+                raise InputError(f"{shown} have one name; keep one of these files.")
+        own = split_names(dict.fromkeys(split or "train" for split, _ in image_files))
+        own = dict(sorted(own.items(), key=lambda item: (*SPLITS, item[1]).index(item[1])))
+        self.other_names = {name: split for name, split in own.items() if name != split}
+        self.splits, used = {}, set()
+        for name, split in own.items():
+            mine = {n: file for (s, n), (file,) in image_files.items() if (s or "train") == name}
+            keys = {n: (name if "{split}" in maps else "", n) for n in sorted(mine)}
+            kept = [n for n, key in keys.items() if key in map_files]
+            without = [mine[n] for n, key in keys.items() if key not in map_files]
+            used |= {keys[n] for n in kept}
+            problem = f"{len(without)} of {len(mine)} images of the split {name} have no label map"
+            if kept and len(without) > config.missing * len(mine):
+                raise InputError(
+                    f"{problem} by config.data.maps={maps}, such as {without[0]}; that is more "
+                    f"than the share config.data.max_damaged={config.missing:g}."
+                )
+            if without:
+                self.notes.append(f"{problem} and are left out: {shorten(without)}")
+            if kept:
+                mixed = np.random.default_rng(ORDER_SEED).permutation(kept).tolist()
+                pairs = [(str(mine[n]), str(map_files[keys[n]][0])) for n in mixed]
+                self.splits[split] = _MapSplit(pairs, table)
+        if not self.splits:
+            raise InputError(
+                f"no image of config.data.images={images} in {path} has a label map by "
+                f"config.data.maps={maps}; the names that stand for {{split}} and {{name}} must be "
+                "equal."
+            )
+        if unused := [file for key, (file,) in map_files.items() if key not in used]:
+            self.notes.append(
+                f"{counted(len(unused), 'label map')} without an image: {shorten(unused)}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class _MapSplit(Source):
+    pairs: list[tuple[str, str]]  # paths of an image and its label map
+    table: LabelTable
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> Record:
+        encoded, encoded_map = (pathlib.Path(path).read_bytes() for path in self.pairs[index])
+        encoded, classes = self.table.annotate(encoded, encoded_map)
+        return {"encoded": encoded, "segmentation": classes}
+
+    def name(self, index: int) -> str:
+        return self.pairs[index][0]
+
+
+def _match(root: pathlib.Path, pattern: str, field: str) -> dict[tuple, list[pathlib.Path]]:
+    """The image files that a pattern below `root` fits, by split ("" without {split}) and name."""
+    whole = pattern if "{name}" in pattern else f"{pattern.rstrip('/')}/{{name}}"
+    fixed, last = re.fullmatch(r"([^{]*/)?(.*)", whole).groups(default="")
+    expression = re.escape(last)
+    for part, kind in (("split", "[^/]+"), ("name", ".+")):  # the same text at every place
+        expression = expression.replace(rf"\{{{part}\}}", f"(?P<{part}>{kind})", 1)
+        expression = expression.replace(rf"\{{{part}\}}", f"(?P={part})")
+    ending = re.search(r"\.\w+$", last)
+    folder = pathlib.Path(os.path.normpath(root / fixed))
+    listed = Listing(folder).files if folder.is_dir() else []
+    found = collections.defaultdict(list)
+    for file in listed:
+        below = file.replace(os.sep, "/")
+        match = re.fullmatch(expression, below if ending else os.path.splitext(below)[0])
+        if match:
+            found[match.groupdict().get("split", ""), match["name"]].append(folder / file)
+    if not found:
+        has = f"; it has {shorten(listed)}" if listed else ""
+        raise InputError(
+            f"config.data.{field}={pattern} fits no image file in {folder}{has}. It takes a path "
+            'below config.data.path with {split} and {name}, such as "{split}_labels/{name}".'
+        )
+    return found

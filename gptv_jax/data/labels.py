@@ -10,8 +10,11 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from gptv_jax import config as config_lib
+from gptv_jax import files as files_lib
 from gptv_jax.errors import InputError, as_input_error, counted, cut, shorten
 
+Vectors = dict[str, np.ndarray]  # of the splits: labels, or numbers of rows
 NUMBERED = "np.unique(labels, return_inverse=True)[1]"  # the advice to number labels from 0
 MARKS = (254, 255, 65534, 65535)  # labels that often mark pixels or images to leave out
 
@@ -41,9 +44,7 @@ def as_vector(split: str, labels: np.ndarray, count: int) -> np.ndarray:
     return labels if labels.dtype.kind == "U" else labels.astype(np.int64)
 
 
-def leave_out(
-    labels: dict[str, np.ndarray], ignore_label: int | None, notes: list[str]
-) -> dict[str, np.ndarray]:
+def leave_out(labels: Vectors, ignore_label: int | None, notes: list[str]) -> Vectors:
     """The rows of each split whose labels are not `ignore_label`, int [M]; `notes` get the counts.
 
     A split without such a row is absent. InputError: all splits are.
@@ -67,20 +68,23 @@ def leave_out(
 
 
 def number(
-    labels: dict[str, np.ndarray], notes: list[str], names: tuple[str, ...] = ()
-) -> tuple[dict[str, np.ndarray], int, tuple[str, ...]]:
-    """The labels of every split as numbers from 0, the number of classes, and their names.
+    labels: Vectors, ignore_label: int | None, notes: list[str], names: tuple[str, ...] = ()
+) -> tuple[Vectors, Vectors, int, tuple[str, ...]]:
+    """Rows that are kept and their labels as numbers from 0, by split; number and names of classes.
 
-    Labels that count from 0, with few numbers left out, stay as they are, and their classes have no
-    names unless `names` are given. Other numbers and texts are numbered in order, and become the
-    names of the classes. Where all labels are equal, the set is unlabelled: there are no labels and
-    0 classes. Raises InputError where labels are negative, have no name, or are texts in some
-    splits only, or one of them seems to mark images to be left out.
+    The rows are those of `leave_out`. Labels that count from 0, with few numbers left out, stay as
+    they are, and their classes have no names unless `names` are given. Other numbers and texts are
+    numbered in order, and become the names of the classes. Where all labels are equal, the set is
+    unlabelled: there are no labels and 0 classes. Raises InputError where labels are negative, have
+    no name, or are texts in some splits only, or one of them seems to mark images to be left out.
     """
-    if len({array.dtype.kind == "U" for array in labels.values()}) == 2:
+    rows = leave_out(labels, ignore_label, notes)
+    labels = {split: labels[split][kept] for split, kept in rows.items()}
+    texts = {array.dtype.kind == "U" for array in labels.values()}
+    if len(texts) == 2:
         raise InputError(f"of the splits {', '.join(labels)} some have names as labels, not all.")
+    names = () if True in texts else names
     present = np.unique(np.concatenate([np.unique(array) for array in labels.values()]))
-    numbers = present.dtype.kind != "U"
     if names and present[-1] >= len(names):
         raise InputError(
             f"the labels reach from {present[0]} to {present[-1]}, but the {len(names)} names of "
@@ -89,19 +93,19 @@ def number(
         )
     if len(present) == 1:
         notes.append(one_class(names[present[0]] if names else present[0]))
-        return {}, 0, ()
+        return rows, {}, 0, ()
     if names and present[0] >= 0:
-        return labels, len(names), names
-    sparse = numbers and _check_numbers(present)
-    if numbers and present[0] == 0 and not sparse:
-        return labels, int(present[-1]) + 1, ()
-    if numbers:
+        return rows, labels, len(names), names
+    if False in texts:
+        sparse = _check_numbers(present)
+        if present[0] == 0 and not sparse:
+            return rows, labels, int(present[-1]) + 1, ()
         notes.append(
             f"the labels {shorten(present)} do not count from 0 without gaps, so they are numbered "
             f"0 to {len(present) - 1} and become the names of the classes"
         )
     numbered = {s: np.searchsorted(present, a).astype(np.int32) for s, a in labels.items()}
-    return numbered, len(present), tuple(map(str, present.tolist()))
+    return rows, numbered, len(present), tuple(map(str, present.tolist()))
 
 
 def one_class(name: object, kind: str = "class") -> str:
@@ -142,57 +146,55 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 
 def of_files(
-    path: pathlib.Path,
-    data: pathlib.Path,
+    config: config_lib.Data,
     folders: dict[str, pathlib.Path],
     files: dict[str, list[str]],
     notes: list[str],
 ) -> dict[str, list[str]]:
-    """The label of every image by split, from a CSV file with the columns file and label.
+    """The label of every image by split, from `config.labels_file`, a CSV file: file and label.
 
     A row names a file by its path below the data folder, with or without the name of that folder
     and the ending, or by its name alone. Images without a row are removed from `files`. Raises
     InputError where the CSV file cannot be read, has no row for any image, two labels for one
     image, or a name that several images have.
     """
+    path, data = files_lib.user_path(config.labels_file), files_lib.user_path(config.path)
     rows = _read(path, data)
     found: dict[str, list[str]] = {}
     users: dict[str, str] = {}  # the image that each row of the CSV file is of
     unlabelled = []
     for split, names in files.items():
-        kept, found[split] = [], []
         prefix = folders[split].relative_to(data).as_posix() + "/"
-        prefix = "" if prefix == "./" else prefix
+        prefix, labelled = "" if prefix == "./" else prefix, {}
         for name in names:
             below = unicodedata.normalize("NFC", prefix + name.replace(os.sep, "/"))
             stem, base = os.path.splitext(below)[0], below.rpartition("/")[2]
             keys = [below, stem, f"{data.name}/{below}", f"{data.name}/{stem}"]
             keys += [base, os.path.splitext(base)[0]]
             matching = [key for key in dict.fromkeys(keys) if key in rows]
-            if not matching:
-                unlabelled.append(below)
-                continue
             for key in matching:
                 if users.setdefault(key, below) != below:
                     raise InputError(
                         f"the row {key} of config.data.labels_file={path} fits {users[key]} and "
                         f"{below}; write the path below {data}."
                     )
-            given = {rows[key] for key in matching}
+            given = sorted(set().union(*(rows[key] for key in matching)))
             if len(given) > 1:
                 raise InputError(
-                    f"config.data.labels_file={path} gives {below} the labels "
-                    f"{shorten(sorted(given))}; keep one of these rows."
+                    f"config.data.labels_file={path} gives {below} the labels {shorten(given)}; "
+                    "keep one of these rows."
                 )
-            kept.append(name)
-            found[split] += given
-        if not kept:
+            if given:
+                labelled[name] = given[0]
+            else:
+                unlabelled.append(below)
+        if not labelled:
             raise InputError(
                 f"{path} has a label for none of {len(names)} images in {folders[split]}, such as "
                 f"{cut(names[0], 40)}; its rows are {shorten(rows, room=40)}. Ignore all labels by "
                 "config.data.labels=False, or move these images away."
             )
-        files[split] = kept
+        files[split], found[split] = list(labelled), list(labelled.values())
     if unlabelled:
         left_out = f"{counted(len(unlabelled), 'image')} left out"
         notes.append(f"{left_out}, without a row or a label in {path}: {shorten(unlabelled)}")
@@ -209,7 +211,7 @@ def check_texts(names: Iterable[str]) -> None:
             _check_numbers(present)
 
 
-def _read(path: pathlib.Path, data: pathlib.Path) -> dict[str, str]:
+def _read(path: pathlib.Path, data: pathlib.Path) -> dict[str, set[str]]:
     """The labels of a CSV file by path below `data`, or by name; rows without one are absent."""
     where = f"config.data.labels_file={path}"
     with (
@@ -230,9 +232,7 @@ def _read(path: pathlib.Path, data: pathlib.Path) -> dict[str, str]:
                 name = pathlib.PurePath(name.replace("\\", "/")).as_posix()
                 name = name.removeprefix(f"{data.as_posix()}/")
                 labels[unicodedata.normalize("NFC", name)].add(label)
-    if twice := shorten(name for name, given in labels.items() if len(given) > 1):
-        raise InputError(f"{where} gives different labels to {twice}; keep one row for each file.")
-    found = {name: label for name, (label,) in labels.items()}
-    if all(re.fullmatch(r"-?\d+\.0", label) for label in found.values()):  # pandas writes 1 so
-        found = {name: label.partition(".")[0] for name, label in found.items()}
-    return found
+    if all(re.fullmatch(r"-?\d+\.0", label) for label in set().union(*labels.values())):
+        # So pandas writes whole numbers.
+        labels = {name: {each.removesuffix(".0") for each in own} for name, own in labels.items()}
+    return labels

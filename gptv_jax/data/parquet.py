@@ -8,18 +8,19 @@ the row groups that it read last.
 import collections
 import dataclasses
 import functools
-import itertools
 import json
 import pathlib
 import threading
 
 from etils import epy
 
+from gptv_jax import config as config_lib
 from gptv_jax import files
-from gptv_jax.data import shards
-from gptv_jax.data.images import DamagedImageError
+from gptv_jax.data import listing, shards
+from gptv_jax.data.data_set import locate, starts
+from gptv_jax.data.images import DamagedImageError, as_damaged
 from gptv_jax.data.listing import split_name, split_names
-from gptv_jax.errors import InputError, as_input_error, first_line, shorten
+from gptv_jax.errors import InputError, as_input_error, shorten
 
 with epy.lazy_imports():  # slow to import, and only these data sets need it
     import pyarrow
@@ -28,121 +29,63 @@ with epy.lazy_imports():  # slow to import, and only these data sets need it
 KEPT_BYTES = 2**29  # of row groups that a process keeps in memory
 LARGEST_GROUP = 2**29  # bytes of a row group
 IMAGE_COLUMNS, LABEL_COLUMNS = ("image", "img"), ("label", "labels")
+# Row groups that were read last, the oldest first: a lock, and the images, once they are read.
+_KEPT: collections.OrderedDict[tuple, tuple] = collections.OrderedDict()
+_KEPT_LOCK = threading.Lock()
 
 
 class Tables(shards.Shards):
     """A data set of tables with a column of image files and, where labelled, a column of labels.
 
-    `path` is a Parquet or Arrow file, a folder of such files, a pattern (see `shards.find`), or a
-    folder that `datasets.save_to_disk` made. The column of images is called image or img, or is the
-    only one of its type: the bytes of an image file, alone or in a structure with "bytes". The
-    column of labels is called label or labels, or is the only one with names of classes. Rows that
-    are sorted by class are mixed, so that `train[:90%]` holds nine tenths of every class. Images
-    with the label `ignore_label` are left out; `labels=False` ignores all labels.
+    `config.path` is a Parquet or Arrow file, a folder of such files, a pattern (see `shards.find`),
+    or a folder that `datasets.save_to_disk` made. The column of images is called image or img, or
+    is the only one of its type: the bytes of an image file, alone or in a structure with "bytes".
+    The column of labels is called label or labels, or is the only one with names of classes. Rows
+    that are sorted by class are mixed, so that `train[:90%]` holds nine tenths of every class.
     """
 
-    def __init__(self, path: pathlib.Path, labels: bool = True, ignore_label: int | None = None):
+    def __init__(self, config: config_lib.Data):
+        path = listing.data_path(config, pattern=True)
         endings, kind = (".parquet", ".arrow"), "Parquet or Arrow"
         splits = _saved(path) or shards.find(path, endings, kind, "parquet")
         first = next(iter(splits.values()))[0]
-        schema = _open(first)[0]
+        schema, features = _open(first).schema, _features(_open(first).schema)
         image = _image_column(schema, first)
-        column = _label_column(schema, first) if labels else None
+        column = _label_column(schema, features, first) if config.labels else None
         needed = [schema.field(name) for name in (image, column) if name]
-        parts = {split: _row_groups(paths, needed) for split, paths in splits.items()}
-        read = column and {
-            s: [t for path in paths for t in _labels(path, column)] for s, paths in splits.items()
+        parts = {split: _images(paths, needed) for split, paths in splits.items()}
+        labels = column and {
+            split: [label for file in paths for label in _labels(file, column)]
+            for split, paths in splits.items()
         }
-        names = tuple(_features(schema).get(column, {}).get("names", ()))
-        super().__init__(parts, read, names, f"column {column} of {first.parent}", ignore_label)
+        names, where = (
+            features.get(column, {}).get("names", ()),
+            f"column {column} of {first.parent}",
+        )
+        super().__init__(parts, labels, tuple(names), where, config.ignore_label)
 
 
-@dataclasses.dataclass(frozen=True)
-class _RowGroup:
-    """A row group of a file, as the file was at the time `changed`; an Arrow file is one."""
+class _ArrowFile:
+    """An Arrow file, mapped into memory; `datasets` writes Arrow's form of streams."""
 
-    path: pathlib.Path
-    changed: int
-    number: int
-    first: int  # row of the file
-    rows: int
-    column: str  # of the images
+    def __init__(self, path: pathlib.Path):
+        with path.open("rb") as file:
+            is_file = file.read(6) == b"ARROW1"
+        source = pyarrow.memory_map(str(path))
+        self.table = (ipc.open_file if is_file else ipc.open_stream)(source).read_all()
+        self.schema, self.firsts = self.table.schema, starts([self.table.num_rows])
 
-    def __len__(self) -> int:
-        return self.rows
-
-    def read(self, row: int) -> bytes:
-        try:
-            image = _KEPT.read(self)[row].as_py()
-        except Exception as error:  # pyarrow raises several types for damaged bytes
-            raise DamagedImageError(f"its row group is damaged ({first_line(error)})") from error
-        image = image.get("bytes") if isinstance(image, dict) else image
-        if image is None:
-            raise DamagedImageError("the table holds no bytes of this image")
-        return image
-
-    def name(self, row: int) -> str:
-        return f"{self.path}[{self.first + row}]"
+    def column(self, name: str, group: int | None = None) -> "pyarrow.ChunkedArray":
+        return self.table.column(name)
 
 
-class _RowGroups:
-    """The row groups that were read last; a row group is read once for all threads."""
+class _ParquetFile:
+    """A Parquet file; `firsts` are the first rows of its row groups, see `data_set.starts`."""
 
-    def __init__(self):
-        self._lock, self._bytes = threading.Lock(), 0
-        # The oldest first: a lock, and the column, once it is read.
-        self._kept: collections.OrderedDict[_RowGroup, tuple] = collections.OrderedDict()
-
-    def read(self, group: _RowGroup):
-        """The images of a row group."""
-        if group.path.suffix == ".arrow":
-            return _mapped(group.path, group.changed).column(group.column)
-        with self._lock:
-            lock, read = self._kept.setdefault(group, (threading.Lock(), []))
-            self._kept.move_to_end(group)
-        with lock:
-            if not read:
-                footer = _footer(group.path, group.changed)
-                file = parquet.ParquetFile(group.path, metadata=footer)
-                columns = file.read_row_group(group.number, [group.column])
-                read.append(columns.column(group.column))
-                self._make_room(read[0].nbytes)
-        return read[0]
-
-    def _make_room(self, added: int) -> None:
-        with self._lock:
-            self._bytes += added
-            for place in list(self._kept)[:-1]:
-                if self._bytes > KEPT_BYTES and self._kept[place][1]:  # it is not being read
-                    self._bytes -= self._kept.pop(place)[1][0].nbytes
-
-
-_KEPT = _RowGroups()
-
-
-@functools.cache
-def _mapped(path: pathlib.Path, changed: int) -> "pyarrow.Table":
-    """The table of an Arrow file, mapped into memory; `datasets` writes Arrow's form of streams."""
-    with path.open("rb") as file:
-        is_file = file.read(6) == b"ARROW1"
-    source = pyarrow.memory_map(str(path))
-    return (ipc.open_file if is_file else ipc.open_stream)(source).read_all()
-
-
-@functools.cache
-def _footer(path: pathlib.Path, changed: int) -> "parquet.FileMetaData":
-    return parquet.read_metadata(path)
-
-
-def _open(path: pathlib.Path) -> tuple["pyarrow.Schema", list[int]]:
-    """The columns of a file and the number of rows of each row group; Arrow files have one."""
-    with as_input_error(f"{path} is damaged, or no Parquet or Arrow file"):
-        changed = path.stat().st_mtime_ns
-        if path.suffix == ".arrow":
-            table = _mapped(path, changed)
-            return table.schema, [table.num_rows]
-        footer = _footer(path, changed)
-        groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
+    def __init__(self, path: pathlib.Path):
+        self.path, self.footer = path, parquet.read_metadata(path)
+        groups = [self.footer.row_group(i) for i in range(self.footer.num_row_groups)]
+        self.firsts = starts(group.num_rows for group in groups)
         largest = max((group.total_byte_size for group in groups), default=0)
         if largest > LARGEST_GROUP:
             raise InputError(
@@ -150,37 +93,88 @@ def _open(path: pathlib.Path) -> tuple["pyarrow.Schema", list[int]]:
                 f"whole for each image; write the table in row groups of 100 rows or so "
                 "(pyarrow.parquet.write_table(table, path, row_group_size=100))."
             )
-        schema = parquet.ParquetFile(path, metadata=footer).schema_arrow
-        return schema, [group.num_rows for group in groups]
+        self.schema = parquet.ParquetFile(path, metadata=self.footer).schema_arrow
+
+    def column(self, name: str, group: int | None = None) -> "pyarrow.ChunkedArray":
+        """A column of a row group, or of the whole file (None)."""
+        file = parquet.ParquetFile(self.path, metadata=self.footer)
+        table = file.read([name]) if group is None else file.read_row_group(group, [name])
+        return table.column(name)
 
 
-def _row_groups(paths: list[pathlib.Path], needed: list) -> list[_RowGroup]:
-    """The row groups of a split; the first column that is `needed` has the images."""
-    found = []
+@functools.cache
+def _file(path: pathlib.Path, changed: int) -> _ArrowFile | _ParquetFile:
+    """The file as it was at the time `changed`."""
+    return (_ArrowFile if path.suffix == ".arrow" else _ParquetFile)(path)
+
+
+def _open(path: pathlib.Path) -> _ArrowFile | _ParquetFile:
+    with as_input_error(f"{path} is damaged, or no Parquet or Arrow file"):
+        return _file(path, path.stat().st_mtime_ns)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Images:
+    """The column of images of a file, as the file was at the time `changed`."""
+
+    path: pathlib.Path
+    changed: int
+    column: str
+
+    def __len__(self) -> int:
+        return _file(self.path, self.changed).firsts[-1]
+
+    def read(self, row: int) -> bytes:
+        with as_damaged("its row group is damaged: "):
+            group, place = locate(_file(self.path, self.changed).firsts, row)
+            image = self._group(group)[place].as_py()
+        image = image.get("bytes") if isinstance(image, dict) else image
+        if image is None:
+            raise DamagedImageError("the table holds no bytes of this image")
+        return image
+
+    def _group(self, number: int) -> "pyarrow.ChunkedArray":
+        """The images of a row group, which is read once for all threads."""
+        file = _file(self.path, self.changed)
+        if isinstance(file, _ArrowFile):
+            return file.column(self.column)
+        group = (self, number)
+        with _KEPT_LOCK:
+            lock, read = _KEPT.setdefault(group, (threading.Lock(), []))
+            _KEPT.move_to_end(group)
+        with lock:
+            if not read:
+                read.append(file.column(self.column, number))
+                with _KEPT_LOCK:
+                    sizes = {g: found[0].nbytes for g, (_, found) in _KEPT.items() if found}
+                    for oldest in list(sizes)[:-1]:
+                        if sum(sizes.values()) > KEPT_BYTES:
+                            del sizes[oldest], _KEPT[oldest]
+        return read[0]
+
+    def name(self, row: int) -> str:
+        return f"{self.path}[{row}]"
+
+
+def _images(paths: list[pathlib.Path], needed: list) -> list[_Images]:
+    """The images of a split; the first column that is `needed` has the images."""
     for path in paths:
-        schema, groups = _open(path)
+        schema = _open(path).schema
         for column in needed:
             if column.name not in schema.names or schema.field(column.name).type != column.type:
                 raise InputError(
                     f"{path} has no column {column.name} of the type {column.type}, which other "
                     "files of the data set have; name a folder of one data set."
                 )
-        firsts = itertools.accumulate(groups, initial=0)
-        found += [
-            _RowGroup(path, path.stat().st_mtime_ns, number, first, rows, needed[0].name)
-            for number, (first, rows) in enumerate(zip(firsts, groups, strict=False))
-            if rows
-        ]
-    if not found:
+    found = [_Images(path, path.stat().st_mtime_ns, needed[0].name) for path in paths]
+    if not sum(map(len, found)):
         raise InputError(f"{paths[0]} has no row; take the file away.")
-    return found
+    return [images for images in found if len(images)]
 
 
 def _labels(path: pathlib.Path, column: str) -> list:
     with as_input_error(f"column {column} of {path} is damaged"):
-        if path.suffix == ".arrow":
-            return _mapped(path, path.stat().st_mtime_ns).column(column).to_pylist()
-        return parquet.ParquetFile(path).read([column]).column(column).to_pylist()
+        return _open(path).column(column).to_pylist()
 
 
 def _features(schema) -> dict[str, dict]:
@@ -205,8 +199,7 @@ def _image_column(schema, path: pathlib.Path) -> str:
     return (named or found)[0]
 
 
-def _label_column(schema, path: pathlib.Path) -> str | None:
-    features = _features(schema)
+def _label_column(schema, features: dict[str, dict], path: pathlib.Path) -> str | None:
     found = [name for name in schema.names if name.lower() in LABEL_COLUMNS]
     found = found or [n for n in schema.names if features.get(n, {}).get("_type") == "ClassLabel"]
     if len(found) > 1:

@@ -229,8 +229,7 @@ class _Example(grain.transforms.RandomMap):
         for step in self.steps:
             record = step(record, rng)
         if self.annotated:
-            source = getattr(self.source, "source", self.source)  # below that of decoding
-            record["image_id"] = source.image_id(index)
+            record["image_id"] = self.source.image_id(index)
         return record
 
     def random_map(self, index: int, rng: np.random.Generator | None = None) -> dict:

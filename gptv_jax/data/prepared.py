@@ -1,14 +1,15 @@
 """TFDS data sets that were prepared as ArrayRecord, read without TensorFlow."""
 
-import contextlib
+import dataclasses
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from gptv_jax import config as config_lib
-from gptv_jax.data import guess, label_maps
-from gptv_jax.data.arrays import ArraysSplit
+from gptv_jax import files
+from gptv_jax.data import label_maps, listing
+from gptv_jax.data.data_set import DataSet, Source
 from gptv_jax.data.images import shown_size
 from gptv_jax.data.records import Record
 from gptv_jax.errors import InputError, cut, first_line, shorten
@@ -17,10 +18,10 @@ IMAGE_ID = "image/id"  # the feature with the id of an image in the original fil
 IMAGES = ("image", "image_left")  # features with the image; Cityscapes calls it image_left
 
 
-class Tfds:
+class Tfds(DataSet):
     """A TFDS data set that was prepared as ArrayRecord, read without TensorFlow.
 
-    `config.name` may have a configuration, `a/b:1.0.0`. `folder` has all prepared sets, or this
+    `config.name` may have a configuration, `a/b:1.0.0`. `config.dir` has all prepared sets, or this
     one; None: TFDS's default. `sets` are the other data sets, for messages.
 
     Label maps are the feature `config.maps`; its names, where `config.map_names` has none.
@@ -29,10 +30,10 @@ class Tfds:
     without a `label` in the dicts all objects are of one class.
     """
 
-    def __init__(self, config: config_lib.Data, folder: str | None, sets: Iterable[str]):
+    def __init__(self, config: config_lib.Data, sets: Iterable[str]):
         import tensorflow_datasets as tfds  # takes seconds
 
-        name = config.name
+        name, folder = config.name, config.dir and str(files.user_place(config.dir))
         self._folder, self._sets = folder, sets
         try:
             if folder and (pathlib.Path(folder) / "dataset_info.json").exists():
@@ -43,7 +44,7 @@ class Tfds:
             if not info.splits:
                 raise FileNotFoundError("it is not prepared")
         except Exception as error:  # TFDS raises what its readers do
-            raise InputError(_unprepared(name, folder, sets, error)) from error
+            raise self._unprepared(name, error) from error
         if info.name != name.partition("/")[0].partition(":")[0]:
             raise InputError(
                 f"config.data.dir={folder} holds {info.name}, but config.data.name is {name}."
@@ -52,16 +53,17 @@ class Tfds:
         if self._image is None:
             shown = shorten(info.features)
             raise InputError(f"data set {name} has no feature called image; it has: {shown}.")
-        kind = tfds.features.Image
-        pictures = [n for n, each in info.features.items() if isinstance(each, kind)]
-        self._decoders = dict.fromkeys((self._image, *pictures), tfds.decode.SkipDecoding())
-        self._maps = config.maps and (config.maps, self._label_table(config, pictures))
+        self._pictures = [
+            n for n, feature in info.features.items() if isinstance(feature, tfds.features.Image)
+        ]
+        self._decoders = dict.fromkeys((self._image, *self._pictures), tfds.decode.SkipDecoding())
+        self._maps = config.maps and (config.maps, self._label_table(config))
         self.map_names = self._maps[1].names if self._maps else ()
         self.name = info.name
         labelled = "label" in info.features
         self.classes = getattr(info.features["label"], "num_classes", 0) if labelled else 0
         self.class_names = tuple(info.features["label"].names or ()) if self.classes else ()
-        self._objects, self.object_names = None, ()
+        self._objects = None
         for name, feature in info.features.items():
             inner = dict(getattr(getattr(feature, "feature", None), "items", tuple)())
             box_format = getattr(inner.get("bbox"), "bbox_format", None)
@@ -71,16 +73,16 @@ class Tfds:
                 self.object_names = tuple(label.names) if self._objects[1] else (name,)
         self.lengths = {split: found.num_examples for split, found in info.splits.items()}
 
-    def _label_table(self, config: config_lib.Data, pictures: list[str]) -> label_maps.LabelTable:
-        if config.maps not in pictures or config.maps == self._image:
-            able = shorten(sorted({*pictures} - {self._image})) or "none"
+    def _label_table(self, config: config_lib.Data) -> label_maps.LabelTable:
+        able = {*self._pictures} - {self._image}
+        if config.maps not in able:
             raise InputError(
                 f"config.data.maps={config.maps} is no label map of the data set {config.name}; "
-                f"its features that may be label maps are: {able}."
+                f"its features that may be label maps are: {shorten(sorted(able)) or 'none'}."
             )
         names = getattr(self._builder.info.features[config.maps], "names", None)
         if config.map_names is None and names:
-            return label_maps.named(tuple(names), config)
+            return label_maps.make_table(tuple(names), config)
         return label_maps.read_table(config)
 
     def open(self, split: str) -> "_TfdsSplit":
@@ -91,44 +93,50 @@ class Tfds:
         try:
             data = self._builder.as_data_source(split=split, decoders=self._decoders)
         except NotImplementedError as error:  # prepared as TFRecord
-            raise InputError(_unprepared(self.name, self._folder, self._sets, error)) from error
-        found = (self._image, self._objects, self._maps)
-        return _TfdsSplit(f"{self.name}/{split}", data, bool(self.classes), *found)
+            raise self._unprepared(self.name, error) from error
+        found = (self._image, bool(self.classes), self._objects, self._maps)
+        return _TfdsSplit(f"{self.name}/{split}", data, *found)
+
+    def _unprepared(self, name: str, error: Exception) -> InputError:
+        if "/" in name and type(error).__name__ == "DatasetNotFoundError":
+            hub = listing.hub_advice(name)
+            return InputError(f"config.data.name={name} is no TFDS set; of the Hub, {hub}.")
+        where = f" --data_dir={self._folder}" if self._folder else ""
+        return InputError(
+            f"config.data.name={name} is none of {', '.join(self._sets)} and no prepared TFDS set "
+            f"({cut(first_line(error), 60)}); this prepares it: pip install -e '.[prepare]' && "
+            f"tfds build {name} --file_format=array_record{where}"
+        )
 
 
-class _TfdsSplit(ArraysSplit):
-    """TFDS reads all of an example together, as one element of `images`."""
+@dataclasses.dataclass(frozen=True)
+class _TfdsSplit(Source):
+    where: str
+    examples: Sequence[dict]  # of which TFDS reads everything together
+    image: str  # the feature
+    labelled: bool  # whether there are labels
+    objects_of: tuple[str, bool] | None  # the feature, and whether its objects have labels
+    maps: tuple[str, label_maps.LabelTable] | None  # the feature, and its classes
 
-    def __init__(
-        self,
-        name: str,
-        images,
-        labels: bool,
-        image: str,
-        objects: tuple[str, bool] | None,
-        maps: tuple[str, label_maps.LabelTable] | None,
-    ):
-        super().__init__(name, images, labels)
-        self.image = image  # the feature
-        self.objects = objects  # the feature, and whether it has labels
-        self.maps = maps  # the feature, and its classes
+    def __len__(self) -> int:
+        return len(self.examples)
 
     def __getitem__(self, index: int) -> Record:
-        example = self.images[index]
+        example = self.examples[index]
         record = {"encoded": example[self.image]}
         if self.maps:
             name, table = self.maps
             found = table.annotate(record["encoded"], example[name])
             record["encoded"], record["segmentation"] = found
-        if self.labels:
+        if self.labelled:
             record["label"] = np.int32(example["label"])
-        if self.objects:
-            name, labelled = self.objects
+        if self.objects_of:
+            name, labelled = self.objects_of
             record |= _objects(record["encoded"], example[name], labelled)
         return record
 
     def image_id(self, index: int) -> int | str | None:
-        found = self.images[index].get(IMAGE_ID)
+        found = self.examples[index].get(IMAGE_ID)
         if isinstance(found, bytes):
             return found.decode()
         return int(found) if isinstance(found, int | np.integer) else found
@@ -139,10 +147,8 @@ def _objects(encoded: bytes, found: dict[str, list | np.ndarray], labelled: bool
 
     Boxes are clipped to the image; those without area or without a class are left out.
     """
-    size = (0, 0)  # of a file that cannot be read, which decoding finds out
-    with contextlib.suppress(Exception):
-        size, _ = shown_size(encoded)
-    boxes = np.reshape(found["bbox"], (-1, 4)).clip(0, 1) * np.array(size * 2, np.float32)
+    sides = np.array(shown_size(encoded)[0] * 2, np.float32)
+    boxes = np.reshape(found["bbox"], (-1, 4)).clip(0, 1) * sides
     none = np.zeros(len(boxes), np.int32)
     labels = np.asarray(found["label"] if labelled else none, np.int32)
     kept = (boxes[:, :2] < boxes[:, 2:]).all(1) & (labels >= 0)
@@ -154,14 +160,3 @@ def _objects(encoded: bytes, found: dict[str, list | np.ndarray], labelled: bool
         "crowd": np.asarray(found.get("is_crowd", none), bool)[kept],
         "area": area[kept].astype(np.float32),
     }
-
-
-def _unprepared(name: str, folder: str | None, sets: Iterable[str], error: Exception) -> str:
-    if "/" in name and type(error).__name__ == "DatasetNotFoundError":
-        return f"config.data.name={name} is no TFDS set; of the Hub, {guess.hub_advice(name)}."
-    where = f" --data_dir={folder}" if folder else ""
-    return (
-        f"config.data.name={name} is none of {', '.join(sets)} and no prepared TFDS set "
-        f"({cut(first_line(error), 60)}); this prepares it: pip install -e '.[prepare]' && "
-        f"tfds build {name} --file_format=array_record{where}"
-    )

@@ -1,22 +1,31 @@
-"""Data sets that lie in a few large files, whose names say which split each file belongs to."""
+"""Data sets that lie in a few large files, whose names say which split each file belongs to.
 
-import bisect
+WebDataset's tar files are such files; Parquet and Arrow files are read in data/parquet.py.
+"""
+
 import glob
-import itertools
+import json
 import os
 import pathlib
 import re
-from collections.abc import Iterable
+import tarfile
 
 import numpy as np
 
-from gptv_jax.data import guess
+from gptv_jax import config as config_lib
 from gptv_jax.data import labels as labels_lib
+from gptv_jax.data import listing
 from gptv_jax.data.arrays import ArraysSplit
-from gptv_jax.data.folder import spread_classes
-from gptv_jax.data.listing import split_name
-from gptv_jax.errors import InputError
+from gptv_jax.data.data_set import SPLITS, DataSet, locate, spread_classes, starts
+from gptv_jax.data.images import DamagedImageError
+from gptv_jax.data.listing import split_name, split_of
+from gptv_jax.errors import InputError, as_input_error
 
+# Endings of images, in the order of preference where an example has several.
+ENDINGS = (*listing.ENDINGS, ".avif", ".jp2")
+LABELS = ("cls", "json")
+JSON_LABELS = ("label", "cls", "class_id", "class")  # keys of a label in .json
+NAMES = "classnames.txt"  # beside the shards, a name a line
 _NUMBERED = re.compile(r"([A-Za-z]\w*)-\d+-of-\d+(-[0-9a-f]+)?")  # unlabeled-00000-of-00005
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
@@ -35,21 +44,21 @@ def find(
     given = f"config.data.path={path}"
     files, root = _list(path, endings)
     if not files:
-        advice = guess.of_folder(path, name) if path.is_dir() else None
+        advice = listing.of_folder(path, name) if path.is_dir() else None
         found = advice or f"{path} has no {kind} file ({' or '.join(endings)})."
         raise InputError(f"config.data.path={found}")
-    splits = {file: _split(file.relative_to(root)) for file in files}
+    names = {file: file.name.partition(".")[0] for file in files}
+    splits = {f: split_of(f.relative_to(root).parent / name) for f, name in names.items()}
     if not any(splits.values()):
         splits = dict.fromkeys(files, "train")
     found: dict[str, list[pathlib.Path]] = {}
     for file, split in splits.items():
-        other = _NUMBERED.fullmatch(file.name.partition(".")[0])  # a split of another name
+        other = _NUMBERED.fullmatch(names[file])  # a split of another name
         if not split and not other:
             problem = f"{given} has files that name a split, and {file.name}, which names none"
             advice = f"name its split, as in train-{file.name}, or take the file away"
             raise InputError(f"{problem}; {advice}.")
         found.setdefault(split or other[1], []).append(file)
-    order = {"train": 0, "validation": 1, "test": 2}
     for split, members in found.items():
         folders = sorted({str(file.parent.relative_to(root)) for file in members})
         if len(folders) > 1:
@@ -57,7 +66,8 @@ def find(
                 f"{given} has files of the split {split} in {len(folders)} folders, {folders[0]} "
                 f"and {folders[1]} among them; name one of these folders by config.data.path."
             )
-    return {split: found[split] for split in sorted(found, key=lambda s: (order.get(s, 3), s))}
+    order = (*SPLITS, *sorted(found))
+    return {split: found[split] for split in sorted(found, key=order.index)}
 
 
 def _list(path: pathlib.Path, endings: tuple[str, ...]) -> tuple[list[pathlib.Path], pathlib.Path]:
@@ -86,36 +96,12 @@ def _expand(pattern: str) -> list[str]:
     return [before + number + rest for number in numbers for rest in after]
 
 
-def _split(file: pathlib.Path) -> str | None:
-    # The name of the file says more than the names of folders, the nearest folder the most.
-    names = [file.name.partition(".")[0], *reversed(file.parts[:-1])]
-    return next(filter(None, (split_name(name, within=True) for name in names)), None)
+class Shards(DataSet):
+    """A data set of image files in parts; rows that are sorted by class are mixed.
 
-
-class Rows:
-    """The rows of several parts, numbered throughout."""
-
-    def __init__(self, lengths: Iterable[int]):
-        self._ends = list(itertools.accumulate(lengths))
-
-    def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
-
-    def locate(self, index: int) -> tuple[int, int]:
-        """The number of the part that holds a row, and the row's number in the part."""
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        part = bisect.bisect_right(self._ends, index)
-        return part, index - (self._ends[part - 1] if part else 0)
-
-
-class Shards:
-    """A data set of large files; rows that are sorted by class are mixed.
-
-    A part has some rows of a file: its length, `read(row)`, the bytes of an image, and `name(row)`.
+    A part has some of a split's images: its length, `read(row)`, the bytes of an image file, and
+    `name(row)`.
     """
-
-    object_names = ()
 
     def __init__(
         self,
@@ -132,7 +118,7 @@ class Shards:
         in test splits whose labels are kept secret) is left out, with a note. Raises InputError
         where labels are of mixed or other types, only some are missing, or one has no name.
         """
-        self.notes: list[str] = []
+        self.notes = []
         # As the names of files and folders call the splits.
         self.other_names = {
             word: split
@@ -141,18 +127,20 @@ class Shards:
             if split_name(word) == split
         }
         rows = {split: np.arange(sum(map(len, found))) for split, found in parts.items()}
-        numbers, self.classes, self.class_names = {}, 0, ()
+        numbers = {}
         if labels is not None:
             vectors = self._vectors(labels, where, ignore_label)
-            rows = labels_lib.leave_out(vectors, ignore_label, self.notes)
-            kept = {split: vectors[split][chosen] for split, chosen in rows.items()}
-            names = () if any(each.dtype.kind == "U" for each in kept.values()) else names
-            numbers, self.classes, self.class_names = labels_lib.number(kept, self.notes, names)
-        self._splits = {s: _Split(parts[s], rows[s], numbers.get(s)) for s in rows}
-        self.lengths = {split: len(kept) for split, kept in rows.items()}
-
-    def open(self, split: str) -> "_Split":
-        return self._splits[split]
+            rows, numbers, self.classes, self.class_names = labels_lib.number(
+                vectors, ignore_label, self.notes, names
+            )
+        for split, given in numbers.items():
+            # Rows are sorted where the label changes less than half as often as at random.
+            shares = np.bincount(given) / len(given)
+            expected = (1 - np.square(shares).sum()) * (len(given) - 1)
+            if np.count_nonzero(np.diff(given)) < expected / 2:
+                order = spread_classes(given)
+                rows[split], numbers[split] = rows[split][order], given[order]
+        self.splits = {s: _Split(parts[s], kept, numbers.get(s)) for s, kept in rows.items()}
 
     def _vectors(
         self, found: dict[str, list], where: str, ignore_label: int | None
@@ -185,20 +173,13 @@ class Shards:
 
 
 class _Split(ArraysSplit):
-    """The rows `images` of a split, int [N], and their labels, int [N], or None."""
+    """The images `rows`, int [N], of parts that are numbered throughout, and their labels."""
 
     key = "encoded"
 
     def __init__(self, parts: list, rows: np.ndarray, labels: np.ndarray | None):
-        if labels is not None:
-            # Rows are sorted where the label changes less than half as often as at random.
-            shares = np.bincount(labels) / len(labels)
-            expected = (1 - np.square(shares).sum()) * (len(labels) - 1)
-            if np.count_nonzero(np.diff(labels)) < expected / 2:
-                order = spread_classes(labels)
-                rows, labels = rows[order], labels[order]
         super().__init__("", rows, labels)
-        self.parts, self._places = parts, Rows(map(len, parts))
+        self.parts, self._firsts = parts, starts(map(len, parts))
 
     def read(self, index: int) -> bytes:
         part, row = self._locate(index)
@@ -209,5 +190,91 @@ class _Split(ArraysSplit):
         return part.name(row)
 
     def _locate(self, index: int) -> tuple:
-        part, row = self._places.locate(int(self.images[index]))
+        part, row = locate(self._firsts, int(self.images[index]))
         return self.parts[part], row
+
+
+class WebDataset(Shards):
+    """The images of tar files, in which the files of one example have one name and several endings.
+
+    A pass over the headers of the tar files finds where every image lies. Tar does not compress, so
+    that an image is then read alone, in any order. `config.path` is as in `find`.
+
+    The files of an example are `NAME.jpg`, `NAME.cls`, ...; the ending begins at the first dot. The
+    label is the content of .cls, a whole number or a text, or in .json a field of `JSON_LABELS`.
+    Other files, such as captions in .txt, are not read. Examples stay in the order of the shards,
+    unless they are sorted by class; then they are mixed.
+    """
+
+    def __init__(self, config: config_lib.Data):
+        path = listing.data_path(config, pattern=True)
+        splits, parts = find(path, (".tar",), "tar", "webdataset"), {}
+        for split, paths in splits.items():
+            parts[split] = [shard for p in paths if len(shard := _Shard(p, config.labels))]
+            if not parts[split]:
+                shown = ", ".join(ENDINGS[:4])
+                problem = f"{paths[0]} has no image (no file ending in {shown}, ...)"
+                raise InputError(f"{problem}; a WebDataset's tar files hold image files.")
+        read = {s: [t for shard in found for t in shard.labels] for s, found in parts.items()}
+        labelled = any(label is not None for found in read.values() for label in found)
+        file = (path if path.is_dir() else path.parent) / NAMES
+        names = tuple(file.read_text().splitlines()) if labelled and file.exists() else ()
+        where = f".cls or .json of {path}"
+        super().__init__(parts, read if labelled else None, names, where, config.ignore_label)
+
+
+class _Shard:
+    """Where the images of a tar file lie, and their labels as they are stored."""
+
+    def __init__(self, path: pathlib.Path, labels: bool):
+        self.path = path
+        problem = f"{path} is damaged, compressed, or no tar file"
+        with as_input_error(problem, (OSError, tarfile.TarError)), tarfile.open(path, "r:") as tar:
+            examples = self._read(tar, labels)
+        self.keys = list(examples)
+        self.places = np.array([f["image"] for f in examples.values()], np.int64).reshape(-1, 2)
+        self.labels = [self._label(key, files) for key, files in examples.items()]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def read(self, row: int) -> bytes:
+        place, size = self.places[row].tolist()
+        with self.path.open("rb") as file:
+            file.seek(place)
+            image = file.read(size)
+        if len(image) < size:
+            raise DamagedImageError("the tar file has become shorter")
+        return image
+
+    def name(self, row: int) -> str:
+        return f"{self.path}:{self.keys[row]}"
+
+    def _read(self, tar: tarfile.TarFile, labels: bool) -> dict[str, dict]:
+        """The place of each example's image, [offset, size], and the files with labels."""
+        examples: dict[str, dict] = {}
+        for member in tar:
+            folder, slash, name = member.name.rpartition("/")
+            key, _, ending = name.partition(".")
+            if member.isfile() and key:
+                files = examples.setdefault(folder + slash + key, {})
+                if f".{ending.lower()}" in ENDINGS:
+                    files[f".{ending.lower()}"] = (member.offset_data, member.size)
+                elif labels and ending in LABELS:
+                    files[ending] = tar.extractfile(member).read()
+        # The library takes a header that it cannot read for the end, which has zeros.
+        tar.fileobj.seek(tar.offset)
+        if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
+            raise tarfile.ReadError(f"unreadable from byte {tar.offset} on")
+        for files in examples.values():
+            files["image"] = next((files[ending] for ending in ENDINGS if ending in files), None)
+        return {key: files for key, files in examples.items() if files["image"]}
+
+    def _label(self, key: str, files: dict) -> object:
+        with as_input_error(f"the label of {key} in {self.path} is damaged", ValueError):
+            if "cls" in files:
+                text = files["cls"].decode().strip()
+                return int(text) if text.lstrip("-").isdecimal() else text or None
+            fields = json.loads(files.get("json", b"{}"))
+            found = fields if isinstance(fields, dict) else {}
+            return next((found[name] for name in JSON_LABELS if name in found), None)

@@ -8,104 +8,84 @@ import contextlib
 import functools
 import re
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from gptv_jax import config as config_lib
-from gptv_jax import files
-from gptv_jax.data import guess, label_maps, shards
+from gptv_jax.data import listing
 from gptv_jax.data.arrays import Arrays as Arrays  # a name of this module for its users
-from gptv_jax.data.arrays import data_path, digits, open_npz
+from gptv_jax.data.arrays import digits, open_npz
 from gptv_jax.data.cache import TokenCache
 from gptv_jax.data.coco import Coco
+from gptv_jax.data.data_set import SPLITS, DataSet, Source, locate, starts
 from gptv_jax.data.digit_scenes import DigitScenes
 from gptv_jax.data.folder import ImageFolder
 from gptv_jax.data.images import DamagedImageError
+from gptv_jax.data.label_maps import MapFolder
 from gptv_jax.data.listing import split_names
-from gptv_jax.data.map_folder import MapFolder
 from gptv_jax.data.parquet import Tables
 from gptv_jax.data.prepared import Tfds
-from gptv_jax.data.records import OBJECTS, Record, annotations
-from gptv_jax.data.webdataset import WebDataset
+from gptv_jax.data.records import OBJECTS, Record
+from gptv_jax.data.shards import WebDataset
 from gptv_jax.errors import InputError, counted, shorten
 
-SPLITS = ("train", "validation", "test")  # of a run; `config.data` gives an expression for each
+SETS: dict[str, Callable[[config_lib.Data], DataSet]] = {
+    "digits": lambda config: digits(),
+    "arrays": open_npz,
+    "folder": lambda config: (MapFolder if config.maps else ImageFolder)(config),
+    "coco": Coco,
+    "digit_scenes": lambda config: DigitScenes(),
+    "parquet": Tables,
+    "webdataset": WebDataset,
+    "tokens": lambda config: TokenCache(listing.data_path(config)),
+}
+PLAIN, MAPPED = "folder without config.data.maps", "folder with config.data.maps"
+OF_TFDS = "a TFDS set"
+# Fields that only some data sets read. A token cache has the label maps of the data that it was
+# made of.
+FIELDS = {
+    "labels_file": (PLAIN,),
+    "ignore_label": (PLAIN, "arrays", "parquet", "webdataset"),
+    "annotations": ("coco",),
+    "images": ("coco", MAPPED),
+    "maps": ("folder", "coco", "tokens", OF_TFDS),
+}
 
 
-@runtime_checkable
-class Source(Protocol):
-    """The records of a split, or of a split expression, by number; see data/records.py.
-
-    A number has always the same record, and all records of a split have the same keys.
-    """
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Record: ...
-
-    def name(self, index: int) -> str: ...  # the example's name in messages
-
-
-@runtime_checkable
-class DataSet(Protocol):
-    """A data set with all its splits.
-
-    It may have `map_names`, names of the classes of its label maps; `keys`, names of what records
-    have beside the picture, labels and boxes; and `object_ids`, the number that the data give each
-    class of objects, if not 0, 1, 2, ....
-    """
-
-    classes: int  # number of classes; 0: unlabelled
-    class_names: tuple[str, ...]  # in the order of the labels; empty where classes have no names
-    object_names: tuple[str, ...]  # in the order of the box_labels; empty where there are no boxes
-    lengths: dict[str, int]  # number of examples by split
-
-    def open(self, split: str) -> Source: ...
-
-
-def open_folder(config: config_lib.Data) -> ImageFolder | MapFolder:
-    """The folder of images, with label maps, or with class folders or a CSV file as labels."""
-    if config.maps:
-        table = label_maps.read_table(config)
-        return MapFolder(data_path(config), config.maps, config.images, table, _missing(config))
-    labels_file = config.labels_file and files.user_path(config.labels_file)
-    return ImageFolder(data_path(config), config.labels, labels_file, config.ignore_label)
-
-
-class Selected:
+class Selected(Source):
     """The examples that a split expression such as `train[:96%]` or `train+test` selects."""
 
     def __init__(self, data_set: DataSet, expression: str, labels: bool = True):
         self.classes = data_set.classes if labels else 0
         self.class_names = data_set.class_names if labels else ()
-        self.object_names = data_set.object_names
-        self.object_ids = getattr(data_set, "object_ids", tuple(range(len(self.object_names))))
-        self.map_names: tuple[str, ...] = getattr(data_set, "map_names", ())
+        self.object_names, self.map_names = data_set.object_names, data_set.map_names
+        self.object_ids = data_set.object_ids or tuple(range(len(self.object_names)))
         # What records have beside the picture.
-        self.keys = {*getattr(data_set, "keys", ()), *(OBJECTS[:3] if self.object_names else ())}
+        self.keys = {*data_set.keys, *(OBJECTS[:3] if self.object_names else ())}
         self.keys |= {"label"} if self.classes else set()
         self.keys |= {"segmentation"} if self.map_names else set()
         parts = _resolve(expression, data_set)
-        self._rows = shards.Rows(len(rows) for _, rows in parts)
-        if not len(self._rows):
+        self._firsts = starts(len(rows) for _, rows in parts)
+        if not len(self):
             shown = _shown(data_set.lengths)
             raise InputError(f"split {expression!r} names no image of: {shown}.")
         self.expression, self.splits = expression, {split for split, _ in parts}
         self._parts = [(data_set.open(split), rows) for split, rows in parts]
+        self.labels = None
+        if self.classes and all(source.labels is not None for source, _ in self._parts):
+            found = [source.labels[rows.start : rows.stop] for source, rows in self._parts]
+            self.labels = np.concatenate(found)
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return self._firsts[-1]
 
     def __getitem__(self, index: int) -> Record:
         source, row = self._locate(index)
         return self._labelled(source[row])
 
     def annotations(self, index: int) -> Record:
-        """The record without the picture, which sources with a method `annotations` do not read."""
         source, row = self._locate(index)
-        known = getattr(source, "annotations", None) or (lambda row: annotations(source[row]))
-        return self._labelled(known(row))
+        return self._labelled(source.annotations(row))
 
     def _labelled(self, record: Record) -> Record:
         """The record without its label where there are no classes."""
@@ -116,10 +96,9 @@ class Selected:
 
         None where there are no classes, or where the labels are not in memory, as in TFDS's files.
         """
-        labels = self._labels()
-        if labels is None:
+        if self.labels is None:
             return None
-        return np.bincount(labels[labels >= 0], minlength=self.classes)
+        return np.bincount(self.labels[self.labels >= 0], minlength=self.classes)
 
     def object_counts(self) -> dict[str, int | list[int]] | None:
         """Numbers of boxes and of images without a box; None where these are not in memory.
@@ -127,14 +106,31 @@ class Selected:
         "boxes" counts all boxes, "crowd" boxes around groups, "by_class" the boxes of each class;
         "empty" is the number of images.
         """
-        if not all(hasattr(source, "object_counts") for source, _ in self._parts):
+        if (found := self._objects()) is None:
             return None
-        counts = [source.object_counts(rows) for source, rows in self._parts]
-        whole = {key: sum(each[key] for each in counts) for key in ("boxes", "crowd", "empty")}
-        by_class = np.zeros(len(self.object_names), int)
-        for each in counts:
-            by_class[: len(each["by_class"])] += each["by_class"]
-        return whole | {"by_class": by_class.tolist()}
+        images, classes, crowd = found
+        return {
+            "boxes": len(images),
+            "crowd": int(crowd.sum()),
+            "empty": len(self) - len(np.unique(images)),
+            "by_class": np.bincount(classes, minlength=len(self.object_names)).tolist(),
+        }
+
+    def objects_by_image(self) -> np.ndarray | None:
+        """Number of objects of each image, crowds left out, int64 [N]; None: not in memory."""
+        if (found := self._objects()) is None:
+            return None
+        images, _, crowd = found
+        return np.bincount(images[~crowd], minlength=len(self))
+
+    def _objects(self) -> list[np.ndarray] | None:
+        """As `Source.known_objects`, of all images."""
+        found = [source.known_objects(rows) for source, rows in self._parts]
+        if any(each is None for each in found):
+            return None
+        images, *others = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
+        first = np.repeat(self._firsts[:-1], [len(images) for images, *_ in found])
+        return [images + first, *others]
 
     def map_counts(self, limit: int | None = None) -> dict[str, int | list[int]] | None:
         """Numbers of pixels in the label maps of `limit` examples from all over; None: of all.
@@ -157,27 +153,6 @@ class Selected:
         *pixels, none = sums.tolist()
         return {"pixels": pixels, "none": none, "maps": maps, "empty": empty}
 
-    def objects_by_image(self) -> np.ndarray | None:
-        """As `CocoSplit.objects_by_image`; None where the boxes are not in memory."""
-        if not all(hasattr(source, "objects_by_image") for source, _ in self._parts):
-            return None
-        return np.concatenate([source.objects_by_image(rows) for source, rows in self._parts])
-
-    def has_labels(self) -> bool:
-        """Whether the labels are numbers of classes; of labels in files, the first and last are."""
-        labels = self._labels()
-        if labels is None:
-            labels = np.array([self[i].get("label", -1) for i in (0, len(self) - 1)])
-        return bool(labels.min() >= 0 and labels.max() < self.classes)
-
-    def _labels(self) -> np.ndarray | None:
-        """The labels where they are in memory."""
-        labels = [getattr(source, "labels", None) for source, _ in self._parts]
-        if not self.classes or not all(isinstance(each, np.ndarray) for each in labels):
-            return None
-        parts = zip(labels, self._parts, strict=True)
-        return np.concatenate([each[rows.start : rows.stop] for each, (_, rows) in parts])
-
     def name(self, index: int) -> str:
         source, row = self._locate(index)
         return source.name(row)
@@ -185,11 +160,11 @@ class Selected:
     def image_id(self, index: int) -> int | str:
         """The id that the data give the image, such as a COCO file; else the index."""
         source, row = self._locate(index)
-        found = source.image_id(row) if hasattr(source, "image_id") else None
+        found = source.image_id(row)
         return index if found is None else found
 
     def _locate(self, index: int) -> tuple[Source, int]:
-        part, row = self._rows.locate(index)
+        part, row = locate(self._firsts, index)
         source, rows = self._parts[part]
         return source, rows[row]
 
@@ -201,7 +176,7 @@ def _resolve(expression: str, data_set: DataSet) -> list[tuple[str, range]]:
     """
     lengths = data_set.lengths
     names = {split: own for own, split in split_names(lengths).items()}
-    names |= getattr(data_set, "other_names", {})
+    names |= data_set.other_names
     taken = expression
     expression = re.sub(r"(?:^|(?<=\+))[^\[+]+", lambda m: names.get(m[0], m[0]), expression)
     if expression in lengths:  # without importing TFDS, which takes seconds
@@ -228,10 +203,6 @@ def _resolve(expression: str, data_set: DataSet) -> list[tuple[str, range]]:
     return [(p.splitname, range(lengths[p.splitname])[p.from_ : p.to]) for p in found]
 
 
-def _large_files(kind: type, config: config_lib.Data) -> DataSet:
-    return kind(data_path(config, pattern=True), config.labels, config.ignore_label)
-
-
 def _flags(expressions: tuple[str, ...]) -> str:
     """The flags that make these the splits of a run."""
     pairs = zip(SPLITS, expressions, strict=True)
@@ -242,59 +213,29 @@ def _shown(lengths: dict[str, int]) -> str:
     return shorten(f"{split} ({counted(count, 'image')})" for split, count in lengths.items())
 
 
-def _coco(config: config_lib.Data) -> Coco:
-    shapes = tuple(each.strip() for each in (config.maps or "").split(",") if each.strip())
-    path = data_path(config)
-    return Coco(path, config.annotations, config.images, _missing(config), shapes)
-
-
-def _missing(config: config_lib.Data) -> float:
-    """The share of images without a file or a label map that is taken."""
-    return 0.0 if config.damaged == "fail" else config.max_damaged
-
-
-SETS: dict[str, Callable[[config_lib.Data], DataSet]] = {
-    "digits": lambda config: digits(),
-    "arrays": open_npz,
-    "folder": open_folder,
-    "coco": _coco,
-    "digit_scenes": lambda config: DigitScenes(),
-    "parquet": lambda config: _large_files(Tables, config),
-    "webdataset": lambda config: _large_files(WebDataset, config),
-    "tokens": lambda config: TokenCache(data_path(config)),
-}
-
-
 @functools.lru_cache(maxsize=8)
 def open_data_set(config: config_lib.Data) -> DataSet:
     """The data set that the config names; a process opens each data set once."""
-    mapped = config.name == "folder" and config.maps is not None
-    labelled = () if mapped else ("folder",)
-    fields = {
-        "labels_file": labelled,
-        "ignore_label": (*labelled, "arrays", "parquet", "webdataset"),
-    }
-    fields |= {"annotations": ("coco",), "images": ("coco", *["folder"] * mapped)}
-    # A token cache has the label maps of the data that it was made of.
-    fields |= {"maps": ("folder", "coco", "tokens", *[config.name] * (config.name not in SETS))}
-    for field, names in fields.items():
-        if getattr(config, field) is not None and config.name not in names:
-            kinds = "|".join(names) or "folder without config.data.maps"
+    of_folder = MAPPED if config.maps else PLAIN
+    kinds = {config.name, of_folder if config.name == "folder" else config.name}
+    kinds |= {OF_TFDS} if config.name not in SETS else set()
+    for field, names in FIELDS.items():
+        if getattr(config, field) is not None and not kinds & {*names}:
             raise InputError(
-                f"config.data.{field}={getattr(config, field)} is for config.data.name={kinds}, "
-                f"but config.data.name={config.name}; leave the field out."
+                f"config.data.{field}={getattr(config, field)} is for config.data.name="
+                f"{'|'.join(names)}, but config.data.name={config.name}; leave the field out."
             )
-    if config.name not in SETS:
-        if advice := guess.advice(config.name):
-            raise InputError(f"config.data.name={advice}")
-        try:
-            return Tfds(config, config.dir and str(files.user_place(config.dir)), SETS)
-        except InputError as error:
-            if config.path and (advice := guess.advice(config.path)):  # TFDS reads no data.path
-                problem = f"config.data.name={config.name} does not read config.data.path"
-                raise InputError(f"{problem}; {advice}") from error
-            raise
-    return SETS[config.name](config)
+    if config.name in SETS:
+        return SETS[config.name](config)
+    if advice := listing.advice(config.name):
+        raise InputError(f"config.data.name={advice}")
+    try:
+        return Tfds(config, SETS)
+    except InputError as error:
+        if config.path and (advice := listing.advice(config.path)):  # TFDS reads no data.path
+            problem = f"config.data.name={config.name} does not read config.data.path"
+            raise InputError(f"{problem}; {advice}") from error
+        raise
 
 
 def open_source(config: config_lib.Data, split: str) -> Selected:
@@ -333,7 +274,10 @@ def check_labels(config: config_lib.Data, opened: dict[str, Selected]) -> None:
             "images of several classes, or ignore all classes by config.data.labels=False."
         )
     for split, source in opened.items():
-        if not source.has_labels():
+        labels = source.labels
+        if labels is None:  # in files, of which the first and the last example are looked at
+            labels = np.array([source[i].get("label", -1) for i in (0, len(source) - 1)])
+        if labels.min() < 0 or labels.max() >= source.classes:
             given = f"config.data.{split}_split={getattr(config, f'{split}_split')}"
             raise InputError(
                 f"{given} has images without a label (-1, or no number of the {source.classes} "

@@ -1,0 +1,98 @@
+"""What every data set has: its splits, and their records by number."""
+
+import bisect
+import functools
+import itertools
+import pathlib
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from gptv_jax.data.records import Record, annotations
+
+SPLITS = ("train", "validation", "test")  # of a run; `config.data` gives an expression for each
+ORDER_SEED = 0  # fixed, so that a split expression selects the same images in every run
+
+
+class Source:
+    """The records of a split, or of a split expression, by number; see data/records.py.
+
+    A number has always the same record, and all records of a split have the same keys.
+    """
+
+    labels: np.ndarray | None = None  # the labels of all records, int [N], where they are in memory
+    where: str | pathlib.Path  # the split, or the file that holds the split, in messages
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> Record:
+        raise NotImplementedError
+
+    def name(self, index: int) -> str:
+        """The example's name in messages."""
+        return f"{self.where}[{index}]"
+
+    def annotations(self, index: int) -> Record:
+        """The record without the picture, which some sources do not read."""
+        return annotations(self[index])
+
+    def image_id(self, index: int) -> int | str | None:
+        """The id that the data give the image, such as a COCO file; None: it has none."""
+
+    def known_objects(self, rows: range) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+        """Of all boxes of the images `rows`: the image, counted from 0, the class, whether a crowd.
+
+        None where the boxes are not in memory.
+        """
+
+
+class DataSet:
+    """A data set with all its splits; of `splits`, or with `lengths` and `open`."""
+
+    classes: int = 0  # number of classes; 0: unlabelled
+    class_names: tuple[str, ...] = ()  # in the order of the labels; () where classes have no names
+    object_names: tuple[
+        str, ...
+    ] = ()  # in the order of the box_labels; () where there are no boxes
+    object_ids: tuple[int, ...] = ()  # of the data, for the classes of objects; (): 0, 1, 2, ...
+    map_names: tuple[str, ...] = ()  # of the classes of label maps; () where there are none
+    keys: tuple[str, ...] = ()  # what records have beside the picture, labels and boxes
+    # Sentences: what a user may not expect, and what is not read.
+    notes: Sequence[str] = ()
+    left_out: Sequence[str] = ()
+    other_names: dict[str, str] = {}  # noqa: RUF012 - of the splits, as files or folders call them
+    splits: dict[str, Source]
+
+    @functools.cached_property
+    def lengths(self) -> dict[str, int]:
+        """Number of examples by split."""
+        return {split: len(source) for split, source in self.splits.items()}
+
+    def open(self, split: str) -> Source:
+        """The records of a split."""
+        return self.splits[split]
+
+
+def starts(lengths: Iterable[int]) -> list[int]:
+    """The first row of each of several parts, numbered throughout, and the number of all rows."""
+    return list(itertools.accumulate(lengths, initial=0))
+
+
+def locate(firsts: list[int], index: int) -> tuple[int, int]:
+    """The part that holds a row, and the row's number in the part; `firsts` are of `starts`."""
+    if not 0 <= index < firsts[-1]:
+        raise IndexError(index)
+    part = bisect.bisect_right(firsts, index) - 1
+    return part, index - firsts[part]
+
+
+def spread_classes(labels: np.ndarray) -> np.ndarray:
+    """A shuffled order of all rows in which each class is spread evenly."""
+    rng = np.random.default_rng(ORDER_SEED)
+    place = np.empty(len(labels))
+    rows = np.argsort(labels, kind="stable")
+    for members in np.split(rows, np.flatnonzero(np.diff(labels[rows])) + 1):
+        members = rng.permutation(members)
+        place[members] = (np.arange(len(members)) + rng.random()) / len(members)
+    return np.argsort(place, kind="stable")
