@@ -1,6 +1,6 @@
 """Which stages a run takes, and why it cannot take others."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 
 from gptv_jax import config as config_lib
 from gptv_jax import tasks
@@ -18,7 +18,7 @@ def choose_stages(
     config: config_lib.Config,
     held: Collection[str],
     wanted: list[str] | None = None,
-    begun: Sequence[str] = (),
+    begun: Collection[str] = (),
 ) -> list[str]:
     """Names of the stages to run, in order; None: all possible stages except those on request.
 
