@@ -62,8 +62,11 @@ def total_of(task: Detect, records: list[dict], flips=(False,)) -> dict[str, np.
                 boxes = boxes * [1, -1, 1, -1] + np.float32([0, width, 0, width])
             shown = {"boxes": boxes.astype(np.float32), "box_labels": record["box_labels"]}
             targets = task.example(shown)["targets"]["boxes"]
-            row = {"drawn": targets, "targets": targets, "view": view, "nats": np.float32(2)}
-            row |= {"probabilities": np.ones(len(targets), np.float32), "index": np.int32(index)}
+            row = {"drawn": targets[None], "targets": targets, "view": view, "nats": np.float32(2)}
+            row |= {
+                "probabilities": np.ones((1, len(targets)), np.float32),
+                "index": np.int32(index),
+            }
             rows.append(row | {"mask": np.float32(index < len(records))})
     total = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     return total | {"images": total["mask"].sum()}
@@ -189,13 +192,13 @@ def test_every_mesh_finds_the_same_objects():
             found.append(sums)
             assert metric.result(sums)["ap"] >= 0
     one, two = found
-    assert one["images"] == 16 and one["drawn"].shape == (16, 30)
+    assert one["images"] == 16 and one["drawn"].shape == (16, 1, 30)
     for name in ("drawn", "targets", "index", "mask", "view"):
         np.testing.assert_array_equal(one[name], two[name])
     for name in ("probabilities", "nats"):
         np.testing.assert_allclose(one[name], two[name], rtol=1e-4)
     # The best of three classes has a third of their probability; "noise" has a share as well.
-    assert one["probabilities"][:, 4::5].min() < 1 / 3
+    assert one["probabilities"][..., 4::5].min() < 1 / 3
     rows = one["drawn"].reshape(16, -1, 5)
     assert (rows[..., :2] <= rows[..., 2:4]).all() and (rows[..., 4] < task.box_tokens.noise).all()
 
@@ -267,6 +270,29 @@ def test_views_vote_in_the_original_image():
     assert task.metric(task.network(), records.__getitem__).result(total)["ap"] > 0.97
 
 
+def test_samples_vote_and_one_finds_what_another_has_missed():
+    records = scenes(12)
+    task, total = task_of(samples=2), total_of(task_of(), records)
+    objects = np.repeat(total["drawn"], 2, axis=1).reshape(len(total["index"]), 2, -1, 5)
+    objects[:, 0, 0], objects[:, 1, 1] = objects[:, 0, 2], objects[:, 1, 2]  # each misses another
+    drawn = objects.reshape(*objects.shape[:2], -1)
+    total["probabilities"] = np.ones(drawn.shape, np.float32)
+
+    def ap(kept: slice) -> float:
+        sampled = {"drawn": drawn[:, kept], "probabilities": total["probabilities"][:, kept]}
+        found = total | sampled
+        return task.metric(task.network(), records.__getitem__).result(found)["ap"]
+
+    assert ap(slice(0, 2)) > max(ap(slice(0, 1)), ap(slice(1, 2))) + 0.1
+
+
+def test_equal_samples_are_refused():
+    with pytest.raises(
+        InputError, match=r"samples above 1 takes config\.task\.detect\.top_p above 0"
+    ):
+        task_of(samples=2, top_p=0.0).check()
+
+
 def test_crowds_are_no_targets():
     record = scenes(1)[0] | {"crowd": np.array([True])}
     record = {name: array[:1] for name, array in record.items()}
@@ -288,7 +314,7 @@ def test_a_split_without_an_object_is_refused():
 
 
 def test_draws_do_not_depend_on_the_batch():
-    task, records = task_of(bins=16), scenes(8)
+    task, records = task_of(bins=16, samples=2), scenes(8)
     network, batch = task.network(), batch_of(task, records)
     halves = [{k: jax.tree.map(lambda x, h=h: x[h], v) for k, v in batch.items()}
               for h in (slice(4), slice(4, 8))]  # fmt: skip
@@ -296,7 +322,7 @@ def test_draws_do_not_depend_on_the_batch():
         metric, params = task.metric(network, records.__getitem__), random_params(network)
         one, two = metric.sums(params, iter([batch])), metric.sums(params, iter(halves))
     np.testing.assert_array_equal(one["drawn"], two["drawn"])
-    assert len(np.unique(one["drawn"], axis=0)) == 8
+    assert len(np.unique(one["drawn"].reshape(16, -1), axis=0)) == 16
 
 
 def test_a_second_call_compiles_nothing():

@@ -18,7 +18,7 @@ from gptv_jax.data.damage import DamageLog
 from gptv_jax.data.records import to_image, to_original
 from gptv_jax.errors import InputError
 from gptv_jax.stages.run import run_stages
-from gptv_jax.tasks import detect, drawing
+from gptv_jax.tasks import drawing
 from gptv_jax.tasks.average_precision import PRECISIONS, RECALLS
 from gptv_jax.tasks.boxes import Detections, intersection
 from gptv_jax.tasks.detect import Detect
@@ -44,7 +44,7 @@ def get_config():
     c.model.layers, c.model.width, c.model.heads = 1, 16, 2
     c.task.name, c.task.image_input, c.task.stem = "detect", "pixels", (8, 8, 8)
     c.task.detect.objects, c.task.detect.bins = 3, 29
-    c.task.detect.votes = ("flip(1.0)",)
+    c.task.detect.votes, c.task.detect.samples = ("flip(1.0)",), 2
     c.finetune.scratch = False
     train = c.finetune.train
     train.steps, train.batch_size, train.eval_every, train.log_every = 4, 8, 2, 2
@@ -173,7 +173,7 @@ def test_boxes_and_detections_of_a_cache_lie_in_one_frame(cached):
     found = Detections(
         known["boxes"], known["box_labels"], np.ones(len(known["boxes"]), np.float32)
     )
-    shown = detect.as_shown(found, record)
+    shown = drawing.as_shown(found, record)
     np.testing.assert_allclose(shown.boxes, record["boxes"], atol=1e-3)
     view = record["view"][[0, 3, 2, 1]]
     there = to_original(record["boxes"], (20, 28), view)

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
+from gptv_jax import sharding
 from gptv_jax.data import pipeline, sources, transforms
-from gptv_jax.data.records import Record, to_image, to_original
+from gptv_jax.data.records import Record, to_original
 from gptv_jax.decode import answers, generation
 from gptv_jax.decode.restriction import Restriction
 from gptv_jax.errors import InputError
@@ -51,6 +52,11 @@ class Detect(Task):
 
     def check(self) -> None:
         average_precision.check_installed()
+        if self.settings.samples > 1 and self.settings.top_p == 0:
+            raise InputError(
+                "config.task.detect.samples above 1 takes config.task.detect.top_p above 0, such "
+                "as 0.5: without it all samples of an image are equal."
+            )
         for entry in (step for view in self.views() for step in view):
             if transforms.parse(entry).random:
                 raise InputError(
@@ -214,17 +220,28 @@ class Detect(Task):
         source = sources.open_source(self.config.data, "test")
         found, scores = self._final(total, source.annotations)
         pairs = [(records(index), found[index]) for index in list(found)[:SHOWN]]
-        pairs = [(record, as_shown(each, record)) for record, each in pairs]
+        pairs = [(record, drawing.as_shown(each, record)) for record, each in pairs]
         return {
             "detections": drawing.detections(pairs, self.object_names),
             "average_precision": drawing.average_precision(scores, self.object_names),
         }
 
-    def found(self, tokens, probabilities, view: np.ndarray, shape: tuple[int, int]) -> Detections:
-        """The `most` likely objects of one sequence, in pixels of the original image.
+    def found(
+        self,
+        tokens: Int[np.ndarray, "samples n"],
+        probabilities: Float[np.ndarray, "samples n"],
+        view: Float[np.ndarray, " 4"],
+        shape: tuple[int, int],
+    ) -> Detections:
+        """The `most` likely objects, by the vote of all samples, in pixels of the original image.
 
-        `shape` is the original's height and width.
+        `shape` is the original's height and width, and `view` the part that was read.
         """
+        samples = zip(tokens, probabilities, strict=True)
+        return self.best(vote([self._found(*each, view, shape) for each in samples]))
+
+    def _found(self, tokens, probabilities, view, shape) -> Detections:
+        """The `most` likely objects of one sample."""
         size, given = self.config.data.size, (tokens, probabilities)
         found = self.best(self.box_tokens.detections(*given, size))
         boxes = to_original(found.boxes, size, view)
@@ -243,12 +260,9 @@ class Detect(Task):
         return found.take(slice(self.settings.most))
 
     def _detections(self, total, row: int, record: Record, view=None, given=None) -> Detections:
-        """What was found in a row of the metric's sums, placed as in the row `view`.
-
-        `given` names sure tokens in place of those that were drawn.
-        """
-        tokens = total[given or "drawn"][row]
-        probabilities = np.ones(len(tokens)) if given else total["probabilities"][row]
+        """What a row of the metric holds, placed as in the row `view`; `given`: of sure tokens."""
+        tokens = total[given][row][None] if given else total["drawn"][row]
+        probabilities = np.ones(tokens.shape) if given else total["probabilities"][row]
         view = total["view"][row if view is None else view]
         return self.found(tokens, probabilities, view, record.get("shape", (0, 0)))
 
@@ -300,12 +314,18 @@ def draw(
     pixels: UInt8[Array, "B height width C"] | None,
     numbers: Int[Array, " B"],
     known: Int[Array, "B T"] | None = None,
-) -> tuple[Int[Array, "B T"], Float[Array, "B T"]]:
-    """Tokens of the objects in numbered images, and their probabilities, see `answers.answer`."""
+) -> tuple[Int[Array, "B samples n"], Float[Array, "B samples n"]]:
+    """Tokens of the objects in numbered images, and their probabilities, see `answers.answer`.
+
+    With `known` tokens there is one sample of every image.
+    """
     key, settings = jax.random.key(task.config.seed), task.restriction(network)
     given = (tokens, pixels, key, jax.tree.map(jnp.asarray, settings), Grammar(task))
-    found = answers.answer(network, params, *given, numbers=numbers, known=known)
-    return tuple(x[:, network.layout.slices[NAME]] for x in found)
+    samples = task.settings.samples if known is None else 1
+    found = answers.answer(network, params, *given, samples, numbers=numbers, known=known)
+    shape = (-1, samples, network.length)
+    by_image = (x.reshape(shape, out_sharding=sharding.BATCH_FIRST) for x in found)
+    return tuple(x[:, :, network.layout.slices[NAME]] for x in by_image)
 
 
 @functools.cache
@@ -318,20 +338,13 @@ def _step(task: Detect, network: Network, true_boxes: bool) -> Callable:
         truth, nats = batch["targets"][NAME], objective.parts_nats(network, params, batch)
         found = {"targets": truth, "drawn": drawn, "probabilities": probabilities, "nats": nats}
         if true_boxes:
-            slot = np.arange(drawn.shape[1]) % task.box_tokens.slots
+            slot = np.arange(truth.shape[1]) % task.box_tokens.slots
             given, noise = jnp.array(slot <= CLASS)[None], task.box_tokens.noise
             # Decoding takes a real class for every object, also for a noise object.
             known = given & ((truth != noise) | (slot < CLASS)[None])
             known = jnp.where(known, truth, generation.UNKNOWN)
-            masked = draw(task, network, params, *images, known)[0]
+            masked = draw(task, network, params, *images, known)[0][:, 0]
             found["true_boxes"] = jnp.where(given, truth, masked)
         return found
 
     return rows.compiled(step)
-
-
-def as_shown(found: Detections, record: Record) -> Detections:
-    """The detections in pixels of the record's picture, which shows its "view" of the original."""
-    if "view" not in record:
-        return found
-    return found._replace(boxes=to_image(found.boxes, record["image"].shape[:2], record["view"]))

@@ -8,7 +8,7 @@ from etils import epy
 from jaxtyping import Bool, UInt8
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
-from gptv_jax.data.records import Record
+from gptv_jax.data.records import Record, to_image
 from gptv_jax.tasks.average_precision import Scores
 from gptv_jax.tasks.boxes import Detections, intersection
 from gptv_jax.tasks.masks import Masks
@@ -141,3 +141,10 @@ def average_precision(scores: Scores, names: Sequence[str]) -> UInt8[np.ndarray,
     canvas = backend_agg.FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def as_shown(found: Detections, record: Record) -> Detections:
+    """The detections in pixels of the record's picture, which shows its "view" of the original."""
+    if "view" not in record:
+        return found
+    return found._replace(boxes=to_image(found.boxes, record["image"].shape[:2], record["view"]))
