@@ -26,7 +26,7 @@ def get_config():
     c.data.image_size = SIZE
     c.data.train_transforms = (
         "decode()",
-        f"random_scale((0.75, 1.4), {SIZE})",
+        f"random_scale((0.8, 1.25), {SIZE})",
         "flip()",
         "flip_vertical()",
         "brightness(0.2)",
@@ -42,23 +42,25 @@ def get_config():
     d.bins = 97
     d.order = "position"
     d.noise_among = 0.5
+    d.noise_kinds = (0.0, 0.7, 0.3)
     d.soft = 1.0
     d.class_weight = 1.0
     d.class_corruption = 0.0
-    d.top_p = 0.0
+    d.top_p = 0.5
+    d.samples = 8
     d.votes = ("flip(1.0)", "flip_vertical(1.0)", "flip(1.0)|flip_vertical(1.0)")
     m = c.model
-    m.layers, m.width, m.heads = 3, 64, 4
+    m.layers, m.width, m.heads = 3, 96, 3
     m.learned_positions = True
     t = c.finetune.train
-    t.steps = 4400
+    t.steps = 3400
     t.batch_size = 12
-    t.eval_every = 1100
+    t.eval_every = 1700
     t.checkpoint_every = 500
     t.log_every = 50
     t.optimizer.name = "muon"
-    t.optimizer.learning_rate = 1e-2
-    t.optimizer.rest_learning_rate = 4e-3
+    t.optimizer.learning_rate = 7e-3
+    t.optimizer.rest_learning_rate = 3e-3
     t.optimizer.weight_decay = 0.01
     t.optimizer.clip_norm = 1.0
     t.optimizer.warmup_steps = 50

@@ -90,6 +90,7 @@ OUT_OF_RANGE = {
     "task.detect.soft": -1.0,
     "task.detect.class_weight": -1.0,
     "task.detect.top_p": 1.5,
+    "task.detect.samples": 0,
     "task.detect.most": 0,
     "task.detect.validation_images": -1,
     "task.detect.masks": -1,

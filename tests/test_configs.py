@@ -24,7 +24,7 @@ WEIGHTS = {
     ("digits", None): 803_328,
     ("image_folder", None): 275_072,
     ("detect_digits", None): 184_832,
-    ("detect_bccd", None): 253_760,
+    ("detect_bccd", None): 463_168,
     ("detect_coco", "s"): 110_120_448,
     ("detect_coco", "m"): 337_168_384,
     ("detect_coco", "l"): 751_301_120,

@@ -71,8 +71,8 @@ def total_of(task: Detect, records: list[dict], flips=(False,)) -> dict[str, np.
         for index, record in enumerate(records):
             found = task.example(mirrored(record) if flipped else record)["targets"]["boxes"]
             view = np.float32([0, 128, 96, 0] if flipped else [0, 0, 96, 128])
-            row = {"drawn": found, "targets": found, "true_boxes": found, "view": view}
-            row |= {"probabilities": np.ones(len(found), np.float32), "nats": np.float32(2)}
+            row = {"drawn": found[None], "targets": found, "true_boxes": found, "view": view}
+            row |= {"probabilities": np.ones((1, len(found)), np.float32), "nats": np.float32(2)}
             rows.append(row | {"index": np.int32(index), "mask": np.float32(1)})
     total = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     return total | {"images": np.float32(len(rows))}
@@ -176,6 +176,8 @@ def test_drawn_masks_are_those_of_the_full_pass_in_drawn_and_in_true_boxes():
     with jax.set_mesh(make_mesh((1, 1, 1))):
         params = random_params(network)
         total = task.test_metric(network, records.__getitem__).sums(params, iter([batch]))
+        for name in ("drawn", "probabilities"):  # of the only sample
+            total[name] = total[name][:, 0]
         pixels, logits = sharding.shard_rows(batch["image"]), {}
         for name in ("drawn", "true_boxes"):
             tokens = np.pad(total[name], ((0, 0), (places.start, 0))).astype(np.int32)
