@@ -370,7 +370,7 @@ def test_fine_tuning_only_centres_a_constant_feature(probed_in_passing, tmp_path
     run = setup.open_run(config, str(tmp_path / "run"))
     with jax.set_mesh(run.mesh):
         finetune.run_stage(run)
-        abstract = sharding.abstract(run.network(run.classes).init)
+        abstract = sharding.abstract(run.task.network().init)
         with Checkpoints(run.folder.checkpoints("finetune"), read_only=True) as checkpoints:
             state, _ = checkpoints.restore_latest({"params": abstract})
     scale = np.asarray(state["params"]["classifier"]["class_scale"])

@@ -409,7 +409,7 @@ def test_without_scratch_one_network_is_tuned_and_the_report_names_its_classes(
     tuning = dataclasses.replace(config.finetune, scratch=False)
     config = dataclasses.replace(config, init_from=str(finished_run.folder), finetune=tuning)
     run = setup.open_run(config, str(tmp_path), ["finetune"])
-    run = dataclasses.replace(run, class_names=tuple("abcdefghij"))
+    run = dataclasses.replace(run, task=dataclasses.replace(run.task, classes=tuple("abcdefghij")))
     with jax.set_mesh(run.mesh):
         run.finish("finetune", finetune.run_stage(run))
     record = json.loads((tmp_path / "config.json").read_text())

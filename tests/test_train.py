@@ -10,7 +10,7 @@ import gptv_jax.train.loop as by_full_name
 from gptv_jax import config as config_lib
 from gptv_jax import main, train
 from gptv_jax.errors import InputError
-from gptv_jax.train import loop
+from gptv_jax.train import loop, metrics
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def test_the_package_of_the_training_loop_is_the_function_as_well():
 
 def test_an_interrupt_saves_and_the_same_call_goes_on(settings, tmp_path, monkeypatch, capfd):
     log, before = logging.getLogger("gptv_jax"), signal.getsignal(signal.SIGINT)
-    state, real = (log.level, log.propagate, list(log.handlers)), loop.MetricWriter.write
+    state, real = (log.level, log.propagate, list(log.handlers)), metrics.MetricWriter.write
 
     def interrupted(self, stage, step, values):
         real(self, stage, step, values)
@@ -37,7 +37,7 @@ def test_an_interrupt_saves_and_the_same_call_goes_on(settings, tmp_path, monkey
             signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt, match="at step 2"):
-        patched.setattr(loop.MetricWriter, "write", interrupted)
+        patched.setattr(metrics.MetricWriter, "write", interrupted)
         gptv_jax.train(settings, tmp_path / "run", ["pretrain"])
     assert {p.name for p in (tmp_path / "run/checkpoints/pretrain").iterdir()} == {"0", "2"}
     capfd.readouterr()
