@@ -52,9 +52,8 @@ class DataSet:
 
     classes: int = 0  # number of classes; 0: unlabelled
     class_names: tuple[str, ...] = ()  # in the order of the labels; () where classes have no names
-    object_names: tuple[
-        str, ...
-    ] = ()  # in the order of the box_labels; () where there are no boxes
+    # In the order of the box_labels; () where there are no boxes.
+    object_names: tuple[str, ...] = ()
     object_ids: tuple[int, ...] = ()  # of the data, for the classes of objects; (): 0, 1, 2, ...
     map_names: tuple[str, ...] = ()  # of the classes of label maps; () where there are none
     keys: tuple[str, ...] = ()  # what records have beside the picture, labels and boxes

@@ -29,7 +29,7 @@ with epy.lazy_imports():  # slow to import, and only these data sets need it
 KEPT_BYTES = 2**29  # of row groups that a process keeps in memory
 LARGEST_GROUP = 2**29  # bytes of a row group
 IMAGE_COLUMNS, LABEL_COLUMNS = ("image", "img"), ("label", "labels")
-# Row groups that were read last, the oldest first: a lock, and the images, once they are read.
+# Row groups that were read last, the oldest first: a lock and, once they are read, [images, bytes].
 _KEPT: collections.OrderedDict[tuple, tuple] = collections.OrderedDict()
 _KEPT_LOCK = threading.Lock()
 
@@ -58,11 +58,9 @@ class Tables(shards.Shards):
             split: [label for file in paths for label in _labels(file, column)]
             for split, paths in splits.items()
         }
-        names, where = (
-            features.get(column, {}).get("names", ()),
-            f"column {column} of {first.parent}",
-        )
-        super().__init__(parts, labels, tuple(names), where, config.ignore_label)
+        names = tuple(features.get(column, {}).get("names", ()))
+        where = f"column {column} of {first.parent}"
+        super().__init__(parts, labels, names, where, config.ignore_label)
 
 
 class _ArrowFile:
@@ -144,12 +142,15 @@ class _Images:
             _KEPT.move_to_end(group)
         with lock:
             if not read:
-                read.append(file.column(self.column, number))
+                images = file.column(self.column, number)
                 with _KEPT_LOCK:
-                    sizes = {g: found[0].nbytes for g, (_, found) in _KEPT.items() if found}
-                    for oldest in list(sizes)[:-1]:
-                        if sum(sizes.values()) > KEPT_BYTES:
-                            del sizes[oldest], _KEPT[oldest]
+                    read += [images, images.nbytes]
+                    kept = [(each, found[1]) for each, (_, found) in _KEPT.items() if found]
+                    excess = sum(size for _, size in kept) - KEPT_BYTES
+                    for oldest, size in kept[:-1]:
+                        if excess > 0:
+                            excess -= size
+                            del _KEPT[oldest]
         return read[0]
 
     def name(self, row: int) -> str:

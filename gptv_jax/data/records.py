@@ -14,7 +14,7 @@ A record is a dict of NumPy arrays and numbers. Which keys it has says what is k
     segmentation    uint8 or int32 [H, W], class of every pixel; 255 (uint8) or -1 (int32): no class
     view            float32 [4]: y0, x0, y1, x1 of the part of the original image that the image
                     shows, in pixels of the original; y1 < y0 or x1 < x0 where it is mirrored
-    variant         int32, number of the shift that was drawn, see `transforms.Shift`
+    variant         int32, number of the shift that was drawn, see `geometry.Shift`
     damaged         int32, see data/damage.py
 
 Geometry moves everything that lies in the image; colour changes pixels alone. `crop`, `resize` and
