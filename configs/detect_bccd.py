@@ -5,14 +5,15 @@ and instances_test.json in COCO's format (github.com/Shenggan/BCCD_Dataset, 205,
 
 Command:    JAX_NUM_CPU_DEVICES=2 python -m gptv_jax.main --config=configs/detect_bccd.py
                 --workdir=runs/bccd --config.data.path=...
-Hardware:   two CPU cores, eleven minutes.
-Expect:     test AP 0.26 (0.47 at an IoU of 0.5), and 0.35 by the vote of four views; ceiling 0.89,
-            wrong image 0.002. One run of 4,800 steps had 0.32 and 0.40 (docs/results.md).
+Hardware:   two CPU cores; 21 minutes of one core that other programs shared.
+Expect:     test AP 0.38 (0.65 at an IoU of 0.5) by the vote of eight sequences that are drawn of
+            each image, 0.33 (0.57) by one sequence, and 0.46 by the vote of four views; ceiling
+            0.89 (docs/results.md).
 Reproduces: nothing published.
 Changes:    trained from scratch on pixels alone, without image tokens and without pretraining. Each
             of the 192 positions of the image stands for 8 x 8 pixels of 96 x 128. Half of the
-            images have their noise objects among the real ones, so that the network looks at a box
-            to tell whether it holds a cell. Scales up to 1.4 make platelets larger.
+            images have their noise objects among the real ones, and most noise objects are real
+            boxes elsewhere, so that the network looks at a box to tell whether it holds a cell.
 """
 
 from gptv_jax import config as config_lib
