@@ -152,10 +152,23 @@ def batch_of(task: Detect, records: list[dict], seed: int = 0) -> dict:
     }
 
 
+def equal_gradients(task: Detect, batch: dict, others: dict[str, dict]) -> dict[str, bool]:
+    """Whether the loss of each other batch has, to the bit, the gradient of `batch`'s loss."""
+    loss = task.loss(task.network())
+    with jax.set_mesh(make_mesh((1, 1, 1))):
+        params = random_params(task.network())
+        gradient = jax.jit(jax.grad(lambda p, b: loss(p, None, b, None)[0]))
+        expected = gradient(params, sharding.global_batch(batch))
+        found = {name: gradient(params, sharding.global_batch(b)) for name, b in others.items()}
+        return {
+            name: jax.tree.all(jax.tree.map(jnp.array_equal, expected, each))
+            for name, each in found.items()
+        }
+
+
 def test_noise_coordinates_have_no_gradient_and_others_have():
     task = task_of(bins=32, soft=0.7)
-    network, records = task.network(), scenes(8)
-    batch = batch_of(task, records)
+    batch = batch_of(task, scenes(8))
     targets = batch["targets"]["boxes"].reshape(8, -1, 5)
     noise, moved = targets[..., 4] == task.box_tokens.noise, {}
     for name, chosen in (("noise", noise), ("real", ~noise)):
@@ -165,19 +178,7 @@ def test_noise_coordinates_have_no_gradient_and_others_have():
         assert (other != targets).any()
     classes = np.where(targets == 64, 65, targets).reshape(8, -1)
     moved["class"] = batch | {"targets": {"boxes": classes}}
-    loss = task.loss(network)
-    with jax.set_mesh(make_mesh((1, 1, 1))):
-        params = random_params(network)
-        gradient = jax.jit(jax.grad(lambda p, b: loss(p, None, b, None)[0]))
-        expected = gradient(params, sharding.global_batch(batch))
-        same = {
-            name: jax.tree.all(
-                jax.tree.map(
-                    jnp.array_equal, expected, gradient(params, sharding.global_batch(other))
-                )
-            )
-            for name, other in moved.items()
-        }
+    same = equal_gradients(task, batch, moved)
     assert same == {"noise": True, "real": False, "class": False}
 
 

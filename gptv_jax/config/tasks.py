@@ -41,8 +41,8 @@ class Detect:
     # Decoding: coordinates are drawn from the most likely ones that reach this probability; 0: the
     # most likely one. Classes are always the most likely real class.
     top_p: float = field(0.4, SHARE)
-    # Sequences that are drawn of every view of an image; their boxes vote. Each finds objects that
-    # another has missed. The samples share what the network has read of the image.
+    # Sequences that are drawn of every view of an image; the boxes of all sequences vote, as one
+    # sequence finds objects that another has missed. The view itself is read once.
     samples: int = field(1, POSITIVE)
     # Test images are also read after each of these transforms, such as "flip(1.0)", or several as
     # "flip(1.0)|flip_vertical(1.0)"; the boxes of all views vote. (): there is no vote.

@@ -252,7 +252,7 @@ def _numbers(values: list, count: int) -> np.ndarray:
 
 
 def _look_up(places: dict[int, int], keys: list) -> np.ndarray:
-    """The place of each key, int64 [N]; -1 where there is none, or the key is no number."""
+    """The place of each key, int64 [N]; -1 of a key without a place, or that is no number."""
     return np.array([places.get(k, -1) if isinstance(k, int | float) else -1 for k in keys], int)
 
 

@@ -72,7 +72,7 @@ def number(
 ) -> tuple[Vectors, Vectors, int, tuple[str, ...]]:
     """Rows that are kept and their labels as numbers from 0, by split; number and names of classes.
 
-    The rows are those of `leave_out`. Labels that count from 0, with few numbers left out, stay as
+    `leave_out` chooses the rows. Labels that count from 0, with few numbers left out, stay as
     they are, and their classes have no names unless `names` are given. Other numbers and texts are
     numbered in order, and become the names of the classes. Where all labels are equal, the set is
     unlabelled: there are no labels and 0 classes. Raises InputError where labels are negative, have

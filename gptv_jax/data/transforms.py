@@ -139,7 +139,7 @@ def _affine(place: int, amount: float):
 
 
 # RandAugment's operations: of a picture, a strength of -1 to 1, and the value for pixels from
-# outside. The ranges at strength 1 are those of AutoAugment (Cubuk et al. 2019, arXiv:1805.09501,
+# outside. AutoAugment gives the ranges at strength 1 (Cubuk et al. 2019, arXiv:1805.09501,
 # table 6), to which RandAugment refers; where a range has one side, the sign does not count.
 OPERATIONS = {
     "identity": lambda picture, strength, fill: picture,

@@ -33,7 +33,7 @@ def run_stage(context: Context) -> dict:
     """Fine-tunes pretrained weights, then from scratch; returns the summary's numbers."""
     config, settings, task = context.config, context.config.finetune, _measured(context)
     train, batch_size, network = settings.train, settings.train.batch_size, task.network()
-    # Both trainings share the compiled step where their layer decay is the same.
+    # Without layer decay both trainings are one object, whose train step is compiled once.
     adapting = scratch = Finetuning(config, given=task)
     if settings.layer_decay != 1:
         scratch = dataclasses.replace(adapting, from_scratch=True)

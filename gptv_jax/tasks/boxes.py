@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from gptv_jax.config.tasks import Detect
 from gptv_jax.tasks.masks import Masks
 
-CLASS = 4  # place of the class among an object's tokens: y0 x0 y1 x1 class, then those of its mask
+CLASS = 4  # place of the class among an object's tokens: y0 x0 y1 x1 class, then the mask's tokens
 JITTER, RANDOM_SIDE = 0.05, 0.5  # deviations: of an edge, in sides of its box; of a random side
 END_WEIGHT = 0.1  # in the loss, of tokens after the last object where there are no noise objects
 SAME_OBJECT = 0.55  # IoU from which boxes of two views are of one object (Solovyev et al. 2021)
@@ -203,8 +203,8 @@ def vote(views: Sequence[Detections]) -> Detections:
 
     A box joins the object of its class that it overlaps most, from an IoU of .55 on, among objects
     without a box of its view; else the box begins an object. An object's box is the mean of its
-    boxes weighted by score; its score is the sum of their scores over the number of views. Its mask
-    is that of its most likely box.
+    boxes weighted by score; its score is the sum of the boxes' scores over the number of views. Its
+    mask is the mask of its most likely box.
     """
     if len(views) == 1:
         return views[0]
