@@ -65,6 +65,7 @@ def main(settings: config.Config) -> None:
         "provenance": chosen.definition and chosen.definition.provenance,
         "tokens": fields.flatten(settings.tokens) | {"palette": None, "tokenizer": None},
         "image_size": settings.data.image_size,
+        "frames": settings.data.frames,
         "transforms": settings.data.eval_transforms,
         "classes": data_set.classes if settings.data.labels else 0,
         "class_names": data_set.class_names if settings.data.labels else (),

@@ -38,6 +38,7 @@ PARAMETERS: dict[str, P] = {
     "start": P(None, "fsdp"),  # S D
     "position": P(None, "fsdp"),  # T D; T+1 with target_position
     "target_position": P(None, "fsdp"),  # T D
+    "frame": P(None, "fsdp"),  # frames of a clip, D
     "row": P(None, "fsdp"),  # image height, D
     "column": P(None, "fsdp"),  # image width, D
     "norm_1": P(None, None),  # L D; norms are tiny: splitting them would only add collectives

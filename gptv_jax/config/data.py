@@ -13,6 +13,10 @@ PIXELS = (
     "one number of pixels, 1 or more, or height and width, such as 48,64",
     lambda v: v >= 1 if isinstance(v, int) else len(v) == 2 and min(v) >= 1,
 )
+PATCH = (
+    "nothing, or 2 or 3 numbers, 1 or more",
+    lambda v: len(v) in (0, 2, 3) and all(side >= 1 for side in v),
+)
 WIDTHS = ("1 or more, once or more", lambda v: v and all(width >= 1 for width in v))
 
 
@@ -64,6 +68,12 @@ class Data:
     labels: bool = True  # False: ignores the labels; there is no probe and no fine-tuning
     # Pixels after the transforms: one number for squares, or height and width, such as (48, 64).
     image_size: int | tuple[int, ...] = field(8, PIXELS)
+    # Frames of a clip; 0: the data are images. A clip begins at a random frame of its video in
+    # training, and lies in the middle of the video in evaluation.
+    frames: int = field(0, FROM_ZERO)
+    frame_stride: int = field(1, POSITIVE)  # every so many frames of the video, one is of the clip
+    # The label of data sets with several labels, such as moving_digits; None: the first.
+    label: str | None = field(None, free=True)
     # Transforms in training and in evaluation, in order; see data.transforms.TRANSFORMS.
     train_transforms: tuple[str, ...] = field((), ENTRIES)
     eval_transforms: tuple[str, ...] = field((), ENTRIES)
@@ -131,8 +141,11 @@ class Tokens:
     # See tokens.CODECS; none: there are no tokens, and only a task with
     # config.task.image_input=pixels reads the images.
     kind: str = field("grey", one_of("grey", "palette", "learned", "none"))
-    # grey: number of levels, which is the vocabulary; lossless where the data fit.
+    # grey: number of levels; lossless where the data fit. A token stands for a patch of pixels:
+    # (), one pixel; or height and width, of clips frames, height and width. The vocabulary is
+    # levels ^ (pixels of a patch).
     levels: int = field(17, ("2 to 256", lambda v: 2 <= v <= 256))
+    patch: tuple[int, ...] = field((), PATCH)
     # palette: number of colours, which is the vocabulary.
     colors: int = field(512, ("2 to 65536", lambda v: 2 <= v <= 65536))
     # palette: iGPT's kmeans_centers.npy or a file of gptv_jax.prepare; None: the palette of the
@@ -148,17 +161,21 @@ class Tokens:
     def vocabulary(self) -> int:
         """Number of different tokens, V; 0 without tokens."""
         learned = self.autoencoder.vocabulary
-        known = {"grey": self.levels, "palette": self.colors, "learned": learned, "none": 0}
+        grey = self.levels ** math.prod(self.patch)
+        known = {"grey": grey, "palette": self.colors, "learned": learned, "none": 0}
         return known[self.kind]
 
     def pairs(self, other: "Tokens") -> list[tuple[str, object, object]]:
         """Names of the fields that tokens depend on, definitions apart, with both values."""
-        own = {"grey": "levels", "palette": "colors", "learned": "autoencoder.", "none": "kind"}
+        own = {"grey": ("levels", "patch"), "palette": "colors", "learned": "autoencoder."}
         now, there = flatten(self), flatten(other)
-        names = [name for name in now if name.startswith(("kind", own[self.kind]))]
+        names = [n for n in now if n == "kind" or n.startswith(own.get(self.kind, "kind"))]
         return [(f"tokens.{name}", now[name], there[name]) for name in names]
 
     @property
-    def side(self) -> int:
-        """Height and width in pixels of the square that a token stands for."""
-        return self.autoencoder.downsample if self.kind == "learned" else 1
+    def cell(self) -> tuple[int, int, int]:
+        """Frames, height and width in pixels that a token stands for; one frame of an image."""
+        if self.kind == "learned":
+            return (1, self.autoencoder.downsample, self.autoencoder.downsample)
+        patch = self.patch if self.kind == "grey" else ()
+        return (1,) * (3 - len(patch)) + patch

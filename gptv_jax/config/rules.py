@@ -50,6 +50,8 @@ def check(config: Config) -> None:
         _check_autoencoder(config)
     elif config.tokens.kind == "none":
         _check_pixels(config)
+    elif config.tokens.kind == "grey":
+        _check_patch(config)
 
 
 def check_classes(config: Config, classes: int) -> None:
@@ -100,6 +102,19 @@ def _check_multiple(config: Config, side: int, reason: str) -> None:
         refuse(config, "data.image_size", f"{reason} a side; take a multiple of {side}, as {near}")
 
 
+def _check_patch(config: Config) -> None:
+    """Checks that patches of grey levels fill the image or clip, and have few enough tokens."""
+    (frames, *sides), data = config.tokens.cell, config.data
+    if len(config.tokens.patch) == 3 and not data.frames:
+        refuse(config, "tokens.patch", "config.data.frames is 0; take height and width alone")
+    if data.frames % frames or any(n % side for n, side in zip(data.size, sides, strict=True)):
+        pixels = " x ".join(map(str, (*(data.frames,) * (data.frames > 0), *data.size)))
+        refuse(config, "tokens.patch", f"it does not divide {pixels} pixels; take divisors")
+    if config.tokens.vocabulary > MOST_CODES:
+        made = f"{config.tokens.levels} levels make {config.tokens.vocabulary} tokens of a patch"
+        refuse(config, "tokens.patch", f"{made}; take at most {MOST_CODES}")
+
+
 def _check_pixels(config: Config) -> None:
     """Checks that the stem of the task's network ends at the grid of the image's positions."""
     task, kind, side = config.task, config.tokens.kind, 2 ** len(config.task.stem)
@@ -115,18 +130,21 @@ def _check_pixels(config: Config) -> None:
         reason = f"config.task.stem halves it {len(task.stem)} times: a position is {side} pixels"
         _check_multiple(config, side, reason)
         return
+    cell = config.tokens.cell
     positions, tokens = (
-        " x ".join(str(pixels // each) for pixels in config.data.size)
-        for each in (side, config.tokens.side)
+        " x ".join(str(n // each) for n, each in zip(config.data.size, sides, strict=True))
+        for sides in ((side, side), cell[1:])
     )
-    if config.tokens.side == 1:
+    if cell == (1, 1, 1):
         reason = f"config.tokens.kind={kind} makes {tokens} tokens, one a pixel"
         reason += f", and the stem leaves {positions} positions; take tokens"
         refuse(config, "task.image_input", reason)
-    if side != config.tokens.side:
-        needed = config.tokens.side.bit_length() - 1
+    if cell != (1, side, side):
+        needed = cell[1].bit_length() - 1
         fitting = (task.stem + (task.stem[-1:] or (64,)) * needed)[:needed]
-        source = f"config.tokens.autoencoder.downsample={config.tokens.side}"
+        source = f"config.tokens.patch={config.tokens.patch}"
+        if kind == "learned":
+            source = f"config.tokens.autoencoder.downsample={cell[1]}"
         reason = f"it leaves {positions} positions, and {source} makes {tokens} tokens"
         refuse(config, "task.stem", f"{reason}; take {fitting}")
 

@@ -172,8 +172,14 @@ class Config:
     profile: Profile = dataclasses.field(default_factory=Profile)
 
     @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of an image's positions: its tokens, or its pixels after the stem."""
-        side = 2 ** len(self.task.stem) if self.tokens.kind == "none" else self.tokens.side
-        height, width = self.data.size
-        return height // side, width // side
+    def grid(self) -> tuple[int, ...]:
+        """Rows and columns of an image's positions: its tokens, or its pixels after the stem.
+
+        Of clips: frames, rows and columns.
+        """
+        cell, frames = self.tokens.cell, self.data.frames
+        if self.tokens.kind == "none":
+            cell = (1, *(2 ** len(self.task.stem),) * 2)
+        pixels = (max(frames, 1), *self.data.size)
+        grid = tuple(n // side for n, side in zip(pixels, cell, strict=True))
+        return grid if frames else grid[1:]

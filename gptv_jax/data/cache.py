@@ -143,6 +143,7 @@ class TokenCache(DataSet):
             settings = config_lib.recorded(config_lib.Tokens, header["tokens"], "tokens")
             self.tokens = fields.from_dict(config_lib.Tokens, settings, "tokens")
             self.image_size = image_size(*np.broadcast_to(header["image_size"], 2).tolist())
+            self.frames = int(header.get("frames", 0))  # older caches are of images
             self.transforms: tuple[str, ...] = tuple(header["transforms"])
             if header["format"] not in (PLAIN, ANNOTATED):
                 raise InputError(
@@ -163,6 +164,7 @@ class TokenCache(DataSet):
         """The command that makes this cache anew, with the palette or tokenizer of this folder."""
         settings = {f"data.{name}": value for name, value in source.items() if value is not None}
         settings |= {"data.image_size": self.image_size, "data.eval_transforms": self.transforms}
+        settings |= {"data.frames": self.frames} if self.frames else {}
         settings |= {name: value for name, value, _ in self.tokens.pairs(self.tokens)}
         if not self.classes:
             settings["data.labels"] = False
@@ -179,7 +181,7 @@ class TokenCache(DataSet):
         definition = tokens.load_definition(kind, self.folder)
         if kind in tokens.DEFINITIONS and definition is None:
             raise InputError(f"{self.folder} has lost its {tokens.DEFINITIONS[kind][0]}.")
-        return tokens.make_codec(self.tokens, self.image_size, definition)
+        return tokens.make_codec(self.tokens, self.image_size, definition, self.frames)
 
     def open(self, split: str) -> "_CachedSplit":
         path = self.folder / f"{split}.array_record"
@@ -257,7 +259,7 @@ class _TokenPlanes:
 
     def __init__(self, codec: tokens.Codec):
         self.grid, self.length = codec.grid, math.prod(codec.grid)
-        self.image_shape = codec.image_shape[:2]
+        self.image_shape = codec.image_shape[-3:-1]
         self.token_of = codec.similarity_order.astype(np.uint16)  # by new number
         self.number_of = np.argsort(self.token_of).astype(np.uint16)  # by token
         self.high_bits = max((codec.vocabulary - 1).bit_length() - 8, 0)
@@ -272,7 +274,7 @@ class _TokenPlanes:
 
     def join(
         self, low: UInt8[np.ndarray, " T"], high: UInt8[np.ndarray, "bits bytes"]
-    ) -> UInt16[np.ndarray, "rows columns"]:
+    ) -> UInt16[np.ndarray, "*frames rows columns"]:
         numbers = low.astype(np.uint16)
         for bit, plane in enumerate(high, start=8):
             numbers |= np.unpackbits(plane, count=self.length).astype(np.uint16) << bit

@@ -38,9 +38,12 @@ class DecodedSource(Source):
         return len(self.source)
 
     def __getitem__(self, index: int) -> Record:
+        return self.read(index)
+
+    def read(self, index: int, rng: np.random.Generator | None = None) -> Record:
         for distance in range(len(self)):
             try:
-                record = self.decode(self.source[(index + distance) % len(self)])
+                record = self.decode(self.source.read((index + distance) % len(self), rng))
             except (DamagedImageError, OSError):
                 continue
             return {**record, "damaged": np.int32(index) if distance else NOT_DAMAGED}

@@ -17,7 +17,8 @@ ORDER_SEED = 0  # fixed, so that a split expression selects the same images in e
 class Source:
     """The records of a split, or of a split expression, by number; see data/records.py.
 
-    A number has always the same record, and all records of a split have the same keys.
+    A number has always the same record, but for `read` in training, and all records of a split have
+    the same keys.
     """
 
     labels: np.ndarray | None = None  # the labels of all records, int [N], where they are in memory
@@ -28,6 +29,14 @@ class Source:
 
     def __getitem__(self, index: int) -> Record:
         raise NotImplementedError
+
+    def read(self, index: int, rng: np.random.Generator | None = None) -> Record:
+        """The record of training; a source of videos draws where its clip begins.
+
+        None, in evaluation: the record of the number.
+        """
+        del rng
+        return self[index]
 
     def name(self, index: int) -> str:
         """The example's name in messages."""
@@ -56,6 +65,7 @@ class DataSet:
     object_names: tuple[str, ...] = ()
     object_ids: tuple[int, ...] = ()  # of the data, for the classes of objects; (): 0, 1, 2, ...
     map_names: tuple[str, ...] = ()  # of the classes of label maps; () where there are none
+    videos: bool = False  # whether the pictures of records are clips
     keys: tuple[str, ...] = ()  # what records have beside the picture, labels and boxes
     # Sentences: what a user may not expect, and what is not read.
     notes: Sequence[str] = ()

@@ -1,6 +1,7 @@
 """The base class of transforms, and the decoding of image files to pixels."""
 
 import contextlib
+import copy
 import dataclasses
 import io
 import re
@@ -70,7 +71,15 @@ class Transform:
                 "that this task reads; remove both transforms from config.finetune.train_transforms"
                 " or, where that list is empty, from config.data.train_transforms."
             )
-        return {**record, "image": self.pixels(record["image"], rng)}
+        image = record["image"]
+        if image.ndim == 3:
+            return {**record, "image": self.pixels(image, rng)}
+        if self.in_place:  # the frames of a clip, one below the other, are one image
+            return {**record, "image": self.pixels(np.concatenate(image), rng).reshape(image.shape)}
+        # Each frame is moved with equal random numbers.
+        generators = [*(copy.deepcopy(rng) for _ in image[1:]), rng]
+        frames = [self.pixels(*each) for each in zip(image, generators, strict=True)]
+        return {**record, "image": np.stack(frames)}
 
     def pixels(
         self, image: UInt8[np.ndarray, "H W C"], rng: np.random.Generator | None
@@ -102,6 +111,8 @@ class Decode(Transform):
         """The record with "image" in place of "encoded"."""
         rest = {name: value for name, value in record.items() if name != "encoded"}
         given = record["encoded"] if "encoded" in record else record["image"]
+        if isinstance(given, list) or getattr(given, "ndim", 0) == 4:  # the frames of a clip
+            return {**rest, "image": np.stack([self.pixels(frame) for frame in given])}
         return {**rest, "image": self.pixels(given)}
 
     def pixels(self, encoded: bytes | np.ndarray, rng=None) -> np.ndarray:

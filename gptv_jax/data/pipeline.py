@@ -218,14 +218,14 @@ class _Example(grain.transforms.RandomMap):
 
     def record(self, index: int, rng: np.random.Generator | None = None) -> Record:
         """The transformed record, without annotations unless they are used."""
-        record = self.source[index] | {"variant": np.int32(0)}
+        record = self.source.read(index, rng) | {"variant": np.int32(0)}
         if "encoded" in record:
             raise InputError(f"{self.source.name(index)} is an image file; {DECODE_FIRST}")
         if not (self.example or self.annotated):
             record = {name: record[name] for name in (*PICTURE, *ALWAYS) if name in record}
         elif "view" not in record:
             size = record["image"].shape if "image" in record else self.codec.image_shape
-            record = with_view(record, *size[:2])
+            record = with_view(record, *size[-3:-1])
         for step in self.steps:
             record = step(record, rng)
         if self.annotated:
@@ -287,10 +287,13 @@ def check_shape(image: np.ndarray, expected: tuple[int, ...]) -> None:
     """Raises InputError where an image, or a grid of tokens, has another shape."""
     if image.shape != expected:
         found, takes = (" x ".join(map(str, shape)) for shape in (image.shape, expected))
-        cure = f'end the transforms by "resize({expected[:2]})", or change config.data.image_size'
-        if image.shape[:2] == expected[:2]:
+        size = expected[-3:-1]
+        cure = f'end the transforms by "resize({size})", or change config.data.image_size'
+        if image.ndim != len(expected):
+            cure = "take config.data.frames=0 for images, and 1 or more for videos"
+        elif image.shape[:-1] == expected[:-1]:
             kinds = "config.tokens.kind (palette takes RGB, grey 1 channel)"
-            cure = f'take "decode(channels={expected[2]})" or another {kinds}'
+            cure = f'take "decode(channels={expected[-1]})" or another {kinds}'
         raise InputError(
             f"after the transforms of config.data an image is {found}, but {takes} is needed; "
             f"{cure}."

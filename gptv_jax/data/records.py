@@ -2,23 +2,24 @@
 
 A record is a dict of NumPy arrays and numbers. Which keys it has says what is known of the example:
 
-    encoded         bytes of an image file that is not decoded yet
-    image           uint8 [H, W, C], pixels
-    tokens          uint16 [rows, columns], tokens of a cache
+    encoded         bytes of an image file that is not decoded yet; of a clip a list, one a frame
+    image           uint8 [H, W, C], pixels; of a clip [F, H, W, C], its frames
+    tokens          uint16 [rows, columns] or [frames, rows, columns], tokens of a cache
     label           int32, the class of the image
     boxes           float32 [n, 4]: y0, x0, y1, x1 in pixels of the image
     box_labels      int32 [n], classes of the boxes
     crowd           bool [n], whether a box is around a group of objects
     area            float32 [n], pixels of the object in the original image
     masks           bool [n, H, W], pixels of each object
-    segmentation    uint8 or int32 [H, W], class of every pixel; 255 (uint8) or -1 (int32): no class
+    segmentation    uint8 or int32 [H, W] or [F, H, W], class of every pixel; 255 (uint8) or -1
+                    (int32): no class
     view            float32 [4]: y0, x0, y1, x1 of the part of the original image that the image
                     shows, in pixels of the original; y1 < y0 or x1 < x0 where it is mirrored
     variant         int32, number of the shift that was drawn, see `geometry.Shift`
     damaged         int32, see data/damage.py
 
-Geometry moves everything that lies in the image; colour changes pixels alone. `crop`, `resize` and
-`mirror` are all geometry that transforms are made of.
+Geometry moves everything that lies in the image, all frames of a clip alike; colour changes pixels
+alone. `crop`, `resize` and `mirror` are all geometry that transforms are made of.
 """
 
 import numpy as np
@@ -27,8 +28,9 @@ from PIL import Image
 
 Record = dict[str, np.ndarray | np.generic | bytes]
 PICTURE = ("encoded", "image", "tokens")  # the picture itself; other keys say something about it
-# Arrays that cover the image, and the axis of the image's rows; the next axis is the columns.
-PLANES = {"image": 0, "tokens": 0, "segmentation": 0, "masks": 1}
+# Arrays that cover the image, and the axis of the image's rows, counted from the end; the next axis
+# is the columns.
+PLANES = {"image": -3, "tokens": -2, "segmentation": -2, "masks": -2}
 OBJECTS = ("boxes", "box_labels", "crowd", "area", "masks")  # arrays with one entry an object
 
 
@@ -39,7 +41,8 @@ def annotations(record: Record) -> Record:
 
 def shape(record: Record) -> tuple[int, int]:
     """Height and width of the image, or rows and columns of the tokens."""
-    height, width = record["tokens" if "tokens" in record else "image"].shape[:2]
+    name = "tokens" if "tokens" in record else "image"
+    height, width = record[name].shape[PLANES[name] :][:2]
     return height, width
 
 
@@ -72,7 +75,7 @@ def crop(
     y, x = max(top, 0), max(left, 0)
 
     def cut(name: str, array: np.ndarray) -> np.ndarray:
-        axis = PLANES[name]
+        axis = array.ndim + PLANES[name]
         if np.any(beyond):
             pads = [(0, 0)] * axis + beyond + [(0, 0)] * (array.ndim - axis - 2)
             if reflect and name != "masks":
@@ -107,6 +110,8 @@ def resize(record: Record, height: int, width: int, method: str = "bilinear") ->
 
     def resized(name: str, array: np.ndarray) -> np.ndarray:
         if name == "image":
+            if array.ndim == 4:  # a clip
+                return np.stack([resized(name, frame) for frame in array])
             picture = to_picture(array).resize((width, height), Image.Resampling[method.upper()])
             return to_array(picture, array.shape[-1])
         return array[..., nearest_row, nearest_column]

@@ -23,6 +23,7 @@ from gptv_jax.data.folder import ImageFolder
 from gptv_jax.data.images import DamagedImageError
 from gptv_jax.data.label_maps import MapFolder
 from gptv_jax.data.listing import split_names
+from gptv_jax.data.moving_digits import MovingDigits
 from gptv_jax.data.parquet import Tables
 from gptv_jax.data.prepared import Tfds
 from gptv_jax.data.records import OBJECTS, Record
@@ -35,6 +36,8 @@ SETS: dict[str, Callable[[config_lib.Data], DataSet]] = {
     "folder": lambda config: (MapFolder if config.maps else ImageFolder)(config),
     "coco": Coco,
     "digit_scenes": lambda config: DigitScenes(),
+    "moving_digits": MovingDigits,
+    "two_moving_digits": lambda config: MovingDigits(config, digits=2),
     "parquet": Tables,
     "webdataset": WebDataset,
     "tokens": lambda config: TokenCache(listing.data_path(config)),
@@ -49,6 +52,7 @@ FIELDS = {
     "annotations": ("coco",),
     "images": ("coco", MAPPED),
     "maps": ("folder", "coco", "tokens", OF_TFDS),
+    "label": ("moving_digits",),
 }
 
 
@@ -82,6 +86,10 @@ class Selected(Source):
     def __getitem__(self, index: int) -> Record:
         source, row = self._locate(index)
         return self._labelled(source[row])
+
+    def read(self, index: int, rng: np.random.Generator | None = None) -> Record:
+        source, row = self._locate(index)
+        return self._labelled(source.read(row, rng))
 
     def annotations(self, index: int) -> Record:
         source, row = self._locate(index)
@@ -226,7 +234,7 @@ def open_data_set(config: config_lib.Data) -> DataSet:
                 f"{'|'.join(names)}, but config.data.name={config.name}; leave the field out."
             )
     if config.name in SETS:
-        return SETS[config.name](config)
+        return _fitting(SETS[config.name](config), config)
     if advice := listing.advice(config.name):
         raise InputError(f"config.data.name={advice}")
     try:
@@ -236,6 +244,21 @@ def open_data_set(config: config_lib.Data) -> DataSet:
             problem = f"config.data.name={config.name} does not read config.data.path"
             raise InputError(f"{problem}; {advice}") from error
         raise
+
+
+def _fitting(data_set: DataSet, config: config_lib.Data) -> DataSet:
+    """The data set; InputError where it has videos and the config asks for images, or reversed."""
+    if data_set.videos and not config.frames:
+        raise InputError(
+            f"config.data.name={config.name} has videos, and config.data.frames is 0, which is for "
+            "images; set config.data.frames to the number of frames of a clip, 8, say."
+        )
+    if config.frames and not data_set.videos:
+        raise InputError(
+            f"config.data.frames={config.frames} is for clips of videos, but config.data.name="
+            f"{config.name} has images; set config.data.frames=0."
+        )
+    return data_set
 
 
 def open_source(config: config_lib.Data, split: str) -> Selected:

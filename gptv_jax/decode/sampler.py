@@ -73,7 +73,7 @@ class Sampler:
         `key` is `Section.key(seed)`; `number`, the batch's index, is folded into it. `labels`,
         `samples` and `stopwatch` are explained at `generation.generate`.
         """
-        unknown, columns = (given == generation.UNKNOWN).any(axis=0), self.network.grid[1]
+        unknown, columns = (given == generation.UNKNOWN).any(axis=0), self.network.grid[-1]
         whole = np.repeat(given, samples, axis=0)
         if not unknown.any():
             return whole
@@ -105,6 +105,8 @@ class Sampler:
         windows, by half the window's side at most, and draws the unknown tokens in raster order.
         `margins` are rows to draw above and below, columns to the left and to the right.
         """
+        if self.network.frames:
+            raise InputError("outpainting takes the network of an image, and this one is of clips.")
         (rows, columns), (top, bottom, left, right) = self.network.grid, margins
         grid = tokens.reshape(-1, rows, columns)
         around = ((0, 0), (top, bottom), (left, right))
@@ -148,9 +150,12 @@ def check_guidable(config: config_lib.Model, what: str) -> None:
 
 
 def kept_tokens(network: Network, keep: float) -> int:
-    """Number of tokens in the first share `keep` of the rows, rounded to whole rows."""
-    rows, columns = network.grid
-    return round(keep * rows) * columns
+    """Number of tokens in the first share `keep` of the rows, or of a clip's frames.
+
+    The number is rounded to whole rows or frames.
+    """
+    count = network.grid[0]
+    return round(keep * count) * (network.length // count)
 
 
 def class_rows(count: int, classes: int) -> Int[np.ndarray, "rows columns"]:
@@ -167,8 +172,10 @@ def _nats(network, params, tokens, labels) -> jax.Array:
     return objective.part_nats(model, image, model(tokens, labels).final, targets)
 
 
-def by_pixel(nats: Float[np.ndarray, "B T"], codec: Codec) -> Float[np.ndarray, "B H W"]:
+def by_pixel(nats: Float[np.ndarray, "B T"], codec: Codec) -> Float[np.ndarray, "B *F H W"]:
     """The nats of each token spread evenly over the token's pixels; sums over an image stay."""
-    height, width = (codec.image_shape[axis] // codec.grid[axis] for axis in (0, 1))
-    spread = (nats / (height * width)).reshape(-1, *codec.grid)
-    return spread.repeat(height, axis=1).repeat(width, axis=2)
+    sides = [n // count for n, count in zip(codec.image_shape[:-1], codec.grid, strict=True)]
+    spread = (nats / math.prod(sides)).reshape(-1, *codec.grid)
+    for axis, side in enumerate(sides, start=1):
+        spread = spread.repeat(side, axis=axis)
+    return spread

@@ -105,8 +105,13 @@ class Network:
 
     @property
     def grid(self) -> tuple[int, ...]:
-        """Shape of the first part: rows and columns where it is an image."""
+        """Shape of the first part: rows and columns; of clips frames, rows and columns."""
         return self.layout.parts[0].shape
+
+    @property
+    def frames(self) -> int:
+        """Number of frames of the first part, where it is a clip; 0: it is an image."""
+        return self.grid[0] if len(self.grid) == 3 else 0
 
     @property
     def length(self) -> int:

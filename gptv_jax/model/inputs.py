@@ -20,8 +20,7 @@ class Inputs(nnx.Module):
     def __init__(self, network, *, rngs: nnx.Rngs):
         config, V, D = network.config, network.vocabulary, network.config.width
         first, *others = network.layout.parts
-        columns = first.shape[-1]
-        rows = first.size // columns
+        _, rows, columns = first.axes
         self.network = network
         if V:
             self.token_embedding = layers.normal(rngs, "token_embedding", (V, D), 0.02)
@@ -35,6 +34,8 @@ class Inputs(nnx.Module):
             self.column = layers.normal(rngs, "column", (columns, D), 0.01)
         if config.target_positions:
             self.target_position = layers.normal(rngs, "target_position", (rows * columns, D), 0.01)
+        if network.frames and not config.rotary:  # zero: the first frame begins as an image
+            self.frame = layers.constant("frame", (network.frames, D), 0.0)
         if others:
             self.parts = nnx.Dict({p.name: PartWeights(p, D, rngs=rngs) for p in others})
         if network.stem:
@@ -151,17 +152,24 @@ class Inputs(nnx.Module):
         the row of the input token. In raster order both are the row of the position's number.
         """
         config, (first, *others) = self.network.config, self.network.layout.parts
-        columns = first.shape[-1]
-        rows = first.size // columns
+        frames, rows, columns = first.axes
         gather = functools.partial(sharding.gather, dtype=config.dtype)
         of_place, tables = [], []
+        start_rows = int(config.target_positions)  # of a table, for the start vector
+
+        def in_frames(table):  # the table of a frame's places, for the places of all frames
+            own = [table[:start_rows], *[table[start_rows:]] * frames]
+            return table if frames == 1 else jnp.concatenate(own)
+
         if config.learned_positions:
-            of_place.append(gather(self.position[...]))
-        if config.axial_positions:  # with target_positions, zeros for the start vector come first
+            of_place.append(in_frames(gather(self.position[...])))
+        if config.axial_positions:  # zeros for the start vector come first
             row = jnp.repeat(gather(self.row[...]), columns, axis=0)
             column = jnp.tile(gather(self.column[...]), (rows, 1))
-            of_start = ((int(config.target_positions), 0), (0, 0))
-            of_place += [jnp.pad(table, of_start) for table in (row, column)]
+            of_place += [in_frames(jnp.pad(t, ((start_rows, 0), (0, 0)))) for t in (row, column)]
+        if hasattr(self, "frame"):
+            frame = jnp.repeat(gather(self.frame[...]), rows * columns, axis=0)
+            of_place.append(jnp.pad(frame, ((start_rows, 0), (0, 0))))
         if others and not of_place:
             of_place.append(jnp.zeros((first.size, config.width), config.dtype))
         if of_place:
@@ -171,7 +179,7 @@ class Inputs(nnx.Module):
             later = [self.parts[part.name].positions(config.dtype) for part in others]
             tables.append((jnp.concatenate([whole, *later]) if later else whole, places))
         if config.target_positions:
-            tables.append((gather(self.target_position[...]), order))
+            tables.append((jnp.tile(gather(self.target_position[...]), (frames, 1)), order))
         for table, places in tables:
             if places is None:
                 x = x + jax.lax.dynamic_slice_in_dim(table, start, x.shape[1])[None]
@@ -186,8 +194,8 @@ class Inputs(nnx.Module):
         config, layout = self.network.config, self.network.layout
         if not config.rotary:
             return None
-        # Row and column of place -1, one before the first, and of every position.
-        before = -1, layout.parts[0].shape[-1] - 1
+        # Frame, row and column of place -1, one before the first, and of every position.
+        before = 0, -1, layout.parts[0].shape[-1] - 1
         known = jnp.array(np.concatenate([[before], layout.coordinates()]), jnp.int32)
 
         def phases(places):

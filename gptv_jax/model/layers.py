@@ -127,17 +127,22 @@ class Rotation(NamedTuple):
     keys: Float[Array, "2 *B P half"]
 
 
-def phases(places: Float[Array, "P 2"], size: int) -> Float[Array, "2 P half"]:
-    """Cosines and sines of the angles of places, given by row and column.
+def phases(places: Float[Array, "P 3"], size: int) -> Float[Array, "2 P half"]:
+    """Cosines and sines of the angles of places, given by frame, row and column.
 
     Half of each head's channels are rotated by the row of a place on the grid and half by the
     column, so that scores depend on differences of rows and columns alone (Su et al. 2021,
-    arXiv:2104.09864; along two axes as in LlamaGen, Sun et al. 2024, arXiv:2406.06525).
+    arXiv:2104.09864; along two axes as in LlamaGen, Sun et al. 2024, arXiv:2406.06525). All
+    channels are rotated by the frame as well, those that turn slowly with the row turn fast with
+    the frame: several axes share channels as in RoPE-Mixed (Heo et al. 2024, arXiv:2403.13298), and
+    the first frame is rotated as an image is.
 
     `size` is K, a multiple of 4; half is K / 2.
     """
     frequencies = BASE ** -jnp.linspace(0, 1, size // 4, endpoint=False, dtype=jnp.float32)
-    angles = (places[:, :, None] * frequencies[None, None]).reshape(len(places), size // 2)
+    angles = places[:, 1:, None] * frequencies[None, None]
+    angles = angles + places[:, :1, None] * frequencies[None, None, ::-1]
+    angles = angles.reshape(len(places), size // 2)
     return jnp.stack([jnp.cos(angles), jnp.sin(angles)])
 
 

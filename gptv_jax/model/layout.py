@@ -38,6 +38,11 @@ class Part:
         return math.prod(self.shape)
 
     @property
+    def axes(self) -> tuple[int, int, int]:
+        """Frames, rows and columns; an image is a clip of one frame, and (n,) a single row."""
+        return (1,) * (3 - len(self.shape)) + self.shape
+
+    @property
     def has_places(self) -> bool:
         """Whether tokens or positions of the part are at places in the image."""
         return self.bins > 0 or self.covers_image
@@ -124,18 +129,16 @@ class Layout:
                 f"first part must be: {first} tokens."
             )
 
-    def coordinates(self) -> Int[np.ndarray, "T 2"]:
-        """Row and column of every position, for rotary phases.
+    def coordinates(self) -> Int[np.ndarray, "T 3"]:
+        """Frame, row and column of every position, for rotary phases.
 
         The parts lie below each other: a part's first row follows the last row of the part before.
-        So do the frames of a part of (frames, rows, columns).
         """
-        found, row = [], 0
+        found, below = [], 0
         for part in self.parts:
-            columns = part.shape[-1] if len(part.shape) > 1 else part.size
-            rows, column = np.divmod(np.arange(part.size), columns)
-            found.append(np.stack([row + rows, column], axis=1))
-            row += part.size // columns
+            own = np.stack([axis.ravel() for axis in np.indices(part.axes)], axis=1)
+            found.append(own + np.array([0, below, 0]))
+            below += part.axes[1]
         return np.concatenate(found)
 
 
@@ -159,8 +162,8 @@ def bidirectional(part: Part) -> Layout:
     return Layout((part,), full_mask(part.size), shift=0)
 
 
-def of_images(vocabulary: int, grid: tuple[int, int], objective: str = "autoregressive") -> Layout:
-    """The layout of images alone, for pretraining with `config.Model.objective`."""
+def of_images(vocabulary: int, grid: tuple[int, ...], objective: str = "autoregressive") -> Layout:
+    """The layout of images or clips alone, for pretraining with `config.Model.objective`."""
     image = Part("image", vocabulary, tuple(grid), predicted=vocabulary > 0)
     return bidirectional(image) if objective == "bert" else causal(image)
 

@@ -133,14 +133,18 @@ class Stem(nnx.Module):
         std = 0.0 if tokens else SCALE * widths[-1] ** -0.5
         self.from_stem = layers.normal(rngs, "from_stem", (widths[-1], width), std)
 
-    def __call__(self, pixels: UInt8[Array, "B H W C"], dtype: str) -> Float[Array, "B N D"]:
-        """Inputs of the N positions that hold the image, in raster order; C is 1 or 3."""
+    def __call__(self, pixels: UInt8[Array, "B *F H W C"], dtype: str) -> Float[Array, "B N D"]:
+        """Inputs of the N positions that hold the image or the clip, in raster order; C is 1 or 3.
+
+        Each frame of a clip is an image of its own.
+        """
+        x = pixels.reshape(-1, *pixels.shape[-3:], out_sharding=sharding.BATCH_FIRST)
         # Each image is standardised: a dark or bright background would be most of the input.
-        x = jax.nn.standardize(pixels.astype(jnp.float32), axis=(1, 2, 3)).astype(dtype)
+        x = jax.nn.standardize(x.astype(jnp.float32), axis=(1, 2, 3)).astype(dtype)
         x = jnp.broadcast_to(x, (*x.shape[:3], CHANNELS))
         for layer in self.layers:
             x = layer(x)
-        x = x.reshape(len(x), -1, x.shape[-1], out_sharding=sharding.BATCH_FIRST)
+        x = x.reshape(len(pixels), -1, x.shape[-1], out_sharding=sharding.BATCH_FIRST)
         return layers.project("bnm,md->bnd", x, self.from_stem[...], sharding.BATCH_FIRST)
 
 

@@ -43,7 +43,7 @@ class Context:
 
     def with_definition(self, definition: TokenDefinition | None) -> "Context":
         """This context with the codec of a palette or tokenizer (grey levels need neither)."""
-        codec = tokens.make_codec(self.config.tokens, self.config.data.image_size, definition)
+        codec = tokens.codec_of(self.config, definition)
         data = dataclasses.replace(self.images, codec=codec)
         return dataclasses.replace(self, codec=codec, data=data)
 

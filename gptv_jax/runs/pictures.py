@@ -25,12 +25,15 @@ SIDE = 64  # pixels; images are enlarged while their shorter side is not longer 
 
 
 def save_grid(
-    images: UInt8[np.ndarray, "N H W 3"], path: pathlib.Path, columns: int | None = None
+    images: UInt8[np.ndarray, "N *F H W 3"], path: pathlib.Path, columns: int | None = None
 ) -> None:
     """Writes the images side by side with a thin border, enlarged by a whole factor.
 
-    A row has as many images as `columns` says; None: the grid is as square as possible.
+    A row has as many images as `columns` says; None: the grid is as square as possible. A clip is
+    shown as a film strip, its frames from left to right.
     """
+    if images.ndim == 5:
+        images = np.concatenate(images.swapaxes(0, 1), axis=2)
     height, width = images.shape[1:3]
     columns = columns or math.ceil(math.sqrt(len(images) * height / width))
     scale = max(1, SIDE // min(height, width))
@@ -43,12 +46,15 @@ def save_grid(
 
 
 def save_pairs(left: np.ndarray, right: np.ndarray, path: pathlib.Path) -> None:
-    """Writes a grid of images, each with its partner to the right."""
+    """Writes a grid of images, each with its partner to the right, or below a film strip."""
     pairs = np.stack([left, right], axis=1)
-    save_grid(pairs.reshape(-1, *pairs.shape[2:]), path, columns=8)
+    columns = 1 if pairs.ndim == 6 else 8
+    save_grid(pairs.reshape(-1, *pairs.shape[2:]), path, columns)
 
 
-def heat_map(nats: Float[np.ndarray, "B H W"]) -> tuple[UInt8[np.ndarray, "B H W 3"], float]:
+def heat_map(
+    nats: Float[np.ndarray, "B *F H W"],
+) -> tuple[UInt8[np.ndarray, "B *F H W 3"], float]:
     """Nats of pixels as colours on one scale, black for 0, and the value of the brightest colour.
 
     `nats` are 0 or more, from `Model.surprise`.

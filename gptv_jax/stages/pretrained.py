@@ -107,8 +107,8 @@ def check(
         _imported(config, codec, adapt=adapt)
         return
     made_by, *_ = _finished(config, own)
-    size, starts = made_by.data.image_size, start_vectors(made_by)
-    found = WeightsFile(made_by.model, made_by.tokens, size, {}, starts=starts)
+    shape, starts = (made_by.data.image_size, {}, made_by.data.frames), start_vectors(made_by)
+    found = WeightsFile(made_by.model, made_by.tokens, *shape, starts=starts)
     _must_fit(config, found, adapt=adapt)
 
 

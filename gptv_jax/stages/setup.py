@@ -144,7 +144,7 @@ def find_codec(config: config_lib.Config, folder: pathlib.Path | None = None) ->
     if cache:
         _check_cache(config, cache)
     if kind not in tokens.DEFINITIONS:
-        return tokens.make_codec(config.tokens, config.data.image_size)
+        return tokens.codec_of(config)
     found: dict[str, tokens.TokenDefinition | None] = {}
     if folder:
         found[f"the run folder {folder}"] = tokens.load_definition(kind, folder)
@@ -169,7 +169,7 @@ def find_codec(config: config_lib.Config, folder: pathlib.Path | None = None) ->
     for where, other in rest:
         if not other.equivalent(chosen):
             raise InputError(f"the {field} of {where} is another one than that of {first}.")
-    return tokens.make_codec(config.tokens, config.data.image_size, chosen)
+    return tokens.codec_of(config, chosen)
 
 
 def build_codec(config: config_lib.Config, damage_log: DamageLog) -> Codec:
@@ -188,7 +188,7 @@ def build_codec(config: config_lib.Config, damage_log: DamageLog) -> Codec:
     provenance = {"data": config.data.name, "split": config.data.train_split, "images": len(pixels)}
     LOG.info("building a palette of %d colours", config.tokens.colors)
     colors = palette.build(np.concatenate(pixels), config.tokens.colors, config.seed, provenance)
-    return tokens.make_codec(config.tokens, config.data.image_size, colors)
+    return tokens.codec_of(config, colors)
 
 
 def _check_cache(config: config_lib.Config, cache: TokenCache) -> None:
@@ -196,6 +196,7 @@ def _check_cache(config: config_lib.Config, cache: TokenCache) -> None:
     pairs = (
         *config.tokens.pairs(cache.tokens),
         ("data.image_size", config.data.image_size, cache.image_size),
+        ("data.frames", config.data.frames, cache.frames),
         ("data.eval_transforms", config.data.eval_transforms, cache.transforms),
     )
     cached = {f"config.{name}": theirs for name, _, theirs in pairs}

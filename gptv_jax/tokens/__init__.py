@@ -12,17 +12,24 @@ from gptv_jax.config.data import ImageSize
 from gptv_jax.errors import InputError, shorten
 from gptv_jax.tokens import learned
 from gptv_jax.tokens import palette as palettes
-from gptv_jax.tokens.codec import Codec, GreyCodec
+from gptv_jax.tokens.codec import Codec, FrameCodec, GreyCodec
 from gptv_jax.tokens.learned import LearnedCodec, Tokenizer
 from gptv_jax.tokens.palette import Palette, PaletteCodec
 
-__all__ = ["Codec", "GreyCodec", "LearnedCodec", "Palette", "PaletteCodec", "Tokenizer"]
+__all__ = [
+    "Codec",
+    "FrameCodec",
+    "GreyCodec",
+    "LearnedCodec",
+    "Palette",
+    "PaletteCodec",
+    "Tokenizer",
+]
 
 TokenDefinition = Palette | Tokenizer
 # For each kind of token that has a definition: the name of its file, and what reads the file.
 DEFINITIONS = {"palette": (palettes.FILE, palettes.load), "learned": (learned.FILE, learned.load)}
-CODECS = {
-    "grey": lambda config, size, _: GreyCodec(config.levels, size),
+CODECS = {  # of images; grey levels, whose patches may reach over frames, are made apart
     "palette": lambda config, size, palette: PaletteCodec(palette, size),
     "learned": lambda config, size, tokenizer: LearnedCodec(tokenizer, size),
     "none": lambda *_: None,
@@ -30,9 +37,15 @@ CODECS = {
 
 
 def make_codec(
-    config: config_lib.Tokens, image_size: ImageSize, definition: TokenDefinition | None = None
+    config: config_lib.Tokens,
+    image_size: ImageSize,
+    definition: TokenDefinition | None = None,
+    frames: int = 0,
 ) -> Codec | None:
-    """The codec that the config names, for images of `image_size`; None: there are no tokens."""
+    """The codec that the config names, for images of `image_size` or for clips of so many frames.
+
+    None: there are no tokens.
+    """
     if isinstance(definition, Palette) and len(definition.centers) != config.colors:
         raise InputError(
             f"config.tokens.colors is {config.colors}, but the palette has "
@@ -43,7 +56,15 @@ def make_codec(
             f"the tokenizer was trained with other settings: {shorten(found, '; ')}. Set these "
             "fields to the tokenizer's values."
         )
-    return CODECS[config.kind](config, image_size, definition)
+    if config.kind == "grey":
+        return GreyCodec(config.levels, image_size, config.patch, frames)
+    codec = CODECS[config.kind](config, image_size, definition)
+    return FrameCodec(codec, frames) if codec and frames else codec
+
+
+def codec_of(config: config_lib.Config, definition: TokenDefinition | None = None) -> Codec | None:
+    """The codec of a run, see `make_codec`."""
+    return make_codec(config.tokens, config.data.image_size, definition, config.data.frames)
 
 
 def load_definition(kind: str, folder: pathlib.Path) -> TokenDefinition | None:

@@ -29,7 +29,7 @@ from gptv_jax.tokens import palette as palettes
 FORMAT = 1
 HEADER = "gptv_jax"  # key of the file's metadata
 # Fields that a header holds; files of before the class names have none.
-FACTS = ("image_size", "starts", "classes", "class_names", "step", "best_layer")
+FACTS = ("image_size", "frames", "starts", "classes", "class_names", "step", "best_layer")
 TASK_FACTS = ("object_names", "map_names", "eval_transforms")  # beside the task, if it has parts
 # Names of the tensors of a token definition: the colours of a palette, the prefix of a tokenizer's.
 CENTERS, TOKENIZER = "palette.centers", "tokenizer."
@@ -50,6 +50,7 @@ class WeightsFile:
     tokens: config_lib.Tokens
     image_size: int | tuple[int, ...] = field(accepted=PIXELS)  # as config.data.image_size
     params: dict[str, np.ndarray]  # float32, by flat name such as "blocks.qkv"
+    frames: int = field(0, FROM_ZERO)  # of a clip, as config.data.frames
     definition: TokenDefinition | None = None  # what the tokens stand for
     starts: int = field(1, POSITIVE)  # number of start vectors
     classes: int = field(0, FROM_ZERO)  # number of classes of the class head; 0 without one
@@ -69,14 +70,15 @@ class WeightsFile:
 
     @property
     def codec(self) -> tokens.Codec | None:
-        return tokens.make_codec(self.tokens, self.image_size, self.definition)
+        return tokens.make_codec(self.tokens, self.image_size, self.definition, self.frames)
 
     @functools.cached_property
     def learned_task(self) -> tasks.Task | None:
         """The task of a network with parts after the image; None for other networks."""
         if self.task is None:
             return None
-        data = config_lib.Data(image_size=self.image_size, eval_transforms=self.eval_transforms)
+        named = ("image_size", "frames", "eval_transforms")
+        data = config_lib.Data(**{name: getattr(self, name) for name in named})
         config = config_lib.Config(data=data, tokens=self.tokens, model=self.model, task=self.task)
         names = self.class_names, self.object_names, self.map_names
         return tasks.make(config, *names, self.measured)
@@ -140,6 +142,7 @@ class WeightsFile:
             ("model.start_per_variant (start vectors)", starts, self.starts),
             *config.tokens.pairs(self.tokens),
             ("data.image_size", config.data.image_size, self.image_size),
+            ("data.frames", config.data.frames, self.frames),
         ]  # fmt: skip
         expected = {f"config.{name}": stored for name, _, stored in pairs}
         return list_differences(expected, {f"config.{name}": given for name, given, _ in pairs})
@@ -202,7 +205,8 @@ def from_header(
                 f"{where} has format {header['format']}; this version reads format {FORMAT}."
             )
         known = {each.name: each for each in dataclasses.fields(WeightsFile)}
-        header = {"class_names": [], **{name: [] for name in TASK_FACTS}} | header
+        older = {"class_names": [], "frames": 0, **{name: [] for name in TASK_FACTS}}
+        header = older | header
         facts = {n: fields.checked(header[n], known[n], f"header.{n}") for n in FACTS + TASK_FACTS}
         if isinstance(definition, Palette):
             definition = dataclasses.replace(definition, provenance=dict(header["palette"]))
@@ -308,6 +312,7 @@ def read_run(folder: pathlib.Path, stage: str | None = None) -> tuple[WeightsFil
         model=config.model,
         tokens=config.tokens,
         image_size=config.data.image_size,
+        frames=config.data.frames,
         params={},
         definition=tokens.load_definition(config.tokens.kind, folder),
         starts=network.starts,
