@@ -46,6 +46,10 @@ def check(config: Config) -> None:
             "config.model.rotary, or target_positions with learned_positions or axial_positions"
         )
         refuse(config, "model.random_order", f"{reason}; set {advice}")
+    if model.context_masking and not (config.data.frames and not model.random_order):
+        reason = "it hides tokens of the earlier frames of clips, in raster order"
+        advice = "set config.data.frames to the frames of a clip, and random_order=(), or take 0"
+        refuse(config, "model.context_masking", f"{reason}; {advice}")
     if config.tokens.kind == "learned":
         _check_autoencoder(config)
     elif config.tokens.kind == "none":
@@ -70,6 +74,7 @@ def _check_bert(config: Config) -> None:
         ("start_per_variant", False, f"{bert} has no start token"),
         ("target_positions", False, f"with {bert} input and target have the same position"),
         ("random_order", (), f"{bert} has no order"),
+        ("context_masking", 0.0, f"{bert} hides masked_share of all tokens"),
     ):
         if getattr(model, name):
             advice = f"set {name}={other} or objective=autoregressive"

@@ -47,7 +47,7 @@ class Output(NamedTuple):
 
 # Fields of the configuration that are for a sequence of image tokens alone, and their other value.
 # A stem goes without the first two alone.
-NO_STEM = {"objective": "autoregressive", "random_order": ()}
+NO_STEM = {"objective": "autoregressive", "random_order": (), "context_masking": 0.0}
 IMAGES_ALONE = NO_STEM | {"target_positions": False, "start_per_variant": False}
 
 
@@ -150,7 +150,7 @@ class GPT(Inputs):
         hidden: Bool[Array, "B T"] | None = None,
         order: Int[Array, "B T"] | None = None,
         *,
-        pixels: UInt8[Array, "B height width C"] | None = None,
+        pixels: UInt8[Array, "B *F height width C"] | None = None,
         raw: bool = False,
         keep: tuple[int, ...] = (),
     ) -> Output:
@@ -165,7 +165,7 @@ class GPT(Inputs):
             target.
           variant: index of the start vector of each row; None: `Network.unconditional`.
           key: of dropout; None switches dropout off.
-          hidden: True where BERT's input is masked; None: nothing is masked.
+          hidden: True where an input token is hidden, by its place in raster order; None: none is.
           order: a permutation of 0 .. T-1 for each row: position t predicts token order[t] from
             the tokens at order[:t]; None: raster order. Logits are in the order of positions.
           pixels: of the images, for a network with a stem.
@@ -179,7 +179,8 @@ class GPT(Inputs):
         attend = functools.partial(attention.self_attention, visible=visible)
         if layout.shift:
             known = (tokens if order is None else reorder(tokens, order))[:, :-1]
-            x = self.embed(known, variant, order=order, pixels=pixels)
+            unseen = None if hidden is None else hidden[:, :-1]
+            x = self.embed(known, variant, order=order, pixels=pixels, hidden=unseen)
         else:
             x = self.embed_masked(tokens, hidden)
         x = layers.dropout(x, config.dropout, None if keys is None else keys[-1])

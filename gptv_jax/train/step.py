@@ -52,7 +52,8 @@ def make_loss(
         mask = objective.draw_mask(network, len(tokens), key)
         start = objective.start_vectors(network, batch, key, condition_on_label=not classes)
         order = None if classes else objective.draw_order(network, len(tokens), key, step, steps)
-        output = model(tokens, start, key, mask, order)
+        hidden = objective.draw_hidden(network, len(tokens), key) if mask is None else mask
+        output = model(tokens, start, key, hidden, order)
         targets = tokens if order is None else reorder(tokens, order)
         nats = objective.nats_per_token(model, output, targets, mask).mean()
         if not classes:
