@@ -119,9 +119,14 @@ def nats_per_token(
     model: GPT, output: Output, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"] | None
 ) -> Float[Array, " B"]:
     """Mean negative log-likelihood of each image's tokens; of the masked tokens only for BERT."""
-    tokens = jax.sharding.reshard(tokens, sharding.HIDDEN)
-    nats = part_nats(model, model.network.layout.parts[0], output.final, tokens)
+    nats = token_nats(model, output, tokens)
     return nats.mean(axis=1) if mask is None else masked_mean(nats, mask)
+
+
+def token_nats(model: GPT, output: Output, tokens: Int[Array, "B T"]) -> Float[Array, "B T"]:
+    """Negative log-likelihood of each token of images or clips."""
+    tokens = jax.sharding.reshard(tokens, sharding.HIDDEN)
+    return part_nats(model, model.network.layout.parts[0], output.final, tokens)
 
 
 def masked_mean(nats: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, " B"]:
