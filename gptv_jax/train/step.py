@@ -185,8 +185,8 @@ def make_eval_step(network: Network, *, confusion: bool = False) -> Callable:
 
     "images" counts the rows; the other sums are "nats_per_token" and, with a class head, "accuracy"
     (images classified correctly) and "class_nats", the cross-entropy of the class. Of clips, where
-    tokens are predicted in order, "by_frame" has the nats per token of each frame, [F]. For BERT, nats
-    are means over the votes, and the class is that of most votes. A class-conditional network
+    tokens are predicted in order, "by_frame" has the nats per token of each frame, [F]. For BERT,
+    nats are means over the votes, and the class is that of most votes. A class-conditional network
     without a class head sees the class.
 
     With `confusion`, a network with a class head gives "confusion" as well, int32 [C, C], see
@@ -228,8 +228,8 @@ def make_eval_step(network: Network, *, confusion: bool = False) -> Callable:
 def make_metric(network: Network, *, confusion: bool = False) -> Metric:
     """Measures the means over images of the sums of `make_eval_step`.
 
-    The numbers are "nats_per_token" and, with a class head, "accuracy" and "class_nats"; the nats of
-    frames and the matrix that `confusion` asks for are among the sums alone.
+    The numbers are "nats_per_token" and, with a class head, "accuracy" and "class_nats"; the nats
+    of frames and the matrix that `confusion` asks for are among the sums alone.
     """
 
     def result(sums: dict[str, np.ndarray]) -> dict[str, float]:
