@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+import math
 import numbers
 import os
 from collections.abc import Callable, Sequence
@@ -102,8 +103,8 @@ def share(name: str, value) -> float:
     return float(value)
 
 
-def images(given, codec: tokens.Codec) -> UInt8[np.ndarray, "B H W C"]:
-    """One image or more, of the shape that the codec takes; also a list of Pillow images."""
+def images(given, codec: tokens.Codec) -> UInt8[np.ndarray, "B *F H W C"]:
+    """Images or clips of the shape that the codec takes; also a list of Pillow images."""
     shape = codec.image_shape
     if isinstance(given, str | os.PathLike | Image.Image):
         given = [given]
@@ -111,24 +112,51 @@ def images(given, codec: tokens.Codec) -> UInt8[np.ndarray, "B H W C"]:
         given = _stacked(given, shape)
     given = np.asarray(given)
     right = given.dtype == np.uint8 and given.shape[1:] == shape
-    return _checked(given, right, "images are", f"uint8 [B, {', '.join(map(str, shape))}]")
+    subject = "images are" if len(shape) == 3 else "clips are"
+    return _checked(given, right, subject, f"uint8 [B, {', '.join(map(str, shape))}]")
 
 
-def _stacked(given: Sequence, shape: tuple[int, int, int]) -> Sequence | np.ndarray:
+def given_frames(given, codec: tokens.Codec) -> UInt8[np.ndarray, "B K H W C"]:
+    """The first frames of one clip or more, of the height and width that the codec takes.
+
+    Where a token stands for several frames, K is a multiple of their number.
+    """
+    if len(codec.image_shape) == 3:
+        raise InputError(
+            "this model is of images, so it does not continue clips; load a run with "
+            "config.data.frames above 0."
+        )
+    given, (frames, *shape) = np.asarray(given), codec.image_shape
+    right = given.dtype == np.uint8 and given.ndim == 5 and given.shape[2:] == tuple(shape)
+    accepted = f"uint8 [B, K, {', '.join(map(str, shape))}], of K frames, 1 or more"
+    found = _checked(given, right and given.shape[1] > 0, "frames are", accepted)
+    if given.shape[1] % (span := frames // codec.grid[0]):
+        raise InputError(
+            f"{given.shape[1]} frames are given, but each token stands for {span} frames; give a "
+            f"multiple of {span}."
+        )
+    return found
+
+
+def _stacked(given: Sequence, shape: tuple[int, ...]) -> Sequence | np.ndarray:
     """Pillow images or arrays as one array; InputError where they are of several sizes or modes."""
-    height, width, channels = shape
+    *frames, height, width, channels = shape
     mode = "RGB" if channels == 3 else "L"
     if any(isinstance(each, str | os.PathLike) for each in given):
         found = "file names"
     elif any(isinstance(each, Image.Image) for each in given):
         kinds = {f"{i.mode} {i.width} x {i.height}" for i in given if isinstance(i, Image.Image)}
-        if kinds == {f"{mode} {width} x {height}"}:
+        if not frames and kinds == {f"{mode} {width} x {height}"}:
             return np.stack([np.asarray(i).reshape(-1, width, channels) for i in given])
         found = f"Pillow images of {errors.shorten(sorted(kinds))}"
     elif len({np.shape(each) for each in given}) > 1:
         found = "arrays of several sizes"
     else:
         return given
+    if frames:
+        raise InputError(
+            f"clips are {found}; give an array, uint8 [B, {', '.join(map(str, shape))}]."
+        )
     raise InputError(
         f"images are {found}; give {mode} images of {width} x {height}, as in "
         f'[PIL.ImageOps.fit(i.convert("{mode}"), ({width}, {height})) for i in images]. '
@@ -188,19 +216,22 @@ def _below(given: np.ndarray, end: int, name: str) -> np.ndarray:
 
 def mask(given, count: int, codec: tokens.Codec) -> Bool[np.ndarray, "B T"]:
     """Which tokens of each of `count` images are known, from a mask of pixels or of tokens."""
-    found, sizes = np.asarray(given), [codec.image_shape[:2], codec.grid]
-    right = found.dtype == bool and found.shape[-2:] in sizes and found.shape[:-2] in [(), (count,)]
+    found, sizes, axes = np.asarray(given), [codec.image_shape[:-1], codec.grid], len(codec.grid)
+    pixels, before = found.shape[-axes:], found.shape[:-axes]
+    right = found.dtype == bool and pixels in sizes and before in [(), (count,)]
     shown = " or ".join(str(list(size)) for size in dict.fromkeys(sizes))
     accepted = f"bool {shown}, one for all images or one for each of the {count} images"
     found = _checked(found, right, "mask is", accepted)
-    (rows, columns), (height, width) = codec.grid, found.shape[-2:]
-    patches = found.reshape(-1, rows, height // rows, columns, width // columns)
-    known = patches.all(axis=(2, 4)).reshape(-1, rows * columns)
-    return np.broadcast_to(known, (count, rows * columns))
+    sides = [(n, side // n) for n, side in zip(codec.grid, pixels, strict=True)]
+    patches = found.reshape(-1, *(n for pair in sides for n in pair))
+    length = math.prod(codec.grid)
+    known = patches.all(axis=tuple(range(2, 2 * axes + 1, 2))).reshape(-1, length)
+    return np.broadcast_to(known, (count, length))
 
 
 def margins(codec: tokens.Codec, **pixels) -> tuple[int, int, int, int]:
     """Rows above and below and columns left and right, counted in tokens."""
-    height, width = (codec.image_shape[axis] // codec.grid[axis] for axis in (0, 1))
+    sides = zip(codec.image_shape[-3:-1], codec.grid[-2:], strict=True)
+    height, width = (side // count for side, count in sides)
     sides = {"top": height, "bottom": height, "left": width, "right": width}
     return tuple(whole(pixels[name], name, side=side) // side for name, side in sides.items())

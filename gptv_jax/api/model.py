@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image
 
 from gptv_jax import files, sharding, validation
+from gptv_jax.api.of_clips import OfClips
 from gptv_jax.api.of_tasks import OfTasks
 from gptv_jax.decode import generation
 from gptv_jax.decode.sampler import Sampler, Section, by_pixel, kept_tokens
@@ -31,11 +32,12 @@ Tokens = Int[AnyArray, "B T"]
 Setting = float | int | str | None  # of `config.Drawing`
 
 
-class Model(OfTasks):
+class Model(OfClips, OfTasks):
     """A trained network with its weights (`params`, on `mesh`) and its tokens, made by `load`.
 
     Images are uint8 [B, H, W, C] in the data set's own range, NumPy or JAX arrays, or a list of
-    Pillow images of the model's size and mode. Work is split over all devices. `labels` are
+    Pillow images of the model's size and mode; of a model of clips they are uint8
+    [B, F, H, W, C] wherever [B, H, W, C] is said. Work is split over all devices. `labels` are
     classes, 0 <= label < C, or names of `classes`, for a network with `model.class_tokens`: one
     class for all images or one for each; None: no class.
     An argument of the wrong shape, dtype or value raises ValueError.
@@ -60,15 +62,18 @@ class Model(OfTasks):
 
     def __repr__(self) -> str:
         model, found, codec = self.network.config, self._described, self.codec
-        rows, columns = self.network.grid
+        grid, noun = (
+            " x ".join(map(str, self.network.grid)),
+            "clips" if self.network.frames else "images",
+        )
         sizes = (leaf.size for leaf in jax.tree.leaves(self.params))
         kind = {"grey": "grey levels", "palette": "colours", "learned": "learned codes"}
         parts = [
             f"{model.layers} layers, width {model.width}, {sum(sizes):,} parameters",
-            f"{rows} x {columns} tokens of {codec.vocabulary} {kind[found.tokens.kind]}"
+            f"{grid} tokens of {codec.vocabulary} {kind[found.tokens.kind]}"
             if codec
-            else f"{rows} x {columns} positions of pixels",
-            *(["x".join(map(str, codec.image_shape)) + " images"] if codec else []),
+            else f"{grid} positions of pixels",
+            *([f"{'x'.join(map(str, codec.image_shape))} {noun}"] if codec else []),
             *([f"task {found.task.name}"] if found.task else []),
             *([f"objective {model.objective}"] * (model.objective != "autoregressive")),
             *([f"{len(self.classes)} classes"] * bool(self.classes)),
@@ -110,7 +115,7 @@ class Model(OfTasks):
         return -self._nats(images, labels).sum(axis=1)
 
     @arguments_by_name
-    def surprise(self, images: Images, labels: Labels = None) -> Float[np.ndarray, "B H W"]:
+    def surprise(self, images: Images, labels: Labels = None) -> Float[np.ndarray, "B *F H W"]:
         """Float32 negative log-probability of each pixel given the pixels before it, in nats.
 
         The nats of a token are spread evenly over the token's pixels, so the sum over an image is
@@ -169,9 +174,10 @@ class Model(OfTasks):
     ) -> UInt8[np.ndarray, "rows H W C"]:
         """Images whose known part is kept and whose other tokens are drawn, `samples` times each.
 
-        Known is the share `keep` of the rows, from the top and to the nearest row; or what `mask`
-        says, True for known pixels, [H, W] or [B, H, W], or for known tokens, [rows, columns] or
-        [B, rows, columns]. A token is known where all its pixels are.
+        Known is the share `keep` of the rows, from the top and to the nearest row (of clips: the
+        first frames); or what `mask` says, True for known pixels, [H, W] or [B, H, W], or for known
+        tokens, [rows, columns] or [B, rows, columns], of clips with an axis of frames before the
+        rows. A token is known where all its pixels are.
 
         Tokens are drawn in raster order; each depends on the tokens before it alone, known or
         drawn. Known pixels change only as far as the tokens lose detail. Completions of one image

@@ -125,7 +125,10 @@ class Sample(Drawing):
     # Test images of which the upper part is kept and the rest drawn, then of which the middle is
     # drawn; the surprise of their pixels is shown too.
     completions: int = field(16, FROM_ZERO)
-    keep: float = field(0.5, SHARE)  # share of the rows that a completion keeps
+    keep: float = field(0.5, SHARE)  # share of the rows, or frames, that a completion keeps
+    # Test clips whose first frames are given, the share `keep`, and whose other frames are drawn,
+    # the most likely token each time, and compared with the true frames; see quality/clips.py.
+    continuations: int = field(64, FROM_ZERO)
 
 
 @dataclasses.dataclass(frozen=True)

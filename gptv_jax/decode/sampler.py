@@ -1,7 +1,8 @@
 """Drawing and scoring as stages and users call it: NumPy in and out, any mesh and number of rows.
 
 No two draws share a random key. A token's key is folded from the seed in three steps: `Section`
-(what is drawn), number (of the batch, or of the window in outpainting), and position.
+(what is drawn), number (of the batch, or of the window in outpainting and in the continuation of
+clips), and position.
 """
 
 import dataclasses
@@ -32,6 +33,7 @@ class Section(enum.IntEnum):
     INPAINTED = 2**31 + 2
     OUTPAINTED = 2**31 + 3
     GENERATED = 2**31 + 4
+    CONTINUED = 2**31 + 5
 
     def key(self, seed: int) -> PRNGKeyArray:
         return jax.random.fold_in(jax.random.key(seed), int(self))
@@ -70,6 +72,7 @@ class Sampler:
     ) -> Int[np.ndarray, "rows T"]:
         """Sequences with the tokens drawn that are `generation.UNKNOWN` in `given`.
 
+        `given` may be the beginning of sequences, of whole rows of the grid.
         `key` is `Section.key(seed)`; `number`, the batch's index, is folded into it. `labels`,
         `samples` and `stopwatch` are explained at `generation.generate`.
         """
@@ -106,7 +109,10 @@ class Sampler:
         `margins` are rows to draw above and below, columns to the left and to the right.
         """
         if self.network.frames:
-            raise InputError("outpainting takes the network of an image, and this one is of clips.")
+            raise InputError(
+                "this model is of clips, and outpainting takes a model of images; "
+                "model.continue_clip(frames, n) draws the frames that follow."
+            )
         (rows, columns), (top, bottom, left, right) = self.network.grid, margins
         grid = tokens.reshape(-1, rows, columns)
         around = ((0, 0), (top, bottom), (left, right))
@@ -117,6 +123,36 @@ class Sampler:
             given = window.reshape(len(grid), -1)
             window[:] = self.draw(given, key, labels, number=number).reshape(window.shape)
         return grid
+
+    def continue_clips(
+        self,
+        tokens: Int[np.ndarray, "B N"],
+        frames: int,
+        key: PRNGKeyArray,
+        labels: Int[np.ndarray, " B"] | None = None,
+    ) -> Int[np.ndarray, "B M"]:
+        """The tokens of the `frames` frames that follow clips; where tokens are of tubes, of tubes.
+
+        `tokens` are of whole frames, one or more, in raster order. The network's window of F frames
+        is filled first; then it moves on frame by frame, and a frame depends on the F - 1 frames
+        before it. More `frames` leave the tokens of the first ones as they are.
+        """
+        if self.network.frames < 2:
+            raise InputError(
+                "the continuation of a clip takes a network of clips of 2 frames or more; this one "
+                f"is of {'one frame' if self.network.frames else 'images'}."
+            )
+        size = self.network.length // self.network.frames
+        first, end = tokens.shape[1], tokens.shape[1] + frames * size
+        for number in range(frames):  # of the window
+            known = tokens[:, -(self.network.length - size) :]
+            count = min(self.network.length - known.shape[1], end - tokens.shape[1])
+            if not count:
+                break
+            given = np.pad(known, ((0, 0), (0, count)), constant_values=generation.UNKNOWN)
+            drawn = self.draw(given, key, labels, number=number)
+            tokens = np.concatenate([tokens, drawn[:, known.shape[1] :]], axis=1)
+        return tokens[:, first:]
 
     def nats(
         self, tokens: Int[np.ndarray, "B T"], labels: Int[np.ndarray, " B"] | None = None

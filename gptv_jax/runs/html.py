@@ -24,9 +24,10 @@ td:first-child, th:first-child { text-align: left; } th { font-weight: 500; }
 """
 
 
-def figure(png: bytes, caption: str, kind: str = "plot") -> str:
-    """A PNG file with a caption; the kind "pixels" is enlarged without smoothing."""
-    source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+def figure(picture: bytes, caption: str, kind: str = "plot") -> str:
+    """A PNG or WebP file with a caption; the kind "pixels" is enlarged without smoothing."""
+    form = "webp" if picture.startswith(b"RIFF") else "png"
+    source = f"data:image/{form};base64,{base64.b64encode(picture).decode()}"
     image = f'<img class="{kind}" src="{source}" alt="{escape(caption)}">'
     return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
 

@@ -1,4 +1,4 @@
-"""PNG files: grids of small images, heat maps and plots of curves."""
+"""Pictures: grids of small images and clips, heat maps and plots of curves."""
 
 import io
 import math
@@ -24,16 +24,40 @@ SIZE = (5.4, 3.3)  # inches, of a plot
 SIDE = 64  # pixels; images are enlarged while their shorter side is not longer than this
 
 
-def save_grid(
-    images: UInt8[np.ndarray, "N *F H W 3"], path: pathlib.Path, columns: int | None = None
-) -> None:
-    """Writes the images side by side with a thin border, enlarged by a whole factor.
+FRAME_SECONDS, LAST_SECONDS = 0.2, 0.8  # that an animation shows a frame, and its last frame
 
-    A row has as many images as `columns` says; None: the grid is as square as possible. A clip is
-    shown as a film strip, its frames from left to right.
+
+def save_grid(
+    images: UInt8[np.ndarray, "N *F H W 3"],
+    path: pathlib.Path,
+    columns: int | None = None,
+    strips: int | None = None,
+) -> None:
+    """Writes a PNG file of the images side by side with a thin border, enlarged by a whole factor.
+
+    A row has as many images as `columns` says; None: the grid is as square as possible. Clips are
+    written twice: as film strips, a clip's frames from left to right and as many clips in a row as
+    `strips` says (None: as `columns` says), and as an animation, WebP, whose frames are grids.
     """
     if images.ndim == 5:
-        images = np.concatenate(images.swapaxes(0, 1), axis=2)
+        save_animation([_grid(images[:, i], columns) for i in range(images.shape[1])], path)
+        images, columns = np.concatenate(images.swapaxes(0, 1), axis=2), strips or columns
+    save(_grid(images, columns), path)
+
+
+def save_animation(frames: list[UInt8[np.ndarray, "H W 3"]], path: pathlib.Path) -> None:
+    """Writes a lossless WebP file that plays the frames in a loop; `path` may end otherwise."""
+    first, *others = map(Image.fromarray, frames)
+    last = round(1000 * LAST_SECONDS)
+    timing = {"duration": [*[round(1000 * FRAME_SECONDS)] * len(others), last], "loop": 0}
+    options = {"save_all": True, "append_images": others, "lossless": True, **timing}
+    target = path.with_suffix(".webp")
+    files.replace(target, lambda target: first.save(target, "WEBP", **options))
+
+
+def _grid(
+    images: UInt8[np.ndarray, "N H W 3"], columns: int | None
+) -> UInt8[np.ndarray, "height width 3"]:
     height, width = images.shape[1:3]
     columns = columns or math.ceil(math.sqrt(len(images) * height / width))
     scale = max(1, SIDE // min(height, width))
@@ -42,14 +66,13 @@ def save_grid(
     framed = np.pad(large, ((0, missing), (0, gap), (0, gap), (0, 0)), constant_values=255)
     height, width = framed.shape[1:3]
     rows = framed.reshape(-1, columns, height, width, 3)
-    save(rows.swapaxes(1, 2).reshape(-1, columns * width, 3), path)
+    return rows.swapaxes(1, 2).reshape(-1, columns * width, 3)
 
 
 def save_pairs(left: np.ndarray, right: np.ndarray, path: pathlib.Path) -> None:
     """Writes a grid of images, each with its partner to the right, or below a film strip."""
     pairs = np.stack([left, right], axis=1)
-    columns = 1 if pairs.ndim == 6 else 8
-    save_grid(pairs.reshape(-1, *pairs.shape[2:]), path, columns)
+    save_grid(pairs.reshape(-1, *pairs.shape[2:]), path, columns=8, strips=1)
 
 
 def heat_map(

@@ -104,7 +104,7 @@ STAGES = {
         Stage(
             "sample",
             ("model", "sample"),
-            files=tuple(f"samples/{name}.png" for name in PICTURES),
+            files=tuple(f"samples/{name}{end}" for name in PICTURES for end in (".png", ".webp")),
             heading="Samples",
         ),
         Stage(

@@ -21,7 +21,7 @@ from gptv_jax.config import fields
 from gptv_jax.data import inventory
 from gptv_jax.decode.sampler import class_rows
 from gptv_jax.errors import shorten
-from gptv_jax.runs import accuracy, html, layers, pictures
+from gptv_jax.runs import accuracy, frames, html, layers, pictures
 from gptv_jax.runs.context import Context
 from gptv_jax.stages import STAGES
 
@@ -65,9 +65,9 @@ class Results:
         return _share(numbers[name], accuracy.images_of(name, numbers))
 
     def picture(self, name: str, caption: str) -> str:
-        """A picture of samples/, if it is there."""
-        path = self.folder / "samples" / f"{name}.png"
-        return html.figure(path.read_bytes(), caption, "pixels") if path.exists() else ""
+        """A picture of samples/ and its animation, where they are there."""
+        paths = (self.folder / "samples" / f"{name}{end}" for end in (".webp", ".png"))
+        return "".join(html.figure(p.read_bytes(), caption, "pixels") for p in paths if p.exists())
 
 
 def tokenizer(results: Results) -> Part:
@@ -121,7 +121,8 @@ def pretrain(results: Results) -> Part:
     level = math.log(v), f"uniform, ln {v}"
     below = "learning rate", results.series("pretrain", "learning_rate")
     png = pictures.plot("loss, nats per token", "step", curves, level, below=below)
-    return html.figure(png, "Pretraining. The training loss is that of single batches."), tiles
+    content = html.figure(png, "Pretraining. The training loss is that of single batches.")
+    return content + frames.nats(found), tiles
 
 
 def probe(results: Results) -> Part:
@@ -263,24 +264,27 @@ def _by_class(results: Results, stage: str, title: str) -> str:
 def sample(results: Results) -> Part:
     """The pictures of samples/."""
     config, classes = results.config.sample, results.config.model.class_tokens
-    rows = results.config.grid[0]
+    rows, known, images = results.config.grid[0], "upper {} of {} rows", "images"
+    if results.config.data.frames:
+        known, images = "first {} of {} frames", "clips"
     drawn = f"drawn at temperature {config.temperature:g}"
     if config.guidance != 1:
         drawn += f", {config.guidance_schedule} guidance {config.guidance:g}"
     shown = class_rows(config.count, classes)[:, 0].tolist() if classes else ()
     brightest = results.summary.get("sample/surprise_brightest_nats", math.nan)
     captions = {
-        "unconditional": f"New images, {drawn}.",
-        "classes": f"New images, {drawn}; each row shows one class: "
+        "unconditional": f"New {images}, {drawn}.",
+        "classes": f"New {images}, {drawn}; each row shows one class: "
         f"{', '.join(map(results.class_name, shown))}.",
-        "completions": "Test images, each followed by its completion: the upper "
-        f"{round(config.keep * rows)} of {rows} rows of tokens are given, the rest is drawn.",
-        "inpainted": "Test images, each followed by a copy whose middle is drawn anew; a drawn "
+        "completions": f"Test {images}, each followed by its completion: the "
+        f"{known.format(round(config.keep * rows), rows)} of tokens are given, the rest is drawn.",
+        "inpainted": f"Test {images}, each followed by a copy whose middle is drawn anew; a drawn "
         "token depends only on tokens above it and to its left.",
-        "surprise": "Test images, each followed by the nats of its pixels, given the pixels before "
-        f"them: black is 0, the brightest colour {brightest:.2f}.",
+        "surprise": f"Test {images}, each followed by the nats of its pixels, given the pixels "
+        f"before them: black is 0, the brightest colour {brightest:.2f}.",
     }
-    return "".join(results.picture(*named) for named in captions.items()), ""
+    content = "".join(results.picture(*named) for named in captions.items())
+    return content + frames.continuations(results.numbers("sample")), ""
 
 
 def write(context: Context) -> None:

@@ -1,0 +1,48 @@
+"""The methods of `Model` for networks of clips."""
+
+import jax
+import numpy as np
+from jaxtyping import UInt8
+
+from gptv_jax import validation
+from gptv_jax.decode.sampler import Section
+from gptv_jax.tokens.codec import AnyArray
+from gptv_jax.validation import Labels, arguments_by_name
+
+
+class OfClips:
+    """Methods of `Model` for networks that were trained on clips (config.data.frames above 0)."""
+
+    @arguments_by_name
+    def continue_clip(
+        self,
+        frames: UInt8[AnyArray, "B K H W C"],
+        n: int,
+        seed: int = 0,
+        *,
+        labels: Labels = None,
+        **drawing: float | int | str | None,
+    ) -> UInt8[np.ndarray, "B n H W C"]:
+        """The `n` frames that follow the K >= 1 given ones, drawn token by token.
+
+        A clip may get longer than the F frames of training: a window of F frames then moves on
+        frame by frame, so that a frame depends on the F - 1 frames before it; of more given frames
+        than fit, the last ones count. Where a token stands for several frames (config.tokens.patch
+        of three numbers), K must be a multiple of their number. More frames of an equal seed begin
+        with the same frames.
+        """
+        self._with_tokens()
+        frames = validation.given_frames(frames, self.codec)
+        n = validation.whole(n, "n", least=1)
+        key = Section.CONTINUED.key(validation.seed(seed))
+        sampler, labels = self._sampler(len(frames), labels, drawing)
+        (steps, *of_step), whole = self.codec.grid, self.codec.image_shape[0]
+        span = whole // steps  # frames that a token stands for
+        known = frames[:, -whole:]
+        filled = np.pad(known, ((0, 0), (0, whole - known.shape[1]), *((0, 0),) * 3), mode="edge")
+        tokens = self.codec.encode(filled).reshape(len(frames), steps, -1)
+        tokens = tokens[:, : known.shape[1] // span].reshape(len(frames), -1)
+        count = -(-n // span)
+        with jax.set_mesh(self.mesh):
+            drawn = sampler.continue_clips(tokens, count, key, labels)
+        return self.codec.decode(drawn, (count, *of_step))[:, :n]
