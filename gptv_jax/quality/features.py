@@ -1,32 +1,41 @@
-"""Feature extractors: of averaged pixels, of a network of this project, of any function."""
+"""Feature extractors: of averaged pixels, of a network of this project, of any function.
+
+The features of a clip are those of its frames, in order, so that a distance sees time.
+"""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
-from gptv_jax import api, files, weights
+from gptv_jax import api, files, sharding, weights
 from gptv_jax.errors import InputError
+from gptv_jax.model.gpt import Network
 from gptv_jax.quality import inception
 from gptv_jax.weights import native
 
 PIXELS = "pixels"
 CELLS = 8  # number of areas that `pixels` averages along height and along width
+FRAME_CELLS = 4  # the same of the frames of clips, of which there are many
+MOST = 2048  # features of a clip's frames together, as many as Inception's of an image
 
-Shape = tuple[int, int, int]  # H, W, C of an image
+Shape = tuple[int, ...]  # (F,) H, W, C of an image, or of a clip of F frames
 Extracted = tuple[Float[np.ndarray, "B D"], Float[np.ndarray, "B classes"] | None]
 
 
 @dataclasses.dataclass(frozen=True)
 class FeatureExtractor:
-    """Turns uint8 images into float32 features [B, D] and class probabilities [B, C] or None.
+    """Turns uint8 images, or clips, into float32 features [B, D] and class probabilities or None.
 
     Numbers can be compared only where `name` and `hash` of the extractors are equal.
     """
 
-    # Maps uint8 images [B, H, W, C] to features [B, D], or to a pair of features and class
+    # Maps uint8 images [B, (F,) H, W, C] to features [B, D], or to a pair of features and class
     # probabilities [B, C], as NumPy or JAX arrays.
     function: Callable
     name: str  # a name that no other function has
@@ -35,8 +44,11 @@ class FeatureExtractor:
     # Expects images as people see them (0 to 255), not in the data set's range.
     of_pictures: bool = False
 
-    def __call__(self, images: UInt8[np.ndarray, "B H W C"]) -> Extracted:
-        """Raises ValueError where the function returns features of another shape than [B, D]."""
+    def __call__(self, images: UInt8[np.ndarray, "B *F H W C"]) -> Extracted:
+        """Features [B, D] and class probabilities [B, classes] or None.
+
+        Raises ValueError where the function returns features of another shape than [B, D].
+        """
         returned = self.function(images)
         features, probabilities = returned if isinstance(returned, tuple) else (returned, None)
         features = np.asarray(features, np.float32)
@@ -48,12 +60,13 @@ class FeatureExtractor:
         return features, None if probabilities is None else np.asarray(probabilities, np.float32)
 
 
-def pixels(image_shape: Shape) -> FeatureExtractor:
-    """Pixels averaged over 8 x 8 equal areas: colour and layout, no detail.
+def pixels(image_shape: Shape, cells: int = CELLS) -> FeatureExtractor:
+    """Pixels averaged over `cells` x `cells` equal areas: colour and layout, no detail.
 
-    A side of fewer than 8 pixels is not averaged.
+    A side of fewer pixels than `cells` is not averaged.
     """
-    (height, width), (rows, columns) = image_shape[:2], map(_areas, image_shape[:2])
+    height, width = image_shape[:2]
+    rows, columns = (_areas(side, min(cells, side)) for side in (height, width))
     cells = (len(rows), len(columns), image_shape[-1])
 
     def average(images: UInt8[np.ndarray, "B H W C"]) -> Float[np.ndarray, "B D"]:
@@ -64,9 +77,8 @@ def pixels(image_shape: Shape) -> FeatureExtractor:
     return FeatureExtractor(average, name, "no weights", math.prod(cells))
 
 
-def _areas(side: int) -> Float[np.ndarray, "cells side"]:
-    """Weight of each pixel of a row in each of `CELLS` equally long cells."""
-    cells = min(CELLS, side)
+def _areas(side: int, cells: int) -> Float[np.ndarray, "cells side"]:
+    """Weight of each pixel of a row in each of `cells` equally long cells."""
     edges = np.arange(cells + 1) * side / cells
     first, last = edges[:-1, None], edges[1:, None]
     left = np.arange(side)[None]
@@ -74,8 +86,62 @@ def _areas(side: int) -> Float[np.ndarray, "cells side"]:
     return (covered.clip(0) * cells / side).astype(np.float32)
 
 
+def of_frames(extractor: FeatureExtractor, clip_shape: Shape) -> FeatureExtractor:
+    """The features of each frame of clips, in order, by an extractor of images; see `_of_clips`."""
+    frames = clip_shape[0]
+
+    def read(clips: UInt8[np.ndarray, "B F H W C"]) -> Float[np.ndarray, "B F D"]:
+        features, _ = extractor(clips.reshape(-1, *clips.shape[2:]))
+        return features.reshape(len(clips), frames, -1)
+
+    return _of_clips(read, extractor, clip_shape)
+
+
+def _of_clips(read: Callable, of_one: FeatureExtractor, clip_shape: Shape) -> FeatureExtractor:
+    """The features [B, F, D] that `read` makes of clips, and averaged changes of pixels.
+
+    The changes are absolute differences between neighbouring frames, averaged over 4 x 4 areas;
+    they need no weights, and see clips that stand still or jump. Where the frames have more than
+    `MOST` features together, those of each frame are mapped to fewer at random, which keeps
+    distances nearly (Johnson and Lindenstrauss 1984), always by the same matrix. `of_one` has the
+    name, the hash and the number D of the features of a frame.
+    """
+    frames, *shape = clip_shape
+    changes, kept = pixels(shape, FRAME_CELLS), min(of_one.size, MOST // frames)
+    rng = np.random.default_rng(0)
+    matrix = None
+    if kept < of_one.size:
+        matrix = rng.normal(scale=kept**-0.5, size=(of_one.size, kept)).astype(np.float32)
+
+    def features(clips: UInt8[np.ndarray, "B F H W C"]) -> Float[np.ndarray, "B N"]:
+        found = read(clips)
+        found = found if matrix is None else found @ matrix
+        moved = np.abs(np.diff(clips.astype(np.int16), axis=1)).astype(np.uint8)
+        moved, _ = changes(moved.reshape(-1, *shape))
+        flat = (each.reshape(len(clips), -1) for each in (found, moved))
+        return np.concatenate(list(flat), axis=1)
+
+    mapped = "" if matrix is None else f", mapped to {kept}"
+    name = f"{of_one.name}{mapped}, of {frames} frames, and changes of {changes.name}"
+    size = frames * kept + (frames - 1) * changes.size
+    return dataclasses.replace(of_one, function=features, name=name, size=size)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _by_frame(
+    network: Network, params: dict, tokens: Int[Array, "B T"], layer: int
+) -> Float[Array, "B F D"]:
+    """Means over each frame's positions of one layer's normed inputs."""
+    kept = network.bind(params)(tokens, keep=(layer,)).kept[0]
+    kept = jax.sharding.reshard(kept.astype(jnp.float32), sharding.BATCH_FIRST)
+    shape = len(kept), network.frames, -1, kept.shape[-1]
+    return kept.reshape(shape, out_sharding=sharding.BATCH_FIRST).mean(axis=2)
+
+
 def _of_model(model: api.Model) -> FeatureExtractor:
     """One layer of a `Model`, the mean over positions, and the class probabilities.
+
+    Of a model of clips: the mean over the positions of each frame, see `_of_clips`.
 
     The layer is the probe's best layer or, where the probe has not run, the middle layer.
     """
@@ -86,19 +152,27 @@ def _of_model(model: api.Model) -> FeatureExtractor:
     def read(images: UInt8[np.ndarray, "B H W C"]) -> Extracted:
         return model.features(images, layer), model.classify(images) if classifies else None
 
+    def read_frames(clips: UInt8[np.ndarray, "B F H W C"]) -> Float[np.ndarray, "B F D"]:
+        with jax.set_mesh(model.mesh):
+            tokens = sharding.shard_rows(model.tokenize(clips))
+            return np.asarray(_by_frame(model.network, model.params, tokens, layer))[: len(clips)]
+
     name, arrays = f"gptv_jax, layer {layer} of {layers}", native.arrays(weights_file)
-    return FeatureExtractor(read, name, files.hash_arrays(arrays), weights_file.model.width)
+    made = FeatureExtractor(read, name, files.hash_arrays(arrays), weights_file.model.width)
+    return _of_clips(read_frames, made, model.codec.image_shape) if model.network.frames else made
 
 
 def make_features(spec: str | None, image_shape: Shape) -> FeatureExtractor:
-    """The extractor that `config.generate.features` names, for images of [H, W, C].
+    """The extractor that `config.generate.features` names, for images [H, W, C] or clips.
 
     `spec` is None or "pixels"; a run folder, or a file or folder of weights that `gptv_jax.load`
     takes; or a .safetensors file of Inception's weights (docs/generation_quality.md). Raises
     InputError where `spec` is something else, is damaged, or takes images of another shape.
+    Extractors of images read the frames of clips one by one, see `of_frames`.
     """
+    of_clips, one = len(image_shape) == 4, tuple(image_shape[-3:])
     if spec in (None, PIXELS):
-        return pixels(image_shape)
+        return of_frames(pixels(one, FRAME_CELLS), image_shape) if of_clips else pixels(one)
     kinds = "a run folder, or a .safetensors file of this project's or Inception's weights"
     missing = f"features are {spec!r}, but there is no such file or folder; name pixels, {kinds}"
     path, tensors = weights.locate(spec, missing), ()
@@ -110,8 +184,11 @@ def make_features(spec: str | None, image_shape: Shape) -> FeatureExtractor:
             problem = f"{spec} takes RGB or grey images, but these have {image_shape[-1]} channels"
             raise InputError(f"{problem}; name a run folder or pixels as config.generate.features.")
         function, hash = inception.load(path)
-        return FeatureExtractor(function, inception.NAME, hash, inception.WIDTH, of_pictures=True)
+        made = FeatureExtractor(function, inception.NAME, hash, inception.WIDTH, of_pictures=True)
+        return of_frames(made, (*image_shape[:-1], 3)) if of_clips else made
     model = api.load(spec)
+    if of_clips and model.codec.image_shape == one:
+        return of_frames(_of_model(model), image_shape)
     if model.codec.image_shape != tuple(image_shape):
         theirs, ours = ("x".join(map(str, s)) for s in (model.codec.image_shape, image_shape))
         problem = f"the model {spec} takes images of {theirs}, but these are of {ours}"

@@ -61,17 +61,19 @@ def measure(
     `keep` feature vectors, in random order, so that the first n are a random sample too; the order
     of the images decides which, not the size of the batches. A batch smaller than the largest one
     before is padded, so that the extractor compiles once. Raises InputError where there are no
-    images, ValueError where a batch is not uint8 [B, H, W, C] or features are not finite.
+    images, ValueError where a batch is not uint8 [B, H, W, C], of clips [B, F, H, W, C], or where
+    features are not finite.
     """
     moments = Moments(0, np.zeros(extractor.size), np.zeros((extractor.size, extractor.size)))
     probabilities, size = [], 0
     generator, kept, keys = np.random.default_rng(0), [], []
     for images in batches:
-        if images.dtype != np.uint8 or images.ndim != 4 or not len(images):
+        if images.dtype != np.uint8 or images.ndim not in (4, 5) or not len(images):
             given = f"{images.dtype} {list(images.shape)}"
             raise ValueError(f"a batch is {given}; it must be uint8 [B, H, W, C], B 1 or more.")
         size = max(size, len(images))
-        padded = np.pad(images, ((0, size - len(images)), (0, 0), (0, 0), (0, 0)), mode="edge")
+        rest = ((0, 0),) * (images.ndim - 1)
+        padded = np.pad(images, ((0, size - len(images)), *rest), mode="edge")
         x, p = (None if y is None else y[: len(images)] for y in extractor(padded))
         moments = moments.plus(x)
         kept.append(x)

@@ -140,11 +140,11 @@ def _write(context: Context, folder: pathlib.Path, drawn: list, labels: np.ndarr
     """Writes every image as a PNG, and all images as arr_0 of samples.npz with labels as arr_1.
 
     arr_0 is uint8 [N, H, W, 3], as ADM's evaluator reads it, and is written batch by batch because
-    all images may not fit into memory.
+    all images may not fit into memory. Clips are [N, F, H, W, 3], and each is an animation, WebP.
     """
-    for before in folder.glob("[0-9]*.png"):  # an earlier call may have written more images
+    for before in folder.glob("[0-9]*.[pw]*"):  # an earlier call may have written more images
         before.unlink()
-    shape = (sum(map(len, drawn)), *context.codec.image_shape[:2], 3)
+    shape = (sum(map(len, drawn)), *context.codec.image_shape[:-1], 3)
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
 
     def write(target: pathlib.Path) -> None:
@@ -156,7 +156,8 @@ def _write(context: Context, folder: pathlib.Path, drawn: list, labels: np.ndarr
                     images = context.codec.picture(context.codec.decode(tokens))
                     member.write(np.ascontiguousarray(images).tobytes())
                     for image in images:
-                        pictures.save(image, folder / f"{number:06d}.png")
+                        save = pictures.save if image.ndim == 3 else pictures.save_animation
+                        save(image, folder / f"{number:06d}.png")
                         number += 1
             if labels is not None:
                 with archive.open("arr_1.npy", "w") as member:
