@@ -218,7 +218,10 @@ def _check_probe(config: Config) -> None:
         if (getattr(probe, name) or 0) > layers:
             reason = f"it takes at most config.model.layers + 1 = {layers}, the layers to be read"
             refuse(config, f"probe.{name}", reason)
-    for name, plain, method in (("pooling", "mean", "sgd"), ("labels_per_class", (), "lbfgs")):
+    _check_pooling(config, "probe")
+    needs = [("labels_per_class", (), "lbfgs")]
+    needs += [("pooling", "mean", "sgd")] * (probe.pooling == "attentive")
+    for name, plain, method in needs:
         if getattr(probe, name) != plain and probe.method != method:
             reason = (
                 f"only config.probe.method={method} reads this; take {method}, or {name}={plain}"
@@ -226,7 +229,14 @@ def _check_probe(config: Config) -> None:
             refuse(config, f"probe.{name}", reason)
 
 
+def _check_pooling(config: Config, section: str) -> None:
+    if getattr(config, section).pooling == "frames" and not config.data.frames:
+        reason = "config.data.frames is 0, so there are no frames; take mean"
+        refuse(config, f"{section}.pooling", reason)
+
+
 def _check_finetune(config: Config) -> None:
+    _check_pooling(config, "finetune")
     _check_training(config, "finetune.train")
     _check_pixels(config)
 
