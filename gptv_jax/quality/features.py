@@ -4,18 +4,16 @@ The features of a clip are those of its frames, in order, so that a distance see
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Float, UInt8
 
 from gptv_jax import api, files, sharding, weights
+from gptv_jax.api.model import network_output
 from gptv_jax.errors import InputError
-from gptv_jax.model.gpt import Network
 from gptv_jax.quality import inception
 from gptv_jax.weights import native
 
@@ -94,20 +92,22 @@ def of_frames(extractor: FeatureExtractor, clip_shape: Shape) -> FeatureExtracto
         features, _ = extractor(clips.reshape(-1, *clips.shape[2:]))
         return features.reshape(len(clips), frames, -1)
 
-    return _of_clips(read, extractor, clip_shape)
+    return _of_clips(read, extractor, clip_shape, frames)
 
 
-def _of_clips(read: Callable, of_one: FeatureExtractor, clip_shape: Shape) -> FeatureExtractor:
-    """The features [B, F, D] that `read` makes of clips, and averaged changes of pixels.
+def _of_clips(
+    read: Callable, of_one: FeatureExtractor, clip_shape: Shape, times: int
+) -> FeatureExtractor:
+    """The features [B, times, D] that `read` makes of clips, and averaged changes of pixels.
 
     The changes are absolute differences between neighbouring frames, averaged over 4 x 4 areas;
-    they need no weights, and see clips that stand still or jump. Where the frames have more than
-    `MOST` features together, those of each frame are mapped to fewer at random, which keeps
+    they need no weights, and see clips that stand still or jump. Where a clip has more than `MOST`
+    features that way, those of each time are mapped to fewer at random, which keeps
     distances nearly (Johnson and Lindenstrauss 1984), always by the same matrix. `of_one` has the
-    name, the hash and the number D of the features of a frame.
+    name, the hash and the number D of the features of one time.
     """
     frames, *shape = clip_shape
-    changes, kept = pixels(shape, FRAME_CELLS), min(of_one.size, MOST // frames)
+    changes, kept = pixels(shape, FRAME_CELLS), min(of_one.size, MOST // times)
     rng = np.random.default_rng(0)
     matrix = None
     if kept < of_one.size:
@@ -123,19 +123,8 @@ def _of_clips(read: Callable, of_one: FeatureExtractor, clip_shape: Shape) -> Fe
 
     mapped = "" if matrix is None else f", mapped to {kept}"
     name = f"{of_one.name}{mapped}, of {frames} frames, and changes of {changes.name}"
-    size = frames * kept + (frames - 1) * changes.size
+    size = times * kept + (frames - 1) * changes.size
     return dataclasses.replace(of_one, function=features, name=name, size=size)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 3))
-def _by_frame(
-    network: Network, params: dict, tokens: Int[Array, "B T"], layer: int
-) -> Float[Array, "B F D"]:
-    """Means over each frame's positions of one layer's normed inputs."""
-    kept = network.bind(params)(tokens, keep=(layer,)).kept[0]
-    kept = jax.sharding.reshard(kept.astype(jnp.float32), sharding.BATCH_FIRST)
-    shape = len(kept), network.frames, -1, kept.shape[-1]
-    return kept.reshape(shape, out_sharding=sharding.BATCH_FIRST).mean(axis=2)
 
 
 def _of_model(model: api.Model) -> FeatureExtractor:
@@ -153,13 +142,18 @@ def _of_model(model: api.Model) -> FeatureExtractor:
         return model.features(images, layer), model.classify(images) if classifies else None
 
     def read_frames(clips: UInt8[np.ndarray, "B F H W C"]) -> Float[np.ndarray, "B F D"]:
+        network = dataclasses.replace(model.network, classes=0, pool=model.network.frames)
+        params = {name: each for name, each in model.params.items() if name != "classifier"}
         with jax.set_mesh(model.mesh):
             tokens = sharding.shard_rows(model.tokenize(clips))
-            return np.asarray(_by_frame(model.network, model.params, tokens, layer))[: len(clips)]
+            found = np.asarray(network_output(network, params, tokens, None, "pooled"))
+        return found[: len(clips), layer].reshape(len(clips), network.frames, -1)
 
     name, arrays = f"gptv_jax, layer {layer} of {layers}", native.arrays(weights_file)
     made = FeatureExtractor(read, name, files.hash_arrays(arrays), weights_file.model.width)
-    return _of_clips(read_frames, made, model.codec.image_shape) if model.network.frames else made
+    if model.network.frames:
+        return _of_clips(read_frames, made, model.codec.image_shape, model.network.frames)
+    return made
 
 
 def make_features(spec: str | None, image_shape: Shape) -> FeatureExtractor:
