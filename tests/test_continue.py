@@ -63,16 +63,16 @@ def test_a_greedy_continuation_is_what_whole_passes_over_the_window_choose(given
     params = parameters(network)
     tokens = generator().integers(11, size=(2, 8 * given), dtype=np.int32)
     drawn = Sampler(network, params, GREEDY).continue_clips(tokens, 4, Section.CONTINUED.key(0))
-    known = tokens
-    for _ in range(4 * 8):
-        # The window holds the frame that is drawn and, where it is full, the two frames before.
-        first = max(known.shape[1] // 8 - 2, 0) * 8
-        window = np.zeros((2, 24), np.int32)
-        at = known.shape[1] - first
-        window[:, :at] = known[:, first:]
-        logits = logits_of(network, params, window)[:, at]
-        known = np.concatenate([known, logits.argmax(axis=-1)[:, None].astype(np.int32)], axis=1)
-    np.testing.assert_array_equal(drawn, known[:, 8 * given :])
+    assert drawn.shape == (2, 32)
+    # A frame's window holds the two frames before it or, at the beginning, the clip's first frames.
+    frames = np.concatenate([tokens, drawn], axis=1).reshape(2, -1, 8)
+    starts = [max(at - 2, 0) for at in range(given, given + 4)]
+    padded = np.pad(frames, ((0, 0), (0, 2), (0, 0)))
+    windows = np.concatenate([padded[:, start : start + 3].reshape(2, 24) for start in starts])
+    chosen = logits_of(network, params, windows).argmax(axis=-1).reshape(4, 2, 3, 8)
+    for number, start in enumerate(starts):
+        at = given + number
+        np.testing.assert_array_equal(frames[:, at], chosen[number, :, at - start])
 
 
 def test_a_clip_goes_on_from_its_last_frames_and_the_beginning_stays(tmp_path):
