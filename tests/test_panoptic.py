@@ -31,14 +31,13 @@ def test_the_truth_scores_one():
     truth = strips([5, 5, 10], [0, 0, 2])
     found = scored([(truth, truth)])
     assert found["pq"] == found["sq"] == found["rq"] == found["pq_things"] == found["pq_stuff"] == 1
-    assert found["pq_by_class"] == [1, None, 1, None]
 
 
 def test_quality_is_iou_times_f1():
     """Two of class 0, one found with an IoU of 8 / 10; a false one of class 1."""
     found = scored([(strips([10, 10], [0, 0]), strips([8, 2, 10], [0, 0, 1]))])
-    assert found["pq_by_class"] == [pytest.approx(0.8 / (1 + 1 / 2 + 1 / 2)), 0, None, None]
-    assert found["pq"] == pytest.approx(0.2) and found["pq_stuff"] is None
+    assert found["pq"] == found["pq_things"] == pytest.approx(0.8 / (1 + 1 / 2 + 1 / 2) / 2)
+    assert found["pq_stuff"] is None
     assert found["sq_things"] == pytest.approx(0.4) and found["rq_things"] == pytest.approx(0.25)
 
 
@@ -67,7 +66,7 @@ def test_crowds_neither_match_nor_are_missed():
 def test_no_segment_at_all():
     empty = strips([], np.zeros(0, int))
     found = scored([(empty, empty)])
-    assert found["pq"] is found["pq_things"] is None and found["pq_by_class"] == [None] * 4
+    assert found["pq"] is found["pq_things"] is found["pq_stuff"] is None
 
 
 def test_detections_become_segments_that_do_not_overlap():
