@@ -123,9 +123,19 @@ def test_a_position_has_the_features_that_have_read_its_token_first():
     assert (rows[:, :, 5] != other[:, :, 5]).any(axis=-1).all()
 
 
+class Squares(GreyCodec):
+    """A position stands for 2 x 2 pixels; there is a token for each pixel."""
+
+    def __init__(self, levels, size):
+        super().__init__(levels, size)
+        self.grid, self.pixels = tuple(n // 2 for n in size), size
+
+    def decode(self, tokens, grid=None):
+        return super().decode(tokens, grid or self.pixels)
+
+
 def test_raw_pixels_are_those_of_the_position():
-    codec, side = GreyCodec(256, (4, 6)), 2
-    codec.grid = (2, 3)  # of squares of 2 x 2 pixels
+    codec, side = Squares(256, (4, 6)), 2
     tokens = np.random.default_rng(0).permutation(48).reshape(2, 24).astype(np.int32)
     images = tokens.reshape(2, 4, 6)
     batch = {"tokens": tokens, "cells": np.zeros((2, 6, 1, 1)), "mask": np.ones(2, np.float32)}

@@ -176,7 +176,7 @@ class OfTasks:
         if wrong := [plane.dtype for plane in planes if plane.dtype.kind not in "iu"]:
             raise InputError(f"a label map is {wrong[0]}; it takes whole numbers, such as uint8.")
         known = (has_class(plane, len(self.map_classes)) for plane in planes)
-        planes = [np.where(k, p, -1).astype(np.int32) for k, p in zip(known, planes, strict=True)]
+        planes = [np.where(k, p.astype(np.int32), -1) for k, p in zip(known, planes, strict=True)]
         views = self._views("map_log_likelihood", images, maps=planes)
         with jax.set_mesh(self.mesh):
             for (tokens, pixels, numbers), shown in views:
