@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int, Integer
+from jaxtyping import Float, Int
 from PIL import Image, ImageOps
 
 from gptv_jax import sharding, validation
@@ -117,7 +117,7 @@ class OfTasks:
         by: str | None = None,
         *,
         samples: int | None = None,
-        temperature: float = 1.0,
+        temperature: float | int = 1.0,
         seed: int = 0,
     ) -> Int[np.ndarray, "B *samples H W"] | list[Int[np.ndarray, "*samples H W"]]:
         """The class of every pixel, int32, at each image's own size.
@@ -161,16 +161,14 @@ class OfTasks:
         return np.stack(found) if found else np.zeros((0, *several, *images.shape[1:3]), np.int32)
 
     def map_log_likelihood(
-        self,
-        images: AnyArray | Sequence[Picture],
-        maps: Integer[AnyArray, "B H W"] | Sequence[Integer[AnyArray, "_ _"]],
+        self, images: AnyArray | Sequence[Picture], maps: AnyArray | Sequence[AnyArray]
     ) -> Float[np.ndarray, " B"]:
         """Float32 log-probability of each label map given its image, in nats, as written tokens.
 
         The sum over the map's tokens, without cells that have no class; label maps of equal tokens
-        are equally likely. A map has a class for each pixel of its image, whole numbers [H, W] as
-        `segment` gives them; 255 in uint8, and any number that is no class, such as -1, is no
-        class. Images are those that `segment` takes.
+        are equally likely. `maps` are an array [B, H, W], or a list of arrays [H, W] of the images'
+        heights and widths, with whole numbers as `segment` gives them; 255 in uint8, and any number
+        that is no class, such as -1, is no class. Images are those that `segment` takes.
         """
         task, planes, found = self._segmenter("written"), [*map(np.asarray, maps)], []
         if wrong := [plane.dtype for plane in planes if plane.dtype.kind not in "iu"]:
