@@ -64,10 +64,10 @@ class ArraysSplit(Source):
         return len(self.images)
 
     def __getitem__(self, index: int) -> Record:
-        image = {self.key: self.read(index)}
+        image = {self.key: self.content(index)}
         return image if self.labels is None else {**image, "label": np.int32(self.labels[index])}
 
-    def read(self, index: int) -> np.ndarray | bytes:
+    def content(self, index: int) -> np.ndarray | bytes:
         return self.images[index]
 
 

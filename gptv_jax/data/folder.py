@@ -157,7 +157,7 @@ class _FolderSplit(ArraysSplit):
 
     key = "encoded"
 
-    def read(self, index: int) -> bytes:
+    def content(self, index: int) -> bytes:
         return (self.where / self.images[index]).read_bytes()
 
     def name(self, index: int) -> str:
