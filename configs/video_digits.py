@@ -33,6 +33,7 @@ def get_config():
     c.sample.count = 16
     c.sample.completions = 8
     c.sample.keep = 0.25
+    c.sample.continuations = 400
     return c
 
 

@@ -39,8 +39,13 @@ def write(path: pathlib.Path, file: WeightsFile) -> str:
     return str(path)
 
 
-def make_model(folder: pathlib.Path, classes: int = 0, patch=(2, 2), frames: int = 3):
-    """A model of clips of `frames` frames of 4 x 8 pixels of two grey levels, of random weights."""
+def make_model(
+    folder: pathlib.Path, classes: int = 0, patch=(2, 2), frames: int = 3, head: int = 0
+):
+    """A model of clips of `frames` frames of 4 x 8 pixels of two grey levels, of random weights.
+
+    It takes one of `classes` classes, and a class head of `head` classes reads frame by frame.
+    """
     tokens = config_lib.Tokens(kind="grey", levels=2, patch=patch)
     config = config_lib.Model(layers=2, width=32, heads=4, axial_positions=True)
     starts, names = 1, tuple("abcdef"[:classes])
@@ -48,6 +53,7 @@ def make_model(folder: pathlib.Path, classes: int = 0, patch=(2, 2), frames: int
         starts = classes + 1
         config = dataclasses.replace(config, class_tokens=classes, label_dropout=0.1)
     shape = {"frames": frames, "starts": starts, "class_names": names}
+    shape |= {"classes": head, "pool": frames} if head else {}
     path = folder / "clips.safetensors"
     return gptv_jax.load(write(path, WeightsFile(config, tokens, (4, 8), {}, **shape)))
 
@@ -117,12 +123,14 @@ def test_other_methods_take_and_give_clips(tmp_path):
     tokens = model.tokenize(given)
     np.testing.assert_array_equal(model.detokenize(tokens), given)
     assert model.sample(2).shape == given.shape
-    np.testing.assert_array_equal(model.tokenize(list(given)), tokens)
     surprise = model.surprise(given)
     assert surprise.shape == (2, 3, 4, 8)
     likelihood = model.log_likelihood(given)
     np.testing.assert_allclose(surprise.sum(axis=(1, 2, 3)), -likelihood, rtol=1e-5)
     assert model.features(given, 1).shape == (2, 32)
+    head = make_model(tmp_path, classes=0, head=5)
+    assert head.features(given, 1).shape == (2, 3 * 32)  # frames side by side
+    np.testing.assert_allclose(head.classify(given).sum(axis=1), [1, 1], rtol=1e-5)
     # Half of the middle frame is unknown, said by pixels and by tokens.
     pixels, by_token = np.ones((3, 4, 8), bool), np.ones((3, 2, 4), bool)
     pixels[1, 1:, :3], by_token[1, :, :2] = False, False
@@ -176,8 +184,10 @@ def test_a_single_frame_and_a_still_clip_are_copied():
     expected = np.repeat(frames, 3, axis=1)
     np.testing.assert_array_equal(clips.copied(frames, 3), expected)
     np.testing.assert_array_equal(clips.shifted(frames, 3), expected)
-    blank = np.zeros((1, 2, 8, 8, 1), np.uint8)  # every shift fits
-    np.testing.assert_array_equal(clips.shifted(blank, 2), blank)
+    # One of three colours in every pixel: all are equally bright, so every shift fits.
+    colours = np.eye(3, dtype=np.uint8)[generator().integers(3, size=(1, 1, 8, 8))] * 90
+    still = colours.repeat(4, axis=1)
+    np.testing.assert_array_equal(clips.shifted(still[:, :2], 2), still[:, 2:])
 
 
 def test_what_moves_in_over_an_edge_repeats_where_that_fits_better():

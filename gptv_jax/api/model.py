@@ -27,7 +27,7 @@ from gptv_jax.weights.native import WeightsFile
 
 LOG = logging.getLogger(__name__)
 AnyPath = str | pathlib.Path
-Images = UInt8[AnyArray, "B H W C"] | list[Image.Image]
+Images = UInt8[AnyArray, "B *F H W C"] | list[Image.Image]
 Tokens = Int[AnyArray, "B T"]
 Setting = float | int | str | None  # of `config.Drawing`
 
@@ -95,7 +95,7 @@ class Model(OfClips, OfTasks):
         self._with_tokens()
         return self.codec.encode(validation.images(images, self.codec))
 
-    def detokenize(self, tokens: Tokens) -> UInt8[np.ndarray, "B H W C"]:
+    def detokenize(self, tokens: Tokens) -> UInt8[np.ndarray, "B *F H W C"]:
         """The images that the tokens stand for; for a lossless codec the inverse of `tokenize`."""
         self._with_tokens()
         return self.codec.decode(validation.sequences(tokens, self.network))
@@ -149,7 +149,7 @@ class Model(OfClips, OfTasks):
     @arguments_by_name
     def sample(
         self, n: int, seed: int = 0, *, labels: Labels = None, **drawing: Setting
-    ) -> UInt8[np.ndarray, "n H W C"]:
+    ) -> UInt8[np.ndarray, "n *F H W C"]:
         """`n` new images, drawn token by token; a seed always gives equal images.
 
         A model that was loaded from a run without naming a stage draws images, here and in
@@ -171,7 +171,7 @@ class Model(OfClips, OfTasks):
         mask: Bool[AnyArray, "*B height width"] | None = None,
         labels: Labels = None,
         **drawing: Setting,
-    ) -> UInt8[np.ndarray, "rows H W C"]:
+    ) -> UInt8[np.ndarray, "rows *F H W C"]:
         """Images whose known part is kept and whose other tokens are drawn, `samples` times each.
 
         Known is the share `keep` of the rows, from the top and to the nearest row (of clips: the

@@ -5,6 +5,7 @@ that has understood motion is far above both.
 """
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
 
@@ -67,7 +68,7 @@ def scores(
     flat = (each.reshape(-1, *each.shape[2:]).astype(np.float32) for each in (made, true))
     return {
         "exact": (made == true).all(axis=(2, 3, 4)).astype(np.float32),
-        "psnr_db": np.asarray(psnr(np.maximum(squared, 0.25), 255.0)),
+        "psnr_db": np.asarray(psnr(jnp.maximum(squared, 0.25), 255.0)),
         "ssim": np.asarray(_ssim(*flat)).reshape(squared.shape),
     }
 

@@ -106,7 +106,7 @@ def _of_clips(
     distances nearly (Johnson and Lindenstrauss 1984), always by the same matrix. `of_one` has the
     name, the hash and the number D of the features of one time.
     """
-    frames, *shape = clip_shape
+    frames, shape = clip_shape[0], clip_shape[1:]
     changes, kept = pixels(shape, FRAME_CELLS), min(of_one.size, MOST // times)
     rng = np.random.default_rng(0)
     matrix = None
