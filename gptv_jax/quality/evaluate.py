@@ -28,7 +28,7 @@ SUM_TOLERANCE = 1e-3  # by which a row of float32 probabilities may miss a sum o
 
 
 def evaluate(
-    batches: Iterable[UInt8[np.ndarray, "B H W C"]],
+    batches: Iterable[UInt8[np.ndarray, "B *F H W C"]],
     reference: Reference,
     extractor: FeatureExtractor,
 ) -> dict:

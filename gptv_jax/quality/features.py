@@ -138,7 +138,7 @@ def _of_model(model: api.Model) -> FeatureExtractor:
     layers, best = weights_file.model.layers, weights_file.best_layer
     layer = layers // 2 if best is None else best
 
-    def read(images: UInt8[np.ndarray, "B H W C"]) -> Extracted:
+    def read(images: UInt8[np.ndarray, "B *F H W C"]) -> Extracted:
         return model.features(images, layer), model.classify(images) if classifies else None
 
     def read_frames(clips: UInt8[np.ndarray, "B F H W C"]) -> Float[np.ndarray, "B F D"]:

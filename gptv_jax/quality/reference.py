@@ -53,7 +53,7 @@ class Moments:
 
 
 def measure(
-    extractor: FeatureExtractor, batches: Iterable[UInt8[np.ndarray, "B H W C"]], keep: int
+    extractor: FeatureExtractor, batches: Iterable[UInt8[np.ndarray, "B *F H W C"]], keep: int
 ) -> tuple[Moments, Float[np.ndarray, "K D"], Float[np.ndarray, "N classes"] | None]:
     """Moments of all images' features, a random sample of features, and class probabilities.
 
@@ -136,7 +136,7 @@ class Reference:
 
 def compute(
     extractor: FeatureExtractor,
-    batches: Iterable[UInt8[np.ndarray, "B H W C"]],
+    batches: Iterable[UInt8[np.ndarray, "B *F H W C"]],
     provenance: dict,
     keep: int = KEPT,
 ) -> Reference:
