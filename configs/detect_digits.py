@@ -40,9 +40,9 @@ def get_config():
     d.class_corruption = 0.0
     d.top_p = 0.0
     d.validation_images = 200
-    _muon(c.tokenizer.train, steps=400, batch_size=32, rate=4e-3)
-    _muon(c.train, steps=600, batch_size=16, rate=1e-2)
-    _muon(c.finetune.train, steps=4200, batch_size=16, rate=1e-2)
+    _muon(c.tokenizer.train, steps=400, batch_size=32, rate=4e-3, rest=4e-3)
+    _muon(c.train, steps=600, batch_size=16, rate=1e-2, rest=4e-3)
+    _muon(c.finetune.train, steps=4200, batch_size=16, rate=7e-3, rest=3e-3)
     c.finetune.train.eval_every = 700
     c.finetune.patience = 0
     c.finetune.scratch = False
@@ -51,11 +51,11 @@ def get_config():
     return c
 
 
-def _muon(train, steps: int, batch_size: int, rate: float):
+def _muon(train, steps: int, batch_size: int, rate: float, rest: float):
     train.steps, train.batch_size = steps, batch_size
     train.log_every = 50
     train.checkpoint_every = 500
     train.eval_every = 0
     o = train.optimizer
-    o.name, o.learning_rate, o.rest_learning_rate = "muon", rate, 4e-3
+    o.name, o.learning_rate, o.rest_learning_rate = "muon", rate, rest
     o.weight_decay, o.warmup_steps, o.clip_norm = 0.01, 30, 1.0
