@@ -7,8 +7,8 @@ GPT reads both as codes and, by a small convolutional stem, as pixels.
 Command:    python -m gptv_jax.main --config=configs/detect_digits.py --workdir=runs/detect_digits
             The same network from random weights beside it: --config.finetune.scratch=True
 Hardware:   two CPU cores, five to seven minutes.
-Expect:     test AP 0.72, 0.87 at an IoU of 0.5; from random weights 0.79, 0.93; ceiling 0.98, wrong
-            image 0.0001 (docs/results.md).
+Expect:     test AP 0.74, 0.91 at an IoU of 0.5 (three seeds); from random weights 0.78, 0.92;
+            ceiling 0.98, wrong image 0.00002 (docs/results.md).
 Reproduces: nothing published. Pix2seq (Chen et al. 2022) is the recipe: noise objects without loss
             on their coordinates; the most likely real class of every object, with its probability.
 Changes:    objects in order of position and Gaussian targets of coordinates, with which a small
