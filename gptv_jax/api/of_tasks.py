@@ -2,16 +2,18 @@
 
 import itertools
 import os
+import zlib
 from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
-from PIL import Image, ImageOps
+from jaxtyping import UInt8
+from PIL import Image
 
 from gptv_jax import sharding, validation
 from gptv_jax.data import records, transforms
-from gptv_jax.data.images import Decode
-from gptv_jax.errors import InputError, cut
+from gptv_jax.data.images import DamagedImageError, Decode
+from gptv_jax.errors import InputError, as_input_error, cut
 from gptv_jax.tasks.boxes import Detections, vote
 from gptv_jax.tasks.detect import Detect, draw
 from gptv_jax.tasks.segment import Segment, classes_read, written
@@ -20,20 +22,28 @@ from gptv_jax.tokens.codec import AnyArray
 AT_ONCE = 64  # views that are read in one batch
 SIZES = (1, 4, 16, AT_ONCE)  # of batches, as every size is compiled
 Picture = np.ndarray | jax.Array | Image.Image
+Steps = Sequence[transforms.Transform]
 
 
-def _view(
+def _read(
     method: str,
-    image: Picture,
+    decode: Decode,
     channels: tuple[int, ...],
-    steps: list[transforms.Transform],
-    size: tuple[int, int],
-) -> records.Record:
-    """The record of an image after the transforms, of the size that the network takes."""
-    if isinstance(image, Image.Image):  # upright, as training shows it
-        image = ImageOps.exif_transpose(image).convert("RGB" if 3 in channels else "L")
-    pixels = np.asarray(image)
-    pixels = pixels[..., None] if pixels.ndim == 2 else pixels
+    converts: bool,
+    image: Picture | records.Record,
+) -> UInt8[np.ndarray, "H W C"]:
+    """The pixels of an image as training has them before the next transform; a record has them.
+
+    With `converts` arrays are decoded, too. InputError: an image is none, or cannot be decoded.
+    """
+    if isinstance(image, dict):
+        return image["image"]
+    if isinstance(image, Image.Image):
+        with as_input_error(f"{method} cannot read an image", DamagedImageError):
+            pixels = decode.pixels(image)
+    else:
+        pixels = np.asarray(image)
+        pixels = pixels[..., None] if pixels.ndim == 2 else pixels
     whole = pixels.ndim == 3 and pixels.size and pixels.shape[-1] in channels
     if pixels.dtype != np.uint8 or not whole:
         array = f"{pixels.dtype} {list(np.shape(image))}"
@@ -43,6 +53,11 @@ def _view(
             f"uint8 arrays [H, W, {' or '.join(map(str, channels))}] of any height and width "
             "from 1 on."
         )
+    return decode.pixels(pixels) if converts and not isinstance(image, Image.Image) else pixels
+
+
+def _view(pixels: np.ndarray, steps: Steps, size: tuple[int, int]) -> records.Record:
+    """The record of an image after the transforms, of the size that the network takes."""
     original = np.array(pixels.shape[:2])
     record = records.with_view({"image": pixels, "original": original}, *pixels.shape[:2])
     for step in steps:
@@ -66,12 +81,16 @@ class OfTasks:
     ) -> list[Detections]:
         """The objects in each image, in the image's own pixels, the most likely first.
 
-        Images are Pillow images or uint8 arrays [H, W, C] of any sizes; they are transformed as
-        the test images were, and resized to the size of the network's images. Objects of a score
-        below `threshold` are left out. `votes` are transforms such as "flip(1.0)", under which
-        each image is read as well; the objects of all views vote. None: as in the test. Where the
-        network has learned masks, `np.asarray(found.masks)` is bool [n, H, W], and
-        `found.masks[0]` is the first object's.
+        Images are Pillow images or uint8 arrays [H, W, C] of any sizes; they are decoded and
+        transformed as the test images were, and resized to the size of the network's images.
+        Objects of a score below `threshold` are left out. `votes` are transforms such as
+        "flip(1.0)", under which each image is read as well; the objects of all views vote. None: as
+        in the test. Where the network has learned masks, `np.asarray(found.masks)` is bool
+        [n, H, W], and `found.masks[0]` is the first object's.
+
+        Where config.task.detect.top_p is above 0 boxes are drawn at random. What is drawn depends
+        on the image's own pixels and config.seed alone: equal images have equal boxes, wherever
+        they stand in `images`. The run's own test draws by the number of the test image.
         """
         task = self._described.learned_task
         if not isinstance(task, Detect):
@@ -84,10 +103,7 @@ class OfTasks:
         if isinstance(votes, str) or not all(isinstance(entry, str) for entry in votes):
             advice = "it takes a list of texts, as in votes=['flip(1.0)']"
             raise InputError(f"votes is {cut(repr(votes), 60)}; {advice}.")
-        extra, found = [[], *(transforms.parse_view(entry) for entry in votes)], []
-        names = [name for entry in votes for name in entry.split("|")]
-        if wrong := [name for name in names if transforms.parse(name).random]:
-            raise InputError(f"votes has {', '.join(wrong)}, which is random; flip(1.0) is not.")
+        extra, found = [[], *transforms.parse_views(votes, "votes")], []
         with jax.set_mesh(self.mesh):
             for inputs, shown in self._views("detect", images, extra):
                 drawn = map(np.asarray, draw(task, self.network, self.params, *inputs))
@@ -109,9 +125,9 @@ class OfTasks:
         """The class of every pixel, int32, at each image's own size.
 
         Of an array of images the result is an array [B, H, W], of a list a list of arrays [H, W].
-        Images are Pillow images or uint8 arrays [H, W, C] of any sizes; they are transformed as
-        the test images were. `by` is "read", all pixels at once, or "written", token by token, the
-        most likely one each time; None: "read" where the network has learned both.
+        Images are Pillow images or uint8 arrays [H, W, C] of any sizes; they are decoded and
+        transformed as the test images were. `by` is "read", all pixels at once, or "written", token
+        by token, the most likely one each time; None: "read" where the network has learned both.
         """
         task = self._described.learned_task
         if not isinstance(task, Segment):
@@ -142,14 +158,15 @@ class OfTasks:
     def _views(
         self,
         method: str,
-        images: AnyArray | Sequence[Picture],
-        extra: Sequence[Sequence[transforms.Transform]] = ((),),
+        images: AnyArray | Sequence[Picture | records.Record],
+        extra: Sequence[Steps] = ((),),
     ) -> Iterator[tuple[tuple, tuple[records.Record, ...]]]:
         """Tokens, pixels and numbers of images on the mesh, and the records of the first rows.
 
         There is a record of each image after the transforms of evaluation and each of `extra`, of
         the size that the network takes; "original" is the height and width before. Rows are padded
-        to one of SIZES. InputError names the `method` that was called: an image is no image.
+        to one of SIZES. An image's number is a hash of its pixels. InputError names the `method`
+        that was called: an image is no image.
         """
         one = isinstance(images, str | os.PathLike | Image.Image)
         if one or (hasattr(images, "ndim") and images.ndim != 4):
@@ -159,14 +176,18 @@ class OfTasks:
                 "or an array [B, H, W, C]."
             )
         data = self._described.learned_task.config.data
-        entries = [transforms.parse(entry) for entry in data.eval_transforms]
-        steps = [step for step in entries if not isinstance(step, Decode)]
         channels = (1, 3) if self.codec is None else self.codec.image_shape[2:]
-        numbered = (
-            (number, _view(method, image, channels, [*steps, *more], data.size))
-            for number, image in enumerate(images)
-            for more in extra
-        )
+        decode, *steps = transforms.with_decode(data.eval_transforms, channels[-1])
+        converts = len(steps) < len(data.eval_transforms)  # the first entry is the run's own decode
+        taken = (1, 3) if converts else channels
+
+        def views() -> Iterator[tuple[int, records.Record]]:
+            for image in images:
+                pixels = _read(method, decode, taken, converts, image)
+                number = zlib.crc32(np.ascontiguousarray(pixels)) >> 1  # an int32
+                yield from ((number, _view(pixels, [*steps, *more], data.size)) for more in extra)
+
+        numbered = views()
         while batch := list(itertools.islice(numbered, AT_ONCE)):
             size = next(size for size in SIZES if size >= len(batch))
             numbers, shown = zip(*batch, *batch[-1:] * (size - len(batch)), strict=True)

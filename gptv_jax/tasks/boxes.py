@@ -143,7 +143,8 @@ class BoxTokens:
             drawn = rng.integers(self.codes, size=(count - real, self.masks))
             inputs[real:, CLASS + 1 :] = self.noise + 1 + drawn
         arrays = {"targets": tokens, "inputs": inputs, "weights": weights}
-        # Nothing is drawn at 0, so that older settings have the sequences that they had.
+        # At noise_among = 0 no random number is drawn here: the sequences of such settings do not
+        # change by the field.
         if settings.noise and settings.noise_among and rng.random() < settings.noise_among:
             random = settings.order == "random"
             order = rng.permutation(count) if random else np.lexsort(tokens[:, 1::-1].T)
