@@ -21,7 +21,7 @@ from gptv_jax.tokens.codec import AnyArray
 
 AT_ONCE = 64  # views that are read in one batch
 SIZES = (1, 4, 16, AT_ONCE)  # of batches, as every size is compiled
-Picture = np.ndarray | jax.Array | Image.Image
+Picture = np.ndarray | jax.Array | Image.Image | records.Record  # a record's pixels are decoded
 Steps = Sequence[transforms.Transform]
 
 
@@ -30,7 +30,7 @@ def _read(
     decode: Decode,
     channels: tuple[int, ...],
     converts: bool,
-    image: Picture | records.Record,
+    image: Picture,
 ) -> UInt8[np.ndarray, "H W C"]:
     """The pixels of an image as training has them before the next transform; a record has them.
 
@@ -158,7 +158,7 @@ class OfTasks:
     def _views(
         self,
         method: str,
-        images: AnyArray | Sequence[Picture | records.Record],
+        images: AnyArray | Sequence[Picture],
         extra: Sequence[Steps] = ((),),
     ) -> Iterator[tuple[tuple, tuple[records.Record, ...]]]:
         """Tokens, pixels and numbers of images on the mesh, and the records of the first rows.
