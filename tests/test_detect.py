@@ -11,7 +11,7 @@ from PIL import Image
 
 import gptv_jax
 from gptv_jax import config as config_lib
-from gptv_jax import predict, sharding
+from gptv_jax import sharding
 from gptv_jax.api import of_tasks
 from gptv_jax.config import rules
 from gptv_jax.data import transforms
@@ -428,13 +428,11 @@ def test_pictures_are_read_as_training_and_predict_read_their_files(tmp_path, mo
         seen.append([])
         boxes = [each.boxes for each in model.detect([Image.open(path) for path in readable])]
         np.testing.assert_array_equal(seen[-1][0][: len(readable)], expected)
-        for batch_size in (1, 3):
-            seen.append([])
-            lines = [*predict.predictions(model, steps, readable, batch_size, predict.detected)]
-            rows = np.concatenate(seen[-1])[: len(readable)]
-            np.testing.assert_array_equal(rows, expected)
-            for line, each in zip(lines, boxes, strict=True):
-                np.testing.assert_array_equal([o["box"] for o in line["objects"]], each)
+        for path, shown, each in zip(readable, expected, boxes, strict=True):
+            seen.append([])  # the command `predict` gives records of decoded files
+            (found,) = model.detect([steps[0]({"encoded": path.read_bytes()})])
+            np.testing.assert_array_equal(seen[-1][0][0], shown)
+            np.testing.assert_array_equal(found.boxes, each)
     colours = np.array(clear)[..., :3]
     seen.append([])
     model.detect([colours])
