@@ -115,13 +115,17 @@ class Decode(Transform):
             return {**rest, "image": np.stack([self.pixels(frame) for frame in given])}
         return {**rest, "image": self.pixels(given)}
 
-    def pixels(self, encoded: bytes | np.ndarray, rng=None) -> np.ndarray:
-        """Pixels, uint8 [H, W, channels]; of an array only the channels are converted.
+    def pixels(self, encoded: bytes | np.ndarray | Image.Image, rng=None) -> np.ndarray:
+        """Pixels, uint8 [H, W, channels], of a file's bytes, an array or a Pillow image.
 
-        Raises DamagedImageError where the file is truncated, empty, no image, or of a wrong size.
+        An array or a Pillow image may have any size. Raises DamagedImageError where the file is
+        truncated, empty, no image, or of a wrong size.
         """
         if isinstance(encoded, np.ndarray):
             return self._convert(to_picture(encoded))
+        if isinstance(encoded, Image.Image):
+            with as_damaged():
+                return self._convert(encoded)
         if not encoded:
             raise DamagedImageError("the file is empty")
         with as_damaged(), Image.open(io.BytesIO(encoded)) as image:

@@ -6,6 +6,7 @@ has named splits, and each split gives its examples by number.
 
 import contextlib
 import functools
+import itertools
 import re
 from collections.abc import Callable
 
@@ -234,11 +235,11 @@ def open_data_set(config: config_lib.Data) -> DataSet:
                 f"{'|'.join(names)}, but config.data.name={config.name}; leave the field out."
             )
     if config.name in SETS:
-        return _fitting(SETS[config.name](config), config)
+        return _with_distinct_names(_fitting(SETS[config.name](config), config))
     if advice := listing.advice(config.name):
         raise InputError(f"config.data.name={advice}")
     try:
-        return Tfds(config, SETS)
+        return _with_distinct_names(Tfds(config, SETS))
     except InputError as error:
         if config.path and (advice := listing.advice(config.path)):  # TFDS reads no data.path
             problem = f"config.data.name={config.name} does not read config.data.path"
@@ -258,6 +259,23 @@ def _fitting(data_set: DataSet, config: config_lib.Data) -> DataSet:
             f"config.data.frames={config.frames} is for clips of videos, but config.data.name="
             f"{config.name} has images; set config.data.frames=0."
         )
+    return data_set
+
+
+def _with_distinct_names(data_set: DataSet) -> DataSet:
+    """The data set, in which equal names of classes are numbered, and noted.
+
+    By a class's name its numbers stand in summaries, so no two may be equal.
+    """
+    for field in ("class_names", "object_names", "map_names"):
+        names: dict[str, None] = {}
+        for name in getattr(data_set, field):
+            numbered = (f"{name} ({number})" for number in itertools.count(2))
+            names[next(n for n in itertools.chain([name], numbered) if n not in names)] = None
+        if changed := sorted({*names} - {*getattr(data_set, field)}):
+            setattr(data_set, field, tuple(names))
+            note = f"classes of one name are numbered: {shorten(changed)}"
+            data_set.notes = [*dict.fromkeys([*data_set.notes, note])]
     return data_set
 
 
@@ -286,6 +304,24 @@ def open_splits(config: config_lib.Data) -> dict[str, Selected]:
             f"each split needs 1 image, but of {_shown(lengths)} {found}. Add images{advice}."
         )
     return {split: open_source(config, split) for split in SPLITS}
+
+
+def check_objects(config: config_lib.Data, validated: int | None) -> None:
+    """Raises InputError where a split of `SPLITS` has no object; crowds are none.
+
+    Of validation the first `validated` images count, None: all. Boxes that are not in memory, as in
+    TFDS's files, are not looked at.
+    """
+    for split, limit in zip(SPLITS, (None, validated, None), strict=True):
+        counts = open_source(config, split).objects_by_image()
+        if counts is not None and not counts[:limit].any():
+            first = f"the first {limit} images" if limit and limit < len(counts) else "the images"
+            given = f"config.data.{split}_split={getattr(config, f'{split}_split')}"
+            more = ", or more by config.task.detect.validation_images" * (limit is not None)
+            raise InputError(
+                f"{first} of {given} have no object (crowds are none), so there is nothing to find "
+                f"there; take other images by config.data.{split}_split{more}."
+            )
 
 
 def check_labels(config: config_lib.Data, opened: dict[str, Selected]) -> None:
