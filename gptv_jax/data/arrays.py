@@ -22,9 +22,10 @@ with epy.lazy_imports():  # slow to import, and only the digits need it
 class Arrays(DataSet):
     """A data set in memory: `{"train": (images, labels), ...}`.
 
-    Images are uint8 [N, H, W, C], or videos [N, F, H, W, C], read as `clips`; labels are whole numbers or names [N], all None where the set is
-    unlabelled. Images with the label `ignore_label` are left out. Numbers that do not count from 0
-    and names are numbered (see `labels.number`); the original values become `class_names`.
+    Images are uint8 [N, H, W, C], or videos [N, F, H, W, C], which are read as `clips`. Labels are
+    whole numbers or names [N], all None where the set is unlabelled. Images with the label
+    `ignore_label` are left out. Numbers that do not count from 0 and names are numbered (see
+    `labels.number`); the original values become `class_names`.
     """
 
     def __init__(
@@ -115,7 +116,7 @@ def _check_images(split: str, images: np.ndarray) -> None:
         advice = "; with channels before rows, store videos.transpose(0, 1, 3, 4, 2)"
     elif images.ndim == 4 and shape[-1] > 4:
         advice = "; store videos[..., None] of grey videos"
-    elif images.ndim not in (4, 5) or not 1 <= shape[-1] <= 4 or not images.size or kind not in "biuf":
+    elif not (images.ndim in (4, 5) and 1 <= shape[-1] <= 4 and images.size and kind in "biuf"):
         advice = ""
     elif images.dtype == np.uint8:
         return

@@ -32,9 +32,9 @@ class CameraMotions(DataSet):
     A window moves over the image, or shrinks or grows, and each frame is the window resized to
     `config.image_size`. A clip's number is 6 x the image's number + the motion, the label; speed,
     size and place are drawn by the generator in training, and by the clip's number in evaluation.
-    A pan has `SPEEDS` pixels a frame; in a zoom, the window's side changes by so many pixels. Splits
-    are those of `ImageFolder`; classes of the images are left out. The end of an expression such as
-    `train[:90%]` may divide the clips of one image.
+    A pan has `SPEEDS` pixels a frame; in a zoom, the window's side changes by so many pixels.
+    Splits are those of `ImageFolder`; classes of the images are left out. The end of an expression
+    such as `train[:90%]` may divide the clips of one image.
     """
 
     videos = True

@@ -123,11 +123,10 @@ class ImageFolder(DataSet):
             chosen = [found[i] for i in order]
             self.splits[split] = self._split(folder, chosen, labels[order] if numbers else None)
         if lone := [name for name in self.class_names if counts[name] == 1]:
-            more = f" and {len(lone) - 3} more" if len(lone) > 3 else ""
+            shown = ", ".join(lone[:3]) + (f" and {len(lone) - 3} more" if len(lone) > 3 else "")
             raise InputError(
-                f"{folders['train']} has only one {self.noun} of class {', '.join(lone[:3])}{more}, "
-                f"too few to train on some and evaluate on others; add {self.noun}s, remove the class, or "
-                "ignore all classes by config.data.labels=False."
+                f"{folders['train']} has only one {self.noun} of class {shown}, too few to train "
+                f"on some and evaluate on others; add {self.noun}s, remove the class, or ignore all classes by config.data.labels=False."
             )
 
     def _class_folders(

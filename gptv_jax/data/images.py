@@ -40,7 +40,8 @@ def as_damaged(problem: str = "") -> Iterator[None]:
         raise
     except Exception as error:  # parsers of files, such as Pillow's plugins, raise anything
         unknown = isinstance(error, Image.UnidentifiedImageError)
-        reason = "not an image that Pillow can read" if unknown else first_line(error)
+        known = getattr(error, "strerror", None) or first_line(error)
+        reason = "not an image that Pillow can read" if unknown else known
         raise DamagedImageError(problem + reason) from error
 
 
