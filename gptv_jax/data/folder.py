@@ -126,7 +126,8 @@ class ImageFolder(DataSet):
             shown = ", ".join(lone[:3]) + (f" and {len(lone) - 3} more" if len(lone) > 3 else "")
             raise InputError(
                 f"{folders['train']} has only one {self.noun} of class {shown}, too few to train "
-                f"on some and evaluate on others; add {self.noun}s, remove the class, or ignore all classes by config.data.labels=False."
+                f"on some and evaluate on others; add {self.noun}s, remove the class, or ignore "
+                "all classes by config.data.labels=False."
             )
 
     def _class_folders(

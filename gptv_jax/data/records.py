@@ -2,7 +2,8 @@
 
 A record is a dict of NumPy arrays and numbers. Which keys it has says what is known of the example:
 
-    encoded         bytes of an image file that is not decoded yet; of a clip a list, one a frame
+    encoded         bytes of an image file that is not decoded yet; of a clip a list, one a frame,
+                    or an `images.EncodedClip`
     image           uint8 [H, W, C], pixels; of a clip [F, H, W, C], its frames
     tokens          uint16 [rows, columns] or [frames, rows, columns], tokens of a cache
     label           int32, the class of the image
