@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import pathlib
+import pickle
 import struct
 
 import numpy as np
@@ -111,14 +112,6 @@ def test_splits_and_classes_are_folders_as_those_of_images(tmp_path):
         assert len(source) == 2 * count and source.class_names == ("run", "walk")
         for i in range(len(source)):
             assert f"/{source.class_names[source[i]['label']]}/" in source.name(i)
-    (tmp_path / "labels.csv").write_text(
-        "file,label\n"
-        + "".join(
-            f"{split}{i},{'ab'[i % 2]}\n" for split, i in [("train", 0), ("train", 1), ("train", 2)]
-        )
-    )
-    with pytest.raises(InputError, match="fits"):  # two videos have the name
-        opened(tmp_path, labels_file=str(tmp_path / "labels.csv"))
     source = opened(tmp_path / "train" / "run", split="train")
     assert source.classes == 0 and len(source) == 3
 
@@ -177,8 +170,8 @@ def test_only_the_frames_of_a_clip_are_read(tmp_path):
 
 
 def test_a_damaged_frame_is_named_wherever_it_lies(tmp_path, caplog):
-    files = frames("bad", range(30)) | {"bad/20.png": encoded(values([2])[0])[:60]}
-    files |= frames("sizes", range(30)) | {"sizes/9.png": encoded(random_image(4, 6, 3))}
+    files = frames("bad", range(25)) | {"bad/20.png": encoded(values([2])[0])[:60]}
+    files |= frames("sizes", range(25)) | {"sizes/9.png": encoded(random_image(4, 6, 3))}
     files |= {k: v for i in range(10) for k, v in frames(f"good{i}", range(3)).items()}
     source = DecodedSource(opened(make_folder(tmp_path, files)), Decode())
     at = by_name(source)
@@ -271,21 +264,16 @@ def test_videos_of_tfds_are_read_without_tensorflow(tmp_path):
     assert [int(source[i]["label"]) for i in (0, 1, 3)] == [0, 1, 1]
     with pytest.raises(DamagedImageError, match="no frame"):
         source[2]
-    assert len(list(source.every(0))) == 3  # every frame of 0, 2, 4, 6, 8 and of 1, 3, 5, 7
+    whole = [file for record in source.every(0) for file in record["encoded"]]
+    assert {*whole} == {*map(encoded, values(range(9)))}
 
 
-def test_workers_and_threads_read_the_same_clips(tmp_path):
-    files = {f"{i}.gif": animation(range(20)) for i in range(6)}
-    files |= {k: v for i in range(6) for k, v in frames(f"v{i}", range(20)).items()}
-    sources.open_data_set.cache_clear()
-    data = settings(make_folder(tmp_path, files), train_transforms=("decode()",))
-    batches = []
-    for workers in (0, 1):
-        changed = config_lib.Data(**{**vars(data), "workers": workers})
-        batch = next(pipeline.Pipeline(changed, None, seed=3).train(24))
-        batches.append(batch["image"])
-    np.testing.assert_array_equal(*batches)
-    assert len({clip[0, 0, 0, 0] for clip in batches[0]}) > 5
+def test_worker_processes_get_the_videos(tmp_path):
+    files = {"a.gif": animation(range(20))} | frames("v", range(20))
+    source = opened(make_folder(tmp_path, files))
+    copy = pickle.loads(pickle.dumps(source))
+    for index in range(2):
+        assert numbers(copy, index, generator(1)) == numbers(source, index, generator(1))
 
 
 def cuts(whole: bytes, count: int) -> list[bytes]:
@@ -337,7 +325,7 @@ def test_a_hundred_damaged_and_odd_files_never_end_a_run(tmp_path):
     assert {clip.shape for clip in clips} == {(3, SIDE, SIDE, 3)}
     assert len(clips) + log.count == total and len(clips) >= 20 + 3 * 3
     names = " ".join(log.names)
-    for name in ("cut0.gif", "cut9.webp", "cut12.apng", "text.gif", "huge.gif", "huge.apng"):
+    for name in ("cut0.gif", "cut9.webp", "cut9.apng", "text.gif", "huge.gif", "huge.apng"):
         assert name in names
     assert "v_sizes" in names and "v_empty" in names and "v_one" not in names
     reasons = [json.loads(line)["reason"] for line in (tmp_path / "skipped.jsonl").open()]

@@ -40,8 +40,11 @@ def as_damaged(problem: str = "") -> Iterator[None]:
         raise
     except Exception as error:  # parsers of files, such as Pillow's plugins, raise anything
         unknown = isinstance(error, Image.UnidentifiedImageError)
-        known = getattr(error, "strerror", None) or first_line(error)
-        reason = "not an image that Pillow can read" if unknown else known
+        reason = getattr(error, "strerror", None) or first_line(error)
+        if unknown:
+            reason = "not an image that Pillow can read"
+        elif isinstance(error, LookupError):  # in Pillow's own parsers
+            reason = f"the file is damaged ({reason})"
         raise DamagedImageError(problem + reason) from error
 
 

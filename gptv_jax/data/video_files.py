@@ -150,6 +150,7 @@ def resample(
     rounded to ticks.
     """
     due = shown = None
+    tick = min(tick, 1 / (4 * rate))  # a tick of an AVI file is a whole frame
     for start, end, frame in frames:
         due = start if due is None else due
         while shown is not None and due < start - tick:
