@@ -19,7 +19,7 @@ from gptv_jax.errors import InputError
 av = pytest.importorskip("av")
 
 HEIGHT, WIDTH = 32, 48
-WHOLE = Settings(rate=0, short_side=0)
+WHOLE = Settings(rate=0.0, short_side=0)
 
 
 def write(path, count=12, rate=6, codec="mpeg4", size=(HEIGHT, WIDTH), times=None, **options):
@@ -90,12 +90,12 @@ def test_frames_are_taken_at_a_constant_rate_by_their_times(tmp_path):
     times = [0, 100, 200, 1000, 1100, 1200]
     file = write(tmp_path / "a.mkv", count=6, codec="libx264", times=times)
     # At 0, .1, .2, ... seconds; frame 2 stands still from .2 to 1.
-    taken = numbers(read_frames(file, Settings(rate=10)))
+    taken = numbers(read_frames(file, Settings(rate=10.0)))
     assert taken[:13] == [0, 1] + [2] * 8 + [3, 4, 5]
-    assert numbers(read_frames(file, Settings(rate=5)))[:7] == [0, 2, 2, 2, 2, 3, 5]
+    assert numbers(read_frames(file, Settings(rate=5.0)))[:7] == [0, 2, 2, 2, 2, 3, 5]
     steady = write(tmp_path / "b.mp4", count=12, rate=6, codec="libx264")
-    assert numbers(read_frames(steady, Settings(rate=3))) == [0, 2, 4, 6, 8, 10]
-    assert numbers(read_frames(steady, Settings(rate=12))) == [k for k in range(12) for _ in "ab"]
+    assert numbers(read_frames(steady, Settings(rate=3.0))) == [0, 2, 4, 6, 8, 10]
+    assert numbers(read_frames(steady, Settings(rate=12.0))) == [k for k in range(12) for _ in "ab"]
 
 
 @pytest.mark.parametrize("rate", [1, 7, 24, 25, 30, 60])
@@ -134,7 +134,7 @@ def test_splits_and_classes_are_kept_and_the_frames_are_a_data_set(tmp_path):
     ]:
         write(tmp_path / "videos" / split / kind / f"{name}.mp4")
     write(tmp_path / "videos/train/walk/a.avi")  # a name that another video has
-    found = converted(tmp_path / "videos", tmp_path / "out", Settings(rate=0, form="png"))
+    found = converted(tmp_path / "videos", tmp_path / "out", Settings(rate=0.0, form="png"))
     assert len(found) == 7 and all(w.frames == 12 and w.reason is None for w in found.values())
     assert found["train/walk/a.avi"].folder == "train/walk/a.avi"
     data = config_lib.Data(name="folder", path=str(tmp_path / "out"), frames=4)
@@ -173,7 +173,7 @@ def test_what_is_written_stays_and_what_was_begun_is_made_anew(tmp_path):
 def test_every_limit_leaves_a_file_out_and_the_reason_names_the_limit(tmp_path, limit, value):
     file = write(tmp_path / "a.mp4")
     with pytest.raises(DamagedImageError, match=f"more than --{limit}={value:g}"):
-        list(read_frames(file, Settings(**{"rate": 0, limit: value})))
+        list(read_frames(file, Settings(**{"rate": 0.0, limit: value})))
 
 
 def test_nothing_but_the_file_is_read(tmp_path):

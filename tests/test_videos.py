@@ -105,7 +105,7 @@ def test_splits_and_classes_are_folders_as_those_of_images(tmp_path):
     for split, count in (("train", 3), ("val", 1), ("test", 2)):
         for kind in ("walk", "run"):
             for i in range(count):
-                files |= frames(f"{split}/{kind}/{split}{i}", range(4))
+                files |= frames(f"{split}/{kind}/{split[:2]}{i}", range(4))
     make_folder(tmp_path, files)
     for split, count in (("train", 3), ("validation", 1), ("test", 2)):
         source = opened(tmp_path, split)
@@ -176,7 +176,7 @@ def test_a_damaged_frame_is_named_wherever_it_lies(tmp_path, caplog):
     source = DecodedSource(opened(make_folder(tmp_path, files)), Decode())
     at = by_name(source)
     assert source[at["bad"]]["damaged"] == -1  # the clip in the middle is sound
-    assert "truncated" in source.reason(at["bad"])
+    assert "before" not in source.reason(at["bad"])
     assert "several sizes: 8 x 8, 6 x 4 pixels" in source.reason(at["sizes"])
     damaged = {int(source.read(at["bad"], generator(seed))["damaged"]) for seed in range(40)}
     assert damaged == {-1, at["bad"]}
