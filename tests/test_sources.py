@@ -429,7 +429,7 @@ from gptv_jax import config
 from gptv_jax.data import sources
 assert "tensorflow_datasets" not in sys.modules
 sources.open_source(config.Data(name="cifar10", dir="{prepared}"), "test[:5]")[0]
-print({"tensorflow", "av"} & {*sys.modules})
+print(set(sys.modules).intersection(("tensorflow", "av")))
 """
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert ended.stdout == "set()\n", ended.stderr

@@ -134,6 +134,7 @@ def test_splits_and_classes_are_kept_and_the_frames_are_a_data_set(tmp_path):
     ]:
         write(tmp_path / "videos" / split / kind / f"{name}.mp4")
     write(tmp_path / "videos/train/walk/a.avi")  # a name that another video has
+    (tmp_path / "videos/train/walk/poster.jpg").write_bytes(b"no video")
     found = converted(tmp_path / "videos", tmp_path / "out", Settings(rate=0.0, form="png"))
     assert len(found) == 7 and all(w.frames == 12 and w.reason is None for w in found.values())
     assert found["train/walk/a.avi"].folder == "train/walk/a.avi"
@@ -218,6 +219,7 @@ def odd_files(folder) -> dict[str, bytes]:
             sizes.append(at)
     at = mp4.index(b"avc1") + 4 + 24  # height and width of the pictures, and of the file's header
     files["huge.mp4"] = mp4[:at] + struct.pack(">HH", 65535, 65535) + mp4[at + 4 :]
+    files["x_end.mov"] = made["mov"][:-5]
     files["x_text.mp4"] = b"no video\n" * 100
     files["x_png.mp4"] = encoded(random_image(HEIGHT, WIDTH, 3))
     files["mkv.mp4"] = made["mkv"]  # a wrong ending does no harm
