@@ -29,7 +29,8 @@ def write(path, count=12, rate=6, codec="mpeg4", size=(HEIGHT, WIDTH), times=Non
     with av.open(str(path), "w", options=options) as container:
         stream = container.add_stream(codec, rate=rate)
         stream.height, stream.width = size
-        stream.pix_fmt, stream.bit_rate = "yuv420p", 2_000_000
+        stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+        stream.bit_rate = 2_000_000
         if ratio:
             stream.codec_context.sample_aspect_ratio = ratio
         if turn:
@@ -219,7 +220,9 @@ def odd_files(folder) -> dict[str, bytes]:
             sizes.append(at)
     at = mp4.index(b"avc1") + 4 + 24  # height and width of the pictures, and of the file's header
     files["huge.mp4"] = mp4[:at] + struct.pack(">HH", 65535, 65535) + mp4[at + 4 :]
-    files["x_end.mov"] = made["mov"][:-5]
+    # The decoder of Motion JPEG makes a picture of what there is.
+    file = write(folder / "end.mov", codec="mjpeg", movflags="+faststart")
+    files["x_end.mov"] = file.read_bytes()[:-30]
     files["x_text.mp4"] = b"no video\n" * 100
     files["x_png.mp4"] = encoded(random_image(HEIGHT, WIDTH, 3))
     files["mkv.mp4"] = made["mkv"]  # a wrong ending does no harm
