@@ -22,6 +22,8 @@ def get_config():
     m.learned_positions, m.axial_positions = False, True
     _muon(c.train, steps=2400, batch_size=16)
     _muon(c.finetune.train, steps=300, batch_size=16)
+    c.probe.pooling = c.finetune.pooling = "frames"
+    c.probe.train_images = 2000
     c.finetune.scratch = False
     c.sample.count = 16
     c.sample.completions = 8

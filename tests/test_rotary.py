@@ -13,7 +13,8 @@ ROWS, COLUMNS, K = 3, 5, 8
 
 
 def phases(places, columns: int = COLUMNS):
-    axes = jnp.stack(jnp.divmod(jnp.asarray(places), columns), axis=-1)
+    row, column = jnp.divmod(jnp.asarray(places), columns)
+    axes = jnp.stack([jnp.zeros_like(row), row, column], axis=-1)
     return layers.phases(axes.astype(jnp.float32), K)
 
 

@@ -46,6 +46,10 @@ def check(config: Config) -> None:
             "config.model.rotary, or target_positions with learned_positions or axial_positions"
         )
         refuse(config, "model.random_order", f"{reason}; set {advice}")
+    if model.context_masking and not (config.data.frames and not model.random_order):
+        reason = "it hides tokens of the earlier frames of clips, in raster order"
+        advice = "set config.data.frames to the frames of a clip, and random_order=(), or take 0"
+        refuse(config, "model.context_masking", f"{reason}; {advice}")
     if config.tokens.kind == "learned":
         _check_autoencoder(config)
     elif config.tokens.kind == "none":
@@ -70,6 +74,7 @@ def _check_bert(config: Config) -> None:
         ("start_per_variant", False, f"{bert} has no start token"),
         ("target_positions", False, f"with {bert} input and target have the same position"),
         ("random_order", (), f"{bert} has no order"),
+        ("context_masking", 0.0, f"{bert} hides masked_share of all tokens"),
     ):
         if getattr(model, name):
             advice = f"set {name}={other} or objective=autoregressive"
@@ -213,7 +218,10 @@ def _check_probe(config: Config) -> None:
         if (getattr(probe, name) or 0) > layers:
             reason = f"it takes at most config.model.layers + 1 = {layers}, the layers to be read"
             refuse(config, f"probe.{name}", reason)
-    for name, plain, method in (("pooling", "mean", "sgd"), ("labels_per_class", (), "lbfgs")):
+    _check_pooling(config, "probe")
+    needs = [("labels_per_class", (), "lbfgs")]
+    needs += [("pooling", "mean", "sgd")] * (probe.pooling == "attentive")
+    for name, plain, method in needs:
         if getattr(probe, name) != plain and probe.method != method:
             reason = (
                 f"only config.probe.method={method} reads this; take {method}, or {name}={plain}"
@@ -221,7 +229,14 @@ def _check_probe(config: Config) -> None:
             refuse(config, f"probe.{name}", reason)
 
 
+def _check_pooling(config: Config, section: str) -> None:
+    if getattr(config, section).pooling == "frames" and not config.data.frames:
+        reason = "config.data.frames is 0, so there are no frames; take mean"
+        refuse(config, f"{section}.pooling", reason)
+
+
 def _check_finetune(config: Config) -> None:
+    _check_pooling(config, "finetune")
     _check_training(config, "finetune.train")
     _check_pixels(config)
 

@@ -51,8 +51,9 @@ class Probe:
     method: str = field("lbfgs", one_of("lbfgs", "sgd"))
     # What is read of a layer: its normed input n^l, as in the paper, or that input itself, h^l.
     features: str = field("normed", one_of("normed", "raw"))
-    # Over positions: their mean or, with sgd, a mean weighted by a learned query.
-    pooling: str = field("mean", one_of("mean", "attentive"))
+    # Over positions: their mean; with sgd, a mean weighted by a learned query (attentive); of
+    # clips, the means of every frame side by side (frames), which keep the motion.
+    pooling: str = field("mean", one_of("mean", "attentive", "frames"))
     # Neighbouring layers read side by side, beside single ones; the best of these is in the middle.
     concatenate: int = field(1, ("an odd number, 1 or more", lambda v: v >= 1 and v % 2))
     # Every layer is first probed by ridge regression. How many, the best on validation, are probed
@@ -90,6 +91,9 @@ class Finetune:
     # Evaluations without a better validation accuracy after which it stops; 0: never.
     patience: int = field(5, FROM_ZERO)
     standardize: bool = False  # centre and scale the head's input by its statistics at the start
+    # What the class head reads: the mean over positions; or of clips the means of every frame side
+    # by side (frames).
+    pooling: str = field("mean", one_of("mean", "frames"))
     # Trains the network from scratch as well, for comparison, which takes as long again.
     scratch: bool = True
 

@@ -72,6 +72,12 @@ class Model:
     # every training image has a random order up to the first share of the training; the fraction
     # of such images then falls linearly to none at the second share. (): always raster order.
     random_order: tuple[float, ...] = field((), TWO_SHARES)
+    # Clips: the largest share of the input tokens before the last frame that training hides; the
+    # targets stay. Each clip draws a share between 0 and this one, so that the network also learns
+    # to read whole clips, as sampling does. With a part of the context hidden, next-frame
+    # prediction learns features of objects and not only of what stayed (NExT-Vid, 2025,
+    # arXiv:2512.21004).
+    context_masking: float = field(0.0, SHARE)
     # The backward pass recomputes nothing, all but products with weights, or everything.
     remat: str = field("none", one_of("none", "dots", "full"), free=True)
 

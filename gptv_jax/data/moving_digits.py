@@ -10,6 +10,7 @@ import dataclasses
 import functools
 
 import numpy as np
+from jaxtyping import Int
 
 from gptv_jax import config as config_lib
 from gptv_jax.data import arrays
@@ -121,7 +122,9 @@ def _digits(split: str) -> Source:
     return arrays.digits().open(split)
 
 
-def places(start: np.ndarray, velocity: tuple[int, int], times: np.ndarray) -> np.ndarray:
-    """Row and column of a digit at each time, int [F, 2]; it turns around at the edges."""
+def places(
+    start: Int[np.ndarray, " 2"], velocity: Int[np.ndarray, " 2"], times: Int[np.ndarray, " F"]
+) -> Int[np.ndarray, "F 2"]:
+    """Row and column of a digit at each time; it turns around at the edges."""
     way = (start + np.outer(times, velocity)) % (2 * ROOM)
     return np.where(way > ROOM, 2 * ROOM - way, way)

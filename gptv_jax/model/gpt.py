@@ -39,7 +39,8 @@ class Output(NamedTuple):
     # Float32; position t predicts token t. Of a layout of several parts {name: [B, n, V]}, the
     # logits of every predicted part.
     logits: Float[Array, "B T V"] | dict[str, Array]
-    pooled: Float[Array, "L+1 B D"]  # float32: means over positions of each layer's normed input
+    # Float32: means over positions of each layer's normed input, over each of `Network.pool` parts.
+    pooled: Float[Array, "L+1 B features"]
     class_logits: Float[Array, "B C"] | None  # float32; None without a class head
     kept: Float[Array, "N B T D"] | None  # features at every position of the layers in `keep`
     final: Float[Array, "B T D"]  # output of the final norm, the input of `GPT.token_logits`
@@ -47,7 +48,7 @@ class Output(NamedTuple):
 
 # Fields of the configuration that are for a sequence of image tokens alone, and their other value.
 # A stem goes without the first two alone.
-NO_STEM = {"objective": "autoregressive", "random_order": ()}
+NO_STEM = {"objective": "autoregressive", "random_order": (), "context_masking": 0.0}
 IMAGES_ALONE = NO_STEM | {"target_positions": False, "start_per_variant": False}
 
 
@@ -65,6 +66,9 @@ class Network:
     classes: int = 0  # C; 0: no class head
     stem: tuple[int, ...] = ()  # channels of the convolutions of `Stem`; (): pixels are not read
     reading: Reading | None = None  # shape of `GPT.read`'s head on the positions of the image
+    # Equal parts of the sequence, such as the frames of a clip. Pooled features are the means over
+    # the positions of each part, side by side.
+    pool: int = 1
 
     def __post_init__(self):
         more = "sequence has further parts" if self.several else "network has a stem"
@@ -138,7 +142,7 @@ class GPT(Inputs):
         if network.layout.parts[0].predicted:
             self.head = layers.constant("head", (V, D), 0.0)  # zero: the first loss is ln V
         if network.classes:
-            self.classifier = layers.ClassHead(network.classes, D)
+            self.classifier = layers.ClassHead(network.classes, network.pool * D)
         if network.reading:
             self.reading = ReadHead(network.reading, D)
 
@@ -150,7 +154,7 @@ class GPT(Inputs):
         hidden: Bool[Array, "B T"] | None = None,
         order: Int[Array, "B T"] | None = None,
         *,
-        pixels: UInt8[Array, "B height width C"] | None = None,
+        pixels: UInt8[Array, "B *F height width C"] | None = None,
         raw: bool = False,
         keep: tuple[int, ...] = (),
     ) -> Output:
@@ -165,7 +169,7 @@ class GPT(Inputs):
             target.
           variant: index of the start vector of each row; None: `Network.unconditional`.
           key: of dropout; None switches dropout off.
-          hidden: True where BERT's input is masked; None: nothing is masked.
+          hidden: True where an input token is hidden, by its place in raster order; None: none is.
           order: a permutation of 0 .. T-1 for each row: position t predicts token order[t] from
             the tokens at order[:t]; None: raster order. Logits are in the order of positions.
           pixels: of the images, for a network with a stem.
@@ -179,7 +183,8 @@ class GPT(Inputs):
         attend = functools.partial(attention.self_attention, visible=visible)
         if layout.shift:
             known = (tokens if order is None else reorder(tokens, order))[:, :-1]
-            x = self.embed(known, variant, order=order, pixels=pixels)
+            unseen = None if hidden is None else hidden[:, :-1]
+            x = self.embed(known, variant, order=order, pixels=pixels, hidden=unseen)
         else:
             x = self.embed_masked(tokens, hidden)
         x = layers.dropout(x, config.dropout, None if keys is None else keys[-1])
@@ -191,7 +196,7 @@ class GPT(Inputs):
             read = x if raw else normed
             if keep:
                 kept = jax.lax.dynamic_update_index_in_dim(kept, read, slot, 0)
-            return (after, kept), _pool(read)
+            return (after, kept), self._pool(read)
 
         keys = None if keys is None else keys[:-1]
         kept = slots = None
@@ -202,13 +207,23 @@ class GPT(Inputs):
             slots = jnp.array(indices[:-1])
         (x, kept), pooled = self.walk(layer, (x, kept), (self.blocks, keys, slots))
         final = layers.rms_norm(x, self.final_norm[...])
-        read, pooled_final = x if raw else final, _pool(final)
-        pooled = jnp.concatenate([pooled, (_pool(x) if raw else pooled_final)[None]])
+        read, pooled_final = x if raw else final, self._pool(final)
+        pooled = jnp.concatenate([pooled, (self._pool(x) if raw else pooled_final)[None]])
         if keep:
             kept = jax.lax.dynamic_update_index_in_dim(kept, read, indices[-1], 0)[: len(keep)]
         class_logits = self.classifier(pooled_final) if self.network.classes else None
         logits = self.logits(final) if self.network.several else self.token_logits(final)
         return Output(logits, pooled, class_logits, kept, final)
+
+    def _pool(self, x: Float[Array, "B T D"]) -> Float[Array, "B features"]:
+        """See `Network.pool`."""
+        x = x.astype(layers.accumulator(x))
+        if self.network.pool == 1:
+            return jnp.mean(x, axis=1)
+        whole = {"out_sharding": sharding.BATCH_FIRST}
+        x = jax.sharding.reshard(x, sharding.BATCH_FIRST)
+        x = x.reshape(len(x), self.network.pool, -1, x.shape[-1], **whole).mean(axis=2)
+        return x.reshape(len(x), -1, **whole)
 
     def logits(self, final: Float[Array, "B T D"]) -> dict[str, Array]:
         """Logits [B, n, V] of every predicted part, given the output of the final norm."""
@@ -273,10 +288,6 @@ class GPT(Inputs):
 def reorder(tokens: Int[Array, "B T"], order: Int[Array, "B T"]) -> Int[Array, "B T"]:
     """Tokens in the given order: entry t of a row is the row's token at place order[t]."""
     return jnp.take_along_axis(*jax.sharding.reshard((tokens, order), sharding.BATCH_FIRST), axis=1)
-
-
-def _pool(x: Float[Array, "B T D"]) -> Float[Array, "B D"]:
-    return jnp.mean(x.astype(layers.accumulator(x)), axis=1)
 
 
 def parameter_count(params: dict) -> int:

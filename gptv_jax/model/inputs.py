@@ -47,12 +47,13 @@ class Inputs(nnx.Module):
         variant: Int[Array, " B"] | None = None,
         spec: jax.P = sharding.HIDDEN,
         order: Int[Array, "B P+1"] | None = None,
-        pixels: UInt8[Array, "B height width C"] | None = None,
+        pixels: UInt8[Array, "B *F height width C"] | None = None,
+        hidden: Bool[Array, "B P"] | None = None,
     ) -> Float[Array, "B P+1 D"]:
         """Inputs of positions 0 .. P, sharded by `spec`: the start vector, then P tokens.
 
         `variant` and `pixels` are as in `__call__`. The `order` has the places on the grid of the
-        tokens that the positions predict; None: 0 .. P.
+        tokens that the positions predict; None: 0 .. P. Of `hidden` tokens only the place is read.
         """
         if variant is None:
             variant = jnp.full(len(tokens), self.network.unconditional, jnp.int32)
@@ -66,6 +67,9 @@ class Inputs(nnx.Module):
             return self._place(jax.sharding.reshard(x, spec), 0)
         ids = jnp.concatenate([self.network.vocabulary + variant[:, None], tokens], axis=1)
         x = self._lookup([self.token_embedding, self.start], ids, spec)
+        if hidden is not None:
+            seen = jnp.pad(~hidden, ((0, 0), (1, 0)), constant_values=True)  # the start vector is
+            x = jnp.where(seen[..., None], x, jnp.zeros((), x.dtype))
         return self._place(x, 0, order)
 
     def embed_masked(

@@ -239,7 +239,7 @@ class ClassHead(nnx.Module):
         self.class_center = constant("class_center", (width,), 0.0)
         self.class_scale = constant("class_scale", (width,), 1.0)
 
-    def __call__(self, pooled: Float[Array, "B D"]) -> Float[Array, "B C"]:
+    def __call__(self, pooled: Float[Array, "B F"]) -> Float[Array, "B C"]:
         center, scale = jax.lax.stop_gradient((self.class_center[...], self.class_scale[...]))
         standardised = (pooled - center[None]) * scale[None]
         weight = sharding.gather(self.class_head[...], pooled.dtype)

@@ -56,7 +56,8 @@ class Heads:
         "query" is for attentive pooling, where zeros weigh all positions alike. "center" and
         "scale" standardise; they are the same for all rates and are not trained.
         """
-        R, C, D = len(self.config.sgd.learning_rates), self.classes, self.network.config.width
+        R, C = len(self.config.sgd.learning_rates), self.classes
+        D = self.network.pool * self.network.config.width
         weights = {}
         for name, groups in self.stacks().items():
             G, N = len(groups), len(groups[0])

@@ -8,6 +8,7 @@ import logging
 import math
 
 import jax
+import numpy as np
 
 from gptv_jax import hosts, sharding
 from gptv_jax.checkpoint import Checkpoints
@@ -69,13 +70,15 @@ def run_stage(context: Context) -> dict:
         )
 
     LOG.info("pretrain measures the weights of step %d on the test images.", fitted.step)
-    nats = evaluate(fitted.params, "test")["nats_per_token"]
-    bits = nats / math.log(2)
+    sums = metric.sums(fitted.params, context.data.evaluation("test", train.batch_size))
+    nats = metric.result(sums)["nats_per_token"]
+    bits, by_frame = nats / math.log(2), sums.get("by_frame", np.zeros(0)) / sums["images"]
     return {
         "steps": fitted.step,
         "validation_nats_per_token": fitted.evaluations[-1]["nats_per_token"],
         "test_nats_per_token": nats,
         "test_bits_per_token": bits,
+        **{f"test_nats_per_token_of_frame_{i}": float(x) for i, x in enumerate(by_frame, start=1)},
         **_image_numbers(context, bits),
         "train_tokens_per_second": fitted.tokens_per_second,
         "mfu": metrics.mfu(token_flops, fitted.tokens_per_second),

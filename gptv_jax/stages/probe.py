@@ -28,6 +28,7 @@ from gptv_jax.runs import accuracy, layers
 from gptv_jax.runs.context import Context
 from gptv_jax.stages import pretrained
 from gptv_jax.tasks import dense_probe
+from gptv_jax.tasks.network import network_of
 from gptv_jax.train.metrics import Progress
 from gptv_jax.train.step import CONFUSION_CLASSES
 
@@ -42,7 +43,7 @@ FITS = "fits.json"  # results of an unfinished probe by L-BFGS
 def run_stage(context: Context) -> dict:
     """Probes every layer and the two floors; writes the layers' numbers, returns the best ones."""
     LOG.info("probe loads the pretrained weights.")
-    network = context.network()
+    network = network_of(context.config, pooling=context.config.probe.pooling)
     initial = jax.jit(network.init)(jax.random.key(context.config.seed))
     found = pretrained.load(context)
     numbers = _labels(context, network, found.params, initial) if context.classes else {}

@@ -6,10 +6,14 @@ from gptv_jax.model.gpt import Network
 from gptv_jax.model.layout import of_images
 
 
-def network_of(config: config_lib.Config, classes: int = 0) -> Network:
-    """The network of a configuration, with a class head where `classes` is not 0."""
+def network_of(config: config_lib.Config, classes: int = 0, pooling: str = "mean") -> Network:
+    """The network of a configuration, with a class head where `classes` is not 0.
+
+    `pooling` is that of a probe or of the class head, see `config.Probe`.
+    """
     layout = of_images(config.tokens.vocabulary, config.grid, config.model.objective)
-    return Network(config.model, layout, start_vectors(config), classes)
+    pool = config.grid[0] if pooling == "frames" else 1
+    return Network(config.model, layout, start_vectors(config), classes, pool=pool)
 
 
 def start_vectors(config: config_lib.Config) -> int:

@@ -21,7 +21,7 @@ from gptv_jax.model.layout import Layout, Part
 
 LOGITS_BYTES = 2**27  # most float32 logits that a device holds at a time
 # Folded into a step's key; dropout folds in the numbers of the layers, which are smaller.
-MASK_KEY, LABEL_DROPOUT_KEY, ORDER_KEY = (2**31 - i for i in (1, 2, 3))
+MASK_KEY, LABEL_DROPOUT_KEY, ORDER_KEY, CONTEXT_KEY = (2**31 - i for i in (1, 2, 3, 4))
 
 
 def cross_entropy(logits: Float[Array, "*B V"], targets: Int[Array, "..."]) -> Float[Array, "*B"]:
@@ -119,9 +119,14 @@ def nats_per_token(
     model: GPT, output: Output, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"] | None
 ) -> Float[Array, " B"]:
     """Mean negative log-likelihood of each image's tokens; of the masked tokens only for BERT."""
-    tokens = jax.sharding.reshard(tokens, sharding.HIDDEN)
-    nats = part_nats(model, model.network.layout.parts[0], output.final, tokens)
+    nats = token_nats(model, output, tokens)
     return nats.mean(axis=1) if mask is None else masked_mean(nats, mask)
+
+
+def token_nats(model: GPT, output: Output, tokens: Int[Array, "B T"]) -> Float[Array, "B T"]:
+    """Negative log-likelihood of each token of images or clips."""
+    tokens = jax.sharding.reshard(tokens, sharding.HIDDEN)
+    return part_nats(model, model.network.layout.parts[0], output.final, tokens)
 
 
 def masked_mean(nats: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, " B"]:
@@ -189,6 +194,23 @@ def draw_mask(network: Network, rows: int, key: PRNGKeyArray | None) -> Bool[Arr
     key = jax.random.fold_in(key, MASK_KEY)
     shape, share = (rows, network.length), network.config.masked_share
     return jax.random.bernoulli(key, share, shape, out_sharding=sharding.HIDDEN)
+
+
+def draw_hidden(network: Network, rows: int, key: PRNGKeyArray | None) -> Bool[Array, "B T"] | None:
+    """Which input tokens of a training batch of clips are hidden; see `Model.context_masking`.
+
+    Each row hides a share of the tokens before the last frame, which it draws. None: no token, as
+    where the network learns to classify.
+    """
+    most = network.config.context_masking
+    if key is None or not most or network.classes:
+        return None
+    of_clip, of_token = jax.random.split(jax.random.fold_in(key, CONTEXT_KEY))
+    share = jax.random.uniform(of_clip, (rows, 1), maxval=most, out_sharding=sharding.BATCH_FIRST)
+    shape, spec = (rows, network.length), sharding.HIDDEN
+    drawn = jax.random.uniform(of_token, shape, out_sharding=spec)
+    last = network.length - network.length // network.frames
+    return (drawn < share) & (jnp.arange(network.length) < last)[None]
 
 
 def start_vectors(

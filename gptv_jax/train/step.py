@@ -52,7 +52,8 @@ def make_loss(
         mask = objective.draw_mask(network, len(tokens), key)
         start = objective.start_vectors(network, batch, key, condition_on_label=not classes)
         order = None if classes else objective.draw_order(network, len(tokens), key, step, steps)
-        output = model(tokens, start, key, mask, order)
+        hidden = objective.draw_hidden(network, len(tokens), key) if mask is None else mask
+        output = model(tokens, start, key, hidden, order)
         targets = tokens if order is None else reorder(tokens, order)
         nats = objective.nats_per_token(model, output, targets, mask).mean()
         if not classes:
@@ -183,8 +184,9 @@ def make_eval_step(network: Network, *, confusion: bool = False) -> Callable:
     """`(params, batch) -> sums` over the rows whose "mask" is 1, jitted.
 
     "images" counts the rows; the other sums are "nats_per_token" and, with a class head, "accuracy"
-    (images classified correctly) and "class_nats", the cross-entropy of the class. For BERT, nats
-    are means over the votes, and the class is that of most votes. A class-conditional network
+    (images classified correctly) and "class_nats", the cross-entropy of the class. Of clips, where
+    tokens are predicted in order, "by_frame" has the nats per token of each frame, [F]. For BERT,
+    nats are means over the votes, and the class is that of most votes. A class-conditional network
     without a class head sees the class.
 
     With `confusion`, a network with a class head gives "confusion" as well, int32 [C, C], see
@@ -200,7 +202,8 @@ def make_eval_step(network: Network, *, confusion: bool = False) -> Callable:
             output, mask = objective.evaluate_batch(
                 network, params, batch, vote, condition_on_label=not network.classes
             )
-            nats += objective.nats_per_token(model, output, batch["tokens"], mask)
+            each = objective.token_nats(model, output, batch["tokens"])
+            nats += each.mean(axis=1) if mask is None else objective.masked_mean(each, mask)
             logits.append(output.class_logits)
         rows = {"nats_per_token": nats / network.votes, "images": jnp.ones_like(batch["mask"])}
         if network.classes:
@@ -209,6 +212,10 @@ def make_eval_step(network: Network, *, confusion: bool = False) -> Callable:
             rows["accuracy"] = chosen == batch["label"]
             rows["class_nats"] = cross_entropy(logits, batch["label"]).mean(axis=0)
         sums = {name: (values * batch["mask"]).sum() for name, values in rows.items()}
+        if network.frames and network.config.objective == "autoregressive":
+            shape, spec = (len(each), network.frames, -1), sharding.BATCH_FIRST
+            by_frame = jax.sharding.reshard(each, spec).reshape(shape, out_sharding=spec)
+            sums["by_frame"] = (by_frame.mean(axis=2) * batch["mask"][:, None]).sum(axis=0)
         if confusion and 0 < network.classes <= CONFUSION_CLASSES:
             sums["confusion"] = objective.confusion(
                 batch["label"], chosen, batch["mask"], network.classes
@@ -221,12 +228,12 @@ def make_eval_step(network: Network, *, confusion: bool = False) -> Callable:
 def make_metric(network: Network, *, confusion: bool = False) -> Metric:
     """Measures the means over images of the sums of `make_eval_step`.
 
-    The numbers are "nats_per_token" and, with a class head, "accuracy" and "class_nats"; the matrix
-    that `confusion` asks for is among the sums alone.
+    The numbers are "nats_per_token" and, with a class head, "accuracy" and "class_nats"; the nats
+    of frames and the matrix that `confusion` asks for are among the sums alone.
     """
 
     def result(sums: dict[str, np.ndarray]) -> dict[str, float]:
-        images, means = float(sums["images"]), sums.keys() - {"images", "confusion"}
+        images, means = float(sums["images"]), sums.keys() - {"images", "confusion", "by_frame"}
         return {name: float(value) / images for name, value in sums.items() if name in means}
 
     primary = CLASSIFICATION if network.classes else {}

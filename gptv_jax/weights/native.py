@@ -29,7 +29,7 @@ from gptv_jax.tokens import palette as palettes
 FORMAT = 1
 HEADER = "gptv_jax"  # key of the file's metadata
 # Fields that a header holds; files of before the class names have none.
-FACTS = ("image_size", "frames", "starts", "classes", "class_names", "step", "best_layer")
+FACTS = ("image_size", "frames", "starts", "classes", "class_names", "pool", "step", "best_layer")
 TASK_FACTS = ("object_names", "map_names", "eval_transforms")  # beside the task, if it has parts
 # Names of the tensors of a token definition: the colours of a palette, the prefix of a tokenizer's.
 CENTERS, TOKENIZER = "palette.centers", "tokenizer."
@@ -56,6 +56,7 @@ class WeightsFile:
     classes: int = field(0, FROM_ZERO)  # number of classes of the class head; 0 without one
     # In the order of the labels, of the class head or of `model.class_tokens`; empty: no names.
     class_names: tuple[str, ...] = field(())
+    pool: int = field(1, POSITIVE)  # parts of the sequence that the class head reads apart
     step: int | None = field(None, FROM_ZERO)  # training step of the weights, where known
     # The probe's best layer, where the probe has run.
     best_layer: int | None = field(None, FROM_ZERO)
@@ -89,7 +90,7 @@ class WeightsFile:
             return dataclasses.replace(task.network(), starts=self.starts)
         codec = self.codec
         layout = of_images(codec.vocabulary, codec.grid, self.model.objective)
-        return Network(self.model, layout, self.starts, self.classes)
+        return Network(self.model, layout, self.starts, self.classes, pool=self.pool)
 
     def checked(self, where: str) -> "WeightsFile":
         """Returns the weights, after checking them against the network.
@@ -120,7 +121,7 @@ class WeightsFile:
             )
         params = {n: a for n, a in self.params.items() if not n.startswith("classifier.")}
         names = self.class_names if self.model.class_tokens else ()
-        return dataclasses.replace(self, params=params, classes=0, class_names=names)
+        return dataclasses.replace(self, params=params, classes=0, class_names=names, pool=1)
 
     def on_mesh(self) -> dict:
         """The nested parameters as arrays on the current mesh, sharded as for training."""
@@ -205,7 +206,7 @@ def from_header(
                 f"{where} has format {header['format']}; this version reads format {FORMAT}."
             )
         known = {each.name: each for each in dataclasses.fields(WeightsFile)}
-        older = {"class_names": [], "frames": 0, **{name: [] for name in TASK_FACTS}}
+        older = {"class_names": [], "frames": 0, "pool": 1, **{name: [] for name in TASK_FACTS}}
         header = older | header
         facts = {n: fields.checked(header[n], known[n], f"header.{n}") for n in FACTS + TASK_FACTS}
         if isinstance(definition, Palette):
@@ -317,6 +318,7 @@ def read_run(folder: pathlib.Path, stage: str | None = None) -> tuple[WeightsFil
         definition=tokens.load_definition(config.tokens.kind, folder),
         starts=network.starts,
         classes=network.classes,
+        pool=network.pool,
         class_names=names if network.classes or config.model.class_tokens or of_task else (),
         step=summary[f"{stage}/steps"],
         best_layer=summary.get("probe/best_layer"),
