@@ -10,8 +10,8 @@ from gptv_jax import config as config_lib
 from gptv_jax.data.clips import Clips
 from gptv_jax.data.data_set import DataSet, Source
 from gptv_jax.data.folder import ImageFolder
-from gptv_jax.data.images import Decode, EncodedClip
-from gptv_jax.data.records import Record, to_array, to_picture
+from gptv_jax.data.images import Decode
+from gptv_jax.data.records import EncodedClip, Record, to_array, to_picture
 
 # The window's rows and columns a frame of each motion, and whether the window shrinks or grows.
 MOTIONS = {

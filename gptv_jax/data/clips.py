@@ -40,7 +40,7 @@ class Clips:
         The generator draws where the clip begins; None, in evaluation: the clip lies in the middle.
         """
         last_start = self._last_start(length)
-        return self._from(rng.integers(last_start + 1) if rng else last_start // 2, length)
+        return self._from(int(rng.integers(last_start + 1)) if rng else last_start // 2, length)
 
     def cover(self, length: int) -> Iterator[Int[np.ndarray, " F"]]:
         """Clips that have every frame, and every two successive frames, of any clip."""

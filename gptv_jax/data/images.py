@@ -1,6 +1,5 @@
 """The base class of transforms, and the decoding of image files to pixels."""
 
-import abc
 import contextlib
 import copy
 import dataclasses
@@ -15,7 +14,15 @@ from jaxtyping import UInt8
 from PIL import ExifTags, Image, ImageOps
 
 from gptv_jax.config.fields import ABOVE_ZERO, POSITIVE, field
-from gptv_jax.data.records import OBJECTS, PICTURE, PLANES, Record, to_array, to_picture
+from gptv_jax.data.records import (
+    OBJECTS,
+    PICTURE,
+    PLANES,
+    EncodedClip,
+    Record,
+    to_array,
+    to_picture,
+)
 from gptv_jax.errors import InputError, first_line, shorten
 
 # Pillow warns of unusual metadata. The filter is global, since a context is not thread-safe.
@@ -200,14 +207,6 @@ class Decode(Transform):
         if isinstance(clear := stored.info.get("transparency"), int):
             pixels[values == clear] = self.background
         return pixels
-
-
-class EncodedClip(abc.ABC):
-    """A clip that is not decoded yet, where frames are no files of their own."""
-
-    @abc.abstractmethod
-    def decoded(self, decode: Decode) -> Sequence[UInt8[np.ndarray, "H W C"]]:
-        """The pixels of each frame; DamagedImageError where they cannot be decoded."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -175,7 +175,7 @@ def _stream(container: "av.container.InputContainer", settings: Settings):
     return stream
 
 
-def _check(what: str, found: float, limit: str, settings: Settings) -> None:
+def _check(what: str, found: int | Fraction, limit: str, settings: Settings) -> None:
     if found > getattr(settings, limit):
         shown = f"{float(found):g} {what}, more than --{limit}={getattr(settings, limit):g}"
         raise DamagedImageError(f"it has {shown}")
