@@ -250,6 +250,8 @@ def differences(folder: pathlib.Path, wanted: pathlib.Path) -> list[str]:
     """The differences between a run folder and the uninterrupted run's, times left out."""
     found = []
     for training in TRAININGS:
+        if not (wanted / "checkpoints" / training).exists():
+            continue
         step, last = (newest(each / "checkpoints" / training) for each in (folder, wanted))
         arrays, expected = (arrays_of(each / "state") for each in (step, last))
         if step.name != last.name or arrays.keys() != expected.keys():

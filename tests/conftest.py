@@ -1,6 +1,7 @@
 """Eight simulated devices, strict JAX, one compilation cache for all workers and processes."""
 
 import importlib.metadata
+import importlib.util
 import os
 import pathlib
 
@@ -27,6 +28,7 @@ import io
 import itertools
 import json
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -315,6 +317,13 @@ class FinishedRun:
         return json.loads((self.folder / "summary.json").read_text())
 
 
+def free_port() -> int:
+    """A port of this machine at which processes of a run can meet."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def made_once(tmp_path_factory, name: str, make: Callable) -> tuple[pathlib.Path, object]:
     """A folder that `make(folder)` fills, by the worker that comes first, and what it returned.
 
@@ -343,6 +352,16 @@ def finished_run(tmp_path_factory) -> FinishedRun:
 
     folder, written = made_once(tmp_path_factory, "finished_run", make)
     return FinishedRun(folder, *written)
+
+
+@pytest.fixture(scope="session")
+def kills_benchmark():
+    """The module `benchmarks/kills.py`."""
+    path = pathlib.Path(__file__).parent.parent / "benchmarks" / "kills.py"
+    spec = importlib.util.spec_from_file_location("kills", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")

@@ -23,6 +23,7 @@ ALONE = {
 WEIGHTS = {
     ("digits", None): 803_328,
     ("image_folder", None): 275_072,
+    ("video_digits", None): 231_552,
     ("detect_digits", None): 184_832,
     ("detect_bccd", None): 463_168,
     ("detect_coco", "s"): 110_120_448,

@@ -8,7 +8,7 @@ import pytest
 import sklearn.linear_model
 import sklearn.pipeline
 import sklearn.preprocessing
-from conftest import make_mesh
+from conftest import make_mesh, random_batch, random_params, tiny_network
 
 import gptv_jax
 from gptv_jax import config as config_lib
@@ -100,6 +100,54 @@ def test_cells_are_those_of_the_position():
     cut = dense_probe.Cut(codec, 8)
     found = cut({"segmentation": blocks})["cells"]
     assert (found.argmax(-1) == [[0, 1, 4, 5], [2, 3, 6, 7]]).all() and found.sum() == 128
+
+
+def test_a_position_has_the_features_that_have_read_its_token_first():
+    network = tiny_network()
+    batch = random_batch(network, 2) | {"cells": np.zeros((2, 16, 1, CLASSES), np.int32)}
+    changed = batch | {"tokens": batch["tokens"].copy()}
+    changed["tokens"][:, 5] = 10 - changed["tokens"][:, 5]
+    changed["tokens"][:, 5] += changed["tokens"][:, 5] == batch["tokens"][:, 5]
+    with jax.set_mesh(make_mesh((1, 1, 1))):
+        params = random_params(network)
+        read = dense_probe.of_network(
+            network, params, lambda split: iter([batch, changed]), raw=False
+        )
+        [rows, other] = [np.asarray(x).reshape(3, 2, 16, 32) for x, _, _ in read("test")]
+        on_mesh = sharding.global_batch(batch)
+        found = network.bind(params)(on_mesh["tokens"], on_mesh["variant"], keep=(0, 1, 2)).kept
+    # The last token is no input, so its position has the features of the position before it.
+    expected = np.asarray(found)[:, :, [*range(1, 16), 15]]
+    np.testing.assert_allclose(rows, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(rows[:, :, :5], other[:, :, :5])
+    assert (rows[:, :, 5] != other[:, :, 5]).any(axis=-1).all()
+
+
+class Squares(GreyCodec):
+    """A position stands for 2 x 2 pixels; there is a token for each pixel."""
+
+    def __init__(self, levels, size):
+        super().__init__(levels, size)
+        self.grid, self.pixels = tuple(n // 2 for n in size), size
+
+    def decode(self, tokens, grid=None):
+        return super().decode(tokens, grid or self.pixels)
+
+
+def test_raw_pixels_are_those_of_the_position():
+    codec, side = Squares(256, (4, 6)), 2
+    tokens = np.random.default_rng(0).permutation(48).reshape(2, 24).astype(np.int32)
+    images = tokens.reshape(2, 4, 6)
+    batch = {"tokens": tokens, "cells": np.zeros((2, 6, 1, 1)), "mask": np.ones(2, np.float32)}
+    with jax.set_mesh(make_mesh((1, 1, 1))):
+        [(x, _, _)] = dense_probe.of_pixels(codec, lambda split: iter([batch]))("test")
+    squares = [
+        image[y : y + side, x : x + side].ravel()
+        for image in images
+        for y in (0, 2)
+        for x in (0, 2, 4)
+    ]
+    np.testing.assert_array_equal(x[0, 0], squares)
 
 
 def test_the_stage_reads_label_maps_by_layer(tmp_path):

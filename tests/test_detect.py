@@ -326,6 +326,29 @@ def test_draws_do_not_depend_on_the_batch():
     assert len(np.unique(one["drawn"].reshape(16, -1), axis=0)) == 16
 
 
+def test_classes_are_the_most_likely_real_ones_and_coordinates_are_drawn():
+    task, records = task_of(bins=16, samples=2), scenes(8)
+    network, batch, ids = task.network(), batch_of(task, records), task.box_tokens
+    with jax.set_mesh(make_mesh((1, 1, 1))):
+        params = random_params(network)
+        total = task.metric(network, records.__getitem__).sums(params, iter([batch]))
+        tokens = total["drawn"].reshape(16, -1)
+        whole = np.pad(tokens, ((0, 0), (network.layout.parts[0].size, 0)))
+        rows = sharding.shard_rows(whole), sharding.shard_rows(np.repeat(batch["image"], 2, axis=0))
+        read = jax.jit(lambda params, tokens, pixels: network.bind(params)(tokens, pixels=pixels))
+        logits = np.asarray(read(params, *rows).logits["boxes"]).reshape(16, 6, 5, -1)
+    tokens, found = tokens.reshape(16, 6, 5), total["probabilities"].reshape(16, 6, 5)[..., 4]
+    real = logits[..., 4, 2 * ids.bins : ids.noise]
+    best = real.argmax(axis=-1) + 2 * ids.bins
+    assert len(np.unique(best)) == 3 and (logits[..., 4, ids.noise] > real.max(axis=-1)).any()
+    np.testing.assert_array_equal(tokens[..., 4], best)
+    chances = np.asarray(jax.nn.softmax(logits[..., 4, :]))
+    np.testing.assert_allclose(
+        found, np.take_along_axis(chances, best[..., None], axis=-1)[..., 0], rtol=1e-3
+    )
+    assert (tokens[..., 0] != logits[..., 0, : ids.bins].argmax(axis=-1)).any()
+
+
 def test_a_second_call_compiles_nothing():
     task = task_of(bins=16)
     config, mesh = task.config, make_mesh((1, 1, 1))

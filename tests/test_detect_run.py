@@ -1,8 +1,7 @@
-"""Detection from beginning to end: runs, their files and pictures, several processes, caches."""
+"""Detection from beginning to end: runs, their files and pictures, caches."""
 
 import dataclasses
 import json
-import socket
 import sys
 
 import numpy as np
@@ -24,57 +23,6 @@ from gptv_jax.tasks.boxes import Detections, intersection
 from gptv_jax.tasks.detect import Detect
 
 NAMES = ("cup", "dog", "tree")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-CONFIG = """
-from gptv_jax import config as config_lib
-
-def get_config():
-    c = config_lib.default()
-    c.data.name, c.data.image_size = "digit_scenes", (32, 48)
-    c.data.train_split, c.data.validation_split = "train[:64]", "validation[:12]"
-    c.data.test_split = "test[:21]"
-    c.tokens.kind = "none"
-    c.model.layers, c.model.width, c.model.heads = 1, 16, 2
-    c.task.name, c.task.image_input, c.task.stem = "detect", "pixels", (8, 8, 8)
-    c.task.detect.objects, c.task.detect.bins = 3, 29
-    c.task.detect.votes, c.task.detect.samples = ("flip(1.0)",), 2
-    c.finetune.scratch = False
-    train = c.finetune.train
-    train.steps, train.batch_size, train.eval_every, train.log_every = 4, 8, 2, 2
-    return c
-"""
-
-
-@pytest.mark.process
-def test_two_processes_score_as_one_and_write_every_image_once(start, tmp_path):
-    """The real command; 21 test images are no whole number of batches."""
-    (tmp_path / "config.py").write_text(CONFIG)
-    summaries, files = [], []
-    for count in (1, 2):
-        workdir = tmp_path / str(count)
-        arguments = [f"--config={tmp_path / 'config.py'}", f"--workdir={workdir}"]
-        meeting = [f"--coordinator=127.0.0.1:{free_port()}", f"--num_processes={count}"]
-        own = [[*meeting, f"--process_id={i}"] if count > 1 else [] for i in range(count)]
-        started = [start("main", *arguments, *flags) for flags in own]
-        for process in started:
-            assert process.wait(240) == 0, process.errors[-3000:]
-        summaries.append(json.loads((workdir / "summary.json").read_text()))
-        files.append(json.loads((workdir / "finetune/detections-test.json").read_text()))
-        assert (workdir / "samples/detections.png").exists()
-    one, two = ({k: v for k, v in s.items() if "test_" in k and v is not None} for s in summaries)
-    assert one["finetune/test_images"] == 21 and one["finetune/ceiling_test_ap"] > 0.3
-    assert {"finetune/voted_test_ap", "finetune/wrong_image_test_ap"} <= one.keys()
-    assert one == pytest.approx(two, rel=1e-4, abs=1e-6)
-    assert {row["image_id"] for row in files[0]} == set(range(21))
-    boxes = [[[row["image_id"], row["category_id"], *row["bbox"]] for row in f] for f in files]
-    np.testing.assert_allclose(*map(sorted, boxes), rtol=1e-4)
 
 
 @pytest.fixture(scope="module")

@@ -5,13 +5,12 @@ import pathlib
 import re
 import shutil
 import signal
-import socket
 import time
 from collections.abc import Callable, Iterator
 
 import jax
 import pytest
-from conftest import Command, encoded, make_folder, random_image, small_arguments
+from conftest import Command, encoded, free_port, make_folder, random_image, small_arguments
 
 from gptv_jax import command, hosts
 from gptv_jax import config as config_lib
@@ -40,12 +39,6 @@ LIMIT = 240  # seconds after which a test has failed, on a busy machine as well
 BOUND = 60  # seconds in which the other processes end when one fails
 OTHER_DIED = "error: another process of this run has died or cannot be reached, "
 CONTINUES = "; the same command continues from the last checkpoint."
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 class Hosts:

@@ -1,8 +1,6 @@
 """A run killed again and again at any moment ends as an uninterrupted run."""
 
-import importlib.util
 import json
-import pathlib
 import shutil
 import signal
 
@@ -11,24 +9,14 @@ from conftest import small_arguments
 
 pytestmark = pytest.mark.process
 
-PATH = pathlib.Path(__file__).parent.parent / "benchmarks" / "kills.py"
 
-
-@pytest.fixture(scope="module")
-def benchmark():
-    spec = importlib.util.spec_from_file_location("kills", PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_ten_random_kills_change_nothing(benchmark, finished_run, tmp_path):
+def test_ten_random_kills_change_nothing(kills_benchmark, finished_run, tmp_path):
     arguments = [a for a in small_arguments(tmp_path) if not a.startswith("--workdir=")]
-    with benchmark.Command(arguments, tmp_path / "log") as command:
-        kills = benchmark.kill_again_and_again(
+    with kills_benchmark.Command(arguments, tmp_path / "log") as command:
+        kills = kills_benchmark.kill_again_and_again(
             command, tmp_path / "run", finished_run.folder, count=10, seed=1
         )
-    assert benchmark.differences(tmp_path / "run", finished_run.folder) == []
+    assert kills_benchmark.differences(tmp_path / "run", finished_run.folder) == []
     assert {kill.by for kill in kills} == {signal.SIGKILL, signal.SIGTERM}
     assert {kill.under_way for kill in kills} >= {"save", "evaluation"}
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -38,9 +26,9 @@ def test_ten_random_kills_change_nothing(benchmark, finished_run, tmp_path):
     assert summary["pretrain/restarts"] > 0
 
 
-def test_every_kind_of_difference_is_found(benchmark, finished_run, tmp_path):
+def test_every_kind_of_difference_is_found(kills_benchmark, finished_run, tmp_path):
     folder = shutil.copytree(finished_run.folder, tmp_path / "run")
-    assert benchmark.differences(folder, finished_run.folder) == []
+    assert kills_benchmark.differences(folder, finished_run.folder) == []
     older, newer = (folder / "checkpoints" / "pretrain" / str(step) for step in (115, 120))
     shutil.rmtree(newer / "state")
     shutil.copytree(older / "state", newer / "state")
@@ -51,7 +39,7 @@ def test_every_kind_of_difference_is_found(benchmark, finished_run, tmp_path):
     (folder / "summary.json").write_text(json.dumps(summary))
     unfinished = folder / "checkpoints" / "pretrain" / "7.orbax-checkpoint-tmp"
     unfinished.mkdir()
-    found = set(benchmark.differences(folder, finished_run.folder))
+    found = set(kills_benchmark.differences(folder, finished_run.folder))
     parameters = {name for name in found if name.startswith("pretrain: ")}
     assert parameters and found - parameters == {
         "summary.json",

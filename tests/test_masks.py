@@ -16,7 +16,7 @@ from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.errors import InputError
 from gptv_jax.stages.run import run_stages
-from gptv_jax.tasks import average_precision, masks
+from gptv_jax.tasks import average_precision, masks, panoptic
 from gptv_jax.tasks.boxes import Detections
 from gptv_jax.tasks.detect import Detect
 from gptv_jax.tokens.label_maps import Cells
@@ -246,7 +246,7 @@ def test_instances_are_learned_scored_shown_and_found_again(tmp_path):
     found = run_stages(config, str(tmp_path / "run"), ["finetune"])
     for name in ("", "true_boxes_", "ceiling_", "wrong_image_"):
         assert 0 <= found[f"finetune/{name}test_mask_ap"] <= found[f"finetune/{name}test_mask_ap50"]
-        names = [f"finetune/{name}test_{each}" for each in ("pq", "sq", "rq")]
+        names = [f"finetune/{name}test_{each}" for each in panoptic.QUALITY]
         assert all(0 <= found[each] <= 1 for each in names)
     assert found["finetune/ceiling_test_pq"] > 0.5 and found["finetune/test_pq"] < 0.3
     assert found["finetune/ceiling_test_mask_ap50"] > 0.5

@@ -31,14 +31,13 @@ def test_the_truth_scores_one():
     truth = strips([5, 5, 10], [0, 0, 2])
     found = scored([(truth, truth)])
     assert found["pq"] == found["sq"] == found["rq"] == found["pq_things"] == found["pq_stuff"] == 1
-    assert found["pq_by_class"] == [1, None, 1, None]
 
 
 def test_quality_is_iou_times_f1():
     """Two of class 0, one found with an IoU of 8 / 10; a false one of class 1."""
     found = scored([(strips([10, 10], [0, 0]), strips([8, 2, 10], [0, 0, 1]))])
-    assert found["pq_by_class"] == [pytest.approx(0.8 / (1 + 1 / 2 + 1 / 2)), 0, None, None]
-    assert found["pq"] == pytest.approx(0.2) and found["pq_stuff"] is None
+    assert found["pq"] == found["pq_things"] == pytest.approx(0.8 / (1 + 1 / 2 + 1 / 2) / 2)
+    assert found["pq_stuff"] is None
     assert found["sq_things"] == pytest.approx(0.4) and found["rq_things"] == pytest.approx(0.25)
 
 
@@ -67,7 +66,7 @@ def test_crowds_neither_match_nor_are_missed():
 def test_no_segment_at_all():
     empty = strips([], np.zeros(0, int))
     found = scored([(empty, empty)])
-    assert found["pq"] is found["pq_things"] is None and found["pq_by_class"] == [None] * 4
+    assert found["pq"] is found["pq_things"] is found["pq_stuff"] is None
 
 
 def test_detections_become_segments_that_do_not_overlap():
@@ -88,12 +87,15 @@ def test_detections_become_segments_that_do_not_overlap():
         return panoptic.of_detections([record], [guess], ("cup", "dog"), names)
 
     perfect = (0, 8, 0, 0.9), (8, 16, 1, 0.8)
-    assert found(*perfect) == {"pq": 1, "sq": 1, "rq": 1}
-    # Neither an unlikely object nor one that likelier objects cover counts; others lose pixels.
-    assert found(*perfect, (3, 16, 1, 0.7), (16, 19, 0, 0.4)) == found(*perfect)
+    assert found(*perfect) == dict.fromkeys(("pq", "sq", "rq", "pq_things", "pq_stuff"), 1)
+    # Neither an unlikely object nor one that likelier objects mostly cover counts; others lose
+    # pixels. What is said of a pixel without a class is never wrong.
+    assert found(*perfect, (3, 18, 1, 0.7), (16, 19, 0, 0.4)) == found(*perfect)
+    assert found(*perfect, (19, 20, 0, 0.7)) == found(*perfect)
     assert found((0, 10, 0, 0.9), (8, 16, 1, 0.8))["sq"] == pytest.approx((0.8 + 0.75 + 1) / 3)
     missed = found((0, 8, 0, 0.9))  # pixels of no object are ground, here three of 11
-    assert missed == {"pq": pytest.approx(1 / 3), "sq": pytest.approx(1 / 3), "rq": 1 / 3}
+    assert [missed[name] for name in ("pq", "sq", "rq")] == pytest.approx([1 / 3] * 3)
+    assert (missed["pq_things"], missed["pq_stuff"]) == (0.5, 0)
     assert found(*perfect, names=("cup", "ground", "dog", "sky")) == {}
     assert found(*perfect, names=("cup", "dog")) == {}
 

@@ -7,13 +7,12 @@ import os
 import pathlib
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
 
 import pytest
-from conftest import Command, small_arguments
+from conftest import Command, free_port, small_arguments
 from test_resume import STEPS, Training, assert_identical
 
 from gptv_jax import hosts
@@ -180,12 +179,6 @@ def events(folder: pathlib.Path) -> list[dict]:
     path = folder / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 def two_processes(start, folder: pathlib.Path) -> list[Command]:

@@ -110,7 +110,11 @@ def test_one_network_learns_to_read_and_to_write_maps():
     assert numbers["written_miou"] == bounds["written"]["miou"]
     assert bounds["voted"]["miou"] > 0.8 and 0.8 < details["agreement"] <= 1
     assert max(bounds["wrong_image"]["miou"], bounds["prior"]["miou"]) < 0.5
-    assert bounds["ceiling"] == dict.fromkeys(bounds["ceiling"], 1)
+    assert bounds["ceiling"] == dict.fromkeys(bounds["ceiling"], 1) | {"classes_scored": 3}
+    assert numbers["classes_scored"] == bounds["written"]["classes_scored"] == 3
+    cup = task.files(total, known)["segmentation.json"]["classes"][1]
+    matrix = task.maps.counts(total, known, ["written"])["written"]
+    assert cup["written_accuracy"] == matrix[1, 1] / matrix[1].sum() and cup["read_accuracy"] > 0.9
     assert details["iou_of_cup"] > 0.9 and details["iou_of_never"] is None
     assert 0 < numbers["nats_per_token"] < 0.3 and numbers["nats_per_pixel"] < 0.3
     tokens = numbers["nats_per_map"] / numbers["nats_per_token"]
@@ -155,6 +159,7 @@ def test_losses_are_those_of_pixels_and_tokens_with_a_class():
     given[0]["segmentation"][:4, :4] = 255
     batch = batch_of(task, given)
     assert batch["weights"]["labels"][0, 0] == 0 and batch["weights"]["labels"].max() > 0
+    metric = task.metric(network, given.__getitem__)
     with jax.set_mesh(make_mesh((1, 1, 1))):
         params, on_mesh = random_params(network), sharding.global_batch(batch)
         found = jax.jit(lambda p, b: task.loss(network)(p, None, b, None)[1])(params, on_mesh)
@@ -162,6 +167,7 @@ def test_losses_are_those_of_pixels_and_tokens_with_a_class():
         output = model(tokens, pixels=on_mesh["image"])
         read, write = jax.nn.log_softmax(model.read(output)), output.logits["labels"]
         read, write = np.asarray(read), np.asarray(jax.nn.log_softmax(write))
+        total = metric.sums(params, iter([batch]))
     truth, weights = batch["segmentation"], task.class_weights
     frequency = task.facts.frequencies
     assert weights[:3] @ frequency[:3] == pytest.approx(1)
@@ -172,8 +178,50 @@ def test_losses_are_those_of_pixels_and_tokens_with_a_class():
     assert found["read_loss"] == pytest.approx(2 * nats.sum() / truth.size, rel=1e-4)
     targets = batch["targets"]["labels"]
     nats = -np.take_along_axis(write, targets[..., None], -1)[..., 0]
-    nats = (nats * batch["weights"]["labels"]).mean()
-    assert found["write_loss"] == pytest.approx(3 * nats, rel=1e-4)
+    loss = (nats * batch["weights"]["labels"]).mean()
+    assert found["write_loss"] == pytest.approx(3 * loss, rel=1e-4)
+    for row, known in enumerate(batch["weights"]["labels"] > 0):
+        assert total["nats_per_map"][row] == pytest.approx(nats[row, known].sum(), rel=1e-4)
+        assert total["nats_per_token"][row] == pytest.approx(nats[row, known].mean(), rel=1e-4)
+        y, x = np.nonzero(truth[row] != 255)
+        mean = -read[row, y, x, truth[row, y, x]].mean()
+        assert total["nats_per_pixel"][row] == pytest.approx(mean, rel=1e-4)
+
+
+PATCHES = {"read": False, "labels": "patches", "codes": 3}
+LEARNED = {"read": False, "labels": "learned", "levels": (4, 4), "widths": (8,), "steps": 2}
+
+
+@pytest.mark.parametrize("settings", [{}, PATCHES, LEARNED])
+def test_a_cell_without_a_class_is_read_as_the_usual_map_there(settings):
+    task = task_of(**settings)
+    codec, record = task.facts.codec, records(1, seed=4)[0]
+    usual = codec.encode(task.facts.prior[None])[0][0]
+    blind = {"segmentation": np.full(SIZE, 255, np.uint8)}
+    assert len(np.unique(usual)) > 1 and (task.example(blind)["targets"]["labels"] == usual).all()
+    record["segmentation"][4:12, 8:16] = 255
+    found, empty = task.example(record), np.zeros((4, 6), bool)
+    empty[1:3, 2:4] = True
+    np.testing.assert_array_equal(found["weights"]["labels"] == 0, empty.ravel())
+    np.testing.assert_array_equal(found["targets"]["labels"][empty.ravel()], usual[empty.ravel()])
+    known = codec.encode(record["segmentation"][None])[0][0][~empty.ravel()]
+    np.testing.assert_array_equal(found["targets"]["labels"][~empty.ravel()], known)
+
+
+def test_among_equally_frequent_classes_the_written_map_decides_then_the_first_drawn():
+    task = task_of()
+    drawn = np.zeros((1, 4, 24), np.int32)
+    drawn[0, :2, :12] = 1  # two maps for class 1, two for class 0
+    drawn[0, 2:, 12:] = 1
+    drawn[0, 1:, 0] = 0  # three for class 0
+    total = {"samples": drawn, "written": np.ones((1, 24), np.int32)}
+    found = task.maps.map_of(total, 0, "voted")[::4, ::4].ravel()
+    np.testing.assert_array_equal(found, [0] + [1] * 23)
+    total["written"][:] = 2  # no drawn map's class
+    found = task.maps.map_of(total, 0, "voted")[::4, ::4].ravel()
+    np.testing.assert_array_equal(found, [0] + [1] * 11 + [0] * 12)
+    agreement = task.maps.agreement(total, 0)[::4, ::4].ravel()
+    np.testing.assert_array_equal(agreement, [0.75] + [0.5] * 23)
 
 
 def test_a_written_map_is_as_likely_as_the_loss_says():
@@ -223,10 +271,8 @@ def test_label_positions_have_the_features_of_the_image_there():
 
 
 def test_reading_alone_and_writing_alone_have_their_numbers():
-    given, patches = records(3), {"labels": "patches", "codes": 3}
-    learned = {"labels": "learned", "levels": (4, 4), "widths": (8,), "steps": 2}
-    alone = {"read": False}
-    for settings in ({"write": False, "read_cell": 2}, alone | patches, alone | learned):
+    given = records(3)
+    for settings in ({"write": False, "read_cell": 2}, PATCHES, LEARNED):
         task = task_of(**settings)
         with jax.set_mesh(make_mesh((1, 1, 1))):
             params = random_params(task.network())
@@ -250,12 +296,17 @@ def test_maps_are_moved_into_the_original_by_the_nearest_pixel():
     np.testing.assert_array_equal(middle[0], middle[1])
 
 
-def test_what_cannot_be_segmented_is_refused():
+def test_what_cannot_be_segmented_is_refused(caplog):
+    caplog.set_level("INFO")
     blind = records(2)
     for record in blind:
         record["segmentation"][:] = 255
-    with pytest.raises(InputError, match="no pixel has a class"):
+    with pytest.raises(InputError, match=r"^no pixel of 2 training label maps has a class"):
         task_of().measure(lambda count: blind)
+    assert "of up to 2000 training label maps and makes their tokens (cells)." in caplog.text
+    cure = r"take config.task.segment.codes=\d+ or less, or config.task.segment.labels=cells\.$"
+    with pytest.raises(InputError, match=r"^the label maps have \d+ different patches .*" + cure):
+        task_of(labels="patches", codes=9999)
     for settings, words in (
         ({"read": False, "write": False}, "nothing is learned"),
         ({"read_cell": 3}, "read_cell is 3"),
@@ -290,6 +341,13 @@ def test_images_of_any_size_are_segmented_at_their_own_size(tmp_path):
         assert found.shape == (3, *SIZE) and found.dtype == np.int32
         known = np.stack([record["segmentation"] for record in given])
         assert (found == known)[known != 255].mean() > 0.9
+    drawn = model.segment(images, samples=3, seed=5)
+    assert drawn.shape == (3, 3, *SIZE) and drawn.dtype == np.int32
+    np.testing.assert_array_equal(drawn, model.segment(list(images), samples=3, seed=5))
+    assert (drawn != model.segment(images, samples=3, seed=6)).any()
+    assert model.segment(images[:0], samples=3).shape == (0, 3, *SIZE)
+    (cold,) = model.segment([Image.fromarray(images[0, ..., 0])], samples=2, temperature=0)
+    np.testing.assert_array_equal(cold, [model.segment(images, by="written")[0]] * 2)
     large = np.kron(images[0], np.ones((2, 3, 1), np.uint8))
     one, two = model.segment([large, Image.fromarray(images[1, ..., 0])])
     assert one.shape == (32, 72) and two.shape == SIZE
@@ -304,8 +362,46 @@ def test_images_of_any_size_are_segmented_at_their_own_size(tmp_path):
             model.segment(wrong)
     with pytest.raises(InputError, match="takes read or written"):
         model.segment(images, by="voted")
+    with pytest.raises(InputError, match="by='read' gives one map"):
+        model.segment(images, by="read", samples=2)
+    for maps, words in (
+        (drawn[:2, 0], "3 images, but 2 label maps"),
+        (drawn[:, 0, :5], r"\[5, 24\]; its image is \[16, 24\]"),
+        (drawn[:, 0] / 2, "float64; it takes whole numbers"),
+    ):
+        with pytest.raises(InputError, match=words):
+            model.map_log_likelihood(images, maps)
     with pytest.raises(InputError, match="does not detect"):
         model.detect(images)
+
+
+def test_the_likelihood_of_a_map_is_the_product_of_its_tokens():
+    task, params = trained()
+    config, mesh = task.config, make_mesh((1, 1, 1))
+    described = WeightsFile(
+        *(config.model, config.tokens, config.data.image_size, {}),
+        task=config.task,
+        map_names=NAMES,
+        measured=task.measured,
+    )
+    model = gptv_jax.Model(described, params, mesh)
+    images = np.stack([record["image"] for record in records(3, seed=31)])
+    with jax.set_mesh(mesh):
+        inputs = map(sharding.shard_rows, (images, np.arange(3)))
+        pixels, numbers = inputs
+        key = jax.random.key(0)
+        drawn = written(task, model.network, params, None, pixels, key, numbers, 1.0)
+        tokens, likely = map(np.asarray, drawn)
+    maps = task.facts.codec.decode(tokens)
+    found = model.map_log_likelihood(images, maps)
+    assert found.shape == (3,) and found.dtype == np.float32
+    np.testing.assert_allclose(found, np.log(likely).sum(axis=1), rtol=1e-3)
+    maps[:, -4:, -4:] = -1  # the last cell
+    found = model.map_log_likelihood(list(images), maps.astype(np.uint8))
+    np.testing.assert_allclose(found, np.log(likely)[:, :-1].sum(axis=1), rtol=1e-3)
+    large = [np.kron(array, np.ones((2, 2), array.dtype)) for array in (images[0, ..., 0], maps[0])]
+    (found_large,) = model.map_log_likelihood([large[0]], [large[1]])
+    assert found_large == pytest.approx(found[0], rel=0.05)
 
 
 def test_pictures_show_maps_in_the_colours_of_the_legend():
@@ -320,5 +416,9 @@ def test_pictures_show_maps_in_the_colours_of_the_legend():
     assert sheet.shape[1] == 5 * side
     corner = sheet[25, 2 * side + 5]
     np.testing.assert_array_equal(corner, table[found[0, 0]])
+    known = record | {"segmentation": found.astype(np.uint8)}
+    named = map_pictures.maps([(known, planes)] * 2, NAMES)
+    assert (named[-20:] != sheet[-20:]).any()  # the legend has no white
     bars = [{"name": "a$b", "share": 0.5, "read_iou": 0.5, "written_iou": None}] * 2
-    assert map_pictures.class_iou(bars).ndim == 3
+    picture, none = map_pictures.class_iou(bars), [row | {"written_iou": 0.0} for row in bars]
+    assert picture.ndim == 3 and (picture != map_pictures.class_iou(none)).any()

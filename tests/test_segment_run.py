@@ -20,7 +20,7 @@ def test_a_run_writes_numbers_files_and_pictures(tmp_path, command):
     folder = tmp_path / "run"
     found = run_stages(config, str(folder))
     assert found["finetune/validation_images"] == 3  # of 5
-    names = ["miou", "pixel_accuracy", "mean_class_accuracy"]
+    names = ["miou", "pixel_accuracy", "mean_class_accuracy", "classes_scored"]
     bounds = ["", "prior_", "wrong_image_", "ceiling_", "written_", "voted_"]
     assert {f"finetune/{b}test_{n}" for b in bounds for n in names} <= found.keys()
     assert {f"finetune/test_iou_of_{n}" for n in ("background", *"0123456789")} <= found.keys()
@@ -30,6 +30,8 @@ def test_a_run_writes_numbers_files_and_pictures(tmp_path, command):
     assert np.sum(written["confusion"]["read"]) == 9 * 32 * 48
     page = (folder / "report.html").read_text()
     assert "<h2>Segmentation</h2>" in page and "<h2>Class iou</h2>" in page
+    assert "11 classes of label maps: background" in page and "classes: none" not in page
+    assert "<td>classes_scored</td>" in page
     scene = digit_scenes.scene("test", 0)["image"]
     model = gptv_jax.load(folder)
     assert model.segment(scene[None], by="written").shape == (1, 32, 48)

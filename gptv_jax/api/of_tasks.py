@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
+from jaxtyping import Float, Int
 from PIL import Image, ImageOps
 
 from gptv_jax import sharding, validation
@@ -14,8 +15,9 @@ from gptv_jax.data.images import Decode
 from gptv_jax.errors import InputError, cut
 from gptv_jax.tasks.boxes import Detections, vote
 from gptv_jax.tasks.detect import Detect, draw
-from gptv_jax.tasks.segment import Segment, classes_read, written
+from gptv_jax.tasks.segment import Segment, classes_read, map_nats, written
 from gptv_jax.tokens.codec import AnyArray
+from gptv_jax.tokens.label_maps import has_class
 
 AT_ONCE = 64  # views that are read in one batch
 SIZES = (1, 4, 16, AT_ONCE)  # of batches, as every size is compiled
@@ -28,8 +30,9 @@ def _view(
     channels: tuple[int, ...],
     steps: list[transforms.Transform],
     size: tuple[int, int],
+    plane: np.ndarray | None = None,
 ) -> records.Record:
-    """The record of an image after the transforms, of the size that the network takes."""
+    """The record of an image, and of its label map, after the transforms, of the network's size."""
     if isinstance(image, Image.Image):  # upright, as training shows it
         image = ImageOps.exif_transpose(image).convert("RGB" if 3 in channels else "L")
     pixels = np.asarray(image)
@@ -45,6 +48,11 @@ def _view(
         )
     original = np.array(pixels.shape[:2])
     record = records.with_view({"image": pixels, "original": original}, *pixels.shape[:2])
+    if plane is not None:
+        if plane.shape != pixels.shape[:2]:
+            size = f"{list(plane.shape)}; its image is {list(pixels.shape[:2])}"
+            raise InputError(f"a label map is {size}, and both must have one height and width.")
+        record["segmentation"] = plane
     for step in steps:
         record = step(record, None)
     return records.resize(record, *size)
@@ -104,52 +112,109 @@ class OfTasks:
         return self._described.map_names
 
     def segment(
-        self, images: AnyArray | Sequence[Picture], by: str | None = None
-    ) -> np.ndarray | list[np.ndarray]:
+        self,
+        images: AnyArray | Sequence[Picture],
+        by: str | None = None,
+        *,
+        samples: int | None = None,
+        temperature: float | int = 1.0,
+        seed: int = 0,
+    ) -> Int[np.ndarray, "B *samples H W"] | list[Int[np.ndarray, "*samples H W"]]:
         """The class of every pixel, int32, at each image's own size.
 
         Of an array of images the result is an array [B, H, W], of a list a list of arrays [H, W].
         Images are Pillow images or uint8 arrays [H, W, C] of any sizes; they are transformed as
         the test images were. `by` is "read", all pixels at once, or "written", token by token, the
         most likely one each time; None: "read" where the network has learned both.
+
+        With `samples`, so many maps of each image are written by drawing the tokens at the
+        `temperature`, and the shapes are [B, samples, H, W] and [samples, H, W]. A seed always
+        gives equal maps of equal images. Where the maps disagree, the network is unsure.
         """
-        task = self._described.learned_task
-        if not isinstance(task, Segment):
-            raise InputError(
-                "this model has no label maps; load a run with config.task.name=segment whose "
-                "stage finetune has finished."
-            )
-        way = task.ways[0] if by is None else by
-        if way not in task.ways:
-            raise InputError(f"by is {by!r}; this model takes {' or '.join(task.ways)}.")
-        key, found = jax.random.key(task.config.seed), []
+        temperature, seed = validation.setting("temperature", temperature), validation.seed(seed)
+        count = 1 if samples is None else validation.whole(samples, "samples", least=1)
+        if samples is None:
+            temperature = 0.0  # the most likely tokens
+        elif by == "read":
+            raise InputError(f"samples is {samples}, but by='read' gives one map; leave by out.")
+        else:
+            by = by or "written"
+        task = self._segmenter(by)
+        way = by or task.ways[0]
+        key, found = jax.random.key(seed), []
         model = task, self.network, self.params
         with jax.set_mesh(self.mesh):
             for (*pictures, numbers), shown in self._views("segment", images):
                 if way == "read":
                     planes = np.asarray(classes_read(*model, *pictures))
                 else:
-                    tokens, _ = written(*model, *pictures, key, numbers)
+                    tokens, _ = written(*model, *pictures, key, numbers, temperature, count)
                     planes = task.facts.codec.decode(np.asarray(tokens))
-                for plane, record in zip(planes, shown, strict=False):  # without the padding
+                planes = planes.reshape(-1, count, *planes.shape[1:])
+                for maps, record in zip(planes, shown, strict=False):  # without the padding
                     size = tuple(record["original"].tolist())
-                    plane = records.plane_to_original(plane, record["view"], size)
-                    found.append(plane.astype(np.int32))
+                    maps = [records.plane_to_original(x, record["view"], size) for x in maps]
+                    found.append(np.array(maps, np.int32)[0 if samples is None else slice(None)])
         if not hasattr(images, "ndim"):
             return found
-        return np.stack(found) if found else np.zeros((0, *images.shape[1:3]), np.int32)
+        several = () if samples is None else (samples,)
+        return np.stack(found) if found else np.zeros((0, *several, *images.shape[1:3]), np.int32)
+
+    def map_log_likelihood(
+        self, images: AnyArray | Sequence[Picture], maps: AnyArray | Sequence[AnyArray]
+    ) -> Float[np.ndarray, " B"]:
+        """Float32 log-probability of each label map given its image, in nats, as written tokens.
+
+        The sum over the map's tokens, without cells that have no class; label maps of equal tokens
+        are equally likely. `maps` are an array [B, H, W], or a list of arrays [H, W] of the images'
+        heights and widths, with whole numbers as `segment` gives them; 255 in uint8, and any number
+        that is no class, such as -1, is no class. Images are those that `segment` takes.
+        """
+        task, planes, found = self._segmenter("written"), [*map(np.asarray, maps)], []
+        if wrong := [plane.dtype for plane in planes if plane.dtype.kind not in "iu"]:
+            raise InputError(f"a label map is {wrong[0]}; it takes whole numbers, such as uint8.")
+        known = (has_class(plane, len(self.map_classes)) for plane in planes)
+        planes = [np.where(k, p.astype(np.int32), -1) for k, p in zip(known, planes, strict=True)]
+        views = self._views("map_log_likelihood", images, maps=planes)
+        with jax.set_mesh(self.mesh):
+            for (tokens, pixels, numbers), shown in views:
+                rows = [task.example(record) for record in shown]
+                rows += rows[-1:] * (len(numbers) - len(rows))
+                rows = jax.tree.map(lambda *each: sharding.shard_rows(np.stack(each)), *rows)
+                given = {"tokens": tokens, "image": pixels}
+                batch = rows | {name: x for name, x in given.items() if x is not None}
+                nats = np.asarray(map_nats(self.network, self.params, batch))
+                found.append(nats[: len(shown)])
+        return -np.concatenate([np.zeros(0, np.float32), *found])
+
+    def _segmenter(self, by: str | None = None) -> Segment:
+        """The task of this model; InputError where it does not segment, or not in the way `by`."""
+        task = self._described.learned_task
+        if not isinstance(task, Segment):
+            raise InputError(
+                "this model has no label maps; load a run with config.task.name=segment whose "
+                "stage finetune has finished."
+            )
+        if by not in (None, *task.ways):
+            raise InputError(
+                f"by is {by!r}; this model takes {' or '.join(task.ways)}, the ways that "
+                "config.task.segment of its run has switched on."
+            )
+        return task
 
     def _views(
         self,
         method: str,
         images: AnyArray | Sequence[Picture],
         extra: Sequence[Sequence[transforms.Transform]] = ((),),
+        maps: Sequence[np.ndarray] | None = None,
     ) -> Iterator[tuple[tuple, tuple[records.Record, ...]]]:
         """Tokens, pixels and numbers of images on the mesh, and the records of the first rows.
 
         There is a record of each image after the transforms of evaluation and each of `extra`, of
         the size that the network takes; "original" is the height and width before. Rows are padded
-        to one of SIZES. InputError names the `method` that was called: an image is no image.
+        to one of SIZES. `maps` are the images' label maps, which the records then have as well.
+        InputError names the `method` that was called: an image is no image.
         """
         one = isinstance(images, str | os.PathLike | Image.Image)
         if one or (hasattr(images, "ndim") and images.ndim != 4):
@@ -158,13 +223,17 @@ class OfTasks:
                 f"{method} was given {found}; it takes a list of images, as in {method}([image]), "
                 "or an array [B, H, W, C]."
             )
+        if maps is not None and len(maps) != len(images):
+            raise InputError(f"there are {len(images)} images, but {len(maps)} label maps.")
         data = self._described.learned_task.config.data
         entries = [transforms.parse(entry) for entry in data.eval_transforms]
         steps = [step for step in entries if not isinstance(step, Decode)]
         channels = (1, 3) if self.codec is None else self.codec.image_shape[2:]
         numbered = (
-            (number, _view(method, image, channels, [*steps, *more], data.size))
-            for number, image in enumerate(images)
+            (number, _view(method, image, channels, [*steps, *more], data.size, plane))
+            for number, (image, plane) in enumerate(
+                zip(images, itertools.repeat(None) if maps is None else maps, strict=False)
+            )
             for more in extra
         )
         while batch := list(itertools.islice(numbered, AT_ONCE)):

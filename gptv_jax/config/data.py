@@ -76,7 +76,7 @@ class Data:
     frames: int = field(0, FROM_ZERO)
     frame_stride: int = field(1, POSITIVE)  # every so many frames of the video, one is of the clip
     # The label of data sets with several labels, such as moving_digits; None: the first.
-    label: str | None = field(None, free=True)
+    label: str | None = None
     # Transforms in training and in evaluation, in order; see data.transforms.TRANSFORMS.
     train_transforms: tuple[str, ...] = field((), ENTRIES)
     eval_transforms: tuple[str, ...] = field((), ENTRIES)

@@ -75,7 +75,7 @@ class Segment:
     # Side, in pixels, of the cells that are read; between them logits are interpolated.
     read_cell: int = field(1, POSITIVE)
     # Label tokens. cells: the most frequent class of a cell; patches: one of `codes` patches, which
-    # k-means finds in training maps; learned: codes of an autoencoder of label maps.
+    # k-modes finds in training maps; learned: codes of an autoencoder of label maps.
     labels: str = field("patches", one_of("cells", "patches", "learned"))
     cell: int = field(4, POSITIVE)  # side, in pixels, of the square that a label token stands for
     codes: int = field(512, ("2 or more", lambda v: v >= 2))  # of patches

@@ -78,9 +78,9 @@ class ArraysSplit(Source):
         return len(self.images)
 
     def __getitem__(self, index: int) -> Record:
-        return {self.key: self.picture(index), **self.known(index)}
+        return {self.key: self.content(index), **self.known(index)}
 
-    def picture(self, index: int) -> np.ndarray | bytes:
+    def content(self, index: int) -> np.ndarray | bytes:
         return self.images[index]
 
     def known(self, index: int) -> Record:

@@ -169,7 +169,7 @@ class FolderSplit(ArraysSplit):
 
     key = "encoded"
 
-    def picture(self, index: int) -> bytes:
+    def content(self, index: int) -> bytes:
         return (self.where / self.images[index]).read_bytes()
 
     def name(self, index: int) -> str:

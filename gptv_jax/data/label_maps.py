@@ -123,12 +123,19 @@ def read_table(config: config_lib.Data) -> LabelTable:
     """The classes that `config.data.map_names` names; InputError where it cannot be read."""
     where = f"config.data.map_names={cut(config.map_names or '', 60)}"
     lines = (config.map_names or "").split(",")
-    if lines[0].endswith(".txt"):
+    if in_file := lines[0].endswith(".txt"):
         beside = files.user_path(config.path or config.dir or ".") / lines[0]
         path = beside if beside.is_file() else files.user_path(lines[0])
         with as_input_error(f"{where} cannot be read as UTF-8 text", (OSError, ValueError)):
             lines = path.read_text(encoding="utf-8-sig").splitlines()
-    lines = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    lines = [line.strip() for line in lines if line.strip()]
+    marked = [line for line in lines if line.startswith("#")]
+    lines = [line for line in lines if line not in marked]
+    if marked and not (in_file and lines):
+        raise InputError(
+            f"{where} has {marked[0]!r}, but # begins a comment of a text file; a colour is three "
+            'numbers from 0 to 255, as in "128 64 128 road".'
+        )
     if not lines:
         raise InputError(
             f"config.data.maps={config.maps} needs the names of the classes: config.data.map_names="
@@ -169,7 +176,11 @@ def make_table(
     """
     classes, ignored = tuple(dict.fromkeys(names)), config.map_ignore
     if len(classes) < 2:
-        raise InputError(f"label maps have the single class {classes[0]}; they need 2 or more.")
+        raise InputError(
+            f"label maps have the single class {cut(classes[0], 60)}; they need 2 or more. "
+            "config.data.map_names takes sky,road,... or the name of a text file, which ends in "
+            ".txt, with a line for each."
+        )
     values = [n for n in range(len(names) + len(ignored)) if n not in ignored]
     of_keys = tuple(classes.index(name) for name in names)
     keys = tuple(keys or values[: len(names)])
@@ -264,7 +275,8 @@ def _match(root: pathlib.Path, pattern: str, field: str) -> dict[tuple, list[pat
         expression = expression.replace(rf"\{{{part}\}}", f"(?P={part})")
     ending = re.search(r"\.\w+$", last)
     folder = pathlib.Path(os.path.normpath(root / fixed))
-    listed = Listing(folder).files if folder.is_dir() else []
+    exists = folder.is_dir()
+    listed = Listing(folder).files if exists else []
     found = collections.defaultdict(list)
     for file in listed:
         below = file.replace(os.sep, "/")
@@ -273,6 +285,7 @@ def _match(root: pathlib.Path, pattern: str, field: str) -> dict[tuple, list[pat
             found[match.groupdict().get("split", ""), match["name"]].append(folder / file)
     if not found:
         has = f"; it has {shorten(listed)}" if listed else ""
+        has = has if exists else ", which is no folder"
         raise InputError(
             f"config.data.{field}={pattern} fits no image file in {folder}{has}. It takes a path "
             'below config.data.path with {split} and {name}, such as "{split}_labels/{name}".'

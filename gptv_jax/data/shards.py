@@ -181,7 +181,7 @@ class _Split(ArraysSplit):
         super().__init__("", rows, labels)
         self.parts, self._firsts = parts, starts(map(len, parts))
 
-    def picture(self, index: int) -> bytes:
+    def content(self, index: int) -> bytes:
         part, row = self._locate(index)
         return part.read(row)
 

@@ -327,12 +327,14 @@ def _origin(results: Results) -> str:
     written = f"{folder.name} · written {now:%Y-%m-%d %H:%M} UTC on {record['devices']}"
     command = f'<code class="box">{escape(record["command"])}</code>'
     splits = ", ".join(f"{count:,} {split}" for split, count in record.get("images", {}).items())
-    named = record.get("classes") or ("" if record.get("objects") else "none")
+    others = record.get("objects") or record.get("maps")
+    named = record.get("classes") or ("" if others else "none")
     if isinstance(named, list):
         named = f"{len(named)} ({shorten(named, room=300)})"
     data = f"images: {splits or 'not recorded'}" + (f" · classes: {named}" if named else "")
     held = record.get("found", {})  # absent in folders of older versions
     told = inventory.objects_in_words(record.get("objects", ()), held.get("objects", {}))
+    told += inventory.maps_in_words(record.get("maps", ()), held.get("maps"))
     told += [*(f"left out: {each}" for each in held.get("left_out", ())), *held.get("notes", ())]
     lines = (f"<small>{escape(line)}</small>" for line in (written, data, *told))
     return f"{''.join(lines)}{command}<small>{escape(versions)}</small>"

@@ -38,7 +38,7 @@ def scores(matrix: Int[np.ndarray, "C C"]) -> dict[str, float | list | None]:
         "miou": _mean(iou),
         "pixel_accuracy": _shares(right.sum()[None], truth.sum()[None])[0],
         "mean_class_accuracy": _mean(accuracy),
-        "classes_scored": len(known),
+        "classes_scored": float(len(known)),
         "iou_by_class": iou,
         "accuracy_by_class": accuracy,
     }

@@ -1,13 +1,15 @@
 """What segmentation must know of the training's label maps before it is trained."""
 
+import dataclasses
+import functools
 import io
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Integer
+from jaxtyping import Float, Int, Integer
 
 from gptv_jax.config.tasks import Segment
+from gptv_jax.errors import InputError, counted
 from gptv_jax.tokens import label_maps
 from gptv_jax.tokens.label_maps import has_class
 from gptv_jax.train.autoencoding import fit_learned
@@ -16,13 +18,29 @@ BATCH_SIZE = 16  # label maps; of the training of learned tokens
 LEAST = 1e-3  # frequency; a rarer class weighs in the loss as if it had this one
 
 
-class Facts(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Facts:
     """What is known of the training's label maps."""
 
     frequencies: Float[np.ndarray, " C"]  # share of the pixels with a class
     # The most frequent class of every pixel; of a pixel that never has one, that of all pixels.
     prior: Integer[np.ndarray, "h w"]
     codec: label_maps.LabelCodec | None  # None where nothing is written
+
+    @functools.cached_property
+    def _usual(self) -> Int[np.ndarray, "1 T"]:
+        return self.codec.encode(self.prior[None])[0]
+
+    def encode(
+        self, maps: Integer[np.ndarray, "B h w"]
+    ) -> tuple[Int[np.ndarray, "B T"], Float[np.ndarray, "B T"]]:
+        """As `LabelCodec.encode`; a cell without a class has the token of the prior there.
+
+        So what the network reads in place of such a cell says nothing of the image, nor of cells
+        that come later in the sequence.
+        """
+        tokens, weights = self.codec.encode(maps)
+        return np.where(weights > 0, tokens, self._usual), weights
 
     def class_weights(self, balance: float) -> Float[np.ndarray, " C"]:
         """Weights of the classes' pixels in the loss; their mean over all pixels is 1."""
@@ -35,7 +53,7 @@ def measure(
 ) -> bytes:
     """`Facts` of training maps of one shape as a file, which `load` reads.
 
-    ValueError: no pixel has a class. InputError as of `label_maps.fit_patches`.
+    InputError: no pixel has a class, or as of `label_maps.fit_patches`.
     """
     counts = np.zeros((*maps[0].shape, classes + 1), np.int32)  # of the classes of each pixel
     rows, columns = np.indices(maps[0].shape, sparse=True)
@@ -44,7 +62,10 @@ def measure(
     counts = counts[..., :classes]
     total = counts.sum(axis=(0, 1), dtype=np.int64)
     if not total.any():
-        raise ValueError("no pixel has a class")
+        raise InputError(
+            f"no pixel of {counted(len(maps), 'training label map')} has a class; see "
+            "config.data.map_names and config.data.map_ignore."
+        )
     prior = np.where(counts.any(axis=-1), counts.argmax(axis=-1), total.argmax())
     found = {"frequencies": total / total.sum(), "prior": prior.astype(np.int32)}
     if settings.write:

@@ -37,13 +37,14 @@ def maps(
     """A row for each image: the image, its label map, and what was predicted, by `TITLES`.
 
     Predictions are maps of classes, and for "uncertain" shares from 0 to 1, of the image's size.
-    The legend has the classes that are in these maps.
+    The legend has the classes that are in these maps, and white for pixels without a class.
     """
-    table, rows, present = colors(len(names)), [], set()
+    table, rows, present, unknown = colors(len(names)), [], set(), False
     for record, planes in shown:
         truth = record["segmentation"]
         cells = [record["image"], paint(truth, table)]
-        present |= {*np.unique(truth[has_class(truth, len(names))]).tolist()}
+        known = has_class(truth, len(names))
+        present, unknown = present | {*np.unique(truth[known]).tolist()}, unknown | (~known).any()
         for name, plane in planes.items():
             if name == "uncertain":
                 cells.append((255 * cm.inferno(plane)[..., :3]).astype(np.uint8))
@@ -54,7 +55,9 @@ def maps(
     titles = ["image", "label map", *(TITLES[name] for name in shown[0][1])]
     widths = [max(row[c].width for row in rows) + GAP for c in range(len(titles))]
     heights = [row[0].height + GAP for row in rows]
-    legend = _legend([(names[c], table[c]) for c in sorted(present)], sum(widths))
+    entries = [(names[c], table[c]) for c in sorted(present)]
+    entries += [("no class", np.array(NO_CLASS))] if unknown else []
+    legend = _legend(entries, sum(widths))
     sheet = Image.new("RGB", (sum(widths), HEAD + sum(heights) + legend.height), "white")
     canvas = ImageDraw.Draw(sheet)
     for c, title in enumerate(titles):
@@ -93,13 +96,17 @@ def _legend(entries: Sequence[tuple[str, np.ndarray]], width: int) -> Image.Imag
     picture = Image.new("RGB", (width, (line + 1) * HEAD), "white")
     canvas = ImageDraw.Draw(picture)
     for (name, color), (x, y) in zip(entries, places, strict=True):
-        canvas.rectangle((x, y + 2, x + SWATCH, y + 2 + SWATCH), fill=tuple(color.tolist()))
+        square = (x, y + 2, x + SWATCH, y + 2 + SWATCH)
+        canvas.rectangle(square, fill=tuple(color.tolist()), outline="#808080")
         canvas.text((x + SWATCH + 4, y + 1), name, fill="#202020", font=text_font())
     return picture
 
 
 def class_iou(rows: Sequence[dict]) -> UInt8[np.ndarray, "H W 3"]:
-    """Bars of the IoU of the most frequent classes; `rows` have "name", "share" and "..._iou"."""
+    """Bars of the IoU of the most frequent classes; `rows` have "name", "share" and "..._iou".
+
+    A class without an IoU, as no pixel has it or was taken for it, has a text in place of a bar.
+    """
     known = sorted(rows, key=lambda row: -row["share"])[:MOST_CLASSES]
     ways = [name for name in rows[0] if name.endswith("_iou")]
     height = max(2.5, 0.26 * len(known) + 1)
@@ -110,6 +117,9 @@ def class_iou(rows: Sequence[dict]) -> UInt8[np.ndarray, "H W 3"]:
         values = [row[way] or 0 for row in known]
         offset = 0.4 - thick * (i + 0.5)
         axes.barh(places + offset, values, thick, color=color, label=way.removesuffix("_iou"))
+        for place, row in zip(places + offset, known, strict=True):
+            if row[way] is None:
+                axes.text(0.01, place, "occurs nowhere", va="center", fontsize=7, color="#606060")
     labels = [f"{row['name'].replace('$', chr(92) + '$')} ({row['share']:.1%})" for row in known]
     axes.set_yticks(places, labels, fontsize=8)
     axes.set(xlim=(0, 1))

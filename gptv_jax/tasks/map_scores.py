@@ -12,7 +12,7 @@ from gptv_jax.tasks import confusion, rows
 from gptv_jax.tasks.map_facts import Facts
 from gptv_jax.tasks.task import Records
 
-SCORES = ("miou", "pixel_accuracy", "mean_class_accuracy")
+SCORES = ("miou", "pixel_accuracy", "mean_class_accuracy", "classes_scored")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +20,9 @@ class MapScores:
     """Maps of one kind of each image: read, written, voted (by drawn maps), ceiling or prior.
 
     "ceiling" is the image's own label map as tokens and back, "prior" the most frequent class of
-    each pixel in training, and "wrong_image" the `first` kind of another image.
+    each pixel in training, and "wrong_image" the `first` kind of another image. Where several
+    classes have most votes, the written map's class is the voted one, or else that of the first
+    drawn map among them.
     """
 
     facts: Facts
@@ -34,13 +36,14 @@ class MapScores:
         if kind == "read":
             return total["read"][row]
         if kind == "voted":
-            return self._votes(total, row).argmax(axis=0)
+            maps, votes = self._votes(total, row)  # among equals the first map: the written one
+            return np.take_along_axis(maps, votes.argmax(axis=0)[None], axis=0)[0]
         tokens = total["targets" if kind == "ceiling" else kind][row]
         return self.facts.codec.decode(tokens[None])[0]
 
     def agreement(self, total: dict, row: int) -> Float[np.ndarray, "h w"]:
         """Share of the drawn maps that have the most frequent class of each pixel."""
-        return self._votes(total, row).max(axis=0) / total["samples"].shape[1]
+        return self._votes(total, row)[1].max(axis=0) / total["samples"].shape[1]
 
     def counts(
         self, total: dict, annotations: Records, kinds: Iterable[str]
@@ -78,18 +81,23 @@ class MapScores:
     def report(
         self, total: dict, annotations: Records, ways: Iterable[str], names: Sequence[str]
     ) -> dict[str, object]:
-        """Each class's share of the pixels and IoU, and the confusion matrices, for JSON."""
+        """Each class's share of the pixels, IoU and accuracy, the confusion matrices; for JSON."""
         counts, scores = (f(total, annotations, ways) for f in (self.counts, self.scores))
         pixels = counts[self.first].sum(axis=1)
         rows = [
             {"name": name, "share": float(pixels[c] / pixels.sum())}
             | {f"{way}_iou": scores[way]["iou_by_class"][c] for way in ways}
+            | {f"{way}_accuracy": scores[way]["accuracy_by_class"][c] for way in ways}
             for c, name in enumerate(names)
         ]
         confusions = {way: matrix.tolist() for way, matrix in counts.items()}
         return {"classes": rows, "confusion": confusions}
 
-    def _votes(self, total: dict, row: int) -> Integer[np.ndarray, "C h w"]:
-        """Number of drawn maps with each class at each pixel."""
-        maps = self.facts.codec.decode(total["samples"][row])
-        return np.stack([(maps == label).sum(axis=0) for label in range(self.classes)])
+    def _votes(self, total: dict, row: int) -> tuple[np.ndarray, np.ndarray]:
+        """The written map and the drawn maps, and the number of drawn maps with each pixel's class.
+
+        Both have the shape [1 + samples, h, w].
+        """
+        drawn = self.facts.codec.decode(total["samples"][row])
+        maps = np.concatenate([self.map_of(total, row, "written")[None], drawn])
+        return maps, np.stack([(drawn == each).sum(axis=0) for each in maps])

@@ -14,7 +14,7 @@ from gptv_jax.data.records import Record
 from gptv_jax.tasks.average_precision import from_runs
 from gptv_jax.tasks.boxes import Detections
 
-QUALITY = ("pq", "sq", "rq")
+QUALITY = ("pq", "sq", "rq", "pq_things", "pq_stuff")
 LIKELY = 0.5  # score below which a detection is no segment
 KEPT = 0.5  # share of a detection's mask that no more likely one covers; with less it is no segment
 
@@ -61,12 +61,12 @@ def count(truth: Segments, predicted: Segments, classes: int) -> dict[str, np.nd
     }
 
 
-def scores(total: dict[str, np.ndarray], things: Sequence[bool]) -> dict[str, float | list | None]:
+def scores(total: dict[str, np.ndarray], things: Sequence[bool]) -> dict[str, float | None]:
     """The numbers of the sums of `count` over all images.
 
     "pq" = sq * rq, "sq" (mean IoU of the matches) and "rq" (F1 of the matches) are means over the
     classes that have a true or a predicted segment; "pq_things", "pq_stuff" and so on are means
-    over the classes of each kind; None without such a class. "pq_by_class" is a list.
+    over the classes of each kind; None without such a class.
     """
     tp, fp, fn, iou = (np.asarray(total[name], np.float64) for name in ("tp", "fp", "fn", "iou"))
     halves, kind = tp + (fp + fn) / 2, np.asarray(things, bool)
@@ -75,15 +75,11 @@ def scores(total: dict[str, np.ndarray], things: Sequence[bool]) -> dict[str, fl
         "sq": iou / np.maximum(tp, 1),
         "rq": tp / np.maximum(halves, 0.5),
     }
-    numbers: dict[str, float | list | None] = {}
+    numbers = {}
     for suffix, chosen in (("", np.ones_like(kind)), ("_things", kind), ("_stuff", ~kind)):
         for name, values in by_class.items():
             known = values[chosen & (halves > 0)]
             numbers[name + suffix] = float(known.mean()) if len(known) else None
-    known = halves > 0
-    numbers["pq_by_class"] = [
-        float(v) if k else None for v, k in zip(by_class["pq"], known, strict=True)
-    ]
     return numbers
 
 

@@ -7,6 +7,7 @@ be drawn of one image. One network does both.
 
 import dataclasses
 import functools
+import logging
 import math
 from collections.abc import Callable, Iterable
 from typing import ClassVar
@@ -22,7 +23,6 @@ from gptv_jax.data import sources
 from gptv_jax.data.records import Record, plane_to_original
 from gptv_jax.decode import answers
 from gptv_jax.decode.restriction import Restriction
-from gptv_jax.errors import InputError
 from gptv_jax.model.gpt import GPT, Network, Output
 from gptv_jax.model.layout import Part
 from gptv_jax.model.parts import Reading, enlarge
@@ -33,6 +33,7 @@ from gptv_jax.tasks.task import Grammar, Records, Task
 from gptv_jax.train import objective
 from gptv_jax.train.step import Metric
 
+LOG = logging.getLogger(__name__)
 NAME, END = "labels", "end"  # parts: the written label map; or, where nothing is written, one more
 SHOWN = 6  # test images of the picture
 
@@ -43,13 +44,14 @@ class Segment(Task):
 
     needs: ClassVar[tuple[str, ...]] = ("segmentation",)
     primary: ClassVar[dict[str, int]] = {"miou": 1, "nats_per_token": -1}
-    validated: ClassVar[tuple[str, ...]] = SCORES[1:]
+    validated: ClassVar[tuple[str, ...]] = SCORES[1:3]
     unreported: ClassVar[tuple[str, ...]] = ("written_miou",)
     pictures: ClassVar[dict[str, str]] = {
         "segmentation": "Test images, their label maps, and the classes that the network reads and "
-        "writes. Uncertainty: bright where maps that are drawn of one image disagree.",
+        "writes. White: pixels without a class. Uncertainty: bright where maps that are drawn of "
+        "one image disagree.",
         "class_iou": "Intersection over union of the most frequent classes, with their share of "
-        "the pixels.",
+        "the pixels. A class that no test pixel has or was taken for has none.",
     }
 
     def check(self) -> None:
@@ -99,15 +101,11 @@ class Segment(Task):
 
     def measure(self, records: Callable[[int], Iterable[Record]]) -> bytes:
         """The frequencies of the classes, the prior of each pixel, and the label tokens."""
+        tokens = f" and makes their tokens ({self.settings.labels})" * self.settings.write
+        found = self.settings.measured, tokens
+        LOG.info("segment counts the classes of up to %d training label maps%s.", *found)
         maps = [record["segmentation"] for record in records(self.settings.measured)]
-        try:
-            found = len(self.map_names), self.settings, self.config.seed
-            return map_facts.measure(maps, *found)
-        except ValueError as error:
-            raise InputError(
-                f"of {len(maps)} label maps of config.data.train_split="
-                f"{self.config.data.train_split} {error}; see config.data.map_names."
-            ) from error
+        return map_facts.measure(maps, len(self.map_names), self.settings, self.config.seed)
 
     @functools.cached_property
     def facts(self) -> Facts:
@@ -129,7 +127,7 @@ class Segment(Task):
     def example(self, record: Record, rng: np.random.Generator | None = None) -> dict:
         truth, found = record["segmentation"], {"targets": {}}
         if self.settings.write:
-            tokens, weights = self.facts.codec.encode(truth[None])
+            tokens, weights = self.facts.encode(truth[None])
             if self.settings.balance:  # the mean over the pixels of the cell that have a class
                 pixels, of_class = self.facts.codec.cells(truth[None]), self.class_weights
                 counts = np.maximum((pixels < len(of_class)).sum(axis=1), 1)
@@ -264,6 +262,14 @@ def _written_nats(model: GPT, output: Output, batch: dict) -> Float[Array, "B T"
     part, places = model.network.layout.parts[1], model.network.layout.slices[NAME]
     final = jax.sharding.reshard(output.final, sharding.BATCH_FIRST)[:, places]
     return objective.part_nats(model, part, final, batch["targets"][NAME])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def map_nats(network: Network, params: dict, batch: dict) -> Float[Array, " B"]:
+    """The nats of each written label map: the sum over its tokens whose weight is above 0."""
+    model = network.bind(params)
+    nats = _written_nats(model, _forward(model, batch), batch)
+    return (nats * (batch["weights"][NAME] > 0)).sum(axis=1)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

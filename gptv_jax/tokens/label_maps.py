@@ -270,7 +270,9 @@ def fit_patches(
     if len(complete) < codes:
         raise InputError(
             f"the label maps have {len(complete)} different patches of {cell} x {cell} pixels, "
-            f"fewer than config.task.segment.codes={codes}; take at most that many codes."
+            f"fewer than config.task.segment.codes={codes}; take "
+            + f"config.task.segment.codes={len(complete)} or less, or " * (len(complete) > 1)
+            + "config.task.segment.labels=cells."
         )
     patches = complete[rng.choice(len(complete), codes, replace=False)].astype(np.int64)
     for _ in range(ROUNDS):
