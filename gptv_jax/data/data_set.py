@@ -38,6 +38,10 @@ class Source:
         del rng
         return self[index]
 
+    def every(self, index: int) -> Iterable[Record]:
+        """Of a video, the records of clips that together have all frames that a clip may have."""
+        return (self[index],)
+
     def name(self, index: int) -> str:
         """The example's name in messages."""
         return f"{self.where}[{index}]"

@@ -8,7 +8,7 @@ import contextlib
 import functools
 import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from gptv_jax.data import listing
 from gptv_jax.data.arrays import Arrays as Arrays  # a name of this module for its users
 from gptv_jax.data.arrays import digits, open_npz
 from gptv_jax.data.cache import TokenCache
+from gptv_jax.data.camera_motions import CameraMotions
 from gptv_jax.data.coco import Coco
 from gptv_jax.data.data_set import SPLITS, DataSet, Source, locate, starts
 from gptv_jax.data.digit_scenes import DigitScenes
@@ -29,15 +30,17 @@ from gptv_jax.data.parquet import Tables
 from gptv_jax.data.prepared import Tfds
 from gptv_jax.data.records import OBJECTS, Record
 from gptv_jax.data.shards import WebDataset
+from gptv_jax.data.videos import VideoFolder
 from gptv_jax.errors import InputError, counted, shorten
 
 SETS: dict[str, Callable[[config_lib.Data], DataSet]] = {
     "digits": lambda config: digits(),
     "arrays": open_npz,
-    "folder": lambda config: (MapFolder if config.maps else ImageFolder)(config),
+    "folder": lambda config: _open_folder(config),
     "coco": Coco,
     "digit_scenes": lambda config: DigitScenes(),
     "moving_digits": MovingDigits,
+    "camera_motions": CameraMotions,
     "two_moving_digits": lambda config: MovingDigits(config, digits=2),
     "parquet": Tables,
     "webdataset": WebDataset,
@@ -91,6 +94,10 @@ class Selected(Source):
     def read(self, index: int, rng: np.random.Generator | None = None) -> Record:
         source, row = self._locate(index)
         return self._labelled(source.read(row, rng))
+
+    def every(self, index: int) -> Iterable[Record]:
+        source, row = self._locate(index)
+        return map(self._labelled, source.every(row))
 
     def annotations(self, index: int) -> Record:
         source, row = self._locate(index)
@@ -245,6 +252,12 @@ def open_data_set(config: config_lib.Data) -> DataSet:
             problem = f"config.data.name={config.name} does not read config.data.path"
             raise InputError(f"{problem}; {advice}") from error
         raise
+
+
+def _open_folder(config: config_lib.Data) -> DataSet:
+    if config.maps:
+        return MapFolder(config)
+    return (VideoFolder if config.frames else ImageFolder)(config)
 
 
 def _fitting(data_set: DataSet, config: config_lib.Data) -> DataSet:
