@@ -6,7 +6,6 @@ has named splits, and each split gives its examples by number.
 
 import contextlib
 import functools
-import itertools
 import re
 from collections.abc import Callable, Iterable
 
@@ -19,7 +18,14 @@ from gptv_jax.data.arrays import digits, open_npz
 from gptv_jax.data.cache import TokenCache
 from gptv_jax.data.camera_motions import CameraMotions
 from gptv_jax.data.coco import Coco
-from gptv_jax.data.data_set import SPLITS, DataSet, Source, locate, starts
+from gptv_jax.data.data_set import (
+    SPLITS,
+    DataSet,
+    Source,
+    locate,
+    starts,
+    with_distinct_names,
+)
 from gptv_jax.data.digit_scenes import DigitScenes
 from gptv_jax.data.folder import ImageFolder
 from gptv_jax.data.images import DamagedImageError
@@ -242,11 +248,11 @@ def open_data_set(config: config_lib.Data) -> DataSet:
                 f"{'|'.join(names)}, but config.data.name={config.name}; leave the field out."
             )
     if config.name in SETS:
-        return _with_distinct_names(_fitting(SETS[config.name](config), config))
+        return with_distinct_names(_fitting(SETS[config.name](config), config))
     if advice := listing.advice(config.name):
         raise InputError(f"config.data.name={advice}")
     try:
-        return _with_distinct_names(Tfds(config, SETS))
+        return with_distinct_names(Tfds(config, SETS))
     except InputError as error:
         if config.path and (advice := listing.advice(config.path)):  # TFDS reads no data.path
             problem = f"config.data.name={config.name} does not read config.data.path"
@@ -272,23 +278,6 @@ def _fitting(data_set: DataSet, config: config_lib.Data) -> DataSet:
             f"config.data.frames={config.frames} is for clips of videos, but config.data.name="
             f"{config.name} has images; set config.data.frames=0."
         )
-    return data_set
-
-
-def _with_distinct_names(data_set: DataSet) -> DataSet:
-    """The data set, in which equal names of classes are numbered, and noted.
-
-    By a class's name its numbers stand in summaries, so no two may be equal.
-    """
-    for field in ("class_names", "object_names", "map_names"):
-        names: dict[str, None] = {}
-        for name in getattr(data_set, field):
-            numbered = (f"{name} ({number})" for number in itertools.count(2))
-            names[next(n for n in itertools.chain([name], numbered) if n not in names)] = None
-        if changed := sorted({*names} - {*getattr(data_set, field)}):
-            setattr(data_set, field, tuple(names))
-            note = f"classes of one name are numbered: {shorten(changed)}"
-            data_set.notes = [*dict.fromkeys([*data_set.notes, note])]
     return data_set
 
 
