@@ -22,7 +22,7 @@ Hardware:   planned, not run, with --config.mesh.data=1 --config.mesh.fsdp=-1 an
                 python -m gptv_jax.plan --config=configs/detect_coco.py:s --stage=finetune
                     --config.data.path=... --topology=v5e:4x4
             memory of a device, and the least time of each of the 54,300 steps, on v5e:4x4 and
-            gpu:8xh100: s 2.8 GiB, 23 ms and 3.5 GiB, 10 ms; m 12.1 GiB, 162 ms and 15.3 GiB,
+            gpu:8xh100: s 2.8 GiB, 23 ms and 3.7 GiB, 10 ms; m 12.1 GiB, 162 ms and 15.3 GiB,
             69 ms; l on v5e:8x8 and gpu:8xh100 8.2 GiB, 158 ms and 42 GiB, 266 ms.
             subset: two CPU cores, two minutes (a minute and a half of one core).
 Expect:     not known. Pix2seq (ViT-B, 640 pixels, pretrained on Objects365) reaches an AP of about

@@ -25,7 +25,7 @@ SIZE = (192, 256)
 NAMES = "sky,building,pole,road,pavement,tree,sign,fence,car,pedestrian,bicyclist"
 
 
-def get_config():
+def get_config(input: str = "pixels"):
     c = config_lib.default()
     c.data.name = "folder"
     c.data.maps = "{split}_labels"
@@ -66,4 +66,21 @@ def get_config():
     t.optimizer.clip_norm = 1.0
     t.optimizer.warmup_steps = 50
     c.finetune.patience = 0
+    if config_lib.choose(input, {"pixels": False, "pretrained": True}):
+        _pretrain(c)
     return c
+
+
+def _pretrain(c):
+    """Adds tokens of 16 x 16 pixels, and pretraining that predicts the next token."""
+    c.tokens.kind = "learned"
+    a = c.tokens.autoencoder
+    a.downsample, a.widths, a.levels = 16, (32, 64, 96), (8, 8, 8)
+    a.encoder_blocks, a.decoder_blocks = 1, 1
+    for train, steps, rate in ((c.tokenizer.train, 600, 4e-3), (c.train, 1500, 1e-2)):
+        train.steps, train.batch_size = steps, 16
+        train.eval_every, train.checkpoint_every, train.log_every = 500, 500, 50
+        train.optimizer.name = "muon"
+        train.optimizer.learning_rate, train.optimizer.rest_learning_rate = rate, 4e-3
+        train.optimizer.clip_norm, train.optimizer.warmup_steps = 1.0, 50
+    c.finetune.scratch = True

@@ -29,8 +29,9 @@ from absl import flags
 
 from gptv_jax import api, command, files, weights
 from gptv_jax.data import transforms
-from gptv_jax.data.images import Decode, Transform
+from gptv_jax.data.images import Transform
 from gptv_jax.data.listing import Listing
+from gptv_jax.data.records import Record
 from gptv_jax.errors import InputError, as_input_error, first_line
 from gptv_jax.runs import record
 from gptv_jax.train.metrics import Progress
@@ -92,11 +93,8 @@ def main(names: list[str]) -> None:
 def reading_steps(run: pathlib.Path) -> list[Transform]:
     """The transforms that turn the bytes of an image file into what the run's network reads."""
     config = record.config_of(run)
-    steps = [transforms.parse(entry) for entry in config.data.eval_transforms]
-    if not steps or not isinstance(steps[0], Decode):  # the run's own data were no image files
-        channels = config.tokens.autoencoder.channels if config.tokens.kind == "learned" else 3
-        steps.insert(0, Decode(channels=1 if config.tokens.kind == "grey" else channels))
-    return steps
+    channels = {"grey": 1, "learned": config.tokens.autoencoder.channels}
+    return transforms.with_decode(config.data.eval_transforms, channels.get(config.tokens.kind, 3))
 
 
 def image_files(names: list[str]) -> list[pathlib.Path]:
@@ -123,8 +121,8 @@ def classified(model: api.Model, images: list[np.ndarray], top: int | None = Non
     return lines
 
 
-def detected(model: api.Model, images: list[np.ndarray], threshold: float = 0.0) -> list[dict]:
-    """The objects of each image, of any size."""
+def detected(model: api.Model, images: list[Record], threshold: float = 0.0) -> list[dict]:
+    """The objects of each image, of any size, whose record has its pixels."""
     lines = []
     for found in model.detect(images, threshold):
         rows = zip(*(array.tolist() for array in found[:3]), strict=True)
@@ -138,13 +136,13 @@ def predictions(
     steps: list[Transform],
     paths: list[pathlib.Path],
     batch_size: int,
-    answer: Callable[[api.Model, list[np.ndarray]], list[dict]] = classified,
+    answer: Callable[[api.Model, list], list[dict]] = classified,
 ) -> Iterator[dict]:
     """A line for each file, in the order of the files, with what `answer` says or an "error"."""
     # A task's own method takes images of any size, and transforms them itself.
     shape = model.codec.image_shape if model.network.classes else None
 
-    def read(path: pathlib.Path) -> np.ndarray | str:
+    def read(path: pathlib.Path) -> np.ndarray | Record | str:
         """The pixels of a file, or why it cannot be read."""
         try:
             record = original = steps[0]({"encoded": path.read_bytes()})
@@ -152,7 +150,7 @@ def predictions(
                 record = step(record)
             image = record["image"]
             if shape is None:
-                return original["image"]
+                return original
             if image.shape != shape:
                 given, taken = (" x ".join(map(str, each)) for each in (image.shape, shape))
                 problem = f"it is {given} after the run's transforms, but the model takes {taken}"

@@ -2,10 +2,17 @@
 
 python -m gptv_jax.prepare --config=configs/cifar10.py --out=caches/cifar10
 python -m gptv_jax.prepare --config=runs/mine --out=caches/mine  # the data and tokens of a run
+
+With --videos, turns video files into folders of frames, which config.data.name=folder reads:
+
+python -m gptv_jax.prepare --videos=videos --out=frames --rate=8 --short_side=128
 """
 
 import dataclasses
 import json
+import logging
+import re
+import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -13,15 +20,38 @@ from absl import flags
 
 from gptv_jax import command, config, files, hardware
 from gptv_jax.config import fields
-from gptv_jax.data import cache, inventory, pipeline, sources, transforms
+from gptv_jax.data import cache, inventory, pipeline, sources, transforms, video_files
 from gptv_jax.data.damage import DamageLog
 from gptv_jax.data.folder import refuse_inside
-from gptv_jax.errors import InputError
+from gptv_jax.errors import InputError, list_differences, shorten
 from gptv_jax.stages import setup
 from gptv_jax.tokens.codec import TokenStatistics
 from gptv_jax.train.metrics import Progress
 
-OUT = flags.DEFINE_string("out", None, "New folder for the token cache.")
+LOG = logging.getLogger("gptv_jax.prepare")
+OUT = flags.DEFINE_string("out", None, "New folder for the token cache, or for frames.")
+VIDEOS = flags.DEFINE_string(
+    "videos", None, "Folder of video files to turn into frames, in place of --config."
+)
+_VIDEO_FLAGS = {
+    "rate": "With --videos: frames a second; 0: the mean rate of each file.",
+    "short_side": "With --videos: pixels of a frame's shorter side; 0: as in the file.",
+    "form": "With --videos: files of frames, jpg or png.",
+    "max_seconds": "With --videos: a longer video is left out.",
+    "max_frames": "With --videos: a video of more frames, at --rate, is left out.",
+    "max_pixels": "With --videos: a video of larger frames, height times width, is left out.",
+    "max_streams": "With --videos: a file of more streams is left out.",
+    "min_share": "With --videos: a file that ends before this share of its duration is left out.",
+}
+for _name, _help in _VIDEO_FLAGS.items():
+    _default = getattr(video_files.Settings, _name)
+    if _name == "form":
+        flags.DEFINE_enum(_name, _default, ["jpg", "png"], _help)
+    elif isinstance(_default, int):
+        flags.DEFINE_integer(_name, _default, _help, lower_bound=0)
+    else:
+        flags.DEFINE_float(_name, _default, _help, lower_bound=0)
+FRAMES_FILE = "frames.json"  # in the folder of frames: the settings that made the folder
 
 
 def main(settings: config.Config) -> None:
@@ -81,6 +111,42 @@ def main(settings: config.Config) -> None:
     print(json.dumps(summary, indent=2))
 
 
+def prepare_videos() -> None:
+    """Writes a folder of frames for every video file, and the list of files that are left out."""
+    videos, out = files.user_path(VIDEOS.value), files.user_path(OUT.value)
+    settings = video_files.Settings(**{n: flags.FLAGS[n].value for n in _VIDEO_FLAGS})
+    if not videos.is_dir():
+        raise InputError(f"--videos={videos} is not a folder.")
+    found = video_files.find(videos)
+    files.claim(out, "--out")
+    unlock = files.lock(out, "--out", settings)
+    made = dataclasses.asdict(settings)
+    if differences := list_differences(made, files.read_json(out / FRAMES_FILE, made)):
+        raise InputError(
+            f"--out={out} has frames that were made otherwise: {shorten(differences, '; ')}. Name "
+            "another folder, or set these flags as before."
+        )
+    files.write_json(out / FRAMES_FILE, made)
+    progress, counts = Progress("prepare", len(found), unit="video"), dict(videos=0, frames=0)
+    with (out / "skipped.jsonl").open("w") as lines:
+        for result in video_files.convert(videos, found, out, settings):
+            progress.advance()
+            counts["videos"] += result.reason is None
+            counts["frames"] += result.frames
+            if result.reason is not None:
+                LOG.warning("%s is left out: %s.", videos / result.file, result.reason)
+                line = {"name": str(videos / result.file), "reason": result.reason}
+                lines.write(json.dumps(line) + "\n")
+                lines.flush()
+    progress.close()
+    unlock()
+    counts["skipped"] = len(found) - counts["videos"]
+    print(json.dumps({"folder": str(out), **counts}, indent=2))
+
+
 if __name__ == "__main__":
     flags.mark_flag_as_required("out")
-    command.start(main)
+    if any(re.match("--?videos(=|$)", argument) for argument in sys.argv[1:]):
+        command.run(prepare_videos, again="the same command continues")
+    else:
+        command.start(main)

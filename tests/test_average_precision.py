@@ -108,6 +108,15 @@ def test_calibrated_scores_have_no_calibration_error_and_sure_ones_do():
     assert sure == pytest.approx(0.5, abs=0.02)
 
 
+@pytest.mark.parametrize(("width", "error"), [(49, 0.9), (51, 0.1)])
+def test_calibration_takes_a_detection_for_right_from_an_iou_of_one_half_on(width, error):
+    record = {"boxes": np.array([[0, 0, 100, 100]], np.float32), "box_labels": np.array([0])}
+    box, score = np.array([[0, 0, 100, width]], np.float32), np.array([0.9], np.float32)
+    found = Detections(box, np.array([0]), score)
+    numbers = average_precision.score([record], [found], 1).numbers
+    assert numbers["calibration_error"] == pytest.approx(error)
+
+
 def test_the_file_of_results_gives_pycocotools_the_same_numbers(tmp_path):
     """With the file's own ids, in any order, whatever the numbers of images and classes are."""
     from pycocotools.coco import COCO

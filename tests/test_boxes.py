@@ -152,6 +152,13 @@ def test_noise_has_the_kinds_that_the_settings_say():
     assert wild.min() >= 0 and wild.max() <= 1 and np.std(wild[:, 2] - wild[:, 0]) > 0.1
 
 
+def test_jitter_beyond_two_deviations_is_drawn_anew():
+    boxes = np.array([[0.4, 0.4, 0.6, 0.6]])
+    jittered = noise_boxes(boxes, 5000, (1.0, 0.0, 0.0), np.random.default_rng(0))
+    deviations = np.abs(jittered - boxes) / (0.05 * 0.2)
+    assert deviations.max() < 2 and 0.008 < (deviations > 1.9).mean() < 0.017  # .0125
+
+
 def test_only_real_classes_are_detections_and_the_best_comes_first():
     found, boxes = example(evaluation=True)
     chances = np.linspace(0.1, 0.9, 12).repeat(5)

@@ -7,16 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import MODERN, generator, tiny_network
+from conftest import MODERN, generator, make_mesh, tiny_network
 
+import gptv_jax
 from gptv_jax import config as config_lib
 from gptv_jax.config import Data, rules
 from gptv_jax.data import moving_digits, sources, transforms
 from gptv_jax.decode import generation
 from gptv_jax.decode.sampler import Sampler, Section, by_pixel, kept_tokens
 from gptv_jax.errors import InputError
+from gptv_jax.stages import pretrained, setup
 from gptv_jax.tokens import FrameCodec, GreyCodec, Palette, PaletteCodec
 from gptv_jax.train import objective
+from gptv_jax.weights.native import WeightsFile
 
 pytestmark = pytest.mark.usefixtures("one_device")
 GRID = (3, 2, 4)  # frames, rows, columns
@@ -262,3 +265,30 @@ def test_clips_and_images_are_not_confused():
     ):
         with pytest.raises(InputError, match=words):
             rules.check(config)
+
+
+def test_a_clip_network_begins_with_the_weights_of_images(tmp_path):
+    model = dataclasses.replace(tiny_network(axial_positions=True).config, rotary=False)
+    tokens = config_lib.Tokens(levels=4, patch=(2, 2))
+    described = WeightsFile(model, tokens, image_size=16, params={})
+    params, path = parameters(described.network), tmp_path / "images.safetensors"
+    mesh = make_mesh((1, 1, 1))
+    gptv_jax.Model(described, params, mesh).save(path)
+    quantize = ("quantize(4)",)
+    data = Data(
+        name="moving_digits",
+        frames=3,
+        image_size=16,
+        train_transforms=quantize,
+        eval_transforms=quantize,
+    )
+    config = config_lib.Config(init_from=str(path), model=model, tokens=tokens, data=data)
+    run = setup.open_run(config, str(tmp_path / "run"), ["sample"])
+    with jax.set_mesh(run.mesh):
+        found = pretrained.load(run).params
+        assert not np.asarray(found["frame"]).any() and found["frame"].shape == (3, 32)
+        rows = np.stack([sources.open_source(data, "test")[i]["image"] // 64 for i in range(2)])
+        clips = logits_of(run.network(), found, run.codec.encode(rows))
+    images = gptv_jax.load(path)
+    expected = images.logits(images.tokenize(rows[:, 0]))
+    np.testing.assert_allclose(clips[:, :64], expected, atol=1e-4)

@@ -1,8 +1,10 @@
 """COCO data sets: layouts as people have them, and every fault of a file, on real small files."""
 
+import contextlib
 import dataclasses
 import json
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -87,6 +89,34 @@ def test_a_folder_of_the_images_leads_to_the_folder_of_the_json_file(tmp_path):
     assert f"take {tmp_path}, which has such a file" in str(error.value)
 
 
+def test_a_folder_of_the_json_files_leads_to_the_folder_of_the_images(tmp_path):
+    write(tmp_path, {"annotations/train.json": coco(3)}, {"pictures": range(1, 4)})
+    inner = tmp_path / "annotations"
+    for path, advice in (
+        (inner, f"take config.data.path={tmp_path}, which has the images."),
+        (inner / "train.json", "take config.data.images=../pictures."),
+    ):
+        with pytest.raises(InputError, match=re.escape(advice)):
+            sources.open_data_set(settings(path))
+    sources.open_data_set(settings(tmp_path))
+    sources.open_data_set(settings(inner / "train.json", images="../pictures"))
+
+
+def test_boxes_as_shares_of_the_image_are_told(tmp_path):
+    shares = [annotation(i, i, bbox=[0.1, 0.2, 0.5, 0.4]) for i in (1, 2, 3)]
+    data_set, _ = opened(tmp_path, coco() | {"annotations": [*shares, annotation(4, 4)]})
+    (note,) = data_set.notes
+    assert "bbox takes pixels: 3, the first annotation 1" in note
+
+
+def test_categories_of_one_name_are_numbered_and_told(tmp_path):
+    equal = [{"id": i, "name": name} for i, name in ((3, "cat"), (7, "cat"), (9, "cat (2)"))]
+    data_set, source = opened(tmp_path, coco() | {"categories": equal}, maps="semantic")
+    assert source.object_names == ("cat", "cat (2)", "cat (2) (2)")
+    assert source.map_names == ("background", *source.object_names)
+    assert any("classes of one name are numbered: cat (2)" in note for note in data_set.notes)
+
+
 @pytest.mark.parametrize(
     ("names", "folders", "fields"),
     [
@@ -168,7 +198,13 @@ def test_a_json_file_is_the_split_train_or_that_of_its_name(tmp_path):
             "an image with id='1' and file_",
         ),
         ({"a.json": coco() | {"images": []}}, {}, "has no image"),
-        ({"a.json": coco() | {"annotations": []}}, {}, "no box that could be used"),
+        ({"a.json": coco() | {"annotations": []}}, {}, "no box that could be used.*no annotations"),
+        (
+            {"a.json": coco() | {"annotations": [annotation(5, "1"), annotation(6, "2")]}},
+            {},
+            r"no box that .*of no image .*: 2, the first annotation 5 \(image_id='1'\)",
+        ),
+        ({"a.json": coco()}, {"annotations": "*{split}*"}, "is no pattern.*labels/{split}.json"),
         ({"a.json": coco() | {"categories": []}}, {}, "no box that could be used, of 0 categories"),
         ({"a.json": coco() | {"categories": [{"name": "x"}]}}, {}, "a category whose id, None"),
     ],
@@ -339,6 +375,32 @@ def test_training_images_with_more_objects_than_a_sequence_holds_are_told(tmp_pa
         found = [record.getMessage() for record in caplog.records]
         assert len(found) == bool(words)
         assert all(f"{words} training images have more objects" in line for line in found)
+
+
+def test_splits_without_an_object_are_refused_by_name_before_any_work(tmp_path):
+    empty, mixed = coco(2, first=25), coco(4, first=21)
+    empty["annotations"] = [annotation(9, 25, iscrowd=1)]  # a crowd is no object
+    files = {"train.json": coco(20), "val.json": mixed, "test.json": empty}
+    write(tmp_path, files, {"images": range(1, 27)})
+    data = settings(tmp_path, train_split="train", validation_split="validation")
+    first = sources.open_source(data, "validation").image_id(0)
+    mixed["annotations"] = [each for each in mixed["annotations"] if each["image_id"] != first]
+    write(tmp_path, {"val.json": mixed}, {})
+    for split, validated, words in (
+        ("validation", 0, None),
+        (
+            "validation",
+            1,
+            r"the first 1 images of config\.data\.validation_split=validation have no",
+        ),
+        ("test", 0, r"the images of config\.data\.test_split=test have no object"),
+    ):
+        sources.open_data_set.cache_clear()
+        detect = config_lib.Detect(validation_images=validated)
+        task = config_lib.Task(name="detect", detect=detect)
+        config = config_lib.Config(data=dataclasses.replace(data, test_split=split), task=task)
+        with pytest.raises(InputError, match=words) if words else contextlib.nullcontext():
+            tasks.make(config).check()
 
 
 def test_images_whose_ids_repeat_are_left_out_and_named(tmp_path):
@@ -737,6 +799,16 @@ def test_run_lengths_cover_what_lies_behind_smaller_objects(tmp_path, kind):
     np.testing.assert_array_equal(copy[0]["masks"], record["masks"])  # in worker processes
 
 
+@pytest.mark.parametrize("share", [0.5, 0.004, 0.0])
+def test_compressed_run_lengths_of_any_mask_are_read(tmp_path, share):
+    from pycocotools import mask
+
+    wanted = np.random.default_rng(0).random((H, W)) < share
+    runs = mask.encode(np.asfortranarray(wanted, np.uint8))
+    source = outlined(tmp_path, {**runs, "counts": runs["counts"].decode()})
+    np.testing.assert_array_equal(source[0]["masks"][0], wanted)
+
+
 @pytest.mark.parametrize("outline", [[], [[]], None, [[1, 2, 3, 4]]])
 def test_the_box_of_an_object_without_an_outline_has_no_class(tmp_path, outline):
     source = outlined(tmp_path, outline)
@@ -757,6 +829,7 @@ def test_the_box_of_an_object_without_an_outline_has_no_class(tmp_path, outline)
     [
         ({"size": [H, W + 1], "counts": [H * (W + 1)]}, f"run lengths are of [{H}, {W + 1}]"),
         ({"size": [H, W], "counts": [5, 5]}, "not of all pixels"),
+        ({"size": [H, W], "counts": "55"}, "not of all pixels"),  # 5, 5
         ({"counts": [H * W]}, "size"),
         ({"size": [H, W], "counts": "!~!"}, "cannot be read"),
         ([[1, 2, 3, float("nan"), 5, 9]], "far outside"),

@@ -12,10 +12,14 @@ from PIL import Image
 import gptv_jax
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
+from gptv_jax.api import of_tasks
+from gptv_jax.config import rules
+from gptv_jax.data import transforms
 from gptv_jax.errors import InputError
 from gptv_jax.tasks import average_precision, rows
 from gptv_jax.tasks.boxes import Detections
 from gptv_jax.tasks.detect import Detect
+from gptv_jax.train import metrics
 from gptv_jax.weights.native import WeightsFile
 
 NAMES = ("cup", "dog", "tree")
@@ -287,11 +291,27 @@ def test_samples_vote_and_one_finds_what_another_has_missed():
     assert ap(slice(0, 2)) > max(ap(slice(0, 1)), ap(slice(1, 2))) + 0.1
 
 
-def test_equal_samples_are_refused():
-    with pytest.raises(
-        InputError, match=r"samples above 1 takes config\.task\.detect\.top_p above 0"
-    ):
-        task_of(samples=2, top_p=0.0).check()
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (
+            {"samples": 2, "top_p": 0.0},
+            r"samples above 1 takes config\.task\.detect\.top_p above 0",
+        ),
+        (
+            {"noise": False, "noise_among": 0.5},
+            r"noise_among is 0\.5, but .*noise=False makes no noise",
+        ),
+    ],
+)
+def test_settings_that_would_do_nothing_are_refused(settings, words):
+    with pytest.raises(InputError, match=words):
+        rules.SECTIONS["finetune"](task_of(**settings).config)
+
+
+def test_views_that_cannot_be_read_are_refused_with_the_name_of_the_field():
+    with pytest.raises(InputError, match=r"config\.task\.detect\.votes: .*'flop\(1\.0\)'"):
+        task_of(votes=("flip(1.0)|flop(1.0)",)).check()
 
 
 def test_crowds_are_no_targets():
@@ -308,10 +328,29 @@ def test_at_most_so_many_detections_count():
     assert numbers["ar100"] == numbers["ar1"] < 0.9
 
 
-def test_a_split_without_an_object_is_refused():
+def test_the_class_aps_are_of_the_view_that_ap_is_of():
+    task, records = task_of(votes=("flip(1.0)",)), scenes(12)
+    total = total_of(task, records, flips=(False, True))
+    total["drawn"][:6] = task.box_tokens.noise  # the plain view misses what its flip finds
+    numbers = task.metric(task.network(), records.__getitem__).result(total)
+    voted = task.bounds(total, records.__getitem__)["voted"]
+    for found, of_classes in (
+        (numbers, task.details(total, records.__getitem__)),
+        (voted, {name: voted[name] for name in voted if "_of_" in name}),
+    ):
+        assert of_classes.keys() == {f"ap_of_{name}" for name in NAMES}
+        assert np.mean([*of_classes.values()]) == pytest.approx(found["ap"])
+    assert voted["ap"] > numbers["ap"] + 0.1
+
+
+def test_a_split_without_an_object_has_no_ap_and_any_ap_is_better():
     task, records = task_of(), [scenes(4)[3]] * 2
-    with pytest.raises(InputError, match="no image of a split has an object"):
-        task.metric(task.network(), records.__getitem__).result(total_of(task, records))
+    numbers = task.metric(task.network(), records.__getitem__).result(total_of(task, records))
+    assert numbers["ap"] is numbers["ap50"] is None and numbers["nats_per_token"] == 2
+    evaluations = [{"step": 1, **numbers}, {"step": 2, **numbers, "nats_per_token": 1.0}]
+    assert metrics.best_step(evaluations, task.primary) == 2
+    assert metrics.best_step([*evaluations, {"step": 3, **numbers, "ap": 0.0}], task.primary) == 3
+    metrics.Progress("finetune", 2).evaluated(evaluations, task.primary)
 
 
 def test_draws_do_not_depend_on_the_batch():
@@ -349,13 +388,76 @@ def test_classes_are_the_most_likely_real_ones_and_coordinates_are_drawn():
     assert (tokens[..., 0] != logits[..., 0, : ids.bins].argmax(axis=-1)).any()
 
 
-def test_a_second_call_compiles_nothing():
-    task = task_of(bins=16)
+def model_of(task: Detect) -> gptv_jax.Model:
     config, mesh = task.config, make_mesh((1, 1, 1))
     parts = (config.model, config.tokens, config.data.image_size)
-    described = WeightsFile(*parts, {}, task=config.task, object_names=NAMES)
+    facts = {"object_names": NAMES, "eval_transforms": config.data.eval_transforms}
+    described = WeightsFile(*parts, {}, task=config.task, **facts)
     with jax.set_mesh(mesh):
-        model = gptv_jax.Model(described, random_params(task.network()), mesh)
+        return gptv_jax.Model(described, random_params(task.network()), mesh)
+
+
+def test_pictures_are_read_as_training_and_predict_read_their_files(tmp_path, monkeypatch):
+    """Of 12 bits, transparent and grey ones; `draw` shows what the network is given."""
+    rng, seen = np.random.default_rng(0), []
+    deep = Image.fromarray(rng.integers(4096, size=SIZE, dtype=np.uint16))
+    clear = Image.fromarray(rng.integers(256, size=(*SIZE, 4), dtype=np.uint8))
+    grey = Image.fromarray(rng.integers(256, size=(96, 70), dtype=np.uint8))
+    paths = [tmp_path / f"{number}.png" for number in range(3)]
+    for path, image in zip(paths, (deep, clear, grey), strict=True):
+        image.save(path)
+
+    def watched(*given):
+        seen[-1].append(np.asarray(given[4]))
+        return draw(*given)
+
+    draw = of_tasks.draw
+    monkeypatch.setattr(of_tasks, "draw", watched)
+    for entry in ("decode(channels=1, maximum=4095, background=0)", "decode(maximum=100)"):
+        task = task_of(bins=16)
+        data = dataclasses.replace(task.config.data, eval_transforms=(entry, f"resize({SIZE})"))
+        task = dataclasses.replace(task, config=dataclasses.replace(task.config, data=data))
+        steps, model = transforms.with_decode(data.eval_transforms, 3), model_of(task)
+        readable = paths[1:] if "100" in entry else paths
+        expected = []
+        for path in readable:
+            record = {"encoded": path.read_bytes()}
+            for step in steps:
+                record = step(record)
+            expected.append(record["image"])
+        seen.append([])
+        boxes = [each.boxes for each in model.detect([Image.open(path) for path in readable])]
+        np.testing.assert_array_equal(seen[-1][0][: len(readable)], expected)
+        for path, shown, each in zip(readable, expected, boxes, strict=True):
+            seen.append([])  # the command `predict` gives records of decoded files
+            (found,) = model.detect([steps[0]({"encoded": path.read_bytes()})])
+            np.testing.assert_array_equal(seen[-1][0][0], shown)
+            np.testing.assert_array_equal(found.boxes, each)
+    colours = np.array(clear)[..., :3]
+    seen.append([])
+    model.detect([colours])
+    np.testing.assert_array_equal(seen[-1][0][0], steps[0].pixels(colours))
+
+
+def test_an_image_that_cannot_be_decoded_is_refused():
+    image = Image.fromarray(np.full(SIZE, -5, np.int32))
+    with pytest.raises(InputError, match=r"detect cannot read an image \(.*maximum"):
+        model_of(task_of(bins=16)).detect([image])
+
+
+def test_equal_images_have_equal_boxes_wherever_they_stand():
+    model, rng = model_of(task_of(bins=64, top_p=0.9, samples=2)), np.random.default_rng(0)
+    images = rng.integers(256, size=(2, *SIZE, 3), dtype=np.uint8)
+    found = model.detect([images[0], images[1], images[0]])
+    found += [*model.detect(images[:1]), *model.detect([images[1], images[0]])]
+    for i, j in ((0, 2), (0, 3), (1, 4), (0, 5)):
+        np.testing.assert_array_equal(found[i].boxes, found[j].boxes)
+        np.testing.assert_allclose(found[i].scores, found[j].scores, rtol=1e-5)
+    assert len(found[0].boxes) != len(found[1].boxes) or (found[0].boxes != found[1].boxes).any()
+
+
+def test_a_second_call_compiles_nothing():
+    model = model_of(task_of(bins=16))
     images = np.random.default_rng(0).integers(256, size=(4, *SIZE, 1), dtype=np.uint8)
     first, compiled = model.detect(images), COMPILED.copy()
     again = model.detect(images[:3])

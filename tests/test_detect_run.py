@@ -6,16 +6,18 @@ import sys
 
 import numpy as np
 import pytest
+from conftest import scenes_config
 from PIL import Image
 
 import gptv_jax
 from gptv_jax import config as config_lib
 from gptv_jax import tasks, tokens
 from gptv_jax.config import fields
-from gptv_jax.data import cache, pipeline, sources
+from gptv_jax.data import cache, digit_scenes, pipeline, sources
 from gptv_jax.data.damage import DamageLog
 from gptv_jax.data.records import to_image, to_original
 from gptv_jax.errors import InputError
+from gptv_jax.runs import pictures
 from gptv_jax.stages.run import run_stages
 from gptv_jax.tasks import drawing
 from gptv_jax.tasks.average_precision import PRECISIONS, RECALLS
@@ -111,6 +113,34 @@ def test_detection_is_learned_from_a_token_cache_and_shown_in_its_pictures(
     )
     scores = [each["score"] for each in line["objects"]]
     np.testing.assert_allclose(scores, known.scores[:1], rtol=1e-4)
+
+
+def test_a_run_whose_test_images_turn_out_to_have_no_object_ends_well(tmp_path, monkeypatch):
+    scene, plot, curves = digit_scenes.scene, pictures.plot, []
+
+    def without(split, index, seed):
+        record = scene(split, index, seed)
+        keys = ("boxes", "box_labels", "crowd", "area", "masks") if split == "test" else ()
+        return record | {name: record[name][:0] for name in keys}
+
+    monkeypatch.setattr(digit_scenes, "scene", without)
+    monkeypatch.setattr(digit_scenes.DigitScenes, "object_names", ("car/van", *"123456788"))
+    watched = lambda *given, **more: curves.append(given[2]) or plot(*given, **more)  # noqa: E731
+    monkeypatch.setattr(pictures, "plot", watched)
+    settings = config_lib.Detect(objects=2, bins=29)
+    config = scenes_config(config_lib.Task(name="detect", detect=settings), 16, 4, 4)
+    found = run_stages(config, str(tmp_path), ["finetune"])
+    assert found["finetune/test_ap"] is found["finetune/ceiling_test_ap"] is None
+    assert found["finetune/validation_ap"] >= 0
+    # Every class has a number, whatever the classes are called.
+    names = ("car/van", *"12345678", "8 (2)")
+    of_classes = {name for name in found if "_of_" in name}
+    assert of_classes == {f"finetune/test_ap_of_{name}" for name in names}
+    record = json.loads((tmp_path / "config.json").read_text())
+    assert record["found"]["notes"] == ["classes of one name are numbered: 8 (2)"]
+    assert [curve[2] for curve in curves[-1]] == ["from random weights", "from scratch"]
+    assert "unknown" in (tmp_path / "report.html").read_text()
+    assert (tmp_path / "samples/average_precision.png").exists()
 
 
 def test_boxes_and_detections_of_a_cache_lie_in_one_frame(cached):

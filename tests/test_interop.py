@@ -11,7 +11,7 @@ import numpy as np
 import oracle
 import pytest
 import safetensors.numpy
-from conftest import MODERN, generator, make_mesh, random_image, random_params
+from conftest import MODERN, generator, make_mesh, random_image, random_params, tiny_network
 
 import gptv_jax
 from gptv_jax import config as config_lib
@@ -280,6 +280,17 @@ def test_a_field_that_describes_another_network_is_named(weights_file, field, va
     assert fault.startswith(f"config.model.{field} is {value!r}, expected ")
     [fault] = weights_file.differing(config, starts=9)
     assert "start vectors" in fault
+
+
+def test_rotary_weights_fit_images_of_any_size_and_tables_of_positions_one_size():
+    data, model = config_lib.Data(image_size=16), tiny_network().config
+    for tables, faults in ((False, 0), (True, 1)):
+        changed = dataclasses.replace(
+            model, rotary=True, learned_positions=tables, axial_positions=False
+        )
+        weights_file = WeightsFile(changed, config_lib.Tokens(), image_size=8, params={})
+        found = weights_file.differing(config_lib.Config(data=data, model=changed), starts=1)
+        assert len(found) == faults and all("data.image_size is 16" in each for each in found)
 
 
 # Weights of a run.

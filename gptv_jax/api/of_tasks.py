@@ -2,17 +2,18 @@
 
 import itertools
 import os
+import zlib
 from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int
-from PIL import Image, ImageOps
+from jaxtyping import Float, Int, UInt8
+from PIL import Image
 
 from gptv_jax import sharding, validation
 from gptv_jax.data import records, transforms
-from gptv_jax.data.images import Decode
-from gptv_jax.errors import InputError, cut
+from gptv_jax.data.images import DamagedImageError, Decode
+from gptv_jax.errors import InputError, as_input_error, cut
 from gptv_jax.tasks.boxes import Detections, vote
 from gptv_jax.tasks.detect import Detect, draw
 from gptv_jax.tasks.segment import Segment, classes_read, map_nats, written
@@ -21,22 +22,29 @@ from gptv_jax.tokens.label_maps import has_class
 
 AT_ONCE = 64  # views that are read in one batch
 SIZES = (1, 4, 16, AT_ONCE)  # of batches, as every size is compiled
-Picture = np.ndarray | jax.Array | Image.Image
+Picture = np.ndarray | jax.Array | Image.Image | records.Record  # a record's pixels are decoded
+Steps = Sequence[transforms.Transform]
 
 
-def _view(
+def _read(
     method: str,
-    image: Picture,
+    decode: Decode,
     channels: tuple[int, ...],
-    steps: list[transforms.Transform],
-    size: tuple[int, int],
-    plane: np.ndarray | None = None,
-) -> records.Record:
-    """The record of an image, and of its label map, after the transforms, of the network's size."""
-    if isinstance(image, Image.Image):  # upright, as training shows it
-        image = ImageOps.exif_transpose(image).convert("RGB" if 3 in channels else "L")
-    pixels = np.asarray(image)
-    pixels = pixels[..., None] if pixels.ndim == 2 else pixels
+    converts: bool,
+    image: Picture,
+) -> UInt8[np.ndarray, "H W C"]:
+    """The pixels of an image as training has them before the next transform; a record has them.
+
+    With `converts` arrays are decoded, too. InputError: an image is none, or cannot be decoded.
+    """
+    if isinstance(image, dict):
+        return image["image"]
+    if isinstance(image, Image.Image):
+        with as_input_error(f"{method} cannot read an image", DamagedImageError):
+            pixels = decode.pixels(image)
+    else:
+        pixels = np.asarray(image)
+        pixels = pixels[..., None] if pixels.ndim == 2 else pixels
     whole = pixels.ndim == 3 and pixels.size and pixels.shape[-1] in channels
     if pixels.dtype != np.uint8 or not whole:
         array = f"{pixels.dtype} {list(np.shape(image))}"
@@ -46,6 +54,13 @@ def _view(
             f"uint8 arrays [H, W, {' or '.join(map(str, channels))}] of any height and width "
             "from 1 on."
         )
+    return decode.pixels(pixels) if converts and not isinstance(image, Image.Image) else pixels
+
+
+def _view(
+    pixels: np.ndarray, steps: Steps, size: tuple[int, int], plane: np.ndarray | None = None
+) -> records.Record:
+    """The record of an image, and of its label map, after the transforms, of the network's size."""
     original = np.array(pixels.shape[:2])
     record = records.with_view({"image": pixels, "original": original}, *pixels.shape[:2])
     if plane is not None:
@@ -74,12 +89,16 @@ class OfTasks:
     ) -> list[Detections]:
         """The objects in each image, in the image's own pixels, the most likely first.
 
-        Images are Pillow images or uint8 arrays [H, W, C] of any sizes; they are transformed as
-        the test images were, and resized to the size of the network's images. Objects of a score
-        below `threshold` are left out. `votes` are transforms such as "flip(1.0)", under which
-        each image is read as well; the objects of all views vote. None: as in the test. Where the
-        network has learned masks, `np.asarray(found.masks)` is bool [n, H, W], and
-        `found.masks[0]` is the first object's.
+        Images are Pillow images or uint8 arrays [H, W, C] of any sizes; they are decoded and
+        transformed as the test images were, and resized to the size of the network's images.
+        Objects of a score below `threshold` are left out. `votes` are transforms such as
+        "flip(1.0)", under which each image is read as well; the objects of all views vote. None: as
+        in the test. Where the network has learned masks, `np.asarray(found.masks)` is bool
+        [n, H, W], and `found.masks[0]` is the first object's.
+
+        Where config.task.detect.top_p is above 0 boxes are drawn at random. What is drawn depends
+        on the image's own pixels and config.seed alone: equal images have equal boxes, wherever
+        they stand in `images`. The run's own test draws by the number of the test image.
         """
         task = self._described.learned_task
         if not isinstance(task, Detect):
@@ -92,10 +111,7 @@ class OfTasks:
         if isinstance(votes, str) or not all(isinstance(entry, str) for entry in votes):
             advice = "it takes a list of texts, as in votes=['flip(1.0)']"
             raise InputError(f"votes is {cut(repr(votes), 60)}; {advice}.")
-        extra, found = [[], *(transforms.parse_view(entry) for entry in votes)], []
-        names = [name for entry in votes for name in entry.split("|")]
-        if wrong := [name for name in names if transforms.parse(name).random]:
-            raise InputError(f"votes has {', '.join(wrong)}, which is random; flip(1.0) is not.")
+        extra, found = [[], *transforms.parse_views(votes, "votes")], []
         with jax.set_mesh(self.mesh):
             for inputs, shown in self._views("detect", images, extra):
                 drawn = map(np.asarray, draw(task, self.network, self.params, *inputs))
@@ -123,9 +139,9 @@ class OfTasks:
         """The class of every pixel, int32, at each image's own size.
 
         Of an array of images the result is an array [B, H, W], of a list a list of arrays [H, W].
-        Images are Pillow images or uint8 arrays [H, W, C] of any sizes; they are transformed as
-        the test images were. `by` is "read", all pixels at once, or "written", token by token, the
-        most likely one each time; None: "read" where the network has learned both.
+        Images are Pillow images or uint8 arrays [H, W, C] of any sizes; they are decoded and
+        transformed as the test images were. `by` is "read", all pixels at once, or "written", token
+        by token, the most likely one each time; None: "read" where the network has learned both.
 
         With `samples`, so many maps of each image are written by drawing the tokens at the
         `temperature`, and the shapes are [B, samples, H, W] and [samples, H, W]. A seed always
@@ -206,15 +222,16 @@ class OfTasks:
         self,
         method: str,
         images: AnyArray | Sequence[Picture],
-        extra: Sequence[Sequence[transforms.Transform]] = ((),),
+        extra: Sequence[Steps] = ((),),
         maps: Sequence[np.ndarray] | None = None,
     ) -> Iterator[tuple[tuple, tuple[records.Record, ...]]]:
         """Tokens, pixels and numbers of images on the mesh, and the records of the first rows.
 
         There is a record of each image after the transforms of evaluation and each of `extra`, of
         the size that the network takes; "original" is the height and width before. Rows are padded
-        to one of SIZES. `maps` are the images' label maps, which the records then have as well.
-        InputError names the `method` that was called: an image is no image.
+        to one of SIZES. An image's number is a hash of its pixels. `maps` are the images' label
+        maps, which the records then have as well. InputError names the `method` that was called: an
+        image is no image.
         """
         one = isinstance(images, str | os.PathLike | Image.Image)
         if one or (hasattr(images, "ndim") and images.ndim != 4):
@@ -226,16 +243,20 @@ class OfTasks:
         if maps is not None and len(maps) != len(images):
             raise InputError(f"there are {len(images)} images, but {len(maps)} label maps.")
         data = self._described.learned_task.config.data
-        entries = [transforms.parse(entry) for entry in data.eval_transforms]
-        steps = [step for step in entries if not isinstance(step, Decode)]
         channels = (1, 3) if self.codec is None else self.codec.image_shape[2:]
-        numbered = (
-            (number, _view(method, image, channels, [*steps, *more], data.size, plane))
-            for number, (image, plane) in enumerate(
-                zip(images, itertools.repeat(None) if maps is None else maps, strict=False)
-            )
-            for more in extra
-        )
+        decode, *steps = transforms.with_decode(data.eval_transforms, channels[-1])
+        converts = len(steps) < len(data.eval_transforms)  # the first entry is the run's own decode
+        taken = (1, 3) if converts else channels
+
+        def views() -> Iterator[tuple[int, records.Record]]:
+            planes = itertools.repeat(None) if maps is None else maps
+            for image, plane in zip(images, planes, strict=False):
+                pixels = _read(method, decode, taken, converts, image)
+                number = zlib.crc32(np.ascontiguousarray(pixels)) >> 1  # an int32
+                for more in extra:
+                    yield number, _view(pixels, [*steps, *more], data.size, plane)
+
+        numbered = views()
         while batch := list(itertools.islice(numbered, AT_ONCE)):
             size = next(size for size in SIZES if size >= len(batch))
             numbers, shown = zip(*batch, *batch[-1:] * (size - len(batch)), strict=True)

@@ -37,8 +37,9 @@ class Data:
     name: str = "digits"  # one of data.sources.SETS, or the name of a TFDS set
     # TFDS: the folder of all prepared sets (data_dir), or of this set; None: TFDS's default.
     dir: str | None = field(None, free=True)
-    # folder: the folder of images; arrays: an .npz file; coco: the folder of a COCO data set, or
-    # one of its JSON files; tokens: a folder made by gptv_jax.prepare.
+    # folder: the folder of images, or of videos where `frames` is set; camera_motions: the folder
+    # of images that a camera moves over; arrays: an .npz file; coco: the folder of a COCO data set,
+    # or one of its JSON files; tokens: a folder made by gptv_jax.prepare.
     path: str | None = field(None, free=True)
     # coco: JSON files and folders of images, relative to `path`; None: found by their names. A
     # pattern such as "labels/{split}.json", or one for each of train, validation and test, in this
@@ -69,7 +70,9 @@ class Data:
     # Pixels after the transforms: one number for squares, or height and width, such as (48, 64).
     image_size: int | tuple[int, ...] = field(8, PIXELS)
     # Frames of a clip; 0: the data are images. A clip begins at a random frame of its video in
-    # training, and lies in the middle of the video in evaluation.
+    # training, and lies in the middle of the video in evaluation. A shorter video repeats its last
+    # frame. Videos are folders of frames and animations (folder), arrays of 5 axes (arrays), the
+    # feature `video` of a TFDS set, moving_digits and camera_motions.
     frames: int = field(0, FROM_ZERO)
     frame_stride: int = field(1, POSITIVE)  # every so many frames of the video, one is of the clip
     # The label of data sets with several labels, such as moving_digits; None: the first.

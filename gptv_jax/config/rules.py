@@ -235,10 +235,23 @@ def _check_pooling(config: Config, section: str) -> None:
         refuse(config, f"{section}.pooling", reason)
 
 
+def _check_detect(config: Config) -> None:
+    """Checks the settings of the task `detect` against each other."""
+    settings = config.task.detect
+    if settings.samples > 1 and settings.top_p == 0:
+        reason = "samples above 1 takes config.task.detect.top_p above 0, or all are equal; take .5"
+        refuse(config, "task.detect.samples", reason)
+    if settings.noise_among and not settings.noise:
+        reason = "config.task.detect.noise=False makes no noise objects; take 0, or noise=True"
+        refuse(config, "task.detect.noise_among", reason)
+
+
 def _check_finetune(config: Config) -> None:
     _check_pooling(config, "finetune")
     _check_training(config, "finetune.train")
     _check_pixels(config)
+    if config.task.name == "detect":
+        _check_detect(config)
 
 
 SECTIONS = {

@@ -48,10 +48,10 @@ class Detect:
     # "flip(1.0)|flip_vertical(1.0)"; the boxes of all views vote. (): there is no vote.
     votes: tuple[str, ...] = field((), ENTRIES)
     most: int = field(100, POSITIVE)  # detections an image that count, the most likely ones
-    # Instance masks: tokens of an object after its class, such as 16 (PaliGemma, arXiv:2407.07726),
-    # codes of the mask in the object's box; 0: boxes alone. They are those of an autoencoder that
-    # sees masks of `mask_size` pixels a side. `mask_levels`: of each dimension of a code, of which
-    # there are as many as their product.
+    # Instance masks: tokens of an object after its class, such as 16 (PaliGemma, arXiv:2407.07726);
+    # 0: boxes alone. The tokens are the codes that an autoencoder gives the mask in the object's
+    # box, resized to `mask_size` pixels a side. A code has dimensions of so many `mask_levels`, and
+    # the product of the levels is the number of codes.
     masks: int = field(0, FROM_ZERO)
     mask_size: int = field(64, POSITIVE)
     mask_levels: tuple[int, ...] = field((8, 4, 4), data.LEVELS)

@@ -9,6 +9,7 @@ from gptv_jax import config as config_lib
 from gptv_jax import files
 from gptv_jax.data import labels as labels_lib
 from gptv_jax.data import listing
+from gptv_jax.data.clips import Clips, Video, VideoSource
 from gptv_jax.data.data_set import DataSet, Source
 from gptv_jax.data.listing import split_names
 from gptv_jax.data.records import Record
@@ -21,19 +22,25 @@ with epy.lazy_imports():  # slow to import, and only the digits need it
 class Arrays(DataSet):
     """A data set in memory: `{"train": (images, labels), ...}`.
 
-    Images are uint8 [N, H, W, C]; labels are whole numbers or names [N], all None where the set is
-    unlabelled. Images with the label `ignore_label` are left out. Numbers that do not count from 0
-    and names are numbered (see `labels.number`); the original values become `class_names`.
+    Images are uint8 [N, H, W, C], or videos [N, F, H, W, C], which are read as `clips`. Labels are
+    whole numbers or names [N], all None where the set is unlabelled. Images with the label
+    `ignore_label` are left out. Numbers that do not count from 0 and names are numbered (see
+    `labels.number`); the original values become `class_names`.
     """
 
     def __init__(
         self,
         splits: dict[str, tuple[np.ndarray, np.ndarray | None]],
         ignore_label: int | None = None,
+        clips: Clips | None = None,
     ):
         self.notes = []
         for name, (images, _) in splits.items():
             _check_images(name, images)
+        self.videos = next(iter(splits.values()))[0].ndim == 5
+        if len({images.ndim for images, _ in splits.values()}) > 1:
+            shown = shorten(f"{name} {list(images.shape)}" for name, (images, _) in splits.items())
+            raise InputError(f"some splits hold images and others videos: {shown}; store one kind.")
         given = {name: array for name, (_, array) in splits.items() if array is not None}
         if len(given) not in (0, len(splits)):
             without = shorten(name for name in splits if name not in given)
@@ -49,7 +56,14 @@ class Arrays(DataSet):
             )
             if ignore_label is not None:
                 images = {name: images[name][kept] for name, kept in rows.items()}
-        self.splits = {n: ArraysSplit(n, array, labels.get(n)) for n, array in images.items()}
+        if not self.videos:
+            self.splits = {n: ArraysSplit(n, array, labels.get(n)) for n, array in images.items()}
+            return
+        self.splits = {
+            n: ArrayVideos(n, array, labels.get(n), clips) for n, array in images.items()
+        }
+        if clips:
+            self.notes += clips.short((f"those of {n}", a.shape[1]) for n, a in images.items())
 
 
 class ArraysSplit(Source):
@@ -64,24 +78,45 @@ class ArraysSplit(Source):
         return len(self.images)
 
     def __getitem__(self, index: int) -> Record:
-        image = {self.key: self.content(index)}
-        return image if self.labels is None else {**image, "label": np.int32(self.labels[index])}
+        return {self.key: self.content(index), **self.known(index)}
 
     def content(self, index: int) -> np.ndarray | bytes:
         return self.images[index]
+
+    def known(self, index: int) -> Record:
+        """The label, if there is one."""
+        return {} if self.labels is None else {"label": np.int32(self.labels[index])}
+
+
+class ArrayVideos(VideoSource, ArraysSplit):
+    """The videos of a split, uint8 [N, F, H, W, C]."""
+
+    key = "image"
+
+    def __init__(self, where: str, videos, labels: np.ndarray | None, clips: Clips | None):
+        super().__init__(where, videos, labels)
+        self.clips = clips
+
+    def video(self, index: int) -> Video:
+        frames = self.images[index]
+        return Video(len(frames), frames.__getitem__, self.known(index))
 
 
 def _check_images(split: str, images: np.ndarray) -> None:
     """Raises InputError, with the expression that helps, unless images are uint8 [N, H, W, C]."""
     shape, kind = images.shape, images.dtype.kind
-    wanted = "images must be uint8 [N, H, W, C] with 1 to 4 channels C"
+    wanted = "images must be uint8 [N, H, W, C], videos [N, F, H, W, C], with 1 to 4 channels C"
     if images.ndim == 3:
         advice = "; store images[..., None] of grey images"
     elif images.ndim == 4 and shape[-1] > 4 and shape[1] <= 4:
         advice = "; with channels first, store images.transpose(0, 2, 3, 1)"
     elif images.ndim == 4 and shape[-1] > 4 and shape[2] <= 4:  # as in MATLAB
         advice = "; with images last, store images.transpose(3, 0, 1, 2)"
-    elif images.ndim != 4 or not 1 <= shape[-1] <= 4 or not images.size or kind not in "biuf":
+    elif images.ndim == 5 and shape[-1] > 4 and shape[2] <= 4:
+        advice = "; with channels before rows, store videos.transpose(0, 1, 3, 4, 2)"
+    elif images.ndim == 4 and shape[-1] > 4:
+        advice = "; store videos[..., None] of grey videos"
+    elif not (images.ndim in (4, 5) and 1 <= shape[-1] <= 4 and images.size and kind in "biuf"):
         advice = ""
     elif images.dtype == np.uint8:
         return
@@ -121,7 +156,7 @@ def open_npz(config: config_lib.Data) -> Arrays:
     own = split_names(names)  # MedMNIST calls a split val
     labels = {n: arrays.get(f"{n}_labels") if config.labels else None for n in names}
     splits = {split: (arrays[f"{n}_images"], labels[n]) for n, split in own.items()}
-    found = Arrays(splits, config.ignore_label)
+    found = Arrays(splits, config.ignore_label, Clips.of(config) if config.frames else None)
     found.other_names = own
     return found
 

@@ -16,7 +16,7 @@ from gptv_jax.data.coco_files import image_name
 from gptv_jax.data.data_set import ORDER_SEED, DataSet, Source
 from gptv_jax.data.images import DamagedImageError, as_stored, shown_size
 from gptv_jax.data.records import Record
-from gptv_jax.errors import InputError, shorten
+from gptv_jax.errors import InputError, cut, shorten
 
 
 class Coco(DataSet):
@@ -52,9 +52,12 @@ class Coco(DataSet):
             folder = coco_files.image_folder(config, file, split, len(found), content["images"])
             self.splits[split] = CocoSplit(self, file, folder, content)
         if not any(len(source.box_labels) for source in self.splits.values()):
+            told = (note.partition(": ")[2] for note in self.notes)
+            cause = shorten(told, "; ", room=140) or "there are no annotations"
             raise InputError(
-                f"{shorten(found.values())} have no box that could be used, of "
-                f"{len(self.object_ids)} categories; name other files by config.data.annotations."
+                f"{shorten(found.values(), room=60)} have no box that could be used, of "
+                f"{len(names)} categories: {cause}; mend the files, or name others by "
+                "config.data.annotations."
             )
 
     def _names(self, categories: dict[pathlib.Path, list[dict]]) -> dict[int, str]:
@@ -140,19 +143,25 @@ class CocoSplit(Source):
             empty = (boxes[:, :2] >= boxes[:, 2:]).any(1)
         good = (owner < 0) | (at >= 0)  # annotations of images without a file go with the images
         faults = {
-            "annotations of no image of the file are left out": owner < 0,
-            "annotations of no category of the file are left out": label < 0,
-            "annotations have no box of four finite numbers and are left out": ~finite,
-            "boxes have a negative width or height and are left out": (side < 0).any(1),
-            "boxes lie outside of their image and are left out": outside,
-            "boxes have no area and are left out": empty,
-            "annotations repeat one before, id and all, and are left out": _copies(entries),
+            "annotations of no image of the file are left out": (owner < 0, "image_id"),
+            "annotations of no category of the file are left out": (label < 0, "category_id"),
+            "annotations have no box of four finite numbers and are left out": (~finite, "bbox"),
+            "boxes have a negative width or height and are left out": ((side < 0).any(1), "bbox"),
+            "boxes lie outside of their image and are left out": (outside, "bbox"),
+            "boxes have no area and are left out": (empty, "bbox"),
+            "annotations repeat one before, id and all, and are left out": (_copies(entries), "id"),
         }
-        for what, faulty in faults.items():
-            tell(what, np.flatnonzero(good & faulty), entry_name)
+        for what, (faulty, key) in faults.items():
+            rows = np.flatnonzero(good & faulty)
+            given = cut(repr(entries[rows[0]].get(key)), 40) if len(rows) else ""
+            tell(what, rows, lambda i, cause=f" ({key}={given})": entry_name(i) + cause)
             good &= ~faulty
         reaching = np.flatnonzero(good & clipped)
         tell("boxes reach out of their image and are clipped", reaching, entry_name)
+        shares = np.flatnonzero(good & (low >= 0).all(1) & (low + side <= 1).all(1))
+        if 2 * len(shares) > good.sum():
+            what = "most boxes lie within one pixel, as shares of an image do; bbox takes pixels"
+            tell(what, shares, entry_name)
         rows = np.flatnonzero(good)
         rows = rows[np.argsort(at[rows], kind="stable")]
         # Image i has the boxes offsets[i] .. offsets[i + 1] - 1.

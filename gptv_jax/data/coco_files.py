@@ -7,6 +7,7 @@ import dataclasses
 import gc
 import json
 import mmap
+import os
 import pathlib
 import re
 from typing import BinaryIO
@@ -26,6 +27,7 @@ LISTS = ("images", "annotations", "categories")
 # Most of a file is polygons. They are cut out of the text, since as Python objects they would take
 # gigabytes; a string with these words has \" in JSON.
 _SHAPES = re.compile(rb'"(segmentation|counts|keypoints)"\s*:\s*(\[[][\d\s.,eE+-]*\])')
+WHOLE_STARS = re.compile(r"(?<![^/])\*\*(?![^/])")  # a pattern's part for folders of any depth
 PROBED = 32  # images of a JSON file that are looked for in every folder
 KINDS = ("semantic", "masks")  # what `config.data.maps` names
 BACKGROUND = "background"  # class 0 of label maps: pixels of no object
@@ -52,7 +54,13 @@ def find(path: pathlib.Path, given: str | None) -> dict[str, pathlib.Path]:
                 "or read images without boxes by --config.data.name=folder."
             )
     elif "{split}" in given:
-        files = sorted(path.glob(given.replace("{split}", "*")))
+        pattern = given.replace("{split}", "*")
+        if "**" in WHOLE_STARS.sub("", pattern) or pathlib.Path(pattern).is_absolute():
+            raise InputError(
+                f"{field}={given} is no pattern: {{split}} stands for any letters, so no * stands "
+                f"beside it, and a pattern is relative to {path}, such as 'labels/{{split}}.json'."
+            )
+        files = sorted(path.glob(pattern))
         if not files:
             raise InputError(f"{field}={given} names no file in {path}.")
     else:
@@ -155,9 +163,17 @@ def image_folder(
     probed = images[:: max(len(images) // PROBED, 1)]
     counts = [sum((f / image_name(each)).is_file() for each in probed) for f in folders]
     if images and not max(counts):
+        name, above = image_name(images[0]), root.parent
+        places = (above, *sorted(above.glob("*/")))
+        beside = given is None and next((f for f in places if (f / name).is_file()), None)
+        advice = "name the folder by config.data.images"
+        if beside and root.samefile(files_lib.user_path(config.path)):
+            advice = f"take config.data.path={above}, which has the images"
+        elif beside:
+            advice = f"take config.data.images={os.path.relpath(beside, root)}"
         raise InputError(
-            f"of the images of {file.name}, such as {image_name(images[0])}, none lies in "
-            f"{shorten(dict.fromkeys(folders), room=100)}; name the folder by config.data.images."
+            f"of the images of {file.name}, such as {name}, none lies in "
+            f"{shorten(dict.fromkeys(folders), room=100)}; {advice}."
         )
     return folders[counts.index(max(counts))]
 
@@ -259,8 +275,26 @@ def _runs(outline: list | dict, height: int, width: int) -> dict | None:
         return mask.merge(mask.frPyObjects(polygons, height, width))
     if list(outline["size"]) != [height, width]:
         raise ValueError(f"run lengths are of {outline['size']}, the image of {[height, width]}")
-    if not isinstance(outline["counts"], list):
-        return outline
-    if sum(outline["counts"]) != height * width or min(outline["counts"]) < 0:
+    counts = outline["counts"]
+    counts = counts if isinstance(counts, list) else _uncompressed(counts)
+    if sum(counts) != height * width or min(counts) < 0:  # pycocotools would leave pixels random
         raise ValueError("run lengths are not of all pixels")
-    return mask.frPyObjects(outline, height, width)
+    return mask.frPyObjects({**outline, "counts": counts}, height, width)
+
+
+def _uncompressed(text: str) -> list[int]:
+    """The run lengths in a compressed text, as pycocotools' `rleFrString` reads them.
+
+    A character has five bits of a number, the lowest first; from the fourth on, a number is the
+    difference from the run length two before.
+    """
+    counts, number, bits = [], 0, 0
+    for letter in text.encode():
+        letter -= 48
+        number |= (letter & 31) << bits
+        bits += 5
+        if not letter & 32:
+            number -= (letter & 16) // 16 << bits  # the sign
+            counts.append(number + (counts[-2] if len(counts) > 2 else 0))
+            number = bits = 0
+    return counts

@@ -59,7 +59,8 @@ class DecodedSource(Source):
 
     def reason(self, index: int) -> str:
         try:
-            self.decode(self.source[index])
+            for record in self.source.every(index):
+                self.decode(record)
         except (DamagedImageError, OSError) as error:
             return getattr(error, "strerror", None) or str(error)
         return "it could not be read before, and now can"
@@ -67,7 +68,8 @@ class DecodedSource(Source):
     def depth(self, index: int) -> Depth | None:
         """See `Decode.depth`; None also where the file cannot be read, or is an array of pixels."""
         try:
-            return self.decode.depth(self.source[index]["encoded"])
+            encoded = self.source[index]["encoded"]
+            return self.decode.depth(encoded[0] if isinstance(encoded, list) else encoded)
         except (OSError, KeyError, DamagedImageError):
             return None
 

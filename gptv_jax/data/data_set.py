@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from gptv_jax.data.records import Record, annotations
+from gptv_jax.errors import shorten
 
 SPLITS = ("train", "validation", "test")  # of a run; `config.data` gives an expression for each
 ORDER_SEED = 0  # fixed, so that a split expression selects the same images in every run
@@ -37,6 +38,10 @@ class Source:
         """
         del rng
         return self[index]
+
+    def every(self, index: int) -> Iterable[Record]:
+        """Of a video, the records of clips that together have all frames that a clip may have."""
+        return (self[index],)
 
     def name(self, index: int) -> str:
         """The example's name in messages."""
@@ -81,6 +86,23 @@ class DataSet:
     def open(self, split: str) -> Source:
         """The records of a split."""
         return self.splits[split]
+
+
+def with_distinct_names(data_set: DataSet) -> DataSet:
+    """The data set, in which equal names of classes are numbered, and noted.
+
+    By a class's name its numbers stand in summaries, so no two may be equal.
+    """
+    for field in ("class_names", "object_names", "map_names"):
+        names: dict[str, None] = {}
+        for name in getattr(data_set, field):
+            numbered = (f"{name} ({number})" for number in itertools.count(2))
+            names[next(n for n in itertools.chain([name], numbered) if n not in names)] = None
+        if changed := sorted({*names} - {*getattr(data_set, field)}):
+            setattr(data_set, field, tuple(names))
+            note = f"classes of one name are numbered: {shorten(changed)}"
+            data_set.notes = [*dict.fromkeys([*data_set.notes, note])]
+    return data_set
 
 
 def starts(lengths: Iterable[int]) -> list[int]:

@@ -62,7 +62,7 @@ def drawings(split: str) -> tuple[list[Image.Image], np.ndarray]:
 
 
 def scene(split: str, index: int, seed: int = 0) -> Record:
-    """The record of a scene of 1 to 6 digits.
+    """The record of a scene of 1 to 5 digits.
 
     "image" is uint8 [H, W, 1]. Of each of the n digits, "boxes" float32 [n, 4] (y0, x0, y1, x1,
     pixels) is tight around its visible ink, "box_labels" int32 [n] is its class, "crowd" bool [n]

@@ -31,6 +31,8 @@ class ImageFolder(DataSet):
     there is no image, the splits or classes are ambiguous, or a class has one training image.
     """
 
+    noun = "image"  # of an example, in messages
+
     def __init__(self, config: config_lib.Data):
         path = listing.data_path(config)
         if not path.is_dir():
@@ -67,6 +69,7 @@ class ImageFolder(DataSet):
                 raise InputError(f"config.data.path={advice}")
             has = f"; it has {shorten(counted, room=60)}" * bool(counted)
             has += f", which needs {PLUGIN}" * bool(apple)
+            has += f"; {listing.VIDEO_ADVICE}" * any(endings[e] for e in listing.VIDEO_ENDINGS)
             known = f"{', '.join(ENDINGS[:4])} or another ending of images that Pillow reads"
             raise InputError(f"{bare[0]} holds no image (no file ending in {known}{has}).")
         if apple:
@@ -77,12 +80,21 @@ class ImageFolder(DataSet):
             "folders of the system or of thumbnails": sorted({n for e in read for n in e.system}),
         }
         self.left_out = [f"{what}: {shorten(names)}" for what, names in unread.items() if names]
-        self._label(config, folders, files)
+        self._label(config, folders, {s: self._examples(folders[s], files[s]) for s in files})
+
+    def _examples(self, folder: pathlib.Path, files: list[str]) -> list[str]:
+        """The examples that the image files below the folder of a split are."""
+        return files
+
+    def _split(
+        self, folder: pathlib.Path, examples: list[str], labels: np.ndarray | None
+    ) -> "FolderSplit":
+        return FolderSplit(folder, examples, labels)
 
     def _label(
         self, config: config_lib.Data, folders: dict[str, pathlib.Path], files: dict[str, list[str]]
     ) -> None:
-        """Finds the classes, and makes the splits of the images that have one."""
+        """Finds the classes, and makes the splits of the examples `files` that have one."""
         names = None
         if config.labels and config.labels_file:
             names = labels_lib.of_files(config, folders, files, self.notes)
@@ -109,13 +121,13 @@ class ImageFolder(DataSet):
             labels = np.array([numbers[n] for n in given] or [0] * len(found), np.int32)
             order = spread_classes(labels)
             chosen = [found[i] for i in order]
-            self.splits[split] = _FolderSplit(folder, chosen, labels[order] if numbers else None)
+            self.splits[split] = self._split(folder, chosen, labels[order] if numbers else None)
         if lone := [name for name in self.class_names if counts[name] == 1]:
-            more = f" and {len(lone) - 3} more" if len(lone) > 3 else ""
+            shown = ", ".join(lone[:3]) + (f" and {len(lone) - 3} more" if len(lone) > 3 else "")
             raise InputError(
-                f"{folders['train']} has only one image of class {', '.join(lone[:3])}{more}, too "
-                "few to train on some and evaluate on others; add images, remove the class, or "
-                "ignore all classes by config.data.labels=False."
+                f"{folders['train']} has only one {self.noun} of class {shown}, too few to train "
+                f"on some and evaluate on others; add {self.noun}s, remove the class, or ignore "
+                "all classes by config.data.labels=False."
             )
 
     def _class_folders(
@@ -134,16 +146,16 @@ class ImageFolder(DataSet):
             return None
         if flat := [split for split in files if split not in mixed]:
             raise InputError(
-                f"{folders[flat[0]]} has images without class folders, but the split {min(mixed)} "
-                f"has the classes {shorten(sorted(names))}. Sort these images into class "
+                f"{folders[flat[0]]} has {self.noun}s without class folders, but the split "
+                f"{min(mixed)} has the classes {shorten(sorted(names))}. Sort them into class "
                 "folders, move them away, or ignore all classes by config.data.labels=False."
             )
         outside = [str(folders[split] / f) for split in stray for f in stray[split]]
         total, shown = sum(map(len, files.values())), shorten(outside)
-        strays = f"{len(outside)} of {total} images lie in no class folder"
+        strays = f"{len(outside)} of {total} {self.noun}s lie in no class folder"
         if len(outside) > MOST_STRAY * total:
-            advice = "move or remove these images to have labels"
-            self.notes.append(f"{strays} ({shown}), so all images are unlabelled; {advice}")
+            advice = f"move or remove these {self.noun}s to have labels"
+            self.notes.append(f"{strays} ({shown}), so all {self.noun}s are unlabelled; {advice}")
             return None
         if outside:
             self.notes.append(f"{strays} and are left out: {shown}")
@@ -152,7 +164,7 @@ class ImageFolder(DataSet):
         return {split: [_class(f) for f in found] for split, found in files.items()}
 
 
-class _FolderSplit(ArraysSplit):
+class FolderSplit(ArraysSplit):
     """The image files `images` below the folder `where`."""
 
     key = "encoded"
@@ -228,7 +240,7 @@ def refuse_inside(config: config_lib.Data, places: dict[str, str | pathlib.Path 
 
     `places` has the folders to be written, by the flag or field that named each.
     """
-    if config.name != "folder" or not config.path:
+    if config.name not in ("folder", "camera_motions") or not config.path:
         return
     data = files_lib.user_path(config.path).resolve()
     for setting, given in places.items():

@@ -6,7 +6,7 @@ import dataclasses
 import io
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar, NamedTuple, dataclass_transform
 
 import numpy as np
@@ -14,8 +14,16 @@ from jaxtyping import UInt8
 from PIL import ExifTags, Image, ImageOps
 
 from gptv_jax.config.fields import ABOVE_ZERO, POSITIVE, field
-from gptv_jax.data.records import OBJECTS, PICTURE, PLANES, Record, to_array, to_picture
-from gptv_jax.errors import InputError, first_line
+from gptv_jax.data.records import (
+    OBJECTS,
+    PICTURE,
+    PLANES,
+    EncodedClip,
+    Record,
+    to_array,
+    to_picture,
+)
+from gptv_jax.errors import InputError, first_line, shorten
 
 # Pillow warns of unusual metadata. The filter is global, since a context is not thread-safe.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -39,7 +47,11 @@ def as_damaged(problem: str = "") -> Iterator[None]:
         raise
     except Exception as error:  # parsers of files, such as Pillow's plugins, raise anything
         unknown = isinstance(error, Image.UnidentifiedImageError)
-        reason = "not an image that Pillow can read" if unknown else first_line(error)
+        reason = getattr(error, "strerror", None) or first_line(error)
+        if unknown:
+            reason = "not an image that Pillow can read"
+        elif isinstance(error, LookupError):  # in Pillow's own parsers
+            reason = f"the file is damaged ({reason})"
         raise DamagedImageError(problem + reason) from error
 
 
@@ -111,24 +123,35 @@ class Decode(Transform):
         """The record with "image" in place of "encoded"."""
         rest = {name: value for name, value in record.items() if name != "encoded"}
         given = record["encoded"] if "encoded" in record else record["image"]
-        if isinstance(given, list) or getattr(given, "ndim", 0) == 4:  # the frames of a clip
-            return {**rest, "image": np.stack([self.pixels(frame) for frame in given])}
-        return {**rest, "image": self.pixels(given)}
+        if isinstance(given, EncodedClip):
+            frames = given.decoded(self)
+        elif isinstance(given, list) or getattr(given, "ndim", 0) == 4:  # the frames of a clip
+            frames = [self.pixels(frame) for frame in given]
+        else:
+            return {**rest, "image": self.pixels(given)}
+        if len(sizes := dict.fromkeys(f"{len(frame[0])} x {len(frame)}" for frame in frames)) > 1:
+            raise DamagedImageError(f"its frames have several sizes: {shorten(sizes)} pixels")
+        return {**rest, "image": np.stack(frames)}
 
-    def pixels(self, encoded: bytes | np.ndarray, rng=None) -> np.ndarray:
-        """Pixels, uint8 [H, W, channels]; of an array only the channels are converted.
+    def pixels(self, encoded: bytes | np.ndarray | Image.Image, rng=None) -> np.ndarray:
+        """Pixels, uint8 [H, W, channels], of a file's bytes, an array or a Pillow image.
 
-        Raises DamagedImageError where the file is truncated, empty, no image, or of a wrong size.
+        An array or a Pillow image may have any size. Raises DamagedImageError where the file is
+        truncated, empty, no image, or of a wrong size.
         """
         if isinstance(encoded, np.ndarray):
-            return self._convert(to_picture(encoded))
+            return self.convert(to_picture(encoded))
+        if isinstance(encoded, Image.Image):
+            with as_damaged():
+                return self.convert(encoded)
         if not encoded:
             raise DamagedImageError("the file is empty")
         with as_damaged(), Image.open(io.BytesIO(encoded)) as image:
-            self._check_size(*image.size)
-            return self._convert(image)
+            self.check_size(*image.size)
+            return self.convert(image)
 
-    def _check_size(self, width: int, height: int) -> None:
+    def check_size(self, width: int, height: int) -> None:
+        """Raises DamagedImageError where an image of this size is refused."""
         short, long = sorted((width, height))
         for wrong, limit in (
             (width * height > self.max_pixels, f"more than max_pixels={self.max_pixels}"),
@@ -138,7 +161,8 @@ class Decode(Transform):
             if wrong:
                 raise DamagedImageError(f"{width} x {height} pixels are {limit}")
 
-    def _convert(self, image: Image.Image) -> np.ndarray:
+    def convert(self, image: Image.Image) -> np.ndarray:
+        """Pixels, uint8 [H, W, channels], of an open image, of which the frame that is shown."""
         stored = image  # has the file's tags, which a turned image has lost
         maximum, deep = self.maximum or 0, _is_deep(stored)
         if maximum > 255 and has_deep_colours(stored):
@@ -163,7 +187,7 @@ class Decode(Transform):
     def depth(self, encoded: bytes) -> "Depth | None":
         """The values of a file of more than 8 bits; None: it has 8 bits or cannot be decoded."""
         with contextlib.suppress(Exception), Image.open(io.BytesIO(encoded)) as image:
-            self._check_size(*image.size)
+            self.check_size(*image.size)
             if has_deep_colours(image):  # of which Pillow reads the upper 8 bits
                 upper = np.asarray(image)
                 return Depth("16-bit colour", upper.min() * 256.0, upper.max() * 256.0, 65535)
@@ -187,6 +211,31 @@ class Decode(Transform):
         if isinstance(clear := stored.info.get("transparency"), int):
             pixels[values == clear] = self.background
         return pixels
+
+
+@dataclasses.dataclass(frozen=True)
+class Animation(EncodedClip):
+    """Frames of a GIF, WebP, APNG or another file with several frames that Pillow reads."""
+
+    encoded: bytes
+    numbers: Sequence[int]  # of the frames, in the order of time; those before are decoded too
+
+    def decoded(self, decode: Decode) -> Sequence[UInt8[np.ndarray, "H W C"]]:
+        found = {}
+        with as_damaged(), Image.open(io.BytesIO(self.encoded)) as image:
+            decode.check_size(*image.size)
+            for number in dict.fromkeys(self.numbers):
+                image.seek(int(number))
+                found[number] = decode.convert(image)
+        return [found[number] for number in self.numbers]
+
+
+def count_frames(encoded: bytes) -> int:
+    """Number of frames of an image file, 1 of most; DamagedImageError: it cannot be read."""
+    if not encoded:
+        raise DamagedImageError("the file is empty")
+    with as_damaged(), Image.open(io.BytesIO(encoded)) as image:
+        return getattr(image, "n_frames", 1)
 
 
 class Depth(NamedTuple):

@@ -15,6 +15,10 @@ from gptv_jax.errors import InputError
 
 # Endings of the commonest formats; `_known` adds all others that the installed Pillow opens.
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+# Endings of video files, which gptv_jax.prepare turns into folders of frames.
+VIDEO_ENDINGS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".m2ts")
+VIDEO_ENDINGS += (".mts", ".wmv", ".flv", ".ogv", ".3gp")
+VIDEO_ADVICE = "python -m gptv_jax.prepare --videos=FOLDER --out=FRAMES reads video files"
 # Formats of pictures that have no MIME type in Pillow; other formats without one are stubs, fonts
 # of games, or documents.
 UNTYPED_FORMATS = ("QOI", "DDS", "FITS", "SUN")
@@ -43,12 +47,21 @@ _BOXLESS = ("captions", "image_info", "panoptic", "stuff", ".")
 class Listing:
     """What lies in a folder, and if `deep` below the folder; hidden files and folders apart."""
 
-    def __init__(self, folder: pathlib.Path, deep: bool = True, known: Iterable[str] = ()):
-        """Lists the folder; a symbolic link to one of the real paths `known` is left out."""
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        deep: bool = True,
+        known: Iterable[str] = (),
+        taken: tuple[str, ...] = (),
+    ):
+        """Lists the folder; a symbolic link to one of the real paths `known` is left out.
+
+        `taken` are the endings of files to list, (): of all images.
+        """
         self.files: list[str] = []  # sorted paths, relative to the folder, of the image files
         self.below: list[str] = []  # names of the sub-folders
         self.inner: set[str] = set()  # names of the sub-folders that hold images
-        self.endings = collections.Counter()  # of files that are no images: their number
+        self.endings = collections.Counter()  # of files that are not listed: their number
         self.system: list[str] = []  # names of folders of the system
         # Links back to the parent would read the folders beside this one as parts of this one.
         known, visited = {*known, *([os.path.realpath(folder.parent)] if deep else ())}, set()
@@ -70,7 +83,7 @@ class Listing:
             before = len(self.files)
             for name in sorted(name for name in names if not name.startswith(".")):
                 ending = os.path.splitext(name)[1].lower()
-                if ending in ENDINGS or ending in _known():
+                if ending in taken or (not taken and (ending in ENDINGS or ending in _known())):
                     self.files.append(prefix + name)
                 else:
                     self.endings[ending or "no ending"] += 1

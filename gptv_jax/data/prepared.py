@@ -1,14 +1,16 @@
 """TFDS data sets that were prepared as ArrayRecord, read without TensorFlow."""
 
+import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
 from gptv_jax import config as config_lib
 from gptv_jax import files
 from gptv_jax.data import label_maps, listing
+from gptv_jax.data.clips import Clips, Video, VideoSource
 from gptv_jax.data.data_set import DataSet, Source
 from gptv_jax.data.images import shown_size
 from gptv_jax.data.records import Record
@@ -16,6 +18,7 @@ from gptv_jax.errors import InputError, cut, first_line, shorten
 
 IMAGE_ID = "image/id"  # the feature with the id of an image in the original files
 IMAGES = ("image", "image_left")  # features with the image; Cityscapes calls it image_left
+VIDEO = "video"  # the feature with the video, where there are several
 
 
 class Tfds(DataSet):
@@ -28,6 +31,9 @@ class Tfds(DataSet):
 
     Boxes are those of the first feature that is a sequence of dicts with `bbox`, such as `objects`;
     without a `label` in the dicts all objects are of one class.
+
+    With `config.frames`, the examples are the videos of the feature `video`, or of the first one of
+    type Video, a sequence of image files; boxes and label maps are not read.
     """
 
     def __init__(self, config: config_lib.Data, sets: Iterable[str]):
@@ -36,11 +42,12 @@ class Tfds(DataSet):
         name, folder = config.name, config.dir and str(files.user_place(config.dir))
         self._folder, self._sets = folder, sets
         try:
-            if folder and (pathlib.Path(folder) / "dataset_info.json").exists():
-                self._builder = tfds.builder_from_directory(folder)
-            else:
-                self._builder = tfds.builder(name, data_dir=folder)
-            info = self._builder.info
+            with _videos_as_images(tfds.features.Video):
+                if folder and (pathlib.Path(folder) / "dataset_info.json").exists():
+                    self._builder = tfds.builder_from_directory(folder)
+                else:
+                    self._builder = tfds.builder(name, data_dir=folder)
+                info = self._builder.info
             if not info.splits:
                 raise FileNotFoundError("it is not prepared")
         except Exception as error:  # TFDS raises what its readers do
@@ -49,7 +56,15 @@ class Tfds(DataSet):
             raise InputError(
                 f"config.data.dir={folder} holds {info.name}, but config.data.name is {name}."
             )
+        videos = [
+            name
+            for name, each in info.features.items()
+            if isinstance(getattr(each, "feature", None), tfds.features.Image)
+        ]
         self._image = next((n for n in IMAGES if n in info.features), None)
+        self.videos = bool(videos) and (bool(config.frames) or not self._image)
+        if self.videos:
+            self._image, self._clips = VIDEO if VIDEO in videos else videos[0], Clips.of(config)
         if self._image is None:
             shown = shorten(info.features)
             raise InputError(f"data set {name} has no feature called image; it has: {shown}.")
@@ -57,6 +72,12 @@ class Tfds(DataSet):
             n for n, feature in info.features.items() if isinstance(feature, tfds.features.Image)
         ]
         self._decoders = dict.fromkeys((self._image, *self._pictures), tfds.decode.SkipDecoding())
+        self._decoders |= dict.fromkeys(videos, _KeepFiles())
+        if self.videos and config.maps:
+            raise InputError(
+                f"config.data.maps={config.maps} is not read beside videos; leave it out, or set "
+                "config.data.frames=0 to read images."
+            )
         self._maps = config.maps and (config.maps, self._label_table(config))
         self.map_names = self._maps[1].names if self._maps else ()
         self.name = info.name
@@ -67,7 +88,8 @@ class Tfds(DataSet):
         for name, feature in info.features.items():
             inner = dict(getattr(getattr(feature, "feature", None), "items", tuple)())
             box_format = getattr(inner.get("bbox"), "bbox_format", None)
-            if getattr(box_format, "name", "") == "REL_YXYX" and not self._objects:
+            boxes = getattr(box_format, "name", "") == "REL_YXYX"
+            if boxes and not self._objects and not self.videos:
                 label = inner.get("label")
                 self._objects = (name, isinstance(label, tfds.features.ClassLabel))
                 self.object_names = tuple(label.names) if self._objects[1] else (name,)
@@ -85,7 +107,7 @@ class Tfds(DataSet):
             return label_maps.make_table(tuple(names), config)
         return label_maps.read_table(config)
 
-    def open(self, split: str) -> "_TfdsSplit":
+    def open(self, split: str) -> Source:
         paths = [pathlib.Path(path) for path in self._builder.info.splits[split].filepaths]
         missing = [str(path) for path in paths if not path.exists()]
         if missing:
@@ -94,8 +116,10 @@ class Tfds(DataSet):
             data = self._builder.as_data_source(split=split, decoders=self._decoders)
         except NotImplementedError as error:  # prepared as TFRecord
             raise self._unprepared(self.name, error) from error
-        found = (self._image, bool(self.classes), self._objects, self._maps)
-        return _TfdsSplit(f"{self.name}/{split}", data, *found)
+        where, labelled = f"{self.name}/{split}", bool(self.classes)
+        if self.videos:
+            return _TfdsVideos(where, data, self._image, labelled, self._clips)
+        return _TfdsSplit(where, data, self._image, labelled, self._objects, self._maps)
 
     def _unprepared(self, name: str, error: Exception) -> InputError:
         if "/" in name and type(error).__name__ == "DatasetNotFoundError":
@@ -140,6 +164,59 @@ class _TfdsSplit(Source):
         if isinstance(found, bytes):
             return found.decode()
         return int(found) if isinstance(found, int | np.integer) else found
+
+
+@dataclasses.dataclass(frozen=True)
+class _TfdsVideos(VideoSource):
+    where: str
+    examples: Sequence[dict]
+    feature: str
+    labelled: bool
+    clips: Clips
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def video(self, index: int) -> Video:
+        example = self.examples[index]
+        frames = example[self.feature]
+        label = {"label": np.int32(example["label"])} if self.labelled else {}
+        return Video(len(frames), lambda numbers: [frames[n] for n in numbers.tolist()], label)
+
+
+class _KeepFiles:
+    """Like TFDS's SkipDecoding, which cannot be used for sequences without TensorFlow."""
+
+    def setup(self, *, feature) -> None:
+        pass
+
+    def decode_batch_example_np(self, files: np.ndarray) -> np.ndarray:
+        return files
+
+
+@contextlib.contextmanager
+def _videos_as_images(video: type) -> Iterator[None]:
+    """Within the `with`, features.json's Video becomes the sequence of images that TFDS stores.
+
+    `video` is TFDS's class, which asks TensorFlow for the type of the pixels.
+    """
+    import tensorflow_datasets as tfds
+
+    def sequence(value) -> tfds.features.Sequence:
+        if isinstance(value, dict):  # of older releases of TFDS
+            shape, form = value["shape"], value["encoding_format"]
+        else:
+            shape = [None if n < 0 else n for n in value.shape.dimensions]
+            form = value.encoding_format or None
+        image = tfds.features.Image(shape=tuple(shape[1:]) or None, encoding_format=form)
+        return tfds.features.Sequence(image, length=shape[0] if shape else None)
+
+    usual = video.__dict__["from_json_content"]
+    video.from_json_content = staticmethod(sequence)
+    try:
+        yield
+    finally:
+        video.from_json_content = usual
 
 
 def _objects(encoded: bytes, found: dict[str, list | np.ndarray], labelled: bool) -> Record:

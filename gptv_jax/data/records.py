@@ -2,7 +2,8 @@
 
 A record is a dict of NumPy arrays and numbers. Which keys it has says what is known of the example:
 
-    encoded         bytes of an image file that is not decoded yet; of a clip a list, one a frame
+    encoded         bytes of an image file that is not decoded yet; of a clip a list, one a frame,
+                    or an `EncodedClip`
     image           uint8 [H, W, C], pixels; of a clip [F, H, W, C], its frames
     tokens          uint16 [rows, columns] or [frames, rows, columns], tokens of a cache
     label           int32, the class of the image
@@ -22,11 +23,23 @@ Geometry moves everything that lies in the image, all frames of a clip alike; co
 alone. `crop`, `resize` and `mirror` are all geometry that transforms are made of.
 """
 
+import abc
+from collections.abc import Sequence
+
 import numpy as np
 from jaxtyping import Float, Real, UInt8
 from PIL import Image
 
-Record = dict[str, np.ndarray | np.generic | bytes]
+
+class EncodedClip(abc.ABC):
+    """A clip that is not decoded yet, where frames are no files of their own."""
+
+    @abc.abstractmethod
+    def decoded(self, decode) -> Sequence[UInt8[np.ndarray, "H W C"]]:
+        """The pixels of each frame, by `images.Decode`; DamagedImageError: they are damaged."""
+
+
+Record = dict[str, np.ndarray | np.generic | bytes | list | EncodedClip]
 PICTURE = ("encoded", "image", "tokens")  # the picture itself; other keys say something about it
 # Arrays that cover the image, and the axis of the image's rows, counted from the end; the next axis
 # is the columns.

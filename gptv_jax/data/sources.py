@@ -7,7 +7,7 @@ has named splits, and each split gives its examples by number.
 import contextlib
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -16,8 +16,16 @@ from gptv_jax.data import listing
 from gptv_jax.data.arrays import Arrays as Arrays  # a name of this module for its users
 from gptv_jax.data.arrays import digits, open_npz
 from gptv_jax.data.cache import TokenCache
+from gptv_jax.data.camera_motions import CameraMotions
 from gptv_jax.data.coco import Coco
-from gptv_jax.data.data_set import SPLITS, DataSet, Source, locate, starts
+from gptv_jax.data.data_set import (
+    SPLITS,
+    DataSet,
+    Source,
+    locate,
+    starts,
+    with_distinct_names,
+)
 from gptv_jax.data.digit_scenes import DigitScenes
 from gptv_jax.data.folder import ImageFolder
 from gptv_jax.data.images import DamagedImageError
@@ -28,15 +36,17 @@ from gptv_jax.data.parquet import Tables
 from gptv_jax.data.prepared import Tfds
 from gptv_jax.data.records import OBJECTS, Record
 from gptv_jax.data.shards import WebDataset
+from gptv_jax.data.videos import VideoFolder
 from gptv_jax.errors import InputError, counted, shorten
 
 SETS: dict[str, Callable[[config_lib.Data], DataSet]] = {
     "digits": lambda config: digits(),
     "arrays": open_npz,
-    "folder": lambda config: (MapFolder if config.maps else ImageFolder)(config),
+    "folder": lambda config: _open_folder(config),
     "coco": Coco,
     "digit_scenes": lambda config: DigitScenes(),
     "moving_digits": MovingDigits,
+    "camera_motions": CameraMotions,
     "two_moving_digits": lambda config: MovingDigits(config, digits=2),
     "parquet": Tables,
     "webdataset": WebDataset,
@@ -90,6 +100,10 @@ class Selected(Source):
     def read(self, index: int, rng: np.random.Generator | None = None) -> Record:
         source, row = self._locate(index)
         return self._labelled(source.read(row, rng))
+
+    def every(self, index: int) -> Iterable[Record]:
+        source, row = self._locate(index)
+        return map(self._labelled, source.every(row))
 
     def annotations(self, index: int) -> Record:
         source, row = self._locate(index)
@@ -234,16 +248,22 @@ def open_data_set(config: config_lib.Data) -> DataSet:
                 f"{'|'.join(names)}, but config.data.name={config.name}; leave the field out."
             )
     if config.name in SETS:
-        return _fitting(SETS[config.name](config), config)
+        return with_distinct_names(_fitting(SETS[config.name](config), config))
     if advice := listing.advice(config.name):
         raise InputError(f"config.data.name={advice}")
     try:
-        return Tfds(config, SETS)
+        return with_distinct_names(Tfds(config, SETS))
     except InputError as error:
         if config.path and (advice := listing.advice(config.path)):  # TFDS reads no data.path
             problem = f"config.data.name={config.name} does not read config.data.path"
             raise InputError(f"{problem}; {advice}") from error
         raise
+
+
+def _open_folder(config: config_lib.Data) -> DataSet:
+    if config.maps:
+        return MapFolder(config)
+    return (VideoFolder if config.frames else ImageFolder)(config)
 
 
 def _fitting(data_set: DataSet, config: config_lib.Data) -> DataSet:
@@ -286,6 +306,24 @@ def open_splits(config: config_lib.Data) -> dict[str, Selected]:
             f"each split needs 1 image, but of {_shown(lengths)} {found}. Add images{advice}."
         )
     return {split: open_source(config, split) for split in SPLITS}
+
+
+def check_objects(config: config_lib.Data, validated: int | None) -> None:
+    """Raises InputError where a split of `SPLITS` has no object; crowds are none.
+
+    Of validation the first `validated` images count, None: all. Boxes that are not in memory, as in
+    TFDS's files, are not looked at.
+    """
+    for split, limit in zip(SPLITS, (None, validated, None), strict=True):
+        counts = open_source(config, split).objects_by_image()
+        if counts is not None and not counts[:limit].any():
+            first = f"the first {limit} images" if limit and limit < len(counts) else "the images"
+            given = f"config.data.{split}_split={getattr(config, f'{split}_split')}"
+            more = ", or more by config.task.detect.validation_images" * (limit is not None)
+            raise InputError(
+                f"{first} of {given} have no object (crowds are none), so there is nothing to find "
+                f"there; take other images by config.data.{split}_split{more}."
+            )
 
 
 def check_labels(config: config_lib.Data, opened: dict[str, Selected]) -> None:

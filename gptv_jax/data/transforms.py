@@ -7,6 +7,7 @@ transform, write a subclass of `Transform`, here or in data/geometry.py.
 import ast
 import dataclasses
 import inspect
+from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -15,7 +16,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from gptv_jax.config import fields
 from gptv_jax.config.fields import POSITIVE, SHARE, field, one_of
 from gptv_jax.data import geometry as geometry  # whose transforms have names
-from gptv_jax.data.images import GREY, Transform
+from gptv_jax.data.images import GREY, Decode, Transform
 from gptv_jax.data.records import to_array, to_picture
 from gptv_jax.errors import InputError, cut, first_line, shorten
 
@@ -188,9 +189,30 @@ def parse(entry: str) -> Transform:
         raise InputError(f"{problem}; it takes {accepted}.") from error
 
 
-def parse_view(entry: str) -> list[Transform]:
-    """The transforms of an entry such as "flip(1.0)|flip_vertical(1.0)", one after the other."""
-    return [parse(each) for each in entry.split("|")]
+def with_decode(entries: Sequence[str], channels: int) -> list[Transform]:
+    """The transforms from an image file on; the first one decodes the file.
+
+    Where no entry decodes, as of arrays, the image gets so many `channels`.
+    """
+    steps = [parse(entry) for entry in entries]
+    return steps if steps[:1] and isinstance(steps[0], Decode) else [Decode(channels), *steps]
+
+
+def parse_views(entries: Sequence[str], name: str) -> list[list[Transform]]:
+    """The transforms of each entry, such as "flip(1.0)|flip_vertical(1.0)", one after the other.
+
+    Raises InputError, which calls the list `name`: an entry cannot be read, or is random.
+    """
+    try:
+        views = [[parse(step) for step in entry.split("|")] for entry in entries]
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
+    if wrong := [e for e, view in zip(entries, views, strict=True) if any(s.random for s in view)]:
+        raise InputError(
+            f"{name} has {wrong[0]}, which is random; a vote takes transforms that give the same "
+            "image every time, such as flip(1.0)."
+        )
+    return views
 
 
 def written_out(entry: str) -> str:

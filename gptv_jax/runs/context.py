@@ -15,6 +15,8 @@ from gptv_jax.tasks.network import network_of
 from gptv_jax.tokens import Codec, TokenDefinition
 from gptv_jax.train.metrics import MetricWriter
 
+SHARED = ("model/params",)  # numbers of a stage that are not of the stage alone
+
 
 @dataclasses.dataclass(frozen=True)
 class Context:
@@ -50,13 +52,14 @@ class Context:
     def finish(self, stage: str, numbers: dict) -> None:
         """Writes a stage's numbers to summary.json, as <stage>/<name>.
 
-        Names with "/" are unchanged. The number of damaged images becomes data/skipped. Accuracies
-        get standard errors; what a reader may miss about them is logged, see `accuracy.cautions`.
+        Names of `SHARED` are unchanged. The number of damaged images becomes data/skipped.
+        Accuracies get standard errors; what a reader may miss about them is logged, see
+        `accuracy.cautions`.
         """
         damaged = set().union(*hosts.from_all(self.images.damage_log.names))
         if jax.process_index() == 0:
             numbers, before = accuracy.with_standard_errors(numbers), self.folder.summary()
-            named = {n if "/" in n else f"{stage}/{n}": value for n, value in numbers.items()}
+            named = {n if n in SHARED else f"{stage}/{n}": value for n, value in numbers.items()}
             summary = before | named | {"data/skipped": len(damaged)}
             files.write_json(self.folder.path / "summary.json", summary)
             accuracy.tell(stage, before, summary, self.folder.path)

@@ -12,9 +12,10 @@ from gptv_jax import config as config_lib
 from gptv_jax import files, hosts, sharding, tokens, weights
 from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.errors import InputError, shorten
+from gptv_jax.model.gpt import Network
 from gptv_jax.runs import record
 from gptv_jax.runs.context import Context
-from gptv_jax.tasks.network import start_vectors
+from gptv_jax.tasks.network import network_of, start_vectors
 from gptv_jax.tokens import Codec
 from gptv_jax.weights.native import WeightsFile
 
@@ -74,12 +75,15 @@ def _load(context: Context, own: pathlib.Path | None) -> Pretrained:
     config = context.config
     if not own and weights.is_weights_path(config.init_from):
         found = _imported(config, context.codec, adapt=True)
-        return Pretrained(found.on_mesh(), {})
+        return Pretrained(_with_frames(context.network(), found.on_mesh()), {})
 
     made_by, folder, last = hosts.from_first(lambda: _finished(config, own))
     place = record.checkpoint_folder(made_by, folder) / "pretrain"
     part = record.trained_part(made_by, "pretrain")
-    given = dataclasses.replace(context.network(), starts=start_vectors(made_by))
+    network = context.network()
+    given = dataclasses.replace(
+        network, starts=start_vectors(made_by), layout=network_of(made_by).layout
+    )
     with Checkpoints(place, read_only=True) as checkpoints:
         restored = checkpoints.restore_latest({part: sharding.abstract(given.init)})
     if restored is None:
@@ -90,7 +94,16 @@ def _load(context: Context, own: pathlib.Path | None) -> Pretrained:
     state, step = restored[0], restored[1]["position"]
     # Where the newest checkpoint is damaged, numbers are of an earlier one.
     numbers = {} if not own or step == last else {"pretrain_steps": step}
-    return Pretrained(state[part], numbers)
+    return Pretrained(_with_frames(network, state[part]), numbers)
+
+
+def _with_frames(network: Network, params: dict) -> dict:
+    """Weights of images for a network of clips: each frame begins as an image does."""
+    shapes = sharding.abstract(network.init)
+    if "frame" not in shapes or "frame" in params:
+        return params
+    frame = jnp.zeros(shapes["frame"].shape, jnp.float32)
+    return params | {"frame": jax.device_put(frame, shapes["frame"].sharding)}
 
 
 def check(

@@ -46,7 +46,8 @@ class Results:
 
     def series(self, stage: str, key: str) -> list[tuple]:
         """The (step, value) pairs that a stage logged under a key."""
-        return [(e["step"], e[key]) for e in self.events if e["stage"] == stage and key in e]
+        events = (e for e in self.events if e["stage"] == stage and e.get(key) is not None)
+        return [(e["step"], e[key]) for e in events]
 
     @functools.cached_property
     def record(self) -> dict:
@@ -194,8 +195,9 @@ def finetune(results: Results) -> Part:
     tuned, scratch = (results.series(f"finetune{name}", key) for name in ("", "_scratch"))
     if not tuned:
         return "", tiles
+    begun = "from random weights" if results.config.tokens.kind == "none" else "pretrained"
     curves = [
-        (tuned, pictures.BLUE, "pretrained", "-", found.get("steps")),
+        (tuned, pictures.BLUE, begun, "-", found.get("steps")),
         (scratch, pictures.ORANGE, "from scratch", "-", found.get("scratch_steps")),
     ]
     png = pictures.plot(f"validation {words}", "step", curves, percent=is_share)

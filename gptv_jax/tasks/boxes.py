@@ -143,7 +143,8 @@ class BoxTokens:
             drawn = rng.integers(self.codes, size=(count - real, self.masks))
             inputs[real:, CLASS + 1 :] = self.noise + 1 + drawn
         arrays = {"targets": tokens, "inputs": inputs, "weights": weights}
-        # Nothing is drawn at 0, so that older settings have the sequences that they had.
+        # At noise_among = 0 no random number is drawn here: the sequences of such settings do not
+        # change by the field.
         if settings.noise and settings.noise_among and rng.random() < settings.noise_among:
             random = settings.order == "random"
             order = rng.permutation(count) if random else np.lexsort(tokens[:, 1::-1].T)
@@ -185,7 +186,7 @@ def _truncated_normal(rng: np.random.Generator, shape: tuple[int, ...]) -> np.nd
 def iou(a: Float[np.ndarray, "n 4"], b: Float[np.ndarray, "m 4"]) -> Float[np.ndarray, "n m"]:
     """Intersection over union of every pair of boxes; 0 where both have no area."""
     common = intersection(a, b)
-    areas = [(x[:, 2:] - x[:, :2]).prod(axis=-1) for x in (a, b)]
+    areas = [(x[:, 2] - x[:, 0]) * (x[:, 3] - x[:, 1]) for x in (a, b)]
     return common / np.maximum(areas[0][:, None] + areas[1][None] - common, 1e-9)
 
 
@@ -195,7 +196,8 @@ def intersection(
     """The area that every pair of boxes has in common."""
     low = np.maximum(a[:, None, :2], b[None, :, :2])
     high = np.minimum(a[:, None, 2:], b[None, :, 2:])
-    return np.clip(high - low, 0, None).prod(axis=-1)
+    sides = np.maximum(high - low, 0)
+    return sides[..., 0] * sides[..., 1]
 
 
 def vote(views: Sequence[Detections]) -> Detections:
@@ -221,9 +223,9 @@ def vote(views: Sequence[Detections]) -> Detections:
     starts = np.cumsum([0, *(len(view.labels) for view in views)])
     for score, rank, number in order:
         box, label = views[number].boxes[rank].astype(float), views[number].labels[rank]
-        free = (labels[:found] == label) & ~seen[:found, number]
-        overlap = np.where(free, iou(boxes[:found], box[None])[:, 0], 0)
-        at = int(np.argmax(overlap)) if found and overlap.max() >= SAME_OBJECT else found
+        free = np.flatnonzero((labels[:found] == label) & ~seen[:found, number])
+        overlap = iou(boxes[free], box[None])[:, 0]
+        at = int(free[overlap.argmax()]) if max(overlap, default=0) >= SAME_OBJECT else found
         if at == found:
             found, first = found + 1, [*first, starts[number] + rank]
         weight = max(-score, 1e-9)

@@ -45,24 +45,15 @@ class Detect(Task):
     validated: ClassVar[tuple[str, ...]] = (*PRECISIONS, *RECALLS)
     pictures: ClassVar[dict[str, str]] = {
         "detections": "Test images: the annotated objects (left), and the detected ones with their "
-        f"scores, from {drawing.SHOWN_SCORE:g} on (right).",
+        f"scores, from {drawing.SHOWN_SCORE:g} on (right); with votes, those of the vote.",
         "average_precision": "Precision and recall at an IoU of .5, and AP of the classes with "
-        "most objects.",
+        "most objects; with config.task.detect.votes, of the vote of all views.",
     }
 
     def check(self) -> None:
         average_precision.check_installed()
-        if self.settings.samples > 1 and self.settings.top_p == 0:
-            raise InputError(
-                "config.task.detect.samples above 1 takes config.task.detect.top_p above 0, such "
-                "as 0.5: without it all samples of an image are equal."
-            )
+        transforms.parse_views(self.settings.votes, "config.task.detect.votes")
         for entry in (step for view in self.views() for step in view):
-            if transforms.parse(entry).random:
-                raise InputError(
-                    f"config.task.detect.votes has {entry}, which is random; a vote takes a "
-                    "transform that gives the same image every time, such as flip(1.0)."
-                )
             if not pipeline.takes(self.config.data, entry):
                 raise InputError(
                     f"config.task.detect.votes has {entry}, which needs pixels, and the tokens of "
@@ -70,6 +61,7 @@ class Detect(Task):
                 )
         most, training = self.settings.objects, sources.open_source(self.config.data, "train")
         masks.check(self.config, training.keys)
+        sources.check_objects(self.config.data, self.validation_images)
         held = training.objects_by_image()
         if held is not None and held.max() > most and jax.process_index() == 0:
             LOG.warning(
@@ -164,11 +156,6 @@ class Detect(Task):
 
         def result(total: dict) -> dict[str, float | None]:
             numbers = self._scored(total, known, "plain")[1].numbers
-            if numbers["ap"] is None:
-                raise InputError(
-                    "no image of a split has an object, so there is no average precision; take "
-                    "other images by config.data.validation_split and config.data.test_split."
-                )
             first = [*rows.plain(total).values()]
             return {**numbers, "nats_per_token": float(total["nats"][first].mean())}
 
@@ -183,23 +170,30 @@ class Detect(Task):
         return ((), *(tuple(entry.split("|")) for entry in self.settings.votes))
 
     def details(self, total: dict, annotations: Records) -> dict[str, float | None]:
-        """AP of each class, None of a class without an object; with views, of their vote."""
-        _, scores = self._final(total, annotations)
+        """AP of each class, None of a class without an object; from one view, as the metric's."""
+        return self._of_classes(self._scored(total, annotations, "plain")[1])
+
+    def _of_classes(self, scores: Scores) -> dict[str, float | None]:
         named = zip(self.object_names, scores.by_class, strict=True)
         return {f"ap_of_{name}": row["ap"] for name, row in named}
 
     def bounds(self, total: dict, annotations: Records) -> dict[str, dict[str, float | None]]:
         """The ceiling: annotations as tokens and back. The floor: detections of another image.
 
-        With further views, their vote as well. Of masks, also those drawn in the true boxes.
+        With further views, their vote and its AP of each class as well. Of masks, also those drawn
+        in the true boxes.
         """
         of_masks = (*OF_MASKS, *panoptic.QUALITY)
         bounded = dict.fromkeys(("ceiling", "wrong_image"), (*BOUNDED, *of_masks))
         bounded |= {"true_boxes": of_masks} if self.settings.masks else {}
-        names = [*bounded, *["voted"] * bool(self.settings.votes)]
-        scores = {name: self._scored(total, annotations, name)[1].numbers for name in names}
-        for name, numbers in bounded.items():
-            scores[name] = {n: value for n, value in scores[name].items() if n in numbers}
+        scored = functools.partial(self._scored, total, annotations)
+        scores = {
+            name: {n: value for n, value in scored(name)[1].numbers.items() if n in numbers}
+            for name, numbers in bounded.items()
+        }
+        if self.settings.votes:
+            voted = scored("voted")[1]
+            scores["voted"] = voted.numbers | self._of_classes(voted)
         if len(rows.plain(total)) == 1:  # there is no other image
             scores["wrong_image"] = dict.fromkeys(scores["wrong_image"])
         return scores
@@ -210,10 +204,11 @@ class Detect(Task):
         found, scores = self._final(total, annotations)
         ids = [source.image_id(index) for index in found]
         results = average_precision.results(list(found.values()), ids, source.object_ids)
-        named = zip(self.object_names, scores.by_class, strict=True)
-        classes = [{"name": name, **row} for name, row in named]
-        precision = [round(float(p), 4) for p in scores.precision]
-        about = {"classes": classes, "precision_at_iou_50_by_recall": precision}
+        classes = zip(self.object_names, scores.by_class, strict=True)
+        about = {
+            "classes": [{"name": name, **row} for name, row in classes],
+            "precision_at_iou_50_by_recall": [round(float(p), 4) for p in scores.precision],
+        }
         return {"detections-test.json": results, "average_precision.json": about}
 
     def show(self, records: Records, total: dict) -> dict[str, UInt8[np.ndarray, "H W 3"]]:
@@ -245,6 +240,7 @@ class Detect(Task):
         size, given = self.config.data.size, (tokens, probabilities)
         found = self.best(self.box_tokens.detections(*given, size))
         boxes = to_original(found.boxes, size, view)
+        # The outermost bins lie on the edges of what was read; rounding may not move them beyond.
         edges = np.stack([view[:2], view[2:]])
         low, high = np.tile(edges.min(axis=0), 2), np.tile(edges.max(axis=0), 2)
         found = found._replace(boxes=np.clip(boxes, low, high))

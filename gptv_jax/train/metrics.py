@@ -5,6 +5,7 @@ import contextlib
 import itertools
 import json
 import logging
+import math
 import pathlib
 import shutil
 import sys
@@ -120,10 +121,14 @@ def best_step(
 ) -> int | None:
     """The step of the best evaluation (of those at `steps`), among equals the first; None: none.
 
-    `primary` ranks the evaluations, see `step.Metric`.
+    `primary` ranks the evaluations, see `step.Metric`; a number that is None is the worst.
     """
     ranked = [e for e in evaluations if primary and (steps is None or e["step"] in steps)]
-    preference = lambda e: [sign * e[k] for k, sign in primary.items()]  # noqa: E731
+
+    def preference(evaluation: dict) -> list[float]:
+        given = ((evaluation[name], sign) for name, sign in primary.items())
+        return [-math.inf if value is None else sign * value for value, sign in given]
+
     return max(ranked, key=preference)["step"] if ranked else None
 
 
@@ -181,7 +186,7 @@ class Progress:
         known = {name: value for name, value in numbers.items() if value is not None}
         words = {name: format_number(name, value) for name, value in known.items()}
         watched, at = next(iter(primary), None), best_step(evaluations, primary)
-        if watched:
+        if watched in words:
             best = next(each for each in evaluations if each["step"] == at)
             value, newest = format_number(watched, best[watched]), at == step
             self._validation = f"  val {words[watched]}  best {value}"

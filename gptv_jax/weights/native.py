@@ -142,9 +142,12 @@ class WeightsFile:
               for n in DEFINING_FIELDS),
             ("model.start_per_variant (start vectors)", starts, self.starts),
             *config.tokens.pairs(self.tokens),
-            ("data.image_size", config.data.image_size, self.image_size),
-            ("data.frames", config.data.frames, self.frames),
         ]  # fmt: skip
+        tables = ("learned_positions", "axial_positions", "target_positions")
+        if any(getattr(self.model, name) for name in tables):  # which have a row for each position
+            pairs.append(("data.image_size", config.data.image_size, self.image_size))
+        if self.frames and not self.model.rotary:  # each frame has a row; images have no frames
+            pairs.append(("data.frames", config.data.frames, self.frames))
         expected = {f"config.{name}": stored for name, _, stored in pairs}
         return list_differences(expected, {f"config.{name}": given for name, given, _ in pairs})
 

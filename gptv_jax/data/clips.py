@@ -1,0 +1,99 @@
+"""Which frames of a video are a clip, and the base class of sources of videos."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from gptv_jax import config as config_lib
+from gptv_jax.data.data_set import Source
+from gptv_jax.data.images import DamagedImageError
+from gptv_jax.data.records import Record
+from gptv_jax.errors import counted, shorten
+
+
+@dataclasses.dataclass(frozen=True)
+class Clips:
+    """A clip has `frames` frames, one of every `stride` frames of the video.
+
+    A video that is shorter than a clip repeats its last frame.
+    """
+
+    frames: int
+    stride: int = 1
+
+    @classmethod
+    def of(cls, config: config_lib.Data) -> "Clips":
+        """The clips that the config asks for."""
+        return cls(config.frames, config.frame_stride)
+
+    @property
+    def span(self) -> int:
+        """Number of frames from the first to the last frame of a clip."""
+        return (self.frames - 1) * self.stride + 1
+
+    def choose(self, length: int, rng: np.random.Generator | None) -> Int[np.ndarray, " F"]:
+        """Numbers of the frames of a clip of a video with `length` frames.
+
+        The generator draws where the clip begins; None, in evaluation: the clip lies in the middle.
+        """
+        last_start = self._last_start(length)
+        return self._from(int(rng.integers(last_start + 1)) if rng else last_start // 2, length)
+
+    def cover(self, length: int) -> Iterator[Int[np.ndarray, " F"]]:
+        """Clips that have every frame, and every two successive frames, of any clip."""
+        last_start, step = self._last_start(length), max(self.span - 1, self.stride)
+        for first in range(min(self.stride, last_start + 1)):
+            last = last_start - (last_start - first) % self.stride
+            for start in sorted({*range(first, last, step), last}):
+                yield self._from(start, length)
+
+    def short(self, lengths: Iterable[tuple[str, int]]) -> list[str]:
+        """A note on videos shorter than a clip, of their names and lengths; [] without any."""
+        found = [f"{name} {length}" for name, length in lengths if length < self.span]
+        if not found:
+            return []
+        shorter = f"{counted(len(found), 'video')} with fewer frames than the {self.span} of a clip"
+        return [f"{shorter}, so the last frame is repeated: {shorten(found)}"]
+
+    def _last_start(self, length: int) -> int:
+        if not length:
+            raise DamagedImageError("the video has no frame")
+        return max(length - self.span, 0)
+
+    def _from(self, start: int, length: int) -> Int[np.ndarray, " F"]:
+        return np.minimum(start + np.arange(self.frames) * self.stride, length - 1)
+
+
+class Video(NamedTuple):
+    """A video that is open, none of whose frames is decoded."""
+
+    length: int  # number of frames
+    # The picture of a record, see data/records.py, of the frames with these numbers.
+    take: Callable[[Int[np.ndarray, " F"]], Any]
+    known: Record  # what records of the video have beside the picture
+
+
+class VideoSource(Source):
+    """A source of clips, one of each video; subclasses open a video by its number."""
+
+    key = "encoded"  # of a record: frames that are not decoded yet, or "image" for pixels
+    clips: Clips
+
+    def video(self, index: int) -> Video:
+        """Opens a video; DamagedImageError where the file cannot be read."""
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> Record:
+        return self.read(index)
+
+    def read(self, index: int, rng: np.random.Generator | None = None) -> Record:
+        video = self.video(index)
+        return {self.key: video.take(self.clips.choose(video.length, rng)), **video.known}
+
+    def every(self, index: int) -> Iterator[Record]:
+        video = self.video(index)
+        for numbers in self.clips.cover(video.length):
+            yield {self.key: video.take(numbers), **video.known}

@@ -1,0 +1,116 @@
+"""Folders of videos as data sets: folders of frames, GIF, WebP and APNG files.
+
+Files such as MP4 are not read in training: gptv_jax.prepare turns them into folders of frames.
+"""
+
+import contextlib
+import os
+import pathlib
+import re
+
+import numpy as np
+from PIL import Image
+
+from gptv_jax import config as config_lib
+from gptv_jax.data.clips import Clips, Video, VideoSource
+from gptv_jax.data.folder import FolderSplit, ImageFolder
+from gptv_jax.data.images import Animation, DamagedImageError, count_frames
+from gptv_jax.errors import shorten
+
+ANIMATED = (".gif", ".apng")  # endings of files that are videos, wherever they lie
+# Endings of files that may be videos or frames, and their formats, which says Pillow. (A JPEG file
+# with several pictures has the views of a stereo camera, or a thumbnail.)
+EITHER = (".webp", ".png", ".avif", ".avifs", ".tif", ".tiff")
+FORMATS = ("WEBP", "PNG", "AVIF", "TIFF")
+COUNTED = 128  # animations of a split, from all over, whose frames are counted at the start
+
+
+class VideoFolder(ImageFolder):
+    """All videos below a folder, `config.path`: folders of frames, and files with animations.
+
+    A folder of image files is a video, whose frames are the files in the order of their names,
+    where numbers count by their value. Files that end in .gif or .apng are videos themselves, and
+    so are all WebP, PNG, AVIF and TIFF files of a folder whose first such file is an animation.
+    Splits and classes are found as `ImageFolder` finds those of images, with videos as examples.
+    """
+
+    videos = True
+    noun = "video"
+
+    def __init__(self, config: config_lib.Data):
+        self._clips = Clips.of(config)
+        self._frames: dict[pathlib.Path, list[str]] = {}  # of folders of frames, names of files
+        super().__init__(config)
+
+    def _examples(self, folder: pathlib.Path, files: list[str]) -> list[str]:
+        """The videos below a folder, as paths relative to the folder."""
+        inside: dict[str, list[str]] = {}
+        for file in files:
+            inside.setdefault(os.path.dirname(file), []).append(file)
+        # Folders with frames in folders below.
+        above = {parent for name in inside for parent in pathlib.PurePath(name).parents}
+        found, stray = [], []
+        for name, members in inside.items():
+            animations = [each for each in members if each.lower().endswith(ANIMATED)]
+            frames = [each for each in members if each not in {*animations}]
+            if _animated(folder, frames):
+                animations, frames = members, []
+            if pathlib.PurePath(name) in above or len(frames) <= len(animations):
+                found += animations
+                stray += frames
+            else:
+                found.append(name)
+                stray += animations  # previews of the video
+                self._frames[folder / name] = sorted(map(os.path.basename, frames), key=_natural)
+        if stray:
+            beside = f"{folder} has images beside videos, which are left out"
+            self.notes.append(f"{beside}: {shorten(stray)}")
+        return found
+
+    def _split(
+        self, folder: pathlib.Path, videos: list[str], labels: np.ndarray | None
+    ) -> "_FolderVideos":
+        found = _FolderVideos(folder, videos, labels)
+        found.clips, found.files = self._clips, [self._frames.get(folder / v) for v in videos]
+        lengths = {v: len(names) for v, names in zip(videos, found.files, strict=True) if names}
+        animations = [video for video in videos if video not in lengths]
+        for video in animations[:: -(-len(animations) // COUNTED) or 1]:
+            with contextlib.suppress(DamagedImageError, OSError):
+                lengths[video] = count_frames((folder / video).read_bytes())
+        self.notes += self._clips.short(lengths.items())
+        return found
+
+
+class _FolderVideos(VideoSource, FolderSplit):
+    """The videos `images` below the folder `where`; `files` has the frames of each folder."""
+
+    files: list[list[str] | None]
+
+    def video(self, index: int) -> Video:
+        path, names, known = self.where / self.images[index], self.files[index], self.known(index)
+        if names:
+
+            def read(numbers: np.ndarray) -> list[bytes]:
+                found = {n: (path / names[n]).read_bytes() for n in set(numbers.tolist())}
+                return [found[n] for n in numbers.tolist()]
+
+            return Video(len(names), read, known)
+        encoded = path.read_bytes()
+        return Video(count_frames(encoded), lambda n: Animation(encoded, tuple(n.tolist())), known)
+
+
+def _natural(name: str) -> list[str | int]:
+    """A key by which 2.png comes before 10.png."""
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split("([0-9]+)", name))]
+
+
+def _animated(folder: pathlib.Path, files: list[str]) -> bool:
+    """Whether the first file that Pillow can open, of those that may be animations, is one."""
+    for file in files:
+        if file.lower().endswith(EITHER):
+            try:
+                with Image.open(folder / file) as image:
+                    return image.format in FORMATS and getattr(image, "n_frames", 1) > 1
+            except Exception:  # as Pillow's parsers raise anything; decoding finds the reason
+                continue
+    return False
