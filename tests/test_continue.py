@@ -15,7 +15,7 @@ import gptv_jax
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.config import Data
-from gptv_jax.data import sources
+from gptv_jax.data import sources, transforms
 from gptv_jax.decode.sampler import Sampler, Section
 from gptv_jax.errors import InputError
 from gptv_jax.quality import clips
@@ -229,19 +229,15 @@ def test_an_animation_has_the_frames_of_the_clips_and_loops(tmp_path):
     assert not (tmp_path / "images.webp").exists()
 
 
-@pytest.fixture(scope="module")
-def digits() -> dict[str, np.ndarray]:
-    """Moving digits of four grey levels: 300 clips of each split, [N, 8, 16, 16, 1]."""
-    config = Data(name="moving_digits", frames=8, image_size=16)
-    found = {}
-    for split in ("train", "validation"):
-        source = sources.open_source(config, split)
-        found[split] = np.stack([source[i]["image"] for i in range(300)]) // 64
-    return found
+def digit_clips(split: str, count: int, frames: int = 8) -> np.ndarray:
+    """The first moving digits of a split, of four grey levels, [count, F, 16, 16, 1]."""
+    config = Data(name="moving_digits", frames=frames, image_size=16)
+    source, quantize = sources.open_source(config, split), transforms.parse("quantize(4)")
+    return np.stack([quantize(source[i], None)["image"] for i in range(count)])
 
 
 @pytest.mark.parametrize("features", ["pixels", "model of clips", "model of frames", "function"])
-def test_clips_that_stand_still_or_jump_are_far_from_real_ones(digits, features, tmp_path):
+def test_clips_that_stand_still_or_jump_are_far_from_real_ones(features, tmp_path):
     if features == "pixels":
         extractor = make_features(None, (8, 16, 16, 1))
         assert extractor.name.startswith("pixels 4x4x1 of 16x16, of 8 frames, and changes of")
@@ -260,8 +256,8 @@ def test_clips_that_stand_still_or_jump_are_far_from_real_ones(digits, features,
         path = write(tmp_path / "weights.safetensors", file)
         extractor = make_features(path, (8, 16, 16, 1))
         assert extractor.size == 8 * 16 + 7 * 16
-    reference = compute(extractor, [digits["train"]], {})
-    fresh, rng = digits["validation"], generator()
+    reference = compute(extractor, [digit_clips("train", 300)], {})
+    fresh, rng = digit_clips("validation", 300), generator()
     order = np.stack([rng.permutation(8) for _ in fresh])
     sets = {
         "fresh": fresh,
@@ -317,11 +313,7 @@ def test_a_run_scores_continuations_and_shows_clips(command, tmp_path):
     assert {name for name in summary if "_frame_" in name and "sample/" in name} == {*frames}
 
     # The numbers are those of the Python interface.
-    model, source = (
-        gptv_jax.load(tmp_path),
-        sources.open_source(Data(name="moving_digits", frames=4, image_size=16), "test"),
-    )
-    test = np.stack([source[i]["image"] for i in range(70)]) // 64
+    model, test = gptv_jax.load(tmp_path), digit_clips("test", 70, frames=4)
     made = model.continue_clip(test[:, :2], 2, temperature=0.0)
     for way, found in (("continued", made), ("shifted", clips.shifted(test[:, :2], 2))):
         expected = clips.scores(*map(model.codec.picture, (found, test[:, 2:])))

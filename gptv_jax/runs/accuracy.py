@@ -51,6 +51,14 @@ def standard_error(accuracy: float, images: int) -> float:
     return math.sqrt(accuracy * (1 - accuracy) / images)
 
 
+def share(value: float | None, images: int | None) -> str:
+    """An accuracy and, where the number of images is known, its standard error."""
+    if value is None:
+        return ""
+    error = f" ± {standard_error(value, images):.2%}" if images else ""
+    return f"{value:.2%}{error}"
+
+
 def with_standard_errors(numbers: dict) -> dict:
     """A stage's numbers, with `NAME_standard_error` after each number called `..._accuracy`.
 

@@ -63,7 +63,7 @@ class Results:
     def share(self, stage: str, name: str) -> str:
         """An accuracy of the summary, with its standard error where the images were counted."""
         numbers = self.numbers(stage)
-        return _share(numbers[name], accuracy.images_of(name, numbers))
+        return accuracy.share(numbers[name], accuracy.images_of(name, numbers))
 
     def picture(self, name: str, caption: str) -> str:
         """A picture of samples/ and its animation, where they are there."""
@@ -164,9 +164,9 @@ def _probe_of_labels(results: Results) -> Part:
     cells = []
     for row in rows:
         chosen = f"{row[setting]:g}" if setting in row else ""
-        shares = (_share(row.get(key), accuracy.images_of(key, found)) for key in keys)
+        shares = (accuracy.share(row.get(key), accuracy.images_of(key, found)) for key in keys)
         cells.append((row["layer"], chosen, *shares))
-    cells.append(("raw pixels", "", "", _share(raw, found.get("test_images")), "", ""))
+    cells.append(("raw pixels", "", "", accuracy.share(raw, found.get("test_images")), "", ""))
     table = html.table(head, cells, marked=[best])
     floors = {"raw pixels": "raw_pixels", "random init": "random_init"}
     beside = [f"{n} {results.share('probe', f'{k}_test_accuracy')}" for n, k in floors.items()]
@@ -219,14 +219,6 @@ def _test_numbers(found: dict, usual: set[str]) -> str:
     return f'<div class="scroll">{html.table(head, cells)}</div>'
 
 
-def _share(value: float | None, images: int | None) -> str:
-    """An accuracy and, where the number of images is known, its standard error."""
-    if value is None:
-        return ""
-    error = f" ± {accuracy.standard_error(value, images):.2%}" if images else ""
-    return f"{value:.2%}{error}"
-
-
 def _accuracy_tile(
     results: Results, stage: str, title: str, *beside: str, name: str = "accuracy"
 ) -> str:
@@ -248,7 +240,7 @@ def _by_class(results: Results, stage: str, title: str) -> str:
             row["name"],
             "" if row["training_images"] is None else f"{row['training_images']:,}",
             f"{row['test_images']:,}",
-            _share(row["test_accuracy"], row["test_images"]),
+            accuracy.share(row["test_accuracy"], row["test_images"]),
         )
         for row in rows
     ]
