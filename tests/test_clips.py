@@ -287,7 +287,7 @@ def test_a_clip_network_begins_with_the_weights_of_images(tmp_path):
     with jax.set_mesh(run.mesh):
         found = pretrained.load(run).params
         assert not np.asarray(found["frame"]).any() and found["frame"].shape == (3, 32)
-        rows = np.stack([sources.open_source(data, "test")[i]["image"] // 64 for i in range(2)])
+        rows = np.stack([sources.open_source(data, "test")[i]["image"] // 64 for i in range(8)])
         clips = logits_of(run.network(), found, run.codec.encode(rows))
     images = gptv_jax.load(path)
     expected = images.logits(images.tokenize(rows[:, 0]))

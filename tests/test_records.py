@@ -8,7 +8,7 @@ import pytest
 from conftest import encoded, generator, make_folder
 
 from gptv_jax import config as config_lib
-from gptv_jax.data import cache, pipeline, records, sources, transforms
+from gptv_jax.data import cache, data_set, pipeline, records, sources, transforms
 from gptv_jax.data.damage import DamageLog, DecodedSource
 from gptv_jax.data.images import Decode
 from gptv_jax.errors import InputError
@@ -278,7 +278,7 @@ def test_the_image_that_takes_a_damaged_ones_place_brings_its_own_boxes(tmp_path
     files = {f"{i}.png": encoded(drawn(i)["image"]) for i in range(4)} | {"1.png": b"cut"}
     folder = make_folder(tmp_path / "images", files)
 
-    class Source:
+    class Files(data_set.Source):
         def __len__(self):
             return 4
 
@@ -286,7 +286,7 @@ def test_the_image_that_takes_a_damaged_ones_place_brings_its_own_boxes(tmp_path
             content = (folder / f"{index}.png").read_bytes()
             return {"encoded": content, "boxes": drawn(index)["boxes"]}
 
-    source = DecodedSource(Source(), Decode(channels=1))
+    source = DecodedSource(Files(), Decode(channels=1))
     assert source[1]["damaged"] == 1 and source[2]["damaged"] == -1
     for index, shown in ((0, 0), (1, 2), (2, 2)):
         np.testing.assert_array_equal(source[index]["boxes"], drawn(shown)["boxes"])
