@@ -327,7 +327,9 @@ def test_a_hundred_damaged_and_odd_files_never_end_a_run(tmp_path):
     for name in ("cut0.gif", "cut9.webp", "cut9.apng", "text.gif", "huge.gif", "huge.apng"):
         assert name in names
     assert "v_sizes" in names and "v_empty" in names and "v_one" not in names
-    reasons = [json.loads(line)["reason"] for line in (tmp_path / "skipped.jsonl").open()]
+    reasons = [
+        json.loads(line)["reason"] for line in (tmp_path / "skipped.jsonl").read_text().splitlines()
+    ]
     assert all(reason and "could not be read before" not in reason for reason in reasons)
     run = pipeline.Pipeline(data, None, seed=0, folder=tmp_path / "other")
     (tmp_path / "other").mkdir()
