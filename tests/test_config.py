@@ -155,6 +155,7 @@ OUT_OF_RANGE = {
     "tokens.colors": 1,
     "sample.count": 0,
     "sample.completions": -1,
+    "sample.continuations": -1,
     "sample.keep": 1.5,
     "sample.temperature": -0.5,
     "sample.top_k": 0,
