@@ -71,6 +71,11 @@ def main(names: list[str]) -> None:
             f"--run={RUN.value} has config.task.name={task}, whose answer is no line of text; the "
             f"command takes {' or '.join(answers)}. In Python, gptv_jax.load(run) has its methods."
         )
+    if record.config_of(run).data.frames:
+        raise InputError(
+            f"--run={RUN.value} has clips (config.data.frames), and the command reads images; in "
+            "Python, gptv_jax.load(run).classify(clips) takes uint8 [B, F, H, W, C]."
+        )
     model = api.load(run, stage="finetune")
     paths = image_files(names)
     failed: list[str] = []

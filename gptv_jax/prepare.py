@@ -91,11 +91,12 @@ def main(settings: config.Config) -> None:
         progress.close()
 
     header = {
-        "source": {k: getattr(settings.data, k) for k in ("name", "dir", "path")},
+        "source": {k: getattr(settings.data, k) for k in ("name", "dir", "path", "label")},
         "provenance": chosen.definition and chosen.definition.provenance,
         "tokens": fields.flatten(settings.tokens) | {"palette": None, "tokenizer": None},
         "image_size": settings.data.image_size,
         "frames": settings.data.frames,
+        "frame_stride": settings.data.frame_stride,
         "transforms": settings.data.eval_transforms,
         "classes": data_set.classes if settings.data.labels else 0,
         "class_names": data_set.class_names if settings.data.labels else (),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +12,24 @@ from conftest import MODERN, generator, make_mesh, tiny_network
 
 import gptv_jax
 from gptv_jax import config as config_lib
-from gptv_jax.config import Data, rules
-from gptv_jax.data import moving_digits, sources, transforms
+from gptv_jax import sharding
+from gptv_jax.config import Data, fields, rules
+from gptv_jax.data import cache, moving_digits, pipeline, sources, transforms
+from gptv_jax.data.damage import DamageLog
+from gptv_jax.data.data_set import SPLITS
 from gptv_jax.decode import generation
 from gptv_jax.decode.sampler import Sampler, Section, by_pixel, kept_tokens
 from gptv_jax.errors import InputError
+from gptv_jax.model import autoencoder
 from gptv_jax.stages import pretrained, setup
-from gptv_jax.tokens import FrameCodec, GreyCodec, Palette, PaletteCodec
+from gptv_jax.tokens import (
+    FrameCodec,
+    GreyCodec,
+    Palette,
+    PaletteCodec,
+    Tokenizer,
+    make_codec,
+)
 from gptv_jax.train import objective
 from gptv_jax.weights.native import WeightsFile
 
@@ -292,3 +304,80 @@ def test_a_clip_network_begins_with_the_weights_of_images(tmp_path):
     images = gptv_jax.load(path)
     expected = images.logits(images.tokenize(rows[:, 0]))
     np.testing.assert_allclose(clips[:, :64], expected, atol=1e-4)
+
+
+def clip_data(**changes) -> Data:
+    entries = {"train_transforms": ("quantize(4)",), "eval_transforms": ("quantize(4)",)}
+    return Data(**{"name": "moving_digits", "frames": 3, "image_size": 16, **entries, **changes})
+
+
+def write_cache(folder, tokens: config_lib.Tokens, data: Data):
+    """A token cache of the first test clips, as `gptv_jax.prepare` makes it."""
+    codec = make_codec(tokens, data.image_size, frames=data.frames)
+    found = itertools.islice(pipeline.images(data, "test", DamageLog(data, None)), 24)
+    rows = [
+        record | {"tokens": codec.encode(record["image"][None])[0], "image_id": i}
+        for i, record in enumerate(found)
+    ]
+    header = {
+        "source": {"name": data.name},
+        "provenance": None,
+        "tokens": fields.flatten(tokens) | {"palette": None, "tokenizer": None},
+        "image_size": data.image_size,
+        "frames": data.frames,
+        "frame_stride": data.frame_stride,
+        "transforms": data.eval_transforms,
+        "classes": 10,
+    }
+    folder.mkdir()
+    cache.write(folder, codec, {split: rows for split in SPLITS}, header)
+    return codec, rows
+
+
+def test_a_token_cache_of_clips_is_trained_from(tmp_path):
+    tokens, model = config_lib.Tokens(levels=4, patch=(2, 2)), tiny_network().config
+    codec, rows = write_cache(tmp_path / "cache", tokens, clip_data(frame_stride=2))
+    given = {"name": "tokens", "path": str(tmp_path / "cache"), "frame_stride": 2}
+    config = config_lib.Config(data=clip_data(**given), tokens=tokens, model=model)
+    run = setup.open_run(config, str(tmp_path / "run"), ["pretrain"])
+    batch = next(run.data.evaluation("test", 8))
+    np.testing.assert_array_equal(batch["tokens"], [row["tokens"] for row in rows[:8]])
+    assert codec.grid == (3, 8, 8)
+    for changes, words in (
+        ({"frame_stride": 1}, "data.frame_stride is 1, expected 2"),
+        ({"frames": 2}, "data.frames is 2, expected 3"),
+        ({"frames": 0}, "has videos"),
+    ):
+        other = dataclasses.replace(config, data=dataclasses.replace(config.data, **changes))
+        with pytest.raises(InputError, match=words):
+            setup.open_run(other, str(tmp_path / "other"), ["pretrain"])
+    # A patch that moves whole would keep its pixels as they are.
+    assert not pipeline.takes(config.data, "flip(1.0)")
+
+
+def test_clips_of_learned_tokens_take_a_tokenizer_of_images(tmp_path):
+    coder = config_lib.Autoencoder(channels=1, widths=(8,), levels=(3, 3), downsample=4)
+    coder = dataclasses.replace(coder, encoder_blocks=0, decoder_blocks=0)
+    shapes = jax.eval_shape(lambda key: autoencoder.init(coder, key), jax.random.key(0))
+    weights = {n: np.ones(leaf.shape, np.float32) for n, leaf in sharding.by_name(shapes).items()}
+    Tokenizer(coder, weights, {}).save(tmp_path / "tokenizer.safetensors")
+    tokens = config_lib.Tokens(kind="learned", autoencoder=coder)
+    tokens = dataclasses.replace(tokens, tokenizer=str(tmp_path / "tokenizer.safetensors"))
+    data = clip_data(train_transforms=(), eval_transforms=())
+    config = config_lib.Config(data=data, tokens=tokens, model=tiny_network().config)
+    run = setup.open_run(config, str(tmp_path / "run"), ["pretrain"])
+    assert next(run.data.train(8))["tokens"].shape == (8, 3 * 4 * 4)
+    alone = dataclasses.replace(config, tokens=dataclasses.replace(tokens, tokenizer=None))
+    with pytest.raises(InputError, match="a tokenizer is trained on images"):
+        setup.open_run(alone, str(tmp_path / "other"), ["tokenizer"])
+
+
+def test_formats_of_images_refuse_clips_and_patches(tmp_path):
+    model = dataclasses.replace(tiny_network().config, axial_positions=False)
+    for frames, patch, words in ((3, (), "data.frames=3"), (0, (2, 2), r"tokens.patch=\(2, 2\)")):
+        tokens = config_lib.Tokens(levels=2, patch=patch)
+        described = WeightsFile(model, tokens, image_size=4, params={}, frames=frames)
+        params = parameters(described.network)
+        made = gptv_jax.Model(described, params, make_mesh((1, 1, 1)))
+        with pytest.raises(InputError, match=words):
+            gptv_jax.to_huggingface(made, tmp_path / "hf")

@@ -144,6 +144,9 @@ def _check_pixels(config: Config) -> None:
         reason = f"config.tokens.kind={kind} makes {tokens} tokens, one a pixel"
         reason += f", and the stem leaves {positions} positions; take tokens"
         refuse(config, "task.image_input", reason)
+    if cell[0] > 1 or cell[1] != cell[2] or cell[1].bit_count() > 1:
+        reason = f"config.tokens.patch={config.tokens.patch} is no square of 2, 4, 8, ... pixels"
+        refuse(config, "task.image_input", f"{reason}; take tokens")
     if cell != (1, side, side):
         needed = cell[1].bit_length() - 1
         fitting = (task.stem + (task.stem[-1:] or (64,)) * needed)[:needed]

@@ -144,6 +144,8 @@ class TokenCache(DataSet):
             self.tokens = fields.from_dict(config_lib.Tokens, settings, "tokens")
             self.image_size = image_size(*np.broadcast_to(header["image_size"], 2).tolist())
             self.frames = int(header.get("frames", 0))  # older caches are of images
+            self.stride = int(header.get("frame_stride", 1))
+            self.videos = self.frames > 0
             self.transforms: tuple[str, ...] = tuple(header["transforms"])
             if header["format"] not in (PLAIN, ANNOTATED):
                 raise InputError(
@@ -164,7 +166,8 @@ class TokenCache(DataSet):
         """The command that makes this cache anew, with the palette or tokenizer of this folder."""
         settings = {f"data.{name}": value for name, value in source.items() if value is not None}
         settings |= {"data.image_size": self.image_size, "data.eval_transforms": self.transforms}
-        settings |= {"data.frames": self.frames} if self.frames else {}
+        if self.frames:
+            settings |= {"data.frames": self.frames, "data.frame_stride": self.stride}
         settings |= {name: value for name, value, _ in self.tokens.pairs(self.tokens)}
         if not self.classes:
             settings["data.labels"] = False

@@ -49,10 +49,10 @@ class MovingDigits(DataSet):
     videos = True
 
     def __init__(self, config: config_lib.Data, digits: int = 1):
-        if config.label and (digits > 1 or config.label not in LABELS):
-            known = ", ".join(LABELS) if digits == 1 else "no label"
+        if config.label and config.label not in LABELS:
             raise InputError(
-                f"config.data.label={config.label}, but config.data.name={config.name} has {known}."
+                f"config.data.label={config.label}, but config.data.name={config.name} has the "
+                f"labels {', '.join(LABELS)}."
             )
         label = config.label or "digit"
         self.classes = len(LABELS[label]) if digits == 1 else 0

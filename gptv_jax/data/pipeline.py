@@ -180,12 +180,13 @@ def open_examples(config: config_lib.Data, split: str, entries: tuple[str, ...])
 def takes(config: config_lib.Data, entry: str) -> bool:
     """Whether the data can be transformed so: a token cache not where pixels are needed.
 
-    Learned tokens cannot be transformed: moving a code does not mirror the pixels it stands for.
+    Tokens of several pixels cannot be transformed: moving a token does not mirror its pixels.
     """
     data_set = sources.open_data_set(config)
     if not isinstance(data_set, TokenCache):
         return True
-    return data_set.tokens.kind != "learned" and not transforms.parse(entry).needs_pixels
+    one_pixel = data_set.tokens.cell == (1, 1, 1)
+    return one_pixel and not transforms.parse(entry).needs_pixels
 
 
 @functools.cache

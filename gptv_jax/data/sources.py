@@ -252,7 +252,7 @@ def open_data_set(config: config_lib.Data) -> DataSet:
     if advice := listing.advice(config.name):
         raise InputError(f"config.data.name={advice}")
     try:
-        return with_distinct_names(Tfds(config, SETS))
+        return with_distinct_names(_fitting(Tfds(config, SETS), config))
     except InputError as error:
         if config.path and (advice := listing.advice(config.path)):  # TFDS reads no data.path
             problem = f"config.data.name={config.name} does not read config.data.path"

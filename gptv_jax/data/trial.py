@@ -31,9 +31,9 @@ def try_out(
     """Makes tokens of the first training images, so that misfits are found before any work.
 
     Without a codec, or if the codec encodes on devices, only `shape` is checked, [H, W, C], or
-    [H, W] of grey and RGB images. Files of more than 8 bits are looked at before. After the
-    transforms of evaluation, images that all look blank or dark are warned of. `annotated`: boxes
-    and label maps are transformed as well.
+    [H, W] of grey and RGB images; of clips, these after [F]. Files of more than 8 bits are looked
+    at before. After the transforms of evaluation, images that all look blank or dark are warned of.
+    `annotated`: boxes and label maps are transformed as well.
     """
     example, rng = pipeline.open_examples(config, "train", entries), np.random.default_rng(0)
     example = dataclasses.replace(example, codec=codec, annotated=annotated)
@@ -49,7 +49,8 @@ def try_out(
         image = record.get("image")  # absent from a token cache
         if codec is None or (codec.on_devices and image is not None):
             grey_or_rgb = (*shape, 1 if image.shape[-1] == 1 else 3)
-            pipeline.check_shape(image, shape if len(shape) == 3 else grey_or_rgb)
+            known = len(shape) == len(config.size) + (config.frames > 0) + 1  # the channels too
+            pipeline.check_shape(image, shape if known else grey_or_rgb)
         else:
             pipeline.to_tokens(codec, record)
         if image is not None:
@@ -62,7 +63,7 @@ def try_out(
         return
     look = "have nearly one value each" if deviation < BLANK else "are all dark"
     cure = ""
-    if high <= DARK and not (isinstance(codec, GreyCodec) and codec.vocabulary < 256):
+    if high <= DARK and not (isinstance(codec, GreyCodec) and codec.levels < 256):
         cure = ' The transform "normalize()" makes dark images bright.'
     LOG.warning(
         "images of %s (%d looked at) %s: values %d to %d of 255, deviating by %.1f at most. Look "

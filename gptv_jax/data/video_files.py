@@ -70,8 +70,10 @@ def convert(
     Raises InputError where PyAV is not installed.
     """
     _import_av()
-    # A folder has the name of the file without its ending, unless two files have that name.
+    # A folder has the name of the file without its ending, unless two files have that name, or a
+    # folder of videos.
     stems = Counter(os.path.splitext(file)[0] for file in files)
+    stems.update({str(folder) for file in files for folder in pathlib.PurePath(file).parents})
     targets = [s if stems[s := os.path.splitext(file)[0]] == 1 else file for file in files]
 
     def one(file: str, target: str) -> Written:

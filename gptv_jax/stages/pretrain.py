@@ -18,6 +18,7 @@ from gptv_jax.planning.training import Pretraining
 from gptv_jax.probe import features, ridge
 from gptv_jax.runs.context import Context
 from gptv_jax.stages import pretrained
+from gptv_jax.tasks.network import network_of
 from gptv_jax.tokens.codec import Codec, TokenStatistics
 from gptv_jax.train import loop, metrics, step
 
@@ -47,7 +48,8 @@ def run_stage(context: Context) -> dict:
 
     def probe(params: dict) -> dict:
         raw, images = config.probe.features == "raw", features.batches(context.data, config.probe)
-        read = features.of_network(network, params, images, raw=raw)
+        probed = network_of(config, pooling=config.probe.pooling)
+        read = features.of_network(probed, params, images, raw=raw)
         rows = ridge.tabulate(read, context.classes, config.probe.ridge, test=False)
         return ridge.summarise(rows)
 

@@ -197,6 +197,7 @@ def _check_cache(config: config_lib.Config, cache: TokenCache) -> None:
         *config.tokens.pairs(cache.tokens),
         ("data.image_size", config.data.image_size, cache.image_size),
         ("data.frames", config.data.frames, cache.frames),
+        ("data.frame_stride", config.data.frame_stride, cache.stride),
         ("data.eval_transforms", config.data.eval_transforms, cache.transforms),
     )
     cached = {f"config.{name}": theirs for name, _, theirs in pairs}
@@ -282,7 +283,8 @@ def try_out(config: config_lib.Config, stages: list[str] | None, codec: Codec | 
     """Checks that images, codec and the transforms of evaluation and of `stages` fit together."""
     data = config.data
     channels = config.tokens.autoencoder.channels if config.tokens.kind == "learned" else 3
-    shape = (*data.size, channels) if config.tokens.kind != "none" else data.size
+    shape = (data.frames,) * (data.frames > 0) + data.size
+    shape = (*shape, channels) if config.tokens.kind != "none" else shape
     training = [] if stages is None else _training_transforms(config, stages)
     tried = dict.fromkeys([data.eval_transforms, *training], False)
     if training and "finetune" in stages and {*tasks.kind(config.task.name).needs} - {"label"}:

@@ -56,9 +56,12 @@ class Segment(Task):
 
     def check(self) -> None:
         settings, layers = self.settings, self.config.model.layers
-        pairs = zip(self.config.data.size, self.config.grid, strict=True)
+        pairs = zip(self.config.data.size, self.config.grid[-2:], strict=True)
         side = [pixels // positions for pixels, positions in pairs]
         refuse = functools.partial(rules.refuse, self.config)
+        if side[0] != side[1]:
+            reason = f"a position of the image is {side[0]} x {side[1]} pixels; take squares"
+            refuse("tokens.patch", reason)
         if not (settings.read or settings.write):
             refuse("task.segment.read", "write is False too, so nothing is learned; take True")
         if settings.read and any(each % settings.read_cell for each in side):

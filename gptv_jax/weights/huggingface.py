@@ -286,6 +286,10 @@ def _expressible(weights_file: WeightsFile, task: str) -> WeightsFile:
     unsupported = [f"model.{name}={value}" for name, value in given.items() if value != usual[name]]
     if weights_file.tokens.kind == "learned":
         unsupported.append("tokens.kind=learned")  # the format's tokens are colours
+    if patch := weights_file.tokens.patch:
+        unsupported.append(f"tokens.patch={patch}")
+    if weights_file.frames:
+        unsupported.append(f"data.frames={weights_file.frames}")
     if isinstance(size := weights_file.image_size, tuple):
         unsupported.append(f"data.image_size={size}, a rectangle")
     classes = weights_file.classes if task == "classification" else 0
