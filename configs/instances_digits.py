@@ -5,7 +5,7 @@ of the object's mask in its box. An autoencoder of masks of 64 x 64 pixels, whic
 with, has 128 codes.
 
 Command:    python -m gptv_jax.main --config=configs/instances_digits.py --workdir=runs/instances
-Hardware:   two CPU cores; 35 minutes of one core that other programs shared.
+Hardware:   one CPU core, 35 minutes beside other programs.
 Expect:     test AP 0.73 of boxes; of masks 0.52 in detected boxes, 0.61 in true boxes, 0.99 as
             tokens and back; panoptic quality 0.75; masks of wrong images 0.000003
             (docs/results.md).

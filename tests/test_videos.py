@@ -1,5 +1,6 @@
 """Videos as folders of frames, animations, arrays and TFDS sets: which frames are a clip."""
 
+import dataclasses
 import io
 import itertools
 import json
@@ -263,6 +264,8 @@ def test_videos_of_tfds_are_read_without_tensorflow(tmp_path):
     assert [int(source[i]["label"]) for i in (0, 1, 3)] == [0, 1, 1]
     with pytest.raises(DamagedImageError, match="no frame"):
         source[2]
+    with pytest.raises(InputError, match="has videos"):
+        sources.open_data_set(dataclasses.replace(data, frames=0))
     whole = [file for record in source.every(0) for file in record["encoded"]]
     assert {*whole} == {*map(encoded, values(range(9)))}
 
