@@ -1,6 +1,7 @@
 """Video files become folders of frames, which training reads; damaged files are named."""
 
 import json
+import shutil
 import struct
 import sys
 from fractions import Fraction
