@@ -127,7 +127,7 @@ def best_step(
 
     def preference(evaluation: dict) -> list[float]:
         given = ((evaluation[name], sign) for name, sign in primary.items())
-        return [-math.inf if value is None else sign * value for value, sign in given]
+        return [-math.inf if value is None else float(sign * value) for value, sign in given]
 
     return max(ranked, key=preference)["step"] if ranked else None
 
