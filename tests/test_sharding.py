@@ -83,6 +83,10 @@ GPT_SHARDS = {
         {"target_positions": True},
         IGPT | {"position": (17, 16), "target_position": (16, 16)},
     ),
+    "clips": (
+        {"grid": (4, 2, 2)},
+        IGPT | {"position": (4, 16), "row": (2, 16), "column": (2, 16), "frame": (4, 16)},
+    ),
     "modern": (  # MLP width 64
         RECIPES["modern"],
         EVERY_GPT
