@@ -6,7 +6,7 @@ GPT reads both as codes and, by a small convolutional stem, as pixels.
 
 Command:    python -m gptv_jax.main --config=configs/detect_digits.py --workdir=runs/detect_digits
             The same network from random weights beside it: --config.finetune.scratch=True
-Hardware:   two CPU cores, five to seven minutes.
+Hardware:   two CPU cores, five and a half minutes.
 Expect:     test AP 0.74, 0.91 at an IoU of 0.5 (three seeds); from random weights 0.78, 0.92;
             ceiling 0.98, wrong image 0.00002 (docs/results.md).
 Reproduces: nothing published. Pix2seq (Chen et al. 2022) is the recipe: noise objects without loss

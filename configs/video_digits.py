@@ -25,7 +25,7 @@ def get_config():
     m = c.model
     m.layers, m.width, m.heads = 4, 64, 2
     m.learned_positions, m.axial_positions = False, True
-    _muon(c.train, steps=2400, batch_size=16)
+    _muon(c.train, steps=1400, batch_size=16)
     _muon(c.finetune.train, steps=300, batch_size=16)
     c.probe.pooling = c.finetune.pooling = "frames"
     c.probe.train_images = 2000
@@ -41,7 +41,7 @@ def _muon(train, steps: int, batch_size: int):
     train.steps, train.batch_size = steps, batch_size
     train.log_every = 50
     train.checkpoint_every = 500
-    train.eval_every = 500
+    train.eval_every = 700
     o = train.optimizer
     o.name, o.learning_rate, o.rest_learning_rate = "muon", 1e-2, 4e-3
     o.weight_decay, o.warmup_steps, o.clip_norm = 0.01, 30, 1.0
