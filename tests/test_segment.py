@@ -321,16 +321,20 @@ def test_what_cannot_be_segmented_is_refused(caplog):
         assert len(str(refused.value)) <= 300
 
 
-def test_images_of_any_size_are_segmented_at_their_own_size(tmp_path):
-    task, params = trained()
-    config, mesh = task.config, make_mesh((1, 1, 1))
+def as_model(task: Segment, params: dict) -> gptv_jax.Model:
+    config = task.config
     described = WeightsFile(
         *(config.model, config.tokens, config.data.image_size, {}),
         task=config.task,
         map_names=NAMES,
         measured=task.measured,
     )
-    model = gptv_jax.Model(described, params, mesh)
+    return gptv_jax.Model(described, params, make_mesh((1, 1, 1)))
+
+
+def test_images_of_any_size_are_segmented_at_their_own_size(tmp_path):
+    task, params = trained()
+    model = as_model(task, params)
     model.save(tmp_path / "segment.safetensors")
     model = gptv_jax.load(tmp_path / "segment.safetensors")
     assert model.map_classes == NAMES
@@ -378,16 +382,9 @@ def test_images_of_any_size_are_segmented_at_their_own_size(tmp_path):
 
 def test_the_likelihood_of_a_map_is_the_product_of_its_tokens():
     task, params = trained()
-    config, mesh = task.config, make_mesh((1, 1, 1))
-    described = WeightsFile(
-        *(config.model, config.tokens, config.data.image_size, {}),
-        task=config.task,
-        map_names=NAMES,
-        measured=task.measured,
-    )
-    model = gptv_jax.Model(described, params, mesh)
+    model = as_model(task, params)
     images = np.stack([record["image"] for record in records(3, seed=31)])
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(model.mesh):
         inputs = map(sharding.shard_rows, (images, np.arange(3)))
         pixels, numbers = inputs
         key = jax.random.key(0)

@@ -181,10 +181,10 @@ class OfTasks:
     ) -> Float[np.ndarray, " B"]:
         """Float32 log-probability of each label map given its image, in nats, as written tokens.
 
-        The sum over the map's tokens, without cells that have no class; label maps of equal tokens
-        are equally likely. `maps` are an array [B, H, W], or a list of arrays [H, W] of the images'
-        heights and widths, with whole numbers as `segment` gives them; 255 in uint8, and any number
-        that is no class, such as -1, is no class. Images are those that `segment` takes.
+        The result is the sum over the map's tokens; cells that have no class do not count. Label
+        maps of equal tokens are equally likely. `maps` are an array [B, H, W], or a list of arrays
+        [H, W] of the images' heights and widths, with the numbers of classes; 255 in uint8, and any
+        other number without a class, such as -1, stand for no class. `images` are as in `segment`.
         """
         task, planes, found = self._segmenter("written"), [*map(np.asarray, maps)], []
         if wrong := [plane.dtype for plane in planes if plane.dtype.kind not in "iu"]:

@@ -18,8 +18,8 @@ ORDER_SEED = 0  # fixed, so that a split expression selects the same images in e
 class Source:
     """The records of a split, or of a split expression, by number; see data/records.py.
 
-    A number has always the same record, but for `read` in training, and all records of a split have
-    the same keys.
+    `source[number]` gives equal records every time; `read` may draw in training. All records of a
+    split have equal keys.
     """
 
     labels: np.ndarray | None = None  # the labels of all records, int [N], where they are in memory

@@ -63,10 +63,11 @@ def find(videos: pathlib.Path) -> list[str]:
 def convert(
     videos: pathlib.Path, files: list[str], out: pathlib.Path, settings: Settings
 ) -> Iterator[Written]:
-    """Writes a folder of frames for each of `files` below `videos`, at the same place in `out`.
+    """Writes a folder of frames for each of `files`, paths relative to the folder `videos`.
 
-    So folders of splits and classes are kept. A folder of frames that is there already is kept; a
-    folder appears when all its frames are written. Yields what became of each file, in order.
+    The path of a folder of frames below `out` is the file's path, so folders of splits and classes
+    are kept. An existing folder of frames is kept; a folder appears when all its frames are
+    written. Yields what became of each file, in order.
     Raises InputError where PyAV is not installed.
     """
     _import_av()

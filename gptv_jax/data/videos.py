@@ -105,7 +105,7 @@ def _natural(name: str) -> list[str | int]:
 
 
 def _animated(folder: pathlib.Path, files: list[str]) -> bool:
-    """Whether the first file that Pillow can open, of those that may be animations, is one."""
+    """Whether the first file that Pillow can open has several frames."""
     for file in files:
         if file.lower().endswith(EITHER):
             try:

@@ -28,9 +28,9 @@ def shifted(
 ) -> UInt8[np.ndarray, "B count H W C"]:
     """The last given frame moved on, `count` times, by the shift that led to it.
 
-    Of all shifts by whole pixels, up to a quarter of a side and `REACH`, and of both `EDGES`, that
-    one is taken which makes the last given frame of the frame before it with the least squared
-    error; of equal ones the smallest shift. Of a single given frame the last frame is copied.
+    The shift is by whole pixels, up to a quarter of a side and up to `REACH`, with one of `EDGES`.
+    It is the shift with the least squared error between the last given frame and the shifted frame
+    before it; among equal errors the smallest shift. A single given frame is copied.
     """
     if frames.shape[1] < 2:
         return copied(frames, count)

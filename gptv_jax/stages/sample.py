@@ -27,8 +27,8 @@ def run_stage(context: Context) -> dict:
 
     New images are in unconditional.png or, of a class-conditional network, in classes.png. Test
     images stand beside their versions with the lower part drawn anew (completions.png), with the
-    middle drawn anew (inpainted.png), and beside the nats of their pixels (surprise.png). Pictures
-    of clips are film strips, and animations in files of the same names that end in .webp.
+    middle drawn anew (inpainted.png), and beside the nats of their pixels (surprise.png). Clips
+    are shown twice: as film strips (.png) and as animations (.webp).
     """
     config, seed, network = context.config.sample, context.config.seed, context.network()
     codec, folder = context.codec, context.folder.path / "samples"
