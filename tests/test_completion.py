@@ -109,7 +109,8 @@ def test_masks_of_the_same_rows_share_their_programs_which_end_with_the_last_unk
         found = sampler.draw(masked(mask), KEY)
         np.testing.assert_array_equal(found[:, mask], TOKENS[:, mask])
         np.testing.assert_array_equal(found[:, ~mask], most_likely(params, found)[:, ~mask])
-    assert calls == [(4, 3, 12)] * 3 and set(traced) == {1}
+    # The first draw traces the program, unless another test of this process has drawn with it.
+    assert calls == [(4, 3, 12)] * 3 and set(traced) <= {1}
     np.testing.assert_array_equal(sampler.draw(TOKENS, KEY, samples=2), TOKENS.repeat(2, axis=0))
     assert len(calls) == 3  # nothing is unknown
 
