@@ -309,7 +309,7 @@ def open_splits(config: config_lib.Data) -> dict[str, Selected]:
 
 
 def check_objects(config: config_lib.Data, validated: int | None) -> None:
-    """Raises InputError where a split of `SPLITS` has no object; crowds are none.
+    """Raises InputError where a split of `SPLITS` has no object; a crowd counts as no object.
 
     Of validation the first `validated` images count, None: all. Boxes that are not in memory, as in
     TFDS's files, are not looked at.

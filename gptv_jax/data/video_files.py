@@ -229,7 +229,7 @@ def _ratio(found) -> Fraction:
 
 
 def _upright(frame: "av.VideoFrame", ratio: Fraction, settings: Settings) -> Image.Image:
-    """The frame as it is shown: with pixels of width/height 1, turned as the file says."""
+    """The frame with square pixels, rotated by the angle in the file."""
     picture = frame.to_image()
     if ratio and ratio != 1:
         width = max(1, round(picture.width * ratio))

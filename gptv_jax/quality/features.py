@@ -1,6 +1,6 @@
 """Feature extractors: of averaged pixels, of a network of this project, of any function.
 
-The features of a clip are those of its frames, in order, so that a distance sees time.
+The features of a clip are the features of its frames, side by side in the order of time.
 """
 
 import dataclasses

@@ -73,7 +73,7 @@ def continuations(context: Context, params: dict) -> dict[str, float]:
 
     "continued_exact_frame_3" is the share of clips whose third frame is exactly right, where the
     first two are given; "copied_..." and "shifted_..." are the floors of `quality.clips`. The true
-    frames are those that the tokens stand for.
+    frames are decoded from the clips' tokens.
     """
     config, network, codec = context.config.sample, context.network(), context.codec
     sampler = Sampler(network, params, config_lib.Drawing(temperature=0.0))
