@@ -132,10 +132,10 @@ def phases(places: Float[Array, "P 3"], size: int) -> Float[Array, "2 P half"]:
 
     Half of each head's channels are rotated by the row of a place on the grid and half by the
     column, so that scores depend on differences of rows and columns alone (Su et al. 2021,
-    arXiv:2104.09864; along two axes as in LlamaGen, Sun et al. 2024, arXiv:2406.06525). All
-    channels are rotated by the frame as well, those that turn slowly with the row turn fast with
-    the frame: several axes share channels as in RoPE-Mixed (Heo et al. 2024, arXiv:2403.13298), and
-    the first frame is rotated as an image is.
+    arXiv:2104.09864; along two axes as in LlamaGen, Sun et al. 2024, arXiv:2406.06525). The
+    number of the frame rotates all channels, with the frequencies in reverse order, so a channel
+    has two axes, as in RoPE-Mixed (Heo et al. 2024, arXiv:2403.13298). The first frame is rotated
+    as an image is.
 
     `size` is K, a multiple of 4; half is K / 2.
     """
