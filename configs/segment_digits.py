@@ -30,6 +30,7 @@ def get_config():
     a.levels = (8, 6, 5)
     m = c.model
     m.layers, m.width, m.heads = 3, 64, 4
+    m.rotary = True
     c.task.name = "segment"
     c.task.image_input = "pixels"
     c.task.stem = (32, 64)
@@ -41,8 +42,8 @@ def get_config():
     s.validation_images = 100
     _muon(c.tokenizer.train, steps=300, batch_size=32, rate=4e-3)
     _muon(c.train, steps=400, batch_size=16, rate=1e-2)
-    _muon(c.finetune.train, steps=2600, batch_size=16, rate=1e-2)
-    c.finetune.train.eval_every = 1300
+    _muon(c.finetune.train, steps=2200, batch_size=16, rate=1e-2)
+    c.finetune.train.eval_every = 1100
     c.probe.train_images = 2000
     c.finetune.patience = 0
     c.finetune.scratch = False
