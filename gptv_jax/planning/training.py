@@ -51,6 +51,7 @@ class Training:
     sections: ClassVar[tuple[str, ...]]  # of the configuration, which the mesh must divide
     unit: ClassVar[str]  # FLOPs are shown per "token" or "image"
     tunable: ClassVar[bool]  # whether rematerialisation and microbatches can be chosen
+    draws: ClassVar[bool] = False  # whether sequences are drawn from what is trained
     after: ClassVar[Callable | None] = None  # as `make_train_step` takes it
     relative_width: ClassVar[float] = 1.0  # as `make_optimizer` takes it, like `layer_decay`
     layer_decay: ClassVar[float] = 1.0
@@ -163,8 +164,12 @@ class Pretraining(Training):
         return network_of(self.config)
 
     @property
+    def draws(self) -> bool:
+        return self.section == "train" and self.config.model.objective == "autoregressive"
+
+    @property
     def units(self) -> int:
-        """Number of tokens of an image, the unit that FLOPs are counted for.
+        """Number of tokens of an image or clip, the unit that FLOPs are counted for.
 
         The axis "sequence" can split them.
         """
