@@ -1,6 +1,6 @@
 """Kinetics-600 at 128x128 pixels: 5 given frames are continued by 11.
 
-    s, m, l      77, 456 and 1,364 million parameters, of iGPT's shapes; 4,096 tokens a clip
+    s, m, l      93, 489 and 1,409 million parameters, of iGPT's shapes; 4,096 tokens a clip
 
 The tokens and the networks are those of configs/video_ucf101.py, without classes.
 

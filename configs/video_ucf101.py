@@ -1,6 +1,6 @@
 """UCF-101 at 128x128 pixels, class by class: clips of 16 frames as codes of a learned tokenizer.
 
-    s, m, l      78, 457 and 1,366 million parameters, of iGPT's shapes; 4,096 tokens a clip
+    s, m, l      93, 489 and 1,410 million parameters, of iGPT's shapes; 4,096 tokens a clip
 
 Each frame is 16x16 codes, made by a tokenizer of images. A tokenizer that also takes several frames
 together needs one more line after `network.downsample`.

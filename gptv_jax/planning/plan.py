@@ -189,6 +189,7 @@ class Plan:
             **{f"flops_per_{unit}_{part}": count for part, count in needed.items()},
             "flops_per_step": self.flops_per_step,
             "flops_per_step_executed": self.executed,
+            "flops_per_step_encoding": self.training.encoding,
             "bytes_per_device": self.bytes_per_device,
             "bytes_per_device_source": "compiler" if self.compiled else "arithmetic",
             "bytes_per_device_by_arithmetic": self.memory.total,

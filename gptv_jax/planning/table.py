@@ -35,6 +35,7 @@ def show(found: Plan, smallest: Plan | None) -> str:
         (f"FLOPs per {training.unit}", f"{_si(needed.total)}: {parts}"),
         ("FLOPs per step", _si(found.flops_per_step)),
         ("  executed", _si(found.executed)),
+        *([("  encoding pixels, beside these", _si(n))] if (n := training.encoding) else []),
         ("", ""),
         *_memory(found, numbers),
         ("", ""),
