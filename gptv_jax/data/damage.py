@@ -15,7 +15,8 @@ import numpy as np
 from gptv_jax import config as config_lib
 from gptv_jax.data import sources
 from gptv_jax.data.data_set import Source
-from gptv_jax.data.images import DamagedImageError, Decode, Depth
+from gptv_jax.data.images import Decode, Depth
+from gptv_jax.data.limits import DamagedImageError
 from gptv_jax.data.records import Record
 from gptv_jax.errors import InputError
 

@@ -173,7 +173,7 @@ def open_examples(config: config_lib.Data, split: str, entries: tuple[str, ...])
     if isinstance(sources.open_data_set(config), TokenCache):
         steps = _token_steps(config, entries)
     elif any(decodes):
-        source, steps = DecodedSource(source, steps[0]), steps[1:]
+        source, steps = DecodedSource(source, steps[0].within(config.limits)), steps[1:]
     return _Example(source, steps)
 
 

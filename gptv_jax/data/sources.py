@@ -28,8 +28,8 @@ from gptv_jax.data.data_set import (
 )
 from gptv_jax.data.digit_scenes import DigitScenes
 from gptv_jax.data.folder import ImageFolder
-from gptv_jax.data.images import DamagedImageError
 from gptv_jax.data.label_maps import MapFolder
+from gptv_jax.data.limits import DamagedImageError, check_formats
 from gptv_jax.data.listing import split_names
 from gptv_jax.data.moving_digits import MovingDigits
 from gptv_jax.data.parquet import Tables
@@ -247,6 +247,7 @@ def open_data_set(config: config_lib.Data) -> DataSet:
                 f"config.data.{field}={getattr(config, field)} is for config.data.name="
                 f"{'|'.join(names)}, but config.data.name={config.name}; leave the field out."
             )
+    check_formats(config.limits)
     if config.name in SETS:
         return with_distinct_names(_fitting(SETS[config.name](config), config))
     if advice := listing.advice(config.name):
