@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import io
 import json
 import logging
 import math
@@ -10,7 +11,6 @@ import pathlib
 import weakref
 import zipfile
 from collections.abc import Callable
-from typing import IO, BinaryIO
 
 import jax
 import jax.numpy as jnp
@@ -127,7 +127,7 @@ def read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
         return load_arrays(file)
 
 
-def load_arrays(file: BinaryIO) -> dict[str, np.ndarray]:
+def load_arrays(file: io.BufferedIOBase) -> dict[str, np.ndarray]:
     """As `read_arrays`, of an open file; ValueError: an array is not as long as its header says."""
     length = file.seek(0, os.SEEK_END)
     if zipfile.is_zipfile(file):
@@ -145,7 +145,7 @@ def load_arrays(file: BinaryIO) -> dict[str, np.ndarray]:
     return {"": content} if isinstance(content, np.ndarray) else dict(content)
 
 
-def _check_length(file: IO[bytes], length: int) -> None:
+def _check_length(file: io.BufferedIOBase, length: int) -> None:
     """Raises ValueError where an array needs more bytes than there are; NumPy allocates first."""
     first = np.lib.format.read_magic(file) == (1, 0)
     read = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0

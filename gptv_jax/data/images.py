@@ -59,6 +59,7 @@ class Transform:
     random: ClassVar[bool] = False  # whether the generator is used; not allowed in evaluation
     # False: the transform only moves pixels, so that it may move tokens of a cache.
     needs_pixels: ClassVar[bool] = True
+    drops: ClassVar[bool] = False  # whether it leaves images out, see data/filters.py
     in_place: ClassVar[bool] = True  # False: `pixels` moves pixels, but boxes and masks stay
 
     def __init_subclass__(cls):

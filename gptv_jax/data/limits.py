@@ -109,7 +109,7 @@ def opened(encoded: bytes, limits: Limits, problem: str = "") -> Iterator[Image.
 
 def _open(encoded: bytes, limits: Limits) -> Image.Image:
     if not encoded:
-        raise DamagedImageError("the file is empty")
+        raise DamagedImageError("not an image: the file is empty")
     _check_bytes(len(encoded), limits)
     if Image.MAX_IMAGE_PIXELS and limits.max_pixels > Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = limits.max_pixels  # Pillow would refuse these before
