@@ -184,7 +184,9 @@ def make_images() -> dict[str, bytes]:
         picture = Image.fromarray(np.asarray(shown, np.uint16) * 257) if mode == "I;16" else None
         with io.BytesIO() as file:
             (picture or shown.convert(mode)).save(file, form, **options)
-            words = [form, mode, *(k for k in options if k not in ("save_all", "exif"))]
+            told = {"save_all": "frames", "progressive": "progressive", "lossless": "lossless"}
+            told["compression"] = options.get("compression")
+            words = [form, mode, *(told[key] for key in options if key in told)]
             found[" ".join(words)] = file.getvalue()
     return found
 
@@ -211,7 +213,7 @@ class Images(Subject):
 
     def read(self, name, mutation, content):
         shown_size(content, self.limits)
-        if "append" in name:
+        if "frames" in name:
             with_frames = Animation(content, tuple(range(count_frames(content, self.limits))[:4]))
             assert len({frame.shape for frame in with_frames.decoded(self.decode)}) >= 1
         pixels = self.decode.pixels(content)

@@ -28,7 +28,7 @@ from gptv_jax.errors import InputError, shorten
 
 LOG = logging.getLogger(__name__)
 SIDE, COPY, LOWEST = 32, 16, 8  # pixels of the hashed image and of the copy; frequencies an axis
-ALIKE = 0.97  # correlation of two copies from which on images are nearly equal
+ALIKE = 0.98  # correlation of two copies from which on images are nearly equal
 AT_ONCE = 1024  # images whose hashes are made together
 
 
@@ -88,7 +88,7 @@ def of_source(source: Source, limits: config_lib.Limits) -> Hashes:
     """The hashes of all images that can be read; of a clip, of its frames one below the other."""
     decode = Decode(channels=1).within(limits)
 
-    def one(index: int) -> tuple[int, np.ndarray, np.ndarray] | None:
+    def one(index: int) -> tuple[int, np.uint64, np.ndarray] | None:
         try:
             image = decode(source[index])["image"]
         except (DamagedImageError, OSError):
@@ -113,7 +113,7 @@ def of_source(source: Source, limits: config_lib.Limits) -> Hashes:
 
 def perceptual_hash(picture: Image.Image) -> tuple[np.uint64, Float[np.ndarray, " P"]]:
     """The hash of a grey picture, and its small copy, of mean 0 and length 1."""
-    pixels = np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.BOX), np.float32)
+    pixels = np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.BILINEAR), np.float32)
     low = scipy.fft.dctn(pixels)[:LOWEST, :LOWEST].ravel()[1:]
     bits = np.packbits(np.append(low > np.median(low), False))
     copy = pixels.reshape(COPY, SIDE // COPY, COPY, SIDE // COPY).mean(axis=(1, 3)).ravel()

@@ -89,7 +89,7 @@ class DropDuplicates(_Filter):
     validation stand in training. All images of all splits are read before the first step.
     """
 
-    distance: int = field(4, ("0 to 8", lambda v: 0 <= v <= 8))
+    distance: int = field(6, ("0 to 8", lambda v: 0 <= v <= 8))
 
     def bound(self, config, split):
         from gptv_jax.data import duplicates  # with SciPy, and the data sets

@@ -302,7 +302,7 @@ def as_stored(encoded: bytes, limits: Limits) -> bytes:
 
 
 def load_image(
-    source: str | os.PathLike | bytes | Image.Image | UInt8[np.ndarray, "H W *C"],
+    source: str | os.PathLike | bytes | Image.Image | np.ndarray,
     limits: Limits = DEFAULT,
     channels: int = 3,
 ) -> UInt8[np.ndarray, "H W channels"]:
