@@ -33,6 +33,7 @@ from benchmarks.fuzz_texts import Texts
 from gptv_jax.data.limits import DamagedImageError
 from gptv_jax.errors import InputError
 
+BEGINS = 300  # seconds in which a worker begins
 SUBJECTS = {"images": Images, "weights": Weights, "texts": Texts}
 
 
@@ -88,6 +89,7 @@ def _work(connection, subject: Subject, seed: int, memory: int) -> None:
     most = pages * resource.getpagesize() + memory
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    connection.send("ready")
     while (number := connection.recv()) is not None:
         connection.send(judge(subject, seed, number))
 
@@ -106,12 +108,13 @@ def run(subject: Subject, count: int, seed: int, memory: int, seconds: float) ->
             worker = context.Process(target=_work, args=(other, subject, seed, memory))
             worker.start()
             other.close()
-            first = 300.0  # seconds in which the worker begins
+            if not connection.poll(BEGINS) or connection.recv() != "ready":
+                raise RuntimeError(f"a worker did not begin in {BEGINS} seconds.")
         start = time.monotonic()
         connection.send(number)
         name, mutation, _ = case(subject, seed, number)
         try:
-            if connection.poll(seconds + first):
+            if connection.poll(seconds):
                 outcome = connection.recv()
             else:
                 outcome = Outcome(name, mutation, "hang", f"more than {seconds:g} seconds")
@@ -120,7 +123,6 @@ def run(subject: Subject, count: int, seed: int, memory: int, seconds: float) ->
             words = f"the worker ended by {signal.Signals(-worker.exitcode).name}"
             outcome = Outcome(name, mutation, "end", words if worker.exitcode < 0 else "the worker")
         found.append(outcome._replace(number=number, seconds=time.monotonic() - start))
-        first = 0.0
         if outcome.verdict in ("hang", "end"):
             worker.kill()
             worker.join()
