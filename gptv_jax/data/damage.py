@@ -87,7 +87,7 @@ class DecodedSource(Source):
         try:
             encoded = self.source[index]["encoded"]
             return self.decode.depth(encoded[0] if isinstance(encoded, list) else encoded)
-        except (OSError, KeyError, AttributeError, DamagedImageError):
+        except (OSError, KeyError, DamagedImageError):
             return None
 
 
