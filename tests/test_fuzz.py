@@ -141,6 +141,25 @@ def test_a_header_that_begins_with_a_huge_length_takes_no_memory(tmp_path):
             files.read_safetensors(tmp_path / "a.safetensors")
 
 
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": "F32", "shape": [3], "data_offsets": [0, 10**12]},
+        {"dtype": "F32", "shape": [10**12], "data_offsets": [0, 12]},
+        {"dtype": "F64", "shape": [3], "data_offsets": [0, 12]},
+        {"dtype": "F32", "shape": [3], "data_offsets": [12, 0]},
+        {"dtype": "F32", "shape": [2**63, 2**63], "data_offsets": [0, 12]},
+        {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},  # bytes that are of no tensor
+        {"dtype": "pickle", "shape": [3], "data_offsets": [0, 12]},
+    ],
+)
+def test_tensors_that_do_not_fit_their_file_are_refused_before_memory_is_taken(tmp_path, entry):
+    path, header = tmp_path / "a.safetensors", json.dumps({"a": entry}).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(12))
+    with pytest.raises(InputError, match=r"no \.safetensors file"):
+        files.read_safetensors(path)
+
+
 def test_deeply_nested_json_is_damaged(tmp_path):
     (tmp_path / "config.json").write_text("[" * 200_000)
     with pytest.raises(InputError, match="damaged"):
