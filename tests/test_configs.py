@@ -24,6 +24,9 @@ WEIGHTS = {
     ("digits", None): 803_328,
     ("image_folder", None): 275_072,
     ("video_digits", None): 231_552,
+    ("video_codes", "steps"): 263_488,
+    ("video_codes", "frames"): 263_872,
+    ("video_codes", "frames_8"): 263_616,
     ("detect_digits", None): 184_832,
     ("detect_bccd", None): 463_168,
     ("detect_coco", "s"): 110_120_448,
@@ -73,6 +76,9 @@ WEIGHTS = {
 # Of the encoder and decoder, and codes.
 OF_IMAGENET = (35_072_657, 16_384)
 TOKENIZERS = {
+    ("video_codes", "steps"): (1_095_251, 512),
+    ("video_codes", "frames"): (225_939, 512),
+    ("video_codes", "frames_8"): (281_283, 512),
     ("detect_digits", None): (30_867, 240),
     **{("detect_coco", size): OF_IMAGENET for size in ("s", "m", "l")},
     ("detect_coco", "subset"): (185_423, 240),
