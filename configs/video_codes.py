@@ -6,8 +6,9 @@
 
 Command:    python -m gptv_jax.main --config=configs/video_codes.py:steps --workdir=runs/codes
             The stage `tokenizer` alone: --stages=tokenizer.
-Hardware:   one CPU core: the tokenizer in TIME minutes.
-Expect:     PSNR of test clips (docs/results.md).
+Hardware:   one CPU core: the tokenizer in about five minutes of processor time.
+Expect:     PSNR of test clips 17.40 dB (steps), 22.71 (frames), 16.64 (frames_8); the GPT was not
+            trained to the end (docs/results.md).
 Reproduces: nothing published. Steps that are causal in time are those of MAGVIT-v2 (Yu et al. 2023,
             arXiv:2310.05737).
 Changes:    512 codes; the mean squared error alone, and Muon.
