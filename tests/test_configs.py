@@ -27,6 +27,12 @@ WEIGHTS = {
     ("video_codes", "steps"): 263_488,
     ("video_codes", "frames"): 263_872,
     ("video_codes", "frames_8"): 263_616,
+    ("video_ucf101", "s"): 92_748_288,
+    ("video_ucf101", "m"): 489_086_976,
+    ("video_ucf101", "l"): 1_409_601_024,
+    ("video_k600", "s"): 92_696_576,
+    ("video_k600", "m"): 488_983_552,
+    ("video_k600", "l"): 1_409_445_888,
     ("detect_digits", None): 184_832,
     ("detect_bccd", None): 463_168,
     ("detect_coco", "s"): 110_120_448,
@@ -75,6 +81,7 @@ WEIGHTS = {
 }
 # Of the encoder and decoder, and codes.
 OF_IMAGENET = (35_072_657, 16_384)
+OF_FRAMES = (27_728_273, 16_384)
 TOKENIZERS = {
     ("video_codes", "steps"): (1_095_251, 512),
     ("video_codes", "frames"): (225_939, 512),
@@ -93,6 +100,7 @@ TOKENIZERS = {
     ("tokenizer_imagenet", "fsq_64k"): (35_077_778, 64_000),
     ("tokenizer_imagenet", "vq"): (35_219_092, 16_384),
     **{key: OF_IMAGENET for key in WEIGHTS if key[0] == "imagenet_codes"},
+    **{key: OF_FRAMES for key in WEIGHTS if key[0] in ("video_ucf101", "video_k600")},
 }
 
 
