@@ -32,7 +32,7 @@ from gptv_jax.tokens import Codec
 
 LOG = logging.getLogger(__name__)
 ENCODE_AHEAD = 2  # batches that a codec on devices encodes ahead of their use
-# Each process that reads holds so many batches, or fewer of clips: so many bytes of pixels.
+# The most batches, and the most bytes of pixels in these batches, that each process reads ahead.
 READ_AHEAD, READ_BYTES = 16, 2**30
 # Makes the task's part of a batch from a record and a generator; the generator is None in
 # evaluation.
@@ -267,26 +267,28 @@ class _Example(grain.transforms.RandomMap):
 
 def to_tokens(codec: Codec, record: Record) -> np.ndarray:
     """Tokens, int32 [T], of the record's image or of its tokens from a cache."""
-    if "tokens" in record:
-        check_shape(record["tokens"], codec.grid)
-        return record["tokens"].reshape(-1).astype(np.int32)
-    check_shape(record["image"], codec.image_shape)
-    return _encode(codec, record["image"][None])[0]
+    return all_tokens(codec, [record])[0]
+
+
+def all_tokens(codec: Codec, records: list[Record]) -> np.ndarray:
+    """As `to_tokens`, int32 [B, T]; a codec on devices encodes all records together."""
+    name, shape = ("tokens", codec.grid) if "tokens" in records[0] else ("image", codec.image_shape)
+    for record in records:
+        check_shape(record[name], shape)
+    rows = np.stack([record[name] for record in records])
+    if name == "tokens":
+        return rows.reshape(len(rows), -1).astype(np.int32)
+    try:
+        return codec.encode(rows)
+    except ValueError as error:
+        raise InputError(f"config.tokens does not fit the images: {error}") from error
 
 
 def tokenized(codec: Codec, elements: Iterator[Record], count: int = 64) -> Iterator[list[Record]]:
     """Records of `images`, up to `count` at a time, with their "tokens", int32 [T]."""
     while chunk := list(itertools.islice(elements, count)):
-        check_shape(chunk[0]["image"], codec.image_shape)
-        rows = _encode(codec, np.stack([record["image"] for record in chunk]))
+        rows = all_tokens(codec, chunk)
         yield [record | {"tokens": row} for record, row in zip(chunk, rows, strict=True)]
-
-
-def _encode(codec: Codec, images: np.ndarray) -> np.ndarray:
-    try:
-        return codec.encode(images)
-    except ValueError as error:
-        raise InputError(f"config.tokens does not fit the images: {error}") from error
 
 
 def batched(elements: Iterator[dict], count: int) -> Iterator[dict]:
@@ -313,7 +315,7 @@ def check_shape(image: np.ndarray, expected: tuple[int, ...]) -> None:
 
 
 def batches_ahead(config: config_lib.Data, rows: int) -> int:
-    """Batches of `rows` RGB images, or clips, that a process reads ahead: two or more."""
+    """Batches of `rows` RGB images, or clips, that a process reads ahead: 2 to `READ_AHEAD`."""
     pixels = 3 * max(config.frames, 1) * math.prod(config.size)
     return min(max(READ_BYTES // (rows * pixels), 2), READ_AHEAD)
 
@@ -323,7 +325,7 @@ def _read_ahead(
 ) -> grain.IterDataset:
     """Reads `ahead` elements of `data` ahead, in each of `workers` processes; 0: in this one."""
     # Image files are decoded without Python's global lock; tokens are unpacked with it.
-    threads = min(os.cpu_count(), 16) if isinstance(source, DecodedSource) else 1
+    threads = min(os.cpu_count(), ahead) if isinstance(source, DecodedSource) else 1
     read = data.to_iter_dataset(grain.ReadOptions(threads, ahead))
     if workers:
         options = grain.MultiprocessingOptions(num_workers=workers)
