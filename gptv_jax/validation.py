@@ -116,21 +116,21 @@ def images(given, codec: tokens.Codec) -> UInt8[np.ndarray, "B *F H W C"]:
     return _checked(given, right, subject, f"uint8 [B, {', '.join(map(str, shape))}]")
 
 
-def given_frames(given, codec: tokens.Codec) -> UInt8[np.ndarray, "B K H W C"]:
+def given_frames(given, codec: tokens.Codec, whole: bool = True) -> UInt8[np.ndarray, "B K H W C"]:
     """The first frames of one clip or more, of the height and width that the codec takes.
 
-    Where a token stands for several frames, K is a multiple of their number.
+    Where a token stands for several frames, K is a multiple of their number, if `whole`.
     """
     if len(codec.image_shape) == 3:
         raise InputError(
-            "this model is of images, so it does not continue clips; load a run with "
+            "this model is of images, so it reads and continues no clips; load a run with "
             "config.data.frames above 0."
         )
     given, (frames, *shape) = np.asarray(given), codec.image_shape
     right = given.dtype == np.uint8 and given.ndim == 5 and given.shape[2:] == tuple(shape)
     accepted = f"uint8 [B, K, {', '.join(map(str, shape))}], of K frames, 1 or more"
     found = _checked(given, right and given.shape[1] > 0, "frames are", accepted)
-    if given.shape[1] % (span := frames // codec.grid[0]):
+    if whole and given.shape[1] % (span := frames // codec.grid[0]):
         raise InputError(
             f"{given.shape[1]} frames are given, but each token stands for {span} frames; give a "
             f"multiple of {span}."

@@ -24,6 +24,7 @@ WEIGHTS = {
     ("digits", None): 803_328,
     ("image_folder", None): 275_072,
     ("video_digits", None): 231_552,
+    ("video_camera", None): 231_552,
     ("detect_digits", None): 184_832,
     ("detect_bccd", None): 463_168,
     ("detect_coco", "s"): 110_120_448,

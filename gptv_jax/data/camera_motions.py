@@ -60,7 +60,10 @@ class CameraClips(Source):
     def __getitem__(self, index: int) -> Record:
         return self.read(index)
 
-    def read(self, index: int, rng: np.random.Generator | None = None) -> Record:
+    def read(
+        self, index: int, rng: np.random.Generator | None = None, place: float = 0.5
+    ) -> Record:
+        del place  # a clip is all that there is
         rng, label = rng or np.random.default_rng(index), self.labels[index]
         encoded = self.images[index // len(MOTIONS)]["encoded"]
         speed, *places = rng.uniform([SPEEDS[0], LARGEST[0], 0, 0], [SPEEDS[1], LARGEST[1], 1, 1])

@@ -40,10 +40,12 @@ class DecodedSource(Source):
     def __getitem__(self, index: int) -> Record:
         return self.read(index)
 
-    def read(self, index: int, rng: np.random.Generator | None = None) -> Record:
+    def read(
+        self, index: int, rng: np.random.Generator | None = None, place: float = 0.5
+    ) -> Record:
         for distance in range(len(self)):
             try:
-                record = self.decode(self.source.read((index + distance) % len(self), rng))
+                record = self.decode(self.source.read((index + distance) % len(self), rng, place))
             except (DamagedImageError, OSError):
                 continue
             return {**record, "damaged": np.int32(index) if distance else NOT_DAMAGED}

@@ -23,9 +23,11 @@ import numpy as np
 from gptv_jax import config as config_lib
 from gptv_jax.data import sources, transforms
 from gptv_jax.data.cache import TokenCache
+from gptv_jax.data.clips import by_video, places
 from gptv_jax.data.damage import NOT_DAMAGED, DamageLog, DecodedSource
 from gptv_jax.data.images import Decode
 from gptv_jax.data.records import PICTURE, Record, with_view
+from gptv_jax.data.stills import Stills, images_of
 from gptv_jax.errors import InputError
 from gptv_jax.tokens import Codec
 
@@ -34,7 +36,7 @@ ENCODE_AHEAD = 2  # batches that a codec on devices encodes ahead of their use
 # Makes the task's part of a batch from a record and a generator; the generator is None in
 # evaluation.
 ExampleOf = Callable[[Record, np.random.Generator | None], dict]
-ALWAYS = ("label", "variant", "damaged")  # keys of a record that any batch has
+ALWAYS = ("label", "variant", "damaged", "still")  # keys of a record that any batch has
 DECODE_FIRST = 'lists of transforms for image files begin with "decode()", and have it once.'
 
 
@@ -67,12 +69,17 @@ class Pipeline:
         entries: tuple[str, ...] = (),
         example: ExampleOf | None = None,
         pixels: bool = False,
+        stills: bool = False,
     ) -> Iterator[dict]:
         """This process's share of every global batch from number `position` on, without end.
 
-        `entries` are transforms in place of the config's.
+        `entries` are transforms in place of the config's. With `stills`, the images that the config
+        mixes with clips are among them; "still", bool [b], says which they are.
         """
         make = self._example("train", entries or self.config.train_transforms, example, pixels)
+        if stills and self.config.still_share:
+            images = open_examples(*images_of(self.config))
+            make = dataclasses.replace(make, stills=Stills(images, make.source, self.config))
         data = grain.MapDataset.range(len(make.source)).seed(self.seed).shuffle().repeat()
         return self._batches(data.random_map(make), "train", make, batch_size, position)
 
@@ -84,6 +91,7 @@ class Pipeline:
         example: ExampleOf | None = None,
         extra: tuple[str, ...] = (),
         pixels: bool = False,
+        clips: int = 1,
     ) -> Iterator[dict]:
         """This process's share of the first `limit` examples of a split, without augmentation.
 
@@ -91,14 +99,17 @@ class Pipeline:
         and 0 for padding and for examples that replace a damaged image; "index", int32 [b], is the
         number of the example. With `example`, "view", float32 [b, 4], is the part of the original
         that an image shows, see data/records.py. `extra` are transforms after the config's.
+        With several `clips` of each video, evenly spaced, "tokens" are [b, clips, T].
         """
         entries = (*self.config.eval_transforms, *extra)
         make = self._example(split, entries, example, pixels)
         length = len(make.source)
         examples = length if limit is None else min(limit, length)
         padded = -(-examples // batch_size) * batch_size
-        data = grain.MapDataset.range(padded).map(functools.partial(make.masked, examples))
-        return self._batches(data, split, make, batch_size)
+        masked = functools.partial(make.masked, examples, places(clips))
+        data = grain.MapDataset.range(padded * clips).map(masked)
+        batches = self._batches(data, split, make, batch_size * clips)
+        return batches if clips == 1 else (by_video(batch, clips) for batch in batches)
 
     def has_pixels(self) -> bool:
         """Whether the images can be read; a token cache has only tokens."""
@@ -131,7 +142,7 @@ class Pipeline:
             read = ahead(read, prefetch_buffer_size=ENCODE_AHEAD)
         for number, batch in enumerate(read, start=position + 1):
             damaged = batch.pop("damaged", NOT_DAMAGED)
-            self.damage_log.record(split, example.source, damaged, number)
+            self.damage_log.record(split, example.stills or example.source, damaged, number)
             yield batch
 
 
@@ -216,10 +227,16 @@ class _Example(grain.transforms.RandomMap):
     example: ExampleOf | None = None
     pixels: bool = False
     annotated: bool = False
+    stills: Stills | None = None
 
-    def record(self, index: int, rng: np.random.Generator | None = None) -> Record:
-        """The transformed record, without annotations unless they are used."""
-        record = self.source.read(index, rng) | {"variant": np.int32(0)}
+    def record(
+        self, index: int, rng: np.random.Generator | None = None, place: float = 0.5
+    ) -> Record:
+        """The transformed record, without annotations unless they are used.
+
+        Of a video, a generator draws where the clip begins; without one, see `Source.read`.
+        """
+        record = self.source.read(index, rng, place) | {"variant": np.int32(0)}
         if "encoded" in record:
             raise InputError(f"{self.source.name(index)} is an image file; {DECODE_FIRST}")
         if not (self.example or self.annotated):
@@ -233,8 +250,11 @@ class _Example(grain.transforms.RandomMap):
             record["image_id"] = self.source.image_id(index)
         return record
 
-    def random_map(self, index: int, rng: np.random.Generator | None = None) -> dict:
-        record = self.record(index, rng)
+    def random_map(
+        self, index: int, rng: np.random.Generator | None = None, place: float = 0.5
+    ) -> dict:
+        read = functools.partial(self.record, index, rng, place)
+        record = self.stills.draw(rng, read) if self.stills else read()
         found = {name: record[name] for name in ALWAYS if name in record}
         if self.codec is not None:
             found["tokens"] = to_tokens(self.codec, record)
@@ -246,10 +266,14 @@ class _Example(grain.transforms.RandomMap):
                 found["view"] = record["view"]
         return found
 
-    def masked(self, examples: int, index: int) -> dict:
-        """The example, or padding where `index` is not below the number of examples."""
+    def masked(self, examples: int, starts: list[float], number: int) -> dict:
+        """The example, or padding where its index is not below the number of examples.
+
+        The clips of an example, which begin at `starts`, follow each other; see `Source.read`.
+        """
+        index, clip = divmod(number, len(starts))
         padding = index >= examples
-        element = self.random_map(0 if padding else index)
+        element = self.random_map(0 if padding else index, None, starts[clip])
         counts = not padding and element.get("damaged", NOT_DAMAGED) == NOT_DAMAGED
         return {**element, "mask": np.float32(counts), "index": np.int32(index)}
 

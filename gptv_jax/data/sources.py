@@ -97,9 +97,11 @@ class Selected(Source):
         source, row = self._locate(index)
         return self._labelled(source[row])
 
-    def read(self, index: int, rng: np.random.Generator | None = None) -> Record:
+    def read(
+        self, index: int, rng: np.random.Generator | None = None, place: float = 0.5
+    ) -> Record:
         source, row = self._locate(index)
-        return self._labelled(source.read(row, rng))
+        return self._labelled(source.read(row, rng, place))
 
     def every(self, index: int) -> Iterable[Record]:
         source, row = self._locate(index)
