@@ -21,7 +21,7 @@ import gptv_jax
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.config import Data, rules
-from gptv_jax.data import pipeline
+from gptv_jax.data import pipeline, sources
 from gptv_jax.data.clips import Clips, places
 from gptv_jax.errors import InputError
 from gptv_jax.model.layout import Part, by_frames
@@ -65,7 +65,8 @@ def test_the_class_of_a_video_is_that_of_the_mean_probabilities_of_its_clips(net
     batch["tokens"] = generator().integers(11, size=(8, 4, 12), dtype=np.int32)
     with jax.set_mesh(make_mesh((1, 1, 1))):
         model = network.bind(random_params(network))
-        outputs = [model(jnp.asarray(batch["tokens"][:, k]), batch["variant"]) for k in range(4)]
+        clips, start = jnp.asarray(batch["tokens"]), jnp.asarray(batch["variant"])
+        outputs = [model(clips[:, k], start) for k in range(4)]
     logits = np.stack([np.asarray(each.class_logits, np.float64) for each in outputs])
     likely = (np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)).mean(axis=0)
     right = likely.argmax(axis=-1) == batch["label"]
@@ -139,10 +140,11 @@ def test_a_run_and_the_python_interface_average_clips(videos, tmp_path):
         clips=3,
         scratch=False,
     )
-    config = config_lib.Config(
+    whole = config_lib.Config(
         data=data, tokens=TOKENS, model=MODEL, train=training(), finetune=tuned
     )
-    gptv_jax.train(config_lib.fields.to_dict(config), tmp_path / "run", stages=["pretrain", "finetune"])
+    settings, stages = config_lib.fields.to_dict(whole), ["pretrain", "finetune"]
+    gptv_jax.train(settings, tmp_path / "run", stages=stages)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert "finetune/test_nats_per_token" not in summary and summary["finetune/test_images"] == 21
     model = gptv_jax.load(tmp_path / "run")
@@ -188,7 +190,8 @@ def test_a_share_of_the_clips_are_images(tmp_path, caplog):
         np.testing.assert_array_equal(array, found[3][name])
     assert "still" not in next(mixed.train(64))
     (tmp_path / "images/bad.png").write_bytes(b"no picture")
-    broken = pipeline.Pipeline(still_config(tmp_path, image_size=(16, 16)), codec, 0)
+    sources.open_data_set.cache_clear()
+    broken = pipeline.Pipeline(data, codec, 0)
     next(broken.train(64, stills=True))
     assert "bad.png is left out" in caplog.text and broken.damage_log.count == 1
 
@@ -196,6 +199,7 @@ def test_a_share_of_the_clips_are_images(tmp_path, caplog):
 def test_the_loss_of_an_image_among_clips_is_that_of_the_first_frame(one_device):
     clips, images = tiny_network(grid=GRID), tiny_network(grid=GRID[1:])
     params, batch = random_params(clips), random_batch(clips)
+    params["frame"] = params["frame"].at[0].set(0.0)  # as where images begin a network of clips
     of_images = {n: params[n] for n in sharding.abstract(images.init)}
     still = np.arange(8) % 4 == 0
 
