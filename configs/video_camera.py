@@ -10,29 +10,32 @@ from gptv_jax import config as config_lib
 def get_config():
     c = config_lib.default()
     c.data.name = "camera_motions"
-    c.data.train_split = "train[:80%]"
+    c.data.train_split = "train[:80%]"  # no image is in two splits
     c.data.validation_split = "train[80%:85%]"
     c.data.test_split = "train[85%:]"
     c.data.image_size = 16
     c.data.frames = 8
-    c.data.train_transforms = c.data.eval_transforms = (
-        "decode(channels=1)",
-        "normalize(0.02)",
-        "quantize(4)",
-    )
+    entries = "decode(channels=1)", "normalize(0.02)", "quantize(4)"
+    c.data.train_transforms = c.data.eval_transforms = entries
     c.tokens.kind, c.tokens.levels, c.tokens.patch = "grey", 4, (2, 2)
     m = c.model
     m.layers, m.width, m.heads = 4, 64, 2
     m.learned_positions, m.axial_positions = False, True
-    t = c.train
-    t.steps, t.batch_size = 600, 16
-    t.log_every, t.checkpoint_every, t.eval_every = 50, 1000, 0
-    o = t.optimizer
+    _muon(c.train, steps=500, batch_size=16)
+    _muon(c.finetune.train, steps=100, batch_size=16)
+    c.probe.pooling = c.finetune.pooling = "frames"
+    c.probe.train_images = 2400
+    c.probe.refine = 2
+    c.probe.c = (0.03, 0.1, 0.3)
+    c.finetune.scratch = False
+    c.sample.count = 16
+    c.sample.completions = 8
+    return c
+
+
+def _muon(train, steps: int, batch_size: int):
+    train.steps, train.batch_size = steps, batch_size
+    train.log_every, train.checkpoint_every, train.eval_every = 50, 1000, 0
+    o = train.optimizer
     o.name, o.learning_rate, o.rest_learning_rate = "muon", 1e-2, 4e-3
     o.weight_decay, o.warmup_steps, o.clip_norm = 0.01, 30, 1.0
-    p = c.probe
-    p.pooling = "frames"
-    p.train_images = 2400
-    p.refine = 2
-    p.c = (0.001, 0.01, 0.1)
-    return c

@@ -28,14 +28,14 @@ def get_config():
     m.layers, m.width, m.heads = 4, 64, 2
     m.learned_positions, m.axial_positions = False, True
     _muon(c.train, steps=1400, batch_size=16)
-    _muon(c.finetune.train, steps=300, batch_size=16)
+    _muon(c.finetune.train, steps=100, batch_size=16)
     c.probe.pooling = c.finetune.pooling = "frames"
-    c.probe.train_images = 2000
+    c.probe.train_images = 1000
     c.finetune.scratch = False
     c.sample.count = 16
     c.sample.completions = 8
     c.sample.keep = 0.25
-    c.sample.continuations = 400
+    c.sample.continuations = 200
     return c
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Int
 from gptv_jax import config as config_lib
 from gptv_jax.data.data_set import Source
 from gptv_jax.data.images import DamagedImageError
-from gptv_jax.data.records import Record
+from gptv_jax.data.records import Record, Rng
 from gptv_jax.errors import counted, shorten
 
 
@@ -34,9 +34,7 @@ class Clips:
         """Number of frames from the first to the last frame of a clip."""
         return (self.frames - 1) * self.stride + 1
 
-    def choose(
-        self, length: int, rng: np.random.Generator | None = None, place: float = 0.5
-    ) -> Int[np.ndarray, " F"]:
+    def choose(self, length: int, rng: Rng = None, place: float = 0.5) -> Int[np.ndarray, " F"]:
         """Numbers of the frames of a clip of a video with `length` frames.
 
         The generator draws where the clip begins; without one, see `Source.read`: by default the
@@ -104,9 +102,7 @@ class VideoSource(Source):
     def __getitem__(self, index: int) -> Record:
         return self.read(index)
 
-    def read(
-        self, index: int, rng: np.random.Generator | None = None, place: float = 0.5
-    ) -> Record:
+    def read(self, index: int, rng: Rng = None, place: float = 0.5) -> Record:
         video = self.video(index)
         return {self.key: video.take(self.clips.choose(video.length, rng, place)), **video.known}
 

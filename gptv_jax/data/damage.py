@@ -16,7 +16,7 @@ from gptv_jax import config as config_lib
 from gptv_jax.data import sources
 from gptv_jax.data.data_set import Source
 from gptv_jax.data.images import DamagedImageError, Decode, Depth
-from gptv_jax.data.records import Record
+from gptv_jax.data.records import Record, Rng
 from gptv_jax.errors import InputError
 
 LOG = logging.getLogger(__name__)
@@ -40,9 +40,7 @@ class DecodedSource(Source):
     def __getitem__(self, index: int) -> Record:
         return self.read(index)
 
-    def read(
-        self, index: int, rng: np.random.Generator | None = None, place: float = 0.5
-    ) -> Record:
+    def read(self, index: int, rng: Rng = None, place: float = 0.5) -> Record:
         for distance in range(len(self)):
             try:
                 record = self.decode(self.source.read((index + distance) % len(self), rng, place))

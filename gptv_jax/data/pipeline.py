@@ -26,7 +26,7 @@ from gptv_jax.data.cache import TokenCache
 from gptv_jax.data.clips import by_video, places
 from gptv_jax.data.damage import NOT_DAMAGED, DamageLog, DecodedSource
 from gptv_jax.data.images import Decode
-from gptv_jax.data.records import PICTURE, Record, with_view
+from gptv_jax.data.records import PICTURE, Record, Rng, with_view
 from gptv_jax.data.stills import Stills, images_of
 from gptv_jax.errors import InputError
 from gptv_jax.tokens import Codec
@@ -35,7 +35,7 @@ LOG = logging.getLogger(__name__)
 ENCODE_AHEAD = 2  # batches that a codec on devices encodes ahead of their use
 # Makes the task's part of a batch from a record and a generator; the generator is None in
 # evaluation.
-ExampleOf = Callable[[Record, np.random.Generator | None], dict]
+ExampleOf = Callable[[Record, Rng], dict]
 ALWAYS = ("label", "variant", "damaged", "still")  # keys of a record that any batch has
 DECODE_FIRST = 'lists of transforms for image files begin with "decode()", and have it once.'
 
@@ -229,9 +229,7 @@ class _Example(grain.transforms.RandomMap):
     annotated: bool = False
     stills: Stills | None = None
 
-    def record(
-        self, index: int, rng: np.random.Generator | None = None, place: float = 0.5
-    ) -> Record:
+    def record(self, index: int, rng: Rng = None, place: float = 0.5) -> Record:
         """The transformed record, without annotations unless they are used.
 
         Of a video, a generator draws where the clip begins; without one, see `Source.read`.
@@ -250,9 +248,7 @@ class _Example(grain.transforms.RandomMap):
             record["image_id"] = self.source.image_id(index)
         return record
 
-    def random_map(
-        self, index: int, rng: np.random.Generator | None = None, place: float = 0.5
-    ) -> dict:
+    def random_map(self, index: int, rng: Rng = None, place: float = 0.5) -> dict:
         read = functools.partial(self.record, index, rng, place)
         record = self.stills.draw(rng, read) if self.stills else read()
         found = {name: record[name] for name in ALWAYS if name in record}
