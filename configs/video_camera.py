@@ -21,12 +21,12 @@ def get_config():
     m = c.model
     m.layers, m.width, m.heads = 4, 64, 2
     m.learned_positions, m.axial_positions = False, True
-    _muon(c.train, steps=500, batch_size=16)
+    _muon(c.train, steps=700, batch_size=16)
     _muon(c.finetune.train, steps=100, batch_size=16)
     c.probe.pooling = c.finetune.pooling = "frames"
     c.probe.train_images = 2400
     c.probe.refine = 2
-    c.probe.c = (0.03, 0.1, 0.3)
+    c.probe.c = (0.1, 0.3, 1.0)
     c.finetune.scratch = False
     c.sample.count = 16
     c.sample.completions = 8
