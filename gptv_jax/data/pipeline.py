@@ -10,11 +10,7 @@ import dataclasses
 import functools
 import itertools
 import logging
-import multiprocessing
-import os
 import pathlib
-import signal
-import threading
 from collections.abc import Callable, Iterator
 
 import grain
@@ -26,6 +22,7 @@ from gptv_jax.data.cache import TokenCache
 from gptv_jax.data.clips import by_video, places
 from gptv_jax.data.damage import NOT_DAMAGED, DamageLog, DecodedSource
 from gptv_jax.data.images import Decode
+from gptv_jax.data.reading import batches_ahead, read_ahead
 from gptv_jax.data.records import PICTURE, Record, Rng, with_view
 from gptv_jax.data.stills import Stills, images_of
 from gptv_jax.errors import InputError
@@ -133,13 +130,15 @@ class Pipeline:
         index, count = self.share
         # No remainder is dropped. With drop_remainder=False Grain counts the batches of an endless
         # source in floating point.
-        data = data.batch(batch_size // count, drop_remainder=True)[index::count][position:]
-        read = _read_ahead(data, example.source, self.config.workers)
+        rows = batch_size // count
+        data = data.batch(rows, drop_remainder=True)[index::count][position:]
+        ahead = batches_ahead(self.config, rows)
+        read = read_ahead(data, example.source, self.config.workers, ahead)
         if example.codec is not self.codec:  # which encodes whole batches, on devices
             take = dict.get if example.pixels else dict.pop
             read = read.map(lambda b: {"tokens": self.codec.encode(take(b, "image")), **b})
-            ahead = grain.experimental.ThreadPrefetchIterDataset
-            read = ahead(read, prefetch_buffer_size=ENCODE_AHEAD)
+            prefetch = grain.experimental.ThreadPrefetchIterDataset
+            read = prefetch(read, prefetch_buffer_size=ENCODE_AHEAD)
         for number, batch in enumerate(read, start=position + 1):
             damaged = batch.pop("damaged", NOT_DAMAGED)
             self.damage_log.record(split, example.stills or example.source, damaged, number)
@@ -167,7 +166,7 @@ def images(
     if count is not None and count < len(source):
         data = data.seed(seed).shuffle()[:count]
     data = data.map(make.record)
-    for number, record in enumerate(_read_ahead(data, source, config.workers), start=1):
+    for number, record in enumerate(read_ahead(data, source, config.workers), start=1):
         damaged = record.pop("damaged", NOT_DAMAGED)
         damage_log.record(split, source, damaged, number)
         if damaged == NOT_DAMAGED:
@@ -319,28 +318,3 @@ def check_shape(image: np.ndarray, expected: tuple[int, ...]) -> None:
             f"after the transforms of config.data an image is {found}, but {takes} is needed; "
             f"{cure}."
         )
-
-
-def _read_ahead(data: grain.MapDataset, source, workers: int) -> grain.IterDataset:
-    """Reads elements of `data` ahead, by `workers` processes; 0: by threads of this process."""
-    # Image files are decoded without Python's global lock; tokens are unpacked with it.
-    threads = min(os.cpu_count(), 16) if isinstance(source, DecodedSource) else 1
-    read = data.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=16))
-    if workers:
-        options = grain.MultiprocessingOptions(num_workers=workers)
-        read = read.mp_prefetch(options, worker_init_fn=_end_with_parent)
-    return read
-
-
-def _end_with_parent(*_) -> None:
-    """Makes a worker end when its parent process ends, and not before.
-
-    A scheduler's SIGTERM may reach the workers while the parent still takes a last training step.
-    """
-
-    def wait_for_parent() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    threading.Thread(target=wait_for_parent, daemon=True).start()
