@@ -2,6 +2,15 @@
 
 A GPT learns to predict clips of 8 frames of 16 x 16 pixels, token by token, and is never told how
 the camera moves. A linear probe then reads the motion, one of six, from the frozen features.
+
+Command:    python -m gptv_jax.main --config=configs/video_camera.py --workdir=runs/video_camera
+            --config.data.path=FOLDER --stages=pretrain,probe
+Hardware:   two CPU cores, about five minutes.
+Expect:     with 1,000 photographs of 128 pixels the probe is right in 0.85 of the clips (random
+            weights 0.21, raw pixels 0.26; docs/results.md).
+Reproduces: nothing published.
+Changes:    photographs are stretched to the whole range of grey before they become 4 levels, as
+            windows without contrast show no motion; the probe reads the means of every frame.
 """
 
 from gptv_jax import config as config_lib
