@@ -111,6 +111,9 @@ class Autoencoder:
 
     channels: int = field(3, one_of(1, 3))  # of the images: grey or RGB
     downsample: int = field(4, one_of(4, 8, 16))  # pixels a side that one token stands for
+    # Of clips: frames after the first one that one token stands for; the first frame has tokens of
+    # its own, as an image has, and no token depends on later frames. 1: each frame is an image.
+    frames: int = field(1, POSITIVE)
     # Channels at each resolution, the finest first. Each resolution is half of the one before, so
     # the first layer takes squares of downsample / 2^(resolutions - 1) pixels a side.
     widths: tuple[int, ...] = field((96,), WIDTHS)
@@ -183,8 +186,12 @@ class Tokens:
 
     @property
     def cell(self) -> tuple[int, int, int]:
-        """Frames, height and width in pixels that a token stands for; one frame of an image."""
+        """Frames, height and width in pixels that a token stands for; one frame of an image.
+
+        The first frame of a clip may have tokens of its own, see `Autoencoder.frames`.
+        """
         if self.kind == "learned":
-            return (1, self.autoencoder.downsample, self.autoencoder.downsample)
+            down = self.autoencoder.downsample
+            return (self.autoencoder.frames, down, down)
         patch = self.patch if self.kind == "grey" else ()
         return (1,) * (3 - len(patch)) + patch

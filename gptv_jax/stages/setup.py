@@ -270,6 +270,8 @@ def _prepare(
             "name one by config.tokens.tokenizer."
         )
     try_out(config, stages, found)
+    if trained_here and config.tokenizer.init_from:
+        pretrained.given_tokenizer(config)
     if config.init_from or (kind != "none" and not {"pretrain", "tokenizer"} & set(stages)):
         adapt = "pretrain" in stages and not pretrained.has_own(config, folder.path)
         pretrained.check(config, folder.path, found, adapt=adapt)
