@@ -11,7 +11,7 @@ from test_configs import load
 import gptv_jax
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
-from gptv_jax.data import reading
+from gptv_jax.data import pipeline, reading
 from gptv_jax.errors import InputError
 from gptv_jax.model import autoencoder
 from gptv_jax.planning import plan, table, topology
