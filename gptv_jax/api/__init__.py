@@ -9,7 +9,8 @@ import jax
 from gptv_jax import config as config_lib
 from gptv_jax import files, sharding, validation, weights
 from gptv_jax.api.model import AnyPath, Model
-from gptv_jax.config.data import ImageSize
+from gptv_jax.config.data import ImageSize, Limits
+from gptv_jax.data.images import load_image
 from gptv_jax.errors import InputError, shorten
 from gptv_jax.runs import record
 from gptv_jax.tokens import LearnedCodec, Palette, learned
@@ -17,7 +18,10 @@ from gptv_jax.tokens import palette as palettes
 from gptv_jax.weights import huggingface, native
 from gptv_jax.weights.native import WeightsFile
 
-__all__ = ["Model", "from_huggingface", "from_openai", "load", "load_tokenizer", "to_huggingface"]
+__all__ = [
+    "Limits", "Model", "from_huggingface", "from_openai", "load", "load_image", "load_tokenizer",
+    "to_huggingface",
+]  # fmt: skip
 
 
 def load(source: AnyPath, stage: str | None = None, palette: AnyPath | None = None) -> Model:

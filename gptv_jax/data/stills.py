@@ -14,7 +14,7 @@ from gptv_jax.data.records import Record
 
 def images_of(config: config_lib.Data) -> tuple[config_lib.Data, str, tuple[str, ...]]:
     """Data set, split and transforms of the folder `config.stills`, whose labels are not read."""
-    kept = {n: getattr(config, n) for n in ("image_size", "damaged", "max_damaged")}
+    kept = {n: getattr(config, n) for n in ("image_size", "damaged", "max_damaged", "limits")}
     data = config_lib.Data(name="folder", path=config.stills, labels=False, **kept)
     return data, "train", config.still_transforms or config.train_transforms
 
@@ -55,10 +55,10 @@ class Stills:
         source, number = self._locate(index)
         return source.name(number)
 
-    def reason(self, index: int) -> str:
-        """Why a clip or an image cannot be read."""
+    def fault(self, index: int) -> Exception | None:
+        """Why a clip or an image is not used, see `DecodedSource.fault`."""
         source, number = self._locate(index)
-        return source.reason(number)
+        return source.fault(number)
 
     def _locate(self, index: int) -> tuple[DecodedSource, int]:
         beyond = index - len(self.clips)

@@ -89,7 +89,8 @@ def _open(config: config_lib.Config, folder: RunFolder, wanted: list[str] | None
         )
     labelled = {"probe", *(["finetune"] if "label" in task.needs else [])}
     if classes and (config.model.class_tokens or labelled & set(stages)):
-        hosts.on_all(lambda: sources.check_labels(config.data, opened))
+        lists = [config.data.eval_transforms, *_training_transforms(config, stages)]
+        hosts.on_all(lambda: sources.check_labels(config.data, opened, lists))
     data = {
         "images": {split: len(source) for split, source in opened.items()},
         "classes": list(train.class_names) or train.classes,
