@@ -21,6 +21,7 @@ class OfClips:
         seed: int = 0,
         *,
         labels: Labels = None,
+        draft: "OfClips | None" = None,
         **drawing: float | int | str | None,
     ) -> UInt8[np.ndarray, "B n H W C"]:
         """The `n` frames that follow the K >= 1 given ones, drawn token by token.
@@ -35,7 +36,7 @@ class OfClips:
         frames = validation.given_frames(frames, self.codec)
         n = validation.whole(n, "n", least=1)
         key = Section.CONTINUED.key(validation.seed(seed))
-        sampler, labels = self._sampler(len(frames), labels, drawing)
+        sampler, labels = self._sampler(len(frames), labels, drawing, draft)
         (steps, *of_step), whole = self.codec.grid, self.codec.image_shape[0]
         span = whole // steps  # frames that a token stands for
         known = frames[:, -whole:]

@@ -101,7 +101,7 @@ def draw(
 ) -> Iterator[Int[np.ndarray, "B T"]]:
     """All tokens batch by batch; a batch that `folder` has is read, and a new one is kept there."""
     config, network = context.config.generate, context.network()
-    sampler = Sampler(network, params, context.config.sample)
+    sampler = Sampler(network, params, context.config.sample, pretrained.load_draft(context))
     key, size = Section.GENERATED.key(context.config.seed), config.batch_size
     progress = Progress("generate", config.count, unit="image")
     for number, first in enumerate(range(0, config.count, size)):
