@@ -33,6 +33,7 @@ from gptv_jax.decode.generation import UNKNOWN, repeat_rows, token_key
 from gptv_jax.decode.restriction import Restriction, guidance_scales, guide, restrict
 from gptv_jax.errors import InputError, shorten
 from gptv_jax.model.gpt import Network
+from gptv_jax.model.inputs import take_rows
 from gptv_jax.tokens import Codec
 
 
@@ -198,14 +199,13 @@ def draw_tokens(
         found, cache = read(tokens, position, proposals, cache)
         p = jax.nn.softmax(found, axis=-1)
 
-        drawn, is_open = (jnp.take_along_axis(each, places, axis=1) for each in (tokens, open_))
+        drawn, is_open = (take_rows(each, places) for each in (tokens, open_))
         chosen = jax.nn.one_hot(drawn, p.shape[-1])
         uniform = jax.vmap(jax.vmap(jax.random.uniform))(keys[:, :, 1])
         accepted = uniform * (q * chosen).sum(axis=-1) < (p * chosen).sum(axis=-1)
         accepted = jnp.cumprod(accepted | ~is_open, axis=1).sum(axis=1)  # before the first refusal
 
-        at = accepted[:, None, None]
-        p, q = (jnp.take_along_axis(each, at, axis=1, mode="clip")[:, 0] for each in (p, q))
+        p, q = (take_rows(each, accepted[:, None])[:, 0] for each in (p, q))
         rest = jnp.maximum(p - q, 0)
         # Where p and q are equal but for rounding, nothing may be left of p.
         rest = jnp.where(rest.sum(axis=1, keepdims=True) > 0, rest, p)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, Shaped, UInt8
 
 from gptv_jax import sharding
 from gptv_jax.model import layers
@@ -105,8 +105,7 @@ class Inputs(nnx.Module):
 
         Beyond the sequence the result has no meaning.
         """
-        last = self.network.length - 1
-        held = jnp.take_along_axis(tokens, jnp.minimum(positions - 1, last), axis=1)
+        held = take_rows(tokens, positions - 1)
         return self._place(self._of_tokens(self.network.layout.parts[0], held), positions)
 
     def _held(self, tokens, pixels) -> Float[Array, "B P D"]:
@@ -236,6 +235,14 @@ class Inputs(nnx.Module):
             return by_row(predicted, predicted - layout.shift, spec=sharding.BATCH_FIRST)
         predicted = start + jnp.arange(count)
         return layers.Rotation(*(phases(p) for p in (predicted, predicted - layout.shift)))
+
+
+def take_rows(x: Shaped[Array, "B N *any"], places: Int[Array, "B P"]) -> Shaped[Array, "B P *any"]:
+    """Entries of each row at places of its own; the last entry for places beyond the row.
+
+    Unlike `jnp.take_along_axis`, this keeps the sharding of a batch of one row.
+    """
+    return jax.vmap(lambda row, at: row.at[at].get(mode="clip"))(x, places)
 
 
 def input_places(order: Int[Array, "B T"]) -> Int[Array, "B T"]:
