@@ -46,12 +46,16 @@ class Draft:
 
 
 def check_draft(
-    draft: Network, draft_codec: Codec | None, network: Network, codec: Codec | None
+    draft: Network,
+    draft_codec: Codec | None,
+    network: Network,
+    codec: Codec | None,
+    name: str = "the draft",
 ) -> None:
     """Checks that the draft's tokens mean what the network's tokens mean.
 
-    A `codec` is None where its palette or tokenizer is still to be made. InputError names what
-    differs.
+    A `codec` is None where its palette or tokenizer is still to be made. InputError says what of
+    `name` differs.
     """
     pairs = {
         "objective": (draft.config.objective, network.config.objective),
@@ -69,7 +73,7 @@ def check_draft(
         differing = ["another palette or tokenizer"]
     if differing:
         raise InputError(
-            f"the draft has {shorten(differing)}; a draft takes a network that was trained on the "
+            f"{name} has {shorten(differing)}; a draft takes a network that was trained on the "
             "tokens of the network it draws for."
         )
 

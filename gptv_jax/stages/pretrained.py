@@ -141,13 +141,14 @@ def check_draft(config: config_lib.Config, codec: Codec | None) -> None:
 
 
 def _draft(config, codec, with_params: bool) -> tuple[Network, dict]:
-    path = weights.locate(config.sample.draft)
+    name = f"config.sample.draft={config.sample.draft}"
+    path = weights.locate(config.sample.draft, f"{name} does not exist")
     if weights.is_weights_path(path):
         found = weights.read(path, _palette(codec)).headless()
         params = found.on_mesh() if with_params else {}
     else:
         found, params = native.read_run(path, "pretrain", with_params)
-    speculative.check_draft(found.network, found.codec, network_of(config), codec)
+    speculative.check_draft(found.network, found.codec, network_of(config), codec, name)
     return found.network, params
 
 
