@@ -23,8 +23,7 @@ from gptv_jax.tokens import GreyCodec
 from gptv_jax.weights import native
 from gptv_jax.weights.native import WeightsFile
 
-pytestmark = pytest.mark.usefixtures("one_device")
-
+one_device = pytest.mark.usefixtures("one_device")
 KEY = jax.random.key(0)
 GREEDY = Drawing(temperature=0.0, draft_tokens=3)
 
@@ -92,6 +91,7 @@ def exact(network, params, drawing, labels, given):
     return p.prod(axis=1)
 
 
+@one_device
 @pytest.mark.parametrize("case", CASES)
 def test_sequences_are_distributed_as_the_large_network_alone_says(tiny, case):
     network, params, draft = tiny
@@ -115,6 +115,7 @@ def test_sequences_are_distributed_as_the_large_network_alone_says(tiny, case):
 # Equal to plain decoding where nothing is random
 
 
+@one_device
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_temperature_0_draws_what_plain_decoding_draws(recipe, monkeypatch):
     monkeypatch.setattr(cache, "FIRST_CAPACITY", 6)  # the cache grows twice
@@ -132,6 +133,7 @@ def test_temperature_0_draws_what_plain_decoding_draws(recipe, monkeypatch):
         np.testing.assert_array_equal(found[:6], wanted)
 
 
+@one_device
 def test_a_network_that_is_its_own_draft_has_every_token_accepted():
     network, params, _ = pair()
     draft, stopwatch = speculative.Draft(network, params), generation.Stopwatch()
