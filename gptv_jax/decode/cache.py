@@ -137,7 +137,8 @@ def _put(
 
     # Rows and heads are local: the partitioner of a scatter would have to find that out.
     specs = (SPEC, SPEC, sharding.BATCH_FIRST)
-    return jax.shard_map(jax.vmap(put), in_specs=specs, out_specs=SPEC)(cached, new, count)
+    arguments = jax.sharding.reshard((cached, new, count), specs)
+    return jax.shard_map(jax.vmap(put), in_specs=specs, out_specs=SPEC)(*arguments)
 
 
 def _attend(

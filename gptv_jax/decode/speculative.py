@@ -78,6 +78,9 @@ def check_draft(
         )
 
 
+PROPOSE, ACCEPT, REPLACE = range(3)  # uses of random numbers, folded into a token's key
+
+
 class Start(NamedTuple):
     """What the loop knows of one of the two networks before it."""
 
@@ -133,6 +136,11 @@ def generate(
     return tokens
 
 
+def by_row(arrays):
+    """Arrays split over the batch again: JAX 0.12 loses the sharding of a single row."""
+    return jax.sharding.reshard(arrays, sharding.BATCH_FIRST)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def draw_tokens(
     network, draft, prefix, samples, proposals, given, logits, start, draft_start, key, restriction
@@ -150,17 +158,21 @@ def draw_tokens(
     # Positions behind the end count as known.
     given = jnp.pad(repeat_rows(given, samples), ((0, 0), (0, proposals)))
     columns, open_ = jnp.arange(given.shape[1])[None], given == UNKNOWN
-    rows = jax.sharding.reshard(jnp.arange(len(given)), sharding.BATCH_FIRST)
+    rows = by_row(jnp.arange(len(given)))
 
     def write(tokens, position, drawn):
         """The tokens with those `drawn` at each row's position, where no token is known."""
         here = open_ & (columns == position[:, None])
-        return jnp.where(here, drawn[:, None].astype(jnp.int32), tokens)
+        return by_row(jnp.where(here, drawn[:, None].astype(jnp.int32), tokens))
 
-    def keys_at(position):
-        """Keys of each row's proposal, of its acceptance and of the token that replaces it."""
-        of_token = jax.vmap(lambda p, row: jax.random.fold_in(token_key(key, p), row))
-        return jax.vmap(functools.partial(jax.random.split, num=3))(of_token(position, rows))
+    def draw(draws, use, position, *arguments):
+        """What `draws` makes of each row's key for this use and position, and of `arguments`."""
+
+        def of_row(row, position, *own):
+            of_token = jax.random.fold_in(token_key(key, position), row)
+            return draws(jax.random.fold_in(of_token, use), *own)
+
+        return jax.vmap(of_row)(*by_row((rows, position, *arguments)))
 
     def reader(network, start):
         """Function that reads tokens at n positions from `position` on: logits [B, n, V]."""
@@ -188,16 +200,15 @@ def draw_tokens(
     def advance(state):
         tokens, position, passes, (cache, draft_cache) = state
         places = position[:, None] + jnp.arange(proposals)[None]
-        keys = jax.vmap(keys_at, 1, 1)(places)
 
         def propose(carry, step):
             tokens, draft_cache = carry
-            at, keys = step
+            at = position + step
             found, draft_cache = read_draft(tokens, at, 1, draft_cache)
-            drawn = jax.vmap(jax.random.categorical)(keys, found[:, 0])
-            return (write(tokens, at, drawn), draft_cache), found[:, 0]
+            drawn = draw(jax.random.categorical, PROPOSE, at, found[:, 0])
+            return (write(tokens, at, drawn), draft_cache), by_row(found[:, 0])
 
-        steps = places.swapaxes(0, 1), keys[:, :, 0].swapaxes(0, 1)
+        steps = jnp.arange(proposals)
         (tokens, draft_cache), proposed = jax.lax.scan(propose, (tokens, draft_cache), steps)
         q = jax.nn.softmax(jnp.swapaxes(proposed, 0, 1), axis=-1)
         found, cache = read(tokens, position, proposals, cache)
@@ -205,7 +216,8 @@ def draw_tokens(
 
         drawn, is_open = (take_rows(each, places) for each in (tokens, open_))
         chosen = jax.nn.one_hot(drawn, p.shape[-1])
-        uniform = jax.vmap(jax.vmap(jax.random.uniform))(keys[:, :, 1])
+        uniform = functools.partial(draw, jax.random.uniform, ACCEPT)
+        uniform = jax.vmap(uniform, 1, 1)(places)
         accepted = uniform * (q * chosen).sum(axis=-1) < (p * chosen).sum(axis=-1)
         accepted = jnp.cumprod(accepted | ~is_open, axis=1).sum(axis=1)  # before the first refusal
 
@@ -214,22 +226,20 @@ def draw_tokens(
         # Where p and q are equal but for rounding, nothing may be left of p.
         rest = jnp.where(rest.sum(axis=1, keepdims=True) > 0, rest, p)
         refused, at = accepted < proposals, position + accepted
-        replacing = jax.vmap(jax.random.categorical)(keys_at(at)[:, 2], jnp.log(rest))
+        replacing = draw(jax.random.categorical, REPLACE, at, jnp.log(rest))
         tokens = write(tokens, jnp.where(refused, at, -1), replacing)
         passes = passes + (position < end)
         position = jnp.minimum(position + accepted + refused, end)
-        return State(tokens, position, passes, (cache, draft_cache))
+        return State(*by_row((tokens, position, passes)), (cache, draft_cache))
 
     # The first token follows from the prompts.
     if start.scales is not None:
         logits = guide(logits, start.scales[prefix], 1)
     logits = restrict(repeat_rows(logits, samples), *restriction)
-    position = jnp.full_like(rows, prefix)
-    drawn = jax.vmap(jax.random.categorical)(keys_at(position)[:, 2], logits)
+    position = rows * 0 + prefix
+    tokens = write(given, position, draw(jax.random.categorical, REPLACE, position, logits))
     state = State(
-        write(given, position, drawn),
-        position + 1,
-        jnp.ones_like(rows),
+        *by_row((tokens, position + 1, rows * 0 + 1)),
         tuple(
             caching.empty_cache(each, len(rows) * (1 if s.scales is None else 2), 0)
             for each, s in ((network, start), (draft, draft_start))
@@ -237,6 +247,7 @@ def draw_tokens(
     )
     for size in caching.cache_capacities(end - prefix - 1):
         caches = tuple(caching.pad_cache(each, size + proposals) for each in state.caches)
+        caches = jax.sharding.reshard(caches, caching.SPEC)
 
         def more(state, size=size):
             last = state.position.max() - prefix - 1

@@ -243,6 +243,7 @@ def take_rows(x: Shaped[Array, "B N *any"], places: Int[Array, "B P"]) -> Shaped
 
     Unlike `jnp.take_along_axis`, this keeps the sharding of a batch of one row.
     """
+    x, places = jax.sharding.reshard((x, places), sharding.BATCH_FIRST)
     return jax.vmap(lambda row, at: row.at[at].get(mode="clip"))(x, places)
 
 
