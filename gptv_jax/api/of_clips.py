@@ -1,5 +1,7 @@
 """The methods of `Model` for networks of clips."""
 
+import math
+
 import jax
 import numpy as np
 from jaxtyping import UInt8
@@ -29,7 +31,8 @@ class OfClips:
         A clip may get longer than the F frames of training: a window of F frames then moves on
         frame by frame, so that a frame depends on the F - 1 frames before it; of more given frames
         than fit, the last ones count. Where a token stands for several frames (config.tokens.patch
-        of three numbers), K must be a multiple of their number. More frames of an equal seed begin
+        of three numbers), K must be a multiple of their number, and one more where the first frame
+        has tokens of its own (config.tokens.autoencoder.frames). More frames of an equal seed begin
         with the same frames.
         """
         self._with_tokens()
@@ -37,13 +40,22 @@ class OfClips:
         n = validation.whole(n, "n", least=1)
         key = Section.CONTINUED.key(validation.seed(seed))
         sampler, labels = self._sampler(len(frames), labels, drawing, draft)
-        (steps, *of_step), whole = self.codec.grid, self.codec.image_shape[0]
-        span = whole // steps  # frames that a token stands for
-        known = frames[:, -whole:]
-        filled = np.pad(known, ((0, 0), (0, whole - known.shape[1]), *((0, 0),) * 3), mode="edge")
-        tokens = self.codec.encode(filled).reshape(len(frames), steps, -1)
-        tokens = tokens[:, : known.shape[1] // span].reshape(len(frames), -1)
-        count = -(-n // span)
+        codec, spans = self.codec, self.codec.sides[0]  # frames that each step stands for
+        (first, span), of_step = spans[[0, -1]].tolist(), codec.grid[1:]
+
+        def encode(known):
+            """The tokens of the first frames of a clip."""
+            missing, steps = spans.sum() - known.shape[1], 1 + (known.shape[1] - first) // span
+            filled = np.pad(known, ((0, 0), (0, missing), *((0, 0),) * 3), mode="edge")
+            return codec.encode(filled)[:, : steps * math.prod(of_step)]
+
+        def decode(tokens):
+            return codec.decode(tokens, (tokens.shape[1] // math.prod(of_step), *of_step))
+
+        known = frames[:, -spans.sum() :]
+        tokens = encode(known)
+        opening = (lambda before: encode(decode(before)[:, -1:])) if first < span else None
         with jax.set_mesh(self.mesh):
-            drawn = sampler.continue_clips(tokens, count, key, labels)
-        return self.codec.decode(drawn, (count, *of_step))[:, :n]
+            drawn = sampler.continue_clips(tokens, -(-n // span), key, labels, opening)
+        after = decode(np.concatenate([tokens, drawn], axis=1))[:, known.shape[1] :]
+        return after[:, :n]

@@ -95,6 +95,14 @@ def _check_autoencoder(config: Config) -> None:
             f"before, but config.{prefix}.downsample = {down} leaves room for {down.bit_length()}; "
             "take fewer, or a larger downsample."
         )
+    span, frames = network.frames, config.data.frames
+    if span > 1 and network.groups:
+        reason = f"config.{prefix}.groups={network.groups} is a tokenizer of images; take 1"
+        refuse(config, f"{prefix}.frames", reason)
+    if frames and (frames - 1) % span:
+        reason = f"a token stands for config.{prefix}.frames = {span} frames after the first one"
+        near = 1 - (1 - frames) // span * span
+        refuse(config, "data.frames", f"{reason}; take 1 more than a multiple of {span}, as {near}")
     if network.vocabulary > MOST_CODES:
         reason = f"that makes {network.vocabulary} codes, the product"
         refuse(config, f"{prefix}.levels", f"{reason}; take at most {MOST_CODES} codes")
@@ -144,6 +152,9 @@ def _check_pixels(config: Config) -> None:
         reason = f"config.tokens.kind={kind} makes {tokens} tokens, one a pixel"
         reason += f", and the stem leaves {positions} positions; take tokens"
         refuse(config, "task.image_input", reason)
+    if kind == "learned" and cell[0] > 1:
+        reason = "the stem leaves positions for every frame; take 1, or task.image_input=tokens"
+        refuse(config, "tokens.autoencoder.frames", reason)
     if cell[0] > 1 or cell[1] != cell[2] or cell[1].bit_count() > 1:
         reason = f"config.tokens.patch={config.tokens.patch} is no square of 2, 4, 8, ... pixels"
         refuse(config, "task.image_input", f"{reason}; take tokens")

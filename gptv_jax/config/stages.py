@@ -196,11 +196,12 @@ class Config:
     def grid(self) -> tuple[int, ...]:
         """Rows and columns of an image's positions: its tokens, or its pixels after the stem.
 
-        Of clips: frames, rows and columns.
+        Of clips: steps in time, which are frames where a token stands for one; rows and columns.
         """
         cell, frames = self.tokens.cell, self.data.frames
         if self.tokens.kind == "none":
             cell = (1, *(2 ** len(self.task.stem),) * 2)
         pixels = (max(frames, 1), *self.data.size)
-        grid = tuple(n // side for n, side in zip(pixels, cell, strict=True))
+        # Sizes are multiples but for a first frame that has tokens of its own.
+        grid = tuple(-(-n // side) for n, side in zip(pixels, cell, strict=True))
         return grid if frames else grid[1:]

@@ -9,7 +9,7 @@ from jaxtyping import Int
 
 from gptv_jax import config as config_lib
 from gptv_jax.data.data_set import Source
-from gptv_jax.data.images import DamagedImageError
+from gptv_jax.data.limits import DamagedImageError
 from gptv_jax.data.records import Record
 from gptv_jax.errors import counted, shorten
 

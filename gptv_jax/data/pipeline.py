@@ -38,6 +38,7 @@ READ_AHEAD, READ_BYTES = 16, 2**30
 # evaluation.
 ExampleOf = Callable[[Record, np.random.Generator | None], dict]
 ALWAYS = ("label", "variant", "damaged")  # keys of a record that any batch has
+DROPS_FIRST = "drop_... entries stand before all others but decode()."
 DECODE_FIRST = 'lists of transforms for image files begin with "decode()", and have it once.'
 
 
@@ -172,14 +173,19 @@ def open_examples(config: config_lib.Data, split: str, entries: tuple[str, ...])
     """The split's source, with the transforms to apply to its pixels or grids of tokens."""
     source = sources.open_source(config, split)
     steps = [transforms.parse(entry) for entry in entries]
-    decodes = [isinstance(step, Decode) for step in steps]
-    if any(decodes[1:]):
+    if any(isinstance(step, Decode) for step in steps[1:]):
         raise InputError(f"a list of transforms of config.data is {entries}; {DECODE_FIRST}")
+    decode = steps[0].within(config.limits) if steps and isinstance(steps[0], Decode) else None
+    others = steps[1:] if decode else steps
+    filters = list(itertools.takewhile(lambda step: step.drops, others))
+    if any(step.drops for step in others[len(filters) :]):
+        raise InputError(f"a list of transforms of config.data is {entries}; {DROPS_FIRST}")
     if isinstance(sources.open_data_set(config), TokenCache):
-        steps = _token_steps(config, entries)
-    elif any(decodes):
-        source, steps = DecodedSource(source, steps[0]), steps[1:]
-    return _Example(source, steps)
+        return _Example(source, _token_steps(config, entries))
+    if decode or filters:
+        bound = [each.bound(config, split) for each in filters]
+        source = DecodedSource(source, decode, bound)
+    return _Example(source, others[len(filters) :])
 
 
 def takes(config: config_lib.Data, entry: str) -> bool:

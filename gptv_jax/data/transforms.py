@@ -15,7 +15,8 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from gptv_jax.config import fields
 from gptv_jax.config.fields import POSITIVE, SHARE, field, one_of
-from gptv_jax.data import geometry as geometry  # whose transforms have names
+from gptv_jax.data import filters as filters  # whose transforms have names
+from gptv_jax.data import geometry as geometry
 from gptv_jax.data.images import GREY, Decode, Transform
 from gptv_jax.data.records import to_array, to_picture
 from gptv_jax.errors import InputError, cut, first_line, shorten

@@ -13,6 +13,8 @@ from jaxtyping import Int
 
 from gptv_jax.errors import InputError
 
+MOST_POSITIONS = 2**20  # of a part; masks of more would take gigabytes
+
 
 @dataclasses.dataclass(frozen=True)
 class Part:
@@ -31,6 +33,13 @@ class Part:
     # The part's grid covers the image: the position that predicts a token is given the features of
     # the place of the token's cell, as the position that holds the image there is.
     covers_image: bool = False
+
+    def __post_init__(self):
+        if self.size > MOST_POSITIONS:
+            raise InputError(
+                f"the part {self.name} of a sequence has {self.size} positions, {self.shape}; "
+                f"{MOST_POSITIONS} are the most: take smaller images, or tokens of more pixels."
+            )
 
     @property
     def size(self) -> int:

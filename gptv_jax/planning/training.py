@@ -153,8 +153,8 @@ def residuals(training: Training, mesh: AbstractMesh, rows: int) -> list:
 
 
 @functools.cache
-def _encoder_flops(autoencoder: config_lib.Autoencoder, size: tuple[int, int]) -> int:
-    return flops.of_autoencoder(autoencoder, size)["encoder"]
+def _encoder_flops(autoencoder: config_lib.Autoencoder, size: tuple[int, int], frames: int) -> int:
+    return flops.of_autoencoder(autoencoder, size, frames)["encoder"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,12 +183,12 @@ class Pretraining(Training):
 
     @property
     def encoding(self) -> int:
-        """FLOPs of a learned tokenizer on the images or frames of a step; a cache has its codes."""
+        """FLOPs of a learned tokenizer on the images or clips of a step; a cache has its codes."""
         data, tokens = self.config.data, self.config.tokens
         if tokens.kind != "learned":
             return 0
-        images = self.train.batch_size * max(data.frames, 1)
-        return images * _encoder_flops(tokens.autoencoder, data.size)
+        of_one = _encoder_flops(tokens.autoencoder, data.size, data.frames)
+        return self.train.batch_size * of_one
 
     @property
     def heads(self) -> int:

@@ -18,7 +18,7 @@ from gptv_jax.model.gpt import Network
 from gptv_jax.runs import record
 from gptv_jax.runs.context import Context
 from gptv_jax.tasks.network import network_of, start_vectors
-from gptv_jax.tokens import Codec
+from gptv_jax.tokens import Codec, learned
 from gptv_jax.weights import native
 from gptv_jax.weights.native import WeightsFile
 
@@ -107,6 +107,24 @@ def _with_frames(network: Network, params: dict) -> dict:
         return params
     frame = jnp.zeros(shapes["frame"].shape, jnp.float32)
     return params | {"frame": jax.device_put(frame, shapes["frame"].sharding)}
+
+
+def given_tokenizer(config: config_lib.Config) -> tokens.Tokenizer:
+    """The tokenizer `config.tokenizer.init_from`, for process 0.
+
+    InputError: there is none, or `config.tokens.autoencoder` cannot begin with its weights.
+    """
+    field, wanted = "config.tokenizer.init_from", config.tokens.autoencoder
+    named = f"{field}={config.tokenizer.init_from}"
+    found = learned.load(weights.locate(config.tokenizer.init_from, f"there is no {named}"))
+    if found.config.frames == 1:  # of images, which begins one of clips
+        wanted = dataclasses.replace(wanted, frames=1)
+    if differing := found.differing(wanted):
+        raise InputError(
+            f"{named} has other settings: {shorten(differing, '; ')}. Set these fields to its "
+            "values."
+        )
+    return found
 
 
 def check(

@@ -81,7 +81,7 @@ def continuations(context: Context, params: dict) -> dict[str, float]:
     sampler = Sampler(network, params, config_lib.Drawing(temperature=0.0))
     steps, of_step = network.grid[0], network.length // network.grid[0]
     given = min(max(kept_tokens(network, config.keep) // of_step, 1), steps - 1)
-    first = given * codec.image_shape[0] // steps  # frame, from 0, that is drawn
+    first = int(codec.sides[0][:given].sum())  # frame, from 0, that is drawn
     key, sums = Section.CONTINUED.key(context.config.seed), collections.defaultdict(float)
     elements = pipeline.images(context.config.data, "test", context.data.damage_log)
     elements, count = itertools.islice(elements, config.continuations), 0

@@ -86,7 +86,8 @@ def _open(config: config_lib.Config, folder: RunFolder, wanted: list[str] | None
         )
     labelled = {"probe", *(["finetune"] if "label" in task.needs else [])}
     if classes and (config.model.class_tokens or labelled & set(stages)):
-        hosts.on_all(lambda: sources.check_labels(config.data, opened))
+        lists = [config.data.eval_transforms, *_training_transforms(config, stages)]
+        hosts.on_all(lambda: sources.check_labels(config.data, opened, lists))
     data = {
         "images": {split: len(source) for split, source in opened.items()},
         "classes": list(train.class_names) or train.classes,
@@ -267,6 +268,8 @@ def _prepare(
             "name one by config.tokens.tokenizer."
         )
     try_out(config, stages, found)
+    if trained_here and config.tokenizer.init_from:
+        pretrained.given_tokenizer(config)
     if config.init_from or (kind != "none" and not {"pretrain", "tokenizer"} & set(stages)):
         adapt = "pretrain" in stages and not pretrained.has_own(config, folder.path)
         pretrained.check(config, folder.path, found, adapt=adapt)

@@ -97,7 +97,8 @@ class WeightsFile:
 
         InputError lists weights in `where` that are missing, left over, misshapen or not finite.
         """
-        with jax.set_mesh(sharding.make_mesh(config_lib.Mesh())):
+        described = as_input_error(f"the settings in {where} describe no network")
+        with described, jax.set_mesh(sharding.make_mesh(config_lib.Mesh())):
             expected = sharding.by_name(sharding.abstract(self.network.init))
         shapes, found = ({n: a.shape for n, a in each.items()} for each in (expected, self.params))
         wrong = [name for name, array in self.params.items() if not np.isfinite(array).all()]
@@ -105,6 +106,8 @@ class WeightsFile:
         faults += [f"{name} holds values that are not finite" for name in wrong]
         if self.best_layer is not None and self.best_layer > self.model.layers:
             faults.append(f"best_layer {self.best_layer} is none of {self.model.layers} layers")
+        if (given := self.model.class_tokens) and self.starts != given + 1:
+            faults.append(f"there are {self.starts} start vectors for {given} classes and none")
         count = self.classes or self.model.class_tokens
         if count and self.class_names and len(self.class_names) != count:
             faults.append(f"there are {len(self.class_names)} class names for {count} classes")
