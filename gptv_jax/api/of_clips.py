@@ -34,6 +34,7 @@ class OfClips:
         seed: int = 0,
         *,
         labels: Labels = None,
+        draft: "OfClips | None" = None,
         **drawing: float | int | str | None,
     ) -> UInt8[np.ndarray, "B n H W C"]:
         """The `n` frames that follow the K >= 1 given ones, drawn token by token.
@@ -49,7 +50,7 @@ class OfClips:
         frames = validation.given_frames(frames, self.codec)
         n = validation.whole(n, "n", least=1)
         key = Section.CONTINUED.key(validation.seed(seed))
-        sampler, labels = self._sampler(len(frames), labels, drawing)
+        sampler, labels = self._sampler(len(frames), labels, drawing, draft)
         codec, spans = self.codec, self.codec.sides[0]  # frames that each step stands for
         (first, span), of_step = spans[[0, -1]].tolist(), codec.grid[1:]
 

@@ -119,6 +119,7 @@ class Drawing:
     guidance_schedule: "constant", or "cosine", which rises from 1 at the first token to `guidance`
       at the last (RAR, Yu et al. 2024, arXiv:2411.00776).
     guidance_power: of the schedule "cosine"; the higher, the later the scale rises.
+    draft_tokens: proposed by a draft for each pass of the network; not used without a draft.
     """
 
     temperature: float = field(1.0, FROM_ZERO)
@@ -127,12 +128,16 @@ class Drawing:
     guidance: float = field(1.0, FROM_ZERO)
     guidance_schedule: str = field("constant", one_of("constant", "cosine"))
     guidance_power: float = field(1.0, ABOVE_ZERO)
+    draft_tokens: int = field(4, POSITIVE)
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample(Drawing):
     """Pictures made at the end of a run, drawn as the fields of `Drawing` say."""
 
+    # Speculative sampling: a smaller network of equal tokens that proposes tokens, a run folder or
+    # other weights as `init_from` takes them; None: every token is drawn by the network itself.
+    draft: str | None = None
     # New images; of a class-conditional network a row for each class, or for some of the classes.
     count: int = field(64, POSITIVE)
     # Test images of which the upper part is kept and the rest drawn, then of which the middle is

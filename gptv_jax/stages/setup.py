@@ -276,6 +276,8 @@ def _prepare(
     if config.init_from or (kind != "none" and not {"pretrain", "tokenizer"} & set(stages)):
         adapt = "pretrain" in stages and not pretrained.has_own(config, folder.path)
         pretrained.check(config, folder.path, found, adapt=adapt)
+    if config.sample.draft and {"sample", "generate"} & set(stages):
+        pretrained.check_draft(config, found)
     recorded = data | {"found": contents}
     clear = functools.partial(changes.clear, folder, changed)
     folder.claim(recorded, changed.fields, clear, anew=changed.anew)

@@ -297,10 +297,13 @@ def write(weights_file: WeightsFile, path: pathlib.Path) -> None:
     files.write_safetensors(arrays(weights_file), path, header)
 
 
-def read_run(folder: pathlib.Path, stage: str | None = None) -> tuple[WeightsFile, dict]:
+def read_run(
+    folder: pathlib.Path, stage: str | None = None, with_params: bool = True
+) -> tuple[WeightsFile, dict]:
     """A description of a stage's weights, without arrays, and its parameters on the current mesh.
 
-    `stage` is "pretrain" or "finetune"; None: the latest of the two that has finished.
+    `stage` is "pretrain" or "finetune"; None: the latest of the two that has finished. The dict of
+    parameters is empty without `with_params`.
     """
     config, summary = record.config_of(folder), files.read_json(folder / "summary.json", {})
     finished = record.stages_with_weights(summary)
@@ -338,6 +341,8 @@ def read_run(folder: pathlib.Path, stage: str | None = None) -> tuple[WeightsFil
         best_layer=summary.get("probe/best_layer"),
         **of_task,
     )
+    if not with_params:
+        return described, {}
     place = record.checkpoint_folder(config, folder) / stage
     name = record.trained_part(config, stage)
     with Checkpoints(place, read_only=True) as saved:
