@@ -19,7 +19,7 @@ from jaxtyping import Float, Int, PRNGKeyArray
 
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
-from gptv_jax.decode import generation
+from gptv_jax.decode import generation, speculative
 from gptv_jax.errors import InputError
 from gptv_jax.model.gpt import Network
 from gptv_jax.tokens import Codec
@@ -46,11 +46,14 @@ class Sampler:
 
     Every process gives and gets whole arrays. The tokens of a row depend on neither the mesh nor
     how many rows follow. InputError where there is guidance that the network was not trained for.
+    A `draft` proposes tokens, see `speculative.py`; the draws are then other ones of an equal
+    distribution.
     """
 
     network: Network
     params: dict
     drawing: config_lib.Drawing = generation.DEFAULTS
+    draft: speculative.Draft | None = None
 
     def __post_init__(self):
         if self.drawing.guidance != 1:
@@ -90,7 +93,10 @@ class Sampler:
             given, samples = whole, 1
         given, labels = jax.tree.map(sharding.shard_rows, (given[:, :end], labels))
         key, prefix = jax.random.fold_in(key, number), int(first)
-        drawn = generation.generate(
+        generate = generation.generate
+        if self.draft:
+            generate = functools.partial(speculative.generate, self.draft)
+        drawn = generate(
             self.network, self.params, given, key, self.drawing, prefix, labels, samples, stopwatch
         )
         drawn = multihost_utils.process_allgather(drawn, tiled=True)[: len(whole)]
