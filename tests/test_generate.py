@@ -1,6 +1,7 @@
 """The real command that writes many samples and says how good they are."""
 
 import json
+import pathlib
 import shutil
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 import gptv_jax
 from gptv_jax import config as config_lib
 from gptv_jax import tokens
-from gptv_jax.data import pipeline
+from gptv_jax.data import pipeline, sources
 from gptv_jax.data.damage import DamageLog
 from gptv_jax.decode import generation
 from gptv_jax.quality import reference
@@ -41,13 +42,20 @@ class SamplerOfLabels:
         return np.where(given == generation.UNKNOWN, labels[:, None], given).astype(np.int32)
 
 
+def context(**fields) -> Context:
+    """A context that has nothing but these fields."""
+    made = object.__new__(Context)
+    for name, value in fields.items():
+        object.__setattr__(made, name, value)
+    return made
+
+
 def test_every_image_is_of_its_class_whatever_the_folder_holds(tmp_path, monkeypatch):
     monkeypatch.setattr(stage, "Sampler", lambda *_: SamplerOfLabels())
     model, kept = config_lib.Model(class_tokens=10), tmp_path / "tokens"
     for count, batch_size in ((18, 4), (14, 3), (22, 4), (3, 16)):
         config = config_lib.Config(model=model, generate=config_lib.Generate(count, batch_size))
-        run = object.__new__(Context)
-        object.__setattr__(run, "config", config)
+        run = context(config=config)
         labels = stage.labels_in_turn(run)
         np.testing.assert_array_equal(labels, np.arange(count) % 10)
         drawn = np.concatenate(list(stage.draw(run, tmp_path, labels, {})))
@@ -81,9 +89,12 @@ def test_given_beginnings_are_those_of_test_images_in_order_with_their_classes(
     )
     codec, log = tokens.codec_of(config), DamageLog(data, None)
     given = pipeline.Pipeline(data, None, 0, damage_log=log)
-    run = Context(config, None, None, None, given, None, ("generate",), codec)
+    run = context(config=config, images=given, codec=codec)
     drawn = np.concatenate(list(stage.draw(run, tmp_path, None, {})))
-    rows = np.array([0, 1, 2, 4, 4])[np.arange(14) % 5]
+    source = sources.open_source(data, "test")
+    order = [int(pathlib.Path(source.name(i)).stem) for i in range(5)]
+    following = dict(zip(order, [*order[1:], order[0]], strict=True))
+    rows = np.array([following[3] if each == 3 else each for each in order])[np.arange(14) % 5]
     wanted = np.repeat(classes[rows][:, None], 64, axis=1)
     wanted[:, :16] = codec.encode(images)[rows, :16]  # two of eight rows of pixels
     np.testing.assert_array_equal(drawn, wanted)

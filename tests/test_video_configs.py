@@ -117,9 +117,12 @@ def test_the_largest_network_is_planned_for_a_slice():
     assert found.flops_per_step == found.training.flops.total * 4096 * 64
     shown = table.show(found, None)
     assert "of a batch of 64 clips" in shown and "encoding pixels" in shown
-    # Of a clip that is split over two devices, keys and values are gathered.
-    gathers = [each for each in split.traffic if each.axes == ("sequence",)]
-    assert {each.kind for each in gathers} == {"all-gather", "reduce-scatter"}
+    # Of clips that are split over two devices, here two clips, keys and values are gathered: once
+    # forward, and once more backward; their gradients are scattered once.
+    along = {each.kind: each.bytes for each in split.traffic if each.axes == ("sequence",)}
+    of_layer = 2 * 2 * 4096 * 1536 * 2  # keys and values of two clips, in two bytes a number
+    assert along["all-gather"] == 2 * 48 * of_layer
+    assert along["reduce-scatter"] == 48 * of_layer
     # Keys and values of 48 layers in two bytes a number, beside float32 and bfloat16 weights.
     drawing, each = found.drawing, 2 * 2 * 48 * 4096 * 1536
     assert drawing["bytes_per_sequence"] == each and drawing["weights_bytes"] == 2 * found.params
