@@ -116,15 +116,15 @@ def images(given, codec: tokens.Codec) -> UInt8[np.ndarray, "B *F H W C"]:
     return _checked(given, right, subject, f"uint8 [B, {', '.join(map(str, shape))}]")
 
 
-def given_frames(given, codec: tokens.Codec) -> UInt8[np.ndarray, "B K H W C"]:
+def given_frames(given, codec: tokens.Codec, whole: bool = True) -> UInt8[np.ndarray, "B K H W C"]:
     """The first frames of one clip or more, of the height and width that the codec takes.
 
-    Where a token stands for several frames, K is a multiple of their number; where the first frame
-    has tokens of its own, K is 1 more.
+    If `whole`, the frames fill tokens: where a token stands for several frames, K is a multiple of
+    their number; where the first frame has tokens of its own, K is 1 more.
     """
     if len(codec.image_shape) == 3:
         raise InputError(
-            "this model is of images, so it does not continue clips; load a run with "
+            "this model is of images, so it reads and continues no clips; load a run with "
             "config.data.frames above 0."
         )
     given, (_, *shape) = np.asarray(given), codec.image_shape
@@ -132,7 +132,7 @@ def given_frames(given, codec: tokens.Codec) -> UInt8[np.ndarray, "B K H W C"]:
     accepted = f"uint8 [B, K, {', '.join(map(str, shape))}], of K frames, 1 or more"
     found = _checked(given, right and given.shape[1] > 0, "frames are", accepted)
     first, span = codec.sides[0][[0, -1]].tolist()
-    if (count := given.shape[1]) < first or (count - first) % span:
+    if whole and ((count := given.shape[1]) < first or (count - first) % span):
         alone = ", and that of the first frame for 1" if first < span else ""
         more = "1 more than " if first < span else ""
         raise InputError(

@@ -105,7 +105,7 @@ class Model(OfClips, OfTasks):
 
         With objective=bert it predicts the token from all tokens, as none is masked here.
         """
-        self._of_images(self.network)
+        self._of_images(self.network, predicts=True)
         return self._forward(validation.sequences(tokens, self.network), "logits", labels)
 
     @arguments_by_name
@@ -136,14 +136,23 @@ class Model(OfClips, OfTasks):
         layer = validation.whole(chosen if layer is None else layer, "layer", most=last)
         return self._forward(tokens, "pooled")[:, layer]
 
-    def classify(self, images: Images) -> Float[np.ndarray, "B classes"]:
-        """Float32 class probabilities of a fine-tuned model; with bert, means over its masks."""
+    @arguments_by_name
+    def classify(self, images: Images, clips: int | None = None) -> Float[np.ndarray, "B classes"]:
+        """Float32 class probabilities of a fine-tuned model; with bert, means over its masks.
+
+        With `clips`, for a model of clips, images are videos, uint8 [B, N, H, W, C], of any number
+        of frames: of each video so many clips are read, evenly spaced, and the probabilities are
+        means over them. A video with fewer frames than a clip repeats its last frame.
+        """
         if not self.network.classes:
             raise InputError(
                 "this model has no class head; load a run whose stage finetune has finished the "
                 "task classify."
             )
-        return self._forward(self.tokenize(images), "classes")
+        if clips is None:
+            return self._forward(self.tokenize(images), "classes")
+        each = self.clips_of(images, clips)
+        return np.mean([self._forward(self.tokenize(x), "classes") for x in each], axis=0)
 
     @arguments_by_name
     def sample(
@@ -264,9 +273,14 @@ class Model(OfClips, OfTasks):
                 f"neither draws images nor gives likelihoods or features; it takes {method} alone."
             )
 
-    def _of_images(self, network: Network) -> None:
-        """InputError where the network does not predict all tokens of an image and nothing else."""
+    def _of_images(self, network: Network, predicts: bool = False) -> None:
+        """InputError where the network reads more than images, or `predicts` and it does not."""
         self._with_tokens()
+        if predicts and not network.several and not network.predicts_images:
+            raise InputError(
+                "these weights read whole frames (config.finetune.attention=frames) and predict no "
+                'tokens; load the run with stage="pretrain" to draw clips or for likelihoods.'
+            )
         if network.several:
             raise InputError(
                 f"this model was made for {self._described.task.name}, so only the method of this "
@@ -300,7 +314,7 @@ class Model(OfClips, OfTasks):
             )
         labels = validation.labels(labels, rows, self.network, self.classes)
         network, params = self._for_drawing() if draws else (self.network, self.params)
-        self._of_images(network)
+        self._of_images(network, predicts=True)
         if draft is not None:
             draft = self._checked_draft(draft, network)
         sampler = Sampler(network, params, validation.drawing(drawing), draft)

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from gptv_jax import validation
+from gptv_jax.data.clips import Clips, places
 from gptv_jax.decode.sampler import Section
 from gptv_jax.tokens.codec import AnyArray
 from gptv_jax.validation import Labels, arguments_by_name
@@ -14,6 +15,16 @@ from gptv_jax.validation import Labels, arguments_by_name
 
 class OfClips:
     """Methods of `Model` for networks that were trained on clips (config.data.frames above 0)."""
+
+    def clips_of(
+        self, videos: UInt8[AnyArray, "B N H W C"], clips: int
+    ) -> list[UInt8[np.ndarray, "B F H W C"]]:
+        """The first, second, ... of `clips` clips of every video, which are evenly spaced."""
+        self._with_tokens()
+        videos = validation.given_frames(videos, self.codec, whole=False)
+        of_model = Clips(self.codec.image_shape[0])
+        starts = places(validation.whole(clips, "clips", least=1))
+        return [videos[:, of_model.choose(videos.shape[1], place=start)] for start in starts]
 
     @arguments_by_name
     def continue_clip(

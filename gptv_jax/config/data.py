@@ -98,6 +98,12 @@ class Data:
     # feature `video` of a TFDS set, moving_digits and camera_motions.
     frames: int = field(0, FROM_ZERO)
     frame_stride: int = field(1, POSITIVE)  # every so many frames of the video, one is of the clip
+    # Pretraining on clips takes single images in place of this share of the clips, from the folder
+    # `stills`. An image is a clip of one frame: no other frame is predicted. `still_transforms`
+    # are the images' transforms; (): those of train_transforms.
+    still_share: float = field(0.0, SHARE)
+    stills: str | None = field(None, free=True)
+    still_transforms: tuple[str, ...] = field((), ENTRIES)
     # The label of data sets with several labels, such as moving_digits; None: the first.
     label: str | None = None
     # Transforms in training and in evaluation, in order; see data.transforms.TRANSFORMS.

@@ -10,7 +10,7 @@ from jaxtyping import Int
 from gptv_jax import config as config_lib
 from gptv_jax.data.data_set import Source
 from gptv_jax.data.limits import DamagedImageError
-from gptv_jax.data.records import Record
+from gptv_jax.data.records import Record, Rng
 from gptv_jax.errors import counted, shorten
 
 
@@ -34,13 +34,15 @@ class Clips:
         """Number of frames from the first to the last frame of a clip."""
         return (self.frames - 1) * self.stride + 1
 
-    def choose(self, length: int, rng: np.random.Generator | None) -> Int[np.ndarray, " F"]:
+    def choose(self, length: int, rng: Rng = None, place: float = 0.5) -> Int[np.ndarray, " F"]:
         """Numbers of the frames of a clip of a video with `length` frames.
 
-        The generator draws where the clip begins; None, in evaluation: the clip lies in the middle.
+        The generator draws where the clip begins; without one, see `Source.read`: by default the
+        clip lies in the middle.
         """
         last_start = self._last_start(length)
-        return self._from(int(rng.integers(last_start + 1)) if rng else last_start // 2, length)
+        start = rng.integers(last_start + 1) if rng else last_start * place
+        return self._from(int(start), length)
 
     def cover(self, length: int) -> Iterator[Int[np.ndarray, " F"]]:
         """Clips that have every frame, and every two successive frames, of any clip."""
@@ -67,6 +69,17 @@ class Clips:
         return np.minimum(start + np.arange(self.frames) * self.stride, length - 1)
 
 
+def places(count: int) -> list[float]:
+    """Where `count` clips of a video begin, evenly spaced, see `Source.read`; one: the middle."""
+    return [(clip + 0.5) / count for clip in range(count)]
+
+
+def by_video(batch: dict, clips: int) -> dict:
+    """A batch of videos from the batch of their clips: "tokens" [b, clips, T], all other by row."""
+    rows = {name: array.reshape(-1, clips, *array.shape[1:]) for name, array in batch.items()}
+    return {name: array if name == "tokens" else array[:, 0] for name, array in rows.items()}
+
+
 class Video(NamedTuple):
     """A video that is open, none of whose frames is decoded."""
 
@@ -89,9 +102,9 @@ class VideoSource(Source):
     def __getitem__(self, index: int) -> Record:
         return self.read(index)
 
-    def read(self, index: int, rng: np.random.Generator | None = None) -> Record:
+    def read(self, index: int, rng: Rng = None, place: float = 0.5) -> Record:
         video = self.video(index)
-        return {self.key: video.take(self.clips.choose(video.length, rng)), **video.known}
+        return {self.key: video.take(self.clips.choose(video.length, rng, place)), **video.known}
 
     def every(self, index: int) -> Iterator[Record]:
         video = self.video(index)

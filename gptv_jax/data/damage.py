@@ -19,7 +19,7 @@ from gptv_jax.data.data_set import Source
 from gptv_jax.data.filters import DroppedImageError
 from gptv_jax.data.images import Decode, Depth
 from gptv_jax.data.limits import DamagedImageError
-from gptv_jax.data.records import Record
+from gptv_jax.data.records import Record, Rng
 from gptv_jax.errors import InputError
 
 LOG = logging.getLogger(__name__)
@@ -43,11 +43,11 @@ class DecodedSource(Source):
     def __getitem__(self, index: int) -> Record:
         return self.read(index)
 
-    def read(self, index: int, rng: np.random.Generator | None = None) -> Record:
+    def read(self, index: int, rng: Rng = None, place: float = 0.5) -> Record:
         for distance in range(len(self)):
-            place = (index + distance) % len(self)
+            number = (index + distance) % len(self)
             try:
-                record = self._checked(place, self.source.read(place, rng))
+                record = self._checked(number, self.source.read(number, rng, place))
             except (DamagedImageError, OSError):
                 continue
             return {**record, "damaged": np.int32(index) if distance else NOT_DAMAGED}

@@ -25,6 +25,7 @@ class DroppedImageError(DamagedImageError):
 class _Filter(Transform):
     """Changes no record; `reason` says whether an image is left out."""
 
+    named: ClassVar = {}  # all filters by their entries' names
     drops: ClassVar = True
 
     def __call__(self, record, rng=None):
@@ -39,6 +40,9 @@ class _Filter(Transform):
     def reason(self, index: int, record: Record, source: Source) -> str | None:
         """Why the example of this number is left out; None: it is not."""
         raise NotImplementedError
+
+
+FILTERS = _Filter.named
 
 
 class DropSmall(_Filter):

@@ -65,7 +65,7 @@ class Transform:
     def __init_subclass__(cls):
         dataclasses.dataclass(frozen=True)(cls)
         if not cls.__name__.startswith("_"):
-            Transform.named[re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()] = cls
+            cls.named[re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()] = cls
 
     def __call__(self, record: Record, rng: np.random.Generator | None = None) -> Record:
         """Transforms one record; `rng` is the generator of this example, None in evaluation."""

@@ -27,7 +27,7 @@ from gptv_jax.data.listing import split_names
 from gptv_jax.data.moving_digits import MovingDigits
 from gptv_jax.data.parquet import Tables
 from gptv_jax.data.prepared import Tfds
-from gptv_jax.data.records import OBJECTS, Record
+from gptv_jax.data.records import OBJECTS, Record, Rng
 from gptv_jax.data.shards import WebDataset
 from gptv_jax.data.videos import VideoFolder
 from gptv_jax.errors import InputError, counted, shorten
@@ -90,9 +90,9 @@ class Selected(Source):
         source, row = self._locate(index)
         return self._labelled(source[row])
 
-    def read(self, index: int, rng: np.random.Generator | None = None) -> Record:
+    def read(self, index: int, rng: Rng = None, place: float = 0.5) -> Record:
         source, row = self._locate(index)
-        return self._labelled(source.read(row, rng))
+        return self._labelled(source.read(row, rng, place))
 
     def every(self, index: int) -> Iterable[Record]:
         source, row = self._locate(index)

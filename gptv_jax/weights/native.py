@@ -17,7 +17,7 @@ from gptv_jax import files, sharding, tasks, tokens
 from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.config import fields
 from gptv_jax.config.data import PIXELS
-from gptv_jax.config.fields import FROM_ZERO, POSITIVE, field
+from gptv_jax.config.fields import FROM_ZERO, POSITIVE, field, one_of
 from gptv_jax.errors import InputError, as_input_error, list_differences
 from gptv_jax.model.gpt import Network
 from gptv_jax.model.layout import of_images
@@ -29,7 +29,10 @@ from gptv_jax.tokens import palette as palettes
 FORMAT = 1
 HEADER = "gptv_jax"  # key of the file's metadata
 # Fields that a header holds; files of before the class names have none.
-FACTS = ("image_size", "frames", "starts", "classes", "class_names", "pool", "step", "best_layer")
+FACTS = (
+    "image_size", "frames", "starts", "classes", "class_names", "pool", "attention", "step",
+    "best_layer",
+)  # fmt: skip
 TASK_FACTS = ("object_names", "map_names", "eval_transforms")  # beside the task, if it has parts
 # Names of the tensors of a token definition: the colours of a palette, the prefix of a tokenizer's.
 CENTERS, TOKENIZER = "palette.centers", "tokenizer."
@@ -57,6 +60,7 @@ class WeightsFile:
     # In the order of the labels, of the class head or of `model.class_tokens`; empty: no names.
     class_names: tuple[str, ...] = field(())
     pool: int = field(1, POSITIVE)  # parts of the sequence that the class head reads apart
+    attention: str = field("causal", one_of("causal", "frames"))  # as config.finetune.attention
     step: int | None = field(None, FROM_ZERO)  # training step of the weights, where known
     # The probe's best layer, where the probe has run.
     best_layer: int | None = field(None, FROM_ZERO)
@@ -89,7 +93,7 @@ class WeightsFile:
         if task := self.learned_task:
             return dataclasses.replace(task.network(), starts=self.starts)
         codec = self.codec
-        layout = of_images(codec.vocabulary, codec.grid, self.model.objective)
+        layout = of_images(codec.vocabulary, codec.grid, self.model.objective, self.attention)
         return Network(self.model, layout, self.starts, self.classes, pool=self.pool)
 
     def checked(self, where: str) -> "WeightsFile":
@@ -124,7 +128,9 @@ class WeightsFile:
             )
         params = {n: a for n, a in self.params.items() if not n.startswith("classifier.")}
         names = self.class_names if self.model.class_tokens else ()
-        return dataclasses.replace(self, params=params, classes=0, class_names=names, pool=1)
+        return dataclasses.replace(
+            self, params=params, classes=0, class_names=names, pool=1, attention="causal"
+        )
 
     def on_mesh(self) -> dict:
         """The nested parameters as arrays on the current mesh, sharded as for training."""
@@ -212,7 +218,8 @@ def from_header(
                 f"{where} has format {header['format']}; this version reads format {FORMAT}."
             )
         known = {each.name: each for each in dataclasses.fields(WeightsFile)}
-        older = {"class_names": [], "frames": 0, "pool": 1, **{name: [] for name in TASK_FACTS}}
+        older = {"class_names": [], "frames": 0, "pool": 1, "attention": "causal"}
+        older |= {name: [] for name in TASK_FACTS}
         header = older | header
         facts = {n: fields.checked(header[n], known[n], f"header.{n}") for n in FACTS + TASK_FACTS}
         if isinstance(definition, Palette):
@@ -328,6 +335,7 @@ def read_run(
         starts=network.starts,
         classes=network.classes,
         pool=network.pool,
+        attention=config.finetune.attention if network.classes else "causal",
         class_names=names if network.classes or config.model.class_tokens or of_task else (),
         step=summary[f"{stage}/steps"],
         best_layer=summary.get("probe/best_layer"),
