@@ -8,6 +8,7 @@ keeps the log.
 import json
 import logging
 import pathlib
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -50,6 +51,9 @@ class DecodedSource(Source):
         raise InputError(
             f"none of {len(self)} images can be read; the first, {self.name(0)}: {self.reason(0)}."
         )
+
+    def frames(self, index: int) -> Iterator[Record]:
+        return map(self.decode, self.source.frames(index))
 
     def name(self, index: int) -> str:
         return self.source.name(index)

@@ -105,6 +105,10 @@ class Selected(Source):
         source, row = self._locate(index)
         return map(self._labelled, source.every(row))
 
+    def frames(self, index: int) -> Iterable[Record]:
+        source, row = self._locate(index)
+        return map(self._labelled, source.frames(row))
+
     def annotations(self, index: int) -> Record:
         source, row = self._locate(index)
         return self._labelled(source.annotations(row))
