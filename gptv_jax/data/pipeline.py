@@ -24,7 +24,7 @@ from gptv_jax import config as config_lib
 from gptv_jax.data import sources, transforms
 from gptv_jax.data.cache import TokenCache
 from gptv_jax.data.damage import NOT_DAMAGED, DamageLog, DecodedSource
-from gptv_jax.data.images import Decode
+from gptv_jax.data.images import DamagedImageError, Decode
 from gptv_jax.data.records import PICTURE, Record, with_view
 from gptv_jax.errors import InputError
 from gptv_jax.tokens import Codec
@@ -142,25 +142,60 @@ def images(
     count: int | None = None,
     seed: int = 0,
     annotated: bool = False,
+    anywhere: bool = False,
 ) -> Iterator[Record]:
     """The records of a split after the transforms of evaluation, damaged images left out.
 
     With `count`, so many records are drawn without replacement; otherwise all come in order. Boxes
-    and the like are left out, unless `annotated`.
+    and the like are left out, unless `annotated`. `anywhere` draws `count` clips that begin at
+    random frames, several of a video where there are fewer videos.
     """
     make = dataclasses.replace(
         open_examples(config, split, config.eval_transforms), annotated=annotated
     )
     source = make.source
     data = grain.MapDataset.range(len(source))
-    if count is not None and count < len(source):
-        data = data.seed(seed).shuffle()[:count]
-    data = data.map(make.record)
+    if anywhere:
+        data = data.seed(seed).shuffle().repeat()[:count].random_map(make.record)
+    elif count is not None and count < len(source):
+        data = data.seed(seed).shuffle()[:count].map(make.record)
+    else:
+        data = data.map(make.record)
     for number, record in enumerate(_read_ahead(data, source, config.workers), start=1):
         damaged = record.pop("damaged", NOT_DAMAGED)
         damage_log.record(split, source, damaged, number)
         if damaged == NOT_DAMAGED:
             yield record
+
+
+def videos(config: config_lib.Data, split: str, limit: int) -> Iterator[Record]:
+    """Records of whole videos after the transforms of evaluation, with all frames in one clip.
+
+    Of the split's first `limit` videos; "original" are the label maps before the transforms. A
+    video that cannot be read is left out.
+    """
+    opened = open_examples(config, split, config.eval_transforms)
+    make = dataclasses.replace(opened, annotated=True)
+    for index in range(min(limit, len(make.source))):
+        try:
+            frames = [
+                {"original": frame.get("segmentation"), **make.transformed(frame, index)}
+                for frame in make.source.frames(index)
+            ]
+        except (DamagedImageError, OSError) as error:
+            LOG.warning("%s is left out of the whole videos: %s.", make.source.name(index), error)
+            continue
+        sizes = {np.shape(frame["original"]) for frame in frames}
+        if len(sizes) > 1:
+            name = make.source.name(index)
+            LOG.warning("%s is left out of the whole videos: its frames have several sizes.", name)
+            continue
+        joined = {
+            n: np.concatenate([f[n] for f in frames])
+            for n in ("image", "segmentation", "original")
+            if n in frames[0]
+        }
+        yield frames[0] | joined
 
 
 def open_examples(config: config_lib.Data, split: str, entries: tuple[str, ...]) -> "_Example":
@@ -219,7 +254,16 @@ class _Example(grain.transforms.RandomMap):
 
     def record(self, index: int, rng: np.random.Generator | None = None) -> Record:
         """The transformed record, without annotations unless they are used."""
-        record = self.source.read(index, rng) | {"variant": np.int32(0)}
+        record = self.transformed(self.source.read(index, rng), index, rng)
+        if self.annotated:
+            record["image_id"] = self.source.image_id(index)
+        return record
+
+    def transformed(
+        self, record: Record, index: int, rng: np.random.Generator | None = None
+    ) -> Record:
+        """What `record` makes of a record of the source, which has this number."""
+        record = record | {"variant": np.int32(0)}
         if "encoded" in record:
             raise InputError(f"{self.source.name(index)} is an image file; {DECODE_FIRST}")
         if not (self.example or self.annotated):
@@ -229,8 +273,6 @@ class _Example(grain.transforms.RandomMap):
             record = with_view(record, *size[-3:-1])
         for step in self.steps:
             record = step(record, rng)
-        if self.annotated:
-            record["image_id"] = self.source.image_id(index)
         return record
 
     def random_map(self, index: int, rng: np.random.Generator | None = None) -> dict:

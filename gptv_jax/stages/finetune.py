@@ -77,6 +77,8 @@ def run_stage(context: Context) -> dict:
         LOG.info("%s measures the weights of step %d on the test images.", name, fitted.step)
         views = (evaluation("test", extra=extra) for extra in task.views())
         total = metric("test").sums(fitted.params, itertools.chain.from_iterable(views))
+        whole_videos = functools.partial(pipeline.videos, config.data, "test")
+        total |= task.whole(network, fitted.params, context.codec, whole_videos)
         tested, first = metric("test").result(total), next(iter(task.primary))
         tested = tested | task.details(total, known)
         return {
@@ -118,7 +120,8 @@ def _measured(context: Context) -> Task:
 
     def records(count: int) -> Iterator[Record]:
         log = context.images.damage_log
-        return pipeline.images(config.data, "train", log, count, config.seed, annotated=True)
+        how = {"annotated": True, "anywhere": config.data.frames > 0}
+        return pipeline.images(config.data, "train", log, count, config.seed, **how)
 
     def content() -> bytes:
         # A training that has begun keeps what its weights mean.

