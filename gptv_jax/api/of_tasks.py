@@ -3,7 +3,7 @@
 import itertools
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -81,6 +81,13 @@ def _known(plane: AnyArray, classes: int) -> Int[np.ndarray, "H W"]:
     if plane.dtype.kind not in "iu":
         raise InputError(f"a label map is {plane.dtype}; it takes whole numbers, such as uint8.")
     return np.where(has_class(plane, classes), plane.astype(np.int32), -1)
+
+
+def _pixels(shown: Sequence[records.Record]) -> UInt8[np.ndarray, "B H W C"]:
+    """The pixels of records of one size."""
+    views = [record["image"] for record in shown]
+    depth = max(view.shape[-1] for view in views)  # a grey image has three equal ones
+    return np.stack([np.broadcast_to(x, (*x.shape[:2], depth)) for x in views])
 
 
 class OfTasks:
@@ -212,9 +219,8 @@ class OfTasks:
             raise InputError(
                 "first_map is for maps that are carried along: by='written', carry=True."
             )
-        maps = [None] * len(frames)
-        if first_map is not None and maps:
-            maps[0] = _known(first_map, len(self.map_classes))
+        first = None if first_map is None else _known(first_map, len(self.map_classes))
+        maps = itertools.chain([first], itertools.repeat(None))
         shown = [record for _, record in self._shown("segment_video", frames, maps=maps)]
         if not shown:
             raise InputError("segment_video was given no frame; it takes 1 or more.")
@@ -222,17 +228,13 @@ class OfTasks:
             raise InputError(
                 f"the frames of a video have one size; these have {sorted(sizes)[:3]}."
             )
-        pixels = np.stack([record["image"] for record in shown])
         with jax.set_mesh(self.mesh):
-            video = Videos(task, self.network, self.params, self.codec, [pixels])
+            video = Videos(task, self.network, self.params, self.codec, [_pixels(shown)])
             if by == "read":
                 [planes] = video.read()
             else:
-                first = (
-                    first_map
-                    if first_map is None
-                    else [task.facts.encode(shown[0]["segmentation"][None])[0][0]]
-                )
+                if first is not None:
+                    first = task.facts.encode(shown[0]["segmentation"][None])[0]
                 [tokens] = video.carried(first) if carry else video.alone()
                 planes = task.facts.codec.decode(tokens)
         [whole] = sizes
@@ -285,13 +287,13 @@ class OfTasks:
         method: str,
         images: AnyArray | Sequence[Picture],
         extra: Sequence[Steps] = ((),),
-        maps: Sequence[np.ndarray | None] | None = None,
+        maps: Iterable[np.ndarray | None] | None = None,
     ) -> Iterator[tuple[int, records.Record]]:
         """The number of each image, a hash of its pixels, and its record of the network's size.
 
         There is a record after the transforms of evaluation and each of `extra`; "original" is the
-        height and width before. `maps` are the images' label maps, which the records then have as
-        well. InputError names the `method` that was called: an image is no image.
+        height and width before. `maps` are the images' label maps, or None, which the records then
+        have as well. InputError names the `method` that was called: an image is no image.
         """
         one = isinstance(images, str | os.PathLike | Image.Image)
         if one or (hasattr(images, "ndim") and images.ndim != 4):
@@ -300,7 +302,7 @@ class OfTasks:
                 f"{method} was given {found}; it takes a list of images, as in {method}([image]), "
                 "or an array [B, H, W, C]."
             )
-        if maps is not None and len(maps) != len(images):
+        if isinstance(maps, list) and len(maps) != len(images):
             raise InputError(f"there are {len(images)} images, but {len(maps)} label maps.")
         data = self._described.learned_task.config.data
         channels = (1, 3) if self.codec is None else self.codec.image_shape[2:]
@@ -331,9 +333,7 @@ class OfTasks:
         while batch := list(itertools.islice(numbered, AT_ONCE)):
             size = next(size for size in SIZES if size >= len(batch))
             numbers, shown = zip(*batch, *batch[-1:] * (size - len(batch)), strict=True)
-            views = [record["image"] for record in shown]
-            depth = max(view.shape[-1] for view in views)  # a grey image has three equal ones
-            pixels = np.stack([np.broadcast_to(x, (*x.shape[:2], depth)) for x in views])
+            pixels = _pixels(shown)
             tokens = None if self.codec is None else self.codec.encode(pixels)
             inputs = tokens, pixels if self.network.stem else None, np.array(numbers, np.int32)
             yield jax.tree.map(sharding.shard_rows, inputs), shown[: len(batch)]

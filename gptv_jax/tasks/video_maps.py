@@ -37,9 +37,9 @@ class Videos:
     network: Network
     params: dict
     codec: Codec | None
-    frames: Sequence[UInt8[np.ndarray, "N h w C"]]
+    frames: Sequence[UInt8[np.ndarray, "_ h w C"]]
 
-    def read(self) -> list[Integer[np.ndarray, "N h w"]]:
+    def read(self) -> list[Integer[np.ndarray, "_ h w"]]:
         """The maps of all frames, read from the images alone."""
 
         def ask(places: list[Place]) -> np.ndarray:
@@ -49,8 +49,8 @@ class Videos:
         return self._split(np.concatenate([ask(batch) for batch in _batches(self._ends())]))
 
     def carried(
-        self, first: Sequence[Int[np.ndarray, " T"]] | None = None
-    ) -> list[Int[np.ndarray, "N T"]]:
+        self, first: Int[np.ndarray, "videos T"] | None = None
+    ) -> list[Int[np.ndarray, "_ T"]]:
         """The tokens of all frames, written given the tokens that were written before.
 
         `first` has the tokens of every video's first map, which are then kept.
@@ -68,7 +68,7 @@ class Videos:
                     found[video][frame] = row
         return found
 
-    def given(self, maps: Sequence[Int[np.ndarray, "N T"]]) -> list[Int[np.ndarray, "N T"]]:
+    def given(self, maps: Sequence[Int[np.ndarray, "_ T"]]) -> list[Int[np.ndarray, "_ T"]]:
         """The tokens of all frames, each given the tokens of `maps` before it in its window."""
         ends = self._ends()
         rows = {}
@@ -77,7 +77,7 @@ class Videos:
                 rows |= zip(batch, self._write(batch, maps), strict=True)
         return self._split(np.stack([rows[end] for end in ends]))
 
-    def alone(self) -> list[Int[np.ndarray, "N T"]]:
+    def alone(self) -> list[Int[np.ndarray, "_ T"]]:
         """The tokens of all frames, each written first in the window that begins with the frame."""
         starts = [(video, frame, 0) for video, frame, _ in self._ends()]
         rows = [self._write(batch, self.frames) for batch in _batches(starts)]
@@ -169,7 +169,7 @@ def measure(
     if "written" in task.ways:
         true = [facts.encode(record["segmentation"])[0] for record in videos]
         found = {"written": seen.carried(), "alone": seen.alone(), "previous": seen.given(true)}
-        found["propagated"] = seen.carried([tokens[0] for tokens in true])
+        found["propagated"] = seen.carried(np.stack([tokens[0] for tokens in true]))
         made |= {way: [*map(facts.codec.decode, rows)] for way, rows in found.items()}
     made["prior"] = [np.broadcast_to(facts.prior, r["segmentation"].shape) for r in videos]
     made = {

@@ -88,7 +88,7 @@ def consistency(
 
 
 def scores(
-    pairs: list[tuple[Integer[np.ndarray, "N H W"], Integer[np.ndarray, "N H W"]]], classes: int
+    pairs: list[tuple[Integer[np.ndarray, "_ _ _"], Integer[np.ndarray, "_ _ _"]]], classes: int
 ) -> dict[str, float | list[float | None] | None]:
     """The numbers of several videos' true and predicted maps, without the first frame of each.
 
