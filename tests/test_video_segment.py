@@ -15,6 +15,7 @@ from gptv_jax import sharding
 from gptv_jax.decode.generation import UNKNOWN
 from gptv_jax.errors import InputError
 from gptv_jax.model.gpt import Network
+from gptv_jax.planning.finetuning import Finetuning
 from gptv_jax.tasks import map_passes, rows, video_maps
 from gptv_jax.tasks.segment import Segment
 from gptv_jax.train import optimizer, step
@@ -210,6 +211,15 @@ def test_the_metric_of_clips_counts_all_frames():
     assert task.bounds(total, given.__getitem__)["ceiling"]["pixel_accuracy"] > 0.99
     pictures = task.facts.prior  # of one frame
     assert pictures.shape == SIZE
+
+
+def test_the_planner_knows_the_batches_of_clips():
+    task = task_of(3)
+    planned = Finetuning(task.config, given=task).batch(2)
+    for name, array in batch_of(task, [video(3), video(3, 1)]).items():
+        both = array, planned.get(name, array)
+        real, plan = (jax.tree.map(lambda x: (x.shape[:-1], x.dtype), each) for each in both)
+        assert real == plan, name  # channels apart
 
 
 def test_model_segment_video(tmp_path):
