@@ -9,7 +9,7 @@ from conftest import encoded, make_folder, random_image
 from PIL import Image
 
 from gptv_jax import config as config_lib
-from gptv_jax.data import cache, inventory, pipeline, sources
+from gptv_jax.data import cache, inventory, pipeline, sources, whole_videos
 from gptv_jax.data.damage import DamageLog, DecodedSource
 from gptv_jax.data.images import Decode
 from gptv_jax.errors import InputError
@@ -267,7 +267,7 @@ def test_folders_of_frames_beside_folders_of_maps_are_videos(tmp_path, caplog):
     plain, moved = decoded[0], make.record(0)
     np.testing.assert_array_equal(moved["segmentation"], plain["segmentation"][..., ::-1])
     whole = [
-        *pipeline.videos(
+        *whole_videos.records(
             dataclasses.replace(config, eval_transforms=("decode(channels=1)",)), "train", 9
         )
     ]

@@ -24,7 +24,7 @@ from gptv_jax import config as config_lib
 from gptv_jax.data import sources, transforms
 from gptv_jax.data.cache import TokenCache
 from gptv_jax.data.damage import NOT_DAMAGED, DamageLog, DecodedSource
-from gptv_jax.data.images import DamagedImageError, Decode
+from gptv_jax.data.images import Decode
 from gptv_jax.data.records import PICTURE, Record, with_view
 from gptv_jax.errors import InputError
 from gptv_jax.tokens import Codec
@@ -166,36 +166,6 @@ def images(
         damage_log.record(split, source, damaged, number)
         if damaged == NOT_DAMAGED:
             yield record
-
-
-def videos(config: config_lib.Data, split: str, limit: int) -> Iterator[Record]:
-    """Records of whole videos after the transforms of evaluation, with all frames in one clip.
-
-    Of the split's first `limit` videos; "original" are the label maps before the transforms. A
-    video that cannot be read is left out.
-    """
-    opened = open_examples(config, split, config.eval_transforms)
-    make = dataclasses.replace(opened, annotated=True)
-    for index in range(min(limit, len(make.source))):
-        try:
-            frames = [
-                {"original": frame.get("segmentation"), **make.transformed(frame, index)}
-                for frame in make.source.frames(index)
-            ]
-        except (DamagedImageError, OSError) as error:
-            LOG.warning("%s is left out of the whole videos: %s.", make.source.name(index), error)
-            continue
-        sizes = {np.shape(frame["original"]) for frame in frames}
-        if len(sizes) > 1:
-            name = make.source.name(index)
-            LOG.warning("%s is left out of the whole videos: its frames have several sizes.", name)
-            continue
-        joined = {
-            n: np.concatenate([f[n] for f in frames])
-            for n in ("image", "segmentation", "original")
-            if n in frames[0]
-        }
-        yield frames[0] | joined
 
 
 def open_examples(config: config_lib.Data, split: str, entries: tuple[str, ...]) -> "_Example":

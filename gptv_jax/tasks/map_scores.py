@@ -20,10 +20,9 @@ class MapScores:
     """Maps of one kind of each image or clip: read, written, voted, ceiling or prior.
 
     "ceiling" is the image's own label map as tokens and back, "prior" the most frequent class of
-    each pixel in training, "voted" what most drawn maps have, and "wrong_image" the `first` kind of
-    another image. Where several
-    classes have most votes, the written map's class is the voted one, or else that of the first
-    drawn map among them.
+    each pixel in training, "wrong_image" the `first` kind of another image, and "voted" the most
+    frequent class of the drawn maps. Where several classes have most votes, the written map's class
+    is the voted one, or else that of the first drawn map among them.
     """
 
     facts: Facts

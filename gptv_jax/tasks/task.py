@@ -158,8 +158,8 @@ class Task:
     ) -> dict[str, object]:
         """What `details`, `bounds`, `files` and `show` find in `total` beside the metric's sums.
 
-        `videos(limit)` gives the first test videos as `pipeline.videos` does; the network's first
-        part is the clip, whose pixels `codec` turns into tokens, if they are not None.
+        `videos(limit)` gives the first test videos as `data.whole_videos.records` does. `codec`
+        turns the pixels of clips into tokens; None: the network reads pixels alone.
         """
         del network, params, codec, videos
         return {}

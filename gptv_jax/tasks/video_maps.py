@@ -156,7 +156,7 @@ def measure(
     The ways of making maps of whole videos are "read"; "written", from the network's own maps
     before; "alone"; "previous", from the true maps before; "propagated", from the first frame's
     true map alone; and the floors "prior" (of each pixel) and "copied", the first map in all
-    frames, with the prior where that map has no class. `records` are of `pipeline.videos`. {}:
+    frames, with the prior where that map has no class. `records` are of `whole_videos.records`. {}:
     there is no video with pixels.
     """
     videos = [record for record in records if "image" in record]
