@@ -139,7 +139,7 @@ def check(
 
     The sections are "model", "tokenizer", "train", "probe" and "finetune"; other sections
     have nothing to divide. `length` is the number of positions of the network's sequence; None: an
-    image's tokens. The InputError names the field, its value and the number that must
+    image's tokens, or a clip's. The InputError names the field, its value and the number that must
     divide it.
     """
     fsdp, sequence, tensor = ((mesh.shape[axis], f"mesh.{axis}") for axis in AXES[1:])
@@ -152,8 +152,10 @@ def check(
 
     mlp = "the width of the MLP, from config.model.width and config.model.mlp_ratio,"
     learned = config.tokens.kind == "learned"
-    sizes = "config.data.image_size" + " and config.tokens.autoencoder.downsample" * learned
-    positions = f"the number of tokens of an image, from {sizes},", math.prod(config.grid)
+    frames, example = ("config.data.frames, ", "a clip") if config.data.frames else ("", "an image")
+    sizes = frames + "config.data.image_size"
+    sizes += " and config.tokens.autoencoder.downsample" * learned
+    positions = f"the number of tokens of {example}, from {sizes},", math.prod(config.grid)
     if length not in (None, positions[1]):
         positions = f"the number of positions of a sequence, from {sizes} and config.task,", length
     widths = enumerate(config.tokens.autoencoder.widths)

@@ -25,6 +25,12 @@ WEIGHTS = {
     ("digits", None): 803_328,
     ("image_folder", None): 275_072,
     ("video_digits", None): 231_552,
+    ("video_ucf101", "s"): 92_748_288,
+    ("video_ucf101", "m"): 489_086_976,
+    ("video_ucf101", "l"): 1_409_601_024,
+    ("video_k600", "s"): 92_696_576,
+    ("video_k600", "m"): 488_983_552,
+    ("video_k600", "l"): 1_409_445_888,
     ("detect_digits", None): 184_832,
     ("detect_bccd", None): 463_168,
     ("detect_coco", "s"): 110_120_448,
@@ -74,6 +80,7 @@ WEIGHTS = {
 }
 # Of the encoder and decoder, and codes.
 OF_IMAGENET = (35_072_657, 16_384)
+OF_FRAMES = (27_728_273, 16_384)
 TOKENIZERS = {
     ("detect_digits", None): (30_867, 240),
     **{("detect_coco", size): OF_IMAGENET for size in ("s", "m", "l")},
@@ -89,6 +96,7 @@ TOKENIZERS = {
     ("tokenizer_imagenet", "fsq_64k"): (35_077_778, 64_000),
     ("tokenizer_imagenet", "vq"): (35_219_092, 16_384),
     **{key: OF_IMAGENET for key in WEIGHTS if key[0] == "imagenet_codes"},
+    **{key: OF_FRAMES for key in WEIGHTS if key[0] in ("video_ucf101", "video_k600")},
 }
 
 

@@ -37,8 +37,19 @@ CONFIG = config_lib.Config(
         **MODERN,
     ),
 )
-CODEC = tokens.make_codec(CONFIG.tokens, CONFIG.data.image_size)
-NETWORK = network_of(CONFIG)
+# Clips with hidden tokens, whose share each clip draws.
+QUANTIZE = ("quantize(4)",)
+CLIPS = config_lib.Config(
+    data=config_lib.Data(
+        name="moving_digits",
+        image_size=16,
+        frames=2,
+        train_transforms=QUANTIZE,
+        eval_transforms=QUANTIZE,
+    ),
+    tokens=config_lib.Tokens(levels=4, patch=(2, 2)),
+    model=config_lib.Model(layers=1, width=16, heads=4, axial_positions=True, context_masking=0.9),
+)
 MUON = config_lib.Optimizer(name="muon", weight_decay=0.01, clip_norm=1.0, warmup_steps=2)
 EMA = 0.8
 TIMES = {"time", "tokens_per_second", "data_wait_share", "mfu"}
@@ -63,14 +74,19 @@ class Result(NamedTuple):
 class Training:
     """Pretraining on a mesh, compiled once and run many times."""
 
-    def __init__(self, mesh: tuple[int, int, int], update=None):
+    def __init__(self, mesh: tuple[int, ...], update=None, config=CONFIG):
         rate = optax.constant_schedule(0.0)
         if update is None:
             update, rate = optimizer.make_optimizer(MUON, STEPS)
-        self.mesh, self.init = make_mesh(mesh), step.make_init(NETWORK, update, EMA)
-        loss = step.make_loss(NETWORK)
+        self.config, self.network = config, network_of(config)
+        self.codec = tokens.codec_of(config)
+        self.mesh, self.init = make_mesh(mesh), step.make_init(self.network, update, EMA)
+        loss = step.make_loss(self.network)
         self.train_step = step.make_train_step(loss, update, rate, microbatches=2, seed=3, ema=EMA)
-        self.metric = step.make_metric(NETWORK)
+        self.metric = step.make_metric(self.network)
+
+    def pipeline(self) -> pipeline.Pipeline:
+        return pipeline.Pipeline(self.config.data, self.codec, 5)
 
     def run(
         self,
@@ -99,7 +115,7 @@ class Training:
         def batches(position: int):
             nonlocal taken
             taken = position
-            return watched(pipeline.Pipeline(CONFIG.data, CODEC, 5).train(BATCH, position))
+            return watched(self.pipeline().train(BATCH, position))
 
         def train_step(state, batch):
             nonlocal taken
@@ -110,7 +126,7 @@ class Training:
 
         def evaluate(params: dict) -> dict:
             reach("evaluation", taken)
-            held_out = pipeline.Pipeline(CONFIG.data, CODEC, 5).evaluation("validation", BATCH)
+            held_out = self.pipeline().evaluation("validation", BATCH)
             return self.metric.measure(params, itertools.islice(held_out, 2))
 
         config = config_lib.Train(
@@ -128,7 +144,7 @@ class Training:
             fitted = loop.fit(
                 "pretrain",
                 config,
-                length=NETWORK.length,
+                length=self.network.length,
                 flops=1,
                 checkpoints=checkpoints,
                 log=MetricWriter(folder),
@@ -204,6 +220,14 @@ def test_stopping_within_a_step_changes_nothing(muon, uninterrupted, tmp_path):
 def test_a_finished_training_is_left_as_it_is(muon, uninterrupted, tmp_path):
     muon.run(tmp_path)
     assert_identical(muon.run(tmp_path), uninterrupted)
+
+
+def test_clips_with_hidden_tokens_on_many_devices_are_no_exception(tmp_path):
+    clips = Training((1, 2, 2, 2), config=CLIPS)
+    wanted = clips.run(tmp_path / "whole")
+    for stop in (("next batch", 1), ("step", 4), ("save", 4)):
+        clips.stopped(tmp_path / "stopped", 2, stop)
+    assert_identical(clips.run(tmp_path / "stopped", 2), wanted)
 
 
 # Another mesh. Sums over devices round differently, and Adam's quotient or Muon's iteration would

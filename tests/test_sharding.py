@@ -4,7 +4,15 @@ import functools
 import jax
 import numpy as np
 import pytest
-from conftest import RECIPES, make_mesh, parts_network, random_batch, random_params, tiny_network
+from conftest import (
+    MODERN,
+    RECIPES,
+    make_mesh,
+    parts_network,
+    random_batch,
+    random_params,
+    tiny_network,
+)
 
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
@@ -15,11 +23,20 @@ from gptv_jax.train.optimizer import make_optimizer
 
 # Data, fsdp, (sequence,) tensor: igpt is split along every axis, modern along axes that split
 # weights or positions; test_meshes splits along "data" and "fsdp" alone.
+CLIPS = {"classes": 0, "grid": (4, 2, 2)}
+NETWORKS = {
+    **{name: {"classes": 5, **recipe} for name, recipe in RECIPES.items()},
+    "clips": CLIPS,
+    "clips with hidden tokens": {**CLIPS, **MODERN, "context_masking": 0.9},
+}
 CASES = [
     ("igpt", (2, 2, 2)),
     ("igpt", (2, 1, 4, 1)),
     ("modern", (1, 2, 4)),
     ("modern", (1, 2, 2, 2)),
+    ("clips", (1, 2, 2, 2)),
+    ("clips with hidden tokens", (1, 2, 2, 2)),
+    ("clips with hidden tokens", (2, 1, 4, 1)),
 ]
 
 
@@ -29,11 +46,12 @@ def reference(recipe):
 
 
 def loss_and_gradients(recipe, shape):
-    network = tiny_network(classes=5, **RECIPES[recipe])
+    network = tiny_network(**NETWORKS[recipe])
     with jax.set_mesh(make_mesh(shape)):
         batch = sharding.global_batch(random_batch(network))
         loss = step.make_loss(network, 1.0, 1.0)
-        gradient = jax.jit(jax.value_and_grad(lambda p: loss(p, None, batch, None)[0]))
+        key = jax.random.key(3) if network.config.context_masking else None
+        gradient = jax.jit(jax.value_and_grad(lambda p: loss(p, None, batch, key)[0]))
         value, grads = gradient(random_params(network))
         return float(value), jax.device_get(grads)
 

@@ -144,9 +144,18 @@ class Generate:
     count: int = field(1000, ("10 or more", lambda v: v >= 10), free=True)
     # Images drawn at a time; another size draws other ones.
     batch_size: int = field(100, POSITIVE, free=True)
+    # Share of the rows, or of a clip's frames, that is given, of the test images in order; the rest
+    # is drawn. 0: nothing is given.
+    keep: float = field(0.0, SHARE)
     # What images are compared by (docs/generation_quality.md): a run folder, a file of weights, or
     # "pixels", the same as None: averages over 8 x 8 areas, which see colour and layout alone.
     features: str | None = field(None, free=True)
+    # Where the features are I3D's: how frames become 224 x 224 pixels. tensorflow: bilinear as in
+    # TensorFlow 1, as published; tensorflow_64: to 64 x 64 first, as for BAIR's robots; pytorch:
+    # bilinear between centres of pixels, as in StyleGAN-V.
+    i3d_resize: str = field(
+        "tensorflow", one_of("tensorflow", "tensorflow_64", "pytorch"), free=True
+    )
     # Real images to compare with: a split of the data, or statistics that were saved of them.
     split: str = field("train", free=True)
     reference: str | None = field(None, free=True)

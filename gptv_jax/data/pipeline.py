@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import itertools
 import logging
+import math
 import multiprocessing
 import os
 import pathlib
@@ -31,6 +32,8 @@ from gptv_jax.tokens import Codec
 
 LOG = logging.getLogger(__name__)
 ENCODE_AHEAD = 2  # batches that a codec on devices encodes ahead of their use
+# Each process that reads holds so many batches, or fewer of clips: so many bytes of pixels.
+READ_AHEAD, READ_BYTES = 16, 2**30
 # Makes the task's part of a batch from a record and a generator; the generator is None in
 # evaluation.
 ExampleOf = Callable[[Record, np.random.Generator | None], dict]
@@ -122,13 +125,15 @@ class Pipeline:
         index, count = self.share
         # No remainder is dropped. With drop_remainder=False Grain counts the batches of an endless
         # source in floating point.
-        data = data.batch(batch_size // count, drop_remainder=True)[index::count][position:]
-        read = _read_ahead(data, example.source, self.config.workers)
+        rows = batch_size // count
+        data = data.batch(rows, drop_remainder=True)[index::count][position:]
+        ahead = batches_ahead(self.config, rows)
+        read = _read_ahead(data, example.source, self.config.workers, ahead)
         if example.codec is not self.codec:  # which encodes whole batches, on devices
             take = dict.get if example.pixels else dict.pop
             read = read.map(lambda b: {"tokens": self.codec.encode(take(b, "image")), **b})
-            ahead = grain.experimental.ThreadPrefetchIterDataset
-            read = ahead(read, prefetch_buffer_size=ENCODE_AHEAD)
+            prefetch = grain.experimental.ThreadPrefetchIterDataset
+            read = prefetch(read, prefetch_buffer_size=ENCODE_AHEAD)
         for number, batch in enumerate(read, start=position + 1):
             damaged = batch.pop("damaged", NOT_DAMAGED)
             self.damage_log.record(split, example.source, damaged, number)
@@ -313,11 +318,19 @@ def check_shape(image: np.ndarray, expected: tuple[int, ...]) -> None:
         )
 
 
-def _read_ahead(data: grain.MapDataset, source, workers: int) -> grain.IterDataset:
-    """Reads elements of `data` ahead, by `workers` processes; 0: by threads of this process."""
+def batches_ahead(config: config_lib.Data, rows: int) -> int:
+    """Batches of `rows` RGB images, or clips, that a process reads ahead: two or more."""
+    pixels = 3 * max(config.frames, 1) * math.prod(config.size)
+    return min(max(READ_BYTES // (rows * pixels), 2), READ_AHEAD)
+
+
+def _read_ahead(
+    data: grain.MapDataset, source, workers: int, ahead: int = READ_AHEAD
+) -> grain.IterDataset:
+    """Reads `ahead` elements of `data` ahead, in each of `workers` processes; 0: in this one."""
     # Image files are decoded without Python's global lock; tokens are unpacked with it.
     threads = min(os.cpu_count(), 16) if isinstance(source, DecodedSource) else 1
-    read = data.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=16))
+    read = data.to_iter_dataset(grain.ReadOptions(threads, ahead))
     if workers:
         options = grain.MultiprocessingOptions(num_workers=workers)
         read = read.mp_prefetch(options, worker_init_fn=_end_with_parent)

@@ -69,6 +69,7 @@ class Inputs(nnx.Module):
         x = self._lookup([self.token_embedding, self.start], ids, spec)
         if hidden is not None:
             seen = jnp.pad(~hidden, ((0, 0), (1, 0)), constant_values=True)  # the start vector is
+            seen = jax.sharding.reshard(seen, spec)
             x = jnp.where(seen[..., None], x, jnp.zeros((), x.dtype))
         return self._place(x, 0, order)
 

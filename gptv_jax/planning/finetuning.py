@@ -59,17 +59,18 @@ class Finetuning(Pretraining):
             return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=split)
 
         config, image = self.config, self.network.layout.parts[0]
-        clip = (config.data.frames,) * (config.data.frames > 0) + config.data.size
         sizes = {part.name: part.size for part in self.task.parts() if part.predicted}
         found = {"variant": array()} | ({"label": array()} if "label" in self.task.needs else {})
         if image.vocabulary:
             found["tokens"] = array(image.size)
+        data = config.data
+        pixels = (data.frames,) * (data.frames > 0) + data.size
         if self.task.pixels:
             channels = {"grey": 1, "learned": config.tokens.autoencoder.channels}
-            shape = (*clip, channels.get(config.tokens.kind, 3))
+            shape = (*pixels, channels.get(config.tokens.kind, 3))
             found["image"] = array(*shape, dtype=jnp.uint8)
         if "segmentation" in self.task.needs:
-            found["segmentation"] = array(*clip, dtype=jnp.uint8)
+            found["segmentation"] = array(*pixels, dtype=jnp.uint8)
         if sizes:
             found["targets"] = {name: array(size) for name, size in sizes.items()}
             found["inputs"] = dict(found["targets"])

@@ -11,7 +11,7 @@ from gptv_jax.planning import compiled
 from gptv_jax.planning.hlo import Collective
 from gptv_jax.planning.memory import Memory
 from gptv_jax.planning.topology import Topology
-from gptv_jax.planning.training import Call, Training
+from gptv_jax.planning.training import WIDTHS, Call, Training
 
 DAY = 86_400  # seconds
 
@@ -133,6 +133,30 @@ class Plan:
         return self.flops_per_step / (self.roofline.bound * peak)
 
     @property
+    def drawing(self) -> dict[str, float | int | None] | None:
+        """How many sequences are drawn at a time at most, by arithmetic; None where none are drawn.
+
+        For each token a device reads all weights in the compute dtype, which only the axis "tensor"
+        splits, and the keys and values of its sequences, on average half of them. "seconds" is the
+        time that this takes at least for all sequences together. Guidance takes two for each one.
+        """
+        if not self.training.draws:
+            return None
+        network, hardware = self.training.network, self.topology.hardware
+        config, tensor = network.config, self.sizes["tensor"]
+        weights = WIDTHS[config.dtype] * self.params // tensor
+        cache = 2 * WIDTHS[config.dtype] * config.layers * network.length * config.width // tensor
+        free = self.topology.memory_bytes - self.memory.parameters - weights
+        rows = max(free // cache, 0)
+        read = network.length * (weights + rows * cache / 2)
+        return {
+            "weights_bytes": weights,
+            "bytes_per_sequence": cache,
+            "sequences": rows * self.sizes["data"] * self.sizes["fsdp"],
+            "seconds": hardware and read / hardware.memory_bandwidth,
+        }
+
+    @property
     def flags(self) -> list[str]:
         """Flags that give a run this plan's mesh, rematerialisation and microbatches."""
         mesh = [f"--config.mesh.{axis}={size}" for axis, size in self.sizes.items()]
@@ -165,6 +189,7 @@ class Plan:
             **{f"flops_per_{unit}_{part}": count for part, count in needed.items()},
             "flops_per_step": self.flops_per_step,
             "flops_per_step_executed": self.executed,
+            "flops_per_step_encoding": self.training.encoding,
             "bytes_per_device": self.bytes_per_device,
             "bytes_per_device_source": "compiler" if self.compiled else "arithmetic",
             "bytes_per_device_by_arithmetic": self.memory.total,
@@ -178,6 +203,7 @@ class Plan:
             "step_seconds_estimate": self.step_seconds,
             "step_seconds_without_overlap": self.roofline and self.roofline.serial,
             "mfu_estimate": self.mfu,
+            "drawing": self.drawing,
             "days": days,
             "device_hours": days and 24 * days * self.topology.count,
         }

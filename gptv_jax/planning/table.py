@@ -20,7 +20,8 @@ def show(found: Plan, smallest: Plan | None) -> str:
     remat, train = training.config.model.remat if training.tunable else "none", training.train
     needed = training.flops
     parts = ", ".join(f"{_si(n)} in {PARTS[part]}" for part, n in needed.items())
-    split = f"{remat}, {train.microbatches} of a batch of {train.batch_size} images"
+    examples = "clips" if training.config.data.frames else "images"
+    split = f"{remat}, {train.microbatches} of a batch of {train.batch_size} {examples}"
     least = "no mesh of at most as many devices, by arithmetic"
     if smallest:
         count, flags = smallest.topology.count, " ".join(smallest.flags)
@@ -34,6 +35,7 @@ def show(found: Plan, smallest: Plan | None) -> str:
         (f"FLOPs per {training.unit}", f"{_si(needed.total)}: {parts}"),
         ("FLOPs per step", _si(found.flops_per_step)),
         ("  executed", _si(found.executed)),
+        *([("  encoding pixels, beside these", _si(n))] if (n := training.encoding) else []),
         ("", ""),
         *_memory(found, numbers),
         ("", ""),
@@ -42,6 +44,12 @@ def show(found: Plan, smallest: Plan | None) -> str:
         *_time(found, numbers),
         ("smallest that fits", least),
     ]
+    if drawing := numbers["drawing"]:
+        each = f"{_size(drawing['bytes_per_sequence'])} of keys and values each"
+        least = drawing["seconds"] and f", {_seconds(drawing['seconds'])} at least"
+        rows.append(
+            ("drawn at a time at most", f"{drawing['sequences']} {examples}, {each}{least or ''}")
+        )
     return "\n".join(f"{name:{WIDTH}}{value}".rstrip() for name, value in rows)
 
 

@@ -51,6 +51,8 @@ class Training:
     sections: ClassVar[tuple[str, ...]]  # of the configuration, which the mesh must divide
     unit: ClassVar[str]  # FLOPs are shown per "token" or "image"
     tunable: ClassVar[bool]  # whether rematerialisation and microbatches can be chosen
+    draws: ClassVar[bool] = False  # whether sequences are drawn from what is trained
+    encoding: ClassVar[int] = 0  # FLOPs of making a step's tokens from pixels by a network
     after: ClassVar[Callable | None] = None  # as `make_train_step` takes it
     relative_width: ClassVar[float] = 1.0  # as `make_optimizer` takes it, like `layer_decay`
     layer_decay: ClassVar[float] = 1.0
@@ -150,6 +152,11 @@ def residuals(training: Training, mesh: AbstractMesh, rows: int) -> list:
     return list({id(v): v.aval for v in jaxpr.outvars if id(v) not in given}.values())
 
 
+@functools.cache
+def _encoder_flops(autoencoder: config_lib.Autoencoder, size: tuple[int, int]) -> int:
+    return flops.of_autoencoder(autoencoder, size)["encoder"]
+
+
 @dataclasses.dataclass(frozen=True)
 class Pretraining(Training):
     """The pretraining of a GPT."""
@@ -163,12 +170,25 @@ class Pretraining(Training):
         return network_of(self.config)
 
     @property
+    def draws(self) -> bool:
+        return self.section == "train" and self.config.model.objective == "autoregressive"
+
+    @property
     def units(self) -> int:
-        """Number of tokens of an image, the unit that FLOPs are counted for.
+        """Number of tokens of an image or clip, the unit that FLOPs are counted for.
 
         The axis "sequence" can split them.
         """
         return self.network.length
+
+    @property
+    def encoding(self) -> int:
+        """FLOPs of a learned tokenizer on the images or frames of a step; a cache has its codes."""
+        data, tokens = self.config.data, self.config.tokens
+        if tokens.kind != "learned":
+            return 0
+        images = self.train.batch_size * max(data.frames, 1)
+        return images * _encoder_flops(tokens.autoencoder, data.size)
 
     @property
     def heads(self) -> int:

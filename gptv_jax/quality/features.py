@@ -5,6 +5,7 @@ The features of a clip are the features of its frames, side by side in the order
 
 import dataclasses
 import math
+import pathlib
 from collections.abc import Callable
 
 import jax
@@ -14,7 +15,7 @@ from jaxtyping import Float, UInt8
 from gptv_jax import api, files, sharding, weights
 from gptv_jax.api.model import network_output
 from gptv_jax.errors import InputError
-from gptv_jax.quality import inception
+from gptv_jax.quality import i3d, inception
 from gptv_jax.weights import native
 
 PIXELS = "pixels"
@@ -156,27 +157,33 @@ def _of_model(model: api.Model) -> FeatureExtractor:
     return made
 
 
-def make_features(spec: str | None, image_shape: Shape) -> FeatureExtractor:
+def make_features(
+    spec: str | None, image_shape: Shape, i3d_resize: str = "tensorflow"
+) -> FeatureExtractor:
     """The extractor that `config.generate.features` names, for images [H, W, C] or clips.
 
     `spec` is None or "pixels"; a run folder, or a file or folder of weights that `gptv_jax.load`
-    takes; or a .safetensors file of Inception's weights (docs/generation_quality.md). Raises
-    InputError where `spec` is something else, is damaged, or takes images of another shape.
-    Extractors of images read the frames of clips one by one, see `of_frames`.
+    takes; or a .safetensors file of Inception's weights, or for clips of I3D's, which resizes
+    frames by `i3d_resize` (docs/generation_quality.md). Raises InputError where `spec` is something
+    else, is damaged, or takes images of another shape. Extractors of images read the frames of
+    clips one by one, see `of_frames`.
     """
     of_clips, one = len(image_shape) == 4, tuple(image_shape[-3:])
     if spec in (None, PIXELS):
         return of_frames(pixels(one, FRAME_CELLS), image_shape) if of_clips else pixels(one)
-    kinds = "a run folder, or a .safetensors file of this project's or Inception's weights"
+    kinds = "a run folder, or a .safetensors file of this project's, Inception's or I3D's weights"
     missing = f"features are {spec!r}, but there is no such file or folder; name pixels, {kinds}"
     path, tensors = weights.locate(spec, missing), ()
     if path.suffix == ".safetensors" and path.is_file():
         with files.open_safetensors(path) as file:
             tensors = file.keys()
-    if any(name.startswith(inception.PREFIX) for name in tensors):
+    of_i3d = any(name.startswith(i3d.FIRST) for name in tensors)
+    if of_i3d or any(name.startswith(inception.PREFIX) for name in tensors):
         if image_shape[-1] not in (1, 3):
             problem = f"{spec} takes RGB or grey images, but these have {image_shape[-1]} channels"
             raise InputError(f"{problem}; name a run folder or pixels as config.generate.features.")
+        if of_i3d:
+            return _of_i3d(path, image_shape[0] if of_clips else 1, i3d_resize)
         function, hash = inception.load(path)
         made = FeatureExtractor(function, inception.NAME, hash, inception.WIDTH, of_pictures=True)
         return of_frames(made, (*image_shape[:-1], 3)) if of_clips else made
@@ -188,3 +195,15 @@ def make_features(spec: str | None, image_shape: Shape) -> FeatureExtractor:
         problem = f"the model {spec} takes images of {theirs}, but these are of {ours}"
         raise InputError(f"{problem}; name another model, or pixels, as config.generate.features.")
     return _of_model(model)
+
+
+def _of_i3d(path: pathlib.Path, frames: int, resize: str) -> FeatureExtractor:
+    """I3D's mean logits of clips of so many frames; InputError where there are too few."""
+    if frames < i3d.FRAMES:
+        problem = (
+            f"I3D ({path}) takes clips of {i3d.FRAMES} frames or more, and these have {frames}"
+        )
+        raise InputError(f"{problem}; take config.data.frames=16, or other features.")
+    function, hash = i3d.load(path, resize)
+    name = f"I3D, {i3d.CLASSES} mean logits of {frames} frames, resized: {resize}"
+    return FeatureExtractor(function, name, hash, i3d.CLASSES, of_pictures=True)

@@ -18,7 +18,6 @@ from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
 from gptv_jax import files, hardware
-from gptv_jax.errors import InputError, shorten
 from gptv_jax.weights.strict_reader import read_state_dict
 
 NAME = "Inception-v3 2015-12-05, bilinear to 299 pixels"
@@ -42,8 +41,6 @@ def load(path: str | pathlib.Path) -> tuple[Callable, str]:
     network = "the FID's InceptionV3 (pt_inception-2015-12-05 of pytorch-fid)"
     # The counters are PyTorch's, and only some versions save them.
     weights = read_state_dict(path, weight_shapes(), network, ignored=r"num_batches_tracked$")
-    if bad := [name for name, array in weights.items() if not np.isfinite(array).all()]:
-        raise InputError(f"{path} holds values that are not finite, in {shorten(bad)}.")
     device = hardware.devices(local=True)[0]
     placed = jax.device_put(_fold_batch_norm(weights), device)
 
@@ -55,24 +52,26 @@ def load(path: str | pathlib.Path) -> tuple[Callable, str]:
 
 
 class Conv(NamedTuple):
-    """A convolution with batch normalisation and ReLU."""
+    """A convolution of images, or with a kernel of three sides of clips, batch norm and ReLU."""
 
     name: str
     channels: int
-    kernel: tuple[int, int] = (1, 1)
+    kernel: tuple[int, ...] = (1, 1)
     stride: int = 1
-    padding: bool = True  # at a stride of 1, to keep the image's size
+    padding: bool = True  # with zeros, so that a stride of 1 keeps the size
 
 
-# A block is a list of branches, whose outputs are concatenated. A branch is a list of steps:
-# convolutions and pools. XLA computes a convolution that begins two branches once.
+# Blocks by the prefix of their tensors. A block is a list of branches, whose outputs are
+# concatenated. A branch is a list of steps: convolutions and pools. XLA computes a convolution that
+# begins two branches once.
+Blocks = dict[str, list[list]]
 SQUARE, ROW, COLUMN = (3, 3), (1, 7), (7, 1)
 _max_pool = functools.partial(nnx.max_pool, window_shape=SQUARE, strides=(2, 2))
 _average_pool = functools.partial(
     nnx.avg_pool, window_shape=SQUARE, padding="SAME", count_include_pad=False
 )
 STEM = [
-    Conv("Conv2d_1a_3x3", 32, SQUARE, stride=2),
+    Conv("Conv2d_1a_3x3", 32, SQUARE, stride=2, padding=False),
     Conv("Conv2d_2a_3x3", 32, SQUARE, padding=False),
     Conv("Conv2d_2b_3x3", 64, SQUARE),
     _max_pool,
@@ -120,20 +119,20 @@ def _block_e(pool: Callable) -> list[list]:
     ]
 
 
-BLOCKS = {  # by the prefix of their tensors
+BLOCKS: Blocks = {
     "": [STEM],  # from 299 x 299 to 35 x 35 positions
     **{f"Mixed_{name}.": _block_a(n) for name, n in (("5b", 32), ("5c", 64), ("5d", 64))},
     "Mixed_6a.": [  # from 35 x 35 to 17 x 17 positions
-        [Conv("branch3x3", 384, SQUARE, stride=2)],
-        [*DOUBLE, Conv("branch3x3dbl_3", 96, SQUARE, stride=2)],
+        [Conv("branch3x3", 384, SQUARE, stride=2, padding=False)],
+        [*DOUBLE, Conv("branch3x3dbl_3", 96, SQUARE, stride=2, padding=False)],
         [_max_pool],
     ],
     **{f"Mixed_6{x}.": _block_c(n) for x, n in (("b", 128), ("c", 160), ("d", 160), ("e", 192))},
     "Mixed_7a.": [  # from 17 x 17 to 8 x 8 positions
-        [Conv("branch3x3_1", 192), Conv("branch3x3_2", 320, SQUARE, stride=2)],
+        [Conv("branch3x3_1", 192), Conv("branch3x3_2", 320, SQUARE, stride=2, padding=False)],
         [
             *_chain("branch7x7x3", 192, (1, 1), ROW, COLUMN),
-            Conv("branch7x7x3_4", 192, SQUARE, stride=2),
+            Conv("branch7x7x3_4", 192, SQUARE, stride=2, padding=False),
         ],
         [_max_pool],
     ],
@@ -142,34 +141,49 @@ BLOCKS = {  # by the prefix of their tensors
 }
 
 
-@functools.cache
-def weight_shapes() -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor by name, as PyTorch stores them: kernels are [O, I, H, W]."""
-    shapes, width = {"fc.weight": (CLASSES, WIDTH), "fc.bias": (CLASSES,)}, 3
-    for prefix, branches in BLOCKS.items():
+def kernels(blocks: Blocks, width: int = 3) -> dict[str, tuple[int, ...]]:
+    """Shape of every convolution's kernel by its name, [O, I, *sides] as PyTorch stores kernels.
+
+    `width` is the number of channels that the first block takes.
+    """
+    shapes = {}
+    for prefix, branches in blocks.items():
         widths = []
         for branch in branches:
             inputs = width
             for step in (step for step in branch if isinstance(step, Conv)):
-                name = prefix + step.name
-                shapes[f"{name}.conv.weight"] = (step.channels, inputs, *step.kernel)
-                shapes |= {f"{name}.bn.{each}": (step.channels,) for each in STATISTICS}
+                shapes[prefix + step.name] = (step.channels, inputs, *step.kernel)
                 inputs = step.channels
             widths.append(inputs)
         width = sum(widths)
     return shapes
 
 
+@functools.cache
+def weight_shapes() -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor by name, as PyTorch stores them: kernels are [O, I, H, W]."""
+    shapes = {"fc.weight": (CLASSES, WIDTH), "fc.bias": (CLASSES,)}
+    for name, shape in kernels(BLOCKS).items():
+        shapes[f"{name}.conv.weight"] = shape
+        shapes |= {f"{name}.bn.{each}": shape[:1] for each in STATISTICS}
+    return shapes
+
+
+def fold(kernel: np.ndarray, gain, bias, mean, variance) -> tuple[np.ndarray, np.ndarray]:
+    """Kernel [*sides, I, O] and bias of a convolution [O, I, *sides] with its batch norm."""
+    vectors = (np.asarray(each, np.float64) for each in (gain, bias, mean, variance))
+    gain, bias, mean, variance = vectors
+    scale = gain / np.sqrt(variance + EPSILON)
+    kernel = np.moveaxis(kernel, (0, 1), (-1, -2)) * scale
+    return kernel.astype(np.float32), (bias - mean * scale).astype(np.float32)
+
+
 def _fold_batch_norm(weights: dict[str, np.ndarray]) -> dict:
     """Kernel [H, W, I, O] and bias of every convolution with its batch normalisation, and `fc`."""
-    folded = {"fc": weights["fc.weight"].T}
-    for name in (n.removesuffix(".conv.weight") for n in weights if n.endswith(".conv.weight")):
-        statistics = (weights[f"{name}.bn.{each}"].astype(np.float64) for each in STATISTICS)
-        gain, bias, mean, variance = statistics
-        scale = gain / np.sqrt(variance + EPSILON)
-        kernel = weights[f"{name}.conv.weight"].transpose(2, 3, 1, 0) * scale
-        folded[name] = kernel.astype(np.float32), (bias - mean * scale).astype(np.float32)
-    return folded
+    names = kernels(BLOCKS)
+    tensors = {n: [f"{n}.conv.weight", *(f"{n}.bn.{each}" for each in STATISTICS)] for n in names}
+    folded = {name: fold(*(weights[each] for each in of)) for name, of in tensors.items()}
+    return {"fc": weights["fc.weight"].T} | folded
 
 
 @jax.jit
@@ -183,28 +197,34 @@ def _resize(images: UInt8[Array, "B H W C"]) -> Float[Array, "B 299 299 3"]:
 @jax.jit
 def _forward(weights: dict, x: Float[Array, "B 299 299 3"]) -> tuple[Array, Array]:
     """The mean over positions of the last block's output, and the class probabilities."""
-    for prefix, branches in BLOCKS.items():
+    pooled = run(BLOCKS, weights, x).mean(axis=(1, 2))
+    logits = jnp.matmul(pooled, weights["fc"], precision=jax.lax.Precision.HIGHEST)
+    return pooled, jax.nn.softmax(logits, axis=-1)
+
+
+def run(blocks: Blocks, weights: dict, x: Float[Array, "B *sides C"]) -> Float[Array, "B *_ D"]:
+    """The output of the last block; `weights` has kernel and bias of every convolution by name."""
+    for prefix, branches in blocks.items():
         outputs = []
         for branch in branches:
             y = x
             for step in branch:
                 convolves = isinstance(step, Conv)
-                y = _convolve(y, step, *weights[prefix + step.name]) if convolves else step(y)
+                y = convolve(y, step, *weights[prefix + step.name]) if convolves else step(y)
             outputs.append(y)
         x = jnp.concatenate(outputs, axis=-1)
-    pooled = x.mean(axis=(1, 2))
-    logits = jnp.matmul(pooled, weights["fc"], precision=jax.lax.Precision.HIGHEST)
-    return pooled, jax.nn.softmax(logits, axis=-1)
+    return x
 
 
-def _convolve(x, conv: Conv, kernel, bias) -> Float[Array, "B H W C"]:
-    padded = conv.padding and conv.stride == 1
-    x = jax.lax.conv_general_dilated(
+def convolve(x: Float[Array, "B *sides C"], conv: Conv, kernel, bias) -> Float[Array, "B *_ D"]:
+    """The convolution and ReLU, in float32 on every device."""
+    letters = "DHW"[-len(conv.kernel) :]
+    y = jax.lax.conv_general_dilated(
         x,
         kernel,
-        (conv.stride, conv.stride),
-        [(side // 2, side // 2) if padded else (0, 0) for side in conv.kernel],
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        (conv.stride,) * len(conv.kernel),
+        "SAME" if conv.padding else "VALID",
+        dimension_numbers=(f"N{letters}C", f"{letters}IO", f"N{letters}C"),
         precision=jax.lax.Precision.HIGHEST,  # or TPUs round to bfloat16, GPUs to TF32
     )
-    return jax.nn.relu(x + bias[None, None, None])
+    return jax.nn.relu(y + bias[(None,) * (y.ndim - 1)])

@@ -18,7 +18,8 @@ from jaxtyping import Int
 from gptv_jax import files, hosts
 from gptv_jax.data import pipeline, sources, transforms
 from gptv_jax.data.cache import TokenCache
-from gptv_jax.decode.sampler import Sampler, Section
+from gptv_jax.decode import generation
+from gptv_jax.decode.sampler import Sampler, Section, kept_tokens
 from gptv_jax.errors import InputError
 from gptv_jax.quality import reference as references
 from gptv_jax.quality.evaluate import evaluate
@@ -36,13 +37,14 @@ READ = 256  # real images whose features are computed at a time
 def run_stage(context: Context) -> dict:
     """Writes generated/ and quality.json, and returns the summary's numbers."""
     config, folder = context.config.generate, context.folder.path / "generated"
-    features = make_features(config.features, context.codec.image_shape)
+    shape = context.codec.image_shape
+    features = make_features(config.features, shape, config.i3d_resize)
     # Images as the features take them: pictures for people, or in the data set's own range.
     convert = context.codec.picture if features.of_pictures else lambda images: images
     reference = _reference(context, features, convert)
     reference.must_fit(features)
     files.claim(folder, "--workdir")
-    labels = labels_in_turn(context)
+    labels = None if config.keep else labels_in_turn(context)
     weights = pretrained.load(context)
     drawn = list(draw(context, folder, labels, weights.params))
     if jax.process_index() == 0:
@@ -84,6 +86,8 @@ def _reference(context: Context, features: FeatureExtractor, convert: Callable) 
         "transforms": [transforms.written_out(entry) for entry in data.eval_transforms],
         "image_size": data.image_size,
     }
+    if data.frames:  # clips of evaluation lie in the middle of their videos
+        provenance |= {"frames": data.frames, "frame_stride": data.frame_stride}
     images = (convert(batch["image"]) for batch in pipeline.batched(elements, READ))
     made = references.compute(features, images, provenance)
     made.save(path)
@@ -99,7 +103,10 @@ def labels_in_turn(context: Context) -> Int[np.ndarray, " N"] | None:
 def draw(
     context: Context, folder: pathlib.Path, labels: Int[np.ndarray, " N"] | None, params: dict
 ) -> Iterator[Int[np.ndarray, "B T"]]:
-    """All tokens batch by batch; a batch that `folder` has is read, and a new one is kept there."""
+    """All tokens batch by batch; a batch that `folder` has is read, and a new one is kept there.
+
+    The classes are `labels`; where the beginnings of test images are given, those images' classes.
+    """
     config, network = context.config.generate, context.network()
     sampler = Sampler(network, params, context.config.sample)
     key, size = Section.GENERATED.key(context.config.seed), config.batch_size
@@ -113,7 +120,10 @@ def draw(
             # Always whole batches, so that one program serves them all.
             rows = np.arange(first, first + size)
             classes = None if labels is None else labels.take(rows, mode="wrap")
-            tokens = sampler.new(size, key, classes, number=number)[:wanted]
+            known = np.full((size, network.length), generation.UNKNOWN, np.int32)
+            if config.keep:
+                known, classes = _beginnings(context, rows)
+            tokens = sampler.draw(known, key, classes, number=number)[:wanted]
             content = io.BytesIO()
             np.save(content, tokens)
             files.replace(path, content.getvalue())
@@ -121,6 +131,17 @@ def draw(
         progress.report(first + wanted, {})
         yield tokens
     progress.close()
+
+
+def _beginnings(context: Context, rows: Int[np.ndarray, " B"]) -> tuple[np.ndarray, ...]:
+    """Test images number `rows`, over and over, with all but the first tokens unknown; classes."""
+    config, network = context.config, context.network()
+    test = pipeline.open_examples(config.data, "test", config.data.eval_transforms)
+    records = [test.record(row % len(test.source)) for row in rows.tolist()]
+    tokens = np.stack([pipeline.to_tokens(context.codec, record) for record in records])
+    tokens[:, kept_tokens(network, config.generate.keep) :] = generation.UNKNOWN
+    conditional = network.config.class_tokens > 0
+    return tokens, np.array([each["label"] for each in records]) if conditional else None
 
 
 def _kept(path: pathlib.Path, shape: tuple[int, int]) -> Int[np.ndarray, "B T"] | None:

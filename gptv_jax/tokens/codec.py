@@ -126,7 +126,7 @@ class TokenStatistics:
         self.codec, self.counts = codec, np.zeros(codec.vocabulary, np.int64)
         self.images, self.squared_error, self.values, self.same_left = 0, 0.0, 0, 0
 
-    def add(self, images: UInt8[np.ndarray, "B H W C"], tokens: Int[np.ndarray, "B T"]) -> None:
+    def add(self, images: UInt8[np.ndarray, "B *F H W C"], tokens: Int[np.ndarray, "B T"]) -> None:
         self.images += len(images)
         self.counts += np.bincount(tokens.reshape(-1), minlength=len(self.counts))
         restored = self.codec.decode(tokens).astype(np.int32)

@@ -206,8 +206,9 @@ def draw_hidden(network: Network, rows: int, key: PRNGKeyArray | None) -> Bool[A
     if key is None or not most or network.classes:
         return None
     of_clip, of_token = jax.random.split(jax.random.fold_in(key, CONTEXT_KEY))
-    share = jax.random.uniform(of_clip, (rows, 1), maxval=most, out_sharding=sharding.BATCH_FIRST)
-    shape, spec = (rows, network.length), sharding.HIDDEN
+    # Whole along the positions, as tokens are: both are moved by one position.
+    spec, shape = sharding.BATCH_FIRST, (rows, network.length)
+    share = jax.random.uniform(of_clip, (rows, 1), maxval=most, out_sharding=spec)
     drawn = jax.random.uniform(of_token, shape, out_sharding=spec)
     last = network.length - network.length // network.frames
     return (drawn < share) & (jnp.arange(network.length) < last)[None]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptv_jax import files
-from gptv_jax.errors import InputError, first_line, list_differences
+from gptv_jax.errors import InputError, first_line, list_differences, shorten
 from gptv_jax.model import lpips
 
 
@@ -69,13 +69,15 @@ def read_state_dict(
     """The tensors of `shapes`, in float32, from a .safetensors file with weights of `network`.
 
     The file may hold other tensors where the expression `ignored` matches a part of the name.
-    InputError lists every tensor that is missing, left over or misshapen.
+    InputError lists every tensor that is missing, left over or misshapen, or not finite.
     """
     path = files.user_path(path)
     arrays, _ = files.read_safetensors(path)
     reader = StrictReader.of_arrays({n: a for n, a in arrays.items() if not re.search(ignored, n)})
     found = {name: reader.take(name, shape) for name, shape in shapes.items()}
     reader.close(path, network)
+    if bad := [name for name, array in found.items() if not np.isfinite(array).all()]:
+        raise InputError(f"{path} holds values that are not finite, in {shorten(bad)}.")
     return found
 
 
