@@ -160,12 +160,10 @@ def images(
     )
     source = make.source
     data = grain.MapDataset.range(len(source))
-    if anywhere:
-        data = data.seed(seed).shuffle().repeat()[:count].random_map(make.record)
-    elif count is not None and count < len(source):
-        data = data.seed(seed).shuffle()[:count].map(make.record)
-    else:
-        data = data.map(make.record)
+    if anywhere or (count is not None and count < len(source)):
+        data = data.seed(seed).shuffle()
+        data = (data.repeat() if anywhere else data)[:count]
+    data = data.random_map(make.record) if anywhere else data.map(make.record)
     for number, record in enumerate(_read_ahead(data, source, config.workers), start=1):
         damaged = record.pop("damaged", NOT_DAMAGED)
         damage_log.record(split, source, damaged, number)
