@@ -41,7 +41,7 @@ WEIGHTS = {
     ("instances_digits", None): 184_832,
     ("segment_digits", None): 184_832,
     ("segment_camvid", None): 810_352,
-    ("video_camvid", None): 810_352,
+    ("video_camvid", None): 804_784,
     ("segment_ade20k", None): 110_120_448,
     ("cifar10", "tiny"): 332_416,
     ("cifar10", "tiny_modern"): 329_600,

@@ -70,7 +70,7 @@ def test_a_run_of_clips_segments_whole_videos(tmp_path):
     config.task.segment.labels = "cells"
     train.steps, train.batch_size, train.eval_every = 2, 2, 2
     folder = tmp_path / "run"
-    found = run_stages(config, str(folder))
+    found = run_stages(config_lib.resolve(config), str(folder))
     for bound in ("", "read_", "alone_", "previous_", "propagated_", "copied_", "prior_"):
         assert 0 <= found[f"finetune/{bound}test_video_miou"] <= 1
         assert 0 <= found[f"finetune/{bound}test_video_consistency_8"] <= 1  # of the longer video
