@@ -1,6 +1,6 @@
 """Speed of cached decoding, beside PyTorch and `transformers`' `generate`, each with a cache.
 
-Command: python -m benchmarks.decode [--tokens=256] [--batch=16]
+Command: python -m benchmarks.decode [--tokens=256] [--batch=16] [--run=RUN --draft=RUN]
 
 All contenders begin with the start token and draw from the whole vocabulary. The limit is the
 speed at which a step would read its bytes (every weight once, and the part of the cache that has
@@ -9,6 +9,10 @@ been written) at the bandwidth that a copy of a large array reaches in the same 
 Further rows compare the cost of a token in longer sequences with that in a sequence of 256 tokens:
 the first 256 tokens of a sequence of 4,096, where only the table of positions is longer, since the
 cache grows with the drawn tokens; and a whole sequence of 1,024, whose cache is longer.
+
+With two run folders, --run and a smaller network --draft, speculative sampling (`decode/
+speculative.py`) is measured beside plain decoding, at batch sizes 1 and 16 and with several numbers
+of proposed tokens; only trained networks show how many of these are accepted.
 """
 
 import dataclasses
@@ -20,6 +24,7 @@ from benchmarks.sizes import IGPT_L, IGPT_M, IGPT_S, LONG, QUICK, Case, Size
 from benchmarks.turns import Contender, compare, device_a_core
 from gptv_jax.model import flops
 
+PROPOSED = (2, 4, 8)  # tokens of a draft for each pass
 BYTES = {"float32": 4, "bfloat16": 2}
 COPIED = 2**28  # bytes; far beyond any cache of a processor
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # small products may be faster so
@@ -28,15 +33,47 @@ WHOLE, LONGER = 4, 16  # times the short sequence
 GROWN = (LONG, IGPT_S, QUICK.size)  # whose growth is measured; larger ones may lack the memory
 
 
-def cases(platform: str) -> list[Case]:
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """Images that the networks of --run and --draft draw at a time."""
+
+    batch: int
+
+    def __str__(self) -> str:
+        return f"speculative B{self.batch}"
+
+
+def cases(platform: str) -> list[Case | Pair]:
     """The cases that fit the platform's devices."""
+    pairs = [Pair(1), Pair(16)]
     if platform == "cpu":
-        return [Case(LONG, 16, "float32")]
-    return [Case(size, 256, "bfloat16") for size in (IGPT_S, IGPT_M, IGPT_L)]
+        return [Case(LONG, 16, "float32"), *pairs]
+    return [*(Case(size, 256, "bfloat16") for size in (IGPT_S, IGPT_M, IGPT_L)), *pairs]
 
 
-def measure(case: Case, arguments) -> list[dict]:
+def speculate(pair: Pair, arguments) -> list[dict]:
+    """Rows of plain decoding and of speculative sampling; none without the two run folders."""
+    if not (arguments.run and arguments.draft):
+        return []
+    plain = {"run": arguments.run, "batch": pair.batch}
+    drafts = {f"draft of {n}": plain | {"draft": arguments.draft, "count": n} for n in PROPOSED}
+    contenders = [
+        Contender(name, "benchmarks.ours:sample", each)
+        for name, each in {"plain": plain, **drafts}.items()
+    ]
+    found = compare(contenders, arguments)
+    tokens = next((each.facts["tokens"] for each in found.values() if each.facts), 0)
+    rows = harness.rows(str(pair), found, pair.batch * tokens, "tokens", "plain")
+    for row in rows:
+        if passes := found[row["contender"]].facts.get("passes"):
+            row["tokens_per_pass"] = pair.batch * tokens / passes
+    return rows
+
+
+def measure(case: Case | Pair, arguments) -> list[dict]:
     """Measures a case; returns its rows of the table."""
+    if isinstance(case, Pair):
+        return speculate(case, arguments)
     count = min(arguments.tokens, case.size.tokens)
     told, drawn = f"{case}, {count} tokens", case.asdict() | {"count": count}
     contenders = [
@@ -101,4 +138,7 @@ def growth(case: Case, arguments) -> list[dict]:
 COUNT = {"type": harness.positive, "default": 256, "help": "that are drawn of each sequence"}
 
 if __name__ == "__main__":
-    harness.main("decode", __doc__, cases, measure, quick=[QUICK], flags={"--tokens": COUNT})
+    runs = {"--run": {"help": "run folder of a network"}, "--draft": {"help": "of its draft"}}
+    harness.main(
+        "decode", __doc__, cases, measure, quick=[QUICK], flags={"--tokens": COUNT, **runs}
+    )

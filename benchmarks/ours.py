@@ -1,5 +1,6 @@
 """Contenders of this project: each factory makes a task that runs what the real command runs."""
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -9,9 +10,11 @@ import numpy as np
 
 from benchmarks.sizes import Size
 from benchmarks.worker import Task
+from gptv_jax import api, sharding
 from gptv_jax import config as config_lib
-from gptv_jax import sharding
 from gptv_jax.decode import generation
+from gptv_jax.decode.sampler import Sampler
+from gptv_jax.decode.speculative import Draft
 from gptv_jax.hosts import runtime
 from gptv_jax.model import attention
 from gptv_jax.model.gpt import Network
@@ -71,6 +74,25 @@ def generate(size: dict, batch: int, dtype: str, count: int) -> Task:
         return generation.generate(network, params, given, key)
 
     return _task(draw)
+
+
+def sample(run: str, batch: int, draft: str = "", count: int = 4) -> Task:
+    """Draws `batch` new images from a run's network, a `draft` proposing `count` tokens a pass."""
+    _prepare()
+    small = None
+    if draft:
+        found = api.load(draft, stage="pretrain")
+        small = Draft(found.network, found.params)
+    model = api.load(run, stage="pretrain")
+    drawing = config_lib.Drawing(draft_tokens=count)
+    sampler = Sampler(model.network, model.params, drawing, small)
+    stopwatch, numbers = generation.Stopwatch(), itertools.count()
+
+    def draw(**options):
+        return sampler.new(batch, jax.random.key(0), number=next(numbers), **options)
+
+    draw(stopwatch=stopwatch)
+    return Task(draw, facts={"tokens": model.network.length, "passes": stopwatch.passes})
 
 
 def read(size: dict, batch: int, dtype: str, what: str) -> Task:

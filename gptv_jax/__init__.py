@@ -3,13 +3,24 @@
 import sys
 import types
 
-from gptv_jax.api import Model, from_huggingface, from_openai, load, load_tokenizer, to_huggingface
+from gptv_jax.api import (
+    Limits,
+    Model,
+    from_huggingface,
+    from_openai,
+    load,
+    load_image,
+    load_tokenizer,
+    to_huggingface,
+)
 
 __all__ = [
+    "Limits",
     "Model",
     "from_huggingface",
     "from_openai",
     "load",
+    "load_image",
     "load_tokenizer",
     "to_huggingface",
     "train",

@@ -2,11 +2,14 @@
 
 import contextlib
 import hashlib
+import io
 import json
 import logging
+import math
 import os
 import pathlib
 import weakref
+import zipfile
 from collections.abc import Callable
 
 import jax
@@ -28,6 +31,7 @@ except ImportError:
     msvcrt = None
 
 LOG = logging.getLogger(__name__)
+MOST_PACKED = 1032  # bytes that zip files make of one at most
 LOCK = ".lock"  # name of the file that `lock` makes
 
 
@@ -105,7 +109,7 @@ def read_json(path: pathlib.Path, absent):
     """The content of a JSON file, or `absent` where there is no such file."""
     advice = "; restore it or take another folder"
     try:
-        with as_input_error(f"{path} is damaged", ValueError, advice=advice):
+        with as_input_error(f"{path} is damaged", (ValueError, RecursionError), advice=advice):
             content = json.loads(path.read_text())
             if not isinstance(content, type(absent)):
                 raise ValueError(f"it holds {content!r}")
@@ -120,8 +124,34 @@ def read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
     For a missing, damaged or other file NumPy raises many types of exceptions.
     """
     with path.open("rb") as file:
-        content = np.load(file)
-        return {"": content} if isinstance(content, np.ndarray) else dict(content)
+        return load_arrays(file)
+
+
+def load_arrays(file: io.BufferedIOBase) -> dict[str, np.ndarray]:
+    """As `read_arrays`, of an open file; ValueError: an array is not as long as its header says."""
+    length = file.seek(0, os.SEEK_END)
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            for member in archive.infolist():
+                if member.file_size > MOST_PACKED * length:
+                    raise ValueError(f"{member.filename} is cut short")
+                with archive.open(member) as array:
+                    _check_length(array, member.file_size)
+    else:
+        file.seek(0)
+        _check_length(file, length)
+    file.seek(0)
+    content = np.load(file)
+    return {"": content} if isinstance(content, np.ndarray) else dict(content)
+
+
+def _check_length(file: io.BufferedIOBase, length: int) -> None:
+    """Raises ValueError where an array needs more bytes than there are; NumPy allocates first."""
+    first = np.lib.format.read_magic(file) == (1, 0)
+    read = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(file)
+    if not dtype.hasobject and math.prod(shape) * dtype.itemsize > length - file.tell():
+        raise ValueError(f"an array {dtype} {list(shape)} is cut short")
 
 
 def open_safetensors(path: pathlib.Path):

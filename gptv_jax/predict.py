@@ -28,7 +28,7 @@ import tqdm
 from absl import flags
 
 from gptv_jax import api, command, files, weights
-from gptv_jax.data import transforms
+from gptv_jax.data import limits, transforms
 from gptv_jax.data.images import Transform
 from gptv_jax.data.listing import Listing
 from gptv_jax.data.records import Record
@@ -99,7 +99,9 @@ def reading_steps(run: pathlib.Path) -> list[Transform]:
     """The transforms that turn the bytes of an image file into what the run's network reads."""
     config = record.config_of(run)
     channels = {"grey": 1, "learned": config.tokens.autoencoder.channels}
-    return transforms.with_decode(config.data.eval_transforms, channels.get(config.tokens.kind, 3))
+    channels = channels.get(config.tokens.kind, 3)
+    decode, *steps = transforms.with_decode(config.data.eval_transforms, channels)
+    return [decode.within(config.data.limits), *steps]
 
 
 def image_files(names: list[str]) -> list[pathlib.Path]:
@@ -150,7 +152,7 @@ def predictions(
     def read(path: pathlib.Path) -> np.ndarray | Record | str:
         """The pixels of a file, or why it cannot be read."""
         try:
-            record = original = steps[0]({"encoded": path.read_bytes()})
+            record = original = steps[0]({"encoded": limits.read(path, steps[0].limits)})
             for step in steps[1:]:
                 record = step(record)
             image = record["image"]

@@ -108,6 +108,7 @@ def main(settings: config.Config) -> None:
     cache.write(folder, chosen, {split: examples(split) for split in data_set.lengths}, header)
     size = sum(path.stat().st_size for path in folder.iterdir())
     summary = {"folder": str(folder), "bytes": size, "damaged": damage_log.count}
+    summary |= {"dropped": len(damage_log.dropped)} if damage_log.dropped else {}
     summary |= {split: found.numbers() for split, found in statistics.items()}
     print(json.dumps(summary, indent=2))
 

@@ -116,24 +116,28 @@ def images(given, codec: tokens.Codec) -> UInt8[np.ndarray, "B *F H W C"]:
     return _checked(given, right, subject, f"uint8 [B, {', '.join(map(str, shape))}]")
 
 
-def given_frames(given, codec: tokens.Codec) -> UInt8[np.ndarray, "B K H W C"]:
+def given_frames(given, codec: tokens.Codec, whole: bool = True) -> UInt8[np.ndarray, "B K H W C"]:
     """The first frames of one clip or more, of the height and width that the codec takes.
 
-    Where a token stands for several frames, K is a multiple of their number.
+    If `whole`, the frames fill tokens: where a token stands for several frames, K is a multiple of
+    their number; where the first frame has tokens of its own, K is 1 more.
     """
     if len(codec.image_shape) == 3:
         raise InputError(
-            "this model is of images, so it does not continue clips; load a run with "
+            "this model is of images, so it reads and continues no clips; load a run with "
             "config.data.frames above 0."
         )
-    given, (frames, *shape) = np.asarray(given), codec.image_shape
+    given, (_, *shape) = np.asarray(given), codec.image_shape
     right = given.dtype == np.uint8 and given.ndim == 5 and given.shape[2:] == tuple(shape)
     accepted = f"uint8 [B, K, {', '.join(map(str, shape))}], of K frames, 1 or more"
     found = _checked(given, right and given.shape[1] > 0, "frames are", accepted)
-    if given.shape[1] % (span := frames // codec.grid[0]):
+    first, span = codec.sides[0][[0, -1]].tolist()
+    if whole and ((count := given.shape[1]) < first or (count - first) % span):
+        alone = ", and that of the first frame for 1" if first < span else ""
+        more = "1 more than " if first < span else ""
         raise InputError(
-            f"{given.shape[1]} frames are given, but each token stands for {span} frames; give a "
-            f"multiple of {span}."
+            f"{count} frames are given, but each token stands for {span} frames{alone}; give "
+            f"{more}a multiple of {span}."
         )
     return found
 
@@ -222,11 +226,11 @@ def mask(given, count: int, codec: tokens.Codec) -> Bool[np.ndarray, "B T"]:
     shown = " or ".join(str(list(size)) for size in dict.fromkeys(sizes))
     accepted = f"bool {shown}, one for all images or one for each of the {count} images"
     found = _checked(found, right, "mask is", accepted)
-    sides = [(n, side // n) for n, side in zip(codec.grid, pixels, strict=True)]
-    patches = found.reshape(-1, *(n for pair in sides for n in pair))
+    found = found.reshape(-1, *pixels)
+    for axis, side in enumerate(codec.sides if pixels != codec.grid else (), start=1):
+        found = np.logical_and.reduceat(found, np.cumsum(side) - side, axis=axis)
     length = math.prod(codec.grid)
-    known = patches.all(axis=tuple(range(2, 2 * axes + 1, 2))).reshape(-1, length)
-    return np.broadcast_to(known, (count, length))
+    return np.broadcast_to(found.reshape(-1, length), (count, length))
 
 
 def margins(codec: tokens.Codec, **pixels) -> tuple[int, int, int, int]:

@@ -14,7 +14,7 @@ from flax import nnx
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.model import autoencoder, flops
-from gptv_jax.model.autoencoder import ScalarQuantizer, unit
+from gptv_jax.model.quantizers import ScalarQuantizer, unit
 
 SMALL = config_lib.Autoencoder(widths=(16,), encoder_blocks=1, decoder_blocks=1, levels=(8, 6))
 DEEP = dataclasses.replace(SMALL, downsample=8, widths=(8, 16), norm=True, attention=True)

@@ -367,9 +367,6 @@ def test_clips_of_learned_tokens_take_a_tokenizer_of_images(tmp_path):
     config = config_lib.Config(data=data, tokens=tokens, model=tiny_network().config)
     run = setup.open_run(config, str(tmp_path / "run"), ["pretrain"])
     assert next(run.data.train(8))["tokens"].shape == (8, 3 * 4 * 4)
-    alone = dataclasses.replace(config, tokens=dataclasses.replace(tokens, tokenizer=None))
-    with pytest.raises(InputError, match="a tokenizer is trained on images"):
-        setup.open_run(alone, str(tmp_path / "other"), ["tokenizer"])
 
 
 def test_formats_of_images_refuse_clips_and_patches(tmp_path):

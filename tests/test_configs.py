@@ -25,6 +25,10 @@ WEIGHTS = {
     ("digits", None): 803_328,
     ("image_folder", None): 275_072,
     ("video_digits", None): 231_552,
+    ("video_camera", None): 231_552,
+    ("video_codes", "steps"): 263_488,
+    ("video_codes", "frames"): 263_872,
+    ("video_codes", "frames_8"): 263_616,
     ("video_ucf101", "s"): 92_748_288,
     ("video_ucf101", "m"): 489_086_976,
     ("video_ucf101", "l"): 1_409_601_024,
@@ -82,6 +86,9 @@ WEIGHTS = {
 OF_IMAGENET = (35_072_657, 16_384)
 OF_FRAMES = (27_728_273, 16_384)
 TOKENIZERS = {
+    ("video_codes", "steps"): (1_095_251, 512),
+    ("video_codes", "frames"): (225_939, 512),
+    ("video_codes", "frames_8"): (281_283, 512),
     ("detect_digits", None): (30_867, 240),
     **{("detect_coco", size): OF_IMAGENET for size in ("s", "m", "l")},
     ("detect_coco", "subset"): (185_423, 240),

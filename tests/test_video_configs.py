@@ -11,7 +11,7 @@ from test_configs import load
 import gptv_jax
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
-from gptv_jax.data import pipeline
+from gptv_jax.data import pipeline, reading
 from gptv_jax.errors import InputError
 from gptv_jax.model import autoencoder
 from gptv_jax.planning import plan, table, topology
@@ -139,5 +139,5 @@ def test_the_largest_network_is_planned_for_a_slice():
 def test_large_clips_are_read_ahead_in_fewer_batches():
     images = config_lib.Data(image_size=224)
     clips = config_lib.Data(name="moving_digits", image_size=128, frames=16)
-    assert pipeline.batches_ahead(images, 128) == 16
-    assert [pipeline.batches_ahead(clips, rows) for rows in (16, 256, 4096)] == [16, 5, 2]
+    assert reading.batches_ahead(images, 128) == 16
+    assert [reading.batches_ahead(clips, rows) for rows in (16, 256, 4096)] == [16, 5, 2]

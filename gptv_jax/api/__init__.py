@@ -9,7 +9,8 @@ import jax
 from gptv_jax import config as config_lib
 from gptv_jax import files, sharding, validation, weights
 from gptv_jax.api.model import AnyPath, Model
-from gptv_jax.config.data import ImageSize
+from gptv_jax.config.data import ImageSize, Limits
+from gptv_jax.data.images import load_image
 from gptv_jax.errors import InputError, shorten
 from gptv_jax.runs import record
 from gptv_jax.tokens import LearnedCodec, Palette, learned
@@ -17,7 +18,10 @@ from gptv_jax.tokens import palette as palettes
 from gptv_jax.weights import huggingface, native
 from gptv_jax.weights.native import WeightsFile
 
-__all__ = ["Model", "from_huggingface", "from_openai", "load", "load_tokenizer", "to_huggingface"]
+__all__ = [
+    "Limits", "Model", "from_huggingface", "from_openai", "load", "load_image", "load_tokenizer",
+    "to_huggingface",
+]  # fmt: skip
 
 
 def load(source: AnyPath, stage: str | None = None, palette: AnyPath | None = None) -> Model:
@@ -110,16 +114,26 @@ def from_openai(prefix: AnyPath, palette: AnyPath) -> Model:
     return load(prefix, palette=palette)
 
 
-def load_tokenizer(source: AnyPath, image_size: ImageSize | None = None) -> LearnedCodec:
-    """A learned encoder and decoder of images, without a network that reads the codes.
+def load_tokenizer(
+    source: AnyPath, image_size: ImageSize | None = None, frames: int | None = None
+) -> LearnedCodec:
+    """A learned encoder and decoder of images or clips, without a network that reads the codes.
 
     `source` is a run folder whose stage `tokenizer` has finished, or a file of `Tokenizer.save`,
     here or as "hf://user/model/FILE" on the Hugging Face Hub;
     `image_size` is in pixels, one number for squares or height and width; None: the size of the
-    training images.
+    training images. `frames` is of the clips of a tokenizer whose tokens stand for several frames,
+    one more than a multiple of config.tokens.autoencoder.frames; 0: images; None: those of the
+    training. Other tokenizers take the frames of clips as images.
     """
     tokenizer = learned.load(weights.locate(source, f"there is no tokenizer {source}"))
     size = tokenizer.provenance.get("image_size") if image_size is None else image_size
     pair, side = isinstance(size, tuple | list) and len(size) == 2, tokenizer.config.downsample
     size = (validation.whole(n, "image_size", 1, side=side) for n in (size if pair else [size] * 2))
-    return LearnedCodec(tokenizer, tuple(size))
+    span = tokenizer.config.frames
+    if frames is None and span > 1:
+        frames = tokenizer.provenance.get("frames")
+    if frames and (span == 1 or (validation.whole(frames, "frames") - 1) % span):
+        taken = f"0, or 1 more than a multiple of {span}" if span > 1 else "0"
+        raise InputError(f"frames is {frames!r}; this tokenizer takes {taken}.")
+    return LearnedCodec(tokenizer, tuple(size), frames or 0)

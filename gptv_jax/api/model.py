@@ -1,26 +1,25 @@
 """`Model`, a trained network that takes NumPy arrays and gives NumPy arrays."""
 
 import dataclasses
-import functools
 import logging
 import pathlib
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image
 
 from gptv_jax import files, sharding, validation
+from gptv_jax.api.forward import network_output
 from gptv_jax.api.of_clips import OfClips
 from gptv_jax.api.of_tasks import OfTasks
 from gptv_jax.decode import generation
 from gptv_jax.decode.sampler import Sampler, Section, by_pixel, kept_tokens
+from gptv_jax.decode.speculative import Draft, check_draft
 from gptv_jax.errors import InputError
 from gptv_jax.model.gpt import Network
 from gptv_jax.tokens.codec import AnyArray
-from gptv_jax.train import objective
 from gptv_jax.validation import Labels, arguments_by_name
 from gptv_jax.weights import hub, native
 from gptv_jax.weights.native import WeightsFile
@@ -106,7 +105,7 @@ class Model(OfClips, OfTasks):
 
         With objective=bert it predicts the token from all tokens, as none is masked here.
         """
-        self._of_images(self.network)
+        self._of_images(self.network, predicts=True)
         return self._forward(validation.sequences(tokens, self.network), "logits", labels)
 
     @arguments_by_name
@@ -137,26 +136,46 @@ class Model(OfClips, OfTasks):
         layer = validation.whole(chosen if layer is None else layer, "layer", most=last)
         return self._forward(tokens, "pooled")[:, layer]
 
-    def classify(self, images: Images) -> Float[np.ndarray, "B classes"]:
-        """Float32 class probabilities of a fine-tuned model; with bert, means over its masks."""
+    @arguments_by_name
+    def classify(self, images: Images, clips: int | None = None) -> Float[np.ndarray, "B classes"]:
+        """Float32 class probabilities of a fine-tuned model; with bert, means over its masks.
+
+        With `clips`, for a model of clips, images are videos, uint8 [B, N, H, W, C], of any number
+        of frames: of each video so many clips are read, evenly spaced, and the probabilities are
+        means over them. A video with fewer frames than a clip repeats its last frame.
+        """
         if not self.network.classes:
             raise InputError(
                 "this model has no class head; load a run whose stage finetune has finished the "
                 "task classify."
             )
-        return self._forward(self.tokenize(images), "classes")
+        if clips is None:
+            return self._forward(self.tokenize(images), "classes")
+        each = self.clips_of(images, clips)
+        return np.mean([self._forward(self.tokenize(x), "classes") for x in each], axis=0)
 
     @arguments_by_name
     def sample(
-        self, n: int, seed: int = 0, *, labels: Labels = None, **drawing: Setting
+        self,
+        n: int,
+        seed: int = 0,
+        *,
+        labels: Labels = None,
+        draft: "Model | None" = None,
+        **drawing: Setting,
     ) -> UInt8[np.ndarray, "n *F H W C"]:
         """`n` new images, drawn token by token; a seed always gives equal images.
+
+        With a `draft`, a smaller model of equal tokens, sampling is speculative here and wherever
+        images are drawn: the draft proposes tokens and this model checks several at once. That is
+        faster where the draft is much smaller and proposes well. The images are other ones, but
+        distributed as without it.
 
         A model that was loaded from a run without naming a stage draws images, here and in
         `complete` and `outpaint`, with the pretrained weights.
         """
         n, key = validation.whole(n, "n", least=1), Section.NEW_IMAGES.key(validation.seed(seed))
-        sampler, labels = self._sampler(n, labels, drawing)
+        sampler, labels = self._sampler(n, labels, drawing, draft)
         with jax.set_mesh(self.mesh):
             return self.codec.decode(sampler.new(n, key, labels))
 
@@ -170,6 +189,7 @@ class Model(OfClips, OfTasks):
         samples: int = 1,
         mask: Bool[AnyArray, "*B height width"] | None = None,
         labels: Labels = None,
+        draft: "Model | None" = None,
         **drawing: Setting,
     ) -> UInt8[np.ndarray, "rows *F H W C"]:
         """Images whose known part is kept and whose other tokens are drawn, `samples` times each.
@@ -186,7 +206,7 @@ class Model(OfClips, OfTasks):
         keep = validation.setting("keep", keep)
         samples = validation.whole(samples, "samples", least=1)
         key, tokens = Section.COMPLETIONS.key(validation.seed(seed)), self.tokenize(images)
-        sampler, labels = self._sampler(len(tokens), labels, drawing)
+        sampler, labels = self._sampler(len(tokens), labels, drawing, draft)
         known = np.arange(sampler.network.length) < kept_tokens(sampler.network, keep)
         if mask is not None:
             known = validation.mask(mask, len(tokens), self.codec)
@@ -204,6 +224,8 @@ class Model(OfClips, OfTasks):
         right: int = 0,
         seed: int = 0,
         labels: Labels = None,
+        *,
+        draft: "Model | None" = None,
         **drawing: Setting,
     ) -> UInt8[np.ndarray, "B height width C"]:
         """Images continued beyond their edges, and beyond the size that the network was trained at.
@@ -216,7 +238,7 @@ class Model(OfClips, OfTasks):
         """
         key, tokens = Section.OUTPAINTED.key(validation.seed(seed)), self.tokenize(images)
         margins = validation.margins(self.codec, top=top, bottom=bottom, left=left, right=right)
-        sampler, labels = self._sampler(len(tokens), labels, drawing)
+        sampler, labels = self._sampler(len(tokens), labels, drawing, draft)
         with jax.set_mesh(self.mesh):
             grids = sampler.outpaint(tokens, margins, key, labels)
         return self.codec.decode(grids.reshape(len(grids), -1), grids.shape[1:])
@@ -251,9 +273,14 @@ class Model(OfClips, OfTasks):
                 f"neither draws images nor gives likelihoods or features; it takes {method} alone."
             )
 
-    def _of_images(self, network: Network) -> None:
-        """InputError where the network does not predict all tokens of an image and nothing else."""
+    def _of_images(self, network: Network, predicts: bool = False) -> None:
+        """InputError where the network reads more than images, or `predicts` and it does not."""
         self._with_tokens()
+        if predicts and not network.several and not network.predicts_images:
+            raise InputError(
+                "these weights read whole frames (config.finetune.attention=frames) and predict no "
+                'tokens; load the run with stage="pretrain" to draw clips or for likelihoods.'
+            )
         if network.several:
             raise InputError(
                 f"this model was made for {self._described.task.name}, so only the method of this "
@@ -276,7 +303,7 @@ class Model(OfClips, OfTasks):
                 LOG.warning("images are drawn with the fine-tuned weights: %s", error)
         return self._drawing
 
-    def _sampler(self, rows: int, labels: Labels, drawing: dict, draws: bool = True):
+    def _sampler(self, rows: int, labels: Labels, drawing: dict, draft=None, draws: bool = True):
         """A sampler with these settings, that draws images or gives likelihoods; and the labels."""
         self._with_tokens()
         what = "draw images" if draws else "give likelihoods"
@@ -287,14 +314,24 @@ class Model(OfClips, OfTasks):
             )
         labels = validation.labels(labels, rows, self.network, self.classes)
         network, params = self._for_drawing() if draws else (self.network, self.params)
-        self._of_images(network)
-        sampler = Sampler(network, params, validation.drawing(drawing))
+        self._of_images(network, predicts=True)
+        if draft is not None:
+            draft = self._checked_draft(draft, network)
+        sampler = Sampler(network, params, validation.drawing(drawing), draft)
         if sampler.drawing.guidance != 1 and labels is None:
             raise InputError(
                 f"guidance is {sampler.drawing.guidance:g}, but no class is given to guide to; "
                 "give labels, or leave guidance at 1."
             )
         return sampler, labels
+
+    def _checked_draft(self, draft: "Model", network: Network) -> Draft:
+        """The network of a model that proposes tokens for `network`; InputError: it cannot."""
+        if not isinstance(draft, Model):
+            raise InputError(f"draft is of type {type(draft).__name__}; give a model, as of load.")
+        own, _ = draft._sampler(1, None, {})
+        check_draft(own.network, draft.codec, network, self.codec)
+        return Draft(own.network, own.params)
 
     def _nats(self, images, labels: Labels) -> Float[np.ndarray, "B T"]:
         tokens = self.tokenize(images)
@@ -309,21 +346,3 @@ class Model(OfClips, OfTasks):
             inputs = jax.tree.map(sharding.shard_rows, (tokens, labels))
             result = network_output(self.network, self.params, *inputs, output)
         return np.asarray(result)[: len(tokens)]
-
-
-@functools.partial(jax.jit, static_argnames=("network", "output"))
-def network_output(
-    network: Network, params: dict, tokens: jax.Array, labels: jax.Array | None, output: str
-) -> jax.Array:
-    """One output of the network: "logits", "pooled" features [B, L+1, D] or "classes"."""
-    if output == "logits":
-        return network.bind(params)(tokens, labels).logits
-    if network.config.objective == "bert":  # sees images under masks, as in training
-        batch = {"tokens": tokens, "variant": None, "index": jnp.arange(len(tokens))}
-        each = (objective.evaluate_batch(network, params, batch, v) for v in range(network.votes))
-        votes = [found for found, _ in each]
-    else:
-        votes = [network.bind(params)(tokens, labels)]
-    if output == "pooled":
-        return sum(vote.pooled for vote in votes).swapaxes(0, 1) / len(votes)
-    return sum(jax.nn.softmax(vote.class_logits, axis=-1) for vote in votes) / len(votes)

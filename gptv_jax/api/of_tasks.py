@@ -12,7 +12,8 @@ from PIL import Image
 
 from gptv_jax import sharding, validation
 from gptv_jax.data import records, transforms
-from gptv_jax.data.images import DamagedImageError, Decode
+from gptv_jax.data.images import Decode
+from gptv_jax.data.limits import DamagedImageError, check_array
 from gptv_jax.errors import InputError, as_input_error, cut
 from gptv_jax.tasks.boxes import Detections, vote
 from gptv_jax.tasks.detect import Detect, draw
@@ -56,6 +57,8 @@ def _read(
             f"uint8 arrays [H, W, {' or '.join(map(str, channels))}] of any height and width "
             "from 1 on."
         )
+    with as_input_error(f"{method} refuses an image", DamagedImageError):
+        check_array(pixels, decode.limits)
     return decode.pixels(pixels) if converts and not isinstance(image, Image.Image) else pixels
 
 

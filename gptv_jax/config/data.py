@@ -30,6 +30,29 @@ def image_size(height: int, width: int) -> ImageSize:
     return height if height == width else (height, width)
 
 
+FORMATS = (
+    "names of Pillow's formats in capitals, such as ('JPEG', 'PNG'), or () for all",
+    lambda v: all(name.isupper() for name in v),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What an image file may be; `data.limits` checks the header before any pixel is decoded."""
+
+    # Pillow's names of formats, such as JPEG, PNG; (): all formats of pixels that Pillow reads.
+    formats: tuple[str, ...] = field((), FORMATS)
+    max_bytes: int = field(2**29, POSITIVE)  # of a file
+    max_pixels: int = field(2**26, POSITIVE)  # height times width
+    max_side: int = field(2**16, POSITIVE)  # pixels of the longer side
+    min_side: int = field(2, POSITIVE)  # pixels of the shorter side; arrays may be smaller
+    # Longer side over shorter side; a resize would enlarge a longer image enormously.
+    max_ratio: float = field(32.0, ("1 or more", lambda v: v >= 1))
+    max_channels: int = field(4, POSITIVE)  # transparency is one
+    max_bits: int = field(32, POSITIVE)  # of a channel
+    max_frames: int = field(50_000, POSITIVE)  # of an animation that is read as a video
+
+
 @dataclasses.dataclass(frozen=True)
 class Data:
     """Where images come from and what happens to them before they become tokens."""
@@ -75,11 +98,18 @@ class Data:
     # feature `video` of a TFDS set, moving_digits and camera_motions.
     frames: int = field(0, FROM_ZERO)
     frame_stride: int = field(1, POSITIVE)  # every so many frames of the video, one is of the clip
+    # Pretraining on clips takes single images in place of this share of the clips, from the folder
+    # `stills`. An image is a clip of one frame: no other frame is predicted. `still_transforms`
+    # are the images' transforms; (): those of train_transforms.
+    still_share: float = field(0.0, SHARE)
+    stills: str | None = field(None, free=True)
+    still_transforms: tuple[str, ...] = field((), ENTRIES)
     # The label of data sets with several labels, such as moving_digits; None: the first.
     label: str | None = None
     # Transforms in training and in evaluation, in order; see data.transforms.TRANSFORMS.
     train_transforms: tuple[str, ...] = field((), ENTRIES)
     eval_transforms: tuple[str, ...] = field((), ENTRIES)
+    limits: Limits = dataclasses.field(default_factory=Limits)
     # An image that cannot be read is replaced by another image (skip), or ends the run (fail).
     damaged: str = field("skip", one_of("skip", "fail"))
     max_damaged: float = field(0.05, SHARE)  # share of unreadable images above which the run stops
@@ -105,6 +135,9 @@ class Autoencoder:
 
     channels: int = field(3, one_of(1, 3))  # of the images: grey or RGB
     downsample: int = field(4, one_of(4, 8, 16))  # pixels a side that one token stands for
+    # Of clips: frames after the first one that one token stands for; the first frame has tokens of
+    # its own, as an image has, and no token depends on later frames. 1: each frame is an image.
+    frames: int = field(1, POSITIVE)
     # Channels at each resolution, the finest first. Each resolution is half of the one before, so
     # the first layer takes squares of downsample / 2^(resolutions - 1) pixels a side.
     widths: tuple[int, ...] = field((96,), WIDTHS)
@@ -177,8 +210,12 @@ class Tokens:
 
     @property
     def cell(self) -> tuple[int, int, int]:
-        """Frames, height and width in pixels that a token stands for; one frame of an image."""
+        """Frames, height and width in pixels that a token stands for; one frame of an image.
+
+        The first frame of a clip may have tokens of its own, see `Autoencoder.frames`.
+        """
         if self.kind == "learned":
-            return (1, self.autoencoder.downsample, self.autoencoder.downsample)
+            down = self.autoencoder.downsample
+            return (self.autoencoder.frames, down, down)
         patch = self.patch if self.kind == "grey" else ()
         return (1,) * (3 - len(patch)) + patch

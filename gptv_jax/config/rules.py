@@ -95,6 +95,14 @@ def _check_autoencoder(config: Config) -> None:
             f"before, but config.{prefix}.downsample = {down} leaves room for {down.bit_length()}; "
             "take fewer, or a larger downsample."
         )
+    span, frames = network.frames, config.data.frames
+    if span > 1 and network.groups:
+        reason = f"config.{prefix}.groups={network.groups} is a tokenizer of images; take 1"
+        refuse(config, f"{prefix}.frames", reason)
+    if frames and (frames - 1) % span:
+        reason = f"a token stands for config.{prefix}.frames = {span} frames after the first one"
+        near = 1 - (1 - frames) // span * span
+        refuse(config, "data.frames", f"{reason}; take 1 more than a multiple of {span}, as {near}")
     if network.vocabulary > MOST_CODES:
         reason = f"that makes {network.vocabulary} codes, the product"
         refuse(config, f"{prefix}.levels", f"{reason}; take at most {MOST_CODES} codes")
@@ -144,6 +152,9 @@ def _check_pixels(config: Config) -> None:
         reason = f"config.tokens.kind={kind} makes {tokens} tokens, one a pixel"
         reason += f", and the stem leaves {positions} positions; take tokens"
         refuse(config, "task.image_input", reason)
+    if kind == "learned" and cell[0] > 1:
+        reason = "the stem leaves positions for every frame; take 1, or task.image_input=tokens"
+        refuse(config, "tokens.autoencoder.frames", reason)
     if cell[0] > 1 or cell[1] != cell[2] or cell[1].bit_count() > 1:
         reason = f"config.tokens.patch={config.tokens.patch} is no square of 2, 4, 8, ... pixels"
         refuse(config, "task.image_input", f"{reason}; take tokens")
@@ -171,6 +182,27 @@ def _check_training(config: Config, name: str) -> None:
         advice = f"take config.{prefix}.name=muon or rest_learning_rate=None"
         reason = f"only muon has a second learning rate; {advice}"
         refuse(config, f"{prefix}.rest_learning_rate", reason)
+
+
+def _check_pretraining(config: Config) -> None:
+    _check_training(config, "train")
+    data, model = config.data, config.model
+    if not data.still_share:
+        if data.stills:
+            reason = "config.data.still_share is 0, so no image is read; take a share, 0.3, say"
+            refuse(config, "data.stills", reason)
+        return
+    needed = (
+        ("data.frames", data.frames > 0, "take the number of frames of a clip"),
+        ("data.stills", data.stills, "name the folder of images"),
+        ("data.name", data.name != "tokens", "take a data set of videos"),
+        ("model.objective", model.objective == "autoregressive", "take autoregressive"),
+        ("model.random_order", not model.random_order, "take ()"),
+    )
+    for name, fits, advice in needed:
+        if not fits:
+            reason = f"config.data.still_share={data.still_share} mixes clips with images"
+            refuse(config, name, f"{reason}; {advice}, or still_share=0")
 
 
 def _check_tokenizer(config: Config) -> None:
@@ -221,7 +253,7 @@ def _check_probe(config: Config) -> None:
         if (getattr(probe, name) or 0) > layers:
             reason = f"it takes at most config.model.layers + 1 = {layers}, the layers to be read"
             refuse(config, f"probe.{name}", reason)
-    _check_pooling(config, "probe")
+    _check_reading(config, "probe")
     needs = [("labels_per_class", (), "lbfgs")]
     needs += [("pooling", "mean", "sgd")] * (probe.pooling == "attentive")
     for name, plain, method in needs:
@@ -232,10 +264,23 @@ def _check_probe(config: Config) -> None:
             refuse(config, f"probe.{name}", reason)
 
 
-def _check_pooling(config: Config, section: str) -> None:
-    if getattr(config, section).pooling == "frames" and not config.data.frames:
-        reason = "config.data.frames is 0, so there are no frames; take mean"
-        refuse(config, f"{section}.pooling", reason)
+def _check_reading(config: Config, section: str) -> None:
+    """Checks how the features of clips are read."""
+    for name, plain in (("pooling", "mean"), ("attention", "causal")):
+        if getattr(getattr(config, section), name) == "frames" and not config.data.frames:
+            reason = f"config.data.frames is 0, so there are no frames; take {plain}"
+            refuse(config, f"{section}.{name}", reason)
+    by_frames = getattr(config, section).attention == "frames"
+    if by_frames and config.model.objective == "bert":
+        reason = "with config.model.objective=bert every position sees the whole clip; take causal"
+        refuse(config, f"{section}.attention", reason)
+    of_videos = config.data.frames and config.task.name == "classify"
+    if section == "finetune" and config.finetune.clips > 1 and not of_videos:
+        reason = "only the class of a video (config.data.frames above 0) is read from several clips"
+        refuse(config, "finetune.clips", f"{reason}; take 1")
+    if by_frames and section == "finetune" and config.finetune.generative_coefficient:
+        reason = "config.finetune.attention=frames shows the network the tokens of the whole frame"
+        refuse(config, "finetune.generative_coefficient", f"{reason}, so take 0")
 
 
 def _check_detect(config: Config) -> None:
@@ -250,7 +295,7 @@ def _check_detect(config: Config) -> None:
 
 
 def _check_finetune(config: Config) -> None:
-    _check_pooling(config, "finetune")
+    _check_reading(config, "finetune")
     _check_training(config, "finetune.train")
     _check_pixels(config)
     if config.task.name == "detect":
@@ -259,7 +304,7 @@ def _check_finetune(config: Config) -> None:
 
 SECTIONS = {
     "tokenizer": _check_tokenizer,
-    "train": lambda config: _check_training(config, "train"),
+    "train": _check_pretraining,
     "profile": _check_profile,
     "probe": _check_probe,
     "finetune": _check_finetune,

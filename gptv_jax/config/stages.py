@@ -54,6 +54,9 @@ class Probe:
     # Over positions: their mean; with sgd, a mean weighted by a learned query (attentive); of
     # clips, the means of every frame side by side (frames), which keep the motion.
     pooling: str = field("mean", one_of("mean", "attentive", "frames"))
+    # What a position sees: the positions before it, as in pretraining (causal); or of clips its
+    # whole frame and the frames before (frames).
+    attention: str = field("causal", one_of("causal", "frames"))
     # Neighbouring layers read side by side, beside single ones; the best of these is in the middle.
     concatenate: int = field(1, ("an odd number, 1 or more", lambda v: v >= 1 and v % 2))
     # Every layer is first probed by ridge regression. How many, the best on validation, are probed
@@ -94,6 +97,12 @@ class Finetune:
     # What the class head reads: the mean over positions; or of clips the means of every frame side
     # by side (frames).
     pooling: str = field("mean", one_of("mean", "frames"))
+    # What a position sees, as config.probe.attention. With frames, tokens are not predicted, so
+    # generative_coefficient must be 0.
+    attention: str = field("causal", one_of("causal", "frames"))
+    # Clips of each video that validation and test read, evenly spaced; their class probabilities
+    # are averaged.
+    clips: int = field(1, POSITIVE)
     # Trains the network from scratch as well, for comparison, which takes as long again.
     scratch: bool = True
 
@@ -110,6 +119,7 @@ class Drawing:
     guidance_schedule: "constant", or "cosine", which rises from 1 at the first token to `guidance`
       at the last (RAR, Yu et al. 2024, arXiv:2411.00776).
     guidance_power: of the schedule "cosine"; the higher, the later the scale rises.
+    draft_tokens: proposed by a draft for each pass of the network; not used without a draft.
     """
 
     temperature: float = field(1.0, FROM_ZERO)
@@ -118,12 +128,16 @@ class Drawing:
     guidance: float = field(1.0, FROM_ZERO)
     guidance_schedule: str = field("constant", one_of("constant", "cosine"))
     guidance_power: float = field(1.0, ABOVE_ZERO)
+    draft_tokens: int = field(4, POSITIVE)
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample(Drawing):
     """Pictures made at the end of a run, drawn as the fields of `Drawing` say."""
 
+    # Speculative sampling: a smaller network of equal tokens that proposes tokens, a run folder or
+    # other weights as `init_from` takes them; None: every token is drawn by the network itself.
+    draft: str | None = None
     # New images; of a class-conditional network a row for each class, or for some of the classes.
     count: int = field(64, POSITIVE)
     # Test images of which the upper part is kept and the rest drawn, then of which the middle is
@@ -191,11 +205,12 @@ class Config:
     def grid(self) -> tuple[int, ...]:
         """Rows and columns of an image's positions: its tokens, or its pixels after the stem.
 
-        Of clips: frames, rows and columns.
+        Of clips: steps in time, which are frames where a token stands for one; rows and columns.
         """
         cell, frames = self.tokens.cell, self.data.frames
         if self.tokens.kind == "none":
             cell = (1, *(2 ** len(self.task.stem),) * 2)
         pixels = (max(frames, 1), *self.data.size)
-        grid = tuple(n // side for n, side in zip(pixels, cell, strict=True))
+        # Sizes are multiples but for a first frame that has tokens of its own.
+        grid = tuple(-(-n // side) for n, side in zip(pixels, cell, strict=True))
         return grid if frames else grid[1:]

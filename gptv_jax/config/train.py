@@ -166,9 +166,13 @@ class Profile:
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-    """Training of the encoder and decoder, on images whose values run from -1 to 1."""
+    """Training of the encoder and decoder, on images or clips whose values run from -1 to 1."""
 
     train: Train = dataclasses.field(default_factory=Train)
+    # A tokenizer, as config.tokens.tokenizer takes one, whose weights the training begins with. A
+    # tokenizer of images begins one of clips (autoencoder.frames above 1): the first frame of a
+    # clip has the image's codes then, and each later step those of its last frame.
+    init_from: str | None = None
     # Replaces data.train_transforms; (): data.train_transforms.
     train_transforms: tuple[str, ...] = field((), ENTRIES)
     # Weights of the losses between images and reconstructions; 0: this loss is not computed.

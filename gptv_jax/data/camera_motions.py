@@ -11,7 +11,7 @@ from gptv_jax.data.clips import Clips
 from gptv_jax.data.data_set import DataSet, Source
 from gptv_jax.data.folder import ImageFolder
 from gptv_jax.data.images import Decode
-from gptv_jax.data.records import EncodedClip, Record, to_array, to_picture
+from gptv_jax.data.records import EncodedClip, Record, Rng, to_array, to_picture
 
 # The window's rows and columns a frame of each motion, and whether the window shrinks or grows.
 MOTIONS = {
@@ -60,7 +60,8 @@ class CameraClips(Source):
     def __getitem__(self, index: int) -> Record:
         return self.read(index)
 
-    def read(self, index: int, rng: np.random.Generator | None = None) -> Record:
+    def read(self, index: int, rng: Rng = None, place: float = 0.5) -> Record:
+        del place  # a clip is all that there is
         rng, label = rng or np.random.default_rng(index), self.labels[index]
         encoded = self.images[index // len(MOTIONS)]["encoded"]
         speed, *places = rng.uniform([SPEEDS[0], LARGEST[0], 0, 0], [SPEEDS[1], LARGEST[1], 1, 1])

@@ -10,8 +10,8 @@ from jaxtyping import Int
 
 from gptv_jax import config as config_lib
 from gptv_jax.data.data_set import Source
-from gptv_jax.data.images import DamagedImageError
-from gptv_jax.data.records import Record
+from gptv_jax.data.limits import DamagedImageError
+from gptv_jax.data.records import Record, Rng
 from gptv_jax.errors import counted, shorten
 
 
@@ -35,13 +35,15 @@ class Clips:
         """Number of frames from the first to the last frame of a clip."""
         return (self.frames - 1) * self.stride + 1
 
-    def choose(self, length: int, rng: np.random.Generator | None) -> Int[np.ndarray, " F"]:
+    def choose(self, length: int, rng: Rng = None, place: float = 0.5) -> Int[np.ndarray, " F"]:
         """Numbers of the frames of a clip of a video with `length` frames.
 
-        The generator draws where the clip begins; None, in evaluation: the clip lies in the middle.
+        The generator draws where the clip begins; without one, see `Source.read`: by default the
+        clip lies in the middle.
         """
         last_start = self._last_start(length)
-        return self._from(int(rng.integers(last_start + 1)) if rng else last_start // 2, length)
+        start = rng.integers(last_start + 1) if rng else last_start * place
+        return self._from(int(start), length)
 
     def cover(self, length: int) -> Iterator[Int[np.ndarray, " F"]]:
         """Clips that have every frame, and every two successive frames, of any clip."""
@@ -66,6 +68,17 @@ class Clips:
 
     def _from(self, start: int, length: int) -> Int[np.ndarray, " F"]:
         return np.minimum(start + np.arange(self.frames) * self.stride, length - 1)
+
+
+def places(count: int) -> list[float]:
+    """Where `count` clips of a video begin, evenly spaced, see `Source.read`; one: the middle."""
+    return [(clip + 0.5) / count for clip in range(count)]
+
+
+def by_video(batch: dict, clips: int) -> dict:
+    """A batch of videos from the batch of their clips: "tokens" [b, clips, T], all other by row."""
+    rows = {name: array.reshape(-1, clips, *array.shape[1:]) for name, array in batch.items()}
+    return {name: array if name == "tokens" else array[:, 0] for name, array in rows.items()}
 
 
 class Video(NamedTuple):
@@ -94,9 +107,9 @@ class VideoSource(Source):
         """The record of the clip of these frames."""
         return {self.key: video.take(numbers), **video.known}
 
-    def read(self, index: int, rng: np.random.Generator | None = None) -> Record:
+    def read(self, index: int, rng: Rng = None, place: float = 0.5) -> Record:
         video = self.video(index)
-        return self.record(video, self.clips.choose(video.length, rng))
+        return self.record(video, self.clips.choose(video.length, rng, place))
 
     def every(self, index: int) -> Iterator[Record]:
         video = self.video(index)

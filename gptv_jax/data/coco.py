@@ -11,10 +11,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from gptv_jax import config as config_lib
-from gptv_jax.data import coco_files, listing
+from gptv_jax.data import coco_files, limits, listing
 from gptv_jax.data.coco_files import image_name
 from gptv_jax.data.data_set import ORDER_SEED, DataSet, Source
-from gptv_jax.data.images import DamagedImageError, as_stored, shown_size
+from gptv_jax.data.images import as_stored, shown_size
+from gptv_jax.data.limits import DamagedImageError
 from gptv_jax.data.records import Record
 from gptv_jax.errors import InputError, cut, shorten
 
@@ -92,6 +93,7 @@ class CocoSplit(Source):
         The data set gets a note on each kind of fault that was met.
         """
         self.file, self.folder, self.classes = file, folder, len(data_set.object_ids)
+        self.limits = data_set.config.limits
 
         def tell(what: str, faulty: Sequence | np.ndarray, name: Callable[[int], str]) -> None:
             if len(faulty):
@@ -183,7 +185,7 @@ class CocoSplit(Source):
         return len(self.names)
 
     def __getitem__(self, index: int) -> Record:
-        encoded = (self.folder / self.names[index]).read_bytes()
+        encoded = limits.read(self.folder / self.names[index], self.limits)
         return {"encoded": self._fitting(index, encoded), **self.annotations(index)}
 
     def annotations(self, index: int) -> Record:
@@ -193,6 +195,7 @@ class CocoSplit(Source):
         record = {key: getattr(self, key)[rows].copy() for key in keys}
         if self.outlines:
             size = tuple(self.sizes[index].tolist())
+            limits.check_size(*size[::-1], self.limits)  # as masks have the size in the JSON file
             self.outlines.add(record, range(rows.start, rows.stop), size, self.classes)
         return record
 
@@ -215,8 +218,9 @@ class CocoSplit(Source):
         unknown = ~(np.isfinite(sizes).all(1) & (sizes > 0).all(1))
         for i in np.flatnonzero(unknown):
             sizes[i] = 0  # of a file that cannot be read, which decoding finds out
-            with contextlib.suppress(OSError):
-                sizes[i] = shown_size((self.folder / self.names[i]).read_bytes())[0]
+            with contextlib.suppress(OSError, DamagedImageError):
+                encoded = limits.read(self.folder / self.names[i], self.limits)
+                sizes[i] = shown_size(encoded, self.limits)[0]
         return sizes.astype(np.int32)
 
     def _fitting(self, index: int, encoded: bytes) -> bytes:
@@ -225,12 +229,12 @@ class CocoSplit(Source):
         Where the JSON file has the size that the image has before its EXIF orientation turns it,
         so have the boxes, and the file comes back without the orientation.
         """
-        size, stored = shown_size(encoded)
+        size, stored = shown_size(encoded, self.limits)
         expected = tuple(self.sizes[index].tolist())
         if expected == size or (0, 0) in (expected, size):  # the size in either file is unknown
             return encoded
         if expected == stored:
-            return as_stored(encoded)
+            return as_stored(encoded, self.limits)
         (height, width), (told_height, told_width) = size, expected
         raise DamagedImageError(
             f"it has {width} x {height} pixels, but {self.file.name} says {told_width} x "

@@ -18,7 +18,7 @@ from gptv_jax import config as config_lib
 from gptv_jax import files as files_lib
 from gptv_jax.data import listing
 from gptv_jax.data.data_set import SPLITS
-from gptv_jax.data.images import as_damaged
+from gptv_jax.data.limits import as_damaged
 from gptv_jax.data.listing import split_name, split_of
 from gptv_jax.data.records import Record
 from gptv_jax.errors import InputError, as_input_error, shorten
@@ -32,6 +32,7 @@ PROBED = 32  # images of a JSON file that are looked for in every folder
 KINDS = ("semantic", "masks")  # what `config.data.maps` names
 BACKGROUND = "background"  # class 0 of label maps: pixels of no object
 SHORTEST = len("[[0,0,0,1,1,1]]")  # text of a polygon
+UNREADABLE = (ValueError, OSError, RecursionError)  # as of JSON, of files and of nested lists
 FAR = 10  # heights or widths of the image, within which the corners of polygons lie
 
 
@@ -110,7 +111,7 @@ def read(path: pathlib.Path, outlines: bool = False) -> dict:
     gc.disable()  # which would look through millions of new objects again and again
     try:
         with (
-            as_input_error(problem, (ValueError, OSError), advice, lambda e: getattr(e, "msg", "")),
+            as_input_error(problem, UNREADABLE, advice, lambda e: getattr(e, "msg", "")),
             path.open("rb") as file,
             mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text,
         ):

@@ -2,13 +2,13 @@
 
 An image turns out to be damaged when it is decoded, in any thread or worker process. The example
 that replaces it carries the damaged image's number to the process that reads the batches, which
-keeps the log.
+keeps the log. Images that a filter leaves out are replaced and logged alike, but never stop a run.
 """
 
 import json
 import logging
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -16,8 +16,10 @@ import numpy as np
 from gptv_jax import config as config_lib
 from gptv_jax.data import sources
 from gptv_jax.data.data_set import Source
-from gptv_jax.data.images import DamagedImageError, Decode, Depth
-from gptv_jax.data.records import Record
+from gptv_jax.data.filters import DroppedImageError
+from gptv_jax.data.images import Decode, Depth
+from gptv_jax.data.limits import DamagedImageError
+from gptv_jax.data.records import Record, Rng
 from gptv_jax.errors import InputError
 
 LOG = logging.getLogger(__name__)
@@ -26,14 +28,14 @@ MIN_IMAGES = 200  # the share of damaged images is taken of at least so many, or
 
 
 class DecodedSource(Source):
-    """A source of pixels on top of a source of image files.
+    """A source of pixels on top of a source of image files, or of pixels where `decode` is None.
 
-    The record of the next good image replaces the record of a damaged image; "damaged" holds the
-    number of the damaged image.
+    The record of the next good image replaces the record of an image that is damaged, or that one
+    of the filters leaves out; "damaged" holds that image's number.
     """
 
-    def __init__(self, source, decode: Decode):
-        self.source, self.decode = source, decode
+    def __init__(self, source, decode: Decode | None, filters: Sequence = ()):
+        self.source, self.decode, self.filters = source, decode, filters
 
     def __len__(self) -> int:
         return len(self.source)
@@ -41,10 +43,11 @@ class DecodedSource(Source):
     def __getitem__(self, index: int) -> Record:
         return self.read(index)
 
-    def read(self, index: int, rng: np.random.Generator | None = None) -> Record:
+    def read(self, index: int, rng: Rng = None, place: float = 0.5) -> Record:
         for distance in range(len(self)):
+            number = (index + distance) % len(self)
             try:
-                record = self.decode(self.source.read((index + distance) % len(self), rng))
+                record = self._checked(number, self.source.read(number, rng, place))
             except (DamagedImageError, OSError):
                 continue
             return {**record, "damaged": np.int32(index) if distance else NOT_DAMAGED}
@@ -53,7 +56,15 @@ class DecodedSource(Source):
         )
 
     def frames(self, index: int) -> Iterator[Record]:
-        return map(self.decode, self.source.frames(index))
+        return (self._checked(index, record) for record in self.source.frames(index))
+
+    def _checked(self, index: int, record: Record) -> Record:
+        """The decoded record; DroppedImageError where a filter leaves it out."""
+        record = self.decode(record) if self.decode else record
+        reasons = (each.reason(index, record, self.source) for each in self.filters)
+        if words := next(filter(None, reasons), None):
+            raise DroppedImageError(words)
+        return record
 
     def name(self, index: int) -> str:
         return self.source.name(index)
@@ -61,13 +72,18 @@ class DecodedSource(Source):
     def image_id(self, index: int) -> int | str | None:
         return self.source.image_id(index)
 
-    def reason(self, index: int) -> str:
+    def fault(self, index: int) -> DamagedImageError | OSError | None:
+        """Why the image is not used; None: it could not be read before, and now can."""
         try:
             for record in self.source.every(index):
-                self.decode(record)
+                self._checked(index, record)
         except (DamagedImageError, OSError) as error:
-            return getattr(error, "strerror", None) or str(error)
-        return "it could not be read before, and now can"
+            return error
+        return None
+
+    def reason(self, index: int) -> str:
+        """`fault` in words."""
+        return _words(self.fault(index))
 
     def depth(self, index: int) -> Depth | None:
         """See `Decode.depth`; None also where the file cannot be read, or is an array of pixels."""
@@ -79,14 +95,14 @@ class DecodedSource(Source):
 
 
 class DamageLog:
-    """The damaged images that this process has met; the run's `skipped.jsonl` records them.
+    """The images that this process has met and not used; the run's `skipped.jsonl` records them.
 
     Every process writes a file, since each reads its share of the images.
     """
 
     def __init__(self, config: config_lib.Data, folder: pathlib.Path | None):
         self._config, self._path = config, None  # without a folder, nothing is written
-        lines, self._of_others = [], set()
+        lines, self._of_others = [], {}
         if folder:
             index = jax.process_index()
             self._path = folder / (f"skipped-{index}.jsonl" if index else "skipped.jsonl")
@@ -94,19 +110,25 @@ class DamageLog:
                 lines = _read_lines(self._path)
                 self._path.write_text("".join(json.dumps(line) + "\n" for line in lines))
             others = set(folder.glob("skipped*.jsonl")) - {self._path}
-            self._of_others = {line["name"] for path in others for line in _read_lines(path)}
-        self._names = {line["name"] for line in lines}
+            self._of_others = _dropped(line for path in others for line in _read_lines(path))
+        self._dropped = _dropped(lines)
         self._images_before = max((line["looked_at"] for line in lines), default=0)
         self._images_by_split: dict[str, int] = {}  # read by this process
 
     @property
     def count(self) -> int:
-        return len(self._names)
+        """Number of damaged images in the file of this process."""
+        return len(self._dropped) - sum(self._dropped.values())
 
     @property
     def names(self) -> list[str]:
         """Sorted names of the damaged images in the files of all processes."""
-        return sorted(self._names | self._of_others)
+        return sorted(n for n, dropped in (self._of_others | self._dropped).items() if not dropped)
+
+    @property
+    def dropped(self) -> list[str]:
+        """As `names`, of the images that a filter leaves out."""
+        return sorted(n for n, dropped in (self._of_others | self._dropped).items() if dropped)
 
     def record(self, split: str, source, damaged: np.ndarray | np.generic, batches: int) -> None:
         """Logs the images of a batch that are newly damaged: `DecodedSource` numbers them.
@@ -120,19 +142,23 @@ class DamageLog:
         looked_at = max(sum(self._images_by_split.values()), self._images_before)
         before = self.count
         for number in sorted({*np.ravel(damaged).tolist()} - {NOT_DAMAGED}):
-            if (name := source.name(number)) in self._names:
+            if (name := source.name(number)) in self._dropped:
                 continue
-            reason = source.reason(number)
-            if self._config.damaged == "fail":
+            fault = source.fault(number)
+            reason, dropped = _words(fault), isinstance(fault, DroppedImageError)
+            if self._config.damaged == "fail" and not dropped:
                 raise InputError(
                     f"{name} cannot be read: {reason}. Repair or remove it, or continue without it "
                     "by config.data.damaged=skip."
                 )
-            self._names.add(name)
-            LOG.warning("%s is left out: %s.", name, reason)
+            self._dropped[name] = dropped
+            LOG.log(
+                logging.INFO if dropped else logging.WARNING, "%s is left out: %s.", name, reason
+            )
             if self._path:
                 with self._path.open("a") as file:
                     line = {"name": name, "reason": reason, "looked_at": looked_at}
+                    line |= {"dropped": True} if dropped else {}
                     file.write(json.dumps(line) + "\n")
         if self.count == before:
             return
@@ -144,6 +170,16 @@ class DamageLog:
                 f"config.data.max_damaged={self._config.max_damaged}; they are named above"
                 + (f" and in {self._path}." if self._path else ".")
             )
+
+
+def _words(fault: Exception | None) -> str:
+    unknown = "it could not be read before, and now can"
+    return getattr(fault, "strerror", None) or str(fault or unknown)
+
+
+def _dropped(lines: Iterable[dict]) -> dict[str, bool]:
+    """For the name of every image, whether a filter left it out; else it was damaged."""
+    return {line["name"]: line.get("dropped", False) for line in lines}
 
 
 def _read_lines(path: pathlib.Path) -> list[dict]:

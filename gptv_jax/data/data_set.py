@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from gptv_jax.data.records import Record, annotations
+from gptv_jax.data.records import Record, Rng, annotations
 from gptv_jax.errors import shorten
 
 SPLITS = ("train", "validation", "test")  # of a run; `config.data` gives an expression for each
@@ -31,12 +31,13 @@ class Source:
     def __getitem__(self, index: int) -> Record:
         raise NotImplementedError
 
-    def read(self, index: int, rng: np.random.Generator | None = None) -> Record:
+    def read(self, index: int, rng: Rng = None, place: float = 0.5) -> Record:
         """The record of training; a source of videos draws where its clip begins.
 
-        None, in evaluation: the record of the number.
+        Without a generator, in evaluation, a clip begins at the `place` between the first frame, 0,
+        and the last one that a clip can begin with, 1. All other records do not depend on it.
         """
-        del rng
+        del rng, place
         return self[index]
 
     def every(self, index: int) -> Iterable[Record]:

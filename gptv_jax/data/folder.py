@@ -9,7 +9,7 @@ import numpy as np
 from gptv_jax import config as config_lib
 from gptv_jax import files as files_lib
 from gptv_jax.data import labels as labels_lib
-from gptv_jax.data import listing
+from gptv_jax.data import limits, listing
 from gptv_jax.data.arrays import ArraysSplit
 from gptv_jax.data.data_set import DataSet, spread_classes
 from gptv_jax.data.listing import ENDINGS, Listing, split_name
@@ -37,7 +37,7 @@ class ImageFolder(DataSet):
         path = listing.data_path(config)
         if not path.is_dir():
             raise InputError(f"config.data.path={path} is not a folder.")
-        self.notes = []
+        self.notes, self.limits = [], config.limits
         top = Listing(path, deep=False)
         # A class that is a link to another class is left out; a split may be a link to another.
         real = [os.path.realpath(path / n) for n in top.below if not (path / n).is_symlink()]
@@ -89,7 +89,9 @@ class ImageFolder(DataSet):
     def _split(
         self, folder: pathlib.Path, examples: list[str], labels: np.ndarray | None
     ) -> "FolderSplit":
-        return FolderSplit(folder, examples, labels)
+        found = FolderSplit(folder, examples, labels)
+        found.limits = self.limits
+        return found
 
     def _label(
         self, config: config_lib.Data, folders: dict[str, pathlib.Path], files: dict[str, list[str]]
@@ -168,9 +170,10 @@ class FolderSplit(ArraysSplit):
     """The image files `images` below the folder `where`."""
 
     key = "encoded"
+    limits: config_lib.Limits  # of the files
 
     def content(self, index: int) -> bytes:
-        return (self.where / self.images[index]).read_bytes()
+        return limits.read(self.where / self.images[index], self.limits)
 
     def name(self, index: int) -> str:
         return str(self.where / self.images[index])

@@ -4,16 +4,34 @@ import contextlib
 import copy
 import dataclasses
 import io
+import os
+import pathlib
 import re
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import ClassVar, NamedTuple, dataclass_transform
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import ExifTags, Image, ImageOps
 
+from gptv_jax.config.data import Limits
 from gptv_jax.config.fields import ABOVE_ZERO, POSITIVE, field
+from gptv_jax.data.limits import (
+    BITS,
+    DEFAULT,
+    MAX_SAMPLE,
+    PHOTOMETRIC,
+    SAMPLE_FORMAT,
+    DamagedImageError,
+    as_damaged,
+    check_array,
+    check_size,
+    has_deep_colours,
+    is_deep,
+    opened,
+    read,
+    tags_of,
+)
 from gptv_jax.data.records import (
     OBJECTS,
     PICTURE,
@@ -23,36 +41,9 @@ from gptv_jax.data.records import (
     to_array,
     to_picture,
 )
-from gptv_jax.errors import InputError, first_line, shorten
+from gptv_jax.errors import InputError, as_input_error, cut, shorten
 
-# Pillow warns of unusual metadata. The filter is global, since a context is not thread-safe.
-warnings.filterwarnings("ignore", module=r"PIL\.")
-# Pillow's limit would refuse images before `Decode.max_pixels` does.
-Image.MAX_IMAGE_PIXELS = None
 GREY = ("0 to 255, a grey value", lambda v: 0 <= v <= 255)
-# Numbers of TIFF's tags (TIFF 6.0, sections 8 and 19).
-BITS, PHOTOMETRIC, MAX_SAMPLE, SAMPLE_FORMAT = 258, 262, 281, 339
-
-
-class DamagedImageError(ValueError):
-    """An image file cannot be decoded; the message says why."""
-
-
-@contextlib.contextmanager
-def as_damaged(problem: str = "") -> Iterator[None]:
-    """Within the `with`, an exception becomes a DamagedImageError: `problem`, and the reason."""
-    try:
-        yield
-    except DamagedImageError:
-        raise
-    except Exception as error:  # parsers of files, such as Pillow's plugins, raise anything
-        unknown = isinstance(error, Image.UnidentifiedImageError)
-        reason = getattr(error, "strerror", None) or first_line(error)
-        if unknown:
-            reason = "not an image that Pillow can read"
-        elif isinstance(error, LookupError):  # in Pillow's own parsers
-            reason = f"the file is damaged ({reason})"
-        raise DamagedImageError(problem + reason) from error
 
 
 @dataclass_transform(frozen_default=True)
@@ -68,12 +59,13 @@ class Transform:
     random: ClassVar[bool] = False  # whether the generator is used; not allowed in evaluation
     # False: the transform only moves pixels, so that it may move tokens of a cache.
     needs_pixels: ClassVar[bool] = True
+    drops: ClassVar[bool] = False  # whether it leaves images out, see data/filters.py
     in_place: ClassVar[bool] = True  # False: `pixels` moves pixels, but boxes and masks stay
 
     def __init_subclass__(cls):
         dataclasses.dataclass(frozen=True)(cls)
         if not cls.__name__.startswith("_"):
-            Transform.named[re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()] = cls
+            cls.named[re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()] = cls
 
     def __call__(self, record: Record, rng: np.random.Generator | None = None) -> Record:
         """Transforms one record; `rng` is the generator of this example, None in evaluation."""
@@ -110,14 +102,27 @@ class Decode(Transform):
 
     channels: int = field(3, ("3 (RGB) or 1 (grey)", lambda v: v in (1, 3)))
     background: int = field(255, GREY)
-    # Height times width; a larger image is refused before it is decompressed.
-    max_pixels: int = field(2**26, POSITIVE)
-    # Longer side over shorter side; a resize would enlarge a longer image enormously.
-    max_ratio: float = field(32.0, ("1 or more", lambda v: v >= 1))
-    min_side: int = field(2, POSITIVE)  # pixels
+    # Limits of this list alone, in place of those of config.data.limits.
+    max_pixels: int | None = field(None, POSITIVE)
+    max_ratio: float | None = field(None, ("1 or more", lambda v: v >= 1))
+    min_side: int | None = field(None, POSITIVE)
     # The value that becomes 255, as 4095 of 12 bits; None: by the file. A number above 255 leaves
     # images of 8 bits as they are.
     maximum: float | None = field(None, ABOVE_ZERO)
+    configured: ClassVar[Limits] = DEFAULT  # config.data.limits, see `within`
+
+    def within(self, limits: Limits) -> "Decode":
+        """The step under the limits of a configuration."""
+        found = copy.copy(self)
+        object.__setattr__(found, "configured", limits)
+        return found
+
+    @property
+    def limits(self) -> Limits:
+        """The configured limits, in which the step's own arguments take over."""
+        own = {name: getattr(self, name) for name in ("max_pixels", "max_ratio", "min_side")}
+        given = {name: value for name, value in own.items() if value is not None}
+        return dataclasses.replace(self.configured, **given)
 
     def __call__(self, record, rng=None):
         """The record with "image" in place of "encoded"."""
@@ -144,27 +149,13 @@ class Decode(Transform):
         if isinstance(encoded, Image.Image):
             with as_damaged():
                 return self.convert(encoded)
-        if not encoded:
-            raise DamagedImageError("the file is empty")
-        with as_damaged(), Image.open(io.BytesIO(encoded)) as image:
-            self.check_size(*image.size)
+        with opened(encoded, self.limits) as image:
             return self.convert(image)
-
-    def check_size(self, width: int, height: int) -> None:
-        """Raises DamagedImageError where an image of this size is refused."""
-        short, long = sorted((width, height))
-        for wrong, limit in (
-            (width * height > self.max_pixels, f"more than max_pixels={self.max_pixels}"),
-            (long > self.max_ratio * short, f"longer than max_ratio={self.max_ratio}"),
-            (short < self.min_side, f"less than min_side={self.min_side}"),
-        ):
-            if wrong:
-                raise DamagedImageError(f"{width} x {height} pixels are {limit}")
 
     def convert(self, image: Image.Image) -> np.ndarray:
         """Pixels, uint8 [H, W, channels], of an open image, of which the frame that is shown."""
         stored = image  # has the file's tags, which a turned image has lost
-        maximum, deep = self.maximum or 0, _is_deep(stored)
+        maximum, deep = self.maximum or 0, is_deep(stored)
         if maximum > 255 and has_deep_colours(stored):
             raise DamagedImageError(
                 "Pillow reads only the upper 8 of the 16 bits of its colours, so it cannot take "
@@ -186,13 +177,12 @@ class Decode(Transform):
 
     def depth(self, encoded: bytes) -> "Depth | None":
         """The values of a file of more than 8 bits; None: it has 8 bits or cannot be decoded."""
-        with contextlib.suppress(Exception), Image.open(io.BytesIO(encoded)) as image:
-            self.check_size(*image.size)
+        with contextlib.suppress(Exception), opened(encoded, self.limits) as image:
             if has_deep_colours(image):  # of which Pillow reads the upper 8 bits
                 upper = np.asarray(image)
                 return Depth("16-bit colour", upper.min() * 256.0, upper.max() * 256.0, 65535)
             # Pillow scales a PGM to 16 bits by what its header says, with its codec "ppm".
-            if _is_deep(image) and "'ppm'" not in str(getattr(image, "tile", "")):
+            if is_deep(image) and "'ppm'" not in str(getattr(image, "tile", "")):
                 return find_depth(image, _values(image, image))
         return None
 
@@ -206,7 +196,9 @@ class Decode(Transform):
                 f"(0..1, 0..255, 0..65535); name what is white by decode(maximum=...){cut}"
             )
         pixels = np.rint((values * (255 / white)).clip(0, 255)).astype(np.uint8)
-        if _tags(stored).get(PHOTOMETRIC) == 0:  # white is zero; Pillow heeds that for 8 bits alone
+        if (
+            tags_of(stored).get(PHOTOMETRIC) == 0
+        ):  # white is zero; Pillow heeds that for 8 bits alone
             pixels = 255 - pixels
         if isinstance(clear := stored.info.get("transparency"), int):
             pixels[values == clear] = self.background
@@ -222,20 +214,23 @@ class Animation(EncodedClip):
 
     def decoded(self, decode: Decode) -> Sequence[UInt8[np.ndarray, "H W C"]]:
         found = {}
-        with as_damaged(), Image.open(io.BytesIO(self.encoded)) as image:
-            decode.check_size(*image.size)
+        with opened(self.encoded, decode.limits) as image:
             for number in dict.fromkeys(self.numbers):
                 image.seek(int(number))
+                check_size(*image.size, decode.limits)  # a frame of a GIF file may be larger
                 found[number] = decode.convert(image)
         return [found[number] for number in self.numbers]
 
 
-def count_frames(encoded: bytes) -> int:
+def count_frames(encoded: bytes, limits: Limits) -> int:
     """Number of frames of an image file, 1 of most; DamagedImageError: it cannot be read."""
-    if not encoded:
-        raise DamagedImageError("the file is empty")
-    with as_damaged(), Image.open(io.BytesIO(encoded)) as image:
-        return getattr(image, "n_frames", 1)
+    with opened(encoded, limits) as image:
+        count = getattr(image, "n_frames", 1)
+        if count > limits.max_frames:
+            raise DamagedImageError(
+                f"it has {count} frames, more than max_frames={limits.max_frames}"
+            )
+        return count
 
 
 class Depth(NamedTuple):
@@ -259,7 +254,7 @@ def find_depth(stored: Image.Image, values: np.ndarray) -> Depth:
     all of these, or where no value comes near the white that is found: 0..1 with an overshoot to
     1.1 is not 0..255, and 0..4095 is not 0..65535.
     """
-    tags, low, high = _tags(stored), values.min().item(), values.max().item()
+    tags, low, high = tags_of(stored), values.min().item(), values.max().item()
     bits = tags.get(BITS, (16,))[0]
     if stored.mode.startswith("I;16") or (stored.mode == "I" and stored.format in ("PNG", "PPM")):
         most = tags.get(MAX_SAMPLE, (0,))[0]
@@ -276,37 +271,22 @@ def find_depth(stored: Image.Image, values: np.ndarray) -> Depth:
     return Depth(kind, low, high, white, sure=False)
 
 
-def _tags(image: Image.Image) -> Mapping:
-    """A TIFF's tags by their numbers."""
-    return getattr(image, "tag_v2", {})
-
-
 def _values(image: Image.Image, stored: Image.Image) -> np.ndarray:
     """The values, [H, W], of an image whose file is `stored`; DamagedImageError if not finite."""
-    tags, values = _tags(stored), np.asarray(image)
+    tags, values = tags_of(stored), np.asarray(image)
     if not np.isfinite(values).all():
         raise DamagedImageError("it has values that are not finite numbers")
     unsigned = tags.get(BITS) == (32,) and tags.get(SAMPLE_FORMAT, (1,)) == (1,)
     return values.view(np.uint32) if unsigned else values  # Pillow reads them as signed ones
 
 
-def _is_deep(image: Image.Image) -> bool:
-    """Whether the image has one channel of more than 8 bits; Pillow reads no deep colours."""
-    return image.mode.startswith("I") or image.mode == "F"
-
-
-def has_deep_colours(image: Image.Image) -> bool:
-    """Whether the file, whose pixels are not read yet, has several channels of 16 bits."""
-    return not _is_deep(image) and ";16" in str(getattr(image, "tile", ""))
-
-
-def shown_size(encoded: bytes) -> tuple[tuple[int, int], tuple[int, int]]:
+def shown_size(encoded: bytes, limits: Limits) -> tuple[tuple[int, int], tuple[int, int]]:
     """Height and width that `Decode` gives, and those before the EXIF orientation; not decoded.
 
     0, 0 of a file that cannot be read, whose reason decoding finds.
     """
     stored, turned = (0, 0), False
-    with contextlib.suppress(Exception), Image.open(io.BytesIO(encoded)) as image:
+    with contextlib.suppress(Exception), opened(encoded, limits) as image:
         # Pillow decodes a PNG to look for an orientation behind the pixels.
         plain = image.format == "PNG" and b"eXIf" not in encoded and b"Orientation" not in encoded
         turned = not plain and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
@@ -314,8 +294,41 @@ def shown_size(encoded: bytes) -> tuple[tuple[int, int], tuple[int, int]]:
     return (stored[::-1] if turned else stored), stored
 
 
-def as_stored(encoded: bytes) -> bytes:
+def as_stored(encoded: bytes, limits: Limits) -> bytes:
     """The image file as a PNG file without EXIF orientation, so that `Decode` does not turn it."""
-    with Image.open(io.BytesIO(encoded)) as image, io.BytesIO() as plain:
+    with opened(encoded, limits) as image, io.BytesIO() as plain:
         image.save(plain, "PNG", exif=b"", compress_level=1)
         return plain.getvalue()
+
+
+def load_image(
+    source: str | os.PathLike | bytes | Image.Image | np.ndarray,
+    limits: Limits = DEFAULT,
+    channels: int = 3,
+) -> UInt8[np.ndarray, "H W channels"]:
+    """The pixels of an image that may come from anywhere, checked before they are decoded.
+
+    Args:
+      source: the path of an image file, or the bytes of one, of any format that Pillow reads; or an
+        open Pillow image or an array of pixels [H, W] or [H, W, 1 or 3], checked by size alone.
+      limits: what the image may be; gptv_jax.Limits(max_pixels=10**6, formats=("JPEG",)), say.
+      channels: 3 (RGB) or 1 (grey); an image of other channels is converted as `decode()` does it.
+
+    Raises:
+      ValueError: the image is outside the limits, damaged or no image; one sentence says why.
+    """
+    decode = Decode(channels).within(limits)
+    given = isinstance(source, str | os.PathLike)
+    with as_input_error(f"{cut(str(source), 100) if given else 'an image'} cannot be read"):
+        if given:
+            source = read(pathlib.Path(source), limits)
+        elif isinstance(source, Image.Image):
+            check_size(*source.size, limits)
+        elif not isinstance(source, bytes):
+            source = np.asarray(source)
+            if source.dtype != np.uint8 or source.ndim not in (2, 3) or not source.size:
+                found = f"it is an array {source.dtype} {list(source.shape)}"
+                raise DamagedImageError(f"{found}; give uint8 [H, W], [H, W, 1] or [H, W, 3]")
+            check_array(source, limits)
+            source = source[..., None] if source.ndim == 2 else source
+        return decode.pixels(source)

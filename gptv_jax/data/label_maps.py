@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 import functools
-import io
 import os
 import pathlib
 import re
@@ -14,16 +13,12 @@ from PIL import Image
 
 from gptv_jax import config as config_lib
 from gptv_jax import files
+from gptv_jax.data import limits as limits_lib
 from gptv_jax.data import listing
 from gptv_jax.data.clips import Clips, Video, VideoSource, natural
 from gptv_jax.data.data_set import ORDER_SEED, SPLITS, DataSet, Source
-from gptv_jax.data.images import (
-    DamagedImageError,
-    as_damaged,
-    as_stored,
-    has_deep_colours,
-    shown_size,
-)
+from gptv_jax.data.images import as_stored, shown_size
+from gptv_jax.data.limits import DamagedImageError, has_deep_colours
 from gptv_jax.data.listing import Listing, split_names
 from gptv_jax.data.records import Record
 from gptv_jax.errors import InputError, as_input_error, counted, cut, shorten
@@ -47,6 +42,7 @@ class LabelTable:
     classes: tuple[int, ...]  # the class of each key
     colors: bool = False  # whether `keys` are colours
     channel: int | None = None  # with the values, see `config.Data.map_channel`
+    limits: config_lib.Limits = limits_lib.DEFAULT  # of images and of label maps
 
     @property
     def dtype(self) -> np.dtype:
@@ -61,9 +57,9 @@ class LabelTable:
         file comes back without the orientation. DamagedImageError: the map cannot be read, or does
         not fit the image.
         """
-        sizes = shown_size(encoded)  # upright and stored
+        sizes = shown_size(encoded, self.limits)  # upright and stored
         problem = "its label map cannot be read: "
-        with as_damaged(problem), Image.open(io.BytesIO(encoded_map)) as image:
+        with limits_lib.opened(encoded_map, self.limits, problem) as image:
             own = image.size[::-1]
             unknown = (0, 0) in sizes  # the image cannot be read, which decoding finds out
             fitting = [own] if unknown else [size for size in sizes if _similar(own, size)]
@@ -77,7 +73,7 @@ class LabelTable:
         if size != own:
             resized = Image.fromarray(classes).resize(size[::-1], Image.Resampling.NEAREST)
             classes = np.array(resized)
-        return encoded if unknown or size == sizes[0] else as_stored(encoded), classes
+        return encoded if unknown or size == sizes[0] else as_stored(encoded, self.limits), classes
 
     def _values(self, image: Image.Image) -> np.ndarray:
         """The values of the pixels, or their colours as one number each, [H, W]."""
@@ -159,7 +155,8 @@ def read_table(config: config_lib.Data) -> LabelTable:
             f"config.data.map_ignore={config.map_ignore} out."
         )
     *numbers, names = zip(*(match.groups() for match in found), strict=True)
-    numbers = np.array(numbers, np.int64)
+    with as_input_error(f"{where} has a {what} that is too large", OverflowError):
+        numbers = np.array(numbers, np.int64)
     if form is COLOR and numbers.max() > 255:
         raise InputError(f"{where} has a colour with {numbers.max()}; colours are 0 to 255.")
     keys = (RADIX[-len(numbers) :] @ numbers).tolist()
@@ -185,7 +182,7 @@ def make_table(
     values = [n for n in range(len(names) + len(ignored)) if n not in ignored]
     of_keys = tuple(classes.index(name) for name in names)
     keys = tuple(keys or values[: len(names)])
-    return LabelTable(classes, keys, of_keys, colors, config.map_channel)
+    return LabelTable(classes, keys, of_keys, colors, config.map_channel, config.limits)
 
 
 def _similar(size: tuple[int, int], other: tuple[int, int]) -> bool:
@@ -269,7 +266,9 @@ class _MapSplit(Source):
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> Record:
-        encoded, encoded_map = (pathlib.Path(path).read_bytes() for path in self.pairs[index])
+        limits = self.table.limits
+        paths = map(pathlib.Path, self.pairs[index])
+        encoded, encoded_map = (limits_lib.read(path, limits) for path in paths)
         encoded, classes = self.table.annotate(encoded, encoded_map)
         return {"encoded": encoded, "segmentation": classes}
 
@@ -310,10 +309,11 @@ class _MapVideos(VideoSource):
 
     def _frame(self, path: str, of_map: str | None) -> tuple[bytes, np.ndarray]:
         """The image file and the classes of its pixels."""
-        encoded = pathlib.Path(path).read_bytes()
+        limits = self.table.limits
+        encoded = limits_lib.read(pathlib.Path(path), limits)
         if of_map is not None:
-            return self.table.annotate(encoded, pathlib.Path(of_map).read_bytes())
-        size = shown_size(encoded)[0]
+            return self.table.annotate(encoded, limits_lib.read(pathlib.Path(of_map), limits))
+        size = shown_size(encoded, limits)[0]
         return encoded, np.full(size, no_class(self.table.dtype), self.table.dtype)
 
     def name(self, index: int) -> str:

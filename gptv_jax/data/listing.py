@@ -11,6 +11,7 @@ from PIL import Image
 
 from gptv_jax import config as config_lib
 from gptv_jax import files
+from gptv_jax.data.limits import is_picture
 from gptv_jax.errors import InputError
 
 # Endings of the commonest formats; `_known` adds all others that the installed Pillow opens.
@@ -19,9 +20,6 @@ ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".
 VIDEO_ENDINGS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".m2ts")
 VIDEO_ENDINGS += (".mts", ".wmv", ".flv", ".ogv", ".3gp")
 VIDEO_ADVICE = "python -m gptv_jax.prepare --videos=FOLDER --out=FRAMES reads video files"
-# Formats of pictures that have no MIME type in Pillow; other formats without one are stubs, fonts
-# of games, or documents.
-UNTYPED_FORMATS = ("QOI", "DDS", "FITS", "SUN")
 # A name of a split: a word for the split, and words such as images or data before or after it.
 # Names of classes such as trains, testudo or validators have other letters beside the word.
 _FILLING = "(?:(?:image|img|picture|photo|file|sample|set|split|folder)s?|data)*"
@@ -133,7 +131,7 @@ def _known() -> frozenset[str]:
         ending
         for ending, kind in Image.registered_extensions().items()
         if kind in Image.OPEN or kind == "MPO"  # which the JPEG plugin opens
-        if Image.MIME.get(kind, "").startswith("image/") or kind in UNTYPED_FORMATS
+        if is_picture(kind)
     )
 
 

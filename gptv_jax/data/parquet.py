@@ -18,7 +18,7 @@ from gptv_jax import config as config_lib
 from gptv_jax import files
 from gptv_jax.data import listing, shards
 from gptv_jax.data.data_set import locate, starts
-from gptv_jax.data.images import DamagedImageError, as_damaged
+from gptv_jax.data.limits import DamagedImageError, as_damaged
 from gptv_jax.data.listing import split_name, split_names
 from gptv_jax.errors import InputError, as_input_error, shorten
 

@@ -10,12 +10,7 @@ import dataclasses
 import functools
 import itertools
 import logging
-import math
-import multiprocessing
-import os
 import pathlib
-import signal
-import threading
 from collections.abc import Callable, Iterator
 
 import grain
@@ -24,20 +19,22 @@ import numpy as np
 from gptv_jax import config as config_lib
 from gptv_jax.data import sources, transforms
 from gptv_jax.data.cache import TokenCache
+from gptv_jax.data.clips import by_video, places
 from gptv_jax.data.damage import NOT_DAMAGED, DamageLog, DecodedSource
 from gptv_jax.data.images import Decode
-from gptv_jax.data.records import PICTURE, Record, with_view
+from gptv_jax.data.reading import batches_ahead, read_ahead
+from gptv_jax.data.records import PICTURE, Record, Rng, with_view
+from gptv_jax.data.stills import Stills, images_of
 from gptv_jax.errors import InputError
 from gptv_jax.tokens import Codec
 
 LOG = logging.getLogger(__name__)
 ENCODE_AHEAD = 2  # batches that a codec on devices encodes ahead of their use
-# Each process that reads holds so many batches, or fewer of clips: so many bytes of pixels.
-READ_AHEAD, READ_BYTES = 16, 2**30
 # Makes the task's part of a batch from a record and a generator; the generator is None in
 # evaluation.
-ExampleOf = Callable[[Record, np.random.Generator | None], dict]
-ALWAYS = ("label", "variant", "damaged")  # keys of a record that any batch has
+ExampleOf = Callable[[Record, Rng], dict]
+ALWAYS = ("label", "variant", "damaged", "still")  # keys of a record that any batch has
+DROPS_FIRST = "drop_... entries stand before all others but decode()."
 DECODE_FIRST = 'lists of transforms for image files begin with "decode()", and have it once.'
 
 
@@ -70,12 +67,17 @@ class Pipeline:
         entries: tuple[str, ...] = (),
         example: ExampleOf | None = None,
         pixels: bool = False,
+        stills: bool = False,
     ) -> Iterator[dict]:
         """This process's share of every global batch from number `position` on, without end.
 
-        `entries` are transforms in place of the config's.
+        `entries` are transforms in place of the config's. With `stills`, the images that the config
+        mixes with clips are among them; "still", bool [b], says which they are.
         """
         make = self._example("train", entries or self.config.train_transforms, example, pixels)
+        if stills and self.config.still_share:
+            images = open_examples(*images_of(self.config))
+            make = dataclasses.replace(make, stills=Stills(images, make.source, self.config))
         data = grain.MapDataset.range(len(make.source)).seed(self.seed).shuffle().repeat()
         return self._batches(data.random_map(make), "train", make, batch_size, position)
 
@@ -87,6 +89,7 @@ class Pipeline:
         example: ExampleOf | None = None,
         extra: tuple[str, ...] = (),
         pixels: bool = False,
+        clips: int = 1,
     ) -> Iterator[dict]:
         """This process's share of the first `limit` examples of a split, without augmentation.
 
@@ -94,14 +97,17 @@ class Pipeline:
         and 0 for padding and for examples that replace a damaged image; "index", int32 [b], is the
         number of the example. With `example`, "view", float32 [b, 4], is the part of the original
         that an image shows, see data/records.py. `extra` are transforms after the config's.
+        With several `clips` of each video, evenly spaced, "tokens" are [b, clips, T].
         """
         entries = (*self.config.eval_transforms, *extra)
         make = self._example(split, entries, example, pixels)
         length = len(make.source)
         examples = length if limit is None else min(limit, length)
         padded = -(-examples // batch_size) * batch_size
-        data = grain.MapDataset.range(padded).map(functools.partial(make.masked, examples))
-        return self._batches(data, split, make, batch_size)
+        masked = functools.partial(make.masked, examples, places(clips))
+        data = grain.MapDataset.range(padded * clips).map(masked)
+        batches = self._batches(data, split, make, batch_size * clips)
+        return batches if clips == 1 else (by_video(batch, clips) for batch in batches)
 
     def has_pixels(self) -> bool:
         """Whether the images can be read; a token cache has only tokens."""
@@ -128,7 +134,7 @@ class Pipeline:
         rows = batch_size // count
         data = data.batch(rows, drop_remainder=True)[index::count][position:]
         ahead = batches_ahead(self.config, rows)
-        read = _read_ahead(data, example.source, self.config.workers, ahead)
+        read = read_ahead(data, example.source, self.config.workers, ahead)
         if example.codec is not self.codec:  # which encodes whole batches, on devices
             take = dict.get if example.pixels else dict.pop
             read = read.map(lambda b: {"tokens": self.codec.encode(take(b, "image")), **b})
@@ -136,7 +142,7 @@ class Pipeline:
             read = prefetch(read, prefetch_buffer_size=ENCODE_AHEAD)
         for number, batch in enumerate(read, start=position + 1):
             damaged = batch.pop("damaged", NOT_DAMAGED)
-            self.damage_log.record(split, example.source, damaged, number)
+            self.damage_log.record(split, example.stills or example.source, damaged, number)
             yield batch
 
 
@@ -164,7 +170,7 @@ def images(
         data = data.seed(seed).shuffle()
         data = (data.repeat() if anywhere else data)[:count]
     data = data.random_map(make.record) if anywhere else data.map(make.record)
-    for number, record in enumerate(_read_ahead(data, source, config.workers), start=1):
+    for number, record in enumerate(read_ahead(data, source, config.workers), start=1):
         damaged = record.pop("damaged", NOT_DAMAGED)
         damage_log.record(split, source, damaged, number)
         if damaged == NOT_DAMAGED:
@@ -175,14 +181,19 @@ def open_examples(config: config_lib.Data, split: str, entries: tuple[str, ...])
     """The split's source, with the transforms to apply to its pixels or grids of tokens."""
     source = sources.open_source(config, split)
     steps = [transforms.parse(entry) for entry in entries]
-    decodes = [isinstance(step, Decode) for step in steps]
-    if any(decodes[1:]):
+    if any(isinstance(step, Decode) for step in steps[1:]):
         raise InputError(f"a list of transforms of config.data is {entries}; {DECODE_FIRST}")
+    decode = steps[0].within(config.limits) if steps and isinstance(steps[0], Decode) else None
+    others = steps[1:] if decode else steps
+    filters = list(itertools.takewhile(lambda step: step.drops, others))
+    if any(step.drops for step in others[len(filters) :]):
+        raise InputError(f"a list of transforms of config.data is {entries}; {DROPS_FIRST}")
     if isinstance(sources.open_data_set(config), TokenCache):
-        steps = _token_steps(config, entries)
-    elif any(decodes):
-        source, steps = DecodedSource(source, steps[0]), steps[1:]
-    return _Example(source, steps)
+        return _Example(source, _token_steps(config, entries))
+    if decode or filters:
+        bound = [each.bound(config, split) for each in filters]
+        source = DecodedSource(source, decode, bound)
+    return _Example(source, others[len(filters) :])
 
 
 def takes(config: config_lib.Data, entry: str) -> bool:
@@ -224,17 +235,19 @@ class _Example(grain.transforms.RandomMap):
     example: ExampleOf | None = None
     pixels: bool = False
     annotated: bool = False
+    stills: Stills | None = None
 
-    def record(self, index: int, rng: np.random.Generator | None = None) -> Record:
-        """The transformed record, without annotations unless they are used."""
-        record = self.transformed(self.source.read(index, rng), index, rng)
+    def record(self, index: int, rng: Rng = None, place: float = 0.5) -> Record:
+        """The transformed record, without annotations unless they are used.
+
+        Of a video, a generator draws where the clip begins; without one, see `Source.read`.
+        """
+        record = self.transformed(self.source.read(index, rng, place), index, rng)
         if self.annotated:
             record["image_id"] = self.source.image_id(index)
         return record
 
-    def transformed(
-        self, record: Record, index: int, rng: np.random.Generator | None = None
-    ) -> Record:
+    def transformed(self, record: Record, index: int, rng: Rng = None) -> Record:
         """What `record` makes of a record of the source, which has this number."""
         record = record | {"variant": np.int32(0)}
         if "encoded" in record:
@@ -248,8 +261,9 @@ class _Example(grain.transforms.RandomMap):
             record = step(record, rng)
         return record
 
-    def random_map(self, index: int, rng: np.random.Generator | None = None) -> dict:
-        record = self.record(index, rng)
+    def random_map(self, index: int, rng: Rng = None, place: float = 0.5) -> dict:
+        read = functools.partial(self.record, index, rng, place)
+        record = self.stills.draw(rng, read) if self.stills else read()
         found = {name: record[name] for name in ALWAYS if name in record}
         if self.codec is not None:
             found["tokens"] = to_tokens(self.codec, record)
@@ -261,10 +275,14 @@ class _Example(grain.transforms.RandomMap):
                 found["view"] = record["view"]
         return found
 
-    def masked(self, examples: int, index: int) -> dict:
-        """The example, or padding where `index` is not below the number of examples."""
+    def masked(self, examples: int, starts: list[float], number: int) -> dict:
+        """The example, or padding where its index is not below the number of examples.
+
+        The clips of an example, which begin at `starts`, follow each other; see `Source.read`.
+        """
+        index, clip = divmod(number, len(starts))
         padding = index >= examples
-        element = self.random_map(0 if padding else index)
+        element = self.random_map(0 if padding else index, None, starts[clip])
         counts = not padding and element.get("damaged", NOT_DAMAGED) == NOT_DAMAGED
         return {**element, "mask": np.float32(counts), "index": np.int32(index)}
 
@@ -314,36 +332,3 @@ def check_shape(image: np.ndarray, expected: tuple[int, ...]) -> None:
             f"after the transforms of config.data an image is {found}, but {takes} is needed; "
             f"{cure}."
         )
-
-
-def batches_ahead(config: config_lib.Data, rows: int) -> int:
-    """Batches of `rows` RGB images, or clips, that a process reads ahead: two or more."""
-    pixels = 3 * max(config.frames, 1) * math.prod(config.size)
-    return min(max(READ_BYTES // (rows * pixels), 2), READ_AHEAD)
-
-
-def _read_ahead(
-    data: grain.MapDataset, source, workers: int, ahead: int = READ_AHEAD
-) -> grain.IterDataset:
-    """Reads `ahead` elements of `data` ahead, in each of `workers` processes; 0: in this one."""
-    # Image files are decoded without Python's global lock; tokens are unpacked with it.
-    threads = min(os.cpu_count(), 16) if isinstance(source, DecodedSource) else 1
-    read = data.to_iter_dataset(grain.ReadOptions(threads, ahead))
-    if workers:
-        options = grain.MultiprocessingOptions(num_workers=workers)
-        read = read.mp_prefetch(options, worker_init_fn=_end_with_parent)
-    return read
-
-
-def _end_with_parent(*_) -> None:
-    """Makes a worker end when its parent process ends, and not before.
-
-    A scheduler's SIGTERM may reach the workers while the parent still takes a last training step.
-    """
-
-    def wait_for_parent() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    threading.Thread(target=wait_for_parent, daemon=True).start()

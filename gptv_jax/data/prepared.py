@@ -40,7 +40,7 @@ class Tfds(DataSet):
         import tensorflow_datasets as tfds  # takes seconds
 
         name, folder = config.name, config.dir and str(files.user_place(config.dir))
-        self._folder, self._sets = folder, sets
+        self._folder, self._sets, self._limits = folder, sets, config.limits
         try:
             with _videos_as_images(tfds.features.Video):
                 if folder and (pathlib.Path(folder) / "dataset_info.json").exists():
@@ -119,7 +119,8 @@ class Tfds(DataSet):
         where, labelled = f"{self.name}/{split}", bool(self.classes)
         if self.videos:
             return _TfdsVideos(where, data, self._image, labelled, self._clips)
-        return _TfdsSplit(where, data, self._image, labelled, self._objects, self._maps)
+        facts = labelled, self._objects, self._maps, self._limits
+        return _TfdsSplit(where, data, self._image, *facts)
 
     def _unprepared(self, name: str, error: Exception) -> InputError:
         if "/" in name and type(error).__name__ == "DatasetNotFoundError":
@@ -141,6 +142,7 @@ class _TfdsSplit(Source):
     labelled: bool  # whether there are labels
     objects_of: tuple[str, bool] | None  # the feature, and whether its objects have labels
     maps: tuple[str, label_maps.LabelTable] | None  # the feature, and its classes
+    limits: config_lib.Limits
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -156,7 +158,8 @@ class _TfdsSplit(Source):
             record["label"] = np.int32(example["label"])
         if self.objects_of:
             name, labelled = self.objects_of
-            record |= _objects(record["encoded"], example[name], labelled)
+            size, _ = shown_size(record["encoded"], self.limits)
+            record |= _objects(size, example[name], labelled)
         return record
 
     def image_id(self, index: int) -> int | str | None:
@@ -219,12 +222,12 @@ def _videos_as_images(video: type) -> Iterator[None]:
         video.from_json_content = usual
 
 
-def _objects(encoded: bytes, found: dict[str, list | np.ndarray], labelled: bool) -> Record:
-    """The boxes of an image in pixels, of y0, x0, y1, x1 as shares of its height and width.
+def _objects(size: tuple[int, int], found: dict[str, list | np.ndarray], labelled: bool) -> Record:
+    """The boxes of an image of `size` in pixels, of y0, x0, y1, x1 as shares of height and width.
 
     Boxes are clipped to the image; those without area or without a class are left out.
     """
-    sides = np.array(shown_size(encoded)[0] * 2, np.float32)
+    sides = np.array(size * 2, np.float32)
     boxes = np.reshape(found["bbox"], (-1, 4)).clip(0, 1) * sides
     none = np.zeros(len(boxes), np.int32)
     labels = np.asarray(found["label"] if labelled else none, np.int32)

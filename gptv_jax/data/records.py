@@ -40,6 +40,8 @@ class EncodedClip(abc.ABC):
 
 
 Record = dict[str, np.ndarray | np.generic | bytes | list | EncodedClip]
+# What training draws from; None, in evaluation: nothing is random.
+Rng = np.random.Generator | None
 PICTURE = ("encoded", "image", "tokens")  # the picture itself; other keys say something about it
 # Arrays that cover the image, and the axis of the image's rows, counted from the end; the next axis
 # is the columns.

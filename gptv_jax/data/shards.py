@@ -17,7 +17,7 @@ from gptv_jax.data import labels as labels_lib
 from gptv_jax.data import listing
 from gptv_jax.data.arrays import ArraysSplit
 from gptv_jax.data.data_set import SPLITS, DataSet, locate, spread_classes, starts
-from gptv_jax.data.images import DamagedImageError
+from gptv_jax.data.limits import DamagedImageError
 from gptv_jax.data.listing import split_name, split_of
 from gptv_jax.errors import InputError, as_input_error
 

@@ -18,23 +18,16 @@ from gptv_jax.data.arrays import digits, open_npz
 from gptv_jax.data.cache import TokenCache
 from gptv_jax.data.camera_motions import CameraMotions
 from gptv_jax.data.coco import Coco
-from gptv_jax.data.data_set import (
-    SPLITS,
-    DataSet,
-    Source,
-    locate,
-    starts,
-    with_distinct_names,
-)
+from gptv_jax.data.data_set import SPLITS, DataSet, Source, locate, starts, with_distinct_names
 from gptv_jax.data.digit_scenes import DigitScenes
 from gptv_jax.data.folder import ImageFolder
-from gptv_jax.data.images import DamagedImageError
 from gptv_jax.data.label_maps import MapFolder
+from gptv_jax.data.limits import DamagedImageError, check_formats
 from gptv_jax.data.listing import split_names
 from gptv_jax.data.moving_digits import MovingDigits
 from gptv_jax.data.parquet import Tables
 from gptv_jax.data.prepared import Tfds
-from gptv_jax.data.records import OBJECTS, Record
+from gptv_jax.data.records import OBJECTS, Record, Rng
 from gptv_jax.data.shards import WebDataset
 from gptv_jax.data.videos import VideoFolder
 from gptv_jax.errors import InputError, counted, shorten
@@ -81,8 +74,7 @@ class Selected(Source):
         parts = _resolve(expression, data_set)
         self._firsts = starts(len(rows) for _, rows in parts)
         if not len(self):
-            shown = _shown(data_set.lengths)
-            raise InputError(f"split {expression!r} names no image of: {shown}.")
+            raise InputError(f"split {expression!r} names no image of: {_shown(data_set.lengths)}.")
         self.expression, self.splits = expression, {split for split, _ in parts}
         self._parts = [(data_set.open(split), rows) for split, rows in parts]
         self.labels = None
@@ -94,12 +86,11 @@ class Selected(Source):
         return self._firsts[-1]
 
     def __getitem__(self, index: int) -> Record:
-        source, row = self._locate(index)
-        return self._labelled(source[row])
+        return self.read(index)
 
-    def read(self, index: int, rng: np.random.Generator | None = None) -> Record:
+    def read(self, index: int, rng: Rng = None, place: float = 0.5) -> Record:
         source, row = self._locate(index)
-        return self._labelled(source.read(row, rng))
+        return self._labelled(source.read(row, rng, place))
 
     def every(self, index: int) -> Iterable[Record]:
         source, row = self._locate(index)
@@ -124,7 +115,8 @@ class Selected(Source):
         """
         if self.labels is None:
             return None
-        return np.bincount(self.labels[self.labels >= 0], minlength=self.classes)
+        known = (self.labels >= 0) & (self.labels < self.classes)
+        return np.bincount(self.labels[known], minlength=self.classes)
 
     def object_counts(self) -> dict[str, int | list[int]] | None:
         """Numbers of boxes and of images without a box; None where these are not in memory.
@@ -201,8 +193,7 @@ def _resolve(expression: str, data_set: DataSet) -> list[tuple[str, range]]:
     A split has the name that the data give it, such as valid, and the one it has for a run.
     """
     lengths = data_set.lengths
-    names = {split: own for own, split in split_names(lengths).items()}
-    names |= data_set.other_names
+    names = {split: own for own, split in split_names(lengths).items()} | data_set.other_names
     taken = expression
     expression = re.sub(r"(?:^|(?<=\+))[^\[+]+", lambda m: names.get(m[0], m[0]), expression)
     if expression in lengths:  # without importing TFDS, which takes seconds
@@ -251,6 +242,7 @@ def open_data_set(config: config_lib.Data) -> DataSet:
                 f"config.data.{field}={getattr(config, field)} is for config.data.name="
                 f"{'|'.join(names)}, but config.data.name={config.name}; leave the field out."
             )
+    check_formats(config.limits)
     if config.name in SETS:
         return with_distinct_names(_fitting(SETS[config.name](config), config))
     if advice := listing.advice(config.name):
@@ -330,14 +322,21 @@ def check_objects(config: config_lib.Data, validated: int | None) -> None:
             )
 
 
-def check_labels(config: config_lib.Data, opened: dict[str, Selected]) -> None:
-    """Raises InputError where a split has other labels than numbers of classes, or train one."""
+def check_labels(
+    config: config_lib.Data, opened: dict[str, Selected], lists: Iterable[Iterable[str]] = ()
+) -> None:
+    """Raises InputError where a split has other labels than numbers of classes, or train one.
+
+    Other labels are left out where all `lists` of transforms that the run uses say so.
+    """
     counts = opened["train"].label_counts() if "train" in opened else None
     if counts is not None and np.count_nonzero(counts) == 1:
         raise InputError(
             f"config.data.train_split={config.train_split} has images of a single class. Take "
             "images of several classes, or ignore all classes by config.data.labels=False."
         )
+    if lists and all(any(e.startswith("drop_unlabelled") for e in entries) for entries in lists):
+        return
     for split, source in opened.items():
         labels = source.labels
         if labels is None:  # in files, of which the first and the last example are looked at
@@ -346,5 +345,6 @@ def check_labels(config: config_lib.Data, opened: dict[str, Selected]) -> None:
             given = f"config.data.{split}_split={getattr(config, f'{split}_split')}"
             raise InputError(
                 f"{given} has images without a label (-1, or no number of the {source.classes} "
-                "classes). Take a split with labels, or ignore all by config.data.labels=False."
+                "classes). Take a split with labels, put drop_unlabelled() into every list of "
+                "transforms, or ignore all by config.data.labels=False."
             )

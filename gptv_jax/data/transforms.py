@@ -16,6 +16,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from gptv_jax.config import fields
 from gptv_jax.config.fields import POSITIVE, SHARE, field, one_of
 from gptv_jax.data import geometry as geometry  # whose transforms have names
+from gptv_jax.data.filters import FILTERS
 from gptv_jax.data.images import GREY, Decode, Transform
 from gptv_jax.data.records import to_array, to_picture
 from gptv_jax.errors import InputError, cut, first_line, shorten
@@ -165,26 +166,27 @@ OPERATIONS = {
 
 
 def parse(entry: str) -> Transform:
-    """The transform that an entry names."""
+    """The transform, or the filter, that an entry names."""
+    named = TRANSFORMS | FILTERS
     try:
         call = ast.parse(entry, mode="eval").body
         if isinstance(call, ast.Name):
             call = ast.Call(call, [], [])
         if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)):
             raise ValueError("an entry is one transform")
-        if call.func.id not in TRANSFORMS:
+        if call.func.id not in named:
             raise ValueError("there is no such transform")
-        transform = TRANSFORMS[call.func.id]
+        transform = named[call.func.id]
         arguments = [ast.literal_eval(a) for a in call.args]
-        named = {k.arg: ast.literal_eval(k.value) for k in call.keywords}
-        given = inspect.signature(transform).bind(*arguments, **named).arguments
+        by_name = {k.arg: ast.literal_eval(k.value) for k in call.keywords}
+        given = inspect.signature(transform).bind(*arguments, **by_name).arguments
         known = fields.by_name(transform)
         return transform(**{n: fields.checked(v, known[n], n) for n, v in given.items()})
     except (SyntaxError, AttributeError, TypeError, ValueError) as error:
         name = entry.partition("(")[0].strip()
-        accepted = f"flip(), say, or another of {shorten(TRANSFORMS, room=140)}"
-        if name in TRANSFORMS:
-            accepted = f"{name}({_arguments(TRANSFORMS[name])})"
+        accepted = f"flip(), say, or another of {shorten(named, room=140)}"
+        if name in named:
+            accepted = f"{name}({_arguments(named[name])})"
         problem = f"a list of transforms has {cut(entry, 50)!r} ({cut(first_line(error), 60)})"
         raise InputError(f"{problem}; it takes {accepted}.") from error
 

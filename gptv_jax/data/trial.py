@@ -39,7 +39,7 @@ def try_out(
     example = dataclasses.replace(example, codec=codec, annotated=annotated)
     evaluated, warned = entries == config.eval_transforms, False
     # A list that decodes files exactly as the list for evaluation does is not looked at again.
-    if isinstance(example.source, DecodedSource) and (
+    if getattr(example.source, "decode", None) and (
         evaluated or example.source.decode not in map(transforms.parse, config.eval_transforms[:1])
     ):
         warned = _check_depths(config, example.source)

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from PIL import Image
 
-from gptv_jax.data.images import DamagedImageError, as_damaged
+from gptv_jax.config.data import Limits
+from gptv_jax.data.limits import DamagedImageError, as_damaged, check_size
 from gptv_jax.data.listing import VIDEO_ENDINGS, Listing
 from gptv_jax.errors import InputError
 
@@ -40,6 +41,11 @@ class Settings:
     # A file whose frames end before this share of the duration that it states is left out, as it
     # has been cut short. (Transport streams, .ts, state no duration.)
     min_share: float = 0.9
+
+    def check_size(self, width: int, height: int) -> None:
+        """Raises DamagedImageError where frames of this size would be no images of a folder."""
+        _check("pixels", width * height, "max_pixels", self)
+        check_size(width, height, Limits(max_pixels=self.max_pixels))
 
 
 class Written(NamedTuple):
@@ -173,7 +179,7 @@ def _stream(container: "av.container.InputContainer", settings: Settings):
     if stream is None:
         raise DamagedImageError("it has no video stream")
     context = stream.codec_context
-    _check("pixels", context.width * context.height, "max_pixels", settings)
+    settings.check_size(context.width, context.height)
     _check("seconds", _duration(container, stream) or 0, "max_seconds", settings)
     return stream
 
@@ -206,7 +212,7 @@ def _timed(container, stream, settings: Settings) -> Iterator[tuple[Fraction, Fr
         for frame in packet.decode():
             if frame.is_corrupt:
                 raise DamagedImageError("a frame of it is damaged")
-            _check("pixels", frame.width * frame.height, "max_pixels", settings)
+            settings.check_size(frame.width, frame.height)
             tick = _ratio(frame.time_base)
             known = frame.pts is not None and tick
             time = frame.pts * tick if known else (end or Fraction(0))
@@ -233,7 +239,7 @@ def _upright(frame: "av.VideoFrame", ratio: Fraction, settings: Settings) -> Ima
     picture = frame.to_image()
     if ratio and ratio != 1:
         width = max(1, round(picture.width * ratio))
-        _check("pixels", width * picture.height, "max_pixels", settings)
+        settings.check_size(width, picture.height)
         picture = picture.resize((width, picture.height), Image.Resampling.BILINEAR)
     turn = round(frame.rotation / 90) % 4  # quarters, counterclockwise
     turns = Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270

@@ -11,9 +11,11 @@ import numpy as np
 from PIL import Image
 
 from gptv_jax import config as config_lib
+from gptv_jax.data import limits
 from gptv_jax.data.clips import Clips, Video, VideoSource, natural
 from gptv_jax.data.folder import FolderSplit, ImageFolder
-from gptv_jax.data.images import Animation, DamagedImageError, count_frames
+from gptv_jax.data.images import Animation, count_frames
+from gptv_jax.data.limits import DamagedImageError
 from gptv_jax.errors import shorten
 
 ANIMATED = (".gif", ".apng")  # endings of files that are videos, wherever they lie
@@ -70,12 +72,14 @@ class VideoFolder(ImageFolder):
         self, folder: pathlib.Path, videos: list[str], labels: np.ndarray | None
     ) -> "_FolderVideos":
         found = _FolderVideos(folder, videos, labels)
-        found.clips, found.files = self._clips, [self._frames.get(folder / v) for v in videos]
+        found.clips, found.limits = self._clips, self.limits
+        found.files = [self._frames.get(folder / v) for v in videos]
         lengths = {v: len(names) for v, names in zip(videos, found.files, strict=True) if names}
         animations = [video for video in videos if video not in lengths]
         for video in animations[:: -(-len(animations) // COUNTED) or 1]:
             with contextlib.suppress(DamagedImageError, OSError):
-                lengths[video] = count_frames((folder / video).read_bytes())
+                encoded = limits.read(folder / video, self.limits)
+                lengths[video] = count_frames(encoded, self.limits)
         self.notes += self._clips.short(lengths.items())
         return found
 
@@ -90,12 +94,18 @@ class _FolderVideos(VideoSource, FolderSplit):
         if names:
 
             def read(numbers: np.ndarray) -> list[bytes]:
-                found = {n: (path / names[n]).read_bytes() for n in set(numbers.tolist())}
+                found = {
+                    n: limits.read(path / names[n], self.limits) for n in set(numbers.tolist())
+                }
                 return [found[n] for n in numbers.tolist()]
 
             return Video(len(names), read, known)
-        encoded = path.read_bytes()
-        return Video(count_frames(encoded), lambda n: Animation(encoded, tuple(n.tolist())), known)
+        encoded = limits.read(path, self.limits)
+        return Video(
+            count_frames(encoded, self.limits),
+            lambda n: Animation(encoded, tuple(n.tolist())),
+            known,
+        )
 
 
 def _animated(folder: pathlib.Path, files: list[str]) -> bool:

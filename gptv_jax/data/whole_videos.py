@@ -8,7 +8,7 @@ import numpy as np
 
 from gptv_jax import config as config_lib
 from gptv_jax.data import pipeline
-from gptv_jax.data.images import DamagedImageError
+from gptv_jax.data.limits import DamagedImageError
 from gptv_jax.data.records import Record
 from gptv_jax.errors import shorten
 

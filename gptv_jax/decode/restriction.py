@@ -18,6 +18,13 @@ class Restriction(NamedTuple):
     top_k: Int[Array, " *positions"]
     top_p: Float[Array, " *positions"]
 
+    @classmethod
+    def of(cls, drawing: config_lib.Drawing, vocabulary: int) -> "Restriction":
+        """The settings as arrays: those that change no shape are no reason to compile anew."""
+        top_k = min(vocabulary, drawing.top_k or vocabulary)
+        top_p = 1.0 if drawing.top_p is None else drawing.top_p
+        return cls(jnp.float32(drawing.temperature), jnp.int32(top_k), jnp.float32(top_p))
+
 
 def guidance_scales(
     drawing: config_lib.Drawing, length: int
@@ -35,18 +42,21 @@ def guidance_scales(
 
 
 def guide(
-    logits: Float[Array, "N V"], scale: Float[Array, ""], samples: int
-) -> Float[Array, "B V"]:
+    logits: Float[Array, "N *n V"], scale: Float[Array, "*B_n_1"], samples: int
+) -> Float[Array, "B *n V"]:
     """Logits of the class, moved away from the logits without a class (Ho & Salimans 2022).
 
-    N = 2 B rows: `samples` rows with their class, these rows without it, and so on. The scale 1
-    leaves the logits of the class as they are; it is w + 1 in arXiv:2207.12598.
+    N = 2 B rows: `samples` rows with their class, these rows without it, and so on. The scale, a
+    number or [B, n, 1], leaves the logits of the class as they are where it is 1; it is w + 1 in
+    arXiv:2207.12598.
     """
-    shape, spec = (-1, 2, samples, logits.shape[-1]), sharding.BATCH_FIRST
-    pairs = logits.reshape(shape, out_sharding=spec)
+    shape, spec = logits.shape[1:], sharding.BATCH_FIRST
+    pairs = logits.reshape(-1, 2, samples, *shape, out_sharding=spec)
     conditional, unconditional = pairs[:, 0], pairs[:, 1]
+    if jnp.ndim(scale):
+        scale = scale.reshape(-1, samples, *scale.shape[1:], out_sharding=spec)
     guided = conditional + (scale - 1) * (conditional - unconditional)
-    return guided.reshape(-1, logits.shape[-1], out_sharding=spec)
+    return guided.reshape(-1, *shape, out_sharding=spec)
 
 
 def restrict(

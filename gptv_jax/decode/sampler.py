@@ -10,6 +10,7 @@ import enum
 import functools
 import itertools
 import math
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -18,7 +19,7 @@ from jaxtyping import Float, Int, PRNGKeyArray
 
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
-from gptv_jax.decode import generation
+from gptv_jax.decode import generation, speculative
 from gptv_jax.errors import InputError
 from gptv_jax.model.gpt import Network
 from gptv_jax.tokens import Codec
@@ -45,11 +46,14 @@ class Sampler:
 
     Every process gives and gets whole arrays. The tokens of a row depend on neither the mesh nor
     how many rows follow. InputError where there is guidance that the network was not trained for.
+    A `draft` proposes tokens, see `speculative.py`; the draws are then other ones of an equal
+    distribution.
     """
 
     network: Network
     params: dict
     drawing: config_lib.Drawing = generation.DEFAULTS
+    draft: speculative.Draft | None = None
 
     def __post_init__(self):
         if self.drawing.guidance != 1:
@@ -89,7 +93,10 @@ class Sampler:
             given, samples = whole, 1
         given, labels = jax.tree.map(sharding.shard_rows, (given[:, :end], labels))
         key, prefix = jax.random.fold_in(key, number), int(first)
-        drawn = generation.generate(
+        generate = generation.generate
+        if self.draft:
+            generate = functools.partial(speculative.generate, self.draft)
+        drawn = generate(
             self.network, self.params, given, key, self.drawing, prefix, labels, samples, stopwatch
         )
         drawn = multihost_utils.process_allgather(drawn, tiled=True)[: len(whole)]
@@ -130,12 +137,16 @@ class Sampler:
         frames: int,
         key: PRNGKeyArray,
         labels: Int[np.ndarray, " B"] | None = None,
+        opening: Callable[[np.ndarray], np.ndarray] | None = None,
     ) -> Int[np.ndarray, "B M"]:
         """The tokens of the `frames` frames that follow clips; where tokens are of tubes, of tubes.
 
         `tokens` are of whole frames, one or more, in raster order. The network's window of F frames
         is filled first; then it moves on frame by frame, and a frame depends on the F - 1 frames
         before it. More `frames` leave the tokens of the first ones as they are.
+
+        Where the first frame of a clip has other tokens than later frames, `opening` makes the
+        tokens with which a moved window begins, given the tokens up to its first frame.
         """
         if self.network.frames < 2:
             raise InputError(
@@ -146,6 +157,10 @@ class Sampler:
         first, end = tokens.shape[1], tokens.shape[1] + frames * size
         for number in range(frames):  # of the window
             known = tokens[:, -(self.network.length - size) :]
+            beyond = tokens.shape[1] - known.shape[1]
+            if opening and beyond:
+                first_frame = opening(tokens[:, : beyond + size])
+                known = np.concatenate([first_frame, known[:, size:]], axis=1)
             count = min(self.network.length - known.shape[1], end - tokens.shape[1])
             if not count:
                 break
@@ -210,8 +225,8 @@ def _nats(network, params, tokens, labels) -> jax.Array:
 
 def by_pixel(nats: Float[np.ndarray, "B T"], codec: Codec) -> Float[np.ndarray, "B *F H W"]:
     """The nats of each token spread evenly over the token's pixels; sums over an image stay."""
-    sides = [n // count for n, count in zip(codec.image_shape[:-1], codec.grid, strict=True)]
-    spread = (nats / math.prod(sides)).reshape(-1, *codec.grid)
-    for axis, side in enumerate(sides, start=1):
+    pixels = math.prod(np.ix_(*codec.sides))
+    spread = nats.reshape(-1, *codec.grid) / pixels.astype(nats.dtype)
+    for axis, side in enumerate(codec.sides, start=1):
         spread = spread.repeat(side, axis=axis)
     return spread

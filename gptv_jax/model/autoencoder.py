@@ -1,22 +1,23 @@
-"""Learned tokens: a convolutional encoder and decoder with a quantizer between them.
+"""Learned tokens: a convolutional encoder and decoder, and between them one of model/quantizers.py.
 
-A quantizer maps the encoder's output to the decoder's input, with gradients that pass straight
-through to the encoder, to codes, each a whole number, and to a commitment loss. A discriminator may
-judge restored images in training.
+A discriminator may judge restored images in training.
 
-Letters: B batch, H and W pixels, C channels of the image, h and w the grid of codes, Z dimensions
-of a code, N and M channels of activations. Images run from -1 to 1. Like the GPT, an `Autoencoder`
-holds weights and is a pytree; training works on the plain nested dict of `init` and binds it where
-it is used.
+A clip is encoded frame by frame, as images are. With `config.frames` = t above 1, the encoder then
+merges the frames into steps in time, and the decoder splits steps into frames: the first frame is a
+step of its own, and each t frames after it are one more, so 1 + n t frames become K = 1 + n steps.
+All of this is causal in time, as in MAGVIT-v2 (Yu et al. 2023, arXiv:2310.05737): neither a code
+nor a restored frame depends on what comes later, and an image is a clip of its first frame alone.
+
+Letters: B batch, F frames, K steps in time, H and W pixels, C channels of the image, h and w the
+grid of codes, Z dimensions of a code, N and M channels of activations. Images run from -1 to 1.
+Like the GPT, an `Autoencoder` holds weights and is a pytree; training works on the plain nested
+dict of `init` and binds it where it is used.
 """
 
 import itertools
-import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
@@ -25,12 +26,11 @@ from gptv_jax import sharding
 from gptv_jax.model import layers
 from gptv_jax.model.attention import self_attention
 from gptv_jax.model.layout import full_mask
+from gptv_jax.model.quantizers import Quantized, ScalarQuantizer, VectorQuantizer
 
 BRANCH = 0.1  # initial size of a residual branch relative to the activations it is added to
 LAYOUT = ("NHWC", "HWIO", "NHWC")
-# 2 sigmoid(1.6 z) - 1 is close to the cumulative distribution of a unit normal, scaled to -1 .. 1:
-# a normal encoder output then uses all levels equally often; tanh would favour the outer levels.
-STEEPNESS = 1.6
+TAPS = 3  # steps that a convolution in time reads: its own and those before
 SLOPE = 0.2  # of the discriminator's leaky ReLU below 0
 
 
@@ -49,24 +49,31 @@ class Conv(nnx.Module):
         setattr(self, name, layers.normal(rngs, name, (side, side, inputs, outputs), std))
         self.bias = layers.constant("bias", (outputs,), 0.0)
 
-    def __call__(self, x: Float[Array, "B h w N"]) -> Float[Array, "B i j M"]:
+    def __call__(self, x: Float[Array, "B *K h w N"]) -> Float[Array, "B *K i j M"]:
         """Computes in the dtype of `x`, with zeros beyond the border."""
         kernel, strides = sharding.gather(getattr(self, self.name)[...], x.dtype), [self.stride] * 2
-        out = jax.lax.conv_general_dilated(x, kernel, strides, "SAME", dimension_numbers=LAYOUT)
-        return out + self.bias[...].astype(x.dtype)[None, None, None]
+        rows = as_images(x)
+        out = jax.lax.conv_general_dilated(rows, kernel, strides, "SAME", dimension_numbers=LAYOUT)
+        return as_clips(out + self.bias[...].astype(x.dtype)[None, None, None], x.shape[1:-3])
 
 
 class ResidualBlock(nnx.Module):
-    """X + conv1x1(relu(conv3x3(x)))."""
+    """X + conv1x1(relu(conv3x3(x))).
 
-    def __init__(self, width: int, norm: bool, *, rngs: nnx.Rngs):
+    With several `taps` the first convolution also reads the steps before, and the branch is 0 at
+    first.
+    """
+
+    def __init__(self, width: int, norm: bool, taps: int = 1, *, rngs: nnx.Rngs):
         self.gain = layers.constant("gain", (width,), 1.0) if norm else None
-        self.wide = Conv("conv", 3, width, width, rngs=rngs)
-        self.out = Conv("conv", 1, width, width, rngs=rngs, gain=BRANCH)
+        self.taps, gain = taps, BRANCH if taps == 1 else 0.0
+        self.wide = Conv("conv", 3, taps * width, width, rngs=rngs)
+        self.out = Conv("conv", 1, width, width, rngs=rngs, gain=gain)
 
-    def __call__(self, x: Float[Array, "B h w N"]) -> Float[Array, "B h w N"]:
-        normed = x if self.gain is None else layers.rms_norm(x, self.gain[...])
-        return x + self.out(jax.nn.relu(self.wide(normed)))
+    def __call__(self, x: Float[Array, "B *K h w N"]) -> Float[Array, "B *K h w N"]:
+        read = x if self.gain is None else layers.rms_norm(x, self.gain[...])
+        read = read if self.taps == 1 else with_past(read, self.taps)
+        return x + self.out(jax.nn.relu(self.wide(read)))
 
 
 class Attention(nnx.Module):
@@ -85,8 +92,42 @@ class Attention(nnx.Module):
         return x + self.out(mixed.reshape(B, h, w, N, out_sharding=sharding.BATCH_FIRST))
 
 
+class Merge(nnx.Module):
+    """Frames to steps: at first the last frame of each step, as if it were an image."""
+
+    def __init__(self, config: config_lib.Autoencoder, *, rngs: nnx.Rngs):
+        width, self.frames = config.widths[-1], config.frames
+        self.mix = Conv("conv", 3, config.frames * width, width, rngs=rngs, gain=0.0)
+        blocks = range(config.encoder_blocks)
+        self.blocks = nnx.List(ResidualBlock(width, config.norm, TAPS, rngs=rngs) for _ in blocks)
+
+    def __call__(self, x: Float[Array, "B F h w N"]) -> Float[Array, "B K h w N"]:
+        x = x[:, :: self.frames] + self.mix(with_past(x, self.frames, self.frames))
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class Split(nnx.Module):
+    """Steps to frames: at first all frames of a step are equal."""
+
+    def __init__(self, config: config_lib.Autoencoder, *, rngs: nnx.Rngs):
+        width, self.frames = config.widths[-1], config.frames
+        blocks = range(config.decoder_blocks)
+        self.blocks = nnx.List(ResidualBlock(width, config.norm, TAPS, rngs=rngs) for _ in blocks)
+        self.spread = Conv("conv", 3, width, config.frames * width, rngs=rngs, gain=0.0)
+
+    def __call__(self, x: Float[Array, "B K h w N"]) -> Float[Array, "B F h w N"]:
+        for block in self.blocks:
+            x = block(x)
+        (B, K, h, w, N), t, spec = x.shape, self.frames, {"out_sharding": sharding.BATCH_FIRST}
+        own = self.spread(x).reshape(B, K, h, w, t, N, **spec)
+        frames = x[:, :, None] + jnp.moveaxis(own, 4, 2)
+        return frames.reshape(B, K * t, h, w, N, **spec)[:, t - 1 :]  # the first step is one frame
+
+
 class Encoder(nnx.Module):
-    """Images to the vectors that are quantized."""
+    """Images or clips to the vectors that are quantized."""
 
     def __init__(self, config: config_lib.Autoencoder, size: int, *, rngs: nnx.Rngs):
         self.config = config
@@ -101,18 +142,23 @@ class Encoder(nnx.Module):
             stages[-1].append(Attention(widths[-1], rngs=rngs))
         self.stages = nnx.List(stages)
         self.to_code = Conv("to_code", 1, widths[-1], size, rngs=rngs)
+        self.merge = Merge(config, rngs=rngs) if config.frames > 1 else None
 
-    def __call__(self, images: Float[Array, "B H W C"]) -> Float[Array, "B h w Z"]:
-        x = self.stem(space_to_depth(images.astype(self.config.dtype), self.config.patch))
+    def __call__(self, images: Float[Array, "B *F H W C"]) -> Float[Array, "B *K h w Z"]:
+        steps, x = images.shape[1:-3], as_images(images.astype(self.config.dtype))
+        x = self.stem(space_to_depth(x, self.config.patch))
         for i, stage in enumerate(self.stages):
             x = space_to_depth(x, 2) if i else x
             for part in stage:
                 x = part(x)
-        return self.to_code(jax.nn.relu(x))
+        if self.merge is not None:
+            x = self.merge(as_clips(x, steps or (1,)))
+            steps, x = steps and x.shape[1:2], as_images(x)
+        return as_clips(self.to_code(jax.nn.relu(x)), steps)
 
 
 class Decoder(nnx.Module):
-    """Values of codes to images: the encoder's layers in reverse order."""
+    """Values of codes to images or clips: the encoder's layers in reverse order."""
 
     def __init__(self, config: config_lib.Autoencoder, size: int, *, rngs: nnx.Rngs):
         self.config = config
@@ -128,100 +174,22 @@ class Decoder(nnx.Module):
         self.stages = nnx.List(stages)
         pixels = config.channels * config.patch**2
         self.to_pixels = Conv("to_pixels", 3, widths[-1], pixels, rngs=rngs, gain=BRANCH)
+        self.split = Split(config, rngs=rngs) if config.frames > 1 else None
 
-    def __call__(self, values: Float[Array, "B h w Z"]) -> Float[Array, "B H W C"]:
+    def __call__(self, values: Float[Array, "B *K h w Z"]) -> Float[Array, "B *F H W C"]:
         """Float32 images of about -1 to 1, not clipped."""
-        x = self.from_code(values.astype(self.config.dtype))
+        frames, x = values.shape[1:-3], as_images(values.astype(self.config.dtype))
+        x = self.from_code(x)
+        if self.split is not None:
+            x = self.split(as_clips(x, frames or (1,)))
+            frames, x = frames and x.shape[1:2], as_images(x)
         for i, stage in enumerate(self.stages):
             x = depth_to_space(x, 2) if i else x
             for part in stage:
                 x = part(x)
         pixels = self.to_pixels(jax.nn.relu(x))
-        return depth_to_space(pixels, self.config.patch).astype(jnp.float32)
-
-
-class Quantized(NamedTuple):
-    """The quantized output of an encoder."""
-
-    values: Float[Array, "B h w Z"]  # of the codes; gradients pass as if nothing were rounded
-    codes: Int[Array, "B h w"]
-    commitment: Float[Array, ""]  # mean squared distance to learned codes; else 0
-
-
-class ScalarQuantizer(nnx.Module):
-    """Rounds each dimension to a number of levels (Mentzer et al. 2023, arXiv:2309.15505).
-
-    A dimension of n levels is squashed to -1 .. 1, cut into n intervals of equal size, and replaced
-    by the middle of its interval: (2 i + 1) / n - 1 for i = 0 .. n-1. The levels are symmetric
-    around 0; 0 is a level where n is odd. Nothing is learned.
-    """
-
-    def __init__(self, levels: tuple[int, ...]):
-        self.levels = levels
-        self.size = len(levels)  # Z
-        self._strides = tuple(math.prod(levels[:i]) for i in range(len(levels)))
-
-    def __call__(self, z: Float[Array, "B h w Z"]) -> Quantized:
-        """Quantizes any real numbers; computes in float32 at least."""
-        squashed = 2 * jax.nn.sigmoid(STEEPNESS * z.astype(layers.accumulator(z))) - 1
-        return Quantized(self.rounded(squashed), self.codes(squashed), jnp.zeros(()))
-
-    def rounded(self, squashed: Float[Array, "*any Z"]) -> Float[Array, "*any Z"]:
-        """The nearest levels of numbers from -1 to 1, with the gradient of the identity."""
-        nearest = (2 * self._digits(squashed) + 1) / _last(self.levels, squashed) - 1
-        return squashed + jax.lax.stop_gradient(nearest - squashed)
-
-    def values(self, codes: Int[Array, "*any"]) -> Float[Array, "*any Z"]:
-        codes = codes[..., None]
-        digits = codes // _last(self._strides, codes) % _last(self.levels, codes)
-        digits = digits.astype(jnp.float32)
-        return (2 * digits + 1) / _last(self.levels, digits) - 1
-
-    def codes(self, squashed: Float[Array, "*any Z"]) -> Int[Array, "*any"]:
-        """Codes of the nearest levels of numbers from -1 to 1."""
-        digits = self._digits(squashed).astype(jnp.int32)
-        return (digits * _last(self._strides, digits)).sum(axis=-1)
-
-    def _digits(self, squashed: Float[Array, "*any Z"]) -> Float[Array, "*any Z"]:
-        counts = _last(self.levels, squashed)
-        return jnp.clip(jnp.floor((squashed + 1) / 2 * counts), 0, counts - 1)
-
-
-class VectorQuantizer(nnx.Module):
-    """Takes the nearest of learned unit vectors (van den Oord et al. 2017, arXiv:1711.00937).
-
-    Only directions are compared, which keeps more of a large codebook in use (Yu et al. 2021,
-    arXiv:2110.04627). The codebook gets no gradient: train/autoencoding.py moves it after a step.
-    """
-
-    def __init__(self, config: config_lib.Autoencoder, *, rngs: nnx.Rngs):
-        self.size = config.code_size  # Z
-        self.codebook = layers.normal(rngs, "codebook", (config.codes, self.size), 1.0)
-
-    def __call__(self, z: Float[Array, "B h w Z"]) -> Quantized:
-        """Quantizes any real numbers; computes in float32 at least."""
-        z = unit(z.astype(layers.accumulator(z)))
-        book = unit(jax.lax.stop_gradient(self.codebook[...]))
-        # By default a TPU rounds both to bfloat16, and takes the wrong one of two near codes.
-        cosine = jnp.einsum("bhwz,vz->bhwv", z, book, precision="highest")
-        codes = jnp.argmax(cosine, axis=-1)
-        nearest = self.values(codes)
-        distance = jnp.square(z - jax.lax.stop_gradient(nearest)).sum(axis=-1).mean()
-        return Quantized(z + jax.lax.stop_gradient(nearest - z), codes, distance)
-
-    def values(self, codes: Int[Array, "*any"]) -> Float[Array, "*any Z"]:
-        book = unit(self.codebook[...])
-        return book.at[codes].get(out_sharding=jax.typeof(codes).sharding.spec)
-
-
-def _last(values: tuple[int, ...], like: Array) -> np.ndarray:
-    """The values along the last axis of an array of the dtype and rank of `like`."""
-    return np.array(values, like.dtype).reshape((1,) * (like.ndim - 1) + (-1,))
-
-
-def unit(x: Float[Array, "*any Z"]) -> Float[Array, "*any Z"]:
-    """The vectors scaled to length 1."""
-    return x * jax.lax.rsqrt(jnp.square(x).sum(axis=-1, keepdims=True) + 1e-12)
+        images = depth_to_space(pixels, self.config.patch).astype(jnp.float32)
+        return as_clips(images, frames)
 
 
 class Autoencoder(nnx.Module):
@@ -235,11 +203,11 @@ class Autoencoder(nnx.Module):
         self.encoder = Encoder(config, self.quantizer.size, rngs=rngs)
         self.decoder = Decoder(config, self.quantizer.size, rngs=rngs)
 
-    def encode(self, images: Float[Array, "B H W C"]) -> Quantized:
+    def encode(self, images: Float[Array, "B *F H W C"]) -> Quantized:
         return self.quantizer(self.encoder(images))
 
-    def decode(self, codes: Int[Array, "B h w"]) -> Float[Array, "B H W C"]:
-        """Float32 images of codes, of a grid of any size."""
+    def decode(self, codes: Int[Array, "B *K h w"]) -> Float[Array, "B *F H W C"]:
+        """Float32 images or clips of codes, of a grid of any size."""
         return self.decoder(self.quantizer.values(codes))
 
 
@@ -272,6 +240,28 @@ class Discriminator(nnx.Module):
         for layer in self.layers:
             images = jax.nn.leaky_relu(layer(space_to_depth(images, 2)), SLOPE)
         return self.score(images)
+
+
+def as_images(x: Float[Array, "B *K h w N"]) -> Float[Array, "b h w N"]:
+    """The frames of clips as images of one batch; images as they are."""
+    return x if x.ndim == 4 else x.reshape(-1, *x.shape[-3:], out_sharding=sharding.BATCH_FIRST)
+
+
+def as_clips(x: Float[Array, "b h w N"], frames: tuple[int, ...]) -> Float[Array, "B *K h w N"]:
+    """The inverse of `as_images` for clips of `frames` frames; (): images."""
+    shape = (-1, *frames, *x.shape[1:])
+    return x.reshape(shape, out_sharding=sharding.BATCH_FIRST) if frames else x
+
+
+def with_past(
+    x: Float[Array, "B F h w N"], count: int, stride: int = 1
+) -> Float[Array, "B K h w M"]:
+    """Every `stride`-th frame behind the `count` - 1 frames before it, as channels, M = count * N.
+
+    Zeros stand before the first frame. A convolution of the result is one over time too.
+    """
+    F, padded = x.shape[1], jnp.pad(x, ((0, 0), (count - 1, 0), *((0, 0),) * 3))
+    return jnp.concatenate([padded[:, i : i + F : stride] for i in range(count)], axis=-1)
 
 
 def space_to_depth(x: Float[Array, "B H W N"], side: int) -> Float[Array, "B h w M"]:

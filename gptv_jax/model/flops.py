@@ -81,9 +81,13 @@ def executed(network: Network, platform: str, split: int = 1, loss_chunks: int =
     return Flops(matmul=matmul, attention=attention, **stem)
 
 
-def of_autoencoder(config: config_lib.Autoencoder, size: ImageSize) -> Flops:
-    """FLOPs of encoding and decoding an image of `size` pixels; training needs 3 times."""
-    images = jax.ShapeDtypeStruct((1, *height_and_width(size), config.channels), jnp.float32)
+def of_autoencoder(config: config_lib.Autoencoder, size: ImageSize, frames: int = 0) -> Flops:
+    """FLOPs of encoding and decoding an image of `size` pixels; training needs 3 times.
+
+    With `frames`, those of a clip.
+    """
+    shape = (1, *(frames,) * (frames > 0), *height_and_width(size), config.channels)
+    images = jax.ShapeDtypeStruct(shape, jnp.float32)
     # The mesh in force may split the batch, which one image does not allow.
     with jax.set_mesh(sharding.make_mesh(config_lib.Mesh(), jax.local_devices()[:1])):
         params = jax.eval_shape(lambda: autoencoder.init(config, jax.random.key(0)))

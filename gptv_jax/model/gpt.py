@@ -93,6 +93,11 @@ class Network:
         return len(self.layout.parts) > 1
 
     @property
+    def predicts_images(self) -> bool:
+        """Whether positions of the first part predict their tokens."""
+        return self.layout.parts[0].predicted
+
+    @property
     def unconditional(self) -> int:
         """Index of the start vector without a class: the last of several, or the only one."""
         return self.config.class_tokens
@@ -139,7 +144,7 @@ class GPT(Inputs):
         config, V, D = network.config, network.vocabulary, network.config.width
         self.blocks = layers.Block(config, rngs=rngs)
         self.final_norm = layers.constant("final_norm", (D,), 1.0)
-        if network.layout.parts[0].predicted:
+        if V and (network.layout.parts[0].predicted or not network.several):
             self.head = layers.constant("head", (V, D), 0.0)  # zero: the first loss is ln V
         if network.classes:
             self.classifier = layers.ClassHead(network.classes, network.pool * D)

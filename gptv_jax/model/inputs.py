@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, Shaped, UInt8
 
 from gptv_jax import sharding
 from gptv_jax.model import layers
@@ -99,6 +99,16 @@ class Inputs(nnx.Module):
             x = jnp.where(seen[None, :, None], x, 0).sum(axis=1, keepdims=True)
         return self._place(x, position)
 
+    def embed_rows(
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B N"]
+    ) -> Float[Array, "B N D"]:
+        """Inputs of positions >= 1 of a layout of one part, each row at positions of its own.
+
+        Beyond the sequence the result has no meaning.
+        """
+        held = take_rows(tokens, positions - 1)
+        return self._place(self._of_tokens(self.network.layout.parts[0], held), positions)
+
     def _held(self, tokens, pixels) -> Float[Array, "B P D"]:
         """The first P tokens of every row, of all parts, before tables of positions are added."""
         found, (first, *_) = [], self.network.layout.parts
@@ -147,11 +157,12 @@ class Inputs(nnx.Module):
     def _place(
         self,
         x: Float[Array, "B P D"],
-        start: int | Int[Array, ""],
+        start: int | Int[Array, ""] | Int[Array, "B P"],
         order: Int[Array, "B P"] | None = None,
     ) -> Float[Array, "B P D"]:
         """Adds the tables of positions to the inputs of positions start .. start+P-1.
 
+        `start` may be the positions themselves, of each row its own, without an `order`.
         With an `order` the P inputs are of the whole order. A table with one row per place is
         read at the place of the predicted token; a table whose first row is of the start vector, at
         the row of the input token. In raster order both are the row of the position's number.
@@ -186,16 +197,21 @@ class Inputs(nnx.Module):
         if config.target_positions:
             tables.append((jnp.tile(gather(self.target_position[...]), (frames, 1)), order))
         for table, places in tables:
-            if places is None:
-                x = x + jax.lax.dynamic_slice_in_dim(table, start, x.shape[1])[None]
-            else:
+            if places is not None:
                 x = x + table.at[places].get(out_sharding=sharding.HIDDEN)
+            elif jnp.ndim(start):
+                x = x + table.at[start].get(mode="clip", out_sharding=sharding.BATCH_FIRST)
+            else:
+                x = x + jax.lax.dynamic_slice_in_dim(table, start, x.shape[1])[None]
         return x
 
     def rotation(
-        self, start: int | Int[Array, ""], count: int, order: Int[Array, "B T"] | None = None
+        self, start: int | Int[Array, "*B"], count: int, order: Int[Array, "B T"] | None = None
     ) -> layers.Rotation | None:
-        """Rotary phases of positions start .. start+count-1, or of all positions of an order."""
+        """Rotary phases of positions start .. start+count-1, or of all positions of an order.
+
+        `start` is a number, or one of each row.
+        """
         config, layout = self.network.config, self.network.layout
         if not config.rotary:
             return None
@@ -208,13 +224,27 @@ class Inputs(nnx.Module):
             axes = known.at[places + 1].get(mode="clip").astype(jnp.float32)
             return layers.phases(axes, config.width // config.heads)
 
+        def by_row(*places, spec):
+            every, spec = phases(jnp.arange(-1, layout.length)), jax.P(None, *spec)
+            found = (every.at[:, p + 1].get(mode="clip", out_sharding=spec) for p in places)
+            return layers.Rotation(*found)
+
         if order is not None:
-            every = phases(jnp.arange(-1, count))
-            spec = jax.P(None, *sharding.HIDDEN)
-            places = order, input_places(order)
-            return layers.Rotation(*(every.at[:, p + 1].get(out_sharding=spec) for p in places))
+            return by_row(order, input_places(order), spec=sharding.HIDDEN)
+        if jnp.ndim(start):
+            predicted = start[:, None] + jnp.arange(count)[None]
+            return by_row(predicted, predicted - layout.shift, spec=sharding.BATCH_FIRST)
         predicted = start + jnp.arange(count)
         return layers.Rotation(*(phases(p) for p in (predicted, predicted - layout.shift)))
+
+
+def take_rows(x: Shaped[Array, "B N *any"], places: Int[Array, "B P"]) -> Shaped[Array, "B P *any"]:
+    """Entries of each row at places of its own; the last entry for places beyond the row.
+
+    Unlike `jnp.take_along_axis`, this keeps the sharding of a batch of one row.
+    """
+    x, places = jax.sharding.reshard((x, places), sharding.BATCH_FIRST)
+    return jax.vmap(lambda row, at: row.at[at].get(mode="clip"))(x, places)
 
 
 def input_places(order: Int[Array, "B T"]) -> Int[Array, "B T"]:

@@ -13,6 +13,8 @@ from jaxtyping import Int
 
 from gptv_jax.errors import InputError
 
+MOST_POSITIONS = 2**20  # of a part; masks of more would take gigabytes
+
 
 @dataclasses.dataclass(frozen=True)
 class Part:
@@ -31,6 +33,13 @@ class Part:
     # The part's grid covers the image: the position that predicts a token is given the features of
     # the place of the token's cell, as the position that holds the image there is.
     covers_image: bool = False
+
+    def __post_init__(self):
+        if self.size > MOST_POSITIONS:
+            raise InputError(
+                f"the part {self.name} of a sequence has {self.size} positions, {self.shape}; "
+                f"{MOST_POSITIONS} are the most: take smaller images, or tokens of more pixels."
+            )
 
     @property
     def size(self) -> int:
@@ -162,9 +171,29 @@ def bidirectional(part: Part) -> Layout:
     return Layout((part,), full_mask(part.size), shift=0)
 
 
-def of_images(vocabulary: int, grid: tuple[int, ...], objective: str = "autoregressive") -> Layout:
-    """The layout of images or clips alone, for pretraining with `config.Model.objective`."""
+def by_frames(clip: Part) -> Layout:
+    """Every position sees its whole frame and all frames before it; no token is predicted.
+
+    With N tokens a frame, positions 1 .. N hold the first frame, positions N + 1 .. 2 N the second.
+    """
+    size, T = math.prod(clip.axes[1:]), clip.size
+    ends = (max(-(-t // size), 1) * size + 1 for t in range(T))
+    return Layout((dataclasses.replace(clip, predicted=False),), tuple(min(e, T) for e in ends))
+
+
+def of_images(
+    vocabulary: int,
+    grid: tuple[int, ...],
+    objective: str = "autoregressive",
+    attention: str = "causal",
+) -> Layout:
+    """The layout of images or clips alone, with `config.Model.objective`.
+
+    The attention is "causal", for pretraining, or that of `by_frames`, for features of clips.
+    """
     image = Part("image", vocabulary, tuple(grid), predicted=vocabulary > 0)
+    if attention == "frames":
+        return by_frames(image)
     return bidirectional(image) if objective == "bert" else causal(image)
 
 

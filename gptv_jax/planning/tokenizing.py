@@ -40,7 +40,8 @@ class TokenizerTraining(Training):
     @functools.cached_property
     def flops(self) -> flops.Flops:
         """Of the encoder and decoder; the networks of the losses are not counted."""
-        return flops.of_autoencoder(self.network, self.config.data.size).times(3)
+        data = self.config.data
+        return flops.of_autoencoder(self.network, data.size, data.frames).times(3)
 
     @property
     def loss(self) -> Callable:
@@ -55,7 +56,8 @@ class TokenizerTraining(Training):
         return autoencoding.make_init(self.network, self.config.tokenizer, self.optimizer[0])
 
     def batch(self, rows: int, split: jax.NamedSharding | None = None) -> dict:
-        shape = (rows, *self.config.data.size, self.network.channels)
+        data = self.config.data
+        shape = (rows, *(data.frames,) * (data.frames > 0), *data.size, self.network.channels)
         return {"image": jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=split)}
 
     def frozen(self, split: jax.NamedSharding | None = None) -> dict | None:

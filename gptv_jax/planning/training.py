@@ -153,8 +153,8 @@ def residuals(training: Training, mesh: AbstractMesh, rows: int) -> list:
 
 
 @functools.cache
-def _encoder_flops(autoencoder: config_lib.Autoencoder, size: tuple[int, int]) -> int:
-    return flops.of_autoencoder(autoencoder, size)["encoder"]
+def _encoder_flops(autoencoder: config_lib.Autoencoder, size: tuple[int, int], frames: int) -> int:
+    return flops.of_autoencoder(autoencoder, size, frames)["encoder"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,12 +183,12 @@ class Pretraining(Training):
 
     @property
     def encoding(self) -> int:
-        """FLOPs of a learned tokenizer on the images or frames of a step; a cache has its codes."""
+        """FLOPs of a learned tokenizer on the images or clips of a step; a cache has its codes."""
         data, tokens = self.config.data, self.config.tokens
         if tokens.kind != "learned":
             return 0
-        images = self.train.batch_size * max(data.frames, 1)
-        return images * _encoder_flops(tokens.autoencoder, data.size)
+        of_one = _encoder_flops(tokens.autoencoder, data.size, data.frames)
+        return self.train.batch_size * of_one
 
     @property
     def heads(self) -> int:
@@ -220,12 +220,15 @@ class Pretraining(Training):
         shapes = {"tokens": (rows, self.network.length), "variant": (rows,)}
         if self.network.config.class_tokens:
             shapes["label"] = (rows,)
-        return {k: jax.ShapeDtypeStruct(s, jnp.int32, sharding=split) for k, s in shapes.items()}
+        found = {k: jax.ShapeDtypeStruct(s, jnp.int32, sharding=split) for k, s in shapes.items()}
+        if self.config.data.still_share:
+            found["still"] = jax.ShapeDtypeStruct((rows,), jnp.bool_, sharding=split)
+        return found
 
     def executed(self, mesh: AbstractMesh) -> int:
         """FLOPs that a step executes, on all devices together."""
         rows = self.train.batch_size // self.train.microbatches
-        parts = max(chunks for _, chunks in self._chunks(rows, mesh))
+        parts = max((chunks for _, chunks in self._chunks(rows, mesh)), default=1)
         split, platform = mesh.shape["sequence"], mesh.abstract_device.platform
         of_token = flops.executed(self.network, platform, split, parts)
         return of_token.total * self.units * self.train.batch_size
@@ -260,7 +263,7 @@ class Pretraining(Training):
             4 * part.vocabulary * (rows * part.size // (split * chunks)) * (chunks > 1)
             for part, chunks in self._chunks(rows, mesh)
         ]
-        return count(found) + max(repeated, *(2 * each for each in logits))
+        return count(found) + max([repeated, *(2 * each for each in logits)])
 
     def _chunks(self, rows: int, mesh: AbstractMesh) -> list[tuple[Part, int]]:
         """Every predicted part, and the number of chunks in which its logits are computed."""

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from gptv_jax import api, files, sharding, weights
-from gptv_jax.api.model import network_output
+from gptv_jax.api.forward import network_output
 from gptv_jax.errors import InputError
 from gptv_jax.quality import i3d, inception
 from gptv_jax.weights import native

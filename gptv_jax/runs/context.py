@@ -52,14 +52,18 @@ class Context:
     def finish(self, stage: str, numbers: dict) -> None:
         """Writes a stage's numbers to summary.json, as <stage>/<name>.
 
-        Names of `SHARED` are unchanged. The number of damaged images becomes data/skipped.
+        Names of `SHARED` are unchanged. The number of damaged images becomes data/skipped,
+        of images that filters leave out data/dropped.
         Accuracies get standard errors; what a reader may miss about them is logged, see
         `accuracy.cautions`.
         """
-        damaged = set().union(*hosts.from_all(self.images.damage_log.names))
+        log = self.images.damage_log
+        damaged, dropped = zip(*hosts.from_all((log.names, log.dropped)), strict=True)
         if jax.process_index() == 0:
             numbers, before = accuracy.with_standard_errors(numbers), self.folder.summary()
             named = {n if n in SHARED else f"{stage}/{n}": value for n, value in numbers.items()}
-            summary = before | named | {"data/skipped": len(damaged)}
+            summary = before | named | {"data/skipped": len(set().union(*damaged))}
+            if any(dropped):
+                summary["data/dropped"] = len(set().union(*dropped))
             files.write_json(self.folder.path / "summary.json", summary)
             accuracy.tell(stage, before, summary, self.folder.path)

@@ -14,13 +14,17 @@ SCORES = {
 }
 
 
-def nats(found: dict) -> str:
-    """The test loss by frame, of the numbers of the stage pretrain; "" without frames."""
+def nats(found: dict, span: int) -> str:
+    """The test loss by frame, of the numbers of the stage pretrain; "" without frames.
+
+    Where a token stands for `span` frames, it is the loss by step in time.
+    """
     points = _by_frame(found, "test_nats_per_token_of_frame_")
     if not points:
         return ""
-    png = pictures.plot("test loss, nats per token", "frame", [(points, pictures.BLUE)])
-    caption = "Loss by frame. It falls as the frames before tell what is there and how it moves."
+    unit = "frame" if span == 1 else f"step of {span} frames"
+    png = pictures.plot("test loss, nats per token", unit, [(points, pictures.BLUE)])
+    caption = f"Loss by {unit}. It falls as the frames before tell what is there and how it moves."
     return html.figure(png, caption)
 
 

@@ -153,9 +153,8 @@ def has_finished(summary: dict, stage: str) -> bool:
 
 
 def stages_with_weights(summary: dict) -> list[str]:
-    """Finished stages that trained the network, and so measured its test loss; the latest last."""
-    ending = "/test_nats_per_token"
-    return [name.removesuffix(ending) for name in summary if name.endswith(ending)]
+    """Finished stages that trained the network; the latest last."""
+    return [stage for stage in ("pretrain", "finetune") if f"{stage}/steps" in summary]
 
 
 def trained_part(config: config_lib.Config, stage: str) -> str:

@@ -10,6 +10,7 @@ from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.config import rules
 
+PICTURED = (".png", ".webp")  # endings of a picture and, of clips, of its animation
 PICTURES = ("unconditional", "classes", "completions", "inpainted", "surprise")  # of `sample`
 
 
@@ -67,7 +68,7 @@ STAGES = {
             ("tokenizer",),
             feeds_later=True,
             training="tokenizer.train",
-            files=("tokenizer.safetensors", "samples/reconstructions.png"),
+            files=("tokenizer.safetensors", *(f"samples/reconstructions{end}" for end in PICTURED)),
             own_transforms="tokenizer",
             planning="tokenizing.TokenizerTraining",
             heading="Tokenizer",
@@ -104,7 +105,7 @@ STAGES = {
         Stage(
             "sample",
             ("model", "sample"),
-            files=tuple(f"samples/{name}{end}" for name in PICTURES for end in (".png", ".webp")),
+            files=tuple(f"samples/{name}{end}" for name in PICTURES for end in PICTURED),
             heading="Samples",
         ),
         Stage(

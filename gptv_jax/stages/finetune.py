@@ -42,6 +42,7 @@ def run_stage(context: Context) -> dict:
         context.data.train, batch_size, entries=settings.train_transforms, **reading
     )
     evaluation = functools.partial(context.data.evaluation, batch_size=batch_size, **reading)
+    scored = functools.partial(evaluation, clips=settings.clips)
     key = jax.random.key(config.seed)
     known = sources.open_source(config.data, "test").annotations
 
@@ -51,7 +52,7 @@ def run_stage(context: Context) -> dict:
         return made(network, sources.open_source(config.data, split).annotations)
 
     def evaluate(params: dict) -> dict:
-        validation = evaluation("validation", limit=task.validation_images)
+        validation = scored("validation", limit=task.validation_images)
         return metric("validation").measure(params, validation)
 
     def tune(name: str, weights: Callable[[], dict], training: Finetuning) -> tuple[dict, dict]:
@@ -75,7 +76,7 @@ def run_stage(context: Context) -> dict:
             )
         chosen = next(e for e in fitted.evaluations if e["step"] == fitted.step)
         LOG.info("%s measures the weights of step %d on the test images.", name, fitted.step)
-        views = (evaluation("test", extra=extra) for extra in task.views())
+        views = (scored("test", extra=extra) for extra in task.views())
         total = metric("test").sums(fitted.params, itertools.chain.from_iterable(views))
         videos = functools.partial(whole_videos.records, config.data, "test")
         total |= task.whole(network, fitted.params, context.codec, videos)

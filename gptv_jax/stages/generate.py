@@ -108,7 +108,7 @@ def draw(
     The classes are `labels`; where the beginnings of test images are given, those images' classes.
     """
     config, network = context.config.generate, context.network()
-    sampler = Sampler(network, params, context.config.sample)
+    sampler = Sampler(network, params, context.config.sample, pretrained.load_draft(context))
     key, size = Section.GENERATED.key(context.config.seed), config.batch_size
     progress = Progress("generate", config.count, unit="image")
     for number, first in enumerate(range(0, config.count, size)):

@@ -48,7 +48,7 @@ def run_stage(context: Context) -> dict:
 
     def probe(params: dict) -> dict:
         raw, images = config.probe.features == "raw", features.batches(context.data, config.probe)
-        probed = network_of(config, pooling=config.probe.pooling)
+        probed = network_of(config, read=config.probe)
         read = features.of_network(probed, params, images, raw=raw)
         rows = ridge.tabulate(read, context.classes, config.probe.ridge, test=False)
         return ridge.summarise(rows)
@@ -64,7 +64,7 @@ def run_stage(context: Context) -> dict:
             initial=initial,
             abstract=sharding.abstract(training.init),
             train_step=training.train_step,
-            batches=functools.partial(context.data.train, train.batch_size),
+            batches=functools.partial(context.data.train, train.batch_size, stills=True),
             evaluate=evaluate,
             measure=probe,
             measure_every=config.probe.every,

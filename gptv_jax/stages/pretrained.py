@@ -11,12 +11,15 @@ import jax.numpy as jnp
 from gptv_jax import config as config_lib
 from gptv_jax import files, hosts, sharding, tokens, weights
 from gptv_jax.checkpoint import Checkpoints
+from gptv_jax.decode import speculative
+from gptv_jax.decode.speculative import Draft
 from gptv_jax.errors import InputError, shorten
 from gptv_jax.model.gpt import Network
 from gptv_jax.runs import record
 from gptv_jax.runs.context import Context
 from gptv_jax.tasks.network import network_of, start_vectors
-from gptv_jax.tokens import Codec
+from gptv_jax.tokens import Codec, learned
+from gptv_jax.weights import native
 from gptv_jax.weights.native import WeightsFile
 
 LOG = logging.getLogger(__name__)
@@ -106,6 +109,24 @@ def _with_frames(network: Network, params: dict) -> dict:
     return params | {"frame": jax.device_put(frame, shapes["frame"].sharding)}
 
 
+def given_tokenizer(config: config_lib.Config) -> tokens.Tokenizer:
+    """The tokenizer `config.tokenizer.init_from`, for process 0.
+
+    InputError: there is none, or `config.tokens.autoencoder` cannot begin with its weights.
+    """
+    field, wanted = "config.tokenizer.init_from", config.tokens.autoencoder
+    named = f"{field}={config.tokenizer.init_from}"
+    found = learned.load(weights.locate(config.tokenizer.init_from, f"there is no {named}"))
+    if found.config.frames == 1:  # of images, which begins one of clips
+        wanted = dataclasses.replace(wanted, frames=1)
+    if differing := found.differing(wanted):
+        raise InputError(
+            f"{named} has other settings: {shorten(differing, '; ')}. Set these fields to its "
+            "values."
+        )
+    return found
+
+
 def check(
     config: config_lib.Config, folder: pathlib.Path, codec: Codec | None, *, adapt: bool
 ) -> None:
@@ -125,6 +146,30 @@ def check(
     _must_fit(config, found, adapt=adapt)
 
 
+def load_draft(context: Context) -> Draft | None:
+    """The network that `config.sample.draft` names; None: the field names none."""
+    if not context.config.sample.draft:
+        return None
+    return Draft(*_draft(context.config, context.codec, with_params=True))
+
+
+def check_draft(config: config_lib.Config, codec: Codec | None) -> None:
+    """InputError: `config.sample.draft` names no weights, or weights of other tokens."""
+    _draft(config, codec, with_params=False)
+
+
+def _draft(config, codec, with_params: bool) -> tuple[Network, dict]:
+    name = f"config.sample.draft={config.sample.draft}"
+    path = weights.locate(config.sample.draft, f"{name} does not exist")
+    if weights.is_weights_path(path):
+        found = weights.read(path, _palette(codec)).headless()
+        params = found.on_mesh() if with_params else {}
+    else:
+        found, params = native.read_run(path, "pretrain", with_params)
+    speculative.check_draft(found.network, found.codec, network_of(config), codec, name)
+    return found.network, params
+
+
 def _finished(
     config: config_lib.Config, own: pathlib.Path | None
 ) -> tuple[config_lib.Config, pathlib.Path, int | None]:
@@ -141,11 +186,14 @@ def _finished(
 
 def _imported(config: config_lib.Config, codec: Codec | None, *, adapt: bool) -> WeightsFile:
     """The weights of `config.init_from` that are no run folder, without their class head."""
-    definition = codec and codec.definition
-    palette = definition if isinstance(definition, tokens.Palette) else None
-    found = weights.read(config.init_from, palette).headless()
+    found = weights.read(config.init_from, _palette(codec)).headless()
     _must_fit(config, found, adapt=adapt)
     return found
+
+
+def _palette(codec: Codec | None) -> tokens.Palette | None:
+    definition = codec and codec.definition
+    return definition if isinstance(definition, tokens.Palette) else None
 
 
 def _must_fit(config: config_lib.Config, found: WeightsFile, *, adapt: bool) -> None:

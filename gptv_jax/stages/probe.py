@@ -43,7 +43,7 @@ FITS = "fits.json"  # results of an unfinished probe by L-BFGS
 def run_stage(context: Context) -> dict:
     """Probes every layer and the two floors; writes the layers' numbers, returns the best ones."""
     LOG.info("probe loads the pretrained weights.")
-    network = network_of(context.config, pooling=context.config.probe.pooling)
+    network = network_of(context.config, read=context.config.probe)
     initial = jax.jit(network.init)(jax.random.key(context.config.seed))
     found = pretrained.load(context)
     numbers = _labels(context, network, found.params, initial) if context.classes else {}

@@ -123,7 +123,7 @@ def pretrain(results: Results) -> Part:
     below = "learning rate", results.series("pretrain", "learning_rate")
     png = pictures.plot("loss, nats per token", "step", curves, level, below=below)
     content = html.figure(png, "Pretraining. The training loss is that of single batches.")
-    return content + frames.nats(found), tiles
+    return content + frames.nats(found, results.config.tokens.cell[0]), tiles
 
 
 def probe(results: Results) -> Part:
@@ -260,7 +260,8 @@ def sample(results: Results) -> Part:
     config, classes = results.config.sample, results.config.model.class_tokens
     rows, known, images = results.config.grid[0], "upper {} of {} rows", "images"
     if results.config.data.frames:
-        known, images = "first {} of {} frames", "clips"
+        step = "frames" if results.config.tokens.cell[0] == 1 else "steps in time"
+        known, images = f"first {{}} of {{}} {step}", "clips"
     drawn = f"drawn at temperature {config.temperature:g}"
     if config.guidance != 1:
         drawn += f", {config.guidance_schedule} guidance {config.guidance:g}"

@@ -33,7 +33,7 @@ def run_stage(context: Context) -> dict:
     config, seed, network = context.config.sample, context.config.seed, context.network()
     codec, folder = context.codec, context.folder.path / "samples"
     found = pretrained.load(context)
-    sampler = Sampler(network, found.params, config)
+    sampler = Sampler(network, found.params, config, pretrained.load_draft(context))
     classes, count, labels, columns = network.config.class_tokens, config.count, None, None
     if classes:
         rows = class_rows(count, classes)
@@ -44,6 +44,8 @@ def run_stage(context: Context) -> dict:
     name = "classes" if classes else "unconditional"
     pictures.save_grid(codec.picture(codec.decode(tokens)), folder / f"{name}.png", columns)
     numbers = {"count": count, "tokens_per_second": tokens.size / stopwatch.seconds}
+    if sampler.draft:
+        numbers["tokens_per_pass"] = tokens.size / stopwatch.passes
     if config.completions:
         elements = pipeline.images(context.config.data, "test", context.data.damage_log)
         elements = list(itertools.islice(elements, config.completions))
@@ -79,7 +81,7 @@ def continuations(context: Context, params: dict) -> dict[str, float]:
     sampler = Sampler(network, params, config_lib.Drawing(temperature=0.0))
     steps, of_step = network.grid[0], network.length // network.grid[0]
     given = min(max(kept_tokens(network, config.keep) // of_step, 1), steps - 1)
-    first = given * codec.image_shape[0] // steps  # frame, from 0, that is drawn
+    first = int(codec.sides[0][:given].sum())  # frame, from 0, that is drawn
     key, sums = Section.CONTINUED.key(context.config.seed), collections.defaultdict(float)
     elements = pipeline.images(context.config.data, "test", context.data.damage_log)
     elements, count = itertools.islice(elements, config.continuations), 0

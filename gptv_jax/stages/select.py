@@ -55,9 +55,6 @@ def _impossible(config: config_lib.Config, held: Collection[str]) -> dict[str, s
     cached = isinstance(sources.open_data_set(config.data), TokenCache)
     if kind != "learned":
         refused["tokenizer"] = f"config.tokens.kind={kind} has nothing to train"
-    elif config.data.frames:
-        reason = f"config.data.frames={config.data.frames}, and a tokenizer is trained on images"
-        refused["tokenizer"] = f"{reason}; train one there, and name it by config.tokens.tokenizer"
     elif config.tokens.tokenizer or given or cached:
         refused["tokenizer"] = "the tokens come with their tokenizer; leave the stage tokenizer out"
     images = f"the images of config.data.name={config.data.name}"

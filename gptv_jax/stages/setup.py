@@ -17,6 +17,7 @@ from gptv_jax.data.cache import TokenCache
 from gptv_jax.data.damage import DamageLog
 from gptv_jax.data.folder import refuse_inside
 from gptv_jax.data.pipeline import Pipeline
+from gptv_jax.data.stills import images_of
 from gptv_jax.decode.sampler import check_guidable
 from gptv_jax.errors import InputError, list_differences, shorten
 from gptv_jax.runs.context import Context
@@ -53,6 +54,8 @@ def open_run(config: config_lib.Config, workdir: str, wanted: list[str] | None =
         hosts.from_first(lambda: own() or str(weights.locate(config.init_from, missing)))
     written = {"--workdir": workdir, "config.checkpoint_dir": config.checkpoint_dir}
     refuse_inside(config.data, written)
+    if config.data.stills:
+        refuse_inside(images_of(config.data)[0], written)
     if config.wandb:
         hosts.from_first(wandb_copy.check_installed)
     config = take_tokenizer_settings(config)
@@ -86,7 +89,8 @@ def _open(config: config_lib.Config, folder: RunFolder, wanted: list[str] | None
         )
     labelled = {"probe", *(["finetune"] if "label" in task.needs else [])}
     if classes and (config.model.class_tokens or labelled & set(stages)):
-        hosts.on_all(lambda: sources.check_labels(config.data, opened))
+        lists = [config.data.eval_transforms, *_training_transforms(config, stages)]
+        hosts.on_all(lambda: sources.check_labels(config.data, opened, lists))
     data = {
         "images": {split: len(source) for split, source in opened.items()},
         "classes": list(train.class_names) or train.classes,
@@ -234,7 +238,7 @@ def take_tokenizer_settings(config: config_lib.Config) -> config_lib.Config:
 
 def check_same_settings(config: config_lib.Config) -> None:
     """Raises InputError where processes have different settings, the place of the data apart."""
-    free = ("dir", "path", "labels_file", "annotations", "images")
+    free = ("dir", "path", "labels_file", "annotations", "images", "stills")
     place = [f"config.data.{name}" for name in free]
     own = {k: v for k, v in fields.flatten(config, "config.").items() if k not in place}
     first, *others = hosts.from_all(own)
@@ -267,9 +271,13 @@ def _prepare(
             "name one by config.tokens.tokenizer."
         )
     try_out(config, stages, found)
+    if trained_here and config.tokenizer.init_from:
+        pretrained.given_tokenizer(config)
     if config.init_from or (kind != "none" and not {"pretrain", "tokenizer"} & set(stages)):
         adapt = "pretrain" in stages and not pretrained.has_own(config, folder.path)
         pretrained.check(config, folder.path, found, adapt=adapt)
+    if config.sample.draft and {"sample", "generate"} & set(stages):
+        pretrained.check_draft(config, found)
     recorded = data | {"found": contents}
     clear = functools.partial(changes.clear, folder, changed)
     folder.claim(recorded, changed.fields, clear, anew=changed.anew)
@@ -289,8 +297,12 @@ def try_out(config: config_lib.Config, stages: list[str] | None, codec: Codec | 
     tried = dict.fromkeys([data.eval_transforms, *training], False)
     if training and "finetune" in stages and {*tasks.kind(config.task.name).needs} - {"label"}:
         tried[config.finetune.train_transforms or data.train_transforms] = True
+    shape = codec.image_shape if codec else shape
     for entries, annotated in tried.items():
-        trial.try_out(data, codec, codec.image_shape if codec else shape, entries, annotated)
+        trial.try_out(data, codec, shape, entries, annotated)
+    if data.still_share and "pretrain" in (stages or ()):
+        images, _, entries = images_of(data)
+        trial.try_out(images, None, shape[1:], entries)
 
 
 def _training_transforms(config: config_lib.Config, stages: list[str]) -> list[tuple[str, ...]]:

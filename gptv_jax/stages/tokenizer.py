@@ -1,4 +1,4 @@
-"""The tokenizer: an encoder and decoder learn to restore images from few codes.
+"""The tokenizer: an encoder and decoder learn to restore images or clips from few codes.
 
 Every later stage works on these codes. The run folder keeps the trained network as
 tokenizer.safetensors, which other runs may name as config.tokens.tokenizer.
@@ -12,19 +12,20 @@ import math
 import jax
 import numpy as np
 
-from gptv_jax import sharding, tokens
+from gptv_jax import hosts, sharding, tokens
 from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.data import pipeline
 from gptv_jax.model.gpt import parameter_count
 from gptv_jax.planning.tokenizing import TokenizerTraining
 from gptv_jax.runs import pictures
 from gptv_jax.runs.context import Context
+from gptv_jax.stages import pretrained
 from gptv_jax.tokens import Tokenizer
 from gptv_jax.train import autoencoding, loop, metrics, step
 from gptv_jax.weights.strict_reader import load_lpips
 
 LOG = logging.getLogger(__name__)
-SHOWN = 16  # test images in the picture of reconstructions
+SHOWN = 16  # test images or clips in the picture of reconstructions
 
 
 def run_stage(context: Context) -> dict:
@@ -52,6 +53,19 @@ def run_stage(context: Context) -> dict:
             )
         return found
 
+    def initial() -> dict:
+        """The state before the first step."""
+        key, given = jax.random.key(config.seed), {}
+        if settings.init_from:
+            LOG.info("The tokenizer begins with the weights of %s.", settings.init_from)
+            given = hosts.from_first(lambda: pretrained.given_tokenizer(config)).params
+        shapes = sharding.by_name(sharding.abstract(training.init)["params"])
+        given = {
+            name: jax.make_array_from_callback(each.shape, shapes[name].sharding, each.__getitem__)
+            for name, each in given.items()
+        }
+        return jax.jit(training.init)(key, given)
+
     folder = context.folder.checkpoints("tokenizer")
     with Checkpoints(folder, train.keep_checkpoints) as checkpoints:
         fitted = loop.fit(
@@ -61,7 +75,7 @@ def run_stage(context: Context) -> dict:
             flops=image_flops // length,
             checkpoints=checkpoints,
             log=context.log,
-            initial=lambda: jax.jit(training.init)(jax.random.key(config.seed)),
+            initial=initial,
             abstract=sharding.abstract(training.init),
             train_step=functools.partial(training.train_step, frozen=frozen),
             batches=batches,
@@ -75,6 +89,7 @@ def run_stage(context: Context) -> dict:
     made_by = {"data": data.name, "split": data.train_split, "image_size": data.image_size}
     made_by |= {"transforms": list(transforms), "steps": fitted.step}
     made_by |= {"batch_size": train.batch_size, "seed": config.seed}
+    made_by |= {"frames": data.frames} if data.frames else {}
     tokenizer = Tokenizer(network, weights, made_by)
     if jax.process_index() == 0:
         tokens.save_definition(tokenizer, context.folder.path)

@@ -33,7 +33,7 @@ class Classify(Task):
         return self.classes
 
     def network(self) -> Network:
-        return network_of(self.config, len(self.classes), self.config.finetune.pooling)
+        return network_of(self.config, len(self.classes), self.config.finetune)
 
     def begin(self, network: Network, params: dict, batches: Batches) -> dict:
         """Standardises the head's input by its statistics, where the configuration says so."""

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int, Integer
 
 from gptv_jax.config.tasks import Segment
 from gptv_jax.errors import InputError, counted
+from gptv_jax.files import load_arrays
 from gptv_jax.tokens import label_maps
 from gptv_jax.tokens.label_maps import has_class
 from gptv_jax.train.autoencoding import fit_learned
@@ -86,10 +87,9 @@ def measure(
 
 def load(content: bytes, frames: tuple[int, ...] = ()) -> Facts:
     """The facts that `measure` wrote, of images, or of clips of `frames`."""
-    with np.load(io.BytesIO(content)) as found:
-        held = "codec" in found
-        codec = label_maps.from_bytes(found["codec"].tobytes()) if held else None
-        return Facts(found["frequencies"], found["prior"], codec, frames)
+    found = load_arrays(io.BytesIO(content))
+    codec = label_maps.from_bytes(found["codec"].tobytes()) if "codec" in found else None
+    return Facts(found["frequencies"], found["prior"], codec, frames)
 
 
 def _codec(maps, classes: int, settings: Segment, seed: int) -> label_maps.LabelCodec:

@@ -6,13 +6,19 @@ from gptv_jax.model.gpt import Network
 from gptv_jax.model.layout import of_images
 
 
-def network_of(config: config_lib.Config, classes: int = 0, pooling: str = "mean") -> Network:
+def network_of(
+    config: config_lib.Config,
+    classes: int = 0,
+    read: config_lib.Probe | config_lib.Finetune | None = None,
+) -> Network:
     """The network of a configuration, with a class head where `classes` is not 0.
 
-    `pooling` is that of a probe or of the class head, see `config.Probe`.
+    `read` says how a probe or the class head reads features: pooling and attention. None: as in
+    pretraining.
     """
-    layout = of_images(config.tokens.vocabulary, config.grid, config.model.objective)
-    pool = config.grid[0] if pooling == "frames" else 1
+    attention = read.attention if read else "causal"
+    layout = of_images(config.tokens.vocabulary, config.grid, config.model.objective, attention)
+    pool = config.grid[0] if read and read.pooling == "frames" else 1
     return Network(config.model, layout, start_vectors(config), classes, pool=pool)
 
 

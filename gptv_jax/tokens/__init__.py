@@ -29,7 +29,7 @@ __all__ = [
 TokenDefinition = Palette | Tokenizer
 # For each kind of token that has a definition: the name of its file, and what reads the file.
 DEFINITIONS = {"palette": (palettes.FILE, palettes.load), "learned": (learned.FILE, learned.load)}
-CODECS = {  # of images; grey levels, whose patches may reach over frames, are made apart
+CODECS = {  # of images; codecs whose tokens may stand for several frames are made apart
     "palette": lambda config, size, palette: PaletteCodec(palette, size),
     "learned": lambda config, size, tokenizer: LearnedCodec(tokenizer, size),
     "none": lambda *_: None,
@@ -58,6 +58,8 @@ def make_codec(
         )
     if config.kind == "grey":
         return GreyCodec(config.levels, image_size, config.patch, frames)
+    if config.kind == "learned" and config.autoencoder.frames > 1:
+        return LearnedCodec(definition, image_size, frames)
     codec = CODECS[config.kind](config, image_size, definition)
     return FrameCodec(codec, frames) if codec and frames else codec
 

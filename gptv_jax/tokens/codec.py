@@ -20,12 +20,18 @@ class Codec(abc.ABC):
     """
 
     vocabulary: int  # V: tokens are 0 .. V-1
-    grid: tuple[int, ...]  # (frames,) rows and columns of tokens; T is their product
+    grid: tuple[int, ...]  # (steps in time,) rows and columns of tokens; T is their product
     image_shape: tuple[int, ...]  # (F,) H, W, C of the images that are encoded
     lossless: bool = False  # whether `decode` restores every image that `encode` takes
     on_devices: bool = False  # whether a network encodes, best many images at once on JAX devices
     # The palette or the tokenizer that the tokens refer to; None where the settings say it all.
     definition: object = None
+
+    @property
+    def sides(self) -> tuple[Int[np.ndarray, " positions"], ...]:
+        """Of each axis of the grid: the frames or pixels that each position stands for."""
+        axes = zip(self.image_shape[:-1], self.grid, strict=True)
+        return tuple(np.full(count, size // count) for size, count in axes)
 
     @property
     def similarity_order(self) -> Int[np.ndarray, " V"]:

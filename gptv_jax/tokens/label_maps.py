@@ -198,6 +198,7 @@ class Learned(LabelCodec):
 
     @classmethod
     def restore(cls, arrays, *, autoencoder, **header):
+        autoencoder = config_lib.recorded(config_lib.Autoencoder, autoencoder, "autoencoder")
         config = fields.from_dict(config_lib.Autoencoder, autoencoder, "autoencoder")
         return cls(**header, config=config, params=arrays)
 

@@ -25,15 +25,16 @@ from gptv_jax.tokens.codec import AnyArray, Codec
 FILE = "tokenizer.safetensors"  # in a run folder and in a token cache
 HEADER = "gptv_jax_tokenizer"  # key of the file's metadata
 FORMAT = 1
-# Images a device encodes or decodes at a time. The number is fixed, because a program for another
-# number may round differently, which turns a value that lies between two codes into another token.
+# Images or frames a device encodes or decodes at a time. The number is fixed, because a program for
+# another number may round differently, which turns a value that lies between two codes into another
+# token.
 CHUNK = 16
 CHUNKS_AHEAD = 4  # chunks given to the devices before the first result is fetched
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tokenizer:
-    """A trained encoder and decoder with their weights; `LearnedCodec` applies them to images."""
+    """A trained encoder and decoder with their weights, which `LearnedCodec` applies."""
 
     config: config_lib.Autoencoder
     params: dict[str, np.ndarray]  # float32, by flat name: "encoder.stem.bias"
@@ -113,16 +114,28 @@ def load(path: str | pathlib.Path) -> Tokenizer:
 
 
 class LearnedCodec(Codec):
-    """The token of a square of pixels is its code; local devices share the images of a batch."""
+    """The token of a square of pixels is its code; local devices share the images of a batch.
+
+    Of clips of `frames` frames, the first frame has tokens of its own, and each later token stands
+    for the square in `config.frames` frames.
+    """
 
     on_devices = True
 
-    def __init__(self, tokenizer: Tokenizer, size: ImageSize):
+    def __init__(self, tokenizer: Tokenizer, size: ImageSize, frames: int = 0):
         self.definition, config, pixels = tokenizer, tokenizer.config, height_and_width(size)
-        self.vocabulary, self.image_shape = config.vocabulary, (*pixels, config.channels)
-        self.grid = tuple(n // config.downsample for n in pixels)
+        clip = (frames,) * (frames > 0)
+        self.vocabulary, self.image_shape = config.vocabulary, (*clip, *pixels, config.channels)
+        steps = (-(-n // config.frames) for n in clip)
+        self.grid = (*steps, *(n // config.downsample for n in pixels))
 
-    def encode(self, images: UInt8[AnyArray, "B H W C"]) -> Int[np.ndarray, "B T"]:
+    @property
+    def sides(self) -> tuple[Int[np.ndarray, " positions"], ...]:
+        *clip, rows, columns = super().sides
+        spans = (np.where(np.arange(len(each)), self.definition.config.frames, 1) for each in clip)
+        return (*spans, rows, columns)
+
+    def encode(self, images: UInt8[AnyArray, "B *F H W C"]) -> Int[np.ndarray, "B T"]:
         """Int32 tokens, whatever the other images of the batch and the devices are."""
         images = np.asarray(images)
         if images.dtype != np.uint8 or images.shape[1:] != self.image_shape:
@@ -135,8 +148,8 @@ class LearnedCodec(Codec):
         return codes.reshape(len(images), math.prod(self.grid))
 
     def decode(
-        self, tokens: Int[AnyArray, "B N"], grid: tuple[int, int] | None = None
-    ) -> UInt8[np.ndarray, "B H W C"]:
+        self, tokens: Int[AnyArray, "B N"], grid: tuple[int, ...] | None = None
+    ) -> UInt8[np.ndarray, "B *F H W C"]:
         tokens, length = np.asarray(tokens), math.prod(grid or self.grid)
         if tokens.dtype.kind not in "iu" or tokens.ndim != 2 or tokens.shape[1] != length:
             raise InputError(
@@ -155,7 +168,8 @@ class LearnedCodec(Codec):
         """Encodes or decodes the rows in chunks, all of one shape."""
         mesh, params = self._placed
         spec = NamedSharding(mesh, sharding.BATCH_FIRST)
-        size, pending, fetched = CHUNK * mesh.size, [], []
+        frames = math.prod(self.image_shape[:-3])
+        size, pending, fetched = max(CHUNK // frames, 1) * mesh.size, [], []
         with jax.set_mesh(mesh):
             for first in range(0, max(len(rows), 1), size):
                 chunk = rows[first : first + size]
@@ -178,7 +192,7 @@ class LearnedCodec(Codec):
     jax.jit, static_argnums=(0, 1), compiler_options={"xla_allow_excess_precision": False}
 )
 def _apply(config: config_lib.Autoencoder, decoding: bool, params: dict, rows: Array) -> Array:
-    """Images of grids of codes (`decoding`), or codes of images."""
+    """Images or clips of grids of codes (`decoding`), or codes of images or clips."""
     model = vqgan.Vqgan(config, params) if config.groups else autoencoder.bind(config, params)
     if decoding:
         return to_pixels(model.decode(rows))
@@ -186,12 +200,12 @@ def _apply(config: config_lib.Autoencoder, decoding: bool, params: dict, rows: A
     return found if config.groups else found.codes
 
 
-def from_pixels(images: UInt8[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+def from_pixels(images: UInt8[Array, "*any"]) -> Float[Array, "*any"]:
     """Scales 0..255 to float32 from -1 to 1."""
     return images.astype(jnp.float32) / 127.5 - 1
 
 
-def to_pixels(images: Float[Array, "B H W C"]) -> UInt8[Array, "B H W C"]:
+def to_pixels(images: Float[Array, "*any"]) -> UInt8[Array, "*any"]:
     """Scales -1..1 to 0..255, and clips what lies beyond."""
     return jnp.clip(jnp.rint((images + 1) * 127.5), 0, 255).astype(jnp.uint8)
 

@@ -11,7 +11,8 @@ from jaxtyping import Array, Bool, Float, Int, Integer, PRNGKeyArray
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.model import autoencoder, layers, lpips
-from gptv_jax.model.autoencoder import Discriminator, unit
+from gptv_jax.model.autoencoder import Discriminator, as_images
+from gptv_jax.model.quantizers import unit
 from gptv_jax.tokens.label_maps import Cells, Learned, as_channels
 from gptv_jax.tokens.learned import from_pixels, to_pixels
 from gptv_jax.train import optimizer, step
@@ -96,14 +97,17 @@ def make_init(
     settings: config_lib.Tokenizer,
     optimizer: optax.GradientTransformation,
 ) -> Callable:
-    """`key -> state`, that of `step.state_of` with the state of a codebook and a discriminator.
+    """`(key, given) -> state`, that of `step.state_of` with a codebook's and a discriminator's.
 
     "codebook" {"counts" [V], "sums" [V, Z]}: moving averages over the encodings of each code;
-    "critic" {"params", "opt"}: the discriminator.
+    "critic" {"params", "opt"}: the discriminator. `given` weights, by flat name, replace fresh
+    ones.
     """
 
-    def init(key: PRNGKeyArray) -> dict:
+    def init(key: PRNGKeyArray, given: dict[str, Array] | None = None) -> dict:
         params = autoencoder.init(config, key)
+        chosen = {**sharding.by_name(params), **(given or {})}
+        params = jax.tree.unflatten(jax.tree.structure(params), chosen.values())
         state = state_of(params, optimizer, settings.train.ema)
         if config.quantizer == "vq":
             # As if each code had one encoding: codes move at once, and none is dead yet.
@@ -140,6 +144,7 @@ def make_loss(config: config_lib.Autoencoder, settings: config_lib.Tokenizer) ->
         z = model.encoder(images)
         quantized = model.quantizer(z)
         restored = model.decoder(quantized.values)
+        restored, images = as_images(restored), as_images(images)
         parts = {k: f(restored, images).mean() for k, f in TERMS.items() if getattr(settings, k)}
         if settings.lpips:
             parts["lpips"] = lpips.distance(frozen["vgg"], restored, images).mean()
@@ -180,8 +185,8 @@ def make_after(config: config_lib.Autoencoder, settings: config_lib.Tokenizer) -
 
 def update_codebook(
     codebook: dict,
-    z: Float[Array, "B h w Z"],
-    codes: Int[Array, "B h w"],
+    z: Float[Array, "B *K h w Z"],
+    codes: Int[Array, "B *K h w"],
     settings: config_lib.Tokenizer,
     key: PRNGKeyArray,
 ) -> dict:
@@ -223,7 +228,8 @@ def make_eval_step(config: config_lib.Autoencoder) -> Callable:
     """`(params, batch) -> sums` over the rows whose "mask" is 1, of whole pixels 0 .. 255; jitted.
 
     "images", "mse" (over an image), "psnr_db", "ssim", "idempotence" (share of an image's codes
-    that encoding the restored image gives again) and "counts" [V] of the codes.
+    that encoding the restored image gives again) and "counts" [V] of the codes. A clip counts as
+    one image, with the means over its frames.
     """
 
     def eval_step(params: dict, batch: dict) -> Metrics:
@@ -231,19 +237,21 @@ def make_eval_step(config: config_lib.Autoencoder) -> Callable:
         codes = model.encode(from_pixels(images)).codes
         restored = to_pixels(model.decode(codes))
         again = model.encode(from_pixels(restored)).codes
-        given, made = images.astype(jnp.float32), restored.astype(jnp.float32)
+        given, made = (as_images(each.astype(jnp.float32)) for each in (images, restored))
         squared = l2(made, given)
         by_image = {
-            "images": jnp.ones_like(mask),
             "mse": squared,
             # An image that is restored exactly counts as one that misses by half a level.
             "psnr_db": psnr(jnp.maximum(squared, 0.25), 255.0),
             "ssim": ssim(made, given, 255.0),
-            "idempotence": (codes == again).mean(axis=(1, 2)),
         }
+        spec, axes = {"out_sharding": sharding.BATCH_FIRST}, tuple(range(1, codes.ndim))
+        by_image = {k: v.reshape(len(mask), -1, **spec).mean(axis=1) for k, v in by_image.items()}
+        by_image["idempotence"] = (codes == again).mean(axis=axes)
+        by_image["images"] = jnp.ones_like(mask)
         sums = {name: (mask * values).sum() for name, values in by_image.items()}
         codes, real = jax.sharding.reshard((codes, mask.astype(jnp.int32)), jax.P())
-        real = jnp.broadcast_to(real[:, None, None], codes.shape)
+        real = jnp.broadcast_to(jnp.expand_dims(real, axes), codes.shape)
         sums["counts"] = jnp.zeros(config.vocabulary, jnp.int32).at[codes].add(real)
         return sums
 

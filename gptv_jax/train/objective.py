@@ -7,6 +7,7 @@ then depend only on the image's number in its split and on the number of the vot
 Random orders (RAR, Yu et al. 2024, arXiv:2411.00776) change which tokens come "before".
 """
 
+import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
@@ -214,6 +215,12 @@ def draw_hidden(network: Network, rows: int, key: PRNGKeyArray | None) -> Bool[A
     return (drawn < share) & (jnp.arange(network.length) < last)[None]
 
 
+def of_stills(network: Network, still: Bool[Array, " B"]) -> Bool[Array, "B T"]:
+    """Which tokens count in the loss: of a row that is a single image, those of the first frame."""
+    first = jnp.arange(network.length) < network.length // network.frames
+    return jax.sharding.reshard(first[None] | ~still[:, None], sharding.HIDDEN)
+
+
 def start_vectors(
     network: Network, batch: dict, key: PRNGKeyArray | None = None, *, condition_on_label: bool
 ) -> Int[Array, " B"] | None:
@@ -288,6 +295,26 @@ def evaluate_batch(
     start = start_vectors(network, batch, condition_on_label=condition_on_label)
     model = network.bind(params)
     return model(batch["tokens"], start, hidden=mask, raw=raw, keep=keep), mask
+
+
+def clips_of(batch: dict) -> list[dict]:
+    """A batch for each of the K clips of every video, whose "tokens" are [B, K, T]."""
+    tokens = batch["tokens"]
+    if tokens.ndim == 2:
+        return [batch]
+    return [batch | {"tokens": tokens[:, clip]} for clip in range(tokens.shape[1])]
+
+
+def over_clips(class_logits: list[Float[Array, "B C"]], votes: int) -> Float[Array, "votes B C"]:
+    """Logits of the mean probabilities of the K clips of every video, of each vote.
+
+    The list has votes * K arrays, vote by vote.
+    """
+    logits, clips = jnp.stack(class_logits), len(class_logits) // votes
+    if clips == 1:
+        return logits
+    logits = jax.nn.log_softmax(logits.reshape(votes, clips, *logits.shape[1:]), axis=-1)
+    return jax.nn.logsumexp(logits, axis=1) - math.log(clips)
 
 
 def majority_class(class_logits: Float[Array, "votes *B C"]) -> Int[Array, "*B"]:

@@ -7,6 +7,7 @@ network. `key` is for everything random in the step; `step` counts the steps tak
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 
 import jax
@@ -32,7 +33,9 @@ def make_loss(
 ) -> Callable:
     """Nats per token; with a class head the weighted sum of these and the class's cross-entropy.
 
-    Of several parts the loss is `objective.make_parts_loss`, which takes no coefficients.
+    Of several parts the loss is `objective.make_parts_loss`, which takes no coefficients. Where a
+    network with a class head does not predict its tokens, the loss is that of the class alone.
+    Of clips that batch["still"] says are single images, the first frame alone counts.
     A network with a class head does not see the class, and reads images in raster order. Any other
     network with random orders needs `steps`, the length of the training. Without a key nothing is
     drawn: no dropout, no label dropout, raster order; BERT needs a key.
@@ -55,13 +58,17 @@ def make_loss(
         hidden = objective.draw_hidden(network, len(tokens), key) if mask is None else mask
         output = model(tokens, start, key, hidden, order)
         targets = tokens if order is None else reorder(tokens, order)
-        nats = objective.nats_per_token(model, output, targets, mask).mean()
+        total, metrics = 0.0, {}
+        if network.predicts_images:
+            counted = mask if "still" not in batch else objective.of_stills(network, batch["still"])
+            nats = objective.nats_per_token(model, output, targets, counted).mean()
+            total, metrics = generative * nats, {"nats_per_token": nats}
         if not classes:
-            return nats, {"nats_per_token": nats}
+            return nats, metrics
         class_nats = cross_entropy(output.class_logits, batch["label"]).mean()
         correct = jnp.argmax(output.class_logits, axis=-1) == batch["label"]
-        metrics = {"nats_per_token": nats, "class_nats": class_nats, "accuracy": correct.mean()}
-        return generative * nats + classification * class_nats, metrics
+        metrics |= {"class_nats": class_nats, "accuracy": correct.mean()}
+        return total + classification * class_nats, metrics
 
     return loss
 
@@ -183,11 +190,13 @@ def total(parts: Iterable, add: Callable = Metric.add):
 def make_eval_step(network: Network, *, confusion: bool = False) -> Callable:
     """`(params, batch) -> sums` over the rows whose "mask" is 1, jitted.
 
-    "images" counts the rows; the other sums are "nats_per_token" and, with a class head, "accuracy"
-    (images classified correctly) and "class_nats", the cross-entropy of the class. Of clips, where
-    tokens are predicted in order, "by_frame" has the nats per token of each frame, [F]. For BERT,
-    nats are means over the votes, and the class is that of most votes. A class-conditional network
-    without a class head sees the class.
+    "images" counts the rows; the other sums are "nats_per_token", where tokens are predicted, and,
+    with a class head, "accuracy" (images classified correctly) and "class_nats", the cross-entropy
+    of the class. Of clips, where tokens are predicted in order, "by_frame" has the nats per token
+    of each frame, [F]. For BERT, nats are means over the votes, and the class is that of most
+    votes. Of several clips of a video, "tokens" [b, K, T], nats per token are means, and the class
+    is that of the mean probabilities. A class-conditional network without a class head sees the
+    class.
 
     With `confusion`, a network with a class head gives "confusion" as well, int32 [C, C], see
     `objective.confusion`; for more than `CONFUSION_CLASSES` classes that matrix is left out.
@@ -197,24 +206,29 @@ def make_eval_step(network: Network, *, confusion: bool = False) -> Callable:
         if network.several:
             nats = objective.parts_nats(network, params, batch)
             return {"nats_per_token": (nats * batch["mask"]).sum(), "images": batch["mask"].sum()}
-        nats, logits, model = 0.0, [], network.bind(params)
-        for vote in range(network.votes):
+        each, nats, logits, model = [], [], [], network.bind(params)
+        for vote, clip in itertools.product(range(network.votes), objective.clips_of(batch)):
             output, mask = objective.evaluate_batch(
-                network, params, batch, vote, condition_on_label=not network.classes
+                network, params, clip, vote, condition_on_label=not network.classes
             )
-            each = objective.token_nats(model, output, batch["tokens"])
-            nats += each.mean(axis=1) if mask is None else objective.masked_mean(each, mask)
             logits.append(output.class_logits)
-        rows = {"nats_per_token": nats / network.votes, "images": jnp.ones_like(batch["mask"])}
+            if network.predicts_images:
+                each.append(objective.token_nats(model, output, clip["tokens"]))
+                mean = each[-1].mean(axis=1)
+                nats.append(mean if mask is None else objective.masked_mean(each[-1], mask))
+        rows = {"images": jnp.ones_like(batch["mask"])}
+        if nats:
+            rows["nats_per_token"] = sum(nats) / len(nats)
         if network.classes:
-            logits = jnp.stack(logits)
+            logits = objective.over_clips(logits, network.votes)
             chosen = objective.majority_class(logits)
             rows["accuracy"] = chosen == batch["label"]
             rows["class_nats"] = cross_entropy(logits, batch["label"]).mean(axis=0)
         sums = {name: (values * batch["mask"]).sum() for name, values in rows.items()}
-        if network.frames and network.config.objective == "autoregressive":
-            shape, spec = (len(each), network.frames, -1), sharding.BATCH_FIRST
-            by_frame = jax.sharding.reshard(each, spec).reshape(shape, out_sharding=spec)
+        if network.frames and nats and network.config.objective == "autoregressive":
+            spec = sharding.BATCH_FIRST
+            each = jax.sharding.reshard(sum(each) / len(each), spec)
+            by_frame = each.reshape(len(each), network.frames, -1, out_sharding=spec)
             sums["by_frame"] = (by_frame.mean(axis=2) * batch["mask"][:, None]).sum(axis=0)
         if confusion and 0 < network.classes <= CONFUSION_CLASSES:
             sums["confusion"] = objective.confusion(

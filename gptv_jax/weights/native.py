@@ -17,7 +17,7 @@ from gptv_jax import files, sharding, tasks, tokens
 from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.config import fields
 from gptv_jax.config.data import PIXELS
-from gptv_jax.config.fields import FROM_ZERO, POSITIVE, field
+from gptv_jax.config.fields import FROM_ZERO, POSITIVE, field, one_of
 from gptv_jax.errors import InputError, as_input_error, list_differences
 from gptv_jax.model.gpt import Network
 from gptv_jax.model.layout import of_images
@@ -29,7 +29,10 @@ from gptv_jax.tokens import palette as palettes
 FORMAT = 1
 HEADER = "gptv_jax"  # key of the file's metadata
 # Fields that a header holds; files of before the class names have none.
-FACTS = ("image_size", "frames", "starts", "classes", "class_names", "pool", "step", "best_layer")
+FACTS = (
+    "image_size", "frames", "starts", "classes", "class_names", "pool", "attention", "step",
+    "best_layer",
+)  # fmt: skip
 TASK_FACTS = ("object_names", "map_names", "eval_transforms")  # beside the task, if it has parts
 # Names of the tensors of a token definition: the colours of a palette, the prefix of a tokenizer's.
 CENTERS, TOKENIZER = "palette.centers", "tokenizer."
@@ -57,6 +60,7 @@ class WeightsFile:
     # In the order of the labels, of the class head or of `model.class_tokens`; empty: no names.
     class_names: tuple[str, ...] = field(())
     pool: int = field(1, POSITIVE)  # parts of the sequence that the class head reads apart
+    attention: str = field("causal", one_of("causal", "frames"))  # as config.finetune.attention
     step: int | None = field(None, FROM_ZERO)  # training step of the weights, where known
     # The probe's best layer, where the probe has run.
     best_layer: int | None = field(None, FROM_ZERO)
@@ -89,7 +93,7 @@ class WeightsFile:
         if task := self.learned_task:
             return dataclasses.replace(task.network(), starts=self.starts)
         codec = self.codec
-        layout = of_images(codec.vocabulary, codec.grid, self.model.objective)
+        layout = of_images(codec.vocabulary, codec.grid, self.model.objective, self.attention)
         return Network(self.model, layout, self.starts, self.classes, pool=self.pool)
 
     def checked(self, where: str) -> "WeightsFile":
@@ -97,7 +101,8 @@ class WeightsFile:
 
         InputError lists weights in `where` that are missing, left over, misshapen or not finite.
         """
-        with jax.set_mesh(sharding.make_mesh(config_lib.Mesh())):
+        described = as_input_error(f"the settings in {where} describe no network")
+        with described, jax.set_mesh(sharding.make_mesh(config_lib.Mesh())):
             expected = sharding.by_name(sharding.abstract(self.network.init))
         shapes, found = ({n: a.shape for n, a in each.items()} for each in (expected, self.params))
         wrong = [name for name, array in self.params.items() if not np.isfinite(array).all()]
@@ -105,6 +110,8 @@ class WeightsFile:
         faults += [f"{name} holds values that are not finite" for name in wrong]
         if self.best_layer is not None and self.best_layer > self.model.layers:
             faults.append(f"best_layer {self.best_layer} is none of {self.model.layers} layers")
+        if (given := self.model.class_tokens) and self.starts != given + 1:
+            faults.append(f"there are {self.starts} start vectors for {given} classes and none")
         count = self.classes or self.model.class_tokens
         if count and self.class_names and len(self.class_names) != count:
             faults.append(f"there are {len(self.class_names)} class names for {count} classes")
@@ -121,7 +128,9 @@ class WeightsFile:
             )
         params = {n: a for n, a in self.params.items() if not n.startswith("classifier.")}
         names = self.class_names if self.model.class_tokens else ()
-        return dataclasses.replace(self, params=params, classes=0, class_names=names, pool=1)
+        return dataclasses.replace(
+            self, params=params, classes=0, class_names=names, pool=1, attention="causal"
+        )
 
     def on_mesh(self) -> dict:
         """The nested parameters as arrays on the current mesh, sharded as for training."""
@@ -209,7 +218,8 @@ def from_header(
                 f"{where} has format {header['format']}; this version reads format {FORMAT}."
             )
         known = {each.name: each for each in dataclasses.fields(WeightsFile)}
-        older = {"class_names": [], "frames": 0, "pool": 1, **{name: [] for name in TASK_FACTS}}
+        older = {"class_names": [], "frames": 0, "pool": 1, "attention": "causal"}
+        older |= {name: [] for name in TASK_FACTS}
         header = older | header
         facts = {n: fields.checked(header[n], known[n], f"header.{n}") for n in FACTS + TASK_FACTS}
         if isinstance(definition, Palette):
@@ -287,10 +297,13 @@ def write(weights_file: WeightsFile, path: pathlib.Path) -> None:
     files.write_safetensors(arrays(weights_file), path, header)
 
 
-def read_run(folder: pathlib.Path, stage: str | None = None) -> tuple[WeightsFile, dict]:
+def read_run(
+    folder: pathlib.Path, stage: str | None = None, with_params: bool = True
+) -> tuple[WeightsFile, dict]:
     """A description of a stage's weights, without arrays, and its parameters on the current mesh.
 
-    `stage` is "pretrain" or "finetune"; None: the latest of the two that has finished.
+    `stage` is "pretrain" or "finetune"; None: the latest of the two that has finished. The dict of
+    parameters is empty without `with_params`.
     """
     config, summary = record.config_of(folder), files.read_json(folder / "summary.json", {})
     finished = record.stages_with_weights(summary)
@@ -322,11 +335,14 @@ def read_run(folder: pathlib.Path, stage: str | None = None) -> tuple[WeightsFil
         starts=network.starts,
         classes=network.classes,
         pool=network.pool,
+        attention=config.finetune.attention if network.classes else "causal",
         class_names=names if network.classes or config.model.class_tokens or of_task else (),
         step=summary[f"{stage}/steps"],
         best_layer=summary.get("probe/best_layer"),
         **of_task,
     )
+    if not with_params:
+        return described, {}
     place = record.checkpoint_folder(config, folder) / stage
     name = record.trained_part(config, stage)
     with Checkpoints(place, read_only=True) as saved:
