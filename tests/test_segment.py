@@ -18,7 +18,8 @@ from gptv_jax.data.records import plane_to_original
 from gptv_jax.errors import InputError
 from gptv_jax.model.parts import centers
 from gptv_jax.tasks import map_pictures
-from gptv_jax.tasks.segment import Segment, classes_read, written
+from gptv_jax.tasks.map_passes import classes_read, written
+from gptv_jax.tasks.segment import Segment
 from gptv_jax.train import objective, optimizer, step
 from gptv_jax.weights.native import WeightsFile
 

@@ -153,20 +153,23 @@ def images(
     count: int | None = None,
     seed: int = 0,
     annotated: bool = False,
+    anywhere: bool = False,
 ) -> Iterator[Record]:
     """The records of a split after the transforms of evaluation, damaged images left out.
 
     With `count`, so many records are drawn without replacement; otherwise all come in order. Boxes
-    and the like are left out, unless `annotated`.
+    and the like are left out, unless `annotated`. `anywhere` draws `count` clips that begin at
+    random frames, several of a video where there are fewer videos.
     """
     make = dataclasses.replace(
         open_examples(config, split, config.eval_transforms), annotated=annotated
     )
     source = make.source
     data = grain.MapDataset.range(len(source))
-    if count is not None and count < len(source):
-        data = data.seed(seed).shuffle()[:count]
-    data = data.map(make.record)
+    if anywhere or (count is not None and count < len(source)):
+        data = data.seed(seed).shuffle()
+        data = (data.repeat() if anywhere else data)[:count]
+    data = data.random_map(make.record) if anywhere else data.map(make.record)
     for number, record in enumerate(read_ahead(data, source, config.workers), start=1):
         damaged = record.pop("damaged", NOT_DAMAGED)
         damage_log.record(split, source, damaged, number)
@@ -239,7 +242,14 @@ class _Example(grain.transforms.RandomMap):
 
         Of a video, a generator draws where the clip begins; without one, see `Source.read`.
         """
-        record = self.source.read(index, rng, place) | {"variant": np.int32(0)}
+        record = self.transformed(self.source.read(index, rng, place), index, rng)
+        if self.annotated:
+            record["image_id"] = self.source.image_id(index)
+        return record
+
+    def transformed(self, record: Record, index: int, rng: Rng = None) -> Record:
+        """What `record` makes of a record of the source, which has this number."""
+        record = record | {"variant": np.int32(0)}
         if "encoded" in record:
             raise InputError(f"{self.source.name(index)} is an image file; {DECODE_FIRST}")
         if not (self.example or self.annotated):
@@ -249,8 +259,6 @@ class _Example(grain.transforms.RandomMap):
             record = with_view(record, *size[-3:-1])
         for step in self.steps:
             record = step(record, rng)
-        if self.annotated:
-            record["image_id"] = self.source.image_id(index)
         return record
 
     def random_map(self, index: int, rng: Rng = None, place: float = 0.5) -> dict:
