@@ -134,7 +134,9 @@ def draw(
     progress.close()
 
 
-def _beginnings(context: Context, rows: Int[np.ndarray, " B"]) -> tuple[np.ndarray, ...]:
+def _beginnings(
+    context: Context, rows: Int[np.ndarray, " B"]
+) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, " B"] | None]:
     """Tokens [B, T] of test images, all but the first ones unknown, and the classes [B] or None.
 
     `rows` are the numbers of a whole batch; after the last test image the first one comes again.
