@@ -322,13 +322,14 @@ def test_what_cannot_be_segmented_is_refused(caplog):
         assert len(str(refused.value)) <= 300
 
 
-def as_model(task: Segment, params: dict) -> gptv_jax.Model:
+def as_model(task: Segment, params: dict, frames: int = 0) -> gptv_jax.Model:
     config = task.config
     described = WeightsFile(
         *(config.model, config.tokens, config.data.image_size, {}),
         task=config.task,
         map_names=NAMES,
         measured=task.measured,
+        frames=frames,
     )
     return gptv_jax.Model(described, params, make_mesh((1, 1, 1)))
 

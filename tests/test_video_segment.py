@@ -224,9 +224,7 @@ def test_the_planner_knows_the_batches_of_clips():
 
 def test_model_segment_video(tmp_path):
     task, _, params = trained()
-    model = as_model(task, params)
-    described = dataclasses.replace(model._described, frames=2)
-    gptv_jax.Model(described, params, make_mesh((1, 1, 1))).save(tmp_path / "clips.safetensors")
+    as_model(task, params, frames=2).save(tmp_path / "clips.safetensors")
     model = gptv_jax.load(tmp_path / "clips.safetensors")
     record = video(5, 77)
     frames, first = record["image"], record["segmentation"][0]

@@ -93,7 +93,7 @@ def scores(
     """The numbers of several videos' true and predicted maps, without the first frame of each.
 
     The first map is given to some ways of segmenting a video, so no way's first map counts. "miou"
-    is that of all pixels of all videos, "miou_by_frame" of all videos' frame 1, 2, ...;
+    counts all pixels of all videos, "miou_by_frame" the pixels of frame 1, 2, ... of all videos;
     "consistency_n" is the mean over videos.
     """
     longest, matrices = max(len(truth) for truth, _ in pairs), []
