@@ -142,9 +142,11 @@ def test_a_video_with_a_damaged_clip_does_not_count(tmp_path):
         max_damaged=1.0,
     )
     read = pipeline.Pipeline(data, GreyCodec(2, SIZE, TOKENS.patch, FRAMES), 0)
-    for clips, counts in ((1, [1, 1, 1, 0]), (2, [1, 0, 1, 0])):
+    source = sources.open_source(data, "train")
+    sound = [not source.name(index).endswith("b") for index in range(3)]
+    for clips, counts in ((1, [True] * 3), (2, sound)):
         (batch,) = read.evaluation("train", 4, clips=clips)
-        np.testing.assert_array_equal(batch["mask"], counts)
+        np.testing.assert_array_equal(batch["mask"], [*counts, False])
     assert read.damage_log.count == 1
 
 
@@ -216,6 +218,23 @@ def test_a_share_of_the_clips_are_images(tmp_path, caplog):
     broken = pipeline.Pipeline(data, codec, 0)
     next(broken.train(64, stills=True))
     assert "bad.png is left out" in caplog.text and broken.damage_log.count == 1
+
+
+def test_damaged_images_are_a_share_of_all_images_and_clips(videos, tmp_path):
+    _, data = videos  # 56 videos in all
+    image = encoded(np.zeros((SIZE, SIZE, 3), np.uint8))
+    files = {f"{n}.png": image[:45] if n < 8 else image for n in range(250)}
+    mixed = dataclasses.replace(
+        data,
+        stills=str(make_folder(tmp_path / "images", files)),
+        still_share=1.0,
+        still_transforms=("decode(channels=1)",),
+    )
+    read = pipeline.Pipeline(mixed, GreyCodec(2, SIZE, TOKENS.patch, FRAMES), 0)
+    batches = read.train(64, stills=True)
+    for _ in range(24):
+        next(batches)
+    assert read.damage_log.count == 8  # of 250, below config.data.max_damaged
 
 
 def test_the_loss_of_an_image_among_clips_is_that_of_the_first_frame(one_device):
