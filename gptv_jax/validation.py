@@ -119,8 +119,8 @@ def images(given, codec: tokens.Codec) -> UInt8[np.ndarray, "B *F H W C"]:
 def given_frames(given, codec: tokens.Codec, whole: bool = True) -> UInt8[np.ndarray, "B K H W C"]:
     """The first frames of one clip or more, of the height and width that the codec takes.
 
-    If `whole`, the frames fill tokens: where a token stands for several frames, K is a multiple of
-    their number; where the first frame has tokens of its own, K is 1 more.
+    If `whole`, the frames fill tokens. Where a token stands for t frames, K is k t, or 1 + k t if
+    the first frame has tokens of its own.
     """
     if len(codec.image_shape) == 3:
         raise InputError(

@@ -18,6 +18,7 @@ FOLDER = pathlib.Path(__file__).parent.parent / "configs"
 ALONE = {
     "detect_bccd": {"object_names": ("platelet", "red cell", "white cell")},
     "segment_camvid": {"map_names": tuple(map(str, range(11)))},
+    "video_camvid": {"map_names": tuple(map(str, range(11)))},
 }
 # File and argument: weights of the pretrained network, without a class head, or of the task's.
 WEIGHTS = {
@@ -44,6 +45,7 @@ WEIGHTS = {
     ("instances_digits", None): 184_832,
     ("segment_digits", None): 184_832,
     ("segment_camvid", None): 810_352,
+    ("video_camvid", None): 804_784,
     ("segment_ade20k", None): 110_120_448,
     ("cifar10", "tiny"): 332_416,
     ("cifar10", "tiny_modern"): 329_600,

@@ -9,7 +9,7 @@ from conftest import encoded, make_folder, random_image
 from PIL import Image
 
 from gptv_jax import config as config_lib
-from gptv_jax.data import cache, inventory, pipeline, sources
+from gptv_jax.data import cache, inventory, pipeline, sources, whole_videos
 from gptv_jax.data.damage import DamageLog, DecodedSource
 from gptv_jax.data.images import Decode
 from gptv_jax.errors import InputError
@@ -227,6 +227,65 @@ def test_batches_go_on_without_damaged_maps_and_name_their_images(tmp_path, capl
             mirrored.add(not np.array_equal(truth, wanted))
             assert any(np.array_equal(truth, each) for each in (wanted, wanted[:, ::-1]))
     assert mirrored == {True, False}
+
+
+def test_folders_of_frames_beside_folders_of_maps_are_videos(tmp_path, caplog):
+    contents = {}
+    for video, count in (("a", 12), ("b/one", 3)):
+        for i in range(1, count + 1):
+            contents[f"train/{video}/{i}.png"] = photo(i)
+            contents[f"train_labels/{video}/{i}.png"] = encoded(label_map(i)[..., None])
+    del contents["train_labels/a/5.png"]
+    folder = make_folder(tmp_path, contents)
+    source = opened(folder, frames=4, frame_stride=2, max_damaged=0.1)
+    config = config_lib.Data(
+        name="folder", path=str(folder), maps="{split}_labels", map_names=NAMES, frames=4,
+        frame_stride=2, max_damaged=0.1, train_transforms=("decode(channels=1)", "flip(1.0)"),
+    )  # fmt: skip
+    notes = "; ".join(sources.open_data_set(config).notes)
+    assert "1 of 15 images of the split train have no label map and have no class" in notes
+    assert f"the 7 of a clip, so the last frame is repeated: {folder}/train/b/one 3" in notes
+    decoded = DecodedSource(source, Decode(channels=1))
+    lengths = {}
+    for index in range(2):
+        starts = set()
+        for seed in range(40):
+            record = decoded.read(index, np.random.default_rng(seed))
+            numbers = record["image"][:, 0, 0, 0]
+            assert record["segmentation"].shape == (4, H, W)
+            starts.add(int(numbers[0]))
+            for number, found in zip(numbers, record["segmentation"], strict=True):
+                missing = number == 5 and source.name(index).endswith("a")
+                np.testing.assert_array_equal(found, 255 if missing else label_map(number))
+        frames = [*decoded.frames(index)]
+        lengths[source.name(index)] = [frame["image"][0, 0, 0, 0] for frame in frames]
+        assert frames[1]["segmentation"].shape == (1, H, W)
+        assert starts == (set(range(1, 7)) if len(frames) > 2 else {1})
+    assert lengths == {f"{folder}/train/a": [1, 3, 5, 7, 9, 11], f"{folder}/train/b/one": [1, 3]}
+    make = pipeline.open_examples(config, "train", config.train_transforms)
+    make = dataclasses.replace(make, annotated=True)
+    plain, moved = decoded[0], make.record(0)
+    np.testing.assert_array_equal(moved["segmentation"], plain["segmentation"][..., ::-1])
+    whole = [
+        *whole_videos.records(
+            dataclasses.replace(config, eval_transforms=("decode(channels=1)",)), "train", 9
+        )
+    ]
+    assert sorted(record["image"].shape for record in whole) == [(2, H, W, 1), (6, H, W, 1)]
+    assert sorted(record["original"].shape for record in whole) == [(2, H, W), (6, H, W)]
+    drawn = pipeline.images(
+        config, "train", DamageLog(config, None), 9, annotated=True, anywhere=True
+    )
+    # Evaluation's transforms are empty here, so the files are not decoded.
+    with pytest.raises(InputError, match="decode"):
+        next(drawn)
+    small = encoded(np.zeros((H, W + 1, 1), np.uint8))
+    for name in ("train/a/3.png", "train_labels/a/3.png"):
+        (folder / name).write_bytes(small)
+    for index in range(2):
+        if source.name(index).endswith("a"):
+            reason = DecodedSource(source, Decode(channels=1)).reason(index)
+            assert "its label maps have several sizes" in reason
 
 
 def test_images_without_a_label_map_are_left_out_up_to_a_share(tmp_path):

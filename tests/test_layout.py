@@ -202,8 +202,11 @@ def test_a_corner_has_the_features_of_the_nearest_cell():
     for k in range(1, 8, 2):  # bin k of 9 lies in the middle of cell k // 2 of 4
         np.testing.assert_allclose(at[k, :16], cells[k // 2, 0, :16], atol=1e-6)
         np.testing.assert_allclose(at[9 + k, 16:], cells[0, k // 2, 16:], atol=1e-6)
-    clip = parts.centers((2, 4, 4), 32)
-    np.testing.assert_array_equal(clip[:16], clip[16:])
+    clip = parts.centers((2, 4, 4), 48)  # a third of the channels each for time, heights and widths
+    np.testing.assert_allclose(clip[:16, 16:], cells.reshape(16, 32), atol=1e-6)
+    np.testing.assert_array_equal(clip[:16, 16:], clip[16:, 16:])
+    assert np.abs(clip[:16, :16] - clip[16:, :16]).min(axis=0).max() > 0.5
+    np.testing.assert_array_equal(parts.centers((1, 4, 4), 32), cells.reshape(16, 32))
 
 
 @pytest.mark.usefixtures("one_device")

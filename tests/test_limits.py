@@ -15,7 +15,7 @@ from PIL import Image
 import gptv_jax
 from gptv_jax import config as config_lib
 from gptv_jax.config import fields
-from gptv_jax.data import sources
+from gptv_jax.data import pipeline, sources
 from gptv_jax.data.damage import DecodedSource
 from gptv_jax.data.images import Animation, Decode, count_frames
 from gptv_jax.data.limits import DamagedImageError
@@ -54,7 +54,7 @@ def test_every_limit_holds_wherever_an_image_comes_from(name, tmp_path):
         words = str(error.value)
         assert len(words.splitlines()) == 1 and (name in words or name == "formats"), words
     data = config_lib.Data(name="folder", path=str(folder), labels=False, limits=given)
-    decoded = DecodedSource(sources.open_source(data, "train"), Decode().within(given))
+    decoded = pipeline.open_examples(data, "train", ("decode()",)).source
     damaged = [i for i in range(2) if decoded[i]["damaged"] >= 0]
     assert [decoded.name(i) for i in damaged] == [str(folder / "outside.png")]
 

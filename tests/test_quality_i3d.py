@@ -127,11 +127,11 @@ def test_frames_are_resized_as_tensorflow_and_pytorch_do():
     ramp[0, 0, :, :, 0] = 2 * np.arange(112)  # from left to right
     wanted = {"tensorflow": np.arange(224), "pytorch": np.arange(224) - 0.5}
     for resize, row in wanted.items():
-        found = np.asarray(i3d._resized(ramp, resize))
+        found = np.asarray(i3d.resized(ramp, resize))
         assert found.shape == (1, 1, 224, 224, 3)
         row = np.clip(row, 0, 222) / 127.5 - 1
         np.testing.assert_allclose(found[0, 0], np.tile(row[:, None], (224, 1, 3)), atol=1e-6)
-    twice = np.asarray(i3d._resized(ramp, "tensorflow_64"))[0, 0, 0, :, 0]
+    twice = np.asarray(i3d.resized(ramp, "tensorflow_64"))[0, 0, 0, :, 0]
     assert np.abs(twice[7:200] - (np.arange(224) / 127.5 - 1)[7:200]).max() < 0.02
     names = fields.by_name(Generate)["i3d_resize"].metadata["accepted"][0]
     assert all(name in names for name in i3d.RESIZES)

@@ -18,7 +18,8 @@ from gptv_jax.data.records import plane_to_original
 from gptv_jax.errors import InputError
 from gptv_jax.model.parts import centers
 from gptv_jax.tasks import map_pictures
-from gptv_jax.tasks.segment import Segment, classes_read, written
+from gptv_jax.tasks.map_passes import classes_read, written
+from gptv_jax.tasks.segment import Segment
 from gptv_jax.train import objective, optimizer, step
 from gptv_jax.weights.native import WeightsFile
 
@@ -321,13 +322,14 @@ def test_what_cannot_be_segmented_is_refused(caplog):
         assert len(str(refused.value)) <= 300
 
 
-def as_model(task: Segment, params: dict) -> gptv_jax.Model:
+def as_model(task: Segment, params: dict, frames: int = 0) -> gptv_jax.Model:
     config = task.config
     described = WeightsFile(
         *(config.model, config.tokens, config.data.image_size, {}),
         task=config.task,
         map_names=NAMES,
         measured=task.measured,
+        frames=frames,
     )
     return gptv_jax.Model(described, params, make_mesh((1, 1, 1)))
 

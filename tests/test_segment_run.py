@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import scenes_config
+from conftest import encoded, make_folder, scenes_config
 
 import gptv_jax
 from gptv_jax import config as config_lib
@@ -43,3 +43,47 @@ def test_a_run_writes_numbers_files_and_pictures(tmp_path, command):
     before = (folder / "task.measured").read_bytes()
     assert run_stages(config, str(folder)) == found
     assert (folder / "task.measured").read_bytes() == before
+
+
+def test_a_run_of_clips_segments_whole_videos(tmp_path):
+    rng, contents = np.random.default_rng(0), {}
+    for split, videos in (("train", 2), ("validation", 1), ("test", 2)):
+        for video in range(videos):
+            for frame in range(4 + 7 * (split == "test") * video):
+                maps = np.kron(rng.integers(3, size=(2, 4)), np.ones((4, 4), int)).astype(np.uint8)
+                maps[:4, :4] = 1  # pixels that keep their class
+                for folder, pixels in ((split, 80 * maps), (f"{split}_labels", maps)):
+                    contents[f"{folder}/{video}/{frame}.png"] = encoded(pixels[..., None])
+    make_folder(tmp_path / "data", contents)
+    config = config_lib.default()
+    data, model, train = config.data, config.model, config.finetune.train
+    data.name, data.path, data.frames, data.image_size = (
+        "folder",
+        str(tmp_path / "data"),
+        2,
+        (8, 16),
+    )
+    data.maps, data.map_names = "{split}_labels", "ground,cup,tree"
+    data.train_transforms = data.eval_transforms = ("decode(channels=1)",)
+    config.tokens.kind = "none"
+    model.layers, model.width, model.heads = 1, 16, 2
+    config.task.name, config.task.image_input, config.task.stem = "segment", "pixels", (4, 4)
+    config.task.segment.labels = "cells"
+    train.steps, train.batch_size, train.eval_every = 2, 8, 2
+    folder = tmp_path / "run"
+    found = run_stages(config_lib.resolve(config), str(folder))
+    for bound in ("", "read_", "alone_", "previous_", "propagated_", "copied_", "prior_"):
+        assert 0 <= found[f"finetune/{bound}test_video_miou"] <= 1
+        assert 0 <= found[f"finetune/{bound}test_video_consistency_8"] <= 1  # of the longer video
+        assert f"finetune/{bound}test_video_consistency_16" not in found
+    for bound in ("propagated_", "copied_"):
+        assert 0 <= found[f"finetune/{bound}test_video_boundary_f"] <= 1
+    assert found["finetune/ceiling_test_miou"] == 1
+    about = json.loads((folder / "finetune/video_segmentation.json").read_text())
+    assert len(about["propagated"]["miou_by_frame"]) == 10
+    page = (folder / "report.html").read_text()
+    for name in ("segmentation", "class_iou", "video_segmentation", "video_miou"):
+        assert (folder / f"samples/{name}.png").exists()
+        assert f"<h2>{name.replace('_', ' ').capitalize()}</h2>" in page
+    model = gptv_jax.load(folder)
+    assert model.segment_video(np.zeros((3, 8, 16, 1), np.uint8)).shape == (3, 8, 16)

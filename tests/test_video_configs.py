@@ -18,7 +18,7 @@ from gptv_jax.planning import plan, table, topology
 from gptv_jax.planning.training import Pretraining
 from gptv_jax.tokens import Tokenizer
 
-FRAMES = 16
+FRAMES, SIDE = 16, 16
 
 
 def moving_squares(count: int, seed: int) -> np.ndarray:
@@ -57,9 +57,9 @@ def in_miniature(name: str, folder) -> config_lib.Config:
         {"ucf101": write_arrays, "k600": write_frames}[name.removeprefix("video_")](folder)
     )
     decode = ("decode()",) * (c.data.name == "folder")
-    c.data.image_size, c.data.workers = 32, 0
-    c.data.train_transforms = (*decode, "resize_short(32)", "random_crop(32)", "flip()")
-    c.data.eval_transforms = (*decode, "resize_short(32)", "center_crop(32)")
+    c.data.image_size, c.data.workers = SIDE, 0
+    c.data.train_transforms = (*decode, f"resize_short({SIDE})", f"random_crop({SIDE})", "flip()")
+    c.data.eval_transforms = (*decode, f"resize_short({SIDE})", f"center_crop({SIDE})")
     c.tokens.autoencoder.update(
         {"widths": (8, 8, 8), "levels": (4, 4), "encoder_blocks": 0, "decoder_blocks": 0}
     )
@@ -78,30 +78,39 @@ def in_miniature(name: str, folder) -> config_lib.Config:
     return config_lib.resolve(c)
 
 
-@pytest.mark.parametrize("name", ["video_ucf101", "video_k600"])
-def test_a_miniature_trains_and_draws(name, tmp_path):
-    config = in_miniature(name, tmp_path)
-    run = tmp_path / "run"
-    model = gptv_jax.train(config, run, ["pretrain", "sample", "generate"])
-    assert model.network.grid == (FRAMES, 4, 4)
-    summary = json.loads((run / "summary.json").read_text())
+def trained(name: str, folder, stage: str) -> tuple:
+    """The configuration in miniature, its model and its summary after pretraining and `stage`."""
+    config = in_miniature(name, folder)
+    model = gptv_jax.train(config, folder / "run", ["pretrain", stage])
+    assert model.network.grid == (FRAMES, SIDE // 8, SIDE // 8)
+    summary = json.loads((folder / "run" / "summary.json").read_text())
     assert 0 < summary["pretrain/test_nats_per_token"] < np.log(16) + 0.1
-    kept = np.load(run / "generated" / "samples.npz")["arr_0"]
-    assert kept.shape == (10, FRAMES, 32, 32, 3)
-    # Five frames are given, those of a test clip; where nothing is given, classes come by turns.
+    return config, model, summary
+
+
+def test_ucf101_in_miniature_trains_and_draws_its_classes(tmp_path):
+    _, _, summary = trained("video_ucf101", tmp_path, "sample")
+    assert summary["sample/count"] == 2
+    assert (tmp_path / "run" / "samples" / "classes.webp").exists()
+    # Five frames of a test clip are given.
     frames = [f"sample/continued_psnr_db_frame_{number}" for number in (5, 6, 16)]
     assert [each in summary for each in frames] == [False, True, True]
-    quality = json.loads((run / "generated" / "quality.json").read_text())
-    assert (quality["reference"]["frames"], quality["reference"]["frame_stride"]) == (FRAMES, 1)
-    if name == "video_k600":
-        assert quality["reference"]["split"] == "test"
-        test = pipeline.open_examples(config.data, "test", config.data.eval_transforms)
-        given = model.detokenize(
-            model.tokenize(np.stack([test.record(i)["image"] for i in range(8)]))
-        )
-        given = given[np.arange(10) % 8]  # there are 8 test clips
-        np.testing.assert_array_equal(kept[:, :5], given[:, :5])
-        assert (kept[:, 5:] != given[:, 5:]).any()
+
+
+def test_k600_in_miniature_trains_and_continues_five_frames(tmp_path):
+    config, model, _ = trained("video_k600", tmp_path, "generate")
+    made = tmp_path / "run" / "generated"
+    kept = np.load(made / "samples.npz")["arr_0"]
+    assert kept.shape == (10, FRAMES, SIDE, SIDE, 3)
+    assert len([*made.glob("*.webp")]) == 10
+    reference = json.loads((made / "quality.json").read_text())["reference"]
+    assert (reference["frames"], reference["frame_stride"]) == (FRAMES, 1)
+    assert reference["split"] == "test"
+    test = pipeline.open_examples(config.data, "test", config.data.eval_transforms)
+    clips = np.stack([test.record(i)["image"] for i in range(8)])
+    given = model.detokenize(model.tokenize(clips))[np.arange(10) % 8]  # there are 8 test clips
+    np.testing.assert_array_equal(kept[:, :5], given[:, :5])
+    assert (kept[:, 5:] != given[:, 5:]).any()
 
 
 def test_the_largest_network_is_planned_for_a_slice():
@@ -117,9 +126,12 @@ def test_the_largest_network_is_planned_for_a_slice():
     assert found.flops_per_step == found.training.flops.total * 4096 * 64
     shown = table.show(found, None)
     assert "of a batch of 64 clips" in shown and "encoding pixels" in shown
-    # Of a clip that is split over two devices, keys and values are gathered.
-    gathers = [each for each in split.traffic if each.axes == ("sequence",)]
-    assert {each.kind for each in gathers} == {"all-gather", "reduce-scatter"}
+    # Of clips that are split over two devices, here two clips, keys and values are gathered: once
+    # forward, and once more backward; their gradients are scattered once.
+    along = {each.kind: each.bytes for each in split.traffic if each.axes == ("sequence",)}
+    of_layer = 2 * 2 * 4096 * 1536 * 2  # keys and values of two clips, in two bytes a number
+    assert along["all-gather"] == 2 * 48 * of_layer
+    assert along["reduce-scatter"] == 48 * of_layer
     # Keys and values of 48 layers in two bytes a number, beside float32 and bfloat16 weights.
     drawing, each = found.drawing, 2 * 2 * 48 * 4096 * 1536
     assert drawing["bytes_per_sequence"] == each and drawing["weights_bytes"] == 2 * found.params

@@ -3,7 +3,7 @@
 import itertools
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -17,7 +17,9 @@ from gptv_jax.data.limits import DamagedImageError, check_array
 from gptv_jax.errors import InputError, as_input_error, cut
 from gptv_jax.tasks.boxes import Detections, vote
 from gptv_jax.tasks.detect import Detect, draw
-from gptv_jax.tasks.segment import Segment, classes_read, map_nats, written
+from gptv_jax.tasks.map_passes import classes_read, map_nats, written
+from gptv_jax.tasks.segment import Segment
+from gptv_jax.tasks.video_maps import Videos
 from gptv_jax.tokens.codec import AnyArray
 from gptv_jax.tokens.label_maps import has_class
 
@@ -74,6 +76,21 @@ def _view(
     for step in steps:
         record = step(record, None)
     return records.resize(record, *size)
+
+
+def _known(plane: AnyArray, classes: int) -> Int[np.ndarray, "H W"]:
+    """A label map that a user gives, with -1 for no class; InputError: it has no integers."""
+    plane = np.asarray(plane)
+    if plane.dtype.kind not in "iu":
+        raise InputError(f"a label map is {plane.dtype}; it takes whole numbers, such as uint8.")
+    return np.where(has_class(plane, classes), plane.astype(np.int32), -1)
+
+
+def _pixels(shown: Sequence[records.Record]) -> UInt8[np.ndarray, "B H W C"]:
+    """The pixels of records of one size."""
+    views = [record["image"] for record in shown]
+    depth = max(view.shape[-1] for view in views)  # a grey image has three equal ones
+    return np.stack([np.broadcast_to(x, (*x.shape[:2], depth)) for x in views])
 
 
 class OfTasks:
@@ -179,6 +196,56 @@ class OfTasks:
         several = () if samples is None else (samples,)
         return np.stack(found) if found else np.zeros((0, *several, *images.shape[1:3]), np.int32)
 
+    def segment_video(
+        self,
+        frames: AnyArray | Sequence[Picture],
+        first_map: AnyArray | None = None,
+        *,
+        by: str | None = None,
+        carry: bool = True,
+    ) -> Int[np.ndarray, "N H W"]:
+        """The class of every pixel of a video's N frames, int32, of a model of clips.
+
+        Frames are as the images of `segment`, and of one size. A window of the F frames of training
+        (config.data.frames) moves on frame by frame. A frame's map is written given the maps of the
+        frames before it in its window, so that classes are carried along; with carry=False each map
+        is written alone. `first_map`, integers [H, W] as in `map_log_likelihood`, is the first
+        frame's map, from which all later maps follow; the result has it unchanged. `by` is
+        "written", or "read", from the images alone; None: "written" where the model has learned it.
+        """
+        given = carry and first_map is not None
+        task = self._segmenter(by or ("written" if given else None))
+        by, size = by or task.ways[-1], task.frames
+        if not size:
+            raise InputError("this model reads images (config.data.frames=0); take segment.")
+        if first_map is not None and not (by == "written" and carry):
+            raise InputError(
+                "first_map is for maps that are carried along: by='written', carry=True."
+            )
+        first = None if first_map is None else _known(first_map, len(self.map_classes))
+        maps = itertools.chain([first], itertools.repeat(None))
+        shown = [record for _, record in self._shown("segment_video", frames, maps=maps)]
+        if not shown:
+            raise InputError("segment_video was given no frame; it takes 1 or more.")
+        if len(sizes := {tuple(record["original"].tolist()) for record in shown}) > 1:
+            raise InputError(
+                f"the frames of a video have one size; these have {sorted(sizes)[:3]}."
+            )
+        with jax.set_mesh(self.mesh):
+            video = Videos(task, self.network, self.params, self.codec, [_pixels(shown)])
+            if by == "read":
+                [planes] = video.read()
+            else:
+                if first is not None:
+                    first = task.facts.encode(shown[0]["segmentation"][None])[0]
+                [tokens] = video.carried(first) if carry else video.alone()
+                planes = task.facts.codec.decode(tokens)
+        [whole] = sizes
+        found = records.plane_to_original(planes, shown[0]["view"], whole).astype(np.int32)
+        if first_map is not None:
+            found[0] = first_map
+        return found
+
     def map_log_likelihood(
         self, images: AnyArray | Sequence[Picture], maps: AnyArray | Sequence[AnyArray]
     ) -> Float[np.ndarray, " B"]:
@@ -189,11 +256,8 @@ class OfTasks:
         [H, W] of the images' heights and widths, with the numbers of classes; 255 in uint8, and any
         other number without a class, such as -1, stand for no class. `images` are as in `segment`.
         """
-        task, planes, found = self._segmenter("written"), [*map(np.asarray, maps)], []
-        if wrong := [plane.dtype for plane in planes if plane.dtype.kind not in "iu"]:
-            raise InputError(f"a label map is {wrong[0]}; it takes whole numbers, such as uint8.")
-        known = (has_class(plane, len(self.map_classes)) for plane in planes)
-        planes = [np.where(k, p.astype(np.int32), -1) for k, p in zip(known, planes, strict=True)]
+        task, found = self._segmenter("written"), []
+        planes = [_known(plane, len(self.map_classes)) for plane in maps]
         views = self._views("map_log_likelihood", images, maps=planes)
         with jax.set_mesh(self.mesh):
             for (tokens, pixels, numbers), shown in views:
@@ -221,20 +285,18 @@ class OfTasks:
             )
         return task
 
-    def _views(
+    def _shown(
         self,
         method: str,
         images: AnyArray | Sequence[Picture],
         extra: Sequence[Steps] = ((),),
-        maps: Sequence[np.ndarray] | None = None,
-    ) -> Iterator[tuple[tuple, tuple[records.Record, ...]]]:
-        """Tokens, pixels and numbers of images on the mesh, and the records of the first rows.
+        maps: Iterable[np.ndarray | None] | None = None,
+    ) -> Iterator[tuple[int, records.Record]]:
+        """The number of each image, a hash of its pixels, and its record of the network's size.
 
-        There is a record of each image after the transforms of evaluation and each of `extra`, of
-        the size that the network takes; "original" is the height and width before. Rows are padded
-        to one of SIZES. An image's number is a hash of its pixels. `maps` are the images' label
-        maps, which the records then have as well. InputError names the `method` that was called: an
-        image is no image.
+        There is a record after the transforms of evaluation and each of `extra`; "original" is the
+        height and width before. `maps` are the images' label maps, or None, which the records then
+        have as well. InputError names the `method` that was called: an image is no image.
         """
         one = isinstance(images, str | os.PathLike | Image.Image)
         if one or (hasattr(images, "ndim") and images.ndim != 4):
@@ -243,7 +305,7 @@ class OfTasks:
                 f"{method} was given {found}; it takes a list of images, as in {method}([image]), "
                 "or an array [B, H, W, C]."
             )
-        if maps is not None and len(maps) != len(images):
+        if isinstance(maps, list) and len(maps) != len(images):
             raise InputError(f"there are {len(images)} images, but {len(maps)} label maps.")
         data = self._described.learned_task.config.data
         channels = (1, 3) if self.codec is None else self.codec.image_shape[2:]
@@ -251,21 +313,30 @@ class OfTasks:
         converts = len(steps) < len(data.eval_transforms)  # the first entry is the run's own decode
         taken = (1, 3) if converts else channels
 
-        def views() -> Iterator[tuple[int, records.Record]]:
-            planes = itertools.repeat(None) if maps is None else maps
-            for image, plane in zip(images, planes, strict=False):
-                pixels = _read(method, decode, taken, converts, image)
-                number = zlib.crc32(np.ascontiguousarray(pixels)) >> 1  # an int32
-                for more in extra:
-                    yield number, _view(pixels, [*steps, *more], data.size, plane)
+        planes = itertools.repeat(None) if maps is None else maps
+        for image, plane in zip(images, planes, strict=False):
+            pixels = _read(method, decode, taken, converts, image)
+            number = zlib.crc32(np.ascontiguousarray(pixels)) >> 1  # an int32
+            for more in extra:
+                yield number, _view(pixels, [*steps, *more], data.size, plane)
 
-        numbered = views()
+    def _views(
+        self, method: str, *shown, **options
+    ) -> Iterator[tuple[tuple, tuple[records.Record, ...]]]:
+        """Tokens, pixels and numbers on the mesh, and the records of the first rows, of `_shown`.
+
+        Rows are padded to one of SIZES.
+        """
+        if frames := self._described.learned_task.config.data.frames:
+            raise InputError(
+                f"this model reads clips of {frames} frames, and {method} takes images; of videos, "
+                "segment_video gives the label maps."
+            )
+        numbered = self._shown(method, *shown, **options)
         while batch := list(itertools.islice(numbered, AT_ONCE)):
             size = next(size for size in SIZES if size >= len(batch))
             numbers, shown = zip(*batch, *batch[-1:] * (size - len(batch)), strict=True)
-            views = [record["image"] for record in shown]
-            depth = max(view.shape[-1] for view in views)  # a grey image has three equal ones
-            pixels = np.stack([np.broadcast_to(x, (*x.shape[:2], depth)) for x in views])
+            pixels = _pixels(shown)
             tokens = None if self.codec is None else self.codec.encode(pixels)
             inputs = tokens, pixels if self.network.stem else None, np.array(numbers, np.int32)
             yield jax.tree.map(sharding.shard_rows, inputs), shown[: len(batch)]

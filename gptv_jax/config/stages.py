@@ -211,6 +211,6 @@ class Config:
         if self.tokens.kind == "none":
             cell = (1, *(2 ** len(self.task.stem),) * 2)
         pixels = (max(frames, 1), *self.data.size)
-        # Sizes are multiples but for a first frame that has tokens of its own.
+        # Only the number of frames may be no multiple: the first frame can have tokens of its own.
         grid = tuple(-(-n // side) for n, side in zip(pixels, cell, strict=True))
         return grid if frames else grid[1:]

@@ -96,6 +96,9 @@ class Segment:
     # Maps that are drawn of every test image, beside the most likely tokens; 0: there is no picture
     # of uncertainty.
     samples: int = field(0, FROM_ZERO)
+    # Of clips: test videos, the first ones, all of whose frames are segmented after the training
+    # (docs/tasks.md, Video); 0: none.
+    videos: int = field(8, FROM_ZERO)
     # Validation images that evaluations during training read, the first ones; 0: all.
     validation_images: int = field(0, FROM_ZERO)
 

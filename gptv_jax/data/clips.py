@@ -1,6 +1,7 @@
 """Which frames of a video are a clip, and the base class of sources of videos."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -106,11 +107,25 @@ class VideoSource(Source):
     def __getitem__(self, index: int) -> Record:
         return self.read(index)
 
+    def record(self, video: Video, numbers: Int[np.ndarray, " F"]) -> Record:
+        """The record of the clip of these frames."""
+        return {self.key: video.take(numbers), **video.known}
+
     def read(self, index: int, rng: Rng = None, place: float = 0.5) -> Record:
         video = self.video(index)
-        return {self.key: video.take(self.clips.choose(video.length, rng, place)), **video.known}
+        return self.record(video, self.clips.choose(video.length, rng, place))
 
     def every(self, index: int) -> Iterator[Record]:
         video = self.video(index)
         for numbers in self.clips.cover(video.length):
-            yield {self.key: video.take(numbers), **video.known}
+            yield self.record(video, numbers)
+
+    def frames(self, index: int) -> Iterator[Record]:
+        video = self.video(index)
+        for number in range(0, video.length, self.clips.stride):
+            yield self.record(video, np.array([number]))
+
+
+def natural(name: str) -> list[str | int]:
+    """A key by which 2.png comes before 10.png."""
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split("([0-9]+)", name))]

@@ -8,7 +8,7 @@ keeps the log. Images that a filter leaves out are replaced and logged alike, bu
 import json
 import logging
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -54,6 +54,9 @@ class DecodedSource(Source):
         raise InputError(
             f"none of {len(self)} images can be read; the first, {self.name(0)}: {self.reason(0)}."
         )
+
+    def frames(self, index: int) -> Iterator[Record]:
+        return (self._checked(index, record) for record in self.source.frames(index))
 
     def _checked(self, index: int, record: Record) -> Record:
         """The decoded record; DroppedImageError where a filter leaves it out."""

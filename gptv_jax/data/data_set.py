@@ -44,6 +44,13 @@ class Source:
         """Of a video, the records of clips that together have all frames that a clip may have."""
         return (self[index],)
 
+    def frames(self, index: int) -> Iterable[Record]:
+        """Of a video, a clip of one frame for each frame, one of every `config.data.frame_stride`.
+
+        Of an image, the record.
+        """
+        return (self[index],)
+
     def name(self, index: int) -> str:
         """The example's name in messages."""
         return f"{self.where}[{index}]"

@@ -15,6 +15,7 @@ from gptv_jax import config as config_lib
 from gptv_jax import files
 from gptv_jax.data import limits as limits_lib
 from gptv_jax.data import listing
+from gptv_jax.data.clips import Clips, Video, VideoSource, natural
 from gptv_jax.data.data_set import ORDER_SEED, SPLITS, DataSet, Source
 from gptv_jax.data.images import as_stored, shown_size
 from gptv_jax.data.limits import DamagedImageError, has_deep_colours
@@ -194,13 +195,15 @@ class MapFolder(DataSet):
     """Image files, each with the image file of its label map; see `config.Data.maps`.
 
     The images of a split are mixed in a fixed order, so that `train[:90%]` is like the other tenth.
-    Raises InputError where a pattern fits no file, several files are of one image, or too many
-    images of a split have no label map (`config.Data.missing`).
+    With `config.frames` the images of a folder are the frames of a video, in the order of their
+    names, and a frame without a label map has no class at any pixel. Raises InputError where a
+    pattern fits no file, several files are of one image, or too many images of a split have no
+    label map (`config.Data.missing`).
     """
 
     def __init__(self, config: config_lib.Data):
         path, table, maps = listing.data_path(config), read_table(config), config.maps
-        self.notes, self.map_names = [], table.names
+        self.notes, self.map_names, self.videos = [], table.names, config.frames > 0
         images = config.images or ("{split}" if "{split}" in maps else "{name}")
         map_files = _match(path, maps, "maps")
         known = {file for found in map_files.values() for file in found}
@@ -228,11 +231,20 @@ class MapFolder(DataSet):
                     f"than the share config.data.max_damaged={config.missing:g}."
                 )
             if without:
-                self.notes.append(f"{problem} and are left out: {shorten(without)}")
-            if kept:
+                fate = "have no class at any pixel" if self.videos else "are left out"
+                self.notes.append(f"{problem} and {fate}: {shorten(without)}")
+            if not kept:
+                continue
+            pairs = {n: (str(mine[n]), str(map_files[keys[n]][0])) for n in kept}
+            if self.videos:
+                pairs = {n: pairs.get(n, (str(path), None)) for n, path in mine.items()}
+                found = _MapVideos.of(pairs, table, config)
+                lengths = ((found.name(i), len(pairs)) for i, pairs in enumerate(found.videos))
+                self.notes += found.clips.short(lengths)
+            else:
                 mixed = np.random.default_rng(ORDER_SEED).permutation(kept).tolist()
-                pairs = [(str(mine[n]), str(map_files[keys[n]][0])) for n in mixed]
-                self.splits[split] = _MapSplit(pairs, table)
+                found = _MapSplit([pairs[n] for n in mixed], table)
+            self.splits[split] = found
         if not self.splits:
             raise InputError(
                 f"no image of config.data.images={images} in {path} has a label map by "
@@ -262,6 +274,50 @@ class _MapSplit(Source):
 
     def name(self, index: int) -> str:
         return self.pairs[index][0]
+
+
+@dataclasses.dataclass(frozen=True)
+class _MapVideos(VideoSource):
+    videos: list[list[tuple[str, str | None]]]  # paths of every frame and of its label map
+    table: LabelTable
+    clips: Clips
+
+    @classmethod
+    def of(
+        cls, pairs: dict[str, tuple[str, str | None]], table: LabelTable, config: config_lib.Data
+    ) -> "_MapVideos":
+        """The videos in a fixed order, of the files by name; a folder of files is a video."""
+        videos = collections.defaultdict(list)
+        for name in sorted(pairs, key=natural):
+            videos[os.path.dirname(name)].append(pairs[name])
+        mixed = np.random.default_rng(ORDER_SEED).permutation(sorted(videos)).tolist()
+        return cls([videos[name] for name in mixed], table, Clips.of(config))
+
+    def __len__(self) -> int:
+        return len(self.videos)
+
+    def video(self, index: int) -> Video:
+        pairs = self.videos[index]
+        take = lambda numbers: [self._frame(*pairs[n]) for n in numbers.tolist()]  # noqa: E731
+        return Video(len(pairs), take, {})
+
+    def record(self, video: Video, numbers: np.ndarray) -> Record:
+        encoded, maps = zip(*video.take(numbers), strict=True)
+        if len(sizes := {plane.shape for plane in maps}) > 1:
+            raise DamagedImageError(f"its label maps have several sizes: {shorten(sizes)}")
+        return {"encoded": list(encoded), "segmentation": np.stack(maps)}
+
+    def _frame(self, path: str, of_map: str | None) -> tuple[bytes, np.ndarray]:
+        """The image file and the classes of its pixels."""
+        limits = self.table.limits
+        encoded = limits_lib.read(pathlib.Path(path), limits)
+        if of_map is not None:
+            return self.table.annotate(encoded, limits_lib.read(pathlib.Path(of_map), limits))
+        size = shown_size(encoded, limits)[0]
+        return encoded, np.full(size, no_class(self.table.dtype), self.table.dtype)
+
+    def name(self, index: int) -> str:
+        return os.path.dirname(self.videos[index][0][0])
 
 
 def _match(root: pathlib.Path, pattern: str, field: str) -> dict[tuple, list[pathlib.Path]]:

@@ -153,20 +153,23 @@ def images(
     count: int | None = None,
     seed: int = 0,
     annotated: bool = False,
+    anywhere: bool = False,
 ) -> Iterator[Record]:
     """The records of a split after the transforms of evaluation, damaged images left out.
 
     With `count`, so many records are drawn without replacement; otherwise all come in order. Boxes
-    and the like are left out, unless `annotated`.
+    and the like are left out, unless `annotated`. `anywhere` draws `count` clips that begin at
+    random frames, several of a video where there are fewer videos.
     """
     make = dataclasses.replace(
         open_examples(config, split, config.eval_transforms), annotated=annotated
     )
     source = make.source
     data = grain.MapDataset.range(len(source))
-    if count is not None and count < len(source):
-        data = data.seed(seed).shuffle()[:count]
-    data = data.map(make.record)
+    if anywhere or (count is not None and count < len(source)):
+        data = data.seed(seed).shuffle()
+        data = (data.repeat() if anywhere else data)[:count]
+    data = data.random_map(make.record) if anywhere else data.map(make.record)
     for number, record in enumerate(read_ahead(data, source, config.workers), start=1):
         damaged = record.pop("damaged", NOT_DAMAGED)
         damage_log.record(split, source, damaged, number)
@@ -239,7 +242,14 @@ class _Example(grain.transforms.RandomMap):
 
         Of a video, a generator draws where the clip begins; without one, see `Source.read`.
         """
-        record = self.source.read(index, rng, place) | {"variant": np.int32(0)}
+        record = self.transformed(self.source.read(index, rng, place), index, rng)
+        if self.annotated:
+            record["image_id"] = self.source.image_id(index)
+        return record
+
+    def transformed(self, record: Record, index: int, rng: Rng = None) -> Record:
+        """What `record` makes of a record of the source, which has this number."""
+        record = record | {"variant": np.int32(0)}
         if "encoded" in record:
             raise InputError(f"{self.source.name(index)} is an image file; {DECODE_FIRST}")
         if not (self.example or self.annotated):
@@ -249,8 +259,6 @@ class _Example(grain.transforms.RandomMap):
             record = with_view(record, *size[-3:-1])
         for step in self.steps:
             record = step(record, rng)
-        if self.annotated:
-            record["image_id"] = self.source.image_id(index)
         return record
 
     def random_map(self, index: int, rng: Rng = None, place: float = 0.5) -> dict:
@@ -281,26 +289,28 @@ class _Example(grain.transforms.RandomMap):
 
 def to_tokens(codec: Codec, record: Record) -> np.ndarray:
     """Tokens, int32 [T], of the record's image or of its tokens from a cache."""
-    if "tokens" in record:
-        check_shape(record["tokens"], codec.grid)
-        return record["tokens"].reshape(-1).astype(np.int32)
-    check_shape(record["image"], codec.image_shape)
-    return _encode(codec, record["image"][None])[0]
+    return all_tokens(codec, [record])[0]
+
+
+def all_tokens(codec: Codec, records: list[Record]) -> np.ndarray:
+    """As `to_tokens`, int32 [B, T]; a codec on devices encodes all records together."""
+    name, shape = ("tokens", codec.grid) if "tokens" in records[0] else ("image", codec.image_shape)
+    for record in records:
+        check_shape(record[name], shape)
+    rows = np.stack([record[name] for record in records])
+    if name == "tokens":
+        return rows.reshape(len(rows), -1).astype(np.int32)
+    try:
+        return codec.encode(rows)
+    except ValueError as error:
+        raise InputError(f"config.tokens does not fit the images: {error}") from error
 
 
 def tokenized(codec: Codec, elements: Iterator[Record], count: int = 64) -> Iterator[list[Record]]:
     """Records of `images`, up to `count` at a time, with their "tokens", int32 [T]."""
     while chunk := list(itertools.islice(elements, count)):
-        check_shape(chunk[0]["image"], codec.image_shape)
-        rows = _encode(codec, np.stack([record["image"] for record in chunk]))
+        rows = all_tokens(codec, chunk)
         yield [record | {"tokens": row} for record, row in zip(chunk, rows, strict=True)]
-
-
-def _encode(codec: Codec, images: np.ndarray) -> np.ndarray:
-    try:
-        return codec.encode(images)
-    except ValueError as error:
-        raise InputError(f"config.tokens does not fit the images: {error}") from error
 
 
 def batched(elements: Iterator[dict], count: int) -> Iterator[dict]:

@@ -11,12 +11,12 @@ import grain
 from gptv_jax import config as config_lib
 from gptv_jax.data.damage import DecodedSource
 
-# Each process that reads holds so many batches, or fewer of clips: so many bytes of pixels.
+# The most batches, and the most bytes of pixels in these batches, that each process reads ahead.
 READ_AHEAD, READ_BYTES = 16, 2**30
 
 
 def batches_ahead(config: config_lib.Data, rows: int) -> int:
-    """Batches of `rows` RGB images, or clips, that a process reads ahead: two or more."""
+    """Batches of `rows` RGB images, or clips, that a process reads ahead: 2 to `READ_AHEAD`."""
     pixels = 3 * max(config.frames, 1) * math.prod(config.size)
     return min(max(READ_BYTES // (rows * pixels), 2), READ_AHEAD)
 
@@ -26,7 +26,7 @@ def read_ahead(
 ) -> grain.IterDataset:
     """Reads `ahead` elements of `data` ahead, in each of `workers` processes; 0: in this one."""
     # Image files are decoded without Python's global lock; tokens are unpacked with it.
-    threads = min(os.cpu_count(), 16) if isinstance(source, DecodedSource) else 1
+    threads = min(os.cpu_count(), ahead) if isinstance(source, DecodedSource) else 1
     read = data.to_iter_dataset(grain.ReadOptions(threads, ahead))
     if workers:
         options = grain.MultiprocessingOptions(num_workers=workers)

@@ -172,8 +172,8 @@ def to_image(
 
 
 def plane_to_original(
-    plane: Real[np.ndarray, "h w"], view: Float[np.ndarray, " 4"], shape: tuple[int, int]
-) -> Real[np.ndarray, "H W"]:
+    plane: Real[np.ndarray, "*F h w"], view: Float[np.ndarray, " 4"], shape: tuple[int, int]
+) -> Real[np.ndarray, "*F H W"]:
     """The nearest value of `plane` at each pixel of the original, of this height and width.
 
     `view` is the part of the original that the plane shows; pixels outside get the nearest border.
@@ -181,9 +181,9 @@ def plane_to_original(
     start, end = view[:2].astype(float), view[2:].astype(float)
     at = (
         np.floor((np.arange(pixels) + 0.5 - a) * side / (b - a)).clip(0, side - 1).astype(int)
-        for pixels, side, a, b in zip(shape, plane.shape, start, end, strict=True)
+        for pixels, side, a, b in zip(shape, plane.shape[-2:], start, end, strict=True)
     )
-    return plane[np.ix_(*at)]
+    return plane[(..., *np.ix_(*at))]
 
 
 def to_picture(image: UInt8[np.ndarray, "H W C"]) -> Image.Image:

@@ -74,8 +74,7 @@ class Selected(Source):
         parts = _resolve(expression, data_set)
         self._firsts = starts(len(rows) for _, rows in parts)
         if not len(self):
-            shown = _shown(data_set.lengths)
-            raise InputError(f"split {expression!r} names no image of: {shown}.")
+            raise InputError(f"split {expression!r} names no image of: {_shown(data_set.lengths)}.")
         self.expression, self.splits = expression, {split for split, _ in parts}
         self._parts = [(data_set.open(split), rows) for split, rows in parts]
         self.labels = None
@@ -87,8 +86,7 @@ class Selected(Source):
         return self._firsts[-1]
 
     def __getitem__(self, index: int) -> Record:
-        source, row = self._locate(index)
-        return self._labelled(source[row])
+        return self.read(index)
 
     def read(self, index: int, rng: Rng = None, place: float = 0.5) -> Record:
         source, row = self._locate(index)
@@ -97,6 +95,10 @@ class Selected(Source):
     def every(self, index: int) -> Iterable[Record]:
         source, row = self._locate(index)
         return map(self._labelled, source.every(row))
+
+    def frames(self, index: int) -> Iterable[Record]:
+        source, row = self._locate(index)
+        return map(self._labelled, source.frames(row))
 
     def annotations(self, index: int) -> Record:
         source, row = self._locate(index)
@@ -191,8 +193,7 @@ def _resolve(expression: str, data_set: DataSet) -> list[tuple[str, range]]:
     A split has the name that the data give it, such as valid, and the one it has for a run.
     """
     lengths = data_set.lengths
-    names = {split: own for own, split in split_names(lengths).items()}
-    names |= data_set.other_names
+    names = {split: own for own, split in split_names(lengths).items()} | data_set.other_names
     taken = expression
     expression = re.sub(r"(?:^|(?<=\+))[^\[+]+", lambda m: names.get(m[0], m[0]), expression)
     if expression in lengths:  # without importing TFDS, which takes seconds

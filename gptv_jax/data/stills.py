@@ -21,7 +21,7 @@ def images_of(config: config_lib.Data) -> tuple[config_lib.Data, str, tuple[str,
 
 @dataclasses.dataclass(frozen=True)
 class Stills:
-    """Draws images that take the place of clips, and names the damaged ones of both.
+    """Draws images that take the place of clips, and names damaged images and damaged clips.
 
     The number of a damaged image follows the numbers of the clips.
     """

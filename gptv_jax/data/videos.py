@@ -6,14 +6,13 @@ Files such as MP4 are not read in training: gptv_jax.prepare turns them into fol
 import contextlib
 import os
 import pathlib
-import re
 
 import numpy as np
 from PIL import Image
 
 from gptv_jax import config as config_lib
 from gptv_jax.data import limits
-from gptv_jax.data.clips import Clips, Video, VideoSource
+from gptv_jax.data.clips import Clips, Video, VideoSource, natural
 from gptv_jax.data.folder import FolderSplit, ImageFolder
 from gptv_jax.data.images import Animation, count_frames
 from gptv_jax.data.limits import DamagedImageError
@@ -63,7 +62,7 @@ class VideoFolder(ImageFolder):
             else:
                 found.append(name)
                 stray += animations  # previews of the video
-                self._frames[folder / name] = sorted(map(os.path.basename, frames), key=_natural)
+                self._frames[folder / name] = sorted(map(os.path.basename, frames), key=natural)
         if stray:
             beside = f"{folder} has images beside videos, which are left out"
             self.notes.append(f"{beside}: {shorten(stray)}")
@@ -107,11 +106,6 @@ class _FolderVideos(VideoSource, FolderSplit):
             lambda n: Animation(encoded, tuple(n.tolist())),
             known,
         )
-
-
-def _natural(name: str) -> list[str | int]:
-    """A key by which 2.png comes before 10.png."""
-    return [int(part) if i % 2 else part for i, part in enumerate(re.split("([0-9]+)", name))]
 
 
 def _animated(folder: pathlib.Path, files: list[str]) -> bool:

@@ -1,4 +1,4 @@
-"""What a network says about images: the parts of the sequence that follow the image."""
+"""What a network says about images or clips: the parts of the sequence that follow the image."""
 
 import functools
 from collections.abc import Callable
@@ -14,18 +14,19 @@ from gptv_jax.errors import InputError, shorten
 from gptv_jax.model.gpt import Network
 
 
-@functools.partial(jax.jit, static_argnames=("network", "allowed", "samples"))
+@functools.partial(jax.jit, static_argnames=("network", "allowed", "samples", "read"))
 def answer(
     network: Network,
     params: dict,
     tokens: Int[Array, "G N"] | None,
-    pixels: UInt8[Array, "G height width C"] | None,
+    pixels: UInt8[Array, "G *F height width C"] | None,
     key: PRNGKeyArray,
     restriction: Restriction,
     allowed: Callable | None = None,
     samples: int = 1,
     numbers: Int[Array, " G"] | None = None,
     known: Int[Array, "G n"] | None = None,
+    read: int = 0,
 ) -> tuple[Int[Array, "B T"], Float[Array, "B T"]]:
     """Whole sequences, with the parts after the image drawn `samples` times for each of G images.
 
@@ -45,16 +46,18 @@ def answer(
       samples: sequences for each image.
       numbers: of the images; what is drawn for an image then depends on its number and not on the
         images beside it. None: it depends on the whole batch.
-      known: the tokens after the image, with `generation.UNKNOWN` in place of those to be drawn.
-        None: all are drawn.
+      known: the first n tokens after the image, at which the sequences end, with
+        `generation.UNKNOWN` in place of those to be drawn. None: all tokens are drawn.
+      read: so many of the first `known` tokens, none of them unknown, are read at once with the
+        image; static.
 
     Raises InputError where a part after the image is not predicted.
     """
     image, *others = network.layout.parts
-    if read := [part.name for part in others if not part.predicted]:
+    if silent := [part.name for part in others if not part.predicted]:
         raise InputError(
-            f"the parts {shorten(read)} of the sequence are not predicted, so nothing can be drawn "
-            "there; an answer takes a layout whose first part alone is read."
+            f"the parts {shorten(silent)} of the sequence are not predicted, so nothing can be "
+            "drawn there; an answer takes a layout whose first part alone is read."
         )
     if tokens is None:
         tokens = jnp.zeros((len(pixels), image.size), jnp.int32)
@@ -64,8 +67,8 @@ def answer(
     if known is not None:
         known = jax.sharding.reshard(known, sharding.BATCH_FIRST)
         given = jnp.concatenate([tokens, known], axis=1)
-    model = network.bind(params)
-    x = model.embed(tokens, pixels=pixels, spec=sharding.BATCH_FIRST)
+    model, prefix = network.bind(params), image.size + read
+    x = model.embed(given[:, :prefix], pixels=pixels, spec=sharding.BATCH_FIRST)
     logits, prompt = generation.read_prompt(model, x)
     by_position = Restriction(*(jnp.broadcast_to(each, network.length) for each in restriction))
     arguments = params, given, logits, prompt, key, None, by_position
@@ -74,5 +77,5 @@ def answer(
         rows = numbers[:, None] * samples + jnp.arange(samples)[None]
         numbers = rows.reshape(-1, out_sharding=sharding.BATCH_FIRST)
     return generation.draw_tokens(
-        *(network, image.size, samples, *arguments), allowed=allowed, scored=True, numbers=numbers
+        *(network, prefix, samples, *arguments), allowed=allowed, scored=True, numbers=numbers
     )

@@ -20,7 +20,7 @@ class Restriction(NamedTuple):
 
     @classmethod
     def of(cls, drawing: config_lib.Drawing, vocabulary: int) -> "Restriction":
-        """The settings as arrays: those that change no shape are no reason to compile anew."""
+        """The settings as arrays, so that another temperature, top_k or top_p compiles nothing."""
         top_k = min(vocabulary, drawing.top_k or vocabulary)
         top_p = 1.0 if drawing.top_p is None else drawing.top_p
         return cls(jnp.float32(drawing.temperature), jnp.int32(top_k), jnp.float32(top_p))

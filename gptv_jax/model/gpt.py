@@ -236,8 +236,8 @@ class GPT(Inputs):
         parts = [part for part in layout.parts if part.predicted]
         return {p.name: self.token_logits(final[:, layout.slices[p.name]], p) for p in parts}
 
-    def read(self, output: Output) -> Float[Array, "B h w C"]:
-        """Float32 logits of the classes of every cell of the image; takes `Network.reading`.
+    def read(self, output: Output) -> Float[Array, "B *F h w C"]:
+        """Float32 logits of the classes of every cell of the image or clip; `Network.reading`.
 
         The cells are read at positions 1 .. N, whose inputs are the image's N tokens. `output` has
         kept the layers that the head reads.
@@ -246,7 +246,7 @@ class GPT(Inputs):
         features = output.kept if every else output.final[None]
         features = jax.sharding.reshard(features, jax.P(None, sharding.BATCH))
         features = jnp.concatenate(list(features[:, :, 1 : first.size + 1]), axis=-1)
-        return self.reading(features, first.shape[-2:])
+        return self.reading(features, first.shape)
 
     def predict(self, x: Float[Array, "B 1 D"], part: Part | None = None) -> Float[Array, "B V"]:
         """Logits of one position, given the residual stream after the last layer.

@@ -189,7 +189,7 @@ def of_images(
 ) -> Layout:
     """The layout of images or clips alone, with `config.Model.objective`.
 
-    The attention is "causal", for pretraining, or that of `by_frames`, for features of clips.
+    The attention is "causal", for pretraining, or "frames", for features of clips: see `by_frames`.
     """
     image = Part("image", vocabulary, tuple(grid), predicted=vocabulary > 0)
     if attention == "frames":

@@ -10,7 +10,6 @@ objects are (docs/architecture.md).
 """
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -87,12 +86,17 @@ def coordinates(bins: int, width: int) -> Float[np.ndarray, "N D"]:
 
 
 def centers(shape: tuple[int, ...], width: int) -> Float[np.ndarray, "N D"]:
-    """Features of the centers of the cells of a grid, in raster order, of one frame or several."""
-    rows, columns = shape[-2:]
-    y, x = ((np.arange(count) + 0.5) / count for count in (rows, columns))
-    height, across = waves(y, width // 2), waves(x, width - width // 2)
-    cells = np.concatenate([np.repeat(height, columns, axis=0), np.tile(across, (rows, 1))], axis=1)
-    return np.tile(cells, (math.prod(shape[:-2]), 1))
+    """Features of the centers of the cells of a grid, in raster order.
+
+    Heights and widths have half of the channels each; of several frames, time, heights and widths
+    have a third each.
+    """
+    axes = shape if shape[0] > 1 else shape[-2:]
+    ends = [width * i // len(axes) for i in range(len(axes) + 1)]
+    sizes, cells = np.diff(ends).tolist(), np.indices(axes).reshape(len(axes), -1)
+    each = zip(axes, sizes, cells, strict=True)
+    found = [waves((np.arange(n) + 0.5) / n, size)[cell] for n, size, cell in each]
+    return np.concatenate(found, axis=1)
 
 
 def waves(at: Float[np.ndarray, " n"], count: int) -> Float[np.ndarray, "n count"]:
@@ -173,26 +177,28 @@ class ReadHead(nnx.Module):
         self.bias = layers.constant("bias", (reading.outputs,), 0.0)
 
     def __call__(
-        self, features: Float[Array, "B N F"], grid: tuple[int, int]
-    ) -> Float[Array, "B h w C"]:
+        self, features: Float[Array, "B N D"], grid: tuple[int, ...]
+    ) -> Float[Array, "B *F h w C"]:
         """Float32 logits of every cell, given the features of the positions of a grid."""
-        (rows, columns), p, C = grid, self.reading.cells, self.reading.classes
+        (*frames, rows, columns), p, C = grid, self.reading.cells, self.reading.classes
         dtype = layers.accumulator(features)
         weight = sharding.gather(self.head[...], features.dtype)
         x = jnp.einsum("bnf,of->bno", features, weight, preferred_element_type=dtype)
         x = x + self.bias[...].astype(dtype)[None, None]
         spec = sharding.BATCH_FIRST
-        x = x.reshape(len(x), rows, columns, p, p, C, out_sharding=spec).swapaxes(2, 3)
-        return x.reshape(len(x), rows * p, columns * p, C, out_sharding=spec)
+        x = x.reshape(len(x), *frames, rows, columns, p, p, C, out_sharding=spec).swapaxes(-4, -3)
+        return x.reshape(len(x), *frames, rows * p, columns * p, C, out_sharding=spec)
 
 
-def enlarge(logits: Float[Array, "B h w C"], size: tuple[int, int]) -> Float[Array, "B H W C"]:
+def enlarge(
+    logits: Float[Array, "B *F h w C"], size: tuple[int, int]
+) -> Float[Array, "B *F H W C"]:
     """The logits at `size` pixels, interpolated bilinearly between the centers of the cells."""
-    if logits.shape[1:3] == size:
+    if logits.shape[-3:-1] == size:
         return logits
-    pairs = zip(logits.shape[1:3], size, strict=True)
+    pairs = zip(logits.shape[-3:-1], size, strict=True)
     rows, columns = (jnp.array(_interpolation(*pair), logits.dtype) for pair in pairs)
-    return jnp.einsum("yh,bhwc,xw->byxc", rows, logits, columns)
+    return jnp.einsum("yh,b...hwc,xw->b...yxc", rows, logits, columns)
 
 
 def _interpolation(cells: int, pixels: int) -> Float[np.ndarray, "pixels cells"]:

@@ -126,7 +126,7 @@ def load(path: str | pathlib.Path, resize: str = "tensorflow") -> tuple[Callable
         with jax.set_mesh(jax.sharding.Mesh(np.array([device]), ("alone",))):
             for first in range(0, len(clips), AT_ONCE):
                 part = jax.device_put(clips[first : first + AT_ONCE], device)
-                made.append(np.asarray(_mean_logits(placed, _resized(part, resize))))
+                made.append(np.asarray(_mean_logits(placed, resized(part, resize))))
         return np.concatenate(made)
 
     return extract, files.hash_arrays(weights)
@@ -175,7 +175,7 @@ def _bilinear(side: int, new: int, centre: float) -> Float[np.ndarray, "new side
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _resized(clips: UInt8[Array, "B F H W C"], resize: str) -> Float[Array, "B F 224 224 3"]:
+def resized(clips: UInt8[Array, "B F H W C"], resize: str) -> Float[Array, "B F 224 224 3"]:
     """Values from -1 to 1, resized as one of `RESIZES` says."""
     (sides, centre), x = RESIZES[resize], clips.astype(jnp.float32)
     for side in sides:

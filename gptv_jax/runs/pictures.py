@@ -40,12 +40,13 @@ def save_grid(
     `strips` says (None: as `columns` says), and as an animation, WebP, whose frames are grids.
     """
     if images.ndim == 5:
-        save_animation([_grid(images[:, i], columns) for i in range(images.shape[1])], path)
+        frames = [_grid(images[:, i], columns) for i in range(images.shape[1])]
+        save_animation(np.stack(frames), path)
         images, columns = np.concatenate(images.swapaxes(0, 1), axis=2), strips or columns
     save(_grid(images, columns), path)
 
 
-def save_animation(frames: list[UInt8[np.ndarray, "H W 3"]], path: pathlib.Path) -> None:
+def save_animation(frames: UInt8[np.ndarray, "F H W 3"], path: pathlib.Path) -> None:
     """Writes a lossless WebP file that plays the frames in a loop; `path` may end otherwise."""
     first, *others = map(Image.fromarray, frames)
     last = round(1000 * LAST_SECONDS)

@@ -14,7 +14,7 @@ import jax
 
 from gptv_jax import files, hosts, sharding, tasks
 from gptv_jax.checkpoint import Checkpoints, newest_step
-from gptv_jax.data import pipeline, sources
+from gptv_jax.data import pipeline, sources, whole_videos
 from gptv_jax.data.records import Record
 from gptv_jax.errors import shorten
 from gptv_jax.model.gpt import Network
@@ -78,6 +78,8 @@ def run_stage(context: Context) -> dict:
         LOG.info("%s measures the weights of step %d on the test images.", name, fitted.step)
         views = (scored("test", extra=extra) for extra in task.views())
         total = metric("test").sums(fitted.params, itertools.chain.from_iterable(views))
+        videos = functools.partial(whole_videos.records, config.data, "test")
+        total |= task.whole(network, fitted.params, context.codec, videos)
         tested, first = metric("test").result(total), next(iter(task.primary))
         tested = tested | task.details(total, known)
         return {
@@ -119,7 +121,8 @@ def _measured(context: Context) -> Task:
 
     def records(count: int) -> Iterator[Record]:
         log = context.images.damage_log
-        return pipeline.images(config.data, "train", log, count, config.seed, annotated=True)
+        how = {"annotated": True, "anywhere": config.data.frames > 0}
+        return pipeline.images(config.data, "train", log, count, config.seed, **how)
 
     def content() -> bytes:
         # A training that has begun keeps what its weights mean.

@@ -18,6 +18,7 @@ from jaxtyping import Int
 from gptv_jax import files, hosts
 from gptv_jax.data import pipeline, sources, transforms
 from gptv_jax.data.cache import TokenCache
+from gptv_jax.data.damage import NOT_DAMAGED
 from gptv_jax.decode import generation
 from gptv_jax.decode.sampler import Sampler, Section, kept_tokens
 from gptv_jax.errors import InputError
@@ -133,15 +134,23 @@ def draw(
     progress.close()
 
 
-def _beginnings(context: Context, rows: Int[np.ndarray, " B"]) -> tuple[np.ndarray, ...]:
-    """Test images number `rows`, over and over, with all but the first tokens unknown; classes."""
+def _beginnings(
+    context: Context, rows: Int[np.ndarray, " B"]
+) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, " B"] | None]:
+    """Tokens [B, T] of test images, all but the first ones unknown, and the classes [B] or None.
+
+    `rows` are the numbers of a whole batch; after the last test image the first one comes again.
+    """
     config, network = context.config, context.network()
     test = pipeline.open_examples(config.data, "test", config.data.eval_transforms)
     records = [test.record(row % len(test.source)) for row in rows.tolist()]
-    tokens = np.stack([pipeline.to_tokens(context.codec, record) for record in records])
-    tokens[:, kept_tokens(network, config.generate.keep) :] = generation.UNKNOWN
-    conditional = network.config.class_tokens > 0
-    return tokens, np.array([each["label"] for each in records]) if conditional else None
+    damaged = np.array([each.get("damaged", NOT_DAMAGED) for each in records])
+    context.images.damage_log.record("test", test.source, damaged, int(rows[0]) // len(rows) + 1)
+    known = np.arange(network.length) < kept_tokens(network, config.generate.keep)
+    tokens = np.where(known, pipeline.all_tokens(context.codec, records), generation.UNKNOWN)
+    if not network.config.class_tokens:
+        return tokens, None
+    return tokens, np.array([each["label"] for each in records], np.int32)
 
 
 def _kept(path: pathlib.Path, shape: tuple[int, int]) -> Int[np.ndarray, "B T"] | None:

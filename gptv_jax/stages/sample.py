@@ -49,7 +49,7 @@ def run_stage(context: Context) -> dict:
     if config.completions:
         elements = pipeline.images(context.config.data, "test", context.data.damage_log)
         elements = list(itertools.islice(elements, config.completions))
-        test = np.stack([pipeline.to_tokens(codec, e) for e in elements])
+        test = pipeline.all_tokens(codec, elements)
         shown = codec.picture(codec.decode(test))
         labels = np.array([e["label"] for e in elements], np.int32) if classes else None
         upper = np.arange(network.length) < kept_tokens(network, config.keep)
@@ -86,7 +86,7 @@ def continuations(context: Context, params: dict) -> dict[str, float]:
     elements = pipeline.images(context.config.data, "test", context.data.damage_log)
     elements, count = itertools.islice(elements, config.continuations), 0
     while chunk := list(itertools.islice(elements, AT_ONCE)):
-        tokens = np.stack([pipeline.to_tokens(codec, each) for each in chunk])
+        tokens = pipeline.all_tokens(codec, chunk)
         labels = None
         if network.config.class_tokens:
             labels = np.array([each["label"] for each in chunk], np.int32)

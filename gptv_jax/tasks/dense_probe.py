@@ -43,10 +43,11 @@ Features = Callable[[str], Iterator[tuple[Array, Array, Array]]]
 
 
 class Cut:
-    """Counts the pixels of each class in every cell of an image's positions, in Grain's workers."""
+    """Counts pixels of each class in every cell of an image's or clip's positions, in workers."""
 
     def __init__(self, codec: Codec, classes: int):
-        (height, width, _), (self.rows, self.columns) = codec.image_shape, codec.grid
+        *_, height, width, _ = codec.image_shape
+        *_, self.rows, self.columns = codec.grid
         side = height // self.rows
         self.split = max(side // CELL, 1)  # p
         self.cells = Cells(classes, (height, width), side // self.split)
@@ -54,9 +55,10 @@ class Cut:
     def __call__(self, record: Record, rng: np.random.Generator | None = None) -> dict:
         """{"cells": int32 [T, G, C]} of a transformed record."""
         del rng
-        p, counts = self.split, self.cells.counts(record["segmentation"][None])
-        by_place = counts.reshape(self.rows, p, self.columns, p, -1).swapaxes(1, 2)
-        return {"cells": by_place.reshape(self.rows * self.columns, p * p, -1).astype(np.int32)}
+        maps, p = record["segmentation"], self.split
+        counts = self.cells.counts(maps.reshape(-1, *maps.shape[-2:]))  # of every frame
+        by_place = counts.reshape(-1, p, self.columns, p, counts.shape[-1]).swapaxes(1, 2)
+        return {"cells": by_place.reshape(-1, p * p, counts.shape[-1]).astype(np.int32)}
 
 
 def batches(data: Pipeline, config, cut: Cut, network: Network) -> Batches:
@@ -96,13 +98,15 @@ def _read(network: Network, params: dict, batch: dict, *, raw: bool) -> Float[Ar
 
 def of_pixels(codec: Codec, batches: Batches) -> Features:
     """The pixels that a position stands for, as the only layer."""
-    rows, columns = codec.grid
+    *_, rows, columns = codec.grid
 
     def features(split: str):
         for batch in batches(split):
             pixels = codec.decode(batch["tokens"])
-            squares = pixels.reshape(len(pixels), rows, pixels.shape[1] // rows, columns, -1)
-            squares = squares.swapaxes(2, 3).reshape(len(pixels) * rows * columns, -1)
+            *frames, height, width, channels = pixels.shape
+            sides = rows, height // rows, columns, width // columns * channels
+            squares = pixels.reshape(*frames, *sides).swapaxes(-3, -2)
+            squares = squares.reshape(-1, sides[1] * sides[3])
             found = {
                 "x": squares.astype(np.float32),
                 "cells": batch["cells"],

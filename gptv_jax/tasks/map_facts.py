@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import io
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -27,21 +28,28 @@ class Facts:
     # The most frequent class of every pixel; of a pixel that never has one, that of all pixels.
     prior: Integer[np.ndarray, "h w"]
     codec: label_maps.LabelCodec | None  # None where nothing is written
+    frames: tuple[int, ...] = ()  # (F,), the number of frames of a clip; (): maps are of images
 
     @functools.cached_property
     def _usual(self) -> Int[np.ndarray, "1 T"]:
         return self.codec.encode(self.prior[None])[0]
 
     def encode(
-        self, maps: Integer[np.ndarray, "B h w"]
+        self, maps: Integer[np.ndarray, "B *F h w"]
     ) -> tuple[Int[np.ndarray, "B T"], Float[np.ndarray, "B T"]]:
         """As `LabelCodec.encode`; a cell without a class has the token of the prior there.
 
-        So what the network reads in place of such a cell says nothing of the image, nor of cells
-        that come later in the sequence.
+        What the network reads in place of such a cell then says nothing of the image, nor of cells
+        that come later in the sequence. The tokens of a clip's maps come frame by frame.
         """
-        tokens, weights = self.codec.encode(maps)
-        return np.where(weights > 0, tokens, self._usual), weights
+        tokens, weights = self.codec.encode(maps.reshape(-1, *maps.shape[-2:]))
+        tokens = np.where(weights > 0, tokens, self._usual)
+        return tokens.reshape(len(maps), -1), weights.reshape(len(maps), -1)
+
+    def decode(self, tokens: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B *F h w"]:
+        """As `LabelCodec.decode`, of images or clips."""
+        maps = self.codec.decode(tokens.reshape(-1, math.prod(self.codec.grid)))
+        return maps.reshape(len(tokens), *self.frames, *maps.shape[1:])
 
     def class_weights(self, balance: float) -> Float[np.ndarray, " C"]:
         """Weights of the classes' pixels in the loss; their mean over all pixels is 1."""
@@ -77,11 +85,11 @@ def measure(
     return content.getvalue()
 
 
-def load(content: bytes) -> Facts:
-    """The facts that `measure` wrote."""
+def load(content: bytes, frames: tuple[int, ...] = ()) -> Facts:
+    """The facts that `measure` wrote, of images, or of clips of `frames`."""
     found = load_arrays(io.BytesIO(content))
     codec = label_maps.from_bytes(found["codec"].tobytes()) if "codec" in found else None
-    return Facts(found["frequencies"], found["prior"], codec)
+    return Facts(found["frequencies"], found["prior"], codec, frames)
 
 
 def _codec(maps, classes: int, settings: Segment, seed: int) -> label_maps.LabelCodec:

@@ -20,7 +20,17 @@ with epy.lazy_imports():  # heavy
 SIDE = 240  # pixels, of the longer side of a picture; smaller ones are enlarged by a whole factor
 HEAD, SWATCH = 20, 14  # pixels: a line of text, a colour of the legend
 NO_CLASS = (255, 255, 255)
-TITLES = {"read": "read", "written": "written", "uncertain": "uncertainty of drawn maps"}
+TITLES = {
+    "read": "read",
+    "written": "written",
+    "uncertain": "uncertainty of drawn maps",
+    "alone": "each frame alone",
+    "previous": "true maps before",
+    "propagated": "first map given",
+    "copied": "first map copied",
+    "prior": "class prior",
+}
+TONES = ("#3cb44b", "#3d85c6", "#f58231", "#c04df0", "#e6194b", "#808080", "#b0b0b0")  # of curves
 
 
 def colors(classes: int) -> UInt8[np.ndarray, "C 3"]:
@@ -50,7 +60,7 @@ def maps(
                 cells.append((255 * cm.inferno(plane)[..., :3]).astype(np.uint8))
             else:
                 cells.append(paint(plane, table))
-                present |= {*np.unique(plane).tolist()}
+                present |= {*np.unique(plane[has_class(plane, len(names))]).tolist()}
         rows.append([_enlarged(cell) for cell in cells])
     titles = ["image", "label map", *(TITLES[name] for name in shown[0][1])]
     widths = [max(row[c].width for row in rows) + GAP for c in range(len(titles))]
@@ -67,6 +77,17 @@ def maps(
             sheet.paste(cell, (sum(widths[:c]), HEAD + sum(heights[:r])))
     sheet.paste(legend, (0, HEAD + sum(heights)))
     return np.asarray(sheet)
+
+
+def by_frame(record: Record, planes: dict[str, np.ndarray]) -> list[tuple[Record, dict]]:
+    """What `maps` takes, a row for each frame, of a clip's record and its predicted maps."""
+    return [
+        (
+            {name: record[name][frame] for name in ("image", "segmentation")},
+            {name: plane[frame] for name, plane in planes.items()},
+        )
+        for frame in range(len(record["segmentation"]))
+    ]
 
 
 def paint(plane: Integer[np.ndarray, "H W"], table: UInt8[np.ndarray, "C 3"]) -> np.ndarray:
@@ -126,6 +147,26 @@ def class_iou(rows: Sequence[dict]) -> UInt8[np.ndarray, "H W 3"]:
     axes.set_title("intersection over union by class (share of pixels)", loc="left", fontsize=10)
     if len(ways) > 1:
         axes.legend(frameon=False, fontsize=8)
+    return _drawn(figure)
+
+
+def miou_by_frame(scores: dict[str, Sequence[float | None]]) -> UInt8[np.ndarray, "H W 3"]:
+    """Curves of the mean IoU of frame 1, 2, ... of videos, for each way of segmenting, by `TITLES`.
+
+    A frame without an IoU, as no pixel has a class, is a gap.
+    """
+    figure = figures.Figure((8, 4), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    for (way, values), color in zip(scores.items(), TONES, strict=False):
+        points = np.array([np.nan if value is None else value for value in values])
+        axes.plot(np.arange(1, len(points) + 1), points, ".-", ms=4, color=color, label=TITLES[way])
+    axes.set(xlabel="frame", ylim=(0, 1))
+    axes.set_title("mean IoU by frame", loc="left", fontsize=10)
+    axes.legend(frameon=False, fontsize=8, ncols=2)
+    return _drawn(figure)
+
+
+def _drawn(figure: "figures.Figure") -> UInt8[np.ndarray, "H W 3"]:
     canvas = backend_agg.FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()

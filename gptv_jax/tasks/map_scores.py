@@ -17,31 +17,31 @@ SCORES = ("miou", "pixel_accuracy", "mean_class_accuracy", "classes_scored")
 
 @dataclasses.dataclass(frozen=True)
 class MapScores:
-    """Maps of one kind of each image: read, written, voted (by drawn maps), ceiling or prior.
+    """Maps of one kind of each image or clip: read, written, voted, ceiling or prior.
 
     "ceiling" is the image's own label map as tokens and back, "prior" the most frequent class of
-    each pixel in training, and "wrong_image" the `first` kind of another image. Where several
-    classes have most votes, the written map's class is the voted one, or else that of the first
-    drawn map among them.
+    each pixel in training, "wrong_image" the `first` kind of another image, and "voted" the most
+    frequent class of the drawn maps. Where several classes have most votes, the written map's class
+    is the voted one, or else that of the first drawn map among them.
     """
 
     facts: Facts
     classes: int
     first: str
 
-    def map_of(self, total: dict, row: int, kind: str) -> Integer[np.ndarray, "h w"]:
+    def map_of(self, total: dict, row: int, kind: str) -> Integer[np.ndarray, "*F h w"]:
         """The map in a row of the metric's sums, of the network's size."""
         if kind == "prior":
-            return self.facts.prior
+            return np.broadcast_to(self.facts.prior, self.facts.frames + self.facts.prior.shape)
         if kind == "read":
             return total["read"][row]
         if kind == "voted":
             maps, votes = self._votes(total, row)  # among equals the first map: the written one
             return np.take_along_axis(maps, votes.argmax(axis=0)[None], axis=0)[0]
         tokens = total["targets" if kind == "ceiling" else kind][row]
-        return self.facts.codec.decode(tokens[None])[0]
+        return self.facts.decode(tokens[None])[0]
 
-    def agreement(self, total: dict, row: int) -> Float[np.ndarray, "h w"]:
+    def agreement(self, total: dict, row: int) -> Float[np.ndarray, "*F h w"]:
         """Share of the drawn maps that have the most frequent class of each pixel."""
         return self._votes(total, row)[1].max(axis=0) / total["samples"].shape[1]
 
@@ -62,7 +62,7 @@ class MapScores:
                 wrong = kind == "wrong_image"
                 shown, way = (other[row], self.first) if wrong else (row, kind)
                 found = self.map_of(total, shown, way)
-                found = plane_to_original(found, total["view"][row], truth.shape)
+                found = plane_to_original(found, total["view"][row], truth.shape[-2:])
                 new[kind] = new[kind] + confusion.count(truth, found, self.classes)
         known |= new
         return {kind: known[kind] for kind in kinds}
@@ -96,8 +96,8 @@ class MapScores:
     def _votes(self, total: dict, row: int) -> tuple[np.ndarray, np.ndarray]:
         """The written map and the drawn maps, and the number of drawn maps with each pixel's class.
 
-        Both have the shape [1 + samples, h, w].
+        Both have the shape [1 + samples, *F, h, w].
         """
-        drawn = self.facts.codec.decode(total["samples"][row])
+        drawn = self.facts.decode(total["samples"][row])
         maps = np.concatenate([self.map_of(total, row, "written")[None], drawn])
         return maps, np.stack([(drawn == each).sum(axis=0) for each in maps])

@@ -15,26 +15,25 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Integer, PRNGKeyArray, UInt8
+from jaxtyping import Array, Bool, Float, Int, Integer, UInt8
 
 from gptv_jax import sharding
 from gptv_jax.config import rules
 from gptv_jax.data import sources
 from gptv_jax.data.records import Record, plane_to_original
-from gptv_jax.decode import answers
-from gptv_jax.decode.restriction import Restriction
 from gptv_jax.model.gpt import GPT, Network, Output
 from gptv_jax.model.layout import Part
 from gptv_jax.model.parts import Reading, enlarge
-from gptv_jax.tasks import map_facts, map_pictures, rows
+from gptv_jax.tasks import map_facts, map_passes, map_pictures, rows, video_maps
 from gptv_jax.tasks.map_facts import Facts
+from gptv_jax.tasks.map_passes import NAME
 from gptv_jax.tasks.map_scores import SCORES, MapScores
-from gptv_jax.tasks.task import Grammar, Records, Task
+from gptv_jax.tasks.task import Records, Task
 from gptv_jax.train import objective
 from gptv_jax.train.step import Metric
 
 LOG = logging.getLogger(__name__)
-NAME, END = "labels", "end"  # parts: the written label map; or, where nothing is written, one more
+END = "end"  # the part after the image where nothing is written
 SHOWN = 6  # test images of the picture
 
 
@@ -52,6 +51,9 @@ class Segment(Task):
         "one image disagree.",
         "class_iou": "Intersection over union of the most frequent classes, with their share of "
         "the pixels. A class that no test pixel has or was taken for has none.",
+        "video_segmentation": "Frames of the first test video, from top to bottom in time, their "
+        "label maps, and the maps that the network makes of the whole video.",
+        "video_miou": "Mean IoU of every frame of the test videos.",
     }
 
     def check(self) -> None:
@@ -59,6 +61,8 @@ class Segment(Task):
         pairs = zip(self.config.data.size, self.config.grid[-2:], strict=True)
         side = [pixels // positions for pixels, positions in pairs]
         refuse = functools.partial(rules.refuse, self.config)
+        if self.config.tokens.cell[0] > 1:
+            refuse("tokens.patch", "every frame has a label map; take height and width alone")
         if side[0] != side[1]:
             reason = f"a position of the image is {side[0]} x {side[1]} pixels; take squares"
             refuse("tokens.patch", reason)
@@ -78,6 +82,11 @@ class Segment(Task):
         return self.map_names
 
     @property
+    def frames(self) -> tuple[int, ...]:
+        """(F,), the number of frames of a clip; () where the data are images."""
+        return self.config.grid[:-2]
+
+    @property
     def ways(self) -> tuple[str, ...]:
         """The ways that are on, of "read" and "written"; the metric scores the first way."""
         return ("read",) * self.settings.read + ("written",) * self.settings.write
@@ -86,19 +95,21 @@ class Segment(Task):
         if not self.settings.write:
             # The input of the last position is the image's last token.
             return (Part(END, 0, (1,), predicted=False),)
-        shape = tuple(-(-pixels // self.settings.cell) for pixels in self.config.data.size)
+        sides = (-(-pixels // self.settings.cell) for pixels in self.config.data.size)
         vocabulary = {
             "cells": len(self.map_names),
             "patches": self.settings.codes,
             "learned": math.prod(self.settings.levels),
         }
-        return (Part(NAME, vocabulary[self.settings.labels], shape, covers_image=True),)
+        return (
+            Part(NAME, vocabulary[self.settings.labels], (*self.frames, *sides), covers_image=True),
+        )
 
     def network(self) -> Network:
         network, settings = super().network(), self.settings
         if not settings.read:
             return network
-        cells = self.config.data.size[0] // network.grid[0] // settings.read_cell
+        cells = self.config.data.size[0] // network.grid[-2] // settings.read_cell
         reading = Reading(len(self.map_names), cells, settings.layers)
         return dataclasses.replace(network, reading=reading)
 
@@ -107,13 +118,15 @@ class Segment(Task):
         tokens = f" and makes their tokens ({self.settings.labels})" * self.settings.write
         found = self.settings.measured, tokens
         LOG.info("segment counts the classes of up to %d training label maps%s.", *found)
-        maps = [record["segmentation"] for record in records(self.settings.measured)]
+        count = max(self.settings.measured // math.prod(self.frames), 1)
+        found = (record["segmentation"] for record in records(count))
+        maps = [plane for each in found for plane in each.reshape(-1, *each.shape[-2:])]
         return map_facts.measure(maps, len(self.map_names), self.settings, self.config.seed)
 
     @functools.cached_property
     def facts(self) -> Facts:
         """What `measure` found."""
-        return map_facts.load(self.measured)
+        return map_facts.load(self.measured, self.frames)
 
     @property
     def maps(self) -> MapScores:
@@ -132,7 +145,8 @@ class Segment(Task):
         if self.settings.write:
             tokens, weights = self.facts.encode(truth[None])
             if self.settings.balance:  # the mean over the pixels of the cell that have a class
-                pixels, of_class = self.facts.codec.cells(truth[None]), self.class_weights
+                maps, of_class = truth.reshape(-1, *truth.shape[-2:]), self.class_weights
+                pixels = self.facts.codec.cells(maps)
                 counts = np.maximum((pixels < len(of_class)).sum(axis=1), 1)
                 weights *= (np.append(of_class, 0)[pixels].sum(axis=1) / counts).astype(np.float32)
             found = {"targets": {NAME: tokens[0]}, "weights": {NAME: weights[0]}}
@@ -151,20 +165,20 @@ class Segment(Task):
             return None
         return jnp.array(self.facts.frequencies > 0)[None]
 
-    def read(self, model: GPT, output: Output) -> Float[Array, "B H W C"]:
+    def read(self, model: GPT, output: Output) -> Float[Array, "B *F H W C"]:
         """Logits of the classes of every pixel at the network's size."""
         return enlarge(model.read(output), self.config.data.size)
 
-    def most_likely(self, logits: Float[Array, "B H W C"]) -> Integer[Array, "B H W"]:
+    def most_likely(self, logits: Float[Array, "B *F H W C"]) -> Integer[Array, "B *F H W"]:
         """The class of every pixel, one of those in the training's maps."""
-        known = jnp.array(self.facts.frequencies > 0)[None, None, None]
+        known = jnp.array(self.facts.frequencies > 0).reshape((1,) * (logits.ndim - 1) + (-1,))
         small = len(self.map_names) < 256
         found = jnp.where(known, logits, -jnp.inf).argmax(axis=-1)
         return found.astype(jnp.uint8 if small else jnp.int32)
 
     def read_nats(
-        self, logits: Float[Array, "B H W C"], truth: Integer[Array, "B H W"]
-    ) -> tuple[Float[Array, "B H W"], Int[Array, "B H W"], Bool[Array, "B H W"]]:
+        self, logits: Float[Array, "B *F H W C"], truth: Integer[Array, "B *F H W"]
+    ) -> tuple[Float[Array, "B *F H W"], Int[Array, "B *F H W"], Bool[Array, "B *F H W"]]:
         """Nats of every pixel's class, the class, and whether there is one; else both are 0."""
         label = truth.astype(jnp.int32)
         known = (label >= 0) & (label < len(self.map_names))
@@ -181,7 +195,7 @@ class Segment(Task):
         def loss(params, frozen, batch, key, step=None):
             del frozen, step
             model, losses = network.bind(params), {}
-            output = _forward(model, batch, key)
+            output = map_passes.forward(model, batch, key)
             if settings.read:
                 nats, label, _ = self.read_nats(self.read(model, output), batch["segmentation"])
                 weights = (
@@ -189,7 +203,7 @@ class Segment(Task):
                 )
                 losses["read"] = (nats * weights).mean() * settings.read_weight
             if settings.write:
-                nats = _written_nats(model, output, batch) * batch["weights"][NAME]
+                nats = map_passes.written_nats(model, output, batch) * batch["weights"][NAME]
                 losses["write"] = nats.mean() * settings.write_weight
             total = sum(losses.values())
             return total, {"loss": total, **{f"{name}_loss": x for name, x in losses.items()}}
@@ -209,6 +223,11 @@ class Segment(Task):
         step = _step(self, network, samples)
         return Metric(step, result, rows.collect, self.primary, rows.join)
 
+    def whole(self, network, params, codec, videos) -> dict[str, object]:
+        if not (self.frames and self.settings.videos):
+            return {}
+        return video_maps.measure(self, network, params, codec, videos(self.settings.videos))
+
     def test_metric(self, network: Network, annotations: Records) -> Metric:
         return self.metric(network, annotations, self.settings.samples)
 
@@ -220,7 +239,7 @@ class Segment(Task):
         if "samples" in total:
             each = [self.maps.agreement(total, row) for row in rows.plain(total).values()]
             found["agreement"] = float(np.mean(each))
-        return found
+        return found | video_maps.numbers(total).get(self.ways[-1], {})
 
     def bounds(self, total: dict, annotations: Records) -> dict[str, dict[str, float | None]]:
         """Scores of the prior, of another image's map, of the label tokens, and of written maps."""
@@ -229,90 +248,41 @@ class Segment(Task):
         found = self.maps.scores(total, annotations, kinds)
         if len(rows.plain(total)) == 1:  # there is no other image
             found["wrong_image"] = dict.fromkeys(SCORES)
-        return {kind: {name: found[kind][name] for name in SCORES} for kind in kinds}
+        bounds = {kind: {name: found[kind][name] for name in SCORES} for kind in kinds}
+        for way, numbers in video_maps.numbers(total).items():
+            if way != self.ways[-1]:  # whose numbers are among the details
+                bounds[way] = bounds.get(way, {}) | numbers
+        return bounds
 
     def files(self, total: dict, annotations: Records) -> dict[str, object]:
         about = self.maps.report(total, annotations, self.ways, self.map_names)
-        return {"segmentation.json": about}
+        videos = (
+            {"video_segmentation.json": total["video_scores"]} if "video_scores" in total else {}
+        )
+        return {"segmentation.json": about} | videos
 
     def show(self, records: Records, total: dict) -> dict[str, UInt8[np.ndarray, "H W 3"]]:
-        shown = []
-        for index, row in [*rows.plain(total).items()][:SHOWN]:
+        shown, of_clip = [], math.prod(self.frames)
+        for index, row in [*rows.plain(total).items()][: max(SHOWN // of_clip, 1)]:
             record = records(index)
-            view, size = total["view"][row], record["segmentation"].shape
+            view, size = total["view"][row], record["segmentation"].shape[-2:]
             if "view" in record:  # of a token cache: the picture shows what the network reads
                 view = np.array([0, 0, *size], np.float32)
             planes = {way: self.maps.map_of(total, row, way) for way in self.ways}
             if "samples" in total:
                 planes["uncertain"] = 1 - self.maps.agreement(total, row)
-            shown.append((record, {n: plane_to_original(p, view, size) for n, p in planes.items()}))
+            planes = {n: plane_to_original(p, view, size) for n, p in planes.items()}
+            shown += map_pictures.by_frame(record, planes) if self.frames else [(record, planes)]
         about = self.files(total, sources.open_source(self.config.data, "test").annotations)
-        return {
+        found = {
             "segmentation": map_pictures.maps(shown, self.map_names),
             "class_iou": map_pictures.class_iou(about["segmentation.json"]["classes"]),
         }
-
-
-def _forward(model: GPT, batch: dict, key=None) -> Output:
-    """The network's output of whole sequences, with the layers that are read."""
-    network = model.network
-    pixels = batch["image"] if network.stem else None
-    keep = network.reading.layers if network.reading else ()
-    return model(objective.sequence(network.layout, batch), key=key, pixels=pixels, keep=keep)
-
-
-def _written_nats(model: GPT, output: Output, batch: dict) -> Float[Array, "B T"]:
-    part, places = model.network.layout.parts[1], model.network.layout.slices[NAME]
-    final = jax.sharding.reshard(output.final, sharding.BATCH_FIRST)[:, places]
-    return objective.part_nats(model, part, final, batch["targets"][NAME])
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def map_nats(network: Network, params: dict, batch: dict) -> Float[Array, " B"]:
-    """The nats of each written label map: the sum over its tokens whose weight is above 0."""
-    model = network.bind(params)
-    nats = _written_nats(model, _forward(model, batch), batch)
-    return (nats * (batch["weights"][NAME] > 0)).sum(axis=1)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def classes_read(
-    task: Segment,
-    network: Network,
-    params: dict,
-    tokens: Int[Array, "B N"] | None,
-    pixels: UInt8[Array, "B height width C"] | None,
-) -> Integer[Array, "B H W"]:
-    """The most likely class of every pixel, from the positions of the image alone."""
-    if tokens is None:
-        tokens = jnp.zeros((len(pixels), network.layout.parts[0].size), jnp.int32)
-    tokens = jnp.pad(jax.sharding.reshard(tokens, sharding.BATCH_FIRST), ((0, 0), (0, 1)))
-    model = network.bind(params)
-    output = model(tokens, pixels=pixels, keep=network.reading.layers)
-    return task.most_likely(task.read(model, output))
-
-
-def written(
-    task: Segment,
-    network: Network,
-    params: dict,
-    tokens: Int[Array, "G N"] | None,
-    pixels: UInt8[Array, "G height width C"] | None,
-    key: PRNGKeyArray,
-    numbers: Int[Array, " G"],
-    temperature: float = 0.0,
-    samples: int = 1,
-) -> tuple[Int[Array, "B T"], Float[Array, "B T"]]:
-    """Tokens of label maps and their probabilities, see `answers.answer`.
-
-    Tokens are drawn at the temperature; at 0 they are the most likely ones.
-    """
-    vocabulary = jnp.int32(network.layout.parts[1].vocabulary)
-    settings = Restriction(jnp.float32(temperature), vocabulary, jnp.float32(1))
-    given = (tokens, pixels, key, settings, Grammar(task), samples, numbers)
-    places = network.layout.slices[NAME]
-    drawn, probabilities = answers.answer(network, params, *given)
-    return drawn[:, places], probabilities[:, places]
+        if "video_scores" in total:
+            scores = {way: each["miou_by_frame"] for way, each in total["video_scores"].items()}
+            found["video_segmentation"] = map_pictures.maps(total["video_shown"], self.map_names)
+            found["video_miou"] = map_pictures.miou_by_frame(scores)
+        return found
 
 
 @functools.cache
@@ -322,26 +292,27 @@ def _step(task: Segment, network: Network, samples: int) -> Callable:
 
     def step(params: dict, batch: dict) -> dict[str, Array]:
         model = network.bind(params)
-        output = _forward(model, batch)
+        output = map_passes.forward(model, batch)
         found = {}
         if settings.read:
             logits = task.read(model, output)
             nats, _, counts = task.read_nats(logits, batch["segmentation"])
-            pixels = jnp.maximum(counts.sum(axis=(1, 2)), 1)
-            found["nats_per_pixel"] = nats.sum(axis=(1, 2)) / pixels
+            of_image = tuple(range(1, nats.ndim))
+            pixels = jnp.maximum(counts.sum(axis=of_image), 1)
+            found["nats_per_pixel"] = nats.sum(axis=of_image) / pixels
             found["read"] = task.most_likely(logits)
             found["nats_per_token"] = found["nats_per_pixel"]
         if settings.write:
             counts = batch["weights"][NAME] > 0
-            nats = _written_nats(model, output, batch)
+            nats = map_passes.written_nats(model, output, batch)
             found["nats_per_map"] = (nats * counts).sum(axis=1)
             found["nats_per_token"] = objective.masked_mean(nats, counts)
             key = jax.random.key(task.config.seed)
             images = batch.get("tokens"), batch.get("image"), key, batch["index"]
             found["targets"] = batch["targets"][NAME]
-            found["written"] = written(task, network, params, *images)[0]
+            found["written"] = map_passes.written(task, network, params, *images)[0]
         if settings.write and samples:
-            drawn, _ = written(task, network, params, *images, 1.0, samples)
+            drawn, _ = map_passes.written(task, network, params, *images, 1.0, samples)
             shape = (-1, samples, drawn.shape[1])
             found["samples"] = drawn.reshape(shape, out_sharding=sharding.BATCH_FIRST)
         return found

@@ -13,6 +13,7 @@ from gptv_jax.model import layout
 from gptv_jax.model.gpt import Network
 from gptv_jax.model.layout import Part
 from gptv_jax.tasks.network import network_of
+from gptv_jax.tokens import Codec
 from gptv_jax.train import step
 from gptv_jax.train.step import Metric
 
@@ -96,8 +97,8 @@ class Task:
         """What the task must know of the training data before it is trained, as bytes of a file.
 
         `records(count)` gives so many training records after the transforms of evaluation, drawn at
-        random. The bytes become `Task.measured` and are kept with the weights. b"": there is
-        nothing to be known.
+        random; clips begin at any frame. The bytes become `Task.measured` and are kept with the
+        weights. b"": there is nothing to be known.
         """
         del records
         return b""
@@ -147,6 +148,21 @@ class Task:
     def test_metric(self, network: Network, annotations: Records) -> Metric:
         """As `metric`, of the test images: it may sum more, for `details`, `bounds` and `show`."""
         return self.metric(network, annotations)
+
+    def whole(
+        self,
+        network: Network,
+        params: dict,
+        codec: Codec | None,
+        videos: Callable[[int], Iterable[Record]],
+    ) -> dict[str, object]:
+        """What `details`, `bounds`, `files` and `show` find in `total` beside the metric's sums.
+
+        `videos(limit)` gives the first test videos as `data.whole_videos.records` does. `codec`
+        turns the pixels of clips into tokens; None: the network reads pixels alone.
+        """
+        del network, params, codec, videos
+        return {}
 
     def details(self, total: dict, annotations: Records) -> dict[str, float | None]:
         """Numbers of the test split beside the metric's; `total` are the metric's sums."""
