@@ -5,7 +5,7 @@ the camera moves. A linear probe then reads the motion, one of six, from the fro
 
 Command:    python -m gptv_jax.main --config=configs/video_camera.py --workdir=runs/video_camera
             --config.data.path=FOLDER --stages=pretrain,probe
-Hardware:   two CPU cores, about five minutes.
+Hardware:   two CPU cores, about five minutes (estimated; docs/results.md).
 Expect:     with 1,000 photographs of 128 pixels the probe is right in 0.85 of the clips (random
             weights 0.21, raw pixels 0.26; docs/results.md).
 Reproduces: nothing published.

@@ -4,7 +4,7 @@ A GPT learns to predict clips of 8 frames of 16 x 16 pixels, token by token. Fro
 the motion is known, so that a network which understands motion predicts frames nearly for free.
 
 Command:    python -m gptv_jax.main --config=configs/video_digits.py --workdir=runs/video_digits
-Hardware:   two CPU cores, seven to eight minutes.
+Hardware:   two CPU cores, about eight minutes.
 Expect:     nats per token 0.65, 0.33, 0.009 and 0.007 in frames 1 to 4; the direction read by the
             probe from frozen features 1.00 (raw pixels 0.75); frames continued without a wrong
             pixel 0.89 (the third) to 0.76 (the eighth) (docs/results.md).

@@ -126,6 +126,30 @@ def test_evaluation_reads_several_clips_of_every_video(videos):
         np.testing.assert_array_equal(found["tokens"][:21, clip], expected)
 
 
+def test_a_video_with_a_damaged_clip_does_not_count(tmp_path):
+    frame = encoded(np.zeros((SIZE, SIZE, 3), np.uint8))
+    files = {f"{video}/{n}.png": frame for video in "abc" for n in range(LENGTH)}
+    files["b/6.png"] = frame[:45]  # the last frame of the second clip
+    entries = ("decode(channels=1)", "quantize(2)")
+    data = Data(
+        name="folder",
+        path=str(make_folder(tmp_path, files)),
+        train_split="train",
+        frames=FRAMES,
+        image_size=SIZE,
+        labels=False,
+        eval_transforms=entries,
+        max_damaged=1.0,
+    )
+    read = pipeline.Pipeline(data, GreyCodec(2, SIZE, TOKENS.patch, FRAMES), 0)
+    source = sources.open_source(data, "train")
+    sound = [not source.name(index).endswith("b") for index in range(3)]
+    for clips, counts in ((1, [True] * 3), (2, sound)):
+        (batch,) = read.evaluation("train", 4, clips=clips)
+        np.testing.assert_array_equal(batch["mask"], [*counts, False])
+    assert read.damage_log.count == 1
+
+
 def training(**changes) -> config_lib.Train:
     return config_lib.Train(steps=4, batch_size=8, eval_every=2, checkpoint_every=4, **changes)
 
@@ -196,6 +220,23 @@ def test_a_share_of_the_clips_are_images(tmp_path, caplog):
     assert "bad.png is left out" in caplog.text and broken.damage_log.count == 1
 
 
+def test_damaged_images_are_a_share_of_all_images_and_clips(videos, tmp_path):
+    _, data = videos  # 56 videos in all
+    image = encoded(np.zeros((SIZE, SIZE, 3), np.uint8))
+    files = {f"{n}.png": image[:45] if n < 8 else image for n in range(250)}
+    mixed = dataclasses.replace(
+        data,
+        stills=str(make_folder(tmp_path / "images", files)),
+        still_share=1.0,
+        still_transforms=("decode(channels=1)",),
+    )
+    read = pipeline.Pipeline(mixed, GreyCodec(2, SIZE, TOKENS.patch, FRAMES), 0)
+    batches = read.train(64, stills=True)
+    for _ in range(24):
+        next(batches)
+    assert read.damage_log.count == 8  # of 250, below config.data.max_damaged
+
+
 def test_the_loss_of_an_image_among_clips_is_that_of_the_first_frame(one_device):
     clips, images = tiny_network(grid=GRID), tiny_network(grid=GRID[1:])
     params, batch = random_params(clips), random_batch(clips)
@@ -230,6 +271,7 @@ def test_the_loss_of_an_image_among_clips_is_that_of_the_first_frame(one_device)
         ("probe", {"data.frames": 0, "probe.attention": "frames"}, "there are no frames"),
         ("finetune", {"finetune.attention": "frames"}, "so take 0"),
         ("finetune", {"task.name": "segment", "finetune.clips": 2}, "take 1"),
+        ("finetune", {"task.name": "segment", "finetune.attention": "frames"}, "take causal"),
     ],
 )
 def test_what_does_not_go_together_is_named(tmp_path, section, changes, words):

@@ -142,7 +142,9 @@ class Model(OfClips, OfTasks):
 
         With `clips`, for a model of clips, images are videos, uint8 [B, N, H, W, C], of any number
         of frames: of each video so many clips are read, evenly spaced, and the probabilities are
-        means over them. A video with fewer frames than a clip repeats its last frame.
+        means over them. A clip is of neighbouring frames, so of a run with
+        `config.data.frame_stride` above 1 give every so many frames of the video alone. A video
+        with fewer frames than a clip repeats its last frame.
         """
         if not self.network.classes:
             raise InputError(

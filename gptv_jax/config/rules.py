@@ -274,11 +274,16 @@ def _check_reading(config: Config, section: str) -> None:
     if by_frames and config.model.objective == "bert":
         reason = "with config.model.objective=bert every position sees the whole clip; take causal"
         refuse(config, f"{section}.attention", reason)
-    of_videos = config.data.frames and config.task.name == "classify"
-    if section == "finetune" and config.finetune.clips > 1 and not of_videos:
+    if section == "probe":
+        return
+    classifies = config.task.name == "classify"
+    if config.finetune.clips > 1 and not (config.data.frames and classifies):
         reason = "only the class of a video (config.data.frames above 0) is read from several clips"
         refuse(config, "finetune.clips", f"{reason}; take 1")
-    if by_frames and section == "finetune" and config.finetune.generative_coefficient:
+    if by_frames and not classifies:
+        reason = f"it is for classes alone, and config.task.name is {config.task.name}; take causal"
+        refuse(config, "finetune.attention", reason)
+    if by_frames and config.finetune.generative_coefficient:
         reason = "config.finetune.attention=frames shows the network the tokens of the whole frame"
         refuse(config, "finetune.generative_coefficient", f"{reason}, so take 0")
 

@@ -76,9 +76,13 @@ def places(count: int) -> list[float]:
 
 
 def by_video(batch: dict, clips: int) -> dict:
-    """A batch of videos from the batch of their clips: "tokens" [b, clips, T], all other by row."""
+    """A batch of videos from the batch of their clips: "tokens" [b, clips, T], all other by row.
+
+    A video counts where all of its clips do: a clip with a damaged frame is one of another video.
+    """
     rows = {name: array.reshape(-1, clips, *array.shape[1:]) for name, array in batch.items()}
-    return {name: array if name == "tokens" else array[:, 0] for name, array in rows.items()}
+    found = {name: array if name == "tokens" else array[:, 0] for name, array in rows.items()}
+    return found | {"mask": rows["mask"].min(axis=1)}
 
 
 class Video(NamedTuple):

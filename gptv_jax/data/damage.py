@@ -162,7 +162,8 @@ class DamageLog:
                     file.write(json.dumps(line) + "\n")
         if self.count == before:
             return
-        total = sum(sources.open_data_set(self._config).lengths.values())
+        # A source of clips and images has more than the data set of the clips.
+        total = max(sum(sources.open_data_set(self._config).lengths.values()), len(source))
         images = min(max(looked_at, MIN_IMAGES), total)
         if self.count > self._config.max_damaged * images:
             raise InputError(

@@ -48,7 +48,7 @@ class Stills:
         return record | {"still": np.True_}
 
     def __len__(self) -> int:
-        return len(self.clips)
+        return len(self.clips) + len(self.images.source)
 
     def name(self, index: int) -> str:
         """The name of a clip or of an image, in messages."""
