@@ -11,7 +11,8 @@ Command:    python -m gptv_jax.main --config=configs/segment_camvid.py --workdir
 Hardware:   two CPU cores, 12 minutes of training with JAX_NUM_CPU_DEVICES=2 before the command (by
             the speed of 150 steps without rotary positions).
 Expect:     test mean IoU 0.435 read and 0.441 written; ceiling of the label tokens 0.74, class
-            prior of each position 0.17, map of another image 0.19 (docs/results.md).
+            prior of each position 0.17, map of another image 0.19. `:pretrained` 0.432 and 0.447
+            (docs/results.md).
 Reproduces: nothing published. Networks that begin with ImageNet's weights and see four times as
             many pixels reach 0.6 to 0.7 (SegNet, ENet, BiSeNet).
 Changes:    trained from scratch on pixels alone, without image tokens and without pretraining
