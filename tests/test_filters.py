@@ -19,7 +19,7 @@ from gptv_jax.tokens import GreyCodec
 
 
 def photo(seed: int, side: int = 24) -> Image.Image:
-    """An image with large shapes, unlike those of other seeds."""
+    """An image with large shapes; another seed gives other shapes."""
     return Image.fromarray(random_image(6, 6, 3, seed=seed)).resize((side, side))
 
 

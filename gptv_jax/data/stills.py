@@ -36,7 +36,7 @@ class Stills:
         return np.int32(sources.open_source(self.config, "train").classes)
 
     def draw(self, rng: np.random.Generator, clip: Callable[[], Record]) -> Record:
-        """The record of a clip, or that of an image, which fills all frames; "still" says which."""
+        """A clip's record, or an image's record with the image in all frames and "still" true."""
         if rng.random() >= self.config.still_share:
             return {"damaged": NOT_DAMAGED, "still": np.False_} | clip()
         record = self.images.record(int(rng.integers(len(self.images.source))), rng)

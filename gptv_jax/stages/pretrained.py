@@ -112,7 +112,7 @@ def _with_frames(network: Network, params: dict) -> dict:
 def given_tokenizer(config: config_lib.Config) -> tokens.Tokenizer:
     """The tokenizer `config.tokenizer.init_from`, for process 0.
 
-    InputError: there is none, or `config.tokens.autoencoder` cannot begin with its weights.
+    InputError: no tokenizer is found, or its weights do not fit `config.tokens.autoencoder`.
     """
     field, wanted = "config.tokenizer.init_from", config.tokens.autoencoder
     named = f"{field}={config.tokenizer.init_from}"

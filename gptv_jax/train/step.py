@@ -33,8 +33,8 @@ def make_loss(
 ) -> Callable:
     """Nats per token; with a class head the weighted sum of these and the class's cross-entropy.
 
-    Of several parts the loss is `objective.make_parts_loss`, which takes no coefficients. Where a
-    network with a class head does not predict its tokens, the loss is that of the class alone.
+    Of several parts the loss is `objective.make_parts_loss`, which takes no coefficients. If a
+    network with a class head predicts no tokens, only the cross-entropy of the class counts.
     Of clips that batch["still"] says are single images, the first frame alone counts.
     A network with a class head does not see the class, and reads images in raster order. Any other
     network with random orders needs `steps`, the length of the training. Without a key nothing is
