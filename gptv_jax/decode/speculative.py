@@ -54,8 +54,8 @@ def check_draft(
 ) -> None:
     """Checks that the draft's tokens mean what the network's tokens mean.
 
-    A codec is None if its palette or tokenizer is not made yet. The InputError names the first
-    difference.
+    A codec is None if its palette or tokenizer is not made yet. The InputError lists the
+    differences.
     """
     pairs = {
         "objective": (draft.config.objective, network.config.objective),
