@@ -122,9 +122,10 @@ def load_tokenizer(
     `source` is a run folder whose stage `tokenizer` has finished, or a file of `Tokenizer.save`,
     here or as "hf://user/model/FILE" on the Hugging Face Hub;
     `image_size` is in pixels, one number for squares or height and width; None: the size of the
-    training images. `frames` is of the clips of a tokenizer whose tokens stand for several frames,
-    one more than a multiple of config.tokens.autoencoder.frames; 0: images; None: those of the
-    training. Other tokenizers take the frames of clips as images.
+    training images. `frames` is the number of frames of a clip, for a tokenizer whose tokens
+    stand for several frames: one more than a multiple of config.tokens.autoencoder.frames. 0:
+    images; None: the number of frames in training. Other tokenizers take the frames of clips as
+    images.
     """
     tokenizer = learned.load(weights.locate(source, f"there is no tokenizer {source}"))
     size = tokenizer.provenance.get("image_size") if image_size is None else image_size

@@ -28,10 +28,10 @@ MIN_IMAGES = 200  # the share of damaged images is taken of at least so many, or
 
 
 class DecodedSource(Source):
-    """A source of pixels on top of a source of image files, or of pixels where `decode` is None.
+    """Decodes the image files of a source; with `decode` None the source holds pixels already.
 
-    The record of the next good image replaces the record of an image that is damaged, or that one
-    of the filters leaves out; "damaged" holds that image's number.
+    The record of the next good image replaces the record of an image that is damaged or that a
+    filter leaves out; "damaged" then holds the number of the replaced image.
     """
 
     def __init__(self, source, decode: Decode | None, filters: Sequence = ()):

@@ -32,7 +32,7 @@ class Stills:
 
     @functools.cached_property
     def label(self) -> np.int32:
-        """Of an image, which has no class: the number after those of the clips' classes."""
+        """The label of an image without a class: the first number after the classes of clips."""
         return np.int32(sources.open_source(self.config, "train").classes)
 
     def draw(self, rng: np.random.Generator, clip: Callable[[], Record]) -> Record:

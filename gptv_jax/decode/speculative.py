@@ -11,9 +11,9 @@ A pass of the large network thus gives 1 to n tokens of each row, and rows go on
 their own. The papers draw one more token where all n are accepted; here the next pass begins with
 it, so that draft and large network have always read equally many tokens.
 
-The random numbers of a token depend on its position and its row alone. A position that is visited
-again sees the same numbers again, which leaves the result exact: of earlier visits nothing was
-kept, since a token before the position had been replaced.
+The random numbers of a token depend on its position and its row alone. A position is visited
+twice only if a token before the position was replaced, and then the first visit's proposal was
+discarded. So the second visit may use equal random numbers, and the result stays exact.
 """
 
 import dataclasses

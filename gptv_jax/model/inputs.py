@@ -239,7 +239,7 @@ class Inputs(nnx.Module):
 
 
 def take_rows(x: Shaped[Array, "B N *any"], places: Int[Array, "B P"]) -> Shaped[Array, "B P *any"]:
-    """Entries of each row at places of its own; the last entry for places beyond the row.
+    """Picks entries of each row at that row's places; a place beyond the row gets the last entry.
 
     Unlike `jnp.take_along_axis`, this keeps the sharding of a batch of one row.
     """

@@ -97,7 +97,7 @@ def make_init(
     settings: config_lib.Tokenizer,
     optimizer: optax.GradientTransformation,
 ) -> Callable:
-    """`(key, given) -> state`, that of `step.state_of` with a codebook's and a discriminator's.
+    """`(key, given) -> state`: the state of `step.state_of`, with "codebook" and "critic" added.
 
     "codebook" {"counts" [V], "sums" [V, Z]}: moving averages over the encodings of each code;
     "critic" {"params", "opt"}: the discriminator. `given` weights, by flat name, replace fresh
