@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import logging
+import time
 
 import numpy as np
 import pytest
@@ -11,9 +12,10 @@ from conftest import encoded, make_folder, random_image
 from PIL import Image
 
 from gptv_jax import config as config_lib
-from gptv_jax.data import duplicates, pipeline, sources
+from gptv_jax.data import duplicates, pipeline, sources, transforms
 from gptv_jax.data.arrays import Arrays
-from gptv_jax.data.damage import DamageLog
+from gptv_jax.data.clips import Clips
+from gptv_jax.data.damage import DROPPED, DamageLog, DecodedSource
 from gptv_jax.errors import InputError
 from gptv_jax.tokens import GreyCodec
 
@@ -114,32 +116,120 @@ def test_splits_that_share_images_do_not_make_these_duplicates(tmp_path):
     assert left_out(config) == {}
 
 
+def hashes(codes: np.ndarray, copies: np.ndarray) -> duplicates.Hashes:
+    rows = np.arange(len(codes))
+    return duplicates.Hashes(rows, codes, copies, 0 * rows)
+
+
 def test_candidates_are_all_pairs_within_the_distance():
-    """The search by equal parts of two hashes finds what a comparison of all pairs finds."""
     rng = np.random.default_rng(0)
     codes = rng.integers(2**63, size=60, dtype=np.uint64)
     changed = codes.copy()
     for place in range(60):  # up to 7 bits
         for bit in rng.choice(64, size=place % 8, replace=False):
             changed[place] ^= np.uint64(1) << np.uint64(bit)
-    codes = np.concatenate([codes, changed, codes[:3]])
-    copies = np.ones((len(codes), 1), np.float32)
+    one, other = (hashes(each, np.ones((60, 1), np.float32)) for each in (codes, changed))
+    every = hashes(np.concatenate([codes, changed, codes[:3]]), np.ones((123, 1), np.float32))
     for distance in (0, 1, 4, 7):
-        wanted = {
-            (i, j)
-            for j in range(len(codes))
-            for i in range(j)
-            if np.bitwise_count(codes[i] ^ codes[j]) <= distance
-        }
-        found = list(duplicates.near(codes, copies, distance))
-        assert set(found) == wanted and len(found) == len(wanted)
-        assert [j for _, j in found] == sorted(j for _, j in found)
+        near = lambda a, b, most=distance: int(a ^ b).bit_count() <= most  # noqa: E731
+        wanted = {(i, j) for i, a in enumerate(codes) for j, b in enumerate(changed) if near(a, b)}
+        found = duplicates.between(one, other, distance)
+        assert {(i, j) for i, rows in found for j in rows.tolist()} == wanted
+        gone, stays = duplicates.to_one_before(every, distance), []
+        for j, code in enumerate(every.codes):
+            before = [i for i in stays if near(every.codes[i], code)]
+            assert gone.get(j) == (before[0] if before else None)
+            stays += [] if before else [j]
 
 
 def test_equal_hashes_of_different_images_are_no_duplicates():
     copies = np.eye(3, dtype=np.float32)  # no two correlate
     copies[2] = 0  # of one colour
-    assert list(duplicates.near(np.zeros(3, np.uint64), copies, 4)) == []
+    assert duplicates.to_one_before(hashes(np.zeros(3, np.uint64), copies), 4) == {}
+
+
+def test_an_image_that_other_steps_of_the_list_refuse_is_no_reason_to_leave_its_copy_out(tmp_path):
+    """One that is too small, has too many pixels for `decode()`, or is a copy of a test image."""
+    files = {f"test/{i}.png": file_of(photo(100 + i)) for i in range(2)}
+    for i in range(6):  # of each photo one copy is small, and one large
+        for name, side in (("small", 12), ("usual", 32), ("huge", 64)):
+            files[f"train/{i}_{name}.png"] = file_of(photo(i, side))
+    steps = ("decode(channels=1,max_pixels=2000)", "drop_small(16)", "drop_duplicates()")
+    config = settings(make_folder(tmp_path, files), validation_split="test", max_damaged=1.0,
+                      damaged="skip", train_transforms=(*steps, "resize(8)"))  # fmt: skip
+    data = pipeline.Pipeline(config, GreyCodec(256, 8), 0)
+    next(data.train(18))
+    small, huge = ([f"{i}_{name}.png" for i in range(6)] for name in ("small", "huge"))
+    assert [name.rpartition("/")[2] for name in data.damage_log.dropped] == small
+    assert [name.rpartition("/")[2] for name in data.damage_log.names] == huge
+
+
+def test_images_are_compared_as_the_list_decodes_them(tmp_path, caplog):
+    """Where `decode` needs to be told what is white, and where an image cannot be read at all."""
+    deep = [np.asarray(photo(i).convert("L"), np.float32) * 16 for i in range(6)]
+    files = {f"train/{i}.tif": file_of(Image.fromarray(deep[i]), "TIFF") for i in range(6)}
+    files |= {f"test/{i}.tif": files[f"train/{i}.tif"] for i in (2, 4)} | {"test/9.tif": b"no"}
+    decode = "decode(channels=1,maximum=4095)"
+    config = settings(make_folder(tmp_path, files), validation_split="test",
+                      train_transforms=(decode, "drop_duplicates()", "resize(8)"))  # fmt: skip
+    assert set(left_out(config)) == {"2.tif", "4.tif"}
+    assert "2 of 3 test images stand in training" in caplog.text
+    assert "1 of 3 images of the split test cannot be read, and are not compared" in caplog.text
+
+
+def test_a_copy_with_another_label_is_told(tmp_path, caplog):
+    files = {f"train/{name}/{i}.png": file_of(photo(10 * ord(name) + i))
+             for name in "ab" for i in range(3)}  # fmt: skip
+    files |= {f"test/{name}/0.png": file_of(photo(ord(name))) for name in "ab"}
+    files["train/b/same_as_a.png"] = files["train/a/1.png"]
+    config = settings(make_folder(tmp_path, files), "drop_duplicates()", labels=True,
+                      validation_split="test")  # fmt: skip
+    (reason,) = left_out(config).values()
+    assert reason.endswith("of the split train, which has another label")
+    assert "1 images of the split train have another label than" in caplog.text
+
+
+def test_many_equal_images_take_no_more_time_than_others():
+    """Also images of one colour, each another, with rounding."""
+    flat = [Image.fromarray(np.full((24, 24), i % 200, np.uint8)) for i in range(300)]
+    found = [duplicates.perceptual_hash(each) for each in flat] * 100
+    codes, copies = (np.array(each) for each in zip(*found, strict=True))
+    many = hashes(codes, copies)
+    start = time.monotonic()
+    gone = duplicates.to_one_before(many, 6)
+    first, group = duplicates.distinct(many)
+    assert time.monotonic() - start < 10  # 0.3 s on an idle core; all pairs would take an hour
+    assert gone == dict.fromkeys(range(1, 30_000), 0)
+    assert first.tolist() == [0] and not group.any()
+
+
+@pytest.mark.parametrize("value", [30, 200, 255])
+def test_a_large_image_of_one_colour_is_blank(value):
+    step = transforms.parse("drop_blank()")
+    blank = np.full((2100, 2100, 3), value, np.uint8)
+    assert step.reason(0, {"image": blank}, None) is not None
+    assert step.reason(0, {"image": random_image(2100, 210, 3)}, None) is None
+    image = random_image(40, 30, 3) // 20
+    assert f"deviate by {image.std(axis=(0, 1)).max():.2g}," in step.reason(
+        0, {"image": image}, None
+    )
+
+
+def test_a_clip_that_is_left_out_is_not_damaged_though_it_is_not_found_again(caplog):
+    """Clips begin anywhere in training; reading again meets only some of them."""
+    caplog.set_level(logging.INFO)
+    videos = random_image(4, 10, 8, 8, 1)
+    videos[:, 4:8] = 7  # the clip at 4; clips that are read again begin at 0, 3 and 6
+    data_set = Arrays({"train": (videos, None)}, clips=Clips(4))
+    source = DecodedSource(
+        sources.Selected(data_set, "train"), None, (transforms.parse("drop_blank()"),)
+    )
+    damaged = {int(source.read(0, np.random.default_rng(seed))["damaged"]) for seed in range(40)}
+    assert damaged == {-1, int(DROPPED)}
+    log = DamageLog(config_lib.Data(damaged="fail", max_damaged=0.0), None)
+    log.record("train", source, np.array([DROPPED + 0, DROPPED + 2]), 1)
+    assert log.dropped == ["train[0]", "train[2]"] and log.names == []
+    assert "train[2] is left out: a filter leaves out one of its clips." in caplog.messages
 
 
 def test_images_whose_label_is_no_class_are_left_out(monkeypatch):
@@ -175,12 +265,8 @@ def test_frames_of_a_clip_are_judged_together():
     videos = random_image(4, 3, 8, 8, 1)
     videos[1] = 7
     config = config_lib.Data(frames=2, image_size=8, train_transforms=("drop_blank()",))
-    from gptv_jax.data.clips import Clips
-
     data_set = Arrays({"train": (videos, None)}, clips=Clips(2))
     source = sources.Selected(data_set, "train")
-    from gptv_jax.data import transforms
-
     (step,) = map(transforms.parse, config.train_transforms)
     kept = [step.reason(i, source[i], source) is None for i in range(4)]
     assert kept == [True, False, True, True]

@@ -24,6 +24,7 @@ from gptv_jax.errors import InputError
 
 LOG = logging.getLogger(__name__)
 NOT_DAMAGED = np.int32(-1)  # stands for a damaged image's number
+DROPPED = np.int32(2**30)  # is added to the number of an image that a filter leaves out
 MIN_IMAGES = 200  # the share of damaged images is taken of at least so many, or of all
 
 
@@ -31,7 +32,8 @@ class DecodedSource(Source):
     """Decodes the image files of a source; with `decode` None the source holds pixels already.
 
     The record of the next good image replaces the record of an image that is damaged or that a
-    filter leaves out; "damaged" then holds the number of the replaced image.
+    filter leaves out; "damaged" then holds the number of the replaced image, plus `DROPPED` if a
+    filter leaves it out.
     """
 
     def __init__(self, source, decode: Decode | None, filters: Sequence = ()):
@@ -44,19 +46,27 @@ class DecodedSource(Source):
         return self.read(index)
 
     def read(self, index: int, rng: Rng = None, place: float = 0.5) -> Record:
+        damaged = NOT_DAMAGED
         for distance in range(len(self)):
             number = (index + distance) % len(self)
             try:
                 record = self._checked(number, self.source.read(number, rng, place))
-            except (DamagedImageError, OSError):
+            except (DamagedImageError, OSError) as error:
+                if not distance:
+                    dropped = isinstance(error, DroppedImageError)
+                    damaged = np.int32(index) + DROPPED * dropped
                 continue
-            return {**record, "damaged": np.int32(index) if distance else NOT_DAMAGED}
+            return {**record, "damaged": damaged}
         raise InputError(
             f"none of {len(self)} images can be read; the first, {self.name(0)}: {self.reason(0)}."
         )
 
     def frames(self, index: int) -> Iterator[Record]:
         return (self._checked(index, record) for record in self.source.frames(index))
+
+    def own(self, index: int) -> Record:
+        """The record of the image itself; DamagedImageError or OSError where it is not used."""
+        return self._checked(index, self.source[index])
 
     def _checked(self, index: int, record: Record) -> Record:
         """The decoded record; DroppedImageError where a filter leaves it out."""
@@ -72,14 +82,27 @@ class DecodedSource(Source):
     def image_id(self, index: int) -> int | str | None:
         return self.source.image_id(index)
 
-    def fault(self, index: int) -> DamagedImageError | OSError | None:
-        """Why the image is not used; None: it could not be read before, and now can."""
+    def fault(self, index: int, dropped: bool | None = None) -> DamagedImageError | OSError | None:
+        """Why the image is not used; None: it could not be read before, and now can.
+
+        `dropped`: whether a filter's reason is looked for, or damage; None: either. A clip of
+        training that a filter leaves out may begin at another frame than all clips that are read
+        here, and then no reason is found.
+        """
+        kinds = {False, True} if dropped is None else {dropped}
+        errors = self._faults(index)
+        return next((e for e in errors if isinstance(e, DroppedImageError) in kinds), None)
+
+    def _faults(self, index: int) -> Iterator[DamagedImageError | OSError]:
+        """Why clips are not used that together have all frames of a video; of an image, why not."""
         try:
             for record in self.source.every(index):
-                self._checked(index, record)
+                try:
+                    self._checked(index, record)
+                except (DamagedImageError, OSError) as error:
+                    yield error
         except (DamagedImageError, OSError) as error:
-            return error
-        return None
+            yield error
 
     def reason(self, index: int) -> str:
         """`fault` in words."""
@@ -141,11 +164,13 @@ class DamageLog:
         # Over all splits and earlier processes of the run.
         looked_at = max(sum(self._images_by_split.values()), self._images_before)
         before = self.count
-        for number in sorted({*np.ravel(damaged).tolist()} - {NOT_DAMAGED}):
-            if (name := source.name(number)) in self._dropped:
+        for found in sorted({*np.ravel(damaged).tolist()} - {NOT_DAMAGED}):
+            dropped, number = found >= DROPPED, found % int(DROPPED)
+            name = source.name(number)
+            # A video of which a filter left a clip out may yet turn out to be damaged.
+            if name in self._dropped and (dropped or not self._dropped[name]):
                 continue
-            fault = source.fault(number)
-            reason, dropped = _words(fault), isinstance(fault, DroppedImageError)
+            reason = _words(source.fault(number, dropped), dropped)
             if self._config.damaged == "fail" and not dropped:
                 raise InputError(
                     f"{name} cannot be read: {reason}. Repair or remove it, or continue without it "
@@ -173,8 +198,10 @@ class DamageLog:
             )
 
 
-def _words(fault: Exception | None) -> str:
+def _words(fault: Exception | None, dropped: bool = False) -> str:
     unknown = "it could not be read before, and now can"
+    if dropped:
+        unknown = "a filter leaves out one of its clips"
     return getattr(fault, "strerror", None) or str(fault or unknown)
 
 

@@ -3,25 +3,28 @@
 The hash is pHash (Zauner 2010): the signs of the 63 lowest frequencies of a grey image of 32 x 32
 pixels, against their median. It is a line of SciPy, which the package has anyway; the library
 `imagehash` would add two packages for that line, and has no search. Candidates differ in few bits;
-small grey copies, which must correlate, tell apart images of few details, whose hashes agree.
+small grey copies, which must correlate, tell apart images of few details, whose hashes agree. Every
+hash is compared with all hashes before, 1 ns each: far less than reading an image takes, up to a
+million images.
 """
 
 import concurrent.futures
 import functools
-import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import scipy.fft
-from jaxtyping import Float, Int, UInt64
+from jaxtyping import Bool, Float, Int, UInt64
 from PIL import Image
 
 from gptv_jax import config as config_lib
 from gptv_jax.data import sources
-from gptv_jax.data.data_set import SPLITS, Source
-from gptv_jax.data.images import Decode
+from gptv_jax.data.damage import DecodedSource
+from gptv_jax.data.data_set import SPLITS
+from gptv_jax.data.filters import DroppedImageError
+from gptv_jax.data.images import Decode, Transform
 from gptv_jax.data.limits import DamagedImageError
 from gptv_jax.data.records import to_picture
 from gptv_jax.errors import InputError, shorten
@@ -35,114 +38,177 @@ AT_ONCE = 1024  # images whose hashes are made together
 class Hashes(NamedTuple):
     """The hashes of N images of a split."""
 
-    rows: Int[np.ndarray, " N"]  # numbers of the images; damaged ones are absent
+    rows: Int[np.ndarray, " N"]  # numbers of the images; those that are not used are absent
     codes: UInt64[np.ndarray, " N"]
     copies: Float[np.ndarray, "N P"]  # small grey copies, of mean 0 and length 1, or all 0
+    labels: Int[np.ndarray, " N"]  # -1: without a label
 
 
-@functools.lru_cache(maxsize=4)
-def _all(config: config_lib.Data, split: str, distance: int) -> dict[str, dict[int, str]]:
-    opened, names = {}, dict.fromkeys((*reversed(SPLITS), split))
-    for name in names:
+@functools.lru_cache(maxsize=8)
+def find(
+    config: config_lib.Data,
+    split: str,
+    distance: int,
+    decode: Decode | None = None,
+    filters: Sequence[Transform] = (),
+) -> dict[int, str]:
+    """The images of a split that are nearly equal to one before, each with the words that say so.
+
+    The images of test come first, then those of validation and of training; in the split itself,
+    only images that stay count. An image that a split before has as well, by its name, is not
+    compared with that split. `decode` and the tuple `filters` are the other steps of the list: what
+    they refuse or leave out of the split has no duplicate and is none.
+    """
+    order = (*reversed(SPLITS), split)
+    opened = {}
+    for name in order[: order.index(split) + 1]:
         try:
-            opened[name] = sources.open_source(config, name)
+            source = sources.open_source(config, name)
         except InputError:  # the data have no such split
             if name == split:
                 raise
-    hashed = {name: of_source(source, config.limits) for name, source in opened.items()}
-    codes, copies = (np.concatenate(each) for each in list(zip(*hashed.values(), strict=True))[1:])
-    owners = [(name, row) for name, found in hashed.items() for row in found.rows.tolist()]
-    found: dict[str, dict[int, str]] = {name: {} for name in opened}
-    held: dict[str, dict[int, str]] = {name: {} for name in opened}  # also in training
-    for first, second in near(codes, copies, distance):
-        (split_1, row_1), (split_2, row_2) = owners[first], owners[second]
-        name_1, name_2 = opened[split_1].name(row_1), opened[split_2].name(row_2)
-        if name_1 == name_2:  # two splits of the run share an image
             continue
-        found[split_2].setdefault(row_2, f"it is nearly equal to {name_1} of the split {split_1}")
-        if split_2 == "train" != split_1:
-            held[split_1].setdefault(row_1, name_1)
-    for name, rows in held.items():
-        if rows:
+        opened[name] = DecodedSource(source, decode, filters if name == split else ())
+    hashed = {name: of_source(source, config.limits, name) for name, source in opened.items()}
+    source, own = opened.pop(split), hashed.pop(split)
+    names = [source.name(row) for row in own.rows.tolist()]
+    equal: dict[int, tuple[str, str, int]] = {}  # split, name and label of the image before
+    for before, other in opened.items():
+        known = hashed[before]
+        known_names = [other.name(row) for row in known.rows.tolist()]
+        shared = set(names).intersection(known_names)
+        new = np.array([i for i, name in enumerate(names) if name not in shared], int)
+        first, group = distinct(known)
+        held = np.zeros(len(first), bool)  # whether training has the image
+        for i, found in between(_take(own, new), _take(known, first), distance):
+            held[found] = True
+            one = first[found].min()
+            equal.setdefault(int(new[i]), (before, known_names[one], int(known.labels[one])))
+        told = [
+            n for n, its in zip(known_names, group, strict=True) if held[its] and n not in shared
+        ]
+        if split == "train" and told:
             LOG.warning(
                 "%d of %d %s images stand in training, or nearly equal ones: %s.",
-                *(len(rows), len(opened[name]), name, shorten(rows.values())),
+                *(len(told), len(other), before, shorten(told)),
             )
-    LOG.info("nearly equal images that a filter may leave out: %s.", _counts(found))
-    return found
+    rest = np.setdiff1d(np.arange(len(names)), [*equal])
+    for j, i in to_one_before(_take(own, rest), distance).items():
+        equal[int(rest[j])] = (split, names[rest[i]], int(own.labels[rest[i]]))
+    reasons, mixed = {}, []
+    for i, (where, name, label) in sorted(equal.items()):
+        differs = label != own.labels[i] and min(label, own.labels[i]) >= 0
+        mixed += [names[i]] * differs
+        label_words = ", which has another label" * differs
+        reasons[int(own.rows[i])] = (
+            f"it is nearly equal to {name} of the split {where}{label_words}"
+        )
+    if mixed:
+        what = "images of the split %s have another label than the nearly equal image that stays"
+        LOG.warning(f"%d {what}: %s.", len(mixed), split, shorten(mixed))
+    LOG.info("%d of %d images of the split %s are nearly equal to others.", len(reasons),
+             len(source), split)  # fmt: skip
+    return reasons
 
 
-def _counts(found: dict[str, dict[int, str]]) -> str:
-    return ", ".join(f"{name} {len(rows)}" for name, rows in found.items())
+def _take(hashes: Hashes, rows: Int[np.ndarray, " n"]) -> Hashes:
+    return Hashes(*(each[rows] for each in hashes))
 
 
-def find(config: config_lib.Data, split: str, distance: int) -> dict[int, str]:
-    """The images of a split that are nearly equal to one before, each with the words that say so.
+def of_source(source: DecodedSource, limits: config_lib.Limits, split: str) -> Hashes:
+    """The hashes of all images that are used; of a clip, of its frames one below the other.
 
-    The images of test come first, then those of validation and of training.
+    Warns of images that cannot be read.
     """
-    return _all(config, split, distance)[split]
+    grey = Decode(channels=1).within(limits)
 
-
-def of_source(source: Source, limits: config_lib.Limits) -> Hashes:
-    """The hashes of all images that can be read; of a clip, of its frames one below the other."""
-    decode = Decode(channels=1).within(limits)
-
-    def one(index: int) -> tuple[int, np.uint64, np.ndarray] | None:
+    def one(index: int) -> tuple[int, np.uint64, np.ndarray, int] | str | None:
         try:
-            image = decode(source[index])["image"]
-        except (DamagedImageError, OSError):
+            record = source.own(index)
+            image = grey(record)["image"]
+        except DroppedImageError:
             return None
+        except (DamagedImageError, OSError) as error:
+            return getattr(error, "strerror", None) or str(error)
         picture = to_picture(image if image.ndim == 3 else np.concatenate(image))
-        return index, *perceptual_hash(picture)
+        return index, *perceptual_hash(picture), int(record.get("label", -1))
 
-    rows, codes, copies = [], [], []
+    found, unread = [], []
     with concurrent.futures.ThreadPoolExecutor() as pool:
         for start in range(0, len(source), AT_ONCE):
             indices = range(start, min(start + AT_ONCE, len(source)))
-            for row, code, copy in filter(None, pool.map(one, indices)):
-                rows.append(row)
-                codes.append(code)
-                copies.append(copy)
+            for index, each in zip(indices, pool.map(one, indices), strict=True):
+                if isinstance(each, str):
+                    unread.append(f"{source.name(index)} ({each})")
+                elif each:
+                    found.append(each)
+    if unread:
+        what = "images of the split %s cannot be read, and are not compared by drop_duplicates"
+        LOG.warning(f"%d of %d {what}: %s.", len(unread), len(source), split, shorten(unread))
+    rows, codes, copies, labels = zip(*found, strict=True) if found else ((),) * 4
     return Hashes(
         np.array(rows, np.int64),
         np.array(codes, np.uint64),
         np.array(copies, np.float32).reshape(-1, COPY * COPY),
+        np.array(labels, np.int64),
     )
 
 
 def perceptual_hash(picture: Image.Image) -> tuple[np.uint64, Float[np.ndarray, " P"]]:
-    """The hash of a grey picture, and its small copy, of mean 0 and length 1."""
+    """The hash of a grey picture, and its small copy, of mean 0 and length 1.
+
+    Both are 0 of a picture of one colour, whose bits would be rounding. No other picture has so few
+    bits set: 31 of 63 are.
+    """
     pixels = np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.BILINEAR), np.float32)
-    low = scipy.fft.dctn(pixels)[:LOWEST, :LOWEST].ravel()[1:]
-    bits = np.packbits(np.append(low > np.median(low), False))
     copy = pixels.reshape(COPY, SIDE // COPY, COPY, SIDE // COPY).mean(axis=(1, 3)).ravel()
     copy -= copy.mean()
     length = np.linalg.norm(copy)
-    return bits.view(np.uint64)[0], copy / length if length > 1e-3 * COPY else 0 * copy
+    if length <= 1e-3 * COPY:
+        return np.uint64(0), np.zeros_like(copy)
+    low = scipy.fft.dctn(pixels)[:LOWEST, :LOWEST].ravel()[1:]
+    bits = np.packbits(np.append(low > np.median(low), False))
+    return bits.view(np.uint64)[0], copy / length
 
 
-def near(
-    codes: UInt64[np.ndarray, " N"], copies: Float[np.ndarray, "N P"], distance: int
-) -> Iterator[tuple[int, int]]:
-    """Pairs i < j of images that are nearly equal, in the order of j; each pair once.
+def distinct(hashes: Hashes) -> tuple[Int[np.ndarray, " D"], Int[np.ndarray, " N"]]:
+    """The first image of each of D groups of equal hashes, and the group of every image."""
+    codes = hashes.codes.view(np.uint8).reshape(-1, 8)
+    copies = np.ascontiguousarray(hashes.copies).view(np.uint8)
+    both = np.concatenate([codes, copies], axis=1)
+    _, first, group = np.unique(both, axis=0, return_index=True, return_inverse=True)
+    return first, group.reshape(-1)
 
-    Of `distance` + 1 parts of two codes one agrees where at most `distance` bits differ, so only
-    images that agree in a part are compared. Two images of one colour each are nearly equal.
+
+def between(
+    images: Hashes, others: Hashes, distance: int
+) -> Iterator[tuple[int, Int[np.ndarray, " n"]]]:
+    """For each of `images` that has nearly equal `others`, the numbers of both."""
+    for i, code in enumerate(images.codes):
+        rows = np.flatnonzero(np.bitwise_count(others.codes ^ code) <= distance)
+        if rows.size and (rows := rows[_alike(others.copies[rows], images.copies[i])]).size:
+            yield i, rows
+
+
+def to_one_before(images: Hashes, distance: int) -> dict[int, int]:
+    """For each image that is nearly equal to one before that stays: the number of the latter.
+
+    An image stays unless it is nearly equal to one before that stays.
     """
-    found, ends = set(), np.linspace(0, 64, distance + 2).astype(int)
-    for low, high in itertools.pairwise(ends.tolist()):
-        part = codes >> np.uint64(low)
-        part &= np.uint64(2 ** (high - low) - 1)
-        order = np.argsort(part, kind="stable")
-        part, step = part[order], 1
-        while (same := np.flatnonzero(part[step:] == part[:-step])).size:
-            one, other = order[same], order[same + step]
-            few = np.bitwise_count(codes[one] ^ codes[other]) <= distance
-            one, other = one[few], other[few]
-            flat = ~copies[one].any(axis=1) & ~copies[other].any(axis=1)
-            alike = flat | (np.einsum("np,np->n", copies[one], copies[other]) >= ALIKE)
-            pairs = zip(one[alike].tolist(), other[alike].tolist(), strict=True)
-            found.update((min(pair), max(pair)) for pair in pairs)
-            step += 1
-    yield from sorted(found, key=lambda pair: pair[::-1])
+    kept, codes, count = np.zeros(len(images.codes), int), np.zeros_like(images.codes), 0
+    found = {}
+    for j, code in enumerate(images.codes):
+        rows = kept[:count][np.bitwise_count(codes[:count] ^ code) <= distance]
+        rows = rows[_alike(images.copies[rows], images.copies[j])] if rows.size else rows
+        if rows.size:
+            found[j] = int(rows[0])
+        else:
+            kept[count], codes[count], count = j, code, count + 1
+    return found
+
+
+def _alike(
+    copies: Float[np.ndarray, "n P"], copy: Float[np.ndarray, " P"]
+) -> Bool[np.ndarray, " n"]:
+    """Whether copies are of nearly equal images. Two images of one colour each are nearly equal."""
+    return copies @ copy >= ALIKE if copy.any() else ~copies.any(axis=1)

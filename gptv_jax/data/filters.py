@@ -5,7 +5,7 @@ Another image takes the place of one that is left out, as of a damaged one, see 
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -13,7 +13,7 @@ import numpy as np
 from gptv_jax import config as config_lib
 from gptv_jax.config.fields import POSITIVE, field
 from gptv_jax.data.data_set import Source
-from gptv_jax.data.images import Transform
+from gptv_jax.data.images import Decode, Transform
 from gptv_jax.data.limits import DamagedImageError
 from gptv_jax.data.records import Record, shape
 
@@ -32,9 +32,18 @@ class _Filter(Transform):
         """The record; only a source of training or evaluation leaves images out."""
         return record
 
-    def bound(self, config: config_lib.Data, split: str) -> "_Filter":
-        """The filter of a split of the data, which may have to be looked at before."""
-        del config, split
+    def bound(
+        self,
+        config: config_lib.Data,
+        split: str,
+        decode: Decode | None,
+        filters: Sequence["_Filter"],
+    ) -> "_Filter":
+        """The filter of a split of the data, which may have to be looked at before.
+
+        `decode` and `filters` are the steps of the list: None or the first one, and all filters.
+        """
+        del config, split, decode, filters
         return self
 
     def reason(self, index: int, record: Record, source: Source) -> str | None:
@@ -67,8 +76,11 @@ class DropBlank(_Filter):
     deviation: float = field(4.0, ("more than 0, up to 128", lambda v: 0 < v <= 128))
 
     def reason(self, index, record, source):
-        image = record["image"]
-        found = image.reshape(-1, image.shape[-1]).std(axis=0, dtype=np.float32).max()
+        pixels = record["image"].reshape(-1, record["image"].shape[-1])
+        # By whole numbers: sums of float32 stop to grow at 2^24 pixels, and float64 takes a copy.
+        total = pixels.sum(axis=0, dtype=np.int64)
+        squares = np.einsum("pc,pc->c", pixels, pixels, dtype=np.int64)
+        found = np.sqrt((squares / len(pixels) - (total / len(pixels)) ** 2).clip(0)).max()
         if found < self.deviation:
             return f"its values deviate by {found:.2g}, below drop_blank({self.deviation:g})"
         return None
@@ -89,16 +101,19 @@ class DropDuplicates(_Filter):
 
     Two images are nearly equal where at most `distance` of 63 bits of their perceptual hashes
     differ and small grey copies of both correlate, see data/duplicates.py. Of images that are
-    nearly equal within one split the first one stays. The log says how many images of test and
-    validation stand in training. All images of all splits are read before the first step.
+    nearly equal within one split the first one stays that `decode()` and the other filters of the
+    list keep. The log says how many images of test and validation stand in training, and which
+    images have another label than the nearly equal one. All images of all splits are read before
+    the first step.
     """
 
     distance: int = field(6, ("0 to 8", lambda v: 0 <= v <= 8))
 
-    def bound(self, config, split):
+    def bound(self, config, split, decode, filters):
         from gptv_jax.data import duplicates  # with SciPy, and the data sets
 
-        return _Listed(duplicates.find(config, split, self.distance))
+        others = tuple(each for each in filters if not isinstance(each, DropDuplicates))
+        return _Listed(duplicates.find(config, split, self.distance, decode, others))
 
     def reason(self, index, record, source):
         raise NotImplementedError("the filter is not bound to a split.")

@@ -191,7 +191,7 @@ def open_examples(config: config_lib.Data, split: str, entries: tuple[str, ...])
     if isinstance(sources.open_data_set(config), TokenCache):
         return _Example(source, _token_steps(config, entries))
     if decode or filters:
-        bound = [each.bound(config, split) for each in filters]
+        bound = [each.bound(config, split, decode, filters) for each in filters]
         source = DecodedSource(source, decode, bound)
     return _Example(source, others[len(filters) :])
 

@@ -55,10 +55,10 @@ class Stills:
         source, number = self._locate(index)
         return source.name(number)
 
-    def fault(self, index: int) -> Exception | None:
+    def fault(self, index: int, dropped: bool | None = None) -> Exception | None:
         """Why a clip or an image is not used, see `DecodedSource.fault`."""
         source, number = self._locate(index)
-        return source.fault(number)
+        return source.fault(number, dropped)
 
     def _locate(self, index: int) -> tuple[DecodedSource, int]:
         beyond = index - len(self.clips)
