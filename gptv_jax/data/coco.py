@@ -103,7 +103,7 @@ class CocoSplit(Source):
         images, entries = content["images"], content["annotations"]
         image_of: dict[int, int] = {}
         repeated = [i for i, each in enumerate(images) if image_of.setdefault(each["id"], i) != i]
-        called = lambda i: f"{images[i]['id']} ({image_name(images[i])})"  # noqa: E731
+        called = lambda i: f"{images[i]['id']} ({cut(image_name(images[i]), 100)})"  # noqa: E731
         tell("images whose id an image before has are left out", repeated, called)
         kept = np.setdiff1d(np.arange(len(images)), repeated)
         gone = _without_file(folder, [image_name(images[i]) for i in kept])
@@ -111,7 +111,7 @@ class CocoSplit(Source):
         if len(gone) > missing * len(kept):
             raise InputError(
                 f"{len(gone)} of {len(kept)} images of {file} are not in {folder}, such as "
-                f"{image_name(images[kept[gone[0]]])}; that is more than the share "
+                f"{cut(image_name(images[kept[gone[0]]]), 100)}; that is more than the share "
                 f"config.data.max_damaged={missing:g}."
             )
         tell(f"images are not in {folder} and are left out", kept[gone], called)
@@ -213,7 +213,7 @@ class CocoSplit(Source):
         return images, self.box_labels[kept], self.crowd[kept]
 
     def _read_sizes(self, images: list[dict]) -> np.ndarray:
-        """Height and width, int32 [N, 2]; of the image file where the JSON file has none."""
+        """Height and width, int64 [N, 2]; of the image file where the JSON file has none."""
         sizes = _numbers([[each.get("height"), each.get("width")] for each in images], 2)
         unknown = ~(np.isfinite(sizes).all(1) & (sizes > 0).all(1))
         for i in np.flatnonzero(unknown):
@@ -221,7 +221,7 @@ class CocoSplit(Source):
             with contextlib.suppress(OSError, DamagedImageError):
                 encoded = limits.read(self.folder / self.names[i], self.limits)
                 sizes[i] = shown_size(encoded, self.limits)[0]
-        return sizes.astype(np.int32)
+        return np.minimum(sizes, 2.0**62).astype(np.int64)
 
     def _fitting(self, index: int, encoded: bytes) -> bytes:
         """The image file, whose pixels are those that the boxes count; DamagedImageError if not.
@@ -246,7 +246,7 @@ def _without_file(folder: pathlib.Path, names: list[str]) -> list[int]:
     """Indices of the names that are no file in the folder, of which each part is listed once."""
     listed: dict[str, set[str]] = {}
     for inner in {os.path.dirname(name) for name in names}:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):  # as of a name with a zero byte
             listed[inner] = set(os.listdir(folder / inner))
     split = enumerate(map(os.path.split, names))
     return [i for i, (inner, last) in split if last not in listed.get(inner, ())]

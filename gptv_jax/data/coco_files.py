@@ -10,6 +10,7 @@ import mmap
 import os
 import pathlib
 import re
+import secrets
 from typing import BinaryIO
 
 import numpy as np
@@ -21,12 +22,26 @@ from gptv_jax.data.data_set import SPLITS
 from gptv_jax.data.limits import as_damaged
 from gptv_jax.data.listing import split_name, split_of
 from gptv_jax.data.records import Record
-from gptv_jax.errors import InputError, as_input_error, shorten
+from gptv_jax.errors import InputError, as_input_error, cut, shorten
 
 LISTS = ("images", "annotations", "categories")
 # Most of a file is polygons. They are cut out of the text, since as Python objects they would take
-# gigabytes; a string with these words has \" in JSON.
-_SHAPES = re.compile(rb'"(segmentation|counts|keypoints)"\s*:\s*(\[[][\d\s.,eE+-]*\])')
+# gigabytes; a string with these words has \" in JSON. Anything but lists of numbers as JSON writes
+# them stays, and is read or refused with the rest.
+_SPACE = rb"[ \t\n\r]*+"
+_NUMBER = rb"-?+(?:0|[1-9][0-9]*+)(?:\.[0-9]++)?+(?:[eE][+-]?+[0-9]++)?+" + _SPACE
+
+
+def _list_of(item: bytes) -> bytes:
+    """The pattern of a JSON list, possibly empty, with the spaces behind the list."""
+    items = rb"(?:%b(?:,%b%b)*+)?+" % (item, _SPACE, item)
+    return rb"\[%b%b\]%b" % (_SPACE, items, _SPACE)
+
+
+_SHAPES = re.compile(
+    rb'"(segmentation|counts|keypoints)"%b:%b(%b|%b)'
+    % (_SPACE, _SPACE, _list_of(_NUMBER), _list_of(_list_of(_NUMBER)))
+)
 WHOLE_STARS = re.compile(r"(?<![^/])\*\*(?![^/])")  # a pattern's part for folders of any depth
 PROBED = 32  # images of a JSON file that are looked for in every folder
 KINDS = ("semantic", "masks")  # what `config.data.maps` names
@@ -34,6 +49,9 @@ BACKGROUND = "background"  # class 0 of label maps: pixels of no object
 SHORTEST = len("[[0,0,0,1,1,1]]")  # text of a polygon
 UNREADABLE = (ValueError, OSError, RecursionError)  # as of JSON, of files and of nested lists
 FAR = 10  # heights or widths of the image, within which the corners of polygons lie
+LONGEST = 100  # an outline is at most so many times as long as height and width of the image
+RUN_BITS = 40  # of a compressed run length; no image has so many pixels
+MOST = 2**63 - 1  # an id of an image is at most so large
 
 
 def find(path: pathlib.Path, given: str | None) -> dict[str, pathlib.Path]:
@@ -95,16 +113,22 @@ def own_name(file: pathlib.Path) -> str:
 def read(path: pathlib.Path, outlines: bool = False) -> dict:
     """The content of a JSON file without polygons; InputError where it is no COCO file.
 
-    With `outlines`, a number stands for the polygons or run lengths of each annotation, a row of
-    "spans", int64 [N, 2], where the list begins and ends in the file.
+    With `outlines`, a `Cut` stands for the polygons or run lengths of each annotation: the number
+    of a row of "spans", int64 [N, 2], where the list begins and ends in the file.
     """
     spans: list[tuple[int, int]] = []
+    mark = secrets.token_hex(8)  # which no file has, by chance or on purpose
 
     def replaced(match: re.Match) -> bytes:
         if match[1] == b"keypoints":
             return b'"":0'
         spans.append(match.span(2))
-        return b'"%s":%d' % (match[1], len(spans) - 1)
+        return b'"%s":"%s%d"' % (match[1], mark.encode(), len(spans) - 1)
+
+    def restored(given: object) -> object:
+        """The number of the list in place of a marked text."""
+        marked = isinstance(given, str) and given.startswith(mark)
+        return Cut(given.removeprefix(mark)) if marked else given
 
     problem, advice = f"{path} cannot be read as JSON", "; it may be cut short: copy it anew"
     collecting = gc.isenabled()
@@ -129,11 +153,17 @@ def read(path: pathlib.Path, outlines: bool = False) -> dict:
         if not all(isinstance(each, dict) for each in content[key]):
             raise InputError(f"{path} has {key} that are no objects; {wanted}.")
     for each in content["images"]:
-        if type(each.get("id")) is not int or type(each.get("file_name")) is not str:
+        number, name = each.get("id"), each.get("file_name")
+        if type(number) is not int or abs(number) > MOST or type(name) is not str:
             raise InputError(
-                f"{path} has an image with id={each.get('id')!r} and file_name="
-                f"{each.get('file_name')!r}; an id is a whole number, a file name a text."
+                f"{path} has an image with id={cut(repr(number), 40)} and file_name="
+                f"{cut(repr(name), 100)}; an id is a whole number of 64 bits, a file name a text."
             )
+    for each in content["annotations"] if spans else ():
+        if "segmentation" in each:
+            given = each["segmentation"] = restored(each["segmentation"])
+            if isinstance(given, dict) and "counts" in given:
+                given["counts"] = restored(given["counts"])
     content["spans"] = np.array(spans, np.int64).reshape(-1, 2)
     return content
 
@@ -162,11 +192,13 @@ def image_folder(
         own = [each for each in below if each.name == own_name(file)]
         folders = [*own, *fitting, *places, *below]
     probed = images[:: max(len(images) // PROBED, 1)]
-    counts = [sum((f / image_name(each)).is_file() for each in probed) for f in folders]
+    # `os.path.isfile` takes any name; of a name that no system takes `Path.is_file` may raise.
+    has = lambda folder, image: os.path.isfile(folder / image_name(image))  # noqa: E731
+    counts = [sum(has(folder, each) for each in probed) for folder in folders]
     if images and not max(counts):
-        name, above = image_name(images[0]), root.parent
+        name, above = cut(image_name(images[0]), 100), root.parent
         places = (above, *sorted(above.glob("*/")))
-        beside = given is None and next((f for f in places if (f / name).is_file()), None)
+        beside = given is None and next((f for f in places if has(f, images[0])), None)
         advice = "name the folder by config.data.images"
         if beside and root.samefile(files_lib.user_path(config.path)):
             advice = f"take config.data.path={above}, which has the images"
@@ -184,19 +216,23 @@ def image_name(image: dict) -> str:
     return image["file_name"].replace("\\", "/")  # as Windows writes paths
 
 
+class Cut(int):
+    """The number of a list that `read` leaves in the file; the file's own numbers are no `Cut`."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Outlines:
     """The outlines of M objects. Polygons stay in the JSON file until a record needs them."""
 
     file: pathlib.Path
     kinds: tuple[str, ...]  # of `KINDS`
-    given: list  # the "segmentation" of each object, with rows of `spans` for lists; None: absent
+    given: list  # the "segmentation" of each object, with a `Cut` for each list; None: absent
     spans: np.ndarray  # int64 [N, 2], where lists begin and end in the file, see `coco_files.read`
 
     def lack(self) -> np.ndarray:
         """Whether an object has no outline, or a text too short for a polygon; bool [M]."""
         short = np.diff(self.spans)[:, 0] < SHORTEST
-        return np.array([short[e] if type(e) is int else not e for e in self.given], bool)
+        return np.array([short[e] if type(e) is Cut else not e for e in self.given], bool)
 
     def add(self, record: Record, rows: range, size: tuple[int, int], classes: int) -> None:
         """Adds "masks" and "segmentation" of the objects `rows`, whose boxes the record has.
@@ -233,7 +269,7 @@ class Outlines:
         """The polygons or run lengths of an object, with the lists that the open file has."""
 
         def read(given: object) -> object:
-            if type(given) is not int:
+            if type(given) is not Cut:
                 return given
             start, end = self.spans[given].tolist()
             file.seek(start)
@@ -270,9 +306,14 @@ def _runs(outline: list | dict, height: int, width: int) -> dict | None:
         polygons = [each for each in outline if len(each) >= 6 and len(each) % 2 == 0]
         if not polygons:
             return None
-        # Far corners would take gigabytes.
+        # pycocotools takes 40 bytes for each pixel of an outline's length.
         if not (np.abs(np.concatenate(polygons)) < FAR * max(height, width)).all():
             raise ValueError("a polygon has corners far outside of the image")
+        for each in polygons:
+            corners = np.reshape(each, (-1, 2))
+            steps = np.abs(corners - np.roll(corners, 1, axis=0)).max(axis=1)
+            if steps.sum() > LONGEST * (height + width):
+                raise ValueError("a polygon's outline is too long for the image")
         return mask.merge(mask.frPyObjects(polygons, height, width))
     if list(outline["size"]) != [height, width]:
         raise ValueError(f"run lengths are of {outline['size']}, the image of {[height, width]}")
@@ -293,7 +334,8 @@ def _uncompressed(text: str) -> list[int]:
     for letter in text.encode():
         letter -= 48
         number |= (letter & 31) << bits
-        bits += 5
+        if (bits := bits + 5) > RUN_BITS:  # a number of many digits would take quadratic time
+            raise ValueError("a run length is longer than any image")
         if not letter & 32:
             number -= (letter & 16) // 16 << bits  # the sign
             counts.append(number + (counts[-2] if len(counts) > 2 else 0))

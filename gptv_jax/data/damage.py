@@ -24,7 +24,7 @@ from gptv_jax.errors import InputError
 
 LOG = logging.getLogger(__name__)
 NOT_DAMAGED = np.int32(-1)  # stands for a damaged image's number
-DROPPED = np.int32(2**30)  # is added to the number of an image that a filter leaves out
+DROPPED = 2**30  # is added to the number of an image that a filter leaves out
 MIN_IMAGES = 200  # the share of damaged images is taken of at least so many, or of all
 
 
@@ -54,7 +54,7 @@ class DecodedSource(Source):
             except (DamagedImageError, OSError) as error:
                 if not distance:
                     dropped = isinstance(error, DroppedImageError)
-                    damaged = np.int32(index) + DROPPED * dropped
+                    damaged = np.int32(index + DROPPED * dropped)
                 continue
             return {**record, "damaged": damaged}
         raise InputError(
@@ -165,7 +165,7 @@ class DamageLog:
         looked_at = max(sum(self._images_by_split.values()), self._images_before)
         before = self.count
         for found in sorted({*np.ravel(damaged).tolist()} - {NOT_DAMAGED}):
-            dropped, number = found >= DROPPED, found % int(DROPPED)
+            dropped, number = found >= DROPPED, found % DROPPED
             name = source.name(number)
             # A video of which a filter left a clip out may yet turn out to be damaged.
             if name in self._dropped and (dropped or not self._dropped[name]):

@@ -44,6 +44,11 @@ from gptv_jax.data.records import (
 from gptv_jax.errors import InputError, as_input_error, cut, shorten
 
 GREY = ("0 to 255, a grey value", lambda v: 0 <= v <= 255)
+# The parts of a PNG file that may hold an orientation; names of text are never compressed.
+ORIENTED = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
+# For each EXIF orientation that swaps height and width: what undoes the turn.
+TURNED_BACK = {5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90}
+TURNED_BACK |= {7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_270}
 
 
 @dataclass_transform(frozen_default=True)
@@ -285,18 +290,23 @@ def shown_size(encoded: bytes, limits: Limits) -> tuple[tuple[int, int], tuple[i
 
     0, 0 of a file that cannot be read, whose reason decoding finds.
     """
-    stored, turned = (0, 0), False
     with contextlib.suppress(Exception), opened(encoded, limits) as image:
+        size = image.size[::-1]
         # Pillow decodes a PNG to look for an orientation behind the pixels.
-        plain = image.format == "PNG" and b"eXIf" not in encoded and b"Orientation" not in encoded
-        turned = not plain and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-        stored = image.size[::-1]
-    return (stored[::-1] if turned else stored), stored
+        plain = image.format == "PNG" and not any(each in encoded for each in ORIENTED)
+        if plain or image.getexif().get(ExifTags.Base.Orientation, 1) not in TURNED_BACK:
+            return size, size
+        # Of a TIFF, Pillow gives the size of the upright picture.
+        return (size, size[::-1]) if image.format == "TIFF" else (size[::-1], size)
+    return (0, 0), (0, 0)
 
 
 def as_stored(encoded: bytes, limits: Limits) -> bytes:
     """The image file as a PNG file without EXIF orientation, so that `Decode` does not turn it."""
     with opened(encoded, limits) as image, io.BytesIO() as plain:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        if image.format == "TIFF" and orientation in TURNED_BACK:  # which Pillow turns by itself
+            image = image.transpose(TURNED_BACK[orientation])
         image.save(plain, "PNG", exif=b"", compress_level=1)
         return plain.getvalue()
 
