@@ -165,6 +165,8 @@ def test_models_draw_with_a_draft_and_refuse_one_of_other_tokens(tmp_path):
     small = gptv_jax.load(weights_file(tmp_path / "small.safetensors", axial_positions=True))
     images = model.sample(2, draft=small, draft_tokens=3)
     assert images.shape == (2, 4, 4, 1) and images.max() < 5
+    many = [model.sample(2, draft=small, draft_tokens=count) for count in (16, 10**9)]
+    np.testing.assert_array_equal(*many)  # an image has 16 tokens
     completed = model.complete(images, 0.5, draft=small, temperature=0.0)
     np.testing.assert_array_equal(completed, model.complete(images, 0.5, temperature=0.0))
     for name, changes, told in (

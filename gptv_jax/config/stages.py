@@ -119,7 +119,8 @@ class Drawing:
     guidance_schedule: "constant", or "cosine", which rises from 1 at the first token to `guidance`
       at the last (RAR, Yu et al. 2024, arXiv:2411.00776).
     guidance_power: of the schedule "cosine"; the higher, the later the scale rises.
-    draft_tokens: proposed by a draft for each pass of the network; not used without a draft.
+    draft_tokens: proposed by a draft for each pass of the network, at most as many as are drawn;
+      not used without a draft.
     """
 
     temperature: float = field(1.0, FROM_ZERO)

@@ -71,8 +71,9 @@ class Coco(DataSet):
                     raise InputError(f"{file} has a category whose id, {number!r}, is no number.")
                 name = str(each.get("name", number))
                 if names.setdefault(number, name) != name:
+                    both = f"{cut(names[number], 40)} and {cut(name, 40)}"
                     raise InputError(
-                        f"category {number} is {names[number]} and {name} ({file}); give a "
+                        f"category {number} is {both} ({file}); give a "
                         "category the same id and name in the files of all splits."
                     )
         for file, entries in categories.items():
@@ -126,7 +127,7 @@ class CocoSplit(Source):
         place[kept] = np.arange(len(kept))
 
         outlines = [each.pop("segmentation", None) for each in entries]
-        entry_name = lambda i: f"annotation {entries[i].get('id', f'number {i}')}"  # noqa: E731
+        entry_name = lambda i: cut(f"annotation {entries[i].get('id', f'number {i}')}", 60)  # noqa: E731
         label_of = {number: label for label, number in enumerate(data_set.object_ids)}
         owner = _look_up(image_of, [each.get("image_id") for each in entries])
         label = _look_up(label_of, [each.get("category_id") for each in entries])

@@ -276,6 +276,8 @@ class Outlines:
             return json.loads(file.read(end - start))
 
         outline = read(self.given[row]) or []
+        if not isinstance(outline, list | dict):
+            raise ValueError(f"{cut(repr(outline), 40)} is no list of polygons and no run lengths")
         return {**outline, "counts": read(outline["counts"])} if "counts" in outline else outline
 
 

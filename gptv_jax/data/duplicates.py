@@ -97,7 +97,8 @@ def find(
         equal[int(rest[j])] = (split, names[rest[i]], int(own.labels[rest[i]]))
     reasons, mixed = {}, []
     for i, (where, name, label) in sorted(equal.items()):
-        differs = label != own.labels[i] and min(label, own.labels[i]) >= 0
+        labels = {label, int(own.labels[i])}
+        differs = len(labels) > 1 and -1 not in labels
         mixed += [names[i]] * differs
         label_words = ", which has another label" * differs
         reasons[int(own.rows[i])] = (

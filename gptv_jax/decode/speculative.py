@@ -129,7 +129,8 @@ def generate(
         starts.append(Start(weights, prompt, scales))
         first = logits if first is None else first
     restriction = Restriction.of(drawing, network.vocabulary)
-    static = network, draft.network, prefix, samples, drawing.draft_tokens
+    proposals = min(drawing.draft_tokens, given.shape[1] - prefix)  # behind the end is no token
+    static = network, draft.network, prefix, samples, proposals
     tokens, passes = run(draw_tokens, static, given, first, *starts, key, restriction)
     if stopwatch:
         stopwatch.passes += int(passes)
