@@ -15,7 +15,9 @@ from gptv_jax.config.fields import POSITIVE, field
 from gptv_jax.data.data_set import Source
 from gptv_jax.data.images import Decode, Transform
 from gptv_jax.data.limits import DamagedImageError
-from gptv_jax.data.records import Record, shape
+from gptv_jax.data.records import Record, shape, to_picture
+
+VALUES = np.arange(256.0)  # of pixels
 
 
 class DroppedImageError(DamagedImageError):
@@ -76,11 +78,12 @@ class DropBlank(_Filter):
     deviation: float = field(4.0, ("more than 0, up to 128", lambda v: 0 < v <= 128))
 
     def reason(self, index, record, source):
-        pixels = record["image"].reshape(-1, record["image"].shape[-1])
-        # By whole numbers: sums of float32 stop to grow at 2^24 pixels, and float64 takes a copy.
-        total = pixels.sum(axis=0, dtype=np.int64)
-        squares = np.einsum("pc,pc->c", pixels, pixels, dtype=np.int64)
-        found = np.sqrt((squares / len(pixels) - (total / len(pixels)) ** 2).clip(0)).max()
+        image = record["image"]
+        picture = to_picture(image if image.ndim == 3 else np.concatenate(image))
+        # By counts of the 256 values, exact at any size: sums of float32 stop to grow at 2^24.
+        counts = np.reshape(picture.histogram(), (-1, 256)) / (picture.width * picture.height)
+        mean, square = counts @ VALUES, counts @ VALUES**2
+        found = np.sqrt((square - mean**2).clip(0)).max()
         if found < self.deviation:
             return f"its values deviate by {found:.2g}, below drop_blank({self.deviation:g})"
         return None
