@@ -251,7 +251,7 @@ def test_a_file_is_read_just_where_json_reads_it(tmp_path, key):
             if value in VALID:
                 coco_files.read(path, outlines)
                 continue
-            with pytest.raises(ValueError, match=""):
+            with pytest.raises(json.JSONDecodeError):
                 json.loads(content)
             with pytest.raises(InputError, match="cannot be read as JSON"):
                 coco_files.read(path, outlines)
