@@ -24,7 +24,7 @@ ALONE = {
 WEIGHTS = {
     ("digits", None): 803_328,
     ("image_folder", None): 275_072,
-    ("video_digits", None): 231_552,
+    ("video_digits", None): 231_040,
     ("video_camera", None): 231_552,
     ("video_codes", "steps"): 263_488,
     ("video_codes", "frames"): 263_872,
