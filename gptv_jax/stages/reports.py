@@ -23,6 +23,7 @@ from gptv_jax.decode.sampler import class_rows
 from gptv_jax.errors import shorten
 from gptv_jax.runs import accuracy, frames, html, layers, pictures
 from gptv_jax.runs.context import Context
+from gptv_jax.runs.rejection import typicality as typicality  # the stage's part
 from gptv_jax.stages import STAGES
 
 Part = tuple[str, str]  # content and tiles
