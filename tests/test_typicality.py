@@ -212,7 +212,8 @@ def test_networks_without_likelihoods_have_no_typicality():
             select.choose_stages(config, {"label"}, ["typicality"])
     network = tiny_network(objective="bert")
     described = WeightsFile(network.config, config_lib.Tokens(levels=11), 4, {})
-    with jax.set_mesh(make_mesh((1, 1, 1))) as mesh:
+    mesh = make_mesh((1, 1, 1))
+    with jax.set_mesh(mesh):
         bert = gptv_jax.Model(described, random_params(described.network), mesh)
         with pytest.raises(InputError, match="objective bert cannot give likelihoods"):
             bert.typicality(np.zeros((1, 4, 4, 1), np.uint8))
