@@ -147,6 +147,24 @@ def bricks(rng: np.random.Generator) -> np.ndarray:
     return coloured(np.where(joint, 0, tone), rng)
 
 
+def rings(rng: np.random.Generator) -> np.ndarray:
+    """Circles around a random point."""
+    y, x = np.mgrid[:SIDE, :SIDE] - rng.uniform(0, SIDE, size=2)[:, None, None]
+    return coloured(np.hypot(y, x) / rng.uniform(4, 10) % 1, rng)
+
+
+def plaid(rng: np.random.Generator) -> np.ndarray:
+    """Two sets of stripes of several tones, woven."""
+    along, across = places(rng, 1)
+    tones = rng.random((2, 4))
+    width = rng.uniform(2, 6, size=2)
+    rows, columns = (
+        tone[np.floor(at / w).astype(int) % 4]
+        for tone, at, w in zip(tones, (along, across), width, strict=True)
+    )
+    return coloured((rows + columns) / 2, rng)
+
+
 def cells(rng: np.random.Generator) -> np.ndarray:
     """Voronoi cells, each of a random colour."""
     y, x = np.mgrid[:SIDE, :SIDE]
@@ -165,7 +183,7 @@ def marble(rng: np.random.Generator) -> np.ndarray:
     return coloured(0.5 + 0.5 * np.sin(2 * math.pi * (along + noise / noise.std())), rng)
 
 
-TEXTURES = {f.__name__: f for f in (gratings, checks, dots, bricks, cells, marble)}
+TEXTURES = {f.__name__: f for f in (gratings, checks, dots, bricks, cells, marble, rings, plaid)}
 
 
 def measures(model: gptv_jax.Model, images: np.ndarray) -> dict[str, np.ndarray]:

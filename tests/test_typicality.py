@@ -147,7 +147,7 @@ def changed_header(path, change) -> None:
 DAMAGED = {
     "no distances": lambda known: known.update(distances=[]),
     "one statistic": lambda known: known.update(center=[1.0]),
-    "not finite": lambda known: known.update(center=[1.0, float("nan")]),
+    "not finite": lambda known: known.update(center=[1.0, 1.0, float("nan")]),
     "in no order": lambda known: known["distances"].reverse(),
     "no step": lambda known: known.pop("step"),
     "a text": lambda known: known.update(precision="none"),
@@ -262,13 +262,14 @@ def test_statistics_are_means_over_tokens_and_pixels():
     nats, images = np.arange(8, dtype=np.float32).reshape(2, 4), random_image(2, 4, 4, 3)
     found = statistics(nats, images)
     np.testing.assert_allclose(found[:, 0], [1.5, 5.5])
-    np.testing.assert_allclose(found[:, 1], code_bits(images) / 16)
+    np.testing.assert_allclose(found[:, 1], np.sqrt(1.25))
+    np.testing.assert_allclose(found[:, 2], code_bits(images) / 16)
 
 
 def test_a_calibration_keeps_few_distances_and_the_same_shares():
     rng = generator()
     training, validation, new = (
-        rng.normal(size=(n, 2)) @ [[1, 0.9], [0, 0.1]] for n in (500, 5000, 300)
+        rng.normal(size=(n, 3)) @ [[1, 0.9, 0], [0, 0.1, 0], [0, 0, 1]] for n in (500, 5000, 300)
     )
     made = Calibration.fit(training, validation, step=7)
     assert len(made.distances) == MOST and made.step == 7
@@ -277,15 +278,15 @@ def test_a_calibration_keeps_few_distances_and_the_same_shares():
     again = Calibration.from_json(json.loads(json.dumps(made.to_json())), "a file")
     assert again == made
     # Unusual in either direction, also along the combination that hardly varies.
-    for far in ([9, 9], [-9, -9], [0, 1], [0, -1]):
+    for far in ([9, 9, 0], [-9, -9, 0], [0, 1, 0], [0, -1, 0], [0, 0, 9]):
         assert made.typicality(np.array([far], float)) == 0
 
 
 def test_training_images_that_are_all_alike_leave_finite_distances():
-    alike = np.ones((10, 2))
+    alike = np.ones((10, 3))
     made = Calibration.fit(alike, alike)
-    np.testing.assert_array_equal(made.typicality(np.array([[1.0, 1.0], [2.0, 1.0]])), [0, 0])
-    assert np.isfinite(made.distance(np.array([[2.0, 1.0]]))).all()
+    np.testing.assert_array_equal(made.typicality(np.array([[1.0] * 3, [2.0] * 3])), [0, 0])
+    assert np.isfinite(made.distance(np.array([[2.0] * 3]))).all()
 
 
 def test_accuracy_by_coverage():

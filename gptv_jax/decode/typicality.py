@@ -1,13 +1,15 @@
 """How usual images are, for a network that gives likelihoods: its nats beside a coder's bits.
 
 Likelihood alone does not say whether an image is of the kind that the network has learned: smooth
-images are likely, whatever they show (Nalisnick et al. 2019, arXiv:1810.09136). So two numbers of
-an image stand beside each other: the nats of the network, and the bits of a lossless coder that
-knows no images (Serra et al. 2020, arXiv:1909.11480). Both count in both directions: images that
-are much more likely than any training image are unusual as well (arXiv:1906.02994).
+images are likely, whatever they show (Nalisnick et al. 2019, arXiv:1810.09136). So three numbers
+of an image stand beside each other: the network's mean nats per token, their standard deviation
+over the image's tokens, and the bits of a lossless coder that knows no images (Serra et al. 2020,
+arXiv:1909.11480). Each counts in both directions: images that are much more likely than any
+training image are unusual as well (arXiv:1906.02994). The deviation finds images of flat areas
+with hard borders, whose few surprising tokens have the mean of a photograph.
 
-`Calibration.fit` learns from training images how the two numbers spread together, and from
-validation images how far from that usual images lie. S is the number of statistics of an image.
+`Calibration.fit` learns from training images how the numbers spread together, and from validation
+images how far from that usual images lie. S is the number of statistics of an image.
 """
 
 import dataclasses
@@ -18,7 +20,7 @@ from scipy import special
 
 from gptv_jax.errors import as_input_error
 
-STATISTICS = ("nats_per_token", "bits_per_pixel")
+STATISTICS = ("nats_per_token", "nats_deviation", "bits_per_pixel")
 FILE = "typicality/calibration.json"  # in a run folder: a calibration for each stage's weights
 LEAST_SPREAD, SMOOTHING = 1e-3, 1e-3  # added to deviations, and to the variances as a share
 MOST = 1000  # distances of validation images that a calibration keeps
@@ -95,8 +97,8 @@ def statistics(
     `images` are what the tokens stand for, so that tokens that lose detail are compared with the
     coder's bits of what they keep.
     """
-    pixels = np.prod(images.shape[1:-1])
-    return np.stack([nats.mean(axis=1, dtype=np.float64), code_bits(images) / pixels], axis=1)
+    nats, pixels = nats.astype(np.float64), np.prod(images.shape[1:-1])
+    return np.stack([nats.mean(axis=1), nats.std(axis=1), code_bits(images) / pixels], axis=1)
 
 
 def code_bits(images: UInt8[np.ndarray, "B *F H W C"]) -> Float[np.ndarray, " B"]:

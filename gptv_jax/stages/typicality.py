@@ -1,7 +1,7 @@
 """Typicality: what is usual for the trained weights, and what is gained by rejecting the unusual.
 
 Training images say how the nats of the network and the bits of a coder spread together, validation
-images how far from the training images usual ones lie (`decode/typicality.py`), and test images
+images how far from the training images usual images lie (`decode/typicality.py`), and test images
 whether this holds for images that neither has seen. The run folder keeps it for each stage's
 weights, so `Model.typicality` knows it. Of a network with a class head, the test images also say
 how accurate the classes are where the least usual, or the least confident, images are rejected.
@@ -31,7 +31,7 @@ from gptv_jax.tasks.classify import Classify
 
 LOG = logging.getLogger(__name__)
 AT_ONCE = 64  # images in a forward pass
-IMAGES = {"train": 2_000, "validation": 10_000, "test": 10_000}  # of each split, at most
+IMAGES = {"train": 2_000, "validation": 5_000, "test": 5_000}  # of each split, at most
 SHOWN = 32  # test images in the picture of the least usual ones
 THRESHOLDS = (0.01, 0.05)  # of typicality, whose shares of rejected test images are reported
 
