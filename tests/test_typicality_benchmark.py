@@ -24,11 +24,11 @@ def resized(images: list[np.ndarray]) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def sets() -> dict[str, np.ndarray]:
-    return benchmark.made_sets(SHAPE, 12, generator(), resized)
+    return benchmark.made_sets(SHAPE, 16, generator(), resized)
 
 
 def test_sets_are_what_they_are_called_and_depend_on_the_seed_alone(sets):
-    again = benchmark.made_sets(SHAPE, 12, generator(), resized)
+    again = benchmark.made_sets(SHAPE, 16, generator(), resized)
     for name, images in sets.items():
         assert images.dtype == np.uint8 and images.shape[1:] == SHAPE
         np.testing.assert_array_equal(images, again[name])
@@ -37,7 +37,7 @@ def test_sets_are_what_they_are_called_and_depend_on_the_seed_alone(sets):
     for name in flat.keys() - {"constants"}:
         assert (flat[name] != flat[name][:, :1]).any(axis=(1, 2)).mean() > 0.8, name
     parts = [len(images) for name, images in sets.items() if name.startswith("textures: ")]
-    assert len(sets["textures"]) == sum(parts) == 12
+    assert len(sets["textures"]) == sum(parts) == 16
 
 
 def test_every_texture_has_several_colours_and_is_another_one_each_time():

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from gptv_jax import files, hosts, sharding
 from gptv_jax.api.forward import network_output
 from gptv_jax.checkpoint import Checkpoints
-from gptv_jax.data import pipeline
+from gptv_jax.data import pipeline, sources
 from gptv_jax.decode.sampler import Sampler
 from gptv_jax.decode.typicality import FILE, STATISTICS, Calibration, statistics
 from gptv_jax.model.gpt import Network
@@ -28,9 +28,10 @@ from gptv_jax.runs import pictures, record, rejection
 from gptv_jax.runs.context import Context
 from gptv_jax.stages import pretrained
 from gptv_jax.tasks.classify import Classify
+from gptv_jax.train.metrics import Progress
 
 LOG = logging.getLogger(__name__)
-AT_ONCE = 64  # images in a forward pass
+AT_ONCE, REPORT_EVERY = 64, 16  # images in a forward pass; passes between two lines of the log
 IMAGES = {"train": 2_000, "validation": 5_000, "test": 5_000}  # of each split, at most
 SHOWN = 32  # test images in the picture of the least usual ones
 THRESHOLDS = (0.01, 0.05)  # of typicality, whose shares of rejected test images are reported
@@ -108,6 +109,8 @@ def _read(context: Context, weights: Weights, split: str) -> Read:
     sampler = Sampler(weights.network, weights.params)
     count, seed = IMAGES[split], context.config.seed
     elements = pipeline.images(data, split, context.data.damage_log, count, seed)
+    total = min(count, len(sources.open_source(data, split)))
+    progress = Progress(f"typicality of {split}", total, unit="image")
     found, labels, probabilities, tokens = [], [], [], []
     for records in pipeline.tokenized(codec, elements, AT_ONCE):
         rows = np.stack([each["tokens"] for each in records])
@@ -115,11 +118,15 @@ def _read(context: Context, weights: Weights, split: str) -> Read:
         nats = sampler.nats(whole)[: len(rows)]
         found.append(statistics(nats, codec.decode(whole)[: len(rows)]))
         tokens.append(rows)
+        progress.advance(len(rows))
+        if len(tokens) % REPORT_EVERY == 0:
+            progress.report(len(tokens) * AT_ONCE, {})
         if weights.network.classes:
             labels += [each["label"] for each in records]
             inputs = sharding.shard_rows(whole), None, "classes"
             classes = network_output(weights.network, weights.params, *inputs)
             classes = multihost_utils.process_allgather(classes, tiled=True)
             probabilities.append(classes[: len(rows)])
+    progress.close()
     classes = np.concatenate([np.zeros((0, weights.network.classes), np.float32), *probabilities])
     return Read(*map(np.concatenate, (found, tokens)), np.array(labels, np.int32), classes)
