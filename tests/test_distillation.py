@@ -215,7 +215,7 @@ def test_an_evaluation_compares_student_and_teacher_on_the_images_that_count(cla
         assert found[name] == pytest.approx(own[name], rel=1e-5)
         assert found[f"teacher_{name}"] == pytest.approx(other[name], rel=1e-5)
     rows = []
-    for batch in batches:
+    for batch in map(sharding.global_batch, batches):
         outputs = [n.bind(p)(batch["tokens"], batch["variant"])
                    for n, p in ((student, params), (teacher, theirs))]  # fmt: skip
         a, b = (log_softmax(o.class_logits if classes else o.logits) for o in outputs)
