@@ -30,10 +30,10 @@ from PIL import Image
 from sklearn import datasets, metrics
 
 import gptv_jax
-from gptv_jax.data import pipeline
+from gptv_jax.data import pipeline, transforms
 from gptv_jax.data.damage import DamageLog
+from gptv_jax.data.listing import Listing
 from gptv_jax.decode.typicality import code_bits
-from gptv_jax.predict import image_files, reading_steps
 from gptv_jax.runs import record
 
 SIDE = 32  # pixels of textures before the run's transforms, as CIFAR-10 has
@@ -57,8 +57,9 @@ def main() -> None:
     shape, rng = model.codec.image_shape, np.random.default_rng(arguments.seed)
     sets = made_sets(shape, arguments.count, rng, transformed_by(run))
     if arguments.pictures:
-        files = image_files([str(arguments.pictures)])[: arguments.count]
-        opened = (np.asarray(Image.open(path).convert("RGB")) for path in files)
+        files = Listing(arguments.pictures).files[: arguments.count]
+        opened = (Image.open(arguments.pictures / name).convert("RGB") for name in files)
+        opened = map(np.asarray, opened)
         sets["pictures"] = transformed_by(run)(list(opened))
     rows = compare(model, usual, sets)
     print(table(rows))
@@ -75,7 +76,7 @@ def test_images(run: pathlib.Path, count: int, place: str | None = None) -> np.n
 
 def transformed_by(run: pathlib.Path) -> Callable[[Made], np.ndarray]:
     """The run's transforms of evaluation, from images of any size to the network's size."""
-    decode, *steps = reading_steps(run)
+    decode, *steps = transforms.with_decode(record.config_of(run).data.eval_transforms, 3)
 
     def apply(images: Made) -> np.ndarray:
         found = [{"image": decode.pixels(image)} for image in images]
