@@ -190,16 +190,16 @@ def test_a_copy_with_another_label_is_told(tmp_path, caplog):
 
 
 def test_many_equal_images_take_no_more_time_than_others():
-    """Also images of one colour, each another, with rounding."""
-    flat = [Image.fromarray(np.full((24, 24), i % 200, np.uint8)) for i in range(300)]
-    found = [duplicates.perceptual_hash(each) for each in flat] * 100
+    """Images of one colour each, which another copy makes no different."""
+    flat = [Image.fromarray(np.full((24, 24), i, np.uint8)) for i in range(200)]
+    found = [duplicates.perceptual_hash(each) for each in flat] * 40
     codes, copies = (np.array(each) for each in zip(*found, strict=True))
     many = hashes(codes, copies)
-    start = time.monotonic()
+    start = time.process_time()
     gone = duplicates.to_one_before(many, 6)
     first, group = duplicates.distinct(many)
-    assert time.monotonic() - start < 10  # 0.3 s on an idle core; all pairs would take an hour
-    assert gone == dict.fromkeys(range(1, 30_000), 0)
+    assert time.process_time() - start < 10  # it takes 0.3 s; comparing all pairs takes minutes
+    assert gone == dict.fromkeys(range(1, 8000), 0)
     assert first.tolist() == [0] and not group.any()
 
 
