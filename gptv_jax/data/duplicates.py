@@ -4,8 +4,7 @@ The hash is pHash (Zauner 2010): the signs of the 63 lowest frequencies of a gre
 pixels, against their median. It is a line of SciPy, which the package has anyway; the library
 `imagehash` would add two packages for that line, and has no search. Candidates differ in few bits;
 small grey copies, which must correlate, tell apart images of few details, whose hashes agree. Every
-hash is compared with all hashes before, 1 ns each: far less than reading an image takes, up to a
-million images.
+hash is compared with all hashes before, a few ns each: of a million images, 2 ms an image.
 """
 
 import concurrent.futures
