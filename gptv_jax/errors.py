@@ -10,7 +10,13 @@ from typing import NoReturn
 
 
 class InputError(ValueError):
-    """An error that the user can mend; the message says what is wrong, where, and what to do."""
+    """An error that the user can mend; the message says what is wrong, where, and what to do.
+
+    The message is one line, also where names of files or classes in the message have line breaks.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.splitlines()))
 
 
 LONGEST = 300  # characters of the line in which an error reaches the user

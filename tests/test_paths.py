@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pathlib
+import pickle
 import shutil
 import subprocess
 import sys
@@ -289,6 +290,12 @@ def test_a_system_without_posix_locks_has_others(tmp_path):
 
 
 # Messages.
+
+
+def test_an_error_is_one_line_whatever_the_names_in_it_are():
+    error = errors.InputError("a\x0bb.png and c\r\nd are\u2028no images.")
+    assert str(error) == "a b.png and c d are no images."
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)  # as from a worker process
 
 
 def test_a_list_is_shortened_to_its_first_items():
