@@ -44,8 +44,7 @@ from gptv_jax.data.records import (
 from gptv_jax.errors import InputError, as_input_error, cut, shorten
 
 GREY = ("0 to 255, a grey value", lambda v: 0 <= v <= 255)
-# The parts of a PNG file that may hold an orientation; names of text are never compressed.
-ORIENTED = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
+ORIENTED = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")  # parts of PNG files
 # For each EXIF orientation that swaps height and width: what undoes the turn.
 TURNED_BACK = {5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90}
 TURNED_BACK |= {7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_270}
@@ -294,19 +293,17 @@ def shown_size(encoded: bytes, limits: Limits) -> tuple[tuple[int, int], tuple[i
         size = image.size[::-1]
         # Pillow decodes a PNG to look for an orientation behind the pixels.
         plain = image.format == "PNG" and not any(each in encoded for each in ORIENTED)
-        if plain or image.getexif().get(ExifTags.Base.Orientation, 1) not in TURNED_BACK:
-            return size, size
-        # Of a TIFF, Pillow gives the size of the upright picture.
-        return (size, size[::-1]) if image.format == "TIFF" else (size[::-1], size)
+        turned = not plain and image.getexif().get(ExifTags.Base.Orientation) in TURNED_BACK
+        sizes = (size[::-1], size) if turned else (size, size)
+        return sizes[::-1] if image.format == "TIFF" else sizes  # of a TIFF, Pillow's is upright
     return (0, 0), (0, 0)
 
 
 def as_stored(encoded: bytes, limits: Limits) -> bytes:
     """The image file as a PNG file without EXIF orientation, so that `Decode` does not turn it."""
     with opened(encoded, limits) as image, io.BytesIO() as plain:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-        if image.format == "TIFF" and orientation in TURNED_BACK:  # which Pillow turns by itself
-            image = image.transpose(TURNED_BACK[orientation])
+        back = TURNED_BACK.get(image.getexif().get(ExifTags.Base.Orientation))
+        image = image.transpose(back) if back and image.format == "TIFF" else image  # as decoded
         image.save(plain, "PNG", exif=b"", compress_level=1)
         return plain.getvalue()
 
