@@ -307,10 +307,19 @@ def _check_finetune(config: Config) -> None:
         _check_detect(config)
 
 
+def _check_robustness(config: Config) -> None:
+    tokens, calls = config.robustness.attack_tokens, config.robustness.attack_calls
+    # The image as it is, then for every token a gradient and at least one candidate.
+    if tokens and calls < 1 + 2 * tokens:
+        reason = f"config.robustness.attack_tokens={tokens} takes {1 + 2 * tokens} passes or more"
+        refuse(config, "robustness.attack_calls", f"{reason}; take more, or attack_tokens=0")
+
+
 SECTIONS = {
     "tokenizer": _check_tokenizer,
     "train": _check_pretraining,
     "profile": _check_profile,
     "probe": _check_probe,
     "finetune": _check_finetune,
+    "robustness": _check_robustness,
 }

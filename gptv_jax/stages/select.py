@@ -78,6 +78,13 @@ def _impossible(config: config_lib.Config, held: Collection[str]) -> dict[str, s
     if kind == "none":
         reason = "config.tokens.kind=none has no tokens to predict or to read; take finetune"
         refused |= dict.fromkeys(("tokenizer", "pretrain", "probe", "sample", "generate"), reason)
+    if cached:
+        place = f"config.data.path={config.data.path} is a token cache"
+        refused["robustness"] = (
+            f"{place}, which has no pixels to corrupt; name a data set of images"
+        )
+    if "finetune" in refused:
+        refused["robustness"] = refused["finetune"]
     return refused
 
 
