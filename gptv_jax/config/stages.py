@@ -181,7 +181,7 @@ CORRUPTIONS = ("noise", "blur", "jpeg", "brightness", "contrast", "shift", "occl
 
 @dataclasses.dataclass(frozen=True)
 class Robustness:
-    """How the fine-tuned task stands corrupted test images, and changed tokens; see docs/tasks.md.
+    """What corruptions and changed tokens do to the fine-tuned task; see docs/robustness.md.
 
     Only --stages=robustness runs this.
     """
