@@ -141,6 +141,21 @@ def test_a_run_folder_with_other_tokens_is_compared_on_the_same_images(
         assert found[f"compared_{name}"] == wanted[name]
 
 
+def test_without_fine_tuning_the_probe_is_measured(copied):
+    summary = json.loads((copied / "summary.json").read_text())
+    kept = {name: x for name, x in summary.items() if not name.startswith("finetune/")}
+    (copied / "summary.json").write_text(json.dumps(kept))
+    config = settings(copied, images=None, corruptions=("occlusion",))
+    found = numbers(run_stages(config, str(copied), ["robustness"]))
+    assert found["test_probe_accuracy_clean"] == pytest.approx(summary["probe/test_accuracy"])
+    assert found["test_probe_accuracy_occlusion"] < found["test_probe_accuracy_clean"]
+    assert not any("attack" in name for name in found)
+    with pytest.raises(InputError, match="no finished fine-tuning"):
+        sgd = dataclasses.replace(config.probe, method="sgd")
+        config = dataclasses.replace(config, probe=sgd, init_from=str(copied))
+        setup.open_run(config, str(copied.parent / "new"), ["robustness"])
+
+
 def test_numbers_of_weights_that_go_on_training_are_moved_away(copied):
     run_stages(settings(copied, images=8, corruptions=("blur",)), str(copied), ["robustness"])
     config = config_of(copied)
@@ -226,7 +241,7 @@ def test_weights_for_other_classes_or_another_task_are_refused(copied, tmp_path)
     record = json.loads((made / "config.json").read_text())
     (made / "config.json").write_text(json.dumps(record | {"classes": list("abcdefghi")}))
     config = settings(copied, compare=str(made))
-    with pytest.raises(InputError, match="tells apart a, b, c, .*this run's classes are 0, 1, 2"):
+    with pytest.raises(InputError, match=r"tells apart a, b, c, .*this run's classes are 0, 1, 2"):
         setup.open_run(config, str(copied), ["robustness"])
     scenes = scenes_config(config_lib.Task(name="detect"), 16, 8, 8)
     folder = tmp_path / "detector"

@@ -34,7 +34,7 @@ def save_corruptions(
 
 
 def save_attacked(
-    folder: pathlib.Path, codec: Codec, names: Sequence[str], found: Sequence[dict]
+    folder: pathlib.Path, codec: Codec | None, names: Sequence[str], found: Sequence[dict]
 ) -> None:
     """Writes samples/attacked.png, or removes it where the attack has changed no image's class.
 
@@ -68,7 +68,7 @@ def part(folder: pathlib.Path) -> tuple[str, str]:
         return "", ""
     metric, networks, images = about["metric"], about["networks"], about["test_images"]
     named = dict(zip(("this run", "compared"), networks, strict=False))
-    words, is_share = metric.replace("_", " "), metric == "accuracy"
+    words, is_share = metric.replace("_", " "), metric.endswith("accuracy")
     content = ""
     for name, table in named.items():
         curves = [

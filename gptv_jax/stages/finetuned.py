@@ -7,7 +7,7 @@ from typing import NamedTuple
 from gptv_jax import config as config_lib
 from gptv_jax import hosts, sharding, tasks, weights
 from gptv_jax.checkpoint import Checkpoints
-from gptv_jax.data import transforms, trial
+from gptv_jax.data import trial
 from gptv_jax.data.pipeline import Pipeline
 from gptv_jax.errors import InputError, shorten
 from gptv_jax.model.gpt import Network
@@ -31,17 +31,6 @@ class FineTuned:
     params: dict
     data: Pipeline
     settings: config_lib.Finetune  # of the run that measures: the batch size and the clips
-
-    @property
-    def codec(self) -> Codec | None:
-        return self.data.codec
-
-    def corrupted(self, kind: str, strength: int) -> tuple[str, ...]:
-        """The transforms of evaluation with a corruption."""
-        tokens = self.task.config.tokens
-        levels = tokens.levels if tokens.kind == "grey" else 256
-        entries = self.data.config.eval_transforms
-        return transforms.corrupted(entries, kind, strength, levels, self.data.seed)
 
     def batches(
         self, limit: int | None, entries: Sequence[str] = (), clips: int = 1
@@ -94,13 +83,16 @@ def compared(context: Context) -> FineTuned:
 def check(
     config: config_lib.Config, task: Task, folder: RunFolder, stages: Sequence[str], codec=None
 ) -> None:
-    """Checks before any work that a run has fine-tuned weights to measure; for process 0.
+    """Checks before any work that a run has fine-tuned weights or a probe to measure; process 0.
 
-    InputError: fine-tuning has not finished and is not among the stages; what
-    `config.robustness.compare` names is not fine-tuned, or for another task, for other classes or
-    for images that this run's images cannot become.
+    InputError: neither fine-tuning nor the probe, of classification by L-BFGS, has finished or is
+    among the stages; what `config.robustness.compare` names is not fine-tuned, or for another task,
+    for other classes or for images that this run's images cannot become.
     """
-    if "finetune" not in stages and not has_finished(folder.summary(), "finetune"):
+    done = {s for s in ("finetune", "probe") if s in stages or has_finished(folder.summary(), s)}
+    probes = config.task.name == "classify" and config.probe.method == "lbfgs"
+    probes = probes and config.model.objective != "bert" and not config.robustness.compare
+    if "finetune" not in done and not (probes and "probe" in done):
         raise InputError(
             f"--stages has robustness, which measures the fine-tuned network, but {folder.path} "
             "has no finished fine-tuning; name finetune in --stages as well."

@@ -1,5 +1,7 @@
 """Robustness: what corruptions of the test images, and changed tokens, do to the fine-tuned task.
 
+Without fine-tuning, the accuracy of the probe is measured.
+
 The stage runs where --stages names it, and then every time. Scores are kept on disk as they are
 found, so that a stage that was stopped goes on. The seed and the numbers of the images decide all
 that is random, so another call finds equal numbers.
@@ -12,13 +14,14 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
+from gptv_jax import config as config_lib
 from gptv_jax import files, hosts
 from gptv_jax.config import fields
-from gptv_jax.data import pipeline, sources
+from gptv_jax.data import pipeline, sources, transforms
 from gptv_jax.data.corruptions import STRENGTHS
 from gptv_jax.runs import robustness as pages
 from gptv_jax.runs.context import Context
-from gptv_jax.stages import finetuned
+from gptv_jax.stages import finetuned, probed
 from gptv_jax.stages.finetuned import FineTuned
 from gptv_jax.tasks import token_attack
 from gptv_jax.tasks.token_attack import Attacked, Budget
@@ -34,24 +37,32 @@ EXAMPLES, SHOWN = 2, 12  # test images whose corruptions, and whose attacks, are
 def run_stage(context: Context) -> dict:
     """Writes robustness.json and the pictures, and returns the summary's numbers."""
     settings, folder = context.config.robustness, context.folder.path
-    networks = [finetuned.own(context)]
-    if settings.compare:
-        networks.append(finetuned.compared(context))
     images = len(sources.open_source(context.config.data, "test"))
     counts = {"test_images": min(settings.images or images, images)}
-    metric = next(iter(context.task.primary))
-    tables = _scores(context, networks, metric)
+    networks: list[FineTuned] = []
+    if context.folder.finished("finetune"):
+        networks = [finetuned.own(context)]
+        if settings.compare:
+            networks.append(finetuned.compared(context))
+        metric = next(iter(context.task.primary))
+        tables = _scores(context, networks, metric)
+    else:
+        LOG.info("robustness measures the probe, as there is no finished fine-tuning.")
+        metric, tables = "probe_accuracy", [_scores_of_probe(context)]
     if jax.process_index() == 0:
-        pages.save_corruptions(folder, *_examples(networks[0], settings.corruptions))
+        pages.save_corruptions(folder, *_examples(context))
+    attacked: list[list[Attacked]] = [[]]
     if reason := _no_attack(context, networks):
         LOG.info("robustness leaves the attack on tokens out: %s.", reason)
     else:
         counts["attacked_images"] = min(settings.attack_images, images)
-        for index, (network, table) in enumerate(zip(networks, tables, strict=True)):
-            table["attack"], found = _attack(context, network)
-            if index == 0 and jax.process_index() == 0:
-                names = context.task.classes
-                pages.save_attacked(folder, network.codec, names, _fallen(found))
+        found = [_attack(context, network) for network in networks]
+        for table, (numbers, _) in zip(tables, found, strict=True):
+            table["attack"] = numbers
+        attacked = [parts for _, parts in found]
+    if jax.process_index() == 0:
+        shown = _fallen(attacked[0])
+        pages.save_attacked(folder, context.codec, context.task.classes, shown)
     numbers = {
         f"{prefix}{name}": value
         for prefix, table in zip(PREFIXES, tables, strict=False)
@@ -98,7 +109,7 @@ def _scores(context: Context, networks: list[FineTuned], metric: str) -> list[di
         scored = network.task.metric(network.network, known)
 
         def measure(kind: str, strength: int, network=network, scored=scored) -> float | None:
-            entries = () if kind == CLEAN else network.corrupted(kind, strength)
+            entries = () if kind == CLEAN else _corrupted(network.task.config, kind, strength)
             clips = context.config.finetune.clips
             batches = network.batches(settings.images, entries, clips)
             return scored.measure(network.params, batches)[metric]
@@ -120,6 +131,27 @@ def _scores(context: Context, networks: list[FineTuned], metric: str) -> list[di
     return tables
 
 
+def _scores_of_probe(context: Context) -> dict:
+    """As `_scores`, of the probe of a run without fine-tuning."""
+    kinds, strengths = context.config.robustness.corruptions, range(1, STRENGTHS + 1)
+    lists = {CLEAN: ()}
+    lists |= {f"{k} {n}": _corrupted(context.config, k, n) for k in kinds for n in strengths}
+    progress = Progress("robustness", len(lists), unit="pass")
+    found = probed.scores(context, lists, progress.advance)
+    progress.close()
+    rows = {kind: [found[f"{kind} {n}"] for n in strengths] for kind in kinds}
+    return {"source": str(context.folder.path), "step": None, CLEAN: found[CLEAN]} | {
+        "corruptions": rows
+    }
+
+
+def _corrupted(config: config_lib.Config, kind: str, strength: int) -> tuple[str, ...]:
+    """The transforms of evaluation with a corruption, for images as the configuration has them."""
+    levels = config.tokens.levels if config.tokens.kind == "grey" else 256
+    entries = config.data.eval_transforms
+    return transforms.corrupted(entries, kind, strength, levels, config.seed)
+
+
 def _keeper(context: Context, networks: list[FineTuned]) -> Callable:
     """`once(name, find, *arguments)`: `find(*arguments)`, or what an earlier start has found."""
     path = context.folder.path / pages.UNFINISHED
@@ -137,27 +169,29 @@ def _keeper(context: Context, networks: list[FineTuned]) -> Callable:
     return once
 
 
-def _examples(network: FineTuned, kinds: tuple[str, ...]) -> tuple[list, list]:
+def _examples(context: Context) -> tuple[list, list]:
     """Labels and rows of pictures: test images as they are, then at every strength."""
-    config, labels, rows = network.data.config, [], []
+    config, labels, rows = context.config.data, [], []
 
     def picture(index: int, entries: tuple[str, ...]) -> np.ndarray:
         image = pipeline.open_examples(config, "test", entries).record(index)["image"]
-        shown = network.codec.picture(image[None])[0] if network.codec else image
+        shown = context.codec.picture(image[None])[0] if context.codec else image
         shown = shown if shown.ndim == 3 else shown[len(shown) // 2]  # of a clip
         return np.broadcast_to(shown, (*shown.shape[:2], 3))
 
     for index in range(min(EXAMPLES, len(sources.open_source(config, "test")))):
         plain = picture(index, config.eval_transforms)
-        for kind in kinds:
-            levels = range(1, STRENGTHS + 1)
+        for kind in context.config.robustness.corruptions:
+            lists = [_corrupted(context.config, kind, n) for n in range(1, STRENGTHS + 1)]
             labels.append(kind)
-            rows.append([plain, *(picture(index, network.corrupted(kind, n)) for n in levels)])
+            rows.append([plain, *(picture(index, entries) for entries in lists)])
     return labels, rows
 
 
 def _no_attack(context: Context, networks: list[FineTuned]) -> str:
     """Why there is no attack on tokens, or ""."""
+    if not networks:
+        return "there is no fine-tuned network"
     if not context.config.robustness.attack_tokens:
         return "config.robustness.attack_tokens is 0"
     if context.task.config.task.name != "classify":
