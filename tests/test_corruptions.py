@@ -65,7 +65,7 @@ def test_a_higher_strength_moves_images_further_away(kind, make, levels):
     ("shape", "levels"), [((8, 8, 1), 17), ((12, 20, 3), 256), ((3, 10, 8, 1), 256)]
 )
 def test_shape_type_and_range_stay(kind, shape, levels):
-    image = (random_image(*shape) % levels).astype(np.uint8)
+    image = (random_image(*shape).astype(int) % levels).astype(np.uint8)
     found = corrupted(image[None], kind, 5, levels)[0]
     assert found.shape == shape and found.dtype == np.uint8 and found.max() < levels
     assert (found != image).any()
@@ -159,7 +159,7 @@ def test_a_shift_moves_boxes_label_maps_and_the_view_with_the_pixels(strength):
         moved = np.array([12 + down, 20 + right, 20 + down, 30 + right])
         np.testing.assert_array_equal(found["boxes"][0], moved)
         # The corner object stays where the image does not move up or to the left.
-        assert found["box_labels"].tolist() == [3] + [4] * (down >= 0 and right >= 0)
+        assert found["box_labels"].tolist() == [3] + [4] * int(min(down, right) >= 0)
         np.testing.assert_array_equal(found["view"], [-down, -right, 32 - down, 48 - right])
         outside = np.ones((32, 48), bool)
         outside[max(down, 0) : 32 + min(down, 0), max(right, 0) : 48 + min(right, 0)] = False

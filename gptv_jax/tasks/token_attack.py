@@ -88,7 +88,7 @@ def attack(
     budget = budget._replace(tokens=min(budget.tokens, network.length - 1))
     state = _begin(network, params, batch)
     steps = 0
-    while steps < budget.tokens and not np.asarray(state["wrong"]).all():
+    while steps < budget.tokens and not state["ended"]:
         state = _change_one(
             network, params, batch, state, jax.random.fold_in(key, DRAW_KEY), budget
         )
@@ -111,7 +111,7 @@ def _begin(network: Network, params: dict, batch: dict) -> dict:
         "tokens": batch["tokens"],
         "changed": jnp.zeros(batch["tokens"].shape, bool, out_sharding=sharding.BATCH_FIRST),
         "given": given,
-        "wrong": _whole(given != batch["label"]),
+        **_judged(given, batch["label"]),
     }
 
 
@@ -150,8 +150,13 @@ def _change_one(
         "tokens": jnp.where(at, value[:, None], tokens),
         "changed": state["changed"] | at,
         "given": given,
-        "wrong": _whole(given != batch["label"]),
+        **_judged(given, batch["label"]),
     }
+
+
+def _judged(given: Int[Array, " B"], label: Int[Array, " B"]) -> dict[str, Array]:
+    """Which images have a wrong class, and whether all have."""
+    return {"wrong": given != label, "ended": (given != label).all()}
 
 
 def _class_logits(model: GPT, batch: dict, tokens: Int[Array, "B T"], added=None):
