@@ -117,7 +117,7 @@ def _scores(context: Context, networks: list[FineTuned], metric: str) -> list[di
         table = {"source": network.source, "step": network.step, "corruptions": {}}
         for kind in (CLEAN, *settings.corruptions):
             row = []
-            for strength in range(1, 2 if kind == CLEAN else STRENGTHS + 1):
+            for strength in (0,) if kind == CLEAN else range(1, STRENGTHS + 1):
                 row.append(once(f"{place} {kind} {strength}", measure, kind, strength))
                 done += 1
                 progress.advance()
