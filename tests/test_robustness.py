@@ -60,7 +60,7 @@ def test_the_command_measures_a_run_beside_its_export_and_reports_both(command, 
     gptv_jax.load(copied).save(tmp_path / "export.safetensors")
     flags = {
         "images": None,
-        "corruptions": "noise,blur,occlusion",
+        "corruptions": ("noise", "blur", "occlusion"),
         "compare": tmp_path / "export.safetensors",
         "attack_tokens": 3,
         "attack_calls": 40,
@@ -188,25 +188,37 @@ def test_numbers_of_weights_that_go_on_training_are_moved_away(copied):
     assert (moved / "robustness.json").exists()
 
 
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    """`scenes(task)` is the folder of a run on scenes, which has measured shifts as well."""
+    made = {}
+
+    def run(name: str):
+        if name not in made:
+            detect = config_lib.Detect(objects=2, bins=9)
+            segment = config_lib.Segment(cell=8, codes=8, measured=10, write=False)
+            config = scenes_config(config_lib.Task(name, detect=detect, segment=segment), 16, 8, 9)
+            robustness = config_lib.Robustness(images=8, corruptions=("shift",))
+            config = dataclasses.replace(config, robustness=robustness)
+            made[name] = tmp_path_factory.mktemp(name) / "run"
+            run_stages(config, str(made[name]), ["finetune", "robustness"])
+        return made[name]
+
+    return run
+
+
 @pytest.mark.parametrize(("name", "metric"), [("detect", "ap"), ("segment", "miou")])
 def test_other_tasks_are_measured_by_their_own_number_without_the_attack(
-    name, metric, tmp_path, caplog
+    name, metric, scenes, caplog
 ):
     caplog.set_level("INFO", logger="gptv_jax")
-    given = {
-        "detect": {"detect": config_lib.Detect(objects=2, bins=9)},
-        "segment": {"segment": config_lib.Segment(cell=8, codes=8, measured=10, write=False)},
-    }[name]
-    config = scenes_config(config_lib.Task(name=name, **given), 16, 8, 9)
-    robustness = config_lib.Robustness(images=8, corruptions=("shift",))
-    config = dataclasses.replace(config, robustness=robustness)
-    found = run_stages(config, str(tmp_path / "run"), ["finetune", "robustness"])
-    measured = numbers(found)
+    folder = scenes(name)
+    measured = numbers(json.loads((folder / "summary.json").read_text()))
     assert {f"test_{metric}_{n}" for n in ("clean", "shift", "mean", "worst")} <= measured.keys()
     assert measured["test_images"] == 8 and f"config.task.name={name}" in caplog.text
     assert not any("attack" in each for each in measured)
     assert 0 <= measured[f"test_{metric}_worst"] <= measured[f"test_{metric}_mean"] <= 1
-    assert "<h2>Robustness</h2>" in (tmp_path / "run/report.html").read_text()
+    assert "<h2>Robustness</h2>" in (folder / "report.html").read_text()
 
 
 def test_what_cannot_be_measured_is_refused_before_any_work(finished_run, copied, tmp_path):
@@ -253,16 +265,13 @@ def unfinished(folder, tmp_path):
     return made
 
 
-def test_weights_for_other_classes_or_another_task_are_refused(copied, tmp_path):
+def test_weights_for_other_classes_or_another_task_are_refused(copied, scenes, tmp_path):
     made = shutil.copytree(copied, tmp_path / "other")
     record = json.loads((made / "config.json").read_text())
     (made / "config.json").write_text(json.dumps(record | {"classes": list("abcdefghi")}))
     config = settings(copied, compare=str(made))
     with pytest.raises(InputError, match=r"tells apart a, b, c, .*this run's classes are 0, 1, 2"):
         setup.open_run(config, str(copied), ["robustness"])
-    scenes = scenes_config(config_lib.Task(name="detect"), 16, 8, 8)
-    folder = tmp_path / "detector"
-    run_stages(scenes, str(folder), ["finetune"])
     with pytest.raises(InputError, match=r"fine-tuned for config\.task\.name=detect"):
-        config = settings(copied, compare=str(folder))
+        config = settings(copied, compare=str(scenes("detect")))
         setup.open_run(config, str(copied), ["robustness"])

@@ -9,6 +9,7 @@ import ml_collections
 
 from gptv_jax.config import fields, rules
 from gptv_jax.config.data import Autoencoder, Data, Limits, Tokens
+from gptv_jax.config.distill import Distill, Matching
 from gptv_jax.config.stages import (
     Config,
     Drawing,
@@ -24,9 +25,10 @@ from gptv_jax.config.train import Mesh, Model, Optimizer, Profile, Tokenizer, Tr
 from gptv_jax.errors import InputError, shorten
 
 __all__ = [
-    "Autoencoder", "Config", "Data", "Detect", "Drawing", "Finetune", "Generate", "Limits", "Mesh",
-    "Model", "Optimizer", "Probe", "ProbeSgd", "Profile", "Robustness", "Sample", "Segment", "Task",
-    "Tokenizer", "Tokens", "Train", "choose", "default", "recorded", "resolve",
+    "Autoencoder", "Config", "Data", "Detect", "Distill", "Drawing", "Finetune", "Generate",
+    "Limits", "Matching", "Mesh", "Model", "Optimizer", "Probe", "ProbeSgd", "Profile",
+    "Robustness", "Sample", "Segment", "Task", "Tokenizer", "Tokens", "Train", "choose", "default",
+    "recorded", "resolve",
 ]  # fmt: skip
 
 # Fields of older files: renamed fields, and removed fields, each with the only value that this

@@ -76,7 +76,7 @@ STAGES = {
         ),
         Stage(
             "pretrain",
-            ("model", "train", "profile"),
+            ("model", "train", "distill", "profile"),
             trains_network=True,
             feeds_later=True,
             training="train",
@@ -128,6 +128,13 @@ STAGES = {
                 "samples/attacked.png",
             ),
             heading="Robustness",
+        ),
+        Stage(
+            "typicality",
+            ("model",),
+            on_request=True,
+            files=("typicality", "samples/unusual.png", "samples/unusual.webp"),
+            heading="Typicality",
         ),
     )
 }

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from gptv_jax import config as config_lib
 from gptv_jax import hosts, sharding, tasks, weights
 from gptv_jax.checkpoint import Checkpoints
+from gptv_jax.config import rules
 from gptv_jax.data import trial
 from gptv_jax.data.pipeline import Pipeline
 from gptv_jax.errors import InputError, shorten
@@ -86,8 +87,8 @@ def check(
     """Checks before any work that a run has fine-tuned weights or a probe to measure; process 0.
 
     InputError: neither fine-tuning nor the probe, of classification by L-BFGS, has finished or is
-    among the stages; what `config.robustness.compare` names is not fine-tuned, or for another task,
-    for other classes or for images that this run's images cannot become.
+    among the stages; the attack has too few passes; what `config.robustness.compare` names is not
+    fine-tuned, or for another task, for other classes or for images that this run's cannot become.
     """
     done = {s for s in ("finetune", "probe") if s in stages or has_finished(folder.summary(), s)}
     probes = config.task.name == "classify" and config.probe.method == "lbfgs"
@@ -97,6 +98,11 @@ def check(
             f"--stages has robustness, which measures the fine-tuned network, but {folder.path} "
             "has no finished fine-tuning; name finetune in --stages as well."
         )
+    tokens, calls = config.robustness.attack_tokens, config.robustness.attack_calls
+    # The image as it is, then for every token a gradient and at least one candidate.
+    if tokens and calls < 1 + 2 * tokens:
+        reason = f"config.robustness.attack_tokens={tokens} takes {1 + 2 * tokens} passes or more"
+        rules.refuse(config, "robustness.attack_calls", f"{reason}; take more, or attack_tokens=0")
     if config.robustness.compare:
         found = _described(config, task, codec, with_params=False)
         size = (found.data.frames,) * (found.data.frames > 0) + found.data.size
