@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw
 
 from gptv_jax import files
 from gptv_jax.runs import accuracy, html, pictures
+from gptv_jax.runs.results import Part, Results
 from gptv_jax.tasks.drawing import COLORS, FONT, text_font
 from gptv_jax.tokens import Codec
 
@@ -61,8 +62,9 @@ def save_attacked(
     pictures.save(_sheet(grid, texts), path)
 
 
-def part(folder: pathlib.Path) -> tuple[str, str]:
+def robustness(results: Results) -> Part:
     """The report's content and tile; "" before the stage has finished."""
+    folder = results.folder
     about = files.read_json(folder / FILE, {})
     if not about:
         return "", ""
