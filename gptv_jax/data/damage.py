@@ -64,10 +64,6 @@ class DecodedSource(Source):
     def frames(self, index: int) -> Iterator[Record]:
         return (self._checked(index, record) for record in self.source.frames(index))
 
-    def own(self, index: int) -> Record:
-        """The record of the image itself; DamagedImageError or OSError where it is not used."""
-        return self._checked(index, self.source[index])
-
     def _checked(self, index: int, record: Record) -> Record:
         """The decoded record; DroppedImageError where a filter leaves it out."""
         record = self.decode(record) if self.decode else record

@@ -20,9 +20,7 @@ from PIL import Image
 
 from gptv_jax import config as config_lib
 from gptv_jax.data import sources
-from gptv_jax.data.damage import DecodedSource
-from gptv_jax.data.data_set import SPLITS
-from gptv_jax.data.filters import DroppedImageError
+from gptv_jax.data.data_set import SPLITS, Source
 from gptv_jax.data.images import Decode, Transform
 from gptv_jax.data.limits import DamagedImageError
 from gptv_jax.data.records import to_picture
@@ -62,13 +60,15 @@ def find(
     opened = {}
     for name in order[: order.index(split) + 1]:
         try:
-            source = sources.open_source(config, name)
+            opened[name] = sources.open_source(config, name)
         except InputError:  # the data have no such split
             if name == split:
                 raise
-            continue
-        opened[name] = DecodedSource(source, decode, filters if name == split else ())
-    hashed = {name: of_source(source, config.limits, name) for name, source in opened.items()}
+    grey = Decode(channels=1).within(config.limits)
+    hashed = {
+        name: of_source(source, name, grey, decode, filters if name == split else ())
+        for name, source in opened.items()
+    }
     source, own = opened.pop(split), hashed.pop(split)
     names = [source.name(row) for row in own.rows.tolist()]
     equal: dict[int, tuple[str, str, int]] = {}  # split, name and label of the image before
@@ -115,19 +115,25 @@ def _take(hashes: Hashes, rows: Int[np.ndarray, " n"]) -> Hashes:
     return Hashes(*(each[rows] for each in hashes))
 
 
-def of_source(source: DecodedSource, limits: config_lib.Limits, split: str) -> Hashes:
+def of_source(
+    source: Source,
+    split: str,
+    grey: Decode,
+    decode: Decode | None = None,
+    filters: Sequence[Transform] = (),
+) -> Hashes:
     """The hashes of all images that are used; of a clip, of its frames one below the other.
 
+    The filters judge what `decode` gives, or the record where it is None; `grey` is the last step.
     Warns of images that cannot be read.
     """
-    grey = Decode(channels=1).within(limits)
 
     def one(index: int) -> tuple[int, np.uint64, np.ndarray, int] | str | None:
         try:
-            record = source.own(index)
+            record = decode(source[index]) if decode else source[index]
+            if any(each.reason(index, record, source) for each in filters):
+                return None
             image = grey(record)["image"]
-        except DroppedImageError:
-            return None
         except (DamagedImageError, OSError) as error:
             return getattr(error, "strerror", None) or str(error)
         picture = to_picture(image if image.ndim == 3 else np.concatenate(image))
