@@ -1,0 +1,178 @@
+"""The draws of teachers for a token cache: which teachers may draw, and the draws of every example.
+
+While `gptv_jax.prepare` runs, the draws of every `PART` examples are a file in the cache's folder.
+The command that continues reads these files where they are of equal tokens, teachers and settings.
+"""
+
+import dataclasses
+import io
+import json
+import logging
+import pathlib
+import zlib
+from collections.abc import Iterable, Iterator
+
+import jax
+import numpy as np
+
+from gptv_jax import config as config_lib
+from gptv_jax import files, sharding, tokens, weights
+from gptv_jax.data.cache import DRAWN
+from gptv_jax.data.teacher_draws import DRAWS, Draws, Taught
+from gptv_jax.decode import teaching
+from gptv_jax.decode.teaching import Teacher
+from gptv_jax.errors import InputError, list_differences, shorten
+from gptv_jax.tokens import Codec
+from gptv_jax.weights import native
+
+LOG = logging.getLogger(__name__)
+ROWS = 64  # images of a forward pass, whatever the batch size of a training
+PART = 4 * ROWS  # examples of a file
+
+
+def load(
+    names: tuple[str, ...], config: config_lib.Config, codec: Codec | None, classes: int
+) -> tuple[list[Teacher], Codec]:
+    """The teachers on the current mesh, and the codec of their tokens.
+
+    `classes` is the number of classes of the data. The codec is None where its palette or tokenizer
+    is still to be made; then the teachers' is taken.
+
+    InputError: there is no such teacher, or its tokens are other ones than the data's; the message
+    lists the differences.
+    """
+    teachers = []
+    for name in names:
+        named = f"--teacher={name}"
+        path = weights.locate(name, f"{named} does not exist")
+        if weights.is_weights_path(path):
+            palette = codec.definition if codec else None
+            palette = palette if isinstance(palette, tokens.Palette) else None
+            found = weights.read(path, palette).headless()
+            params = found.on_mesh()
+        else:
+            found, params = native.read_run(path, "pretrain")
+        codec = _fitting(found, config, codec, classes, named)
+        teachers.append(Teacher(found.network, params))
+    return teachers, codec
+
+
+def _fitting(
+    found: native.WeightsFile,
+    config: config_lib.Config,
+    codec: Codec | None,
+    classes: int,
+    name: str,
+) -> Codec:
+    """The codec, by default the teacher's; InputError: the teacher predicts other tokens."""
+    pairs = (
+        ("model.objective", "autoregressive", found.model.objective),
+        *config.tokens.pairs(found.tokens),
+        ("data.image_size", config.data.image_size, found.image_size),
+        ("data.frames", config.data.frames, found.frames),
+    )
+    theirs = {f"config.{key}": value for key, _, value in pairs}
+    differing = list_differences(theirs, {f"config.{key}": value for key, value, _ in pairs})
+    if differing:
+        raise InputError(
+            f"{name} is a network of other tokens: {shorten(differing, '; ')}. Name a teacher that "
+            "predicts the tokens of this cache in raster order, or take the settings it expects."
+        )
+    if (told := found.model.class_tokens) not in (0, classes):
+        raise InputError(
+            f"{name} is told one of {told} classes, but the data have {classes or 'no labels'}; "
+            "name a teacher without config.model.class_tokens, or one of these classes."
+        )
+    codec, own = codec or tokens.codec_of(config, found.definition), found.definition
+    if own is not None and not own.equivalent(codec.definition):
+        raise InputError(
+            f"{name} has another palette or tokenizer than the cache gets; name a teacher of equal "
+            "tokens, or take the teacher's palette or tokenizer."
+        )
+    return codec
+
+
+def describe(
+    names: tuple[str, ...],
+    teachers: list[Teacher],
+    samples: int,
+    temperature: float,
+    seed: int,
+) -> Taught:
+    """What the cache records of the draws."""
+    arrays = (
+        {name: np.asarray(leaf) for name, leaf in sharding.by_name(each.params).items()}
+        for each in teachers
+    )
+    digests = tuple(map(files.hash_arrays, arrays))
+    return Taught(names, digests, samples, temperature, seed)
+
+
+@dataclasses.dataclass
+class Drawer:
+    """Draws for the examples of a token cache in `folder`, on the current mesh."""
+
+    teachers: list[Teacher]
+    taught: Taught
+    folder: pathlib.Path
+    rows: int = ROWS
+    drawn: int = 0  # examples so far
+    found: int = 0  # of these, the examples whose draws were in files
+
+    def add(self, split: str, examples: Iterable[dict]) -> Iterator[dict]:
+        """The examples of a split, from the first on, each with its draws."""
+        examples, first = iter(examples), 0
+        while part := [each for _, each in zip(range(PART), examples, strict=False)]:
+            for example, draws in zip(part, self._part(split, first, part), strict=True):
+                yield example | {DRAWS: draws}
+            first += len(part)
+
+    def _part(self, split: str, first: int, part: list[dict]) -> list[Draws]:
+        """The draws of successive examples, from their file if there is one."""
+        path = self.folder / f"{DRAWN.removesuffix('*')}{split}-{first}.npz"
+        named = ("tokens", "label") if "label" in part[0] else ("tokens",)
+        given = {name: np.stack([each[name] for each in part]) for name in named}
+        settings = dataclasses.asdict(self.taught) | {"names": (), "split": split, "first": first}
+        identity = f"{files.hash_arrays(given)} {json.dumps(settings)}"
+        self.drawn += len(part)
+        if path.exists():
+            arrays = files.read_arrays(path)
+            if str(arrays["identity"]) == identity:
+                self.found += len(part)
+                return _separate(**{name: arrays[name] for name in ("distinct", "ids", "counts")})
+        made = self._draw(split, first, **given)
+        names = ("distinct", "ids", "counts")
+        whole = {name: np.concatenate([getattr(each, name) for each in made]) for name in names}
+        whole["distinct"] = np.stack([each.distinct for each in made])
+        content = io.BytesIO()
+        np.savez_compressed(content, identity=np.array(identity), **whole)
+        files.replace(path, content.getvalue())
+        return made
+
+    def _draw(self, split: str, first: int, tokens, label=None) -> list[Draws]:
+        networks = tuple(each.network for each in self.teachers)
+        draw = teaching.make_draw(networks, self.taught.samples, self.taught.temperature)
+        params = tuple(each.params for each in self.teachers)
+        # Of the name alone, so that a split's draws do not depend on the other splits.
+        number = zlib.crc32(split.encode()) % 2**31
+        key = jax.random.fold_in(jax.random.key(self.taught.seed), number)
+        index, made = np.arange(first, first + len(tokens), dtype=np.int32), []
+        if label is not None and (classes := max(net.config.class_tokens for net in networks)):
+            # An image without a label has the start vector of no class.
+            label = np.where((label >= 0) & (label < classes), label, classes).astype(np.int32)
+        for begin in range(0, len(tokens), self.rows):
+            rows = slice(begin, begin + self.rows)
+            given = [tokens[rows], None if label is None else label[rows], index[rows]]
+            count = len(given[0])
+            # Of always equally many rows, so that the program and its rounding are always equal.
+            full = [x if x is None else np.resize(x, (self.rows, *x.shape[1:])) for x in given]
+            ids = draw(params, *(x if x is None else sharding.shard_rows(x) for x in full), key)
+            made += map(Draws.of, np.asarray(ids)[:count])
+        return made
+
+
+def _separate(distinct: np.ndarray, ids: np.ndarray, counts: np.ndarray) -> list[Draws]:
+    """The draws of every example, of arrays over all of them."""
+    ends = np.cumsum(distinct.sum(axis=1))[:-1]
+    each = distinct, np.split(ids, ends), np.split(counts, ends)
+    return [Draws(*of_example) for of_example in zip(*each, strict=True)]
