@@ -1,4 +1,4 @@
-"""Token caches with a teacher's draws: made alike however they are interrupted, and read in runs."""
+"""Token caches with a teacher's draws: equal however they are interrupted, and read by runs."""
 
 import dataclasses
 import itertools
