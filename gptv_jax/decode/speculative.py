@@ -35,6 +35,7 @@ from gptv_jax.errors import InputError, shorten
 from gptv_jax.model.gpt import Network
 from gptv_jax.model.inputs import take_rows
 from gptv_jax.tokens import Codec
+from gptv_jax.tokens.differences import token_differences
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,20 +58,7 @@ def check_draft(
     A codec is None if its palette or tokenizer is not made yet. The InputError lists the
     differences.
     """
-    pairs = {
-        "objective": (draft.config.objective, network.config.objective),
-        "vocabulary": (draft.vocabulary, network.vocabulary),
-        "grid": (draft.grid, network.grid),
-    }
-    classes = draft.config.class_tokens, network.config.class_tokens
-    if all(classes):  # a draft without classes is told none
-        pairs["classes"] = classes
-    if codec and draft_codec:
-        pairs["image shape"] = draft_codec.image_shape, codec.image_shape
-    differing = [f"{name} {its}, not {ours}" for name, (its, ours) in pairs.items() if its != ours]
-    definitions = [each and each.definition for each in (draft_codec, codec)]
-    if not differing and all(definitions) and not definitions[0].equivalent(definitions[1]):
-        differing = ["another palette or tokenizer"]
+    differing = token_differences(draft, draft_codec, network, codec)
     if differing:
         raise InputError(
             f"{name} has {shorten(differing)}; a draft takes a network that was trained on the "

@@ -1,5 +1,6 @@
 """Trained weights outside of run folders, in this project's file format and in other programs'."""
 
+import dataclasses
 import pathlib
 import re
 
@@ -65,6 +66,26 @@ def read(path: str | pathlib.Path, palette: Palette | None = None) -> WeightsFil
         f"{path} is not a run folder, nor a .safetensors file, nor a folder with Hugging Face's "
         "config.json, nor the prefix of a TensorFlow checkpoint (PREFIX.index)."
     )
+
+
+def read_stage(
+    path: str | pathlib.Path,
+    stage: str,
+    palette: Palette | None = None,
+    *,
+    with_params: bool = True,
+) -> tuple[WeightsFile, dict]:
+    """As `native.read_run`, also of weights that are no run folder, of which all are read.
+
+    Of such weights the stage "pretrain" is without the class head.
+    """
+    path = locate(path)
+    if not is_weights_path(path):
+        return native.read_run(path, stage, with_params)
+    found = read(path, palette)
+    found = found.headless() if stage == "pretrain" else found
+    params = found.on_mesh() if with_params else {}
+    return dataclasses.replace(found, params={}), params
 
 
 def read_definition(path: str | pathlib.Path) -> TokenDefinition | None:
