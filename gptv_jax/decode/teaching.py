@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from gptv_jax import sharding
 from gptv_jax.model.gpt import Network
 from gptv_jax.train import objective
+from gptv_jax.train.distillation import mean_log_probabilities
 
 
 class Teacher(NamedTuple):
@@ -61,49 +62,27 @@ def offsets(key: PRNGKeyArray, index: Int[Array, " B"], length: int) -> Float[Ar
     return jax.vmap(of_example)(index)
 
 
-def mean_probabilities(
-    models: list, finals: tuple[Float[Array, "B n D"], ...], temperature: float
-) -> Float[Array, "B n V"]:
-    """The mean over the teachers of their distributions, given the outputs of their final norms."""
-    each = [
-        jax.nn.softmax(model.token_logits(final) / temperature, axis=-1)
-        for model, final in zip(models, finals, strict=True)
-    ]
-    return sum(each) / len(each)
-
-
 @functools.cache
 def make_draw(networks: tuple[Network, ...], samples: int, temperature: float) -> Callable:
     """`(params of each, tokens, labels, index, key) -> ids int32 [B, T, N]`, jitted.
 
     Ids are drawn from the mean of the networks' distributions at every position, for the tokens
     before this position. `labels`, int32 [B] or None, are what class-conditional networks are told.
-    The logits are computed in chunks of positions, as in `objective.part_nats`.
+    The logits are computed in the chunks of `objective.by_chunks`.
     """
-    length = networks[0].length
+    part = networks[0].layout.parts[0]
 
     def draw(params, tokens, labels, index, key):
         models = [net.bind(each) for net, each in zip(networks, params, strict=True)]
-        finals = []
-        for model in models:
-            told = None if labels is None or not model.network.config.class_tokens else labels
-            final = model(tokens, told).final
-            finals.append(jax.sharding.reshard(final, sharding.BATCH_FIRST))
+        told = [labels if net.config.class_tokens else None for net in networks]
+        finals = [model(tokens, each).final for model, each in zip(models, told, strict=True)]
 
-        def of_chunk(chunk):
-            *finals, offset = chunk
-            return systematic(mean_probabilities(models, finals, temperature), offset, samples)
+        def of_chunk(offset, *finals):
+            logits = [model.token_logits(x) for model, x in zip(models, finals, strict=True)]
+            likely = jnp.exp(mean_log_probabilities(logits, temperature))
+            return systematic(likely, offset, samples)
 
-        sizes = jax.sharding.get_abstract_mesh().shape
-        parts = max(objective.loss_chunks(net, len(tokens), sizes) for net in networks)
-
-        def split(x):  # chunk r has the positions r, r + chunks, ...
-            shape = (x.shape[0], -1, parts, *x.shape[2:])
-            return jnp.moveaxis(x.reshape(shape, out_sharding=sharding.BATCH_FIRST), 2, 0)
-
-        whole = *finals, offsets(key, index, length)
-        found = jax.lax.map(of_chunk, jax.tree.map(split, whole))
-        shape = (*tokens.shape, samples)
-        return jnp.moveaxis(found, 0, 2).reshape(shape, out_sharding=sharding.BATCH_FIRST)
+        offset = jax.sharding.reshard(offsets(key, index, part.size), sharding.HIDDEN)
+        return objective.by_chunks(of_chunk, networks[0], part, (offset, *finals), len(networks))
 
     return jax.jit(draw)

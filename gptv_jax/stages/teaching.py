@@ -21,9 +21,12 @@ from gptv_jax.data.cache import DRAWN
 from gptv_jax.data.teacher_draws import DRAWS, Draws, Taught
 from gptv_jax.decode import teaching
 from gptv_jax.decode.teaching import Teacher
-from gptv_jax.errors import InputError, list_differences, shorten
+from gptv_jax.errors import InputError, shorten
+from gptv_jax.stages.pretrained import palette_of
+from gptv_jax.tasks.network import network_of
 from gptv_jax.tokens import Codec
-from gptv_jax.weights import native
+from gptv_jax.tokens.differences import token_differences
+from gptv_jax.weights.native import WeightsFile
 
 LOG = logging.getLogger(__name__)
 ROWS = 64  # images of a forward pass, whatever the batch size of a training
@@ -45,51 +48,30 @@ def load(
     for name in names:
         named = f"--teacher={name}"
         path = weights.locate(name, f"{named} does not exist")
-        if weights.is_weights_path(path):
-            palette = codec.definition if codec else None
-            palette = palette if isinstance(palette, tokens.Palette) else None
-            found = weights.read(path, palette).headless()
-            params = found.on_mesh()
-        else:
-            found, params = native.read_run(path, "pretrain")
+        found, params = weights.read_stage(path, "pretrain", palette_of(codec))
         codec = _fitting(found, config, codec, classes, named)
         teachers.append(Teacher(found.network, params))
     return teachers, codec
 
 
 def _fitting(
-    found: native.WeightsFile,
+    found: WeightsFile,
     config: config_lib.Config,
     codec: Codec | None,
     classes: int,
     name: str,
 ) -> Codec:
     """The codec, by default the teacher's; InputError: the teacher predicts other tokens."""
-    pairs = (
-        ("model.objective", "autoregressive", found.model.objective),
-        *config.tokens.pairs(found.tokens),
-        ("data.image_size", config.data.image_size, found.image_size),
-        ("data.frames", config.data.frames, found.frames),
-    )
-    theirs = {f"config.{key}": value for key, _, value in pairs}
-    differing = list_differences(theirs, {f"config.{key}": value for key, value, _ in pairs})
+    plain = dataclasses.replace(config, model=config_lib.Model())  # any network of these tokens
+    differing = token_differences(found.network, found.codec, network_of(plain), codec)
+    differing += ["parts after the image"] * found.network.several
+    if (told := found.model.class_tokens) not in (0, classes):
+        differing.append(f"{told} class tokens for data with {classes or 'no'} classes")
     if differing:
         raise InputError(
-            f"{name} is a network of other tokens: {shorten(differing, '; ')}. Name a teacher that "
-            "predicts the tokens of this cache in raster order, or take the settings it expects."
+            f"{name} has {shorten(differing)}; a teacher takes the tokens and classes of the cache."
         )
-    if (told := found.model.class_tokens) not in (0, classes):
-        raise InputError(
-            f"{name} is told one of {told} classes, but the data have {classes or 'no labels'}; "
-            "name a teacher without config.model.class_tokens, or one of these classes."
-        )
-    codec, own = codec or tokens.codec_of(config, found.definition), found.definition
-    if own is not None and not own.equivalent(codec.definition):
-        raise InputError(
-            f"{name} has another palette or tokenizer than the cache gets; name a teacher of equal "
-            "tokens, or take the teacher's palette or tokenizer."
-        )
-    return codec
+    return codec or tokens.codec_of(config, found.definition)
 
 
 def describe(

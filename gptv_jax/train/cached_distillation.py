@@ -39,9 +39,7 @@ def cross_entropy_of_draws(
     return jax.nn.logsumexp(logits, axis=-1) - (shares * drawn).sum(axis=-1)
 
 
-def make_loss(
-    network: Network, settings: config_lib.Distill, steps: int | None = None
-) -> Callable:
+def make_loss(network: Network, settings: config_lib.Distill, steps: int | None = None) -> Callable:
     """The loss of this module, see `train.step`; `steps` as of `step.make_loss`.
 
     Batches have "teacher_ids" and "teacher_counts". Metrics are "loss", "nats_per_token" and
