@@ -32,7 +32,7 @@ from gptv_jax.data.damage import DamageLog
 from gptv_jax.data.folder import refuse_inside
 from gptv_jax.data.teacher_draws import MOST_SAMPLES
 from gptv_jax.errors import InputError, list_differences, shorten
-from gptv_jax.stages import setup, teaching
+from gptv_jax.stages import setup, teacher_cache
 from gptv_jax.tokens.codec import TokenStatistics
 from gptv_jax.train.metrics import Progress
 
@@ -104,7 +104,7 @@ def _prepare(settings: config.Config) -> None:
     chosen, teachers = setup.find_codec(settings), []
     if TEACHER.value:
         classes = data_set.classes if settings.data.labels else 0
-        teachers, chosen = teaching.load(tuple(TEACHER.value), settings, chosen, classes)
+        teachers, chosen = teacher_cache.load(tuple(TEACHER.value), settings, chosen, classes)
     split = "train" if "train" in data_set.lengths else next(iter(data_set.lengths))
     first = dataclasses.replace(settings.data, train_split=split)
     setup.try_out(dataclasses.replace(settings, data=first), None, chosen)
@@ -114,8 +114,8 @@ def _prepare(settings: config.Config) -> None:
     taught = drawer = None
     if teachers:
         given = SAMPLES.value, TEMPERATURE.value, settings.seed
-        taught = teaching.describe(tuple(TEACHER.value), teachers, *given)
-        drawer = teaching.Drawer(teachers, taught, folder)
+        taught = teacher_cache.describe(tuple(TEACHER.value), teachers, *given)
+        drawer = teacher_cache.Drawer(teachers, taught, folder)
     # The cache holds whole splits; split expressions select from them when the cache is read.
     whole = dataclasses.replace(settings.data, **{f"{s}_split": s for s in sources.SPLITS})
     statistics = {split: TokenStatistics(chosen) for split in data_set.lengths}

@@ -14,14 +14,14 @@ from gptv_jax import sharding, tokens
 from gptv_jax.data import cache, pipeline
 from gptv_jax.data.teacher_draws import DRAWS
 from gptv_jax.errors import InputError
-from gptv_jax.stages import teaching
+from gptv_jax.stages import teacher_cache
 from gptv_jax.tasks.network import network_of
 from gptv_jax.weights import native
 from gptv_jax.weights.native import WeightsFile
 
 MODEL = config_lib.Model(layers=1, width=16, heads=2)
 CONFIG = config_lib.Config(model=MODEL)  # digits: 8 x 8 pixels of 17 grey levels
-SAMPLES, COUNT = 5, 2 * teaching.PART + 10
+SAMPLES, COUNT = 5, 2 * teacher_cache.PART + 10
 
 
 def export(path, config=CONFIG, seed=0, **changes):
@@ -53,14 +53,14 @@ def some_examples(count=COUNT):
     return [{"tokens": row, "label": np.int32(i % 10)} for i, row in enumerate(rows)]
 
 
-def drawer(folder, teacher, codec, seed=0, rows=teaching.ROWS) -> teaching.Drawer:
+def drawer(folder, teacher, codec, seed=0, rows=teacher_cache.ROWS) -> teacher_cache.Drawer:
     names = (teacher,)
-    teachers, _ = teaching.load(names, CONFIG, codec, 10)
-    taught = teaching.describe(names, teachers, SAMPLES, 1.0, seed)
-    return teaching.Drawer(teachers, taught, folder, rows)
+    teachers, _ = teacher_cache.load(names, CONFIG, codec, 10)
+    taught = teacher_cache.describe(names, teachers, SAMPLES, 1.0, seed)
+    return teacher_cache.Drawer(teachers, taught, folder, rows)
 
 
-def write(folder, made: teaching.Drawer, codec, examples) -> None:
+def write(folder, made: teacher_cache.Drawer, codec, examples) -> None:
     """Makes a cache of a single split, or goes on making it."""
     cache.claim(folder)
     header = {
@@ -114,15 +114,15 @@ def test_an_interrupted_cache_is_continued_to_equal_files(
         yield from itertools.islice(some_examples(), count)
         raise KeyboardInterrupt
 
-    for stop, before in ((teaching.PART - 1, 0), (teaching.PART + 1, 0), (COUNT - 1, 1)):
+    for stop, before in ((teacher_cache.PART - 1, 0), (teacher_cache.PART + 1, 0), (COUNT - 1, 1)):
         made = drawer(folder, teacher, codec)
         with pytest.raises(KeyboardInterrupt):
             write(folder, made, codec, until(stop))
-        assert made.found == before * teaching.PART
+        assert made.found == before * teacher_cache.PART
         assert not (folder / "header.json").exists()
     made = drawer(folder, teacher, codec)
     write(folder, made, codec, some_examples())
-    assert (made.found, made.drawn) == (2 * teaching.PART, COUNT)
+    assert (made.found, made.drawn) == (2 * teacher_cache.PART, COUNT)
     assert content(folder) == content(whole)
 
 
@@ -130,7 +130,7 @@ def test_an_interrupted_cache_is_continued_to_equal_files(
 def test_the_draws_of_another_command_are_not_taken(change, teacher, codec, one_device, tmp_path):
     folder = tmp_path / "cache"
     cache.claim(folder)
-    examples = some_examples(teaching.PART)
+    examples = some_examples(teacher_cache.PART)
     first = drawer(folder, teacher, codec)
     before = [each[DRAWS] for each in first.add("train", examples)]
     if change == "tokens":
@@ -145,7 +145,7 @@ def test_the_draws_of_another_command_are_not_taken(change, teacher, codec, one_
 @pytest.mark.parametrize("rows", [16, 256])
 def test_draws_do_not_depend_on_the_batch(rows, teacher, codec, one_device, tmp_path):
     drawn = []
-    for name, count in (("a", teaching.ROWS), ("b", rows)):
+    for name, count in (("a", teacher_cache.ROWS), ("b", rows)):
         made = drawer(tmp_path / name, teacher, codec, rows=count)
         drawn.append([each[DRAWS] for each in made.add("train", some_examples(70))])
     for one, other in zip(*drawn, strict=True):
@@ -174,7 +174,7 @@ def test_a_teacher_of_other_tokens_is_refused(name, codec, one_device, tmp_path)
     changes, words = OTHERS[name]
     other = export(tmp_path / "other.safetensors", dataclasses.replace(CONFIG, **changes))
     with pytest.raises(InputError, match=words):
-        teaching.load((other,), CONFIG, codec, 10)
+        teacher_cache.load((other,), CONFIG, codec, 10)
 
 
 def test_a_palette_is_taken_from_the_teacher_and_another_is_refused(one_device, tmp_path):
@@ -185,10 +185,10 @@ def test_a_palette_is_taken_from_the_teacher_and_another_is_refused(one_device, 
         for i in range(2)
     )
     path = export(tmp_path / "colours.safetensors", config, definition=own)
-    _, found = teaching.load((path,), config, None, 10)
+    _, found = teacher_cache.load((path,), config, None, 10)
     assert found.definition.equivalent(own)
     with pytest.raises(InputError, match="has another palette or tokenizer; a teacher"):
-        teaching.load((path,), config, tokens.codec_of(config, other), 10)
+        teacher_cache.load((path,), config, tokens.codec_of(config, other), 10)
 
 
 # Batches.

@@ -8,7 +8,7 @@ from conftest import generator, make_mesh, random_batch, random_params, tiny_net
 
 from gptv_jax import sharding
 from gptv_jax.data.teacher_draws import Draws, Packing
-from gptv_jax.decode import teaching
+from gptv_jax.decode import teacher_sampling
 from gptv_jax.train import objective
 
 SAMPLES = 6
@@ -52,7 +52,9 @@ def test_the_mean_count_is_the_probability_and_a_count_is_off_by_less_than_one(
     """The mean over a grid of offsets is the integral over them, to the width of the grid."""
     offset = (jnp.arange(4096) + 0.5) / 4096
     probabilities = jnp.broadcast_to(jnp.array(distribution), (4096, 5))
-    ids = np.asarray(jax.jit(teaching.systematic, static_argnums=2)(probabilities, offset, samples))
+    ids = np.asarray(
+        jax.jit(teacher_sampling.systematic, static_argnums=2)(probabilities, offset, samples)
+    )
     assert ids.shape == (4096, samples) and (np.diff(ids, axis=-1) >= 0).all()
     counts, expected = counts_of(ids, 5), samples * np.array(distribution)
     np.testing.assert_allclose(counts.mean(axis=0), expected, rtol=0, atol=1 / 4096 + 1e-5)
@@ -63,12 +65,14 @@ def test_the_mean_count_is_the_probability_and_a_count_is_off_by_less_than_one(
 def test_no_id_lies_outside_the_vocabulary():
     """Where rounding leaves the sum of the probabilities below the last point."""
     probabilities = jnp.full((1, 1000), 0.0009)
-    ids = teaching.systematic(probabilities, jnp.array([np.nextafter(np.float32(1), 0)]), 500)
+    ids = teacher_sampling.systematic(
+        probabilities, jnp.array([np.nextafter(np.float32(1), 0)]), 500
+    )
     assert int(ids.max()) <= 999 and int(ids.min()) >= 0
 
 
 def draw(networks, params, batch, index, temperature=1.0, labels=None, seed=0):
-    made = teaching.make_draw(tuple(networks), SAMPLES, temperature)
+    made = teacher_sampling.make_draw(tuple(networks), SAMPLES, temperature)
     rows = [None if x is None else sharding.shard_rows(x) for x in (batch["tokens"], labels, index)]
     return np.asarray(made(tuple(params), *rows, jax.random.key(seed)))
 
@@ -116,11 +120,11 @@ def test_draws_in_chunks_and_on_a_mesh_are_those_of_one_device(pair, monkeypatch
     batch, found = random_batch(network), []
     for shape, limit in (((1, 1, 1), 2**27), ((1, 1, 1), 2**9), ((2, 2, 2), 2**7)):
         monkeypatch.setattr(objective, "LOGITS_BYTES", limit)
-        teaching.make_draw.cache_clear()
+        teacher_sampling.make_draw.cache_clear()
         with jax.set_mesh(make_mesh(shape)) as mesh:
             assert (limit == 2**27) == (objective.loss_chunks(network, 8, mesh.shape) == 1)
             found.append(draw([network], [random_params(network)], batch, index))
-    teaching.make_draw.cache_clear()
+    teacher_sampling.make_draw.cache_clear()
     np.testing.assert_array_equal(found[1], found[0])
     np.testing.assert_array_equal(found[2], found[0])
 

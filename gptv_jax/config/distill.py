@@ -17,6 +17,9 @@ class Distill:
     # Run folders, files and folders of weights, or hf://user/model, as `init_from` takes them. Of
     # several teachers, the mean of their distributions is learned. (): nothing is distilled.
     teacher: tuple[str, ...] = field((), NAMES)
+    # Reads what teachers drew at every position from the token cache of config.data, which
+    # gptv_jax.prepare --teacher has made, so that no teacher is in memory; for pretraining alone.
+    cached: bool = False
     # Weight of the Kullback-Leibler divergence of the student's distribution from the teacher's,
     # in nats per token, times temperature ** 2.
     weight: float = field(1.0, FROM_ZERO)

@@ -19,8 +19,8 @@ from gptv_jax import config as config_lib
 from gptv_jax import files, sharding, tokens, weights
 from gptv_jax.data.cache import DRAWN
 from gptv_jax.data.teacher_draws import DRAWS, Draws, Taught
-from gptv_jax.decode import teaching
-from gptv_jax.decode.teaching import Teacher
+from gptv_jax.decode import teacher_sampling
+from gptv_jax.decode.teacher_sampling import Teacher
 from gptv_jax.errors import InputError, shorten
 from gptv_jax.stages.pretrained import palette_of
 from gptv_jax.tasks.network import network_of
@@ -133,7 +133,7 @@ class Drawer:
 
     def _draw(self, split: str, first: int, tokens, label=None) -> list[Draws]:
         networks = tuple(each.network for each in self.teachers)
-        draw = teaching.make_draw(networks, self.taught.samples, self.taught.temperature)
+        draw = teacher_sampling.make_draw(networks, self.taught.samples, self.taught.temperature)
         params = tuple(each.params for each in self.teachers)
         # Of the name alone, so that a split's draws do not depend on the other splits.
         number = zlib.crc32(split.encode()) % 2**31
