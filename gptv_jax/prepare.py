@@ -84,6 +84,9 @@ FRAMES_FILE = "frames.json"  # in the folder of frames: the settings that made t
 def main(settings: config.Config) -> None:
     """Tokenises every split of the data set and prints statistics of the tokens."""
     hardware.devices()  # InputError where there are none
+    for name in ("teacher_samples", "teacher_temperature"):
+        if flags.FLAGS[name].present and not TEACHER.value:
+            raise InputError(f"--{name} is for --teacher, which names no teacher; name one.")
     # Without a teacher nothing is computed on a mesh, and this machine need not have one.
     mesh = jax.set_mesh(sharding.make_mesh(settings.mesh)) if TEACHER.value else None
     with mesh or contextlib.nullcontext():
@@ -153,6 +156,10 @@ def _prepare(settings: config.Config) -> None:
     if taught:
         header["teacher"] = taught
     cache.write(folder, chosen, splits, header)
+    if drawer and drawer.found:
+        LOG.info(
+            "%d of %d images have the draws of an earlier command.", drawer.found, drawer.drawn
+        )
     size = sum(path.stat().st_size for path in folder.iterdir())
     summary = {"folder": str(folder), "bytes": size, "damaged": damage_log.count}
     summary |= {"dropped": len(damage_log.dropped)} if damage_log.dropped else {}

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import pathlib
 
 import jax
 import numpy as np
@@ -17,21 +18,20 @@ from gptv_jax.errors import InputError
 from gptv_jax.stages import teacher_cache
 from gptv_jax.tasks.network import network_of
 from gptv_jax.weights import native
-from gptv_jax.weights.native import WeightsFile
 
 MODEL = config_lib.Model(layers=1, width=16, heads=2)
 CONFIG = config_lib.Config(model=MODEL)  # digits: 8 x 8 pixels of 17 grey levels
 SAMPLES, COUNT = 5, 2 * teacher_cache.PART + 10
 
 
-def export(path, config=CONFIG, seed=0, **changes):
-    """Random weights of the config's network as a file."""
+def export(path: pathlib.Path, config: config_lib.Config, seed: int = 0, **facts) -> str:
+    """Random weights of the config's network as a file; `facts` are fields of `WeightsFile`."""
     network = network_of(config)
     with jax.set_mesh(make_mesh((1, 1, 1))):
         params = sharding.by_name(random_params(network, seed))
-    facts = {"image_size": config.data.image_size, "starts": network.starts}
+    known = {"image_size": config.data.image_size, "starts": network.starts}
     arrays = {name: np.asarray(leaf) for name, leaf in params.items()}
-    found = WeightsFile(config.model, config.tokens, params=arrays, **facts | changes)
+    found = native.WeightsFile(config.model, config.tokens, params=arrays, **known | facts)
     native.write(found, path)
     return str(path)
 
@@ -39,7 +39,7 @@ def export(path, config=CONFIG, seed=0, **changes):
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
     """A file of weights."""
-    return export(tmp_path_factory.mktemp("teacher") / "teacher.safetensors")
+    return export(tmp_path_factory.mktemp("teacher") / "teacher.safetensors", CONFIG)
 
 
 @pytest.fixture
@@ -135,7 +135,7 @@ def test_the_draws_of_another_command_are_not_taken(change, teacher, codec, one_
     before = [each[DRAWS] for each in first.add("train", examples)]
     if change == "tokens":
         examples = [each | {"tokens": 16 - each["tokens"]} for each in examples]
-    other = export(tmp_path / "b.safetensors", seed=1) if change == "teacher" else teacher
+    other = export(tmp_path / "b.safetensors", CONFIG, seed=1) if change == "teacher" else teacher
     second = drawer(folder, other, codec, seed=int(change == "seed"))
     after = [each[DRAWS] for each in second.add("train", examples)]
     assert second.found == 0
