@@ -299,7 +299,33 @@ def _check_detect(config: Config) -> None:
         refuse(config, "task.detect.noise_among", reason)
 
 
+def _check_distill(config: Config, section: str = "distill") -> None:
+    """Checks the teachers' settings, the section `config.<section>`."""
+    settings, layers = operator.attrgetter(section)(config), config.model.layers
+    if not settings.teacher:
+        return
+    if not settings.weight and not settings.features:
+        reason = f"config.{section}.features is 0 too, so a teacher would teach nothing"
+        refuse(config, f"{section}.weight", f"{reason}; take 1, or teacher=()")
+    if (settings.student_layer or 0) > layers:
+        reason = f"the network has config.model.layers = {layers}; take at most {layers}, or None"
+        refuse(config, f"{section}.student_layer", reason)
+
+
+def _check_matching(config: Config) -> None:
+    """Checks the teachers' settings of fine-tuning."""
+    section, settings = "finetune.distill", config.finetune.distill
+    _check_distill(config, section)
+    if settings.teacher and config.task.name != "classify":
+        reason = f"config.task.name is {config.task.name}, and teachers teach classes alone"
+        refuse(config, f"{section}.teacher", f"{reason}; take ()")
+    if settings.teacher and settings.mixup and config.data.name == "tokens":
+        reason = "config.data.name=tokens is a token cache, which has no pixels to mix"
+        refuse(config, f"{section}.mixup", f"{reason}; take 0, or a data set of images")
+
+
 def _check_finetune(config: Config) -> None:
+    _check_matching(config)
     _check_reading(config, "finetune")
     _check_training(config, "finetune.train")
     _check_pixels(config)
@@ -310,6 +336,7 @@ def _check_finetune(config: Config) -> None:
 SECTIONS = {
     "tokenizer": _check_tokenizer,
     "train": _check_pretraining,
+    "distill": _check_distill,
     "profile": _check_profile,
     "probe": _check_probe,
     "finetune": _check_finetune,

@@ -75,7 +75,7 @@ STAGES = {
         ),
         Stage(
             "pretrain",
-            ("model", "train", "profile"),
+            ("model", "train", "distill", "profile"),
             trains_network=True,
             feeds_later=True,
             training="train",

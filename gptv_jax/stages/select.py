@@ -55,7 +55,7 @@ def _impossible(config: config_lib.Config, held: Collection[str]) -> dict[str, s
     cached = isinstance(sources.open_data_set(config.data), TokenCache)
     if kind != "learned":
         refused["tokenizer"] = f"config.tokens.kind={kind} has nothing to train"
-    elif config.tokens.tokenizer or given or cached:
+    elif config.tokens.tokenizer or given or cached or config.distill.teacher:
         refused["tokenizer"] = "the tokens come with their tokenizer; leave the stage tokenizer out"
     images = f"the images of config.data.name={config.data.name}"
     task = config.task

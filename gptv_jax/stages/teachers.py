@@ -48,12 +48,13 @@ def check(
     mesh: Mesh,
     stage: str,
     codec: Codec | None,
-    classes: Sequence[str] = (),
+    classes: Sequence[str] | int = 0,
 ) -> None:
     """Checks before any work that a stage's teachers can teach its network; for process 0.
 
-    `classes` are the names of the data's classes. Raises InputError where a teacher is not found,
-    has other tokens, classes or orders than the student, or cannot be split over the mesh.
+    `classes` are the names of the data's classes, or their number without names. Raises InputError
+    where a teacher is not found, has other tokens, classes or orders than the student, or cannot be
+    split over the mesh.
     """
     settings = settings_of(config, stage)
     for name in settings.teacher:
@@ -122,7 +123,9 @@ def _check_tokens(
         )
 
 
-def _check_classes(found: WeightsFile, named: str, classes: Sequence[str]) -> None:
+def _check_classes(found: WeightsFile, named: str, classes: Sequence[str] | int) -> None:
+    if isinstance(classes, int):
+        classes = tuple(map(str, range(classes)))
     if not found.classes:
         raise InputError(f"{named} has no class head; name a classifier that is fine-tuned.")
     theirs = found.class_names or tuple(map(str, range(found.classes)))

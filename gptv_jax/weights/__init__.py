@@ -3,9 +3,11 @@
 import dataclasses
 import pathlib
 import re
+from collections.abc import Sequence
 
 from gptv_jax import files
 from gptv_jax.errors import InputError
+from gptv_jax.model.gpt import Network
 from gptv_jax.tokens import Palette, TokenDefinition
 from gptv_jax.weights import hub, huggingface, native, openai
 from gptv_jax.weights.native import WeightsFile
@@ -75,9 +77,9 @@ def read_stage(
     *,
     with_params: bool = True,
 ) -> tuple[WeightsFile, dict]:
-    """As `native.read_run`, also of weights that are no run folder, of which all are read.
+    """As `native.read_run`, also of the weights that `read` takes, which are always read whole.
 
-    Of such weights the stage "pretrain" is without the class head.
+    Of weights that are no run, the stage "pretrain" leaves the class head out.
     """
     path = locate(path)
     if not is_weights_path(path):
@@ -86,6 +88,14 @@ def read_stage(
     found = found.headless() if stage == "pretrain" else found
     params = found.on_mesh() if with_params else {}
     return dataclasses.replace(found, params={}), params
+
+
+def networks(
+    names: Sequence[str], stage: str, palette: Palette | None = None
+) -> tuple[Network, ...]:
+    """The networks of weights that `read_stage` reads."""
+    read = (read_stage(name, stage, palette, with_params=False) for name in names)
+    return tuple(described.network for described, _ in read)
 
 
 def read_definition(path: str | pathlib.Path) -> TokenDefinition | None:
