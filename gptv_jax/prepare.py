@@ -31,6 +31,7 @@ from gptv_jax.data import cache, inventory, pipeline, sources, transforms, video
 from gptv_jax.data.damage import DamageLog
 from gptv_jax.data.folder import refuse_inside
 from gptv_jax.data.teacher_draws import MOST_SAMPLES
+from gptv_jax.data.teacher_draws import SAMPLES as DEFAULT_SAMPLES
 from gptv_jax.errors import InputError, list_differences, shorten
 from gptv_jax.stages import setup, teacher_cache
 from gptv_jax.tokens.codec import TokenStatistics
@@ -49,7 +50,7 @@ TEACHER = flags.DEFINE_list(
 )
 SAMPLES = flags.DEFINE_integer(
     "teacher_samples",
-    32,
+    DEFAULT_SAMPLES,
     "With --teacher: ids drawn at every position.",
     lower_bound=1,
     upper_bound=MOST_SAMPLES,

@@ -226,7 +226,7 @@ UNBOUNDED = {
     "model.axial_positions", "model.start_per_variant", "model.scan_layers",
     "model.learned_positions", "model.rotary", "model.qk_norm",
     "model.target_positions",
-    "finetune.standardize", "finetune.scratch",
+    "finetune.standardize", "finetune.scratch", "distill.cached", "finetune.distill.cached",
     "task.name", "task.prefix", "task.detect.noise", "task.detect.votes",
     "task.segment.read", "task.segment.write",
     "probe.sgd.train_transforms", "probe.sgd.standardize",

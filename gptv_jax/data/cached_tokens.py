@@ -6,7 +6,7 @@ import logging
 from gptv_jax import config as config_lib
 from gptv_jax.data import sources, transforms
 from gptv_jax.data.cache import TokenCache
-from gptv_jax.data.teacher_draws import Taught
+from gptv_jax.data.teacher_draws import SAMPLES, Taught
 from gptv_jax.errors import InputError
 
 LOG = logging.getLogger(__name__)
@@ -31,6 +31,14 @@ def taught_by(config: config_lib.Data) -> Taught:
             f"config.data.train_transforms has {', '.join(moved)}; leave these transforms out."
         )
     return found
+
+
+def most_distinct(config: config_lib.Data) -> int:
+    """The most distinct ids of a position, for a plan; SAMPLES where there is no cache yet."""
+    try:
+        return taught_by(config).distinct
+    except InputError:
+        return SAMPLES
 
 
 def takes(config: config_lib.Data, entry: str) -> bool:

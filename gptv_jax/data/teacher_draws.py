@@ -14,7 +14,8 @@ from jaxtyping import Int, Shaped
 
 DRAWS = "teacher_draws"  # key of a record
 DISTINCT = "teacher_distinct"  # field of the cache's records, see `Packing`
-MOST_SAMPLES = 2**16 - 1  # counts take two bytes at most
+# N by default, and at most: counts take two bytes at most.
+SAMPLES, MOST_SAMPLES = 32, 2**16 - 1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,6 +17,7 @@ import numpy as np
 
 from gptv_jax import config as config_lib
 from gptv_jax import files, sharding, tokens, weights
+from gptv_jax.data import cached_tokens
 from gptv_jax.data.cache import DRAWN
 from gptv_jax.data.teacher_draws import DRAWS, Draws, Taught
 from gptv_jax.decode import teacher_sampling
@@ -72,6 +73,16 @@ def _fitting(
             f"{name} has {shorten(differing)}; a teacher takes the tokens and classes of the cache."
         )
     return codec or tokens.codec_of(config, found.definition)
+
+
+def check(config: config_lib.Config) -> None:
+    """Checks before any work that the token cache of `config.data` has what a student reads."""
+    taught = cached_tokens.taught_by(config.data)
+    if taught.temperature != config.distill.temperature:
+        raise InputError(
+            f"config.distill.temperature is {config.distill.temperature:g}, but the teachers of "
+            f"{config.data.path} drew at {taught.temperature:g}; take this, or make another cache."
+        )
 
 
 def describe(
