@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 
 import jax
 import numpy as np
@@ -121,12 +120,8 @@ def test_what_the_draws_cannot_teach_is_refused_before_any_work(taught, tmp_path
 
 
 def test_a_cache_without_draws_is_refused(taught, tmp_path):
-    header = json.loads((taught / "header.json").read_text())
-    del header["teacher"]
-    for path in taught.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    (tmp_path / "header.json").write_text(json.dumps(header))
-    config = configured(taught, data=data_of(tmp_path))
+    write(tmp_path / "plain", None, tokens.codec_of(CONFIG), some_examples(96))
+    config = configured(taught, data=data_of(tmp_path / "plain"))
     with pytest.raises(InputError, match=r"has none; make a token cache by .* --teacher=RUN"):
         run_stages(config, str(tmp_path / "run"), ["pretrain"])
 

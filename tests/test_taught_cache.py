@@ -60,8 +60,8 @@ def drawer(folder, teacher, codec, seed=0, rows=teacher_cache.ROWS) -> teacher_c
     return teacher_cache.Drawer(teachers, taught, folder, rows)
 
 
-def write(folder, made: teacher_cache.Drawer, codec, examples) -> None:
-    """Makes a cache of a single split, or goes on making it."""
+def write(folder, made: teacher_cache.Drawer | None, codec, examples) -> None:
+    """Makes a cache of a single split, or goes on making it; without a drawer no draws."""
     cache.claim(folder)
     header = {
         "source": {"name": "digits"},
@@ -69,9 +69,10 @@ def write(folder, made: teacher_cache.Drawer, codec, examples) -> None:
         "image_size": 8,
         "transforms": (),
         "classes": 10,
-        "teacher": made.taught,
     }
-    cache.write(folder, codec, {"train": made.add("train", examples)}, header)
+    if made:
+        header["teacher"], examples = made.taught, made.add("train", examples)
+    cache.write(folder, codec, {"train": examples}, header)
 
 
 def content(folder) -> dict[str, bytes]:

@@ -171,7 +171,7 @@ class TokenCache(DataSet):
                     f"being your configuration: {self._command(header['source'])}"
                 )
             self.taught = None  # without a teacher's draws
-            if "teacher" in header:
+            if header["format"] == TAUGHT:
                 given = header["teacher"]
                 lists = {name: tuple(given[name]) for name in ("names", "digests")}
                 self.taught = Taught(**given | lists)
