@@ -1,12 +1,17 @@
 """Cached draws teach as the teacher does: the loss and its gradient are unbiased."""
 
+import argparse
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import generator, make_mesh, random_batch, random_params, tiny_network
 
+from benchmarks import cached_teacher
+from benchmarks.sizes import QUICK
 from gptv_jax import config as config_lib
+from gptv_jax import sharding
 from gptv_jax.data.teacher_draws import Draws
 from gptv_jax.decode import teacher_sampling
 from gptv_jax.train import cached_distillation, distillation, objective
@@ -91,7 +96,8 @@ def test_the_loss_weighs_both_sums_and_is_equal_in_chunks_and_on_a_mesh(monkeypa
     for shape, limit in (((1, 1, 1), 2**27), ((1, 1, 1), 2**9), ((2, 2, 2), 2**7)):
         monkeypatch.setattr(objective, "LOGITS_BYTES", limit)
         with jax.set_mesh(make_mesh(shape)):
-            batch, params = cached_batch(network), random_params(network)
+            batch = sharding.global_batch(cached_batch(network))
+            params = random_params(network)
             take = jax.jit(jax.value_and_grad(loss, has_aux=True))
             (value, metrics), gradient = take(params, None, batch, key)
             found.append(jax.device_get((value, metrics, gradient)))
@@ -103,3 +109,43 @@ def test_the_loss_weighs_both_sums_and_is_equal_in_chunks_and_on_a_mesh(monkeypa
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), other, found[0]
         )
+
+
+# The benchmark.
+
+
+@pytest.fixture(scope="module")
+def images():
+    """Random tokens and distributions, some of them sharp, as of a teacher that knows a little."""
+    rng = generator(2)
+    likely = jax.nn.softmax(3 * rng.normal(size=(40, 16, WIDTH)).astype(np.float32))
+    tokens = rng.integers(WIDTH, size=(40, 16), dtype=np.int32)
+    return cached_teacher.Images(tokens, np.asarray(likely))
+
+
+def test_the_benchmark_tells_biased_targets_from_unbiased_ones(images):
+    rows = {row["contender"]: row for row in cached_teacher.compared("targets", images)}
+    for n in (4, 8):
+        top, drawn, independent = (rows[f"{kind} {n}"] for kind in ("top", "drawn", "independent"))
+        assert top["bias"] > 10 * max(drawn["bias"], independent["bias"])
+        assert top["gradient"] > 4 * drawn["gradient"] and top["missing"] > 0
+        assert drawn["noise"] < independent["noise"]
+        assert top["overconfidence"] > rows["teacher"]["overconfidence"] + 1
+        assert abs(drawn["overconfidence"] - rows["teacher"]["overconfidence"]) < 1
+
+
+def test_the_benchmark_trains_students_of_every_kind_of_targets(images, one_device):
+    sets = {"train": images, "test": images}
+    rows = cached_teacher.trained(tiny_network(layers=1), sets, count=2, seeds=1)
+    names = [row["contender"] for row in rows]
+    assert names[:2] == ["data alone", "teacher in memory"]
+    assert {f"{kind} {n}" for kind in ("top", "drawn") for n in (4, 8)} <= {*names}
+    assert all(float(row["nats"]) > 0 and float(row["kl"]) > 0 for row in rows)
+
+
+@pytest.mark.process
+def test_the_benchmark_takes_the_train_steps():
+    arguments = argparse.Namespace(rounds=1, seconds=0.0, only="")
+    rows = cached_teacher.steps(QUICK, arguments)
+    assert [row["contender"] for row in rows][0] == "no teacher" and len(rows) == 4
+    assert all(row["median"] > 0 and not row.get("failed") for row in rows)
