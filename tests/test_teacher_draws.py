@@ -121,7 +121,8 @@ def test_draws_in_chunks_and_on_a_mesh_are_those_of_one_device(pair, monkeypatch
     for shape, limit in (((1, 1, 1), 2**27), ((1, 1, 1), 2**9), ((2, 2, 2), 2**7)):
         monkeypatch.setattr(objective, "LOGITS_BYTES", limit)
         teacher_sampling.make_draw.cache_clear()
-        with jax.set_mesh(make_mesh(shape)) as mesh:
+        mesh = make_mesh(shape)
+        with jax.set_mesh(mesh):
             assert (limit == 2**27) == (objective.loss_chunks(network, 8, mesh.shape) == 1)
             found.append(draw([network], [random_params(network)], batch, index))
     teacher_sampling.make_draw.cache_clear()

@@ -10,7 +10,7 @@ not: whatever stands below the K-th is lost, and a student of such targets is to
 import dataclasses
 
 import numpy as np
-from jaxtyping import Int, Shaped
+from jaxtyping import Integer
 
 DRAWS = "teacher_draws"  # key of a record
 DISTINCT = "teacher_distinct"  # field of the cache's records, see `Packing`
@@ -34,19 +34,19 @@ class Taught:
 class Draws:
     """The distinct ids drawn at the T positions of an image, position after position."""
 
-    distinct: Int[np.ndarray, " T"]  # number of distinct ids of each position
-    ids: Shaped[np.ndarray, " M"]  # unsigned, ascending at each position
-    counts: Shaped[np.ndarray, " M"]  # unsigned; at each position they add up to N
+    distinct: Integer[np.ndarray, " T"]  # number of distinct ids of each position
+    ids: Integer[np.ndarray, " M"]  # unsigned, ascending at each position
+    counts: Integer[np.ndarray, " M"]  # unsigned; at each position they add up to N
 
     @classmethod
-    def of(cls, drawn: Int[np.ndarray, "T N"]) -> "Draws":
+    def of(cls, drawn: Integer[np.ndarray, "T N"]) -> "Draws":
         """The draws of every position, which are in ascending order."""
         first = np.ones(drawn.shape, bool)
         first[:, 1:] = drawn[:, 1:] != drawn[:, :-1]
         counts = np.diff(np.flatnonzero(first), append=drawn.size)
         return cls(first.sum(axis=1), drawn[first], counts)
 
-    def padded(self, width: int) -> tuple[Shaped[np.ndarray, "T K"], Shaped[np.ndarray, "T K"]]:
+    def padded(self, width: int) -> tuple[Integer[np.ndarray, "T K"], Integer[np.ndarray, "T K"]]:
         """Ids and counts of K = `width` places a position; in places beyond, both are 0."""
         used = np.arange(width) < self.distinct[:, None]
         ids, counts = (np.zeros(used.shape, each.dtype) for each in (self.ids, self.counts))
@@ -83,11 +83,11 @@ class Packing:
         following = draws.ids.astype(of_ids).tobytes() + draws.counts.astype(of_counts).tobytes()
         return {DISTINCT: draws.distinct}, following
 
-    def size(self, distinct: Int[np.ndarray, " T"]) -> int:
+    def size(self, distinct: Integer[np.ndarray, " T"]) -> int:
         """Number of bytes that follow the record's fields."""
         return int(distinct.sum()) * sum(each.itemsize for each in self.types[1:])
 
-    def join(self, distinct: Int[np.ndarray, " T"], following: bytes) -> Draws:
+    def join(self, distinct: Integer[np.ndarray, " T"], following: bytes) -> Draws:
         """The draws of `split`."""
         total, (_, of_ids, of_counts) = int(distinct.sum()), self.types
         ids = np.frombuffer(following, of_ids, total)

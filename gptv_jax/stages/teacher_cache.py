@@ -49,7 +49,9 @@ def load(
     for name in names:
         named = f"--teacher={name}"
         path = weights.locate(name, f"{named} does not exist")
-        found, params = weights.read_stage(path, "pretrain", palette_of(codec))
+        # The cache's palette is for formats that have none.
+        stored = weights.is_weights_path(path) and weights.read_definition(path)
+        found, params = weights.read_stage(path, "pretrain", None if stored else palette_of(codec))
         codec = _fitting(found, config, codec, classes, named)
         teachers.append(Teacher(found.network, params))
     return teachers, codec

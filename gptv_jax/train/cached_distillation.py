@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float, Real
 
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
@@ -27,8 +27,8 @@ from gptv_jax.train.step import draw_view
 
 def cross_entropy_of_draws(
     logits: Float[Array, "*B V"],
-    ids: Shaped[Array, "*B K"],
-    counts: Shaped[Array, "*B K"],
+    ids: Real[Array, "*B K"],
+    counts: Real[Array, "*B K"],
     temperature: float = 1.0,
 ) -> Float[Array, "*B"]:
     """Cross-entropy in nats against the ids' shares of the draws; see `Draws.padded`."""
