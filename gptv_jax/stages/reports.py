@@ -21,7 +21,7 @@ from gptv_jax.config import fields
 from gptv_jax.data import inventory
 from gptv_jax.decode.sampler import class_rows
 from gptv_jax.errors import shorten
-from gptv_jax.runs import accuracy, frames, html, layers, pictures
+from gptv_jax.runs import accuracy, distilled, frames, html, layers, pictures
 from gptv_jax.runs.context import Context
 from gptv_jax.stages import STAGES
 
@@ -118,11 +118,13 @@ def pretrain(results: Results) -> Part:
     curves = [
         (results.series("pretrain", "nats_per_token"), pictures.ORANGE, "training"),
         (evaluations, pictures.BLUE, "validation"),
+        *distilled.curves(results.series, "pretrain", "validation_nats_per_token"),
     ]
     level = math.log(v), f"uniform, ln {v}"
     below = "learning rate", results.series("pretrain", "learning_rate")
     png = pictures.plot("loss, nats per token", "step", curves, level, below=below)
     content = html.figure(png, "Pretraining. The training loss is that of single batches.")
+    content += distilled.table(found, "nats_per_token")
     return content + frames.nats(found, results.config.tokens.cell[0]), tiles
 
 
@@ -202,7 +204,8 @@ def finetune(results: Results) -> Part:
     ]
     png = pictures.plot(f"validation {words}", "step", curves, percent=is_share)
     content = html.figure(png, "Fine-tuning. Ringed: the step whose weights were kept.")
-    content += _test_numbers(found, {first, "nats_per_token"})
+    usual = {first, "nats_per_token", *distilled.COMPARED}
+    content += distilled.table(found, first) + _test_numbers(found, usual)
     return content + _by_class(results, "finetune", "Fine-tuned network"), tiles
 
 
