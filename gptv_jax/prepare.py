@@ -105,7 +105,9 @@ def _prepare(settings: config.Config) -> None:
         raise InputError(f"{given} is a token cache already; name a data set of images.")
     opened = {s: sources.Selected(data_set, s, settings.data.labels) for s in data_set.lengths}
     inventory.log(settings.data, inventory.describe(data_set, opened), opened)
-    chosen, teachers = setup.find_codec(settings), []
+    # The teachers of --teacher take the place of those that a student's configuration names.
+    chosen = setup.find_codec(settings, taught=() if TEACHER.value else ("pretrain",))
+    teachers = []
     if TEACHER.value:
         classes = data_set.classes if settings.data.labels else 0
         teachers, chosen = teacher_cache.load(tuple(TEACHER.value), settings, chosen, classes)
