@@ -51,5 +51,5 @@ def _teacher(c):
 def _student(c):
     c.model.width = 64
     c.train.steps = 300
-    c.distill.teacher = ("runs/cifar10_teacher",)
+    c.distill.teacher = "runs/cifar10_teacher"
     c.distill.compare = True

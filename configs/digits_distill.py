@@ -12,8 +12,7 @@ Command:    python -m gptv_jax.main --config=configs/digits_distill.py:teacher
             python -m gptv_jax.main --config=configs/digits_distill.py
                 --workdir=runs/digits_student
             Another teacher, such as a finished run of configs/digits.py:
-                --config.distill.teacher="('runs/digits',)"
-                --config.finetune.distill.teacher="('runs/digits',)"
+                --config.distill.teacher=runs/digits --config.finetune.distill.teacher=runs/digits
 Hardware:   two CPU cores, both commands together under five minutes.
 Expect:     HERE
 Reproduces: no published run. The recipe of the classes is function matching (Beyer et al. 2022,
@@ -45,9 +44,9 @@ def _teacher(c):
 def _student(c):
     c.model.layers, c.model.width, c.model.heads = 2, 48, 2
     c.model.dropout = 0.0
-    c.distill.teacher = ("runs/digits_teacher",)
+    c.distill.teacher = "runs/digits_teacher"
     c.distill.compare = True
     c.train.steps = 400
-    c.finetune.distill.teacher = ("runs/digits_teacher",)
+    c.finetune.distill.teacher = "runs/digits_teacher"
     c.finetune.distill.compare = True
     c.finetune.patience = 0

@@ -234,12 +234,15 @@ def test_a_run_learns_from_its_teacher_resumes_and_drops_the_map(
     closed = (plain - taught) / (plain - theirs)
     assert found["pretrain/gap_closed_at_equal_steps"] == pytest.approx(closed, rel=1e-3)
     assert before == pathlib.Path(teacher).read_bytes()
-    # Neither teacher nor map is among the weights; the map is in the state alone.
-    layout = sharding.by_name(gptv_jax.load(run).params)
-    held = [p.name for p in (run / "checkpoints" / "pretrain" / "4").rglob("*map*")]
-    assert not [name for name in layout if "map" in name]
-    size = sum(p.stat().st_size for p in (run / "checkpoints/pretrain/4").rglob("*") if p.is_file())
-    assert size < 6 * 4 * sum(x.size for x in layout.values()), held
+    # The map is in the saved state alone, the teacher nowhere.
+    assert not [name for name in sharding.by_name(gptv_jax.load(run).params) if "map" in name]
+    listed = json.loads((run / "checkpoints/pretrain/4/state/_METADATA").read_text())
+    names = {each["key_metadata"][0]["key"] for each in listed["tree_metadata"].values()}
+    assert {name.split(".")[0] for name in names} == {"step", "params", "opt", "beside"}
+    assert [name for name in names if name.startswith("beside")] == [
+        "beside.feature_maps.0.feature_map"
+    ]
+    assert not [name for name in names if "teacher" in name]
     page = (run / "report.html").read_text()
     assert "without the teacher" in page and "gap" in page
 

@@ -4,7 +4,10 @@ import dataclasses
 
 from gptv_jax.config.fields import ABOVE_ZERO, FROM_ZERO, field
 
-NAMES = ("names of runs or weights, none of them empty", lambda v: all(name.strip() for name in v))
+NAMES = (
+    "the name of a run or of weights, or a tuple of such names",
+    lambda v: all(name.strip() for name in ((v,) if isinstance(v, str) else v)),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,9 +17,9 @@ class Distill:
     Without a teacher, no other field counts.
     """
 
-    # Run folders, files and folders of weights, or hf://user/model, as `init_from` takes them. Of
-    # several teachers, the mean of their distributions is learned. (): nothing is distilled.
-    teacher: tuple[str, ...] = field((), NAMES)
+    # A run folder, a file or folder of weights, or hf://user/model, as `init_from` takes it; or a
+    # tuple of several, the mean of whose distributions is learned. (): nothing is distilled.
+    teacher: str | tuple[str, ...] = field((), NAMES)
     # Reads what teachers drew at every position from the token cache of config.data, which
     # gptv_jax.prepare --teacher has made, so that no teacher is in memory; for pretraining alone.
     cached: bool = False
@@ -37,6 +40,11 @@ class Distill:
     # Trains the student without a teacher as well: for as many steps, and for as many steps as take
     # as long as the distillation, by the measured times of a step.
     compare: bool = False
+
+    def __post_init__(self):
+        """One name becomes a tuple of one."""
+        if isinstance(self.teacher, str):
+            object.__setattr__(self, "teacher", (self.teacher,))
 
 
 @dataclasses.dataclass(frozen=True)
