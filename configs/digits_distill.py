@@ -8,9 +8,9 @@ The data are those of configs/digits.py. The student is trained without the teac
 as many steps, and for as long by the measured times of a step.
 
 Command:    python -m gptv_jax.main --config=configs/digits_distill.py:teacher
-                --workdir=runs/digits_teacher
+                --workdir=runs/digits_teacher --stages=pretrain,finetune
             python -m gptv_jax.main --config=configs/digits_distill.py
-                --workdir=runs/digits_student
+                --workdir=runs/digits_student --stages=pretrain,finetune
             Another teacher, such as a finished run of configs/digits.py:
                 --config.distill.teacher=runs/digits --config.finetune.distill.teacher=runs/digits
 Hardware:   two CPU cores, both commands together under five minutes.
@@ -19,7 +19,7 @@ Reproduces: no published run. The recipe of the classes is function matching (Be
             arXiv:2106.05237): teacher and student see one view, mixed with another image, and no
             label is used.
 Changes:    from configs/digits.py: the student is small, its training is short, so that there is a
-            gap to close, and it probes and draws nothing.
+            gap to close.
 """
 
 import pathlib
