@@ -192,6 +192,11 @@ def test_a_palette_is_taken_from_the_teacher_and_another_is_refused(one_device, 
         teacher_cache.load((path,), config, tokens.codec_of(config, other), 10)
 
 
+def test_a_teacher_that_the_mesh_does_not_divide_is_refused(teacher, codec):
+    with jax.set_mesh(make_mesh((1, 1, 4))), pytest.raises(InputError, match=r"config\.model\.heads"):
+        teacher_cache.load((teacher,), CONFIG, codec, 10)
+
+
 # Batches.
 
 

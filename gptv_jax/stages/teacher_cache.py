@@ -42,8 +42,8 @@ def load(
     `classes` is the number of classes of the data. The codec is None where its palette or tokenizer
     is still to be made; then the teachers' is taken.
 
-    InputError: there is no such teacher, or its tokens are other ones than the data's; the message
-    lists the differences.
+    InputError: there is no such teacher, the mesh does not divide it, or its tokens are other ones
+    than the data's; the message lists the differences.
     """
     teachers = []
     for name in names:
@@ -51,8 +51,12 @@ def load(
         path = weights.locate(name, f"{named} does not exist")
         # The cache's palette is for formats that have none.
         stored = weights.is_weights_path(path) and weights.read_definition(path)
-        found, params = weights.read_stage(path, "pretrain", None if stored else palette_of(codec))
+        palette = None if stored else palette_of(codec)
+        found, _ = weights.read_stage(path, "pretrain", palette, with_params=False)
         codec = _fitting(found, config, codec, classes, named)
+        given = dataclasses.replace(config, model=found.model)
+        sharding.check(given, jax.sharding.get_mesh(), ("model",))
+        _, params = weights.read_stage(path, "pretrain", palette)
         teachers.append(Teacher(found.network, params))
     return teachers, codec
 
