@@ -193,7 +193,8 @@ def test_a_palette_is_taken_from_the_teacher_and_another_is_refused(one_device, 
 
 
 def test_a_teacher_that_the_mesh_does_not_divide_is_refused(teacher, codec):
-    with jax.set_mesh(make_mesh((1, 1, 4))), pytest.raises(InputError, match=r"config\.model\.heads"):
+    heads = r"config\.model\.heads"
+    with jax.set_mesh(make_mesh((1, 1, 4))), pytest.raises(InputError, match=heads):
         teacher_cache.load((teacher,), CONFIG, codec, 10)
 
 
