@@ -24,6 +24,7 @@ token, KL from the teacher, and overconfidence. All students see equal batches.
 """
 
 import dataclasses
+import functools
 import pathlib
 import zlib
 from typing import NamedTuple
@@ -52,6 +53,7 @@ TAUGHT = (4, 8, 32)  # k and N of the students
 DRAWS = 256  # of which the mean target is the mean
 POSITIONS = 4096  # whose targets are compared
 BATCH = 32
+OPTIMIZER = config_lib.Optimizer(name="adamw", learning_rate=3e-3, warmup_steps=50)
 # Of the sizes of cifar10.py:tiny on 16 x 16 images, and a student of a quarter of the parameters.
 TEACHER = Size(width=128, layers=6, heads=4, tokens=256, vocabulary=512)
 STUDENT = Size(width=64, layers=6, heads=2, tokens=256, vocabulary=512)
@@ -128,14 +130,15 @@ def student_of(teacher: Network) -> Network:
 
 def distributions(network: Network, params: dict, tokens: np.ndarray) -> np.ndarray:
     """Float32 [B, T, V]."""
-
-    @jax.jit
-    def read(params, tokens):
-        return jax.nn.softmax(network.bind(params)(tokens).logits, axis=-1)
-
+    read = _reader(network)
     full = np.resize(tokens, (-(-len(tokens) // BATCH) * BATCH, tokens.shape[1]))
     found = [np.asarray(read(params, part)) for part in full.reshape(-1, BATCH, full.shape[1])]
     return np.concatenate(found)[: len(tokens)]
+
+
+@functools.cache  # the students share the compiled program
+def _reader(network: Network):
+    return jax.jit(lambda p, tokens: jax.nn.softmax(network.bind(p)(tokens).logits, axis=-1))
 
 
 def target(kind: str, n: int, likely: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -238,8 +241,7 @@ def trained(student: Network, sets: dict[str, Images], count: int, seeds: int) -
         for seed in range(seeds):
             rng = np.random.default_rng(seed)
             taught = target(kind, n, train.likely, rng) if n else train.likely
-            weights = {"weight": weight, "data_weight": data_weight}
-            params = fit(student, train.tokens, taught, count, seed, weights)
+            params = fit(student, train.tokens, taught, count, seed, (weight, data_weight))
             likely = distributions(student, params, test.tokens)
             own = np.take_along_axis(likely, test.tokens[..., None], axis=-1)
             kl = (test.likely * (np.log(test.likely + 1e-30) - np.log(likely + 1e-30))).sum(-1)
@@ -252,23 +254,28 @@ def trained(student: Network, sets: dict[str, Images], count: int, seeds: int) -
     return rows
 
 
+@functools.cache  # the students share the compiled step
+def _training(student: Network, count: int, weight: float, data_weight: float):
+    """The initial state by key, and the train step."""
+    settings = config_lib.Distill(cached=True, weight=weight, data_weight=data_weight)
+    optimizer, rate = make_optimizer(OPTIMIZER, count)
+    loss = cached_distillation.make_loss(student, settings, count)
+    init = jax.jit(step.make_init(student, optimizer))
+    return init, step.make_train_step(loss, optimizer, rate)
+
+
 def fit(
     student: Network,
     tokens: np.ndarray,
     taught: np.ndarray,
     count: int,
     seed: int,
-    weights: dict[str, float],
+    weights: tuple[float, float],
 ) -> dict:
     """Weights of a student of these targets [B, T, V], which are its counts of all ids."""
-    settings = config_lib.Distill(cached=True, **weights)
-    optimizer, rate = make_optimizer(
-        config_lib.Optimizer(name="adamw", learning_rate=3e-3, warmup_steps=50), count
-    )
-    loss = cached_distillation.make_loss(student, settings, count)
-    train_step = step.make_train_step(loss, optimizer, rate, seed=seed)
-    state = jax.jit(step.make_init(student, optimizer))(jax.random.key(seed))
-    rng, ids = np.random.default_rng(seed), np.arange(taught.shape[-1], dtype=np.uint16)
+    init, train_step = _training(student, count, *weights)
+    state, rng = init(jax.random.key(seed)), np.random.default_rng(seed)
+    ids = np.arange(taught.shape[-1], dtype=np.uint16)
     for _ in range(count):
         rows = rng.integers(len(tokens), size=BATCH)
         batch = {"tokens": tokens[rows], "teacher_counts": taught[rows]}
