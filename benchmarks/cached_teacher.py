@@ -26,6 +26,7 @@ token, KL from the teacher, and overconfidence. All students see equal batches.
 import dataclasses
 import functools
 import pathlib
+import sys
 import zlib
 from typing import NamedTuple
 
@@ -219,6 +220,7 @@ def compared(case: str, images: Images) -> list[dict]:
             "missing": float(100 * np.mean(mean[np.arange(len(tokens)), tokens] == 0)),
         }
         rows.append({"case": case, "contender": f"{kind} {n}", **row})
+        print(rows[-1], file=sys.stderr, flush=True)
     return rows
 
 
@@ -251,6 +253,7 @@ def trained(student: Network, sets: dict[str, Images], count: int, seeds: int) -
         nats, kl, over = np.mean(found, axis=0)
         row = {"nats": f"{nats:.4f}", "kl": f"{kl:.4f}", "overconfidence": float(over)}
         rows.append({"case": f"student after {count} steps", "contender": name, **row})
+        print(rows[-1], file=sys.stderr, flush=True)
     return rows
 
 
