@@ -28,7 +28,7 @@ WEIGHTS = {
     ("cifar10_distill", "teacher"): 1_218_304,
     ("cifar10_distill", None): 314_240,
     ("image_folder", None): 275_072,
-    ("video_digits", None): 231_552,
+    ("video_digits", None): 231_040,
     ("video_camera", None): 231_552,
     ("video_codes", "steps"): 263_488,
     ("video_codes", "frames"): 263_872,

@@ -14,6 +14,7 @@ from gptv_jax.config.stages import Config
 from gptv_jax.errors import InputError
 
 RESTORING = ("l1", "l2", "gradient", "ssim", "lpips")  # losses that compare images with restored
+ONE_CLIP = ("moving_digits", "two_moving_digits", "camera_motions", "tokens")  # of every video
 
 
 def refuse(config: Config, name: str, reason: str) -> NoReturn:
@@ -27,6 +28,9 @@ def check(config: Config) -> None:
     model = config.model
     if dataclasses.astuple(config.mesh).count(-1) > 1:
         raise InputError("config.mesh has more than one -1; only one axis can be filled.")
+    if config.data.frames > (most := config.data.limits.max_frames):
+        reason = f"config.data.limits.max_frames is {most}; take as many frames at most"
+        refuse(config, "data.frames", reason)
     if model.width % model.heads:
         refuse(config, "model.heads", f"it takes a divisor of config.model.width = {model.width}")
     if model.rotary and (size := model.width // model.heads) % 4:
@@ -46,9 +50,9 @@ def check(config: Config) -> None:
             "config.model.rotary, or target_positions with learned_positions or axial_positions"
         )
         refuse(config, "model.random_order", f"{reason}; set {advice}")
-    if model.context_masking and not (config.data.frames and not model.random_order):
+    if model.context_masking and (config.data.frames < 2 or model.random_order):
         reason = "it hides tokens of the earlier frames of clips, in raster order"
-        advice = "set config.data.frames to the frames of a clip, and random_order=(), or take 0"
+        advice = "set config.data.frames to 2 or more frames, and random_order=(), or take 0"
         refuse(config, "model.context_masking", f"{reason}; {advice}")
     if config.tokens.kind == "learned":
         _check_autoencoder(config)
@@ -280,6 +284,9 @@ def _check_reading(config: Config, section: str) -> None:
     if config.finetune.clips > 1 and not (config.data.frames and classifies):
         reason = "only the class of a video (config.data.frames above 0) is read from several clips"
         refuse(config, "finetune.clips", f"{reason}; take 1")
+    if config.finetune.clips > 1 and config.data.name in ONE_CLIP:
+        reason = f"config.data.name={config.data.name} has one clip of every video; take 1"
+        refuse(config, "finetune.clips", reason)
     if by_frames and not classifies:
         reason = f"it is for classes alone, and config.task.name is {config.task.name}; take causal"
         refuse(config, "finetune.attention", reason)

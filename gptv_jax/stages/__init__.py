@@ -115,5 +115,12 @@ STAGES = {
             files=("generated",),
             partial="generated",
         ),
+        Stage(
+            "typicality",
+            ("model",),
+            on_request=True,
+            files=("typicality", "samples/unusual.png", "samples/unusual.webp"),
+            heading="Typicality",
+        ),
     )
 }

@@ -75,9 +75,10 @@ def _impossible(config: config_lib.Config, held: Collection[str]) -> dict[str, s
             "config.model.objective=bert draws no images; it takes pretrain, probe and finetune"
         )
         refused |= dict.fromkeys(("sample", "generate"), reason)
+        refused["typicality"] = "config.model.objective=bert gives no likelihoods of images"
     if kind == "none":
         reason = "config.tokens.kind=none has no tokens to predict or to read; take finetune"
-        refused |= dict.fromkeys(("tokenizer", "pretrain", "probe", "sample", "generate"), reason)
+        refused |= dict.fromkeys((name for name in STAGES if name != "finetune"), reason)
     return refused
 
 
