@@ -33,12 +33,8 @@ DIGITS = pathlib.Path(__file__).with_name("digits.py")
 def get_config(which: str = "student"):
     c = runpy.run_path(str(DIGITS))["get_config"]()
     c.finetune.scratch = False
-    config_lib.choose(which, {"teacher": _teacher, "student": _student})(c)
+    config_lib.choose(which, {"teacher": lambda c: None, "student": _student})(c)
     return c
-
-
-def _teacher(c):
-    c.finetune.patience = 3
 
 
 def _student(c):
