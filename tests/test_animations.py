@@ -109,6 +109,7 @@ def test_frames_that_are_missing_between_others_are_noted(tmp_path):
     [
         (["s1_1.jpg", "s1_2.jpg", "s1_3.jpg", "s1_9.jpg"], ["s1_3.jpg", "s1_9.jpg"]),
         (["100.jpg", "133.jpg", "167.jpg", "200.jpg"], None),  # times, in milliseconds
+        ([f"{n}.jpg" for n in (100, 133, 200, 267, 900)], None),  # no step that most steps have
         (["1_1.jpg", "1_2.jpg", "2_1.jpg", "2_2.jpg"], None),  # two numbers
         (["a.jpg", "b.jpg", "c.jpg", "e.jpg"], None),
         ([f"{10**30 + k}.jpg" for k in (0, 1, 2, 4)], [f"{10**30 + 2}.jpg", f"{10**30 + 4}.jpg"]),
