@@ -50,7 +50,7 @@ class Limits:
     max_ratio: float = field(32.0, ("1 or more", lambda v: v >= 1))
     max_channels: int = field(4, POSITIVE)  # transparency is one
     max_bits: int = field(32, POSITIVE)  # of a channel
-    max_frames: int = field(50_000, POSITIVE)  # of an animation that is read as a video
+    max_frames: int = field(50_000, POSITIVE)  # of a clip, and of an animation read as a video
 
 
 @dataclasses.dataclass(frozen=True)
