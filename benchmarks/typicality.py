@@ -39,6 +39,7 @@ from gptv_jax.runs import record
 SIDE = 32  # pixels of textures before the run's transforms, as CIFAR-10 has
 AT_ONCE = 200  # images that the model reads in a batch
 REJECT_BELOW = 0.01
+TEXTURE = "texture: "  # how the names of their sets begin
 Made = list[np.ndarray]  # uint8 [H, W, 3] of any size
 
 
@@ -99,9 +100,8 @@ def made_sets(
     sets["digits"] = transformed([coloured(digit, rng) for digit in digits])
     each = -(-count // len(TEXTURES))
     for name, make in TEXTURES.items():
-        sets[f"textures: {name}"] = transformed([make(rng) for _ in range(each)])
-    parts = [images for name, images in sets.items() if name.startswith("textures")]
-    return sets | {"textures": np.concatenate(parts)}
+        sets[TEXTURE + name] = transformed([make(rng) for _ in range(each)])
+    return sets
 
 
 def coloured(ink: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -206,7 +206,10 @@ def measures(model: gptv_jax.Model, images: np.ndarray) -> dict[str, np.ndarray]
 def compare(
     model: gptv_jax.Model, usual: np.ndarray, sets: dict[str, np.ndarray]
 ) -> list[dict[str, float | str]]:
-    """A row for each set: means of its numbers, and the AUROC against the usual images."""
+    """A row for each set: means of its numbers, and the AUROC against the usual images.
+
+    All textures are a set as well.
+    """
     center = model.weights_file().typicality.center[0] * model.network.length
 
     def all_of(images: np.ndarray) -> dict[str, np.ndarray]:
@@ -214,15 +217,18 @@ def compare(
         found["likelihood, two-sided"] = np.abs(found["likelihood"] - center)
         return found
 
-    own, rows = all_of(usual), []
-    for name, images in {"test images": usual, **sets}.items():
-        other = all_of(images)
-        row = {"set": name, "images": len(images)}
+    found = {name: all_of(images) for name, images in {"test images": usual, **sets}.items()}
+    if textures := [each for name, each in found.items() if name.startswith(TEXTURE)]:
+        joined = {kind: np.concatenate([each[kind] for each in textures]) for kind in textures[0]}
+        found["all textures"] = joined
+    own, rows = found["test images"], []
+    for name, other in found.items():
+        row = {"set": name, "images": len(other["coder"])}
         row |= {"nats": float(other["likelihood"].mean()), "bits": float(other["coder"].mean())}
         for kind in ("likelihood", "likelihood, two-sided", "coder", "difference", "typicality"):
             sign = -1 if kind == "typicality" else 1
             scores = sign * np.concatenate([own[kind], other[kind]])
-            truth = np.repeat([0, 1], [len(usual), len(images)])
+            truth = np.repeat([0, 1], [len(own[kind]), len(other[kind])])
             row[kind] = float(metrics.roc_auc_score(truth, scores))
         row["rejected"] = float((other["typicality"] < REJECT_BELOW).mean())
         rows.append(row)

@@ -36,8 +36,8 @@ def test_sets_are_what_they_are_called_and_depend_on_the_seed_alone(sets):
     assert (flat["constants"] == flat["constants"][:, :1]).all()
     for name in flat.keys() - {"constants"}:
         assert (flat[name] != flat[name][:, :1]).any(axis=(1, 2)).mean() > 0.8, name
-    parts = [len(images) for name, images in sets.items() if name.startswith("textures: ")]
-    assert len(sets["textures"]) == sum(parts) == 16
+    parts = [len(images) for name, images in sets.items() if name.startswith("texture: ")]
+    assert sum(parts) == 16
 
 
 def test_every_texture_has_several_colours_and_is_another_one_each_time():
@@ -63,9 +63,13 @@ def test_a_set_is_compared_with_the_test_images_by_every_number(sets):
     described = dataclasses.replace(described, typicality=Calibration.fit(found, found))
     model = gptv_jax.Model(described, params, mesh)
 
-    rows = benchmark.compare(model, usual, {"constants": sets["constants"]})
-    own, other = rows
-    assert [row["set"] for row in rows] == ["test images", "constants"]
+    shown = {name: sets[name] for name in ("constants", "texture: checks", "texture: dots")}
+    rows = benchmark.compare(model, usual, shown)
+    own, other, *textures = rows
+    assert [row["set"] for row in rows] == ["test images", *shown, "all textures"]
+    assert [row["images"] for row in textures] == [2, 2, 4]
+    for kind in ("typicality", "coder"):
+        assert textures[2][kind] == pytest.approx((textures[0][kind] + textures[1][kind]) / 2)
     kinds = ("likelihood", "likelihood, two-sided", "coder", "difference", "typicality")
     for kind in kinds:
         assert own[kind] == pytest.approx(0.5) and 0 <= other[kind] <= 1
@@ -73,4 +77,4 @@ def test_a_set_is_compared_with_the_test_images_by_every_number(sets):
     assert other["coder"] == 0 and other["typicality"] > 0.9 and other["bits"] < own["bits"]
     assert own["rejected"] <= 1 / 40 < other["rejected"]
     lines = benchmark.table(rows).splitlines()
-    assert len(lines) == 4 and len({line.count("|") for line in lines}) == 1
+    assert len(lines) == 2 + len(rows) and len({line.count("|") for line in lines}) == 1
