@@ -99,9 +99,7 @@ def read(path: pathlib.Path, limits: Limits, start: int = 0, count: int | None =
     """
     if count is not None:
         _check_bytes(count, limits)  # before the file is opened
-    # Without O_NONBLOCK opening a pipe waits for a writer; Windows has O_BINARY instead.
-    how = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    with os.fdopen(os.open(path, how), "rb") as file:
+    with open(path, "rb", opener=_open_at_once) as file:
         found = os.fstat(file.fileno())
         if not stat.S_ISREG(found.st_mode):  # reading it may never end
             raise DamagedImageError("it is no regular file")
@@ -115,6 +113,11 @@ def read(path: pathlib.Path, limits: Limits, start: int = 0, count: int | None =
         if start == 0 and count == found.st_size and file.read(1):
             raise DamagedImageError("the file has grown while it was read")
     return content
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Opens a file; a pipe does not wait for a writer."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 @contextlib.contextmanager
