@@ -9,7 +9,7 @@ import pytest
 from conftest import encoded, random_image
 from safetensors.numpy import save_file
 
-from benchmarks import fuzz, fuzz_cases
+from benchmarks import fuzz, fuzz_cases, fuzz_weights
 from gptv_jax import config as config_lib
 from gptv_jax import files, weights
 from gptv_jax.config import run_file
@@ -78,7 +78,7 @@ def test_a_cut_pcx_file_does_not_come_out_grey():
 @pytest.fixture
 def own(tmp_path):
     """Rewrites the header of a file of weights: of the settings' names and values."""
-    subject = fuzz_cases.Weights(tmp_path)
+    subject = fuzz_weights.Weights(tmp_path)
 
     def change(**changes):
         content = subject.originals["own"]

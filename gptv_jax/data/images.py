@@ -28,6 +28,7 @@ from gptv_jax.data.containers import (
 from gptv_jax.data.limits import (
     DEFAULT,
     DamagedImageError,
+    Rewritten,
     as_damaged,
     check_array,
     check_formats,
@@ -301,7 +302,7 @@ def as_stored(encoded: bytes, limits: Limits) -> bytes:
     """The image file as a PNG file without EXIF orientation, so that `Decode` does not turn it."""
     with opened(encoded, limits) as image, io.BytesIO() as plain:
         image.save(plain, "PNG", exif=b"", compress_level=1)
-        return plain.getvalue()
+        return Rewritten(plain.getvalue())
 
 
 def load_image(
