@@ -12,6 +12,7 @@ from PIL import Image
 
 import gptv_jax
 from gptv_jax import config as config_lib
+from gptv_jax import tokens, validation
 from gptv_jax.config import Limits
 from gptv_jax.data import sources
 from gptv_jax.data.damage import DecodedSource
@@ -99,6 +100,20 @@ def test_what_the_program_wrote_itself_has_any_format_and_length():
     assert np.array_equal(Decode().within(given).pixels(Rewritten(content)), PHOTO)
     with pytest.raises(DamagedImageError, match="max_bytes=10"):
         Decode().within(given).pixels(content)
+
+
+def test_open_pictures_are_upright_and_whole():
+    """As `tokenize` takes Pillow images: as `load_image` does."""
+    codec = tokens.make_codec(config_lib.Tokens(kind="grey", levels=256), (12, 20), None)
+    plane = random_image(12, 20)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera lay on its side
+    content = saved(Image.fromarray(np.rot90(plane)), "PNG", exif=exif)
+    found = validation.images([Image.open(io.BytesIO(content))], codec)
+    assert np.array_equal(found[0, ..., 0], plane)
+    assert np.array_equal(gptv_jax.load_image(content, channels=1)[..., 0], plane)
+    with pytest.raises(InputError, match=r"an image cannot be read \(.*trunc"):
+        validation.images([Image.open(io.BytesIO(content[:-60]))], codec)
 
 
 def test_label_maps_have_any_format(tmp_path):

@@ -70,7 +70,7 @@ class WeightsFile:
     map_names: tuple[str, ...] = field(())
     eval_transforms: tuple[str, ...] = field(())
     measured: bytes = b""
-    limits: config_lib.Limits = config_lib.Limits()  # as config.data.limits; of a run folder alone
+    limits: config_lib.Limits = dataclasses.field(default_factory=config_lib.Limits)  # of data
 
     @property
     def codec(self) -> tokens.Codec | None:
