@@ -14,7 +14,8 @@ from gptv_jax.errors import InputError
 from gptv_jax.hosts import distributed, runtime, stopping
 from gptv_jax.stages import STAGES, run
 
-DEFAULT = "every possible stage but generate, which runs on request"
+REQUESTED = [name for name, stage in STAGES.items() if stage.on_request]
+DEFAULT = f"every possible stage but those on request, {', '.join(REQUESTED)}"
 WORKDIR = flags.DEFINE_string("workdir", None, "Run folder; the same folder continues its run.")
 WANTED = flags.DEFINE_list("stages", None, f"Some of {','.join(STAGES)}; default: {DEFAULT}.")
 DISTRIBUTED = flags.DEFINE_enum(

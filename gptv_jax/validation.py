@@ -127,7 +127,12 @@ def given_frames(given, codec: tokens.Codec, whole: bool = True) -> UInt8[np.nda
             "this model is of images, so it reads and continues no clips; load a run with "
             "config.data.frames above 0."
         )
-    given, (_, *shape) = np.asarray(given), codec.image_shape
+    _, *shape = codec.image_shape
+    if isinstance(given, list | tuple) and len({np.shape(each) for each in given}) > 1:
+        raise InputError(
+            "frames are of clips of several lengths or sizes; give the clips of each in a call."
+        )
+    given = np.asarray(given)
     right = given.dtype == np.uint8 and given.ndim == 5 and given.shape[2:] == tuple(shape)
     accepted = f"uint8 [B, K, {', '.join(map(str, shape))}], of K frames, 1 or more"
     found = _checked(given, right and given.shape[1] > 0, "frames are", accepted)

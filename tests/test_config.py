@@ -50,6 +50,15 @@ TRAINING = {
     "optimizer.decay_share": -0.1,
     "ema": 1.0,
 }
+DISTILL = {
+    "teacher": (" ",),
+    "weight": -1.0,
+    "data_weight": -1.0,
+    "temperature": 0.0,
+    "features": -1.0,
+    "student_layer": -1,
+    "teacher_layer": -1,
+}
 OUT_OF_RANGE = {
     "seed": -1,
     "checkpoint_dir": "checkpoints",
@@ -212,6 +221,9 @@ OUT_OF_RANGE = {
     "tokenizer.discriminator_rate": -1.0,
     "tokenizer.discriminator_betas": (0.5, 1.0),
     "tokenizer.least_used": 1.5,
+    **{f"distill.{name}": value for name, value in DISTILL.items()},
+    **{f"finetune.distill.{name}": value for name, value in DISTILL.items()},
+    "finetune.distill.mixup": -1.0,
 }
 # What any value of the type is good for, or what is judged where data sets and codecs are known.
 UNBOUNDED = {
@@ -227,7 +239,7 @@ UNBOUNDED = {
     "model.axial_positions", "model.start_per_variant", "model.scan_layers",
     "model.learned_positions", "model.rotary", "model.qk_norm",
     "model.target_positions",
-    "finetune.standardize", "finetune.scratch",
+    "finetune.standardize", "finetune.scratch", "distill.compare", "finetune.distill.compare",
     "task.name", "task.prefix", "task.detect.noise", "task.detect.votes",
     "task.segment.read", "task.segment.write",
     "probe.sgd.train_transforms", "probe.sgd.standardize",

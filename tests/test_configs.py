@@ -23,8 +23,12 @@ ALONE = {
 # File and argument: weights of the pretrained network, without a class head, or of the task's.
 WEIGHTS = {
     ("digits", None): 803_328,
+    ("digits_distill", "teacher"): 803_328,
+    ("digits_distill", None): 61_440,
+    ("cifar10_distill", "teacher"): 1_218_304,
+    ("cifar10_distill", None): 314_240,
     ("image_folder", None): 275_072,
-    ("video_digits", None): 231_552,
+    ("video_digits", None): 231_040,
     ("video_camera", None): 231_552,
     ("video_codes", "steps"): 263_488,
     ("video_codes", "frames"): 263_872,

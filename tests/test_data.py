@@ -14,6 +14,7 @@ from test_images import png
 
 from gptv_jax import config as config_lib
 from gptv_jax.data import damage, pipeline, sources, trial
+from gptv_jax.data.clips import Clips
 from gptv_jax.errors import InputError
 from gptv_jax.tokens import GreyCodec
 
@@ -122,6 +123,7 @@ def test_augmentation_is_drawn_anew_for_every_example_in_every_epoch(monkeypatch
 
 # Values from 0 to 4080 in 40 images, and what is left of 16 bits and of 17 levels.
 DEEP = np.arange(40 * 64).reshape(40, 8, 8, 1) * 97 % 4081
+STRIPED_CLIPS = np.broadcast_to(DEEP[:1, :1] % 256, (40, 3, 8, 8, 1))
 ONE_OF_MANY = np.where(np.arange(40)[:, None, None, None] == 7, DEEP // 16, 200)
 
 
@@ -137,14 +139,17 @@ ONE_OF_MANY = np.where(np.arange(40)[:, None, None, None] == 7, DEEP // 16, 200)
         (DEEP % 17, ("decode(channels=1, maximum=16)",), []),
         (DEEP // 16, (), []),
         (ONE_OF_MANY, (), []),
+        (STRIPED_CLIPS, (), []),
     ],
 )
 def test_images_that_all_look_blank_or_dark_are_warned_of_once(
     images, entries, words, monkeypatch, caplog, tmp_path
 ):
-    arrays = sources.Arrays({"train": (images.astype(np.uint8), None)})
+    frames = images.shape[1] * (images.ndim == 5)
+    arrays = sources.Arrays({"train": (images.astype(np.uint8), None)}, clips=Clips(frames))
     monkeypatch.setitem(sources.SETS, "given", lambda config: arrays)
-    config = config_lib.Data(name="given", path=str(tmp_path), eval_transforms=entries)
+    given = {"name": "given", "path": str(tmp_path), "frames": frames}
+    config = config_lib.Data(**given, eval_transforms=entries)
     shape = images.shape[1:]
     for transforms in ((*entries, "flip()"), entries):
         trial.try_out(config, None, shape, transforms)

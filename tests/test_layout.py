@@ -275,7 +275,7 @@ def test_what_weighs_nothing_has_no_gradient():
 
 
 def test_soft_targets_are_gaussians_over_the_bins_of_their_own_axis():
-    found = np.asarray(objective.soft_targets(jnp.array([[2, 6, 12, 18]]), OBJECTS, 0.7))[0]
+    found = np.asarray(parts.soft_targets(jnp.array([[2, 6, 12, 18]]), OBJECTS, 0.7))[0]
     np.testing.assert_allclose(found.sum(axis=-1), 1, rtol=1e-6)
     near = np.exp(-0.5 * (np.arange(6) / 0.7) ** 2)
     np.testing.assert_allclose(found[0, :6] / found[0, 2], near[[2, 1, 0, 1, 2, 3]], rtol=1e-5)
@@ -290,7 +290,7 @@ def test_a_soft_loss_is_the_cross_entropy_with_soft_targets():
     params, batch = random_params(network), on_mesh(parts_batch(network))
     tokens = objective.sequence(network.layout, batch)
     logits = network.bind(params)(tokens, pixels=batch["image"]).logits["objects"]
-    soft = objective.soft_targets(batch["targets"]["objects"], OBJECTS, 0.7)
+    soft = parts.soft_targets(batch["targets"]["objects"], OBJECTS, 0.7)
     nats = -(soft * jax.nn.log_softmax(logits)).sum(axis=-1) * batch["weights"]["objects"]
     loss = objective.make_parts_loss(network, soft={"objects": 0.7})(params, None, batch, None)[0]
     assert float(loss) == pytest.approx(float(nats.mean()), rel=1e-5)

@@ -11,12 +11,15 @@ from conftest import make_mesh, random_batch, random_params, tiny_network
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.checkpoint import Checkpoints
+from gptv_jax.model.layout import by_frames
 from gptv_jax.probe import features, sgd
 from gptv_jax.train import step
 from gptv_jax.train.metrics import MetricWriter
 
 CLASSES = 3
 NETWORK = tiny_network()
+CLIPS = tiny_network(grid=(4, 2, 2))  # 4 frames, each of which sees itself and the frames before it
+CLIPS = dataclasses.replace(CLIPS, layout=by_frames(CLIPS.layout.parts[0]))
 SGD = config_lib.ProbeSgd(
     steps=6, batch_size=8, learning_rates=(1.0, 0.1), eval_every=3, checkpoint_every=2, log_every=1
 )
@@ -87,15 +90,40 @@ def test_a_head_learns_by_sgd_with_momentum_and_a_cosine_schedule():
 
 
 @pytest.mark.parametrize(
-    ("pooling", "objective"), [("mean", "autoregressive"), ("attentive", "bert")]
+    ("pooling", "network"),
+    [("mean", NETWORK), ("attentive", tiny_network(objective="bert")), ("attentive", CLIPS)],
+    ids=["mean", "bert", "clips"],
 )
-def test_heads_learn_the_same_on_every_mesh(pooling, objective):
-    network = tiny_network(objective=objective)
+def test_heads_learn_the_same_on_every_mesh(pooling, network):
     groups = ((0,), (0, 1, 2))
     wanted = trained(settings(pooling=pooling), groups, network)
     found = trained(settings(pooling=pooling), groups, network, mesh=(2, 2, 2))
     for (path, f), w in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(f, w, rtol=1e-3, atol=1e-5, err_msg=str(path))
+
+
+def test_an_attentive_head_finds_the_frame_that_tells_the_class_of_a_clip():
+    def told(seed: int) -> dict:
+        batch = labelled(seed, CLIPS)
+        return batch | {"label": (batch["tokens"][:, 9] % CLASSES).astype(np.int32)}  # third frame
+
+    right, rates = {}, dataclasses.replace(SGD, steps=300, learning_rates=(10.0,))
+    with jax.set_mesh(make_mesh((1, 1, 1))):
+        frozen, test = random_params(CLIPS), [told(i) for i in range(1000, 1020)]
+        for pooling in ("mean", "attentive"):
+            config = settings(pooling=pooling, sgd=rates)
+            heads = sgd.Heads(CLIPS, config, CLASSES, ((0,),))
+            take, update = step_of(heads)
+            state = jax.jit(
+                lambda update=update, heads=heads: step.state_of(heads.init(), update)
+            )()
+            for i in range(300):
+                state, _ = take(state, sharding.global_batch(told(i)), frozen)
+            count, head = sgd.make_eval_step(heads), np.zeros(2, np.int32)
+            sums = [count(state["params"], frozen, sharding.global_batch(b), head) for b in test]
+            images = sum(float(each["images"]) for each in sums)
+            right[pooling] = sum(float(s["accuracy"]["layers_1"][0, 0]) for s in sums) / images
+    assert right["attentive"] > 0.95 and right["mean"] < 0.6
 
 
 @pytest.mark.parametrize("pooling", ["mean", "attentive"])

@@ -12,6 +12,7 @@ from test_detect import batch_of, scenes, task_of
 from test_segment import records
 
 from gptv_jax import sharding
+from gptv_jax.model.parts import soft_targets
 from gptv_jax.train import objective
 from gptv_jax.train.metrics import best_step
 
@@ -56,7 +57,7 @@ def test_the_loss_of_detection_has_soft_targets_and_weights():
     task = task_of(objects=3, bins=16, soft=0.8, class_weight=3.0)
     (part,), network, loss = task.parts(), task.network(), task.loss(task.network())
     params, batch = random_params(network), sharding.global_batch(batch_of(task, scenes(16)))
-    soft = objective.soft_targets(batch["targets"]["boxes"], part, 0.8)
+    soft = soft_targets(batch["targets"]["boxes"], part, 0.8)
     nats = -(soft * jax.nn.log_softmax(box_logits(network, params, batch))).sum(axis=-1)
     weights = np.asarray(batch["weights"]["boxes"])
     assert (weights[:, 4::5] == 3).all()

@@ -243,6 +243,7 @@ def test_model_segment_video(tmp_path):
         ((frames, first[:4]), r"\[4, 16\]; its image is \[8, 16\]"),
         (([frames[0], frames[1, :4]],), "one size"),
         ((frames, first / 2), "takes whole numbers"),
+        ((frames, np.full_like(first, 255)), "first_map has no class"),
     ):
         with pytest.raises(InputError, match=words):
             model.segment_video(*given)

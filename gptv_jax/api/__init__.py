@@ -44,7 +44,10 @@ def load(source: AnyPath, stage: str | None = None, palette: AnyPath | None = No
         if path.is_dir() and not weights.is_weights_path(path):
             config = record.config_of(path)
             if stage is None and config.init_from and not _trained(path):
-                return load(config.init_from, palette=config.tokens.palette)
+                found = load(config.init_from, palette=config.tokens.palette)
+                if measured := record.typicality(path, "pretrain", None):  # on this run's images
+                    found._described = dataclasses.replace(found._described, typicality=measured)
+                return found
             described, params = native.read_run(path, stage)
             pretrained = None
             if stage is None and (described.classes or described.task):  # fine-tuned weights

@@ -8,10 +8,10 @@ from collections.abc import Callable
 import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
-from PIL import Image
 
 from gptv_jax import files, sharding, validation
 from gptv_jax.api.forward import network_output
+from gptv_jax.api.of_classes import Images, OfClasses
 from gptv_jax.api.of_clips import OfClips
 from gptv_jax.api.of_tasks import OfTasks
 from gptv_jax.decode import generation
@@ -26,12 +26,11 @@ from gptv_jax.weights.native import WeightsFile
 
 LOG = logging.getLogger(__name__)
 AnyPath = str | pathlib.Path
-Images = UInt8[AnyArray, "B *F H W C"] | list[Image.Image]
 Tokens = Int[AnyArray, "B T"]
 Setting = float | int | str | None  # of `config.Drawing`
 
 
-class Model(OfClips, OfTasks):
+class Model(OfClasses, OfClips, OfTasks):
     """A trained network with its weights (`params`, on `mesh`) and its tokens, made by `load`.
 
     Images are uint8 [B, H, W, C] in the data set's own range, NumPy or JAX arrays, or a list of
@@ -135,26 +134,6 @@ class Model(OfClips, OfTasks):
             raise InputError(f"the probe has not run, so name a layer: 0 to {last}.")
         layer = validation.whole(chosen if layer is None else layer, "layer", most=last)
         return self._forward(tokens, "pooled")[:, layer]
-
-    @arguments_by_name
-    def classify(self, images: Images, clips: int | None = None) -> Float[np.ndarray, "B classes"]:
-        """Float32 class probabilities of a fine-tuned model; with bert, means over its masks.
-
-        With `clips`, for a model of clips, images are videos, uint8 [B, N, H, W, C], of any number
-        of frames: of each video so many clips are read, evenly spaced, and the probabilities are
-        means over them. A clip is of neighbouring frames, so of a run with
-        `config.data.frame_stride` above 1 give every so many frames of the video alone. A video
-        with fewer frames than a clip repeats its last frame.
-        """
-        if not self.network.classes:
-            raise InputError(
-                "this model has no class head; load a run whose stage finetune has finished the "
-                "task classify."
-            )
-        if clips is None:
-            return self._forward(self.tokenize(images), "classes")
-        each = self.clips_of(images, clips)
-        return np.mean([self._forward(self.tokenize(x), "classes") for x in each], axis=0)
 
     @arguments_by_name
     def sample(

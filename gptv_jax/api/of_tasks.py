@@ -225,6 +225,11 @@ class OfTasks:
                 "first_map is for maps that are carried along: by='written', carry=True."
             )
         first = None if first_map is None else _known(first_map, len(self.map_classes))
+        if first is not None and (first < 0).all():
+            raise InputError(
+                f"first_map has no class, so nothing can be carried along; it takes the numbers 0 "
+                f"to {len(self.map_classes) - 1} of model.map_classes."
+            )
         maps = itertools.chain([first], itertools.repeat(None))
         shown = [record for _, record in self._shown("segment_video", frames, maps=maps)]
         if not shown:

@@ -14,6 +14,7 @@ from gptv_jax.config.stages import Config
 from gptv_jax.errors import InputError
 
 RESTORING = ("l1", "l2", "gradient", "ssim", "lpips")  # losses that compare images with restored
+ONE_CLIP = ("moving_digits", "two_moving_digits", "camera_motions", "tokens")  # of every video
 
 
 def refuse(config: Config, name: str, reason: str) -> NoReturn:
@@ -27,6 +28,9 @@ def check(config: Config) -> None:
     model = config.model
     if dataclasses.astuple(config.mesh).count(-1) > 1:
         raise InputError("config.mesh has more than one -1; only one axis can be filled.")
+    if config.data.frames > (most := config.data.limits.max_frames):
+        reason = f"config.data.limits.max_frames is {most}; take as many frames at most"
+        refuse(config, "data.frames", reason)
     if model.width % model.heads:
         refuse(config, "model.heads", f"it takes a divisor of config.model.width = {model.width}")
     if model.rotary and (size := model.width // model.heads) % 4:
@@ -46,9 +50,9 @@ def check(config: Config) -> None:
             "config.model.rotary, or target_positions with learned_positions or axial_positions"
         )
         refuse(config, "model.random_order", f"{reason}; set {advice}")
-    if model.context_masking and not (config.data.frames and not model.random_order):
+    if model.context_masking and (config.data.frames < 2 or model.random_order):
         reason = "it hides tokens of the earlier frames of clips, in raster order"
-        advice = "set config.data.frames to the frames of a clip, and random_order=(), or take 0"
+        advice = "set config.data.frames to 2 or more frames, and random_order=(), or take 0"
         refuse(config, "model.context_masking", f"{reason}; {advice}")
     if config.tokens.kind == "learned":
         _check_autoencoder(config)
@@ -280,6 +284,9 @@ def _check_reading(config: Config, section: str) -> None:
     if config.finetune.clips > 1 and not (config.data.frames and classifies):
         reason = "only the class of a video (config.data.frames above 0) is read from several clips"
         refuse(config, "finetune.clips", f"{reason}; take 1")
+    if config.finetune.clips > 1 and config.data.name in ONE_CLIP:
+        reason = f"config.data.name={config.data.name} has one clip of every video; take 1"
+        refuse(config, "finetune.clips", reason)
     if by_frames and not classifies:
         reason = f"it is for classes alone, and config.task.name is {config.task.name}; take causal"
         refuse(config, "finetune.attention", reason)
@@ -299,7 +306,33 @@ def _check_detect(config: Config) -> None:
         refuse(config, "task.detect.noise_among", reason)
 
 
+def _check_distill(config: Config, section: str = "distill") -> None:
+    """Checks the teachers' settings, the section `config.<section>`."""
+    settings, layers = operator.attrgetter(section)(config), config.model.layers
+    if not settings.teacher:
+        return
+    if not settings.weight and not settings.features:
+        reason = f"config.{section}.features is 0 too, so a teacher would teach nothing"
+        refuse(config, f"{section}.weight", f"{reason}; take 1, or teacher=()")
+    if (settings.student_layer or 0) > layers:
+        reason = f"the network has config.model.layers = {layers}; take at most {layers}, or None"
+        refuse(config, f"{section}.student_layer", reason)
+
+
+def _check_matching(config: Config) -> None:
+    """Checks the teachers' settings of fine-tuning."""
+    section, settings = "finetune.distill", config.finetune.distill
+    _check_distill(config, section)
+    if settings.teacher and config.task.name != "classify":
+        reason = f"config.task.name is {config.task.name}, and teachers teach classes alone"
+        refuse(config, f"{section}.teacher", f"{reason}; take ()")
+    if settings.teacher and settings.mixup and config.data.name == "tokens":
+        reason = "config.data.name=tokens is a token cache, which has no pixels to mix"
+        refuse(config, f"{section}.mixup", f"{reason}; take 0, or a data set of images")
+
+
 def _check_finetune(config: Config) -> None:
+    _check_matching(config)
     _check_reading(config, "finetune")
     _check_training(config, "finetune.train")
     _check_pixels(config)
@@ -310,6 +343,7 @@ def _check_finetune(config: Config) -> None:
 SECTIONS = {
     "tokenizer": _check_tokenizer,
     "train": _check_pretraining,
+    "distill": _check_distill,
     "profile": _check_profile,
     "probe": _check_probe,
     "finetune": _check_finetune,

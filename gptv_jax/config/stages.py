@@ -5,6 +5,7 @@ import math
 import os
 
 from gptv_jax.config.data import Data, Tokens
+from gptv_jax.config.distill import Distill, Matching
 from gptv_jax.config.fields import (
     ABOVE_ZERO,
     BELOW_ONE,
@@ -105,6 +106,7 @@ class Finetune:
     clips: int = field(1, POSITIVE)
     # Trains the network from scratch as well, for comparison, which takes as long again.
     scratch: bool = True
+    distill: Matching = dataclasses.field(default_factory=Matching)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,6 +196,7 @@ class Config:
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
     tokenizer: Tokenizer = dataclasses.field(default_factory=Tokenizer)
     train: Train = dataclasses.field(default_factory=Train)
+    distill: Distill = dataclasses.field(default_factory=Distill)
     probe: Probe = dataclasses.field(default_factory=Probe)
     task: Task = dataclasses.field(default_factory=Task)
     finetune: Finetune = dataclasses.field(default_factory=Finetune)

@@ -22,6 +22,7 @@ from gptv_jax.data.cache import TokenCache
 from gptv_jax.data.clips import by_video, places
 from gptv_jax.data.damage import NOT_DAMAGED, DamageLog, DecodedSource
 from gptv_jax.data.images import Decode
+from gptv_jax.data.mixup import mixed
 from gptv_jax.data.reading import batches_ahead, read_ahead
 from gptv_jax.data.records import PICTURE, Record, Rng, with_view
 from gptv_jax.data.stills import Stills, images_of
@@ -68,13 +69,16 @@ class Pipeline:
         example: ExampleOf | None = None,
         pixels: bool = False,
         stills: bool = False,
+        mixup: float = 0.0,
     ) -> Iterator[dict]:
         """This process's share of every global batch from number `position` on, without end.
 
         `entries` are transforms in place of the config's. With `stills`, the images that the config
-        mixes with clips are among them; "still", bool [b], says which they are.
+        mixes with clips are among them; "still", bool [b], says which they are. With `mixup`, every
+        image is blended with another training image, see data/mixup.py.
         """
         make = self._example("train", entries or self.config.train_transforms, example, pixels)
+        make = dataclasses.replace(make, mixup=mixup)
         if stills and self.config.still_share:
             images = open_examples(*images_of(self.config))
             make = dataclasses.replace(make, stills=Stills(images, make.source, self.config))
@@ -236,6 +240,7 @@ class _Example(grain.transforms.RandomMap):
     pixels: bool = False
     annotated: bool = False
     stills: Stills | None = None
+    mixup: float = 0.0
 
     def record(self, index: int, rng: Rng = None, place: float = 0.5) -> Record:
         """The transformed record, without annotations unless they are used.
@@ -264,6 +269,9 @@ class _Example(grain.transforms.RandomMap):
     def random_map(self, index: int, rng: Rng = None, place: float = 0.5) -> dict:
         read = functools.partial(self.record, index, rng, place)
         record = self.stills.draw(rng, read) if self.stills else read()
+        if self.mixup and rng is not None:
+            other = self.record(int(rng.integers(len(self.source))), rng)
+            record = mixed(record, other, self.mixup, rng)
         found = {name: record[name] for name in ALWAYS if name in record}
         if self.codec is not None:
             found["tokens"] = to_tokens(self.codec, record)

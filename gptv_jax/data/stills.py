@@ -7,13 +7,20 @@ from collections.abc import Callable
 import numpy as np
 
 from gptv_jax import config as config_lib
+from gptv_jax import files
 from gptv_jax.data import sources
 from gptv_jax.data.damage import NOT_DAMAGED, DecodedSource
 from gptv_jax.data.records import Record
+from gptv_jax.errors import InputError
 
 
 def images_of(config: config_lib.Data) -> tuple[config_lib.Data, str, tuple[str, ...]]:
-    """Data set, split and transforms of the folder `config.stills`, whose labels are not read."""
+    """Data set, split and transforms of the folder `config.stills`, whose labels are not read.
+
+    InputError: there is no such folder.
+    """
+    if not files.user_path(config.stills).exists():
+        raise InputError(f"config.data.stills={config.stills} does not exist.")
     kept = {n: getattr(config, n) for n in ("image_size", "damaged", "max_damaged", "limits")}
     data = config_lib.Data(name="folder", path=config.stills, labels=False, **kept)
     return data, "train", config.still_transforms or config.train_transforms

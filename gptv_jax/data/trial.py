@@ -57,7 +57,8 @@ def try_out(
             shown.append(codec.picture(image[None])[0] if codec else image)
     if not shown or not evaluated or warned:
         return
-    deviation = max(picture.std(axis=(0, 1)).max() for picture in shown)
+    every = tuple(range(shown[0].ndim - 1))  # axes but the channels; of clips the frames, too
+    deviation = max(picture.std(axis=every).max() for picture in shown)
     low, high = min(picture.min() for picture in shown), max(picture.max() for picture in shown)
     if deviation >= BLANK and high > DARK:
         return

@@ -35,6 +35,7 @@ from gptv_jax.errors import InputError, shorten
 from gptv_jax.model.gpt import Network
 from gptv_jax.model.inputs import take_rows
 from gptv_jax.tokens import Codec
+from gptv_jax.tokens.differences import token_differences
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,20 +58,7 @@ def check_draft(
     A codec is None if its palette or tokenizer is not made yet. The InputError lists the
     differences.
     """
-    pairs = {
-        "objective": (draft.config.objective, network.config.objective),
-        "vocabulary": (draft.vocabulary, network.vocabulary),
-        "grid": (draft.grid, network.grid),
-    }
-    classes = draft.config.class_tokens, network.config.class_tokens
-    if all(classes):  # a draft without classes is told none
-        pairs["classes"] = classes
-    if codec and draft_codec:
-        pairs["image shape"] = draft_codec.image_shape, codec.image_shape
-    differing = [f"{name} {its}, not {ours}" for name, (its, ours) in pairs.items() if its != ours]
-    definitions = [each and each.definition for each in (draft_codec, codec)]
-    if not differing and all(definitions) and not definitions[0].equivalent(definitions[1]):
-        differing = ["another palette or tokenizer"]
+    differing = token_differences(draft, draft_codec, network, codec)
     if differing:
         raise InputError(
             f"{name} has {shorten(differing)}; a draft takes a network that was trained on the "
@@ -200,15 +188,18 @@ def draw_tokens(
     def advance(state):
         tokens, position, passes, (cache, draft_cache) = state
         places = position[:, None] + jnp.arange(proposals)[None]
+        # The random numbers of all steps at once: made step by step they cost as much as a draft.
+        gumbel = functools.partial(jax.random.gumbel, shape=(draft.vocabulary,))
+        gumbel = jax.vmap(functools.partial(draw, gumbel, PROPOSE), 1, 0)(places)
 
         def propose(carry, step):
-            tokens, draft_cache = carry
-            at = position + step
+            (tokens, draft_cache), (number, noise) = carry, step
+            at = position + number
             found, draft_cache = read_draft(tokens, at, 1, draft_cache)
-            drawn = draw(jax.random.categorical, PROPOSE, at, found[:, 0])
+            drawn = jnp.argmax(found[:, 0] + by_row(noise), axis=-1)
             return (write(tokens, at, drawn), draft_cache), by_row(found[:, 0])
 
-        steps = jnp.arange(proposals)
+        steps = jnp.arange(proposals), gumbel
         (tokens, draft_cache), proposed = jax.lax.scan(propose, (tokens, draft_cache), steps)
         q = jax.nn.softmax(jnp.swapaxes(proposed, 0, 1), axis=-1)
         found, cache = read(tokens, position, proposals, cache)

@@ -3,7 +3,7 @@
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from gptv_jax.model.parts import CHANNELS
 
 
 class Flops(dict[str, int]):
-    """FLOPs: of a token "matmul", "attention" and "stem", of an image "encoder" and "decoder"."""
+    """FLOPs of a token: "matmul", "attention", "stem", "teacher"; of an image: its coders'."""
 
     @property
     def total(self) -> int:
@@ -49,12 +49,22 @@ def forward(network: Network) -> Flops:
     return Flops(matmul=blocks + head, attention=attention, **stem)
 
 
-def training(network: Network) -> Flops:
-    """FLOPs that one token of training needs: the backward pass does each product twice."""
-    return forward(network).times(3)
+def training(network: Network, teachers: Sequence[Network] = ()) -> Flops:
+    """FLOPs that one token of training needs: the backward pass does each product twice.
+
+    Of teachers only the forward pass is needed.
+    """
+    taught = {"teacher": sum(map(sum, map(_teacher_parts, teachers)))} if teachers else {}
+    return Flops(forward(network).times(3), **taught)
 
 
-def executed(network: Network, platform: str, split: int = 1, loss_chunks: int = 1) -> Flops:
+def executed(
+    network: Network,
+    platform: str,
+    split: int = 1,
+    loss_chunks: int = 1,
+    teachers: Sequence[Network] = (),
+) -> Flops:
     """FLOPs that the program executes for one token of training.
 
     Unlike `training`, this counts computations that are repeated and leaves out skipped tiles.
@@ -62,23 +72,40 @@ def executed(network: Network, platform: str, split: int = 1, loss_chunks: int =
     and `loss_chunks` the number of chunks of the logits; the backward pass repeats several.
     """
     c, T, (blocks, head, attention) = network.config, network.length, _forward_parts(network)
-    visible = network.layout.visible
+    ahead, back, tiles, kept = _attention(network, platform, split)
+    again = c.remat == "full" or (c.remat == "dots" and not kept)
+    attention = attention * (ahead * (1 + again) + back) // 2 * tiles[0] // tiles[1]
+    matmul = 3 * (blocks + head) + (loss_chunks > 1) * head
+    if c.remat == "full":  # repeats all products of a layer but the last, which no gradient reads
+        matmul += blocks - 2 * c.layers * c.mlp_width * c.width
+    stem = {"stem": 3 * _stem(network) // T} if network.stem else {}
+    taught = 0
+    for teacher in teachers:
+        blocks, head, plain = _teacher_parts(teacher)
+        ahead, _, tiles, _ = _attention(teacher, platform, split)
+        taught += blocks + (1 + (loss_chunks > 1)) * head
+        taught += plain * ahead // 2 * tiles[0] // tiles[1]
+    more = stem | ({"teacher": taught} if teachers else {})
+    return Flops(matmul=matmul, attention=attention, **more)
+
+
+def _attention(
+    network: Network, platform: str, split: int
+) -> tuple[int, int, tuple[int, int], bool]:
+    """How the program computes attention, see `PRODUCTS`.
+
+    Products forward and backward, tiles that are computed and all tiles, and whether
+    rematerialisation by "dots" keeps the result, as it does that of the splash kernel.
+    """
+    c, T, visible = network.config, network.length, network.layout.visible
     chosen = form(platform, visible, split, c.dtype, head_size=c.width // c.heads)
-    ahead, back = PRODUCTS[chosen]
-    # With "dots" the results of the splash kernel are kept.
-    again = c.remat == "full" or (c.remat == "dots" and chosen != "splash")
-    attention = attention * (ahead * (1 + again) + back) // 2
     # Scores are computed or skipped by whole tiles. cuDNN skips tiles of a causal mask alone.
     cudnn = CUDNN_TILE if visible == causal_mask(T) else T
     sides = {"plain": T, "blocked": BLOCK, "cudnn": cudnn, "splash": math.gcd(T, SPLASH_TILE)}
     side = sides[chosen]
     last = [visible[min(start + side, T) - 1] for start in range(0, T, side)]
-    attention = attention * sum(-(-keys // side) for keys in last) // len(last) ** 2
-    matmul = 3 * (blocks + head) + (loss_chunks > 1) * head
-    if c.remat == "full":  # repeats all products of a layer but the last, which no gradient reads
-        matmul += blocks - 2 * c.layers * c.mlp_width * c.width
-    stem = {"stem": 3 * _stem(network) // T} if network.stem else {}
-    return Flops(matmul=matmul, attention=attention, **stem)
+    tiles = sum(-(-keys // side) for keys in last), len(last) ** 2
+    return *PRODUCTS[chosen], tiles, chosen == "splash"
 
 
 def of_autoencoder(config: config_lib.Autoencoder, size: ImageSize, frames: int = 0) -> Flops:
@@ -134,6 +161,12 @@ def _forward_parts(network: Network) -> tuple[int, int, int]:
     if read := network.reading:
         predicted += network.layout.parts[0].size * read.outputs * max(len(read.layers), 1)
     return 2 * weights, 2 * predicted * c.width // network.length, attention
+
+
+def _teacher_parts(network: Network) -> tuple[int, int, int]:
+    """As `_forward_parts`, of a teacher; a teacher of classes predicts no tokens."""
+    blocks, head, attention = _forward_parts(network)
+    return blocks, head * (not network.classes), attention
 
 
 def _stem(network: Network) -> int:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 from gptv_jax import sharding
 from gptv_jax.model import layers
@@ -205,3 +205,17 @@ def _interpolation(cells: int, pixels: int) -> Float[np.ndarray, "pixels cells"]
     """Weights of the cells in every pixel along one axis; pixels at the border repeat a cell."""
     at = np.clip((np.arange(pixels) + 0.5) * cells / pixels - 0.5, 0, cells - 1)
     return np.maximum(1 - np.abs(at[:, None] - np.arange(cells)), 0)
+
+
+def soft_targets(tokens: Int[Array, "B n"], part: Part, deviation: float) -> Float[Array, "B n V"]:
+    """Target distributions over a part's vocabulary; of a token that names no place, the token.
+
+    The distribution of a token that names a height or a width is a Gaussian over all heights or
+    widths, whose standard deviation is given in bins.
+    """
+    ids, token = jnp.arange(part.vocabulary)[None, None], tokens[..., None]
+    place = (token < 2 * part.bins) & (ids < 2 * part.bins)
+    place &= ids // part.bins == token // part.bins
+    likely = jnp.exp(-0.5 * jnp.square((ids - token) / deviation))
+    likely = jnp.where(place, likely, ids == token)
+    return likely / likely.sum(axis=-1, keepdims=True)

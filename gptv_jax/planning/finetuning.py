@@ -7,11 +7,13 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from gptv_jax import config as config_lib
 from gptv_jax import tasks
 from gptv_jax.data import sources
 from gptv_jax.errors import InputError
 from gptv_jax.model.gpt import Network
 from gptv_jax.planning.training import Pretraining
+from gptv_jax.train import distillation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Finetuning(Pretraining):
     from_scratch: bool = False  # without pretrained weights
 
     section, sections = "finetune.train", ("model", "finetune")
+    stage = "finetune"
 
     @functools.cached_property
     def task(self) -> tasks.Task:
@@ -49,7 +52,15 @@ class Finetuning(Pretraining):
         return 1.0 if self.from_scratch else self.config.finetune.layer_decay
 
     @property
+    def distill(self) -> config_lib.Matching:
+        return self.config.finetune.distill
+
+    @property
     def loss(self) -> Callable:
+        if self.teachers:
+            settings = self.config.finetune
+            losses = settings.generative_coefficient, settings.classification_coefficient
+            return distillation.make_loss(self.network, self.teachers, self.distill, *losses)
         return self.task.loss(self.network)
 
     def batch(self, rows: int, split: jax.NamedSharding | None = None) -> dict:

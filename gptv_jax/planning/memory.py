@@ -22,6 +22,7 @@ class Memory:
     batch: int
     gradients: int
     activations: int  # kept for the backward pass, or of the layer that is being computed
+    teachers: int = 0  # weights of a distillation's teachers
 
     @property
     def total(self) -> int:

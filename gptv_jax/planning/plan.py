@@ -8,10 +8,11 @@ import numpy as np
 
 from gptv_jax import sharding
 from gptv_jax.planning import compiled
+from gptv_jax.planning.collectives import WIDTHS, Call
 from gptv_jax.planning.hlo import Collective
 from gptv_jax.planning.memory import Memory
 from gptv_jax.planning.topology import Topology
-from gptv_jax.planning.training import WIDTHS, Call, Training
+from gptv_jax.planning.training import Training
 
 DAY = 86_400  # seconds
 
@@ -174,6 +175,8 @@ class Plan:
         needed, unit = self.training.flops, self.training.unit
         days = self.roofline and self.roofline.bound * self.training.train.steps / DAY
         parts = dataclasses.asdict(self.memory)
+        if not parts["teachers"]:
+            del parts["teachers"]
         if self.compiled:  # the compiler gives only one sum of temporaries
             del parts["gradients"], parts["activations"]
             parts["temporaries"] = self.compiled.total - sum(parts.values())
@@ -219,8 +222,7 @@ def make(training: Training, topology: Topology, *, compiling: bool = True) -> P
     config = training.config
     lengths = sharding.axis_sizes(config.mesh, topology.count)
     mesh = sharding.abstract_mesh(lengths, topology.kind, topology.platform)
-    length = training.units if training.unit == "token" else None
-    sharding.check(config, mesh, training.sections, length)
+    training.check(mesh)
     sharding.over_slices(lengths, topology.slices)
     sizes, program, line = dict(mesh.shape), None, None
     # By arithmetic, slices follow one another along the first axes.

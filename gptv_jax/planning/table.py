@@ -7,6 +7,7 @@ PARTS = {  # of the FLOPs and of the step time, by their names in JSON
     "matmul": "products with weights",
     "attention": "attention",
     "stem": "the stem of pixels",
+    "teacher": "the teachers",
     "encoder": "the encoder",
     "decoder": "the decoder",
     "network": "network between slices",

@@ -12,8 +12,9 @@ from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.errors import InputError
 from gptv_jax.model import flops, lpips
+from gptv_jax.planning.collectives import WIDTHS, Call
 from gptv_jax.planning.memory import spec_of, stored_dtype, total_bytes
-from gptv_jax.planning.training import WIDTHS, Call, Training, residuals, state_of
+from gptv_jax.planning.training import Training, residuals, state_of
 from gptv_jax.train import autoencoding
 
 

@@ -9,31 +9,23 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Iterator
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 from gptv_jax import config as config_lib
-from gptv_jax import sharding
+from gptv_jax import sharding, weights
 from gptv_jax.model import flops
 from gptv_jax.model.gpt import Network
 from gptv_jax.model.layout import Part
+from gptv_jax.planning import collectives
+from gptv_jax.planning.collectives import Call
 from gptv_jax.planning.memory import Memory, spec_of, stored_dtype, total_bytes
 from gptv_jax.tasks.network import network_of
-from gptv_jax.train import objective, optimizer, step
-
-WIDTHS = {"float32": 4, "bfloat16": 2}  # bytes
-
-
-class Call(NamedTuple):
-    """A collective that the sharding of a training requires, `count` times a step."""
-
-    kind: str
-    axes: tuple[str, ...]  # mesh axes; axes of size 1 are ignored
-    count: int
-    bytes: float | int  # of one call: of the whole array, on one device
+from gptv_jax.tokens import palette
+from gptv_jax.train import distillation, objective, optimizer, step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +72,12 @@ class Training:
         )
 
     def frozen(self, split: jax.NamedSharding | None = None) -> dict | None:
-        """Abstract arrays that the loss reads and does not train."""
+        """Abstract arrays that the loss reads and does not train, on the mesh in force."""
+
+    def check(self, mesh: Mesh | AbstractMesh) -> None:
+        """InputError: the mesh does not divide what is trained, see `sharding.check`."""
+        length = self.units if self.unit == "token" else None
+        sharding.check(self.config, mesh, self.sections, length)
 
     def lower(self, mesh: Mesh) -> jax.stages.Lowered:
         """The stage's train step for the mesh, which is in force, on abstract arguments."""
@@ -88,15 +85,17 @@ class Training:
         batch = self.batch(self.train.batch_size, rows)
         return self.train_step.lower(sharding.abstract(self.init), batch, self.frozen(whole))
 
-    def state(self) -> tuple[list, list]:
-        """Parameters, and all other arrays that live from step to step, as abstract arrays."""
-        state = {**state_of(self.traced(), sharding.one_device()), "frozen": self.frozen()}
+    def state(self) -> tuple[list, list, list]:
+        """Abstract arrays: parameters, teachers' weights, what else lives from step to step."""
+        with jax.sharding.use_abstract_mesh(sharding.one_device()):
+            state = {**state_of(self.traced(), sharding.one_device()), **(self.frozen() or {})}
         del state["step"]
-        return jax.tree.leaves(state.pop("params")), jax.tree.leaves(state)
+        apart = state.pop("params"), state.pop("teachers", ())
+        return tuple(map(jax.tree.leaves, (*apart, state)))
 
     def memory(self, mesh: AbstractMesh) -> Memory:
         """Bytes of a device of the mesh."""
-        params, rest = self.state()
+        params, taught, rest = self.state()
         parameters = total_bytes(params, mesh)
         ways = math.prod(mesh.shape[axis] for axis in sharding.BATCH)
         batch = jax.tree.leaves(self.batch(self.train.batch_size // ways))
@@ -109,6 +108,7 @@ class Training:
             sum(array.size * array.dtype.itemsize for array in batch),
             parameters,  # gradients
             self.activations(mesh.update(axis_sizes=tuple(sizes.values())), rows),
+            total_bytes(taught, mesh),
         )
 
     def traced(self, **changes) -> "Training":
@@ -139,15 +139,16 @@ def state_of(training: Training, mesh: AbstractMesh) -> dict:
 def residuals(training: Training, mesh: AbstractMesh, rows: int) -> list:
     """Abstract arrays, besides the arguments, that the forward pass keeps for the backward pass."""
     state, loss = state_of(training, mesh), training.loss
-    frozen = {**(training.frozen() or {}), "critic": state.get("critic")}
+    params = state["params"] | state.get(step.BESIDE, {})
 
     def backward(params, frozen, batch):
         random = jax.random.key(0), jnp.int32(training.train.steps)
         return jax.vjp(lambda p: loss(p, frozen, batch, *random), params, has_aux=True)[1]
 
     with jax.sharding.use_abstract_mesh(mesh):
+        frozen = {**(training.frozen() or {}), "critic": state.get("critic")}
         batch = training.batch(rows, jax.NamedSharding(mesh, sharding.BATCH_FIRST))
-        jaxpr = jax.make_jaxpr(backward)(state["params"], frozen, batch).jaxpr
+        jaxpr = jax.make_jaxpr(backward)(params, frozen, batch).jaxpr
     given = {id(var) for var in jaxpr.invars}
     return list({id(v): v.aval for v in jaxpr.outvars if id(v) not in given}.values())
 
@@ -161,13 +162,42 @@ def _encoder_flops(autoencoder: config_lib.Autoencoder, size: tuple[int, int], f
 class Pretraining(Training):
     """The pretraining of a GPT."""
 
+    # Networks of the teachers; None: those that the configuration names are read.
+    teachers: tuple[Network, ...] | None = None
+
     section, sections = "train", ("model", "train")
     unit = "token"
     tunable = True
+    stage: ClassVar[str] = "pretrain"  # whose weights are teachers
+
+    def __post_init__(self):
+        """InputError: the configuration names a teacher that cannot be read."""
+        if self.teachers is None:
+            names, colours = self.distill.teacher, self.config.tokens.palette
+            colours = palette.load(weights.locate(colours)) if names and colours else None
+            object.__setattr__(self, "teachers", weights.networks(names, self.stage, colours))
+
+    @property
+    def distill(self) -> config_lib.Distill:
+        return self.config.distill
 
     @functools.cached_property
     def network(self) -> Network:
         return network_of(self.config)
+
+    def check(self, mesh: Mesh | AbstractMesh) -> None:
+        super().check(mesh)
+        for teacher in self.teachers:
+            config = dataclasses.replace(self.config, model=teacher.config)
+            sharding.check(config, mesh, ("model",), self.units)
+
+    def frozen(self, split: jax.NamedSharding | None = None) -> dict | None:
+        def shapes(init: Callable) -> dict:
+            return jax.eval_shape(lambda: init(jax.random.key(0)))
+
+        arrays = sharding.abstract if split else shapes
+        found = tuple(arrays(teacher.init) for teacher in self.teachers)
+        return {"teachers": found} if found else None
 
     @property
     def draws(self) -> bool:
@@ -201,19 +231,25 @@ class Pretraining(Training):
 
     @property
     def flops(self) -> flops.Flops:
-        return flops.training(self.network)
+        return flops.training(self.network, self.teachers)
 
     @property
     def loss(self) -> Callable:
+        if self.teachers:
+            given = self.network, self.teachers, self.distill
+            return distillation.make_loss(*given, steps=self.train.steps)
         return step.make_loss(self.network, steps=self.train.steps)
 
     def start(self, params: dict) -> dict:
         """The state before the first step, see `step.state_of`."""
-        return step.state_of(params, self.optimizer[0], self.train.ema)
+        given, key = (self.network, self.teachers), jax.random.key(self.config.seed)
+        maps = distillation.init_maps(*given, self.distill, key) if self.teachers else None
+        return step.state_of(params, self.optimizer[0], self.train.ema, maps)
 
     @property
     def init(self) -> Callable:
-        return step.make_init(self.network, self.optimizer[0], self.train.ema)
+        """`key -> state`, see `start`; every leaf is created in its sharding."""
+        return lambda key: self.start(self.network.init(key))
 
     def batch(self, rows: int, split: jax.NamedSharding | None = None) -> dict:
         """Abstract arrays of a batch of `rows` images."""
@@ -230,7 +266,7 @@ class Pretraining(Training):
         rows = self.train.batch_size // self.train.microbatches
         parts = max((chunks for _, chunks in self._chunks(rows, mesh)), default=1)
         split, platform = mesh.shape["sequence"], mesh.abstract_device.platform
-        of_token = flops.executed(self.network, platform, split, parts)
+        of_token = flops.executed(self.network, platform, split, parts, self.teachers)
         return of_token.total * self.units * self.train.batch_size
 
     def activations(self, mesh: AbstractMesh, rows: int) -> int:
@@ -259,45 +295,38 @@ class Pretraining(Training):
         repeated = count(of_layers(two_layers, 2), one_layer=True) - kept_of_layer
         # Logits of one chunk and their gradient, if there are several chunks; else logits are kept.
         split = 1 if self.network.several else mesh.shape["sequence"]
+        networks = 1 + len(self.teachers)
         logits = [
-            4 * part.vocabulary * (rows * part.size // (split * chunks)) * (chunks > 1)
-            for part, chunks in self._chunks(rows, mesh)
+            4 * networks * p.vocabulary * (rows * p.size // (split * chunks)) * (chunks > 1)
+            for p, chunks in self._chunks(rows, mesh)
         ]
-        return count(found) + max([repeated, *(2 * each for each in logits)])
+        taught = (self._of_teacher(each, mesh, rows) for each in self.teachers)
+        return count(found) + max([repeated, *(2 * each for each in logits), *taught])
+
+    def _of_teacher(self, teacher: Network, mesh: AbstractMesh, rows: int) -> int:
+        """Bytes, at most, of the arrays of the layer of a teacher's forward pass."""
+        none = config_lib.Distill()
+        config = dataclasses.replace(self.config, model=teacher.config, distill=none)
+        layers = {"layers": 2, "scan_layers": True, "remat": "none"}
+        model = dataclasses.replace(teacher.config, **layers)
+        found = residuals(Pretraining(config).traced(model=model), mesh, rows)
+        stacked = [a for a in found if a.shape[:1] == (2,) and not (*spec_of(a), None)[0]]
+        size = teacher.config.width // teacher.config.heads
+        return total_bytes(stacked, mesh, size, one_layer=True)
 
     def _chunks(self, rows: int, mesh: AbstractMesh) -> list[tuple[Part, int]]:
         """Every predicted part, and the number of chunks in which its logits are computed."""
         parts = [part for part in self.network.layout.parts if part.predicted]
-        return [(p, objective.loss_chunks(self.network, rows, mesh.shape, p)) for p in parts]
+        networks = 1 + len(self.teachers)
+        chunks = functools.partial(objective.loss_chunks, self.network, rows, mesh.shape)
+        return [(part, chunks(part, networks)) for part in parts]
 
     def collectives(self, sizes: dict[str, int]) -> Iterator[Call]:
         """The collectives that the sharding requires in a step on a mesh of these sizes."""
-        c, network, parts = self.config.model, self.network, self.train.microbatches
-        width, tensor, sequence = WIDTHS[c.dtype], sizes["tensor"], sizes["sequence"]
-        # Columns of qkv, attention_out, and the MLP's first and second matrix.
-        first = 2 * c.mlp_width if c.mlp == "swiglu" else c.mlp_width
-        for columns in (3 * c.width, c.width, first, c.mlp_width):
-            weight = columns * c.width * width / tensor
-            yield Call("all-gather", ("fsdp",), c.layers * parts * 2, weight)  # forward, backward
-            yield Call("reduce-scatter", ("fsdp",), c.layers * parts, weight)
-            shard = weight / sizes["fsdp"]
-            yield Call("all-reduce", ("data", "sequence"), c.layers * parts, shard)
-        vectors = sum(part.vocabulary * (1 + part.predicted) for part in network.layout.parts)
-        vectors += c.learned_positions * network.length
-        tables = vectors * c.width * width
-        yield Call("all-gather", ("fsdp",), parts, tables)
-        yield Call("all-reduce", ("data", "fsdp", "sequence"), parts, tables)
-
-        # Each layer has two products whose results are partial sums, in each direction.
-        positions = self.train.batch_size * network.length
-        positions /= parts * sizes["data"] * sizes["fsdp"] * sequence
-        hidden = positions * c.width * width
-        sums = 4 + (c.remat == "full")
-        yield Call("all-reduce", ("tensor",), c.layers * parts * sums, hidden)
-        # Keys and values of all positions, and their gradients.
-        again, both = c.remat != "none", 2 * hidden * sequence / tensor
-        yield Call("all-gather", ("sequence",), c.layers * parts * (1 + again), both)
-        yield Call("reduce-scatter", ("sequence",), c.layers * parts, both)
+        rows = self.train.batch_size, self.train.microbatches
+        yield from collectives.of_training(self.network, *rows, sizes)
+        for teacher in self.teachers:
+            yield from collectives.of_forward(teacher, *rows, sizes)
 
     def weights_read(self, sizes: dict[str, int]) -> float | int:
         """Bytes of weights that a device reads and writes in a step, without the optimizer.
@@ -305,5 +334,6 @@ class Pretraining(Training):
         The forward and the backward pass and repetition read weights; gradients are written.
         """
         c = self.config.model
-        weights = flops.forward(self.network)["matmul"] // 2 * WIDTHS[c.dtype] / sizes["tensor"]
-        return self.train.microbatches * (3 + (c.remat == "full")) * weights
+        read = (3 + (c.remat == "full")) * collectives.matrix_bytes(self.network)
+        read += sum(map(collectives.matrix_bytes, self.teachers))
+        return self.train.microbatches * read / sizes["tensor"]

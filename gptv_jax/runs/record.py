@@ -20,6 +20,8 @@ from gptv_jax import checkpoint, files, hosts
 from gptv_jax import config as config_lib
 from gptv_jax.config import fields
 from gptv_jax.config.run_file import config_of as config_of  # a name of this module for its users
+from gptv_jax.decode.typicality import FILE as TYPICALITY
+from gptv_jax.decode.typicality import Calibration
 from gptv_jax.errors import InputError
 
 VERSIONED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "gptv_jax")
@@ -163,3 +165,15 @@ def trained_part(config: config_lib.Config, stage: str) -> str:
     The settings of pretraining are `config.train`, of another stage `config.<stage>.train`.
     """
     return getattr(config, stage, config).train.weights
+
+
+def typicality(folder: pathlib.Path, stage: str, step: int | None) -> Calibration | None:
+    """What the run has measured to be usual for a stage's weights of this step; None: nothing.
+
+    The step of weights that the run was given, by `init_from`, is None.
+    """
+    path = folder / TYPICALITY
+    if (content := files.read_json(path, {}).get(stage)) is None:
+        return None
+    found = Calibration.from_json(content, str(path))
+    return found if found.step == step else None

@@ -75,7 +75,7 @@ STAGES = {
         ),
         Stage(
             "pretrain",
-            ("model", "train", "profile"),
+            ("model", "train", "distill", "profile"),
             trains_network=True,
             feeds_later=True,
             training="train",
@@ -114,6 +114,13 @@ STAGES = {
             on_request=True,
             files=("generated",),
             partial="generated",
+        ),
+        Stage(
+            "typicality",
+            ("model",),
+            on_request=True,
+            files=("typicality", "samples/unusual.png", "samples/unusual.webp"),
+            heading="Typicality",
         ),
     )
 }

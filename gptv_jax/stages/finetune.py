@@ -1,4 +1,4 @@
-"""Fine-tuning: the pretrained network learns a task, `config.task`.
+"""Fine-tuning: the pretrained network learns a task, `config.task`, or from teachers of classes.
 
 Unless `finetune.scratch` is False, the same network is trained from scratch beside it, with the
 same settings and budget.
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 
 import jax
 
+from gptv_jax import config as config_lib
 from gptv_jax import files, hosts, sharding, tasks
 from gptv_jax.checkpoint import Checkpoints, newest_step
 from gptv_jax.data import pipeline, sources, whole_videos
@@ -21,10 +22,10 @@ from gptv_jax.model.gpt import Network
 from gptv_jax.planning.finetuning import Finetuning
 from gptv_jax.runs import accuracy, pictures
 from gptv_jax.runs.context import Context
-from gptv_jax.stages import pretrained
+from gptv_jax.stages import comparison, pretrained, teachers
 from gptv_jax.tasks.task import Records, Task
 from gptv_jax.tokens import Codec
-from gptv_jax.train import loop, step
+from gptv_jax.train import distillation, loop, step
 
 LOG = logging.getLogger(__name__)
 
@@ -33,14 +34,16 @@ def run_stage(context: Context) -> dict:
     """Fine-tunes pretrained weights, then from scratch; returns the summary's numbers."""
     config, settings, task = context.config, context.config.finetune, _measured(context)
     train, batch_size, network = settings.train, settings.train.batch_size, task.network()
+    networks, frozen = teachers.load(context, "finetune")
     # Without layer decay both trainings are one object, whose train step is compiled once.
-    adapting = scratch = Finetuning(config, given=task)
+    adapting = scratch = Finetuning(config, networks, given=task)
     if settings.layer_decay != 1:
         scratch = dataclasses.replace(adapting, from_scratch=True)
     reading = {"example": task.example if task.parts() else None, "pixels": task.pixels}
     batches = functools.partial(
         context.data.train, batch_size, entries=settings.train_transforms, **reading
     )
+    mixup = settings.distill.mixup if networks else 0.0
     evaluation = functools.partial(context.data.evaluation, batch_size=batch_size, **reading)
     scored = functools.partial(evaluation, clips=settings.clips)
     key = jax.random.key(config.seed)
@@ -55,25 +58,34 @@ def run_stage(context: Context) -> dict:
         validation = scored("validation", limit=task.validation_images)
         return metric("validation").measure(params, validation)
 
-    def tune(name: str, weights: Callable[[], dict], training: Finetuning) -> tuple[dict, dict]:
-        """The training's numbers, and the sums over the test images."""
-        start = jax.jit(training.start)
+    def fit(name: str, weights: Callable[[], dict], training: Finetuning) -> loop.Fitted:
+        """The finished training of this name, with the teachers that it has."""
+        start, taught = jax.jit(training.start), bool(training.teachers)
+        mixing = {"mixup": mixup} if taught else {}
         with Checkpoints(context.folder.checkpoints(name), train.keep_checkpoints) as checkpoints:
-            fitted = loop.fit(
+            return loop.fit(
                 name,
-                train,
+                training.train,
                 length=network.length,
                 flops=training.flops.total,
                 checkpoints=checkpoints,
                 log=context.log,
                 initial=lambda: start(task.begin(network, weights(), evaluation)),
                 abstract=sharding.abstract(training.init),
-                train_step=training.train_step,
-                batches=batches,
+                train_step=lambda state, batch: training.train_step(
+                    state, batch, frozen if taught else None
+                ),
+                batches=functools.partial(batches, **mixing),
                 evaluate=evaluate,
                 primary=task.primary,
                 patience=settings.patience,
             )
+
+    def tune(
+        name: str, weights: Callable[[], dict], training: Finetuning
+    ) -> tuple[dict, dict, loop.Fitted]:
+        """The training's numbers, the sums over the test images, and the training."""
+        fitted = fit(name, weights, training)
         chosen = next(e for e in fitted.evaluations if e["step"] == fitted.step)
         LOG.info("%s measures the weights of step %d on the test images.", name, fitted.step)
         views = (scored("test", extra=extra) for extra in task.views())
@@ -87,7 +99,7 @@ def run_stage(context: Context) -> dict:
             **{f"validation_{n}": chosen[n] for n in (first, *task.validated)},
             **{f"test_{n}": value for n, value in tested.items() if n not in task.unreported},
             **fitted.sessions,
-        }, total
+        }, total, fitted  # fmt: skip
 
     def from_scratch() -> dict:
         return jax.jit(network.init)(key)
@@ -99,7 +111,7 @@ def run_stage(context: Context) -> dict:
         training, origin = adapting, found.numbers
     else:
         LOG.info("finetune trains from scratch: config.tokens.kind=none cannot be pretrained.")
-    tuned, total = tune("finetune", weights, training)
+    tuned, total, fitted = tune("finetune", weights, training)
     images = accuracy.images(config.data)
     if limit := task.validation_images:  # the images that the validation's numbers are of
         images["validation_images"] = min(limit, images["validation_images"])
@@ -108,10 +120,43 @@ def run_stage(context: Context) -> dict:
     bounds = _write(context, task, total, known)
     if settings.scratch and possible:
         LOG.info("finetune_scratch trains random initial weights in the same way, as the floor.")
-        numbers, _ = tune("finetune_scratch", from_scratch, scratch)
+        numbers, *_ = tune("finetune_scratch", from_scratch, scratch)
         beside = {f"scratch_{name}": value for name, value in numbers.items()}
+    if networks:
+        alone = functools.partial(fit, weights=weights)
+        beside |= _beside_teachers(context, training, frozen, fitted, scored, alone)
     named = {"classes": len(task.names)} if task.names else {}
     return {**named, **images, **tuned, **bounds, **beside, **origin}
+
+
+def _beside_teachers(
+    context: Context,
+    training: Finetuning,
+    frozen: dict,
+    fitted: loop.Fitted,
+    scored: Callable,
+    fit: Callable,
+) -> dict[str, float | int | None]:
+    """Numbers of the student beside its teachers and, if asked for, beside itself without them."""
+    settings, network = training.config.finetune, training.network
+    metric = distillation.make_metric(network, training.teachers, frozen)
+    splits = {split: functools.partial(scored, split) for split in ("validation", "test")}
+    measured = functools.partial(comparison.measure, metric, splits)
+
+    def train(name: str, steps: int) -> loop.Fitted:
+        longer = dataclasses.replace(settings.train, steps=steps)
+        alone = dataclasses.replace(settings, train=longer, distill=config_lib.Matching())
+        config = dataclasses.replace(training.config, finetune=alone)
+        plain = dataclasses.replace(training, config=config, teachers=())
+        return fit(name, training=plain)
+
+    own = measured(fitted.params)
+    mine = {f"{split}_{name}" for split in splits for name in ("accuracy", "class_nats")}
+    found = {name: value for name, value in own.items() if name not in mine}
+    if settings.distill.compare:
+        given = context, "finetune", fitted, own, settings.train.steps, "test_accuracy"
+        found |= comparison.without_teachers(*given, measured, train)
+    return found
 
 
 def _measured(context: Context) -> Task:

@@ -19,7 +19,6 @@ from gptv_jax.runs import record
 from gptv_jax.runs.context import Context
 from gptv_jax.tasks.network import network_of, start_vectors
 from gptv_jax.tokens import Codec, learned
-from gptv_jax.weights import native
 from gptv_jax.weights.native import WeightsFile
 
 LOG = logging.getLogger(__name__)
@@ -161,11 +160,7 @@ def check_draft(config: config_lib.Config, codec: Codec | None) -> None:
 def _draft(config, codec, with_params: bool) -> tuple[Network, dict]:
     name = f"config.sample.draft={config.sample.draft}"
     path = weights.locate(config.sample.draft, f"{name} does not exist")
-    if weights.is_weights_path(path):
-        found = weights.read(path, _palette(codec)).headless()
-        params = found.on_mesh() if with_params else {}
-    else:
-        found, params = native.read_run(path, "pretrain", with_params)
+    found, params = weights.read_stage(path, "pretrain", palette_of(codec), with_params=with_params)
     speculative.check_draft(found.network, found.codec, network_of(config), codec, name)
     return found.network, params
 
@@ -186,12 +181,13 @@ def _finished(
 
 def _imported(config: config_lib.Config, codec: Codec | None, *, adapt: bool) -> WeightsFile:
     """The weights of `config.init_from` that are no run folder, without their class head."""
-    found = weights.read(config.init_from, _palette(codec)).headless()
+    found = weights.read(config.init_from, palette_of(codec)).headless()
     _must_fit(config, found, adapt=adapt)
     return found
 
 
-def _palette(codec: Codec | None) -> tokens.Palette | None:
+def palette_of(codec: Codec | None) -> tokens.Palette | None:
+    """The codec's palette, if it has one."""
     definition = codec and codec.definition
     return definition if isinstance(definition, tokens.Palette) else None
 

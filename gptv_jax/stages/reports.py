@@ -19,10 +19,11 @@ from gptv_jax import config as config_lib
 from gptv_jax import files, tasks
 from gptv_jax.config import fields
 from gptv_jax.data import inventory
-from gptv_jax.decode.sampler import class_rows
 from gptv_jax.errors import shorten
-from gptv_jax.runs import accuracy, frames, html, layers, pictures
+from gptv_jax.runs import accuracy, distilled, frames, html, layers, pictures
 from gptv_jax.runs.context import Context
+from gptv_jax.runs.rejection import typicality as typicality  # parts of the stages of these names
+from gptv_jax.runs.samples import sample as sample
 from gptv_jax.stages import STAGES
 
 Part = tuple[str, str]  # content and tiles
@@ -118,11 +119,13 @@ def pretrain(results: Results) -> Part:
     curves = [
         (results.series("pretrain", "nats_per_token"), pictures.ORANGE, "training"),
         (evaluations, pictures.BLUE, "validation"),
+        *distilled.curves(results.series, "pretrain", "validation_nats_per_token"),
     ]
     level = math.log(v), f"uniform, ln {v}"
     below = "learning rate", results.series("pretrain", "learning_rate")
     png = pictures.plot("loss, nats per token", "step", curves, level, below=below)
     content = html.figure(png, "Pretraining. The training loss is that of single batches.")
+    content += distilled.table(found, "nats_per_token")
     return content + frames.nats(found, results.config.tokens.cell[0]), tiles
 
 
@@ -202,7 +205,8 @@ def finetune(results: Results) -> Part:
     ]
     png = pictures.plot(f"validation {words}", "step", curves, percent=is_share)
     content = html.figure(png, "Fine-tuning. Ringed: the step whose weights were kept.")
-    content += _test_numbers(found, {first, "nats_per_token"})
+    usual = {first, "nats_per_token", *distilled.COMPARED}
+    content += distilled.table(found, first) + _test_numbers(found, usual)
     return content + _by_class(results, "finetune", "Fine-tuned network"), tiles
 
 
@@ -255,33 +259,6 @@ def _by_class(results: Results, stage: str, title: str) -> str:
     return content + html.table(("most frequent confusions: class", "taken for", "images"), pairs)
 
 
-def sample(results: Results) -> Part:
-    """The pictures of samples/."""
-    config, classes = results.config.sample, results.config.model.class_tokens
-    rows, known, images = results.config.grid[0], "upper {} of {} rows", "images"
-    if results.config.data.frames:
-        step = "frames" if results.config.tokens.cell[0] == 1 else "steps in time"
-        known, images = f"first {{}} of {{}} {step}", "clips"
-    drawn = f"drawn at temperature {config.temperature:g}"
-    if config.guidance != 1:
-        drawn += f", {config.guidance_schedule} guidance {config.guidance:g}"
-    shown = class_rows(config.count, classes)[:, 0].tolist() if classes else ()
-    brightest = results.summary.get("sample/surprise_brightest_nats", math.nan)
-    captions = {
-        "unconditional": f"New {images}, {drawn}.",
-        "classes": f"New {images}, {drawn}; each row shows one class: "
-        f"{', '.join(map(results.class_name, shown))}.",
-        "completions": f"Test {images}, each followed by its completion: the "
-        f"{known.format(round(config.keep * rows), rows)} of tokens are given, the rest is drawn.",
-        "inpainted": f"Test {images}, each followed by a copy whose middle is drawn anew; a drawn "
-        "token depends only on tokens above it and to its left.",
-        "surprise": f"Test {images}, each followed by the nats of its pixels, given the pixels "
-        f"before them: black is 0, the brightest colour {brightest:.2f}.",
-    }
-    content = "".join(results.picture(*named) for named in captions.items())
-    return content + frames.continuations(results.numbers("sample")), ""
-
-
 def write(context: Context) -> None:
     """Writes report.html, on process 0 alone."""
     if jax.process_index() != 0:
@@ -330,7 +307,8 @@ def _origin(results: Results) -> str:
     named = record.get("classes") or ("" if others else "none")
     if isinstance(named, list):
         named = f"{len(named)} ({shorten(named, room=300)})"
-    data = f"images: {splits or 'not recorded'}" + (f" · classes: {named}" if named else "")
+    images = "clips" if results.config.data.frames else "images"
+    data = f"{images}: {splits or 'not recorded'}" + (f" · classes: {named}" if named else "")
     held = record.get("found", {})  # absent in folders of older versions
     told = inventory.objects_in_words(record.get("objects", ()), held.get("objects", {}))
     told += inventory.maps_in_words(record.get("maps", ()), held.get("maps"))

@@ -55,7 +55,7 @@ def _impossible(config: config_lib.Config, held: Collection[str]) -> dict[str, s
     cached = isinstance(sources.open_data_set(config.data), TokenCache)
     if kind != "learned":
         refused["tokenizer"] = f"config.tokens.kind={kind} has nothing to train"
-    elif config.tokens.tokenizer or given or cached:
+    elif config.tokens.tokenizer or given or cached or config.distill.teacher:
         refused["tokenizer"] = "the tokens come with their tokenizer; leave the stage tokenizer out"
     images = f"the images of config.data.name={config.data.name}"
     task = config.task
@@ -75,9 +75,10 @@ def _impossible(config: config_lib.Config, held: Collection[str]) -> dict[str, s
             "config.model.objective=bert draws no images; it takes pretrain, probe and finetune"
         )
         refused |= dict.fromkeys(("sample", "generate"), reason)
+        refused["typicality"] = "config.model.objective=bert gives no likelihoods of images"
     if kind == "none":
         reason = "config.tokens.kind=none has no tokens to predict or to read; take finetune"
-        refused |= dict.fromkeys(("tokenizer", "pretrain", "probe", "sample", "generate"), reason)
+        refused |= dict.fromkeys((name for name in STAGES if name != "finetune"), reason)
     return refused
 
 

@@ -5,9 +5,11 @@ import functools
 import logging
 import operator
 import pathlib
+from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from gptv_jax import config as config_lib
 from gptv_jax import files, hosts, sharding, tasks, tokens, weights
@@ -22,7 +24,7 @@ from gptv_jax.decode.sampler import check_guidable
 from gptv_jax.errors import InputError, list_differences, shorten
 from gptv_jax.runs.context import Context
 from gptv_jax.runs.record import RunFolder, has_finished
-from gptv_jax.stages import STAGES, changes, pretrained
+from gptv_jax.stages import STAGES, changes, pretrained, teachers
 from gptv_jax.stages.select import choose_stages
 from gptv_jax.tokens import Codec, learned, palette
 from gptv_jax.train import wandb_copy
@@ -108,7 +110,7 @@ def _open(config: config_lib.Config, folder: RunFolder, wanted: list[str] | None
         check_guidable(config.model, f"config.sample.guidance is {config.sample.guidance:g}")
     for entries in _training_transforms(config, stages):
         transforms.check(entries, config.data.eval_transforms)
-    hosts.from_first(lambda: _prepare(config, folder, stages, data, changed, contents))
+    hosts.from_first(lambda: _prepare(config, mesh, folder, stages, data, changed, contents))
     # Every process writes the names of the damaged images that it meets.
     hosts.on_all(lambda: files.claim(folder.path, "--workdir"))
     images = Pipeline(config.data, None, config.seed, folder.path, sharding.batch_share(mesh))
@@ -137,11 +139,18 @@ def with_codec(context: Context) -> Context:
     return context if definition is None else context.with_definition(definition)
 
 
-def find_codec(config: config_lib.Config, folder: pathlib.Path | None = None) -> Codec | None:
+def find_codec(
+    config: config_lib.Config,
+    folder: pathlib.Path | None = None,
+    taught: Sequence[str] = ("pretrain",),
+) -> Codec | None:
     """The codec of a configuration; None where its palette or tokenizer is still to be made.
 
-    InputError: the run folder, the token cache, `init_from` and the settings have different
-    definitions, or the token cache holds other tokens or images than the configuration says.
+    The teachers of the stages `taught` give their palette or tokenizer.
+
+    InputError: the run folder, the token cache, `init_from`, the teachers and the settings have
+    different definitions, or the token cache holds other tokens or images than the configuration
+    says.
     """
     data_set, kind = sources.open_data_set(config.data), config.tokens.kind
     cache = data_set if isinstance(data_set, TokenCache) else None
@@ -161,6 +170,7 @@ def find_codec(config: config_lib.Config, folder: pathlib.Path | None = None) ->
             weights.read_definition(path) if imported else tokens.load_definition(kind, path)
         )
         found[f"config.init_from={path}"] = definition
+    found |= teachers.definitions(config, taught)
     field = {"palette": "palette", "learned": "tokenizer"}[kind]
     if given := getattr(config.tokens, field):
         missing = f"there is no {field} {given}, which config.tokens.{field} names"
@@ -251,6 +261,7 @@ def check_same_settings(config: config_lib.Config) -> None:
 
 def _prepare(
     config: config_lib.Config,
+    mesh: Mesh,
     folder: RunFolder,
     stages: list[str],
     data: dict,
@@ -260,7 +271,11 @@ def _prepare(
     """Finds or makes the codec, checks it and the pretrained weights, and claims the folder."""
     # A palette or tokenizer in the folder that other settings or fewer steps made does not count.
     outdated = changed.anew or "tokenizer" in changed.extended
-    kind, found = config.tokens.kind, find_codec(config, None if outdated else folder.path)
+    # A stage that has finished needs its teachers no more.
+    done = [n for n in stages if has_finished(folder.summary(), n) and n not in changed.unfinished]
+    taught = [name for name in teachers.SECTIONS if name in stages and name not in done]
+    kind, place = config.tokens.kind, None if outdated else folder.path
+    found = find_codec(config, place, taught)
     trained_here = not found and kind == "learned"
     made = not trained_here or has_finished(folder.summary(), "tokenizer")
     if kind in tokens.DEFINITIONS and not (found or outdated) and made and folder.has_checkpoints:
@@ -278,6 +293,8 @@ def _prepare(
         pretrained.check(config, folder.path, found, adapt=adapt)
     if config.sample.draft and {"sample", "generate"} & set(stages):
         pretrained.check_draft(config, found)
+    for stage in taught:
+        teachers.check(config, mesh, stage, found, data["classes"])
     recorded = data | {"found": contents}
     clear = functools.partial(changes.clear, folder, changed)
     folder.claim(recorded, changed.fields, clear, anew=changed.anew)

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from gptv_jax import sharding
 from gptv_jax.model.gpt import GPT, Network, Output
 from gptv_jax.model.layout import Layout, Part
+from gptv_jax.model.parts import soft_targets
 
 LOGITS_BYTES = 2**27  # most float32 logits that a device holds at a time
 # Folded into a step's key; dropout folds in the numbers of the layers, which are smaller.
@@ -47,20 +48,6 @@ def sequence(layout: Layout, batch: dict, key: str = "inputs") -> Int[Array, "B 
         return jnp.zeros((count, part.size), jnp.int32, out_sharding=sharding.BATCH_FIRST)
 
     return jnp.concatenate([row(part) for part in layout.parts], axis=1)
-
-
-def soft_targets(tokens: Int[Array, "B n"], part: Part, deviation: float) -> Float[Array, "B n V"]:
-    """Target distributions over a part's vocabulary; of a token that names no place, the token.
-
-    The distribution of a token that names a height or a width is a Gaussian over all heights or
-    widths, whose standard deviation is given in bins.
-    """
-    ids, token = jnp.arange(part.vocabulary)[None, None], tokens[..., None]
-    place = (token < 2 * part.bins) & (ids < 2 * part.bins)
-    place &= ids // part.bins == token // part.bins
-    likely = jnp.exp(-0.5 * jnp.square((ids - token) / deviation))
-    likely = jnp.where(place, likely, ids == token)
-    return likely / likely.sum(axis=-1, keepdims=True)
 
 
 def _by_part(
@@ -120,14 +107,18 @@ def nats_per_token(
     model: GPT, output: Output, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"] | None
 ) -> Float[Array, " B"]:
     """Mean negative log-likelihood of each image's tokens; of the masked tokens only for BERT."""
-    nats = token_nats(model, output, tokens)
-    return nats.mean(axis=1) if mask is None else masked_mean(nats, mask)
+    return row_means(token_nats(model, output, tokens), mask)
 
 
 def token_nats(model: GPT, output: Output, tokens: Int[Array, "B T"]) -> Float[Array, "B T"]:
     """Negative log-likelihood of each token of images or clips."""
     tokens = jax.sharding.reshard(tokens, sharding.HIDDEN)
     return part_nats(model, model.network.layout.parts[0], output.final, tokens)
+
+
+def row_means(nats: Float[Array, "B T"], mask: Bool[Array, "B T"] | None) -> Float[Array, " B"]:
+    """Mean of each row; with a mask, see `masked_mean`."""
+    return nats.mean(axis=1) if mask is None else masked_mean(nats, mask)
 
 
 def masked_mean(nats: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, " B"]:
@@ -142,11 +133,9 @@ def part_nats(
     tokens: Int[Array, "B n"],
     soft: float = 0.0,
 ) -> Float[Array, "B n"]:
-    """Cross-entropy of every token of a part, given the output of the final norm.
+    """Cross-entropy of every token of a part, given the output of the final norm; see `by_chunks`.
 
-    Where the logits of all positions do not fit into LOGITS_BYTES, they are computed for a chunk of
-    the positions at a time, and once more in the backward pass. `soft` is the deviation of the
-    `soft_targets`, 0 without.
+    `soft` is the deviation of the `soft_targets`, 0 without.
     """
 
     def nats(final, tokens):
@@ -155,33 +144,51 @@ def part_nats(
             return cross_entropy(logits, tokens)
         return optax.softmax_cross_entropy(logits, soft_targets(tokens, part, soft))
 
-    sizes = jax.sharding.get_abstract_mesh().shape
-    chunks = loss_chunks(model.network, len(tokens), sizes, part)
+    return by_chunks(nats, model.network, part, (final, tokens))
+
+
+def by_chunks(
+    compute: Callable, network: Network, part: Part, arrays: tuple[Array, ...], networks: int = 1
+):
+    """A tree of arrays [B, n], `compute(*arrays)`, which computes logits from arrays [B, n, ...].
+
+    Where the logits of all positions do not fit into LOGITS_BYTES, they are computed for a chunk of
+    the positions at a time, and once more in the backward pass. `networks` is the number of
+    networks whose logits `compute` holds.
+    """
+    rows, sizes = len(arrays[0]), jax.sharding.get_abstract_mesh().shape
+    chunks = loss_chunks(network, rows, sizes, part, networks)
     if chunks == 1:
-        return nats(final, tokens)
-    spec = sharding.BATCH_FIRST if model.network.several else sharding.HIDDEN
+        return compute(*arrays)
+    spec = sharding.BATCH_FIRST if network.several else sharding.HIDDEN
 
     def split(x):  # chunk r has the positions r, r + chunks ...: so all devices work on every chunk
         shape = (x.shape[0], -1, chunks, *x.shape[2:])
         return jnp.moveaxis(x.reshape(shape, out_sharding=spec), 2, 0)
 
-    found = jax.lax.map(jax.checkpoint(lambda chunk: nats(*chunk)), (split(final), split(tokens)))
-    return jnp.moveaxis(found, 0, 2).reshape(tokens.shape, out_sharding=spec)
+    found = jax.lax.map(jax.checkpoint(lambda chunk: compute(*chunk)), tuple(map(split, arrays)))
+    shape = arrays[0].shape[:2]
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2).reshape(shape, out_sharding=spec), found)
 
 
 def loss_chunks(
-    network: Network, rows: int, sizes: Mapping[str, int], part: Part | None = None
+    network: Network,
+    rows: int,
+    sizes: Mapping[str, int],
+    part: Part | None = None,
+    networks: int = 1,
 ) -> int:
-    """Number of chunks in which `part_nats` computes a part's logits, one after the other.
+    """Number of chunks in which `by_chunks` computes a part's logits, one after the other.
 
     `rows` is the batch size over all devices, `sizes` are the mesh's by axis (1 where missing). The
-    part is by default the first one.
+    part is by default the first one. `networks` have logits of it at a time.
     """
     sizes = {axis: sizes.get(axis, 1) for axis in sharding.AXES}
     part = part or network.layout.parts[0]
     # Of several parts, each is whole on the devices that the sequence is split over.
     length = part.size if network.several else part.size // sizes["sequence"]
-    position_bytes = 4 * part.vocabulary * max(rows // (sizes["data"] * sizes["fsdp"]), 1)
+    held = max(rows // (sizes["data"] * sizes["fsdp"]), 1)
+    position_bytes = 4 * networks * part.vocabulary * held
     needed = -(-length * position_bytes // LOGITS_BYTES)
     # A chunk has two positions at least: one alone has no axis that could be split.
     possible = [n for n in range(1, max(length // 2, 1) + 1) if length % n == 0]

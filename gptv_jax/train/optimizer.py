@@ -31,7 +31,7 @@ PRODUCTS = {*MATRICES, "head", "place_head", "class_head"}
 # Weight decay is for matrices. The stem's sum over channels, not over the width.
 DECAYED = {*PRODUCTS, "stem_conv", "from_stem"} - {"place_head"}
 # What lies above all layers, and what no pretraining has, by first name; the rest lies below them.
-ABOVE = {"final_norm", "head", "classifier", "reading", "parts", "stem"}
+ABOVE = {"final_norm", "head", "classifier", "reading", "parts", "stem", "feature_maps"}
 
 RMS = 0.2  # of Muon's update, that of a typical Adam update (Liu et al. 2025, arXiv:2502.16982)
 

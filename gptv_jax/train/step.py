@@ -9,12 +9,13 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array
+from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
 from gptv_jax import hosts, sharding
 from gptv_jax.model.gpt import Network, reorder
@@ -23,9 +24,38 @@ from gptv_jax.train.objective import cross_entropy
 from gptv_jax.train.optimizer import apply_update, average
 
 Metrics = dict[str, Array]
+BESIDE = "beside"  # part of the train state whose weights are trained beside the network's
 # Accuracy first; among equals, the lower cross-entropy.
 CLASSIFICATION = {"accuracy": 1, "class_nats": -1}
 CONFUSION_CLASSES = 2_000  # up to so many classes an evaluation counts which are taken for which
+
+
+class View(NamedTuple):
+    """What a training step shows a network of its batch, see `GPT.__call__`."""
+
+    tokens: Int[Array, "B T"]
+    start: Int[Array, " B"] | None
+    hidden: Bool[Array, "B T"] | None
+    order: Int[Array, "B T"] | None
+    counted: Bool[Array, "B T"] | None  # positions that count in the loss; None: all
+
+    @property
+    def targets(self) -> Int[Array, "B T"]:
+        """The token that each position predicts."""
+        return self.tokens if self.order is None else reorder(self.tokens, self.order)
+
+
+def draw_view(
+    network: Network, batch: dict, key: PRNGKeyArray | None, step=None, steps: int | None = None
+) -> View:
+    """Draws what `make_loss` says; `step` counts the steps taken of `steps`."""
+    tokens, classes = batch["tokens"], network.classes
+    mask = objective.draw_mask(network, len(tokens), key)
+    start = objective.start_vectors(network, batch, key, condition_on_label=not classes)
+    order = None if classes else objective.draw_order(network, len(tokens), key, step, steps)
+    hidden = objective.draw_hidden(network, len(tokens), key) if mask is None else mask
+    counted = mask if "still" not in batch else objective.of_stills(network, batch["still"])
+    return View(tokens, start, hidden, order, counted)
 
 
 def make_loss(
@@ -51,19 +81,13 @@ def make_loss(
 
     def loss(params, frozen, batch, key, step=None) -> tuple[Array, Metrics]:
         del frozen
-        model, tokens, classes = network.bind(params), batch["tokens"], network.classes
-        mask = objective.draw_mask(network, len(tokens), key)
-        start = objective.start_vectors(network, batch, key, condition_on_label=not classes)
-        order = None if classes else objective.draw_order(network, len(tokens), key, step, steps)
-        hidden = objective.draw_hidden(network, len(tokens), key) if mask is None else mask
-        output = model(tokens, start, key, hidden, order)
-        targets = tokens if order is None else reorder(tokens, order)
+        model, view = network.bind(params), draw_view(network, batch, key, step, steps)
+        output = model(view.tokens, view.start, key, view.hidden, view.order)
         total, metrics = 0.0, {}
         if network.predicts_images:
-            counted = mask if "still" not in batch else objective.of_stills(network, batch["still"])
-            nats = objective.nats_per_token(model, output, targets, counted).mean()
+            nats = objective.nats_per_token(model, output, view.targets, view.counted).mean()
             total, metrics = generative * nats, {"nats_per_token": nats}
-        if not classes:
+        if not network.classes:
             return nats, metrics
         class_nats = cross_entropy(output.class_logits, batch["label"]).mean()
         correct = jnp.argmax(output.class_logits, axis=-1) == batch["label"]
@@ -78,15 +102,22 @@ def make_init(network: Network, optimizer: optax.GradientTransformation, ema=Non
     return lambda key: state_of(network.init(key), optimizer, ema)
 
 
-def state_of(params: dict, optimizer: optax.GradientTransformation, ema=None) -> dict:
-    """The train state {step, params, opt} before the first step; with an average, "ema" as well."""
-    opt = optimizer.init(params)
+def state_of(
+    params: dict, optimizer: optax.GradientTransformation, ema=None, beside: dict | None = None
+) -> dict:
+    """The train state {step, params, opt} before the first step; with an average, "ema" as well.
+
+    `beside` are weights under other names than those of `params` that the loss reads and trains as
+    well, and that are dropped after the training; they become state[BESIDE].
+    """
+    opt = optimizer.init(params | (beside or {}))
     # Constants in the optimizer's state have no sharding. Given one, the state before the first
     # step has the type of all later ones, so the step compiles once.
     opt = jax.tree.map(lambda x: jax.sharding.reshard(x, jax.typeof(x).sharding.spec), opt)
     # A copy, because the step may write over the buffers of both.
     averaged = {} if ema is None else {"ema": jax.tree.map(jnp.copy, params)}
-    return {"step": jnp.zeros((), jnp.int32), "params": params, "opt": opt, **averaged}
+    further = {BESIDE: beside} if beside else {}
+    return {"step": jnp.zeros((), jnp.int32), "params": params, "opt": opt, **averaged, **further}
 
 
 def make_train_step(
@@ -102,7 +133,8 @@ def make_train_step(
     """`(state, batch, frozen=None) -> (state, metrics)`, jitted; it donates the state.
 
     `frozen` is an argument of the compiled step, so its arrays are not compiled in as constants.
-    The state may have more parts than step, params, opt and ema, such as a discriminator. After
+    What `state_of` calls `beside` is given to the loss among the params, and gets its gradient. The
+    state may have more parts than step, params, opt, ema and BESIDE, such as a discriminator. After
     params and opt, `after(state, aux, batch, key) -> (state, metrics)` updates these parts, from
     `metrics["aux"]` of the loss. `after` cannot be combined with microbatches.
 
@@ -133,17 +165,21 @@ def make_train_step(
         return jax.tree.map(lambda x: x[...], total), metrics
 
     def train_step(state: dict, batch: dict, frozen: dict | None = None) -> tuple[dict, Metrics]:
-        step, params = state["step"], state["params"]
-        further = {name: state[name] for name in state.keys() - {"step", "params", "opt", "ema"}}
+        step, trained = state["step"], state["params"] | state.get(BESIDE, {})
+        known = {"step", "params", "opt", "ema", BESIDE}
+        further = {name: state[name] for name in state.keys() - known}
         frozen = {**(frozen or {}), **further} if further else frozen
         key = jax.random.fold_in(jax.random.key(seed), step)
         differentiate = gradient if microbatches == 1 else accumulate
-        grads, metrics = differentiate(params, frozen, batch, key, step)
+        grads, metrics = differentiate(trained, frozen, batch, key, step)
         aux = metrics.pop("aux", None)
-        params, opt = apply_update(optimizer, grads, state["opt"], params)
-        metrics |= {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)}
+        trained, opt = apply_update(optimizer, grads, state["opt"], trained)
+        parts = {part: state[part] for part in ("params", BESIDE) if part in state}
+        parts = {part: {name: trained[name] for name in old} for part, old in parts.items()}
+        norms = optax.tree.norm(grads), optax.tree.norm(parts["params"])
+        metrics |= dict(zip(("grad_norm", "param_norm"), norms, strict=True))
         metrics["learning_rate"] = rate(step)
-        state = state | {"params": params, "opt": opt}
+        state = state | parts | {"opt": opt}
         if after is not None:
             state, more = after(state, aux, batch, key)
             metrics |= more

@@ -1,10 +1,13 @@
 """Trained weights outside of run folders, in this project's file format and in other programs'."""
 
+import dataclasses
 import pathlib
 import re
+from collections.abc import Sequence
 
 from gptv_jax import files
 from gptv_jax.errors import InputError
+from gptv_jax.model.gpt import Network
 from gptv_jax.tokens import Palette, TokenDefinition
 from gptv_jax.weights import hub, huggingface, native, openai
 from gptv_jax.weights.native import WeightsFile
@@ -65,6 +68,34 @@ def read(path: str | pathlib.Path, palette: Palette | None = None) -> WeightsFil
         f"{path} is not a run folder, nor a .safetensors file, nor a folder with Hugging Face's "
         "config.json, nor the prefix of a TensorFlow checkpoint (PREFIX.index)."
     )
+
+
+def read_stage(
+    path: str | pathlib.Path,
+    stage: str,
+    palette: Palette | None = None,
+    *,
+    with_params: bool = True,
+) -> tuple[WeightsFile, dict]:
+    """As `native.read_run`, also of the weights that `read` takes, which are always read whole.
+
+    Of weights that are no run, the stage "pretrain" leaves the class head out.
+    """
+    path = locate(path)
+    if not is_weights_path(path):
+        return native.read_run(path, stage, with_params)
+    found = read(path, palette)
+    found = found.headless() if stage == "pretrain" else found
+    params = found.on_mesh() if with_params else {}
+    return dataclasses.replace(found, params={}), params
+
+
+def networks(
+    names: Sequence[str], stage: str, palette: Palette | None = None
+) -> tuple[Network, ...]:
+    """The networks of weights that `read_stage` reads."""
+    read = (read_stage(name, stage, palette, with_params=False) for name in names)
+    return tuple(described.network for described, _ in read)
 
 
 def read_definition(path: str | pathlib.Path) -> TokenDefinition | None:

@@ -18,6 +18,7 @@ from gptv_jax.checkpoint import Checkpoints
 from gptv_jax.config import fields
 from gptv_jax.config.data import PIXELS
 from gptv_jax.config.fields import FROM_ZERO, POSITIVE, field, one_of
+from gptv_jax.decode.typicality import Calibration
 from gptv_jax.errors import InputError, as_input_error, list_differences
 from gptv_jax.model.gpt import Network
 from gptv_jax.model.layout import of_images
@@ -71,6 +72,7 @@ class WeightsFile:
     eval_transforms: tuple[str, ...] = field(())
     measured: bytes = b""
     limits: config_lib.Limits = dataclasses.field(default_factory=config_lib.Limits)  # of data
+    typicality: Calibration | None = None  # what is usual for the weights, where it was measured
 
     @property
     def codec(self) -> tokens.Codec | None:
@@ -167,9 +169,7 @@ def choose_palette(named: Palette | None, stored: Palette | None, where: str) ->
             f"{where} has no colours for its tokens; name the palette (kmeans_centers.npy) as well."
         )
     if named and stored and not named.equivalent(stored):
-        raise InputError(
-            f"the palette that you name differs from the palette in {where}; name none."
-        )
+        raise InputError(f"the palette that you name differs from the palette in {where}.")
     return named or stored
 
 
@@ -189,6 +189,8 @@ def make_header(weights_file: WeightsFile) -> dict:
         "tokenizer": definition.description() if isinstance(definition, Tokenizer) else None,
         **{name: getattr(weights_file, name) for name in FACTS},
     }
+    if weights_file.typicality:
+        header["typicality"] = weights_file.typicality.to_json()
     if task:
         header["task"] = fields.flatten(task)
         header |= {name: getattr(weights_file, name) for name in TASK_FACTS}
@@ -218,19 +220,18 @@ def from_header(
             )
         known = {each.name: each for each in dataclasses.fields(WeightsFile)}
         older = {"class_names": [], "frames": 0, "pool": 1, "attention": "causal"}
-        older |= {name: [] for name in TASK_FACTS}
-        header = older | header
+        header = older | {name: [] for name in TASK_FACTS} | header
         facts = {n: fields.checked(header[n], known[n], f"header.{n}") for n in FACTS + TASK_FACTS}
         if isinstance(definition, Palette):
             definition = dataclasses.replace(definition, provenance=dict(header["palette"]))
         settings = {}
         sections = {"model": config_lib.Model, "tokens": config_lib.Tokens, "task": config_lib.Task}
         for name, cls in sections.items():
-            if header.get(name) is None:  # no task
-                continue
-            # Fields that are newer than the file get their defaults.
-            given = config_lib.recorded(cls, header[name], name)
-            settings[name] = fields.from_dict(cls, given, name)
+            if header.get(name) is not None:  # fields that are newer than the file: defaults
+                given = config_lib.recorded(cls, header[name], name)
+                settings[name] = fields.from_dict(cls, given, name)
+        if header.get("typicality") is not None:
+            settings["typicality"] = Calibration.from_json(header["typicality"], str(where))
         return WeightsFile(**settings, **facts, params=params, definition=definition)
 
 
@@ -289,9 +290,7 @@ def arrays(weights_file: WeightsFile) -> dict[str, np.ndarray]:
 def write(weights_file: WeightsFile, path: pathlib.Path) -> None:
     """Writes the file atomically; InputError where it cannot be written or is named otherwise."""
     if path.suffix != ".safetensors":
-        raise InputError(
-            f"{path} does not end in .safetensors; weights are recognized by this ending."
-        )
+        raise InputError(f"{path} does not end in .safetensors, by which weights are recognized.")
     header = {HEADER: json.dumps(make_header(weights_file))}
     files.write_safetensors(arrays(weights_file), path, header)
 
@@ -339,6 +338,7 @@ def read_run(
         class_names=names if network.classes or config.model.class_tokens or of_task else (),
         step=summary[f"{stage}/steps"],
         best_layer=summary.get("probe/best_layer"),
+        typicality=record.typicality(folder, stage, summary[f"{stage}/steps"]),
         **of_task,
     )
     if not with_params:

@@ -1,0 +1,137 @@
+"""The teachers of a stage: found, checked against the student, and loaded onto the mesh."""
+
+import dataclasses
+import logging
+import operator
+import pathlib
+from collections.abc import Sequence
+
+from jax.sharding import Mesh
+
+from gptv_jax import config as config_lib
+from gptv_jax import sharding, tokens, weights
+from gptv_jax.errors import InputError, shorten
+from gptv_jax.model.gpt import Network
+from gptv_jax.runs.context import Context
+from gptv_jax.stages.pretrained import palette_of
+from gptv_jax.tasks.network import network_of
+from gptv_jax.tokens import Codec
+from gptv_jax.tokens.differences import token_differences
+from gptv_jax.weights.native import WeightsFile
+
+LOG = logging.getLogger(__name__)
+SECTIONS = {"pretrain": "distill", "finetune": "finetune.distill"}  # of the stages with teachers
+
+
+def settings_of(config: config_lib.Config, stage: str) -> config_lib.Distill:
+    """The section of the configuration that names the stage's teachers."""
+    return operator.attrgetter(SECTIONS[stage])(config)
+
+
+def definitions(
+    config: config_lib.Config, stages: Sequence[str]
+) -> dict[str, tokens.TokenDefinition | None]:
+    """The palettes or tokenizers of the teachers of some stages, by the teachers' names."""
+    found = {}
+    for stage in (each for each in SECTIONS if each in stages):
+        for name in settings_of(config, stage).teacher:
+            path, named = _locate(stage, name)
+            if weights.is_weights_path(path):
+                found[named] = weights.read_definition(path)
+            else:
+                found[named] = tokens.load_definition(config.tokens.kind, path)
+    return found
+
+
+def check(
+    config: config_lib.Config,
+    mesh: Mesh,
+    stage: str,
+    codec: Codec | None,
+    classes: Sequence[str] | int = 0,
+) -> None:
+    """Checks before any work that a stage's teachers can teach its network; for process 0.
+
+    `classes` are the names of the data's classes, or their number without names. Raises InputError
+    where a teacher is not found, has other tokens, classes or orders than the student, or cannot be
+    split over the mesh.
+    """
+    settings = settings_of(config, stage)
+    for name in settings.teacher:
+        named = _locate(stage, name)[1]
+        found, _ = _read(stage, name, codec, with_params=False)
+        _check_tokens(config, found, named, codec)
+        if stage == "finetune":
+            _check_classes(found, named, classes)
+        layers = found.model.layers
+        if (settings.teacher_layer or 0) > layers:
+            raise InputError(
+                f"config.{SECTIONS[stage]}.teacher_layer is {settings.teacher_layer}, but {named} "
+                f"has {layers} layers; take at most {layers}, or None."
+            )
+        try:
+            sharding.check(dataclasses.replace(config, model=found.model), mesh, ("model",))
+        except InputError as error:
+            raise InputError(f"{named} cannot be split over the mesh: {error}") from error
+
+
+def load(context: Context, stage: str) -> tuple[tuple[Network, ...], dict | None]:
+    """The networks of a stage's teachers, and the `frozen` arrays of `train.distillation`.
+
+    The arrays are None where the stage has no teacher.
+    """
+    networks, params = [], []
+    for name in settings_of(context.config, stage).teacher:
+        found, arrays = _read(stage, name, context.codec, with_params=True)
+        size = found.model.layers, found.model.width
+        LOG.info("%s has the teacher %s, of %d layers and width %d.", stage, name, *size)
+        networks.append(found.network)
+        params.append(arrays)
+    return tuple(networks), {"teachers": tuple(params)} if params else None
+
+
+def _locate(stage: str, name: str) -> tuple[pathlib.Path, str]:
+    """The path of a teacher, and its name in messages."""
+    named = f"config.{SECTIONS[stage]}.teacher={name}"
+    return weights.locate(name, f"{named} does not exist"), named
+
+
+def _read(
+    stage: str, name: str, codec: Codec | None, *, with_params: bool
+) -> tuple[WeightsFile, dict]:
+    path, _ = _locate(stage, name)
+    return weights.read_stage(path, stage, palette_of(codec), with_params=with_params)
+
+
+def _check_tokens(
+    config: config_lib.Config, found: WeightsFile, named: str, codec: Codec | None
+) -> None:
+    if found.task:
+        raise InputError(
+            f"{named} is fine-tuned for config.task.name={found.task.name}; a teacher predicts "
+            "the tokens of images, or their class."
+        )
+    network = network_of(config)
+    if differing := token_differences(found.network, found.codec, network, codec):
+        raise InputError(
+            f"{named} has {shorten(differing)}; a teacher takes the tokens of its student."
+        )
+    if network.config.random_order and not found.model.random_order:
+        raise InputError(
+            f"config.model.random_order is {network.config.random_order}, but {named} has read "
+            "images in raster order alone; take (), or a teacher with random orders."
+        )
+
+
+def _check_classes(found: WeightsFile, named: str, classes: Sequence[str] | int) -> None:
+    if isinstance(classes, int):
+        classes = tuple(map(str, range(classes)))
+    if not found.classes:
+        raise InputError(f"{named} has no class head; name a classifier that is fine-tuned.")
+    theirs = found.class_names or tuple(map(str, range(found.classes)))
+    if theirs != tuple(classes):
+        told, ours = (shorten(names, room=60) for names in (theirs, classes))
+        raise InputError(
+            f"{named} knows {len(theirs)} classes ({told}), and the data have {len(classes)} "
+            f"({ours}); a teacher takes the classes of the data, in their order."
+        )
