@@ -143,16 +143,16 @@ class Images(Subject):
         if mutation == "cut":
             assert np.array_equal(pixels, self.whole[name]), "a part is not the whole"
         if mutation in UNHARMED:
-            assert self._turned(pixels, self.whole[name]), "pixels have changed"
+            assert self.turned(pixels, self.whole[name]), "pixels have changed"
         with Image.open(io.BytesIO(content)) as image:
             assert image.format in Image.MIME or image.format in ("QOI", "DDS"), image.format
-            assert self._turned(pixels, fuzz_truth.of_image(image)), f"other pixels, {image.mode}"
+            assert self.turned(pixels, fuzz_truth.of_image(image)), f"other pixels, {image.mode}"
         if image.format == "PNG":
             truth = fuzz_truth.of_png(content)
-            assert truth is None or self._turned(pixels, truth), "other pixels than the PNG file's"
+            assert truth is None or self.turned(pixels, truth), "other pixels than the PNG file's"
 
     @staticmethod
-    def _turned(pixels: np.ndarray, truth: np.ndarray) -> bool:
+    def turned(pixels: np.ndarray, truth: np.ndarray) -> bool:
         """Whether pixels are `truth`, float, up to rounding and one of the eight orientations."""
         turns = [np.rot90(each, k) for each in (pixels, pixels[:, ::-1]) for k in range(4)]
         alike = [each for each in turns if each.shape == truth.shape]

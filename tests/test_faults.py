@@ -31,6 +31,7 @@ IMAGES = {
     "doubles.fits": (Limits(), "64 bits"),
     "compressed.fits": (Limits(), "compressed FITS"),
     "checksum.png": (Limits(), "checksum of its part"),
+    "no_palette.png": (Limits(), "palette is missing"),
     "cut_palette.pcx": (Limits(), "truncated"),
     "document.eps": (Limits(), "EPS is no picture"),
 }

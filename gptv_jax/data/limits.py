@@ -158,6 +158,8 @@ def _open(encoded: bytes, limits: Limits) -> Image.Image:
         raise DamagedImageError("a compressed FITS file, whose length inside is not known before")
     if image.format == "PNG":
         _check_sums(encoded)
+        if image.mode == "P" and image.palette is None:  # Pillow would make up colours
+            raise DamagedImageError("its palette is missing")
     # Pillow shows a PCX file whose palette, at the file's end, is lost as a grey image.
     if image.format == "PCX" and image.mode == "L" and encoded[-769:-768] != b"\x0c":
         raise DamagedImageError("the file is truncated")
