@@ -1,4 +1,4 @@
-"""A short form of benchmarks/fuzz.py, and faults that its long form found; others in test_faults."""
+"""A short form of benchmarks/fuzz.py, and faults that the long form found; see test_faults.py, too."""
 
 import dataclasses
 import io
