@@ -1,5 +1,7 @@
 """Every file that was once accepted, or refused too late, is refused at once, in one sentence."""
 
+import contextlib
+import importlib
 import pathlib
 import time
 import tracemalloc
@@ -9,7 +11,8 @@ from PIL import Image
 
 import gptv_jax
 from gptv_jax import files
-from gptv_jax.config import Limits
+from gptv_jax.config import Data, Limits
+from gptv_jax.data import sources
 from gptv_jax.data.images import Animation, Decode, count_frames
 from gptv_jax.data.limits import DamagedImageError
 from gptv_jax.errors import InputError
@@ -50,7 +53,9 @@ TENSORS = ("long_header.safetensors", "long_shape.safetensors", "hole.safetensor
 @pytest.fixture(autouse=True)
 def at_once():
     """No test takes a second or 8 MiB: nothing is decoded."""
-    Image.init()  # which takes time once
+    Image.init()  # which takes time once, as does pyarrow
+    with contextlib.suppress(ImportError):
+        importlib.import_module("pyarrow.parquet")
     tracemalloc.start()
     start = time.monotonic()
     yield
@@ -60,8 +65,17 @@ def at_once():
 
 
 def test_every_file_has_its_test():
-    known = {*IMAGES, *CLIPS, *ARRAYS, *TENSORS}
+    known = {"offset_beyond_the_file.arrow", *IMAGES, *CLIPS, *ARRAYS, *TENSORS}
     assert {path.name for path in FAULTS.iterdir()} == known
+
+
+def test_an_arrow_file_whose_rows_lie_outside_does_not_end_the_process():
+    pytest.importorskip("pyarrow")
+    path = FAULTS / "offset_beyond_the_file.arrow"
+    source = sources.open_source(Data(name="parquet", path=str(path)), "train")
+    for index in range(len(source)):
+        with pytest.raises(DamagedImageError, match="out of bounds"):
+            source[index]
 
 
 @pytest.mark.parametrize("name", IMAGES)

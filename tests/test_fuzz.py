@@ -1,4 +1,4 @@
-"""A short form of benchmarks/fuzz.py, and faults that the long form found; see test_faults.py, too."""
+"""A short form of benchmarks/fuzz.py, and faults that the long form found; see also test_faults."""
 
 import dataclasses
 import io

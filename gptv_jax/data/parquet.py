@@ -72,9 +72,15 @@ class _ArrowFile:
         source = pyarrow.memory_map(str(path))
         self.table = (ipc.open_file if is_file else ipc.open_stream)(source).read_all()
         self.schema, self.firsts = self.table.schema, starts([self.table.num_rows])
+        self._checked: set[str] = set()  # names of columns
 
     def column(self, name: str, group: int | None = None) -> "pyarrow.ChunkedArray":
-        return self.table.column(name)
+        """A column, whose rows lie inside the file; else reading a row would end the process."""
+        column = self.table.column(name)
+        if name not in self._checked:
+            column.validate(full=True)  # reads where each row begins, not the images
+            self._checked.add(name)
+        return column
 
 
 class _ParquetFile:
