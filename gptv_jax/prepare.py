@@ -51,7 +51,6 @@ for _name, _help in _VIDEO_FLAGS.items():
         flags.DEFINE_integer(_name, _default, _help, lower_bound=0)
     else:
         flags.DEFINE_float(_name, _default, _help, lower_bound=0)
-FRAMES_FILE = "frames.json"  # in the folder of frames: the settings that made the folder
 
 
 def main(settings: config.Config) -> None:
@@ -122,15 +121,15 @@ def prepare_videos() -> None:
     found = video_files.find(videos)
     files.claim(out, "--out")
     unlock = files.lock(out, "--out", settings)
-    made = dataclasses.asdict(settings)
-    if differences := list_differences(made, files.read_json(out / FRAMES_FILE, made)):
+    made, settings_file = dataclasses.asdict(settings), out / video_files.SETTINGS_FILE
+    if differences := list_differences(made, files.read_json(settings_file, made)):
         raise InputError(
             f"--out={out} has frames that were made otherwise: {shorten(differences, '; ')}. Name "
             "another folder, or set these flags as before."
         )
-    files.write_json(out / FRAMES_FILE, made)
+    files.write_json(settings_file, made)
     progress, counts = Progress("prepare", len(found), unit="video"), dict(videos=0, frames=0)
-    with (out / "skipped.jsonl").open("w") as lines:
+    with (out / video_files.SKIPPED_FILE).open("w") as lines:
         for result in video_files.convert(videos, found, out, settings):
             progress.advance()
             counts["videos"] += result.reason is None

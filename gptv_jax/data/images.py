@@ -90,6 +90,13 @@ class Transform:
         frames = [self.pixels(*each) for each in zip(image, generators, strict=True)]
         return {**record, "image": np.stack(frames)}
 
+    def generator(
+        self, number: int, rng: np.random.Generator | None = None
+    ) -> np.random.Generator | None:
+        """What the transform draws from for example `number`: `rng`, unless a subclass differs."""
+        del number
+        return rng
+
     def pixels(
         self, image: UInt8[np.ndarray, "H W C"], rng: np.random.Generator | None
     ) -> UInt8[np.ndarray, "h w c"]:

@@ -94,16 +94,18 @@ class Pipeline:
         extra: tuple[str, ...] = (),
         pixels: bool = False,
         clips: int = 1,
+        entries: tuple[str, ...] = (),
     ) -> Iterator[dict]:
         """This process's share of the first `limit` examples of a split, without augmentation.
 
         Every process gets equally many batches. "mask", float32 [b], is 1 once for every example,
         and 0 for padding and for examples that replace a damaged image; "index", int32 [b], is the
         number of the example. With `example`, "view", float32 [b, 4], is the part of the original
-        that an image shows, see data/records.py. `extra` are transforms after the config's.
+        that an image shows, see data/records.py. `extra` are transforms after the config's, and
+        `entries` transforms in place of the config's.
         With several `clips` of each video, evenly spaced, "tokens" are [b, clips, T].
         """
-        entries = (*self.config.eval_transforms, *extra)
+        entries = (*(entries or self.config.eval_transforms), *extra)
         make = self._example(split, entries, example, pixels)
         length = len(make.source)
         examples = length if limit is None else min(limit, length)
@@ -263,7 +265,7 @@ class _Example(grain.transforms.RandomMap):
             size = record["image"].shape if "image" in record else self.codec.image_shape
             record = with_view(record, *size[-3:-1])
         for step in self.steps:
-            record = step(record, rng)
+            record = step(record, step.generator(index, rng))
         return record
 
     def random_map(self, index: int, rng: Rng = None, place: float = 0.5) -> dict:
