@@ -249,6 +249,7 @@ UNBOUNDED = {
     "model.learned_positions", "model.rotary", "model.qk_norm",
     "model.target_positions",
     "finetune.standardize", "finetune.scratch", "distill.compare", "finetune.distill.compare",
+    "distill.cached", "finetune.distill.cached",
     "task.name", "task.prefix", "task.detect.noise", "task.detect.votes",
     "task.segment.read", "task.segment.write",
     "probe.sgd.train_transforms", "probe.sgd.standardize",

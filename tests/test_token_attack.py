@@ -167,3 +167,14 @@ def test_networks_that_the_attack_does_not_take_are_refused(changes, words, one_
     assert words in token_attack.check(network)
     with pytest.raises(ValueError, match=words):
         attack(network, {}, {}, Budget(1, 1), KEY)
+
+
+def test_random_changes_take_every_token_once_and_differ_between_images(one_device):
+    params = random_params(NETWORK)
+    head = params["classifier"] | {"class_head": 0 * params["classifier"]["class_head"]}
+    batch, _ = on_mesh(NETWORK, params | {"classifier": head})  # every class is 0, to the end
+    batch["tokens"][:] = batch["tokens"][:1]
+    given, budget = sharding.global_batch(batch), Budget(15, 1, guided=False)
+    found = attack(NETWORK, params | {"classifier": head}, given, budget, KEY)
+    np.testing.assert_array_equal((found.tokens != batch["tokens"]).sum(axis=1), 15)
+    assert len(np.unique(found.tokens, axis=0)) == 8 and (found.fell == 16).all()

@@ -24,7 +24,7 @@ from gptv_jax.decode.sampler import check_guidable
 from gptv_jax.errors import InputError, list_differences, shorten
 from gptv_jax.runs.context import Context
 from gptv_jax.runs.record import RunFolder, has_finished
-from gptv_jax.stages import STAGES, changes, finetuned, pretrained, teachers
+from gptv_jax.stages import STAGES, changes, finetuned, pretrained, teacher_cache, teachers
 from gptv_jax.stages.select import choose_stages
 from gptv_jax.tokens import Codec, learned, palette
 from gptv_jax.train import wandb_copy
@@ -111,6 +111,8 @@ def _open(config: config_lib.Config, folder: RunFolder, wanted: list[str] | None
         check_guidable(config.model, f"config.sample.guidance is {config.sample.guidance:g}")
     for entries in _training_transforms(config, stages):
         transforms.check(entries, config.data.eval_transforms)
+    if config.distill.cached and "pretrain" in stages:
+        hosts.on_all(lambda: teacher_cache.check(config))
     prepared = config, mesh, folder, stages, data, changed, contents, task
     hosts.from_first(lambda: _prepare(*prepared))
     # Every process writes the names of the damaged images that it meets.
