@@ -27,7 +27,9 @@ from benchmarks import harness
 from benchmarks.turns import ROOT
 from gptv_jax.hosts import stopping
 
-NAMES = ("train_step", "decode", "features", "attention", "startup", "input_pipeline")
+NAMES = (
+    "train_step", "decode", "features", "attention", "startup", "input_pipeline", "cached_teacher",
+)  # fmt: skip
 DATA = ("cifar10", "jpegs", "palette")  # flags of the input pipeline
 MODULE = [sys.executable, "-m"]
 

@@ -20,7 +20,7 @@ from gptv_jax.model import attention
 from gptv_jax.model.gpt import Network
 from gptv_jax.model.layout import causal_mask, of_images
 from gptv_jax.probe import features, ridge
-from gptv_jax.train import step
+from gptv_jax.train import cached_distillation, distillation, step
 from gptv_jax.train.optimizer import make_optimizer
 
 OPTIMIZER = config_lib.Optimizer(name="adamw", learning_rate=1e-3, schedule="constant")
@@ -57,6 +57,43 @@ def train(size: dict, batch: int, dtype: str, **model) -> Task:
     def advance():
         nonlocal state
         state, metrics = train_step(state, data)
+        return metrics
+
+    return _task(advance)
+
+
+def distill(
+    size: dict, batch: int, dtype: str, teacher: dict | None = None, samples: int = 0
+) -> Task:
+    """A train step of a student: of `teacher` in memory, of `samples` cached ids, or of neither.
+
+    Args:
+      size: fields of the student's `Size`.
+      batch: number of images.
+      dtype: dtype of compute.
+      teacher: fields of the teacher's `Size`.
+      samples: distinct ids that the cache has of every position.
+    """
+    _prepare()
+    network, frozen = network_of(Size(**size), dtype), None
+    data, loss = batch_of(network, batch), step.make_loss(network)
+    if teacher:
+        large = network_of(Size(**teacher), dtype)
+        frozen = {"teachers": (jax.jit(large.init)(jax.random.key(1)),)}
+        loss = distillation.make_loss(network, (large,), config_lib.Distill(teacher=("its name",)))
+    if samples:
+        shape = (*data["tokens"].shape, samples)
+        ids = np.random.default_rng(0).integers(network.vocabulary, size=shape, dtype=np.uint16)
+        drawn = {"teacher_ids": ids, "teacher_counts": np.ones(shape, np.uint8)}
+        data |= sharding.global_batch(drawn)
+        loss = cached_distillation.make_loss(network, config_lib.Distill(cached=True))
+    optimizer, rate = make_optimizer(OPTIMIZER, 1)
+    train_step = step.make_train_step(loss, optimizer, rate)
+    state = jax.jit(step.make_init(network, optimizer))(jax.random.key(0))
+
+    def advance():
+        nonlocal state
+        state, metrics = train_step(state, data, frozen)
         return metrics
 
     return _task(advance)

@@ -13,8 +13,11 @@ Command:    python -m gptv_jax.main --config=configs/digits_distill.py:teacher
                 --workdir=runs/digits_student --stages=pretrain,finetune
             Another teacher, such as a finished run of configs/digits.py:
                 --config.distill.teacher=runs/digits --config.finetune.distill.teacher=runs/digits
-Hardware:   two CPU cores, both commands together under five minutes.
-Expect:     HERE
+Hardware:   two CPU cores. The student with a fine-tuning of 240 steps took 3.8 minutes of processor
+            time; the time of both commands on quiet cores has not been measured.
+Expect:     test loss of the student 1.285 nats per token; without the teacher 1.304 at equal steps
+            and 1.271 at equal time, as the teacher is 13 times as large; teacher 1.228
+            (docs/results.md).
 Reproduces: no published run. The recipe of the classes is function matching (Beyer et al. 2022,
             arXiv:2106.05237): teacher and student see one view, mixed with another image, and no
             label is used.
@@ -33,12 +36,8 @@ DIGITS = pathlib.Path(__file__).with_name("digits.py")
 def get_config(which: str = "student"):
     c = runpy.run_path(str(DIGITS))["get_config"]()
     c.finetune.scratch = False
-    config_lib.choose(which, {"teacher": _teacher, "student": _student})(c)
+    config_lib.choose(which, {"teacher": lambda c: None, "student": _student})(c)
     return c
-
-
-def _teacher(c):
-    c.finetune.patience = 3
 
 
 def _student(c):
@@ -49,4 +48,5 @@ def _student(c):
     c.train.steps = 400
     c.finetune.distill.teacher = "runs/digits_teacher"
     c.finetune.distill.compare = True
+    c.finetune.train.steps = 800  # function matching learns slowly, and goes on learning
     c.finetune.patience = 0

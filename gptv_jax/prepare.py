@@ -3,11 +3,17 @@
 python -m gptv_jax.prepare --config=configs/cifar10.py --out=caches/cifar10
 python -m gptv_jax.prepare --config=runs/mine --out=caches/mine  # the data and tokens of a run
 
+With --teacher, each position of an image gets ids drawn from a trained network's distribution, by
+which config.distill.cached=True trains a smaller network without the teacher in memory:
+
+python -m gptv_jax.prepare --config=configs/cifar10.py --out=caches/taught --teacher=runs/large
+
 With --videos, turns video files into folders of frames, which config.data.name=folder reads:
 
 python -m gptv_jax.prepare --videos=videos --out=frames --rate=8 --short_side=128
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -15,16 +21,19 @@ import re
 import sys
 from collections.abc import Iterator
 
+import jax
 import numpy as np
 from absl import flags
 
-from gptv_jax import command, config, files, hardware
+from gptv_jax import command, config, files, hardware, sharding
 from gptv_jax.config import fields
 from gptv_jax.data import cache, inventory, pipeline, sources, transforms, video_files
 from gptv_jax.data.damage import DamageLog
 from gptv_jax.data.folder import refuse_inside
+from gptv_jax.data.teacher_draws import MOST_SAMPLES
+from gptv_jax.data.teacher_draws import SAMPLES as DEFAULT_SAMPLES
 from gptv_jax.errors import InputError, list_differences, shorten
-from gptv_jax.stages import setup
+from gptv_jax.stages import setup, teacher_cache
 from gptv_jax.tokens.codec import TokenStatistics
 from gptv_jax.train.metrics import Progress
 
@@ -32,6 +41,25 @@ LOG = logging.getLogger("gptv_jax.prepare")
 OUT = flags.DEFINE_string("out", None, "New folder for the token cache, or for frames.")
 VIDEOS = flags.DEFINE_string(
     "videos", None, "Folder of video files to turn into frames, in place of --config."
+)
+TEACHER = flags.DEFINE_list(
+    "teacher",
+    [],
+    "Run folder or weights of a trained network, whose distribution ids are drawn from at every "
+    "position; with commas between several, from the mean of their distributions.",
+)
+SAMPLES = flags.DEFINE_integer(
+    "teacher_samples",
+    DEFAULT_SAMPLES,
+    "With --teacher: ids drawn at every position.",
+    lower_bound=1,
+    upper_bound=MOST_SAMPLES,
+)
+TEMPERATURE = flags.DEFINE_float(
+    "teacher_temperature",
+    1.0,
+    "With --teacher: divides the teacher's logits; that of config.distill.temperature in training.",
+    lower_bound=1e-6,
 )
 _VIDEO_FLAGS = {
     "rate": "With --videos: frames a second; 0: the mean rate of each file.",
@@ -51,12 +79,21 @@ for _name, _help in _VIDEO_FLAGS.items():
         flags.DEFINE_integer(_name, _default, _help, lower_bound=0)
     else:
         flags.DEFINE_float(_name, _default, _help, lower_bound=0)
-FRAMES_FILE = "frames.json"  # in the folder of frames: the settings that made the folder
 
 
 def main(settings: config.Config) -> None:
     """Tokenises every split of the data set and prints statistics of the tokens."""
     hardware.devices()  # InputError where there are none
+    for name in ("teacher_samples", "teacher_temperature"):
+        if flags.FLAGS[name].present and not TEACHER.value:
+            raise InputError(f"--{name} is for --teacher, which names no teacher; name one.")
+    # Without a teacher nothing is computed on a mesh, and this machine need not have one.
+    mesh = jax.set_mesh(sharding.make_mesh(settings.mesh)) if TEACHER.value else None
+    with mesh or contextlib.nullcontext():
+        _prepare(settings)
+
+
+def _prepare(settings: config.Config) -> None:
     folder = files.user_path(OUT.value)
     settings = setup.take_tokenizer_settings(settings)
     refuse_inside(settings.data, {"--out": OUT.value})
@@ -67,13 +104,23 @@ def main(settings: config.Config) -> None:
         raise InputError(f"{given} is a token cache already; name a data set of images.")
     opened = {s: sources.Selected(data_set, s, settings.data.labels) for s in data_set.lengths}
     inventory.log(settings.data, inventory.describe(data_set, opened), opened)
-    chosen = setup.find_codec(settings)
+    # The teachers of --teacher take the place of those that a student's configuration names.
+    chosen = setup.find_codec(settings, taught=() if TEACHER.value else ("pretrain",))
+    teachers = []
+    if TEACHER.value:
+        classes = data_set.classes if settings.data.labels else 0
+        teachers, chosen = teacher_cache.load(tuple(TEACHER.value), settings, chosen, classes)
     split = "train" if "train" in data_set.lengths else next(iter(data_set.lengths))
     first = dataclasses.replace(settings.data, train_split=split)
     setup.try_out(dataclasses.replace(settings, data=first), None, chosen)
     cache.claim(folder, holder=settings)
     damage_log = DamageLog(settings.data, folder)
     chosen = chosen or setup.build_codec(settings, damage_log)
+    taught = drawer = None
+    if teachers:
+        given = SAMPLES.value, TEMPERATURE.value, settings.seed
+        taught = teacher_cache.describe(tuple(TEACHER.value), teachers, *given)
+        drawer = teacher_cache.Drawer(teachers, taught, folder)
     # The cache holds whole splits; split expressions select from them when the cache is read.
     whole = dataclasses.replace(settings.data, **{f"{s}_split": s for s in sources.SPLITS})
     statistics = {split: TokenStatistics(chosen) for split in data_set.lengths}
@@ -86,10 +133,13 @@ def main(settings: config.Config) -> None:
                 *(np.stack([r[key] for r in chunk]) for key in ("image", "tokens"))
             )
             for record in chunk:
-                yield record
+                yield {name: value for name, value in record.items() if name != "image"}
                 progress.advance()
         progress.close()
 
+    splits = {split: examples(split) for split in data_set.lengths}
+    if drawer:
+        splits = {split: drawer.add(split, each) for split, each in splits.items()}
     header = {
         "source": {k: getattr(settings.data, k) for k in ("name", "dir", "path", "label")},
         "provenance": chosen.definition and chosen.definition.provenance,
@@ -105,7 +155,13 @@ def main(settings: config.Config) -> None:
     for name in ("object_names", "object_ids", "map_names"):
         if known := getattr(data_set, name):
             header[name] = known
-    cache.write(folder, chosen, {split: examples(split) for split in data_set.lengths}, header)
+    if taught:
+        header["teacher"] = taught
+    cache.write(folder, chosen, splits, header)
+    if drawer and drawer.found:
+        LOG.info(
+            "%d of %d images have the draws of an earlier command.", drawer.found, drawer.drawn
+        )
     size = sum(path.stat().st_size for path in folder.iterdir())
     summary = {"folder": str(folder), "bytes": size, "damaged": damage_log.count}
     summary |= {"dropped": len(damage_log.dropped)} if damage_log.dropped else {}
@@ -122,15 +178,15 @@ def prepare_videos() -> None:
     found = video_files.find(videos)
     files.claim(out, "--out")
     unlock = files.lock(out, "--out", settings)
-    made = dataclasses.asdict(settings)
-    if differences := list_differences(made, files.read_json(out / FRAMES_FILE, made)):
+    made, settings_file = dataclasses.asdict(settings), out / video_files.SETTINGS_FILE
+    if differences := list_differences(made, files.read_json(settings_file, made)):
         raise InputError(
             f"--out={out} has frames that were made otherwise: {shorten(differences, '; ')}. Name "
             "another folder, or set these flags as before."
         )
-    files.write_json(out / FRAMES_FILE, made)
+    files.write_json(settings_file, made)
     progress, counts = Progress("prepare", len(found), unit="video"), dict(videos=0, frames=0)
-    with (out / "skipped.jsonl").open("w") as lines:
+    with (out / video_files.SKIPPED_FILE).open("w") as lines:
         for result in video_files.convert(videos, found, out, settings):
             progress.advance()
             counts["videos"] += result.reason is None

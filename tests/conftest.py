@@ -200,7 +200,7 @@ SERVER = """
 import json, os, pathlib, runpy, signal, sys
 import jax
 from gptv_jax.stages import finetune, generate, pretrain, probe, reports, sample, tokenizer
-from gptv_jax.stages import typicality
+from gptv_jax.stages import robustness, typicality
 from ml_collections import config_flags
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 for line in sys.stdin:

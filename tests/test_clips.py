@@ -14,7 +14,7 @@ import gptv_jax
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.config import Data, fields, rules
-from gptv_jax.data import cache, moving_digits, pipeline, sources, transforms
+from gptv_jax.data import cache, cached_tokens, moving_digits, pipeline, sources, transforms
 from gptv_jax.data.damage import DamageLog
 from gptv_jax.data.data_set import SPLITS
 from gptv_jax.decode import generation
@@ -352,7 +352,7 @@ def test_a_token_cache_of_clips_is_trained_from(tmp_path):
         with pytest.raises(InputError, match=words):
             setup.open_run(other, str(tmp_path / "other"), ["pretrain"])
     # A patch that moves whole would keep its pixels as they are.
-    assert not pipeline.takes(config.data, "flip(1.0)")
+    assert not cached_tokens.takes(config.data, "flip(1.0)")
 
 
 def test_clips_of_learned_tokens_take_a_tokenizer_of_images(tmp_path):

@@ -3,13 +3,16 @@
 import json
 import pathlib
 import shlex
+import signal
 
 import numpy as np
 import pytest
 from conftest import Ended, encoded, make_folder, random_image
+from test_taught_cache import export
 
 from gptv_jax import config as config_lib
 from gptv_jax.data import cache, sources
+from gptv_jax.data.teacher_draws import DRAWS
 from gptv_jax.errors import InputError
 from gptv_jax.tokens import PaletteCodec
 
@@ -139,3 +142,54 @@ def test_what_cannot_be_prepared_is_refused_in_one_sentence(
     given = [f"--out={tmp_path / 'cache'}", f"--config.data.path={folder}", *arguments]
     assert_refused(prepare("image_folder.py", *given), words)
     assert not list(tmp_path.glob("cache/*"))  # over which the mended command would stumble
+
+
+# With a teacher.
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """Random weights of a small network of digits."""
+    folder = tmp_path_factory.mktemp("teacher")
+    config = config_lib.Config(model=config_lib.Model(layers=1, width=16, heads=2))
+    return export(folder / "teacher.safetensors", config)
+
+
+def test_a_teacher_draws_ids_for_every_token_and_a_killed_command_continues(
+    prepare, start, teacher, tmp_path
+):
+    given = [f"--teacher={teacher}", "--teacher_samples=300", "--teacher_temperature=2"]
+    whole = prepare("digits.py", f"--out={tmp_path / 'whole'}", *given)
+    assert whole.code == 0, whole.errors[-3000:]
+    found = cache.TokenCache(tmp_path / "whole")
+    assert (found.taught.samples, found.taught.temperature) == (300, 2.0)
+    assert found.taught.names == (teacher,) and found.taught.distinct <= 17
+    ids, counts = found.open("test")[0][DRAWS].padded(found.taught.distinct)
+    assert ids.shape == (64, found.taught.distinct) and (counts.sum(axis=1) == 300).all()
+
+    killed = tmp_path / "killed"
+    arguments = [f"--config={CONFIGS / 'digits.py'}", f"--out={killed}", *given]
+    process = start("prepare", *arguments)
+    while not list(killed.glob(".drawn-*.npz")):
+        assert process.poll() is None, process.errors[-3000:]
+    process.send_to_all(signal.SIGKILL)
+    process.wait()
+    again = prepare("digits.py", f"--out={killed}", *given)
+    assert again.code == 0, again.errors[-3000:]
+    assert "draws of an earlier command" in again.errors
+    first, second = (
+        {path.name: path.read_bytes() for path in folder.iterdir()}
+        for folder in (tmp_path / "whole", killed)
+    )
+    assert first == second
+
+
+def test_a_teacher_that_does_not_fit_is_refused_before_any_work(prepare, teacher, tmp_path):
+    out = tmp_path / "cache"
+    for more, words in (
+        ([f"--teacher={teacher}", "--config.tokens.levels=18"], "has vocabulary 17, not 18"),
+        (["--teacher=nowhere"], "--teacher=nowhere does not exist"),
+        (["--teacher_samples=9"], "--teacher_samples is for --teacher"),
+    ):
+        assert_refused(prepare("digits.py", f"--out={out}", *more), words)
+        assert not out.exists()

@@ -106,6 +106,7 @@ def test_rounded_times_lose_and_repeat_no_frame(rate):
     ticks = [round(1000 * k / rate) for k in range(200)]
     frames = [(t * tick, t * tick + Fraction(1, rate), k) for k, t in enumerate(ticks)]
     assert list(resample(frames, Fraction(rate), tick)) == list(range(200))
+    assert list(resample(frames, Fraction(rate), tick / 90)) == list(range(200))  # copied to MP4
     assert list(resample(frames[5:6], Fraction(rate), tick)) == [5]
     assert list(resample([], Fraction(rate), tick)) == []
 
@@ -247,6 +248,7 @@ def test_a_hundred_damaged_files_are_read_or_named_and_never_end_the_preparation
         folder = tmp_path / "out" / written.folder
         assert (written.reason is None) == (written.frames > 0) == folder.exists(), name
         assert written.reason is None or written.reason.strip(), name
+        assert "NoneType" not in (written.reason or ""), name
         if name.startswith("x_"):
             assert written.reason, name
         for frame in folder.iterdir() if written.frames else ():

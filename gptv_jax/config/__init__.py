@@ -10,15 +10,25 @@ import ml_collections
 from gptv_jax.config import fields, rules
 from gptv_jax.config.data import Autoencoder, Data, Limits, Tokens
 from gptv_jax.config.distill import Distill, Matching
-from gptv_jax.config.stages import Config, Drawing, Finetune, Generate, Probe, ProbeSgd, Sample
+from gptv_jax.config.stages import (
+    Config,
+    Drawing,
+    Finetune,
+    Generate,
+    Probe,
+    ProbeSgd,
+    Robustness,
+    Sample,
+)
 from gptv_jax.config.tasks import Detect, Segment, Task
 from gptv_jax.config.train import Mesh, Model, Optimizer, Profile, Tokenizer, Train
 from gptv_jax.errors import InputError, shorten
 
 __all__ = [
     "Autoencoder", "Config", "Data", "Detect", "Distill", "Drawing", "Finetune", "Generate",
-    "Limits", "Matching", "Mesh", "Model", "Optimizer", "Probe", "ProbeSgd", "Profile", "Sample",
-    "Segment", "Task", "Tokenizer", "Tokens", "Train", "choose", "default", "recorded", "resolve",
+    "Limits", "Matching", "Mesh", "Model", "Optimizer", "Probe", "ProbeSgd", "Profile",
+    "Robustness", "Sample", "Segment", "Task", "Tokenizer", "Tokens", "Train", "choose", "default",
+    "recorded", "resolve",
 ]  # fmt: skip
 
 # Fields of older files: renamed fields, and removed fields, each with the only value that this

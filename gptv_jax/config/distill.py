@@ -20,6 +20,9 @@ class Distill:
     # A run folder, a file or folder of weights, or hf://user/model, as `init_from` takes it; or a
     # tuple of several, the mean of whose distributions is learned. (): nothing is distilled.
     teacher: str | tuple[str, ...] = field((), NAMES)
+    # Reads what teachers drew at every position from the token cache of config.data, which
+    # gptv_jax.prepare --teacher has made, so that no teacher is in memory; for pretraining alone.
+    cached: bool = False
     # Weight of the Kullback-Leibler divergence of the student's distribution from the teacher's,
     # in nats per token, times temperature ** 2.
     weight: float = field(1.0, FROM_ZERO)

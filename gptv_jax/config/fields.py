@@ -174,3 +174,9 @@ def _kinds(kind) -> tuple[tuple, bool]:
     """`((float,), True)` for `float | None`, `((float, str), False)` for `float | str`."""
     kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     return tuple(k for k in kinds if k is not type(None)), type(None) in kinds
+
+
+def refuse(config: object, name: str, reason: str) -> typing.NoReturn:
+    """Raises InputError: the name and the value of the field `config.<name>`, and the reason."""
+    value = operator.attrgetter(name)(config)
+    raise InputError(f"config.{name} is {value!r}, but {reason}.")

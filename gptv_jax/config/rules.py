@@ -7,20 +7,15 @@ what would be accepted.
 
 import dataclasses
 import operator
-from typing import NoReturn
 
 from gptv_jax.config.data import MOST_CODES, image_size
+from gptv_jax.config.distill_rules import check_cached
+from gptv_jax.config.fields import refuse as refuse  # a name of this module for its users
 from gptv_jax.config.stages import Config
 from gptv_jax.errors import InputError
 
 RESTORING = ("l1", "l2", "gradient", "ssim", "lpips")  # losses that compare images with restored
 ONE_CLIP = ("moving_digits", "two_moving_digits", "camera_motions", "tokens")  # of every video
-
-
-def refuse(config: Config, name: str, reason: str) -> NoReturn:
-    """Raises InputError: the name and the value of the field `config.<name>`, and the reason."""
-    value = operator.attrgetter(name)(config)
-    raise InputError(f"config.{name} is {value!r}, but {reason}.")
 
 
 def check(config: Config) -> None:
@@ -309,6 +304,8 @@ def _check_detect(config: Config) -> None:
 def _check_distill(config: Config, section: str = "distill") -> None:
     """Checks the teachers' settings, the section `config.<section>`."""
     settings, layers = operator.attrgetter(section)(config), config.model.layers
+    if settings.cached:
+        check_cached(config, section)
     if not settings.teacher:
         return
     if not settings.weight and not settings.features:

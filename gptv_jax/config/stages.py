@@ -177,6 +177,37 @@ class Generate:
     reference: str | None = field(None, free=True)
 
 
+# What `data.corruptions` does to test images.
+CORRUPTIONS = ("noise", "blur", "jpeg", "brightness", "contrast", "shift", "occlusion")
+
+
+@dataclasses.dataclass(frozen=True)
+class Robustness:
+    """What corruptions and changed tokens do to the fine-tuned task; see docs/robustness.md.
+
+    Only --stages=robustness runs this.
+    """
+
+    # Test images, the first ones, that are read under every corruption; None: all.
+    images: int | None = field(1000, POSITIVE, free=True)
+    corruptions: tuple[str, ...] = field(
+        CORRUPTIONS,
+        (
+            f"one or more of {', '.join(CORRUPTIONS)}, each once",
+            lambda v: v and set(v) <= {*CORRUPTIONS} and len(set(v)) == len(v),
+        ),
+        free=True,
+    )
+    # Fine-tuned weights that are measured beside this run's, such as the teacher's: a run folder,
+    # or weights as `init_from` takes them.
+    compare: str | None = field(None, free=True)
+    # Of classification, the attack: tokens of an image that it changes at most (0: no attack),
+    # passes of the network over an image that it takes at most, and test images, the first ones.
+    attack_tokens: int = field(4, FROM_ZERO, free=True)
+    attack_calls: int = field(128, POSITIVE, free=True)
+    attack_images: int = field(200, POSITIVE, free=True)
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """A whole run."""
@@ -202,6 +233,7 @@ class Config:
     finetune: Finetune = dataclasses.field(default_factory=Finetune)
     sample: Sample = dataclasses.field(default_factory=Sample)
     generate: Generate = dataclasses.field(default_factory=Generate)
+    robustness: Robustness = dataclasses.field(default_factory=Robustness)
     profile: Profile = dataclasses.field(default_factory=Profile)
 
     @property

@@ -11,7 +11,9 @@ A record is a NumPy structured scalar, deflated (zlib): `header["fields"]` lists
 shape of each of its arrays. In format 3, for images with boxes or label maps, a structured scalar
 for each object follows, with the fields of `header["objects"]`; boxes are in pixels of the image
 after the transforms, and `view` is the part of the original that the image shows. Last comes the
-image's id, number or text, as JSON of `id_bytes` bytes.
+image's id, number or text, as JSON of `id_bytes` bytes. In format 4, a teacher's draws follow the
+first structured scalar, see `teacher_draws.Packing`; `header["teacher"]` has the fields of
+`teacher_draws.Taught`.
 
 Before tokens are stored, they are renumbered so that tokens that look alike have neighbouring
 numbers; a record holds the low byte of these numbers in `low` and each higher bit as one plane of
@@ -20,6 +22,7 @@ finds a record by its number, and checks its bytes when it is read.
 """
 
 import contextlib
+import dataclasses
 import json
 import math
 import pathlib
@@ -37,16 +40,19 @@ from gptv_jax.config import fields
 from gptv_jax.config.data import image_size
 from gptv_jax.data.data_set import DataSet, Source
 from gptv_jax.data.records import OBJECTS, Record, to_original
+from gptv_jax.data.teacher_draws import DISTINCT, DRAWS, Packing, Taught
 from gptv_jax.errors import InputError, as_input_error, first_line, naming, shorten
 
-# Formats of the folder: images and labels, and what lies in the images as well.
-PLAIN, ANNOTATED = 2, 3
+# Formats of the folder: images and labels, what lies in the images as well, and with a teacher's
+# draws.
+FORMATS = PLAIN, ANNOTATED, TAUGHT = 2, 3, 4
 UNFINISHED = ".unfinished"  # a file in the folder until all is written
 # Patterns of all files that making a cache may leave in the folder; a kill leaves temporary ones.
 NAMES = ("header.json", *(name for name, *_ in tokens.DEFINITIONS.values()))
+DRAWN = ".drawn-*"  # files with a teacher's draws, until the cache is finished
 WRITTEN = (
     *NAMES, *(f".{name}.tmp" for name in NAMES), "*.array_record", "skipped*.jsonl",
-    UNFINISHED, files.LOCK,
+    UNFINISHED, files.LOCK, DRAWN, f".{DRAWN}.tmp",
 )  # fmt: skip
 # Eight records share one checksum and header: 46 bytes a record less than alone, read as quickly.
 WRITER_OPTIONS = "group_size:8,uncompressed"
@@ -56,8 +62,8 @@ READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # as ArrayRecord a
 def claim(folder: pathlib.Path, holder: object = None) -> None:
     """Makes the folder, and locks it while there is a `holder`.
 
-    The files of a cache that was not finished are deleted. InputError where the folder cannot be
-    written to, or holds anything else.
+    The files of a cache that was not finished are deleted, a teacher's draws apart. InputError
+    where the folder cannot be written to, or holds anything else.
     """
     files.claim(folder, "--out")
     left = _left_over(folder)  # before the lock, which adds a file to the folder
@@ -66,7 +72,7 @@ def claim(folder: pathlib.Path, holder: object = None) -> None:
         left = _left_over(folder, files.LOCK)
     (folder / UNFINISHED).touch()
     for path in left:
-        if path.name not in (UNFINISHED, files.LOCK):
+        if path.name not in (UNFINISHED, files.LOCK) and not path.match(DRAWN):
             path.unlink()
 
 
@@ -90,10 +96,12 @@ def write(
     what belongs to them, masks apart, and label maps are kept. The header has "source", "tokens"
     (the fields of `config.Tokens`), "image_size", "transforms", "classes", "class_names",
     "object_names" if there are boxes, "map_names" if there are label maps, and whatever else should
-    be recorded.
+    be recorded. With a `Taught` as "teacher", examples have `Draws` as well.
     """
-    planes, lengths = _TokenPlanes(codec), {}
+    planes, lengths, taught, most = _TokenPlanes(codec), {}, header.get("teacher"), 0
+    packing = taught and Packing(planes.length, codec.vocabulary, taught.samples)
     plain = planes.fields + [("label", "<i4", ())] * bool(header["classes"])
+    plain += packing.fields if taught else []
     record, objects = np.dtype(plain), np.dtype([])
     for split, examples in splits.items():
         lengths[split] = 0
@@ -107,7 +115,12 @@ def write(
                     objects = np.dtype([(n, kind, shape[1:]) for n, kind, shape in _fields(kept)])
                 name = json.dumps(example.get("image_id")).encode()
                 values = example | planes.split(example["tokens"]) | {"id_bytes": len(name)}
+                draws = b""
+                if taught:
+                    field, draws = packing.split(example[DRAWS])
+                    values, most = values | field, max(most, int(field[DISTINCT].max()))
                 packed = np.array(tuple(values[name] for name in record.names), record).tobytes()
+                packed += draws
                 if objects.names:
                     rows = zip(*(example[name] for name in objects.names), strict=True)
                     packed += np.array(list(rows), objects).tobytes()
@@ -122,8 +135,12 @@ def write(
     if len(record) == len(plain) and not objects.names:
         del stored["objects"]
     made = {"format": ANNOTATED if "objects" in stored else PLAIN, "lengths": lengths, **stored}
+    if taught:
+        made["format"] = TAUGHT
+        header = header | {"teacher": dataclasses.asdict(taught) | {"distinct": most}}
     files.write_json(folder / "header.json", made | header)
-    (folder / UNFINISHED).unlink(missing_ok=True)
+    for path in (folder / UNFINISHED, *folder.glob(DRAWN)):
+        path.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # Windows keeps an open file
         (folder / files.LOCK).unlink()
 
@@ -147,12 +164,17 @@ class TokenCache(DataSet):
             self.stride = int(header.get("frame_stride", 1))
             self.videos = self.frames > 0
             self.transforms: tuple[str, ...] = tuple(header["transforms"])
-            if header["format"] not in (PLAIN, ANNOTATED):
+            if header["format"] not in FORMATS:
                 raise InputError(
                     f"{folder} is a token cache of format {header['format']}, but this version of "
-                    f"gptv_jax reads format {PLAIN} or {ANNOTATED}. Make it anew, FILE being "
-                    f"your configuration: {self._command(header['source'])}"
+                    f"gptv_jax reads format {FORMATS[0]} to {FORMATS[-1]}. Make it anew, FILE "
+                    f"being your configuration: {self._command(header['source'])}"
                 )
+            self.taught = None  # without a teacher's draws
+            if header["format"] == TAUGHT:
+                given = header["teacher"]
+                lists = {name: tuple(given[name]) for name in ("names", "digests")}
+                self.taught = Taught(**given | lists)
             listed = header["fields"], header.get("objects", ())
             self.record, self.objects = (
                 np.dtype([(n, kind, tuple(s)) for n, kind, s in each]) for each in listed
@@ -188,8 +210,11 @@ class TokenCache(DataSet):
 
     def open(self, split: str) -> "_CachedSplit":
         path = self.folder / f"{split}.array_record"
-        planes = _TokenPlanes(self.codec())
-        return _CachedSplit(path, self.lengths[split], self.record, self.objects, planes)
+        codec = self.codec()
+        planes, packing = _TokenPlanes(codec), None
+        if self.taught:
+            packing = Packing(planes.length, codec.vocabulary, self.taught.samples)
+        return _CachedSplit(path, self.lengths[split], self.record, self.objects, planes, packing)
 
 
 class _CachedSplit(Source):
@@ -200,8 +225,9 @@ class _CachedSplit(Source):
         record: np.dtype,
         objects: np.dtype,
         planes: "_TokenPlanes",
+        packing: Packing | None = None,
     ):
-        self.path, self.length, self.planes = path, length, planes
+        self.path, self.length, self.planes, self.packing = path, length, planes, packing
         self.where = path.with_suffix("")
         self.record, self.objects = record, objects
         with as_input_error(f"{path} is damaged"):
@@ -213,7 +239,8 @@ class _CachedSplit(Source):
             )
 
     def __reduce__(self) -> tuple:  # a worker process opens the file itself
-        return _CachedSplit, (self.path, self.length, self.record, self.objects, self.planes)
+        own = self.path, self.length, self.record, self.objects, self.planes, self.packing
+        return _CachedSplit, own
 
     def __len__(self) -> int:
         return self.length
@@ -225,7 +252,7 @@ class _CachedSplit(Source):
     def annotations(self, index: int) -> Record:
         """The record without tokens; the boxes are in pixels of the original image."""
         values, _ = self._values(index)
-        record = {n: v for n, v in values.items() if n not in ("low", "high", "view")}
+        record = {n: v for n, v in values.items() if n not in ("low", "high", "view", DRAWS)}
         if "boxes" in record:
             shape, view = self.planes.image_shape, values["view"]
             record["boxes"] = to_original(record["boxes"], shape, view)
@@ -243,6 +270,10 @@ class _CachedSplit(Source):
             content = zlib.decompress(packed, -zlib.MAX_WBITS)
             (values,) = np.frombuffer(content[:size], self.record)
             found = {name: values[name] for name in self.record.names}
+            if self.packing:
+                distinct, begin = found.pop(DISTINCT), size
+                size += self.packing.size(distinct)
+                found[DRAWS] = self.packing.join(distinct, content[begin:size])
             end = len(content) - int(found.pop("id_bytes", 0))
             objects = np.frombuffer(content[size:end], self.objects) if self.objects.names else {}
             image_id = json.loads(content[end:] or "null")

@@ -17,7 +17,7 @@ import grain
 import numpy as np
 
 from gptv_jax import config as config_lib
-from gptv_jax.data import sources, transforms
+from gptv_jax.data import cached_tokens, sources, transforms
 from gptv_jax.data.cache import TokenCache
 from gptv_jax.data.clips import by_video, places
 from gptv_jax.data.damage import NOT_DAMAGED, DamageLog, DecodedSource
@@ -26,6 +26,7 @@ from gptv_jax.data.mixup import mixed
 from gptv_jax.data.reading import batches_ahead, read_ahead
 from gptv_jax.data.records import PICTURE, Record, Rng, with_view
 from gptv_jax.data.stills import Stills, images_of
+from gptv_jax.data.teacher_draws import DRAWS
 from gptv_jax.errors import InputError
 from gptv_jax.tokens import Codec
 
@@ -70,15 +71,19 @@ class Pipeline:
         pixels: bool = False,
         stills: bool = False,
         mixup: float = 0.0,
+        taught: bool = False,
     ) -> Iterator[dict]:
         """This process's share of every global batch from number `position` on, without end.
 
         `entries` are transforms in place of the config's. With `stills`, the images that the config
         mixes with clips are among them; "still", bool [b], says which they are. With `mixup`, every
-        image is blended with another training image, see data/mixup.py.
+        image is blended with another training image, see data/mixup.py. With `taught`, the ids that
+        a teacher drew are "teacher_ids" [b, T, K], each drawn "teacher_counts" times, see
+        `cached_tokens.taught_by`.
         """
         make = self._example("train", entries or self.config.train_transforms, example, pixels)
-        make = dataclasses.replace(make, mixup=mixup)
+        most = cached_tokens.taught_by(self.config).distinct if taught else 0
+        make = dataclasses.replace(make, mixup=mixup, taught=most)
         if stills and self.config.still_share:
             images = open_examples(*images_of(self.config))
             make = dataclasses.replace(make, stills=Stills(images, make.source, self.config))
@@ -94,16 +99,18 @@ class Pipeline:
         extra: tuple[str, ...] = (),
         pixels: bool = False,
         clips: int = 1,
+        entries: tuple[str, ...] = (),
     ) -> Iterator[dict]:
         """This process's share of the first `limit` examples of a split, without augmentation.
 
         Every process gets equally many batches. "mask", float32 [b], is 1 once for every example,
         and 0 for padding and for examples that replace a damaged image; "index", int32 [b], is the
         number of the example. With `example`, "view", float32 [b, 4], is the part of the original
-        that an image shows, see data/records.py. `extra` are transforms after the config's.
+        that an image shows, see data/records.py. `extra` are transforms after the config's, and
+        `entries` transforms in place of the config's.
         With several `clips` of each video, evenly spaced, "tokens" are [b, clips, T].
         """
-        entries = (*self.config.eval_transforms, *extra)
+        entries = (*(entries or self.config.eval_transforms), *extra)
         make = self._example(split, entries, example, pixels)
         length = len(make.source)
         examples = length if limit is None else min(limit, length)
@@ -193,40 +200,11 @@ def open_examples(config: config_lib.Data, split: str, entries: tuple[str, ...])
     if any(step.drops for step in others[len(filters) :]):
         raise InputError(f"a list of transforms of config.data is {entries}; {DROPS_FIRST}")
     if isinstance(sources.open_data_set(config), TokenCache):
-        return _Example(source, _token_steps(config, entries))
+        return _Example(source, cached_tokens.steps_of(config, entries))
     if decode or filters:
         bound = [each.bound(config, split) for each in filters]
         source = DecodedSource(source, decode, bound)
     return _Example(source, others[len(filters) :])
-
-
-def takes(config: config_lib.Data, entry: str) -> bool:
-    """Whether the data can be transformed so: a token cache not where pixels are needed.
-
-    Tokens of several pixels cannot be transformed: moving a token does not mirror its pixels.
-    """
-    data_set = sources.open_data_set(config)
-    if not isinstance(data_set, TokenCache):
-        return True
-    one_pixel = data_set.tokens.cell == (1, 1, 1)
-    return one_pixel and not transforms.parse(entry).needs_pixels
-
-
-@functools.cache
-def _token_steps(config: config_lib.Data, entries: tuple[str, ...]) -> list[transforms.Transform]:
-    """The transforms after the last one that needs pixels; warns of the transforms before."""
-    steps = [transforms.parse(entry) for entry in entries]
-    on_pixels = [i for i, entry in enumerate(entries) if not takes(config, entry)]
-    first = max(on_pixels, default=-1) + 1
-    left_out = [entry for entry in entries[:first] if entry not in config.eval_transforms]
-    if left_out:
-        LOG.warning(
-            "left out: %s, which needs pixels, and a token cache has none; the cache was made "
-            "with %s.",
-            ", ".join(left_out),
-            ", ".join(config.eval_transforms),
-        )
-    return steps[first:]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,6 +219,7 @@ class _Example(grain.transforms.RandomMap):
     annotated: bool = False
     stills: Stills | None = None
     mixup: float = 0.0
+    taught: int = 0  # K, see `Draws.padded`; 0: a teacher's draws are not read
 
     def record(self, index: int, rng: Rng = None, place: float = 0.5) -> Record:
         """The transformed record, without annotations unless they are used.
@@ -258,12 +237,12 @@ class _Example(grain.transforms.RandomMap):
         if "encoded" in record:
             raise InputError(f"{self.source.name(index)} is an image file; {DECODE_FIRST}")
         if not (self.example or self.annotated):
-            record = {name: record[name] for name in (*PICTURE, *ALWAYS) if name in record}
+            record = {n: record[n] for n in (*PICTURE, *ALWAYS, DRAWS) if n in record}
         elif "view" not in record:
             size = record["image"].shape if "image" in record else self.codec.image_shape
             record = with_view(record, *size[-3:-1])
         for step in self.steps:
-            record = step(record, rng)
+            record = step(record, step.generator(index, rng))
         return record
 
     def random_map(self, index: int, rng: Rng = None, place: float = 0.5) -> dict:
@@ -277,6 +256,9 @@ class _Example(grain.transforms.RandomMap):
             found["tokens"] = to_tokens(self.codec, record)
         if self.codec is None or self.pixels:
             found["image"] = record["image"]
+        if self.taught:
+            pair = record[DRAWS].padded(self.taught)
+            found["teacher_ids"], found["teacher_counts"] = pair
         if self.example is not None:
             found |= self.example(record, rng)
             if rng is None:

@@ -16,6 +16,7 @@ A record is a dict of NumPy arrays and numbers. Which keys it has says what is k
                     (int32): no class
     view            float32 [4]: y0, x0, y1, x1 of the part of the original image that the image
                     shows, in pixels of the original; y1 < y0 or x1 < x0 where it is mirrored
+    teacher_draws   `teacher_draws.Draws`, what a teacher drew at the positions of cached tokens
     variant         int32, number of the shift that was drawn, see `geometry.Shift`
     damaged         int32, see data/damage.py
 

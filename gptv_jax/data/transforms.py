@@ -15,6 +15,7 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from gptv_jax.config import fields
 from gptv_jax.config.fields import POSITIVE, SHARE, field, one_of
+from gptv_jax.data import corruptions as corruptions  # whose transform has a name
 from gptv_jax.data import geometry as geometry  # whose transforms have names
 from gptv_jax.data.filters import FILTERS
 from gptv_jax.data.images import GREY, Decode, Transform
@@ -215,6 +216,21 @@ def parse_views(entries: Sequence[str], name: str) -> list[list[Transform]]:
             "image every time, such as flip(1.0)."
         )
     return views
+
+
+def corrupted(
+    entries: Sequence[str], kind: str, strength: int, levels: int, seed: int
+) -> tuple[str, ...]:
+    """The transforms of evaluation with a corruption of the images that they make.
+
+    Images have the values 0 .. levels-1. Where the last entry makes grey levels of 256 values, the
+    corruption stands before that entry, as images are corrupted before they are read.
+    """
+    *others, last = entries or ("",)
+    late = bool(last) and isinstance(parse(last), Quantize)
+    before, after = (others, (last,)) if late else (entries, ())
+    values = f"levels={256 if late else levels}, seed={seed}"
+    return (*before, f"corrupt({kind!r}, {strength}, {values})", *after)
 
 
 def written_out(entry: str) -> str:

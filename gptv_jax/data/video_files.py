@@ -3,10 +3,13 @@
 import concurrent.futures
 import contextlib
 import dataclasses
+import errno
+import hashlib
 import os
 import pathlib
 import re
 import shutil
+import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
@@ -17,6 +20,7 @@ from PIL import Image
 from gptv_jax.config.data import Limits
 from gptv_jax.data.limits import DamagedImageError, as_damaged, check_size
 from gptv_jax.data.listing import VIDEO_ENDINGS, Listing
+from gptv_jax.data.mp4_boxes import is_cut
 from gptv_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -25,6 +29,11 @@ if TYPE_CHECKING:
 # Containers that are read. Others, such as playlists, may name files and addresses to be read.
 FORMATS = "mov,matroska,avi,mpeg,mpegts,mpegvideo,flv,asf,ogg"
 FRAME = "{:06d}"  # name of a frame's file, counted from 1
+# Files beside the folders of frames: the settings that made the frames, and what is left out.
+SETTINGS_FILE, SKIPPED_FILE = "frames.json", "skipped.jsonl"
+# Errors of a path that cannot be a folder: it is too long, a file stands at it, or the file system
+# does not take its letters.
+UNUSABLE = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST, errno.EINVAL, errno.EILSEQ)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +48,19 @@ class Settings:
     max_pixels: int = 2**24  # height times width, above which a video is left out
     max_streams: int = 32  # a file of more streams (video, sound, subtitles) is left out
     # A file whose frames end before this share of the duration that it states is left out, as it
-    # has been cut short. (Transport streams, .ts, state no duration.)
+    # has been cut short; so is a fragmented MP4 file that ends within a fragment. 0: neither. (What
+    # a transport stream, .ts, states is found in its own last packets.)
     min_share: float = 0.9
+
+    def __post_init__(self):
+        """Raises InputError where no file could be read so."""
+        for name, fits, taken in (
+            ("rate", self.rate == 0 or 0.001 <= self.rate <= 1000, "0, or 0.001 to 1000"),
+            ("min_share", 0 <= self.min_share <= 1, "0 to 1"),
+            ("max_seconds", self.max_seconds > 0, "a number above 0"),
+        ):
+            if not fits:
+                raise InputError(f"--{name} is {getattr(self, name):g}; it takes {taken}.")
 
     def check_size(self, width: int, height: int) -> None:
         """Raises DamagedImageError where frames of this size would be no images of a folder."""
@@ -77,11 +97,7 @@ def convert(
     Raises InputError where PyAV is not installed.
     """
     _import_av()
-    # A folder has the name of the file without its ending, unless two files have that name, or a
-    # folder of videos.
-    stems = Counter(os.path.splitext(file)[0] for file in files)
-    stems.update({str(folder) for file in files for folder in pathlib.PurePath(file).parents})
-    targets = [s if stems[s := os.path.splitext(file)[0]] == 1 else file for file in files]
+    targets = name_folders(files)
 
     def one(file: str, target: str) -> Written:
         try:
@@ -97,6 +113,23 @@ def convert(
         pool.shutdown(cancel_futures=True)
 
 
+def name_folders(files: list[str]) -> list[str]:
+    """The folder of frames of each video file; all folders differ.
+
+    A folder has the name of the file without its ending, unless two files would have that name, or
+    a folder of videos, a video file or a file of the preparation has the name; it then has the
+    whole name of the file.
+    """
+    stems = [os.path.splitext(file)[0] for file in files]
+    parents = {str(folder) for file in files for folder in pathlib.PurePath(file).parents}
+    taken = {*files, *parents, SETTINGS_FILE, SKIPPED_FILE}
+    counts = Counter(stems)
+    return [
+        file if counts[stem] > 1 or stem in taken else stem
+        for file, stem in zip(files, stems, strict=True)
+    ]
+
+
 def _import_av():
     try:
         import av
@@ -110,19 +143,35 @@ def _import_av():
 
 def _write(file: pathlib.Path, folder: pathlib.Path, settings: Settings) -> int:
     """Writes the frames of a file unless the folder is there; returns their number."""
-    if folder.exists():
+    if folder.is_dir():
         return sum(1 for _ in folder.iterdir())
     part = folder.with_name(f".{folder.name}.part")
+    if len(os.fsencode(part.name)) > 255:  # which many file systems do not take
+        part = folder.with_name(f".{hashlib.sha256(os.fsencode(folder.name)).hexdigest()}.part")
     shutil.rmtree(part, ignore_errors=True)  # of a command that was ended
-    part.mkdir(parents=True)
+    with _usable():
+        part.mkdir(parents=True)
     try:
         count = 0
         for count, frame in enumerate(read_frames(file, settings), start=1):
             frame.save(part / f"{FRAME.format(count)}.{settings.form}", quality=95)
-        part.rename(folder)
+        with _usable():
+            part.rename(folder)
         return count
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _usable() -> Iterator[None]:
+    """Within the `with`, an error of the path of a folder becomes a DamagedImageError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in UNUSABLE:
+            raise
+        problem = f"its folder of frames cannot be made: {error.strerror}"
+        raise DamagedImageError(problem) from error
 
 
 def read_frames(file: pathlib.Path, settings: Settings) -> Iterator[Image.Image]:
@@ -134,10 +183,17 @@ def read_frames(file: pathlib.Path, settings: Settings) -> Iterator[Image.Image]
     av = _import_av()
     options = {"format_whitelist": FORMATS}
     with as_damaged(), contextlib.ExitStack() as stack:
+        # Reading a pipe or a device may never end.
+        if not stat.S_ISREG(file.stat().st_mode):
+            raise DamagedImageError("it is no regular file")
         with as_damaged("damaged, or no video that is read: "):
             data = stack.enter_context(file.open("rb"))
             container = stack.enter_context(av.open(data, options=options))
         stream = _stream(container, settings)
+        if settings.min_share and "mp4" in container.format.name.split(","):
+            with file.open("rb") as again:
+                if is_cut(again):
+                    raise DamagedImageError("it is cut short within a fragment (see --min_share)")
         rate = Fraction(settings.rate).limit_denominator(10**6) or _ratio(stream.average_rate)
         if not rate:
             raise DamagedImageError("its frame rate is unknown; name one by --rate")
@@ -159,7 +215,9 @@ def resample(
     rounded to ticks.
     """
     due = shown = None
-    tick = min(tick, 1 / (4 * rate))  # a tick of an AVI file is a whole frame
+    # Files of finer ticks have times that a container before had rounded to milliseconds. A tick of
+    # an AVI file is a whole frame.
+    tick = min(max(tick, Fraction(1, 1000)), 1 / (4 * rate))
     for start, end, frame in frames:
         due = start if due is None else due
         while shown is not None and due < start - tick:
@@ -178,7 +236,8 @@ def _stream(container: "av.container.InputContainer", settings: Settings):
     stream = next((s for s in container.streams.video if not s.disposition & cover), None)
     if stream is None:
         raise DamagedImageError("it has no video stream")
-    context = stream.codec_context
+    if (context := stream.codec_context) is None:
+        raise DamagedImageError("the codec of its video stream is unknown, or its header damaged")
     settings.check_size(context.width, context.height)
     _check("seconds", _duration(container, stream) or 0, "max_seconds", settings)
     return stream
@@ -192,6 +251,15 @@ def _check(what: str, found: int | Fraction, limit: str, settings: Settings) -> 
 
 def _duration(container, stream) -> Fraction | None:
     """Seconds that the file states for the stream; None: it states none."""
+    if "matroska" not in container.format.name.split(","):
+        return _stated(container, stream)
+    # Some programs count the duration from 0 on, wherever the frames begin.
+    stated = _stated(container, stream)
+    start = (stream.start_time or 0) * _ratio(stream.time_base)
+    return stated - start if stated and stated > start > 0 else stated
+
+
+def _stated(container, stream) -> Fraction | None:
     if stream.duration:
         return stream.duration * _ratio(stream.time_base)
     if match := re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", "")):

@@ -160,6 +160,7 @@ class GPT(Inputs):
         order: Int[Array, "B T"] | None = None,
         *,
         pixels: UInt8[Array, "B *F height width C"] | None = None,
+        added: Float[Array, "B P D"] | None = None,
         raw: bool = False,
         keep: tuple[int, ...] = (),
     ) -> Output:
@@ -178,6 +179,7 @@ class GPT(Inputs):
           order: a permutation of 0 .. T-1 for each row: position t predicts token order[t] from
             the tokens at order[:t]; None: raster order. Logits are in the order of positions.
           pixels: of the images, for a network with a stem.
+          added: to the input of every position, so that gradients of the inputs can be taken.
           raw: features are the layers' inputs h^l instead of the normed inputs n^l.
           keep: layers, 0 .. L, whose features are returned at every position.
         """
@@ -192,6 +194,8 @@ class GPT(Inputs):
             x = self.embed(known, variant, order=order, pixels=pixels, hidden=unseen)
         else:
             x = self.embed_masked(tokens, hidden)
+        if added is not None:
+            x = x + added.astype(x.dtype)
         x = layers.dropout(x, config.dropout, None if keys is None else keys[-1])
         rotation = self.rotation(0, x.shape[1], order)
 

@@ -17,6 +17,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from gptv_jax import config as config_lib
 from gptv_jax import sharding, weights
+from gptv_jax.data import cached_tokens
 from gptv_jax.model import flops
 from gptv_jax.model.gpt import Network
 from gptv_jax.model.layout import Part
@@ -25,7 +26,7 @@ from gptv_jax.planning.collectives import Call
 from gptv_jax.planning.memory import Memory, spec_of, stored_dtype, total_bytes
 from gptv_jax.tasks.network import network_of
 from gptv_jax.tokens import palette
-from gptv_jax.train import distillation, objective, optimizer, step
+from gptv_jax.train import cached_distillation, distillation, objective, optimizer, step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,6 +239,8 @@ class Pretraining(Training):
         if self.teachers:
             given = self.network, self.teachers, self.distill
             return distillation.make_loss(*given, steps=self.train.steps)
+        if self.distill.cached:
+            return cached_distillation.make_loss(self.network, self.distill, self.train.steps)
         return step.make_loss(self.network, steps=self.train.steps)
 
     def start(self, params: dict) -> dict:
@@ -257,6 +260,10 @@ class Pretraining(Training):
         if self.network.config.class_tokens:
             shapes["label"] = (rows,)
         found = {k: jax.ShapeDtypeStruct(s, jnp.int32, sharding=split) for k, s in shapes.items()}
+        if self.distill.cached:
+            shape = *shapes["tokens"], cached_tokens.most_distinct(self.config.data)
+            for name in ("teacher_ids", "teacher_counts"):
+                found[name] = jax.ShapeDtypeStruct(shape, jnp.uint16, sharding=split)
         if self.config.data.still_share:
             found["still"] = jax.ShapeDtypeStruct((rows,), jnp.bool_, sharding=split)
         return found

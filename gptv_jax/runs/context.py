@@ -50,7 +50,7 @@ class Context:
         return dataclasses.replace(self, codec=codec, data=data)
 
     def finish(self, stage: str, numbers: dict) -> None:
-        """Writes a stage's numbers to summary.json, as <stage>/<name>.
+        """Writes a stage's numbers to summary.json, as <stage>/<name>, in place of earlier ones.
 
         Names of `SHARED` are unchanged. The number of damaged images becomes data/skipped,
         of images that filters leave out data/dropped.
@@ -61,6 +61,7 @@ class Context:
         damaged, dropped = zip(*hosts.from_all((log.names, log.dropped)), strict=True)
         if jax.process_index() == 0:
             numbers, before = accuracy.with_standard_errors(numbers), self.folder.summary()
+            before = {n: x for n, x in before.items() if not n.startswith(f"{stage}/")}
             named = {n if n in SHARED else f"{stage}/{n}": value for n, value in numbers.items()}
             summary = before | named | {"data/skipped": len(set().union(*damaged))}
             if any(dropped):

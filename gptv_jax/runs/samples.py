@@ -7,7 +7,7 @@ from gptv_jax.runs import frames
 
 
 def sample(results) -> tuple[str, str]:
-    """Content of the report, of the `stages.reports.Results`: the pictures of samples/; no tile."""
+    """Content of the report, of the `runs.results.Results`: the pictures of samples/; no tile."""
     config, classes = results.config.sample, results.config.model.class_tokens
     rows, known, images, before = results.config.grid[0], "upper {} of {} rows", "images", ""
     if results.config.data.frames:

@@ -24,6 +24,7 @@ class Stage:
     on_request: bool = False  # runs only where --stages names it, and then each time
     feeds_later: bool = False  # every later stage reads what the stage trains
     training: str | None = None  # section with the `steps` of its training
+    measures: str | None = None  # an earlier stage whose weights it measures, not pretraining's
     files: tuple[str, ...] = ()  # what it writes in the run folder, beside numbers and checkpoints
     partial: str | None = None  # a file or folder among `files` that is there before it finishes
     own_transforms: str | None = None  # section with `train_transforms` in place of config.data's
@@ -114,6 +115,19 @@ STAGES = {
             on_request=True,
             files=("generated",),
             partial="generated",
+        ),
+        Stage(
+            "robustness",
+            ("model", "task", "finetune", "robustness"),
+            on_request=True,
+            measures="finetune",
+            files=(
+                "robustness.json",
+                "robustness.unfinished.json",
+                "samples/corruptions.png",
+                "samples/attacked.png",
+            ),
+            heading="Robustness",
         ),
         Stage(
             "typicality",

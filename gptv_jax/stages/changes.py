@@ -98,6 +98,7 @@ def find(folder: RunFolder, data: dict, stages: list[str]) -> Changes:
         renewed["pretrain"] = 0  # until now the later stages read the weights of init_from
     feeding = [names.index(name) for name in renewed if STAGES[name].feeds_later]
     later = names[min(feeding) + 1 :] if feeding else []
+    later = [*later, *(name for name in names if STAGES[name].measures in renewed)]
     # A stage that has not begun may have left a checkpoint of its step 0.
     left = {_stage_of(each.name) for each in _trainings(folder.recorded_checkpoints(), STAGES)}
     reset = [n for n in names if n in later or (changed and n in left - {*begun})]

@@ -59,6 +59,9 @@ def run_stage(context: Context) -> dict:
         rows = ridge.tabulate(read, context.classes, config.probe.ridge, test=False)
         return ridge.summarise(rows)
 
+    taught = config.distill.cached
+    read = functools.partial(context.data.train, train.batch_size, stills=True, taught=taught)
+
     def fit(name: str, training: Pretraining, frozen: dict | None, **more) -> loop.Fitted:
         """The finished training of this name; `more` are arguments of `loop.fit`."""
         place = context.folder.checkpoints(name)
@@ -73,7 +76,7 @@ def run_stage(context: Context) -> dict:
                 initial=functools.partial(initial, training),
                 abstract=sharding.abstract(training.init),
                 train_step=lambda state, batch: training.train_step(state, batch, frozen),
-                batches=functools.partial(context.data.train, train.batch_size, stills=True),
+                batches=read,
                 evaluate=evaluate,
                 **more,
             )

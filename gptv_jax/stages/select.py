@@ -78,7 +78,15 @@ def _impossible(config: config_lib.Config, held: Collection[str]) -> dict[str, s
         refused["typicality"] = "config.model.objective=bert gives no likelihoods of images"
     if kind == "none":
         reason = "config.tokens.kind=none has no tokens to predict or to read; take finetune"
-        refused |= dict.fromkeys((name for name in STAGES if name != "finetune"), reason)
+        able = ("finetune", "robustness")
+        refused |= dict.fromkeys((name for name in STAGES if name not in able), reason)
+    if cached:
+        place = f"config.data.path={config.data.path} is a token cache"
+        refused["robustness"] = (
+            f"{place}, which has no pixels to corrupt; name a data set of images"
+        )
+    if "finetune" in refused:
+        refused["robustness"] = refused["finetune"]
     return refused
 
 

@@ -24,7 +24,7 @@ from gptv_jax.decode.sampler import check_guidable
 from gptv_jax.errors import InputError, list_differences, shorten
 from gptv_jax.runs.context import Context
 from gptv_jax.runs.record import RunFolder, has_finished
-from gptv_jax.stages import STAGES, changes, pretrained, teachers
+from gptv_jax.stages import STAGES, changes, finetuned, pretrained, teacher_cache, teachers
 from gptv_jax.stages.select import choose_stages
 from gptv_jax.tokens import Codec, learned, palette
 from gptv_jax.train import wandb_copy
@@ -89,7 +89,7 @@ def _open(config: config_lib.Config, folder: RunFolder, wanted: list[str] | None
             f"pretraining in {folder.path} goes on from config.init_from={config.init_from}, but "
             "has not finished; name pretrain in --stages as well."
         )
-    labelled = {"probe", *(["finetune"] if "label" in task.needs else [])}
+    labelled = {"probe", *(["finetune", "robustness"] if "label" in task.needs else [])}
     if classes and (config.model.class_tokens or labelled & set(stages)):
         lists = [config.data.eval_transforms, *_training_transforms(config, stages)]
         hosts.on_all(lambda: sources.check_labels(config.data, opened, lists))
@@ -102,15 +102,19 @@ def _open(config: config_lib.Config, folder: RunFolder, wanted: list[str] | None
     changed = hosts.from_first(lambda: changes.find(folder, data, stages))
     for name in stages:
         if STAGES[name].on_request or name in changed.unfinished or not folder.finished(name):
-            if name == "finetune":
+            tuned = name in ("finetune", "robustness")
+            if tuned:
                 hosts.on_all(task.check)
-            length = task.network().length if name == "finetune" else None
+            length = task.network().length if tuned else None
             STAGES[name].check(config, mesh, length)
     if {"sample", "generate"} & set(stages) and config.sample.guidance != 1:
         check_guidable(config.model, f"config.sample.guidance is {config.sample.guidance:g}")
     for entries in _training_transforms(config, stages):
         transforms.check(entries, config.data.eval_transforms)
-    hosts.from_first(lambda: _prepare(config, mesh, folder, stages, data, changed, contents))
+    if config.distill.cached and "pretrain" in stages:
+        hosts.on_all(lambda: teacher_cache.check(config))
+    prepared = config, mesh, folder, stages, data, changed, contents, task
+    hosts.from_first(lambda: _prepare(*prepared))
     # Every process writes the names of the damaged images that it meets.
     hosts.on_all(lambda: files.claim(folder.path, "--workdir"))
     images = Pipeline(config.data, None, config.seed, folder.path, sharding.batch_share(mesh))
@@ -267,6 +271,7 @@ def _prepare(
     data: dict,
     changed: changes.Changes,
     contents: dict,
+    task: tasks.Task,
 ) -> None:
     """Finds or makes the codec, checks it and the pretrained weights, and claims the folder."""
     # A palette or tokenizer in the folder that other settings or fewer steps made does not count.
@@ -293,6 +298,8 @@ def _prepare(
         pretrained.check(config, folder.path, found, adapt=adapt)
     if config.sample.draft and {"sample", "generate"} & set(stages):
         pretrained.check_draft(config, found)
+    if "robustness" in stages:
+        finetuned.check(config, task, folder, stages, found)
     for stage in taught:
         teachers.check(config, mesh, stage, found, data["classes"])
     recorded = data | {"found": contents}

@@ -99,8 +99,11 @@ def _locate(stage: str, name: str) -> tuple[pathlib.Path, str]:
 def _read(
     stage: str, name: str, codec: Codec | None, *, with_params: bool
 ) -> tuple[WeightsFile, dict]:
-    path, _ = _locate(stage, name)
-    return weights.read_stage(path, stage, palette_of(codec), with_params=with_params)
+    path, named = _locate(stage, name)
+    try:
+        return weights.read_stage(path, stage, palette_of(codec), with_params=with_params)
+    except InputError as error:
+        raise InputError(f"{named} cannot be read: {error}") from error
 
 
 def _check_tokens(

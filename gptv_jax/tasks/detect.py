@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from gptv_jax import sharding
-from gptv_jax.data import pipeline, sources, transforms
+from gptv_jax.data import cached_tokens, sources, transforms
 from gptv_jax.data.records import Record, to_original
 from gptv_jax.decode import answers, generation
 from gptv_jax.decode.restriction import Restriction
@@ -54,7 +54,7 @@ class Detect(Task):
         average_precision.check_installed()
         transforms.parse_views(self.settings.votes, "config.task.detect.votes")
         for entry in (step for view in self.views() for step in view):
-            if not pipeline.takes(self.config.data, entry):
+            if not cached_tokens.takes(self.config.data, entry):
                 raise InputError(
                     f"config.task.detect.votes has {entry}, which needs pixels, and the tokens of "
                     f"{self.config.data.path} have none; take votes of a data set of images, or ()."

@@ -150,7 +150,7 @@ def part_nats(
 def by_chunks(
     compute: Callable, network: Network, part: Part, arrays: tuple[Array, ...], networks: int = 1
 ):
-    """A tree of arrays [B, n], `compute(*arrays)`, which computes logits from arrays [B, n, ...].
+    """A tree of arrays, `compute(*arrays)`, which computes logits; all arrays are [B, n, ...].
 
     Where the logits of all positions do not fit into LOGITS_BYTES, they are computed for a chunk of
     the positions at a time, and once more in the backward pass. `networks` is the number of
@@ -167,8 +167,12 @@ def by_chunks(
         return jnp.moveaxis(x.reshape(shape, out_sharding=spec), 2, 0)
 
     found = jax.lax.map(jax.checkpoint(lambda chunk: compute(*chunk)), tuple(map(split, arrays)))
-    shape = arrays[0].shape[:2]
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2).reshape(shape, out_sharding=spec), found)
+
+    def join(x):
+        shape = (*arrays[0].shape[:2], *x.shape[3:])
+        return jnp.moveaxis(x, 0, 2).reshape(shape, out_sharding=spec)
+
+    return jax.tree.map(join, found)
 
 
 def loss_chunks(
