@@ -1,13 +1,14 @@
 """Damaged files of every kind, read by worker processes with limits of memory and time.
 
-    python -m benchmarks.fuzz [--images=2000] [--weights=500] [--texts=300] [--seed=0] [--keep=DIR]
+    python -m benchmarks.fuzz [--images=2000] [--weights=500] [--texts=300] [--tables=300]
+        [--seed=0] [--keep=DIR]
 
 Each case is a whole file, changed by one mutation, which depends on the seed and the case's number
-alone; `fuzz_cases.py` and `fuzz_texts.py` have the files, the mutations, and what a file must hold
-that is accepted. A case passes where the file is refused by one sentence, or accepted with the
-right content. Everything else is a fault: another exception, wrong content, a file that needs more
-than --memory MiB or --seconds, the end of the worker. Prints a table and a JSON line; the exit code
-is 1 where there is a fault. --keep writes the files of all faults.
+alone; the modules fuzz_* have the files, the mutations, and what an accepted file must hold. No
+case is equal to its original. A case passes where the file is refused by one sentence, or accepted
+with the right content. Everything else is a fault: another exception, wrong content, a file that
+needs more than --memory MiB (images: 256) or --seconds, the end of the worker. Prints a table and
+a JSON line; the exit code is 1 where there is a fault. --keep writes the files of all faults.
 """
 
 import argparse
@@ -28,13 +29,16 @@ from typing import NamedTuple
 import numpy as np
 
 from benchmarks import harness
-from benchmarks.fuzz_cases import Images, Subject, Weights
+from benchmarks.fuzz_cases import Subject
+from benchmarks.fuzz_images import Images
+from benchmarks.fuzz_tables import Tables
 from benchmarks.fuzz_texts import Texts
+from benchmarks.fuzz_weights import Weights
 from gptv_jax.data.limits import DamagedImageError
 from gptv_jax.errors import InputError
 
 BEGINS = 300  # seconds in which a worker begins
-SUBJECTS = {"images": Images, "weights": Weights, "texts": Texts}
+SUBJECTS = {"images": Images, "weights": Weights, "texts": Texts, "tables": Tables}
 
 
 class Outcome(NamedTuple):
@@ -151,7 +155,7 @@ def table(found: dict[str, list[Outcome]]) -> str:
 def main() -> None:
     """Runs all kinds and prints the table, the faults and the JSON line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, count in (("images", 2000), ("weights", 500), ("texts", 300)):
+    for name, count in (("images", 2000), ("weights", 500), ("texts", 300), ("tables", 300)):
         parser.add_argument(f"--{name}", type=int, default=count, help="number of files")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--memory", type=int, default=512, help="MiB more than a worker has")
@@ -161,7 +165,7 @@ def main() -> None:
     for kind, make in SUBJECTS.items():
         with tempfile.TemporaryDirectory() as folder:
             subject = make(pathlib.Path(folder))
-            count, memory = getattr(given, kind), given.memory * 2**20
+            count, memory = getattr(given, kind), min(given.memory * 2**20, subject.most_memory)
             found[kind] = run(subject, count, given.seed, memory, given.seconds)
             for each in found[kind]:
                 if each.fault:

@@ -21,6 +21,15 @@ SIDES = (12, 16)  # height and width of the images
 NAMES = [f"{name}.png" for name in "abcdef"]
 
 
+def change_whole(rng: np.random.Generator, data: bytes) -> bytes:
+    """Replaces 1 to 3 whole numbers of a JSON text by others that are one greater."""
+    for _ in range(rng.integers(1, 4)):
+        places = list(re.finditer(rb"(?<=[ \[])\d{1,6}(?=[,\]}])", data))
+        place = places[rng.integers(len(places))]
+        data = data[: place.start()] + str(int(place[0]) + 1).encode() + data[place.end() :]
+    return data
+
+
 def change_lines(rng: np.random.Generator, data: bytes) -> bytes:
     """Drops, doubles, exchanges or changes lines and their separators."""
     lines = data.split(b"\n")
@@ -84,7 +93,8 @@ class Texts(Subject):
 
     def mutations(self, name):
         more = change_values if name.endswith(".json") else change_lines
-        return BYTES | {"values": more, "more values": more}
+        greater = {"greater numbers": change_whole} if name.endswith(".json") else {}
+        return BYTES | {"values": more, "more values": more} | greater
 
     def read(self, name, mutation, content):
         path = self.folder / name

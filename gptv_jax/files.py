@@ -118,31 +118,40 @@ def read_json(path: pathlib.Path, absent):
         return absent
 
 
-def read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
+def read_arrays(path: pathlib.Path, most: int | None = None) -> dict[str, np.ndarray]:
     """The arrays of an `.npz` file by name; an `.npy` file's only array has the key "".
 
-    For a missing, damaged or other file NumPy raises many types of exceptions.
+    `most` is how many bytes all arrays may have. For a missing, damaged or other file NumPy raises
+    many types of exceptions.
     """
     with path.open("rb") as file:
-        return load_arrays(file)
+        return load_arrays(file, most)
 
 
-def load_arrays(file: io.BufferedIOBase) -> dict[str, np.ndarray]:
+def load_arrays(file: io.BufferedIOBase, most: int | None = None) -> dict[str, np.ndarray]:
     """As `read_arrays`, of an open file; ValueError: an array is not as long as its header says."""
     length = file.seek(0, os.SEEK_END)
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as archive:
+            whole = sum(member.file_size for member in archive.infolist())
+            _check_most(whole, most)
             for member in archive.infolist():
                 if member.file_size > MOST_PACKED * length:
                     raise ValueError(f"{member.filename} is cut short")
                 with archive.open(member) as array:
                     _check_length(array, member.file_size)
     else:
+        _check_most(length, most)
         file.seek(0)
         _check_length(file, length)
     file.seek(0)
     content = np.load(file)
     return {"": content} if isinstance(content, np.ndarray) else dict(content)
+
+
+def _check_most(length: int, most: int | None) -> None:
+    if most is not None and length > most:
+        raise ValueError(f"its arrays have {length} bytes; they may have {most}")
 
 
 def _check_length(file: io.BufferedIOBase, length: int) -> None:

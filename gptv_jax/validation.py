@@ -11,12 +11,12 @@ from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Bool, Int, UInt8
-from PIL import Image
+from PIL import Image, ImageOps
 
 from gptv_jax import config as config_lib
 from gptv_jax import errors, tokens
 from gptv_jax.config import fields
-from gptv_jax.errors import InputError
+from gptv_jax.errors import InputError, as_input_error
 from gptv_jax.model.gpt import Network
 from gptv_jax.tokens.codec import AnyArray
 
@@ -154,6 +154,7 @@ def _stacked(given: Sequence, shape: tuple[int, ...]) -> Sequence | np.ndarray:
     if any(isinstance(each, str | os.PathLike) for each in given):
         found = "file names"
     elif any(isinstance(each, Image.Image) for each in given):
+        given = [_upright(each, (height, width)) for each in given]
         kinds = {f"{i.mode} {i.width} x {i.height}" for i in given if isinstance(i, Image.Image)}
         if not frames and kinds == {f"{mode} {width} x {height}"}:
             return np.stack([np.asarray(i).reshape(-1, width, channels) for i in given])
@@ -171,6 +172,14 @@ def _stacked(given: Sequence, shape: tuple[int, ...]) -> Sequence | np.ndarray:
         f'[PIL.ImageOps.fit(i.convert("{mode}"), ({width}, {height})) for i in images]. '
         "python -m gptv_jax.predict reads files with the run's own transforms."
     )
+
+
+def _upright(given, size: tuple[int, int]):
+    """A Pillow image of `size` as its EXIF orientation shows it; anything else unchanged."""
+    if not isinstance(given, Image.Image) or sorted(given.size) != sorted(size):
+        return given  # is refused, and need not be decoded
+    with as_input_error("an image cannot be read"):
+        return ImageOps.exif_transpose(given)
 
 
 def sequences(given, network: Network) -> Int[np.ndarray, "B T"]:

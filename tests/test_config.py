@@ -169,6 +169,7 @@ OUT_OF_RANGE = {
     "data.limits.max_channels": 0,
     "data.limits.max_bits": 0,
     "data.limits.max_frames": 0,
+    "data.limits.max_work": 0,
     "task.segment.videos": -1,
     "data.eval_transforms": ("decode(),resize((48,64))",),
     "finetune.train_transforms": ("flip(), flip()",),

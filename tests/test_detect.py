@@ -392,6 +392,7 @@ def model_of(task: Detect) -> gptv_jax.Model:
     config, mesh = task.config, make_mesh((1, 1, 1))
     parts = (config.model, config.tokens, config.data.image_size)
     facts = {"object_names": NAMES, "eval_transforms": config.data.eval_transforms}
+    facts["limits"] = config.data.limits
     described = WeightsFile(*parts, {}, task=config.task, **facts)
     with jax.set_mesh(mesh):
         return gptv_jax.Model(described, random_params(task.network()), mesh)
@@ -443,6 +444,17 @@ def test_an_image_that_cannot_be_decoded_is_refused():
     image = Image.fromarray(np.full(SIZE, -5, np.int32))
     with pytest.raises(InputError, match=r"detect cannot read an image \(.*maximum"):
         model_of(task_of(bins=16)).detect([image])
+
+
+def test_an_open_file_is_held_to_the_limits_of_the_run_before_it_is_decoded(tmp_path):
+    Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(tmp_path / "a.png")
+    task = task_of(bins=16)
+    data = dataclasses.replace(task.config.data, limits=config_lib.Limits(max_pixels=1599))
+    model = model_of(dataclasses.replace(task, config=dataclasses.replace(task.config, data=data)))
+    with Image.open(tmp_path / "a.png") as image:
+        with pytest.raises(InputError, match="40 x 40 pixels are more than max_pixels=1599"):
+            model.detect([image])
+        assert image.tile  # the pixels are not decoded
 
 
 def test_equal_images_have_equal_boxes_wherever_they_stand():

@@ -1,15 +1,17 @@
-"""A short form of benchmarks/fuzz.py, and a small file for each fault that its long form found."""
+"""A short form of benchmarks/fuzz.py, and faults that the long form found; see also test_faults."""
 
 import dataclasses
+import io
 import json
 import struct
 
 import numpy as np
 import pytest
 from conftest import encoded, random_image
+from PIL import Image
 from safetensors.numpy import save_file
 
-from benchmarks import fuzz, fuzz_cases
+from benchmarks import fuzz, fuzz_cases, fuzz_truth, fuzz_weights
 from gptv_jax import config as config_lib
 from gptv_jax import files, weights
 from gptv_jax.config import run_file
@@ -19,7 +21,7 @@ from gptv_jax.data.limits import DamagedImageError
 from gptv_jax.errors import InputError
 from gptv_jax.tokens import palette
 
-COUNTS = {"images": 300, "weights": 30, "texts": 60}
+COUNTS = {"images": 300, "weights": 30, "texts": 60, "tables": 60}
 
 
 @pytest.mark.parametrize("kind", COUNTS)
@@ -29,6 +31,32 @@ def test_damaged_files_are_refused_or_right(kind, tmp_path):
     assert [each for each in outcomes if each.fault] == []
     verdicts = {each.verdict for each in outcomes}
     assert verdicts == {"refused", "accepted"} and len(outcomes) == COUNTS[kind]
+
+
+@pytest.mark.parametrize("kind", fuzz.SUBJECTS)
+def test_every_case_is_changed_and_drawn_again_alike(kind, tmp_path):
+    subject = fuzz.SUBJECTS[kind](tmp_path)
+    for number in range(200):
+        name, mutation, content = fuzz.case(subject, 0, number)
+        assert content != subject.originals[name]
+        assert (name, mutation, content) == fuzz.case(subject, 0, number)
+
+
+def test_the_truth_is_found_without_the_code_that_it_judges(tmp_path):
+    """Of every original NumPy's pixels are those of `Decode`, and one other pixel is noticed."""
+    subject = fuzz.Images(tmp_path)
+    compared = 0
+    for name, pixels in subject.whole.items():
+        content = subject.originals[name]
+        with Image.open(io.BytesIO(content)) as image:
+            truths = [fuzz_truth.of_image(image)]
+        truths += [fuzz_truth.of_png(content)] if name.startswith("PNG") else []
+        other = pixels.copy()
+        other[1, 2] ^= 8
+        for truth in truths:
+            compared += 1
+            assert fuzz.Images.turned(pixels, truth) and not fuzz.Images.turned(other, truth), name
+    assert compared >= len(subject.originals) + 6
 
 
 class Broken(fuzz_cases.Subject):
@@ -78,7 +106,7 @@ def test_a_cut_pcx_file_does_not_come_out_grey():
 @pytest.fixture
 def own(tmp_path):
     """Rewrites the header of a file of weights: of the settings' names and values."""
-    subject = fuzz_cases.Weights(tmp_path)
+    subject = fuzz_weights.Weights(tmp_path)
 
     def change(**changes):
         content = subject.originals["own"]

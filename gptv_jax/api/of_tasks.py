@@ -1,5 +1,6 @@
 """The methods of `Model` that answer with what a task taught the network, on images of any size."""
 
+import dataclasses
 import itertools
 import os
 import zlib
@@ -13,7 +14,7 @@ from PIL import Image
 from gptv_jax import sharding, validation
 from gptv_jax.data import records, transforms
 from gptv_jax.data.images import Decode
-from gptv_jax.data.limits import DamagedImageError, check_array
+from gptv_jax.data.limits import DamagedImageError, check_array, check_image
 from gptv_jax.errors import InputError, as_input_error, cut
 from gptv_jax.tasks.boxes import Detections, vote
 from gptv_jax.tasks.detect import Detect, draw
@@ -44,6 +45,7 @@ def _read(
         return image["image"]
     if isinstance(image, Image.Image):
         with as_input_error(f"{method} cannot read an image", DamagedImageError):
+            check_image(image, dataclasses.replace(decode.limits, min_side=1))
             pixels = decode.pixels(image)
     else:
         pixels = np.asarray(image)
@@ -315,6 +317,7 @@ class OfTasks:
         data = self._described.learned_task.config.data
         channels = (1, 3) if self.codec is None else self.codec.image_shape[2:]
         decode, *steps = transforms.with_decode(data.eval_transforms, channels[-1])
+        decode = decode.within(data.limits)
         converts = len(steps) < len(data.eval_transforms)  # the first entry is the run's own decode
         taken = (1, 3) if converts else channels
 

@@ -50,7 +50,10 @@ class Limits:
     max_ratio: float = field(32.0, ("1 or more", lambda v: v >= 1))
     max_channels: int = field(4, POSITIVE)  # transparency is one
     max_bits: int = field(32, POSITIVE)  # of a channel
-    max_frames: int = field(50_000, POSITIVE)  # of a clip, and of an animation read as a video
+    max_frames: int = field(50_000, POSITIVE)  # of a clip, or an animation
+    # Pixels that a decoder goes over in one file: height times width times the frames up to the
+    # last one that is read, or times the scans of a JPEG file.
+    max_work: int = field(2**31, POSITIVE)
 
 
 @dataclasses.dataclass(frozen=True)

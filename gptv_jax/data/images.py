@@ -16,21 +16,26 @@ from PIL import ExifTags, Image, ImageOps
 
 from gptv_jax.config.data import Limits
 from gptv_jax.config.fields import ABOVE_ZERO, POSITIVE, field
-from gptv_jax.data.limits import (
+from gptv_jax.data.containers import (
     BITS,
-    DEFAULT,
     MAX_SAMPLE,
     PHOTOMETRIC,
     SAMPLE_FORMAT,
-    DamagedImageError,
-    as_damaged,
-    check_array,
-    check_size,
     has_deep_colours,
     is_deep,
+    tags_of,
+)
+from gptv_jax.data.limits import (
+    DEFAULT,
+    DamagedImageError,
+    Rewritten,
+    as_damaged,
+    check_array,
+    check_formats,
+    check_frames,
+    check_image,
     opened,
     read,
-    tags_of,
 )
 from gptv_jax.data.records import (
     OBJECTS,
@@ -224,12 +229,14 @@ class Animation(EncodedClip):
     numbers: Sequence[int]  # of the frames, in the order of time; those before are decoded too
 
     def decoded(self, decode: Decode) -> Sequence[UInt8[np.ndarray, "H W C"]]:
-        found = {}
+        found, last = {}, int(max(self.numbers))
         with opened(self.encoded, decode.limits) as image:
-            for number in dict.fromkeys(self.numbers):
-                image.seek(int(number))
-                check_size(*image.size, decode.limits)  # a frame of a GIF file may be larger
-                found[number] = decode.convert(image)
+            for number in range(last + 1):
+                image.seek(number)  # which decodes the frame before
+                check_image(image, decode.limits)  # a frame of a GIF file may be larger
+                check_frames(image, last + 1, decode.limits)
+                if number in self.numbers:
+                    found[number] = decode.convert(image)
         return [found[number] for number in self.numbers]
 
 
@@ -237,10 +244,7 @@ def count_frames(encoded: bytes, limits: Limits) -> int:
     """Number of frames of an image file, 1 of most; DamagedImageError: it cannot be read."""
     with opened(encoded, limits) as image:
         count = getattr(image, "n_frames", 1)
-        if count > limits.max_frames:
-            raise DamagedImageError(
-                f"it has {count} frames, more than max_frames={limits.max_frames}"
-            )
+        check_frames(image, count, limits)
         return count
 
 
@@ -312,7 +316,7 @@ def as_stored(encoded: bytes, limits: Limits) -> bytes:
         back = TURNED_BACK.get(image.getexif().get(ExifTags.Base.Orientation))
         image = image.transpose(back) if back and image.format == "TIFF" else image  # as decoded
         image.save(plain, "PNG", exif=b"", compress_level=1)
-        return plain.getvalue()
+        return Rewritten(plain.getvalue())
 
 
 def load_image(
@@ -324,25 +328,30 @@ def load_image(
 
     Args:
       source: the path of an image file, or the bytes of one, of any format that Pillow reads; or an
-        open Pillow image or an array of pixels [H, W] or [H, W, 1 or 3], checked by size alone.
+        open Pillow image or an array of pixels [H, W] or [H, W, 1 to 4]: grey, grey with
+        transparency, RGB, RGBA.
       limits: what the image may be; gptv_jax.Limits(max_pixels=10**6, formats=("JPEG",)), say.
       channels: 3 (RGB) or 1 (grey); an image of other channels is converted as `decode()` does it.
 
     Raises:
       ValueError: the image is outside the limits, damaged or no image; one sentence says why.
     """
+    check_formats(limits, "formats")
+    if channels not in (1, 3):
+        raise InputError(f"channels is {channels!r}; it takes 3 (RGB) or 1 (grey).")
     decode = Decode(channels).within(limits)
     given = isinstance(source, str | os.PathLike)
     with as_input_error(f"{cut(str(source), 100) if given else 'an image'} cannot be read"):
         if given:
             source = read(pathlib.Path(source), limits)
         elif isinstance(source, Image.Image):
-            check_size(*source.size, limits)
+            check_image(source, limits)
         elif not isinstance(source, bytes):
             source = np.asarray(source)
-            if source.dtype != np.uint8 or source.ndim not in (2, 3) or not source.size:
+            pixels = source[..., None] if source.ndim == 2 else source
+            right = pixels.ndim == 3 and pixels.size and pixels.shape[2] in (1, 2, 3, 4)
+            if source.dtype != np.uint8 or not right:
                 found = f"it is an array {source.dtype} {list(source.shape)}"
-                raise DamagedImageError(f"{found}; give uint8 [H, W], [H, W, 1] or [H, W, 3]")
-            check_array(source, limits)
-            source = source[..., None] if source.ndim == 2 else source
+                raise DamagedImageError(f"{found}; give uint8 [H, W] or [H, W, 1 to 4 channels]")
+            check_array(source := pixels, limits)
         return decode.pixels(source)

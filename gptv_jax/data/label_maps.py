@@ -16,9 +16,10 @@ from gptv_jax import files
 from gptv_jax.data import limits as limits_lib
 from gptv_jax.data import listing
 from gptv_jax.data.clips import Clips, Video, VideoSource, natural
+from gptv_jax.data.containers import has_deep_colours
 from gptv_jax.data.data_set import ORDER_SEED, SPLITS, DataSet, Source
 from gptv_jax.data.images import as_stored, shown_size
-from gptv_jax.data.limits import DamagedImageError, has_deep_colours
+from gptv_jax.data.limits import DamagedImageError
 from gptv_jax.data.listing import Listing, split_names
 from gptv_jax.data.records import Record
 from gptv_jax.errors import InputError, as_input_error, counted, cut, shorten
@@ -59,7 +60,8 @@ class LabelTable:
         """
         sizes = shown_size(encoded, self.limits)  # upright and stored
         problem = "its label map cannot be read: "
-        with limits_lib.opened(encoded_map, self.limits, problem) as image:
+        limits = dataclasses.replace(self.limits, formats=())  # `formats` are those of images
+        with limits_lib.opened(encoded_map, limits, problem) as image:
             own = image.size[::-1]
             unknown = (0, 0) in sizes  # the image cannot be read, which decoding finds out
             fitting = [own] if unknown else [size for size in sizes if _similar(own, size)]

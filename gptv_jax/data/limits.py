@@ -1,24 +1,25 @@
 """The one check of what an image may be: by `config.Limits`, before any pixel is decoded.
 
 Image files of every source, label maps, animations, frames of video files and the Python interface
-go through `read`, `opened`, `check_size` or `check_array`. Pillow decodes ICO and ICNS files as it
-opens them; Pillow's own limit of 179 million pixels (`PIL.Image.MAX_IMAGE_PIXELS`) holds for these.
+go through `read`, `opened`, `check_frames`, `check_image`, `check_size` or `check_array`.
 """
 
 import contextlib
 import dataclasses
 import io
+import os
 import pathlib
 import stat
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image
 
 from gptv_jax.config.data import Limits
+from gptv_jax.data import containers
 from gptv_jax.errors import InputError, first_line, shorten
 
 # Pillow warns of unusual metadata. The filter is global, since a context is not thread-safe.
@@ -27,8 +28,6 @@ DEFAULT = Limits()
 # Formats of pictures that have no MIME type in Pillow. Other formats without one are stubs, fonts
 # of games, or documents that other programs draw, such as EPS.
 UNTYPED = ("QOI", "DDS", "FITS", "SUN", "MPO")
-# Numbers of TIFF's tags (TIFF 6.0, sections 8 and 19).
-BITS, PHOTOMETRIC, MAX_SAMPLE, SAMPLE_FORMAT = 258, 262, 281, 339
 # Chunks of a PNG file that say nothing about its pixels: damage to these does no harm.
 METADATA = (
     b"tEXt",
@@ -47,6 +46,13 @@ METADATA += (b"sBIT", b"sPLT", b"bKGD", b"hIST")
 
 class DamagedImageError(ValueError):
     """An image file cannot be decoded; the message says why."""
+
+
+class Rewritten(bytes):
+    """An image file that the program wrote from another one, which was within the limits.
+
+    The limits of a file's format and length, `formats` and `max_bytes`, do not hold for it.
+    """
 
 
 @contextlib.contextmanager
@@ -71,24 +77,47 @@ def is_picture(kind: str) -> bool:
     return Image.MIME.get(kind, "").startswith("image/") or kind in UNTYPED
 
 
-def check_formats(limits: Limits) -> None:
-    """Raises InputError where the installed Pillow does not read one of the formats."""
+def check_formats(limits: Limits, name: str = "config.data.limits.formats") -> None:
+    """Raises InputError where the installed Pillow does not read one of the formats.
+
+    `name` is what the error calls the formats.
+    """
     if limits.formats:
         Image.init()
         if unknown := sorted(set(limits.formats) - set(Image.OPEN)):
             raise InputError(
-                f"config.data.limits.formats has {shorten(unknown)}, which the installed Pillow "
+                f"{name} has {shorten(unknown)}, which the installed Pillow "
                 f"does not read; it reads {shorten(sorted(filter(is_picture, Image.OPEN)))}."
             )
 
 
-def read(path: pathlib.Path, limits: Limits) -> bytes:
-    """The content of an image file; DamagedImageError: it is too long, or a pipe or a device."""
-    found = path.stat()
-    if not stat.S_ISREG(found.st_mode):  # reading it may never end
-        raise DamagedImageError("it is no regular file")
-    _check_bytes(found.st_size, limits)
-    return path.read_bytes()
+def read(path: pathlib.Path, limits: Limits, start: int = 0, count: int | None = None) -> bytes:
+    """The content of an image file, or `count` bytes of a file from `start` on.
+
+    DamagedImageError: there are more bytes than the limit, the file is a pipe or a device, or it is
+    shorter than `count` says.
+    """
+    if count is not None:
+        _check_bytes(count, limits)  # before the file is opened
+    with open(path, "rb", opener=_open_at_once) as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):  # reading it may never end
+            raise DamagedImageError("it is no regular file")
+        if count is None:
+            count = found.st_size
+            _check_bytes(count, limits)
+        file.seek(start)
+        content = file.read(min(count, found.st_size))
+        if len(content) < count:
+            raise DamagedImageError("the file that holds it has become shorter")
+        if start == 0 and count == found.st_size and file.read(1):
+            raise DamagedImageError("the file has grown while it was read")
+    return content
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Opens a file; a pipe does not wait for a writer."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 @contextlib.contextmanager
@@ -110,30 +139,87 @@ def opened(encoded: bytes, limits: Limits, problem: str = "") -> Iterator[Image.
 def _open(encoded: bytes, limits: Limits) -> Image.Image:
     if not encoded:
         raise DamagedImageError("not an image: the file is empty")
+    if isinstance(encoded, Rewritten):
+        limits = dataclasses.replace(limits, formats=(), max_bytes=len(encoded))
     _check_bytes(len(encoded), limits)
-    if Image.MAX_IMAGE_PIXELS and limits.max_pixels > Image.MAX_IMAGE_PIXELS:
-        Image.MAX_IMAGE_PIXELS = limits.max_pixels  # Pillow would refuse these before
+    for size in containers.inner_sizes(encoded):
+        check_size(*size, dataclasses.replace(limits, min_side=1))
+    image = _identify(encoded, limits)
     try:
-        image = Image.open(io.BytesIO(encoded), formats=limits.formats or None)
-    except Image.DecompressionBombError:
-        for factory, accepts in Image.OPEN.values():  # for the size, which the error has not
-            if accepts and accepts(encoded[:16]) is True:
-                check_size(*factory(io.BytesIO(encoded), "").size, limits)
+        check_image(image, limits)
+        if (bits := containers.bits(image, encoded)) > limits.max_bits:
+            raise DamagedImageError(f"{bits} bits are more than max_bits={limits.max_bits}")
+        _check_work(image, containers.scans(image, encoded), "scans", limits)
+        _check_count(containers.frames(image, encoded, limits.max_frames), limits)
+    except BaseException:
+        image.close()
         raise
-    check_size(*image.size, limits)
-    if not is_picture(image.format):
-        raise DamagedImageError(f"a file of the format {image.format} is no picture of pixels")
-    if (channels := len(image.getbands())) > limits.max_channels:
-        most = f"more than max_channels={limits.max_channels}"
-        raise DamagedImageError(f"{channels} channels are {most}")
-    if (bits := _bits(image)) > limits.max_bits:
-        raise DamagedImageError(f"{bits} bits are more than max_bits={limits.max_bits}")
+    if image.tile and image.tile[0][0] == "fits_gzip":
+        raise DamagedImageError("a compressed FITS file, whose length inside is not known before")
     if image.format == "PNG":
         _check_sums(encoded)
+        if image.mode == "P" and image.palette is None:  # Pillow would make up colours
+            raise DamagedImageError("its palette is missing")
     # Pillow shows a PCX file whose palette, at the file's end, is lost as a grey image.
     if image.format == "PCX" and image.mode == "L" and encoded[-769:-768] != b"\x0c":
         raise DamagedImageError("the file is truncated")
     return image
+
+
+def _identify(encoded: bytes, limits: Limits) -> Image.Image:
+    """The file as Pillow opens it, also above Pillow's own limit of pixels, without its pixels."""
+    try:
+        return Image.open(io.BytesIO(encoded), formats=limits.formats or None)
+    except Image.DecompressionBombError:
+        for name in limits.formats or Image.OPEN:
+            factory, accepts = Image.OPEN[name]
+            if accepts and accepts(encoded[:16]) is True:
+                return factory(io.BytesIO(encoded), "")
+        raise
+    except Image.UnidentifiedImageError:
+        for name, (_, accepts) in Image.OPEN.items() if limits.formats else ():
+            if name not in limits.formats and accepts and accepts(encoded[:16]) is True:
+                taken = shorten(limits.formats)
+                problem = f"a file of the format {name}, and formats takes {taken}"
+                raise DamagedImageError(problem) from None
+        raise
+
+
+def check_image(image: Image.Image, limits: Limits) -> None:
+    """Raises DamagedImageError where an open image, or its frame that is shown, is refused.
+
+    The pixels need not be decoded, and are not.
+    """
+    anything = dataclasses.replace(limits, min_side=1)
+    check_size(*image.size, limits if image.format else anything)  # an array may be small
+    if image.format and not is_picture(image.format):
+        raise DamagedImageError(f"a file of the format {image.format} is no picture of pixels")
+    if (channels := containers.channels(image)) > limits.max_channels:
+        most = f"more than max_channels={limits.max_channels}"
+        raise DamagedImageError(f"{channels} channels are {most}")
+    width, height = containers.tile_size(image)
+    if width * height > limits.max_pixels:
+        most = f"more than max_pixels={limits.max_pixels}"
+        raise DamagedImageError(f"a tile of {width} x {height} pixels is {most}")
+
+
+def check_frames(image: Image.Image, count: int, limits: Limits) -> None:
+    """Raises DamagedImageError where the first `count` frames of an open animation are refused."""
+    _check_count(count, limits)
+    _check_work(image, count, "frames", limits)
+
+
+def _check_count(count: int, limits: Limits) -> None:
+    if count > limits.max_frames:
+        raise DamagedImageError(f"it has more than max_frames={limits.max_frames} frames")
+
+
+def _check_work(image: Image.Image, passes: int, noun: str, limits: Limits) -> None:
+    """Refuses an image that a decoder goes over so often that it takes long."""
+    width, height = image.size
+    if passes > 1 and passes * width * height > limits.max_work:
+        most = f"more than max_work={limits.max_work}"
+        raise DamagedImageError(f"{passes} {noun} of {width} x {height} pixels are {most}")
 
 
 def check_size(width: int, height: int, limits: Limits) -> None:
@@ -161,29 +247,6 @@ def check_array(pixels: np.ndarray, limits: Limits) -> None:
 def _check_bytes(count: int, limits: Limits) -> None:
     if count > limits.max_bytes:
         raise DamagedImageError(f"{count} bytes are more than max_bytes={limits.max_bytes}")
-
-
-def _bits(image: Image.Image) -> int:
-    """Bits of a channel of an open file."""
-    if not is_deep(image):
-        return 16 if has_deep_colours(image) else 1 if image.mode == "1" else 8
-    short = image.mode.startswith("I;16") or image.format in ("PNG", "PPM")
-    return tags_of(image).get(BITS, (16 if short else 32,))[0]
-
-
-def is_deep(image: Image.Image) -> bool:
-    """Whether the image has one channel of more than 8 bits; Pillow reads no deep colours."""
-    return image.mode.startswith("I") or image.mode == "F"
-
-
-def has_deep_colours(image: Image.Image) -> bool:
-    """Whether the file, whose pixels are not read yet, has several channels of 16 bits."""
-    return not is_deep(image) and ";16" in str(getattr(image, "tile", ""))
-
-
-def tags_of(image: Image.Image) -> Mapping:
-    """A TIFF's tags by their numbers."""
-    return getattr(image, "tag_v2", {})
 
 
 def _check_sums(encoded: bytes) -> None:

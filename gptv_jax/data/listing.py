@@ -200,6 +200,8 @@ def coco_files(folder: pathlib.Path) -> list[pathlib.Path]:
 
 def _begins_as_coco(path: pathlib.Path) -> bool:
     try:
+        if not path.is_file():  # opening a pipe waits for a writer
+            return False
         with path.open("rb") as file:
             return _COCO.match(file.read(200).removeprefix(b"\xef\xbb\xbf")) is not None
     except OSError:

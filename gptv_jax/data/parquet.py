@@ -72,9 +72,15 @@ class _ArrowFile:
         source = pyarrow.memory_map(str(path))
         self.table = (ipc.open_file if is_file else ipc.open_stream)(source).read_all()
         self.schema, self.firsts = self.table.schema, starts([self.table.num_rows])
+        self._checked: set[str] = set()  # names of columns
 
     def column(self, name: str, group: int | None = None) -> "pyarrow.ChunkedArray":
-        return self.table.column(name)
+        """A column, whose rows lie inside the file; else reading a row would end the process."""
+        column = self.table.column(name)
+        if name not in self._checked:
+            column.validate(full=True)  # reads where each row begins, not the images
+            self._checked.add(name)
+        return column
 
 
 class _ParquetFile:
@@ -92,10 +98,14 @@ class _ParquetFile:
                 "(pyarrow.parquet.write_table(table, path, row_group_size=100))."
             )
         self.schema = parquet.ParquetFile(path, metadata=self.footer).schema_arrow
+        columns = (self.footer.schema.column(i) for i in range(len(self.footer.schema.names)))
+        self.leaves = [each.path for each in columns if each.physical_type == "BYTE_ARRAY"]
 
     def column(self, name: str, group: int | None = None) -> "pyarrow.ChunkedArray":
         """A column of a row group, or of the whole file (None)."""
-        file = parquet.ParquetFile(self.path, metadata=self.footer)
+        # An image that several rows have, and that the file has once, is then in memory once.
+        kept = [path for path in self.leaves if path.partition(".")[0] == name]
+        file = parquet.ParquetFile(self.path, metadata=self.footer, read_dictionary=kept)
         table = file.read([name]) if group is None else file.read_row_group(group, [name])
         return table.column(name)
 

@@ -14,10 +14,9 @@ import numpy as np
 
 from gptv_jax import config as config_lib
 from gptv_jax.data import labels as labels_lib
-from gptv_jax.data import listing
+from gptv_jax.data import limits, listing
 from gptv_jax.data.arrays import ArraysSplit
 from gptv_jax.data.data_set import SPLITS, DataSet, locate, spread_classes, starts
-from gptv_jax.data.limits import DamagedImageError
 from gptv_jax.data.listing import split_name, split_of
 from gptv_jax.errors import InputError, as_input_error
 
@@ -25,6 +24,7 @@ from gptv_jax.errors import InputError, as_input_error
 ENDINGS = (*listing.ENDINGS, ".avif", ".jp2")
 LABELS = ("cls", "json")
 JSON_LABELS = ("label", "cls", "class_id", "class")  # keys of a label in .json
+MOST_LABEL = 2**20  # bytes of a file with a label
 NAMES = "classnames.txt"  # beside the shards, a name a line
 _NUMBERED = re.compile(r"([A-Za-z]\w*)-\d+-of-\d+(-[0-9a-f]+)?")  # unlabeled-00000-of-00005
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -210,7 +210,7 @@ class WebDataset(Shards):
         path = listing.data_path(config, pattern=True)
         splits, parts = find(path, (".tar",), "tar", "webdataset"), {}
         for split, paths in splits.items():
-            parts[split] = [shard for p in paths if len(shard := _Shard(p, config.labels))]
+            parts[split] = [s for p in paths if len(s := _Shard(p, config.labels, config.limits))]
             if not parts[split]:
                 shown = ", ".join(ENDINGS[:4])
                 problem = f"{paths[0]} has no image (no file ending in {shown}, ...)"
@@ -226,8 +226,8 @@ class WebDataset(Shards):
 class _Shard:
     """Where the images of a tar file lie, and their labels as they are stored."""
 
-    def __init__(self, path: pathlib.Path, labels: bool):
-        self.path = path
+    def __init__(self, path: pathlib.Path, labels: bool, given: config_lib.Limits):
+        self.path, self.limits = path, given
         problem = f"{path} is damaged, compressed, or no tar file"
         with as_input_error(problem, (OSError, tarfile.TarError)), tarfile.open(path, "r:") as tar:
             examples = self._read(tar, labels)
@@ -239,13 +239,7 @@ class _Shard:
         return len(self.keys)
 
     def read(self, row: int) -> bytes:
-        place, size = self.places[row].tolist()
-        with self.path.open("rb") as file:
-            file.seek(place)
-            image = file.read(size)
-        if len(image) < size:
-            raise DamagedImageError("the tar file has become shorter")
-        return image
+        return limits.read(self.path, self.limits, *self.places[row].tolist())
 
     def name(self, row: int) -> str:
         return f"{self.path}:{self.keys[row]}"
@@ -261,6 +255,10 @@ class _Shard:
                 if f".{ending.lower()}" in ENDINGS:
                     files[f".{ending.lower()}"] = (member.offset_data, member.size)
                 elif labels and ending in LABELS:
+                    if member.size > MOST_LABEL:
+                        problem = f"the label {member.name} in {self.path} has {member.size} bytes"
+                        advice = f"it may have {MOST_LABEL}; or set config.data.labels=False"
+                        raise InputError(f"{problem}; {advice}.")
                     files[ending] = tar.extractfile(member).read()
         # The library takes a header that it cannot read for the end, which has zeros.
         tar.fileobj.seek(tar.offset)

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image
 
 from gptv_jax import config as config_lib
 from gptv_jax.data import limits
@@ -59,7 +58,7 @@ class VideoFolder(ImageFolder):
         for name, members in inside.items():
             animations = [each for each in members if each.lower().endswith(ANIMATED)]
             frames = [each for each in members if each not in {*animations}]
-            if _animated(folder, frames):
+            if _animated(folder, frames, self.limits):
                 animations, frames = members, []
             if pathlib.PurePath(name) in above or len(frames) <= len(animations):
                 found += animations
@@ -125,15 +124,14 @@ class _FolderVideos(VideoSource, FolderSplit):
         return Video(len(shown), lambda n: Animation(encoded, tuple(shown[n].tolist())), known)
 
 
-def _animated(folder: pathlib.Path, files: list[str]) -> bool:
+def _animated(folder: pathlib.Path, files: list[str], given: config_lib.Limits) -> bool:
     """Whether the first file that Pillow can open has several frames."""
     for file in files:
         if file.lower().endswith(EITHER):
-            try:
-                with Image.open(folder / file) as image:
+            with contextlib.suppress(DamagedImageError, OSError):  # decoding finds the reason
+                encoded = limits.read(folder / file, given)
+                with limits.opened(encoded, given) as image:
                     return image.format in FORMATS and getattr(image, "n_frames", 1) > 1
-            except Exception:  # as Pillow's parsers raise anything; decoding finds the reason
-                continue
     return False
 
 

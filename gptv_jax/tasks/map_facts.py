@@ -17,6 +17,7 @@ from gptv_jax.tokens.label_maps import has_class
 from gptv_jax.train.autoencoding import fit_learned
 
 BATCH_SIZE = 16  # label maps; of the training of learned tokens
+MOST_BYTES = 2**28  # of the facts in a file of weights
 LEAST = 1e-3  # frequency; a rarer class weighs in the loss as if it had this one
 
 
@@ -87,7 +88,7 @@ def measure(
 
 def load(content: bytes, frames: tuple[int, ...] = ()) -> Facts:
     """The facts that `measure` wrote, of images, or of clips of `frames`."""
-    found = load_arrays(io.BytesIO(content))
+    found = load_arrays(io.BytesIO(content), MOST_BYTES)
     codec = label_maps.from_bytes(found["codec"].tobytes()) if "codec" in found else None
     return Facts(found["frequencies"], found["prior"], codec, frames)
 

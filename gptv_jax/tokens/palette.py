@@ -22,6 +22,7 @@ with epy.lazy_imports():  # slow to import, and only building a palette needs it
 
 LOG = logging.getLogger(__name__)
 FILE = "palette.npz"  # in a run folder and in a token cache
+MOST_BYTES = 2**22  # of a palette's file: 65,536 colours in float64, and their provenance
 CELL = 16  # the lookup table is built in cells of 16 x 16 x 16 colours
 LUMINANCE = np.array([0.299, 0.587, 0.114])  # of red, green and blue (Rec. 601)
 
@@ -55,7 +56,7 @@ def load(path: str | pathlib.Path) -> Palette:
     if not path.exists():
         raise InputError(f"there is no palette {path}.")
     with as_input_error(f"{path} is not a palette"):
-        content = files.read_arrays(path)
+        content = files.read_arrays(path, MOST_BYTES)
         if "" in content:
             centers, provenance = content[""], {}
         else:

@@ -63,15 +63,15 @@ class WeightsFile:
     pool: int = field(1, POSITIVE)  # parts of the sequence that the class head reads apart
     attention: str = field("causal", one_of("causal", "frames"))  # as config.finetune.attention
     step: int | None = field(None, FROM_ZERO)  # training step of the weights, where known
-    best_layer: int | None = field(None, FROM_ZERO)  # of the probe, where the probe has run
-    # Of a network with parts after the image: the task that has the parts, the names of the classes
-    # of objects and of label maps, how the run's images became pixels of the network's size, and
-    # what the task measured.
+    best_layer: int | None = field(None, FROM_ZERO)  # of the probe, where it has run
+    # Of a network with parts after the image: the task with the parts, the names of the classes of
+    # objects and label maps, how images became the network's pixels, what the task measured.
     task: config_lib.Task | None = None
     object_names: tuple[str, ...] = field(())
     map_names: tuple[str, ...] = field(())
     eval_transforms: tuple[str, ...] = field(())
     measured: bytes = b""
+    limits: config_lib.Limits = dataclasses.field(default_factory=config_lib.Limits)  # of data
     typicality: Calibration | None = None  # what is usual for the weights, where it was measured
 
     @property
@@ -83,7 +83,7 @@ class WeightsFile:
         """The task of a network with parts after the image; None for other networks."""
         if self.task is None:
             return None
-        named = ("image_size", "frames", "eval_transforms")
+        named = ("image_size", "frames", "eval_transforms", "limits")
         data = config_lib.Data(**{name: getattr(self, name) for name in named})
         config = config_lib.Config(data=data, tokens=self.tokens, model=self.model, task=self.task)
         names = self.class_names, self.object_names, self.map_names
@@ -322,7 +322,8 @@ def read_run(
         known = names or tuple(map(str, range(summary.get("finetune/classes", 0))))
         network = tasks.make(config, known, **facts).network()
         if network.several:
-            of_task = facts | {"task": config.task, "eval_transforms": config.data.eval_transforms}
+            of_task = facts | {"task": config.task, "limits": config.data.limits}
+            of_task["eval_transforms"] = config.data.eval_transforms
     described = WeightsFile(
         model=config.model,
         tokens=config.tokens,
