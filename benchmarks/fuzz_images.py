@@ -12,7 +12,8 @@ from PIL import Image
 from benchmarks import fuzz_truth
 from benchmarks.fuzz_cases import BYTES, Subject
 from gptv_jax import config as config_lib
-from gptv_jax.data.images import Animation, Decode, count_frames, load_image, shown_size
+from gptv_jax.data.images import Animation, Decode, count_frames, load_image
+from gptv_jax.data.orientation import shown_size
 
 UNHARMED = ("metadata", "checked bits")  # mutations after which an accepted image is unchanged
 

@@ -14,8 +14,8 @@ from gptv_jax import config as config_lib
 from gptv_jax.data import coco_files, limits, listing
 from gptv_jax.data.coco_files import image_name
 from gptv_jax.data.data_set import ORDER_SEED, DataSet, Source
-from gptv_jax.data.images import as_stored, shown_size
 from gptv_jax.data.limits import DamagedImageError
+from gptv_jax.data.orientation import as_stored, shown_size
 from gptv_jax.data.records import Record
 from gptv_jax.errors import InputError, cut, shorten
 

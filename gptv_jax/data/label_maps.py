@@ -18,9 +18,9 @@ from gptv_jax.data import listing
 from gptv_jax.data.clips import Clips, Video, VideoSource, natural
 from gptv_jax.data.containers import has_deep_colours
 from gptv_jax.data.data_set import ORDER_SEED, SPLITS, DataSet, Source
-from gptv_jax.data.images import as_stored, shown_size
 from gptv_jax.data.limits import DamagedImageError
 from gptv_jax.data.listing import Listing, split_names
+from gptv_jax.data.orientation import as_stored, shown_size
 from gptv_jax.data.records import Record
 from gptv_jax.errors import InputError, as_input_error, counted, cut, shorten
 

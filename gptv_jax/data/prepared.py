@@ -12,7 +12,7 @@ from gptv_jax import files
 from gptv_jax.data import label_maps, listing
 from gptv_jax.data.clips import Clips, Video, VideoSource
 from gptv_jax.data.data_set import DataSet, Source
-from gptv_jax.data.images import shown_size
+from gptv_jax.data.orientation import shown_size
 from gptv_jax.data.records import Record
 from gptv_jax.errors import InputError, cut, first_line, shorten
 
