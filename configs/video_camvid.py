@@ -2,7 +2,7 @@
 
 The network reads two successive frames and writes the label map of the first, then that of the
 second, so that classes are carried along from frame to frame. CamVid's validation images are one
-drive of 101 successive frames at 15 Hz, each with a label map. Training has the first 64 of them
+drive of 101 successive frames at 15 Hz, each with a label map. Training has the first 64 frames
 and 188 images from earlier in the drive, one a second; the test is the last 31 frames, 2 seconds.
 
 Data: `--config.data.path` names a folder of videos, which these lines make, in an empty folder, of

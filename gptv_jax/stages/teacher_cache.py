@@ -171,7 +171,7 @@ class Drawer:
 
 
 def _separate(distinct: np.ndarray, ids: np.ndarray, counts: np.ndarray) -> list[Draws]:
-    """The draws of every example, of arrays over all of them."""
+    """The draws of each example, from the draws of all examples one after the other."""
     ends = np.cumsum(distinct.sum(axis=1))[:-1]
     each = distinct, np.split(ids, ends), np.split(counts, ends)
     return [Draws(*of_example) for of_example in zip(*each, strict=True)]
