@@ -15,7 +15,7 @@ COLORS = {"equal_steps": pictures.QUIET, "equal_time": pictures.INK}
 
 
 def curves(series: Callable[[str, str], list], stage: str, key: str) -> list[tuple]:
-    """Curves of the trainings without the teacher, for `pictures.plot`; no curve where a run has no such training.
+    """Curves of the trainings without the teacher, for `pictures.plot`; empty without any.
 
     `series(training, key)` gives the points of a training's logged number.
     """
