@@ -19,7 +19,7 @@ from gptv_jax.data.pipeline import Pipeline
 from gptv_jax.errors import InputError
 from gptv_jax.planning.finetuning import Finetuning
 from gptv_jax.planning.training import Pretraining
-from gptv_jax.stages import STAGES, setup
+from gptv_jax.stages import STAGES, comparison, setup
 from gptv_jax.tokens import palette
 from gptv_jax.train import distillation
 from gptv_jax.weights import native
@@ -230,9 +230,9 @@ def test_a_run_learns_from_its_teacher_resumes_and_drops_the_map(
     steps = found["pretrain/equal_time_steps"]
     assert f"{steps} steps" in times[0] and steps >= found["pretrain/equal_steps_steps"] == 4
     nats = "test_nats_per_token"
-    plain, taught, theirs = (found[f"pretrain/{n}{nats}"] for n in ("equal_steps_", "", "teacher_"))
-    closed = (plain - taught) / (plain - theirs)
-    assert found["pretrain/gap_closed_at_equal_steps"] == pytest.approx(closed, rel=1e-3)
+    scores = (found[f"pretrain/{n}{nats}"] for n in ("equal_steps_", "", "teacher_"))
+    closed = comparison.gap_closed(nats, *scores)
+    assert found["pretrain/gap_closed_at_equal_steps"] == closed
     assert before == pathlib.Path(teacher).read_bytes()
     # The map is in the saved state alone, the teacher nowhere.
     assert not [name for name in sharding.by_name(gptv_jax.load(run).params) if "map" in name]
@@ -245,6 +245,21 @@ def test_a_run_learns_from_its_teacher_resumes_and_drops_the_map(
     assert not [name for name in names if "teacher" in name]
     page = (run / "report.html").read_text()
     assert "without the teacher" in page and "gap" in page
+
+
+@pytest.mark.parametrize(
+    ("score", "without", "taught", "teacher", "closed"),
+    [
+        ("test_nats_per_token", 1.1, 1.05, 1.0, 0.5),
+        ("test_nats_per_token", 1.1, 1.15, 1.0, -0.5),
+        ("test_nats_per_token", 0.95, 1.05, 1.0, None),  # the teacher is no better
+        ("test_accuracy", 0.6, 0.65, 0.7, 0.5),
+        ("test_accuracy", 0.8, 0.65, 0.7, None),
+    ],
+)
+def test_a_gap_is_closed_where_the_teacher_is_better(score, without, taught, teacher, closed):
+    found = comparison.gap_closed(score, without, taught, teacher)
+    assert found == (None if closed is None else pytest.approx(closed))
 
 
 def test_the_student_without_a_teacher_is_the_run_without_one(teacher, tmp_path):

@@ -27,6 +27,17 @@ def measure(metric: Metric, splits: dict[str, Callable[[], Iterable]], params: d
     return found
 
 
+def gap_closed(score: str, without: float, taught: float, teacher: float) -> float | None:
+    """The share of the gap between the student without teachers and the teacher that is closed.
+
+    Of a score such as "test_accuracy" larger is better, of "test_nats_per_token" smaller. None:
+    the teacher is no better than the student without teachers.
+    """
+    gap = teacher - without
+    better = -gap if score.endswith("nats_per_token") else gap
+    return (taught - without) / gap if better > 1e-6 else None
+
+
 def without_teachers(
     context: Context,
     stage: str,
@@ -40,9 +51,8 @@ def without_teachers(
     """Numbers of the student that learns from the data alone, at equal steps and at equal time.
 
     `equal_time_steps` are as many steps as take the time of the `distilled` training's steps, by
-    the measured tokens a second of both, and no fewer than `steps`. `gap_closed` is
-    (without - with teachers) / (without - teacher) of the test number `score`; None where the
-    teacher is no better than the student without teachers, by less than one part in a million.
+    the measured tokens a second of both, and no fewer than `steps`. The function `gap_closed`
+    gives the number of this name.
 
     Args:
       context: of the run.
@@ -61,8 +71,7 @@ def without_teachers(
         fitted = train(name, steps)
         numbers = measured(fitted.params)
         found |= {f"{way}_{n}": v for n, v in numbers.items() if not n.startswith(TEACHER)}
-        gap = numbers[score] - own[f"{TEACHER}{score}"]
-        closed = (numbers[score] - own[score]) / gap if abs(gap) > 1e-6 else None
+        closed = gap_closed(score, numbers[score], own[score], own[f"{TEACHER}{score}"])
         found |= {f"gap_closed_at_{way}": closed, f"{way}_steps": steps}
         rates = distilled.tokens_per_second, fitted.tokens_per_second
         if all(rates):
