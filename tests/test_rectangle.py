@@ -320,14 +320,15 @@ def test_sizes_that_do_not_divide_are_refused_with_a_size_that_does(values, word
     assert all(each in message for each in words) and len(message) <= 300
 
 
-def test_images_without_tokens_are_for_fine_tuning_alone():
+def test_images_without_tokens_are_for_fine_tuning_and_its_robustness_alone():
     values = {"tokens.kind": "none", "task.image_input": "pixels", "task.stem": (8, 8)}
     values |= {"task.name": "detect", "data.image_size": (24, 40)}
     config, keys = config_of(values), {"image", "boxes", "box_labels"}
     assert config.tokens.vocabulary == 0 and config.grid == (6, 10)
     assert tokens.make_codec(config.tokens, config.data.image_size) is None
     assert choose_stages(config, keys) == ["finetune"]
-    for name in STAGES.keys() - {"finetune"}:
+    assert choose_stages(config, keys, ["robustness"]) == ["robustness"]
+    for name in STAGES.keys() - {"finetune", "robustness"}:
         with pytest.raises(InputError, match=f"--stages has {name}, but config.tokens.kind=none"):
             choose_stages(config, keys, [name])
 
