@@ -23,6 +23,7 @@ from gptv_jax.quality.evaluate import evaluate
 from gptv_jax.quality.features import FeatureExtractor, make_features, of_frames
 from gptv_jax.quality.reference import compute
 from gptv_jax.runs import pictures
+from gptv_jax.validation import given_frames
 from gptv_jax.weights import native
 from gptv_jax.weights.native import WeightsFile
 
@@ -149,7 +150,7 @@ def test_what_is_no_clip_is_told(tmp_path):
         (lambda: model.tokenize([picture]), "clips are Pillow images of L 8 x 4; give an array"),
         (lambda: model.outpaint(given, right=2), r"model.continue_clip\(frames, n\) draws"),
         (lambda: model.complete(given, mask=np.ones((4, 8), bool)), r"give bool \[3, 4, 8\]"),
-        (lambda: model.continue_clip([given[0], given[1, :1]], 2), "several lengths or sizes"),
+        (lambda: given_frames([given[0], given[1, :1]], model.codec), "several lengths or sizes"),
         (lambda: model.continue_clip(given[..., :4, :], 2), r"frames are uint8 \[2, 3, 4, 4, 1\]"),
         (lambda: model.continue_clip(given[:, :0], 2), "of K frames, 1 or more"),
         (lambda: model.continue_clip(given, 0), "n is 0"),
