@@ -18,7 +18,7 @@ from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.errors import InputError
 from gptv_jax.model import autoencoder, layers
-from gptv_jax.train import step
+from gptv_jax.train import distillation, step
 from gptv_jax.train.optimizer import make_optimizer
 
 # Data, fsdp, (sequence,) tensor: igpt is split along every axis, modern along axes that split
@@ -182,6 +182,8 @@ DISCRIMINATOR_SHARDS = {
     "score.score": (3, 3, 8, 1),
     "score.bias": (1,),
 }
+# From the student's width, 32, to the teacher's, 64.
+MAP_SHARDS = {"feature_maps.0.feature_map": (32, 32)}
 
 
 def shard_shapes(init):
@@ -219,9 +221,17 @@ def test_a_device_holds_this_shard_of_every_parameter_of_a_tokenizer():
     assert found == DISCRIMINATOR_SHARDS
 
 
+def test_a_device_holds_this_shard_of_the_map_between_features_of_student_and_teacher():
+    settings = config_lib.Distill(teacher="teacher", features=1.0)
+    networks = tiny_network(), (tiny_network(width=64),)
+    found = shard_shapes(functools.partial(distillation.init_maps, *networks, settings))
+    assert found == MAP_SHARDS
+
+
 def test_the_shards_above_cover_the_whole_table_of_shardings():
     tables = [*(wanted for _, wanted in GPT_SHARDS.values()), AUTOENCODER_SHARDS, PARTS_SHARDS]
-    names = {name.split(".")[-1] for table in [*tables, DISCRIMINATOR_SHARDS] for name in table}
+    tables += [DISCRIMINATOR_SHARDS, MAP_SHARDS]
+    names = {name.split(".")[-1] for table in tables for name in table}
     assert names == set(sharding.PARAMETERS)
 
 
