@@ -128,6 +128,8 @@ ENTRIES = {
     "quantize(17)": (20, 30),
     "rotate(30)": (20, 30),
     "random_augment(n=3, magnitude=8)": (20, 30),
+    "corrupt('noise', 3)": (20, 30),
+    "corrupt('shift', 2)": (20, 30),
 }
 RANDOM = [entry for entry in ENTRIES if transforms.parse(entry).random]
 MOVING = [entry for entry in ENTRIES if not transforms.parse(entry).needs_pixels]
