@@ -44,7 +44,7 @@ def inner_sizes(encoded: bytes) -> Iterator[tuple[int, int]]:
     """Width and height of each picture inside an ICO or ICNS file; none of another file.
 
     Pillow decodes an ICO file when it opens the file, by the picture's own size, and an ICNS file
-    has no other size than that of its pictures. ValueError: there are more than MOST_PICTURES.
+    states the size of its pictures alone. ValueError: there are more than MOST_PICTURES.
     """
     if encoded.startswith(b"\0\0\1\0"):
         (count,) = struct.unpack_from("<H", encoded.ljust(6, b"\0"), 4)

@@ -6,10 +6,10 @@ from gptv_jax.data.records import Record
 
 
 def mixed(record: Record, other: Record, concentration: float, rng: np.random.Generator) -> Record:
-    """The record with a blend of both images; their shares are from Beta(concentration, ...).
+    """The record with a blend of both images, whose shares are from Beta(concentration, ...).
 
     Pixels are blended, before they become tokens: tokens are names of colours or patches, and have
-    no mean. So any teacher and any student read one blended image, whatever their widths are. The
+    no mean. So a teacher and a student of any widths read one blended image. The
     label and all else stay that of `record`, whose share is the larger one.
     """
     share = rng.beta(concentration, concentration)

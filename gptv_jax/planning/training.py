@@ -163,7 +163,7 @@ def _encoder_flops(autoencoder: config_lib.Autoencoder, size: tuple[int, int], f
 class Pretraining(Training):
     """The pretraining of a GPT."""
 
-    # Networks of the teachers; None: those that the configuration names are read.
+    # Networks of the teachers; None: the teachers that the configuration names are read.
     teachers: tuple[Network, ...] | None = None
 
     section, sections = "train", ("model", "train")

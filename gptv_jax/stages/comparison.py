@@ -51,8 +51,8 @@ def without_teachers(
     """Numbers of the student that learns from the data alone, at equal steps and at equal time.
 
     `equal_time_steps` are as many steps as take the time of the `distilled` training's steps, by
-    the measured tokens a second of both, and no fewer than `steps`. The function `gap_closed`
-    gives the number of this name.
+    the measured tokens a second of both, and no fewer than `steps`. `gap_closed_at_...`
+    are results of the function `gap_closed`.
 
     Args:
       context: of the run.

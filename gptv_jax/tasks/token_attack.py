@@ -205,7 +205,7 @@ def _random_scores(network: Network, batch: dict, state: dict, key) -> Float[Arr
 def _best(scores, tokens, changed, count: int, each: int):
     """Places and values, [count], of the best changes of one image: scores [N, V], tokens [N].
 
-    A place has at most `each` of them; a changed token is not changed again.
+    A place has at most `each` changes; a changed token is not changed again.
     """
     number, values = scores.shape
     own = jnp.arange(values)[None] == tokens[:, None]
