@@ -44,7 +44,7 @@ def margins(network, params, tokens, labels) -> np.ndarray:
 @pytest.mark.parametrize(("tokens", "calls"), [(1, 3), (4, 128), (3, 20), (5, 11)])
 def test_a_budget_has_as_many_candidates_as_its_calls_allow(tokens, calls):
     budget = budget_of(tokens, calls)
-    assert budget.calls <= calls < budget._replace(candidates=budget.candidates + 1).calls
+    assert budget.calls <= calls < Budget(tokens, budget.candidates + 1).calls
     assert budget.tokens == tokens and budget.candidates >= 1
     with pytest.raises(ValueError, match="passes or more"):
         budget_of(tokens, 2 * tokens)

@@ -189,7 +189,7 @@ def distinct(hashes: Hashes) -> tuple[Int[np.ndarray, " D"], Int[np.ndarray, " N
 def between(
     images: Hashes, others: Hashes, distance: int
 ) -> Iterator[tuple[int, Int[np.ndarray, " n"]]]:
-    """For each of `images` that has nearly equal `others`, the numbers of both."""
+    """Each image that has nearly equal `others`: its number, and the numbers of these others."""
     for i, code in enumerate(images.codes):
         rows = np.flatnonzero(np.bitwise_count(others.codes ^ code) <= distance)
         if rows.size and (rows := rows[_alike(others.copies[rows], images.copies[i])]).size:

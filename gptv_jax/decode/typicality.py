@@ -107,7 +107,7 @@ def code_bits(images: UInt8[np.ndarray, "B *F H W C"]) -> Float[np.ndarray, " B"
     A pixel is predicted from its neighbours to the left, above and between them (the median of
     LOCO-I, Weinberger et al. 2000), and what the prediction misses is coded by an adaptive
     arithmetic coder, whose length is known in closed form. Of RGB, red and blue are coded as
-    differences from green. PNG does much the same, but its bits change with the version of zlib,
+    differences from green. The bits of a PNG file would change with the version of zlib,
     and a calibration has to hold on another machine.
     """
     channels = np.moveaxis(images, -1, 0).astype(np.int32)

@@ -1,4 +1,4 @@
-"""A student beside its teachers, and beside the same network that is trained without teachers."""
+"""A student beside its teachers, and beside an equal network that is trained without teachers."""
 
 import logging
 from collections.abc import Callable, Iterable

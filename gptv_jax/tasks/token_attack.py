@@ -48,8 +48,8 @@ class Attacked(NamedTuple):
     label: Int[np.ndarray, " B"]
     original: Int[np.ndarray, "B T"]  # tokens
     tokens: Int[np.ndarray, "B T"]  # of the images as they end
-    # Changed tokens at which the class was first wrong: 0 of an image that was wrong as it is, one
-    # more than the budget of an image that was right to the end.
+    # Number of changed tokens at which the class was first wrong: 0 where the unchanged image was
+    # classified wrongly, the budget plus 1 where the class was right to the end.
     fell: Int[np.ndarray, " B"]
     given: Int[np.ndarray, " B"]  # the class that the network gives the image as it ends
     calls: Int[np.ndarray, " B"]  # passes of the network over the image

@@ -107,8 +107,9 @@ def state_of(
 ) -> dict:
     """The train state {step, params, opt} before the first step; with an average, "ema" as well.
 
-    `beside` are weights under other names than those of `params` that the loss reads and trains as
-    well, and that are dropped after the training; they become state[BESIDE].
+    `beside`, which becomes state[BESIDE], holds further weights that the loss reads, such as a map
+    between features. They are trained with `params`, share no name with `params`, and are dropped
+    after the training.
     """
     opt = optimizer.init(params | (beside or {}))
     # Constants in the optimizer's state have no sharding. Given one, the state before the first
