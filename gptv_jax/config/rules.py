@@ -49,6 +49,9 @@ def check(config: Config) -> None:
         reason = "it hides tokens of the earlier frames of clips, in raster order"
         advice = "set config.data.frames to 2 or more frames, and random_order=(), or take 0"
         refuse(config, "model.context_masking", f"{reason}; {advice}")
+    if model.code_head == "levels" and not config.tokens.levelled:
+        reason = "only codes of config.tokens.kind=learned with tokens.autoencoder.quantizer=fsq"
+        refuse(config, "model.code_head", f"{reason} have levels; take flat, or such tokens")
     if config.tokens.kind == "learned":
         _check_autoencoder(config)
     elif config.tokens.kind == "none":

@@ -30,6 +30,7 @@ from gptv_jax.errors import InputError
 from gptv_jax.model import attention, layers
 from gptv_jax.model.inputs import Inputs
 from gptv_jax.model.layout import Layout, Part
+from gptv_jax.model.level_head import LevelHead
 from gptv_jax.model.parts import ReadHead, Reading
 
 
@@ -145,7 +146,9 @@ class GPT(Inputs):
         self.blocks = layers.Block(config, rngs=rngs)
         self.final_norm = layers.constant("final_norm", (D,), 1.0)
         if V and (network.layout.parts[0].predicted or not network.several):
-            self.head = layers.constant("head", (V, D), 0.0)  # zero: the first loss is ln V
+            levels = network.layout.parts[0].levels
+            # Zero: the first loss is ln V.
+            self.head = LevelHead(levels, D) if levels else layers.constant("head", (V, D), 0.0)
         if network.classes:
             self.classifier = layers.ClassHead(network.classes, network.pool * D)
         if network.reading:
@@ -264,9 +267,12 @@ class GPT(Inputs):
     ) -> Float[Array, "B N V"]:
         """Float32 logits, given the output of the final norm at N positions of a part.
 
-        The part is by default the first one.
+        The part is by default the first one. A `LevelHead`'s are logarithms of probabilities.
         """
-        if part in (None, self.network.layout.parts[0]):
+        first = self.network.layout.parts[0]
+        if part in (None, first):
+            if first.levels:
+                return self.head.log_probabilities(final)
             head = sharding.gather(self.head[...], final.dtype)
         else:
             head = self.parts[part.name].head_table(final.dtype.name)

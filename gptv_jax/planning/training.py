@@ -206,10 +206,7 @@ class Pretraining(Training):
 
     @property
     def units(self) -> int:
-        """Number of tokens of an image or clip, the unit that FLOPs are counted for.
-
-        The axis "sequence" can split them.
-        """
+        """Tokens of an image or clip: FLOPs are counted for each, and "sequence" splits them."""
         return self.network.length
 
     @property
@@ -231,8 +228,13 @@ class Pretraining(Training):
         return self.config.model.relative_width
 
     @property
+    def whole_logits(self) -> bool:
+        """Whether the loss takes the probabilities of all codes from a head by levels, too."""
+        return not self.network.classes and bool(self.teachers or self.distill.cached)
+
+    @property
     def flops(self) -> flops.Flops:
-        return flops.training(self.network, self.teachers)
+        return flops.training(self.network, self.teachers, self.whole_logits)
 
     @property
     def loss(self) -> Callable:
@@ -273,7 +275,8 @@ class Pretraining(Training):
         rows = self.train.batch_size // self.train.microbatches
         parts = max((chunks for _, chunks in self._chunks(rows, mesh)), default=1)
         split, platform = mesh.shape["sequence"], mesh.abstract_device.platform
-        of_token = flops.executed(self.network, platform, split, parts, self.teachers)
+        losses = parts, self.teachers, self.whole_logits
+        of_token = flops.executed(self.network, platform, split, *losses)
         return of_token.total * self.units * self.train.batch_size
 
     def activations(self, mesh: AbstractMesh, rows: int) -> int:
@@ -326,7 +329,7 @@ class Pretraining(Training):
         parts = [part for part in self.network.layout.parts if part.predicted]
         networks = 1 + len(self.teachers)
         chunks = functools.partial(objective.loss_chunks, self.network, rows, mesh.shape)
-        return [(part, chunks(part, networks)) for part in parts]
+        return [(p, chunks(p, networks) if self.whole_logits or not p.levels else 1) for p in parts]
 
     def collectives(self, sizes: dict[str, int]) -> Iterator[Call]:
         """The collectives that the sharding requires in a step on a mesh of these sizes."""

@@ -3,7 +3,7 @@
 from gptv_jax import config as config_lib
 from gptv_jax.data import transforms
 from gptv_jax.model.gpt import Network
-from gptv_jax.model.layout import of_images
+from gptv_jax.model.layout import Layout, of_images
 
 
 def network_of(
@@ -17,9 +17,20 @@ def network_of(
     pretraining.
     """
     attention = read.attention if read else "causal"
-    layout = of_images(config.tokens.vocabulary, config.grid, config.model.objective, attention)
+    layout = images_layout(config.model, config.tokens, config.grid, attention)
     pool = config.grid[0] if read and read.pooling == "frames" else 1
     return Network(config.model, layout, start_vectors(config), classes, pool=pool)
+
+
+def images_layout(
+    model: config_lib.Model,
+    tokens: config_lib.Tokens,
+    grid: tuple[int, ...],
+    attention: str = "causal",
+) -> Layout:
+    """The layout of images or clips alone, see `of_images`."""
+    levels = tokens.autoencoder.levels if model.code_head == "levels" else ()
+    return of_images(tokens.vocabulary, grid, model.objective, attention, levels)
 
 
 def start_vectors(config: config_lib.Config) -> int:
