@@ -12,7 +12,7 @@ from jax.test_util import check_grads
 
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
-from gptv_jax.config import Drawing
+from gptv_jax.config import Drawing, rules
 from gptv_jax.decode import speculative
 from gptv_jax.decode.sampler import Sampler
 from gptv_jax.errors import InputError
@@ -43,12 +43,15 @@ def head_and_features(levels, rows=4, positions=3):
 
 def bound(levels, params):
     """The head with these weights."""
-    return layers.bind(_made, levels, params=params)
+    return layers.bind(Head, levels, params=params)
 
 
-def _made(levels, *, rngs):
-    del rngs  # of random weights; the head's are zero
-    return LevelHead(levels, WIDTH)
+class Head(LevelHead):
+    """The head as `layers.bind` makes a module."""
+
+    def __init__(self, levels, *, rngs):
+        del rngs  # of random weights; the head's are zero
+        super().__init__(levels, WIDTH)
 
 
 def chain_rule(levels, params, final):
@@ -97,7 +100,10 @@ def test_gradients_are_those_of_numbers_and_both_ways_to_a_codes_nats_agree():
         found = bound(levels, params).log_probabilities(final)
         return -(found * jax.nn.one_hot(codes, 12)).sum()
 
-    check_grads(by_level, (params, final), order=1, modes=["rev"], rtol=2e-2)
+    def of_arrays(*arrays):  # the check's are NumPy's
+        return by_level(*jax.tree.map(jnp.asarray, arrays))
+
+    check_grads(of_arrays, (params, final), order=1, modes=["rev"], rtol=2e-2)
     pairs = (jax.grad(each, argnums=(0, 1))(params, final) for each in (by_level, from_all))
     for one, other in zip(*map(jax.tree.leaves, pairs), strict=True):
         assert np.abs(one).max() > 0.1
@@ -272,8 +278,8 @@ def _tokenizer(config) -> Tokenizer:
 )
 def test_tokens_without_levels_are_refused_in_one_sentence(tokens):
     config = config_lib.Config(model=config_lib.Model(code_head="levels"), tokens=tokens)
-    with pytest.raises(InputError, match=r"config.model.code_head is levels, .*quantizer=fsq"):
-        config_lib.check(config)
+    with pytest.raises(InputError, match=r"config.model.code_head is 'levels', .*quantizer=fsq"):
+        rules.check(config)
 
 
 def test_a_vocabulary_that_is_no_product_of_its_levels_is_refused():
