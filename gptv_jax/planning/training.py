@@ -26,7 +26,14 @@ from gptv_jax.planning.collectives import Call
 from gptv_jax.planning.memory import Memory, spec_of, stored_dtype, total_bytes
 from gptv_jax.tasks.network import network_of
 from gptv_jax.tokens import palette
-from gptv_jax.train import cached_distillation, distillation, objective, optimizer, step
+from gptv_jax.train import (
+    cached_distillation,
+    distillation,
+    feature_maps,
+    objective,
+    optimizer,
+    step,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,11 +161,6 @@ def residuals(training: Training, mesh: AbstractMesh, rows: int) -> list:
     return list({id(v): v.aval for v in jaxpr.outvars if id(v) not in given}.values())
 
 
-@functools.cache
-def _encoder_flops(autoencoder: config_lib.Autoencoder, size: tuple[int, int], frames: int) -> int:
-    return flops.of_autoencoder(autoencoder, size, frames)["encoder"]
-
-
 @dataclasses.dataclass(frozen=True)
 class Pretraining(Training):
     """The pretraining of a GPT."""
@@ -218,8 +220,8 @@ class Pretraining(Training):
         data, tokens = self.config.data, self.config.tokens
         if tokens.kind != "learned":
             return 0
-        of_one = _encoder_flops(tokens.autoencoder, data.size, data.frames)
-        return self.train.batch_size * of_one
+        of_one = flops.of_autoencoder(tokens.autoencoder, data.size, data.frames)
+        return self.train.batch_size * of_one["encoder"]
 
     @property
     def heads(self) -> int:
@@ -246,7 +248,9 @@ class Pretraining(Training):
     def start(self, params: dict) -> dict:
         """The state before the first step, see `step.state_of`."""
         given, key = (self.network, self.teachers), jax.random.key(self.config.seed)
-        maps = distillation.init_maps(*given, self.distill, key) if self.teachers else None
+        maps = feature_maps.init_embedding(self.network, key)
+        if self.teachers:
+            maps = distillation.init_maps(*given, self.distill, key)
         return step.state_of(params, self.optimizer[0], self.train.ema, maps)
 
     @property
@@ -288,7 +292,7 @@ class Pretraining(Training):
         count = functools.partial(total_bytes, mesh=mesh, head_size=c.width // c.heads)
 
         def kept(**changes) -> list:
-            model = dataclasses.replace(c, dtype=dtype, **changes)
+            model = dataclasses.replace(c, dtype=dtype, prefixes=(), **changes)  # all are alike
             return residuals(self.traced(model=model), mesh, rows)
 
         def of_layers(arrays: list, layers: int) -> list:

@@ -17,9 +17,13 @@ def network_of(
     pretraining.
     """
     attention = read.attention if read else "causal"
-    layout = of_images(config.tokens.vocabulary, config.grid, config.model.objective, attention)
+    model = config.model
+    given = config.tokens.vocabulary, config.grid, model.objective, attention, model.block
+    layout = of_images(*given)
     pool = config.grid[0] if read and read.pooling == "frames" else 1
-    return Network(config.model, layout, start_vectors(config), classes, pool=pool)
+    regions = getattr(read, "regions", 1)
+    starts = start_vectors(config)
+    return Network(model, layout, starts, classes, pool=pool, regions=regions)
 
 
 def start_vectors(config: config_lib.Config) -> int:
