@@ -41,7 +41,7 @@ def decoding_weights(network: Network, params: dict) -> tuple[GPT, list[layers.B
     return model, [jax.tree.map(lambda leaf, i=i: leaf[i], model.blocks) for i in range(count)]
 
 
-def read_prompt(model: GPT, x: Float[Array, "G P D"]) -> tuple[Float[Array, "G V"], Cache]:
+def read_prompt(model: GPT, x: Float[Array, "G P D"]) -> tuple[Float[Array, "G *n V"], Cache]:
     """Logits of the last position of every prompt, and the cache, from the embedded inputs.
 
     With blocks, logits [G, n, V] of the last block.

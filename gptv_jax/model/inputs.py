@@ -46,14 +46,14 @@ class Inputs(nnx.Module):
         tokens: Int[Array, "B P"],
         variant: Int[Array, " B"] | None = None,
         spec: jax.P = sharding.HIDDEN,
-        order: Int[Array, "B P+1"] | None = None,
+        order: Int[Array, "B N"] | None = None,
         pixels: UInt8[Array, "B *F height width C"] | None = None,
         hidden: Bool[Array, "B P"] | None = None,
-    ) -> Float[Array, "B P+1 D"]:
-        """Inputs of positions 0 .. P, sharded by `spec`: the start vector, then P tokens.
+    ) -> Float[Array, "B N D"]:
+        """Inputs of N = P + 1 positions, sharded by `spec`: the start vector, then P tokens.
 
-        With blocks of n tokens there are n start vectors, and the tokens are in the order of the
-        positions, see `to_positions`.
+        With blocks of n tokens there are n start vectors, so N = P + n, and the tokens are in the
+        order of the positions, see `to_positions`.
 
         `variant` and `pixels` are as in `__call__`. The `order` has the places on the grid of the
         tokens that the positions predict; None: 0 .. P. Of `hidden` tokens only the place is read.
