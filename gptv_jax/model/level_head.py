@@ -27,6 +27,7 @@ from jaxtyping import Array, Float, Int
 
 from gptv_jax import sharding
 from gptv_jax.model import layers
+from gptv_jax.model.layout import Part
 from gptv_jax.model.quantizers import strides
 
 
@@ -83,6 +84,13 @@ class LevelHead(nnx.Module):
             if i:
                 scale, prefix = scales[prefix : prefix + stride], prefix + stride
             yield count, stride, rows, scale
+
+
+def make_head(part: Part, width: int) -> LevelHead | nnx.Param:
+    """The head of the first part: a `LevelHead` where it has levels, else the rows [V, D]."""
+    if part.levels:
+        return LevelHead(part.levels, width)
+    return layers.constant("head", (part.vocabulary, width), 0.0)
 
 
 def _product(equation: str, x: Array, weight: Array) -> Array:

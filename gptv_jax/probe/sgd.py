@@ -57,7 +57,7 @@ class Heads:
         "scale" standardise; they are the same for all rates and are not trained.
         """
         R, C = len(self.config.sgd.learning_rates), self.classes
-        D = self.network.pool * self.network.config.width
+        D = self.network.pooled_width
         weights = {}
         for name, groups in self.stacks().items():
             G, N = len(groups), len(groups[0])

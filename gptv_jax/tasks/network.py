@@ -17,9 +17,12 @@ def network_of(
     pretraining.
     """
     attention = read.attention if read else "causal"
-    layout = images_layout(config.model, config.tokens, config.grid, attention)
+    model = config.model
+    layout = images_layout(model, config.tokens, config.grid, attention)
     pool = config.grid[0] if read and read.pooling == "frames" else 1
-    return Network(config.model, layout, start_vectors(config), classes, pool=pool)
+    regions = getattr(read, "regions", 1)
+    starts = start_vectors(config)
+    return Network(model, layout, starts, classes, pool=pool, regions=regions)
 
 
 def images_layout(
@@ -30,7 +33,8 @@ def images_layout(
 ) -> Layout:
     """The layout of images or clips alone, see `of_images`."""
     levels = tokens.autoencoder.levels if model.code_head == "levels" else ()
-    return of_images(tokens.vocabulary, grid, model.objective, attention, levels)
+    given = model.objective, attention, model.block, levels
+    return of_images(tokens.vocabulary, grid, *given)
 
 
 def start_vectors(config: config_lib.Config) -> int:

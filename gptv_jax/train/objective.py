@@ -210,10 +210,10 @@ def draw_mask(network: Network, rows: int, key: PRNGKeyArray | None) -> Bool[Arr
 
 
 def draw_hidden(network: Network, rows: int, key: PRNGKeyArray | None) -> Bool[Array, "B T"] | None:
-    """Which input tokens of a training batch of clips are hidden; see `Model.context_masking`.
+    """Which input tokens of a training batch are hidden; see `Model.context_masking`.
 
-    Each row hides a share of the tokens before the last frame, which it draws. None: no token, as
-    where the network learns to classify.
+    Each row hides a share of its tokens, which it draws; of clips, of those before the last frame.
+    None: no token, as where the network learns to classify.
     """
     most = network.config.context_masking
     if key is None or not most or network.classes:
@@ -223,7 +223,7 @@ def draw_hidden(network: Network, rows: int, key: PRNGKeyArray | None) -> Bool[A
     spec, shape = sharding.BATCH_FIRST, (rows, network.length)
     share = jax.random.uniform(of_clip, (rows, 1), maxval=most, out_sharding=spec)
     drawn = jax.random.uniform(of_token, shape, out_sharding=spec)
-    last = network.length - network.length // network.frames
+    last = network.length - (network.length // network.frames if network.frames else 0)
     return (drawn < share) & (jnp.arange(network.length) < last)[None]
 
 

@@ -41,7 +41,7 @@ MEASURED = "task.measured"  # the bytes of `Task.measured`, as float32 like all 
 # (dropout, dtype, scan_layers, base_width, ...) each time they use the weights.
 DEFINING_FIELDS = (
     "layers", "width", "heads", "mlp_ratio", "mlp", "qk_norm", "objective", "learned_positions",
-    "axial_positions", "rotary", "target_positions", "class_tokens", "code_head",
+    "axial_positions", "rotary", "target_positions", "class_tokens", "block", "code_head",
 )  # fmt: skip
 
 
@@ -60,7 +60,7 @@ class WeightsFile:
     # In the order of the labels, of the class head or of `model.class_tokens`; empty: no names.
     class_names: tuple[str, ...] = field(())
     pool: int = field(1, POSITIVE)  # parts of the sequence that the class head reads apart
-    attention: str = field("causal", one_of("causal", "frames"))  # as config.finetune.attention
+    attention: str = field("causal", one_of("causal", "frames", "whole"))  # as finetune.attention
     step: int | None = field(None, FROM_ZERO)  # training step of the weights, where known
     best_layer: int | None = field(None, FROM_ZERO)  # of the probe, where it has run
     # Of a network with parts after the image: the task with the parts, the names of the classes of
@@ -190,8 +190,7 @@ def make_header(weights_file: WeightsFile) -> dict:
     if weights_file.typicality:
         header["typicality"] = weights_file.typicality.to_json()
     if task:
-        header["task"] = fields.flatten(task)
-        header |= {name: getattr(weights_file, name) for name in TASK_FACTS}
+        header |= {"task": fields.flatten(task)} | {n: getattr(weights_file, n) for n in TASK_FACTS}
     return header
 
 
