@@ -88,6 +88,7 @@ OUT_OF_RANGE = {
     "model.base_width": 0,
     "model.remat": "some",
     "model.objective": "gpt",
+    "model.code_head": "tree",
     "model.masked_share": 1.5,
     "model.votes": 0,
     "mesh.data": 0,

@@ -46,6 +46,9 @@ def check(config: Config) -> None:
         )
         refuse(config, "model.random_order", f"{reason}; set {advice}")
     pretraining_rules.check_model(config)
+    if model.code_head == "levels" and not config.tokens.levelled:
+        reason = "only codes of config.tokens.kind=learned with tokens.autoencoder.quantizer=fsq"
+        refuse(config, "model.code_head", f"{reason} have levels; take flat, or such tokens")
     if config.tokens.kind == "learned":
         _check_autoencoder(config)
     elif config.tokens.kind == "none":

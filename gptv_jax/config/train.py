@@ -58,6 +58,9 @@ class Model:
     # another width with heads of the same size, initialisation and learning rates of the blocks'
     # matrices and the output heads are scaled. None: nothing is scaled.
     base_width: int | None = field(None, POSITIVE)
+    # Learned tokens of finite scalar quantization: "levels" predicts the levels of a code one after
+    # the other, in place of one softmax over all codes; see model/level_head.py.
+    code_head: str = field("flat", one_of("flat", "levels"))
     start_per_variant: bool = False  # a start vector per augmentation variant (Jun et al. 2020)
     # Class-conditional: the number of classes. Each class has a start vector, and one more start
     # vector stands for no class. 0: the network is not conditioned on classes.

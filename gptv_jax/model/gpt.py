@@ -33,6 +33,7 @@ from gptv_jax.errors import InputError
 from gptv_jax.model import attention, layers
 from gptv_jax.model.inputs import Inputs, to_positions, to_raster
 from gptv_jax.model.layout import Layout, Part, with_prefix
+from gptv_jax.model.level_head import LevelHead, make_head
 from gptv_jax.model.parts import ReadHead, Reading
 
 
@@ -174,7 +175,7 @@ class GPT(Inputs):
         self.blocks = layers.Block(config, rngs=rngs)
         self.final_norm = layers.constant("final_norm", (D,), 1.0)
         if V and (network.layout.parts[0].predicted or not network.several):
-            self.head = layers.constant("head", (V, D), 0.0)  # zero: the first loss is ln V
+            self.head = make_head(network.layout.parts[0], D)  # zero: the first loss is ln V
         if network.classes:
             self.classifier = layers.ClassHead(network.classes, network.pooled_width)
         if network.reading:
@@ -293,10 +294,7 @@ class GPT(Inputs):
         return self.reading(features, first.shape)
 
     def predict(self, x: Float[Array, "B 1 D"], part: Part | None = None) -> Float[Array, "B V"]:
-        """Logits of one position, given the residual stream after the last layer.
-
-        The position is in `part`, by default the first one.
-        """
+        """Logits of a position of `part` (the first one), given the stream after the last layer."""
         return self.predict_each(x, part)[:, 0]
 
     def predict_each(self, x: Float[Array, "B N D"], part: Part | None = None):
@@ -308,9 +306,11 @@ class GPT(Inputs):
     ) -> Float[Array, "B N V"]:
         """Float32 logits, given the output of the final norm at N positions of a part.
 
-        The part is by default the first one.
+        The part is by default the first one. A `LevelHead`'s are logarithms of probabilities.
         """
         if part in (None, self.network.layout.parts[0]):
+            if isinstance(self.head, LevelHead):
+                return self.head.log_probabilities(final)
             head = sharding.gather(self.head[...], final.dtype)
         else:
             head = self.parts[part.name].head_table(final.dtype.name)

@@ -6,7 +6,9 @@ position t predicts token t.
 
 import dataclasses
 import functools
+import itertools
 import math
+import operator
 
 import numpy as np
 from jaxtyping import Int
@@ -33,6 +35,9 @@ class Part:
     # The part's grid covers the image: the position that predicts a token is given the features of
     # the place of the token's cell, as the position that holds the image there is.
     covers_image: bool = False
+    # Levels of each dimension of a token, whose product is the vocabulary: the head predicts them
+    # one after the other (model/level_head.py). (): the head predicts the token at once.
+    levels: tuple[int, ...] = ()
     # Rows and columns of a block of tokens that are predicted at once: the positions hold block
     # after block, each in raster order. (): positions hold tokens in raster order.
     block: tuple[int, ...] = ()
@@ -67,6 +72,16 @@ class Part:
         return blocks.swapaxes(1, 2).ravel()
 
     @property
+    def head_vectors(self) -> int:
+        """Number of vectors of the width D among the head's weights."""
+        return self.head_products() + sum(itertools.accumulate(self.levels[:-1], operator.mul))
+
+    def head_products(self, whole: bool = False) -> int:
+        """Number of products with a position's features for the loss; `whole`: for all logits."""
+        found = sum(self.levels) or self.vocabulary
+        return sum(itertools.accumulate(self.levels, operator.mul)) or found if whole else found
+
+    @property
     def has_places(self) -> bool:
         """Whether tokens or positions of the part are at places in the image."""
         return self.bins > 0 or self.covers_image
@@ -96,6 +111,8 @@ class Layout:
         for part in self.parts:
             if part.vocabulary < max(part.predicted, 2 * part.bins):
                 raise ValueError(f"{part} has too few tokens.")
+            if part.levels and math.prod(part.levels) != part.vocabulary:
+                raise ValueError(f"the product of the levels of {part} is not its vocabulary.")
         visible, length = np.array(self.visible), self.length
         if visible.shape != (length,) or length == 0:
             raise ValueError(f"the layout has {length} positions, but {visible.size} masks.")
@@ -214,14 +231,19 @@ def of_images(
     objective: str = "autoregressive",
     attention: str = "causal",
     block: tuple[int, ...] = (),
+    levels: tuple[int, ...] = (),
 ) -> Layout:
     """The layout of images or clips alone, with `config.Model.objective` and `block`.
+
+    `levels` are those of `Part`.
 
     The attention is "causal", for pretraining, or for features alone: "frames" of clips, see
     `by_frames`, or "whole", where every position sees every position.
     """
     predicted = vocabulary > 0 and attention == "causal"
-    image = Part("image", vocabulary, tuple(grid), predicted=predicted, block=tuple(block))
+    image = Part(
+        "image", vocabulary, tuple(grid), predicted=predicted, block=tuple(block), levels=levels
+    )
     if attention == "frames":
         return by_frames(image)
     if attention == "whole":

@@ -22,7 +22,6 @@ from gptv_jax.model import flops
 from gptv_jax.model.gpt import Network
 from gptv_jax.model.layout import Part
 from gptv_jax.planning import collectives
-from gptv_jax.planning.collectives import Call
 from gptv_jax.planning.memory import Memory, spec_of, stored_dtype, total_bytes
 from gptv_jax.tasks.network import network_of
 from gptv_jax.tokens import palette
@@ -208,10 +207,7 @@ class Pretraining(Training):
 
     @property
     def units(self) -> int:
-        """Number of tokens of an image or clip, the unit that FLOPs are counted for.
-
-        The axis "sequence" can split them.
-        """
+        """Tokens of an image or clip: FLOPs are counted for each, and "sequence" splits them."""
         return self.network.length
 
     @property
@@ -233,8 +229,13 @@ class Pretraining(Training):
         return self.config.model.relative_width
 
     @property
+    def whole_logits(self) -> bool:
+        """Whether the loss takes the probabilities of all codes from a head by levels, too."""
+        return not self.network.classes and bool(self.teachers or self.distill.cached)
+
+    @property
     def flops(self) -> flops.Flops:
-        return flops.training(self.network, self.teachers)
+        return flops.training(self.network, self.teachers, self.whole_logits)
 
     @property
     def loss(self) -> Callable:
@@ -276,8 +277,8 @@ class Pretraining(Training):
         """FLOPs that a step executes, on all devices together."""
         rows = self.train.batch_size // self.train.microbatches
         parts = max((chunks for _, chunks in self._chunks(rows, mesh)), default=1)
-        split, platform = mesh.shape["sequence"], mesh.abstract_device.platform
-        of_token = flops.executed(self.network, platform, split, parts, self.teachers)
+        given = mesh.abstract_device.platform, mesh.shape["sequence"], parts, self.teachers
+        of_token = flops.executed(self.network, *given, self.whole_logits)
         return of_token.total * self.units * self.train.batch_size
 
     def activations(self, mesh: AbstractMesh, rows: int) -> int:
@@ -316,10 +317,9 @@ class Pretraining(Training):
 
     def _of_teacher(self, teacher: Network, mesh: AbstractMesh, rows: int) -> int:
         """Bytes, at most, of the arrays of the layer of a teacher's forward pass."""
-        none = config_lib.Distill()
-        config = dataclasses.replace(self.config, model=teacher.config, distill=none)
-        layers = {"layers": 2, "scan_layers": True, "remat": "none"}
-        model = dataclasses.replace(teacher.config, **layers)
+        alone = {"model": teacher.config, "distill": config_lib.Distill()}
+        config = dataclasses.replace(self.config, **alone)
+        model = dataclasses.replace(teacher.config, layers=2, scan_layers=True, remat="none")
         found = residuals(Pretraining(config).traced(model=model), mesh, rows)
         stacked = [a for a in found if a.shape[:1] == (2,) and not (*spec_of(a), None)[0]]
         size = teacher.config.width // teacher.config.heads
@@ -330,9 +330,9 @@ class Pretraining(Training):
         parts = [part for part in self.network.layout.parts if part.predicted]
         networks = 1 + len(self.teachers)
         chunks = functools.partial(objective.loss_chunks, self.network, rows, mesh.shape)
-        return [(part, chunks(part, networks)) for part in parts]
+        return [(p, chunks(p, networks) if self.whole_logits or not p.levels else 1) for p in parts]
 
-    def collectives(self, sizes: dict[str, int]) -> Iterator[Call]:
+    def collectives(self, sizes: dict[str, int]) -> Iterator[collectives.Call]:
         """The collectives that the sharding requires in a step on a mesh of these sizes."""
         rows = self.train.batch_size, self.train.microbatches
         yield from collectives.of_training(self.network, *rows, sizes)

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
 from gptv_jax import hosts, sharding
 from gptv_jax.model.gpt import Network, reorder
-from gptv_jax.train import feature_maps, objective, prefixes
+from gptv_jax.train import feature_maps, objective, prefixes, voting
 from gptv_jax.train.objective import cross_entropy
 from gptv_jax.train.optimizer import apply_update, average
 
@@ -253,7 +253,7 @@ def make_eval_step(network: Network, *, confusion: bool = False) -> Callable:
     class.
 
     With `confusion`, a network with a class head gives "confusion" as well, int32 [C, C], see
-    `objective.confusion`; for more than `CONFUSION_CLASSES` classes that matrix is left out.
+    `voting.confusion`; for more than `CONFUSION_CLASSES` classes that matrix is left out.
     """
 
     def eval_step(params: dict, batch: dict) -> dict[str, Array]:
@@ -274,8 +274,8 @@ def make_eval_step(network: Network, *, confusion: bool = False) -> Callable:
         if nats:
             rows["nats_per_token"] = sum(nats) / len(nats)
         if network.classes:
-            logits = objective.over_clips(logits, network.votes)
-            chosen = objective.majority_class(logits)
+            logits = voting.over_clips(logits, network.votes)
+            chosen = voting.majority_class(logits)
             rows["accuracy"] = chosen == batch["label"]
             rows["class_nats"] = cross_entropy(logits, batch["label"]).mean(axis=0)
         sums = {name: (values * batch["mask"]).sum() for name, values in rows.items()}
@@ -285,7 +285,7 @@ def make_eval_step(network: Network, *, confusion: bool = False) -> Callable:
             by_frame = each.reshape(len(each), network.frames, -1, out_sharding=spec)
             sums["by_frame"] = (by_frame.mean(axis=2) * batch["mask"][:, None]).sum(axis=0)
         if confusion and 0 < network.classes <= CONFUSION_CLASSES:
-            sums["confusion"] = objective.confusion(
+            sums["confusion"] = voting.confusion(
                 batch["label"], chosen, batch["mask"], network.classes
             )
         return sums

@@ -21,9 +21,8 @@ from gptv_jax.config.fields import FROM_ZERO, POSITIVE, field, one_of
 from gptv_jax.decode.typicality import Calibration
 from gptv_jax.errors import InputError, as_input_error, list_differences
 from gptv_jax.model.gpt import Network
-from gptv_jax.model.layout import of_images
 from gptv_jax.runs import record
-from gptv_jax.tasks.network import network_of
+from gptv_jax.tasks.network import images_layout, network_of
 from gptv_jax.tokens import Palette, TokenDefinition, Tokenizer, learned
 from gptv_jax.tokens import palette as palettes
 
@@ -42,7 +41,7 @@ MEASURED = "task.measured"  # the bytes of `Task.measured`, as float32 like all 
 # (dropout, dtype, scan_layers, base_width, ...) each time they use the weights.
 DEFINING_FIELDS = (
     "layers", "width", "heads", "mlp_ratio", "mlp", "qk_norm", "objective", "learned_positions",
-    "axial_positions", "rotary", "target_positions", "class_tokens", "block",
+    "axial_positions", "rotary", "target_positions", "class_tokens", "block", "code_head",
 )  # fmt: skip
 
 
@@ -93,9 +92,7 @@ class WeightsFile:
     def network(self) -> Network:
         if task := self.learned_task:
             return dataclasses.replace(task.network(), starts=self.starts)
-        codec = self.codec
-        given = self.model.objective, self.attention, self.model.block
-        layout = of_images(codec.vocabulary, codec.grid, *given)
+        layout = images_layout(self.model, self.tokens, self.codec.grid, self.attention)
         return Network(self.model, layout, self.starts, self.classes, pool=self.pool)
 
     def checked(self, where: str) -> "WeightsFile":
