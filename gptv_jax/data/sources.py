@@ -14,12 +14,13 @@ import numpy as np
 from gptv_jax import config as config_lib
 from gptv_jax.data import listing
 from gptv_jax.data.arrays import Arrays as Arrays  # a name of this module for its users
-from gptv_jax.data.arrays import digits, open_npz
+from gptv_jax.data.arrays import open_npz
 from gptv_jax.data.cache import TokenCache
 from gptv_jax.data.camera_motions import CameraMotions
 from gptv_jax.data.coco import Coco
 from gptv_jax.data.data_set import SPLITS, DataSet, Source, locate, starts, with_distinct_names
 from gptv_jax.data.digit_scenes import DigitScenes
+from gptv_jax.data.digits import digits
 from gptv_jax.data.folder import ImageFolder
 from gptv_jax.data.label_maps import MapFolder
 from gptv_jax.data.limits import DamagedImageError, check_formats
