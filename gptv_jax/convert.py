@@ -53,4 +53,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["from", "to"])
-    command.run(main)
+    command.run(main, [api])

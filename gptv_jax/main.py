@@ -51,4 +51,4 @@ def main(settings: config.Config) -> None:
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("workdir")
-    command.start(main, again=stopping.CONTINUES)
+    command.start(main, [run], again=stopping.CONTINUES)

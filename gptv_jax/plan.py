@@ -81,4 +81,4 @@ def _make(wanted: "training.Training", devices: topology.Topology) -> "plan.Plan
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("topology")
-    command.start(main)
+    command.start(main, [plan, search, table])

@@ -202,4 +202,4 @@ def _opened(out: str | None) -> Iterator[IO[str]]:
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("run")
-    command.run(main, takes_names=True)
+    command.run(main, [api, transforms], takes_names=True)

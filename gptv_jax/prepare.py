@@ -213,4 +213,4 @@ if __name__ == "__main__":
     if any(re.match("--?videos(=|$)", argument) for argument in sys.argv[1:]):
         command.run(prepare_videos, again="the same command continues")
     else:
-        command.start(main)
+        command.start(main, [setup, teacher_cache])
