@@ -82,6 +82,22 @@ def test_a_mistake_in_the_settings_is_found_before_jax_is_imported(tmp_path, mis
 
 
 @pytest.mark.process
+def test_garbage_is_not_looked_for_among_what_a_command_imports():
+    main = "lambda: print(gc.isenabled(), gc.get_freeze_count())"
+    lines = [
+        "import gc, sys",
+        "from etils import epy",
+        "from gptv_jax import command",
+        "with epy.lazy_imports(): import gptv_jax.sharding as work",
+        "sys.argv = ['command']",
+        f"command.run({main}, [work])",
+    ]
+    ended = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True)
+    enabled, frozen = ended.stdout.split()
+    assert enabled == "True" and int(frozen) > 100_000, ended.stderr
+
+
+@pytest.mark.process
 def test_the_package_imports_jax_when_the_python_interface_is_used():
     settings = "import gptv_jax; dir(gptv_jax); gptv_jax.config.default(); gptv_jax.train"
     assert not imported("-c", settings) & HEAVY
