@@ -129,12 +129,19 @@ def flags(settings: dict) -> list[str]:
     return [f"--config.{name}={value}" for name, value in settings.items()]
 
 
-def run_all(settings: dict[pathlib.Path, dict], cores: list[str]) -> None:
+def run_all(
+    settings: dict[pathlib.Path, dict],
+    cores: list[str],
+    config: str = CONFIG,
+    stages: str = "pretrain",
+) -> None:
     """Runs the commands in order, one on each core at a time; finished runs are not repeated.
 
     Args:
       settings: fields of the configuration of each run, by the run's folder.
-      cores: numbers of the cores.
+      cores: numbers of the cores; an entry such as "0-1" has several.
+      config: the flag that names the configuration.
+      stages: of the commands.
 
     Raises:
       RuntimeError: a run failed; the message has the end of its log. Runs under way end first.
@@ -146,7 +153,7 @@ def run_all(settings: dict[pathlib.Path, dict], cores: list[str]) -> None:
     def run(folder: pathlib.Path) -> None:
         core, log = free.get(), folder / "log.txt"
         folder.mkdir(parents=True, exist_ok=True)
-        main = [sys.executable, "-m", "gptv_jax.main", CONFIG, "--stages=pretrain"]
+        main = [sys.executable, "-m", "gptv_jax.main", config, f"--stages={stages}"]
         command = ["taskset", "-c", core, *main, f"--workdir={folder}", *flags(settings[folder])]
         with open(log, "a") as output:
             ended = subprocess.run(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)

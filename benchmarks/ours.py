@@ -31,7 +31,8 @@ def network_of(size: Size, dtype: str = "float32", **model) -> Network:
     """The network of a size; `model` are further fields of `config.Model`."""
     config = config_lib.Model(size.layers, size.width, size.heads, dtype=dtype, **model)
     side = math.isqrt(size.tokens)
-    return Network(config, of_images(size.vocabulary, (side, side), config.objective))
+    grid, levels = (side, side), tuple(size.levels)
+    return Network(config, of_images(size.vocabulary, grid, config.objective, levels=levels))
 
 
 def batch_of(network: Network, size: int) -> dict:

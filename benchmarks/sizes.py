@@ -13,6 +13,7 @@ class Size:
     tokens: int  # T, a square number
     vocabulary: int
     name: str = ""
+    levels: tuple[int, ...] = ()  # of a code, which a head by levels predicts; (): a flat head
 
     def __str__(self) -> str:
         return self.name or f"D{self.width} L{self.layers} T{self.tokens}"

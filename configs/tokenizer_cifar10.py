@@ -3,6 +3,8 @@
     tiny        4,096 codes, (8, 8, 8, 8) levels
     tiny_16k    16,384 codes, (8, 8, 8, 8, 4) levels
     tiny_vq     4,096 vectors of 8 dimensions that follow what they stand for
+    tiny_levels, tiny_16k_levels
+                the codes of tiny and tiny_16k, whose levels the GPT predicts one after the other
 
 Data: `--config.data.dir` names the folder of prepared TFDS sets; without one, the error says how to
 prepare it.
@@ -30,6 +32,7 @@ CODES = {
     "tiny_16k": {"levels": (8, 8, 8, 8, 4)},
     "tiny_vq": {"quantizer": "vq", "codes": 4096, "code_size": 8},
 }
+CODES |= {f"{codes}_levels": CODES[codes] for codes in ("tiny", "tiny_16k")}
 
 
 def get_config(codes: str = "tiny"):
@@ -53,6 +56,7 @@ def get_config(codes: str = "tiny"):
     m.qk_norm = True
     m.mlp = "swiglu"
     m.class_tokens = 10
+    m.code_head = "levels" if codes.endswith("_levels") else "flat"
     _muon(c.train, steps=900, rate=1e-2, warmup=30)
     c.train.batch_size = 64
     c.train.optimizer.clip_norm = 1.0

@@ -52,6 +52,8 @@ PARAMETERS: dict[str, P] = {
     "mlp_out": P(None, "tensor", "fsdp"),  # L F D
     "final_norm": P(None),  # D
     "head": P(None, "fsdp"),  # V D
+    "level_rows": P(None, "fsdp"),  # the levels of all dimensions of a code, D
+    "prefix_scale": P(None, "fsdp"),  # the prefixes of all levels, D
     "embedding": P(None, "fsdp"),  # V D, of a part after the first one
     "place": P(None),  # D
     "place_head": P(None),  # D

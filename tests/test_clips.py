@@ -273,7 +273,6 @@ def test_clips_and_images_are_not_confused():
         (patch, "config.data.frames is 0"),
         (dataclasses.replace(patch, data=Data(frames=3)), "3 x 8 x 8"),
         (config_lib.Config(tokens=config_lib.Tokens(levels=256, patch=(1, 4))), "65536"),
-        (config_lib.Config(model=config_lib.Model(context_masking=0.5)), "earlier frames of clips"),
     ):
         with pytest.raises(InputError, match=words):
             rules.check(config)

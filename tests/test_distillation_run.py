@@ -312,6 +312,23 @@ def test_function_matching_shows_student_and_teacher_one_mixed_view(
     assert Finetuning(matched(classifier)).teachers[0].classes == 10
 
 
+def test_function_matching_that_was_stopped_ends_as_if_it_was_not(
+    classifier, tmp_path, monkeypatch, caplog
+):
+    config, stages = matched(classifier, compare=True), ["pretrain", "finetune"]
+    gptv_jax.train(config, tmp_path / "whole", stages)
+    # The first training is that of pretraining, or where that has finished that of fine-tuning;
+    # the second stop is in the training without the teacher.
+    stops = [(2, 4), (2, 3)]
+    train_with_stops(config, tmp_path / "stopped", stages, stops, monkeypatch, caplog)
+    assert_same_weights(tmp_path / "stopped", tmp_path / "whole", "finetune")
+    found, wanted = summary(tmp_path / "stopped"), summary(tmp_path / "whole")
+    for name in ("test_kl", "validation_agreement", "test_class_nats", "equal_steps_test_kl"):
+        if f"finetune/{name}" in wanted:
+            assert found[f"finetune/{name}"] == wanted[f"finetune/{name}"]
+    assert "finetune/test_kl" in wanted
+
+
 def test_mixed_images_are_means_with_shares_that_a_generator_draws():
     one, other = (np.full((4, 4, 1), value, np.uint8) for value in (0, 200))
     record = {"image": one, "label": np.int32(3)}

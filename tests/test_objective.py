@@ -14,7 +14,7 @@ from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.errors import InputError
 from gptv_jax.tokens.palette import Palette
-from gptv_jax.train import objective, step
+from gptv_jax.train import objective, step, voting
 from gptv_jax.weights import openai
 from gptv_jax.weights.strict_reader import StrictReader
 
@@ -165,7 +165,7 @@ def test_the_class_has_most_votes_and_the_loss_is_the_mean_over_the_votes(given)
     votes = logits.argmax(axis=-1)
     assert (votes != votes[0]).any()
     counts = np.array([np.bincount(column, minlength=3) for column in votes.T])
-    elected = np.asarray(objective.majority_class(jnp.asarray(logits)))
+    elected = np.asarray(voting.majority_class(jnp.asarray(logits)))
     np.testing.assert_array_equal(counts[np.arange(8), elected], counts.max(axis=1))
 
     sums = step.make_eval_step(network)(params, batch)
@@ -181,9 +181,9 @@ def test_the_class_has_most_votes_and_the_loss_is_the_mean_over_the_votes(given)
 
 def test_a_tie_goes_to_the_likelier_class():
     sure, unsure = jnp.asarray([9.0, 0.0, 0.0]), jnp.asarray([0.0, 0.1, 0.0])
-    assert int(objective.majority_class(jnp.stack([sure, unsure])[:, None])[0]) == 0
-    assert int(objective.majority_class(jnp.stack([unsure, sure])[:, None])[0]) == 0
-    assert int(objective.majority_class(jnp.stack([unsure, sure, unsure])[:, None])[0]) == 1
+    assert int(voting.majority_class(jnp.stack([sure, unsure])[:, None])[0]) == 0
+    assert int(voting.majority_class(jnp.stack([unsure, sure])[:, None])[0]) == 0
+    assert int(voting.majority_class(jnp.stack([unsure, sure, unsure])[:, None])[0]) == 1
 
 
 def test_bert_refuses_start_vectors_of_variants():

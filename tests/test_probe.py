@@ -271,6 +271,7 @@ def test_a_probe_that_continues_fits_only_what_is_left(autoregressive, tmp_path,
     ("network", "changes"),
     [
         ("autoregressive", {"method": "sgd", "features": "raw"}),
+        ("autoregressive", {"refine": 1, "regions": 2, "attention": "whole", "concatenate": 3}),
         ("bert", LBFGS),
         ("bert", ATTENTIVE),
     ],

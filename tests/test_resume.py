@@ -37,7 +37,7 @@ CONFIG = config_lib.Config(
         **MODERN,
     ),
 )
-# Clips with hidden tokens, whose share each clip draws.
+# Clips with hidden tokens, whose share each clip draws, and a map beside the network.
 QUANTIZE = ("quantize(4)",)
 CLIPS = config_lib.Config(
     data=config_lib.Data(
@@ -48,7 +48,14 @@ CLIPS = config_lib.Config(
         eval_transforms=QUANTIZE,
     ),
     tokens=config_lib.Tokens(levels=4, patch=(2, 2)),
-    model=config_lib.Model(layers=1, width=16, heads=4, axial_positions=True, context_masking=0.9),
+    model=config_lib.Model(
+        layers=1,
+        width=16,
+        heads=4,
+        axial_positions=True,
+        context_masking=0.9,
+        next_embedding=1.0,
+    ),
 )
 MUON = config_lib.Optimizer(name="muon", weight_decay=0.01, clip_norm=1.0, warmup_steps=2)
 EMA = 0.8

@@ -28,6 +28,7 @@ NETWORKS = {
     **{name: {"classes": 5, **recipe} for name, recipe in RECIPES.items()},
     "clips": CLIPS,
     "clips with hidden tokens": {**CLIPS, **MODERN, "context_masking": 0.9},
+    "levels": {"vocabulary": 12, "levels": (3, 2, 2)},
 }
 CASES = [
     ("igpt", (2, 2, 2)),
@@ -37,6 +38,8 @@ CASES = [
     ("clips", (1, 2, 2, 2)),
     ("clips with hidden tokens", (1, 2, 2, 2)),
     ("clips with hidden tokens", (2, 1, 4, 1)),
+    ("levels", (1, 2, 2, 2)),
+    ("levels", (2, 1, 4, 1)),
 ]
 
 
@@ -104,6 +107,12 @@ GPT_SHARDS = {
     "clips": (
         {"grid": (4, 2, 2)},
         IGPT | {"position": (4, 16), "row": (2, 16), "column": (2, 16), "frame": (4, 16)},
+    ),
+    "levels": (
+        {"vocabulary": 12, "levels": (3, 2, 2)},
+        {name: shape for name, shape in IGPT.items() if name != "head"}
+        | {"token_embedding": (12, 16), "position": (16, 16)}
+        | {"head.level_rows": (7, 16), "head.prefix_scale": (9, 16)},
     ),
     "modern": (  # MLP width 64
         RECIPES["modern"],

@@ -166,6 +166,25 @@ def test_a_gpt_on_codes_has_their_vocabulary_and_draws_images(finished, data, tm
     np.testing.assert_allclose(again.logits(tokens), model.logits(tokens), atol=1e-5)
 
 
+def test_a_gpt_that_predicts_codes_by_levels_is_trained_loaded_and_draws_images(
+    run, finished, data, tmp_path
+):
+    given = f"--config.tokens.tokenizer={finished}", "--config.model.code_head=levels"
+    for stage in ("pretrain", "sample"):
+        run(tmp_path, data, *given, f"--stages={stage}")
+    model, images = gptv_jax.load(tmp_path), np.load(data)["test_images"][:3]
+    tokens, summary = model.tokenize(images), summary_of(tmp_path)
+    found = model.logits(tokens)
+    np.testing.assert_allclose(np.exp(found).sum(axis=-1), 1, atol=1e-5)
+    likely = np.take_along_axis(found, tokens[..., None], axis=-1)[..., 0].sum(axis=1)
+    np.testing.assert_allclose(model.log_likelihood(images), likely, rtol=1e-5)
+    assert summary["pretrain/test_nats_per_token"] < 1.1 * np.log(125)
+    assert summary["sample/tokens_per_second"] > 0
+    model.save(tmp_path / "whole.safetensors")
+    again = gptv_jax.load(tmp_path / "whole.safetensors")
+    np.testing.assert_allclose(again.logits(tokens), found, atol=1e-5)
+
+
 def test_two_processes_train_one_tokenizer_and_generate_images(finished, data, tmp_path):
     stages, sizes = "--stages=tokenizer,pretrain,generate", ("count=11", "batch_size=4")
     more = stages, *(f"--config.generate.{size}" for size in sizes)

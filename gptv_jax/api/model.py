@@ -259,8 +259,8 @@ class Model(OfClasses, OfClips, OfTasks):
         self._with_tokens()
         if predicts and not network.several and not network.predicts_images:
             raise InputError(
-                "these weights read whole frames (config.finetune.attention=frames) and predict no "
-                'tokens; load the run with stage="pretrain" to draw clips or for likelihoods.'
+                "these weights read whole frames or images (config.finetune.attention) and predict "
+                'no tokens; load the run with stage="pretrain" to draw or for likelihoods.'
             )
         if network.several:
             raise InputError(

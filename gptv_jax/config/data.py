@@ -204,6 +204,11 @@ class Tokens:
         known = {"grey": grey, "palette": self.colors, "learned": learned, "none": 0}
         return known[self.kind]
 
+    @property
+    def levelled(self) -> bool:
+        """Whether a token is a code of finite scalar quantization, with a level by dimension."""
+        return self.kind == "learned" and self.autoencoder.quantizer == "fsq"
+
     def pairs(self, other: "Tokens") -> list[tuple[str, object, object]]:
         """Names of the fields that tokens depend on, definitions apart, with both values."""
         own = {"grey": ("levels", "patch"), "palette": "colors", "learned": "autoencoder."}

@@ -8,6 +8,7 @@ what would be accepted.
 import dataclasses
 import operator
 
+from gptv_jax.config import pretraining_rules, reading_rules
 from gptv_jax.config.data import MOST_CODES, image_size
 from gptv_jax.config.distill_rules import check_cached
 from gptv_jax.config.fields import refuse as refuse  # a name of this module for its users
@@ -15,7 +16,6 @@ from gptv_jax.config.stages import Config
 from gptv_jax.errors import InputError
 
 RESTORING = ("l1", "l2", "gradient", "ssim", "lpips")  # losses that compare images with restored
-ONE_CLIP = ("moving_digits", "two_moving_digits", "camera_motions", "tokens")  # of every video
 
 
 def check(config: Config) -> None:
@@ -45,10 +45,10 @@ def check(config: Config) -> None:
             "config.model.rotary, or target_positions with learned_positions or axial_positions"
         )
         refuse(config, "model.random_order", f"{reason}; set {advice}")
-    if model.context_masking and (config.data.frames < 2 or model.random_order):
-        reason = "it hides tokens of the earlier frames of clips, in raster order"
-        advice = "set config.data.frames to 2 or more frames, and random_order=(), or take 0"
-        refuse(config, "model.context_masking", f"{reason}; {advice}")
+    pretraining_rules.check_model(config)
+    if model.code_head == "levels" and not config.tokens.levelled:
+        reason = "only codes of config.tokens.kind=learned with tokens.autoencoder.quantizer=fsq"
+        refuse(config, "model.code_head", f"{reason} have levels; take flat, or such tokens")
     if config.tokens.kind == "learned":
         _check_autoencoder(config)
     elif config.tokens.kind == "none":
@@ -74,6 +74,8 @@ def _check_bert(config: Config) -> None:
         ("target_positions", False, f"with {bert} input and target have the same position"),
         ("random_order", (), f"{bert} has no order"),
         ("context_masking", 0.0, f"{bert} hides masked_share of all tokens"),
+        ("block", (), f"{bert} predicts the masked tokens of the whole image"),
+        ("next_embedding", 0.0, f"{bert} has no next token"),
     ):
         if getattr(model, name):
             advice = f"set {name}={other} or objective=autoregressive"
@@ -185,6 +187,7 @@ def _check_training(config: Config, name: str) -> None:
 
 def _check_pretraining(config: Config) -> None:
     _check_training(config, "train")
+    pretraining_rules.check_training(config)
     data, model = config.data, config.model
     if not data.still_share:
         if data.stills:
@@ -246,50 +249,6 @@ def _check_profile(config: Config) -> None:
         refuse(config, "profile.steps", reason)
 
 
-def _check_probe(config: Config) -> None:
-    probe, layers = config.probe, config.model.layers + 1
-    for name in ("concatenate", "refine"):
-        if (getattr(probe, name) or 0) > layers:
-            reason = f"it takes at most config.model.layers + 1 = {layers}, the layers to be read"
-            refuse(config, f"probe.{name}", reason)
-    _check_reading(config, "probe")
-    needs = [("labels_per_class", (), "lbfgs")]
-    needs += [("pooling", "mean", "sgd")] * (probe.pooling == "attentive")
-    for name, plain, method in needs:
-        if getattr(probe, name) != plain and probe.method != method:
-            reason = (
-                f"only config.probe.method={method} reads this; take {method}, or {name}={plain}"
-            )
-            refuse(config, f"probe.{name}", reason)
-
-
-def _check_reading(config: Config, section: str) -> None:
-    """Checks how the features of clips are read."""
-    for name, plain in (("pooling", "mean"), ("attention", "causal")):
-        if getattr(getattr(config, section), name) == "frames" and not config.data.frames:
-            reason = f"config.data.frames is 0, so there are no frames; take {plain}"
-            refuse(config, f"{section}.{name}", reason)
-    by_frames = getattr(config, section).attention == "frames"
-    if by_frames and config.model.objective == "bert":
-        reason = "with config.model.objective=bert every position sees the whole clip; take causal"
-        refuse(config, f"{section}.attention", reason)
-    if section == "probe":
-        return
-    classifies = config.task.name == "classify"
-    if config.finetune.clips > 1 and not (config.data.frames and classifies):
-        reason = "only the class of a video (config.data.frames above 0) is read from several clips"
-        refuse(config, "finetune.clips", f"{reason}; take 1")
-    if config.finetune.clips > 1 and config.data.name in ONE_CLIP:
-        reason = f"config.data.name={config.data.name} has one clip of every video; take 1"
-        refuse(config, "finetune.clips", reason)
-    if by_frames and not classifies:
-        reason = f"it is for classes alone, and config.task.name is {config.task.name}; take causal"
-        refuse(config, "finetune.attention", reason)
-    if by_frames and config.finetune.generative_coefficient:
-        reason = "config.finetune.attention=frames shows the network the tokens of the whole frame"
-        refuse(config, "finetune.generative_coefficient", f"{reason}, so take 0")
-
-
 def _check_detect(config: Config) -> None:
     """Checks the settings of the task `detect` against each other."""
     settings = config.task.detect
@@ -330,7 +289,7 @@ def _check_matching(config: Config) -> None:
 
 def _check_finetune(config: Config) -> None:
     _check_matching(config)
-    _check_reading(config, "finetune")
+    reading_rules.check_reading(config, "finetune")
     _check_training(config, "finetune.train")
     _check_pixels(config)
     if config.task.name == "detect":
@@ -342,6 +301,6 @@ SECTIONS = {
     "train": _check_pretraining,
     "distill": _check_distill,
     "profile": _check_profile,
-    "probe": _check_probe,
+    "probe": reading_rules.check_probe,
     "finetune": _check_finetune,
 }

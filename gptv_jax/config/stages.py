@@ -55,9 +55,11 @@ class Probe:
     # Over positions: their mean; with sgd, a mean weighted by a learned query (attentive); of
     # clips, the means of every frame side by side (frames), which keep the motion.
     pooling: str = field("mean", one_of("mean", "attentive", "frames"))
-    # What a position sees: the positions before it, as in pretraining (causal); or of clips its
-    # whole frame and the frames before (frames).
-    attention: str = field("causal", one_of("causal", "frames"))
+    # Rows and columns of equal regions of an image, whose means stand side by side: 2 are quarters.
+    regions: int = field(1, POSITIVE)
+    # What a position sees: the positions before it, as in pretraining (causal); all positions of
+    # the image or clip (whole); or of clips its whole frame and the frames before (frames).
+    attention: str = field("causal", one_of("causal", "frames", "whole"))
     # Neighbouring layers read side by side, beside single ones; the best of these is in the middle.
     concatenate: int = field(1, ("an odd number, 1 or more", lambda v: v >= 1 and v % 2))
     # Every layer is first probed by ridge regression. How many, the best on validation, are probed
@@ -98,9 +100,9 @@ class Finetune:
     # What the class head reads: the mean over positions; or of clips the means of every frame side
     # by side (frames).
     pooling: str = field("mean", one_of("mean", "frames"))
-    # What a position sees, as config.probe.attention. With frames, tokens are not predicted, so
-    # generative_coefficient must be 0.
-    attention: str = field("causal", one_of("causal", "frames"))
+    # What a position sees, as config.probe.attention. With frames and whole, tokens are not
+    # predicted, so generative_coefficient must be 0.
+    attention: str = field("causal", one_of("causal", "frames", "whole"))
     # Clips of each video that validation and test read, evenly spaced; their class probabilities
     # are averaged.
     clips: int = field(1, POSITIVE)

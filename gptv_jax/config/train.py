@@ -23,6 +23,11 @@ TWO_SHARES = (
     lambda v: not v or (len(v) == 2 and 0 <= v[0] <= v[1] <= 1),
 )
 
+TWO_SIDES = (
+    "two numbers of tokens, rows and columns, or none",
+    lambda v: not v or (len(v) == 2 and min(v) >= 1),
+)
+
 
 def _steps(text: str) -> tuple[int, int] | None:
     """`(10, 15)` of "10:15"; None where the text is not of this form."""
@@ -53,6 +58,9 @@ class Model:
     # another width with heads of the same size, initialisation and learning rates of the blocks'
     # matrices and the output heads are scaled. None: nothing is scaled.
     base_width: int | None = field(None, POSITIVE)
+    # Learned tokens of finite scalar quantization: "levels" predicts the levels of a code one after
+    # the other, in place of one softmax over all codes; see model/level_head.py.
+    code_head: str = field("flat", one_of("flat", "levels"))
     start_per_variant: bool = False  # a start vector per augmentation variant (Jun et al. 2020)
     # Class-conditional: the number of classes. Each class has a start vector, and one more start
     # vector stands for no class. 0: the network is not conditioned on classes.
@@ -72,12 +80,29 @@ class Model:
     # every training image has a random order up to the first share of the training; the fraction
     # of such images then falls linearly to none at the second share. (): always raster order.
     random_order: tuple[float, ...] = field((), TWO_SHARES)
-    # Clips: the largest share of the input tokens before the last frame that training hides; the
-    # targets stay. Each clip draws a share between 0 and this one, so that the network also learns
-    # to read whole clips, as sampling does. With a part of the context hidden, next-frame
-    # prediction learns features of objects and not only of what stayed (NExT-Vid, 2025,
+    # Rows and columns of a block of tokens that are predicted at once, each independently of the
+    # others, from the blocks before: the input of a position is the token one block before (XTRA,
+    # Amrani et al. 2024, arXiv:2411.15648). (): tokens are predicted one by one.
+    block: tuple[int, ...] = field((), TWO_SIDES)
+    # The largest share of the input tokens that training hides; the targets stay. Each image or
+    # clip draws a share between 0 and this one, so that the network also learns to read whole
+    # images, as sampling does. Of clips the tokens before the last frame can be hidden: next-frame
+    # prediction then learns features of objects and not only of what stayed (NExT-Vid, 2025,
     # arXiv:2512.21004).
     context_masking: float = field(0.0, SHARE)
+    # Weight of a loss beside the nats: 1 - cosine between the output of a position and the
+    # embedding of the token that the position predicts (NEPA, 2025, arXiv:2512.16922). The
+    # embedding gets no gradient from this loss. 0: there is none.
+    next_embedding: float = field(0.0, FROM_ZERO)
+    # The output is compared after a linear map, which the pretraining drops at the end. False: the
+    # output of the final norm itself, which the head reads.
+    next_embedding_map: bool = True
+    # Shares of an image's rows, or of a clip's frames. Each training step draws one: the tokens of
+    # so many first rows are read at once, as positions that see one another, and have no loss.
+    # (): no token is; a share of 0 keeps steps where none is.
+    prefixes: tuple[float, ...] = field(
+        (), ("shares below 1", lambda v: all(0 <= p < 1 for p in v))
+    )
     # The backward pass recomputes nothing, all but products with weights, or everything.
     remat: str = field("none", one_of("none", "dots", "full"), free=True)
 

@@ -41,9 +41,10 @@ def decoding_weights(network: Network, params: dict) -> tuple[GPT, list[layers.B
     return model, [jax.tree.map(lambda leaf, i=i: leaf[i], model.blocks) for i in range(count)]
 
 
-def read_prompt(model: GPT, x: Float[Array, "G P D"]) -> tuple[Float[Array, "G V"], Cache]:
+def read_prompt(model: GPT, x: Float[Array, "G P D"]) -> tuple[Float[Array, "G *n V"], Cache]:
     """Logits of the last position of every prompt, and the cache, from the embedded inputs.
 
+    With blocks, logits [G, n, V] of the last block.
     `model` has the weights of `Network.init`, not the result of `decoding_weights`.
     """
     length, layout = x.shape[1], model.network.layout
@@ -65,6 +66,8 @@ def read_prompt(model: GPT, x: Float[Array, "G P D"]) -> tuple[Float[Array, "G V
 
     x, stacked = model.walk(layer, x, model.blocks)
     cache = [jax.tree.map(lambda part, i=i: part[i], stacked) for i in range(len(stacked.keys))]
+    if layout.shift > 1:
+        return model.predict_each(x[:, length - layout.shift : length]), tuple(cache)
     return model.predict(x[:, length - 1 : length], layout.part_at(length - 1)), tuple(cache)
 
 
@@ -95,16 +98,17 @@ def extend_rows(
     x: Float[Array, "B N D"],
     prompt: Cache,
     generated: Cache,
-    counts: Int[Array, " B"],
+    counts: Int[Array, " *B"],
 ) -> tuple[Float[Array, "B N V"], Cache]:
     """As `extend`, for N neighbouring positions, each row at positions of its own.
 
     Row b has cached `counts[b]` positions after the prompt so far. Keys and values that `generated`
     holds further behind are overwritten and not seen; its capacity must reach to counts + N. The
-    network's only part is its first one.
+    network's only part is its first one. Without blocks a position sees those before it. `counts`
+    is a number where it is that of every row.
     """
     x, extended = _layers(model, blocks, x, prompt, generated, counts)
-    return model.token_logits(layers.rms_norm(x, model.final_norm[...])), extended
+    return model.predict_each(x), extended
 
 
 def _layers(model, blocks, x, prompt, generated, count) -> tuple[Float[Array, "B N D"], Cache]:
@@ -112,6 +116,8 @@ def _layers(model, blocks, x, prompt, generated, count) -> tuple[Float[Array, "B
     N, extended = x.shape[1], []
     rotation = model.rotation(prompt[0].keys.shape[2] + count, N)
     places = jnp.reshape(count, (-1, 1)) + jnp.arange(N)[None]
+    if (size := model.network.layout.shift) > 1:  # up to the end of the block
+        places = (places // size + 1) * size - 1
     seen = jnp.arange(generated[0].keys.shape[2])[None, None] <= places[..., None]
     for block, of_prompt, before in zip(blocks, prompt, generated, strict=True):
 

@@ -37,25 +37,30 @@ PRODUCTS = {"plain": (2, 4), "blocked": (2, 5), "cudnn": (2, 5), "splash": (2, 7
 CUDNN_TILE = 128  # positions; of FlashAttention's kernels on Ampere and later
 
 
-def forward(network: Network) -> Flops:
+def forward(network: Network, whole_logits: bool = False) -> Flops:
     """FLOPs that one position needs in a forward pass, by the convention of PaLM.
 
     Each weight of a product counts 2, and attention 4 L T D with the masked half of a causal mask
     counted (Chowdhery et al. 2022, appendix B), so that MFU compares across codebases. Heads and
-    stem are shared out over all positions of a sequence.
+    stem are shared out over all positions of a sequence. The loss of a head by levels needs the
+    probabilities of one code; with `whole_logits`, as for distillation, those of all codes count.
     """
-    blocks, head, attention = _forward_parts(network)
+    blocks, head, attention = _forward_parts(network, whole_logits)
     stem = {"stem": _stem(network) // network.length} if network.stem else {}
     return Flops(matmul=blocks + head, attention=attention, **stem)
 
 
-def training(network: Network, teachers: Sequence[Network] = ()) -> Flops:
+def training(
+    network: Network, teachers: Sequence[Network] = (), whole_logits: bool = False
+) -> Flops:
     """FLOPs that one token of training needs: the backward pass does each product twice.
 
-    Of teachers only the forward pass is needed.
+    Of teachers only the forward pass is needed. `whole_logits` is explained at `forward`.
     """
     taught = {"teacher": sum(map(sum, map(_teacher_parts, teachers)))} if teachers else {}
-    return Flops(forward(network).times(3), **taught)
+    found = forward(network, whole_logits)
+    found["matmul"] += _embedding_map(network)
+    return Flops(found.times(3), **taught)
 
 
 def executed(
@@ -64,18 +69,21 @@ def executed(
     split: int = 1,
     loss_chunks: int = 1,
     teachers: Sequence[Network] = (),
+    whole_logits: bool = False,
 ) -> Flops:
     """FLOPs that the program executes for one token of training.
 
     Unlike `training`, this counts computations that are repeated and leaves out skipped tiles.
     The platform is tpu, gpu or cpu, `split` the number of devices that a sequence is split over,
     and `loss_chunks` the number of chunks of the logits; the backward pass repeats several.
+    `whole_logits` is explained at `forward`.
     """
-    c, T, (blocks, head, attention) = network.config, network.length, _forward_parts(network)
+    c, T = network.config, network.length
+    blocks, head, attention = _forward_parts(network, whole_logits)
     ahead, back, tiles, kept = _attention(network, platform, split)
     again = c.remat == "full" or (c.remat == "dots" and not kept)
     attention = attention * (ahead * (1 + again) + back) // 2 * tiles[0] // tiles[1]
-    matmul = 3 * (blocks + head) + (loss_chunks > 1) * head
+    matmul = 3 * (blocks + head + _embedding_map(network)) + (loss_chunks > 1) * head
     if c.remat == "full":  # repeats all products of a layer but the last, which no gradient reads
         matmul += blocks - 2 * c.layers * c.mlp_width * c.width
     stem = {"stem": 3 * _stem(network) // T} if network.stem else {}
@@ -108,6 +116,7 @@ def _attention(
     return *PRODUCTS[chosen], tiles, chosen == "splash"
 
 
+@functools.cache
 def of_autoencoder(config: config_lib.Autoencoder, size: ImageSize, frames: int = 0) -> Flops:
     """FLOPs of encoding and decoding an image of `size` pixels; training needs 3 times.
 
@@ -152,12 +161,13 @@ def _of_jaxpr(jaxpr: jax_core.Jaxpr) -> int:
     return total
 
 
-def _forward_parts(network: Network) -> tuple[int, int, int]:
+def _forward_parts(network: Network, whole_logits: bool = False) -> tuple[int, int, int]:
     """FLOPs of a token in a forward pass: the layers' products with weights, head, attention."""
     c = network.config
     weights = c.layers * (4 * c.width + (3 if c.mlp == "swiglu" else 2) * c.mlp_width) * c.width
     attention = 4 * c.layers * network.length * c.width
-    predicted = sum(part.size * part.vocabulary for part in network.layout.parts if part.predicted)
+    parts = [part for part in network.layout.parts if part.predicted]
+    predicted = sum(part.size * part.head_products(whole_logits) for part in parts)
     if read := network.reading:
         predicted += network.layout.parts[0].size * read.outputs * max(len(read.layers), 1)
     return 2 * weights, 2 * predicted * c.width // network.length, attention
@@ -165,8 +175,14 @@ def _forward_parts(network: Network) -> tuple[int, int, int]:
 
 def _teacher_parts(network: Network) -> tuple[int, int, int]:
     """As `_forward_parts`, of a teacher; a teacher of classes predicts no tokens."""
-    blocks, head, attention = _forward_parts(network)
+    blocks, head, attention = _forward_parts(network, whole_logits=True)
     return blocks, head * (not network.classes), attention
+
+
+def _embedding_map(network: Network) -> int:
+    """FLOPs of a token in the map of next-embedding prediction, which training alone has."""
+    mapped = network.predicts_embeddings and network.config.next_embedding_map
+    return 2 * network.config.width**2 * mapped
 
 
 def _stem(network: Network) -> int:

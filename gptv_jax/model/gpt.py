@@ -8,7 +8,9 @@ folder is plain JAX.
 The input of position t is token t-1, that of position 0 a learned start vector, and position t
 predicts token t. With objective=bert the input of position t is token t itself, or nothing where it
 is masked. In training an order may be given: the input of position t is then token order[t-1], and
-position t predicts token order[t]. Which positions attend to which is in the network's `Layout`.
+position t predicts token order[t]. With blocks the positions hold block after block, and the input
+of a position is the token one block before; tokens and outputs of a call are in raster order still.
+Which positions attend to which is in the network's `Layout`.
 
 Letters: B batch, T tokens, D width, H heads, K head size, F MLP width, V vocabulary, L layers,
 C classes.
@@ -16,6 +18,7 @@ C classes.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -28,8 +31,9 @@ from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.errors import InputError
 from gptv_jax.model import attention, layers
-from gptv_jax.model.inputs import Inputs
-from gptv_jax.model.layout import Layout, Part
+from gptv_jax.model.inputs import Inputs, to_positions, to_raster
+from gptv_jax.model.layout import Layout, Part, with_prefix
+from gptv_jax.model.level_head import LevelHead, make_head
 from gptv_jax.model.parts import ReadHead, Reading
 
 
@@ -47,8 +51,8 @@ class Output(NamedTuple):
 
 
 # Fields of the configuration that are for a sequence of image tokens alone, and their other value.
-# A stem goes without the first two alone.
-NO_STEM = {"objective": "autoregressive", "random_order": (), "context_masking": 0.0}
+# A stem goes without the first four alone.
+NO_STEM = {"objective": "autoregressive", "random_order": (), "context_masking": 0.0, "block": ()}
 IMAGES_ALONE = NO_STEM | {"target_positions": False, "start_per_variant": False}
 
 
@@ -69,6 +73,9 @@ class Network:
     # Equal parts of the sequence, such as the frames of a clip. Pooled features are the means over
     # the positions of each part, side by side.
     pool: int = 1
+    # Rows and columns of equal regions of the grid, which `pool` takes apart in place of the
+    # sequence: pooled features are the means over each region, row by row. 1: there is one region.
+    regions: int = 1
 
     def __post_init__(self):
         more = "sequence has further parts" if self.several else "network has a stem"
@@ -79,7 +86,13 @@ class Network:
                     f"config.model.{name} is {value!r}, which is for images alone, but the {more}; "
                     f"take {plain!r}."
                 )
-        objective, shift = self.config.objective, int(self.config.objective != "bert")
+        objective, block = self.config.objective, self.config.block
+        shift = 0 if objective == "bert" else math.prod(block)
+        if self.layout.parts[0].block != block:
+            raise InputError(
+                f"the layout's blocks are {self.layout.parts[0].block}, but config.model.block is "
+                f"{block}; make the Layout with the same blocks."
+            )
         if self.layout.shift != shift:
             raise InputError(
                 f"the layout's shift is {self.layout.shift}, so position t reads token t - "
@@ -96,6 +109,23 @@ class Network:
     def predicts_images(self) -> bool:
         """Whether positions of the first part predict their tokens."""
         return self.layout.parts[0].predicted
+
+    @property
+    def prefixed_layouts(self) -> list[Layout]:
+        """The layout with each prefix of `Model.prefixes`, of whole rows or whole frames."""
+        rows = self.grid[0]
+        sizes = [round(share * rows) * (self.length // rows) for share in self.config.prefixes]
+        return [with_prefix(self.layout, size) for size in sizes]
+
+    @property
+    def pooled_width(self) -> int:
+        """Number of pooled features of a layer."""
+        return self.pool * self.regions**2 * self.config.width
+
+    @property
+    def predicts_embeddings(self) -> bool:
+        """Whether the network's pretraining has the loss `Model.next_embedding`."""
+        return self.config.next_embedding > 0 and not (self.classes or self.several)
 
     @property
     def unconditional(self) -> int:
@@ -145,9 +175,9 @@ class GPT(Inputs):
         self.blocks = layers.Block(config, rngs=rngs)
         self.final_norm = layers.constant("final_norm", (D,), 1.0)
         if V and (network.layout.parts[0].predicted or not network.several):
-            self.head = layers.constant("head", (V, D), 0.0)  # zero: the first loss is ln V
+            self.head = make_head(network.layout.parts[0], D)  # zero: the first loss is ln V
         if network.classes:
-            self.classifier = layers.ClassHead(network.classes, network.pool * D)
+            self.classifier = layers.ClassHead(network.classes, network.pooled_width)
         if network.reading:
             self.reading = ReadHead(network.reading, D)
 
@@ -189,8 +219,10 @@ class GPT(Inputs):
         visible = layout.visible[: tokens.shape[1]]
         attend = functools.partial(attention.self_attention, visible=visible)
         if layout.shift:
-            known = (tokens if order is None else reorder(tokens, order))[:, :-1]
-            unseen = None if hidden is None else hidden[:, :-1]
+            if config.block:
+                tokens, hidden = (to_positions(layout.parts[0], x) for x in (tokens, hidden))
+            known = (tokens if order is None else reorder(tokens, order))[:, : -layout.shift]
+            unseen = None if hidden is None else hidden[:, : -layout.shift]
             x = self.embed(known, variant, order=order, pixels=pixels, hidden=unseen)
         else:
             x = self.embed_masked(tokens, hidden)
@@ -220,18 +252,27 @@ class GPT(Inputs):
         pooled = jnp.concatenate([pooled, (self._pool(x) if raw else pooled_final)[None]])
         if keep:
             kept = jax.lax.dynamic_update_index_in_dim(kept, read, indices[-1], 0)[: len(keep)]
+        if config.block:
+            raster = functools.partial(to_raster, layout.parts[0])
+            final, kept = raster(final), jnp.stack([*map(raster, kept)]) if keep else None
         class_logits = self.classifier(pooled_final) if self.network.classes else None
         logits = self.logits(final) if self.network.several else self.token_logits(final)
         return Output(logits, pooled, class_logits, kept, final)
 
     def _pool(self, x: Float[Array, "B T D"]) -> Float[Array, "B features"]:
-        """See `Network.pool`."""
-        x = x.astype(layers.accumulator(x))
-        if self.network.pool == 1:
+        """See `Network.pool` and `Network.regions`."""
+        x, regions = x.astype(layers.accumulator(x)), self.network.regions
+        if self.network.pool == regions == 1:
             return jnp.mean(x, axis=1)
         whole = {"out_sharding": sharding.BATCH_FIRST}
         x = jax.sharding.reshard(x, sharding.BATCH_FIRST)
-        x = x.reshape(len(x), self.network.pool, -1, x.shape[-1], **whole).mean(axis=2)
+        if regions > 1:
+            x = to_raster(self.network.layout.parts[0], x)
+            rows, columns = (side // regions for side in self.network.grid[-2:])
+            x = x.reshape(len(x), -1, regions, rows, regions, columns, x.shape[-1], **whole)
+            x = x.mean(axis=(1, 3, 5))
+        else:
+            x = x.reshape(len(x), self.network.pool, -1, x.shape[-1], **whole).mean(axis=2)
         return x.reshape(len(x), -1, **whole)
 
     def logits(self, final: Float[Array, "B T D"]) -> dict[str, Array]:
@@ -253,20 +294,23 @@ class GPT(Inputs):
         return self.reading(features, first.shape)
 
     def predict(self, x: Float[Array, "B 1 D"], part: Part | None = None) -> Float[Array, "B V"]:
-        """Logits of one position, given the residual stream after the last layer.
+        """Logits of a position of `part` (the first one), given the stream after the last layer."""
+        return self.predict_each(x, part)[:, 0]
 
-        The position is in `part`, by default the first one.
-        """
-        return self.token_logits(layers.rms_norm(x, self.final_norm[...]), part)[:, 0]
+    def predict_each(self, x: Float[Array, "B N D"], part: Part | None = None):
+        """As `predict`, of N positions: [B, N, V]."""
+        return self.token_logits(layers.rms_norm(x, self.final_norm[...]), part)
 
     def token_logits(
         self, final: Float[Array, "B N D"], part: Part | None = None
     ) -> Float[Array, "B N V"]:
         """Float32 logits, given the output of the final norm at N positions of a part.
 
-        The part is by default the first one.
+        The part is by default the first one. A `LevelHead`'s are logarithms of probabilities.
         """
         if part in (None, self.network.layout.parts[0]):
+            if isinstance(self.head, LevelHead):
+                return self.head.log_probabilities(final)
             head = sharding.gather(self.head[...], final.dtype)
         else:
             head = self.parts[part.name].head_table(final.dtype.name)

@@ -46,11 +46,14 @@ class Inputs(nnx.Module):
         tokens: Int[Array, "B P"],
         variant: Int[Array, " B"] | None = None,
         spec: jax.P = sharding.HIDDEN,
-        order: Int[Array, "B P+1"] | None = None,
+        order: Int[Array, "B N"] | None = None,
         pixels: UInt8[Array, "B *F height width C"] | None = None,
         hidden: Bool[Array, "B P"] | None = None,
-    ) -> Float[Array, "B P+1 D"]:
-        """Inputs of positions 0 .. P, sharded by `spec`: the start vector, then P tokens.
+    ) -> Float[Array, "B N D"]:
+        """Inputs of N = P + 1 positions, sharded by `spec`: the start vector, then P tokens.
+
+        With blocks of n tokens there are n start vectors, so N = P + n, and the tokens are in the
+        order of the positions, see `to_positions`.
 
         `variant` and `pixels` are as in `__call__`. The `order` has the places on the grid of the
         tokens that the positions predict; None: 0 .. P. Of `hidden` tokens only the place is read.
@@ -65,10 +68,12 @@ class Inputs(nnx.Module):
             start = self._lookup([self.start], variant[:, None], sharding.BATCH_FIRST)
             x = jnp.concatenate([start, self._held(tokens, pixels)], axis=1)
             return self._place(jax.sharding.reshard(x, spec), 0)
-        ids = jnp.concatenate([self.network.vocabulary + variant[:, None], tokens], axis=1)
+        shift = self.network.layout.shift
+        starts = [self.network.vocabulary + variant[:, None]] * shift
+        ids = jnp.concatenate([*starts, tokens], axis=1)
         x = self._lookup([self.token_embedding, self.start], ids, spec)
         if hidden is not None:
-            seen = jnp.pad(~hidden, ((0, 0), (1, 0)), constant_values=True)  # the start vector is
+            seen = jnp.pad(~hidden, ((0, 0), (shift, 0)), constant_values=True)  # start vectors are
             seen = jax.sharding.reshard(seen, spec)
             x = jnp.where(seen[..., None], x, jnp.zeros((), x.dtype))
         return self._place(x, 0, order)
@@ -77,10 +82,14 @@ class Inputs(nnx.Module):
         self, tokens: Int[Array, "B T"], hidden: Bool[Array, "B T"] | None
     ) -> Float[Array, "B T D"]:
         """BERT's inputs: each position's own token and its place; of masked tokens the place."""
-        x = self._lookup([self.token_embedding], tokens, sharding.HIDDEN)
+        x = self.contents(tokens)
         if hidden is not None:
             x = jnp.where(hidden[..., None], jnp.zeros((), x.dtype), x)
         return self._place(x, 0)
+
+    def contents(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Embeddings of the first part's tokens, without their places."""
+        return self._lookup([self.token_embedding], tokens, sharding.HIDDEN)
 
     def embed_one(
         self, tokens: Int[Array, "B T"], position: Int[Array, ""], part: Part | None = None
@@ -102,11 +111,11 @@ class Inputs(nnx.Module):
     def embed_rows(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B N"]
     ) -> Float[Array, "B N D"]:
-        """Inputs of positions >= 1 of a layout of one part, each row at positions of its own.
+        """Inputs of positions after start vectors of a layout of one part, each row at its own.
 
         Beyond the sequence the result has no meaning.
         """
-        held = take_rows(tokens, positions - 1)
+        held = take_rows(tokens, positions - self.network.layout.shift)
         return self._place(self._of_tokens(self.network.layout.parts[0], held), positions)
 
     def _held(self, tokens, pixels) -> Float[Array, "B P D"]:
@@ -192,6 +201,7 @@ class Inputs(nnx.Module):
             inputs = None if order is None else input_places(order) + 1
             places = inputs if config.target_positions else order
             whole = functools.reduce(jnp.add, of_place)
+            whole = whole[first.raster_places] if first.block else whole
             later = [self.parts[part.name].positions(config.dtype) for part in others]
             tables.append((jnp.concatenate([whole, *later]) if later else whole, places))
         if config.target_positions:
@@ -219,6 +229,9 @@ class Inputs(nnx.Module):
         before = 0, -1, layout.parts[0].shape[-1] - 1
         known = jnp.array(np.concatenate([[before], layout.coordinates()]), jnp.int32)
 
+        def held(predicted):  # places of input tokens; -1 of a start vector
+            return jnp.maximum(predicted - layout.shift, -1)
+
         def phases(places):
             # A prompt's padding has no place, and is not seen.
             axes = known.at[places + 1].get(mode="clip").astype(jnp.float32)
@@ -233,9 +246,29 @@ class Inputs(nnx.Module):
             return by_row(order, input_places(order), spec=sharding.HIDDEN)
         if jnp.ndim(start):
             predicted = start[:, None] + jnp.arange(count)[None]
-            return by_row(predicted, predicted - layout.shift, spec=sharding.BATCH_FIRST)
+            return by_row(predicted, held(predicted), spec=sharding.BATCH_FIRST)
         predicted = start + jnp.arange(count)
-        return layers.Rotation(*(phases(p) for p in (predicted, predicted - layout.shift)))
+        return layers.Rotation(*(phases(p) for p in (predicted, held(predicted))))
+
+
+def to_positions(part: Part, x: Shaped[Array, "B n *any"] | None):
+    """Entries of tokens in raster order, in the order of the positions; n are whole block rows."""
+    return x if x is None else _swapped(part, x, (part.block[0], part.shape[1] // part.block[1]))
+
+
+def to_raster(part: Part, x: Shaped[Array, "B n *any"]) -> Shaped[Array, "B n *any"]:
+    """The inverse of `to_positions`."""
+    return _swapped(part, x, (part.shape[1] // part.block[1], part.block[0])) if part.block else x
+
+
+def _swapped(part: Part, x: Shaped[Array, "B n *any"], middle: tuple[int, int]):
+    """`x` with the axis n as (block rows, *middle, columns of a block), and the middle swapped."""
+    if part.block[1] == part.shape[1]:
+        return x
+    spec, whole = jax.typeof(x).sharding.spec, {"out_sharding": sharding.BATCH_FIRST}
+    x = jax.sharding.reshard(x, sharding.BATCH_FIRST)
+    split = x.reshape(len(x), -1, *middle, part.block[1], *x.shape[2:], **whole)
+    return jax.sharding.reshard(split.swapaxes(2, 3).reshape(x.shape, **whole), spec)
 
 
 def take_rows(x: Shaped[Array, "B N *any"], places: Int[Array, "B P"]) -> Shaped[Array, "B P *any"]:

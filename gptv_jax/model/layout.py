@@ -6,7 +6,9 @@ position t predicts token t.
 
 import dataclasses
 import functools
+import itertools
 import math
+import operator
 
 import numpy as np
 from jaxtyping import Int
@@ -33,8 +35,16 @@ class Part:
     # The part's grid covers the image: the position that predicts a token is given the features of
     # the place of the token's cell, as the position that holds the image there is.
     covers_image: bool = False
+    # Levels of each dimension of a token, whose product is the vocabulary: the head predicts them
+    # one after the other (model/level_head.py). (): the head predicts the token at once.
+    levels: tuple[int, ...] = ()
+    # Rows and columns of a block of tokens that are predicted at once: the positions hold block
+    # after block, each in raster order. (): positions hold tokens in raster order.
+    block: tuple[int, ...] = ()
 
     def __post_init__(self):
+        if self.block and any(n % b for n, b in zip(self.shape, self.block, strict=True)):
+            raise ValueError(f"blocks of {self.block} do not fill the part's shape {self.shape}.")
         if self.size > MOST_POSITIONS:
             raise InputError(
                 f"the part {self.name} of a sequence has {self.size} positions, {self.shape}; "
@@ -50,6 +60,26 @@ class Part:
     def axes(self) -> tuple[int, int, int]:
         """Frames, rows and columns; an image is a clip of one frame, and (n,) a single row."""
         return (1,) * (3 - len(self.shape)) + self.shape
+
+    @functools.cached_property
+    def raster_places(self) -> Int[np.ndarray, " n"]:
+        """The place in raster order of the token that each position predicts."""
+        places = np.arange(self.size)
+        if not self.block:
+            return places
+        rows, columns = self.block
+        blocks = places.reshape(-1, rows, self.shape[1] // columns, columns)
+        return blocks.swapaxes(1, 2).ravel()
+
+    @property
+    def head_vectors(self) -> int:
+        """Number of vectors of the width D among the head's weights."""
+        return self.head_products() + sum(itertools.accumulate(self.levels[:-1], operator.mul))
+
+    def head_products(self, whole: bool = False) -> int:
+        """Number of products with a position's features for the loss; `whole`: for all logits."""
+        found = sum(self.levels) or self.vocabulary
+        return sum(itertools.accumulate(self.levels, operator.mul)) or found if whole else found
 
     @property
     def has_places(self) -> bool:
@@ -69,10 +99,10 @@ class Layout:
 
     parts: tuple[Part, ...]
     visible: tuple[int, ...]  # T numbers
-    # The input of position t is token t - shift: 1, or the size of a block of tokens that are
-    # predicted at once, which `Network` does not take yet. 0: each position's own token, which
-    # training masks (BERT).
+    # The input of position t is token t - shift, the start vector where t < shift: 1, or the size
+    # of `Part.block`. 0: each position's own token, which training masks (BERT).
     shift: int = 1
+    prefix: int = 0  # first positions that predict nothing, and so may see one another
 
     def __post_init__(self):
         names = [part.name for part in self.parts]
@@ -81,6 +111,8 @@ class Layout:
         for part in self.parts:
             if part.vocabulary < max(part.predicted, 2 * part.bins):
                 raise ValueError(f"{part} has too few tokens.")
+            if part.levels and math.prod(part.levels) != part.vocabulary:
+                raise ValueError(f"the product of the levels of {part} is not its vocabulary.")
         visible, length = np.array(self.visible), self.length
         if visible.shape != (length,) or length == 0:
             raise ValueError(f"the layout has {length} positions, but {visible.size} masks.")
@@ -119,7 +151,8 @@ class Layout:
     @functools.cached_property
     def predicted(self) -> np.ndarray:
         """Whether a position predicts its token, bool [T]."""
-        return np.repeat([p.predicted for p in self.parts], [p.size for p in self.parts])
+        found = np.repeat([p.predicted for p in self.parts], [p.size for p in self.parts])
+        return found & (np.arange(self.length) >= self.prefix)
 
     def check_drawable(self, prefix: int, length: int) -> None:
         """Checks that the tokens after a prefix can be drawn one by one, up to `length` tokens.
@@ -146,7 +179,7 @@ class Layout:
         found, below = [], 0
         for part in self.parts:
             own = np.stack([axis.ravel() for axis in np.indices(part.axes)], axis=1)
-            found.append(own + np.array([0, below, 0]))
+            found.append(own[part.raster_places] + np.array([0, below, 0]))
             below += part.axes[1]
         return np.concatenate(found)
 
@@ -164,6 +197,17 @@ def full_mask(length: int) -> tuple[int, ...]:
 def causal(*parts: Part) -> Layout:
     """Every position sees itself and all positions before it."""
     return Layout(parts, causal_mask(sum(part.size for part in parts)))
+
+
+def by_blocks(image: Part) -> Layout:
+    """Every position sees its `Part.block` and all blocks before it (XTRA).
+
+    The input of a position is the token of the same place in the block before (Amrani et al. 2024,
+    arXiv:2411.15648).
+    """
+    size = math.prod(image.block)
+    ends = tuple((t // size + 1) * size for t in range(image.size))
+    return Layout((image,), ends, shift=size)
 
 
 def bidirectional(part: Part) -> Layout:
@@ -186,15 +230,33 @@ def of_images(
     grid: tuple[int, ...],
     objective: str = "autoregressive",
     attention: str = "causal",
+    block: tuple[int, ...] = (),
+    levels: tuple[int, ...] = (),
 ) -> Layout:
-    """The layout of images or clips alone, with `config.Model.objective`.
+    """The layout of images or clips alone, with `config.Model.objective` and `block`.
 
-    The attention is "causal", for pretraining, or "frames", for features of clips: see `by_frames`.
+    `levels` are those of `Part`.
+
+    The attention is "causal", for pretraining, or for features alone: "frames" of clips, see
+    `by_frames`, or "whole", where every position sees every position.
     """
-    image = Part("image", vocabulary, tuple(grid), predicted=vocabulary > 0)
+    predicted = vocabulary > 0 and attention == "causal"
+    image = Part(
+        "image", vocabulary, tuple(grid), predicted=predicted, block=tuple(block), levels=levels
+    )
     if attention == "frames":
         return by_frames(image)
+    if attention == "whole":
+        return Layout((image,), full_mask(image.size), shift=math.prod(block))
+    if block:
+        return by_blocks(image)
     return bidirectional(image) if objective == "bert" else causal(image)
+
+
+def with_prefix(layout: Layout, size: int) -> Layout:
+    """A causal layout whose first `size` tokens are read at once, and not predicted."""
+    visible = tuple(max(seen, size + 1) for seen in layout.visible)
+    return dataclasses.replace(layout, visible=visible, prefix=size)
 
 
 def prefixed(prefix: Part, *parts: Part) -> Layout:

@@ -42,7 +42,7 @@ class ScalarQuantizer(nnx.Module):
     def __init__(self, levels: tuple[int, ...]):
         self.levels = levels
         self.size = len(levels)  # Z
-        self._strides = tuple(math.prod(levels[:i]) for i in range(len(levels)))
+        self._strides = strides(levels)
 
     def __call__(self, z: Float[Array, "B *K h w Z"]) -> Quantized:
         """Quantizes any real numbers; computes in float32 at least."""
@@ -95,6 +95,11 @@ class VectorQuantizer(nnx.Module):
     def values(self, codes: Int[Array, "*any"]) -> Float[Array, "*any Z"]:
         book = unit(self.codebook[...])
         return book.at[codes].get(out_sharding=jax.typeof(codes).sharding.spec)
+
+
+def strides(levels: tuple[int, ...]) -> tuple[int, ...]:
+    """What one level of each dimension adds to a code: the number of codes of those before."""
+    return tuple(math.prod(levels[:i]) for i in range(len(levels)))
 
 
 def _last(values: tuple[int, ...], like: Array) -> np.ndarray:

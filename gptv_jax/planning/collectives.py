@@ -70,7 +70,8 @@ def matrix_bytes(network: Network) -> int:
 def _tables(network: Network) -> int:
     """Bytes of embeddings, heads and positions in the compute dtype."""
     c = network.config
-    vectors = sum(part.vocabulary * (1 + part.predicted) for part in network.layout.parts)
+    parts = network.layout.parts
+    vectors = sum(part.vocabulary + part.predicted * part.head_vectors for part in parts)
     vectors += c.learned_positions * network.length
     return vectors * c.width * WIDTHS[c.dtype]
 

@@ -22,11 +22,17 @@ from gptv_jax.model import flops
 from gptv_jax.model.gpt import Network
 from gptv_jax.model.layout import Part
 from gptv_jax.planning import collectives
-from gptv_jax.planning.collectives import Call
 from gptv_jax.planning.memory import Memory, spec_of, stored_dtype, total_bytes
 from gptv_jax.tasks.network import network_of
 from gptv_jax.tokens import palette
-from gptv_jax.train import cached_distillation, distillation, objective, optimizer, step
+from gptv_jax.train import (
+    cached_distillation,
+    distillation,
+    feature_maps,
+    objective,
+    optimizer,
+    step,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,11 +160,6 @@ def residuals(training: Training, mesh: AbstractMesh, rows: int) -> list:
     return list({id(v): v.aval for v in jaxpr.outvars if id(v) not in given}.values())
 
 
-@functools.cache
-def _encoder_flops(autoencoder: config_lib.Autoencoder, size: tuple[int, int], frames: int) -> int:
-    return flops.of_autoencoder(autoencoder, size, frames)["encoder"]
-
-
 @dataclasses.dataclass(frozen=True)
 class Pretraining(Training):
     """The pretraining of a GPT."""
@@ -206,10 +207,7 @@ class Pretraining(Training):
 
     @property
     def units(self) -> int:
-        """Number of tokens of an image or clip, the unit that FLOPs are counted for.
-
-        The axis "sequence" can split them.
-        """
+        """Tokens of an image or clip: FLOPs are counted for each, and "sequence" splits them."""
         return self.network.length
 
     @property
@@ -218,8 +216,8 @@ class Pretraining(Training):
         data, tokens = self.config.data, self.config.tokens
         if tokens.kind != "learned":
             return 0
-        of_one = _encoder_flops(tokens.autoencoder, data.size, data.frames)
-        return self.train.batch_size * of_one
+        of_one = flops.of_autoencoder(tokens.autoencoder, data.size, data.frames)
+        return self.train.batch_size * of_one["encoder"]
 
     @property
     def heads(self) -> int:
@@ -231,8 +229,13 @@ class Pretraining(Training):
         return self.config.model.relative_width
 
     @property
+    def whole_logits(self) -> bool:
+        """Whether the loss takes the probabilities of all codes from a head by levels, too."""
+        return not self.network.classes and bool(self.teachers or self.distill.cached)
+
+    @property
     def flops(self) -> flops.Flops:
-        return flops.training(self.network, self.teachers)
+        return flops.training(self.network, self.teachers, self.whole_logits)
 
     @property
     def loss(self) -> Callable:
@@ -246,7 +249,9 @@ class Pretraining(Training):
     def start(self, params: dict) -> dict:
         """The state before the first step, see `step.state_of`."""
         given, key = (self.network, self.teachers), jax.random.key(self.config.seed)
-        maps = distillation.init_maps(*given, self.distill, key) if self.teachers else None
+        maps = feature_maps.init_embedding(self.network, key)
+        if self.teachers:
+            maps = distillation.init_maps(*given, self.distill, key)
         return step.state_of(params, self.optimizer[0], self.train.ema, maps)
 
     @property
@@ -272,23 +277,22 @@ class Pretraining(Training):
         """FLOPs that a step executes, on all devices together."""
         rows = self.train.batch_size // self.train.microbatches
         parts = max((chunks for _, chunks in self._chunks(rows, mesh)), default=1)
-        split, platform = mesh.shape["sequence"], mesh.abstract_device.platform
-        of_token = flops.executed(self.network, platform, split, parts, self.teachers)
+        given = mesh.abstract_device.platform, mesh.shape["sequence"], parts, self.teachers
+        of_token = flops.executed(self.network, *given, self.whole_logits)
         return of_token.total * self.units * self.train.batch_size
 
     def activations(self, mesh: AbstractMesh, rows: int) -> int:
-        """Bytes that a device holds besides state, batch and gradients.
+        """Bytes that a device of `mesh`, whose batch axes are 1, holds for `rows` images at a time.
 
-        The bytes are of the arrays kept for the backward pass, and of the arrays of the layer or of
-        the logits being computed. The devices of `mesh`, whose batch axes are 1, work on `rows`
-        images at a time.
+        They are the arrays kept for the backward pass, and those of the layer or of the logits that
+        are being computed; state, batch and gradients are not counted.
         """
         c = self.config.model
         dtype = stored_dtype(c.dtype, mesh.abstract_device.platform)
         count = functools.partial(total_bytes, mesh=mesh, head_size=c.width // c.heads)
 
         def kept(**changes) -> list:
-            model = dataclasses.replace(c, dtype=dtype, **changes)
+            model = dataclasses.replace(c, dtype=dtype, prefixes=(), **changes)  # all are alike
             return residuals(self.traced(model=model), mesh, rows)
 
         def of_layers(arrays: list, layers: int) -> list:
@@ -311,24 +315,23 @@ class Pretraining(Training):
         return count(found) + max([repeated, *(2 * each for each in logits), *taught])
 
     def _of_teacher(self, teacher: Network, mesh: AbstractMesh, rows: int) -> int:
-        """Bytes, at most, of the arrays of the layer of a teacher's forward pass."""
-        none = config_lib.Distill()
-        config = dataclasses.replace(self.config, model=teacher.config, distill=none)
-        layers = {"layers": 2, "scan_layers": True, "remat": "none"}
-        model = dataclasses.replace(teacher.config, **layers)
-        found = residuals(Pretraining(config).traced(model=model), mesh, rows)
+        """Bytes, at most, of the arrays that a layer of a teacher's forward pass holds at once."""
+        # They are the inputs and the output of one operation: the layer's three largest arrays.
+        c, alone = teacher.config, dataclasses.replace(self.config, distill=config_lib.Distill())
+        model = dataclasses.replace(c, layers=2, scan_layers=True, remat="none")
+        found = residuals(Pretraining(alone).traced(model=model), mesh, rows)
         stacked = [a for a in found if a.shape[:1] == (2,) and not (*spec_of(a), None)[0]]
-        size = teacher.config.width // teacher.config.heads
-        return total_bytes(stacked, mesh, size, one_layer=True)
+        size = functools.partial(total_bytes, mesh=mesh, head_size=c.width // c.heads)
+        return sum(sorted(size([each], one_layer=True) for each in stacked)[-3:])
 
     def _chunks(self, rows: int, mesh: AbstractMesh) -> list[tuple[Part, int]]:
         """Every predicted part, and the number of chunks in which its logits are computed."""
         parts = [part for part in self.network.layout.parts if part.predicted]
         networks = 1 + len(self.teachers)
         chunks = functools.partial(objective.loss_chunks, self.network, rows, mesh.shape)
-        return [(part, chunks(part, networks)) for part in parts]
+        return [(p, chunks(p, networks) if self.whole_logits or not p.levels else 1) for p in parts]
 
-    def collectives(self, sizes: dict[str, int]) -> Iterator[Call]:
+    def collectives(self, sizes: dict[str, int]) -> Iterator[collectives.Call]:
         """The collectives that the sharding requires in a step on a mesh of these sizes."""
         rows = self.train.batch_size, self.train.microbatches
         yield from collectives.of_training(self.network, *rows, sizes)

@@ -9,7 +9,7 @@ from jaxtyping import Int
 from gptv_jax import config as config_lib
 from gptv_jax.errors import InputError
 from gptv_jax.probe.features import Split
-from gptv_jax.train import objective
+from gptv_jax.train import voting
 
 with epy.lazy_imports():  # heavy, and not needed before pretraining
     from sklearn import linear_model, metrics, pipeline, preprocessing
@@ -90,7 +90,7 @@ def _predict(model, features: np.ndarray, labels: np.ndarray) -> Int[np.ndarray,
     if len(features) == len(labels):
         return model.predict(features)
     logits = model.predict_log_proba(features).reshape(-1, len(labels), len(model.classes_))
-    chosen = objective.majority_class(jnp.asarray(logits, jnp.float32))
+    chosen = voting.majority_class(jnp.asarray(logits, jnp.float32))
     return model.classes_[np.asarray(chosen)]
 
 

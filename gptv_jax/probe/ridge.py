@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array, Float
 
 from gptv_jax.probe.features import Features
-from gptv_jax.train import objective
+from gptv_jax.train import voting
 from gptv_jax.train.step import total
 
 EXACT = jax.lax.Precision.HIGHEST  # float32 products, where a GPU or TPU would use fewer bits
@@ -126,7 +126,7 @@ def correct(
     (weight, bias, shift), mask = solution, batch["mask"]
     x = features.astype(jnp.float32) - shift[None, :, None]
     scores = jnp.einsum("vlbd,slcd->vslbc", x, weight, precision=EXACT)
-    chosen = objective.majority_class(scores + bias[None, :, :, None])
+    chosen = voting.majority_class(scores + bias[None, :, :, None])
     right = (chosen == batch["label"][None, None]) * mask[None, None]
     return right.sum(axis=-1), mask.sum()
 

@@ -23,7 +23,7 @@ from gptv_jax.model.gpt import Network, Output
 from gptv_jax.probe import features
 from gptv_jax.probe.features import Batches, Features
 from gptv_jax.probe.logistic import preference
-from gptv_jax.train import loop, objective, step
+from gptv_jax.train import loop, objective, step, voting
 from gptv_jax.train.metrics import MetricWriter
 from gptv_jax.train.step import on_mesh, total
 
@@ -57,7 +57,7 @@ class Heads:
         "scale" standardise; they are the same for all rates and are not trained.
         """
         R, C = len(self.config.sgd.learning_rates), self.classes
-        D = self.network.pool * self.network.config.width
+        D = self.network.pooled_width
         weights = {}
         for name, groups in self.stacks().items():
             G, N = len(groups), len(groups[0])
@@ -228,7 +228,7 @@ def make_eval_step(heads: Heads) -> Callable:
 
     {"images", "accuracy": {stack: [G, R]}, "class_nats": {stack: [G, R]}}: images that a head
     classifies correctly by majority vote, and nats, averaged over the votes. "confusion", int32
-    [C, C], see `objective.confusion`, is that of one head of a single layer: `head` holds the
+    [C, C], see `voting.confusion`, is that of one head of a single layer: `head` holds the
     numbers of its group and rate. It is left out for more than `CONFUSION_CLASSES` classes.
     """
     network = heads.network
@@ -242,13 +242,13 @@ def make_eval_step(heads: Heads) -> Callable:
         sums = {"images": mask.sum(), "accuracy": {}, "class_nats": {}}
         for name in heads.stacks():
             logits = jnp.stack([vote[name] for vote in votes])
-            chosen = objective.majority_class(logits)
+            chosen = voting.majority_class(logits)
             nats = objective.cross_entropy(logits, labels).mean(axis=0)
             sums["accuracy"][name] = ((chosen == labels[None, None]) * mask).sum(axis=-1)
             sums["class_nats"][name] = (nats * mask).sum(axis=-1)
             if name == "layers_1" and heads.classes <= step.CONFUSION_CLASSES:
                 one = chosen[head[0], head[1]]
-                sums["confusion"] = objective.confusion(labels, one, batch["mask"], heads.classes)
+                sums["confusion"] = voting.confusion(labels, one, batch["mask"], heads.classes)
         return sums
 
     return jax.jit(eval_step)

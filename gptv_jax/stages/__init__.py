@@ -140,6 +140,7 @@ STAGES = {
             "typicality",
             ("model",),
             on_request=True,
+            measures="finetune",
             files=("typicality", "samples/unusual.png", "samples/unusual.webp"),
             heading="Typicality",
         ),

@@ -119,6 +119,11 @@ def _check_tokens(
         raise InputError(
             f"{named} has {shorten(differing)}; a teacher takes the tokens of its student."
         )
+    if network.config.block != found.model.block:
+        raise InputError(
+            f"config.model.block is {network.config.block}, but that of {named} is "
+            f"{found.model.block}; a teacher predicts each token from what its student reads."
+        )
     if network.config.random_order and not found.model.random_order:
         raise InputError(
             f"config.model.random_order is {network.config.random_order}, but {named} has read "

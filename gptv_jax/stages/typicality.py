@@ -95,7 +95,7 @@ def _weights(context: Context) -> Iterator[Weights]:
         return
     network, step = context.task.network(), summary["finetune/steps"]
     if not network.predicts_images:
-        LOG.info("the fine-tuned weights predict no tokens (config.finetune.attention=frames).")
+        LOG.info("the fine-tuned weights predict no tokens (config.finetune.attention).")
         return
     part = record.trained_part(config, "finetune")
     with Checkpoints(context.folder.checkpoints("finetune"), read_only=True) as saved:

@@ -90,7 +90,7 @@ def _read(network: Network, params: dict, batch: dict, *, raw: bool) -> Float[Ar
     keep = tuple(range(network.config.layers + 1))
     x = objective.evaluate_batch(network, params, batch, raw=raw, keep=keep)[0].kept
     x = jax.sharding.reshard(x, P(None, sharding.BATCH)).astype(jnp.float32)
-    if network.layout.shift:  # position t + 1 is the first one that has read token t
+    if network.layout.shift == 1:  # position t + 1 is the first one that has read token t
         x = jnp.concatenate([x[:, :, 1:], x[:, :, -1:]], axis=2)
     shape, spec = (1, len(keep), -1, x.shape[-1]), P(None, None, sharding.BATCH)
     return x.reshape(shape, out_sharding=spec)

@@ -3,7 +3,7 @@
 from gptv_jax import config as config_lib
 from gptv_jax.data import transforms
 from gptv_jax.model.gpt import Network
-from gptv_jax.model.layout import of_images
+from gptv_jax.model.layout import Layout, of_images
 
 
 def network_of(
@@ -17,9 +17,24 @@ def network_of(
     pretraining.
     """
     attention = read.attention if read else "causal"
-    layout = of_images(config.tokens.vocabulary, config.grid, config.model.objective, attention)
+    model = config.model
+    layout = images_layout(model, config.tokens, config.grid, attention)
     pool = config.grid[0] if read and read.pooling == "frames" else 1
-    return Network(config.model, layout, start_vectors(config), classes, pool=pool)
+    regions = getattr(read, "regions", 1)
+    starts = start_vectors(config)
+    return Network(model, layout, starts, classes, pool=pool, regions=regions)
+
+
+def images_layout(
+    model: config_lib.Model,
+    tokens: config_lib.Tokens,
+    grid: tuple[int, ...],
+    attention: str = "causal",
+) -> Layout:
+    """The layout of images or clips alone, see `of_images`."""
+    levels = tokens.autoencoder.levels if model.code_head == "levels" else ()
+    given = model.objective, attention, model.block, levels
+    return of_images(tokens.vocabulary, grid, *given)
 
 
 def start_vectors(config: config_lib.Config) -> int:

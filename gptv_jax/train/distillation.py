@@ -26,13 +26,12 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.model.gpt import GPT, Network, Output
-from gptv_jax.train import objective
+from gptv_jax.train import feature_maps, objective
+from gptv_jax.train.feature_maps import feature_distance
 from gptv_jax.train.objective import cross_entropy, row_means
 from gptv_jax.train.step import Metric, View, draw_view
 
 Teachers = tuple[Network, ...]
-MAPS = "feature_maps"  # among the weights beside the student's: a linear map for each teacher
-EPSILON = 1e-12  # of squared lengths of features, so that zeros have a gradient
 
 
 def mean_log_probabilities(
@@ -53,20 +52,6 @@ def divergence(
     return (jnp.exp(teacher) * (teacher - own)).sum(axis=-1)
 
 
-def feature_distance(
-    student: Float[Array, "B T D"], teacher: Float[Array, "B T E"], weights: Float[Array, "D E"]
-) -> Float[Array, "B T"]:
-    """1 - cosine between the student's features after a linear map and the teacher's features."""
-    weights = sharding.gather(weights, jnp.float32)
-    own = unit(jnp.einsum("btd,de->bte", student.astype(jnp.float32), weights))
-    return 1 - (own * unit(teacher.astype(jnp.float32))).sum(axis=-1)
-
-
-def unit(x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-    """Vectors of length 1."""
-    return x * jax.lax.rsqrt(jnp.square(x).sum(axis=-1, keepdims=True) + EPSILON)
-
-
 def feature_layers(
     network: Network, teachers: Teachers, settings: config_lib.Distill
 ) -> tuple[int, tuple[int, ...]]:
@@ -82,18 +67,13 @@ def feature_layers(
 def init_maps(
     network: Network, teachers: Teachers, settings: config_lib.Distill, key: PRNGKeyArray
 ) -> dict:
-    """{MAPS: random linear maps}, from the student's width to each teacher's; {} without features.
+    """A map from the student's width to that of each teacher, see `feature_maps.init`.
 
-    Call it under a mesh, inside jit.
+    {} where no features are compared.
     """
-    if not settings.features:
-        return {}
-    width, spec, maps = network.config.width, sharding.PARAMETERS["feature_map"], {}
-    for i, teacher in enumerate(teachers):
-        shape, own = (width, teacher.config.width), jax.random.fold_in(key, i)
-        drawn = jax.random.normal(own, shape, out_sharding=spec)
-        maps[str(i)] = {"feature_map": width**-0.5 * drawn}
-    return {MAPS: maps}
+    widths = {str(i): each.config.width for i, each in enumerate(teachers) if settings.features}
+    keys = {name: jax.random.fold_in(key, int(name)) for name in widths}
+    return feature_maps.init(network.config.width, widths, keys)
 
 
 def make_loss(
@@ -116,8 +96,7 @@ def make_loss(
     keep = (own_layer,) if settings.features else ()
 
     def loss(params, frozen, batch, key, step=None):
-        maps = params.get(MAPS)
-        params = {name: value for name, value in params.items() if name != MAPS}
+        params, maps = feature_maps.apart(params)
         model, view = network.bind(params), draw_view(network, batch, key, step, steps)
         output = model(view.tokens, view.start, key, view.hidden, view.order, keep=keep)
         layers = their_layers if keep else None
@@ -144,7 +123,7 @@ def make_loss(
         metrics["kl"] = kl
         if keep:
             distances = [
-                feature_distance(output.kept[0], each.kept[0], maps[str(i)]["feature_map"]).mean()
+                feature_distance(output.kept[0], each.kept[0], maps[str(i)]).mean()
                 for i, (_, each) in enumerate(taught)
             ]
             metrics["feature_distance"] = sum(distances) / len(distances)

@@ -7,7 +7,6 @@ then depend only on the image's number in its split and on the number of the vot
 Random orders (RAR, Yu et al. 2024, arXiv:2411.00776) change which tokens come "before".
 """
 
-import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
@@ -135,8 +134,10 @@ def part_nats(
 ) -> Float[Array, "B n"]:
     """Cross-entropy of every token of a part, given the output of the final norm; see `by_chunks`.
 
-    `soft` is the deviation of the `soft_targets`, 0 without.
+    `soft` is the deviation of the `soft_targets`, 0 without. A `LevelHead` needs no chunks.
     """
+    if part.levels:
+        return model.head.nats(final, tokens)
 
     def nats(final, tokens):
         logits = model.token_logits(final, part)
@@ -209,10 +210,10 @@ def draw_mask(network: Network, rows: int, key: PRNGKeyArray | None) -> Bool[Arr
 
 
 def draw_hidden(network: Network, rows: int, key: PRNGKeyArray | None) -> Bool[Array, "B T"] | None:
-    """Which input tokens of a training batch of clips are hidden; see `Model.context_masking`.
+    """Which input tokens of a training batch are hidden; see `Model.context_masking`.
 
-    Each row hides a share of the tokens before the last frame, which it draws. None: no token, as
-    where the network learns to classify.
+    Each row hides a share of its tokens, which it draws; of clips, of those before the last frame.
+    None: no token, as where the network learns to classify.
     """
     most = network.config.context_masking
     if key is None or not most or network.classes:
@@ -222,7 +223,7 @@ def draw_hidden(network: Network, rows: int, key: PRNGKeyArray | None) -> Bool[A
     spec, shape = sharding.BATCH_FIRST, (rows, network.length)
     share = jax.random.uniform(of_clip, (rows, 1), maxval=most, out_sharding=spec)
     drawn = jax.random.uniform(of_token, shape, out_sharding=spec)
-    last = network.length - network.length // network.frames
+    last = network.length - (network.length // network.frames if network.frames else 0)
     return (drawn < share) & (jnp.arange(network.length) < last)[None]
 
 
@@ -314,35 +315,3 @@ def clips_of(batch: dict) -> list[dict]:
     if tokens.ndim == 2:
         return [batch]
     return [batch | {"tokens": tokens[:, clip]} for clip in range(tokens.shape[1])]
-
-
-def over_clips(class_logits: list[Float[Array, "B C"]], votes: int) -> Float[Array, "votes B C"]:
-    """Logits of the mean probabilities of the K clips of every video, of each vote.
-
-    The list has votes * K arrays, vote by vote.
-    """
-    logits, clips = jnp.stack(class_logits), len(class_logits) // votes
-    if clips == 1:
-        return logits
-    logits = jax.nn.log_softmax(logits.reshape(votes, clips, *logits.shape[1:]), axis=-1)
-    return jax.nn.logsumexp(logits, axis=1) - math.log(clips)
-
-
-def majority_class(class_logits: Float[Array, "votes *B C"]) -> Int[Array, "*B"]:
-    """The class with the most votes; among equals the one of higher mean probability."""
-    votes = jax.nn.one_hot(jnp.argmax(class_logits, axis=-1), class_logits.shape[-1]).sum(axis=0)
-    likely = jax.nn.softmax(class_logits, axis=-1).mean(axis=0)
-    return jnp.argmax(votes + likely, axis=-1)  # a probability is less than a vote
-
-
-def confusion(
-    labels: Int[Array, " B"], chosen: Int[Array, " B"], mask: Float[Array, " B"], classes: int
-) -> Int[Array, "C C"]:
-    """Number of images of each class (row) that were taken for each class (column).
-
-    Only images whose mask is 1 count. Every device and process gets an equal matrix.
-    """
-    # Float32 products at the highest precision are exact for counts below 2 ** 24, one batch's.
-    shares = jax.nn.one_hot(labels, classes) * mask[:, None], jax.nn.one_hot(chosen, classes)
-    exact = {"precision": jax.lax.Precision.HIGHEST, "out_sharding": jax.P(None, None)}
-    return jnp.einsum("bc,bd->cd", *shares, **exact).astype(jnp.int32)

@@ -27,7 +27,7 @@ MATRICES = {
 }
 # Weights whose steps depend on the width; not norms, start vectors, embeddings and positions. By
 # name, because a stacked norm gain has two dimensions as well.
-PRODUCTS = {*MATRICES, "head", "place_head", "class_head"}
+PRODUCTS = {*MATRICES, "head", "level_rows", "place_head", "class_head"}
 # Weight decay is for matrices. The stem's sum over channels, not over the width.
 DECAYED = {*PRODUCTS, "stem_conv", "from_stem"} - {"place_head"}
 # What lies above all layers, and what no pretraining has, by first name; the rest lies below them.

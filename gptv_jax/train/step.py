@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
 from gptv_jax import hosts, sharding
 from gptv_jax.model.gpt import Network, reorder
-from gptv_jax.train import objective
+from gptv_jax.train import feature_maps, objective, prefixes, voting
 from gptv_jax.train.objective import cross_entropy
 from gptv_jax.train.optimizer import apply_update, average
 
@@ -55,6 +55,8 @@ def draw_view(
     order = None if classes else objective.draw_order(network, len(tokens), key, step, steps)
     hidden = objective.draw_hidden(network, len(tokens), key) if mask is None else mask
     counted = mask if "still" not in batch else objective.of_stills(network, batch["still"])
+    if network.layout.prefix:
+        counted = prefixes.counted(network, len(tokens))
     return View(tokens, start, hidden, order, counted)
 
 
@@ -63,6 +65,8 @@ def make_loss(
 ) -> Callable:
     """Nats per token; with a class head the weighted sum of these and the class's cross-entropy.
 
+    In pretraining with `next_embedding`, `feature_maps.embedding_distance` is added; with
+    `prefixes`, each step draws one.
     Of several parts the loss is `objective.make_parts_loss`, which takes no coefficients. If a
     network with a class head predicts no tokens, only the cross-entropy of the class counts.
     Of clips that batch["still"] says are single images, the first frame alone counts.
@@ -74,6 +78,8 @@ def make_loss(
         if network.classes or (generative, classification) != (1, 1):
             raise ValueError("a network of several parts has no class head and no coefficients.")
         return objective.make_parts_loss(network)
+    if network.config.prefixes and not network.classes:
+        return prefixes.make_loss(make_loss, network, steps)
     if network.config.random_order and not network.classes and steps is None:
         raise ValueError(
             "model.random_order needs the length of the training: pass `steps` to make_loss."
@@ -81,12 +87,18 @@ def make_loss(
 
     def loss(params, frozen, batch, key, step=None) -> tuple[Array, Metrics]:
         del frozen
+        params, maps = feature_maps.apart(params)
         model, view = network.bind(params), draw_view(network, batch, key, step, steps)
         output = model(view.tokens, view.start, key, view.hidden, view.order)
         total, metrics = 0.0, {}
         if network.predicts_images:
             nats = objective.nats_per_token(model, output, view.targets, view.counted).mean()
             total, metrics = generative * nats, {"nats_per_token": nats}
+        if network.predicts_embeddings:
+            distance = feature_maps.embedding_distance(model, maps, output, view.targets)
+            distance = objective.row_means(distance, view.counted).mean()
+            total = nats + network.config.next_embedding * distance
+            return total, metrics | {"embedding_distance": distance, "loss": total}
         if not network.classes:
             return nats, metrics
         class_nats = cross_entropy(output.class_logits, batch["label"]).mean()
@@ -99,7 +111,12 @@ def make_loss(
 
 def make_init(network: Network, optimizer: optax.GradientTransformation, ema=None) -> Callable:
     """`key -> state`, see `state_of`; every leaf is created in its sharding."""
-    return lambda key: state_of(network.init(key), optimizer, ema)
+
+    def init(key: PRNGKeyArray) -> dict:
+        maps = feature_maps.init_embedding(network, key)
+        return state_of(network.init(key), optimizer, ema, maps)
+
+    return init
 
 
 def state_of(
@@ -236,7 +253,7 @@ def make_eval_step(network: Network, *, confusion: bool = False) -> Callable:
     class.
 
     With `confusion`, a network with a class head gives "confusion" as well, int32 [C, C], see
-    `objective.confusion`; for more than `CONFUSION_CLASSES` classes that matrix is left out.
+    `voting.confusion`; for more than `CONFUSION_CLASSES` classes that matrix is left out.
     """
 
     def eval_step(params: dict, batch: dict) -> dict[str, Array]:
@@ -257,8 +274,8 @@ def make_eval_step(network: Network, *, confusion: bool = False) -> Callable:
         if nats:
             rows["nats_per_token"] = sum(nats) / len(nats)
         if network.classes:
-            logits = objective.over_clips(logits, network.votes)
-            chosen = objective.majority_class(logits)
+            logits = voting.over_clips(logits, network.votes)
+            chosen = voting.majority_class(logits)
             rows["accuracy"] = chosen == batch["label"]
             rows["class_nats"] = cross_entropy(logits, batch["label"]).mean(axis=0)
         sums = {name: (values * batch["mask"]).sum() for name, values in rows.items()}
@@ -268,7 +285,7 @@ def make_eval_step(network: Network, *, confusion: bool = False) -> Callable:
             by_frame = each.reshape(len(each), network.frames, -1, out_sharding=spec)
             sums["by_frame"] = (by_frame.mean(axis=2) * batch["mask"][:, None]).sum(axis=0)
         if confusion and 0 < network.classes <= CONFUSION_CLASSES:
-            sums["confusion"] = objective.confusion(
+            sums["confusion"] = voting.confusion(
                 batch["label"], chosen, batch["mask"], network.classes
             )
         return sums

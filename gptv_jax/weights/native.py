@@ -21,9 +21,8 @@ from gptv_jax.config.fields import FROM_ZERO, POSITIVE, field, one_of
 from gptv_jax.decode.typicality import Calibration
 from gptv_jax.errors import InputError, as_input_error, list_differences
 from gptv_jax.model.gpt import Network
-from gptv_jax.model.layout import of_images
 from gptv_jax.runs import record
-from gptv_jax.tasks.network import network_of
+from gptv_jax.tasks.network import images_layout, network_of
 from gptv_jax.tokens import Palette, TokenDefinition, Tokenizer, learned
 from gptv_jax.tokens import palette as palettes
 
@@ -42,7 +41,7 @@ MEASURED = "task.measured"  # the bytes of `Task.measured`, as float32 like all 
 # (dropout, dtype, scan_layers, base_width, ...) each time they use the weights.
 DEFINING_FIELDS = (
     "layers", "width", "heads", "mlp_ratio", "mlp", "qk_norm", "objective", "learned_positions",
-    "axial_positions", "rotary", "target_positions", "class_tokens",
+    "axial_positions", "rotary", "target_positions", "class_tokens", "block", "code_head",
 )  # fmt: skip
 
 
@@ -61,7 +60,7 @@ class WeightsFile:
     # In the order of the labels, of the class head or of `model.class_tokens`; empty: no names.
     class_names: tuple[str, ...] = field(())
     pool: int = field(1, POSITIVE)  # parts of the sequence that the class head reads apart
-    attention: str = field("causal", one_of("causal", "frames"))  # as config.finetune.attention
+    attention: str = field("causal", one_of("causal", "frames", "whole"))  # as finetune.attention
     step: int | None = field(None, FROM_ZERO)  # training step of the weights, where known
     best_layer: int | None = field(None, FROM_ZERO)  # of the probe, where it has run
     # Of a network with parts after the image: the task with the parts, the names of the classes of
@@ -93,8 +92,7 @@ class WeightsFile:
     def network(self) -> Network:
         if task := self.learned_task:
             return dataclasses.replace(task.network(), starts=self.starts)
-        codec = self.codec
-        layout = of_images(codec.vocabulary, codec.grid, self.model.objective, self.attention)
+        layout = images_layout(self.model, self.tokens, self.codec.grid, self.attention)
         return Network(self.model, layout, self.starts, self.classes, pool=self.pool)
 
     def checked(self, where: str) -> "WeightsFile":
@@ -192,8 +190,7 @@ def make_header(weights_file: WeightsFile) -> dict:
     if weights_file.typicality:
         header["typicality"] = weights_file.typicality.to_json()
     if task:
-        header["task"] = fields.flatten(task)
-        header |= {name: getattr(weights_file, name) for name in TASK_FACTS}
+        header |= {"task": fields.flatten(task)} | {n: getattr(weights_file, n) for n in TASK_FACTS}
     return header
 
 

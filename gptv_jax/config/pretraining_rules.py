@@ -1,0 +1,55 @@
+"""Rules of what changes pretraining: hidden tokens and next-embedding prediction."""
+
+from gptv_jax.config.fields import refuse
+from gptv_jax.config.stages import Config
+
+
+def check_model(config: Config) -> None:
+    """Checks fields of `config.model`, whatever stages run; see `rules`."""
+    model, frames = config.model, config.data.frames
+    if model.context_masking and (frames == 1 or model.random_order):
+        reason = "it hides tokens before the last frame of clips, or of images, in raster order"
+        advice = "set config.data.frames=0 or 2 or more frames, and random_order=(), or take 0"
+        refuse(config, "model.context_masking", f"{reason}; {advice}")
+
+    if model.block:
+        _check_block(config)
+    if model.prefixes:
+        rows, name = config.grid[0], "frames" if frames else "rows"
+        if len({round(share * rows) for share in (*model.prefixes, 1)}) <= len(model.prefixes):
+            reason = f"two shares are equally many of {rows} {name}, or one is all of them"
+            refuse(config, "model.prefixes", f"{reason}; take other shares")
+        for other, plain in (("objective", "autoregressive"), ("random_order", ()), ("block", ())):
+            if (value := getattr(model, other)) != plain:
+                reason = f"config.model.{other} is {value}, which goes without them"
+                refuse(config, "model.prefixes", f"{reason}; take (), or {other}={plain}")
+
+
+def _check_block(config: Config) -> None:
+    model = config.model
+    if config.data.frames:
+        reason = f"config.data.frames is {config.data.frames}, and blocks are of images"
+        refuse(config, "model.block", f"{reason}; take ()")
+    fills = all(n % b == 0 for n, b in zip(config.grid, model.block, strict=True))
+    if not fills or tuple(model.block) == tuple(config.grid):
+        rows, columns = config.grid
+        reason = f"it takes divisors of the {rows} x {columns} tokens, and more than one block"
+        refuse(config, "model.block", reason)
+    if not (model.learned_positions or model.axial_positions):
+        reason = "an added position alone tells the positions of the first block apart"
+        refuse(config, "model.block", f"{reason}; set learned_positions or axial_positions")
+    for other in ("random_order", "target_positions"):
+        if value := getattr(model, other):
+            plain = type(value)()
+            reason = f"config.model.{other} is {value}, which is of tokens predicted one by one"
+            refuse(config, "model.block", f"{reason}; take (), or {other}={plain}")
+
+
+def check_training(config: Config) -> None:
+    """Checks what the stage `pretrain` needs."""
+    if config.model.next_embedding and (config.distill.teacher or config.distill.cached):
+        reason = "a student's loss is that of its teachers alone"
+        refuse(config, "model.next_embedding", f"{reason}; take 0, or no teacher")
+    if config.model.prefixes and (config.data.still_share or config.distill.teacher):
+        reason = "teachers and single images among clips count other positions in the loss"
+        refuse(config, "model.prefixes", f"{reason}; take (), or no teacher and still_share=0")

@@ -1,0 +1,259 @@
+"""What changes pretraining: next-embedding prediction and hidden tokens of images."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import MODERN, make_mesh, random_batch, random_params, tiny_network
+
+from gptv_jax import config as config_lib
+from gptv_jax import sharding
+from gptv_jax.config import rules
+from gptv_jax.errors import InputError
+from gptv_jax.model import flops
+from gptv_jax.planning.training import Pretraining
+from gptv_jax.train import feature_maps, objective, step
+
+pytestmark = pytest.mark.usefixtures("one_device")
+
+NEPA = {"layers": 1, "next_embedding": 0.7, **MODERN}
+
+
+def weights_of(network, seed=0):
+    """Random weights with the map."""
+    maps = jax.jit(feature_maps.init_embedding, static_argnums=0)(network, jax.random.key(seed))
+    return random_params(network, seed) | maps
+
+
+def value_and_gradient(network, params, batch, key=None):
+    loss = step.make_loss(network)
+    run = jax.jit(jax.value_and_grad(lambda p: loss(p, None, batch, key), has_aux=True))
+    return jax.device_get(run(params))
+
+
+def batch_of(network, seed=0):
+    return sharding.global_batch(random_batch(network, seed=seed))
+
+
+# Next-embedding prediction.
+
+
+@pytest.mark.parametrize("mapped", [True, False])
+def test_the_loss_adds_the_cosine_to_embeddings_that_get_no_gradient(mapped):
+    network = tiny_network(next_embedding_map=mapped, **NEPA)
+    params, batch = weights_of(network), batch_of(network)
+    (value, metrics), gradient = value_and_gradient(network, params, batch)
+    table = np.asarray(params["token_embedding"])  # a constant, unlike the inputs' own
+
+    def by_hand(params):
+        tokens, (own, maps) = batch["tokens"], feature_maps.apart(params)
+        output = network.bind(own)(tokens, batch["variant"])
+        nats = objective.cross_entropy(output.logits, tokens).mean()
+        named, wanted = output.final, jnp.asarray(table[np.asarray(tokens)])
+        if mapped:
+            named = named @ sharding.gather(maps["next_embedding"], jnp.float32)
+        lengths = jnp.linalg.norm(named, axis=-1) * jnp.linalg.norm(wanted, axis=-1)
+        distance = 1 - ((named * wanted).sum(axis=-1) / lengths).mean()
+        return nats + 0.7 * distance, (nats, distance)
+
+    (wanted, (nats, distance)), slopes = jax.value_and_grad(by_hand, has_aux=True)(params)
+    assert value == metrics["loss"] == pytest.approx(float(wanted), rel=1e-5)
+    assert metrics["nats_per_token"] == pytest.approx(float(nats), rel=1e-5)
+    assert metrics["embedding_distance"] == pytest.approx(float(distance), rel=1e-5)
+    assert gradient.keys() == slopes.keys() and ("feature_maps" in slopes) == mapped
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), gradient, slopes)
+
+
+def test_without_the_loss_nothing_is_added_and_a_classifier_never_has_it():
+    plain, off = tiny_network(layers=1), tiny_network(layers=1, next_embedding_map=False)
+    states = [
+        jax.eval_shape(step.make_init(n, Pretraining(config_lib.Config(), ()).optimizer[0]),
+                       jax.random.key(0))
+        for n in (plain, tiny_network(5, **NEPA))
+    ]  # fmt: skip
+    assert not any(step.BESIDE in state for state in states)
+    params, batch = random_params(plain), batch_of(plain)
+    losses = [jax.jit(step.make_loss(n)).lower(params, None, batch, None) for n in (plain, off)]
+    assert losses[0].as_text() == losses[1].as_text()
+    (value, metrics), _ = value_and_gradient(plain, params, batch)
+    assert metrics == {"nats_per_token": value}
+    assert "embedding_distance" not in step.make_loss(tiny_network(5, **NEPA))(
+        random_params(tiny_network(5, **NEPA)), None, batch_of(tiny_network(5)), None
+    )[1]  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 2, 2, 2)], ids=str)
+def test_the_loss_is_the_same_on_every_mesh_and_in_chunks(shape, monkeypatch):
+    network = tiny_network(context_masking=0.5, **NEPA)
+
+    def run(mesh):
+        with jax.set_mesh(make_mesh(mesh)):
+            params = jax.tree.map(lambda x: 0.1 + 0 * x, weights_of(network)[feature_maps.MAPS])
+            params = random_params(network) | {feature_maps.MAPS: params}
+            return value_and_gradient(network, params, batch_of(network), jax.random.key(1))
+
+    wanted = run((1, 1, 1))
+    monkeypatch.setattr(objective, "LOGITS_BYTES", 4 * 11 * 8)
+    assert objective.loss_chunks(network, 8, {}) > 1
+    for f, w in zip(*map(jax.tree.leaves, (run(shape), wanted)), strict=True):
+        np.testing.assert_allclose(f, w, rtol=1e-4, atol=1e-5 * max(np.abs(w).max(), 1e-3))
+
+
+CONFIG = config_lib.Config(
+    model=config_lib.Model(layers=1, width=16, heads=2, next_embedding=1.0),
+    train=config_lib.Train(steps=4, batch_size=8, microbatches=2, ema=0.5),
+)
+
+
+def test_the_map_is_trained_beside_the_network_and_is_no_part_of_its_weights():
+    training = Pretraining(CONFIG, ())
+    off = dataclasses.replace(CONFIG.model, next_embedding=0.0)
+    plain = Pretraining(dataclasses.replace(CONFIG, model=off), ())
+    state, without = (jax.jit(t.init)(jax.random.key(0)) for t in (training, plain))
+    for part in ("params", "ema"):
+        jax.tree.map(np.testing.assert_array_equal, state[part], without[part])
+    names = {name for name in sharding.by_name(state) if name.startswith(step.BESIDE)}
+    assert names == {"beside.feature_maps.next_embedding.feature_map"}
+    first = jax.device_get(state[step.BESIDE])
+    state, metrics = training.train_step(state, batch_of(training.network), None)
+    assert "embedding_distance" in metrics and state["params"].keys() == without["params"].keys()
+    moved = jax.tree.map(lambda a, b: np.any(a != np.asarray(b)), first, state[step.BESIDE])
+    assert all(jax.tree.leaves(moved))
+    added = flops.training(training.network).total - flops.training(plain.network).total
+    assert added == 6 * 16 * 16
+
+
+# Hidden tokens of images.
+
+
+def test_an_image_hides_a_drawn_share_of_all_its_tokens():
+    network = tiny_network(context_masking=0.8, grid=(8, 8))
+    hidden = np.asarray(objective.draw_hidden(network, 512, jax.random.key(0)))
+    shares = hidden.mean(axis=1)
+    assert shares.min() < 0.02 and 0.7 < shares.max() <= 0.95
+    np.testing.assert_allclose(shares.mean(), 0.4, atol=0.03)
+    np.testing.assert_allclose(hidden.mean(axis=0), 0.4, atol=0.1)  # the last ones as the first
+    assert objective.draw_hidden(tiny_network(5, context_masking=0.8), 4, jax.random.key(0)) is None
+
+
+def test_what_an_image_hides_is_not_read_and_stays_a_target():
+    network = tiny_network(context_masking=1.0, layers=1, **MODERN)
+    params, batch, key = random_params(network), batch_of(network), jax.random.key(2)
+    hidden = step.draw_view(network, batch, key).hidden
+    tokens, start = batch["tokens"], batch["variant"]
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def nats(tokens, hiding):
+        output = network.bind(params)(tokens, start, hidden=hidden if hiding else None)
+        return objective.token_nats(network.bind(params), output, batch["tokens"])
+
+    other = jnp.where(hidden, (tokens + 1) % network.vocabulary, tokens)
+    np.testing.assert_array_equal(nats(tokens, True), nats(other, True))
+    assert np.abs(nats(tokens, False) - nats(other, False)).max() > 1e-3
+    (value, _), _ = value_and_gradient(network, params, batch, key)
+    assert value == pytest.approx(float(nats(tokens, True).mean()), rel=1e-6)
+
+
+# What does not go together.
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model.context_masking": 0.5, "model.random_order": (0.5, 1.0), "model.rotary": True,
+          "model.width": 16, "model.heads": 4}, "in raster order"),
+        ({"model.context_masking": 0.5, "data.frames": 1}, "2 or more"),
+        ({"model.objective": "bert", "model.next_embedding": 1.0}, "no next token"),
+        ({"model.next_embedding": 1.0, "distill.teacher": ("runs/teacher",)}, "of its teachers"),
+    ],
+)  # fmt: skip
+def test_levers_that_do_not_go_together_are_refused(changes, words):
+    settings = config_lib.default()
+    settings.update_from_flattened_dict(changes)
+    config = config_lib.fields.from_dict(config_lib.Config, settings, "config")
+    with pytest.raises(InputError, match=words):
+        rules.check(config)
+        rules.SECTIONS["train"](config)
+
+
+# Prefixes.
+
+PREFIXES = (0.0, 0.25, 0.5)
+
+
+def test_a_prefix_sees_itself_whole_and_has_no_loss(one_device):
+    network = tiny_network(layers=1, prefixes=PREFIXES, **MODERN)
+    assert [each.prefix for each in network.prefixed_layouts] == [0, 4, 8]
+    assert network.prefixed_layouts[0] == network.layout
+    layout = network.prefixed_layouts[1]
+    assert layout.visible == (5,) * 5 + tuple(range(6, 17))
+    assert layout.predicted.tolist() == [False] * 4 + [True] * 12
+    network = dataclasses.replace(network, layout=layout)
+    params, tokens = random_params(network), random_batch(network)["tokens"][:1]
+    logits = jax.jit(lambda tokens: network.bind(params)(tokens).logits[0])
+    for changed in (0, 3, 4, 9, 15):
+        other = np.where(np.arange(16) == changed, (tokens + 1) % 11, tokens)
+        moved = np.abs(logits(tokens) - logits(other)).max(axis=-1) > 0
+        first = 0 if changed < 4 else changed + 1  # inputs of the prefix are seen by all positions
+        np.testing.assert_array_equal(moved, np.arange(16) >= first)
+
+
+def test_a_step_draws_one_prefix_and_its_loss_and_gradient_are_of_that_prefix(one_device):
+    network = tiny_network(layers=1, prefixes=PREFIXES, next_embedding=0.5, **MODERN)
+    params, batch = weights_of(network), batch_of(network)
+    plain = dataclasses.replace(network.config, prefixes=())
+
+    def by_hand(layout):
+        one = dataclasses.replace(network, config=plain, layout=layout)
+
+        def loss(params):
+            own, maps = feature_maps.apart(params)
+            model = one.bind(own)
+            output = model(batch["tokens"], batch["variant"])
+            nats = objective.token_nats(model, output, batch["tokens"])
+            far = feature_maps.embedding_distance(model, maps, output, batch["tokens"])
+            return (nats + 0.5 * far)[:, layout.prefix :].mean()
+
+        return jax.device_get(jax.jit(jax.value_and_grad(loss))(params))
+
+    wanted, seen = [by_hand(layout) for layout in network.prefixed_layouts], set()
+    loss = step.make_loss(network)
+    run = jax.jit(jax.value_and_grad(lambda p, key: loss(p, None, batch, key), has_aux=True))
+    for seed in range(12):
+        (value, metrics), gradient = jax.device_get(run(params, jax.random.key(seed)))
+        which = int(np.argmin([abs(value - each) for each, _ in wanted]))
+        assert value == metrics["loss"] == pytest.approx(wanted[which][0], rel=1e-5)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), gradient,
+                     wanted[which][1])  # fmt: skip
+        seen.add(which)
+    assert seen == {0, 1, 2}
+    whole = loss(params, None, batch, None)[0]  # without a key nothing is drawn
+    assert float(whole) == pytest.approx(wanted[0][0], rel=1e-5)
+
+
+def test_microbatches_after_prefixes_take_the_mean_of_their_gradients(one_device):
+    network = tiny_network(layers=1, prefixes=(0.5,), **MODERN)
+    optimizer, rate = Pretraining(CONFIG, ()).optimizer
+    batch, norms = batch_of(network), []
+    for parts in (1, 4):
+        state = jax.jit(lambda p: step.state_of(p, optimizer))(random_params(network))
+        loss = step.make_loss(network)
+        made = step.make_train_step(loss, optimizer, rate, microbatches=parts)
+        norms.append(float(made(state, batch)[1]["grad_norm"]))
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 2, 2, 2)], ids=str)
+def test_prefixes_are_drawn_alike_on_every_mesh(shape):
+    network = tiny_network(layers=1, prefixes=PREFIXES, **MODERN)
+
+    def run(mesh):
+        with jax.set_mesh(make_mesh(mesh)):
+            given = random_params(network), batch_of(network)
+            return value_and_gradient(network, *given, jax.random.key(5))
+
+    for f, w in zip(*map(jax.tree.leaves, (run(shape), run((1, 1, 1)))), strict=True):
+        np.testing.assert_allclose(f, w, rtol=1e-4, atol=1e-5 * max(np.abs(w).max(), 1e-3))
