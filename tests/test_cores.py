@@ -35,7 +35,7 @@ def devices_of(folder: pathlib.Path, before: str = "", environment=None, **field
     return PROGRAM.format(environment=environment or {}, **named)
 
 
-def test_a_wider_network_a_longer_sequence_or_a_larger_batch_is_never_split_less():
+def test_of_measured_widths_a_wider_network_a_longer_sequence_or_a_larger_batch_is_never_split_less():
     for count in (1, 2):
         for width, wider in itertools.pairwise(WIDTHS):
             for tokens, longer in itertools.pairwise(LENGTHS):
@@ -47,9 +47,10 @@ def test_a_wider_network_a_longer_sequence_or_a_larger_batch_is_never_split_less
                     assert cores.choose(width, tokens, 2 * batch, count) >= found
 
 
-def test_tiny_networks_odd_batches_and_cores_that_were_not_measured_are_not_split():
+def test_tiny_and_large_networks_odd_batches_and_cores_that_were_not_measured_are_not_split():
     assert cores.choose(128, 64, 64, 2) == 2
     assert cores.choose(32, 64, 64, 2) == cores.choose(128, 64, 63, 2) == 1
+    assert cores.choose(512, 64, 64, 2) == 1
     assert cores.choose(128, 64, 64, 1) == cores.choose(256, 1024, 64, 64) == 1
 
 

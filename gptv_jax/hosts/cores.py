@@ -24,9 +24,10 @@ with epy.lazy_imports():  # see `command`
 
 LOG = logging.getLogger(__name__)
 FORCED = "xla_force_host_platform_device_count"  # XLA's flag, by which users set devices as well
-# The smallest network and step that were measured to be faster by a split, on a machine of so many
-# cores that ran nothing else: width, tokens of a gradient. Anything else is left to the user.
-CORES, WIDTH, TOKENS = 2, 128, 4096
+# What was measured to be faster by a split, on a machine of so many cores that ran nothing else:
+# widths, and the fewest tokens of a gradient. Anything else is left to the user; a large network
+# would also need its weights and optimizer state in memory once more for each device.
+CORES, WIDTHS, TOKENS = 2, range(128, 257), 4096
 
 
 def choose(width: int, tokens: int, batch: int, cores: int) -> int:
@@ -38,7 +39,7 @@ def choose(width: int, tokens: int, batch: int, cores: int) -> int:
       batch: number of examples that a gradient is taken of at a time.
       cores: cores that this process may use.
     """
-    wins = cores == CORES and width >= WIDTH and tokens * batch >= TOKENS
+    wins = cores == CORES and width in WIDTHS and tokens * batch >= TOKENS
     return cores if wins and batch % cores == 0 else 1
 
 
