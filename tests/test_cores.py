@@ -35,7 +35,7 @@ def devices_of(folder: pathlib.Path, before: str = "", environment=None, **field
     return PROGRAM.format(environment=environment or {}, **named)
 
 
-def test_of_measured_widths_a_wider_network_a_longer_sequence_or_a_larger_batch_is_never_split_less():
+def test_within_the_measured_widths_more_work_is_never_split_less():
     for count in (1, 2):
         for width, wider in itertools.pairwise(WIDTHS):
             for tokens, longer in itertools.pairwise(LENGTHS):
