@@ -71,7 +71,7 @@ def split(config: config_lib.Config, workdir: str) -> None:
     if not _is_free():
         return
     path = files.user_path(workdir) if "://" not in workdir else None
-    begun = path is not None and (path / "config.json").exists()
+    begun = path is not None and os.path.exists(path / "config.json")
     if config.mesh != (run_file.config_of(path).mesh if begun else config_lib.Mesh()):
         return
     if begun:
