@@ -154,3 +154,13 @@ def test_a_stage_that_began_with_other_teachers_is_refused(stage, tmp_path, monk
     path.unlink()
     gptv_jax.train(config, run, stages)
     assert summary(run) == found
+    # More steps are of the teachers of the first ones, or no number is moved away.
+    weights_file(path, seed=1, **given)
+    steps = dataclasses.replace(CONFIG.train, steps=6)
+    longer = dataclasses.replace(config, train=steps)
+    if stage == "finetune":
+        finetune = dataclasses.replace(config.finetune, train=steps)
+        longer = dataclasses.replace(config, finetune=finetune)
+    with pytest.raises(InputError, match=f"has begun the stage {stage} with other teachers"):
+        gptv_jax.train(longer, run, stages)
+    assert summary(run) == found and not (run / "earlier").exists()

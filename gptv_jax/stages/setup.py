@@ -116,6 +116,9 @@ def _open(config: config_lib.Config, folder: RunFolder, wanted: list[str] | None
     if config.distill.cached and "pretrain" in unfinished:
         hosts.on_all(lambda: teacher_cache.check(config))
     taught = [name for name in teachers.SECTIONS if name in unfinished]
+    with jax.set_mesh(mesh):
+        for name in [name for name in taught if name in changed.extended]:
+            teachers.check_begun(config, folder, name)
     prepared = config, mesh, folder, stages, data, changed, contents, task, taught
     hosts.from_first(lambda: _prepare(*prepared))
     # Every process writes the names of the damaged images that it meets.

@@ -15,6 +15,7 @@ from gptv_jax.data import cached_tokens, transforms
 from gptv_jax.errors import InputError, shorten
 from gptv_jax.model.gpt import Network
 from gptv_jax.runs.context import Context
+from gptv_jax.runs.record import RunFolder
 from gptv_jax.stages.pretrained import palette_of
 from gptv_jax.tasks.network import network_of
 from gptv_jax.tokens import Codec
@@ -85,37 +86,62 @@ def check(
 def load(context: Context, stage: str) -> tuple[tuple[Network, ...], dict | None]:
     """The networks of a stage's teachers, and the `frozen` arrays of `train.distillation`.
 
-    The arrays are None where the stage has no teacher. InputError: the stage has begun with other
-    teachers, whose weights config.json has the digests of.
+    The arrays are None where the stage has no teacher. config.json keeps which teachers these are.
+    InputError: the stage has begun with other teachers.
     """
-    networks, params, given = [], [], {}
-    settings = settings_of(context.config, stage)
-    for name in settings.teacher:
-        found, arrays = _read(stage, name, context.codec, with_params=True)
-        size = found.model.layers, found.model.width
+    networks, params, given = _read_all(context.config, stage, context.codec)
+    for name, network in zip(settings_of(context.config, stage).teacher, networks, strict=True):
+        size = network.config.layers, network.config.width
         LOG.info("%s has the teacher %s, of %d layers and width %d.", stage, name, *size)
-        networks.append(found.network)
-        params.append(arrays)
-        given[_locate(stage, name)[1]] = [sharding.hash_params(arrays)]
-    if settings.cached:
-        taught = cached_tokens.taught_by(context.config.data)
-        drawn = taught.samples, taught.temperature, taught.seed
-        given["config.data.path"] = [*taught.digests, *drawn]
     if given:
-        hosts.from_first(lambda: _keep(context, stage, given))
-    return tuple(networks), {"teachers": tuple(params)} if params else None
+        hosts.from_first(lambda: _keep(context.folder, stage, given))
+    return networks, {"teachers": params} if params else None
 
 
-def _keep(context: Context, stage: str, given: dict[str, list]) -> None:
-    """Records the teachers of a stage; InputError: it has begun with others. For process 0."""
-    folder, place = context.folder, context.folder.checkpoints(stage)
-    begun = place.exists() and newest_step(place) > 0
-    if changed := folder.keep_teachers(stage, given, begun=begun):
+def check_begun(config: config_lib.Config, folder: RunFolder, stage: str) -> None:
+    """Checks that a stage, which takes more steps, has the teachers that it began with.
+
+    Every process calls this function, on the mesh, before results are moved away. InputError: the
+    teachers are other ones.
+    """
+    kind = config.tokens.kind
+    definition = hosts.from_first(lambda: tokens.load_definition(kind, folder.path))
+    given = _read_all(config, stage, tokens.codec_of(config, definition))[2]
+    hosts.from_first(lambda: _refuse_changed(folder, stage, given))
+
+
+def _keep(folder: RunFolder, stage: str, given: dict[str, list]) -> None:
+    """Records the teachers of a stage; InputError: the stage began with others. For process 0."""
+    place = folder.checkpoints(stage)
+    if place.exists() and newest_step(place) > 0:
+        _refuse_changed(folder, stage, given)
+    folder.keep_teachers(stage, given)
+
+
+def _refuse_changed(folder: RunFolder, stage: str, given: dict[str, list]) -> None:
+    if changed := folder.changed_teachers(stage, given):
         raise InputError(
             f"{folder.path} has begun the stage {stage} with other teachers than "
             f"{shorten(changed)} gives now; restore the weights or the token cache that the stage "
             "began with, or take another --workdir."
         )
+
+
+def _read_all(
+    config: config_lib.Config, stage: str, codec: Codec | None
+) -> tuple[tuple[Network, ...], tuple[dict, ...], dict[str, list]]:
+    """Networks and weights of a stage's teachers, and the digests of `RunFolder.keep_teachers`."""
+    settings, networks, params, given = settings_of(config, stage), [], [], {}
+    for name in settings.teacher:
+        found, arrays = _read(stage, name, codec, with_params=True)
+        networks.append(found.network)
+        params.append(arrays)
+        given[_locate(stage, name)[1]] = [sharding.hash_params(arrays)]
+    if settings.cached:
+        taught = cached_tokens.taught_by(config.data)
+        drawn = taught.samples, taught.temperature, taught.seed
+        given["config.data.path"] = [*taught.digests, *drawn]
+    return tuple(networks), tuple(params), given
 
 
 def _locate(stage: str, name: str) -> tuple[pathlib.Path, str]:
