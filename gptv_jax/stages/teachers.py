@@ -106,7 +106,9 @@ def check_begun(config: config_lib.Config, folder: RunFolder, stage: str) -> Non
     """
     kind = config.tokens.kind
     definition = hosts.from_first(lambda: tokens.load_definition(kind, folder.path))
-    given = _read_all(config, stage, tokens.codec_of(config, definition))[2]
+    lost = definition is None and kind in tokens.DEFINITIONS  # which is refused later
+    codec = None if lost else tokens.codec_of(config, definition)
+    given = _read_all(config, stage, codec)[2]
     hosts.from_first(lambda: _refuse_changed(folder, stage, given))
 
 
@@ -155,9 +157,13 @@ def _read(
 ) -> tuple[WeightsFile, dict]:
     path, named = _locate(stage, name)
     try:
-        return weights.read_stage(path, stage, palette_of(codec), with_params=with_params)
+        found = weights.read_stage(path, stage, palette_of(codec), with_params=with_params)
     except InputError as error:
         raise InputError(f"{named} cannot be read: {error}") from error
+    kind = found[0].tokens.kind
+    if kind in tokens.DEFINITIONS and found[0].definition is None:
+        raise InputError(f"{named} has lost its {tokens.DEFINITIONS[kind][0]}; restore it.")
+    return found
 
 
 def _check_tokens(
