@@ -251,7 +251,8 @@ def test_votes_make_one_class_of_the_student_and_of_the_teacher_as_in_every_eval
     bert = {"objective": "bert", "masked_share": 0.6, "votes": 3, "scan_layers": False}
     student, teacher = (tiny_network(5, layers=n, **bert) for n in (1, 2))
     params, theirs = random_params(student), random_params(teacher, 1)
-    batches = [random_batch(student, seed=seed) for seed in range(4)]
+    names = {"index": np.arange(8, dtype=np.int32)}
+    batches = [random_batch(student, seed=seed) | names for seed in range(4)]
     metric = distillation.make_metric(student, (teacher,), {"teachers": (theirs,)})
     found = metric.measure(params, iter(batches))
     for beginning, network, weights in (("", student, params), ("teacher_", teacher, theirs)):

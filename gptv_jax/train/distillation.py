@@ -245,9 +245,10 @@ def _compare_classes(network, logits, their_logits, label) -> dict[str, Float[Ar
         votes = voting.over_clips(each, network.votes)
         chosen.append(voting.majority_class(votes))
         both.append(mean_log_probabilities([votes[i] for i in range(network.votes)]))
-        found[f"{name}accuracy"] = chosen[-1] == label
+        found[f"{name}accuracy"] = (chosen[-1] == label).astype(jnp.float32)
         found[f"{name}class_nats"] = cross_entropy(votes, label).mean(axis=0)
-    return found | {"kl": divergence(*both), "agreement": chosen[0] == chosen[1]}
+    same = (chosen[0] == chosen[1]).astype(jnp.float32)
+    return found | {"kl": divergence(*both), "agreement": same}
 
 
 def make_metric(network: Network, teachers: Teachers, frozen: dict) -> Metric:

@@ -116,6 +116,8 @@ def fit(
 
     def drain():
         """Waits for the newest step, and counts the wait as its time."""
+        if pending is None:  # a finished training that starts again keeps its seconds
+            return
         begin = time.perf_counter()
         settle()
         clock.add(time.perf_counter() - begin)
