@@ -1,15 +1,17 @@
 """Every benchmark of speed that fits this machine, one after the other, into docs/results.md.
 
 Command: python -m benchmarks.all [--quick] [--benchmarks=train_step,decode] [--cases=iGPT-S,T64]
-             [--limit=570] [--write=FILE]
-             [--cifar10=DIR --jpegs=FOLDER --palette=kmeans_centers.npy]
+             [--limit=570] [--pieces=FOLDER] [--write=FILE]
+             [--cifar10=DIR --jpegs=FOLDER --palette=kmeans_centers.npy] [FLAGS]
 
-Each case is a command of its own, whose result is kept in runs/speed/NAME-cpu.json (or -gpu).
+Each case is a command of its own, whose result is kept in runs/speed/NAME-cpu.json (or -gpu), or
+in the folder --pieces. Flags that this command does not know go to each benchmark: --rounds=3.
 The table of benchmark NAME, of all its cases that are kept, is put between the document's lines
 `<!-- speed:NAME-cpu -->` and `<!-- /speed:NAME-cpu -->`, with its command, hardware and date. With
 --limit, for a machine that is lent for minutes at a time, cases with a kept result are not measured
-again, and when the time is over the exit code is 143: the same command continues. --quick writes
-nothing. The three last flags name what the input pipeline reads; without them it is left out.
+again unless a contender failed, and when the time is over the exit code is 143: the same command
+continues. --quick writes only where --pieces or --write say. --cifar10, --jpegs and --palette name
+what the input pipeline reads; without them it is left out.
 """
 
 import argparse
@@ -29,6 +31,7 @@ from gptv_jax.hosts import stopping
 
 NAMES = (
     "train_step", "decode", "features", "attention", "startup", "input_pipeline", "cached_teacher",
+    "growth",
 )  # fmt: skip
 DATA = ("cifar10", "jpegs", "palette")  # flags of the input pipeline
 MODULE = [sys.executable, "-m"]
@@ -76,6 +79,11 @@ def write(path: pathlib.Path, name: str, text: str) -> bool:
     return True
 
 
+def failed(piece: dict) -> bool:
+    """Whether a contender of a measured case failed."""
+    return any("failed" in row for row in piece["rows"])
+
+
 def main() -> None:
     """Runs the benchmarks and writes their tables.
 
@@ -89,11 +97,13 @@ def main() -> None:
     parser.add_argument("--benchmarks", default=",".join(NAMES), help="their names, by commas")
     parser.add_argument("--cases", default="", help="cases with one of these words, by commas")
     parser.add_argument("--limit", type=harness.positive, help="seconds that this command has")
-    parser.add_argument("--pieces", type=pathlib.Path, default=ROOT / "runs/speed")
-    parser.add_argument("--write", type=pathlib.Path, default=ROOT / "docs/results.md")
+    parser.add_argument("--pieces", type=pathlib.Path, help="default: runs/speed")
+    parser.add_argument("--write", type=pathlib.Path, help="default: docs/results.md")
     for name in DATA:
         parser.add_argument(f"--{name}", help="see benchmarks/input_pipeline.py")
-    arguments, well, further, named = parser.parse_args(), True, False, []
+    (arguments, flags), well, further, named = parser.parse_known_args(), True, False, []
+    folder = arguments.pieces or (None if arguments.quick else ROOT / "runs/speed")
+    document = arguments.write or (None if arguments.quick else ROOT / "docs/results.md")
     unknown = set(arguments.benchmarks.split(",")) - set(NAMES)
     if unknown:
         sys.exit(f"--benchmarks has {', '.join(unknown)}; it takes some of {', '.join(NAMES)}.")
@@ -110,11 +120,12 @@ def main() -> None:
             command += ["--quick"]
         else:
             cases = list(map(str, importlib.import_module(command[0]).cases(platform)))
-        path = arguments.pieces / f"{name}-{platform}.json"
-        kept = json.loads(path.read_text()) if path.exists() and not arguments.quick else {}
+        command += flags
+        path = folder and folder / f"{name}-{platform}.json"
+        kept = json.loads(path.read_text()) if path and path.exists() else {}
         named += (chosen := cases if arguments.quick else harness.having(arguments.cases, cases))
         for case in chosen:
-            if arguments.limit and case in kept:
+            if arguments.limit and case in kept and not failed(kept[case]):
                 continue
             left = arguments.limit and max(begin + arguments.limit - time.monotonic(), 0)
             try:
@@ -123,14 +134,14 @@ def main() -> None:
                 told = f"{name}, {case}: takes longer than --limit={arguments.limit}."
                 sys.exit(stopping.STOPPED if further else told)
             well, further = well and went_well, True
-            if found and not arguments.quick:
+            if found:
                 kept[case] = found
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps(kept, indent=1))
+            if found and path:
+                harness.write_json(path, kept)
+            if found and document:
                 pieces = [kept[each] for each in cases if each in kept]
-                well &= write(arguments.write, f"{name}-{platform}", section(command, pieces))
-        pieces = [kept[each] for each in cases if each in kept]
-        well &= not any("failed" in row for piece in pieces for row in piece["rows"])
+                well &= write(document, f"{name}-{platform}", section(command, pieces))
+        well &= not any(failed(kept[each]) for each in cases if each in kept)
     if not named:
         sys.exit(f"--cases={arguments.cases} names no case of {arguments.benchmarks}.")
     sys.exit(not well)

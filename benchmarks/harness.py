@@ -101,6 +101,14 @@ def report(benchmark: str, made: list[dict], **more) -> None:
         sys.exit(1)
 
 
+def write_json(path: pathlib.Path, value) -> None:
+    """Writes a JSON file, whole or not at all; unlike `gptv_jax.files` without taking a device."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    temporary.replace(path)
+
+
 def facts() -> dict:
     """Versions, hardware and date, printed with every table."""
     return {"versions": versions(), "hardware": hardware(), "date": str(datetime.date.today())}

@@ -192,7 +192,7 @@ def main() -> None:
     about = {"benchmark": "reference_runs", "command": shlex.join(given)} | harness.facts()
     found = about | {"runs": runs, "published": published}
     text = f"{harness.told(given, about)}\n\n{table(runs, published)}"
-    (out / "reference.json").write_text(json.dumps(found, indent=2) + "\n")
+    harness.write_json(out / "reference.json", found)
     (out / "reference.md").write_text(text + "\n")
     print(text)
     print(json.dumps(found))

@@ -128,11 +128,11 @@ def parts_of(marks: list[dict], began: float, stepped: float) -> dict[str, float
 
 
 def listen(path: str) -> None:
-    """Imports what the command imports, then records the compilation of the train step."""
+    """Imports what the command imports to open a run, then records the train step's compilation."""
     from jax import monitoring
 
     from gptv_jax import command  # noqa: F401
-    from gptv_jax.stages import finetune, pretrain, probe, reports, sample  # noqa: F401
+    from gptv_jax.stages import run  # noqa: F401
 
     def write(part: str, seconds: float) -> None:
         with open(path, "a") as file:

@@ -6,6 +6,7 @@ The contenders train the same network on the same batch, which lies on the devic
 backward, AdamW. `gptv_jax` is the step of `python -m gptv_jax.main`. The limit is the speed of a
 large matrix product in the same run, in the faster of the two frameworks. MFU counts FLOPs as PaLM
 does (`model/flops.py`); it is given relative to that limit and to the peak of the data sheet.
+Ratios are to eager PyTorch, or to compiled PyTorch where --only leaves out the eager form.
 """
 
 from benchmarks import harness
@@ -59,7 +60,8 @@ def measure(case: Case, arguments) -> list[dict]:
     ]
     found = compare(contenders, arguments)
     products = {name: found.pop(name) for name in PRODUCTS}
-    rows = harness.rows(str(case), found, case.batch * case.size.tokens, "tokens", "PyTorch")
+    base = next((name for name in ("PyTorch", "PyTorch compiled") if name in found), "")
+    rows = harness.rows(str(case), found, case.batch * case.size.tokens, "tokens", base)
     limits = harness.rows(str(case), products, 2 * side**3 / 1e9, "GFLOP")
     reached = max((1e9 * row["median"] for row in limits if "median" in row), default=None)
     known, needed = hardware.of(machine["device"]), flops.training(network_of(case.size)).total

@@ -54,6 +54,7 @@ class Measured:
     facts: dict = dataclasses.field(default_factory=dict)  # facts of its `Task`
     waiting: float | None = None  # cores that its process used in others' turns; None: not known
     others: float | None = None  # cores used by processes that are no contenders
+    processor: tuple[float, ...] = ()  # seconds of processor time of an iteration, round by round
     note: str = ""  # why it was not measured
     failed: bool = False  # whether `note` is an error, not something that is missing here
 
@@ -150,7 +151,11 @@ class _Worker:
 
     def begin(self) -> None:
         """Forgets the turns so far, which were the warm-up."""
-        self.seconds, self.used = [], 0.0  # used: seconds of processor time, waiting included
+        self.seconds, self.processor, self.used = (
+            [],
+            [],
+            0.0,
+        )  # used: seconds of processor time, waiting included
         self._idle, self._waited, self._last = 0.0, 0.0, None
 
     def turn(self, iterations: int) -> float | None:
@@ -169,6 +174,7 @@ class _Worker:
         self.used += turn.cpu[1] - (self._last[1] if self._last else turn.cpu[0])
         self._last = time.perf_counter(), turn.cpu[1]
         self.seconds.append(turn.seconds)
+        self.processor.append((turn.cpu[1] - turn.cpu[0]) / iterations)
         return turn.seconds
 
     def receive(self, wanted: str):
@@ -192,4 +198,5 @@ class _Worker:
         if self.note:
             return Measured(facts=self.facts, note=self.note, failed=self.failed)
         waiting = self._idle / self._waited if self._waited else 0.0
-        return Measured(tuple(self.seconds), self.facts, waiting, others)
+        processor = tuple(self.processor)
+        return Measured(tuple(self.seconds), self.facts, waiting, others, processor)

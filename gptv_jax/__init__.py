@@ -1,18 +1,22 @@
 """Generative pretraining on images: one GPT that predicts image tokens."""
 
-import sys
+import importlib
 import types
+from typing import TYPE_CHECKING, Any
 
-from gptv_jax.api import (
-    Limits,
-    Model,
-    from_huggingface,
-    from_openai,
-    load,
-    load_image,
-    load_tokenizer,
-    to_huggingface,
-)
+from gptv_jax import train  # the folder alone, which imports nothing
+
+if TYPE_CHECKING:
+    from gptv_jax.api import (
+        Limits,
+        Model,
+        from_huggingface,
+        from_openai,
+        load,
+        load_image,
+        load_tokenizer,
+        to_huggingface,
+    )
 
 __all__ = [
     "Limits",
@@ -30,7 +34,7 @@ __all__ = [
 class _Train(types.ModuleType):
     """The package `gptv_jax.train`, which can be called as a function too."""
 
-    def __call__(self, config, workdir, stages: list[str] | None = None) -> Model | None:
+    def __call__(self, config, workdir, stages: list[str] | None = None) -> "Model | None":
         """Runs a configuration's stages in a run folder, as `python -m gptv_jax.main` does.
 
         The same call continues a run that was interrupted; an interrupt (Ctrl-C, or "interrupt the
@@ -51,5 +55,27 @@ class _Train(types.ModuleType):
 
 
 # The module itself becomes callable, so that `import gptv_jax.train.loop` works as well.
-train = sys.modules["gptv_jax.train"]
 train.__class__ = _Train
+
+
+def __getattr__(name: str) -> Any:
+    """A name of the Python interface, or a module of the package, imported when it is first used.
+
+    Importing the interface imports JAX, which takes seconds; the commands import this package
+    before they know whether they need JAX.
+    """
+    if name in __all__:
+        return getattr(importlib.import_module("gptv_jax.api"), name)
+    missing = f"module {__name__!r} has no attribute {name!r}"
+    if name.startswith("_"):  # asked for by tools, and no module
+        raise AttributeError(missing)
+    try:
+        return importlib.import_module(f"{__name__}.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != f"{__name__}.{name}":
+            raise
+        raise AttributeError(missing) from error
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

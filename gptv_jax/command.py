@@ -1,18 +1,25 @@
-"""What the commands share: flags, --help, and errors as one sentence in place of a traceback."""
+"""What the commands share: flags, --help, and errors as one sentence in place of a traceback.
+
+A command reads its flags and checks its configuration before it imports JAX and the modules of its
+work, which takes seconds: --help and a misspelt flag are answered at once. So the commands, and the
+modules that they need for that, import JAX and whatever imports JAX by `epy.lazy_imports`: such a
+module is imported when one of its names is first used. tests/test_command.py holds it.
+"""
 
 import difflib
+import gc
 import logging
 import os
 import re
 import sys
 import threading
 import traceback
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
-import jax
 from absl import app, flags
 from absl import logging as absl_logging
+from etils import epy
 from ml_collections import config_flags
 
 from gptv_jax import config as config_lib
@@ -20,6 +27,9 @@ from gptv_jax import errors, hosts
 from gptv_jax.config import fields, run_file
 from gptv_jax.errors import InputError
 from gptv_jax.hosts import distributed, runtime, stopping
+
+with epy.lazy_imports():
+    import jax
 
 READER_LEFT = 141  # exit code; of other programs that SIGPIPE ends
 UNEXPECTED = 70  # exit code; sysexits.h: internal error. A network's failure may be one
@@ -35,23 +45,31 @@ QUIET = flags.DEFINE_bool("quiet", False, "Only warnings, errors and the result.
 _MISSING = re.compile(r"flag --(\w+)=None: ")
 
 
-def start(main: Callable[[config_lib.Config], None], again: str = stopping.BEGINS_ANEW) -> None:
+def start(
+    main: Callable[[config_lib.Config], None],
+    work: Sequence[Any] = (),
+    again: str = stopping.BEGINS_ANEW,
+) -> None:
     """Runs `main(config)` as `run` does, with the configuration of the --config flag."""
     holder = flags.DEFINE_string("config", None, CONFIG_HELP, allow_override=True)
     flags.mark_flag_as_required("config")
     _show_in_help("config")
-    run(lambda: main(config_lib.resolve(holder.value)), _parse, again=again)
+    run(main, work, _parse, lambda: (config_lib.resolve(holder.value),), again=again)
 
 
 def run(
     main: Callable[..., None],
+    work: Sequence[Any] = (),
     parser: Callable = flags.FLAGS,
+    given: Callable[[], tuple] = tuple,
     takes_names: bool = False,
     again: str = stopping.BEGINS_ANEW,
 ) -> None:
-    """Parses the flags, calls `main()`, and ends with a sentence where the user can act on it.
+    """Parses the flags, calls `main`, and ends with a sentence where the user can act on it.
 
-    Arguments that are no flags are refused; where the command `takes_names` it is `main(names)`.
+    The arguments of `main` are those that `given()` returns, before JAX is imported; where the
+    command `takes_names` the list of the arguments that are no flags, else refused, comes first.
+    `work` is the modules of lazy imports that `main` will use, which are imported with JAX.
     `again` says what a new start of the command does, after SIGTERM or an interrupt.
     Exit codes: 1 for an error that the user can mend, 70 for an unexpected error, 75 where another
     process died, 130 after an interrupt by the user, 141 where nobody reads the output any more,
@@ -65,8 +83,10 @@ def run(
         log.setLevel(logging.WARNING if QUIET.value else logging.INFO)
         if not flags.FLAGS["verbosity"].present:
             absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax logs every action
+        arguments = (argv[1:], *given()) if takes_names else given()
+        _import([jax, *work])
         jax.config.update("jax_numpy_rank_promotion", "raise")
-        main(argv[1:]) if takes_names else main()
+        main(*arguments)
         sys.stdout.flush()
         stopping.leave()
 
@@ -109,6 +129,19 @@ def run(
             _refuse(f"{problem}; {FREE_DISK}")
         distributed.wait_for_abort(error)
         errors.end(UNEXPECTED, traceback.format_exc())
+
+
+def _import(modules: Sequence[Any]) -> None:
+    """Imports modules of lazy imports.
+
+    Imports make many objects and no garbage. Looking for garbage among them takes a sixth of the
+    time here, and some of every later collection, so the collector is off and then leaves them out.
+    """
+    gc.disable()
+    for module in modules:
+        _ = module.__name__  # the first use of a name imports the module
+    gc.freeze()
+    gc.enable()
 
 
 def _show_in_help(flag: str) -> None:

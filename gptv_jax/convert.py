@@ -8,11 +8,15 @@ python -m gptv_jax.convert --from=model.ckpt-1000000 --palette=kmeans_centers.np
 import logging
 
 from absl import flags
+from etils import epy
 
-from gptv_jax import api, command
+from gptv_jax import command
 from gptv_jax.errors import InputError
 from gptv_jax.stages import STAGES
-from gptv_jax.weights import hub, huggingface
+
+with epy.lazy_imports():  # see `command`
+    from gptv_jax import api
+    from gptv_jax.weights import hub, huggingface
 
 FROM = flags.DEFINE_string(
     "from",
@@ -26,14 +30,17 @@ TO = flags.DEFINE_string(
 TRAINED = [stage.name for stage in STAGES.values() if stage.trains_network]
 STAGE = flags.DEFINE_enum("stage", None, TRAINED, "Stage of a run folder; default: the latest one.")
 PALETTE = flags.DEFINE_string("palette", None, "kmeans_centers.npy, for weights without colours.")
-TASK = flags.DEFINE_enum(
-    "task", "generation", list(huggingface.ARCHITECTURES), "Head to write for Hugging Face."
+TASK = flags.DEFINE_string(
+    "task", "generation", "Head to write for Hugging Face: generation or classification."
 )
 LOG = logging.getLogger("gptv_jax.convert")
 
 
 def main() -> None:
     """Reads, checks and writes."""
+    if TASK.value not in huggingface.ARCHITECTURES:
+        taken = " or ".join(huggingface.ARCHITECTURES)
+        raise InputError(f"--task is {TASK.value!r}; it takes {taken}.")
     model = api.load(FROM.value, stage=STAGE.value, palette=PALETTE.value)
     if TO.value.startswith(hub.SCHEME) or TO.value.endswith(".safetensors"):
         if flags.FLAGS["task"].present:
@@ -46,4 +53,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["from", "to"])
-    command.run(main)
+    command.run(main, [api])

@@ -12,14 +12,16 @@ import weakref
 import zipfile
 from collections.abc import Callable
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
-from etils import epath
+from etils import epath, epy
 
 from gptv_jax.errors import InputError, as_input_error, cut, naming, shorten
+
+with epy.lazy_imports():  # see `command`
+    import jax
+    import jax.numpy as jnp
+    import safetensors
+    import safetensors.numpy
 
 try:
     import fcntl

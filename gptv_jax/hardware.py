@@ -12,15 +12,18 @@ for the B200 and for the network between nodes.
 
 import dataclasses
 
-import jax
+from etils import epy
 
 from gptv_jax.errors import InputError, cut, first_line
+
+with epy.lazy_imports():  # see `command`
+    import jax
 
 GB, GIB = 10**9, 2**30
 GPU_SHARE = 0.75  # that JAX takes of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION is set
 
 
-def devices(*, local: bool = False) -> list[jax.Device]:
+def devices(*, local: bool = False) -> "list[jax.Device]":
     """The devices of all processes, or of this one.
 
     Raises InputError where JAX has none of the kind in JAX_PLATFORMS, or cannot use them.

@@ -6,13 +6,18 @@ python -m gptv_jax.main --config=runs/digits --workdir=runs/wider --config.model
 
 import json
 
-import jax
 from absl import flags
+from etils import epy
 
 from gptv_jax import command, config
 from gptv_jax.errors import InputError
 from gptv_jax.hosts import distributed, runtime, stopping
-from gptv_jax.stages import STAGES, run
+from gptv_jax.stages import STAGES
+
+with epy.lazy_imports():  # see `command`
+    import jax
+
+    from gptv_jax.stages import run
 
 REQUESTED = [name for name, stage in STAGES.items() if stage.on_request]
 DEFAULT = f"every possible stage but those on request, {', '.join(REQUESTED)}"
@@ -46,4 +51,4 @@ def main(settings: config.Config) -> None:
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("workdir")
-    command.start(main, again=stopping.CONTINUES)
+    command.start(main, [run], again=stopping.CONTINUES)

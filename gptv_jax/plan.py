@@ -6,14 +6,18 @@ python -m gptv_jax.plan --config=configs/digits.py --topology=cpu:8 --search
 
 import json
 
-import jax
 from absl import flags
+from etils import epy
 
 from gptv_jax import command, config
 from gptv_jax.errors import InputError
-from gptv_jax.planning import plan, search, table, topology
-from gptv_jax.planning.training import Training
+from gptv_jax.planning import topology
 from gptv_jax.stages import STAGES
+
+with epy.lazy_imports():  # see `command`
+    import jax
+
+    from gptv_jax.planning import plan, search, table, training
 
 PLANNED = [name for name, stage in STAGES.items() if stage.planning]
 TOPOLOGY = flags.DEFINE_string("topology", None, f"Devices: {topology.FORMS}.")
@@ -57,24 +61,24 @@ def main(settings: config.Config) -> None:
         raise SystemExit(1)
 
 
-def _make(training: Training, devices: topology.Topology) -> plan.Plan:
-    """The plan on the mesh of the config.
+def _make(wanted: "training.Training", devices: topology.Topology) -> "plan.Plan":
+    """The plan of a training on the mesh of the config.
 
     InputError: the mesh does not divide the batch or the network (the message names a mesh that
     does, if there is one), or the devices are not known to the compiler.
     """
     try:  # by arithmetic, so that only the mesh can be refused
-        found = plan.make(training, devices, compiling=False)
+        found = plan.make(wanted, devices, compiling=False)
     except InputError as error:
-        for each in search.choices(training, devices):
-            if each.training.train.microbatches == training.train.microbatches:
+        for each in search.choices(wanted, devices):
+            if each.training.train.microbatches == wanted.train.microbatches:
                 mesh = " ".join(f"--config.mesh.{axis}={n}" for axis, n in each.sizes.items())
                 example = f"For example, take {mesh}; --search ranks all."
                 raise InputError(f"{error} {example}") from error
         raise
-    return plan.make(training, devices) if devices.compiles else found
+    return plan.make(wanted, devices) if devices.compiles else found
 
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("topology")
-    command.start(main)
+    command.start(main, [plan, search, table])

@@ -14,6 +14,8 @@ with the files. A line has the most likely class or object first:
 Boxes lie in the pixels of the upright image.
 """
 
+from __future__ import annotations  # which name classes that are not imported yet
+
 import contextlib
 import json
 import logging
@@ -26,15 +28,17 @@ from typing import IO
 import numpy as np
 import tqdm
 from absl import flags
+from etils import epy
 
-from gptv_jax import api, command, files, weights
-from gptv_jax.data import limits, transforms
-from gptv_jax.data.images import Transform
-from gptv_jax.data.listing import Listing
-from gptv_jax.data.records import Record
+from gptv_jax import command, files
 from gptv_jax.errors import InputError, as_input_error, first_line
-from gptv_jax.runs import record
-from gptv_jax.train.metrics import Progress
+
+with epy.lazy_imports():  # see `command`
+    from gptv_jax import api, weights
+    from gptv_jax.data import images as images_lib
+    from gptv_jax.data import limits, listing, records, transforms
+    from gptv_jax.runs import record as record_lib
+    from gptv_jax.train import metrics
 
 RUN = flags.DEFINE_string("run", None, "Run folder whose stage finetune has finished.")
 OUT = flags.DEFINE_string(
@@ -61,7 +65,7 @@ def main(names: list[str]) -> None:
         problem = f"--run={RUN.value} holds weights without the transforms of their images"
         raise InputError(f"{problem}; name the run folder that they come from.")
     run = files.user_path(RUN.value)
-    steps, task = reading_steps(run), record.config_of(run).task.name
+    steps, task = reading_steps(run), record_lib.config_of(run).task.name
     answers = {
         "classify": lambda model, images: classified(model, images, TOP.value or None),
         "detect": lambda model, images: detected(model, images, THRESHOLD.value),
@@ -71,7 +75,7 @@ def main(names: list[str]) -> None:
             f"--run={RUN.value} has config.task.name={task}, whose answer is no line of text; the "
             f"command takes {' or '.join(answers)}. In Python, gptv_jax.load(run) has its methods."
         )
-    if record.config_of(run).data.frames:
+    if record_lib.config_of(run).data.frames:
         raise InputError(
             f"--run={RUN.value} has clips (config.data.frames), and the command reads images; in "
             "Python, gptv_jax.load(run).classify(clips) takes uint8 [B, F, H, W, C]."
@@ -79,7 +83,7 @@ def main(names: list[str]) -> None:
     model = api.load(run, stage="finetune")
     paths = image_files(names)
     failed: list[str] = []
-    progress = Progress("predict", len(paths), unit="image")
+    progress = metrics.Progress("predict", len(paths), unit="image")
     with _opened(OUT.value) as out, contextlib.closing(progress):
         lines = predictions(model, steps, paths, BATCH_SIZE.value, answers[task])
         for done, line in enumerate(lines, start=1):
@@ -95,9 +99,9 @@ def main(names: list[str]) -> None:
     LOG.info("%d images are read, %d cannot be read.", len(paths) - len(failed), len(failed))
 
 
-def reading_steps(run: pathlib.Path) -> list[Transform]:
+def reading_steps(run: pathlib.Path) -> list[images_lib.Transform]:
     """The transforms that turn the bytes of an image file into what the run's network reads."""
-    config = record.config_of(run)
+    config = record_lib.config_of(run)
     channels = {"grey": 1, "learned": config.tokens.autoencoder.channels}
     channels = channels.get(config.tokens.kind, 3)
     decode, *steps = transforms.with_decode(config.data.eval_transforms, channels)
@@ -111,7 +115,7 @@ def image_files(names: list[str]) -> list[pathlib.Path]:
         path = files.user_path(name)
         if not path.exists():
             raise InputError(f"there is no file or folder {name}.")
-        inside = [path / each for each in Listing(path).files] if path.is_dir() else [path]
+        inside = [path / each for each in listing.Listing(path).files] if path.is_dir() else [path]
         if not inside:
             raise InputError(f"{name} holds no image file that the installed Pillow reads.")
         found += inside
@@ -128,7 +132,7 @@ def classified(model: api.Model, images: list[np.ndarray], top: int | None = Non
     return lines
 
 
-def detected(model: api.Model, images: list[Record], threshold: float = 0.0) -> list[dict]:
+def detected(model: api.Model, images: list[records.Record], threshold: float = 0.0) -> list[dict]:
     """The objects of each image, of any size, whose record has its pixels."""
     lines = []
     for found in model.detect(images, threshold):
@@ -140,7 +144,7 @@ def detected(model: api.Model, images: list[Record], threshold: float = 0.0) -> 
 
 def predictions(
     model: api.Model,
-    steps: list[Transform],
+    steps: list[images_lib.Transform],
     paths: list[pathlib.Path],
     batch_size: int,
     answer: Callable[[api.Model, list], list[dict]] = classified,
@@ -149,7 +153,7 @@ def predictions(
     # A task's own method takes images of any size, and transforms them itself.
     shape = model.codec.image_shape if model.network.classes else None
 
-    def read(path: pathlib.Path) -> np.ndarray | Record | str:
+    def read(path: pathlib.Path) -> np.ndarray | records.Record | str:
         """The pixels of a file, or why it cannot be read."""
         try:
             record = original = steps[0]({"encoded": limits.read(path, steps[0].limits)})
@@ -198,4 +202,4 @@ def _opened(out: str | None) -> Iterator[IO[str]]:
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("run")
-    command.run(main, takes_names=True)
+    command.run(main, [api, transforms], takes_names=True)

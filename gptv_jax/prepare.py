@@ -21,21 +21,26 @@ import re
 import sys
 from collections.abc import Iterator
 
-import jax
 import numpy as np
 from absl import flags
+from etils import epy
 
-from gptv_jax import command, config, files, hardware, sharding
+from gptv_jax import command, config, files, hardware
 from gptv_jax.config import fields
-from gptv_jax.data import cache, inventory, pipeline, sources, transforms, video_files
-from gptv_jax.data.damage import DamageLog
-from gptv_jax.data.folder import refuse_inside
+from gptv_jax.data import video_files
 from gptv_jax.data.teacher_draws import MOST_SAMPLES
 from gptv_jax.data.teacher_draws import SAMPLES as DEFAULT_SAMPLES
 from gptv_jax.errors import InputError, list_differences, shorten
-from gptv_jax.stages import setup, teacher_cache
-from gptv_jax.tokens.codec import TokenStatistics
-from gptv_jax.train.metrics import Progress
+
+with epy.lazy_imports():  # see `command`
+    import jax
+
+    from gptv_jax import sharding
+    from gptv_jax.data import cache, damage, inventory, pipeline, sources, transforms
+    from gptv_jax.data import folder as folder_lib
+    from gptv_jax.stages import setup, teacher_cache
+    from gptv_jax.tokens import codec
+    from gptv_jax.train import metrics
 
 LOG = logging.getLogger("gptv_jax.prepare")
 OUT = flags.DEFINE_string("out", None, "New folder for the token cache, or for frames.")
@@ -96,7 +101,7 @@ def main(settings: config.Config) -> None:
 def _prepare(settings: config.Config) -> None:
     folder = files.user_path(OUT.value)
     settings = setup.take_tokenizer_settings(settings)
-    refuse_inside(settings.data, {"--out": OUT.value})
+    folder_lib.refuse_inside(settings.data, {"--out": OUT.value})
     transforms.check((), settings.data.eval_transforms)
     data_set = sources.open_data_set(settings.data)
     if isinstance(data_set, cache.TokenCache):
@@ -114,7 +119,7 @@ def _prepare(settings: config.Config) -> None:
     first = dataclasses.replace(settings.data, train_split=split)
     setup.try_out(dataclasses.replace(settings, data=first), None, chosen)
     cache.claim(folder, holder=settings)
-    damage_log = DamageLog(settings.data, folder)
+    damage_log = damage.DamageLog(settings.data, folder)
     chosen = chosen or setup.build_codec(settings, damage_log)
     taught = drawer = None
     if teachers:
@@ -123,10 +128,10 @@ def _prepare(settings: config.Config) -> None:
         drawer = teacher_cache.Drawer(teachers, taught, folder)
     # The cache holds whole splits; split expressions select from them when the cache is read.
     whole = dataclasses.replace(settings.data, **{f"{s}_split": s for s in sources.SPLITS})
-    statistics = {split: TokenStatistics(chosen) for split in data_set.lengths}
+    statistics = {split: codec.TokenStatistics(chosen) for split in data_set.lengths}
 
     def examples(split: str) -> Iterator[dict]:
-        progress = Progress(f"prepare {split}", data_set.lengths[split], unit="image")
+        progress = metrics.Progress(f"prepare {split}", data_set.lengths[split], unit="image")
         images = pipeline.images(whole, split, damage_log, annotated=True)
         for chunk in pipeline.tokenized(chosen, images):
             statistics[split].add(
@@ -185,7 +190,8 @@ def prepare_videos() -> None:
             "another folder, or set these flags as before."
         )
     files.write_json(settings_file, made)
-    progress, counts = Progress("prepare", len(found), unit="video"), dict(videos=0, frames=0)
+    progress = metrics.Progress("prepare", len(found), unit="video")
+    counts = dict(videos=0, frames=0)
     with (out / video_files.SKIPPED_FILE).open("w") as lines:
         for result in video_files.convert(videos, found, out, settings):
             progress.advance()
@@ -207,4 +213,4 @@ if __name__ == "__main__":
     if any(re.match("--?videos(=|$)", argument) for argument in sys.argv[1:]):
         command.run(prepare_videos, again="the same command continues")
     else:
-        command.start(main)
+        command.start(main, [setup, teacher_cache])

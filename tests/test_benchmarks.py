@@ -17,7 +17,6 @@ import pytest
 from conftest import random_batch, random_params, tiny_network
 
 from benchmarks import ablations, decode, features, harness, train_step, turns
-from benchmarks import all as everything
 from benchmarks.sizes import QUICK, Size
 from benchmarks.turns import Contender, Measured
 from gptv_jax import config as config_lib
@@ -194,51 +193,6 @@ def test_numbers_that_must_be_positive_are(flag, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         runpy.run_path(decode.__file__, run_name="__main__")
     assert "must be a positive integer" in capsys.readouterr().err
-
-
-def test_a_table_is_put_between_its_lines_and_nothing_else_changes(tmp_path, capsys):
-    document = tmp_path / "results.md"
-    document.write_text("before\n<!-- speed:a-cpu -->\nold\n<!-- /speed:a-cpu -->\nafter\n")
-    assert everything.write(document, "a-cpu", "new")
-    text = "before\n<!-- speed:a-cpu -->\nnew\n<!-- /speed:a-cpu -->\nafter\n"
-    assert document.read_text() == text
-    assert not everything.write(document, "a-gpu", "new")
-    assert document.read_text() == text and "add these two" in capsys.readouterr().err
-
-
-def test_the_same_command_goes_on_with_the_cases_that_are_missing(tmp_path, monkeypatch):
-    document, log = tmp_path / "results.md", tmp_path / "log"
-    lines = "<!-- speed:decode-cpu -->\n<!-- /speed:decode-cpu -->\n"
-    document.write_text(lines)
-    assert harness.having("a, b", ["a, b", "a, b c"]) == ["a, b"]  # no other with its words
-    cases = {"a B1": 0.0, "b B2": 30.0}  # and how long they take
-    script = f"import json, sys, time; case = sys.argv[-1]; open({str(log)!r}, 'a').write(case)\n"
-
-    def run(*flags: str) -> tuple:
-        """The exit code, what was measured, and which cases the document has."""
-        rows = "[{'case': case[8:], 'contender': 'x'}]"
-        result = f"{{'rows': {rows}}} | {harness.facts()}"
-        told = f"time.sleep({cases}[case[8:]]); print(json.dumps({result}))"
-        monkeypatch.setattr(everything, "MODULE", [sys.executable, "-c", script + told])
-        monkeypatch.setattr(decode, "cases", lambda platform: list(cases))
-        options = ["--benchmarks=decode", f"--write={document}", f"--pieces={tmp_path}", *flags]
-        monkeypatch.setattr(sys, "argv", ["all", *options])
-        with pytest.raises(SystemExit) as ended:
-            everything.main()
-        measured = log.read_text().split("--cases=")[1:]
-        log.write_text("")
-        return ended.value.code, measured, [case in document.read_text() for case in cases]
-
-    assert run("--limit=3") == (143, ["a B1", "b B2"], [True, False])
-    assert run("--limit=1") == (
-        "decode, b B2: takes longer than --limit=1.",
-        ["b B2"],
-        [True, False],
-    )
-    cases["b B2"] = 0.0
-    assert run("--limit=60") == (0, ["b B2"], [True, True])
-    assert run() == (0, ["a B1", "b B2"], [True, True])
-    assert run("--cases=b") == (0, ["b B2"], [True, True])
 
 
 # The command, whose runs save and end when they are asked to, or do what their name says.

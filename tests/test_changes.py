@@ -138,6 +138,17 @@ def test_more_steps_of_fine_tuning_leave_pretraining_alone(copied, pretrained, t
     assert results(copied) == results(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("stage", ["robustness", "typicality"])
+def test_more_steps_of_fine_tuning_move_the_numbers_that_were_measured_of_it(copied, stage):
+    numbers = summary(copied) | {f"{stage}/test_accuracy": 0.5}
+    (copied / "summary.json").write_text(json.dumps(numbers))
+    config = changed(finetune__train__steps=4)
+    setup.open_run(config, str(copied), ["finetune"]).folder.release()
+    assert not [name for name in summary(copied) if name.startswith((stage, "finetune"))]
+    moved = json.loads((copied / "earlier/finetune-2/summary.json").read_text())
+    assert moved[f"{stage}/test_accuracy"] == 0.5
+
+
 def test_the_stage_that_takes_more_steps_must_be_among_the_stages(copied):
     before = summary(copied)
     with pytest.raises(InputError, match=r"config\.train\.steps was 4 and is 8 now.*name pretrain"):

@@ -5,7 +5,7 @@ import concurrent.futures
 import numpy as np
 import pytest
 
-from gptv_jax.data import arrays, digit_scenes
+from gptv_jax.data import digit_scenes, digits
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_boxes_are_tight_around_masks_and_agree_with_the_label_map(records):
 def test_a_split_draws_its_own_digits_alone(monkeypatch):
     for split in digit_scenes.SPLITS:
         _, classes = digit_scenes.drawings(split)
-        np.testing.assert_array_equal(classes, arrays.digits().open(split).labels)
+        np.testing.assert_array_equal(classes, digits.digits().open(split).labels)
     found = {s: digit_scenes.drawings(s)[0][:1] for s in digit_scenes.SPLITS}
     own = {"train": 1, "validation": 5, "test": 7}  # one digit a split, called by this class
     monkeypatch.setattr(digit_scenes, "drawings", lambda s: (found[s], np.array([own[s]])))

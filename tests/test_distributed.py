@@ -4,6 +4,7 @@ import socket
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from gptv_jax.errors import InputError
@@ -72,7 +73,7 @@ def test_incomplete_or_impossible_arguments_are_refused(how, flags, environment,
 
 
 def test_a_pod_whose_processes_nothing_names_is_refused(monkeypatch):
-    monkeypatch.setattr(distributed.jax, "process_count", lambda: 4)
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
     for name in distributed.SLURM + distributed.TPU_HOSTS + distributed.VARIABLES:
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(InputError, match="--distributed=tpu"):

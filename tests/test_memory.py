@@ -152,6 +152,24 @@ def test_of_logits_in_parts_one_part_is_counted(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("mesh", "microbatches", "count"), [((1, 8, 1), 1, 1), ((2, 2, 2), 4, 1), ((1, 8, 1), 1, 2)]
+)
+def test_arithmetic_with_teachers_is_near_the_cpu_compiler(mesh, microbatches, count):
+    """The teachers are 3 times as wide as the student, so their arrays count."""
+    teacher = Pretraining(small(mesh, "none", width=384)).network
+    settings = config_lib.Distill(teacher=("large",) * count)
+    config = dataclasses.replace(small(mesh, "none", microbatches), distill=settings)
+    found = plan.make(Pretraining(config, (teacher,) * count), CPU)
+    planned, compiled = found.memory, found.compiled
+    arguments = planned.parameters + planned.optimizer + planned.batch + planned.teachers
+    assert compiled.arguments == pytest.approx(arguments, rel=0.001)
+    assert planned.teachers > 5 * planned.parameters
+    assert 0.85 < planned.total / compiled.total < 1.3
+    alone = plan.make(Pretraining(dataclasses.replace(config, distill=config_lib.Distill())), CPU)
+    assert planned.activations > 1.1 * alone.memory.activations
+
+
+@pytest.mark.parametrize(
     ("mesh", "remat", "batch_size"),
     [((1, 8, 1), "none", 64), ((1, 4, 2), "dots", 128)],
     ids=str,

@@ -1,6 +1,7 @@
 import collections
 import dataclasses
 import hashlib
+import importlib
 import pathlib
 import subprocess
 import sys
@@ -60,6 +61,15 @@ def test_digits_are_the_images_with_the_labels_of_scikit_learn():
             element = source[i]
             assert element["image"].dtype == np.uint8 and element["image"].shape == (8, 8, 1)
             assert element["label"] == labels[element["image"][..., 0].astype(float).tobytes()]
+
+
+def test_digits_are_found_where_scikit_learn_keeps_them_elsewhere(monkeypatch, tmp_path):
+    wanted = sources.digits().open("train")
+    moved = importlib.machinery.ModuleSpec("sklearn", None, origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: moved)
+    found = sources.digits().open("train")
+    np.testing.assert_array_equal(found.images, wanted.images)
+    np.testing.assert_array_equal(found.labels, wanted.labels)
 
 
 def test_an_unknown_source_is_an_error_with_the_command_that_prepares_it():

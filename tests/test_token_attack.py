@@ -131,6 +131,36 @@ def test_the_gradient_at_the_inputs_is_that_of_the_embeddings(one_device):
     np.testing.assert_allclose(found, table, rtol=1e-4, atol=1e-5)
 
 
+def test_the_gradient_names_the_change_of_the_steepest_fall(one_device):
+    """Steepest by differences of the margin along each change's embedding, at its position."""
+    params = random_params(NETWORK, seed=2)
+    batch, given = on_mesh(NETWORK, params)
+    table, tokens, labels = np.asarray(params["token_embedding"]), batch["tokens"], batch["label"]
+    places, values = np.indices((NETWORK.length - 1, NETWORK.vocabulary)).reshape(2, -1)
+    true = labels[:, None] == np.arange(NETWORK.classes)
+
+    @jax.jit
+    def class_logits(added):
+        return NETWORK.bind(params)(jnp.asarray(tokens), added=added).class_logits
+
+    def margin(place, value, size):
+        added = np.zeros((*tokens.shape, 32), np.float32)
+        # Position place + 1 has the token of the place as its input.
+        added[:, place + 1] = size * (table[value] - table[tokens[:, place]])
+        found = np.asarray(class_logits(added))
+        return found[true] - np.where(true, -np.inf, found).max(axis=1)
+
+    step = 0.02
+    ends = [[margin(p, v, s) for s in (-step, step)] for p, v in zip(places, values, strict=True)]
+    falls = np.array([(before - after) / (2 * step) for before, after in ends])  # [changes, B]
+    falls = np.where(values[:, None] == tokens[:, places].T, -np.inf, falls)
+    found = attack(NETWORK, params, given, Budget(1, 1), KEY)
+    place = (found.tokens != tokens).argmax(axis=1)
+    rows = np.arange(len(tokens))
+    chosen = falls[place * NETWORK.vocabulary + found.tokens[rows, place], rows]
+    np.testing.assert_allclose(chosen, falls.max(axis=0), rtol=0.02)
+
+
 def test_random_changes_depend_on_the_key_and_the_number_of_the_image_alone(one_device):
     params = random_params(NETWORK)
     batch, given = on_mesh(NETWORK, params)
@@ -178,3 +208,6 @@ def test_random_changes_take_every_token_once_and_differ_between_images(one_devi
     found = attack(NETWORK, params | {"classifier": head}, given, budget, KEY)
     np.testing.assert_array_equal((found.tokens != batch["tokens"]).sum(axis=1), 15)
     assert len(np.unique(found.tokens, axis=0)) == 8 and (found.fell == 16).all()
+    # A budget of more tokens than are read: the class has fallen after no number of changes.
+    more = attack(NETWORK, params | {"classifier": head}, given, Budget(40, 1, False), KEY)
+    assert (more.fell == 41).all()

@@ -1,9 +1,8 @@
-"""Arrays in memory as data sets: `.npz` files and the digits."""
+"""Arrays in memory as data sets, as of `.npz` files."""
 
 import pathlib
 
 import numpy as np
-from etils import epy
 
 from gptv_jax import config as config_lib
 from gptv_jax import files
@@ -14,9 +13,6 @@ from gptv_jax.data.data_set import DataSet, Source
 from gptv_jax.data.listing import split_names
 from gptv_jax.data.records import Record
 from gptv_jax.errors import InputError, as_input_error, shorten
-
-with epy.lazy_imports():  # slow to import, and only the digits need it
-    from sklearn import datasets, model_selection
 
 
 class Arrays(DataSet):
@@ -159,21 +155,3 @@ def open_npz(config: config_lib.Data) -> Arrays:
     found = Arrays(splits, config.ignore_label, Clips.of(config) if config.frames else None)
     found.other_names = own
     return found
-
-
-def digits() -> Arrays:
-    """scikit-learn's handwritten digits: 1,797 real 8x8 images with the grey levels 0 to 16.
-
-    Alpaydin and Kaynak (1998), UCI; part of scikit-learn, so nothing is downloaded. The split into
-    1,197 / 200 / 400 is fixed: stratified by class, with seed 0.
-    """
-    data = datasets.load_digits()
-    images, labels = data.images.astype(np.uint8)[..., None], data.target.astype(np.int32)
-    rest, test = model_selection.train_test_split(
-        np.arange(len(labels)), test_size=400, stratify=labels, random_state=0
-    )
-    train, validation = model_selection.train_test_split(
-        rest, test_size=200, stratify=labels[rest], random_state=0
-    )
-    splits = {"train": train, "validation": validation, "test": test}
-    return Arrays({name: (images[rows], labels[rows]) for name, rows in splits.items()})

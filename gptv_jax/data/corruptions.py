@@ -9,15 +9,18 @@ import io
 import math
 
 import numpy as np
+from etils import epy
 from jaxtyping import UInt8
 from PIL import Image
-from scipy import ndimage
 
 from gptv_jax.config.fields import FROM_ZERO, field, one_of
 from gptv_jax.config.stages import CORRUPTIONS
 from gptv_jax.data import records
 from gptv_jax.data.images import Transform
 from gptv_jax.data.records import Record, to_array, to_picture
+
+with epy.lazy_imports():  # slow to import, and only some corruptions need it
+    from scipy import ndimage
 
 STRENGTHS = 5
 SIDES = 32, 224  # pixels, of the images of CIFAR-10-C and of ImageNet-C

@@ -1,6 +1,6 @@
 """Scenes of handwritten digits with boxes, masks and a label map, drawn on the fly.
 
-scikit-learn's digits (`arrays.digits`, with the same split) are resized and scattered over a canvas
+scikit-learn's digits (`digits.digits`, with the same split) are resized and scattered over a canvas
 with noise, specks and strokes. Each scene of a split has a random generator, seeded by the scene's
 number, so a scene depends neither on the order of reading nor on the number of workers.
 """
@@ -11,8 +11,8 @@ import functools
 import numpy as np
 from PIL import Image, ImageDraw
 
-from gptv_jax.data import arrays
 from gptv_jax.data.data_set import SPLITS, DataSet, Source
+from gptv_jax.data.digits import digits
 from gptv_jax.data.records import Record
 
 HEIGHT, WIDTH = 32, 48  # of the canvas, pixels
@@ -53,7 +53,7 @@ class Scenes(Source):
 @functools.cache
 def drawings(split: str) -> tuple[list[Image.Image], np.ndarray]:
     """The digits of a split, each cropped to its ink, and their classes."""
-    source = arrays.digits().open(split)
+    source = digits().open(split)
     cropped = []
     for image in source.images[..., 0]:
         y0, x0, y1, x1 = _bounds(image >= 16 * INK).astype(int)

@@ -1,6 +1,6 @@
 """Clips of handwritten digits that move and bounce, drawn on the fly.
 
-scikit-learn's digits (`arrays.digits`, with the same split) move over a black canvas, each by a
+scikit-learn's digits (`digits.digits`, with the same split) move over a black canvas, each by a
 constant number of whole pixels a frame, and turn around at the edges, after Moving MNIST
 (Srivastava et al. 2015, arXiv:1502.04681). The motions of a split are drawn once, by a generator
 seeded by the split.
@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Int
 
 from gptv_jax import config as config_lib
-from gptv_jax.data import arrays
+from gptv_jax.data import digits as digits_lib
 from gptv_jax.data.data_set import SPLITS, DataSet, Source
 from gptv_jax.data.records import Record
 from gptv_jax.errors import InputError
@@ -119,7 +119,7 @@ class MovingClips(Source):
 
 @functools.cache
 def _digits(split: str) -> Source:
-    return arrays.digits().open(split)
+    return digits_lib.digits().open(split)
 
 
 def places(

@@ -14,16 +14,16 @@ import numpy as np
 from gptv_jax import config as config_lib
 from gptv_jax.data import listing
 from gptv_jax.data.arrays import Arrays as Arrays  # a name of this module for its users
-from gptv_jax.data.arrays import digits, open_npz
+from gptv_jax.data.arrays import open_npz
 from gptv_jax.data.cache import TokenCache
 from gptv_jax.data.camera_motions import CameraMotions
 from gptv_jax.data.coco import Coco
 from gptv_jax.data.data_set import SPLITS, DataSet, Source, locate, starts, with_distinct_names
 from gptv_jax.data.digit_scenes import DigitScenes
+from gptv_jax.data.digits import digits
 from gptv_jax.data.folder import ImageFolder
 from gptv_jax.data.label_maps import MapFolder
 from gptv_jax.data.limits import DamagedImageError, check_formats
-from gptv_jax.data.listing import split_names
 from gptv_jax.data.moving_digits import MovingDigits
 from gptv_jax.data.parquet import Tables
 from gptv_jax.data.prepared import Tfds
@@ -193,7 +193,7 @@ def _resolve(expression: str, data_set: DataSet) -> list[tuple[str, range]]:
     A split has the name that the data give it, such as valid, and the one it has for a run.
     """
     lengths = data_set.lengths
-    names = {split: own for own, split in split_names(lengths).items()} | data_set.other_names
+    names = {s: own for own, s in listing.split_names(lengths).items()} | data_set.other_names
     taken = expression
     expression = re.sub(r"(?:^|(?<=\+))[^\[+]+", lambda m: names.get(m[0], m[0]), expression)
     if expression in lengths:  # without importing TFDS, which takes seconds

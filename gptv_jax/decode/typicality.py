@@ -15,10 +15,13 @@ images how far from that usual images lie. S is the number of statistics of an i
 import dataclasses
 
 import numpy as np
+from etils import epy
 from jaxtyping import Float, Int, UInt8
-from scipy import special
 
 from gptv_jax.errors import as_input_error
+
+with epy.lazy_imports():  # slow to import, and every run folder reads this module
+    from scipy import special
 
 STATISTICS = ("nats_per_token", "nats_deviation", "bits_per_pixel")
 FILE = "typicality/calibration.json"  # in a run folder: a calibration for each stage's weights

@@ -6,12 +6,15 @@ The rest of the package uses the names below; the commands alone use the modules
 import pickle
 from collections.abc import Callable
 
-import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from etils import epy
 
 from gptv_jax.errors import InputError
 from gptv_jax.hosts.stopping import StoppedError, deferred_stop, saving_interrupts, until_stop
+
+with epy.lazy_imports():  # see `command`
+    import jax
+    from jax.experimental import multihost_utils
 
 __all__ = [
     "StoppedError",

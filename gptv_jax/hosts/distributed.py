@@ -19,11 +19,14 @@ import traceback
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import jax
+from etils import epy
 
 from gptv_jax import errors, hardware
 from gptv_jax.errors import InputError, first_line
 from gptv_jax.hosts import stopping
+
+with epy.lazy_imports():  # see `command`
+    import jax
 
 WAYS = ("auto", "off", "tpu", "slurm")
 FLAGS = ("--coordinator", "--num_processes", "--process_id")

@@ -6,7 +6,10 @@ import os
 import pathlib
 import platform
 
-import jax
+from etils import epy
+
+with epy.lazy_imports():  # see `command`
+    import jax
 
 # Parameters of glibc's mallopt: when memory goes back to the system, how many large blocks are
 # mapped apart from the heap, and the number of heaps.

@@ -19,11 +19,14 @@ import threading
 import time
 from collections.abc import Iterator
 
-import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from etils import epy
 
 from gptv_jax import errors
+
+with epy.lazy_imports():  # see `command`
+    import jax
+    from jax.experimental import multihost_utils
 
 LOG = logging.getLogger(__name__)
 STOPPED = 128 + signal.SIGTERM  # exit codes as of a shell; a scheduler sees that work is left

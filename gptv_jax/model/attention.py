@@ -13,13 +13,16 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from etils import epy
 from jaxtyping import Array, Bool, Float
 
 from gptv_jax import sharding
 from gptv_jax.model.layers import PRODUCT, accumulator
 from gptv_jax.model.layout import causal_mask, full_mask
+
+with epy.lazy_imports():  # slow to import, and for TPUs alone
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
 LONG = 128  # T from which the blocked form is faster than the plain form on a CPU
 BLOCK = 256  # queries of the blocked form; 128 is as fast within noise, and slower to compile

@@ -8,11 +8,14 @@ import re
 import sys
 from typing import NamedTuple
 
-import jax
-from jax.experimental import topologies
+from etils import epy
 
 from gptv_jax import hardware
 from gptv_jax.errors import InputError
+
+with epy.lazy_imports():  # see `command`
+    import jax
+    from jax.experimental import topologies
 
 FORMS = (
     "v4:4x4x4, v5e:16x16, v5p:8x8x8, v6e:16x16, tpu7x:4x4x4, an accelerator type such as v5e-256 "

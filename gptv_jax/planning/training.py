@@ -282,11 +282,10 @@ class Pretraining(Training):
         return of_token.total * self.units * self.train.batch_size
 
     def activations(self, mesh: AbstractMesh, rows: int) -> int:
-        """Bytes that a device holds besides state, batch and gradients.
+        """Bytes that a device of `mesh`, whose batch axes are 1, holds for `rows` images at a time.
 
-        The bytes are of the arrays kept for the backward pass, and of the arrays of the layer or of
-        the logits being computed. The devices of `mesh`, whose batch axes are 1, work on `rows`
-        images at a time.
+        They are the arrays kept for the backward pass, and those of the layer or of the logits that
+        are being computed; state, batch and gradients are not counted.
         """
         c = self.config.model
         dtype = stored_dtype(c.dtype, mesh.abstract_device.platform)
@@ -316,14 +315,14 @@ class Pretraining(Training):
         return count(found) + max([repeated, *(2 * each for each in logits), *taught])
 
     def _of_teacher(self, teacher: Network, mesh: AbstractMesh, rows: int) -> int:
-        """Bytes, at most, of the arrays of the layer of a teacher's forward pass."""
-        alone = {"model": teacher.config, "distill": config_lib.Distill()}
-        config = dataclasses.replace(self.config, **alone)
-        model = dataclasses.replace(teacher.config, layers=2, scan_layers=True, remat="none")
-        found = residuals(Pretraining(config).traced(model=model), mesh, rows)
+        """Bytes, at most, of the arrays that a layer of a teacher's forward pass holds at once."""
+        # They are the inputs and the output of one operation: the layer's three largest arrays.
+        c, alone = teacher.config, dataclasses.replace(self.config, distill=config_lib.Distill())
+        model = dataclasses.replace(c, layers=2, scan_layers=True, remat="none")
+        found = residuals(Pretraining(alone).traced(model=model), mesh, rows)
         stacked = [a for a in found if a.shape[:1] == (2,) and not (*spec_of(a), None)[0]]
-        size = teacher.config.width // teacher.config.heads
-        return total_bytes(stacked, mesh, size, one_layer=True)
+        size = functools.partial(total_bytes, mesh=mesh, head_size=c.width // c.heads)
+        return sum(sorted(size([each], one_layer=True) for each in stacked)[-3:])
 
     def _chunks(self, rows: int, mesh: AbstractMesh) -> list[tuple[Part, int]]:
         """Every predicted part, and the number of chunks in which its logits are computed."""

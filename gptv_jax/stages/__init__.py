@@ -4,11 +4,15 @@ import dataclasses
 import importlib
 from collections.abc import Callable
 
-from jax.sharding import Mesh
+from etils import epy
 
 from gptv_jax import config as config_lib
-from gptv_jax import sharding
 from gptv_jax.config import rules
+
+with epy.lazy_imports():  # see `command`
+    import jax
+
+    from gptv_jax import sharding
 
 PICTURED = (".png", ".webp")  # endings of a picture and, of clips, of its animation
 PICTURES = ("unconditional", "classes", "completions", "inpainted", "surprise")  # of `sample`
@@ -48,7 +52,10 @@ class Stage:
         return getattr(importlib.import_module(f"gptv_jax.planning.{module}"), name)
 
     def check(
-        self, config: config_lib.Config, mesh: Mesh | None = None, length: int | None = None
+        self,
+        config: config_lib.Config,
+        mesh: "jax.sharding.Mesh | None" = None,
+        length: int | None = None,
     ) -> None:
         """Checks the sections that the stage needs, and that the mesh, if given, divides them.
 
@@ -133,6 +140,7 @@ STAGES = {
             "typicality",
             ("model",),
             on_request=True,
+            measures="finetune",
             files=("typicality", "samples/unusual.png", "samples/unusual.webp"),
             heading="Typicality",
         ),

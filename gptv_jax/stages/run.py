@@ -8,14 +8,18 @@ from collections.abc import Iterator
 
 import jax
 from absl import flags
+from etils import epy
 
-from gptv_jax import api, files, hosts
 from gptv_jax import config as config_lib
+from gptv_jax import files, hosts
 from gptv_jax.config import fields, run_file
 from gptv_jax.errors import InputError
 from gptv_jax.runs import record
 from gptv_jax.runs.context import Context
 from gptv_jax.stages import STAGES, reports, setup
+
+with epy.lazy_imports():  # the commands do not need it
+    from gptv_jax import api
 
 LOG = logging.getLogger(__name__)
 
@@ -54,7 +58,9 @@ def _run(context: Context) -> None:
                 context = setup.with_codec(context)
 
 
-def train(config, workdir: str | os.PathLike, stages: list[str] | None = None) -> api.Model | None:
+def train(
+    config, workdir: str | os.PathLike, stages: list[str] | None = None
+) -> "api.Model | None":
     """Implements `gptv_jax.train`."""
     if isinstance(stages, str):
         raise InputError(f"stages is {stages!r}; it takes a list of names, such as [{stages!r}].")

@@ -87,7 +87,8 @@ def attack(
     """
     if reason := check(network):
         raise ValueError(f"the attack does not take this network: {reason}.")
-    budget = budget._replace(tokens=min(budget.tokens, network.length - 1))
+    asked = budget.tokens
+    budget = budget._replace(tokens=min(asked, network.length - 1))  # the last token is not read
     state = _begin(network, params, batch)
     steps = 0
     while steps < budget.tokens and not state["ended"]:
@@ -98,7 +99,7 @@ def attack(
     rows = {"index": batch["index"], "mask": batch["mask"], "label": batch["label"]}
     found = jax.device_get(_fetched(state | rows | {"original": batch["tokens"]}))
     changes = found["changed"].sum(axis=1)
-    fell = np.where(found["wrong"], changes, budget.tokens + 1)
+    fell = np.where(found["wrong"], changes, asked + 1)
     calls = 1 + changes * budget.calls_of_step
     kept = {name: found[name] for name in (*rows, "original", "tokens", "given")}
     return Attacked(**kept, fell=fell, calls=calls)

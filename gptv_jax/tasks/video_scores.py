@@ -6,11 +6,14 @@ DAVIS 2017's semi-supervised task, where the first frame's map is given.
 """
 
 import numpy as np
+from etils import epy
 from jaxtyping import Bool, Float, Integer
-from scipy import ndimage
 
 from gptv_jax.tasks import confusion
 from gptv_jax.tokens.label_maps import has_class
+
+with epy.lazy_imports():  # slow to import, and only scores of label maps need it
+    from scipy import ndimage
 
 TOLERANCE = 0.008  # share of the diagonal by which two boundaries may differ
 WINDOWS = (8, 16)  # frames, over which VSPW measures consistency

@@ -1,0 +1,227 @@
+"""The documented numbers of the small runs, and by how much a new run may differ from each.
+
+`python -m benchmarks.verify` compares new runs with these numbers, and `python -m benchmarks.verify
+--documented` prints the table of docs/results.md. A test holds the tables and texts of
+docs/results.md and README to the numbers here.
+
+How far a new run may be off (`Number.spread`) is, in this order:
+
+- three standard deviations of the documented runs of several seeds or machines;
+- of one run, a share of the test set: three standard errors of its size;
+- of one run, anything else: assumed, from runs like it;
+- of floors and ceilings, which no training changes: rounding.
+"""
+
+import dataclasses
+import math
+import statistics
+
+DEVIATIONS = 3  # standard deviations or standard errors
+ROUNDING = 0.0051  # of numbers that no training changes: two digits, or one image in 200
+
+
+@dataclasses.dataclass(frozen=True)
+class Number:
+    """A documented number of a run's summary.json."""
+
+    key: str
+    value: str  # as docs/results.md says it: of seed 0, or the mean of the seeds
+    readme: str = ""  # the words of README that say it
+    runs: tuple[str, ...] = ()  # the documented runs, as docs/results.md says them
+    images: int = 0  # size of the test set of which the number is a share
+    assumed: float = 0.0
+
+    @property
+    def spread(self) -> float:
+        """The largest difference from `value` with which the number holds."""
+        if self.runs:
+            return DEVIATIONS * statistics.stdev(map(float, self.runs))
+        if self.images:
+            share = float(self.value)
+            return DEVIATIONS * math.sqrt(share * (1 - share) / self.images)
+        return self.assumed or ROUNDING
+
+    @property
+    def reason(self) -> str:
+        """Where the spread is from."""
+        if self.runs:
+            return f"{DEVIATIONS} standard deviations of {len(self.runs)} runs"
+        if self.images:
+            return f"{DEVIATIONS} standard errors of {self.images} test examples"
+        return "assumed" if self.assumed else "no training"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run of the real command, and its documented numbers."""
+
+    config: str
+    heading: str  # of docs/results.md, above the numbers
+    numbers: tuple[Number, ...]
+    stages: str = ""  # of --stages; "": those of the command
+    settings: tuple[str, ...] = ()  # further flags; {out} is the folder of all runs
+    after: str = ""  # the run whose weights it reads
+    needs: str = ""  # flag of benchmarks.verify that names its data
+
+
+RUNS = {
+    "digits": Run(
+        "digits.py",
+        "## Digits",
+        (
+            Number(
+                "pretrain/test_nats_per_token",
+                "1.2294",
+                "**1.229** (1.229, 1.224, 1.235)",
+                runs=("1.2293", "1.2237", "1.2354", "1.2277", "1.2306"),
+            ),
+            Number(
+                "probe/test_accuracy",
+                "0.9675",
+                "**0.9675** (0.9725, 0.9675, 0.9625)",
+                runs=("0.9725", "0.9675", "0.9625", "0.9700", "0.9575"),
+            ),
+            Number(
+                "probe/random_init_test_accuracy",
+                "0.7533",
+                "0.7533 on random initial weights",
+                runs=("0.7575", "0.6950", "0.8075"),
+            ),
+            Number("probe/raw_pixels_test_accuracy", "0.9675", "0.9675 on raw pixels"),
+            Number(
+                "finetune/test_accuracy",
+                "0.9775",
+                "**0.9775** (0.9700, 0.9850, 0.9775)",
+                runs=("0.9700", "0.9850", "0.9775", "0.9675"),
+            ),
+            Number(
+                "finetune/scratch_test_accuracy",
+                "0.9133",
+                "0.9133 from scratch, same budget",
+                runs=("0.9200", "0.9075", "0.9125"),
+            ),
+        ),
+    ),
+    "detect_digits": Run(
+        "detect_digits.py",
+        "## Detection on digit scenes",
+        (
+            Number(
+                "finetune/test_ap",
+                "0.743",
+                "**0.743** (0.908 at an IoU of 0.5)",
+                runs=("0.733", "0.742", "0.755", "0.761"),
+            ),
+            Number(
+                "finetune/test_ap50",
+                "0.908",
+                "**0.743** (0.908 at an IoU of 0.5)",
+                runs=("0.897", "0.901", "0.925", "0.910"),
+            ),
+            Number("finetune/ceiling_test_ap", "0.981", "0.981 for the annotations turned"),
+            Number("finetune/wrong_image_test_ap", "0.00002", "0.00002 for the boxes of another"),
+        ),
+    ),
+    "segment_digits": Run(
+        "segment_digits.py",
+        "## Segmentation of digit scenes",
+        (
+            Number("finetune/test_miou", "0.877", "**0.877** read", assumed=0.02),
+            Number("finetune/written_test_miou", "0.831", "**0.831** written", assumed=0.03),
+            Number("finetune/ceiling_test_miou", "0.909", "0.909 for the label maps"),
+            Number("finetune/prior_test_miou", "0.079", "0.079 for the class prior"),
+            Number("finetune/wrong_image_test_miou", "0.077", "0.077 for the map of another"),
+            Number("probe/test_miou", "0.127", assumed=0.03),
+        ),
+    ),
+    "instances_digits": Run(
+        "instances_digits.py",
+        "## Instances of digit scenes",
+        (
+            Number("finetune/test_ap", "0.729", assumed=0.04),
+            Number("finetune/test_mask_ap", "0.516", assumed=0.04),
+            Number("finetune/true_boxes_test_mask_ap", "0.610", assumed=0.04),
+            Number("finetune/test_pq", "0.746", assumed=0.04),
+            Number("finetune/ceiling_test_ap", "0.981"),
+            Number("finetune/ceiling_test_mask_ap", "0.988", assumed=0.01),
+        ),
+    ),
+    "video_digits": Run(
+        "video_digits.py",
+        "## Clips of moving digits",
+        (
+            Number(
+                "pretrain/test_nats_per_token_of_frame_1",
+                "0.652",
+                "0.65, 0.37, **0.005** and 0.004",
+                assumed=0.03,
+            ),
+            Number(
+                "pretrain/test_nats_per_token_of_frame_2",
+                "0.368",
+                "0.65, 0.37, **0.005** and 0.004",
+                assumed=0.06,
+            ),
+            Number(
+                "pretrain/test_nats_per_token_of_frame_3",
+                "0.005",
+                "0.65, 0.37, **0.005** and 0.004",
+                assumed=0.004,
+            ),
+            Number("sample/continued_exact_frame_3", "0.935", images=200),
+            Number(
+                "sample/continued_exact_frame_8",
+                "0.775",
+                "**78%** have an eighth frame",
+                images=200,
+            ),
+            Number("sample/shifted_exact_frame_8", "0.250", "25% by the last frame moved on"),
+            Number("sample/copied_exact_frame_8", "0.090", "9% by the last frame copied"),
+            Number("probe/test_accuracy", "0.983", "**98%** of the clips", images=400),
+            Number("probe/raw_pixels_test_accuracy", "0.828", "raw pixels 83%"),
+            Number("probe/random_init_test_accuracy", "0.608", "random weights 61%", images=400),
+            Number("finetune/test_accuracy", "0.990", images=400),
+        ),
+    ),
+    "video_camera": Run(
+        "video_camera.py",
+        "## Motion of a camera",
+        (
+            Number("probe/test_accuracy", "0.816", "**82%** of the clips", images=900),
+            Number("probe/raw_pixels_test_accuracy", "0.251", "raw pixels 25%"),
+            Number("probe/random_init_test_accuracy", "0.208", "random weights 21%", images=900),
+        ),
+        stages="pretrain,probe",
+        settings=("--config.data.path={photographs}",),
+        needs="photographs",
+    ),
+    "digits_distill": Run(
+        "digits_distill.py",
+        "## Distillation",
+        (
+            Number("pretrain/test_nats_per_token", "1.2850", assumed=0.013),
+            Number("pretrain/test_kl", "0.0990", assumed=0.01),
+            Number("pretrain/test_agreement", "0.814", assumed=0.015),
+            Number("pretrain/equal_steps_test_nats_per_token", "1.3035", assumed=0.013),
+            Number("finetune/test_accuracy", "0.9075", images=400),
+            Number("finetune/equal_steps_test_accuracy", "0.9425", images=400),
+        ),
+        stages="pretrain,finetune",
+        settings=(
+            "--config.distill.teacher={out}/digits",
+            "--config.finetune.distill.teacher={out}/digits",
+            "--config.finetune.train.steps=240",
+        ),
+        after="digits",
+    ),
+}
+
+
+def table() -> str:
+    """The Markdown table of docs/results.md: what is verified, and by how much it may differ."""
+    lines = ["| run | number | documented | may differ by | because |", "|---|---|---|---|---|"]
+    for name, run in RUNS.items():
+        for number in run.numbers:
+            cells = name, f"`{number.key}`", number.value, f"{number.spread:.2g}", number.reason
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
