@@ -105,6 +105,8 @@ def train(point: dict, memory: bool = False) -> Task:
         runtime.keep_memory()
     sizes = Point(**point)
     training = sizes.training
+    planned = plan.make(training, topology.parse(f"cpu:{sizes.devices}"), compiling=False)
+    facts = {"planned": planned.memory.total * sizes.devices, "flops": planned.executed}
     mesh = sharding.make_mesh(training.config.mesh, jax.devices()[: sizes.devices])
     jax.set_mesh(mesh)
     state = jax.jit(training.init)(jax.random.key(0))
@@ -112,8 +114,6 @@ def train(point: dict, memory: bool = False) -> Task:
     shape, rng = (training.train.batch_size, sizes.tokens), np.random.default_rng(0)
     tokens = rng.integers(COLORS, size=shape, dtype=np.int32)
     batch = sharding.global_batch({"tokens": tokens, "variant": np.zeros(shape[0], np.int32)})
-    planned = plan.make(training, topology.parse(f"cpu:{sizes.devices}"), compiling=False)
-    facts = {"planned": planned.memory.total * sizes.devices, "flops": planned.executed}
     metrics = None
 
     def advance():
@@ -154,7 +154,8 @@ def measure(case: Case, arguments: argparse.Namespace) -> list[dict]:
     found = compare(of_time, arguments)
     once = argparse.Namespace(rounds=1, seconds=0.0, only=arguments.only)
     for name, measured in compare(of_memory, once).items():
-        found[name] = dataclasses.replace(found[name], facts=measured.facts)
+        known = dataclasses.replace(found[name], facts=measured.facts)
+        found[name] = measured if measured.note else known
     rows = harness.rows(str(case), found, 1, "steps")
     for row in rows:
         if "median" in row:

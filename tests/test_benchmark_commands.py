@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import os
+import subprocess
 import sys
 
 import jax.numpy as jnp
@@ -165,3 +167,28 @@ def test_every_size_of_growth_is_varied_alone_and_devices_share_the_state():
             assert changed <= {case.axis} and getattr(point, case.axis) == value
             assert point.training.network.length == point.tokens
     assert not growth.cases("gpu")
+
+
+# A step of two simulated devices, whose memory is the state, the batch and what the step adds.
+MEASURED = """
+import dataclasses, json
+from benchmarks import growth
+point = growth.Point(layers=2, width=64, tokens=64, batch=16, devices=2)
+task = growth.train(dataclasses.asdict(point), memory=True)
+task.wait(task.step())
+print(json.dumps(task.facts))
+"""
+
+
+@pytest.mark.process
+def test_a_step_of_several_devices_has_about_the_planned_memory():
+    ended = subprocess.run(
+        [sys.executable, "-c", MEASURED],
+        cwd=everything.ROOT,
+        env=os.environ | growth.BY_BUFFER | {"JAX_NUM_CPU_DEVICES": "2", "XLA_FLAGS": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    facts = json.loads(ended.stdout.splitlines()[-1])
+    assert facts["measured"] == pytest.approx(facts["planned"], rel=0.5) and facts["flops"] > 0

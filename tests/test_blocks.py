@@ -72,6 +72,21 @@ def test_a_token_changes_the_logits_of_all_later_blocks_and_of_no_other(block, r
         assert np.abs(rows[a] - rows[b]).max() > 1e-4
 
 
+def test_an_input_is_the_token_one_block_before_and_the_place_of_the_target():
+    network = block_network((2, 2), "igpt")
+    params, tokens = random_params(network), random_batch(network)["tokens"]
+    read = jax.jit(lambda t: network.bind(params)(t, raw=True, keep=(0,)).kept[0])(tokens)
+    table = {name: np.asarray(params[name]) for name in ("position", "row", "column", "start")}
+    for place in range(16):
+        row, column = divmod(place, 4)
+        # Blocks lie in two columns: before the left one comes the right one of the block row above.
+        before = (row, column - 2) if column >= 2 else (row - 2, column + 2)
+        held = np.asarray(params["token_embedding"])[tokens[:, 4 * before[0] + before[1]]]
+        held = table["start"][:1] if before[0] < 0 else held
+        wanted = held + table["position"][place] + table["row"][row] + table["column"][column]
+        np.testing.assert_allclose(read[:, place], np.broadcast_to(wanted, (8, 32)), atol=1e-6)
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_blocks_of_one_token_are_the_network_without_blocks(recipe):
     found = [slope(block_network(b, recipe, context_masking=0.5)) for b in ((1, 1), ())]

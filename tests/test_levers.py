@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from conftest import MODERN, make_mesh, random_batch, random_params, tiny_network
 
+from benchmarks import levers
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
-from gptv_jax.config import rules
+from gptv_jax.config import rules, run_file
 from gptv_jax.errors import InputError
 from gptv_jax.model import flops
 from gptv_jax.planning.training import Pretraining
@@ -155,6 +156,29 @@ def test_what_an_image_hides_is_not_read_and_stays_a_target():
     assert np.abs(nats(tokens, False) - nats(other, False)).max() > 1e-3
     (value, _), _ = value_and_gradient(network, params, batch, key)
     assert value == pytest.approx(float(nats(tokens, True).mean()), rel=1e-6)
+
+
+# The benchmark.
+
+
+@pytest.mark.parametrize("name", [n for n in {**levers.LEVERS, **levers.READINGS} if n != "base"])
+def test_a_lever_of_the_benchmark_is_accepted_and_changes_the_base(name):
+    def resolved(changes):
+        settings = run_file.load(levers.FILE)
+        settings.update_from_flattened_dict(levers.BASE | changes)
+        config = config_lib.resolve(settings)
+        for section in ("train", "probe"):
+            rules.SECTIONS[section](config)
+        return config
+
+    assert resolved((levers.LEVERS | levers.READINGS)[name]) != resolved({})
+
+
+def test_a_lever_takes_as_many_steps_as_the_flops_of_the_base_pay_for():
+    steps = {n: levers.settings_of(n, {"train.steps": 900}, "0")["train.steps"] for n in
+             ("base", "blocks", "embedding", "embedding_unmapped")}  # fmt: skip
+    assert steps["base"] == steps["blocks"] == steps["embedding_unmapped"] == 900
+    assert 880 < steps["embedding"] < 900
 
 
 # What does not go together.
