@@ -127,6 +127,24 @@ def test_the_loss_is_the_weighted_sum_of_divergence_nats_and_features(pair):
     assert float(value) == float(metrics["loss"]) == pytest.approx(wanted, rel=1e-5)
 
 
+def test_dropout_is_the_students_alone(pair):
+    params, (teacher, _), batch = pair
+
+    def value(own: float, theirs: float, key: int = 3) -> float:
+        networks = (
+            dataclasses.replace(n, config=dataclasses.replace(n.config, dropout=rate))
+            for n, rate in ((SMALL, own), (LARGE, theirs))
+        )
+        student, large = networks
+        loss = distillation.make_loss(student, (large,), TEACH_ALONE)
+        given = params, {"teachers": (teacher,)}, batch, jax.random.key(key)
+        return float(value_and_gradient(loss, *given)[0][0])
+
+    assert value(0.0, 0.5) == pytest.approx(value(0.0, 0.0), rel=1e-6)
+    assert value(0.5, 0.5) == pytest.approx(value(0.5, 0.0), rel=1e-6)
+    assert value(0.5, 0.5) != pytest.approx(value(0.5, 0.5, key=4), rel=1e-3)
+
+
 def test_a_loss_in_chunks_is_the_loss_and_holds_no_logits_of_a_batch(pair, monkeypatch):
     params, teachers, batch = pair
     loss = distillation.make_loss(SMALL, (LARGE, LARGE), Distill(temperature=1.5))
@@ -227,6 +245,20 @@ def test_an_evaluation_compares_student_and_teacher_on_the_images_that_count(cla
     assert found["agreement"] == pytest.approx(same.mean(), abs=1e-6)
     itself = distillation.make_metric(student, (student,), {"teachers": (params,)})
     assert itself.measure(params, iter(batches))["agreement"] == 1
+
+
+def test_votes_make_one_class_of_the_student_and_of_the_teacher_as_in_every_evaluation():
+    bert = {"objective": "bert", "masked_share": 0.6, "votes": 3, "scan_layers": False}
+    student, teacher = (tiny_network(5, layers=n, **bert) for n in (1, 2))
+    params, theirs = random_params(student), random_params(teacher, 1)
+    names = {"index": np.arange(8, dtype=np.int32)}
+    batches = [random_batch(student, seed=seed) | names for seed in range(4)]
+    metric = distillation.make_metric(student, (teacher,), {"teachers": (theirs,)})
+    found = metric.measure(params, iter(batches))
+    for beginning, network, weights in (("", student, params), ("teacher_", teacher, theirs)):
+        own = step.make_metric(network).measure(weights, iter(batches))
+        for name in ("accuracy", "class_nats"):
+            assert found[f"{beginning}{name}"] == pytest.approx(own[name], rel=1e-5)
 
 
 # The training

@@ -13,15 +13,12 @@ from conftest import generator, random_params
 
 import gptv_jax
 from gptv_jax import config as config_lib
-from gptv_jax import sharding, tokens
-from gptv_jax.data import mixup
+from gptv_jax import sharding
 from gptv_jax.data.pipeline import Pipeline
 from gptv_jax.errors import InputError
-from gptv_jax.planning.finetuning import Finetuning
 from gptv_jax.planning.training import Pretraining
 from gptv_jax.stages import STAGES, comparison, setup
 from gptv_jax.tokens import palette
-from gptv_jax.train import distillation
 from gptv_jax.weights import native
 from gptv_jax.weights.native import WeightsFile
 
@@ -45,13 +42,14 @@ CONFIG = config_lib.Config(
 )
 
 
-def weights_file(path, levels=17, image_size=8, classes=0, names=(), **model) -> str:
+def weights_file(path, levels=17, image_size=8, classes=0, names=(), seed=0, starts=1, **model):
     """The path of a file of random weights."""
     shape = config_lib.Model(**{"layers": 2, "width": 32, "heads": 2} | model)
     grey = config_lib.Tokens(kind="grey", levels=levels)
-    file = WeightsFile(shape, grey, image_size, {}, classes=classes, class_names=names)
+    facts = {"classes": classes, "class_names": names, "starts": starts}
+    file = WeightsFile(shape, grey, image_size, {}, **facts)
     with jax.set_mesh(sharding.make_mesh(config_lib.Mesh())):
-        params = sharding.by_name(random_params(file.network))
+        params = sharding.by_name(random_params(file.network, seed))
     arrays = {name: np.asarray(value) for name, value in params.items()}
     native.write(dataclasses.replace(file, params=arrays), path)
     return str(path)
@@ -60,12 +58,6 @@ def weights_file(path, levels=17, image_size=8, classes=0, names=(), **model) ->
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory) -> str:
     return weights_file(tmp_path_factory.mktemp("teacher") / "teacher.safetensors")
-
-
-@pytest.fixture(scope="module")
-def classifier(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("classifier") / "classifier.safetensors"
-    return weights_file(path, classes=10)
 
 
 def distilled(*names: str, config=CONFIG, **fields) -> config_lib.Config:
@@ -277,65 +269,3 @@ def test_the_student_without_a_teacher_is_the_run_without_one(teacher, tmp_path)
     assert 0 <= summary(tmp_path / "two")["pretrain/test_agreement"] <= 1
     planned = Pretraining(distilled(*names)).teachers
     assert [network.config.layers for network in planned] == [1, 2]
-
-
-# Fine-tuning
-
-
-def test_function_matching_shows_student_and_teacher_one_mixed_view(
-    classifier, tmp_path, monkeypatch
-):
-    seen, make = [], distillation.make_loss
-
-    def watched(*arguments, **more):
-        loss = make(*arguments, **more)
-
-        def watch(params, frozen, batch, key, step):
-            jax.debug.callback(lambda tokens: seen.append(np.array(tokens)), batch["tokens"])
-            return loss(params, frozen, batch, key, step)
-
-        return watch
-
-    monkeypatch.setattr(distillation, "make_loss", watched)
-    gptv_jax.train(matched(classifier, compare=True), tmp_path, ["pretrain", "finetune"])
-    found = summary(tmp_path)
-    for name in ("test_kl", "test_agreement", "teacher_test_accuracy", "equal_steps_test_accuracy"):
-        assert np.isfinite(found[f"finetune/{name}"])
-    jax.effects_barrier()
-    codec = tokens.codec_of(CONFIG)
-    wanted = Pipeline(CONFIG.data, codec, 0).train(8, mixup=1.0)
-    plain = Pipeline(CONFIG.data, codec, 0).train(8)
-    assert len(seen) == 4
-    for found, mixed, alone in zip(seen, wanted, plain, strict=False):
-        np.testing.assert_array_equal(found, mixed["tokens"])
-        assert (mixed["tokens"] != alone["tokens"]).any(axis=1).mean() > 0.8
-    assert Finetuning(matched(classifier)).teachers[0].classes == 10
-
-
-def test_function_matching_that_was_stopped_ends_as_if_it_was_not(
-    classifier, tmp_path, monkeypatch, caplog
-):
-    config, stages = matched(classifier, compare=True), ["pretrain", "finetune"]
-    gptv_jax.train(config, tmp_path / "whole", stages)
-    # The first training is that of pretraining, or where that has finished that of fine-tuning;
-    # the second stop is in the training without the teacher.
-    stops = [(2, 4), (2, 3)]
-    train_with_stops(config, tmp_path / "stopped", stages, stops, monkeypatch, caplog)
-    assert_same_weights(tmp_path / "stopped", tmp_path / "whole", "finetune")
-    found, wanted = summary(tmp_path / "stopped"), summary(tmp_path / "whole")
-    for name in ("test_kl", "validation_agreement", "test_class_nats", "equal_steps_test_kl"):
-        if f"finetune/{name}" in wanted:
-            assert found[f"finetune/{name}"] == wanted[f"finetune/{name}"]
-    assert "finetune/test_kl" in wanted
-
-
-def test_mixed_images_are_means_with_shares_that_a_generator_draws():
-    one, other = (np.full((4, 4, 1), value, np.uint8) for value in (0, 200))
-    record = {"image": one, "label": np.int32(3)}
-    drawn = [mixup.mixed(record, {"image": other}, 1.0, generator(i)) for i in range(200)]
-    values = np.array([each["image"][0, 0, 0] for each in drawn])
-    assert all(each["label"] == 3 and np.ptp(each["image"]) == 0 for each in drawn)
-    assert values.max() <= 100  # the share of the other image is half at most, and uniform
-    assert np.mean(values) == pytest.approx(50, abs=6) and np.std(values) > 20
-    again = mixup.mixed(record, {"image": other}, 1.0, generator(7))
-    np.testing.assert_array_equal(again["image"], drawn[7]["image"])

@@ -180,12 +180,16 @@ ACCURACIES = [0.1, 0.2, 0.5, 0.4, 0.5, 0.3, 0.9, 0.9, 0.2, 0.1, 0.1]  # of steps
 )
 def test_training_stops_when_patience_ends_and_returns_the_best(tmp_path, patience, last, best):
     fitted = count_up(tmp_path, ACCURACIES, patience)
-    assert fitted.evaluations[-1]["step"] == last
+    assert fitted.evaluations[-1]["step"] == fitted.taken == last
     assert fitted.step == best
     assert float(fitted.params["taken"]) == best
     again = count_up(tmp_path, [], patience)  # nothing is left to evaluate
     assert again.step == best and float(again.params["taken"]) == best
     assert again.evaluations == fitted.evaluations
+    assert (again.taken, again.seconds) == (last, fitted.seconds)
+    if patience == 0:
+        speed = 20 * config_lib.Train().batch_size * 16 / fitted.seconds
+        assert fitted.tokens_per_second == pytest.approx(speed)
 
 
 def test_an_evaluation_that_ties_with_the_best_saves_no_checkpoint(tmp_path):

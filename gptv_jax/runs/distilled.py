@@ -11,6 +11,14 @@ WAYS = {  # of training, by the beginning of their numbers' names
     "teacher_": "the teacher",
 }
 COMPARED = ("kl", "agreement")  # numbers of a split that compare the student with the teacher
+ORIGINS = {  # what fine-tuning without the teacher begins with, by the summary's name
+    "pretrain_equal_steps": "the weights of pretrain_equal_steps, pretraining without the teacher",
+    "distilled pretrain": "this run's pretraining, which had a teacher: the rows isolate the "
+    "teacher of fine-tuning",
+    "pretrain": "this run's pretraining, which had no teacher",
+    "init_from": "the weights of config.init_from, as the row with the teacher does",
+    "random weights": "random weights, as the row with the teacher does",
+}
 COLORS = {"equal_steps": pictures.QUIET, "equal_time": pictures.INK}
 
 
@@ -25,16 +33,23 @@ def curves(series: Callable[[str, str], list], stage: str, key: str) -> list[tup
 
 def table(found: dict, score: str) -> str:
     """A table of a stage's numbers with and without the teacher; "" where there is no teacher."""
-    names = [f"test_{name}" for name in (score, *COMPARED)] + ["steps"]
-    if f"teacher_{names[0]}" not in found:
+    scores = [n for n in (score, "class_nats") if f"teacher_test_{n}" in found]
+    if not scores:
         return ""
     rows = []
     for way, words in WAYS.items():
-        known = (found.get(f"{way}{name}") for name in names)
-        if way in ("", "teacher_") or f"{way}{names[0]}" in found:
+        names = [f"{way}test_{name}" for name in (*scores, *COMPARED)]
+        if way in ("", "teacher_") or names[0] in found:
+            # "steps" are those to the weights that were kept, "steps_taken" all of the student's.
+            own = ["steps_taken" if "steps_taken" in found else "steps", "training_seconds"]
+            names += own if way == "" else [f"{way}steps", f"{way}seconds"]
+            known = map(found.get, names)
             rows.append((words, *("" if v is None else html.number(v) for v in known)))
-    head = ("", f"test {score.replace('_', ' ')}", "KL, nats", "agreement at 1", "steps")
+    titles = [f"test {name.replace('_', ' ')}" for name in scores]
+    head = ("", *titles, "KL, nats", "agreement at 1", "steps taken", "seconds of steps")
     content = f'<div class="scroll">{html.table(head, rows)}</div>'
+    if begun := found.get("without_teacher_begins_with"):
+        content += f"<small>Fine-tuning without the teacher begins with {ORIGINS[begun]}.</small>"
     for way in COLORS:
         if (closed := found.get(f"gap_closed_at_{way}")) is not None:
             line = f"Share of the gap to the teacher that is closed, at {way.replace('_', ' ')}"

@@ -123,8 +123,13 @@ def run_stage(context: Context) -> dict:
         numbers, *_ = tune("finetune_scratch", from_scratch, scratch)
         beside = {f"scratch_{name}": value for name, value in numbers.items()}
     if networks:
+        begun = comparison.origin(context)
+        if begun == comparison.ALONE:  # read only where the training begins
+            weights = lambda: begin_with(network, pretrained.load(context, begun).params, key)  # noqa: E731
         alone = functools.partial(fit, weights=weights)
         beside |= _beside_teachers(context, training, frozen, fitted, scored, alone)
+        if settings.distill.compare:
+            beside["without_teacher_begins_with"] = begun
     named = {"classes": len(task.names)} if task.names else {}
     return {**named, **images, **tuned, **bounds, **beside, **origin}
 
@@ -151,10 +156,10 @@ def _beside_teachers(
         return fit(name, training=plain)
 
     own = measured(fitted.params)
-    mine = {f"{split}_{name}" for split in splits for name in ("accuracy", "class_nats")}
+    mine = {f"{split}_accuracy" for split in splits}  # which the summary has
     found = {name: value for name, value in own.items() if name not in mine}
     if settings.distill.compare:
-        given = context, "finetune", fitted, own, settings.train.steps, "test_accuracy"
+        given = context.folder, "finetune", fitted, own, settings.train.steps, "test_accuracy"
         found |= comparison.without_teachers(*given, measured, train)
     return found
 

@@ -123,7 +123,7 @@ def _beside_teachers(
     own = measured(fitted.params)
     found = {n: v for n, v in own.items() if n not in ("validation_" + SCORE, "test_" + SCORE)}
     if config.distill.compare:
-        given = context, "pretrain", fitted, own, config.train.steps, f"test_{SCORE}"
+        given = context.folder, "pretrain", fitted, own, config.train.steps, f"test_{SCORE}"
         found |= comparison.without_teachers(*given, measured, train)
     return found
 

@@ -31,8 +31,10 @@ class Pretrained(NamedTuple):
     numbers: dict[str, int]  # for the summary of the stage: the step, where it is not the last one
 
 
-def load(context: Context) -> Pretrained:
+def load(context: Context, training: str = "pretrain") -> Pretrained:
     """The pretrained weights, from the newest checkpoint that can be read.
+
+    `training` is the one of this run's pretraining stage whose weights are read.
 
     InputError: pretraining has not finished, the weights are of another shape, or none of the
     checkpoints can be read.
@@ -41,7 +43,7 @@ def load(context: Context) -> Pretrained:
     own = hosts.from_first(lambda: has_own(config, path))
     if own and config.init_from:
         LOG.info("Takes the weights that %s has adapted from %s.", path, config.init_from)
-    return _load(context, path if own or not config.init_from else None)
+    return _load(context, path if own or not config.init_from else None, training)
 
 
 def load_given(context: Context) -> Pretrained:
@@ -72,7 +74,7 @@ def has_own(config: config_lib.Config, folder: pathlib.Path) -> bool:
     return record.has_finished(files.read_json(folder / "summary.json", {}), "pretrain")
 
 
-def _load(context: Context, own: pathlib.Path | None) -> Pretrained:
+def _load(context: Context, own: pathlib.Path | None, training: str = "pretrain") -> Pretrained:
     """The weights in the run folder `own`, or the weights that `config.init_from` names."""
     config = context.config
     if not own and weights.is_weights_path(config.init_from):
@@ -80,7 +82,7 @@ def _load(context: Context, own: pathlib.Path | None) -> Pretrained:
         return Pretrained(_with_frames(context.network(), found.on_mesh()), {})
 
     made_by, folder, last = hosts.from_first(lambda: _finished(config, own))
-    place = record.checkpoint_folder(made_by, folder) / "pretrain"
+    place = record.checkpoint_folder(made_by, folder) / training
     part = record.trained_part(made_by, "pretrain")
     network = context.network()
     given = dataclasses.replace(
@@ -161,7 +163,8 @@ def _draft(config, codec, with_params: bool) -> tuple[Network, dict]:
     name = f"config.sample.draft={config.sample.draft}"
     path = weights.locate(config.sample.draft, f"{name} does not exist")
     found, params = weights.read_stage(path, "pretrain", palette_of(codec), with_params=with_params)
-    speculative.check_draft(found.network, found.codec, network_of(config), codec, name)
+    kinds = found.tokens.kind, config.tokens.kind
+    speculative.check_draft(found.network, found.codec, network_of(config), codec, name, kinds)
     return found.network, params
 
 

@@ -162,7 +162,7 @@ def finetune(results: Results) -> Part:
     ]
     png = pictures.plot(f"validation {words}", "step", curves, percent=is_share)
     content = html.figure(png, "Fine-tuning. Ringed: the step whose weights were kept.")
-    usual = {first, "nats_per_token", *distilled.COMPARED}
+    usual = {first, "nats_per_token", "class_nats", *distilled.COMPARED}
     content += distilled.table(found, first) + _test_numbers(found, usual)
     return content + _by_class(results, "finetune", "Fine-tuned network"), tiles
 

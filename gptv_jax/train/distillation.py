@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.model.gpt import GPT, Network, Output
-from gptv_jax.train import feature_maps, objective
+from gptv_jax.train import feature_maps, objective, voting
 from gptv_jax.train.feature_maps import feature_distance
 from gptv_jax.train.objective import cross_entropy, row_means
 from gptv_jax.train.step import Metric, View, draw_view
@@ -202,11 +202,12 @@ def make_eval_step(network: Network, teachers: Teachers) -> Callable:
     "images" counts the rows. The other sums are of means over a row's tokens: "nats_per_token",
     "teacher_nats_per_token", "kl" and "agreement"; of networks with a class head, of the class:
     "accuracy", "class_nats", "teacher_accuracy", "teacher_class_nats", "kl" and "agreement".
-    BERT's masks and the clips of videos are those of `step.make_eval_step`.
+    BERT's masks and the clips of videos are those of `step.make_eval_step`, and so is how votes
+    and clips become a class and nats, of student and teacher.
     """
 
     def eval_step(params: dict, frozen: dict, batch: dict) -> dict[str, Array]:
-        rows, logits, their_logits = [], [], [[] for _ in teachers]
+        rows, logits, their_logits = [], [], []
         for vote, clip in itertools.product(range(network.votes), objective.clips_of(batch)):
             output, mask = objective.evaluate_batch(
                 network, params, clip, vote, condition_on_label=plain
@@ -220,8 +221,7 @@ def make_eval_step(network: Network, teachers: Teachers) -> Callable:
                 rows.append({name: row_means(each, mask) for name, each in found.items()})
                 continue
             logits.append(output.class_logits)
-            for found, (_, each) in zip(their_logits, taught, strict=True):
-                found.append(each.class_logits)
+            their_logits.append(mean_log_probabilities([each.class_logits for _, each in taught]))
         if plain:
             rows = jax.tree.map(lambda *each: sum(each) / len(each), *rows)
             named = {"nats": "nats_per_token", "teacher_nats": "teacher_nats_per_token"}
@@ -236,14 +236,19 @@ def make_eval_step(network: Network, teachers: Teachers) -> Callable:
 
 
 def _compare_classes(network, logits, their_logits, label) -> dict[str, Float[Array, " B"]]:
-    """Numbers of each row, of the mean probabilities over votes and clips."""
-    own = mean_log_probabilities(logits)
-    their = mean_log_probabilities([x for each in their_logits for x in each])
-    found = {"kl": divergence(own, their), "agreement": agreement(own, their)}
-    for name, each in (("", own), ("teacher_", their)):
-        found[f"{name}accuracy"] = jnp.argmax(each, axis=-1) == label
-        found[f"{name}class_nats"] = nats_of(each, label)
-    return found
+    """Numbers of each row, as `step.make_eval_step` has them; KL is of the mean probabilities.
+
+    The lists have logits of every vote and clip, vote by vote.
+    """
+    both, chosen, found = [], [], {}
+    for name, each in (("", logits), ("teacher_", their_logits)):
+        votes = voting.over_clips(each, network.votes)
+        chosen.append(voting.majority_class(votes))
+        both.append(mean_log_probabilities([votes[i] for i in range(network.votes)]))
+        found[f"{name}accuracy"] = (chosen[-1] == label).astype(jnp.float32)
+        found[f"{name}class_nats"] = cross_entropy(votes, label).mean(axis=0)
+    same = (chosen[0] == chosen[1]).astype(jnp.float32)
+    return found | {"kl": divergence(*both), "agreement": same}
 
 
 def make_metric(network: Network, teachers: Teachers, frozen: dict) -> Metric:

@@ -37,6 +37,8 @@ class Fitted(NamedTuple):
     evaluations: list[dict]  # {"step", and what `evaluate` returned}, in order
     tokens_per_second: float | None  # of the training steps alone, without compilation
     sessions: dict[str, float | int | None]  # see `Sessions.numbers`
+    taken: int  # number of steps; fewer than asked for where `patience` has ended the training
+    seconds: float | None  # of these steps, without compilation, evaluations and saves
 
 
 def fit(
@@ -114,6 +116,8 @@ def fit(
 
     def drain():
         """Waits for the newest step, and counts the wait as its time."""
+        if pending is None:  # a finished training that starts again keeps its seconds
+            return
         begin = time.perf_counter()
         settle()
         clock.add(time.perf_counter() - begin)
@@ -194,7 +198,8 @@ def fit(
     seconds, timed, _ = clock.total.tolist()
     speed = timed * config.batch_size * length / seconds if timed else None
     # Steps that were not timed count at the mean of the timed ones.
-    spent = sessions.numbers(seconds / timed * step if timed else None)
+    took = seconds / timed * step if timed else None
+    told = evaluations, speed, sessions.numbers(took), step, took
 
     def best_left() -> int | None:
         return metrics.best_step(evaluations, primary, {*checkpoints.steps(), step})
@@ -202,8 +207,8 @@ def fit(
     while (chosen := best_left()) not in (None, step):
         try:
             restored = checkpoints.restore(chosen, {config.weights: abstract[config.weights]})
-            return Fitted(restored[0][config.weights], chosen, evaluations, speed, spent)
+            return Fitted(restored[0][config.weights], chosen, *told)
         except DamagedError as error:
             checkpoints.set_aside(chosen)
             LOG.warning("%s Falling back to step %d.", error, best_left())
-    return Fitted(state[config.weights], step, evaluations, speed, spent)
+    return Fitted(state[config.weights], step, *told)
