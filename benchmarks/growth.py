@@ -2,8 +2,8 @@
 
 Command: python -m benchmarks.growth [--cases=layers,width,tokens,batch,devices] [--rounds=5]
 
-One size is varied, the others stay. The step is that of pretraining. Time is that of a step, and
-`processor seconds` is the processor time of all threads, which other programs disturb less. Memory
+Each case varies one size. Every point is a train step of pretraining: its time by the clock, and in
+`processor seconds` the processor time of all threads, which other programs disturb less. Memory
 is measured by the kernel: the train state, the batch, and the growth of the process in a step;
 `planned MiB` is what `gptv_jax.plan` computes by arithmetic, and GFLOP what a step executes by
 `model/flops.py`. Devices are simulated: they share this machine's cores and memory, split weights

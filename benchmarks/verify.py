@@ -10,9 +10,9 @@ core), video_digits (eight), video_camera (four; only with --photographs, see
 configs/video_camera.py) and digits_distill (four, after digits, its teacher). `documented.py` has
 their numbers and by how much each may differ; what depends on the speed of a machine is left out.
 
-A finished run is not repeated: remove its folder, or take another --out. The same command continues
-a run that was stopped. A number outside its spread, better or worse, does not hold: the exit code
-is then 1, as when a run fails. The numbers are also written to OUT/verify.json.
+A finished run is not repeated: to repeat a run, remove the run's folder or take another --out. A
+stopped run goes on where the run was stopped. A number outside its spread, better or worse, does
+not hold: the exit code is then 1, as when a run fails. OUT/verify.json has the numbers too.
 """
 
 import argparse

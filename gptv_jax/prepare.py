@@ -109,7 +109,7 @@ def _prepare(settings: config.Config) -> None:
         raise InputError(f"{given} is a token cache already; name a data set of images.")
     opened = {s: sources.Selected(data_set, s, settings.data.labels) for s in data_set.lengths}
     inventory.log(settings.data, inventory.describe(data_set, opened), opened)
-    # The teachers of --teacher take the place of those that a student's configuration names.
+    # The teachers of --teacher replace the teachers that the configuration names.
     chosen = setup.find_codec(settings, taught=() if TEACHER.value else ("pretrain",))
     teachers = []
     if TEACHER.value:

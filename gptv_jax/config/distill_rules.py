@@ -8,9 +8,7 @@ def check_cached(config: Config, section: str) -> None:
     """Checks what `config.<section>.cached` needs; see `rules`."""
     model, settings, cached = config.model, config.distill, f"config.{section}.cached=True"
     if section != "distill":
-        reason = (
-            "fine-tuning changes every image anew, so that no cache has what teachers say of it"
-        )
+        reason = "fine-tuning augments every image anew, and a cache knows stored images alone"
         refuse(config, f"{section}.cached", f"{reason}; take False, and name teachers")
     # Targets are of whole images, in raster order, and of the distributions alone.
     for name, fits, advice in (

@@ -2,8 +2,8 @@
 
 The N points (u + k) / N, k = 0 .. N-1, with one uniform u for a position, fall on ids by the
 cumulative distribution (systematic sampling; Kitagawa 1996). The expected count of an id is N times
-its probability, as for N independent draws, but the count differs by less than 1 from that, so the
-targets of a position vary much less. The next position has a u of its own.
+its probability, as for N independent draws, but a count differs from its expectation by less than
+1, so the targets of a position vary much less. Every position draws another u.
 
 u depends on the seed, the split and the number of the example alone: neither the batch nor what was
 drawn before changes an image's ids, except that another batch may round the distribution otherwise.

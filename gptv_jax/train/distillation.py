@@ -67,7 +67,7 @@ def feature_layers(
 def init_maps(
     network: Network, teachers: Teachers, settings: config_lib.Distill, key: PRNGKeyArray
 ) -> dict:
-    """A map from the student's width to that of each teacher, see `feature_maps.init`.
+    """A linear map from the student's features to each teacher's, see `feature_maps.init`.
 
     {} where no features are compared.
     """
