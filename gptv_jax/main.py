@@ -5,13 +5,14 @@ python -m gptv_jax.main --config=runs/digits --workdir=runs/wider --config.model
 """
 
 import json
+import os
 
 from absl import flags
 from etils import epy
 
 from gptv_jax import command, config
 from gptv_jax.errors import InputError
-from gptv_jax.hosts import distributed, runtime, stopping
+from gptv_jax.hosts import cores, distributed, runtime, stopping
 from gptv_jax.stages import STAGES
 
 with epy.lazy_imports():  # see `command`
@@ -42,7 +43,10 @@ def main(settings: config.Config) -> None:
             "gptv_jax.main takes its settings from the command line; in Python or in a notebook, "
             "call gptv_jax.train(config, workdir)."
         )
-    distributed.start(DISTRIBUTED.value, COORDINATOR.value, COUNT.value, INDEX.value)
+    meeting = DISTRIBUTED.value, COORDINATOR.value, COUNT.value, INDEX.value
+    if distributed.decide(meeting[0], meeting[1:], os.environ) is None:  # one process
+        cores.split(settings, WORKDIR.value)
+    distributed.start(*meeting)
     runtime.cache_programs()
     summary = run.run_stages(settings, WORKDIR.value, WANTED.value)
     if jax.process_index() == 0:

@@ -24,7 +24,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedShar
 from jax.sharding import PartitionSpec as P
 
 from gptv_jax import config as config_lib
-from gptv_jax import hardware
+from gptv_jax import files, hardware
 from gptv_jax.errors import InputError
 
 AXES = ("data", "fsdp", "sequence", "tensor")
@@ -270,6 +270,20 @@ def by_name(tree) -> dict:
     """Leaves of nested dicts and states by flat name, such as "params.blocks.qkv", in order."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(p, simple=True, separator="."): leaf for p, leaf in leaves}
+
+
+def hash_params(params) -> str:
+    """`files.hash_arrays` of parameters on the current mesh, equal on every mesh and process.
+
+    Every process calls this function; a parameter is whole on every device for as long as its bytes
+    are read.
+    """
+    whole = jax.jit(lambda x: jax.sharding.reshard(x, P()))
+    arrays = {
+        name: np.asarray(leaf if leaf.is_fully_addressable else whole(leaf))
+        for name, leaf in by_name(params).items()
+    }
+    return files.hash_arrays(arrays)
 
 
 def abstract(init):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +75,33 @@ def test_a_run_that_is_interrupted_is_bit_for_bit_the_whole_run(taught, tmp_path
     jax.tree.map(
         np.testing.assert_array_equal, *(weights_of(tmp_path / n) for n in ("parts", "whole"))
     )
+
+
+def test_a_run_goes_on_with_the_draws_it_began_with(taught, tmp_path, monkeypatch):
+    codec, train, run = tokens.codec_of(CONFIG), pipeline.Pipeline.train, str(tmp_path / "run")
+    other = export(tmp_path / "teacher.safetensors", CONFIG, seed=4)
+    with jax.set_mesh(make_mesh((1, 1, 1))):
+        made = drawer(tmp_path / "other", other, codec)
+        write(tmp_path / "other", made, codec, some_examples(96))
+    write(tmp_path / "plain", None, codec, some_examples(96))
+    moved = shutil.copytree(taught, tmp_path / "moved")
+
+    def ended(*given, **more):
+        yield from itertools.islice(train(*given, **more), 3)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pipeline.Pipeline, "train", ended)
+        run_stages(configured(taught), run, ["pretrain"])
+    again = configured(taught, data=data_of(tmp_path / "other"))
+    with pytest.raises(InputError, match=r"other teachers than config\.data\.path gives now"):
+        run_stages(again, run, ["pretrain"])
+    found = run_stages(configured(taught, data=data_of(moved)), run, ["pretrain"])
+    assert found["pretrain/steps"] == STEPS
+    # Pretraining that has finished needs no draws.
+    for place in ("other", "plain"):
+        data = data_of(tmp_path / place)
+        assert run_stages(configured(taught, data=data), run, ["pretrain"]) == found
 
 
 def test_a_student_of_the_draws_comes_nearer_to_its_teacher(taught, one_device):

@@ -42,13 +42,14 @@ CONFIG = config_lib.Config(
 )
 
 
-def weights_file(path, levels=17, image_size=8, classes=0, names=(), **model) -> str:
+def weights_file(path, levels=17, image_size=8, classes=0, names=(), seed=0, starts=1, **model):
     """The path of a file of random weights."""
     shape = config_lib.Model(**{"layers": 2, "width": 32, "heads": 2} | model)
     grey = config_lib.Tokens(kind="grey", levels=levels)
-    file = WeightsFile(shape, grey, image_size, {}, classes=classes, class_names=names)
+    facts = {"classes": classes, "class_names": names, "starts": starts}
+    file = WeightsFile(shape, grey, image_size, {}, **facts)
     with jax.set_mesh(sharding.make_mesh(config_lib.Mesh())):
-        params = sharding.by_name(random_params(file.network))
+        params = sharding.by_name(random_params(file.network, seed))
     arrays = {name: np.asarray(value) for name, value in params.items()}
     native.write(dataclasses.replace(file, params=arrays), path)
     return str(path)

@@ -12,6 +12,7 @@ from PIL import Image
 
 import gptv_jax
 from gptv_jax import config as config_lib
+from gptv_jax import weights
 from gptv_jax.config import fields
 from gptv_jax.data import cache, sources
 from gptv_jax.errors import InputError
@@ -20,6 +21,7 @@ from gptv_jax.stages import STAGES, setup
 from gptv_jax.stages.finetuned import FineTuned
 from gptv_jax.stages.run import run_stages
 from gptv_jax.tokens import GreyCodec
+from gptv_jax.weights import native
 
 KINDS = ("noise", "shift")
 
@@ -134,6 +136,31 @@ def test_a_stage_that_was_stopped_goes_on_and_finds_equal_numbers(copied, monkey
     monkeypatch.undo()
     (copied / "robustness.unfinished.json").write_text('{"of": [], "found": {"0 clean 1": 0.5}}')
     assert numbers(run_stages(config, str(copied), ["robustness"])) == whole
+
+
+def test_scores_of_a_file_that_was_replaced_are_not_kept(copied, tmp_path, monkeypatch):
+    path, batches, read = tmp_path / "export.safetensors", FineTuned.batches, []
+    model = gptv_jax.load(copied)
+    model.save(path)
+    config = settings(copied, compare=str(path), images=20, corruptions=("noise",))
+
+    def stopping(self, *given, **more):
+        read.append(self.source)
+        if len(read) == 9:  # after six passes of the run, and two of the file
+            raise KeyboardInterrupt
+        return batches(self, *given, **more)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(FineTuned, "batches", stopping)
+        run_stages(config, str(copied), ["robustness"])
+    stored = weights.read(path)
+    head = {n: -x if n == "classifier.class_head" else x for n, x in stored.params.items()}
+    native.write(dataclasses.replace(stored, params=head), path)  # of an equal step
+    found = numbers(run_stages(config, str(copied), ["robustness"]))
+    wanted = numbers(run_stages(config, str(copied), ["robustness"]))
+    assert found == wanted
+    clean = "test_accuracy_clean"
+    assert found[f"compared_{clean}"] < found[clean]
 
 
 def test_a_run_folder_with_other_tokens_is_compared_on_the_same_images(copied, tmp_path):

@@ -197,6 +197,12 @@ def test_a_draft_of_another_palette_is_refused():
     with pytest.raises(InputError, match="another palette or tokenizer"):
         speculative.check_draft(network, codecs[0], network, codecs[1])
     speculative.check_draft(network, codecs[0], network, codecs[0])
+    codecs[1].definition = None
+    with pytest.raises(InputError, match="another palette or tokenizer"):
+        speculative.check_draft(network, codecs[0], network, codecs[1])
+    # Before the network's palette is made, the kinds of tokens tell colours from grey levels.
+    with pytest.raises(InputError, match="kind of tokens grey, not palette; a draft"):
+        speculative.check_draft(network, codecs[1], network, None, kinds=("grey", "palette"))
 
 
 def test_a_run_draws_its_samples_with_the_draft_of_the_config(tmp_path):

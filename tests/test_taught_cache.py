@@ -192,6 +192,12 @@ def test_a_palette_is_taken_from_the_teacher_and_another_is_refused(one_device, 
         teacher_cache.load((path,), config, tokens.codec_of(config, other), 10)
 
 
+def test_a_teacher_of_grey_levels_has_no_colours_for_a_cache(teacher, one_device):
+    config = dataclasses.replace(CONFIG, tokens=config_lib.Tokens(kind="palette", colors=17))
+    with pytest.raises(InputError, match="kind of tokens grey, not palette; a teacher"):
+        teacher_cache.load((teacher,), config, None, 10)
+
+
 def test_a_teacher_that_the_mesh_does_not_divide_is_refused(teacher, codec):
     heads = r"config\.model\.heads"
     with jax.set_mesh(make_mesh((1, 1, 4))), pytest.raises(InputError, match=heads):

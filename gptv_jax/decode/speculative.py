@@ -52,13 +52,13 @@ def check_draft(
     network: Network,
     codec: Codec | None,
     name: str = "the draft",
+    kinds: tuple[str, str] | None = None,
 ) -> None:
     """Checks that the draft's tokens mean what the network's tokens mean.
 
-    A codec is None if its palette or tokenizer is not made yet. The InputError lists the
-    differences.
+    Codecs and `kinds` are as of `token_differences`. The InputError lists the differences.
     """
-    differing = token_differences(draft, draft_codec, network, codec)
+    differing = token_differences(draft, draft_codec, network, codec, kinds)
     if differing:
         raise InputError(
             f"{name} has {shorten(differing)}; a draft takes a network that was trained on the "

@@ -49,8 +49,7 @@ def keep_memory() -> None:
     JAX starts its threads, so the files in /dev tell of accelerators, whose steps do not use this
     memory.
     """
-    accelerators = [path for name in ACCELERATORS for path in DEVICES.glob(name)]
-    if platform.libc_ver()[0] != "glibc" or accelerators:
+    if platform.libc_ver()[0] != "glibc" or accelerators():
         return
     libc = ctypes.CDLL(None)
     for setting, value in ((MMAP_MAX, 0), (TRIM_THRESHOLD, -1), (ARENA_MAX, 1)):  # -1: never
@@ -63,6 +62,11 @@ def keep_memory() -> None:
         length = ctypes.c_size_t(block + size - first)
         libc.madvise(ctypes.c_void_p(first), length, MADV_HUGEPAGE)
         libc.free(ctypes.c_void_p(block))
+
+
+def accelerators() -> list[pathlib.Path]:
+    """Files of the machine's GPUs and TPUs, which are there before JAX starts."""
+    return [path for name in ACCELERATORS for path in DEVICES.glob(name)]
 
 
 def machine_kind() -> str:

@@ -88,6 +88,26 @@ class RunFolder:
                 return f"its {name} were {before}, now they are {now}"
         return ""
 
+    def changed_teachers(self, stage: str, given: dict[str, list]) -> list[str]:
+        """The settings by which a stage has other teachers than `keep_teachers` recorded.
+
+        For process 0. A folder of an older version has no record, and takes what is given.
+        """
+        record = files.read_json(self.path / "config.json", {})
+        before = record.get("teachers", {}).get(stage, given)
+        return [name for name in given if before.get(name) != given[name]]
+
+    def keep_teachers(self, stage: str, given: dict[str, list]) -> None:
+        """Records in config.json what teaches a stage; for process 0 of a folder that is claimed.
+
+        `given` tells, by the settings that name the teachers, which teachers these are.
+        """
+        path = self.path / "config.json"
+        record = files.read_json(path, {})
+        taught = record.get("teachers", {})
+        if taught.get(stage) != given:
+            files.write_json(path, record | {"teachers": taught | {stage: given}})
+
     def claim(
         self,
         data: dict,

@@ -163,7 +163,8 @@ def _draft(config, codec, with_params: bool) -> tuple[Network, dict]:
     name = f"config.sample.draft={config.sample.draft}"
     path = weights.locate(config.sample.draft, f"{name} does not exist")
     found, params = weights.read_stage(path, "pretrain", palette_of(codec), with_params=with_params)
-    speculative.check_draft(found.network, found.codec, network_of(config), codec, name)
+    kinds = found.tokens.kind, config.tokens.kind
+    speculative.check_draft(found.network, found.codec, network_of(config), codec, name, kinds)
     return found.network, params
 
 

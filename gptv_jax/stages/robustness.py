@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from gptv_jax import config as config_lib
-from gptv_jax import files, hosts
+from gptv_jax import files, hosts, sharding
 from gptv_jax.config import fields
 from gptv_jax.data import pipeline, sources, transforms
 from gptv_jax.data.corruptions import STRENGTHS
@@ -156,7 +156,9 @@ def _keeper(context: Context, networks: list[FineTuned]) -> Callable:
     """`once(name, find, *arguments)`: `find(*arguments)`, or what an earlier start has found."""
     path = context.folder.path / pages.UNFINISHED
     settings = json.loads(json.dumps(fields.flatten(context.config)))
-    identity = [settings, [network.step for network in networks]]
+    # A file that was replaced may be of an equal step.
+    weights = [[network.step, sharding.hash_params(network.params)] for network in networks]
+    identity = [settings, weights]
     kept = hosts.from_first(lambda: files.read_json(path, {}))
     found = kept["found"] if kept.get("of") == identity else {}
 

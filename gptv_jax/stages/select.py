@@ -32,7 +32,8 @@ def choose_stages(
         given = ", ".join(sorted(set(wanted) - set(STAGES)))
         problem = f"has {given}" if given else "is empty"
         raise InputError(f"--stages {problem}; it takes some of {', '.join(STAGES)}.")
-    refused = _impossible(config, held)
+    usual = [name for name, stage in STAGES.items() if not stage.on_request]
+    refused = _impossible(config, held, wanted or usual)
     if config.init_from and "pretrain" not in {*begun, *(wanted or ())}:
         reason = f"config.init_from={config.init_from} gives the pretrained weights"
         refused["pretrain"] = f"{reason}; name pretrain in --stages to adapt them"
@@ -41,7 +42,6 @@ def choose_stages(
             raise InputError(f"--stages has {name}, but {refused[name]}.")
     if wanted is None and "finetune" in refused and config.task != config_lib.Task():
         rules.refuse(config, "task.name", refused["finetune"])
-    usual = [name for name, stage in STAGES.items() if not stage.on_request]
     chosen = [name for name in STAGES if name in (wanted or usual) and name not in refused]
     if config.probe.every and "label" not in held and "pretrain" in chosen:
         reason = f"the images of config.data.name={config.data.name} have no labels; take 0"
@@ -49,13 +49,17 @@ def choose_stages(
     return chosen
 
 
-def _impossible(config: config_lib.Config, held: Collection[str]) -> dict[str, str]:
-    """Stages that this run cannot have, each with the reason and what to do."""
+def _impossible(
+    config: config_lib.Config, held: Collection[str], wanted: Collection[str]
+) -> dict[str, str]:
+    """Stages that this run cannot have beside `wanted`, each with the reason and what to do."""
     given, kind, refused = config.init_from, config.tokens.kind, {}
     cached = isinstance(sources.open_data_set(config.data), TokenCache)
+    # A student takes the tokenizer of its teachers.
+    taught = config.distill.teacher or ("finetune" in wanted and config.finetune.distill.teacher)
     if kind != "learned":
         refused["tokenizer"] = f"config.tokens.kind={kind} has nothing to train"
-    elif config.tokens.tokenizer or given or cached or config.distill.teacher:
+    elif config.tokens.tokenizer or given or cached or taught:
         refused["tokenizer"] = "the tokens come with their tokenizer; leave the stage tokenizer out"
     images = f"the images of config.data.name={config.data.name}"
     task = config.task

@@ -100,8 +100,10 @@ def _open(config: config_lib.Config, folder: RunFolder, wanted: list[str] | None
         "maps": list(train.map_names),
     }
     changed = hosts.from_first(lambda: changes.find(folder, data, stages))
+    # A stage that has finished needs its teachers no more.
+    unfinished = [n for n in stages if n in changed.unfinished or not folder.finished(n)]
     for name in stages:
-        if STAGES[name].on_request or name in changed.unfinished or not folder.finished(name):
+        if STAGES[name].on_request or name in unfinished:
             tuned = name in ("finetune", "robustness")
             if tuned:
                 hosts.on_all(task.check)
@@ -111,9 +113,13 @@ def _open(config: config_lib.Config, folder: RunFolder, wanted: list[str] | None
         check_guidable(config.model, f"config.sample.guidance is {config.sample.guidance:g}")
     for entries in _training_transforms(config, stages):
         transforms.check(entries, config.data.eval_transforms)
-    if config.distill.cached and "pretrain" in stages:
+    if config.distill.cached and "pretrain" in unfinished:
         hosts.on_all(lambda: teacher_cache.check(config))
-    prepared = config, mesh, folder, stages, data, changed, contents, task
+    taught = [name for name in teachers.SECTIONS if name in unfinished]
+    with jax.set_mesh(mesh):
+        for name in [name for name in taught if name in changed.extended]:
+            teachers.check_begun(config, folder, name)
+    prepared = config, mesh, folder, stages, data, changed, contents, task, taught
     hosts.from_first(lambda: _prepare(*prepared))
     # Every process writes the names of the damaged images that it meets.
     hosts.on_all(lambda: files.claim(folder.path, "--workdir"))
@@ -272,15 +278,18 @@ def _prepare(
     changed: changes.Changes,
     contents: dict,
     task: tasks.Task,
+    taught: list[str],
 ) -> None:
-    """Finds or makes the codec, checks it and the pretrained weights, and claims the folder."""
+    """Finds or makes the codec, checks it and the pretrained weights, and claims the folder.
+
+    `taught` are the stages to run that may have teachers.
+    """
     # A palette or tokenizer in the folder that other settings or fewer steps made does not count.
     outdated = changed.anew or "tokenizer" in changed.extended
-    # A stage that has finished needs its teachers no more.
-    done = [n for n in stages if has_finished(folder.summary(), n) and n not in changed.unfinished]
-    taught = [name for name in teachers.SECTIONS if name in stages and name not in done]
     kind, place = config.tokens.kind, None if outdated else folder.path
     found = find_codec(config, place, taught)
+    for stage in taught:
+        teachers.check(config, mesh, stage, found, data["classes"])
     trained_here = not found and kind == "learned"
     made = not trained_here or has_finished(folder.summary(), "tokenizer")
     if kind in tokens.DEFINITIONS and not (found or outdated) and made and folder.has_checkpoints:
@@ -300,8 +309,6 @@ def _prepare(
         pretrained.check_draft(config, found)
     if "robustness" in stages:
         finetuned.check(config, task, folder, stages, found)
-    for stage in taught:
-        teachers.check(config, mesh, stage, found, data["classes"])
     recorded = data | {"found": contents}
     clear = functools.partial(changes.clear, folder, changed)
     folder.claim(recorded, changed.fields, clear, anew=changed.anew)

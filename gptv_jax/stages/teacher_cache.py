@@ -70,7 +70,8 @@ def _fitting(
 ) -> Codec:
     """The codec, by default the teacher's; InputError: the teacher predicts other tokens."""
     plain = dataclasses.replace(config, model=config_lib.Model())  # any network of these tokens
-    differing = token_differences(found.network, found.codec, network_of(plain), codec)
+    kinds = found.tokens.kind, config.tokens.kind
+    differing = token_differences(found.network, found.codec, network_of(plain), codec, kinds)
     differing += ["parts after the image"] * found.network.several
     if (told := found.model.class_tokens) not in (0, classes):
         differing.append(f"{told} class tokens for data with {classes or 'no'} classes")
@@ -99,11 +100,7 @@ def describe(
     seed: int,
 ) -> Taught:
     """What the cache records of the draws."""
-    arrays = (
-        {name: np.asarray(leaf) for name, leaf in sharding.by_name(each.params).items()}
-        for each in teachers
-    )
-    digests = tuple(map(files.hash_arrays, arrays))
+    digests = tuple(sharding.hash_params(each.params) for each in teachers)
     return Taught(names, digests, samples, temperature, seed)
 
 

@@ -9,10 +9,13 @@ from collections.abc import Sequence
 from jax.sharding import Mesh
 
 from gptv_jax import config as config_lib
-from gptv_jax import sharding, tokens, weights
+from gptv_jax import hosts, sharding, tokens, weights
+from gptv_jax.checkpoint import newest_step
+from gptv_jax.data import cached_tokens, transforms
 from gptv_jax.errors import InputError, shorten
 from gptv_jax.model.gpt import Network
 from gptv_jax.runs.context import Context
+from gptv_jax.runs.record import RunFolder
 from gptv_jax.stages.pretrained import palette_of
 from gptv_jax.tasks.network import network_of
 from gptv_jax.tokens import Codec
@@ -35,11 +38,13 @@ def definitions(
     found = {}
     for stage in (each for each in SECTIONS if each in stages):
         for name in settings_of(config, stage).teacher:
-            path, named = _locate(stage, name)
+            (path, named), kind = _locate(stage, name), config.tokens.kind
             if weights.is_weights_path(path):
-                found[named] = weights.read_definition(path)
+                given = weights.read_definition(path)
+                # `check` refuses a teacher of another kind of tokens.
+                found[named] = given if given and tokens.kind_of(given) == kind else None
             else:
-                found[named] = tokens.load_definition(config.tokens.kind, path)
+                found[named] = tokens.load_definition(kind, path)
     return found
 
 
@@ -53,16 +58,19 @@ def check(
     """Checks before any work that a stage's teachers can teach its network; for process 0.
 
     `classes` are the names of the data's classes, or their number without names. Raises InputError
-    where a teacher is not found, has other tokens, classes or orders than the student, or cannot be
-    split over the mesh.
+    where a teacher is not found, has other tokens, classes, orders or variants than the student, or
+    cannot be split over the mesh.
     """
     settings = settings_of(config, stage)
     for name in settings.teacher:
         named = _locate(stage, name)[1]
         found, _ = _read(stage, name, codec, with_params=False)
         _check_tokens(config, found, named, codec)
+        _check_variants(config, found, named, stage)
         if stage == "finetune":
             _check_classes(found, named, classes)
+        else:
+            _check_orders(config, found, named)
         layers = found.model.layers
         if (settings.teacher_layer or 0) > layers:
             raise InputError(
@@ -78,16 +86,64 @@ def check(
 def load(context: Context, stage: str) -> tuple[tuple[Network, ...], dict | None]:
     """The networks of a stage's teachers, and the `frozen` arrays of `train.distillation`.
 
-    The arrays are None where the stage has no teacher.
+    The arrays are None where the stage has no teacher. config.json keeps which teachers these are.
+    InputError: the stage has begun with other teachers.
     """
-    networks, params = [], []
-    for name in settings_of(context.config, stage).teacher:
-        found, arrays = _read(stage, name, context.codec, with_params=True)
-        size = found.model.layers, found.model.width
+    networks, params, given = _read_all(context.config, stage, context.codec)
+    for name, network in zip(settings_of(context.config, stage).teacher, networks, strict=True):
+        size = network.config.layers, network.config.width
         LOG.info("%s has the teacher %s, of %d layers and width %d.", stage, name, *size)
+    if given:
+        hosts.from_first(lambda: _keep(context.folder, stage, given))
+    return networks, {"teachers": params} if params else None
+
+
+def check_begun(config: config_lib.Config, folder: RunFolder, stage: str) -> None:
+    """Checks that a stage, which takes more steps, has the teachers that it began with.
+
+    Every process calls this function, on the mesh, before results are moved away. InputError: the
+    teachers are other ones.
+    """
+    kind = config.tokens.kind
+    definition = hosts.from_first(lambda: tokens.load_definition(kind, folder.path))
+    lost = definition is None and kind in tokens.DEFINITIONS  # which is refused later
+    codec = None if lost else tokens.codec_of(config, definition)
+    given = _read_all(config, stage, codec)[2]
+    hosts.from_first(lambda: _refuse_changed(folder, stage, given))
+
+
+def _keep(folder: RunFolder, stage: str, given: dict[str, list]) -> None:
+    """Records the teachers of a stage; InputError: the stage began with others. For process 0."""
+    place = folder.checkpoints(stage)
+    if place.exists() and newest_step(place) > 0:
+        _refuse_changed(folder, stage, given)
+    folder.keep_teachers(stage, given)
+
+
+def _refuse_changed(folder: RunFolder, stage: str, given: dict[str, list]) -> None:
+    if changed := folder.changed_teachers(stage, given):
+        raise InputError(
+            f"{folder.path} has begun the stage {stage} with other teachers than "
+            f"{shorten(changed)} gives now; restore the weights or the token cache that the stage "
+            "began with, or take another --workdir."
+        )
+
+
+def _read_all(
+    config: config_lib.Config, stage: str, codec: Codec | None
+) -> tuple[tuple[Network, ...], tuple[dict, ...], dict[str, list]]:
+    """Networks and weights of a stage's teachers, and the digests of `RunFolder.keep_teachers`."""
+    settings, networks, params, given = settings_of(config, stage), [], [], {}
+    for name in settings.teacher:
+        found, arrays = _read(stage, name, codec, with_params=True)
         networks.append(found.network)
         params.append(arrays)
-    return tuple(networks), {"teachers": tuple(params)} if params else None
+        given[_locate(stage, name)[1]] = [sharding.hash_params(arrays)]
+    if settings.cached:
+        taught = cached_tokens.taught_by(config.data)
+        drawn = taught.samples, taught.temperature, taught.seed
+        given["config.data.path"] = [*taught.digests, *drawn]
+    return tuple(networks), tuple(params), given
 
 
 def _locate(stage: str, name: str) -> tuple[pathlib.Path, str]:
@@ -101,9 +157,13 @@ def _read(
 ) -> tuple[WeightsFile, dict]:
     path, named = _locate(stage, name)
     try:
-        return weights.read_stage(path, stage, palette_of(codec), with_params=with_params)
+        found = weights.read_stage(path, stage, palette_of(codec), with_params=with_params)
     except InputError as error:
         raise InputError(f"{named} cannot be read: {error}") from error
+    kind = found[0].tokens.kind
+    if kind in tokens.DEFINITIONS and found[0].definition is None:
+        raise InputError(f"{named} has lost its {tokens.DEFINITIONS[kind][0]}; restore it.")
+    return found
 
 
 def _check_tokens(
@@ -114,8 +174,8 @@ def _check_tokens(
             f"{named} is fine-tuned for config.task.name={found.task.name}; a teacher predicts "
             "the tokens of images, or their class."
         )
-    network = network_of(config)
-    if differing := token_differences(found.network, found.codec, network, codec):
+    network, kinds = network_of(config), (found.tokens.kind, config.tokens.kind)
+    if differing := token_differences(found.network, found.codec, network, codec, kinds):
         raise InputError(
             f"{named} has {shorten(differing)}; a teacher takes the tokens of its student."
         )
@@ -124,10 +184,33 @@ def _check_tokens(
             f"config.model.block is {network.config.block}, but that of {named} is "
             f"{found.model.block}; a teacher predicts each token from what its student reads."
         )
-    if network.config.random_order and not found.model.random_order:
+
+
+def _check_orders(config: config_lib.Config, found: WeightsFile, named: str) -> None:
+    # Fine-tuning reads images in raster order, see `train.step.draw_view`.
+    if config.model.random_order and not found.model.random_order:
         raise InputError(
-            f"config.model.random_order is {network.config.random_order}, but {named} has read "
+            f"config.model.random_order is {config.model.random_order}, but {named} has read "
             "images in raster order alone; take (), or a teacher with random orders."
+        )
+
+
+def _check_variants(config: config_lib.Config, found: WeightsFile, named: str, stage: str) -> None:
+    """InputError: variants of images have the numbers of other shifts of the teacher.
+
+    Images that are not shifted are variant 0 of every teacher, see `objective.start_vectors`.
+    """
+    section = "config.finetune" if stage == "finetune" else "config.data"
+    entries = config.finetune.train_transforms if stage == "finetune" else ()
+    if not entries:
+        section, entries = "config.data", config.data.train_transforms
+    variants, network = transforms.variants(entries), found.network
+    known = 1 if network.config.class_tokens else network.starts
+    if 1 not in (variants, known) and variants != known:
+        raise InputError(
+            f"{section}.train_transforms make {variants} variants of an image, but {named} has "
+            f"start vectors for {known}, which are other shifts; take the shift of the teacher, or "
+            "a teacher with start_per_variant=False."
         )
 
 

@@ -75,8 +75,12 @@ def load_definition(kind: str, folder: pathlib.Path) -> TokenDefinition | None:
     return load(folder / name) if name and (folder / name).exists() else None
 
 
+def kind_of(definition: TokenDefinition) -> str:
+    """The kind of tokens that a definition is for, as config.tokens.kind."""
+    return "palette" if isinstance(definition, Palette) else "learned"
+
+
 def save_definition(definition: TokenDefinition | None, folder: pathlib.Path) -> None:
     """Writes the palette or tokenizer, if there is one, into a run folder or token cache."""
     if definition is not None:
-        kind = "palette" if isinstance(definition, Palette) else "learned"
-        definition.save(folder / DEFINITIONS[kind][0])
+        definition.save(folder / DEFINITIONS[kind_of(definition)][0])

@@ -5,14 +5,20 @@ from gptv_jax.tokens.codec import Codec
 
 
 def token_differences(
-    given: Network, given_codec: Codec | None, network: Network, codec: Codec | None
+    given: Network,
+    given_codec: Codec | None,
+    network: Network,
+    codec: Codec | None,
+    kinds: tuple[str, str] | None = None,
 ) -> list[str]:
     """Phrases such as "vocabulary 6, not 5", in which `given` differs from the network.
 
-    A codec is None if its palette or tokenizer is not made yet. Two numbers of class tokens are
+    A codec is None if its palette or tokenizer is not made yet; then `kinds` alone, the
+    config.tokens.kind of both, tell a palette from grey levels. Two numbers of class tokens are
     compared only where both networks have classes.
     """
-    pairs = {
+    pairs = {"kind of tokens": kinds} if kinds else {}
+    pairs |= {
         "objective": (given.config.objective, network.config.objective),
         "vocabulary": (given.vocabulary, network.vocabulary),
         "grid": (given.grid, network.grid),
@@ -23,7 +29,8 @@ def token_differences(
     if codec and given_codec:
         pairs["image shape"] = given_codec.image_shape, codec.image_shape
     differing = [f"{name} {its}, not {ours}" for name, (its, ours) in pairs.items() if its != ours]
-    definitions = [each and each.definition for each in (given_codec, codec)]
-    if not differing and all(definitions) and not definitions[0].equivalent(definitions[1]):
-        differing = ["another palette or tokenizer"]
+    if not differing and codec and given_codec:
+        its, ours = given_codec.definition, codec.definition
+        if type(its) is not type(ours) or (ours and not its.equivalent(ours)):
+            differing = ["another palette or tokenizer"]
     return differing

@@ -236,8 +236,17 @@ def on_mesh(batches: Iterable[dict]) -> Iterator[dict]:
 
 
 def total(parts: Iterable, add: Callable = Metric.add):
-    """The sum of trees of arrays, such as a split's batches give, fetched to the host."""
-    return jax.device_get(functools.reduce(add, parts))
+    """The sum of trees of arrays, such as a split's batches give, fetched to the host.
+
+    At most two parts are under way. A faster host would pile up more, and with many programs under
+    way the devices of one CPU may wait for each other for ever.
+    """
+
+    def added(found, part):
+        jax.block_until_ready(found)
+        return add(found, part)
+
+    return jax.device_get(functools.reduce(added, parts))
 
 
 @functools.cache  # the metrics of several splits share the compiled step

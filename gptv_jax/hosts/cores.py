@@ -1,0 +1,106 @@
+"""Into how many JAX devices the cores of a CPU are split, decided before JAX starts.
+
+A CPU is one JAX device, whose threads share every operation and wait for each other at its end.
+With a device a core the batch is split over the cores, and each core works through its own rows:
+the cores meet to add up gradients, not at every operation. Tiny networks lose more by the meetings
+than they gain, and so does any network whose cores other programs use (docs/results.md).
+"""
+
+import logging
+import math
+import os
+import pathlib
+import re
+
+from etils import epy
+
+from gptv_jax import config as config_lib
+from gptv_jax import files
+from gptv_jax.config import run_file
+from gptv_jax.hosts import runtime
+
+with epy.lazy_imports():  # see `command`
+    import jax
+
+LOG = logging.getLogger(__name__)
+FORCED = "xla_force_host_platform_device_count"  # XLA's flag, by which users set devices as well
+# What was measured to be faster by a split, on a machine of so many cores that ran nothing else:
+# widths, and the fewest tokens of a gradient. Anything else is left to the user; a large network
+# would also need its weights and optimizer state in memory once more for each device.
+CORES, WIDTHS, TOKENS = 2, range(128, 257), 4096
+
+
+def choose(width: int, tokens: int, batch: int, cores: int) -> int:
+    """Number of devices, 1 or `cores`, with which a network of this width trains faster.
+
+    Args:
+      width: D, of the network's activations.
+      tokens: T, positions of an example.
+      batch: number of examples that a gradient is taken of at a time.
+      cores: cores that this process may use.
+    """
+    wins = cores == CORES and width in WIDTHS and tokens * batch >= TOKENS
+    return cores if wins and batch % cores == 0 else 1
+
+
+def of_run(config: config_lib.Config, cores: int) -> int:
+    """Number of devices, 1 or `cores`, with which every training of the configuration is faster.
+
+    A run that trains its tokenizer has one device: convolutions were not measured.
+    """
+    sizes = [each.batch_size for each in (config.probe, config.probe.sgd, config.tokenizer.train)]
+    trainings = [config.finetune.train]
+    if config.tokens.kind != "none":  # else there is nothing to predict
+        trainings.append(config.train)
+    batches = [train.batch_size // train.microbatches for train in trainings]
+    tokenizer = config.tokens.kind == "learned" and not config.tokens.tokenizer
+    if tokenizer or any(size % cores for size in sizes):
+        return 1
+    tokens = math.prod(config.grid)
+    return min(choose(config.model.width, tokens, batch, cores) for batch in batches)
+
+
+def split(config: config_lib.Config, workdir: str) -> None:
+    """Sets the number of CPU devices of this process; to be called before JAX starts.
+
+    A run that continues keeps the number with which it began, also on a machine of other cores:
+    another number adds the gradients in another order, and results differ by rounding. Nothing is
+    set where the user has decided (JAX_NUM_CPU_DEVICES, XLA's flag, config.mesh) or where JAX uses
+    an accelerator.
+    """
+    if not _is_free():
+        return
+    path = files.user_path(workdir) if "://" not in workdir else None
+    begun = path is not None and os.path.exists(path / "config.json")
+    if config.mesh != (run_file.config_of(path).mesh if begun else config_lib.Mesh()):
+        return
+    if begun:
+        count, why = _recorded(path), "as when this run began"
+    else:
+        count = of_run(config, available())
+        why = f"one for each core, with which a network of width {config.model.width} trains faster"
+    if count:
+        jax.config.update("jax_num_cpu_devices", count)
+    if count > 1:
+        LOG.info("The CPU is %d JAX devices, %s; JAX_NUM_CPU_DEVICES=1 keeps it one.", count, why)
+
+
+def available() -> int:
+    """The number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1  # macOS and Windows have no affinity
+
+
+def _is_free() -> bool:
+    """Whether JAX will compute on the CPU, and nobody has set the number of its devices."""
+    platforms = jax.config.jax_platforms or ("" if runtime.accelerators() else "cpu")
+    given = jax.config.jax_num_cpu_devices >= 0 or FORCED in os.environ.get("XLA_FLAGS", "")
+    return platforms == "cpu" and not given
+
+
+def _recorded(folder: pathlib.Path) -> int:
+    """The CPU devices with which the run began; 0: it began on other devices."""
+    record = files.read_json(folder / "config.json", {})
+    found = re.fullmatch(r"(\d+) cpu", record.get("devices", ""))
+    return int(found[1]) if found else 0

@@ -1,0 +1,94 @@
+"""Into how many devices the command splits a CPU, by itself or as a run began."""
+
+import dataclasses
+import itertools
+import json
+import pathlib
+
+import pytest
+from test_runtime import run
+
+from gptv_jax import config as config_lib
+from gptv_jax.hosts import cores
+
+WIDTHS, LENGTHS, BATCHES = (16, 32, 64, 96, 128, 256), (16, 64, 256, 1024), (1, 2, 8, 64)
+# A fork has JAX imported and not started, as the command has.
+PROGRAM = """
+from gptv_jax import config
+from gptv_jax.hosts import cores
+os.environ.pop("XLA_FLAGS", None)
+os.environ.update({environment!r})
+{before}
+settings = config.resolve(config.recorded(config.Config, {fields!r}))
+cores.available = lambda: 2
+cores.split(settings, {folder!r})
+print(json.dumps([jax.device_count()]))
+"""
+WINS = {"data.image_size": 8, "model.width": 128, "model.heads": 4, "train.batch_size": 64}
+WINS |= {"finetune.train.batch_size": 64}
+
+
+def devices_of(folder: pathlib.Path, before: str = "", environment=None, **fields) -> str:
+    """A program that prints how many devices JAX has, for a configuration where a split wins."""
+    given = WINS | {name.replace("__", "."): value for name, value in fields.items()}
+    named = {"fields": given, "folder": str(folder), "before": before}
+    return PROGRAM.format(environment=environment or {}, **named)
+
+
+def test_within_the_measured_widths_more_work_is_never_split_less():
+    for count in (1, 2):
+        for width, wider in itertools.pairwise(WIDTHS):
+            for tokens, longer in itertools.pairwise(LENGTHS):
+                for batch in BATCHES:
+                    found = cores.choose(width, tokens, batch, count)
+                    assert found in (1, count)
+                    assert cores.choose(wider, tokens, batch, count) >= found
+                    assert cores.choose(width, longer, batch, count) >= found
+                    assert cores.choose(width, tokens, 2 * batch, count) >= found
+
+
+def test_tiny_and_large_networks_odd_batches_and_cores_that_were_not_measured_are_not_split():
+    assert cores.choose(128, 64, 64, 2) == 2
+    assert cores.choose(32, 64, 64, 2) == cores.choose(128, 64, 63, 2) == 1
+    assert cores.choose(512, 64, 64, 2) == 1
+    assert cores.choose(128, 64, 64, 1) == cores.choose(256, 1024, 64, 64) == 1
+
+
+def test_the_devices_divide_every_batch_of_the_run():
+    settings = config_lib.resolve(config_lib.recorded(config_lib.Config, WINS))
+    assert cores.of_run(settings, 2) == 2
+    train = dataclasses.replace(settings.train, microbatches=64)
+    odd = dataclasses.replace(settings.probe, batch_size=255)
+    small = dataclasses.replace(settings.model, width=32)
+    learned = dataclasses.replace(settings.tokens, kind="learned")
+    for changed in ({"train": train}, {"probe": odd}, {"model": small}, {"tokens": learned}):
+        assert cores.of_run(dataclasses.replace(settings, **changed), 2) == 1
+
+
+@pytest.mark.process
+def test_a_cpu_is_split_where_nobody_has_decided_and_the_run_did_not_begin_otherwise(tmp_path):
+    def begun(devices: str) -> pathlib.Path:
+        folder = tmp_path / devices.replace(" ", "_")
+        folder.mkdir()
+        record = {"devices": devices, "config": WINS}
+        (folder / "config.json").write_text(json.dumps(record))
+        return folder
+
+    new, one, three, tpu = tmp_path / "new", *map(begun, ("1 cpu", "3 cpu", "4 TPU v4"))
+    accelerator = "import pathlib; from gptv_jax.hosts import runtime\n"
+    accelerator += f"runtime.DEVICES = pathlib.Path({str(tmp_path)!r})\n"
+    accelerator += "jax.config.update('jax_platforms', None)"
+    (tmp_path / "nvidia0").touch()
+    wanted = {
+        devices_of(new): 2,
+        devices_of(one): 1,  # as it began
+        devices_of(three): 3,  # on a machine of more cores
+        devices_of(tpu): 1,
+        devices_of(new, model__width=32): 1,
+        devices_of(new, mesh__data=1): 1,  # the user's mesh
+        devices_of(three, mesh__fsdp=1, mesh__data=1): 1,
+        devices_of(new, "jax.config.update('jax_num_cpu_devices', 1)"): 1,  # as JAX_NUM_CPU_DEVICES
+        devices_of(new, environment={"XLA_FLAGS": f"--{cores.FORCED}=4"}): 4,
+        devices_of(new, accelerator): 1,
+    }
+    assert [count for (count,) in run(*wanted)] == list(wanted.values())
