@@ -249,14 +249,25 @@ def test_an_evaluation_compares_student_and_teacher_on_the_images_that_count(cla
 
 def test_votes_make_one_class_of_the_student_and_of_the_teacher_as_in_every_evaluation():
     bert = {"objective": "bert", "masked_share": 0.6, "votes": 3, "scan_layers": False}
-    student, teacher = (tiny_network(5, layers=n, **bert) for n in (1, 2))
-    params, theirs = random_params(student), random_params(teacher, 1)
     names = {"index": np.arange(8, dtype=np.int32)}
-    batches = [random_batch(student, seed=seed) | names for seed in range(4)]
+    student, teacher = (tiny_network(5, layers=n, **bert) for n in (1, 2))
+    batches = [random_batch(student, seed=seed) | names for seed in range(8)]
+
+    def weights(network, seed):
+        """Random weights whose classes have a mean logit of 0, so that votes differ."""
+        params = random_params(network, seed)
+        each = map(sharding.global_batch, batches)
+        logits = [objective.evaluate_batch(network, params, b)[0].class_logits for b in each]
+        head = params["classifier"]
+        scaled = np.asarray(head["class_scale"]) * np.asarray(head["class_head"])
+        shift = np.mean(logits, axis=(0, 1)) @ np.linalg.pinv(scaled.T)
+        return params | {"classifier": head | {"class_center": head["class_center"] + shift}}
+
+    params, theirs = weights(student, 0), weights(teacher, 1)
     metric = distillation.make_metric(student, (teacher,), {"teachers": (theirs,)})
     found = metric.measure(params, iter(batches))
-    for beginning, network, weights in (("", student, params), ("teacher_", teacher, theirs)):
-        own = step.make_metric(network).measure(weights, iter(batches))
+    for beginning, network, given in (("", student, params), ("teacher_", teacher, theirs)):
+        own = step.make_metric(network).measure(given, iter(batches))
         for name in ("accuracy", "class_nats"):
             assert found[f"{beginning}{name}"] == pytest.approx(own[name], rel=1e-5)
 
