@@ -156,8 +156,9 @@ def test_report_is_one_page_that_needs_no_network(finished_run):
 
 def test_no_other_framework_is_imported(finished_run):
     imported = set(re.findall(r"^import time:.*\| *([\w.]+)$", finished_run.errors, re.MULTILINE))
-    assert "jax" in imported
     tops = {name.split(".")[0] for name in imported}  # failed attempts are listed too
+    # A module that is imported lazily is not listed itself, but the modules are that it imports.
+    assert "jaxlib" in tops
     assert not tops & {"tensorflow", "keras", "transformers"}
     # tensorboardX tries torch when it is imported, where it is installed; nobody else may.
     attempts = re.findall(r"^import time:.*\| *torch$", finished_run.errors, re.MULTILINE)
