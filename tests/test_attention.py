@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import make_mesh, random_batch, random_params, tiny_network
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
@@ -226,8 +227,8 @@ def test_splitting_the_sequence_changes_no_number_and_gathers_keys_and_values_al
 
 
 def emulate_tpu(monkeypatch):
-    emulated = functools.partial(attention.splash.make_splash_mha, interpret=True)
-    monkeypatch.setattr(attention.splash, "make_splash_mha", emulated)
+    emulated = functools.partial(splash_attention_kernel.make_splash_mha, interpret=True)
+    monkeypatch.setattr(splash_attention_kernel, "make_splash_mha", emulated)
     monkeypatch.setattr(sharding, "platform", lambda: "tpu")
 
 

@@ -1,6 +1,7 @@
 """Names of topologies, and the devices that they stand for."""
 
 import pytest
+from jax.experimental import topologies
 
 from gptv_jax import hardware
 from gptv_jax.errors import InputError
@@ -60,7 +61,7 @@ def test_without_libtpu_a_sentence_says_what_to_install(monkeypatch):
     def missing(*_, **__):
         raise RuntimeError("JAX TPU support not installed; cannot generate TPU topology.")
 
-    monkeypatch.setattr(topology.topologies, "get_topology_desc", missing)
+    monkeypatch.setattr(topologies, "get_topology_desc", missing)
     with pytest.raises(InputError, match=r"libtpu, which is not installed; pip install"):
         topology.parse("v5e:4x4").devices()
 
