@@ -5,8 +5,8 @@ Command:   python -m benchmarks.levers --data_dir=DIR [--seeds=0,1] [--only=base
                [--folder=runs/levers] [--set=train.batch_size=32]
 
 CIFAR-10 as 64 learned codes (`configs/tokenizer_cifar10.py:tiny`, without classes). The tokenizer
-is trained once, or is that of the run --tokenizer, and codes are made of augmented images while the
-GPT trains. Every lever changes the base by a few fields. A lever that takes more FLOPs a token
+is trained once, or --tokenizer names a run that has one, and codes are made of augmented images
+while the GPT trains. Every lever changes the base by a few fields. A lever that takes more FLOPs a token
 takes fewer steps. Levers of `READINGS` are of the probe alone, and read the base's weights.
 
 The columns: nats per code of the test images (with blocks, of a block given the blocks before),

@@ -93,7 +93,7 @@ def available() -> int:
 
 
 def _is_free() -> bool:
-    """Whether JAX will compute on the CPU, and nobody has set the number of its devices."""
+    """Whether JAX will compute on the CPU, and the user has not set the number of CPU devices."""
     platforms = jax.config.jax_platforms or ("" if runtime.accelerators() else "cpu")
     given = jax.config.jax_num_cpu_devices >= 0 or FORCED in os.environ.get("XLA_FLAGS", "")
     return platforms == "cpu" and not given
