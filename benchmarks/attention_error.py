@@ -2,11 +2,12 @@
 
 Command: python -m benchmarks.attention_error [--quick] [--out=FILE]
 
-The reference is the plain form in float32 on equal inputs, with products in full precision. The form
-that gptv_jax uses on this platform (`form`: cuDNN's kernel on a GPU, the blocked form on a CPU) may
-have twice the error of the plain form in the dtype of compute, or 1e-5. An error is the largest
-difference from the reference over the largest value of the reference; the error of the gradients is
-the largest one of queries, keys and values. The exit code is 1 if an error is too large.
+The reference is the plain form in float32 on equal inputs, with products in full precision. The
+form that gptv_jax uses on this platform (`form`: cuDNN's kernel on a GPU, the blocked form on a
+CPU) may have twice the error of the plain form in the dtype of compute, or 1e-5. An error is the
+largest difference from the reference over the largest value of the reference; the error of the
+gradients is the largest one of queries, keys and values. The exit code is 1 if an error is too
+large.
 """
 
 import argparse

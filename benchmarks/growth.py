@@ -10,9 +10,10 @@ is measured by the kernel: the train state, the batch, and the growth of the pro
 and batch (`mesh.fsdp`), and the batch grows with them; their memory is given for one device.
 
 The last rows of a size have the exponents b of size ** b: over all points (least squares of the
-logarithms) and over the last two, the exponent of the time beside the exponent of the FLOPs, and the
-exponent of the memory beside the exponent of the planned memory. Below the expected exponent, small steps cost more than their share. An exponent of the
-last two points that is more than EXCESS above the expected one has a note: growth without a reason.
+logarithms) and over the last two, the exponent of the time beside the exponent of the FLOPs, and
+the exponent of the memory beside the exponent of the planned memory. Below the expected exponent,
+small steps cost more than their share. An exponent of the last two points that is more than EXCESS
+above the expected one has a note: growth without a reason.
 """
 
 import argparse

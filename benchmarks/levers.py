@@ -6,8 +6,8 @@ Command:   python -m benchmarks.levers --data_dir=DIR [--seeds=0,1] [--only=base
 
 CIFAR-10 as 64 learned codes (`configs/tokenizer_cifar10.py:tiny`, without classes). The tokenizer
 is trained once, or --tokenizer names a run that has one, and codes are made of augmented images
-while the GPT trains. Every lever changes the base by a few fields. A lever that takes more FLOPs a token
-takes fewer steps. Levers of `READINGS` are of the probe alone, and read the base's weights.
+while the GPT trains. Every lever changes the base by a few fields. A lever that takes more FLOPs a
+token takes fewer steps. Levers of `READINGS` are of the probe alone, and read the base's weights.
 
 The columns: nats per code of the test images (with blocks, of a block given the blocks before),
 which no lever of reading changes; test accuracy of the linear probe of the best layer and of three
