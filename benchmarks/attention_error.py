@@ -98,7 +98,7 @@ def measure(case: Case) -> dict:
 
 
 def computed(function, arrays: list) -> list[np.ndarray]:
-    """The output for queries, keys and values, and their gradients for that of the output."""
+    """The output of attention, and the gradients of queries, keys and values."""
     *qkv, gradient = arrays
 
     def both(*qkv):

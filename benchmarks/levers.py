@@ -12,8 +12,8 @@ token takes fewer steps. Levers of `READINGS` are of the probe alone, and read t
 The columns: nats per code of the test images (with blocks, of a block given the blocks before),
 which no lever of reading changes; test accuracy of the linear probe of the best layer and of three
 layers together; and two floors, random weights read in the same way and raw pixels. Each run is the
-real command in a folder of its own. The same command continues what was stopped and does not repeat
-what has finished. Prints a table, and last its numbers as one JSON object, which is in
+real command in a separate folder. The benchmark given again continues a run that was stopped, and
+does not repeat a finished run. Prints a table, and last its numbers as one JSON object, which is in
 FOLDER/levers.json as well.
 """
 

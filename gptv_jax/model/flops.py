@@ -43,7 +43,7 @@ def forward(network: Network, whole_logits: bool = False) -> Flops:
     Each weight of a product counts 2, and attention 4 L T D with the masked half of a causal mask
     counted (Chowdhery et al. 2022, appendix B), so that MFU compares across codebases. Heads and
     stem are shared out over all positions of a sequence. The loss of a head by levels needs the
-    probabilities of one code; with `whole_logits`, as for distillation, those of all codes count.
+    probabilities of one code; with `whole_logits`, as for distillation, all codes are counted.
     """
     blocks, head, attention = _forward_parts(network, whole_logits)
     stem = {"stem": _stem(network) // network.length} if network.stem else {}

@@ -284,7 +284,7 @@ class Pretraining(Training):
     def activations(self, mesh: AbstractMesh, rows: int) -> int:
         """Bytes that a device of `mesh`, whose batch axes are 1, holds for `rows` images at a time.
 
-        They are the arrays kept for the backward pass, and those of the layer or of the logits that
+        Counted are arrays kept for the backward pass, and arrays of the layer or of the logits that
         are being computed; state, batch and gradients are not counted.
         """
         c = self.config.model
