@@ -85,7 +85,7 @@ class Case:
 
 
 def cases(platform: str) -> list[Case]:
-    """All sizes, of a CPU alone: the memory of a GPU is not that of the process."""
+    """All sizes; on a CPU alone, as the process's memory does not include a GPU's memory."""
     if platform != "cpu":
         return []
     return [

@@ -9,9 +9,10 @@ is trained once, or --tokenizer names a run that has one, and codes are made of 
 while the GPT trains. Every lever changes the base by a few fields. A lever that takes more FLOPs a
 token takes fewer steps. Levers of `READINGS` are of the probe alone, and read the base's weights.
 
-The columns: nats per code of the test images (with blocks, of a block given the blocks before),
-which no lever of reading changes; test accuracy of the linear probe of the best layer and of three
-layers together; and two floors, random weights read in the same way and raw pixels. Each run is the
+The columns: nats per code of the test images, which no lever of `READINGS` changes (with blocks, a
+block's code is predicted from the blocks before alone); test accuracy of the linear probe of the
+best layer and of three layers together; and two floors: random weights, pooled as the trained
+weights are, and raw pixels. Each run is the
 real command in a separate folder. The benchmark given again continues a run that was stopped, and
 does not repeat a finished run. Prints a table, and last its numbers as one JSON object, which is in
 FOLDER/levers.json as well.

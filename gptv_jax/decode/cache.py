@@ -105,7 +105,7 @@ def extend_rows(
     Row b has cached `counts[b]` positions after the prompt so far. Keys and values that `generated`
     holds further behind are overwritten and not seen; its capacity must reach to counts + N. The
     network's only part is its first one. Without blocks a position sees those before it. `counts`
-    is a number where it is that of every row.
+    is one number where all rows have equal counts.
     """
     x, extended = _layers(model, blocks, x, prompt, generated, counts)
     return model.predict_each(x), extended

@@ -32,7 +32,7 @@ from gptv_jax.model.quantizers import strides
 
 
 class LevelHead(nnx.Module):
-    """Weights of the head; both are zero, so the first loss is ln V as that of a flat head."""
+    """Weights of the head; both begin at zero, so the first loss is ln V, as with a flat head."""
 
     def __init__(self, levels: tuple[int, ...], width: int):
         self.levels, self.strides = levels, strides(levels)

@@ -86,7 +86,7 @@ def check(
 def load(context: Context, stage: str) -> tuple[tuple[Network, ...], dict | None]:
     """The networks of a stage's teachers, and the `frozen` arrays of `train.distillation`.
 
-    The arrays are None where the stage has no teacher. config.json keeps which teachers these are.
+    The arrays are None where the stage has no teacher. config.json records the teachers' digests.
     InputError: the stage has begun with other teachers.
     """
     networks, params, given = _read_all(context.config, stage, context.codec)
