@@ -62,6 +62,22 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+MEMORY_MAPS = pathlib.Path("/proc/self/maps")  # Linux
+MOST_MEMORY_MAPS = 20_000
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Frees the compiled programs after a file of tests where they hold many memory maps.
+
+    XLA's CPU backend holds a few memory maps for every compiled program. Linux allows a process
+    65,530, and the compilation beyond them ends the process with a segmentation fault.
+    """
+    if nextitem is None or item.path == nextitem.path or not MEMORY_MAPS.exists():
+        return
+    if MEMORY_MAPS.read_bytes().count(b"\n") > MOST_MEMORY_MAPS:
+        jax.clear_caches()
+
+
 def make_mesh(shape: tuple[int, ...]) -> jax.sharding.Mesh:
     """A mesh over the first devices: data, fsdp, tensor, or these with sequence before tensor."""
     shape = (*shape[:2], 1, shape[2]) if len(shape) == 3 else shape
