@@ -106,9 +106,22 @@ def _project_backward(equation, _, saved, gradient):
         return jnp.einsum(equation, a, b, out_sharding=jax.typeof(primal).sharding.spec)
 
     whole = sharding.gather(weight, x.dtype)
-    of_weight = like(weight, f"{left},{outputs}->{right}", x, gradient)
+    if sharding.platform() == "cpu" and x.size > gradient.size:
+        of_weight = _transposed(left, outputs, x, weight, gradient)
+    else:
+        of_weight = like(weight, f"{left},{outputs}->{right}", x, gradient)
     of_x = like(x, f"{outputs},{right}->{left}", gradient, whole)
     return of_x, of_weight.astype(weight.dtype)
+
+
+def _transposed(left, outputs, x, weight, gradient):
+    """The weight's gradient as outputs by inputs, then transposed."""
+    axes, spec = outputs[2:] + left[2:], jax.typeof(weight).sharding.spec
+    count = len(left) - 2  # axes of the inputs, the first of the weight
+    turned = jax.P(*spec[count:], *spec[:count])
+    found = jnp.einsum(f"{outputs},{left}->{axes}", gradient, x, out_sharding=turned)
+    # Without a barrier XLA would turn the product back.
+    return jnp.moveaxis(jax.lax.optimization_barrier(found), range(-count, 0), range(count))
 
 
 _project.defvjp(_project_forward, _project_backward)
