@@ -1,4 +1,5 @@
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -293,6 +294,27 @@ def test_initial_weights_have_the_standard_deviations_of_the_released_code():
         assert (gain == 1).all()
     for layer in range(1, 4):
         assert (blocks["qkv"][layer] != blocks["qkv"][0]).all()
+
+
+# Products with weights
+
+
+@pytest.mark.parametrize(
+    ("equation", "shape", "product"),
+    [("btf,fd->btd", (32, 8), "8x32"), ("btd,df->btf", (8, 32), "8x32")],
+)
+def test_on_a_cpu_the_gradient_of_a_weight_is_computed_with_the_shorter_side_first(
+    equation, shape, product
+):
+    x, weight = (np.random.default_rng(0).normal(size=s) for s in ((2, 3, shape[0]), shape))
+    x, weight = jnp.asarray(x, jnp.float32), jnp.asarray(weight, jnp.float32)
+    found, wanted = (
+        jax.jit(jax.grad(lambda w, f=f: jnp.sin(f(equation, x, w)).sum()))
+        for f in (layers.project, jnp.einsum)
+    )
+    np.testing.assert_allclose(found(weight), wanted(weight), rtol=1e-5, atol=1e-5)
+    results = re.findall(r"dot_general .*-> tensor<(\d+x\d+)xf32>", found.lower(weight).as_text())
+    assert results == [product]
 
 
 # Start vectors
