@@ -140,7 +140,8 @@ def _put(
     """Writes the new positions behind the first `count` ones, which is a number or of each row."""
     if cached.ndim == 3:
         new = new.reshape(new.shape[1:], out_sharding=ONE_ROW)
-        return jax.lax.dynamic_update_slice(cached, new, (0, count.reshape((), out_sharding=jax.P()), 0))
+        count = count.reshape((), out_sharding=jax.P())
+        return jax.lax.dynamic_update_slice(cached, new, (0, count, 0))
     if count.ndim == 0:
         return jax.lax.dynamic_update_slice(cached, new, (0, 0, count, 0))
 
