@@ -261,16 +261,21 @@ class Pretraining(Training):
 
     def batch(self, rows: int, split: jax.NamedSharding | None = None) -> dict:
         """Abstract arrays of a batch of `rows` images."""
-        shapes = {"tokens": (rows, self.network.length), "variant": (rows,)}
+
+        def array(*shape: int, dtype=jnp.int32) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=split)
+
+        length, data = self.network.length, self.config.data
+        found = {"tokens": array(length), "variant": array()}
         if self.network.config.class_tokens:
-            shapes["label"] = (rows,)
-        found = {k: jax.ShapeDtypeStruct(s, jnp.int32, sharding=split) for k, s in shapes.items()}
+            found["label"] = array()
         if self.distill.cached:
-            shape = *shapes["tokens"], cached_tokens.most_distinct(self.config.data)
-            for name in ("teacher_ids", "teacher_counts"):
-                found[name] = jax.ShapeDtypeStruct(shape, jnp.uint16, sharding=split)
-        if self.config.data.still_share:
-            found["still"] = jax.ShapeDtypeStruct((rows,), jnp.bool_, sharding=split)
+            drawn = array(length, cached_tokens.most_distinct(data), dtype=jnp.uint16)
+            found |= {"teacher_ids": drawn, "teacher_counts": drawn}
+        if data.still_share:
+            found["still"] = array(dtype=jnp.bool_)
+        if self.network.patch:
+            found["image"] = array(*data.size, self.network.patch[-1], dtype=jnp.uint8)
         return found
 
     def executed(self, mesh: AbstractMesh) -> int:
