@@ -70,11 +70,14 @@ class Inputs(nnx.Module):
         variant, tokens = jax.sharding.reshard((variant, tokens), sharding.BATCH_FIRST)
         shift = self.network.layout.shift
         if self.network.patch:
-            start = self._lookup([self.start], jnp.stack([variant] * shift, axis=1), spec)
-            content, first = self.contents(tokens, pixels), self.network.layout.parts[0]
+            first, starts = self.network.layout.parts[0], jnp.stack([variant] * shift, axis=1)
+            start = self._lookup([self.start], starts, sharding.BATCH_FIRST)
+            content = self.contents(tokens, pixels)
             content = to_positions(first, content) if first.block else content
+            content = jax.sharding.reshard(content, sharding.BATCH_FIRST)
             x = jnp.concatenate([start, content[:, : tokens.shape[1]]], axis=1)
-            return self._place(self._seen(x, hidden, spec), 0, order)
+            x = self._seen(jax.sharding.reshard(x, spec), hidden, spec)
+            return self._place(x, 0, order)
         if self.network.several or self.network.stem:
             start = self._lookup([self.start], variant[:, None], sharding.BATCH_FIRST)
             x = jnp.concatenate([start, self._held(tokens, pixels)], axis=1)
