@@ -27,8 +27,7 @@ PATCH = (2, 3, 3)  # height, width and channels
 
 
 def pixel_network(recipe="modern", classes=0, **changes):
-    network = tiny_network(classes, image_input="pixels", **RECIPES[recipe], **changes)
-    return dataclasses.replace(network, patch=PATCH)
+    return tiny_network(classes, patch=PATCH, image_input="pixels", **RECIPES[recipe], **changes)
 
 
 def images(seed=0, count=8):
