@@ -253,7 +253,7 @@ UNBOUNDED = {
     "tokenizer.train_transforms", "tokenizer.lpips_weights",
     "model.axial_positions", "model.start_per_variant", "model.scan_layers",
     "model.learned_positions", "model.rotary", "model.qk_norm",
-    "model.target_positions", "model.next_embedding_map",
+    "model.target_positions", "model.next_embedding_map", "model.bfloat16_on_cpu",
     "finetune.standardize", "finetune.scratch", "distill.compare", "finetune.distill.compare",
     "distill.cached", "finetune.distill.cached",
     "task.name", "task.prefix", "task.detect.noise", "task.detect.votes",
