@@ -310,6 +310,11 @@ def test_the_stage_writes_its_numbers_and_files(request, tmp_path, monkeypatch, 
         assert summary["probe/concatenated_first_layer"] == 0
         assert summary["probe/concatenated_last_layer"] == 2
         assert 0 < summary["probe/concatenated_test_accuracy"] <= 1
+        floor = summary.get("probe/concatenated_random_init_test_accuracy")
+        assert (floor is None) == (config.probe.method == "sgd")
+        # Of random weights too, three layers together tell more than the worst of them alone.
+        alone = [row["random_init_test_accuracy"] for row in refined]
+        assert floor is None or floor > min(alone)
     for per_class in config.probe.labels_per_class:
         name = f"probe/labels_{per_class}_test_accuracy"
         assert 0 < summary[name] < 1 and summary[f"{name}_deviation"] >= 0
