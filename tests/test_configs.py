@@ -51,6 +51,7 @@ WEIGHTS = {
     ("segment_camvid", None): 810_352,
     ("video_camvid", None): 804_784,
     ("segment_ade20k", None): 110_120_448,
+    ("features_cifar10", None): 1_272_960,
     ("cifar10", "tiny"): 332_416,
     ("cifar10", "tiny_modern"): 329_600,
     ("cifar10", "10m"): 9_968_128,
