@@ -104,6 +104,7 @@ TOKENIZERS = {
     ("segment_digits", None): (30_867, 240),
     ("segment_ade20k", None): OF_IMAGENET,
     ("tokenizer_cifar10", "tiny"): (263_476, 4_096),
+    ("features_cifar10", None): (263_476, 4_096),
     ("tokenizer_cifar10", "tiny_16k"): (264_117, 16_384),
     ("tokenizer_cifar10", "tiny_vq"): (298_808, 4_096),
     ("tokenizer_cifar10", "tiny_levels"): (263_476, 4_096),
