@@ -11,6 +11,7 @@ for the B200 and for the network between nodes.
 """
 
 import dataclasses
+import pathlib
 
 from etils import epy
 
@@ -37,6 +38,15 @@ def devices(*, local: bool = False) -> "list[jax.Device]":
             problem = f"JAX finds no device that JAX_PLATFORMS={asked} asks for"
         advice = "or install gptv_jax[cuda] for a GPU, gptv_jax[tpu] for a TPU"
         raise InputError(f"{problem}{reason}; take JAX_PLATFORMS=cpu, {advice}.") from error
+
+
+def cpu_flags() -> str | None:
+    """The line of Linux that names the instructions of this machine's CPU; None: there is none."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
 @dataclasses.dataclass(frozen=True)

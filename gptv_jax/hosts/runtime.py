@@ -8,6 +8,8 @@ import platform
 
 from etils import epy
 
+from gptv_jax import hardware
+
 with epy.lazy_imports():  # see `command`
     import jax
 
@@ -76,9 +78,7 @@ def machine_kind() -> str:
     """
     if jax.default_backend() != "cpu":
         return jax.default_backend()
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
+    flags = hardware.cpu_flags()
+    if flags is None:
         return platform.machine()
-    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     return f"{platform.machine()}-{hashlib.sha256(flags.encode()).hexdigest()[:8]}"

@@ -25,6 +25,7 @@ from gptv_jax.errors import InputError, list_differences, shorten
 from gptv_jax.runs.context import Context
 from gptv_jax.runs.record import RunFolder, has_finished
 from gptv_jax.stages import STAGES, changes, finetuned, pretrained, teacher_cache, teachers
+from gptv_jax.stages.precision import settle_dtype
 from gptv_jax.stages.select import choose_stages
 from gptv_jax.tokens import Codec, learned, palette
 from gptv_jax.train import wandb_copy
@@ -60,7 +61,7 @@ def open_run(config: config_lib.Config, workdir: str, wanted: list[str] | None =
         refuse_inside(images_of(config.data)[0], written)
     if config.wandb:
         hosts.from_first(wandb_copy.check_installed)
-    config = take_tokenizer_settings(config)
+    config = take_tokenizer_settings(settle_dtype(config, files.user_path(workdir)))
     folder = RunFolder(config, workdir)
     try:
         return _open(config, folder, wanted)
