@@ -1,6 +1,6 @@
 """Speed of a head by levels (`config.model.code_head`), beside a flat head of as many codes.
 
-Command: python -m benchmarks.code_head [--cases=4,096]
+Command: python -m benchmarks.code_head [--cases=4096]
 
 A network of the shape of tokenizer_cifar10.py trains on codes, and draws images, which takes the
 probabilities of all codes. The plan of a config says what both heads need of memory:
@@ -15,8 +15,8 @@ from benchmarks.turns import Contender, compare
 
 SHAPE = {"width": 128, "layers": 4, "heads": 4, "tokens": 64}
 CODES = [
-    Size(**SHAPE, vocabulary=4096, levels=(8, 8, 8, 8), name="4,096 codes"),
-    Size(**SHAPE, vocabulary=16384, levels=(8, 8, 8, 8, 4), name="16,384 codes"),
+    Size(**SHAPE, vocabulary=4096, levels=(8, 8, 8, 8), name="4096 codes"),
+    Size(**SHAPE, vocabulary=16384, levels=(8, 8, 8, 8, 4), name="16384 codes"),
 ]
 TINY = Size(width=32, layers=1, heads=2, tokens=16, vocabulary=12, levels=(3, 4))
 

@@ -50,6 +50,7 @@ LEVERS = {
     "blocks": {"model.block": (2, 2)},
     "row_blocks": {"model.block": (1, 8)},
     "prefixes": {"model.prefixes": (0.0, 0.25, 0.5)},
+    "pixels": {"model.image_input": "pixels"},
 }
 READINGS = {
     "quarters": {"probe.regions": 2},

@@ -35,6 +35,7 @@ BATCH = ("data", "fsdp")  # the mesh axes that split the batch
 # C classes, S start vectors. A parameter without a row here cannot be created.
 PARAMETERS: dict[str, P] = {
     "token_embedding": P(None, "fsdp"),  # V D; V is small and whole, so cross-entropy is local
+    "patch_embedding": P(None, "fsdp"),  # height, width and channels of a token's pixels; D
     "start": P(None, "fsdp"),  # S D
     "position": P(None, "fsdp"),  # T D; T+1 with target_position
     "target_position": P(None, "fsdp"),  # T D

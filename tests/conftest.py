@@ -91,12 +91,14 @@ MODERN |= {"mlp": "swiglu", "mlp_ratio": 3, "base_width": 16}
 RECIPES = {"igpt": {}, "modern": MODERN}
 
 
-def tiny_network(classes: int = 0, vocabulary=11, grid=(4, 4), levels=(), **changes) -> Network:
+def tiny_network(
+    classes: int = 0, vocabulary=11, grid=(4, 4), levels=(), patch=(), **changes
+) -> Network:
     """2 layers, 16 tokens, 11 token values, three start vectors; divisible by every mesh."""
     config = config_lib.Model(layers=2, width=32, heads=4, axial_positions=True)
     config = dataclasses.replace(config, **changes)
     layout = of_images(vocabulary, grid, config.objective, block=config.block, levels=levels)
-    return Network(config, layout, starts=3, classes=classes)
+    return Network(config, layout, starts=3, classes=classes, patch=patch)
 
 
 def parts_network(vocabulary=11, **changes) -> Network:

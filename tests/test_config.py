@@ -89,6 +89,7 @@ OUT_OF_RANGE = {
     "model.remat": "some",
     "model.objective": "gpt",
     "model.code_head": "tree",
+    "model.image_input": "codes",
     "model.masked_share": 1.5,
     "model.votes": 0,
     "mesh.data": 0,

@@ -11,6 +11,7 @@ from conftest import MODERN, RECIPES, make_mesh, random_batch, random_params, ti
 from gptv_jax import sharding
 from gptv_jax.config import Drawing
 from gptv_jax.decode import generation
+from gptv_jax.decode.restriction import Restriction
 from gptv_jax.model.attention import LANES
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -102,6 +103,23 @@ def test_long_prompts_are_padded_unseen_and_a_growing_cache_changes_nothing():
     at = jnp.int32(kept + 1), prompt, empty_cache(network, 2, 1), jnp.int32(0)
     logits, _ = read_one(network, params, rows(tokens), *at)
     np.testing.assert_allclose(logits, full[:, kept + 1], atol=1e-5, rtol=1e-5)
+
+
+def test_one_row_is_drawn_with_a_growing_cache_that_no_step_copies():
+    network = tiny_network(axial_positions=False, grid=(12, 11))
+    params, unknown = random_params(network), rows(np.full((1, network.length), generation.UNKNOWN))
+    logits, prompt = generation.prefill(network, False, params, unknown[:, :0], None)
+    restriction = Restriction.of(GREEDY, network.vocabulary)
+    arguments = params, unknown, logits, prompt, KEY, None, restriction
+    program = generation.draw_tokens.lower(network, 0, 1, *arguments).compile()
+    tokens = program(*arguments)[0]
+    full = full_logits(network, params, tokens)
+    np.testing.assert_array_equal(tokens, np.argmax(full, axis=-1))
+    # The loops' computations stand before the entry computation, which may copy a cache once.
+    loops = program.as_text().split("ENTRY")[0].splitlines()
+    for capacity in generation.cache_capacities(network.length - 1):
+        of_cache = [line for line in loops if f",{capacity},{prompt[0].keys.shape[-1]}]" in line]
+        assert of_cache and not [line for line in of_cache if " copy(" in line]
 
 
 def test_capacities_double_so_that_at_most_half_of_the_cache_is_unused():

@@ -222,7 +222,7 @@ def test_an_export_computes_the_same_as_the_richer_network(weights_file, tmp_pat
 
 INEXPRESSIBLE = {"mlp": "swiglu", "learned_positions": False, "rotary": True, "qk_norm": True}
 INEXPRESSIBLE |= {"objective": "bert", "target_positions": True}
-INEXPRESSIBLE |= {"class_tokens": 5, "code_head": "levels"}
+INEXPRESSIBLE |= {"class_tokens": 5, "code_head": "levels", "image_input": "pixels"}
 
 
 def test_what_hugging_faces_format_cannot_express_is_refused_by_name(weights_file, tmp_path):

@@ -257,7 +257,8 @@ def test_a_probe_that_continues_fits_only_what_is_left(autoregressive, tmp_path,
                     numbers.append(probe.run_stage(run))
             counts.append(len(fits))
     assert numbers[0] == numbers[1]
-    assert counts == [8, 2, 6, 2]  # three layers of both networks, the pixels, layers together
+    # Three layers alone and together, of both networks, and the pixels.
+    assert counts == [9, 2, 6, 3]
     folders = [
         sorted(p.name for p in (tmp_path / n / "probe").iterdir()) for n in ("whole", "stopped")
     ]
@@ -310,6 +311,11 @@ def test_the_stage_writes_its_numbers_and_files(request, tmp_path, monkeypatch, 
         assert summary["probe/concatenated_first_layer"] == 0
         assert summary["probe/concatenated_last_layer"] == 2
         assert 0 < summary["probe/concatenated_test_accuracy"] <= 1
+        floor = summary.get("probe/concatenated_random_init_test_accuracy")
+        assert (floor is None) == (config.probe.method == "sgd")
+        # Of random weights too, three layers together tell more than the worst of them alone.
+        alone = [row["random_init_test_accuracy"] for row in rows]
+        assert floor is None or floor > min(share for share in alone if share is not None)
     for per_class in config.probe.labels_per_class:
         name = f"probe/labels_{per_class}_test_accuracy"
         assert 0 < summary[name] < 1 and summary[f"{name}_deviation"] >= 0

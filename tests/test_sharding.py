@@ -114,6 +114,11 @@ GPT_SHARDS = {
         | {"token_embedding": (12, 16), "position": (16, 16)}
         | {"head.level_rows": (7, 16), "head.prefix_scale": (9, 16)},
     ),
+    "pixels": (
+        {"image_input": "pixels", "patch": (2, 3, 3)},
+        {name: shape for name, shape in IGPT.items() if name != "token_embedding"}
+        | {"patch_embedding": (18, 16), "position": (16, 16)},
+    ),
     "modern": (  # MLP width 64
         RECIPES["modern"],
         EVERY_GPT

@@ -185,6 +185,29 @@ def test_a_gpt_that_predicts_codes_by_levels_is_trained_loaded_and_draws_images(
     np.testing.assert_allclose(again.logits(tokens), found, atol=1e-5)
 
 
+def test_a_gpt_that_reads_pixels_is_trained_probed_fine_tuned_and_loaded(
+    run, finished, data, tmp_path
+):
+    given = f"--config.tokens.tokenizer={finished}", "--config.model.image_input=pixels"
+    given += ("--config.model.class_tokens=0", "--config.probe.c=(0.1,)")
+    given += ("--config.finetune.train.steps=2", "--config.finetune.scratch=False")
+    run(tmp_path, data, *given)  # the stages that draw are left out
+    summary, arrays = summary_of(tmp_path), np.load(data)
+    assert summary["pretrain/test_nats_per_token"] < 1.1 * np.log(125)
+    assert not any(name.startswith("sample/") for name in summary)
+    model, images = gptv_jax.load(tmp_path, stage="finetune"), arrays["test_images"]
+    right = model.classify(images).argmax(axis=1) == arrays["test_labels"]
+    assert right.mean() == pytest.approx(summary["finetune/test_accuracy"])
+    model.save(tmp_path / "whole.safetensors")
+    again = gptv_jax.load(tmp_path / "whole.safetensors")
+    features = again.features(images[:3], layer=1)
+    np.testing.assert_allclose(features, model.features(images[:3], layer=1), atol=1e-5)
+    assert np.abs(model.features(images[:3] ^ 1, layer=1) - features).max() > 0  # not codes
+    for call in (model.sample, lambda n: model.logits(model.tokenize(images[:n]))):
+        with pytest.raises(ValueError, match="reads pixels"):
+            call(2)
+
+
 def test_two_processes_train_one_tokenizer_and_generate_images(finished, data, tmp_path):
     stages, sizes = "--stages=tokenizer,pretrain,generate", ("count=11", "batch_size=4")
     more = stages, *(f"--config.generate.{size}" for size in sizes)

@@ -11,9 +11,13 @@ from gptv_jax.train import objective
 
 @functools.partial(jax.jit, static_argnames=("network", "output"))
 def network_output(
-    network: Network, params: dict, tokens: jax.Array, labels: jax.Array | None, output: str
+    network: Network, params: dict, batch: dict, labels: jax.Array | None, output: str
 ) -> jax.Array:
-    """One output of the network: "logits", "pooled" features [B, L+1, D] or "classes"."""
+    """One output of the network: "logits", "pooled" features [B, L+1, D] or "classes".
+
+    The batch has "tokens", and for a network that reads pixels "image".
+    """
+    tokens = batch["tokens"]
     if output == "logits":
         return network.bind(params)(tokens, labels).logits
     if network.config.objective == "bert":  # sees images under masks, as in training
@@ -21,7 +25,7 @@ def network_output(
         each = (objective.evaluate_batch(network, params, batch, v) for v in range(network.votes))
         votes = [found for found, _ in each]
     else:
-        votes = [network.bind(params)(tokens, labels)]
+        votes = [network.bind(params)(tokens, labels, pixels=network.pixels_of(batch))]
     if output == "pooled":
         return sum(vote.pooled for vote in votes).swapaxes(0, 1) / len(votes)
     return sum(jax.nn.softmax(vote.class_logits, axis=-1) for vote in votes) / len(votes)

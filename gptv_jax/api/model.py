@@ -105,7 +105,13 @@ class Model(OfClasses, OfClips, OfTasks):
         With objective=bert it predicts the token from all tokens, as none is masked here.
         """
         self._of_images(self.network, predicts=True)
-        return self._forward(validation.sequences(tokens, self.network), "logits", labels)
+        if self.network.patch:
+            raise InputError(
+                "this model reads pixels (config.model.image_input=pixels), so tokens alone have "
+                "no logits; use its features and classes."
+            )
+        batch = {"tokens": validation.sequences(tokens, self.network)}
+        return self._forward(batch, "logits", labels)
 
     @arguments_by_name
     def log_likelihood(self, images: Images, labels: Labels = None) -> Float[np.ndarray, " B"]:
@@ -128,12 +134,12 @@ class Model(OfClasses, OfClips, OfTasks):
         L is the output of the final norm; None: the layer that the probe chose, on the pretrained
         weights.
         """
-        tokens, last = self.tokenize(images), self.network.config.layers
+        batch, last = self._read(images), self.network.config.layers
         chosen = self._described.best_layer
         if layer is None and chosen is None:
             raise InputError(f"the probe has not run, so name a layer: 0 to {last}.")
         layer = validation.whole(chosen if layer is None else layer, "layer", most=last)
-        return self._forward(tokens, "pooled")[:, layer]
+        return self._forward(batch, "pooled")[:, layer]
 
     @arguments_by_name
     def sample(
@@ -320,10 +326,19 @@ class Model(OfClasses, OfClips, OfTasks):
         with jax.set_mesh(self.mesh):
             return sampler.nats(tokens, labels)
 
-    def _forward(self, tokens: np.ndarray, output: str, labels: Labels = None) -> np.ndarray:
+    def _read(self, images: Images) -> dict[str, np.ndarray]:
+        """What the network reads of images: "tokens", and "image" where it reads pixels."""
+        batch = {"tokens": self.tokenize(images)}
+        pixels = {"image": validation.images(images, self.codec)} if self.network.patch else {}
+        return batch | pixels
+
+    def _forward(
+        self, batch: dict[str, np.ndarray], output: str, labels: Labels = None
+    ) -> np.ndarray:
         self._of_images(self.network)
-        labels = validation.labels(labels, len(tokens), self.network, self.classes)
+        count = len(batch["tokens"])
+        labels = validation.labels(labels, count, self.network, self.classes)
         with jax.set_mesh(self.mesh):
-            inputs = jax.tree.map(sharding.shard_rows, (tokens, labels))
+            inputs = jax.tree.map(sharding.shard_rows, (batch, labels))
             result = network_output(self.network, self.params, *inputs, output)
-        return np.asarray(result)[: len(tokens)]
+        return np.asarray(result)[:count]

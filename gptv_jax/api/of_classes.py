@@ -39,10 +39,10 @@ class OfClasses:
                 "task classify."
             )
         if clips is None:
-            found = self._forward(self.tokenize(images), "classes")
+            found = self._forward(self._read(images), "classes")
         else:
             each = self.clips_of(images, clips)
-            found = np.mean([self._forward(self.tokenize(x), "classes") for x in each], axis=0)
+            found = np.mean([self._forward(self._read(x), "classes") for x in each], axis=0)
         if reject_below is None:
             return found
         reject_below = validation.share("reject_below", reject_below)

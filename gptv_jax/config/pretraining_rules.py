@@ -12,6 +12,8 @@ def check_model(config: Config) -> None:
         advice = "set config.data.frames=0 or 2 or more frames, and random_order=(), or take 0"
         refuse(config, "model.context_masking", f"{reason}; {advice}")
 
+    if model.image_input == "pixels":
+        _check_pixels(config)
     if model.block:
         _check_block(config)
     if model.prefixes:
@@ -43,6 +45,21 @@ def _check_block(config: Config) -> None:
             plain = type(value)()
             reason = f"config.model.{other} is {value}, which is of tokens predicted one by one"
             refuse(config, "model.block", f"{reason}; take (), or {other}={plain}")
+
+
+def _check_pixels(config: Config) -> None:
+    kind, frames = config.tokens.kind, config.data.frames
+    if kind not in ("palette", "learned") or frames:
+        reason = f"config.tokens.kind is {kind}, and config.data.frames {frames}"
+        advice = "take palette or learned, and images (frames=0), or image_input=tokens"
+        refuse(config, "model.image_input", f"{reason}; {advice}")
+    for name, plain in (("objective", "autoregressive"), ("random_order", ())):
+        if (value := getattr(config.model, name)) != plain:
+            reason = f"config.model.{name} is {value}, whose inputs are tokens"
+            refuse(config, "model.image_input", f"{reason}; take tokens, or {name}={plain}")
+    taught = config.distill.teacher or config.distill.cached or config.finetune.distill.teacher
+    if taught:
+        refuse(config, "model.image_input", "teachers read tokens; take tokens, or no teacher")
 
 
 def check_training(config: Config) -> None:

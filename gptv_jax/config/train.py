@@ -73,6 +73,10 @@ class Model:
     # True: lax.scan over the layers, whose compile time does not grow with depth. False: an
     # unrolled loop, which runs faster on a CPU. None: unrolled on a CPU, else scanned.
     scan_layers: bool | None = field(None, free=True)
+    # What a position reads of its input token: the token's embedding (tokens); or the pixels that
+    # the token stands for, through a linear map (pixels). With pixels the network sees more of an
+    # image than its tokens keep, and its features are better; it draws no images.
+    image_input: str = field("tokens", one_of("tokens", "pixels"))
     # What is predicted: each token from the tokens before it, or the masked tokens from all other
     # tokens.
     objective: str = field("autoregressive", one_of("autoregressive", "bert"))

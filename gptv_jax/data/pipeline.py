@@ -58,6 +58,7 @@ class Pipeline:
     folder: pathlib.Path | None = None
     share: tuple[int, int] = (0, 1)
     damage_log: DamageLog | None = None
+    pixels: bool = False  # whether every batch holds "image" beside "tokens"
 
     def __post_init__(self):
         self.damage_log = self.damage_log or DamageLog(self.config, self.folder)
@@ -126,10 +127,12 @@ class Pipeline:
 
     def _example(self, split, entries, example, pixels) -> "_Example":
         """What Grain's workers do; a codec that encodes on devices gets the workers' batches."""
+        pixels = pixels or self.pixels
         if pixels and not self.has_pixels():
+            field = "model" if self.pixels else "task"
             raise InputError(
                 f"config.data.path={self.config.path} is a token cache, which has no pixels for "
-                "config.task.image_input=pixels; name a data set of images."
+                f"config.{field}.image_input=pixels; name a data set of images."
             )
         codec = self.codec
         if codec is not None and codec.on_devices and self.has_pixels():

@@ -2,7 +2,9 @@
 
 Every layer has arrays of its own, [B, H, S, K]: loops slice nothing from a stack of layers, and a
 product with few queries reads keys and values in the order in which they lie. The keys and values
-of a prompt are held once for all samples that continue the prompt.
+of a prompt are held once for all samples that continue the prompt. The generated keys and values of
+a single row are [H, S, K]: XLA removes axes of size 1 from products, and would copy a cache that a
+loop holds with such an axis at every step.
 """
 
 import functools
@@ -20,14 +22,15 @@ from gptv_jax.model.gpt import GPT, Network
 from gptv_jax.model.layout import Part
 
 SPEC = jax.P(sharding.BATCH, "tensor")  # of cached keys and values
+ONE_ROW = jax.P("tensor")  # of the generated keys and values of a single row
 FIRST_CAPACITY = 64  # of the cache, in positions
 
 
 class KeyValue(NamedTuple):
     """Keys and values of one layer."""
 
-    keys: Float[Array, "B H S K"]
-    values: Float[Array, "B H S K"]
+    keys: Float[Array, "*B H S K"]  # without B: generated positions of a single row
+    values: Float[Array, "*B H S K"]
 
 
 Cache = tuple[KeyValue, ...]  # one for each layer
@@ -118,23 +121,27 @@ def _layers(model, blocks, x, prompt, generated, count) -> tuple[Float[Array, "B
     places = jnp.reshape(count, (-1, 1)) + jnp.arange(N)[None]
     if (size := model.network.layout.shift) > 1:  # up to the end of the block
         places = (places // size + 1) * size - 1
-    seen = jnp.arange(generated[0].keys.shape[2])[None, None] <= places[..., None]
+    seen = jnp.arange(generated[0].keys.shape[-2])[None, None] <= places[..., None]
     for block, of_prompt, before in zip(blocks, prompt, generated, strict=True):
 
         def attend(q, k, v, of_prompt=of_prompt, before=before):
             q, *new = (jnp.swapaxes(part, 1, 2) for part in (q, k, v))
             after = KeyValue(*(_put(*pair, count) for pair in zip(before, new, strict=True)))
             extended.append(after)
-            return jnp.swapaxes(_attend(q, of_prompt, after, seen), 1, 2)
+            return jnp.swapaxes(_attend(q, of_prompt, _with_rows(after), seen), 1, 2)
 
         x, _ = block(x, attend, rotation=rotation)
     return x, tuple(extended)
 
 
 def _put(
-    cached: Float[Array, "B H S K"], new: Float[Array, "B H N K"], count: Int[Array, "*B"]
-) -> Float[Array, "B H S K"]:
+    cached: Float[Array, "*rows H S K"], new: Float[Array, "B H N K"], count: Int[Array, "*B"]
+) -> Float[Array, "*rows H S K"]:
     """Writes the new positions behind the first `count` ones, which is a number or of each row."""
+    if cached.ndim == 3:
+        new = new.reshape(new.shape[1:], out_sharding=ONE_ROW)
+        count = count.reshape((), out_sharding=jax.P())
+        return jax.lax.dynamic_update_slice(cached, new, (0, count, 0))
     if count.ndim == 0:
         return jax.lax.dynamic_update_slice(cached, new, (0, 0, count, 0))
 
@@ -145,6 +152,13 @@ def _put(
     specs = (SPEC, SPEC, sharding.BATCH_FIRST)
     arguments = jax.sharding.reshard((cached, new, count), specs)
     return jax.shard_map(jax.vmap(put), in_specs=specs, out_specs=SPEC)(*arguments)
+
+
+def _with_rows(generated: KeyValue) -> KeyValue:
+    """Keys and values [B, H, S, K], of a single row too."""
+    if generated.keys.ndim == 4:
+        return generated
+    return KeyValue(*(x.reshape(1, *x.shape, out_sharding=SPEC) for x in generated))
 
 
 def _attend(
@@ -190,15 +204,22 @@ def _by_row(x: Float[Array, "G H M Z"], queries: int) -> Float[Array, "B H N Z"]
 def empty_cache(network: Network, rows: int, capacity: int) -> Cache:
     """A cache of zeros with room for `capacity` positions of `rows` sequences."""
     c = network.config
-    shape = (rows, c.heads, capacity, c.width // c.heads)
-    zeros = functools.partial(jnp.zeros, shape, c.dtype, out_sharding=SPEC)
+    shape, spec = (c.heads, capacity, c.width // c.heads), ONE_ROW
+    if rows > 1:
+        shape, spec = (rows, *shape), SPEC
+    zeros = functools.partial(jnp.zeros, shape, c.dtype, out_sharding=spec)
     return tuple(KeyValue(zeros(), zeros()) for _ in range(c.layers))
 
 
 def pad_cache(cache: Cache, capacity: int) -> Cache:
     """The cache with room for `capacity` positions."""
-    room = (0, 0), (0, 0), (0, capacity - cache[0].keys.shape[2]), (0, 0)
-    return jax.tree.map(lambda x: jnp.pad(x, room), cache)
+    room = capacity - cache[0].keys.shape[-2]
+
+    def pad(x):
+        padded = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, room), (0, 0)])
+        return jax.sharding.reshard(padded, SPEC if x.ndim == 4 else ONE_ROW)
+
+    return jax.tree.map(pad, cache)
 
 
 def cache_capacities(positions: int) -> list[int]:

@@ -45,9 +45,9 @@ class Sampler:
     """Draws tokens from an autoregressive network, and scores tokens, under the mesh of `params`.
 
     Every process gives and gets whole arrays. The tokens of a row depend on neither the mesh nor
-    how many rows follow. InputError where there is guidance that the network was not trained for.
-    A `draft` proposes tokens, see `speculative.py`; the draws are then other ones of an equal
-    distribution.
+    how many rows follow. A `draft` proposes tokens, see `speculative.py`; the draws are then other
+    ones of an equal distribution. InputError: the network reads pixels, or there is guidance that
+    the network was not trained for.
     """
 
     network: Network
@@ -56,6 +56,11 @@ class Sampler:
     draft: speculative.Draft | None = None
 
     def __post_init__(self):
+        if self.network.patch:
+            raise InputError(
+                "the network reads pixels (config.model.image_input=pixels), so it neither draws "
+                "images nor scores tokens; use its features and classes, or another model."
+            )
         if self.drawing.guidance != 1:
             check_guidable(self.network.config, f"guidance is {self.drawing.guidance:g}")
 

@@ -239,7 +239,6 @@ def draw_tokens(
     )
     for size in caching.cache_capacities(end - prefix - 1):
         caches = tuple(caching.pad_cache(each, size + proposals) for each in state.caches)
-        caches = jax.sharding.reshard(caches, caching.SPEC)
 
         def more(state, size=size):
             last = state.position.max() - prefix - 1

@@ -162,7 +162,7 @@ def _of_jaxpr(jaxpr: jax_core.Jaxpr) -> int:
 
 
 def _forward_parts(network: Network, whole_logits: bool = False) -> tuple[int, int, int]:
-    """FLOPs of a token in a forward pass: the layers' products with weights, head, attention."""
+    """FLOPs of a token in a forward pass: products of inputs and layers, head, attention."""
     c = network.config
     weights = c.layers * (4 * c.width + (3 if c.mlp == "swiglu" else 2) * c.mlp_width) * c.width
     attention = 4 * c.layers * network.length * c.width
@@ -170,6 +170,7 @@ def _forward_parts(network: Network, whole_logits: bool = False) -> tuple[int, i
     predicted = sum(part.size * part.head_products(whole_logits) for part in parts)
     if read := network.reading:
         predicted += network.layout.parts[0].size * read.outputs * max(len(read.layers), 1)
+    weights += math.prod(network.patch) * c.width if network.patch else 0
     return 2 * weights, 2 * predicted * c.width // network.length, attention
 
 

@@ -31,7 +31,7 @@ from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.errors import InputError
 from gptv_jax.model import attention, layers
-from gptv_jax.model.inputs import Inputs, to_positions, to_raster
+from gptv_jax.model.inputs import Inputs, reorder, to_positions, to_raster
 from gptv_jax.model.layout import Layout, Part, with_prefix
 from gptv_jax.model.level_head import LevelHead, make_head
 from gptv_jax.model.parts import ReadHead, Reading
@@ -51,8 +51,9 @@ class Output(NamedTuple):
 
 
 # Fields of the configuration that are for a sequence of image tokens alone, and their other value.
-# A stem goes without the first four alone.
+# A stem goes without those of NO_STEM alone.
 NO_STEM = {"objective": "autoregressive", "random_order": (), "context_masking": 0.0, "block": ()}
+NO_STEM |= {"image_input": "tokens"}
 IMAGES_ALONE = NO_STEM | {"target_positions": False, "start_per_variant": False}
 
 
@@ -68,7 +69,9 @@ class Network:
     layout: Layout
     starts: int = 1  # start vectors: 1, one per augmentation variant, or one per class and one more
     classes: int = 0  # C; 0: no class head
-    stem: tuple[int, ...] = ()  # channels of the convolutions of `Stem`; (): pixels are not read
+    stem: tuple[int, ...] = ()  # channels of the convolutions of `Stem`; (): there is no stem
+    # Height and width of a token's pixels, and their channels, where config.image_input=pixels.
+    patch: tuple[int, ...] = ()
     reading: Reading | None = None  # shape of `GPT.read`'s head on the positions of the image
     # Equal parts of the sequence, such as the frames of a clip. Pooled features are the means over
     # the positions of each part, side by side.
@@ -104,6 +107,10 @@ class Network:
     def several(self) -> bool:
         """Whether the sequence has more than one part."""
         return len(self.layout.parts) > 1
+
+    def pixels_of(self, batch: dict) -> Array | None:
+        """The images of a batch, for a network that reads pixels; None for other networks."""
+        return batch["image"] if self.stem or self.patch else None
 
     @property
     def predicts_images(self) -> bool:
@@ -208,7 +215,7 @@ class GPT(Inputs):
           hidden: True where an input token is hidden, by its place in raster order; None: none is.
           order: a permutation of 0 .. T-1 for each row: position t predicts token order[t] from
             the tokens at order[:t]; None: raster order. Logits are in the order of positions.
-          pixels: of the images, for a network with a stem.
+          pixels: of the images, for a network with a stem or with `Network.patch`.
           added: to the input of every position, so that gradients of the inputs can be taken.
           raw: features are the layers' inputs h^l instead of the normed inputs n^l.
           keep: layers, 0 .. L, whose features are returned at every position.
@@ -336,11 +343,6 @@ class GPT(Inputs):
             carry, out = layer(carry, tree.unflatten(jnp.squeeze(x, axis=0) for x in of_layer))
             outs.append(out)
         return carry, jax.tree.map(lambda *out: jnp.stack(out), *outs)
-
-
-def reorder(tokens: Int[Array, "B T"], order: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """Tokens in the given order: entry t of a row is the row's token at place order[t]."""
-    return jnp.take_along_axis(*jax.sharding.reshard((tokens, order), sharding.BATCH_FIRST), axis=1)
 
 
 def parameter_count(params: dict) -> int:

@@ -1,6 +1,7 @@
 """What a network reads at every position: its token, its place, and for images their pixels."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,10 @@ class Inputs(nnx.Module):
         first, *others = network.layout.parts
         _, rows, columns = first.axes
         self.network = network
-        if V:
+        if network.patch:
+            size = math.prod(network.patch)
+            self.patch_embedding = layers.normal(rngs, "patch_embedding", (size, D), size**-0.5)
+        elif V:
             self.token_embedding = layers.normal(rngs, "token_embedding", (V, D), 0.02)
         if network.layout.shift:
             self.start = layers.normal(rngs, "start", (network.starts, D), 0.02)
@@ -64,19 +68,33 @@ class Inputs(nnx.Module):
         # are then shifted by one position, not vectors, and where the sequence is split no device
         # needs vectors of its neighbour.
         variant, tokens = jax.sharding.reshard((variant, tokens), sharding.BATCH_FIRST)
+        shift = self.network.layout.shift
+        if self.network.patch:
+            first, starts = self.network.layout.parts[0], jnp.stack([variant] * shift, axis=1)
+            start = self._lookup([self.start], starts, sharding.BATCH_FIRST)
+            content = self.contents(tokens, pixels)
+            content = to_positions(first, content) if first.block else content
+            content = jax.sharding.reshard(content, sharding.BATCH_FIRST)
+            x = jnp.concatenate([start, content[:, : tokens.shape[1]]], axis=1)
+            x = self._seen(jax.sharding.reshard(x, spec), hidden, spec)
+            return self._place(x, 0, order)
         if self.network.several or self.network.stem:
             start = self._lookup([self.start], variant[:, None], sharding.BATCH_FIRST)
             x = jnp.concatenate([start, self._held(tokens, pixels)], axis=1)
             return self._place(jax.sharding.reshard(x, spec), 0)
-        shift = self.network.layout.shift
         starts = [self.network.vocabulary + variant[:, None]] * shift
         ids = jnp.concatenate([*starts, tokens], axis=1)
         x = self._lookup([self.token_embedding, self.start], ids, spec)
-        if hidden is not None:
-            seen = jnp.pad(~hidden, ((0, 0), (shift, 0)), constant_values=True)  # start vectors are
-            seen = jax.sharding.reshard(seen, spec)
-            x = jnp.where(seen[..., None], x, jnp.zeros((), x.dtype))
-        return self._place(x, 0, order)
+        return self._place(self._seen(x, hidden, spec), 0, order)
+
+    def _seen(self, x: Float[Array, "B N D"], hidden: Bool[Array, "B P"] | None, spec: jax.P):
+        """The inputs of N positions, with zeros in place of hidden tokens."""
+        if hidden is None:
+            return x
+        starts = x.shape[1] - hidden.shape[1]
+        seen = jnp.pad(~hidden, ((0, 0), (starts, 0)), constant_values=True)
+        seen = jax.sharding.reshard(seen, spec)
+        return jnp.where(seen[..., None], x, jnp.zeros((), x.dtype))
 
     def embed_masked(
         self, tokens: Int[Array, "B T"], hidden: Bool[Array, "B T"] | None
@@ -87,9 +105,26 @@ class Inputs(nnx.Module):
             x = jnp.where(hidden[..., None], jnp.zeros((), x.dtype), x)
         return self._place(x, 0)
 
-    def contents(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Embeddings of the first part's tokens, without their places."""
-        return self._lookup([self.token_embedding], tokens, sharding.HIDDEN)
+    def contents(
+        self,
+        tokens: Int[Array, "B P"],
+        pixels: UInt8[Array, "B height width C"] | None = None,
+    ) -> Float[Array, "B T D"]:
+        """What positions read of the first part's tokens, without their places, in raster order.
+
+        Embeddings of the P tokens; with `Network.patch` the pixels, from -1 to 1, of all T tokens
+        through a linear map.
+        """
+        if not self.network.patch:
+            return self._lookup([self.token_embedding], tokens, sharding.HIDDEN)
+        (rows, columns), (height, width, channels) = self.network.grid, self.network.patch
+        shape = len(pixels), rows, height, columns, width, channels
+        x = jax.sharding.reshard(pixels, sharding.BATCH_FIRST)
+        x = x.reshape(shape, out_sharding=sharding.BATCH_FIRST).swapaxes(2, 3)
+        x = x.reshape(len(pixels), rows * columns, -1, out_sharding=sharding.BATCH_FIRST)
+        x = (x.astype(jnp.float32) / 127.5 - 1).astype(self.network.config.dtype)
+        x = jax.sharding.reshard(x, sharding.HIDDEN)
+        return layers.project("btp,pd->btd", x, self.patch_embedding[...], sharding.HIDDEN)
 
     def embed_one(
         self, tokens: Int[Array, "B T"], position: Int[Array, ""], part: Part | None = None
@@ -269,6 +304,11 @@ def _swapped(part: Part, x: Shaped[Array, "B n *any"], middle: tuple[int, int]):
     x = jax.sharding.reshard(x, sharding.BATCH_FIRST)
     split = x.reshape(len(x), -1, *middle, part.block[1], *x.shape[2:], **whole)
     return jax.sharding.reshard(split.swapaxes(2, 3).reshape(x.shape, **whole), spec)
+
+
+def reorder(tokens: Int[Array, "B T"], order: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Tokens in the given order: entry t of a row is the row's token at place order[t]."""
+    return jnp.take_along_axis(*jax.sharding.reshard((tokens, order), sharding.BATCH_FIRST), axis=1)
 
 
 def take_rows(x: Shaped[Array, "B N *any"], places: Int[Array, "B P"]) -> Shaped[Array, "B P *any"]:

@@ -76,7 +76,7 @@ class Finetuning(Pretraining):
             found["tokens"] = array(image.size)
         data = config.data
         pixels = (data.frames,) * (data.frames > 0) + data.size
-        if self.task.pixels:
+        if self.task.pixels or self.network.patch:
             channels = {"grey": 1, "learned": config.tokens.autoencoder.channels}
             shape = (*pixels, channels.get(config.tokens.kind, 3))
             found["image"] = array(*shape, dtype=jnp.uint8)

@@ -261,16 +261,16 @@ class Pretraining(Training):
 
     def batch(self, rows: int, split: jax.NamedSharding | None = None) -> dict:
         """Abstract arrays of a batch of `rows` images."""
-        shapes = {"tokens": (rows, self.network.length), "variant": (rows,)}
-        if self.network.config.class_tokens:
-            shapes["label"] = (rows,)
-        found = {k: jax.ShapeDtypeStruct(s, jnp.int32, sharding=split) for k, s in shapes.items()}
+        array = functools.partial(jax.ShapeDtypeStruct, sharding=split)
+        length, data = self.network.length, self.config.data
+        found = {"tokens": array((rows, length), jnp.int32), "variant": array((rows,), jnp.int32)}
+        found |= {"label": array((rows,), jnp.int32)} if self.network.config.class_tokens else {}
+        found |= {"still": array((rows,), jnp.bool_)} if data.still_share else {}
         if self.distill.cached:
-            shape = *shapes["tokens"], cached_tokens.most_distinct(self.config.data)
-            for name in ("teacher_ids", "teacher_counts"):
-                found[name] = jax.ShapeDtypeStruct(shape, jnp.uint16, sharding=split)
-        if self.config.data.still_share:
-            found["still"] = jax.ShapeDtypeStruct((rows,), jnp.bool_, sharding=split)
+            drawn = array((rows, length, cached_tokens.most_distinct(data)), jnp.uint16)
+            found |= {"teacher_ids": drawn, "teacher_counts": drawn}
+        if self.network.patch:
+            found["image"] = array((rows, *data.size, self.network.patch[-1]), jnp.uint8)
         return found
 
     def executed(self, mesh: AbstractMesh) -> int:
@@ -301,9 +301,8 @@ class Pretraining(Training):
 
         # While the backward pass works on a layer, all activations of the layer exist, and so also
         # those that rematerialisation does not keep.
-        found, two_layers = kept(), kept(remat="none", layers=2, scan_layers=True)
-        kept_of_layer = count(of_layers(found, c.layers)) // c.layers
-        repeated = count(of_layers(two_layers, 2), one_layer=True) - kept_of_layer
+        found, two = kept(), of_layers(kept(remat="none", layers=2, scan_layers=True), 2)
+        repeated = count(two, one_layer=True) - count(of_layers(found, c.layers)) // c.layers
         # Logits of one chunk and their gradient, if there are several chunks; else logits are kept.
         split = 1 if self.network.several else mesh.shape["sequence"]
         networks = 1 + len(self.teachers)

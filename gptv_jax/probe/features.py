@@ -72,12 +72,16 @@ def of_network(network: Network, params: dict, batches: Batches, *, raw: bool) -
 
 
 def of_pixels(codec: Codec, batches: Batches) -> Features:
-    """The pixels, in the data's own range, as the only layer."""
+    """The pixels, in the data's own range, as the only layer.
+
+    Where a batch has no images, the pixels are those that its tokens stand for.
+    """
 
     def features(split: str) -> Iterator[tuple[Array, dict]]:
         for batch in batches(split):
-            pixels = codec.decode(batch["tokens"]).reshape(len(batch["tokens"]), -1)
-            batch = sharding.global_batch(batch | {"pixels": pixels.astype(np.float32)})
+            images = batch["image"] if "image" in batch else codec.decode(batch["tokens"])
+            pixels = images.reshape(len(images), -1).astype(np.float32)
+            batch = sharding.global_batch(batch | {"pixels": pixels})
             yield batch.pop("pixels")[None, None], batch
 
     return features

@@ -46,7 +46,8 @@ class Context:
     def with_definition(self, definition: TokenDefinition | None) -> "Context":
         """This context with the codec of a palette or tokenizer (grey levels need neither)."""
         codec = tokens.codec_of(self.config, definition)
-        data = dataclasses.replace(self.images, codec=codec)
+        pixels = self.config.model.image_input == "pixels"
+        data = dataclasses.replace(self.images, codec=codec, pixels=pixels)
         return dataclasses.replace(self, codec=codec, data=data)
 
     def finish(self, stage: str, numbers: dict) -> None:

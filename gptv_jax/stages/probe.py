@@ -137,6 +137,10 @@ def _by_lbfgs(context: Context, network: Network, trained: dict, initial: dict) 
     if config.concatenate > 1:
         joined = _once(context, "concatenated", lambda: fit_probe(config, seen.taken(window)))
         more |= _concatenated(window, joined)
+        random_layers = features.kept(floor, window)
+        name, taken = "concatenated random weights", random_layers.taken
+        joined = _once(context, name, lambda: fit_probe(config, taken(window)))
+        more["concatenated_random_init_test_accuracy"] = joined["test_accuracy"]
     if config.labels_per_class:
         draws = with_few_labels(config, seen.taken([best]), context.config.seed)
         files.write_json(context.folder.path / "probe" / "labels.json", draws)

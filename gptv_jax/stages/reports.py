@@ -126,6 +126,10 @@ def _probe_of_labels(results: Results) -> Part:
         chosen = f"{row[setting]:g}" if setting in row else ""
         shares = (accuracy.share(row.get(key), accuracy.images_of(key, found)) for key in keys)
         cells.append((row["layer"], chosen, *shares))
+    if (first := found.get("concatenated_first_layer")) is not None:
+        names = [f"concatenated_{key}" for key in keys[:3]]
+        shares = [accuracy.share(found.get(n), accuracy.images_of(n, found)) for n in names]
+        cells.append((f"{first} to {found['concatenated_last_layer']} together", "", *shares, ""))
     cells.append(("raw pixels", "", "", accuracy.share(raw, found.get("test_images")), "", ""))
     table = html.table(head, cells, marked=[best])
     floors = {"raw pixels": "raw_pixels", "random init": "random_init"}

@@ -19,7 +19,7 @@ NAME = "labels"  # the part of the sequence that is the written label map
 def forward(model: GPT, batch: dict, key: PRNGKeyArray | None = None) -> Output:
     """The network's output of whole sequences, with the layers that are read."""
     network = model.network
-    pixels = batch["image"] if network.stem else None
+    pixels = network.pixels_of(batch)
     keep = network.reading.layers if network.reading else ()
     return model(objective.sequence(network.layout, batch), key=key, pixels=pixels, keep=keep)
 

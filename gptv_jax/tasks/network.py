@@ -22,7 +22,15 @@ def network_of(
     pool = config.grid[0] if read and read.pooling == "frames" else 1
     regions = getattr(read, "regions", 1)
     starts = start_vectors(config)
-    return Network(model, layout, starts, classes, pool=pool, regions=regions)
+    patch = patch_of(model, config.tokens)
+    return Network(model, layout, starts, classes, patch=patch, pool=pool, regions=regions)
+
+
+def patch_of(model: config_lib.Model, tokens: config_lib.Tokens) -> tuple[int, ...]:
+    """Height, width and channels of the pixels that a position reads, see `Network.patch`."""
+    if model.image_input == "tokens":
+        return ()
+    return (*tokens.cell[1:], tokens.autoencoder.channels if tokens.kind == "learned" else 3)
 
 
 def images_layout(

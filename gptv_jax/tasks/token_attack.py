@@ -70,6 +70,8 @@ def check(network: Network) -> str:
     """Why the attack does not take this network, or ""."""
     if not network.classes:
         return "it has no class head"
+    if network.patch:
+        return "it reads pixels"
     if network.config.block:
         return "config.model.block reads a block of tokens at a time"
     if network.config.objective == "bert":

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
 from gptv_jax import sharding
 from gptv_jax.model.gpt import GPT, Network, Output
@@ -71,9 +71,16 @@ def init_embedding(network: Network, key: PRNGKeyArray) -> dict:
 
 @jax.named_scope("next_embedding")
 def embedding_distance(
-    model: GPT, maps: dict, output: Output, targets: Int[Array, "B T"]
+    model: GPT,
+    maps: dict,
+    output: Output,
+    targets: Int[Array, "B T"],
+    pixels: UInt8[Array, "B height width C"] | None = None,
 ) -> Float[Array, "B T"]:
-    """1 - cosine between every position's prediction and the embedding of its target."""
-    embeddings = jax.lax.stop_gradient(model.contents(targets))
+    """1 - cosine between every position's prediction and what is read of its target.
+
+    That is the target's embedding, or for a network with `Network.patch` its pixels, mapped.
+    """
+    embeddings = jax.lax.stop_gradient(model.contents(targets, pixels))
     weights = maps[EMBEDDING] if model.network.config.next_embedding_map else None
     return feature_distance(output.final, embeddings, weights)

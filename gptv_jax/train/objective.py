@@ -58,8 +58,7 @@ def _by_part(
     there is no dropout.
     """
     model, layout = network.bind(params), network.layout
-    pixels = batch["image"] if network.stem else None
-    final = model(sequence(layout, batch), key=key, pixels=pixels).final
+    final = model(sequence(layout, batch), key=key, pixels=network.pixels_of(batch)).final
     with jax.named_scope("loss"):
         final, found = jax.sharding.reshard(final, sharding.BATCH_FIRST), {}
         targets = sequence(layout, batch, "targets")
@@ -306,7 +305,8 @@ def evaluate_batch(
         mask = jax.sharding.reshard(jax.vmap(draw)(batch["index"]), sharding.HIDDEN)
     start = start_vectors(network, batch, condition_on_label=condition_on_label)
     model = network.bind(params)
-    return model(batch["tokens"], start, hidden=mask, raw=raw, keep=keep), mask
+    given, pixels = (batch["tokens"], start), network.pixels_of(batch)
+    return model(*given, hidden=mask, pixels=pixels, raw=raw, keep=keep), mask
 
 
 def clips_of(batch: dict) -> list[dict]:

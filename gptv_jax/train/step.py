@@ -18,7 +18,8 @@ import optax
 from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
 from gptv_jax import hosts, sharding
-from gptv_jax.model.gpt import Network, reorder
+from gptv_jax.model.gpt import Network
+from gptv_jax.model.inputs import reorder
 from gptv_jax.train import feature_maps, objective, prefixes, voting
 from gptv_jax.train.objective import cross_entropy
 from gptv_jax.train.optimizer import apply_update, average
@@ -89,13 +90,14 @@ def make_loss(
         del frozen
         params, maps = feature_maps.apart(params)
         model, view = network.bind(params), draw_view(network, batch, key, step, steps)
-        output = model(view.tokens, view.start, key, view.hidden, view.order)
+        pixels = network.pixels_of(batch)
+        output = model(view.tokens, view.start, key, view.hidden, view.order, pixels=pixels)
         total, metrics = 0.0, {}
         if network.predicts_images:
             nats = objective.nats_per_token(model, output, view.targets, view.counted).mean()
             total, metrics = generative * nats, {"nats_per_token": nats}
         if network.predicts_embeddings:
-            distance = feature_maps.embedding_distance(model, maps, output, view.targets)
+            distance = feature_maps.embedding_distance(model, maps, output, view.targets, pixels)
             distance = objective.row_means(distance, view.counted).mean()
             total = nats + network.config.next_embedding * distance
             return total, metrics | {"embedding_distance": distance, "loss": total}

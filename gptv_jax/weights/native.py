@@ -22,7 +22,7 @@ from gptv_jax.decode.typicality import Calibration
 from gptv_jax.errors import InputError, as_input_error, list_differences
 from gptv_jax.model.gpt import Network
 from gptv_jax.runs import record
-from gptv_jax.tasks.network import images_layout, network_of
+from gptv_jax.tasks.network import images_layout, network_of, patch_of
 from gptv_jax.tokens import Palette, TokenDefinition, Tokenizer, learned
 from gptv_jax.tokens import palette as palettes
 
@@ -42,6 +42,7 @@ MEASURED = "task.measured"  # the bytes of `Task.measured`, as float32 like all 
 DEFINING_FIELDS = (
     "layers", "width", "heads", "mlp_ratio", "mlp", "qk_norm", "objective", "learned_positions",
     "axial_positions", "rotary", "target_positions", "class_tokens", "block", "code_head",
+    "image_input",
 )  # fmt: skip
 
 
@@ -93,7 +94,8 @@ class WeightsFile:
         if task := self.learned_task:
             return dataclasses.replace(task.network(), starts=self.starts)
         layout = images_layout(self.model, self.tokens, self.codec.grid, self.attention)
-        return Network(self.model, layout, self.starts, self.classes, pool=self.pool)
+        given = self.model, layout, self.starts, self.classes
+        return Network(*given, patch=patch_of(self.model, self.tokens), pool=self.pool)
 
     def checked(self, where: str) -> "WeightsFile":
         """Returns the weights, after checking them against the network.
