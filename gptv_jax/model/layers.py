@@ -107,7 +107,8 @@ def _project_backward(equation, _, saved, gradient):
         return jnp.einsum(equation, a, b, out_sharding=jax.typeof(primal).sharding.spec)
 
     whole = sharding.gather(weight, x.dtype)
-    if sharding.platform() == "cpu" and x.size > gradient.size:
+    tall = x.size > gradient.size and x.dtype != jnp.bfloat16  # in bfloat16 nothing is gained
+    if sharding.platform() == "cpu" and tall:
         of_weight = _transposed(left, outputs, x, weight, gradient)
     else:
         of_weight = like(weight, f"{left},{outputs}->{right}", x, gradient)
