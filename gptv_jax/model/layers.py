@@ -80,8 +80,9 @@ def project(
     again, so that no device keeps whole weights. The weight's gradient is requested in the weight's
     sharding: the sum over the batch and the split over fsdp are then one reduce-scatter, not an
     all-reduce of twice the bytes. And JAX's rule would compute that gradient transposed, for which
-    XLA's CPU matrix product takes 2.5 times as long (docs/results.md). On a CPU the shorter side of
-    the gradient comes first, and the gradient is transposed afterwards, for the same reason.
+    XLA's CPU matrix product takes 2.5 times as long (docs/results.md). In float32 on a CPU the
+    shorter side of the gradient comes first, and the gradient is transposed afterwards, for the
+    same reason.
 
     The result is named PRODUCT, so that rematerialisation can keep it.
     """
