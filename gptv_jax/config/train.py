@@ -75,7 +75,7 @@ class Model:
     scan_layers: bool | None = field(None, free=True)
     # What a position reads of its input token: the token's embedding (tokens); or the pixels that
     # the token stands for, through a linear map (pixels). With pixels the network sees more of an
-    # image than its tokens keep, and its features are better; it draws no images.
+    # image than its tokens keep. Such a network is for features: it draws no images.
     image_input: str = field("tokens", one_of("tokens", "pixels"))
     # What is predicted: each token from the tokens before it, or the masked tokens from all other
     # tokens.
