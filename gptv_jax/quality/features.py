@@ -146,8 +146,8 @@ def _of_model(model: api.Model) -> FeatureExtractor:
         network = dataclasses.replace(model.network, classes=0, pool=model.network.frames)
         params = {name: each for name, each in model.params.items() if name != "classifier"}
         with jax.set_mesh(model.mesh):
-            tokens = sharding.shard_rows(model.tokenize(clips))
-            found = np.asarray(network_output(network, params, tokens, None, "pooled"))
+            batch = {"tokens": sharding.shard_rows(model.tokenize(clips))}
+            found = np.asarray(network_output(network, params, batch, None, "pooled"))
         return found[: len(clips), layer].reshape(len(clips), network.frames, -1)
 
     name, arrays = f"gptv_jax, layer {layer} of {layers}", native.arrays(weights_file)

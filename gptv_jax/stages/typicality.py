@@ -123,8 +123,8 @@ def _read(context: Context, weights: Weights, split: str) -> Read:
             progress.report(len(tokens) * AT_ONCE, {})
         if weights.network.classes:
             labels += [each["label"] for each in records]
-            inputs = sharding.shard_rows(whole), None, "classes"
-            classes = network_output(weights.network, weights.params, *inputs)
+            batch = {"tokens": sharding.shard_rows(whole)}
+            classes = network_output(weights.network, weights.params, batch, None, "classes")
             classes = multihost_utils.process_allgather(classes, tiled=True)
             probabilities.append(classes[: len(rows)])
     progress.close()
