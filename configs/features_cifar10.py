@@ -1,9 +1,9 @@
 """CIFAR-10 alone: a GPT that reads pixels, predicts learned codes, and is probed and fine-tuned.
 
-The tokenizer is that of `configs/tokenizer_cifar10.py:tiny_levels`: 64 codes of 4x4 pixels an
-image, whose levels the GPT predicts one after the other. The GPT reads the pixels of the codes
-before (`model.image_input=pixels`); images are cropped and flipped before they become codes. No
-stage before the probe sees a label.
+`configs/tokenizer_cifar10.py:tiny_levels` has the same tokenizer: 64 codes of 4x4 pixels an image.
+The GPT predicts the levels of a code one after the other. The GPT reads the pixels that the
+codes before stand for (`model.image_input=pixels`). Images are cropped and flipped before they
+become codes. No stage before the probe sees a label.
 
 Data: `--config.data.dir` names the folder of prepared TFDS sets; without one, the error says how to
 prepare it.
