@@ -1,9 +1,9 @@
 """CIFAR-10 alone: a GPT that reads pixels, predicts learned codes, and is probed and fine-tuned.
 
-`configs/tokenizer_cifar10.py:tiny_levels` has the same tokenizer: 64 codes of 4x4 pixels an image.
-The GPT predicts the levels of a code one after the other. The GPT reads the pixels that the
-codes before stand for (`model.image_input=pixels`). Images are cropped and flipped before they
-become codes. No stage before the probe sees a label.
+The stage `tokenizer` learns 64 codes of 4x4 pixels an image, as in
+`configs/tokenizer_cifar10.py:tiny_levels`. The GPT reads the pixels that the codes before stand for
+(`model.image_input=pixels`), and predicts the levels of the next code one after the other. Images
+are cropped and flipped before they become codes. No stage before the probe sees a label.
 
 Data: `--config.data.dir` names the folder of prepared TFDS sets; without one, the error says how to
 prepare it.
