@@ -102,8 +102,8 @@ def run(
             sys.__unraisablehook__(failed)
 
     _show_in_help("quiet")
+    runtime.keep_memory()  # before any thread is started
     stopping.install(again)
-    runtime.keep_memory()
     threading.excepthook, sys.unraisablehook = in_thread, in_callback
     try:
         app.run(configured, ["--help" if a == "-h" else a for a in sys.argv], flags_parser=parser)

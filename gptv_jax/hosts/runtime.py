@@ -47,9 +47,11 @@ def keep_memory() -> None:
     large blocks to the system, so every step gets new pages, which the kernel clears one by one: an
     eighth of the time of a step (docs/results.md). Blocks that XLA aligns cannot always be reused,
     so the heap is given addresses for half of the machine's memory, which the kernel is asked to
-    back by pages of 2 MiB. glibc and the kernel are free to ignore all this. It must come before
-    JAX starts its threads, so the files in /dev tell of accelerators, whose steps do not use this
-    memory.
+    back by pages of 2 MiB. glibc and the kernel are free to ignore all this.
+
+    No thread may have been started: each would get a heap of its own, which glibc lends to later
+    threads, JAX's among them, and returns to the system whenever the heap is empty. As JAX has not
+    started, the files in /dev tell of accelerators, whose steps do not use this memory.
     """
     if platform.libc_ver()[0] != "glibc" or accelerators():
         return
