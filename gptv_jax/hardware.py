@@ -41,7 +41,7 @@ def devices(*, local: bool = False) -> "list[jax.Device]":
 
 
 def cpu_flags() -> str | None:
-    """The line of Linux that names the instructions of this machine's CPU; None: there is none."""
+    """The line of /proc/cpuinfo with the CPU's instructions, or ""; None without that file."""
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

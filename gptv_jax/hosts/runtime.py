@@ -49,9 +49,10 @@ def keep_memory() -> None:
     so the heap is given addresses for half of the machine's memory, which the kernel is asked to
     back by pages of 2 MiB. glibc and the kernel are free to ignore all this.
 
-    No thread may have been started: each would get a heap of its own, which glibc lends to later
-    threads, JAX's among them, and returns to the system whenever the heap is empty. As JAX has not
-    started, the files in /dev tell of accelerators, whose steps do not use this memory.
+    Call this function before any thread starts. After an earlier thread, every training step got
+    new pages again, and trainings lost a quarter of their speed: presumably that thread had a heap
+    of its own, which JAX's threads then shared. As JAX has not started either, the files in /dev
+    tell of accelerators, whose steps do not use this memory.
     """
     if platform.libc_ver()[0] != "glibc" or accelerators():
         return
