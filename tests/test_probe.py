@@ -257,7 +257,7 @@ def test_a_probe_that_continues_fits_only_what_is_left(autoregressive, tmp_path,
                     numbers.append(probe.run_stage(run))
             counts.append(len(fits))
     assert numbers[0] == numbers[1]
-    # Three layers alone and together, of both networks, and the pixels.
+    # Of both networks: fits of each of three layers and of the three together. And the pixels.
     assert counts == [9, 2, 6, 3]
     folders = [
         sorted(p.name for p in (tmp_path / n / "probe").iterdir()) for n in ("whole", "stopped")
@@ -313,7 +313,7 @@ def test_the_stage_writes_its_numbers_and_files(request, tmp_path, monkeypatch, 
         assert 0 < summary["probe/concatenated_test_accuracy"] <= 1
         floor = summary.get("probe/concatenated_random_init_test_accuracy")
         assert (floor is None) == (config.probe.method == "sgd")
-        # Of random weights too, three layers together tell more than the worst of them alone.
+        # The three layers of random weights together tell more than the worst layer alone.
         alone = [row["random_init_test_accuracy"] for row in rows]
         assert floor is None or floor > min(share for share in alone if share is not None)
     for per_class in config.probe.labels_per_class:

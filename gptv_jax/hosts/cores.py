@@ -46,7 +46,8 @@ def choose(width: int, tokens: int, batch: int, cores: int) -> int:
 def of_run(config: config_lib.Config, cores: int) -> int:
     """Number of devices, 1 or `cores`, with which every training of the configuration is faster.
 
-    A run that trains its tokenizer has one device: convolutions were not measured.
+    A run that trains its tokenizer has one device, on which convolutions are faster
+    (docs/results.md).
     """
     sizes = [each.batch_size for each in (config.probe, config.probe.sgd, config.tokenizer.train)]
     trainings = [config.finetune.train]

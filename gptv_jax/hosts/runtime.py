@@ -51,8 +51,8 @@ def keep_memory() -> None:
 
     Call this function before any thread starts. After an earlier thread, every training step got
     new pages again, and trainings lost a quarter of their speed: presumably that thread had a heap
-    of its own, which JAX's threads then shared. As JAX has not started either, the files in /dev
-    tell of accelerators, whose steps do not use this memory.
+    of its own, which JAX's threads then shared. Accelerators, whose steps do not use this memory,
+    are looked for in /dev, as JAX has not started.
     """
     if platform.libc_ver()[0] != "glibc" or accelerators():
         return

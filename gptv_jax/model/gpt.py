@@ -51,7 +51,7 @@ class Output(NamedTuple):
 
 
 # Fields of the configuration that are for a sequence of image tokens alone, and their other value.
-# A stem goes without those of NO_STEM alone.
+# A network with a stem takes no other value of the fields in NO_STEM.
 NO_STEM = {"objective": "autoregressive", "random_order": (), "context_masking": 0.0, "block": ()}
 NO_STEM |= {"image_input": "tokens"}
 IMAGES_ALONE = NO_STEM | {"target_positions": False, "start_per_variant": False}

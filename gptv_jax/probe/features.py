@@ -74,7 +74,7 @@ def of_network(network: Network, params: dict, batches: Batches, *, raw: bool) -
 def of_pixels(codec: Codec, batches: Batches) -> Features:
     """The pixels, in the data's own range, as the only layer.
 
-    Where a batch has no images, the pixels are those that its tokens stand for.
+    The pixels of a batch without images are decoded from its tokens.
     """
 
     def features(split: str) -> Iterator[tuple[Array, dict]]:
