@@ -15,6 +15,7 @@ from gptv_jax.decode.sampler import Sampler
 from gptv_jax.errors import InputError
 from gptv_jax.model import flops
 from gptv_jax.planning.training import Pretraining
+from gptv_jax.probe import sgd
 from gptv_jax.stages import select
 from gptv_jax.tasks import token_attack
 from gptv_jax.train import objective, step
@@ -128,6 +129,20 @@ def test_a_class_head_and_a_probe_read_the_pixels():
     assert jnp.abs(dark.pooled - output.pooled).max(axis=(1, 2)).min() > 1e-3
 
 
+@pytest.mark.parametrize("pooling", ["mean", "attentive"])
+def test_the_probe_by_sgd_reads_the_pixels(pooling):
+    network = pixel_network()
+    params, batch = random_params(network), batch_of(network)
+    heads = sgd.Heads(network, config_lib.Probe(pooling=pooling), 5, ((1,),))
+    of_heads = jax.tree.map(jnp.ones_like, jax.jit(heads.init)())
+    gradient = jax.jit(jax.grad(lambda p, b: sgd.make_loss(heads)(p, params, b, None, 0)[0]))
+    light, dark = (
+        gradient(of_heads, batch | {"image": image})["layers_1"]["weight"]
+        for image in (batch["image"], 0 * batch["image"])
+    )
+    assert jnp.abs(light - dark).max() > 1e-3
+
+
 CONFIG = {
     "tokens.kind": "palette",
     "tokens.colors": 11,
@@ -172,6 +187,7 @@ def test_stages_that_draw_or_score_tokens_are_left_out():
     ("changes", "words"),
     [
         ({"tokens__kind": "grey"}, "take palette or learned"),
+        ({"data__name": "tokens", "data__dir": "cache"}, "take tokens, or data with images"),
         ({"data__frames": 2}, "take palette or learned, and images"),
         ({"model__objective": "bert"}, "objective=autoregressive"),
         ({"model__random_order": (0.5, 1.0), "model__rotary": True}, "random_order="),

@@ -57,6 +57,9 @@ def _check_pixels(config: Config) -> None:
         if (value := getattr(config.model, name)) != plain:
             reason = f"config.model.{name} is {value}, whose inputs are tokens"
             refuse(config, "model.image_input", f"{reason}; take tokens, or {name}={plain}")
+    if config.data.name == "tokens":
+        reason = "the data are tokens without images (config.data.name=tokens)"
+        refuse(config, "model.image_input", f"{reason}; take tokens, or data with images")
     taught = config.distill.teacher or config.distill.cached or config.finetune.distill.teacher
     if taught:
         refuse(config, "model.image_input", "teachers read tokens; take tokens, or no teacher")

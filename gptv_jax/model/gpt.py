@@ -226,8 +226,7 @@ class GPT(Inputs):
         visible = layout.visible[: tokens.shape[1]]
         attend = functools.partial(attention.self_attention, visible=visible)
         if layout.shift:
-            if config.block:
-                tokens, hidden = (to_positions(layout.parts[0], x) for x in (tokens, hidden))
+            tokens, hidden = (to_positions(layout.parts[0], x) for x in (tokens, hidden))
             known = (tokens if order is None else reorder(tokens, order))[:, : -layout.shift]
             unseen = None if hidden is None else hidden[:, : -layout.shift]
             x = self.embed(known, variant, order=order, pixels=pixels, hidden=unseen)

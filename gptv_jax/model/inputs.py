@@ -72,8 +72,7 @@ class Inputs(nnx.Module):
         if self.network.patch:
             first, starts = self.network.layout.parts[0], jnp.stack([variant] * shift, axis=1)
             start = self._lookup([self.start], starts, sharding.BATCH_FIRST)
-            content = self.contents(tokens, pixels)
-            content = to_positions(first, content) if first.block else content
+            content = to_positions(first, self.contents(tokens, pixels))
             content = jax.sharding.reshard(content, sharding.BATCH_FIRST)
             x = jnp.concatenate([start, content[:, : tokens.shape[1]]], axis=1)
             x = self._seen(jax.sharding.reshard(x, spec), hidden, spec)
@@ -288,7 +287,9 @@ class Inputs(nnx.Module):
 
 def to_positions(part: Part, x: Shaped[Array, "B n *any"] | None):
     """Entries of tokens in raster order, in the order of the positions; n are whole block rows."""
-    return x if x is None else _swapped(part, x, (part.block[0], part.shape[1] // part.block[1]))
+    if x is None or not part.block:
+        return x
+    return _swapped(part, x, (part.block[0], part.shape[1] // part.block[1]))
 
 
 def to_raster(part: Part, x: Shaped[Array, "B n *any"]) -> Shaped[Array, "B n *any"]:

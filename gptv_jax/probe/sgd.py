@@ -214,7 +214,8 @@ def make_loss(heads: Heads) -> Callable:
         network = heads.network
         mask = objective.draw_mask(network, len(batch["tokens"]), key)
         start = objective.start_vectors(network, batch, condition_on_label=False)
-        output = network.bind(frozen)(batch["tokens"], start, hidden=mask, **heads.reading())
+        inputs = {"hidden": mask, "pixels": network.pixels_of(batch)}
+        output = network.bind(frozen)(batch["tokens"], start, **inputs, **heads.reading())
         logits = heads.logits(params, output).values()
         each = [objective.cross_entropy(x, batch["label"]).mean(axis=-1).ravel() for x in logits]
         nats = jnp.concatenate(each)

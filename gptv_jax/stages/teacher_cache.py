@@ -73,7 +73,6 @@ def _fitting(
     kinds = found.tokens.kind, config.tokens.kind
     differing = token_differences(found.network, found.codec, network_of(plain), codec, kinds)
     differing += ["parts after the image"] * found.network.several
-    differing += ["inputs of pixels"] * bool(found.network.patch)
     if (told := found.model.class_tokens) not in (0, classes):
         differing.append(f"{told} class tokens for data with {classes or 'no'} classes")
     if differing:

@@ -174,8 +174,6 @@ def _check_tokens(
             f"{named} is fine-tuned for config.task.name={found.task.name}; a teacher predicts "
             "the tokens of images, or their class."
         )
-    if found.model.image_input == "pixels":
-        raise InputError(f"{named} reads pixels; a teacher reads the tokens of its student.")
     network, kinds = network_of(config), (found.tokens.kind, config.tokens.kind)
     if differing := token_differences(found.network, found.codec, network, codec, kinds):
         raise InputError(

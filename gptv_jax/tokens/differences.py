@@ -20,6 +20,7 @@ def token_differences(
     pairs = {"kind of tokens": kinds} if kinds else {}
     pairs |= {
         "objective": (given.config.objective, network.config.objective),
+        "inputs": (given.config.image_input, network.config.image_input),
         "vocabulary": (given.vocabulary, network.vocabulary),
         "grid": (given.grid, network.grid),
     }
