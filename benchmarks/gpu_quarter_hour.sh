@@ -100,6 +100,11 @@ speed() {
     --write="$out/results.md" "${rounds[@]}" "${quick[@]}" "$@")
 }
 
+install() { # the package and further ones, in the time that is left
+  [[ $stopped ]] || ((SECONDS >= limit)) ||
+    run "$out/setup.log" $((limit - SECONDS)) "$python" -m pip install "${wanted[@]}" "$@"
+}
+
 ready() { # whether this Python has what the package needs, and JAX a device of the platform
   "$python" -c "import jax, gptv_jax.stages.run
 assert jax.devices()[0].platform == '$platform', jax.devices()" >>"$out/setup.log" 2>&1
@@ -119,8 +124,7 @@ if ! ready; then
   fi
   "$python" -m venv --system-site-packages "$out/venv" >>"$out/setup.log" 2>&1
   python=$out/venv/bin/python
-  run "$out/setup.log" "$limit" "$python" -m pip install "${wanted[@]}" torch transformers ||
-    run "$out/setup.log" "$limit" "$python" -m pip install "${wanted[@]}"
+  install torch transformers || install
   ready || { echo "setup failed, see $out/setup.log" >&2; exit 1; }
 fi
 if [[ ! -e $out/results.md ]]; then

@@ -82,9 +82,12 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
     given = parser.parse_args()
     names, seeds = given.only.split(","), given.seeds.split(",")
-    unknown = {part for name in names for part in name.split("+")} - {*LEVERS, *READINGS}
-    if unknown:
-        parser.error(f"--only has {', '.join(unknown)}; it takes {', '.join(LEVERS | READINGS)}.")
+    joined = {part for name in names if name not in READINGS for part in name.split("+")}
+    if unknown := joined - {*LEVERS}:
+        parser.error(
+            f"--only has {', '.join(unknown)}; it takes {', '.join(READINGS)}, and "
+            f"{', '.join(LEVERS)}, of which plus signs join several."
+        )
     folder, cores = given.folder.absolute(), given.cores.split(",")
     common = {"data.dir": given.data_dir, "probe.train_images": given.probe_images}
     common |= dict(each.split("=", 1) for each in given.set)
@@ -124,7 +127,8 @@ def settings_of(name: str, common: dict, seed: str) -> dict:
     """The fields of a lever's run, or of several that plus signs join, with the steps it takes."""
     changes = {k: v for part in name.split("+") for k, v in LEVERS[part].items()}
     settings = BASE | common | changes | {"seed": seed}
-    of_base, own = (token_flops(each) for each in (BASE, BASE | changes))
+    plain = BASE | {k: v for k, v in common.items() if k.startswith("model.")}
+    of_base, own = (token_flops(each) for each in (plain, plain | changes))
     return settings | {"train.steps": round(common["train.steps"] * of_base / own)}
 
 

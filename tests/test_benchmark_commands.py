@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import all as everything
 from benchmarks import attention_error, decode, growth, harness
-from benchmarks.turns import Measured
+from benchmarks.turns import ROOT, Measured
 from gptv_jax.model import attention
 
 
@@ -23,6 +23,14 @@ def test_a_table_is_put_between_its_lines_and_nothing_else_changes(tmp_path, cap
     assert document.read_text() == text
     assert not everything.write(document, "a-gpu", "new")
     assert document.read_text() == text and "add these two" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", everything.NAMES)
+def test_the_document_has_a_place_for_every_table(name, tmp_path):
+    copy = tmp_path / "results.md"
+    copy.write_text((ROOT / "docs" / "results.md").read_text())
+    for platform in ("cpu",) if name == "growth" else ("cpu", "gpu"):  # memory of a CPU's process
+        assert everything.write(copy, f"{name}-{platform}", "table")
 
 
 def test_the_same_command_goes_on_with_the_cases_that_are_missing(tmp_path, monkeypatch):

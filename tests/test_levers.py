@@ -179,6 +179,17 @@ def test_a_lever_takes_as_many_steps_as_the_flops_of_the_base_pay_for():
              ("base", "blocks", "embedding", "embedding_unmapped")}  # fmt: skip
     assert steps["base"] == steps["blocks"] == steps["embedding_unmapped"] == 900
     assert 880 < steps["embedding"] < 900
+    # In a deeper network the map of the next embeddings has a smaller share.
+    deep = levers.settings_of("embedding", {"train.steps": 900, "model.layers": 24}, "0")
+    assert steps["embedding"] < deep["train.steps"] < 900
+
+
+def test_a_way_of_reading_is_not_joined_to_a_lever(capsys, monkeypatch):
+    command = ["levers", "--data_dir=data", "--only=pixels+quarters"]
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(SystemExit):
+        levers.main()
+    assert "--only has quarters; it takes quarters, whole" in capsys.readouterr().err
 
 
 # What does not go together.
