@@ -51,6 +51,7 @@ def test_tiny_and_large_networks_odd_batches_and_cores_that_were_not_measured_ar
     assert cores.choose(128, 64, 64, 2) == 2
     assert cores.choose(32, 64, 64, 2) == cores.choose(128, 64, 63, 2) == 1
     assert cores.choose(512, 64, 64, 2) == 1
+    assert cores.choose(128, 64, 62, 2) == 1  # too little work in a step
     assert cores.choose(128, 64, 64, 1) == cores.choose(256, 1024, 64, 64) == 1
 
 
@@ -61,8 +62,21 @@ def test_the_devices_divide_every_batch_of_the_run():
     odd = dataclasses.replace(settings.probe, batch_size=255)
     small = dataclasses.replace(settings.model, width=32)
     learned = dataclasses.replace(settings.tokens, kind="learned")
-    for changed in ({"train": train}, {"probe": odd}, {"model": small}, {"tokens": learned}):
-        assert cores.of_run(dataclasses.replace(settings, **changed), 2) == 1
+    named = dataclasses.replace(learned, tokenizer="runs/codes")
+    sgd = dataclasses.replace(settings.probe.sgd, batch_size=33)
+    sgd = dataclasses.replace(settings.probe, sgd=sgd)
+    of_tokenizer = dataclasses.replace(settings.tokenizer.train, batch_size=33)
+    tokenizer = dataclasses.replace(settings.tokenizer, train=of_tokenizer)
+    tuned = dataclasses.replace(settings.finetune.train, batch_size=65)
+    tuned = dataclasses.replace(settings.finetune, train=tuned)
+    changes = {"train": train, "probe": odd, "model": small}
+    changes = [*changes.items(), ("probe", sgd), ("tokenizer", tokenizer), ("finetune", tuned)]
+    for name, changed in changes:
+        assert cores.of_run(dataclasses.replace(settings, **{name: changed}), 2) == 1, name
+    codes = dataclasses.replace(settings.data, image_size=32)  # 64 of them, as of 8 x 8 pixels
+    for tokens, count in ((named, 2), (learned, 1)):
+        given = dataclasses.replace(settings, tokens=tokens, data=codes)
+        assert cores.of_run(given, 2) == count
 
 
 @pytest.mark.process

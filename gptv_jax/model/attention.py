@@ -25,7 +25,7 @@ with epy.lazy_imports():  # slow to import, and for TPUs alone
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
 LONG = 128  # T from which the blocked form is faster than the plain form on a CPU
-BLOCK = 256  # queries of the blocked form; 128 is as fast within noise, and slower to compile
+BLOCK = 256  # queries of the blocked form; 128 is slower, see docs/results.md
 CUDNN_HEADS = range(8, 129, 8)  # values of K that cuDNN accepts on every GPU; on Hopper up to 256
 LANES = 128  # of a TPU's vector unit; splash takes multiples of 128 queries and keys a device
 SPLASH_TILE = 512  # queries and keys of a tile at most; a tile divides their number on a device

@@ -48,5 +48,5 @@ def _why_float32(folder: pathlib.Path) -> str:
         return ""
     if is_faster(hardware.cpu_flags(), jax.__version_info__):
         return ""
-    slower = f"which is slower on this CPU with jax {jax.__version__}"
+    slower = f"which is not known to be faster on this CPU with jax {jax.__version__}"
     return f"{slower}; --config.model.bfloat16_on_cpu=true keeps bfloat16"

@@ -10,7 +10,7 @@ pixels, and the network with its random initial weights.
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -126,20 +126,16 @@ def _by_lbfgs(context: Context, network: Network, trained: dict, initial: dict) 
     rows, seen = _layers_by_lbfgs(context, "probe", network, read, training)
     floor = features.of_network(network, initial, batches, raw=config.features == "raw")
     LOG.info("probe reads the layers of random initial weights, the floor, in the same way.")
-    random, _ = _layers_by_lbfgs(context, "probe of random weights", network, floor)
+    random, seen_floor = _layers_by_lbfgs(context, "probe of random weights", network, floor)
     LOG.info("probe fits the raw pixels, the other floor.")
     raw = _once(context, "raw pixels", lambda: fit_probe(config, pixels))
 
     best, more = _best(rows), {f"{split}_images": count for split, count in images.items()}
     window = features.around(best, config.concatenate, len(rows))
-    if not set(window) <= set(seen.layers):
-        seen = features.kept(read, window)
     if config.concatenate > 1:
-        joined = _once(context, "concatenated", lambda: fit_probe(config, seen.taken(window)))
+        joined = _joined(context, "concatenated", window, read, seen)
         more |= _concatenated(window, joined)
-        random_layers = features.kept(floor, window)
-        name, taken = "concatenated random weights", random_layers.taken
-        joined = _once(context, name, lambda: fit_probe(config, taken(window)))
+        joined = _joined(context, "concatenated random weights", window, floor, seen_floor)
         more["concatenated_random_init_test_accuracy"] = joined["test_accuracy"]
     if config.labels_per_class:
         draws = with_few_labels(config, seen.taken([best]), context.config.seed)
@@ -163,6 +159,16 @@ def _once(context: Context, name: str, fit: Callable[[], dict]) -> dict:
         fits[name].pop("predicted")  # too large to keep for every layer
         files.write_json(path, fits)
     return fits[name]
+
+
+def _joined(context: Context, name: str, window: Sequence[int], read: Features, seen: Kept) -> dict:
+    """The result of the layers of the window side by side, read again unless they are in `seen`."""
+
+    def fit() -> dict:
+        kept = seen if set(window) <= set(seen.layers) else features.kept(read, window)
+        return fit_probe(context.config.probe, kept.taken(window))
+
+    return _once(context, name, fit)
 
 
 def _layers_by_lbfgs(
