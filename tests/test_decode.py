@@ -45,7 +45,9 @@ def full_logits(network, params, tokens):
 @jax.jit(static_argnums=0)
 def read_one(network, params, tokens, position, prompt, cache, count):
     model, blocks = generation.decoding_weights(network, params)
-    return generation.extend(model, blocks, model.embed_one(tokens, position), prompt, cache, count)
+    x = model.embed_one(tokens, position)
+    logits, cache = generation.extend(model, blocks, x, prompt, cache, count)
+    return logits[:, 0], cache
 
 
 @jax.jit(static_argnums=(0, 1, 2))

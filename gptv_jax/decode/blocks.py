@@ -12,7 +12,7 @@ from jaxtyping import Array, Int, PRNGKeyArray
 
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
-from gptv_jax.decode.cache import decoding_weights, empty_cache, extend_rows
+from gptv_jax.decode.cache import decoding_weights, empty_cache, extend
 from gptv_jax.decode.generation import (
     DEFAULTS,
     UNKNOWN,
@@ -82,7 +82,7 @@ def draw_blocks(
         x = model.embed_rows(tokens, jnp.broadcast_to(places[None], (len(tokens), size)))
         if scales is not None:
             x = repeat_rows(x, 2, group=samples)
-        logits, cache = extend_rows(model, blocks, x, prompt, cache, number * size)
+        logits, cache = extend(model, blocks, x, prompt, cache, number * size)
         return tokens, logits, cache
 
     logits = repeat_rows(logits, samples)

@@ -69,56 +69,32 @@ def read_prompt(model: GPT, x: Float[Array, "G P D"]) -> tuple[Float[Array, "G *
 
     x, stacked = model.walk(layer, x, model.blocks)
     cache = [jax.tree.map(lambda part, i=i: part[i], stacked) for i in range(len(stacked.keys))]
-    if layout.shift > 1:
-        return model.predict_each(x[:, length - layout.shift : length]), tuple(cache)
-    return model.predict(x[:, length - 1 : length], layout.part_at(length - 1)), tuple(cache)
+    last = x[:, length - layout.shift : length]
+    logits = model.predict(last, layout.part_at(length - 1))
+    return logits if layout.shift > 1 else logits[:, 0], tuple(cache)
 
 
 def extend(
-    model: GPT,
-    blocks: list[layers.Block],
-    x: Float[Array, "B 1 D"],
-    prompt: Cache,
-    generated: Cache,
-    count: Int[Array, ""],
-    part: Part | None = None,
-) -> tuple[Float[Array, "B V"], Cache]:
-    """Logits of one more position of every sample, and `generated` with the new keys and values.
-
-    `model` and `blocks` are those of `decoding_weights`, `x` is the embedded input of the position.
-    Each of the G prompts in the cache `prompt` is continued by B / G samples, which lie next to
-    each other. `generated` caches the samples' positions after the prompt, `count` of them so far;
-    its capacity must exceed `count`. The logits are over the vocabulary of `part`; None: of the
-    first part.
-    """
-    x, extended = _layers(model, blocks, x, prompt, generated, count)
-    return model.predict(x, part), extended
-
-
-def extend_rows(
     model: GPT,
     blocks: list[layers.Block],
     x: Float[Array, "B N D"],
     prompt: Cache,
     generated: Cache,
     counts: Int[Array, " *B"],
+    part: Part | None = None,
 ) -> tuple[Float[Array, "B N V"], Cache]:
-    """As `extend`, for N neighbouring positions, each row at positions of its own.
+    """Logits of N more positions of every sample, and `generated` with their keys and values.
 
-    Row b has cached `counts[b]` positions after the prompt so far. Keys and values that `generated`
-    holds further behind are overwritten and not seen; its capacity must reach to counts + N. The
-    network's only part is its first one. Without blocks a position sees those before it. `counts`
-    is one number where all rows have equal counts.
+    `model` and `blocks` are those of `decoding_weights`, `x` has the embedded inputs of the
+    positions. Each of the G prompts in the cache `prompt` is continued by B / G samples, which lie
+    next to each other. `generated` caches the samples' positions after the prompt: `counts` of them
+    so far, one number or a number for each row. What `generated` holds further behind is
+    overwritten and not seen; its capacity must reach to counts + N. Without blocks a position sees
+    those before it. The logits are over the vocabulary of `part`; None: of the first part.
     """
-    x, extended = _layers(model, blocks, x, prompt, generated, counts)
-    return model.predict_each(x), extended
-
-
-def _layers(model, blocks, x, prompt, generated, count) -> tuple[Float[Array, "B N D"], Cache]:
-    """The residual stream after all layers, and the cache; `count` is a number or of each row."""
     N, extended = x.shape[1], []
-    rotation = model.rotation(prompt[0].keys.shape[2] + count, N)
-    places = jnp.reshape(count, (-1, 1)) + jnp.arange(N)[None]
+    rotation = model.rotation(prompt[0].keys.shape[2] + counts, N)
+    places = jnp.reshape(counts, (-1, 1)) + jnp.arange(N)[None]
     if (size := model.network.layout.shift) > 1:  # up to the end of the block
         places = (places // size + 1) * size - 1
     seen = jnp.arange(generated[0].keys.shape[-2])[None, None] <= places[..., None]
@@ -126,12 +102,12 @@ def _layers(model, blocks, x, prompt, generated, count) -> tuple[Float[Array, "B
 
         def attend(q, k, v, of_prompt=of_prompt, before=before):
             q, *new = (jnp.swapaxes(part, 1, 2) for part in (q, k, v))
-            after = KeyValue(*(_put(*pair, count) for pair in zip(before, new, strict=True)))
+            after = KeyValue(*(_put(*pair, counts) for pair in zip(before, new, strict=True)))
             extended.append(after)
             return jnp.swapaxes(_attend(q, of_prompt, _with_rows(after), seen), 1, 2)
 
         x, _ = block(x, attend, rotation=rotation)
-    return x, tuple(extended)
+    return model.predict(x, part), tuple(extended)
 
 
 def _put(

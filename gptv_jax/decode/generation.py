@@ -176,7 +176,7 @@ def draw_tokens(
         if scales is not None:  # the rows with and without the class continue with the same token
             x = repeat_rows(x, 2, group=samples)
         logits, cache = extend(model, blocks, x, prompt, cache, position - prefix, next_part)
-        return tokens, probabilities, logits, cache
+        return tokens, probabilities, logits[:, 0], cache
 
     logits = repeat_rows(logits, samples)
     cache = empty_cache(network, len(logits), 0)

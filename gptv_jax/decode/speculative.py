@@ -180,7 +180,7 @@ def draw_tokens(
             x, counts = model.embed_rows(tokens, places), position - prefix - 1
             if guided:
                 x, counts = (repeat_rows(each, 2, group=samples) for each in (x, counts))
-            found, cache = caching.extend_rows(model, blocks, x, start.prompt, cache, counts)
+            found, cache = caching.extend(model, blocks, x, start.prompt, cache, counts)
             if guided:
                 by_place = start.scales.at[places]
                 scales = by_place.get(mode="clip", out_sharding=sharding.BATCH_FIRST)

@@ -61,9 +61,9 @@ def keep_memory() -> None:
         libc.mallopt(setting, value)
     libc.malloc.restype = ctypes.c_void_p
     size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    # The block is freed untouched: it takes no memory, but its addresses stay in the heap. The block
-    # behind it is kept: it takes no memory either, and holds the end of the heap in place where a
-    # library asks glibc to trim the heap. protobuf asks after every 10,000 messages that it frees.
+    # The block is freed untouched: it takes no memory, but its addresses stay in the heap. A block
+    # behind it, which takes no memory either, is kept: it holds the end of the heap in place where
+    # a library asks glibc to trim the heap, as protobuf does after every 10,000 freed messages.
     if block := libc.malloc(ctypes.c_size_t(size)):
         libc.malloc(ctypes.c_size_t(HUGE_PAGE))
         first = -(-block // HUGE_PAGE) * HUGE_PAGE

@@ -299,12 +299,8 @@ class GPT(Inputs):
         features = jnp.concatenate(list(features[:, :, 1 : first.size + 1]), axis=-1)
         return self.reading(features, first.shape)
 
-    def predict(self, x: Float[Array, "B 1 D"], part: Part | None = None) -> Float[Array, "B V"]:
-        """Logits of a position of `part` (the first one), given the stream after the last layer."""
-        return self.predict_each(x, part)[:, 0]
-
-    def predict_each(self, x: Float[Array, "B N D"], part: Part | None = None):
-        """As `predict`, of N positions: [B, N, V]."""
+    def predict(self, x: Float[Array, "B N D"], part: Part | None = None) -> Float[Array, "B N V"]:
+        """Logits of N positions of `part` (the first one), given the stream after all layers."""
         return self.token_logits(layers.rms_norm(x, self.final_norm[...]), part)
 
     def token_logits(
