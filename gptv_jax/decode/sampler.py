@@ -225,9 +225,8 @@ def class_rows(count: int, classes: int) -> Int[np.ndarray, "rows columns"]:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _nats(network, params, tokens, labels) -> jax.Array:
-    model, targets = network.bind(params), jax.sharding.reshard(tokens, sharding.HIDDEN)
-    image = network.layout.parts[0]
-    return objective.part_nats(model, image, model(tokens, labels).final, targets)
+    model = network.bind(params)
+    return objective.token_nats(model, model(tokens, labels), tokens)
 
 
 def by_pixel(nats: Float[np.ndarray, "B T"], codec: Codec) -> Float[np.ndarray, "B *F H W"]:

@@ -76,8 +76,8 @@ class Network:
     # Equal parts of the sequence, such as the frames of a clip. Pooled features are the means over
     # the positions of each part, side by side.
     pool: int = 1
-    # Rows and columns of equal regions of the grid, which `pool` takes apart in place of the
-    # sequence: pooled features are the means over each region, row by row. 1: there is one region.
+    # Rows and columns of equal regions of the grid: pooled features are the means over each region,
+    # row by row. 1: there is one region. Where there are more, `pool` is 1.
     regions: int = 1
 
     def __post_init__(self):

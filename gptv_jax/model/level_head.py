@@ -6,9 +6,9 @@ features h of the position and the prefix, which are the levels before:
 
   P(l_i | h, prefix) = softmax over a of  sum_d  h[d] (1 + C_i[prefix, d]) W_i[a, d]
 
-W_i has a row for each level, C_i one for each prefix of level i. So a prefix scales what level i
-reads of h: a head of rank D for the table of all prefixes and levels, which h multiplies. A loss
-reads one prefix of each level: sum(levels) products in place of V. Where the probabilities of all
+W_i has a row for each level, C_i one for each prefix of level i: the prefix scales each feature h[d]
+before level i reads the features. A loss reads one prefix of each level: sum(levels) products in
+place of V. Where the probabilities of all
 codes are needed, as for sampling with top-p, they are computed exactly, for about the cost of a
 flat head.
 
