@@ -6,11 +6,10 @@ features h of the position and the prefix, which are the levels before:
 
   P(l_i | h, prefix) = softmax over a of  sum_d  h[d] (1 + C_i[prefix, d]) W_i[a, d]
 
-W_i has a row for each level, C_i one for each prefix of level i: the prefix scales each feature h[d]
-before level i reads the features. A loss reads one prefix of each level: sum(levels) products in
-place of V. Where the probabilities of all
-codes are needed, as for sampling with top-p, they are computed exactly, for about the cost of a
-flat head.
+W_i has a row for each level, C_i one for each prefix of level i: the prefix scales each feature
+h[d] before level i reads the features. A loss reads one prefix of each level: sum(levels) products
+in place of V. Where the probabilities of all codes are needed, as for sampling with top-p, they are
+computed exactly, for about the cost of a flat head.
 
 With C = 0 the levels are independent given h, and the head is exactly the flat head whose rows are
 the sums of the rows of a code's levels. With one dimension it is exactly any flat head.
