@@ -271,6 +271,24 @@ def test_a_probe_that_continues_fits_only_what_is_left(autoregressive, tmp_path,
     assert json.loads(confusions[0])["layer"] == numbers[0]["best_layer"]
 
 
+def test_features_too_large_to_be_kept_are_read_again(autoregressive, tmp_path, monkeypatch):
+    changes = {"refine": 1, "concatenate": 3, "train_images": 200}
+    config = dataclasses.replace(
+        autoregressive, probe=dataclasses.replace(autoregressive.probe, **changes)
+    )
+    read, kept, numbers = [], features.kept, []
+    monkeypatch.setattr(features, "kept", lambda x, layers: read.append(layers) or kept(x, layers))
+    for size in (probe.KEPT, 0):
+        monkeypatch.setattr(probe, "KEPT", size)
+        run = setup.open_run(config, str(tmp_path / str(size)))
+        with jax.set_mesh(run.mesh):
+            numbers.append(probe.run_stage(run))
+        pixels, *again = read  # those of pixels are always kept
+        assert len(pixels) == 1 and len(again) == (0 if size else 4)
+        read.clear()
+    assert numbers[0] == numbers[1]
+
+
 @pytest.mark.parametrize(
     ("network", "changes"),
     [

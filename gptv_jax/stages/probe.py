@@ -38,6 +38,7 @@ with epy.lazy_imports():  # heavy, and not needed before pretraining
 LOG = logging.getLogger(__name__)
 RESULTS = ("validation_accuracy", "test_accuracy")
 FITS = "fits.json"  # results of an unfinished probe by L-BFGS
+KEPT = 2 * 10**9  # bytes of all layers' features up to which one pass over the images is enough
 
 
 def run_stage(context: Context) -> dict:
@@ -123,10 +124,12 @@ def _by_lbfgs(context: Context, network: Network, trained: dict, initial: dict) 
     LOG.info("probe reads %d layers of %d training, %d validation, %d test images.", *found)
     read = features.of_network(network, trained, batches, raw=config.features == "raw")
     training = np.bincount(pixels["train"][1], minlength=context.classes)
-    rows, seen = _layers_by_lbfgs(context, "probe", network, read, training)
+    size = 4 * found[0] * sum(images.values()) * network.pooled_width * network.votes
+    first = range(found[0]) if config.refine is None or size <= KEPT else ()
+    rows, seen = _layers_by_lbfgs(context, "probe", first, read, training)
     floor = features.of_network(network, initial, batches, raw=config.features == "raw")
     LOG.info("probe reads the layers of random initial weights, the floor, in the same way.")
-    random, seen_floor = _layers_by_lbfgs(context, "probe of random weights", network, floor)
+    random, seen_floor = _layers_by_lbfgs(context, "probe of random weights", first, floor)
     LOG.info("probe fits the raw pixels, the other floor.")
     raw = _once(context, "raw pixels", lambda: fit_probe(config, pixels))
 
@@ -165,25 +168,29 @@ def _joined(context: Context, name: str, window: Sequence[int], read: Features, 
     """The result of the layers of the window side by side, read again unless they are in `seen`."""
 
     def fit() -> dict:
-        kept = seen if set(window) <= set(seen.layers) else features.kept(read, window)
-        return fit_probe(context.config.probe, kept.taken(window))
+        return fit_probe(context.config.probe, _with_layers(window, read, seen).taken(window))
 
     return _once(context, name, fit)
 
 
-def _layers_by_lbfgs(
-    context: Context, name: str, network: Network, read: Features, training=None
-) -> tuple[list[dict], Kept]:
-    """A row for every layer, and the kept features of the refined layers.
+def _with_layers(layers: Sequence[int], read: Features, seen: Kept) -> Kept:
+    """The features `seen` if the layers are among them, else these layers' features."""
+    return seen if set(layers) <= set(seen.layers) else features.kept(read, layers)
 
-    With `training`, the training images of each class, confusion.json gets the best layer's matrix.
+
+def _layers_by_lbfgs(
+    context: Context, name: str, first: Sequence[int], read: Features, training=None
+) -> tuple[list[dict], Kept]:
+    """A row for every layer, and the kept features of at least the refined layers.
+
+    The first pass over the images keeps the layers `first`; a second pass is made where these are
+    not all refined layers. With `training`, the training images of each class, confusion.json gets
+    the best layer's matrix.
     """
-    config, every = context.config.probe, range(network.config.layers + 1)
-    seen = Kept(read, every if config.refine is None else ())
+    config, seen = context.config.probe, Kept(read, first)
     rows = _table(name, seen, context)
     layers = ridge.best_layers(rows, config.refine)
-    if config.refine is not None:
-        seen = features.kept(read, layers)
+    seen = _with_layers(layers, read, seen)
     counted = training is not None and context.classes <= CONFUSION_CLASSES
 
     def fit(layer: int) -> dict:
