@@ -44,7 +44,7 @@ def get_config():
     c.probe.regions = 2
     c.probe.concatenate = 7  # every layer
     c.probe.refine = 1
-    c.probe.c = (0.001, 0.01)  # 0.1 is never the best with so many features, and fits slowly
+    c.probe.c = (0.001, 0.01)  # 0.1 was worse on the validation images of seed 0
 
     f = c.finetune
     f.attention = "whole"
