@@ -127,30 +127,36 @@ def _by_lbfgs(context: Context, network: Network, trained: dict, initial: dict) 
     size = 4 * found[0] * sum(images.values()) * network.pooled_width * network.votes
     first = range(found[0]) if config.refine is None or size <= KEPT else ()
     rows, seen = _layers_by_lbfgs(context, "probe", first, read, training)
-    floor = features.of_network(network, initial, batches, raw=config.features == "raw")
-    LOG.info("probe reads the layers of random initial weights, the floor, in the same way.")
-    random, seen_floor = _layers_by_lbfgs(context, "probe of random weights", first, floor)
-    LOG.info("probe fits the raw pixels, the other floor.")
-    raw = _once(context, "raw pixels", lambda: fit_probe(config, pixels))
-
     best, more = _best(rows), {f"{split}_images": count for split, count in images.items()}
     window = features.around(best, config.concatenate, len(rows))
     if config.concatenate > 1:
-        joined = _joined(context, "concatenated", window, read, seen)
-        more |= _concatenated(window, joined)
-        joined = _joined(context, "concatenated random weights", window, floor, seen_floor)
-        more["concatenated_random_init_test_accuracy"] = joined["test_accuracy"]
+        more |= _concatenated(window, _joined(context, "concatenated", window, read, seen))
     if config.labels_per_class:
-        draws = with_few_labels(config, seen.taken([best]), context.config.seed)
-        files.write_json(context.folder.path / "probe" / "labels.json", draws)
-        for per_class in config.labels_per_class:
-            found = [d["test_accuracy"] for d in draws if d["labels_per_class"] == per_class]
-            name = f"labels_{per_class}_test_accuracy"
-            more[name] = float(np.mean(found))
-            more[f"{name}_deviation"] = float(np.std(found, ddof=1)) if len(found) > 1 else None
+        more |= _few_labels(context, seen.taken([best]))
+
+    LOG.info("probe reads the layers of random initial weights, the floor, in the same way.")
+    floor = features.of_network(network, initial, batches, raw=config.features == "raw")
+    random, seen = _layers_by_lbfgs(context, "probe of random weights", first, floor)
+    if config.concatenate > 1:
+        joined = _joined(context, "concatenated random weights", window, floor, seen)
+        more["concatenated_random_init_test_accuracy"] = joined["test_accuracy"]
+    LOG.info("probe fits the raw pixels, the other floor.")
+    raw = _once(context, "raw pixels", lambda: fit_probe(config, pixels))
     if jax.process_index() == 0:
         (context.folder.path / "probe" / FITS).unlink()
     return rows, random, raw, more
+
+
+def _few_labels(context: Context, splits: dict[str, features.Split]) -> dict:
+    """The summary's numbers of few labels; writes probe/labels.json."""
+    draws, more = with_few_labels(context.config.probe, splits, context.config.seed), {}
+    files.write_json(context.folder.path / "probe" / "labels.json", draws)
+    for per_class in context.config.probe.labels_per_class:
+        found = [d["test_accuracy"] for d in draws if d["labels_per_class"] == per_class]
+        name = f"labels_{per_class}_test_accuracy"
+        more[name] = float(np.mean(found))
+        more[f"{name}_deviation"] = float(np.std(found, ddof=1)) if len(found) > 1 else None
+    return more
 
 
 def _once(context: Context, name: str, fit: Callable[[], dict]) -> dict:
