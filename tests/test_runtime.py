@@ -82,7 +82,8 @@ def test_results_are_written_without_page_faults():
     keep = "runtime.keep_memory()\n"
     given_back, kept, trimmed = run(FAULTS, keep + FAULTS, keep + trimmed)
     assert min(given_back) > pages / 2
-    assert max(kept) < pages / 100 and max(trimmed) < pages / 100
+    assert max(kept) < pages / 100
+    assert max(trimmed) < pages / 20  # with small blocks of Python's, which are given back too
 
 
 @pytest.mark.process
