@@ -85,7 +85,7 @@ def extend(
 ) -> tuple[Float[Array, "B N V"], Cache]:
     """Logits of N more positions of every sample, and `generated` with their keys and values.
 
-    `model` and `blocks` are those of `decoding_weights`, `x` has the embedded inputs of the
+    `model` and `blocks` are what `decoding_weights` returns, `x` has the embedded inputs of the
     positions. Each of the G prompts in the cache `prompt` is continued by B / G samples, which lie
     next to each other. `generated` caches the samples' positions after the prompt: `counts` of them
     so far, one number or a number for each row. What `generated` holds further behind is
