@@ -5,7 +5,7 @@ Command: python -m benchmarks.train_step [--cases=D256,iGPT-S] [--only=gptv_jax,
 The contenders train the same network on the same batch, which lies on the device: forward,
 backward, AdamW. `gptv_jax` is the step of `python -m gptv_jax.main` on one device and in the
 case's dtype; on a CPU the command may take a device a core, and float32. The limit is the speed
-of a large matrix product in one run with the contenders, in the faster framework. MFU counts FLOPs as
+of a large matrix product in this run, in the faster framework. MFU counts FLOPs as
 PaLM does (`model/flops.py`); it is given relative to that limit and to the peak of the data sheet.
 Ratios are to eager PyTorch, or to compiled PyTorch where --only leaves out the eager form.
 """
