@@ -15,7 +15,6 @@ from gptv_jax import config as config_lib
 from gptv_jax.decode import generation
 from gptv_jax.decode.sampler import Sampler
 from gptv_jax.decode.speculative import Draft
-from gptv_jax.hosts import runtime
 from gptv_jax.model import attention
 from gptv_jax.model.gpt import Network
 from gptv_jax.model.layout import causal_mask, of_images
@@ -230,6 +229,5 @@ def _task(function: Callable) -> Task:
 
 
 def _prepare() -> None:
-    """Sets the process up as the command does, with the mesh of the default configuration."""
-    runtime.keep_memory()
+    """Sets the mesh of the default configuration."""
     jax.set_mesh(sharding.make_mesh(config_lib.Mesh()))
