@@ -258,7 +258,7 @@ def test_a_probe_that_continues_fits_only_what_is_left(autoregressive, tmp_path,
             counts.append(len(fits))
             whole = whole or list(fits)
     assert numbers[0] == numbers[1]
-    # Of both networks: fits of each of three layers and of the three together. Then the pixels.
+    # For each network four fits: three layers, and the three joined. The ninth is of the pixels.
     assert counts == [9, 2, 6, 3]
     np.testing.assert_array_equal(whole[3], np.concatenate(whole[:3], axis=-1))
     np.testing.assert_array_equal(whole[7], np.concatenate(whole[4:7], axis=-1))
