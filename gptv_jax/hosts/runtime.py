@@ -50,8 +50,8 @@ def keep_memory() -> None:
     back by pages of 2 MiB. glibc and the kernel are free to ignore all this.
 
     Call this function before any thread starts. After an earlier thread, every training step got
-    new pages again, and trainings lost a quarter of their speed: presumably that thread had a second
-    heap, which JAX's threads then shared. Accelerators, whose steps do not use this memory,
+    new pages again, and trainings lost a quarter of their speed: presumably that thread had a
+    second heap, which JAX's threads then shared. Accelerators, whose steps do not use this memory,
     are looked for in /dev, as JAX has not started.
     """
     if platform.libc_ver()[0] != "glibc" or accelerators():
