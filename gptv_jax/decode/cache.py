@@ -87,10 +87,10 @@ def extend(
 
     `model` and `blocks` are what `decoding_weights` returns, `x` has the embedded inputs of the
     positions. Each of the G prompts in the cache `prompt` is continued by B / G samples, which lie
-    next to each other. `generated` caches the samples' positions after the prompt: `counts` of them
-    so far, one number or a number for each row. What `generated` holds further behind is
-    overwritten and not seen; its capacity must reach to counts + N. Without blocks a position sees
-    those before it. The logits are over the vocabulary of `part`; None: of the first part.
+    next to each other. `generated` caches `counts` positions of each sample behind the prompt:
+    one number for all rows, or a number for each row. Entries of `generated` further behind are
+    overwritten and not seen; the capacity must reach to counts + N. Without blocks a position sees
+    the positions before it. The logits are over the vocabulary of `part`; None: of the first part.
     """
     N, extended = x.shape[1], []
     rotation = model.rotation(prompt[0].keys.shape[2] + counts, N)
