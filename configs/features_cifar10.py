@@ -51,13 +51,13 @@ def get_config():
     f.attention = "whole"
     f.generative_coefficient = 0.0
     f.scratch = False
-    f.train.steps = 4000
+    f.train.steps = 2000
     f.train.batch_size = 128
-    f.train.eval_every = 1000
+    f.train.eval_every = 500
     f.train.checkpoint_every = 200
     f.patience = 0
     f.train.optimizer.name = "muon"
-    f.train.optimizer.learning_rate = 3e-3
+    f.train.optimizer.learning_rate = 1e-2
     f.train.optimizer.weight_decay = 0.05
     f.train.optimizer.warmup_steps = 100
     f.train.optimizer.clip_norm = 1.0
