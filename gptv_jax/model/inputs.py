@@ -68,22 +68,19 @@ class Inputs(nnx.Module):
         # are then shifted by one position, not vectors, and where the sequence is split no device
         # needs vectors of its neighbour.
         variant, tokens = jax.sharding.reshard((variant, tokens), sharding.BATCH_FIRST)
-        shift = self.network.layout.shift
-        if self.network.patch:
-            first, starts = self.network.layout.parts[0], jnp.stack([variant] * shift, axis=1)
-            start = self._lookup([self.start], starts, sharding.BATCH_FIRST)
-            content = to_positions(first, self.contents(tokens, pixels))
-            content = jax.sharding.reshard(content, sharding.BATCH_FIRST)
-            x = jnp.concatenate([start, content[:, : tokens.shape[1]]], axis=1)
-            x = self._seen(jax.sharding.reshard(x, spec), hidden, spec)
-            return self._place(x, 0, order)
-        if self.network.several or self.network.stem:
-            start = self._lookup([self.start], variant[:, None], sharding.BATCH_FIRST)
-            x = jnp.concatenate([start, self._held(tokens, pixels)], axis=1)
-            return self._place(jax.sharding.reshard(x, spec), 0)
-        starts = [self.network.vocabulary + variant[:, None]] * shift
-        ids = jnp.concatenate([*starts, tokens], axis=1)
-        x = self._lookup([self.token_embedding, self.start], ids, spec)
+        network, starts = self.network, [variant[:, None]] * self.network.layout.shift
+        if network.patch or network.several or network.stem:
+            start = jnp.concatenate(starts, axis=1)
+            start = self._lookup([self.start], start, sharding.BATCH_FIRST)
+            if network.patch:
+                held = to_positions(network.layout.parts[0], self.contents(tokens, pixels))
+                held = jax.sharding.reshard(held, sharding.BATCH_FIRST)[:, : tokens.shape[1]]
+            else:
+                held = self._held(tokens, pixels)
+            x = jax.sharding.reshard(jnp.concatenate([start, held], axis=1), spec)
+        else:
+            ids = jnp.concatenate([*(network.vocabulary + s for s in starts), tokens], axis=1)
+            x = self._lookup([self.token_embedding, self.start], ids, spec)
         return self._place(self._seen(x, hidden, spec), 0, order)
 
     def _seen(self, x: Float[Array, "B N D"], hidden: Bool[Array, "B P"] | None, spec: jax.P):
