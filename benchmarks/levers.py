@@ -52,10 +52,13 @@ LEVERS = {
     "prefixes": {"model.prefixes": (0.0, 0.25, 0.5)},
     "pixels": {"model.image_input": "pixels"},
 }
+SGD = {"probe.method": "sgd", "probe.sgd.steps": 400}
 READINGS = {
     "quarters": {"probe.regions": 2},
     "whole": {"probe.attention": "whole"},
     "whole_quarters": {"probe.attention": "whole", "probe.regions": 2},
+    "sgd": SGD,  # beside the next one, which no other method fits
+    "attentive": SGD | {"probe.pooling": "attentive"},
 }
 NUMBERS = {
     "nats": "pretrain/test_nats_per_token",
