@@ -151,11 +151,8 @@ class _Worker:
 
     def begin(self) -> None:
         """Forgets the turns so far, which were the warm-up."""
-        self.seconds, self.processor, self.used = (
-            [],
-            [],
-            0.0,
-        )  # used: seconds of processor time, waiting included
+        self.seconds, self.processor = [], []
+        self.used = 0.0  # seconds of processor time, waiting included
         self._idle, self._waited, self._last = 0.0, 0.0, None
 
     def turn(self, iterations: int) -> float | None:
