@@ -27,6 +27,8 @@ import statistics
 import subprocess
 import sys
 
+from benchmarks import harness
+
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = f"--config={ROOT / 'configs' / 'cifar10.py'}:tiny"
 IMAGES = {
@@ -144,8 +146,18 @@ def run_all(
       stages: of the commands.
 
     Raises:
-      RuntimeError: a run failed; the message has the end of its log. Runs under way end first.
+      RuntimeError: a run failed; the message has the end of its log. Runs under way end first. Or
+        a folder has a run of another number of steps, whose learning rate had another schedule.
+      SystemExit: by SIGTERM, on which runs under way save and end.
     """
+    for folder, run in settings.items():
+        path = folder / "config.json"
+        before = json.loads(path.read_text())["config"]["train.steps"] if path.exists() else None
+        if before is not None and before != run.get("train.steps", before):
+            asked = run["train.steps"]
+            raise RuntimeError(f"{folder} is of {before} steps, not {asked}; take another --folder.")
+    harness.end_by_sigterm()
+    under_way = set()
     free = queue.SimpleQueue()
     for core in cores:
         free.put(core)
@@ -156,9 +168,12 @@ def run_all(
         main = [sys.executable, "-m", "gptv_jax.main", config, f"--stages={stages}"]
         command = ["taskset", "-c", core, *main, f"--workdir={folder}", *flags(settings[folder])]
         with open(log, "a") as output:
-            ended = subprocess.run(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+            process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+        under_way.add(process)
+        code = process.wait()
+        under_way.remove(process)
         free.put(core)
-        if ended.returncode:
+        if code:
             raise RuntimeError(f"{folder} failed: {log.read_text()[-3000:]}")
 
     with concurrent.futures.ThreadPoolExecutor(len(cores)) as pool:
@@ -168,8 +183,11 @@ def run_all(
                 each.result()
                 told = "/".join(runs[each].parts[-2:])
                 print(f"{done} of {len(runs)}: {told}", file=sys.stderr, flush=True)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
+        except BaseException as error:
+            pool.shutdown(wait=False, cancel_futures=True)
+            if not isinstance(error, Exception):  # asked to end
+                for process in [*under_way]:
+                    process.terminate()
             raise
 
 

@@ -7,7 +7,8 @@
 # Usage: benchmarks/gpu_quarter_hour.sh [OUT] [--limit=SECONDS] [--data_dir=FOLDER | --cache=FOLDER]
 #          [--rehearse]
 #
-#   OUT         folder for results and logs; default: the variable OUT, or runs/gpu
+#   OUT         folder for results and logs; default: the variable OUT, or runs/gpu, and for a
+#               rehearsal runs/gpu_rehearsal: one folder does not take both
 #   --limit     seconds for all of it, 870 unless told
 #   --data_dir  folder of TFDS with CIFAR-10, which is written as tokens first, by the CPU
 #   --cache     CIFAR-10's tokens, 49 MB, which gptv_jax.prepare has written on any machine; without
@@ -38,12 +39,18 @@ for flag; do
   esac
 done
 [[ ! $data_dir || ! $cache ]] || usage
-out=${given:-${OUT:-runs/gpu}}
+out=${given:-${OUT:-runs/gpu${rehearse:+_rehearsal}}}
 mkdir -p "$out" || exit 1
 out=$(realpath "$out") data_dir=${data_dir:+$(realpath "$data_dir")} cache=${cache:+$(realpath "$cache")}
 cd "$(dirname "$0")/.." || exit 1
 exec 9>"$out/lock" # which the commands of this script inherit: after a kill they may still be at work
 flock --wait 60 9 || { echo "Another command is at work in $out; wait for its end." >&2; exit 1; }
+kind=${rehearse:+rehearsal} kind=${kind:-run} # whose finished parts would count for the other
+if [[ -e $out/kind && $(<"$out/kind") != "$kind" ]]; then
+  echo "$out has a $(<"$out/kind"), and this is a $kind; take another folder for OUT." >&2
+  exit 1
+fi
+echo "$kind" >"$out/kind"
 
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$out/programs}
 export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$out/programs/torch}

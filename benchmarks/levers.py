@@ -19,6 +19,7 @@ FOLDER/levers.json as well.
 """
 
 import argparse
+import ast
 import json
 import pathlib
 import statistics
@@ -37,13 +38,15 @@ BASE = {
     "probe.refine": 2,
     "probe.concatenate": 3,
 }
-AUGMENTED = ("decode()", "random_resized_crop(32, area=(0.35, 1.0))", "flip()")
-COLOUR = (*AUGMENTED, "brightness(0.4)", "contrast(0.4)", "color_balance(0.4)")
+CROPPED = ("decode()", "random_crop(32, padding=4)", "flip()")  # of features_cifar10.py
+RESIZED = ("decode()", "random_resized_crop(32, area=(0.35, 1.0))", "flip()")
+COLOUR = (*RESIZED, "brightness(0.4)", "contrast(0.4)", "color_balance(0.4)")
 LEVERS = {
     "base": {},
     "unaugmented": {"data.train_transforms": ("decode()",)},
-    "crops": {"data.train_transforms": AUGMENTED},
-    "crops_colour": {"data.train_transforms": COLOUR},
+    "crops": {"data.train_transforms": CROPPED},
+    "resized_crops": {"data.train_transforms": RESIZED},
+    "resized_crops_colour": {"data.train_transforms": COLOUR},
     "embedding": {"model.next_embedding": 1.0},
     "embedding_unmapped": {"model.next_embedding": 1.0, "model.next_embedding_map": False},
     "masked_inputs": {"model.context_masking": 0.5},
@@ -93,7 +96,7 @@ def main() -> None:
         )
     folder, cores = given.folder.absolute(), given.cores.split(",")
     common = {"data.dir": given.data_dir, "probe.train_images": given.probe_images}
-    common |= dict(each.split("=", 1) for each in given.set)
+    common |= {name: value_of(text) for name, text in (each.split("=", 1) for each in given.set)}
     tokenizer = given.tokenizer and given.tokenizer.absolute()
     if tokenizer is None:
         tokenizer = folder / "tokenizer"
@@ -119,6 +122,14 @@ def main() -> None:
     result = {"seeds": seeds, "versions": versions["versions"]} | found
     (folder / "levers.json").write_text(json.dumps(result, indent=2))
     print(json.dumps(result))
+
+
+def value_of(text: str) -> object:
+    """A field's value as a flag says it: 2, 0.5, True, (2, 2), or a text."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 def place(folder: pathlib.Path, name: str, seed: str) -> pathlib.Path:

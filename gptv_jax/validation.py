@@ -74,6 +74,16 @@ def whole(value, name: str, least: int = 0, most: int | None = None, side: int =
     return int(value)
 
 
+def regions(value, network: Network) -> int:
+    """A whole number that divides the rows and the columns of an image's tokens."""
+    value, (rows, columns) = whole(value, "regions", least=1), network.grid[-2:]
+    if rows % value or columns % value:
+        raise InputError(
+            f"regions is {value}; it takes a divisor of both sides of {rows} x {columns} tokens."
+        )
+    return value
+
+
 def seed(value) -> int:
     """A seed of 32 bits."""
     return whole(value, "seed", most=2**32 - 1)

@@ -135,6 +135,23 @@ def test_features_are_of_the_named_layer_or_of_the_layer_that_the_probe_chose(
     np.testing.assert_array_equal(pretrained.features(images), layers[best])
 
 
+@pytest.mark.parametrize("stage", ["pretrained", "finetuned"])
+def test_features_of_regions_are_the_means_over_equal_parts_of_the_image(stage, images, request):
+    model = request.getfixturevalue(stage)
+    quarters = model.features(images, 1, regions=2).reshape(13, 4, 16)
+    np.testing.assert_allclose(quarters.mean(axis=1), model.features(images, 1), atol=1e-6)
+    rest = images.copy()
+    rest[:, 4:] = 16 - rest[:, 4:]  # which the upper quarters, the first two, cannot see
+    changed = model.features(rest, 1, regions=2).reshape(13, 4, 16)
+    np.testing.assert_allclose(changed[:, :2], quarters[:, :2], atol=1e-6)
+    assert np.abs(changed[:, 2:] - quarters[:, 2:]).max() > 1e-2
+    left = images.copy()
+    left[:, 3, 4:] = 16 - left[:, 3, 4:]  # the last tokens of the second quarter
+    changed = model.features(left, 1, regions=2).reshape(13, 4, 16)
+    assert np.abs(changed[:, 1] - quarters[:, 1]).max() > 1e-2
+    np.testing.assert_allclose(changed[:, 0], quarters[:, 0], atol=1e-6)
+
+
 def test_class_probabilities_sum_to_one_and_score_as_the_summary_says(
     finished_run, finetuned, held_out
 ):
@@ -218,6 +235,7 @@ WRONG = {
     "tokens beyond the vocabulary": (lambda m: m.detokenize(TOKENS + 17), ["17", "0 to 16"]),
     "negative tokens": (lambda m: m.logits(TOKENS - 1), ["-1", "0 to 16"]),
     "layer beyond the last": (lambda m: m.features(IMAGES, 2), ["2", "0 to 1"]),
+    "parts of an image": (lambda m: m.features(IMAGES, 0, regions=3), ["3", "8 x 8 tokens"]),
     "negative layer": (lambda m: m.features(IMAGES, -1), ["-1", "0 to 1"]),
     "no class head": (lambda m: m.classify(IMAGES), ["no class head", "finetune"]),
     "no samples": (lambda m: m.sample(0), ["n is 0", "1 or more"]),

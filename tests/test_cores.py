@@ -10,6 +10,7 @@ from test_runtime import run
 
 from gptv_jax import config as config_lib
 from gptv_jax.hosts import cores
+from gptv_jax.stages import setup
 
 WIDTHS, LENGTHS, BATCHES = (16, 32, 64, 96, 128, 256), (16, 64, 256, 1024), (1, 2, 8, 64)
 # A fork has JAX imported and not started, as the command has.
@@ -106,3 +107,26 @@ def test_a_cpu_is_split_where_nobody_has_decided_and_the_run_did_not_begin_other
         devices_of(new, accelerator): 1,
     }
     assert [count for (count,) in run(*wanted)] == list(wanted.values())
+
+
+def test_a_quota_of_a_container_limits_the_cores(tmp_path, monkeypatch):
+    monkeypatch.setattr(cores, "QUOTA", tmp_path / "cpu.max")
+    every = cores.available()
+    for text, wanted in (("max 100000", every), ("150000 100000", 1), ("50000 100000", 1),
+                         (f"{(every + 1) * 100_000} 100000", every)):  # fmt: skip
+        cores.QUOTA.write_text(text)
+        assert cores.available() == wanted, text
+
+
+def test_a_run_that_goes_on_with_other_devices_says_so(tmp_path, caplog, one_device):
+    def opened() -> list[str]:
+        caplog.clear()
+        with caplog.at_level("INFO", logger="gptv_jax"):
+            setup.open_run(config_lib.Config(), str(tmp_path)).folder.release()
+        return [line for line in caplog.messages if "may round sums otherwise" in line]
+
+    assert opened() == opened() == []
+    record = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(record | {"devices": "2 cpu"}))
+    (line,) = opened()
+    assert f"began on 2 cpu and continues on {record['devices']}" in line

@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools
+import subprocess
+import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +12,9 @@ import numpy as np
 import pytest
 from conftest import MODERN, make_mesh, random_batch, random_params, tiny_network
 
-from benchmarks import levers
+from benchmarks import ablations, levers
 from gptv_jax import config as config_lib
-from gptv_jax import sharding
+from gptv_jax import files, sharding
 from gptv_jax.config import rules, run_file
 from gptv_jax.errors import InputError
 from gptv_jax.model import flops
@@ -190,6 +193,42 @@ def test_a_way_of_reading_is_not_joined_to_a_lever(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         levers.main()
     assert "--only has quarters; it takes quarters, whole" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("2", 2), ("(2, 2)", (2, 2)), ("True", True), ("levels", "levels")]
+)
+def test_a_set_field_has_the_type_that_a_flag_gives_it(text, value):
+    assert levers.value_of(text) == value
+
+
+RUNS = """
+import pathlib, sys
+from benchmarks import ablations
+small = {"model.layers": 1, "model.width": 16, "model.heads": 2, "train.batch_size": 16}
+settings = {pathlib.Path(sys.argv[1]): small | {"train.steps": int(sys.argv[2])}}
+ablations.run_all(settings, ["0"], f"--config={ablations.ROOT}/configs/digits.py")
+"""
+
+
+@pytest.mark.process
+def test_a_benchmark_of_runs_ends_them_by_sigterm_and_refuses_another_number_of_steps(tmp_path):
+    def run(steps):
+        command = [sys.executable, "-c", RUNS, str(tmp_path / "run"), str(steps)]
+        return subprocess.Popen(command, cwd=ablations.ROOT, stderr=subprocess.PIPE, text=True)
+
+    log = tmp_path / "run" / "log.txt"
+    process = run(100_000)
+    while not (log.exists() and "/100000 " in log.read_text()):  # it trains
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait(timeout=120) == 143
+    files.lock(tmp_path / "run", "--workdir", process)()  # no process has the folder any more
+    assert "stopped by SIGTERM" in log.read_text()
+    again = run(200_000)
+    _, errors = again.communicate(timeout=120)
+    assert again.returncode == 1 and "is of 100000 steps, not 200000" in errors
 
 
 # What does not go together.

@@ -169,6 +169,7 @@ def test_the_plan_has_the_images_of_a_batch_and_the_flops_of_the_map():
     assert "image" not in plain.batch(4)
     added = flops.training(training.network).total - flops.training(plain.network).total
     assert added == 6 * 3 * 16
+    assert plain.draws and not training.draws  # a drawn token has no pixels
 
 
 def test_stages_that_draw_or_score_tokens_are_left_out():

@@ -343,7 +343,10 @@ def test_the_stage_writes_its_numbers_and_files(request, tmp_path, monkeypatch, 
     assert np.sum(matrix) == summary["probe/test_images"] == 400
     assert right == pytest.approx(summary["probe/test_accuracy"])
     assert (run.folder.path / "probe" / "layers.png").exists()
-    assert "ridge, test" in (run.folder.path / "report.html").read_text()
+    report = (run.folder.path / "report.html").read_text()
+    assert "ridge, test" in report
+    assert ("layers 0 to 2 together " in report) == (config.probe.concatenate > 1)
+    assert ("means over 2 x 2 parts" in report) == (config.probe.regions > 1)
 
 
 def test_few_labels_are_those_of_the_best_layer(autoregressive, tmp_path, monkeypatch):

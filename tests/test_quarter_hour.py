@@ -112,6 +112,17 @@ def test_parts_run_in_order_within_their_times_and_once(stand, cache):
     assert code == 0 and set(found.values()) == {"done before"} and not calls
 
 
+@pytest.mark.parametrize("flags", [["--rehearse"], []])
+def test_a_rehearsal_and_a_run_do_not_share_a_folder(stand, cache, flags):
+    (other,) = [flag for flag in (["--rehearse"], []) if flag != flags]
+    assert stand.run(cache, *flags)[0] == 0
+    process = stand.start(cache, *other)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and "take another folder" in errors
+    assert names(stand.calls()) == []
+    assert set(stand.run(cache, *flags)[1].values()) == {"done before"}
+
+
 def test_a_part_that_fails_stops_no_other_and_runs_again(stand, cache):
     stand.ends_by("attention", 3)
     stand.ends_by("decode", 143)

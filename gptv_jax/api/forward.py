@@ -1,5 +1,6 @@
 """Outputs of a network that are not drawn: logits, pooled features, class probabilities."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,6 +8,15 @@ import jax.numpy as jnp
 
 from gptv_jax.model.gpt import Network
 from gptv_jax.train import objective
+
+
+def of_regions(network: Network, params: dict, regions: int) -> tuple[Network, dict]:
+    """A network, and its parameters, whose pooled features are the means over `Network.regions`.
+
+    The class head is left out, since it reads the mean over all positions.
+    """
+    network = dataclasses.replace(network, regions=regions, classes=0)
+    return network, {name: p for name, p in params.items() if name != "classifier"}
 
 
 @functools.partial(jax.jit, static_argnames=("network", "output"))

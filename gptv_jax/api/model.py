@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
 from gptv_jax import files, sharding, validation
-from gptv_jax.api.forward import network_output
+from gptv_jax.api.forward import network_output, of_regions
 from gptv_jax.api.of_classes import Images, OfClasses
 from gptv_jax.api.of_clips import OfClips
 from gptv_jax.api.of_tasks import OfTasks
@@ -60,10 +60,8 @@ class Model(OfClasses, OfClips, OfTasks):
 
     def __repr__(self) -> str:
         model, found, codec = self.network.config, self._described, self.codec
-        grid, noun = (
-            " x ".join(map(str, self.network.grid)),
-            "clips" if self.network.frames else "images",
-        )
+        grid = " x ".join(map(str, self.network.grid))
+        noun = "clips" if self.network.frames else "images"
         sizes = (leaf.size for leaf in jax.tree.leaves(self.params))
         kind = {"grey": "grey levels", "palette": "colours", "learned": "learned codes"}
         parts = [
@@ -127,19 +125,24 @@ class Model(OfClasses, OfClips, OfTasks):
         """
         return by_pixel(self._nats(images, labels), self.codec)
 
-    def features(self, images: Images, layer: int | None = None) -> Float[np.ndarray, "B D"]:
-        """Float32 means over positions of one layer's normed input.
+    def features(
+        self, images: Images, layer: int | None = None, regions: int = 1
+    ) -> Float[np.ndarray, "B pooled"]:
+        """Float32 means over positions of one layer's normed input, [B, D].
 
         With objective=bert they are also averaged over the `votes` masks. `layer` is 0 .. L, where
         L is the output of the final norm; None: the layer that the probe chose, on the pretrained
-        weights.
+        weights. `regions` above 1 gives the means over `regions` x `regions` equal parts of an
+        image side by side, [B, D * regions**2], row by row; a probe with config.probe.regions reads
+        them, and config.probe.concatenate reads several layers of them.
         """
         batch, last = self._read(images), self.network.config.layers
         chosen = self._described.best_layer
         if layer is None and chosen is None:
             raise InputError(f"the probe has not run, so name a layer: 0 to {last}.")
         layer = validation.whole(chosen if layer is None else layer, "layer", most=last)
-        return self._forward(batch, "pooled")[:, layer]
+        read = of_regions(self.network, self.params, validation.regions(regions, self.network))
+        return self._forward(batch, "pooled", read=read)[:, layer]
 
     @arguments_by_name
     def sample(
@@ -332,13 +335,12 @@ class Model(OfClasses, OfClips, OfTasks):
         pixels = {"image": validation.images(images, self.codec)} if self.network.patch else {}
         return batch | pixels
 
-    def _forward(
-        self, batch: dict[str, np.ndarray], output: str, labels: Labels = None
-    ) -> np.ndarray:
+    def _forward(self, batch: dict, output: str, labels: Labels = None, read=()) -> np.ndarray:
         self._of_images(self.network)
         count = len(batch["tokens"])
         labels = validation.labels(labels, count, self.network, self.classes)
         with jax.set_mesh(self.mesh):
             inputs = jax.tree.map(sharding.shard_rows, (batch, labels))
-            result = network_output(self.network, self.params, *inputs, output)
+            network, params = read or (self.network, self.params)
+            result = network_output(network, params, *inputs, output)
         return np.asarray(result)[:count]

@@ -23,6 +23,7 @@ with epy.lazy_imports():  # see `command`
     import jax
 
 LOG = logging.getLogger(__name__)
+QUOTA = pathlib.Path("/sys/fs/cgroup/cpu.max")  # of Linux: microseconds of work, of a period
 FORCED = "xla_force_host_platform_device_count"  # XLA's flag, by which users set devices as well
 # What was measured to be faster by a split, on a machine of so many cores that ran nothing else:
 # widths, and the fewest tokens of a gradient. Anything else is left to the user; a large network
@@ -87,10 +88,14 @@ def split(config: config_lib.Config, workdir: str) -> None:
 
 
 def available() -> int:
-    """The number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1  # macOS and Windows have no affinity
+    """The number of cores that this process may use; a container's quota counts in whole cores."""
+    affine = hasattr(os, "sched_getaffinity")  # macOS and Windows have no affinity
+    cores = len(os.sched_getaffinity(0)) if affine else os.cpu_count() or 1
+    try:
+        quota, period = map(int, QUOTA.read_text().split())
+    except (OSError, ValueError):  # no control groups, or "max": no quota
+        return cores
+    return max(1, min(cores, quota // period))
 
 
 def _is_free() -> bool:

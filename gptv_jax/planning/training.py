@@ -203,7 +203,8 @@ class Pretraining(Training):
 
     @property
     def draws(self) -> bool:
-        return self.section == "train" and self.config.model.objective == "autoregressive"
+        drawn = self.config.model.objective == "autoregressive" and not self.network.patch
+        return self.section == "train" and drawn
 
     @property
     def units(self) -> int:

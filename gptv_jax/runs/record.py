@@ -6,6 +6,7 @@ does not matter whether the other processes see the same file system.
 
 import dataclasses
 import importlib.metadata
+import logging
 import pathlib
 import platform
 import secrets
@@ -24,6 +25,7 @@ from gptv_jax.decode.typicality import FILE as TYPICALITY
 from gptv_jax.decode.typicality import Calibration
 from gptv_jax.errors import InputError
 
+LOG = logging.getLogger(__name__)
 VERSIONED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "gptv_jax")
 
 
@@ -132,11 +134,15 @@ class RunFolder:
         path, given = self.path / "config.json", self.config.checkpoint_dir
         record, made = files.read_json(path, {}), path.exists() and not anew
         command = shlex.join(["python", "-m", "gptv_jax.main", *sys.argv[1:]])
+        devices = f"{jax.device_count()} {jax.devices()[0].device_kind}"
+        if made and (began := record.get("devices", devices)) != devices:
+            line = "%s began on %s and continues on %s, which may round sums otherwise."
+            LOG.info(line, self.path, began, devices)
         if not made:
             versions = {name: importlib.metadata.version(name) for name in VERSIONED}
             record = {
                 "command": command,
-                "devices": f"{jax.device_count()} {jax.devices()[0].device_kind}",
+                "devices": devices,  # with which it began, see hosts/cores.py
                 "versions": {"python": platform.python_version()} | versions,
                 **data,
                 "config": fields.flatten(self.config),

@@ -59,7 +59,9 @@ def pretrain(results: Results) -> Part:
     if found:
         beside = [f"uniform (ln {v}): {math.log(v):.3f} nats/token"]
         beside += [f"in bits: {found['test_bits_per_token']:.3f}, uniform {math.log2(v):.3f}"]
-        if (exact := found.get("test_bits_per_dimension")) is not None:
+        if results.config.model.image_input == "pixels":
+            beside += ["of each token given the pixels before it: no likelihood of the tokens"]
+        elif (exact := found.get("test_bits_per_dimension")) is not None:
             beside += [f"lossless tokens: {exact:.3f} bits/dimension"]
         elif (psnr := found.get("test_distortion_psnr_db")) is not None:
             beside += [f"tokens lose detail ({psnr:.2f} dB): not comparable with bits/dimension"]
@@ -116,12 +118,14 @@ def _probe_of_labels(results: Results) -> Part:
     png = pictures.plot("probe accuracy", "layer", curves, level, percent=True)
     files.replace(folder / "layers.png", png)
     caption = "Layer 0 is the embeddings. Ringed: the layer chosen on validation."
+    if (regions := results.config.probe.regions) > 1:
+        caption += f" Of a layer are read the means over {regions} x {regions} parts of the image."
     sgd = results.config.probe.method == "sgd"
     setting, named = ("learning_rate", "learning rate") if sgd else ("c", "best C")
     head = ("layer", named, "validation", "test", "random init, test", "ridge, test")
     keys = ("validation_accuracy", "test_accuracy", "random_init_test_accuracy")
     keys += ("ridge_test_accuracy",)
-    cells = []
+    cells, beside = [], []
     for row in rows:
         chosen = f"{row[setting]:g}" if setting in row else ""
         shares = (accuracy.share(row.get(key), accuracy.images_of(key, found)) for key in keys)
@@ -129,11 +133,13 @@ def _probe_of_labels(results: Results) -> Part:
     if (first := found.get("concatenated_first_layer")) is not None:
         names = [f"concatenated_{key}" for key in keys[:3]]
         shares = [accuracy.share(found.get(n), accuracy.images_of(n, found)) for n in names]
-        cells.append((f"{first} to {found['concatenated_last_layer']} together", "", *shares, ""))
+        joined = f"{first} to {found['concatenated_last_layer']} together"
+        cells.append((joined, "", *shares, ""))
+        beside += [f"layers {joined} {results.share('probe', 'concatenated_test_accuracy')}"]
     cells.append(("raw pixels", "", "", accuracy.share(raw, found.get("test_images")), "", ""))
     table = html.table(head, cells, marked=[best])
     floors = {"raw pixels": "raw_pixels", "random init": "random_init"}
-    beside = [f"{n} {results.share('probe', f'{k}_test_accuracy')}" for n, k in floors.items()]
+    beside += [f"{n} {results.share('probe', f'{k}_test_accuracy')}" for n, k in floors.items()]
     tile = _accuracy_tile(results, "probe", "Probe, test accuracy", *beside)
     content = f'{html.figure(png, caption)}<div class="scroll">{table}</div>'
     return content + _by_class(results, "probe", f"Linear probe of layer {best}"), tile
