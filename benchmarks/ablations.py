@@ -154,8 +154,8 @@ def run_all(
         path = folder / "config.json"
         before = json.loads(path.read_text())["config"]["train.steps"] if path.exists() else None
         if before is not None and before != run.get("train.steps", before):
-            asked = run["train.steps"]
-            raise RuntimeError(f"{folder} is of {before} steps, not {asked}; take another --folder.")
+            problem = f"{folder} is of {before} steps, not {run['train.steps']}"
+            raise RuntimeError(f"{problem}; take another --folder.")
     harness.end_by_sigterm()
     under_way = set()
     free = queue.SimpleQueue()
