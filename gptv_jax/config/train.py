@@ -68,7 +68,8 @@ class Model:
     label_dropout: float = field(0.1, SHARE)  # share of the training images that are given no class
     dropout: float = field(0.0, BELOW_ONE)  # probability, on embeddings and each residual branch
     dtype: str = field("float32", one_of("float32", "bfloat16"))  # of compute; weights: float32
-    # False: on a CPU dtype=bfloat16 computes in float32 where that is faster (stages/precision.py).
+    # False: on a CPU a run with dtype=bfloat16 computes in float32 where that is faster
+    # (stages/precision.py). `gptv_jax.load` computes in the dtype that the run has recorded.
     bfloat16_on_cpu: bool = False
     # True: lax.scan over the layers, whose compile time does not grow with depth. False: an
     # unrolled loop, which runs faster on a CPU. None: unrolled on a CPU, else scanned.
