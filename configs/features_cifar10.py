@@ -10,11 +10,13 @@ prepare it.
 
 Command:    python -m gptv_jax.main --config=configs/features_cifar10.py --workdir=runs/features
                 --config.data.dir=...
-            The probe alone, again: --stages=probe. Three seeds: --config.seed=1, 2.
+            A part of it: --stages=tokenizer,pretrain,probe. Three seeds: --config.seed=1, 2. The
+            floor of fine-tuning, half an hour more: --config.finetune.scratch=True.
 Hardware:   two CPU cores: the tokenizer in three minutes, the 2,000 steps of the GPT in half an
-            hour, the probes and their floors in about as long.
+            hour, the probes and their floors in about as long, and fine-tuning, too.
 Expect:     linear probe of the best layer 0.685, of all layers together 0.734 (three seeds; random
-            weights 0.438, raw pixels 0.4175). Fine-tuning has not been measured yet.
+            weights 0.438 and 0.494, raw pixels 0.4175). Fine-tuned 0.860 (from random weights
+            0.768, seed 0).
 Reproduces: nothing published. Linear probes of generative pretraining on CIFAR-10 alone: 66.9% (76
             million parameters on pixels, 50 epochs), 79.3% (83 million, 200 epochs).
 Changes:    from `tiny_levels`: pixels in place of codes as inputs, no classes, 6 layers for 4,
