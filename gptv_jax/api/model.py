@@ -133,8 +133,8 @@ class Model(OfClasses, OfClips, OfTasks):
         With objective=bert they are also averaged over the `votes` masks. `layer` is 0 .. L, where
         L is the output of the final norm; None: the layer that the probe chose, on the pretrained
         weights. `regions` above 1 gives the means over `regions` x `regions` equal parts of an
-        image side by side, [B, D * regions**2], row by row; a probe with config.probe.regions reads
-        them, and config.probe.concatenate reads several layers of them.
+        image side by side, [B, D * regions**2], row by row: the features of one layer that a probe
+        with config.probe.regions reads.
         """
         batch, last = self._read(images), self.network.config.layers
         chosen = self._described.best_layer
