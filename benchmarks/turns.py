@@ -3,8 +3,8 @@
 A process of its own keeps a contender's threads and memory from disturbing the others; that it is
 idle between its turns is measured too (`Measured.waiting`), and what other processes do on the
 machine (`Measured.others`): threads that wait for each other, as PyTorch's do, suffer from it out
-of proportion. After a warm-up, which compiles and shows how many iterations make a turn, the
-contenders take turns A B A B. Each ratio compares turns of one round; the median is reported.
+of proportion. After a warm-up the contenders take turns A B A B. Each ratio compares turns of one
+round; the median is reported.
 """
 
 import argparse
@@ -23,6 +23,10 @@ import time
 import numpy as np
 
 ROOT = pathlib.Path(__file__).parent.parent
+# A process compiles in its first iteration. In some of its first 20 to 40 iterations it takes memory
+# pages, which the kernel clears: those iterations last up to five times as long as later ones.
+FIRST_ITERATIONS = 40  # that the warm-up takes,
+WARM_UP = 10  # if they do not last longer than so many turns
 PAUSE = 0.1  # seconds between two turns, in which OpenMP's threads cease to spin
 ENDING = 10  # seconds that a process may take to end
 DISTURBED = 0.1  # cores used by others from which the numbers are not to be trusted
@@ -95,6 +99,8 @@ def compare(contenders: list[Contender], arguments: argparse.Namespace) -> dict[
         for worker in workers:
             spent = worker.turn(1)
             worker.iterations = max(1, math.ceil(arguments.seconds / spent)) if spent else 1
+            if spent and (more := int(WARM_UP * arguments.seconds / spent)):
+                worker.turn(min(more, FIRST_ITERATIONS))
         for worker in workers:
             worker.begin()
         begin, busy = time.perf_counter(), _busy()
