@@ -31,7 +31,7 @@ from gptv_jax.hosts import stopping
 
 NAMES = (
     "train_step", "decode", "features", "attention", "startup", "input_pipeline", "cached_teacher",
-    "growth", "code_head",
+    "growth", "code_head", "split_cpu",
 )  # fmt: skip
 DATA = ("cifar10", "jpegs", "palette")  # flags of the input pipeline
 MODULE = [sys.executable, "-m"]

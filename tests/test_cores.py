@@ -49,8 +49,9 @@ def test_within_the_measured_widths_more_work_is_never_split_less():
 
 
 def test_tiny_and_large_networks_odd_batches_and_cores_that_were_not_measured_are_not_split():
-    assert cores.choose(128, 64, 64, 2) == 2
-    assert cores.choose(32, 64, 64, 2) == cores.choose(128, 64, 63, 2) == 1
+    assert cores.choose(64, 64, 64, 2) == cores.choose(256, 1024, 4, 2) == 2
+    assert cores.choose(32, 64, 64, 2) == cores.choose(63, 64, 64, 2) == 1
+    assert cores.choose(128, 64, 63, 2) == 1
     assert cores.choose(512, 64, 64, 2) == 1
     assert cores.choose(128, 64, 62, 2) == 1  # too little work in a step
     assert cores.choose(128, 64, 64, 1) == cores.choose(256, 1024, 64, 64) == 1
