@@ -4,8 +4,8 @@ Command: python -m benchmarks.split_cpu [--cases=D64,T64] [--rounds=15]
 
 The contenders are the train step of `python -m gptv_jax.main`, in float32 with AdamW, on one device
 and on a device a core. Networks have six layers and heads of 32 activations; widths grow from 32
-to 384, and a step has 1,024 or 4,096 tokens. `gptv_jax/hosts/cores.py` decides by what was measured
-here for two cores. Another program on the cores turns the result around: measure on a quiet machine.
+to 384, and a step has 1,024 or 4,096 tokens. `gptv_jax/hosts/cores.py` decides by
+what was measured here for two cores. Another program on the cores turns the result around.
 """
 
 from benchmarks import harness

@@ -23,8 +23,9 @@ import time
 import numpy as np
 
 ROOT = pathlib.Path(__file__).parent.parent
-# A process compiles in its first iteration. In some of its first 20 to 40 iterations it takes memory
-# pages, which the kernel clears: those iterations last up to five times as long as later ones.
+# A process compiles in its first iteration. In some of its first 20 to 40 iterations it takes
+# memory pages, which the kernel clears: these iterations last up to five times as long as later
+# ones.
 FIRST_ITERATIONS = 40  # that the warm-up takes,
 WARM_UP = 10  # if they do not last longer than so many turns
 PAUSE = 0.1  # seconds between two turns, in which OpenMP's threads cease to spin

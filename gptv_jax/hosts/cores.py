@@ -25,9 +25,10 @@ with epy.lazy_imports():  # see `command`
 LOG = logging.getLogger(__name__)
 QUOTA = pathlib.Path("/sys/fs/cgroup/cpu.max")  # of Linux: microseconds of work, of a period
 FORCED = "xla_force_host_platform_device_count"  # XLA's flag, by which users set devices as well
-# What `benchmarks.split_cpu` measured to be faster by a split, on a machine of so many cores that ran
-# nothing else: widths, and the fewest tokens of a gradient. Anything else is left to the user; a
-# large network would also need its weights and optimizer state in memory once more for each device.
+# What `benchmarks.split_cpu` measured to be faster by a split, on a machine of so many cores that
+# ran nothing else: widths, and the fewest tokens of a gradient. Anything else is left to the user;
+# a large network would also need its weights and optimizer state in memory once more for each
+# device.
 CORES, WIDTHS, TOKENS = 2, range(64, 257), 4096
 
 
