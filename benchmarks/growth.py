@@ -29,7 +29,6 @@ from benchmarks.turns import Contender, compare
 from benchmarks.worker import Task
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
-from gptv_jax.hosts import runtime
 from gptv_jax.planning import compiled, plan, topology
 from gptv_jax.planning.training import Pretraining
 
@@ -37,7 +36,8 @@ EXCESS = 0.15
 MIB = 2**20
 HEAD_SIZE, COLORS = 32, 512
 STATUS = pathlib.Path("/proc/self/status")
-# Memory is taken from the system and given back, buffer by buffer, so that a step's is seen.
+# Memory is taken from the system and given back, buffer by buffer, so that a step's is seen: where
+# glibc's variable is set, `runtime.keep_memory` keeps nothing.
 BY_BUFFER = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
@@ -102,8 +102,6 @@ def train(point: dict, memory: bool = False) -> Task:
 
     Bytes and FLOPs are those of all devices together.
     """
-    if not memory:
-        runtime.keep_memory()
     sizes = Point(**point)
     training = sizes.training
     planned = plan.make(training, topology.parse(f"cpu:{sizes.devices}"), compiling=False)

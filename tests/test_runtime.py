@@ -126,7 +126,7 @@ def test_programs_are_cached_apart_by_the_instructions_of_the_processor(monkeypa
     assert kind("sse avx2", 2000) == kind("sse avx2", 3000) != kind("sse avx2 avx512f", 2000)
 
 
-def test_glibc_is_left_alone_on_machines_with_accelerators(monkeypatch, tmp_path):
+def test_glibc_is_left_alone_with_accelerators_and_by_its_own_variables(monkeypatch, tmp_path):
     (tmp_path / "nvidia0").touch()
     monkeypatch.setattr(runtime, "DEVICES", tmp_path)
 
@@ -136,5 +136,8 @@ def test_glibc_is_left_alone_on_machines_with_accelerators(monkeypatch, tmp_path
     monkeypatch.setattr(runtime.ctypes, "CDLL", refuse)
     runtime.keep_memory()
     (tmp_path / "nvidia0").unlink()
+    with monkeypatch.context() as set_by_user:
+        set_by_user.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
+        runtime.keep_memory()
     with pytest.raises(AssertionError):
         runtime.keep_memory()

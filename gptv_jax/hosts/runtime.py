@@ -16,6 +16,8 @@ with epy.lazy_imports():  # see `command`
 # Parameters of glibc's mallopt: when memory goes back to the system, how many large blocks are
 # mapped apart from the heap, and the number of heaps.
 TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8
+# glibc's environment variables by which a user decides what is kept.
+KEPT = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_")
 HUGE_PAGE, MADV_HUGEPAGE = 2**21, 14  # size in bytes; advice of Linux's madvise
 DEVICES = pathlib.Path("/dev")
 ACCELERATORS = ("nvidia[0-9]*", "kfd", "accel*", "vfio/[0-9]*")  # NVIDIA, AMD, TPUs old and new
@@ -47,14 +49,15 @@ def keep_memory() -> None:
     large blocks to the system, so every step gets new pages, which the kernel clears one by one: an
     eighth of the time of a step (docs/results.md). Blocks that XLA aligns cannot always be reused,
     so the heap is given addresses for half of the machine's memory, which the kernel is asked to
-    back by pages of 2 MiB. glibc and the kernel are free to ignore all this.
+    back by pages of 2 MiB. glibc and the kernel are free to ignore all this. Nothing is changed
+    where one of the environment variables `KEPT` is set.
 
     Call this function before any thread starts. After an earlier thread, every training step got
     new pages again, and trainings lost a quarter of their speed: presumably that thread had a
     second heap, which JAX's threads then shared. Accelerators, whose steps do not use this memory,
     are looked for in /dev, as JAX has not started.
     """
-    if platform.libc_ver()[0] != "glibc" or accelerators():
+    if platform.libc_ver()[0] != "glibc" or accelerators() or os.environ.keys() & {*KEPT}:
         return
     libc = ctypes.CDLL(None)
     for setting, value in ((MMAP_MAX, 0), (TRIM_THRESHOLD, -1), (ARENA_MAX, 1)):  # -1: never
