@@ -10,11 +10,11 @@ while the GPT trains. Every lever changes the base by a few fields. A lever that
 token takes fewer steps. Levers of `READINGS` are of the probe alone, and read the base's weights.
 
 The columns: nats per code of the test images, which no lever of `READINGS` changes (with blocks, a
-block's code is predicted from the blocks before alone); test accuracy of the linear probe of the
-best layer and of three layers together; and two floors: random weights, pooled as the trained
-weights are, and raw pixels. Each run is the
-real command in a separate folder. The benchmark given again continues a run that was stopped, and
-does not repeat a finished run. Prints a table, and last its numbers as one JSON object, which is in
+block's code is predicted from the blocks before alone; with pixels, from the pixels before); test
+accuracy of the linear probe of the best layer and of three layers together; and two floors: random
+weights, pooled as the trained weights are, and raw pixels. Each run is the real command in a
+separate folder. The benchmark given again continues a run that was stopped, and does not repeat a
+finished run. Prints a table, and last its numbers as one JSON object, which is in
 FOLDER/levers.json as well.
 """
 
