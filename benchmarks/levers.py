@@ -1,6 +1,6 @@
 """What each lever of pretraining is worth: likelihood and features at equal FLOPs, on CIFAR-10.
 
-Command:   python -m benchmarks.levers --data_dir=DIR [--seeds=0,1] [--only=base,blocks]
+Command:   python -m benchmarks.levers --data_dir=DIR [--seeds=0,1] [--only=base,pixels]
                [--steps=900] [--probe_images=5000] [--cores=0-1] [--tokenizer=RUN]
                [--folder=runs/levers] [--set=train.batch_size=32]
 
@@ -9,8 +9,8 @@ is trained once, or --tokenizer names a run that has one, and codes are made of 
 while the GPT trains. Every lever changes the base by a few fields. A lever that takes more FLOPs a
 token takes fewer steps. Levers of `READINGS` are of the probe alone, and read the base's weights.
 
-The columns: nats per code of the test images, which no lever of `READINGS` changes (with blocks, a
-block's code is predicted from the blocks before alone; with pixels, from the pixels before); test
+The columns: nats per code of the test images, which no lever of `READINGS` changes (with
+pixels in place of codes as inputs, of each code given the pixels before); test
 accuracy of the linear probe of the best layer and of three layers together; and two floors: random
 weights, pooled as the trained weights are, and raw pixels. Each run is the real command in a
 separate folder. The benchmark given again continues a run that was stopped, and does not repeat a
@@ -32,8 +32,7 @@ from gptv_jax.planning.training import Pretraining
 FILE = f"{ROOT / 'configs' / 'tokenizer_cifar10.py'}:tiny"
 BASE = {
     "model.class_tokens": 0,
-    # Blocks need an added position; the levers are compared with one.
-    "model.learned_positions": True,
+    "model.learned_positions": True,  # as in the table of docs/results.md
     "train.eval_every": 0,
     "probe.refine": 2,
     "probe.concatenate": 3,
@@ -50,8 +49,6 @@ LEVERS = {
     "embedding": {"model.next_embedding": 1.0},
     "embedding_unmapped": {"model.next_embedding": 1.0, "model.next_embedding_map": False},
     "masked_inputs": {"model.context_masking": 0.5},
-    "blocks": {"model.block": (2, 2)},
-    "row_blocks": {"model.block": (1, 8)},
     "prefixes": {"model.prefixes": (0.0, 0.25, 0.5)},
     "pixels": {"model.image_input": "pixels"},
 }

@@ -97,7 +97,7 @@ def tiny_network(
     """2 layers, 16 tokens, 11 token values, three start vectors; divisible by every mesh."""
     config = config_lib.Model(layers=2, width=32, heads=4, axial_positions=True)
     config = dataclasses.replace(config, **changes)
-    layout = of_images(vocabulary, grid, config.objective, block=config.block, levels=levels)
+    layout = of_images(vocabulary, grid, config.objective, levels=levels)
     return Network(config, layout, starts=3, classes=classes, patch=patch)
 
 

@@ -102,28 +102,6 @@ def test_cells_are_those_of_the_position():
     assert (found.argmax(-1) == [[0, 1, 4, 5], [2, 3, 6, 7]]).all() and found.sum() == 128
 
 
-def test_with_blocks_too_a_position_has_the_features_that_have_read_its_token_first():
-    network = tiny_network(block=(2, 2), learned_positions=True)
-    batch = random_batch(network, 2) | {"cells": np.zeros((2, 16, 1, CLASSES), np.int32)}
-    with jax.set_mesh(make_mesh((1, 1, 1))):
-        params = random_params(network)
-
-        def inputs(batch):
-            read = dense_probe.of_network(network, params, lambda split: iter([batch]), raw=True)
-            [(x, _, _)] = read("test")
-            return np.asarray(x).reshape(3, 2, 16, 32)[0]  # layer 0 has what a position reads
-
-        before = inputs(batch)
-        for place in range(16):
-            tokens = batch["tokens"].copy()
-            tokens[:, place] = (tokens[:, place] + 1) % network.vocabulary
-            moved = (inputs(batch | {"tokens": tokens}) != before).any(axis=(0, 2))
-            # No position has read the tokens of the last block: other features stand in for them.
-            last = np.add.outer([8, 12], [2, 3])
-            found = np.setdiff1d(np.flatnonzero(moved), last)
-            np.testing.assert_array_equal(found, np.setdiff1d([place], last))
-
-
 def test_a_position_has_the_features_that_have_read_its_token_first():
     network = tiny_network()
     batch = random_batch(network, 2) | {"cells": np.zeros((2, 16, 1, CLASSES), np.int32)}

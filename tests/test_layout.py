@@ -108,12 +108,7 @@ def test_a_layout_refuses_leaks_and_masks_that_are_none(shift, visible, reason):
         Layout((Part("image", 7, (2, 2)),), visible, shift)
 
 
-def test_tokens_that_are_predicted_a_block_at_once_have_a_layout():
-    image = Part("image", 7, (4, 4))
-    blocks = tuple(4 * (t // 4 + 1) for t in range(16))
-    assert Layout((image,), blocks, shift=4).predicted.all()
-    with pytest.raises(ValueError, match="would see it"):
-        Layout((image,), blocks, shift=3)
+def test_layouts_of_equal_parts_are_equal_and_causal():
     assert hash(LAYOUTS["prefix"]) == hash(prefixed(IMAGE, OBJECTS, Part("label", 5, (1,))))
     assert of_images(11, (3, 4)).visible == tuple(range(1, 13))
 

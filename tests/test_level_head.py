@@ -125,13 +125,12 @@ def loss_of(network):
     return jax.jit(jax.value_and_grad(lambda params, batch: loss(params, None, batch, None)[0]))
 
 
-BLOCKS = {"block": (2, 2), "learned_positions": True}
 EMBEDDING = {"next_embedding": 0.7, "next_embedding_map": False}
 
 
 @one_device
 @pytest.mark.parametrize(
-    ("codes", "changes"), [*((codes, {}) for codes in LEVELS), (12, BLOCKS), (12, EMBEDDING)]
+    ("codes", "changes"), [*((codes, {}) for codes in LEVELS), (12, EMBEDDING)]
 )
 def test_without_prefixes_it_is_the_flat_head_of_the_sums_of_rows(codes, changes):
     levels, flat = LEVELS[codes], tiny_network(vocabulary=codes, **changes)

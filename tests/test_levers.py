@@ -179,8 +179,8 @@ def test_a_lever_of_the_benchmark_is_accepted_and_changes_the_base(name):
 
 def test_a_lever_takes_as_many_steps_as_the_flops_of_the_base_pay_for():
     steps = {n: levers.settings_of(n, {"train.steps": 900}, "0")["train.steps"] for n in
-             ("base", "blocks", "embedding", "embedding_unmapped")}  # fmt: skip
-    assert steps["base"] == steps["blocks"] == steps["embedding_unmapped"] == 900
+             ("base", "prefixes", "embedding", "embedding_unmapped")}  # fmt: skip
+    assert steps["base"] == steps["prefixes"] == steps["embedding_unmapped"] == 900
     assert 880 < steps["embedding"] < 900
     # In a deeper network the map of the next embeddings has a smaller share.
     deep = levers.settings_of("embedding", {"train.steps": 900, "model.layers": 24}, "0")

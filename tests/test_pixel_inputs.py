@@ -22,8 +22,7 @@ from gptv_jax.train import objective, step
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
-BLOCKS = MODERN | {"learned_positions": True, "block": (2, 2)}
-RECIPES = {"igpt": {}, "modern": MODERN, "blocks": BLOCKS}
+RECIPES = {"igpt": {}, "modern": MODERN}
 PATCH = (2, 3, 3)  # height, width and channels
 
 
@@ -75,11 +74,7 @@ def test_pixels_change_the_logits_of_later_tokens_and_of_no_other(recipe):
         other, (row, column) = image.copy(), divmod(place, 4)
         other[0, 2 * row + 1, 3 * column + 2, 1] ^= 128  # one value of one pixel
         moved = np.abs(logits(jnp.asarray(other)) - before).max(axis=-1) > 0
-        later = np.arange(16) > place
-        if network.config.block:
-            block = np.arange(16) // 8 * 2 + np.arange(16) % 4 // 2
-            later = block > block[place]
-        np.testing.assert_array_equal(moved, later)
+        np.testing.assert_array_equal(moved, np.arange(16) > place)
     # Tokens are targets alone.
     again = jax.jit(lambda t: network.bind(params)(t, pixels=batch["image"]).logits[0])
     np.testing.assert_array_equal(again((batch["tokens"] + 1) % 11), again(batch["tokens"]))
@@ -94,12 +89,10 @@ def losses(network, mesh, draws=False):
         return jax.device_get(run(params))
 
 
-@pytest.mark.parametrize(
-    ("recipe", "shape"), [("modern", (2, 2, 2)), ("modern", (1, 2, 2, 2)), ("blocks", (2, 2, 2))]
-)
-def test_meshes_hidden_inputs_and_next_embeddings_give_one_loss(recipe, shape):
+@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 2, 2, 2)])
+def test_meshes_hidden_inputs_and_next_embeddings_give_one_loss(shape):
     changes = {"context_masking": 0.5, "next_embedding": 0.7, "next_embedding_map": False}
-    network = pixel_network(recipe, **changes)
+    network = pixel_network(**changes)
     wanted, found = losses(network, (1, 1, 1), draws=True), losses(network, shape, draws=True)
     for f, w in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
         np.testing.assert_allclose(f, w, rtol=1e-4, atol=1e-5 * max(np.abs(w).max(), 1e-3))

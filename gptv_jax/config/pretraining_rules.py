@@ -14,37 +14,15 @@ def check_model(config: Config) -> None:
 
     if model.image_input == "pixels":
         _check_pixels(config)
-    if model.block:
-        _check_block(config)
     if model.prefixes:
         rows, name = config.grid[0], "frames" if frames else "rows"
         if len({round(share * rows) for share in (*model.prefixes, 1)}) <= len(model.prefixes):
             reason = f"two shares are equally many of {rows} {name}, or one is all of them"
             refuse(config, "model.prefixes", f"{reason}; take other shares")
-        for other, plain in (("objective", "autoregressive"), ("random_order", ()), ("block", ())):
+        for other, plain in (("objective", "autoregressive"), ("random_order", ())):
             if (value := getattr(model, other)) != plain:
                 reason = f"config.model.{other} is {value}, which goes without them"
                 refuse(config, "model.prefixes", f"{reason}; take (), or {other}={plain}")
-
-
-def _check_block(config: Config) -> None:
-    model = config.model
-    if config.data.frames:
-        reason = f"config.data.frames is {config.data.frames}, and blocks are of images"
-        refuse(config, "model.block", f"{reason}; take ()")
-    fills = all(n % b == 0 for n, b in zip(config.grid, model.block, strict=True))
-    if not fills or tuple(model.block) == tuple(config.grid):
-        rows, columns = config.grid
-        reason = f"it takes divisors of the {rows} x {columns} tokens, and more than one block"
-        refuse(config, "model.block", reason)
-    if not (model.learned_positions or model.axial_positions):
-        reason = "an added position alone tells the positions of the first block apart"
-        refuse(config, "model.block", f"{reason}; set learned_positions or axial_positions")
-    for other in ("random_order", "target_positions"):
-        if value := getattr(model, other):
-            plain = type(value)()
-            reason = f"config.model.{other} is {value}, which is of tokens predicted one by one"
-            refuse(config, "model.block", f"{reason}; take (), or {other}={plain}")
 
 
 def _check_pixels(config: Config) -> None:

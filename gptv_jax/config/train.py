@@ -23,11 +23,6 @@ TWO_SHARES = (
     lambda v: not v or (len(v) == 2 and 0 <= v[0] <= v[1] <= 1),
 )
 
-TWO_SIDES = (
-    "two numbers of tokens, rows and columns, or none",
-    lambda v: not v or (len(v) == 2 and min(v) >= 1),
-)
-
 
 def _steps(text: str) -> tuple[int, int] | None:
     """`(10, 15)` of "10:15"; None where the text is not of this form."""
@@ -87,10 +82,6 @@ class Model:
     # every training image has a random order up to the first share of the training; the fraction
     # of such images then falls linearly to none at the second share. (): always raster order.
     random_order: tuple[float, ...] = field((), TWO_SHARES)
-    # Rows and columns of a block of tokens that are predicted at once, each independently of the
-    # others, from the blocks before: the input of a position is the token one block before (XTRA,
-    # Amrani et al. 2024, arXiv:2411.15648). (): tokens are predicted one by one.
-    block: tuple[int, ...] = field((), TWO_SIDES)
     # The largest share of the input tokens that training hides; the targets stay. Each image or
     # clip draws a share between 0 and this one, so that the network also learns to read whole
     # images, as sampling does. Of clips the tokens before the last frame can be hidden: next-frame

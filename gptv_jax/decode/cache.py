@@ -44,10 +44,9 @@ def decoding_weights(network: Network, params: dict) -> tuple[GPT, list[layers.B
     return model, [jax.tree.map(lambda leaf, i=i: leaf[i], model.blocks) for i in range(count)]
 
 
-def read_prompt(model: GPT, x: Float[Array, "G P D"]) -> tuple[Float[Array, "G *n V"], Cache]:
+def read_prompt(model: GPT, x: Float[Array, "G P D"]) -> tuple[Float[Array, "G V"], Cache]:
     """Logits of the last position of every prompt, and the cache, from the embedded inputs.
 
-    With blocks, logits [G, n, V] of the last block.
     `model` has the weights of `Network.init`, not the result of `decoding_weights`.
     """
     length, layout = x.shape[1], model.network.layout
@@ -69,9 +68,8 @@ def read_prompt(model: GPT, x: Float[Array, "G P D"]) -> tuple[Float[Array, "G *
 
     x, stacked = model.walk(layer, x, model.blocks)
     cache = [jax.tree.map(lambda part, i=i: part[i], stacked) for i in range(len(stacked.keys))]
-    last = x[:, length - layout.shift : length]
-    logits = model.predict(last, layout.part_at(length - 1))
-    return logits if layout.shift > 1 else logits[:, 0], tuple(cache)
+    logits = model.predict(x[:, length - 1 : length], layout.part_at(length - 1))
+    return logits[:, 0], tuple(cache)
 
 
 def extend(
@@ -89,14 +87,12 @@ def extend(
     positions. Each of the G prompts in the cache `prompt` is continued by B / G samples, which lie
     next to each other. `generated` caches `counts` positions of each sample behind the prompt:
     one number for all rows, or a number for each row. Entries of `generated` further behind are
-    overwritten and not seen; the capacity must reach to counts + N. Without blocks a position sees
-    the positions before it. The logits are over the vocabulary of `part`; None: of the first part.
+    overwritten and not seen; the capacity must reach to counts + N. A position sees the positions
+    before it. The logits are over the vocabulary of `part`; None: of the first part.
     """
     N, extended = x.shape[1], []
     rotation = model.rotation(prompt[0].keys.shape[2] + counts, N)
     places = jnp.reshape(counts, (-1, 1)) + jnp.arange(N)[None]
-    if (size := model.network.layout.shift) > 1:  # up to the end of the block
-        places = (places // size + 1) * size - 1
     seen = jnp.arange(generated[0].keys.shape[-2])[None, None] <= places[..., None]
     for block, of_prompt, before in zip(blocks, prompt, generated, strict=True):
 

@@ -94,8 +94,8 @@ def prefill(
     params: dict,
     prefix: Int[Array, "G P"],
     labels: Int[Array, " G"] | None,
-) -> tuple[Float[Array, "N *n V"], Cache]:
-    """Logits of the first position or block after the prefixes, and the cache of the prefixes.
+) -> tuple[Float[Array, "N V"], Cache]:
+    """Logits of the first position after the prefixes, and the cache of the prefixes.
 
     `guided` reads each row with its class and, in the next row, without: rows that are compared
     with each other then lie on the same device.

@@ -19,7 +19,7 @@ from jaxtyping import Float, Int, PRNGKeyArray
 
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
-from gptv_jax.decode import blocks, generation, speculative
+from gptv_jax.decode import generation, speculative
 from gptv_jax.errors import InputError
 from gptv_jax.model.gpt import Network
 from gptv_jax.tokens import Codec
@@ -91,16 +91,14 @@ class Sampler:
             return whole
         # Programs begin and end with whole rows of the grid, so that few programs serve all masks.
         rows = np.flatnonzero(unknown.reshape(-1, columns).any(axis=1))
-        of_block = self.network.config.block[0] if self.network.config.block else 1
-        first, last = (row // of_block for row in rows[[0, -1]])
-        first, end = (row * of_block * columns for row in (first, last + 1))
+        first, end = rows[0] * columns, (rows[-1] + 1) * columns
         if len(given) % sharding.batch_ways():
             # A row for each sample: to fill the batch up then takes fewer rows.
             labels = None if labels is None else np.repeat(labels, samples)
             given, samples = whole, 1
         given, labels = jax.tree.map(sharding.shard_rows, (given[:, :end], labels))
         key, prefix = jax.random.fold_in(key, number), int(first)
-        generate = blocks.generate if self.network.config.block else generation.generate
+        generate = generation.generate
         if self.draft:
             generate = functools.partial(speculative.generate, self.draft)
         drawn = generate(

@@ -56,15 +56,8 @@ def check_draft(
 ) -> None:
     """Checks that the draft's tokens mean what the network's tokens mean.
 
-    Codecs and `kinds` are as of `token_differences`. The InputError lists the differences, or says
-    that one of the two networks has blocks.
+    Codecs and `kinds` are as of `token_differences`. The InputError lists the differences.
     """
-    for blocks, which in ((network.config.block, "the network"), (draft.config.block, name)):
-        if blocks:
-            raise InputError(
-                f"config.model.block of {which} is {blocks}: tokens of a block are drawn at once, "
-                "and a draft proposes tokens one by one; draw without a draft."
-            )
     differing = token_differences(draft, draft_codec, network, codec, kinds)
     if differing:
         raise InputError(

@@ -8,9 +8,7 @@ folder is plain JAX.
 The input of position t is token t-1, that of position 0 a learned start vector, and position t
 predicts token t. With objective=bert the input of position t is token t itself, or nothing where it
 is masked. In training an order may be given: the input of position t is then token order[t-1], and
-position t predicts token order[t]. With blocks the positions hold block after block, and the input
-of a position is the token one block before; tokens and outputs of a call are in raster order still.
-Which positions attend to which is in the network's `Layout`.
+position t predicts token order[t]. Which positions attend to which is in the network's `Layout`.
 
 Letters: B batch, T tokens, D width, H heads, K head size, F MLP width, V vocabulary, L layers,
 C classes.
@@ -18,7 +16,6 @@ C classes.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -31,7 +28,7 @@ from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.errors import InputError
 from gptv_jax.model import attention, layers
-from gptv_jax.model.inputs import Inputs, reorder, to_positions, to_raster
+from gptv_jax.model.inputs import Inputs, reorder
 from gptv_jax.model.layout import Layout, Part, with_prefix
 from gptv_jax.model.level_head import LevelHead, make_head
 from gptv_jax.model.parts import ReadHead, Reading
@@ -52,7 +49,7 @@ class Output(NamedTuple):
 
 # Fields of the configuration that are for a sequence of image tokens alone, and their other value.
 # A network with a stem takes no other value of the fields in NO_STEM.
-NO_STEM = {"objective": "autoregressive", "random_order": (), "context_masking": 0.0, "block": ()}
+NO_STEM = {"objective": "autoregressive", "random_order": (), "context_masking": 0.0}
 NO_STEM |= {"image_input": "tokens"}
 IMAGES_ALONE = NO_STEM | {"target_positions": False, "start_per_variant": False}
 
@@ -89,13 +86,8 @@ class Network:
                     f"config.model.{name} is {value!r}, which is for images alone, but the {more}; "
                     f"take {plain!r}."
                 )
-        objective, block = self.config.objective, self.config.block
-        shift = 0 if objective == "bert" else math.prod(block)
-        if self.layout.parts[0].block != block:
-            raise InputError(
-                f"the layout's blocks are {self.layout.parts[0].block}, but config.model.block is "
-                f"{block}; make the Layout with the same blocks."
-            )
+        objective = self.config.objective
+        shift = 0 if objective == "bert" else 1
         if self.layout.shift != shift:
             raise InputError(
                 f"the layout's shift is {self.layout.shift}, so position t reads token t - "
@@ -226,9 +218,8 @@ class GPT(Inputs):
         visible = layout.visible[: tokens.shape[1]]
         attend = functools.partial(attention.self_attention, visible=visible)
         if layout.shift:
-            tokens, hidden = (to_positions(layout.parts[0], x) for x in (tokens, hidden))
-            known = (tokens if order is None else reorder(tokens, order))[:, : -layout.shift]
-            unseen = None if hidden is None else hidden[:, : -layout.shift]
+            known = (tokens if order is None else reorder(tokens, order))[:, :-1]
+            unseen = None if hidden is None else hidden[:, :-1]
             x = self.embed(known, variant, order=order, pixels=pixels, hidden=unseen)
         else:
             x = self.embed_masked(tokens, hidden)
@@ -258,9 +249,6 @@ class GPT(Inputs):
         pooled = jnp.concatenate([pooled, (self._pool(x) if raw else pooled_final)[None]])
         if keep:
             kept = jax.lax.dynamic_update_index_in_dim(kept, read, indices[-1], 0)[: len(keep)]
-        if config.block:
-            raster = functools.partial(to_raster, layout.parts[0])
-            final, kept = raster(final), jnp.stack([*map(raster, kept)]) if keep else None
         class_logits = self.classifier(pooled_final) if self.network.classes else None
         logits = self.logits(final) if self.network.several else self.token_logits(final)
         return Output(logits, pooled, class_logits, kept, final)
@@ -273,7 +261,6 @@ class GPT(Inputs):
         whole = {"out_sharding": sharding.BATCH_FIRST}
         x = jax.sharding.reshard(x, sharding.BATCH_FIRST)
         if regions > 1:
-            x = to_raster(self.network.layout.parts[0], x)
             rows, columns = (side // regions for side in self.network.grid[-2:])
             x = x.reshape(len(x), -1, regions, rows, regions, columns, x.shape[-1], **whole)
             x = x.mean(axis=(1, 3, 5))

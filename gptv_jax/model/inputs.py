@@ -56,9 +56,6 @@ class Inputs(nnx.Module):
     ) -> Float[Array, "B N D"]:
         """Inputs of N = P + 1 positions, sharded by `spec`: the start vector, then P tokens.
 
-        With blocks of n tokens there are n start vectors, so N = P + n, and the tokens are in the
-        order of the positions, see `to_positions`.
-
         `variant` and `pixels` are as in `__call__`. The `order` has the places on the grid of the
         tokens that the positions predict; None: 0 .. P. Of `hidden` tokens only the place is read.
         """
@@ -68,18 +65,17 @@ class Inputs(nnx.Module):
         # are then shifted by one position, not vectors, and where the sequence is split no device
         # needs vectors of its neighbour.
         variant, tokens = jax.sharding.reshard((variant, tokens), sharding.BATCH_FIRST)
-        network, starts = self.network, [variant[:, None]] * self.network.layout.shift
+        network = self.network
         if network.patch or network.several or network.stem:
-            start = jnp.concatenate(starts, axis=1)
-            start = self._lookup([self.start], start, sharding.BATCH_FIRST)
+            start = self._lookup([self.start], variant[:, None], sharding.BATCH_FIRST)
             if network.patch:
-                held = to_positions(network.layout.parts[0], self.contents(tokens, pixels))
+                held = self.contents(tokens, pixels)
                 held = jax.sharding.reshard(held, sharding.BATCH_FIRST)[:, : tokens.shape[1]]
             else:
                 held = self._held(tokens, pixels)
             x = jax.sharding.reshard(jnp.concatenate([start, held], axis=1), spec)
         else:
-            ids = jnp.concatenate([*(network.vocabulary + s for s in starts), tokens], axis=1)
+            ids = jnp.concatenate([network.vocabulary + variant[:, None], tokens], axis=1)
             x = self._lookup([self.token_embedding, self.start], ids, spec)
         return self._place(self._seen(x, hidden, spec), 0, order)
 
@@ -232,7 +228,6 @@ class Inputs(nnx.Module):
             inputs = None if order is None else input_places(order) + 1
             places = inputs if config.target_positions else order
             whole = functools.reduce(jnp.add, of_place)
-            whole = whole[first.raster_places] if first.block else whole
             later = [self.parts[part.name].positions(config.dtype) for part in others]
             tables.append((jnp.concatenate([whole, *later]) if later else whole, places))
         if config.target_positions:
@@ -280,28 +275,6 @@ class Inputs(nnx.Module):
             return by_row(predicted, held(predicted), spec=sharding.BATCH_FIRST)
         predicted = start + jnp.arange(count)
         return layers.Rotation(*(phases(p) for p in (predicted, held(predicted))))
-
-
-def to_positions(part: Part, x: Shaped[Array, "B n *any"] | None):
-    """Entries of tokens in raster order, in the order of the positions; n are whole block rows."""
-    if x is None or not part.block:
-        return x
-    return _swapped(part, x, (part.block[0], part.shape[1] // part.block[1]))
-
-
-def to_raster(part: Part, x: Shaped[Array, "B n *any"]) -> Shaped[Array, "B n *any"]:
-    """The inverse of `to_positions`."""
-    return _swapped(part, x, (part.shape[1] // part.block[1], part.block[0])) if part.block else x
-
-
-def _swapped(part: Part, x: Shaped[Array, "B n *any"], middle: tuple[int, int]):
-    """`x` with the axis n as (block rows, *middle, columns of a block), and the middle swapped."""
-    if part.block[1] == part.shape[1]:
-        return x
-    spec, whole = jax.typeof(x).sharding.spec, {"out_sharding": sharding.BATCH_FIRST}
-    x = jax.sharding.reshard(x, sharding.BATCH_FIRST)
-    split = x.reshape(len(x), -1, *middle, part.block[1], *x.shape[2:], **whole)
-    return jax.sharding.reshard(split.swapaxes(2, 3).reshape(x.shape, **whole), spec)
 
 
 def reorder(tokens: Int[Array, "B T"], order: Int[Array, "B T"]) -> Int[Array, "B T"]:

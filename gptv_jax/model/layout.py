@@ -38,13 +38,8 @@ class Part:
     # Levels of each dimension of a token, whose product is the vocabulary: the head predicts them
     # one after the other (model/level_head.py). (): the head predicts the token at once.
     levels: tuple[int, ...] = ()
-    # Rows and columns of a block of tokens that are predicted at once: the positions hold block
-    # after block, each in raster order. (): positions hold tokens in raster order.
-    block: tuple[int, ...] = ()
 
     def __post_init__(self):
-        if self.block and any(n % b for n, b in zip(self.shape, self.block, strict=True)):
-            raise ValueError(f"blocks of {self.block} do not fill the part's shape {self.shape}.")
         if self.size > MOST_POSITIONS:
             raise InputError(
                 f"the part {self.name} of a sequence has {self.size} positions, {self.shape}; "
@@ -60,16 +55,6 @@ class Part:
     def axes(self) -> tuple[int, int, int]:
         """Frames, rows and columns; an image is a clip of one frame, and (n,) a single row."""
         return (1,) * (3 - len(self.shape)) + self.shape
-
-    @functools.cached_property
-    def raster_places(self) -> Int[np.ndarray, " n"]:
-        """The place in raster order of the token that each position predicts."""
-        places = np.arange(self.size)
-        if not self.block:
-            return places
-        rows, columns = self.block
-        blocks = places.reshape(-1, rows, self.shape[1] // columns, columns)
-        return blocks.swapaxes(1, 2).ravel()
 
     @property
     def head_vectors(self) -> int:
@@ -99,8 +84,8 @@ class Layout:
 
     parts: tuple[Part, ...]
     visible: tuple[int, ...]  # T numbers
-    # The input of position t is token t - shift, the start vector where t < shift: 1, or the size
-    # of `Part.block`. 0: each position's own token, which training masks (BERT).
+    # The input of position t is token t - shift, that of position 0 the start vector: 1. 0: each
+    # position's own token, which training masks (BERT).
     shift: int = 1
     prefix: int = 0  # first positions that predict nothing, and so may see one another
 
@@ -179,7 +164,7 @@ class Layout:
         found, below = [], 0
         for part in self.parts:
             own = np.stack([axis.ravel() for axis in np.indices(part.axes)], axis=1)
-            found.append(own[part.raster_places] + np.array([0, below, 0]))
+            found.append(own + np.array([0, below, 0]))
             below += part.axes[1]
         return np.concatenate(found)
 
@@ -197,17 +182,6 @@ def full_mask(length: int) -> tuple[int, ...]:
 def causal(*parts: Part) -> Layout:
     """Every position sees itself and all positions before it."""
     return Layout(parts, causal_mask(sum(part.size for part in parts)))
-
-
-def by_blocks(image: Part) -> Layout:
-    """Every position sees its `Part.block` and all blocks before it (XTRA).
-
-    The input of a position is the token of the same place in the block before (Amrani et al. 2024,
-    arXiv:2411.15648).
-    """
-    size = math.prod(image.block)
-    ends = tuple((t // size + 1) * size for t in range(image.size))
-    return Layout((image,), ends, shift=size)
 
 
 def bidirectional(part: Part) -> Layout:
@@ -230,10 +204,9 @@ def of_images(
     grid: tuple[int, ...],
     objective: str = "autoregressive",
     attention: str = "causal",
-    block: tuple[int, ...] = (),
     levels: tuple[int, ...] = (),
 ) -> Layout:
-    """The layout of images or clips alone, with `config.Model.objective` and `block`.
+    """The layout of images or clips alone, with `config.Model.objective`.
 
     `levels` are those of `Part`.
 
@@ -241,15 +214,11 @@ def of_images(
     `by_frames`, or "whole", where every position sees every position.
     """
     predicted = vocabulary > 0 and attention == "causal"
-    image = Part(
-        "image", vocabulary, tuple(grid), predicted=predicted, block=tuple(block), levels=levels
-    )
+    image = Part("image", vocabulary, tuple(grid), predicted=predicted, levels=levels)
     if attention == "frames":
         return by_frames(image)
     if attention == "whole":
-        return Layout((image,), full_mask(image.size), shift=math.prod(block))
-    if block:
-        return by_blocks(image)
+        return Layout((image,), full_mask(image.size))
     return bidirectional(image) if objective == "bert" else causal(image)
 
 

@@ -179,11 +179,6 @@ def _check_tokens(
         raise InputError(
             f"{named} has {shorten(differing)}; a teacher takes the tokens of its student."
         )
-    if network.config.block != found.model.block:
-        raise InputError(
-            f"config.model.block is {network.config.block}, but that of {named} is "
-            f"{found.model.block}; a teacher predicts each token from what its student reads."
-        )
 
 
 def _check_orders(config: config_lib.Config, found: WeightsFile, named: str) -> None:

@@ -25,8 +25,6 @@ from gptv_jax import sharding
 from gptv_jax.data.pipeline import Pipeline
 from gptv_jax.data.records import Record
 from gptv_jax.model.gpt import Network
-from gptv_jax.model.inputs import to_positions, to_raster
-from gptv_jax.model.layout import Part
 from gptv_jax.probe import ridge
 from gptv_jax.probe.features import Batches
 from gptv_jax.tasks import confusion
@@ -92,20 +90,10 @@ def _read(network: Network, params: dict, batch: dict, *, raw: bool) -> Float[Ar
     keep = tuple(range(network.config.layers + 1))
     x = objective.evaluate_batch(network, params, batch, raw=raw, keep=keep)[0].kept
     x = jax.sharding.reshard(x, P(None, sharding.BATCH)).astype(jnp.float32)
-    if shift := network.layout.shift:
-        x = jnp.stack([_read_after(network.layout.parts[0], shift, each) for each in x])
+    if network.layout.shift:  # position t + 1 is the first one that has read token t
+        x = jnp.concatenate([x[:, :, 1:], x[:, :, -1:]], axis=2)
     shape, spec = (1, len(keep), -1, x.shape[-1]), P(None, None, sharding.BATCH)
     return x.reshape(shape, out_sharding=spec)
-
-
-def _read_after(part: Part, shift: int, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
-    """For each token the features of the first position that has read this token.
-
-    Position t + shift is the first one that has read the token that position t predicts. No
-    position has read the last `shift` tokens, whose own positions stand in.
-    """
-    x = to_positions(part, x)
-    return to_raster(part, jnp.concatenate([x[:, shift:], x[:, -shift:]], axis=1))
 
 
 def of_pixels(codec: Codec, batches: Batches) -> Features:

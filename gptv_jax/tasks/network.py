@@ -41,8 +41,7 @@ def images_layout(
 ) -> Layout:
     """The layout of images or clips alone, see `of_images`."""
     levels = tokens.autoencoder.levels if model.code_head == "levels" else ()
-    given = model.objective, attention, model.block, levels
-    return of_images(tokens.vocabulary, grid, *given)
+    return of_images(tokens.vocabulary, grid, model.objective, attention, levels)
 
 
 def start_vectors(config: config_lib.Config) -> int:

@@ -72,8 +72,6 @@ def check(network: Network) -> str:
         return "it has no class head"
     if network.patch:
         return "it reads pixels"
-    if network.config.block:
-        return "config.model.block reads a block of tokens at a time"
     if network.config.objective == "bert":
         return "config.model.objective=bert classifies by a vote over masks that are drawn anew"
     return ""

@@ -41,7 +41,7 @@ MEASURED = "task.measured"  # the bytes of `Task.measured`, as float32 like all 
 # (dropout, dtype, scan_layers, base_width, ...) each time they use the weights.
 DEFINING_FIELDS = (
     "layers", "width", "heads", "mlp_ratio", "mlp", "qk_norm", "objective", "learned_positions",
-    "axial_positions", "rotary", "target_positions", "class_tokens", "block", "code_head",
+    "axial_positions", "rotary", "target_positions", "class_tokens", "code_head",
     "image_input",
 )  # fmt: skip
 
