@@ -74,7 +74,6 @@ def _check_bert(config: Config) -> None:
         ("target_positions", False, f"with {bert} input and target have the same position"),
         ("random_order", (), f"{bert} has no order"),
         ("context_masking", 0.0, f"{bert} hides masked_share of all tokens"),
-        ("block", (), f"{bert} predicts the masked tokens of the whole image"),
         ("next_embedding", 0.0, f"{bert} has no next token"),
     ):
         if getattr(model, name):
