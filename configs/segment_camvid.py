@@ -14,7 +14,7 @@ Expect:     test mean IoU 0.435 read and 0.441 written; ceiling of the label tok
             prior of each position 0.17, map of another image 0.19. `:pretrained` 0.432 and 0.447
             (docs/results.md).
 Reproduces: nothing published. Networks that begin with ImageNet's weights and see four times as
-            many pixels reach 0.6 to 0.7 (SegNet, ENet, BiSeNet).
+            many pixels reach 0.55 to 0.70 (SegNet, ENet, BiSeNet).
 Changes:    trained from scratch on pixels alone, without image tokens and without pretraining
             (`:pretrained` adds both). Each of the 192 positions of the image stands for 16 x 16
             pixels, and so does each of the 192 label tokens, so that a token and its position share
