@@ -4,7 +4,8 @@ Data: scikit-learn's digits, 1,797 real 8x8 images with 17 grey levels (lossless
 1,197 / 200 / 400 stratified with seed 0.
 
 Command:    python -m gptv_jax.main --config=configs/digits.py --workdir=runs/digits
-Hardware:   two CPU cores, 1.2 GiB of memory, three and a quarter to five and a half minutes for all stages.
+Hardware:   two CPU cores, 1.2 GiB of memory, three and a quarter to five and a half
+            minutes for all stages.
 Expect:     test loss about 1.23 nats per token (uniform: ln 17 = 2.833), probe about 0.96,
             fine-tune about 0.97; docs/results.md has the numbers of three seeds.
 Reproduces: no published run. Logistic regression on the raw pixels reaches about 0.97 on this easy

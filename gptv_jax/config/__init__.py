@@ -31,10 +31,10 @@ __all__ = [
     "recorded", "resolve",
 ]  # fmt: skip
 
-# Fields of older files: renamed fields, and removed fields, each with the only value that this
-# version can still read.
+# Fields of older files: renamed fields, and removed fields, each with the only value, as
+# JSON has it, that this version can still read.
 RENAMED = {"tokens.name": "tokens.kind"}
-REMOVED = {"model.above_embedding": False}
+REMOVED = {"model.above_embedding": False, "model.block": []}
 
 
 def default() -> ml_collections.ConfigDict:
