@@ -49,7 +49,6 @@ LEVERS = {
     "embedding": {"model.next_embedding": 1.0},
     "embedding_unmapped": {"model.next_embedding": 1.0, "model.next_embedding_map": False},
     "masked_inputs": {"model.context_masking": 0.5},
-    "prefixes": {"model.prefixes": (0.0, 0.25, 0.5)},
     "pixels": {"model.image_input": "pixels"},
 }
 SGD = {"probe.method": "sgd", "probe.sgd.steps": 400}

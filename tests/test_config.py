@@ -73,7 +73,6 @@ OUT_OF_RANGE = {
     "tokens.patch": (2,),
     "model.context_masking": 1.5,
     "model.next_embedding": -1.0,
-    "model.prefixes": (0.5, 1.0),
     "finetune.pooling": "max",
     "finetune.attention": "rows",
     "finetune.clips": 0,

@@ -179,8 +179,8 @@ def test_a_lever_of_the_benchmark_is_accepted_and_changes_the_base(name):
 
 def test_a_lever_takes_as_many_steps_as_the_flops_of_the_base_pay_for():
     steps = {n: levers.settings_of(n, {"train.steps": 900}, "0")["train.steps"] for n in
-             ("base", "prefixes", "embedding", "embedding_unmapped")}  # fmt: skip
-    assert steps["base"] == steps["prefixes"] == steps["embedding_unmapped"] == 900
+             ("base", "masked_inputs", "embedding", "embedding_unmapped")}  # fmt: skip
+    assert steps["base"] == steps["masked_inputs"] == steps["embedding_unmapped"] == 900
     assert 880 < steps["embedding"] < 900
     # In a deeper network the map of the next embeddings has a smaller share.
     deep = levers.settings_of("embedding", {"train.steps": 900, "model.layers": 24}, "0")
@@ -251,83 +251,3 @@ def test_levers_that_do_not_go_together_are_refused(changes, words):
     with pytest.raises(InputError, match=words):
         rules.check(config)
         rules.SECTIONS["train"](config)
-
-
-# Prefixes.
-
-PREFIXES = (0.0, 0.25, 0.5)
-
-
-def test_a_prefix_sees_itself_whole_and_has_no_loss(one_device):
-    network = tiny_network(layers=1, prefixes=PREFIXES, **MODERN)
-    assert [each.prefix for each in network.prefixed_layouts] == [0, 4, 8]
-    assert network.prefixed_layouts[0] == network.layout
-    layout = network.prefixed_layouts[1]
-    assert layout.visible == (5,) * 5 + tuple(range(6, 17))
-    assert layout.predicted.tolist() == [False] * 4 + [True] * 12
-    network = dataclasses.replace(network, layout=layout)
-    params, tokens = random_params(network), random_batch(network)["tokens"][:1]
-    logits = jax.jit(lambda tokens: network.bind(params)(tokens).logits[0])
-    for changed in (0, 3, 4, 9, 15):
-        other = np.where(np.arange(16) == changed, (tokens + 1) % 11, tokens)
-        moved = np.abs(logits(tokens) - logits(other)).max(axis=-1) > 0
-        first = 0 if changed < 4 else changed + 1  # inputs of the prefix are seen by all positions
-        np.testing.assert_array_equal(moved, np.arange(16) >= first)
-
-
-def test_a_step_draws_one_prefix_and_its_loss_and_gradient_are_of_that_prefix(one_device):
-    network = tiny_network(layers=1, prefixes=PREFIXES, next_embedding=0.5, **MODERN)
-    params, batch = weights_of(network), batch_of(network)
-    plain = dataclasses.replace(network.config, prefixes=())
-
-    def by_hand(layout):
-        one = dataclasses.replace(network, config=plain, layout=layout)
-
-        def loss(params):
-            own, maps = feature_maps.apart(params)
-            model = one.bind(own)
-            output = model(batch["tokens"], batch["variant"])
-            nats = objective.token_nats(model, output, batch["tokens"])
-            far = feature_maps.embedding_distance(model, maps, output, batch["tokens"])
-            return (nats + 0.5 * far)[:, layout.prefix :].mean()
-
-        return jax.device_get(jax.jit(jax.value_and_grad(loss))(params))
-
-    wanted, seen = [by_hand(layout) for layout in network.prefixed_layouts], set()
-    loss = step.make_loss(network)
-    run = jax.jit(jax.value_and_grad(lambda p, key: loss(p, None, batch, key), has_aux=True))
-    for seed in range(12):
-        (value, metrics), gradient = jax.device_get(run(params, jax.random.key(seed)))
-        which = int(np.argmin([abs(value - each) for each, _ in wanted]))
-        assert value == metrics["loss"] == pytest.approx(wanted[which][0], rel=1e-5)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), gradient,
-                     wanted[which][1])  # fmt: skip
-        seen.add(which)
-    assert seen == {0, 1, 2}
-    whole = loss(params, None, batch, None)[0]  # without a key nothing is drawn
-    assert float(whole) == pytest.approx(wanted[0][0], rel=1e-5)
-
-
-def test_microbatches_after_prefixes_take_the_mean_of_their_gradients(one_device):
-    network = tiny_network(layers=1, prefixes=(0.5,), **MODERN)
-    optimizer, rate = Pretraining(CONFIG, ()).optimizer
-    batch, norms = batch_of(network), []
-    for parts in (1, 4):
-        state = jax.jit(lambda p: step.state_of(p, optimizer))(random_params(network))
-        loss = step.make_loss(network)
-        made = step.make_train_step(loss, optimizer, rate, microbatches=parts)
-        norms.append(float(made(state, batch)[1]["grad_norm"]))
-    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
-
-
-@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 2, 2, 2)], ids=str)
-def test_prefixes_are_drawn_alike_on_every_mesh(shape):
-    network = tiny_network(layers=1, prefixes=PREFIXES, **MODERN)
-
-    def run(mesh):
-        with jax.set_mesh(make_mesh(mesh)):
-            given = random_params(network), batch_of(network)
-            return value_and_gradient(network, *given, jax.random.key(5))
-
-    for f, w in zip(*map(jax.tree.leaves, (run(shape), run((1, 1, 1)))), strict=True):
-        np.testing.assert_allclose(f, w, rtol=1e-4, atol=1e-5 * max(np.abs(w).max(), 1e-3))

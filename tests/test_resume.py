@@ -37,7 +37,7 @@ CONFIG = config_lib.Config(
         **MODERN,
     ),
 )
-# Clips with hidden tokens, whose share each clip draws, a map beside the network, and prefixes.
+# Clips with hidden tokens, whose share each clip draws, and a map beside the network.
 QUANTIZE = ("quantize(4)",)
 CLIPS = config_lib.Config(
     data=config_lib.Data(
@@ -55,7 +55,6 @@ CLIPS = config_lib.Config(
         axial_positions=True,
         context_masking=0.9,
         next_embedding=1.0,
-        prefixes=(0.0, 0.5),
     ),
 )
 MUON = config_lib.Optimizer(name="muon", weight_decay=0.01, clip_norm=1.0, warmup_steps=2)

@@ -34,7 +34,7 @@ __all__ = [
 # Fields of older files: renamed fields, and removed fields, each with the only value, as
 # JSON has it, that this version can still read.
 RENAMED = {"tokens.name": "tokens.kind"}
-REMOVED = {"model.above_embedding": False, "model.block": []}
+REMOVED = {"model.above_embedding": False, "model.block": [], "model.prefixes": []}
 
 
 def default() -> ml_collections.ConfigDict:

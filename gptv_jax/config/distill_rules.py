@@ -20,7 +20,6 @@ def check_cached(config: Config, section: str) -> None:
         ("model.objective", model.objective == "autoregressive", "take autoregressive"),
         ("model.random_order", not model.random_order, "take ()"),
         ("model.context_masking", not model.context_masking, "take 0"),
-        ("model.prefixes", not model.prefixes, "take ()"),
     ):
         if not fits:
             reason = f"{cached} reads what teachers drew for whole images from a token cache"

@@ -14,15 +14,6 @@ def check_model(config: Config) -> None:
 
     if model.image_input == "pixels":
         _check_pixels(config)
-    if model.prefixes:
-        rows, name = config.grid[0], "frames" if frames else "rows"
-        if len({round(share * rows) for share in (*model.prefixes, 1)}) <= len(model.prefixes):
-            reason = f"two shares are equally many of {rows} {name}, or one is all of them"
-            refuse(config, "model.prefixes", f"{reason}; take other shares")
-        for other, plain in (("objective", "autoregressive"), ("random_order", ())):
-            if (value := getattr(model, other)) != plain:
-                reason = f"config.model.{other} is {value}, which goes without them"
-                refuse(config, "model.prefixes", f"{reason}; take (), or {other}={plain}")
 
 
 def _check_pixels(config: Config) -> None:
@@ -48,6 +39,3 @@ def check_training(config: Config) -> None:
     if config.model.next_embedding and (config.distill.teacher or config.distill.cached):
         reason = "a student's loss is that of its teachers alone"
         refuse(config, "model.next_embedding", f"{reason}; take 0, or no teacher")
-    if config.model.prefixes and (config.data.still_share or config.distill.teacher):
-        reason = "teachers and single images among clips count other positions in the loss"
-        refuse(config, "model.prefixes", f"{reason}; take (), or no teacher and still_share=0")

@@ -95,12 +95,6 @@ class Model:
     # The output is compared after a linear map, which the pretraining drops at the end. False: the
     # output of the final norm itself, which the head reads.
     next_embedding_map: bool = True
-    # Shares of an image's rows, or of a clip's frames. Each training step draws one: the tokens of
-    # so many first rows are read at once, as positions that see one another, and have no loss.
-    # (): no token is; a share of 0 keeps steps where none is.
-    prefixes: tuple[float, ...] = field(
-        (), ("shares below 1", lambda v: all(0 <= p < 1 for p in v))
-    )
     # The backward pass recomputes nothing, all but products with weights, or everything.
     remat: str = field("none", one_of("none", "dots", "full"), free=True)
 

@@ -29,7 +29,7 @@ from gptv_jax import sharding
 from gptv_jax.errors import InputError
 from gptv_jax.model import attention, layers
 from gptv_jax.model.inputs import Inputs, reorder
-from gptv_jax.model.layout import Layout, Part, with_prefix
+from gptv_jax.model.layout import Layout, Part
 from gptv_jax.model.level_head import LevelHead, make_head
 from gptv_jax.model.parts import ReadHead, Reading
 
@@ -108,13 +108,6 @@ class Network:
     def predicts_images(self) -> bool:
         """Whether positions of the first part predict their tokens."""
         return self.layout.parts[0].predicted
-
-    @property
-    def prefixed_layouts(self) -> list[Layout]:
-        """The layout with each prefix of `Model.prefixes`, of whole rows or whole frames."""
-        rows = self.grid[0]
-        sizes = [round(share * rows) * (self.length // rows) for share in self.config.prefixes]
-        return [with_prefix(self.layout, size) for size in sizes]
 
     @property
     def pooled_width(self) -> int:

@@ -87,7 +87,6 @@ class Layout:
     # The input of position t is token t - shift, that of position 0 the start vector: 1. 0: each
     # position's own token, which training masks (BERT).
     shift: int = 1
-    prefix: int = 0  # first positions that predict nothing, and so may see one another
 
     def __post_init__(self):
         names = [part.name for part in self.parts]
@@ -136,8 +135,7 @@ class Layout:
     @functools.cached_property
     def predicted(self) -> np.ndarray:
         """Whether a position predicts its token, bool [T]."""
-        found = np.repeat([p.predicted for p in self.parts], [p.size for p in self.parts])
-        return found & (np.arange(self.length) >= self.prefix)
+        return np.repeat([p.predicted for p in self.parts], [p.size for p in self.parts])
 
     def check_drawable(self, prefix: int, length: int) -> None:
         """Checks that the tokens after a prefix can be drawn one by one, up to `length` tokens.
@@ -220,12 +218,6 @@ def of_images(
     if attention == "whole":
         return Layout((image,), full_mask(image.size))
     return bidirectional(image) if objective == "bert" else causal(image)
-
-
-def with_prefix(layout: Layout, size: int) -> Layout:
-    """A causal layout whose first `size` tokens are read at once, and not predicted."""
-    visible = tuple(max(seen, size + 1) for seen in layout.visible)
-    return dataclasses.replace(layout, visible=visible, prefix=size)
 
 
 def prefixed(prefix: Part, *parts: Part) -> Layout:

@@ -293,7 +293,7 @@ class Pretraining(Training):
         count = functools.partial(total_bytes, mesh=mesh, head_size=c.width // c.heads)
 
         def kept(**changes) -> list:
-            model = dataclasses.replace(c, dtype=dtype, prefixes=(), **changes)  # all are alike
+            model = dataclasses.replace(c, dtype=dtype, **changes)
             return residuals(self.traced(model=model), mesh, rows)
 
         def of_layers(arrays: list, layers: int) -> list:

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Int, PRNGKeyArray
 from gptv_jax import hosts, sharding
 from gptv_jax.model.gpt import Network
 from gptv_jax.model.inputs import reorder
-from gptv_jax.train import feature_maps, objective, prefixes, voting
+from gptv_jax.train import feature_maps, objective, voting
 from gptv_jax.train.objective import cross_entropy
 from gptv_jax.train.optimizer import apply_update, average
 
@@ -56,8 +56,6 @@ def draw_view(
     order = None if classes else objective.draw_order(network, len(tokens), key, step, steps)
     hidden = objective.draw_hidden(network, len(tokens), key) if mask is None else mask
     counted = mask if "still" not in batch else objective.of_stills(network, batch["still"])
-    if network.layout.prefix:
-        counted = prefixes.counted(network, len(tokens))
     return View(tokens, start, hidden, order, counted)
 
 
@@ -66,8 +64,7 @@ def make_loss(
 ) -> Callable:
     """Nats per token; with a class head the weighted sum of these and the class's cross-entropy.
 
-    In pretraining with `next_embedding`, `feature_maps.embedding_distance` is added; with
-    `prefixes`, each step draws one.
+    In pretraining with `next_embedding`, `feature_maps.embedding_distance` is added.
     Of several parts the loss is `objective.make_parts_loss`, which takes no coefficients. If a
     network with a class head predicts no tokens, only the cross-entropy of the class counts.
     Of clips that batch["still"] says are single images, the first frame alone counts.
@@ -79,8 +76,6 @@ def make_loss(
         if network.classes or (generative, classification) != (1, 1):
             raise ValueError("a network of several parts has no class head and no coefficients.")
         return objective.make_parts_loss(network)
-    if network.config.prefixes and not network.classes:
-        return prefixes.make_loss(make_loss, network, steps)
     if network.config.random_order and not network.classes and steps is None:
         raise ValueError(
             "model.random_order needs the length of the training: pass `steps` to make_loss."
