@@ -552,7 +552,7 @@ def test_an_older_file_is_read_by_this_versions_names():
 
 def test_a_file_with_a_field_that_is_gone_is_read_unless_it_used_the_field():
     flat = fields.flatten(config_lib.Config())
-    gone = {"model.above_embedding": False, "model.block": []}
+    gone = {"model.above_embedding": False, "model.block": [], "model.prefixes": []}
     read = config_lib.recorded(config_lib.Config, flat | gone)
     assert config_lib.resolve(read) == config_lib.Config()
     of_model = fields.flatten(config_lib.Model())
