@@ -84,8 +84,8 @@ class Layout:
 
     parts: tuple[Part, ...]
     visible: tuple[int, ...]  # T numbers
-    # The input of position t is token t - shift, that of position 0 the start vector: 1. 0: each
-    # position's own token, which training masks (BERT).
+    # 1: the input of position t is token t - 1, and that of position 0 the start vector. 0: the
+    # input of position t is token t, which training masks (BERT).
     shift: int = 1
 
     def __post_init__(self):
