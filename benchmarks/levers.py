@@ -9,13 +9,12 @@ is trained once, or --tokenizer names a run that has one, and codes are made of 
 while the GPT trains. Every lever changes the base by a few fields. A lever that takes more FLOPs a
 token takes fewer steps. Levers of `READINGS` are of the probe alone, and read the base's weights.
 
-The columns: nats per code of the test images, which no lever of `READINGS` changes (with
-pixels in place of codes as inputs, of each code given the pixels before); test
-accuracy of the linear probe of the best layer and of three layers together; and two floors: random
-weights, pooled as the trained weights are, and raw pixels. Each run is the real command in a
-separate folder. The benchmark given again continues a run that was stopped, and does not repeat a
-finished run. Prints a table, and last its numbers as one JSON object, which is in
-FOLDER/levers.json as well.
+The columns: nats per code of the test images, which no lever of `READINGS` changes (with pixels in
+place of codes as inputs, of each code given the pixels before); test accuracy of the linear probe
+of the best layer and of three layers together; and two floors: random weights, pooled as the
+trained weights are, and raw pixels. Each run is the real command in a separate folder. The
+benchmark given again continues a run that was stopped, and does not repeat a finished run. Prints a
+table, and last its numbers as one JSON object, which is in FOLDER/levers.json as well.
 """
 
 import argparse

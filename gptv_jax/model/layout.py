@@ -84,8 +84,8 @@ class Layout:
 
     parts: tuple[Part, ...]
     visible: tuple[int, ...]  # T numbers
-    # 1: the input of position t is token t - 1, and that of position 0 the start vector. 0: the
-    # input of position t is token t, which training masks (BERT).
+    # 1: position 0 reads the start vector, and each later position t reads token t - 1. 0: position
+    # t reads token t, which training masks (BERT).
     shift: int = 1
 
     def __post_init__(self):
