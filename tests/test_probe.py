@@ -205,6 +205,11 @@ def test_ridge_tables_during_pretraining_are_logged_and_change_nothing(probed_in
     assert all(0.1 < table["ridge_validation_accuracy"] <= 1 for table in tables)
     rest = [e for e in events(run.folder.path) if "ridge_best_layer" not in e]
     assert rest == events(other.folder.path)
+    plots = []
+    for each in run, other:
+        results = reports.Results(TINY, each.folder.path, {}, events(each.folder.path))
+        plots.append(reports.pretrain(results)[0].count("<img"))
+    assert plots == [2, 1]  # the losses, and in the run with ridge tables their accuracies
 
 
 @pytest.fixture(scope="module")

@@ -54,7 +54,7 @@ def tokenizer(results: Results) -> Part:
 
 
 def pretrain(results: Results) -> Part:
-    """Loss curves; the test loss beside that of a uniform guess, and the speed."""
+    """Loss curves, the probe's accuracy by step, the test loss beside a uniform guess's, the speed."""
     tiles, v, found = "", results.config.tokens.vocabulary, results.numbers("pretrain")
     if found:
         beside = [f"uniform (ln {v}): {math.log(v):.3f} nats/token"]
@@ -84,6 +84,9 @@ def pretrain(results: Results) -> Part:
     below = "learning rate", results.series("pretrain", "learning_rate")
     png = pictures.plot("loss, nats per token", "step", curves, level, below=below)
     content = html.figure(png, "Pretraining. The training loss is that of single batches.")
+    if probed := results.series("pretrain", "ridge_validation_accuracy"):
+        png = pictures.plot("probe accuracy", "step", [(probed, pictures.BLUE)], percent=True)
+        content += html.figure(png, "The best layer of each step, by ridge regression, validation.")
     content += distilled.table(found, "nats_per_token")
     return content + frames.nats(found, results.config.tokens.cell[0]), tiles
 
