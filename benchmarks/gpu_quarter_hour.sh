@@ -54,7 +54,7 @@ echo "$kind" >"$out/kind"
 
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$out/programs}
 export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$out/programs/torch}
-python=${PYTHON:-python3} platform=gpu rounds=(--rounds=3 --seconds=0.5) quick=() miniature=() times=1
+python=${PYTHON:-python3} platform=gpu rounds=(--rounds=3 --seconds=0.5 --warm_up=5) quick=() miniature=() times=1
 if [[ $rehearse ]]; then
   export JAX_PLATFORMS=cpu
   platform=cpu quick=(--quick) miniature=(--miniature) times=5 # a CPU may be slow
@@ -152,7 +152,7 @@ if [[ $data_dir && ! -e $out/cache/header.json ]]; then # which is written last
   part tokens 120 env JAX_PLATFORMS=cpu "$python" -m gptv_jax.prepare --out="$out/cache" \
     --config=configs/cifar10.py:10m_modern --config.data.dir="$data_dir"
 fi
-[[ ! -e $out/cache/header.json ]] || cache=$out/cache
+[[ $cache || ! -e $out/cache/header.json ]] || cache=$out/cache
 if [[ $cache || $rehearse ]]; then
   part 10m_modern "$limit" "$python" -m benchmarks.reference_runs --runs=10m_modern --limit=LIMIT --reserve=10 \
     --out="$out/reference" ${cache:+--cache="$cache"} "${miniature[@]}"

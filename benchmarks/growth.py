@@ -151,7 +151,7 @@ def measure(case: Case, arguments: argparse.Namespace) -> list[dict]:
         more = given | {"memory": True}, devices | BY_BUFFER
         of_memory.append(Contender(name, "benchmarks.growth:train", *more))
     found = compare(of_time, arguments)
-    once = argparse.Namespace(rounds=1, seconds=0.0, only=arguments.only)
+    once = argparse.Namespace(rounds=1, seconds=0.0, warm_up=0.0, only=arguments.only)
     for name, measured in compare(of_memory, once).items():
         known = dataclasses.replace(found[name], facts=measured.facts)
         found[name] = measured if measured.note else known

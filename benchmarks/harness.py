@@ -11,7 +11,6 @@ import functools
 import importlib.metadata
 import json
 import math
-import os
 import pathlib
 import platform
 import shlex
@@ -21,9 +20,11 @@ import sys
 from collections.abc import Callable
 
 from benchmarks.turns import DISTURBED, Measured
-from gptv_jax.hosts import stopping
+from gptv_jax.hardware import cpu_flags
+from gptv_jax.hosts import cores, stopping
 
 VERSIONED = ("jax", "jaxlib", "flax", "optax", "torch", "transformers")
+VECTORS = {"avx512f": "AVX-512", "avx2": "AVX2"}  # instructions by the flag in /proc/cpuinfo
 TOLD = ("unit", "median", "quartiles")  # of a row, in one cell of the table
 
 
@@ -118,7 +119,9 @@ def told(command: list[str], about: dict) -> str:
     """The line above a table: the command, and the hardware, versions and date of `facts`."""
     machine, packages = about["hardware"], about["versions"].items()
     device = "" if machine["platform"] == "cpu" else f"{machine['device']}, "
-    cpu = f"{machine['cpu']} ({machine['cores']} cores)"
+    vectors = machine.get("vectors", "")  # which results of earlier versions do not name
+    inside = ", ".join([f"{machine['cores']} cores"] + [vectors] * bool(vectors))
+    cpu = f"{machine['cpu']} ({inside})"
     versions = ", ".join(f"{name} {version}" for name, version in packages if version)
     others = max((row.get("other_cores", 0.0) for row in about.get("rows", ())), default=0.0)
     also = f" Disturbed: other processes used {others:.2f} cores." if others > DISTURBED else ""
@@ -138,7 +141,7 @@ def versions() -> dict[str, str | None]:
 
 @functools.cache
 def hardware() -> dict[str, str | int]:
-    """The device as JAX names it, and the CPU.
+    """The device as JAX names it, and the CPU with its cores and widest vector instructions.
 
     A process of its own asks JAX and then ends, so that this process does not hold the device.
     """
@@ -147,8 +150,10 @@ def hardware() -> dict[str, str | int]:
     kind, device = json.loads(told.stdout.splitlines()[-1])
     lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), "")
-    cores = len(os.sched_getaffinity(0))
-    return {"platform": kind, "device": device, "cpu": cpu or platform.processor(), "cores": cores}
+    words = (cpu_flags() or "").split()
+    vectors = next((name for flag, name in VECTORS.items() if flag in words), "")
+    cpu = {"cpu": cpu or platform.processor(), "cores": cores.available(), "vectors": vectors}
+    return {"platform": kind, "device": device, **cpu}
 
 
 def having(words: str, cases: list) -> list:
@@ -220,6 +225,8 @@ def main(
         "--rounds", type=positive, default=rounds, help="turns that each contender has"
     )
     parser.add_argument("--seconds", type=seconds, default=1.0, help="least seconds of a turn")
+    words = "most seconds of a contender's warm-up"
+    parser.add_argument("--warm_up", type=seconds, default=60.0, help=words)
     parser.add_argument("--cases", default="", help="cases with one of these words, by commas")
     parser.add_argument("--only", default="", help="these contenders, by commas")
     parser.add_argument("--batch", type=positive, help="batch size, in place of that of the cases")

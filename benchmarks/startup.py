@@ -9,6 +9,7 @@ itself takes little of the time; CIFAR-10's images and palette are random, so no
 
 import contextlib
 import dataclasses
+import gc
 import json
 import os
 import pathlib
@@ -22,6 +23,7 @@ import numpy as np
 
 from benchmarks import harness
 from benchmarks.turns import ROOT
+from gptv_jax.hosts import runtime
 
 LIMIT = 300  # seconds after which a start is given up
 EMPTY, WARM = "empty cache", "warm cache"
@@ -129,10 +131,15 @@ def parts_of(marks: list[dict], began: float, stepped: float) -> dict[str, float
 
 def listen(path: str) -> None:
     """Imports what the command imports to open a run, then records the train step's compilation."""
+    runtime.keep_memory()
+    gc.disable()  # as the command does while it imports
     from jax import monitoring
 
     from gptv_jax import command  # noqa: F401
     from gptv_jax.stages import run  # noqa: F401
+
+    gc.freeze()
+    gc.enable()
 
     def write(part: str, seconds: float) -> None:
         with open(path, "a") as file:

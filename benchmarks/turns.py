@@ -25,9 +25,8 @@ import numpy as np
 ROOT = pathlib.Path(__file__).parent.parent
 # A process compiles in its first iteration. In some of its first 20 to 40 iterations it takes
 # memory pages, which the kernel clears: these iterations last up to five times as long as later
-# ones.
-FIRST_ITERATIONS = 40  # that the warm-up takes,
-WARM_UP = 10  # if they do not last longer than so many turns
+# ones, and the warm-up takes them.
+FIRST_ITERATIONS = 40
 PAUSE = 0.1  # seconds between two turns, in which OpenMP's threads cease to spin
 ENDING = 10  # seconds that a process may take to end
 DISTURBED = 0.1  # cores used by others from which the numbers are not to be trusted
@@ -79,7 +78,8 @@ def compare(contenders: list[Contender], arguments: argparse.Namespace) -> dict[
       contenders: with different names.
       arguments: the flags. `rounds` is the number of rounds, in each of which every contender has
         one turn; `seconds` is how long a turn takes at least (one iteration, if that takes
-        longer); `only` is the names of the contenders to measure, by commas, or "" for all.
+        longer); `warm_up` is how many seconds the warm-up of a contender may take after its first
+        two iterations; `only` is the names of the contenders to measure, by commas, or "" for all.
 
     Returns:
       Measurements by contender's name; for a contender that cannot run here they have a note.
@@ -99,9 +99,9 @@ def compare(contenders: list[Contender], arguments: argparse.Namespace) -> dict[
             worker.turn(1)
         for worker in workers:
             spent = worker.turn(1)
+            if spent and (more := min(int(arguments.warm_up / spent), FIRST_ITERATIONS)):
+                spent = worker.turn(more)
             worker.iterations = max(1, math.ceil(arguments.seconds / spent)) if spent else 1
-            if spent and (more := int(WARM_UP * arguments.seconds / spent)):
-                worker.turn(min(more, FIRST_ITERATIONS))
         for worker in workers:
             worker.begin()
         begin, busy = time.perf_counter(), _busy()
@@ -134,6 +134,7 @@ class _Worker:
         arguments = [str(there.fileno()), contender.factory, json.dumps(contender.arguments)]
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         shared = {"PYTHONPATH": path, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        shared |= {"JAX_NUM_CPU_DEVICES": "1"}  # unless the contender has more
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.worker", *arguments],
             env=os.environ | shared | contender.environment,

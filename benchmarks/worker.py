@@ -51,7 +51,7 @@ def main() -> None:
     """Sends the task's facts, then a `Turn` for each request; after a failure, its reason."""
     connection, factory, arguments = Connection(int(sys.argv[1])), *sys.argv[2:]
     if not factory.startswith("benchmarks.peers:"):
-        runtime.keep_memory()  # as the command does, before NumPy and JAX start threads
+        runtime.keep_memory()  # as the command does, before JAX starts threads
     with contextlib.suppress(EOFError, BrokenPipeError):  # the harness has ended
         try:
             module, function = factory.split(":")

@@ -102,7 +102,7 @@ def run(
             sys.__unraisablehook__(failed)
 
     _show_in_help("quiet")
-    runtime.keep_memory()  # before any thread is started
+    runtime.keep_memory()  # before a thread of Python starts
     stopping.install(again)
     threading.excepthook, sys.unraisablehook = in_thread, in_callback
     try:

@@ -161,7 +161,9 @@ def test_exponents_of_growth_are_those_of_the_powers(monkeypatch):
         return made
 
     monkeypatch.setattr(growth, "compare", faked)
-    *points, whole, last = growth.measure(case, argparse.Namespace(only="", rounds=1, seconds=0))
+    *points, whole, last = growth.measure(
+        case, argparse.Namespace(only="", rounds=1, seconds=0, warm_up=0)
+    )
     assert [row["median"] for row in points] == [5, 10, 40]
     assert [row["MiB"] for row in points] == pytest.approx([1, 2**0.5, 2])
     assert [whole["GFLOP"], whole["planned_MiB"]] == pytest.approx([1, 1])

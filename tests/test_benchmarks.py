@@ -26,8 +26,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 CONTENDERS = pathlib.Path(__file__).parent / "contenders.py"
 
 
-def turns_of(rounds: int, seconds: float) -> argparse.Namespace:
-    return argparse.Namespace(rounds=rounds, seconds=seconds, only="")
+def turns_of(rounds: int, seconds: float, warm_up: float = 0) -> argparse.Namespace:
+    return argparse.Namespace(rounds=rounds, seconds=seconds, warm_up=warm_up, only="")
 
 
 def contender(name: str, function: str, **arguments) -> Contender:
@@ -39,7 +39,7 @@ def test_contenders_take_turns_and_the_faster_one_has_the_higher_ratio(tmp_path)
     log = tmp_path / "log"
     both = [contender("slow", "sleeper", seconds=0.04, log=str(log)),
             contender("fast", "sleeper", seconds=0.01, log=str(log))]  # fmt: skip
-    found = turns.compare(both, turns_of(3, 0.2))
+    found = turns.compare(both, turns_of(3, 0.2, warm_up=60))
     logged = itertools.groupby(log.read_text().split())
     names, counts = zip(*((name, len(list(each))) for name, each in logged), strict=True)
     slow, fast = counts[-2:]
@@ -145,7 +145,7 @@ def faked(seconds: dict[str, float]):
 
 
 def test_limits_are_what_they_are_called(monkeypatch):
-    arguments = argparse.Namespace(tokens=16, rounds=1, seconds=0, only="")
+    arguments = argparse.Namespace(tokens=16, rounds=1, seconds=0, warm_up=0, only="")
     size, B = QUICK.size, QUICK.batch
     D, L, T, V = size.width, size.layers, size.tokens, size.vocabulary
     product = 2 * train_step.SIDES["cpu"] ** 3  # FLOPs
@@ -176,7 +176,7 @@ def test_a_table_says_that_other_processes_disturbed_it():
 
 
 def test_growth_tells_the_cost_of_a_token():
-    arguments = argparse.Namespace(tokens=16, rounds=1, seconds=0, only="")
+    arguments = argparse.Namespace(tokens=16, rounds=1, seconds=0, warm_up=0, only="")
     short, room, whole = rows = decode.growth(QUICK, arguments)
     assert [row["contender"] for row in rows] == [
         "first 16 of 16",

@@ -144,7 +144,7 @@ def test_the_benchmark_trains_students_of_every_kind_of_targets(images, one_devi
 
 @pytest.mark.process
 def test_the_benchmark_takes_the_train_steps():
-    arguments = argparse.Namespace(rounds=1, seconds=0.0, only="")
+    arguments = argparse.Namespace(rounds=1, seconds=0.0, warm_up=0.0, only="")
     rows = cached_teacher.steps(QUICK, arguments)
     assert rows[0]["contender"] == "no teacher" and len(rows) == 4
     assert all(row["median"] > 0 and not row.get("failed") for row in rows)

@@ -72,7 +72,6 @@ OUT_OF_RANGE = {
     "tokens.levels": 257,
     "tokens.patch": (2,),
     "model.context_masking": 1.5,
-    "model.next_embedding": -1.0,
     "finetune.pooling": "max",
     "finetune.attention": "rows",
     "finetune.clips": 0,
@@ -251,7 +250,7 @@ UNBOUNDED = {
     "tokenizer.train_transforms", "tokenizer.lpips_weights",
     "model.axial_positions", "model.start_per_variant", "model.scan_layers",
     "model.learned_positions", "model.rotary", "model.qk_norm",
-    "model.target_positions", "model.next_embedding_map", "model.bfloat16_on_cpu",
+    "model.target_positions", "model.bfloat16_on_cpu",
     "finetune.standardize", "finetune.scratch", "distill.compare", "finetune.distill.compare",
     "distill.cached", "finetune.distill.cached",
     "task.name", "task.prefix", "task.detect.noise", "task.detect.votes",
@@ -553,11 +552,12 @@ def test_an_older_file_is_read_by_this_versions_names():
 def test_a_file_with_a_field_that_is_gone_is_read_unless_it_used_the_field():
     flat = fields.flatten(config_lib.Config())
     gone = {"model.above_embedding": False, "model.block": [], "model.prefixes": []}
+    gone |= {"model.next_embedding": 0.0, "model.next_embedding_map": True}
     read = config_lib.recorded(config_lib.Config, flat | gone)
     assert config_lib.resolve(read) == config_lib.Config()
     of_model = fields.flatten(config_lib.Model())
     section = config_lib.recorded(config_lib.Model, of_model | {"above_embedding": False}, "model")
     assert fields.from_dict(config_lib.Model, section, "model") == config_lib.Model()
-    words = r"config\.model\.above_embedding was True .* no longer supports; it reads only False"
+    words = r"config\.model\.above_embedding is True in this file\. .* reads only False"
     with pytest.raises(InputError, match=words):
         config_lib.recorded(config_lib.Config, flat | {"model.above_embedding": True})

@@ -4,14 +4,17 @@ import dataclasses
 import itertools
 import json
 import pathlib
+import re
 
 import pytest
 from test_runtime import run
 
 from gptv_jax import config as config_lib
+from gptv_jax.config import run_file
 from gptv_jax.hosts import cores
 from gptv_jax.stages import setup
 
+ROOT = pathlib.Path(__file__).parent.parent
 WIDTHS, LENGTHS, BATCHES = (16, 32, 64, 96, 128, 256), (16, 64, 256, 1024), (1, 2, 8, 64)
 # A fork has JAX imported and not started, as the command has.
 PROGRAM = """
@@ -57,7 +60,7 @@ def test_tiny_and_large_networks_odd_batches_and_cores_that_were_not_measured_ar
     assert cores.choose(128, 64, 64, 1) == cores.choose(256, 1024, 64, 64) == 1
 
 
-def test_the_devices_divide_every_batch_of_the_run():
+def test_every_batch_and_every_part_of_a_run_decides():
     settings = config_lib.resolve(config_lib.recorded(config_lib.Config, WINS))
     assert cores.of_run(settings, 2) == 2
     train = dataclasses.replace(settings.train, microbatches=64)
@@ -66,18 +69,15 @@ def test_the_devices_divide_every_batch_of_the_run():
     learned = dataclasses.replace(settings.tokens, kind="learned")
     named = dataclasses.replace(learned, tokenizer="runs/codes")
     sgd = dataclasses.replace(settings.probe.sgd, batch_size=33)
-    sgd = dataclasses.replace(settings.probe, sgd=sgd)
-    of_tokenizer = dataclasses.replace(settings.tokenizer.train, batch_size=33)
-    tokenizer = dataclasses.replace(settings.tokenizer, train=of_tokenizer)
+    sgd = dataclasses.replace(settings.probe, method="sgd", sgd=sgd)
     tuned = dataclasses.replace(settings.finetune.train, batch_size=65)
     tuned = dataclasses.replace(settings.finetune, train=tuned)
-    changes = {"train": train, "probe": odd, "model": small}
-    changes = [*changes.items(), ("probe", sgd), ("tokenizer", tokenizer), ("finetune", tuned)]
-    for name, changed in changes:
+    changes = {"train": train, "model": small, "finetune": tuned}
+    for name, changed in [*changes.items(), ("probe", odd), ("probe", sgd)]:
         assert cores.of_run(dataclasses.replace(settings, **{name: changed}), 2) == 1, name
     codes = dataclasses.replace(settings.data, image_size=32)  # 64 of them, as of 8 x 8 pixels
-    for tokens, count in ((named, 2), (learned, 1)):
-        given = dataclasses.replace(settings, tokens=tokens, data=codes)
+    for tokens, weights, count in ((named, "", 2), (learned, "runs/weights", 2), (learned, "", 1)):
+        given = dataclasses.replace(settings, tokens=tokens, data=codes, init_from=weights)
         assert cores.of_run(given, 2) == count
 
 
@@ -131,3 +131,13 @@ def test_a_run_that_goes_on_with_other_devices_says_so(tmp_path, caplog, one_dev
     (tmp_path / "config.json").write_text(json.dumps(record | {"devices": "2 cpu"}))
     (line,) = opened()
     assert f"began on 2 cpu and continues on {record['devices']}" in line
+
+
+def test_readme_names_the_configurations_that_are_split():
+    sentence = (ROOT / "README.md").read_text().split("In `configs/` examples are ")[1]
+    named = set(re.findall(r"`(\w+\.py(?::\w+)?)`", sentence.split(". ")[0]))
+    names = {path.name for path in (ROOT / "configs").glob("*.py")} | named
+    settings = {name: run_file.load(str(ROOT / "configs" / name)) for name in names}
+    settings["features_cifar10.py"].tokens.tokenizer = "runs/codes"
+    counts = {n: cores.of_run(config_lib.resolve(each), 2) for n, each in settings.items()}
+    assert {name for name, count in counts.items() if count == 2} == named

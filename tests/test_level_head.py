@@ -125,16 +125,11 @@ def loss_of(network):
     return jax.jit(jax.value_and_grad(lambda params, batch: loss(params, None, batch, None)[0]))
 
 
-EMBEDDING = {"next_embedding": 0.7, "next_embedding_map": False}
-
-
 @one_device
-@pytest.mark.parametrize(
-    ("codes", "changes"), [*((codes, {}) for codes in LEVELS), (12, EMBEDDING)]
-)
-def test_without_prefixes_it_is_the_flat_head_of_the_sums_of_rows(codes, changes):
-    levels, flat = LEVELS[codes], tiny_network(vocabulary=codes, **changes)
-    network = tiny_network(vocabulary=codes, levels=levels, **changes)
+@pytest.mark.parametrize("codes", LEVELS)
+def test_without_prefixes_it_is_the_flat_head_of_the_sums_of_rows(codes):
+    levels, flat = LEVELS[codes], tiny_network(vocabulary=codes)
+    network = tiny_network(vocabulary=codes, levels=levels)
     params, batch = random_params(network), sharding.global_batch(random_batch(network))
     if len(levels) > 1:
         params["head"]["prefix_scale"] = jnp.zeros_like(params["head"]["prefix_scale"])

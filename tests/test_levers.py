@@ -1,6 +1,5 @@
-"""What changes pretraining: next-embedding prediction and hidden tokens of images."""
+"""What changes pretraining: hidden tokens of images, and the benchmark of all levers."""
 
-import dataclasses
 import functools
 import subprocess
 import sys
@@ -10,26 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import MODERN, make_mesh, random_batch, random_params, tiny_network
+from conftest import MODERN, random_batch, random_params, tiny_network
 
 from benchmarks import ablations, levers
 from gptv_jax import config as config_lib
 from gptv_jax import files, sharding
 from gptv_jax.config import rules, run_file
 from gptv_jax.errors import InputError
-from gptv_jax.model import flops
-from gptv_jax.planning.training import Pretraining
-from gptv_jax.train import feature_maps, objective, step
+from gptv_jax.train import objective, step
 
 pytestmark = pytest.mark.usefixtures("one_device")
-
-NEPA = {"layers": 1, "next_embedding": 0.7, **MODERN}
-
-
-def weights_of(network, seed=0):
-    """Random weights with the map."""
-    maps = jax.jit(feature_maps.init_embedding, static_argnums=0)(network, jax.random.key(seed))
-    return random_params(network, seed) | maps
 
 
 def value_and_gradient(network, params, batch, key=None):
@@ -40,94 +29,6 @@ def value_and_gradient(network, params, batch, key=None):
 
 def batch_of(network, seed=0):
     return sharding.global_batch(random_batch(network, seed=seed))
-
-
-# Next-embedding prediction.
-
-
-@pytest.mark.parametrize("mapped", [True, False])
-def test_the_loss_adds_the_cosine_to_embeddings_that_get_no_gradient(mapped):
-    network = tiny_network(next_embedding_map=mapped, **NEPA)
-    params, batch = weights_of(network), batch_of(network)
-    (value, metrics), gradient = value_and_gradient(network, params, batch)
-    table = np.asarray(params["token_embedding"])  # a constant, unlike the inputs' own
-
-    def by_hand(params):
-        tokens, (own, maps) = batch["tokens"], feature_maps.apart(params)
-        output = network.bind(own)(tokens, batch["variant"])
-        nats = objective.cross_entropy(output.logits, tokens).mean()
-        named, wanted = output.final, jnp.asarray(table[np.asarray(tokens)])
-        if mapped:
-            named = named @ sharding.gather(maps["next_embedding"], jnp.float32)
-        lengths = jnp.linalg.norm(named, axis=-1) * jnp.linalg.norm(wanted, axis=-1)
-        distance = 1 - ((named * wanted).sum(axis=-1) / lengths).mean()
-        return nats + 0.7 * distance, (nats, distance)
-
-    (wanted, (nats, distance)), slopes = jax.value_and_grad(by_hand, has_aux=True)(params)
-    assert value == metrics["loss"] == pytest.approx(float(wanted), rel=1e-5)
-    assert metrics["nats_per_token"] == pytest.approx(float(nats), rel=1e-5)
-    assert metrics["embedding_distance"] == pytest.approx(float(distance), rel=1e-5)
-    assert gradient.keys() == slopes.keys() and ("feature_maps" in slopes) == mapped
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), gradient, slopes)
-
-
-def test_without_the_loss_nothing_is_added_and_a_classifier_never_has_it():
-    plain, off = tiny_network(layers=1), tiny_network(layers=1, next_embedding_map=False)
-    states = [
-        jax.eval_shape(step.make_init(n, Pretraining(config_lib.Config(), ()).optimizer[0]),
-                       jax.random.key(0))
-        for n in (plain, tiny_network(5, **NEPA))
-    ]  # fmt: skip
-    assert not any(step.BESIDE in state for state in states)
-    params, batch = random_params(plain), batch_of(plain)
-    losses = [jax.jit(step.make_loss(n)).lower(params, None, batch, None) for n in (plain, off)]
-    assert losses[0].as_text() == losses[1].as_text()
-    (value, metrics), _ = value_and_gradient(plain, params, batch)
-    assert metrics == {"nats_per_token": value}
-    assert "embedding_distance" not in step.make_loss(tiny_network(5, **NEPA))(
-        random_params(tiny_network(5, **NEPA)), None, batch_of(tiny_network(5)), None
-    )[1]  # fmt: skip
-
-
-@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 2, 2, 2)], ids=str)
-def test_the_loss_is_the_same_on_every_mesh_and_in_chunks(shape, monkeypatch):
-    network = tiny_network(context_masking=0.5, **NEPA)
-
-    def run(mesh):
-        with jax.set_mesh(make_mesh(mesh)):
-            params = jax.tree.map(lambda x: 0.1 + 0 * x, weights_of(network)[feature_maps.MAPS])
-            params = random_params(network) | {feature_maps.MAPS: params}
-            return value_and_gradient(network, params, batch_of(network), jax.random.key(1))
-
-    wanted = run((1, 1, 1))
-    monkeypatch.setattr(objective, "LOGITS_BYTES", 4 * 11 * 8)
-    assert objective.loss_chunks(network, 8, {}) > 1
-    for f, w in zip(*map(jax.tree.leaves, (run(shape), wanted)), strict=True):
-        np.testing.assert_allclose(f, w, rtol=1e-4, atol=1e-5 * max(np.abs(w).max(), 1e-3))
-
-
-CONFIG = config_lib.Config(
-    model=config_lib.Model(layers=1, width=16, heads=2, next_embedding=1.0),
-    train=config_lib.Train(steps=4, batch_size=8, microbatches=2, ema=0.5),
-)
-
-
-def test_the_map_is_trained_beside_the_network_and_is_no_part_of_its_weights():
-    training = Pretraining(CONFIG, ())
-    off = dataclasses.replace(CONFIG.model, next_embedding=0.0)
-    plain = Pretraining(dataclasses.replace(CONFIG, model=off), ())
-    state, without = (jax.jit(t.init)(jax.random.key(0)) for t in (training, plain))
-    for part in ("params", "ema"):
-        jax.tree.map(np.testing.assert_array_equal, state[part], without[part])
-    names = {name for name in sharding.by_name(state) if name.startswith(step.BESIDE)}
-    assert names == {"beside.feature_maps.next_embedding.feature_map"}
-    first = jax.device_get(state[step.BESIDE])
-    state, metrics = training.train_step(state, batch_of(training.network), None)
-    assert "embedding_distance" in metrics and state["params"].keys() == without["params"].keys()
-    moved = jax.tree.map(lambda a, b: np.any(a != np.asarray(b)), first, state[step.BESIDE])
-    assert all(jax.tree.leaves(moved))
-    added = flops.training(training.network).total - flops.training(plain.network).total
-    assert added == 6 * 16 * 16
 
 
 # Hidden tokens of images.
@@ -179,12 +80,12 @@ def test_a_lever_of_the_benchmark_is_accepted_and_changes_the_base(name):
 
 def test_a_lever_takes_as_many_steps_as_the_flops_of_the_base_pay_for():
     steps = {n: levers.settings_of(n, {"train.steps": 900}, "0")["train.steps"] for n in
-             ("base", "masked_inputs", "embedding", "embedding_unmapped")}  # fmt: skip
-    assert steps["base"] == steps["masked_inputs"] == steps["embedding_unmapped"] == 900
-    assert 880 < steps["embedding"] < 900
-    # In a deeper network the map of the next embeddings has a smaller share.
-    deep = levers.settings_of("embedding", {"train.steps": 900, "model.layers": 24}, "0")
-    assert steps["embedding"] < deep["train.steps"] < 900
+             ("base", "masked_inputs", "pixels")}  # fmt: skip
+    assert steps["base"] == steps["masked_inputs"] == 900
+    assert 880 < steps["pixels"] < 900
+    # In a deeper network the product with the pixels has a smaller share.
+    deep = levers.settings_of("pixels", {"train.steps": 900, "model.layers": 24}, "0")
+    assert steps["pixels"] < deep["train.steps"] < 900
 
 
 def test_a_way_of_reading_is_not_joined_to_a_lever(capsys, monkeypatch):
@@ -240,8 +141,7 @@ def test_a_benchmark_of_runs_ends_them_by_sigterm_and_refuses_another_number_of_
         ({"model.context_masking": 0.5, "model.random_order": (0.5, 1.0), "model.rotary": True,
           "model.width": 16, "model.heads": 4}, "in raster order"),
         ({"model.context_masking": 0.5, "data.frames": 1}, "2 or more"),
-        ({"model.objective": "bert", "model.next_embedding": 1.0}, "no next token"),
-        ({"model.next_embedding": 1.0, "distill.teacher": ("runs/teacher",)}, "of its teachers"),
+        ({"model.objective": "bert", "model.context_masking": 0.5}, "hides masked_share"),
     ],
 )  # fmt: skip
 def test_levers_that_do_not_go_together_are_refused(changes, words):

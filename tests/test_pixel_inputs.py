@@ -90,25 +90,11 @@ def losses(network, mesh, draws=False):
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 2), (1, 2, 2, 2)])
-def test_meshes_hidden_inputs_and_next_embeddings_give_one_loss(shape):
-    changes = {"context_masking": 0.5, "next_embedding": 0.7, "next_embedding_map": False}
-    network = pixel_network(**changes)
+def test_hidden_inputs_give_one_loss_on_every_mesh(shape):
+    network = pixel_network(context_masking=0.5)
     wanted, found = losses(network, (1, 1, 1), draws=True), losses(network, shape, draws=True)
     for f, w in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
         np.testing.assert_allclose(f, w, rtol=1e-4, atol=1e-5 * max(np.abs(w).max(), 1e-3))
-
-
-def test_next_embeddings_are_the_mapped_pixels_of_the_targets():
-    network = pixel_network(next_embedding=0.7, next_embedding_map=False)
-    params, batch = random_params(network), batch_of(network)
-    (_, metrics), gradient = losses(network, (1, 1, 1))
-    output = network.bind(params)(batch["tokens"], batch["variant"], pixels=batch["image"])
-    wanted = (cells(images()) / 127.5 - 1) @ np.asarray(params["patch_embedding"])
-    named = np.asarray(output.final)
-    cosine = (named * wanted).sum(-1) / np.linalg.norm(named, axis=-1)
-    cosine /= np.linalg.norm(wanted, axis=-1)
-    assert metrics["embedding_distance"] == pytest.approx(1 - cosine.mean(), rel=1e-4)
-    assert np.abs(gradient["patch_embedding"]).max() > 0
 
 
 def test_a_class_head_and_a_probe_read_the_pixels():

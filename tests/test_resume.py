@@ -37,7 +37,7 @@ CONFIG = config_lib.Config(
         **MODERN,
     ),
 )
-# Clips with hidden tokens, whose share each clip draws, and a map beside the network.
+# Clips with hidden tokens, whose share each clip draws.
 QUANTIZE = ("quantize(4)",)
 CLIPS = config_lib.Config(
     data=config_lib.Data(
@@ -54,7 +54,6 @@ CLIPS = config_lib.Config(
         heads=4,
         axial_positions=True,
         context_masking=0.9,
-        next_embedding=1.0,
     ),
 )
 MUON = config_lib.Optimizer(name="muon", weight_decay=0.01, clip_norm=1.0, warmup_steps=2)

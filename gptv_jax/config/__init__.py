@@ -34,7 +34,13 @@ __all__ = [
 # Fields of older files: renamed fields, and removed fields, each with the only value, as
 # JSON has it, that this version can still read.
 RENAMED = {"tokens.name": "tokens.kind"}
-REMOVED = {"model.above_embedding": False, "model.block": [], "model.prefixes": []}
+REMOVED = {
+    "model.above_embedding": False,
+    "model.block": [],
+    "model.prefixes": [],
+    "model.next_embedding": 0.0,
+    "model.next_embedding_map": True,
+}
 
 
 def default() -> ml_collections.ConfigDict:
@@ -63,9 +69,8 @@ def recorded(cls: type, flat: dict[str, object], section: str = "") -> dict:
     for name in REMOVED.keys() & named.keys():
         if (value := named.pop(name)) != REMOVED[name]:
             raise InputError(
-                f"config.{name} was {value!r} where this was made, which this version of gptv_jax "
-                f"no longer supports; it reads only {REMOVED[name]!r}. Use the version that wrote "
-                "the file."
+                f"config.{name} is {value!r} in this file. This version of gptv_jax no longer has "
+                f"the field, and reads only {REMOVED[name]!r}. Use the version that wrote the file."
             )
     named = {name.removeprefix(prefix): value for name, value in named.items()}
     return fields.unflatten(fields.flatten(cls()) | named)

@@ -1,4 +1,4 @@
-"""Rules of what changes pretraining: hidden tokens and next-embedding prediction."""
+"""Rules of what changes the inputs of pretraining: hidden tokens, and pixels in their place."""
 
 from gptv_jax.config.fields import refuse
 from gptv_jax.config.stages import Config
@@ -32,10 +32,3 @@ def _check_pixels(config: Config) -> None:
     taught = config.distill.teacher or config.distill.cached or config.finetune.distill.teacher
     if taught:
         refuse(config, "model.image_input", "teachers read tokens; take tokens, or no teacher")
-
-
-def check_training(config: Config) -> None:
-    """Checks what the stage `pretrain` needs."""
-    if config.model.next_embedding and (config.distill.teacher or config.distill.cached):
-        reason = "a student's loss is that of its teachers alone"
-        refuse(config, "model.next_embedding", f"{reason}; take 0, or no teacher")

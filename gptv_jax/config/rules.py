@@ -74,7 +74,6 @@ def _check_bert(config: Config) -> None:
         ("target_positions", False, f"with {bert} input and target have the same position"),
         ("random_order", (), f"{bert} has no order"),
         ("context_masking", 0.0, f"{bert} hides masked_share of all tokens"),
-        ("next_embedding", 0.0, f"{bert} has no next token"),
     ):
         if getattr(model, name):
             advice = f"set {name}={other} or objective=autoregressive"
@@ -186,7 +185,6 @@ def _check_training(config: Config, name: str) -> None:
 
 def _check_pretraining(config: Config) -> None:
     _check_training(config, "train")
-    pretraining_rules.check_training(config)
     data, model = config.data, config.model
     if not data.still_share:
         if data.stills:

@@ -240,6 +240,12 @@ class Config:
     profile: Profile = dataclasses.field(default_factory=Profile)
 
     @property
+    def trains_tokenizer(self) -> bool:
+        """Whether this run learns its tokens: no run, weights, token cache or teacher has them."""
+        given = self.tokens.tokenizer or self.init_from or self.distill.teacher
+        return self.tokens.kind == "learned" and not given and self.data.name != "tokens"
+
+    @property
     def grid(self) -> tuple[int, ...]:
         """Rows and columns of an image's positions: its tokens, or its pixels after the stem.
 

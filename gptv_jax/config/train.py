@@ -88,13 +88,6 @@ class Model:
     # prediction then learns features of objects and not only of what stayed (NExT-Vid, 2025,
     # arXiv:2512.21004).
     context_masking: float = field(0.0, SHARE)
-    # Weight of a loss beside the nats: 1 - cosine between the output of a position and the
-    # embedding of the token that the position predicts (NEPA, 2025, arXiv:2512.16922). The
-    # embedding gets no gradient from this loss. 0: this loss is not computed.
-    next_embedding: float = field(0.0, FROM_ZERO)
-    # The output is compared after a linear map, which the pretraining drops at the end. False: the
-    # output of the final norm itself, which the head reads.
-    next_embedding_map: bool = True
     # The backward pass recomputes nothing, all but products with weights, or everything.
     remat: str = field("none", one_of("none", "dots", "full"), free=True)
 

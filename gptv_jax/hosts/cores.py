@@ -23,7 +23,8 @@ with epy.lazy_imports():  # see `command`
     import jax
 
 LOG = logging.getLogger(__name__)
-QUOTA = pathlib.Path("/sys/fs/cgroup/cpu.max")  # of Linux: microseconds of work, of a period
+# A container's quota: so many microseconds of work in each period of so many microseconds.
+QUOTA = pathlib.Path("/sys/fs/cgroup/cpu.max")
 FORCED = "xla_force_host_platform_device_count"  # XLA's flag, by which users set devices as well
 # What `benchmarks.split_cpu` measured to be faster by a split, on a machine of so many cores that
 # ran nothing else: widths, and the fewest tokens of a gradient. Anything else is left to the user;
@@ -51,13 +52,13 @@ def of_run(config: config_lib.Config, cores: int) -> int:
     A run that trains its tokenizer has one device, on which convolutions are faster
     (docs/results.md).
     """
-    sizes = [each.batch_size for each in (config.probe, config.probe.sgd, config.tokenizer.train)]
+    probe = config.probe
+    sizes = [probe.batch_size] + [probe.sgd.batch_size] * (probe.method == "sgd")
     trainings = [config.finetune.train]
     if config.tokens.kind != "none":  # else there is nothing to predict
         trainings.append(config.train)
     batches = [train.batch_size // train.microbatches for train in trainings]
-    tokenizer = config.tokens.kind == "learned" and not config.tokens.tokenizer
-    if tokenizer or any(size % cores for size in sizes):
+    if config.trains_tokenizer or any(size % cores for size in sizes):
         return 1
     tokens = math.prod(config.grid)
     return min(choose(config.model.width, tokens, batch, cores) for batch in batches)
@@ -71,7 +72,7 @@ def split(config: config_lib.Config, workdir: str) -> None:
     set where the user has decided (JAX_NUM_CPU_DEVICES, XLA's flag, config.mesh) or where JAX uses
     an accelerator.
     """
-    if not _is_free():
+    if not _may_choose():
         return
     path = files.user_path(workdir) if "://" not in workdir else None
     begun = path is not None and os.path.exists(path / "config.json")
@@ -99,7 +100,7 @@ def available() -> int:
     return max(1, min(cores, quota // period))
 
 
-def _is_free() -> bool:
+def _may_choose() -> bool:
     """Whether JAX will compute on the CPU, and the user has not set the number of CPU devices."""
     platforms = jax.config.jax_platforms or ("" if runtime.accelerators() else "cpu")
     given = jax.config.jax_num_cpu_devices >= 0 or FORCED in os.environ.get("XLA_FLAGS", "")

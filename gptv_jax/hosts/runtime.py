@@ -52,10 +52,11 @@ def keep_memory() -> None:
     back by pages of 2 MiB. glibc and the kernel are free to ignore all this. Nothing is changed
     where one of the environment variables `KEPT` is set.
 
-    Call this function before any thread starts. After an earlier thread, every training step got
-    new pages again, and trainings lost a quarter of their speed: presumably that thread had a
-    second heap, which JAX's threads then shared. Accelerators, whose steps do not use this memory,
-    are looked for in /dev, as JAX has not started.
+    Call this function before a thread of Python starts, such as the one of `stopping.install`: a
+    thread that allocates memory gets a second heap. After such a thread every training step got new
+    pages again, and trainings lost a quarter of their speed. The threads that the import of NumPy
+    starts have no heap. Accelerators, whose steps do not use this memory, are looked for in /dev,
+    as JAX has not started.
     """
     if platform.libc_ver()[0] != "glibc" or accelerators() or os.environ.keys() & {*KEPT}:
         return

@@ -58,9 +58,7 @@ def training(
     Of teachers only the forward pass is needed. `whole_logits` is explained at `forward`.
     """
     taught = {"teacher": sum(map(sum, map(_teacher_parts, teachers)))} if teachers else {}
-    found = forward(network, whole_logits)
-    found["matmul"] += _embedding_map(network)
-    return Flops(found.times(3), **taught)
+    return Flops(forward(network, whole_logits).times(3), **taught)
 
 
 def executed(
@@ -83,7 +81,7 @@ def executed(
     ahead, back, tiles, kept = _attention(network, platform, split)
     again = c.remat == "full" or (c.remat == "dots" and not kept)
     attention = attention * (ahead * (1 + again) + back) // 2 * tiles[0] // tiles[1]
-    matmul = 3 * (blocks + head + _embedding_map(network)) + (loss_chunks > 1) * head
+    matmul = 3 * (blocks + head) + (loss_chunks > 1) * head
     if c.remat == "full":  # repeats all products of a layer but the last, which no gradient reads
         matmul += blocks - 2 * c.layers * c.mlp_width * c.width
     stem = {"stem": 3 * _stem(network) // T} if network.stem else {}
@@ -178,12 +176,6 @@ def _teacher_parts(network: Network) -> tuple[int, int, int]:
     """As `_forward_parts`, of a teacher; a teacher of classes predicts no tokens."""
     blocks, head, attention = _forward_parts(network, whole_logits=True)
     return blocks, head * (not network.classes), attention
-
-
-def _embedding_map(network: Network) -> int:
-    """FLOPs of a token in the map of next-embedding prediction, which training alone has."""
-    mapped = network.predicts_embeddings and network.config.next_embedding_map
-    return 2 * network.config.width**2 * mapped
 
 
 def _stem(network: Network) -> int:

@@ -115,11 +115,6 @@ class Network:
         return self.pool * self.regions**2 * self.config.width
 
     @property
-    def predicts_embeddings(self) -> bool:
-        """Whether the network's pretraining has the loss `Model.next_embedding`."""
-        return self.config.next_embedding > 0 and not (self.classes or self.several)
-
-    @property
     def unconditional(self) -> int:
         """Index of the start vector without a class: the last of several, or the only one."""
         return self.config.class_tokens

@@ -25,14 +25,7 @@ from gptv_jax.planning import collectives
 from gptv_jax.planning.memory import Memory, spec_of, stored_dtype, total_bytes
 from gptv_jax.tasks.network import network_of
 from gptv_jax.tokens import palette
-from gptv_jax.train import (
-    cached_distillation,
-    distillation,
-    feature_maps,
-    objective,
-    optimizer,
-    step,
-)
+from gptv_jax.train import cached_distillation, distillation, objective, optimizer, step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,10 +242,8 @@ class Pretraining(Training):
 
     def start(self, params: dict) -> dict:
         """The state before the first step, see `step.state_of`."""
-        given, key = (self.network, self.teachers), jax.random.key(self.config.seed)
-        maps = feature_maps.init_embedding(self.network, key)
-        if self.teachers:
-            maps = distillation.init_maps(*given, self.distill, key)
+        key = jax.random.key(self.config.seed)
+        maps = distillation.init_maps(self.network, self.teachers, self.distill, key)
         return step.state_of(params, self.optimizer[0], self.train.ema, maps)
 
     @property

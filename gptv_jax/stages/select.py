@@ -53,13 +53,13 @@ def _impossible(
     config: config_lib.Config, held: Collection[str], wanted: Collection[str]
 ) -> dict[str, str]:
     """Stages that this run cannot have beside `wanted`, each with the reason and what to do."""
-    given, kind, refused = config.init_from, config.tokens.kind, {}
+    kind, refused = config.tokens.kind, {}
     cached = isinstance(sources.open_data_set(config.data), TokenCache)
-    # A student takes the tokenizer of its teachers.
-    taught = config.distill.teacher or ("finetune" in wanted and config.finetune.distill.teacher)
+    # A student takes the tokenizer of its teachers, in fine-tuning too.
+    taught = "finetune" in wanted and config.finetune.distill.teacher
     if kind != "learned":
         refused["tokenizer"] = f"config.tokens.kind={kind} has nothing to train"
-    elif config.tokens.tokenizer or given or cached or taught:
+    elif taught or not config.trains_tokenizer:
         refused["tokenizer"] = "the tokens come with their tokenizer; leave the stage tokenizer out"
     images = f"the images of config.data.name={config.data.name}"
     task = config.task

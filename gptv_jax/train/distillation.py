@@ -26,12 +26,13 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from gptv_jax import config as config_lib
 from gptv_jax import sharding
 from gptv_jax.model.gpt import GPT, Network, Output
-from gptv_jax.train import feature_maps, objective, voting
-from gptv_jax.train.feature_maps import feature_distance
+from gptv_jax.train import objective, voting
 from gptv_jax.train.objective import cross_entropy, row_means
 from gptv_jax.train.step import Metric, View, draw_view
 
 Teachers = tuple[Network, ...]
+MAPS = "feature_maps"  # linear maps of features, weights that are trained beside the network's
+EPSILON = 1e-12  # of squared lengths of features, so that zeros have a gradient
 
 
 def mean_log_probabilities(
@@ -67,13 +68,29 @@ def feature_layers(
 def init_maps(
     network: Network, teachers: Teachers, settings: config_lib.Distill, key: PRNGKeyArray
 ) -> dict:
-    """A linear map from the student's features to each teacher's, see `feature_maps.init`.
+    """{MAPS: a random linear map from the student's features to each teacher's}.
 
-    {} where no features are compared.
+    {} where no features are compared. Call this function under a mesh, inside jit.
     """
-    widths = {str(i): each.config.width for i, each in enumerate(teachers) if settings.features}
-    keys = {name: jax.random.fold_in(key, int(name)) for name in widths}
-    return feature_maps.init(network.config.width, widths, keys)
+    maps, spec, width = {}, sharding.PARAMETERS["feature_map"], network.config.width
+    for i, each in enumerate(teachers if settings.features else ()):
+        shape = width, each.config.width
+        drawn = jax.random.normal(jax.random.fold_in(key, i), shape, out_sharding=spec)
+        maps[str(i)] = {"feature_map": width**-0.5 * drawn}
+    return {MAPS: maps} if maps else {}
+
+
+def feature_distance(
+    features: Float[Array, "B T D"], target: Float[Array, "B T E"], weights: Float[Array, "D E"]
+) -> Float[Array, "B T"]:
+    """1 - cosine between features after a linear map and other features."""
+    weights = sharding.gather(weights, jnp.float32)
+    mapped = jnp.einsum("btd,de->bte", features.astype(jnp.float32), weights)
+    return 1 - (_unit(mapped) * _unit(target.astype(jnp.float32))).sum(axis=-1)
+
+
+def _unit(x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    return x * jax.lax.rsqrt(jnp.square(x).sum(axis=-1, keepdims=True) + EPSILON)
 
 
 def make_loss(
@@ -96,7 +113,8 @@ def make_loss(
     keep = (own_layer,) if settings.features else ()
 
     def loss(params, frozen, batch, key, step=None):
-        params, maps = feature_maps.apart(params)
+        maps = params.get(MAPS, {})
+        params = {name: value for name, value in params.items() if name != MAPS}
         model, view = network.bind(params), draw_view(network, batch, key, step, steps)
         output = model(view.tokens, view.start, key, view.hidden, view.order, keep=keep)
         layers = their_layers if keep else None
@@ -123,7 +141,7 @@ def make_loss(
         metrics["kl"] = kl
         if keep:
             distances = [
-                feature_distance(output.kept[0], each.kept[0], maps[str(i)]).mean()
+                feature_distance(output.kept[0], each.kept[0], maps[str(i)]["feature_map"]).mean()
                 for i, (_, each) in enumerate(taught)
             ]
             metrics["feature_distance"] = sum(distances) / len(distances)

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Int, PRNGKeyArray
 from gptv_jax import hosts, sharding
 from gptv_jax.model.gpt import Network
 from gptv_jax.model.inputs import reorder
-from gptv_jax.train import feature_maps, objective, voting
+from gptv_jax.train import objective, voting
 from gptv_jax.train.objective import cross_entropy
 from gptv_jax.train.optimizer import apply_update, average
 
@@ -64,7 +64,6 @@ def make_loss(
 ) -> Callable:
     """Nats per token; with a class head the weighted sum of these and the class's cross-entropy.
 
-    In pretraining with `next_embedding`, `feature_maps.embedding_distance` is added.
     Of several parts the loss is `objective.make_parts_loss`, which takes no coefficients. If a
     network with a class head predicts no tokens, only the cross-entropy of the class counts.
     Of clips that batch["still"] says are single images, the first frame alone counts.
@@ -83,7 +82,6 @@ def make_loss(
 
     def loss(params, frozen, batch, key, step=None) -> tuple[Array, Metrics]:
         del frozen
-        params, maps = feature_maps.apart(params)
         model, view = network.bind(params), draw_view(network, batch, key, step, steps)
         pixels = network.pixels_of(batch)
         output = model(view.tokens, view.start, key, view.hidden, view.order, pixels=pixels)
@@ -91,11 +89,6 @@ def make_loss(
         if network.predicts_images:
             nats = objective.nats_per_token(model, output, view.targets, view.counted).mean()
             total, metrics = generative * nats, {"nats_per_token": nats}
-        if network.predicts_embeddings:
-            distance = feature_maps.embedding_distance(model, maps, output, view.targets, pixels)
-            distance = objective.row_means(distance, view.counted).mean()
-            total = nats + network.config.next_embedding * distance
-            return total, metrics | {"embedding_distance": distance, "loss": total}
         if not network.classes:
             return nats, metrics
         class_nats = cross_entropy(output.class_logits, batch["label"]).mean()
@@ -110,8 +103,7 @@ def make_init(network: Network, optimizer: optax.GradientTransformation, ema=Non
     """`key -> state`, see `state_of`; every leaf is created in its sharding."""
 
     def init(key: PRNGKeyArray) -> dict:
-        maps = feature_maps.init_embedding(network, key)
-        return state_of(network.init(key), optimizer, ema, maps)
+        return state_of(network.init(key), optimizer, ema)
 
     return init
 

@@ -44,8 +44,7 @@ MASKS = re.compile(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)")
 EXPRESSED = {
     "layers", "width", "heads", "mlp_ratio", "axial_positions", "start_per_variant", "dropout",
     "dtype", "scan_layers", "remat", "masked_share", "votes", "base_width", "label_dropout",
-    "random_order", "context_masking", "next_embedding", "next_embedding_map",
-    "bfloat16_on_cpu",
+    "random_order", "context_masking", "bfloat16_on_cpu",
 }  # fmt: skip
 ARCHITECTURES = {
     "generation": "ImageGPTForCausalImageModeling",
