@@ -28,8 +28,8 @@ import subprocess
 import sys
 
 from benchmarks import harness
+from benchmarks.turns import ROOT
 
-ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = f"--config={ROOT / 'configs' / 'cifar10.py'}:tiny"
 IMAGES = {
     "data.image_size": 16,

@@ -219,6 +219,81 @@ RUNS = {
         ),
         after="digits",
     ),
+    "tokenizer_cifar10": Run(
+        "tokenizer_cifar10.py:tiny",
+        "## Learned tokens",
+        (
+            Number(
+                "tokenizer/test_psnr_db",
+                "25.87",
+                "(25.87 dB on the test images, the mean of three seeds;",
+                runs=("25.87", "25.86", "25.89"),
+            ),
+            Number(
+                "tokenizer/test_ssim",
+                "0.8575",
+                runs=("0.8575", "0.8570", "0.8580"),
+            ),
+            Number(
+                "pretrain/test_nats_per_token",
+                "6.089",
+                runs=("6.075", "6.095", "6.097"),
+            ),
+            Number("probe/test_accuracy", "0.473", runs=("0.481", "0.460", "0.477")),
+            Number(
+                "probe/random_init_test_accuracy",
+                "0.209",
+                runs=("0.216", "0.206", "0.206"),
+            ),
+            Number(
+                "probe/raw_pixels_test_accuracy",
+                "0.380",
+                runs=("0.379", "0.384", "0.378"),
+            ),
+        ),
+        stages="tokenizer,pretrain,probe",
+        settings=("--config.data.dir={data_dir}",),
+        needs="data_dir",
+    ),
+    "features_cifar10": Run(
+        "features_cifar10.py",
+        "## Features of CIFAR-10",
+        (
+            Number(
+                "probe/test_accuracy",
+                "0.6851",
+                "**68.5%** of the 10,000 test images",
+                runs=("0.6847", "0.6839", "0.6867"),
+            ),
+            Number(
+                "probe/concatenated_test_accuracy",
+                "0.7338",
+                "all layers together **73.4%**",
+                runs=("0.7403", "0.7281", "0.7331"),
+            ),
+            Number(
+                "probe/random_init_test_accuracy",
+                "0.4381",
+                "reach 43.8% and",
+                runs=("0.4443", "0.4357", "0.4342"),
+            ),
+            Number(
+                "probe/concatenated_random_init_test_accuracy",
+                "0.4935",
+                "and 49.4%",
+                runs=("0.5005", "0.4914", "0.4887"),
+            ),
+            Number("probe/raw_pixels_test_accuracy", "0.4175", "raw pixels 41.8%"),
+            Number(
+                "finetune/test_accuracy",
+                "0.8600",
+                "reaches **86.0%**",
+                runs=("0.8624", "0.8562", "0.8613"),
+            ),
+        ),
+        settings=("--config.data.dir={data_dir}",),
+        needs="data_dir",
+    ),
 }
 
 

@@ -4,10 +4,10 @@ Command: python -m benchmarks.growth [--cases=layers,width,tokens,batch,devices]
 
 Each case varies one size. Every point is a train step of pretraining: its time by the clock, and in
 `processor seconds` the processor time of all threads, which other programs disturb less. Memory
-is measured by the kernel: the train state, the batch, and the growth of the process in a step;
-`planned MiB` is what `gptv_jax.plan` computes by arithmetic, and GFLOP what a step executes by
-`model/flops.py`. Devices are simulated: they share this machine's cores and memory, split weights
-and batch (`mesh.fsdp`), and the batch grows with them; their memory is given for one device.
+is the bytes of the train state and the batch, and the growth of the process in a step, by the
+kernel; `planned MiB` is what `gptv_jax.plan` computes by arithmetic, and GFLOP what a step executes
+by `model/flops.py`. Devices are simulated: they share this machine's cores and memory, split
+weights and batch (`mesh.fsdp`), and the batch grows with them. Their memory is that of one device.
 
 The last rows of a size have the exponents b of size ** b: over all points (least squares of the
 logarithms) and over the last two, the exponent of the time beside the exponent of the FLOPs, and
@@ -36,8 +36,9 @@ EXCESS = 0.15
 MIB = 2**20
 HEAD_SIZE, COLORS = 32, 512
 STATUS = pathlib.Path("/proc/self/status")
-# Memory is taken from the system and given back, buffer by buffer, so that a step's is seen: where
-# glibc's variable is set, `runtime.keep_memory` keeps nothing.
+# With this variable glibc takes the memory of each large buffer from the system and gives it back
+# when the buffer is freed, so the process grows by what a step needs; `runtime.keep_memory` then
+# changes nothing.
 BY_BUFFER = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
@@ -129,7 +130,7 @@ def train(point: dict, memory: bool = False) -> Task:
 
 def growth_of(function) -> int:
     """Bytes that the process grows by, at most, while the function runs."""
-    STATUS.with_name("clear_refs").write_text("5")  # the peak is that from now on
+    STATUS.with_name("clear_refs").write_text("5")  # the peak, VmHWM, becomes the present size
     before = _status("VmRSS")
     function()
     return _status("VmHWM") - before

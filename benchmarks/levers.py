@@ -23,7 +23,8 @@ import json
 import pathlib
 import statistics
 
-from benchmarks.ablations import ROOT, run_all
+from benchmarks.ablations import run_all
+from benchmarks.turns import ROOT
 from gptv_jax import config as config_lib
 from gptv_jax.config import fields, run_file
 from gptv_jax.planning.training import Pretraining

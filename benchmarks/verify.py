@@ -1,14 +1,16 @@
 """Runs the small documented experiments anew, and says which of their numbers hold.
 
 Command: python -m benchmarks.verify [--only=digits,segment_digits] [--out=runs/verify]
-             [--photographs=FOLDER]
+             [--photographs=FOLDER] [--data_dir=TFDS_FOLDER]
          python -m benchmarks.verify --documented    # prints the table of docs/results.md
 
 Each run is the real command in OUT/NAME, with its output in OUT/NAME.log: digits (four minutes on
 two quiet cores), detect_digits (six), segment_digits (five), instances_digits (half an hour of one
 core), video_digits (eight), video_camera (four; only with --photographs, see
-configs/video_camera.py) and digits_distill (four, after digits, its teacher). `documented.py` has
-their numbers and by how much each may differ; what depends on the speed of a machine is left out.
+configs/video_camera.py) and digits_distill (four, after digits, its teacher). With --data_dir, the
+folder of prepared TFDS sets, there are two runs of CIFAR-10 as well: tokenizer_cifar10 (twenty
+minutes) and features_cifar10 (about two hours). `documented.py` has all numbers and by how much
+each may differ; what depends on the speed of a machine is left out.
 
 A finished run is not repeated: to repeat a run, remove the run's folder or take another --out. A
 stopped run goes on where the run was stopped. A number outside its spread, better or worse, does
@@ -118,14 +120,16 @@ def main() -> None:
     parser.add_argument("--only", default="", help=f"some of {', '.join(RUNS)}; default: all")
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "runs/verify")
     parser.add_argument("--photographs", type=pathlib.Path, help="folder for video_camera")
+    parser.add_argument("--data_dir", type=pathlib.Path, help="TFDS folder for CIFAR-10")
     parser.add_argument("--documented", action="store_true", help="print the documented numbers")
     arguments = parser.parse_args()
     if arguments.documented:
         print(documented.table())
         return
     harness.end_by_sigterm()
-    out, photographs = arguments.out.absolute(), arguments.photographs
-    data = {"photographs": str(photographs.absolute()) if photographs else None}
+    out, folders = arguments.out.absolute(), ("photographs", "data_dir")
+    given = {name: getattr(arguments, name) for name in folders}
+    data = {name: str(folder.absolute()) if folder else None for name, folder in given.items()}
     names, left = chosen(arguments.only, data)
     rows, failed = [], {}
     for name in names:

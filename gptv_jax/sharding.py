@@ -72,7 +72,7 @@ PARAMETERS: dict[str, P] = {
     "class_head": P(None, "fsdp"),  # C D
     "class_center": P(None),  # D
     "class_scale": P(None),  # D
-    "feature_map": P(None, "fsdp"),  # D of the student, D of the teacher
+    "feature_map": P(None, "fsdp"),  # D of the student, width of the teacher's features
 }
 BATCH_FIRST = P(BATCH)  # arrays [B, ...]
 HIDDEN = P(BATCH, "sequence")  # activations [B, T, D] and other arrays [B, T, ...]

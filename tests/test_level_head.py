@@ -319,7 +319,7 @@ def test_decay_and_width_treat_the_rows_as_a_head_and_prefixes_as_an_embedding(o
     np.testing.assert_allclose(wide["prefix_scale"], one["prefix_scale"], rtol=1e-5)
 
 
-def test_a_plan_holds_no_logits_of_a_step_and_those_of_distillation():
+def test_a_plan_holds_no_logits_of_a_step_but_those_of_distillation():
     model = config_lib.Model(layers=2, width=32, heads=2, code_head="levels")
     config = config_lib.Config(
         model=model,

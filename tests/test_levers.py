@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from conftest import MODERN, random_batch, random_params, tiny_network
 
-from benchmarks import ablations, levers
+from benchmarks import levers
+from benchmarks.turns import ROOT
 from gptv_jax import config as config_lib
 from gptv_jax import files, sharding
 from gptv_jax.config import rules, run_file
@@ -105,10 +106,10 @@ def test_a_set_field_has_the_type_that_a_flag_gives_it(text, value):
 
 RUNS = """
 import pathlib, sys
-from benchmarks import ablations
+from benchmarks import ablations, turns
 small = {"model.layers": 1, "model.width": 16, "model.heads": 2, "train.batch_size": 16}
 settings = {pathlib.Path(sys.argv[1]): small | {"train.steps": int(sys.argv[2])}}
-ablations.run_all(settings, ["0"], f"--config={ablations.ROOT}/configs/digits.py")
+ablations.run_all(settings, ["0"], f"--config={turns.ROOT}/configs/digits.py")
 """
 
 
@@ -116,7 +117,7 @@ ablations.run_all(settings, ["0"], f"--config={ablations.ROOT}/configs/digits.py
 def test_a_benchmark_of_runs_ends_them_by_sigterm_and_refuses_another_number_of_steps(tmp_path):
     def run(steps):
         command = [sys.executable, "-c", RUNS, str(tmp_path / "run"), str(steps)]
-        return subprocess.Popen(command, cwd=ablations.ROOT, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
     log = tmp_path / "run" / "log.txt"
     process = run(100_000)

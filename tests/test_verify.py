@@ -3,7 +3,6 @@
 import json
 import pathlib
 import re
-import runpy
 import sys
 
 import pytest
@@ -11,7 +10,7 @@ import pytest
 from benchmarks import documented, verify
 from benchmarks.documented import RUNS, Number, Run
 from gptv_jax import config as config_lib
-from gptv_jax.config import fields
+from gptv_jax.config import fields, run_file
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = (ROOT / "docs" / "results.md").read_text()
@@ -59,10 +58,10 @@ def test_a_spread_holds_the_documented_runs_and_is_small_beside_the_number(name)
 
 @pytest.mark.parametrize("name", RUNS)
 def test_the_command_of_a_run_has_a_config_and_fields_that_exist(name, tmp_path):
-    run, data = RUNS[name], {"photographs": "photographs"}
+    run, data = RUNS[name], {"photographs": "photographs", "data_dir": "tfds"}
     _, _, _, config, workdir, *flags = verify.command(name, run, tmp_path, data)
     known = fields.by_name(config_lib.Config)
-    assert runpy.run_path(config.partition("=")[2])["get_config"]()
+    assert run_file.load(config.partition("=")[2])
     assert workdir == f"--workdir={tmp_path / name}"
     for flag in flags:
         field, _, value = flag.removeprefix("--config.").partition("=")

@@ -144,8 +144,8 @@ class Train:
     steps: int = field(1000, POSITIVE)
     batch_size: int = field(128, POSITIVE)  # images a step, over all devices
     # Gradient accumulation: the number of parts into which a batch is split, to use less memory.
-    # The result is the same, except that dropout, BERT's masks, label dropout and random orders are
-    # drawn for each part and so have other values.
+    # The result is the same, except that dropout, BERT's masks, hidden tokens, label dropout and
+    # random orders are drawn for each part and so have other values.
     microbatches: int = field(1, POSITIVE, free=True)
     optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
     # Decay of a moving average of the weights (at step t at most (1 + t) / (10 + t)), which
