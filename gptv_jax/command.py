@@ -26,7 +26,7 @@ from gptv_jax import config as config_lib
 from gptv_jax import errors, hosts
 from gptv_jax.config import fields, run_file
 from gptv_jax.errors import InputError
-from gptv_jax.hosts import distributed, runtime, stopping
+from gptv_jax.hosts import cores, distributed, runtime, stopping
 
 with epy.lazy_imports():
     import jax
@@ -84,6 +84,7 @@ def run(
         if not flags.FLAGS["verbosity"].present:
             absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax logs every action
         arguments = (argv[1:], *given()) if takes_names else given()
+        cores.check_environment()
         _import([jax, *work])
         jax.config.update("jax_numpy_rank_promotion", "raise")
         main(*arguments)

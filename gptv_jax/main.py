@@ -18,7 +18,7 @@ from gptv_jax.stages import STAGES
 with epy.lazy_imports():  # see `command`
     import jax
 
-    from gptv_jax.stages import run
+    from gptv_jax.stages import changes, run
 
 REQUESTED = [name for name, stage in STAGES.items() if stage.on_request]
 DEFAULT = f"every possible stage but those on request, {', '.join(REQUESTED)}"
@@ -45,7 +45,7 @@ def main(settings: config.Config) -> None:
         )
     meeting = DISTRIBUTED.value, COORDINATOR.value, COUNT.value, INDEX.value
     if distributed.decide(meeting[0], meeting[1:], os.environ) is None:  # one process
-        cores.split(settings, WORKDIR.value)
+        cores.split(settings, changes.begun_run(WORKDIR.value))
     distributed.start(*meeting)
     runtime.cache_programs()
     summary = run.run_stages(settings, WORKDIR.value, WANTED.value)

@@ -128,7 +128,8 @@ def axis_sizes(config: config_lib.Mesh, count: int) -> tuple[int, ...]:
     elif known != count or -1 in sizes:
         raise InputError(
             f"{shown} does not divide the devices: there are {count}, the named sizes multiply to "
-            f"{known}; choose sizes whose product is {count}, or one -1 to fill."
+            f"{known}; choose sizes whose product is {count}, or one -1 to fill; "
+            f"on a CPU, JAX_NUM_CPU_DEVICES={known} makes {known} devices."
         )
     return tuple(sizes)
 

@@ -11,6 +11,7 @@ from test_runtime import run
 
 from gptv_jax import config as config_lib
 from gptv_jax.config import run_file
+from gptv_jax.errors import InputError
 from gptv_jax.hosts import cores
 from gptv_jax.stages import setup
 
@@ -19,21 +20,25 @@ WIDTHS, LENGTHS, BATCHES = (16, 32, 64, 96, 128, 256), (16, 64, 256, 1024), (1, 
 # A fork has JAX imported and not started, as the command has.
 PROGRAM = """
 from gptv_jax import config
+from gptv_jax.errors import InputError
 from gptv_jax.hosts import cores
 os.environ.pop("XLA_FLAGS", None)
 os.environ.update({environment!r})
 {before}
 settings = config.resolve(config.recorded(config.Config, {fields!r}))
 cores.available = lambda: 2
-cores.split(settings, {folder!r})
+cores.split(settings, {folder!r} and pathlib.Path({folder!r}))
 print(json.dumps([jax.device_count()]))
 """
 WINS = {"data.image_size": 8, "model.width": 128, "model.heads": 4, "train.batch_size": 64}
 WINS |= {"finetune.train.batch_size": 64}
 
 
-def devices_of(folder: pathlib.Path, before: str = "", environment=None, **fields) -> str:
-    """A program that prints how many devices JAX has, for a configuration where a split wins."""
+def devices_of(folder: object, before: str = "", environment=None, **fields) -> str:
+    """A program that prints how many devices JAX has, for a configuration where a split wins.
+
+    `folder` is that of a run that continues, or "" of a new run.
+    """
     given = WINS | {name.replace("__", "."): value for name, value in fields.items()}
     named = {"fields": given, "folder": str(folder), "before": before}
     return PROGRAM.format(environment=environment or {}, **named)
@@ -90,7 +95,7 @@ def test_a_cpu_is_split_where_nobody_has_decided_and_the_run_did_not_begin_other
         (folder / "config.json").write_text(json.dumps(record))
         return folder
 
-    new, one, three, tpu = tmp_path / "new", *map(begun, ("1 cpu", "3 cpu", "4 TPU v4"))
+    new, one, three, tpu = "", *map(begun, ("1 cpu", "3 cpu", "4 TPU v4"))
     accelerator = "import pathlib; from gptv_jax.hosts import runtime\n"
     accelerator += f"runtime.DEVICES = pathlib.Path({str(tmp_path)!r})\n"
     accelerator += "jax.config.update('jax_platforms', None)"
@@ -101,8 +106,12 @@ def test_a_cpu_is_split_where_nobody_has_decided_and_the_run_did_not_begin_other
         devices_of(three): 3,  # on a machine of more cores
         devices_of(tpu): 1,
         devices_of(new, model__width=32): 1,
-        devices_of(new, mesh__data=1): 1,  # the user's mesh
+        devices_of(new, mesh__fsdp=-1, mesh__data=1): 1,  # the user's mesh
+        devices_of(new, mesh__data=1): 1,
+        devices_of(new, mesh__fsdp=2, mesh__data=1, model__width=32): 2,
+        devices_of(new, mesh__data=4): 1,  # which has fewer cores
         devices_of(three, mesh__fsdp=1, mesh__data=1): 1,
+        devices_of(three, mesh__fsdp=-1, mesh__data=1): 3,
         devices_of(new, "jax.config.update('jax_num_cpu_devices', 1)"): 1,  # as JAX_NUM_CPU_DEVICES
         devices_of(new, environment={"XLA_FLAGS": f"--{cores.FORCED}=4"}): 4,
         devices_of(new, accelerator): 1,
@@ -141,3 +150,12 @@ def test_readme_names_the_configurations_that_are_split():
     settings["features_cifar10.py"].tokens.tokenizer = "runs/codes"
     counts = {n: cores.of_run(config_lib.resolve(each), 2) for n, each in settings.items()}
     assert {name for name, count in counts.items() if count == 2} == named
+
+
+@pytest.mark.parametrize("given", ["x", "0", "-2", "2.0", ""])
+def test_a_variable_that_is_no_number_of_devices_is_refused(given, monkeypatch):
+    monkeypatch.setenv(cores.VARIABLE, given)
+    with pytest.raises(InputError, match=f"JAX_NUM_CPU_DEVICES is '{given}'; it takes a number"):
+        cores.check_environment()
+    monkeypatch.setenv(cores.VARIABLE, "2")
+    cores.check_environment()

@@ -103,11 +103,6 @@ class Model(OfClasses, OfClips, OfTasks):
         With objective=bert it predicts the token from all tokens, as none is masked here.
         """
         self._of_images(self.network, predicts=True)
-        if self.network.patch:
-            raise InputError(
-                "this model reads pixels (config.model.image_input=pixels), so tokens alone have "
-                "no logits; use its features and classes."
-            )
         batch = {"tokens": validation.sequences(tokens, self.network)}
         return self._forward(batch, "logits", labels)
 
@@ -266,6 +261,11 @@ class Model(OfClasses, OfClips, OfTasks):
     def _of_images(self, network: Network, predicts: bool = False) -> None:
         """InputError where the network reads more than images, or `predicts` and it does not."""
         self._with_tokens()
+        if predicts and network.patch:
+            raise InputError(
+                "this model reads pixels (config.model.image_input=pixels), so it neither draws "
+                "images nor gives logits or likelihoods; use its features and classes."
+            )
         if predicts and not network.several and not network.predicts_images:
             raise InputError(
                 "these weights read whole frames or images (config.finetune.attention) and predict "

@@ -6,6 +6,7 @@ the cores meet to add up gradients, not at every operation. Tiny networks lose m
 than they gain, and so does any network whose cores other programs use (docs/results.md).
 """
 
+import dataclasses
 import logging
 import math
 import os
@@ -16,7 +17,7 @@ from etils import epy
 
 from gptv_jax import config as config_lib
 from gptv_jax import files
-from gptv_jax.config import run_file
+from gptv_jax.errors import InputError
 from gptv_jax.hosts import runtime
 
 with epy.lazy_imports():  # see `command`
@@ -25,6 +26,7 @@ with epy.lazy_imports():  # see `command`
 LOG = logging.getLogger(__name__)
 # A container's quota: so many microseconds of work in each period of so many microseconds.
 QUOTA = pathlib.Path("/sys/fs/cgroup/cpu.max")
+VARIABLE = "JAX_NUM_CPU_DEVICES"
 FORCED = "xla_force_host_platform_device_count"  # XLA's flag, by which users set devices as well
 # What `benchmarks.split_cpu` measured to be faster by a split, on a machine of so many cores that
 # ran nothing else: widths, and the fewest tokens of a gradient. Anything else is left to the user;
@@ -64,24 +66,35 @@ def of_run(config: config_lib.Config, cores: int) -> int:
     return min(choose(config.model.width, tokens, batch, cores) for batch in batches)
 
 
-def split(config: config_lib.Config, workdir: str) -> None:
+def check_environment() -> None:
+    """InputError where JAX_NUM_CPU_DEVICES is no number of devices; to be called before JAX."""
+    given = os.environ.get(VARIABLE, "1")
+    if not ((given.isdecimal() and int(given)) or given == "-1"):  # -1 stands for no variable
+        raise InputError(
+            f"the environment variable {VARIABLE} is {given!r}; it takes a number of devices, 1 or "
+            "more. Without the variable the command decides."
+        )
+
+
+def split(config: config_lib.Config, begun: pathlib.Path | None) -> None:
     """Sets the number of CPU devices of this process; to be called before JAX starts.
 
-    A run that continues keeps the number with which it began, also on a machine of other cores:
-    another number adds the gradients in another order, and results differ by rounding. Nothing is
-    set where the user has decided (JAX_NUM_CPU_DEVICES, XLA's flag, config.mesh) or where JAX uses
-    an accelerator.
+    `begun` is the folder of a run that continues; None: a new run. A run that continues keeps the
+    number with which the run began, also on a machine of other cores: another number adds the
+    gradients in another order, and results differ by rounding. A mesh whose sizes are all named
+    gets as many devices as it names, at most one for each core. Nothing is set where the user has
+    decided otherwise (JAX_NUM_CPU_DEVICES, XLA's flag, another mesh) or JAX uses an accelerator.
     """
     if not _may_choose():
         return
-    path = files.user_path(workdir) if "://" not in workdir else None
-    begun = path is not None and os.path.exists(path / "config.json")
-    if config.mesh != (run_file.config_of(path).mesh if begun else config_lib.Mesh()):
-        return
-    if begun:
-        count, why = _recorded(path), "as when this run began"
+    cores, sizes, default = available(), dataclasses.astuple(config.mesh), config_lib.Mesh()
+    if -1 not in sizes:
+        count, why = math.prod(sizes), "as config.mesh says"
+        count *= count <= cores  # more are refused, with a sentence that names the variable
+    elif begun:
+        count, why = _recorded(begun), "as when this run began"
     else:
-        count = of_run(config, available())
+        count = of_run(config, cores) if config.mesh == default else 0
         why = f"one for each core, with which a network of width {config.model.width} trains faster"
     if count:
         jax.config.update("jax_num_cpu_devices", count)

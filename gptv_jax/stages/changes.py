@@ -6,6 +6,8 @@ before are moved to folders `earlier/`, in the run folder and beside the checkpo
 """
 
 import logging
+import os
+import pathlib
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -13,7 +15,7 @@ from etils import epath
 
 from gptv_jax import checkpoint, files, tokens
 from gptv_jax.errors import InputError, list_differences, shorten
-from gptv_jax.runs.record import RunFolder, has_finished
+from gptv_jax.runs.record import RunFolder, config_of, has_finished
 from gptv_jax.stages import STAGES
 from gptv_jax.train.metrics import MetricWriter
 
@@ -52,6 +54,14 @@ def begun_stages(folder: RunFolder) -> dict[str, int]:
         if step or started or has_finished(summary, name):
             found[name] = step
     return found
+
+
+def begun_run(workdir: str) -> pathlib.Path | None:
+    """The run folder, if it holds work of a stage; for process 0."""
+    if "://" in workdir or not os.path.exists(files.user_path(workdir) / "config.json"):
+        return None
+    path = files.user_path(workdir)
+    return path if begun_stages(RunFolder(config_of(path), workdir)) else None
 
 
 def find(folder: RunFolder, data: dict, stages: list[str]) -> Changes:

@@ -9,6 +9,7 @@ import jax
 from gptv_jax import config as config_lib
 from gptv_jax import files, hardware, hosts
 from gptv_jax.config import run_file
+from gptv_jax.stages import changes
 
 LOG = logging.getLogger(__name__)
 # Where a train step in bfloat16 was measured to be faster than in float32 (docs/results.md): a CPU
@@ -26,7 +27,7 @@ def settle_dtype(config: config_lib.Config, folder: pathlib.Path) -> config_lib.
     """The configuration with the dtype that the run in `folder` computes in, which is recorded.
 
     On a CPU bfloat16 becomes float32 unless bfloat16 is faster or `model.bfloat16_on_cpu` is set. A
-    run that has begun keeps its dtype, on whatever devices and with whatever JAX it continues.
+    run that has left work keeps its dtype, on whatever devices and with whatever JAX it continues.
     """
     if config.model.dtype != "bfloat16" or config.model.bfloat16_on_cpu:
         return config
@@ -40,7 +41,7 @@ def settle_dtype(config: config_lib.Config, folder: pathlib.Path) -> config_lib.
 
 def _why_float32(folder: pathlib.Path) -> str:
     """Why the run in the folder computes in float32; "": the run computes in bfloat16."""
-    if (folder / "config.json").exists():
+    if changes.begun_run(str(folder)):
         on_cpu = files.read_json(folder / "config.json", {}).get("devices", "").endswith(" cpu")
         begun = on_cpu and run_file.config_of(folder).model.dtype == "float32"
         return "as it began" if begun else ""

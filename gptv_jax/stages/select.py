@@ -81,7 +81,7 @@ def _impossible(
         refused |= dict.fromkeys(("sample", "generate"), reason)
         refused["typicality"] = "config.model.objective=bert gives no likelihoods of images"
     if config.model.image_input == "pixels":
-        reason = "config.model.image_input=pixels reads pixels, but tokens are what is drawn"
+        reason = "config.model.image_input=pixels reads pixels, and tokens alone can be drawn"
         advice = "it takes pretrain, probe and finetune"
         drawing = ("sample", "generate", "typicality")
         refused |= dict.fromkeys(drawing, f"{reason}; {advice}")
