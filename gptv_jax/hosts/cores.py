@@ -87,19 +87,23 @@ def split(config: config_lib.Config, begun: pathlib.Path | None) -> None:
     """
     if not _may_choose():
         return
-    cores, sizes, default = available(), dataclasses.astuple(config.mesh), config_lib.Mesh()
+    cores, sizes = available(), dataclasses.astuple(config.mesh)
+    advice = f"{VARIABLE}=1 keeps it one"
     if -1 not in sizes:
         count, why = math.prod(sizes), "as config.mesh says"
-        count *= count <= cores  # more are refused, with a sentence that names the variable
+        if count > cores:  # which is refused, by a sentence that names the variable
+            return
     elif begun:
-        count, why = _recorded(begun), "as when this run began"
+        count, why = _recorded(begun), f"as when this run began; {advice}"
+    elif config.mesh == config_lib.Mesh():
+        count, width = of_run(config, cores), config.model.width
+        why = f"one for each core, with which a network of width {width} trains faster; {advice}"
     else:
-        count = of_run(config, cores) if config.mesh == default else 0
-        why = f"one for each core, with which a network of width {config.model.width} trains faster"
+        return
     if count:
         jax.config.update("jax_num_cpu_devices", count)
     if count > 1:
-        LOG.info("The CPU is %d JAX devices, %s; JAX_NUM_CPU_DEVICES=1 keeps it one.", count, why)
+        LOG.info("The CPU is %d JAX devices, %s.", count, why)
 
 
 def available() -> int:
