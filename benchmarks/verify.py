@@ -5,8 +5,8 @@ Command: python -m benchmarks.verify [--only=digits,segment_digits] [--out=runs/
          python -m benchmarks.verify --documented    # prints the table of docs/results.md
 
 Each run is the real command in OUT/NAME, with its output in OUT/NAME.log: digits (four minutes on
-two quiet cores), detect_digits (six), segment_digits (five), instances_digits (half an hour of one
-core), video_digits (eight), video_camera (four; only with --photographs, see
+two quiet cores), detect_digits (six), segment_digits (five), instances_digits (a quarter of an
+hour of one core), video_digits (six), video_camera (four; only with --photographs, see
 configs/video_camera.py) and digits_distill (four, after digits, its teacher). With --data_dir, the
 folder of prepared TFDS sets, there are two runs of CIFAR-10 as well: tokenizer_cifar10 (twenty
 minutes) and features_cifar10 (about two hours). `documented.py` has all numbers and by how much
