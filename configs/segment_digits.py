@@ -9,8 +9,8 @@ squares of 3 x 3 pixels 0.94, with 176 tokens; 160 of 2 x 2 pixels 0.98, with 38
 Command:    python -m gptv_jax.main --config=configs/segment_digits.py --workdir=runs/segment_digits
             Reading alone, in half the time: --config.task.segment.write=False
 Hardware:   two CPU cores, five minutes.
-Expect:     test mean IoU 0.875 read and 0.825 written (three seeds); ceiling of the label tokens 0.91, class prior
-            of each position and map of another scene 0.08 (docs/results.md).
+Expect:     test mean IoU 0.875 read and 0.825 written (three seeds); ceiling of the label tokens
+            0.91, class prior of each position and map of another scene 0.08 (docs/results.md).
 Reproduces: nothing published.
 Changes:    the network reads the scene as codes and, by a small stem, as pixels; the head also
             reads the stem's features (layer 0), which know the borders of a digit to the pixel.
