@@ -30,8 +30,8 @@ from gptv_jax.hosts import stopping
 
 POLL = 0.1  # seconds between two looks at a run
 STAGES = ("pretrain", "probe", "finetune")
-# Published: minGPT's play_image.ipynb (Karpathy 2020), with a palette of its own; an Image GPT of
-# another project, pretrained on CIFAR-10 alone (yourauroral/mdl-deep-image-compression).
+# Published: minGPT (Karpathy 2020, play_image.ipynb), whose palette differs from ours; and an Image
+# GPT of yourauroral/mdl-deep-image-compression, pretrained on CIFAR-10 alone.
 PUBLISHED = {
     "pretrain/test_nats_per_token": "2.0378 (minGPT, 16 of 20 epochs)",
     "probe/test_accuracy": "0.669 (24 layers, width 512, 50 epochs)",
