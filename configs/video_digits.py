@@ -4,10 +4,10 @@ A GPT learns to predict clips of 8 frames of 16 x 16 pixels, token by token. Fro
 the motion is known, so that a network which understands motion predicts frames nearly for free.
 
 Command:    python -m gptv_jax.main --config=configs/video_digits.py --workdir=runs/video_digits
-Hardware:   two CPU cores, seven and a half minutes.
-Expect:     nats per token 0.65, 0.37, 0.005 and 0.004 in frames 1 to 4; the direction read by the
+Hardware:   two CPU cores, six minutes.
+Expect:     nats per token 0.65, 0.35, 0.006 and 0.005 in frames 1 to 4; the direction read by the
             probe from frozen features 0.98 (raw pixels 0.83); frames continued without a wrong
-            pixel 0.94 (the third) to 0.78 (the eighth) (docs/results.md).
+            pixel 0.90 (the third) to 0.75 (the eighth); three seeds (docs/results.md).
 Reproduces: nothing published. The clips are after Moving MNIST (Srivastava et al. 2015).
 Changes:    tokens are 256 lossless patches of 2 x 2 pixels of 4 grey levels; the probe and the
             class head read the means of every frame side by side, which keep the direction.
