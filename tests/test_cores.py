@@ -37,7 +37,7 @@ WINS |= {"finetune.train.batch_size": 64}
 def devices_of(folder: object, before: str = "", environment=None, **fields) -> str:
     """A program that prints how many devices JAX has, for a configuration where a split wins.
 
-    `folder` is that of a run that continues, or "" of a new run.
+    `folder` is the folder of a run that continues; "" stands for a new run.
     """
     given = WINS | {name.replace("__", "."): value for name, value in fields.items()}
     named = {"fields": given, "folder": str(folder), "before": before}

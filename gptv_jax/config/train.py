@@ -144,7 +144,7 @@ class Train:
     steps: int = field(1000, POSITIVE)
     batch_size: int = field(128, POSITIVE)  # images a step, over all devices
     # Gradient accumulation: the number of parts into which a batch is split, to use less memory.
-    # The result stays as it is, except that dropout, BERT's masks, hidden tokens, label dropout and
+    # Results do not change, except that dropout, BERT's masks, hidden tokens, label dropout and
     # random orders are drawn for each part and so have other values.
     microbatches: int = field(1, POSITIVE, free=True)
     optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)

@@ -54,7 +54,7 @@ def tokenizer(results: Results) -> Part:
 
 
 def pretrain(results: Results) -> Part:
-    """Loss curves, the probe by step, the test loss beside that of a uniform guess, the speed."""
+    """Curves of the loss and the probe, the test loss beside a uniform guess, and the speed."""
     tiles, v, found = "", results.config.tokens.vocabulary, results.numbers("pretrain")
     if found:
         beside = [f"uniform (ln {v}): {math.log(v):.3f} nats/token"]
