@@ -120,8 +120,8 @@ def told(command: list[str], about: dict) -> str:
     machine, packages = about["hardware"], about["versions"].items()
     device = "" if machine["platform"] == "cpu" else f"{machine['device']}, "
     vectors = machine.get("vectors", "")  # which results of earlier versions do not name
-    inside = ", ".join([f"{machine['cores']} cores"] + [vectors] * bool(vectors))
-    cpu = f"{machine['cpu']} ({inside})"
+    size = f"{machine['cores']} cores" + (f", {vectors}" if vectors else "")
+    cpu = f"{machine['cpu']} ({size})"
     versions = ", ".join(f"{name} {version}" for name, version in packages if version)
     others = max((row.get("other_cores", 0.0) for row in about.get("rows", ())), default=0.0)
     also = f" Disturbed: other processes used {others:.2f} cores." if others > DISTURBED else ""
@@ -151,9 +151,13 @@ def hardware() -> dict[str, str | int]:
     lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), "")
     words = (cpu_flags() or "").split()
-    vectors = next((name for flag, name in VECTORS.items() if flag in words), "")
-    cpu = {"cpu": cpu or platform.processor(), "cores": cores.available(), "vectors": vectors}
-    return {"platform": kind, "device": device, **cpu}
+    return {
+        "platform": kind,
+        "device": device,
+        "cpu": cpu or platform.processor(),
+        "cores": cores.available(),
+        "vectors": next((name for flag, name in VECTORS.items() if flag in words), ""),
+    }
 
 
 def having(words: str, cases: list) -> list:

@@ -8,9 +8,9 @@ Each run is the real command in OUT/NAME, with its output in OUT/NAME.log: digit
 two quiet cores), detect_digits (six), segment_digits (five), instances_digits (a quarter of an
 hour of one core), video_digits (six), video_camera (four; only with --photographs, see
 configs/video_camera.py) and digits_distill (four, after digits, its teacher). With --data_dir, the
-folder of prepared TFDS sets, there are two runs of CIFAR-10 as well: tokenizer_cifar10 (twenty
-minutes) and features_cifar10 (about two hours). `documented.py` has all numbers and by how much
-each may differ; what depends on the speed of a machine is left out.
+folder of prepared TFDS sets, there are two runs of CIFAR-10 as well: tokenizer_cifar10 (presumably
+twenty minutes) and features_cifar10 (presumably two hours). `documented.py` has all numbers and by
+how much each may differ; what depends on the speed of a machine is left out.
 
 A finished run is not repeated: to repeat a run, remove the run's folder or take another --out. A
 stopped run goes on where the run was stopped. A number outside its spread, better or worse, does

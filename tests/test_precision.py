@@ -27,8 +27,8 @@ def opened(tmp_path, monkeypatch):
     def open_run(flags, version=precision.JAX, folder="run", working=True, **model):
         monkeypatch.setattr(hardware, "cpu_flags", lambda: flags)
         monkeypatch.setattr(jax, "__version_info__", version)
-        changes = {f"model.{name}": value for name, value in model.items()}
-        flat = fields.flatten(config_lib.Config()) | SMALL | {"model.dtype": "bfloat16"} | changes
+        given = {f"model.{name}": value for name, value in model.items()}
+        flat = fields.flatten(config_lib.Config()) | SMALL | {"model.dtype": "bfloat16"} | given
         config = config_lib.resolve(fields.unflatten(flat))
         context = setup.open_run(config, str(tmp_path / folder))
         context.log.close()

@@ -58,10 +58,11 @@ def begun_stages(folder: RunFolder) -> dict[str, int]:
 
 def begun_run(workdir: str) -> pathlib.Path | None:
     """The run folder, if it holds work of a stage; for process 0."""
-    if "://" in workdir or not os.path.exists(files.user_path(workdir) / "config.json"):
+    if "://" in workdir:  # no folder, which `RunFolder` says
         return None
     path = files.user_path(workdir)
-    return path if begun_stages(RunFolder(config_of(path), workdir)) else None
+    made = os.path.exists(path / "config.json")
+    return path if made and begun_stages(RunFolder(config_of(path), workdir)) else None
 
 
 def find(folder: RunFolder, data: dict, stages: list[str]) -> Changes:
